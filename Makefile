@@ -1,0 +1,62 @@
+# Every target makes the environment it needs (.venv) on its first call; later calls start at once.
+# A changed settings.ini or constraints.txt installs again. Needs make, bash and Python 3.11 or newer, nothing else.
+# Package indexes: pip's own settings are used, so PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS choose e.g. a CPU-only torch.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# What a caller may set: make train BETA_KL=0.1
+# weight of the KL term, and where the executed notebook goes
+BETA_KL ?= 0.3
+OUT ?= out.ipynb
+# the environment, and the Python to make it with (empty: the first of python3, python3.14 ... python3.11 that is new enough)
+VENV ?= .venv
+PYTHON ?=
+
+RUN := $(VENV)/bin/python
+
+# A user-level "python3" kernel, a PYTHONPATH or user site-packages of some other project would shadow what .venv holds.
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYTHONNOUSERSITE := 1
+unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
+export PYTHON
+
+.PHONY: help train test lab docs readme export tinyagent clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# .user holds what settings.ini lists as requirements, .dev the dev_requirements on top.
+$(VENV)/.user: settings.ini setup.py pyproject.toml constraints.txt
+	.ci/venv $(VENV) .
+$(VENV)/.dev: settings.ini setup.py pyproject.toml constraints.txt
+	.ci/venv $(VENV) '.[dev]'
+
+train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and OUT=out.ipynb can be set
+	$(RUN) -m papermill nbs/train.ipynb $(OUT) -p beta_kl $(BETA_KL)
+	@echo "executed notebook: $(OUT)"
+	@$(RUN) -m cbnb.runs last
+
+test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
+	@rc=0; $(RUN) .ci/nbtest.py || rc=1; OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; exit $$rc
+
+lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
+	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+docs: $(VENV)/.dev  ## the notebooks as a static site in _docs/, readable without a server or a network
+	$(RUN) .ci/pages.py docs
+
+readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
+	$(RUN) .ci/pages.py readme
+
+export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, README.md: run it before a commit
+	$(VENV)/bin/nbdev_export
+	$(RUN) .ci/pages.py strip
+	$(VENV)/bin/nbdev_clean
+	$(RUN) .ci/pages.py readme
+
+tinyagent: $(VENV)/.user  ## rebuild the embedded tiny agent: at most an hour on one core
+	OMP_NUM_THREADS=1 $(RUN) -m cbnb.tinyagent
+
+clean:  ## what builds, docs and tests left; keeps .venv and runs/
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .cache
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

@@ -1,0 +1,41 @@
+"""Skips are told, never silent: at the end as a list with what to do, and as failures where everything must run (CBNB_REQUIRE_ALL=1)."""
+import os
+
+# No test asks a hub for anything, and two test processes on two cores must not fight over them. Set before any library is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("CBNB_REQUIRE_ALL") == "1"
+
+
+def reason_of(report):
+    "Why a report was skipped or expected to fail."
+    if hasattr(report, "wasxfail"): return f"marked xfail: {report.wasxfail}"
+    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix("Skipped: ")
+
+
+def forbid_skip(report):
+    "Under CBNB_REQUIRE_ALL=1 turn a skip or an xfail into a failure that names its reason."
+    if REQUIRE_ALL and (report.skipped or hasattr(report, "wasxfail")):
+        report.longrepr = f"not allowed to be left out under CBNB_REQUIRE_ALL=1: {reason_of(report)}"
+        report.outcome = "failed"
+        if hasattr(report, "wasxfail"): del report.wasxfail
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call): return forbid_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector): return forbid_skip((yield))
+
+
+def pytest_terminal_summary(terminalreporter):
+    left_out = [r for key in ("skipped", "xfailed") for r in terminalreporter.stats.get(key, [])]
+    if not left_out: return
+    terminalreporter.section("not run on this machine, and how to make it run")
+    for report in left_out: terminalreporter.write_line(f"{report.nodeid}: {reason_of(report)}")

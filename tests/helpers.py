@@ -1,0 +1,58 @@
+"""What several tests share: where the sources are, and a throw-away copy of them."""
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+BIN = Path(sys.executable).parent
+NOT_SOURCE = (".git", ".venv", ".cache", ".pytest_cache", ".ipynb_checkpoints", "__pycache__", "runs", "build", "dist", "_docs", "_proc",
+              "*.egg-info", "out*.ipynb", "*.part")
+
+
+def copy_tree(target):
+    "Copy the sources (not the environment, runs or builds) into the new folder `target`; returns it."
+    return Path(shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*NOT_SOURCE)))
+
+
+def files_of(folder):
+    "{path relative to folder: bytes} of every source file below it."
+    skip = {"__pycache__", ".ipynb_checkpoints"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not skip & set(p.parts)}
+
+
+def run(*command, cwd, env=None, timeout=600):
+    "Run a command to its end; returns the CompletedProcess with stdout and stderr together as text in `.stdout`."
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=environment, timeout=timeout, text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def notebooks(nbs=NBS):
+    "Paths of the notebooks below nbs/, in order; without those that nbdev ignores (a name or folder with . or _ in front)."
+    return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
+
+
+def read(path):
+    "A notebook."
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    "The code cells of the notebook at `path`."
+    return [c for c in read(path).cells if c.cell_type == "code"]
+
+
+def default_exp(path):
+    "The module that a notebook exports to, or None for a run notebook."
+    for cell in code_cells(path):
+        for line in cell.source.splitlines():
+            words = line.replace("#|", "# |").split()
+            if words[:3] == ["#", "|", "default_exp"]: return words[3]
+    return None
+
+
+def run_notebooks(nbs=NBS):
+    "The notebooks that papermill runs: those that export nothing, but for the README's."
+    return [p for p in notebooks(nbs) if default_exp(p) is None and p.name != "index.ipynb"]

@@ -1,0 +1,69 @@
+"""Notebooks in a real JupyterLab in headless Chromium, cut off from every other machine; and the site of make docs in the same browser."""
+import sys, urllib.error, urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from helpers import NBS, copy_tree, notebooks, run
+from lab.labharness import CHROMIUM, CellError, Lab
+
+NOTEBOOKS = ["index.ipynb"]
+
+if not Path(CHROMIUM).exists():
+    pytest.skip("no Chromium found: apt-get install chromium, or name one: CHROMIUM=/path make test", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab on a copy of the notebooks: what they write stays out of the sources."
+    copy = copy_tree(tmp_path_factory.mktemp("lab") / "cbnb")
+    with Lab(copy / "nbs") as lab: yield lab
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_in_jupyterlab(lab, tmp_path, name):
+    nb = lab.open(name)
+    nb.run_all(timeout=300)
+    nb.shot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    lab.assert_offline()
+    assert nb.execute("import sys; print(sys.prefix)").strip() == sys.prefix, "the kernel is not the environment's"
+
+
+def test_server_wants_its_token(lab):
+    with pytest.raises(urllib.error.HTTPError, match="403"): urllib.request.urlopen(f"{lab.url}/api/contents", timeout=10)
+
+
+def test_harness_sees_what_goes_wrong(lab):
+    "An error output, a failing script and a request to elsewhere must not pass: else the tests above prove nothing."
+    def write(name, source):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
+        nbformat.write(nb, lab.root / name)
+    write("_error.ipynb", "1/0")
+    write("_script.ipynb", "from IPython.display import HTML, display\ndisplay(HTML('<script>throw new Error(\"boom\")</script>'))")
+    write("_outside.ipynb", "from IPython.display import HTML, display\ndisplay(HTML('<img src=\"http://example.com/a.png\">'))")
+    nb = lab.open("_error.ipynb")
+    with pytest.raises(CellError, match="ZeroDivisionError"): nb.run_all()
+    nb = lab.open("_script.ipynb", reuse=nb)
+    with pytest.raises(CellError, match="boom"): nb.run_all()
+    nb = lab.open("_outside.ipynb", reuse=nb)
+    nb.run_all(check=False)
+    nb.page.wait_for_timeout(200)
+    with pytest.raises(AssertionError, match="example.com"): lab.assert_offline()
+    lab.outside.clear()
+
+
+def test_site_needs_no_other_machine(lab, tmp_path):
+    copy = copy_tree(tmp_path / "cbnb")
+    built = run(sys.executable, ".ci/pages.py", "docs", cwd=copy)
+    assert built.returncode == 0, built.stdout
+    site = copy / "_docs"
+    assert {p.relative_to(NBS).with_suffix(".html") for p in notebooks()} <= {p.relative_to(site) for p in site.rglob("*.html")}
+    for page in sorted(site.rglob("*.html")):
+        if page.name == "404.html": continue                      # its links are for a server's root
+        opened = lab.html(page)
+        assert opened.locator("h1").count() >= 1, f"{page.relative_to(site)} shows no title"
+        opened.close()
+    lab.assert_offline()

@@ -1,0 +1,45 @@
+"""The wheel that a user would install: built by way of the sdist, complete, and enough by itself to train with."""
+import sys, zipfile
+
+import pytest
+
+from helpers import ROOT, copy_tree, files_of, run
+
+
+def package_files():
+    "Every file of the package, relative to it."
+    return {name for name in files_of(ROOT / "cbnb") if not name.endswith(".part")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The built wheel: sdist first, then the wheel from the sdist, so that a file missing from either is missed."
+    copy = copy_tree(tmp_path_factory.mktemp("wheel") / "cbnb")
+    built = run(sys.executable, "-m", "build", cwd=copy)
+    assert built.returncode == 0, built.stdout[-4000:]
+    return next((copy / "dist").glob("cbnb-*.whl"))
+
+
+def test_wheel_is_complete(wheel):
+    with zipfile.ZipFile(wheel) as archive: names = archive.namelist()
+    assert {n.removeprefix("cbnb/") for n in names if n.startswith("cbnb/")} == package_files()
+    others = {n.split("/")[0] for n in names} - {"cbnb"}
+    assert len(others) == 1 and next(iter(others)).endswith(".dist-info"), f"the wheel would install {others}"
+
+
+def test_installed_wheel_trains(wheel, tmp_path):
+    "Into an empty environment, away from the repository: install the wheel, train a few steps with what it brings."
+    venv, away = tmp_path / "venv", tmp_path / "away"
+    away.mkdir()
+    made = run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=away)
+    assert made.returncode == 0, made.stdout
+    python = venv / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    installed = run(*pip, "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, cwd=away, timeout=1500)
+    assert installed.returncode == 0, installed.stdout[-4000:]
+    data = sorted(name for name in package_files() if not name.endswith(".py"))
+    script = ROOT / "tests" / "scripts" / "train_few_steps.py"
+    trained = run(python, script, *data, cwd=away, env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
+    assert trained.returncode == 0, trained.stdout[-4000:]
+    present = run(*pip, "list", "--format=freeze", cwd=away).stdout.lower()
+    assert "\ncbnb==" in f"\n{present}" and not any(f"\n{name}==" in f"\n{present}" for name in ("fastcore", "nbdev", "pytest", "trl"))
