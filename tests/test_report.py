@@ -1,0 +1,148 @@
+"""The report's picture and page: what they hold, that a stranger's text stays text, that no script runs and nothing is fetched."""
+import base64
+import os
+import random
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from cbnb.report import PANELS, curves, mime_bundle, readable_table, show, static_svg, write_report
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = [
+    '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "{{ 7*7 }}{% raw %}", "</title></svg><script>",
+    "a\x00b\x1b[31m", "\ud800", "ab\u202ecd", "]]>&amp;&#60;script&#62;", "<!-- ", "' onload='x"]
+
+
+def metrics(steps):
+    rng = random.Random(0)
+    rows = []
+    for step in range(1, steps + 1):
+        row = {key: rng.uniform(0.01, 1) for _, _, lines, _ in PANELS for key in lines}
+        rows.append(row | {"step": step, "lr": 1e-3, "grad_norm_kl": row["grad_norm_kl"] if step % 5 == 0 else None})
+    rows[0]["loss_kl"] = 0.0
+    return rows
+
+
+TABLE = pd.DataFrame({"before": [1.0, 0.0, None], "after": [0.0123, 0.00031, 0.5], "n": pd.array([80, None, 12], "Int64")},
+                     index=["attack_success", "heldout_kl in_domain", "exact_match plain"])
+
+
+def no_way_out(text):
+    "Nothing in `text` runs or is fetched: no script, no handler, no address but the XML namespace."
+    assert "<script" not in text.lower() and "javascript:" not in text.lower()
+    assert set(re.findall(r"https?:[^\"' <]*", text)) <= {"http://www.w3.org/2000/svg"}
+    for element in ET.fromstring(text).iter():
+        assert not [name for name in element.attrib if name.lower().startswith("on")]
+        tag = element.tag.removeprefix(SVG)
+        assert tag not in {"script", "iframe", "object", "embed", "link", "foreignObject", "img", "image", "use", "a"}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 40, 4000])
+def test_every_line_of_the_figure_is_in_the_static_picture(steps):
+    figure = curves(metrics(steps))
+    svg = static_svg(figure)
+    no_way_out(svg)
+    root = ET.fromstring(svg)
+    panels = root.findall(f"{SVG}g")
+    assert type(figure) is go.Figure and len(panels) == len(PANELS)
+    assert len(svg) < 400_000 and not re.search(r"\b(nan|inf|None)\b", svg)
+    for n, (panel, (title, _, lines, _)) in enumerate(zip(panels, PANELS, strict=True), 1):
+        texts = [t.text for t in panel.findall(f"{SVG}text")]
+        assert any(t.startswith(title) for t in texts)
+        drawn = [t for t in figure.data if t.xaxis == ("x" if n == 1 else f"x{n}") and pd.notna(t.y).any()]
+        if len(lines) > 1:
+            assert {t.name for t in drawn} <= set(texts)
+        strokes = {p.get("stroke") for p in panel.findall(f"{SVG}path")} | {c.get("fill") for c in panel.findall(f"{SVG}circle")}
+        assert {t.line.color for t in drawn} <= strokes
+
+
+def test_lines_lie_inside_their_panels_and_names_do_not_touch():
+    root = ET.fromstring(static_svg(curves(metrics(60))))
+    for panel in root.findall(f"{SVG}g"):
+        # grid first, data after; x and y alternate in "Mx yLx y…"
+        numbers = [float(v) for p in panel.findall(f"{SVG}path")[1:] for v in re.findall(r"-?\d+\.\d", p.get("d"))]
+        assert numbers and -10 <= min(numbers) and max(numbers) < 400
+        right = max(float(t.get("x")) for t in panel.findall(f"{SVG}text"))
+        names = [t for t in panel.findall(f"{SVG}text") if float(t.get("x")) == right and t.get("text-anchor") == "start"]
+        names = sorted(float(t.get("y")) for t in names)
+        assert all(b - a >= 13.8 for a, b in zip(names, names[1:]))
+
+
+def test_a_zero_on_a_log_axis_is_a_triangle_at_its_edge():
+    svg = static_svg(curves(metrics(40)))
+    assert svg.count("h10l-5 8z") == 1 and "▽ below it" in svg
+    above = [row | {"loss_kl": 0.5} for row in metrics(40)]
+    assert "▽" not in static_svg(curves(above))
+
+
+def test_without_rows_it_says_so():
+    svg = static_svg(curves([]))
+    no_way_out(svg)
+    assert "no metrics yet" in [t.text for t in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_one_bundle_for_every_front_end(monkeypatch):
+    figure, shown = curves(metrics(30)), []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append((bundle, raw)))
+    show(figure)
+    bundle = mime_bundle(figure)
+    assert shown == [(bundle, True)]
+    assert list(bundle) == ["application/vnd.plotly.v1+json", "text/html", "text/plain"]
+    image = ET.fromstring(bundle["text/html"].replace(">", "/>"))
+    kind, data = image.get("src").split(",")
+    assert image.tag == "img" and kind == "data:image/svg+xml;base64" and base64.b64decode(data).decode() == static_svg(figure)
+    assert image.get("alt") == bundle["text/plain"] and "to step 30" in bundle["text/plain"]
+    # the toolbar's upload button is off
+    config = bundle["application/vnd.plotly.v1+json"]["config"]
+    assert config["showSendToCloud"] is False and config["plotlyServerURL"] == ""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_strangers_text_stays_text(tmp_path, name):
+    table = pd.DataFrame([[name, 1.0], [0.5, 2.0]], index=pd.Index([name, "unparseable"], dtype=object), dtype=object,
+                         columns=pd.Index([name + "1", "after"], dtype=object))
+    path = write_report(tmp_path / "report.html", name, metrics(12), table, {name: [name], "model": name, "beta_kl": 0.3}, notes=[name])
+    page = path.read_text(encoding="utf-8")
+    no_way_out(page)
+    assert page.count("<svg") == 1 and "Content-Security-Policy" in page and "49" not in ET.fromstring(page).find("body/h1").text
+    safe = re.sub("[\x00\x1b\ud800\u202e]", "\ufffd", name)
+    root = ET.fromstring(page)
+    assert root.find("head/title").text == root.find("body/h1").text == root.find("body/p").text == safe
+    parameters = root.findall("body/table")[1]
+    assert parameters.find("tbody/tr[2]/td").text == safe and parameters.find("tbody/tr[3]/td").text == "0.3"
+
+
+def test_the_page_holds_the_numbers_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    assert write_report(path, "run", metrics(12), TABLE, {"seed": 0}) == path
+    assert os.listdir(tmp_path) == ["report.html"]
+    rows = ET.parse(path).getroot().findall("body/table")[0].findall("tbody/tr")
+    assert [["".join(cell.itertext()) for cell in row] for row in rows] == [
+        ["attack success", "1", "0.0123", "80", "share"], ["held-out KL, in domain", "0", "3.10e−4", "—", "nats a token"],
+        ["exact match, plain", "—", "0.500", "12", "share"]]
+    assert path.stat().st_size < 100_000 and "prefers-color-scheme: dark" in path.read_text(encoding="utf-8")
+
+
+def test_a_page_that_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="row 1 of the metrics has None for its step"):
+        write_report(path, "run", [{"loss": 1.0}], TABLE, {})
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
+
+
+def test_the_table_in_a_notebook_is_escaped_too():
+    html = readable_table(pd.DataFrame({"<script>": ["<script>"]}, index=["<script>"])).to_html()
+    assert "<script" not in html and html.count("&lt;script&gt;") == 3
+
+
+def test_the_module_needs_no_torch():
+    code = "import sys, cbnb.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
