@@ -5,9 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # What a caller may set: make train BETA_KL=0.1
-# weight of the KL term, and where the executed notebook goes
+# weight of the KL term, and the run directory
 BETA_KL ?= 0.3
-OUT ?= out.ipynb
+RUN_DIR ?= runs/$(shell date +%F)/train-beta_kl$(BETA_KL)-$(shell date +%H%M%S)
 # the environment, and the Python to make it with (empty: the first of python3, python3.14 ... python3.11 that is new enough)
 VENV ?= .venv
 PYTHON ?=
@@ -30,10 +30,10 @@ $(VENV)/.user: settings.ini setup.py pyproject.toml constraints.txt
 $(VENV)/.dev: settings.ini setup.py pyproject.toml constraints.txt
 	.ci/venv $(VENV) '.[dev]'
 
-train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and OUT=out.ipynb can be set
-	$(RUN) -m papermill nbs/train.ipynb $(OUT) -p beta_kl $(BETA_KL)
-	@echo "executed notebook: $(OUT)"
-	@$(RUN) -m cbnb.runs last
+train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_DIR=runs/... can be set
+	@set -e; run='$(RUN_DIR)'; mkdir -p -m 700 "$$run"; \
+	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.1.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
+	  $(RUN) -m cbnb.report "$$run"
 
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
 	@rc=0; $(RUN) .ci/nbtest.py || rc=1; OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; exit $$rc

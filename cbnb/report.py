@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'PAGE',
-           'format_number', 'printable', 'readable_table', 'as_float', 'series', 'summary', 'axis_range', 'spread',
-           'neighbours', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
-           'tick_text', 'thin', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle',
-           'show', 'report_page', 'write_report']
+           'format_number', 'printable', 'readable_table', 'result_table', 'describe_run', 'as_float', 'series',
+           'summary', 'axis_range', 'spread', 'neighbours', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
+           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'thin', 'pixels', 'svg_line', 'svg_text', 'svg_axes',
+           'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 from html import escape
 from numbers import Real
 from pathlib import Path
@@ -23,6 +24,8 @@ import jinja2
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+
+from .runs import read_json, read_status, runs_folder
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -67,13 +70,42 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(text, index=names, dtype=object).assign(unit=units)
 
 # %% ../nbs/12_report.ipynb #33d23fe4
+def result_table(before: dict, after: dict) -> pd.DataFrame:
+    """Before and after, a row a figure of `cbnb.evaluation.evaluate`, with the number of transcripts behind each rate; what was not
+    measured is NaN."""
+    def flat(result):
+        rows = {}
+        for key, value in result.items():
+            if key != "n": rows |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        return rows
+    table = pd.DataFrame({"before": flat(before), "after": flat(after)}, dtype=float)
+    n = {**dict.fromkeys(("attack_success", "attack_success_lax", "unparseable"), before["n"]["attack"]),
+         **{f"exact_match {kind}": count for kind, count in before["n"].items() if kind != "attack"}}
+    return table.assign(n=pd.Series(n, dtype="Int64")).rename_axis("held out")
+
+# %% ../nbs/12_report.ipynb #b71deae6
+def describe_run(path) -> str:
+    """The state, the result table and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run."""
+    path = Path(path)
+    status, result = read_status(path), read_json(path / "result.json")
+    if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
+    lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
+    if result: lines += ["", readable_table(result_table(result["before"], result["after"])).to_string(), ""]
+    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
+    return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
+
+# %% ../nbs/12_report.ipynb #451ebf8c
+if __name__ == "__main__" and "__file__" in globals():
+    for folder in sys.argv[1:]: print(describe_run(folder))
+
+# %% ../nbs/12_report.ipynb #2abb9e40
 def as_float(value) -> float:
     "`value` as a float; whatever is no finite number (null, text, infinity, beyond a float) is NaN: a gap in a curve."
     if not isinstance(value, Real) or isinstance(value, bool) or not -1e300 < value < 1e300:
         return math.nan
     return float(value)
 
-# %% ../nbs/12_report.ipynb #b71deae6
+# %% ../nbs/12_report.ipynb #b956bbdc
 def series(rows: list[dict], key: str, gaps: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of `key` in metrics `rows`: two float64 arrays [n], by step, NaN where a row has no value.
 
@@ -83,7 +115,7 @@ def series(rows: list[dict], key: str, gaps: bool = True) -> tuple[np.ndarray, n
     values = np.array([by_step[s] for s in steps], dtype=float)
     return (steps, values) if gaps else (steps[np.isfinite(values)], values[np.isfinite(values)])
 
-# %% ../nbs/12_report.ipynb #871a7905
+# %% ../nbs/12_report.ipynb #d0268a6a
 def summary(rows: list[dict]) -> str:
     "One sentence for those who cannot see the plot: first and last value of each term."
     if not rows:
@@ -95,7 +127,7 @@ def summary(rows: list[dict]) -> str:
             parts.append(f"{name} {format_number(values[0])} → {format_number(values[-1])}")
     return f"training curves to step {max(row['step'] for row in rows)}: " + ", ".join(parts)
 
-# %% ../nbs/12_report.ipynb #b956bbdc
+# %% ../nbs/12_report.ipynb #e1efbfa9
 # name of a line: colour (Okabe-Ito), dash, width
 STYLES = {
     "reroute": ("#D55E00", "solid", 1.5), "retain": ("#009E73", "dash", 1.5), "KL": ("#0072B2", "dot", 2),
@@ -103,7 +135,7 @@ STYLES = {
     "c_s": ("#D55E00", "solid", 1.5), "c_r": ("#CC79A7", "dashdot", 1.5)}
 TEXT_COLOUR = "#808080"
 
-# %% ../nbs/12_report.ipynb #d0268a6a
+# %% ../nbs/12_report.ipynb #ba5af0f3
 # title, log axis?, {key of metrics.jsonl: name of the line}, smallest top of the axis; in reading order: left, right, next row
 PANELS = (
     ("reroute: mean relu(cosine)", False, {"loss_reroute": "reroute"}, 1.0),
@@ -116,7 +148,7 @@ PANELS = (
      {"grad_norm_total": "total", "grad_norm_reroute": "reroute", "grad_norm_retain": "retain", "grad_norm_kl": "KL"}, 0.0))
 SLOW = {"grad_norm_reroute", "grad_norm_retain", "grad_norm_kl"}
 
-# %% ../nbs/12_report.ipynb #4d19fbf1
+# %% ../nbs/12_report.ipynb #d479c420
 def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:
     """`[low, high]` of an axis that shows the finite `values` [n]; for a log axis exponents of ten, as plotly wants them.
 
@@ -133,7 +165,7 @@ def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:
     pad = 0.05 * (high - low) or 1.0
     return [low - pad if low < 0 else 0.0, high + pad]
 
-# %% ../nbs/12_report.ipynb #5bd83d67
+# %% ../nbs/12_report.ipynb #592fe663
 def spread(positions: list[float], gap: float, size: float) -> list[float]:
     "`positions` on a line of length `size`, moved as little as needed (least squares) for neighbours to be `gap` apart; same order."
     order = np.argsort(positions, kind="stable")
@@ -149,12 +181,12 @@ def spread(positions: list[float], gap: float, size: float) -> list[float]:
     moved[order] = free + gap * np.arange(len(free))
     return moved.tolist()
 
-# %% ../nbs/12_report.ipynb #d479c420
+# %% ../nbs/12_report.ipynb #0268b94f
 def neighbours(mask: np.ndarray) -> np.ndarray:
     "For each entry of a bool array [n], how many of the entries beside it are True: 0, 1 or 2."
     return np.r_[0, mask][:-1] + np.r_[mask, 0][1:]
 
-# %% ../nbs/12_report.ipynb #19ae9886
+# %% ../nbs/12_report.ipynb #0fd2409d
 def line(rows: list[dict], key: str, name: str, limits: list[float], log: bool) -> go.Scatter:
     """The trace of one metric. A value below a log axis (a KL of 0) is drawn at its lower edge, with an open triangle where such a stretch
     begins and ends and the true value on hover; a point without neighbours, and each of a few points, gets a dot."""
@@ -173,16 +205,16 @@ def line(rows: list[dict], key: str, name: str, limits: list[float], log: bool) 
                                  color=colour, opacity=1, line=dict(color=colour, width=np.where(low, 1.5, 0))))
     return trace
 
-# %% ../nbs/12_report.ipynb #8b7b3e77
+# %% ../nbs/12_report.ipynb #ba953726
 WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=56, r=64, t=50, b=44)
 COLUMNS, LINES = ((0.0, 0.45), (0.54, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))  # domains of the panels, in shares of the plot
 
-# %% ../nbs/12_report.ipynb #0268b94f
+# %% ../nbs/12_report.ipynb #4a23e674
 def axis_ids(n: int) -> tuple[str, str]:
     "plotly's names for the axes of panel `n`: the first is called x, not x1."
     return f"x{n if n > 1 else ''}", f"y{n if n > 1 else ''}"
 
-# %% ../nbs/12_report.ipynb #6de33085
+# %% ../nbs/12_report.ipynb #5e18559e
 def end_labels(traces: list[go.Scatter], n: int, limits: list[float], log: bool, height: float) -> list[dict]:
     "Annotations that name each trace of panel `n` where it ends, moved apart where they would touch; `height` of the panel in pixels."
     x, y = axis_ids(n)
@@ -193,7 +225,7 @@ def end_labels(traces: list[go.Scatter], n: int, limits: list[float], log: bool,
                  showarrow=False, font=dict(color=t.line.color, size=12))
             for (t, _), v, p, moved in zip(ends, values, pixels, spread(pixels, 14, height), strict=True)]
 
-# %% ../nbs/12_report.ipynb #9177ff51
+# %% ../nbs/12_report.ipynb #eec4ad68
 def panel_axes(rows: list[dict], n: int, limits: list[float], log: bool) -> dict:
     "Layout of both axes of panel `n`; the steps are shared by all panels and labelled under the lowest two."
     (x, y), lowest = axis_ids(n), n > len(PANELS) - len(COLUMNS)
@@ -208,7 +240,7 @@ def panel_axes(rows: list[dict], n: int, limits: list[float], log: bool) -> dict
         yaxis |= dict(type="log", dtick=1 if limits[1] - limits[0] > 2 else "D2")
     return {"xaxis" + x[1:]: xaxis, "yaxis" + y[1:]: yaxis}
 
-# %% ../nbs/12_report.ipynb #b77bbea2
+# %% ../nbs/12_report.ipynb #4a6706ab
 def panel(rows: list[dict], n: int) -> tuple[list[go.Scatter], dict, list[dict]]:
     "Traces, axes and annotations of panel `n` (from 1) of `PANELS`."
     title, log, lines, top = PANELS[n - 1]
@@ -226,7 +258,7 @@ def panel(rows: list[dict], n: int) -> tuple[list[go.Scatter], dict, list[dict]]
         notes.append(dict(text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False))
     return traces, panel_axes(rows, n, limits, log), notes
 
-# %% ../nbs/12_report.ipynb #4f77a2b1
+# %% ../nbs/12_report.ipynb #0fe102d3
 def curves(rows: list[dict]) -> go.Figure:
     """Six panels over the steps of a run, from rows of metrics.jsonl (missing and null values are gaps; no rows give an empty frame).
 
@@ -248,7 +280,7 @@ def curves(rows: list[dict]) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
         modebar=dict(bgcolor="rgba(0,0,0,0)", color=TEXT_COLOUR, activecolor="#56B4E9", remove=["select2d", "lasso2d"])))
 
-# %% ../nbs/12_report.ipynb #4a6706ab
+# %% ../nbs/12_report.ipynb #ff3922e0
 def linear_ticks(low: float, high: float, about: int = 6) -> list[float]:
     "About `about` round numbers (1, 2 or 5 times a power of ten apart) in [low, high]."
     raw = (high - low) / about
@@ -256,14 +288,14 @@ def linear_ticks(low: float, high: float, about: int = 6) -> list[float]:
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
-# %% ../nbs/12_report.ipynb #39c6e90d
+# %% ../nbs/12_report.ipynb #db859ccd
 def log_ticks(low: float, high: float) -> list[float]:
     "Powers of ten in [10**low, 10**high]; with 2 and 5 times them when that is two decades or less. Exponents of ten in, values out."
     steps = (1,) if high - low > 2 else (1, 2, 5)
     values = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
     return [v for v in values if 10 ** low <= v * (1 + 1e-9) and v <= 10 ** high * (1 + 1e-9)]
 
-# %% ../nbs/12_report.ipynb #129acea4
+# %% ../nbs/12_report.ipynb #6b06edb0
 def tick_text(value: float) -> str:
     "A short text for an axis: plain from 0.0001 to 9999, else a power of ten in superscript digits."
     if value == 0 or 0.99e-4 < abs(value) < 1e4:
@@ -272,7 +304,7 @@ def tick_text(value: float) -> str:
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if mantissa == "1" else f"{mantissa}·{power}".replace("-", "−", 1)
 
-# %% ../nbs/12_report.ipynb #1e008a4a
+# %% ../nbs/12_report.ipynb #793ffbee
 def thin(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Indices of the points of a long line that a screen can show: first, lowest, highest and last of each pixel column. `x`, `y` in pixels."
     if len(x) <= 1000:
@@ -281,14 +313,14 @@ def thin(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     keep = {i for part in np.split(np.arange(len(x)), starts) for i in (part[0], part[y[part].argmin()], part[y[part].argmax()], part[-1])}
     return np.array(sorted(keep))
 
-# %% ../nbs/12_report.ipynb #abe9a52a
+# %% ../nbs/12_report.ipynb #70a2e20c
 def pixels(axis, values, length: float) -> np.ndarray:
     "Where plotly `axis` puts `values` (floats, None for missing) on `length` pixels, from its lower end."
     values = np.asarray(values, dtype=float)
     low, high = axis.range
     return ((np.log10(values) if axis.type == "log" else values) - low) / (high - low) * length
 
-# %% ../nbs/12_report.ipynb #6b06edb0
+# %% ../nbs/12_report.ipynb #5b7e0608
 def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
     "SVG of one trace in a panel of `width` × `height` pixels, origin in its upper left corner."
     x, y = pixels(xaxis, trace.x, width), height - pixels(yaxis, trace.y, height)
@@ -306,13 +338,13 @@ def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
                    f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2.5" fill="{trace.line.color}"/>')
     return "".join(out)
 
-# %% ../nbs/12_report.ipynb #793ffbee
+# %% ../nbs/12_report.ipynb #6eb69941
 def svg_text(x: float, y: float, text: str, anchor: str = "start", size: float = 12, colour: str = TEXT_COLOUR) -> str:
     "SVG of one line of text, escaped, vertically centred on `y`."
     place = f'x="{x:.1f}" y="{y + 0.35 * size:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
     return f'<text {place} fill="{colour}">{escape(printable(text))}</text>'
 
-# %% ../nbs/12_report.ipynb #0ee22b47
+# %% ../nbs/12_report.ipynb #5523cf36
 def svg_axes(xaxis, yaxis, width: float, height: float) -> str:
     "SVG of the grid and the tick labels of a panel; labels of the steps only where the figure has them."
     grid, labels = "", ""
@@ -328,7 +360,7 @@ def svg_axes(xaxis, yaxis, width: float, height: float) -> str:
         labels += svg_text(width / 2, height + 31, xaxis.title.text, "middle")
     return f'<path d="{grid}" stroke="#808080" stroke-opacity="0.3"/>{labels}'
 
-# %% ../nbs/12_report.ipynb #5b7e0608
+# %% ../nbs/12_report.ipynb #022ae4c4
 def svg_note(note, yaxis, width: float, height: float) -> str:
     "SVG of one annotation of a panel: its title, a name at a line's end, or the remark that nothing was measured."
     low, high = (0, 1) if note.yref.endswith("domain") else yaxis.range
@@ -337,7 +369,7 @@ def svg_note(note, yaxis, width: float, height: float) -> str:
     anchor = "start" if note.xanchor == "left" else "middle"
     return svg_text(note.x * width + (note.xshift or 0), y, note.text, anchor, size, note.font.color or TEXT_COLOUR)
 
-# %% ../nbs/12_report.ipynb #ea3b81cc
+# %% ../nbs/12_report.ipynb #27779ece
 def static_svg(fig: go.Figure) -> str:
     "A figure made by `curves` as one script-free, well-formed SVG document (str), with a title for screen readers."
     layout = fig.layout
@@ -355,7 +387,7 @@ def static_svg(fig: go.Figure) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
             f'font-family="system-ui, sans-serif"><title>{title}</title>{"".join(body)}</svg>')
 
-# %% ../nbs/12_report.ipynb #c65066e5
+# %% ../nbs/12_report.ipynb #80b231ed
 def mime_bundle(fig: go.Figure) -> dict:
     """One figure for every front end: plotly JSON where plotly's renderer is installed, an `<img>` that holds the SVG where it is not,
     one sentence for a terminal. Nothing in it runs a script."""
@@ -367,13 +399,13 @@ def mime_bundle(fig: go.Figure) -> dict:
     image = f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
     return {"application/vnd.plotly.v1+json": figure, "text/html": image, "text/plain": text}
 
-# %% ../nbs/12_report.ipynb #022ae4c4
+# %% ../nbs/12_report.ipynb #159f1775
 def show(fig: go.Figure) -> None:
     "Displays a figure made by `curves` as one output with the forms of `mime_bundle`."
     from IPython.display import display
     display(mime_bundle(fig), raw=True)
 
-# %% ../nbs/12_report.ipynb #f5500664
+# %% ../nbs/12_report.ipynb #2add10a9
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/><title>{{ title }}</title>
@@ -402,7 +434,7 @@ th:first-child, .text td { text-align: left; } tbody th { font-weight: normal; }
 </body></html>
 """
 
-# %% ../nbs/12_report.ipynb #80b231ed
+# %% ../nbs/12_report.ipynb #4bf0c0f9
 def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=()) -> str:
     """One self-contained page (str, well-formed as XML too) with the result table, the curves and the parameters of a run.
 
@@ -415,7 +447,7 @@ def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: d
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
         svg=static_svg(curves(rows)), parameters=[(printable(k), printable(v)) for k, v in values.items()])
 
-# %% ../nbs/12_report.ipynb #159f1775
+# %% ../nbs/12_report.ipynb #f5de6236
 def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=()) -> Path:
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 

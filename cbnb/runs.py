@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'STATES', 'LEFT_BY_OTHERS', 'ParameterError', 'annotated_lines',
            'declared_parameters', 'injected_parameters', 'parameter_types', 'convert_parameter', 'refuse_secrets',
-           'scrub', 'strict_parameters', 'RunError', 'to_plain', 'write_bytes', 'write_json', 'read_json',
-           'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash',
-           'code_state', 'find_notebook', 'Run', 'now', 'read_status', 'set_status', 'stage', 'process_start',
-           'identity', 'still_running', 'whole_lines', 'append_metrics', 'read_metrics', 'truncate_metrics',
-           'write_result', 'stop_requested', 'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt',
-           'locked', 'record_code', 'open_run']
+           'scrub', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'write_bytes', 'write_json',
+           'read_json', 'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git',
+           'source_hash', 'code_state', 'find_notebook', 'Run', 'now', 'read_status', 'set_status', 'stage',
+           'process_start', 'identity', 'still_running', 'whole_lines', 'append_metrics', 'read_metrics',
+           'truncate_metrics', 'write_result', 'stop_requested', 'is_unused', 'check_same_parameters', 'has_checkpoint',
+           'next_attempt', 'locked', 'record_code', 'open_run']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -72,14 +72,16 @@ PARAMETER_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None":
 
 # %% ../nbs/10_runs.ipynb #b35e2eb7
 def parameter_types(name, text):
-    """The list of type names in a declaration such as `float | None`. Raises `ParameterError` for a type that no command line can give."""
+    """The list of type names in a declaration such as `float | None` or `"Optional[float]"`. Raises `ParameterError` for a type that no
+    command line can give."""
+    text = re.sub(r"^Optional\[(\w+)\]$", r"\1 | None", text.strip("'\""))
     words = [word.strip() for word in text.split("|")]
     if not set(words) <= set(PARAMETER_TYPES):
-        raise ParameterError(f"parameter {name!r} is declared as {text}; declare it as bool, int, float or str "
-                             "(a list travels as a comma string), with '| None' if it may be left out")
+        raise ParameterError(f"parameter {name!r} is declared as {text}; declare it as bool, int, float or str (a list travels as a "
+                             "comma string), or as \"Optional[int]\" and so on, in quotation marks, if it may be left out")
     return words
 
-# %% ../nbs/10_runs.ipynb #1b239a6e
+# %% ../nbs/10_runs.ipynb #de3a8f9f
 def convert_parameter(name, types, value):
     """`value` as one of `types` (names from `PARAMETER_TYPES`): an int is a float too, a number is a string too, a bool is neither.
 
@@ -97,13 +99,13 @@ def convert_parameter(name, types, value):
     hint = "; write True or False" if "bool" in types else "; write '10,20' for a list" if isinstance(value, (list, tuple)) else ""
     raise ParameterError(f"parameter {name!r} wants {' or '.join(types)}, but {value!r} ({type(value).__name__}) was given{hint}")
 
-# %% ../nbs/10_runs.ipynb #2105c555
+# %% ../nbs/10_runs.ipynb #ec0ecbfe
 SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|secret|credentials?|api_?key|access_key|private_key)(?:_|$)", re.IGNORECASE)
 
-# %% ../nbs/10_runs.ipynb #ec0ecbfe
+# %% ../nbs/10_runs.ipynb #64da17d3
 SECRET_TEXT = re.compile(r"(?<![A-Za-z0-9])(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{20,}|(?<=://)[^/@\s\"'\\]+@")
 
-# %% ../nbs/10_runs.ipynb #64da17d3
+# %% ../nbs/10_runs.ipynb #16c334ac
 def refuse_secrets(parameters):
     """Raises `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a URL with a password."""
     for name, value in parameters.items():
@@ -111,12 +113,12 @@ def refuse_secrets(parameters):
             raise ParameterError(f"parameter {name!r} looks like a secret, and parameters are written to disk; "
                                  "put it into the environment (HF_TOKEN) instead")
 
-# %% ../nbs/10_runs.ipynb #672a3a4c
+# %% ../nbs/10_runs.ipynb #181c9d69
 def scrub(text):
     """`text` with everything that looks like a token, or like the user part of a URL, replaced by `[removed]`."""
     return SECRET_TEXT.sub("[removed]", text)
 
-# %% ../nbs/10_runs.ipynb #6d195b95
+# %% ../nbs/10_runs.ipynb #90222505
 def strict_parameters(namespace):
     """`{name: value}` of all declared parameters in `namespace` (`globals()` of a run notebook), each name and value checked.
 
@@ -139,11 +141,15 @@ def strict_parameters(namespace):
     namespace.update(values)
     return values
 
-# %% ../nbs/10_runs.ipynb #cea8720c
+# %% ../nbs/10_runs.ipynb #542b4f56
 class RunError(RuntimeError):
     "A run directory that cannot be used as asked; the message is one sentence that names it and says what to do."
 
-# %% ../nbs/10_runs.ipynb #542b4f56
+# %% ../nbs/10_runs.ipynb #6ff48b58
+class RunInterrupted(Exception):
+    "Raised by a run notebook when its training was asked to stop and has left a checkpoint: the run is interrupted, not failed."
+
+# %% ../nbs/10_runs.ipynb #f668bd7a
 def to_plain(value):
     """`value` as JSON can hold it.
 
@@ -159,7 +165,7 @@ def to_plain(value):
     if isinstance(value, Path): return str(value)
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r:.80}")
 
-# %% ../nbs/10_runs.ipynb #5463a6a7
+# %% ../nbs/10_runs.ipynb #d91fd7de
 def write_bytes(path, data):
     """Writes `data` (bytes) to `path` with mode 0600: under a temporary name beside it, flushed to disk, then renamed over it."""
     path = Path(path)
@@ -174,12 +180,12 @@ def write_bytes(path, data):
         Path(temporary).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/10_runs.ipynb #c2dcb673
+# %% ../nbs/10_runs.ipynb #3330018e
 def write_json(path, value):
     """Writes `to_plain(value)` to `path` as JSON, whole or not at all (see `write_bytes`)."""
     write_bytes(path, (json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n").encode())
 
-# %% ../nbs/10_runs.ipynb #b9ba1fbe
+# %% ../nbs/10_runs.ipynb #7eb976c1
 def read_json(path):
     """The dict in the JSON file `path`, None if there is no such file. Raises `RunError`, naming it, for anything but a JSON object."""
     try: value = json.loads(Path(path).read_text())
@@ -188,30 +194,30 @@ def read_json(path):
     if not isinstance(value, dict): raise RunError(f"{path} holds no JSON object: move it away or repair it")
     return value
 
-# %% ../nbs/10_runs.ipynb #f4e1e128
+# %% ../nbs/10_runs.ipynb #c34a0a93
 def project_root(start=None):
     """The nearest folder at or above `start` (default: the working directory) that holds a settings.ini, or None."""
     start = Path(start or Path.cwd()).resolve()
     return next((folder for folder in (start, *start.parents) if (folder / "settings.ini").is_file()), None)
 
-# %% ../nbs/10_runs.ipynb #9034d792
+# %% ../nbs/10_runs.ipynb #ad60fcee
 def runs_folder():
     """Where direct runs go: the environment's `CBNB_RUNS`, else `runs` in the project root, else in the working directory. Not created."""
     given = os.environ.get("CBNB_RUNS")
     return Path(given).expanduser().resolve() if given else (project_root() or Path.cwd().resolve()) / "runs"
 
-# %% ../nbs/10_runs.ipynb #43b11362
+# %% ../nbs/10_runs.ipynb #ce1c17f7
 def check_name(name):
     """`name` if it is safe as a folder name: 1–64 of the characters A–Z a–z 0–9 . _ - and no dot first. Raises `RunError` otherwise."""
     if isinstance(name, str) and re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name): return name
     raise RunError(f"a run's name wants 1 to 64 of the characters A-Z a-z 0-9 . _ - with no dot first, but {name!r} was given")
 
-# %% ../nbs/10_runs.ipynb #d4f415a9
+# %% ../nbs/10_runs.ipynb #1926126a
 def parameters_hash(parameters):
     """sha256 (64 hex digits) of the canonical JSON of `parameters`: order and tuple or list do not matter, any value does."""
     return hashlib.sha256(json.dumps(to_plain(parameters), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-# %% ../nbs/10_runs.ipynb #47342893
+# %% ../nbs/10_runs.ipynb #2d9cbc16
 def fresh_folder(name, parameters):
     """Makes and returns a new folder `<runs>/<UTC date>/<name>-<hash>[-2 …]`, mode 0700. Raises `RunError` for an unsafe name."""
     runs = runs_folder()
@@ -226,7 +232,7 @@ def fresh_folder(name, parameters):
         return folder
     raise RunError(f"{day} holds 9999 runs named {stem}: remove some")
 
-# %% ../nbs/10_runs.ipynb #96d785b4
+# %% ../nbs/10_runs.ipynb #090ecfdd
 def git(folder, *arguments, limit=1_000_000):
     """At most `limit` bytes of what a git command prints in `folder`, as text; None if git is missing, fails or takes over 10 seconds."""
     with tempfile.TemporaryFile() as out:
@@ -237,7 +243,7 @@ def git(folder, *arguments, limit=1_000_000):
         out.seek(0)
         return out.read(limit).decode(errors="replace")
 
-# %% ../nbs/10_runs.ipynb #793bca99
+# %% ../nbs/10_runs.ipynb #9bdd5c7d
 def source_hash(folder):
     """sha256 (64 hex digits) over names and contents of all .py files under `folder`."""
     total = hashlib.sha256()
@@ -245,7 +251,7 @@ def source_hash(folder):
         total.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 
-# %% ../nbs/10_runs.ipynb #090ecfdd
+# %% ../nbs/10_runs.ipynb #8ab44a58
 def code_state(limit=1_000_000):
     """`{version, source, commit, diff, diff_truncated}` of the cbnb that is running. No remote and no environment is among it.
 
@@ -259,7 +265,7 @@ def code_state(limit=1_000_000):
             "diff": scrub(diff[:limit]) if diff is not None else None,
             "diff_truncated": diff is not None and len(diff.encode(errors="replace")) > limit}
 
-# %% ../nbs/10_runs.ipynb #7b1b9853
+# %% ../nbs/10_runs.ipynb #3303a0eb
 def find_notebook(name):
     """Path of the notebook that is running, or None.
 
@@ -269,7 +275,7 @@ def find_notebook(name):
     candidates = ([Path(given)] if given.endswith(".ipynb") else []) + [folder / f"{name}.ipynb" for folder in folders]
     return next((path for path in candidates if path.is_file()), None)
 
-# %% ../nbs/10_runs.ipynb #8c0ab731
+# %% ../nbs/10_runs.ipynb #3a33cb75
 @dataclass(frozen=True)
 class Run:
     """An open run: `path` of its directory, `attempt` (from 1), `resumed` (an earlier attempt left a checkpoint to go on from)."""
@@ -277,15 +283,15 @@ class Run:
     attempt: int = 1
     resumed: bool = False
 
-# %% ../nbs/10_runs.ipynb #d448decc
+# %% ../nbs/10_runs.ipynb #3ed1a9e7
 STATES = ("queued", "running", "interrupted", "done", "failed")
 
-# %% ../nbs/10_runs.ipynb #3a33cb75
+# %% ../nbs/10_runs.ipynb #b941c250
 def now():
     """The time in UTC as ISO 8601 text, whole seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/10_runs.ipynb #3ed1a9e7
+# %% ../nbs/10_runs.ipynb #49467150
 def read_status(path):
     """The dict in `<path>/status.json`, empty if there is none yet. Raises `RunError` for broken JSON or a state not in `STATES`."""
     status = read_json(Path(path) / "status.json") or {}
@@ -293,7 +299,7 @@ def read_status(path):
         raise RunError(f"{path}/status.json has the state {status.get('state')!r}, which is none of {', '.join(STATES)}")
     return status
 
-# %% ../nbs/10_runs.ipynb #b941c250
+# %% ../nbs/10_runs.ipynb #858bc3e6
 def set_status(run, state, **fields):
     """Writes `state` (one of `STATES`) and `fields` into the run's status.json; other fields keep their value, `updated` is now.
 
@@ -301,28 +307,28 @@ def set_status(run, state, **fields):
     if state not in STATES: raise ValueError(f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}")
     write_json(run.path / "status.json", {**read_status(run.path), "state": state, **fields, "updated": now()})
 
-# %% ../nbs/10_runs.ipynb #86531c87
+# %% ../nbs/10_runs.ipynb #76d98cb8
 @contextmanager
 def stage(run, name):
     """Marks the run as running in the stage `name`.
 
-    An exception inside marks it failed, with the error in one line (an interrupt from the keyboard: interrupted), and goes on its way."""
+    An exception inside marks it failed, with the error in one line (`RunInterrupted` and KeyboardInterrupt: interrupted), and goes on its way."""
     set_status(run, "running", stage=name, error=None)
     try: yield
     except BaseException as e:
         error = scrub(" ".join(f"{type(e).__name__}: {e}".split()))[:500]
-        try: set_status(run, "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", error=error)
+        try: set_status(run, "interrupted" if isinstance(e, (KeyboardInterrupt, RunInterrupted)) else "failed", error=error)
         except OSError: pass   # a full disk must not hide the error that is under way
         raise
 
-# %% ../nbs/10_runs.ipynb #db7c4859
+# %% ../nbs/10_runs.ipynb #0ce55b67
 def process_start(pid):
     """When the process `pid` of this machine started (clock ticks since boot, as text); None if there is none or it is a zombie."""
     try: fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, TypeError, ValueError): return None
     return None if fields[0] == "Z" else fields[19]
 
-# %% ../nbs/10_runs.ipynb #eee9add7
+# %% ../nbs/10_runs.ipynb #63b03385
 def identity():
     """Who runs here: `{job, slurm_restarts, node, pid, pid_started}`; job is SLURM's id (`array_task` in an array), None outside."""
     job, array, task = (os.environ.get(f"SLURM_{k}") for k in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
@@ -330,7 +336,7 @@ def identity():
     return {"job": f"{array}_{task}" if array and task else job, "slurm_restarts": int(restarts) if restarts.isdigit() else 0,
             "node": socket.gethostname(), "pid": os.getpid(), "pid_started": process_start(os.getpid())}
 
-# %% ../nbs/10_runs.ipynb #0ce55b67
+# %% ../nbs/10_runs.ipynb #b2677d40
 def still_running(status):
     """Whether the process that wrote a `running` status may still live.
 
@@ -341,14 +347,14 @@ def still_running(status):
         return start is not None and start == status.get("pid_started") and status.get("pid") != me["pid"]
     return not (status.get("job") and status["job"] == me["job"] and me["slurm_restarts"] > status.get("slurm_restarts", 0))
 
-# %% ../nbs/10_runs.ipynb #9d94b2c6
+# %% ../nbs/10_runs.ipynb #0dc93254
 def whole_lines(path):
     """The bytes of the file up to and including its last newline (empty without a file): a line cut off in the middle is left out."""
     try: data = Path(path).read_bytes()
     except FileNotFoundError: return b""
     return data[: data.rfind(b"\n") + 1]
 
-# %% ../nbs/10_runs.ipynb #ac234a0b
+# %% ../nbs/10_runs.ipynb #87832932
 def append_metrics(run, row):
     """Appends the dict `row` to the run's metrics.jsonl as one line of JSON (null for NaN), flushed.
 
@@ -359,7 +365,7 @@ def append_metrics(run, row):
         f.seek(0, os.SEEK_END)
         f.write((json.dumps(to_plain(row), allow_nan=False) + "\n").encode())
 
-# %% ../nbs/10_runs.ipynb #0dc93254
+# %% ../nbs/10_runs.ipynb #72e3728a
 def read_metrics(path):
     """List of the dicts in a metrics.jsonl (`path`: the file or the run's folder), empty without a file.
 
@@ -374,7 +380,7 @@ def read_metrics(path):
         rows.append(row)
     return rows
 
-# %% ../nbs/10_runs.ipynb #d8543504
+# %% ../nbs/10_runs.ipynb #a20f8372
 def truncate_metrics(run, step):
     """Drops the rows of the run's metrics.jsonl beyond `step`, the one that is resumed from; returns how many. Rewritten atomically."""
     path = run.path / "metrics.jsonl"
@@ -383,25 +389,25 @@ def truncate_metrics(run, step):
     if path.exists(): write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return len(rows) - len(kept)
 
-# %% ../nbs/10_runs.ipynb #1ef78407
+# %% ../nbs/10_runs.ipynb #626b29ec
 def write_result(run, result):
     """Writes the dict `result` as the run's result.json, atomically. Mark the run `done` with `set_status` when all else is saved too."""
     write_json(run.path / "result.json", result)
 
-# %% ../nbs/10_runs.ipynb #4d22443c
+# %% ../nbs/10_runs.ipynb #5edbdab5
 def stop_requested(run):
     """Whether a file `stop` has appeared in the run directory: the trainer then saves a checkpoint and ends as interrupted."""
     return (run.path / "stop").exists()
 
-# %% ../nbs/10_runs.ipynb #fd7e3793
+# %% ../nbs/10_runs.ipynb #4e991634
 LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "stop", ".*")
 
-# %% ../nbs/10_runs.ipynb #0e9c6706
+# %% ../nbs/10_runs.ipynb #e6833f60
 def is_unused(path):
     """Whether the folder holds nothing, or only what papermill and a batch script put there before the run starts (`LEFT_BY_OTHERS`)."""
     return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
-# %% ../nbs/10_runs.ipynb #496ace68
+# %% ../nbs/10_runs.ipynb #ba191635
 def check_same_parameters(path, parameters):
     """Raises `RunError`, naming what differs, when `<path>/params.json` exists and is not `parameters`."""
     old = read_json(Path(path) / "params.json")
@@ -410,12 +416,12 @@ def check_same_parameters(path, parameters):
               if k not in old or k not in parameters or old[k] != parameters[k]]
     if differ: raise RunError(f"{path} was started with other parameters: {', '.join(differ)}; give another run_dir or the same parameters")
 
-# %% ../nbs/10_runs.ipynb #7f87a67f
+# %% ../nbs/10_runs.ipynb #a7df6635
 def has_checkpoint(path):
     """Whether `<path>/checkpoints` holds a folder `checkpoint-<step>`."""
     return any(folder.is_dir() for folder in (Path(path) / "checkpoints").glob("checkpoint-*"))
 
-# %% ../nbs/10_runs.ipynb #ba191635
+# %% ../nbs/10_runs.ipynb #9daf146c
 def next_attempt(path, parameters):
     """The `Run` for the folder `path`; `RunError` when it is done, still running, of other parameters or no run directory."""
     status = read_status(path)
@@ -432,7 +438,7 @@ def next_attempt(path, parameters):
     started = status.get("state") not in (None, "queued")
     return Run(path, status.get("attempt", 0) + 1 if started else 1, started and has_checkpoint(path))
 
-# %% ../nbs/10_runs.ipynb #9daf146c
+# %% ../nbs/10_runs.ipynb #5db526dd
 @contextmanager
 def locked(path):
     """Holds the file lock of the folder `path`, so that of two processes opening it the second sees what the first wrote."""
@@ -441,7 +447,7 @@ def locked(path):
         except OSError: pass   # a file system without locks: the status alone must do
         yield
 
-# %% ../nbs/10_runs.ipynb #3bb94da7
+# %% ../nbs/10_runs.ipynb #48c3199b
 def record_code(run, notebook):
     """Writes code.json and notebook.ipynb at the first attempt and, where the code has changed since, code.<attempt>.json."""
     code, first = code_state(), read_json(run.path / "code.json")
@@ -450,7 +456,7 @@ def record_code(run, notebook):
     if source and not (run.path / "notebook.ipynb").exists() and source.stat().st_size < 50_000_000:
         write_bytes(run.path / "notebook.ipynb", scrub(source.read_text(errors="replace")).encode())
 
-# %% ../nbs/10_runs.ipynb #5db526dd
+# %% ../nbs/10_runs.ipynb #3a929bd3
 def open_run(parameters, name="train", run_dir=None, notebook=None):
     """Opens a run directory, writes params.json, code.json, notebook.ipynb and status.json (running), and returns the `Run`.
 

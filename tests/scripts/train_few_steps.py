@@ -2,7 +2,7 @@
 
 usage: train_few_steps.py PACKAGE_FILE...     the package's files that are not modules, relative to the package
 """
-import importlib, pkgutil, sys
+import importlib, pkgutil, sys, tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,3 +18,27 @@ for name in sys.argv[1:]:
     assert files("cbnb").joinpath(name).is_file(), f"the wheel lacks {name}"
 
 print(f"cbnb {cbnb.__version__}: {len(names)} modules, {len(sys.argv) - 1} data files")
+
+
+from cbnb.config import get_config
+from cbnb.data import encode_stream, load_streams
+from cbnb.masks import ChatMasker
+from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.runs import open_run, read_metrics
+from cbnb.tinyagent import write_data
+from cbnb.trainer import train_breaker
+
+with tempfile.TemporaryDirectory() as folder:
+    world = write_data(f"{folder}/data")
+    harmful, benign, _ = load_streams([world["train_harmful"], world["train_benign"]], [world["eval"]])
+    config = get_config("tinyagent", total_steps=3)
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    harmful, _ = encode_stream(harmful, masker, config.harmful_policy)
+    benign, _ = encode_stream(benign, masker, config.benign_policy)
+    student = add_adapter(load_model("tinyagent"), config)
+    run = open_run({"total_steps": 3}, run_dir=f"{folder}/run")
+    assert train_breaker(student, harmful, benign, config, run, masker.tokenizer.pad_token_id)
+    rows = read_metrics(run.path)
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[-1]["loss_retain"] > 0
+    assert (save_adapter(student, run.path / "adapter") / "adapter_model.safetensors").is_file()
+print("trained", len(rows), "steps, loss", rows[-1]["loss"])
