@@ -3,7 +3,7 @@
 nbdev_test itself prints no counts, and calls "no notebook found" a success. The counts here are its own report of what it
 completed, held against the notebooks that it should have found: one that is missing fails, and so does finding none.
 """
-import os, re, signal, subprocess, sys, threading, time
+import os, re, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +15,10 @@ TIMEOUT = 1800      # seconds for all notebooks: nbdev_test has no time limit of
 WORKERS = 2
 
 
-def run_nbdev_test():
-    "Run `nbdev_test` with its output shown as it comes; returns (exit status, output)."
+def run_nbdev_test(runs):
+    "Run `nbdev_test` with its output shown as it comes and the run directories of train.ipynb in `runs`; returns (exit status, output)."
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}       # unbuffered workers would mix their lines
-    env |= {"OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1", "CBNB_RUNS": runs}
     command = [str(Path(sys.executable).parent / "nbdev_test"), "--n_workers", str(WORKERS), "--do_print", "--timing"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
     timer = threading.Timer(TIMEOUT, lambda: os.killpg(process.pid, signal.SIGKILL))
@@ -49,7 +49,7 @@ def main():
     nbs = get_config().nbs_path
     notebooks = sorted(nbglob(as_path=True))
     start = time.time()
-    status, output = run_nbdev_test()
+    with tempfile.TemporaryDirectory() as runs: status, output = run_nbdev_test(runs)
     completed = {Path(p) for p in re.findall(r"- Completed (.+?\.ipynb)", output)}
     report = re.search(r"Failed On The Following Notebooks:\n=+\n((?:\t.+\n?)+)", output)
     names = {line.strip() for line in report[1].splitlines()} if report else set()

@@ -64,7 +64,7 @@ class CircuitBreaker(nn.Module):
     def forward(self, harmful: dict, benign: dict, denominators: torch.Tensor) -> dict[str, torch.Tensor]:
         """`{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
 
-        `harmful`, `benign`: `input_ids`, `attention_mask` [B, S] and `loss_mask` bool [B, S] (`cbnb.data.collate`). `denominators`: float [3], the
+        `harmful`, `benign`: `input_ids`, `attention_mask` [B, S] and `loss_mask` bool [B, S] (`cbnb.data.collate`). `denominators`: [3], the
         tokens of the global batch over which each term is a mean (`cbnb.data.COUNTS`). At `beta_kl = 0` the KL is measured without gradient."""
         config = self.circuit_breaker_config
         (student, _), (teacher, _) = both_passes(self.student, self.teacher, harmful, config)

@@ -160,8 +160,8 @@ COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets")
 
 
 def collate(pairs: list[tuple[Sample, Sample]], pad_id: int) -> dict:
-    """The mixed batch: `{"harmful": rows, "benign": rows, "counts": float64 [3]}`. `counts` are the tokens over which each term of
+    """The mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the tokens over which each term of
     this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0 counts for the first two only: nothing predicts it."""
     harmful, benign = (pad_rows(list(samples), pad_id) for samples in zip(*pairs))
-    counts = torch.tensor([harmful["loss_mask"].sum(), benign["loss_mask"].sum(), benign["loss_mask"][:, 1:].sum()], dtype=torch.float64)
+    counts = torch.tensor([harmful["loss_mask"].sum(), benign["loss_mask"].sum(), benign["loss_mask"][:, 1:].sum()])
     return {"harmful": harmful, "benign": benign, "counts": counts}

@@ -196,11 +196,11 @@ def make_transcripts(kind, n, split="train", seed=0):
 def write_data(folder, seed=0):
     """Write the world as JSONL: `{name: path}` for train_harmful, train_benign, train_general and eval.
 
-    600 harmful; 600 benign (plain, sensitive, hard negatives); 200 general, kept apart because the benign set leaves them out by intent;
+    600 harmful; 600 each of plain, sensitive and hard negatives; 600 general, kept apart because the benign set leaves them out by intent;
     64 held-out transcripts of every kind. Each file is written under another name and renamed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    train = {k: make_transcripts(k, 600 if k == "injection" else 200, seed=seed) for k in KINDS}
+    train = {k: make_transcripts(k, 600, seed=seed) for k in KINDS}
     parts = {"train_harmful": train["injection"], "train_benign": train["plain"] + train["sensitive"] + train["hard_negative"],
              "train_general": train["general"], "eval": [t for k in KINDS for t in make_transcripts(k, 64, "eval", seed)]}
     random.Random(seed).shuffle(parts["train_benign"])

@@ -8,7 +8,7 @@ import pytest
 from helpers import NBS, copy_tree, notebooks, run
 from lab.labharness import CHROMIUM, CellError, Lab
 
-NOTEBOOKS = ["index.ipynb"]
+NOTEBOOKS = ["index.ipynb", "train.ipynb"]
 
 if not Path(CHROMIUM).exists():
     pytest.skip("no Chromium found: apt-get install chromium, or name one: CHROMIUM=/path make test", allow_module_level=True)
@@ -24,7 +24,7 @@ def lab(tmp_path_factory):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs_in_jupyterlab(lab, tmp_path, name):
     nb = lab.open(name)
-    nb.run_all(timeout=300)
+    nb.run_all(timeout=600)
     nb.shot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
     lab.assert_offline()
