@@ -55,7 +55,7 @@ export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, README.md: r
 	$(RUN) .ci/pages.py readme
 
 tinyagent: $(VENV)/.user  ## rebuild the embedded tiny agent: at most an hour on one core
-	OMP_NUM_THREADS=1 $(RUN) -m cbnb.tinyagent
+	OMP_NUM_THREADS=1 $(RUN) -m cbnb.tinyagent cbnb/tinyagent_model
 
 clean:  ## what builds, docs and tests left; keeps .venv and runs/
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache .cache
