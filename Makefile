@@ -31,8 +31,8 @@ $(VENV)/.dev: settings.ini setup.py pyproject.toml constraints.txt
 	.ci/venv $(VENV) '.[dev]'
 
 train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_DIR=runs/... can be set
-	@set -e; run='$(RUN_DIR)'; mkdir -p -m 700 "$$run"; \
-	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.1.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
+	@set -e; run='$(RUN_DIR)'; mkdir -p -m 700 "$$run"; n=1; while [ -e "$$run/out.$$n.ipynb" ]; do n=$$((n+1)); done; \
+	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.$$n.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
 	  $(RUN) -m cbnb.report "$$run"
 
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails

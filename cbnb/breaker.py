@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import CircuitBreakerConfig
 from .losses import predicting_positions, token_kl, token_reroute, token_retain
-from .models import forward_with_hidden_states, num_blocks, teacher_mode
+from .models import check_teacher, forward_with_hidden_states, teacher_mode
 
 # %% auto #0
 __all__ = ['both_passes', 'mean_over_layers', 'CircuitBreaker']
@@ -47,10 +47,7 @@ class CircuitBreaker(nn.Module):
         super().__init__()
         self.student, self.circuit_breaker_config = student, config
         if teacher is not None:
-            for what in ("vocab_size", "num_hidden_layers", "hidden_size"):
-                ours, theirs = (getattr(m.config.get_text_config(), what) for m in (student, teacher))
-                if ours != theirs:
-                    raise ValueError(f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's shape.")
+            check_teacher(student, teacher)
             teacher.eval().requires_grad_(False)
         self.teacher = teacher
 

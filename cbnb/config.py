@@ -140,7 +140,7 @@ class CircuitBreakerConfig:
     harmful_policy: str = setting("post_injection_only", "which tokens of harmful rows count", one_of=POLICIES)
     seed: int = setting(0, "seed of data order, dropout and LoRA's initial weights", at_least=0, below=2**32)
     logging_steps: int = setting(5, "optimizer steps between two log lines", at_least=1)
-    save_steps: int = setting(50, "optimizer steps between two checkpoints; 0: only on a stop and at the end", at_least=0)
+    save_steps: int = setting(50, "optimizer steps between two checkpoints; 0: only on a stop", at_least=0)
     diagnose_steps: int = setting(25, "optimizer steps between two gradient diagnoses by term; 0: never", at_least=0)
 
     def __post_init__(self):
@@ -176,8 +176,8 @@ def presets():
         "llama-4-scout": dataclasses.replace(base, lora_layers=(0, 29), alpha_max=8.0, warmup_steps=30, batch_size=8,
                                              gradient_accumulation_steps=2),
         "tinyagent": dataclasses.replace(
-            base, model="tinyagent", target_layers=(2,), lora_layers=(0, 3), lora_r=8, lora_alpha=16, alpha_decay_multiplier=2.0,
-            retain_weight=0.02, learning_rate=1e-3, lr_schedule="constant_with_warmup", warmup_steps=10, total_steps=200, batch_size=8,
+            base, model="tinyagent", target_layers=(2,), lora_layers=(0, 3), lora_r=8, lora_alpha=16, alpha_decay_multiplier=1.5,
+            retain_weight=0.03, learning_rate=1e-3, lr_schedule="constant_with_warmup", warmup_steps=10, total_steps=200, batch_size=8,
             max_length=512, dtype="float32", gradient_checkpointing=False, logging_steps=1, diagnose_steps=10),
     }
 

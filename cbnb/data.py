@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .masks import ChatMasker, loss_mask
+from .masks import ChatMasker, MaskError, loss_mask
 from .transcripts import Transcript, read_transcripts
 
 # %% auto #0
-__all__ = ['COUNTS', 'read_streams', 'hold_out', 'load_streams', 'Sample', 'StreamReport', 'truncation_window', 'encode_stream',
-           'PairedStreams', 'pad_rows', 'collate']
+__all__ = ['COUNTS', 'read_streams', 'hold_out', 'load_streams', 'Sample', 'StreamReport', 'truncation_window', 'messages_off',
+           'encode_transcript', 'encode_stream', 'PairedStreams', 'pad_rows', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(paths: Iterable) -> tuple[list[Transcript], list[Transcript]]:
@@ -33,18 +33,22 @@ def read_streams(paths: Iterable) -> tuple[list[Transcript], list[Transcript]]:
 
 # %% ../nbs/05_data.ipynb #30f9ee83
 def hold_out(transcripts: list[Transcript], n: int, seed: int = 0) -> tuple[list[Transcript], list[Transcript]]:
-    "`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from training; both in the order of the file."
+    """`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from training; both in the order of the file.
+    Raises ValueError for fewer than five transcripts, of which none could be spared."""
     n = min(n, len(transcripts) // 5)
+    if not n:
+        raise ValueError(f"{len(transcripts)} transcripts of a label are too few to hold some out: give at least 5, or eval_data.")
     chosen = set(np.random.default_rng((seed, 2)).permutation(len(transcripts))[:n].tolist())
     return [t for i, t in enumerate(transcripts) if i not in chosen], [t for i, t in enumerate(transcripts) if i in chosen]
 
 
-def load_streams(files: Iterable, eval_files: Iterable = (), seed: int = 0) -> tuple[list[Transcript], list[Transcript], list[Transcript]]:
-    """`(harmful, benign, held out)` transcripts. Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out by `seed`."""
+def load_streams(files: Iterable, eval_files: Iterable = ()) -> tuple[list[Transcript], list[Transcript], list[Transcript]]:
+    """`(harmful, benign, held out)` transcripts. Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
+    every seed of a run, so that runs can be compared."""
     harmful, benign = read_streams(files)
     if eval_files:
         return harmful, benign, [t for stream in read_streams(eval_files) for t in stream]
-    (harmful, some), (benign, others) = (hold_out(stream, 64, seed) for stream in (harmful, benign))
+    (harmful, some), (benign, others) = (hold_out(stream, 64) for stream in (harmful, benign))
     return harmful, benign, some + others
 
 # %% ../nbs/05_data.ipynb #ca59b33b
@@ -63,7 +67,7 @@ class StreamReport:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    counts: Counter = field(default_factory=Counter)  # truncated, tokens_cut, targets_cut, no_target, no_injection, mask_warnings
+    counts: Counter = field(default_factory=Counter)  # truncated, tokens_cut, targets_cut, no_target, no_injection, messages_off, mask_warnings
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
 
@@ -81,6 +85,20 @@ def truncation_window(mask: np.ndarray, max_length: int) -> slice:
     return slice(end - max_length, end)
 
 # %% ../nbs/05_data.ipynb #06d134b6
+def messages_off(transcript: Transcript) -> list[int]:
+    "Indices of the messages whose own label is not the transcript's: they count for neither stream."
+    return [i for i, label in transcript.message_labels.items() if label != transcript.label]
+
+
+def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
+    """`(encoded, loss mask)` of one transcript. Without an injection `post_injection_only` falls back to `assistant_only`; messages labelled
+    otherwise than the transcript are taken out of the mask."""
+    encoded = masker.encode(transcript.messages, tools=transcript.tools, injection_spans=transcript.injection_spans)
+    fallback = policy == "post_injection_only" and not transcript.injection_spans
+    mask = loss_mask(encoded, "assistant_only" if fallback else policy)
+    return encoded, mask & ~np.isin(encoded.message_index, messages_off(transcript))
+
+# %% ../nbs/05_data.ipynb #3cb8c73c
 def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
                   name: str = "stream") -> tuple[list[Sample], StreamReport]:
     """Encodes every transcript, masks it by `policy`, truncates it to `max_length` tokens.
@@ -91,14 +109,14 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
     samples, report = [], StreamReport()
     for transcript in transcripts:
         report.transcripts += 1
-        encoded = masker.encode(transcript.messages, tools=transcript.tools, injection_spans=transcript.injection_spans)
+        try:
+            encoded, mask = encode_transcript(transcript, masker, policy)
+        except MaskError as e:
+            raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
-        use = policy
-        if policy == "post_injection_only" and not transcript.injection_spans:
-            report.counts["no_injection"] += 1
-            use = "assistant_only"
-        mask = loss_mask(encoded, use)
+        report.counts["no_injection"] += policy == "post_injection_only" and not transcript.injection_spans
+        report.counts["messages_off"] += len(messages_off(transcript))
         # token 0 is predicted by nothing, so a target there is none
         if not mask[1:].any():
             report.counts["no_target"] += 1
@@ -118,7 +136,7 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
                          f"have no target under policy {policy!r}; check the file, its labels and the policy.")
     return samples, report
 
-# %% ../nbs/05_data.ipynb #7e17f49f
+# %% ../nbs/05_data.ipynb #27bed859
 @lru_cache(maxsize=8)
 def _permutation(n: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng((*seed, epoch)).permutation(n)
@@ -141,7 +159,7 @@ class PairedStreams(Dataset):
         return tuple(samples[_permutation(len(samples), i // len(samples), (self.seed, which))[i % len(samples)]]
                      for which, samples in enumerate(self.streams))
 
-# %% ../nbs/05_data.ipynb #8becdf22
+# %% ../nbs/05_data.ipynb #4cedca66
 def pad_rows(samples: list[Sample], pad_id: int) -> dict[str, torch.Tensor]:
     """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded on the right; padding is known by
     position, so a pad token that is also a real one does no harm."""
@@ -155,7 +173,7 @@ def pad_rows(samples: list[Sample], pad_id: int) -> dict[str, torch.Tensor]:
         rows["loss_mask"][i, :n] = torch.from_numpy(s.loss_mask)
     return rows
 
-# %% ../nbs/05_data.ipynb #5a596108
+# %% ../nbs/05_data.ipynb #4aa55c5e
 COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets")
 
 

@@ -16,18 +16,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import TINYAGENT, CircuitBreakerConfig, check_layers
+from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, nearest
 
 # %% auto #0
 __all__ = ['DTYPES', 'resolve_model', 'load_tokenizer', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode',
-           'decoder_blocks', 'block_outputs', 'forward_with_hidden_states', 'save_adapter']
+           'check_teacher', 'decoder_blocks', 'block_outputs', 'forward_with_hidden_states', 'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
 def resolve_model(name_or_path: str) -> str:
     """The folder or hub id that `name_or_path` stands for: `"tinyagent"` is the agent shipped in the package,
     an existing folder is itself, anything else is a hub id for transformers' own loaders.
 
-    Raises FileNotFoundError for a path that does not exist, rather than asking a hub for it."""
+    Raises FileNotFoundError for what can only be a path (it starts with `/`, `.` or `~`, or has two slashes) and does not exist."""
     if name_or_path == "tinyagent":
         return str(TINYAGENT)
     path = Path(name_or_path).expanduser()
@@ -47,7 +47,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     return tokenizer
 
 # %% ../nbs/04_models.ipynb #96fec62b
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.device | None = None,
@@ -72,8 +72,16 @@ def num_blocks(model: nn.Module) -> int:
 def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
     """The student: `model` with a fresh LoRA adapter on `config.lora_modules` of the blocks `config.lora_layers` (first to
     last, inclusive). The adapter's weights depend on `config.seed` alone and start as an exact no-op (B = 0); they are float32
-    whatever the base's dtype. Raises ConfigError where a layer is beyond the model, ValueError where no module has such a name."""
+    whatever the base's dtype. Raises ConfigError where a layer is beyond the model, is the last block in mode `hidden_states`, or where no
+    linear has one of the names. The decoder must keep its blocks in `layers`, as Llama, Mistral, Qwen and Gemma do."""
     check_layers(config, num_blocks(model))
+    if config.hidden_state_mode == "hidden_states" and num_blocks(model) - 1 in config.target_layers:
+        raise ConfigError(f"target_layers {num_blocks(model) - 1} is the last block, whose hidden_states entry has the final norm applied; "
+                          "use hidden_state_mode='hooks' for it")
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for wanted in config.lora_modules:
+        if wanted not in names:
+            raise ConfigError(f"lora_modules holds {wanted!r}, which this model has not{nearest(wanted, names)}")
     first, last = config.lora_layers
     lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                       target_modules=list(config.lora_modules), layers_to_transform=list(range(first, last + 1)),
@@ -99,7 +107,15 @@ def teacher_mode(student: PeftModel):
     finally:
         student.train(was_training)
 
-# %% ../nbs/04_models.ipynb #dd9d2861
+# %% ../nbs/04_models.ipynb #9604ec64
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    "Raises ValueError unless a separate `teacher` has the student's vocabulary, depth and width."
+    for what in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        ours, theirs = (getattr(m.config.get_text_config(), what) for m in (student, teacher))
+        if ours != theirs:
+            raise ValueError(f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's shape.")
+
+# %% ../nbs/04_models.ipynb #15d76d90
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     "The list of decoder blocks of a causal language model, with or without an adapter."
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -124,7 +140,7 @@ def block_outputs(model: nn.Module, layers):
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/04_models.ipynb #15d76d90
+# %% ../nbs/04_models.ipynb #a1d97f22
 def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers,
                                mode: str = "hidden_states", logits_at: torch.Tensor | None = None):
     """One forward pass → `({layer: [B, S, d]}, logits)`.
@@ -150,13 +166,14 @@ def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attent
     hidden = captured if mode == "hooks" else {layer: output.hidden_states[layer + 1] for layer in layers}
     return {layer: hidden[layer] for layer in layers}, logits
 
-# %% ../nbs/04_models.ipynb #3d633987
+# %% ../nbs/04_models.ipynb #9f0e0839
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:
     """Writes the adapter (safetensors and its configuration) to `folder`, which plain `peft.PeftModel.from_pretrained` loads.
     It is written under a temporary name and renamed, in the place of an adapter that is already there."""
     folder = Path(folder)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    student.save_pretrained(partial, safe_serialization=True)
+    # save_embedding_layers: the embeddings are frozen, and finding that out by itself makes peft ask a hub
+    student.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)

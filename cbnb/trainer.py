@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ from .runs import Run, append_metrics, stop_requested, truncate_metrics
 
 # %% auto #0
 __all__ = ['TERMS', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients', 'gradient_report',
-           'CircuitBreakerTrainer', 'MetricsLog', 'StopFile', 'Progress', 'in_notebook', 'progress_line', 'show_line',
-           'last_checkpoint', 'training_arguments', 'train_breaker']
+           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'in_notebook',
+           'progress_line', 'show_line', 'last_checkpoint', 'training_arguments', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -49,8 +50,8 @@ def check_finite(values: dict[str, torch.Tensor], step: int) -> None:
     finite = torch.stack([values[n].detach().float() for n in names]).isfinite().tolist()  # one wait for the device
     bad = [f"{n} is {values[n].item()}" for n, ok in zip(names, finite) if not ok]
     if bad:
-        raise NonFiniteLossError(f"step {step}: {' and '.join(bad)}; the weights of the last step are kept. Lower learning_rate or alpha_max, "
-                                 "or use dtype='float32'.")
+        raise NonFiniteLossError(f"step {step}: {' and '.join(bad)}; lower learning_rate or alpha_max, or use dtype='float32'. "
+                                 "The last checkpoint, if any, is from before.")
 
 # %% ../nbs/07_trainer.ipynb #a72396f1
 def term_gradients(terms: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,7 +135,8 @@ class CircuitBreakerTrainer(Trainer):
         "Saves the adapter only: the base is frozen and known by name."
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).student.save_pretrained(folder, safe_serialization=True)
+        # save_embedding_layers: the embeddings are frozen, and finding that out by itself makes peft ask a hub
+        self.accelerator.unwrap_model(self.model).student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
@@ -156,6 +158,15 @@ class MetricsLog(TrainerCallback):
             append_metrics(self.run, {k: v for k, v in logs.items() if k != "epoch"})
 
 
+class LogWhatCounts(TrainerCallback):
+    "Logs the last step and every diagnosed one, also where `logging_steps` would pass over them."
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = args.circuit_breaker_config.diagnose_steps
+        if state.global_step == state.max_steps or (every and state.global_step % every == 0):
+            control.should_log = True
+
+
 class StopFile(TrainerCallback):
     "Ends training with a checkpoint, after the step in which the run's file `stop` appears."
 
@@ -168,20 +179,24 @@ class StopFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    "Shows the step, the terms and the time left: one updated line in a notebook, a plain line every ten seconds elsewhere."
+    "Shows the step, the terms and the time left: one line, updated in a notebook; and a plain line every ten seconds in the terminal or job log."
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first, self.shown, self.handle = time.monotonic(), state.global_step, 0.0, None
+        self.began, self.first, self.shown, self.logged, self.handle = time.monotonic(), state.global_step, 0.0, 0.0, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "loss_reroute" not in logs:
             return
         now, last = time.monotonic(), state.global_step == state.max_steps
-        if now - self.shown < (0.5 if in_notebook() else 10) and not last:
-            return
-        self.shown = now
         left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
-        self.handle = show_line(progress_line(logs, state.max_steps, left), self.handle)
+        line = progress_line(logs, state.max_steps, left)
+        if now - self.logged >= 10 or last:
+            # under papermill the kernel's own stderr is the only stream that reaches the terminal or the job's log at once
+            print(line, file=sys.__stderr__, flush=True)
+            self.logged = now
+        if in_notebook() and (now - self.shown >= 0.5 or last):
+            self.handle = show_line(line, self.handle)
+            self.shown = now
 
 # %% ../nbs/07_trainer.ipynb #7ba65efc
 def in_notebook() -> bool:
@@ -200,10 +215,7 @@ def progress_line(row: dict, total_steps: int, seconds_left: float) -> str:
 
 
 def show_line(line: str, handle=None):
-    "Shows `line`, in the place of the last one where the front end allows it; returns the handle to pass next time."
-    if not in_notebook():
-        print(line, flush=True)
-        return None
+    "Displays `line` in a notebook, in the place of the last one; returns the handle to pass next time."
     from IPython.display import display
     if handle is None:
         return display({"text/plain": line}, raw=True, display_id=True)
@@ -242,7 +254,7 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
     trainer = CircuitBreakerTrainer(
         model=breaker, args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
-        data_collator=partial(collate, pad_id=pad_id), callbacks=[MetricsLog(run), StopFile(run), Progress(), *callbacks])
+        data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), StopFile(run), Progress(), *callbacks])
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
     checkpoint = last_checkpoint(run)
