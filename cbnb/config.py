@@ -176,8 +176,8 @@ def presets():
         "llama-4-scout": dataclasses.replace(base, lora_layers=(0, 29), alpha_max=8.0, warmup_steps=30, batch_size=8,
                                              gradient_accumulation_steps=2),
         "tinyagent": dataclasses.replace(
-            base, model="tinyagent", target_layers=(2,), lora_layers=(0, 3), lora_r=8, lora_alpha=16, alpha_decay_multiplier=1.5,
-            retain_weight=0.03, learning_rate=1e-3, lr_schedule="constant_with_warmup", warmup_steps=10, total_steps=200, batch_size=8,
+            base, model="tinyagent", target_layers=(2,), lora_layers=(0, 3), lora_r=8, lora_alpha=16, alpha_decay_multiplier=1.25,
+            retain_weight=0.01, learning_rate=1e-3, lr_schedule="constant_with_warmup", warmup_steps=10, total_steps=200, batch_size=8,
             max_length=512, dtype="float32", gradient_checkpointing=False, logging_steps=1, diagnose_steps=10),
     }
 
