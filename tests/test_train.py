@@ -121,7 +121,7 @@ def test_bad_parameter_stops_before_anything_is_loaded(name, value, tmp_path):
     began = time.monotonic()
     done = papermill(tmp_path / "out.ipynb", "-p", name, value, runs=tmp_path / "runs")
     seconds = time.monotonic() - began
-    assert done.returncode != 0 and (name if name != "beta_k" else "beta_kl") in done.stdout.splitlines()[-1], done.stdout[-2000:]
+    assert done.returncode != 0 and (name if name != "beta_k" else "beta_kl") in done.stdout.strip().splitlines()[-1], done.stdout[-2000:]
     # the layers are checked against the model, which must be loaded for it
     if name.startswith("beta"): assert seconds < 15 and not (tmp_path / "runs").exists()
 
