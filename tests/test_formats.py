@@ -1,0 +1,338 @@
+"""Reading transcripts: every format against any JSON, the sentence of every refusal, AgentDojo's dumped tool results, and memory."""
+import json
+import tracemalloc
+import warnings
+
+import pytest
+import yaml
+from helpers import ROOT
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cbnb import transcripts as T
+
+FIXTURES = ROOT / "tests" / "fixtures"
+LABELS = {"sharegpt.json": "benign"}  # the only fixture whose format has no label of its own
+
+
+def records(name):
+    "The records of a fixture, as JSON values."
+    return [record for _, _, record in T.read_records(FIXTURES / name)]
+
+
+FILES = {"openai": "agent.jsonl", "sharegpt": "sharegpt.json", "agentdojo": "agentdojo.json", "tau_bench": "tau_bench.json", "bfcl": "bfcl.jsonl",
+         "circuit_breakers": "circuit_breakers.json", "ultrachat": "ultrachat.jsonl", "rrfa": "rrfa.jsonl", "trace_v1": "trace_v1.jsonl"}
+GOOD = {name: records(file) for name, file in FILES.items()}
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def read(folder, text, **kwargs):
+    "The transcripts of a file x.jsonl with this text (str or bytes)."
+    (file := folder / "x.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(T.read_transcripts(file, **kwargs))
+
+
+def test_every_format_has_a_fixture_that_is_recognised():
+    assert FILES.keys() == T.FORMATS.keys()
+    for name, found in GOOD.items():
+        assert {T.detect_format(r, "x") for r in found[:1]} == {name}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_round_trip(name, tmp_path):
+    "What is read from any format is written as our own and read back equal, and then written to the same bytes."
+    label = LABELS.get(FILES[name])
+    every = list(T.read_transcripts(FIXTURES / FILES[name], label=label))
+    assert every and all(t.messages and t.label in T.LABELS for t in every)
+    assert every == list(T.read_transcripts(FIXTURES / FILES[name], format=name, label=label))
+    T.write_transcripts(tmp_path / "one.jsonl", every)
+    back = list(T.read_transcripts(tmp_path / "one.jsonl"))
+    assert back == every
+    T.write_transcripts(tmp_path / "two.jsonl", back)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+def test_a_folder_is_read_as_one(tmp_path):
+    "All formats side by side, in order of their names; hidden files, other files and links are left out; a broken file is skipped or named."
+    for name in FILES.values():
+        if name not in LABELS: (tmp_path / "deep" / name[:3] / name).parent.mkdir(parents=True, exist_ok=True), (tmp_path / "deep" / name[:3] / name).write_bytes((FIXTURES / name).read_bytes())
+    (tmp_path / ".hidden.json").write_text("[")
+    (tmp_path / "notes.txt").write_text("[")
+    (tmp_path / "link.json").symlink_to(FIXTURES / "sharegpt.json")
+    every = list(T.read_transcripts(tmp_path))
+    assert {t.messages[0]["content"] for t in every} == {t.messages[0]["content"] for n in FILES.values() if n not in LABELS for t in T.read_transcripts(FIXTURES / n)}
+    assert [t.source for t in every if t.source.startswith("deep")] == sorted(t.source for t in every if t.source.startswith("deep"))
+    for text in ["", "[{", "{\n", "\xff"]:
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(T.TranscriptError, match=r"^bad\.json"): list(T.read_transcripts(tmp_path))
+        reader = T.read_transcripts(tmp_path, on_error="skip")
+        with pytest.warns(UserWarning, match="1 records skipped"): assert list(reader) == every
+    with pytest.raises(T.TranscriptError, match="no such file"): T.read_transcripts(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(T.TranscriptError, match="holds no transcript"): list(T.read_transcripts(tmp_path / "empty"))
+
+
+# --- any JSON -------------------------------------------------------------------------------------------------------------------------
+
+KEYS = sorted({k for found in GOOD.values() for r in found for k in r} | {"role", "content", "from", "value", "type", "text", "function", "args", "name",
+              "arguments", "tool_calls", "tool_call", "call_id", "thinking", "label", "meta", "weight", "injection_spans", "message_labels", "properties"})
+WORDS = [*T.ROLES, *T.LABELS, *T.SHAREGPT_ROLES, "none", "{}", "[]", "{\"name\": \"f\", \"arguments\": {}}", "dict", "injection_task_1", "dos", "", "\ud800"]
+SCALARS = st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from(WORDS) | st.text(max_size=8)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=4),
+                      max_leaves=12)
+
+
+def places(value, path=()):
+    "The paths of all values inside a JSON value."
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items: yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    "A copy of a JSON value with `new` at `path`; ... leaves the key out."
+    if not path: return new
+    out = value.copy()
+    if len(path) == 1 and new is ...: del out[path[0]]
+    else: out[path[0]] = changed(value[path[0]], path[1:], new)
+    return out
+
+
+@st.composite
+def broken(draw):
+    "A good record of some format with one to three of its values changed, left out or given a foreign key."
+    record = draw(st.sampled_from([r for found in GOOD.values() for r in found]))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from([p for p in places(record) if p]))
+        record = changed(record, path, draw(st.just(...) | VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3)))
+        if not isinstance(record, dict) or not record: break
+    return record
+
+
+def check_reader(folder, record, **kwargs):
+    "Reading a file of this one record gives transcripts that can be written and read back, or a TranscriptError that names the file."
+    try: found = read(folder, json.dumps(record), **kwargs)
+    except T.TranscriptError as e:
+        assert str(e).startswith("x.jsonl") and "\n" not in str(e).strip()[:80]
+        return
+    assert found
+    for t in found:
+        assert isinstance(t.id, str) and t.label in T.LABELS and all(m["role"] in T.ROLES and isinstance(m["content"], str) for m in t.messages)
+        for span in t.injection_spans: assert 0 <= span.start < span.end <= len(t.messages[span.message]["content"])
+    T.write_transcripts(folder / "back.jsonl", found)
+    assert list(T.read_transcripts(folder / "back.jsonl")) == found
+
+
+@settings(max_examples=400)
+@given(record=VALUES | broken(), format=st.sampled_from(["auto", *T.FORMATS]), label=st.sampled_from([None, "harmful", "benign"]))
+def test_any_json_is_a_transcript_or_our_error(tmp_path_factory, record, format, label):
+    check_reader(tmp_path_factory.getbasetemp(), record, format=format, label=label)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_change_in_a_good_record(name, tmp_path):
+    "Each value of each good record in turn left out or replaced: transcripts or our error, in the format itself and in auto."
+    for record in GOOD[name]:
+        for path in places(record):
+            for new in [..., None, 3, True, "", "x", [], {}, [[]], [None], {"type": []}]:
+                if path:
+                    for format in ("auto", name): check_reader(tmp_path, changed(record, path, new), format=format, label=LABELS.get(FILES[name]))
+
+
+@settings(max_examples=150)
+@given(text=st.binary(max_size=60) | st.text(alphabet='{}[]":,\\n\n 1eudN', max_size=40), skip=st.booleans())
+def test_any_bytes_are_transcripts_or_our_error(tmp_path_factory, text, skip):
+    try: read(tmp_path_factory.getbasetemp(), text, on_error="skip" if skip else "raise")
+    except T.TranscriptError as e: assert str(e).startswith("x.jsonl")
+
+
+# --- each refusal names its place -----------------------------------------------------------------------------------------------------
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": "f", "args": {}}]}
+RUN = {"user_task_id": "user_task_0", "injection_task_id": "injection_task_0", "attack_type": "direct", "injections": {}, "security": True, "messages": CHAT}
+TRACE = {"id": "a", "source": {"dataset": "d"}, "labels": {"category": "benign"}, "messages": CHAT}
+REFUSED = [
+    ("openai", {"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, "messages[0].weight"),
+    ("openai", {"messages": CHAT, "tools": [3]}, "tools"),
+    ("sharegpt", {"conversations": []}, "conversations"),
+    ("sharegpt", {"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": 3}]}, "conversations[0].value"),
+    ("sharegpt", {"conversations": [{"from": "function_call", "value": '{"name": 3, "arguments": {}}'}]}, "conversations[0].value[0].function.name"),
+    ("sharegpt", {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": "{"}'}]}, "conversations[0].value[0].function.arguments"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "tools": "[{]"}, "tools"),
+    ("sharegpt", {"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "system"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a"}]}, "label"),
+    ("agentdojo", {**RUN, "messages": []}, "messages"),
+    ("agentdojo", {**RUN, "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "messages[0].content[0]"),
+    ("agentdojo", {**RUN, "messages": [{**CALL, "tool_calls": [{"function": "f"}]}]}, "messages[0].tool_calls[0].args"),
+    ("agentdojo", {**RUN, "messages": [{"role": "tool", "content": "a", "error": 3}]}, "messages[0].error"),
+    ("agentdojo", {**RUN, "injections": {"a": 3}}, "injections"),
+    ("agentdojo", {**RUN, "security": None}, "security"),
+    ("agentdojo", {**RUN, "error": "500"}, "error"),
+    ("agentdojo", {**RUN, "attack_type": "swearwords_dos"}, "attack_type"),
+    ("agentdojo", {**RUN, "injection_task_id": None, "user_task_id": "injection_task_0"}, "user_task_id"),
+    ("agentdojo", {"messages": CHAT}, "user_task_id"),
+    ("tau_bench", {"task_id": 0, "traj": []}, "traj"),
+    ("tau_bench", {"task_id": 0, "traj": [{"role": "user", "content": 3}]}, "traj[0].content"),
+    ("bfcl", {"id": "a", "question": [{"role": "user", "content": "a"}], "function": []}, "question[0]"),
+    ("bfcl", {"id": "a", "question": [[{"role": "user"}]], "function": []}, "question[0][0].content"),
+    ("bfcl", {"id": "a", "question": [[]], "function": []}, "question"),
+    ("bfcl", {"id": "a", "question": [CHAT], "function": [{"parameters": {}}]}, "function[0]"),
+    ("circuit_breakers", {"prompt": "a", "output": "b"}, "llama3_output"),
+    ("ultrachat", {"prompt_id": "a"}, "messages"),
+    ("rrfa", {"harmful": [3]}, "harmful[0]"),
+    ("rrfa", {"harmful": [TRACE]}, "harmful[0], label"),
+    ("trace_v1", {**TRACE, "labels": {"category": "bad"}}, "labels.category"),
+    ("trace_v1", {**TRACE, "labels": {"category": "harmful", "attack_succeeded": False}}, "labels"),
+    ("trace_v1", {**TRACE, "signal_hints": {"injection_char_span": {"message_index": 0}}}, "signal_hints.injection_char_span[0]"),
+    ("trace_v1", {**TRACE, "messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+]
+
+
+@pytest.mark.parametrize("format, record, field", REFUSED, ids=[f"{f}-{field}" for f, _, field in REFUSED])
+def test_a_refusal_names_file_line_and_field(format, record, field, tmp_path):
+    "On a line of JSONL, in a JSON array, and in a file that is one object over many lines."
+    line = json.dumps(record)
+    for text, where in [("\n" + line + "\n", "x.jsonl, line 2, "), ("[\n\n" + line + "]", "x.jsonl, record 1 (line 3), "), (json.dumps(record, indent=4), "x.jsonl, ")]:
+        with pytest.raises(T.TranscriptError) as caught: read(tmp_path, text, format=format)
+        assert str(caught.value).startswith(f"{where}{field}"), caught.value
+        if not text.startswith("{"): assert list_skipped(tmp_path, text, format) == [str(caught.value)]
+
+
+def list_skipped(folder, text, format):
+    "The sentences that `on_error='skip'` collects; a file of bad records only is an error all the same."
+    (folder / "x.jsonl").write_text(text)
+    reader = T.read_transcripts(folder / "x.jsonl", format=format, on_error="skip")
+    with pytest.raises(T.TranscriptError, match="holds no transcript"): list(reader)
+    return reader.skipped
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bounds_hold_for_every_format(name, tmp_path, monkeypatch):
+    "Depth and length are bounded before a record is parsed, in a line, an array and an object over many lines."
+    deep = GOOD[name][0] | {"extra": None}
+    deep = json.dumps(deep).replace('"extra": null', '"extra": ' + "[" * 5000 + "]" * 5000)
+    for text in [deep, f"[{deep}]", "{\n" + deep[1:]]:
+        with pytest.raises(T.TranscriptError, match="deeper than 64"): read(tmp_path, text)
+    monkeypatch.setattr(T, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(T, "CHUNK", 10)
+    line = json.dumps(GOOD[name][0])
+    for text in [line, f"[{line}]", "{\n" + line[1:]]:
+        with pytest.raises(T.TranscriptError, match="100 (bytes|characters)"): read(tmp_path, text)
+
+
+def test_label_argument(tmp_path):
+    "It decides where a format has no label, overrides the verdict of a run, and contradicts a written label with an error."
+    for format, record in [("sharegpt", GOOD["sharegpt"][0]), ("agentdojo", GOOD["agentdojo"][0]), ("tau_bench", GOOD["tau_bench"][0]),
+                           ("bfcl", GOOD["bfcl"][0]), ("ultrachat", GOOD["ultrachat"][0])]:
+        for label in T.LABELS: assert [t.label for t in read(tmp_path, json.dumps(record), format=format, label=label)] == [label]
+    for format in ("openai", "trace_v1"):
+        with pytest.raises(T.TranscriptError, match="drop one of them"): read(tmp_path, json.dumps(GOOD[format][0]), label={"openai": "harmful", "trace_v1": "benign"}[format])
+    trace = TRACE | {"labels": {"category": "harmful", "attack_succeeded": False}}
+    assert read(tmp_path, json.dumps(trace), label="benign")[0].label == "benign"
+
+
+# --- AgentDojo ------------------------------------------------------------------------------------------------------------------------
+
+ORDERS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n'\"\\ \t:#-"), min_size=1, max_size=300).filter(lambda s: len(T.squeeze(s, escaped=False)[0]) >= 12)
+
+
+@settings(max_examples=300)
+@example(order="Copy it to C:\\reports\\new, \\Lovely \u00a1", before="", after="", dump=yaml.safe_dump)
+@given(order=ORDERS, before=st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=60), after=st.text("xyz .'\"\n", max_size=60),
+       dump=st.sampled_from([yaml.safe_dump, json.dumps, str, lambda d: d["body"]]))
+def test_injections_are_found_in_dumped_tool_results(order, before, after, dump):
+    "Under YAML's folding and quoting, JSON's and Python's escapes: one span at least, and each span holds the injection and nothing else."
+    text = dump({"body": f"{before} {order} {after}", "id": 3})
+    found = T.find_injection(text, order)
+    assert found
+    for start, end in found: assert T.squeeze(order, escaped=False)[0] in [T.squeeze(text[start:end], escaped)[0] for escaped in (True, False)]
+
+
+def test_a_resisted_attack_is_benign_and_keeps_its_spans(tmp_path):
+    run = GOOD["agentdojo"][0] | {"security": False}
+    [t] = read(tmp_path, json.dumps(run, indent=4))
+    assert t.label == "benign" and len(t.injection_spans) == 1
+    assert {k: t.meta[k] for k in ("user_task_id", "injection_task_id", "attack_type", "utility", "security")} == {
+        "user_task_id": "user_task_3", "injection_task_id": "injection_task_1", "attack_type": "important_instructions", "utility": True, "security": False}
+    assert t.messages[2]["reasoning_content"] == "I should look." and t.tools is None
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------------------
+
+def peak_of(action):
+    "Peak in bytes of what Python allocated while `action()` ran."
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+
+
+def lines(n, own_id):
+    "n records of 1 kB, with ids of their own or without."
+    for i in range(n): yield {**({"id": f"record-{i:030}"} if own_id else {}), "label": "benign", "messages": [{"role": "user", "content": f"{i} ".ljust(900, "x")}]}
+
+
+def jsonl(file, n, own_id):
+    with open(file, "w") as f: f.writelines(json.dumps(r) + "\n" for r in lines(n, own_id))
+
+
+def array(file, n, own_id):
+    with open(file, "w") as f:
+        f.write("[\n")
+        for i, r in enumerate(lines(n, own_id)): f.write(",\n" * bool(i) + json.dumps(r, indent=1))
+        f.write("]\n")
+
+
+@pytest.mark.parametrize("write, own_id, many", [(jsonl, False, 20000), (jsonl, True, 20000), (array, True, 8000)])
+def test_memory_is_flat(write, own_id, many, tmp_path):
+    "Many records of 1 kB take as much as 1,000, but for at most 50 bytes each: their place in the table of ids while that grows."
+    peaks = {}
+    for n in (1000, many):
+        write(tmp_path / "file", n, own_id)
+        peaks[n] = peak_of(lambda: sum(1 for _ in T.read_transcripts(tmp_path / "file")))
+    assert peaks[many] - peaks[1000] < 50 * many and peaks[many] < 2 * 2**20, peaks
+
+
+def test_writing_takes_no_more_memory_than_reading(tmp_path):
+    jsonl(tmp_path / "file", 5000, True)
+    assert peak_of(lambda: T.write_transcripts(tmp_path / "copy", T.read_transcripts(tmp_path / "file"))) < 2 * 2**20
+    assert (tmp_path / "copy").stat().st_size > 4.5 * 2**20
+
+
+def test_skipping_everything_takes_no_memory(tmp_path):
+    (file := tmp_path / "bad.jsonl").write_text('{"messages": []}\n' * 20000)
+    reader = T.read_transcripts(file, format="openai", on_error="skip")
+    def read_all():
+        with pytest.raises(T.TranscriptError, match="holds no transcript"): list(reader)
+    assert peak_of(read_all) < 2**20 and reader.skipped_count == 20000 and len(reader.skipped) == T.MAX_SKIPPED
+
+
+# --- arrays ---------------------------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=200)
+@given(items=st.lists(VALUES.filter(lambda v: not isinstance(v, float)), max_size=5), indent=st.sampled_from([None, 0, 2]), chunk=st.integers(1, 40))
+def test_an_array_streams_to_the_same_items(tmp_path_factory, items, indent, chunk):
+    "Whatever the size of the pieces in which the file comes, the items are those of json.loads, each with the line on which it starts."
+    text = json.dumps(items, indent=indent)
+    (file := tmp_path_factory.getbasetemp() / "x.json").write_text(text, newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T, "CHUNK", chunk)
+        found = list(T.array_items(file, "x.json"))
+        assert [json.loads(item) for _, item in found] == items
+        for number, item in found: assert item.split("\n")[0] in text.split("\n")[number - 1]
+        if indent == 0 and all(isinstance(i, int) for i in items): assert [n for n, _ in found] == list(range(2, 2 + len(items)))
+        file.write_text(text[:-1])
+        with pytest.raises(T.TranscriptError, match="cut off"): list(T.array_items(file, "x.json"))
+
+
+def test_a_bad_item_of_an_array_is_skipped_like_a_line(tmp_path):
+    good = json.dumps({"label": "benign", "messages": CHAT})
+    (tmp_path / "x.jsonl").write_text(f'[{good},\n{{"messages": }},\n\n{good}, 3]')
+    reader = T.read_transcripts(tmp_path / "x.jsonl", on_error="skip")
+    with pytest.warns(UserWarning, match="2 records skipped"): assert [t.id for t in reader] == ["x.jsonl:1", "x.jsonl:3"]
+    assert reader.skipped[0].startswith("x.jsonl, record 2 (line 2): bad JSON at character 14")
