@@ -5,6 +5,7 @@
 # %% ../nbs/05_data.ipynb #3462c95b
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .masks import ChatMasker, MaskError, loss_mask
+from .masks import ChatMasker
+from .templates import MaskError
+from .targets import in_batches, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript, read_transcripts
 
 # %% auto #0
-__all__ = ['COUNTS', 'read_streams', 'hold_out', 'load_streams', 'Sample', 'StreamReport', 'truncation_window', 'messages_off',
-           'encode_transcript', 'encode_stream', 'PairedStreams', 'pad_rows', 'collate']
+__all__ = ['COUNTS', 'read_streams', 'hold_out', 'prompt_key', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
+           'encode_stream', 'PairedStreams', 'pad_rows', 'pack_rows', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(paths: Iterable) -> tuple[list[Transcript], list[Transcript]]:
@@ -41,15 +44,29 @@ def hold_out(transcripts: list[Transcript], n: int, seed: int = 0) -> tuple[list
     chosen = set(np.random.default_rng((seed, 2)).permutation(len(transcripts))[:n].tolist())
     return [t for i, t in enumerate(transcripts) if i not in chosen], [t for i, t in enumerate(transcripts) if i in chosen]
 
+# %% ../nbs/05_data.ipynb #aa07a111
+def prompt_key(transcript: Transcript) -> str:
+    "What the last assistant message answers, as one string: equal for two transcripts that ask the same and differ in the answer only."
+    last = max((i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"), default=len(transcript.messages))
+    return json.dumps([transcript.messages[:last], transcript.tools], sort_keys=True)
 
-def load_streams(files: Iterable, eval_files: Iterable = ()) -> tuple[list[Transcript], list[Transcript], list[Transcript]]:
-    """`(harmful, benign, held out)` transcripts. Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
-    every seed of a run, so that runs can be compared."""
+
+def load_streams(files: Iterable, eval_files: Iterable = ()) -> tuple[list[Transcript], list[Transcript], list[Transcript], list[str]]:
+    """`(harmful, benign, held out, left out)`: three lists of transcripts, and the ids of those left out of training because a held-out one
+    answers the same prompt.
+
+    Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for every seed of a run, so that runs can
+    be compared."""
     harmful, benign = read_streams(files)
     if eval_files:
-        return harmful, benign, [t for stream in read_streams(eval_files) for t in stream]
-    (harmful, some), (benign, others) = (hold_out(stream, 64) for stream in (harmful, benign))
-    return harmful, benign, some + others
+        held_out = [t for stream in read_streams(eval_files) for t in stream]
+    else:
+        (harmful, some), (benign, others) = (hold_out(stream, 64) for stream in (harmful, benign))
+        held_out = some + others
+    asked = {prompt_key(t) for t in held_out}
+    left_out = [t.id for t in harmful + benign if prompt_key(t) in asked]
+    harmful, benign = ([t for t in stream if prompt_key(t) not in asked] for stream in (harmful, benign))
+    return harmful, benign, held_out, left_out
 
 # %% ../nbs/05_data.ipynb #ca59b33b
 @dataclass(frozen=True)
@@ -67,73 +84,62 @@ class StreamReport:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    counts: Counter = field(default_factory=Counter)  # truncated, tokens_cut, targets_cut, no_target, no_injection, messages_off, mask_warnings
+    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, no_injection, messages_off, mask_warnings
+    counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
 
     def __str__(self):
         extra = "".join(f", {name.replace('_', ' ')} {n}" for name, n in self.counts.items() if n)
-        return f"{self.samples} of {self.transcripts} transcripts, {self.target_tokens} of {self.tokens} tokens are targets{extra}"
+        notes = [f"\n    {i}: dropped, it has no target" for i in self.dropped] + [f"\n    {w}" for w in self.warnings]
+        more = f"\n    and {len(notes) - 5} more of this kind" if len(notes) > 5 else ""
+        return (f"{self.samples} of {self.transcripts} transcripts, {self.target_tokens} of {self.tokens} tokens are targets{extra}"
+                + "".join(notes[:5]) + more)
 
 # %% ../nbs/05_data.ipynb #152b6bed
-def truncation_window(mask: np.ndarray, max_length: int) -> slice:
-    """The tokens to keep: the last `max_length` that end at the last target. What follows the last target is cut first (nothing
-    is learned there), then the beginning. `mask`: bool [S] with at least one target."""
-    if len(mask) <= max_length:
-        return slice(0, len(mask))
-    end = max(int(np.flatnonzero(mask)[-1]) + 1, max_length)
-    return slice(end - max_length, end)
-
-# %% ../nbs/05_data.ipynb #06d134b6
-def messages_off(transcript: Transcript) -> list[int]:
-    "Indices of the messages whose own label is not the transcript's: they count for neither stream."
-    return [i for i, label in transcript.message_labels.items() if label != transcript.label]
-
-
 def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
-    """`(encoded, loss mask)` of one transcript. Without an injection `post_injection_only` falls back to `assistant_only`; messages labelled
-    otherwise than the transcript are taken out of the mask."""
-    encoded = masker.encode(transcript.messages, tools=transcript.tools, injection_spans=transcript.injection_spans)
-    fallback = policy == "post_injection_only" and not transcript.injection_spans
-    mask = loss_mask(encoded, "assistant_only" if fallback else policy)
-    return encoded, mask & ~np.isin(encoded.message_index, messages_off(transcript))
+    "`(encoded, training mask)` of one transcript, to look at."
+    (encoded,) = masker.encode_batch([transcript])
+    return encoded, training_mask(encoded, transcript, policy)
 
 # %% ../nbs/05_data.ipynb #3cb8c73c
 def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
-                  name: str = "stream") -> tuple[list[Sample], StreamReport]:
-    """Encodes every transcript, masks it by `policy`, truncates it to `max_length` tokens.
+                  name: str = "stream", truncation: str = "targets") -> tuple[list[Sample], StreamReport]:
+    """Encodes every transcript, masks it by `policy`, truncates it to `max_length` tokens at its `truncation` end (`truncation_window`).
 
     A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted (`no_injection`);
-    one without any target is dropped and counted (`no_target`). Raises MaskError where a turn cannot be located, ValueError where
-    nothing is left of the stream."""
+    one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`).
+    Raises MaskError where a turn cannot be located, ValueError where nothing is left of the stream."""
     samples, report = [], StreamReport()
-    for transcript in transcripts:
+    for transcript, encoded in in_batches(transcripts, masker):
         report.transcripts += 1
         try:
-            encoded, mask = encode_transcript(transcript, masker, policy)
+            mask = training_mask(encoded, transcript, policy)
         except MaskError as e:
             raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
-        report.counts["no_injection"] += policy == "post_injection_only" and not transcript.injection_spans
+        report.counts["no_injection"] += lacks_injection(transcript, policy)
         report.counts["messages_off"] += len(messages_off(transcript))
-        # token 0 is predicted by nothing, so a target there is none
-        if not mask[1:].any():
-            report.counts["no_target"] += 1
-            report.dropped.append(transcript.id)
-            continue
-        keep = truncation_window(mask, max_length)
+        keep = truncation_window(mask, max_length, truncation)
         if (cut := len(mask) - (keep.stop - keep.start)) > 0:
             report.counts["truncated"] += 1
             report.counts["tokens_cut"] += cut
             report.counts["targets_cut"] += int(mask.sum() - mask[keep].sum())
+        # token 0 is predicted by nothing, so a target there is none
+        if not mask[keep][1:].any():
+            report.counts["no_target"] += 1
+            report.counts["lost_to_truncation"] += bool(mask[1:].any())
+            report.dropped.append(transcript.id)
+            continue
         samples.append(Sample(encoded.input_ids[keep], mask[keep], transcript.id))
         report.tokens += len(samples[-1].input_ids)
         report.target_tokens += int(samples[-1].loss_mask.sum())
     report.samples = len(samples)
     if not samples:
         raise ValueError(f"the {name} stream is empty: {report.transcripts} transcripts were read, {report.counts['no_target']} of them "
-                         f"have no target under policy {policy!r}; check the file, its labels and the policy.")
+                         f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to truncation); "
+                         "check the file, its labels, the policy and max_length.")
     return samples, report
 
 # %% ../nbs/05_data.ipynb #27bed859
@@ -160,18 +166,50 @@ class PairedStreams(Dataset):
                      for which, samples in enumerate(self.streams))
 
 # %% ../nbs/05_data.ipynb #4cedca66
-def pad_rows(samples: list[Sample], pad_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded on the right; padding is known by
-    position, so a pad token that is also a real one does no harm."""
+def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at the `side` end (right or left); padding is
+    known by position, so a pad token that is also a real one does no harm."""
     length = max(len(s.input_ids) for s in samples)
     rows = {"input_ids": torch.full((len(samples), length), pad_id), "attention_mask": torch.zeros(len(samples), length, dtype=torch.long),
             "loss_mask": torch.zeros(len(samples), length, dtype=torch.bool)}
     for i, s in enumerate(samples):
         n = len(s.input_ids)
-        rows["input_ids"][i, :n] = torch.from_numpy(s.input_ids.astype(np.int64))
-        rows["attention_mask"][i, :n] = 1
-        rows["loss_mask"][i, :n] = torch.from_numpy(s.loss_mask)
+        own = {"right": slice(0, n), "left": slice(length - n, length)}[side]
+        rows["input_ids"][i, own] = torch.from_numpy(s.input_ids.astype(np.int64))
+        rows["attention_mask"][i, own] = 1
+        rows["loss_mask"][i, own] = torch.from_numpy(s.loss_mask)
     return rows
+
+# %% ../nbs/05_data.ipynb #81a84d70
+def pack_rows(samples: list[Sample], length: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Samples one after the other in rows of `length` tokens, in order, a new row where the next one does not fit.
+
+    `input_ids`, `position_ids` (from 0 in every sample) and `sequence` (index of the sample, -1 for padding) int64 [R, length]; `loss_mask` bool
+    [R, length], without the first token of each sample: the token before it is another sample's and predicts nothing of it. Passed
+    `position_ids` and no attention mask, transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`."""
+    rows, used = [[]], 0
+    for i, s in enumerate(samples):
+        if len(s.input_ids) > length:
+            raise ValueError(f"transcript {s.transcript} has {len(s.input_ids)} tokens and cannot be packed into rows of {length}; truncate it first.")
+        if used + len(s.input_ids) > length:
+            rows.append([])
+            used = 0
+        rows[-1].append(i)
+        used += len(s.input_ids)
+    shape = (len(rows), length)
+    out = {"input_ids": torch.full(shape, pad_id), "position_ids": torch.zeros(shape, dtype=torch.long),
+           "sequence": torch.full(shape, -1), "loss_mask": torch.zeros(shape, dtype=torch.bool)}
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            n = len(samples[i].input_ids)
+            out["input_ids"][r, at:at + n] = torch.from_numpy(samples[i].input_ids.astype(np.int64))
+            out["position_ids"][r, at:at + n] = torch.arange(n)
+            out["sequence"][r, at:at + n] = i
+            out["loss_mask"][r, at + 1:at + n] = torch.from_numpy(samples[i].loss_mask[1:])
+            at += n
+        out["position_ids"][r, at:] = torch.arange(length - at)
+    return out
 
 # %% ../nbs/05_data.ipynb #4aa55c5e
 COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets")

@@ -21,7 +21,8 @@ from .masks import ChatMasker
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['parse_calls', 'share', 'score_answers', 'generate_answers', 'benign_divergence', 'harmful_cosine', 'evaluate']
+__all__ = ['parse_calls', 'share', 'score_answers', 'generate_answers', 'heldout_batches', 'benign_divergence', 'harmful_cosine',
+           'evaluate']
 
 # %% ../nbs/08_evaluation.ipynb #e5f91b1e
 def parse_calls(text: str) -> list[dict]:
@@ -108,16 +109,22 @@ def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Tra
     return answers
 
 # %% ../nbs/08_evaluation.ipynb #3e929a8c
+def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
+    "Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device."
+    samples, _ = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation)
+    for start in range(0, len(samples), batch_size):
+        rows = pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id)
+        yield {name: tensor.to(student.device) for name, tensor in rows.items()}
+
+# %% ../nbs/08_evaluation.ipynb #e2c0130e
 @torch.no_grad()
 def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
                       teacher: nn.Module | None = None, batch_size: int = 16) -> dict[str, float]:
     """`{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions where both prefer the same token, over the
     targets of `config.benign_policy`."""
     student.eval()
-    samples, _ = encode_stream(transcripts, masker, config.benign_policy, config.max_length, name="held-out benign")
     kl = agree = n = 0.0
-    for start in range(0, len(samples), batch_size):
-        rows = {k: v.to(student.device) for k, v in pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id).items()}
+    for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size):
         predicting = predicting_positions(rows["loss_mask"])
         columns = predicting.any(0).nonzero().squeeze(-1)
         (_, ours), (_, theirs) = both_passes(student, teacher, rows, config, columns)
@@ -133,10 +140,8 @@ def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Tra
                    teacher: nn.Module | None = None, batch_size: int = 16) -> float:
     "Mean cosine of student and teacher hidden states over the target layers and the targets of `config.harmful_policy`: 1 untouched, below 0.1 rerouted."
     student.eval()
-    samples, _ = encode_stream(transcripts, masker, config.harmful_policy, config.max_length, name="held-out harmful")
     total = n = 0.0
-    for start in range(0, len(samples), batch_size):
-        rows = {k: v.to(student.device) for k, v in pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id).items()}
+    for rows in heldout_batches(student, masker, transcripts, config, "harmful", batch_size):
         (ours, _), (theirs, _) = both_passes(student, teacher, rows, config)
         for layer in ours:
             cosine = nn.functional.cosine_similarity(ours[layer].float(), theirs[layer].float(), dim=-1)[rows["loss_mask"]]

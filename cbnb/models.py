@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, nearest
 
 # %% auto #0
-__all__ = ['DTYPES', 'resolve_model', 'load_tokenizer', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode',
+__all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode',
            'check_teacher', 'decoder_blocks', 'block_outputs', 'forward_with_hidden_states', 'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
@@ -38,11 +38,26 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 # %% ../nbs/04_models.ipynb #f6ed28b1
+@contextmanager
+def named(name_or_path: str):
+    "Inside, an OSError of transformers (not there, not in the cache, no network) becomes one sentence that begins with the name asked for."
+    try:
+        yield
+    except OSError as e:
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise OSError(f"{name_or_path} cannot be loaded: {why}") from e
+
+# %% ../nbs/04_models.ipynb #42d04854
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a hub id or `"tinyagent"`, with a pad token (the EOS token where it has none:
-    padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+    padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
+
+    Raises ValueError for a tokenizer with neither, OSError for one that is not there."""
+    with named(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {name_or_path} has neither a pad nor an EOS token; set one of them in its tokenizer_config.json.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -55,11 +70,12 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
     """The frozen base model in eval mode, weights from safetensors only.
 
     `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, else the CPU.
-    Raises ValueError for an unknown dtype, and what transformers raises for a model that is not there."""
+    Raises ValueError for an unknown dtype, OSError for a model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=DTYPES[dtype], use_safetensors=True,
-                                                 trust_remote_code=trust_remote_code)
+    with named(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=DTYPES[dtype], use_safetensors=True,
+                                                     trust_remote_code=trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval().requires_grad_(False)
 
@@ -75,9 +91,6 @@ def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMod
     whatever the base's dtype. Raises ConfigError where a layer is beyond the model, is the last block in mode `hidden_states`, or where no
     linear has one of the names. The decoder must keep its blocks in `layers`, as Llama, Mistral, Qwen and Gemma do."""
     check_layers(config, num_blocks(model))
-    if config.hidden_state_mode == "hidden_states" and num_blocks(model) - 1 in config.target_layers:
-        raise ConfigError(f"target_layers {num_blocks(model) - 1} is the last block, whose hidden_states entry has the final norm applied; "
-                          "use hidden_state_mode='hooks' for it")
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     for wanted in config.lora_modules:
         if wanted not in names:

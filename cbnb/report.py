@@ -13,7 +13,6 @@ __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIG
 import base64
 import json
 import math
-import os
 import re
 import sys
 from html import escape
@@ -25,7 +24,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .runs import read_json, read_status, runs_folder
+from .runs import read_json, read_status, runs_folder, write_bytes
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -244,7 +243,7 @@ def panel_axes(rows: list[dict], n: int, limits: list[float], log: bool) -> dict
 def panel(rows: list[dict], n: int) -> tuple[list[go.Scatter], dict, list[dict]]:
     "Traces, axes and annotations of panel `n` (from 1) of `PANELS`."
     title, log, lines, top = PANELS[n - 1]
-    (x, y), column, row = axis_ids(n), COLUMNS[(n - 1) % 2], LINES[(n - 1) // 2]
+    (x, y), row = axis_ids(n), LINES[(n - 1) // 2]
     limits = axis_range(np.concatenate([series(rows, key)[1] for key in lines]), log, top)
     traces = [line(rows, key, name, limits, log).update(xaxis=x, yaxis=y) for key, name in lines.items()]
     if len(traces) == 1:
@@ -452,11 +451,5 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(report_page(title, rows, table, parameters, notes), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    write_bytes(path, report_page(title, rows, table, parameters, notes).encode())
+    return Path(path)
