@@ -29,9 +29,15 @@ def python(code, *args, **kwargs):
                             text=True, **kwargs)
 
 
+def test_no_notebook_is_recorded_outside_of_a_kernel(tmp_path):
+    out, err = python("from cbnb.recorder import record_notebook; from cbnb.runs import Run; from pathlib import Path; "
+                      f"print(record_notebook(Run(Path({str(tmp_path)!r}))))").communicate()
+    assert out.strip() == "None" and not list(tmp_path.iterdir()), err
+
+
 @pytest.mark.parametrize("module", ["cbnb.config", "cbnb.runs"])
 def test_import_is_light(module):
-    out, err = python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'pandas') if m in sys.modules])").communicate()
+    out, err = python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])").communicate()
     assert out.strip() == "[]", err
 
 

@@ -14,9 +14,10 @@ FIGURES = {"attack_success", "attack_success_lax", "unparseable", "exact_match",
 FEW = ("-p", "total_steps", 4, "-p", "warmup_steps", 1, "-p", "max_new_tokens", 4, "-p", "diagnose_steps", 2)
 
 
-def papermill(*arguments, cwd=ROOT, runs=None, notebook=NBS / "train.ipynb", timeout=900):
-    "`papermill train.ipynb ARGUMENTS`, with the runs folder `runs`."
-    return run(sys.executable, "-m", "papermill", notebook, *arguments, cwd=cwd, env={"CBNB_RUNS": str(runs)} if runs else None, timeout=timeout)
+def papermill(*arguments, cwd=ROOT, runs=None, notebook=NBS / "train.ipynb", timeout=900, **env):
+    "`papermill train.ipynb ARGUMENTS`, with the runs folder `runs` and further environment variables."
+    if runs: env["CBNB_RUNS"] = str(runs)
+    return run(sys.executable, "-m", "papermill", notebook, *arguments, cwd=cwd, env=env, timeout=timeout)
 
 
 def load(path): return json.loads(Path(path).read_text())
@@ -66,7 +67,7 @@ def test_run_directory_is_complete(runs):
         assert [r["step"] for r in rows] == list(range(1, 201)) and all(METRICS <= set(r) for r in rows)
         assert rows[-1]["loss_kl"] > 0 and (rows[-1]["weighted_kl"] > 0) == (beta > 0)
         assert rows[9]["grad_norm_reroute"] >= 0 and "grad_cos_reroute_kl" in rows[9]
-        for name in ("code.json", "notebook.ipynb", "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        for name in ("code.json", "notebook.ipynb", "out.1.ipynb", "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
             assert (folder / name).is_file(), name
         assert not list(folder.rglob("*.part*")) and not list(folder.rglob("*.bin")) and folder.stat().st_mode & 0o077 == 0
 
@@ -100,6 +101,7 @@ def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:]
     (folder,) = (tmp_path / "runs").glob("*/*")
     assert load(folder / "status.json")["state"] == "done" and len(metrics(folder)) == 4
+    assert "step 4/4  reroute" in done.stdout, "progress is shown while the run goes on, in a job's log too"
     outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", ())]
     bundles = [o["data"] for o in outputs if "data" in o]
     assert any("application/vnd.plotly.v1+json" in b and b["text/html"].startswith("<img ") for b in bundles)
@@ -114,6 +116,10 @@ def test_users_own_line_leaves_everything_in_the_run_directory(tmp_path):
     first, second = (tmp_path).glob("*/*")
     for folder in (first, second):
         assert load(folder / "status.json")["state"] == "done" and (folder / "report.html").is_file() and (folder / "adapter").is_dir()
+        kept = nbformat.read(folder / "out.1.ipynb", 4)
+        executed = [c for c in kept.cells if c.cell_type == "code"]
+        assert [c.source for c in executed][:1] == [code_cells(NBS / "train.ipynb")[0].source] and len(executed) == len(code_cells(NBS / "train.ipynb")) + 1
+        assert any("attack" in o.get("data", {}).get("text/plain", "") for o in executed[-1].outputs), "the last cell's table is in it"
 
 
 @pytest.mark.parametrize("name, value", [("beta_k", 0.3), ("beta_kl", "true"), ("beta_kl", -1), ("target_layers", "1,9")])
@@ -144,6 +150,7 @@ def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
     assert other.returncode != 0 and "beta_kl (0.3 there, 0.5 now)" in other.stdout
     resumed = papermill(tmp_path / "3.ipynb", "-p", "run_dir", folder, *few)
     assert resumed.returncode == 0, resumed.stdout[-4000:]
+    assert all((folder / f"out.{attempt}.ipynb").is_file() for attempt in (1, 2))
     assert metrics(folder) == metrics(whole) and load(folder / "status.json")["attempt"] == 2
     assert load(folder / "result.json")["after"] == load(whole / "result.json")["after"]
     finished = papermill(tmp_path / "4.ipynb", "-p", "run_dir", folder, *few)
@@ -184,11 +191,19 @@ def test_another_model_and_other_formats(tmp_path):
     (tmp_path / "ultrachat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
     done = papermill(tmp_path / "out.ipynb", "-p", "preset", "llama-3.1-8b-instruct", "-p", "model", tmp_path / "model",
                      "-p", "data", f"{tmp_path}/circuit_breakers.json,{tmp_path}/ultrachat.jsonl", "-p", "run_dir", tmp_path / "run",
-                     "-p", "target_layers", 0, "-p", "lora_layers", "0,1", "-p", "total_steps", 3, "-p", "warmup_steps", 1, "-p", "logging_steps", 1,
+                     "-p", "teacher", tmp_path / "model", "-p", "target_layers", 0, "-p", "lora_layers", "0,1", "-p", "total_steps", 3, "-p", "warmup_steps", 1, "-p", "logging_steps", 1,
                      "-p", "batch_size", 2, "-p", "gradient_accumulation_steps", 2, "-p", "hidden_state_mode", "hooks", "-p", "max_length", 64)
     assert done.returncode == 0, done.stdout[-4000:]
     result, rows = load(tmp_path / "run" / "result.json"), metrics(tmp_path / "run")
     assert result["after"]["attack_success"] is None and result["after"]["heldout_kl"]["in_domain"] >= 0 and -1 <= result["after"]["harmful_cosine"] <= 1
     assert len(rows) == 3 and rows[0]["loss_reroute"] == pytest.approx(1, abs=0.02) and rows[-1]["loss_retain"] > 0
     text = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", ()))
-    assert "no injection 10" in text, "harmful rows without an injection fall back to assistant_only, counted"
+    assert "no injection 9" in text, "harmful rows without an injection fall back to assistant_only, counted"
+    assert "left out of training, since a held-out transcript has the same prompt: " in text, "circuit-breakers rows have two answers a prompt"
+
+
+def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
+    "A hub id that is in no cache, offline: no retries without end, a failed status, the name in the last line."
+    done = papermill(tmp_path / "out.ipynb", "-p", "model", "nobody/nothing", "-p", "run_dir", tmp_path / "run", timeout=120, HF_HUB_OFFLINE="1")
+    status = load(tmp_path / "run" / "status.json")
+    assert done.returncode != 0 and status["state"] == "failed" and "nobody/nothing" in status["error"], (done.stdout[-2000:], status)
