@@ -20,7 +20,7 @@ export PYTHONNOUSERSITE := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHON
 
-.PHONY: help train test lab docs readme export tinyagent clean
+.PHONY: help train test bench lab docs readme export tinyagent clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -30,6 +30,8 @@ $(VENV)/.user: settings.ini setup.py pyproject.toml constraints.txt
 $(VENV)/.dev: settings.ini setup.py pyproject.toml constraints.txt
 	.ci/venv $(VENV) '.[dev]'
 
+# One thread unless told otherwise: the tiny agent gains little from more, and on a busy machine they mostly wait for each other.
+train: export OMP_NUM_THREADS ?= 1
 train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_DIR=runs/... can be set
 	@set -e; run='$(RUN_DIR)'; mkdir -p -m 700 "$$run"; n=1; while [ -e "$$run/out.$$n.ipynb" ]; do n=$$((n+1)); done; \
 	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.$$n.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
@@ -37,6 +39,10 @@ train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_
 
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
 	@rc=0; $(RUN) .ci/nbtest.py || rc=1; OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; exit $$rc
+
+bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches tokenizers on its first call
+	OMP_NUM_THREADS=1 $(RUN) -m nbconvert --to notebook --execute --inplace nbs/bench/*.ipynb
+	$(VENV)/bin/nbdev_clean
 
 lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
 	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs \
@@ -58,5 +64,5 @@ tinyagent: $(VENV)/.user  ## rebuild the embedded tiny agent: at most an hour on
 	OMP_NUM_THREADS=1 $(RUN) -m cbnb.tinyagent cbnb/tinyagent_model
 
 clean:  ## what builds, docs and tests left; keeps .venv and runs/
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .cache
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis .cache
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

@@ -47,7 +47,8 @@ def cells_left_out(notebooks, nbs, flags):
 
 def main():
     nbs = get_config().nbs_path
-    notebooks = sorted(nbglob(as_path=True))
+    found = sorted(nbglob(as_path=True))
+    notebooks = [p for p in found if not (p.parent / ".notest").exists()]       # nbdev_test's own sign for a folder to leave alone
     start = time.time()
     with tempfile.TemporaryDirectory() as runs: status, output = run_nbdev_test(runs)
     completed = {Path(p) for p in re.findall(r"- Completed (.+?\.ipynb)", output)}
@@ -60,6 +61,8 @@ def main():
     for (name, flag), n in sorted(cells_left_out(notebooks, nbs, set(get_config().tst_flags.split())).items()):
         how = "open it in make lab" if flag.startswith("eval") else f"nbdev_test --path nbs/{name} --flags {flag}"
         print(f"left out: {n} cell(s) marked '{flag}' in {name}; to run: {how}")
+    for path in found:
+        if path not in notebooks: print(f"left out: {path.relative_to(nbs)}, which needs downloads and measures this machine; to run: make bench")
     bad = len(failed) + len(never_ran)
     if not notebooks: print("no notebook found: nothing was tested")
     print(f"notebooks: {len(notebooks) - bad} passed, {bad} failed")

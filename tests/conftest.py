@@ -7,6 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
 
 import pytest
+from hypothesis import settings
+
+# The same examples on every machine and day, so that a red run can be repeated; a slow machine is no failure.
+settings.register_profile("cbnb", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.load_profile("cbnb")
 
 REQUIRE_ALL = os.environ.get("CBNB_REQUIRE_ALL") == "1"
 

@@ -7,7 +7,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
-NOT_SOURCE = (".git", ".venv", ".cache", ".pytest_cache", ".ipynb_checkpoints", "__pycache__", "runs", "build", "dist", "_docs", "_proc",
+NOT_SOURCE = (".git", ".venv", ".cache", ".pytest_cache", ".hypothesis", ".ipynb_checkpoints", "__pycache__", "runs", "build", "dist", "_docs", "_proc",
               "*.egg-info", "out*.ipynb", "*.part")
 
 
@@ -54,5 +54,5 @@ def default_exp(path):
 
 
 def run_notebooks(nbs=NBS):
-    "The notebooks that papermill runs: those that export nothing, but for the README's."
-    return [p for p in notebooks(nbs) if default_exp(p) is None and p.name != "index.ipynb"]
+    "The notebooks that papermill runs: those that export nothing, but for the README's and the benchmarks."
+    return [p for p in notebooks(nbs) if default_exp(p) is None and p.name != "index.ipynb" and p.parent.name != "bench"]

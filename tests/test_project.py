@@ -214,8 +214,8 @@ def test_a_skip_fails_where_everything_must_run(tmp_path):
     assert not re.search("skipped|xfailed", strict.stdout.splitlines()[-1]), strict.stdout
 
 
-def small_project(folder, **sources):
-    "A copy of the project's settings and tools with only the given notebooks, one code cell each."
+def small_project(folder, bench=None, **sources):
+    "A copy of the project's settings and tools with only the given notebooks, one code cell each; `bench` is one in nbs/bench/."
     import nbformat
     (folder / "nbs").mkdir(parents=True)
     (folder / "cbnb").mkdir()
@@ -223,6 +223,9 @@ def small_project(folder, **sources):
     shutil.copy(ROOT / "settings.ini", folder)
     for name, source in sources.items():
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), folder / "nbs" / f"{name}.ipynb")
+    if bench is not None:
+        shutil.copytree(NBS / "bench", folder / "nbs" / "bench", ignore=shutil.ignore_patterns("*.ipynb"))
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bench)]), folder / "nbs" / "bench" / "speed.ipynb")
     return run(sys.executable, ".ci/nbtest.py", cwd=folder)
 
 
@@ -230,6 +233,8 @@ def test_notebook_counts(tmp_path):
     fine = small_project(tmp_path / "fine", a="assert True", b="#| slow\n1/0")
     assert fine.returncode == 0 and "notebooks: 2 passed, 0 failed" in fine.stdout, fine.stdout
     assert "left out: 1 cell(s) marked 'slow' in b.ipynb" in fine.stdout
+    timed = small_project(tmp_path / "timed", a="assert True", bench="1/0")
+    assert timed.returncode == 0 and "left out: bench/speed.ipynb" in timed.stdout and "notebooks: 1 passed, 0 failed" in timed.stdout, timed.stdout
     failing = small_project(tmp_path / "failing", a="assert True", b="1/0")
     assert failing.returncode == 1 and "failed: b.ipynb\nnotebooks: 1 passed, 1 failed" in failing.stdout, failing.stdout
     dying = small_project(tmp_path / "dying", a="import os; os._exit(3)")
@@ -258,6 +263,15 @@ def test_make_train_passes_beta_and_guards_the_kernel(tmp_path):
     assert f"args: -m cbnb.report {folder}" in said
     assert "JUPYTER_PREFER_ENV_PATH=1" in said and "/somewhere" not in said and "/elsewhere" not in said
     assert "-p beta_kl 0.3" in make("train", tmp_path, f"RUN_DIR={folder}")
+
+
+def test_make_bench_runs_the_benchmarks(tmp_path):
+    clean = tmp_path / "venv" / "bin" / "nbdev_clean"
+    clean.parent.mkdir(parents=True)
+    clean.write_text("#!/bin/sh\necho cleaned\n")
+    clean.chmod(0o755)
+    said = make("bench", tmp_path)
+    assert "args: -m nbconvert --to notebook --execute --inplace nbs/bench/masks.ipynb\n" in said and "cleaned" in said
 
 
 def test_make_lab_listens_on_loopback(tmp_path):

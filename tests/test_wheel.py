@@ -21,7 +21,10 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_is_complete(wheel):
-    with zipfile.ZipFile(wheel) as archive: names = archive.namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        scripts = archive.read(next(n for n in names if n.endswith(".dist-info/entry_points.txt"))).decode()
+    assert "cbnb=cbnb.cli:main" in scripts.replace(" ", "")
     assert {n.removeprefix("cbnb/") for n in names if n.startswith("cbnb/")} == package_files()
     others = {n.split("/")[0] for n in names} - {"cbnb"}
     assert len(others) == 1 and next(iter(others)).endswith(".dist-info"), f"the wheel would install {others}"
@@ -37,6 +40,9 @@ def test_installed_wheel_trains(wheel, tmp_path):
     pip = (sys.executable, "-m", "pip", "--python", python)
     installed = run(*pip, "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, cwd=away, timeout=1500)
     assert installed.returncode == 0, installed.stdout[-4000:]
+    audited = run(venv / "bin" / "cbnb", "masks", ROOT / "tests" / "fixtures" / "agent.jsonl", "--model", "tinyagent", "--json", cwd=away,
+                  env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
+    assert audited.returncode == 0 and '{"summary": ' in audited.stdout, audited.stdout[-4000:]
     data = sorted(name for name in package_files() if not name.endswith(".py"))
     script = ROOT / "tests" / "scripts" / "train_few_steps.py"
     trained = run(python, script, *data, cwd=away, env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
