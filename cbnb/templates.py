@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_TEMPLATE_CHARS', 'MAX_TEXT_CHARS', 'MAX_WORK_CHARS', 'MAX_RENDER_SECONDS', 'FROZEN_NOW', 'WORK', 'WIDTH',
-           'GROWING', 'DICT_METHODS', 'STR_METHODS', 'KINDS', 'MARKER', 'BETWEEN', 'NONCHARACTER', 'MARKED',
-           'ARGUMENTS_MARK', 'LEVELS', 'REASONING_KEYS', 'KNOWN_ROLES', 'MAX_MESSAGES', 'CALLS', 'MaskError', 'Work',
+           'GROWING', 'DICT_METHODS', 'STR_METHODS', 'KINDS', 'MARKER', 'NONCHARACTER', 'MARKED', 'ARGUMENTS_MARK',
+           'LEVELS', 'REASONING_KEYS', 'WRAPPED', 'KNOWN_ROLES', 'MAX_MESSAGES', 'CALLS', 'MaskError', 'Work',
            'check_size', 'check_growth', 'growth', 'bounded', 'BoundedSandbox', 'has_noncharacter', 'marker',
            'read_index', 'read_mark', 'read_markers', 'wrap', 'Instrument', 'GenerationTag', 'MarkedDict', 'MarkedList',
            'MarkedInt', 'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'compile_template', 'Trace', 'render',
@@ -129,7 +129,6 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 # %% ../nbs/00a_templates.ipynb #483bc791
 KINDS = ("item", "content", "reasoning", "call", "generation", "arguments", "control")
 MARKER = re.compile("\ufdd0([\ufdd2-\ufddf])([\ufde0-\ufdef]+)\ufdd1")
-BETWEEN = re.compile(re.sub(r"[()]", "", MARKER.pattern))
 NONCHARACTER = re.compile("[\ufdd0-\ufdef" + "".join(chr(plane + 0xFFFE) + chr(plane + 0xFFFF)
                                                      for plane in range(0, 0x110000, 0x10000)) + "]")
 
@@ -164,15 +163,15 @@ def read_markers(text):
     """`text` without its marks, the regions they enclose, and the unpaired ones.
 
     Returns (str, list of (kind, index, start, end) in characters of that str, set of (kind, index))."""
-    marks, pieces = MARKER.findall(text), BETWEEN.split(text)
+    parts = MARKER.split(text)  # a piece of text, a mark and its digits, the next piece, ...
     regions, opened, broken, at = [], {}, set(), 0
-    for piece, (mark, digits) in zip(pieces, marks):
+    for piece, mark, digits in zip(parts[::3], parts[1::3], parts[2::3]):
         at += len(piece)
         key, edge = read_mark(mark, digits)
         if edge and key in opened: regions.append((*key, opened.pop(key), at))
         elif edge or key in opened: broken.add(key)
         if not edge: opened[key] = at
-    return "".join(pieces), regions, broken | opened.keys()
+    return "".join(parts[::3]), regions, broken | opened.keys()
 
 # %% ../nbs/00a_templates.ipynb #93b21c6f
 def wrap(text, kind, index):
@@ -258,6 +257,12 @@ def mark_arguments(value, index):
 def _raise_exception(message): raise jinja2.TemplateError(message)
 
 
+@functools.lru_cache(64)
+def _json(ensure_ascii, separators, sort_keys):
+    "The `encode` of a JSON encoder: json.dumps makes a new one for each call."
+    return json.JSONEncoder(ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys).encode
+
+
 @functools.lru_cache(256)
 def _indent_json(text, ensure_ascii, indent, separators):
     "JSON `text` with indentation, remembered: that is slow in Python, and the same tools are written for every transcript."
@@ -269,7 +274,7 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     if indent and not (isinstance(indent, int) and indent < 17) or any(len(part) > 16 for part in separators or ()):
         raise jinja2.TemplateRuntimeError("it indents JSON by more than 16 characters")
     value, index = unmark(value)
-    text = json.dumps(value, ensure_ascii=ensure_ascii, separators=None if indent else separators, sort_keys=sort_keys)
+    text = _json(bool(ensure_ascii), tuple(separators) if separators and not indent else None, bool(sort_keys))(value)
     if indent and len(text) < 2**16: text = _indent_json(text, ensure_ascii, indent, separators and tuple(separators))
     elif indent: text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     check_size(text)
@@ -367,6 +372,7 @@ LEVELS = tuple(frozenset(level.split()) for level in (
     "system user tool assistant calls arguments", "system user tool assistant calls", "system user assistant calls", "assistant calls",
     "assistant", ""))
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+WRAPPED = {"content": "content", **dict.fromkeys(REASONING_KEYS, "reasoning")}  # kind of mark by key of a message
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 MAX_MESSAGES = np.iinfo(np.int16).max
 CALLS = MAX_MESSAGES + 1  # marks of call number j of message i carry the number i + CALLS * j
@@ -383,8 +389,8 @@ def wrap_message(message, index, level):
     "A copy of `message` with marks around content and reasoning if its role is in `level`, and around its calls if 'calls' is."
     out = dict(message)
     if message["role"] in level:
-        for key, kind in (("content", "content"), *((k, "reasoning") for k in REASONING_KEYS)):
-            if isinstance(out.get(key), str): out[key] = wrap(out[key], kind, index)
+        for key in message.keys() & WRAPPED.keys():
+            if isinstance(out[key], str): out[key] = wrap(out[key], WRAPPED[key], index)
     if "calls" in level and out.get("tool_calls"):
         out["tool_calls"] = [wrap_call(c, index + CALLS * j, level) for j, c in enumerate(out["tool_calls"])]
     return out
@@ -415,6 +421,16 @@ class Traced:
         return found
 
     def of(self, kind, index): return self.places.get((kind, index), [])
+
+    @functools.cached_property
+    def words(self):
+        "Regions (start, end, kind) of what each message says, by message: its content, reasoning and the names of its calls."
+        found = {}
+        for kind, index, start, end in self.regions:
+            if kind in ("content", "reasoning", "call"): found.setdefault(index, []).append((start, end, kind))
+        return found
+
+    def said(self, index): return self.words.get(index, [])
 
 # %% ../nbs/00a_templates.ipynb #cb60ce89
 def trace_render(template, messages, tools, variables, control=None, allowed=(), generation_prompt=False):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOOL_SEGMENTS', 'COMPLETION', 'IS_COMPLETION', 'ROLE_SEGMENT', 'RULES', 'EMPTY_THOUGHT', 'CLOSING', 'THINK',
-           'Segment', 'Rule', 'generation_prompts', 'user_header', 'Turn', 'Words', 'close_turn', 'only', 'said',
-           'find_turn', 'prefix_turn', 'generation_turn', 'paint_turn', 'is_json_of', 'argument_regions', 'paint_call',
-           'role_regions', 'sharers', 'paint', 'place_tokens', 'check_overlap', 'check_inside', 'trim_turn',
-           'merged_turn', 'silent', 'find_headers', 'locate_turn', 'check_turn', 'locate_turns', 'dropped']
+           'Segment', 'Rule', 'generation_prompts', 'user_header', 'Turn', 'Words', 'close_turn', 'only', 'text_at',
+           'find_turn', 'prefix_turn', 'generation_turn', 'code', 'paint_turn', 'is_json_of', 'argument_regions',
+           'paint_calls', 'role_regions', 'sharers', 'paint', 'place_tokens', 'check_overlap', 'check_inside',
+           'closes_prompt', 'trim_turn', 'merged_turn', 'silent', 'find_headers', 'locate_turn', 'check_turn',
+           'locate_turns', 'dropped']
 
 # %% ../nbs/00c_turns.ipynb #b2ab996f
 import bisect
@@ -15,8 +16,8 @@ import functools
 import itertools
 import json
 import re
-from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,8 +107,7 @@ def user_header(template, variables):
     return head.split("\n")[-1].strip() or None
 
 # %% ../nbs/00c_turns.ipynb #df8c532b
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """Character positions of an assistant turn: `header` to `body` is its header, `body` to `eot` generated text, `eot` to `end` the
     end-of-turn token."""
     message: int
@@ -130,9 +130,17 @@ class Words(frozenset):
         "The longest word with which `text` begins, or ''."
         return next((text[:n] for n in self.lengths if text[:n] in self), "")
 
+    @functools.cached_property
+    def by_last(self):
+        "Lengths of the words by their last character, the longest first."
+        return {c: sorted({len(word) for word in self if word[-1:] == c}, reverse=True) for c in {word[-1:] for word in self}}
+
     def ending(self, text, start, end):
         "The longest word with which `text[start:end]` ends, or ''."
-        return next((text[end - n:end] for n in self.lengths if end - n >= start and text[end - n:end] in self), "")
+        tail = text[start:end]
+        for n in self.by_last.get(tail[-1:], ()):
+            if tail[-n:] in self: return tail[-n:]
+        return ""
 
 
 def close_turn(text, message, header, body, stop, ends):
@@ -151,24 +159,25 @@ def only(words, text):
         text = text[len(word):]
     return True
 
-# %% ../nbs/00c_turns.ipynb #43366d36
-def said(traced, index):
-    "Character regions of all that message `index` says: content, reasoning and names of calls."
-    return [region for kind in ("content", "reasoning", "call") for region in traced.of(kind, index)]
-
 # %% ../nbs/00c_turns.ipynb #0fa9ac6a
+def text_at(traced, region):
+    "Whether anything but white space stands in a `region` (start, end) of the text."
+    start, end = region
+    return start < end and not traced.text[start:end].isspace()
+
+
 def find_turn(traced, message, prompts, ends):
     """The Turn of assistant `message` by its loop region, or None if it is not clear.
 
     Needs one non-blank region that starts with a header of `prompts` (after blanks and added tokens such as BOS), before any content."""
-    regions = [(s, e) for s, e in traced.of("item", message) if traced.text[s:e].strip()]
+    text, regions = traced.text, [region for region in traced.of("item", message) if text_at(traced, region)]
     if len(regions) != 1: return None
-    (start, stop), text = regions[0], traced.text
-    first = min((s for s, _ in said(traced, message)), default=stop)
+    start, stop = regions[0]
+    first = min(traced.said(message), default=(stop,))[0]
     for prompt in prompts:
         if not prompt.strip(): return close_turn(text, message, start, start + len(prompt) * text.startswith(prompt, start), stop, ends)
         at = text.find(prompt.lstrip(), start, first)
-        if at >= 0 and only(ends, text[start:at]):
+        if at == start or at > start and only(ends, text[start:at]):
             return close_turn(text, message, start, at + len(prompt.lstrip()), stop, ends)
     return None
 
@@ -182,7 +191,7 @@ def prefix_turn(text, message, messages, render_plain, ends):
     except MaskError: return None
     if not (text.startswith(before) and text.startswith(upto) and len(before) <= len(upto)): return None
     header = len(start) if before.startswith(start) else len(before)
-    return replace(close_turn(text, message, header, len(before), len(upto), ends), rule=Rule.PREFIX)
+    return close_turn(text, message, header, len(before), len(upto), ends)._replace(rule=Rule.PREFIX)
 
 # %% ../nbs/00c_turns.ipynb #1ba0b4cf
 def generation_turn(traced, message, assistants, ends):
@@ -190,22 +199,31 @@ def generation_turn(traced, message, assistants, ends):
     found = [(s, e) for kind, _, s, e in sorted(traced.regions, key=lambda r: r[2]) if kind == "generation"]
     if len(found) != len(assistants): return None
     start, stop = found[assistants.index(message)]
-    return replace(close_turn(traced.text, message, start, start, stop, ends), rule=Rule.TAGS)
+    return close_turn(traced.text, message, start, start, stop, ends)._replace(rule=Rule.TAGS)
 
 # %% ../nbs/00c_turns.ipynb #b771a651
 THINK = re.compile(r"\s*(<think>.*?</think>|\[THINK\].*?\[/THINK\])\s*", re.S)
 
 
-def paint_turn(labels, rules, traced, turn, calls):
-    "Writes the segments of the assistant `turn` into `labels` and their `rules` (uint8, one a character); `calls`: whether it has tool calls."
-    text, body, eot = traced.text, turn.body, turn.eot
-    labels[turn.header:body], rules[turn.header:body] = Segment.HEADER, Rule.HEADER
-    labels[body:eot], rules[body:eot] = Segment.TOOL_CALL if calls else Segment.TEXT, turn.rule
-    think = next((m for at in (body, text.rfind("<think>", turn.header, body)) if at >= 0 and (m := THINK.match(text, at, eot))), None)
-    if think: labels[body:think.end()], rules[body:think.end()] = Segment.REASONING, Rule.FOUND
+def code(segment, rule):
+    "A Segment and its Rule as one int, below 2**16."
+    return segment + (rule << 8)
+
+
+def paint_turn(codes, traced, turn, calls, words):
+    """Writes the assistant `turn` into `codes` (uint16, one a character). `calls`: whether it has tool calls; `words`: regions [(start, end)] of
+    the contents that may stand beside them."""
+    text, body, eot, rule = traced.text, turn.body, turn.eot, turn.rule
+    codes[turn.header:body] = code(Segment.HEADER, Rule.HEADER)
+    codes[body:eot] = code(Segment.TOOL_CALL if calls else Segment.TEXT, rule)
+    if calls:
+        for start, end in words: codes[start:end] = code(Segment.TEXT, rule)
+    opened = text.rfind("<think>", turn.header, body)  # by the header
+    think = THINK.match(text, body, eot) or opened >= 0 and THINK.match(text, opened, eot)
+    if think: codes[body:think.end()] = code(Segment.REASONING, Rule.FOUND)
     for start, end in traced.of("reasoning", turn.message):
-        if body <= start < end <= eot: labels[body:end], rules[start:end] = Segment.REASONING, Rule.MARK
-    labels[eot:turn.end], rules[eot:turn.end] = Segment.EOT, Rule.EOT
+        if body <= start < end <= eot: codes[body:start], codes[start:end] = code(Segment.REASONING, rule), code(Segment.REASONING, Rule.MARK)
+    codes[eot:turn.end] = code(Segment.EOT, Rule.EOT)
 
 # %% ../nbs/00c_turns.ipynb #aceec6df
 def is_json_of(text, value):
@@ -234,13 +252,13 @@ def argument_regions(traced, turn, index, number, arguments):
     return [], Rule.FOUND
 
 # %% ../nbs/00c_turns.ipynb #5e878ff0
-def paint_call(labels, rules, traced, turn, index, message):
-    "Writes names and arguments of the tool calls of `message` (number `index`) into `labels` and `rules`, inside of `turn`."
+def paint_calls(codes, traced, turn, index, message):
+    "Writes names and arguments of the tool calls of `message` (number `index`) into `codes`, inside of `turn`."
     for number, call in enumerate(message.get("tool_calls") or ()):
         found, rule = argument_regions(traced, turn, index, number, call["function"]["arguments"])
-        names = [r for r in traced.calls.get(("call", index, number), ()) if turn.body <= r[0] < r[1] <= turn.eot]
-        for regions, segment, why in ((found, Segment.TOOL_ARGUMENTS, rule), (names, Segment.TOOL_NAME, Rule.MARK)):
-            for start, end in regions: labels[start:end], rules[start:end] = segment, why
+        for start, end in found: codes[start:end] = code(Segment.TOOL_ARGUMENTS, rule)
+        for start, end in traced.calls.get(("call", index, number), ()):
+            if turn.body <= start < end <= turn.eot: codes[start:end] = code(Segment.TOOL_NAME, Rule.MARK)
 
 # %% ../nbs/00c_turns.ipynb #8c65eb8d
 def role_regions(traced, index, message):
@@ -260,40 +278,36 @@ def sharers(turns, messages):
 
 # %% ../nbs/00c_turns.ipynb #e208ee7b
 def paint(traced, messages, turns):
-    "Returns (labels uint8, owners int16, rules uint8), one a character: the segment, the message it belongs to (-1 for none), the Rule."
-    labels = np.full(len(traced.text), Segment.TEMPLATE, np.uint8)
-    owners, rules = np.full(len(traced.text), -1, np.int16), np.full(len(traced.text), Rule.TEMPLATE, np.uint8)
+    "Returns (codes uint16, owners int16), one a character: the segment and its rule (see `code`), the message it belongs to (-1 for none)."
+    codes, owners = np.full(len(traced.text), code(Segment.TEMPLATE, Rule.TEMPLATE), np.uint16), np.full(len(traced.text), -1, np.int16)
     for index, message in enumerate(messages):
         for start, end in traced.of("item", index): owners[start:end] = index
     for index, message in enumerate(messages):
         if message["role"] == "assistant": continue
         (regions, rule), segment = role_regions(traced, index, message), ROLE_SEGMENT.get(message["role"], Segment.TEMPLATE)
-        for start, end in [*regions, *traced.of("control", index)]:
-            labels[start:end], owners[start:end], rules[start:end] = segment, index, rule
+        for start, end in [*regions, *traced.of("control", index)]: codes[start:end], owners[start:end] = code(segment, rule), index
     for turn, shared in zip(turns, sharers(turns, messages)):
         owners[turn.header:turn.end] = turn.message
-        paint_turn(labels, rules, traced, turn, any(messages[i].get("tool_calls") for i in shared))
-        for i in shared:
-            for start, end in traced.of("content", i):
-                if not turn.body <= start < end <= turn.eot: continue
-                labels[start:end][labels[start:end] == Segment.TOOL_CALL] = Segment.TEXT  # words beside a call
-                owners[start:end] = i  # also where two messages share a turn
-            paint_call(labels, rules, traced, turn, i, messages[i])
-    return labels, owners, rules
+        words = [(start, end, i) for i in shared for start, end in traced.of("content", i) if turn.body <= start < end <= turn.eot]
+        for start, end, i in words: owners[start:end] = i  # also where two messages share a turn
+        paint_turn(codes, traced, turn, any(messages[i].get("tool_calls") for i in shared), [word[:2] for word in words])
+        for i in shared: paint_calls(codes, traced, turn, i, messages[i])
+    return codes, owners
 
 # %% ../nbs/00c_turns.ipynb #894a482a
-def place_tokens(offsets, labels, owners, rules, control):
+def place_tokens(offsets, codes, owners, control):
     """Segment (uint8), message (int16), Rule (uint8) and straddling flag (bool) of each token at character span `offsets[i]`.
 
     A token straddles if completion begins or ends (or changes its message) inside it. `control` (bool) are special tokens: one that
     begins in EOT is EOT, whatever white space it swallows."""
-    completion = np.where(IS_COMPLETION[labels], owners.astype(np.int32) + 2, 0)
+    completion = np.where(IS_COMPLETION[codes & 255], owners.astype(np.int32) + 2, 0)
     stretch = np.cumsum(np.concatenate([[False], completion[1:] != completion[:-1]]), dtype=np.int32)  # of each character
-    first = np.minimum(offsets[:, 0], len(labels) - 1)
+    first = np.minimum(offsets[:, 0], len(codes) - 1)
     last = np.maximum(offsets[:, 1] - 1, first)
-    syntax = (labels == Segment.TEMPLATE) | (labels == Segment.TOOL_CALL)
-    named = np.where(syntax[first], last, first)  # " Hi" after a header belongs to "Hi", a quote and the name after it to the name
-    segments, message, rule = labels[named], owners[named], rules[named]
+    opening = codes[first] & 255
+    syntax = (opening == Segment.TEMPLATE) | (opening == Segment.TOOL_CALL)
+    named = np.where(syntax, last, first)  # " Hi" after a header belongs to "Hi", a quote and the name after it to the name
+    segments, message, rule = (codes[named] & 255).astype(np.uint8), owners[named], (codes[named] >> 8).astype(np.uint8)
     straddling = stretch[first] != stretch[last]
     straddling &= ~(control & (segments == Segment.EOT))
     segments[straddling], rule[straddling] = Segment.TEMPLATE, Rule.STRADDLES
@@ -318,43 +332,48 @@ def check_overlap(turns, traced, messages):
 def check_inside(turn, traced, message):
     """Raises MaskError if text of assistant `message` stands outside the generated text of `turn` (names of its tools may): then it was not
     understood."""
-    if any(not turn.body <= start <= end <= turn.eot for kind in ("content", "reasoning") for start, end in traced.of(kind, message)):
+    if any(kind != "call" and not turn.body <= start <= end <= turn.eot for start, end, kind in traced.said(message)):
         raise MaskError(f"message {message} (assistant): some of it stands outside of its turn; pass another chat_template")
 
 # %% ../nbs/00c_turns.ipynb #3c4dfa4f
+@functools.lru_cache(256)
+def closes_prompt(token, prompts):
+    "Whether one of `prompts` (a tuple or None) ends in the text `token`."
+    return bool(token) and any(prompt.rstrip().endswith(token) for prompt in prompts or ())
+
+
 def trim_turn(turn, traced, message, prompts, user_head, ends):
     """`turn` of assistant `message` without what the template writes after its end of turn (some write the next header at the end of a pass).
 
     Raises MaskError where the turn ends in a header: in the last token of one of `prompts`, or in `user_head`, the line before a user's
     words."""
     text, index = traced.text, turn.message
-    last, kind = max(((e, k) for k in ("content", "reasoning", "call") for _, e in traced.of(k, index) if turn.body <= e <= turn.end),
-                     default=(0, None))
+    last, kind = max([(e, k) for _, e, k in traced.said(index) if turn.body <= e <= turn.end], default=(0, None))
     if kind == "content" and not message.get("tool_calls"):
         rest = text[last:turn.end].lstrip()
         word = ends.beginning(rest) if len(rest) > turn.end - turn.eot else ""
         if word and not only(ends, rest[len(word):]):
             eot = last + text[last:turn.end].index(word)
-            turn = replace(turn, eot=eot, end=eot + len(word))
+            turn = turn._replace(eot=eot, end=eot + len(word))
     tail, token = text[max(last, turn.body):turn.end].strip(), text[turn.eot:turn.end]
-    if kind and (token and any(p.rstrip().endswith(token) for p in prompts or ()) or tail and tail.split("\n")[-1].strip() == user_head):
+    if kind and (closes_prompt(token, prompts) or tail and tail.rpartition("\n")[2].strip() == user_head):
         raise MaskError(f"message {index} (assistant): its turn seems to end in the next header {tail[-40:]!r}; pass another chat_template")
     return turn
 
 # %% ../nbs/00c_turns.ipynb #17208d4a
 def merged_turn(turns, traced, message, messages):
     "The last of `turns` if it also holds all of assistant `message`, with only assistant messages between; else None."
-    regions, turn = said(traced, message), turns[-1] if turns else None
+    regions, turn = traced.said(message), turns[-1] if turns else None
     if turn is None or not regions or any(m["role"] != "assistant" for m in messages[turn.message:message]): return None
-    return turn if all(turn.body <= start <= end <= turn.eot for start, end in regions) else None
+    return turn if all(turn.body <= start <= end <= turn.eot for start, end, _ in regions) else None
 
 # %% ../nbs/00c_turns.ipynb #e19426bd
 def silent(traced, index, message):
     "Whether the template demonstrably writes nothing for an assistant message: empty loop regions, and no mark of it anywhere."
-    regions, marks = traced.of("item", index), said(traced, index)
-    says = bool((message.get("content") or "").strip() or message.get("tool_calls") or message.get("reasoning_content"))
-    blank = bool(regions) and not any(traced.text[s:e].strip() for s, e in regions)
-    return blank and not marks and ("assistant" in (traced.level or ()) or not says)
+    regions = traced.of("item", index)
+    if traced.said(index) or not regions or any(text_at(traced, region) for region in regions): return False
+    says = (message.get("content") or "").strip() or message.get("tool_calls") or message.get("reasoning_content")
+    return "assistant" in (traced.level or ()) or not says
 
 # %% ../nbs/00c_turns.ipynb #2e2a7f15
 def find_headers(template, variables, ends=()):
@@ -369,7 +388,7 @@ def locate_turn(traced, index, messages, prompts, render_plain, ends):
     turn = find_turn(traced, index, prompts, ends) if prompts else None
     if prompts is not None and (turn is None or prompts and turn.eot == turn.end):  # an EOT may stand after the loop's region
         by_prefix = prefix_turn(traced.text, index, messages, render_plain, ends)
-        first = min(said(traced, index), default=(len(traced.text), 0))[0]
+        first = min(traced.said(index), default=(len(traced.text),))[0]
         if by_prefix and not prompts and by_prefix.header == by_prefix.body and traced.text[by_prefix.body:first].strip():
             by_prefix = None  # no generation prompt, yet something stands before the words: whether that is a header is not known
         if turn is None or by_prefix and by_prefix.body == turn.body and turn.end < by_prefix.end > by_prefix.eot: turn = by_prefix
@@ -381,11 +400,11 @@ def check_turn(turn, traced, message, headers, ends, eos=None):
 
     Raises MaskError where it seems to hold text that is not the assistant's, or not all of the assistant's."""
     text, index = traced.text, turn.message
-    said_until = max((end for _, end in [*said(traced, index), *traced.of("control", index)]), default=turn.body)
-    if turn.eot < said_until <= turn.end: turn = replace(turn, eot=turn.end)  # its own words are no EOT, even if they look like one
+    said_until = max([region[1] for region in traced.said(index) + traced.of("control", index)], default=turn.body)
+    if turn.eot < said_until <= turn.end: turn = turn._replace(eot=turn.end)  # its own words are no EOT, even if they look like one
     turn = trim_turn(turn, traced, message, *headers, ends)
     at = text.find(eos, max(said_until, turn.body), turn.end) if eos else -1
-    if at >= 0 and not only(ends, text[at:turn.end]):
+    if at >= 0 and at != turn.eot and not only(ends, text[at:turn.end]):
         raise MaskError(f"message {index} (assistant): the template writes {text[at:turn.end][:40]!r} in its turn, text after an "
                         "end-of-turn token; pass another chat_template")
     check_inside(turn, traced, index)
@@ -412,12 +431,12 @@ def dropped(traced, messages, turns):
     out, turns = [], sorted((t.body, t.eot) for t in turns)
     def is_inside(at): return (k := bisect.bisect_right(turns, (at, len(traced.text) + 1))) > 0 and at < turns[k - 1][1]
     for i, message in enumerate(messages):
-        where, marked = f"message {i} ({message['role']})", message["role"] in (traced.level or ())
-        for kind, text in (("content", message.get("content")), ("reasoning", message.get("reasoning_content"))):
-            if marked and isinstance(text, str) and text.strip() and not traced.of(kind, i):
-                out.append(f"{where}: the template drops {'or splits ' * ((kind, i) in traced.broken)}its {kind}")
-        calls = len(message.get("tool_calls") or ())
-        seen = sum(is_inside(s) for s, _ in traced.of("call", i))
-        if "calls" in (traced.level or ()) and seen < calls:
-            out.append(f"{where}: the template drops {calls - seen} of its {calls} tool calls")
+        lost, calls = [], len(message.get("tool_calls") or ())
+        if message["role"] in (traced.level or ()):
+            for kind, text in (("content", message.get("content")), ("reasoning", message.get("reasoning_content"))):
+                if text and not traced.of(kind, i) and isinstance(text, str) and text.strip():
+                    lost.append(f"{'or splits ' * ((kind, i) in traced.broken)}its {kind}")
+        if calls and "calls" in (traced.level or ()) and (seen := sum(is_inside(s) for s, _ in traced.of("call", i))) < calls:
+            lost.append(f"{calls - seen} of its {calls} tool calls")
+        out += [f"message {i} ({message['role']}): the template drops {what}" for what in lost]
     return out
