@@ -2,7 +2,8 @@
 
     pages.py readme    README.md from nbs/index.ipynb
     pages.py docs      a static site of all notebooks in _docs/
-    pages.py strip     remove widget state (megabytes, and useless without its kernel) from the notebooks themselves
+    pages.py strip     remove from the notebooks themselves: widget state (megabytes, and useless without its kernel) and what was written
+                       to stderr (progress, warnings with this machine's paths)
 """
 import json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
@@ -123,11 +124,14 @@ def strip():
     for path in notebooks():
         nb = json.loads(path.read_text(encoding="utf-8"))
         found = nb["metadata"].pop("widgets", None)
-        for output in [o for cell in nb["cells"] for o in cell.get("outputs", [])]:
-            found = output.get("data", {}).pop(WIDGET_VIEW, None) or found
+        for cell in nb["cells"]:
+            shown = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+            found = found or len(shown) < len(cell.get("outputs", []))
+            for output in shown: found = output.get("data", {}).pop(WIDGET_VIEW, None) or found
+            if "outputs" in cell: cell["outputs"] = shown
         if found:
             write(path, json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
-            print(f"removed widget state from {path.relative_to(ROOT)}")
+            print(f"removed widget state or stderr from {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINYAGENT', 'LINEARS', 'PRESETS', 'ConfigError', 'type_name', 'wrong_type', 'to_scalar', 'to_tuple', 'setting',
-           'allowed', 'check_limits', 'CircuitBreakerConfig', 'check_layer_order', 'check_policies', 'presets',
-           'get_config', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'coefficients']
+           'allowed', 'check_limits', 'CircuitBreakerConfig', 'check_layer_order', 'check_warmup', 'check_policies',
+           'presets', 'get_config', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'coefficients']
 
 # %% ../nbs/03_config.ipynb #8ed51dfd
 import dataclasses
@@ -143,6 +143,7 @@ class CircuitBreakerConfig:
             check_limits(f.name, value, f.metadata)
             object.__setattr__(self, f.name, value)
         check_layer_order(self)
+        check_warmup(self)
         check_policies(self)
 
 # %% ../nbs/03_config.ipynb #8807102a
@@ -155,6 +156,12 @@ def check_layer_order(config):
     if min(config.target_layers) < first:
         raise ConfigError(f"target_layers must be at least {first}, the first LoRA layer (a block before it never changes), "
                           f"but {min(config.target_layers)} was given")
+
+# %% ../nbs/03_config.ipynb #2f9535c1
+def check_warmup(config):
+    """Raises `ConfigError` where the warm-up is not over before the last step: the learning rate would never be reached."""
+    if config.warmup_steps >= config.total_steps:
+        raise ConfigError(f"warmup_steps must be below total_steps, {config.total_steps}, but {config.warmup_steps} was given")
 
 # %% ../nbs/03_config.ipynb #29127979
 def check_policies(config):

@@ -35,12 +35,12 @@ def read_streams(paths: Iterable) -> tuple[list[Transcript], list[Transcript]]:
     return [t for t in transcripts if t.label == "harmful"], [t for t in transcripts if t.label == "benign"]
 
 # %% ../nbs/05_data.ipynb #30f9ee83
-def hold_out(transcripts: list[Transcript], n: int, seed: int = 0) -> tuple[list[Transcript], list[Transcript]]:
+def hold_out(transcripts: list[Transcript], n: int, seed: int = 0, name: str = "") -> tuple[list[Transcript], list[Transcript]]:
     """`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from training; both in the order of the file.
-    Raises ValueError for fewer than five transcripts, of which none could be spared."""
+    Raises ValueError, saying the `name` of the stream, for fewer than five transcripts, of which none could be spared."""
     n = min(n, len(transcripts) // 5)
     if not n:
-        raise ValueError(f"{len(transcripts)} transcripts of a label are too few to hold some out: give at least 5, or eval_data.")
+        raise ValueError(f"{len(transcripts)} {name} transcripts are too few to hold some out: give at least 5 of each label in data, or eval_data.")
     chosen = set(np.random.default_rng((seed, 2)).permutation(len(transcripts))[:n].tolist())
     return [t for i, t in enumerate(transcripts) if i not in chosen], [t for i, t in enumerate(transcripts) if i in chosen]
 
@@ -61,7 +61,7 @@ def load_streams(files: Iterable, eval_files: Iterable = ()) -> tuple[list[Trans
     if eval_files:
         held_out = [t for stream in read_streams(eval_files) for t in stream]
     else:
-        (harmful, some), (benign, others) = (hold_out(stream, 64) for stream in (harmful, benign))
+        (harmful, some), (benign, others) = (hold_out(stream, 64, name=name) for name, stream in (("harmful", harmful), ("benign", benign)))
         held_out = some + others
     asked = {prompt_key(t) for t in held_out}
     left_out = [t.id for t in harmful + benign if prompt_key(t) in asked]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 
 from .breaker import both_passes
 from .config import CircuitBreakerConfig
-from .data import encode_stream, pad_rows
+from .data import Sample, encode_stream, pad_rows
 from .losses import predicting_positions, token_kl
 from .masks import ChatMasker
 from .transcripts import Transcript
@@ -90,28 +91,28 @@ def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Tra
     for t in transcripts:
         if not t.messages or t.messages[-1]["role"] != "assistant":
             raise ValueError(f"transcript {t.id!r} does not end in an assistant message, so there is no answer to compare with.")
-    prompts = [list(masker.prompt_ids(t.messages[:-1], tools=t.tools)) for t in transcripts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts = [masker.prompt_ids(t.messages[:-1], tools=t.tools) for t in transcripts]
+    prompts = [Sample(ids, np.zeros(len(ids), bool), t.id) for t, ids in zip(transcripts, prompts)]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(prompts)
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        length = max(len(prompts[i]) for i in chosen)
-        ids = torch.full((len(chosen), length), tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, length - len(prompts[i]):] = torch.tensor(prompts[i], dtype=torch.long)
-            mask[row, length - len(prompts[i]):] = 1
-        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                             max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-        for i, text in zip(chosen, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)):
+        rows = pad_rows([prompts[i] for i in chosen], tokenizer.pad_token_id, side="left")
+        ids, mask = (rows[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+                             pad_token_id=tokenizer.pad_token_id)
+        for i, text in zip(chosen, tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)):
             answers[i] = text
     return answers
 
 # %% ../nbs/08_evaluation.ipynb #3e929a8c
 def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
-    "Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device."
-    samples, _ = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation)
+    """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device.
+    Warns of transcripts without a target and of targets that were cut off: they are not in the figures."""
+    samples, report = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation)
+    if report.dropped or report.counts["targets_cut"]:
+        warnings.warn(f"held-out {label}: {report}", stacklevel=2)
     for start in range(0, len(samples), batch_size):
         rows = pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id)
         yield {name: tensor.to(student.device) for name, tensor in rows.items()}

@@ -70,12 +70,15 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
     """The frozen base model in eval mode, weights from safetensors only.
 
     `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, else the CPU.
-    Raises ValueError for an unknown dtype, OSError for a model that is not there."""
+    Raises ValueError for an unknown dtype and for a model that carries an adapter, OSError for a model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     with named(name_or_path):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=DTYPES[dtype], use_safetensors=True,
                                                      trust_remote_code=trust_remote_code)
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{name_or_path} carries an adapter, which ours would replace: merge it into its base (peft's merge_and_unload), save that, "
+                         "and give the new folder.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval().requires_grad_(False)
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -224,9 +226,14 @@ def show_line(line: str, handle=None):
 
 # %% ../nbs/07_trainer.ipynb #eadc2e65
 def last_checkpoint(run: Run) -> Path | None:
-    "The newest whole checkpoint of a run, or None; `trainer_state.json` is what is written last."
-    found = [p for p in (run.path / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    "The newest whole checkpoint of a run, or None; `trainer_state.json` is what is written last. One that is not whole is passed over with a warning."
+    for path in sorted((run.path / "checkpoints").glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (OSError, ValueError):
+            warnings.warn(f"{path} is not whole and is passed over", stacklevel=2)
+    return None
 
 
 def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingArguments:
@@ -248,7 +255,8 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file ended it before.
 
     Writes metrics.jsonl and checkpoints to `run`, and goes on from its last whole checkpoint if it has one. Raises
-    NonFiniteLossError for a NaN or infinite term or gradient."""
+    NonFiniteLossError for a NaN or infinite term or gradient, ValueError for a student that was trained before and has no checkpoint to go
+    on from: its first step would not be the first."""
     breaker = CircuitBreaker(student, config, teacher)
     args = training_arguments(config, run.path / "checkpoints")
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
@@ -258,6 +266,9 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
     checkpoint = last_checkpoint(run)
+    if checkpoint is None and getattr(student, "was_trained", False):
+        raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")
+    student.was_trained = True
     truncate_metrics(run, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     student.eval()

@@ -99,6 +99,7 @@ def test_notebook_is_fit_to_commit(path):
         assert not errors, f"an error is shown: {errors[0]}"
         views = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
         assert not views, "a widget's view without its state: run make export"
+        assert not [o for o in cell.outputs if o.get("name") == "stderr"], "what was written to stderr is shown: run make export"
 
 
 def plain_python(cell):
