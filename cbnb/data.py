@@ -168,7 +168,9 @@ class PairedStreams(Dataset):
 # %% ../nbs/05_data.ipynb #4cedca66
 def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
     """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at the `side` end (right or left); padding is
-    known by position, so a pad token that is also a real one does no harm."""
+    known by position, so a pad token that is also a real one does no harm. Raises ValueError for no samples or another side."""
+    if not samples or side not in ("right", "left"):
+        raise ValueError(f"{len(samples)} samples cannot be padded on the {side!r} side; give at least one, and right or left.")
     length = max(len(s.input_ids) for s in samples)
     rows = {"input_ids": torch.full((len(samples), length), pad_id), "attention_mask": torch.zeros(len(samples), length, dtype=torch.long),
             "loss_mask": torch.zeros(len(samples), length, dtype=torch.bool)}

@@ -201,18 +201,36 @@ class TextEncoder:
         if len(offsets) != len(ids): raise MaskError("the tokenizer gives two numbers of tokens for one text; this one is not supported")
         return ids, widen(offsets, len(text), np.isin(ids, [*self.tokenizer.added_tokens_decoder]))
 
+    def _quick(self, text):
+        "Ids of `text` by tiktoken, or None where that cannot be used, or gives up (its patterns have a limited stack: a million blanks)."
+        if not self.tiktoken or self._changes(text): return None
+        try: return self.tiktoken.encode_to_numpy(text, allowed_special="all")
+        except ValueError: return None
+
     def __call__(self, texts):
         "A list with `(ids int32 [n], character spans int32 [n, 2])` of each of `texts`."
         if texts and not self.trusted: self._trust(texts[0])
         self.seen += sum(map(len, texts))
         if self.encoder == "auto" and self.tiktoken is None and self.reason is None and self.seen > AUTO_CHARS: self._try_tiktoken()
-        quick = [bool(self.tiktoken) and not self._changes(text) for text in texts]
-        slow = iter(self._tokenizers([text for text, q in zip(texts, quick) if not q]) if not all(quick) else ())
-        ids = [self.tiktoken.encode_to_numpy(text, allowed_special="all") if q else next(slow).ids for text, q in zip(texts, quick)]
+        quick = [self._quick(text) for text in texts]
+        slow = iter(self._tokenizers([text for text, ids in zip(texts, quick) if ids is None]) if any(ids is None for ids in quick) else ())
+        ids = [next(slow).ids if ids is None else ids for ids in quick]
         return [self._place(text, i) for text, i in zip(texts, ids)]
 
+    @functools.cached_property
+    def cuts_at_added(self):
+        "Whether text between two added tokens is encoded as it would be alone; not so where a tokenizer treats the beginning of a text in its own way."
+        for token in self.tokenizer.added_tokens_decoder.values():
+            pieces = [f"one{token.content}", f"one two{token.content}", "one"]
+            ids = [encoding.ids for encoding in self._tokenizers(["".join(pieces), *pieces])]
+            return ids[0] == sum(ids[1:], [])
+        return True
+
     def plain(self, text, stretches):
-        "Ids and spans of one text in which control tokens inside the character spans `stretches` are encoded as the text they are."
+        """Ids and spans of one text in which control tokens inside the character spans `stretches` are encoded as the text they are. Raises
+        MaskError for a tokenizer with which that cannot be done piece by piece."""
+        if not self.cuts_at_added:
+            raise MaskError("this tokenizer encodes the beginning of a text in its own way, so control tokens cannot be made plain text; remove or rewrite them")
         parts, at = [], 0
         for start, end in [*stretches, (len(text), len(text))]:
             for lo, hi, plain in ((at, start, False), (start, end, True)):

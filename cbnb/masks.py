@@ -19,10 +19,10 @@ import numpy as np
 from .encoders import TextEncoder
 from .policies import Encoded, loss_mask
 from .templates import (
-    KNOWN_ROLES, MAX_MESSAGES, MAX_TEXT_CHARS, MaskError, NONCHARACTER, REASONING_KEYS, Traced, compile_template,
+    KNOWN_ROLES, MAX_MESSAGES, MAX_TEXT_CHARS, MaskError, NONCHARACTER, Traced, compile_template,
     has_noncharacter, render, trace_render)
-from .transcripts import MAX_DEPTH, InjectionSpan, Transcript, TranscriptError, read_arguments
-from .turns import IS_COMPLETION, Words, dropped, find_headers, locate_turns, paint, place_tokens
+from .transcripts import MAX_DEPTH, REASONING_KEYS, InjectionSpan, Transcript, TranscriptError, nearest, read_arguments
+from .turns import IS_COMPLETION, Words, check_foreign, dropped, find_headers, locate_turns, paint, place_tokens, unseen_tools
 
 # %% ../nbs/01_masks.ipynb #3d65447d
 def strings(value):
@@ -148,6 +148,7 @@ def check_spans(spans, messages):
 # %% ../nbs/01_masks.ipynb #18588f3e
 def check_labels(label, message_labels, messages):
     "The label and a copy of the message labels; raises MaskError for an unknown label or message."
+    if not isinstance(message_labels, dict | None): raise MaskError(f"message_labels: {message_labels!r} is no dict by message")
     labels = dict(message_labels or {})
     for where, value, known in (("label", label, (None, "benign", "harmful")),
                                 *((f"label of message {i}", value, ("benign", "harmful", "none")) for i, value in labels.items())):
@@ -162,7 +163,10 @@ CONTROL_MODES = ("error", "allow", "text")
 
 def control_modes(control):
     "`(mode by role, mode of other roles)` of a `control=` argument: a word for all roles but the assistant, or a dict by role."
-    modes, other = ({"assistant": "error"}, control) if isinstance(control, str) else (dict(control), "error")
+    if not isinstance(control, (str, dict)): raise MaskError(f"control={control!r} is no word and no dict by role")
+    modes, other = ({"assistant": "error"}, control) if isinstance(control, str) else (control, "error")
+    for role in modes:
+        if role not in KNOWN_ROLES: raise MaskError(f"control= names the role {role!r}{nearest(role, KNOWN_ROLES)}; use one of {', '.join(KNOWN_ROLES)}")
     for mode in (*modes.values(), other):
         if mode not in CONTROL_MODES: raise MaskError(f"control={mode!r} is unknown; use one of {', '.join(CONTROL_MODES)}, or a dict by role")
     return modes, other
@@ -210,11 +214,14 @@ class ChatMasker:
     def __init__(self, tokenizer, chat_template=None, control="error", encoder="auto"):
         if not getattr(tokenizer, "is_fast", False): raise MaskError("the tokenizer has no offsets; load it with use_fast=True")
         if chat_template is None and not tokenizer.chat_template: raise MaskError("the tokenizer has no chat template; pass chat_template=")
+        if not isinstance(chat_template, str | None): raise MaskError(f"chat_template is {type(chat_template).__name__}; pass its Jinja source")
         self.tokenizer, self.chat_template, self.control_modes = tokenizer, chat_template, control_modes(control)
         self.added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
         special = {*tokenizer.all_special_tokens, *(t.content for t in self.added.values() if t.special)}
         words = sorted((t for t in special if t.strip()), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, words))) if words else None
+        tags = [re.escape(t) for t in self.added if t not in special and re.fullmatch(r"<.+>|\[[^\]]+\]", t)]
+        self.markup = re.compile("|".join(sorted(tags, key=len, reverse=True))) if tags else None
         self.ends = Words({*words, *(t for t in self.added if t.strip())})
         self.control_ids = np.array(sorted({*tokenizer.convert_tokens_to_ids([*special])} - {tokenizer.unk_token_id}), np.int32)
         self.is_control = np.zeros(self.control_ids.max(initial=0) + 2, bool)  # by token id, the last one for all above
@@ -246,7 +253,7 @@ class ChatMasker:
         return text
 
     def _read(self, messages, tools):
-        "`(checked messages, indices of those that may and do quote control tokens)`."
+        "`(checked messages, indices of those that may and do quote control tokens)`. Raises MaskError for what cannot be read."
         modes, other = self.control_modes
         roles = [m.get("role") for m in messages if isinstance(m, dict)] if isinstance(messages, (list, tuple)) else ()
         quoting = {role for role in roles if isinstance(role, str) and modes.get(role, other) != "error"}
@@ -267,10 +274,17 @@ class ChatMasker:
         quoted = [span for i in allowed if modes.get(messages[i]["role"], other) == "text" for span in traced.of("control", i)]
         return traced, quoted_stretches(traced.text, self.control, quoted, self.added) if quoted else []
 
+    def _markup(self, messages):
+        "Sentences about added tokens that are no control tokens, such as `<tool_call>`, in what users and tools say: nothing refuses them."
+        found = [(i, m["role"], self.markup.search(m.get("content") or "")) for i, m in enumerate(messages) if m["role"] in ("user", "tool")] if self.markup else []
+        return [f"message {i} ({role}): it holds {match[0]!r}, which this model may read as structure" for i, role, match in found if match]
+
     def _turns(self, traced, messages, tools, source):
         "All assistant turns of `traced`; what headers look like is found once a template."
         template, variables = compile_template(source), self.tokenizer.special_tokens_map
-        if source not in self._headers: self._headers[source] = find_headers(template, variables, self.ends)
+        if source not in self._headers:
+            self._headers[source] = find_headers(template, variables, self.ends)
+            check_foreign(template, variables, self._headers[source], self.ends)
         return locate_turns(traced, messages, self._headers[source], lambda m, prompt: render(template, m, tools, variables, prompt), self.ends,
                             self.tokenizer.eos_token)
 
@@ -281,7 +295,7 @@ class ChatMasker:
         label, labels = check_labels(label, message_labels, messages)
         traced, stretches = self._trace(messages, tools, source, allowed)
         turns = self._turns(traced, messages, tools, source)
-        notes = dropped(traced, messages, turns)
+        notes = dropped(traced, messages, turns) + unseen_tools(traced, tools) + self._markup(messages)
         notes += [f"message {t.message} (assistant): no end-of-turn token" for t in turns if t.eot == t.end]
         notes += [f"message {i}: its role {m['role']!r} is none of {', '.join(KNOWN_ROLES)}; nothing of it is trained"
                   for i, m in enumerate(messages) if m["role"] not in KNOWN_ROLES]
@@ -307,6 +321,13 @@ class ChatMasker:
                                turns=tuple(p.turns), **p.given))
         return out
 
+    def _finish_each(self, prepared):
+        "As `_finish`, with the MaskError in the place of each that cannot be finished."
+        try: return self._finish(prepared) if prepared else []
+        except MaskError as e:
+            if len(prepared) == 1: return [e]
+            return [one for p in prepared for one in self._finish_each([p])]
+
     def encode(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
         """`messages` as an `Encoded`. Raises MaskError where an assistant turn cannot be located, or for control tokens or noncharacters in
         the input."""
@@ -318,24 +339,29 @@ class ChatMasker:
         The same as `encode` one by one, but with one call of the tokenizer. A transcript that cannot be encoded raises MaskError with its
         number (and id); with `errors="return"` that MaskError stands in its place in the list."""
         if errors not in ("raise", "return"): raise MaskError(f"errors={errors!r} is unknown; use 'raise' or 'return'")
-        out = []
+        names, out, arguments = [], [], ("messages", "tools", "injection_spans", "label", "message_labels")
         for number, item in enumerate(items):
-            where = f"transcript {item.id}: " if isinstance(item, Transcript) else f"item {number}: "
-            if isinstance(item, Transcript):
-                item = {k: getattr(item, k) for k in ("messages", "tools", "injection_spans", "label", "message_labels")}
-            try: out.append(self._prepare(**(item if isinstance(item, dict) else dict(messages=item))))
-            except MaskError as e:
-                if errors == "raise": raise MaskError(f"{where}{e}") from None
-                out.append(MaskError(f"{where}{e}"))
-        done = iter(self._finish([p for p in out if isinstance(p, Prepared)]) if any(isinstance(p, Prepared) for p in out) else ())
-        return [p if isinstance(p, MaskError) else next(done) for p in out]
+            names.append(f"transcript {item.id}" if isinstance(item, Transcript) else f"item {number}")
+            if isinstance(item, Transcript): item = {k: getattr(item, k) for k in arguments}
+            if not isinstance(item, dict): item = {"messages": item}
+            try:
+                if "messages" not in item or item.keys() - set(arguments): raise MaskError(f"is no Transcript, list of messages or dict with {', '.join(arguments)}")
+                out.append(self._prepare(**item))
+            except MaskError as e: out.append(e)
+        done = iter(self._finish_each([p for p in out if isinstance(p, Prepared)]))
+        out = [next(done) if isinstance(p, Prepared) else p for p in out]
+        out = [MaskError(f"{name}: {e}") if isinstance(e, MaskError) else e for name, e in zip(names, out)]
+        if errors == "raise":
+            for e in out:
+                if isinstance(e, MaskError): raise e
+        return out
 
     def split_turns(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
         """One `Encoded` for each assistant turn: the transcript up to and with it, in which only that turn is completion (`Encoded.turn`).
 
         For templates that rewrite history (Qwen 3 drops the thinking of earlier turns): each turn then looks as it did when it was generated.
         Assistant messages that share a turn give one sample; one that the template does not write gives none, and a warning in the next."""
-        spans = check_spans(injection_spans, read_messages(messages, self.control, {m["role"] for m in messages}))
+        spans = check_spans(injection_spans, self._read(messages, tools)[0])
         label, labels = check_labels(label, message_labels, messages)
         samples, lost = {}, []
         for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:

@@ -30,7 +30,9 @@ def lacks_injection(transcript: Transcript, policy) -> bool:
 # %% ../nbs/01a_targets.ipynb #20943509
 def training_mask(encoded: Encoded, transcript: Transcript, policy) -> np.ndarray:
     """Bool [S]: the targets of one encoded transcript. Without an injection `post_injection_only` falls back to `assistant_only`; messages
-    labelled otherwise than the transcript are taken out. Raises MaskError where the policy cannot be applied."""
+    that are labelled otherwise than the transcript are taken out. That an injection parts a transcript is the policy's to say: another one than
+    `post_injection_only` means all of it (for a split by injection under any policy see `cbnb.policies.token_labels`). Raises MaskError where the
+    policy cannot be applied."""
     mask = loss_mask(encoded, "assistant_only" if lacks_injection(transcript, policy) else policy)
     return mask & ~np.isin(encoded.message_index, messages_off(transcript))
 
@@ -52,8 +54,8 @@ def truncation_window(mask: np.ndarray, max_length: int, side: str = "targets") 
     return slice(end - max_length, end)
 
 # %% ../nbs/01a_targets.ipynb #b88a0e41
-def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64, errors: str = "raise"):
-    "Yields `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer; `errors` as in `ChatMasker.encode_batch`."
+def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64):
+    "Yields `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. Raises MaskError as `ChatMasker.encode_batch` does."
     left = iter(transcripts)
     while some := list(itertools.islice(left, size)):
-        yield from zip(some, masker.encode_batch(some, errors), strict=True)
+        yield from zip(some, masker.encode_batch(some), strict=True)

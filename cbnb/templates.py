@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_TEMPLATE_CHARS', 'MAX_TEXT_CHARS', 'MAX_WORK_CHARS', 'MAX_RENDER_SECONDS', 'FROZEN_NOW', 'WORK', 'WIDTH',
-           'GROWING', 'DICT_METHODS', 'STR_METHODS', 'KINDS', 'MARKER', 'NONCHARACTER', 'MARKED', 'ARGUMENTS_MARK',
-           'LEVELS', 'REASONING_KEYS', 'WRAPPED', 'KNOWN_ROLES', 'MAX_MESSAGES', 'CALLS', 'MaskError', 'Work',
-           'check_size', 'check_growth', 'growth', 'bounded', 'BoundedSandbox', 'has_noncharacter', 'marker',
-           'read_index', 'read_mark', 'read_markers', 'wrap', 'Instrument', 'GenerationTag', 'MarkedDict', 'MarkedList',
-           'MarkedInt', 'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'compile_template', 'Trace', 'render',
-           'wrap_call', 'wrap_message', 'mark_control', 'Traced', 'trace_render']
+           'GROWING', 'DICT_METHODS', 'STR_METHODS', 'MARK_KINDS', 'MARKER', 'NONCHARACTER', 'MARKED', 'ARGUMENTS_MARK',
+           'LEVELS', 'WRAPPED', 'KNOWN_ROLES', 'MAX_MESSAGES', 'CALLS', 'MaskError', 'Work', 'weigh', 'check_growth',
+           'check_size', 'join_pieces', 'growth', 'collect', 'bounded', 'BoundedSandbox', 'has_noncharacter', 'marker',
+           'read_index', 'read_mark', 'read_markers', 'wrap', 'constant', 'Instrument', 'GenerationTag', 'MarkedDict',
+           'MarkedList', 'MarkedInt', 'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'compile_template',
+           'Trace', 'render', 'wrap_call', 'wrap_message', 'mark_control', 'Traced', 'trace_render']
 
 # %% ../nbs/00a_templates.ipynb #de024e1d
 import functools
@@ -27,6 +27,8 @@ import numpy as np
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .transcripts import REASONING_KEYS
+
 # %% ../nbs/00a_templates.ipynb #1dff12a1
 class MaskError(ValueError):
     "A transcript, template or policy from which no safe mask can be made. The text names the message and says what to do."
@@ -40,28 +42,44 @@ FROZEN_NOW = datetime(2025, 1, 1)
 
 
 class Work(threading.local):
-    "Characters that the render of this thread may still make."
-    left = MAX_WORK_CHARS
+    "What the render of this thread has made: characters `left` to make, and the weights of lists and dicts by id (with the object, to keep its id)."
+    def __init__(self): self.start()
+
+    def start(self): self.left, self.weights = MAX_WORK_CHARS, {}
 
 
 WORK = Work()
 
 
-def _size(value): return len(value) if hasattr(value, "__len__") else 0
-
-
-def check_size(value):
-    "`value` itself; raises a template error if it is a string or list over `MAX_TEXT_CHARS`, or brings all together over `MAX_WORK_CHARS`."
-    size = _size(value)
-    if size > MAX_TEXT_CHARS: raise jinja2.TemplateRuntimeError(f"it makes a value of over {MAX_TEXT_CHARS} characters")
-    WORK.left -= size
-    if WORK.left < 0: raise jinja2.TemplateRuntimeError(f"it makes values of over {MAX_WORK_CHARS} characters in all")
-    return value
+def weigh(value):
+    "Characters and items that `value` has when written out: what stands in a list twice counts twice."
+    if not isinstance(value, (list, tuple, dict)): return len(value) if hasattr(value, "__len__") else 0
+    known = WORK.weights.get(id(value))
+    if known is None:
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        known = WORK.weights[id(value)] = value, len(value) + sum(map(weigh, parts))
+    return known[1]
 
 
 def check_growth(size):
     "Raises a template error if `size` characters are more than one value may have."
     if size > MAX_TEXT_CHARS: raise jinja2.TemplateRuntimeError(f"it makes a value of over {MAX_TEXT_CHARS} characters")
+
+
+def check_size(value):
+    "`value` itself; raises a template error if it weighs over `MAX_TEXT_CHARS`, or brings all together over `MAX_WORK_CHARS`."
+    size = weigh(value)
+    check_growth(size)
+    WORK.left -= size
+    if WORK.left < 0: raise jinja2.TemplateRuntimeError(f"it makes values of over {MAX_WORK_CHARS} characters in all")
+    return value
+
+
+def join_pieces(pieces):
+    "The strings `pieces` as one; their sizes are checked before."
+    pieces = list(pieces)
+    check_growth(sum(map(len, pieces)))
+    return "".join(pieces)
 
 # %% ../nbs/00a_templates.ipynb #2cf8880e
 WIDTH = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|:[^{}]*\{")  # a width of 10,000 and more, or one taken from an argument
@@ -72,22 +90,36 @@ GROWING = frozenset("replace join ljust rjust center zfill indent expandtabs wor
 def growth(name, args):
     "Upper estimate of the size of what the filter or method `name` (of `GROWING`) makes of `args`, where it can be larger than they are."
     texts, numbers = [len(a) for a in args if isinstance(a, (str, bytes))], [abs(a) for a in args[1:] if isinstance(a, int)]
-    counts = [100_000 if hasattr(a, "__next__") else _size(a) for a in args if not isinstance(a, (str, bytes, dict))]
     if name == "replace" and len(texts) > 2: return texts[0] * texts[2] // max(texts[1], 1)
-    if name == "join" and texts: return max([*texts[1:], *counts, 0]) * max(texts)
+    if name == "join":  # a separator and a list of strings, or the other way round, or two strings
+        return sum(map(weigh, args)) + max([*texts[1:], *(len(a) for a in args if isinstance(a, (list, tuple)))], default=0) * max(texts, default=0)
     if name in ("ljust", "rjust", "center", "zfill", "batch", "slice", "to_bytes"): return max(numbers, default=0)
     if name in ("indent", "expandtabs"): return max(texts, default=0) * max(numbers, default=1)
     if name == "wordwrap" and len(texts) > 1: return texts[0] * max(texts[1:])
     odd = (name == "translate" or name == "round" and max(numbers, default=0) > 300
            or name in ("format", "format_map") and any(isinstance(a, str) and WIDTH.search(a) for a in args[:2]))
+    if name in ("format", "format_map") and not odd and args and isinstance(args[0], str):  # every field may hold the longest value
+        return len(args[0]) + (args[0].count("%") + args[0].count("{")) * max(map(weigh, args[1:]), default=0)
     return MAX_TEXT_CHARS + 1 if odd else 0
+
+
+def collect(value):
+    "An iterator as a list, which has a size; anything else as it is."
+    if not hasattr(value, "__next__"): return value
+    items, size = [], 0
+    for item in value:
+        items.append(item)
+        check_growth(size := size + 1 + weigh(item))
+    return items
 
 # %% ../nbs/00a_templates.ipynb #15c35075
 def bounded(function, name=""):
     "`function`, called `name`, with a check of its arguments and of the size of its result."
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        if name in GROWING: check_growth(growth(name, (*args, *kwargs.values())))
+        if name in GROWING:
+            args = [collect(a) for a in args]
+            check_growth(growth(name, (*args, *kwargs.values())))
         return check_size(function(*args, **kwargs))
     return checked
 
@@ -97,23 +129,27 @@ STR_METHODS = frozenset(name for name in dir(str) if name[0] != "_") - {"format"
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    "Jinja's immutable sandbox in which operators, filters and calls cannot make values over `MAX_TEXT_CHARS`."
+    "Jinja's immutable sandbox in which operators, filters, calls, literals and captured blocks cannot make values over `MAX_TEXT_CHARS`."
+    concat = staticmethod(join_pieces)  # of what a macro or a block `set` captures
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def call_binop(self, context, operator, left, right):
         if operator == "+":
+            if isinstance(left, (list, tuple)): check_growth(weigh(left) + weigh(right))
             value = left + right
+            if isinstance(value, (list, tuple)): WORK.weights[id(value)] = value, weigh(left) + weigh(right)
             return value if type(value) is str and len(value) < 4096 else check_size(value)  # long strings are made of long strings
         if operator == "*":
-            check_growth(max(_size(left) * right if isinstance(right, int) else 0, _size(right) * left if isinstance(left, int) else 0,
+            check_growth(max(weigh(left) * right if isinstance(right, int) else 0, weigh(right) * left if isinstance(left, int) else 0,
                              left.bit_length() * right.bit_length() if isinstance(left, int) and isinstance(right, int) else 0))
         if operator == "**" and (abs(left) > 2**20 or abs(right) > 64): check_growth(MAX_TEXT_CHARS + 1)
-        if operator == "%" and isinstance(left, (str, bytes)): check_growth(growth("format", (str(left),)))
+        if operator == "%" and isinstance(left, (str, bytes)): check_growth(growth("format", (str(left), right)))
         return check_size(super().call_binop(context, operator, left, right))
 
     def call(__self, __context, __obj, *args, **kwargs):  # noqa: B902 (Jinja's own names: a template may pass `self=`)
         method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
         if (name := getattr(method, "__name__", "")) in GROWING:
+            args = [collect(a) for a in args]
             check_growth(growth(name, (getattr(method, "__self__", None), *args, *kwargs.values())))
         return check_size(super().call(__context, __obj, *args, **kwargs))
 
@@ -127,7 +163,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 # %% ../nbs/00a_templates.ipynb #483bc791
-KINDS = ("item", "content", "reasoning", "call", "generation", "arguments", "control")
+MARK_KINDS = ("item", "content", "reasoning", "call", "generation", "arguments", "control")
 MARKER = re.compile("\ufdd0([\ufdd2-\ufddf])([\ufde0-\ufdef]+)\ufdd1")
 NONCHARACTER = re.compile("[\ufdd0-\ufdef" + "".join(chr(plane + 0xFFFE) + chr(plane + 0xFFFF)
                                                      for plane in range(0, 0x110000, 0x10000)) + "]")
@@ -144,7 +180,7 @@ def has_noncharacter(text):
 def marker(kind, index, edge):
     "The mark for the start (`edge` 0) or end (1) of the `kind` of part number `index`."
     digits = "".join(chr(0xFDE0 + int(d, 16)) for d in f"{index:x}")
-    return f"\ufdd0{chr(0xFDD2 + 2 * KINDS.index(kind) + edge)}{digits}\ufdd1"
+    return f"\ufdd0{chr(0xFDD2 + 2 * MARK_KINDS.index(kind) + edge)}{digits}\ufdd1"
 
 # %% ../nbs/00a_templates.ipynb #1cd17d0a
 def read_index(digits):
@@ -156,7 +192,7 @@ def read_index(digits):
 def read_mark(mark, digits):
     "`((kind, index), edge)` of one match of MARKER."
     kind, edge = divmod(ord(mark) - 0xFDD2, 2)
-    return (KINDS[kind], read_index(digits)), edge
+    return (MARK_KINDS[kind], read_index(digits)), edge
 
 
 def read_markers(text):
@@ -183,8 +219,13 @@ def wrap(text, kind, index):
     return text[:at] + marker(kind, index, 0) + core + marker(kind, index, 1) + text[at + len(core):]
 
 # %% ../nbs/00a_templates.ipynb #249c8d18
+def constant(node):
+    "Whether a literal holds constants only, such as `['system', 'user']`: then it is small."
+    return not any(True for _ in node.find_all((nodes.Name, nodes.Call, nodes.Filter, nodes.Getattr, nodes.Getitem)))
+
+
 class Instrument(jinja2.visitor.NodeTransformer):
-    """Adds the filters `_enter` (of the loop's item) and `_leave` to each loop body and to each macro (for the clock), and bounds `~`.
+    """Adds the filters `_enter` (of the loop's item) and `_leave` to each loop body and to each macro (for the clock), and bounds `~` and literals.
 
     Filters, since the sandbox looks at every call of a function."""
     def output(self, node, name, value=None):
@@ -208,6 +249,12 @@ class Instrument(jinja2.visitor.NodeTransformer):
     def visit_Concat(self, node):
         node = self.generic_visit(node)
         return nodes.Filter(nodes.List(node.nodes), "_concat", [], [], None, None, lineno=node.lineno)
+
+    def visit_List(self, node):
+        node = self.generic_visit(node)
+        return nodes.Filter(node, "_made", [], [], None, None, lineno=node.lineno) if getattr(node, "ctx", "load") == "load" and not constant(node) else node
+
+    visit_Tuple = visit_Dict = visit_List
 
 # %% ../nbs/00a_templates.ipynb #c9cd34ab
 class GenerationTag(jinja2.ext.Extension):
@@ -291,7 +338,7 @@ def _namespace(*args, **kwargs):
 def _dict(*args, **kwargs): return dict(*args, **kwargs)
 
 
-def _concat(parts): return check_size("".join(map(str, parts)))
+def _concat(parts): return check_size(join_pieces(map(str, parts)))
 
 
 @jinja2.pass_context
@@ -312,7 +359,7 @@ def compile_template(source):
         raise MaskError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters; pass the right chat_template")
     env = BoundedSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     env.filters = {**{k: bounded(f, k) for k, f in env.filters.items()}, "tojson": _tojson,
-                   "_enter": _enter, "_leave": _leave, "_concat": _concat}
+                   "_enter": _enter, "_leave": _leave, "_concat": _concat, "_made": check_size}
     del env.globals["lipsum"]  # endless random text
     env.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_dict, namespace=_namespace)
     try:
@@ -354,24 +401,24 @@ def render(template, messages, tools=None, variables=None, generation_prompt=Fal
     """Text of `messages` by the compiled `template`, with marks if `traced`. Raises MaskError where the template refuses or exceeds its
     bounds."""
     trace, parts, size = Trace(messages if traced else ()), [], 0
-    WORK.left = MAX_WORK_CHARS
+    WORK.start()
     given = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=generation_prompt)
     try:
         pieces = template.root_render_func(template.new_context({**(variables or {}), **given, "_trace": trace}))
         while some := list(itertools.islice(pieces, 64)):
-            parts.append("".join(some))
-            if (size := size + len(parts[-1])) > MAX_TEXT_CHARS:
+            if (size := size + sum(map(len, some))) > MAX_TEXT_CHARS:
                 raise jinja2.TemplateRuntimeError(f"it writes over {MAX_TEXT_CHARS} characters")
+            parts += some
     except Exception as e:  # whatever a foreign program raises is a refusal of this transcript
         why = str(e) or type(e).__name__
         raise MaskError(f"the chat template refuses this transcript: {why}; change the transcript or pass another chat_template") from e
+    finally: WORK.start()  # let go of what the template made
     return "".join(parts)
 
 # %% ../nbs/00a_templates.ipynb #587241f1
 LEVELS = tuple(frozenset(level.split()) for level in (
     "system user tool assistant calls arguments", "system user tool assistant calls", "system user assistant calls", "assistant calls",
     "assistant", ""))
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 WRAPPED = {"content": "content", **dict.fromkeys(REASONING_KEYS, "reasoning")}  # kind of mark by key of a message
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 MAX_MESSAGES = np.iinfo(np.int16).max

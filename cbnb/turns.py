@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOOL_SEGMENTS', 'COMPLETION', 'IS_COMPLETION', 'ROLE_SEGMENT', 'RULES', 'EMPTY_THOUGHT', 'CLOSING', 'THINK',
-           'Segment', 'Rule', 'generation_prompts', 'user_header', 'Turn', 'Words', 'close_turn', 'only', 'text_at',
-           'find_turn', 'prefix_turn', 'generation_turn', 'code', 'paint_turn', 'is_json_of', 'argument_regions',
-           'paint_calls', 'role_regions', 'sharers', 'paint', 'place_tokens', 'check_overlap', 'check_inside',
-           'closes_prompt', 'trim_turn', 'merged_turn', 'silent', 'find_headers', 'locate_turn', 'check_turn',
-           'locate_turns', 'dropped']
+           'MAX_LOCATE_SECONDS', 'Segment', 'Rule', 'generation_prompts', 'user_header', 'Turn', 'Words', 'close_turn',
+           'only', 'text_at', 'find_turn', 'prefix_turn', 'generation_turn', 'code', 'paint_turn', 'is_json_of',
+           'argument_regions', 'paint_calls', 'role_regions', 'sharers', 'paint', 'place_tokens', 'check_overlap',
+           'check_inside', 'closes_prompt', 'trim_turn', 'merged_turn', 'silent', 'find_headers', 'locate_turn',
+           'check_turn', 'locate_turns', 'probe', 'check_foreign', 'leaves', 'lost_calls', 'dropped', 'unseen_tools']
 
 # %% ../nbs/00c_turns.ipynb #b2ab996f
 import bisect
@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import re
+import time
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -411,12 +412,18 @@ def check_turn(turn, traced, message, headers, ends, eos=None):
     return turn
 
 # %% ../nbs/00c_turns.ipynb #a8b88888
+MAX_LOCATE_SECONDS = 30
+
+
 def locate_turns(traced, messages, headers, render_plain, ends, eos=None):
     """All assistant turns of `traced` (list of Turn), each proven by `locate_turn` and checked by `check_turn`; a message that the template does
-    not write, or that shares the turn before it, has none. Raises MaskError, naming the message, for a turn that is not located or not clear."""
-    turns = []
+    not write, or that shares the turn before it, has none. Raises MaskError, naming the message, for a turn that is not located or not clear,
+    and where all of them take over `MAX_LOCATE_SECONDS` (prefix renders grow with the square of the messages)."""
+    turns, deadline = [], time.monotonic() + MAX_LOCATE_SECONDS
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or silent(traced, i, message): continue
+        if time.monotonic() > deadline:
+            raise MaskError(f"message {i} (assistant): the turns before it took over {MAX_LOCATE_SECONDS} seconds to locate; split the transcript")
         turn = locate_turn(traced, i, messages, headers[0], render_plain, ends)
         if turn is None and merged_turn(turns, traced, i, messages): continue
         if turn is None:
@@ -425,18 +432,73 @@ def locate_turns(traced, messages, headers, render_plain, ends, eos=None):
     check_overlap(turns, traced, messages)
     return turns
 
+# %% ../nbs/00c_turns.ipynb #62bcd9d2
+def probe(asked, tools, calls):
+    "A conversation to try a template with: `asked` stands in all that others than the assistant say."
+    answer = {"role": "assistant", "content": "y1"}
+    if not calls: return [{"role": "user", "content": asked}, answer, {"role": "user", "content": asked[::-1]}, {"role": "assistant", "content": "y2"}]
+    call = {"id": "callcall1", "type": "function", "function": {"name": tools[0]["function"]["name"], "arguments": {"k": "v"}}}
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": asked[::-1], "tool_call_id": "callcall1", "name": call["function"]["name"]}, answer]
+
+
+def check_foreign(template, variables, headers, ends):
+    """Raises MaskError for a template that writes words of others, or the tools on offer, into an assistant turn: two conversations that differ
+    only in what others say must have the same turns. What a template refuses, or where turns are not located, is not tried."""
+    def turns_of(asked, about, calls):
+        tool = {"name": "look", "description": about, "parameters": {"type": "object", "properties": {"k": {"type": "string", "description": about}}}}
+        tools, messages = [{"type": "function", "function": tool}], probe(asked, [{"function": tool}], calls)
+        try:
+            traced = trace_render(template, messages, tools, variables)
+            turns = locate_turns(traced, messages, headers, lambda m, prompt: render(template, m, tools, variables, prompt), ends)
+        except MaskError: return None
+        return [traced.text[turn.header:turn.end] for turn in turns]
+    for calls in (False, True):
+        one, other = turns_of("abcdefgh", "first", calls), turns_of("pqrstuvw", "second", calls)
+        if one is not None and other is not None and one != other:
+            raise MaskError("the chat template writes words of others, or the tools on offer, into an assistant turn; pass another chat_template")
+
 # %% ../nbs/00c_turns.ipynb #cffdebd4
+def leaves(value):
+    "The pieces of tool arguments that can be marked where a template goes through them: keys, strings and numbers, blank ones left out."
+    if isinstance(value, dict): return [leaf for key, item in value.items() for leaf in (*leaves(key), *leaves(item))]
+    if isinstance(value, list): return [leaf for item in value for leaf in leaves(item)]
+    return [value] if isinstance(value, str) and value.strip() or type(value) in (int, float) else []
+
+
+def lost_calls(traced, index, calls, is_inside):
+    "Phrases for what the template drops of the tool `calls` of message `index`; `is_inside(at)`: whether a turn holds that character."
+    marks = [sum(is_inside(s) for s, _ in traced.calls.get(("call", index, number), ())) for number in range(len(calls))]
+    lost = [f"{len(calls) - n} of its {len(calls)} tool calls"] if (n := sum(map(bool, marks))) < len(calls) else []
+    if "arguments" not in traced.level: return lost
+    for number, call in enumerate(calls):
+        arguments, found = call["function"]["arguments"], traced.calls.get(("arguments", index, number), ())
+        whole = any(is_json_of(traced.text[s:e], arguments) for s, e in found)
+        if marks[number] and not whole and len(found) < len(leaves(arguments)): lost.append(f"arguments of its call {number}, some or all")
+    return lost
+
+
 def dropped(traced, messages, turns):
-    "Sentences about content, reasoning and tool calls that were marked but are missing in the text; calls count inside `turns` only."
-    out, turns = [], sorted((t.body, t.eot) for t in turns)
+    """Sentences about content, reasoning and tool calls that are missing in the text; calls count inside `turns` only. What bears no marks, since
+    they upset the template, is looked for as it stands."""
+    out, turns, level = [], sorted((t.body, t.eot) for t in turns), traced.level or ()
     def is_inside(at): return (k := bisect.bisect_right(turns, (at, len(traced.text) + 1))) > 0 and at < turns[k - 1][1]
     for i, message in enumerate(messages):
-        lost, calls = [], len(message.get("tool_calls") or ())
-        if message["role"] in (traced.level or ()):
-            for kind, text in (("content", message.get("content")), ("reasoning", message.get("reasoning_content"))):
-                if text and not traced.of(kind, i) and isinstance(text, str) and text.strip():
-                    lost.append(f"{'or splits ' * ((kind, i) in traced.broken)}its {kind}")
-        if calls and "calls" in (traced.level or ()) and (seen := sum(is_inside(s) for s, _ in traced.of("call", i))) < calls:
-            lost.append(f"{calls - seen} of its {calls} tool calls")
+        lost, calls = [], message.get("tool_calls") or ()
+        for kind, text in (("content", message.get("content")), ("reasoning", message.get("reasoning_content"))):
+            if not text or traced.of(kind, i) or not isinstance(text, str) or not text.strip(): continue
+            if message["role"] in level: lost.append(f"{'or splits ' * ((kind, i) in traced.broken)}its {kind}")
+            elif text.strip() not in traced.text: lost.append(f"or changes its {kind}")
+        if calls and "calls" in level: lost += lost_calls(traced, i, calls, is_inside)
+        elif calls:
+            names = [call["function"]["name"] for call in calls]
+            missing = sum(not any(name in traced.text[start:end] for start, end in turns) for name in names)
+            if missing: lost.append(f"{missing} of its {len(calls)} tool calls")
         out += [f"message {i} ({message['role']}): the template drops {what}" for what in lost]
     return out
+
+
+def unseen_tools(traced, tools):
+    "A sentence, in a list, where the template writes none of the `tools` on offer; else an empty list."
+    names = [str(tool.get("function", tool).get("name", "")) for tool in tools or () if isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)]
+    return ["tools: the template writes none of them, so the model is not told of them"] if names and not any(n in traced.text for n in names) else []

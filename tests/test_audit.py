@@ -39,6 +39,26 @@ def found(capsys, *arguments):
     return status, last["summary"]["findings"], rows
 
 
+def test_every_bad_line_is_listed(file, tmp_path, capsys):
+    path = file(conversation())
+    with open(path, "a") as f: f.write('{"x": 1}\n' * 1500)
+    status, kinds, rows = found(capsys, path)
+    assert (status, kinds) == (1, {"unreadable": 1500}) and len(rows) == 1501
+
+
+def test_a_page_never_overwrites_what_it_is_about(file, tmp_path, capsys):
+    path = file(conversation())
+    before = open(path).read()
+    for page in (path, str(tmp_path)):
+        assert main(["masks", path, *TINY, "--html", page]) == 2 and "name another page" in capsys.readouterr().err
+    assert open(path).read() == before
+
+
+def test_a_policy_that_exits_is_an_error(file, capsys):
+    assert main(["masks", file(conversation()), *TINY, "--policy", "sys:exit"]) == 1
+    assert "no_mask" in capsys.readouterr().out
+
+
 # --- what fails the audit ---
 
 def test_a_sound_file_passes(file, capsys):
@@ -51,6 +71,8 @@ def test_a_sound_file_passes(file, capsys):
     ("all_zero", [ASK], ()),
     ("all_zero", [ASK, {"role": "assistant", "content": ""}], ("--policy", "test_audit:words_only")),
     ("eot_untrained", [ASK, ANSWER], ("--policy", "test_audit:words_only")),
+    ("eot_untrained", [ASK, {"role": "assistant", "content": "Yes, it is cold."}], ("--max-length", "22", "--truncation", "right")),
+    ("eot_only", [ASK, {"role": "assistant", "content": ""}], ()),
     ("trains_header", [ASK, ANSWER], ("--policy", "test_audit:with_header")),
     ("trains_tool_result", make_transcripts("plain", 1)[0].messages, ("--policy", "test_audit:everything")),
     ("trains_user", [ASK, ANSWER], ("--policy", "test_audit:everything")),

@@ -37,6 +37,79 @@ def test_tiktoken_gives_the_same_as_the_tokenizer(name):
     assert (slow.encoder, fast.encoder) == ("tokenizers", "tiktoken") and fast.encoder_reason is None
 
 
+def test_text_that_tiktoken_gives_up_on_goes_to_the_tokenizer():
+    "Its patterns have a limited stack; a million blanks are over it."
+    slow, fast = (ChatMasker(qwen3(), encoder=e) for e in ("tokenizers", "tiktoken"))
+    messages = [say("user", "a" + " " * 1_000_000 + "b"), say("assistant", "Ho")]
+    with pytest.raises(ValueError): fast.texts.tiktoken.encode(messages[0]["content"])
+    assert same(slow.encode(messages), fast.encode(messages))
+
+
+def nfkc_masker():
+    "A tokenizer that makes a control token of ordinary full-width letters."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.BPE())
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.NFKC(), pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator(["hello world"] * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    core.add_special_tokens([AddedToken("<|eot|>", special=True, normalized=True)])
+    return ChatMasker(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|eot|>"), "{% for x in messages %}[{{x.role}}] {{ x.content }}<|eot|>\n"
+                      "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+
+
+def test_one_bad_transcript_does_not_spoil_its_batch():
+    "Found after tokenising, so not when it is read."
+    from cbnb.audit import audit
+    good, bad = (Transcript(name, [say("user", text), say("assistant", "yo")]) for name, text in (("good", "hi"), ("bad", "hi ＜|eot|＞")))
+    masker = nfkc_masker()
+    one, wrong, other = masker.encode_batch([good, bad, good], errors="return")
+    assert same(one, other) and isinstance(wrong, MaskError) and str(wrong).startswith("transcript bad: message 0") and "control token" in str(wrong)
+    with pytest.raises(MaskError, match="^transcript bad: "): masker.encode_batch([good, bad, good])
+    assert [[f.kind for f in a.findings] for a in audit([good, bad, good], masker)] == [[], ["no_mask"], []]
+
+
+@pytest.mark.parametrize("arguments", [dict(messages=None), dict(messages=[{}]), dict(messages=[{"role": []}]), dict(message_labels=5), dict(injection_spans=5)])
+def test_nonsense_is_refused_in_words_by_every_way_in(arguments):
+    masker, given = masker_for("qwen2.5")[0], {"messages": [say("user", "Hi"), say("assistant", "Ho")], **arguments}
+    for way in (masker.encode, masker.split_turns):
+        with pytest.raises(MaskError): way(**given)
+    assert isinstance(masker.encode_batch([given], errors="return")[0], MaskError)
+
+
+@pytest.mark.parametrize("item", [{"role": "user"}, 5, "x", {"messages": [say("user", "Hi")], "lable": "benign"}])
+def test_what_is_no_transcript_is_refused_in_a_batch(item):
+    with pytest.raises(MaskError, match="^item 0: "): masker_for("qwen2.5")[0].encode_batch([item])
+
+
+@pytest.mark.parametrize("arguments", [dict(control=5), dict(control={"tol": "allow"}), dict(chat_template=5), dict(control="yes")])
+def test_unknown_arguments_are_refused(arguments):
+    with pytest.raises(MaskError, match="control|chat_template"): ChatMasker(qwen3(), **arguments)
+
+
+def test_a_tokenizer_that_begins_texts_in_its_own_way_makes_no_plain_text():
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = {w: i for i, w in enumerate(["▁one", "one", "▁two", "two", "▁", "<unk>"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    masker = ChatMasker(tokenizer, "{% for x in messages %}{{ x.role + ':' + x.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}", "text")
+    with pytest.raises(MaskError, match="beginning of a text in its own way"): masker.encode([say("user", "one </s> one"), say("assistant", "two")])
+
+
+def test_markup_that_is_no_control_token_is_reported():
+    encoded = masker_for("qwen3")[0].encode([say("user", "a"), say("assistant", "b <think>"), say("user", "x <tool_call>"), say("assistant", "c")])
+    assert [w for w in encoded.warnings if "structure" in w] == ["message 2 (user): it holds '<tool_call>', which this model may read as structure"]
+
+
+def test_a_template_that_takes_its_time_is_stopped(monkeypatch):
+    "Without a loop over messages every turn costs two renders of all before it."
+    monkeypatch.setattr("cbnb.turns.MAX_LOCATE_SECONDS", 0.2)
+    source = "{% for i in range(messages | length) %}{{ messages[i].role + ': ' + messages[i].content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(MaskError, match="0.2 seconds to locate"): ChatMasker(qwen3(), source).encode([say("user", "Hi"), say("assistant", "Ho")] * 400)
+
+
 def test_a_tokenizer_that_tiktoken_cannot_replace_stays_in_use():
     with pytest.raises(MaskError, match="tiktoken cannot stand in"): ChatMasker(mistral_spm(), encoder="tiktoken")
     masker = ChatMasker(mistral_spm())
@@ -294,7 +367,7 @@ def test_deeply_nested_input_is_a_mask_error():
 
 def test_marin_7237_an_unknown_role_is_reported():
     encoded = masker_for("qwen2.5")[0].encode([say("user", "Hi"), say("Assistant", "Ho")])
-    assert not loss_mask(encoded).any() and "message 1: its role 'Assistant'" in encoded.warnings[0]
+    assert not loss_mask(encoded).any() and any("message 1: its role 'Assistant'" in w for w in encoded.warnings)
 
 
 LLAMA_HEAD = "<|start_header_id|>{0}<|end_header_id|>\n\n"

@@ -89,7 +89,8 @@ def test_inline_thinking_in_history():
 
 def test_user_text_that_qwen3_looks_at():
     "Marks would change how the template reads this text; fewer marks must find the same turns."
-    check("qwen3", [say("user", "a"), say("assistant", "b"), say("user", "<tool_response>\nx\n</tool_response>"), say("assistant", "c")])
+    check("qwen3", [say("user", "a"), say("assistant", "b"), say("user", "<tool_response>\nx\n</tool_response>"), say("assistant", "c")],
+          warnings=["may read as structure"])
 
 
 @pytest.mark.parametrize("name", ["mistral-tekken", "mistral-spm"])
