@@ -126,6 +126,7 @@ class CircuitBreakerConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", at_least=1)
     max_length: int = setting(2048, "tokens a row, truncated beyond", at_least=2)
     truncation: str = setting("targets", "where a too long row is cut: after and before its targets, or at one side", one_of=("targets", "left", "right"))
+    split_turns: bool = setting(False, "one sample a turn, as it was when it was written: for templates that rewrite earlier turns")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", one_of=("bfloat16", "float32"))
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass to save memory")
     hidden_state_mode: str = setting("hidden_states", "how block outputs are read", one_of=("hidden_states", "hooks"))

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from .masks import ChatMasker
 from .templates import MaskError
-from .targets import in_batches, lacks_injection, messages_off, training_mask, truncation_window
+from .targets import in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript, read_transcripts
 
 # %% auto #0
@@ -93,7 +93,7 @@ class StreamReport:
         extra = "".join(f", {name.replace('_', ' ')} {n}" for name, n in self.counts.items() if n)
         notes = [f"\n    {i}: dropped, it has no target" for i in self.dropped] + [f"\n    {w}" for w in self.warnings]
         more = f"\n    and {len(notes) - 5} more of this kind" if len(notes) > 5 else ""
-        return (f"{self.samples} of {self.transcripts} transcripts, {self.target_tokens} of {self.tokens} tokens are targets{extra}"
+        return (f"{self.samples} samples of {self.transcripts} transcripts, {self.target_tokens} of {self.tokens} tokens are targets{extra}"
                 + "".join(notes[:5]) + more)
 
 # %% ../nbs/05_data.ipynb #152b6bed
@@ -104,23 +104,26 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 
 # %% ../nbs/05_data.ipynb #3cb8c73c
 def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
-                  name: str = "stream", truncation: str = "targets") -> tuple[list[Sample], StreamReport]:
-    """Encodes every transcript, masks it by `policy`, truncates it to `max_length` tokens at its `truncation` end (`truncation_window`).
+                  name: str = "stream", truncation: str = "targets", split_turns: bool = False) -> tuple[list[Sample], StreamReport]:
+    """Encodes every transcript (or, with `split_turns`, every assistant turn of it with all before it), masks it by `policy`, truncates it to
+    `max_length` tokens at its `truncation` end (`truncation_window`).
 
     A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted (`no_injection`);
     one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`).
     Raises MaskError where a turn cannot be located, ValueError where nothing is left of the stream."""
-    samples, report = [], StreamReport()
-    for transcript, encoded in in_batches(transcripts, masker):
-        report.transcripts += 1
+    samples, report, last = [], StreamReport(), None
+    for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
+        if transcript is not last:
+            report.transcripts += 1
+            report.counts["no_injection"] += lacks_injection(transcript, policy)
+            report.counts["messages_off"] += len(messages_off(transcript))
+        last = transcript
         try:
             mask = training_mask(encoded, transcript, policy)
         except MaskError as e:
             raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
-        report.counts["no_injection"] += lacks_injection(transcript, policy)
-        report.counts["messages_off"] += len(messages_off(transcript))
         keep = truncation_window(mask, max_length, truncation)
         if (cut := len(mask) - (keep.stop - keep.start)) > 0:
             report.counts["truncated"] += 1
@@ -130,7 +133,7 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
         if not mask[keep][1:].any():
             report.counts["no_target"] += 1
             report.counts["lost_to_truncation"] += bool(mask[1:].any())
-            report.dropped.append(transcript.id)
+            report.dropped.append(transcript.id if encoded.turn is None else f"{transcript.id} (turn of message {encoded.turn})")
             continue
         samples.append(Sample(encoded.input_ids[keep], mask[keep], transcript.id))
         report.tokens += len(samples[-1].input_ids)

@@ -110,7 +110,8 @@ def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Tra
 def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
     """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device.
     Warns of transcripts without a target and of targets that were cut off: they are not in the figures."""
-    samples, report = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation)
+    samples, report = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation,
+                                    config.split_turns)
     if report.dropped or report.counts["targets_cut"]:
         warnings.warn(f"held-out {label}: {report}", stacklevel=2)
     for start in range(0, len(samples), batch_size):

@@ -12,10 +12,11 @@ import numpy as np
 
 from .masks import ChatMasker, loss_mask
 from .policies import Encoded
+from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['SIDES', 'messages_off', 'lacks_injection', 'training_mask', 'truncation_window', 'in_batches']
+__all__ = ['SIDES', 'messages_off', 'lacks_injection', 'training_mask', 'truncation_window', 'in_batches', 'in_turns']
 
 # %% ../nbs/01a_targets.ipynb #a75b8f84
 def messages_off(transcript: Transcript) -> list[int]:
@@ -59,3 +60,11 @@ def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int 
     left = iter(transcripts)
     while some := list(itertools.islice(left, size)):
         yield from zip(some, masker.encode_batch(some), strict=True)
+
+# %% ../nbs/01a_targets.ipynb #1547d6e1
+def in_turns(transcripts: Iterable[Transcript], masker: ChatMasker):
+    "Yields `(transcript, encoded)` for each assistant turn of each transcript (`ChatMasker.split_turns`). Raises MaskError that names the transcript."
+    for t in transcripts:
+        try: turns = masker.split_turns(t.messages, t.tools, t.injection_spans, t.label, t.message_labels)
+        except MaskError as e: raise MaskError(f"transcript {t.id}: {e}") from None
+        yield from ((t, encoded) for encoded in turns)
