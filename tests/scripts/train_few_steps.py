@@ -31,7 +31,7 @@ from cbnb.trainer import train_breaker
 with tempfile.TemporaryDirectory() as folder:
     world = write_data(f"{folder}/data")
     harmful, benign, *_ = load_streams([world["train_harmful"], world["train_benign"]], [world["eval"]])
-    config = get_config("tinyagent", total_steps=3)
+    config = get_config("tinyagent", total_steps=3, warmup_steps=1)
     masker = ChatMasker(load_tokenizer("tinyagent"))
     harmful, _ = encode_stream(harmful, masker, config.harmful_policy)
     benign, _ = encode_stream(benign, masker, config.benign_policy)
