@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NOTES', 'SPOKEN', 'STOPS', 'FOREIGN', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX', 'ROLE_HEAD', 'TURN_HEAD', 'UNSEEN',
-           'LONG', 'COLOURS', 'PAGE', 'Finding', 'untrained_ends', 'foreign_targets', 'nothing_trained', 'cut_targets',
-           'check_mask', 'Audited', 'message_of', 'encode_each', 'audit_one', 'audit', 'Totals', 'format_table',
-           'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten', 'in_colour', 'terminal_lines',
-           'audit_page']
+           'SIGNS', 'LONG', 'COLOURS', 'PAGE', 'Finding', 'untrained_ends', 'foreign_targets', 'nothing_trained',
+           'cut_targets', 'check_mask', 'Audited', 'message_of', 'encode_each', 'audit_one', 'audit', 'Totals',
+           'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten', 'in_colour',
+           'terminal_lines', 'audit_page']
 
 # %% ../nbs/01b_audit.ipynb #3c91a70d
 import itertools
@@ -287,11 +287,14 @@ def record(audited):
 UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")  # printable by name, and draw nothing
 
 
-def visible(text):
-    """`text` with nothing left that a terminal obeys or that the eye misses: line ends are ⏎, tabs ⇥, every other character that does not
-    print (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of trained tokens are written as escapes."""
-    if text.isprintable() and not UNSEEN.search(text): return text
-    signs = {"\n": "⏎", "\t": "⇥"}
+SIGNS = {"\n": "⏎", "\t": "⇥"}
+
+
+def visible(text, signs=SIGNS):
+    """`text` with nothing left that a terminal obeys or that the eye misses: characters in `signs` by their sign (line ends ⏎, tabs ⇥), every other
+    character that does not print (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of trained tokens
+    as escapes."""
+    if text.isprintable() and not UNSEEN.search(text) and signs.keys().isdisjoint(text): return text
     return "".join(signs[c] if c in signs else c if c.isprintable() and not UNSEEN.match(c) else c.encode("unicode_escape").decode() for c in text)
 
 # %% ../nbs/01b_audit.ipynb #1da582be

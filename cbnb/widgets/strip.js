@@ -1,0 +1,479 @@
+// The token strip: tokens as text, with roles, masks, differences and heat. No build step: this file is put together with others
+// into one module (cbnb.widgets.views). All text is set as textContent, so nothing of a transcript is ever read as markup.
+
+const LETTERS = { system: "S", user: "U", assistant: "A", tool: "T" };
+const EDGES = { header: "e1", template: "e1", padding: "e1", reasoning: "e2", "tool call": "e3", "tool name": "e3", "tool arguments": "e3" };
+const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+const KINDS = ["", " sp", " part"];      // text, added token, part of a character
+const BLOCK = 256;      // tokens of a block: only the blocks near the window are in the page
+let strips = 0;         // ids of tokens are unique in a page that shows several strips
+
+function node(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "class") made.className = value;
+    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...children);      // strings become text nodes
+  return made;
+}
+
+// A copy, since a view into a message may begin at an odd byte.
+function array(Kind, view) {
+  if (!view) return new Kind(0);
+  return new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+}
+
+function figure(x, digits = 3) {
+  if (x === null || Number.isNaN(x)) return "–";
+  if (x === 0) return "0";
+  const size = Math.abs(x);
+  return size >= 1e-3 && size < 1e6 ? String(+x.toPrecision(digits)) : x.toExponential(digits - 1);
+}
+
+// A render function that throws would leave a blank cell: its message is shown in its place.
+function guarded(render) {
+  return ({ model, el }) => {
+    const fail = (error) => {
+      el.replaceChildren(node("div", { class: "cb-strip" }, node("div", { class: "cb-message", role: "alert" },
+        `This view cannot be shown: ${error?.message ?? error}`)));
+    };
+    try { return render({ model, el }); } catch (error) { fail(error); }
+  };
+}
+
+function readTokens(model) {
+  const given = model.get("tokens");
+  const tokens = {
+    texts: given.texts, ids: array(Uint32Array, given.ids), kinds: array(Uint8Array, given.kinds), numbers: array(Int32Array, given.token_ids),
+    owners: array(Int32Array, given.messages), roles: given.roles, segments: array(Uint8Array, given.segments), names: given.segment_names,
+  };
+  tokens.n = tokens.ids.length;
+  return tokens;
+}
+
+function readMasks(model) {
+  return (model.get("masks") || []).map((m) => ({ name: m.name, note: m.note || "", values: array(Uint8Array, m.values),
+    codes: array(Uint32Array, m.codes), sentences: m.sentences || [] }));
+}
+
+// Values in ten classes by their logarithm, over at most five decades below the largest.
+function readHeats(model) {
+  return (model.get("heats") || []).map((h) => {
+    const values = array(Float32Array, h.values);
+    let low = Infinity, high = 0;
+    for (const v of values) if (v > 0 && v < Infinity) { low = Math.min(low, v); high = Math.max(high, v); }
+    low = high > 0 ? Math.max(low, high / 1e5) : 1;
+    const span = Math.log(high / low) || 1;
+    const level = (v) => Number.isNaN(v) ? -1 : v <= low ? 0 : v >= high ? 9 : Math.min(9, Math.floor(10 * Math.log(v / low) / span));
+    return { name: h.name, unit: h.unit || "", values, low, high, levels: Int8Array.from(values, level) };
+  });
+}
+
+// Blocks end with a message, else after a line end, so that they do not show; [start, end) each.
+function cutBlocks(tokens) {
+  const breaks = tokens.texts.map((text) => text.includes("\n")), blocks = [];
+  for (let start = 0; start < tokens.n;) {
+    const owner = tokens.owners[start];
+    let end = start, line = -1;
+    while (end < tokens.n && tokens.owners[end] === owner && end - start < BLOCK) if (breaks[tokens.ids[end++]]) line = end;
+    const cut = end - start === BLOCK && end < tokens.n && tokens.owners[end] === owner;
+    if (cut && line - start > BLOCK / 2) end = line;
+    blocks.push({ start, end, first: start === 0 || tokens.owners[start - 1] !== owner, filled: false });
+    start = end;
+  }
+  return blocks;
+}
+
+// [first, last] tokens of every place where `query` stands in the shown text, across tokens.
+function findText(tokens, query) {
+  const wanted = query.replaceAll(" ", "·").replaceAll("\n", "↵\n").toLowerCase();
+  if (!wanted) return [];
+  const texts = tokens.texts.map((t) => t.toLowerCase()), starts = new Uint32Array(tokens.n + 1), parts = new Array(tokens.n);
+  for (let i = 0; i < tokens.n; i++) { parts[i] = texts[tokens.ids[i]]; starts[i + 1] = starts[i] + parts[i].length; }
+  const all = parts.join(""), hits = [];
+  const token = (at) => {
+    let low = 0, high = tokens.n - 1;
+    while (low < high) { const mid = (low + high + 1) >> 1; if (starts[mid] <= at) low = mid; else high = mid - 1; }
+    return low;
+  };
+  for (let at = all.indexOf(wanted); at >= 0 && hits.length < 10000; at = all.indexOf(wanted, at + wanted.length)) {
+    hits.push([token(at), token(at + wanted.length - 1)]);
+  }
+  return hits;
+}
+
+// Creates a strip in `el` from `model`; returns a function that takes it down.
+function createStrip(el, model) {
+  const id = `cb${++strips}`;
+  let tokens, masks, heats, blocks, hits = [], hit = new Set(), shown = -1, timer = 0, mapped = 0;
+
+  const view = node("div", { class: "cb-view", role: "listbox", tabindex: 0 });
+  const map = node("canvas", { class: "cb-map", "aria-hidden": "true" });
+  const chosen = node("div", { role: "status", "aria-live": "polite" }), hover = node("div", { class: "cb-hover", "aria-hidden": "true" });
+  const about = node("div", { class: "cb-about" }, chosen, hover);
+  const key = node("div", { class: "cb-key" }), message = node("div", { class: "cb-message", role: "alert", hidden: true });
+  const select = (name, trait) => node("select", { "aria-label": name, onchange: (e) => { model.set(trait, e.target.value); model.save_changes(); } });
+  const mode = select("what is shown", "view"), first = select("mask A", "a"), second = select("mask B", "b"), heat = select("heat", "heat");
+  const shift = node("input", { type: "checkbox", onchange: (e) => { model.set("predicting", e.target.checked); model.save_changes(); } });
+  const search = node("input", { type: "search", placeholder: "search ( / )", "aria-label": "search in the text",
+    oninput: () => { clearTimeout(timer); timer = setTimeout(runSearch, 120); }, onkeydown: searchKey });
+  const count = node("span", { class: "cb-note", role: "status" });
+  const button = (text, title, act) => node("button", { type: "button", title, "aria-label": title, onclick: act }, text);
+  const labels = { a: node("label", {}, "A ", first), b: node("label", {}, "B ", second), heat: node("label", {}, "heat ", heat),
+    shift: node("label", { title: "mark the position that predicts each token, one to the left" }, shift, " predicting position") };
+  const boundary = button("▸ edge", "next boundary of the mask (b)", () => next(isEdge, 1));
+  const differing = button("▸ difference", "next difference between A and B (d)", () => next(isDifference, 1));
+  const bar = node("div", { class: "cb-bar" }, node("label", {}, "show ", mode), labels.a, labels.b, labels.heat, labels.shift, boundary, differing, search, count);
+  const body = node("div", { class: "cb-body" }, view, map);
+  const root = node("div", { class: "cb-strip", "data-lm-suppress-shortcuts": "true" }, message, bar, body, about, key);
+  el.append(root);
+
+  const at = (list, name) => list.find((entry) => entry.name === name) || list[0];
+  const inside = (mask, i) => {
+    const j = i + (model.get("predicting") ? 1 : 0);
+    return mask ? mask.values[j] === 1 : false;
+  };
+  const current = () => ({ view: model.get("view"), a: at(masks, model.get("a")), b: at(masks, model.get("b")), heat: at(heats, model.get("heat")) });
+  const isDifference = (i, c) => inside(c.a, i) !== inside(c.b, i);
+  const isEdge = (i, c) => i > 0 && inside(c.a, i) !== inside(c.a, i - 1);
+  const text = (i) => tokens.texts[tokens.ids[i]];
+  const role = (i) => tokens.owners[i] >= 0 ? tokens.roles[tokens.owners[i]] : "";
+
+  function look(i, c) {
+    let name = "cb-t", level = "";
+    const edge = EDGES[tokens.names[tokens.segments[i]]];
+    if (edge) name += ` ${edge}`;
+    name += KINDS[tokens.kinds[tokens.ids[i]]];
+    if (c.view === "heat" && c.heat) {
+      level = c.heat.levels[i] ?? -1;
+      name += level < 0 ? " na" : ` heat h${level}`;
+    } else if (c.view === "difference" && c.a && c.b) {
+      const a = inside(c.a, i), b = inside(c.b, i);
+      name += a && b ? " in" : a ? " plus" : b ? " minus" : " out";
+    } else if (c.view === "mask" && c.a) name += inside(c.a, i) ? " in" : " out";
+    if (hit.has(i)) name += " hit";
+    if (i === shown) name += " sel";
+    return [name, level];
+  }
+
+  function paint(span, i, c) {
+    const [name, level] = look(i, c);
+    if (span.className !== name) span.className = name;
+    if (level !== "" && level >= 0) span.dataset.h = level; else if (span.dataset.h !== undefined) delete span.dataset.h;
+    span.setAttribute("aria-selected", i === shown ? "true" : "false");
+  }
+
+  function fill(block) {
+    if (block.filled) return;
+    const line = document.createDocumentFragment(), c = current();
+    block.spans = [];
+    for (let i = block.start; i < block.end; i++) {
+      const span = document.createElement("span"), shownText = text(i);
+      span.id = `${id}-${i}`;
+      span.setAttribute("role", "option");
+      span.textContent = shownText;
+      paint(span, i, c);
+      if (shownText[0] === "·" || tokens.kinds[tokens.ids[i]]) line.append(document.createElement("wbr"));
+      line.append(span);
+      block.spans.push(span);
+    }
+    block.line.append(line);
+    block.line.style.minHeight = "";
+    block.filled = true;
+  }
+
+  function drain(block) {
+    if (!block.filled) return;
+    block.line.style.minHeight = `${block.line.offsetHeight}px`;
+    block.line.replaceChildren();
+    block.filled = false;
+    block.spans = null;
+  }
+
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const block = entry.target.cbBlock;
+      if (entry.isIntersecting) fill(block);
+      else if (!(shown >= block.start && shown < block.end)) drain(block);      // the focused token stays in the page
+    }
+    frame();
+  }, { root: view, rootMargin: "600px 0px" });
+
+  function build() {
+    watcher.disconnect();
+    view.replaceChildren();
+    tokens = readTokens(model);
+    blocks = cutBlocks(tokens);
+    const perLine = Math.max(20, Math.floor((view.clientWidth || 800) / 9));
+    for (const block of blocks) {
+      const owner = tokens.owners[block.start], who = role(block.start), letter = LETTERS[who] || (who ? who[0].toUpperCase() : "");
+      let lines = 1, width = 0;
+      for (let i = block.start; i < block.end; i++) {
+        const t = text(i);
+        width += t.length;
+        if (t.includes("\n") || width > perLine) { lines++; width = 0; }
+      }
+      block.line = node("div", { class: "cb-line", role: "presentation", style: `min-height: ${lines * 23}px` });
+      const label = node("span", { class: "cb-who", "aria-hidden": "true" });
+      if (block.first && owner >= 0) label.append(node("b", {}, letter), ` ${owner}`);
+      block.div = node("div", { class: `cb-block${block.first ? " first" : ""}`, role: "presentation" }, label, block.line);
+      if (LETTERS[who]) block.div.classList.add(`r-${who}`);
+      block.div.cbBlock = block;
+      view.append(block.div);
+      watcher.observe(block.div);
+    }
+    // what is seen at once is filled at once; the rest when it comes near
+    for (let i = 0, seen = 0; i < blocks.length && seen < 500; i++) { fill(blocks[i]); seen += blocks[i].line.offsetHeight; }
+    view.setAttribute("aria-label", `${tokens.n} tokens${model.get("title") ? ` of ${model.get("title")}` : ""}`);
+  }
+
+  function options(list, into, value) {
+    into.replaceChildren(...list.map((name) => node("option", { value: name, selected: name === value }, name)));
+  }
+
+  function colours() {
+    masks = readMasks(model);
+    heats = readHeats(model);
+    const names = masks.map((m) => m.name);
+    const modes = [...(masks.length ? ["mask"] : []), ...(masks.length > 1 ? ["difference"] : []), ...(heats.length ? ["heat"] : []), "text"];
+    options(modes, mode, model.get("view"));
+    options(names, first, at(masks, model.get("a"))?.name);
+    options(names, second, at(masks, model.get("b"))?.name);
+    options(heats.map((h) => h.name), heat, at(heats, model.get("heat"))?.name);
+    recolour();
+  }
+
+  function recolour() {
+    const c = current();
+    for (const block of blocks) if (block.filled) block.spans.forEach((span, k) => paint(span, block.start + k, c));
+    const masked = c.view === "mask" || c.view === "difference";
+    labels.a.hidden = !masked; labels.b.hidden = c.view !== "difference"; labels.heat.hidden = c.view !== "heat" || heats.length < 2;
+    labels.shift.hidden = !masked; boundary.hidden = !masks.length; differing.hidden = masks.length < 2;
+    mode.value = c.view; first.value = c.a?.name ?? ""; second.value = c.b?.name ?? ""; heat.value = c.heat?.name ?? "";
+    shift.checked = Boolean(model.get("predicting"));
+    const text = model.get("message");
+    message.textContent = text; message.hidden = !text;
+    for (const part of [bar, body, about, key]) part.hidden = Boolean(text) && !tokens.n;
+    legend(c);
+    describe();
+    frame();
+  }
+
+  function legend(c) {
+    const sample = (name, label, mark = "") => node("span", {}, node("span", { class: `cb-t ${name}`, "data-h": mark || null }, "ab"), ` ${label}`);
+    const n = (test) => { let k = 0; for (let i = 0; i < tokens.n; i++) if (test(i)) k++; return k.toLocaleString("en"); };
+    const parts = [];
+    if (c.view === "mask" && c.a) parts.push(sample("in", `in A: ${n((i) => inside(c.a, i))}`), sample("out", `out: ${n((i) => !inside(c.a, i))}`));
+    if (c.view === "difference" && c.a && c.b) {
+      parts.push(sample("plus", `only in A: ${n((i) => inside(c.a, i) && !inside(c.b, i))}`), sample("minus", `only in B: ${n((i) => inside(c.b, i) && !inside(c.a, i))}`),
+        sample("in", `in both: ${n((i) => inside(c.a, i) && inside(c.b, i))}`), sample("out", "in neither"));
+    }
+    for (const m of c.view === "mask" ? [c.a] : c.view === "difference" ? [c.a, c.b] : []) if (m?.note) parts.push(node("span", {}, `${m.name}: ${m.note}`));
+    if (c.view === "heat" && c.heat) {
+      parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}, by logarithm:`), sample("heat h0", `≤ ${figure(c.heat.low)}`, "0"), sample("heat h4", "", "4"),
+        sample("heat h9", figure(c.heat.high), "9"), sample("na", "no value"));
+    }
+    parts.push(node("span", {}, "← → token · ↑ ↓ line · b edge" + (masks.length > 1 ? " · d difference" : "") + " · / search · n next hit · shift: back"));
+    key.replaceChildren(...parts);
+  }
+
+  function sentences(i, c) {
+    const lines = [], what = tokens.names[tokens.segments[i]], owner = tokens.owners[i];
+    const place = owner >= 0 ? `message ${owner} (${role(i)})` : "outside of messages";
+    lines.push(`token ${i}  ${text(i).trimEnd() || text(i)}  id ${tokens.numbers[i]}, ${what}, ${place}; ` +
+      (i ? `predicted at position ${i - 1}` : "predicted by nothing"));
+    for (const [letter, m] of c.view === "difference" ? [["A", c.a], ["B", c.b]] : [["A", c.a]]) {
+      if (!m) continue;
+      const reason = m.sentences[m.codes[i]];
+      lines.push(`${letter} ${m.name}: ${reason || (m.values[i] ? "in" : "out")}`);
+    }
+    for (const h of heats) lines.push(`${h.name}: ${figure(h.values[i] ?? NaN, 5)} ${h.unit}`);
+    return lines.join("\n");
+  }
+
+  function describe() {
+    const c = current();
+    chosen.textContent = shown >= 0 && shown < tokens.n ? sentences(shown, c) : tokens.n ? "Choose a token by click or by arrow keys." : "";
+    hover.textContent = "";
+  }
+
+  function show(i, scroll = true) {
+    const old = shown, c = current();
+    shown = i >= 0 && i < tokens.n ? i : -1;
+    for (const k of [old, shown]) {
+      const block = k >= 0 ? blockOf(k) : null;
+      if (block?.filled) paint(block.spans[k - block.start], k, c);
+    }
+    if (shown < 0) view.removeAttribute("aria-activedescendant");
+    else {
+      const block = blockOf(shown);
+      fill(block);
+      view.setAttribute("aria-activedescendant", `${id}-${shown}`);
+      if (scroll) intoView(block.spans[shown - block.start]);
+    }
+    describe();
+    frame();
+  }
+
+  // Scrolls the strip alone: scrollIntoView would move the notebook too.
+  function intoView(span) {
+    const box = span.getBoundingClientRect(), around = view.getBoundingClientRect();
+    if (box.top < around.top + 4) view.scrollTop += box.top - around.top - view.clientHeight / 3;
+    else if (box.bottom > around.bottom - 4) view.scrollTop += box.bottom - around.bottom + view.clientHeight / 3;
+  }
+
+  function blockOf(i) {
+    let low = 0, high = blocks.length - 1;
+    while (low < high) { const mid = (low + high + 1) >> 1; if (blocks[mid].start <= i) low = mid; else high = mid - 1; }
+    return blocks[low];
+  }
+
+  function choose(i) {
+    if (i < 0 || i >= tokens.n) return;
+    model.set("selected", i);
+    model.save_changes();
+    if (shown !== i) show(i);
+  }
+
+  function next(test, step) {
+    const c = current();
+    for (let i = shown < 0 ? (step > 0 ? 0 : tokens.n - 1) : shown + step; i >= 0 && i < tokens.n; i += step) if (test(i, c)) return choose(i);
+    chosen.textContent = `There is no ${step > 0 ? "further one" : "earlier one"}.`;
+  }
+
+  function runSearch() {
+    hits = findText(tokens, search.value);
+    hit = new Set(hits.flatMap(([a, b]) => Array.from({ length: b - a + 1 }, (_, k) => a + k)));
+    count.textContent = search.value ? `${hits.length.toLocaleString("en")}${hits.length >= 10000 ? "+" : ""} hit${hits.length === 1 ? "" : "s"}` : "";
+    recolour();
+  }
+
+  function searchKey(event) {
+    event.stopPropagation();
+    if (event.key === "Enter") { clearTimeout(timer); runSearch(); nextHit(event.shiftKey ? -1 : 1); event.preventDefault(); }
+    if (event.key === "Escape") { search.value = ""; runSearch(); view.focus(); }
+  }
+
+  function nextHit(step) {
+    const ahead = step > 0 ? hits.find(([a]) => a > shown) ?? hits[0] : hits.findLast(([a]) => a < shown) ?? hits[hits.length - 1];
+    if (ahead) choose(ahead[0]);
+  }
+
+  // The token that stands above or below the chosen one.
+  function vertical(step) {
+    if (shown < 0) return choose(0);
+    const block = blockOf(shown), rect = block.spans[shown - block.start].getClientRects()[0], middle = rect.left + rect.width / 2;
+    let best = -1, distance = Infinity, lineTop = null;
+    for (let i = shown + step; i >= 0 && i < tokens.n; i += step) {
+      const b = blockOf(i);
+      fill(b);
+      const box = b.spans[i - b.start].getClientRects()[0];
+      if (!box || Math.abs(box.top - rect.top) < 8) continue;
+      if (lineTop === null) lineTop = box.top;
+      if (Math.abs(box.top - lineTop) > 8) break;
+      const away = Math.abs(box.left + box.width / 2 - middle);
+      if (away < distance) { distance = away; best = i; }
+    }
+    if (best >= 0) choose(best);
+  }
+
+  view.addEventListener("keydown", (event) => {
+    event.stopPropagation();      // JupyterLab would take a, b, m, dd for itself
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const back = event.shiftKey ? -1 : 1;
+    const act = {
+      ArrowRight: () => choose(shown + 1), ArrowLeft: () => choose(Math.max(0, shown - 1)), ArrowDown: () => vertical(1), ArrowUp: () => vertical(-1),
+      Home: () => choose(0), End: () => choose(tokens.n - 1), PageDown: () => choose(Math.min(tokens.n - 1, Math.max(0, shown) + 100)),
+      PageUp: () => choose(Math.max(0, shown - 100)), b: () => next(isEdge, back), d: () => next(isDifference, back), n: () => nextHit(back),
+      "/": () => search.focus(), Escape: () => { model.set("selected", -1); model.save_changes(); show(-1); },
+    }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (act) { event.preventDefault(); act(); }
+  });
+  const tokenAt = (event) => {
+    const found = event.target.closest?.(".cb-t");
+    return found?.id.startsWith(`${id}-`) ? Number(found.id.slice(id.length + 1)) : -1;
+  };
+  view.addEventListener("click", (event) => { const i = tokenAt(event); if (i >= 0) choose(i); });
+  view.addEventListener("mouseover", (event) => { const i = tokenAt(event); hover.textContent = i >= 0 && i !== shown ? sentences(i, current()) : ""; });
+  view.addEventListener("mouseleave", () => { hover.textContent = ""; });
+  view.addEventListener("scroll", () => frame());
+
+  // The minimap: the whole transcript in one column, what is seen of it framed, the chosen token and search hits at the left edge.
+  function frame() { if (!mapped) mapped = requestAnimationFrame(drawMap); }
+  function visibleRange() {
+    const top = view.scrollTop, bottom = top + view.clientHeight, place = (y) => {
+      for (const b of blocks) {
+        const start = b.div.offsetTop - view.offsetTop, height = b.div.offsetHeight || 1;
+        if (y <= start + height) return b.start + Math.max(0, Math.min(1, (y - start) / height)) * (b.end - b.start);
+      }
+      return tokens.n;
+    };
+    return [place(top), place(bottom)];
+  }
+  function drawMap() {
+    mapped = 0;
+    const height = view.clientHeight, ratio = window.devicePixelRatio || 1, rows = Math.round(height * ratio), width = Math.round(44 * ratio);
+    if (!rows || !tokens.n) return;
+    if (map.height !== rows || map.width !== width) { map.height = rows; map.width = width; map.style.height = `${height}px`; }
+    const draw = map.getContext("2d"), c = current(), style = getComputedStyle(root), ink = style.color;
+    draw.clearRect(0, 0, width, rows);
+    const rule = { system: "#CC79A7", user: "#56B4E9", assistant: "#009E73", tool: "#E69F00" };
+    for (let y = 0; y < rows; y++) {
+      const from = Math.floor(y * tokens.n / rows), to = Math.max(from + 1, Math.floor((y + 1) * tokens.n / rows));
+      let level = -1, a = 0, b = 0;
+      for (let i = from; i < to; i++) {
+        if (c.view === "heat" && c.heat) level = Math.max(level, c.heat.levels[i] ?? -1);
+        else if (c.view !== "text") { a += inside(c.a, i); b += inside(c.b, i); }
+      }
+      draw.fillStyle = rule[role(from)] || "#808080";
+      draw.fillRect(width * 0.2, y, width * 0.12, 1);
+      let colour = null, wide = 0.6;
+      if (level >= 0) { colour = CIVIDIS[level]; wide = 0.15 + 0.05 * level; }
+      else if (c.view === "difference" && a !== b) { colour = a > b ? "#009E73" : "#D55E00"; wide = a > b ? 0.6 : 0.3; }
+      else if (a) { colour = "#0072B2"; wide = 0.6 * a / (to - from); }
+      if (colour) { draw.fillStyle = colour; draw.fillRect(width * 0.38, y, width * wide, 1); }
+    }
+    const row = (i) => Math.floor(i * rows / tokens.n);
+    draw.fillStyle = ink;
+    for (const [k] of hits.slice(0, 2000)) draw.fillRect(0, row(k), width * 0.15, Math.max(1, ratio));
+    if (shown >= 0) draw.fillRect(0, row(shown) - ratio, width, 2 * ratio);
+    const [top, bottom] = visibleRange();
+    draw.strokeStyle = ink;
+    draw.lineWidth = ratio;
+    draw.strokeRect(ratio / 2, row(top) + ratio / 2, width - ratio, Math.max(4 * ratio, row(bottom) - row(top)) - ratio);
+  }
+  const drag = (event) => {
+    if (event.type === "pointermove" && !event.buttons) return;
+    const box = map.getBoundingClientRect(), i = Math.max(0, Math.min(tokens.n - 1, Math.floor((event.clientY - box.top) / box.height * tokens.n)));
+    const block = blockOf(i);
+    fill(block);
+    const span = block.spans[i - block.start];
+    view.scrollTop += span.getBoundingClientRect().top - view.getBoundingClientRect().top - view.clientHeight / 2;
+  };
+  map.addEventListener("pointerdown", (event) => { map.setPointerCapture(event.pointerId); drag(event); });
+  map.addEventListener("pointermove", drag);
+
+  const resized = new ResizeObserver(() => frame());
+  resized.observe(view);
+  const rebuild = () => {
+    hits = []; hit = new Set(); shown = -1; search.value = ""; count.textContent = "";
+    masks = readMasks(model); heats = readHeats(model);
+    build(); colours();
+    if (model.get("selected") >= 0) show(model.get("selected"));
+  };
+  const chose = () => { const i = model.get("selected"); if (i !== shown) show(i); };
+  const listeners = { "change:tokens": rebuild, "change:masks": colours, "change:heats": colours, "change:view": recolour, "change:a": recolour, "change:b": recolour,
+    "change:heat": recolour, "change:predicting": recolour, "change:message": recolour, "change:selected": chose };
+  for (const [name, act] of Object.entries(listeners)) model.on(name, act);
+  rebuild();
+  return () => {
+    watcher.disconnect(); resized.disconnect(); clearTimeout(timer); cancelAnimationFrame(mapped);
+    for (const [name, act] of Object.entries(listeners)) model.off(name, act);
+    root.remove();
+  };
+}
+
+const renderStrip = guarded(({ model, el }) => createStrip(el, model));
