@@ -44,3 +44,18 @@ def pytest_terminal_summary(terminalreporter):
     if not left_out: return
     terminalreporter.section("not run on this machine, and how to make it run")
     for report in left_out: terminalreporter.write_line(f"{report.nodeid}: {reason_of(report)}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless Chromium for a whole module: it must be closed before another module's asyncio code runs."
+    from lab.labharness import CHROMIUM, chromium
+    if not os.path.exists(CHROMIUM): pytest.skip("no Chromium found: apt-get install chromium, or name one: CHROMIUM=/path make test")
+    with chromium() as browser: yield browser
+
+
+@pytest.fixture
+def pages(browser):
+    "Standalone pages in that browser: open, look, check. lab/pageharness.py says how."
+    from lab.pageharness import Pages
+    with Pages() as pages: yield pages

@@ -59,6 +59,20 @@ def free_port():
         return s.getsockname()[1]
 
 
+OPEN = []       # the browser of this process, while there is one: Playwright's plain interface can be started only once at a time
+
+
+@contextlib.contextmanager
+def chromium():
+    "A headless Chromium that finds no host but this machine; inside another `chromium()`, the same one. Close it before other asyncio code runs."
+    if OPEN: yield OPEN[0]
+    else:
+        with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=list(BROWSER_ARGS)) as browser:
+            OPEN.append(browser)
+            try: yield browser
+            finally: OPEN.clear()
+
+
 class Lab:
     "A JupyterLab server with its own, empty Jupyter folders, and a browser that reaches nothing but this machine. A context manager."
 
@@ -116,10 +130,9 @@ class Lab:
 
     def start_browser(self, stack):
         "Start Chromium; every request of every page is noted, those to other machines in `outside`."
-        playwright = stack.enter_context(sync_playwright())
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(BROWSER_ARGS))
-        stack.callback(browser.close)
+        browser = stack.enter_context(chromium())
         self.context = browser.new_context(viewport=self.size, color_scheme=self.theme, reduced_motion="reduce")
+        stack.callback(self.context.close)
         self.context.on("request", lambda request: self.note(request.url))
 
     def note(self, url):
