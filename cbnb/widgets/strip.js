@@ -121,7 +121,7 @@ function createStrip(el, model) {
   const search = node("input", { type: "search", placeholder: "search ( / )", "aria-label": "search in the text",
     oninput: () => { clearTimeout(timer); timer = setTimeout(runSearch, 120); }, onkeydown: searchKey });
   const count = node("span", { class: "cb-note", role: "status" });
-  const button = (text, title, act) => node("button", { type: "button", title, "aria-label": title, onclick: act }, text);
+  const button = (text, title, act) => node("button", { type: "button", title, onclick: act }, text);
   const labels = { a: node("label", {}, "A ", first), b: node("label", {}, "B ", second), heat: node("label", {}, "heat ", heat),
     shift: node("label", { title: "mark the position that predicts each token, one to the left" }, shift, " predicting position") };
   const boundary = button("▸ edge", "next boundary of the mask (b)", () => next(isEdge, 1));
@@ -465,9 +465,12 @@ function createStrip(el, model) {
     if (model.get("selected") >= 0) show(model.get("selected"));
   };
   const chose = () => { const i = model.get("selected"); if (i !== shown) show(i); };
+  const told = (act) => () => {
+    try { act(); } catch (error) { message.textContent = `This view cannot be shown: ${error.message}`; message.hidden = false; }
+  };
   const listeners = { "change:tokens": rebuild, "change:masks": colours, "change:heats": colours, "change:view": recolour, "change:a": recolour, "change:b": recolour,
     "change:heat": recolour, "change:predicting": recolour, "change:message": recolour, "change:selected": chose };
-  for (const [name, act] of Object.entries(listeners)) model.on(name, act);
+  for (const name of Object.keys(listeners)) model.on(name, listeners[name] = told(listeners[name]));
   rebuild();
   return () => {
     watcher.disconnect(); resized.disconnect(); clearTimeout(timer); cancelAnimationFrame(mapped);

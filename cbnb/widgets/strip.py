@@ -7,7 +7,7 @@ __all__ = ['NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'partial_bytes', 'is_text', '
            'checked', 'strip_mask', 'strip_heat', 'strip_html', 'strip_state', 'empty_encoded', 'TokenStrip',
            'static_strip', 'view_bundle', 'token_strip']
 
-# %% ../../nbs/20a_strip.ipynb #eca46188
+# %% ../../nbs/20a_strip.ipynb #8491387a
 import re
 
 import anywidget
@@ -16,7 +16,7 @@ import traitlets
 
 from ..audit import token_texts, visible
 from ..encoders import token_bytes
-from ..policies import WORDS, apply_policy, find_policy, loss_mask, policy_name, reasons
+from ..policies import Encoded, loss_mask, policy_name, reasons
 from ..turns import Segment
 from .views import StaticView, mime_bundle, module, page, shown, source, table_html
 

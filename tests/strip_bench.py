@@ -1,0 +1,115 @@
+"""How long the token strip and its peers take in a real JupyterLab: `python tests/strip_bench.py [tokens ...]` prints a line of JSON for each measurement.
+
+All run in one browser, in turn, on the same tokens. A time is from the start of the cell to the second frame after the view is there
+("show") or has its new colours ("recolour"); "scroll" is the slowest of 40 frames while the view scrolls from top to bottom; "bytes" is what the
+saved notebook holds of the view. Nothing here asserts a time.
+"""
+import json, sys, tempfile
+from pathlib import Path
+
+import nbformat
+
+from lab.labharness import Lab
+from outside import fetch
+
+SIZES = (8_000, 32_000, 128_000)
+SETUP = """
+import html, json, sys, numpy as np, plotly.graph_objects as go, ipywidgets
+sys.path.insert(0, {circuitsvis!r})
+import circuitsvis.tokens
+from circuitsvis.utils import render
+render.internet_on = lambda: False
+from IPython.display import display, HTML
+from cbnb.policies import Encoded
+from cbnb.turns import Segment
+from cbnb.widgets.strip import strip_mask, token_strip
+n, rng = {n}, np.random.default_rng(0)
+words = [f" {{a}}{{b}}" for a in ("ka", "ter", "min", "lo", "ver", "an", "sti") for b in ("po", "ra", "ing", "el", "sho", ".", ",")] + ["\\n"]
+pieces = [words[k] for k in rng.integers(0, len(words), n)]
+ends = np.cumsum([len(p) for p in pieces]).astype(np.int32)
+message = (np.arange(n) // 150).astype(np.int16)
+roles = tuple("user" if m % 2 else "assistant" for m in range(int(message.max()) + 1))
+encoded = Encoded("".join(pieces), np.arange(n, dtype=np.int32) % 50_000, np.where(message % 2, Segment.USER, Segment.TEXT).astype(np.uint8), message,
+                  np.stack([ends - [len(p) for p in pieces], ends], 1).astype(np.int32), roles=roles)
+mask = message % 2 == 0
+def spans(mask, version):
+    "The tokens as HTML, a span each."
+    style = ["background:#bde", "color:#555"]
+    return f"<div class='peer v{{version}}'>" + "".join(
+        f"<span class='tok' title='token {{i}}' style='{{style[not m]}}'>{{html.escape(p)}}</span>" for i, (p, m) in enumerate(zip(pieces, mask))) + "</div>"
+def heat_map(mask, version):
+    "The tokens as a plotly heat map of 64 columns with the texts on hover."
+    rows = -(-n // 64)
+    z = np.full(rows * 64, np.nan); z[:n] = mask
+    text = np.array(pieces + [""] * (rows * 64 - n), dtype=object)
+    figure = go.Figure(go.Heatmap(z=z.reshape(rows, 64), text=text.reshape(rows, 64), hovertemplate="%{{text}}", showscale=False),
+                       layout=dict(height=420, title=f"v{{version}}"))
+    return {{"application/vnd.plotly.v1+json": json.loads(figure.to_json())}}
+"""
+PEERS = {  # name: (code that shows it, when it is there, code that recolours it, when that is done, what scrolls)
+    "cbnb": ("s = token_strip(encoded, None, (), masks={'mask': mask}); display(s)", "out.querySelectorAll('.cb-t.in').length > 50",
+             "s.masks = [strip_mask(encoded, ~mask, 'mask')]", "out.querySelector('.cb-t')?.classList.contains('out')", ".cb-view"),
+    "ipywidgets.HTML": ("w = ipywidgets.HTML(spans(mask, 1), layout=dict(max_height='420px', overflow='auto')); display(w)",
+                        "out.querySelectorAll('.v1 .tok').length >= {n}", "w.value = spans(~mask, 2)", "out.querySelectorAll('.v2 .tok').length >= {n}",
+                        ".widget-html"),
+    "CircuitsVis": ("h = display(HTML(circuitsvis.tokens.colored_tokens(pieces, mask.astype(float)).local_src), display_id='cv')",
+                    "out.querySelectorAll('span').length >= {n} && (window.kept = out.querySelector('span'))",
+                    "from IPython.display import update_display; update_display(HTML(circuitsvis.tokens.colored_tokens(pieces, 1. - mask).local_src), display_id='cv')",
+                    "out.querySelectorAll('span').length >= {n} && out.querySelector('span') !== window.kept", None),
+    "plotly heat map": ("h = display(heat_map(mask, 1), raw=True, display_id='hm')", "out.querySelector('.gtitle')?.textContent === 'v1' && out.querySelector('.hm image')",
+                        "from IPython.display import update_display; update_display(heat_map(~mask, 2), raw=True, display_id='hm')",
+                        "out.querySelector('.gtitle')?.textContent === 'v2' && out.querySelector('.hm image')", None)}
+TIMED = """async ([index, shown, ready]) => {
+    const panel = window.jupyterapp.shell.currentWidget, out = panel.content.widgets[shown].outputArea.node;
+    const test = new Function('out', `return ${ready}`), frame = () => new Promise(requestAnimationFrame);
+    panel.content.activeCellIndex = index;
+    const start = performance.now();
+    const done = window.jupyterapp.commands.execute('notebook:run-cell');
+    while (!test(out)) { await frame(); if (performance.now() - start > 240000) throw new Error(`not there after 240 s: ${ready}`) }
+    await frame(); await frame();
+    const took = performance.now() - start;
+    await done;
+    return took }"""
+SCROLL = """async ([shown, what]) => {
+    const box = window.jupyterapp.shell.currentWidget.content.widgets[shown].outputArea.node.querySelector(what);
+    const frame = () => new Promise(requestAnimationFrame);
+    box.scrollTop = 0; await frame(); await frame();
+    let worst = 0, last = performance.now();
+    for (let k = 1; k <= 40; k++) {
+        box.scrollTop = (box.scrollHeight - box.clientHeight) * k / 40;
+        await frame();
+        const now = performance.now();
+        worst = Math.max(worst, now - last); last = now;
+    }
+    return worst }"""
+BYTES = """shown => JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.cells.get(shown).outputs.toJSON()).length"""
+
+
+def measure(lab, n):
+    "Yields one dict a measurement with `n` tokens."
+    cells = [SETUP.format(n=n, circuitsvis=str(fetch("circuitsvis")))]
+    for show, _, recolour, _, _ in PEERS.values(): cells += [show, recolour]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nb, lab.root / f"bench{n}.ipynb")
+    book = lab.open(f"bench{n}.ipynb")
+    book.page.evaluate(TIMED, [0, 0, "true"])
+    book.wait_idle()
+    for k, (name, (_, there, _, changed, box)) in enumerate(PEERS.items()):
+        shown = 1 + 2 * k
+        row = {"view": name, "tokens": n}
+        yield row | {"what": "show", "ms": book.page.evaluate(TIMED, [shown, shown, there.format(n=n)])}
+        book.wait_idle()
+        yield row | {"what": "recolour", "ms": book.page.evaluate(TIMED, [shown + 1, shown, changed.format(n=n)])}
+        book.wait_idle()
+        if box: yield row | {"what": "scroll", "ms": book.page.evaluate(SCROLL, [shown, box])}
+        held = {"cbnb": "len(s.static()._repr_html_())", "ipywidgets.HTML": "len(w.value)"}.get(name)      # what is kept, in a file without a kernel
+        yield row | {"what": "bytes", "bytes": int(book.execute(f"print({held})")) if held else book.page.evaluate(BYTES, shown)}
+        book.page.evaluate("shown => window.jupyterapp.shell.currentWidget.content.model.cells.get(shown).outputs.clear()", shown)   # the next one has the page to itself
+    book.page.close()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, Lab(folder) as lab:
+        for n in [int(a) for a in sys.argv[1:]] or SIZES:
+            for row in measure(lab, n): print(json.dumps(row), flush=True)

@@ -1,0 +1,224 @@
+"""The token strip in a real browser: its standalone page, and the widget beside a kernel."""
+import numpy as np
+import pytest
+
+from cbnb.masks import ChatMasker
+from cbnb.models import load_tokenizer
+from cbnb.policies import Encoded, loss_mask
+from cbnb.tinyagent import make_transcripts
+from cbnb.turns import Segment
+from cbnb.widgets.strip import TokenStrip, token_strip
+
+POLICIES = ("post_injection_only", "first_header", "assistant_only")
+SHOW, A, B, SEARCH = "[aria-label='what is shown']", "[aria-label='mask A']", "[aria-label='mask B']", "[aria-label='search in the text']"
+HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--", "\u202egnol", "\x1b[31m", "a\u200bb", "&lt;b&gt;", "\\u003c"]
+
+
+def by_hand(pieces, roles=("user",), messages=None, mask_title="by hand", **given):
+    "A strip of the texts `pieces`, made without a tokenizer."
+    ends = np.cumsum([len(p) for p in pieces]).astype(np.int32)
+    messages = np.zeros(len(pieces), np.int16) if messages is None else np.array(messages, np.int16)
+    encoded = Encoded("".join(pieces), np.arange(len(pieces), dtype=np.int32), np.full(len(pieces), Segment.USER, np.uint8), messages,
+                      np.stack([ends - [len(p) for p in pieces], ends], axis=1).astype(np.int32), roles=tuple(roles))
+    return token_strip(encoded, None, given.pop("policies", ()), title=mask_title, **given)
+
+
+@pytest.fixture(scope="module")
+def masker(): return ChatMasker(load_tokenizer("tinyagent"))
+
+
+@pytest.fixture(scope="module")
+def encoded(masker):
+    t = make_transcripts("injection", 1)[0]
+    return masker.encode(t.messages, t.tools, t.injection_spans, t.label)
+
+
+@pytest.fixture(scope="module")
+def html(encoded, masker):
+    kl = np.where(loss_mask(encoded), np.linspace(1e-6, 2, len(encoded.input_ids)), np.nan)
+    return token_strip(encoded, masker.tokenizer, POLICIES, heats={"KL": (kl, "nats")}, title="injected").static().html
+
+
+def tokens(page): return page.locator(".cb-view .cb-t")
+def about(page): return page.locator(".cb-about [role=status]").inner_text()
+def chosen(page): return page.locator(".cb-t.sel").evaluate_all("spans => spans.map(s => Number(s.id.split('-')[1]))")
+
+
+def test_all_tokens_are_shown_with_their_mask(pages, html, encoded):
+    page = pages.open(html)
+    assert tokens(page).count() == len(encoded.input_ids)
+    inside = tokens(page).evaluate_all("spans => spans.map(s => s.classList.contains('in'))")
+    assert inside == loss_mask(encoded, POLICIES[0]).tolist()
+    assert page.locator(".cb-who b").all_inner_texts() == ["S", "U", "A", "T", "A"]
+    assert f"in A: {sum(inside)}" in page.locator(".cb-key").inner_text()
+    pages.assert_clean()
+
+
+def test_a_token_says_why(pages, html, encoded):
+    page = pages.open(html)
+    at = int(np.flatnonzero(loss_mask(encoded, POLICIES[0]))[0])
+    tokens(page).nth(at).click()
+    assert chosen(page) == [at] and about(page).startswith(f"token {at} ")
+    assert str(encoded.why(at, POLICIES[0])).split(" is ", 1)[1] in about(page)
+    tokens(page).nth(3).hover()
+    assert page.locator(".cb-hover").inner_text().startswith("token 3 ") and about(page).startswith(f"token {at} ")
+
+
+def test_differences_are_marked_and_found(pages, html, encoded):
+    page = pages.open(html)
+    page.select_option(SHOW, "difference")
+    a, b = (loss_mask(encoded, p) for p in POLICIES[:2])
+    for name, wanted in (("plus", a & ~b), ("minus", b & ~a), ("in", a & b), ("out", ~a & ~b)):
+        assert tokens(page).evaluate_all(f"spans => spans.map(s => s.classList.contains('{name}'))") == wanted.tolist(), name
+    page.locator(".cb-view").focus()
+    found = []
+    for _ in range(3): page.keyboard.press("d"), found.extend(chosen(page))
+    assert found == np.flatnonzero(a != b)[:3].tolist()
+    page.keyboard.press("Shift+D")
+    assert chosen(page) == [found[1]] and POLICIES[1] in about(page) and "WRONG" in page.locator(".cb-key").inner_text()
+    page.select_option(A, POLICIES[1])
+    assert page.locator(".cb-view .plus, .cb-view .minus").count() == 0
+
+
+def test_the_predicting_position_is_one_to_the_left(pages, html, encoded):
+    page = pages.open(html)
+    page.get_by_label("predicting position").check()
+    inside = tokens(page).evaluate_all("spans => spans.map(s => s.classList.contains('in'))")
+    assert inside == [*loss_mask(encoded, POLICIES[0])[1:].tolist(), False]
+
+
+def test_keys(pages, html, encoded):
+    page, n = pages.open(html), len(encoded.input_ids)
+    page.select_option(A, POLICIES[2])
+    page.locator(".cb-view").focus()
+    edges = (np.flatnonzero(np.diff(loss_mask(encoded, POLICIES[2]))) + 1).tolist()
+    for key, wanted in (("ArrowRight", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("End", n - 1), ("ArrowRight", n - 1), ("Home", 0), ("b", edges[0]), ("b", edges[1]),
+                        ("Shift+B", edges[0]), ("PageDown", min(n - 1, edges[0] + 100)), ("PageUp", max(0, min(n - 1, edges[0] + 100) - 100))):
+        page.keyboard.press(key)
+        assert chosen(page) == [wanted], key
+    focused = page.locator(".cb-view").get_attribute("aria-activedescendant")
+    assert page.locator(f"#{focused}").get_attribute("aria-selected") == "true" and page.locator("[aria-selected=true]").count() == 1
+    top = lambda: page.locator(".cb-t.sel").bounding_box()
+    page.keyboard.press("Home"), page.keyboard.press("ArrowDown")
+    below = top()
+    page.keyboard.press("ArrowUp")
+    assert below["y"] > top()["y"] + 8 and chosen(page) == [0]
+    page.keyboard.press("Escape")
+    assert chosen(page) == []
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.type") == "search"
+
+
+def test_keys_do_not_reach_the_notebook(pages, html):
+    page = pages.open(html)
+    page.evaluate("window.heard = []; document.addEventListener('keydown', e => window.heard.push(e.key))")
+    page.locator(".cb-view").focus()
+    for key in ("b", "d", "d", "m", "a", "ArrowDown"): page.keyboard.press(key)
+    page.keyboard.press("/"), page.keyboard.type("add")
+    assert page.evaluate("window.heard") == []
+
+
+def test_search_goes_across_tokens(pages, html, encoded):
+    page = pages.open(html)
+    wanted = "help with office"
+    page.fill(SEARCH, wanted.upper())
+    page.locator(".cb-note", has_text="1 hit").wait_for()
+    page.locator(SEARCH).press("Enter")
+    at = encoded.text.index(wanted)
+    assert chosen(page) == [int(np.searchsorted(encoded.offsets[:, 1], at, side="right"))]
+    assert wanted.replace(" ", "·") in "".join(page.locator(".cb-t.hit").all_inner_texts())
+    page.fill(SEARCH, "nothing like this")
+    page.locator(".cb-note", has_text="0 hits").wait_for()
+    assert page.locator(".cb-t.hit").count() == 0
+
+
+def test_heat(pages, html, encoded):
+    page = pages.open(html)
+    page.select_option(SHOW, "heat")
+    levels = tokens(page).evaluate_all("spans => spans.map(s => s.dataset.h ?? null)")
+    assert [level is not None for level in levels] == loss_mask(encoded).tolist()
+    values = [int(level) for level in levels if level is not None]
+    assert values == sorted(values) and values[-1] == 9
+    assert {"cb-t na", "cb-t e1 na"} & set(tokens(page).evaluate_all("spans => spans.map(s => s.className)"))
+
+
+def test_nothing_of_a_transcript_is_markup(pages):
+    strip = by_hand(HOSTILE, roles=(HOSTILE[0],), mask_title=HOSTILE[1], masks={HOSTILE[0]: np.ones(len(HOSTILE), bool)},
+                    heats={HOSTILE[1]: (np.ones(len(HOSTILE)), HOSTILE[0])}, message=HOSTILE[0])
+    for page in (pages.open(strip.static().html), pages.framed(strip.static()._repr_html_())):
+        page = page if page.locator(".cb-t").count() else page.child_frames[0]
+        shown = [t.removesuffix("\n") for t in tokens(page).all_inner_texts()]
+        assert shown == ["<img·src=x·onerror=alert(1)>", *HOSTILE[1:3], "\\u202egnol", "\\x1b[31m", "a\\u200bb", "&lt;b&gt;", "\\u003c"]
+        page.locator(".cb-t").first.click()
+        assert page.locator("img").count() == 0 and HOSTILE[0] in page.locator(".cb-message").inner_text()
+    assert "<img" not in strip.static().plain and "<script" not in strip.static().plain
+    pages.assert_clean()
+
+
+def test_odd_characters_are_seen(pages, masker):
+    odd = masker.encode([{"role": "user", "content": "囍\ta  b\n\n🙂"}, {"role": "assistant", "content": "ok"}])
+    page = pages.open(token_strip(odd, masker.tokenizer).static().html)
+    texts = tokens(page).all_inner_texts()
+    for wanted in ("<0xE5>", "=囍", "⇥", "=🙂", "<|eot_id|>"): assert any(wanted in t for t in texts), (wanted, texts)
+    assert page.locator(".cb-t.sp").all_inner_texts().count("<|eot_id|>") == 2 and page.locator(".cb-t.part").count() >= 6
+    quoted = by_hand(["<|eot_id|>"])
+    assert pages.open(quoted.static().html).locator(".cb-t.sp").count() == 0, "text that only looks like a control token is shown as one"
+
+
+def test_right_to_left_and_cjk_read_right(pages):
+    page = pages.open(by_hand(["שלום", " עולם", "\n", "中", "文", "\n", "a", " b"]).static().html)
+    x = [tokens(page).nth(i).bounding_box()["x"] for i in range(8)]
+    assert x[0] > x[1], "the second word of a Hebrew line stands left of the first"
+    assert x[3] < x[4] and x[6] < x[7]
+
+
+def test_many_tokens(pages):
+    n = 32_000
+    words = [" one", " two", "\n", " three"]
+    strip = by_hand([words[i % 4] for i in range(n)], ("user", "assistant"), np.arange(n) // (n // 2), masks={"every third": np.arange(n) % 3 == 0})
+    page = pages.open(strip.static().html)
+    assert 0 < tokens(page).count() < 6000, "only what is near the window is in the page"
+    page.locator(".cb-view").focus()
+    page.keyboard.press("End")
+    assert chosen(page) == [n - 1]
+    box, view = page.locator(".cb-t.sel").bounding_box(), page.locator(".cb-view").bounding_box()
+    assert view["y"] <= box["y"] <= view["y"] + view["height"]
+    page.wait_for_timeout(300)
+    assert tokens(page).count() < 6000
+    box = page.locator(".cb-map").bounding_box()
+    page.mouse.click(box["x"] + 20, box["y"] + box["height"] / 2)
+    page.wait_for_timeout(300)
+    middle = tokens(page).evaluate_all("""spans => { const view = document.querySelector('.cb-view').getBoundingClientRect();
+        return spans.filter(s => { const y = s.getBoundingClientRect().top; return y > view.top && y < view.bottom }).map(s => Number(s.id.split('-')[1])) }""")
+    assert middle and min(middle) - 300 < n // 2 < max(middle) + 300
+    pages.assert_clean()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("view", ["mask", "difference", "heat", "text"])
+def test_accessible(pages, html, view, theme):
+    for page in (pages.open(html, theme=theme), *([pages.open(html, theme=theme, forced_colors=True)] if view == "difference" else [])):
+        page.select_option(SHOW, view)
+        tokens(page).nth(20).click()
+        assert pages.violations(page) == []
+    pages.assert_clean()
+
+
+def test_a_message_in_the_place_of_tokens(pages):
+    page = pages.open(token_strip(message="rows.jsonl, line 3: no messages").static().html)
+    assert page.locator(".cb-message").inner_text() == "rows.jsonl, line 3: no messages" and tokens(page).count() == 0
+    assert pages.violations(page) == []
+
+
+def test_broken_input_is_told(pages, encoded, masker):
+    "Arrays that no Python code of ours would send: a message, never an empty cell."
+    strip = token_strip(encoded, masker.tokenizer)
+    broken = strip.static().html.replace('"texts": [', '"was": [')
+    page = pages.open(broken)
+    assert "cannot be shown" in page.locator(".cb-message").inner_text()
+
+
+def test_traits_are_shared(encoded, masker):
+    strip = token_strip(encoded, masker.tokenizer, POLICIES)
+    strip.selected, strip.a = 7, POLICIES[1]
+    assert isinstance(strip, TokenStrip) and strip.state()["selected"] == 7 and strip.static().html.count('"selected": 7') == 1
