@@ -65,7 +65,7 @@ TIMED = """async ([index, shown, ready]) => {
     panel.content.activeCellIndex = index;
     const start = performance.now();
     const done = window.jupyterapp.commands.execute('notebook:run-cell');
-    while (!test(out)) { await frame(); if (performance.now() - start > 240000) throw new Error(`not there after 240 s: ${ready}`) }
+    while (!test(out)) { await frame(); if (performance.now() - start > 120000) throw new Error(`not there after 120 s: ${ready}`) }
     await frame(); await frame();
     const took = performance.now() - start;
     await done;

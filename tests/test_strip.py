@@ -7,7 +7,7 @@ from cbnb.models import load_tokenizer
 from cbnb.policies import Encoded, loss_mask
 from cbnb.tinyagent import make_transcripts
 from cbnb.turns import Segment
-from cbnb.widgets.strip import TokenStrip, token_strip
+from cbnb.widgets.strip import StillStrip, TokenStrip, token_strip
 
 POLICIES = ("post_injection_only", "first_header", "assistant_only")
 SHOW, A, B, SEARCH = "[aria-label='what is shown']", "[aria-label='mask A']", "[aria-label='mask B']", "[aria-label='search in the text']"
@@ -218,7 +218,9 @@ def test_broken_input_is_told(pages, encoded, masker):
     assert "cannot be shown" in page.locator(".cb-message").inner_text()
 
 
-def test_traits_are_shared(encoded, masker):
+@pytest.mark.parametrize("static, kind", [("0", TokenStrip), ("1", StillStrip)])
+def test_widget_and_still_strip_are_alike(encoded, masker, monkeypatch, static, kind):
+    monkeypatch.setenv("CBNB_STATIC", static)
     strip = token_strip(encoded, masker.tokenizer, POLICIES)
     strip.selected, strip.a = 7, POLICIES[1]
-    assert isinstance(strip, TokenStrip) and strip.state()["selected"] == 7 and strip.static().html.count('"selected": 7') == 1
+    assert isinstance(strip, kind) and strip.state()["selected"] == 7 and strip.static().html.count('"selected": 7') == 1

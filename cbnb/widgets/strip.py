@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'partial_bytes', 'is_text', 'spelled', 'piece_texts', 'strip_tokens',
            'checked', 'strip_mask', 'strip_heat', 'strip_html', 'strip_state', 'empty_encoded', 'TokenStrip',
-           'static_strip', 'view_bundle', 'token_strip']
+           'static_strip', 'view_bundle', 'StillStrip', 'token_strip']
 
-# %% ../../nbs/20a_strip.ipynb #8491387a
+# %% ../../nbs/20a_strip.ipynb #80711b60
 import re
+from types import SimpleNamespace
 
 import anywidget
 import numpy as np
@@ -18,7 +19,7 @@ from ..audit import token_texts, visible
 from ..encoders import token_bytes
 from ..policies import Encoded, loss_mask, policy_name, reasons
 from ..turns import Segment
-from .views import StaticView, mime_bundle, module, page, shown, source, table_html
+from .views import StaticView, is_live, mime_bundle, module, page, shown, source, table_html
 
 # %% ../../nbs/20a_strip.ipynb #1256cd66
 def partial_bytes(tokenizer):
@@ -210,7 +211,21 @@ def view_bundle(view, live):
     static = view.static()
     return mime_bundle(live, static, static.title), metadata
 
-# %% ../../nbs/20a_strip.ipynb #ed3275d6
+# %% ../../nbs/20a_strip.ipynb #8f36ab9f
+class StillStrip(SimpleNamespace):
+    "A strip with no front end behind it: the attributes and methods of a `TokenStrip`, shown as a page of its own."
+    def state(self):
+        "What is shown, as plain values."
+        return {name: getattr(self, name) for name in STATE}
+
+    def static(self):
+        "The strip as a `StaticView`."
+        return static_strip(self.state())
+
+    def _repr_mimebundle_(self, **kwargs): return view_bundle(self, {})
+
+
 def token_strip(encoded=None, tokenizer=None, policies=("assistant_only",), **given):
-    "A `TokenStrip` of an Encoded; the arguments and errors are those of `strip_state`."
-    return TokenStrip(**strip_state(encoded, tokenizer, policies, **given))
+    """A strip of an Encoded: a `TokenStrip` where a front end can show widgets (`cbnb.widgets.views.is_live`), else a `StillStrip`; the arguments and
+    errors are those of `strip_state`."""
+    return (TokenStrip if is_live() else StillStrip)(**strip_state(encoded, tokenizer, policies, **given))
