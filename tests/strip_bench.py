@@ -33,10 +33,14 @@ encoded = Encoded("".join(pieces), np.arange(n, dtype=np.int32) % 50_000, np.whe
                   np.stack([ends - [len(p) for p in pieces], ends], 1).astype(np.int32), roles=roles)
 mask = message % 2 == 0
 def spans(mask, version):
-    "The tokens as HTML, a span each."
+    "The tokens as HTML, a span each, with what the strip says of them: role and mask to be seen, the rest on hover."
     style = ["background:#bde", "color:#555"]
-    return f"<div class='peer v{{version}}'>" + "".join(
-        f"<span class='tok' title='token {{i}}' style='{{style[not m]}}'>{{html.escape(p)}}</span>" for i, (p, m) in enumerate(zip(pieces, mask))) + "</div>"
+    edge = dict(user="#56B4E9", assistant="#009E73")
+    why = ["out: content of message {{}} ({{}}), which no assistant generates", "in: text of message {{}} ({{}})"]
+    return f"<div class='peer v{{version}}' style='white-space:pre-wrap'>" + "".join(
+        f"<span class='tok' style='border-bottom:2px solid {{edge[roles[o]]}};{{style[not m]}}' title='token {{i}}, id {{k}}, predicted at position {{i - 1}}; "
+        f"{{why[m].format(o, roles[o])}}'>{{html.escape(p)}}</span>"
+        for i, (p, m, o, k) in enumerate(zip(pieces, mask.tolist(), message.tolist(), encoded.input_ids.tolist()))) + "</div>"
 def heat_map(mask, version):
     "The tokens as a plotly heat map of 64 columns with the texts on hover."
     rows = -(-n // 64)
@@ -46,6 +50,9 @@ def heat_map(mask, version):
                        layout=dict(height=420, title=f"v{{version}}"))
     return {{"application/vnd.plotly.v1+json": json.loads(figure.to_json())}}
 """
+WARM = """display(token_strip(message="warm")); display(ipywidgets.HTML("warm")); display(HTML(circuitsvis.tokens.colored_tokens(["a"], [1.0]).local_src))
+display({"application/vnd.plotly.v1+json": {"data": [], "layout": {}}}, raw=True)"""      # the first of its kind in a page loads its scripts
+AGAIN = {"plotly heat map"}      # shown again to be recoloured: plotly's renderer draws nothing new where a display is updated
 PEERS = {  # name: (code that shows it, when it is there, code that recolours it, when that is done, what scrolls)
     "cbnb": ("s = token_strip(encoded, None, (), masks={'mask': mask}); display(s)", "out.querySelectorAll('.cb-t.in').length > 50",
              "s.masks = [strip_mask(encoded, ~mask, 'mask')]", "out.querySelector('.cb-t')?.classList.contains('out')", ".cb-view"),
@@ -56,8 +63,8 @@ PEERS = {  # name: (code that shows it, when it is there, code that recolours it
                     "out.querySelectorAll('span').length >= {n} && (window.kept = out.querySelector('span'))",
                     "from IPython.display import update_display; update_display(HTML(circuitsvis.tokens.colored_tokens(pieces, 1. - mask).local_src), display_id='cv')",
                     "out.querySelectorAll('span').length >= {n} && out.querySelector('span') !== window.kept", None),
-    "plotly heat map": ("h = display(heat_map(mask, 1), raw=True, display_id='hm')", "out.querySelector('.gtitle')?.textContent === 'v1' && out.querySelector('.hm image')",
-                        "from IPython.display import update_display; update_display(heat_map(~mask, 2), raw=True, display_id='hm')",
+    "plotly heat map": ("h = display(heat_map(mask, 1), raw=True)", "out.querySelector('.gtitle')?.textContent === 'v1' && out.querySelector('.hm image')",
+                        "display(heat_map(~mask, 2), raw=True)",
                         "out.querySelector('.gtitle')?.textContent === 'v2' && out.querySelector('.hm image')", None)}
 TIMED = """async ([index, shown, ready]) => {
     const panel = window.jupyterapp.shell.currentWidget, out = panel.content.widgets[shown].outputArea.node;
@@ -87,20 +94,22 @@ BYTES = """shown => JSON.stringify(window.jupyterapp.shell.currentWidget.content
 
 def measure(lab, n):
     "Yields one dict a measurement with `n` tokens."
-    cells = [SETUP.format(n=n, circuitsvis=str(fetch("circuitsvis")))]
+    cells = [SETUP.format(n=n, circuitsvis=str(fetch("circuitsvis"))), WARM]
     for show, _, recolour, _, _ in PEERS.values(): cells += [show, recolour]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(nb, lab.root / f"bench{n}.ipynb")
     book = lab.open(f"bench{n}.ipynb")
-    book.page.evaluate(TIMED, [0, 0, "true"])
-    book.wait_idle()
+    for k, ready in enumerate(("true", "out.querySelector('.cb-message') && out.querySelector('.js-plotly-plot')")):
+        book.page.evaluate(TIMED, [k, k, ready])
+        book.wait_idle()
+    book.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.cells.get(1).outputs.clear()")
     for k, (name, (_, there, _, changed, box)) in enumerate(PEERS.items()):
-        shown = 1 + 2 * k
+        shown = 2 + 2 * k
         row = {"view": name, "tokens": n}
         yield row | {"what": "show", "ms": book.page.evaluate(TIMED, [shown, shown, there.format(n=n)])}
         book.wait_idle()
-        yield row | {"what": "recolour", "ms": book.page.evaluate(TIMED, [shown + 1, shown, changed.format(n=n)])}
+        yield row | {"what": "recolour", "ms": book.page.evaluate(TIMED, [shown + 1, shown + (name in AGAIN), changed.format(n=n)])}
         book.wait_idle()
         if box: yield row | {"what": "scroll", "ms": book.page.evaluate(SCROLL, [shown, box])}
         held = {"cbnb": "len(s.static()._repr_html_())", "ipywidgets.HTML": "len(w.value)"}.get(name)      # what is kept, in a file without a kernel

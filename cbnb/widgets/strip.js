@@ -108,7 +108,8 @@ function findText(tokens, query) {
 // Creates a strip in `el` from `model`; returns a function that takes it down.
 function createStrip(el, model) {
   const id = `cb${++strips}`;
-  let tokens, masks, heats, blocks, hits = [], hit = new Set(), shown = -1, timer = 0, mapped = 0;
+  let tokens, masks, heats, blocks, hits = [], hit = new Set(), shown = -1, timer = 0, mapped = 0, base = null;
+  let ahead = 0;      // 1 where the position that predicts a token is marked in its place
 
   const view = node("div", { class: "cb-view", role: "listbox", tabindex: 0 });
   const map = node("canvas", { class: "cb-map", "aria-hidden": "true" });
@@ -132,10 +133,7 @@ function createStrip(el, model) {
   el.append(root);
 
   const at = (list, name) => list.find((entry) => entry.name === name) || list[0];
-  const inside = (mask, i) => {
-    const j = i + (model.get("predicting") ? 1 : 0);
-    return mask ? mask.values[j] === 1 : false;
-  };
+  const inside = (mask, i) => mask !== undefined && mask.values[i + ahead] === 1;
   const current = () => ({ view: model.get("view"), a: at(masks, model.get("a")), b: at(masks, model.get("b")), heat: at(heats, model.get("heat")) });
   const isDifference = (i, c) => inside(c.a, i) !== inside(c.b, i);
   const isEdge = (i, c) => i > 0 && inside(c.a, i) !== inside(c.a, i - 1);
@@ -247,6 +245,7 @@ function createStrip(el, model) {
   }
 
   function recolour() {
+    ahead = model.get("predicting") ? 1 : 0;
     const c = current();
     for (const block of blocks) if (block.filled) block.spans.forEach((span, k) => paint(span, block.start + k, c));
     const masked = c.view === "mask" || c.view === "difference";
@@ -259,6 +258,7 @@ function createStrip(el, model) {
     for (const part of [bar, body, about, key]) part.hidden = Boolean(text) && !tokens.n;
     legend(c);
     describe();
+    base = null;
     frame();
   }
 
@@ -413,13 +413,9 @@ function createStrip(el, model) {
     };
     return [place(top), place(bottom)];
   }
-  function drawMap() {
-    mapped = 0;
-    const height = view.clientHeight, ratio = window.devicePixelRatio || 1, rows = Math.round(height * ratio), width = Math.round(44 * ratio);
-    if (!rows || !tokens.n) return;
-    if (map.height !== rows || map.width !== width) { map.height = rows; map.width = width; map.style.height = `${height}px`; }
-    const draw = map.getContext("2d"), c = current(), style = getComputedStyle(root), ink = style.color;
-    draw.clearRect(0, 0, width, rows);
+  // What scrolling does not change is drawn once, into a canvas of its own: it takes a look at every token.
+  function drawBase(rows, width) {
+    const made = node("canvas", { width, height: rows }), draw = made.getContext("2d"), c = current();
     const rule = { system: "#CC79A7", user: "#56B4E9", assistant: "#009E73", tool: "#E69F00" };
     for (let y = 0; y < rows; y++) {
       const from = Math.floor(y * tokens.n / rows), to = Math.max(from + 1, Math.floor((y + 1) * tokens.n / rows));
@@ -436,7 +432,17 @@ function createStrip(el, model) {
       else if (a) { colour = "#0072B2"; wide = 0.6 * a / (to - from); }
       if (colour) { draw.fillStyle = colour; draw.fillRect(width * 0.38, y, width * wide, 1); }
     }
-    const row = (i) => Math.floor(i * rows / tokens.n);
+    return made;
+  }
+  function drawMap() {
+    mapped = 0;
+    const height = view.clientHeight, ratio = window.devicePixelRatio || 1, rows = Math.round(height * ratio), width = Math.round(44 * ratio);
+    if (!rows || !tokens.n) return;
+    if (map.height !== rows || map.width !== width) { map.height = rows; map.width = width; map.style.height = `${height}px`; base = null; }
+    base ??= drawBase(rows, width);
+    const draw = map.getContext("2d"), ink = getComputedStyle(root).color, row = (i) => Math.floor(i * rows / tokens.n);
+    draw.clearRect(0, 0, width, rows);
+    draw.drawImage(base, 0, 0);
     draw.fillStyle = ink;
     for (const [k] of hits.slice(0, 2000)) draw.fillRect(0, row(k), width * 0.15, Math.max(1, ratio));
     if (shown >= 0) draw.fillRect(0, row(shown) - ratio, width, 2 * ratio);
@@ -460,7 +466,7 @@ function createStrip(el, model) {
   resized.observe(view);
   const rebuild = () => {
     hits = []; hit = new Set(); shown = -1; search.value = ""; count.textContent = "";
-    masks = readMasks(model); heats = readHeats(model);
+    masks = readMasks(model); heats = readHeats(model); ahead = model.get("predicting") ? 1 : 0;
     build(); colours();
     if (model.get("selected") >= 0) show(model.get("selected"));
   };

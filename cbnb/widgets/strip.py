@@ -41,7 +41,7 @@ def is_text(raw):
     except UnicodeDecodeError: return False
     return True
 
-# %% ../../nbs/20a_strip.ipynb #789e2ae2
+# %% ../../nbs/20a_strip.ipynb #23b5ce4a
 def spelled(raw):
     "Bytes (of part of a text) with what is no whole character as `<0xE5>`."
     out = []
@@ -57,7 +57,9 @@ def spelled(raw):
 def piece_texts(encoded, tokenizer=None):
     """What each token of `encoded` is shown as (list of str, n), by `cbnb.widgets.views.shown`. With its `tokenizer`, parts of a character are
     shown as bytes, `<0xE5>`, and the last of them with the character they make, `<0x8F>=司`."""
-    texts = [shown(piece) for piece in token_texts(encoded)]
+    pieces = token_texts(encoded)
+    seen = {piece: shown(piece) for piece in set(pieces)}
+    texts = [seen[piece] for piece in pieces]
     if tokenizer is None: return texts
     part, known, waiting = partial_bytes(tokenizer), {}, b""
     for i, token in enumerate(encoded.input_ids.tolist()):
@@ -71,19 +73,19 @@ def piece_texts(encoded, tokenizer=None):
         if is_text(waiting): texts[i], waiting = f"{texts[i]}={shown(waiting.decode().strip())}", b""
     return texts
 
-# %% ../../nbs/20a_strip.ipynb #9b65a2a2
+# %% ../../nbs/20a_strip.ipynb #01ef9014
 def strip_tokens(encoded, tokenizer=None):
     """The tokens of `encoded` as the strip wants them: each different text once (`texts`) with its kind (`kinds`, uint8: 0 text, 1 added token, 2 part of
     a character); by token its text's index (`ids`, uint32), token id (int32), message (int32, -1 outside) and segment (uint8), as bytes; with the
     `roles` of messages and the names of segments."""
-    added = tokenizer.added_tokens_decoder if tokenizer is not None else {}
-    part = partial_bytes(tokenizer) if tokenizer is not None else lambda token: None
-    numbers = encoded.input_ids.tolist()
-    kinds = {token: 1 if token in added else 0 if part(token) is None else 2 for token in set(numbers)}
-    pairs = [(text, kinds[token]) for text, token in zip(piece_texts(encoded, tokenizer), numbers)]
-    index = {pair: k for k, pair in enumerate(dict.fromkeys(pairs))}
+    numbers, kind_of = encoded.input_ids.tolist(), {}
+    if tokenizer is not None:
+        added, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
+        kind_of = {token: 1 if token in added else 2 if part(token) else 0 for token in set(numbers)}
+    index = {}
+    ids = [index.setdefault((text, kind_of.get(token, 0)), len(index)) for text, token in zip(piece_texts(encoded, tokenizer), numbers)]
     return {"texts": [text for text, _ in index], "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
-            "ids": np.array([index[pair] for pair in pairs], np.uint32).tobytes(), "token_ids": encoded.input_ids.astype(np.int32).tobytes(),
+            "ids": np.array(ids, np.uint32).tobytes(), "token_ids": encoded.input_ids.astype(np.int32).tobytes(),
             "messages": encoded.message_index.astype(np.int32).tobytes(), "segments": encoded.segments.astype(np.uint8).tobytes(),
             "roles": [visible(role) for role in encoded.roles], "segment_names": [segment.name.lower().replace("_", " ") for segment in Segment]}
 
