@@ -8,7 +8,7 @@ import pytest
 from helpers import NBS, copy_tree, notebooks, run
 from lab.labharness import CHROMIUM, CellError, Lab
 
-NOTEBOOKS = ["index.ipynb", "train.ipynb"]
+NOTEBOOKS = ["index.ipynb", "train.ipynb", "explore_masks.ipynb"]
 
 if not Path(CHROMIUM).exists():
     pytest.skip("no Chromium found: apt-get install chromium, or name one: CHROMIUM=/path make test", allow_module_level=True)
@@ -29,6 +29,45 @@ def test_notebook_runs_in_jupyterlab(lab, tmp_path, name):
     assert (tmp_path / "page.png").stat().st_size > 10_000
     lab.assert_offline()
     assert nb.execute("import sys; print(sys.prefix)").strip() == sys.prefix, "the kernel is not the environment's"
+
+
+def test_masks_are_explored_by_hand(lab, tmp_path):
+    "What a reader does: another transcript, another mask B, the difference and its reasons, a pasted record, another policy's tokens, the exports."
+    nb = lab.open("explore_masks.ipynb")
+    nb.run_all(timeout=600)
+    view, keys = nb.cell(2), nb.page.keyboard
+    nb.shot(tmp_path / "masks.png", cell=2)
+    view.get_by_role("button", name="next ▸").click()
+    nb.wait_idle()
+    picked = view.locator("select").first
+    assert picked.input_value().replace("\xa0", " ") == "2: injection-train-0-00001 (harmful)"
+    view.get_by_label("what is shown").select_option("difference")
+    view.get_by_label("mask B").select_option("full_sequence")
+    assert view.locator(".cb-view .cb-t.minus").count() > 50
+    view.locator(".cb-view").focus()
+    keys.press("d")
+    assert "B full_sequence: in: " in view.locator(".cb-about").inner_text()
+    nb.wait_idle()
+    picked.select_option(label="4:\xa0plain-train-0-00000\xa0(benign)")
+    nb.wait_idle()
+    assert view.get_by_label("mask B").input_value() == "full_sequence"                                   # what was chosen stays
+    assert "assistant_only stands in" in view.inner_text()
+    view.get_by_text("paste a record").click()
+    view.locator("textarea").fill('[{"role": "user", "content": "<img src=x onerror=boom()>"}, {"role": "assistant", "content": "ok"}]')
+    view.get_by_role("button", name="show", exact=True).click()
+    nb.wait_idle()
+    assert view.locator(".cb-view").inner_text().replace("\n", "").endswith("ok<|eot_id|>") and view.locator("img").count() == 0
+    view.get_by_text("save page").click()
+    view.get_by_text("save tokens").click()
+    nb.wait_idle()
+    assert {p.name for p in lab.root.glob("masks-*")} == {"masks-pasted-1.html", "masks-pasted-1.csv"} and "masks-pasted-1.csv" in view.inner_text()
+    bad = nb.cell(4)
+    bad.get_by_role("button", name="next ▸").scroll_into_view_if_needed()
+    bad.locator("select").first.select_option(label="5:\xa0injected-eot\xa0(benign)")
+    nb.wait_idle()
+    assert "control token" in bad.get_by_role("alert").inner_text() and "no_mask" in bad.inner_text()
+    nb.check()
+    lab.assert_offline()
 
 
 def test_server_wants_its_token(lab):

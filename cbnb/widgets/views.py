@@ -55,7 +55,7 @@ PAGE = """<!DOCTYPE html>
 <style>:root {{ color-scheme: light dark; }} body {{ margin: 8px; background: Canvas; color: CanvasText; }}
 h1 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 0 0 4px; overflow-wrap: anywhere; }}
 {style}</style></head>
-<body><main><h1>{title}</h1><div id="view"></div></main>
+<body><main><h1>{title}</h1><div id="view"></div>{body}</main>
 <script type="application/json" id="state">{state}</script>
 <script>{script}
 {render}({{ model: pageModel(readState(document.getElementById("state").textContent)), el: document.getElementById("view") }});
@@ -63,10 +63,11 @@ h1 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 0 0 4px; overflow-wrap: 
 """
 
 
-def page(title, scripts, styles, render, state):
-    """One self-contained HTML page (str) that shows `state` by the function `render` of the package files `scripts`; nothing is loaded from
-    anywhere, and the page's own policy forbids it."""
-    return PAGE.format(title=escape(visible(title)), style=source(*styles), script=source("page.js", *scripts), render=render, state=state_json(state))
+def page(title, scripts, styles, render, state, body=""):
+    """One self-contained HTML page (str) that shows `state` by the function `render` of the package files `scripts`, and under it the HTML
+    `body`, in which all text is escaped already; nothing is loaded from anywhere, and the page's own policy forbids it."""
+    return PAGE.format(title=escape(visible(title)), style=source(*styles), script=source("page.js", *scripts), render=render, state=state_json(state),
+                       body=body)
 
 # %% ../../nbs/20_views.ipynb #ca936563
 @dataclass(frozen=True)
