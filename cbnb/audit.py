@@ -119,7 +119,7 @@ def cut_targets(encoded, mask, max_length, side="targets"):
     kept = np.zeros(len(mask), bool)
     kept[max(window.start, 1):window.stop] = True  # nothing predicts the very first token
     if window.start: kept[window.start] = False
-    before = {int(m) for m in encoded.message_index[mask]}
+    before = {int(m) for m in encoded.message_index[mask] if m >= 0}  # template text belongs to no message
     after = Counter(encoded.message_index[mask & kept].tolist())
     cut = Counter(encoded.message_index[mask & ~kept].tolist())
     lost, part = sorted(before - after.keys()), sorted(m for m in before & after.keys() if cut[m])

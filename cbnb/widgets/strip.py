@@ -151,7 +151,7 @@ def strip_state(encoded=None, tokenizer=None, policies=("assistant_only",), mask
     `(values, unit)`; `label`: count only tokens with it (see `loss_mask`); `view`: mask, difference, heat or text; `message`: shown above.
 
     Without `encoded` the strip is empty and only the message is shown. Raises MaskError and ValueError as `strip_mask` and `strip_heat` do."""
-    if encoded is None: encoded = empty_encoded()
+    if encoded is None: encoded, policies = empty_encoded(), ()
     shades = [strip_mask(encoded, policy, label=label) for policy in policies] + [strip_mask(encoded, m, name) for name, m in (masks or {}).items()]
     warm = [strip_heat(encoded, *((v[0], name, v[1]) if isinstance(v, tuple) else (v, name))) for name, v in (heats or {}).items()]
     views = [*(["mask"] if shades else []), *(["difference"] if len(shades) > 1 else []), *(["heat"] if warm else []), "text"]
