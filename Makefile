@@ -11,6 +11,8 @@ RUN_DIR ?= runs/$(shell date +%F)/train-beta_kl$(BETA_KL)-$(shell date +%H%M%S)
 # the environment, and the Python to make it with (empty: the first of python3, python3.14 ... python3.11 that is new enough)
 VENV ?= .venv
 PYTHON ?=
+# how pytest runs: in two processes, all tests of a file in the same one, since they share what is slow to make; the order is tests/conftest.py's
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 RUN := $(VENV)/bin/python
 

@@ -1,5 +1,6 @@
 """Skips are told, never silent: at the end as a list with what to do, and as failures where everything must run (CBNB_REQUIRE_ALL=1)."""
 import os
+from collections import Counter
 
 # No test asks a hub for anything, and two test processes on two cores must not fight over them. Set before any library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,7 @@ from hypothesis import settings
 settings.register_profile("cbnb", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("cbnb")
 
+LONG = ("test_train.py", "test_train_job.py", "test_wheel.py", "test_lab.py")
 REQUIRE_ALL = os.environ.get("CBNB_REQUIRE_ALL") == "1"
 
 
@@ -40,10 +42,28 @@ def pytest_make_collect_report(collector): return forbid_skip((yield))
 
 
 def pytest_terminal_summary(terminalreporter):
+    show_seconds(terminalreporter)
     left_out = [r for key in ("skipped", "xfailed") for r in terminalreporter.stats.get(key, [])]
     if not left_out: return
     terminalreporter.section("not run on this machine, and how to make it run")
     for report in left_out: terminalreporter.write_line(f"{report.nodeid}: {reason_of(report)}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    "The long files first, so that two processes, which take a file each as it comes, end at about the same time."
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def show_seconds(terminalreporter):
+    "How long each file took, its fixtures and tests together: where the time of a long run goes."
+    seconds = Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if hasattr(report, "duration"): seconds[report.nodeid.split("::")[0]] += report.duration
+    slow = [(path, spent) for path, spent in seconds.most_common() if spent >= 10]
+    if not slow: return
+    terminalreporter.section("seconds by file, from 10 on")
+    for path, spent in slow: terminalreporter.write_line(f"{spent:7.0f}  {path}")
 
 
 @pytest.fixture(scope="module")
