@@ -8,9 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 import sys
+import threading
 import time
 import warnings
+from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +28,12 @@ from transformers.trainer_callback import PrinterCallback
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients
 from .data import PairedStreams, Sample, collate
-from .runs import Run, append_metrics, stop_requested, truncate_metrics
+from .runs import Run, append_metrics, set_status, stop_requested, truncate_metrics
 
 # %% auto #0
 __all__ = ['TERMS', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients', 'gradient_report',
-           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'in_notebook',
-           'progress_line', 'show_line', 'last_checkpoint', 'training_arguments', 'train_breaker']
+           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'in_notebook',
+           'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'training_arguments', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -150,10 +154,16 @@ class CircuitBreakerTrainer(Trainer):
 
 # %% ../nbs/07_trainer.ipynb #1b5faf92
 class MetricsLog(TrainerCallback):
-    "Appends every training log line to the run's metrics.jsonl."
+    """Appends every training log line to the run's metrics.jsonl, and says in status.json from which step (`resumed_step`) and since when
+    (`training_started`) this attempt trains: lines that are the same on every machine hold no time."""
 
     def __init__(self, run: Run):
         self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            began = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            set_status(self.run, "running", resumed_step=state.global_step, training_started=began)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss_reroute" in logs:
@@ -181,7 +191,11 @@ class StopFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    "Shows the step, the terms and the time left: one line, updated in a notebook; and a plain line every ten seconds in the terminal or job log."
+    """Tells the step, the terms and the time left: a plain line every ten seconds in the terminal or job log and, if `in_cell`, one line in the
+    cell that trains, kept up to date."""
+
+    def __init__(self, in_cell: bool):
+        self.in_cell = in_cell
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first, self.shown, self.logged, self.handle = time.monotonic(), state.global_step, 0.0, 0.0, None
@@ -196,9 +210,20 @@ class Progress(TrainerCallback):
             # under papermill the kernel's own stderr is the only stream that reaches the terminal or the job's log at once
             print(line, file=sys.__stderr__, flush=True)
             self.logged = now
-        if in_notebook() and (now - self.shown >= 0.5 or last):
+        if self.in_cell and (now - self.shown >= 0.5 or last):
             self.handle = show_line(line, self.handle)
             self.shown = now
+
+
+class LiveView(TrainerCallback):
+    "Calls `refresh` after every log line, when it is in metrics.jsonl: for a view of the run that takes the place of `Progress`'s line in the cell."
+
+    def __init__(self, refresh):
+        self.refresh = refresh
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "loss_reroute" in logs:
+            self.refresh()
 
 # %% ../nbs/07_trainer.ipynb #7ba65efc
 def in_notebook() -> bool:
@@ -223,6 +248,23 @@ def show_line(line: str, handle=None):
         return display({"text/plain": line}, raw=True, display_id=True)
     handle.update({"text/plain": line}, raw=True)
     return handle
+
+# %% ../nbs/07_trainer.ipynb #a4c1d2e7
+@contextmanager
+def stop_on_interrupt(run: Run):
+    """Within it the first interrupt (Ctrl-C, the ■ of the notebook) asks for a stop, as the run's file `stop` does: the step is finished and a
+    checkpoint saved. Where a stop is asked for already, an interrupt is a KeyboardInterrupt at once. Does nothing outside of the main thread,
+    which alone hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def stop(signum, frame):
+        if stop_requested(run): raise KeyboardInterrupt
+        (run.path / "stop").touch()
+        print("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
+    before = signal.signal(signal.SIGINT, stop)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 # %% ../nbs/07_trainer.ipynb #eadc2e65
 def last_checkpoint(run: Run) -> Path | None:
@@ -252,17 +294,19 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingAr
 # %% ../nbs/07_trainer.ipynb #24d4510a
 def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, run: Run, pad_id: int,
                   teacher: nn.Module | None = None, callbacks=()) -> bool:
-    """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file ended it before.
+    """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it before.
 
-    Writes metrics.jsonl and checkpoints to `run`, and goes on from its last whole checkpoint if it has one. Raises
+    Writes metrics.jsonl and checkpoints to `run`, and goes on from its last whole checkpoint if it has one. The first interrupt asks for a
+    stop too (see `stop_on_interrupt`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
     NonFiniteLossError for a NaN or infinite term or gradient, ValueError for a student that was trained before and has no checkpoint to go
     on from: its first step would not be the first."""
     breaker = CircuitBreaker(student, config, teacher)
     args = training_arguments(config, run.path / "checkpoints")
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
+    in_cell = in_notebook() and not any(isinstance(callback, LiveView) for callback in callbacks)
     trainer = CircuitBreakerTrainer(
         model=breaker, args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
-        data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), StopFile(run), Progress(), *callbacks])
+        data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), StopFile(run), Progress(in_cell), *callbacks])
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
     checkpoint = last_checkpoint(run)
@@ -270,6 +314,7 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
         raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")
     student.was_trained = True
     truncate_metrics(run, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop_on_interrupt(run):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     student.eval()
     return trainer.state.global_step >= config.total_steps
