@@ -205,7 +205,7 @@ def line(rows: list[dict], key: str, name: str, limits: list[float], log: bool) 
     return trace
 
 # %% ../nbs/12_report.ipynb #ba953726
-WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=56, r=64, t=50, b=44)
+WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=68, r=64, t=50, b=44)
 COLUMNS, LINES = ((0.0, 0.45), (0.54, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))  # domains of the panels, in shares of the plot
 
 # %% ../nbs/12_report.ipynb #4a23e674

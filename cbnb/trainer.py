@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -33,7 +34,8 @@ from .runs import Run, append_metrics, set_status, stop_requested, truncate_metr
 # %% auto #0
 __all__ = ['TERMS', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients', 'gradient_report',
            'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'in_notebook',
-           'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'training_arguments', 'train_breaker']
+           'log_line', 'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'training_arguments',
+           'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -207,8 +209,7 @@ class Progress(TrainerCallback):
         left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
         line = progress_line(logs, state.max_steps, left)
         if now - self.logged >= 10 or last:
-            # under papermill the kernel's own stderr is the only stream that reaches the terminal or the job's log at once
-            print(line, file=sys.__stderr__, flush=True)
+            log_line(line)
             self.logged = now
         if self.in_cell and (now - self.shown >= 0.5 or last):
             self.handle = show_line(line, self.handle)
@@ -233,6 +234,14 @@ def in_notebook() -> bool:
     except ImportError:
         return False
     return hasattr(get_ipython(), "kernel")
+
+
+def log_line(line: str) -> None:
+    """Prints `line` to the terminal or the job's log at once: under papermill that is the stderr that the kernel started with, which ipykernel
+    keeps in this attribute; what goes to its file descriptor now would end in the notebook, too."""
+    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)
+    if terminal is None: print(line, file=sys.__stderr__, flush=True)
+    else: os.write(terminal, f"{line}\n".encode())
 
 
 def progress_line(row: dict, total_steps: int, seconds_left: float) -> str:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TERM_ROWS', 'COLUMNS', 'PAGE', 'readable_rows', 'Snapshot', 'take_snapshot', 'is_gone', 'duration', 'seconds_a_step',
-           'total_steps', 'state_text', 'headline', 'last_and_change', 'signed', 'term_table', 'table_note',
-           'summary_bundle', 'curves_bundle', 'bundles', 'kernel', 'show_bundles', 'dashboard', 'someone_can_click',
-           'stop_button', 'paced', 'live_view', 'live_dashboard', 'file_times', 'watch']
+           'total_steps', 'state_text', 'headline', 'whereabouts', 'last_and_change', 'share', 'signed', 'term_table',
+           'table_note', 'summary_bundle', 'curves_bundle', 'bundles', 'kernel', 'show_bundles', 'dashboard',
+           'someone_can_click', 'stop_button', 'paced', 'live_view', 'live_dashboard', 'file_times', 'watch']
 
 # %% ../../nbs/23_dashboard.ipynb #82ff0a07
 import json
@@ -110,7 +110,7 @@ def state_text(status: dict) -> str:
 
 
 def headline(snapshot: Snapshot, ended: str = "") -> list[str]:
-    "What the view says first, a text each: the state (or `ended` in its place), the step, the rate, the time left, who runs where."
+    "What the view says first, a text each: the state (or `ended` in its place), the step, the rate, the time left."
     status, total, pace = snapshot.status, total_steps(snapshot), seconds_a_step(snapshot)
     step = max((row["step"] for row in snapshot.rows), default=math.nan)
     parts = [ended or state_text(status)]
@@ -119,10 +119,14 @@ def headline(snapshot: Snapshot, ended: str = "") -> list[str]:
     if status.get("state") == "running" and not ended and not is_gone(status):
         if pace * (total - step) > 0: parts.append(f"{duration(pace * (total - step))} of training left")
         if step >= 0: parts.append(f"last line at {datetime.fromtimestamp(snapshot.written, timezone.utc):%H:%M:%S} UTC")
-    where = [str(status[key]) for key in ("node", "device") if status.get(key)]
-    if where: parts.append("on " + ", ".join(where))
-    if status.get("attempt") not in (None, 1): parts.append(f"attempt {status['attempt']}")
     return parts
+
+
+def whereabouts(snapshot: Snapshot) -> str:
+    "Which run it is, on which node and device, and in which attempt if not the first."
+    status, name = snapshot.status, snapshot.name
+    where = ", ".join(str(status[key]) for key in ("node", "device") if status.get(key))
+    return " · ".join([name] + [f"on {where}"] * bool(where) + [f"attempt {status['attempt']}" for _ in range(status.get("attempt", 1) != 1)])
 
 # %% ../../nbs/23_dashboard.ipynb #4beda3d2
 def last_and_change(rows: list[dict], key: str, back: int = 10) -> tuple[float, float]:
@@ -131,6 +135,12 @@ def last_and_change(rows: list[dict], key: str, back: int = 10) -> tuple[float, 
     if len(values) < 2: return (values[-1] if len(values) else math.nan), math.nan
     earlier = np.flatnonzero(steps <= steps[-1] - back)
     return values[-1], values[-1] - values[earlier[-1] if len(earlier) else 0]
+
+
+def share(part: float, whole: float) -> str:
+    "`part` of `whole` in percent."
+    if not whole > 0 <= part: return "—"
+    return "< 0.1 %" if 0 < part < whole / 1000 else f"{100 * part / whole:.1f} %"
 
 
 def signed(value: float) -> str:
@@ -152,9 +162,9 @@ def term_table(snapshot: Snapshot) -> pd.DataFrame:
         raw, change = last_and_change(rows, f"loss_{term}")
         weighted, (norm, turn) = last_and_change(rows, f"weighted_{term}")[0], last_and_change(rows, f"grad_norm_{term}")
         factor = as_float(snapshot.settings.get(setting))
-        times = f" × {setting} {factor:g}" if not math.isnan(factor) and factor != 1 else ""
+        times = f" × {factor:g}" if not math.isnan(factor) and factor != 1 else ""
         table[name] = (format_number(raw), signed(change), f"{coefficient} {format_number(last_and_change(rows, coefficient)[0])}{times}",
-                       format_number(weighted), f"{100 * weighted / loss:.0f} %" if loss > 0 <= weighted else "—", format_number(norm), signed(turn))
+                       format_number(weighted), share(weighted, loss), format_number(norm), signed(turn))
     norm, turn = last_and_change(rows, "grad_norm_total")
     table["loss"] = ("", "", "", format_number(loss), "", format_number(norm), signed(turn))
     return pd.DataFrame.from_dict(table, orient="index", columns=list(COLUMNS), dtype=object)
@@ -164,18 +174,18 @@ def table_note(snapshot: Snapshot) -> str:
     "How to read the table, with the steps that its gradient norms are from and what the gradient is clipped to."
     diagnosed, clip = series(snapshot.rows, "grad_norm_reroute", gaps=False)[0], as_float(snapshot.settings.get("max_grad_norm"))
     rate = last_and_change(snapshot.rows, "lr")[0]
-    return ("Change: against ten steps before." + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
+    return ("Change: against ten steps before. c_r is multiplied by retain_weight or beta_kl." + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
             + (f" The whole gradient is clipped to {format_number(clip)}." if clip > 0 else "")
-            + (f" Learning rate {format_number(rate)}." if rate >= 0 else ""))
+            + (f" Learning rate {rate:.3g}." if rate >= 0 else ""))
 
 # %% ../../nbs/23_dashboard.ipynb #7eb8fe24
 PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string("""
-<p><strong>{{ facts[0] }}</strong>{% for fact in facts[1:] %} · {{ fact }}{% endfor %}<br>{{ name }}</p>
+<p><strong>{{ facts[0] }}</strong>{% for fact in facts[1:] %} · {{ fact }}{% endfor %}<br>{{ where }}</p>
 {% for note in notes %}<p><strong>Note</strong> {{ note }}</p>{% endfor %}
 {% if table %}
 <table><thead><tr><th style="text-align: left">term</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for term, colour, unit, cells in table %}
-<tr><th style="text-align: left"><span style="color: {{ colour }}">■</span> {{ term }}{{ unit }}</th>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
+<tr><td style="text-align: left"><span style="color: {{ colour }}">■</span> <strong>{{ term }}</strong>{{ unit }}</td>{% for c in cells %}<td style="white-space: nowrap">{{ c }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>
 <p><small>{{ note }}</small></p>
@@ -188,9 +198,9 @@ def summary_bundle(snapshot: Snapshot, ended: str = "") -> dict:
     facts, table = [printable(part) for part in headline(snapshot, ended)], term_table(snapshot)
     notes, units = [printable(note) for note in snapshot.notes], {name: f", {unit}" for name, unit, *_ in TERM_ROWS.values()}
     lines = [(name, STYLES[name][0], units.get(name, ""), list(row)) for name, row in zip(table.index, table.to_numpy(), strict=True)]
-    html = PAGE.render(facts=facts, name=printable(snapshot.name), notes=notes, columns=COLUMNS, table=lines if snapshot.rows else [],
+    html = PAGE.render(facts=facts, where=printable(whereabouts(snapshot)), notes=notes, columns=COLUMNS, table=lines if snapshot.rows else [],
                        note=table_note(snapshot)).strip()
-    text = [" · ".join(facts), printable(snapshot.name), *notes] + ["", table.to_string(), table_note(snapshot)] * bool(snapshot.rows)
+    text = [" · ".join(facts), printable(whereabouts(snapshot)), *notes] + ["", table.to_string(), table_note(snapshot)] * bool(snapshot.rows)
     return {"text/html": html, "text/plain": "\n".join(text)}
 
 
