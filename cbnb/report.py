@@ -395,7 +395,7 @@ def mime_bundle(fig: go.Figure) -> dict:
     # plotly's toolbar has a button that uploads the data to its maker's site; a run's curves stay here
     config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
     figure = json.loads(fig.to_json(validate=False)) | {"config": config}
-    image = f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
+    image = f'<img alt="{escape(text)}" width="{WIDTH}" height="{HEIGHT}" src="data:image/svg+xml;base64,{data}">'
     return {"application/vnd.plotly.v1+json": figure, "text/html": image, "text/plain": text}
 
 # %% ../nbs/12_report.ipynb #159f1775

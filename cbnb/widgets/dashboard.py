@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TERM_ROWS', 'COLUMNS', 'PAGE', 'readable_rows', 'Snapshot', 'take_snapshot', 'is_gone', 'duration', 'seconds_a_step',
            'total_steps', 'state_text', 'headline', 'whereabouts', 'last_and_change', 'share', 'signed', 'term_table',
-           'table_note', 'summary_bundle', 'curves_bundle', 'bundles', 'kernel', 'show_bundles', 'dashboard',
-           'someone_can_click', 'stop_button', 'paced', 'live_view', 'live_dashboard', 'file_times', 'watch']
+           'table_note', 'summary_bundle', 'curves_bundle', 'picture_bundle', 'bundles', 'kernel', 'dashboard',
+           'someone_can_click', 'stop_button', 'file_times', 'paced', 'live_view', 'live_dashboard', 'watch']
 
 # %% ../../nbs/23_dashboard.ipynb #82ff0a07
 import json
@@ -212,6 +212,11 @@ def curves_bundle(snapshot: Snapshot) -> dict:
         return {"text/html": f"<p>{escape(text)}</p>", "text/plain": text}
 
 
+def picture_bundle(snapshot: Snapshot) -> dict:
+    "The curves as a picture only, for an output that is updated."
+    return {mime: data for mime, data in curves_bundle(snapshot).items() if mime.startswith("text/")}
+
+
 def bundles(snapshot: Snapshot, ended: str = "") -> list[dict]:
     "The outputs that show a snapshot, as mime bundles; `ended` says how it ended where the status does not know it yet."
     return [summary_bundle(snapshot, ended), curves_bundle(snapshot)]
@@ -224,19 +229,15 @@ def kernel():
     return getattr(get_ipython(), "kernel", None)
 
 
-def show_bundles(snapshot: Snapshot) -> list:
-    "Displays a snapshot, outside a notebook as plain text; returns what can be updated."
-    from IPython.display import display
-    if kernel() is None:
-        print(summary_bundle(snapshot)["text/plain"])
-        return []
-    return [display(bundle, raw=True, display_id=True) for bundle in bundles(snapshot)]
-
-
 def dashboard(run) -> None:
     """Shows what the run directory `run` (a path or a `cbnb.runs.Run`) says now: state, rate, time left, the terms before and after weighting,
-    coefficients, gradient norms, curves. For any run, wherever it runs or ran; what is missing or torn is told in the view."""
-    show_bundles(take_snapshot(getattr(run, "path", run)))
+    coefficients, gradient norms, curves. For any run, wherever it runs or ran; what is missing or torn is told in the view. Outside a notebook
+    the text only."""
+    from IPython.display import display
+    snapshot = take_snapshot(getattr(run, "path", run))
+    if kernel() is None: print(summary_bundle(snapshot)["text/plain"])
+    else:
+        for bundle in bundles(snapshot): display(bundle, raw=True)
 
 # %% ../../nbs/23_dashboard.ipynb #e83336bb
 def someone_can_click() -> bool:
@@ -266,28 +267,47 @@ def stop_button(path):
         shown.update({"text/html": "", "text/plain": ""}, raw=True)
         button.close()
 
-# %% ../../nbs/23_dashboard.ipynb #37de0cbe
-def paced(function, clock=time.monotonic):
-    """`function`, called at most twice a second and for at most a twentieth of the time; the call returns whether it was made."""
-    due = -math.inf
-    def call() -> bool:
-        nonlocal due
+# %% ../../nbs/23_dashboard.ipynb #3ef8d85f
+def file_times(path) -> list:
+    "What changes when a run goes on: time and size of its files, None for one that is not there."
+    def seen(file):
+        try: stat = file.stat()
+        except (OSError, ValueError): return None
+        return stat.st_mtime_ns, stat.st_size
+    return [seen(Path(path) / name) for name in ("status.json", "config.json", "metrics.jsonl", "stop")]
+
+
+def paced(draw, stamp, every: float = 0.5, clock=time.monotonic):
+    "A function to call as often as one likes: it calls `draw` where `stamp()` has changed, once in `every` seconds and a twentieth of the time at most."
+    due, drawn = -math.inf, None
+    def call() -> None:
+        nonlocal due, drawn
         began = clock()
-        if began < due: return False
-        function()
-        due = began + max(0.5, 20 * (clock() - began))
-        return True
+        if began < due or (now := stamp()) == drawn: return
+        draw()
+        due, drawn = began + max(every, 20 * (clock() - began)), now
     return call
 
 # %% ../../nbs/23_dashboard.ipynb #6aaddba5
 @contextmanager
 def live_view(path):
-    """Shows the run directory `path`, with a Stop button above it where somebody can click, and gives `refresh(ended="")`, which draws it anew."""
+    """Shows the run directory `path`, with a Stop button above it where somebody can click. Gives two functions: `refresh()` draws what is due,
+    `finish(ended="")` the last state, with curves that can be zoomed. Outside a notebook both print the first line, `refresh` every ten seconds."""
+    from IPython.display import display
+    def say(ended=""): print(" · ".join(headline(take_snapshot(path), ended)), flush=True)
+    if kernel() is None:
+        yield paced(say, lambda: file_times(path), every=10), say
+        return
     with stop_button(path):
-        handles = show_bundles(take_snapshot(path))
-        def refresh(ended=""):
-            for handle, bundle in zip(handles, bundles(take_snapshot(path), ended)): handle.update(bundle, raw=True)
-        yield refresh
+        makers, first = (summary_bundle, picture_bundle), take_snapshot(path)
+        handles = [display(make(first), raw=True, display_id=True) for make in makers]
+        def redraw(handle, make): return paced(lambda: handle.update(make(take_snapshot(path)), raw=True), lambda: file_times(path))
+        due = [redraw(handle, make) for handle, make in zip(handles, makers, strict=True)]
+        def refresh():
+            for call in due: call()
+        def finish(ended=""):
+            for handle, bundle in zip(handles, bundles(take_snapshot(path), ended), strict=True): handle.update(bundle, raw=True)
+        yield refresh, finish
 
 
 @contextmanager
@@ -300,28 +320,19 @@ def live_dashboard(run):
     if kernel() is None:
         yield LiveView(lambda: None)
         return
-    with live_view(run.path) as refresh:
+    with live_view(run.path) as (refresh, finish):
         ended = "training done"
         try:
-            yield LiveView(paced(refresh))
+            yield LiveView(refresh)
             seen = take_snapshot(run.path)
             if not max((row["step"] for row in seen.rows), default=0) >= total_steps(seen): ended = "training ended"
         except BaseException as e:
             kind = "interrupted" if isinstance(e, (KeyboardInterrupt, RunInterrupted)) else f"failed: {type(e).__name__}"
             ended = f"{kind}: {e}" if str(e) else kind
             raise
-        finally: refresh(ended)
+        finally: finish(ended)
 
-# %% ../../nbs/23_dashboard.ipynb #06503d31
-def file_times(path) -> list:
-    "What changes when a run goes on: time and size of its files, None for one that is not there."
-    def seen(file):
-        try: stat = file.stat()
-        except (OSError, ValueError): return None
-        return stat.st_mtime_ns, stat.st_size
-    return [seen(Path(path) / name) for name in ("status.json", "config.json", "metrics.jsonl", "stop")]
-
-
+# %% ../../nbs/23_dashboard.ipynb #7d00d125
 def watch(run, seconds: float = 0.5) -> None:
     """Shows the run directory `run` (a path or a `cbnb.runs.Run`) and follows it, looking every `seconds`, until the run ends or the cell is
     interrupted (which leaves the run alone). Draws only what has changed. The Stop button makes the run's file `stop`."""
@@ -331,11 +342,10 @@ def watch(run, seconds: float = 0.5) -> None:
         except (RunError, OSError): return False  # it may be whole again with the next look; the view says what it is
         return status.get("state") in ("done", "interrupted", "failed") or is_gone(status)
     if over() or not path.is_dir(): return dashboard(path)
-    with live_view(path) as refresh:
-        drawn, draw = file_times(path), paced(refresh)
+    with live_view(path) as (refresh, finish):
         try:
             while not over():
+                refresh()
                 time.sleep(seconds)
-                if (now := file_times(path)) != drawn and draw(): drawn = now
         except KeyboardInterrupt: pass
-        refresh()
+        finish()
