@@ -177,7 +177,8 @@ def test_a_run_elsewhere_is_watched_and_stopped(lab, tmp_path):
         writer.join(10)
         nb.wait_idle(30)
         nb.check()
-        assert shown(nb, "interrupted \\(training\\): RunInterrupted: stopped with a checkpoint") and read_status(opened.path)["state"] == "interrupted"
+        assert shown(nb, r"interrupted \(training\): RunInterrupted: stopped with a checkpoint")
+        assert read_status(opened.path)["state"] == "interrupted"
     finally:
         over.set()
         writer.join()

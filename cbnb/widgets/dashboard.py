@@ -23,7 +23,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from ..report import STYLES, TEXT_COLOUR, as_float, curves, format_number, mime_bundle, printable, series
+from ..report import STYLES, as_float, curves, format_number, mime_bundle, printable, series
 from ..runs import RunError, RunInterrupted, read_json, read_status, runs_folder, still_running, whole_lines
 
 # %% ../../nbs/23_dashboard.ipynb #93778fa2
@@ -61,7 +61,8 @@ def take_snapshot(path) -> Snapshot:
         except (RunError, OSError, ValueError) as e: notes.append(f"{e}.")
         return otherwise
     if not read(Path.is_dir, False):
-        return Snapshot(path.name, {}, {}, [], math.nan, notes or [f"There is no folder {path}: give a run directory, for example one under {runs_folder()}."])
+        missing = f"There is no folder {path}: give a run directory, for example one under {runs_folder()}."
+        return Snapshot(path.name, {}, {}, [], math.nan, notes or [missing])
     status = read(read_status, {})
     settings = read(lambda p: read_json(p / "config.json"), None) or {}
     rows, more = read(readable_rows, ([], []))
@@ -174,7 +175,8 @@ def table_note(snapshot: Snapshot) -> str:
     "How to read the table, with the steps that its gradient norms are from and what the gradient is clipped to."
     diagnosed, clip = series(snapshot.rows, "grad_norm_reroute", gaps=False)[0], as_float(snapshot.settings.get("max_grad_norm"))
     rate = last_and_change(snapshot.rows, "lr")[0]
-    return ("Change: against ten steps before. c_r is multiplied by retain_weight or beta_kl." + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
+    return ("Change: against ten steps before. c_r is multiplied by retain_weight or beta_kl."
+            + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
             + (f" The whole gradient is clipped to {format_number(clip)}." if clip > 0 else "")
             + (f" Learning rate {rate:.3g}." if rate >= 0 else ""))
 
@@ -185,7 +187,8 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, tri
 {% if table %}
 <table><thead><tr><th style="text-align: left">term</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for term, colour, unit, cells in table %}
-<tr><td style="text-align: left"><span style="color: {{ colour }}">■</span> <strong>{{ term }}</strong>{{ unit }}</td>{% for c in cells %}<td style="white-space: nowrap">{{ c }}</td>{% endfor %}</tr>
+<tr><td style="text-align: left"><span style="color: {{ colour }}">■</span> <strong>{{ term }}</strong>{{ unit }}</td>
+{% for c in cells %}<td style="white-space: nowrap">{{ c }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>
 <p><small>{{ note }}</small></p>
@@ -241,7 +244,8 @@ def dashboard(run) -> None:
 
 # %% ../../nbs/23_dashboard.ipynb #e83336bb
 def someone_can_click() -> bool:
-    "Whether the cell was sent by a front end that takes input: papermill, nbconvert and every other nbclient take none. `CBNB_STATIC=1` says no, too."
+    """Whether the cell was sent by a front end that takes input: papermill, nbconvert and every other nbclient take none. `CBNB_STATIC=1` in
+    the environment says no, too."""
     if kernel() is None or os.environ.get("CBNB_STATIC") == "1": return False
     return bool(kernel().get_parent().get("content", {}).get("allow_stdin"))
 
@@ -254,7 +258,8 @@ def stop_button(path):
         return
     import ipywidgets
     from IPython.display import display
-    button = ipywidgets.Button(description="Stop", icon="stop", tooltip="save a checkpoint after this step and end; the same run_dir goes on from there")
+    hint = "save a checkpoint after this step and end; the same run_dir goes on from there"
+    button = ipywidgets.Button(description="Stop", icon="stop", tooltip=hint)
     def stop(_):
         try: (Path(path) / "stop").touch()
         except OSError as e: button.description, button.tooltip = "Stop failed", str(e)
@@ -278,7 +283,8 @@ def file_times(path) -> list:
 
 
 def paced(draw, stamp, every: float = 0.5, clock=time.monotonic):
-    "A function to call as often as one likes: it calls `draw` where `stamp()` has changed, once in `every` seconds and a twentieth of the time at most."
+    """A function to call as often as one likes: it calls `draw` where `stamp()` has changed, at most once in `every` seconds and for a twentieth
+    of the time."""
     due, drawn = -math.inf, None
     def call() -> None:
         nonlocal due, drawn
