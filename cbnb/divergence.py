@@ -248,12 +248,13 @@ def joined(parts: list[dict], temperature: float, names: tuple[str, ...], k: int
         arrays[name] = np.concatenate([blank, *chunks], axis=0 if name in ("ids", "log_p", "rest_p") else 1)
     return Divergence(float(temperature), names, **arrays)
 
-# %% ../nbs/14_divergence.ipynb #36d16810
+# %% ../nbs/14_divergence.ipynb #3d324439
 def masked_kl(divergence: Divergence, mask: np.ndarray) -> dict[str, float]:
-    """`{student: T²·mean over the targets of `mask` (bool [S]) of D(p‖q)}` in nats: what `cbnb.losses.kl_divergence_loss` is for these tokens. Token
-    0 is no target; for no target at all it is 0."""
+    """`{student: T²·mean of D(p‖q)}` over the targets of `mask` (bool [S]), nats: `cbnb.losses.kl_divergence_loss` of these tokens. Token 0 is no
+    target; without any target it is 0."""
     targets = np.flatnonzero(mask[1:]) + 1
-    return {name: divergence.temperature**2 * float(divergence.forward[n, targets].sum()) / max(len(targets), 1) for n, name in enumerate(divergence.names)}
+    scale = divergence.temperature**2 / max(len(targets), 1)
+    return {name: scale * float(divergence.forward[n, targets].sum()) for n, name in enumerate(divergence.names)}
 
 # %% ../nbs/14_divergence.ipynb #f2433417
 def token_table(encoded: Encoded, mask: np.ndarray, divergence: Divergence, name: str) -> pd.DataFrame:
@@ -289,9 +290,9 @@ def candidates(divergence: Divergence, i: int, name: str, texts: Callable) -> pd
     n = divergence.names.index(name)
     log_p, log_q = (torch.from_numpy(x[..., i, :]) for x in (divergence.log_p, divergence.log_q[n]))
     rows = {"p": log_p.exp(), "q": log_q.exp(), "forward": contributions(log_p, log_q), "reverse": contributions(log_q, log_p)}
-    others = {"p": divergence.rest_p[i], "q": divergence.rest_q[n, i], "forward": divergence.rest_forward[n, i], "reverse": divergence.rest_reverse[n, i]}
-    ids = divergence.ids[i].tolist()
-    return pd.DataFrame({key: [*x.tolist(), float(others[key])] for key, x in rows.items()}, index=[*texts(ids), "all others"])
+    others = (divergence.rest_p[i], divergence.rest_q[n, i], divergence.rest_forward[n, i], divergence.rest_reverse[n, i])
+    columns = {key: [*x.tolist(), float(rest)] for (key, x), rest in zip(rows.items(), others)}
+    return pd.DataFrame(columns, index=[*texts(divergence.ids[i].tolist()), "all others"])
 
 # %% ../nbs/14_divergence.ipynb #3f737b13
 def encode_window(transcript: Transcript, masker: ChatMasker, policy="assistant_only", max_length: int = 2048,
