@@ -7,9 +7,10 @@ __all__ = ['SCALES', 'check_adapter', 'load_students', 'transforms', 'output_lay
            'student_pass', 'compare', 'Divergence', 'contributions', 'likeliest', 'compare_rows', 'diverge', 'joined',
            'masked_kl', 'token_table', 'share_of_kl', 'top_tokens', 'candidates', 'encode_window']
 
-# %% ../nbs/14_divergence.ipynb #a1ce6ec8
+# %% ../nbs/14_divergence.ipynb #9a740a52
 import json
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -63,7 +64,10 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path]) -> PeftModel
         folder = check_adapter(folder)
         try:
             if student is None:
-                student = get_peft_model(base, LoraConfig.from_pretrained(folder, inference_mode=True), adapter_name=name)
+                with warnings.catch_warnings():
+                    # peft calls what transformers is about to rename
+                    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+                    student = get_peft_model(base, LoraConfig.from_pretrained(folder, inference_mode=True), adapter_name=name)
             # in both cases: this also says which weights were missing or left over
             result = student.load_adapter(folder, name, torch_device=str(base.device))
         except (RuntimeError, TypeError, ValueError) as e:

@@ -125,7 +125,8 @@ function createDetail() {
   function update({ d, tokens, way, selected: i }) {
     scroll.replaceChildren();
     if (!(i >= 0 && i < d.n)) return about.replaceChildren("Choose a token in the strip, in the list or in a map.");
-    about.replaceChildren(`Token ${i} `, wordAt(tokens, i), i ? `, predicted at position ${i - 1}; T = ${amount(d.temperature)}.` : " is predicted by nothing.");
+    const where = i ? `, predicted at position ${i - 1}; T = ${amount(d.temperature)}.` : " is predicted by nothing.";
+    about.replaceChildren(`Token ${i} `, wordAt(tokens, i), where);
     if (i) scroll.append(distribution(d, tokens.numbers[i], i, way));
   }
 
@@ -142,7 +143,8 @@ function createDetail() {
     const line = (row) => [name(row), cell(row.p, decimal(row.p), row.p),
       ...d.names.flatMap((_, s) => [cell(row.q[s], decimal(row.q[s]), row.q[s]), cell(row.part[s], decimal(row.part[s]), row.part[s] / longest)])];
     const exact = (x) => cell(x, decimal(x, 6)), kl = (s) => d[way][s * d.n + i];
-    const total = [rowHead("sum of these rows"), exact(sum((row) => row.p)), ...d.names.flatMap((_, s) => [exact(sum((row) => row.q[s])), exact(sum((row) => row.part[s]))])];
+    const sums = (s) => [exact(sum((row) => row.q[s])), exact(sum((row) => row.part[s]))];
+    const total = [rowHead("sum of these rows"), exact(sum((row) => row.p)), ...d.names.flatMap((_, s) => sums(s))];
     const shown = [rowHead("KL at this token"), node("td"), ...d.names.flatMap((_, s) => [node("td"), exact(kl(s))])];
     return tableOf(["candidate", "teacher p", ...d.names.flatMap((student) => [`${student} q`, WAYS[way].part])], rows.map(line), [total, shown]);
   }
@@ -155,7 +157,9 @@ function createShares(choose) {
   const again = () => update(now), by = choiceOf("share by", [["role", "role"], ["part", "part of a turn"]], again);
   const over = choiceOf("tokens counted", [["all", "all tokens"], ["mask", "masked targets"]], again);
   const scroll = scrolling("share of KL"), list = node("ol", { class: "kl-list" });
-  const shares = section("shares", "Share of KL", node("div", { class: "cb-bar" }, node("label", {}, "by ", by), node("label", {}, "over ", over)), scroll);
+  const unit = node("span", { class: "cb-note" }, "mean: nats a token");
+  const bar = node("div", { class: "cb-bar" }, node("label", {}, "by ", by), node("label", {}, "over ", over), unit);
+  const shares = section("shares", "Share of KL", bar, scroll);
   const top = section("top", "Largest KL", list);
 
   function update(given) {
@@ -163,12 +167,14 @@ function createShares(choose) {
     const { d, tokens, mask, way, student } = now, all = over.value === "all";
     const line = (g) => [rowHead(g.key), cell(g.tokens, counted(g.tokens)), cell(g.inMask, counted(g.inMask)), ...d.names.flatMap((_, s) => [
       cell(g.shares[s], `${(100 * g.shares[s]).toFixed(1)} %`, g.shares[s]), cell(g.sums[s] / g.tokens, decimal(g.sums[s] / g.tokens))])];
-    const heads = d.names.flatMap((name) => [`${name} share`, "mean, nats"]);
+    const heads = d.names.flatMap((name) => [`${name} share`, "mean"]);
     scroll.replaceChildren(tableOf([by.value, "tokens", "in mask", ...heads], sharesOf(now, by.value, all).map(line)));
     top.head.textContent = `Largest KL of ${d.names[student]}`;
-    list.replaceChildren(...largestOf(now, all).map((i) => node("li", {}, node("button", { type: "button", "data-token": i, onclick: () => choose(i) },
-      node("span", { class: "kl-at" }, String(i)), wordAt(tokens, i), node("span", { class: "cb-note" }, roleAt(tokens, i), mask[i] ? ", in mask" : ""),
-      numeral("span", d[way][student * d.n + i], decimal(d[way][student * d.n + i], 3))))));
+    list.replaceChildren(...largestOf(now, all).map((i) => {
+      const kl = d[way][student * d.n + i], about = node("span", { class: "cb-note" }, roleAt(tokens, i), mask[i] ? ", in mask" : "");
+      return node("li", {}, node("button", { type: "button", "data-token": i, onclick: () => choose(i) },
+        node("span", { class: "kl-at" }, String(i)), wordAt(tokens, i), about, numeral("span", kl, decimal(kl, 3))));
+    }));
     mark(now.selected);
   }
   function mark(selected) {
@@ -193,9 +199,14 @@ function createMap(title, unit, choose) {
   function draw() {
     waiting = 0;
     if (root.hidden || !box.clientWidth) return;
-    const ratio = window.devicePixelRatio || 1, width = Math.round(box.clientWidth * ratio), { n, blocks, heat } = now;
-    const row = Math.round(Math.max(3, Math.min(16, 160 / blocks)) * ratio), height = row * blocks, columns = Math.min(width, n), level = new Int8Array(columns);
-    if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; canvas.style.height = `${height / ratio}px`; }
+    const { n, blocks, heat } = now, ratio = window.devicePixelRatio || 1, width = Math.round(box.clientWidth * ratio);
+    const row = Math.round(Math.max(3, Math.min(16, 160 / blocks)) * ratio), height = row * blocks;
+    const columns = Math.min(width, n), level = new Int8Array(columns);
+    if (canvas.width !== width || canvas.height !== height) {
+      canvas.width = width;
+      canvas.height = height;
+      canvas.style.height = `${height / ratio}px`;
+    }
     const paint = canvas.getContext("2d"), left = (x) => Math.floor(x * width / columns);
     paint.clearRect(0, 0, width, height);
     for (let b = 0; b < blocks; b++) {
@@ -223,20 +234,24 @@ function createMap(title, unit, choose) {
   function describe() {
     const text = selected < 0 ? "no token chosen" : `block ${block}, token ${selected} ${now.text(selected)}: ${now.value(block, selected)}`;
     said.textContent = selected < 0 ? "Choose a token by a click, or by arrow keys." : text;
-    for (const [name, value] of [["max", Math.max(0, now.n - 1)], ["now", Math.max(0, selected)], ["text", text]]) box.setAttribute(`aria-value${name}`, value);
+    const values = { max: Math.max(0, now.n - 1), now: Math.max(0, selected), text };
+    for (const [name, value] of Object.entries(values)) box.setAttribute(`aria-value${name}`, value);
   }
 
   function update(given) {
     now = given;
-    root.hidden = !now.n || !now.blocks;
+    root.hidden = !now.blocks;
+    if (root.hidden) return;
     block = Math.min(block, Math.max(0, now.blocks - 1));
     const swatches = CIVIDIS.map((colour) => { const one = node("span"); one.style.background = colour; return one; });
-    key.replaceChildren(node("span", {}, `${unit}:`), node("span", {}, `≤ ${amount(now.heat.low)}`), node("span", { class: "kl-scale", "aria-hidden": "true" }, ...swatches),
-      node("span", {}, `${amount(now.heat.high)}, by logarithm`), node("span", {}, "first block at the bottom · ← → token · ↑ ↓ block"));
+    const scale = node("span", { class: "kl-scale", "aria-hidden": "true" }, ...swatches);
+    key.replaceChildren(`${unit}: ≤ ${amount(now.heat.low)}`, scale, `${amount(now.heat.high)}, by logarithm`,
+      node("span", {}, "first block at the bottom · ← → token · ↑ ↓ block"));
     mark(selected);
   }
   function mark(i) {
     selected = i >= 0 && i < now.n ? i : -1;
+    if (root.hidden) return;
     describe();
     later();
   }
@@ -249,7 +264,8 @@ function createMap(title, unit, choose) {
   });
   box.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const steps = { ArrowRight: 1, ArrowLeft: -1, PageDown: 100, PageUp: -100, Home: -now.n, End: now.n }, up = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+    const steps = { ArrowRight: 1, ArrowLeft: -1, PageDown: 100, PageUp: -100, Home: -now.n, End: now.n };
+    const up = { ArrowUp: 1, ArrowDown: -1 }[event.key];
     if (up) { block = Math.max(0, Math.min(now.blocks - 1, block + up)); mark(selected); }
     else if (event.key in steps) choose(Math.max(0, Math.min(now.n - 1, selected + steps[event.key])));
     else return;
@@ -274,30 +290,38 @@ function stripModel(model, heats) {
   return {
     tell, renew,
     get: (name) => shared(name) ? model.get(name) : name === "heats" ? heats() : own[name],
-    set(name, value) { if (shared(name)) model.set(name, value); else { own[name] = value; tell(name); } },
+    set(name, value) {
+      if (shared(name)) return model.set(name, value);
+      own[name] = value;
+      tell(name);
+    },
     save_changes: () => model.save_changes(),
     on(name, act) { if (shared(name)) model.on(name, act); else listeners.set(name, [...(listeners.get(name) || []), act]); },
-    off(name, act) { if (shared(name)) model.off(name, act); else listeners.set(name, (listeners.get(name) || []).filter((other) => other !== act)); },
+    off(name, act) {
+      if (shared(name)) model.off(name, act); else listeners.set(name, (listeners.get(name) || []).filter((other) => other !== act));
+    },
   };
 }
 
 // The controls: what only Python can compute is asked for on release, the rest is done here.
 function createControls(model, changed) {
   const send = (name, value) => { model.set(name, value); model.save_changes(); };
-  const ask = (name, value) => { send(name, value); waiting.textContent = "computing …"; };
+  const ask = (name, value) => { waiting.textContent = "computing …"; send(name, value); };
   const slider = (label, low, high, step, act, release) => node("input", { type: "range", "aria-label": label, min: low, max: high, step,
     oninput: (e) => act(Number(e.target.value)), onchange: (e) => release(Number(e.target.value)) });
+  const ways = Object.entries(WAYS).map(([way, { name }]) => [way, `${way}: ${name}`]);
   const transcript = choiceOf("transcript", [], (value) => ask("chosen", Number(value)));
   const student = choiceOf("student", [], (value) => changed({ student: Number(value) }));
-  const direction = choiceOf("direction of the KL", Object.entries(WAYS).map(([way, { name }]) => [way, `${way}: ${name}`]), (value) => { send("direction", value); changed({ way: value }); });
+  const direction = choiceOf("direction of the KL", ways, (value) => send("direction", value));
   const warmth = node("output"), weight = node("output"), waiting = node("span", { class: "cb-note", role: "status" });
   const heat = slider("temperature", 0.1, 10, 0.1, (value) => { warmth.textContent = amount(value); }, (value) => ask("temperature", value));
-  const beta = slider("weight beta", 0, 2, 0.01, (value) => changed({ beta: value }), (value) => send("beta", value));
+  const weigh = (value) => { weight.textContent = amount(value); changed({ beta: value }); };
+  const beta = slider("weight beta", 0, 2, 0.01, weigh, (value) => send("beta", value));
   const labels = { transcript: node("label", {}, "transcript ", transcript), student: node("label", {}, "student ", student) };
-  const root = node("div", { class: "cb-bar" }, labels.transcript, labels.student, node("label", {}, "KL ", direction), node("label", {}, "T ", heat, warmth),
-    node("label", {}, "β ", beta, weight), waiting);
-
+  const root = node("div", { class: "cb-bar" }, labels.transcript, labels.student, node("label", {}, "KL ", direction),
+    node("label", {}, "T ", heat, warmth), node("label", {}, "β ", beta, weight), waiting);
   const options = (select, texts, at) => select.replaceChildren(...texts.map((text, i) => node("option", { value: i, selected: i === at }, text)));
+
   function update({ d, way, student: s, beta: b }) {
     const live = model.get("live"), choices = model.get("choices");
     options(transcript, choices, model.get("chosen"));
@@ -305,9 +329,13 @@ function createControls(model, changed) {
     labels.transcript.hidden = !live || choices.length < 2;
     labels.student.hidden = d.names.length < 2;
     direction.value = way;
-    heat.max = Math.max(10, d.temperature); heat.value = d.temperature; heat.disabled = !live;
-    beta.max = Math.max(2, b); beta.value = b;
-    warmth.textContent = amount(d.temperature); weight.textContent = amount(b);
+    heat.max = Math.max(10, d.temperature);
+    heat.value = d.temperature;
+    heat.disabled = !live;
+    beta.max = Math.max(2, b);
+    beta.value = b;
+    warmth.textContent = amount(d.temperature);
+    weight.textContent = amount(b);
     waiting.textContent = live ? "" : "Another temperature needs the kernel.";
   }
   return { root, update };
@@ -316,47 +344,62 @@ function createControls(model, changed) {
 // Creates the explorer in `el` from `model`; returns a function that takes it down.
 function createKL(el, model) {
   if (!model.get("strip").tokens) {
-    el.append(node("div", { class: "cb-strip" }, node("div", { class: "cb-message", role: "alert" }, model.get("problem") || "There are no tokens to show.")));
+    const text = model.get("problem") || "There are no tokens to show.";
+    el.append(node("div", { class: "cb-strip" }, node("div", { class: "cb-message", role: "alert" }, text)));
     return () => el.replaceChildren();
   }
-  const now = { way: model.get("direction"), student: 0, beta: model.get("beta"), selected: model.get("selected") };
+  const now = { student: 0 }, choose = (i) => { model.set("selected", i); model.save_changes(); };
+  const of = (values, size) => values.subarray(now.student * size, (now.student + 1) * size);      // one student's
   const strip = stripModel(model, () => [{ name: `${WAYS[now.way].name} of ${now.d.names[now.student]}`, unit: "nats",
-    values: Float32Array.from(now.d[now.way].subarray(now.student * now.d.n, (now.student + 1) * now.d.n)) }]);
-  const choose = (i) => { model.set("selected", i); model.save_changes(); };
-  const controls = createControls(model, (given) => { Object.assign(now, given); if ("way" in given || "student" in given) strip.tell("heats"); update(); });
-  const summary = node("div", { class: "kl-summary" }), place = node("div", { class: "kl-strip" }), detail = createDetail(), shares = createShares(choose);
-  const maps = { cosine: createMap("Cosine to the teacher", "1 − cosine", choose), distance: createMap("L2 distance to the teacher", "L2", choose) };
-  const states = section("states", "Hidden states", maps.cosine.root, maps.distance.root), problem = node("div", { class: "cb-message", role: "alert" });
-  const body = node("div", {}, controls.root, summary, place, node("div", { class: "kl-grid" }, detail.root, ...shares.roots), states.root);
-  const root = node("div", { class: "cb-strip cb-kl", "data-lm-suppress-shortcuts": "true" }, problem, body);
+    values: Float32Array.from(of(now.d[now.way], now.d.n)) }]);
+  const controls = createControls(model, (given) => {
+    Object.assign(now, given);
+    if ("beta" in given) return summarize();
+    strip.tell("heats");
+    update();
+  });
+  const problem = node("div", { class: "cb-message", role: "alert" }), summary = node("div", { class: "kl-summary" }), place = node("div");
+  const detail = createDetail(), shares = createShares(choose), grid = node("div", { class: "kl-grid" }, detail.root, ...shares.roots);
+  const maps = { cosine: createMap("Cosine to the teacher", "1 − cosine", choose), distance: createMap("Distance to the teacher", "L2", choose) };
+  const states = section("states", "Hidden states", maps.cosine.root, maps.distance.root);
+  const root = node("div", { class: "cb-strip cb-kl", "data-lm-suppress-shortcuts": "true" },
+    problem, controls.root, summary, place, grid, states.root);
   root.addEventListener("keydown", (event) => event.stopPropagation());      // JupyterLab would take single keys for itself
 
   function read() {
-    Object.assign(now, { d: readDivergence(model), layers: readLayers(model), tokens: readTokens(strip), mask: readMasks(strip)[0]?.values || [] });
-    now.student = Math.min(now.student, Math.max(0, now.d.names.length - 1));
+    Object.assign(now, { d: readDivergence(model), layers: readLayers(model), tokens: readTokens(strip), mask: readMasks(strip)[0].values,
+      way: model.get("direction"), beta: model.get("beta"), selected: model.get("selected") });
+    now.student = Math.min(now.student, now.d.names.length - 1);
   }
 
   function update() {
-    const text = model.get("problem");
-    problem.textContent = text; problem.hidden = !text;
+    complain(model.get("problem"));
     controls.update(now);
-    summary.replaceChildren(...now.d.names.map((_, s) => sums(s)));
+    summarize();
     detail.update(now);
     shares.update(now);
-    const { d, layers } = now, size = layers.blocks * d.n, cosine = layers.cosine.subarray(now.student * size, (now.student + 1) * size);
-    const distance = layers.distance.subarray(now.student * size, (now.student + 1) * size), common = { n: d.n, blocks: layers.blocks,
-      text: (i) => now.tokens.texts[now.tokens.ids[i]].replaceAll("\n", "") };
+    const { d, layers } = now, size = layers.blocks * d.n, cosine = of(layers.cosine, size), distance = of(layers.distance, size);
+    const common = { n: d.n, blocks: layers.blocks, text: (i) => now.tokens.texts[now.tokens.ids[i]].replaceAll("\n", "") };
     states.root.hidden = !size;
     states.head.textContent = `Hidden states of ${d.names[now.student]}`;
-    maps.cosine.update({ ...common, heat: classed(cosine.map((c) => Math.max(0, 1 - c))), value: (b, i) => `cosine ${amount(cosine[b * d.n + i], 5)}` });
+    const turned = cosine.map((c) => Math.max(0, 1 - c));
+    maps.cosine.update({ ...common, heat: classed(turned), value: (b, i) => `cosine ${amount(cosine[b * d.n + i], 5)}` });
     maps.distance.update({ ...common, heat: classed(distance), value: (b, i) => `L2 ${amount(distance[b * d.n + i], 4)}` });
     chose();
   }
 
-  function sums(s) {
-    const { mean, n } = meanOver(now.d, now.way, s, now.mask), loss = mean * now.d.temperature ** 2;
-    return node("div", {}, node("b", {}, now.d.names[s]), ": mean ", numeral("span", mean, amount(mean, 4)), ` nats over ${counted(n)} targets · times T² `,
-      numeral("span", loss, amount(loss, 4)), now.way === "forward" ? " (the KL loss) · times β " : " · times β ", numeral("span", loss * now.beta, amount(loss * now.beta, 4)));
+  function complain(text) {
+    problem.textContent = text;
+    problem.hidden = !text;
+  }
+
+  function summarize() {
+    const { d, way, mask, beta } = now, part = (x) => numeral("span", x, amount(x, 4));
+    summary.replaceChildren(...d.names.map((name, s) => {
+      const { mean, n } = meanOver(d, way, s, mask), loss = mean * d.temperature ** 2;
+      return node("div", {}, node("b", {}, name), `: mean ${WAYS[way].name} `, part(mean), ` nats over ${counted(n)} targets · times T² `,
+        part(loss), way === "forward" ? " (the KL loss) · times β " : " · times β ", part(loss * beta));
+    }));
   }
 
   function chose() {
@@ -370,14 +413,15 @@ function createKL(el, model) {
   update();
   el.append(root);
   const removeStrip = createStrip(place, strip);
-  // one answer of the kernel changes several of these at once, so they are read together afterwards
+  // an answer of the kernel changes several of these at once, so they are read together afterwards
   let waiting = false;
+  const guard = (act) => () => { try { act(); } catch (error) { complain(`This view cannot be shown: ${error.message}`); } };
   const renew = () => {
-    if (waiting) return;
+    if (!waiting) queueMicrotask(guard(() => { waiting = false; read(); strip.renew(); update(); }));
     waiting = true;
-    queueMicrotask(() => { waiting = false; read(); now.way = model.get("direction"); strip.renew(); update(); });
   };
-  const listeners = { "change:selected": chose, "change:answer": renew, "change:problem": renew, "change:divergence": renew, "change:direction": renew };
+  const listeners = { "change:selected": guard(chose) };
+  for (const name of ["answer", "problem", "divergence", "direction", "beta"]) listeners[`change:${name}`] = renew;
   for (const [name, act] of Object.entries(listeners)) model.on(name, act);
   return () => {
     removeStrip();

@@ -108,7 +108,8 @@ def kl_html(encoded=None, mask=None, divergence=None, tokenizer=None, problem=""
         if not len(top): continue
         first = candidates(divergence, int(top.index[0]), name, lambda ids: candidate_texts(tokenizer, ids)[0])
         rows = [(str(text), *(number_text(x) for x in row)) for text, *row in first[["p", "q", "forward"]].itertuples()]
-        parts.append(table_html(("candidate", "teacher p", f"{name} q", "p·log(p/q)"), rows, f"the distribution that predicts token {top.index[0]}, {name}"))
+        caption = f"the distribution that predicts token {top.index[0]}, {name}"
+        parts.append(table_html(("candidate", "teacher p", f"{name} q", "p·log(p/q)"), rows, caption))
     return "".join(parts)
 
 # %% ../../nbs/22_kl_explorer.ipynb #cb6a4aa4
@@ -163,7 +164,7 @@ class KLExplorer(anywidget.AnyWidget):
 
 
 def static_kl(arguments, selected=-1, direction="forward", beta=0.3):
-    "The `StaticView` of the explorer with these `arguments` of `kl_state`. All works in it but what needs the model: another temperature or transcript."
+    "The `StaticView` of the explorer with these `arguments` of `kl_state`: all works but what needs the model, another temperature or transcript."
     state = kl_state(**arguments) | {"selected": selected, "direction": direction, "beta": beta, "choices": [], "chosen": 0, "live": False}
     title = arguments.get("title") or "KL explorer"
     return StaticView(page(title, ["strip.js", "kl.js"], ["strip.css", "kl.css"], "renderKL", state), kl_html(**arguments), title, height=1150)
@@ -211,8 +212,8 @@ def transcripts_to_show(data, run, limit=200):
 
 
 def renewer(student, masker, transcripts, config, teacher=None, k=10):
-    """A function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for `KLExplorer`. The final hidden states of the last
-    one chosen are kept, so that another temperature takes no pass."""
+    """A function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for `KLExplorer`. The final hidden states of the
+    last one chosen are kept, so that another temperature takes no pass."""
     kept = {}
     def renew(chosen, temperature):
         transcript = transcripts[chosen]
@@ -228,13 +229,14 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10):
         return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary, "title": transcript.id}
     return renew
 
-# %% ../../nbs/22_kl_explorer.ipynb #31f12f2f
-def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0, temperature=None, beta_kl=None, k=10, dtype="float32",
+# %% ../../nbs/22_kl_explorer.ipynb #c13d0254
+def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0, temperature=None, beta_kl=None, k=10, dtype=None,
                   control="error", trust_remote_code=False):
     """A `KLExplorer` of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
-    `transcripts_to_show`; `index`: which of the transcripts is shown first. `temperature` and `beta_kl` None: the run's.
+    `transcripts_to_show`; `index`: which of the transcripts is shown first; `k`: candidates that are kept by name. `temperature`, `beta_kl` and
+    `dtype` None: the run's.
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
@@ -245,8 +247,8 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0,
     transcripts = transcripts_to_show(data, run)
     if not 0 <= index < len(transcripts): raise ValueError(f"there is no transcript {index}; there are {len(transcripts)}, counted from 0.")
     masker = ChatMasker(load_tokenizer(model, trust_remote_code), control=control)
-    student = load_students(load_model(model, dtype, trust_remote_code=trust_remote_code), folders)
-    renew = renewer(student, masker, transcripts, config, load_model(teacher, dtype, trust_remote_code=trust_remote_code) if teacher else None, k)
+    def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
+    renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k)
     arguments = renew(index, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
     return KLExplorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], index)
