@@ -13,6 +13,8 @@ from cbnb.policies import Encoded, loss_mask
 from cbnb.tinyagent import make_transcripts
 from cbnb.turns import Segment
 from cbnb.widgets.kl import KLExplorer, static_kl
+from helpers import copy_tree
+from lab.labharness import Lab
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--", "\u202egnol", "\x1b[31m", "a\u200bb", "&lt;b&gt;"]
 DIRECTION, BY, OVER = "[aria-label='direction of the KL']", "[aria-label='share by']", "[aria-label='tokens counted']"
@@ -253,3 +255,35 @@ def test_many_tokens(pages, masker):
     page.keyboard.press("End")
     assert chosen(page) == [n - 1]
     pages.assert_clean()
+
+
+def test_the_notebook_in_jupyterlab(browser, tmp_path):
+    "Run all of explore_kl.ipynb, then ask its kernel for another temperature and another transcript, as a reader would."
+    copy = copy_tree(tmp_path / "cbnb")
+    with Lab(copy / "nbs") as lab:
+        nb = lab.open("explore_kl.ipynb")
+        nb.run_all(timeout=600)
+        view = nb.page.locator(".cb-kl")
+        loss, idle = view.locator(".kl-summary [data-value]").nth(1), view.locator(".cb-bar [role=status]").first
+        def python(code): return nb.execute(f"print({code})").strip()
+        def shown(): return float(loss.get_attribute("data-value"))
+        def wanted(): return float(python("masked_kl(explorer.arguments['divergence'], explorer.arguments['mask'])['student']"))
+        assert abs(shown() - wanted()) < 1e-9
+        view.locator(".kl-list button").first.click()
+        assert python("explorer.selected") == view.locator(".kl-list button").first.get_attribute("data-token")
+        view.get_by_label("temperature").focus()
+        nb.page.keyboard.press("End")
+        nb.page.wait_for_function("element => element.textContent === ''", arg=idle.element_handle(), timeout=60_000)
+        assert python("explorer.arguments['divergence'].temperature") == "10.0" and abs(shown() - wanted()) < 1e-9
+        assert "T = 10" in view.locator(".kl-detail").inner_text()
+        view.get_by_label("transcript").select_option(index=30)
+        view.locator(".kl-detail", has_text="Choose a token").wait_for(timeout=60_000)
+        assert python("explorer.arguments['title']") == "injection-eval-0-00006" and abs(shown() - wanted()) < 1e-9
+        assert "post_injection_only" in python("explorer.strip['a']") and python("explorer.problem") == ""
+        python("setattr(explorer, 'selected', 20)")
+        view.locator(".kl-detail", has_text="Token 20 ").wait_for(timeout=60_000)
+        python("setattr(explorer, 'chosen', 10**6)")
+        view.locator(".cb-message", has_text="IndexError").wait_for(timeout=60_000)
+        nb.check()
+        nb.shot(tmp_path / "explore_kl.png")
+        lab.assert_offline()

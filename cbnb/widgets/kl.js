@@ -281,14 +281,14 @@ function stripModel(model, heats) {
   let given = model.get("strip");
   const own = { ...given }, listeners = new Map(), shared = (name) => name.endsWith("selected");
   const tell = (name) => { for (const act of listeners.get(`change:${name}`) || []) act(); };
-  function renew() {
-    const same = given === model.get("strip");      // then the reader's place in the text is kept
+  function changed() {      // whether there is another text; if not, the reader's place in it is kept
+    if (given === model.get("strip")) return false;
     given = model.get("strip");
-    if (!same) Object.assign(own, given, { view: own.view });
-    tell(same ? "heats" : "tokens");
+    Object.assign(own, given, { view: own.view });
+    return true;
   }
   return {
-    tell, renew,
+    tell, changed,
     get: (name) => shared(name) ? model.get(name) : name === "heats" ? heats() : own[name],
     set(name, value) {
       if (shared(name)) return model.set(name, value);
@@ -417,7 +417,13 @@ function createKL(el, model) {
   let waiting = false;
   const guard = (act) => () => { try { act(); } catch (error) { complain(`This view cannot be shown: ${error.message}`); } };
   const renew = () => {
-    if (!waiting) queueMicrotask(guard(() => { waiting = false; read(); strip.renew(); update(); }));
+    if (!waiting) queueMicrotask(guard(() => {
+      waiting = false;
+      const other = strip.changed();
+      read();
+      strip.tell(other ? "tokens" : "heats");
+      update();
+    }));
     waiting = true;
   };
   const listeners = { "change:selected": guard(chose) };

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'candidate_texts', 'divergence_state', 'layer_state', 'kl_state', 'number_text', 'kl_html', 'KLExplorer',
-           'static_kl', 'newest_run', 'adapter_and_run', 'run_config', 'held_out_of', 'transcripts_to_show', 'renewer',
-           'load_explorer', 'open_explorer']
+           'static_kl', 'StillExplorer', 'kl_explorer', 'newest_run', 'adapter_and_run', 'run_config', 'held_out_of',
+           'transcripts_to_show', 'renewer', 'load_explorer', 'open_explorer']
 
 # %% ../../nbs/22_kl_explorer.ipynb #7813648a
 import contextlib
@@ -29,7 +29,7 @@ from ..runs import RunError, read_json, read_status, runs_folder
 from ..tinyagent import KINDS, make_transcripts
 from ..transcripts import read_transcripts
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
-from .views import StaticView, module, page, shown, source, table_html
+from .views import StaticView, is_live, module, page, shown, source, table_html
 
 # %% ../../nbs/22_kl_explorer.ipynb #d5cdd617
 def candidate_texts(tokenizer, ids):
@@ -157,17 +157,37 @@ class KLExplorer(anywidget.AnyWidget):
 
     def static(self):
         "The explorer as a `StaticView`: one interactive page at this temperature, and HTML without scripts."
-        return static_kl(self.arguments, selected=self.selected, direction=self.direction, beta=self.beta)
+        return static_kl(self.arguments, self.selected, self.direction, self.beta)
 
     def _repr_mimebundle_(self, **kwargs):
         return view_bundle(self, super()._repr_mimebundle_(**kwargs))
 
 
-def static_kl(arguments, selected=-1, direction="forward", beta=0.3):
-    "The `StaticView` of the explorer with these `arguments` of `kl_state`: all works but what needs the model, another temperature or transcript."
-    state = kl_state(**arguments) | {"selected": selected, "direction": direction, "beta": beta, "choices": [], "chosen": 0, "live": False}
+def static_kl(arguments, selected=-1, direction="forward", beta=None):
+    """The `StaticView` of the explorer with these `arguments` of `kl_state`: all works in it but what needs the model, another temperature or another
+    transcript."""
+    state = kl_state(**arguments) | {"selected": selected, "direction": direction, "choices": [], "chosen": 0, "live": False}
+    if beta is not None: state["beta"] = beta
     title = arguments.get("title") or "KL explorer"
     return StaticView(page(title, ["strip.js", "kl.js"], ["strip.css", "kl.css"], "renderKL", state), kl_html(**arguments), title, height=1150)
+
+
+class StillExplorer:
+    "An explorer with no front end behind it, shown as a page of its own: `arguments`, `selected` and `direction` as of a `KLExplorer`."
+    def __init__(self, arguments, renew=None, choices=(), chosen=0):
+        self.arguments, self.choices, self.chosen, self.problem = arguments, list(choices), chosen, arguments.get("problem", "")
+        self.selected, self.direction = -1, "forward"
+
+    def static(self):
+        "The explorer as a `StaticView`."
+        return static_kl(self.arguments, self.selected, self.direction)
+
+    def _repr_mimebundle_(self, **kwargs): return view_bundle(self, {})
+
+
+def kl_explorer(arguments, renew=None, choices=(), chosen=0):
+    "A `KLExplorer` where a front end can show widgets (`cbnb.widgets.views.is_live`), else a `StillExplorer`."
+    return (KLExplorer if is_live() else StillExplorer)(arguments, renew, choices, chosen)
 
 # %% ../../nbs/22_kl_explorer.ipynb #09320c3a
 def newest_run(runs=None):
@@ -232,7 +252,7 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10):
 # %% ../../nbs/22_kl_explorer.ipynb #c13d0254
 def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0, temperature=None, beta_kl=None, k=10, dtype=None,
                   control="error", trust_remote_code=False):
-    """A `KLExplorer` of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
+    """The explorer of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
     `transcripts_to_show`; `index`: which of the transcripts is shown first; `k`: candidates that are kept by name. `temperature`, `beta_kl` and
@@ -251,10 +271,10 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0,
     renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k)
     arguments = renew(index, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
-    return KLExplorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], index)
+    return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], index)
 
 
 def open_explorer(adapter, **settings):
     "`load_explorer`, but what cannot be loaded gives an explorer that shows the sentence which says why."
     try: return load_explorer(adapter, **settings)
-    except (ValueError, OSError, RuntimeError) as e: return KLExplorer({"problem": " ".join(str(e).split()) or type(e).__name__})
+    except (ValueError, OSError, RuntimeError) as e: return kl_explorer({"problem": " ".join(str(e).split()) or type(e).__name__})
