@@ -142,8 +142,9 @@ def run_pass(model: nn.Module, input_ids: np.ndarray, see: Callable) -> Side:
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     ids, final = torch.as_tensor(input_ids, dtype=torch.long, device=causal_lm.device)[None], []
     n = ids.shape[1]
-    checked = torch.tensor(sorted({0, n // 3, 2 * n // 3, n - 1}), device=ids.device)
-    handle = causal_lm.get_decoder().register_forward_hook(lambda module, args, output: final.append(output[0][0]))
+    checked, blocks = torch.tensor(sorted({0, n // 3, 2 * n // 3, n - 1}), device=ids.device), decoder_blocks(causal_lm)
+    decoder = next(module for module in causal_lm.modules() if getattr(module, "layers", None) is blocks)
+    handle = decoder.register_forward_hook(lambda module, args, output: final.append(output[0][0]))
     try:
         with watched(causal_lm, see):
             logits = causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=checked).logits[0]

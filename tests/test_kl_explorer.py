@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from cbnb.config import get_config
 from cbnb.divergence import Side, diverge, share_of_kl, token_table, top_tokens
 from cbnb.losses import kl_divergence_loss, token_kl
 from cbnb.masks import ChatMasker
-from cbnb.models import load_tokenizer
+from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.policies import Encoded, loss_mask
 from cbnb.tinyagent import make_transcripts
 from cbnb.turns import Segment
 from cbnb.widgets.kl import KLExplorer, static_kl
-from helpers import copy_tree
+from helpers import BIN, NBS, copy_tree, read, run
 from lab.labharness import Lab
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--", "\u202egnol", "\x1b[31m", "a\u200bb", "&lt;b&gt;"]
@@ -254,6 +255,29 @@ def test_many_tokens(pages, masker):
     page.locator(DISTANCE).focus()
     page.keyboard.press("End")
     assert chosen(page) == [n - 1]
+    pages.assert_clean()
+
+
+def test_the_notebook_under_papermill(pages, tmp_path):
+    "Two adapters compared, by one command: the output notebook and the page hold the explorer, and no widget."
+    for name, std in (("first", 0.05), ("second", 0.01)):
+        student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
+        torch.manual_seed(0)
+        with torch.no_grad(): [p.normal_(std=std) for key, p in student.named_parameters() if "lora_B" in key]
+        save_adapter(student, tmp_path / name)
+    given = dict(adapter=tmp_path / "first", adapter_b=tmp_path / "second", data=NBS.parent / "tests" / "fixtures" / "agent.jsonl", index=1, temperature=2,
+                 page=tmp_path / "page.html")
+    done = run(BIN / "papermill", NBS / "explore_kl.ipynb", tmp_path / "out.ipynb", *(w for name, value in given.items() for w in ("-p", name, value)), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    nb = read(tmp_path / "out.ipynb")
+    shown = [o.data for cell in nb.cells for o in cell.get("outputs", []) if "data" in o]
+    assert "widgets" not in nb.metadata and not any("widget-view" in kind for data in shown for kind in data)
+    assert sum("<iframe" in data.get("text/html", "") for data in shown) == 1
+    page = pages.open(tmp_path / "page.html")
+    losses = np.array(values(page, ".kl-summary [data-value]")).reshape(2, 3)
+    assert page.locator(".kl-summary b").all_inner_texts() == ["A", "B"] and losses[0, 1] > losses[1, 1] > 0 and np.allclose(losses[:, 1], 4 * losses[:, 0])
+    said = "".join(o.text for cell in nb.cells for o in cell.get("outputs", []) if o.get("name") == "stdout")
+    assert f"A: KL loss {losses[0, 1]:.4g} nats at T = 2" in said
     pages.assert_clean()
 
 
