@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TERM_ROWS', 'COLUMNS', 'PAGE', 'readable_rows', 'Snapshot', 'take_snapshot', 'is_gone', 'duration', 'seconds_a_step',
            'total_steps', 'state_text', 'headline', 'whereabouts', 'last_and_change', 'share', 'signed', 'term_table',
-           'table_note', 'summary_bundle', 'curves_bundle', 'picture_bundle', 'bundles', 'kernel', 'dashboard',
-           'someone_can_click', 'stop_button', 'file_times', 'paced', 'live_view', 'live_dashboard', 'watch']
+           'table_note', 'summary_bundle', 'curves_bundle', 'picture_bundle', 'bundles', 'dashboard', 'stop_button',
+           'file_times', 'paced', 'live_view', 'live_dashboard', 'watch']
 
 # %% ../../nbs/23_dashboard.ipynb #82ff0a07
 import json
@@ -25,6 +25,7 @@ import pandas as pd
 
 from ..report import STYLES, as_float, curves, format_number, mime_bundle, printable, series
 from ..runs import RunError, RunInterrupted, read_json, read_status, runs_folder, still_running, whole_lines
+from .views import is_live, kernel
 
 # %% ../../nbs/23_dashboard.ipynb #93778fa2
 def readable_rows(path: Path) -> tuple[list[dict], list[str]]:
@@ -225,13 +226,6 @@ def bundles(snapshot: Snapshot, ended: str = "") -> list[dict]:
     return [summary_bundle(snapshot, ended), curves_bundle(snapshot)]
 
 # %% ../../nbs/23_dashboard.ipynb #5b07070f
-def kernel():
-    "The Jupyter kernel that runs this code, or None."
-    try: from IPython import get_ipython
-    except ImportError: return None
-    return getattr(get_ipython(), "kernel", None)
-
-
 def dashboard(run) -> None:
     """Shows what the run directory `run` (a path or a `cbnb.runs.Run`) says now: state, rate, time left, the terms before and after weighting,
     coefficients, gradient norms, curves. For any run, wherever it runs or ran; what is missing or torn is told in the view. Outside a notebook
@@ -243,17 +237,10 @@ def dashboard(run) -> None:
         for bundle in bundles(snapshot): display(bundle, raw=True)
 
 # %% ../../nbs/23_dashboard.ipynb #e83336bb
-def someone_can_click() -> bool:
-    """Whether the cell was sent by a front end that takes input: papermill, nbconvert and every other nbclient take none. `CBNB_STATIC=1` in
-    the environment says no, too."""
-    if kernel() is None or os.environ.get("CBNB_STATIC") == "1": return False
-    return bool(kernel().get_parent().get("content", {}).get("allow_stdin"))
-
-
 @contextmanager
 def stop_button(path):
     "Shows a button, while the block runs, that makes the file `stop` in the run directory `path`. Nothing where nobody can click."
-    if not someone_can_click():
+    if not is_live():
         yield
         return
     import ipywidgets
