@@ -266,7 +266,7 @@ def test_the_notebook_under_papermill(pages, tmp_path):
         torch.manual_seed(0)
         with torch.no_grad(): [p.normal_(std=std) for key, p in student.named_parameters() if "lora_B" in key]
         save_adapter(student, tmp_path / name)
-    given = dict(adapter=tmp_path / "first", adapter_b=tmp_path / "second", data=ROOT / "tests" / "fixtures" / "agent.jsonl", index=1, temperature=2,
+    given = dict(adapter=tmp_path / "first", adapter_b=tmp_path / "second", data=ROOT / "tests" / "fixtures" / "agent.jsonl", number=2, temperature=2,
                  page=tmp_path / "page.html")
     given = [word for name, value in given.items() for word in ("-p", name, value)]
     done = run(BIN / "papermill", NBS / "explore_kl.ipynb", tmp_path / "out.ipynb", *given, cwd=tmp_path)

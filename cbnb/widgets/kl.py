@@ -249,13 +249,13 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10):
         return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary, "title": transcript.id}
     return renew
 
-# %% ../../nbs/22_kl_explorer.ipynb #c13d0254
-def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0, temperature=None, beta_kl=None, k=10, dtype=None,
+# %% ../../nbs/22_kl_explorer.ipynb #7b822af2
+def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,
                   control="error", trust_remote_code=False):
     """The explorer of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
-    `transcripts_to_show`; `index`: which of the transcripts is shown first; `k`: candidates that are kept by name. `temperature`, `beta_kl` and
+    `transcripts_to_show`; `number`: the transcript that is shown first, from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl` and
     `dtype` None: the run's.
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
@@ -265,13 +265,13 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", index=0,
     model = model or (config.model if run else json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
     transcripts = transcripts_to_show(data, run)
-    if not 0 <= index < len(transcripts): raise ValueError(f"there is no transcript {index}; there are {len(transcripts)}, counted from 0.")
+    if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
     masker = ChatMasker(load_tokenizer(model, trust_remote_code), control=control)
     def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
     renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k)
-    arguments = renew(index, config.kl_temperature if temperature is None else temperature)
+    arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
-    return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], index)
+    return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], number - 1)
 
 
 def open_explorer(adapter, **settings):
