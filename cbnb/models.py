@@ -20,7 +20,8 @@ from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, 
 
 # %% auto #0
 __all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode',
-           'check_teacher', 'decoder_blocks', 'block_outputs', 'forward_with_hidden_states', 'save_adapter']
+           'check_teacher', 'find_decoder', 'decoder_blocks', 'block_outputs', 'forward_with_hidden_states',
+           'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
 def resolve_model(name_or_path: str) -> str:
@@ -132,10 +133,16 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's shape.")
 
 # %% ../nbs/04_models.ipynb #15d76d90
+def find_decoder(model: nn.Module) -> nn.Module:
+    "The decoder of a causal language model, with or without an adapter: the part below the language-model head."
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = causal_lm.get_decoder()
+    return decoder if hasattr(decoder, "layers") else decoder.model  # Llama 4 names its whole model here
+
+
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     "The list of decoder blocks of a causal language model, with or without an adapter."
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    return causal_lm.get_decoder().layers
+    return find_decoder(model).layers
 
 
 @contextmanager
@@ -175,7 +182,7 @@ def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attent
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=mode == "hidden_states")
     with block_outputs(causal_lm, layers if mode == "hooks" else ()) as captured:
         if logits_at is None:
-            output, logits = causal_lm.get_decoder()(**inputs), None
+            output, logits = find_decoder(causal_lm)(**inputs), None
         else:
             output = causal_lm(**inputs, logits_to_keep=logits_at)
             logits = output.logits

@@ -29,6 +29,7 @@ function array(Kind, view) {
 function figure(x, digits = 3) {
   if (x === null || Number.isNaN(x)) return "–";
   if (x === 0) return "0";
+  if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
   const size = Math.abs(x);
   return size >= 1e-3 && size < 1e6 ? String(+x.toPrecision(digits)) : x.toExponential(digits - 1);
 }

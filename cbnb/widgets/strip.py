@@ -9,7 +9,6 @@ __all__ = ['NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'partial_bytes', 'is_text', '
 
 # %% ../../nbs/20a_strip.ipynb #80711b60
 import re
-from types import SimpleNamespace
 
 import anywidget
 import numpy as np
@@ -214,8 +213,10 @@ def view_bundle(view, live):
     return mime_bundle(live, static, static.title), metadata
 
 # %% ../../nbs/20a_strip.ipynb #8f36ab9f
-class StillStrip(SimpleNamespace):
+class StillStrip:
     "A strip with no front end behind it: the attributes and methods of a `TokenStrip`, shown as a page of its own."
+    def __init__(self, **state): self.__dict__.update(state)
+
     def state(self):
         "What is shown, as plain values."
         return {name: getattr(self, name) for name in STATE}
