@@ -300,11 +300,9 @@ def visible(text, signs=SIGNS):
 # %% ../nbs/01b_audit.ipynb #1da582be
 def token_texts(encoded):
     "The part of the text that each token adds (list of str, n); \"\" for a token that ends inside a character which is shown already."
-    at, out = 0, []
-    for end in encoded.offsets[:, 1].tolist():
-        out.append(encoded.text[at:end])
-        at = max(at, end)
-    return out
+    ends, text = encoded.offsets[:, 1], encoded.text
+    starts = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
+    return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
 
 # %% ../nbs/01b_audit.ipynb #aeac8d82
 @dataclass(frozen=True)

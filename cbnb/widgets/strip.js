@@ -52,6 +52,8 @@ function readTokens(model) {
     owners: array(Int32Array, given.messages), roles: given.roles, segments: array(Uint8Array, given.segments), names: given.segment_names,
   };
   tokens.n = tokens.ids.length;
+  tokens.sizes = Uint16Array.from(tokens.texts, (text) => Math.min(65535, text.length));
+  tokens.breaks = Uint8Array.from(tokens.texts, (text) => text.includes("\n"));
   return tokens;
 }
 
@@ -75,11 +77,11 @@ function readHeats(model) {
 
 // Blocks end with a message, else after a line end, so that they do not show; [start, end) each.
 function cutBlocks(tokens) {
-  const breaks = tokens.texts.map((text) => text.includes("\n")), blocks = [];
+  const blocks = [];
   for (let start = 0; start < tokens.n;) {
     const owner = tokens.owners[start];
     let end = start, line = -1;
-    while (end < tokens.n && tokens.owners[end] === owner && end - start < BLOCK) if (breaks[tokens.ids[end++]]) line = end;
+    while (end < tokens.n && tokens.owners[end] === owner && end - start < BLOCK) if (tokens.breaks[tokens.ids[end++]]) line = end;
     const cut = end - start === BLOCK && end < tokens.n && tokens.owners[end] === owner;
     if (cut && line - start > BLOCK / 2) end = line;
     blocks.push({ start, end, first: start === 0 || tokens.owners[start - 1] !== owner, filled: false });
@@ -161,8 +163,13 @@ function createStrip(el, model) {
   function paint(span, i, c) {
     const [name, level] = look(i, c);
     if (span.className !== name) span.className = name;
-    if (level !== "" && level >= 0) span.dataset.h = level; else if (span.dataset.h !== undefined) delete span.dataset.h;
-    span.setAttribute("aria-selected", i === shown ? "true" : "false");
+    const shade = level === "" || level < 0 ? null : level;
+    if (span.cbShade !== shade) {
+      span.cbShade = shade;
+      if (shade === null) span.removeAttribute("data-h"); else span.setAttribute("data-h", shade);
+    }
+    if (i === shown) span.setAttribute("aria-selected", "true"); else if (span.cbChosen) span.removeAttribute("aria-selected");
+    span.cbChosen = i === shown;
   }
 
   function fill(block) {
@@ -199,7 +206,7 @@ function createStrip(el, model) {
       else if (!(shown >= block.start && shown < block.end)) drain(block);      // the focused token stays in the page
     }
     frame();
-  }, { root: view, rootMargin: "600px 0px" });
+  }, { root: view, rootMargin: "400px 0px" });
 
   function build() {
     watcher.disconnect();
@@ -211,11 +218,12 @@ function createStrip(el, model) {
       const owner = tokens.owners[block.start], who = role(block.start), letter = LETTERS[who] || (who ? who[0].toUpperCase() : "");
       let lines = 1, width = 0;
       for (let i = block.start; i < block.end; i++) {
-        const t = text(i);
-        width += t.length;
-        if (t.includes("\n") || width > perLine) { lines++; width = 0; }
+        const k = tokens.ids[i];
+        width += tokens.sizes[k];
+        if (tokens.breaks[k] || width > perLine) { lines++; width = 0; }
       }
-      block.line = node("div", { class: "cb-line", role: "presentation", style: `min-height: ${lines * 23}px` });
+      block.height = lines * 23;
+      block.line = node("div", { class: "cb-line", role: "presentation", style: `min-height: ${block.height}px` });
       const label = node("span", { class: "cb-who", "aria-hidden": "true" });
       if (block.first && owner >= 0) label.append(node("b", {}, letter), ` ${owner}`);
       block.div = node("div", { class: `cb-block${block.first ? " first" : ""}`, role: "presentation" }, label, block.line);
@@ -225,7 +233,7 @@ function createStrip(el, model) {
       watcher.observe(block.div);
     }
     // what is seen at once is filled at once; the rest when it comes near
-    for (let i = 0, seen = 0; i < blocks.length && seen < 500; i++) { fill(blocks[i]); seen += blocks[i].line.offsetHeight; }
+    for (let i = 0, seen = 0; i < blocks.length && seen < 450; i++) { fill(blocks[i]); seen += blocks[i].height; }
     view.setAttribute("aria-label", `${tokens.n} tokens${model.get("title") ? ` of ${model.get("title")}` : ""}`);
   }
 

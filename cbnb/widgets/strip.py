@@ -121,7 +121,7 @@ def strip_heat(encoded, values, name, unit=""):
     return {"name": visible(name), "unit": visible(unit), "values": checked(values, encoded, f"the heat {name!r}", np.float32).tobytes()}
 
 # %% ../../nbs/20a_strip.ipynb #de51c551
-ROWS, CHARACTERS = 300, 400      # of the script-free form: a notebook keeps it beside every view
+ROWS, CHARACTERS = 100, 400      # of the script-free form: a notebook keeps it beside every view
 
 
 def strip_html(state):
