@@ -301,7 +301,7 @@ def visible(text, signs=SIGNS):
 def token_texts(encoded):
     "The part of the text that each token adds (list of str, n); \"\" for a token that ends inside a character which is shown already."
     ends, text = encoded.offsets[:, 1], encoded.text
-    starts = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
+    starts = np.concatenate([encoded.offsets[:1, 0], np.maximum.accumulate(ends)[:-1]])
     return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
 
 # %% ../nbs/01b_audit.ipynb #aeac8d82

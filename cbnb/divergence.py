@@ -278,7 +278,7 @@ def share_of_kl(table: pd.DataFrame, by: str = "role", direction: str = "forward
     table = table.iloc[1:] if len(table) and table.index[0] == 0 else table   # nothing predicts token 0
     groups = table.groupby(by, sort=False)
     out = pd.DataFrame({"tokens": groups.size(), "in_mask": groups["in_mask"].sum(), "kl": groups[direction].sum()})
-    return out.assign(share=out["kl"] / out["kl"].sum(), mean=out["kl"] / out["tokens"])
+    return out.assign(share=(out["kl"] / out["kl"].sum()).fillna(0), mean=out["kl"] / out["tokens"])  # no KL at all: no share of it
 
 
 def top_tokens(table: pd.DataFrame, n: int = 20, direction: str = "forward") -> pd.DataFrame:

@@ -359,7 +359,7 @@ def still_running(status):
     if status.get("node") == me["node"] and me["pid_started"]:
         start = process_start(status.get("pid"))
         return start is not None and start == status.get("pid_started") and status.get("pid") != me["pid"]
-    return not (status.get("job") and status["job"] == me["job"] and me["slurm_restarts"] > status.get("slurm_restarts", 0))
+    return not (status.get("job") and status["job"] == me["job"] and me["slurm_restarts"] > (status.get("slurm_restarts") or 0))
 
 # %% ../nbs/10_runs.ipynb #0dc93254
 def whole_lines(path):

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -220,11 +220,17 @@ class LiveView(TrainerCallback):
     "Calls `refresh` after every log line, when it is in metrics.jsonl: for a view of the run that takes the place of `Progress`'s line in the cell."
 
     def __init__(self, refresh):
-        self.refresh = refresh
+        self.refresh, self.failed = refresh, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss_reroute" in logs:
+        if not state.is_world_process_zero or not logs or "loss_reroute" not in logs:
+            return
+        try:
             self.refresh()
+        except Exception as e:  # what only shows a run must not end it
+            if not self.failed:
+                warnings.warn(f"the view of the run could not be drawn: {type(e).__name__}: {e}", stacklevel=2)
+            self.failed = True
 
 # %% ../nbs/07_trainer.ipynb #7ba65efc
 def in_notebook() -> bool:
@@ -240,8 +246,9 @@ def log_line(line: str) -> None:
     """Prints `line` to the terminal or the job's log at once: under papermill that is the stderr that the kernel started with, which ipykernel
     keeps in this attribute; what goes to its file descriptor now would end in the notebook, too."""
     terminal = getattr(sys.stderr, "_original_stdstream_copy", None)
-    if terminal is None: print(line, file=sys.__stderr__, flush=True)
-    else: os.write(terminal, f"{line}\n".encode())
+    with suppress(OSError):  # a terminal that is gone must not end a run
+        if terminal is None: print(line, file=sys.__stderr__, flush=True)
+        else: os.write(terminal, f"{line}\n".encode())
 
 
 def progress_line(row: dict, total_steps: int, seconds_left: float) -> str:
@@ -269,8 +276,10 @@ def stop_on_interrupt(run: Run):
         return
     def stop(signum, frame):
         if stop_requested(run): raise KeyboardInterrupt
-        (run.path / "stop").touch()
-        print("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
+        try: (run.path / "stop").touch()
+        except OSError: raise KeyboardInterrupt from None  # it cannot be asked for, so it is not waited for
+        with suppress(RuntimeError):  # raised where the signal comes in the middle of another print
+            print("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
     before = signal.signal(signal.SIGINT, stop)
     try: yield
     finally: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
@@ -325,5 +334,6 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     truncate_metrics(run, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     with stop_on_interrupt(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
     student.eval()
     return trainer.state.global_step >= config.total_steps

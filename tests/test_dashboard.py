@@ -83,9 +83,9 @@ def mimes(outputs): return {mime for o in outputs for mime in o.get("data", ())}
 
 
 def assert_slow_enough(nb):
-    "At most two updates a second; the last one of a cell may come at any time."
+    "At most two updates a second, on the way to the browser one may catch up with another; the last one of a cell may come at any time."
     times = nb.page.evaluate("() => window.cbnbUpdates")[:-1]
-    assert len(times) >= 2 and all(b - a >= 450 for a, b in zip(times, times[1:])), times
+    assert len(times) >= 2 and times[-1] - times[0] >= 500 * (len(times) - 1) - 300, times
 
 
 def test_stop_interrupt_and_resume(lab, tmp_path):

@@ -85,6 +85,11 @@ def test_the_predicting_position_is_one_to_the_left(pages, html, encoded):
     page.get_by_label("predicting position").check()
     inside = tokens(page).evaluate_all("spans => spans.map(s => s.classList.contains('in'))")
     assert inside == [*loss_mask(encoded, POLICIES[0])[1:].tolist(), False]
+    at = inside.index(True)
+    tokens(page).nth(at).click()
+    assert f"predicts token {at + 1} " in about(page) and str(encoded.why(at + 1, POLICIES[0])).split(" is ", 1)[1] in about(page)
+    tokens(page).last.click()
+    assert "predicts nothing" in about(page)
 
 
 def test_keys(pages, html, encoded):

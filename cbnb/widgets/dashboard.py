@@ -120,7 +120,7 @@ def headline(snapshot: Snapshot, ended: str = "") -> list[str]:
     if pace > 0: parts.append(f"{format_number(pace, 2)} s a step" if pace >= 1 else f"{format_number(1 / pace, 2)} steps a second")
     if status.get("state") == "running" and not ended and not is_gone(status):
         if pace * (total - step) > 0: parts.append(f"{duration(pace * (total - step))} of training left")
-        if step >= 0: parts.append(f"last line at {datetime.fromtimestamp(snapshot.written, timezone.utc):%H:%M:%S} UTC")
+        if step >= 0 and math.isfinite(snapshot.written): parts.append(f"last line at {datetime.fromtimestamp(snapshot.written, timezone.utc):%H:%M:%S} UTC")
     return parts
 
 
@@ -323,7 +323,9 @@ def live_dashboard(run):
             kind = "interrupted" if isinstance(e, (KeyboardInterrupt, RunInterrupted)) else f"failed: {type(e).__name__}"
             ended = f"{kind}: {e}" if str(e) else kind
             raise
-        finally: finish(ended)
+        finally:
+            try: finish(ended)
+            except Exception as e: print(f"the view of the run could not be drawn: {type(e).__name__}: {e}")  # the run counts, not its view
 
 # %% ../../nbs/23_dashboard.ipynb #7d00d125
 def watch(run, seconds: float = 0.5) -> None:

@@ -384,9 +384,10 @@ def explored_state(explored, tokenizer=None, a="assistant_only", b="first_header
     return {**state, "masks": entries, "view": "mask", "a": a, "b": b, **looks}
 
 # %% ../../nbs/21_mask_explorer.ipynb #a52e3375
-def explored_view(explored, tokenizer=None, **looks):
-    "The `StaticView` of an `Explored`: the strip and under it the tables; `looks` as in `explored_state`."
+def explored_view(explored, tokenizer=None, note="", **looks):
+    "The `StaticView` of an `Explored`: the strip and under it a `note` on its file and the tables; `looks` as in `explored_state`."
     state, tables = explored_state(explored, tokenizer, **looks), explored_html(explored)
+    if note: tables = f'<p class="cb-tables">{escape(visible(note))}</p>{tables}'
     html = page(state["title"], ["strip.js"], ["strip.css", "tables.css"], "renderStrip", state, tables)
     return StaticView(html, f"{strip_html(state)}{tables}", state["title"], 900)
 
@@ -524,7 +525,8 @@ class MaskExplorer:
 
     def static(self):
         "What is shown as a `StaticView`: one interactive page, and HTML without scripts."
-        return explored_view(self.explored, self.tokenizer, **self.looks)
+        note = "" if self.shelf is None else " ".join(filter(None, (self.shelf.note, self.shelf.skipped)))
+        return explored_view(self.explored, self.tokenizer, note, **self.looks)
 
     def save(self, path):
         "Writes the page to `path`, whole or not at all; returns the path."

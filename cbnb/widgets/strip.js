@@ -296,8 +296,10 @@ function createStrip(el, model) {
       (i ? `predicted at position ${i - 1}` : "predicted by nothing"));
     for (const [letter, m] of c.view === "difference" ? [["A", c.a], ["B", c.b]] : [["A", c.a]]) {
       if (!m) continue;
-      const reason = m.sentences[m.codes[i]];
-      lines.push(`${letter} ${m.name}: ${reason || (m.values[i] ? "in" : "out")}`);
+      const k = i + ahead;      // the token whose mark stands here
+      if (k >= tokens.n) { lines.push(`${letter} ${m.name}: predicts nothing`); continue; }
+      const reason = m.sentences[m.codes[k]] || (m.values[k] ? "in" : "out");
+      lines.push(`${letter} ${m.name}: ${ahead ? `predicts token ${k} ${text(k).trimEnd() || text(k)}, ` : ""}${reason}`);
     }
     for (const h of heats) lines.push(`${h.name}: ${figure(h.values[i] ?? NaN, 5)} ${h.unit}`);
     return lines.join("\n");

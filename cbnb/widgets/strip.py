@@ -210,7 +210,7 @@ def view_bundle(view, live):
     "The mime bundle of a widget with a `static()`; `live` is what ipywidgets makes of it, a dict or a pair with metadata."
     live, metadata = live if isinstance(live, tuple) else (live or {}, {})
     static = view.static()
-    return mime_bundle(live, static, static.title), metadata
+    return mime_bundle(live, static, visible(static.title)), metadata
 
 # %% ../../nbs/20a_strip.ipynb #8f36ab9f
 class StillStrip:
