@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'PAGE',
            'format_number', 'printable', 'readable_table', 'result_table', 'describe_run', 'as_float', 'series',
-           'summary', 'axis_range', 'spread', 'neighbours', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
-           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'thin', 'pixels', 'svg_line', 'svg_text', 'svg_axes',
-           'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
+           'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels',
+           'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text',
+           'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -185,11 +185,30 @@ def neighbours(mask: np.ndarray) -> np.ndarray:
     "For each entry of a bool array [n], how many of the entries beside it are True: 0, 1 or 2."
     return np.r_[0, mask][:-1] + np.r_[mask, 0][1:]
 
+# %% ../nbs/12_report.ipynb #793ffbee
+def thin(column: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Indices of the points of a long line that a screen can show: first, lowest, highest and last of each column, and both edges of each gap.
+    `column` (ints [n], ascending): the one of each point; `y` (floats [n]): NaN for a gap."""
+    if not len(y): return np.arange(0)
+    gap, starts = np.isnan(y), np.flatnonzero(np.diff(column)) + 1
+    keep = set((np.flatnonzero(np.diff(gap))[:, None] + [0, 1]).ravel().tolist())
+    for part in np.split(np.arange(len(y)), starts):
+        keep |= {part[0], part[-1], part[np.where(gap[part], np.inf, y[part]).argmin()], part[np.where(gap[part], -np.inf, y[part]).argmax()]}
+    return np.array(sorted(keep), dtype=int)
+
+
+def columns_of(steps: np.ndarray, columns: int = 500) -> np.ndarray:
+    "Which of `columns` equal stretches each of the ascending `steps` [n] lies in: ints [n]; each its own where there are no more points than a screen can show."
+    if len(steps) <= 2 * columns: return np.arange(len(steps))
+    return (columns * (steps - steps[0]) / (steps[-1] - steps[0])).astype(int)
+
 # %% ../nbs/12_report.ipynb #0fd2409d
 def line(rows: list[dict], key: str, name: str, limits: list[float], log: bool) -> go.Scatter:
     """The trace of one metric. A value below a log axis (a KL of 0) is drawn at its lower edge, with an open triangle where such a stretch
     begins and ends and the true value on hover; a point without neighbours, and each of a few points, gets a dot."""
     steps, values = series(rows, key, gaps=key not in SLOW)
+    kept = thin(columns_of(steps), values)
+    steps, values = steps[kept], values[kept]
     seen = np.isfinite(values)
     low = seen & (values < 10 ** limits[0]) if log else np.zeros(len(values), bool)
     ends = low & (neighbours(low) < 2)
@@ -303,15 +322,6 @@ def tick_text(value: float) -> str:
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if mantissa == "1" else f"{mantissa}·{power}".replace("-", "−", 1)
 
-# %% ../nbs/12_report.ipynb #793ffbee
-def thin(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    "Indices of the points of a long line that a screen can show: first, lowest, highest and last of each pixel column. `x`, `y` in pixels."
-    if len(x) <= 1000:
-        return np.arange(len(x))
-    starts = np.flatnonzero(np.diff(np.floor(x))) + 1
-    keep = {i for part in np.split(np.arange(len(x)), starts) for i in (part[0], part[y[part].argmin()], part[y[part].argmax()], part[-1])}
-    return np.array(sorted(keep))
-
 # %% ../nbs/12_report.ipynb #70a2e20c
 def pixels(axis, values, length: float) -> np.ndarray:
     "Where plotly `axis` puts `values` (floats, None for missing) on `length` pixels, from its lower end."
@@ -326,7 +336,7 @@ def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
     seen = np.flatnonzero(np.isfinite(y))
     parts = []
     for run in np.split(seen, np.flatnonzero(np.diff(seen) > 1) + 1):
-        points = [f"{x[i]:.1f} {y[i]:.1f}" for i in run[thin(x[run], y[run])]]
+        points = [f"{x[i]:.1f} {y[i]:.1f}" for i in run[thin(np.floor(x[run]), y[run])]]
         parts.append("M" + "L".join(points) if len(points) > 1 else "")
     style = {"dash": "6 4", "dot": "2 3", "dashdot": "7 3 2 3"}.get(trace.line.dash, "none")
     pen = f'fill="none" stroke="{trace.line.color}"'

@@ -7,10 +7,10 @@ __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', '
            'annotated_lines', 'declared_parameters', 'injected_parameters', 'parameter_types', 'convert_parameter',
            'refuse_secrets', 'scrub', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'write_bytes',
            'write_json', 'read_json', 'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder',
-           'git', 'source_hash', 'code_state', 'holds_running_cell', 'find_notebook', 'Run', 'now', 'read_status',
-           'set_status', 'stage', 'process_start', 'identity', 'still_running', 'whole_lines', 'append_metrics',
-           'read_metrics', 'truncate_metrics', 'write_result', 'stop_requested', 'is_unused', 'check_same_parameters',
-           'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
+           'git', 'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run', 'now',
+           'read_status', 'set_status', 'stage', 'process_start', 'identity', 'still_running', 'whole_lines',
+           'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result', 'stop_requested', 'is_unused',
+           'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -270,9 +270,16 @@ def code_state(limit=1_000_000):
             "diff_truncated": diff is not None and len(diff.encode(errors="replace")) > limit}
 
 # %% ../nbs/10_runs.ipynb #3303a0eb
+def kernel():
+    "The Jupyter kernel that runs this code, or None."
+    if "IPython" not in sys.modules: return None   # whoever has a kernel has imported it; the import takes half a second
+    from IPython import get_ipython
+    return getattr(get_ipython(), "kernel", None)
+
+
 def holds_running_cell(path):
     """Whether a cell of the notebook at `path` has the source of the cell that is running."""
-    from IPython import get_ipython   # half a second, and only asked for in a notebook
+    from IPython import get_ipython
     shell = get_ipython()
     try: cells = json.loads(path.read_text())["cells"]
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -495,6 +502,7 @@ def open_run(parameters, name="train", run_dir=None, notebook=None):
         (path / "stop").unlink(missing_ok=True)
         if not run.resumed: truncate_metrics(run, -1)
         write_json(path / "params.json", parameters)
-        set_status(run, "running", **identity(), attempt=run.attempt, restarts=run.attempt - 1, stage=None, error=None, started=now())
+        set_status(run, "running", **identity(), attempt=run.attempt, restarts=run.attempt - 1, stage=None, error=None, started=now(),
+                   training_started=None, resumed_step=None)
         record_code(run, notebook or name)
     return run

@@ -29,13 +29,12 @@ from transformers.trainer_callback import PrinterCallback
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients
 from .data import PairedStreams, Sample, collate
-from .runs import Run, append_metrics, set_status, stop_requested, truncate_metrics
+from .runs import Run, append_metrics, kernel, set_status, stop_requested, truncate_metrics
 
 # %% auto #0
 __all__ = ['TERMS', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients', 'gradient_report',
-           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'in_notebook',
-           'log_line', 'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'training_arguments',
-           'train_breaker']
+           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
+           'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'training_arguments', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -185,11 +184,11 @@ class StopFile(TrainerCallback):
     "Ends training with a checkpoint, after the step in which the run's file `stop` appears."
 
     def __init__(self, run: Run):
-        self.run = run
+        self.run, self.stopped = run, False
 
     def on_step_end(self, args, state, control, **kwargs):
         if stop_requested(self.run):
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = self.stopped = True
 
 
 class Progress(TrainerCallback):
@@ -233,15 +232,6 @@ class LiveView(TrainerCallback):
             self.failed = True
 
 # %% ../nbs/07_trainer.ipynb #7ba65efc
-def in_notebook() -> bool:
-    "True inside a Jupyter kernel."
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return hasattr(get_ipython(), "kernel")
-
-
 def log_line(line: str) -> None:
     """Prints `line` to the terminal or the job's log at once: under papermill that is the stderr that the kernel started with, which ipykernel
     keeps in this attribute; what goes to its file descriptor now would end in the notebook, too."""
@@ -312,7 +302,8 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingAr
 # %% ../nbs/07_trainer.ipynb #24d4510a
 def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, run: Run, pad_id: int,
                   teacher: nn.Module | None = None, callbacks=()) -> bool:
-    """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it before.
+    """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it (in the last
+    step too: whoever stopped it wants nothing more of this attempt).
 
     Writes metrics.jsonl and checkpoints to `run`, and goes on from its last whole checkpoint if it has one. The first interrupt asks for a
     stop too (see `stop_on_interrupt`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
@@ -321,10 +312,11 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     breaker = CircuitBreaker(student, config, teacher)
     args = training_arguments(config, run.path / "checkpoints")
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
-    in_cell = in_notebook() and not any(isinstance(callback, LiveView) for callback in callbacks)
+    in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
+    stop = StopFile(run)
     trainer = CircuitBreakerTrainer(
         model=breaker, args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
-        data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), StopFile(run), Progress(in_cell), *callbacks])
+        data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks])
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
     checkpoint = last_checkpoint(run)
@@ -336,4 +328,4 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
     student.eval()
-    return trainer.state.global_step >= config.total_steps
+    return trainer.state.global_step >= config.total_steps and not stop.stopped

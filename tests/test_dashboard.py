@@ -9,6 +9,7 @@ from helpers import NBS, code_cells, run
 from lab.labharness import CHROMIUM, RUN_ALL, CellError, Lab
 
 from cbnb.runs import append_metrics, open_run, read_metrics, read_status, set_status, write_json
+from cbnb.widgets.dashboard import static_dashboard
 
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 
@@ -211,3 +212,24 @@ def test_papermill_leaves_a_view_without_script_or_widget(lab, tmp_path):
     image.wait_for()
     assert image.evaluate("i => i.complete && i.naturalWidth > 500") and page.get_by_text("training done").count() == 1
     lab.outside.clear()                                # nbconvert's own page asks for MathJax, which this one does without
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_static_page(pages, tmp_path, theme):
+    "A run as one page: the table, curves that answer the mouse, nothing from outside, nothing serious for axe."
+    run_dir = open_run({}, name="still", run_dir=tmp_path / "<b>still")
+    for step in range(1, 40):
+        append_metrics(run_dir, {"step": step, "loss": 1 / step, "loss_reroute": 1 - step / 50, "loss_retain": 0.1, "loss_kl": 1e-3 / step, "c_s": 1.0, "c_r": 2.0,
+                                 "grad_norm_total": 1.0, **{f"weighted_{t}": 0.1 * step for t in ("reroute", "retain", "kl")}})
+    set_status(run_dir, "interrupted", error="<script>alert(1)</script>")
+    page = pages.open(static_dashboard(run_dir).save(tmp_path / "page.html"), theme=theme)
+    assert page.locator("h1").inner_text() == "<b>still" and "<script>alert(1)</script>" in page.locator("p").first.inner_text()
+    assert page.locator("table tbody tr").count() == 4
+    panel = page.locator(".js-plotly-plot .nsewdrag").first
+    panel.wait_for()
+    page.mouse.move(0, 0)
+    panel.hover()
+    page.locator(".hoverlayer text").first.wait_for()
+    assert "step" in page.locator(".hoverlayer").text_content()
+    assert pages.violations(page) == []
+    pages.assert_clean()

@@ -100,7 +100,7 @@ def test_the_sum_is_the_loss_and_beta_weighs_it(pages, two):
     assert np.allclose(summary()[:, 2], 2 * before[:, 1]) and np.allclose(summary()[:, :2], before[:, :2]) and "2" in page.locator("output").last.inner_text()
     page.select_option(DIRECTION, "reverse")
     inside = arguments["mask"] & (np.arange(len(d.ids)) > 0)
-    assert np.allclose(summary()[:, 0], d.reverse[:, inside].mean(1)) and "the KL loss" not in page.locator(".kl-summary").inner_text()
+    assert np.allclose(summary()[:, 0], d.reverse[:, inside].mean(1)) and "in the loss" not in page.locator(".kl-summary").inner_text()
     assert page.get_by_label("temperature").is_disabled() and "needs the kernel" in page.locator(".cb-kl").inner_text()
 
 

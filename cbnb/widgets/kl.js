@@ -398,7 +398,7 @@ function createKL(el, model) {
     summary.replaceChildren(...d.names.map((name, s) => {
       const { mean, n } = meanOver(d, way, s, mask), loss = mean * d.temperature ** 2;
       return node("div", {}, node("b", {}, name), `: mean ${WAYS[way].name} `, part(mean), ` nats over ${counted(n)} targets · times T² `,
-        part(loss), way === "forward" ? " (the KL loss) · times β " : " · times β ", part(loss * beta));
+        part(loss), way === "forward" ? " (as in the loss) · times β " : " · times β ", part(loss * beta));
     }));
   }
 

@@ -169,7 +169,8 @@ def static_kl(arguments, selected=-1, direction="forward", beta=None):
     state = kl_state(**arguments) | {"selected": selected, "direction": direction, "choices": [], "chosen": 0, "live": False}
     if beta is not None: state["beta"] = beta
     title = arguments.get("title") or "KL explorer"
-    return StaticView(page(title, ["strip.js", "kl.js"], ["strip.css", "kl.css"], "renderKL", state), kl_html(**arguments), title, height=1150)
+    def make(): return page(title, ["strip.js", "kl.js"], ["strip.css", "kl.css"], "renderKL", state)
+    return StaticView(make, kl_html(**arguments), title, height=1150)
 
 
 class StillExplorer:
@@ -218,31 +219,33 @@ def from_root(path):
 
 
 def held_out_of(run):
-    "The transcripts that the run directory `run` held out. Raises ValueError where its parameters name none, TranscriptError where they are gone."
+    """The transcripts that the run directory `run` held out (iterable). Raises ValueError where its parameters name none, TranscriptError where they
+    are gone."""
     given = read_json(run / "params.json") or {}
     files, eval_files = ([part.strip() for part in given.get(key, "").split(",") if part.strip()] for key in ("data", "eval_data"))
     if given.get("data") == "tinyagent": files, eval_files = [], eval_files or [run / "data" / "eval.jsonl"]
     if not files and not eval_files: raise ValueError(f"{run}/params.json names no data; give transcript files.")
     files, eval_files = ([from_root(path) for path in paths] for paths in (files, eval_files))
-    return [t for path in eval_files for t in read_transcripts(path)] if eval_files else load_streams(files)[2]
+    return (t for path in eval_files for t in read_transcripts(path)) if eval_files else load_streams(files)[2]
 
 
 LISTED = 200
 
 
 def transcripts_to_show(data, run, limit=LISTED):
-    """At most `limit` transcripts: of the files `data` (separated by commas), of the tiny agent's world (`"tinyagent"`), or, if empty, those that
-    `run` held out. Raises ValueError where there are none."""
-    if data == "tinyagent" or not data and run is None: found = [t for kind in KINDS for t in make_transcripts(kind, 8, "eval")]
-    elif data: found = list(itertools.islice((t for path in data.split(",") for t in read_transcripts(path.strip())), limit))
-    else: found = held_out_of(run)[:limit]
+    """At most `limit` transcripts, and a sentence that says so where there are more, else "": of the files `data` (separated by commas), of the tiny
+    agent's world (`"tinyagent"`), or, if empty, those that `run` held out. Raises ValueError where there are none."""
+    if data == "tinyagent" or not data and run is None: source = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
+    elif data: source = (t for path in data.split(",") for t in read_transcripts(path.strip()))
+    else: source = held_out_of(run)
+    found = list(itertools.islice(source, limit + 1))
     if not found: raise ValueError(f"{data or run} holds no transcripts.")
-    return found
+    return found[:limit], f"The first {limit} transcripts are listed; give the number of a later one." if len(found) > limit else ""
 
 
-def renewer(student, masker, transcripts, config, teacher=None, k=10):
-    """A function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for `KLExplorer`. The final hidden states of the
-    last one chosen are kept, so that another temperature takes no pass."""
+def renewer(student, masker, transcripts, config, teacher=None, k=10, note=""):
+    """A function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for `KLExplorer`, each with the sentence `note`. The
+    final hidden states of the last one chosen are kept, so that another temperature takes no pass."""
     kept = {}
     def renew(chosen, temperature):
         transcript = transcripts[chosen]
@@ -256,25 +259,27 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10):
         divergence = diverge(target, sides, about["encoded"].input_ids, temperature, k)
         vocabulary = target.head(target.hidden[:1]).shape[1]
         return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary, "title": transcript.id,
-                "problem": " ".join(left_out(about["encoded"], config))}
+                "problem": " ".join(filter(None, [note, *left_out(about["encoded"], config, transcript.label)]))}
     return renew
 
 
-def left_out(encoded, config):
-    "Sentences on what an `encoded` window does not show as training saw it (list): what was cut off, and turns that were samples of their own."
+def left_out(encoded, config, label):
+    """Sentences on where an `encoded` window is not what the KL term saw in training (list): what was cut off, turns that were samples of their own, a
+    transcript whose `label` keeps it out of the term."""
     start, end, n = int(encoded.offsets[0, 0]), int(encoded.offsets[-1, 1]), len(encoded.text)
     cut = f"Cut to {len(encoded.input_ids)} tokens, as in training (max_length, {config.truncation}): characters {start} to {end} of {n}."
     turns = "The run trained one sample a turn (split_turns); here the transcript stands as a whole."
-    return [cut] * (start > 0 or end < n) + [turns] * config.split_turns
+    harmful = "This transcript is harmful: the KL term leaves it out, and its targets are the reroute term's."
+    return [cut] * (start > 0 or end < n) + [turns] * config.split_turns + [harmful] * (label == "harmful")
 
 # %% ../../nbs/22_kl_explorer.ipynb #7b822af2
 def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,
-                  control="error", trust_remote_code=False):
+                  control="", trust_remote_code=False):
     """The explorer of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
-    `transcripts_to_show`; `number`: the transcript that is shown first, from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl` and
-    `dtype` None: the run's.
+    `transcripts_to_show`; `number`: the transcript that is shown first, from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl`,
+    `dtype` None and `control` empty: the run's.
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
@@ -282,12 +287,13 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     config = run_config(run)
     model = model or (config.model if run else json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
-    transcripts = transcripts_to_show(data, run, max(LISTED, number))
+    transcripts, more = transcripts_to_show(data, run, max(LISTED, number))
     if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
-    teacher = teacher or (read_json(run / "params.json") or {}).get("teacher", "") if run else teacher
+    given = (read_json(run / "params.json") or {}) if run else {}
+    teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     masker = ChatMasker(load_tokenizer(model, trust_remote_code), control=control)
     def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
-    renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k)
+    renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
     return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], number - 1)

@@ -388,8 +388,8 @@ def explored_view(explored, tokenizer=None, note="", **looks):
     "The `StaticView` of an `Explored`: the strip and under it a `note` on its file and the tables; `looks` as in `explored_state`."
     state, tables = explored_state(explored, tokenizer, **looks), explored_html(explored)
     if note: tables = f'<p class="cb-tables">{escape(visible(note))}</p>{tables}'
-    html = page(state["title"], ["strip.js"], ["strip.css", "tables.css"], "renderStrip", state, tables)
-    return StaticView(html, f"{strip_html(state)}{tables}", state["title"], 900)
+    def make(): return page(state["title"], ["strip.js"], ["strip.css", "tables.css"], "renderStrip", state, tables)
+    return StaticView(make, f"{strip_html(state)}{tables}", state["title"], 900)
 
 # %% ../../nbs/21_mask_explorer.ipynb #7995c9c8
 LISTED, HELD = 500, 64

@@ -191,20 +191,19 @@ function createStrip(el, model) {
     block.filled = true;
   }
 
-  function drain(block) {
-    if (!block.filled) return;
-    block.line.style.minHeight = `${block.line.offsetHeight}px`;
+  function drain(block, height) {
+    block.line.style.minHeight = `${height}px`;
     block.line.replaceChildren();
     block.filled = false;
     block.spans = null;
   }
 
   const watcher = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      const block = entry.target.cbBlock;
-      if (entry.isIntersecting) fill(block);
-      else if (!(shown >= block.start && shown < block.end)) drain(block);      // the focused token stays in the page
-    }
+    const gone = entries.map((entry) => entry.isIntersecting ? null : entry.target.cbBlock)
+      .filter((block) => block?.filled && !(shown >= block.start && shown < block.end));      // the focused token stays in the page
+    const heights = gone.map((block) => block.line.offsetHeight);      // all read before anything is written: one layout, not one a block
+    gone.forEach((block, k) => drain(block, heights[k]));
+    for (const entry of entries) if (entry.isIntersecting) fill(entry.target.cbBlock);
     frame();
   }, { root: view, rootMargin: "400px 0px" });
 
@@ -241,22 +240,30 @@ function createStrip(el, model) {
     into.replaceChildren(...list.map((name) => node("option", { value: name, selected: name === value }, name)));
   }
 
-  function colours() {
+  function read() {
     masks = readMasks(model);
     heats = readHeats(model);
+    ahead = model.get("predicting") ? 1 : 0;
+  }
+
+  function choices() {
     const names = masks.map((m) => m.name);
     const modes = [...(masks.length ? ["mask"] : []), ...(masks.length > 1 ? ["difference"] : []), ...(heats.length ? ["heat"] : []), "text"];
     options(modes, mode, model.get("view"));
     options(names, first, at(masks, model.get("a"))?.name);
     options(names, second, at(masks, model.get("b"))?.name);
     options(heats.map((h) => h.name), heat, at(heats, model.get("heat"))?.name);
-    recolour();
   }
 
   function recolour() {
     ahead = model.get("predicting") ? 1 : 0;
     const c = current();
     for (const block of blocks) if (block.filled) block.spans.forEach((span, k) => paint(span, block.start + k, c));
+    around(c);
+  }
+
+  // All that stands around the tokens.
+  function around(c) {
     const masked = c.view === "mask" || c.view === "difference";
     labels.a.hidden = !masked; labels.b.hidden = c.view !== "difference"; labels.heat.hidden = c.view !== "heat" || heats.length < 2;
     labels.shift.hidden = !masked; boundary.hidden = !masks.length; differing.hidden = masks.length < 2;
@@ -282,8 +289,10 @@ function createStrip(el, model) {
     }
     for (const m of c.view === "mask" ? [c.a] : c.view === "difference" ? [c.a, c.b] : []) if (m?.note) parts.push(node("span", {}, `${m.name}: ${m.note}`));
     if (c.view === "heat" && c.heat) {
-      parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}, by logarithm:`), sample("heat h0", `≤ ${figure(c.heat.low)}`, "0"), sample("heat h4", "", "4"),
-        sample("heat h9", figure(c.heat.high), "9"), sample("na", "no value"));
+      if (c.heat.high > 0) {
+        parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}, by logarithm:`), sample("heat h0", `≤ ${figure(c.heat.low)}`, "0"), sample("heat h4", "", "4"),
+          sample("heat h9", figure(c.heat.high), "9"), sample("na", "no value"));
+      } else parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}: no value above 0`));
     }
     parts.push(node("span", {}, "← → token · ↑ ↓ line · b edge" + (masks.length > 1 ? " · d difference" : "") + " · / search · n next hit · shift: back"));
     key.replaceChildren(...parts);
@@ -475,10 +484,10 @@ function createStrip(el, model) {
 
   const resized = new ResizeObserver(() => frame());
   resized.observe(view);
+  const colours = () => { read(); choices(); recolour(); };
   const rebuild = () => {
     hits = []; hit = new Set(); shown = -1; search.value = ""; count.textContent = "";
-    masks = readMasks(model); heats = readHeats(model); ahead = model.get("predicting") ? 1 : 0;
-    build(); colours();
+    read(); build(); choices(); around(current());
     if (model.get("selected") >= 0) show(model.get("selected"));
   };
   const chose = () => { const i = model.get("selected"); if (i !== shown) show(i); };

@@ -111,7 +111,7 @@ def strip_mask(encoded, mask, name=None, label=None):
     else:
         name = name or "mask"
         values = checked(mask, encoded, f"the mask {name!r}", bool)
-        codes, sentences = np.zeros(len(values), np.uint32), []
+        codes, sentences = np.zeros(0, np.uint32), []
     return {"name": visible(name), "note": NOTES.get(name, ""), "values": values.astype(np.uint8).tobytes(),
             "codes": codes.astype(np.uint32).tobytes(), "sentences": [visible(s) for s in sentences]}
 
@@ -203,7 +203,7 @@ STATE = ("tokens", "masks", "heats", "view", "a", "b", "heat", "predicting", "se
 def static_strip(state):
     "The `StaticView` of a strip's state."
     title = state["title"] or "token strip"
-    return StaticView(page(title, ["strip.js"], ["strip.css"], "renderStrip", state), strip_html(state), title)
+    return StaticView(lambda: page(title, ["strip.js"], ["strip.css"], "renderStrip", state), strip_html(state), title)
 
 
 def view_bundle(view, live):
