@@ -6,11 +6,11 @@
 __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', 'STATES', 'LEFT_BY_OTHERS', 'ParameterError',
            'annotated_lines', 'declared_parameters', 'injected_parameters', 'parameter_types', 'convert_parameter',
            'refuse_secrets', 'scrub', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'write_bytes',
-           'write_json', 'read_json', 'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder',
-           'git', 'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run', 'now',
-           'read_status', 'set_status', 'stage', 'process_start', 'identity', 'still_running', 'whole_lines',
-           'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result', 'stop_requested', 'is_unused',
-           'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
+           'json_text', 'write_json', 'read_json', 'project_root', 'runs_folder', 'check_name', 'parameters_hash',
+           'fresh_folder', 'git', 'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run',
+           'now', 'read_status', 'set_status', 'stage', 'process_start', 'identity', 'still_running', 'close_run',
+           'whole_lines', 'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result', 'stop_requested',
+           'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -185,9 +185,15 @@ def write_bytes(path, data):
         raise
 
 # %% ../nbs/10_runs.ipynb #3330018e
+def json_text(value):
+    """`to_plain(value)` as JSON that YAML 1.1 reads alike: `1e-05` would be a string there, and `papermill -f params.json` reads YAML."""
+    text = json.dumps(to_plain(value), indent=1, allow_nan=False)
+    return re.sub(r'("(?:[^"\\]|\\.)*")|(?<![\d.])(\d+)e', lambda m: m[1] or f"{m[2]}.0e", text)
+
+
 def write_json(path, value):
-    """Writes `to_plain(value)` to `path` as JSON, whole or not at all (see `write_bytes`)."""
-    write_bytes(path, (json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n").encode())
+    """Writes `value` to `path` as JSON (see `json_text`), whole or not at all (see `write_bytes`)."""
+    write_bytes(path, f"{json_text(value)}\n".encode())
 
 # %% ../nbs/10_runs.ipynb #7eb976c1
 def read_json(path):
@@ -368,6 +374,18 @@ def still_running(status):
         return start is not None and start == status.get("pid_started") and status.get("pid") != me["pid"]
     return not (status.get("job") and status["job"] == me["job"] and me["slurm_restarts"] > (status.get("slurm_restarts") or 0))
 
+# %% ../nbs/10_runs.ipynb #close001
+def close_run(path, code):
+    """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
+    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed: nobody writes there any more."""
+    status, path = read_status(path), Path(path)
+    if status.get("state") not in (None, "queued", "running"): return status["state"]
+    where = f"in its stage {status['stage']}" if status.get("stage") else "before its first stage"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    set_status(Run(path), "failed", error=f"the process ended {where} with exit status {code} and no word of its own: a killed kernel (memory?) or "
+               "a refused parameter; look at its log")
+    return "failed"
+
 # %% ../nbs/10_runs.ipynb #0dc93254
 def whole_lines(path):
     """The bytes of the file up to and including its last newline (empty without a file): a line cut off in the middle is left out."""
@@ -506,3 +524,9 @@ def open_run(parameters, name="train", run_dir=None, notebook=None):
                    training_started=None, resumed_step=None)
         record_code(run, notebook or name)
     return run
+
+# %% ../nbs/10_runs.ipynb #close004
+if __name__ == "__main__" and "__file__" in globals():
+    if len(sys.argv) != 4 or sys.argv[1] != "close": sys.exit("usage: python -m cbnb.runs close RUN_DIR EXIT_STATUS")
+    try: print(close_run(sys.argv[2], sys.argv[3]))
+    except (RunError, OSError) as e: sys.exit(str(e))
