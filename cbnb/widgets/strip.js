@@ -6,6 +6,7 @@ const EDGES = { header: "e1", template: "e1", padding: "e1", reasoning: "e2", "t
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
 const KINDS = ["", " sp", " part"];      // text, added token, part of a character
 const BLOCK = 256;      // tokens of a block: only the blocks near the window are in the page
+let viewWidth = 800;    // of the strip shown last: to ask a new one would lay out the whole page before it is built
 let strips = 0;         // ids of tokens are unique in a page that shows several strips
 
 function node(tag, attributes = {}, ...children) {
@@ -212,17 +213,9 @@ function createStrip(el, model) {
     view.replaceChildren();
     tokens = readTokens(model);
     blocks = cutBlocks(tokens);
-    const perLine = Math.max(20, Math.floor((view.clientWidth || 800) / 9));
     for (const block of blocks) {
       const owner = tokens.owners[block.start], who = role(block.start), letter = LETTERS[who] || (who ? who[0].toUpperCase() : "");
-      let lines = 1, width = 0;
-      for (let i = block.start; i < block.end; i++) {
-        const k = tokens.ids[i];
-        width += tokens.sizes[k];
-        if (tokens.breaks[k] || width > perLine) { lines++; width = 0; }
-      }
-      block.height = lines * 23;
-      block.line = node("div", { class: "cb-line", role: "presentation", style: `min-height: ${block.height}px` });
+      block.line = node("div", { class: "cb-line", role: "presentation" });
       const label = node("span", { class: "cb-who", "aria-hidden": "true" });
       if (block.first && owner >= 0) label.append(node("b", {}, letter), ` ${owner}`);
       block.div = node("div", { class: `cb-block${block.first ? " first" : ""}`, role: "presentation" }, label, block.line);
@@ -231,9 +224,25 @@ function createStrip(el, model) {
       view.append(block.div);
       watcher.observe(block.div);
     }
+    estimate();
     // what is seen at once is filled at once; the rest when it comes near
     for (let i = 0, seen = 0; i < blocks.length && seen < 450; i++) { fill(blocks[i]); seen += blocks[i].height; }
     view.setAttribute("aria-label", `${tokens.n} tokens${model.get("title") ? ` of ${model.get("title")}` : ""}`);
+  }
+
+  // How high each block will be; of those that are not filled it is the height.
+  function estimate() {
+    const perLine = Math.max(20, Math.floor(viewWidth / 9));
+    for (const block of blocks) {
+      let lines = 1, width = 0;
+      for (let i = block.start; i < block.end; i++) {
+        const k = tokens.ids[i];
+        width += tokens.sizes[k];
+        if (tokens.breaks[k] || width > perLine) { lines++; width = 0; }
+      }
+      block.height = lines * 23;
+      if (!block.filled) block.line.style.minHeight = `${block.height}px`;
+    }
   }
 
   function options(list, into, value) {
@@ -482,7 +491,11 @@ function createStrip(el, model) {
   map.addEventListener("pointerdown", (event) => { map.setPointerCapture(event.pointerId); drag(event); });
   map.addEventListener("pointermove", drag);
 
-  const resized = new ResizeObserver(() => frame());
+  const resized = new ResizeObserver(([entry]) => {
+    const width = entry.contentRect.width;
+    if (width && Math.abs(width - viewWidth) > 0.1 * viewWidth) { viewWidth = width; estimate(); }
+    frame();
+  });
   resized.observe(view);
   const colours = () => { read(); choices(); recolour(); };
   const rebuild = () => {
