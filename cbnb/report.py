@@ -331,20 +331,26 @@ def pixels(axis, values, length: float) -> np.ndarray:
 
 # %% ../nbs/12_report.ipynb #5b7e0608
 def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
-    "SVG of one trace in a panel of `width` × `height` pixels, origin in its upper left corner."
+    "SVG of one trace, with its dots and its error bars, in a panel of `width` × `height` pixels, origin in its upper left corner."
     x, y = pixels(xaxis, trace.x, width), height - pixels(yaxis, trace.y, height)
     seen = np.flatnonzero(np.isfinite(y))
     parts = []
-    for run in np.split(seen, np.flatnonzero(np.diff(seen) > 1) + 1):
+    for run in np.split(seen, np.flatnonzero(np.diff(seen) > 1) + 1) if "lines" in trace.mode else ():
         points = [f"{x[i]:.1f} {y[i]:.1f}" for i in run[thin(np.floor(x[run]), y[run])]]
         parts.append("M" + "L".join(points) if len(points) > 1 else "")
     style = {"dash": "6 4", "dot": "2 3", "dashdot": "7 3 2 3"}.get(trace.line.dash, "none")
+    faint = f' fill-opacity="{trace.marker.opacity:g}"' if (trace.marker.opacity or 1) < 1 else ""
     pen = f'fill="none" stroke="{trace.line.color}"'
-    out = [f'<path d="{"".join(parts)}" {pen} stroke-width="{trace.line.width}" stroke-dasharray="{style}" stroke-linejoin="round"/>']
+    out = [f'<path d="{"".join(parts)}" {pen} stroke-width="{trace.line.width}" stroke-dasharray="{style}" stroke-linejoin="round"/>'] if parts else []
+    for i in np.flatnonzero(np.isfinite(np.asarray(trace.error_y.array, dtype=float))) if trace.error_y.array is not None else ():
+        ends = np.array([trace.y[i] - trace.error_y.arrayminus[i], trace.y[i] + trace.error_y.array[i]])
+        if yaxis.type == "log": ends = np.maximum(ends, 10.0 ** yaxis.range[0])
+        bottom, top = height - np.clip(pixels(yaxis, ends, height), 0, height)
+        out.append(f'<path d="M{x[i] - 4:.1f} {bottom:.1f}h8M{x[i]:.1f} {bottom:.1f}V{top:.1f}M{x[i] - 4:.1f} {top:.1f}h8" {pen} stroke-width="1.5"/>')
     for i in seen[np.asarray(trace.marker.size)[seen] > 0] if trace.customdata is not None else ():
         low = trace.marker.symbol[i] != "circle"
         out.append(f'<path d="M{x[i] - 5:.1f} {y[i] - 8:.1f}h10l-5 8z" {pen} stroke-width="1.5"/>' if low else
-                   f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2.5" fill="{trace.line.color}"/>')
+                   f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{trace.marker.size[i] / 2:g}" fill="{trace.line.color}"{faint}/>')
     return "".join(out)
 
 # %% ../nbs/12_report.ipynb #6eb69941
@@ -355,16 +361,17 @@ def svg_text(x: float, y: float, text: str, anchor: str = "start", size: float =
 
 # %% ../nbs/12_report.ipynb #5523cf36
 def svg_axes(xaxis, yaxis, width: float, height: float) -> str:
-    "SVG of the grid and the tick labels of a panel; labels of the steps only where the figure has them."
+    "SVG of the grid and the tick labels of a panel; labels along x only where the figure has them: its own texts, else whole numbers."
     grid, labels = "", ""
     for value in (log_ticks if yaxis.type == "log" else linear_ticks)(*yaxis.range):
         y = height - pixels(yaxis, [value], height)[0]
         grid += f"M-4 {y:.1f}H{width:.1f}"
         labels += svg_text(-7, y, tick_text(value), "end")
-    for value in (v for v in linear_ticks(*xaxis.range) if v == int(v)):
+    marks = {v: tick_text(v) for v in linear_ticks(*xaxis.range) if v == int(v)} if xaxis.ticktext is None else dict(zip(xaxis.tickvals, xaxis.ticktext, strict=True))
+    for value, text in marks.items():
         x = pixels(xaxis, [value], width)[0]
         grid += f"M{x:.1f} 0V{height + 4:.1f}"
-        labels += svg_text(x, height + 13, tick_text(value), "middle") if xaxis.showticklabels else ""
+        labels += svg_text(x, height + 13, text, "middle") if xaxis.showticklabels else ""
     if xaxis.title.text:
         labels += svg_text(width / 2, height + 31, xaxis.title.text, "middle")
     return f'<path d="{grid}" stroke="#808080" stroke-opacity="0.3"/>{labels}'
@@ -380,20 +387,23 @@ def svg_note(note, yaxis, width: float, height: float) -> str:
 
 # %% ../nbs/12_report.ipynb #27779ece
 def static_svg(fig: go.Figure) -> str:
-    "A figure made by `curves` as one script-free, well-formed SVG document (str), with a title for screen readers."
+    """A figure of panels, made by `curves` or in its manner, as one script-free, well-formed SVG document (str), with a title for screen readers.
+
+    In that manner: lines and dots on axes x, y, x2, y2, … with a domain and a range each; dots have `customdata` and a size and a symbol each."""
     layout = fig.layout
-    inner = WIDTH - MARGIN["l"] - MARGIN["r"], HEIGHT - MARGIN["t"] - MARGIN["b"]
-    body = [svg_text(WIDTH / 2, HEIGHT / 2, note.text, "middle", note.font.size) for note in layout.annotations if note.xref == "paper"]
-    for n in range(1, len(PANELS) + 1):
+    total, margin = layout.height, layout.margin
+    inner = WIDTH - margin.l - margin.r, total - margin.t - margin.b
+    body = [svg_text(WIDTH / 2, total / 2, note.text, "middle", note.font.size) for note in layout.annotations if note.xref == "paper"]
+    for n in range(1, 1 + sum(key.startswith("xaxis") for key in layout.to_plotly_json())):
         x, y = axis_ids(n)
         xaxis, yaxis = layout["xaxis" + x[1:]], layout["yaxis" + y[1:]]
         width, height = (xaxis.domain[1] - xaxis.domain[0]) * inner[0], (yaxis.domain[1] - yaxis.domain[0]) * inner[1]
         parts = [svg_axes(xaxis, yaxis, width, height)] + [svg_line(t, xaxis, yaxis, width, height) for t in fig.data if t.xaxis == x]
         parts += [svg_note(note, yaxis, width, height) for note in layout.annotations if note.xref == f"{x} domain"]
-        left, top = MARGIN["l"] + xaxis.domain[0] * inner[0], MARGIN["t"] + (1 - yaxis.domain[1]) * inner[1]
+        left, top = margin.l + xaxis.domain[0] * inner[0], margin.t + (1 - yaxis.domain[1]) * inner[1]
         body.append(f'<g transform="translate({left:.1f} {top:.1f})">{"".join(parts)}</g>')
     title = escape(printable(layout.meta or "curves"))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total:g}" width="{WIDTH}" height="{total:g}" role="img" '
             f'font-family="system-ui, sans-serif"><title>{title}</title>{"".join(body)}</svg>')
 
 # %% ../nbs/12_report.ipynb #80b231ed
@@ -405,7 +415,7 @@ def mime_bundle(fig: go.Figure) -> dict:
     # plotly's toolbar has a button that uploads the data to its maker's site; a run's curves stay here
     config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
     figure = json.loads(fig.to_json(validate=False)) | {"config": config}
-    image = f'<img alt="{escape(text)}" width="{WIDTH}" height="{HEIGHT}" src="data:image/svg+xml;base64,{data}">'
+    image = f'<img alt="{escape(text)}" width="{WIDTH}" height="{fig.layout.height:g}" src="data:image/svg+xml;base64,{data}">'
     return {"application/vnd.plotly.v1+json": figure, "text/html": image, "text/plain": text}
 
 # %% ../nbs/12_report.ipynb #159f1775
