@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
-           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'parser', 'main']
+           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_report', 'run_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -151,6 +151,29 @@ def closing_lines(totals, findings, more):
     for head, rows in ((ROLE_HEAD, totals.role_table()), (TURN_HEAD, totals.turn_table())): yield from [*format_table(head, rows), ""]
     yield totals.verdict()
 
+# %% ../nbs/30_cli.ipynb #rep00002
+def add_report(commands):
+    "Adds the arguments of `cbnb report`."
+    p = commands.add_parser("report", help="verdicts, advice and figures of a sweep", description="Write the report of a sweep: one page that opens offline, "
+                            "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed.",
+                            epilog="status 2: there is no run in the folders, or nothing can be written")
+    p.add_argument("folders", metavar="SWEEP", nargs="+", help="the folder of a sweep, any folder of run directories, or run directories")
+    p.add_argument("--out", metavar="DIR", help="folder to write to (default: report/ in the first SWEEP)")
+    p.set_defaults(run=run_report)
+
+
+def run_report(args):
+    "Carries out `cbnb report`: prints the verdicts, then the path of the page."
+    from cbnb.runs import RunError
+    from cbnb.sweep import write_sweep
+    from cbnb.verdicts import read_sweep
+    from cbnb.widgets.sweep import judged
+    try: sweep = read_sweep(args.folders)
+    except RunError as e: raise CommandError(str(e)) from None
+    files = write_sweep(sweep, args.out or Path(args.folders[0]) / "report")
+    print(*map(visible, judged(sweep).splitlines()), "", f"report: {files[-1]}", sep="\n")
+    return 0
+
 # %% ../nbs/30_cli.ipynb #f47e2396
 def parser():
     "The parser of all commands."
@@ -158,6 +181,7 @@ def parser():
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     add_masks(commands)
+    add_report(commands)
     return p
 
 
