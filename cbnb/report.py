@@ -340,17 +340,19 @@ def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
         parts.append("M" + "L".join(points) if len(points) > 1 else "")
     style = {"dash": "6 4", "dot": "2 3", "dashdot": "7 3 2 3"}.get(trace.line.dash, "none")
     faint = f' fill-opacity="{trace.marker.opacity:g}"' if (trace.marker.opacity or 1) < 1 else ""
-    pen = f'fill="none" stroke="{trace.line.color}"'
+    colour, dots = trace.line.color, trace.customdata is not None
+    pen = f'fill="none" stroke="{colour}"'
     out = [f'<path d="{"".join(parts)}" {pen} stroke-width="{trace.line.width}" stroke-dasharray="{style}" stroke-linejoin="round"/>'] if parts else []
     for i in np.flatnonzero(np.isfinite(np.asarray(trace.error_y.array, dtype=float))) if trace.error_y.array is not None else ():
         ends = np.array([trace.y[i] - trace.error_y.arrayminus[i], trace.y[i] + trace.error_y.array[i]])
         if yaxis.type == "log": ends = np.maximum(ends, 10.0 ** yaxis.range[0])
         bottom, top = height - np.clip(pixels(yaxis, ends, height), 0, height)
         out.append(f'<path d="M{x[i] - 4:.1f} {bottom:.1f}h8M{x[i]:.1f} {bottom:.1f}V{top:.1f}M{x[i] - 4:.1f} {top:.1f}h8" {pen} stroke-width="1.5"/>')
-    for i in seen[np.asarray(trace.marker.size)[seen] > 0] if trace.customdata is not None else ():
-        low = trace.marker.symbol[i] != "circle"
+    sizes, symbols = (np.asarray(trace.marker.size), trace.marker.symbol) if dots else (None, None)
+    for i in seen[sizes[seen] > 0] if dots else ():
+        low = symbols[i] != "circle"
         out.append(f'<path d="M{x[i] - 5:.1f} {y[i] - 8:.1f}h10l-5 8z" {pen} stroke-width="1.5"/>' if low else
-                   f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{trace.marker.size[i] / 2:g}" fill="{trace.line.color}"{faint}/>')
+                   f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{sizes[i] / 2:g}" fill="{colour}"{faint}/>')
     return "".join(out)
 
 # %% ../nbs/12_report.ipynb #6eb69941

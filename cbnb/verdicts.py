@@ -176,7 +176,7 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
            "settings": settings, "alarms": float(len(alarms)), **measures}
     return row, parameters, notes
 
-# %% ../nbs/12a_verdicts.ipynb #82ac1c34
+# %% ../nbs/12a_verdicts.ipynb #2ef07ca4
 BASE = ("run", "state", "error", "attempt", "key", "code", "data", "alarms")
 TEXTS = ("run", "state", "error", "key", "code", "data")
 
@@ -203,18 +203,20 @@ def read_sweep(folders, name: str = "") -> Sweep:
         notes += [printable(f"{row['run']}: {note}") for note in more]
         rows.append(row), given.append(parameters)
     if not rows: raise RunError(f"{', '.join(map(str, folders))} holds no run: give the folder of a sweep, or run directories")
-    names = list(dict.fromkeys(name for parameters in given for name in parameters))
-    texts = {name: {json.dumps(p[name], sort_keys=True, default=str) for p in given if name in p} for name in names}
-    differ = [name for name in names if len(texts[name]) > 1 or name in ("beta_kl", "seed")]
+    names = list(dict.fromkeys(key for parameters in given for key in parameters))
+    # a run that never started knows only what its sweep sets: what it does not say is no difference
+    whole = [(path / "params.json").is_file() for path in paths.values()]
+    texts = {key: {json.dumps(p.get(key), sort_keys=True, default=str) for p, full in zip(given, whole, strict=True) if key in p or full} for key in names}
+    differ = [key for key in names if len(texts[key]) > 1 or key in ("beta_kl", "seed")]
     frame = pd.DataFrame([{k: v for k, v in row.items() if k != "settings"} for row in rows])
-    for column in TEXTS: frame[column] = pd.Series([plain_text(v) for v in frame[column].where(frame[column].notna(), None)], dtype=object)
-    columns = {name: f"parameter {printable(name)}" if name in frame.columns and name not in ("beta_kl", "seed") else printable(name) for name in differ}
-    for name in differ:
-        if name not in ("beta_kl", "seed"): frame[columns[name]] = pd.Series(parameter_column([r["settings"].get(name) for r in rows]))
+    for column in TEXTS: frame[column] = pd.Series([plain_text(row[column]) for row in rows], dtype=object)
+    columns = {key: f"parameter {printable(key)}" if key in frame.columns and key not in ("beta_kl", "seed") else printable(key) for key in differ}
+    for key in differ:
+        if key not in ("beta_kl", "seed"): frame[columns[key]] = pd.Series(parameter_column([row["settings"].get(key) for row in rows]))
     front = list(dict.fromkeys([*BASE[:4], "beta_kl", "seed", *columns.values(), *BASE[4:]]))
     frame = frame[front + [c for c in frame.columns if c not in front]]
     frame = frame.sort_values(["beta_kl", *[c for c in columns.values() if c not in ("beta_kl", "seed")], "seed", "run"], ignore_index=True)
-    common = {plain_text(name): plain_text(given[0].get(name)) for name in names if name not in differ}
+    common = {plain_text(key): plain_text(next(p[key] for p in given if key in p)) for key in names if key not in differ}
     return Sweep(plain_text(name or folders[0].name), frame, list(dict.fromkeys(["beta_kl", "seed", *columns.values()])), common, paths,
                  list(map(printable, notes)))
 
@@ -285,7 +287,7 @@ def interval(differences, comparisons: int = 1) -> tuple[float, float]:
     half = stdtrit(len(d) - 1, 1 - (1 - LEVEL) / 2 / comparisons) * d.std(ddof=1) / math.sqrt(len(d))
     return float(d.mean() - half), float(d.mean() + half)
 
-# %% ../nbs/12a_verdicts.ipynb #22ec6a7a
+# %% ../nbs/12a_verdicts.ipynb #b7c1ed14
 @dataclass(frozen=True)
 class Comparison:
     """`measure` at `beta` against `against` (0: the control; None: before training), over `n` paired seeds; `missing` seeds have both runs but not both figures.
@@ -312,7 +314,9 @@ def by_seed(runs: pd.DataFrame, measure: str) -> pd.Series:
     """`measure` by seed, ascending; several runs of one seed are averaged. An onset that never came, in a run that has a log, is +∞."""
     values = runs[measure] if measure in runs else pd.Series(math.nan, runs.index)
     if measure == "onset_step": values = values.where(values.notna() | runs["loss_reroute"].isna(), math.inf)
-    return values.astype(float).groupby(runs["seed"]).apply(lambda v: v.sort_values().mean(skipna=False)).sort_index()
+    table = pd.DataFrame({"seed": runs["seed"].to_numpy(), "value": values.to_numpy(dtype=float)}).sort_values(["seed", "value"])
+    if table["seed"].is_unique: return table.set_index("seed")["value"]
+    return table.groupby("seed")["value"].agg(lambda v: np.mean(v.to_numpy()))
 
 
 TINY = 1e-12  # nats: below this a KL is rounding, and its logarithm is taken here
