@@ -32,7 +32,7 @@ from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CON
                            GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, Sweep, advice, apart, by_seed, compare, log_rows, read_sweep, span, strata,
                            verdicts)
 
-# %% ../nbs/12b_sweep.ipynb #cd05899a
+# %% ../nbs/12b_sweep.ipynb #4b2c8863
 @dataclass(frozen=True)
 class Panel:
     """A panel of a grid: `title`, `log` axis or not, `traces`, y `limits` as `axis_range` gives them, `x` range, `ticks` `{position: text}` along x (None: whole
@@ -74,7 +74,7 @@ def grid(panels: list[Panel], columns: int, size: float, xtitle: str, summary: s
         lowest = n > len(panels) - columns
         axes["xaxis" + x[1:]] = dict(both, domain=wide, anchor=y, range=list(panel.x), nticks=5, showticklabels=True, **ticks,
                                      title=dict(text=harmless(xtitle, 60), standoff=4, font=dict(size=12)) if lowest else None)
-        axes["yaxis" + y[1:]] = dict(both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g", **(dict(type="log") if panel.log else {}))
+        axes["yaxis" + y[1:]] = dict(both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g", **(dict(type="log", dtick=1 if panel.limits[1] - panel.limits[0] > 2 else "D2") if panel.log else {}))
         traces += [trace.update(xaxis=x, yaxis=y) for trace in panel.traces]
         low = any("triangle-down-open" in t.marker.symbol for t in panel.traces if t.customdata is not None)
         corner = dict(x=0, xref=f"{x} domain", xanchor="left", y=1, yref=f"{y} domain", yanchor="bottom", yshift=4, showarrow=False)
@@ -88,12 +88,12 @@ def grid(panels: list[Panel], columns: int, size: float, xtitle: str, summary: s
         plot_bgcolor="rgba(0,0,0,0)", font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
         modebar=dict(bgcolor="rgba(0,0,0,0)", color=TEXT_COLOUR, activecolor="#56B4E9", remove=["select2d", "lasso2d"])))
 
-# %% ../nbs/12b_sweep.ipynb #b622fc7e
+# %% ../nbs/12b_sweep.ipynb #d64a67bf
 def trace(x, y, style, name: str, limits: list, log: bool, mode: str = "lines", size: float = 5, faint: float = 1, half=None, text=None) -> go.Scatter:
     """Points or a line of `style` (colour, dash, width). What lies below a log axis is an open triangle at its edge, in a mere line a gap; `half` `(below, above)` are the
     arms of error bars [n], NaN for none; `text` is shown on hover: one for a line, one a point."""
     x, y = np.asarray(x, dtype=np.float32), np.asarray(y, dtype=float)
-    edge = 10 ** limits[0] if log else -np.inf
+    edge = 10 ** limits[0] * (1 + 1e-6) if log else -np.inf  # just inside: plotly leaves out what lies below by rounding
     low = np.isfinite(y) & (y < edge)
     (colour, dash, width), hover = style, "%{text}" if text is not None else "%{fullData.name}"
     made = go.Scatter(x=x, y=np.where(low, edge if "markers" in mode else np.nan, y).astype(np.float32), name=harmless(name), mode=mode, showlegend=False, cliponaxis=False,
@@ -106,7 +106,7 @@ def trace(x, y, style, name: str, limits: list, log: bool, mode: str = "lines", 
         made.error_y = dict(type="data", symmetric=False, arrayminus=half[0], array=half[1], color=colour, thickness=1.5, width=4)
     return made
 
-# %% ../nbs/12b_sweep.ipynb #db79fbdb
+# %% ../nbs/12b_sweep.ipynb #042da121
 PALETTE = ("#808080", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#9A7D0A")
 DASHES = ("solid", "dash", "dot", "dashdot")
 RUNS_DRAWN = 60  # lines in one panel, or small pictures; with more runs these are taken evenly from the frame
@@ -120,7 +120,7 @@ def conditions(sweep: Sweep) -> list[str]:
     columns = apart(sweep)
     def told(c, value):
         if c == "kl_temperature": return "" if value == 1 else f", T {value:g}"
-        return f", {c} {format_number(value) if isinstance(value, float) else str(value)[:12]}"
+        return f", {c} {value:g}" if isinstance(value, float) else f", {c} {str(value)[:12]}"
     return [("no beta_kl" if math.isnan(row["beta_kl"]) else f"β {row['beta_kl']:g}") + "".join(told(c, row[c]) for c in columns)
             for row in sweep.frame[list(dict.fromkeys(["beta_kl", *columns]))].to_dict("records")]
 
@@ -251,7 +251,7 @@ def dose_response(group: list) -> go.Figure:
     room = 8 * sum(len(text) + 1 for text in ticks.values())
     return grid(panels, 3 if room < 190 else 2 if room < 340 else 1, 130, "beta_kl", f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {n} runs a value, means with {LEVEL:.0%} intervals of the paired difference to 0", 108)
 
-# %% ../nbs/12b_sweep.ipynb #33677cb8
+# %% ../nbs/12b_sweep.ipynb #ea64d87f
 AGAINST = ("loss_kl", "heldout_kl_in_domain", "harmful_cosine", "attack_success", "exact_match_plain", "grad_norm_total")
 LOG = ("loss_kl", "beta_times_kl", "heldout_kl_in_domain", "heldout_kl_off_domain", "grad_norm_total", "grad_norm_reroute", "grad_norm_retain", "grad_norm_kl")
 PLACES = 12  # values of a parameter along an axis; the rest is left out and counted
@@ -281,7 +281,7 @@ def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
             mean = runs.groupby(parameter)[measure].mean()
             means.append(trace([at[v] for v in mean.index], mean, style, name, limits, log))
         title = measure.replace("_", " ") + ("; log" if log else "")
-        text = {i: (format_number(v) if isinstance(v, float) else str(v))[:12 if len(values) < 4 else 5] for v, i in at.items()}
+        text = {i: (f"{v:g}" if isinstance(v, float) else str(v))[:12 if len(values) < 4 else 5] for v, i in at.items()}
         panels.append(Panel(title, log, dots + means, limits, (-0.5, max(1, len(values)) - 0.5), text, [m for m in means if m.name]))
     left_out = f"; {more} more values are left out" if more else ""
     return grid(panels, min(3, len(panels)), 150, printable(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
@@ -382,7 +382,7 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 """
 TABLED = ("loss_kl", "beta_times_kl", "onset_step", "harmful_cosine", "attack_success", "attack_success_lax", "unparseable", "grad_norm_total", "alarms")
 
-# %% ../nbs/12b_sweep.ipynb #0687d3a1
+# %% ../nbs/12b_sweep.ipynb #d87419cb
 def rules() -> list[str]:
     "How verdicts and advice are reached, with every threshold, a sentence each."
     return [
@@ -391,7 +391,7 @@ def rules() -> list[str]:
         f"Differences are paired by seed; intervals are Student's t at {LEVEL:.0%} over the seeds that both sides have, and there is none for one seed.",
         "Supported: the claim holds by the interval at every beta_kl, and no planned run is unfinished and no figure missing. Refuted: the opposite holds somewhere, by intervals whose error is shared "
         "out among all comparisons of the check (Bonferroni). Else inconclusive.",
-        f"Reroute unharmed: the held-out harmful cosine rises by less than {COSINE_MARGIN:g}, and the onset (the first step with loss_reroute below {ONSET_LEVEL:g}) comes less than {ONSET_MARGIN:.0%} later.",
+        f"Reroute unharmed: the held-out harmful cosine (0 where it is below, as the objective has it) rises by less than {COSINE_MARGIN:g}, and the onset (the first step with loss_reroute below {ONSET_LEVEL:g}) comes less than {ONSET_MARGIN:.0%} later.",
         f"Dose-response: raw KL (mean over the last {END_SHARE:.0%} of the steps) falls by more than the factor {DOSE_MARGIN:g} in all and rises by less than that in each step; "
         "beta_kl·KL falls in at least one step above 0.",
         f"Gradients similar: the median norm before clipping, and that of the weighted reroute term, stay within the factor {GRADIENT_MARGIN:g} of the control's.",
@@ -418,9 +418,10 @@ def link_to(run: Path, folder: Path) -> str:
     return next((quote(os.path.relpath(name, folder)) for name in names if name.is_file()), "")
 
 
-def text_cell(value) -> str:
-    "A cell of the frame as text."
-    return format_number(value) if value is None or isinstance(value, (int, float)) else printable(value)
+def text_cell(value, exact: bool = False) -> str:
+    "A cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all it takes; missing is an em dash."
+    if value is None or value != value: return "—"
+    return printable(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
 
 
 def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
@@ -435,9 +436,9 @@ def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
         title=f"Sweep {sweep.name}", headline=headline(sweep), verdicts=[(label, [v for v in shown if v["label"] == label]) for label in labels], advice=advice(sweep), rules=rules(),
-        unfinished=[[text_cell(v if v == v else None) for v in row] for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)], notes=sweep.notes[:200],
+        unfinished=[[text_cell(v) for v in row] for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)], notes=sweep.notes[:200],
         figures=[(static_svg(fig), caption) for fig, caption in figures.values()], columns=[c.replace("_", " ") for c in columns],
-        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c] if row[c] == row[c] else None) for c in columns]) for row in frame.to_dict("records")],
+        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c], c in sweep.parameters) for c in columns]) for row in frame.to_dict("records")],
         common=[(name, "None" if value is None else value) for name, value in sweep.common.items()])
 
 # %% ../nbs/12b_sweep.ipynb #7fbb0ba6

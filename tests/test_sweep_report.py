@@ -11,7 +11,7 @@ from scipy import stats
 
 from cbnb.runs import write_json
 from cbnb.sweep import DOSE, dose_response, groups, sweep_figures
-from cbnb.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, Sweep, advice, read_sweep, specimen_run, verdicts,
+from cbnb.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, Sweep, advice, read_sweep, specimen_run, verdicts,
                            write_specimen)
 from helpers import BIN, NBS, ROOT, read, run
 
@@ -47,6 +47,10 @@ def said(sweep): return [v.verdict for v in verdicts(sweep)]
 
 def test_supported():
     assert said(sweep_of(cells())) == ["supported"] * 3
+
+
+def test_turning_the_harmful_states_around_is_no_better_than_to_right_angles():
+    assert said(sweep_of(cells(change=lambda r: {"harmful_cosine": -0.4 if r["beta_kl"] == 0 else 0.0}))) == ["supported"] * 3
 
 
 def test_refuted_by_each_check():
@@ -123,7 +127,7 @@ def test_advice():
 
 KL = st.floats(-3, 1).map(lambda e: 10.0**e)
 ROW = st.fixed_dictionaries({
-    "state": st.sampled_from(["done"] * 12 + ["failed", "lost", "running", "missing"]), "harmful_cosine": st.sampled_from([0.0, 0.02, 0.05, 0.3, 0.9]),
+    "state": st.sampled_from(["done"] * 12 + ["failed", "lost", "running", "missing"]), "harmful_cosine": st.sampled_from([-0.4, 0.0, 0.02, 0.05, 0.3, 0.9]),
     "onset_step": st.sampled_from([30.0, 31.0, 35.0, 60.0, math.nan]), "loss_kl": KL, "grad_norm_total": st.floats(0.1, 8), "attack_success": st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.9])})
 
 
@@ -170,18 +174,18 @@ def test_verdicts_agree_with_figures_worked_out_another_way(sweep):
     if not works: return
     highs = []
     for beta, runs in done[done["beta_kl"] > 0].groupby("beta_kl"):
-        d = (runs.set_index("seed")["harmful_cosine"] - control["harmful_cosine"]).dropna()
+        d = (runs.set_index("seed")["harmful_cosine"].clip(lower=0) - control["harmful_cosine"].clip(lower=0)).dropna()
         low, high = (stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)) if d.std() > 0 else (d.mean(),) * 2) if len(d) > 1 else (math.nan,) * 2
         highs.append(high)
         if len(d) > 1:
-            shown = next(c for c in found["reroute"].comparisons if c.measure == "harmful_cosine" and c.beta == beta)
+            shown = next(c for c in found["reroute"].comparisons if c.measure == REROUTED and c.beta == beta)
             assert math.isclose(shown.low, low, abs_tol=1e-9) and math.isclose(shown.high, high, abs_tol=1e-9) and shown.n == len(d)
     for v in found.values():
         if v.verdict == "supported":
             assert (sweep.frame["state"] == "done").all() and all(c.n >= 2 for c in v.comparisons) and done["seed"].nunique() >= 2
     if found["reroute"].verdict == "supported": assert all(high < COSINE_MARGIN for high in highs)
     if found["reroute"].verdict == "refuted":
-        assert any(c.low_any > (COSINE_MARGIN if c.measure == "harmful_cosine" else ONSET_MARGIN) for c in found["reroute"].comparisons if c.measure in ("harmful_cosine", "onset_step"))
+        assert any(c.low_any > (COSINE_MARGIN if c.measure == REROUTED else ONSET_MARGIN) for c in found["reroute"].comparisons if c.measure in (REROUTED, "onset_step"))
     if found["dose"].verdict == "supported":
         means = np.log(done.groupby("beta_kl")["loss_kl"].apply(lambda v: np.exp(np.log(v).mean())))
         if (done.groupby("beta_kl")["seed"].count() == control.index.size).all(): assert means.iloc[-1] < means.iloc[0] - math.log(DOSE_MARGIN)

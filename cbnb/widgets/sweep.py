@@ -21,7 +21,7 @@ from ..sweep import AGAINST, against, by_kind, conditions, headline, text_cell
 from ..verdicts import CHECKS, Sweep, advice, log_rows, verdicts
 from .views import is_live, table_html
 
-# %% ../../nbs/24_sweep_explorer.ipynb #479c4fb6
+# %% ../../nbs/24_sweep_explorer.ipynb #716dce58
 def judged(sweep: Sweep) -> str:
     "Verdicts, advice, runs that are not done and notes of a sweep, as plain text."
     lines = [headline(sweep), ""]
@@ -46,7 +46,7 @@ ROWS_SHOWN = 100
 def runs_table(sweep: Sweep, frame: pd.DataFrame) -> str:
     "HTML table (str) of the runs in `frame`, at most `ROWS_SHOWN`, each linked to its report where it has one."
     columns = ["state", *sweep.parameters, *(c for c in SHOWN if c in frame and sweep.frame[c].notna().any())]
-    rows = [[row["run"], *(text_cell(row[c] if row[c] == row[c] else None) for c in columns)] for row in frame.head(ROWS_SHOWN).to_dict("records")]
+    rows = [[row["run"], *(text_cell(row[c], c in sweep.parameters) for c in columns)] for row in frame.head(ROWS_SHOWN).to_dict("records")]
     more = f"; the first {ROWS_SHOWN} are shown" if len(frame) > ROWS_SHOWN else ""
     table = table_html(["run", *(c.replace("_", " ") for c in columns)], rows, f"{len(frame)} of {len(sweep.frame)} runs{more}")
     return f'<div style="overflow-x: auto; white-space: nowrap">{table}</div>'
@@ -70,7 +70,7 @@ def run_views(sweep: Sweep, run: str) -> str:
     text = "".join(f"<pre>{escape(printable(command))}</pre>" for command in commands)
     return f"<p><b>{escape(printable(run))}</b> {links}</p>{text}{drawn}"
 
-# %% ../../nbs/24_sweep_explorer.ipynb #6bbbb223
+# %% ../../nbs/24_sweep_explorer.ipynb #127c6c2f
 VALUES_OFFERED = 40
 
 
@@ -87,7 +87,7 @@ def live_box(sweep: Sweep):
     import ipywidgets as widgets
     columns = ["state", *sweep.parameters]
     options = {c: sorted(sweep.frame[c].dropna().unique(), key=lambda v: (isinstance(v, str), v))[:VALUES_OFFERED] for c in columns}
-    filters = {c: widgets.SelectMultiple(description=c[:20], options=[(text_cell(v), v) for v in values], rows=4) for c, values in options.items() if len(values) > 1}
+    filters = {c: widgets.SelectMultiple(description=c[:20], options=[(text_cell(v, True), v) for v in values], rows=4) for c, values in options.items() if len(values) > 1}
     parameter = widgets.Dropdown(description="against", options=sweep.parameters)
     measure = widgets.Dropdown(description="measure", options=measures(sweep) or ["loss_kl"])
     run = widgets.Dropdown(description="run", options=["", *sweep.frame["run"]])
