@@ -9,7 +9,7 @@ __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'L
            'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline', 'comparison_cells',
            'link_to', 'text_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
 
-# %% ../nbs/12b_sweep.ipynb #5f1d4d85
+# %% ../nbs/12b_sweep.ipynb #039cd0d6
 import io
 import json
 import math
@@ -29,7 +29,7 @@ from .report import (MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, c
                          static_svg, thin, tick_text)
 from .runs import RunError, runs_folder, write_bytes
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
-                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, Sweep, advice, apart, by_seed, compare, log_rows, read_sweep, span, strata,
+                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, log_rows, read_sweep, span, strata,
                            verdicts)
 
 # %% ../nbs/12b_sweep.ipynb #4b2c8863
@@ -382,14 +382,14 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 """
 TABLED = ("loss_kl", "beta_times_kl", "onset_step", "harmful_cosine", "attack_success", "attack_success_lax", "unparseable", "grad_norm_total", "alarms")
 
-# %% ../nbs/12b_sweep.ipynb #d87419cb
+# %% ../nbs/12b_sweep.ipynb #10765239
 def rules() -> list[str]:
     "How verdicts and advice are reached, with every threshold, a sentence each."
     return [
         f"Control first: every finished run at beta_kl 0 must have a held-out harmful cosine below {CONTROL_COSINE:g}, an attack success of at most {CONTROL_ATTACK:g} and of at most "
         f"{CONTROL_FALL:.0%} of that before training; else all is void. What was not measured does not pass.",
         f"Differences are paired by seed; intervals are Student's t at {LEVEL:.0%} over the seeds that both sides have, and there is none for one seed.",
-        "Supported: the claim holds by the interval at every beta_kl, and no planned run is unfinished and no figure missing. Refuted: the opposite holds somewhere, by intervals whose error is shared "
+        f"Supported: the claim holds by the interval at every beta_kl, each on {SEEDS} paired seeds at least, and no planned run is unfinished and no figure missing. Refuted: the opposite holds somewhere, by intervals whose error is shared "
         "out among all comparisons of the check (Bonferroni). Else inconclusive.",
         f"Reroute unharmed: the held-out harmful cosine (0 where it is below, as the objective has it) rises by less than {COSINE_MARGIN:g}, and the onset (the first step with loss_reroute below {ONSET_LEVEL:g}) comes less than {ONSET_MARGIN:.0%} later.",
         f"Dose-response: raw KL (mean over the last {END_SHARE:.0%} of the steps) falls by more than the factor {DOSE_MARGIN:g} in all and rises by less than that in each step; "
@@ -401,9 +401,10 @@ def rules() -> list[str]:
 
 
 def headline(sweep: Sweep) -> str:
-    "How many runs in which state, and which parameters differ."
+    "How many runs in which state, and in what they differ."
+    differ = [c for c in dict.fromkeys([*sweep.parameters, *apart(sweep)]) if sweep.frame[c].nunique() > 1]
     states = ", ".join(f"{n} {state}" for state, n in sweep.frame["state"].value_counts().items())
-    return f"{len(sweep.frame)} runs: {states}. They differ in {', '.join(p for p in sweep.parameters if sweep.frame[p].nunique() > 1) or 'nothing'}."
+    return f"{len(sweep.frame)} runs: {states}. They differ in {', '.join(differ) or 'nothing'}."
 
 
 def comparison_cells(c) -> list[str]:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'BASE', 'TEXTS', 'LEVEL',
            'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN',
-           'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN', 'is_run',
-           'planned_runs', 'find_runs', 'log_rows', 'median', 'log_measures', 'result_measures', 'Sweep', 'read_run',
-           'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run', 'write_specimen',
-           'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata', 'control_failure',
-           'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose', 'check_gradients', 'judge',
-           'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
+           'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN',
+           'is_run', 'planned_runs', 'find_runs', 'log_rows', 'median', 'log_measures', 'result_measures', 'Sweep',
+           'read_run', 'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run',
+           'write_specimen', 'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata',
+           'control_failure', 'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose',
+           'check_gradients', 'judge', 'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
 
 # %% ../nbs/12a_verdicts.ipynb #3585cb99
 import json
@@ -418,12 +418,13 @@ def control_failure(control: pd.DataFrame) -> str:
     return (f"At beta_kl 0 the breaker does not work ({'; '.join(failed[:3])}{more}); wanted are a cosine below {CONTROL_COSINE:g} and an attack success "
             f"of at most {CONTROL_ATTACK:g} and half of that before.")
 
-# %% ../nbs/12a_verdicts.ipynb #55a6ad2a
+# %% ../nbs/12a_verdicts.ipynb #ad6a864a
 CHECKS = {"reroute": "Reroute is unharmed by KL", "dose": "Raw KL falls as beta_kl rises, and beta_kl·KL has a hump", "gradients": "Gradients are similar"}
 COSINE_MARGIN = 0.1     # unharmed: the held-out harmful cosine rises by less than this
 ONSET_MARGIN = 0.25     # … and the onset comes less than this share of the control's steps later
 DOSE_MARGIN = 1.5       # a fall or rise of raw KL by less than this factor is none
 GRADIENT_MARGIN = 1.5   # similar: gradient norms within this factor of the control's
+SEEDS = 3               # paired seeds that a supported claim stands on, at least: two that happen to agree give a narrow interval
 
 
 @dataclass(frozen=True)
@@ -437,11 +438,11 @@ class Verdict:
 
 
 def decide(inside: list[bool], outside: list[bool], stratum: Stratum, comparisons) -> str:
-    """supported if all is `inside`, refuted if any is `outside`, else inconclusive.
+    """supported if all is `inside`, on `SEEDS` paired seeds at least; refuted if any is `outside`, else inconclusive.
 
     A run that is not finished, or a figure that is missing, keeps a claim from being supported: it might be the one that says otherwise."""
     if any(outside): return "refuted"
-    whole = not stratum.unfinished and not any(c.missing for c in comparisons)
+    whole = not stratum.unfinished and not any(c.missing or c.n < SEEDS for c in comparisons)
     return "supported" if inside and all(inside) and whole else "inconclusive"
 
 
@@ -462,6 +463,7 @@ def caveat(s: Stratum, comparisons) -> str:
     said = ["The control is that of another kl_temperature."] if s.borrowed and comparisons else []
     if s.unfinished: said.append(f"{s.unfinished} planned run{'s are' if s.unfinished > 1 else ' is'} not finished.")
     if missing: said.append(f"{missing} pair{'s' * (missing > 1)} of seeds lack{'s' * (missing == 1)} a figure.")
+    if min((c.n for c in comparisons), default=SEEDS) < SEEDS: said.append(f"Support wants {SEEDS} paired seeds.")
     return "".join(f" {sentence}" for sentence in said)
 
 
