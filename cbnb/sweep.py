@@ -9,9 +9,8 @@ __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'L
            'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline', 'comparison_cells',
            'link_to', 'text_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
 
-# %% ../nbs/12b_sweep.ipynb #039cd0d6
+# %% ../nbs/12b_sweep.ipynb #6a6136ef
 import io
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import resvg_py
 
-from .report import (MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number, linear_ticks, printable, series,
-                         static_svg, thin, tick_text)
+from .report import (MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number, printable, series, static_svg,
+                         thin)
 from .runs import RunError, runs_folder, write_bytes
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
-                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, log_rows, read_sweep, span, strata,
-                           verdicts)
+                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, log_rows, span, strata, verdicts)
 
-# %% ../nbs/12b_sweep.ipynb #4b2c8863
+# %% ../nbs/12b_sweep.ipynb #c0862003
 @dataclass(frozen=True)
 class Panel:
     """A panel of a grid: `title`, `log` axis or not, `traces`, y `limits` as `axis_range` gives them, `x` range, `ticks` `{position: text}` along x (None: whole
@@ -61,7 +59,8 @@ def place(n: int, columns: int, rows: int, wide: float, high: float) -> tuple[li
 
 
 def grid(panels: list[Panel], columns: int, size: float, xtitle: str, summary: str, gap: float = 88, right: float = 84) -> go.Figure:
-    "A figure of `panels`, `columns` a row, each `size` pixels high and `gap` pixels from its neighbour; `right` is the margin for names; `summary` is one sentence for those who cannot see it."
+    """A figure of `panels`, `columns` a row, each `size` pixels high and `gap` pixels from its neighbour; `right` is the margin for names; `summary` is
+    one sentence for those who cannot see it."""
     rows = -(-len(panels) // columns)
     gaps, margin = 56, dict(MARGIN, r=right)
     inner = rows * size + (rows - 1) * gaps
@@ -74,7 +73,8 @@ def grid(panels: list[Panel], columns: int, size: float, xtitle: str, summary: s
         lowest = n > len(panels) - columns
         axes["xaxis" + x[1:]] = dict(both, domain=wide, anchor=y, range=list(panel.x), nticks=5, showticklabels=True, **ticks,
                                      title=dict(text=harmless(xtitle, 60), standoff=4, font=dict(size=12)) if lowest else None)
-        axes["yaxis" + y[1:]] = dict(both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g", **(dict(type="log", dtick=1 if panel.limits[1] - panel.limits[0] > 2 else "D2") if panel.log else {}))
+        axes["yaxis" + y[1:]] = dict(both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g")
+        if panel.log: axes["yaxis" + y[1:]] |= dict(type="log", dtick=1 if panel.limits[1] - panel.limits[0] > 2 else "D2")
         traces += [trace.update(xaxis=x, yaxis=y) for trace in panel.traces]
         low = any("triangle-down-open" in t.marker.symbol for t in panel.traces if t.customdata is not None)
         corner = dict(x=0, xref=f"{x} domain", xanchor="left", y=1, yref=f"{y} domain", yanchor="bottom", yshift=4, showarrow=False)
@@ -88,25 +88,27 @@ def grid(panels: list[Panel], columns: int, size: float, xtitle: str, summary: s
         plot_bgcolor="rgba(0,0,0,0)", font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
         modebar=dict(bgcolor="rgba(0,0,0,0)", color=TEXT_COLOUR, activecolor="#56B4E9", remove=["select2d", "lasso2d"])))
 
-# %% ../nbs/12b_sweep.ipynb #d64a67bf
+# %% ../nbs/12b_sweep.ipynb #67155341
 def trace(x, y, style, name: str, limits: list, log: bool, mode: str = "lines", size: float = 5, faint: float = 1, half=None, text=None) -> go.Scatter:
-    """Points or a line of `style` (colour, dash, width). What lies below a log axis is an open triangle at its edge, in a mere line a gap; `half` `(below, above)` are the
-    arms of error bars [n], NaN for none; `text` is shown on hover: one for a line, one a point."""
+    """Points or a line of `style` (colour, dash, width). What lies below a log axis is an open triangle at its edge, in a mere line a gap; `half`
+    `(below, above)` are the arms of error bars [n], NaN for none; `text` is shown on hover: one for a line, one a point."""
     x, y = np.asarray(x, dtype=np.float32), np.asarray(y, dtype=float)
     edge = 10 ** limits[0] * (1 + 1e-6) if log else -np.inf  # just inside: plotly leaves out what lies below by rounding
     low = np.isfinite(y) & (y < edge)
     (colour, dash, width), hover = style, "%{text}" if text is not None else "%{fullData.name}"
-    made = go.Scatter(x=x, y=np.where(low, edge if "markers" in mode else np.nan, y).astype(np.float32), name=harmless(name), mode=mode, showlegend=False, cliponaxis=False,
-                      line=dict(color=colour, dash=dash, width=width), text=text if text is None else harmless(text) if isinstance(text, str) else [harmless(run) for run in text],
+    if text is not None: text = harmless(text) if isinstance(text, str) else [harmless(run) for run in text]
+    made = go.Scatter(x=x, y=np.where(low, edge if "markers" in mode else np.nan, y).astype(np.float32), name=harmless(name), mode=mode,
+                      showlegend=False, cliponaxis=False, line=dict(color=colour, dash=dash, width=width), text=text,
                       hovertemplate=f"%{{y:.3g}}<extra>{hover}</extra>")
     if "markers" in mode:
         made.update(customdata=y.astype(np.float32), hovertemplate=f"%{{customdata:.3g}}<extra>{hover}</extra>", marker=dict(
-            size=np.where(low, 9, size), symbol=np.where(low, "triangle-down-open", "circle"), color=colour, opacity=faint, line=dict(color=colour, width=np.where(low, 1.5, 0))))
+            size=np.where(low, 9, size), symbol=np.where(low, "triangle-down-open", "circle"), color=colour, opacity=faint,
+            line=dict(color=colour, width=np.where(low, 1.5, 0))))
     if half is not None and np.isfinite(half).any():
         made.error_y = dict(type="data", symmetric=False, arrayminus=half[0], array=half[1], color=colour, thickness=1.5, width=4)
     return made
 
-# %% ../nbs/12b_sweep.ipynb #042da121
+# %% ../nbs/12b_sweep.ipynb #0fe26c09
 PALETTE = ("#808080", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#9A7D0A")
 DASHES = ("solid", "dash", "dot", "dashdot")
 RUNS_DRAWN = 60  # lines in one panel, or small pictures; with more runs these are taken evenly from the frame
@@ -153,7 +155,8 @@ def overlaid(drawn: list) -> go.Figure:
         first = {text: t for (_, text, _, _), t in reversed(list(zip(lines, traces, strict=True))) if np.isfinite(t.y).any()}
         panels.append(Panel(title, log, traces, limits, (0, last), named=[first[t] for t in texts if t in first][:12]))
     short = max(map(len, texts), default=0) <= 6
-    return grid(panels, 2, 210, "step", f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}", 100 if short else 170, 84 if short else 150)
+    said = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
+    return grid(panels, 2, 210, "step", said, 100 if short else 170, 84 if short else 150)
 
 
 def small_multiples(drawn: list) -> go.Figure:
@@ -168,17 +171,20 @@ def small_multiples(drawn: list) -> go.Figure:
         panels.append(Panel(title, True, [trace(*found[name], STYLES[name], name, limits, True) for name in TOGETHER], limits, (0, last)))
     return grid(panels, 4, 84, "step", f"{len(drawn)} runs, each with reroute (orange), retain (green, dashed) and KL (blue, dotted) on one log axis", 48)
 
-# %% ../nbs/12b_sweep.ipynb #3bd5ff36
+# %% ../nbs/12b_sweep.ipynb #e6baf38e
 # title, log axis?, {measure: name of its line} or what the measures' names begin with, smallest top of the axis
 DOSE = (
     ("raw KL at the end, nats a token; log", True, {"loss_kl": "KL"}, 0.0), ("beta_kl·KL; log", True, {"beta_times_kl": "KL"}, 0.0),
-    ("held-out KL, nats a token; log", True, "heldout_kl", 0.0), ("held-out top-1 agreement", False, "heldout_top1", 1.0), ("exact match by kind", False, "exact_match", 1.0),
-    ("held-out harmful cosine", False, {"harmful_cosine": "reroute"}, 1.0), ("attack success", False, {"attack_success": "strict", "attack_success_lax": "lax"}, 1.0),
+    ("held-out KL, nats a token; log", True, "heldout_kl", 0.0), ("held-out top-1 agreement", False, "heldout_top1", 1.0),
+    ("exact match by kind", False, "exact_match", 1.0),
+    ("held-out harmful cosine", False, {"harmful_cosine": "reroute"}, 1.0),
+    ("attack success", False, {"attack_success": "strict", "attack_success_lax": "lax"}, 1.0),
     ("unparseable answers to attacks", False, {"unparseable": "total"}, 1.0), ("onset of reroute, step", False, {"onset_step": "reroute"}, 1.0),
     ("reroute at the end", False, {"loss_reroute": "reroute"}, 0.1), ("retain at the end", False, {"loss_retain": "retain"}, 0.0),
     ("gradient norm before clipping; log", True, {"grad_norm_total": "total"}, 0.0),
     ("gradient norm by term; log", True, {"grad_norm_reroute": "reroute", "grad_norm_retain": "retain", "grad_norm_kl": "KL"}, 0.0),
-    ("cosine between two terms' gradients", False, {"grad_cos_reroute_retain": "rer.–retain", "grad_cos_reroute_kl": "rer.–KL", "grad_cos_retain_kl": "retain–KL"}, 0.0),
+    ("cosine between two terms' gradients", False,
+     {"grad_cos_reroute_retain": "rer.–retain", "grad_cos_reroute_kl": "rer.–KL", "grad_cos_retain_kl": "retain–KL"}, 0.0),
     ("KL's share of the terms' norms", False, {"kl_gradient_share": "KL"}, 0.1))
 LINES = STYLES | {
     "in domain": ("#0072B2", "solid", 1.5), "off domain": ("#CC79A7", "dash", 1.5), "plain": ("#009E73", "solid", 1.5), "sensitive": ("#D55E00", "dash", 1.5),
@@ -188,12 +194,13 @@ LINES = STYLES | {
 
 def by_kind(frame: pd.DataFrame, key: str) -> dict[str, str]:
     "`{column: short name}` of the measures in `frame` that are `key` by kind or domain and were measured."
-    return {c: harmless(c.removeprefix(f"{key}_").replace("_", " ").replace("negative", "neg."), 11) for c in frame.columns if c.startswith(f"{key}_") and frame[c].notna().any()}
+    measured = [c for c in frame.columns if c.startswith(f"{key}_") and frame[c].notna().any()]
+    return {c: harmless(c.removeprefix(f"{key}_").replace("_", " ").replace("negative", "neg."), 11) for c in measured}
 
 
 def arm(runs, control, measure: str, log: bool) -> tuple[float, float, float]:
-    """`(centre, below, above)` of `measure` in `runs` at one beta_kl: the mean over the seeds that the control has too (a geometric one on a log axis), and the arms of the
-    interval of the paired difference; NaN for arms that cannot be had, the mean over all seeds without a control."""
+    """`(centre, below, above)` of `measure` in `runs` at one beta_kl: the mean over the seeds that the control has too (a geometric one on a log axis),
+    and the arms of the interval of the paired difference; NaN for arms that cannot be had, the mean over all seeds without a control."""
     values = by_seed(runs, measure)
     values = values[np.isfinite(values)]
     old = by_seed(control, measure)
@@ -223,7 +230,8 @@ def dose_response(group: list) -> go.Figure:
     `group`: strata that may share a figure. The axis has the values in order, evenly apart, so that 0 can be there."""
     places = [(s, beta, runs) for s in group for beta, runs in (({} if s.borrowed else {0.0: s.control}) | s.levels).items() if len(runs)]
     warm = len(group) > 1
-    ticks = {i: f"{beta:g}" + (f", T {runs.iloc[0]['kl_temperature']:g}" if warm and runs.iloc[0]["kl_temperature"] != 1 else "") for i, (_, beta, runs) in enumerate(places)}
+    def temperature(runs): return f", T {runs.iloc[0]['kl_temperature']:g}" if warm and runs.iloc[0]["kl_temperature"] != 1 else ""
+    ticks = {i: f"{beta:g}{temperature(runs)}" for i, (_, beta, runs) in enumerate(places)}
     everyone, panels = pd.concat([runs for _, _, runs in places]), []
     for title, log, lines, top in DOSE:
         if isinstance(lines, str): lines = by_kind(everyone, lines)
@@ -249,16 +257,19 @@ def dose_response(group: list) -> go.Figure:
     n = max((len(runs) for _, _, runs in places), default=0)
     label = f" ({group[0].label})" if group[0].label and not warm else ""
     room = 8 * sum(len(text) + 1 for text in ticks.values())
-    return grid(panels, 3 if room < 190 else 2 if room < 340 else 1, 130, "beta_kl", f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {n} runs a value, means with {LEVEL:.0%} intervals of the paired difference to 0", 108)
+    said = (f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {n} runs a value, means with {LEVEL:.0%} intervals of the paired "
+            "difference to 0")
+    return grid(panels, 3 if room < 190 else 2 if room < 340 else 1, 130, "beta_kl", said, 108)
 
-# %% ../nbs/12b_sweep.ipynb #ea64d87f
+# %% ../nbs/12b_sweep.ipynb #c7b612ee
 AGAINST = ("loss_kl", "heldout_kl_in_domain", "harmful_cosine", "attack_success", "exact_match_plain", "grad_norm_total")
 LOG = ("loss_kl", "beta_times_kl", "heldout_kl_in_domain", "heldout_kl_off_domain", "grad_norm_total", "grad_norm_reroute", "grad_norm_retain", "grad_norm_kl")
 PLACES = 12  # values of a parameter along an axis; the rest is left out and counted
 
 
 def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
-    """Each of `measures` against `parameter` (columns of a sweep's frame) over the runs in `frame` that are done: a dot a run, a line through the means for each beta_kl.
+    """Each of `measures` against `parameter` (columns of a sweep's frame) over the runs in `frame` that are done: a dot a run, a line through the
+    means for each beta_kl.
 
     The parameter's values stand in order and evenly. Raises KeyError for a column that is not there."""
     done = frame[(frame["state"] == "done") & frame[parameter].notna()]
@@ -286,7 +297,7 @@ def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
     left_out = f"; {more} more values are left out" if more else ""
     return grid(panels, min(3, len(panels)), 150, printable(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
 
-# %% ../nbs/12b_sweep.ipynb #029b2718
+# %% ../nbs/12b_sweep.ipynb #5e410400
 GROUPS_DRAWN, PARAMETERS_DRAWN = 6, 4
 
 
@@ -300,7 +311,8 @@ def sweep_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
         label = f" {group[0].label}." if group[0].label and len(group) == 1 else ""
         more = f" {len(parts) - GROUPS_DRAWN} more settings are not drawn." if n == GROUPS_DRAWN < len(parts) else ""
         found["dose_response" + (f"_{n}" if n > 1 else "")] = (dose_response(group), (
-            f"Dose-response.{label} A faint dot a run; means over paired seeds, with the {LEVEL:.0%} interval of the difference to beta_kl 0 (none for one seed).{more}"))
+            f"Dose-response.{label} A faint dot a run; means over paired seeds, with the {LEVEL:.0%} interval of the difference to beta_kl 0 "
+            f"(none for one seed).{more}"))
     if drawn:
         found["curves"] = (overlaid(drawn), f"Training curves, overlaid; the terms are before weighting.{some}")
         found["runs"] = (small_multiples(drawn), f"Run by run: reroute (orange), retain (green, dashed) and KL (blue, dotted), one log axis for all.{some}")
@@ -382,22 +394,26 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 """
 TABLED = ("loss_kl", "beta_times_kl", "onset_step", "harmful_cosine", "attack_success", "attack_success_lax", "unparseable", "grad_norm_total", "alarms")
 
-# %% ../nbs/12b_sweep.ipynb #10765239
+# %% ../nbs/12b_sweep.ipynb #c94c84ae
 def rules() -> list[str]:
     "How verdicts and advice are reached, with every threshold, a sentence each."
     return [
-        f"Control first: every finished run at beta_kl 0 must have a held-out harmful cosine below {CONTROL_COSINE:g}, an attack success of at most {CONTROL_ATTACK:g} and of at most "
-        f"{CONTROL_FALL:.0%} of that before training; else all is void. What was not measured does not pass.",
+        f"Control first: every finished run at beta_kl 0 must have a held-out harmful cosine below {CONTROL_COSINE:g}, an attack success of at most "
+        f"{CONTROL_ATTACK:g} and of at most {CONTROL_FALL:.0%} of that before training; else all is void. What was not measured does not pass.",
         f"Differences are paired by seed; intervals are Student's t at {LEVEL:.0%} over the seeds that both sides have, and there is none for one seed.",
-        f"Supported: the claim holds by the interval at every beta_kl, each on {SEEDS} paired seeds at least, and no planned run is unfinished and no figure missing. Refuted: the opposite holds somewhere, by intervals whose error is shared "
-        "out among all comparisons of the check (Bonferroni). Else inconclusive.",
-        f"Reroute unharmed: the held-out harmful cosine (0 where it is below, as the objective has it) rises by less than {COSINE_MARGIN:g}, and the onset (the first step with loss_reroute below {ONSET_LEVEL:g}) comes less than {ONSET_MARGIN:.0%} later.",
-        f"Dose-response: raw KL (mean over the last {END_SHARE:.0%} of the steps) falls by more than the factor {DOSE_MARGIN:g} in all and rises by less than that in each step; "
-        "beta_kl·KL falls in at least one step above 0.",
-        f"Gradients similar: the median norm before clipping, and that of the weighted reroute term, stay within the factor {GRADIENT_MARGIN:g} of the control's.",
-        f"Advice: suppressed is a harmful cosine risen by more than {COSINE_MARGIN:g} or an attack success risen by more than {ATTACK_MARGIN:g}; lost is an exact match fallen by more than {BENIGN_MARGIN:g} since "
-        "before training; both by intervals that share out the error.",
-        "Runs that differ in anything but beta_kl and seed, code and data included, are never compared; a temperature without runs at beta_kl 0 borrows the control of another."]
+        f"Supported: the claim holds by the interval at every beta_kl, each on {SEEDS} paired seeds at least, and no planned run is unfinished and no figure "
+        "missing. Refuted: the opposite holds somewhere, by intervals whose error is shared out among all comparisons of the check (Bonferroni). "
+        "Else inconclusive.",
+        f"Reroute unharmed: the held-out harmful cosine (0 where it is below, as the objective has it) rises by less than {COSINE_MARGIN:g}, and the onset "
+        f"(the first step with loss_reroute below {ONSET_LEVEL:g}) comes less than {ONSET_MARGIN:.0%} later.",
+        f"Dose-response: raw KL (mean over the last {END_SHARE:.0%} of the steps) falls by more than the factor {DOSE_MARGIN:g} in all and rises by less "
+        "than that in each step; beta_kl·KL falls in at least one step above 0.",
+        f"Gradients similar: the median norm before clipping, and that of the weighted reroute term, stay within the factor {GRADIENT_MARGIN:g} of the "
+        "control's.",
+        f"Advice: suppressed is a harmful cosine risen by more than {COSINE_MARGIN:g} or an attack success risen by more than {ATTACK_MARGIN:g}; lost is an "
+        f"exact match fallen by more than {BENIGN_MARGIN:g} since before training; both by intervals that share out the error.",
+        "Runs that differ in anything but beta_kl and seed, code and data included, are never compared; a temperature without runs at beta_kl 0 borrows "
+        "the control of another."]
 
 
 def headline(sweep: Sweep) -> str:
@@ -430,22 +446,26 @@ def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
     frame, judged = sweep.frame, verdicts(sweep)
     figures = sweep_figures(sweep) if figures is None else figures
     labels = list(dict.fromkeys(v.label for v in judged))
-    shown = [{"title": CHECKS[v.check], "verdict": v.verdict, "why": v.why, "label": v.label, "rows": [comparison_cells(c) for c in v.comparisons]} for v in judged]
+    shown = [{"title": CHECKS[v.check], "verdict": v.verdict, "why": v.why, "label": v.label, "rows": [comparison_cells(c) for c in v.comparisons]}
+             for v in judged]
     more = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(frame, key)]
     columns = ["state", *sweep.parameters, *(c for c in dict.fromkeys([*TABLED, *more]) if c in frame and frame[c].notna().any())]
     rest = frame[frame["state"] != "done"]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
-        title=f"Sweep {sweep.name}", headline=headline(sweep), verdicts=[(label, [v for v in shown if v["label"] == label]) for label in labels], advice=advice(sweep), rules=rules(),
+        title=f"Sweep {sweep.name}", headline=headline(sweep), advice=advice(sweep), rules=rules(),
+        verdicts=[(label, [v for v in shown if v["label"] == label]) for label in labels],
         unfinished=[[text_cell(v) for v in row] for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)], notes=sweep.notes[:200],
         figures=[(static_svg(fig), caption) for fig, caption in figures.values()], columns=[c.replace("_", " ") for c in columns],
-        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c], c in sweep.parameters) for c in columns]) for row in frame.to_dict("records")],
+        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c], c in sweep.parameters) for c in columns])
+              for row in frame.to_dict("records")],
         common=[(name, "None" if value is None else value) for name, value in sweep.common.items()])
 
-# %% ../nbs/12b_sweep.ipynb #7fbb0ba6
+# %% ../nbs/12b_sweep.ipynb #7f2045ad
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
-    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), each under a temporary name and then renamed, the page last; returns
-    the paths. Pictures of an earlier report that this one has no use for are removed. Without a font there are no pictures, and a note on the page says so."""
+    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), each under a temporary name and then renamed, the
+    page last; returns the paths. Pictures of an earlier report that this one has no use for are removed. Without a font there are no pictures, and a
+    note on the page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     figures, files = sweep_figures(sweep), {}

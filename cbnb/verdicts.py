@@ -12,11 +12,11 @@ __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MA
            'control_failure', 'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose',
            'check_gradients', 'judge', 'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
 
-# %% ../nbs/12a_verdicts.ipynb #3585cb99
+# %% ../nbs/12a_verdicts.ipynb #a7ed7ea4
 import json
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +176,7 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
            "settings": settings, "alarms": float(len(alarms)), **measures}
     return row, parameters, notes
 
-# %% ../nbs/12a_verdicts.ipynb #2ef07ca4
+# %% ../nbs/12a_verdicts.ipynb #bd84cfdb
 BASE = ("run", "state", "error", "attempt", "key", "code", "data", "alarms")
 TEXTS = ("run", "state", "error", "key", "code", "data")
 
@@ -197,8 +197,8 @@ def read_sweep(folders, name: str = "") -> Sweep:
     folders, notes, rows, given, paths = [Path(f).resolve() for f in folders], [], [], [], {}
     for path, planned in find_runs(folders, notes).items():
         row, parameters, more = read_run(path, planned)
-        if row["run"] in paths: row["run"] = f"{path.parent.name}/{path.name}"
-        row["run"] = plain_text(row["run"])
+        names = [plain_text(name) for name in (row["run"], f"{path.parent.name}/{path.name}", str(path))]  # as short as tells it from the others
+        row["run"] = next((name for name in names if name not in paths), f"{names[-1]} ({len(paths)})")
         paths[row["run"]] = path
         notes += [printable(f"{row['run']}: {note}") for note in more]
         rows.append(row), given.append(parameters)
@@ -220,7 +220,7 @@ def read_sweep(folders, name: str = "") -> Sweep:
     return Sweep(plain_text(name or folders[0].name), frame, list(dict.fromkeys(["beta_kl", "seed", *columns.values()])), common, paths,
                  list(map(printable, notes)))
 
-# %% ../nbs/12a_verdicts.ipynb #53c7c50d
+# %% ../nbs/12a_verdicts.ipynb #677acb06
 def specimen_figures(beta: float, rng, alive: bool, noise: float) -> dict[str, float]:
     "Made-up figures of a run at `beta`: end values, before spread over seeds by the factor exp(`noise`·normal)."
     wobble = lambda: math.exp(noise * rng.gauss(0, 1))
@@ -245,17 +245,19 @@ def specimen_run(path, beta: float, seed: int, alive: bool = True, noise: float 
         row = {"step": step, "loss_reroute": 1 - on + on * figures["loss_reroute"] * wobble, "loss_retain": on * figures["loss_retain"] * wobble,
                "loss_kl": figures["loss_kl"] * max(on, 1e-6) * wobble, "grad_norm_total": figures["grad_norm"] * wobble}
         c_s, c_r = 10 * (1 - step / steps / 1.25), 10 * step / steps / 1.25
-        weighted = {"weighted_reroute": c_s * row["loss_reroute"], "weighted_retain": 0.01 * c_r * row["loss_retain"], "weighted_kl": c_r * beta * row["loss_kl"]}
+        weighted = {"weighted_reroute": c_s * row["loss_reroute"], "weighted_retain": 0.01 * c_r * row["loss_retain"],
+                    "weighted_kl": c_r * beta * row["loss_kl"]}
         slow = {"grad_norm_reroute": 0.4 * wobble, "grad_norm_retain": 0.2 * wobble, "grad_norm_kl": 0.1 * beta * wobble, "grad_cos_reroute_retain": -0.3,
                 "grad_cos_reroute_kl": -0.4 if beta else None, "grad_cos_retain_kl": 0.2 if beta else None}
         rows.append(row | weighted | {"loss": sum(weighted.values()), "c_s": c_s, "c_r": c_r} | (slow if step % 10 == 0 else {}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    exact = {"plain": figures["exact_match"], "sensitive": figures["exact_match"], "hard_negative": figures["exact_match"], "general": 0.4 * figures["exact_match"]}
+    exact = dict.fromkeys(("plain", "sensitive", "hard_negative"), figures["exact_match"]) | {"general": 0.4 * figures["exact_match"]}
     base = {"attack_success": 1.0, "attack_success_lax": 1.0, "unparseable": 0.0, "exact_match": dict.fromkeys(exact, 1.0),
             "heldout_kl": {"in_domain": 0.0, "off_domain": 0.0}, "heldout_top1": {"in_domain": 1.0, "off_domain": 1.0}, "harmful_cosine": 1.0}
     after = {"attack_success": figures["attack_success"], "attack_success_lax": figures["attack_success"], "unparseable": 0.9 if alive else 0.0,
              "exact_match": exact, "harmful_cosine": figures["harmful_cosine"],
-             "heldout_kl": {"in_domain": figures["loss_kl"], "off_domain": 3 * figures["loss_kl"] + 0.3}, "heldout_top1": {"in_domain": exact["plain"], "off_domain": exact["general"]}}
+             "heldout_kl": {"in_domain": figures["loss_kl"], "off_domain": 3 * figures["loss_kl"] + 0.3},
+             "heldout_top1": {"in_domain": exact["plain"], "off_domain": exact["general"]}}
     for name, value in (("params", parameters), ("config", {**parameters, "retain_weight": 0.01 if alive else 1.0, "total_steps": steps}),
                         ("result", {"before": base, "after": after, "parameters": parameters, "alarms": []}),
                         ("status", {"state": "done", "attempt": 1, "stage": "report", "error": None})):
@@ -287,10 +289,11 @@ def interval(differences, comparisons: int = 1) -> tuple[float, float]:
     half = stdtrit(len(d) - 1, 1 - (1 - LEVEL) / 2 / comparisons) * d.std(ddof=1) / math.sqrt(len(d))
     return float(d.mean() - half), float(d.mean() + half)
 
-# %% ../nbs/12a_verdicts.ipynb #19dacd99
+# %% ../nbs/12a_verdicts.ipynb #a279cb44
 @dataclass(frozen=True)
 class Comparison:
-    """`measure` at `beta` against `against` (0: the control; None: before training), over `n` paired seeds; `missing` seeds have both runs but not both figures.
+    """`measure` at `beta` against `against` (0: the control; None: before training), over `n` paired seeds; `missing` seeds have both runs, but not both
+    figures.
 
     `change` is what mean, low and high are of: `difference`, `relative` (share of the control's) or `log` (natural logarithm of the ratio); `low` and
     `high` are of level `LEVEL` for this comparison alone, `low_any` and `high_any` for all of its check together; NaN for fewer than two seeds.
@@ -418,7 +421,7 @@ def control_failure(control: pd.DataFrame) -> str:
     return (f"At beta_kl 0 the breaker does not work ({'; '.join(failed[:3])}{more}); wanted are a cosine below {CONTROL_COSINE:g} and an attack success "
             f"of at most {CONTROL_ATTACK:g} and half of that before.")
 
-# %% ../nbs/12a_verdicts.ipynb #ad6a864a
+# %% ../nbs/12a_verdicts.ipynb #aad20712
 CHECKS = {"reroute": "Reroute is unharmed by KL", "dose": "Raw KL falls as beta_kl rises, and beta_kl·KL has a hump", "gradients": "Gradients are similar"}
 COSINE_MARGIN = 0.1     # unharmed: the held-out harmful cosine rises by less than this
 ONSET_MARGIN = 0.25     # … and the onset comes less than this share of the control's steps later
@@ -429,7 +432,8 @@ SEEDS = 3               # paired seeds that a supported claim stands on, at leas
 
 @dataclass(frozen=True)
 class Verdict:
-    "The `verdict` (supported, refuted, inconclusive or void) on a `check` of `CHECKS` in the stratum `label`, `why` in one or two sentences, and the figures behind it."
+    """The `verdict` (supported, refuted, inconclusive or void) on a `check` of `CHECKS` in the stratum `label`, `why` in one or two sentences, and the
+    figures behind it."""
     check: str
     label: str
     verdict: str
@@ -471,7 +475,7 @@ def worst(comparisons: list[Comparison]) -> Comparison:
     "The comparison whose interval reaches highest; one without an interval goes before those with one."
     return max(comparisons, key=lambda c: (math.isnan(c.high), c.high if c.high == c.high else c.mean if c.mean == c.mean else math.inf, c.beta))
 
-# %% ../nbs/12a_verdicts.ipynb #bd733712
+# %% ../nbs/12a_verdicts.ipynb #a77dab01
 def check_reroute(s: Stratum) -> Verdict:
     "Held-out harmful cosine (`REROUTED`) and onset step against the control, one-sided: a lower cosine and an earlier onset are no harm."
     m = 2 * len(s.levels)
@@ -481,7 +485,8 @@ def check_reroute(s: Stratum) -> Verdict:
     judged = [(c, COSINE_MARGIN) for c in cosine] + [(c, ONSET_MARGIN) for c in onset]
     found = decide([c.high < margin for c, margin in judged], [c.low_any > margin for c, margin in judged], s, cosine + onset)
     a, b = worst(cosine), worst(onset)
-    why = (f"The held-out harmful cosine (0 where it is below) may rise most at beta_kl {a.beta:g}, from {format_number(a.reference)} to {format_number(a.value)} ({span(a)}; "
+    why = (f"The held-out harmful cosine (0 where it is below) may rise most at beta_kl {a.beta:g}, from "
+           f"{format_number(a.reference)} to {format_number(a.value)} ({span(a)}; "
            f"margin +{COSINE_MARGIN:g}); the onset may be delayed most at {b.beta:g}, from step {format_number(b.reference)} to {format_number(b.value)} "
            f"({span(b)}; margin +{ONSET_MARGIN:.0%}).")
     return Verdict("reroute", s.label, found, why + caveat(s, cosine + onset), (*cosine, *onset, *attack))
@@ -511,27 +516,30 @@ def check_dose(s: Stratum) -> Verdict:
            f"{drop.beta:g}, {format_number(drop.reference)} to {format_number(drop.value)} ({span(drop)}): hump {hump}.")
     return Verdict("dose", s.label, found, why + caveat(s, used), (*falls, total, *humps, *held))
 
-# %% ../nbs/12a_verdicts.ipynb #1130e7ec
+# %% ../nbs/12a_verdicts.ipynb #78b688f3
 def check_gradients(s: Stratum) -> Verdict:
     "Gradient norms before clipping, in all and of the reroute term, against the control: within the factor `GRADIENT_MARGIN` both ways."
     m = 2 * len(s.levels)
     norms = [compare(runs, s.control, key, "log", m) for key in ("grad_norm_total", "grad_norm_reroute") for runs in s.levels.values()]
     margin = math.log(GRADIENT_MARGIN)
     found = decide([-margin < c.low and c.high < margin for c in norms], [c.low_any > margin or c.high_any < -margin for c in norms], s, norms)
-    a, b = (max(part, key=lambda c: (math.isnan(c.low), max(abs(c.low), abs(c.high)) if c.low == c.low else abs(c.mean) if c.mean == c.mean else math.inf, c.beta))
-            for part in (norms[:len(s.levels)], norms[len(s.levels):]))
+    def far(c): return max(abs(c.low), abs(c.high)) if c.low == c.low else abs(c.mean) if c.mean == c.mean else math.inf
+    a, b = (max(part, key=lambda c: (math.isnan(c.low), far(c), c.beta)) for part in (norms[:len(s.levels)], norms[len(s.levels):]))
     top = list(s.levels.values())[-1]
     means = [by_seed(top, key).mean() for key in ("grad_cos_reroute_kl", "kl_gradient_share")]
-    why = (f"The norm in all is furthest from the control's at beta_kl {a.beta:g}: {format_number(a.reference)} to {format_number(a.value)} ({span(a)}); the reroute "
+    why = (f"The norm in all is furthest from the control's at beta_kl {a.beta:g}: {format_number(a.reference)} to "
+           f"{format_number(a.value)} ({span(a)}); the reroute "
            f"term's at {b.beta:g}: {format_number(b.reference)} to {format_number(b.value)} ({span(b)}); margin ×{1 / GRADIENT_MARGIN:.2f} to "
-           f"×{GRADIENT_MARGIN:g}. At beta_kl {list(s.levels)[-1]:g} the cosine of reroute's and KL's gradients is {format_number(means[0])}, KL's share of the norms {format_number(means[1])}.")
+           f"×{GRADIENT_MARGIN:g}. At beta_kl {list(s.levels)[-1]:g} the cosine of reroute's and KL's gradients is "
+           f"{format_number(means[0])}, KL's share of the norms {format_number(means[1])}.")
     return Verdict("gradients", s.label, found, why + caveat(s, norms), tuple(norms))
 
-# %% ../nbs/12a_verdicts.ipynb #4c9c648d
+# %% ../nbs/12a_verdicts.ipynb #98be31d2
 def judge(s: Stratum) -> list[Verdict]:
     "The verdicts on all `CHECKS` for one stratum, control first."
     if failure := control_failure(s.control): return [Verdict(check, s.label, "void", failure + caveat(s, ())) for check in CHECKS]
-    if not s.levels: return [Verdict(check, s.label, "inconclusive", "There is no finished run with beta_kl above 0 to compare." + caveat(s, ())) for check in CHECKS]
+    nothing = "There is no finished run with beta_kl above 0 to compare." + caveat(s, ())
+    if not s.levels: return [Verdict(check, s.label, "inconclusive", nothing) for check in CHECKS]
     return [check_reroute(s), check_dose(s), check_gradients(s)]
 
 
@@ -543,7 +551,7 @@ def verdicts(sweep: Sweep) -> list[Verdict]:
         return judge(nobody)
     return [verdict for s in parts for verdict in judge(s)]
 
-# %% ../nbs/12a_verdicts.ipynb #9a5ccac0
+# %% ../nbs/12a_verdicts.ipynb #2fd9ab7f
 ATTACK_MARGIN = 0.1  # suppressed: attack success rises by more than this, or the harmful cosine by more than COSINE_MARGIN
 BENIGN_MARGIN = 0.05  # lost: exact match of a kind falls by more than this from before training
 OFF_DOMAIN = ("general",)  # kinds of task that the benign set does not cover
@@ -566,7 +574,7 @@ def benign_changes(s: Stratum, levels: dict, m: int) -> dict:
 
 def told(comparisons: list[Comparison]) -> str:
     "Comparisons as a list of figures."
-    return "; ".join(f"{c.measure.replace('exact_match_', 'exact match ').replace('_', ' ')} {format_number(c.reference)} → {format_number(c.value)} ({span(c)})" for c in comparisons)
+    return "; ".join(f"{c.measure.replace('_', ' ')} {format_number(c.reference)} → {format_number(c.value)} ({span(c)})" for c in comparisons)
 
 
 def advise(s: Stratum) -> list[Advice]:
@@ -585,7 +593,8 @@ def advise(s: Stratum) -> list[Advice]:
     for beta in levels:
         bad, gone = harmed.get(beta, []), lost[beta]
         if bad and gone:
-            text = f"At beta_kl {beta:g} the breaker is suppressed and benign behaviour is lost: no beta_kl mends both, look at retain_weight and the benign data. {told(bad + gone)}."
+            text = f"At beta_kl {beta:g} the breaker is suppressed and benign behaviour is lost: no beta_kl mends both, look at retain_weight "
+            text += f"and the benign data. {told(bad + gone)}."
             found.append(Advice("conflict", s.label, beta, text))
         elif bad: found.append(Advice("lower", s.label, beta, f"Lower beta_kl below {beta:g}, where the breaker is suppressed: {told(bad)}."))
         elif gone:
@@ -595,7 +604,8 @@ def advise(s: Stratum) -> list[Advice]:
     outside = {b: [c for c in cs if c.high_any < -BENIGN_MARGIN and off(c)] for b, cs in changes.items()}
     if s.levels and all(outside[b] for b in s.levels):
         beta = max(s.levels)
-        found.append(Advice("data", s.label, beta, f"No beta_kl tested keeps what the benign set does not cover: {told(outside[beta])} at beta_kl {beta:g}. Add general text to the benign data."))
+        found.append(Advice("data", s.label, beta, (
+            f"No beta_kl tested keeps what the benign set does not cover: {told(outside[beta])} at beta_kl {beta:g}. Add general text to the benign data.")))
     return found
 
 

@@ -6,37 +6,41 @@
 __all__ = ['SHOWN', 'ROWS_SHOWN', 'VALUES_OFFERED', 'judged', 'measures', 'runs_table', 'picture', 'run_views', 'filtered',
            'live_box', 'explorer_html', 'explore']
 
-# %% ../../nbs/24_sweep_explorer.ipynb #5934739f
+# %% ../../nbs/24_sweep_explorer.ipynb #3997854a
 import base64
 import json
 import os
 import shlex
 from html import escape
-from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
-from ..report import WIDTH, curves, printable, static_svg
-from ..sweep import AGAINST, against, by_kind, conditions, headline, text_cell
-from ..verdicts import CHECKS, Sweep, advice, log_rows, verdicts
-from .views import is_live, table_html
 
-# %% ../../nbs/24_sweep_explorer.ipynb #716dce58
+from ..report import WIDTH, curves, printable, static_svg
+from ..sweep import AGAINST, against, by_kind, headline, link_to, text_cell
+from ..verdicts import CHECKS, Sweep, advice, log_rows, verdicts
+from .views import is_live
+
+# %% ../../nbs/24_sweep_explorer.ipynb #267b3bdc
 def judged(sweep: Sweep) -> str:
     "Verdicts, advice, runs that are not done and notes of a sweep, as plain text."
     lines = [headline(sweep), ""]
     for v in verdicts(sweep): lines.append(f"{v.label + ': ' if v.label else ''}{CHECKS[v.check]}: {v.verdict}. {v.why}")
-    lines += ["", *([f"Advice: {a.label + ': ' if a.label else ''}{a.text}" for a in advice(sweep)] or ["Advice: none; nothing in these runs is beyond its margin, or they are void or unclear."])]
+    given = [f"Advice: {a.label + ': ' if a.label else ''}{a.text}" for a in advice(sweep)]
+    lines += ["", *(given or ["Advice: none; nothing in these runs is beyond its margin, or they are void or unclear."])]
     rest = sweep.frame[sweep.frame["state"] != "done"]
-    lines += [""] * bool(len(rest)) + [f"Not done: {run}, {state}" + (f": {error}" if isinstance(error, str) else "") for run, state, error in rest[["run", "state", "error"]].itertuples(index=False)]
+    if len(rest): lines.append("")
+    for run, state, error in rest[["run", "state", "error"]].itertuples(index=False):
+        lines.append(f"Not done: {run}, {state}" + (f": {error}" if isinstance(error, str) else ""))
     return "\n".join(lines + [f"Note: {note}" for note in sweep.notes])
 
 
 def measures(sweep: Sweep) -> list[str]:
     "The measures of a sweep's frame that any run has."
-    known = list(dict.fromkeys([*AGAINST, *(c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(sweep.frame, key)), "loss_kl", "beta_times_kl", "loss_reroute",
-                                "loss_retain", "onset_step", "attack_success_lax", "unparseable", "kl_gradient_share", "grad_norm_reroute", "grad_norm_kl", "grad_cos_reroute_kl"]))
-    return [m for m in known if m in sweep.frame and sweep.frame[m].notna().any()]
+    kinds = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(sweep.frame, key)]
+    known = [*AGAINST, *kinds, "beta_times_kl", "loss_reroute", "loss_retain", "onset_step", "attack_success_lax", "unparseable", "kl_gradient_share",
+             "grad_norm_reroute", "grad_norm_kl", "grad_cos_reroute_kl"]
+    return [m for m in dict.fromkeys(known) if m in sweep.frame and sweep.frame[m].notna().any()]
 
 
 SHOWN = ("loss_kl", "harmful_cosine", "attack_success", "exact_match_plain", "heldout_kl_in_domain", "heldout_kl_off_domain", "onset_step", "grad_norm_total")
@@ -46,9 +50,14 @@ ROWS_SHOWN = 100
 def runs_table(sweep: Sweep, frame: pd.DataFrame) -> str:
     "HTML table (str) of the runs in `frame`, at most `ROWS_SHOWN`, each linked to its report where it has one."
     columns = ["state", *sweep.parameters, *(c for c in SHOWN if c in frame and sweep.frame[c].notna().any())]
-    rows = [[row["run"], *(text_cell(row[c], c in sweep.parameters) for c in columns)] for row in frame.head(ROWS_SHOWN).to_dict("records")]
+    def cells(row):
+        link, name = link_to(sweep.folders[row["run"]], os.getcwd()), escape(row["run"])
+        yield f'<a href="{escape(link)}">{name}</a>' if link else name
+        for c in columns: yield escape(text_cell(row[c], c in sweep.parameters))
+    head = "".join(f'<th scope="col">{escape(c.replace("_", " "))}</th>' for c in ("run", *columns))
+    body = "".join(f"<tr><td>{'</td><td>'.join(cells(row))}</td></tr>" for row in frame.head(ROWS_SHOWN).to_dict("records"))
     more = f"; the first {ROWS_SHOWN} are shown" if len(frame) > ROWS_SHOWN else ""
-    table = table_html(["run", *(c.replace("_", " ") for c in columns)], rows, f"{len(frame)} of {len(sweep.frame)} runs{more}")
+    table = f"<table><caption>{len(frame)} of {len(sweep.frame)} runs{more}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div style="overflow-x: auto; white-space: nowrap">{table}</div>'
 
 
@@ -70,7 +79,7 @@ def run_views(sweep: Sweep, run: str) -> str:
     text = "".join(f"<pre>{escape(printable(command))}</pre>" for command in commands)
     return f"<p><b>{escape(printable(run))}</b> {links}</p>{text}{drawn}"
 
-# %% ../../nbs/24_sweep_explorer.ipynb #127c6c2f
+# %% ../../nbs/24_sweep_explorer.ipynb #20470147
 VALUES_OFFERED = 40
 
 
@@ -87,7 +96,8 @@ def live_box(sweep: Sweep):
     import ipywidgets as widgets
     columns = ["state", *sweep.parameters]
     options = {c: sorted(sweep.frame[c].dropna().unique(), key=lambda v: (isinstance(v, str), v))[:VALUES_OFFERED] for c in columns}
-    filters = {c: widgets.SelectMultiple(description=c[:20], options=[(text_cell(v, True), v) for v in values], rows=4) for c, values in options.items() if len(values) > 1}
+    filters = {c: widgets.SelectMultiple(description=c[:20], options=[(text_cell(v, True), v) for v in values], rows=4)
+               for c, values in options.items() if len(values) > 1}
     parameter = widgets.Dropdown(description="against", options=sweep.parameters)
     measure = widgets.Dropdown(description="measure", options=measures(sweep) or ["loss_kl"])
     run = widgets.Dropdown(description="run", options=["", *sweep.frame["run"]])
