@@ -5,12 +5,16 @@
 # %% ../nbs/07_trainer.ipynb #0c298ff7
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
-import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -20,21 +24,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients
 from .data import PairedStreams, Sample, collate
-from .runs import Run, append_metrics, kernel, set_status, stop_requested, truncate_metrics
+from .runs import (ENDING, Run, RunError, append_metrics, is_full_disk, kernel, on_signals, read_json, set_status, stop_requested,
+                       truncate_metrics, write_json)
 
 # %% auto #0
-__all__ = ['TERMS', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients', 'gradient_report',
+__all__ = ['TERMS', 'MANIFEST', 'UNFINISHED', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
+           'gradient_report', 'sync', 'sha256', 'seal', 'damage', 'disk_is_full', 'checkpoints',
            'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
-           'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'training_arguments', 'train_breaker']
+           'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers',
+           'training_arguments', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -81,10 +91,68 @@ def gradient_report(gradients: dict[str, torch.Tensor]) -> dict[str, float | Non
         report[f"grad_cos_{a}_{b}"] = (gradients[a] @ gradients[b]).item() / product if product > 0 else None
     return report
 
+# %% ../nbs/07_trainer.ipynb #whole002
+MANIFEST, UNFINISHED = "manifest.json", ".unfinished"
+
+
+def sync(path: Path) -> None:
+    "Returns when the file, or the entries of the folder, `path` are on the disk and no longer in memory alone."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    "The sha256 of a file, 64 hex digits."
+    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    "Puts everything in `folder` on the disk and then writes its manifest.json: size in bytes and sha256 of every file."
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        sync(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / MANIFEST, {"files": files})
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder): sync(path)
+
+# %% ../nbs/07_trainer.ipynb #whole004
+def damage(folder: Path) -> str:
+    "What is wrong with a sealed folder, in words; empty for one that is as it was sealed."
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest is None: return f"it has no {MANIFEST}, which is written last"
+        for name, was in manifest["files"].items():
+            path = folder / name
+            if not path.is_file(): return f"{name} is missing"
+            if path.stat().st_size != was["bytes"]: return f"{name} has {path.stat().st_size} of {was['bytes']} bytes"
+            if sha256(path) != was["sha256"]: return f"{name} is not what was saved"
+    except (RunError, OSError, KeyError, TypeError, AttributeError) as e: return f"it cannot be read: {type(e).__name__}: {e}"
+    return ""
+
+# %% ../nbs/07_trainer.ipynb #whole006
+def disk_is_full(folder: Path) -> bool:
+    "Whether one more megabyte has no place in `folder`. torch does not say so: its writer reports an 'unexpected pos'."
+    try:
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(os.urandom(1_000_000))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e: return is_full_disk(e)
+    return False
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    "{step: folder `checkpoint-<step>`} in `folder`, the newest first; nothing without it."
+    found = {int(match[1]): path for path in Path(folder).glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()}
+    return dict(sorted(found.items(), reverse=True))
+
 # %% ../nbs/07_trainer.ipynb #4bca51d2
 class CircuitBreakerTrainer(Trainer):
     """Trainer for a `CircuitBreaker`. It overrides what the objective needs: the order of the data, the three denominators of a global
-    batch, the weighting, the keys of the log, and checkpoints that hold the adapter only."""
+    batch, the weighting, the keys of the log, and checkpoints that hold the adapter only and are whole or absent."""
+
+    diagnosis_seconds = 0.0  # of this attempt
 
     def _get_train_sampler(self, train_dataset=None):
         # PairedStreams is already shuffled, by index
@@ -109,11 +177,19 @@ class CircuitBreakerTrainer(Trainer):
         for key, value in terms.items():
             self.step_terms[key] = self.step_terms.get(key, 0) + value.detach()
         if config.diagnose_steps and (step + 1) % config.diagnose_steps == 0:
+            began = self.clock()
             parameters = [p for p in model.parameters() if p.requires_grad]
             for name, gradient in term_gradients(weighted, parameters).items():
                 self.step_gradients[name] = self.step_gradients.get(name, 0) + gradient
+            self.diagnosis_seconds += self.clock() - began
         loss = sum(weighted.values()) * processes
         return (loss, terms) if return_outputs else loss
+
+    def clock(self) -> float:
+        "Seconds, when the device has done what it was given."
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.monotonic()
 
     def _get_grad_norm(self, model, grad_norm=None):
         "The gradient norm before clipping; a norm that is not finite stops the run before the weights are touched."
@@ -145,9 +221,33 @@ class CircuitBreakerTrainer(Trainer):
         # save_embedding_layers: the embeddings are frozen, and finding that out by itself makes peft ask a hub
         self.accelerator.unwrap_model(self.model).student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
+    def _save_checkpoint(self, model, trial):
+        """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the disk; then the oldest goes. What fails
+        or is killed before that leaves the earlier ones as they were. Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
+        place, step = Path(self.args.output_dir), self.state.global_step
+        made = place / UNFINISHED / f"checkpoint-{step}"
+        self.args.output_dir = str(made.parent)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process saves its own random state
+            if self.args.should_save:
+                if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
+                seal(made)
+                made.rename(place / made.name)
+                made.parent.rmdir()
+                sync(place)
+        except Exception as e:
+            full = is_full_disk(e) or disk_is_full(place)
+            shutil.rmtree(made.parent, ignore_errors=True)
+            if full: raise OSError(errno.ENOSPC, f"checkpoint-{step} has no place", str(place)) from e
+            raise
+        finally:
+            self.args.output_dir = str(place)
+        if self.args.should_save: rotate_checkpoints(str(place), self.args.save_total_limit)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
-        result = set_peft_model_state_dict(student, load_peft_weights(resume_from_checkpoint, device="cpu"))
+        result = set_peft_model_state_dict(student, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
         missing = [k for k in result.missing_keys if "lora_" in k]
         if missing or result.unexpected_keys:
             raise ValueError(f"{resume_from_checkpoint} does not fit this adapter: {len(missing)} missing and {len(result.unexpected_keys)} "
@@ -172,22 +272,27 @@ class MetricsLog(TrainerCallback):
 
 
 class LogWhatCounts(TrainerCallback):
-    "Logs the last step and every diagnosed one, also where `logging_steps` would pass over them."
+    """Logs the last step and every diagnosed one, also where `logging_steps` would pass over them, and saves the last one, also where `save_steps` is
+    0: a run that is ended in its last evaluation goes on with that."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        every = args.circuit_breaker_config.diagnose_steps
-        if state.global_step == state.max_steps or (every and state.global_step % every == 0):
+        every, last = args.circuit_breaker_config.diagnose_steps, state.global_step == state.max_steps
+        if last or (every and state.global_step % every == 0):
             control.should_log = True
+        if last:
+            control.should_save = True
 
 
 class StopFile(TrainerCallback):
-    "Ends training with a checkpoint, after the step in which the run's file `stop` appears."
+    "Ends training with a checkpoint, after the step in which the run's file `stop` appears to any of its processes."
 
     def __init__(self, run: Run):
         self.run, self.stopped = run, False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if stop_requested(self.run):
+        asked = torch.tensor(float(stop_requested(self.run)), device=args.device)
+        if args.world_size > 1: torch.distributed.all_reduce(asked)
+        if asked > 0:
             control.should_save = control.should_training_stop = self.stopped = True
 
 
@@ -258,43 +363,62 @@ def show_line(line: str, handle=None):
 # %% ../nbs/07_trainer.ipynb #a4c1d2e7
 @contextmanager
 def stop_on_interrupt(run: Run):
-    """Within it the first interrupt (Ctrl-C, the ■ of the notebook) asks for a stop, as the run's file `stop` does: the step is finished and a
-    checkpoint saved. Where a stop is asked for already, an interrupt is a KeyboardInterrupt at once. Does nothing outside of the main thread,
-    which alone hears signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Within it the first interrupt (Ctrl-C, the ■ of the notebook), SIGTERM or SIGUSR2 asks for a stop, as the run's file `stop` does: the step is
+    finished and a checkpoint saved. Where a stop is asked for already, an interrupt is a KeyboardInterrupt at once; a scheduler's signals, which
+    come in numbers, are not. Does nothing outside of the main thread, which alone hears signals."""
     def stop(signum, frame):
-        if stop_requested(run): raise KeyboardInterrupt
+        if stop_requested(run):
+            if signum == signal.SIGINT: raise KeyboardInterrupt
+            return
         try: (run.path / "stop").touch()
         except OSError: raise KeyboardInterrupt from None  # it cannot be asked for, so it is not waited for
         with suppress(RuntimeError):  # raised where the signal comes in the middle of another print
             print("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
-    before = signal.signal(signal.SIGINT, stop)
-    try: yield
-    finally: signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    with on_signals(stop, (signal.SIGINT, *ENDING)): yield
 
 # %% ../nbs/07_trainer.ipynb #eadc2e65
 def last_checkpoint(run: Run) -> Path | None:
-    "The newest whole checkpoint of a run, or None; `trainer_state.json` is what is written last. One that is not whole is passed over with a warning."
-    for path in sorted((run.path / "checkpoints").glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return path
-        except (OSError, ValueError):
-            warnings.warn(f"{path} is not whole and is passed over", stacklevel=2)
+    "The newest whole checkpoint of a run, or None. One that is not whole is passed over with a warning that says why."
+    for path in checkpoints(run.path / "checkpoints").values():
+        if not (wrong := damage(path)): return path
+        warnings.warn(f"{path} is not whole ({wrong}) and is passed over", stacklevel=2)
     return None
+
+
+def resume_point(run: Run) -> Path | None:
+    """The checkpoint that a run goes on from, None for its beginning, when its folder is in order for that: what a killed save has left is removed,
+    damaged checkpoints are renamed `damaged-checkpoint-<step>`, which the `note` in status.json tells, and the log ends with that step."""
+    folder = run.path / "checkpoints"
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    checkpoint = last_checkpoint(run)
+    step = next((step for step, path in checkpoints(folder).items() if path == checkpoint), 0)
+    passed = []
+    for path in (path for newer, path in checkpoints(folder).items() if newer > step):
+        passed.append(f"{path.name} is not whole ({damage(path)})")
+        shutil.rmtree(aside := folder / f"damaged-{path.name}", ignore_errors=True)
+        path.rename(aside)
+    if passed: set_status(run, "running", note=f"{' and '.join(passed)}; training goes on from step {step}")
+    truncate_metrics(run, step)
+    return checkpoint
+
+
+def check_trackers(config: CircuitBreakerConfig) -> list[str]:
+    "Trainer's `report_to` for a config. Raises RuntimeError, in transformers' words, for a tracker that is not installed."
+    names = [name for name in config.report_to if name != "none"]
+    for callback in get_reporting_integration_callbacks(names): callback()
+    return names
 
 
 def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingArguments:
     "Trainer's arguments for a config; checkpoints go to `folder`."
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=config.total_steps, per_device_train_batch_size=config.batch_size,
+        output_dir=str(folder), run_name=folder.parent.name, max_steps=config.total_steps, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule, warmup_steps=config.warmup_steps, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm, logging_steps=config.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 1, save_total_limit=2, seed=config.seed,
-        remove_unused_columns=False, label_names=[], report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available())
+        remove_unused_columns=False, label_names=[], report_to=[name for name in config.report_to if name != "none"], disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available())
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one device: DataParallel cannot split a mixed batch
     args.circuit_breaker_config = config
     return args
@@ -305,9 +429,10 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it (in the last
     step too: whoever stopped it wants nothing more of this attempt).
 
-    Writes metrics.jsonl and checkpoints to `run`, and goes on from its last whole checkpoint if it has one. The first interrupt asks for a
-    stop too (see `stop_on_interrupt`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
-    NonFiniteLossError for a NaN or infinite term or gradient, ValueError for a student that was trained before and has no checkpoint to go
+    Writes metrics.jsonl and checkpoints to `run`, the last one after the last step, and goes on from its last whole checkpoint if it has one (see
+    `resume_point`). The first interrupt asks for a stop too (see `stop_on_interrupt`). status.json gets the seconds that this attempt trained and, of
+    them, those for the gradients by term (`training_seconds`, `diagnosis_seconds`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
+    NonFiniteLossError for a NaN or infinite term or gradient, OSError for a full disk, ValueError for a student that was trained before and has no checkpoint to go
     on from: its first step would not be the first."""
     breaker = CircuitBreaker(student, config, teacher)
     args = training_arguments(config, run.path / "checkpoints")
@@ -319,13 +444,18 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
         data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks])
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
-    checkpoint = last_checkpoint(run)
+    with args.main_process_first(local=False):
+        checkpoint = resume_point(run)
     if checkpoint is None and getattr(student, "was_trained", False):
         raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")
     student.was_trained = True
-    truncate_metrics(run, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    began = time.monotonic()
     with stop_on_interrupt(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    spent, diagnosis = time.monotonic() - began, trainer.diagnosis_seconds
+    if trainer.is_world_process_zero():
+        set_status(run, "running", training_seconds=round(spent, 1), diagnosis_seconds=round(diagnosis, 1))
+        print(f"trained for {spent:.0f} s, of which {diagnosis:.1f} s for the gradients by term")
     (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
     student.eval()
     return trainer.state.global_step >= config.total_steps and not stop.stopped
