@@ -212,9 +212,9 @@ def read_json(path):
 
 # %% ../nbs/10_runs.ipynb #full0002
 def is_full_disk(error):
-    """Whether the exception `error`, or one that it came from, is a full disk or a used-up quota."""
+    """Whether the exception `error`, or one that it came from, is a full disk or a used-up quota; not every library says it by an `OSError`."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT): return True
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error): return True
         error = error.__cause__ or error.__context__
     return False
 
