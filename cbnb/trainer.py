@@ -31,7 +31,6 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients
@@ -40,8 +39,8 @@ from .runs import (ENDING, Run, RunError, append_metrics, is_full_disk, kernel, 
                        truncate_metrics, write_json)
 
 # %% auto #0
-__all__ = ['TERMS', 'MANIFEST', 'UNFINISHED', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
-           'gradient_report', 'sync', 'sha256', 'seal', 'damage', 'disk_is_full', 'checkpoints',
+__all__ = ['TERMS', 'MANIFEST', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
+           'gradient_report', 'sync', 'sha256', 'seal', 'damage', 'disk_is_full', 'checkpoints', 'keep_newest',
            'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
            'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers',
            'training_arguments', 'train_breaker']
@@ -92,7 +91,7 @@ def gradient_report(gradients: dict[str, torch.Tensor]) -> dict[str, float | Non
     return report
 
 # %% ../nbs/07_trainer.ipynb #whole002
-MANIFEST, UNFINISHED = "manifest.json", ".unfinished"
+MANIFEST, UNFINISHED = "manifest.json", ".unfinished"  # the latter: what is being made or removed
 
 
 def sync(path: Path) -> None:
@@ -146,6 +145,13 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     "{step: folder `checkpoint-<step>`} in `folder`, the newest first; nothing without it."
     found = {int(match[1]): path for path in Path(folder).glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()}
     return dict(sorted(found.items(), reverse=True))
+
+
+def keep_newest(folder: Path, number: int) -> None:
+    "Removes all but the `number` newest checkpoints in `folder`, each under another name first, and whatever was left there half made or half removed."
+    (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    for path in list(checkpoints(folder).values())[number:]: path.rename(folder / UNFINISHED / path.name)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 # %% ../nbs/07_trainer.ipynb #4bca51d2
 class CircuitBreakerTrainer(Trainer):
@@ -234,7 +240,6 @@ class CircuitBreakerTrainer(Trainer):
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
                 seal(made)
                 made.rename(place / made.name)
-                made.parent.rmdir()
                 sync(place)
         except Exception as e:
             full = is_full_disk(e) or disk_is_full(place)
@@ -243,7 +248,7 @@ class CircuitBreakerTrainer(Trainer):
             raise
         finally:
             self.args.output_dir = str(place)
-        if self.args.should_save: rotate_checkpoints(str(place), self.args.save_total_limit)
+        if self.args.should_save: keep_newest(place, self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
@@ -377,6 +382,9 @@ def stop_on_interrupt(run: Run):
     with on_signals(stop, (signal.SIGINT, *ENDING)): yield
 
 # %% ../nbs/07_trainer.ipynb #eadc2e65
+KEPT = 2  # checkpoints: the second is for the case that the first is damaged
+
+
 def last_checkpoint(run: Run) -> Path | None:
     "The newest whole checkpoint of a run, or None. One that is not whole is passed over with a warning that says why."
     for path in checkpoints(run.path / "checkpoints").values():
@@ -389,7 +397,6 @@ def resume_point(run: Run) -> Path | None:
     """The checkpoint that a run goes on from, None for its beginning, when its folder is in order for that: what a killed save has left is removed,
     damaged checkpoints are renamed `damaged-checkpoint-<step>`, which the `note` in status.json tells, and the log ends with that step."""
     folder = run.path / "checkpoints"
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     checkpoint = last_checkpoint(run)
     step = next((step for step, path in checkpoints(folder).items() if path == checkpoint), 0)
     passed = []
@@ -397,6 +404,7 @@ def resume_point(run: Run) -> Path | None:
         passed.append(f"{path.name} is not whole ({damage(path)})")
         shutil.rmtree(aside := folder / f"damaged-{path.name}", ignore_errors=True)
         path.rename(aside)
+    keep_newest(folder, KEPT)
     if passed: set_status(run, "running", note=f"{' and '.join(passed)}; training goes on from step {step}")
     truncate_metrics(run, step)
     return checkpoint
@@ -416,7 +424,7 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingAr
         gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule, warmup_steps=config.warmup_steps, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm, logging_steps=config.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-        save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 1, save_total_limit=2, seed=config.seed,
+        save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 1, save_total_limit=KEPT, seed=config.seed,
         remove_unused_columns=False, label_names=[], report_to=[name for name in config.report_to if name != "none"], disable_tqdm=True,
         use_cpu=not torch.cuda.is_available())
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one device: DataParallel cannot split a mixed batch

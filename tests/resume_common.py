@@ -42,7 +42,8 @@ def die_at_event(folder, number):
 
     def hook(event, args):
         nonlocal seen
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and place in str(args[0]):
+        inside = args and place in str(args[0]) or event == "os.remove" and args[1] != -1  # a removed folder's files, told by name alone
+        if inside and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
             seen += 1
             if seen == number: die()
     sys.addaudithook(hook)

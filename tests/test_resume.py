@@ -1,9 +1,9 @@
 """A run that is interrupted, as often and in whatever moment, ends as the one that was not, to the last bit of its log and of its adapter."""
-import json, os, shutil, subprocess, sys
+import hashlib, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import Phase, example, given, settings, strategies as st
 
 from helpers import ROOT
 from resume_common import STEPS
@@ -15,7 +15,9 @@ ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PY
 def load(path): return json.loads(Path(path).read_text())
 
 
-def result(folder): return (folder / "metrics.jsonl").read_bytes(), (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def result(folder):
+    "A run's log, byte for byte, and the sha256 of its adapter."
+    return (folder / "metrics.jsonl").read_text(), hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def newest(folder):
@@ -55,7 +57,7 @@ ends = st.one_of(
     st.tuples(st.just("kill after"), st.just(0)))
 
 
-@settings(max_examples=12)
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(ends, min_size=2, max_size=4))
 @example([("kill in save", 4), ("kill in save", 1), ("kill at event", 30), ("kill after", 0)])
 @example([("kill at step", 0), ("kill at step", 1), ("stop", 3), ("SIGTERM", 3)])
@@ -69,7 +71,7 @@ def test_interrupted_at_any_moment(attempt, whole, tmp_path_factory, interruptio
         if code == 0: break  # the moment never came
         assert code == (-9 if how.startswith("kill") else 1) and status["state"] == ("running" if how.startswith("kill") else "interrupted")
         assert status["resumed_step"] in (None, before), "it went on from the newest checkpoint"
-        assert saved >= before and not (saved and damage(folder / "checkpoints" / f"checkpoint-{saved}")), "what has its name is whole"
+        assert saved >= before and not any(map(damage, (folder / "checkpoints").glob("checkpoint-*"))), "what has its name is whole"
     else: assert attempt(folder) == 0
     status = load(folder / "status.json")
     assert status["state"] == "done" and status["note"] is None, "nothing had to be passed over: what is half written never gets its name"
