@@ -9,10 +9,9 @@ __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', '
            'to_plain', 'write_bytes', 'json_text', 'write_json', 'read_json', 'is_full_disk', 'full_disk_words',
            'reserve', 'release', 'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git',
            'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run', 'now', 'stop_requested',
-           'read_status', 'set_status', 'on_signals', 'take_stop', 'stage', 'process_start', 'identity',
-           'still_running', 'close_run', 'whole_lines', 'append_metrics', 'read_metrics', 'truncate_metrics',
-           'write_result', 'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked',
-           'record_code', 'open_run']
+           'read_status', 'set_status', 'on_signals', 'stage', 'process_start', 'identity', 'still_running',
+           'close_run', 'whole_lines', 'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result',
+           'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -215,13 +214,15 @@ def is_full_disk(error):
     """Whether the exception `error`, or one that it came from, is a full disk or a used-up quota; not every library says it by an `OSError`."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error): return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
 
 
-def full_disk_words(path):
-    """One sentence that names the folder `path`, the disk that it lies on and how much of it is free, and says what to do."""
-    path = Path(path)
+def full_disk_words(path, error=None):
+    """One sentence that names the folder `path`, or the one of the file that the exception `error` names, the disk that it lies on and how much of
+    that is free, and says what to do."""
+    named = Path(getattr(error, "filename", None) or path)
+    path = next(folder for folder in (named, *named.parents) if folder.is_dir()).resolve()
     disk, usage = next(folder for folder in (path, *path.parents) if folder.is_mount()), shutil.disk_usage(path)
     return (f"No space left on device: the disk mounted at {disk}, where {path} lies, is full or your quota is used up ({usage.free / 1e6:.1f} of "
             f"{usage.total / 1e6:.0f} MB are free); free some and give the same run_dir, or give another run_dir")
@@ -401,32 +402,32 @@ def on_signals(act, signals=ENDING):
         for number, old in before.items(): signal.signal(number, old or signal.SIG_DFL)
 
 # %% ../nbs/10_runs.ipynb #76d98cb8
-def take_stop(run, name):
-    """Raises `RunInterrupted` where a stop of the run is asked for, which is thereby done: its file goes."""
-    if not stop_requested(run): return
-    (run.path / "stop").unlink(missing_ok=True)
-    raise RunInterrupted(f"stopped before the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
-
-
 @contextmanager
 def stage(run, name, stops=True):
     """Marks the run as running in the stage `name`, unless a stop is asked for and it `stops` for one: then it raises `RunInterrupted`.
 
     An exception inside marks it failed, with the error in one line (`RunInterrupted` and KeyboardInterrupt: interrupted), and goes on its way; for
-    a full disk a `RunError` that names the disk takes its place. SIGTERM and SIGUSR2 raise `RunInterrupted`."""
-    def end(number, frame): raise RunInterrupted(f"ended by {signal.Signals(number).name} in the stage {name!r}; -p run_dir {run.path} goes on")
+    a full disk a `RunError` that names the disk takes its place. SIGTERM and SIGUSR2 raise `RunInterrupted`. A stop that was heeded is no longer
+    asked for."""
+    def end(number, frame):
+        try: (run.path / "stop").touch()   # should something swallow the exception, the next stage or step sees this
+        except OSError: pass
+        raise RunInterrupted(f"ended by {signal.Signals(number).name} in the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
     full = None
     with on_signals(end):
         try:
-            if stops: take_stop(run, name)
+            if stops and stop_requested(run):
+                raise RunInterrupted(f"stopped before the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
             set_status(run, "running", stage=name, error=None)
             yield
         except BaseException as e:
-            if is_full_disk(e): full = RunError(full_disk_words(run.path))
+            if is_full_disk(e): full = RunError(full_disk_words(run.path, e))
             error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:500]
             ended = isinstance(e, (KeyboardInterrupt, RunInterrupted))
             with on_signals(signal.SIG_IGN):   # SLURM sends them more than once, and this is the last word
-                try: set_status(run, "interrupted" if ended else "failed", error=error)
+                try:
+                    if isinstance(e, RunInterrupted): (run.path / "stop").unlink(missing_ok=True)
+                    set_status(run, "interrupted" if ended else "failed", error=error)
                 except OSError: pass   # it must not hide the error that is under way
             if full: raise full from e
             raise
