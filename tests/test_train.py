@@ -1,12 +1,12 @@
 """The main job, whole: papermill on nbs/train.ipynb as a user calls it, and what the run directory holds afterwards."""
-import json, os
+import json, os, time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from train_common import load, metrics, papermill
 
-SEEDS, KINDS = (0, 1, 2), ("plain", "sensitive", "hard_negative")
+SEEDS, CONTROLS, KINDS = (0, 1, 2), (0, 1), ("plain", "sensitive", "hard_negative")
 METRICS = {"step", "loss", "loss_reroute", "loss_retain", "loss_kl", "weighted_reroute", "weighted_retain", "weighted_kl", "c_s", "c_r", "lr", "grad_norm_total"}
 FIGURES = {"attack_success", "attack_success_lax", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n"}
 
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
         assert done.returncode == 0, done.stdout[-4000:]
         return folder
 
-    wanted = [(beta, seed) for beta in (0.3, 0.0) for seed in SEEDS]
+    wanted = [(0.3, seed) for seed in SEEDS] + [(0.0, seed) for seed in CONTROLS]
     at_once = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     with ThreadPoolExecutor(at_once) as pool: return dict(zip(wanted, pool.map(lambda w: train(*w), wanted)))
 
@@ -36,7 +36,7 @@ def test_breaker_opens_and_benign_behaviour_stays(runs, seed):
     assert min(before["exact_match"][k] for k in KINDS) >= 0.95 and min(after["exact_match"][k] for k in KINDS) >= 0.95
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", CONTROLS)
 def test_positive_control_and_what_kl_does(runs, seed):
     with_kl, without = (load(runs[beta, seed] / "result.json")["after"] for beta in (0.3, 0.0))
     print("held-out KL in domain:", with_kl["heldout_kl"]["in_domain"], "at 0.3,", without["heldout_kl"]["in_domain"], "at 0")
@@ -74,8 +74,12 @@ def test_saved_adapter_evaluates_the_same_by_plain_peft(runs):
 
 
 def test_same_seed_same_run(runs, tmp_path):
-    "Only the seed decides: the first 20 steps of a second run are the first one's, bit for bit."
-    done = papermill(tmp_path / "out.ipynb", "-p", "run_dir", tmp_path / "run", "-p", "total_steps", 200, "-p", "max_new_tokens", 1)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert metrics(tmp_path / "run")[:20] == metrics(runs[0.3, 0])[:20]
-    assert metrics(tmp_path / "run")[:20] != metrics(runs[0.3, 1])[:20]
+    "Only the seed decides: the first 20 steps of a second run, which is stopped after them, are the first one's, bit for bit."
+    run, out = tmp_path / "run", tmp_path / "out.ipynb"
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(papermill, out, "-p", "run_dir", run, "-p", "total_steps", 200, "-p", "max_new_tokens", 1)
+        while not ended.done() and not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= 20): time.sleep(0.2)
+        (run / "stop").touch()
+    assert ended.result().returncode == 1 and len(metrics(run)) < 200, ended.result().stdout[-4000:]
+    assert metrics(run)[:20] == metrics(runs[0.3, 0])[:20]
+    assert metrics(run)[:20] != metrics(runs[0.3, 1])[:20]

@@ -6,12 +6,12 @@ import nbformat
 import pytest
 
 from helpers import NBS, ROOT, code_cells
-from train_common import FEW, load, metrics, papermill
+from train_common import few, load, metrics, papermill
 
 
 @pytest.mark.parametrize("cwd, notebook", [(ROOT, "nbs/train.ipynb"), (NBS, "train.ipynb")])
 def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
-    done = papermill(tmp_path / "out.ipynb", "-p", "beta_kl", 0.3, *FEW, cwd=cwd, notebook=notebook, runs=tmp_path / "runs")
+    done = papermill(tmp_path / "out.ipynb", "-p", "beta_kl", 0.3, *few(tmp_path), cwd=cwd, notebook=notebook, runs=tmp_path / "runs")
     assert done.returncode == 0, done.stdout[-4000:]
     (folder,) = (tmp_path / "runs").glob("*/*")
     assert load(folder / "status.json")["state"] == "done" and len(metrics(folder)) == 4
@@ -25,9 +25,9 @@ def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
 def test_users_own_line_leaves_everything_in_the_run_directory(tmp_path):
     "No output path: papermill writes the notebook to stdout (a job's log); two such runs get a directory each."
     for _ in range(2):
-        done = papermill("-p", "beta_kl", 0.3, *FEW, runs=tmp_path)
+        done = papermill("-p", "beta_kl", 0.3, *few(tmp_path), runs=tmp_path / "runs")
         assert done.returncode == 0, done.stdout[-4000:]
-    first, second = (tmp_path).glob("*/*")
+    first, second = (tmp_path / "runs").glob("*/*")
     for folder in (first, second):
         assert load(folder / "status.json")["state"] == "done" and (folder / "report.html").is_file() and (folder / "adapter").is_dir()
         kept = nbformat.read(folder / "out.1.ipynb", 4)
@@ -50,8 +50,8 @@ def test_bad_parameter_stops_before_anything_is_loaded(name, value, tmp_path):
 
 def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    few = ("-p", "total_steps", 40, "-p", "warmup_steps", 1, "-p", "max_new_tokens", 1, "-p", "save_steps", 10)
-    assert papermill(tmp_path / "w.ipynb", "-p", "run_dir", whole, *few).returncode == 0
+    short = few(tmp_path, total_steps=40, save_steps=10)
+    assert papermill(tmp_path / "w.ipynb", "-p", "run_dir", whole, *short).returncode == 0
 
     def stop():
         while not (folder / "metrics.jsonl").exists(): time.sleep(0.05)
@@ -59,17 +59,17 @@ def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(stop)
-        stopped = papermill(tmp_path / "1.ipynb", "-p", "run_dir", folder, *few)
+        stopped = papermill(tmp_path / "1.ipynb", "-p", "run_dir", folder, *short)
     assert stopped.returncode != 0 and "goes on from there" in stopped.stdout and load(folder / "status.json")["state"] == "interrupted"
     assert 0 < len(metrics(folder)) < 40
-    other = papermill(tmp_path / "2.ipynb", "-p", "run_dir", folder, *few, "-p", "beta_kl", 0.5)
+    other = papermill(tmp_path / "2.ipynb", "-p", "run_dir", folder, *short, "-p", "beta_kl", 0.5)
     assert other.returncode != 0 and "beta_kl (0.3 there, 0.5 now)" in other.stdout
-    resumed = papermill(tmp_path / "3.ipynb", "-p", "run_dir", folder, *few)
+    resumed = papermill(tmp_path / "3.ipynb", "-p", "run_dir", folder, *short)
     assert resumed.returncode == 0, resumed.stdout[-4000:]
     assert all((folder / f"out.{attempt}.ipynb").is_file() for attempt in (1, 2))
     assert metrics(folder) == metrics(whole) and load(folder / "status.json")["attempt"] == 2
     assert load(folder / "result.json")["after"] == load(whole / "result.json")["after"]
-    finished = papermill(tmp_path / "4.ipynb", "-p", "run_dir", folder, *few)
+    finished = papermill(tmp_path / "4.ipynb", "-p", "run_dir", folder, *short)
     assert finished.returncode != 0 and "is finished" in finished.stdout
 
 
