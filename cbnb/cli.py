@@ -4,23 +4,28 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
-           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_report', 'run_report', 'parser', 'main']
+           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_ablate', 'tell', 'run_ablate', 'add_status',
+           'run_status', 'add_train', 'run_train', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser',
+           'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
 import cbnb
+from .ablation import find_file, notebook_parameters
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
+from .config import ConfigError
 from .masks import CONTROL_MODES, ChatMasker
 from .policies import POLICIES
 from .templates import MaskError
-from .runs import write_bytes
+from .runs import ParameterError, RunError, read_json, write_bytes
 from .targets import SIDES
 from .transcripts import FORMATS, LABELS, TranscriptError, nearest, read_transcripts
 
@@ -151,6 +156,117 @@ def closing_lines(totals, findings, more):
     for head, rows in ((ROLE_HEAD, totals.role_table()), (TURN_HEAD, totals.turn_table())): yield from [*format_table(head, rows), ""]
     yield totals.verdict()
 
+# %% ../nbs/30_cli.ipynb #abl00002
+def add_ablate(commands):
+    "Adds the arguments of `cbnb ablate`."
+    p = commands.add_parser("ablate", help="start the runs of a sweep that are not done yet", formatter_class=argparse.RawDescriptionHelpFormatter,
+                            description="Start the runs of a sweep that are not done yet: here, or by SLURM. New, interrupted and lost runs start or go on, done ones "
+                                        "are\nskipped, queued and running ones are left alone, failed ones are listed.",
+                            epilog="SPEC.yaml has the keys name, notebook (default nbs/train.ipynb), parameters (fixed), grid (lists; their product), one_at_a_time "
+                                   "(lists\naround the fixed values), runs (listed) and seeds.\n\n"
+                                   "status 0: submitted, or all done; 1: a local run is not done; 2: the spec or SLURM is not in order, nothing was started; "
+                                   "130: interrupted")
+    p.add_argument("spec", metavar="SPEC.yaml")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--local", type=positive, metavar="N", help="N workers on this machine (default where there is no SLURM: 1)")
+    where.add_argument("--slurm", action="store_true", help="job arrays (default where there is a SLURM); source slurm/site.env first")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--only-missing", action="store_true", help="only runs that never began")
+    which.add_argument("--retry", choices=("failed",), help="start failed runs again, too")
+    p.add_argument("--dry-run", action="store_true", help="print what would be done to each run, and the command or script; start nothing")
+    p.set_defaults(run=run_ablate)
+
+
+def tell(text):
+    "Prints a line at once, also where the output is a file."
+    print(visible(str(text)) if "\n" not in str(text) else text, flush=True)
+
+
+def run_ablate(args):
+    "Carries out `cbnb ablate`."
+    from cbnb.jobs import ablate, dry_run
+    return (dry_run if args.dry_run else ablate)(args.spec, args.local, args.slurm, args.only_missing, args.retry == "failed", tell)
+
+# %% ../nbs/30_cli.ipynb #sta00002
+def add_status(commands):
+    "Adds the arguments of `cbnb status`."
+    p = commands.add_parser("status", help="how runs stand", description="Print how each run stands: queued, running, interrupted, done, failed or lost (running by "
+                            "its own word, but not in the queue). From the runs' own word, SLURM's queue and, where it answers, its accounting.")
+    p.add_argument("folders", metavar="FOLDER", nargs="*", help="a sweep, a run directory, or a folder of them (default: the runs folder)")
+    p.add_argument("--json", action="store_true", help="print a JSON object a run a line")
+    p.set_defaults(run=run_status)
+
+
+def run_status(args):
+    "Carries out `cbnb status`."
+    from cbnb.runs import runs_folder
+    from cbnb.status import counted, duration, run_folders, run_rows
+    rows = run_rows([run for folder in args.folders or [runs_folder()] for run in run_folders(folder)])
+    if args.json:
+        for row in rows: print(json.dumps(row))
+        return 0
+    def words(row):
+        steps = f"{row['step']}/{row['total_steps'] or '?'}" if row["step"] is not None else ""
+        left = f"{duration(row['seconds_left'])} left" if row["seconds_left"] is not None else ""
+        return [row["state"], steps, left, f"{row['sweep']}/{row['run']}", row["note"]]
+    lines = [[visible(text) for text in words(row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)][:-1]
+    for line in lines: print(*(text.ljust(width) for text, width in zip(line, widths)), line[-1], sep="  ")
+    print(counted(rows))
+    return 0
+
+# %% ../nbs/30_cli.ipynb #tra00002
+def add_train(commands):
+    "Adds the arguments of `cbnb train`: a flag a parameter of nbs/train.ipynb."
+    p = commands.add_parser("train", help="one run of nbs/train.ipynb", allow_abbrev=False, description="Train a circuit breaker: papermill runs nbs/train.ipynb with "
+                            "these parameters. What is left out has the notebook's value, or else the preset's.",
+                            epilog="exit status of papermill: 0 when the run is done; 2: a value is not in order, nothing was started; 130: interrupted, with a checkpoint")
+    p.set_defaults(run=run_train, flags=[])
+    notebook = find_file("nbs/train.ipynb")
+    if notebook is None: return   # run_train says it
+    for name, parameter in notebook_parameters(notebook).items():
+        kind = "|".join(t for t in parameter.types if t != "None")
+        known = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"metavar": kind.upper()}
+        default = "" if parameter.default in (None, "") else f" (default: {parameter.default})"
+        flag = p.add_argument(f"--{name.replace('_', '-')}", dest=f"parameter {name}", default=argparse.SUPPRESS, help=f"{parameter.help}{default}".replace("%", "%%"), **known)
+        p.get_default("flags").extend(flag.option_strings)
+
+
+def run_train(args):
+    "Carries out `cbnb train`: papermill's own output, then the run directory and what the run measured."
+    from cbnb.jobs import train
+    notebook = find_file("nbs/train.ipynb")
+    if notebook is None: raise CommandError("nbs/train.ipynb is neither here nor in the project: call it in the project's folder, or give the notebook to papermill")
+    given = {name.removeprefix("parameter "): value for name, value in vars(args).items() if name.startswith("parameter ")}
+    path, status = train(notebook, given, tell)
+    if result := read_json(path / "result.json"):
+        from cbnb.report import readable_table, result_table
+        print(readable_table(result_table(result["before"], result["after"])).to_string())
+    print(f"run directory: {path}")
+    return status
+
+# %% ../nbs/30_cli.ipynb #fet00002
+def add_fetch(commands):
+    "Adds the arguments of `cbnb fetch`."
+    p = commands.add_parser("fetch", help="a model into the cache, for machines without a network",
+                            description="Download what training loads of a model (no pickled files), for compute nodes that see no network. Prints its path.",
+                            epilog="status 2: it cannot be fetched")
+    p.add_argument("model", metavar="MODEL", help="hub id such as meta-llama/Llama-3.1-8B-Instruct")
+    p.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
+    p.add_argument("--cache", metavar="DIR", help="the hub's cache, on a disk that the compute nodes see (default: HF_HUB_CACHE)")
+    p.set_defaults(run=run_fetch)
+
+
+def run_fetch(args):
+    "Carries out `cbnb fetch`."
+    from cbnb.fetch import FetchError, fetch
+    try: path = fetch(args.model, args.revision, args.cache)
+    except FetchError as e: raise CommandError(str(e)) from None
+    cache = path.parents[2]   # <cache>/models--org--name/snapshots/<commit>
+    print(f"For compute nodes without a network, in slurm/site.env: export HF_HUB_CACHE={shlex.quote(str(cache))} HF_HUB_OFFLINE=1", file=sys.stderr)
+    print(path)
+    return 0
+
 # %% ../nbs/30_cli.ipynb #rep00002
 def add_report(commands):
     "Adds the arguments of `cbnb report`."
@@ -164,12 +280,10 @@ def add_report(commands):
 
 def run_report(args):
     "Carries out `cbnb report`: prints the verdicts, then the path of the page."
-    from cbnb.runs import RunError
     from cbnb.sweep import write_sweep
     from cbnb.verdicts import read_sweep
     from cbnb.widgets.sweep import judged
-    try: sweep = read_sweep(args.folders)
-    except RunError as e: raise CommandError(str(e)) from None
+    sweep = read_sweep(args.folders)
     files = write_sweep(sweep, args.out or Path(args.folders[0]) / "report")
     print(*map(visible, judged(sweep).splitlines()), "", f"report: {files[-1]}", sep="\n")
     return 0
@@ -180,8 +294,7 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    add_masks(commands)
-    add_report(commands)
+    for add in (add_masks, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
     return p
 
 
@@ -189,14 +302,16 @@ def main(argv=None):
     """Runs the command in `argv` (default: the program's arguments) and returns its exit status.
 
     What is wrong with the input is one sentence on stderr; argparse exits with status 2 by itself."""
-    args = parser().parse_args(argv)
+    program = parser()
+    args, unknown = program.parse_known_args(argv)
+    if unknown: program.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], getattr(args, 'flags', ()))}")
     for stream in (sys.stdout, sys.stderr):  # an old terminal gets escapes in place of a crash
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try:
         status = args.run(args)
         sys.stdout.flush()
         return status
-    except (CommandError, TranscriptError, MaskError, OSError) as e:
+    except (CommandError, TranscriptError, MaskError, RunError, ParameterError, ConfigError, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
