@@ -270,6 +270,8 @@ def prepare_sweep(sweep, rows, actions):
         path = sweep.path / run["dir"]
         if what == "retry" and read_status(path).get("state") == "done":
             path.rename(next(p for n in range(1, 10_000) if not (p := sweep.path / f"{run['dir']}-other-code-{n}").exists()))
+        if row["state"] == "lost" and read_status(path).get("state") == "running":   # its own word would keep the next attempt out
+            set_status(Run(path), "interrupted", error=row["note"])
         prepare_run(sweep, run, code)
     return [run["dir"] for run, _, _ in todo]
 
