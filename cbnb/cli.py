@@ -304,7 +304,9 @@ def main(argv=None):
     What is wrong with the input is one sentence on stderr; argparse exits with status 2 by itself."""
     program = parser()
     args, unknown = program.parse_known_args(argv)
-    if unknown: program.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], getattr(args, 'flags', ()))}")
+    flags = getattr(args, "flags", ())
+    if unknown and flags != []:   # without any the command itself says why
+        program.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}")
     for stream in (sys.stdout, sys.stderr):  # an old terminal gets escapes in place of a crash
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try:

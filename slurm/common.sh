@@ -10,7 +10,7 @@ MAX_RESTARTS=${MAX_RESTARTS:-10}     # requeues of one job, so that one that nev
 GRACE=${GRACE:-90}                   # seconds a run has for its checkpoint; --signal comes 120 s before the end
 
 umask 077
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || PATH=$PWD/.venv/bin:$PATH
+command -v cbnb >/dev/null || PATH=$PWD/.venv/bin:$PATH   # no environment with cbnb is active: conda's own may be
 export PATH JUPYTER_PREFER_ENV_PATH=1          # a user-level kernel named python3 must not shadow the environment's
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 # kernels of many jobs fight over one history and one folder of connection files where the home folder is shared

@@ -27,7 +27,7 @@ class Slurm:
     "A cluster: `env` for its commands, `say` carries one out."
     def __init__(self, folder, runs):
         self.folder, self.runs = folder, runs
-        self.env = {"SLURM_CONF": str(folder / "slurm.conf"), "VIRTUAL_ENV": str(BIN.parent), "OMP_NUM_THREADS": "1", "CBNB_RUNS": str(runs), "MODEL": "tinyagent"}
+        self.env = {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "CBNB_RUNS": str(runs), "MODEL": "tinyagent"}
 
     def say(self, *command, check=True, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}

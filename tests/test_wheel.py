@@ -43,6 +43,8 @@ def test_installed_wheel_trains(wheel, tmp_path):
     audited = run(venv / "bin" / "cbnb", "masks", ROOT / "tests" / "fixtures" / "agent.jsonl", "--model", "tinyagent", "--json", cwd=away,
                   env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
     assert audited.returncode == 0 and '{"summary": ' in audited.stdout, audited.stdout[-4000:]
+    nowhere = run(venv / "bin" / "cbnb", "train", "--beta-kl", "0.3", cwd=away, env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
+    assert nowhere.returncode == 2 and "nbs/train.ipynb is neither here nor in the project" in nowhere.stdout, nowhere.stdout
     data = sorted(name for name in package_files() if not name.endswith(".py"))
     script = ROOT / "tests" / "scripts" / "train_few_steps.py"
     trained = run(python, script, *data, cwd=away, env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
