@@ -6,7 +6,7 @@ import pytest
 
 from train_common import load, metrics, papermill
 
-SEEDS, CONTROLS, KINDS = (0, 1, 2), (0, 1), ("plain", "sensitive", "hard_negative")
+SEEDS, CONTROLS, KINDS = (0, 1, 2), (0,), ("plain", "sensitive", "hard_negative")
 METRICS = {"step", "loss", "loss_reroute", "loss_retain", "loss_kl", "weighted_reroute", "weighted_retain", "weighted_kl", "c_s", "c_r", "lr", "grad_norm_total"}
 FIGURES = {"attack_success", "attack_success_lax", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n"}
 

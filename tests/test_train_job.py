@@ -50,7 +50,7 @@ def test_bad_parameter_stops_before_anything_is_loaded(name, value, tmp_path):
 
 def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    short = few(tmp_path, total_steps=40, save_steps=10)
+    short = few(tmp_path, total_steps=30, save_steps=10)
     assert papermill(tmp_path / "w.ipynb", "-p", "run_dir", whole, *short).returncode == 0
 
     def stop():
@@ -61,7 +61,7 @@ def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
         pool.submit(stop)
         stopped = papermill(tmp_path / "1.ipynb", "-p", "run_dir", folder, *short)
     assert stopped.returncode != 0 and "goes on from there" in stopped.stdout and load(folder / "status.json")["state"] == "interrupted"
-    assert 0 < len(metrics(folder)) < 40
+    assert 0 < len(metrics(folder)) < 30
     other = papermill(tmp_path / "2.ipynb", "-p", "run_dir", folder, *short, "-p", "beta_kl", 0.5)
     assert other.returncode != 0 and "beta_kl (0.3 there, 0.5 now)" in other.stdout
     resumed = papermill(tmp_path / "3.ipynb", "-p", "run_dir", folder, *short)
@@ -108,7 +108,7 @@ def test_another_model_and_other_formats(tmp_path):
     done = papermill(tmp_path / "out.ipynb", "-p", "preset", "llama-3.1-8b-instruct", "-p", "model", tmp_path / "model",
                      "-p", "data", f"{tmp_path}/circuit_breakers.json,{tmp_path}/ultrachat.jsonl", "-p", "run_dir", tmp_path / "run",
                      "-p", "teacher", tmp_path / "model", "-p", "target_layers", 0, "-p", "lora_layers", "0,1", "-p", "total_steps", 3, "-p", "warmup_steps", 1, "-p", "logging_steps", 1,
-                     "-p", "batch_size", 2, "-p", "gradient_accumulation_steps", 2, "-p", "hidden_state_mode", "hooks", "-p", "max_length", 64)
+                     "-p", "batch_size", 2, "-p", "gradient_accumulation_steps", 2, "-p", "hidden_state_mode", "hooks", "-p", "max_length", 64, "-p", "max_new_tokens", 8)
     assert done.returncode == 0, done.stdout[-4000:]
     result, rows = load(tmp_path / "run" / "result.json"), metrics(tmp_path / "run")
     assert result["after"]["attack_success"] is None and result["after"]["heldout_kl"]["in_domain"] >= 0 and -1 <= result["after"]["harmful_cosine"] <= 1
