@@ -22,7 +22,7 @@ export PYTHONNOUSERSITE := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHON
 
-.PHONY: help train test bench lab docs readme export tinyagent clean
+.PHONY: help preflight train test bench lab docs readme export tinyagent clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -39,8 +39,13 @@ train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_
 	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.$$n.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
 	  $(RUN) -m cbnb.report "$$run"
 
+preflight: export OMP_NUM_THREADS ?= 1
+preflight: $(VENV)/.user  ## the review of that run before it is started: nbs/preflight.ipynb on the tiny agent; BETA_KL=0.3 can be set
+	@$(RUN) -m cbnb.cli preflight --beta-kl $(BETA_KL)
+
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
-	@rc=0; $(RUN) .ci/nbtest.py || rc=1; OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; exit $$rc
+	@rc=0; CBNB_TEST_RUNS=$$(mktemp -d) || exit 1; export CBNB_TEST_RUNS; $(RUN) .ci/nbtest.py || rc=1; \
+	  OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; rm -rf "$$CBNB_TEST_RUNS"; exit $$rc
 
 bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches tokenizers on its first call
 	OMP_NUM_THREADS=1 $(RUN) -m nbconvert --to notebook --execute --inplace nbs/bench/*.ipynb

@@ -163,7 +163,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "max_new_tokens", "run_dir")   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "max_new_tokens", "run_dir", "probe_steps")   # not of the config
 
 
 def check_settings(parameters):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
            'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_ablate', 'tell', 'run_ablate', 'add_status',
-           'run_status', 'add_train', 'run_train', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser',
-           'main']
+           'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
+           'run_preflight', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -216,14 +216,11 @@ def run_status(args):
     return 0
 
 # %% ../nbs/30_cli.ipynb #tra00002
-def add_train(commands):
-    "Adds the arguments of `cbnb train`: a flag a parameter of nbs/train.ipynb."
-    p = commands.add_parser("train", help="one run of nbs/train.ipynb", allow_abbrev=False, description="Train a circuit breaker: papermill runs nbs/train.ipynb with "
-                            "these parameters. What is left out has the notebook's value, or else the preset's.",
-                            epilog="exit status of papermill: 0 when the run is done; 2: a value is not in order, nothing was started; 130: interrupted, with a checkpoint")
-    p.set_defaults(run=run_train, flags=[])
-    notebook = find_file("nbs/train.ipynb")
-    if notebook is None: return   # run_train says it
+def add_notebook_flags(p, name):
+    "Adds to the parser `p` a flag for each parameter of the notebook `name`; none where it is not there, which whoever runs it says."
+    p.set_defaults(flags=[])
+    notebook = find_file(name)
+    if notebook is None: return
     for name, parameter in notebook_parameters(notebook).items():
         kind = "|".join(t for t in parameter.types if t != "None")
         known = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"metavar": kind.upper()}
@@ -232,17 +229,52 @@ def add_train(commands):
         p.get_default("flags").extend(flag.option_strings)
 
 
+def notebook_call(args, name):
+    "`(path, parameters)` of the notebook `name` for the flags in `args`. Raises CommandError where it is not there."
+    notebook = find_file(name)
+    if notebook is None: raise CommandError(f"{name} is neither here nor in the project: call it in the project's folder, or give the notebook to papermill")
+    return notebook, {name.removeprefix("parameter "): value for name, value in vars(args).items() if name.startswith("parameter ")}
+
+
+def add_train(commands):
+    "Adds the arguments of `cbnb train`: a flag a parameter of nbs/train.ipynb."
+    p = commands.add_parser("train", help="one run of nbs/train.ipynb", allow_abbrev=False, description="Train a circuit breaker: papermill runs nbs/train.ipynb with "
+                            "these parameters. What is left out has the notebook's value, or else the preset's.",
+                            epilog="exit status of papermill: 0 when the run is done; 2: a value is not in order, nothing was started; 130: interrupted, with a checkpoint")
+    add_notebook_flags(p, "nbs/train.ipynb")
+    p.set_defaults(run=run_train)
+
+
 def run_train(args):
     "Carries out `cbnb train`: papermill's own output, then the run directory and what the run measured."
     from cbnb.jobs import train
-    notebook = find_file("nbs/train.ipynb")
-    if notebook is None: raise CommandError("nbs/train.ipynb is neither here nor in the project: call it in the project's folder, or give the notebook to papermill")
-    given = {name.removeprefix("parameter "): value for name, value in vars(args).items() if name.startswith("parameter ")}
+    notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):
-        from cbnb.report import readable_table, result_table
+        from cbnb.report import alarm_lines, readable_table, result_table
         print(readable_table(result_table(result["before"], result["after"])).to_string())
+        for line in alarm_lines(result.get("alarms")): print(f"ALARM {line}")
     print(f"run directory: {path}")
+    return status
+
+# %% ../nbs/30_cli.ipynb #pfl00002
+def add_preflight(commands):
+    "Adds the arguments of `cbnb preflight`: a flag a parameter of nbs/preflight.ipynb, which are those of `cbnb train` and the probe's length."
+    p = commands.add_parser("preflight", help="the review of a run before it is started", allow_abbrev=False, description="Look whether a run can work, on its own "
+                            "model, data and parameters: papermill runs nbs/preflight.ipynb with them. The flags are those of cbnb train.",
+                            epilog="status 0: no check has failed; 1: the run is refused, preflight.json says why; 2: a value is not in order, nothing was looked at")
+    add_notebook_flags(p, "nbs/preflight.ipynb")
+    p.set_defaults(run=run_preflight)
+
+
+def run_preflight(args):
+    "Carries out `cbnb preflight`: papermill's own output, then the verdicts and where they are kept."
+    from cbnb.jobs import preflight
+    path, status = preflight(*notebook_call(args, "nbs/preflight.ipynb"))
+    if record := read_json(path / "preflight.json"):
+        from cbnb.preflight import summary_text
+        print(summary_text(record))
+    print(f"the page: {path / 'preflight.ipynb'}")
     return status
 
 # %% ../nbs/30_cli.ipynb #fet00002
@@ -294,7 +326,7 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
+    for add in (add_masks, add_preflight, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
     return p
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'papermill', 'run_command', 'interrupts', 'kill_run', 'start', 'work', 'job_environment', 'batch_script',
            'array_command', 'call_sbatch', 'sbatch', 'chunks', 'next_submission', 'array_name', 'submit', 'sweep_lock',
-           'ran_other_code', 'sweep_rows', 'action', 'where_to_run', 'prepare_sweep', 'ablate', 'dry_run', 'train']
+           'ran_other_code', 'sweep_rows', 'action', 'where_to_run', 'prepare_sweep', 'ablate', 'dry_run',
+           'checked_folder', 'train', 'preflight']
 
 # %% ../nbs/11b_jobs.ipynb #80b9b3f3
 import fcntl
@@ -325,21 +326,40 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
     return 0
 
 # %% ../nbs/11b_jobs.ipynb #587740c9
-def train(notebook, given, tell=print):
-    """Runs `notebook` with the parameters `given` (`{name: value}`, checked first) in a run directory: the one that they name as `run_dir`, else a fresh one.
-    Returns `(run directory, exit status of papermill)`; 130 after an interrupt. Its output goes to this terminal. Raises as `cbnb.ablation.complete` does."""
-    declared = notebook_parameters(notebook)
-    values, whole = complete({k: v for k, v in given.items() if k != "run_dir"}, declared)
+def checked_folder(notebook, given):
+    """`(parameters to give, folder)` for one execution of `notebook` with the parameters `given` (`{name: value}`): all are checked, and the folder, the one
+    that they name as `run_dir` or else a fresh one, is made. Raises as `cbnb.ablation.complete` and `check_settings` do."""
+    values, whole = complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))
     check_settings(whole)
     path = Path(given["run_dir"]).expanduser().resolve() if given.get("run_dir") else fresh_folder(notebook.stem, whole)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return values | {"run_dir": str(path)}, path
+
+
+def train(notebook, given, tell=print):
+    """Runs `notebook` with the parameters `given` in a run directory (see `checked_folder`, which may raise). Returns `(run directory, exit status of
+    papermill)`; 130 after an interrupt. Its output goes to this terminal. Raises `RunError` for a run that goes on or is finished."""
+    values, path = checked_folder(notebook, given)
     status = read_status(path)
     if status.get("state") == "running" and still_running(status): raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
     if status.get("state") == "done": raise RunError(f"{path} is finished: give another run directory")
     tell(f"run directory: {path}")
     with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "given.json", values | {"run_dir": str(path)})
+        write_json(Path(folder) / "given.json", values)
         attempt = (status.get("attempt") or 0) + 1
         command = papermill(notebook, path / f"out.{attempt}.ipynb", "-f", Path(folder) / "given.json")
         ended, interrupted = work([(path, command, None)], 1, tell, every=float("inf"))
     return path, 130 if interrupted else ended[path][1]
+
+
+def preflight(notebook, given):
+    """Executes `notebook`, nbs/preflight.ipynb, with the parameters `given` in a folder (see `checked_folder`, which may raise), where it leaves preflight.json
+    and itself. Returns `(folder, exit status of papermill)`: 1 where it refuses. Raises KeyboardInterrupt when it is interrupted."""
+    values, path = checked_folder(notebook, given)
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "given.json", values)
+        process = start(papermill(notebook, path / "preflight.ipynb", "-f", Path(folder) / "given.json"), None, os.cpu_count() or 1)
+        try: return path, process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'PAGE',
-           'format_number', 'printable', 'readable_table', 'result_table', 'describe_run', 'as_float', 'series',
-           'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels',
-           'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text',
-           'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
+           'format_number', 'printable', 'readable_table', 'result_table', 'alarm_lines', 'describe_run', 'as_float',
+           'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids',
+           'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels',
+           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
+           'write_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -82,14 +83,24 @@ def result_table(before: dict, after: dict) -> pd.DataFrame:
          **{f"exact_match {kind}": count for kind, count in before["n"].items() if kind != "attack"}}
     return table.assign(n=pd.Series(n, dtype="Int64")).rename_axis("held out")
 
+# %% ../nbs/12_report.ipynb #alarms01
+def alarm_lines(alarms) -> list[str]:
+    "One line an alarm of status.json or result.json (see `cbnb.alarms`), for tables and views; whatever is no alarm is shown as it is."
+    def words(a):
+        if not isinstance(a, dict) or "alarm" not in a: return str(a)
+        until = f" to {a['last_step']}" if a.get("last_step") not in (None, a.get("step")) else ""
+        return f"{str(a['alarm']).replace('_', '-')} (step {a.get('step')}{until}): {a.get('text', '')}"
+    return [printable(words(a)) for a in alarms if a] if isinstance(alarms, list) else []
+
 # %% ../nbs/12_report.ipynb #b71deae6
 def describe_run(path) -> str:
-    """The state, the result table and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run."""
+    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run."""
     path = Path(path)
     status, result = read_status(path), read_json(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
     if result: lines += ["", readable_table(result_table(result["before"], result["after"])).to_string(), ""]
+    if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
 

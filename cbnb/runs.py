@@ -9,7 +9,7 @@ __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', '
            'to_plain', 'write_bytes', 'json_text', 'write_json', 'read_json', 'is_full_disk', 'full_disk_words',
            'reserve', 'release', 'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git',
            'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run', 'now', 'stop_requested',
-           'read_status', 'set_status', 'on_signals', 'stage', 'process_start', 'identity', 'still_running',
+           'read_status', 'set_status', 'on_signals', 'stage', 'process_start', 'identity', 'still_running', 'refusal',
            'close_run', 'whole_lines', 'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result',
            'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
 
@@ -458,6 +458,14 @@ def still_running(status):
         return start is not None and start == status.get("pid_started") and status.get("pid") != me["pid"]
     return not (status.get("job") and status["job"] == me["job"] and me["slurm_restarts"] > (status.get("slurm_restarts") or 0))
 
+# %% ../nbs/10_runs.ipynb #refuse01
+def refusal(record):
+    """Why the pre-flight with the `record` in preflight.json (see `cbnb.preflight`) refuses its run, in one sentence that names the failed checks; empty if it does not."""
+    if not record or record.get("verdict") in ("pass", "warn"): return ""
+    def points(check): return " · ".join(p["text"] for p in check["points"] if p["verdict"] == "fail") or "nothing was looked at"
+    failed = [f"{check['name']} ({points(check)[:600]})" for check in record["checks"] if check["verdict"] == "fail"]
+    return "pre-flight refuses this run: " + ("; ".join(failed) or "not all of its checks were made")
+
 # %% ../nbs/10_runs.ipynb #close001
 def close_run(path, code):
     """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
@@ -466,8 +474,9 @@ def close_run(path, code):
     if status.get("state") not in (None, "queued", "running"): return status["state"]
     where = f"in its stage {status['stage']}" if status.get("stage") else "before its first stage"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    set_status(Run(path), "failed", error=f"the process ended {where} with exit status {code} and no word of its own: a killed kernel (memory?) or "
-               "a refused parameter; look at its log")
+    refused = "" if status.get("stage") else refusal(read_json(path / "preflight.json"))
+    set_status(Run(path), "failed", error=scrub(refused)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
+               "(memory?) or a refused parameter; look at its log")
     return "failed"
 
 # %% ../nbs/10_runs.ipynb #0dc93254
@@ -518,7 +527,7 @@ def write_result(run, result):
     write_json(run.path / "result.json", result)
 
 # %% ../nbs/10_runs.ipynb #4e991634
-LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "stop", ".*")
+LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
 
 # %% ../nbs/10_runs.ipynb #e6833f60
 def is_unused(path):

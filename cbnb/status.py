@@ -158,6 +158,8 @@ def run_rows(paths, held=None):
         if state == "lost":   # the queue was asked after the status was read: the run may have ended in between
             status = read_quietly(path)[0] or status
             state, note, free = standing(path, status)
+        if state in ("running", "done") and not note and isinstance(status.get("alarms"), list):
+            note = ", ".join(f"alarm: {a['alarm']} at step {a.get('step')}" for a in status["alarms"] if isinstance(a, dict) and "alarm" in a)
         record = submitted[path.parent].get(path.name) or {}
         job = status.get("job") or (f"{record['job']}_{record['task']}" if record.get("job") else None)
         steps = progress(path, status) if state in ("running", "interrupted", "lost") else dict.fromkeys(("step", "total_steps", "seconds_left"))

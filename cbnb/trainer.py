@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients
-from .data import PairedStreams, Sample, collate
+from .data import COUNTS, PairedStreams, Sample, collate
 from .runs import (ENDING, Run, RunError, append_metrics, is_full_disk, kernel, on_signals, read_json, set_status, stop_requested,
                        truncate_metrics, write_json)
 
@@ -168,8 +168,8 @@ class CircuitBreakerTrainer(Trainer):
         "The micro-batches of one optimizer step and, in the place of num_items_in_batch, the three denominators of the global batch."
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = sum(batch["counts"] for batch in batches).to(device, torch.float32)
-        self.step_terms, self.step_gradients = {}, {}
-        return batches, self.accelerator.reduce(counts, "sum")
+        self.step_terms, self.step_gradients, self.step_counts = {}, {}, self.accelerator.reduce(counts, "sum")
+        return batches, self.step_counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config = self.args.circuit_breaker_config
@@ -179,6 +179,8 @@ class CircuitBreakerTrainer(Trainer):
         processes = self.accelerator.num_processes
         terms = model(inputs["harmful"], inputs["benign"], num_items_in_batch)
         check_finite(terms, step + 1)
+        if not num_items_in_batch.all():
+            self.control.should_log = True  # a step without targets must not be passed over by logging_steps
         weighted = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS}
         for key, value in terms.items():
             self.step_terms[key] = self.step_terms.get(key, 0) + value.detach()
@@ -218,6 +220,7 @@ class CircuitBreakerTrainer(Trainer):
         c_s, c_r = coefficients(config, step - 1)
         row = {"step": step, "loss": sum(weighted.values()), **raw, **weighted, "c_s": c_s, "c_r": c_r,
                "lr": logs["learning_rate"], "grad_norm_total": float(logs["grad_norm"])}
+        row |= {name: int(n) for name, n in zip(COUNTS, self.step_counts.tolist(), strict=True)}
         return row | gradient_report(self.step_gradients)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from .report import as_float, format_number, printable, series
+from .report import alarm_lines, as_float, format_number, printable, series
 from .runs import RunError, check_name, read_json, read_status, still_running, whole_lines, write_json
 
 # %% ../nbs/12a_verdicts.ipynb #5a804a33
@@ -170,7 +170,7 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
         measures |= dict.fromkeys(LOG_MEASURES, math.nan)
     if state == "done" and not result: notes.append("result.json is missing or empty")
     alarms = result.get("alarms") if isinstance(result.get("alarms"), list) else []
-    notes += [f"alarm: {alarm}" for alarm in alarms[:20]]
+    notes += [f"alarm: {alarm}" for alarm in alarm_lines(alarms[:20])]
     row = {"run": path.name, "state": state, "error": status.get("error"), "attempt": as_float(status.get("attempt")), "key": key.get("key"),
            "code": key.get("code", code.get("source")), "data": key.get("data"), "beta_kl": beta, "seed": as_float(settings.get("seed")),
            "settings": settings, "alarms": float(len(alarms)), **measures}

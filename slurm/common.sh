@@ -2,7 +2,7 @@
 #   id                     the job's number in SLURM, the date and time elsewhere: a name that a requeued job keeps
 #   runs                   the folder of all run directories
 #   model                  by for_model: papermill's arguments for MODEL, DATA and EVAL_DATA
-#   attempt RUN_DIR COMMAND...   one attempt at a run, which a signal stops with a checkpoint and a requeue
+#   attempt RUN_DIR papermill NOTEBOOK OUT ARGUMENTS...   one attempt at a run, after its pre-flight; a signal stops it with a checkpoint and a requeue
 # How the pieces work together stands in slurm/README.md.
 # shellcheck shell=bash disable=SC2034
 
@@ -63,8 +63,38 @@ print("dead" if state == "running" and not still_running(status) else state)
 PY
 }
 
-# attempt RUN_DIR COMMAND...: runs the command, which trains in RUN_DIR, to its end. Returns 0 where the run is done, now or before.
-# After a signal it asks for a checkpoint and requeues the job, which ends this script.
+# reviewable NOTEBOOK: whether nbs/preflight.ipynb knows all of its parameters.
+reviewable() {
+    python - "$1" <<'PY'
+import sys
+from cbnb.ablation import notebook_parameters
+sys.exit(not notebook_parameters(sys.argv[1]).keys() <= notebook_parameters("nbs/preflight.ipynb").keys())
+PY
+}
+
+# preflight RUN_DIR papermill NOTEBOOK OUT ARGUMENTS...: the review of the run that this command makes; returns 1 where it refuses. It is left out with
+# SKIP_PREFLIGHT=1, for a run that goes on from a checkpoint, and where it was passed before.
+preflight() {
+    local run_dir=$1 notebook=$3 pid code=0
+    shift 4
+    [ "${SKIP_PREFLIGHT:-0}" != 1 ] || return 0
+    ! ls -d "$run_dir"/checkpoints/checkpoint-* >/dev/null 2>&1 || return 0
+    ! grep -qE '^ "verdict": "(pass|warn)"' "$run_dir/preflight.json" 2>/dev/null || return 0
+    reviewable "$notebook" || { say "no pre-flight: $notebook has parameters that nbs/preflight.ipynb does not know"; return 0; }
+    say "$run_dir: pre-flight (SKIP_PREFLIGHT=1 leaves it out)"
+    (trap '' USR2 TERM INT; exec papermill nbs/preflight.ipynb "$run_dir/preflight.ipynb" "$@") &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null && [ -z "$stopping" ]; do sleep 1 & wait $! || true; done
+    [ -z "$stopping" ] || { kill -KILL "$pid"; return 0; }    # attempt sees the signal, too
+    wait "$pid" || code=$?
+    [ "$code" -ne 0 ] || return 0
+    say "$run_dir: refused by the pre-flight, see $run_dir/preflight.ipynb"
+    python -m cbnb.runs close "$run_dir" "$code" >/dev/null
+    return 1
+}
+
+# attempt RUN_DIR papermill NOTEBOOK OUT ARGUMENTS...: reviews the run that this command makes in RUN_DIR and runs it to its end. Returns 0 where the run is
+# done, now or before. After a signal it asks for a checkpoint and requeues the job, which ends this script.
 attempt() {
     local run_dir=$1 pid code=0 state
     shift
@@ -74,6 +104,7 @@ attempt() {
         done) say "$run_dir is done already"; return 0 ;;
         running) say "$run_dir is running elsewhere (status.json says where): left alone"; return 1 ;;
     esac
+    preflight "$run_dir" "$@" || return 1
     [ -z "$stopping" ] || { requeue; return 1; }
     say "$run_dir ($state): starts on ${SLURMD_NODENAME:-$(hostname)}, GPU ${CUDA_VISIBLE_DEVICES:-none}"
     # SLURM's TERM goes to every process of the job; only this script listens, and papermill ends when the run has ended

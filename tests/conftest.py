@@ -14,7 +14,7 @@ from hypothesis import settings
 settings.register_profile("cbnb", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.load_profile("cbnb")
 
-LONG = ("test_train.py", "test_train_job.py", "test_slurm.py", "test_wheel.py", "test_lab.py", "test_resume.py", "test_ablation.py")
+LONG = ("test_train.py", "test_train_job.py", "test_slurm.py", "test_preflight.py", "test_wheel.py", "test_lab.py", "test_resume.py", "test_ablation.py")
 REQUIRE_ALL = os.environ.get("CBNB_REQUIRE_ALL") == "1"
 
 

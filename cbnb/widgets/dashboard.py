@@ -24,7 +24,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from ..report import STYLES, as_float, curves, format_number, mime_bundle, printable, series
+from ..report import STYLES, alarm_lines, as_float, curves, format_number, mime_bundle, printable, series
 from ..runs import RunError, RunInterrupted, kernel, read_json, read_status, runs_folder, still_running, whole_lines
 from .views import StaticView, is_live
 
@@ -74,6 +74,7 @@ def take_snapshot(path) -> Snapshot:
     if is_gone(status): notes.append("Its process has ended without a word; the notebook with the same run_dir goes on from the last checkpoint.")
     elif status.get("state") == "running" and (path / "stop").exists():
         notes.append("A stop is asked for: training saves a checkpoint after the step under way, and ends.")
+    notes += [f"Alarm: {line}" for line in alarm_lines(status.get("alarms"))]
     return Snapshot(path.resolve().name, status, settings, rows, written, notes + more)
 
 
