@@ -22,7 +22,6 @@ from .preflight import Point, judged
 from .targets import in_batches, in_turns, training_mask
 from .transcripts import Transcript
 from .turns import Segment
-from .widgets.strip import token_strip
 
 # %% ../nbs/13e_data_checks.ipynb #e4d1e486
 def find_window(ids: np.ndarray, encoded: Encoded) -> int | None:
@@ -106,17 +105,17 @@ def stop_tokens(model, tokenizer) -> set[int]:
     return set(ids) if isinstance(ids, (list, tuple)) else {ids} - {None}
 
 
-def template_points(samples, laid, tokenizer, stops) -> list:
+def template_points(name: str, samples, laid, tokenizer, stops) -> list:
     "Does the text begin once, and does a turn end with a token at which the model stops?"
     bos, twice = tokenizer.bos_token_id, [s.transcript for s in samples if len(s.input_ids) > 1 and s.input_ids[0] == s.input_ids[1] == tokenizer.bos_token_id]
-    points = [] if bos is None else [judged(not twice, "no sample begins with two BOS tokens" if not twice else
-                                            f"{len(twice)} samples begin with two BOS tokens, the first is {twice[0]}: the template writes one, and so does the tokenizer")]
+    points = [] if bos is None else [judged(not twice, f"{name}: no sample begins with two BOS tokens" if not twice else
+                                            f"{name}: {len(twice)} samples begin with two BOS tokens, the first is {twice[0]}: the template writes one, and so does the tokenizer")]
     ends = Counter(int(i) for x in laid for i in x.encoded.input_ids[(x.encoded.segments == Segment.EOT) & x.mask])
     named = ", ".join(tokenizer.convert_ids_to_tokens(i) for i, _ in ends.most_common(3)) or "none"
     known = ", ".join(tokenizer.convert_ids_to_tokens(i) for i in sorted(stops)) or "none"
     right = bool(ends.keys() & set(stops))
-    points.append(judged(right, f"turns end with {named}, at which the model stops" if right else
-                         f"turns end with {named}, but the model stops at {known}: this is not the chat template that the model was trained on"))
+    points.append(judged(right, f"{name}: turns end with {named}, at which the model stops" if right else
+                         f"{name}: turns end with {named}, but the model stops at {known}: this is not the chat template that the model was trained on"))
     return points
 
 
@@ -125,19 +124,20 @@ def badness(x: Laid) -> tuple:
     return (-len([f for f in x.findings if f.kind not in NOTES]), -x.wrong, -len(x.findings), x.mask.mean())
 
 
-def check_masks(streams: dict, masker: ChatMasker, config: CircuitBreakerConfig, stops, more=()):
+def check_masks(streams: dict, masker: ChatMasker, config: CircuitBreakerConfig, stops, strip, more=()):
     """`streams`: `{"harmful" or "benign": (samples, transcripts, report)}` as they go into training; `stops`: the token ids at which the model ends its
-    turn; `more`: points that were made elsewhere (of gradients). Shows a frame by segment and the ten worst samples."""
+    turn; `strip`: what shows a transcript's tokens, `cbnb.widgets.strip.token_strip`; `more`: points that were made elsewhere (of gradients). Shows a
+    frame by segment and the ten worst samples."""
     points, figures, frames, worst = [*more], {}, {}, []
     for name, (samples, transcripts, report) in streams.items():
         policy = getattr(config, f"{name}_policy")
         found = list(lay(samples, transcripts, masker, policy, config.split_turns))
         laid, lost = [x for x in found if isinstance(x, Laid)], [x for x in found if not isinstance(x, Laid)]
-        points += stream_points(name, samples, laid, lost, report, policy) + template_points(samples, laid, masker.tokenizer, stops)
+        points += stream_points(name, samples, laid, lost, report, policy) + template_points(name, samples, laid, masker.tokenizer, stops)
         frames[name] = segment_frame(laid)
         figures[name] = {"samples": len(samples), **{k: int(v) for k, v in report.counts.items()}, "trained": frames[name]["trained"].to_dict()}
         worst += laid
-    strips = [token_strip(x.encoded, masker.tokenizer, (), masks={"trained": x.mask}, title=f"{x.transcript.label}: {x.transcript.id}",
+    strips = [strip(x.encoded, masker.tokenizer, (), masks={"trained": x.mask}, title=f"{x.transcript.label}: {x.transcript.id}",
                           message="; ".join(f"{f.kind}: {f.text}" for f in x.findings)) for x in sorted(worst, key=badness)[:10]]
     return points, figures, [pd.concat(frames, names=["stream", "segment"]), *strips]
 
@@ -161,7 +161,7 @@ def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConf
     if len(trained) < 2 and not missing: points.append(Point("warn", f"all benign transcripts are of one kind ({told}): only that is protected"))
     general = trained["general"] + trained["answer without tools"]
     points.append(judged(general >= 0.1 * sum(trained.values()) and not beyond, f"{general} of {sum(trained.values())} benign transcripts are general text" if not beyond else
-                         f"no {', no '.join(beyond)} is in the benign set: what lies off its domain is not protected; about 30 % general text in it keeps that too", "warn"))
+                         f"{', '.join(beyond)} text is held out off the domain and not in the benign set: what lies there is not protected; about 30 % general text in it keeps that too", "warn"))
     for domain, found in divergence.items():
         over = found["kl"] > config.collapse_kl
         text = f"held-out KL {domain.replace('_', ' ')} after {steps} steps: {found['kl']:.2g} nats a token, top-1 agreement {found['top1']:.3f}"

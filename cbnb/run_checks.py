@@ -60,7 +60,7 @@ def check_weights(config: CircuitBreakerConfig, probe: Probe):
                              + (", and the breaker has not opened: lower beta_kl" if held else ""), "warn"))
     figures = {"beta_kl": config.beta_kl, "kl_temperature": config.kl_temperature, "coefficients": {"first": ends[0], "middle": ends[1], "last": ends[2]},
                "gradients": frame.reset_index().to_dict("list")}
-    return points, figures, [mime_bundle(curves(schedule_rows(config, probe))), frame]
+    return points, figures, [mime_bundle(curves(schedule_rows(config, probe))), frame.map(format_number)]
 
 # %% ../nbs/13f_run_checks.ipynb #f3a92b2e
 def round_down(value: float) -> float:

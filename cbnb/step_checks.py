@@ -91,7 +91,8 @@ def plain_logits(model: nn.Module, rows: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def check_direction(breaker: CircuitBreaker, batch: dict):
-    """The loss in use against both directions, with the adapter moved until the two differ by over 5 %. Passes within 0.1 % of the forward one."""
+    """The loss in use against both directions, with the adapter moved until the two differ by over 5 %. Passes within 0.1 % of the forward one; warns where
+    no move parts the two by 1 %, as in a model that knows nothing."""
     config, student, benign = breaker.circuit_breaker_config, breaker.student, batch["benign"]
     with mode(breaker, False):
         if breaker.teacher is None:
@@ -109,6 +110,8 @@ def check_direction(breaker: CircuitBreaker, batch: dict):
     closer = abs(used - reverse) < abs(used - forward)
     told = (f"loss_kl {used:.6g}, D_KL(teacher ‖ student) {forward:.6g}, reverse {reverse:.6g} (float64, {n} targets, T = {config.kl_temperature:g}, adapter "
             f"moved by {size:.2g})")
+    if off < 1e-3 and abs(forward - reverse) < 0.01 * max(forward, reverse):
+        return [Point("warn", f"{told}: this model, at this T, does not tell the two apart")], {"loss_kl": used, "forward": forward, "reverse": reverse}, ()
     wrong = "it is the reverse KL" if closer else f"it is off by {format_number(100 * off)} %"
     return [judged(off < 1e-3, told if off < 1e-3 else f"{told}: {wrong}; look at the loss and at its mask")], {"loss_kl": used, "forward": forward, "reverse": reverse}, ()
 
