@@ -16,6 +16,7 @@ import pandas as pd
 from .audit import NOTES, check_mask
 from .config import CircuitBreakerConfig
 from .data import StreamReport
+from .evaluation import benign_by_domain
 from .masks import ChatMasker
 from .policies import Encoded
 from .preflight import Point, judged
@@ -153,7 +154,8 @@ def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConf
     """`benign`, `heldout`: transcripts that are trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a probe of
     `steps` steps. Fails where a kind is held out in the benign domain and not trained, or where the probe alone has torn it."""
     trained = Counter(kind_of(t) for t in benign)
-    kept = {d: Counter(kind_of(t) for t in heldout if t.label == "benign" and t.meta.get("domain", "in_domain") == d) for d in ("in_domain", "off_domain")}
+    domains = benign_by_domain(heldout)
+    kept = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
     told = ", ".join(f"{n} {kind}" for kind, n in trained.most_common(8))
     missing, beyond = sorted(kept["in_domain"].keys() - trained.keys()), sorted(kept["off_domain"].keys() - trained.keys())
     points = [judged(not missing, f"the benign set holds {told}" if not missing else

@@ -23,7 +23,7 @@ from .transcripts import Transcript
 
 # %% auto #0
 __all__ = ['parse_calls', 'share', 'score_answers', 'generate_answers', 'heldout_batches', 'benign_divergence', 'harmful_cosine',
-           'evaluate']
+           'benign_by_domain', 'evaluate']
 
 # %% ../nbs/08_evaluation.ipynb #e5f91b1e
 def parse_calls(text: str) -> list[dict]:
@@ -152,6 +152,14 @@ def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Tra
     return total / n
 
 # %% ../nbs/08_evaluation.ipynb #8272cbd4
+def benign_by_domain(transcripts: list[Transcript]) -> dict[str, list[Transcript]]:
+    "The benign ones of `transcripts` by `meta[\"domain\"]`, `in_domain` where none is given."
+    domains = defaultdict(list)
+    for t in transcripts:
+        if t.label == "benign": domains[t.meta.get("domain", "in_domain")].append(t)
+    return domains
+
+
 def evaluate(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
              teacher: nn.Module | None = None, max_new_tokens: int = 128, batch_size: int = 32) -> dict:
     """Every figure of a run's result for the student as it is now (untrained, it is the `before`).
@@ -161,11 +169,7 @@ def evaluate(student: PeftModel, masker: ChatMasker, transcripts: list[Transcrip
     transcripts of which none has a target are an error."""
     asked = [t for t in transcripts if {"injected_call", "expected_call", "expected_text"} & t.meta.keys()]
     result = score_answers(asked, generate_answers(student, masker, asked, max_new_tokens, batch_size))
-    domains = defaultdict(list)
-    for t in transcripts:
-        if t.label == "benign":
-            domains[t.meta.get("domain", "in_domain")].append(t)
-    divergence = {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in domains.items()}
+    divergence = {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in benign_by_domain(transcripts).items()}
     harmful = [t for t in transcripts if t.label == "harmful"]
     return result | {"heldout_kl": {d: v["kl"] for d, v in divergence.items()}, "heldout_top1": {d: v["top1"] for d, v in divergence.items()},
                      "harmful_cosine": harmful_cosine(student, masker, harmful, config, teacher, config.batch_size) if harmful else None}

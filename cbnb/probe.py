@@ -13,20 +13,17 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 
-from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig
-from .data import PairedStreams, Sample, collate
+from .data import Sample
 from .step_checks import kept
-from .trainer import CircuitBreakerTrainer, NonFiniteLossError, training_arguments
+from .trainer import NonFiniteLossError, breaker_trainer
 
 # %% ../nbs/13d_probe.ipynb #d3cf289c
 EVERY = 2            # steps between two gradient diagnoses in a probe
@@ -58,7 +55,7 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig) -> Outlook:
 
     Reroute has won when its force is `WINS` or more and 1 − loss_reroute, which then grows by a factor a step, is on its way: the growth seen, halved
     because it slows down, must carry it to 1 − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning rate, is
-    below `LOSES`. Otherwise the answer is open; `final` settles it."""
+    below `LOSES`. Otherwise the answer is open, until `settled`."""
     last = rows[-1]
     diagnosed = next((row for row in reversed(rows) if "grad_norm_reroute" in row), None)
     turned, goal = 1 - last["loss_reroute"], max(1 - config.dead_level, 1e-3)
@@ -123,12 +120,7 @@ def probed(student: PeftModel, harmful: list[Sample], benign: list[Sample], conf
     with kept(student), tempfile.TemporaryDirectory() as folder:
         was_training = student.training
         watch = Watch(config, steps)
-        args = training_arguments(short, Path(folder) / "checkpoints")
-        trainer = CircuitBreakerTrainer(
-            model=CircuitBreaker(student, short, teacher), args=args, train_dataset=PairedStreams(harmful, benign, short.total_steps * short.batch_size, short.seed),
-            data_collator=partial(collate, pad_id=pad_id), callbacks=[watch])
-        trainer.remove_callback(PrinterCallback)
-        trainer.loss_is_scaled_for_ga = True
+        trainer = breaker_trainer(student, harmful, benign, short, Path(folder) / "checkpoints", pad_id, teacher, [watch])
         watch.trainer, error = trainer, ""
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         try: trainer.train()

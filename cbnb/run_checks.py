@@ -10,7 +10,6 @@ __all__ = ['schedule_rows', 'gradient_frame', 'check_weights', 'round_down', 'pr
 import math
 import os
 import shutil
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import pandas as pd
 import torch
 
 from .config import CircuitBreakerConfig, coefficients
-from .evaluation import benign_divergence
+from .evaluation import benign_by_domain, benign_divergence
 from .preflight import Point, judged
-from .probe import IN_REACH, WINS, Outlook, Probe
+from .probe import WINS, Outlook, Probe
 from .report import curves, format_number, mime_bundle
 from .trainer import KEPT, TERMS
 
@@ -107,10 +106,7 @@ def check_alive(config: CircuitBreakerConfig, probe: Probe, again):
 # %% ../nbs/13f_run_checks.ipynb #7d0391c3
 def heldout_divergence(student, masker, heldout, config: CircuitBreakerConfig, teacher=None, at_most: int = 32) -> dict:
     "`{domain: {\"kl\", \"top1\"}}` of up to `at_most` held-out benign transcripts of each domain, for the student as it is now; a domain without targets is left out."
-    domains = defaultdict(list)
-    for t in heldout:
-        if t.label == "benign": domains[t.meta.get("domain", "in_domain")].append(t)
-    chosen = {d: ts[::max(1, len(ts) // at_most)][:at_most] for d, ts in domains.items()}
+    chosen = {d: ts[::max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(heldout).items()}
     return {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in chosen.items()}
 
 

@@ -43,7 +43,7 @@ __all__ = ['TERMS', 'MANIFEST', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFinite
            'gradient_report', 'sync', 'sha256', 'seal', 'damage', 'disk_is_full', 'checkpoints', 'keep_newest',
            'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
            'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers',
-           'training_arguments', 'train_breaker']
+           'training_arguments', 'breaker_trainer', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -435,6 +435,19 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingAr
     return args
 
 # %% ../nbs/07_trainer.ipynb #24d4510a
+def breaker_trainer(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, folder: Path, pad_id: int,
+                    teacher: nn.Module | None = None, callbacks=()) -> CircuitBreakerTrainer:
+    "The trainer of `student`'s adapter on the two streams, with checkpoints in `folder`."
+    args = training_arguments(config, folder)
+    length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
+    trainer = CircuitBreakerTrainer(
+        model=CircuitBreaker(student, config, teacher), args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
+        data_collator=partial(collate, pad_id=pad_id), callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)
+    trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
+    return trainer
+
+
 def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, run: Run, pad_id: int,
                   teacher: nn.Module | None = None, callbacks=()) -> bool:
     """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it (in the last
@@ -445,17 +458,11 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     them, those for the gradients by term (`training_seconds`, `diagnosis_seconds`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
     NonFiniteLossError for a NaN or infinite term or gradient, OSError for a full disk, ValueError for a student that was trained before and has no checkpoint to go
     on from: its first step would not be the first."""
-    breaker = CircuitBreaker(student, config, teacher)
-    args = training_arguments(config, run.path / "checkpoints")
-    length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     stop = StopFile(run)
-    trainer = CircuitBreakerTrainer(
-        model=breaker, args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
-        data_collator=partial(collate, pad_id=pad_id), callbacks=[LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks])
-    trainer.remove_callback(PrinterCallback)
-    trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
-    with args.main_process_first(local=False):
+    trainer = breaker_trainer(student, harmful, benign, config, run.path / "checkpoints", pad_id, teacher,
+                              [LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks])
+    with trainer.args.main_process_first(local=False):
         checkpoint = resume_point(run)
     if checkpoint is None and getattr(student, "was_trained", False):
         raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")

@@ -23,12 +23,8 @@ def kl(page):
 def train(page): pass
 
 
-def preflight(page): pass
-
-
 # notebook: (what is done in it, the output to show: the first that holds this)
-PICTURES = {"explore_masks": (masks, ".cb-strip"), "explore_kl": (kl, ".cb-strip"), "train": (train, ".jp-RenderedHTMLCommon:has-text('weighted')"),
-            "preflight": (preflight, ".jp-OutputArea .jp-RenderedHTMLCommon:has-text('detachment')")}
+PICTURES = {"explore_masks": (masks, ".cb-strip"), "explore_kl": (kl, ".cb-strip"), "train": (train, ".jp-RenderedHTMLCommon:has-text('weighted')")}
 
 if __name__ == "__main__":
     (NBS / "pictures").mkdir(exist_ok=True)
