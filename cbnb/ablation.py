@@ -163,7 +163,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "max_new_tokens", "run_dir", "probe_steps")   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "run_dir", "probe_steps")   # not of the config
 
 
 def check_settings(parameters):
@@ -190,6 +190,7 @@ FILE_PARAMETERS = ("data", "eval_data", "model", "teacher")   # paths, or names 
 
 def absolute_files(name, value):
     "`value` with each of its parts that is an existing relative path made absolute: a job need not start where it was submitted."
+    if name == "teacher_cache" and value: return str(Path(value).expanduser().resolve())  # made by the first run
     if name not in FILE_PARAMETERS or not value: return value
     return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in listed(value))
 

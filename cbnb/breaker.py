@@ -5,35 +5,33 @@
 # %% ../nbs/06_breaker.ipynb #d8e479d5
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft import PeftModel
 from torch import nn
 
 from .config import CircuitBreakerConfig
-from .losses import predicting_positions, token_kl, token_reroute, token_retain
-from .models import check_teacher, forward_with_hidden_states, teacher_mode
+from .heads import find_head, head_kl, teacher_logits
+from .losses import token_reroute, token_retain
+from .models import check_teacher
+from .passes import both_passes, student_pass
 
 # %% auto #0
-__all__ = ['both_passes', 'mean_over_layers', 'CircuitBreaker']
+__all__ = ['at_targets', 'mean_over_layers', 'CircuitBreaker']
 
 # %% ../nbs/06_breaker.ipynb #c797f154
-def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, logits_at=None):
-    """`((hidden, logits) of the student, (hidden, logits) of the teacher)` for one half of the batch; see
-    `cbnb.models.forward_with_hidden_states`. `teacher` None is the student with its adapter off."""
-    args = (rows["input_ids"], rows["attention_mask"], config.target_layers, config.hidden_state_mode, logits_at)
-    if teacher is None:
-        with teacher_mode(student):
-            target = forward_with_hidden_states(student, *args)
-    else:
-        with torch.no_grad():
-            target = forward_with_hidden_states(teacher, *args)
-    return forward_with_hidden_states(student, *args), target
+def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
+    """`({layer: [M, d]}, [N, d] or None)`: of hidden states [B, S, d] what the terms look at, the tokens of the loss mask, and of the final ones the positions
+    that predict a target (`cbnb.data.pad_rows`)."""
+    kept = {layer: h.flatten(0, 1)[rows["token_index"]] for layer, h in hidden.items()}
+    return kept, None if last is None else last.flatten(0, 1)[rows["predicting_index"]]
 
 # %% ../nbs/06_breaker.ipynb #6560565e
-def mean_over_layers(per_token, student: dict, teacher: dict, mask: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Σ over layers and masked tokens of `per_token(student, teacher)`, over `layers · denominator`: this batch's share of a mean over
-    the global batch. `student`, `teacher`: {layer: [B, S, d]}; `mask`: bool [B, S]. An empty mask gives a graph-connected 0."""
-    total = sum(per_token(student[layer][mask], teacher[layer][mask]).sum() for layer in student)
+def mean_over_layers(per_token, student: dict, teacher: dict, denominator: torch.Tensor) -> torch.Tensor:
+    """Σ over layers and tokens of `per_token(student, teacher)`, over `layers · denominator`: these rows' share of a mean over the global batch.
+    `student`, `teacher`: {layer: [M, d]}. No token gives a graph-connected 0."""
+    total = sum(per_token(student[layer], teacher[layer]).sum() for layer in student)
     return total / (len(student) * denominator.clamp(min=1))
 
 # %% ../nbs/06_breaker.ipynb #9958aae0
@@ -41,7 +39,8 @@ class CircuitBreaker(nn.Module):
     """Student, teacher and the three terms; what `Trainer` (and DDP or FSDP) wraps.
 
     `student`: a peft model with the adapter to train. `teacher`: None for the student's own base with the adapter off, or a
-    separate causal language model of the same vocabulary, depth and width (ValueError otherwise), which is frozen here."""
+    separate causal language model of the same vocabulary, depth and width (ValueError otherwise), which is frozen here. What stands in the way of a
+    saving that `config.savings` asks for is warned of once."""
 
     def __init__(self, student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Module | None = None):
         super().__init__()
@@ -50,6 +49,12 @@ class CircuitBreaker(nn.Module):
             check_teacher(student, teacher)
             teacher.eval().requires_grad_(False)
         self.teacher = teacher
+        self.head = find_head(student)
+        self.teacher_logits = teacher_logits(student, self.head, teacher)
+        if "fused_kl" in config.savings and self.teacher_logits is not self.head.logits:
+            warnings.warn(f"the KL term goes the general way through the output layer, since {self.head.note or 'the teacher has one of its own'}", stacklevel=2)
+        if "shared_prefix" in config.savings and teacher is None and self.head.norm is None:
+            warnings.warn("benign rows run all blocks twice, since no single module stands between the last block and the output layer", stacklevel=2)
 
     def train(self, mode: bool = True):
         "Trains the student; the teacher stays in eval mode whatever is asked."
@@ -58,24 +63,38 @@ class CircuitBreaker(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, harmful: dict, benign: dict, denominators: torch.Tensor) -> dict[str, torch.Tensor]:
+    def states(self, rows: dict, final: bool):
+        """`((hidden, last) of the student, (hidden, last) of the teacher)` at the targets of `rows` (see `at_targets`), `last` if `final`; the teacher's from
+        `rows["teacher"]` where a cache has put them."""
+        config = self.circuit_breaker_config
+        if cached := rows.get("teacher"):
+            return at_targets(*student_pass(self.student, rows, config, final), rows), (cached["hidden"], cached["last"])
+        return tuple(at_targets(*side, rows) for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final))
+
+    def forward(self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True) -> dict[str, torch.Tensor]:
         """`{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
 
-        `harmful`, `benign`: `input_ids`, `attention_mask` [B, S] and `loss_mask` bool [B, S] (`cbnb.data.collate`). `denominators`: [3], the
-        tokens of the global batch over which each term is a mean (`cbnb.data.COUNTS`). At `beta_kl = 0` the KL is measured without gradient."""
+        `harmful`, `benign`: padded rows, or a list of such (`cbnb.data.collate`). `denominators`: [3], the tokens of the global batch over which each term
+        is a mean (`cbnb.data.COUNTS`). At `beta_kl = 0` the KL is measured without gradient, and only if `measure_kl`; else there is no `loss_kl`."""
         config = self.circuit_breaker_config
-        (student, _), (teacher, _) = both_passes(self.student, self.teacher, harmful, config)
-        reroute = mean_over_layers(token_reroute, student, teacher, harmful["loss_mask"], denominators[0])
-
-        predicting = predicting_positions(benign["loss_mask"])
-        columns = predicting.any(0).nonzero().squeeze(-1)
-        (student, student_logits), (teacher, teacher_logits) = both_passes(self.student, self.teacher, benign, config, columns)
+        harmful, benign = ([rows] if isinstance(rows, dict) else rows for rows in (harmful, benign))
+        with_kl = measure_kl or config.beta_kl > 0
 
         def retain_term(s, t):
             return token_retain(s, t, relative=config.retain_relative)
-        retain = mean_over_layers(retain_term, student, teacher, benign["loss_mask"], denominators[1])
-
-        rows = predicting[:, columns]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
-            kl = token_kl(student_logits[rows], teacher_logits[rows], config.kl_temperature).sum() / denominators[2].clamp(min=1)
-        return {"loss_reroute": reroute.float(), "loss_retain": retain.float(), "loss_kl": kl.float()}
+        reroute = retain = 0.0
+        for rows in harmful:
+            (ours, _), (theirs, _) = self.states(rows, final=False)
+            reroute += mean_over_layers(token_reroute, ours, theirs, denominators[0])
+        lasts = []
+        for rows in benign:
+            (ours, *ours_last), (theirs, *theirs_last) = self.states(rows, final=with_kl)
+            retain += mean_over_layers(retain_term, ours, theirs, denominators[1])
+            lasts.append(ours_last + theirs_last)
+        terms = {"loss_reroute": reroute.float(), "loss_retain": retain.float()}
+        if with_kl:
+            ours, theirs = map(torch.cat, zip(*lasts))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
+                kl = head_kl(ours, theirs, self.head, self.teacher_logits, config.kl_temperature, "fused_kl" in config.savings)
+            terms["loss_kl"] = (kl.sum() / denominators[2].clamp(min=1)).float()
+        return terms

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .losses import predicting_positions
 from .masks import ChatMasker
 from .templates import MaskError
 from .targets import in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript, read_transcripts
 
 # %% auto #0
-__all__ = ['COUNTS', 'read_streams', 'hold_out', 'prompt_key', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'encode_stream', 'PairedStreams', 'pad_rows', 'pack_rows', 'collate']
+__all__ = ['COUNTS', 'PASS', 'read_streams', 'hold_out', 'prompt_key', 'load_streams', 'Sample', 'StreamReport',
+           'encode_transcript', 'encode_stream', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(paths: Iterable) -> tuple[list[Transcript], list[Transcript]]:
@@ -171,7 +172,10 @@ class PairedStreams(Dataset):
 # %% ../nbs/05_data.ipynb #4cedca66
 def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
     """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at the `side` end (right or left); padding is
-    known by position, so a pad token that is also a real one does no harm. Raises ValueError for no samples or another side."""
+    known by position, so a pad token that is also a real one does no harm. Raises ValueError for no samples or another side.
+
+    Where the terms look is given as indices into the flattened rows [B·S]: `token_index` int64 [M], the tokens of the mask, and `predicting_index` int64
+    [N], the positions that predict one (`cbnb.losses.predicting_positions`). A GPU that had to count a mask itself would make the step wait."""
     if not samples or side not in ("right", "left"):
         raise ValueError(f"{len(samples)} samples cannot be padded on the {side!r} side; give at least one, and right or left.")
     length = max(len(s.input_ids) for s in samples)
@@ -183,6 +187,8 @@ def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[st
         rows["input_ids"][i, own] = torch.from_numpy(s.input_ids.astype(np.int64))
         rows["attention_mask"][i, own] = 1
         rows["loss_mask"][i, own] = torch.from_numpy(s.loss_mask)
+    for name, mask in (("token_index", rows["loss_mask"]), ("predicting_index", predicting_positions(rows["loss_mask"]))):
+        rows[name] = mask.flatten().nonzero().squeeze(-1)
     return rows
 
 # %% ../nbs/05_data.ipynb #81a84d70
@@ -220,9 +226,37 @@ def pack_rows(samples: list[Sample], length: int, pad_id: int) -> dict[str, torc
 COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets")
 
 
-def collate(pairs: list[tuple[Sample, Sample]], pad_id: int) -> dict:
+PASS = 512  # tokens of padding that are worth a pass of their own
+
+
+def length_groups(lengths: list[int]) -> list[list[int]]:
+    """Row numbers in groups of like length, such that the tokens of all groups, each padded to its longest row, and `PASS` for every group are fewest
+    (dynamic programming over the sorted lengths)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best, begins = [0], [0]
+    for stop in range(1, len(order) + 1):
+        cost, start = min((best[start] + (stop - start) * lengths[order[stop - 1]] + PASS, start) for start in range(stop))
+        best.append(cost)
+        begins.append(start)
+    groups, stop = [], len(order)
+    while stop:
+        groups.append(sorted(order[begins[stop]:stop]))
+        stop = begins[stop]
+    return groups[::-1]
+
+
+def collate(pairs: list[tuple[Sample, Sample]], pad_id: int, buckets: bool = False, cache=None) -> dict:
     """The mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the tokens over which each term of
-    this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0 counts for the first two only: nothing predicts it."""
-    harmful, benign = (pad_rows(list(samples), pad_id) for samples in zip(*pairs))
-    counts = torch.tensor([harmful["loss_mask"].sum(), benign["loss_mask"].sum(), benign["loss_mask"][:, 1:].sum()])
-    return {"harmful": harmful, "benign": benign, "counts": counts}
+    this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0 counts for the first two only: nothing predicts it.
+
+    With `buckets`, `harmful` and `benign` are lists of such rows, one for each of `length_groups`. With a `cache` (`cbnb.teacher_cache`) rows hold what it
+    knows of the teacher under `"teacher"`."""
+    def rows_of(samples):
+        rows = pad_rows(samples, pad_id)
+        return rows if cache is None else rows | {"teacher": cache.states(samples)}
+    batch = {}
+    for name, samples in zip(("harmful", "benign"), map(list, zip(*pairs))):
+        groups = length_groups([len(s.input_ids) for s in samples])
+        batch[name] = [rows_of([samples[i] for i in group]) for group in groups] if buckets else rows_of(samples)
+    harmful, benign = zip(*((h.loss_mask, b.loss_mask) for h, b in pairs))
+    return batch | {"counts": torch.tensor([sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)])}

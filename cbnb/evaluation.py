@@ -14,11 +14,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .breaker import both_passes
 from .config import CircuitBreakerConfig
 from .data import Sample, encode_stream, pad_rows
-from .losses import predicting_positions, token_kl
+from .fused_kl import chunk_for
+from .heads import find_head, teacher_logits
+from .losses import token_kl
 from .masks import ChatMasker
+from .passes import both_passes
 from .transcripts import Transcript
 
 # %% auto #0
@@ -114,6 +116,7 @@ def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Tr
                                     config.split_turns)
     if report.dropped or report.counts["targets_cut"]:
         warnings.warn(f"held-out {label}: {report}", stacklevel=2)
+    samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
     for start in range(0, len(samples), batch_size):
         rows = pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id)
         yield {name: tensor.to(student.device) for name, tensor in rows.items()}
@@ -123,17 +126,19 @@ def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Tr
 def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
                       teacher: nn.Module | None = None, batch_size: int = 16) -> dict[str, float]:
     """`{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions where both prefer the same token, over the
-    targets of `config.benign_policy`."""
+    targets of `config.benign_policy`, from float32 logits of a few positions at a time."""
     student.eval()
+    head = find_head(student)
+    of_teacher = teacher_logits(student, head, teacher)
+    size = chunk_for(student.config.get_text_config().vocab_size, student.device)
     kl = agree = n = 0.0
     for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size):
-        predicting = predicting_positions(rows["loss_mask"])
-        columns = predicting.any(0).nonzero().squeeze(-1)
-        (_, ours), (_, theirs) = both_passes(student, teacher, rows, config, columns)
-        ours, theirs = ours[predicting[:, columns]], theirs[predicting[:, columns]]
-        kl += token_kl(ours, theirs).double().sum().item()
-        agree += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-        n += len(ours)
+        sides = both_passes(student, teacher, rows, config, head.norm, final=True)
+        for ours, theirs in zip(*(last.flatten(0, 1)[rows["predicting_index"]].split(size) for _, last in sides)):
+            ours, theirs = head.logits(ours), of_teacher(theirs)
+            kl += token_kl(ours, theirs).double().sum().item()
+            agree += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+            n += len(ours)
     return {"kl": kl / n, "top1": agree / n}
 
 

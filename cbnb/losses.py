@@ -95,18 +95,20 @@ def retain_loss(student, teacher, loss_mask, relative=False):
     return layer_mean(lambda s, t: token_retain(s, t, relative), student, teacher, loss_mask)
 
 # %% ../nbs/02_losses.ipynb #53e463a8
-def token_kl(student_logits, teacher_logits, temperature=1.0):
+def token_kl(student_logits, teacher_logits, temperature=1.0, reverse=False):
     """`T²·D_KL(softmax(teacher / T) ‖ softmax(student / T))` along the last axis, in nats: `[..., V]` → `[...]` in float32 or float64.
 
-    No gradient flows to `teacher_logits`. A token that the teacher gives probability 0 (−inf logits of a padded vocabulary) adds 0;
-    one to which only the student gives 0 makes the result infinite. T² keeps the gradient's size over T (Hinton et al. 2015,
-    arXiv 1503.02531). Raises `ValueError` for shapes that differ or T not above 0."""
+    `reverse` takes D_KL(student ‖ teacher). No gradient flows to `teacher_logits` in either. A token to which the left one gives
+    probability 0 (−inf logits of a padded vocabulary) adds 0; one to which only the right one gives 0 makes the result infinite.
+    T² keeps the gradient's size over T (Hinton et al. 2015, arXiv 1503.02531). Raises `ValueError` for shapes that differ or T not above 0."""
     check_shapes(student_logits, teacher_logits)
     if not 0 < temperature < math.inf: raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
     log_q = F.log_softmax(accumulate(student_logits) / temperature, dim=-1)
     log_p = F.log_softmax(accumulate(teacher_logits.detach()) / temperature, dim=-1)
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1) * temperature**2
+    left, right = (log_q, log_p) if reverse else (log_p, log_q)
+    p = left.exp()
+    # the difference is chosen before the product: 0 · (−inf − −inf) has a gradient of NaN
+    return (p * torch.where(p > 0, left - right, 0.0)).sum(-1) * temperature**2
 
 # %% ../nbs/02_losses.ipynb #bbc7aba6
 def predicting_positions(loss_mask):
@@ -114,8 +116,8 @@ def predicting_positions(loss_mask):
     return torch.cat([loss_mask[:, 1:], torch.zeros_like(loss_mask[:, :1])], dim=1)
 
 # %% ../nbs/02_losses.ipynb #b94bdaf0
-def kl_divergence_loss(student_logits, teacher_logits, loss_mask, temperature=1.0):
-    """`T²·mean over masked targets of D_KL(teacher ‖ student)` in nats: a scalar in float32 (float64 if given).
+def kl_divergence_loss(student_logits, teacher_logits, loss_mask, temperature=1.0, reverse=False):
+    """`T²·mean over masked targets of D_KL(teacher ‖ student)` in nats: a scalar in float32 (float64 if given); `reverse` as in `token_kl`.
 
     `student_logits`, `teacher_logits`: `[B, S, V]`, position i predicting token i + 1; `loss_mask`: bool `[B, S]` over *tokens*:
     the shift is made here, and a target at token 0 does not count. Only the rows that predict a target are read.
@@ -123,4 +125,4 @@ def kl_divergence_loss(student_logits, teacher_logits, loss_mask, temperature=1.
     check_shapes(student_logits, teacher_logits, 3, "logits of student and teacher ([B, S, V])")
     check_mask(loss_mask, student_logits.shape[:2])
     rows = predicting_positions(loss_mask)
-    return masked_mean(token_kl(student_logits[rows], teacher_logits[rows], temperature), rows.sum())
+    return masked_mean(token_kl(student_logits[rows], teacher_logits[rows], temperature, reverse), rows.sum())

@@ -20,8 +20,8 @@ from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, 
 
 # %% auto #0
 __all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode',
-           'check_teacher', 'find_decoder', 'decoder_blocks', 'block_outputs', 'forward_with_hidden_states',
-           'save_adapter']
+           'check_teacher', 'find_decoder', 'decoder_blocks', 'block_outputs', 'first_blocks',
+           'forward_with_hidden_states', 'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
 def resolve_model(name_or_path: str) -> str:
@@ -164,13 +164,25 @@ def block_outputs(model: nn.Module, layers):
             handle.remove()
 
 # %% ../nbs/04_models.ipynb #a1d97f22
+@contextmanager
+def first_blocks(model: nn.Module, number: int | None):
+    "Inside, the decoder of `model` ends after its first `number` blocks (its final norm follows); None leaves all of them."
+    decoder = find_decoder(model)
+    blocks = decoder.layers
+    try:
+        decoder.layers = blocks[:number]
+        yield
+    finally:
+        decoder.layers = blocks
+
+
 def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers,
-                               mode: str = "hidden_states", logits_at: torch.Tensor | None = None):
-    """One forward pass → `({layer: [B, S, d]}, logits)`.
+                               mode: str = "hidden_states", blocks: int | None = None):
+    """One forward pass of the decoder → `({layer: [B, S, d]}, final hidden states [B, S, d])`, the latter normed: what the output layer gets.
 
     `input_ids`, `attention_mask`: [B, S] integers. `mode`: `"hidden_states"` asks the model for all of them and picks, `"hooks"`
-    keeps only the blocks asked for; the numbers are the same. `logits_at`: sorted positions [P] at which logits [B, P, V] are computed by the
-    model's own head; None runs the decoder alone and returns None for logits.
+    keeps only the blocks asked for; the numbers are the same. `blocks`: how many are run, None for all; with fewer hooks are used and there are no
+    final hidden states (None).
     Raises ValueError for an unknown mode, and for the last block in mode `hidden_states`, where transformers gives the normed state."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     if mode not in ("hidden_states", "hooks"):
@@ -179,15 +191,11 @@ def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attent
     if mode == "hidden_states" and last in layers:
         raise ValueError(f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
                          "use hidden_state_mode='hooks' for it.")
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=mode == "hidden_states")
-    with block_outputs(causal_lm, layers if mode == "hooks" else ()) as captured:
-        if logits_at is None:
-            output, logits = find_decoder(causal_lm)(**inputs), None
-        else:
-            output = causal_lm(**inputs, logits_to_keep=logits_at)
-            logits = output.logits
-    hidden = captured if mode == "hooks" else {layer: output.hidden_states[layer + 1] for layer in layers}
-    return {layer: hidden[layer] for layer in layers}, logits
+    hooks = mode == "hooks" or blocks is not None
+    with first_blocks(causal_lm, blocks), block_outputs(causal_lm, layers if hooks else ()) as captured:
+        output = find_decoder(causal_lm)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=not hooks)
+    hidden = captured if hooks else {layer: output.hidden_states[layer + 1] for layer in layers}
+    return {layer: hidden[layer] for layer in layers}, None if blocks is not None else output.last_hidden_state
 
 # %% ../nbs/04_models.ipynb #9f0e0839
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:

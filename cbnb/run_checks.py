@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedule_rows', 'gradient_frame', 'check_weights', 'round_down', 'proposals', 'check_alive', 'heldout_divergence',
-           'probe_run', 'duration', 'sized', 'device_memory', 'check_means']
+           'probe_run', 'duration', 'device_memory', 'check_means']
 
 # %% ../nbs/13f_run_checks.ipynb #5b677110
 import math
@@ -21,6 +21,7 @@ from .evaluation import benign_by_domain, benign_divergence
 from .preflight import Point, judged
 from .probe import WINS, Outlook, Probe
 from .report import curves, format_number, mime_bundle
+from .teacher_cache import size_words
 from .trainer import KEPT, TERMS
 
 # %% ../nbs/13f_run_checks.ipynb #15d4fc5c
@@ -120,20 +121,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def sized(n: float) -> str:
-    "Bytes in words: 3.2 MB, 15 GB."
-    return f"{n / 1e6:.3g} MB" if n < 1e9 else f"{n / 1e9:.3g} GB"
-
-
 def device_memory() -> int:
     "Bytes of memory of the device that trains: the GPU's, else the machine's."
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_means(config: CircuitBreakerConfig, probe: Probe, student, folder: Path, samples):
+def check_means(config: CircuitBreakerConfig, probe: Probe, student, folder: Path, samples, cache=None):
     """Time and memory of the run from those of the probe, in proportion to rows and, for memory, to the longest of `samples`; disk for the adapter and
-    `KEPT` + 1 checkpoints (adapter and two moments) where `folder` lies. Evaluation comes on top."""
+    `KEPT` + 1 checkpoints (adapter and two moments) where `folder` lies and, with `cache` = `(folder, bytes)`, for the teacher's states there. Evaluation
+    comes on top."""
     rows = config.batch_size * config.gradient_accumulation_steps / probe.pairs
     seconds = probe.seconds * rows * config.total_steps
     weights = sum(p.numel() * p.element_size() for p in student.parameters())
@@ -145,7 +142,12 @@ def check_means(config: CircuitBreakerConfig, probe: Probe, student, folder: Pat
     disk, free = adapter * (1 + 3 * (KEPT + 1)) + 1000 * config.total_steps, shutil.disk_usage(folder).free
     points = [
         Point("pass", f"about {duration(seconds)} for {config.total_steps} steps ({probe.seconds:.3g} s for a step of {probe.pairs} pairs of rows), evaluation and gradients by term not counted"),
-        Point("pass" if memory < 0.85 * total else "warn" if memory < 1.2 * total else "fail", f"about {sized(memory)} of memory of {sized(total)}"
+        Point("pass" if memory < 0.85 * total else "warn" if memory < 1.2 * total else "fail", f"about {size_words(memory)} of memory of {size_words(total)}"
               + (f", for the longest rows ({longest} tokens)" if torch.cuda.is_available() else " (the process up to now)") + ("" if memory < 0.85 * total else ": lower batch_size and raise gradient_accumulation_steps, or lower max_length")),
-        Point("pass" if disk < 0.5 * free else "warn" if disk < free else "fail", f"about {sized(disk)} of disk of {sized(free)} that are free" + ("" if disk < 0.5 * free else ": free some, or give another run_dir"))]
+        Point("pass" if disk < 0.5 * free else "warn" if disk < free else "fail", f"about {size_words(disk)} of disk of {size_words(free)} that are free" + ("" if disk < 0.5 * free else ": free some, or give another run_dir"))]
+    if cache:
+        place, size = Path(cache[0]).expanduser().resolve(), cache[1]
+        room = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+        points.append(Point("pass" if size < 0.5 * room else "warn" if size < room else "fail", f"the teacher cache takes {size_words(size)} of {size_words(room)} that are free for {place}, "
+                            "and spares each step the teacher's passes" + ("" if size < 0.5 * room else ": give another teacher_cache, or none")))
     return points, {"seconds": seconds, "seconds_a_step": probe.seconds * rows, "memory": memory, "device_memory": total, "disk": disk, "free": free}, ()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SURPRISED', 'kept', 'moved', 'mode', 'on_device', 'terms_of', 'definition_of_kl', 'plain_logits', 'check_direction',
            'teacher_pass', 'difference', 'frozen_points', 'untouched_points', 'one_step_points', 'applied_points',
-           'check_detachment', 'gradient_tap', 'is_zero', 'kl_gradient_points', 'gradient_points', 'padding_points',
-           'surprise', 'surprise_points']
+           'check_detachment', 'gradient_tap', 'start_of', 'same_rows', 'is_zero', 'kl_gradient_points',
+           'gradient_points', 'padding_points', 'surprise', 'surprise_points']
 
 # %% ../nbs/13c_step_checks.ipynb #540276cc
 import math
@@ -17,8 +17,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .breaker import CircuitBreaker, both_passes
-from .models import teacher_mode
+from .breaker import CircuitBreaker
+from .heads import own_logits
+from .models import decoder_blocks, find_decoder, forward_with_hidden_states, teacher_mode
+from .passes import both_passes, first_adapted_block
 from .preflight import Point, judged
 from .report import format_number
 from .trainer import TERMS
@@ -117,8 +119,11 @@ def check_direction(breaker: CircuitBreaker, batch: dict):
 
 # %% ../nbs/13c_step_checks.ipynb #28835252
 def teacher_pass(breaker: CircuitBreaker, rows: dict):
-    "`(hidden states of the target layers, logits)` of the teacher, as the breaker gets them in training mode."
-    with mode(breaker, True): return both_passes(breaker.student, breaker.teacher, rows, breaker.circuit_breaker_config, torch.arange(rows["input_ids"].shape[1], device=rows["input_ids"].device))[1]
+    "`(hidden states of the target layers, logits)` of the teacher, from the hidden states that the breaker gets of it in training mode."
+    with mode(breaker, True):
+        hidden, last = both_passes(breaker.student, breaker.teacher, rows, breaker.circuit_breaker_config, breaker.head.norm, final=True)[1]
+    with mode(breaker, False), teacher_mode(breaker.student) if breaker.teacher is None else nullcontext():
+        return hidden, own_logits(breaker.teacher or breaker.student.get_base_model(), last)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -207,28 +212,42 @@ def check_detachment(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor):
 
 # %% ../nbs/13c_step_checks.ipynb #894eaf4a
 @contextmanager
-def gradient_tap(student: PeftModel):
-    """Inside, every forward pass of `student` that may be differentiated is noted in two lists: its `(input ids, token embeddings [B, S, d])`, and
-    `(input ids, the positions [P] that logits were asked for or None for all, its logits [B, P, V])`."""
-    embeddings, logits, asked = [], [], [None, None]
+def gradient_tap(breaker: CircuitBreaker):
+    """Inside, every pass of the student that may be differentiated is noted in two lists of tensors [B, S, d]: what its first adapted block gets, and, of those
+    that come that far, its final hidden states. The student may start there, from what the teacher's pass has made; the output layer it need not meet at all."""
+    starts, lasts = [], []
 
-    def called(module, args, kwargs):
-        keep = kwargs.get("logits_to_keep")
-        asked[:] = kwargs.get("input_ids"), keep if isinstance(keep, torch.Tensor) else None
+    def entered(module, args, kwargs):
+        if not torch.is_grad_enabled(): return None
+        starts.append((args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True))
+        return ((starts[-1], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": starts[-1]})
 
-    def embedded(module, args, output):
-        if not torch.is_grad_enabled(): return output
-        embeddings.append((args[0], output.detach().requires_grad_(True)))
-        return embeddings[-1][1]
+    def normed(module, args, output):
+        last = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        if torch.is_grad_enabled() and last.requires_grad: lasts.append(last)
 
-    def predicted(module, args, output):
-        if torch.is_grad_enabled() and output.requires_grad: logits.append((*asked, output))
-
-    causal_lm = student.get_base_model()
-    hooks = [causal_lm.register_forward_pre_hook(called, with_kwargs=True), causal_lm.get_input_embeddings().register_forward_hook(embedded), causal_lm.get_output_embeddings().register_forward_hook(predicted)]
-    try: yield embeddings, logits
+    student = breaker.student
+    hooks = [decoder_blocks(student)[first_adapted_block(student) or 0].register_forward_pre_hook(entered, with_kwargs=True),
+             (breaker.head.norm or find_decoder(student)).register_forward_hook(normed)]
+    try: yield starts, lasts
     finally:
         for hook in hooks: hook.remove()
+
+
+@torch.no_grad()
+def start_of(student: PeftModel, rows: dict) -> torch.Tensor:
+    "What the first adapted block gets of `rows`: [B, S, d], the base model's own."
+    first, got = first_adapted_block(student) or 0, []
+    hook = decoder_blocks(student)[first].register_forward_pre_hook(lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    try: forward_with_hidden_states(student, rows["input_ids"], rows["attention_mask"], (), blocks=first + 1)
+    finally: hook.remove()
+    return got[0]
+
+
+def same_rows(hidden: torch.Tensor, start: torch.Tensor, rows: dict) -> bool:
+    "Whether a pass that began with `hidden` [B, S, d] is one over `rows`, which begin with `start`; padding does not count."
+    seen = rows["attention_mask"].bool()
+    return hidden.shape == start.shape and torch.allclose(hidden[seen].float(), start[seen].float(), rtol=1e-2, atol=1e-3)
 
 
 def is_zero(gradient) -> bool:
@@ -236,21 +255,20 @@ def is_zero(gradient) -> bool:
     return gradient is None or not gradient.any().item()
 
 
-def kl_gradient_points(gradients, logits, rows: dict) -> list:
-    "`gradients` of the KL in each of `logits` (see `gradient_tap`): not zero at the positions that predict a target of `rows`, and zero at all others."
+def kl_gradient_points(gradients, rows: dict) -> list:
+    "`gradients` of the KL in final hidden states (see `gradient_tap`): not zero at the positions that predict a target of `rows`, and zero at all others."
     wanted = torch.zeros_like(rows["loss_mask"])
     wanted[:, :-1] = rows["loss_mask"][:, 1:]
     inside = outside = 0
-    for gradient, (ids, positions, output) in zip(gradients, logits, strict=True):
+    for gradient in gradients:
         if is_zero(gradient): continue
-        if ids is None or not torch.equal(ids, rows["input_ids"]):
-            return [Point("fail", f"the KL has a gradient in logits of shape {list(output.shape)}, which are not those of the benign rows")]
-        at = wanted if positions is None else wanted[:, positions]
         got = gradient.ne(0).any(-1)
-        inside, outside = inside + int((got & at).sum()), outside + int((got & ~at).sum())
+        if got.shape != wanted.shape:
+            return [Point("fail", f"the KL has a gradient in rows of shape {list(got.shape)}, which are not the benign rows {list(wanted.shape)}")]
+        inside, outside = inside + int((got & wanted).sum()), outside + int((got & ~wanted).sum())
     n = int(wanted.sum())
-    return [judged(outside == 0, f"the KL's gradient in the logits is exactly zero outside of the {n} positions that predict a target" if not outside else
-                   f"the KL has a gradient at {outside} positions that predict no target: is the mask shifted by one, and does it select the logits?"),
+    return [judged(outside == 0, f"the KL's gradient in the final hidden states is exactly zero outside of the {n} positions that predict a target" if not outside else
+                   f"the KL has a gradient at {outside} positions that predict no target: is the mask shifted by one, and does it select what the KL is taken from?"),
             judged(inside > n // 2, f"and not zero at {inside} of those {n}")]
 
 
@@ -259,18 +277,19 @@ def gradient_points(breaker: CircuitBreaker, batch: dict) -> list:
     config, student, points = breaker.circuit_breaker_config, breaker.student, []
     breaker.circuit_breaker_config = replace(config, beta_kl=config.beta_kl or 1.0) if config.benign_policy != "full_sequence" else config
     try:
-        with mode(breaker, False), moved(student, 0.02), gradient_tap(student) as (embeddings, logits):
+        with mode(breaker, False), moved(student, 0.02), gradient_tap(breaker) as (starts, lasts):
             terms = terms_of(breaker, batch)
-            inputs, own = [e for _, e in embeddings], [torch.equal(ids, batch["benign"]["input_ids"]) for ids, _ in embeddings]
+            begins = {kind: start_of(student, batch[kind]) for kind in ("harmful", "benign")}
+            kinds = [next((kind for kind, start in begins.items() if same_rows(hidden.detach(), start, batch[kind])), "unknown") for hidden in starts]
             for name in TERMS:
                 term = terms[f"loss_{name}"]
                 if not term.requires_grad: continue
-                found = torch.autograd.grad(term, [*inputs, *(output for *_, output in logits)], retain_graph=True, allow_unused=True)
-                other = [g for g, benign in zip(found, own) if benign == (name == "reroute")]
-                kind = "benign" if name == "reroute" else "harmful"
-                clean = all(map(is_zero, other))
-                points.append(judged(clean, f"the gradient of {name} is exactly zero in every {kind} row" if clean else f"the gradient of {name} reaches {kind} rows: each stream has its own terms"))
-                if name == "kl": points += kl_gradient_points(found[len(inputs):], logits, batch["benign"])
+                found = torch.autograd.grad(term, [*starts, *lasts], retain_graph=True, allow_unused=True)
+                own, other = ("harmful", "benign") if name == "reroute" else ("benign", "harmful")
+                reached = {kind for g, kind in zip(found, kinds) if not is_zero(g)}
+                clean = reached <= {own}
+                points.append(judged(clean, f"the gradient of {name} is exactly zero in every {other} row" if clean else f"the gradient of {name} reaches {other if other in reached else 'other'} rows: each stream has its own terms"))
+                if name == "kl": points += kl_gradient_points(found[len(starts):], batch["benign"])
     finally: breaker.circuit_breaker_config = config
     return points
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import math
 import os
@@ -35,15 +34,15 @@ from transformers.trainer_callback import PrinterCallback
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients
 from .data import COUNTS, PairedStreams, Sample, collate
-from .runs import (ENDING, Run, RunError, append_metrics, is_full_disk, kernel, on_signals, read_json, set_status, stop_requested,
-                       truncate_metrics, write_json)
+from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, set_status, stop_requested, truncate_metrics
+from .sealed import damage, seal, sync
 
 # %% auto #0
-__all__ = ['TERMS', 'MANIFEST', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
-           'gradient_report', 'sync', 'sha256', 'seal', 'damage', 'disk_is_full', 'checkpoints', 'keep_newest',
-           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
-           'progress_line', 'show_line', 'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers',
-           'training_arguments', 'breaker_trainer', 'train_breaker']
+__all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
+           'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'CircuitBreakerTrainer', 'MetricsLog',
+           'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line', 'progress_line', 'show_line',
+           'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers', 'training_arguments',
+           'breaker_trainer', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -90,46 +89,10 @@ def gradient_report(gradients: dict[str, torch.Tensor]) -> dict[str, float | Non
         report[f"grad_cos_{a}_{b}"] = (gradients[a] @ gradients[b]).item() / product if product > 0 else None
     return report
 
-# %% ../nbs/07_trainer.ipynb #whole002
-MANIFEST, UNFINISHED = "manifest.json", ".unfinished"  # the latter: what is being made or removed
-
-
-def sync(path: Path) -> None:
-    "Returns when the file, or the entries of the folder, `path` are on the disk and no longer in memory alone."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    "The sha256 of a file, 64 hex digits."
-    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def seal(folder: Path) -> None:
-    "Puts everything in `folder` on the disk and then writes its manifest.json: size in bytes and sha256 of every file."
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
-        sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {"files": files})
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder): sync(path)
-
-# %% ../nbs/07_trainer.ipynb #whole004
-def damage(folder: Path) -> str:
-    "What is wrong with a sealed folder, in words; empty for one that is as it was sealed."
-    try:
-        manifest = read_json(folder / MANIFEST)
-        if manifest is None: return f"it has no {MANIFEST}, which is written last"
-        for name, was in manifest["files"].items():
-            path = folder / name
-            if not path.is_file(): return f"{name} is missing"
-            if path.stat().st_size != was["bytes"]: return f"{name} has {path.stat().st_size} of {was['bytes']} bytes"
-            if sha256(path) != was["sha256"]: return f"{name} is not what was saved"
-    except (RunError, OSError, KeyError, TypeError, AttributeError) as e: return f"it cannot be read: {type(e).__name__}: {e}"
-    return ""
-
 # %% ../nbs/07_trainer.ipynb #whole006
+UNFINISHED = ".unfinished"  # what is being made or removed
+
+
 def disk_is_full(folder: Path) -> bool:
     "Whether one more megabyte has no place in `folder`. torch does not say so: its writer reports an 'unexpected pos'."
     try:
@@ -169,7 +132,13 @@ class CircuitBreakerTrainer(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = sum(batch["counts"] for batch in batches).to(device, torch.float32)
         self.step_terms, self.step_gradients, self.step_counts = {}, {}, self.accelerator.reduce(counts, "sum")
+        self.logs_this_step = self.will_log(self.state.global_step + 1)
         return batches, self.step_counts
+
+    def will_log(self, step: int) -> bool:
+        "Whether optimizer step `step` (1 is the first) is logged: every `logging_steps`, the first, the last, a diagnosed one, one in which a term has no target."
+        every = self.args.circuit_breaker_config.diagnose_steps
+        return step in (1, self.state.max_steps) or step % self.args.logging_steps == 0 or bool(every and step % every == 0) or not self.step_counts.all()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config = self.args.circuit_breaker_config
@@ -177,11 +146,11 @@ class CircuitBreakerTrainer(Trainer):
         weights = term_weights(config, step)
         # every process backpropagates its share of a global mean and DDP averages gradients, hence the factor
         processes = self.accelerator.num_processes
-        terms = model(inputs["harmful"], inputs["benign"], num_items_in_batch)
+        terms = model(inputs["harmful"], inputs["benign"], num_items_in_batch, self.logs_this_step)
         check_finite(terms, step + 1)
         if not num_items_in_batch.all():
             self.control.should_log = True  # a step without targets must not be passed over by logging_steps
-        weighted = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS}
+        weighted = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS if f"loss_{name}" in terms}
         for key, value in terms.items():
             self.step_terms[key] = self.step_terms.get(key, 0) + value.detach()
         if config.diagnose_steps and (step + 1) % config.diagnose_steps == 0:
@@ -208,6 +177,7 @@ class CircuitBreakerTrainer(Trainer):
     def log(self, logs, start_time=None):
         "Replaces Trainer's training log by the keys of metrics.jsonl; a line describes the one step that it names."
         if "grad_norm" in logs:
+            if not self.logs_this_step: return  # another's callback has asked for a line: at beta_kl 0 its KL was not measured
             logs = self.metrics_row(logs)
         super().log(logs, start_time)
 
@@ -436,32 +406,32 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingAr
 
 # %% ../nbs/07_trainer.ipynb #24d4510a
 def breaker_trainer(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, folder: Path, pad_id: int,
-                    teacher: nn.Module | None = None, callbacks=()) -> CircuitBreakerTrainer:
-    "The trainer of `student`'s adapter on the two streams, with checkpoints in `folder`."
+                    teacher: nn.Module | None = None, callbacks=(), cache=None) -> CircuitBreakerTrainer:
+    "The trainer of `student`'s adapter on the two streams, with checkpoints in `folder`; with a `cache` (`cbnb.teacher_cache`) no teacher is run."
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
     trainer = CircuitBreakerTrainer(
         model=CircuitBreaker(student, config, teacher), args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
-        data_collator=partial(collate, pad_id=pad_id), callbacks=list(callbacks))
+        data_collator=partial(collate, pad_id=pad_id, buckets="buckets" in config.savings, cache=cache), callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
     return trainer
 
 
 def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, run: Run, pad_id: int,
-                  teacher: nn.Module | None = None, callbacks=()) -> bool:
+                  teacher: nn.Module | None = None, callbacks=(), cache=None) -> bool:
     """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it (in the last
     step too: whoever stopped it wants nothing more of this attempt).
 
     Writes metrics.jsonl and checkpoints to `run`, the last one after the last step, and goes on from its last whole checkpoint if it has one (see
-    `resume_point`). The first interrupt asks for a stop too (see `stop_on_interrupt`). status.json gets the seconds that this attempt trained and, of
+    `resume_point`). With a `cache` (`cbnb.teacher_cache`) the teacher's hidden states come from there. The first interrupt asks for a stop too (see `stop_on_interrupt`). status.json gets the seconds that this attempt trained and, of
     them, those for the gradients by term (`training_seconds`, `diagnosis_seconds`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
     NonFiniteLossError for a NaN or infinite term or gradient, OSError for a full disk, ValueError for a student that was trained before and has no checkpoint to go
     on from: its first step would not be the first."""
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     stop = StopFile(run)
     trainer = breaker_trainer(student, harmful, benign, config, run.path / "checkpoints", pad_id, teacher,
-                              [LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks])
+                              [LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks], cache)
     with trainer.args.main_process_first(local=False):
         checkpoint = resume_point(run)
     if checkpoint is None and getattr(student, "was_trained", False):

@@ -54,8 +54,9 @@ def review(folder, world, until=None, **parameters):
 
 def kl_reversed(patch, **_):
     import cbnb.breaker
-    right = cbnb.breaker.token_kl
-    patch.setattr(cbnb.breaker, "token_kl", lambda student, teacher, temperature: right(teacher, student, temperature))
+    from cbnb.fused_kl import token_linear_kl
+    patch.setattr(cbnb.breaker, "head_kl", lambda ours, theirs, head, teacher_logits, temperature, fused:
+                  token_linear_kl(ours, theirs, head.layer.weight, temperature, reverse=True))
 
 
 def teacher_in_training_mode(patch, folder, **_):
@@ -117,8 +118,8 @@ def harmful_rows_in_the_kl(patch, **_):
 
 
 def unshifted_mask(patch, **_):
-    import cbnb.breaker
-    patch.setattr(cbnb.breaker, "predicting_positions", lambda loss_mask: loss_mask)
+    import cbnb.data
+    patch.setattr(cbnb.data, "predicting_positions", lambda loss_mask: loss_mask)
 
 
 def double_bos(patch, folder, **_):
