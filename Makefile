@@ -11,6 +11,9 @@ RUN_DIR ?= runs/$(shell date +%F)/train-beta_kl$(BETA_KL)-$(shell date +%H%M%S)
 # the environment, and the Python to make it with (empty: the first of python3, python3.14 ... python3.11 that is new enough)
 VENV ?= .venv
 PYTHON ?=
+# which benchmarks make bench runs, and papermill's arguments for them; with arguments the result is runs/bench-NAME.ipynb
+BENCH ?= $(wildcard nbs/bench/*.ipynb)
+BENCH_ARGS ?=
 # how pytest runs: in two processes, all tests of a file in the same one, since they share what is slow to make; the order is tests/conftest.py's
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -47,8 +50,10 @@ test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either f
 	@rc=0; CBNB_TEST_RUNS=$$(mktemp -d) || exit 1; export CBNB_TEST_RUNS; $(RUN) .ci/nbtest.py || rc=1; \
 	  OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; rm -rf "$$CBNB_TEST_RUNS"; exit $$rc
 
-bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches tokenizers on its first call
-	OMP_NUM_THREADS=1 $(RUN) -m nbconvert --to notebook --execute --inplace nbs/bench/*.ipynb
+bench: export OMP_NUM_THREADS ?= 1
+bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peers on its first call. BENCH=nbs/bench/kl.ipynb runs one, BENCH_ARGS='-p device cuda' sets its parameters
+	@set -e; for n in $(BENCH); do out=$$n; if [ -n '$(BENCH_ARGS)' ]; then mkdir -p runs; out=runs/bench-$${n##*/}; fi; \
+	  $(RUN) -m papermill $$n $$out --cwd nbs/bench $(BENCH_ARGS); done
 	$(VENV)/bin/nbdev_clean
 
 lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token

@@ -68,26 +68,28 @@ def reverse_rows(student, teacher):
     q.mul_(difference.sub_(kl[:, None]))
     return kl + correction
 
-# %% ../nbs/02a_fused_kl.ipynb #944376d8
+# %% ../nbs/02a_fused_kl.ipynb #dd44da89
 ROWS = 8  # rows of logits worked on at once on a CPU, so that they stay in its cache
 
 
 def chunk_for(vocabulary, device):
-    """Rows a chunk whose two float32 logits [rows, V] fit the memory budget: 128 MiB and at most 256 rows on a CPU, 512 MiB and at most 4,096 rows elsewhere;
+    """Rows a chunk whose two float32 logits [rows, V] fit the memory budget: 106 MiB and at most 176 rows on a CPU, 512 MiB and at most 4,096 rows elsewhere;
     at least 16."""
-    budget, most = (128 << 20, 256) if torch.device(device).type == "cpu" else (512 << 20, 4096)
+    budget, most = (106 << 20, 176) if torch.device(device).type == "cpu" else (512 << 20, 4096)
     return max(16, min(budget // (8 * vocabulary) // 8 * 8, most))
 
 
 @torch.no_grad()
-def kl_rows(student, teacher, weight, temperature, reverse, chunk, gradient=None):
+def kl_rows(student, teacher, weight, temperature, reverse, chunk, with_gradient=False):
     """`T²·KL` a row, [N] in float32 (float64 if any input is): student, teacher [N, d], weight [V, d], of any floating dtypes.
 
-    `gradient`, if given, is [N, d] in the dtype of the result and is filled with the gradient of each row's KL with respect to that row of `student`:
-    a third product. Uses 2·chunk·V numbers of memory and a few rows more."""
+    With `with_gradient` the result is `(KL, gradient [N, d])` in the same dtype, of each row's KL with respect to that row of `student`: a third product.
+    Uses 2·chunk·V numbers of memory and a few rows more."""
     wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype, weight.dtype) else torch.float32
+    narrow = torch.promote_types(student.dtype, teacher.dtype)  # of the two: neither is rounded
     n, at_once = len(student), ROWS if student.device.type == "cpu" else chunk
     kl = torch.empty(n, dtype=wide, device=student.device)
+    gradient = torch.empty(student.shape, dtype=wide, device=student.device) if with_gradient else None
     chunk = min(chunk, max(n, 1))
     logits = torch.empty(2 * chunk, len(weight), dtype=wide, device=student.device)
     with torch.autocast(student.device.type, enabled=False):  # it would round what is widened here
@@ -96,25 +98,24 @@ def kl_rows(student, teacher, weight, temperature, reverse, chunk, gradient=None
             size = rows.stop - rows.start
             both = logits[:2 * size]
             # one product for both: the taller matrix is the faster one
-            product_into(both, torch.cat([student[rows], teacher[rows].to(student.dtype)]), weight)
+            product_into(both, torch.cat([student[rows].to(narrow), teacher[rows].to(narrow)]), weight)
             if temperature != 1: both /= temperature
             ours, theirs = both[:size], both[size:]
             for first in range(0, size, at_once):
                 part = slice(first, first + at_once)
                 kl[rows][part] = (reverse_rows if reverse else forward_rows)(ours[part], theirs[part])
             if gradient is not None: back_product_into(gradient[rows], ours, weight)
-    if gradient is not None: gradient *= temperature
-    return kl.mul_(temperature**2)
+    kl *= temperature**2
+    return (kl, gradient.mul_(temperature)) if with_gradient else kl
 
-# %% ../nbs/02a_fused_kl.ipynb #5aed8508
+# %% ../nbs/02a_fused_kl.ipynb #b43f1ba3
 class FusedRows(torch.autograd.Function):
     "`kl_rows` for autograd: the gradient is made in the forward pass, the backward pass scales it."
 
     @staticmethod
     def forward(ctx, student, rows):
-        wide = torch.empty(student.shape, dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
-        kl = rows(student, gradient=wide)
-        ctx.save_for_backward(wide)
+        kl, gradient = rows(student, with_gradient=True)
+        ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return kl
 

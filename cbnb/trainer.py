@@ -132,13 +132,14 @@ class CircuitBreakerTrainer(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = sum(batch["counts"] for batch in batches).to(device, torch.float32)
         self.step_terms, self.step_gradients, self.step_counts = {}, {}, self.accelerator.reduce(counts, "sum")
+        self.lacks_targets = not self.step_counts.all()
         self.logs_this_step = self.will_log(self.state.global_step + 1)
         return batches, self.step_counts
 
     def will_log(self, step: int) -> bool:
         "Whether optimizer step `step` (1 is the first) is logged: every `logging_steps`, the first, the last, a diagnosed one, one in which a term has no target."
         every = self.args.circuit_breaker_config.diagnose_steps
-        return step in (1, self.state.max_steps) or step % self.args.logging_steps == 0 or bool(every and step % every == 0) or not self.step_counts.all()
+        return step in (1, self.state.max_steps) or step % self.args.logging_steps == 0 or bool(every and step % every == 0) or self.lacks_targets
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config = self.args.circuit_breaker_config
@@ -148,7 +149,7 @@ class CircuitBreakerTrainer(Trainer):
         processes = self.accelerator.num_processes
         terms = model(inputs["harmful"], inputs["benign"], num_items_in_batch, self.logs_this_step)
         check_finite(terms, step + 1)
-        if not num_items_in_batch.all():
+        if self.lacks_targets:
             self.control.should_log = True  # a step without targets must not be passed over by logging_steps
         weighted = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS if f"loss_{name}" in terms}
         for key, value in terms.items():

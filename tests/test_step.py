@@ -1,6 +1,7 @@
 """The training step with each saving, alone and together, against a plain step of its own: same terms, same gradients, on five architectures."""
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,3 +160,81 @@ def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_p
         assert train_breaker(add_adapter(made("llama"), config), harmful, benign, config, run, pad_id=0)
         lines = read_metrics(run.path)
         assert asked == measured and [row["step"] for row in lines] == [1, 4, 6, 8, 9] and all("loss_kl" in row for row in lines)
+
+
+def test_training_with_the_teacher_cache_is_the_same_and_runs_no_teacher(tmp_path, monkeypatch):
+    import cbnb.breaker
+    from cbnb.runs import Run, read_metrics, write_json
+    from cbnb.teacher_cache import open_cache
+    from cbnb.trainer import train_breaker
+    harmful, benign = map(list, zip(*pairs()))
+    config = get_config("tinyagent", target_layers=(1, 2), lora_layers=(1, 3), lora_modules="q_proj,o_proj", lora_dropout=0.0, total_steps=6, warmup_steps=1, batch_size=2,
+                        gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1, save_steps=0, diagnose_steps=0)
+    lines = {}
+    for way in ("teacher", "cache", "cache again"):
+        run, student = Run(tmp_path / way), moved(add_adapter(made("llama"), config))
+        run.path.mkdir()
+        write_json(run.path / "status.json", {"state": "running"})
+        cache = None if way == "teacher" else open_cache(tmp_path / "states", student, harmful, benign, config, 0)
+        if cache: monkeypatch.setattr(cbnb.breaker, "both_passes", lambda *_: pytest.fail("the teacher was run"))
+        assert train_breaker(student, harmful, benign, config, run, pad_id=0, cache=cache)
+        lines[way] = read_metrics(run.path)
+    assert lines["cache"] == lines["cache again"] and len(lines["teacher"]) == 6
+    for with_it, without in zip(lines["cache"], lines["teacher"]):
+        assert all(with_it[k] == pytest.approx(without[k], rel=1e-4) for k in ("loss", "loss_reroute", "loss_retain", "loss_kl", "grad_norm_total")), (with_it, without)
+    assert lines["teacher"][-1]["loss_kl"] > 1e-4 and lines["teacher"][-1]["loss_retain"] != lines["teacher"][0]["loss_retain"]
+
+
+def test_of_two_processes_one_makes_the_cache_and_the_other_waits(tmp_path):
+    import subprocess, sys
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_step import get_config, add_adapter, made, moved, pairs
+from cbnb.teacher_cache import open_cache
+harmful, benign = map(list, zip(*pairs()))
+config = get_config("tinyagent", target_layers=(1, 2), lora_layers=(1, 3), lora_modules="q_proj", lora_dropout=0.0)
+print(len(open_cache({str(tmp_path)!r}, add_adapter(made("llama"), config), harmful, benign, config, 0).states(benign)["last"]))
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=300) for p in both]
+    assert all(p.returncode == 0 for p in both), said
+    assert sorted("found in" in out for out, _ in said) == [False, True] and len({out.splitlines()[-1] for out, _ in said}) == 1, said
+
+
+@pytest.mark.parametrize("kind, why", [("gemma2", "final_logit_softcapping"), ("phi", "a bias"), ("lora_on_lm_head", "peft's Linear"), ("bfloat16", None), ("own_teacher", "the teacher has one of its own")])
+def test_other_output_layers_give_their_own_models_kl(kind, why, recwarn):
+    "What is more than a frozen matrix is said once, and the KL and its gradient are those of the model's own logits."
+    import transformers as tf
+    from peft import LoraConfig, get_peft_model
+    config = get_config("tinyagent", target_layers=(1,), lora_layers=(0, 3), lora_modules="q_proj,v_proj", lora_dropout=0.0, kl_temperature=1.5, gradient_checkpointing=kind == "gemma2")
+    torch.manual_seed(0)
+    if kind == "gemma2": model = tf.Gemma2ForCausalLM(tf.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, sliding_window=6))
+    elif kind == "phi": model = tf.PhiForCausalLM(tf.PhiConfig(**SHAPE))
+    else: model = made("llama")
+    with torch.no_grad(): model.get_output_embeddings().weight.normal_(std=0.3)
+    if kind == "phi": model.lm_head.bias.data.normal_()
+    model = model.to(torch.bfloat16 if kind == "bfloat16" else torch.float32).eval().requires_grad_(False)
+    if kind == "lora_on_lm_head": student = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    else: student = add_adapter(model, config)
+    moved(student).train()
+    teacher = made("llama") if kind == "own_teacher" else None
+    if teacher: teacher.get_output_embeddings().weight.data.normal_(std=0.3)
+    recwarn.clear()
+    breaker = CircuitBreaker(student, config, teacher)
+    said = [str(w.message) for w in recwarn if "general way" in str(w.message)]
+    assert (len(said) == 1 and why in said[0]) if why else not said, said
+    batch = collate(pairs(), 0)
+    benign = {k: batch["benign"][k] for k in ("input_ids", "attention_mask")}
+    got = breaker(batch["harmful"], batch["benign"], batch["counts"])["loss_kl"]
+    trained = [p for p in student.parameters() if p.requires_grad]
+    found = torch.autograd.grad(got, trained, allow_unused=True, materialize_grads=True)
+    if kind == "bfloat16": student = student.float()  # the same weights: what is left is the rounding of hidden states
+    if teacher: theirs = teacher(**benign).logits
+    else:
+        with teacher_mode(student): theirs = student(**benign).logits
+    trained = [p for p in student.parameters() if p.requires_grad]
+    reference = kl_divergence_loss(student(**benign).logits.double(), theirs.double(), batch["benign"]["loss_mask"], 1.5)
+    wanted = torch.autograd.grad(reference, trained, allow_unused=True, materialize_grads=True)
+    assert reference > 1e-4 and got.item() == pytest.approx(reference.item(), rel=0.2 if kind == "bfloat16" else 1e-3)
+    found, wanted = (torch.cat([g.flatten().double() for g in grads]) for grads in (found, wanted))
+    assert (found - wanted).norm() <= (0.3 if kind == "bfloat16" else 1e-3) * wanted.norm()

@@ -48,6 +48,20 @@ def test_bad_parameter_stops_before_anything_is_loaded(name, value, tmp_path):
     if name.startswith("beta"): assert seconds < 15 and not (tmp_path / "runs").exists()
 
 
+def test_two_runs_share_a_teacher_cache(tmp_path):
+    "The first makes it, the second, with another beta_kl, finds it; what it holds at step 1 is what a teacher of its own gives."
+    said = []
+    for number, more in enumerate(({"teacher_cache": tmp_path / "cache"}, {"teacher_cache": tmp_path / "cache", "beta_kl": 0.1}, {"savings": "none"})):
+        done = papermill(tmp_path / f"out{number}.ipynb", "-p", "run_dir", tmp_path / f"run{number}", *few(tmp_path, lora_dropout=0.0, **more))
+        assert done.returncode == 0, done.stdout[-4000:]
+        outputs = [o for c in nbformat.read(tmp_path / f"out{number}.ipynb", 4).cells for o in c.get("outputs", ())]
+        said.append("".join(o.get("text", "") for o in outputs if "teacher cache" in o.get("text", "")))
+    assert "made in" in said[0] and "found in" in said[1] and not said[2], said
+    assert len([p for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")]) == 1
+    first = [metrics(tmp_path / f"run{number}")[0] for number in range(3)]
+    assert all(row[k] == pytest.approx(first[2][k], abs=1e-5) for row in first[:2] for k in ("loss_reroute", "loss_retain", "loss_kl"))
+
+
 def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     short = few(tmp_path, total_steps=30, save_steps=10)
