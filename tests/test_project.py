@@ -272,8 +272,10 @@ def test_make_bench_runs_the_benchmarks(tmp_path):
     clean.write_text("#!/bin/sh\necho cleaned\n")
     clean.chmod(0o755)
     said = make("bench", tmp_path)
-    benchmarks = " ".join(sorted(str(p.relative_to(ROOT)) for p in (NBS / "bench").glob("*.ipynb")))
-    assert benchmarks and f"args: -m nbconvert --to notebook --execute --inplace {benchmarks}\n" in said and "cleaned" in said
+    benchmarks = sorted(str(p.relative_to(ROOT)) for p in (NBS / "bench").glob("*.ipynb"))
+    assert benchmarks and all(f"args: -m papermill {p} {p} --cwd nbs/bench\n" in said for p in benchmarks) and "cleaned" in said
+    said = make("bench", tmp_path, "BENCH=nbs/bench/kl.ipynb", "BENCH_ARGS=-p device cuda")
+    assert "args: -m papermill nbs/bench/kl.ipynb runs/bench-kl.ipynb --cwd nbs/bench -p device cuda\n" in said and said.count("args: ") == 1
 
 
 def test_make_lab_listens_on_loopback(tmp_path):
