@@ -15,7 +15,7 @@ from .config import CircuitBreakerConfig
 from .heads import find_head, head_kl, teacher_logits
 from .losses import token_reroute, token_retain
 from .models import check_teacher
-from .passes import both_passes, student_pass
+from .passes import both_passes, one_pass
 
 # %% auto #0
 __all__ = ['at_targets', 'mean_over_layers', 'CircuitBreaker']
@@ -68,7 +68,7 @@ class CircuitBreaker(nn.Module):
         `rows["teacher"]` where a cache has put them."""
         config = self.circuit_breaker_config
         if cached := rows.get("teacher"):
-            return at_targets(*student_pass(self.student, rows, config, final), rows), (cached["hidden"], cached["last"])
+            return at_targets(*one_pass(self.student, rows, config, final), rows), (cached["hidden"], cached["last"])
         return tuple(at_targets(*side, rows) for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final))
 
     def forward(self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True) -> dict[str, torch.Tensor]:

@@ -256,7 +256,6 @@ def collate(pairs: list[tuple[Sample, Sample]], pad_id: int, buckets: bool = Fal
         return rows if cache is None else rows | {"teacher": cache.states(samples)}
     batch = {}
     for name, samples in zip(("harmful", "benign"), map(list, zip(*pairs))):
-        groups = length_groups([len(s.input_ids) for s in samples])
-        batch[name] = [rows_of([samples[i] for i in group]) for group in groups] if buckets else rows_of(samples)
+        batch[name] = [rows_of([samples[i] for i in group]) for group in length_groups([len(s.input_ids) for s in samples])] if buckets else rows_of(samples)
     harmful, benign = zip(*((h.loss_mask, b.loss_mask) for h, b in pairs))
     return batch | {"counts": torch.tensor([sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)])}

@@ -15,7 +15,7 @@ from .config import CircuitBreakerConfig
 from .models import decoder_blocks, forward_with_hidden_states, teacher_mode
 
 # %% auto #0
-__all__ = ['first_adapted_block', 'block_calls', 'replay', 'both_passes', 'student_pass']
+__all__ = ['first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
 
 # %% ../nbs/04a_passes.ipynb #05bd23c2
 def first_adapted_block(student: PeftModel) -> int | None:
@@ -65,30 +65,29 @@ def replay(model: nn.Module, calls: dict, layers, norm: nn.Module | None = None)
     return kept, None if norm is None else norm(hidden)
 
 # %% ../nbs/04a_passes.ipynb #8bb2b5ef
+def one_pass(model: nn.Module, rows: dict, config: CircuitBreakerConfig, final: bool = False):
+    """`(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `config.target_layers` and, with `final`, the final hidden states [B, S, d], normed.
+    Without it the pass ends at the highest target layer, where `config.savings` has `early_exit`."""
+    blocks = None if final or "early_exit" not in config.savings else max(config.target_layers) + 1
+    return forward_with_hidden_states(model, rows["input_ids"], rows["attention_mask"], config.target_layers, config.hidden_state_mode, blocks)
+
+
+def teacher_pass(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, final: bool = False):
+    "`one_pass` of the teacher without gradient: of `teacher`, or of the student with its adapter off where that is None."
+    with teacher_mode(student) if teacher is None else torch.no_grad():
+        return one_pass(student if teacher is None else teacher, rows, config, final)
+
+
 def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, norm: nn.Module | None = None, final: bool = False):
-    """`((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows: `{layer: [B, S, d]}` of `config.target_layers` and, with `final`, the
-    final hidden states [B, S, d], normed (else None).
+    """`((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows, as `one_pass` gives them.
 
     `teacher` None is the student with its adapter off. `norm`: the module between the last block and the output layer (`cbnb.heads`), which a shared
     prefix needs where `final` is asked for. What is left out is said by `config.savings`."""
-    layers, mode = config.target_layers, config.hidden_state_mode
-    blocks = None if final or "early_exit" not in config.savings else max(layers) + 1
-    inputs = (rows["input_ids"], rows["attention_mask"], layers, mode, blocks)
-    if teacher is not None:
-        with torch.no_grad():
-            target = forward_with_hidden_states(teacher, *inputs)
-        return forward_with_hidden_states(student, *inputs), target
-    first = first_adapted_block(student) if "shared_prefix" in config.savings and (norm is not None or not final) else None
-    if first is None or first > min(layers):
-        with teacher_mode(student):
-            target = forward_with_hidden_states(student, *inputs)
-        return forward_with_hidden_states(student, *inputs), target
-    with teacher_mode(student), block_calls(student, first) as calls:
-        target = forward_with_hidden_states(student, *inputs)
-    return replay(student, calls, layers, norm if final else None), target
-
-
-def student_pass(student: PeftModel, rows: dict, config: CircuitBreakerConfig, final: bool = False):
-    "`(hidden, last)` of the student alone, as in `both_passes`."
-    blocks = None if final or "early_exit" not in config.savings else max(config.target_layers) + 1
-    return forward_with_hidden_states(student, rows["input_ids"], rows["attention_mask"], config.target_layers, config.hidden_state_mode, blocks)
+    may_share = teacher is None and "shared_prefix" in config.savings and (norm is not None or not final)
+    first = first_adapted_block(student) if may_share else None
+    if first is None or first > min(config.target_layers):
+        target = teacher_pass(student, teacher, rows, config, final)
+        return one_pass(student, rows, config, final), target
+    with block_calls(student, first) as calls:
+        target = teacher_pass(student, teacher, rows, config, final)
+    return replay(student, calls, config.target_layers, norm if final else None), target

@@ -23,7 +23,7 @@ from torch import nn
 from .breaker import at_targets
 from .config import CircuitBreakerConfig
 from .data import Sample, pad_rows
-from .models import forward_with_hidden_states, teacher_mode
+from .passes import teacher_pass
 from .runs import locked
 from .sealed import damage, seal, sync
 
@@ -101,15 +101,10 @@ class TeacherCache:
 SHARD = 256 << 20  # bytes of a file
 
 
-@torch.no_grad()
 def teacher_states(student: PeftModel, teacher: nn.Module | None, samples: list[Sample], config: CircuitBreakerConfig, pad_id: int, final: bool):
     "`(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; N is 0 without `final`."
     rows = {name: tensor.to(student.device) for name, tensor in pad_rows(samples, pad_id).items()}
-    inputs = (rows["input_ids"], rows["attention_mask"], config.target_layers, config.hidden_state_mode, None if final else max(config.target_layers) + 1)
-    if teacher is not None: hidden, last = forward_with_hidden_states(teacher, *inputs)
-    else:
-        with teacher_mode(student): hidden, last = forward_with_hidden_states(student, *inputs)
-    hidden, last = at_targets(hidden, last, rows)
+    hidden, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
     return hidden, last if final else next(iter(hidden.values()))[:0]
 
 
@@ -140,7 +135,7 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
         order = sorted(left.items(), key=lambda item: len(item[1].input_ids))
         for start in range(0, len(order), config.batch_size):
             keys, samples = zip(*order[start:start + config.batch_size])
-            hidden, last = (x for x in teacher_states(student, teacher, list(samples), config, pad_id, final))
+            hidden, last = teacher_states(student, teacher, list(samples), config, pad_id, final)
             hidden, last = {layer: h.cpu() for layer, h in hidden.items()}, last.cpu()
             parts.append((hidden, last))
             places += [(key, int(s.loss_mask.sum()), int(s.loss_mask[1:].sum()) if final else 0) for key, s in zip(keys, samples)]

@@ -69,16 +69,11 @@ def gradient(student, terms):
     return {k: v.item() for k, v in terms.items()}, torch.cat([p.grad.flatten() for p in student.parameters() if p.requires_grad and p.grad is not None]).double().cpu()
 
 
-def on(batch, device):
-    "A batch on a device."
-    if isinstance(batch, torch.Tensor): return batch.to(device)
-    return {k: on(v, device) for k, v in batch.items()} if isinstance(batch, dict) else [on(v, device) for v in batch]
-
-
 def compared(model, first, pairs, ways, cache_folder=None, repeats=3, device="cpu", **settings):
     """`{way: (seconds, terms, relative error of the gradient against the plain step)}` of one step, forward and backward. `ways`: names; `plain`, `cache` (all savings
     and a teacher cache), or the text of `savings`."""
     from dataclasses import replace
+    from accelerate.utils import send_to_device
     from cbnb.breaker import CircuitBreaker
     from cbnb.data import collate
     from cbnb.teacher_cache import open_cache
@@ -87,12 +82,12 @@ def compared(model, first, pairs, ways, cache_folder=None, repeats=3, device="cp
     calls, found = {}, {}
     for way in ways:
         if way == "plain":
-            batch = on(collate(pairs, 0), device)
+            batch = send_to_device(collate(pairs, 0), device)
             step = lambda batch=batch: plain_step(student, batch, config)
         else:
             own = config if way in ("cache", "all") else replace(config, savings=way)
             breaker = CircuitBreaker(student, own)
-            batch = on(collate(pairs, 0, buckets="buckets" in own.savings, cache=cache if way == "cache" else None), device)
+            batch = send_to_device(collate(pairs, 0, buckets="buckets" in own.savings, cache=cache if way == "cache" else None), device)
             step = lambda breaker=breaker, batch=batch: breaker(batch["harmful"], batch["benign"], batch["counts"])
         def call(way=way, step=step): found[way] = gradient(student, step())
         calls[way] = call
