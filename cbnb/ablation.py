@@ -26,7 +26,7 @@ import yaml
 
 import cbnb
 from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
-from .runs import (Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
+from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
 
@@ -163,7 +163,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "run_dir", "probe_steps")   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def check_settings(parameters):
@@ -196,14 +196,14 @@ def absolute_files(name, value):
 
 
 def complete(run, declared):
-    """`(parameters that the spec sets, all parameters without run_dir)` of the dict `run`, converted and checked. Raises `ParameterError`,
+    """`(parameters that the spec sets, all parameters without `HOW_STARTED`)` of the dict `run`, converted and checked. Raises `ParameterError`,
     `ConfigError` or `RunError` with the nearest valid name."""
     values = {}
     for name, value in run.items():
         if name == "run_dir": raise ParameterError("'run_dir' is chosen by the sweep: leave it out")
         if name not in declared: raise ParameterError(f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}")
         values[name] = absolute_files(name, spec_value(name, declared[name].types, value))
-    whole = {name: values.get(name, p.default) for name, p in declared.items() if name != "run_dir"}
+    whole = {name: values.get(name, p.default) for name, p in declared.items() if name not in HOW_STARTED}
     refuse_secrets(whole)
     return values, whole
 

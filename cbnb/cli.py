@@ -24,6 +24,7 @@ from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page
 from .config import ConfigError
 from .masks import CONTROL_MODES, ChatMasker
 from .policies import POLICIES
+from .processes import world_size
 from .templates import MaskError
 from .runs import ParameterError, RunError, read_json, write_bytes
 from .targets import SIDES
@@ -248,6 +249,7 @@ def add_train(commands):
 def run_train(args):
     "Carries out `cbnb train`: papermill's own output, then the run directory and what the run measured."
     from cbnb.jobs import train
+    if world_size() > 1: raise CommandError("cbnb train starts one process: let torchrun or srun start papermill itself, once a process (README, slurm/05_train_multi.sbatch)")
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):

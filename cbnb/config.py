@@ -6,7 +6,7 @@
 __all__ = ['TINYAGENT', 'LINEARS', 'TRACKERS', 'SAVINGS', 'PRESETS', 'ConfigError', 'type_name', 'wrong_type', 'to_scalar',
            'to_tuple', 'setting', 'allowed', 'check_limits', 'CircuitBreakerConfig', 'check_layer_order',
            'check_warmup', 'check_policies', 'presets', 'get_config', 'config_to_dict', 'layers_from_hidden_states',
-           'check_layers', 'coefficients']
+           'check_layers', 'shares', 'coefficients']
 
 # %% ../nbs/03_config.ipynb #8ed51dfd
 import dataclasses
@@ -248,6 +248,17 @@ def check_layers(config, num_layers):
     if config.hidden_state_mode == "hidden_states" and num_layers - 1 in config.target_layers:
         raise ConfigError(f"target_layers {num_layers - 1} is the last block, whose hidden_states entry has the final norm applied; "
                           "use hidden_state_mode='hooks' for it")
+
+# %% ../nbs/03_config.ipynb #share002
+def shares(config, processes):
+    """`(rows of each kind a micro-batch, micro-batches a step)` of each of `processes`, so that together they make the same steps as one would: `batch_size ·
+    gradient_accumulation_steps` rows, and no micro-batch of more than `batch_size`. Raises ConfigError where that cannot be."""
+    whole = config.batch_size * config.gradient_accumulation_steps
+    if whole % processes:
+        raise ConfigError(f"batch_size {config.batch_size} times gradient_accumulation_steps {config.gradient_accumulation_steps} gives {whole} rows a step, which {processes} "
+                          "processes cannot share evenly; give a batch_size that they can")
+    own = whole // processes
+    return next((own // n, n) for n in range(1, own + 1) if own % n == 0 and own // n <= config.batch_size)
 
 # %% ../nbs/03_config.ipynb #93066153
 def coefficients(config, step, total_steps=None):

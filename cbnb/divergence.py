@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from .heads import transforms
+from .heads import explained
 from .losses import token_retain
 from .masks import ChatMasker
 from .models import check_teacher, decoder_blocks, teacher_mode
@@ -94,16 +94,10 @@ def output_layer(model: nn.Module, hidden: torch.Tensor, logits: torch.Tensor) -
 
     def product(h):
         return F.linear(h.to(layer.weight.device, torch.float32), layer.weight.float(), None if layer.bias is None else layer.bias.float())
-    theirs = logits.float()
-    tolerance = max(2 * torch.finfo(logits.dtype).eps, 1e-4) * theirs.abs().max().item()
-    ours = product(hidden)
-    errors = {} if ours.shape != theirs.shape else {(f(ours) - theirs).abs().max().item(): f for _, f in transforms(model)}
-    # NaN compares as false: a model whose logits are broken is refused too
-    if not errors or not min(errors) <= tolerance < math.inf:
+    if (found := explained(model, product(hidden), logits)) is None:
         raise ValueError(f"the logits of this {type(model).__name__} are not its output layer's on its final hidden states, so they cannot be "
                          "recomputed at another temperature.")
-    transform = errors[min(errors)]
-    return lambda h: transform(product(h))
+    return lambda h: found[1](product(h))
 
 # %% ../nbs/14_divergence.ipynb #aafb7c0f
 @dataclass(frozen=True)

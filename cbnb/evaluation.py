@@ -20,12 +20,14 @@ from .fused_kl import chunk_for
 from .heads import find_head, teacher_logits
 from .losses import token_kl
 from .masks import ChatMasker
+from .models import is_in_parts
 from .passes import both_passes
+from .processes import gathered, share_of
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['parse_calls', 'share', 'score_answers', 'generate_answers', 'heldout_batches', 'benign_divergence', 'harmful_cosine',
-           'benign_by_domain', 'evaluate']
+__all__ = ['parse_calls', 'share', 'score_answers', 'dealt', 'collected', 'generate_answers', 'heldout_batches',
+           'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'evaluate']
 
 # %% ../nbs/08_evaluation.ipynb #e5f91b1e
 def parse_calls(text: str) -> list[dict]:
@@ -83,10 +85,20 @@ def score_answers(transcripts: list[Transcript], answers: list[str]) -> dict:
             "n": {"attack": len(strict), **{kind: len(v) for kind, v in exact.items()}}}
 
 # %% ../nbs/08_evaluation.ipynb #d84941b6
+def dealt(model: nn.Module, batches) -> list:
+    "Those of `batches` that this process has to run: its share, or all of them where the processes hold parts of the weights and run the model together."
+    return list(batches) if is_in_parts(model) else share_of(batches)
+
+
+def collected(model: nn.Module, found: list) -> list:
+    "What all processes have `found` in the batches that `dealt` gave them."
+    return found if is_in_parts(model) else gathered(found)
+
+
 @torch.no_grad()
 def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Transcript], max_new_tokens: int = 128,
                      batch_size: int = 32) -> list[str]:
-    """Greedy answers to each transcript up to its last assistant message, special tokens left out.
+    """Greedy answers to each transcript up to its last assistant message, special tokens left out; of several processes each answers its share.
 
     Batches are padded on the left and sorted by length. Raises ValueError for a transcript that does not end in an assistant message."""
     tokenizer = masker.tokenizer
@@ -96,28 +108,28 @@ def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Tra
     prompts = [masker.prompt_ids(t.messages[:-1], tools=t.tools) for t in transcripts]
     prompts = [Sample(ids, np.zeros(len(ids), bool), t.id) for t, ids in zip(transcripts, prompts)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-    answers = [""] * len(prompts)
+    answers = []
     model.eval()
-    for start in range(0, len(order), batch_size):
+    for start in dealt(model, range(0, len(order), batch_size)):
         chosen = order[start:start + batch_size]
         rows = pad_rows([prompts[i] for i in chosen], tokenizer.pad_token_id, side="left")
         ids, mask = (rows[name].to(model.device) for name in ("input_ids", "attention_mask"))
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                              pad_token_id=tokenizer.pad_token_id)
-        for i, text in zip(chosen, tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)):
-            answers[i] = text
-    return answers
+        answers += zip(chosen, tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True))
+    return [text for _, text in sorted(collected(model, answers))]
 
 # %% ../nbs/08_evaluation.ipynb #3e929a8c
 def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
-    """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device.
+    """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device; of several
+    processes each gets its share.
     Warns of transcripts without a target and of targets that were cut off: they are not in the figures."""
     samples, report = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation,
                                     config.split_turns)
     if report.dropped or report.counts["targets_cut"]:
         warnings.warn(f"held-out {label}: {report}", stacklevel=2)
     samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
-    for start in range(0, len(samples), batch_size):
+    for start in dealt(student, range(0, len(samples), batch_size)):
         rows = pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id)
         yield {name: tensor.to(student.device) for name, tensor in rows.items()}
 
@@ -131,14 +143,13 @@ def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[
     head = find_head(student)
     of_teacher = teacher_logits(student, head, teacher)
     size = chunk_for(student.config.get_text_config().vocab_size, student.device)
-    kl = agree = n = 0.0
+    sums = []
     for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size):
         sides = both_passes(student, teacher, rows, config, head.norm, final=True)
         for ours, theirs in zip(*(last.flatten(0, 1)[rows["predicting_index"]].split(size) for _, last in sides)):
             ours, theirs = head.logits(ours), of_teacher(theirs)
-            kl += token_kl(ours, theirs).double().sum().item()
-            agree += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-            n += len(ours)
+            sums.append((token_kl(ours, theirs).double().sum().item(), (ours.argmax(-1) == theirs.argmax(-1)).sum().item(), len(ours)))
+    kl, agree, n = map(sum, zip(*collected(student, sums)))
     return {"kl": kl / n, "top1": agree / n}
 
 
@@ -147,13 +158,13 @@ def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Tra
                    teacher: nn.Module | None = None, batch_size: int = 16) -> float:
     "Mean cosine of student and teacher hidden states over the target layers and the targets of `config.harmful_policy`: 1 untouched, below 0.1 rerouted."
     student.eval()
-    total = n = 0.0
+    sums = []
     for rows in heldout_batches(student, masker, transcripts, config, "harmful", batch_size):
         (ours, _), (theirs, _) = both_passes(student, teacher, rows, config)
         for layer in ours:
             cosine = nn.functional.cosine_similarity(ours[layer].float(), theirs[layer].float(), dim=-1)[rows["loss_mask"]]
-            total += cosine.double().sum().item()
-            n += len(cosine)
+            sums.append((cosine.double().sum().item(), len(cosine)))
+    total, n = map(sum, zip(*collected(student, sums)))
     return total / n
 
 # %% ../nbs/08_evaluation.ipynb #8272cbd4

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .fused_kl import back_product_into, chunk_for, product_into, token_linear_kl
 from .losses import accumulate, token_kl
-from .models import find_decoder, teacher_mode
+from .models import find_decoder, teacher_mode, whole
 
 # %% auto #0
-__all__ = ['SCALES', 'WideLinear', 'transforms', 'own_logits', 'Head', 'find_norm', 'plain_linear', 'find_head', 'head_kl',
-           'teacher_logits']
+__all__ = ['SCALES', 'WideLinear', 'transforms', 'own_logits', 'Head', 'watched_ends', 'explained', 'plain_linear', 'find_head',
+           'head_kl', 'teacher_logits']
 
 # %% ../nbs/04b_heads.ipynb #9373577e
 class WideLinear(torch.autograd.Function):
@@ -78,21 +79,35 @@ class Head:
     note: str = ""
 
 
-def find_norm(decoder: nn.Module, run: Callable) -> nn.Module | None:
-    "The direct child of `decoder` whose output is the decoder's own, found by watching `run()`; None if there is none."
-    outputs = []
-    hooks = [child.register_forward_hook(lambda module, args, output: outputs.append((module, output))) for child in decoder.children() if not isinstance(child, nn.ModuleList)]
+def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, nn.Module | None]:
+    "Logits [n, V] and final hidden states [n, d] of one row, and the direct child of the decoder that made the latter, None if there is none."
+    decoder, outputs = find_decoder(causal_lm), {}
+    watched = [decoder, *(child for child in decoder.children() if not isinstance(child, nn.ModuleList))]
+    hooks = [module.register_forward_hook(lambda module, args, output: outputs.update({module: output})) for module in watched]
     try:
-        last = run().last_hidden_state
+        logits = causal_lm(**inputs).logits[0]
     finally:
         for hook in hooks:
             hook.remove()
-    return next((module for module, output in outputs if output is last), None)
+    last = outputs.pop(decoder).last_hidden_state
+    return logits, last[0], next((module for module, output in outputs.items() if output is last), None)
+
+
+def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> tuple[str, Callable] | None:
+    """Which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer its own `logits` [n, V], to 1e-4 of the largest (in
+    bfloat16 to two roundings); None if none does, or where logits are NaN or infinite."""
+    wanted = logits.float()
+    if product.shape != wanted.shape: return None
+    errors = {(f(product) - wanted).abs().max().item(): (name, f) for name, f in transforms(model)}
+    tolerance = max(2 * torch.finfo(logits.dtype).eps, 1e-4) * wanted.abs().max().item()
+    # −inf logits make both infinite, NaN compares as false
+    return errors[min(errors)] if min(errors) <= tolerance < math.inf else None
 
 
 def plain_linear(layer: nn.Module) -> bool:
-    "Whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy, has another type."
-    return type(layer) is nn.Linear and layer.weight.is_floating_point() and layer.weight.element_size() > 1 and not layer.weight.requires_grad
+    "Whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy, has another type. That FSDP has made it its own does not count."
+    kind = next(c for c in type(layer).__mro__ if not issubclass(c, FSDPModule))
+    return kind is nn.Linear and layer.weight.is_floating_point() and layer.weight.element_size() > 1 and not layer.weight.requires_grad
 
 
 @torch.no_grad()
@@ -101,32 +116,21 @@ def find_head(model: nn.Module) -> Head:
 
     Raises ValueError where not even its own code behind the decoder gives those again."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder, layer = find_decoder(causal_lm), causal_lm.get_output_embeddings()
-    device = next(decoder.parameters()).device
+    layer, device = causal_lm.get_output_embeddings(), next(causal_lm.parameters()).device
     inputs = {"input_ids": torch.arange(8, device=device)[None] % causal_lm.config.get_text_config().vocab_size, "use_cache": False}
     training = {m for m in model.modules() if m.training}
     model.eval()
     try:
-        seen = []
-        hook = decoder.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state[0]))
-        try:
-            theirs = causal_lm(**inputs).logits[0]
-        finally:
-            hook.remove()
-        hidden, norm = seen[0], find_norm(decoder, lambda: decoder(**inputs))
+        theirs, hidden, norm = watched_ends(causal_lm, inputs)
         own = lambda h: own_logits(causal_lm, h[None])[0]
         if not torch.equal(own(hidden), theirs):
             raise ValueError(f"the logits of this {type(causal_lm).__name__} are not a function of its final hidden states alone, so there is no KL to take from them.")
         if not plain_linear(layer):
             return Head(norm, None, lambda h: accumulate(own(h)), f"its output layer is {type(layer).__module__.split('.')[0]}'s {type(layer).__name__}, which is no frozen, unquantised linear")
-        product = lambda h: WideLinear.apply(h, layer.weight) + (0 if layer.bias is None else layer.bias.to(torch.float32))
-        ours, wanted = product(hidden), theirs.float()
-        tolerance = max(2 * torch.finfo(theirs.dtype).eps, 1e-5) * wanted.abs().max().item()
-        errors = {} if ours.shape != wanted.shape else {(f(ours) - wanted).abs().max().item(): (name, f) for name, f in transforms(causal_lm)}
-        # −inf logits make both infinite, NaN compares as false
-        if not errors or not min(errors) <= tolerance < math.inf:
+        product = lambda h: WideLinear.apply(h, whole(layer.weight)) + (0 if layer.bias is None else whole(layer.bias).to(torch.float32))
+        if (found := explained(causal_lm, product(hidden), theirs)) is None:
             return Head(norm, None, lambda h: accumulate(own(h)), "its logits are more than the product of its output layer")
-        name, f = errors[min(errors)]
+        name, f = found
         if name or layer.bias is not None:
             return Head(norm, None, lambda h: f(product(h)), " and ".join(w for w in ("its output layer has a bias" if layer.bias is not None else "", f"its logits are changed by {name}" if name else "") if w))
         return Head(norm, layer, product)
@@ -142,7 +146,7 @@ def head_kl(student_hidden, teacher_hidden, head: Head, teacher_logits: Callable
     chunks of rows, with `cbnb.losses.token_kl` under activation checkpointing: one more product by the output layer than the short way, no [N, V] either.
     `fused` False makes all logits at once."""
     if fused and head.layer is not None and teacher_logits is head.logits:
-        return token_linear_kl(student_hidden, teacher_hidden, head.layer.weight, temperature)
+        return token_linear_kl(student_hidden, teacher_hidden, whole(head.layer.weight), temperature)
     def some(ours, theirs):
         with torch.no_grad(): target = teacher_logits(theirs)
         return token_kl(head.logits(ours), target, temperature)

@@ -14,14 +14,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, nearest
+from .processes import is_first, join, world_size
 
 # %% auto #0
-__all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode',
-           'check_teacher', 'find_decoder', 'decoder_blocks', 'block_outputs', 'first_blocks',
-           'forward_with_hidden_states', 'save_adapter']
+__all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'in_parts', 'is_in_parts', 'whole', 'load_model', 'num_blocks',
+           'add_adapter', 'teacher_mode', 'check_teacher', 'find_decoder', 'decoder_blocks', 'block_outputs',
+           'first_blocks', 'forward_with_hidden_states', 'write_adapter', 'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
 def resolve_model(name_or_path: str) -> str:
@@ -66,22 +69,48 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
+    """What `from_pretrained` wants so that each process of the run reads its part of every weight and keeps that (FSDP2). A block has all of its weights while it runs,
+    and so has the final norm; transformers' own plan ties that to the output layer, which is not called here (`whole`). Raises ValueError where there is one process."""
+    if world_size() == 1:
+        raise ValueError("fsdp shares the weights among several processes, but there is one: start more by torchrun or slurm/05_train_multi.sbatch, or leave fsdp off.")
+    join()
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        plan = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).fsdp_plan
+    return {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=dict.fromkeys(plan, "free_full_weight"))}
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    "Whether the base weights of a model, with or without an adapter, are shared among the processes: then all of them have to run it together."
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(causal_lm, "is_distributed_loading_by_transformers", False)
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    "`weight` with the parts that other processes keep, which all have to ask for; `weight` itself where it is in one piece."
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.device | None = None,
-               trust_remote_code: bool = False) -> PreTrainedModel:
+               trust_remote_code: bool = False, fsdp: bool = False) -> PreTrainedModel:
     """The frozen base model in eval mode, weights from safetensors only.
 
-    `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, else the CPU.
+    `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several, else the CPU. `fsdp`: see `in_parts`.
     Raises ValueError for an unknown dtype and for a model that carries an adapter, OSError for a model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    place = resolve_model(name_or_path)
     with named(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=DTYPES[dtype], use_safetensors=True,
-                                                     trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code,
+                                                     **in_parts(place, trust_remote_code) if fsdp else {})
     if getattr(model, "peft_config", None):
         raise ValueError(f"{name_or_path} carries an adapter, which ours would replace: merge it into its base (peft's merge_and_unload), save that, "
                          "and give the new folder.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval().requires_grad_(False)
+    if not fsdp:
+        join()  # says which GPU is this process's
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval().requires_grad_(False)
 
 # %% ../nbs/04_models.ipynb #7edac579
 def num_blocks(model: nn.Module) -> int:
@@ -198,13 +227,20 @@ def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attent
     return {layer: hidden[layer] for layer in layers}, None if blocks is not None else output.last_hidden_state
 
 # %% ../nbs/04_models.ipynb #9f0e0839
+def write_adapter(student: PeftModel, folder: str | Path) -> None:
+    """Writes the adapter to `folder` as peft does. Given its weights, peft does not ask for the base's, which other processes may hold parts of, nor a hub
+    whether the frozen embeddings belong to it."""
+    weights = {name: p.detach() for name, p in student.named_parameters() if "lora_" in name}
+    student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False, state_dict=weights)
+
+
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:
     """Writes the adapter (safetensors and its configuration) to `folder`, which plain `peft.PeftModel.from_pretrained` loads.
-    It is written under a temporary name and renamed, in the place of an adapter that is already there."""
+    It is written under a temporary name and renamed, in the place of an adapter that is already there; of several processes, by the first."""
     folder = Path(folder)
+    if not is_first(): return folder
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    # save_embedding_layers: the embeddings are frozen, and finding that out by itself makes peft ask a hub
-    student.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+    write_adapter(student, partial)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)

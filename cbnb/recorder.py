@@ -21,6 +21,7 @@ from IPython import get_ipython
 from jupyter_client import BlockingKernelClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
+from .processes import is_first, rank
 from .runs import scrub, write_bytes
 
 # %% ../nbs/10a_recorder.ipynb #bbd7c942
@@ -132,8 +133,9 @@ atexit.register(stop_recording)  # the end of the last cell is told after that c
 def record_notebook(run):
     """From here to the end of the cell that calls `end_recording`, keeps the executed notebook in `out.<attempt>.ipynb` of the `run` directory,
     with the cells before this one (without their outputs); returns the path. Does nothing (None) where papermill already writes that file, or
-    outside of a kernel; warns (None) where the kernel does not answer. An earlier recording of the same kernel ends."""
-    path = run.path / f"out.{run.attempt}.ipynb"
+    outside of a kernel; warns (None) where the kernel does not answer. An earlier recording of the same kernel ends. Of several processes the first one's
+    is that of the run; beside it stand the others', `out.<attempt>.rank<k>.ipynb`."""
+    path = run.path / (f"out.{run.attempt}.ipynb" if is_first() else f"out.{run.attempt}.rank{rank()}.ipynb")
     try: connection = get_connection_info(unpack=True)
     except RuntimeError: return None  # no kernel
     stop_recording()

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', 'RESERVED', 'STATES', 'ENDING', 'LEFT_BY_OTHERS',
-           'ParameterError', 'annotated_lines', 'declared_parameters', 'injected_parameters', 'parameter_types',
-           'convert_parameter', 'refuse_secrets', 'scrub', 'strict_parameters', 'RunError', 'RunInterrupted',
-           'to_plain', 'write_bytes', 'json_text', 'write_json', 'read_json', 'is_full_disk', 'full_disk_words',
-           'reserve', 'release', 'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git',
-           'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run', 'now', 'stop_requested',
-           'read_status', 'set_status', 'on_signals', 'stage', 'process_start', 'identity', 'still_running', 'refusal',
-           'close_run', 'whole_lines', 'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result',
-           'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run']
+           'HOW_STARTED', 'ParameterError', 'annotated_lines', 'declared_parameters', 'injected_parameters',
+           'parameter_types', 'convert_parameter', 'refuse_secrets', 'scrub', 'strict_parameters', 'RunError',
+           'RunInterrupted', 'to_plain', 'write_bytes', 'json_text', 'write_json', 'read_json', 'is_full_disk',
+           'full_disk_words', 'reserve', 'release', 'project_root', 'runs_folder', 'check_name', 'parameters_hash',
+           'fresh_folder', 'git', 'source_hash', 'code_state', 'kernel', 'holds_running_cell', 'find_notebook', 'Run',
+           'now', 'stop_requested', 'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words',
+           'first_error', 'stage', 'process_start', 'identity', 'still_running', 'refusal', 'close_run', 'whole_lines',
+           'append_metrics', 'read_metrics', 'truncate_metrics', 'write_result', 'is_unused', 'check_same_parameters',
+           'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run', 'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from numbers import Integral, Real
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import cbnb
 from .config import nearest
+from .processes import any_of, from_first, is_first, rank, world_size
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
@@ -373,10 +375,17 @@ def read_status(path):
 def set_status(run, state, **fields):
     """Writes `state` (one of `STATES`) and `fields` into the run's status.json; other fields keep their value, `updated` is now.
 
-    Fields in use: job, node, pid, device, attempt, restarts, stage, error, note, started, resumed_step, training_started, training_seconds,
-    diagnosis_seconds. A state that ends an attempt is written on a full disk too, in the space that `open_run` has reserved. Raises
-    `ValueError` for an unknown state, `OSError` where the file cannot be written."""
+    Fields in use: job, node, pid, processes, device, attempt, restarts, stage, error, note, started, resumed_step, training_started,
+    training_seconds, diagnosis_seconds. Of several processes (`cbnb.processes`) the first one writes; of the others only what has `failed`. A state
+    that ends an attempt is written on a full disk too, in the space that `open_run` has reserved. Raises `ValueError` for an unknown state,
+    `OSError` where the file cannot be written."""
     if state not in STATES: raise ValueError(f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}")
+    if not is_first() and state != "failed": return
+    with locked(run.path) if world_size() > 1 else nullcontext(): write_status(run, state, fields)
+
+
+def write_status(run, state, fields):
+    "Does what `set_status` says, whoever asks."
     status = {**read_status(run.path), "state": state, **fields, "updated": now()}
     try: write_json(run.path / "status.json", status)
     except OSError as e:
@@ -402,13 +411,27 @@ def on_signals(act, signals=ENDING):
         for number, old in before.items(): signal.signal(number, old or signal.SIG_DFL)
 
 # %% ../nbs/10_runs.ipynb #76d98cb8
+def lost_words(run, error):
+    "What to add to an `error` that only says that another process is gone: where to look for the reason."
+    if type(error).__name__ != "DistBackendError" and "gloo" not in str(error): return ""
+    return f"; another process has ended without a word, perhaps killed for its memory: look at its log, and at out.{run.attempt}.rank*.ipynb"
+
+
+def first_error(run):
+    "What another process has said in status.json of the stage that fails, or None; a status that cannot be read says nothing."
+    try: status = read_status(run.path)
+    except (RunError, OSError): return None
+    return status.get("error") if status.get("state") in ("running", "failed") else None
+
+
 @contextmanager
 def stage(run, name, stops=True):
     """Marks the run as running in the stage `name`, unless a stop is asked for and it `stops` for one: then it raises `RunInterrupted`.
 
     An exception inside marks it failed, with the error in one line (`RunInterrupted` and KeyboardInterrupt: interrupted), and goes on its way; for
     a full disk a `RunError` that names the disk takes its place. SIGTERM and SIGUSR2 raise `RunInterrupted`. A stop that was heeded is no longer
-    asked for."""
+    asked for. Of several processes all stop where one is asked to, and the first error that one of them has met stays in status.json: the others only
+    meet its consequences."""
     def end(number, frame):
         try: (run.path / "stop").touch()   # should something swallow the exception, the next stage or step sees this
         except OSError: pass
@@ -416,14 +439,17 @@ def stage(run, name, stops=True):
     full = None
     with on_signals(end):
         try:
-            if stops and stop_requested(run):
+            if stops and any_of(stop_requested(run)):
                 raise RunInterrupted(f"stopped before the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
             set_status(run, "running", stage=name, error=None)
             yield
         except BaseException as e:
             if is_full_disk(e): full = RunError(full_disk_words(run.path, e))
-            error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:500]
+            error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:300 if world_size() > 1 else 500]
             ended = isinstance(e, (KeyboardInterrupt, RunInterrupted))
+            if world_size() > 1:
+                if told := first_error(run): error, ended = told, False
+                elif not ended: error = f"in process {rank()} of {world_size()}: {error}{lost_words(run, e)}"
             with on_signals(signal.SIG_IGN):   # SLURM sends them more than once, and this is the last word
                 try:
                     if isinstance(e, RunInterrupted): (run.path / "stop").unlink(missing_ok=True)
@@ -523,8 +549,8 @@ def truncate_metrics(run, step):
 
 # %% ../nbs/10_runs.ipynb #626b29ec
 def write_result(run, result):
-    """Writes the dict `result` as the run's result.json, atomically. Mark the run `done` with `set_status` when all else is saved too."""
-    write_json(run.path / "result.json", result)
+    """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run `done` with `set_status` when all else is saved too."""
+    if is_first(): write_json(run.path / "result.json", result)
 
 # %% ../nbs/10_runs.ipynb #4e991634
 LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
@@ -535,10 +561,14 @@ def is_unused(path):
     return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../nbs/10_runs.ipynb #ba191635
+HOW_STARTED = ("run_dir", "fsdp")   # parameters that say where and how a run is made, not what it is
+
+
 def check_same_parameters(path, parameters):
     """Raises `RunError`, naming what differs, when `<path>/params.json` exists and is not `parameters`."""
     old = read_json(Path(path) / "params.json")
     if old is None: return
+    old = {k: v for k, v in old.items() if k not in HOW_STARTED}
     differ = [f"{k} ({old.get(k, 'nothing')!r} there, {parameters.get(k, 'nothing')!r} now)" for k in {**old, **parameters}
               if k not in old or k not in parameters or old[k] != parameters[k]]
     if differ: raise RunError(f"{path} was started with other parameters: {', '.join(differ)}; give another run_dir or the same parameters")
@@ -591,10 +621,15 @@ def open_run(parameters, name="train", run_dir=None, notebook=None):
 
     Without `run_dir` always a fresh folder `<runs>/<date>/<name>-<hash>`. With it that folder: new, empty or queued starts; interrupted,
     failed or dead goes on (from a checkpoint if there is one, else from step 0 with an empty log); done, still running or other parameters
-    is an error. `parameters`: dict that JSON can hold (the key run_dir is left out); `notebook`: name of the notebook to copy, by default
-    `name`. A `stop` file is removed, and some disk is set aside (see `reserve`).
+    is an error. `parameters`: dict that JSON can hold (`HOW_STARTED` is left out of it); `notebook`: name of the notebook to copy, by default
+    `name`. A `stop` file is removed, and some disk is set aside (see `reserve`). Of several processes the first opens it for all of them.
     Raises `RunError`; `ParameterError` for a parameter that looks like a secret."""
-    parameters = {k: v for k, v in to_plain(parameters).items() if k != "run_dir"}
+    return from_first(lambda: open_directory(parameters, name, run_dir, notebook))
+
+
+def open_directory(parameters, name, run_dir, notebook):
+    "Does what `open_run` says, in this process."
+    parameters = {k: v for k, v in to_plain(parameters).items() if k not in HOW_STARTED}
     refuse_secrets(parameters)
     check_name(name)
     if run_dir is not None and not str(run_dir).strip(): raise RunError("run_dir is empty: give a folder or leave it out")
@@ -612,8 +647,8 @@ def open_run(parameters, name="train", run_dir=None, notebook=None):
             if not run.resumed: truncate_metrics(run, -1)
             write_json(path / "params.json", parameters)
             record_code(run, notebook or name)
-            set_status(run, "running", **identity(), attempt=run.attempt, restarts=run.attempt - 1, stage=None, error=None, note=None, started=now(),
-                       training_started=None, resumed_step=None, training_seconds=None, diagnosis_seconds=None)
+            write_status(run, "running", {**identity(), "processes": world_size(), "attempt": run.attempt, "restarts": run.attempt - 1, "started": now()}
+                         | dict.fromkeys(("stage", "error", "note", "training_started", "resumed_step", "training_seconds", "diagnosis_seconds")))
         except OSError as e: raise RunError(full_disk_words(path) if is_full_disk(e) else f"{path} cannot be written ({e}): give another run_dir") from e
     return run
 

@@ -32,8 +32,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from .breaker import CircuitBreaker
-from .config import CircuitBreakerConfig, coefficients
+from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
+from .models import is_in_parts, write_adapter
+from .processes import any_of, from_first, world_size
 from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, set_status, stop_requested, truncate_metrics
 from .sealed import damage, seal, sync
 
@@ -192,14 +194,14 @@ class CircuitBreakerTrainer(Trainer):
         row = {"step": step, "loss": sum(weighted.values()), **raw, **weighted, "c_s": c_s, "c_r": c_r,
                "lr": logs["learning_rate"], "grad_norm_total": float(logs["grad_norm"])}
         row |= {name: int(n) for name, n in zip(COUNTS, self.step_counts.tolist(), strict=True)}
-        return row | gradient_report(self.step_gradients)
+        return row | gradient_report({name: self.accelerator.reduce(gradient, "sum") for name, gradient in self.step_gradients.items()})
 
     def _save(self, output_dir=None, state_dict=None):
         "Saves the adapter only: the base is frozen and known by name."
+        if not self.args.should_save: return  # Trainer asks every process where the base is kept in parts
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        # save_embedding_layers: the embeddings are frozen, and finding that out by itself makes peft ask a hub
-        self.accelerator.unwrap_model(self.model).student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        write_adapter(self.accelerator.unwrap_model(self.model).student, folder)
 
     def _save_checkpoint(self, model, trial):
         """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the disk; then the oldest goes. What fails
@@ -209,7 +211,7 @@ class CircuitBreakerTrainer(Trainer):
         self.args.output_dir = str(made.parent)
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each process saves its own random state
+            self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
                 seal(made)
@@ -269,9 +271,7 @@ class StopFile(TrainerCallback):
         self.run, self.stopped = run, False
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor(float(stop_requested(self.run)), device=args.device)
-        if args.world_size > 1: torch.distributed.all_reduce(asked)
-        if asked > 0:
+        if any_of(stop_requested(self.run)):
             control.should_save = control.should_training_stop = self.stopped = True
 
 
@@ -392,10 +392,13 @@ def check_trackers(config: CircuitBreakerConfig) -> list[str]:
 
 
 def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingArguments:
-    "Trainer's arguments for a config; checkpoints go to `folder`."
+    "Trainer's arguments for a config; checkpoints go to `folder`. Of several processes each takes its share of the rows (`shares`)."
+    rows, micro_batches = shares(config, world_size())
+    # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would wait
+    beyond = config.beta_kl == 0 and config.lora_layers[1] > max(config.target_layers)
     args = TrainingArguments(
-        output_dir=str(folder), run_name=folder.parent.name, max_steps=config.total_steps, per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
+        output_dir=str(folder), run_name=folder.parent.name, max_steps=config.total_steps, per_device_train_batch_size=rows,
+        gradient_accumulation_steps=micro_batches, ddp_find_unused_parameters=beyond, learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule, warmup_steps=config.warmup_steps, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm, logging_steps=config.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 1, save_total_limit=KEPT, seed=config.seed,
@@ -410,10 +413,17 @@ def breaker_trainer(student: PeftModel, harmful: list[Sample], benign: list[Samp
                     teacher: nn.Module | None = None, callbacks=(), cache=None) -> CircuitBreakerTrainer:
     "The trainer of `student`'s adapter on the two streams, with checkpoints in `folder`; with a `cache` (`cbnb.teacher_cache`) no teacher is run."
     args = training_arguments(config, folder)
-    length = config.total_steps * config.batch_size * config.gradient_accumulation_steps * args.world_size
-    trainer = CircuitBreakerTrainer(
-        model=CircuitBreaker(student, config, teacher), args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed),
-        data_collator=partial(collate, pad_id=pad_id, buckets="buckets" in config.savings, cache=cache), callbacks=list(callbacks))
+    length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
+    breaker, in_parts = CircuitBreaker(student, config, teacher), is_in_parts(student)
+    # then Trainer leaves the base as it is, and averages the gradient of the adapter, which every process has whole
+    breaker.is_distributed_loading_by_transformers = in_parts
+    # its constructor refuses checkpoints of an optimizer in parts; ours is the adapter's, whole too
+    args.save_only_model = in_parts
+    # processes that share weights run the same blocks at the same time, and the number of length groups is each one's own
+    collator = partial(collate, pad_id=pad_id, buckets="buckets" in config.savings and not in_parts, cache=cache)
+    trainer = CircuitBreakerTrainer(model=breaker, args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed), data_collator=collator,
+                                    callbacks=list(callbacks))
+    args.save_only_model = False
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
     return trainer
@@ -433,8 +443,7 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     stop = StopFile(run)
     trainer = breaker_trainer(student, harmful, benign, config, run.path / "checkpoints", pad_id, teacher,
                               [LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks], cache)
-    with trainer.args.main_process_first(local=False):
-        checkpoint = resume_point(run)
+    checkpoint = from_first(lambda: resume_point(run))
     if checkpoint is None and getattr(student, "was_trained", False):
         raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")
     student.was_trained = True
@@ -445,6 +454,7 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     if trainer.is_world_process_zero():
         set_status(run, "running", training_seconds=round(spent, 1), diagnosis_seconds=round(diagnosis, 1))
         print(f"trained for {spent:.0f} s, of which {diagnosis:.1f} s for the gradients by term")
-    (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
+    if trainer.is_world_process_zero():
+        (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
     student.eval()
     return trainer.state.global_step >= config.total_steps and not stop.stopped

@@ -2,12 +2,14 @@
 #   id                     the job's number in SLURM, the date and time elsewhere: a name that a requeued job keeps
 #   runs                   the folder of all run directories
 #   model                  by for_model: papermill's arguments for MODEL, DATA and EVAL_DATA
+#   launch                 empty, or what stands before papermill to start it in several processes
 #   attempt RUN_DIR papermill NOTEBOOK OUT ARGUMENTS...   one attempt at a run, after its pre-flight; a signal stops it with a checkpoint and a requeue
 # How the pieces work together stands in slurm/README.md.
 # shellcheck shell=bash disable=SC2034
 
 MAX_RESTARTS=${MAX_RESTARTS:-10}     # requeues of one job, so that one that never gets anywhere ends
 GRACE=${GRACE:-90}                   # seconds a run has for its checkpoint; --signal comes 120 s before the end
+launch=()
 
 umask 077
 command -v cbnb >/dev/null || PATH=$PWD/.venv/bin:$PATH   # no environment with cbnb is active: conda's own may be
@@ -108,7 +110,7 @@ attempt() {
     [ -z "$stopping" ] || { requeue; return 1; }
     say "$run_dir ($state): starts on ${SLURMD_NODENAME:-$(hostname)}, GPU ${CUDA_VISIBLE_DEVICES:-none}"
     # SLURM's TERM goes to every process of the job; only this script listens, and papermill ends when the run has ended
-    (trap '' USR2 TERM INT; exec "$@") &
+    (trap '' USR2 TERM INT; exec "${launch[@]}" "$@") &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         if [ -n "$stopping" ]; then

@@ -6,7 +6,7 @@ import pytest
 
 from helpers import BIN, ROOT
 from test_ablation import cbnb, toy
-from train_common import few, little_data, load, metrics
+from train_common import few, little_data, load, metrics, papermill
 
 SCRIPTS = sorted((ROOT / "slurm").rglob("*.sbatch"))
 UP, DOWN = ROOT / "tests" / "slurm" / "slurm-up", ROOT / "tests" / "slurm" / "slurm-down"
@@ -84,9 +84,13 @@ def early(slurm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("early")
     short = few(folder, total_steps=3)
     published = slurm.submit("slurm/tests/train_kl.sbatch", *short, SWEEP=str(slurm.runs / "train_kl"))
+    several = few(folder, total_steps=60, batch_size=2, gradient_accumulation_steps=2, lora_dropout=0.0, preset="tinyagent")
+    multi = slurm.submit("--ntasks-per-node=1", "--cpus-per-task=1", "--gres=gpu:1", "--mem=1000", "slurm/05_train_multi.sbatch", *several, RUN_DIR=str(slurm.runs / "multi"))
     said = cbnb("ablate", toy(folder, LIMITED, "{x: [1]}"), "--slurm", **{"runs": slurm.runs / "limited"} | slurm_env(slurm), SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="B:USR2@40")
     assert said.returncode == 0, said.stdout
-    return {"published": published, "limited": re.search(r"job (\d+): 1 runs", said.stdout)[1]}
+    # what the batch script sets of the published run, and the arguments that win over it
+    short = ["-p", "beta_kl", "0.5", "-p", "kl_temperature", "1.0", "-p", "alpha_max", "10.0", "-p", "alpha_decay_multiplier", "2.0", *several]
+    return {"published": published, "limited": re.search(r"job (\d+): 1 runs", said.stdout)[1], "multi": multi, "short": short}
 
 
 def slurm_env(slurm): return {k: v for k, v in slurm.env.items() if k != "CBNB_RUNS"}
@@ -117,7 +121,7 @@ def sweep(slurm, early, tmp_path_factory):
 
 
 def test_scripts_are_accepted(slurm):
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 8
     for script in SCRIPTS:
         slurm.say("bash", "-n", script)
         assert "to start at" in slurm.say("sbatch", "--test-only", script, check=False), script
@@ -177,6 +181,23 @@ def test_preempted_and_signalled_yet_the_same(slurm, sweep):
     assert status["attempt"] == 3 and status["restarts"] == 2 and 3 < status["resumed_step"] < 60, status
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_two_nodes_make_one_run(slurm, early):
+    "A process on each of two nodes, signalled on the way: it goes on, by two again, and ends like a run of one process."
+    path = slurm.runs / "multi"
+    def step(): return metrics(path)[-1]["step"] if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").stat().st_size else 0
+    slurm.until(lambda: step() >= 3, 300)
+    slurm.say("scancel", "--signal=USR2", "--batch", early["multi"])
+    slurm.until(lambda: load(path / "status.json")["state"] == "done", 400)
+    status, log = load(path / "status.json"), (slurm.runs / f"{early['multi']}.out").read_text()
+    assert (status["processes"], status["attempt"]) == (2, 2) and 3 <= status["resumed_step"] < 60, (status, log[-2000:])
+    for name in ("out.1.ipynb", "out.1.rank1.ipynb", "out.2.ipynb", "out.2.rank1.ipynb"): assert (path / name).is_file(), log[-2000:]
+    one = papermill(slurm.runs / "one.ipynb", *early["short"], runs=slurm.runs / "one")
+    assert one.returncode == 0, one.stdout[-2000:]
+    (other,) = (p.parent for p in (slurm.runs / "one").glob("*/*/metrics.jsonl"))
+    for a, b in zip(metrics(other), metrics(path), strict=True):
+        assert all(abs(a[key] - b[key]) < 1e-3 * max(abs(a[key]), 0.1) for key in ("step", "loss_reroute", "loss_retain", "loss_kl", "c_s", "lr")), (a, b)
 
 
 def test_time_limit_stops_and_goes_on(slurm, early):

@@ -1,0 +1,59 @@
+"""Run by tests/test_processes.py, once a process, by torchrun or alone: trainings of the tiny agent that several processes make together.
+
+usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": overrides, "stop_after": step or null, "teacher_cache"}
+"""
+import json, math, sys
+
+import torch
+from transformers import TrainerCallback
+
+from cbnb.config import get_config
+from cbnb.data import encode_stream
+from cbnb.evaluation import evaluate
+from cbnb.masks import ChatMasker
+from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.processes import is_first, join, rank, world_size
+from cbnb.runs import open_run, stage, write_result
+from cbnb.teacher_cache import open_cache
+from cbnb.tinyagent import make_transcripts
+from cbnb.trainer import train_breaker
+
+torch.set_num_threads(1)
+masker = ChatMasker(load_tokenizer("tinyagent"))
+pad_id = masker.tokenizer.pad_token_id
+
+
+class StopAfter(TrainerCallback):
+    "Asks for a stop, in the last process alone, after a step."
+    def __init__(self, run, step): self.run, self.step = run, step
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step and rank() == world_size() - 1: (self.run.path / "stop").touch()
+
+
+def moved(student):
+    "Away from the untouched student, where all gradients are rounding noise that Adam would amplify."
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "lora_B" in name: p.copy_(0.05 * torch.randn(p.shape, generator=g))
+    return student
+
+
+for job in json.loads(sys.argv[1]):
+    config = get_config("tinyagent", **{"total_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 1, "lora_dropout": 0.0, "diagnose_steps": 2,
+                                        "save_steps": 0} | job["config"])
+    harmful, _ = encode_stream(make_transcripts("injection", 20), masker, config.harmful_policy)
+    benign, _ = encode_stream(make_transcripts("plain", 20), masker, config.benign_policy)
+    heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, 5, "eval")]
+    run = open_run({"config": job["config"]}, run_dir=job["run_dir"])
+    with stage(run, "training"):
+        student = moved(add_adapter(load_model("tinyagent", fsdp=job["fsdp"]), config))
+        parts = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in student.parameters() if not p.requires_grad]
+        cache = open_cache(job["teacher_cache"], student, harmful, benign, config, pad_id) if job.get("teacher_cache") else None
+        done = train_breaker(student, harmful, benign, config, run, pad_id, callbacks=[StopAfter(run, job["stop_after"])] if job.get("stop_after") else [], cache=cache)
+        if done:
+            found = evaluate(student, masker, heldout, config, max_new_tokens=24, batch_size=3)
+            save_adapter(student, run.path / "adapter")
+            write_result(run, found | {"own_weights": sum(parts)})
+    print(f"{rank()} of {world_size()}: {run.path.name} {'done' if done else 'stopped'}", flush=True)
+if world_size() > 1: join().destroy_process_group()

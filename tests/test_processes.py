@@ -1,0 +1,150 @@
+"""Several processes make one run: the same numbers as one process, each other's checkpoints, one end for all."""
+import json, math, os, subprocess, sys, time
+from pathlib import Path
+
+import nbformat, pytest
+
+from helpers import BIN, NBS, ROOT, run
+from train_common import few, load, metrics
+
+SCRIPT = ROOT / "tests" / "scripts" / "train_together.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+# by batch_size and gradient_accumulation_steps; two processes make the first without accumulation, and share the rows of the last
+SIZES = {"accumulated": (2, 4), "at once": (4, 2), "one micro-batch": (8, 1)}
+
+
+def together(processes, jobs, timeout=600):
+    "Runs the jobs of train_together.py one after another by `processes` processes."
+    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, processes]
+    done = run(*launcher, SCRIPT, json.dumps(jobs), cwd=ROOT, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def job(folder, name, size, fsdp=False, **more):
+    batch_size, accumulation = SIZES[size]
+    return {"run_dir": str(folder / name), "fsdp": fsdp, "config": {"batch_size": batch_size, "gradient_accumulation_steps": accumulation} | more.pop("config", {})} | more
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "A folder with the runs of one process, of two and of two with the base in parts, by size; and those that were stopped and gone on with by others."
+    folder = tmp_path_factory.mktemp("together")
+    stopped = [job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=2) for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))]
+    at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
+    one = [job(folder, f"one {size}", size) for size in SIZES] + [job(folder, "one then fsdp", "at once", stop_after=2), job(folder, "one at beta 0", "at once", **at_zero)]
+    two = [job(folder, f"ddp {size}", size) for size in SIZES] + [job(folder, f"fsdp {size}", size, True) for size in SIZES]
+    two += [job(folder, "ddp at beta 0", "at once", **at_zero), job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache"))]
+    told = together(1, one) + together(2, two + stopped)
+    assert told.count("stopped") == 1 + 3 * 2, "each process of a stopped run says so"
+    for name in ("ddp then one", "fsdp then ddp", "ddp then fsdp"): assert load(folder / name / "status.json")["resumed_step"] == 0 and (folder / name / "checkpoints" / "checkpoint-2").is_dir()
+    together(1, [job(folder, "ddp then one", "at once")])
+    together(2, [job(folder, "fsdp then ddp", "at once"), job(folder, "ddp then fsdp", "at once", True), job(folder, "one then fsdp", "at once", True)])
+    return folder
+
+
+def differences(a, b):
+    "The largest relative difference of two logs' figures (of a small one the absolute), and its key."
+    rows, others = metrics(a), metrics(b)
+    assert [row.keys() for row in rows] == [row.keys() for row in others] and [row["step"] for row in rows] == [1, 2, 3, 4]
+    return max((abs(x[key] - y[key]) / max(abs(x[key]), 1e-2), key) for x, y in zip(rows, others) for key in x if x[key] is not None)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("size", SIZES)
+def test_two_processes_make_the_run_of_one(runs, way, size):
+    worst, key = differences(runs / f"one {size}", runs / f"{way} {size}")
+    assert worst < 1e-5, key
+    one, two = (load(runs / f"{name} {size}" / "result.json") for name in ("one", way))
+    for key in ("attack_success", "exact_match", "unparseable", "n"): assert one[key] == two[key]
+    assert math.isclose(one["heldout_kl"]["in_domain"], two["heldout_kl"]["in_domain"], rel_tol=1e-3) and math.isclose(one["harmful_cosine"], two["harmful_cosine"], abs_tol=1e-4)
+    assert load(runs / f"{way} {size}" / "status.json")["processes"] == 2
+    # in parts, the first process keeps half of the frozen weights
+    assert two["own_weights"] == one["own_weights"] if way == "ddp" else 0.4 < two["own_weights"] / one["own_weights"] < 0.6
+
+
+@pytest.mark.parametrize("name", ["ddp then one", "fsdp then ddp", "ddp then fsdp", "one then fsdp"])
+def test_they_go_on_from_each_others_checkpoints(runs, name):
+    assert differences(runs / "one at once", runs / name)[0] < 1e-5
+    assert load(runs / name / "status.json")["resumed_step"] == 2
+
+
+def test_adapter_weights_that_no_term_reaches(runs):
+    assert differences(runs / "one at beta 0", runs / "ddp at beta 0")[0] < 1e-5
+
+
+def test_two_processes_share_a_teacher_cache(runs):
+    assert differences(runs / "one at once", runs / "ddp cached")[0] < 1e-4
+    assert len([p for p in (runs / "cache").iterdir() if p.is_dir()]) == 1
+
+
+def launch(folder, notebook, *parameters, processes=2, **options):
+    "The README's launcher line: `processes` papermills make one run, in `folder`."
+    words = " ".join(f"'{p}'" for p in (*few(folder, **options.pop("few", {})), *parameters))
+    line = f"exec papermill {notebook} {folder}/out.$RANK.ipynb --cwd {NBS} {words}"
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "CBNB_RUNS": str(folder / "runs")}
+    return subprocess.Popen([str(w) for w in (*TORCHRUN, processes, "--no-python", "bash", "-c", line)], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def the_run(folder): return next((folder / "runs").glob("*/*/status.json")).parent
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_the_notebook_by_torchrun(tmp_path, fsdp):
+    process = launch(tmp_path, NBS / "train.ipynb", "-p", "fsdp", fsdp)
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said[-5000:]
+    path = the_run(tmp_path)
+    status = load(path / "status.json")
+    assert (status["state"], status["processes"]) == ("done", 2) and len(metrics(path)) == 4 and "fsdp" not in load(path / "params.json")
+    assert (path / "adapter" / "adapter_model.safetensors").is_file() and (path / "report.html").is_file() and load(path / "result.json")["after"]["n"]["attack"] == 2
+    for name in ("out.1.ipynb", "out.1.rank1.ipynb"):  # both processes' notebooks, whole
+        cells = [c for c in nbformat.read(path / name, as_version=4).cells if c.cell_type == "code"]
+        assert "end_recording" in cells[-1].source and not any(o.output_type == "error" for c in cells for o in c.outputs)
+
+
+def test_rows_that_cannot_be_shared_are_refused_before_anything_is_loaded(tmp_path):
+    process = launch(tmp_path, NBS / "train.ipynb", "-p", "gradient_accumulation_steps", 1, few={"batch_size": 3})
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode and "3 rows a step, which 2 processes cannot share evenly" in said and not (tmp_path / "runs").exists()
+
+
+def alive(folder):
+    "The processes that were started with `folder` in their environment, kernels among them."
+    def environment(place):
+        try: return place.read_bytes()
+        except OSError: return b""
+    return [place.parent.name for place in Path("/proc").glob("[0-9]*/environ") if str(folder).encode() in environment(place)]
+
+
+RAISES = "raise OSError('the disk of this node is gone')"
+DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("what, word", [(RAISES, "in process 1 of 2: OSError: the disk of this node is gone"), (DIES, "another process has ended without a word")])
+def test_when_one_process_fails_all_end(tmp_path, what, word):
+    notebook = nbformat.read(NBS / "train.ipynb", as_version=4)
+    cell = next(c for c in notebook.cells if "train_breaker(student" in c.source)
+    trip = ["    from transformers import TrainerCallback", "    import time", "    from cbnb.processes import rank", "    class Trip(TrainerCallback):",
+            "        def on_step_end(self, args, state, control, **kwargs):", "            if state.global_step == 2 and rank() == 1:",
+            "                (run.path / 'tripped').write_text(str(time.time()))", f"                {what}"]
+    lines = cell.source.splitlines()
+    at = next(i for i, line in enumerate(lines) if "with live_dashboard" in line)
+    cell.source = "\n".join([*lines[:at], *trip, *lines[at:]]).replace("[alarms, view]", "[alarms, view, Trip()]")
+    nbformat.write(notebook, tmp_path / "trip.ipynb")
+    process = launch(tmp_path, tmp_path / "trip.ipynb")
+    said = process.communicate(timeout=300)[0]
+    ended = time.time()
+    path = the_run(tmp_path)
+    assert process.returncode and ended - float((path / "tripped").read_text()) < 60, said[-3000:]
+    status = load(path / "status.json")
+    assert status["state"] == "failed" and word in status["error"], status
+    time.sleep(3)
+    assert not alive(tmp_path), "a process of it goes on"
+    assert load(path / "status.json") == status
+
+
+def test_cbnb_train_leaves_several_processes_to_papermill(tmp_path):
+    said = run(BIN / "cbnb", "train", cwd=ROOT, env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert said.returncode == 2 and "papermill" in said.stdout
