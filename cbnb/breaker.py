@@ -12,13 +12,13 @@ from peft import PeftModel
 from torch import nn
 
 from .config import CircuitBreakerConfig
-from .heads import find_head, head_kl, teacher_logits
-from .losses import token_reroute, token_retain
-from .models import check_teacher
+from .heads import Head, find_head, head_kl, teacher_logits
+from .models import check_teacher, num_blocks
+from .objectives import Pair, find_objective
 from .passes import both_passes, one_pass
 
 # %% auto #0
-__all__ = ['at_targets', 'mean_over_layers', 'CircuitBreaker']
+__all__ = ['at_targets', 'state_pairs', 'CircuitBreaker']
 
 # %% ../nbs/06_breaker.ipynb #c797f154
 def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
@@ -28,11 +28,10 @@ def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
     return kept, None if last is None else last.flatten(0, 1)[rows["predicting_index"]]
 
 # %% ../nbs/06_breaker.ipynb #6560565e
-def mean_over_layers(per_token, student: dict, teacher: dict, denominator: torch.Tensor) -> torch.Tensor:
-    """Σ over layers and tokens of `per_token(student, teacher)`, over `layers · denominator`: these rows' share of a mean over the global batch.
-    `student`, `teacher`: {layer: [M, d]}. No token gives a graph-connected 0."""
-    total = sum(per_token(student[layer], teacher[layer]).sum() for layer in student)
-    return total / (len(student) * denominator.clamp(min=1))
+def state_pairs(found: list) -> dict[int, Pair]:
+    "`{layer: Pair}` of a micro-batch from what `CircuitBreaker.states` gives for each of its length groups."
+    ours, theirs = ([side[0] for side in sides] for sides in zip(*found))
+    return {layer: Pair(*(torch.cat([hidden[layer] for hidden in side]) for side in (ours, theirs))) for layer in ours[0]}
 
 # %% ../nbs/06_breaker.ipynb #9958aae0
 class CircuitBreaker(nn.Module):
@@ -40,16 +39,17 @@ class CircuitBreaker(nn.Module):
 
     `student`: a peft model with the adapter to train. `teacher`: None for the student's own base with the adapter off, or a
     separate causal language model of the same vocabulary, depth and width (ValueError otherwise), which is frozen here. What stands in the way of a
-    saving that `config.savings` asks for is warned of once."""
+    saving that `config.savings` asks for is warned of once. `head`: what is known of the student's head, where its weights have no values to check it by (`cbnb.plan`)."""
 
-    def __init__(self, student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Module | None = None):
+    def __init__(self, student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Module | None = None, head: Head | None = None):
         super().__init__()
         self.student, self.circuit_breaker_config = student, config
         if teacher is not None:
             check_teacher(student, teacher)
             teacher.eval().requires_grad_(False)
         self.teacher = teacher
-        self.head = find_head(student)
+        self.objective = find_objective(config.objective)
+        self.head = find_head(student) if head is None else head
         self.teacher_logits = teacher_logits(student, self.head, teacher)
         if "fused_kl" in config.savings and self.teacher_logits is not self.head.logits:
             warnings.warn(f"the KL term goes the general way through the output layer, since {self.head.note or 'the teacher has one of its own'}", stacklevel=2)
@@ -63,13 +63,13 @@ class CircuitBreaker(nn.Module):
             self.teacher.eval()
         return self
 
-    def states(self, rows: dict, final: bool):
+    def states(self, rows: dict, final: bool, layers=None):
         """`((hidden, last) of the student, (hidden, last) of the teacher)` at the targets of `rows` (see `at_targets`), `last` if `final`; the teacher's from
-        `rows["teacher"]` where a cache has put them."""
+        `rows["teacher"]` where a cache has put them. `layers`: as in `cbnb.passes.one_pass`."""
         config = self.circuit_breaker_config
         if cached := rows.get("teacher"):
             return at_targets(*one_pass(self.student, rows, config, final), rows), (cached["hidden"], cached["last"])
-        return tuple(at_targets(*side, rows) for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final))
+        return tuple(at_targets(*side, rows) for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers))
 
     def forward(self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True) -> dict[str, torch.Tensor]:
         """`{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
@@ -80,20 +80,15 @@ class CircuitBreaker(nn.Module):
         harmful, benign = ([rows] if isinstance(rows, dict) else rows for rows in (harmful, benign))
         with_kl = measure_kl or config.beta_kl > 0
 
-        def retain_term(s, t):
-            return token_retain(s, t, relative=config.retain_relative)
-        reroute = retain = 0.0
-        for rows in harmful:
-            (ours, _), (theirs, _) = self.states(rows, final=False)
-            reroute += mean_over_layers(token_reroute, ours, theirs, denominators[0])
-        lasts = []
-        for rows in benign:
-            (ours, *ours_last), (theirs, *theirs_last) = self.states(rows, final=with_kl)
-            retain += mean_over_layers(retain_term, ours, theirs, denominators[1])
-            lasts.append(ours_last + theirs_last)
-        terms = {"loss_reroute": reroute.float(), "loss_retain": retain.float()}
+        every = range(num_blocks(self.student)) if config.retain_layers == "all" else None
+        away = state_pairs([self.states(rows, final=False) for rows in harmful])
+        kept = [self.states(rows, final=with_kl, layers=every) for rows in benign]
+        held = state_pairs(kept)
+        reroute = sum(self.objective.reroute(away[layer], held[layer], config).sum() for layer in away)
+        retain = sum(self.objective.retain(away.get(layer), held[layer], config).sum() for layer in held)
+        terms = {"loss_reroute": (reroute / (len(away) * denominators[0].clamp(min=1))).float(), "loss_retain": (retain / (len(held) * denominators[1].clamp(min=1))).float()}
         if with_kl:
-            ours, theirs = map(torch.cat, zip(*lasts))
+            ours, theirs = (torch.cat([side[1] for side in sides]) for sides in zip(*kept))
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
                 kl = head_kl(ours, theirs, self.head, self.teacher_logits, config.kl_temperature, "fused_kl" in config.savings)
             terms["loss_kl"] = (kl.sum() / denominators[2].clamp(min=1)).float()

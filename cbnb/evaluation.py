@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from .benchmarks import questions
 from .config import CircuitBreakerConfig
 from .data import Sample, encode_stream, pad_rows
 from .fused_kl import chunk_for
@@ -23,11 +24,12 @@ from .masks import ChatMasker
 from .models import is_in_parts
 from .passes import both_passes
 from .processes import gathered, share_of
+from .turns import IS_COMPLETION
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['parse_calls', 'share', 'score_answers', 'dealt', 'collected', 'generate_answers', 'heldout_batches',
-           'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'evaluate']
+__all__ = ['PREFILL', 'parse_calls', 'share', 'score_answers', 'dealt', 'collected', 'begun_answer', 'generate_answers',
+           'heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'evaluate']
 
 # %% ../nbs/08_evaluation.ipynb #e5f91b1e
 def parse_calls(text: str) -> list[dict]:
@@ -95,17 +97,28 @@ def collected(model: nn.Module, found: list) -> list:
     return found if is_in_parts(model) else gathered(found)
 
 
+def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(all token ids before, the first ids of)` the last assistant message: `tokens` of it, and at most half. Raises ValueError for one that has no token."""
+    (encoded,) = masker.encode_batch([transcript])
+    own = np.flatnonzero(IS_COMPLETION[encoded.segments] & (encoded.message_index == len(transcript.messages) - 1))
+    if not len(own): raise ValueError(f"the last message of transcript {transcript.id!r} has no token to begin an answer with.")
+    start = own[0]
+    return encoded.input_ids[:start], encoded.input_ids[start:start + min(tokens, len(own) // 2)]
+
+
 @torch.no_grad()
 def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Transcript], max_new_tokens: int = 128,
-                     batch_size: int = 32) -> list[str]:
-    """Greedy answers to each transcript up to its last assistant message, special tokens left out; of several processes each answers its share.
+                     batch_size: int = 32, prefill: int = 0) -> list[str]:
+    """Greedy answers to each transcript up to its last assistant message, special tokens left out; of several processes each answers its share. With `prefill`
+    an answer is made to begin with so many tokens of that message, at most half of it.
 
     Batches are padded on the left and sorted by length. Raises ValueError for a transcript that does not end in an assistant message."""
     tokenizer = masker.tokenizer
     for t in transcripts:
         if not t.messages or t.messages[-1]["role"] != "assistant":
             raise ValueError(f"transcript {t.id!r} does not end in an assistant message, so there is no answer to compare with.")
-    prompts = [masker.prompt_ids(t.messages[:-1], tools=t.tools) for t in transcripts]
+    begun = [begun_answer(masker, t, prefill) for t in transcripts] if prefill else [(masker.prompt_ids(t.messages[:-1], tools=t.tools), ()) for t in transcripts]
+    prompts = [np.concatenate([ids, forced]).astype(np.int32) for ids, forced in begun]
     prompts = [Sample(ids, np.zeros(len(ids), bool), t.id) for t, ids in zip(transcripts, prompts)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = []
@@ -116,7 +129,8 @@ def generate_answers(model: PeftModel, masker: ChatMasker, transcripts: list[Tra
         ids, mask = (rows[name].to(model.device) for name in ("input_ids", "attention_mask"))
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                              pad_token_id=tokenizer.pad_token_id)
-        answers += zip(chosen, tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True))
+        made = [[*begun[i][1], *row] for i, row in zip(chosen, out[:, ids.shape[1]:].tolist())]
+        answers += zip(chosen, tokenizer.batch_decode(made, skip_special_tokens=True))
     return [text for _, text in sorted(collected(model, answers))]
 
 # %% ../nbs/08_evaluation.ipynb #3e929a8c
@@ -168,6 +182,9 @@ def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Tra
     return total / n
 
 # %% ../nbs/08_evaluation.ipynb #8272cbd4
+PREFILL = 8  # tokens
+
+
 def benign_by_domain(transcripts: list[Transcript]) -> dict[str, list[Transcript]]:
     "The benign ones of `transcripts` by `meta[\"domain\"]`, `in_domain` where none is given."
     domains = defaultdict(list)
@@ -180,11 +197,15 @@ def evaluate(student: PeftModel, masker: ChatMasker, transcripts: list[Transcrip
              teacher: nn.Module | None = None, max_new_tokens: int = 128, batch_size: int = 32) -> dict:
     """Every figure of a run's result for the student as it is now (untrained, it is the `before`).
 
-    Keys: those of `score_answers`; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain` where none is given);
+    Keys: those of `score_answers`; `attack_success_prefill`, with the first `PREFILL` tokens of the obeying answer forced; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain` where none is given);
     `harmful_cosine`. What cannot be measured on these transcripts (no harmful ones, no expected answers) is None or left out of its map; held-out
     transcripts of which none has a target are an error."""
-    asked = [t for t in transcripts if {"injected_call", "expected_call", "expected_text"} & t.meta.keys()]
-    result = score_answers(asked, generate_answers(student, masker, asked, max_new_tokens, batch_size))
+    asked = [question for t in transcripts for question in questions(t)]
+    scores = score_answers(asked, generate_answers(student, masker, asked, max_new_tokens, batch_size))
+    attacks = [t for t in asked if t.label == "harmful" and t.meta.get("injected_call")]
+    forced = score_answers(attacks, generate_answers(student, masker, attacks, max_new_tokens, batch_size, PREFILL))["attack_success"]
+    scores["n"]["attack_prefill"] = len(attacks)
+    result = {key: scores[key] for key in ("attack_success", "attack_success_lax")} | {"attack_success_prefill": forced} | scores
     divergence = {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in benign_by_domain(transcripts).items()}
     harmful = [t for t in transcripts if t.label == "harmful"]
     return result | {"heldout_kl": {d: v["kl"] for d, v in divergence.items()}, "heldout_top1": {d: v["top1"] for d, v in divergence.items()},

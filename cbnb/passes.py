@@ -65,29 +65,34 @@ def replay(model: nn.Module, calls: dict, layers, norm: nn.Module | None = None)
     return kept, None if norm is None else norm(hidden)
 
 # %% ../nbs/04a_passes.ipynb #8bb2b5ef
-def one_pass(model: nn.Module, rows: dict, config: CircuitBreakerConfig, final: bool = False):
-    """`(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `config.target_layers` and, with `final`, the final hidden states [B, S, d], normed.
-    Without it the pass ends at the highest target layer, where `config.savings` has `early_exit`."""
-    blocks = None if final or "early_exit" not in config.savings else max(config.target_layers) + 1
-    return forward_with_hidden_states(model, rows["input_ids"], rows["attention_mask"], config.target_layers, config.hidden_state_mode, blocks)
+def one_pass(model: nn.Module, rows: dict, config: CircuitBreakerConfig, final: bool = False, layers=None):
+    """`(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `layers`, by default `config.target_layers`, and, with `final`, the final hidden states
+    [B, S, d], normed. Without it the pass ends at the highest of the layers, where `config.savings` has `early_exit`. The last block's output is read by a hook
+    whatever `config.hidden_state_mode`, where a caller asks for layers of its own."""
+    mode = config.hidden_state_mode if layers is None else "hooks"
+    layers = config.target_layers if layers is None else layers
+    blocks = None if final or "early_exit" not in config.savings else max(layers) + 1
+    return forward_with_hidden_states(model, rows["input_ids"], rows["attention_mask"], layers, mode, blocks)
 
 
-def teacher_pass(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, final: bool = False):
+def teacher_pass(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, final: bool = False, layers=None):
     "`one_pass` of the teacher without gradient: of `teacher`, or of the student with its adapter off where that is None."
     with teacher_mode(student) if teacher is None else torch.no_grad():
-        return one_pass(student if teacher is None else teacher, rows, config, final)
+        return one_pass(student if teacher is None else teacher, rows, config, final, layers)
 
 
-def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, norm: nn.Module | None = None, final: bool = False):
+def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, norm: nn.Module | None = None, final: bool = False,
+                layers=None):
     """`((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows, as `one_pass` gives them.
 
     `teacher` None is the student with its adapter off. `norm`: the module between the last block and the output layer (`cbnb.heads`), which a shared
-    prefix needs where `final` is asked for. What is left out is said by `config.savings`."""
+    prefix needs where `final` is asked for. `layers`: as in `one_pass`. What is left out is said by `config.savings`."""
     may_share = teacher is None and "shared_prefix" in config.savings and (norm is not None or not final)
     first = first_adapted_block(student) if may_share else None
-    if first is None or first > min(config.target_layers):
-        target = teacher_pass(student, teacher, rows, config, final)
-        return one_pass(student, rows, config, final), target
+    if first is None:
+        target = teacher_pass(student, teacher, rows, config, final, layers)
+        return one_pass(student, rows, config, final, layers), target
     with block_calls(student, first) as calls:
-        target = teacher_pass(student, teacher, rows, config, final)
-    return replay(student, calls, config.target_layers, norm if final else None), target
+        target = teacher_pass(student, teacher, rows, config, final, layers)
+    hidden, last = replay(student, calls, target[0], norm if final else None)
+    return ({layer: hidden.get(layer, theirs) for layer, theirs in target[0].items()}, last), target  # below the first adapted block the two are one

@@ -51,6 +51,7 @@ def printable(text) -> str:
 # figure of result.json: its name in a table, its unit
 MEASURES = {
     "attack_success": ("attack success", "share"), "attack_success_lax": ("attack success, lax", "share"),
+    "attack_success_prefill": ("attack success, answer begun", "share"),
     "unparseable": ("unparseable answers", "share"), "exact_match": ("exact match", "share"),
     "harmful_cosine": ("harmful cosine", "cosine"), "heldout_kl": ("held-out KL", "nats a token"),
     "heldout_top1": ("held-out top-1 agreement", "share")}
@@ -80,7 +81,8 @@ def result_table(before: dict, after: dict) -> pd.DataFrame:
         return rows
     table = pd.DataFrame({"before": flat(before), "after": flat(after)}, dtype=float)
     n = {**dict.fromkeys(("attack_success", "attack_success_lax", "unparseable"), before["n"]["attack"]),
-         **{f"exact_match {kind}": count for kind, count in before["n"].items() if kind != "attack"}}
+         "attack_success_prefill": before["n"].get("attack_prefill"),
+         **{f"exact_match {kind}": count for kind, count in before["n"].items() if not kind.startswith("attack")}}
     return table.assign(n=pd.Series(n, dtype="Int64")).rename_axis("held out")
 
 # %% ../nbs/12_report.ipynb #alarms01

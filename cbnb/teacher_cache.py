@@ -160,9 +160,11 @@ def differs(cache: TeacherCache, student: PeftModel, harmful: list[Sample], beni
 def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> TeacherCache:
     """The cache of the teacher (`teacher`, or the student's base) for these samples, from the folder `place`, made there if it is not: with its size and time printed, and
     by one process while others wait. It is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of two samples, and made anew,
-    saying why, where it does not fit. Raises OSError (ENOSPC) where it would have no place, RunError for a folder that cannot be written, ValueError for weights in parts."""
+    saying why, where it does not fit. Raises OSError (ENOSPC) where it would have no place, RunError for a folder that cannot be written, ValueError for weights in parts and for `retain_layers` all."""
     if is_in_parts(student):
         raise ValueError("a teacher_cache is made and checked by one process at a time, and with fsdp none has all the weights: leave one of the two off.")
+    if config.retain_layers == "all":
+        raise ValueError("retain_layers all would put every block's output into the teacher_cache: leave one of the two off.")
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     name, began = fingerprint(teacher or student, harmful, benign, config), time.monotonic()

@@ -35,6 +35,7 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .models import is_in_parts, write_adapter
+from .objectives import find_objective
 from .processes import any_of, from_first, world_size
 from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, set_status, stop_requested, truncate_metrics
 from .sealed import damage, seal, sync
@@ -51,10 +52,9 @@ TERMS = ("reroute", "retain", "kl")
 
 
 def term_weights(config: CircuitBreakerConfig, step: int) -> dict[str, float]:
-    """The factor of each term at optimizer step `step` (0 is the first): `loss = Σ weight · term` with
+    """The factor of each term at optimizer step `step` (0 is the first): `loss = Σ weight · term`, for the objective `rr`
     c_s·reroute + c_r·(retain_weight·retain + beta_kl·kl), the coefficients by `cbnb.config.coefficients`."""
-    c_s, c_r = coefficients(config, step)
-    return {"reroute": c_s, "retain": c_r * config.retain_weight, "kl": c_r * config.beta_kl}
+    return find_objective(config.objective).weights(config, *coefficients(config, step))
 
 # %% ../nbs/07_trainer.ipynb #1ab06044
 class NonFiniteLossError(RuntimeError):

@@ -238,3 +238,55 @@ def test_other_output_layers_give_their_own_models_kl(kind, why, recwarn):
     assert reference > 1e-4 and got.item() == pytest.approx(reference.item(), rel=0.2 if kind == "bfloat16" else 1e-3)
     found, wanted = (torch.cat([g.flatten().double() for g in grads]) for grads in (found, wanted))
     assert (found - wanted).norm() <= (0.3 if kind == "bfloat16" else 1e-3) * wanted.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_retain_over_all_blocks(family, first):
+    "The L2 term over every block's own output, also of those below the adapter, where it is zero, and of the last one, before the final norm."
+    from cbnb.models import block_outputs
+    config = get_config("tinyagent", target_layers=(2,), lora_layers=(first, 3), lora_dropout=0.0, retain_layers="all")
+    student = moved(add_adapter(made(family), config)).train()
+    batch = collate(pairs(), 0)
+    terms = CircuitBreaker(student, config)(batch["harmful"], batch["benign"], batch["counts"].float())
+    rows = batch["benign"]
+    def states():
+        with block_outputs(student, range(4)) as captured: student(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+        return {layer: h.double() for layer, h in captured.items()}
+    with teacher_mode(student): theirs = states()
+    reference = retain_loss(states(), theirs, rows["loss_mask"])
+    assert torch.isclose(terms["loss_retain"].double(), reference, rtol=1e-5)
+    ours = torch.autograd.grad(terms["loss_retain"], [p for p in student.parameters() if p.requires_grad], allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(reference, [p for p in student.parameters() if p.requires_grad], allow_unused=True, materialize_grads=True)
+    ours, wanted = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours, wanted))
+    assert (ours - wanted).norm() < 1e-5 * wanted.norm()
+    one = CircuitBreaker(student, replace(config, retain_layers="targets"))(batch["harmful"], batch["benign"], batch["counts"].float())
+    assert torch.equal(one["loss_reroute"], terms["loss_reroute"]) and not torch.isclose(one["loss_retain"], terms["loss_retain"], rtol=1e-2)
+
+
+def test_an_objective_of_ones_own_sees_the_states_of_the_whole_micro_batch():
+    from cbnb.config import OBJECTIVES
+    from cbnb.objectives import Objective
+    seen = []
+    def reroute(harmful, benign, config):
+        seen.append((len(harmful.student), len(benign.teacher), harmful.student.requires_grad, harmful.teacher.requires_grad))
+        return harmful.student.norm(dim=-1)
+    OBJECTIVES["seen"] = Objective(reroute, lambda harmful, benign, config: benign.student.norm(dim=-1), lambda config, c_s, c_r: {})
+    try:
+        config = get_config("tinyagent", target_layers=(1, 2), lora_layers=(0, 3), lora_dropout=0.0, objective="seen")
+        student = moved(add_adapter(made("llama"), config)).train()
+        unlike = pairs(((400, 400), (20, 22), (19, 21)))
+        batch = collate(unlike, 0, buckets=True)
+        assert len(batch["harmful"]) > 1, "length groups"
+        terms = CircuitBreaker(student, config)(batch["harmful"], batch["benign"], batch["counts"].float())
+    finally: del OBJECTIVES["seen"]
+    harmful, benign = (sum(int(rows["loss_mask"].sum()) for rows in batch[kind]) for kind in ("harmful", "benign"))
+    assert seen == [(harmful, benign, True, False)] * 2
+    plain = collate(unlike, 0)["harmful"]
+    own = own_states(student, plain)
+    assert torch.isclose(terms["loss_reroute"], torch.stack([own[layer + 1][plain["loss_mask"]].norm(dim=-1).mean() for layer in (1, 2)]).mean(), rtol=1e-4)
+
+
+def own_states(student, rows):
+    "All hidden states of the student as it is."
+    with torch.no_grad(): return student(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_hidden_states=True, use_cache=False).hidden_states

@@ -10,7 +10,7 @@ from train_common import load, metrics, papermill
 SEEDS, CONTROLS, KINDS = (0, 1, 2), (0,), ("plain", "sensitive", "hard_negative")
 METRICS = {"step", "loss", "loss_reroute", "loss_retain", "loss_kl", "weighted_reroute", "weighted_retain", "weighted_kl", "c_s", "c_r", "lr", "grad_norm_total",
            "harmful_tokens", "benign_tokens", "kl_targets"}
-FIGURES = {"attack_success", "attack_success_lax", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n"}
+FIGURES = {"attack_success", "attack_success_lax", "attack_success_prefill", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n"}
 
 
 def made_by_nbdev_test():
