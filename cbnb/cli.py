@@ -6,7 +6,8 @@
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
            'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_ablate', 'tell', 'run_ablate', 'add_status',
            'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser', 'main']
+           'run_preflight', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser',
+           'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -279,6 +280,29 @@ def run_preflight(args):
     print(f"the page: {path / 'preflight.ipynb'}")
     return status
 
+# %% ../nbs/30_cli.ipynb #plan0101
+def add_plan(commands):
+    "Adds the arguments of `cbnb plan`: those of `cbnb train`, and the number of GPUs."
+    p = commands.add_parser("plan", help="will it fit, and how long is a step", description="Memory and time of a step, by part, from the model's configuration alone: "
+                            "no weights, no GPU. The flags are those of cbnb train.", epilog="status 2: a value is not in order, or the model's configuration is not there")
+    p.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, a GPU each (default: %(default)s)")
+    p.add_argument("--target-share", type=float, default=0.5, metavar="X", help="share of a row's tokens that are targets (default: %(default)s)")
+    add_notebook_flags(p, "nbs/train.ipynb")
+    p.set_defaults(run=run_plan)
+
+
+def run_plan(args):
+    "Carries out `cbnb plan`."
+    from cbnb.ablation import RUN_ONLY, complete
+    from cbnb.config import get_config
+    notebook, given = notebook_call(args, "nbs/train.ipynb")
+    values, whole = complete(given, notebook_parameters(notebook))
+    if not 0 < args.target_share <= 1: raise CommandError(f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given")
+    config = get_config(whole["preset"], **{k: v for k, v in whole.items() if k not in RUN_ONLY})
+    from cbnb.plan import plan_lines  # seconds: torch
+    for line in plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share): print(line, flush=True)
+    return 0
+
 # %% ../nbs/30_cli.ipynb #fet00002
 def add_fetch(commands):
     "Adds the arguments of `cbnb fetch`."
@@ -328,7 +352,7 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_preflight, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
+    for add in (add_masks, add_plan, add_preflight, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
     return p
 
 
