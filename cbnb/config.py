@@ -141,6 +141,7 @@ class CircuitBreakerConfig:
     truncation: str = setting("targets", "where a too long row is cut: after and before its targets, or at one side", one_of=("targets", "left", "right"))
     split_turns: bool = setting(False, "one sample a turn, as it was when it was written: for templates that rewrite earlier turns")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", one_of=("bfloat16", "float32"))
+    quantize: str = setting("none", "linear weights in 4 bits (NF4, bitsandbytes), or none", one_of=("none", "4bit"))
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass to save memory")
     hidden_state_mode: str = setting("hidden_states", "how block outputs are read", one_of=("hidden_states", "hooks"))
     benign_policy: str = setting("assistant_only", "which tokens of benign rows count", one_of=TRAINABLE)

@@ -5,6 +5,8 @@
 # %% ../nbs/04_models.ipynb #db649e3b
 from __future__ import annotations
 
+import copy
+import importlib.util
 import os
 import shutil
 import warnings
@@ -15,16 +17,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
 from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, nearest
 from .processes import is_first, join, world_size
 
 # %% auto #0
-__all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'in_parts', 'is_in_parts', 'whole', 'load_model', 'num_blocks',
-           'add_adapter', 'teacher_mode', 'check_teacher', 'find_decoder', 'decoder_blocks', 'block_outputs',
-           'first_blocks', 'forward_with_hidden_states', 'write_adapter', 'save_adapter']
+__all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'in_parts', 'is_in_parts', 'whole', 'in_4_bits',
+           'check_quantised', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode', 'check_teacher',
+           'find_decoder', 'decoder_blocks', 'block_outputs', 'first_blocks', 'forward_with_hidden_states',
+           'write_adapter', 'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
 def resolve_model(name_or_path: str) -> str:
@@ -92,25 +95,60 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def in_4_bits(dtype: str, device) -> dict:
+    "What `from_pretrained` wants to put linear weights into 4 bits (NF4, but for the output layer), computing in `dtype`. Raises ValueError where bitsandbytes is not installed."
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave quantize none.")
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]), "device_map": {"": device}}
+
+
+def check_quantised(model: nn.Module) -> None:
+    """Raises ValueError unless a 4-bit linear of `model` gives in eval mode, which is the teacher's, what it gives in training, and passes the gradient of its
+    product on. On CPUs bitsandbytes repacks the weights for inference at the first call in eval mode, and neither holds any more."""
+    linear = copy.deepcopy(next(module for module in model.modules() if type(module).__name__ == "Linear4bit"))
+    x = torch.randn(4, linear.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
+    def trained():
+        y = linear.train()(x)
+        return y.detach(), torch.autograd.grad(y.float().sum(), x)[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")  # that is what is looked for
+        value, gradient = trained()
+        with torch.no_grad(): found = [(linear.eval()(x.detach()), value)]
+        try: found += zip(trained(), (value, gradient))
+        except RuntimeError: found.append((torch.zeros_like(value), value))  # no gradient at all
+    off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in found)
+    if not off < 0.02:
+        raise ValueError(f"bitsandbytes' 4-bit weights on {model.device.type} are not the same in training and in eval mode ({off:.0%} off), so that student and teacher would be two models: "
+                         "use a GPU, or quantize none.")
+
+
 def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.device | None = None,
-               trust_remote_code: bool = False, fsdp: bool = False) -> PreTrainedModel:
+               trust_remote_code: bool = False, fsdp: bool = False, quantize: str = "none") -> PreTrainedModel:
     """The frozen base model in eval mode, weights from safetensors only.
 
     `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several, else the CPU. `fsdp`: see `in_parts`.
-    Raises ValueError for an unknown dtype and for a model that carries an adapter, OSError for a model that is not there."""
+    `quantize`: none, or 4bit (see `in_4_bits`, `check_quantised`).
+    Raises ValueError for an unknown dtype, a model that carries an adapter, and 4 bits that cannot be had, OSError for a model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if quantize not in ("none", "4bit"):
+        raise ValueError(f"quantize {quantize!r} is neither none nor 4bit.")
+    if fsdp and quantize == "4bit":
+        raise ValueError("4-bit weights cannot be kept in parts: leave fsdp off, or quantize none.")
+    if not fsdp:
+        join()  # says which GPU is this process's
+        device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
     place = resolve_model(name_or_path)
+    special = in_parts(place, trust_remote_code) if fsdp else in_4_bits(dtype, device) if quantize == "4bit" else {}
     with named(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code,
-                                                     **in_parts(place, trust_remote_code) if fsdp else {})
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code, **special)
     if getattr(model, "peft_config", None):
         raise ValueError(f"{name_or_path} carries an adapter, which ours would replace: merge it into its base (peft's merge_and_unload), save that, "
                          "and give the new folder.")
-    if not fsdp:
-        join()  # says which GPU is this process's
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval().requires_grad_(False)
+    if not special: model = model.to(device)
+    model = model.eval().requires_grad_(False)
+    if quantize == "4bit": check_quantised(model)
+    return model
 
 # %% ../nbs/04_models.ipynb #7edac579
 def num_blocks(model: nn.Module) -> int:

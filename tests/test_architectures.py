@@ -1,10 +1,11 @@
 """Every preset's architecture, and some more, for real: a tiny model with random weights and the stock tokenizer, saved to a folder, through load, mask, train, save,
 plain peft, evaluation and merge."""
-import json
+import importlib.util, json, sys
 
 import pytest
 import torch
-from outside import gemma3, llama3, llama4, meta_llama3, mistral_tekken, qwen3, trl_template
+from helpers import run
+from outside import gemma3, llama3, llama4, mistral_tekken, outside, qwen3, trl_template
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -82,16 +83,16 @@ def test_an_architecture_end_to_end(name, tmp_path):
         for n, p in student.named_parameters():
             if "lora_B" in n: p.normal_(std=0.05)  # three steps from the untouched student are lost in rounding
     frozen = {n: p.detach().clone() for n, p in student.named_parameters() if "lora_" not in n}
-    run = open_run({"name": name}, run_dir=tmp_path / "run")
-    assert train_breaker(student, harmful, benign, config, run, masker.tokenizer.pad_token_id)
-    rows = read_metrics(run.path)
+    opened = open_run({"name": name}, run_dir=tmp_path / "run")
+    assert train_breaker(student, harmful, benign, config, opened, masker.tokenizer.pad_token_id)
+    rows = read_metrics(opened.path)
     assert len(rows) == 3 and rows[-1]["loss_retain"] > 0 and rows[-1]["loss_kl"] > 1e-6 and rows[-1]["loss_reroute"] < 0.999
     assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
     lora = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n, p in student.named_parameters() if p.requires_grad}
     assert lora == set(config.lora_modules) and not any("router" in n or ".experts." in n for n, p in student.named_parameters() if p.requires_grad)
 
-    save_adapter(student, run.path / "adapter")
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), run.path / "adapter").eval()
+    save_adapter(student, opened.path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), opened.path / "adapter").eval()
     ids = torch.as_tensor(benign[0].input_ids, dtype=torch.long)[None]
     with torch.no_grad():
         ours, theirs = student(input_ids=ids).logits, plain(input_ids=ids).logits
@@ -101,4 +102,29 @@ def test_an_architecture_end_to_end(name, tmp_path):
         assert torch.allclose(merged(input_ids=ids).logits, ours, atol=1e-4)
     found = evaluate(student, masker, [t for part in transcripts() for t in part], config, max_new_tokens=4)
     assert found["heldout_kl"]["in_domain"] > 0 and found["harmful_cosine"] < 1 and found["n"]["plain"] == 2
-    assert json.loads((run.path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
+    assert json.loads((opened.path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
+
+
+def quantised(tmp_path, **env):
+    "What loading a small Llama in 4 bits says."
+    import transformers as tf
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE | {"hidden_size": 64, "intermediate_size": 128}, vocab_size=64)).save_pretrained(tmp_path / "model")
+    script = f"from cbnb.models import load_model\ntry: print('loaded', load_model({str(tmp_path / 'model')!r}, quantize='4bit').device)\nexcept ValueError as e: print(e)"
+    return run(sys.executable, "-c", script, cwd=tmp_path, env=env).stdout.splitlines()[-1]
+
+
+def test_4_bits_without_bitsandbytes_are_one_clear_error(tmp_path):
+    if importlib.util.find_spec("bitsandbytes"): assert quantised(tmp_path)
+    else: assert quantised(tmp_path) == "quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave quantize none."
+
+
+def test_4_bits_that_are_two_models_are_refused(tmp_path):
+    "On CPUs bitsandbytes repacks the weights in eval mode; on a GPU the same check has to pass."
+    said = quantised(tmp_path, PYTHONPATH=str(outside("bitsandbytes")))
+    if torch.cuda.is_available(): assert said == "loaded cuda:0"
+    else: assert "4-bit weights on cpu are not the same in training and in eval mode" in said and "use a GPU" in said, said
+
+
+def test_4_bits_and_parts_are_told_apart():
+    with pytest.raises(ValueError, match="leave fsdp off"): load_model("tinyagent", fsdp=True, quantize="4bit")
+    with pytest.raises(ValueError, match="shares the weights among several processes, but there is one"): load_model("tinyagent", fsdp=True)
