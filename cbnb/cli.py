@@ -297,6 +297,7 @@ def run_plan(args):
     from cbnb.config import get_config
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     values, whole = complete(given, notebook_parameters(notebook))
+    if whole.get("teacher"): raise CommandError("a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan")
     if not 0 < args.target_share <= 1: raise CommandError(f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given")
     config = get_config(whole["preset"], **{k: v for k, v in whole.items() if k not in RUN_ONLY})
     from cbnb.plan import plan_lines  # seconds: torch

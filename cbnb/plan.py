@@ -23,11 +23,13 @@ from .config import CircuitBreakerConfig, shares
 from .fused_kl import chunk_for
 from .heads import Head
 from .models import DTYPES, add_adapter, decoder_blocks, find_decoder, named, resolve_model
+from .report import format_number
+from .teacher_cache import size_words
 
 # %% auto #0
 __all__ = ['LLAMA_8B', 'SHAPES', 'CARDS', 'PEAK', 'REACHED', 'model_shape', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu',
-           'Plan', 'bytes_of', 'chunk_bytes', 'run_once', 'plan_step', 'seconds', 'alternatives', 'advice',
-           'plan_lines']
+           'Plan', 'bytes_of', 'chunk_bytes', 'weight_bytes', 'run_once', 'plan_step', 'seconds', 'alternatives',
+           'advice', 'plan_lines']
 
 # %% ../nbs/15_plan.ipynb #ada37d63
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
@@ -107,13 +109,14 @@ def as_if_on_cpu(module: nn.Module) -> None:
 @dataclass(frozen=True)
 class Plan:
     """What a step takes, in bytes for each process: `weights` (frozen, what it keeps of them), `gathered` (what FSDP2 brings together of them for a while), `adapter` (with gradient
-    and AdamW's two moments), `activations` (all else at the peak, the KL's buffers included), `kl` (the KL's buffers alone). `products`: floating-point operations
-    of a step in all processes together, in products by weights."""
+    and AdamW's two moments), `activations` (all else at the peak, the KL's buffers included), `kl` (the KL's buffers alone). `cached`: bytes on disk of a teacher cache for
+    each benign target. `products`: floating-point operations of a step in all processes together, in matrix products and attention."""
     weights: int
     gathered: int
     adapter: int
     activations: int
     kl: int
+    cached: int
     products: int
 
     @property
@@ -130,10 +133,17 @@ def chunk_bytes(config: CircuitBreakerConfig, rows: int, share: float, vocabular
     return 2 * 4 * vocabulary * min(chunk_for(vocabulary, torch.device(device)), int(rows * config.max_length * share))
 
 
+def weight_bytes(student: nn.Module, quantize: str) -> int:
+    "Bytes of the frozen weights; with 4bit those of the blocks' linears take half a byte, and a float32 for each 64 of them."
+    frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
+    packed = [m.weight for b in decoder_blocks(student) for m in b.modules() if quantize == "4bit" and isinstance(m, nn.Linear) and id(m.weight) in frozen]
+    return bytes_of(frozen.values()) - bytes_of(packed) + sum(p.numel() * 9 // 16 for p in packed)
+
+
 @cache
 def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) -> tuple:
     """One micro-batch of `rows` harmful and benign rows, forward and backward, without storage: bytes of `(frozen weights, the largest block, output layer, adapter)`, the
-    peak of all else, floating-point operations in products, and the vocabulary. `shape`: a model's configuration as JSON, so that plans of one model need not run twice."""
+    peak of all else, floating-point operations in products, and the output layer's shape. `shape`: a model's configuration as JSON, so that plans of one model need not run twice."""
     settings = json.loads(shape)
     student = empty_student(config, AutoConfig.for_model(settings.pop("model_type"), **settings))
     with FakeTensorMode():
@@ -142,7 +152,7 @@ def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) 
         norm = next((module for name, module in find_decoder(student).named_children() if "norm" in name), None)
         head = Head(norm, layer, lambda h: h.float() @ layer.weight.float().T)
         breaker = CircuitBreaker(student, config, head=head).train()
-        frozen, trained = ([p for p in student.parameters() if p.requires_grad == wanted] for wanted in (False, True))
+        trained = [p for p in student.parameters() if p.requires_grad]
         for p in trained: p.grad = torch.zeros_like(p)
         batch = [rows_of(rows, config.max_length, share) for _ in range(2)]
         with Counted() as counted:
@@ -150,7 +160,7 @@ def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) 
             sum(terms.values()).backward()
             del terms
     largest = max(bytes_of(b.parameters()) for b in decoder_blocks(student))
-    return bytes_of(frozen), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape[0]
+    return weight_bytes(student, config.quantize), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape
 
 
 def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, shape: PretrainedConfig | None = None, device: str = "cuda") -> Plan:
@@ -158,9 +168,10 @@ def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = Fal
     by default `model_shape(config.model)`. `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
     rows, micro_batches = shares(config, processes)
     same = replace(config, batch_size=1, gradient_accumulation_steps=1)  # for one micro-batch it makes no difference
-    weights, block, head, adapter, peak, products, vocabulary = run_once(same, json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str), rows, share)
+    weights, block, head, adapter, peak, products, (vocabulary, width) = run_once(same, json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str), rows, share)
     here, there = (chunk_bytes(config, rows, share, vocabulary, where) for where in ("cpu", device))
-    return Plan(weights // processes if fsdp else weights, 2 * block + head if fsdp else 0, 4 * adapter, peak + there - here, there, products * micro_batches * processes)
+    cached = (len(config.target_layers) + 1) * width * DTYPES[config.dtype].itemsize
+    return Plan(weights // processes if fsdp else weights, 2 * block + head if fsdp else 0, 4 * adapter, peak + there - here, there, cached, products * micro_batches * processes)
 
 
 # %% ../nbs/15_plan.ipynb #748a9520
@@ -195,15 +206,16 @@ def advice(config: CircuitBreakerConfig, processes: int, fsdp: bool, share: floa
 
 
 def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5):
-    "Yields the lines that `cbnb plan` prints: the parts in GB, the time of a step, and for each card whether it fits or what to change."
+    "Yields the lines that `cbnb plan` prints: the parts, the time of a step, and for each card whether it fits or what to change."
     plan = plan_step(config, processes, fsdp, share)
     rows, micro_batches = shares(config, processes)
     yield (f"{config.model}: {rows} harmful and {rows} benign rows of {config.max_length} tokens a micro-batch, {micro_batches} micro-batch{'es' * (micro_batches > 1)} a step"
            + (f", in each of {processes} processes" if processes > 1 else ""))
     parts = (("weights, frozen" + (" (its part)" if fsdp else ""), plan.weights), *((("weights brought together for a block", plan.gathered),) if fsdp else ()),
              ("adapter, gradient and optimizer", plan.adapter), ("activations at the peak", plan.activations), ("  of which KL buffers at most", plan.kl), ("together", plan.total))
-    for name, size in parts: yield f"  {name:40}{size / 1e9:9.2f} GB"
-    yield f"  {'a step on H100s, if 40 % is reached':40}{seconds(plan, processes):9.2f} s"
+    for name, size in parts: yield f"  {name:46}{size_words(size):>9}"
+    yield f"  {'on disk, a teacher cache of a million targets':46}{size_words(1e6 * plan.cached):>9}"
+    yield f"  {'a step on H100s, if 40 % is reached':46}{format_number(seconds(plan, processes)):>6} s"
     for card, room in CARDS.items():
         if plan.total <= room: yield f"fits a card of {card}"
         elif found := advice(config, processes, fsdp, share, room): yield f"does not fit a card of {card}: {found} does"
