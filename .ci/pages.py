@@ -110,7 +110,7 @@ def docs():
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)
     shutil.copy(ROOT / ".ci" / "site.css", PROC / "site.css")
-    for folder in ("pictures", "examples"): shutil.copytree(NBS / folder, PROC / folder)
+    for folder in ("pictures", "examples"): shutil.copytree(NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.ipynb"), dirs_exist_ok=True)
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "--clean", "--quiet", "-f", str(ROOT / ".ci" / "mkdocs.yml")], check=True,
                    env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})         # its theme announces an end of life at every build
     for page in SITE.rglob("*.html"): write(page, without_remote_scripts(page.read_text(encoding="utf-8")))

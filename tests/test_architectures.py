@@ -1,6 +1,6 @@
 """Every preset's architecture, and some more, for real: a tiny model with random weights and the stock tokenizer, saved to a folder, through load, mask, train, save,
 plain peft, evaluation and merge."""
-import importlib.util, json, sys
+import copy, importlib.util, json, sys
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ LLAMA31 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fa
 
 def with_template(make, name):
     "A tokenizer with the chat template of that name that TRL ships."
-    tokenizer = make()
+    tokenizer = copy.deepcopy(make())  # other tests have the same one
     tokenizer.chat_template = trl_template(name)
     return tokenizer
 

@@ -84,13 +84,9 @@ def early(slurm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("early")
     short = few(folder, total_steps=3)
     published = slurm.submit("slurm/tests/train_kl.sbatch", *short, SWEEP=str(slurm.runs / "train_kl"))
-    several = few(folder, total_steps=60, batch_size=2, gradient_accumulation_steps=2, lora_dropout=0.0, preset="tinyagent")
-    multi = slurm.submit("--ntasks-per-node=1", "--cpus-per-task=1", "--gres=gpu:1", "--mem=1000", "slurm/05_train_multi.sbatch", *several, RUN_DIR=str(slurm.runs / "multi"))
     said = cbnb("ablate", toy(folder, LIMITED, "{x: [1]}"), "--slurm", **{"runs": slurm.runs / "limited"} | slurm_env(slurm), SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="B:USR2@40")
     assert said.returncode == 0, said.stdout
-    # what the batch script sets of the published run, and the arguments that win over it
-    short = ["-p", "beta_kl", "0.5", "-p", "kl_temperature", "1.0", "-p", "alpha_max", "10.0", "-p", "alpha_decay_multiplier", "2.0", *several]
-    return {"published": published, "limited": re.search(r"job (\d+): 1 runs", said.stdout)[1], "multi": multi, "short": short}
+    return {"published": published, "limited": re.search(r"job (\d+): 1 runs", said.stdout)[1]}
 
 
 def slurm_env(slurm): return {k: v for k, v in slurm.env.items() if k != "CBNB_RUNS"}
@@ -183,17 +179,20 @@ def test_preempted_and_signalled_yet_the_same(slurm, sweep):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_two_nodes_make_one_run(slurm, early):
+def test_two_nodes_make_one_run(slurm, tmp_path):
     "A process on each of two nodes, signalled on the way: it goes on, by two again, and ends like a run of one process."
-    path = slurm.runs / "multi"
+    path, several = slurm.runs / "multi", few(tmp_path, total_steps=60, batch_size=2, gradient_accumulation_steps=2, lora_dropout=0.0, preset="tinyagent")
+    multi = slurm.submit("--ntasks-per-node=1", "--cpus-per-task=1", "--gres=gpu:1", "--mem=1000", "slurm/05_train_multi.sbatch", *several, RUN_DIR=str(path))
     def step(): return metrics(path)[-1]["step"] if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").stat().st_size else 0
     slurm.until(lambda: step() >= 3, 300)
-    slurm.say("scancel", "--signal=USR2", "--batch", early["multi"])
+    slurm.say("scancel", "--signal=USR2", "--batch", multi)
     slurm.until(lambda: load(path / "status.json")["state"] == "done", 400)
-    status, log = load(path / "status.json"), (slurm.runs / f"{early['multi']}.out").read_text()
+    status, log = load(path / "status.json"), (slurm.runs / f"{multi}.out").read_text()
     assert (status["processes"], status["attempt"]) == (2, 2) and 3 <= status["resumed_step"] < 60, (status, log[-2000:])
     for name in ("out.1.ipynb", "out.1.rank1.ipynb", "out.2.ipynb", "out.2.rank1.ipynb"): assert (path / name).is_file(), log[-2000:]
-    one = papermill(slurm.runs / "one.ipynb", *early["short"], runs=slurm.runs / "one")
+    # what the batch script sets of the published run, and the arguments that win over it
+    published = ["-p", "beta_kl", "0.5", "-p", "kl_temperature", "1.0", "-p", "alpha_max", "10.0", "-p", "alpha_decay_multiplier", "2.0"]
+    one = papermill(slurm.runs / "one.ipynb", *published, *several, runs=slurm.runs / "one")
     assert one.returncode == 0, one.stdout[-2000:]
     (other,) = (p.parent for p in (slurm.runs / "one").glob("*/*/metrics.jsonl"))
     for a, b in zip(metrics(other), metrics(path), strict=True):
