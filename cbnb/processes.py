@@ -7,7 +7,6 @@ __all__ = ['WAIT', 'rank', 'world_size', 'is_first', 'join', 'from_first', 'any_
 
 # %% ../nbs/03a_processes.ipynb #1f4571e8
 import os
-from contextlib import nullcontext
 from datetime import timedelta
 
 # %% ../nbs/03a_processes.ipynb #dc317a5c

@@ -445,7 +445,7 @@ def stage(run, name, stops=True):
             yield
         except BaseException as e:
             if is_full_disk(e): full = RunError(full_disk_words(run.path, e))
-            error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:300 if world_size() > 1 else 500]
+            error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:500]
             ended = isinstance(e, (KeyboardInterrupt, RunInterrupted))
             if world_size() > 1:
                 if told := first_error(run): error, ended = told, False

@@ -2,7 +2,7 @@
 
 usage: plan_peak.py CASE     a key of CASES; prints the peak in bytes: what came on top of the imported libraries
 """
-import json, os, subprocess, sys
+import os, subprocess, sys
 
 CASES = {  # name: (settings of the run, kind of model, its shape)
     "large vocabulary": (dict(batch_size=8, max_length=256, target_layers=(4, 8), lora_layers=(0, 11)), "llama",

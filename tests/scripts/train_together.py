@@ -2,7 +2,7 @@
 
 usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": overrides, "stop_after": step or null, "teacher_cache"}
 """
-import json, math, sys
+import json, sys
 
 import torch
 from transformers import TrainerCallback
@@ -12,7 +12,7 @@ from cbnb.data import encode_stream
 from cbnb.evaluation import evaluate
 from cbnb.masks import ChatMasker
 from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.processes import is_first, join, rank, world_size
+from cbnb.processes import join, rank, world_size
 from cbnb.runs import open_run, stage, write_result
 from cbnb.teacher_cache import open_cache
 from cbnb.tinyagent import make_transcripts
