@@ -34,7 +34,7 @@ def template(end):
 
 @pytest.mark.parametrize("end, special", [
     ("<|eot|><|endofturn|>", ("<|eot|>", "<|endofturn|>")), ("</s>\n<|end|>", ("</s>", "<|end|>")),
-    ("<|end|><|end|>", ("<|end|>",)), ("\n###END OF MY TURN", ("<|eos|>",)), ("[END] [/END]", ("[END]", "<|eos|>"))])
+    ("<|end|><|end|>", ("<|end|>",)), ("\n###END OF MY TURN", ("<|eos|>",)), ("[END] <|eos|>", ("[END]", "<|eos|>"))])
 @pytest.mark.parametrize("messages", [CHAT, CALLS])
 def test_an_end_of_turn_of_several_tokens_is_trained_whole(end, special, messages):
     tokenizer = tokenizer_with(*special)
