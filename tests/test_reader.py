@@ -217,6 +217,15 @@ def test_a_cut_off_call_is_none():
     assert reader.read(ids).calls and not reader.read(ids[:-3]).calls and not reader.read(ids[:-3]).ended
 
 
+def test_an_end_of_turn_of_two_tokens_is_one_end():
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or () %}<tool_call>{{ c.function | tojson }}</tool_call>" \
+             "{% endfor %}<|im_end|><|endoftext|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    reader, end = derive_reader(ChatMasker(qwen3(), source)), qwen3().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert reader.ends == (tuple(end),) and not reader.cannot
+    answer, _ = answer_to(reader, CALL)
+    assert answer.calls and answer.ended
+
+
 def main():
     for name in names():
         if sys.argv[1:] and not any(word in name for word in sys.argv[1:]): continue
