@@ -392,7 +392,7 @@ def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dic
     elsewhere = [w for w in unknown if any(fits(name, w) for name, _ in model.named_modules() if name not in linears)]
     listed = ", ".join(map(repr, elsewhere or unknown))
     plain = sorted({name.rpartition(".")[2] for name in linears})
-    why = "which is no linear of a decoder block, and nothing else can be rerouted" if elsewhere else f"which this model has not{nearest(unknown[0], plain)}"
+    why = "which is no linear of a decoder block, and nothing else can be rerouted" if elsewhere else f"which this model has not{nearest(unknown[0], plain) if len(unknown) == 1 else ''}"
     experts = f", and its fused experts' weights {', '.join(short_names(fused))}" if fused else ""
     return ConfigError(f"lora_modules holds {listed}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: list those that are to be adapted")
 

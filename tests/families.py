@@ -18,7 +18,7 @@ SMALL = dict(
     mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_d_ssm=64, ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, state_size=8,
     hidden_size_per_layer_input=8, vocab_size_per_layer_input=96, laurel_rank=8)
 
-LATENT = dict(head_dim=8, qk_head_dim=16)  # multi-head latent attention: heads of the rotary part, of both parts
+LATENT = dict(head_dim=8, qk_head_dim=16, num_key_value_heads=4)  # multi-head latent attention: heads of the rotary part, of both parts
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=14)
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 LATENT_LINEARS = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"
@@ -65,7 +65,7 @@ FAMILIES = {
     "Phi 3.5 MoE": ("phimoe", {}, ATTENTION),
     "DeepSeek V3": ("deepseek_v3", LATENT, f"{LATENT_LINEARS},shared_experts.down_proj,{FUSED}"),
     "DeepSeek V3.2": ("deepseek_v32", LATENT, f"{LATENT_LINEARS},{DENSE}"),
-    "DeepSeek V4": ("deepseek_v4", dict(o_groups=2, o_lora_rank=8), f"q_a_proj,q_b_proj,kv_proj,o_b_proj,{FUSED}"),
+    "DeepSeek V4": ("deepseek_v4", dict(o_groups=2, o_lora_rank=8), f"q_a_proj,q_b_proj,self_attn.kv_proj,o_b_proj,{FUSED}"),
     "GLM 4": ("glm4", {}, "q_proj,k_proj,v_proj,o_proj,gate_up_proj,down_proj"),
     "GLM 4.5": ("glm4_moe", {}, f"{ATTENTION},{DENSE},{FUSED}"),
     "Kimi-Linear": ("kimi_linear", {}, "q_proj,k_proj,v_proj,o_proj"),
