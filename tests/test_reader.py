@@ -226,6 +226,33 @@ def test_an_end_of_turn_of_two_tokens_is_one_end():
     assert answer.calls and answer.ended
 
 
+ODD = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or () %}<tool_call>{{ c.function.name }}
+{% for k, v in c.function.arguments.items() %}{{ k }}: {% if v is string %}text({{ v }}).
+{% else %}value[{{ v | tojson }}];
+{% endif %}{% endfor %}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+RESPONSE = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assistant\n", "fields": {
+    "tool_calls": {"open_pattern": r"<tool_call>(?P<name>\S+)\n", "close_pattern": r"</tool_call>", "repeats": True, "content": "xml-inline",
+                   "content_args": {"tag_pattern": r"(?P<key>\w+): (?:text\(|value\[)(?P<value>.*?)(?:\)\.|\];)\n", "value_parser": {"name": "text"}},
+                   "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}},
+    "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}}}
+
+
+def test_a_response_template_reads_where_no_inverse_is_derived_and_only_if_it_gives_all_back():
+    own = copy.deepcopy(qwen3())
+    own.chat_template = ODD
+    assert derive_reader(ChatMasker(own)).cannot
+    own.response_template = RESPONSE
+    reader = derive_reader(ChatMasker(own))
+    assert not reader.cannot and reader.prefix is not None
+    answer, _ = answer_to(reader, CALL)
+    assert answer.calls == [CALL["tool_calls"][0]["function"]] and answer.ended and answer.markers
+    own.response_template = {**RESPONSE, "fields": {**RESPONSE["fields"], "tool_calls": {**RESPONSE["fields"]["tool_calls"], "repeats": False}}}
+    assert "cannot be read back" in derive_reader(ChatMasker(own)).cannot
+
+
 def main():
     for name in names():
         if sys.argv[1:] and not any(word in name for word in sys.argv[1:]): continue
