@@ -293,13 +293,15 @@ def add_plan(commands):
 
 def run_plan(args):
     "Carries out `cbnb plan`."
-    from cbnb.ablation import RUN_ONLY, complete
-    from cbnb.config import get_config
+    from cbnb.ablation import complete, run_settings
+    from cbnb.settings import check_processes
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     values, whole = complete(given, notebook_parameters(notebook))
     if whole.get("teacher"): raise CommandError("a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan")
     if not 0 < args.target_share <= 1: raise CommandError(f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given")
-    config = get_config(whole["preset"], **{k: v for k, v in whole.items() if k not in RUN_ONLY})
+    config, told = run_settings(whole)
+    check_processes(config, values.get("fsdp", False), args.gpus)
+    for line in told: print(f"note: {line}")
     from cbnb.plan import plan_lines  # seconds: torch
     for line in plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share): print(line, flush=True)
     return 0
