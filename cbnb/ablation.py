@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', 'Parameter', 'read_notebook', 'comments',
            'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'run_settings',
-           'check_settings', 'listed', 'absolute_files', 'complete', 'runs_of', 'content_hash', 'data_hash',
-           'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run', 'write_sweep']
+           'check_settings', 'listed', 'named_files', 'absolute_files', 'complete', 'runs_of', 'content_hash',
+           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run',
+           'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -25,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
-from .settings import PUBLISHED, model_facts, settings_of
+from .settings import PUBLISHED, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
@@ -163,7 +164,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def run_settings(parameters):
@@ -188,6 +189,7 @@ def check_settings(parameters):
     for name in ("data", "eval_data"):
         for file in listed(parameters.get(name) or ""):
             if file != "tinyagent" and not Path(file).exists(): raise RunError(f"{name} names {file}, which is not there: give the path of a transcript file")
+    template_source(parameters.get("chat_template") or ""), template_values(parameters.get("template_variables") or "")
     return told
 
 
@@ -196,14 +198,20 @@ def listed(text):
     return [part.strip() for part in text.split(",") if part.strip()]
 
 # %% ../nbs/11_ablation.ipynb #30ede181
-FILE_PARAMETERS = ("data", "eval_data", "model", "teacher")   # paths, or names that are none
+FILE_PARAMETERS = ("data", "eval_data", "model", "teacher", "chat_template")   # paths, or names that are none
+
+
+def named_files(name, value):
+    "The parts of a parameter of `FILE_PARAMETERS` that may be paths: of a comma string, or the one that it is; a template's own text is none."
+    if name == "chat_template": return [] if not value or is_source(value) else [value]
+    return listed(value or "")
 
 
 def absolute_files(name, value):
     "`value` with each of its parts that is an existing relative path made absolute: a job need not start where it was submitted."
     if name == "teacher_cache" and value: return str(Path(value).expanduser().resolve())  # made by the first run
-    if name not in FILE_PARAMETERS or not value: return value
-    return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in listed(value))
+    if name not in FILE_PARAMETERS or not (parts := named_files(name, value)): return value
+    return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in parts)
 
 
 def complete(run, declared):
@@ -254,7 +262,7 @@ def data_hash(parameters, cache):
     found = []
     for name in FILE_PARAMETERS:
         value = parameters.get(name)
-        for part in listed(value) if isinstance(value, str) else ():
+        for part in named_files(name, value) if isinstance(value, str) else ():
             path = TINYAGENT if part == "tinyagent" else Path(part)
             if path.exists(): found.append([name, content_hash(path, cache)])
     return parameters_hash({"files": found})

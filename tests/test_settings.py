@@ -62,7 +62,7 @@ def test_a_preset_of_another_model_is_told(tmp_path, deep):
     assert nowhere.returncode == 2 and "no such model folder" in nowhere.stdout and "Traceback" not in nowhere.stdout
 
 
-def test_the_preflight_tells_and_looks_at_four_bits(tmp_path, deep):
+def test_the_preflight_tells_and_loads_what_the_run_loads(tmp_path, deep):
     from test_preflight import review
     from cbnb.tinyagent import KINDS, make_transcripts
     from cbnb.transcripts import write_transcripts
@@ -72,6 +72,8 @@ def test_the_preflight_tells_and_looks_at_four_bits(tmp_path, deep):
     (weights,) = [c for c in made["checks"] if c["name"] == "weights"]
     told = " · ".join(p["text"] for p in weights["points"] if p["verdict"] == "warn")
     assert all(words in told for words in ("no preset is for", "fsdp is not looked at", "kl_temperature 2 changes the measured KL only")), told
+    _, refused = review(tmp_path / "bits", tmp_path, until="direction", quantize="4bit")   # there is no GPU that could: the run could not start, either
+    assert "detachment" in refused and ("bitsandbytes" in refused or "4-bit" in refused), refused
 
 
 @pytest.mark.parametrize("given, words", [
@@ -95,3 +97,69 @@ def test_fsdp_alone_is_refused(tmp_path):
     assert refused.returncode != 0 and "there is one: start more by torchrun" in load(tmp_path / "run" / "status.json")["error"]
     planned = cbnb("plan", "--fsdp", runs=tmp_path)
     assert planned.returncode == 2 and "fsdp shares the weights" in planned.stdout
+
+
+TEMPLATE = "{% if date_string is defined %}{{ 'Today: ' ~ date_string ~ '\n' }}{% endif %}"
+
+
+@pytest.fixture
+def template(tmp_path):
+    "A file with the tiny agent's template behind a line with a date that is given to it."
+    from cbnb.models import load_tokenizer
+    path = tmp_path / "mine.jinja"
+    path.write_text(TEMPLATE + load_tokenizer("tinyagent").chat_template)
+    return path
+
+
+def test_a_run_keeps_its_template(tmp_path, template):
+    "Masks, prompts and card go by the given template and variables, and so does the run that goes on after the file has changed."
+    from cbnb.models import load_tokenizer
+    given = few(tmp_path, total_steps=2, chat_template=template, template_variables="date_string=26 Jul 2024", run_dir=tmp_path / "run")
+    done = papermill(tmp_path / "1.ipynb", *given)
+    assert done.returncode == 0, done.stdout[-3000:]
+    source, kept = template.read_text(), load(tmp_path / "run" / "chat_template.json")
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == source == (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text()
+    assert kept["template_variables"] == {"date_string": "26 Jul 2024"}
+    assert '`date_string="26 Jul 2024"`' in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    shown = (tmp_path / "1.ipynb").read_text()   # the mask table of the first transcript
+    assert "26 Jul 2024" in shown or "Jul" in shown
+    status = tmp_path / "run" / "status.json"
+    status.write_text(json.dumps(load(status) | {"state": "interrupted"}))
+    template.write_text(load_tokenizer("tinyagent").chat_template)
+    again = papermill(tmp_path / "2.ipynb", *given)
+    assert again.returncode == 0 and "mine.jinja has changed since the run began" in (tmp_path / "2.ipynb").read_text(), again.stdout[-3000:]
+    other = papermill(tmp_path / "3.ipynb", *given, "-p", "template_variables", "date_string=27 Jul 2024")
+    assert other.returncode != 0 and "was started with other parameters" in other.stdout
+
+
+def test_every_command_makes_the_same_masks(tmp_path, template):
+    "cbnb masks, train's parameters and the explorer give one text; a variable that the template never reads and a broken one are refused, each in a sentence."
+    from cbnb.settings import make_masker
+    from cbnb.tinyagent import make_transcripts
+    from cbnb.transcripts import write_transcripts
+    from cbnb.widgets.masks import mask_explorer
+    write_transcripts(tmp_path / "data.jsonl", transcripts := make_transcripts("plain", 2))
+    variables = 'date_string="26 Jul, 2024"'
+    masker, _ = make_masker("tinyagent", chat_template=str(template), template_variables=variables)
+    (encoded,) = masker.encode_batch(transcripts[:1])
+    assert encoded.text.startswith("Today: 26 Jul, 2024\n")
+    shown = mask_explorer(transcripts, chat_template=str(template), template_variables=variables)
+    assert shown.explored.encoded.text == encoded.text
+    flags = ("masks", tmp_path / "data.jsonl", "--model", "tinyagent", "--chat-template", template)
+    said = cbnb(*flags, "--template-variables", variables, runs=tmp_path)
+    assert said.returncode == 0 and "26 Jul, 2024" in said.stdout.replace("·", " ").replace("␣", " "), said.stdout[:2000]
+    for wrong, words in (("today=1", "the chat template never reads 'today'"), ("date_string", "wants name=value"), ("date_string=", "has no value")):
+        refused = cbnb(*flags, "--template-variables", wrong, runs=tmp_path)
+        assert refused.returncode == 2 and words in refused.stdout and "Traceback" not in refused.stdout, refused.stdout
+    assert "would do nothing" in cbnb(*flags, "--truncation", "left", runs=tmp_path).stdout
+
+
+def test_a_sweep_keys_the_template_by_its_content(tmp_path, template):
+    spec = tmp_path / "s.yaml"
+    spec.write_text(json.dumps({"parameters": little_data(tmp_path) | {"chat_template": str(template), "template_variables": "date_string=now"}}))
+    first = cbnb("ablate", spec, "--dry-run", "--local", 1, runs=tmp_path).stdout
+    template.write_text(template.read_text() + " ")
+    second = cbnb("ablate", spec, "--dry-run", "--local", 1, runs=tmp_path).stdout
+    assert "1 to start" in first and first.splitlines()[0] != second.splitlines()[0]
+    spec.write_text(json.dumps({"parameters": {"chat_template": "/no/such.jinja"}}))
+    assert "cannot be read" in cbnb("ablate", spec, "--dry-run", "--local", 1, runs=tmp_path).stdout
