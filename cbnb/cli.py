@@ -23,7 +23,7 @@ import cbnb
 from .ablation import find_file, notebook_parameters
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
 from .config import ConfigError
-from .masks import CONTROL_MODES, ChatMasker
+from .masks import CONTROL_MODES, TOOL_CALL_FORMATS, ChatMasker
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
@@ -41,16 +41,17 @@ def first_line(error):
     return visible((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def load_masker(model, chat_template=None, control="error"):
+def load_masker(model, chat_template=None, control="error", tool_call_format="template"):
     """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id) and the Jinja source in the file `chat_template`, by
-    default its own; `control` as in ChatMasker. Raises CommandError."""
+    default its own; `control` and `tool_call_format` as in ChatMasker. Raises CommandError."""
     try: template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e: raise CommandError(f"the chat template {chat_template} cannot be read: {e}") from None
     from cbnb.models import load_tokenizer  # seconds: transformers and torch
     try: tokenizer = load_tokenizer(model)
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
-    return ChatMasker(tokenizer, template, control)
+    try: return ChatMasker(tokenizer, template, control, tool_call_format=tool_call_format)
+    except MaskError as e: raise CommandError(str(e)) from None
 
 # %% ../nbs/30_cli.ipynb #0643cae5
 def load_policy(name):
@@ -100,6 +101,8 @@ def add_masks(commands):
     p.add_argument("--chat-template", metavar="FILE", help="a Jinja file to use in place of the tokenizer's own")
     p.add_argument("--control", default="error", choices=CONTROL_MODES,
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
+    p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
+                   help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
@@ -125,7 +128,7 @@ def audit_file(args):
     policy, page = load_policy(args.policy), args.html and Path(args.html)
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
-    masker = load_masker(args.model, args.chat_template, args.control)
+    masker = load_masker(args.model, args.chat_template, args.control, args.tool_call_format)
     return audit(reader, masker, policy, args.max_length, args.truncation, args.limit)
 
 
