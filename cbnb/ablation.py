@@ -164,7 +164,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def run_settings(parameters):

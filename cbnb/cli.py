@@ -23,7 +23,7 @@ import cbnb
 from .ablation import find_file, notebook_parameters
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
 from .config import ConfigError
-from .masks import CONTROL_MODES
+from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
@@ -42,10 +42,10 @@ def first_line(error):
     return visible((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def load_masker(model, control="error", chat_template="", template_variables=""):
+def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template"):
     """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.settings.make_masker`; what it has to tell goes to stderr. Raises
     CommandError where there is no tokenizer, and what `make_masker` raises."""
-    try: masker, told = make_masker(model, control, chat_template, template_variables)
+    try: masker, told = make_masker(model, control, chat_template, template_variables, tool_call_format=tool_call_format)
     except (ParameterError, MaskError): raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
@@ -101,6 +101,8 @@ def add_masks(commands):
     p.add_argument("--template-variables", metavar="NAME=VALUE,...", default="", help="what the template reads: enable_thinking=false,date_string=\"26 Jul 2024\"")
     p.add_argument("--control", default="error", choices=CONTROL_MODES,
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
+    p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
+                   help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
@@ -127,7 +129,7 @@ def audit_file(args):
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
     if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
-    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables)
+    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
     return audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 

@@ -206,7 +206,8 @@ def has_changed(tokenizer, source, chat_template):
     except (ParameterError, ValueError): return True
 
 
-def make_masker(model, control="error", chat_template="", template_variables="", trust_remote_code=False, folder=None):
+def make_masker(model, control="error", chat_template="", template_variables="", trust_remote_code=False, folder=None,
+                tool_call_format="template"):
     """`(ChatMasker, told)` of a run with these parameters: the one way in which train, pre-flight, evaluation, `cbnb masks` and the explorers make theirs.
 
     `model`: a name as `load_tokenizer` takes it, or a tokenizer. With `folder`, a run directory, the template and its variables are kept there at the first call and
@@ -215,7 +216,8 @@ def make_masker(model, control="error", chat_template="", template_variables="",
     from cbnb.models import load_tokenizer   # seconds: transformers and torch
     tokenizer = load_tokenizer(str(model), trust_remote_code) if isinstance(model, (str, Path)) else model
     kept, values, told = kept_template(folder) if folder is not None else None, template_values(template_variables), []
-    masker = ChatMasker(tokenizer, kept["source"] if kept else template_source(chat_template), control, template_variables=values)
+    masker = ChatMasker(tokenizer, kept["source"] if kept else template_source(chat_template), control, template_variables=values,
+                        tool_call_format=tool_call_format)
     if kept and has_changed(tokenizer, kept["source"], chat_template):
         told.append(f"{'the chat template' if not chat_template or is_source(chat_template) else chat_template} has changed since the run began: "
                     f"the run's own is used ({Path(folder) / KEPT_TEMPLATE})")
@@ -223,4 +225,5 @@ def make_masker(model, control="error", chat_template="", template_variables="",
     if "strftime_now" in template_inputs(template_of(masker)) and not any("date" in name for name in values):
         told.append(f"the chat template asks for today's date: in masks, prompts and answers it is always {FROZEN_NOW:%-d %B %Y}; template_variables sets another "
                     "where the template reads one, such as date_string")
+    if tool_call_format != "template": told.append(f"tool calls are written by the adaptation {tool_call_format}, in front of the chat template")
     return masker, told

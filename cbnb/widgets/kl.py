@@ -292,7 +292,8 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     given = (read_json(run / "params.json") or {}) if run else {}
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     kept = (kept_template(run) or {}).get("source", "") if run else ""
-    masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code)
+    masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
+                             tool_call_format=given.get("tool_call_format") or "template")
     def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
     renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
