@@ -50,22 +50,23 @@ def tolerance(model: nn.Module) -> float:
 
 @contextmanager
 def shaken(student: PeftModel):
-    "Inside, the adapter does something (a fresh one is a no-op), in training mode without dropout; afterwards all is as before."
+    "Inside, the adapter does something (a fresh one is a no-op), in training mode without anything drawn by chance; afterwards all is as before."
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     before, modes = {name: p.detach().clone() for name, p in trained.items()}, [(m, m.training) for m in student.modules()]
-    dropouts = [(m, m.p) for m in student.modules() if isinstance(m, nn.Dropout)]
+    chance = [(m, name, value) for m in student.modules() for name, value in vars(m).items() if isinstance(value, float)
+              and (name == "p" and isinstance(m, nn.Dropout) or "dropout" in name or "jitter" in name)]  # attention's and routers' own
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         generator = torch.Generator().manual_seed(0)
         try:
             student.train()
-            for m, _ in dropouts: m.p = 0.0
+            for m, name, _ in chance: setattr(m, name, 0.0)
             with torch.no_grad():
                 for p in trained.values(): p.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
             yield trained
         finally:
             with torch.no_grad():
                 for name, p in trained.items(): p.copy_(before[name])
-            for m, p in dropouts: m.p = p
+            for m, name, value in chance: setattr(m, name, value)
             for m, training in modes: m.training = training
 
 # %% ../nbs/04c_model_checks.ipynb #46bc64c3
@@ -120,7 +121,7 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
                 (g, w) = (torch.cat([part.flatten().double() for part in side]) for side in zip(*pairs))
                 found = max(*(off(a, b) for a, b in zip(states, reference)), ((g - w).norm() / w.norm()).item())
                 if not found <= tolerance(student): raise ConfigError(f"{what}: states or gradients are {found:.1%} off")
-    bare = [n for (n, p), g in zip(trained.items(), wanted) if g is None and not re.search(r"\.\d+\..*\.\d+\.", n)]
+    bare = [n for (n, p), g in zip(trained.items(), wanted) if g is None and "lora_" in n and not re.search(r"\.\d+\..*\.\d+\.", n)]
     if bare: raise ConfigError(f"{len(bare)} tensors of the adapter get no gradient in this {name}, the first is {bare[0]}: leave what they sit on out of lora_modules")
 
 
@@ -170,5 +171,5 @@ def check_packing(model: nn.Module) -> None:
         finally: causal_lm.train(training)
         _PACKED[model] = found
     if not _PACKED[model] <= tolerance(model):
-        raise ConfigError(f"rows cannot be packed for this {type(model).__name__}: its blocks mix the samples of a row (linear attention, a convolution or a state space), "
+        raise ConfigError(f"rows cannot be packed for this {type(model).__name__}: its blocks mix the samples of a row (as linear attention, convolutions and state spaces do), "
                           f"states are {_PACKED[model]:.0%} off; pad them (cbnb.data.pad_rows)")

@@ -13,11 +13,12 @@ from cbnb.models import add_adapter, auto_class, load_model, reach, reach_shares
 
 REFUSED = {"BERT": "no list of 4 blocks can be found"}
 MIXES = {"Qwen3-Next", "Qwen 3.5", "Qwen 3.5 MoE", "LFM 2", "Granite hybrid", "Nemotron-H", "Falcon-H1", "Falcon Mamba", "Bamba", "Kimi-Linear", "MiniMax", "OLMo hybrid",
-         "RecurrentGemma"}
+         "RecurrentGemma", "gpt-oss", "DeepSeek V4"}  # the last two by their attention
 
 
 def settings(name, **more):
     names = FAMILIES[name][2]
+    if name == "Falcon Mamba": more |= {"hidden_state_mode": "hooks"}  # its hidden_states are not its blocks' outputs, and that is refused
     return get_config("tinyagent", **dict(target_layers=(2,), lora_layers=(1, 3), lora_dropout=0.0, gradient_checkpointing=True) | ({"lora_modules": names} if names else {}) | more)
 
 
