@@ -102,7 +102,9 @@ def passed(student: PeftModel, config: CircuitBreakerConfig, norm, final: bool, 
     (hidden, last), _ = both_passes(student, None, rows, config, norm, final)
     real = rows["attention_mask"].bool()
     states = [h[real] for h in (*hidden.values(), *((last,) if final else ()))]
-    return [s.detach() for s in states], torch.autograd.grad(sum(s.float().square().mean() for s in states), list(trained.values()), allow_unused=True)
+    total = sum(s.float().square().mean() for s in states)
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True) if total.requires_grad else [None] * len(trained)
+    return [s.detach() for s in states], gradients
 
 
 def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
@@ -111,8 +113,12 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
     name, norm = type(student.get_base_model()).__name__, find_head(student).norm
     asked = [s for s in ("early_exit", "shared_prefix") if s in config.savings]
     with shaken(student) as trained:
-        for final in (False, True):
+        for final in (True, False):
             reference, wanted = passed(student, replace(config, savings=("none",)), norm, final, trained)
+            bare = [n for n, g in zip(trained, wanted) if g is None and "lora_" in n and not re.search(r"\.\d+\..*\.\d+\.", n)]
+            if final and bare:
+                raise ConfigError(f"{len(bare)} tensors of the adapter get no gradient in this {name}, the first is {bare[0]}: it is not applied there; "
+                                  "leave what it sits on out of lora_modules")
             for saving in asked:
                 what = f"savings {saving} cannot be had for this {name}, give savings {','.join(s for s in config.savings if s != saving) or 'none'}"
                 with in_words(what): states, gradients = passed(student, replace(config, savings=(saving,)), norm, final, trained)
@@ -121,8 +127,6 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
                 (g, w) = (torch.cat([part.flatten().double() for part in side]) for side in zip(*pairs))
                 found = max(*(off(a, b) for a, b in zip(states, reference)), ((g - w).norm() / w.norm()).item())
                 if not found <= tolerance(student): raise ConfigError(f"{what}: states or gradients are {found:.1%} off")
-    bare = [n for (n, p), g in zip(trained.items(), wanted) if g is None and "lora_" in n and not re.search(r"\.\d+\..*\.\d+\.", n)]
-    if bare: raise ConfigError(f"{len(bare)} tensors of the adapter get no gradient in this {name}, the first is {bare[0]}: leave what they sit on out of lora_modules")
 
 
 def check_tied(student: PeftModel) -> None:
