@@ -24,8 +24,7 @@ from pathlib import Path
 
 import yaml
 
-import cbnb
-from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
+from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
@@ -73,7 +72,7 @@ def notebook_parameters(path):
 # %% ../nbs/11_ablation.ipynb #1b517b85
 def find_file(name):
     "The existing file `name`: from the working directory, the project root, or beside the package; None where it is in none of them."
-    bases = (Path.cwd(), project_root(), Path(cbnb.__file__).parent.parent)
+    bases = (Path.cwd(), project_root(), PACKAGE.parent)
     return next((path.resolve() for base in bases if base and (path := base / Path(name).expanduser()).is_file()), None)
 
 # %% ../nbs/11_ablation.ipynb #9d7ebd20
@@ -291,7 +290,7 @@ def plan_sweep(path):
     notebook = find_file(spec.get("notebook", "nbs/train.ipynb"))
     if notebook is None: raise RunError(f"the notebook {spec.get('notebook', 'nbs/train.ipynb')} is neither here nor in the project: give its path as notebook")
     runs, merged = runs_of(spec, notebook_parameters(notebook))
-    code, cells, cache = source_hash(Path(cbnb.__file__).parent), notebook_hash(notebook), {}
+    code, cells, cache = source_hash(PACKAGE), notebook_hash(notebook), {}
     varied = [name for name in dict.fromkeys(n for values, _ in runs for n in values) if len({str(whole[name]) for _, whole in runs}) > 1]
     made = [{"parameters": values, "all": whole, "key": run_key(whole, cells, code, cache)} for values, whole in runs]
     for run in made: run["dir"] = f"{label(run['parameters'], varied)}-{run['key']['key'][:8]}"

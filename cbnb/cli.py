@@ -27,7 +27,7 @@ from .masks import CONTROL_MODES, ChatMasker
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
-from .runs import ParameterError, RunError, read_json, write_bytes
+from .runs import ParameterError, RunError, read_json, safe_output, write_bytes
 from .targets import SIDES
 from .transcripts import FORMATS, LABELS, TranscriptError, nearest, read_transcripts
 
@@ -361,13 +361,12 @@ def main(argv=None):
     """Runs the command in `argv` (default: the program's arguments) and returns its exit status.
 
     What is wrong with the input is one sentence on stderr; argparse exits with status 2 by itself."""
+    safe_output()   # before --help and argparse's own words
     program = parser()
     args, unknown = program.parse_known_args(argv)
     flags = getattr(args, "flags", ())
     if unknown and flags != []:   # without any the command itself says why
         program.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}")
-    for stream in (sys.stdout, sys.stderr):  # an old terminal gets escapes in place of a crash
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try:
         status = args.run(args)
         sys.stdout.flush()

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['STRICT_JSON', 'CONTROL_MODES', 'strings', 'is_clean', 'check_strings', 'check_messages', 'read_call', 'read_messages',
-           'check_control', 'check_spans', 'check_labels', 'control_modes', 'quoted_stretches', 'Prepared',
-           'ChatMasker']
+           'check_control', 'check_spans', 'check_labels', 'control_modes', 'check_variables', 'quoted_stretches',
+           'Prepared', 'ChatMasker']
 
 # %% ../nbs/01_masks.ipynb #c1d01f32
 import bisect
+import inspect
 import itertools
 import json
 import re
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 
 from .encoders import TextEncoder
 from .policies import Encoded, loss_mask
 from .templates import (
-    KNOWN_ROLES, MAX_MESSAGES, MAX_TEXT_CHARS, MaskError, NONCHARACTER, Traced, compile_template,
-    has_noncharacter, render, trace_render)
+    KNOWN_ROLES, MAX_MESSAGES, MAX_TEXT_CHARS, MaskError, NONCHARACTER, Traced, compile_template, environment,
+    has_noncharacter, render, template_inputs, trace_render)
 from .transcripts import MAX_DEPTH, REASONING_KEYS, InjectionSpan, Transcript, TranscriptError, nearest, read_arguments
 from .turns import IS_COMPLETION, Words, check_foreign, dropped, find_headers, locate_turns, paint, place_tokens, unseen_tools
 
@@ -171,6 +173,26 @@ def control_modes(control):
         if mode not in CONTROL_MODES: raise MaskError(f"control={mode!r} is unknown; use one of {', '.join(CONTROL_MODES)}, or a dict by role")
     return modes, other
 
+# %% ../nbs/01_masks.ipynb #067d225e
+def check_variables(variables, sources, tokenizer):
+    """A copy of the template `variables` (dict of JSON values by name, or None). `sources`: the chat templates (Jinja) that are in use.
+
+    Raises MaskError for what is no such dict, for names that the masker sets itself, and for those that none of `sources` reads, with the
+    nearest one that it does."""
+    if not isinstance(variables, dict | None): raise MaskError(f"template_variables: {variables!r} is no dict of values by name")
+    if not variables: return {}
+    read = {name for source in sources for name in template_inputs(source)} - environment().globals.keys()
+    ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
+    free = sorted(read - ours - tokenizer.special_tokens_map.keys())
+    for name in variables:
+        if name in ours: raise MaskError(f"template_variables: {name!r} is set for each transcript; leave it out")
+        if name not in read:
+            raise MaskError(f"template_variables: the chat template never reads {name!r}{nearest(name, free)}; "
+                            + (f"it reads {', '.join(free)}" if free else "it reads no variables"))
+    check_strings(variables, "template_variables", None)
+    try: return json.loads(STRICT_JSON.encode(variables))
+    except (TypeError, ValueError) as e: raise MaskError(f"template_variables: {variables!r} cannot be written as JSON ({e})") from None
+
 # %% ../nbs/01_masks.ipynb #b08e9b0a
 def quoted_stretches(text, control, quoted, added):
     """Character spans of `text`, between the control tokens that the template wrote, in which those at the spans `quoted` stand.
@@ -210,12 +232,16 @@ class ChatMasker:
 
     `tokenizer`: a fast transformers tokenizer. `chat_template`: Jinja source (default: the tokenizer's own). `control`: what to do with
     control tokens in messages, "error", "allow" or "text", for all roles but the assistant, or a dict by role. `encoder`: see `TextEncoder`.
+    `template_variables`: values by name for what the template reads beside messages and tools, such as `{"enable_thinking": False}`; they
+    count for masks and prompts alike.
     Raises MaskError for a tokenizer without offsets or without a template, and for unknown arguments."""
-    def __init__(self, tokenizer, chat_template=None, control="error", encoder="auto"):
+    def __init__(self, tokenizer, chat_template=None, control="error", encoder="auto", template_variables=None):
         if not getattr(tokenizer, "is_fast", False): raise MaskError("the tokenizer has no offsets; load it with use_fast=True")
         if chat_template is None and not tokenizer.chat_template: raise MaskError("the tokenizer has no chat template; pass chat_template=")
         if not isinstance(chat_template, str | None): raise MaskError(f"chat_template is {type(chat_template).__name__}; pass its Jinja source")
         self.tokenizer, self.chat_template, self.control_modes = tokenizer, chat_template, control_modes(control)
+        sources = [self._source(tools) for tools in (None, [{}])] if template_variables else ()  # some tokenizers have one for tools
+        self.template_variables = check_variables(template_variables, sources, tokenizer)
         self.added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
         special = {*tokenizer.all_special_tokens, *(t.content for t in self.added.values() if t.special)}
         words = sorted((t for t in special if t.strip()), key=len, reverse=True)
@@ -241,13 +267,20 @@ class ChatMasker:
 
     def _source(self, tools): return self.tokenizer.get_chat_template(self.chat_template, tools)
 
+    @property
+    def _variables(self): return {**self.tokenizer.special_tokens_map, **self.template_variables}
+
     def _compare(self, text, messages, tools, source, generation_prompt=False):
-        "Returns `text`, after comparing the first one of its kind with transformers' own."
-        if (source, generation_prompt) in self._compared or "strftime_now" in source: return text  # theirs has today's date
+        "Returns `text`, after comparing the first one of its kind with transformers' own: both with today's date, where there is one."
+        if (source, generation_prompt) in self._compared: return text
+        today = {"strftime_now": lambda format: datetime.now().strftime(format)}
+        def dated(): return render(compile_template(source), messages, tools, {**self._variables, **today}, generation_prompt)
+        ours = dated() if "strftime_now" in template_inputs(source) else text
         try: theirs = self.tokenizer.apply_chat_template(messages, tools, chat_template=source, tokenize=False,
-                                                         add_generation_prompt=generation_prompt)
+                                                         add_generation_prompt=generation_prompt, **self.template_variables)
         except Exception as e: raise MaskError(f"transformers' apply_chat_template refuses this transcript: {e}; change it") from e
-        if text != theirs:
+        if ours != text and dated() != ours: return text  # the clock has moved on
+        if ours != theirs:
             raise MaskError("the text differs from that of apply_chat_template; this version of transformers is not supported")
         self._compared.add((source, generation_prompt))
         return text
@@ -264,8 +297,7 @@ class ChatMasker:
 
     def _trace(self, messages, tools, source, allowed, generation_prompt=False):
         "A Traced whose quoted control tokens are known, and the stretches of its text in which they are to be plain text."
-        traced = trace_render(compile_template(source), messages, tools, self.tokenizer.special_tokens_map, self.control, allowed,
-                              generation_prompt)
+        traced = trace_render(compile_template(source), messages, tools, self._variables, self.control, allowed, generation_prompt)
         self._compare(traced.text, messages, tools, source, generation_prompt)
         if not traced.text: raise MaskError("the chat template writes nothing for this transcript; pass another chat_template")
         if allowed and traced.level is None or any(("control", i) in traced.broken for i in allowed):
@@ -281,7 +313,7 @@ class ChatMasker:
 
     def _turns(self, traced, messages, tools, source):
         "All assistant turns of `traced`; what headers look like is found once a template."
-        template, variables = compile_template(source), self.tokenizer.special_tokens_map
+        template, variables = compile_template(source), self._variables
         if source not in self._headers:
             self._headers[source] = find_headers(template, variables, self.ends)
             check_foreign(template, variables, self._headers[source], self.ends)
@@ -383,7 +415,7 @@ class ChatMasker:
         if allowed:
             traced, stretches = self._trace(messages, tools, source, allowed, generation_prompt=True)
             return traced.text, stretches
-        text = render(compile_template(source), messages, tools, self.tokenizer.special_tokens_map, generation_prompt=True)
+        text = render(compile_template(source), messages, tools, self._variables, generation_prompt=True)
         return self._compare(text, messages, tools, source, generation_prompt=True), []
 
     def prompt_ids(self, messages, tools=None):

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .runs import read_json, read_status, runs_folder, write_bytes
+from .runs import RunError, read_json, read_status, runs_folder, safe_output, write_bytes
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -108,7 +108,10 @@ def describe_run(path) -> str:
 
 # %% ../nbs/12_report.ipynb #451ebf8c
 if __name__ == "__main__" and "__file__" in globals():
-    for folder in sys.argv[1:]: print(describe_run(folder))
+    if len(sys.argv) < 2: sys.exit("usage: python -m cbnb.report RUN_DIR ...")
+    safe_output()
+    try: print(*map(describe_run, sys.argv[1:]), sep="\n")
+    except (RunError, OSError) as e: sys.exit(str(e))
 
 # %% ../nbs/12_report.ipynb #2abb9e40
 def as_float(value) -> float:
