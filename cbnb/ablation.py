@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
+from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_decoding, check_layers, get_config, nearest
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
@@ -162,7 +162,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def check_settings(parameters):
@@ -170,7 +170,7 @@ def check_settings(parameters):
     value out of range, a layer that a tiny agent or a model in a local folder does not have, a data file that is not there."""
     if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters): return
     config = get_config(parameters["preset"], **{k: v for k, v in parameters.items() if k not in RUN_ONLY})
-    if "max_new_tokens" in parameters: check_limits("max_new_tokens", parameters["max_new_tokens"], {"at_least": 1})
+    if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     folder = TINYAGENT if config.model == "tinyagent" else Path(config.model).expanduser()
     layers = (read_json(folder / "config.json") or {}).get("num_hidden_layers") if folder.is_dir() else None
     if isinstance(layers, int): check_layers(config, layers)

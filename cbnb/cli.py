@@ -254,8 +254,9 @@ def run_train(args):
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):
-        from cbnb.report import alarm_lines, readable_table, result_table
+        from cbnb.report import alarm_lines, readable_table, result_notes, result_table
         print(readable_table(result_table(result["before"], result["after"])).to_string())
+        for note in result_notes(result["after"]): print(f"note: {note}")
         for line in alarm_lines(result.get("alarms")): print(f"ALARM {line}")
     print(f"run directory: {path}")
     return status
