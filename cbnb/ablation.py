@@ -184,7 +184,7 @@ def listed(text):
     return [part.strip() for part in text.split(",") if part.strip()]
 
 # %% ../nbs/11_ablation.ipynb #30ede181
-FILE_PARAMETERS = ("data", "eval_data", "model", "teacher")   # paths, or names that are none
+FILE_PARAMETERS = ("data", "eval_data", "model", "teacher", "adapter", "second_adapter")   # paths, or names that are none
 
 
 def absolute_files(name, value):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'PAGE',
            'format_number', 'printable', 'readable_table', 'rate_counts', 'interval_words', 'figures_table',
-           'result_table', 'result_notes', 'alarm_lines', 'describe_run', 'as_float', 'series', 'summary', 'axis_range',
-           'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
-           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
-           'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
+           'results_of', 'result_table', 'result_notes', 'alarm_lines', 'describe_run', 'as_float', 'series', 'summary',
+           'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes',
+           'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes',
+           'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -117,6 +117,11 @@ def figures_table(results: dict[str, dict]) -> pd.DataFrame:
     return table.assign(n=pd.Series(n, dtype="Int64").reindex(table.index)).rename_axis("held out")
 
 
+def results_of(result: dict) -> dict[str, dict]:
+    "The figures in a result.json by name: before and after of a run, or those of each adapter that was evaluated."
+    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after")}
+
+
 def result_table(before: dict, after: dict) -> pd.DataFrame:
     "The `figures_table` of a run: before and after."
     return figures_table({"before": before, "after": after})
@@ -158,8 +163,8 @@ def describe_run(path) -> str:
     status, result = read_status(path), read_json(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
-    if result: lines += ["", readable_table(result_table(result["before"], result["after"])).to_string(), "",
-                         *(f"note: {note}" for note in result_notes(result["after"]))]
+    if result: lines += ["", readable_table(figures_table(results_of(result))).to_string(), "",
+                         *(f"note: {note}" for note in result_notes([*results_of(result).values()][-1]))]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
