@@ -38,7 +38,8 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Adapter:
-    "An adapter to evaluate: its short `name`, its `folder` (None: the model as it is), and the parameters of the run that made it ({}: none)."
+    """An adapter to evaluate: its short `name`, its `folder` (None: the model as it is), and the parameters
+    of the run that made it ({}: none)."""
     name: str
     folder: Path | None = None
     run: Path | None = None
@@ -46,10 +47,11 @@ class Adapter:
 
 
 def find_adapter(name: str) -> Adapter:
-    """The `Adapter` that `name` is: a finished run's directory, an adapter's folder (that of a run too), a hub id, or `none`, the model as it is.
+    """The `Adapter` that `name` is: a finished run's directory, an adapter's folder (that of a run too), a
+    hub id, or `none`, the model as it is.
 
-    Raises RunError, in one sentence, for a run without an adapter and for what is neither there nor on the hub; ValueError as
-    `cbnb.divergence.check_adapter`."""
+    Raises RunError, in one sentence, for a run without an adapter and for what is neither there nor on the
+    hub; ValueError as `cbnb.divergence.check_adapter`."""
     if name in ("", NONE): return Adapter(NONE)
     path = Path(name).expanduser()
     if (path / "params.json").is_file():
@@ -70,14 +72,16 @@ def find_adapter(name: str) -> Adapter:
 
 # %% ../nbs/16_adapters.ipynb #eb08770d
 def find_adapters(first: str, second: str = "") -> list[Adapter]:
-    "One or two adapters (`find_adapter`), the `second` only where it is given; two of one name are told apart by a number."
+    """One or two adapters (`find_adapter`), the `second` only where it is given; two of one name are told
+    apart by a number."""
     found = [find_adapter(name) for name in [first, *([second] if second else [])]]
     if len({a.name for a in found}) < len(found): found[1] = dataclasses.replace(found[1], name=f"{found[1].name}-2")
     return found
 
 # %% ../nbs/16_adapters.ipynb #f8535862
 def base_name(adapters: list[Adapter], model: str | None = None) -> str:
-    """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is known, or two adapters name two."""
+    """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
+    known, or two adapters name two."""
     if model: return model
     found = []
     for a in adapters:
@@ -89,9 +93,9 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
 
 
 def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_layers: str | None = None) -> CircuitBreakerConfig:
-    """The settings of an evaluation: those of the run that made the first adapter which has one. Without a run, the policies and lengths of the
-    preset `base`, with every part of a pass run in full; the harmful cosine is taken at `target_layers`, by default a third and
-    two thirds of the depth."""
+    """The settings of an evaluation: those of the run that made the first adapter which has one. Without a
+    run, the policies and lengths of the preset `base`, with every part of a pass run in full; the harmful
+    cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
     run = next((a for a in adapters if a.run), None)
     given = {} if target_layers is None else {"target_layers": target_layers}
     if run: return get_config(run.parameters["preset"], **{k: v for k, v in run.parameters.items() if k not in RUN_ONLY} | {"model": name} | given)
@@ -107,8 +111,9 @@ def found_file(file) -> str:
 
 
 def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
-    """The files `eval_data`, separated by commas, or those of the first adapter's run; an empty list for a run that has held out a part of its
-    training data. Raises RunError where there is neither, or a file is not there."""
+    """The files `eval_data`, separated by commas, or those of the first adapter's run; an empty list for a
+    run that has held out a part of its training data. Raises RunError where there is neither, or a file is
+    not there."""
     files, run = listed(eval_data), next((a for a in adapters if a.run), None)
     if not files:
         if run is None: raise RunError("there are no held-out transcripts: give their files as eval_data")
@@ -138,8 +143,8 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
 
 
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
-    """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded. Raises RunError, ValueError or ConfigError, in one
-    sentence, for what cannot be evaluated."""
+    """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded.
+    Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
     fields = ("max_new_tokens", "temperature", "samples", "seed")
@@ -149,8 +154,8 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
 def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding,
                      reader: AnswerReader, folder, name: str, dtype: str | None = None, target_layers: str | None = None,
                      trust_remote_code: bool = False) -> dict:
-    """The figures of `cbnb.evaluation.evaluate` for one of the `adapters` on the model `name`, which is loaded for it; answers are kept in `folder`
-    under the adapter's name."""
+    """The figures of `cbnb.evaluation.evaluate` for one of the `adapters` on the model `name`, which is
+    loaded for it; answers are kept in `folder` under the adapter's name."""
     run = next((a.parameters for a in adapters if a.run), {})
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
     if run: settings = {k: v or getattr(get_config(run["preset"]), k) for k, v in settings.items()}
@@ -163,8 +168,9 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
 
 # %% ../nbs/16_adapters.ipynb #9ea074cf
 def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, where) -> tuple[list, dict]:
-    """`(the lines read and scored anew, the figures that follow)` of the answers in `lines`, the last one to each attempt counting. Raises RunError,
-    naming `where` they are from, where one is missing or was given to another prompt than these transcripts' in this template."""
+    """`(the lines read and scored anew, the figures that follow)` of the answers in `lines`, the last one
+    to each attempt counting. Raises RunError, naming `where` they are from, where one is missing or was
+    given to another prompt than these transcripts' in this template."""
     asked = [q for t in transcripts for q in questions(t)]
     wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
     by_question, new = {}, []
@@ -181,8 +187,9 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
 
 
 def rescore(folder) -> dict:
-    """Makes the figures in the result.json of a run or an evaluation anew from the answers in its answers.jsonl, which are read and scored again, and
-    writes both; report.html too, where there is one. Nothing is generated. Returns the result.
+    """Makes the figures in the result.json of a run or an evaluation anew from the answers in its
+    answers.jsonl, which are read and scored again, and writes both; report.html too, where there is one.
+    Nothing is generated. Returns the result.
 
     Raises RunError for a folder without result or answers, and as `rescored` does."""
     folder = Path(folder).expanduser().resolve()

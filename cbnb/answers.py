@@ -31,8 +31,9 @@ __all__ = ['WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected
 
 # %% ../nbs/07d_answers.ipynb #0b929e41
 def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(all token ids before, the first ids of)` the last assistant message: `tokens` of it, at most half, and fewer where they
-    would say an injected text by themselves. Raises ValueError for a message that has no token."""
+    """`(all token ids before, the first ids of)` the last assistant message: `tokens` of it, at most half,
+    and fewer where they would say an injected text by themselves. Raises ValueError for a message that has
+    no token."""
     (encoded,) = masker.encode_batch([transcript])
     own = np.flatnonzero(IS_COMPLETION[encoded.segments] & (encoded.message_index == len(transcript.messages) - 1))
     if not len(own): raise ValueError(f"the last message of transcript {transcript.id!r} has no token to begin an answer with.")
@@ -55,14 +56,15 @@ def prompt_of(masker: ChatMasker, transcript: Transcript, prefill: int = 0) -> t
 
 # %% ../nbs/07d_answers.ipynb #041e8ce7
 def batches(prompts: list[np.ndarray], names: list[str], size: int) -> list[list[int]]:
-    """The numbers of the `prompts` in batches of `size`: sorted by length, then by name, so that the same questions are always
-    answered together, in whatever order they come."""
+    """The numbers of the `prompts` in batches of `size`: sorted by length, then by name, so that the same
+    questions are always answered together, in whatever order they come."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), names[i]))
     return [order[start:start + size] for start in range(0, len(order), size)]
 
 
 def dealt(model: nn.Module, batches) -> list:
-    "Those of `batches` that this process has to run: its share, or all of them where the processes hold parts of the weights and run the model together."
+    """Those of `batches` that this process has to run: its share, or all of them where the processes hold
+    parts of the weights and run the model together."""
     return list(batches) if is_in_parts(model) else share_of(batches)
 
 
@@ -72,8 +74,8 @@ def collected(model: nn.Module, found: list) -> list:
 
 # %% ../nbs/07d_answers.ipynb #02fbd140
 def model_state(model: nn.Module) -> str:
-    """32 hex digits over configuration and weights of a model and over its adapters, bit for bit. Where processes hold parts of the
-    weights, all have to ask, and another number of them gives other digits."""
+    """32 hex digits over configuration and weights of a model and over its adapters, bit for bit. Where
+    processes hold parts of the weights, all have to ask, and another number of them gives other digits."""
     adapter = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if "lora_" in name: adapter.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
@@ -98,8 +100,9 @@ def read_again(line: dict, question: Transcript, reader: AnswerReader) -> dict:
 
 
 def answer_line(question: Transcript, prompt, begun, ids, masker: ChatMasker, reader: AnswerReader, ends, stops, **where) -> dict:
-    """The line of one answer: `ids` were generated after `prompt` and `begun`. `finish`: ended, or length, where there was no end of turn in
-    time; `past_stop`: it goes on behind one of the model's own stop tokens `stops`, at which other programs would have cut it."""
+    """The line of one answer: `ids` were generated after `prompt` and `begun`. `finish`: ended, or length,
+    where there was no end of turn in time; `past_stop`: it goes on behind one of the model's own stop
+    tokens `stops`, at which other programs would have cut it."""
     begun, ids = ([int(i) for i in part] for part in (begun, ids))
     line = {**where, "id": question.id, "kind": question.meta.get("kind"), "label": question.label,
             "prompt": {"messages": len(question.messages) - 1, "tokens": len(prompt), "hash": prompt_hash(prompt)}, "begun": begun, "ids": ids,
@@ -114,8 +117,9 @@ def prompt_hash(ids) -> str:
 
 # %% ../nbs/07d_answers.ipynb #95845b7f
 def kept_lines(folder) -> dict[str, dict]:
-    """`{key: line}` of `folder`/answers.jsonl, in every process; empty without a file. What other processes of an attempt that was
-    killed have left in files of their own is taken in first. Raises RunError, naming file and line, for one that is no answer."""
+    """`{key: line}` of `folder`/answers.jsonl, in every process; empty without a file. What other processes
+    of an attempt that was killed have left in files of their own is taken in first. Raises RunError, naming
+    file and line, for one that is no answer."""
     path = Path(folder) / "answers.jsonl"
 
     def take():
@@ -137,12 +141,13 @@ def write_lines(folder, lines: list[dict]) -> None:
 
 def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader, transcripts: list[Transcript], decoding: Decoding,
                      prefilled: bool = False, folder=None, stage: str = "") -> list[dict]:
-    """The `answer_line` of every answer to each question, up to its last assistant message, in their order; of several processes each
-    answers its share, and all get all lines.
+    """The `answer_line` of every answer to each question, up to its last assistant message, in their order;
+    of several processes each answers its share, and all get all lines.
 
-    `prefilled`: the answer is begun (`begun_answer`) with `decoding.prefill` tokens. With a `folder` lines are written to its answers.jsonl
-    as they are made, and batches of which it has all lines, made by the same model with the same decoding, are not asked again.
-    Raises ValueError as `prompt_of` does, RunError as `kept_lines`."""
+    `prefilled`: the answer is begun (`begun_answer`) with `decoding.prefill` tokens. With a `folder` lines
+    are written to its answers.jsonl as they are made, and batches of which it has all lines, made by the
+    same model with the same decoding, are not asked again. Raises ValueError as `prompt_of` does, RunError
+    as `kept_lines`."""
     ends = reader.ends or tuple((i,) for i in sorted(stop_tokens(model, masker.tokenizer)))
     asked = [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts]
     prompts, stops = [np.concatenate(ids).astype(np.int32) for ids in asked], stop_tokens(model, masker.tokenizer)
@@ -168,8 +173,9 @@ def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader,
 
 # %% ../nbs/07d_answers.ipynb #17b2dbfd
 def answer_figures(lines: list[dict]) -> dict:
-    """The `cbnb.scores.rates` of the answers in `lines`; `attack_success_prefill` of those that were begun; and `finish`, how many plain
-    answers ended, how many were cut by their length, and how many went on past one of the model's own stop tokens."""
+    """The `cbnb.scores.rates` of the answers in `lines`; `attack_success_prefill` of those that were begun;
+    and `finish`, how many plain answers ended, how many were cut by their length, and how many went on past
+    one of the model's own stop tokens."""
     asked = {name: [line for line in lines if line["asked"] == name] for name in ("plain", "prefilled")}
     figures, forced = (rates([(line["group"], line["scores"]) for line in part]) for part in asked.values())
     figures["n"]["attack_prefill"] = len(asked["prefilled"])

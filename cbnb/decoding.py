@@ -28,9 +28,10 @@ __all__ = ['Decoding', 'stop_tokens', 'until_end', 'TurnEnds', 'wide_logits', 'i
 class Decoding:
     """What decides, besides the model and the questions, which answers are generated.
 
-    `max_new_tokens`: longest answer. `temperature`: 0 is greedy. `samples`: answers to each question. `seed`: of sampling.
-    `batch_size`: questions that are answered together, always the same ones. `prefill`: most tokens with which an
-    answer is begun where attack success is measured a second time. Raises ConfigError as `check_decoding` does."""
+    `max_new_tokens`: longest answer. `temperature`: 0 is greedy. `samples`: answers to each question.
+    `seed`: of sampling. `batch_size`: questions that are answered together, always the same ones.
+    `prefill`: most tokens with which an answer is begun where attack success is measured a second time.
+    Raises ConfigError as `check_decoding` does."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     samples: int = 1
@@ -49,8 +50,8 @@ def stop_tokens(model, tokenizer) -> set[int]:
 
 # %% ../nbs/07b_decoding.ipynb #8875ecab
 def until_end(ids, ends, begun: int = 0) -> tuple[list[int], bool]:
-    """`(the token ids up to and with the first of the sequences `ends`, whether there is one)`. An end lies, at least with
-    its last token, behind the first `begun` ids, which were not generated."""
+    """`(the token ids up to and with the first of the sequences `ends`, whether there is one)`. An end
+    lies, at least with its last token, behind the first `begun` ids, which were not generated."""
     ids = [int(i) for i in ids]
     for stop in range(begun + 1, len(ids) + 1):
         if any(tuple(ids[max(0, stop - len(end)):stop]) == tuple(end) for end in ends): return ids[:stop], True
@@ -58,9 +59,11 @@ def until_end(ids, ends, begun: int = 0) -> tuple[list[int], bool]:
 
 # %% ../nbs/07b_decoding.ipynb #7856299b
 class TurnEnds(StoppingCriteria):
-    """Ends a row whose last generated tokens are one of the sequences `ends`; the first `prompt` columns are not looked at.
+    """Ends a row whose last generated tokens are one of the sequences `ends`; the first `prompt` columns
+    are not looked at.
 
-    That it has an `eos_token_id` makes transformers fill up such a row with padding, as behind an end token of its own."""
+    That it has an `eos_token_id` makes transformers fill up such a row with padding, as behind an end token
+    of its own."""
     eos_token_id = None
 
     def __init__(self, ends, prompt: int): self.ends, self.prompt = [torch.tensor(end) for end in ends], prompt
@@ -75,8 +78,9 @@ class TurnEnds(StoppingCriteria):
 # %% ../nbs/07b_decoding.ipynb #7655a937
 @contextmanager
 def wide_logits(causal_lm: nn.Module):
-    """Inside, the output layer of a causal language model gives float32 logits from weights of any dtype; gives the logits' dtype
-    by name. An output layer that is no frozen, unquantised linear stays as it is."""
+    """Inside, the output layer of a causal language model gives float32 logits from weights of any dtype;
+    gives the logits' dtype by name. An output layer that is no frozen, unquantised linear stays as it
+    is."""
     layer = causal_lm.get_output_embeddings()
     if layer is None or not plain_linear(layer) or layer.weight.dtype == torch.float32:
         yield str(causal_lm.dtype).removeprefix("torch.")
@@ -91,13 +95,15 @@ def wide_logits(causal_lm: nn.Module):
 
 # %% ../nbs/07b_decoding.ipynb #38241ed3
 def item_seed(seed: int, name: str, sample: int) -> int:
-    "The seed (63 bits) of answer number `sample` to the question `name`: whatever stands beside it in a batch."
+    """The seed (63 bits) of answer number `sample` to the question `name`: whatever stands beside it in a
+    batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{sample}/{name}".encode()).digest()[:8], "big") >> 1
 
 
 class ItemNoise(LogitsProcessor):
-    """Adds Gumbel noise to logits [B, V] divided by `temperature`, from a generator for each row: the largest sum is a draw from
-    softmax(logits / temperature) (Gumbel 1954; Maddison et al. 2014, "A* sampling")."""
+    """Adds Gumbel noise to logits [B, V] divided by `temperature`, from a generator for each row: the
+    largest sum is a draw from softmax(logits / temperature) (Gumbel 1954; Maddison et al. 2014, "A*
+    sampling")."""
     def __init__(self, seeds, temperature: float):
         self.generators, self.temperature = [torch.Generator().manual_seed(seed) for seed in seeds], temperature
 
@@ -108,9 +114,9 @@ class ItemNoise(LogitsProcessor):
 # %% ../nbs/07b_decoding.ipynb #c5eba7bd
 @torch.no_grad()
 def generate_batch(model: nn.Module, prompts: list[np.ndarray], ends, pad_id: int, decoding: Decoding, seeds=()) -> list[list[int]]:
-    """The token ids that `model`, with or without an adapter, generates after each of `prompts` (token ids), padded on the left:
-    up to and with the first of the sequences `ends`, or `decoding.max_new_tokens` of them. With a temperature, `seeds` are
-    those of the rows (`item_seed`)."""
+    """The token ids that `model`, with or without an adapter, generates after each of `prompts` (token
+    ids), padded on the left: up to and with the first of the sequences `ends`, or `decoding.max_new_tokens`
+    of them. With a temperature, `seeds` are those of the rows (`item_seed`)."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     rows = pad_rows([Sample(ids, np.zeros(len(ids), bool), "") for ids in prompts], pad_id, side="left")
     ids, mask = (rows[name].to(causal_lm.device) for name in ("input_ids", "attention_mask"))

@@ -33,9 +33,9 @@ __all__ = ['heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_
 
 # %% ../nbs/08_evaluation.ipynb #3e929a8c
 def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
-    """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign or harmful), on the student's device; of several
-    processes each gets its share.
-    Warns of transcripts without a target and of targets that were cut off: they are not in the figures."""
+    """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign
+    or harmful), on the student's device; of several processes each gets its share. Warns of transcripts
+    without a target and of targets that were cut off: they are not in the figures."""
     samples, report = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation,
                                     config.split_turns)
     if report.dropped or report.counts["targets_cut"]:
@@ -49,8 +49,9 @@ def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Tr
 @torch.no_grad()
 def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
                       teacher: nn.Module | None = None, batch_size: int = 16) -> dict[str, float]:
-    """`{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions where both prefer the same token, over the
-    targets of `config.benign_policy`, from float32 logits of a few positions at a time."""
+    """`{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions where
+    both prefer the same token, over the targets of `config.benign_policy`, from float32 logits of a few
+    positions at a time."""
     student.eval()
     head = find_head(student)
     of_teacher = teacher_logits(student, head, teacher)
@@ -68,7 +69,8 @@ def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[
 @torch.no_grad()
 def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
                    teacher: nn.Module | None = None, batch_size: int = 16) -> float:
-    "Mean cosine of student and teacher hidden states over the target layers and the targets of `config.harmful_policy`: 1 untouched, below 0.1 rerouted."
+    """Mean cosine of student and teacher hidden states over the target layers and the targets of
+    `config.harmful_policy`: 1 untouched, below 0.1 rerouted."""
     student.eval()
     sums = []
     for rows in heldout_batches(student, masker, transcripts, config, "harmful", batch_size):
@@ -89,8 +91,9 @@ def benign_by_domain(transcripts: list[Transcript]) -> dict[str, list[Transcript
 
 
 def how_answered(model: nn.Module, masker: ChatMasker, reader: AnswerReader, decoding: Decoding) -> dict:
-    """What a result records of its answers: the `decoding`, with the dtype of the logits; the tokens that end a turn of the chat `template`,
-    at which answers end; and those at which the `model`'s own settings would end them."""
+    """What a result records of its answers: the `decoding`, with the dtype of the logits; the tokens that
+    end a turn of the chat `template`, at which answers end; and those at which the `model`'s own settings
+    would end them."""
     causal_lm, names = model.get_base_model() if isinstance(model, PeftModel) else model, masker.tokenizer.convert_ids_to_tokens
     with wide_logits(causal_lm) as logits: pass
     return {"decoding": asdict(decoding) | {"logits": logits},
@@ -100,8 +103,9 @@ def how_answered(model: nn.Module, masker: ChatMasker, reader: AnswerReader, dec
 
 def question_figures(model: nn.Module, masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding = Decoding(),
                      reader: AnswerReader | None = None, folder=None, stage: str = "") -> dict:
-    """The figures that come from answers: `cbnb.answers.answer_figures`, `how_answered`, and `not_asked` (`cbnb.scores.without_question`).
-    Attacks are asked twice, the second time with the obeying answer begun. Arguments as in `evaluate`."""
+    """The figures that come from answers: `cbnb.answers.answer_figures`, `how_answered`, and `not_asked`
+    (`cbnb.scores.without_question`). Attacks are asked twice, the second time with the obeying answer
+    begun. Arguments as in `evaluate`."""
     reader = derive_reader(masker) if reader is None else reader
     check_readable(reader, transcripts)
     asked = [question for t in transcripts for question in questions(t)]
@@ -116,11 +120,13 @@ def evaluate(student: PeftModel, masker: ChatMasker, transcripts: list[Transcrip
              stage: str = "") -> dict:
     """Every figure of a run's result for the student as it is now (untrained, it is the `before`).
 
-    Keys: those of `question_figures`; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain` where none is given);
-    `harmful_cosine`. What cannot be measured on these transcripts (no harmful ones, no expected answers) is None or left out of its map.
-    `reader`: that of `masker` (`cbnb.reader.derive_reader`), made where none is given. With a `folder` answers are kept in its answers.jsonl
-    under the name `stage`, and an evaluation that was interrupted there goes on.
-    Raises ValueError for held-out transcripts of which none has a target, or that need calls which cannot be read (`check_readable`)."""
+    Keys: those of `question_figures`; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain`
+    where none is given); `harmful_cosine`. What cannot be measured on these transcripts (no harmful ones,
+    no expected answers) is None or left out of its map. `reader`: that of `masker`
+    (`cbnb.reader.derive_reader`), made where none is given. With a `folder` answers are kept in its
+    answers.jsonl under the name `stage`, and an evaluation that was interrupted there goes on. Raises
+    ValueError for held-out transcripts of which none has a target, or that need calls which cannot be read
+    (`check_readable`)."""
     result = question_figures(student, masker, transcripts, decoding, reader, folder, stage)
     divergence = {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in benign_by_domain(transcripts).items()}
     harmful = [t for t in transcripts if t.label == "harmful"]
