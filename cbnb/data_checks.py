@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .audit import NOTES, check_mask
+from .audit import NOTES, check_mask, trained_ends
 from .config import CircuitBreakerConfig
 from .data import StreamReport
 from .decoding import stop_tokens
@@ -105,10 +105,10 @@ def template_points(name: str, samples, laid, tokenizer, stops) -> list:
     bos, twice = tokenizer.bos_token_id, [s.transcript for s in samples if len(s.input_ids) > 1 and s.input_ids[0] == s.input_ids[1] == tokenizer.bos_token_id]
     points = [] if bos is None else [judged(not twice, f"{name}: no sample begins with two BOS tokens" if not twice else
                                             f"{name}: {len(twice)} samples begin with two BOS tokens, the first is {twice[0]}: the template writes one, and so does the tokenizer")]
-    ends = Counter(int(i) for x in laid for i in x.encoded.input_ids[(x.encoded.segments == Segment.EOT) & x.mask])
-    named = ", ".join(tokenizer.convert_ids_to_tokens(i) for i, _ in ends.most_common(3)) or "none"
+    ends = Counter(tuple(x.encoded.input_ids[a:b].tolist()) for x in laid for _, a, b, trained in trained_ends(x.encoded, x.mask) if trained)
+    named = ", ".join("".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids, _ in ends.most_common(3)) or "none"
     known = ", ".join(tokenizer.convert_ids_to_tokens(i) for i in sorted(stops)) or "none"
-    right = bool(ends.keys() & set(stops))
+    right = any(set(ids) & set(stops) for ids in ends)
     points.append(judged(right, f"{name}: turns end with {named}, at which the model stops" if right else
                          f"{name}: turns end with {named}, but the model stops at {known}: this is not the chat template that the model was trained on"))
     return points

@@ -24,7 +24,8 @@ from .templates import (
     KNOWN_ROLES, MAX_MESSAGES, MAX_TEXT_CHARS, MaskError, NONCHARACTER, Traced, compile_template, environment,
     has_noncharacter, render, template_inputs, trace_render)
 from .transcripts import MAX_DEPTH, REASONING_KEYS, InjectionSpan, Transcript, TranscriptError, nearest, read_arguments
-from .turns import IS_COMPLETION, Words, check_foreign, dropped, find_headers, locate_turns, paint, place_tokens, unseen_tools
+from .turns import (
+    IS_COMPLETION, Words, check_foreign, dropped, find_headers, locate_turns, paint, place_tokens, turn_ends, unseen_tools)
 
 # %% ../nbs/01_masks.ipynb #3d65447d
 def strings(value):
@@ -253,7 +254,7 @@ class ChatMasker:
         self.is_control = np.zeros(self.control_ids.max(initial=0) + 2, bool)  # by token id, the last one for all above
         self.is_control[self.control_ids] = True
         self.texts = TextEncoder(tokenizer, encoder)
-        self._headers, self._compared = {}, set()
+        self._headers, self._ends, self._compared = {}, {}, set()
 
     @property
     def encoder(self):
@@ -315,10 +316,11 @@ class ChatMasker:
         "All assistant turns of `traced`; what headers look like is found once a template."
         template, variables = compile_template(source), self._variables
         if source not in self._headers:
-            self._headers[source] = find_headers(template, variables, self.ends)
-            check_foreign(template, variables, self._headers[source], self.ends)
-        return locate_turns(traced, messages, self._headers[source], lambda m, prompt: render(template, m, tools, variables, prompt), self.ends,
-                            self.tokenizer.eos_token)
+            self._headers[source] = headers = find_headers(template, variables, self.ends)
+            check_foreign(template, variables, headers, self.ends)
+            self._ends[source] = turn_ends(template, variables, headers, self.ends)
+        def plain(messages, prompt): return render(template, messages, tools, variables, prompt)
+        return locate_turns(traced, messages, self._headers[source], plain, self._ends[source], self.tokenizer.eos_token)
 
     def _prepare(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
         "Everything of `encode` that comes before the tokenizer."

@@ -32,7 +32,8 @@ from ..audit import KINDS, Finding, check_mask, encode_each, message_of
 from ..audit import NOTES as MINOR
 from ..masks import CONTROL_MODES, ChatMasker
 from ..models import load_tokenizer
-from ..policies import POLICIES, after_first_header, loss_mask, reasons, role_of, token_labels
+from ..policies import (
+    POLICIES, after_first_header, apply_policy, find_policy, loss_mask, reasons, role_of, token_labels)
 from ..runs import write_bytes
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..templates import MaskError
@@ -78,7 +79,8 @@ def explained_mask(encoded, transcript, name, policy, label=None):
     kept = training_mask(encoded, transcript, policy)
     for i in messages_off(transcript):
         why = f"out: message {i} is labelled {transcript.message_labels[i]} and its transcript {transcript.label}, so training leaves it out"
-        codes, sentences = give_reason(codes, sentences, values & ~kept & (encoded.message_index == i), why)
+        chosen = apply_policy(find_policy(used), encoded) & ~kept & (encoded.message_index == i)
+        codes, sentences = give_reason(codes, sentences, chosen, why)
     return ShownMask(name, kept, codes, tuple(sentences), note)
 
 # %% ../../nbs/21_mask_explorer.ipynb #5cd20137
