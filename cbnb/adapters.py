@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .ablation import RUN_ONLY, listed
+from .ablation import listed, run_settings
 from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
 from .benchmarks import questions
 from .config import CircuitBreakerConfig, get_config
@@ -21,11 +21,12 @@ from .decoding import Decoding
 from .divergence import check_adapter, load_students
 from .evaluation import evaluate
 from .masks import ChatMasker
-from .models import add_adapter, load_model, load_tokenizer, num_blocks
+from .models import add_adapter, load_model, num_blocks
 from .reader import AnswerReader, derive_reader
 from .report import alarm_lines, result_notes, result_table, results_of, write_report
 from .runs import RunError, read_json, read_metrics, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
+from .settings import make_masker
 from .transcripts import Transcript
 
 # %% auto #0
@@ -98,7 +99,7 @@ def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_la
     cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
     run = next((a for a in adapters if a.run), None)
     given = {} if target_layers is None else {"target_layers": target_layers}
-    if run: return get_config(run.parameters["preset"], **{k: v for k, v in run.parameters.items() if k not in RUN_ONLY} | {"model": name} | given)
+    if run: return dataclasses.replace(run_settings(run.parameters)[0], model=name, **given)
     depth = num_blocks(model)
     layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
@@ -128,10 +129,15 @@ def questions_for(adapters: list[Adapter], eval_data: str = "") -> list[Transcri
     return load_streams(listed(next(a for a in adapters if a.run).parameters["data"]))[2]
 
 
-def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, control: str | None = None) -> ChatMasker:
-    "The masker of the model `name`, as the first adapter's run had it."
-    run = next((a.parameters for a in adapters if a.run), {})
-    return ChatMasker(load_tokenizer(name, trust_remote_code), control=control or run.get("control", "error"))
+def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
+    """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept there, but for what is
+    `given` and not None (control, chat_template, template_variables, tool_call_format)."""
+    run = next((a for a in adapters if a.run), None)
+    fields = ("control", "chat_template", "template_variables", "tool_call_format")
+    given = {k: v for k, v in given.items() if v is not None}
+    known = {k: run.parameters[k] for k in fields if run and k in run.parameters} | given
+    kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
+    return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[0]
 
 
 def decoding_for(adapters: list[Adapter], **given) -> Decoding:
@@ -158,7 +164,8 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     loaded for it; answers are kept in `folder` under the adapter's name."""
     run = next((a.parameters for a in adapters if a.run), {})
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
-    if run: settings = {k: v or getattr(get_config(run["preset"]), k) for k, v in settings.items()}
+    made = next((run_settings(a.parameters)[0] for a in adapters if a.run), None)
+    if made: settings = {k: v or getattr(made, k) for k, v in settings.items()}
     load = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers)
@@ -200,11 +207,11 @@ def rescore(folder) -> dict:
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
         name, transcripts = base_name(adapters, parameters["model"]), questions_for(adapters, parameters["eval_data"])
-        control = parameters["control"]
+        given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
-        name, transcripts, control = read_json(folder / "config.json")["model"], questions_for(adapters), None
-    masker = masker_for(adapters, name, parameters.get("trust_remote_code", False), control)
+        name, transcripts, given = read_json(folder / "config.json")["model"], questions_for(adapters), {}
+    masker = masker_for(adapters, name, parameters.get("trust_remote_code", False), **given)
     reader = derive_reader(masker)
     check_readable(reader, transcripts)
     anew = {}

@@ -29,6 +29,8 @@ from .transcripts import ROLES, TranscriptError, TranscriptReader
 KINDS = {
     "unreadable": "the record is no transcript",
     "no_mask": "no safe mask can be made of it",
+    "lost_calls": "the template writes none of a message's tool calls",
+    "lost_words": "the template writes nothing of an answer",
     "all_zero": "no token is trained",
     "eot_only": "no word is trained, only the token that ends a turn",
     "eot_untrained": "an answer is trained, but not the token that ends it",
@@ -133,7 +135,10 @@ def cut_targets(encoded, mask, max_length, side="targets"):
 # %% ../nbs/01b_audit.ipynb #352fcaf0
 def check_mask(encoded, mask, transcript, max_length=None, side="targets"):
     "All findings (list of `Finding`, without their place) about the bool `mask` [n] of one encoded `transcript`; the window as in `cut_targets`."
-    found = nothing_trained(encoded, mask, transcript)
+    found = [Finding(kind, f"message {', '.join(map(str, lost))}: {KINDS[kind]}; {advice}", lost) for kind, lost, advice in (
+        ("lost_calls", encoded.lost_calls, "pass a chat_template that does, or tool_call_format='hermes'"),
+        ("lost_words", encoded.lost_words, "pass another chat_template, or drop the transcript")) if lost]
+    found += nothing_trained(encoded, mask, transcript)
     if ends := untrained_ends(encoded, mask):
         found.append(Finding("eot_untrained", f"message {', '.join(map(str, ends))}: words are trained, but no end-of-turn token after them; "
                                               "use a template that ends each turn, and a policy that keeps EOT", tuple(ends)))

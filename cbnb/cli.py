@@ -23,11 +23,12 @@ import cbnb
 from .ablation import find_file, notebook_parameters
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
 from .config import ConfigError
-from .masks import CONTROL_MODES, ChatMasker
+from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
 from .runs import ParameterError, RunError, read_json, safe_output, write_bytes
+from .settings import make_masker
 from .targets import SIDES
 from .transcripts import FORMATS, LABELS, TranscriptError, nearest, read_transcripts
 
@@ -41,16 +42,15 @@ def first_line(error):
     return visible((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def load_masker(model, chat_template=None, control="error"):
-    """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id) and the Jinja source in the file `chat_template`, by
-    default its own; `control` as in ChatMasker. Raises CommandError."""
-    try: template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise CommandError(f"the chat template {chat_template} cannot be read: {e}") from None
-    from cbnb.models import load_tokenizer  # seconds: transformers and torch
-    try: tokenizer = load_tokenizer(model)
+def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template"):
+    """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.settings.make_masker`; what it has to tell goes to stderr. Raises
+    CommandError where there is no tokenizer, and what `make_masker` raises."""
+    try: masker, told = make_masker(model, control, chat_template, template_variables, tool_call_format=tool_call_format)
+    except (ParameterError, MaskError): raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
-    return ChatMasker(tokenizer, template, control)
+    for line in told: print(f"note: {line}", file=sys.stderr)
+    return masker
 
 # %% ../nbs/30_cli.ipynb #0643cae5
 def load_policy(name):
@@ -97,14 +97,17 @@ def add_masks(commands):
     p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, or a folder of such files")
     p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="a folder or hub id with the tokenizer, or tinyagent")
     p.add_argument("--policy", default="assistant_only", help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)")
-    p.add_argument("--chat-template", metavar="FILE", help="a Jinja file to use in place of the tokenizer's own")
+    p.add_argument("--chat-template", metavar="FILE", default="", help="a Jinja file to use in place of the tokenizer's own, or its text")
+    p.add_argument("--template-variables", metavar="NAME=VALUE,...", default="", help="what the template reads: enable_thinking=false,date_string=\"26 Jul 2024\"")
     p.add_argument("--control", default="error", choices=CONTROL_MODES,
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
+    p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
+                   help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
-    p.add_argument("--truncation", default="targets", choices=SIDES,
-                   help="what is cut: around the last target as cbnb does, the right or the left end (default: %(default)s)")
+    p.add_argument("--truncation", choices=SIDES,
+                   help="what --max-length cuts: around the last target as cbnb does, the right or the left end (default: targets)")
     p.add_argument("--allow", action="append", default=[], metavar="KIND", choices=[k for k in KINDS if k not in NOTES],
                    help="count findings of this kind, but do not fail for them; may be repeated")
     p.add_argument("--limit", type=positive, metavar="N", help="audit the first N transcripts only")
@@ -125,8 +128,9 @@ def audit_file(args):
     policy, page = load_policy(args.policy), args.html and Path(args.html)
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
-    masker = load_masker(args.model, args.chat_template, args.control)
-    return audit(reader, masker, policy, args.max_length, args.truncation, args.limit)
+    if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
+    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
+    return audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 
 def run_masks(args):
@@ -334,13 +338,15 @@ def add_plan(commands):
 
 def run_plan(args):
     "Carries out `cbnb plan`."
-    from cbnb.ablation import RUN_ONLY, complete
-    from cbnb.config import get_config
+    from cbnb.ablation import complete, run_settings
+    from cbnb.settings import check_processes
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     values, whole = complete(given, notebook_parameters(notebook))
     if whole.get("teacher"): raise CommandError("a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan")
     if not 0 < args.target_share <= 1: raise CommandError(f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given")
-    config = get_config(whole["preset"], **{k: v for k, v in whole.items() if k not in RUN_ONLY})
+    config, told = run_settings(whole)
+    check_processes(config, values.get("fsdp", False), args.gpus)
+    for line in told: print(f"note: {line}")
     from cbnb.plan import plan_lines  # seconds: torch
     for line in plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share): print(line, flush=True)
     return 0

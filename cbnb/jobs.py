@@ -317,6 +317,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
     if where == "slurm": batch_script("ablation")
     if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")
+    for line in sweep.told: tell(f"note: {line}")
     with sweep_lock(sweep.path):
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
@@ -339,6 +340,7 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
     """Tells what `ablate` would do with the same arguments, and does none of it: a line a run (how it stands, what would be done to it), then the command
     that would start the first; for SLURM each array's `sbatch`, what `sbatch --test-only` says to it, and the script. Returns 0. Raises as `ablate` does."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
+    for line in sweep.told: tell(f"note: {line}")
     rows = sweep_rows(sweep)
     actions = [action(row, only_missing, retry) for row in rows]
     for row, what in zip(rows, actions, strict=True): tell(f"{row['state']:<12} {what:<7} {row['run']}" + (f"  ({row['note']})" if row["note"] else ""))

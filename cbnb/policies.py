@@ -33,7 +33,8 @@ class Encoded:
     character spans in `text`; `injection_spans` as given (characters of message contents); `warnings`: dropped content, missing EOT,
     tokens left out at a border; `roles` by message; `label` of the transcript ("benign", "harmful" or None) and `message_labels` by
     message index; `rules` uint8 [n] (`Rule`); `turns`, every located assistant turn; `turn`, the message whose turn alone is completion
-    (`split_turns`), or None for all."""
+    (`split_turns`), or None for all; `lost_words` and `lost_calls`, assistant messages of which the template writes nothing, or none of the
+    tool calls."""
     text: str
     input_ids: np.ndarray
     segments: np.ndarray
@@ -47,6 +48,8 @@ class Encoded:
     rules: np.ndarray | None = None
     turns: tuple[Turn, ...] = ()
     turn: int | None = None
+    lost_words: tuple[int, ...] = ()
+    lost_calls: tuple[int, ...] = ()
 
     def why(self, i, policy="assistant_only", label=None):
         "Why token `i` is in the mask of `policy` (and `label`) or out of it: a `Reason`, whose str is one sentence."

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .call_layout import ANY_KEY, ANY_NAME, NAMES, PAIR, QUESTION, SIGN, Envelope, Frame, Layout, Pairs, Underivable
-from .call_layout import as_object, derive_layout, json_at, literal_at, pattern, probe_turns, saying, spell, thought_tags, tool, unwrap
+from .call_layout import as_object, derive_layout, json_at, literal_at, nested_paths, pattern, probe_turns, saying, spell, thought_tags, tool, unwrap
 from .masks import ChatMasker
 from .templates import MaskError
 
 # %% auto #0
 __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CHECK_TYPES', 'CHECK_TOOLS', 'CHECK', 'Answer', 'declared_types',
            'value_of', 'clean', 'nested_at', 'PairReader', 'CallReader', 'recipient_first', 'split_thought',
-           'strip_frame', 'loose_calls', 'unmarked_calls', 'AnswerReader', 'called', 'read_back', 'check_reader',
-           'derive_reader']
+           'strip_frame', 'loose_calls', 'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'read_back',
+           'check_reader', 'derive_reader']
 
 # %% ../nbs/01d_reader.ipynb #429558f8
 @dataclass(frozen=True)
@@ -272,12 +272,30 @@ def unmarked_calls(text: str, calls: CallReader | None, tools) -> list[dict]:
         if more: return found + more
     return found
 
-# %% ../nbs/01d_reader.ipynb #bdec5c69
+# %% ../nbs/01d_reader.ipynb #0fb6fe24
+def parse_response(masker: ChatMasker, text: str, prefix: str, tools, ended: bool) -> Answer:
+    """The `Answer` that the tokenizer's own response template (`tokenizer.parse_response` of transformers) finds in a signed `text` after the prompt
+    `prefix`. Control tokens that ordinary tokens spell are broken up before, so that they count for nothing."""
+    signed = re.compile(f"{SIGN}?(?:{masker.control.pattern})") if masker.control else None
+    text = signed.sub(lambda m: m[0][1:] if m[0][0] == SIGN else m[0][0] + SIGN + m[0][1:], text) if signed else text
+    try: message = masker.tokenizer.parse_response(text, prefix=prefix, tools=tools)
+    except Exception as e:  # whatever a foreign pattern raises
+        return Answer(text=clean(text), ended=ended, problem=f"the tokenizer's response template does not parse it ({type(e).__name__}: {e})")
+    found = message.get("tool_calls") or []
+    found = dict(enumerate(found if isinstance(found, list) else [found]))
+    parts = {path: value for path, value in nested_paths(found) if len(path) == 3 and path[1] == "function"}
+    calls = [{"name": parts.get((n, "function", "name")), "arguments": as_object(parts.get((n, "function", "arguments")))} for n in found]
+    if not all(isinstance(c["name"], str) and c["arguments"] is not None for c in calls): calls = []
+    thought = message.get("reasoning_content") or message.get("thinking") or ""
+    loose = [] if calls else clean(loose_calls(text))
+    return Answer(clean(thought).strip(), clean(message.get("content") or "").strip(), clean(calls), ended, True if calls else False if loose else None, loose)
+
+# %% ../nbs/01d_reader.ipynb #0a18d29e
 class AnswerReader:
     """Reads answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a turn, `inner`: those that do so only where nothing
-    follows; `cannot`: why calls cannot be read, empty if they can. Made by `derive_reader`."""
+    follows; `cannot`: why calls cannot be read, empty if they can; `prefix`: a prompt, where the tokenizer's response template reads. Made by `derive_reader`."""
     def __init__(self, masker: ChatMasker, layout: Layout | None, frame: Frame, ends: tuple, inner: tuple = ()):
-        self.masker, self.frame, self.ends, self.inner, self.cannot = masker, frame, ends, inner, ""
+        self.masker, self.frame, self.ends, self.inner, self.cannot, self.prefix = masker, frame, ends, inner, "", None
         self.calls = CallReader(layout) if layout else None
         self.harmony = bool(layout) and "<\\|channel\\|>" in layout.mid and "to=" in layout.open
 
@@ -297,6 +315,7 @@ class AnswerReader:
 
     def read_text(self, text: str, tools=None, ended: bool = False) -> Answer:
         "As `read`, of a signed text (`cbnb.call_layout.spell`) that begins with what the generation prompt has written of the answer."
+        if self.prefix is not None: return parse_response(self.masker, text, self.prefix, tools, ended)
         if self.harmony: text = recipient_first(text)
         reasoning, i = split_thought(text, self.frame)
         if i is None: return Answer(clean(reasoning), ended=ended, problem="its reasoning does not end")
@@ -334,7 +353,7 @@ def called(call: dict) -> dict:
     message["tool_calls"][0]["function"] = dict(call)
     return message
 
-# %% ../nbs/01d_reader.ipynb #2ce5586d
+# %% ../nbs/01d_reader.ipynb #1f1a025a
 CHECK_TYPES = {"zqka": "string", "zqkb": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object",
                "digits": "string", "word": "string", "quotes": "string", "lines": "string"}
 CHECK_TOOLS = [tool(name, **CHECK_TYPES) for name in NAMES]
@@ -379,5 +398,10 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
     ends = probed.ends or (((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ())
     reader = AnswerReader(masker, layout, frame, ends, probed.inner)
     if layout and (why := check_reader(reader, "two" in probed.bodies)): reader.calls = None
+    if why and getattr(masker.tokenizer, "response_template", None):
+        prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)
+        reader.prefix = prompt[:len(prompt) - len(frame.given.replace(SIGN, ""))]
+        if not check_reader(reader, "two" in probed.bodies): return reader
+        reader.prefix = None
     if why: reader.cannot = f"tool calls cannot be read back from what this chat template writes: {why if layout else f'it {why}'}"
     return reader

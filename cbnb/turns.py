@@ -9,7 +9,7 @@ __all__ = ['TOOL_SEGMENTS', 'COMPLETION', 'IS_COMPLETION', 'ROLE_SEGMENT', 'RULE
            'paint_turn', 'is_json_of', 'argument_regions', 'paint_calls', 'role_regions', 'sharers', 'paint',
            'place_tokens', 'check_overlap', 'check_inside', 'closes_prompt', 'trim_turn', 'merged_turn', 'silent',
            'find_headers', 'locate_turn', 'check_turn', 'locate_turns', 'turn_ends', 'probe', 'check_foreign', 'leaves',
-           'lost_calls', 'dropped', 'unseen_tools']
+           'lost_calls', 'dropped', 'unseen_tools', 'emptied', 'writes_calls']
 
 # %% ../nbs/00c_turns.ipynb #b2ab996f
 import bisect
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .templates import MaskError, Traced, render, trace_render
+from .templates import CALLS, MaskError, Traced, render, trace_render
 
 # %% ../nbs/00c_turns.ipynb #e5823397
 class Segment(IntEnum):
@@ -550,3 +550,36 @@ def unseen_tools(traced, tools):
     "A sentence, in a list, where the template writes none of the `tools` on offer; else an empty list."
     names = [str(tool.get("function", tool).get("name", "")) for tool in tools or () if isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)]
     return ["tools: the template writes none of them, so the model is not told of them"] if names and not any(n in traced.text for n in names) else []
+
+# %% ../nbs/00c_turns.ipynb #60f1230b
+def emptied(traced, messages, turns):
+    """`(words, calls)`, two tuples of message indices: assistant messages of which the template writes nothing at all although they say
+    something, and those of whose tool calls it writes none.
+
+    Both are demonstrable losses: a turn without words, or marks that left the text as it is and are not in it."""
+    bodies = {t.message: EMPTY_THOUGHT.sub("", traced.text[t.body:t.eot]).strip() for t in turns}
+    inside, level, words, calls = "\0".join(traced.text[t.body:t.eot] for t in turns), traced.level or (), [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant": continue
+        asked = message.get("tool_calls") or ()
+        says = (message.get("content") or "").strip() or (message.get("reasoning_content") or "").strip()
+        marked = any(kind == "call" and index == i for kind, index, _ in traced.calls)
+        parts = [part for c in asked for part in (c["function"]["name"], *leaves(c["function"]["arguments"]))]
+        gone = asked and not marked and ("calls" in level or not any(str(part) in inside for part in parts))
+        unsaid = "assistant" in level and not traced.said(i) and not any(index % CALLS == i for _, index in traced.broken)
+        if gone: calls.append(i)
+        if (says or asked) and (bodies.get(i) == "" or unsaid and (gone or not asked)): words.append(i)
+    return tuple(words), tuple(calls)
+
+
+def writes_calls(template, variables):
+    "Whether the template writes tool calls. None where it refuses a conversation that has one."
+    for system, tools in itertools.product((False, True), ([PROBED_TOOL], None)):
+        messages = probe("x", True, system)
+        try: traced = trace_render(template, messages, tools, variables)
+        except MaskError: continue
+        if "calls" in (traced.level or ()): return any(kind == "call" for kind, _, _ in traced.calls)
+        without = [{**m, "tool_calls": []} if m.get("tool_calls") else m for m in messages]
+        try: return render(template, without, tools, variables) != traced.text
+        except MaskError: return True
+    return None

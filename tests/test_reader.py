@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -125,6 +126,7 @@ def misread(reader, said):
 def names(): return [*sources(), *TOKENIZERS]
 
 
+@cache
 def verdict(name):
     "`read`, `refuses calls` (the template itself), or why cbnb refuses it."
     reader = reader_of(name)
@@ -138,14 +140,11 @@ def verdict(name):
 def verdicts(): return {name: verdict(name) for name in names()}
 
 
-def count(start): return sum(v.startswith(start) for v in verdicts().values())
-
-
 def test_every_template_is_read_or_refused_and_none_is_misread():
-    told = {start: count(start) for start in ("read", "refuses calls", "refused")}
-    print(told)
-    tried = 0
-    for name, said in verdicts().items():
+    tried, counts = 0, Counter()
+    for name in names():  # one after the other: few compiled templates are kept
+        said = verdict(name)
+        counts[said.partition(":")[0]] += 1
         if said != "read": continue
         rng = random.Random(name)
         for _ in range(8):
@@ -153,7 +152,8 @@ def test_every_template_is_read_or_refused_and_none_is_misread():
             wrong = misread(reader_of(name), one)
             assert not wrong, f"{name}: {json.dumps(one, ensure_ascii=False)}: {wrong}"
             tried += wrong is not None
-    assert told["read"] >= 100 and tried > 6 * told["read"], (told, tried)
+    print(dict(counts), tried, "messages read back")
+    assert counts["read"] >= 110 and tried > 6 * counts["read"] and counts["refused"] <= 14, (counts, tried)
 
 
 def read_by(kind=None):
@@ -215,6 +215,42 @@ def test_a_cut_off_call_is_none():
     reader = reader_of("qwen3")
     ids = reader.masker.texts(['<tool_call>\n{"name": "zqtool", "arguments": {"to": "Oslo"}}\n</tool_call><|im_end|>'])[0][0].tolist()
     assert reader.read(ids).calls and not reader.read(ids[:-3]).calls and not reader.read(ids[:-3]).ended
+
+
+def test_an_end_of_turn_of_two_tokens_is_one_end():
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or () %}<tool_call>{{ c.function | tojson }}</tool_call>" \
+             "{% endfor %}<|im_end|><|endoftext|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    reader, end = derive_reader(ChatMasker(qwen3(), source)), qwen3().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert reader.ends == (tuple(end),) and not reader.cannot
+    answer, _ = answer_to(reader, CALL)
+    assert answer.calls and answer.ended
+
+
+ODD = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or () %}<tool_call>{{ c.function.name }}
+{% for k, v in c.function.arguments.items() %}{{ k }}: {% if v is string %}text({{ v }}).
+{% else %}value[{{ v | tojson }}];
+{% endif %}{% endfor %}</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+RESPONSE = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assistant\n", "fields": {
+    "tool_calls": {"open_pattern": r"<tool_call>(?P<name>\S+)\n", "close_pattern": r"</tool_call>", "repeats": True, "content": "xml-inline",
+                   "content_args": {"tag_pattern": r"(?P<key>\w+): (?:text\(|value\[)(?P<value>.*?)(?:\)\.|\];)\n", "value_parser": {"name": "text"}},
+                   "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}},
+    "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}}}
+
+
+def test_a_response_template_reads_where_no_inverse_is_derived_and_only_if_it_gives_all_back():
+    own = copy.deepcopy(qwen3())
+    own.chat_template = ODD
+    assert derive_reader(ChatMasker(own)).cannot
+    own.response_template = RESPONSE
+    reader = derive_reader(ChatMasker(own))
+    assert not reader.cannot and reader.prefix is not None
+    answer, _ = answer_to(reader, CALL)
+    assert answer.calls == [CALL["tool_calls"][0]["function"]] and answer.ended and answer.markers
+    own.response_template = {**RESPONSE, "fields": {**RESPONSE["fields"], "tool_calls": {**RESPONSE["fields"]["tool_calls"], "repeats": False}}}
+    assert "cannot be read back" in derive_reader(ChatMasker(own)).cannot
 
 
 def main():
