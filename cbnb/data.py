@@ -13,10 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from .losses import predicting_positions
 from .masks import ChatMasker
+from .model_checks import check_packing
 from .templates import MaskError
 from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript, read_transcripts
@@ -199,12 +201,14 @@ def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[st
     return rows
 
 # %% ../nbs/05_data.ipynb #81a84d70
-def pack_rows(samples: list[Sample], length: int, pad_id: int) -> dict[str, torch.Tensor]:
+def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module) -> dict[str, torch.Tensor]:
     """Samples one after the other in rows of `length` tokens, in order, a new row where the next one does not fit.
 
     `input_ids`, `position_ids` (from 0 in every sample) and `sequence` (index of the sample, -1 for padding) int64 [R, length]; `loss_mask` bool
     [R, length], without the first token of each sample: the token before it is another sample's and predicts nothing of it. Passed
-    `position_ids` and no attention mask, transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`."""
+    `position_ids` and no attention mask, transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`, and
+    ConfigError where the blocks of `model`, which is to run the rows, mix the samples of one (`cbnb.model_checks.check_packing`)."""
+    check_packing(model)
     rows, used = [[]], 0
     for i, s in enumerate(samples):
         if len(s.input_ids) > length:
