@@ -80,7 +80,7 @@ def segment_frame(laid) -> pd.DataFrame:
 def stream_points(name: str, samples, laid, lost, report: StreamReport, policy) -> list:
     "What is wrong with the samples of one stream, kind by kind."
     kinds = Counter(f.kind for x in laid for f in x.findings if f.kind not in NOTES)
-    fails = {k: n for k, n in kinds.items() if k not in BY_DESIGN.get(policy, ())}
+    fails = {k: n for k, n in kinds.items() if k not in BY_DESIGN.get(policy, ()) and k != "call_schema"}
     first = {f.kind: (x.transcript.id, f.text) for x in reversed(laid) for f in x.findings}
     points = [judged(not lost, f"{name}: each of the {len(samples)} samples is a part of its transcript" if not lost else f"{name}: {len(lost)} samples are no part of their transcript, the first is {lost[0]}")]
     wrong = [x for x in laid if x.wrong]
@@ -88,6 +88,8 @@ def stream_points(name: str, samples, laid, lost, report: StreamReport, policy) 
                          f"{name}: {len(wrong)} masks are not what {policy} says, the first, {wrong[0].transcript.id}, at {wrong[0].wrong} tokens"))
     points += [Point("fail", f"{name}: {kind} in {n} samples; {first[kind][0]}: {first[kind][1]}") for kind, n in sorted(fails.items())]
     if not fails: points.append(judged(bool(laid), f"{name}: nothing is trained but what the assistant wrote" if laid else f"{name}: there is no sample"))
+    if n := kinds["call_schema"]:  # a harmful call may well be one that no tool takes
+        points.append(Point("warn", f"{name}: call_schema in {n} samples; {first['call_schema'][0]}: {first['call_schema'][1]}"))
     empty = [s.transcript for s in samples if not s.loss_mask[1:].any()]
     if empty: points.append(Point("fail", f"{name}: {len(empty)} samples have no target, the first is {empty[0]}"))
     other = Counter(x.transcript.label for x in laid if x.transcript.label != name)
