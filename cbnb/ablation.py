@@ -25,7 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
+from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_decoding, check_layers, get_config, nearest
 from .settings import PUBLISHED, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
@@ -164,7 +164,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def run_settings(parameters):
@@ -182,7 +182,7 @@ def check_settings(parameters):
     try: config, told = run_settings(parameters)
     except OSError as e:   # the values at least
         config, told = get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}), [f"the settings are made when the run starts: {e}"]
-    if "max_new_tokens" in parameters: check_limits("max_new_tokens", parameters["max_new_tokens"], {"at_least": 1})
+    if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
         try: check_layers(config, model_facts(config.model).blocks)
         except OSError: pass   # a folder without a configuration: the run says it
@@ -198,7 +198,7 @@ def listed(text):
     return [part.strip() for part in text.split(",") if part.strip()]
 
 # %% ../nbs/11_ablation.ipynb #30ede181
-FILE_PARAMETERS = ("data", "eval_data", "model", "teacher", "chat_template")   # paths, or names that are none
+FILE_PARAMETERS = ("data", "eval_data", "model", "teacher", "chat_template", "adapter", "second_adapter")   # paths, or names that are none
 
 
 def named_files(name, value):

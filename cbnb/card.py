@@ -18,7 +18,7 @@ import cbnb
 from .config import PRESETS, CircuitBreakerConfig, config_to_dict
 from .data import Sample
 from .processes import is_first
-from .report import alarm_lines, readable_table, result_table
+from .report import alarm_lines, readable_table, result_notes, result_table
 from .runs import scrub, write_bytes
 from .settings import KEPT_TEMPLATE, preset_for
 from .teacher_cache import sample_key
@@ -60,6 +60,7 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
              f"- files: {named(parameters.get('data'))}; held out: {named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
              f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`", *template_lines(template), "",
              "## Held out, before and after", "", markdown_table(readable_table(result_table(result["before"], result["after"]))), ""]
+    if notes := result_notes(result["after"]): lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(list(alarms)): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     lines += ["## Settings", "", markdown_table(table), ""]
     return scrub("\n".join(lines))

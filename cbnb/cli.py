@@ -6,8 +6,8 @@
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
            'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_ablate', 'tell', 'run_ablate', 'add_status',
            'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser',
-           'main']
+           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch',
+           'add_report', 'run_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -258,8 +258,9 @@ def run_train(args):
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):
-        from cbnb.report import alarm_lines, readable_table, result_table
+        from cbnb.report import alarm_lines, readable_table, result_notes, result_table
         print(readable_table(result_table(result["before"], result["after"])).to_string())
+        for note in result_notes(result["after"]): print(f"note: {note}")
         for line in alarm_lines(result.get("alarms")): print(f"ALARM {line}")
     print(f"run directory: {path}")
     return status
@@ -282,6 +283,46 @@ def run_preflight(args):
         from cbnb.preflight import summary_text
         print(summary_text(record))
     print(f"the page: {path / 'preflight.ipynb'}")
+    return status
+
+# %% ../nbs/30_cli.ipynb #4b0fc5a3
+def add_evaluate(commands):
+    "Adds the arguments of `cbnb evaluate`: one or two adapters, and a flag a parameter of nbs/evaluate.ipynb."
+    p = commands.add_parser("evaluate", help="an adapter on held-out files, without training", allow_abbrev=False,
+                            description="Evaluate one adapter, or two beside each other: papermill runs nbs/evaluate.ipynb. A finished run's "
+                            "directory gives that run's figures again. Every answer is kept; the same --run-dir goes on with an "
+                            "evaluation that was interrupted.",
+                            epilog="exit status of papermill: 0 when all is evaluated; 2: a value is not in order, nothing was started")
+    p.add_argument("adapters", metavar="ADAPTER", nargs="*", help="a run's directory, an adapter's folder, a hub id, or none: the model as it is")
+    p.add_argument("--rescore", action="store_true",
+                   help="generate nothing: read and score the answers kept in the run directory ADAPTER anew, and write its result.json")
+    add_notebook_flags(p, "nbs/evaluate.ipynb")
+    p.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args):
+    "Carries out `cbnb evaluate`: papermill's own output, then the figures and where they are kept."
+    from cbnb.jobs import train
+    from cbnb.report import figures_table, readable_table, result_notes, results_of
+    notebook, given = notebook_call(args, "nbs/evaluate.ipynb")
+    if len(args.adapters) > 2: raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
+    if args.rescore:
+        from cbnb.adapters import rescore
+        if len(args.adapters) != 1 or given: raise CommandError("--rescore wants one run directory and nothing else")
+        path, status, result = Path(args.adapters[0]), 0, rescore(args.adapters[0])
+    else:
+        from cbnb.ablation import complete
+        from cbnb.adapters import checked
+        given |= dict(zip(("adapter", "second_adapter"), args.adapters))
+        try: checked(complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1])
+        except ValueError as e: raise CommandError(str(e)) from None   # an adapter that is none
+        path, status = train(notebook, given, tell)
+        result = read_json(path / "result.json")
+    if result:
+        results = results_of(result)
+        print(readable_table(figures_table(results)).to_string())
+        for note in result_notes([*results.values()][-1]): print(f"note: {note}")
+    print(f"run directory: {path}")
     return status
 
 # %% ../nbs/30_cli.ipynb #plan0101
@@ -359,7 +400,7 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_plan, add_preflight, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
+    for add in (add_masks, add_plan, add_preflight, add_train, add_evaluate, add_ablate, add_status, add_report, add_fetch): add(commands)
     return p
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'TINYAGENT', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJECTIVES', 'PRESETS', 'INTERVALS', 'IDLE', 'ConfigError',
-           'type_name', 'wrong_type', 'to_scalar', 'to_tuple', 'setting', 'allowed', 'check_limits',
+           'type_name', 'wrong_type', 'to_scalar', 'to_tuple', 'setting', 'allowed', 'check_limits', 'check_decoding',
            'CircuitBreakerConfig', 'check_layer_order', 'check_warmup', 'check_policies', 'check_objective', 'presets',
            'intervals', 'check_idle', 'measured_only', 'shown', 'get_config', 'config_to_dict',
            'layers_from_hidden_states', 'check_layers', 'shares', 'coefficients']
@@ -90,6 +90,17 @@ def check_limits(name, value, limits):
         if all(test(v, limits[k]) for k, test in tests.items() if k in limits): continue
         hint = nearest(v, limits["one_of"]) if "one_of" in limits else ""
         raise ConfigError(f"{name} must be {'one of ' if 'one_of' in limits else ''}{allowed(limits)}, but {v!r} was given{hint}")
+
+# %% ../nbs/03_config.ipynb #a92f9dc7
+def check_decoding(max_new_tokens, temperature, samples):
+    """Raises `ConfigError` for an evaluation that cannot be meant: no new token, a temperature below 0, no sample, or
+    several greedy answers to one question, which are all alike."""
+    check_limits("max_new_tokens", max_new_tokens, {"at_least": 1})
+    check_limits("temperature", temperature, {"at_least": 0})
+    check_limits("samples", samples, {"at_least": 1})
+    if samples > 1 and not temperature:
+        raise ConfigError(f"samples is {samples}, but greedy answers to one question are all alike: "
+                          "give a temperature above 0, or samples 1")
 
 # %% ../nbs/03_config.ipynb #57d81e10
 # of a module's own file: `cbnb.__file__` is None where a folder named cbnb in the working directory is taken for the package

@@ -11,9 +11,10 @@ __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', '
            'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state', 'kernel',
            'holds_running_cell', 'find_notebook', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
            'write_status', 'on_signals', 'lost_words', 'first_error', 'stage', 'process_start', 'identity',
-           'still_running', 'refusal', 'in_plain', 'safe_output', 'close_run', 'whole_lines', 'append_metrics',
-           'read_metrics', 'truncate_metrics', 'write_result', 'is_unused', 'check_same_parameters', 'has_checkpoint',
-           'next_attempt', 'locked', 'record_code', 'open_run', 'open_directory']
+           'still_running', 'refusal', 'in_plain', 'safe_output', 'close_run', 'whole_lines', 'append_line',
+           'append_metrics', 'read_lines', 'read_metrics', 'truncate_metrics', 'write_result', 'is_unused',
+           'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run',
+           'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -534,23 +535,25 @@ def whole_lines(path):
     return data[: data.rfind(b"\n") + 1]
 
 # %% ../nbs/10_runs.ipynb #87832932
-def append_metrics(run, row):
-    """Appends the dict `row` to the run's metrics.jsonl as one line of JSON (null for NaN), flushed.
+def append_line(path, row):
+    """Appends the dict `row` to the file `path` as one line of JSON (null for NaN), flushed.
 
     A torn last line, left by a killed attempt, is cut off first."""
-    path = run.path / "metrics.jsonl"
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as f:
         if f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n": f.truncate(len(whole_lines(path)))
         f.seek(0, os.SEEK_END)
         f.write((json.dumps(to_plain(row), allow_nan=False) + "\n").encode())
 
+
+def append_metrics(run, row):
+    "Appends the dict `row` to the run's metrics.jsonl (see `append_line`)."
+    append_line(run.path / "metrics.jsonl", row)
+
 # %% ../nbs/10_runs.ipynb #72e3728a
-def read_metrics(path):
-    """List of the dicts in a metrics.jsonl (`path`: the file or the run's folder), empty without a file.
+def read_lines(path):
+    """List of the dicts in the file `path`, one a line of JSON; empty without a file.
 
     A last line that has no newline yet is not read. Raises `RunError`, naming file and line, for any other that is no JSON object."""
-    path = Path(path)
-    if path.name != "metrics.jsonl": path = path / "metrics.jsonl"
     rows = []
     for number, line in enumerate(whole_lines(path).splitlines(), 1):
         try: row = json.loads(line)
@@ -558,6 +561,12 @@ def read_metrics(path):
         if not isinstance(row, dict): raise RunError(f"{path} line {number} is not a JSON object: remove that line")
         rows.append(row)
     return rows
+
+
+def read_metrics(path):
+    "List of the dicts in a metrics.jsonl (`path`: the file or the run's folder), as `read_lines` reads it."
+    path = Path(path)
+    return read_lines(path if path.name == "metrics.jsonl" else path / "metrics.jsonl")
 
 # %% ../nbs/10_runs.ipynb #a20f8372
 def truncate_metrics(run, step):
