@@ -61,11 +61,11 @@ def shaken(student: PeftModel):
             student.train()
             for m, name, _ in chance: setattr(m, name, 0.0)
             with torch.no_grad():
-                for p in trained.values(): p.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
+                for p in trained.values(): p.data.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
             yield trained
         finally:
             with torch.no_grad():
-                for name, p in trained.items(): p.copy_(before[name])
+                for name, p in trained.items(): p.data.copy_(before[name])  # .data: a graph that was made before is still good
             for m, name, value in chance: setattr(m, name, value)
             for m, training in modes: m.training = training
 
