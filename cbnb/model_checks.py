@@ -52,7 +52,7 @@ def tolerance(model: nn.Module) -> float:
 def shaken(student: PeftModel):
     "Inside, the adapter does something (a fresh one is a no-op), in training mode without anything drawn by chance; afterwards all is as before."
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    before, modes = {name: p.data for name, p in trained.items()}, [(m, m.training) for m in student.modules()]
+    before, modes = {name: p.detach().clone() for name, p in trained.items()}, [(m, m.training) for m in student.modules()]
     chance = [(m, name, value) for m in student.modules() for name, value in vars(m).items() if isinstance(value, float)
               and (name == "p" and isinstance(m, nn.Dropout) or "dropout" in name or "jitter" in name)]  # attention's and routers' own
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -60,11 +60,12 @@ def shaken(student: PeftModel):
         try:
             student.train()
             for m, name, _ in chance: setattr(m, name, 0.0)
-            for p in trained.values():  # not in place: a graph that was made before can still be differentiated
-                p.data = p.data + (torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype)
+            with torch.no_grad():
+                for p in trained.values(): p.data.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
             yield trained
         finally:
-            for name, p in trained.items(): p.data = before[name]
+            with torch.no_grad():
+                for name, p in trained.items(): p.data.copy_(before[name])  # .data: a graph that was made before is still good
             for m, name, value in chance: setattr(m, name, value)
             for m, training in modes: m.training = training
 
