@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from .report import alarm_lines, result_notes, result_table, results_of, write_r
 from .runs import RunError, read_json, read_metrics, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker
+from .tinyagent import write_data
 from .transcripts import Transcript
 
 # %% auto #0
 __all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_file', 'heldout_files',
-           'questions_for', 'masker_for', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
+           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
+           'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -115,7 +118,11 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     """The files `eval_data`, separated by commas, or those of the first adapter's run; an empty list for a
     run that has held out a part of its training data. Raises RunError where there is neither, or a file is
     not there."""
-    files, run = listed(eval_data), next((a for a in adapters if a.run), None)
+    run = next((a for a in adapters if a.run), None)
+    if eval_data == "tinyagent":  # its own held-out transcripts, which are in no file; a run has its own
+        if run is None: return []
+        eval_data = ""
+    files = listed(eval_data)
     if not files:
         if run is None: raise RunError("there are no held-out transcripts: give their files as eval_data")
         files = listed(run.parameters.get("eval_data") or "")
@@ -125,6 +132,8 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
 
 def questions_for(adapters: list[Adapter], eval_data: str = "") -> list[Transcript]:
     "The transcripts of `heldout_files`, as a run reads them. Raises what `cbnb.data.read_streams` raises."
+    if eval_data == "tinyagent" and not any(a.run for a in adapters):
+        with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
     if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files) for t in stream]
     return load_streams(listed(next(a for a in adapters if a.run).parameters["data"]))[2]
 
@@ -138,6 +147,12 @@ def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = Fal
     known = {k: run.parameters[k] for k in fields if run and k in run.parameters} | given
     kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
     return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[0]
+
+
+def asked_model(adapters: list[Adapter], parameters: dict) -> str:
+    "`base_name` for the parameters of nbs/evaluate.ipynb; the tiny agent where only its own transcripts are asked for."
+    own = parameters["eval_data"] == "tinyagent" and not any(a.run or a.folder for a in adapters)
+    return base_name(adapters, parameters["model"] or ("tinyagent" if own else None))
 
 
 def decoding_for(adapters: list[Adapter], **given) -> Decoding:
@@ -154,7 +169,7 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
     fields = ("max_new_tokens", "temperature", "samples", "seed")
-    return adapters, base_name(adapters, parameters["model"]), decoding_for(adapters, **{name: parameters[name] for name in fields})
+    return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
 
 # %% ../nbs/16_adapters.ipynb #c82cc13b
 def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding,
@@ -206,7 +221,7 @@ def rescore(folder) -> dict:
     if not lines: raise RunError(f"{folder} holds no answers.jsonl: it was made by an older cbnb, so evaluate it again")
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
-        name, transcripts = base_name(adapters, parameters["model"]), questions_for(adapters, parameters["eval_data"])
+        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"])
         given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]

@@ -313,7 +313,7 @@ def run_evaluate(args):
     else:
         from cbnb.ablation import complete
         from cbnb.adapters import checked
-        given |= dict(zip(("adapter", "second_adapter"), args.adapters))
+        given = {"eval_data": ""} | given | dict(zip(("adapter", "second_adapter"), args.adapters))  # an adapter is named: its run's, or files
         try: checked(complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1])
         except ValueError as e: raise CommandError(str(e)) from None   # an adapter that is none
         path, status = train(notebook, given, tell)

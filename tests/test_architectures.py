@@ -123,7 +123,7 @@ def test_4_bits_that_are_two_models_are_refused(tmp_path):
     "On CPUs with AVX-512 bitsandbytes repacks the weights in eval mode; on others, and on a GPU, the same check has to pass."
     path = {"PYTHONPATH": str(outside("bitsandbytes"))}
     said = quantised(tmp_path, **path)
-    repacks = run(sys.executable, "-c", "from bitsandbytes.functional import has_avx512bf16; print(has_avx512bf16())", cwd=tmp_path, env=path).stdout.split()[-1]
+    repacks = run(sys.executable, "-c", "from bitsandbytes.functional import has_avx512bf16; print(bool(has_avx512bf16()))", cwd=tmp_path, env=path).stdout.split()[-1]
     if torch.cuda.is_available(): assert said == "loaded cuda:0"
     elif repacks == "False": assert said == "loaded cpu"
     else: assert "4-bit weights on cpu are not the same in training and in eval mode" in said and "use a GPU" in said, said
