@@ -49,7 +49,7 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
              f"preset `{parameters.get('preset')}`.", "", "## Data", "",
              f"- files: {named(parameters.get('data'))}; held out: {named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
              f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`", "",
-             "## Held out, before and after", "", markdown_table(readable_table(result_table(result["before"], result["after"]))), ""]
+             "## Held out, before and after", "", markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))), ""]
     if alarms := alarm_lines(list(alarms)): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     lines += ["## Settings", "", markdown_table(table), ""]
     return scrub("\n".join(lines))
