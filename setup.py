@@ -16,5 +16,7 @@ setup(
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg.get("console_scripts", "").split()},
-    packages=find_packages(include=["cbnb", "cbnb.*"]),
+    # "" makes an editable install an entry on sys.path. Without it setuptools installs an import hook, which comes after sys.path: a folder that is
+    # named as the package, such as a clone seen from its parent, would be imported in its place, as an empty namespace package.
+    package_dir={"": "."}, packages=find_packages(include=["cbnb", "cbnb.*"]),
     package_data={"": ["*.js", "*.css", "tinyagent_model/*"]}, zip_safe=False)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', 'Parameter', 'read_notebook', 'comments',
-           'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'check_settings',
-           'listed', 'absolute_files', 'complete', 'runs_of', 'content_hash', 'data_hash', 'notebook_hash', 'run_key',
-           'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run', 'write_sweep']
+           'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'run_settings',
+           'check_settings', 'listed', 'named_files', 'absolute_files', 'complete', 'runs_of', 'content_hash',
+           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run',
+           'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import yaml
 
-import cbnb
-from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, check_limits, get_config, nearest
+from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_decoding, check_layers, get_config, nearest
+from .settings import PUBLISHED, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
@@ -73,7 +74,7 @@ def notebook_parameters(path):
 # %% ../nbs/11_ablation.ipynb #1b517b85
 def find_file(name):
     "The existing file `name`: from the working directory, the project root, or beside the package; None where it is in none of them."
-    bases = (Path.cwd(), project_root(), Path(cbnb.__file__).parent.parent)
+    bases = (Path.cwd(), project_root(), PACKAGE.parent)
     return next((path.resolve() for base in bases if base and (path := base / Path(name).expanduser()).is_file()), None)
 
 # %% ../nbs/11_ablation.ipynb #9d7ebd20
@@ -163,21 +164,33 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
+
+
+def run_settings(parameters):
+    """`(config, told)` of a run with the dict of all its `parameters`, see `cbnb.settings.settings_of`: one way for train, pre-flight, plan and sweeps. Raises
+    ConfigError, and OSError where the settings follow from the configuration of a model that is not there."""
+    given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
+    return settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
 
 
 def check_settings(parameters):
     """Raises what the run itself would raise for `parameters` (a dict of all) of a notebook that takes every setting of `CircuitBreakerConfig`: a
-    value out of range, a layer that a tiny agent or a model in a local folder does not have, a data file that is not there."""
-    if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters): return
-    config = get_config(parameters["preset"], **{k: v for k, v in parameters.items() if k not in RUN_ONLY})
-    if "max_new_tokens" in parameters: check_limits("max_new_tokens", parameters["max_new_tokens"], {"at_least": 1})
-    folder = TINYAGENT if config.model == "tinyagent" else Path(config.model).expanduser()
-    layers = (read_json(folder / "config.json") or {}).get("num_hidden_layers") if folder.is_dir() else None
-    if isinstance(layers, int): check_layers(config, layers)
+    value out of range, a layer that a tiny agent or a model in a local folder does not have, a data file that is not there. Returns what the run will tell of
+    its settings (list of sentences). A model that is not on this machine is left to the run."""
+    if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters): return []
+    try: config, told = run_settings(parameters)
+    except OSError as e:   # the values at least
+        config, told = get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}), [f"the settings are made when the run starts: {e}"]
+    if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
+    if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
+        try: check_layers(config, model_facts(config.model).blocks)
+        except OSError: pass   # a folder without a configuration: the run says it
     for name in ("data", "eval_data"):
         for file in listed(parameters.get(name) or ""):
             if file != "tinyagent" and not Path(file).exists(): raise RunError(f"{name} names {file}, which is not there: give the path of a transcript file")
+    template_source(parameters.get("chat_template") or ""), template_values(parameters.get("template_variables") or "")
+    return told
 
 
 def listed(text):
@@ -185,14 +198,20 @@ def listed(text):
     return [part.strip() for part in text.split(",") if part.strip()]
 
 # %% ../nbs/11_ablation.ipynb #30ede181
-FILE_PARAMETERS = ("data", "eval_data", "model", "teacher")   # paths, or names that are none
+FILE_PARAMETERS = ("data", "eval_data", "model", "teacher", "chat_template", "adapter", "second_adapter")   # paths, or names that are none
+
+
+def named_files(name, value):
+    "The parts of a parameter of `FILE_PARAMETERS` that may be paths: of a comma string, or the one that it is; a template's own text is none."
+    if name == "chat_template": return [] if not value or is_source(value) else [value]
+    return listed(value or "")
 
 
 def absolute_files(name, value):
     "`value` with each of its parts that is an existing relative path made absolute: a job need not start where it was submitted."
     if name == "teacher_cache" and value: return str(Path(value).expanduser().resolve())  # made by the first run
-    if name not in FILE_PARAMETERS or not value: return value
-    return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in listed(value))
+    if name not in FILE_PARAMETERS or not (parts := named_files(name, value)): return value
+    return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in parts)
 
 
 def complete(run, declared):
@@ -209,17 +228,17 @@ def complete(run, declared):
 
 # %% ../nbs/11_ablation.ipynb #5ceaec2f
 def runs_of(spec, declared):
-    """`(runs, merged)`: a list of `(set, all)` dicts of parameters, each once and checked against the `declared` ones; and how many were left out
-    since they equal another. Nothing is written or started. Raises as `complete` and `check_settings` do, with the run's number in front."""
-    unique, expanded = {}, expand(spec)
+    """`(runs, merged, told)`: a list of `(set, all)` dicts of parameters, each once and checked against the `declared` ones; how many were left out
+    since they equal another; what the runs will tell of their settings, each sentence once. Nothing is written or started. Raises as `complete` and `check_settings` do, with the run's number in front."""
+    unique, expanded, told = {}, expand(spec), {}
     for number, run in enumerate(expanded, 1):
         try:
             values, whole = complete(run, declared)
             key = parameters_hash(whole)
-            if key not in unique: check_settings(whole)
+            if key not in unique: told |= dict.fromkeys(check_settings(whole))
         except (ParameterError, ConfigError, RunError) as e: raise type(e)(f"run {number} of {len(expanded)}: {e}") from None
         unique.setdefault(key, (values, whole))
-    return list(unique.values()), len(expanded) - len(unique)
+    return list(unique.values()), len(expanded) - len(unique), list(told)
 
 # %% ../nbs/11_ablation.ipynb #4c80b6b3
 def content_hash(path, cache):
@@ -243,7 +262,7 @@ def data_hash(parameters, cache):
     found = []
     for name in FILE_PARAMETERS:
         value = parameters.get(name)
-        for part in listed(value) if isinstance(value, str) else ():
+        for part in named_files(name, value) if isinstance(value, str) else ():
             path = TINYAGENT if part == "tinyagent" else Path(part)
             if path.exists(): found.append([name, content_hash(path, cache)])
     return parameters_hash({"files": found})
@@ -270,12 +289,13 @@ def label(values, varied, limit=44):
 @dataclass
 class Sweep:
     """A spec made ready: `path` of its folder, the `spec`, `notebook` (path), `runs` (dicts with `dir`, `parameters` that the spec sets, `all`
-    parameters, `key`) and how many equal ones were `merged`. Nothing of it is written yet."""
+    parameters, `key`), how many equal ones were `merged`, and what the runs will tell of their settings. Nothing of it is written yet."""
     path: Path
     spec: dict
     notebook: Path
     runs: list
     merged: int
+    told: list
 
 
 def sweep_folder(name):
@@ -290,13 +310,13 @@ def plan_sweep(path):
     spec = read_spec(path)
     notebook = find_file(spec.get("notebook", "nbs/train.ipynb"))
     if notebook is None: raise RunError(f"the notebook {spec.get('notebook', 'nbs/train.ipynb')} is neither here nor in the project: give its path as notebook")
-    runs, merged = runs_of(spec, notebook_parameters(notebook))
-    code, cells, cache = source_hash(Path(cbnb.__file__).parent), notebook_hash(notebook), {}
+    runs, merged, told = runs_of(spec, notebook_parameters(notebook))
+    code, cells, cache = source_hash(PACKAGE), notebook_hash(notebook), {}
     varied = [name for name in dict.fromkeys(n for values, _ in runs for n in values) if len({str(whole[name]) for _, whole in runs}) > 1]
     made = [{"parameters": values, "all": whole, "key": run_key(whole, cells, code, cache)} for values, whole in runs]
     for run in made: run["dir"] = f"{label(run['parameters'], varied)}-{run['key']['key'][:8]}"
     if len({run["dir"] for run in made}) < len(made): raise RunError("two runs get the same folder name: change the spec's order of parameters")
-    return Sweep(sweep_folder(spec["name"]), spec, notebook, made, merged)
+    return Sweep(sweep_folder(spec["name"]), spec, notebook, made, merged, told)
 
 # %% ../nbs/11_ablation.ipynb #341a4862
 def prepare_run(sweep, run, code):

@@ -44,7 +44,7 @@ def solved(transcript: Transcript, kind: str) -> list[Transcript]:
 def questions(transcript: Transcript) -> list[Transcript]:
     """What can be asked of a held-out transcript: itself where its `meta` knows the answer; the cuts of a run of AgentDojo or tau-bench (see above); else nothing."""
     meta = transcript.meta
-    if {"injected_call", "expected_call", "expected_text"} & meta.keys(): return [transcript]
+    if {"injected_call", "injected_text", "expected_call", "expected_text"} & meta.keys(): return [transcript]
     if "user_task_id" in meta:
         if transcript.label == "harmful": return attacked(transcript)
         return solved(transcript, "agentdojo") if meta.get("utility") is True else []

@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import CircuitBreakerConfig
 from .heads import Head, find_head, head_kl, teacher_logits
+from .model_checks import check_model
 from .models import check_teacher, num_blocks
 from .objectives import Pair, find_objective
 from .passes import both_passes, one_pass
@@ -38,7 +39,8 @@ class CircuitBreaker(nn.Module):
     """Student, teacher and the three terms; what `Trainer` (and DDP or FSDP) wraps.
 
     `student`: a peft model with the adapter to train. `teacher`: None for the student's own base with the adapter off, or a
-    separate causal language model of the same vocabulary, depth and width (ValueError otherwise), which is frozen here. What stands in the way of a
+    separate causal language model of the same vocabulary, depth and width (ValueError otherwise), which is frozen here. A model that does not keep to
+    what training takes for granted is a ConfigError (`cbnb.model_checks.check_model`). What stands in the way of a
     saving that `config.savings` asks for is warned of once. `head`: what is known of the student's head, where its weights have no values to check it by (`cbnb.plan`)."""
 
     def __init__(self, student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Module | None = None, head: Head | None = None):
@@ -47,6 +49,7 @@ class CircuitBreaker(nn.Module):
         if teacher is not None:
             check_teacher(student, teacher)
             teacher.eval().requires_grad_(False)
+        if head is None: check_model(student, config, teacher)
         self.teacher = teacher
         self.objective = find_objective(config.objective)
         self.head = find_head(student) if head is None else head

@@ -6,8 +6,8 @@
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
            'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_ablate', 'tell', 'run_ablate', 'add_status',
            'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'parser',
-           'main']
+           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch',
+           'add_report', 'run_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -23,11 +23,12 @@ import cbnb
 from .ablation import find_file, notebook_parameters
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
 from .config import ConfigError
-from .masks import CONTROL_MODES, ChatMasker
+from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
-from .runs import ParameterError, RunError, read_json, write_bytes
+from .runs import ParameterError, RunError, read_json, safe_output, write_bytes
+from .settings import make_masker
 from .targets import SIDES
 from .transcripts import FORMATS, LABELS, TranscriptError, nearest, read_transcripts
 
@@ -41,16 +42,15 @@ def first_line(error):
     return visible((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def load_masker(model, chat_template=None, control="error"):
-    """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id) and the Jinja source in the file `chat_template`, by
-    default its own; `control` as in ChatMasker. Raises CommandError."""
-    try: template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise CommandError(f"the chat template {chat_template} cannot be read: {e}") from None
-    from cbnb.models import load_tokenizer  # seconds: transformers and torch
-    try: tokenizer = load_tokenizer(model)
+def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template"):
+    """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.settings.make_masker`; what it has to tell goes to stderr. Raises
+    CommandError where there is no tokenizer, and what `make_masker` raises."""
+    try: masker, told = make_masker(model, control, chat_template, template_variables, tool_call_format=tool_call_format)
+    except (ParameterError, MaskError): raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
-    return ChatMasker(tokenizer, template, control)
+    for line in told: print(f"note: {line}", file=sys.stderr)
+    return masker
 
 # %% ../nbs/30_cli.ipynb #0643cae5
 def load_policy(name):
@@ -97,14 +97,17 @@ def add_masks(commands):
     p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, or a folder of such files")
     p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="a folder or hub id with the tokenizer, or tinyagent")
     p.add_argument("--policy", default="assistant_only", help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)")
-    p.add_argument("--chat-template", metavar="FILE", help="a Jinja file to use in place of the tokenizer's own")
+    p.add_argument("--chat-template", metavar="FILE", default="", help="a Jinja file to use in place of the tokenizer's own, or its text")
+    p.add_argument("--template-variables", metavar="NAME=VALUE,...", default="", help="what the template reads: enable_thinking=false,date_string=\"26 Jul 2024\"")
     p.add_argument("--control", default="error", choices=CONTROL_MODES,
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
+    p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
+                   help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
-    p.add_argument("--truncation", default="targets", choices=SIDES,
-                   help="what is cut: around the last target as cbnb does, the right or the left end (default: %(default)s)")
+    p.add_argument("--truncation", choices=SIDES,
+                   help="what --max-length cuts: around the last target as cbnb does, the right or the left end (default: targets)")
     p.add_argument("--allow", action="append", default=[], metavar="KIND", choices=[k for k in KINDS if k not in NOTES],
                    help="count findings of this kind, but do not fail for them; may be repeated")
     p.add_argument("--limit", type=positive, metavar="N", help="audit the first N transcripts only")
@@ -125,8 +128,9 @@ def audit_file(args):
     policy, page = load_policy(args.policy), args.html and Path(args.html)
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
-    masker = load_masker(args.model, args.chat_template, args.control)
-    return audit(reader, masker, policy, args.max_length, args.truncation, args.limit)
+    if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
+    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
+    return audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 
 def run_masks(args):
@@ -254,8 +258,9 @@ def run_train(args):
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):
-        from cbnb.report import alarm_lines, readable_table, result_table
+        from cbnb.report import alarm_lines, readable_table, result_notes, result_table
         print(readable_table(result_table(result["before"], result["after"]), result.get("floor")).to_string())
+        for note in result_notes(result["after"]): print(f"note: {note}")
         for line in alarm_lines(result.get("alarms")): print(f"ALARM {line}")
     print(f"run directory: {path}")
     return status
@@ -280,6 +285,46 @@ def run_preflight(args):
     print(f"the page: {path / 'preflight.ipynb'}")
     return status
 
+# %% ../nbs/30_cli.ipynb #4b0fc5a3
+def add_evaluate(commands):
+    "Adds the arguments of `cbnb evaluate`: one or two adapters, and a flag a parameter of nbs/evaluate.ipynb."
+    p = commands.add_parser("evaluate", help="an adapter on held-out files, without training", allow_abbrev=False,
+                            description="Evaluate one adapter, or two beside each other: papermill runs nbs/evaluate.ipynb. A finished run's "
+                            "directory gives that run's figures again. Every answer is kept; the same --run-dir goes on with an "
+                            "evaluation that was interrupted.",
+                            epilog="exit status of papermill: 0 when all is evaluated; 2: a value is not in order, nothing was started")
+    p.add_argument("adapters", metavar="ADAPTER", nargs="*", help="a run's directory, an adapter's folder, a hub id, or none: the model as it is")
+    p.add_argument("--rescore", action="store_true",
+                   help="generate nothing: read and score the answers kept in the run directory ADAPTER anew, and write its result.json")
+    add_notebook_flags(p, "nbs/evaluate.ipynb")
+    p.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args):
+    "Carries out `cbnb evaluate`: papermill's own output, then the figures and where they are kept."
+    from cbnb.jobs import train
+    from cbnb.report import figures_table, readable_table, result_notes, results_of
+    notebook, given = notebook_call(args, "nbs/evaluate.ipynb")
+    if len(args.adapters) > 2: raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
+    if args.rescore:
+        from cbnb.adapters import rescore
+        if len(args.adapters) != 1 or given: raise CommandError("--rescore wants one run directory and nothing else")
+        path, status, result = Path(args.adapters[0]), 0, rescore(args.adapters[0])
+    else:
+        from cbnb.ablation import complete
+        from cbnb.adapters import checked
+        given |= dict(zip(("adapter", "second_adapter"), args.adapters))
+        try: checked(complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1])
+        except ValueError as e: raise CommandError(str(e)) from None   # an adapter that is none
+        path, status = train(notebook, given, tell)
+        result = read_json(path / "result.json")
+    if result:
+        results = results_of(result)
+        print(readable_table(figures_table(results)).to_string())
+        for note in result_notes([*results.values()][-1]): print(f"note: {note}")
+    print(f"run directory: {path}")
+    return status
+
 # %% ../nbs/30_cli.ipynb #plan0101
 def add_plan(commands):
     "Adds the arguments of `cbnb plan`: those of `cbnb train`, and the number of GPUs."
@@ -293,13 +338,15 @@ def add_plan(commands):
 
 def run_plan(args):
     "Carries out `cbnb plan`."
-    from cbnb.ablation import RUN_ONLY, complete
-    from cbnb.config import get_config
+    from cbnb.ablation import complete, run_settings
+    from cbnb.settings import check_processes
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     values, whole = complete(given, notebook_parameters(notebook))
     if whole.get("teacher"): raise CommandError("a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan")
     if not 0 < args.target_share <= 1: raise CommandError(f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given")
-    config = get_config(whole["preset"], **{k: v for k, v in whole.items() if k not in RUN_ONLY})
+    config, told = run_settings(whole)
+    check_processes(config, values.get("fsdp", False), args.gpus)
+    for line in told: print(f"note: {line}")
     from cbnb.plan import plan_lines  # seconds: torch
     for line in plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share): print(line, flush=True)
     return 0
@@ -353,7 +400,7 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_plan, add_preflight, add_train, add_ablate, add_status, add_report, add_fetch): add(commands)
+    for add in (add_masks, add_plan, add_preflight, add_train, add_evaluate, add_ablate, add_status, add_report, add_fetch): add(commands)
     return p
 
 
@@ -361,13 +408,12 @@ def main(argv=None):
     """Runs the command in `argv` (default: the program's arguments) and returns its exit status.
 
     What is wrong with the input is one sentence on stderr; argparse exits with status 2 by itself."""
+    safe_output()   # before --help and argparse's own words
     program = parser()
     args, unknown = program.parse_known_args(argv)
     flags = getattr(args, "flags", ())
     if unknown and flags != []:   # without any the command itself says why
         program.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}")
-    for stream in (sys.stdout, sys.stderr):  # an old terminal gets escapes in place of a crash
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try:
         status = args.run(args)
         sys.stdout.flush()

@@ -13,12 +13,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from .losses import predicting_positions
 from .masks import ChatMasker
+from .model_checks import check_packing
 from .templates import MaskError
-from .targets import in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript, read_transcripts
 
 # %% auto #0
@@ -85,7 +87,7 @@ class StreamReport:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, no_injection, messages_off, mask_warnings
+    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings
     counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
@@ -110,8 +112,9 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
     `max_length` tokens at its `truncation` end (`truncation_window`).
 
     A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted (`no_injection`);
-    one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`).
-    Raises MaskError where a turn cannot be located, ValueError where nothing is left of the stream."""
+    one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`),
+    and so is one with an answer of which the template writes nothing (`lost_words`).
+    Raises MaskError where a turn cannot be located or the template writes no tool calls, ValueError where nothing is left of the stream."""
     samples, report, last = [], StreamReport(), None
     for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
         if transcript is not last:
@@ -120,11 +123,16 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.counts["messages_off"] += len(messages_off(transcript))
         last = transcript
         try:
+            check_calls(encoded)
             mask = training_mask(encoded, transcript, policy)
         except MaskError as e:
             raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
+        if encoded.lost_words:
+            report.counts["lost_words"] += 1
+            report.warnings.insert(0, f"{transcript.id}: dropped, the chat template writes nothing of message {encoded.lost_words[0]}")
+            continue
         keep = truncation_window(mask, max_length, truncation)
         if (cut := len(mask) - (keep.stop - keep.start)) > 0:
             report.counts["truncated"] += 1
@@ -142,7 +150,8 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
     report.samples = len(samples)
     if not samples:
         raise ValueError(f"the {name} stream is empty: {report.transcripts} transcripts were read, {report.counts['no_target']} of them "
-                         f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to truncation); "
+                         f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to truncation), "
+                         f"{report.counts['lost_words']} have an answer of which the chat template writes nothing; "
                          "check the file, its labels, the policy and max_length.")
     return samples, report
 
@@ -192,12 +201,14 @@ def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[st
     return rows
 
 # %% ../nbs/05_data.ipynb #81a84d70
-def pack_rows(samples: list[Sample], length: int, pad_id: int) -> dict[str, torch.Tensor]:
+def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module) -> dict[str, torch.Tensor]:
     """Samples one after the other in rows of `length` tokens, in order, a new row where the next one does not fit.
 
     `input_ids`, `position_ids` (from 0 in every sample) and `sequence` (index of the sample, -1 for padding) int64 [R, length]; `loss_mask` bool
     [R, length], without the first token of each sample: the token before it is another sample's and predicts nothing of it. Passed
-    `position_ids` and no attention mask, transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`."""
+    `position_ids` and no attention mask, transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`, and
+    ConfigError where the blocks of `model`, which is to run the rows, mix the samples of one (`cbnb.model_checks.check_packing`)."""
+    check_packing(model)
     rows, used = [[]], 0
     for i, s in enumerate(samples):
         if len(s.input_ids) > length:

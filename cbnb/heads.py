@@ -5,6 +5,7 @@
 # %% ../nbs/04b_heads.ipynb #db53d866
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .fused_kl import back_product_into, chunk_for, product_into, token_linear_kl
 from .losses import accumulate, token_kl
-from .models import find_decoder, teacher_mode, whole
+from .models import decoder_blocks, find_decoder, teacher_mode, whole
 
 # %% auto #0
 __all__ = ['SCALES', 'WideLinear', 'transforms', 'own_logits', 'Head', 'watched_ends', 'explained', 'plain_linear', 'find_head',
@@ -58,12 +58,19 @@ def transforms(model: nn.Module):
             yield name, lambda logits, c=float(c): torch.tanh(logits / c) * c
 
 
-def own_logits(causal_lm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    "The logits [B, S, V] that a model's own code makes of final hidden states [B, S, d], whatever it does behind its decoder; in the model's dtype."
+def own_logits(causal_lm: nn.Module, hidden: torch.Tensor, output=None) -> torch.Tensor:
+    """The logits [B, S, V] that a model's own code makes of final hidden states [B, S, d], whatever it does behind its decoder; in the model's dtype.
+
+    `output`: one of the decoder's own outputs, whose other fields that code gets to see; by default that of one token."""
     decoder = find_decoder(causal_lm)
-    decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if output is None:
+        with torch.no_grad(): output = decoder(input_ids=ids[:1, :1], use_cache=False)
+    ended = copy.copy(output)
+    ended["last_hidden_state"] = hidden
+    decoder.forward = lambda *args, **kwargs: ended
     try:
-        return causal_lm(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device), use_cache=False).logits
+        return causal_lm(input_ids=ids, use_cache=False).logits
     finally:
         del decoder.forward
 
@@ -79,18 +86,21 @@ class Head:
     note: str = ""
 
 
-def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, nn.Module | None]:
-    "Logits [n, V] and final hidden states [n, d] of one row, and the direct child of the decoder that made the latter, None if there is none."
-    decoder, outputs = find_decoder(causal_lm), {}
-    watched = [decoder, *(child for child in decoder.children() if not isinstance(child, nn.ModuleList))]
-    hooks = [module.register_forward_hook(lambda module, args, output: outputs.update({module: output})) for module in watched]
+def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, object, nn.Module | None]:
+    """Logits [n, V] of one row, the decoder's output for it, and the direct child of the decoder that made the final hidden states
+    of what the last block put out, None if no single one did."""
+    decoder, last_block, ends = find_decoder(causal_lm), decoder_blocks(causal_lm)[-1], {}
+    watched = [decoder, last_block, *(child for child in decoder.children() if not isinstance(child, nn.ModuleList))]
+    def keep(module, args, output): ends[module] = args[0] if args else None, output
+    hooks = [module.register_forward_hook(keep) for module in watched]
     try:
         logits = causal_lm(**inputs).logits[0]
     finally:
         for hook in hooks:
             hook.remove()
-    last = outputs.pop(decoder).last_hidden_state
-    return logits, last[0], next((module for module, output in outputs.items() if output is last), None)
+    (_, output), (_, put_out) = ends.pop(decoder), ends.pop(last_block)
+    before, after = put_out[0] if isinstance(put_out, tuple) else put_out, output.last_hidden_state
+    return logits, output, next((module for module, (got, made) in ends.items() if got is before and made is after), None)
 
 
 def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> tuple[str, Callable] | None:
@@ -121,8 +131,9 @@ def find_head(model: nn.Module) -> Head:
     training = {m for m in model.modules() if m.training}
     model.eval()
     try:
-        theirs, hidden, norm = watched_ends(causal_lm, inputs)
-        own = lambda h: own_logits(causal_lm, h[None])[0]
+        theirs, output, norm = watched_ends(causal_lm, inputs)
+        hidden = output.last_hidden_state[0]
+        own = lambda h: own_logits(causal_lm, h[None], output)[0]
         if not torch.equal(own(hidden), theirs):
             raise ValueError(f"the logits of this {type(causal_lm).__name__} are not a function of its final hidden states alone, so there is no KL to take from them.")
         if not plain_linear(layer):

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'papermill', 'run_command', 'interrupts', 'kill_run', 'start', 'work', 'job_environment', 'batch_script',
-           'array_command', 'call_sbatch', 'sbatch', 'chunks', 'next_submission', 'array_name', 'submit', 'sweep_lock',
-           'ran_other_code', 'sweep_rows', 'action', 'where_to_run', 'prepare_sweep', 'ablate', 'dry_run',
-           'checked_folder', 'train', 'preflight']
+           'array_command', 'name_in', 'call_sbatch', 'job_id', 'job_named', 'sbatch', 'chunks', 'next_submission',
+           'array_name', 'submit', 'sweep_lock', 'ran_other_code', 'sweep_rows', 'action', 'where_to_run',
+           'prepare_sweep', 'ablate', 'dry_run', 'checked_folder', 'train', 'preflight']
 
 # %% ../nbs/11b_jobs.ipynb #80b9b3f3
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .ablation import check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
-from .status import counted, max_array_size, progress_words, queue, read_quietly, run_rows
+from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, process_start, read_json,
                        read_status, set_status, still_running, write_bytes, write_json)
 
@@ -142,19 +143,47 @@ def array_command(script, runs, offset, count, name, logs, *more):
     return ["sbatch", *more, f"--array=0-{count - 1}", f"--job-name={name}", f"--output={logs}/%A_%a.out", str(script), str(runs), str(offset)]
 
 
+def name_in(command):
+    "The job name in an `sbatch` argument list."
+    return next(word.partition("=")[2] for word in command if word.startswith("--job-name="))
+
+
 def call_sbatch(command):
     "What `sbatch` says to the argument list `command`, carried out in the project's folder: a finished process. Raises `RunError` where it does not answer."
     folder = Path(next(word for word in command if word.endswith(".sbatch"))).parent.parent
     try: return subprocess.run(command, cwd=folder, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60)
-    except (OSError, subprocess.SubprocessError) as e: raise RunError(f"sbatch does not answer ({type(e).__name__}): look with squeue whether {command[3]} is there") from None
+    except (OSError, subprocess.SubprocessError) as e:
+        raise RunError(f"sbatch does not answer ({type(e).__name__}): look with squeue whether {name_in(command)} is there") from None
+
+# %% ../nbs/11b_jobs.ipynb #jobids01
+def job_id(said):
+    """The job's id in what `sbatch --parsable` has printed, or None: that of the last line that is an id, `17` or `17;cluster`, or `Submitted batch job
+    17`. What a site prints around it (a banner, a quota) is no id."""
+    lines = (re.fullmatch(r"\s*(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*", line) for line in said.splitlines())
+    return next((found[1] for found in reversed(list(lines)) if found), None)
+
+
+def job_named(name):
+    "The id of this user's newest job with the `name`, of the queue or else of the last day's accounting; None where neither knows it."
+    def ids(said): return [int(line) for line in (said or "").splitlines() if line.strip().isdecimal()]
+    user = str(os.getuid())
+    found = ids(ask("squeue", "-h", "-u", user, "-n", name, "-o", "%F")) or ids(
+        ask("sacct", "-n", "-P", "-X", "-u", user, "-S", "now-1days", "--name", name, "-o", "JobIDRaw"))
+    return str(max(found)) if found else None
 
 
 def sbatch(command):
-    "Carries out an `sbatch --parsable …` argument list; returns the job's id. Raises `RunError` with sbatch's own words."
+    """Carries out an `sbatch --parsable …` argument list; returns the job's id, or None where sbatch has submitted the job but nothing tells its id.
+
+    Exit status 0 is a submission, whatever was printed; the id is looked for by the job's name where the output has none. After another exit status it is
+    looked for, too: a controller that answers late has taken the job all the same. Raises `RunError` with sbatch's own words: "refuses" where there is no
+    job, "does not answer" where nobody knows."""
     done = call_sbatch(command)
-    job = done.stdout.strip().split(";")[0]   # --parsable: id, or id;cluster
-    if done.returncode or not job.isdecimal(): raise RunError(f"sbatch refuses: {' '.join((done.stderr or done.stdout).split())[-500:] or done.returncode}")
-    return job
+    if done.returncode == 0: return job_id(done.stdout) or job_named(name_in(command))
+    if job := job_named(name_in(command)): return job
+    said = " ".join((done.stderr or done.stdout).split())[-500:] or done.returncode
+    if "timed out" in str(said).lower(): raise RunError(f"sbatch does not answer ({said}): look with squeue whether {name_in(command)} is there")
+    raise RunError(f"sbatch refuses: {said}")
 
 # %% ../nbs/11b_jobs.ipynb #c73b22bc
 def chunks(count, size):
@@ -168,7 +197,7 @@ def next_submission(sweep):
 
 
 def array_name(sweep, number, offset):
-    "The job name of an array, its own: a sweep of the same name in another runs folder gets another."
+    "The job name of the array from `offset` on, or of the `report`, its own: a sweep of the same name in another runs folder gets another."
     return f"cbnb-{sweep.name}-{parameters_hash({'sweep': str(sweep)})[:6]}-{number}-{offset}"
 
 
@@ -193,12 +222,14 @@ def submit(sweep, names, tell=print):
             save()
             raise
         save()
-        tell(f"job {record['arrays'][-1]['job']}: {count} runs")
-    after = ":".join(array["job"] for array in record["arrays"])
-    try: record["report"] = sbatch(["sbatch", "--parsable", f"--dependency=afterany:{after}", f"--job-name=cbnb-{sweep.name}-report",
-                                    f"--output={logs}/report_%j.out", str(report), str(sweep)])
+        tell(f"job {record['arrays'][-1]['job'] or name}: {count} runs")
+    jobs = [array["job"] for array in record["arrays"]]
+    try:
+        if None in jobs: raise RunError("sbatch has not said the id of every array, and squeue does not know it")
+        record["report"] = sbatch(["sbatch", "--parsable", f"--dependency=afterany:{':'.join(jobs)}", f"--job-name={array_name(sweep, number, 'report')}",
+                                   f"--output={logs}/report_%j.out", str(report), str(sweep)])
     except RunError as e: tell(f"no report will follow: {e}; make it with: cbnb report {shlex.quote(str(sweep))}")
-    else: tell(f"job {record['report']}: the report, after them, into {sweep}")
+    else: tell(f"job {record['report'] or array_name(sweep, number, 'report')}: the report, after them, into {sweep}")
     save()
 
 # %% ../nbs/11b_jobs.ipynb #8d34d7a7
@@ -286,6 +317,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
     if where == "slurm": batch_script("ablation")
     if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")
+    for line in sweep.told: tell(f"note: {line}")
     with sweep_lock(sweep.path):
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
@@ -308,6 +340,7 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
     """Tells what `ablate` would do with the same arguments, and does none of it: a line a run (how it stands, what would be done to it), then the command
     that would start the first; for SLURM each array's `sbatch`, what `sbatch --test-only` says to it, and the script. Returns 0. Raises as `ablate` does."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
+    for line in sweep.told: tell(f"note: {line}")
     rows = sweep_rows(sweep)
     actions = [action(row, only_missing, retry) for row in rows]
     for row, what in zip(rows, actions, strict=True): tell(f"{row['state']:<12} {what:<7} {row['run']}" + (f"  ({row['note']})" if row["note"] else ""))

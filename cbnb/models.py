@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
+import math
 import os
+import re
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -15,19 +18,26 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, nearest
 from .processes import is_first, join, world_size
 
 # %% auto #0
-__all__ = ['DTYPES', 'resolve_model', 'named', 'load_tokenizer', 'in_parts', 'is_in_parts', 'whole', 'in_4_bits',
-           'check_quantised', 'load_model', 'num_blocks', 'add_adapter', 'teacher_mode', 'check_teacher',
-           'find_decoder', 'decoder_blocks', 'block_outputs', 'first_blocks', 'forward_with_hidden_states',
-           'write_adapter', 'save_adapter']
+__all__ = ['DTYPES', 'KINDS', 'resolve_model', 'named', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer',
+           'auto_class', 'in_parts', 'is_in_parts', 'whole', 'in_4_bits', 'check_quantised', 'load_model', 'num_blocks',
+           'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks',
+           'forward_with_hidden_states', 'weight_kind', 'in_blocks', 'uncalled', 'rewritten', 'short_names',
+           'name_problem', 'fits', 'lora_targets', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line',
+           'teacher_mode', 'check_teacher', 'write_adapter', 'save_adapter']
 
 # %% ../nbs/04_models.ipynb #ec970bb9
 def resolve_model(name_or_path: str) -> str:
@@ -47,29 +57,76 @@ def resolve_model(name_or_path: str) -> str:
 # %% ../nbs/04_models.ipynb #f6ed28b1
 @contextmanager
 def named(name_or_path: str):
-    "Inside, an OSError of transformers (not there, not in the cache, no network) becomes one sentence that begins with the name asked for."
+    """Inside, what a loader raises becomes one sentence that begins with the name asked for: an OSError (not there,
+    not in the cache, no network) stays one, anything else (an architecture that this transformers does not know, a
+    damaged tokenizer) becomes a ValueError."""
     try:
         yield
-    except OSError as e:
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise OSError(f"{name_or_path} cannot be loaded: {why}") from e
+    except Exception as e:
+        why = " ".join(str(e).split())[:400] or type(e).__name__
+        kind = OSError if isinstance(e, OSError) else ValueError
+        raise kind(f"{name_or_path} cannot be loaded: {why}") from e
+
+
+@contextmanager
+def in_words(what: str):
+    "Inside, what torch, transformers or peft raises becomes one ConfigError that begins with `what` was tried; a ConfigError stays as it is."
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"{what}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
 # %% ../nbs/04_models.ipynb #42d04854
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    "Raises ValueError where the tokenizer of the model `name` has ids for which an embedding of `rows` rows has none."
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        raise ValueError(f"the tokenizer of {name} has {len(beyond)} ids beyond the {rows} rows of the model's embedding, "
+                         f"the first is {beyond[0][0]} ({beyond[0][1]!r}): take the tokenizer that belongs to the model, "
+                         "or give the model rows for them (resize_token_embeddings) and save both.")
+
+
+def embedding_rows(place: str, trust_remote_code: bool) -> int | None:
+    "How many ids the model in a folder or on a hub embeds, by its configuration; None where there is a tokenizer alone."
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except Exception:  # whether it is a model at all is load_model's to say
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a hub id or `"tinyagent"`, with a pad token (the EOS token where it has none:
     padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
 
-    Raises ValueError for a tokenizer with neither, OSError for one that is not there."""
+    Raises ValueError for a tokenizer with neither, and for one with more ids than the model's embedding has rows,
+    OSError for one that is not there."""
+    place = resolve_model(name_or_path)
     with named(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name_or_path} has neither a pad nor an EOS token; set one of them in its tokenizer_config.json.")
         tokenizer.pad_token = tokenizer.eos_token
+    rows = embedding_rows(place, trust_remote_code)
+    if rows is not None: check_vocabulary(name_or_path, tokenizer, rows)
     return tokenizer
 
 # %% ../nbs/04_models.ipynb #96fec62b
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def auto_class(place: str, trust_remote_code: bool):
+    """What loads the model of a folder or hub id: transformers' class for causal language models, or, where it has
+    none for this configuration, that for models of text and images, whose text part is then used."""
+    try:
+        kind = type(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code))
+    except (OSError, ValueError):
+        return AutoModelForCausalLM  # which says what is missing, or follows an adapter to its base
+    multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
@@ -80,7 +137,7 @@ def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
     join()
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        plan = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).fsdp_plan
+        plan = auto_class(name_or_path, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code).fsdp_plan
     return {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=dict.fromkeys(plan, "free_full_weight"))}
 
 
@@ -141,7 +198,8 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
     place = resolve_model(name_or_path)
     special = in_parts(place, trust_remote_code) if fsdp else in_4_bits(dtype, device) if quantize == "4bit" else {}
     with named(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code, **special)
+        auto = auto_class(place, trust_remote_code)
+        model = auto.from_pretrained(place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code, **special)
     if getattr(model, "peft_config", None):
         raise ValueError(f"{name_or_path} carries an adapter, which ours would replace: merge it into its base (peft's merge_and_unload), save that, "
                          "and give the new folder.")
@@ -156,28 +214,292 @@ def num_blocks(model: nn.Module) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The decoder of a causal language model, with or without an adapter: the part below the language-model head that
+    takes token ids and holds the list of blocks. Raises ConfigError where there is no such module."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    def fits(m): return blocks_name(m, num_blocks(causal_lm)) and "input_ids" in inspect.signature(type(m).forward).parameters
+    found = next(filter(fits, causal_lm.get_decoder().modules()), None)
+    if found is None:
+        raise ConfigError(f"no list of {num_blocks(causal_lm)} blocks can be found in this {type(causal_lm).__name__}, so there is nothing to reroute.")
+    return found
+
+
+def blocks_name(decoder: nn.Module, number: int) -> str | None:
+    "The name of the list of `number` blocks that `decoder` itself holds, such as `layers`; the heaviest of several, None where there is none."
+    lists = [(name, child) for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == number]
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0] if lists else None
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    "The list of decoder blocks of a causal language model, with or without an adapter."
+    decoder = find_decoder(model)
+    return getattr(decoder, blocks_name(decoder, num_blocks(model)))
+
+# %% ../nbs/04_models.ipynb #15d76d90
+def token_states(output, rows: tuple[int, int]) -> torch.Tensor:
+    """What a block puts out for `rows` [B, S] as one state a token, [B, S, d]. Several residual streams, [B, S, k, d] (hyper-connections,
+    as in DeepSeek V4) or [k, B, S, d] (as in Gemma 3n), are put behind one another: [B, S, k·d].
+
+    Raises ConfigError for any other shape."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.dim() == 3 and hidden.shape[:2] == rows: return hidden
+    streams = hidden.dim() == 4 and [h for h in (hidden, hidden.movedim(0, 2)) if h.shape[:2] == rows]
+    if not streams or len(streams) == 2:
+        raise ConfigError(f"a block puts out states of shape {list(hidden.shape)} for rows of shape {list(rows)}, which are not states of tokens")
+    return streams[0].flatten(2)
+
+
+@contextmanager
+def block_outputs(model: nn.Module, layers):
+    """Inside, every forward pass fills the yielded dict `{layer: [B, S, d]}` with the output of each block of `layers` (`token_states`), by hooks."""
+    captured: dict[int, torch.Tensor] = {}
+    rows = []
+
+    def begin(module, args, kwargs):
+        given = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
+        rows[:] = [given.shape[:2]]
+
+    def keep(layer):
+        def hook(module, args, output):
+            captured[layer] = token_states(output, rows[0])
+        return hook
+
+    blocks = decoder_blocks(model)
+    handles = [find_decoder(model).register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+# %% ../nbs/04_models.ipynb #a1d97f22
+@contextmanager
+def first_blocks(model: nn.Module, number: int | None):
+    "Inside, the decoder of `model` ends after its first `number` blocks (its final norm follows); None leaves all of them."
+    decoder, blocks = find_decoder(model), decoder_blocks(model)
+    name = blocks_name(decoder, len(blocks))
+    try:
+        setattr(decoder, name, blocks[:number])
+        yield
+    finally:
+        setattr(decoder, name, blocks)
+
+
+def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers,
+                               mode: str = "hidden_states", blocks: int | None = None):
+    """One forward pass of the decoder → `({layer: [B, S, d]}, final hidden states [B, S, d])`, the latter normed: what the output layer gets.
+
+    `input_ids`, `attention_mask`: [B, S] integers. `mode`: `"hidden_states"` asks the model for all of them and picks, `"hooks"`
+    keeps only the blocks asked for; the numbers are the same. `blocks`: how many are run, None for all; with fewer hooks are used and there are no
+    final hidden states (None).
+    Raises ValueError for an unknown mode, and for the last block in mode `hidden_states`, where transformers gives the normed state."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    if mode not in ("hidden_states", "hooks"):
+        raise ValueError(f"hidden_state_mode {mode!r} is neither 'hidden_states' nor 'hooks'.")
+    last = num_blocks(causal_lm) - 1
+    if mode == "hidden_states" and last in layers:
+        raise ValueError(f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
+                         "use hidden_state_mode='hooks' for it.")
+    hooks, decoder = mode == "hooks" or blocks is not None, find_decoder(causal_lm)
+    with block_outputs(causal_lm, layers if hooks else ()) as captured, first_blocks(causal_lm, blocks):
+        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=not hooks)
+    if not hooks and len(output.hidden_states or ()) != last + 2:
+        raise ConfigError(f"this {type(causal_lm).__name__} does not give the hidden states of its {last + 1} blocks: use hidden_state_mode hooks")
+    hidden = captured if hooks else {layer: token_states(output.hidden_states[layer + 1], input_ids.shape) for layer in layers}
+    return {layer: hidden[layer] for layer in layers}, None if blocks is not None else output.last_hidden_state
+
+# %% ../nbs/04_models.ipynb #dde00e2e
+KINDS = {  # words in the names and classes on the way from a block to a weight; the first that fits
+    "shared experts": ("shared_expert", "sharedexpert", "shared_mlp", "sharedmlp"),
+    "routers": ("router", "topkgate"),
+    "experts": ("expert",),
+    "state-space": ("mamba", "ssm", "linear_attn", "linearattention", "delta", "conv", "recurrent", "lru", "lightning", "retention", "rwkv", "xlstm"),
+    "attention": ("attn", "attention"),
+    "MLP": ("mlp", "ffn", "feed_forward", "feedforward", "fc1", "fc2"),
+}
+
+
+def weight_kind(block: nn.Module, path: str) -> str:
+    """Which of `KINDS` the weight at `path` in a block is, told by names and classes on the way; `other` for norms,
+    biases and whatever else. In a block without experts there are no shared ones: they are its MLP."""
+    owner, words = block, []
+    *parts, leaf = path.replace("base_layer.", "").split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+        if isinstance(owner, LoraLayer): owner = owner.get_base_layer()
+        words.append(f"{part} {type(owner).__name__}".lower())
+    if getattr(owner, leaf).dim() < 2: return "other"
+    has_experts = any(name.endswith("experts") and "shared" not in name for name, _ in block.named_modules())
+    if has_experts and parts[-1] in ("gate", "wg"): return "routers"
+    kind = next((kind for kind, known in KINDS.items() if any(w in word for word in words for w in known)), "other")
+    return "MLP" if kind == "shared experts" and not has_experts else kind
+
+
+def in_blocks(model: nn.Module) -> tuple[dict, dict]:
+    """`({name of a linear: block}, {name of an experts' fused weight: block})` of the decoder's blocks, names as in
+    `model.named_modules()`. A fused weight is one 3-D parameter [experts, in, out] (or out, in) of all experts."""
+    blocks = decoder_blocks(model)
+    place = next(name for name, module in model.named_modules() if module is blocks)
+    linears, fused = {}, {}
+    for number, block in enumerate(blocks):
+        for path, part in block.named_modules():
+            if isinstance(part, (nn.Linear, Conv1D)): linears[f"{place}.{number}.{path}"] = number
+            else:
+                for leaf, p in part.named_parameters(recurse=False):
+                    if p.dim() == 3 and weight_kind(block, f"{path}.{leaf}") == "experts":
+                        fused[f"{place}.{number}.{path}.{leaf}"] = number
+    return linears, fused
+
+
+@torch.no_grad()
+def uncalled(model: nn.Module) -> set[str]:
+    """The linears of the blocks that a pass over 8 tokens does not call: an adapter there would do nothing and get no
+    gradient. Single experts, which a router may choose another time, are not among them. Empty on the meta device.
+
+    Raises ConfigError where the pass itself fails."""
+    if next(model.parameters()).device.type == "meta": return set()
+    linears, called = in_blocks(model)[0], set()
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name in linears]
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        with in_words(f"a pass of 8 tokens through this {type(model).__name__} fails"):
+            forward_with_hidden_states(model, ids, torch.ones_like(ids), (), "hooks")
+    finally:
+        for hook in hooks: hook.remove()
+    return {name for name in linears if name not in called and not re.search(r"\.\d+\..*\.\d+\.", name)}
+
+# %% ../nbs/04_models.ipynb #68631c15
+def rewritten(model: nn.Module, name: str) -> bool:
+    "Whether peft takes `name` for that of an expert's weight from before transformers fused them, and adapts the fused ones."
+    asked = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(asked, model=model, conversions=None)
+    except ValueError:  # it wants the others of a fused weight too
+        return True
+    return name not in asked.target_modules
+
+
+def short_names(names) -> list[str]:
+    "The last part of each name, the last two where it is of experts (`experts.down_proj`)."
+    parts = [name.split(".")[-2:] for name in names]
+    return sorted({".".join(p) if "expert" in p[0] else p[-1] for p in parts})
+
+
+def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dict) -> ConfigError:
+    "The ConfigError for names of `lora_modules` that no linear and no fused weight of the blocks has."
+    elsewhere = [w for w in unknown if any(fits(name, w) for name, _ in model.named_modules() if name not in linears)]
+    listed = ", ".join(map(repr, elsewhere or unknown))
+    plain = sorted({name.rpartition(".")[2] for name in linears})
+    why = "which is no linear of a decoder block, and nothing else can be rerouted" if elsewhere else f"which this model has not{nearest(unknown[0], plain) if len(unknown) == 1 else ''}"
+    experts = f", and its fused experts' weights {', '.join(short_names(fused))}" if fused else ""
+    return ConfigError(f"lora_modules holds {listed}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: list those that are to be adapted")
+
+
+def fits(name: str, wanted: str) -> bool:
+    "Whether a full name ends in the parts of `wanted`, as peft compares them."
+    return name == wanted or name.endswith("." + wanted)
+
+
+def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[list[str], list[str]]:
+    """`(linears, parameters)` by full name: what the adapter of `config` sits on. A name of `config.lora_modules` stands
+    for every linear of the blocks `config.lora_layers` whose name ends in it; one with `experts.` before it
+    (`experts.down_proj`) also for a fused weight of experts, which peft adapts as a parameter.
+
+    Raises ConfigError for a name that matches nothing, only what is outside of the decoder's blocks, only other blocks, or
+    only linears that are never called; where a target layer stands before the first block that is reached; and for
+    parameters with lora_dropout, which peft cannot apply to them."""
+    (linears, fused), idle, (first, last) = in_blocks(model), uncalled(model), config.lora_layers
+    found = {w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if fits(n, w)} for w in config.lora_modules}
+    if unknown := [w for w, names in found.items() if not names]: raise name_problem(model, unknown, linears, fused)
+    chosen = []
+    for wanted, names in found.items():
+        here = [name for name, block in names.items() if first <= block <= last]
+        if not here:
+            raise ConfigError(f"lora_modules holds {wanted!r}, which only blocks {', '.join(map(str, sorted(set(names.values()))))} have, "
+                              f"and lora_layers is {first},{last}: leave it out, or adapt one of those blocks")
+        if not set(here) - idle:
+            raise ConfigError(f"lora_modules holds {wanted!r}, which no forward pass calls in blocks {first} to {last}: leave it out")
+        chosen += [name for name in here if name not in idle]
+    start = min((linears | fused)[name] for name in chosen)
+    if start > min(config.target_layers):
+        raise ConfigError(f"target_layers {min(config.target_layers)} stands before block {start}, the first that has one of lora_modules, so it never changes: "
+                          f"give target layers from {start} on, or add one of the linears that block {first} has to lora_modules")
+    turned = {leaf for leaf in {name.rpartition(".")[2] for name in chosen if name in linears} if rewritten(model, leaf)}
+    parameters = [name if name in fused else f"{name}.weight" for name in chosen if name in fused or name.rpartition(".")[2] in turned]
+    if parameters and config.lora_dropout:
+        told = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))
+        raise ConfigError(f"lora_modules reaches {told} in this model, which peft can adapt as parameters only, and so without dropout: give lora_dropout 0, or leave them out")
+    return [name for name in dict.fromkeys(chosen) if name in linears and name.rpartition(".")[2] not in turned], list(dict.fromkeys(parameters))
+
+
+def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraConfig:
+    "peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the same, else by full names."
+    modules, parameters = lora_targets(model, config)
+    same = dict(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none",
+                target_parameters=parameters or None)
+    names = [w for w in config.lora_modules if any(fits(name, w) for name in modules)]
+    decoder, (first, last) = find_decoder(model), config.lora_layers
+    short = LoraConfig(target_modules=names, layers_to_transform=list(range(first, last + 1)),
+                       layers_pattern=blocks_name(decoder, num_blocks(model)), **same)
+    matched = {name for name, _ in model.named_modules() if check_target_module_exists(short, name)}
+    return short if modules and matched == set(modules) else LoraConfig(target_modules=modules, **same)
+
+# %% ../nbs/04_models.ipynb #d4b9dfb7
 def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
-    """The student: `model` with a fresh LoRA adapter on `config.lora_modules` of the blocks `config.lora_layers` (first to
+    """The student: `model` with a fresh LoRA adapter on what `lora_targets` finds in the blocks `config.lora_layers` (first to
     last, inclusive). The adapter's weights depend on `config.seed` alone and start as an exact no-op (B = 0); they are float32
-    whatever the base's dtype. Raises ConfigError where a layer is beyond the model, is the last block in mode `hidden_states`, or where no
-    linear has one of the names. The decoder must keep its blocks in `layers`, as Llama, Mistral, Qwen and Gemma do."""
+    whatever the base's dtype. Raises ConfigError where a layer is beyond the model, is the last block in mode `hidden_states`,
+    for what `lora_targets` refuses, and where peft or transformers cannot do what is asked."""
     check_layers(config, num_blocks(model))
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for wanted in config.lora_modules:
-        if wanted not in names:
-            raise ConfigError(f"lora_modules holds {wanted!r}, which this model has not{nearest(wanted, names)}")
-    first, last = config.lora_layers
-    lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                      target_modules=list(config.lora_modules), layers_to_transform=list(range(first, last + 1)),
-                      layers_pattern="layers", bias="none")
+    lora = lora_config(model, config)
+    wanted = {*lora.target_modules, *(lora.target_parameters or ())}
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft calls what transformers is about to rename
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        # peft calls what transformers is about to rename, and says that GPT-2's linears are transposed
+        warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out).*")
         torch.manual_seed(config.seed)
-        student = get_peft_model(model, lora)
+        with in_words(f"peft cannot adapt {', '.join(short_names(n.removesuffix('.weight') for n in wanted))} of this {type(model).__name__}"):
+            student = get_peft_model(model, lora)
         if config.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            with in_words("gradient_checkpointing cannot be had, leave it off"):
+                student.gradient_checkpointing_enable({"use_reentrant": False})
     return student
+
+# %% ../nbs/04_models.ipynb #c31adeec
+def reach(student: PeftModel, config: CircuitBreakerConfig) -> list[dict]:
+    """One record for each block of `config.lora_layers` and kind of weight in it: `{"block", "kind", "parameters",
+    "reached"}`, the latter two in numbers of base parameters: how many there are, and how many LoRA sits on."""
+    first, last = config.lora_layers
+    records = []
+    for number in range(first, last + 1):
+        block, counts = decoder_blocks(student)[number], {}
+        layers = [m for m in block.modules() if isinstance(m, LoraLayer)]
+        adapted = {id(m.get_param() if hasattr(m, "get_param") else m.get_base_layer().weight) for m in layers}
+        for path, p in block.named_parameters():
+            if "lora_" in path: continue
+            size = math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()  # 4 bits are packed
+            count = counts.setdefault(weight_kind(block, path), [0, 0])
+            count[0] += size
+            count[1] += size * (id(p) in adapted)
+        records += [{"block": number, "kind": kind, "parameters": n, "reached": r} for kind, (n, r) in counts.items()]
+    return records
+
+
+def reach_shares(records: list[dict]) -> dict[str, float]:
+    "`{kind: share reached}` of the records of `reach`, `all` first; kinds in which there is nothing to reach are left out."
+    def share(rows): return sum(r["reached"] for r in rows) / sum(r["parameters"] for r in rows)
+    kinds = [*KINDS, "other"]
+    return {"all": share(records)} | {k: share(rows) for k in kinds if (rows := [r for r in records if r["kind"] == k])}
+
+
+def reach_line(records: list[dict]) -> str:
+    "What `reach` found, in one line."
+    shares, blocks = reach_shares(records), sorted({r["block"] for r in records})
+    bare = [b for b in blocks if not any(r["reached"] for r in records if r["block"] == b)]
+    return (f"LoRA reaches {100 * shares['all']:.0f} % of the parameters of blocks {blocks[0]} to {blocks[-1]}: "
+            + ", ".join(f"{k} {100 * s:.0f} %" for k, s in shares.items() if k not in ("all", "other"))
+            + (f"; nothing in block{'s' * (len(bare) > 1)} {', '.join(map(str, bare))}" if bare else ""))
 
 # %% ../nbs/04_models.ipynb #a64e3b75
 @contextmanager
@@ -199,76 +521,11 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
         if ours != theirs:
             raise ValueError(f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's shape.")
 
-# %% ../nbs/04_models.ipynb #15d76d90
-def find_decoder(model: nn.Module) -> nn.Module:
-    "The decoder of a causal language model, with or without an adapter: the part below the language-model head."
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder = causal_lm.get_decoder()
-    return decoder if hasattr(decoder, "layers") else decoder.model  # Llama 4 names its whole model here
-
-
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    "The list of decoder blocks of a causal language model, with or without an adapter."
-    return find_decoder(model).layers
-
-
-@contextmanager
-def block_outputs(model: nn.Module, layers):
-    """Inside, every forward pass fills the yielded dict `{layer: [B, S, d]}` with the output of each block of `layers`, by hooks."""
-    captured: dict[int, torch.Tensor] = {}
-
-    def keep(layer):
-        def hook(module, args, output):
-            captured[layer] = output[0] if isinstance(output, tuple) else output
-        return hook
-
-    blocks = decoder_blocks(model)
-    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-# %% ../nbs/04_models.ipynb #a1d97f22
-@contextmanager
-def first_blocks(model: nn.Module, number: int | None):
-    "Inside, the decoder of `model` ends after its first `number` blocks (its final norm follows); None leaves all of them."
-    decoder = find_decoder(model)
-    blocks = decoder.layers
-    try:
-        decoder.layers = blocks[:number]
-        yield
-    finally:
-        decoder.layers = blocks
-
-
-def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers,
-                               mode: str = "hidden_states", blocks: int | None = None):
-    """One forward pass of the decoder → `({layer: [B, S, d]}, final hidden states [B, S, d])`, the latter normed: what the output layer gets.
-
-    `input_ids`, `attention_mask`: [B, S] integers. `mode`: `"hidden_states"` asks the model for all of them and picks, `"hooks"`
-    keeps only the blocks asked for; the numbers are the same. `blocks`: how many are run, None for all; with fewer hooks are used and there are no
-    final hidden states (None).
-    Raises ValueError for an unknown mode, and for the last block in mode `hidden_states`, where transformers gives the normed state."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    if mode not in ("hidden_states", "hooks"):
-        raise ValueError(f"hidden_state_mode {mode!r} is neither 'hidden_states' nor 'hooks'.")
-    last = num_blocks(causal_lm) - 1
-    if mode == "hidden_states" and last in layers:
-        raise ValueError(f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
-                         "use hidden_state_mode='hooks' for it.")
-    hooks = mode == "hooks" or blocks is not None
-    with first_blocks(causal_lm, blocks), block_outputs(causal_lm, layers if hooks else ()) as captured:
-        output = find_decoder(causal_lm)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=not hooks)
-    hidden = captured if hooks else {layer: output.hidden_states[layer + 1] for layer in layers}
-    return {layer: hidden[layer] for layer in layers}, None if blocks is not None else output.last_hidden_state
-
 # %% ../nbs/04_models.ipynb #9f0e0839
 def write_adapter(student: PeftModel, folder: str | Path) -> None:
-    """Writes the adapter to `folder` as peft does. Given its weights, peft does not ask for the base's, which other processes may hold parts of, nor a hub
-    whether the frozen embeddings belong to it."""
-    weights = {name: p.detach() for name, p in student.named_parameters() if "lora_" in name}
+    """Writes the adapter to `folder` as peft does, with whatever else is trained (peft's `modules_to_save`). Given its weights, peft does not
+    ask for the base's, which other processes may hold parts of, nor a hub whether the frozen embeddings belong to it."""
+    weights = {name: p.detach() for name, p in student.named_parameters() if "lora_" in name or p.requires_grad}
     student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False, state_dict=weights)
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from .config import CircuitBreakerConfig
-from .models import decoder_blocks, forward_with_hidden_states, teacher_mode
+from .models import decoder_blocks, forward_with_hidden_states, teacher_mode, token_states
 
 # %% auto #0
 __all__ = ['first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
@@ -30,7 +30,7 @@ def first_adapted_block(student: PeftModel) -> int | None:
 @contextmanager
 def block_calls(model: nn.Module, first: int):
     """Inside, a forward pass fills the yielded dict: `{block: (positional arguments behind the hidden states, keyword arguments)}` for every block from `first`
-    on, and under `"start"` the hidden states [B, S, d] that block `first` got."""
+    on, and under `"start"` the hidden states that block `first` got, as the model has them: [B, S, d], or several streams of them."""
     calls = {}
 
     def keep(block):
@@ -50,10 +50,10 @@ def block_calls(model: nn.Module, first: int):
             handle.remove()
 
 
-def replay(model: nn.Module, calls: dict, layers, norm: nn.Module | None = None):
+def replay(model: nn.Module, calls: dict, layers, rows: tuple[int, int], norm: nn.Module | None = None):
     """Runs the blocks of `calls` (see `block_calls`) again, from its start, as `model` is now → `({layer: [B, S, d]}, final hidden states or None)`.
 
-    `norm`: what follows the last block; None where no final hidden states are wanted. Layers below the first block are not in the result."""
+    `rows`: their shape, (B, S). `norm`: what follows the last block; None where no final hidden states are wanted. Layers below the first block are not in the result."""
     hidden, kept = calls["start"], {}
     blocks = decoder_blocks(model)
     for block in sorted(b for b in calls if b != "start"):
@@ -61,7 +61,7 @@ def replay(model: nn.Module, calls: dict, layers, norm: nn.Module | None = None)
         output = blocks[block](hidden, *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         if block in layers:
-            kept[block] = hidden
+            kept[block] = token_states(hidden, rows)
     return kept, None if norm is None else norm(hidden)
 
 # %% ../nbs/04a_passes.ipynb #8bb2b5ef
@@ -94,5 +94,5 @@ def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, confi
         return one_pass(student, rows, config, final, layers), target
     with block_calls(student, first) as calls:
         target = teacher_pass(student, teacher, rows, config, final, layers)
-    hidden, last = replay(student, calls, target[0], norm if final else None)
+    hidden, last = replay(student, calls, target[0], rows["input_ids"].shape, norm if final else None)
     return ({layer: hidden.get(layer, theirs) for layer, theirs in target[0].items()}, last), target  # below the first adapted block the two are one

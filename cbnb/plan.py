@@ -24,24 +24,14 @@ from .fused_kl import chunk_for
 from .heads import Head
 from .models import DTYPES, add_adapter, decoder_blocks, find_decoder, named, resolve_model
 from .report import format_number
+from .settings import SHAPES
 from .teacher_cache import size_words
 
 # %% auto #0
-__all__ = ['LLAMA_8B', 'SHAPES', 'CARDS', 'PEAK', 'REACHED', 'model_shape', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu',
-           'Plan', 'bytes_of', 'chunk_bytes', 'weight_bytes', 'run_once', 'plan_step', 'seconds', 'alternatives',
-           'advice', 'plan_lines']
+__all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu', 'Plan', 'bytes_of',
+           'chunk_bytes', 'weight_bytes', 'run_once', 'plan_step', 'seconds', 'alternatives', 'advice', 'plan_lines']
 
 # %% ../nbs/15_plan.ipynb #ada37d63
-LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
-SHAPES = {  # as published in the config.json of each
-    "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA_8B),
-    "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA_8B),
-    "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", LLAMA_8B | dict(vocab_size=32768, sliding_window=None)),
-    "meta-llama/Llama-4-Scout-17B-16E-Instruct": ("llama4_text", dict(hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384, num_hidden_layers=48, num_attention_heads=40,
-                                                                      num_key_value_heads=8, head_dim=128, num_local_experts=16, num_experts_per_tok=1, vocab_size=202048)),
-}
-
-
 def model_shape(name: str) -> PretrainedConfig:
     "The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the folder or hub id `name`. Raises OSError where there is none."
     if name in SHAPES:

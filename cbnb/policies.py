@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LABEL_CODES', 'LLAMA3_HEADER', 'POLICIES', 'TRAINABLE', 'GENERATED', 'OF_TRAINED_TURN', 'CONDITIONS', 'WORDS',
            'Encoded', 'completion', 'first_injection', 'token_labels', 'assistant_only', 'last_turn', 'completion_only',
-           'tool_call', 'tool_calls_only', 'shared_end', 'call_prefix', 'action_prefix_only', 'after_injection',
-           'post_injection_only', 'not_padding', 'full_sequence', 'after_first_header', 'first_header', 'find_policy',
-           'policy_name', 'apply_policy', 'has_label', 'loss_mask', 'Condition', 'role_of', 'describe',
-           'find_conditions', 'reasons', 'Reason', 'explain', 'mask_counts', 'mask_table']
+           'end_tokens', 'tool_call', 'tool_calls_only', 'shared_end', 'call_prefix', 'action_prefix_only',
+           'after_injection', 'post_injection_only', 'not_padding', 'full_sequence', 'after_first_header',
+           'first_header', 'find_policy', 'policy_name', 'apply_policy', 'has_label', 'switched_on', 'loss_mask',
+           'Condition', 'role_of', 'describe', 'find_conditions', 'reasons', 'Reason', 'explain', 'mask_counts',
+           'mask_table']
 
 # %% ../nbs/00d_policies.ipynb #3a7e2e28
 import functools
@@ -32,7 +33,8 @@ class Encoded:
     character spans in `text`; `injection_spans` as given (characters of message contents); `warnings`: dropped content, missing EOT,
     tokens left out at a border; `roles` by message; `label` of the transcript ("benign", "harmful" or None) and `message_labels` by
     message index; `rules` uint8 [n] (`Rule`); `turns`, every located assistant turn; `turn`, the message whose turn alone is completion
-    (`split_turns`), or None for all."""
+    (`split_turns`), or None for all; `lost_words` and `lost_calls`, assistant messages of which the template writes nothing, or none of the
+    tool calls."""
     text: str
     input_ids: np.ndarray
     segments: np.ndarray
@@ -46,6 +48,8 @@ class Encoded:
     rules: np.ndarray | None = None
     turns: tuple[Turn, ...] = ()
     turn: int | None = None
+    lost_words: tuple[int, ...] = ()
+    lost_calls: tuple[int, ...] = ()
 
     def why(self, i, policy="assistant_only", label=None):
         "Why token `i` is in the mask of `policy` (and `label`) or out of it: a `Reason`, whose str is one sentence."
@@ -100,6 +104,14 @@ def last_turn(encoded):
 def completion_only(encoded):
     "Completion tokens of the last assistant turn; bool [n]. All that comes before is the prompt."
     return completion(encoded) & last_turn(encoded)
+
+# %% ../nbs/00d_policies.ipynb #5f8e1cff
+def end_tokens(encoded):
+    """The tokens of each end of turn, list of `(message, start, stop)`: every token that has a part in `Turn.eot` to `Turn.end`. Turns without
+    one are left out."""
+    starts, ends = encoded.offsets[:, 0], encoded.offsets[:, 1]
+    return [(turn.message, int(np.searchsorted(ends, turn.eot, "right")), int(np.searchsorted(starts, turn.end, "left")))
+            for turn in encoded.turns if turn.eot < turn.end]
 
 # %% ../nbs/00d_policies.ipynb #d7225755
 def tool_call(encoded):
@@ -216,10 +228,15 @@ def has_label(encoded, label):
     return token_labels(encoded) == LABEL_CODES[label]
 
 
+def switched_on(encoded):
+    "Tokens outside of the messages that are switched off, which have the label none; bool [n]."
+    return ~np.isin(encoded.message_index, [i for i, name in encoded.message_labels.items() if name == "none"])
+
+
 def loss_mask(encoded, policy="assistant_only", label=None):
-    """Bool array [n]: the tokens that `policy` trains on, with `label` (benign or harmful) only those so labelled. `policy` is a name in
-    `POLICIES` or a function of `encoded`; raises MaskError for anything else."""
-    mask = apply_policy(find_policy(policy), encoded)
+    """Bool array [n]: the tokens that `policy` trains on, with `label` (benign or harmful) only those so labelled. Messages that are switched
+    off are left out of every policy. `policy` is a name in `POLICIES` or a function of `encoded`; raises MaskError for anything else."""
+    mask = apply_policy(find_policy(policy), encoded) & switched_on(encoded)
     return mask if label is None else mask & has_label(encoded, label)
 
 # %% ../nbs/00d_policies.ipynb #04f3f4ee
@@ -272,6 +289,7 @@ def find_conditions(policy, encoded, label=None):
     else: parts = (Condition(functools.partial(apply_policy, function), "put in by that function", "left out by that function"),)
     if label is not None:
         parts += (Condition(lambda e: has_label(e, label), f"labelled {label}", f"not labelled {label}"),)
+    parts += (Condition(switched_on, "", "of a message that is switched off (weight 0, train: false, or the label none)"),)
     at = encoded.text.find(LLAMA3_HEADER)
     words = {"turn": str(encoded.turn), "header": f"after the first assistant header (at character {at})" if at >= 0 else
              "no assistant header is found, which lets everything in"}

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'PAGE',
-           'format_number', 'floor_words', 'told_from', 'printable', 'readable_table', 'result_table', 'alarm_lines',
-           'describe_run', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
-           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
-           'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
+           'format_number', 'floor_words', 'told_from', 'printable', 'readable_table', 'rate_counts', 'interval_words',
+           'figures_table', 'results_of', 'result_table', 'result_notes', 'alarm_lines', 'describe_run', 'as_float',
+           'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids',
+           'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels',
+           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
            'write_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
@@ -26,7 +27,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .rounding import floor_limit
-from .runs import read_json, read_status, runs_folder, write_bytes
+from .runs import RunError, read_json, read_status, runs_folder, safe_output, write_bytes
+from .scores import interval
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -64,7 +66,9 @@ def printable(text) -> str:
 MEASURES = {
     "attack_success": ("attack success", "share"), "attack_success_lax": ("attack success, lax", "share"),
     "attack_success_prefill": ("attack success, answer begun", "share"),
+    "obeyed_in_words": ("attacks obeyed in words", "share"),
     "unparseable": ("unparseable answers", "share"), "exact_match": ("exact match", "share"),
+    "marker_fidelity": ("marker fidelity", "share"),
     "harmful_cosine": ("harmful cosine", "cosine"), "heldout_kl": ("held-out KL", "nats a token"),
     "heldout_top1": ("held-out top-1 agreement", "share")}
 
@@ -85,19 +89,78 @@ def readable_table(table: pd.DataFrame, floor: dict | None = None) -> pd.DataFra
     return pd.DataFrame(text, index=names, dtype=object).assign(unit=units)
 
 # %% ../nbs/12_report.ipynb #33d23fe4
-def result_table(before: dict, after: dict) -> pd.DataFrame:
-    """Before and after, a row a figure of `cbnb.evaluation.evaluate`, with the number of transcripts behind each rate; what was not
-    measured is NaN."""
+def rate_counts(result: dict) -> dict[str, list[int]]:
+    """`[hits, answers]` behind each rate of a result of `cbnb.evaluation.evaluate`, by the row that it has in a table. One of an older
+    version has no `counts`: they follow from its rates and `n`."""
+    n, counts = result.get("n", {}), result.get("counts")
+    if counts is None:
+        attacks = {"attack_success_prefill": n.get("attack_prefill"),
+                   **dict.fromkeys(("attack_success", "attack_success_lax", "unparseable"), n.get("attack"))}
+        def hits(rate, count): return [round(rate * count), count]
+        counts = {key: hits(result[key], count) for key, count in attacks.items() if count and result.get(key) is not None}
+        exact = result.get("exact_match", {}).items()
+        counts["exact_match"] = {kind: hits(v, n[kind]) for kind, v in exact if v is not None and n.get(kind)}
+    rows = {}
+    for key, value in counts.items():
+        rows |= {f"{key} {kind}": v for kind, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {row: value for row, value in rows.items() if value[1]}
+
+
+def interval_words(hits: int, n: int, attempts: int = 1) -> str:
+    "A count with the 95 % interval of its rate (`cbnb.scores.interval`), for example `0 of 64, up to 0.056`."
+    low, high = (format_number(end, 2) for end in interval(hits, n, attempts))
+    between = f"up to {high}" if hits == 0 else f"from {low}" if hits == n else f"{low} to {high}"
+    return f"{hits} of {n}, {between}"
+
+
+def figures_table(results: dict[str, dict]) -> pd.DataFrame:
+    """Results of `cbnb.evaluation.evaluate` beside each other, by name: a row a figure, a column of numbers each, where what was not
+    measured is NaN; after each column, counts and 95 % intervals in words; last `n`, how many answers stand behind a rate."""
     def flat(result):
         rows = {}
         for key, value in result.items():
-            if key != "n": rows |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            if key not in MEASURES: continue
+            rows |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
         return rows
-    table = pd.DataFrame({"before": flat(before), "after": flat(after)}, dtype=float)
-    n = {**dict.fromkeys(("attack_success", "attack_success_lax", "unparseable"), before["n"]["attack"]),
-         "attack_success_prefill": before["n"].get("attack_prefill"),
-         **{f"exact_match {kind}": count for kind, count in before["n"].items() if not kind.startswith("attack")}}
-    return table.assign(n=pd.Series(n, dtype="Int64")).rename_axis("held out")
+    table = pd.DataFrame({name: flat(result) for name, result in results.items()}, dtype=float)
+    n = {}
+    for name, result in reversed(results.items()):
+        attempts, counts = result.get("decoding", {}).get("samples", 1), rate_counts(result)
+        words = {row: interval_words(*count, attempts) for row, count in counts.items()}
+        table.insert(table.columns.get_loc(name) + 1, f"{name}, 95 %", pd.Series(words, dtype=object).reindex(table.index, fill_value=""))
+        n |= {row: count[1] for row, count in counts.items()}
+    return table.assign(n=pd.Series(n, dtype="Int64").reindex(table.index)).rename_axis("held out")
+
+
+def results_of(result: dict) -> dict[str, dict]:
+    "The figures in a result.json by name: before and after of a run, or those of each adapter that was evaluated."
+    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after")}
+
+
+def result_table(before: dict, after: dict) -> pd.DataFrame:
+    "The `figures_table` of a run: before and after."
+    return figures_table({"before": before, "after": after})
+
+# %% ../nbs/12_report.ipynb #b24d8a01
+def result_notes(result: dict) -> list[str]:
+    """What the figures of a result (`cbnb.evaluation.evaluate`) do not say: kinds that nothing is asked of, answers that were sampled, ends of
+    the chat template that the model's own settings do not have."""
+    notes, asked = [], result.get("not_asked", {})
+    for kind, count in asked.get("attack", {}).items():
+        notes.append(f"{count} held-out harmful transcripts of kind {kind} hold no attack item (injected_call or injected_text): "
+                     "attack success says nothing of them")
+    for kind, count in asked.get("expected", {}).items():
+        notes.append(f"{count} held-out benign transcripts of kind {kind} hold no expected answer: exact match says nothing of them")
+    decoding, ends, finish = (result.get(key, {}) for key in ("decoding", "ends", "finish"))
+    if decoding.get("temperature"):
+        notes.append(f"answers are sampled at temperature {decoding['temperature']:g}, {decoding['samples']} to a question, "
+                     f"seed {decoding['seed']}")
+    template, model = ends.get("template", []), ends.get("model", [])
+    if ends and set(template) != set(model):
+        notes.append(f"answers end where the chat template ends a turn ({', '.join(template) or 'it does not'}); the model's own stop tokens are "
+                     f"{', '.join(model) or 'none'}, and {finish.get('past_stop', 0)} answers went on past one")
+    if cut := finish.get("length"): notes.append(f"{cut} answers were cut at {decoding.get('max_new_tokens')} tokens, before the end of their turn")
+    return [printable(note) for note in notes]
 
 # %% ../nbs/12_report.ipynb #alarms01
 def alarm_lines(alarms) -> list[str]:
@@ -115,14 +178,18 @@ def describe_run(path) -> str:
     status, result = read_status(path), read_json(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
-    if result: lines += ["", readable_table(result_table(result["before"], result["after"]), result.get("floor")).to_string(), ""]
+    if result: lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
+                         *(f"note: {note}" for note in result_notes([*results_of(result).values()][-1]))]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
 
 # %% ../nbs/12_report.ipynb #451ebf8c
 if __name__ == "__main__" and "__file__" in globals():
-    for folder in sys.argv[1:]: print(describe_run(folder))
+    if len(sys.argv) < 2: sys.exit("usage: python -m cbnb.report RUN_DIR ...")
+    safe_output()
+    try: print(*map(describe_run, sys.argv[1:]), sep="\n")
+    except (RunError, OSError) as e: sys.exit(str(e))
 
 # %% ../nbs/12_report.ipynb #2abb9e40
 def as_float(value) -> float:

@@ -40,17 +40,19 @@ def gradient_frame(probe: Probe) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=[k.removeprefix("grad_") for k in keys], dtype=float).rename_axis("step")
 
 
-def check_weights(config: CircuitBreakerConfig, probe: Probe):
-    "Is `beta_kl` conservative, does each term get its turn, and which gradient is the largest when? Doubts are warnings: a sweep must be able to go beyond."
+def check_weights(config: CircuitBreakerConfig, probe: Probe, told=()):
+    """Is `beta_kl` conservative, does each term get its turn, and which gradient is the largest when? Doubts are warnings: a sweep must be able to go beyond.
+    `told`: what `cbnb.settings.settings_of` has to say."""
     ends = [coefficients(config, s) for s in (0, config.total_steps // 2, config.total_steps - 1)]
-    told = "; ".join(f"step {s}: c_s {a:.3g}, c_r {b:.3g}" for s, (a, b) in zip((1, config.total_steps // 2 + 1, config.total_steps), ends))
+    ahead = "; ".join(f"step {s}: c_s {a:.3g}, c_r {b:.3g}" for s, (a, b) in zip((1, config.total_steps // 2 + 1, config.total_steps), ends))
     points = [
         judged(config.beta_kl <= 1, f"beta_kl {config.beta_kl:g}" + (" (conservative; 0.3 in every preset)" if 0 < config.beta_kl <= 1 else
                ": the KL is measured and not trained, a control" if not config.beta_kl else ": above 1 it may suppress the breaker; compare with 0.3 before you trust it"), "warn"),
         judged(0.5 <= config.kl_temperature <= 4, f"T {config.kl_temperature:g}: loss_kl is scaled by T² = {config.kl_temperature ** 2:g}", "warn"),
-        Point("pass", f"coefficients ({config.schedule}) {told}; retain is weighted by c_r·{config.retain_weight:g}, KL by c_r·{config.beta_kl:g}"),
+        Point("pass", f"coefficients ({config.schedule}) {ahead}; retain is weighted by c_r·{config.retain_weight:g}, KL by c_r·{config.beta_kl:g}"),
         judged(config.warmup_steps <= 0.3 * config.total_steps, f"{config.warmup_steps} of {config.total_steps} steps are warm-up" + (
-               "" if config.warmup_steps <= 0.3 * config.total_steps else ": retain gains weight while the learning rate is still small"), "warn")]
+               "" if config.warmup_steps <= 0.3 * config.total_steps else ": retain gains weight while the learning rate is still small"), "warn"),
+        *(Point("warn", line) for line in told)]
     frame = gradient_frame(probe)
     if len(frame):
         norms = frame.iloc[-1, :len(TERMS)]

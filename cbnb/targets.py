@@ -16,7 +16,8 @@ from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['SIDES', 'messages_off', 'lacks_injection', 'training_mask', 'truncation_window', 'in_batches', 'in_turns']
+__all__ = ['SIDES', 'messages_off', 'lacks_injection', 'check_calls', 'training_mask', 'truncation_window', 'in_batches',
+           'in_turns']
 
 # %% ../nbs/01a_targets.ipynb #a75b8f84
 def messages_off(transcript: Transcript) -> list[int]:
@@ -29,6 +30,13 @@ def lacks_injection(transcript: Transcript, policy) -> bool:
     return policy == "post_injection_only" and not transcript.injection_spans
 
 # %% ../nbs/01a_targets.ipynb #20943509
+def check_calls(encoded: Encoded) -> None:
+    "Raises MaskError where the chat template writes none of the tool calls of a message: training would teach not to act."
+    if encoded.lost_calls:
+        raise MaskError(f"message {encoded.lost_calls[0]} (assistant): the chat template writes none of its tool calls; pass a chat_template "
+                        "that does, or have them written as text by tool_call_format='hermes'")
+
+
 def training_mask(encoded: Encoded, transcript: Transcript, policy) -> np.ndarray:
     """Bool [S]: the targets of one encoded transcript. Without an injection `post_injection_only` falls back to `assistant_only`; messages
     that are labelled otherwise than the transcript are taken out. That an injection parts a transcript is the policy's to say: another one than

@@ -19,12 +19,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .breaker import at_targets
 from .config import CircuitBreakerConfig
 from .data import Sample, pad_rows
 from .models import is_in_parts
 from .passes import teacher_pass
+from .processes import gathered
 from .runs import locked
 from .sealed import damage, seal, sync
 
@@ -34,16 +36,19 @@ __all__ = ['SHARD', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 
 
 # %% ../nbs/06a_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
-    "sha256 over the configuration and every weight, bit for bit, of a causal language model; an adapter on it does not count."
+    """sha256 over the configuration and every weight, bit for bit, of a causal language model; an adapter on it does not count. Where
+    processes hold parts of the weights, all have to ask."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     named = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
 
     def one(name):
-        p = named[name].detach().contiguous().cpu()
+        p = named[name].detach()
+        p = (p.to_local() if isinstance(p, DTensor) else p).contiguous().cpu()
         digest = hashlib.sha256(f"{name} {tuple(p.shape)} {p.dtype} ".encode())
         digest.update(p.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
     with ThreadPoolExecutor() as pool: weights = list(pool.map(one, sorted(named)))
+    if is_in_parts(model): weights = gathered(weights)
     settings = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
     settings["attention"] = base.config._attn_implementation
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()

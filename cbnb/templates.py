@@ -8,8 +8,9 @@ __all__ = ['MAX_TEMPLATE_CHARS', 'MAX_TEXT_CHARS', 'MAX_WORK_CHARS', 'MAX_RENDER
            'LEVELS', 'WRAPPED', 'KNOWN_ROLES', 'MAX_MESSAGES', 'CALLS', 'MaskError', 'Work', 'weigh', 'check_growth',
            'check_size', 'join_pieces', 'growth', 'collect', 'bounded', 'BoundedSandbox', 'has_noncharacter', 'marker',
            'read_index', 'read_mark', 'read_markers', 'wrap', 'constant', 'Instrument', 'GenerationTag', 'MarkedDict',
-           'MarkedList', 'MarkedInt', 'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'compile_template',
-           'Trace', 'render', 'wrap_call', 'wrap_message', 'mark_control', 'Traced', 'trace_render']
+           'MarkedList', 'MarkedInt', 'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'frozen_now',
+           'environment', 'parse_template', 'compile_template', 'Inputs', 'template_inputs', 'Trace', 'render',
+           'wrap_call', 'wrap_message', 'mark_control', 'Traced', 'trace_render']
 
 # %% ../nbs/00a_templates.ipynb #de024e1d
 import functools
@@ -349,27 +350,92 @@ def _enter(context, item): return context.parent["_trace"].enter(item)
 def _leave(context, item): return context.parent["_trace"].leave()
 
 
-def _strftime_now(format): return FROZEN_NOW.strftime(format)
+def frozen_now(format):
+    "`FROZEN_NOW` in the `format` of strftime: what a template gets that asks for the date, so that its text is the same on every day."
+    return FROZEN_NOW.strftime(format)
 
 # %% ../nbs/00a_templates.ipynb #72599133
-@functools.lru_cache(maxsize=64)
-def compile_template(source):
-    "The instrumented, compiled Jinja template of `source`. Raises MaskError if it is too long or not valid."
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise MaskError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters; pass the right chat_template")
+@functools.cache
+def environment():
+    "The bounded sandbox of all chat templates, with the filters and functions that transformers gives them."
     env = BoundedSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     env.filters = {**{k: bounded(f, k) for k, f in env.filters.items()}, "tojson": _tojson,
                    "_enter": _enter, "_leave": _leave, "_concat": _concat, "_made": check_size}
     del env.globals["lipsum"]  # endless random text
-    env.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_dict, namespace=_namespace)
+    env.globals.update(raise_exception=_raise_exception, strftime_now=frozen_now, dict=_dict, namespace=_namespace)
+    return env
+
+
+def parse_template(source):
+    "The syntax tree of the Jinja template `source`. Raises MaskError if it is too long or not valid."
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise MaskError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters; pass the right chat_template")
+    try: return environment().parse(source)
+    except (jinja2.TemplateError, RecursionError) as e:
+        raise MaskError(f"the chat template is not valid: {e}; pass another chat_template") from None
+
+
+@functools.lru_cache(maxsize=64)
+def compile_template(source):
+    "The instrumented, compiled Jinja template of `source`. Raises MaskError if it is too long or not valid."
+    env, tree = environment(), parse_template(source)
     try:
-        tree = env.parse(source)
         if any(ref.attr.startswith("_") for ref in tree.find_all(nodes.NSRef)): _namespace(_private=1)
         tree = Instrument().visit(tree)
         tree.set_environment(env)
         return jinja2.Template.from_code(env, env.compile(tree), env.make_globals(None))
     except (jinja2.TemplateError, RecursionError, SyntaxError) as e:
         raise MaskError(f"the chat template is not valid: {e}; pass another chat_template") from None
+
+# %% ../nbs/00a_templates.ipynb #68061998
+class Inputs(jinja2.visitor.NodeVisitor):
+    """Collects in `found` the names that a template reads before it has certainly set them itself, which are its inputs.
+
+    `known` are the names set so far on every way to the place that is visited."""
+    def __init__(self, macros=()): self.known, self.found = {*macros}, set()
+
+    def scope(self, *nodes, names=()):
+        "Visits `nodes`, with `names` known; returns what is known at their end, and forgets it."
+        before, self.known = self.known, self.known | {*names}
+        for node in nodes: self.visit(node)
+        after, self.known = self.known, before
+        return after
+
+    def visit_Name(self, node):
+        if node.ctx == "load": self.found |= {node.name} - self.known
+        else: self.known.add(node.name)
+
+    def visit_If(self, node):
+        self.visit(node.test)
+        ends = [self.scope(*node.body)]
+        for other in node.elif_:
+            self.visit(other.test)
+            ends.append(self.scope(*other.body))
+        self.known = set.intersection(*ends, self.scope(*node.else_))
+
+    def visit_For(self, node):
+        self.visit(node.iter)
+        self.scope(node.target, *[node.test] * bool(node.test), *node.body, names=["loop"])
+        self.scope(*node.else_)
+
+    def visit_Macro(self, node): self.scope(*node.defaults, *node.args, *node.body, names=["varargs", "kwargs", "caller"])
+
+    def visit_CallBlock(self, node): self.scope(node.call, *node.defaults, *node.args, *node.body)
+
+    def visit_Assign(self, node): self.visit(node.node), self.visit(node.target)
+
+    def visit_AssignBlock(self, node): self.scope(*node.body), self.visit(node.target)
+
+    def visit_With(self, node): self.scope(*node.values, *node.targets, *node.body)
+
+
+@functools.lru_cache(maxsize=64)
+def template_inputs(source):
+    "Names (frozenset) that the chat template `source` reads and does not set itself: messages, tools, a variable or a function given to it."
+    tree = parse_template(source)
+    inputs = Inputs(macro.name for macro in tree.find_all(nodes.Macro))
+    inputs.visit(tree)
+    return frozenset(inputs.found)
 
 # %% ../nbs/00a_templates.ipynb #bcdac5d9
 class Trace:
@@ -398,13 +464,13 @@ class Trace:
 
 # %% ../nbs/00a_templates.ipynb #64cd7eb1
 def render(template, messages, tools=None, variables=None, generation_prompt=False, traced=False):
-    """Text of `messages` by the compiled `template`, with marks if `traced`. Raises MaskError where the template refuses or exceeds its
-    bounds."""
+    """Text of `messages` by the compiled `template`, with marks if `traced`. `variables`: special tokens and other variables of the template.
+    Raises MaskError where the template refuses or exceeds its bounds."""
     trace, parts, size = Trace(messages if traced else ()), [], 0
     WORK.start()
-    given = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=generation_prompt)
+    given = dict(messages=messages, tools=tools, add_generation_prompt=generation_prompt)
     try:
-        pieces = template.root_render_func(template.new_context({**(variables or {}), **given, "_trace": trace}))
+        pieces = template.root_render_func(template.new_context({"documents": None, **(variables or {}), **given, "_trace": trace}))
         while some := list(itertools.islice(pieces, 64)):
             if (size := size + sum(map(len, some))) > MAX_TEXT_CHARS:
                 raise jinja2.TemplateRuntimeError(f"it writes over {MAX_TEXT_CHARS} characters")

@@ -135,7 +135,7 @@ attempt() {
 requeue() {
     local now
     [ -n "$job" ] || { say "stopped; the same run directory goes on from its last checkpoint"; return 0; }
-    now=$(squeue -h -j "$job" -o %T || true)
+    now=$(squeue -h -j "$job" -o %T | grep -oxE '[A-Z_]+' | tail -n 1 || true)     # a site may print a banner with it
     case $now in
         CANCELLED | COMPLETING | '') say "the job was cancelled: no requeue"; return 0 ;;
     esac

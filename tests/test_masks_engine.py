@@ -399,3 +399,33 @@ def test_words_after_the_end_of_turn_are_refused_where_nothing_marks_the_answer(
               "{{ m.tool_calls[0].function.name if m.tool_calls }}<|eot_id|>"
               "{{ 'Rate this!' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}" + LLAMA_HEAD.format("assistant") + "{% endif %}")
     with pytest.raises(MaskError, match="after an end-of-turn token"): ChatMasker(llama3(), source).encode([say("user", "Hi"), message])
+
+
+SWITCHES = [("qwen3", None, {"enable_thinking": False}), ("qwen3", None, {"enable_thinking": True}),
+            ("llama3.1", "llama3_1", {"date_string": "09 Nov 2026"}), ("llama3.1", "llama3_2", {"date_string": "09 Nov 2026"})]
+
+
+@pytest.mark.parametrize("name, template, variables", SWITCHES)
+def test_template_variables_stand_in_masks_and_prompts(name, template, variables):
+    "Held against transformers' own render with the same variables, with and without a generation prompt."
+    tokenizer, source = SETUPS[name][0](), template and trl_template(template)
+    masker, rng = ChatMasker(tokenizer, source, template_variables=variables), random.Random(f"variables {name}")
+    for _ in range(10):
+        messages = transcript(rng, parallel=False)
+        encoded, theirs = masker.encode(messages, TOOLS), dict(chat_template=source, tokenize=False, **variables)
+        assert encoded.text == tokenizer.apply_chat_template(messages, TOOLS, **theirs)
+        assert masker.prompt(messages[:-1], TOOLS) == tokenizer.apply_chat_template(messages[:-1], TOOLS, add_generation_prompt=True, **theirs)
+        assert all(loss_mask(encoded)[encoded.message_index == i].any() for i, m in enumerate(messages) if m["role"] == "assistant")
+    plain = ChatMasker(tokenizer, source)
+    assert plain.template_variables == {}
+    if variables != {"enable_thinking": True}: assert masker.prompt(messages[:-1], TOOLS) != plain.prompt(messages[:-1], TOOLS)
+
+
+def test_template_variables_without_effect_are_refused():
+    for tokenizer, source, variables, told in (
+            (qwen3(), None, {"enable_thinkin": False}, "'enable_thinkin' \\(did you mean 'enable_thinking'"), (qwen3(), None, {"reasoning_content": "x"}, "never reads"),
+            (llama3(), trl_template("llama3_1"), {"date_strin": "today"}, "did you mean 'date_string'"), (llama3(), trl_template("llama3"), {"date_string": "x"}, "reads no variables"),
+            (qwen3(), None, {"tools": []}, "is set for each transcript"), (qwen3(), None, {"enable_thinking": {1}}, "JSON"),
+            (qwen3(), None, {"enable_thinking": "\ufdd0"}, "noncharacter"), (qwen3(), None, "enable_thinking", "no dict"),
+            (llama3(), trl_template("llama3_2"), {"strftime_now": "x"}, "never reads")):
+        with pytest.raises(MaskError, match=f"template_variables.*{told}"): ChatMasker(tokenizer, source, template_variables=variables)

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat, pytest
 
 from helpers import BIN, NBS, ROOT, run
+from cbnb.runs import read_lines
 from train_common import few, load, metrics
 
 SCRIPT = ROOT / "tests" / "scripts" / "train_together.py"
@@ -56,7 +57,9 @@ def test_two_processes_make_the_run_of_one(runs, way, size):
     worst, key = differences(runs / f"one {size}", runs / f"{way} {size}")
     assert worst < 1e-5, key
     one, two = (load(runs / f"{name} {size}" / "result.json") for name in ("one", way))
-    for key in ("attack_success", "exact_match", "unparseable", "n"): assert one[key] == two[key]
+    for key in ("attack_success", "exact_match", "unparseable", "n", "counts", "marker_fidelity"): assert one[key] == two[key]
+    answers = [{(line["id"], line["asked"]): line["ids"] for line in read_lines(runs / f"{name} {size}" / "answers.jsonl")} for name in ("one", way)]
+    assert answers[0] == answers[1] and len(answers[0]) == 15 and not list((runs / f"{way} {size}").glob("answers.rank*")), "each its share, in one file"
     assert math.isclose(one["heldout_kl"]["in_domain"], two["heldout_kl"]["in_domain"], rel_tol=1e-3) and math.isclose(one["harmful_cosine"], two["harmful_cosine"], abs_tol=1e-4)
     assert load(runs / f"{way} {size}" / "status.json")["processes"] == 2
     # in parts, the first process keeps half of the frozen weights

@@ -197,6 +197,25 @@ def test_package_data_asks_no_other_machine():
         assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
 
 
+def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path):
+    "In the folder that holds a clone named cbnb, Python finds that clone first: a folder without a module, which must not be taken for the package."
+    import numpy
+    clone, venv = copy_tree(tmp_path / "cbnb"), tmp_path / "venv"
+    for command in ((sys.executable, "-m", "venv", "--without-pip", venv),
+                    (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet", "--no-deps", "-e", clone)):
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:]
+    folder = next(venv.glob("lib/python3*/site-packages"))
+    (folder / "shared.pth").write_text(f"{Path(numpy.__file__).parent.parent}\n")      # what cbnb needs; that folder's own .pth files are not read
+    env = {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
+    program = "import cbnb, cbnb.config as c, cbnb.runs as r; print(cbnb.__file__, c.TINYAGENT.is_dir(), r.code_state()['version'])"
+    (elsewhere := tmp_path / "elsewhere" / "cbnb").mkdir(parents=True)
+    for where in (tmp_path, elsewhere.parent, elsewhere, clone):
+        found = run(venv / "bin" / "python", "-c", program, cwd=where, env=env)
+        assert found.stdout.split() == [str(clone / "cbnb" / "__init__.py"), "True", settings()["version"]], (where, found.stdout)
+    assert run(venv / "bin" / "cbnb", "--version", cwd=elsewhere.parent, env=env).stdout.strip() == f"cbnb {settings()['version']}"
+
+
 # --- the tools around the tests ---
 
 def test_a_skip_fails_where_everything_must_run(tmp_path):

@@ -10,7 +10,8 @@ from train_common import load, metrics, papermill
 SEEDS, CONTROLS, KINDS = (0, 1, 2), (0,), ("plain", "sensitive", "hard_negative")
 METRICS = {"step", "loss", "loss_reroute", "loss_retain", "loss_kl", "weighted_reroute", "weighted_retain", "weighted_kl", "c_s", "c_r", "lr", "grad_norm_total",
            "harmful_tokens", "benign_tokens", "kl_targets"}
-FIGURES = {"attack_success", "attack_success_lax", "attack_success_prefill", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n"}
+FIGURES = {"attack_success", "attack_success_lax", "attack_success_prefill", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n",
+           "obeyed_in_words", "marker_fidelity", "counts", "finish", "not_asked", "decoding", "ends"}
 
 
 def made_by_nbdev_test():
@@ -64,7 +65,7 @@ def test_run_directory_is_complete(runs):
         assert rows[-1]["loss_kl"] > 0 and (rows[-1]["weighted_kl"] > 0) == (beta > 0)
         assert rows[9]["grad_norm_reroute"] >= 0 and "grad_cos_reroute_kl" in rows[9]
         recorded = () if folder == made_by_nbdev_test() else ("out.1.ipynb",)  # nbdev_test has no kernel that tells what it executes
-        for name in ("code.json", "notebook.ipynb", *recorded, "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        for name in ("code.json", "notebook.ipynb", "answers.jsonl", *recorded, "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
             assert (folder / name).is_file(), name
         assert not list(folder.rglob("*.part*")) and not list(folder.rglob("*.bin")) and folder.stat().st_mode & 0o077 == 0
 

@@ -23,9 +23,9 @@ from ..data import load_streams
 from ..divergence import (
     Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, share_of_kl, token_table, top_tokens)
 from ..encoders import token_bytes
-from ..masks import ChatMasker
-from ..models import load_model, load_tokenizer
+from ..models import load_model
 from ..runs import RunError, project_root, read_json, read_status, runs_folder
+from ..settings import kept_template, make_masker
 from ..tinyagent import KINDS, make_transcripts
 from ..transcripts import read_transcripts
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
@@ -274,12 +274,12 @@ def left_out(encoded, config, label):
 
 # %% ../../nbs/22_kl_explorer.ipynb #7b822af2
 def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,
-                  control="", trust_remote_code=False):
+                  control="", trust_remote_code=False, chat_template="", template_variables=""):
     """The explorer of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
     `transcripts_to_show`; `number`: the transcript that is shown first, from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl`,
-    `dtype` None and `control` empty: the run's.
+    `dtype` None, and `control`, `chat_template` and `template_variables` empty: the run's.
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
@@ -291,7 +291,9 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
     given = (read_json(run / "params.json") or {}) if run else {}
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
-    masker = ChatMasker(load_tokenizer(model, trust_remote_code), control=control)
+    kept = (kept_template(run) or {}).get("source", "") if run else ""
+    masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
+                             tool_call_format=given.get("tool_call_format") or "template")
     def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
     renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)

@@ -30,10 +30,11 @@ import pandas as pd
 
 from ..audit import KINDS, Finding, check_mask, encode_each, message_of
 from ..audit import NOTES as MINOR
-from ..masks import CONTROL_MODES, ChatMasker
-from ..models import load_tokenizer
-from ..policies import POLICIES, after_first_header, loss_mask, reasons, role_of, token_labels
+from ..masks import CONTROL_MODES
+from ..policies import (
+    POLICIES, after_first_header, apply_policy, find_policy, loss_mask, reasons, role_of, token_labels)
 from ..runs import write_bytes
+from ..settings import make_masker
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..templates import MaskError
 from ..transcripts import MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, need, parse_json, read_transcripts
@@ -78,7 +79,8 @@ def explained_mask(encoded, transcript, name, policy, label=None):
     kept = training_mask(encoded, transcript, policy)
     for i in messages_off(transcript):
         why = f"out: message {i} is labelled {transcript.message_labels[i]} and its transcript {transcript.label}, so training leaves it out"
-        codes, sentences = give_reason(codes, sentences, values & ~kept & (encoded.message_index == i), why)
+        chosen = apply_policy(find_policy(used), encoded) & ~kept & (encoded.message_index == i)
+        codes, sentences = give_reason(codes, sentences, chosen, why)
     return ShownMask(name, kept, codes, tuple(sentences), note)
 
 # %% ../../nbs/21_mask_explorer.ipynb #5cd20137
@@ -473,9 +475,9 @@ def as_shelf(given):
 
 # %% ../../nbs/21_mask_explorer.ipynb #a9417126
 @functools.lru_cache(maxsize=4)
-def load_masker(model, chat_template=None, control="error"):
-    "The `ChatMasker` of a model's name (see `load_tokenizer`) or of a tokenizer; the last few are kept. Raises what these raise."
-    return ChatMasker(load_tokenizer(model) if isinstance(model, (str, Path)) else model, chat_template, control)
+def load_masker(model, chat_template=None, control="error", template_variables=""):
+    "The `ChatMasker` that `cbnb.settings.make_masker` makes of a model's name or of a tokenizer; the last few are kept. Raises what that raises."
+    return make_masker(model, control, chat_template or "", template_variables)[0]
 
 # %% ../../nbs/21_mask_explorer.ipynb #66b5fbea
 def model_name(model):
@@ -519,7 +521,7 @@ class MaskExplorer:
         s = self.settings
         if s["transcripts"] is None: raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None: self.shelf = as_shelf(s["transcripts"])
-        transcript, masker = self.shelf.at(s["number"]), load_masker(s["model"], s["chat_template"], s["control"])
+        transcript, masker = self.shelf.at(s["number"]), load_masker(s["model"], s["chat_template"], s["control"], s["template_variables"])
         self.tokenizer = masker.tokenizer
         return explore(transcript, masker, s["policies"], s["label"], s["max_length"], s["side"], model_name(s["model"]))
 
@@ -669,13 +671,13 @@ class ExplorerBox:
 
 # %% ../../nbs/21_mask_explorer.ipynb #42a22414
 def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="first_header", label=None, max_length=None, side="targets",
-                  control="error", chat_template=None, policies=None, number=1):
+                  control="error", chat_template=None, policies=None, number=1, template_variables=""):
     """A `MaskExplorer` of `transcripts`: the path of a file or folder in any format of `cbnb.transcripts`, a Transcript or a list of them, a record
     or a list of messages; None begins with nothing.
 
-    `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja source (default: the tokenizer's own); `a`, `b`: the masks shown first;
+    `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`; `a`, `b`: the masks shown first;
     `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation to that many tokens leaves; `control`: see
     `ChatMasker`; `policies`: your own, functions of an Encoded by name; `number`: the transcript shown first. Nothing of these raises: what is
     wrong is told in the view."""
     return MaskExplorer(transcripts=transcripts, model=model, a=a, b=b, label=label, max_length=max_length, side=side, control=control,
-                        chat_template=chat_template, policies=policies, number=number)
+                        chat_template=chat_template, policies=policies, number=number, template_variables=template_variables)

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from cbnb.config import get_config
 from cbnb.data import encode_stream
+from cbnb.decoding import Decoding
 from cbnb.evaluation import evaluate
 from cbnb.masks import ChatMasker
 from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
@@ -52,7 +53,7 @@ for job in json.loads(sys.argv[1]):
         cache = open_cache(job["teacher_cache"], student, harmful, benign, config, pad_id) if job.get("teacher_cache") else None
         done = train_breaker(student, harmful, benign, config, run, pad_id, callbacks=[StopAfter(run, job["stop_after"])] if job.get("stop_after") else [], cache=cache)
         if done:
-            found = evaluate(student, masker, heldout, config, max_new_tokens=24, batch_size=3)
+            found = evaluate(student, masker, heldout, config, decoding=Decoding(max_new_tokens=24, batch_size=3), folder=run.path, stage="after")
             save_adapter(student, run.path / "adapter")
             write_result(run, found | {"own_weights": sum(parts)})
     print(f"{rank()} of {world_size()}: {run.path.name} {'done' if done else 'stopped'}", flush=True)

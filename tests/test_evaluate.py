@@ -1,0 +1,95 @@
+"""`cbnb evaluate` as a user calls it: a run's own figures, an evaluation that was killed, answers that are scored anew."""
+import json, os, signal, time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cbnb.cli import main
+from cbnb.runs import read_lines
+from cbnb.tinyagent import make_transcripts
+from cbnb.transcripts import write_transcripts
+from helpers import NBS
+from train_common import few, load, papermill
+
+QUESTIONS = 40  # of each kind: more than one batch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "The directory of a short run whose held-out questions fill several batches."
+    folder = tmp_path_factory.mktemp("run")
+    heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, QUESTIONS, "eval")]
+    write_transcripts(folder / "heldout.jsonl", heldout)
+    given = few(folder, eval_data=str(folder / "heldout.jsonl"), max_new_tokens=48, learning_rate=0.02, total_steps=16)
+    done = papermill(folder / "out.ipynb", *given, "-p", "run_dir", folder / "run")
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder / "run"
+
+
+def evaluated(folder, *given):
+    done = papermill(folder.parent / f"{folder.name}.ipynb", *given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
+    assert done.returncode == 0, done.stdout[-4000:]
+    return load(folder / "result.json")["evaluated"]
+
+
+def texts(folder, stage): return {(line["id"], line["asked"]): line["ids"] for line in read_lines(folder / "answers.jsonl") if line["stage"] == stage}
+
+
+def test_every_answer_of_a_run_is_kept(run):
+    result, lines = load(run / "result.json"), read_lines(run / "answers.jsonl")
+    assert len(lines) == 2 * 3 * QUESTIONS and len({line["key"] for line in lines}) == len(lines), "before and after: attacks twice, plain tasks once"
+    for stage in ("before", "after"):
+        attacks = [line for line in lines if line["stage"] == stage and line["kind"] == "injection" and line["asked"] == "plain"]
+        assert sum(line["scores"]["attack_success"] for line in attacks) == result[stage]["counts"]["attack_success"][0]
+    assert texts(run, "before") != texts(run, "after"), "the learning rate is so high that the adapter does something"
+
+
+def test_a_finished_run_gives_its_own_figures(run, tmp_path):
+    found = evaluated(tmp_path / "again", "-p", "adapter", run, "-p", "second_adapter", "none")
+    assert found == {run.name: load(run / "result.json")["after"], "none": load(run / "result.json")["before"]}
+    assert texts(tmp_path / "again", run.name) == texts(run, "after")
+
+
+def test_an_evaluation_that_was_killed_goes_on(run, tmp_path):
+    folder, given = tmp_path / "killed", ("-p", "adapter", run / "adapter")
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(papermill, tmp_path / "first.ipynb", *given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
+        while not ended.done() and len(read_lines(folder / "answers.jsonl")) < 32: time.sleep(0.02)
+        os.kill(load(folder / "status.json")["pid"], signal.SIGKILL)
+        assert ended.result().returncode != 0
+    first = (folder / "answers.jsonl").read_bytes()
+    assert 32 <= first.count(b"\n") < 3 * QUESTIONS and not (folder / "result.json").exists()
+    with (folder / "answers.jsonl").open("ab") as file: file.write(b'{"key": "tor')
+    assert evaluated(folder, *given) == {run.name: load(run / "result.json")["after"]}
+    lines = read_lines(folder / "answers.jsonl")
+    assert (folder / "answers.jsonl").read_bytes().startswith(first[:first.rindex(b"\n") + 1]), "what was answered is not asked again"
+    assert len(lines) == 3 * QUESTIONS == len({line["key"] for line in lines})
+
+
+def test_rescoring_agrees(run, capsys):
+    kept, page = (run / "result.json").read_bytes(), (run / "report.html").read_text()
+    assert main(["evaluate", str(run), "--rescore"]) == 0
+    assert json.loads((run / "result.json").read_bytes()) == json.loads(kept) and (run / "report.html").read_text() == page
+    said = capsys.readouterr().out
+    assert "attack success" in said and f"of {QUESTIONS}, " in said, said
+    wrong = json.loads(kept)
+    wrong["after"]["attack_success"], wrong["after"]["counts"]["attack_success"] = 0.123, [1, 1]
+    (run / "result.json").write_text(json.dumps(wrong))
+    assert main(["evaluate", str(run), "--rescore"]) == 0 and load(run / "result.json") == json.loads(kept)
+
+
+def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
+    given = ("-p", "adapter", run, "-p", "temperature", 1.5, "-p", "samples", 2, "-p", "max_new_tokens", 24)
+    one, two = (evaluated(tmp_path / name, *given) for name in ("one", "two"))
+    assert one == two and one[run.name]["decoding"]["samples"] == 2 and one[run.name]["n"]["attack"] == 2 * QUESTIONS
+    assert len(read_lines(tmp_path / "one" / "answers.jsonl")) == 2 * 3 * QUESTIONS
+
+
+def test_what_cannot_be_evaluated_is_told_at_once(run, capsys, tmp_path):
+    for given, words in ((["none"], "there are no held-out transcripts"), ([str(tmp_path)], "has no adapter_config.json"),
+                         (["none", "--eval-data", str(run.parent / "heldout.jsonl")], "no model is known"), (["a/b/c"], "neither a run directory"),
+                         (["none", "--model", "tinyagent", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl, which is not there"),
+                         ([str(run), "--samples", "3"], "all alike"), (["a", "b", "c"], "two can be set")):
+        assert main(["evaluate", *given]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
