@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from .breaker import CircuitBreaker
+from .heads import find_head
 
 # %% auto #0
 __all__ = ['BELOW', 'kept', 'moved', 'mode', 'on_device', 'terms_of', 'rounding_floor']
@@ -74,8 +75,8 @@ def rounding_floor(student: PeftModel, batch: dict, config) -> dict:
     batch has no target, or that is not finite, is left out. The student and
     the random states are as before. The floor is the student's, whatever teacher a run has."""
     dtype = next(p.dtype for name, p in student.named_parameters() if "lora_" not in name and p.dtype in (torch.bfloat16, torch.float16, torch.float32))
+    breaker = CircuitBreaker(student, config, head=find_head(student))  # with its head it has been checked before
     with torch.no_grad(), moved(student, BELOW * torch.finfo(dtype).eps):
-        breaker = CircuitBreaker(student, config)
         with mode(breaker, False): terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
     found = {"reroute": 1 - terms["loss_reroute"], "retain": terms["loss_retain"], "kl": terms["loss_kl"]}
     measured = {name: max(value, 0.0) for (name, value), n in zip(found.items(), batch["counts"].tolist(), strict=True) if n and math.isfinite(value)}
