@@ -134,7 +134,7 @@ def find_head(model: nn.Module) -> Head:
         theirs, output, norm = watched_ends(causal_lm, inputs)
         hidden = output.last_hidden_state[0]
         own = lambda h: own_logits(causal_lm, h[None], output)[0]
-        if not torch.equal(own(hidden), theirs):
+        if not torch.allclose(own(hidden), theirs, rtol=0, atol=0, equal_nan=True):  # NaN has a word of its own, later
             raise ValueError(f"the logits of this {type(causal_lm).__name__} are not a function of its final hidden states alone, so there is no KL to take from them.")
         if not plain_linear(layer):
             return Head(norm, None, lambda h: accumulate(own(h)), f"its output layer is {type(layer).__module__.split('.')[0]}'s {type(layer).__name__}, which is no frozen, unquantised linear")
