@@ -59,7 +59,7 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
              f"preset `{meant}`.", "", "## Data", "",
              f"- files: {named(parameters.get('data'))}; held out: {named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
              f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`", *template_lines(template), "",
-             "## Held out, before and after", "", markdown_table(readable_table(result_table(result["before"], result["after"]))), ""]
+             "## Held out, before and after", "", markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))), ""]
     if notes := result_notes(result["after"]): lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(list(alarms)): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     lines += ["## Settings", "", markdown_table(table), ""]

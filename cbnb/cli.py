@@ -259,7 +259,7 @@ def run_train(args):
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):
         from cbnb.report import alarm_lines, readable_table, result_notes, result_table
-        print(readable_table(result_table(result["before"], result["after"])).to_string())
+        print(readable_table(result_table(result["before"], result["after"]), result.get("floor")).to_string())
         for note in result_notes(result["after"]): print(f"note: {note}")
         for line in alarm_lines(result.get("alarms")): print(f"ALARM {line}")
     print(f"run directory: {path}")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'PAGE',
-           'format_number', 'printable', 'readable_table', 'rate_counts', 'interval_words', 'figures_table',
-           'results_of', 'result_table', 'result_notes', 'alarm_lines', 'describe_run', 'as_float', 'series', 'summary',
-           'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes',
-           'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes',
-           'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report']
+           'format_number', 'floor_words', 'told_from', 'printable', 'readable_table', 'rate_counts', 'interval_words',
+           'figures_table', 'results_of', 'result_table', 'result_notes', 'alarm_lines', 'describe_run', 'as_float',
+           'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids',
+           'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels',
+           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
+           'write_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -25,6 +26,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from .rounding import floor_limit
 from .runs import RunError, read_json, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
 
@@ -41,6 +43,17 @@ def format_number(value, digits: int = 3) -> str:
     if -3 <= int(exponent) < 6:
         return f"{value:,.{max(0, digits - 1 - int(exponent))}f}".replace("-", "−")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+# %% ../nbs/12_report.ipynb #b8ea5731
+def floor_words(floor: dict) -> str:
+    "The rounding floor of a run (`cbnb.floor.rounding_floor`) in words."
+    reroute, retain, kl = (format_number(floor.get(name), 2) for name in ("reroute", "retain", "kl"))
+    return f"{floor['dtype']}: 1 − reroute {reroute}, retain {retain}, KL {kl} nats a token"
+
+# %% ../nbs/12_report.ipynb #dc5dfd60
+def told_from(value, limit: float) -> str:
+    "`value` as `format_number` writes it; one that is above 0 and below `limit`, which nothing tells from rounding, is only said to be below it."
+    return f"below {format_number(limit, 1)}" if limit and value is not None and 0 < value < limit else format_number(value)
 
 # %% ../nbs/12_report.ipynb #c6ca852f
 def printable(text) -> str:
@@ -60,17 +73,19 @@ MEASURES = {
     "heldout_top1": ("held-out top-1 agreement", "share")}
 
 # %% ../nbs/12_report.ipynb #836d727a
-def readable_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` of numbers, its index naming figures of result.json such as `heldout_kl in_domain`, as text with names and a column `unit`.
+def readable_table(table: pd.DataFrame, floor: dict | None = None) -> pd.DataFrame:
+    """`table` of numbers, its index naming figures of result.json such as `heldout_kl in_domain`, as text with names and a column `unit`. A held-out KL that nothing tells from
+    rounding, given the run's `floor` (`cbnb.floor.rounding_floor`), is "below 0.001".
 
     Names that are not in `MEASURES` are kept. pandas' own HTML of the result is script-free and escaped."""
-    names, units = [], []
+    names, units, limits = [], [], []
     for label in map(str, table.index):
         key, _, part = label.partition(" ")
         name, unit = MEASURES.get(key, (label, ""))
         names.append(printable(f"{name}, {part.replace('_', ' ')}" if part and key in MEASURES else name))
         units.append(unit)
-    text = {printable(c): [printable(v) if isinstance(v, str) else format_number(v) for v in table[c]] for c in table.columns}
+        limits.append(floor_limit((floor or {}).get("kl", 0.0)) if key == "heldout_kl" else 0.0)
+    text = {printable(c): [printable(v) if isinstance(v, str) else told_from(v, limit) for v, limit in zip(table[c], limits)] for c in table.columns}
     return pd.DataFrame(text, index=names, dtype=object).assign(unit=units)
 
 # %% ../nbs/12_report.ipynb #33d23fe4
@@ -163,7 +178,7 @@ def describe_run(path) -> str:
     status, result = read_status(path), read_json(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
-    if result: lines += ["", readable_table(figures_table(results_of(result))).to_string(), "",
+    if result: lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
                          *(f"note: {note}" for note in result_notes([*results_of(result).values()][-1]))]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
@@ -535,11 +550,12 @@ th:first-child, .text td { text-align: left; } tbody th { font-weight: normal; }
 """
 
 # %% ../nbs/12_report.ipynb #4bf0c0f9
-def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=()) -> str:
+def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=(), floor: dict | None = None) -> str:
     """One self-contained page (str, well-formed as XML too) with the result table, the curves and the parameters of a run.
 
-    `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown as by `readable_table`."""
-    text = readable_table(table)
+    `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown as by `readable_table`, with the
+    rounding `floor`."""
+    text = readable_table(table, floor)
     values = {k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for k, v in parameters.items()}
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
@@ -548,9 +564,9 @@ def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: d
         svg=static_svg(curves(rows)), parameters=[(printable(k), printable(v)) for k, v in values.items()])
 
 # %% ../nbs/12_report.ipynb #f5de6236
-def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=()) -> Path:
+def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=(), floor: dict | None = None) -> Path:
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 
-    `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value."""
-    write_bytes(path, report_page(title, rows, table, parameters, notes).encode())
+    `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
+    write_bytes(path, report_page(title, rows, table, parameters, notes, floor).encode())
     return Path(path)

@@ -33,10 +33,12 @@ from transformers.trainer_callback import PrinterCallback
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
+from .floor import on_device, rounding_floor
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective
 from .processes import any_of, from_first, world_size
-from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, set_status, stop_requested, truncate_metrics
+from .rounding import at_floor
+from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, read_status, set_status, stop_requested, truncate_metrics
 from .sealed import damage, seal, sync
 
 # %% auto #0
@@ -44,7 +46,7 @@ __all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 
            'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'CircuitBreakerTrainer', 'MetricsLog',
            'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line', 'progress_line', 'show_line',
            'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers', 'training_arguments',
-           'breaker_trainer', 'train_breaker']
+           'breaker_trainer', 'measured_floor', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -278,8 +280,8 @@ class Progress(TrainerCallback):
     """Tells the step, the terms and the time left: a plain line every ten seconds in the terminal or job log and, if `in_cell`, one line in the
     cell that trains, kept up to date."""
 
-    def __init__(self, in_cell: bool):
-        self.in_cell = in_cell
+    def __init__(self, in_cell: bool, floor: dict | None = None):
+        self.in_cell, self.floor = in_cell, floor
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first, self.shown, self.logged, self.handle = time.monotonic(), state.global_step, 0.0, 0.0, None
@@ -289,7 +291,7 @@ class Progress(TrainerCallback):
             return
         now, last = time.monotonic(), state.global_step == state.max_steps
         left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
-        line = progress_line(logs, state.max_steps, left)
+        line = progress_line(logs, state.max_steps, left, self.floor)
         if now - self.logged >= 10 or last:
             log_line(line)
             self.logged = now
@@ -324,10 +326,12 @@ def log_line(line: str) -> None:
         else: os.write(terminal, f"{line}\n".encode())
 
 
-def progress_line(row: dict, total_steps: int, seconds_left: float) -> str:
-    "One line of progress from a metrics row."
+def progress_line(row: dict, total_steps: int, seconds_left: float, floor: dict | None = None) -> str:
+    "One line of progress from a metrics row, which says what stands at the rounding `floor`."
+    noise = at_floor(row, floor)
     return (f"step {row['step']}/{total_steps}  reroute {row['loss_reroute']:.3f}  retain {row['loss_retain']:.3f}  "
-            f"kl {row['loss_kl']:.2e}  loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left")
+            f"kl {row['loss_kl']:.2e}  loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
+            + (f"  (rounding alone: {', '.join(noise)})" if noise else ""))
 
 
 def show_line(line: str, handle=None):
@@ -428,6 +432,16 @@ def breaker_trainer(student: PeftModel, harmful: list[Sample], benign: list[Samp
     return trainer
 
 
+def measured_floor(trainer: CircuitBreakerTrainer, run: Run, pad_id: int) -> dict:
+    "The rounding floor of the run (`cbnb.floor.rounding_floor`) on its first pairs of rows, at most four; kept in status.json, and the same in each of its attempts."
+    if known := from_first(lambda: read_status(run.path).get("floor")): return known
+    pairs = [trainer.train_dataset[i] for i in range(min(trainer.args.circuit_breaker_config.batch_size, 4))]
+    student = trainer.model.student
+    floor = rounding_floor(student, on_device(collate(pairs, pad_id), student.device), trainer.args.circuit_breaker_config)
+    set_status(run, "running", floor=floor)
+    return floor
+
+
 def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, run: Run, pad_id: int,
                   teacher: nn.Module | None = None, callbacks=(), cache=None) -> bool:
     """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it (in the last
@@ -440,8 +454,9 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     on from: its first step would not be the first."""
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     stop = StopFile(run)
-    trainer = breaker_trainer(student, harmful, benign, config, run.path / "checkpoints", pad_id, teacher,
-                              [LogWhatCounts(), MetricsLog(run), stop, Progress(in_cell), *callbacks], cache)
+    progress = Progress(in_cell)
+    trainer = breaker_trainer(student, harmful, benign, config, run.path / "checkpoints", pad_id, teacher, [LogWhatCounts(), MetricsLog(run), stop, progress, *callbacks], cache)
+    progress.floor = measured_floor(trainer, run, pad_id)
     checkpoint = from_first(lambda: resume_point(run))
     if checkpoint is None and getattr(student, "was_trained", False):
         raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")

@@ -175,22 +175,28 @@ SABOTAGE = {
 }
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("name", SABOTAGE)
-def test_sabotage_is_caught_by_its_check(name, data, tmp_path, monkeypatch, capsys):
+def test_sabotage_is_caught_by_its_check(name, dtype, data, tmp_path, monkeypatch, capsys):
     check, words, sabotage = SABOTAGE[name]
+    few_rows = {"batch_size": 2} if dtype == "bfloat16" else {}  # which a CPU is slow in
     parameters = sabotage(patch=monkeypatch, folder=tmp_path, data=data) or {}
-    record, refused = review(tmp_path / "run", data, until=check, **parameters)
+    record, refused = review(tmp_path / "run", data, until=check, dtype=dtype, **few_rows, **parameters)
     found = next(c for c in record["checks"] if c["name"] == check)
     failed = " · ".join(p["text"] for p in found["points"] if p["verdict"] == "fail")
     assert record["verdict"] == found["verdict"] == "fail" and words in failed, failed
     assert check in refused
 
 
-def test_the_untouched_setup_has_no_fail(data, tmp_path, capsys):
-    record, refused = review(tmp_path / "run", data)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_the_untouched_setup_has_no_fail(dtype, data, tmp_path, capsys):
+    record, refused = review(tmp_path / "run", data, dtype=dtype)
     assert not refused and [c["name"] for c in record["checks"]] == ["direction", "detachment", "masks", "weights", "alive", "coverage", "means"]
     assert {c["name"]: c["verdict"] for c in record["checks"]} == dict.fromkeys(("direction", "detachment", "masks", "weights", "alive", "means"), "pass") | {"coverage": "warn"}
     assert "pre-flight: warn" in capsys.readouterr().out
+    detachment = next(c for c in record["checks"] if c["name"] == "detachment")
+    floor = detachment["figures"]["floor"]
+    assert floor["dtype"] == dtype and (floor["reroute"] > 1e-6) == (dtype == "bfloat16") and "the floor of " + dtype in detachment["points"][-1]["text"]
 
 
 def test_a_separate_teacher_and_a_control_have_no_fail(data, tmp_path, capsys):

@@ -24,7 +24,8 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from ..report import STYLES, alarm_lines, as_float, curves, format_number, mime_bundle, printable, series
+from ..report import STYLES, alarm_lines, as_float, curves, floor_words, format_number, mime_bundle, printable, series
+from ..rounding import at_floor
 from ..runs import RunError, RunInterrupted, kernel, read_json, read_status, runs_folder, still_running, whole_lines
 from .views import StaticView, is_live
 
