@@ -113,11 +113,12 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
     than a plain one, and where a weight of the adapter gets no gradient at all."""
     name, norm = type(student.get_base_model()).__name__, find_head(student).norm
     asked = [s for s in ("early_exit", "shared_prefix") if s in config.savings]
+    within = {id(p) for p in find_decoder(student).parameters()}  # an adapter on the output layer moves no state
     with shaken(student) as trained:
         for final in (True, False):
             reference, wanted = passed(student, replace(config, savings=("none",)), norm, final, trained)
             if not all(state.isfinite().all() for state in reference): return
-            bare = [n for n, g in zip(trained, wanted) if g is None and "lora_" in n and not re.search(r"\.\d+\..*\.\d+\.", n)]
+            bare = [n for n, g in zip(trained, wanted) if g is None and "lora_" in n and id(trained[n]) in within and not re.search(r"\.\d+\..*\.\d+\.", n)]
             if final and bare:
                 raise ConfigError(f"{len(bare)} tensors of the adapter get no gradient in this {name}, the first is {bare[0]}: it is not applied there; "
                                   "leave what it sits on out of lora_modules")
