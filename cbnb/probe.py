@@ -77,9 +77,9 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
 
 # %% ../nbs/13d_probe.ipynb #c55e7781
 def settled(found: Outlook, config: CircuitBreakerConfig) -> Outlook:
-    "The `Outlook` when no more steps are made: what is still open is alive if reroute is in reach of winning and foretold to open in time."
+    "The `Outlook` when no more steps are made: what is still open is alive if it has opened, or if reroute is in reach of winning and foretold to open in time."
     if found.alive is not None: return found
-    return replace(found, alive=found.force >= IN_REACH and found.opens_by <= config.total_steps)
+    return replace(found, alive=found.opens_by <= found.step or (found.force >= IN_REACH and found.opens_by <= config.total_steps))
 
 # %% ../nbs/13d_probe.ipynb #cf46aa05
 @dataclass(frozen=True)

@@ -86,10 +86,10 @@ def proposals(config: CircuitBreakerConfig, found: Outlook) -> list[dict]:
 # %% ../nbs/13f_run_checks.ipynb #f9a607f0
 def torn(config: CircuitBreakerConfig, probe: Probe) -> str:
     """What the probe has done to the benign KL, in words, where it stands above `collapse_kl` at its end and is not on its way back: as it has changed over the last half of the probe, it would
-    not be below `collapse_kl` at the last step. A hump, which the opening breaker makes, is none."""
+    not be below `collapse_kl` after as many steps again. A hump, which the opening breaker makes, is none."""
     kl, step = lambda row: as_float(row.get("loss_kl")), probe.rows[-1]["step"]
-    if not kl(probe.rows[-1]) > config.collapse_kl or foretold(probe.rows, kl, step / 2, config.total_steps, 1e-30) <= config.collapse_kl: return ""
-    return (f"the first {step} steps drive the benign KL to {format_number(probe.rows[-1]['loss_kl'])} nats a token, above collapse_kl {config.collapse_kl:g}, and it does not come back: "
+    if not kl(probe.rows[-1]) > config.collapse_kl or foretold(probe.rows, kl, step / 2, 2 * step, 1e-30) <= config.collapse_kl: return ""
+    return (f"the first {step} steps drive the benign KL to {format_number(probe.rows[-1]['loss_kl'])} nats a token, above collapse_kl {config.collapse_kl:g}, and it does not come back soon: "
             "lower learning_rate, by ten to begin with")
 
 

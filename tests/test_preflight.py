@@ -69,9 +69,9 @@ def teacher_in_training_mode(patch, folder, **_):
 def teacher_trainable(patch, folder, **_):
     from cbnb.breaker import CircuitBreaker
     made = CircuitBreaker.__init__
-    def init(self, student, config, teacher=None):
-        made(self, student, config, teacher)
-        self.teacher.requires_grad_(True)
+    def init(self, student, config, teacher=None, **more):
+        made(self, student, config, teacher, **more)
+        if teacher is not None: teacher.requires_grad_(True)
     patch.setattr(CircuitBreaker, "__init__", init)
     return {"teacher": other_model(folder / "teacher")}
 

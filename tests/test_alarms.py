@@ -1,0 +1,71 @@
+"""The alarms and the probe, replayed on recorded trainings: whether they say what happened."""
+import gzip, json
+from pathlib import Path
+
+import pytest
+
+from cbnb.alarms import advice, find_alarms
+from cbnb.config import get_config
+from cbnb.probe import outlook, settled
+
+# Trainings of the tiny agent with the random settings of nbs/bench/alive.ipynb (draws 0 to 15), in float32 and bfloat16, logged at every step and diagnosed at every second, with attack success and
+# exact match on 24 held-out transcripts a kind. The rules were set on draws 0 to 9 and on nbs/examples/beta_kl, and are judged on 10 to 15.
+HISTORIES = json.loads(gzip.decompress((Path(__file__).parent / "fixtures" / "histories.json.gz").read_bytes()))
+FLOOR = {"float32": {"dtype": "float32", "reroute": 0.0, "retain": 1.1e-5, "kl": 1.5e-12},
+         "bfloat16": {"dtype": "bfloat16", "reroute": 1.4e-5, "retain": 0.2, "kl": 4.8e-8}}
+
+
+def told(history):
+    config = get_config("tinyagent", dtype=history["dtype"], **history["settings"], diagnose_steps=2)
+    return {alarm["alarm"]: alarm for alarm in find_alarms(history["rows"], config, FLOOR[history["dtype"]])}, config
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=[f"{h['dtype']}-{h['number']}" for h in HISTORIES])
+def test_an_alarm_says_what_happened(history):
+    alarms, _ = told(history)
+    kept = min(history["exact_match"].values())
+    assert set(alarms) <= {"dead", "collapsed"}
+    if history["attack_success"] > 0.9: assert "dead" in alarms, "a dead run is told"
+    if history["attack_success"] < 0.3: assert "dead" not in alarms, "a breaker that works is not called dead"
+    if kept < 0.25: assert "collapsed" in alarms, "lost benign behaviour is told"
+    if kept > 0.7: assert "collapsed" not in alarms, "kept benign behaviour is not called lost"
+
+
+def test_both_kinds_of_run_are_among_those_that_judge():
+    judged = [h for h in HISTORIES if h["number"] >= 10]
+    assert sum("dead" in told(h)[0] for h in judged) >= 4 and sum("collapsed" in told(h)[0] for h in judged) >= 3
+    assert sum(not told(h)[0] for h in HISTORIES) >= 8
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_the_probe_foretells_what_happened(dtype):
+    "As `cbnb.probe` asks, line by line, over the first 40 steps. Draws 6 and 12 end at .98 and .93 in float32, and open in bfloat16: no probe can tell these."
+    wrong = []
+    for history in (h for h in HISTORIES if h["dtype"] == dtype):
+        config, rows = told(history)[1], history["rows"][:40]
+        found = next((o for n in range(1, len(rows) + 1) if (o := outlook(rows[:n], config, FLOOR[dtype])).alive is not None), None) or settled(outlook(rows, config, FLOOR[dtype]), config)
+        opened = sum(row["loss_reroute"] for row in history["rows"][-10:]) / 10 <= config.dead_level
+        if found.alive != opened: wrong.append((history["number"], found))
+    assert {number for number, _ in wrong} <= {6, 12}, wrong
+
+
+def log(steps, curve, total, **more):
+    return [{"step": s, "loss_reroute": curve(s), "loss_kl": 1e-3, "harmful_tokens": 9, "benign_tokens": 9, "kl_targets": 9} | more for s in range(1, steps + 1)], get_config(
+        "tinyagent", total_steps=total, warmup_steps=5)
+
+
+def test_a_pretrained_llama_in_bfloat16():
+    """SmolLM2-135M: retain .0005, lr 5e-5, 150 steps was at .94 at half of them, below .9 at 85, at .84 at 110, and obeyed 0 of 12 at the end; the published setting stood at its floor of 8e-5. Only
+    these figures are known, so the curve between them is drawn through them."""
+    floor = {"dtype": "bfloat16", "reroute": 8e-5, "retain": 2.1, "kl": 9e-4}
+    slow, config = log(110, lambda s: 1 - min(8e-5 * 10 ** (s * 2.875 / 75), 0.06 * (0.16 / 0.06) ** ((s - 75) / 35) if s > 75 else 1), 150)
+    assert round(slow[74]["loss_reroute"], 2) == 0.94 and find_alarms(slow, config, floor) == []
+    still, config = log(150, lambda s: 1 - 8e-5 * (1 + 0.3 * (-1) ** (s // 3)), 150)
+    (alarm,) = find_alarms(still, config, floor)
+    assert (alarm["alarm"], alarm["step"], alarm["last_step"]) == ("dead", 75, 150) and "where rounding alone puts it (bfloat16)" in alarm["text"]
+
+
+def test_the_advice_names_what_holds_it():
+    line = {"step": 50, "grad_norm_reroute": 0.1, "grad_norm_retain": 0.05, "grad_norm_kl": 3.0, "grad_cos_retain_kl": 0.0}
+    assert "lower beta_kl" in advice([line]) and "30.0 times" in advice([line])
+    assert "lower retain_weight" in advice([line | {"grad_norm_retain": 5.0}]) and "raise learning_rate" in advice([line | {"grad_norm_kl": 0.01}])
