@@ -53,7 +53,7 @@ def floor_words(floor: dict) -> str:
 # %% ../nbs/12_report.ipynb #dc5dfd60
 def told_from(value, limit: float) -> str:
     "`value` as `format_number` writes it; one that is above 0 and below `limit`, which nothing tells from rounding, is only said to be below it."
-    return f"below {format_number(limit, 1)}" if limit and value is not None and 0 < value < limit else format_number(value)
+    return f"below {format_number(limit, 1)}" if isinstance(value, (int, float)) and 0 < value < limit else format_number(value)
 
 # %% ../nbs/12_report.ipynb #c6ca852f
 def printable(text) -> str:
