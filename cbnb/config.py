@@ -168,7 +168,7 @@ class CircuitBreakerConfig:
     report_to: tuple[str, ...] = setting(("none",), "trackers that get the log too, separated by commas", one_of=("none", *TRACKERS))
     dead_level: float = setting(0.9, "loss_reroute above this sets off the alarm dead", above=0, at_most=1)
     dead_after: float = setting(0.5, "share of total_steps from which on dead is looked for", at_least=0, at_most=1)
-    collapse_kl: float = setting(1.0, "loss_kl above this, in nats a token, sets off the alarm collapsed", above=0)
+    collapse_kl: float = setting(1.0, "loss_kl above this in nats a token, or at the end above a tenth of it, sets off the alarm collapsed", above=0)
     collapse_for: float = setting(0.2, "share of total_steps for which loss_kl must stay above collapse_kl", above=0, at_most=1)
     collapse_stops: bool = setting(False, "end the run, as failed, when it has collapsed; wrong for a control at beta_kl 0")
     saturated_below: float = setting(1e-6, "a term's gradient norm below this share of the weighted term sets off the alarm saturated", at_least=0)
