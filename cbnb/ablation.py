@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_decoding, check_layers, get_config, nearest
-from .settings import PUBLISHED, is_source, model_facts, settings_of, template_source, template_values
+from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
@@ -174,14 +174,16 @@ def run_settings(parameters):
     return settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
 
 
-def check_settings(parameters):
+def check_settings(parameters, processes=None):
     """Raises what the run itself would raise for `parameters` (a dict of all) of a notebook that takes every setting of `CircuitBreakerConfig`: a
     value out of range, a layer that a tiny agent or a model in a local folder does not have, a data file that is not there. Returns what the run will tell of
-    its settings (list of sentences). A model that is not on this machine is left to the run."""
+    its settings (list of sentences). A model that is not on this machine is left to the run. `processes`: how many will
+    share a step (`cbnb.settings.check_processes`), None where that is not known yet."""
     if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters): return []
     try: config, told = run_settings(parameters)
     except OSError as e:   # the values at least
         config, told = get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}), [f"the settings are made when the run starts: {e}"]
+    if processes: check_processes(config, parameters.get("fsdp", False), processes)
     if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
         try: check_layers(config, model_facts(config.model).blocks)

@@ -24,8 +24,8 @@ from .evaluation import evaluate
 from .masks import ChatMasker
 from .models import add_adapter, load_model, num_blocks
 from .reader import AnswerReader, derive_reader
-from .report import alarm_lines, result_notes, result_table, results_of, write_report
-from .runs import RunError, read_json, read_metrics, to_plain, write_bytes, write_json
+from .report import results_of, write_run_report
+from .runs import RunError, read_json, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker
 from .tinyagent import write_data
@@ -238,8 +238,5 @@ def rescore(folder) -> dict:
         anew |= {line["key"]: line for line in again}
     write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())
     write_json(folder / "result.json", result)
-    if "before" in result and (folder / "report.html").exists():
-        told = [*(f"note: {line}" for line in result_notes(result["after"])), *(f"ALARM {line}" for line in alarm_lines(result.get("alarms")))]
-        table = result_table(result["before"], result["after"])
-        write_report(folder / "report.html", folder.name, read_metrics(folder), table, result["parameters"], notes=told)
+    if "before" in result and (folder / "report.html").exists(): write_run_report(folder, result)
     return result

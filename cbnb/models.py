@@ -206,6 +206,8 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
     if not special: model = model.to(device)
     model = model.eval().requires_grad_(False)
     if quantize == "4bit": check_quantised(model)
+    if fsdp:  # FSDP2 takes the first module that runs for the root of all others: the model has to be that, not its decoder
+        with torch.no_grad(): model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     return model
 
 # %% ../nbs/04_models.ipynb #7edac579

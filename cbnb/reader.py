@@ -21,7 +21,7 @@ from .templates import MaskError
 __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CHECK_TYPES', 'CHECK_TOOLS', 'CHECK', 'Answer', 'declared_types',
            'value_of', 'clean', 'nested_at', 'PairReader', 'CallReader', 'recipient_first', 'split_thought',
            'strip_frame', 'loose_calls', 'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'read_back',
-           'check_reader', 'derive_reader']
+           'check_reader', 'worded_end', 'derive_reader']
 
 # %% ../nbs/01d_reader.ipynb #429558f8
 @dataclass(frozen=True)
@@ -388,6 +388,13 @@ def check_reader(reader: AnswerReader, parallel: bool) -> str:
     return ""
 
 
+def worded_end(masker: ChatMasker, ends) -> str:
+    """The first of the sequences of token ids `ends` that begins with an ordinary token, as text; empty where there is none.
+    A tokenizer merges its first characters with the text before it, so that it is not found among the ids of an answer."""
+    ordinary = (end for end in ends if not masker.is_control[min(end[0], len(masker.is_control) - 1)])
+    return masker.tokenizer.decode(list(next(ordinary, ())))
+
+
 def derive_reader(masker: ChatMasker) -> AnswerReader:
     """The `AnswerReader` of a masker's chat template. Where its calls cannot be read back, `cannot` says why in one sentence, and answers are read as text.
 
@@ -397,6 +404,11 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
     except Underivable as e: raise MaskError(f"no answer can be read: the chat template {e}; pass another chat_template") from None
     ends = probed.ends or (((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ())
     reader = AnswerReader(masker, layout, frame, ends, probed.inner)
+    if words := layout and worded_end(masker, (*ends, *probed.inner)):
+        reader.calls = None
+        reader.cannot = (f"tool calls cannot be read: turns end with {words.strip()!r}, which is no control token of this tokenizer and "
+                         "is merged with the text before it; pass the template that belongs to this tokenizer, or add it as a special token")
+        return reader
     if layout and (why := check_reader(reader, "two" in probed.bodies)): reader.calls = None
     if why and getattr(masker.tokenizer, "response_template", None):
         prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)

@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIG
            'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids',
            'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels',
            'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
-           'write_report']
+           'write_report', 'told_of', 'write_run_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -27,7 +27,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .rounding import floor_limit
-from .runs import RunError, read_json, read_status, runs_folder, safe_output, write_bytes
+from .runs import RunError, read_json, read_metrics, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
 
 # %% ../nbs/12_report.ipynb #b10e9eed
@@ -570,3 +570,17 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
     `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
     write_bytes(path, report_page(title, rows, table, parameters, notes, floor).encode())
     return Path(path)
+
+# %% ../nbs/12_report.ipynb #68347dce
+def told_of(result: dict) -> list[str]:
+    "What belongs to the figures of a run's `result` (result.json): the notes of its last evaluation (`result_notes`), and its alarms."
+    notes = [f"note: {line}" for line in result_notes(result["after"])]
+    return notes + [f"ALARM {line}" for line in alarm_lines(result.get("alarms"))]
+
+
+def write_run_report(folder, result: dict) -> Path:
+    "Writes report.html into the run directory `folder`, from its metrics.jsonl and its `result` (result.json); returns the path."
+    floor, folder = result.get("floor"), Path(folder)
+    notes = told_of(result) + ([f"Rounding alone reads, in {floor_words(floor)}."] if floor else [])
+    table = result_table(result["before"], result["after"])
+    return write_report(folder / "report.html", folder.name, read_metrics(folder), table, result["parameters"], notes, floor)

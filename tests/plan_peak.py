@@ -1,6 +1,6 @@
 """A real step in a process of its own, and the most memory that it held, for tests/test_plan.py and nbs/bench/plan.ipynb.
 
-usage: plan_peak.py CASE     a key of CASES; prints the peak in bytes: what came on top of the imported libraries
+usage: plan_peak.py CASE [LENGTH]     a key of CASES, and tokens a row in place of its own; prints the peak in bytes: what came on top of the imported libraries
 """
 import os, subprocess, sys
 
@@ -14,20 +14,20 @@ CASES = {  # name: (settings of the run, kind of model, its shape)
 }
 
 
-def given(case):
-    "`(config, the model's configuration)` of a case."
+def given(case, length=None):
+    "`(config, the model's configuration)` of a case, with rows of `length` tokens in place of its own."
     from transformers import AutoConfig
 
     from cbnb.config import get_config
     settings, kind, shape = CASES[case]
-    return get_config("tinyagent", **settings), AutoConfig.for_model(kind, **shape)
+    return get_config("tinyagent", **settings | ({"max_length": length} if length else {})), AutoConfig.for_model(kind, **shape)
 
 
-def measured(case):
-    """Peak bytes of the case's step in a fresh process. glibc keeps freed memory for later, several times as much as is in use at once; with these thresholds it
+def measured(case, *length):
+    """Peak bytes of the case's step, with rows of `length` tokens if given, in a fresh process. glibc keeps freed memory for later, several times as much as is in use at once; with these thresholds it
     gives it back, so that the peak is what tensors held."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    return int(subprocess.run([sys.executable, __file__, case], env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(subprocess.run([sys.executable, __file__, case, *map(str, length)], env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def resident(name):
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     from cbnb.models import DTYPES, add_adapter
     from cbnb.plan import rows_of
     torch.set_num_threads(1)
-    config, shape = given(sys.argv[1])
+    config, shape = given(sys.argv[1], *map(int, sys.argv[2:]))
     (torch.randn(300, 300) @ torch.randn(300, 300)).sum()  # what the first product sets up
     before = resident("VmRSS")
     student = add_adapter(AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype]).eval().requires_grad_(False), config)

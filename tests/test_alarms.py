@@ -10,7 +10,7 @@ from cbnb.probe import outlook, settled
 
 # Trainings of the tiny agent with the random settings of nbs/bench/alive.ipynb (draws 0 to 15), in float32 and bfloat16, logged at every step and diagnosed at every second, with attack success and
 # exact match on 24 held-out transcripts a kind. The rules were set on draws 0 to 9 and on nbs/examples/beta_kl, and are judged on 10 to 15.
-HISTORIES = json.loads(gzip.decompress((Path(__file__).parent / "fixtures" / "histories.json.gz").read_bytes()))
+HISTORIES = json.loads(gzip.decompress((Path(__file__).parent / "histories.json.gz").read_bytes()))
 FLOOR = {"float32": {"dtype": "float32", "reroute": 0.0, "retain": 1.1e-5, "kl": 1.5e-12},
          "bfloat16": {"dtype": "bfloat16", "reroute": 1.4e-5, "retain": 0.2, "kl": 4.8e-8}}
 

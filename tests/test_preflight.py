@@ -7,8 +7,8 @@ import pytest
 from helpers import BIN, NBS, ROOT, code_cells
 from train_common import few, load
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
-          "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+WRONG = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+          "{{ '<|end_header_id|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 DEAD = {"total_steps": 50, "warmup_steps": 20, "retain_weight": 1.0}  # as published for slurm/tests/train_kl, with the retain weight of the larger presets
 
 
@@ -34,17 +34,20 @@ def other_model(folder, template=None, **settings):
     return str(folder)
 
 
-def review(folder, world, until=None, **parameters):
-    """Executes the cells of preflight.ipynb here, with `parameters`; returns preflight.json and the message of the refusal, if any. After the check `until`
-    only the last cell, which refuses."""
-    from cbnb.preflight import PreflightFailed
+def review(folder, world, only=None, **parameters):
+    """Executes the cells of preflight.ipynb here, with `parameters`; returns preflight.json and the message of the refusal, if any. With `only`, that check alone
+    is made, and of the cells behind it the last is executed, which refuses."""
+    from cbnb.preflight import Page, PreflightFailed
+    class Alone(Page):
+        def check(self, name, *given, **more): return super().check(name, *given, **more) if name == only else None
     given = {"data": str(world / "train.jsonl"), "eval_data": str(world / "eval.jsonl"), "batch_size": 4, "run_dir": str(folder)} | parameters
     namespace, refused = {"__name__": "preflight"}, ""
     try:
         *cells, last = code_cells(NBS / "preflight.ipynb")
-        stop = next((i for i, c in enumerate(cells) if f'page.check("{until}"' in c.source), len(cells))
+        stop = next((i for i, c in enumerate(cells) if f'page.check("{only}"' in c.source), len(cells))
         for cell in [*cells[:stop + 1], last]:
             exec(compile(cell.source, "preflight.ipynb", "exec"), namespace)
+            if only and "page" in namespace: namespace["page"].__class__ = Alone
             if "parameters" in cell.metadata.get("tags", ()): namespace |= given
     except PreflightFailed as e: refused = str(e)
     return load(folder / "preflight.json"), refused
@@ -127,7 +130,7 @@ def double_bos(patch, folder, **_):
     return {"model": other_model(folder / "model", "{{ bos_token }}" + load_tokenizer("tinyagent").chat_template)}
 
 
-def wrong_template(patch, folder, **_): return {"model": other_model(folder / "model", CHATML)}
+def wrong_template(patch, folder, **_): return {"model": other_model(folder / "model", WRONG)}
 
 
 def adapter_not_applied(patch, **_):
@@ -181,7 +184,7 @@ def test_sabotage_is_caught_by_its_check(name, dtype, data, tmp_path, monkeypatc
     check, words, sabotage = SABOTAGE[name]
     few_rows = {"batch_size": 2} if dtype == "bfloat16" else {}  # which a CPU is slow in
     parameters = sabotage(patch=monkeypatch, folder=tmp_path, data=data) or {}
-    record, refused = review(tmp_path / "run", data, until=check, dtype=dtype, **few_rows, **parameters)
+    record, refused = review(tmp_path / "run", data, only=check, dtype=dtype, **few_rows, **parameters)
     found = next(c for c in record["checks"] if c["name"] == check)
     failed = " · ".join(p["text"] for p in found["points"] if p["verdict"] == "fail")
     assert record["verdict"] == found["verdict"] == "fail" and words in failed, failed

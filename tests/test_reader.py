@@ -20,7 +20,7 @@ from cbnb.masks import ChatMasker
 from cbnb.reader import derive_reader
 from cbnb.templates import MaskError
 
-MORE_CONTROL = re.compile(r"<\|[a-z_]+>|<[a-z_]+\|>|\[e~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\[")  # of Gemma 4 and MiniMax
+MORE_CONTROL = re.compile(r"<seed:[a-z_]+>|<SPECIAL_\d+>|<(?:begin|end)_of_[a-z]+>|<sep>|<\|[a-z_]+>|<[a-z_]+\|>|\[e~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\[")  # of Seed-OSS, Nemotron, MiniMax, Reka and Gemma 4
 TYPES = {"to": "string", "text": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object", "code": "string"}
 TOOLS = [tool(name, **TYPES) for name in NAMES]
 WORDS = ["Oslo", "5", "true", "null", "-3.50", "ünï", "漢字", "🎉", "say \"hi\"", "it's", "a\\b", "one\ntwo", "x = {\"a\": [1]}", "<b>bold</b>", "a, b", "k: v", "100%",

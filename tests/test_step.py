@@ -143,7 +143,7 @@ def test_the_savings_leave_out_what_they_say(monkeypatch):
 def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_path, monkeypatch):
     from cbnb.runs import Run, read_metrics, write_json
     from cbnb.trainer import train_breaker
-    asked, right = [], CircuitBreaker.forward
+    asked, right = [], CircuitBreaker.forward  # the first to ask is the rounding floor, before the first step
     def forward(self, *args):
         terms = right(self, *args)
         asked.append("loss_kl" in terms)
@@ -159,7 +159,7 @@ def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_p
         write_json(run.path / "status.json", {"state": "running"})
         assert train_breaker(add_adapter(made("llama"), config), harmful, benign, config, run, pad_id=0)
         lines = read_metrics(run.path)
-        assert asked == measured and [row["step"] for row in lines] == [1, 4, 6, 8, 9] and all("loss_kl" in row for row in lines)
+        assert asked == [True] + measured and [row["step"] for row in lines] == [1, 4, 6, 8, 9] and all("loss_kl" in row for row in lines)
 
 
 def test_training_with_the_teacher_cache_is_the_same_and_runs_no_teacher(tmp_path, monkeypatch):
