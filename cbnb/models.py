@@ -35,7 +35,7 @@ from .processes import is_first, join, world_size
 __all__ = ['DTYPES', 'KINDS', 'resolve_model', 'named', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer',
            'auto_class', 'in_parts', 'is_in_parts', 'whole', 'in_4_bits', 'check_quantised', 'load_model', 'num_blocks',
            'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks',
-           'forward_with_hidden_states', 'weight_kind', 'in_blocks', 'uncalled', 'rewritten', 'short_names',
+           'forward_with_hidden_states', 'own_name', 'weight_kind', 'in_blocks', 'uncalled', 'rewritten', 'short_names',
            'name_problem', 'fits', 'lora_targets', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line',
            'teacher_mode', 'check_teacher', 'write_adapter', 'save_adapter']
 
@@ -323,19 +323,29 @@ KINDS = {  # words in the names and classes on the way from a block to a weight;
 }
 
 
+def own_name(kind: type, block: type) -> str:
+    "The name of a module's class without the family's name, with which that of its block begins, too: `MLP` of `SeedOssMLP`."
+    shared = os.path.commonprefix([kind.__name__, block.__name__])
+    while shared and kind.__name__[len(shared):len(shared) + 1].islower(): shared = shared[:-1]  # whole words only
+    return "" if kind is Conv1D else kind.__name__[len(shared):]  # transformers' Conv1D is a linear
+
+
 def weight_kind(block: nn.Module, path: str) -> str:
-    """Which of `KINDS` the weight at `path` in a block is, told by names and classes on the way; `other` for norms,
-    biases and whatever else. In a block without experts there are no shared ones: they are its MLP."""
-    owner, words = block, []
+    """Which of `KINDS` the weight at `path` in a block is, told by names and classes on the way, the family's own name last
+    (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block without experts there are no shared ones:
+    they are its MLP."""
+    owner, words, families = block, [], []
     *parts, leaf = path.replace("base_layer.", "").split(".")
     for part in parts:
         owner = getattr(owner, part)
         if isinstance(owner, LoraLayer): owner = owner.get_base_layer()
-        words.append(f"{part} {type(owner).__name__}".lower())
+        words.append(f"{part} {own_name(type(owner), type(block))}".lower())
+        families.append(type(owner).__name__.lower())
     if getattr(owner, leaf).dim() < 2: return "other"
     has_experts = any(name.endswith("experts") and "shared" not in name for name, _ in block.named_modules())
     if has_experts and parts[-1] in ("gate", "wg"): return "routers"
-    kind = next((kind for kind, known in KINDS.items() if any(w in word for word in words for w in known)), "other")
+    found = (kind for said in (words, families) for kind, known in KINDS.items() if any(w in word for word in said for w in known))
+    kind = next(found, "other")
     return "MLP" if kind == "shared experts" and not has_experts else kind
 
 

@@ -1,4 +1,9 @@
-"""Families of models as they are: each of tests/families.py, tiny and random, through load, reach, step, save, plain peft and generation, or refused in one sentence."""
+"""Families of models as they are: each of tests/families.py, tiny and random, through load, reach, step, save, plain peft and generation, or refused in one sentence.
+
+Run this file as a program for the table of them all, which stands in nbs/04c_model_checks.ipynb."""
+import json
+from functools import cache
+
 import pytest
 import torch
 from families import DENSE, FAMILIES, FUSED, tiny_model
@@ -10,6 +15,7 @@ from cbnb.config import SAVINGS, ConfigError, get_config
 from cbnb.data import collate
 from cbnb.model_checks import check_packing
 from cbnb.models import add_adapter, auto_class, load_model, reach, reach_shares, save_adapter
+from helpers import NBS
 
 REFUSED = {"BERT": "no list of 4 blocks can be found"}
 MIXES = {"Qwen3-Next", "Qwen 3.5", "Qwen 3.5 MoE", "LFM 2", "Granite hybrid", "Nemotron-H", "Falcon-H1", "Falcon Mamba", "Bamba", "Kimi-Linear", "MiniMax", "OLMo hybrid",
@@ -32,6 +38,25 @@ def terms_and_gradient(student, savings, **more):
     return terms, torch.cat([g.flatten() for g in torch.autograd.grad(total, trained)])
 
 
+def row(name, shares=None, refused=""):
+    "The line of a family in the table: what LoRA reached, kind by kind, or why it is refused, and whether rows can be packed."
+    kind, _, names = FAMILIES[name]
+    said = " ".join(str(refused).split()) or ", ".join(f"{k} {share:.0%}" for k, share in shares.items() if k not in ("all", "other"))
+    packed = "" if refused else "no" if name in MIXES else "yes"
+    return f"| {name} | {kind} | {(names or 'the usual seven').replace(',', ', ')} | {said} | {packed} |"
+
+
+@cache
+def documented():
+    "The lines of the table in the documentation."
+    cells = json.loads((NBS / "04c_model_checks.ipynb").read_text())["cells"]
+    return [line.strip() for cell in cells if "## Families" in cell["source"][0] for line in cell["source"] if line.startswith("| ")]
+
+
+def test_the_table_has_every_family():
+    assert [line.split(" | ")[0].lstrip("| ") for line in documented()] == ["family", *FAMILIES]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family(name, tmp_path):
@@ -39,13 +64,15 @@ def test_a_family(name, tmp_path):
     config = settings(name)
     model = load_model(str(tmp_path / "model"))
     if name in REFUSED:
-        with pytest.raises(ConfigError, match=REFUSED[name]): add_adapter(model, config)
+        with pytest.raises(ConfigError, match=REFUSED[name]) as e: add_adapter(model, config)
+        assert row(name, refused=e.value) in documented()
         return
     student = moved(add_adapter(model, config))
     student.name = name
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     records = reach(student, config)
     assert {r["block"] for r in records if r["reached"]} <= {1, 2, 3} and 0 < reach_shares(records)["all"] <= 1
+    assert row(name, reach_shares(records)) in documented()
     (plain, wanted), (fast, got) = (terms_and_gradient(student, savings) for savings in ("none", ",".join(SAVINGS)))
     assert all(term.isfinite() for term in plain.values()) and plain["loss_kl"] > 1e-6 and plain["loss_reroute"] < 0.9999
     for term in plain: assert torch.isclose(plain[term], fast[term], rtol=1e-3), (term, plain[term], fast[term])
@@ -89,3 +116,13 @@ def test_a_multimodal_model_is_adapted_in_its_text_part():
     student = add_adapter(tiny_model("Gemma 3 (multimodal)"), settings("Gemma 3 (multimodal)"))
     names = [n for n, p in student.named_parameters() if p.requires_grad]
     assert len(names) == 3 * 7 * 2 and not any("vision" in n for n in names)
+
+
+def main():
+    print("| family | model type | lora_modules | reached, of each kind of weight | rows packed |\n|---|---|---|---|---|")
+    for name in FAMILIES:
+        try: print(row(name, reach_shares(reach(add_adapter(tiny_model(name), settings(name)), settings(name)))))
+        except ConfigError as e: print(row(name, refused=e))
+
+
+if __name__ == "__main__": main()
