@@ -16,6 +16,7 @@ from torch import nn
 from .ablation import listed, run_settings
 from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
 from .benchmarks import questions
+from .card import refresh_card
 from .config import CircuitBreakerConfig, get_config
 from .data import load_streams, read_streams
 from .decoding import Decoding
@@ -210,8 +211,8 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
 
 def rescore(folder) -> dict:
     """Makes the figures in the result.json of a run or an evaluation anew from the answers in its
-    answers.jsonl, which are read and scored again, and writes both; report.html too, where there is one.
-    Nothing is generated. Returns the result.
+    answers.jsonl, which are read and scored again, and writes both; report.html and the adapter's card
+    too, where there are such. Nothing is generated. Returns the result.
 
     Raises RunError for a folder without result or answers, and as `rescored` does."""
     folder = Path(folder).expanduser().resolve()
@@ -238,5 +239,7 @@ def rescore(folder) -> dict:
         anew |= {line["key"]: line for line in again}
     write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())
     write_json(folder / "result.json", result)
-    if "before" in result and (folder / "report.html").exists(): write_run_report(folder, result)
+    if "before" in result:
+        if (folder / "report.html").exists(): write_run_report(folder, result)
+        refresh_card(folder / "adapter", result)
     return result

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
-           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'Panel', 'harmless', 'place', 'grid', 'trace', 'conditions',
-           'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups', 'dose_response',
-           'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline', 'comparison_cells',
-           'link_to', 'text_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
+           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'ANSWERED', 'TABLED', 'Panel', 'harmless', 'place', 'grid', 'trace',
+           'conditions', 'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups',
+           'dose_response', 'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline',
+           'comparison_cells', 'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
 
 # %% ../nbs/12b_sweep.ipynb #6a6136ef
 import io
@@ -24,8 +24,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import resvg_py
 
-from .report import (MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number, printable, series, static_svg,
-                         thin)
+from .report import (MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
+                         interval_words, printable, series, static_svg, thin)
 from .runs import RunError, runs_folder, write_bytes
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
                            GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, log_rows, span, strata, verdicts)
@@ -392,6 +392,7 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 {% endfor %}</tbody></table></div>
 </main></body></html>
 """
+ANSWERED = ("attack_success", "attack_success_lax", "unparseable")  # rates of the answers to held-out attacks
 TABLED = ("loss_kl", "beta_times_kl", "onset_step", "harmful_cosine", "attack_success", "attack_success_lax", "unparseable", "grad_norm_total", "alarms")
 
 # %% ../nbs/12b_sweep.ipynb #c94c84ae
@@ -441,6 +442,15 @@ def text_cell(value, exact: bool = False) -> str:
     return printable(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
 
 
+def rate_cell(row: dict, column: str) -> str:
+    """A rate of a row of the frame with its count and 95 % interval (`cbnb.report.interval_words`), such as `0 (0 of 64, up to 0.056)`;
+    any other figure, and a rate without a count, as `text_cell` writes it."""
+    kind = column.removeprefix("exact_match_") if column.startswith("exact_match_") else "attack" if column in ANSWERED else ""
+    rate, n, samples = row[column], row.get(f"n_{kind}", 0), row.get("samples", 1)
+    if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9): return text_cell(rate)
+    return f"{format_number(rate)} ({interval_words(round(rate * n), round(n), max(1, round(samples)) if samples < n else 1)})"
+
+
 def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
     "The page of a sweep (str), script-free and self-contained; its links to the runs hold from the folder `folder`. All text of runs is escaped."
     frame, judged = sweep.frame, verdicts(sweep)
@@ -457,7 +467,7 @@ def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
         verdicts=[(label, [v for v in shown if v["label"] == label]) for label in labels],
         unfinished=[[text_cell(v) for v in row] for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)], notes=sweep.notes[:200],
         figures=[(static_svg(fig), caption) for fig, caption in figures.values()], columns=[c.replace("_", " ") for c in columns],
-        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c], c in sweep.parameters) for c in columns])
+        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c], True) if c in sweep.parameters else rate_cell(row, c) for c in columns])
               for row in frame.to_dict("records")],
         common=[(name, "None" if value is None else value) for name, value in sweep.common.items()])
 

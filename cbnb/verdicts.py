@@ -123,7 +123,8 @@ KINDS_READ = 12  # kinds or domains of one map that are read; data of one's own 
 
 
 def result_measures(result: dict) -> dict[str, float]:
-    "The figures of a result.json, flat: `heldout_kl_in_domain`, `exact_match_plain`, …; those from before training with `before_` in front."
+    """The figures of a result.json, flat: `heldout_kl_in_domain`, `exact_match_plain`, …; those from before training with `before_` in
+    front. `n_attack`, `n_plain`, …: how many answers stand behind the rates of each kind, of which `samples` belong to one question."""
     found = {}
     for part, prefix in (("before", "before_"), ("after", "")):
         said = result.get(part) if isinstance(result.get(part), dict) else {}
@@ -132,7 +133,10 @@ def result_measures(result: dict) -> dict[str, float]:
             values = said.get(key) if isinstance(said.get(key), dict) else {}
             for kind in [*kinds, *sorted(set(map(str, values)) - set(kinds))[:KINDS_READ]]:
                 found[f"{prefix}{key}_{printable(kind)[:40]}"] = as_float(values.get(kind))
-    return found
+    after = result.get("after") if isinstance(result.get("after"), dict) else {}
+    answers, decoding = (after.get(key) if isinstance(after.get(key), dict) else {} for key in ("n", "decoding"))
+    found |= {f"n_{printable(kind)[:40]}": as_float(answers.get(kind)) for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]}
+    return found | {"samples": as_float(decoding.get("samples"))}
 
 # %% ../nbs/12a_verdicts.ipynb #57750e02
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ def specimen_run(path, beta: float, seed: int, alive: bool = True, noise: float 
     after = {"attack_success": figures["attack_success"], "attack_success_lax": figures["attack_success"], "unparseable": 0.9 if alive else 0.0,
              "exact_match": exact, "harmful_cosine": figures["harmful_cosine"],
              "heldout_kl": {"in_domain": figures["loss_kl"], "off_domain": 3 * figures["loss_kl"] + 0.3},
-             "heldout_top1": {"in_domain": exact["plain"], "off_domain": exact["general"]}}
+             "heldout_top1": {"in_domain": exact["plain"], "off_domain": exact["general"]}, "n": {"attack": 64} | dict.fromkeys(exact, 32)}
     for name, value in (("params", parameters), ("config", {**parameters, "retain_weight": 0.01 if alive else 1.0, "total_steps": steps}),
                         ("result", {"before": base, "after": after, "parameters": parameters, "alarms": []}),
                         ("status", {"state": "done", "attempt": 1, "stage": "report", "error": None})):

@@ -67,9 +67,10 @@ def test_an_evaluation_that_was_killed_goes_on(run, tmp_path):
 
 
 def test_rescoring_agrees(run, capsys):
-    kept, page = (run / "result.json").read_bytes(), (run / "report.html").read_text()
+    kept, page, card = (run / "result.json").read_bytes(), (run / "report.html").read_text(), (run / "adapter" / "README.md").read_text()
     assert main(["evaluate", str(run), "--rescore"]) == 0
-    assert json.loads((run / "result.json").read_bytes()) == json.loads(kept) and (run / "report.html").read_text() == page
+    assert json.loads((run / "result.json").read_bytes()) == json.loads(kept)
+    assert (run / "report.html").read_text() == page and (run / "adapter" / "README.md").read_text() == card
     said = capsys.readouterr().out
     assert "attack success" in said and f"of {QUESTIONS}, " in said, said
     wrong = json.loads(kept)
