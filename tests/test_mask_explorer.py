@@ -199,6 +199,15 @@ def test_a_list_of_messages_and_a_record_are_transcripts():
     assert read_pasted(json.dumps(chat)).note and not as_shelf(BAD).note and as_shelf(FIXTURES / "circuit_breakers.json").at(1)
 
 
+def test_calls_that_a_template_drops_are_shown_as_they_are_trained():
+    drops = ("{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+             "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+    explorer = mask_explorer(INJECTED, chat_template=drops)
+    assert explorer.explored.encoded.lost_calls
+    written = explorer.set(tool_call_format="hermes").explored.encoded
+    assert not written.lost_calls and "<tool_call>" in written.text
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir()))
 def test_every_format_can_be_pasted(name):
     read = [(t.messages, t.label) for t in as_shelf(FIXTURES / name).transcripts]

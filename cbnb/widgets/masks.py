@@ -475,9 +475,9 @@ def as_shelf(given):
 
 # %% ../../nbs/21_mask_explorer.ipynb #a9417126
 @functools.lru_cache(maxsize=4)
-def load_masker(model, chat_template=None, control="error", template_variables=""):
+def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template"):
     "The `ChatMasker` that `cbnb.settings.make_masker` makes of a model's name or of a tokenizer; the last few are kept. Raises what that raises."
-    return make_masker(model, control, chat_template or "", template_variables)[0]
+    return make_masker(model, control, chat_template or "", template_variables, tool_call_format=tool_call_format)[0]
 
 # %% ../../nbs/21_mask_explorer.ipynb #66b5fbea
 def model_name(model):
@@ -521,7 +521,8 @@ class MaskExplorer:
         s = self.settings
         if s["transcripts"] is None: raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None: self.shelf = as_shelf(s["transcripts"])
-        transcript, masker = self.shelf.at(s["number"]), load_masker(s["model"], s["chat_template"], s["control"], s["template_variables"])
+        transcript, masker = self.shelf.at(s["number"]), load_masker(
+            *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format")))
         self.tokenizer = masker.tokenizer
         return explore(transcript, masker, s["policies"], s["label"], s["max_length"], s["side"], model_name(s["model"]))
 
@@ -671,13 +672,16 @@ class ExplorerBox:
 
 # %% ../../nbs/21_mask_explorer.ipynb #42a22414
 def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="first_header", label=None, max_length=None, side="targets",
-                  control="error", chat_template=None, policies=None, number=1, template_variables=""):
+                  control="error", chat_template=None, policies=None, number=1, template_variables="",
+                  tool_call_format="template"):
     """A `MaskExplorer` of `transcripts`: the path of a file or folder in any format of `cbnb.transcripts`, a Transcript or a list of them, a record
     or a list of messages; None begins with nothing.
 
-    `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`; `a`, `b`: the masks shown first;
+    `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`;
+    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `a`, `b`: the masks shown first;
     `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation to that many tokens leaves; `control`: see
     `ChatMasker`; `policies`: your own, functions of an Encoded by name; `number`: the transcript shown first. Nothing of these raises: what is
     wrong is told in the view."""
     return MaskExplorer(transcripts=transcripts, model=model, a=a, b=b, label=label, max_length=max_length, side=side, control=control,
-                        chat_template=chat_template, policies=policies, number=number, template_variables=template_variables)
+                        chat_template=chat_template, policies=policies, number=number, template_variables=template_variables,
+                        tool_call_format=tool_call_format)
