@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,14 +23,15 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, shares
 from .fused_kl import chunk_for
 from .heads import Head
-from .models import DTYPES, add_adapter, decoder_blocks, find_decoder, named, resolve_model
+from .models import DTYPES, add_adapter, decoder_blocks, find_decoder, forward_with_hidden_states, named, resolve_model
 from .report import format_number
 from .settings import SHAPES
 from .teacher_cache import size_words
 
 # %% auto #0
 __all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu', 'Plan', 'bytes_of',
-           'chunk_bytes', 'weight_bytes', 'run_once', 'plan_step', 'seconds', 'alternatives', 'advice', 'plan_lines']
+           'chunk_bytes', 'weight_bytes', 'grouped_products', 'final_norm', 'run_once', 'plan_step', 'seconds',
+           'alternatives', 'advice', 'plan_lines']
 
 # %% ../nbs/15_plan.ipynb #ada37d63
 def model_shape(name: str) -> PretrainedConfig:
@@ -130,16 +132,36 @@ def weight_bytes(student: nn.Module, quantize: str) -> int:
     return bytes_of(frozen.values()) - bytes_of(packed) + sum(p.numel() * 9 // 16 for p in packed)
 
 
+@contextmanager
+def grouped_products():
+    """Inside, the products of fused experts have shape and work in every dtype: without storage torch's own take bfloat16 alone.
+    Each token meets one expert's matrix, whichever."""
+    own = nn.functional.grouped_mm
+    def product(rows, experts, **more): return own(rows, experts, **more) if experts.dtype == torch.bfloat16 else rows @ experts[0]
+    nn.functional.grouped_mm = product
+    try: yield
+    finally: nn.functional.grouped_mm = own
+
+
+def final_norm(student: nn.Module, width: int) -> nn.Module | None:
+    """What stands between the last block and the output layer of a model without storage; None where blocks put out several residual
+    streams, which are made one behind them."""
+    ids = torch.zeros((1, 4), dtype=torch.long)
+    states, _ = forward_with_hidden_states(student, ids, torch.ones_like(ids), (0,), "hooks")
+    if states[0].shape[-1] != width: return None
+    return next((module for name, module in find_decoder(student).named_children() if "norm" in name or name == "ln_f"), None)
+
+
 @cache
 def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) -> tuple:
     """One micro-batch of `rows` harmful and benign rows, forward and backward, without storage: bytes of `(frozen weights, the largest block, output layer, adapter)`, the
     peak of all else, floating-point operations in products, and the output layer's shape. `shape`: a model's configuration as JSON, so that plans of one model need not run twice."""
     settings = json.loads(shape)
     student = empty_student(config, AutoConfig.for_model(settings.pop("model_type"), **settings))
-    with FakeTensorMode():
+    with FakeTensorMode(), grouped_products():
         as_if_on_cpu(student)
         layer = student.get_base_model().get_output_embeddings()
-        norm = next((module for name, module in find_decoder(student).named_children() if "norm" in name), None)
+        with torch.no_grad(): norm = final_norm(student, layer.weight.shape[-1])
         head = Head(norm, layer, lambda h: h.float() @ layer.weight.float().T)
         breaker = CircuitBreaker(student, config, head=head).train()
         trained = [p for p in student.parameters() if p.requires_grad]

@@ -1,9 +1,10 @@
 """`cbnb plan` against the memory of real steps."""
 import pytest
+from families import FAMILIES, tiny_config, tiny_model
 from plan_peak import CASES, given, measured
+from test_families import settings
 
 from cbnb.plan import plan_step
-
 
 SHORTER = {"large vocabulary": (128,), "bfloat16 from block 4": (128,)}  # tokens a row, for time: nbs/bench/plan.ipynb has these cases at their own length
 
@@ -13,3 +14,12 @@ def test_the_planned_memory_is_that_of_a_real_step(case):
     config, shape = given(case, *SHORTER.get(case, ()))
     planned, peak = plan_step(config, shape=shape, device="cpu").total, measured(case, *SHORTER.get(case, ()))
     assert abs(planned / peak - 1) < 0.1, f"{planned / 1e6:.0f} MB planned, {peak / 1e6:.0f} MB held"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ("gpt-oss", "Gemma 3n", "Qwen3-Next", "DeepSeek V4"))
+def test_other_families_are_planned(name):
+    "Fused experts, several residual streams, linear attention, hyper-connections."
+    kind, more, _ = FAMILIES[name]
+    planned, weights = plan_step(settings(name, max_length=32), shape=tiny_config(kind, **more), device="cpu"), sum(p.numel() for p in tiny_model(name).parameters())
+    assert planned.weights == 4 * weights and planned.activations > 0 and planned.products > 0
