@@ -16,12 +16,12 @@ from .templates import MaskError
 
 # %% auto #0
 __all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VALUES', 'PAIR', 'KINDS', 'ESCAPED', 'ANY_NAME',
-           'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'CONVENTIONS', 'sign', 'spell', 'shared_atoms', 'pattern',
-           'Underivable', 'agreed', 'tool', 'saying', 'Probed', 'next_token', 'probe_turns', 'find', 'name_at',
-           'json_at', 'literal_at', 'as_object', 'Envelope', 'nested_paths', 'find_envelope', 'unwrap', 'Nested',
-           'Pairs', 'pair_parts', 'spelled_at', 'find_nested', 'find_escape', 'sort_values', 'find_pairs', 'Layout',
-           'call_start', 'value_spans', 'find_calls', 'Frame', 'thought_tags', 'cut_thought', 'find_thought',
-           'find_frame', 'no_turn', 'derive_layout']
+           'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'CONVENTIONS', 'sign', 'is_control', 'spell',
+           'shared_atoms', 'pattern', 'Underivable', 'agreed', 'tool', 'saying', 'Probed', 'next_token', 'probe_turns',
+           'find', 'name_at', 'json_at', 'literal_at', 'as_object', 'Envelope', 'nested_paths', 'find_envelope',
+           'unwrap', 'Nested', 'Pairs', 'pair_parts', 'spelled_at', 'find_nested', 'find_escape', 'sort_values',
+           'find_pairs', 'Layout', 'call_start', 'value_spans', 'find_calls', 'Frame', 'thought_tags', 'cut_thought',
+           'find_thought', 'find_frame', 'no_turn', 'derive_layout']
 
 # %% ../nbs/01c_call_layout.ipynb #e617b100
 SIGN = "\ufdd0"  # a noncharacter, which no rendered text may hold
@@ -32,6 +32,11 @@ def sign(masker: ChatMasker, text: str) -> str:
     return masker.control.sub(lambda m: SIGN + m[0], text) if masker.control else text
 
 # %% ../nbs/01c_call_layout.ipynb #c0922a17
+def is_control(masker: ChatMasker, token: int) -> bool:
+    "Whether the id `token` is a control token's."
+    return bool(masker.is_control[min(token, len(masker.is_control) - 1)])
+
+
 def spell(masker: ChatMasker, ids) -> str:
     """The text of token `ids` [n], with `SIGN` before each control token. Ordinary tokens that spell a control token get none; bytes that are no UTF-8
     become U+FFFD."""
@@ -45,7 +50,7 @@ def spell(masker: ChatMasker, ids) -> str:
             out.append(text[lead:].replace(SIGN, "\ufffd"))
         run.clear()
     for i in map(int, ids):
-        if masker.is_control[min(i, len(masker.is_control) - 1)]:
+        if is_control(masker, i):
             flush()
             out.append(SIGN + tokenizer.convert_ids_to_tokens(i))
         else: run.append(i)
@@ -144,7 +149,7 @@ def next_token(masker: ChatMasker, message: dict) -> tuple:
     try: encoded = masker.encode([*QUESTION, message, answer], tools=TOOLS)
     except MaskError: return ()
     behind = encoded.input_ids[encoded.offsets[:, 0] >= encoded.turns[0].end] if encoded.turns else ()
-    return (int(behind[0]),) if len(behind) and masker.is_control[min(int(behind[0]), len(masker.is_control) - 1)] else ()
+    return (int(behind[0]),) if len(behind) and is_control(masker, int(behind[0])) else ()
 
 
 def probe_turns(masker: ChatMasker) -> Probed:

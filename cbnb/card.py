@@ -48,16 +48,16 @@ def template_lines(template: dict | None) -> list[str]:
 HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 
 
-def figure_text(result: dict, alarms) -> str:
-    "What stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's `result`, its notes and `alarms`."
+def figure_text(result: dict) -> str:
+    "What stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's `result`, its notes and alarms."
     lines = ["", markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))), ""]
     if notes := result_notes(result["after"]): lines += [*(f"- {note}" for note in notes), ""]
-    if alarms := alarm_lines(list(alarms)): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
+    if alarms := alarm_lines(result.get("alarms")): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     return "\n".join([*lines, ""])
 
 
-def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, samples: tuple[int, int], alarms=(), template: dict | None = None) -> str:
-    """The card as Markdown with a YAML head. `parameters`: the run's; `result`: its `before` and `after`; `samples`: how many harmful and benign ones.
+def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, samples: tuple[int, int], template: dict | None = None) -> str:
+    """The card as Markdown with a YAML head. `parameters`: the run's; `result`: what its result.json holds; `samples`: how many harmful and benign ones.
     `template`: what `kept_template` says of the run's. Paths are named by their last part, and what looks like a token is left out."""
     named = lambda text: ", ".join(Path(part).name or part for part in str(text).split(",")) if text else ""
     base = config.model if not Path(config.model).exists() else Path(config.model).name
@@ -71,7 +71,7 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
              f"preset `{meant}`.", "", "## Data", "",
              f"- files: {named(parameters.get('data'))}; held out: {named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
              f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`", *template_lines(template), "",
-             HELD_OUT, figure_text(result, alarms) + SETTINGS, "", markdown_table(table), ""]
+             HELD_OUT, figure_text(result) + SETTINGS, "", markdown_table(table), ""]
     return scrub("\n".join(lines))
 
 
@@ -90,5 +90,5 @@ def refresh_card(folder: Path, result: dict) -> bool:
     head, found, rest = path.read_text(encoding="utf-8").partition(f"{HELD_OUT}\n")
     _, settings, end = rest.partition(f"\n{SETTINGS}\n")
     if not (found and settings): return False
-    write_bytes(path, (head + found + scrub(figure_text(result, result.get("alarms") or ())) + settings[1:] + end).encode())
+    write_bytes(path, (head + found + scrub(figure_text(result)) + settings[1:] + end).encode())
     return True

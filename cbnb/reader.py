@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .call_layout import ANY_KEY, ANY_NAME, NAMES, PAIR, QUESTION, SIGN, Envelope, Frame, Layout, Pairs, Underivable
-from .call_layout import as_object, derive_layout, json_at, literal_at, nested_paths, pattern, probe_turns, saying, spell, thought_tags, tool, unwrap
+from .call_layout import as_object, derive_layout, is_control, json_at, literal_at, nested_paths, pattern, probe_turns, saying, spell, thought_tags, tool, unwrap
 from .masks import ChatMasker
 from .templates import MaskError
 
@@ -391,7 +391,7 @@ def check_reader(reader: AnswerReader, parallel: bool) -> str:
 def worded_end(masker: ChatMasker, ends) -> str:
     """The first of the sequences of token ids `ends` that begins with an ordinary token, as text; empty where there is none.
     A tokenizer merges its first characters with the text before it, so that it is not found among the ids of an answer."""
-    ordinary = (end for end in ends if not masker.is_control[min(end[0], len(masker.is_control) - 1)])
+    ordinary = (end for end in ends if not is_control(masker, end[0]))
     return masker.tokenizer.decode(list(next(ordinary, ())))
 
 

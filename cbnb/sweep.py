@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
-           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'ANSWERED', 'TABLED', 'Panel', 'harmless', 'place', 'grid', 'trace',
-           'conditions', 'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups',
-           'dose_response', 'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline',
-           'comparison_cells', 'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
+           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'Panel', 'harmless', 'place', 'grid', 'trace', 'conditions',
+           'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups', 'dose_response',
+           'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline', 'comparison_cells',
+           'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
 
 # %% ../nbs/12b_sweep.ipynb #6a6136ef
 import io
@@ -24,7 +24,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import resvg_py
 
-from .report import (MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
+from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
                          interval_words, printable, series, static_svg, thin)
 from .runs import RunError, runs_folder, write_bytes
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
@@ -392,7 +392,6 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 {% endfor %}</tbody></table></div>
 </main></body></html>
 """
-ANSWERED = ("attack_success", "attack_success_lax", "unparseable")  # rates of the answers to held-out attacks
 TABLED = ("loss_kl", "beta_times_kl", "onset_step", "harmful_cosine", "attack_success", "attack_success_lax", "unparseable", "grad_norm_total", "alarms")
 
 # %% ../nbs/12b_sweep.ipynb #c94c84ae

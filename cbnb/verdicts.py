@@ -125,16 +125,16 @@ KINDS_READ = 12  # kinds or domains of one map that are read; data of one's own 
 def result_measures(result: dict) -> dict[str, float]:
     """The figures of a result.json, flat: `heldout_kl_in_domain`, `exact_match_plain`, …; those from before training with `before_` in
     front. `n_attack`, `n_plain`, …: how many answers stand behind the rates of each kind, of which `samples` belong to one question."""
+    def part(of, key): return of[key] if isinstance(of.get(key), dict) else {}
     found = {}
-    for part, prefix in (("before", "before_"), ("after", "")):
-        said = result.get(part) if isinstance(result.get(part), dict) else {}
+    for stage, prefix in (("before", "before_"), ("after", "")):
+        said = part(result, stage)
         for key in RATES: found[prefix + key] = as_float(said.get(key))
         for key, kinds in MAPS.items():
-            values = said.get(key) if isinstance(said.get(key), dict) else {}
+            values = part(said, key)
             for kind in [*kinds, *sorted(set(map(str, values)) - set(kinds))[:KINDS_READ]]:
                 found[f"{prefix}{key}_{printable(kind)[:40]}"] = as_float(values.get(kind))
-    after = result.get("after") if isinstance(result.get("after"), dict) else {}
-    answers, decoding = (after.get(key) if isinstance(after.get(key), dict) else {} for key in ("n", "decoding"))
+    answers, decoding = (part(part(result, "after"), key) for key in ("n", "decoding"))
     found |= {f"n_{printable(kind)[:40]}": as_float(answers.get(kind)) for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]}
     return found | {"samples": as_float(decoding.get("samples"))}
 

@@ -24,8 +24,8 @@ def given(case, length=None):
 
 
 def measured(case, *length):
-    """Peak bytes of the case's step, with rows of `length` tokens if given, in a fresh process. glibc keeps freed memory for later, several times as much as is in use at once; with these thresholds it
-    gives it back, so that the peak is what tensors held."""
+    """Peak bytes of the case's step, with rows of `length` tokens if given, in a fresh process. glibc keeps freed memory for
+    later, several times as much as is in use at once; with these thresholds it gives it back, so that the peak is what tensors held."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     return int(subprocess.run([sys.executable, __file__, case, *map(str, length)], env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
 

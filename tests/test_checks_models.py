@@ -11,7 +11,6 @@ import cbnb.breaker
 from cbnb.alarms import find_alarms
 from cbnb.breaker import CircuitBreaker
 from cbnb.data import collate
-from cbnb.fused_kl import token_linear_kl
 from cbnb.models import DTYPES, add_adapter
 from cbnb.preflight import make_check
 from cbnb.probe import probe_only, probed

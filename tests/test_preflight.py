@@ -1,14 +1,16 @@
 """The pre-flight page, executed as it stands, on set-ups that were sabotaged one by one; and what refuses a run for it: papermill, the command, the batch script."""
 import json, os, shutil, subprocess
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from helpers import BIN, NBS, ROOT, code_cells
 from train_common import few, load
 
-WRONG = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
-          "{{ '<|end_header_id|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+          "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+WRONG = CHATML.replace("<|im_end|>", "<|end_header_id|>")  # a control token of this tokenizer, and not where the model stops
 DEAD = {"total_steps": 50, "warmup_steps": 20, "retain_weight": 1.0}  # as published for slurm/tests/train_kl, with the retain weight of the larger presets
 
 
@@ -38,8 +40,7 @@ def review(folder, world, only=None, **parameters):
     """Executes the cells of preflight.ipynb here, with `parameters`; returns preflight.json and the message of the refusal, if any. With `only`, that check alone
     is made, and of the cells behind it the last is executed, which refuses."""
     from cbnb.preflight import Page, PreflightFailed
-    class Alone(Page):
-        def check(self, name, *given, **more): return super().check(name, *given, **more) if name == only else None
+    def alone(page, name, *arguments): return Page.check(page, name, *arguments) if name == only else None
     given = {"data": str(world / "train.jsonl"), "eval_data": str(world / "eval.jsonl"), "batch_size": 4, "run_dir": str(folder)} | parameters
     namespace, refused = {"__name__": "preflight"}, ""
     try:
@@ -47,7 +48,7 @@ def review(folder, world, only=None, **parameters):
         stop = next((i for i, c in enumerate(cells) if f'page.check("{only}"' in c.source), len(cells))
         for cell in [*cells[:stop + 1], last]:
             exec(compile(cell.source, "preflight.ipynb", "exec"), namespace)
-            if only and "page" in namespace: namespace["page"].__class__ = Alone
+            if only and "page" in namespace: namespace["page"].check = partial(alone, namespace["page"])
             if "parameters" in cell.metadata.get("tags", ()): namespace |= given
     except PreflightFailed as e: refused = str(e)
     return load(folder / "preflight.json"), refused
@@ -130,7 +131,9 @@ def double_bos(patch, folder, **_):
     return {"model": other_model(folder / "model", "{{ bos_token }}" + load_tokenizer("tinyagent").chat_template)}
 
 
-def wrong_template(patch, folder, **_): return {"model": other_model(folder / "model", WRONG)}
+def wrong_template(source):
+    def sabotage(folder, **_): return {"model": other_model(folder / "model", source)}
+    return sabotage
 
 
 def adapter_not_applied(patch, **_):
@@ -170,7 +173,8 @@ SABOTAGE = {
     "harmful rows in the KL": ("masks", "the gradient of kl reaches harmful rows", harmful_rows_in_the_kl),
     "double BOS": ("masks", "begin with two BOS tokens", double_bos),
     "unshifted mask": ("masks", "is the mask shifted by one", unshifted_mask),
-    "wrong chat template": ("masks", "this is not the chat template that the model was trained on", wrong_template),
+    "wrong chat template": ("masks", "this is not the chat template that the model was trained on", wrong_template(WRONG)),
+    "template of another tokenizer": ("masks", "'<|im_end|>', which is no control token of this tokenizer", wrong_template(CHATML)),
     "adapter not applied": ("detachment", "it is not applied there", adapter_not_applied),
     "retain weight 1": ("alive", "a dead run", given(retain_weight=1.0)),
     "learning rate 100 times too high": ("alive", "lower learning_rate", given(learning_rate=0.1)),
