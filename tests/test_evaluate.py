@@ -8,8 +8,9 @@ from cbnb.cli import main
 from cbnb.runs import read_lines
 from cbnb.tinyagent import make_transcripts
 from cbnb.transcripts import write_transcripts
+from forked import cells
 from helpers import NBS
-from train_common import few, load, papermill
+from train_common import few, load
 
 QUESTIONS = 40  # of each kind: more than one batch
 
@@ -21,13 +22,13 @@ def run(tmp_path_factory):
     heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, QUESTIONS, "eval")]
     write_transcripts(folder / "heldout.jsonl", heldout)
     given = few(folder, eval_data=str(folder / "heldout.jsonl"), max_new_tokens=48, learning_rate=0.02, total_steps=16)
-    done = papermill(folder / "out.ipynb", *given, "-p", "run_dir", folder / "run")
+    done = cells(*given, "-p", "run_dir", folder / "run")
     assert done.returncode == 0, done.stdout[-4000:]
     return folder / "run"
 
 
 def evaluated(folder, *given):
-    done = papermill(folder.parent / f"{folder.name}.ipynb", *given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
+    done = cells(*given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
     assert done.returncode == 0, done.stdout[-4000:]
     return load(folder / "result.json")["evaluated"]
 
@@ -53,7 +54,7 @@ def test_a_finished_run_gives_its_own_figures(run, tmp_path):
 def test_an_evaluation_that_was_killed_goes_on(run, tmp_path):
     folder, given = tmp_path / "killed", ("-p", "adapter", run / "adapter")
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(papermill, tmp_path / "first.ipynb", *given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
+        ended = pool.submit(cells, *given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
         while not ended.done() and len(read_lines(folder / "answers.jsonl")) < 32: time.sleep(0.02)
         os.kill(load(folder / "status.json")["pid"], signal.SIGKILL)
         assert ended.result().returncode != 0

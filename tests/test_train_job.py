@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import nbformat
 import pytest
 
+from forked import cells
 from helpers import NBS, ROOT, code_cells
 from train_common import few, load, metrics, papermill
 
@@ -24,38 +25,40 @@ def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
 
 def test_users_own_line_leaves_everything_in_the_run_directory(tmp_path):
     "No output path: papermill writes the notebook to stdout (a job's log); two such runs get a directory each."
-    for _ in range(2):
-        done = papermill("-p", "beta_kl", 0.3, *few(tmp_path), runs=tmp_path / "runs")
-        assert done.returncode == 0, done.stdout[-4000:]
+    given = ("-p", "beta_kl", 0.3, *few(tmp_path))
+    for done in (papermill(*given, runs=tmp_path / "runs"), cells(*given, runs=tmp_path / "runs")): assert done.returncode == 0, done.stdout[-4000:]
     first, second = (tmp_path / "runs").glob("*/*")
     for folder in (first, second):
         assert load(folder / "status.json")["state"] == "done" and (folder / "report.html").is_file() and (folder / "adapter").is_dir()
-        kept = nbformat.read(folder / "out.1.ipynb", 4)
-        executed = [c for c in kept.cells if c.cell_type == "code"]
-        assert [c.source for c in executed][:1] == [code_cells(NBS / "train.ipynb")[0].source] and len(executed) == len(code_cells(NBS / "train.ipynb")) + 1
-        assert any("attack" in o.get("data", {}).get("text/plain", "") for o in executed[-1].outputs), "the last cell's table is in it"
+    (kept,) = (nbformat.read(path, 4) for path in (tmp_path / "runs").glob("*/*/out.1.ipynb"))  # the forked one has no kernel
+    executed = [c for c in kept.cells if c.cell_type == "code"]
+    assert [c.source for c in executed][:1] == [code_cells(NBS / "train.ipynb")[0].source] and len(executed) == len(code_cells(NBS / "train.ipynb")) + 1
+    assert any("attack" in o.get("data", {}).get("text/plain", "") for o in executed[-1].outputs), "the last cell's table is in it"
 
 
-@pytest.mark.parametrize("name, value", [("beta_k", 0.3), ("beta_kl", "true"), ("beta_kl", -1), ("target_layers", "1,9")])
-def test_bad_parameter_stops_before_anything_is_loaded(name, value, tmp_path):
+@pytest.mark.parametrize("name, value", [("beta_kl", "true"), ("beta_kl", -1), ("target_layers", "1,9")])
+def test_bad_parameter_stops_before_anything_is_written(name, value, tmp_path):
+    done = cells("-p", name, value, runs=tmp_path / "runs")
+    assert done.returncode != 0 and name in done.stdout.strip().splitlines()[-1], done.stdout[-2000:]
+    assert name == "target_layers" or not (tmp_path / "runs").exists(), "the layers are checked against the model"
+
+
+def test_a_typo_stops_before_anything_is_loaded(tmp_path):
     began = os.times()
-    done = papermill(tmp_path / "out.ipynb", "-p", name, value, runs=tmp_path / "runs")
+    done = papermill(tmp_path / "out.ipynb", "-p", "beta_k", 0.3, runs=tmp_path / "runs")
     ended = os.times()
+    assert done.returncode != 0 and "did you mean 'beta_kl'" in done.stdout.strip().splitlines()[-1] and not (tmp_path / "runs").exists(), done.stdout[-2000:]
     # of the processes that it started: what a free machine needs, whatever else this one does
-    seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
-    assert done.returncode != 0 and (name if name != "beta_k" else "beta_kl") in done.stdout.strip().splitlines()[-1], done.stdout[-2000:]
-    # the layers are checked against the model, which must be loaded for it
-    if name.startswith("beta"): assert seconds < 15 and not (tmp_path / "runs").exists()
+    assert ended.children_user + ended.children_system - began.children_user - began.children_system < 15
 
 
 def test_two_runs_share_a_teacher_cache(tmp_path):
     "The first makes it, the second, with another beta_kl, finds it; what it holds at step 1 is what a teacher of its own gives."
     said = []
     for number, more in enumerate(({"teacher_cache": tmp_path / "cache"}, {"teacher_cache": tmp_path / "cache", "beta_kl": 0.1}, {"savings": "none"})):
-        done = papermill(tmp_path / f"out{number}.ipynb", "-p", "run_dir", tmp_path / f"run{number}", *few(tmp_path, lora_dropout=0.0, **more))
+        done = cells("-p", "run_dir", tmp_path / f"run{number}", *few(tmp_path, lora_dropout=0.0, **more))
         assert done.returncode == 0, done.stdout[-4000:]
-        outputs = [o for c in nbformat.read(tmp_path / f"out{number}.ipynb", 4).cells for o in c.get("outputs", ())]
-        said.append("".join(o.get("text", "") for o in outputs if "teacher cache" in o.get("text", "")))
+        said.append("".join(line for line in done.stdout.splitlines() if "teacher cache" in line))
     assert "made in" in said[0] and "found in" in said[1] and not said[2], said
     assert len([p for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")]) == 1
     first = [metrics(tmp_path / f"run{number}")[0] for number in range(3)]
@@ -64,8 +67,8 @@ def test_two_runs_share_a_teacher_cache(tmp_path):
 
 def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    short = few(tmp_path, total_steps=30, save_steps=10)
-    assert papermill(tmp_path / "w.ipynb", "-p", "run_dir", whole, *short).returncode == 0
+    short = few(tmp_path, total_steps=16, save_steps=5)
+    assert cells("-p", "run_dir", whole, *short).returncode == 0
 
     def stop():
         while not (folder / "metrics.jsonl").exists(): time.sleep(0.05)
@@ -75,15 +78,15 @@ def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
         pool.submit(stop)
         stopped = papermill(tmp_path / "1.ipynb", "-p", "run_dir", folder, *short)
     assert stopped.returncode != 0 and "goes on from there" in stopped.stdout and load(folder / "status.json")["state"] == "interrupted"
-    assert 0 < len(metrics(folder)) < 30
-    other = papermill(tmp_path / "2.ipynb", "-p", "run_dir", folder, *short, "-p", "beta_kl", 0.5)
+    assert 0 < len(metrics(folder)) < 16
+    other = cells("-p", "run_dir", folder, *short, "-p", "beta_kl", 0.5)
     assert other.returncode != 0 and "beta_kl (0.3 there, 0.5 now)" in other.stdout
     resumed = papermill(tmp_path / "3.ipynb", "-p", "run_dir", folder, *short)
     assert resumed.returncode == 0, resumed.stdout[-4000:]
     assert all((folder / f"out.{attempt}.ipynb").is_file() for attempt in (1, 2))
     assert metrics(folder) == metrics(whole) and load(folder / "status.json")["attempt"] == 2
     assert load(folder / "result.json")["after"] == load(whole / "result.json")["after"]
-    finished = papermill(tmp_path / "4.ipynb", "-p", "run_dir", folder, *short)
+    finished = cells("-p", "run_dir", folder, *short)
     assert finished.returncode != 0 and "is finished" in finished.stdout
 
 
@@ -119,7 +122,7 @@ def test_another_model_and_other_formats(tmp_path):
     chat = [{"prompt": f"Say {i}", "prompt_id": str(i), "messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i} it is."},
              {"role": "user", "content": "Again?"}, {"role": "assistant", "content": f"{i}, once more."}]} for i in range(12)]
     (tmp_path / "ultrachat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
-    done = papermill(tmp_path / "out.ipynb", "-p", "preset", "llama-3.1-8b-instruct", "-p", "model", tmp_path / "model",
+    done = cells("-p", "preset", "llama-3.1-8b-instruct", "-p", "model", tmp_path / "model",
                      "-p", "data", f"{tmp_path}/circuit_breakers.json,{tmp_path}/ultrachat.jsonl", "-p", "run_dir", tmp_path / "run",
                      "-p", "teacher", tmp_path / "model", "-p", "target_layers", 0, "-p", "lora_layers", "0,1", "-p", "total_steps", 3, "-p", "warmup_steps", 1, "-p", "logging_steps", 1,
                      "-p", "batch_size", 2, "-p", "gradient_accumulation_steps", 2, "-p", "hidden_state_mode", "hooks", "-p", "max_length", 64, "-p", "max_new_tokens", 8)
@@ -127,13 +130,12 @@ def test_another_model_and_other_formats(tmp_path):
     result, rows = load(tmp_path / "run" / "result.json"), metrics(tmp_path / "run")
     assert result["after"]["attack_success"] is None and result["after"]["heldout_kl"]["in_domain"] >= 0 and -1 <= result["after"]["harmful_cosine"] <= 1
     assert len(rows) == 3 and rows[0]["loss_reroute"] == pytest.approx(1, abs=0.02) and rows[-1]["loss_retain"] > 0
-    text = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", ()))
-    assert "no injection 9" in text, "harmful rows without an injection fall back to assistant_only, counted"
-    assert "left out of training, since a held-out transcript has the same prompt: " in text, "circuit-breakers rows have two answers a prompt"
+    assert "no injection 9" in done.stdout, "harmful rows without an injection fall back to assistant_only, counted"
+    assert "left out of training, since a held-out transcript has the same prompt: " in done.stdout, "circuit-breakers rows have two answers a prompt"
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
     "A hub id that is in no cache, offline: no retries without end, a failed status, the name in the last line."
-    done = papermill(tmp_path / "out.ipynb", "-p", "model", "nobody/nothing", "-p", "run_dir", tmp_path / "run", timeout=120, HF_HUB_OFFLINE="1")
+    done = cells("-p", "model", "nobody/nothing", "-p", "run_dir", tmp_path / "run", timeout=120)
     status = load(tmp_path / "run" / "status.json")
     assert done.returncode != 0 and status["state"] == "failed" and "nobody/nothing" in status["error"], (done.stdout[-2000:], status)
