@@ -4,26 +4,36 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', 'DECODER', 'SWITCHES', 'UNCLEAR',
-           'RECORD_SWITCHES', 'KNOWN_KEYS', 'SHAREGPT_ROLES', 'ESCAPES', 'PLAIN', 'JSON_TYPES', 'FORMATS', 'ITEM_TOKEN',
-           'CHUNK', 'MAX_SKIPPED', 'TranscriptError', 'InjectionSpan', 'Transcript', 'json_depth', 'check_unicode',
+           'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'SHAREGPT_ROLES', 'ESCAPES', 'PLAIN',
+           'JSON_TYPES', 'FORMATS', 'ROOMS', 'BINARY', 'PACKED', 'TABLES', 'CHUNK', 'PART_TOKEN', 'ITEM_TOKEN',
+           'MAX_SKIPPED', 'SUFFIXES', 'TranscriptError', 'InjectionSpan', 'Transcript', 'json_depth', 'check_unicode',
            'parse_json', 'need', 'nearest', 'need_one_of', 'read_switch', 'check_record_switches', 'read_content',
-           'read_arguments', 'read_tool_call', 'read_message', 'read_label', 'read_message_labels', 'read_spans',
-           'read_meta', 'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign', 'from_ultrachat',
-           'read_tools', 'read_turn', 'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'squeeze',
-           'find_all', 'find_injection', 'find_injections', 'agentdojo_label', 'from_agentdojo', 'from_tau_bench',
-           'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label', 'from_trace_v1', 'is_trace', 'from_rrfa',
-           'detect_format', 'read_lines', 'decode_line', 'read_object', 'array_items', 'read_array', 'read_records',
-           'SeenKeys', 'TranscriptReader', 'read_transcripts', 'to_record', 'write_transcripts']
+           'read_arguments', 'read_tool_call', 'modernise', 'read_message', 'read_label', 'read_message_labels',
+           'read_spans', 'check_meaning', 'read_meta', 'read_tools', 'add_adapted', 'take_system', 'take_tools',
+           'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign', 'from_ultrachat', 'read_turn',
+           'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'squeeze', 'find_all',
+           'find_injection', 'find_injections', 'agentdojo_label', 'from_agentdojo', 'from_tau_bench', 'to_json_schema',
+           'from_bfcl', 'trace_call', 'trace_label', 'from_trace_v1', 'is_trace', 'from_rrfa', 'Format', 'add_format',
+           'known_formats', 'chat_with', 'agentdojo_leaves_out', 'detect_format', 'is_hub', 'first_bytes', 'open_file',
+           'open_text', 'read_lines', 'decode_line', 'object_parts', 'read_big_object', 'read_object', 'array_items',
+           'read_array', 'read_text_records', 'read_records', 'SeenKeys', 'one_by_one', 'of_format', 'TranscriptReader',
+           'read_transcripts', 'to_record', 'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
 import difflib
 import functools
+import importlib
+import io
+import itertools
 import json
 import math
 import os
 import re
 import warnings
+import zlib
 from array import array
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -201,13 +211,39 @@ def read_tool_call(call, where):
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments,
                                                      **{k: v for k, v in function.items() if k not in ("name", "arguments")}}}
 
+# %% ../nbs/00_transcripts.ipynb #72efe9a6
+def modernise(message, where, adapted=None):
+    """A chat `message` (dict) in today's form: OpenAI's role `developer` as system, its old `function_call` and role `function` as a tool
+    call and its result. The `error` of a tool result takes the place of the content, which is what AgentDojo and its exports showed the
+    model. What was changed is counted by name in `adapted` (a Counter, or None)."""
+    def note(name):
+        if adapted is not None: adapted[name] += 1
+    role, call, error = message.get("role"), message.get("function_call"), message.get("error")
+    if role == "developer":
+        message = {**message, "role": "system"}
+        note("developer message as system message")
+    if role == "function":
+        need(isinstance(message.get("name"), str) and message["name"], f"{where}.name", "is missing; name the function whose result this is")
+        message = {**message, "role": "tool"}
+        note("result of an old function call as tool message")
+    if call is not None:
+        need(not message.get("tool_calls"), f"{where}.function_call", "stands beside tool_calls; keep one")
+        call = read_tool_call({"function": call}, f"{where}.function_call")
+        message = {**{k: v for k, v in message.items() if k != "function_call"}, "tool_calls": [call]}
+        note("old function_call as tool call")
+    if role == "tool" and isinstance(error, str) and error and ("tool_call" in message or not message.get("content")):
+        message = {**{k: v for k, v in message.items() if k != "error"}, "content": error}
+        note("error of a tool as its result")
+    return message
+
 # %% ../nbs/00_transcripts.ipynb #4e9e5b0f
-def read_message(message, where):
-    "One message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template may read them)."
+def read_message(message, where, adapted=None):
+    """One message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template may read them). `adapted`: see
+    `modernise`."""
     need(isinstance(message, dict), where, f"is {type(message).__name__}; each message is an object with role and content")
+    message = modernise(message, where, adapted)
     role = message.get("role")
     need_one_of(role, ROLES, f"{where}.role")
-    need(message.get("function_call") is None, f"{where}.function_call", "is the old form of a call; write it as tool_calls")
     calls = message.get("tool_calls") or []
     need(isinstance(calls, list), f"{where}.tool_calls", f"is {type(calls).__name__}; write a list of calls")
     need(role == "assistant" or not calls, f"{where}.tool_calls", f"stands in a {role} message; only the assistant calls tools")
@@ -262,61 +298,26 @@ def read_spans(spans, messages, where):
 
 # %% ../nbs/00_transcripts.ipynb #4fe584ce
 KNOWN_KEYS = ("id", "messages", "tools", "label", "source", "message_labels", "injection_spans", "meta")
+SYSTEM_KEYS = ("system", "system_prompt", "developer")  # a system prompt that stands beside the messages
+MEANING = (*SYSTEM_KEYS, "instructions", "functions", "documents", "chat_template", "chat_template_kwargs", "chosen", "rejected")
+
+
+def check_meaning(record, where):
+    "Raises TranscriptError where `record` holds a key of `MEANING`: one that would change what the model read, so that it is no bookkeeping."
+    for key in MEANING:
+        need(not record.get(key), f"{where}, {key}", "changes what the model reads, and this format has no place for it; move it into the "
+             "messages, or into meta where it is a note only")
 
 
 def read_meta(record, where):
-    "The `meta` object of `record` and its unknown keys beside it; a key that is in both is an error."
+    "The `meta` object of `record` and its unknown keys beside it; a key that is in both, and one of `MEANING`, is an error."
+    check_meaning(record, where)
     meta = record.get("meta") or {}
     need(isinstance(meta, dict), f"{where}, meta", "is no object")
     extra = {k: v for k, v in record.items() if k not in KNOWN_KEYS}
     both = sorted(meta.keys() & extra.keys())
     need(not both, f"{where}, {', '.join(both)}", "stands in the record and in its meta; keep one")
     return {**meta, **extra}
-
-# %% ../nbs/00_transcripts.ipynb #e18eb105
-def from_openai(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label, source, message_labels,
-    injection_spans, meta."""
-    check_record_switches(record, where)
-    messages, tools = record.get("messages"), record.get("tools")
-    need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; write a list of messages")
-    need(tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), f"{where}, tools",
-         "is no list of JSON objects")
-    for key, default in (("id", default_id), ("source", source)):
-        need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
-    messages = [read_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
-    off = {i: "none" for i, m in enumerate(messages) if m["role"] == "assistant" and not read_switch(m, where)}
-    return [Transcript(
-        id=record.get("id", default_id), messages=messages, tools=tools or None,
-        label=read_label(record.get("label"), label, f"{where}, label"), source=record.get("source", source),
-        message_labels=off | read_message_labels(record.get("message_labels") or {}, messages, f"{where}, message_labels"),
-        injection_spans=read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans"),
-        meta=read_meta(record, where))]
-
-# %% ../nbs/00_transcripts.ipynb #93a2793b
-def from_pair(prompt, answer, where, key):
-    "User and assistant message of a `prompt` and an `answer` (both non-empty strings)."
-    for name, text in (("prompt", prompt), (key, answer)):
-        need(isinstance(text, str) and text.strip(), f"{where}, {name}", "is missing or empty; write the text")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-# %% ../nbs/00_transcripts.ipynb #ac986a04
-def from_circuit_breakers(record, where, default_id, label=None, source=""):
-    "Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a refusal) benign."
-    need(label is None, where, f"label={label!r} was passed, but a circuit-breakers row holds both labels; read it without label=")
-    meta = {k: v for k, v in record.items() if k not in ("prompt", "output", "llama3_output")}
-    return [Transcript(f"{default_id}:{own}", from_pair(record.get("prompt"), record.get(key), where, key), None, own, source, meta=meta)
-            for key, own in (("output", "harmful"), ("llama3_output", "benign"))]
-
-# %% ../nbs/00_transcripts.ipynb #6c8b958e
-def or_benign(record, label):
-    "The label to pass on for a record of a set that is known as harmless: `label`, or benign where neither it nor the record says one."
-    return label or ("benign" if record.get("label") is None else None)
-
-# %% ../nbs/00_transcripts.ipynb #a4b52b3d
-def from_ultrachat(record, where, default_id, label=None, source=""):
-    "A list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless `label` says otherwise."
-    return from_openai({k: v for k, v in record.items() if k != "prompt"}, where, default_id, or_benign(record, label), source)
 
 # %% ../nbs/00_transcripts.ipynb #87c1c234
 def read_tools(tools, where):
@@ -334,6 +335,80 @@ def read_tools(tools, where):
         need(isinstance(schema, dict) and isinstance(schema.get("name"), str) and schema["name"], f"{where}[{i}]",
              'has no name; write {"name": ..., "description": ..., "parameters": ...}')
     return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
+
+# %% ../nbs/00_transcripts.ipynb #722e26a8
+def add_adapted(meta, adapted):
+    "`meta` with the counts in `adapted` (by what was done) under the key adapted, beside those that stand there; unchanged where nothing was done."
+    old = meta.get("adapted")
+    return {**meta, "adapted": {**(old if isinstance(old, dict) else {}), **adapted}} if adapted else meta
+
+# %% ../nbs/00_transcripts.ipynb #8983a770
+def take_system(record, where):
+    "`(key, text)` of the system prompt beside the messages of `record` (a dict, from which it is taken), or None. Text blocks are joined."
+    given = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
+    given = {key: read_content(value, f"{where}, {key}") for key, value in given.items()}
+    given = [(key, text) for key, text in given.items() if text]
+    need(len(given) < 2, f"{where}, {', '.join(key for key, _ in given)}", "are system prompts both; keep one")
+    return given[0] if given else None
+
+
+def take_tools(record, where, adapted):
+    "The tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`; also OpenAI's old `functions`."
+    tools, functions = record.pop("tools", None), record.pop("functions", None)
+    if not functions: return read_tools(tools, f"{where}, tools")
+    need(not tools, f"{where}, functions", "stands beside tools; keep one")
+    adapted["functions as tools"] += 1
+    return read_tools(functions, f"{where}, functions")
+
+# %% ../nbs/00_transcripts.ipynb #e18eb105
+def from_openai(record, where, default_id, label=None, source=""):
+    """A list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label, source, message_labels,
+    injection_spans, meta."""
+    check_record_switches(record, where)
+    adapted, record = Counter(), dict(record)
+    system, tools, messages = take_system(record, where), take_tools(record, where, adapted), record.get("messages")
+    need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; write a list of messages")
+    for key, default in (("id", default_id), ("source", source)):
+        need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
+    messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
+    off = {i: "none" for i, m in enumerate(messages) if m["role"] == "assistant" and not read_switch(m, where)}
+    labels = off | read_message_labels(record.get("message_labels") or {}, messages, f"{where}, message_labels")
+    spans = read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans")
+    if system:
+        need(messages[0]["role"] != "system", f"{where}, {system[0]}", "stands beside a first message that is a system prompt too; keep one")
+        messages, labels = [{"role": "system", "content": system[1]}, *messages], {i + 1: own for i, own in labels.items()}
+        spans = tuple(replace(s, message=s.message + 1) for s in spans)  # the file counts its messages without this one
+        adapted[f"{system[0]} of the record as first message"] += 1
+    return [Transcript(
+        id=record.get("id", default_id), messages=messages, tools=tools,
+        label=read_label(record.get("label"), label, f"{where}, label"), source=record.get("source", source),
+        message_labels=labels, injection_spans=spans, meta=add_adapted(read_meta(record, where), adapted))]
+
+# %% ../nbs/00_transcripts.ipynb #93a2793b
+def from_pair(prompt, answer, where, key):
+    "User and assistant message of a `prompt` and an `answer` (both non-empty strings)."
+    for name, text in (("prompt", prompt), (key, answer)):
+        need(isinstance(text, str) and text.strip(), f"{where}, {name}", "is missing or empty; write the text")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+# %% ../nbs/00_transcripts.ipynb #ac986a04
+def from_circuit_breakers(record, where, default_id, label=None, source=""):
+    "Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a refusal) benign."
+    need(label is None, where, f"label={label!r} was passed, but a circuit-breakers row holds both labels; read it without label=")
+    check_meaning(record, where)
+    meta = {k: v for k, v in record.items() if k not in ("prompt", "output", "llama3_output")}
+    return [Transcript(f"{default_id}:{own}", from_pair(record.get("prompt"), record.get(key), where, key), None, own, source, meta=meta)
+            for key, own in (("output", "harmful"), ("llama3_output", "benign"))]
+
+# %% ../nbs/00_transcripts.ipynb #6c8b958e
+def or_benign(record, label):
+    "The label to pass on for a record of a set that is known as harmless: `label`, or benign where neither it nor the record says one."
+    return label or ("benign" if record.get("label") is None else None)
+
+# %% ../nbs/00_transcripts.ipynb #a4b52b3d
+def from_ultrachat(record, where, default_id, label=None, source=""):
+    "A list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless `label` says otherwise."
+    return from_openai({k: v for k, v in record.items() if k != "prompt"}, where, default_id, or_benign(record, label), source)
 
 # %% ../nbs/00_transcripts.ipynb #f21a6d21
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "function_call": "assistant", "observation": "tool",
@@ -510,6 +585,7 @@ def from_agentdojo(record, where, default_id, label=None, source=""):
 
     `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand in none are
     `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool schemas, so `tools` is None."""
+    check_meaning(record, where)
     messages, injections = record.get("messages"), record.get("injections")
     injections = {} if injections is None else injections
     need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; a run without messages teaches nothing, drop it")
@@ -563,6 +639,7 @@ def from_bfcl(record, where, default_id, label=None, source=""):
 
     `question` is a list of turns, each a list of messages, joined here; `meta["turns"]` says how many messages each turn had. `meta` keeps
     `ground_truth` and every other key. BFCL holds questions only: there is no assistant message, so every mask of it is empty."""
+    check_meaning(record, where)
     question, function = record.get("question"), record.get("function")
     need(isinstance(question, list) and question, f"{where}, question", "is missing or empty; write a list of turns")
     for i, turn in enumerate(question):
@@ -663,31 +740,117 @@ def from_rrfa(record, where, default_id, label=None, source=""):
             out += (from_trace_v1 if is_trace(sample) else from_openai)(sample, here, f"{default_id}:{own}:{i}", own, source)
     return out
 
-# %% ../nbs/00_transcripts.ipynb #5e4a72d6
-FORMATS = {"openai": from_openai, "sharegpt": from_sharegpt, "agentdojo": from_agentdojo, "tau_bench": from_tau_bench, "bfcl": from_bfcl,
-           "circuit_breakers": from_circuit_breakers, "ultrachat": from_ultrachat, "rrfa": from_rrfa, "trace_v1": from_trace_v1}
+# %% ../nbs/00_transcripts.ipynb #1d085108
+@dataclass(frozen=True)
+class Format:
+    """A file format. `recognises(record)` says whether a file's first record (a dict) is of it, by its content; `reads(record, where,
+    default_id, label, source)` gives the transcripts of one record.
+
+    `gathers(records, path)` joins or leaves out records of a file first, where one of them is not one conversation: from and to an iterator
+    of `(where, id, record or TranscriptError)`. `items` names a list in a big record whose items are read one by one.
+    `leaves_out(record)` names the cause for which a folder leaves the record out, or "". `before` names more general formats that know its records,
+    too, and come after it. `on_request`: only read where `format` names it."""
+    name: str
+    recognises: Callable
+    reads: Callable
+    gathers: Callable | None = None
+    items: str = ""
+    leaves_out: Callable | None = None
+    before: tuple = ()
+    on_request: bool = False
 
 
+FORMATS = {}  # by name, in the order in which they were added
+ROOMS = ("cbnb.packed", "cbnb.formats_chat")  # later rooms that add formats, read when first asked
+
+
+def add_format(format):
+    "Adds a `Format` to `FORMATS`; one of its name is replaced."
+    FORMATS[format.name] = format
+
+
+def known_formats():
+    "`FORMATS`, with those of the later rooms; what was added under one of their names before they were loaded is kept."
+    own = dict(FORMATS)
+    for room in ROOMS: importlib.import_module(room)
+    FORMATS.update(own)
+    return FORMATS
+
+# %% ../nbs/00_transcripts.ipynb #1948e027
+def chat_with(*keys):
+    "Whether a record has `keys` beside messages, and no label: a `label` beside messages marks our own form."
+    return lambda record: {"messages", *keys} <= record.keys() and "label" not in record
+
+
+def agentdojo_leaves_out(record):
+    """Why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security` measures nothing of an injection task that
+    was given as the user's own request, and in attacks that only deny service. AgentDojo's benchmark writes both beside its runs."""
+    if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith("injection_task"):
+        return "injection tasks given as the user's request"
+    return "attacks that deny service" if str(record.get("attack_type")).endswith("dos") else ""
+
+
+for _format in (
+        Format("openai", lambda r: "messages" in r, from_openai),
+        Format("sharegpt", lambda r: "conversations" in r, from_sharegpt),
+        Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out, before=("openai",)),
+        Format("tau_bench", lambda r: {"task_id", "traj"} <= r.keys(), from_tau_bench),
+        Format("bfcl", lambda r: "question" in r and bool({"function", "involved_classes"} & r.keys()), from_bfcl),
+        Format("circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(), from_circuit_breakers),
+        Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("openai",)),
+        Format("rrfa", lambda r: any(isinstance(r.get(k), list) for k in LABELS), from_rrfa),
+        Format("trace_v1", lambda r: chat_with()(r) and is_trace(r), from_trace_v1, before=("openai",))):
+    add_format(_format)
+
+# %% ../nbs/00_transcripts.ipynb #c8ceb7a4
 def detect_format(record, where):
-    """Name of the format of a first `record`, by its keys; a `label` beside `messages` marks our own. Raises TranscriptError with the keys
-    found where no format fits or several do."""
-    keys = record.keys()
-    chat = "messages" in keys and "label" not in keys
-    marks = {"sharegpt": "conversations" in keys, "tau_bench": {"task_id", "traj"} <= keys,
-             "bfcl": "question" in keys and bool({"function", "involved_classes"} & keys),
-             "circuit_breakers": {"prompt", "output", "llama3_output"} <= keys,
-             "rrfa": any(isinstance(record.get(k), list) for k in LABELS),
-             "agentdojo": chat and "user_task_id" in keys, "ultrachat": chat and "prompt_id" in keys, "trace_v1": chat and is_trace(record)}
-    found = [name for name, fits in marks.items() if fits]
-    if "messages" in keys and not {"agentdojo", "ultrachat", "trace_v1"} & set(found): found.append("openai")
-    if len(found) == 1: return found[0]
-    names, fits = ", ".join(sorted(keys)[:40])[:400] or "(none)", " and ".join(found) + " all fit" if found else "no known format has"
-    raise TranscriptError(f"{where}: {fits} the keys {names}; pass format= one of {', '.join(FORMATS)}")
+    """Name of the format of a first `record`, by its content. Raises
+    TranscriptError with the keys found where no format fits, several do, or one that is read on request only."""
+    found = [f for f in known_formats().values() if f.recognises(record)]
+    behind = {name for f in found for name in f.before}
+    found = [f for f in found if f.name not in behind]
+    if len(found) == 1:
+        name = found[0].name
+        need(not found[0].on_request, where, f"looks like {name}, which is read on request only; pass format={name!r}")
+        return name
+    keys = ", ".join(sorted(map(str, record))[:40])[:400] or "(none)"
+    fits = " and ".join(f.name for f in found) + " all fit" if found else "no known format has"
+    raise TranscriptError(f"{where}: {fits} the keys {keys}; pass format= one of {', '.join(FORMATS)}")
+
+# %% ../nbs/00_transcripts.ipynb #fe7ffb7e
+def is_hub(path):
+    "Whether `path` is `hf:dataset[split]`, which names a data set for `datasets`."
+    return str(path).startswith("hf:")
+
+# %% ../nbs/00_transcripts.ipynb #25f3fe9a
+BINARY = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "a ZIP archive",
+          b"PK\x05\x06": "an empty ZIP archive", b"7z\xbc\xaf": "a 7-Zip archive", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
+          b"\xff\xff\xff\xff": "an Arrow stream", b"FEA1": "a Feather V1 file", b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF",
+          b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
+          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x04\x22\x4d\x18": "LZ4", b"\x89PNG": "a PNG picture"}
+PACKED = {}  # first bytes: function of the path that opens the file as a stream of the bytes that were packed
+TABLES = {}  # first bytes: function of (path, name) that yields (where, id, record or TranscriptError)
+
+
+def first_bytes(path, of):
+    "The key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the longest one."
+    with open(path, "rb") as f: head = f.read(16)
+    return max((start for start in of if head.startswith(start)), key=len, default=None)
+
+
+def open_file(path):
+    "The file at `path` as a binary stream, unpacked where a room has added its packing to `PACKED`."
+    return PACKED[start](path) if (start := first_bytes(path, PACKED)) else open(path, "rb")
+
+
+def open_text(path):
+    "The file at `path` as a text stream without a byte order mark; line ends are kept."
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="")
 
 # %% ../nbs/00_transcripts.ipynb #adef125f
 def read_lines(path):
     "Yields `(line number, bytes)` of the non-blank lines of `path`, one at a time; a line over `MAX_LINE_BYTES` is cut to one byte more."
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         number = 0
         while line := f.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -708,27 +871,83 @@ def decode_line(line, where):
     return record
 
 # %% ../nbs/00_transcripts.ipynb #be363937
+CHUNK = 2**16  # characters
+PART_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},:]', re.S)  # as ITEM_TOKEN below, and the colon after a key
+
+
+def object_parts(path, name, keys):
+    """Yields `(key, number, text)` of the members of a file that is one JSON object, holding one of them at a time: `number` None, or of a
+    list that is a member called one of `keys` its items by number. Raises TranscriptError as `array_items` does."""
+    with open_text(path) as f:
+        text, start, at, depth, key, number, seen = "", 0, 0, 0, None, None, set()
+        while True:
+            for m in PART_TOKEN.finditer(text, at):
+                if m[1] is not None and m[1] != '"': break  # the rest of this string is still in the file
+                at, token, part = m.end(), m[0], text[start:m.start()].strip()
+                here = f"{name}, {key}" + (f"[{number}]" if number is not None else "")
+                if token in "[{":
+                    depth += 1
+                    need(depth <= MAX_DEPTH + 2, here, f"lists and objects are nested deeper than {MAX_DEPTH}")
+                    if depth == 1: start = at
+                    elif depth == 2 and token == "[" and key in keys and not part: number, start = 0, at
+                elif token == ":" and depth == 1 and key is None:
+                    key, start = parse_json(part), at
+                    need(isinstance(key, str) and key not in seen, f"{name}, {key}", "stands twice in the object, or is no key; keep one")
+                    seen.add(key)
+                elif token in "]}": depth -= 1
+                if number is not None and (depth == 1 and token == "]" or depth == 2 and token == ","):
+                    if part: yield key, number, part
+                    need(part or depth == 1 and not number, here, "is empty; write one whole JSON list")
+                    number, start = (number + 1 if depth == 2 else None), at
+                elif token == "," and depth == 1 or token == "}" and depth == 0:
+                    if part: yield key, None, part
+                    key, start = None, at
+                if depth == 0 and token in "]}":
+                    while rest := (text[at:] or f.read(CHUNK)):
+                        need(not rest.strip(), name, "goes on after the object; write one record a line, or one object a file")
+                        text = ""
+                    return
+            need(len(text) - start <= MAX_LINE_BYTES, f"{name}, {key}", f"is longer than {MAX_LINE_BYTES} characters; shorten the record")
+            more = f.read(max(CHUNK, len(text) - start))
+            need(more, name, "does not end; the object is cut off")
+            text, at, start = text[start:] + more, at - start, 0
+
+
+def read_big_object(path, name, keys):
+    """Yields `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a record an item of the list under
+    the one of `keys` that it has, each with all other members. The file is read twice."""
+    rest, many = {}, None
+    for key, number, text in object_parts(path, name, keys):
+        if number is not None: many = many or key
+        else: rest[key] = parse_json(text)
+    need(many, name, f"is one JSON object over {MAX_LINE_BYTES} bytes; shorten the record")
+    for key, number, text in object_parts(path, name, {many}):
+        if number is None: continue
+        where, own = f"{name}, {key}[{number}]", f"{name}:{number + 1}"
+        try: yield where, own, {**rest, key: [parse_json(text)]}
+        except ValueError as e: yield where, own, TranscriptError(f"{where}: {e}; write one list of whole JSON objects")
+
+
 def read_object(path, name):
-    """Yields `(where, id, record)` of a file that is one JSON object over many lines, as AgentDojo writes its runs. Bounded like a line,
-    by `MAX_LINE_BYTES`; what is wrong with it raises TranscriptError."""
-    with open(path, "rb") as f: data = f.read(MAX_LINE_BYTES + 1)
-    need(len(data) <= MAX_LINE_BYTES, name, f"is one JSON object over {MAX_LINE_BYTES} bytes; shorten the record")
-    try: text = data.decode("utf-8-sig")
+    """Yields `(where, id, record)` of a file that is one JSON object, as AgentDojo writes its runs. Bounded like a line, by
+    `MAX_LINE_BYTES`, but for the `items` of a format; what is wrong with it raises TranscriptError."""
+    with open_file(path) as f: data = f.read(MAX_LINE_BYTES + 1)
+    try:
+        if len(data) > MAX_LINE_BYTES: yield from read_big_object(path, name, {f.items for f in known_formats().values() if f.items})
+        else: yield name, f"{name}:1", parse_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as e: raise TranscriptError(f"{name}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
-    try: yield name, f"{name}:1", parse_json(text)
     except ValueError as e:
         advice = "write one record a line, or one object or one array a file"
         raise e if isinstance(e, TranscriptError) else TranscriptError(f"{name}: {e}; {advice}") from None
 
 # %% ../nbs/00_transcripts.ipynb #e1c1e3fd
 ITEM_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},]', re.S)  # group 1 is empty or a backslash where the text ends in a string
-CHUNK = 2**16  # characters
 
 
 def array_items(path, name):
     """Yields `(line, text)` of the items of the file's JSON array, holding one item and at most as much again. An item over
     `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a broken or unfinished array raise TranscriptError."""
-    with open(path, encoding="utf-8-sig", newline="") as f:
+    with open_text(path) as f:
         text, start, at, depth, number = "", 0, 0, 0, 1
         while True:
             for m in ITEM_TOKEN.finditer(text, at):
@@ -769,23 +988,42 @@ def read_array(path, name):
         raise TranscriptError(f"{name}: a byte after record {number} is not UTF-8; save the file as UTF-8") from None
 
 # %% ../nbs/00_transcripts.ipynb #50bbeae6
-def read_records(path, name=None):
-    """Yields `(where, id, record or TranscriptError)` for each record of a JSONL file, a JSON array or one JSON object over many lines; a
-    bad record is handed on as the error. `name` is what errors and ids call the file (default: its name)."""
-    name = name or Path(path).name
+def read_text_records(path, name):
+    "`read_records` of a file of text."
     lines = read_lines(path)
     first = next(lines, None)
     need(first is not None, name, "is empty; nothing can be read from it")
-    line = first[1].strip()
-    whole = read_array if line.startswith(b"[") else read_object if line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":")) else None
-    if whole and len(line) <= MAX_LINE_BYTES:
-        lines.close()
+    line, whole = first[1].strip(), None
+    if line.startswith(b"[") and len(line) <= MAX_LINE_BYTES: whole = read_array
+    if line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":")) and len(line) <= MAX_LINE_BYTES: whole = read_object
+    if line.startswith(b"{") and len(line) > MAX_LINE_BYTES:  # one line too long, or the whole file
+        second = next(lines, None)
+        if second is None: whole = read_object
+        else: lines = itertools.chain([second], lines)
+    if whole:
         yield from whole(path, name)
         return
-    for number, line in (pair for part in ([first], lines) for pair in part):
+    for number, line in itertools.chain([first], lines):
         where = f"{name}, line {number}"
         try: yield where, f"{name}:{number}", decode_line(line, where)
         except TranscriptError as e: yield where, f"{name}:{number}", e
+
+
+def read_records(path, name=None):
+    """Yields `(where, id, record or TranscriptError)` for each record of a JSONL file, a JSON array, one JSON object over many lines, or a
+    table of `TABLES`; a bad record is handed on as the error. `name` is what errors and ids call the file (default: its name)."""
+    name = name or Path(path).name
+    known_formats()  # the rooms that read packed files and tables
+    if is_hub(path):
+        yield from importlib.import_module("cbnb.packed").read_hub(path)
+        return
+    if table := first_bytes(path, TABLES):
+        yield from TABLES[table](path, name)
+        return
+    kind = None if first_bytes(path, PACKED) else first_bytes(path, BINARY)
+    need(kind is None, name, f"is {BINARY.get(kind)}, which cannot be read; save it as JSONL (UTF-8), one record a line")
+    try: yield from read_text_records(path, name)
+    except (OSError, EOFError, zlib.error) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 # %% ../nbs/00_transcripts.ipynb #d5e11699
 class SeenKeys:
@@ -812,16 +1050,50 @@ class SeenKeys:
         self.count += self.table[at] == 0
         self.table[at] = code
 
+# %% ../nbs/00_transcripts.ipynb #96bb84be
+def one_by_one(records, key):
+    "`records` as `Format.gathers` has them, where each item of the list under `key` is a record of its own, with all else of the record."
+    for where, default_id, record in records:
+        items = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(items, list) or len(items) < 2: yield where, default_id, record
+        else: yield from ((f"{where}, {key}[{i}]", f"{default_id}:{i + 1}", {**record, key: [item]}) for i, item in enumerate(items))
+
+
+def of_format(records, format, path):
+    """Yields `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or for "auto" by the first one that
+    can be recognised. The file's format has then gathered them."""
+    known = None if format == "auto" else known_formats()[format]
+    for item in records:
+        where, default_id, record = item
+        if known is None and not isinstance(record, TranscriptError):
+            try:
+                need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
+                known = known_formats()[detect_format(record, where)]
+            except TranscriptError as e: record = e
+        if known is None or isinstance(record, TranscriptError):
+            yield where, default_id, record, known
+            continue
+        rest = itertools.chain([item], records)
+        if known.gathers: rest = known.gathers(rest, path)
+        if known.items: rest = one_by_one(rest, known.items)
+        yield from ((*gathered, known) for gathered in rest)
+        return
+
 # %% ../nbs/00_transcripts.ipynb #97b02704
 MAX_SKIPPED = 1000  # error sentences kept in memory
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")  # of a folder's files
 
 
 class TranscriptReader:
-    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds the first `MAX_SKIPPED` error sentences of the last one
-    (with `on_error='skip'`), `skipped_count` the number of all, `repeated` that of RRFA samples which stood in an earlier batch too."""
+    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds the first `MAX_SKIPPED` error
+    sentences of the last one (with `on_error='skip'`), `skipped_count` the number of all, `repeated` that of RRFA samples which stood in an
+    earlier batch too, `left_out` (Counter) the records by the cause for which their format leaves them out of a folder, and `formats`
+    (Counter) the records read by the name of their format."""
     def __init__(self, path, format, label, on_error):
         self.path, self.format, self.label, self.on_error = Path(path), format, label, on_error
-        self.skipped, self.skipped_count, self.repeated = [], 0, 0
+        self.clear()
+
+    def clear(self): self.skipped, self.skipped_count, self.repeated, self.left_out, self.formats = [], 0, 0, Counter(), Counter()
 
     def skip(self, error):
         "Counts a bad record; returns the error."
@@ -841,23 +1113,25 @@ class TranscriptReader:
         return new
 
     def files(self):
-        "`(path, name)` of the one file, or of all .json and .jsonl files under a folder, in order; hidden ones and links are left out."
-        if not self.path.is_dir(): return [(self.path, self.path.name)]
-        inside = [(p, p.relative_to(self.path)) for p in sorted(self.path.rglob("*")) if p.suffix in (".json", ".jsonl")]
+        "`(path, name)` of the one file, or of all files under a folder that `SUFFIXES` names, in order; hidden ones and links are left out."
+        if not self.path.is_dir(): return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
+        inside = [(p, p.relative_to(self.path)) for p in sorted(self.path.rglob("*")) if p.suffix in SUFFIXES]
         return [(p, name.as_posix()) for p, name in inside
                 if p.is_file() and not p.is_symlink() and not any(part.startswith(".") for part in name.parts)]
 
     def read_file(self, path, name, ids, contents):
         "Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and `contents` remember what stood before."
-        format = self.format
-        for where, default_id, record in read_records(path, name):
+        for where, default_id, record, format in of_format(read_records(path, name), self.format, path):
             try:
                 if isinstance(record, TranscriptError): raise record
                 need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
-                if format == "auto": format = detect_format(record, where)
+                if self.label is None and self.path.is_dir() and format.leaves_out and (cause := format.leaves_out(record)):
+                    self.left_out[cause] += 1
+                    continue
                 check_record_switches(record, where)
-                found = FORMATS[format](record, where, default_id, self.label, name)
-                if format == "rrfa": found = self.drop_repeats(found, default_id, contents)
+                found = format.reads(record, where, default_id, self.label, name)
+                self.formats[format.name] += 1
+                if format.name == "rrfa": found = self.drop_repeats(found, default_id, contents)
                 need(not (twice := sorted(t.id for t in found if t.id in ids)), f"{where}, id", f"{twice} stood before; ids must differ")
                 need(len({t.id for t in found}) == len(found), f"{where}, id", "stands twice in this record; ids must differ")
             except TranscriptError as e:
@@ -870,7 +1144,8 @@ class TranscriptReader:
     def records(self):
         """Yields each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad record. Raises TranscriptError for a
         file that is broken as a whole or holds no transcript."""
-        self.skipped, self.skipped_count, self.repeated, ids, contents = [], 0, 0, SeenKeys(), SeenKeys()
+        self.clear()
+        ids, contents = SeenKeys(), SeenKeys()
         for path, name in self.files():
             try: yield from self.read_file(path, name, ids, contents)
             except TranscriptError as e:
@@ -883,23 +1158,24 @@ class TranscriptReader:
             if not isinstance(found, TranscriptError): yield found
         name = "".join(c if c.isprintable() else "?" for c in self.path.name)  # a warning goes to a terminal
         if self.skipped: warnings.warn(f"{name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}", stacklevel=2)
+        if self.left_out: warnings.warn(f"{name}: left out: {', '.join(f'{n} {cause}' for cause, n in self.left_out.items())}", stacklevel=2)
         if self.repeated: warnings.warn(f"{name}: {self.repeated} samples stood in an earlier batch too and were read once", stacklevel=2)
 
 # %% ../nbs/00_transcripts.ipynb #be9404da
 def read_transcripts(path, format="auto", label=None, on_error="raise"):
-    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object), or of all such files in a folder and
-    the folders in it (AgentDojo writes a file a run); see `TranscriptReader`.
+    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object; also packed, Parquet and Arrow), of all
+    such files in a folder and the folders in it (AgentDojo writes a file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
 
     `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of records that carry none (of all runs of AgentDojo).
     `on_error="skip"` collects the error sentences of bad records in `.skipped` and warns at the end.
     Lines and array items stream, one at a time.
     Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
-    for name, value, choices in (("format", format, ("auto", *FORMATS)), ("label", label, (None, *LABELS)),
+    for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),
                                  ("on_error", on_error, ("raise", "skip"))):
         if value not in choices:
             words = [c for c in choices if c]
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(words)}{nearest(value, words)}")
-    if not (Path(path).is_file() or Path(path).is_dir()): raise TranscriptError(f"{path}: {'is no regular file; save it to one first' if Path(path).exists() else 'no such file; give the path of a JSONL or JSON file, or of a folder of them'}")
+    if not (is_hub(path) or Path(path).is_file() or Path(path).is_dir()): raise TranscriptError(f"{path}: {'is no regular file; save it to one first' if Path(path).exists() else 'no such file; give the path of a JSONL or JSON file, or of a folder of them'}")
     return TranscriptReader(path, format, label, on_error)
 
 # %% ../nbs/00_transcripts.ipynb #82b1489b

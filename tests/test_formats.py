@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from cbnb import transcripts as T
 
 FIXTURES = ROOT / "tests" / "fixtures"
-LABELS = {"sharegpt.json": "benign"}  # the only fixture whose format has no label of its own
+UNLABELLED = ("sharegpt.json", "anthropic.jsonl", "responses.jsonl", "langchain.json", "alpaca.json")
+LABELS = dict.fromkeys(UNLABELLED, "benign")  # fixtures of formats that have no label of their own
+ON_REQUEST = {"preference"}  # formats that are only read where they are named
 
 
 def records(name):
@@ -21,7 +23,9 @@ def records(name):
 
 
 FILES = {"openai": "agent.jsonl", "sharegpt": "sharegpt.json", "agentdojo": "agentdojo.json", "tau_bench": "tau_bench.json", "bfcl": "bfcl.jsonl",
-         "circuit_breakers": "circuit_breakers.json", "ultrachat": "ultrachat.jsonl", "rrfa": "rrfa.jsonl", "trace_v1": "trace_v1.jsonl"}
+         "circuit_breakers": "circuit_breakers.json", "ultrachat": "ultrachat.jsonl", "rrfa": "rrfa.jsonl", "trace_v1": "trace_v1.jsonl",
+         "anthropic": "anthropic.jsonl", "responses": "responses.jsonl", "langchain": "langchain.json", "hermes": "hermes.jsonl", "alpaca": "alpaca.json",
+         "preference": "preference.jsonl"}
 GOOD = {name: records(file) for name, file in FILES.items()}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -77,18 +81,20 @@ def test_many_injections_in_a_long_result_take_little():
 
 
 def test_every_format_has_a_fixture_that_is_recognised():
-    assert FILES.keys() == T.FORMATS.keys()
+    assert FILES.keys() == T.known_formats().keys()
     for name, found in GOOD.items():
-        assert {T.detect_format(r, "x") for r in found[:1]} == {name}
+        if name in ON_REQUEST:
+            with pytest.raises(T.TranscriptError, match=f"on request only; pass format='{name}'"): T.detect_format(found[0], "x")
+        else: assert T.detect_format(found[0], "x") == name
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_round_trip(name, tmp_path):
     "What is read from any format is written as our own and read back equal, and then written to the same bytes."
     label = LABELS.get(FILES[name])
-    every = list(T.read_transcripts(FIXTURES / FILES[name], label=label))
+    every = list(T.read_transcripts(FIXTURES / FILES[name], format=name, label=label))
     assert every and all(t.messages and t.label in T.LABELS for t in every)
-    assert every == list(T.read_transcripts(FIXTURES / FILES[name], format=name, label=label))
+    if name not in ON_REQUEST: assert every == list(T.read_transcripts(FIXTURES / FILES[name], label=label))
     T.write_transcripts(tmp_path / "one.jsonl", every)
     back = list(T.read_transcripts(tmp_path / "one.jsonl"))
     assert back == every
@@ -98,13 +104,13 @@ def test_round_trip(name, tmp_path):
 
 def test_a_folder_is_read_as_one(tmp_path):
     "All formats side by side, in order of their names; hidden files, other files and links are left out; a broken file is skipped or named."
-    for name in FILES.values():
-        if name not in LABELS: (tmp_path / "deep" / name[:3] / name).parent.mkdir(parents=True, exist_ok=True), (tmp_path / "deep" / name[:3] / name).write_bytes((FIXTURES / name).read_bytes())
+    files = [file for name, file in FILES.items() if name not in ON_REQUEST and file not in LABELS]
+    for name in files: (tmp_path / "deep" / name[:3] / name).parent.mkdir(parents=True, exist_ok=True), (tmp_path / "deep" / name[:3] / name).write_bytes((FIXTURES / name).read_bytes())
     (tmp_path / ".hidden.json").write_text("[")
     (tmp_path / "notes.txt").write_text("[")
     (tmp_path / "link.json").symlink_to(FIXTURES / "sharegpt.json")
     every = list(T.read_transcripts(tmp_path))
-    assert {t.messages[0]["content"] for t in every} == {t.messages[0]["content"] for n in FILES.values() if n not in LABELS for t in T.read_transcripts(FIXTURES / n)}
+    assert {t.messages[0]["content"] for t in every} == {t.messages[0]["content"] for n in files for t in T.read_transcripts(FIXTURES / n)}
     assert [t.source for t in every if t.source.startswith("deep")] == sorted(t.source for t in every if t.source.startswith("deep"))
     for text in ["", "[{", "{\n", "\xff"]:
         (tmp_path / "bad.json").write_text(text)
@@ -168,7 +174,7 @@ def check_reader(folder, record, **kwargs):
 
 
 @settings(max_examples=400)
-@given(record=VALUES | broken(), format=st.sampled_from(["auto", *T.FORMATS]), label=st.sampled_from([None, "harmful", "benign"]))
+@given(record=VALUES | broken(), format=st.sampled_from(["auto", *T.known_formats()]), label=st.sampled_from([None, "harmful", "benign"]))
 def test_any_json_is_a_transcript_or_our_error(tmp_path_factory, record, format, label):
     check_reader(tmp_path_factory.getbasetemp(), record, format=format, label=label)
 
