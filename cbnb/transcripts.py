@@ -740,7 +740,7 @@ def from_rrfa(record, where, default_id, label=None, source=""):
             out += (from_trace_v1 if is_trace(sample) else from_openai)(sample, here, f"{default_id}:{own}:{i}", own, source)
     return out
 
-# %% ../nbs/00_transcripts.ipynb #1d085108
+# %% ../nbs/00_transcripts.ipynb #2d132785
 @dataclass(frozen=True)
 class Format:
     """A file format. `recognises(record)` says whether a file's first record (a dict) is of it, by its content; `reads(record, where,
@@ -761,7 +761,7 @@ class Format:
 
 
 FORMATS = {}  # by name, in the order in which they were added
-ROOMS = ("cbnb.packed", "cbnb.formats_chat")  # later rooms that add formats, read when first asked
+ROOMS = ("cbnb.packed", "cbnb.formats_chat", "cbnb.formats_runs", "cbnb.formats_sessions")  # later rooms that add formats, read when first asked
 
 
 def add_format(format):
@@ -770,8 +770,8 @@ def add_format(format):
 
 
 def known_formats():
-    "`FORMATS`, with those of the later rooms; what was added under one of their names before they were loaded is kept."
-    own = dict(FORMATS)
+    "`FORMATS`, with those of the later rooms; what others added under one of their names before they were loaded is kept."
+    own = {name: f for name, f in FORMATS.items() if f.reads.__module__ != __name__}
     for room in ROOMS: importlib.import_module(room)
     FORMATS.update(own)
     return FORMATS

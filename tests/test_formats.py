@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cbnb import transcripts as T
 
 FIXTURES = ROOT / "tests" / "fixtures"
-UNLABELLED = ("sharegpt.json", "anthropic.jsonl", "responses.jsonl", "langchain.json", "alpaca.json")
+UNLABELLED = ("sharegpt.json", "anthropic.jsonl", "responses.jsonl", "langchain.json", "alpaca.json", "inspect.json", "swe_agent.traj",
+              "mini_swe_agent.json", "openhands.jsonl", "claude_code.jsonl", "codex.jsonl")
 LABELS = dict.fromkeys(UNLABELLED, "benign")  # fixtures of formats that have no label of their own
 ON_REQUEST = {"preference"}  # formats that are only read where they are named
 
@@ -25,8 +26,11 @@ def records(name):
 FILES = {"openai": "agent.jsonl", "sharegpt": "sharegpt.json", "agentdojo": "agentdojo.json", "tau_bench": "tau_bench.json", "bfcl": "bfcl.jsonl",
          "circuit_breakers": "circuit_breakers.json", "ultrachat": "ultrachat.jsonl", "rrfa": "rrfa.jsonl", "trace_v1": "trace_v1.jsonl",
          "anthropic": "anthropic.jsonl", "responses": "responses.jsonl", "langchain": "langchain.json", "hermes": "hermes.jsonl", "alpaca": "alpaca.json",
-         "preference": "preference.jsonl"}
+         "preference": "preference.jsonl", "inspect": "inspect.json", "invariant": "invariant.jsonl", "tau2_bench": "tau2_bench.json",
+         "swe_agent": "swe_agent.traj", "mini_swe_agent": "mini_swe_agent.json", "openhands": "openhands.jsonl",
+         "claude_code": "claude_code.jsonl", "codex": "codex.jsonl"}
 GOOD = {name: records(file) for name, file in FILES.items()}
+WHOLE = {"claude_code": {"lines": GOOD["claude_code"]}, "codex": {"rollout": GOOD["codex"]}, "langchain": {"messages": GOOD["langchain"]}}  # of files that are one
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -151,7 +155,7 @@ def changed(value, path, new):
 @st.composite
 def broken(draw):
     "A good record of some format with one to three of its values changed, left out or given a foreign key."
-    record = draw(st.sampled_from([r for found in GOOD.values() for r in found]))
+    record = draw(st.sampled_from([r for found in GOOD.values() for r in found] + list(WHOLE.values())))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from([p for p in places(record) if p]))
         record = changed(record, path, draw(st.just(...) | VALUES | st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3)))
@@ -182,7 +186,7 @@ def test_any_json_is_a_transcript_or_our_error(tmp_path_factory, record, format,
 @pytest.mark.parametrize("name", FILES)
 def test_one_change_in_a_good_record(name, tmp_path):
     "Each value of each good record in turn left out or replaced: transcripts or our error, in the format itself and in auto."
-    for record in GOOD[name]:
+    for record in [WHOLE[name]] if name in WHOLE else GOOD[name]:
         for path in places(record):
             for new in [..., None, 3, True, "", "x", [], {}, [[]], [None], {"type": []}]:
                 if path:
