@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
-           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_ablate', 'tell', 'run_ablate', 'add_status',
-           'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch',
-           'add_report', 'run_report', 'parser', 'main']
+           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_convert', 'run_convert', 'add_ablate', 'tell',
+           'run_ablate', 'add_status', 'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train',
+           'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch',
+           'run_fetch', 'add_report', 'run_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -30,7 +30,7 @@ from .templates import MaskError
 from .runs import ParameterError, RunError, read_json, safe_output, write_bytes
 from .settings import make_masker
 from .targets import SIDES
-from .transcripts import FORMATS, LABELS, TranscriptError, nearest, read_transcripts
+from .transcripts import LABELS, TranscriptError, known_formats, nearest, read_transcripts
 
 # %% ../nbs/30_cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -94,7 +94,8 @@ def add_masks(commands):
                             epilog="findings that fail the audit (status 1), each of which --allow takes out:\n" + "\n".join(
                                 f"  {kind:<20}{text}" for kind, text in KINDS.items() if kind not in NOTES)
                             + "\nstatus 2: bad usage, or a file or model that cannot be read")
-    p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, or a folder of such files")
+    p.add_argument("file", metavar="FILE",
+                   help="transcripts: JSONL, one JSON array or object, packed, a table, a folder of such files, or hf:dataset[split]")
     p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="a folder or hub id with the tokenizer, or tinyagent")
     p.add_argument("--policy", default="assistant_only", help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)")
     p.add_argument("--chat-template", metavar="FILE", default="", help="a Jinja file to use in place of the tokenizer's own, or its text")
@@ -103,7 +104,7 @@ def add_masks(commands):
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
     p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
                    help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
-    p.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="of the file (default: by its first record)")
+    p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
     p.add_argument("--truncation", choices=SIDES,
@@ -161,6 +162,28 @@ def closing_lines(totals, findings, more):
     yield from [*more, ""] if findings else []
     for head, rows in ((ROLE_HEAD, totals.role_table()), (TURN_HEAD, totals.turn_table())): yield from [*format_table(head, rows), ""]
     yield totals.verdict()
+
+# %% ../nbs/30_cli.ipynb #c11f8cbf
+def add_convert(commands):
+    "Adds the arguments of `cbnb convert`."
+    p = commands.add_parser("convert", help="any format into the project's own", description="Write the transcripts of a file, a folder or a "
+                            "data set as one JSONL file in the project's own form, and say what was read, left out, dropped and adapted.",
+                            epilog="status 0: all was read; 1: records were dropped, by the causes that are printed; 2: nothing was written")
+    p.add_argument("file", metavar="IN", help="as for cbnb masks")
+    p.add_argument("out", metavar="OUT.jsonl", help="the file to write; never the one that is read, nor one in the folder that is read")
+    p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
+    p.add_argument("--label", choices=LABELS, help="label of records that carry none")
+    p.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    p.set_defaults(run=run_convert)
+
+
+def run_convert(args):
+    "Carries out `cbnb convert`."
+    from cbnb.convert import convert, report_lines
+    report = convert(args.file, args.out, args.format, args.label, lambda items: progress(items, "transcripts"))
+    if args.json: print(json.dumps(report))
+    else: print(*map(visible, report_lines(report)), sep="\n")
+    return 1 if report["dropped"] else 0
 
 # %% ../nbs/30_cli.ipynb #abl00002
 def add_ablate(commands):
@@ -400,7 +423,7 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_plan, add_preflight, add_train, add_evaluate, add_ablate, add_status, add_report, add_fetch): add(commands)
+    for add in (add_masks, add_convert, add_plan, add_preflight, add_train, add_evaluate, add_ablate, add_status, add_report, add_fetch): add(commands)
     return p
 
 

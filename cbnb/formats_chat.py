@@ -11,14 +11,14 @@ __all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'C
            'is_hermes', 'alpaca_prompt', 'alpaca_history', 'from_alpaca', 'is_alpaca', 'transcript_text', 'pair_side',
            'from_preference']
 
-# %% ../nbs/00f_formats_chat.ipynb #6d044e32
+# %% ../nbs/00f_formats_chat.ipynb #1a7ba7f5
 import ast
 import itertools
 import re
 from collections import Counter
 
 from .transcripts import (
-    Format, TranscriptError, add_adapted, add_format, from_openai, need, need_one_of, parse_json, read_arguments, read_content, read_message, read_switch,
+    CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, from_openai, need, need_one_of, parse_json, read_arguments, read_content, read_message, read_switch,
     read_tool_call, read_turn)
 
 # %% ../nbs/00f_formats_chat.ipynb #e8fb2694
@@ -113,7 +113,7 @@ def anthropic_messages(messages, where, adapted):
             names |= {c["id"]: c["function"]["name"] for c in out[-1].get("tool_calls", []) if c.get("id")}
     return out
 
-# %% ../nbs/00f_formats_chat.ipynb #815c5e51
+# %% ../nbs/00f_formats_chat.ipynb #e9fb2840
 def anthropic_tools(tools, where, adapted):
     "Tools of ours from Anthropic's `{name, description, input_schema}`. Tools that run at Anthropic have no schema; they are left out, counted."
     if isinstance(tools, str): tools = read_arguments('{"tools": ' + tools + "}", where)["tools"]
@@ -150,7 +150,7 @@ def is_anthropic(record):
                                or any("input_schema" in tool for tool in dicts_of(record.get("tools"))))
 
 
-add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",)))
+add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",), takes=CHAT_KEYS))
 
 # %% ../nbs/00f_formats_chat.ipynb #6ddd8e94
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -227,7 +227,7 @@ def response_messages(items, where, adapted):
                 turn = None
     return [{"content": "", **m} for m in out]
 
-# %% ../nbs/00f_formats_chat.ipynb #44e76c97
+# %% ../nbs/00f_formats_chat.ipynb #a260f5a5
 def response_tools(tools, where, adapted):
     "Tools of ours from the flat ones of Responses, `{type, name, parameters}`; those that run at OpenAI are left out, counted."
     need(tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), where, "is no list of tools")
@@ -269,9 +269,10 @@ def is_responses(record):
     return "messages" not in record and (is_item(record) or any(is_item(i) or "role" in i and "content" in i for items in lists for i in items))
 
 
-add_format(Format("responses", is_responses, from_responses, lambda records, path: join_records(records, is_item, "items")))
+add_format(Format("responses", is_responses, from_responses, lambda records, path: join_records(records, is_item, "items"),
+                  takes=(*CHAT_KEYS, "instructions")))
 
-# %% ../nbs/00f_formats_chat.ipynb #d61c3691
+# %% ../nbs/00f_formats_chat.ipynb #655d46aa
 KINDS = {"human": "user", "HumanMessage": "user", "HumanMessageChunk": "user", "ai": "assistant", "AIMessage": "assistant", "AIMessageChunk": "assistant",
          "system": "system", "SystemMessage": "system", "tool": "tool", "ToolMessage": "tool", "function": "function", "FunctionMessage": "function",
          "developer": "system"}
@@ -345,9 +346,9 @@ def holds_langchain(record):
     return is_langchain(record) or any(is_langchain(m) for m in dicts_of(state.get("messages")) + dicts_of(record.get("messages")))
 
 
-add_format(Format("langchain", holds_langchain, from_langchain, lambda records, path: join_records(records, is_langchain, "messages"), before=("openai",)))
+add_format(Format("langchain", holds_langchain, from_langchain, lambda records, path: join_records(records, is_langchain, "messages"), before=("openai",), takes=CHAT_KEYS))
 
-# %% ../nbs/00f_formats_chat.ipynb #24921137
+# %% ../nbs/00f_formats_chat.ipynb #c1b2d5bb
 CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
 RESULT_TAGS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
 
@@ -398,9 +399,9 @@ def is_hermes(record):
     return any(isinstance(text, str) and "<tool_call>" in text for text in said)
 
 
-add_format(Format("hermes", is_hermes, from_hermes, before=("openai", "sharegpt")))
+add_format(Format("hermes", is_hermes, from_hermes, before=("openai", "sharegpt"), takes=CHAT_KEYS))
 
-# %% ../nbs/00f_formats_chat.ipynb #886d9eb2
+# %% ../nbs/00f_formats_chat.ipynb #86e14968
 def alpaca_prompt(record, where):
     "The user's text of an alpaca row: `instruction`, and `input` on the next line where there is one."
     parts = [record.get("instruction"), record.get("input")]
@@ -432,9 +433,9 @@ def is_alpaca(record):
     return isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str) and not {"messages", "conversations", "chosen"} & record.keys()
 
 
-add_format(Format("alpaca", is_alpaca, from_alpaca))
+add_format(Format("alpaca", is_alpaca, from_alpaca, takes=CHAT_KEYS))
 
-# %% ../nbs/00f_formats_chat.ipynb #fbcc8378
+# %% ../nbs/00f_formats_chat.ipynb #a37fdd29
 def transcript_text(text, where):
     "Messages of a dialogue that is one text, `\\n\\nHuman: ...\\n\\nAssistant: ...`, as in Anthropic's HH set."
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
@@ -472,4 +473,5 @@ def from_preference(record, where, default_id, label=None, source=""):
         {**record, "id": f"{name}:{key}"}, used[:-1], sides[key], where, f"{default_id}:{key}", own, source, record.get("tools"))]
 
 
-add_format(Format("preference", lambda r: {"chosen", "rejected"} <= r.keys(), from_preference, before=("openai", "sharegpt"), on_request=True))
+add_format(Format("preference", lambda r: {"chosen", "rejected"} <= r.keys(), from_preference, before=("openai", "sharegpt"),
+                  takes=(*CHAT_KEYS, "chosen", "rejected"), on_request=True))

@@ -10,7 +10,7 @@ __all__ = ['KEPT', 'GREETING', 'LEFT_OUT', 'with_attachments', 'inspect_content'
            'openhands_event', 'openhands_kind', 'from_openhands', 'is_event', 'is_openhands', 'settled', 'answer_of',
            'join_answers', 'from_bfcl_answered', 'is_bfcl', 'answers_only']
 
-# %% ../nbs/00g_formats_runs.ipynb #e45ee918
+# %% ../nbs/00g_formats_runs.ipynb #6e42753f
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from .formats_chat import (
     ITEMS, dicts_of, finish, is_dicts, item_text, join_records, response_messages)
 from .transcripts import (
-    Format, TranscriptError, add_adapted, add_format, agentdojo_label, agentdojo_leaves_out, from_bfcl, need, need_one_of, or_benign, read_arguments,
+    CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, agentdojo_label, agentdojo_leaves_out, from_bfcl, need, need_one_of, or_benign, read_arguments,
     read_content, read_message, read_records, read_tool_call, replace)
 
 # %% ../nbs/00g_formats_runs.ipynb #0675117d
@@ -120,7 +120,7 @@ def is_inspect(record): return isinstance(record.get("eval"), dict) and {"sample
 
 add_format(Format("inspect", is_inspect, from_inspect, items="samples"))
 
-# %% ../nbs/00g_formats_runs.ipynb #49976177
+# %% ../nbs/00g_formats_runs.ipynb #534c7459
 def skip_metadata(records, path):
     "`records` of an Invariant export without its line of metadata, which goes into each record that follows as `dataset_metadata`."
     head = None
@@ -156,7 +156,8 @@ def is_invariant(record):
 def invariant_leaves_out(record): return agentdojo_leaves_out(record["metadata"]) if isinstance(record.get("metadata"), dict) else ""
 
 
-add_format(Format("invariant", is_invariant, from_invariant, skip_metadata, before=("openai",), leaves_out=invariant_leaves_out))
+add_format(Format("invariant", is_invariant, from_invariant, skip_metadata, before=("openai",), leaves_out=invariant_leaves_out,
+                  takes=CHAT_KEYS))
 
 # %% ../nbs/00g_formats_runs.ipynb #101f8630
 GREETING = "Hi! How can I help you today?"  # tau2-bench's own first words, which no model wrote
@@ -296,7 +297,7 @@ def is_mini_swe_agent(record):
 
 add_format(Format("mini_swe_agent", is_mini_swe_agent, from_mini_swe_agent, before=("openai",)))
 
-# %% ../nbs/00g_formats_runs.ipynb #1a6a4672
+# %% ../nbs/00g_formats_runs.ipynb #8bc34372
 LEFT_OUT = ("recall", "change_agent_state", "null", "condensation", "condensation_request", "loop_recovery", "agent_state_changed")
 
 
@@ -413,7 +414,7 @@ def is_event(record):
 def is_openhands(record): return is_event(record) or "trajectory" not in record and any(is_event(e) for k in ("history", "events") for e in dicts_of(record.get(k)))
 
 
-add_format(Format("openhands", is_openhands, from_openhands, lambda records, path: join_records(records, is_event, "events")))
+add_format(Format("openhands", is_openhands, from_openhands, lambda records, path: join_records(records, is_event, "events"), takes=CHAT_KEYS))
 
 # %% ../nbs/00g_formats_runs.ipynb #fe1542eb
 def settled(allowed):

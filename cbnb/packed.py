@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'HUB', 'open_zst', 'as_json', 'read_batches', 'read_parquet', 'read_arrow', 'read_member', 'read_archive',
            'hub_call', 'read_hub']
 
-# %% ../nbs/00e_packed.ipynb #4e5ee4ba
+# %% ../nbs/00e_packed.ipynb #a0f890f3
 import datetime
 import gzip
 import io
@@ -17,15 +17,12 @@ import zipfile
 from decimal import Decimal
 from pathlib import Path
 
-import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
-
 from .transcripts import MAX_LINE_BYTES, PACKED, TABLES, TranscriptError, need, parse_json
 
-# %% ../nbs/00e_packed.ipynb #e35b08f0
+# %% ../nbs/00e_packed.ipynb #c1a9fd9f
 def open_zst(path):
     "The Zstandard file at `path` as a binary stream. What is wrong with it raises OSError when it is read."
+    import pyarrow  # late: a command that reads no such file must not wait for it
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
@@ -47,8 +44,8 @@ def as_json(value, where):
     need(value is None or isinstance(value, str | int | float), where, f"is {type(value).__name__}; only text, numbers, lists and objects are read")
     return value
 
-# %% ../nbs/00e_packed.ipynb #752c1325
-ROWS = 32  # of a table that are held at a time
+# %% ../nbs/00e_packed.ipynb #f69cf12e
+ROWS = 32  # rows of a table that are held at a time
 
 
 def read_batches(batches, name):
@@ -65,14 +62,16 @@ def read_batches(batches, name):
 
 def read_parquet(path, name):
     "`(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError for a damaged one."
+    import pyarrow.parquet
     try:
         with pyarrow.parquet.ParquetFile(path) as table: yield from read_batches(table.iter_batches(ROWS), name)
-    except (pyarrow.ArrowException, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
+    except (pyarrow.lib.ArrowException, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 
 def read_arrow(path, name):
     """`(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets` keeps them. Raises TranscriptError for
     a damaged one."""
+    import pyarrow.ipc
     try:
         with pyarrow.memory_map(str(path)) as source:
             if source.read(6) == b"ARROW1":
@@ -82,18 +81,19 @@ def read_arrow(path, name):
                 source.seek(0)
                 batches = pyarrow.ipc.open_stream(source)
             yield from read_batches(batches, name)
-    except (pyarrow.ArrowException, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
+    except (pyarrow.lib.ArrowException, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 
 TABLES.update({b"PAR1": read_parquet, b"ARROW1": read_arrow, b"\xff\xff\xff\xff": read_arrow})
 
-# %% ../nbs/00e_packed.ipynb #fed7e871
+# %% ../nbs/00e_packed.ipynb #2091b94f
 def read_member(archive, member, where):
     """JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked. Zstandard (method 93, which Inspect
     writes and Python's zipfile does not read before 3.14) is unpacked here."""
     need(member.file_size <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
     try:
         if member.compress_type == 93:
+            import pyarrow
             with open(archive.filename, "rb") as f:
                 f.seek(member.header_offset)
                 head = f.read(30)

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', 'DECODER', 'SWITCHES', 'UNCLEAR',
            'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'SHAREGPT_ROLES', 'ESCAPES', 'PLAIN',
-           'JSON_TYPES', 'FORMATS', 'ROOMS', 'BINARY', 'PACKED', 'TABLES', 'CHUNK', 'PART_TOKEN', 'ITEM_TOKEN',
-           'MAX_SKIPPED', 'SUFFIXES', 'TranscriptError', 'InjectionSpan', 'Transcript', 'json_depth', 'check_unicode',
-           'parse_json', 'need', 'nearest', 'need_one_of', 'read_switch', 'check_record_switches', 'read_content',
-           'read_arguments', 'read_tool_call', 'modernise', 'read_message', 'read_label', 'read_message_labels',
-           'read_spans', 'check_meaning', 'read_meta', 'read_tools', 'add_adapted', 'take_system', 'take_tools',
-           'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign', 'from_ultrachat', 'read_turn',
-           'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'squeeze', 'find_all',
-           'find_injection', 'find_injections', 'agentdojo_label', 'from_agentdojo', 'from_tau_bench', 'to_json_schema',
-           'from_bfcl', 'trace_call', 'trace_label', 'from_trace_v1', 'is_trace', 'from_rrfa', 'Format', 'add_format',
-           'known_formats', 'chat_with', 'agentdojo_leaves_out', 'detect_format', 'is_hub', 'first_bytes', 'open_file',
-           'open_text', 'read_lines', 'decode_line', 'object_parts', 'read_big_object', 'read_object', 'array_items',
-           'read_array', 'read_text_records', 'read_records', 'SeenKeys', 'one_by_one', 'of_format', 'TranscriptReader',
-           'read_transcripts', 'to_record', 'write_transcripts']
+           'JSON_TYPES', 'FORMATS', 'CHAT_KEYS', 'ROOMS', 'BINARY', 'PACKED', 'TABLES', 'CHUNK', 'PART_TOKEN',
+           'ITEM_TOKEN', 'MAX_SKIPPED', 'SUFFIXES', 'TranscriptError', 'InjectionSpan', 'Transcript', 'json_depth',
+           'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of', 'read_switch', 'check_record_switches',
+           'read_content', 'read_arguments', 'read_tool_call', 'modernise', 'read_message', 'read_label',
+           'read_message_labels', 'read_spans', 'check_meaning', 'read_meta', 'read_tools', 'add_adapted',
+           'take_system', 'take_tools', 'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign',
+           'from_ultrachat', 'read_turn', 'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message',
+           'squeeze', 'find_all', 'find_injection', 'find_injections', 'agentdojo_label', 'from_agentdojo',
+           'from_tau_bench', 'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label', 'from_trace_v1', 'is_trace',
+           'from_rrfa', 'Format', 'add_format', 'known_formats', 'chat_with', 'agentdojo_leaves_out', 'detect_format',
+           'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line', 'object_parts',
+           'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records', 'read_records',
+           'SeenKeys', 'one_by_one', 'of_format', 'TranscriptReader', 'read_transcripts', 'to_record',
+           'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
 import difflib
@@ -395,7 +396,6 @@ def from_pair(prompt, answer, where, key):
 def from_circuit_breakers(record, where, default_id, label=None, source=""):
     "Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a refusal) benign."
     need(label is None, where, f"label={label!r} was passed, but a circuit-breakers row holds both labels; read it without label=")
-    check_meaning(record, where)
     meta = {k: v for k, v in record.items() if k not in ("prompt", "output", "llama3_output")}
     return [Transcript(f"{default_id}:{own}", from_pair(record.get("prompt"), record.get(key), where, key), None, own, source, meta=meta)
             for key, own in (("output", "harmful"), ("llama3_output", "benign"))]
@@ -585,7 +585,6 @@ def from_agentdojo(record, where, default_id, label=None, source=""):
 
     `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand in none are
     `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool schemas, so `tools` is None."""
-    check_meaning(record, where)
     messages, injections = record.get("messages"), record.get("injections")
     injections = {} if injections is None else injections
     need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; a run without messages teaches nothing, drop it")
@@ -639,7 +638,6 @@ def from_bfcl(record, where, default_id, label=None, source=""):
 
     `question` is a list of turns, each a list of messages, joined here; `meta["turns"]` says how many messages each turn had. `meta` keeps
     `ground_truth` and every other key. BFCL holds questions only: there is no assistant message, so every mask of it is empty."""
-    check_meaning(record, where)
     question, function = record.get("question"), record.get("function")
     need(isinstance(question, list) and question, f"{where}, question", "is missing or empty; write a list of turns")
     for i, turn in enumerate(question):
@@ -740,7 +738,7 @@ def from_rrfa(record, where, default_id, label=None, source=""):
             out += (from_trace_v1 if is_trace(sample) else from_openai)(sample, here, f"{default_id}:{own}:{i}", own, source)
     return out
 
-# %% ../nbs/00_transcripts.ipynb #2d132785
+# %% ../nbs/00_transcripts.ipynb #9e0b33aa
 @dataclass(frozen=True)
 class Format:
     """A file format. `recognises(record)` says whether a file's first record (a dict) is of it, by its content; `reads(record, where,
@@ -749,7 +747,7 @@ class Format:
     `gathers(records, path)` joins or leaves out records of a file first, where one of them is not one conversation: from and to an iterator
     of `(where, id, record or TranscriptError)`. `items` names a list in a big record whose items are read one by one.
     `leaves_out(record)` names the cause for which a folder leaves the record out, or "". `before` names more general formats that know its records,
-    too, and come after it. `on_request`: only read where `format` names it."""
+    too, and come after it; `takes` the keys of `MEANING` that it follows. `on_request`: only read where `format` names it."""
     name: str
     recognises: Callable
     reads: Callable
@@ -757,10 +755,12 @@ class Format:
     items: str = ""
     leaves_out: Callable | None = None
     before: tuple = ()
+    takes: tuple = ()
     on_request: bool = False
 
 
 FORMATS = {}  # by name, in the order in which they were added
+CHAT_KEYS = (*SYSTEM_KEYS, "functions")  # of MEANING, what from_openai follows
 ROOMS = ("cbnb.packed", "cbnb.formats_chat", "cbnb.formats_runs", "cbnb.formats_sessions")  # later rooms that add formats, read when first asked
 
 
@@ -776,7 +776,7 @@ def known_formats():
     FORMATS.update(own)
     return FORMATS
 
-# %% ../nbs/00_transcripts.ipynb #1948e027
+# %% ../nbs/00_transcripts.ipynb #9fa65065
 def chat_with(*keys):
     "Whether a record has `keys` beside messages, and no label: a `label` beside messages marks our own form."
     return lambda record: {"messages", *keys} <= record.keys() and "label" not in record
@@ -791,13 +791,13 @@ def agentdojo_leaves_out(record):
 
 
 for _format in (
-        Format("openai", lambda r: "messages" in r, from_openai),
-        Format("sharegpt", lambda r: "conversations" in r, from_sharegpt),
+        Format("openai", lambda r: "messages" in r, from_openai, takes=CHAT_KEYS),
+        Format("sharegpt", lambda r: "conversations" in r, from_sharegpt, takes=CHAT_KEYS),
         Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out, before=("openai",)),
-        Format("tau_bench", lambda r: {"task_id", "traj"} <= r.keys(), from_tau_bench),
+        Format("tau_bench", lambda r: {"task_id", "traj"} <= r.keys(), from_tau_bench, takes=CHAT_KEYS),
         Format("bfcl", lambda r: "question" in r and bool({"function", "involved_classes"} & r.keys()), from_bfcl),
         Format("circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(), from_circuit_breakers),
-        Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("openai",)),
+        Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("openai",), takes=CHAT_KEYS),
         Format("rrfa", lambda r: any(isinstance(r.get(k), list) for k in LABELS), from_rrfa),
         Format("trace_v1", lambda r: chat_with()(r) and is_trace(r), from_trace_v1, before=("openai",))):
     add_format(_format)
@@ -1129,6 +1129,7 @@ class TranscriptReader:
                     self.left_out[cause] += 1
                     continue
                 check_record_switches(record, where)
+                check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
                 found = format.reads(record, where, default_id, self.label, name)
                 self.formats[format.name] += 1
                 if format.name == "rrfa": found = self.drop_repeats(found, default_id, contents)
