@@ -105,6 +105,7 @@ def add_masks(commands):
                    help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
     p.add_argument("--format", default="auto", choices=("auto", *FORMATS), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
+    p.add_argument("--relabel", choices=("source",), help="read records whose label contradicts the verdict of their source by that verdict")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
     p.add_argument("--truncation", choices=SIDES,
                    help="what --max-length cuts: around the last target as cbnb does, the right or the left end (default: targets)")
@@ -122,22 +123,22 @@ LISTED = 20  # findings of one kind that are printed or kept for the page
 
 
 def audit_file(args):
-    "Yields the `Audited` of the file, the model and the policy in `args`. Raises CommandError before anything is read."
-    try: reader = read_transcripts(args.file, args.format, args.label, on_error="skip")
+    "`(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before anything is read."
+    try: reader = read_transcripts(args.file, args.format, args.label, "skip", args.relabel)
     except TranscriptError as e: raise CommandError(str(e)) from None
     policy, page = load_policy(args.policy), args.html and Path(args.html)
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
     if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
     masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
-    return audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
+    return reader, audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 
 def run_masks(args):
     "Carries out `cbnb masks`; the exit status is 1 where a transcript fails. Memory does not grow with the file."
     totals, kept, shown, colour = Totals(), Counter(), [], use_colour(args.color, sys.stdout)
-    findings = []
-    for audited in progress(audit_file(args), "transcripts"):
+    findings, (reader, stream) = [], audit_file(args)
+    for audited in progress(stream, "transcripts"):
         totals.add(audited, args.allow)
         if audited.encoded is not None and len(shown) < args.show:
             shown.append(audited)
@@ -146,6 +147,7 @@ def run_masks(args):
         for finding in audited.findings:
             if kept[finding.kind] < LISTED: findings.append(finding)
             kept[finding.kind] += 1
+    for text in reader.told(): print(f"note: {visible(text)}", file=sys.stderr)
     more = [f"{kind}: {n - LISTED:,} more; --json lists all" for kind, n in kept.items() if n > LISTED]
     if args.json: print(json.dumps({"summary": totals.summary()}))
     else: print(*closing_lines(totals, findings, more), sep="\n")
