@@ -23,13 +23,14 @@ import numpy as np
 from .policies import POLICIES, end_tokens
 from .templates import MaskError
 from .turns import COMPLETION, Segment
-from .targets import training_mask, truncation_window
+from .targets import lacks_injection, training_mask, truncation_window
 from .transcripts import REASONING_KEYS, ROLES, SWITCHES, TranscriptError, TranscriptReader, nearest
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
 KINDS = {
     "unreadable": "the record is no transcript",
     "no_mask": "no safe mask can be made of it",
+    "no_injection": "a harmful transcript has no injection that the policy asks for, so all that the assistant says is trained",
     "lost_calls": "the template writes none of a message's tool calls",
     "lost_words": "the template writes nothing of an answer",
     "call_schema": "a call contradicts the schema of its tool, or its tool is not on offer",
@@ -250,6 +251,9 @@ def audit_one(number, transcript, encoded, policy, max_length=None, side="target
         try: mask = training_mask(encoded, transcript, policy)
         except MaskError as e: encoded = e
     found = [Finding("no_mask", str(encoded), message_of(str(encoded)))] if mask is None else check_mask(encoded, mask, transcript, max_length, side)
+    if mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
+        found.append(Finding("no_injection", f"{policy} finds no injection span and trains all that the assistant says, before the attack too; "
+                                             "find spans with cbnb spans, or choose another policy"))
     place = dict(transcript=transcript.id, number=number, file=file)
     found = tuple(Finding(f.kind, f.text, f.messages, **place) for f in found)
     return Audited(number, transcript, None if mask is None else encoded, mask, found)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .masks import ChatMasker, loss_mask
-from .policies import Encoded
+from .policies import NEED_INJECTION, Encoded
 from .templates import MaskError
 from .transcripts import Transcript
 
@@ -27,7 +27,7 @@ def messages_off(transcript: Transcript) -> list[int]:
 # %% ../nbs/01a_targets.ipynb #fdeeb3e9
 def lacks_injection(transcript: Transcript, policy) -> bool:
     "Whether `policy` asks for an injection that the transcript has not, so that `assistant_only` takes its place."
-    return policy == "post_injection_only" and not transcript.injection_spans
+    return policy in NEED_INJECTION and not transcript.injection_spans
 
 # %% ../nbs/01a_targets.ipynb #20943509
 def check_calls(encoded: Encoded) -> None:

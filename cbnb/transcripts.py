@@ -11,11 +11,11 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', '
            'Contradiction', 'source_run', 'measured_label', 'read_message_labels', 'read_spans', 'read_meta',
            'last_calls', 'check_label', 'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign',
            'from_ultrachat', 'read_tools', 'read_turn', 'from_sharegpt', 'read_blocks', 'agentdojo_call',
-           'agentdojo_message', 'squeeze', 'find_all', 'find_injection', 'find_injections', 'agentdojo_label',
-           'from_agentdojo', 'from_tau_bench', 'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label',
-           'trace_verdict', 'check_trace', 'from_trace_v1', 'is_trace', 'from_rrfa', 'detect_format', 'read_lines',
-           'decode_line', 'read_object', 'array_items', 'read_array', 'read_records', 'SeenKeys', 'TranscriptReader',
-           'read_transcripts', 'to_record', 'write_transcripts']
+           'agentdojo_message', 'squeeze', 'find_all', 'find_injection', 'join_spans', 'find_injections',
+           'agentdojo_label', 'from_agentdojo', 'from_tau_bench', 'to_json_schema', 'from_bfcl', 'trace_call',
+           'trace_label', 'trace_verdict', 'check_trace', 'from_trace_v1', 'is_trace', 'from_rrfa', 'detect_format',
+           'read_lines', 'decode_line', 'read_object', 'array_items', 'read_array', 'read_records', 'SeenKeys',
+           'TranscriptReader', 'read_transcripts', 'to_record', 'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
 import difflib
@@ -538,22 +538,27 @@ def find_injection(text, injection, squeezed=squeeze):
     return []
 
 
-def find_injections(messages, injections):
-    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in tool results, overlapping ones as one, and the sorted
-    names of those that stand in none."""
+def join_spans(found):
+    "The spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
+    spans = []
+    for i, a, b in sorted(found):
+        if spans and spans[-1][0] == i and a < spans[-1][2]: spans[-1][2] = max(spans[-1][2], b)
+        else: spans.append([i, a, b])
+    return spans
+
+
+def find_injections(messages, injections, roles=("tool",)):
+    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of `roles`, overlapping ones as one, and the
+    sorted names of those that stand in none."""
     found, seen = [], set()
     for i, message in enumerate(messages):
-        if message["role"] != "tool": continue
+        if message["role"] not in roles: continue
         squeezed = functools.lru_cache(squeeze)  # of this message, for all injections
         for name, injection in injections.items():
             places = find_injection(message["content"], injection, squeezed)
             found += [[i, a, b] for a, b in places]
             if places: seen.add(name)
-    missing, spans = injections.keys() - seen, []
-    for i, a, b in sorted(found):
-        if spans and spans[-1][0] == i and a < spans[-1][2]: spans[-1][2] = max(spans[-1][2], b)
-        else: spans.append([i, a, b])
-    return spans, sorted(missing)
+    return join_spans(found), sorted(injections.keys() - seen)
 
 # %% ../nbs/00_transcripts.ipynb #597d1462
 def agentdojo_label(record, where):
