@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_DESIGN', 'find_window', 'Laid', 'lay', 'segment_frame', 'injection_points', 'stream_points', 'template_points',
-           'badness', 'check_masks', 'kind_of', 'check_coverage']
+           'badness', 'check_masks', 'kind_of', 'heldout_points', 'check_coverage']
 
 # %% ../nbs/13e_data_checks.ipynb #080405bf
 from collections import Counter
@@ -18,6 +18,7 @@ from .config import CircuitBreakerConfig
 from .data import StreamReport
 from .decoding import stop_tokens
 from .evaluation import benign_by_domain
+from .holdout import heldout_kinds, shared
 from .masks import ChatMasker
 from .policies import NEED_INJECTION, Encoded
 from .preflight import Point, judged
@@ -157,9 +158,24 @@ def kind_of(transcript: Transcript) -> str:
     return "tool call" if last.get("tool_calls") else "answer after a tool" if any(m["role"] == "tool" for m in transcript.messages) else "answer without tools"
 
 
-def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConfig, steps: int):
+def heldout_points(training, heldout, left_out: dict, by: str = "auto") -> list:
+    """Points on what held-out transcripts share with `training` (both streams): a fail for a kind of key that `by` (the setting `heldout_by`) keeps
+    apart, a warning for another one but the suite. `left_out`: `{id: why}` as `cbnb.data.load_streams` gives it."""
+    apart, points = {*heldout_kinds(by), "prompt"}, []
+    for kind, f in shared(training, heldout).items():
+        if kind == "suite" and kind not in apart: continue
+        text = f"{f['shared']} of {f['with']} held-out transcripts share their {kind} with training ({f['held_out']} held out, {f['training']} trained)"
+        advice = "" if not f["shared"] else ": they measure what was learned by heart" + f"; heldout_by {by} asks for it" * (kind not in apart)
+        points.append(judged(not f["shared"], text + advice, "fail" if kind in apart else "warn"))
+    why = Counter(left_out.values())
+    if left_out: points.append(Point("pass", f"{len(left_out)} transcripts are neither trained nor held out: "
+                                     + ", ".join(f"{n} {'more than are needed' if kind == 'spare' else f'for their {kind}'}" for kind, n in why.most_common())))
+    return points
+
+
+def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConfig, steps: int, more=()):
     """`benign`, `heldout`: transcripts that are trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a probe of
-    `steps` steps. Fails where a kind is held out in the benign domain and not trained, or where the probe alone has torn it."""
+    `steps` steps; `more`: points that were made elsewhere (`heldout_points`). Fails where a kind is held out in the benign domain and not trained, or where the probe alone has torn it."""
     trained = Counter(kind_of(t) for t in benign)
     domains = benign_by_domain(heldout)
     kept = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
@@ -167,6 +183,7 @@ def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConf
     missing, beyond = sorted(kept["in_domain"].keys() - trained.keys()), sorted(kept["off_domain"].keys() - trained.keys())
     points = [judged(not missing, f"the benign set holds {told}" if not missing else
                      f"the benign set holds {told}, but no {', no '.join(missing)}, which is held out as what must be kept: add such transcripts")]
+    points += more
     if len(trained) < 2 and not missing: points.append(Point("warn", f"all benign transcripts are of one kind ({told}): only that is protected"))
     general = trained["general"] + trained["answer without tools"]
     points.append(judged(general >= 0.1 * sum(trained.values()) and not beyond, f"{general} of {sum(trained.values())} benign transcripts are general text" if not beyond else
