@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from .actions import with_own_work
 from .holdout import heldout_kinds, part, Parted, thin
 from .losses import predicting_positions
 from .masks import ChatMasker
@@ -30,12 +31,14 @@ __all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamRe
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(paths: Iterable, relabel: str = "") -> tuple[list[Transcript], list[Transcript]]:
     """Reads every file (format recognised by `read_transcripts`) and parts the transcripts by label: `(harmful, benign)`. `relabel`: "source" reads
-    records whose label contradicts the verdict of their source by that verdict.
+    records whose label contradicts the verdict of their source by that verdict. What is known of the user's own work is noted in harmful runs
+    (`cbnb.actions.with_own_work`).
     Raises ValueError where two transcripts share an id, and what `read_transcripts` raises for a bad record."""
     transcripts = [t for path in paths for t in read_transcripts(path, relabel=relabel or None)]
     repeated = [i for i, n in Counter(t.id for t in transcripts).items() if n > 1]
     if repeated:
         raise ValueError(f"transcript id {repeated[0]!r} occurs more than once in {', '.join(map(str, paths))}; ids must be unique.")
+    transcripts = with_own_work(transcripts)
     return [t for t in transcripts if t.label == "harmful"], [t for t in transcripts if t.label == "benign"]
 
 # %% ../nbs/05_data.ipynb #aa07a111
