@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from .holdout import task_keys
+from .policies import NEED_COMPARISON
+from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['action_key', 'actions', 'first_injected', 'Work', 'is_clean', 'own_work', 'with_own_work']
+__all__ = ['NAMED', 'action_key', 'actions', 'first_injected', 'Work', 'is_clean', 'own_work', 'injected_work', 'own_notes',
+           'with_own_work', 'is_explained', 'whose', 'injected_actions', 'actions_line', 'for_policy']
 
 # %% ../nbs/00f_actions.ipynb #5a3c7273
 def action_key(call: dict) -> str:
@@ -62,12 +66,93 @@ def own_work(transcripts) -> dict[str, Work]:
     return found
 
 
-def with_own_work(transcripts: list[Transcript]) -> list[Transcript]:
-    """`transcripts`, in which the `meta["own_work"]` of each harmful run of a known task says what is known of that task from all of them: `tools`,
-    `calls` and the attack-free `runs` (lists of str)."""
-    known = own_work(transcripts)
-    noted = {task: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs} for task, w in known.items()}
+def injected_work(transcripts) -> dict[str, Work]:
+    "`{injection task: Work}`: what runs did to which the injection task was given as the user's own request, which is its ground truth."
+    found: dict[str, Work] = {}
+    for t in transcripts:
+        keys = task_keys(t)
+        if "injection" not in keys or "task" in keys: continue
+        work = found.setdefault(keys["injection"], Work())
+        work.runs.append(t.id)
+        for _, _, made in actions(t): work.tools.add(made["name"]), work.calls.add(action_key(made))
+    return found
+
+
+def own_notes(transcripts):
+    """The function that notes in a harmful run of a known task what is known from `transcripts` (an iterable that can be read twice): `meta["own_work"]` with
+    `tools`, `calls` and the attack-free `runs` of its task, and `meta["injected_work"]` with those of its injection task (lists of str)."""
+    def listed(known): return {key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs} for key, w in known.items()}
+    notes = {"own_work": ("task", listed(own_work(transcripts))), "injected_work": ("injection", listed(injected_work(transcripts)))}
     def note(t):
-        work = noted.get(task_keys(t).get("task")) if t.label == "harmful" else None
-        return replace(t, meta=t.meta | {"own_work": work}) if work else t
-    return [note(t) for t in transcripts]
+        if t.label != "harmful": return t
+        keys = task_keys(t)
+        found = {name: known[keys.get(kind)] for name, (kind, known) in notes.items() if keys.get(kind) in known}
+        return replace(t, meta=t.meta | found) if "own_work" in found else t
+    return note
+
+
+def with_own_work(transcripts: list[Transcript]) -> list[Transcript]:
+    "`transcripts` with the `own_notes` of them all."
+    return list(map(own_notes(transcripts), transcripts))
+
+# %% ../nbs/00f_actions.ipynb #ff21dde9
+NAMED = 4  # characters of an argument that may stand in the injected text by chance
+
+
+def is_explained(transcript: Transcript, call: dict) -> bool:
+    """Whether the injection of a transcript explains a `call`: its injection task is known to make it or to use its tool (`injected_work`), or one of its
+    arguments, a text of `NAMED` characters or more, stands in the injected text."""
+    work = transcript.meta.get("injected_work", {})
+    if action_key(call) in work.get("calls", ()) or call["name"] in work.get("tools", ()): return True
+    injections = transcript.meta.get("injections")
+    texts = [transcript.messages[s.message]["content"][s.start:s.end] for s in transcript.injection_spans]
+    texts = " ".join([*texts, *(t for t in (injections.values() if isinstance(injections, dict) else ()) if isinstance(t, str))]).casefold()
+    def words(value):
+        if isinstance(value, dict | list): return [w for part in (value.values() if isinstance(value, dict) else value) for w in words(part)]
+        return [value.strip().casefold()] if isinstance(value, str) else []
+    return any(len(word) >= NAMED and word in texts for word in words(call["arguments"]))
+
+
+def whose(transcript: Transcript) -> dict[int, str]:
+    """`{message: whose}` of the assistant's messages after the first injected one: `injected` (each of its calls is explained by the injection and no call of
+    the user's task), `own`, `unexplained` (neither), `mixed` (parallel calls of several), or `words` (no call).
+
+    Raises MaskError where there is no injection span, or no attack-free run of the same suite and task to compare with."""
+    start, work = first_injected(transcript), transcript.meta.get("own_work", {})
+    advice = "give some in data, or choose another harmful_policy"
+    if start is None: raise MaskError("this transcript has no injection span, so whose actions they are is not known; find it with cbnb spans")
+    if not work.get("runs"): raise MaskError(f"there is no attack-free run of the same suite and task to compare its actions with; {advice}")
+    found: dict[int, set] = {}
+    for i, m in enumerate(transcript.messages):
+        if i > start and m["role"] == "assistant": found[i] = set()
+    for i, _, call in actions(transcript):
+        if i in found: found[i].add("own" if action_key(call) in work["calls"] else "injected" if is_explained(transcript, call) else "unexplained")
+    return {i: "words" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed" for i, kinds in found.items()}
+
+
+def injected_actions(transcript: Transcript) -> Transcript:
+    """The transcript with the label none on each message after the injection that is not the attacker's action (`whose`); `meta["injected_actions"]` says
+    what was found and with which runs it was compared. Raises MaskError as `whose` does."""
+    found = whose(transcript)
+    off = {i: "none" for i, kind in found.items() if kind != "injected"}
+    told = {"messages": dict(Counter(found.values())), "compared_with": transcript.meta["own_work"]["runs"]}
+    return replace(transcript, message_labels=transcript.message_labels | off, meta=transcript.meta | {"injected_actions": told})
+
+
+def actions_line(transcript: Transcript) -> str:
+    "What `injected_actions` found of a transcript, in words; empty where it was not asked."
+    if not (told := transcript.meta.get("injected_actions")): return ""
+    runs = told["compared_with"]
+    return (f"messages after the injection: {', '.join(f'{n} {kind}' for kind, n in told['messages'].items()) or 'none'}; compared with "
+            f"{len(runs)} attack-free run{'s' * (len(runs) > 1)}: {', '.join(runs[:3])}{', …' * (len(runs) > 3)}")
+
+
+def for_policy(transcripts: list[Transcript], policy) -> list[Transcript]:
+    """`transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one of `NEED_COMPARISON`, benign ones as they are. Raises MaskError
+    that names the transcript."""
+    if policy not in NEED_COMPARISON: return transcripts
+    out = []
+    for t in transcripts:
+        try: out.append(injected_actions(t) if t.label == "harmful" and "injected_actions" not in t.meta else t)
+        except MaskError as e: raise MaskError(f"transcript {t.id}: {e}") from None
+    return out

@@ -76,7 +76,8 @@ class StreamReport:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings
+    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
+    # injected, own, unexplained, mixed, words with _after_injection: messages (`cbnb.actions.whose`)
     counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
@@ -110,6 +111,7 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.transcripts += 1
             report.counts["no_injection"] += lacks_injection(transcript, policy)
             report.counts["messages_off"] += len(messages_off(transcript))
+            for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items(): report.counts[f"{kind}_after_injection"] += n
         last = transcript
         try:
             check_calls(encoded)
