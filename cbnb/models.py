@@ -230,7 +230,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
 def blocks_name(decoder: nn.Module, number: int) -> str | None:
     "The name of the list of `number` blocks that `decoder` itself holds, such as `layers`; the heaviest of several, None where there is none."
     lists = [(name, child) for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == number]
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0] if lists else None
+    if len(lists) < 2: return lists[0][0] if lists else None  # found in each step: parameters are counted only where it has to be
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
