@@ -36,7 +36,6 @@ RUNS = [{"warmup_steps": 5} | run for run in (
     dict(dtype="float32", retain_weight=0.0005, learning_rate=3e-3, beta_kl=0.0, total_steps=24, seed=3),
     dict(dtype="float32", retain_weight=0.001, learning_rate=2e-3, beta_kl=0.3, total_steps=30, seed=4),
     dict(dtype="float32", retain_weight=0.0005, learning_rate=3e-4, beta_kl=3.0, total_steps=36, seed=5),
-    dict(dtype="float32", retain_weight=0.005, learning_rate=5e-4, beta_kl=0.3, total_steps=36, seed=6),
 )]
 ROW = ("step", "lr", "loss_", "weighted_", "grad_", "harmful_tokens", "benign_tokens", "kl_targets")
 
