@@ -15,6 +15,7 @@ from cbnb.config import SAVINGS, ConfigError, get_config
 from cbnb.data import collate
 from cbnb.model_checks import check_packing
 from cbnb.models import add_adapter, auto_class, load_model, reach, reach_shares, save_adapter
+from cbnb.teacher_cache import cache_bytes, open_cache, teacher_states, token_bytes
 from helpers import NBS
 
 REFUSED = {"BERT": "no list of 4 blocks can be found"}
@@ -116,6 +117,21 @@ def test_a_multimodal_model_is_adapted_in_its_text_part():
     student = add_adapter(tiny_model("Gemma 3 (multimodal)"), settings("Gemma 3 (multimodal)"))
     names = [n for n, p in student.named_parameters() if p.requires_grad]
     assert len(names) == 3 * 7 * 2 and not any("vision" in n for n in names)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ("Llama", "Gemma 3n", "DeepSeek V4"))
+def test_the_teachers_states_of_several_streams_are_cached(name, tmp_path, capsys):
+    config = settings(name)
+    student = add_adapter(tiny_model(name), config)
+    (harmful, benign), pad_id = map(list, zip(*pairs(((12, 25), (30, 9))))), 0
+    cache = open_cache(tmp_path, student, harmful, benign, config, pad_id)
+    kept = sum(p.stat().st_size for p in cache.folder.glob("*.safetensors"))
+    assert 0 <= kept - cache_bytes(harmful, benign, *token_bytes(student, None, benign, config, pad_id)) < 5000
+    hidden, last = teacher_states(student, None, [benign[1]], config, pad_id, True)
+    found = cache.states([benign[1]])
+    for mine, theirs in ((found["last"], last), *((found["hidden"][layer], hidden[layer]) for layer in hidden)): torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert "found in" in (open_cache(tmp_path, student, harmful, benign, config, pad_id), capsys.readouterr().out)[1]
 
 
 def main():
