@@ -60,9 +60,9 @@ def test_the_probe_foretells_what_happened(dtype):
 
 
 # Trainings of SmolLM2-135M-Instruct, made by tests/scripts/smollm2_histories.py after the rules were set. The
-# untouched model obeys none of the attacks and does none of the tasks, so answers cannot judge. Held-out figures
-# do: the cosine to the teacher's hidden states on obeying answers, and the top-1 agreement with the teacher on
-# benign ones.
+# untouched model obeys none of the attacks and does none of the tasks, so answers cannot judge. Figures on
+# held-out transcripts do: the cosine to the teacher's hidden states on obeying answers, and the top-1
+# agreement with the teacher on benign ones.
 SMOLLM2 = json.loads(gzip.decompress((Path(__file__).parent / "histories_smollm2.json.gz").read_bytes()))
 seeds = [f"seed-{h['settings']['seed']}" for h in SMOLLM2["histories"]]
 each_of_smollm2 = pytest.mark.parametrize("history", SMOLLM2["histories"], ids=seeds)
@@ -85,8 +85,8 @@ def test_an_alarm_says_what_happened_to_a_pretrained_model(history):
 
 
 def test_runs_of_a_pretrained_model_of_each_kind_judge():
-    """Two that open have lost one benign token in seven (top-1 .86): they end above a tenth of collapse_kl and
-    are told at the last step alone. Whether that is a loss, a model that does none of the tasks cannot say."""
+    """Two that open have lost one benign token in seven (top-1 .86): they end above a tenth of collapse_kl,
+    and are told at the last step alone. A model that does none of the tasks cannot say whether it is a loss."""
     found = {h["settings"]["seed"]: told_of_smollm2(h)[0] for h in SMOLLM2["histories"]}
     assert {seed: {name: a["step"] for name, a in alarms.items()} for seed, alarms in found.items()} == {
         1: {"collapsed": 36}, 2: {"dead": 12}, 3: {"collapsed": 12}, 4: {"collapsed": 30}, 5: {"dead": 18}}
