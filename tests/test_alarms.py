@@ -86,7 +86,7 @@ def test_an_alarm_says_what_happened_to_a_pretrained_model(history):
 
 def test_runs_of_a_pretrained_model_of_each_kind_judge():
     """Two that open have lost one benign token in seven (top-1 .86): they end above a tenth of collapse_kl,
-    and are told at the last step alone. A model that does none of the tasks cannot say whether it is a loss."""
+    and are told at the last step alone. A model that does none of the tasks cannot say if that is a loss."""
     found = {h["settings"]["seed"]: told_of_smollm2(h)[0] for h in SMOLLM2["histories"]}
     assert {seed: {name: a["step"] for name, a in alarms.items()} for seed, alarms in found.items()} == {
         1: {"collapsed": 36}, 2: {"dead": 12}, 3: {"collapsed": 12}, 4: {"collapsed": 30}, 5: {"dead": 18}}
