@@ -13,6 +13,7 @@ from test_step import moved, pairs
 from cbnb.breaker import CircuitBreaker
 from cbnb.config import SAVINGS, ConfigError, get_config
 from cbnb.data import collate
+from cbnb.floor import on_device
 from cbnb.model_checks import check_packing
 from cbnb.models import add_adapter, auto_class, load_model, reach, reach_shares, save_adapter
 from cbnb.teacher_cache import cache_bytes, open_cache, teacher_states, token_bytes
@@ -32,7 +33,7 @@ def settings(name, **more):
 def terms_and_gradient(student, savings, **more):
     config = settings(student.name, savings=savings, **more)
     breaker = CircuitBreaker(student, config).train()
-    batch = collate(pairs(((12, 25), (30, 9))), 0)
+    batch = on_device(collate(pairs(((12, 25), (30, 9))), 0), student.device)
     terms = breaker(batch["harmful"], batch["benign"], batch["counts"])
     trained = [p for p in student.parameters() if p.requires_grad]
     total = terms["loss_reroute"] + 0.1 * terms["loss_retain"] + 3 * terms["loss_kl"]
@@ -81,9 +82,9 @@ def test_a_family(name, tmp_path):
 
     student.eval()
     save_adapter(student, tmp_path / "adapter")
-    base = auto_class(str(tmp_path / "model"), False).from_pretrained(tmp_path / "model").eval()
+    base = auto_class(str(tmp_path / "model"), False).from_pretrained(tmp_path / "model").eval().to(student.device)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ids = (torch.arange(9)[None] * 5 + 3) % 90
+    ids = (torch.arange(9, device=student.device)[None] * 5 + 3) % 90
     with torch.no_grad():
         ours, theirs = student(input_ids=ids, use_cache=False).logits, loaded(input_ids=ids, use_cache=False).logits
         with student.disable_adapter(): untouched = student(input_ids=ids, use_cache=False).logits
