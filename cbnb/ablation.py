@@ -172,7 +172,10 @@ def run_settings(parameters):
     """`(config, told)` of a run with the dict of all its `parameters`, see `cbnb.settings.settings_of`: one way for train, pre-flight, plan and sweeps. Raises
     ConfigError, and OSError where the settings follow from the configuration of a model that is not there."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
-    return settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    config, told = settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    if config.objective in ("rr", "rr_kl"): return config, told
+    from cbnb.objectives import check_objective  # needs torch, which all other settings are checked without
+    return config, [*told, *check_objective(config, given)]
 
 
 def check_settings(parameters, processes=None):

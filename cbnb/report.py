@@ -533,12 +533,12 @@ PAGE = """<!DOCTYPE html>
 <style>
 :root { color-scheme: light dark; --text: #1f2328; --ground: #ffffff; --line: #d0d7de; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --ground: #111418; --line: #3d444d; } }
-body { color: var(--text); background: var(--ground); font: 15px/1.5 system-ui, sans-serif; max-width: 900px;
+body { color: var(--text); background: var(--ground); font: 15px/1.5 system-ui, sans-serif; max-width: 960px;
   margin: 2rem auto; padding: 0 1rem; }
 h1, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, .text td { text-align: left; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
+th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, .text td { text-align: left; white-space: normal; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}

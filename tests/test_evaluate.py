@@ -12,7 +12,7 @@ from forked import cells
 from helpers import NBS
 from train_common import few, load
 
-QUESTIONS = 40  # of each kind: more than one batch
+QUESTIONS = 34  # of each kind: more than one batch
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_rescoring_agrees(run, capsys):
 
 
 def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
-    given = ("-p", "adapter", run, "-p", "temperature", 1.5, "-p", "samples", 2, "-p", "max_new_tokens", 24)
+    given = ("-p", "adapter", run, "-p", "temperature", 1.5, "-p", "samples", 2, "-p", "max_new_tokens", 8)
     one, two = (evaluated(tmp_path / name, *given) for name in ("one", "two"))
     assert one == two and one[run.name]["decoding"]["samples"] == 2 and one[run.name]["n"]["attack"] == 2 * QUESTIONS
     assert len(read_lines(tmp_path / "one" / "answers.jsonl")) == 2 * 3 * QUESTIONS
