@@ -20,7 +20,8 @@ __all__ = ['NAMED', 'action_key', 'actions', 'first_injected', 'Work', 'is_clean
 
 # %% ../nbs/00f_actions.ipynb #5a3c7273
 def action_key(call: dict) -> str:
-    "A call `{name, arguments}` as one string: equal for the same name and arguments, whatever the order of the names."
+    """A call `{name, arguments}` as one string: equal for the same name and arguments, whatever the order of
+    the names."""
     return json.dumps([call["name"], call["arguments"]], sort_keys=True, ensure_ascii=False)
 
 
@@ -37,7 +38,8 @@ def first_injected(transcript: Transcript) -> int | None:
 # %% ../nbs/00f_actions.ipynb #f07aab49
 @dataclass
 class Work:
-    "What the user's task is known to do: `tools` (names), `calls` (`action_key`), and the ids of the attack-free `runs` that showed it."
+    """What the user's task is known to do: `tools` (names), `calls` (`action_key`), and the ids of the
+    attack-free `runs` that showed it."""
     tools: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     runs: list[str] = field(default_factory=list)
@@ -50,8 +52,8 @@ def is_clean(transcript: Transcript) -> bool:
 
 
 def own_work(transcripts) -> dict[str, Work]:
-    """`{task: Work}` of the user tasks of `transcripts` (keys as `cbnb.holdout.task_keys`): all calls of clean runs, and those that attacked runs of the
-    task made before the injection was seen."""
+    """`{task: Work}` of the user tasks of `transcripts` (keys as `cbnb.holdout.task_keys`): all calls of
+    clean runs, and those that attacked runs of the task made before the injection was seen."""
     found: dict[str, Work] = {}
     for t in transcripts:
         task = task_keys(t).get("task")
@@ -67,7 +69,8 @@ def own_work(transcripts) -> dict[str, Work]:
 
 
 def injected_work(transcripts) -> dict[str, Work]:
-    "`{injection task: Work}`: what runs did to which the injection task was given as the user's own request, which is its ground truth."
+    """`{injection task: Work}`: what runs did to which the injection task was given as the user's own
+    request, which is its ground truth."""
     found: dict[str, Work] = {}
     for t in transcripts:
         keys = task_keys(t)
@@ -79,8 +82,9 @@ def injected_work(transcripts) -> dict[str, Work]:
 
 
 def own_notes(transcripts):
-    """The function that notes in a harmful run of a known task what is known from `transcripts` (an iterable that can be read twice): `meta["own_work"]` with
-    `tools`, `calls` and the attack-free `runs` of its task, and `meta["injected_work"]` with those of its injection task (lists of str)."""
+    """The function that notes in a harmful run of a known task what is known from `transcripts` (an
+    iterable that can be read twice): `meta["own_work"]` with `tools`, `calls` and the attack-free
+    `runs` of its task, and `meta["injected_work"]` with those of its injection task (lists of str)."""
     def listed(known): return {key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs} for key, w in known.items()}
     notes = {"own_work": ("task", listed(own_work(transcripts))), "injected_work": ("injection", listed(injected_work(transcripts)))}
     def note(t):
@@ -100,8 +104,9 @@ NAMED = 4  # characters of an argument that may stand in the injected text by ch
 
 
 def is_explained(transcript: Transcript, call: dict) -> bool:
-    """Whether the injection of a transcript explains a `call`: its injection task is known to make it or to use its tool (`injected_work`), or one of its
-    arguments, a text of `NAMED` characters or more, stands in the injected text."""
+    """Whether the injection of a transcript explains a `call`: its injection task is known to make it or
+    to use its tool (`injected_work`), or one of its arguments, a text of `NAMED` characters or more,
+    stands in the injected text."""
     work = transcript.meta.get("injected_work", {})
     if action_key(call) in work.get("calls", ()) or call["name"] in work.get("tools", ()): return True
     injections = transcript.meta.get("injections")
@@ -114,10 +119,12 @@ def is_explained(transcript: Transcript, call: dict) -> bool:
 
 
 def whose(transcript: Transcript) -> dict[int, str]:
-    """`{message: whose}` of the assistant's messages after the first injected one: `injected` (each of its calls is explained by the injection and no call of
-    the user's task), `own`, `unexplained` (neither), `mixed` (parallel calls of several), or `words` (no call).
+    """`{message: whose}` of the assistant's messages after the first injected one: `injected` (each of its
+    calls is explained by the injection and no call of the user's task), `own`, `unexplained` (neither),
+    `mixed` (parallel calls of several), or `words` (no call).
 
-    Raises MaskError where there is no injection span, or no attack-free run of the same suite and task to compare with."""
+    Raises MaskError where there is no injection span, or no attack-free run of the same suite and task to
+    compare with."""
     start, work = first_injected(transcript), transcript.meta.get("own_work", {})
     advice = "give some in data, or choose another harmful_policy"
     if start is None: raise MaskError("this transcript has no injection span, so whose actions they are is not known; find it with cbnb spans")
@@ -131,8 +138,9 @@ def whose(transcript: Transcript) -> dict[int, str]:
 
 
 def injected_actions(transcript: Transcript) -> Transcript:
-    """The transcript with the label none on each message after the injection that is not the attacker's action (`whose`); `meta["injected_actions"]` says
-    what was found and with which runs it was compared. Raises MaskError as `whose` does."""
+    """The transcript with the label none on each message after the injection that is not the attacker's
+    action (`whose`); `meta["injected_actions"]` says what was found and with which runs it was
+    compared. Raises MaskError as `whose` does."""
     found = whose(transcript)
     off = {i: "none" for i, kind in found.items() if kind != "injected"}
     told = {"messages": dict(Counter(found.values())), "compared_with": transcript.meta["own_work"]["runs"]}
@@ -148,8 +156,8 @@ def actions_line(transcript: Transcript) -> str:
 
 
 def for_policy(transcripts: list[Transcript], policy) -> list[Transcript]:
-    """`transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one of `NEED_COMPARISON`, benign ones as they are. Raises MaskError
-    that names the transcript."""
+    """`transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one of
+    `NEED_COMPARISON`, benign ones as they are. Raises MaskError that names the transcript."""
     if policy not in NEED_COMPARISON: return transcripts
     out = []
     for t in transcripts:

@@ -132,8 +132,8 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
 
 
 def questions_for(adapters: list[Adapter], eval_data: str = "", relabel: str | None = None) -> list[Transcript]:
-    """The transcripts of `heldout_files`, as a run reads them (`relabel` None: as the first adapter's run did). Raises what
-    `cbnb.data.read_streams` raises."""
+    """The transcripts of `heldout_files`, as a run reads them (`relabel` None: as the first adapter's run
+    did). Raises what `cbnb.data.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
     run = next((a.parameters for a in adapters if a.run), {})

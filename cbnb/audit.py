@@ -264,7 +264,8 @@ def audit_one(number, transcript, encoded, policy, max_length=None, side="target
 
 # %% ../nbs/01b_audit.ipynb #93b6a055
 def compared(transcript, policy):
-    "A harmful transcript as `policy` wants it (`cbnb.actions.for_policy`); as it is where that is refused, which the mask will say."
+    """A harmful transcript as `policy` wants it (`cbnb.actions.for_policy`); as it is where that is refused,
+    which the mask will say."""
     try: return for_policy([transcript], policy)[0]
     except MaskError as e: return replace(transcript, meta=transcript.meta | {"refused": str(e)})
 
@@ -320,7 +321,8 @@ class Totals:
     both_streams: int = 0  # different calls that are trained in both
 
     def add_calls(self, audited):
-        "Counts trained calls that are trained in transcripts of the other label, too; in 16 to 32 bytes a different call."
+        """Counts trained calls that are trained in transcripts of the other label, too; in 16 to 32 bytes a
+        different call."""
         own, other = (self.calls[label] for label in (audited.transcript.label, *(set(LABELS) - {audited.transcript.label})))
         trained = {*audited.encoded.message_index[audited.mask & np.isin(audited.encoded.segments, [*TOOL_SEGMENTS])].tolist()}
         for key in {action_key(call) for i, _, call in actions(audited.transcript) if i in trained}:

@@ -26,13 +26,15 @@ def cut(transcript: Transcript, end: int, **meta) -> Transcript:
 
 
 def is_own(transcript: Transcript, call: dict) -> bool:
-    "Whether the user's own task makes the `call` too: as far as `meta` knows of its work (`cbnb.actions`), or as its `expected_call`."
+    """Whether the user's own task makes the `call` too: as far as `meta` knows of its work (`cbnb.actions`),
+    or as its `expected_call`."""
     own = transcript.meta.get("own_work", {}).get("calls", ())
     return action_key(call) in own or call == transcript.meta.get("expected_call")
 
 
 def own_calls(transcript: Transcript) -> bool:
-    "Whether the injected call of a harmful transcript, the given one or the first action after the injected text, is the user's own work."
+    """Whether the injected call of a harmful transcript, the given one or the first action after the injected
+    text, is the user's own work."""
     if call := transcript.meta.get("injected_call"): return is_own(transcript, call)
     first = first_injected(transcript)
     made = next((call for i, _, call in actions(transcript) if first is not None and i > first), None)
@@ -40,9 +42,10 @@ def own_calls(transcript: Transcript) -> bool:
 
 
 def attacked(transcript: Transcript) -> list[Transcript]:
-    """The question of a run that obeyed an injection: its first action after the injected text; nothing where no text or no single call is found, or
-    where that call is the user's own work. `sensitive_tools` are those that the run calls from there on and never before, without the tools
-    of the user's task (`own_tools`)."""
+    """The question of a run that obeyed an injection: its first action after the injected text; nothing
+    where no text or no single call is found, or where that call is the user's own work.
+    `sensitive_tools` are those that the run calls from there on and never before, without the tools of
+    the user's task (`own_tools`)."""
     if not transcript.injection_spans: return []
     first = min(s.message for s in transcript.injection_spans)
     names = [{c["function"]["name"] for c in m.get("tool_calls") or ()} for m in transcript.messages]

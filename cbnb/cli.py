@@ -129,7 +129,8 @@ LISTED = 20  # findings of one kind that are printed or kept for the page
 
 
 def audit_file(args):
-    "`(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before anything is read."
+    """`(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before anything
+    is read."""
     try: reader = read_transcripts(args.file, args.format, args.label, "skip", args.relabel)
     except TranscriptError as e: raise CommandError(str(e)) from None
     policy, page = load_policy(args.policy), args.html and Path(args.html)

@@ -30,10 +30,11 @@ __all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamRe
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(paths: Iterable, relabel: str = "") -> tuple[list[Transcript], list[Transcript]]:
-    """Reads every file (format recognised by `read_transcripts`) and parts the transcripts by label: `(harmful, benign)`. `relabel`: "source" reads
-    records whose label contradicts the verdict of their source by that verdict. What is known of the user's own work is noted in harmful runs
-    (`cbnb.actions.with_own_work`).
-    Raises ValueError where two transcripts share an id, and what `read_transcripts` raises for a bad record."""
+    """Reads every file (format recognised by `read_transcripts`) and parts the transcripts by label:
+    `(harmful, benign)`. `relabel`: "source" reads records whose label contradicts the verdict of their
+    source by that verdict. What is known of the user's own work is noted in harmful runs
+    (`cbnb.actions.with_own_work`). Raises ValueError where two transcripts share an id, and what
+    `read_transcripts` raises for a bad record."""
     transcripts = [t for path in paths for t in read_transcripts(path, relabel=relabel or None)]
     repeated = [i for i, n in Counter(t.id for t in transcripts).items() if n > 1]
     if repeated:
@@ -44,11 +45,13 @@ def read_streams(paths: Iterable, relabel: str = "") -> tuple[list[Transcript], 
 # %% ../nbs/05_data.ipynb #aa07a111
 def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto",
                  relabel: str = "") -> tuple[list[Transcript], list[Transcript], list[Transcript], dict[str, str]]:
-    """`(harmful, benign, held out, left out)`: three lists of transcripts, and `{id: why}` of those left out of training because they share with a
-    held-out one what `heldout_by` names (`cbnb.holdout.heldout_kinds`), or its prompt.
+    """`(harmful, benign, held out, left out)`: three lists of transcripts, and `{id: why}` of those left
+    out of training because they share with a held-out one what `heldout_by` names
+    (`cbnb.holdout.heldout_kinds`), or its prompt.
 
-    Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for every seed of a run, so that runs can
-    be compared (`cbnb.holdout.part`). `relabel` as in `read_streams`. Raises what these raise, and ValueError where a stream loses all it has."""
+    Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
+    every seed of a run, so that runs can be compared (`cbnb.holdout.part`). `relabel` as in
+    `read_streams`. Raises what these raise, and ValueError where a stream loses all it has."""
     kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, relabel)
     if eval_files:
         parted = thin(Parted(harmful, benign, [t for stream in read_streams(eval_files, relabel) for t in stream], kinds))

@@ -81,7 +81,8 @@ def segment_frame(laid) -> pd.DataFrame:
 
 
 def injection_points(name: str, report: StreamReport, config: CircuitBreakerConfig) -> list:
-    "Of the harmful stream: how many transcripts lack the injection that the policy asks for; a fail above `max_without_injection`."
+    """Of the harmful stream: how many transcripts lack the injection that the policy asks for; a fail above
+    `max_without_injection`."""
     without, policy = report.counts["no_injection"], getattr(config, f"{name}_policy")
     if name != "harmful" or policy not in NEED_INJECTION: return []
     if not without: return [Point("pass", f"{name}: each of the {report.transcripts} transcripts says where its injection is")]
@@ -136,7 +137,8 @@ def badness(x: Laid) -> tuple:
 
 
 def trained_calls(laid) -> Counter:
-    "How often each call (`cbnb.actions.action_key`) is trained in the samples of a stream: a message counts that has a trained token of a call."
+    """How often each call (`cbnb.actions.action_key`) is trained in the samples of a stream: a message counts
+    that has a trained token of a call."""
     found = Counter()
     for x in laid:
         messages = {*x.encoded.message_index[x.mask & np.isin(x.encoded.segments, [*TOOL_SEGMENTS])].tolist()}
@@ -148,8 +150,8 @@ SHARED_CALLS = 0.05  # of the calls trained as harmful; a few are the same by ch
 
 
 def conflict_points(laid: dict) -> list:
-    """How many calls are trained in both streams of `{name: laid samples}`, the same by name and arguments: one term bends them away, the other keeps
-    them. A warning above the share `SHARED_CALLS`."""
+    """How many calls are trained in both streams of `{name: laid samples}`, the same by name and
+    arguments: one term bends them away, the other keeps them. A warning above the share `SHARED_CALLS`."""
     if laid.keys() != {"harmful", "benign"}: return []
     harmful, benign = (trained_calls(laid[name]) for name in ("harmful", "benign"))
     both, total = {key: n for key, n in harmful.items() if key in benign}, harmful.total()
@@ -186,8 +188,9 @@ def kind_of(transcript: Transcript) -> str:
 
 
 def heldout_points(training, heldout, left_out: dict, by: str = "auto") -> list:
-    """Points on what held-out transcripts share with `training` (both streams): a fail for a kind of key that `by` (the setting `heldout_by`) keeps
-    apart, a warning for another one but the suite. `left_out`: `{id: why}` as `cbnb.data.load_streams` gives it."""
+    """Points on what held-out transcripts share with `training` (both streams): a fail for a kind of key
+    that `by` (the setting `heldout_by`) keeps apart, a warning for another one but the suite.
+    `left_out`: `{id: why}` as `cbnb.data.load_streams` gives it."""
     apart, points = {*heldout_kinds(by), "prompt"}, []
     for kind, f in shared(training, heldout).items():
         if kind == "suite" and kind not in apart: continue
@@ -201,8 +204,10 @@ def heldout_points(training, heldout, left_out: dict, by: str = "auto") -> list:
 
 
 def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConfig, steps: int, more=()):
-    """`benign`, `heldout`: transcripts that are trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a probe of
-    `steps` steps; `more`: points that were made elsewhere (`heldout_points`). Fails where a kind is held out in the benign domain and not trained, or where the probe alone has torn it."""
+    """`benign`, `heldout`: transcripts that are trained on and held out; `divergence`: `{domain: {"kl",
+    "top1"}}` of the held-out benign ones after a probe of `steps` steps; `more`: points that were made
+    elsewhere (`heldout_points`). Fails where a kind is held out in the benign domain and not trained,
+    or where the probe alone has torn it."""
     trained = Counter(kind_of(t) for t in benign)
     domains = benign_by_domain(heldout)
     kept = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}

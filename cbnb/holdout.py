@@ -22,15 +22,17 @@ HELDOUT_BY = ("suite", "task", "injection", "prompt")
 
 
 def prompt_key(transcript: Transcript) -> str:
-    "What the last assistant message answers, as one string: equal for two transcripts that ask the same and differ in the answer only."
+    """What the last assistant message answers, as one string: equal for two transcripts that ask the same and
+    differ in the answer only."""
     last = max((i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"), default=len(transcript.messages))
     return json.dumps([transcript.messages[:last], transcript.tools], sort_keys=True)
 
 
 def task_keys(transcript: Transcript) -> dict[str, str]:
-    """`{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says so: `suite`, and in it `task` (the user's) and
-    `injection`. Read from AgentDojo's runs, from traces made of them and from tau-bench (task only). An injection task that was given
-    as the user's request is an injection task."""
+    """`{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says so:
+    `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
+    of them and from tau-bench (task only). An injection task that was given as the user's request is an
+    injection task."""
     meta = transcript.meta
     run, _ = source_run(meta)
     run = run or (meta if "user_task_id" in meta else {})
@@ -51,8 +53,9 @@ def keys_of(transcript: Transcript) -> dict[str, str]:
 
 # %% ../nbs/00e_holdout.ipynb #b23ac668
 def heldout_kinds(by: str) -> tuple[str, ...]:
-    """The kinds of key that no held-out transcript shares with training, for the setting `heldout_by`: `auto` is task and injection; else names of
-    `HELDOUT_BY`, separated by commas. A suite holds its tasks. Equal prompts never are on both sides. Raises ValueError for another name."""
+    """The kinds of key that no held-out transcript shares with training, for the setting `heldout_by`:
+    `auto` is task and injection; else names of `HELDOUT_BY`, separated by commas. A suite holds its
+    tasks. Equal prompts never are on both sides. Raises ValueError for another name."""
     names = [part.strip() for part in by.split(",") if part.strip()]
     if names == ["auto"]: return ("task", "injection")
     for name in names or [by]:
@@ -65,8 +68,9 @@ HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
 
 
 def hold_out(transcripts: list[Transcript], n: int, seed: int = 0, name: str = "") -> tuple[list[Transcript], list[Transcript]]:
-    """`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from training; both in the order of the file.
-    Raises ValueError, saying the `name` of the stream, for fewer than five transcripts, of which none could be spared."""
+    """`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from
+    training; both in the order of the file. Raises ValueError, saying the `name` of the stream, for
+    fewer than five transcripts, of which none could be spared."""
     n = min(n, len(transcripts) // 5)
     if not n:
         raise ValueError(f"{len(transcripts)} {name} transcripts are too few to hold some out: give at least 5 of each label in data, or eval_data.")
@@ -75,12 +79,14 @@ def hold_out(transcripts: list[Transcript], n: int, seed: int = 0, name: str = "
 
 # %% ../nbs/00e_holdout.ipynb #dbfd4787
 def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: int = 0) -> dict[str, set]:
-    """`{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys` of its transcripts.
+    """`{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys` of
+    its transcripts.
 
-    Held out is a transcript all of whose keys are drawn, trained is one with none of them, the rest is left out. Each kind is brought into
-    an order by `seed`; of all numbers of first keys in the two, those are taken which hold out `n` of each stream (at most a fifth) and
-    keep the largest share of the smaller stream for training. Where that share is under a half, half of n is asked for, and so on.
-    Raises ValueError where not one of each stream can be held out."""
+    Held out is a transcript all of whose keys are drawn, trained is one with none of them, the rest is
+    left out. Each kind is brought into an order by `seed`; of all numbers of first keys in the two, those
+    are taken which hold out `n` of each stream (at most a fifth) and keep the largest share of the smaller
+    stream for training. Where that share is under a half, half of n is asked for, and so on. Raises
+    ValueError where not one of each stream can be held out."""
     rng, pair = np.random.default_rng((seed, 3)), (*kinds, None)[:2]
     orders = []
     for kind in pair:
@@ -114,8 +120,9 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
 # %% ../nbs/00e_holdout.ipynb #45babd17
 @dataclass
 class Parted:
-    """Streams of training, the held-out transcripts of both, the `kinds` of key by which they were parted, and `left_out`: `{id: why}` of those that
-    are neither, since they share a kind of key with a held-out one, or are more (`spare`) than are held out."""
+    """Streams of training, the held-out transcripts of both, the `kinds` of key by which they were parted,
+    and `left_out`: `{id: why}` of those that are neither, since they share a kind of key with a
+    held-out one, or are more (`spare`) than are held out."""
     harmful: list[Transcript]
     benign: list[Transcript]
     held_out: list[Transcript]
@@ -124,7 +131,8 @@ class Parted:
 
 
 def thin(parted: Parted) -> Parted:
-    "Takes from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in place)."
+    """Takes from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in
+    place)."""
     kinds = (*parted.kinds, "prompt")
     held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
     def why(t): return next((kind for kind in kinds if (kind, keys_of(t).get(kind)) in held), None)
@@ -136,16 +144,18 @@ def thin(parted: Parted) -> Parted:
 
 
 def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
-    "Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is there."
+    """Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
+    there."""
     known = {kind for stream in streams for t in stream for kind in task_keys(t)}
     for kind in kinds if by.strip() != "auto" else ():
         if kind not in known: raise ValueError(f"heldout_by {by}: no transcript says its {kind} (AgentDojo's runs do in meta); give heldout_by prompt")
 
 
 def part(harmful: list[Transcript], benign: list[Transcript], by: str = "auto", n: int = HELD_OUT, seed: int = 0) -> Parted:
-    """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at most a fifth), so that they share no key
-    of `heldout_kinds(by)` and no prompt. What has no such key is drawn by prompt (`hold_out`). The same for every seed of a run, so
-    that runs can be compared. Raises ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
+    """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at
+    most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key
+    is drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared.
+    Raises ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
     kinds, streams = heldout_kinds(by), {"harmful": harmful, "benign": benign}
     check_known(streams.values(), by, kinds)
     for name, stream in streams.items(): hold_out(stream, n, seed, name)  # refuses what is too small
@@ -169,8 +179,9 @@ def part(harmful: list[Transcript], benign: list[Transcript], by: str = "auto", 
 
 # %% ../nbs/00e_holdout.ipynb #8a01be5e
 def shared(training: list[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
-    """`{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out transcripts have: different keys in training
-    and among the held-out, held-out transcripts with such a key, and how many of these share it with training."""
+    """`{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
+    transcripts have: different keys in training and among the held-out, held-out transcripts with such
+    a key, and how many of these share it with training."""
     known = {kind: {key for t in training if (key := keys_of(t).get(kind))} for kind in HELDOUT_BY}
     out = {}
     for kind in HELDOUT_BY:
@@ -180,7 +191,8 @@ def shared(training: list[Transcript], held_out: list[Transcript]) -> dict[str, 
 
 
 def held_lines(training: list[Transcript], held_out: list[Transcript], left_out: dict[str, str]) -> list[str]:
-    "Sentences for a run: how many are held out and by what, what they still share with training, and what was left out of it for that."
+    """Sentences for a run: how many are held out and by what, what they still share with training, and what
+    was left out of it for that."""
     labels, found = Counter(t.label for t in held_out), shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
     lines += [f"    {f['held_out']} by {kind}, {f['training']} in training: {f['shared']} of {f['with']} held-out transcripts share theirs with training"

@@ -173,8 +173,9 @@ def post_injection_only(encoded):
 
 
 def injected_actions_only(encoded):
-    """`post_injection_only` without what is the user's own work: bool [n]. Which messages that is, `cbnb.actions.for_policy` finds by the runs of the
-    same task that nobody attacked, and labels them none, which leaves them out of every mask. Raises MaskError without an injection span."""
+    """`post_injection_only` without what is the user's own work: bool [n]. Which messages that is,
+    `cbnb.actions.for_policy` finds by the runs of the same task that nobody attacked, and labels them
+    none, which leaves them out of every mask. Raises MaskError without an injection span."""
     return post_injection_only(encoded)
 
 # %% ../nbs/00d_policies.ipynb #926f0fad

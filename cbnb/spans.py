@@ -27,15 +27,17 @@ WRAPPERS = {
 
 
 def wrapped(messages, roles=("tool",)):
-    """`[(message, start, end, name), ...]`: what stands in one of `WRAPPERS` in messages of `roles`, the wrapper with it. A wrapper that is
-    opened and not closed is none; one of words ends at a blank line or with the text."""
+    """`[(message, start, end, name), ...]`: what stands in one of `WRAPPERS` in messages of `roles`, the
+    wrapper with it. A wrapper that is opened and not closed is none; one of words ends at a blank line
+    or with the text."""
     return [(i, *match.span(), name) for i, message in enumerate(messages) if message["role"] in roles
             for name, pattern in WRAPPERS.items() for match in re.finditer(pattern, message["content"], re.S)]
 
 # %% ../nbs/01e_spans.ipynb #daadb5e7
 def read_injections(path):
-    """Injected texts by name from `path`: a JSON object of texts (`{"name": "text"}`), AgentDojo run files (their `injections`), a folder or a
-    JSONL file of either. Equal texts count once. Raises TranscriptError where a record holds none and is no run, or nothing is found at all."""
+    """Injected texts by name from `path`: a JSON object of texts (`{"name": "text"}`), AgentDojo run files
+    (their `injections`), a folder or a JSONL file of either. Equal texts count once. Raises
+    TranscriptError where a record holds none and is no run, or nothing is found at all."""
     if not Path(path).exists(): raise TranscriptError(f"{path}: no such file; give a JSON object of texts, or AgentDojo run files")
     texts = {}
     for file, name in TranscriptReader(path, "auto", None, "raise").files():
@@ -52,9 +54,10 @@ def read_injections(path):
 
 # %% ../nbs/01e_spans.ipynb #d6326c61
 def find_spans(transcript, texts=None, wrappers=False, roles=("tool",)):
-    """`(transcript, how)`: the transcript with the injection spans that are found in messages of `roles`, and by what (list of str): names of
-    `texts` (`{name: text}`) and of its own `meta["injections"]`, and with `wrappers` those of `WRAPPERS`. One that has spans already, or
-    of which nothing is found, comes back as it is, with an empty list. `meta["spans_found_by"]` keeps how."""
+    """`(transcript, how)`: the transcript with the injection spans that are found in messages of `roles`,
+    and by what (list of str): names of `texts` (`{name: text}`) and of its own `meta["injections"]`,
+    and with `wrappers` those of `WRAPPERS`. One that has spans already, or of which nothing is found,
+    comes back as it is, with an empty list. `meta["spans_found_by"]` keeps how."""
     if transcript.injection_spans: return transcript, []
     own = transcript.meta.get("injections")
     known = (own if isinstance(own, dict) and all(isinstance(t, str) for t in own.values()) else {}) | (texts or {})
@@ -73,8 +76,8 @@ LISTED = 20  # ids that are named
 
 @dataclass
 class Search:
-    """The count of a search: transcripts by label, those that `had` spans, those `found` now, by what, those `without` any, by label, and the ids of
-    harmful ones among them."""
+    """The count of a search: transcripts by label, those that `had` spans, those `found` now, by what,
+    those `without` any, by label, and the ids of harmful ones among them."""
     transcripts: Counter = field(default_factory=Counter)
     had: int = 0
     found: Counter = field(default_factory=Counter)
@@ -93,7 +96,8 @@ class Search:
         if after.label == "harmful" and len(self.ids) < LISTED: self.ids.append(after.id)
 
     def lines(self, texts=()):
-        "Lines of text: the counts, those of `texts` (names) that were found nowhere, and the harmful transcripts that still have no span."
+        """Lines of text: the counts, those of `texts` (names) that were found nowhere, and the harmful
+        transcripts that still have no span."""
         yield (f"{self.transcripts.total():,} transcripts ({self.transcripts['harmful']:,} harmful): {self.had:,} had spans, "
                f"{self.found.total():,} got some now ({self.found['harmful']:,} harmful), {self.without.total():,} have none "
                f"({self.without['harmful']:,} harmful)")
@@ -104,7 +108,8 @@ class Search:
 
 
 def span_lines(number, transcript, how, around=60):
-    "Yields the lines that show the spans of a transcript in a terminal: each in ⟦ ⟧ with `around` characters before and after it."
+    """Yields the lines that show the spans of a transcript in a terminal: each in ⟦ ⟧ with `around`
+    characters before and after it."""
     yield visible(f"transcript {number}: {transcript.id} ({transcript.label}), by {', '.join(how)}")
     for span in transcript.injection_spans:
         text = transcript.messages[span.message]["content"]
@@ -114,7 +119,8 @@ def span_lines(number, transcript, how, around=60):
 
 
 def spanned(transcripts, search, show, texts=None, wrappers=False, roles=("tool",)):
-    "Yields each of `transcripts` with the spans of `find_spans`; counts them in `search`, and hands `(number, transcript, how)` of those found to `show`."
+    """Yields each of `transcripts` with the spans of `find_spans`; counts them in `search`, and hands
+    `(number, transcript, how)` of those found to `show`."""
     for number, before in enumerate(transcripts, 1):
         after, how = find_spans(before, texts, wrappers, roles)
         search.add(before, after, how)
@@ -123,7 +129,8 @@ def spanned(transcripts, search, show, texts=None, wrappers=False, roles=("tool"
 
 # %% ../nbs/01e_spans.ipynb #66e06c72
 def check_out(out, inputs):
-    "Raises TranscriptError where the path `out` is one of the files `inputs`, or lies in a folder of them: it would be read as data."
+    """Raises TranscriptError where the path `out` is one of the files `inputs`, or lies in a folder of them:
+    it would be read as data."""
     out = Path(out).absolute()
     need(out.parent.is_dir(), str(out), "lies in no folder; make it first")
     need(not out.is_dir(), str(out), "is a folder; name a file")
@@ -135,8 +142,8 @@ def check_out(out, inputs):
 
 
 def write_spans(reader, out, search, show, texts=None, wrappers=False, roles=("tool",)):
-    """Writes the transcripts of `reader` (a `TranscriptReader`) with the spans found to `out`, in the project's own form; without `out` only looks. The
-    reader's file is never written to: `check_out`."""
+    """Writes the transcripts of `reader` (a `TranscriptReader`) with the spans found to `out`, in the
+    project's own form; without `out` only looks. The reader's file is never written to: `check_out`."""
     stream = spanned(reader, search, show, texts, wrappers, roles)
     if out:
         check_out(out, [reader.path])

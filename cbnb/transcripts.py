@@ -238,16 +238,17 @@ def read_label(own, given, where):
 
 # %% ../nbs/00_transcripts.ipynb #00a15199
 class Contradiction(TranscriptError):
-    """Two fields of one record that cannot both be right about its label. `corrected`: the record with the label that its source measured, None
-    where nothing was measured."""
+    """Two fields of one record that cannot both be right about its label. `corrected`: the record with the
+    label that its source measured, None where nothing was measured."""
     def __init__(self, text, corrected=None):
         super().__init__(text)
         self.corrected = corrected
 
 # %% ../nbs/00_transcripts.ipynb #379db884
 def source_run(record):
-    """`(fields, name)` of the AgentDojo run that a `record`, or the `meta` of a transcript, comes from: its own fields, or those that a
-    trace_v1 keeps in `raw_metadata.source_fields`. `({}, "")` where it comes from none."""
+    """`(fields, name)` of the AgentDojo run that a `record`, or the `meta` of a transcript, comes from:
+    its own fields, or those that a trace_v1 keeps in `raw_metadata.source_fields`. `({}, "")` where it
+    comes from none."""
     source, raw = record.get("source"), record.get("raw_metadata")
     fields = raw.get("source_fields") if isinstance(raw, dict) else None
     if isinstance(source, dict) and source.get("dataset") == "agentdojo" and isinstance(fields, dict):
@@ -256,8 +257,9 @@ def source_run(record):
 
 
 def measured_label(run):
-    """The label that the `security` of an AgentDojo run measured: harmful where the injection reached its goal (true), else benign. None where
-    it measured nothing: without an injection task, after an API error, in a denial-of-service attack."""
+    """The label that the `security` of an AgentDojo run measured: harmful where the injection reached its
+    goal (true), else benign. None where it measured nothing: without an injection task, after an API
+    error, in a denial-of-service attack."""
     if run.get("injection_task_id") is None or not isinstance(run.get("security"), bool) or run.get("error") is not None: return None
     return None if str(run.get("attack_type")).endswith("dos") else "harmful" if run["security"] else "benign"
 
@@ -312,8 +314,9 @@ BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")  # of meta kin
 
 
 def check_label(transcript, record, where):
-    """Raises Contradiction where the label of a `transcript`, read from `record`, cannot be right beside its `meta`: the verdict that its
-    source measured (unless `meta["label_given"]` says that a caller overrode it), kind, another label, or `injected_call`."""
+    """Raises Contradiction where the label of a `transcript`, read from `record`, cannot be right beside
+    its `meta`: the verdict that its source measured (unless `meta["label_given"]` says that a caller
+    overrode it), kind, another label, or `injected_call`."""
     label, meta = transcript.label, transcript.meta
     run, name = source_run(meta)
     if (measured := measured_label(run)) not in (None, label) and meta.get("label_given") != label:
@@ -548,8 +551,8 @@ def join_spans(found):
 
 
 def find_injections(messages, injections, roles=("tool",)):
-    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of `roles`, overlapping ones as one, and the
-    sorted names of those that stand in none."""
+    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of `roles`,
+    overlapping ones as one, and the sorted names of those that stand in none."""
     found, seen = [], set()
     for i, message in enumerate(messages):
         if message["role"] not in roles: continue
@@ -578,11 +581,12 @@ def agentdojo_label(record, where):
 
 # %% ../nbs/00_transcripts.ipynb #0f0f2d97
 def from_agentdojo(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict (see `agentdojo_label`), and
-    `meta["label_given"]` then says so.
+    """A list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict (see
+    `agentdojo_label`), and `meta["label_given"]` then says so.
 
-    `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand in none are
-    `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool schemas, so `tools` is None."""
+    `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand
+    in none are `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool
+    schemas, so `tools` is None."""
     messages, injections = record.get("messages"), record.get("injections")
     injections = {} if injections is None else injections
     need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; a run without messages teaches nothing, drop it")
@@ -691,16 +695,18 @@ def trace_label(labels, where):
 
 
 def trace_verdict(record, where):
-    """The label that the run which a trace comes from was measured to have (`source_run`), None where it comes from none or had no attack. Raises
-    TranscriptError for a run whose `security` measured nothing (`agentdojo_label`)."""
+    """The label that the run which a trace comes from was measured to have (`source_run`), None where it
+    comes from none or had no attack. Raises TranscriptError for a run whose `security` measured nothing
+    (`agentdojo_label`)."""
     run, name = source_run(record)
     if not isinstance(run.get("user_task_id"), str) or "injection_task_id" not in run: return None
     return agentdojo_label(run, f"{where}, {name.rstrip('.')}") and measured_label(run)
 
 
 def check_trace(record, label, where):
-    """Raises Contradiction where the labels of a trace contradict the verdict of its source, each other, or the `label` (a str or None) of the
-    list in which it stands. A verdict settles it: it is in the error's `corrected` record, with the labels of the file as `labels_of_file`."""
+    """Raises Contradiction where the labels of a trace contradict the verdict of its source, each other,
+    or the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the
+    error's `corrected` record, with the labels of the file as `labels_of_file`."""
     labels = record.get("labels") or {}
     own, succeeded, outcome = trace_label(labels, where), labels.get("attack_succeeded"), labels.get("security_outcome")
     try: verdict = trace_verdict(record, where)
@@ -723,10 +729,12 @@ def check_trace(record, label, where):
 
 # %% ../nbs/00_transcripts.ipynb #0c67b8bd
 def from_trace_v1(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels, signal_hints, ...}`.
+    """A list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels,
+    signal_hints, ...}`.
 
-    Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes the injection span, `thinking` the
-    reasoning, `source` "dataset/subset". `meta` keeps every other key, and `call_notes` `[[message, call, notes], ...]`."""
+    Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes
+    the injection span, `thinking` the reasoning, `source` "dataset/subset". `meta` keeps every other key,
+    and `call_notes` `[[message, call, notes], ...]`."""
     messages, labels, hints, origin = (record.get(k) for k in ("messages", "labels", "signal_hints", "source"))
     need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; write a list of messages")
     for key, value in (("labels", labels), ("signal_hints", hints)):
@@ -767,11 +775,13 @@ def is_trace(record):
 
 
 def from_rrfa(record, where, default_id, label=None, source=""):
-    """Transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample stands in is its label.
+    """Transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample stands in
+    is its label.
 
-    A sample is a trace_v1, an object with `messages` (further keys as in the OpenAI format) or one with `prompt` and `output`. Plain text
-    has no roles, so it cannot be masked and is refused. A Contradiction of samples whose source has a verdict comes with the whole batch corrected,
-    each sample in the list where it belongs."""
+    A sample is a trace_v1, an object with `messages` (further keys as in the OpenAI format) or one with
+    `prompt` and `output`. Plain text has no roles, so it cannot be masked and is refused. A Contradiction
+    of samples whose source has a verdict comes with the whole batch corrected, each sample in the list
+    where it belongs."""
     need(label is None, where, f"label={label!r} was passed, but a batch holds both labels; read it without label=")
     out, first, moved = [], None, {own: [] for own in LABELS}
     for own in LABELS:
@@ -946,9 +956,11 @@ MAX_SKIPPED = 1000  # error sentences kept in memory
 
 
 class TranscriptReader:
-    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds the first `MAX_SKIPPED` error sentences of the last one
-    (with `on_error='skip'`), `skipped_count` the number of all, `contradictions` that of records whose fields contradict each other, by file,
-    `relabelled` that of those which were read by their source's verdict, `repeated` that of RRFA samples and traces which stood before."""
+    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds
+    the first `MAX_SKIPPED` error sentences of the last one (with `on_error='skip'`), `skipped_count`
+    the number of all, `contradictions` that of records whose fields contradict each other, by file,
+    `relabelled` that of those which were read by their source's verdict, `repeated` that of RRFA
+    samples and traces which stood before."""
     def __init__(self, path, format, label, on_error, relabel=None):
         self.path, self.format, self.label, self.on_error, self.relabel = Path(path), format, label, on_error, relabel
         self.start()
@@ -965,7 +977,8 @@ class TranscriptReader:
         return error
 
     def convert(self, format, record, where, default_id, name):
-        "The transcripts of a `record`; with `relabel`, of the one that its source's verdict has corrected where its own fields contradict each other."
+        """The transcripts of a `record`; with `relabel`, of the one that its source's verdict has corrected
+        where its own fields contradict each other."""
         try: return FORMATS[format](record, where, default_id, self.label, name)
         except Contradiction as e:
             self.contradictions[name] += 1
@@ -975,7 +988,8 @@ class TranscriptReader:
             return found
 
     def all_contradictions(self, first):
-        "The TranscriptError that counts the contradictions of all files by reading them again, and gives the `first`."
+        """The TranscriptError that counts the contradictions of all files by reading them again, and gives
+        the `first`."""
         reader = TranscriptReader(self.path, self.format, self.label, "skip")
         for _ in reader.records(empty=True): pass
         files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
@@ -983,8 +997,9 @@ class TranscriptReader:
         return TranscriptError(f"{first} ({reader.contradictions.total():,} of {reader.record_count:,} records contradict themselves: {', '.join(files[:5])}{more})")
 
     def drop_repeats(self, found, default_id, seen):
-        """`found` without transcripts that stood before in this file, equal in all (but for an id that only says where they stand): RRFA
-        draws its benign samples many times, and the id of its traces is a hash of their content, so that what `meta` says does not count."""
+        """`found` without transcripts that stood before in this file, equal in all (but for an id that
+        only says where they stand): RRFA draws its benign samples many times, and the id of its traces
+        is a hash of their content, so that what `meta` says does not count."""
         new = []
         for t in found:
             content = repr(replace(t, id="") if t.id.startswith(f"{default_id}:") else replace(t, meta={}))
@@ -1034,7 +1049,8 @@ class TranscriptReader:
         need(ids.count or empty, self.path.name, f"holds no transcript; {self.skipped[0] if self.skipped else 'there are no records'}")
 
     def told(self):
-        "Sentences on what the last reading did with whole records: those read once and those read by their source's verdict, counted."
+        """Sentences on what the last reading did with whole records: those read once and those read by their
+        source's verdict, counted."""
         name = "".join(c if c.isprintable() else "?" for c in self.path.name)  # it goes to a terminal
         texts = ((self.repeated, "samples stood before and were read once"),
                  (self.relabelled, "records, whose labels contradict the verdict of their source, were read by that verdict"))
@@ -1049,15 +1065,16 @@ class TranscriptReader:
 
 # %% ../nbs/00_transcripts.ipynb #be9404da
 def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=None):
-    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object), or of all such files in a folder and
-    the folders in it (AgentDojo writes a file a run); see `TranscriptReader`.
+    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object), or
+    of all such files in a folder and the folders in it (AgentDojo writes a file a run); see
+    `TranscriptReader`.
 
-    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of records that carry none (of all runs of AgentDojo).
-    `on_error="skip"` collects the error sentences of bad records in `.skipped` and warns at the end.
-    A record whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source measured a verdict
-    by that, counts them in `.relabelled` and warns at the end.
-    Lines and array items stream, one at a time.
-    Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
+    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of
+    records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
+    bad records in `.skipped` and warns at the end. A record whose fields contradict each other is an error
+    that counts all of them; `relabel="source"` reads those whose source measured a verdict by that, counts
+    them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
+    TranscriptError with file, line and field; ValueError for a wrong argument."""
     for name, value, choices in (("format", format, ("auto", *FORMATS)), ("label", label, (None, *LABELS)),
                                  ("on_error", on_error, ("raise", "skip")), ("relabel", relabel, (None, "source"))):
         if value not in choices:
