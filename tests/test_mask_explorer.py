@@ -210,7 +210,7 @@ def test_calls_that_a_template_drops_are_shown_as_they_are_trained():
     assert not written.lost_calls and "<tool_call>" in written.text
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir()))
+@pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir() if "inverted" not in p.name))  # those are refused
 def test_every_format_can_be_pasted(name):
     read = [(t.messages, t.label) for t in as_shelf(FIXTURES / name).transcripts]
     assert [(t.messages, t.label) for t in read_pasted((FIXTURES / name).read_text()).transcripts] == read and read
@@ -385,12 +385,12 @@ def test_the_notebook_runs_without_a_front_end(tmp_path):
     assert done.returncode != 0 and "unknown parameter 'polciy'" in done.stdout
 
 
-def test_whose_actions_are_shown_where_runs_were_read_with_it(tmp_path):
+def test_whose_actions_are_shown_where_runs_were_read_with_it(masker, tmp_path):
     "A run that was read with attack-free ones has the policy injected_actions_only too, and each token of the user's own work says why it is out."
     from test_actions import read_streams, runs_of
     runs_of(tmp_path)
     run = read_streams([tmp_path])[0][0]
-    seen = explore(run, masker_of())
+    seen = explore(run, masker)
     [mask] = [m for m in seen.masks if m.name == "injected_actions_only"]
     said = {mask.sentences[code] for code in mask.codes}
     assert any("in: " in s and "not the user's own work" in s for s in said) and any("is labelled none" in s for s in said)
