@@ -195,8 +195,8 @@ def held_lines(training: list[Transcript], held_out: list[Transcript], left_out:
     was left out of it for that."""
     labels, found = Counter(t.label for t in held_out), shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
-    lines += [f"    {f['held_out']} by {kind}, {f['training']} in training: {f['shared']} of {f['with']} held-out transcripts share theirs with training"
-              for kind, f in found.items()]
+    lines += [f"    {kind}: {f['held_out']} held out, {f['training']} in training; {f['shared']} of {f['with']} held-out "
+              "transcripts share theirs with training" for kind, f in found.items()]
     why = Counter(left_out.values())
     if left_out: lines.append(f"    left out of training and of the held-out: {len(left_out)} ("
                               + ", ".join(f"{n} {'more than are held out' if kind == 'spare' else f'for their {kind}'}" for kind, n in why.most_common()) + ")")

@@ -1,5 +1,5 @@
 """nbs/train.ipynb as a job, on short runs: where its files go, bad parameters, stopping and resuming, other models and formats."""
-import json, os, re, time
+import os, json, re, time
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
