@@ -210,6 +210,9 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
             if line["prompt"]["hash"] != hashed:
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
             new.append(read_again(line, question, reader))
+    spare, attempts = len(lines) - len(new), {len(found) for found in by_question.values()}
+    if spare: raise RunError(f"{where} holds {spare} answers to questions that are no longer asked, or given twice: the held-out transcripts are other ones; evaluate again")
+    if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from .losses import token_reroute, token_retain
 
 # %% auto #0
 __all__ = ['rr', 'rr_kl', 'Pair', 'Objective', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
-           'find_objective', 'ignored', 'check_objective']
+           'find_objective', 'term_factors', 'ignored', 'check_objective']
 
 # %% ../nbs/05a_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -73,12 +74,22 @@ def find_objective(name: str) -> Objective:
     return found
 
 # %% ../nbs/05a_objectives.ipynb #e351f39b
+def term_factors(objective: Objective, config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
+    "What `objective.weights` gives. Raises ConfigError unless these are three finite numbers, of reroute, retain and kl."
+    try: weights = objective.weights(config, c_s, c_r)
+    except Exception as e: raise ConfigError(f"the weights of objective {config.objective} raise {type(e).__name__}: {e}") from e
+    fits = isinstance(weights, dict) and weights.keys() == {"reroute", "retain", "kl"}
+    if not fits or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
+        raise ConfigError(f"the weights of objective {config.objective} are {weights}: give finite numbers for reroute, retain and kl, and for nothing else")
+    return weights
+
+
 def ignored(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
     """Those of retain_weight, beta_kl, retain_relative and retain_layers that change nothing that `objective` makes of `config`.
 
     The first two are asked of its weights, retain_relative of its retain term for random states; without a retain term
     (weight 0) the last two change nothing. A retain term that cannot be computed from random states [M, 8] is taken to use them."""
-    weights = objective.weights(config, 1.0, 1.0)
+    weights = term_factors(objective, config, 1.0, 1.0)
     found = [name for name in ("retain_weight", "beta_kl")
              if objective.weights(replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0) == weights]
     if not weights["retain"] and "retain_weight" in found: return [*found, "retain_relative", "retain_layers"]

@@ -23,7 +23,7 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, shares
 from .fused_kl import chunk_for
 from .heads import Head
-from .models import DTYPES, add_adapter, auto_class, decoder_blocks, find_decoder, forward_with_hidden_states, named, resolve_model
+from .models import DTYPES, add_adapter, auto_class, decoder_blocks, in_words, find_decoder, forward_with_hidden_states, named, resolve_model
 from .report import format_number
 from .settings import SHAPES
 from .teacher_cache import size_words
@@ -40,13 +40,13 @@ def model_shape(name: str) -> PretrainedConfig:
         kind, settings = SHAPES[name]
         return AutoConfig.for_model(kind, **settings)
     with named(name):
-        return AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False).get_text_config()
 
 
 def beside_text(name: str, dtype: str) -> int:
     "Bytes of what a multimodal model has beside its text part, such as a vision tower: it is loaded, too. 0 for a model of text, and for those of `SHAPES`."
     if name in SHAPES: return 0
-    config = AutoConfig.from_pretrained(place := resolve_model(name))
+    config = AutoConfig.from_pretrained(place := resolve_model(name), trust_remote_code=False)
     if config.get_text_config() is config: return 0
     with torch.device("meta"):
         whole = auto_class(place, trust_remote_code=False).from_config(config, dtype=DTYPES[dtype])
@@ -195,7 +195,9 @@ def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = Fal
     by default `model_shape(config.model)`. `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
     rows, micro_batches = shares(config, processes)
     same = replace(config, batch_size=1, gradient_accumulation_steps=1)  # for one micro-batch it makes no difference
-    weights, block, head, adapter, peak, products, (vocabulary, width), states = run_once(same, json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str), rows, share)
+    given = json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str)
+    with in_words(f"a step of {config.model} cannot be planned"):
+        weights, block, head, adapter, peak, products, (vocabulary, width), states = run_once(same, given, rows, share)
     here, there = (chunk_bytes(config, rows, share, vocabulary, where) for where in ("cpu", device))
     cached = (len(config.target_layers) * states + width) * DTYPES[config.dtype].itemsize
     if shape is None: weights += beside_text(config.model, config.dtype)
