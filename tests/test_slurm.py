@@ -161,7 +161,7 @@ def test_preempted_and_signalled_yet_the_same(slurm, sweep):
     "A training that another partition pushes out, and `scancel --signal` later ends once more, goes on by itself and ends like the undisturbed one."
     undisturbed = next(sweep[1] / run["dir"] for run in load(sweep[1] / "sweep.json")["runs"] if run["parameters"]["beta_kl"] == 0.3)
     spec = sweep[0].with_name("pushed.yaml")
-    spec.write_text(json.dumps({"parameters": load(sweep[0].with_name("five.yaml"))["parameters"] | {"beta_kl": 0.3, "total_steps": 60}}))
+    spec.write_text(json.dumps({"parameters": load(sweep[0].with_name("five.yaml"))["parameters"] | {"beta_kl": 0.3, "total_steps": 40}}))
     said = cbnb("ablate", spec, "--slurm", runs=slurm.runs, **slurm_env(slurm), SBATCH_PARTITION="preempt")
     job = re.search(r"job (\d+): 1 runs", said.stdout)[1]
     (run,) = (slurm.runs / "pushed" / r["dir"] for r in load(slurm.runs / "pushed" / "sweep.json")["runs"])
