@@ -26,6 +26,7 @@ from pathlib import Path
 import yaml
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_decoding, check_layers, get_config, nearest
+from .holdout import heldout_kinds
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
@@ -164,14 +165,17 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "heldout_by", "relabel", "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def run_settings(parameters):
     """`(config, told)` of a run with the dict of all its `parameters`, see `cbnb.settings.settings_of`: one way for train, pre-flight, plan and sweeps. Raises
     ConfigError, and OSError where the settings follow from the configuration of a model that is not there."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
-    return settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    config, told = settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    if config.objective in ("rr", "rr_kl"): return config, told
+    from cbnb.objectives import check_objective  # needs torch, which all other settings are checked without
+    return config, [*told, *check_objective(config, given)]
 
 
 def check_settings(parameters, processes=None):
@@ -191,6 +195,8 @@ def check_settings(parameters, processes=None):
     for name in ("data", "eval_data"):
         for file in listed(parameters.get(name) or ""):
             if file != "tinyagent" and not Path(file).exists(): raise RunError(f"{name} names {file}, which is not there: give the path of a transcript file")
+    heldout_kinds(parameters.get("heldout_by", "auto"))
+    if parameters.get("relabel", "") not in ("", "source"): raise RunError(f"relabel is {parameters['relabel']!r}: use source, or leave it out")
     template_source(parameters.get("chat_template") or ""), template_values(parameters.get("template_variables") or "")
     return told
 

@@ -131,12 +131,15 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     return [found_file(file) for file in files]
 
 
-def questions_for(adapters: list[Adapter], eval_data: str = "") -> list[Transcript]:
-    "The transcripts of `heldout_files`, as a run reads them. Raises what `cbnb.data.read_streams` raises."
+def questions_for(adapters: list[Adapter], eval_data: str = "", relabel: str | None = None) -> list[Transcript]:
+    """The transcripts of `heldout_files`, as a run reads them (`relabel` None: as the first adapter's run
+    did). Raises what `cbnb.data.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
-    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files) for t in stream]
-    return load_streams(listed(next(a for a in adapters if a.run).parameters["data"]))[2]
+    run = next((a.parameters for a in adapters if a.run), {})
+    relabel = run.get("relabel", "") if relabel is None else relabel
+    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, relabel) for t in stream]
+    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), relabel=relabel)[2]  # prompt: before there was the setting
 
 
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
@@ -169,6 +172,7 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
+    if (relabel := parameters.get("relabel")) not in (None, "", "source"): raise RunError(f"relabel is {relabel!r}: use source, or leave it out")
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
 
@@ -206,6 +210,9 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
             if line["prompt"]["hash"] != hashed:
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
             new.append(read_again(line, question, reader))
+    spare, attempts = len(lines) - len(new), {len(found) for found in by_question.values()}
+    if spare: raise RunError(f"{where} holds {spare} answers to questions that are no longer asked, or given twice: the held-out transcripts are other ones; evaluate again")
+    if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
@@ -222,7 +229,7 @@ def rescore(folder) -> dict:
     if not lines: raise RunError(f"{folder} holds no answers.jsonl: it was made by an older cbnb, so evaluate it again")
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
-        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"])
+        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], parameters.get("relabel"))
         given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]

@@ -89,7 +89,7 @@ def batch_key(state: str, stage: str, decoding: Decoding, ends, prefilled: bool,
     return digest.hexdigest()[:32]
 
 # %% ../nbs/07d_answers.ipynb #91c1a2b3
-WANTED = ("injected_call", "injected_text", "sensitive_tools", "expected_call", "expected_text")  # of a question's meta
+WANTED = ("injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call", "expected_text")  # of a question's meta
 
 
 def read_again(line: dict, question: Transcript, reader: AnswerReader) -> dict:

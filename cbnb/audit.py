@@ -6,30 +6,32 @@
 __all__ = ['KINDS', 'NOTES', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX', 'ROLE_HEAD',
            'TURN_HEAD', 'UNSEEN', 'SIGNS', 'LONG', 'COLOURS', 'PAGE', 'Finding', 'trained_ends', 'untrained_ends',
            'foreign_targets', 'nothing_trained', 'cut_targets', 'has_type', 'schema_faults', 'call_faults',
-           'unknown_keys', 'check_mask', 'Audited', 'message_of', 'encode_each', 'audit_one', 'audit', 'Totals',
-           'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten', 'in_colour',
+           'unknown_keys', 'check_mask', 'Audited', 'message_of', 'encode_each', 'audit_one', 'compared', 'audit',
+           'Totals', 'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten', 'in_colour',
            'terminal_lines', 'audit_page']
 
 # %% ../nbs/01b_audit.ipynb #3c91a70d
 import itertools
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
-from .policies import POLICIES, end_tokens
+from .actions import action_key, actions, actions_line, for_policy, own_notes
+from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
-from .turns import COMPLETION, Segment
-from .targets import training_mask, truncation_window
-from .transcripts import REASONING_KEYS, ROLES, SWITCHES, TranscriptError, TranscriptReader, nearest
+from .turns import COMPLETION, TOOL_SEGMENTS, Segment
+from .targets import lacks_injection, training_mask, truncation_window
+from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
 KINDS = {
     "unreadable": "the record is no transcript",
     "no_mask": "no safe mask can be made of it",
+    "no_injection": "a harmful transcript has no injection that the policy asks for, so all that the assistant says is trained",
     "lost_calls": "the template writes none of a message's tool calls",
     "lost_words": "the template writes nothing of an answer",
     "call_schema": "a call contradicts the schema of its tool, or its tool is not on offer",
@@ -45,8 +47,9 @@ KINDS = {
     "lost_to_truncation": "an answer is cut off whole",
     "warning": "the mask is safe, but something was left out",
     "unknown_keys": "a message has keys that nothing here reads",
-    "cut": "part of an answer is cut off"}
-NOTES = frozenset({"warning", "unknown_keys", "cut"})
+    "cut": "part of an answer is cut off",
+    "actions": "whose the actions after the injection are, and what they were compared with"}
+NOTES = frozenset({"warning", "unknown_keys", "cut", "actions"})
 
 
 @dataclass(frozen=True)
@@ -246,15 +249,27 @@ def encode_each(masker, transcripts):
 def audit_one(number, transcript, encoded, policy, max_length=None, side="targets", file=""):
     "The `Audited` of one transcript of `file`; `encoded` is its Encoded or the MaskError that came in its place."
     mask = None
+    if why := transcript.meta.get("refused") if policy in NEED_COMPARISON else None: encoded = MaskError(why.removeprefix(f"transcript {transcript.id}: "))
     if not isinstance(encoded, MaskError):
         try: mask = training_mask(encoded, transcript, policy)
         except MaskError as e: encoded = e
     found = [Finding("no_mask", str(encoded), message_of(str(encoded)))] if mask is None else check_mask(encoded, mask, transcript, max_length, side)
+    if mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
+        found.append(Finding("no_injection", f"{policy} finds no injection span and trains all that the assistant says, before the attack too; "
+                                             "find spans with cbnb spans, or choose another policy"))
+    if mask is not None and (said := actions_line(transcript)): found.append(Finding("actions", said))
     place = dict(transcript=transcript.id, number=number, file=file)
     found = tuple(Finding(f.kind, f.text, f.messages, **place) for f in found)
     return Audited(number, transcript, None if mask is None else encoded, mask, found)
 
 # %% ../nbs/01b_audit.ipynb #93b6a055
+def compared(transcript, policy):
+    """A harmful transcript as `policy` wants it (`cbnb.actions.for_policy`); as it is where that is refused,
+    which the mask will say."""
+    try: return for_policy([transcript], policy)[0]
+    except MaskError as e: return replace(transcript, meta=transcript.meta | {"refused": str(e)})
+
+
 def audit(transcripts, masker, policy="assistant_only", max_length=None, side="targets", limit=None):
     """Yields an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held whole).
 
@@ -265,8 +280,13 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
         raise MaskError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or a function of an Encoded")
     truncation_window(np.ones(1, bool), 1 if max_length is None else max_length, side)
     file, number = Path(getattr(transcripts, "path", "")).name, 0
-    stream = transcripts.records() if isinstance(transcripts, TranscriptReader) else iter(transcripts)  # with its bad records in their places
+    note, whole = (lambda t: t), transcripts
+    if policy in NEED_COMPARISON:  # read once more: what a task does is known from all of its runs
+        whole = transcripts if isinstance(transcripts, TranscriptReader) else list(transcripts)
+        note = own_notes([t for t in (whole.records() if whole is transcripts else whole) if not isinstance(t, TranscriptError)])
+    stream = whole.records() if isinstance(whole, TranscriptReader) else iter(whole)  # with its bad records in their places
     while batch := list(itertools.islice(stream, BATCH if limit is None else min(BATCH, limit - number))):
+        batch = [t if isinstance(t, TranscriptError) else compared(note(t), policy) for t in batch]
         encoded = iter(encode_each(masker, [t for t in batch if not isinstance(t, TranscriptError)]))
         for found in batch:
             if isinstance(found, TranscriptError): yield Audited(0, findings=(Finding("unreadable", str(found)),))
@@ -297,6 +317,17 @@ class Totals:
     kinds: Counter = field(default_factory=Counter)
     keys: Counter = field(default_factory=Counter)  # messages by unknown key
     failed: int = 0
+    calls: dict = field(default_factory=lambda: {label: SeenKeys() for label in LABELS})  # trained ones, by the label of their transcript
+    both_streams: int = 0  # different calls that are trained in both
+
+    def add_calls(self, audited):
+        """Counts trained calls that are trained in transcripts of the other label, too; in 16 to 32 bytes a
+        different call."""
+        own, other = (self.calls[label] for label in (audited.transcript.label, *(set(LABELS) - {audited.transcript.label})))
+        trained = {*audited.encoded.message_index[audited.mask & np.isin(audited.encoded.segments, [*TOOL_SEGMENTS])].tolist()}
+        for key in {action_key(call) for i, _, call in actions(audited.transcript) if i in trained}:
+            self.both_streams += key in other and key not in own
+            own.add(key)
 
     def add(self, audited, allow=()):
         "Counts one `Audited`; its findings make it fail unless their kind is a note or in `allow`."
@@ -308,6 +339,7 @@ class Totals:
         if audited.encoded is None: return
         encoded, mask, roles = audited.encoded, audited.mask, [ROLE_INDEX.get(m["role"], len(ROLES)) for m in audited.transcript.messages]
         self.labels[audited.transcript.label] += 1
+        self.add_calls(audited)
         self.tokens += len(mask)
         self.trained += int(np.count_nonzero(mask))
         role = np.array([*roles, len(ROLES)])  # the owner -1 (none) picks the last
@@ -337,14 +369,15 @@ class Totals:
         "One sentence: how many transcripts there are, and what was found in how many."
         found = ", ".join(f"{kind} {self.kinds[kind]}" for kind in KINDS if self.kinds[kind])
         result = f"{self.failed:,} fail the audit" if self.failed else "none fails the audit"
-        return f"{self.transcripts:,} transcripts, {self.tokens:,} tokens, {self.trained:,} of them trained; {result}" + f" ({found})" * bool(found)
+        both = f"; {self.both_streams:,} calls are trained as harmful and as benign, by name and arguments" * bool(self.both_streams)
+        return f"{self.transcripts:,} transcripts, {self.tokens:,} tokens, {self.trained:,} of them trained; {result}" + f" ({found})" * bool(found) + both
 
     def summary(self):
         "One dict that JSON can hold."
         roles = [dict(zip(("role", "messages", "tokens", "trained"), row)) for row in self.role_table()]
         turns = [dict(zip(("turn", "transcripts", "generated", "trained", "eot", "eot_trained"), row)) for row in self.turn_table()]
         return {"transcripts": self.transcripts, "failed": self.failed, "tokens": self.tokens, "trained": self.trained,
-                "labels": dict(self.labels), "findings": dict(self.kinds), "unknown_keys": dict(self.keys), "roles": roles, "turns": turns}
+                "labels": dict(self.labels), "findings": dict(self.kinds), "both_streams": self.both_streams, "unknown_keys": dict(self.keys), "roles": roles, "turns": turns}
 
 # %% ../nbs/01b_audit.ipynb #8ed92007
 def format_table(head, rows):

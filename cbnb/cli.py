@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'CommandError', 'first_line', 'load_masker', 'load_policy', 'use_colour', 'progress', 'positive',
-           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_convert', 'run_convert', 'add_ablate', 'tell',
-           'run_ablate', 'add_status', 'run_status', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train',
-           'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch',
-           'run_fetch', 'add_report', 'run_report', 'parser', 'main']
+           'add_reading', 'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_spans', 'run_spans',
+           'add_convert', 'run_convert', 'add_ablate', 'tell', 'run_ablate', 'add_status', 'run_status',
+           'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
+           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
+           'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #1cb70842
 import argparse
@@ -86,6 +87,16 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
 
+# %% ../nbs/30_cli.ipynb #d427a70a
+def add_reading(p):
+    "Adds the arguments that say how a file of transcripts is read."
+    p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, packed, a table, a folder of such "
+                                                "files, or hf:dataset[split]")
+    p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
+    p.add_argument("--label", choices=LABELS, help="label of records that carry none")
+    p.add_argument("--relabel", choices=("source",),
+                   help="read records whose label contradicts the verdict of their source by that verdict")
+
 # %% ../nbs/30_cli.ipynb #ab71a78b
 def add_masks(commands):
     "Adds the arguments of `cbnb masks`."
@@ -94,8 +105,7 @@ def add_masks(commands):
                             epilog="findings that fail the audit (status 1), each of which --allow takes out:\n" + "\n".join(
                                 f"  {kind:<20}{text}" for kind, text in KINDS.items() if kind not in NOTES)
                             + "\nstatus 2: bad usage, or a file or model that cannot be read")
-    p.add_argument("file", metavar="FILE",
-                   help="transcripts: JSONL, one JSON array or object, packed, a table, a folder of such files, or hf:dataset[split]")
+    add_reading(p)
     p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="a folder or hub id with the tokenizer, or tinyagent")
     p.add_argument("--policy", default="assistant_only", help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)")
     p.add_argument("--chat-template", metavar="FILE", default="", help="a Jinja file to use in place of the tokenizer's own, or its text")
@@ -104,8 +114,6 @@ def add_masks(commands):
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
     p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
                    help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
-    p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
-    p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
     p.add_argument("--truncation", choices=SIDES,
                    help="what --max-length cuts: around the last target as cbnb does, the right or the left end (default: targets)")
@@ -123,22 +131,23 @@ LISTED = 20  # findings of one kind that are printed or kept for the page
 
 
 def audit_file(args):
-    "Yields the `Audited` of the file, the model and the policy in `args`. Raises CommandError before anything is read."
-    try: reader = read_transcripts(args.file, args.format, args.label, on_error="skip")
+    """`(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before anything
+    is read."""
+    try: reader = read_transcripts(args.file, args.format, args.label, "skip", args.relabel)
     except TranscriptError as e: raise CommandError(str(e)) from None
     policy, page = load_policy(args.policy), args.html and Path(args.html)
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
     if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
     masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
-    return audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
+    return reader, audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 
 def run_masks(args):
     "Carries out `cbnb masks`; the exit status is 1 where a transcript fails. Memory does not grow with the file."
     totals, kept, shown, colour = Totals(), Counter(), [], use_colour(args.color, sys.stdout)
-    findings = []
-    for audited in progress(audit_file(args), "transcripts"):
+    findings, (reader, stream) = [], audit_file(args)
+    for audited in progress(stream, "transcripts"):
         totals.add(audited, args.allow)
         if audited.encoded is not None and len(shown) < args.show:
             shown.append(audited)
@@ -147,6 +156,7 @@ def run_masks(args):
         for finding in audited.findings:
             if kept[finding.kind] < LISTED: findings.append(finding)
             kept[finding.kind] += 1
+    for text in reader.told(): print(f"note: {visible(text)}", file=sys.stderr)
     more = [f"{kind}: {n - LISTED:,} more; --json lists all" for kind, n in kept.items() if n > LISTED]
     if args.json: print(json.dumps({"summary": totals.summary()}))
     else: print(*closing_lines(totals, findings, more), sep="\n")
@@ -163,16 +173,48 @@ def closing_lines(totals, findings, more):
     for head, rows in ((ROLE_HEAD, totals.role_table()), (TURN_HEAD, totals.turn_table())): yield from [*format_table(head, rows), ""]
     yield totals.verdict()
 
+# %% ../nbs/30_cli.ipynb #a13a78c1
+def add_spans(commands):
+    "Adds the arguments of `cbnb spans`."
+    p = commands.add_parser("spans", help="find where injections stand in a transcript file",
+                            description="Find where injections stand in transcripts that do not say so, show them, and write them. AgentDojo "
+                            "runs say it themselves; transcripts that have spans keep them.",
+                            epilog="status 0: every harmful transcript has a span; 1: some have none; 2: a file cannot be read or written")
+    add_reading(p)
+    p.add_argument("--text", action="append", default=[], metavar="TEXT", help="an injected text to look for; may be repeated")
+    p.add_argument("--injections", metavar="FILE", help="texts to look for: a JSON object of them, or AgentDojo run files (or a folder)")
+    p.add_argument("--wrappers", action="store_true", help="look for common wrappers: <INFORMATION>…</INFORMATION> and the like")
+    p.add_argument("--roles", action="append", choices=("tool", "user", "system"), help="messages to look in; may be repeated (default: tool)")
+    p.add_argument("--show", type=int, default=5, metavar="N", help="show the spans of the first N transcripts that got some (default: %(default)s)")
+    p.add_argument("--out", metavar="OUT.jsonl", help="write all transcripts with their spans, in cbnb's own form")
+    p.set_defaults(run=run_spans)
+
+
+def run_spans(args):
+    "Carries out `cbnb spans`; the exit status is 1 where a harmful transcript has no span in the end."
+    from cbnb.spans import Search, check_out, read_injections, span_lines, write_spans
+    texts = {f"--text {i}": text for i, text in enumerate(args.text, 1)}
+    if not all(text.strip() for text in args.text): raise CommandError("--text is empty; give the words that were injected")
+    if args.injections: texts |= read_injections(args.injections)
+    reader, search, shown = read_transcripts(args.file, args.format, args.label, relabel=args.relabel), Search(), []
+    if args.out and args.injections: check_out(args.out, [args.injections])
+
+    def show(number, transcript, how):
+        if len(shown) >= args.show: return
+        shown.append(number)
+        print(*span_lines(number, transcript, how), "", sep="\n")
+    write_spans(reader, args.out, search, show, texts, args.wrappers, tuple(args.roles or ("tool",)))
+    print(*(visible(line) for line in search.lines(list(texts))), sep="\n")
+    return 1 if search.without["harmful"] else 0
+
 # %% ../nbs/30_cli.ipynb #c11f8cbf
 def add_convert(commands):
     "Adds the arguments of `cbnb convert`."
     p = commands.add_parser("convert", help="any format into the project's own", description="Write the transcripts of a file, a folder or a "
                             "data set as one JSONL file in the project's own form, and say what was read, left out, dropped and adapted.",
                             epilog="status 0: all was read; 1: records were dropped, by the causes that are printed; 2: nothing was written")
-    p.add_argument("file", metavar="IN", help="as for cbnb masks")
+    add_reading(p)
     p.add_argument("out", metavar="OUT.jsonl", help="the file to write; never the one that is read, nor one in the folder that is read")
-    p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
-    p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--json", action="store_true", help="print the report as one JSON object")
     p.set_defaults(run=run_convert)
 
@@ -180,7 +222,7 @@ def add_convert(commands):
 def run_convert(args):
     "Carries out `cbnb convert`."
     from cbnb.convert import convert, report_lines
-    report = convert(args.file, args.out, args.format, args.label, lambda items: progress(items, "transcripts"))
+    report = convert(args.file, args.out, args.format, args.label, lambda items: progress(items, "transcripts"), args.relabel)
     if args.json: print(json.dumps(report))
     else: print(*map(visible, report_lines(report)), sep="\n")
     return 1 if report["dropped"] else 0
@@ -423,7 +465,8 @@ def parser():
     p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_convert, add_plan, add_preflight, add_train, add_evaluate, add_ablate, add_status, add_report, add_fetch): add(commands)
+    for add in (add_masks, add_spans, add_convert, add_plan, add_preflight, add_train, add_evaluate, add_ablate,
+                add_status, add_report, add_fetch): add(commands)
     return p
 
 

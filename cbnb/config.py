@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import cbnb.policies
-from .policies import TRAINABLE
+from .policies import NEED_INJECTION, TRAINABLE
 from .transcripts import nearest
 
 # %% ../nbs/03_config.ipynb #e9da856d
@@ -160,6 +160,8 @@ class CircuitBreakerConfig:
     hidden_state_mode: str = setting("hidden_states", "how block outputs are read", one_of=("hidden_states", "hooks"))
     benign_policy: str = setting("assistant_only", "which tokens of benign rows count", one_of=TRAINABLE)
     harmful_policy: str = setting("post_injection_only", "which tokens of harmful rows count", one_of=TRAINABLE)
+    max_without_injection: float = setting(0.1, "pre-flight fails where a larger share of harmful transcripts has no injection that "
+                                           "harmful_policy asks for", at_least=0, at_most=1)
     seed: int = setting(0, "seed of data order, dropout and LoRA's initial weights", at_least=0, below=2**32)
     logging_steps: int = setting(5, "optimizer steps between two log lines", at_least=1)
     save_steps: int = setting(50, "optimizer steps between two checkpoints; 0: only on a stop and at the end", at_least=0)
@@ -257,6 +259,8 @@ IDLE = {
     "saturated_below": (lambda c: not c.diagnose_steps, "the alarm looks at gradients by term, and diagnose_steps 0 measures none: give diagnose_steps"),
     "dead_after": (lambda c: c.dead_level == 1, "dead_level 1 switches the alarm off, since no cosine is above 1: give a lower dead_level"),
     "collapse_stops": (lambda c: c.collapse_stops and c.collapse_for == 1, "with collapse_for 1 the run is over before it can be ended: give a lower collapse_for"),
+    "max_without_injection": (lambda c: c.harmful_policy not in NEED_INJECTION,
+                              "harmful_policy asks for no injection: leave it out, or give post_injection_only"),
     "savings": (lambda c: "none" in c.savings and len(c.savings) > 1, "none stands beside others: give none alone, or the others"),
     "report_to": (lambda c: "none" in c.report_to and len(c.report_to) > 1, "none stands beside others: give none alone, or the others"),
 }

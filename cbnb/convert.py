@@ -24,7 +24,7 @@ def cause_of(error):
     what = re.sub(r"'[^']*'", "'…'", what)
     return re.sub(r"\d+", "…", f"{field}: {what}" if field else what)
 
-# %% ../nbs/00i_convert.ipynb #a518cf7f
+# %% ../nbs/00i_convert.ipynb #ba791650
 def check_output(path, out):
     "Raises TranscriptError where writing to `out` would change what is read from `path`: the same file, or one in the folder that is read."
     path, out = Path(path), Path(out)
@@ -34,13 +34,13 @@ def check_output(path, out):
     if not out.absolute().parent.is_dir(): raise TranscriptError(f"{out}: its folder is not there; make it first")
 
 
-def convert(path, out, format="auto", label=None, progress=lambda items: items):
+def convert(path, out, format="auto", label=None, progress=lambda items: items, relabel=None):
     """Writes the transcripts of `path` (see `read_transcripts`) to the file `out` in the project's own form, and returns the report, a dict:
     `transcripts` and counts of them by `formats` (records), `labels`, `tools` and `spans`; `adapted` (times, by what was done), `dropped`
-    (records, by cause), `left_out` (records, by cause) and `repeated`; `examples` is the first sentence of each cause.
+    (records, by cause), `left_out` (records, by cause), `repeated` and `relabelled`; `examples` is the first sentence of each cause.
 
     Bad records are dropped. Raises TranscriptError where nothing can be read, and before anything is written over what is read."""
-    reader = read_transcripts(path, format, label, on_error="skip")
+    reader = read_transcripts(path, format, label, "skip", relabel)
     check_output(path, out)
     labels, adapted, dropped, examples, with_tools, spans, count = Counter(), Counter(), Counter(), {}, 0, 0, 0
     def watched():
@@ -56,9 +56,9 @@ def convert(path, out, format="auto", label=None, progress=lambda items: items):
             yield found
     write_transcripts(out, watched())
     return {"transcripts": count, "formats": dict(reader.formats), "labels": dict(labels), "with_tools": with_tools, "with_spans": spans,
-            "adapted": dict(adapted), "dropped": dict(dropped), "left_out": dict(reader.left_out), "repeated": reader.repeated, "examples": examples}
+            "adapted": dict(adapted), "dropped": dict(dropped), "left_out": dict(reader.left_out), "repeated": reader.repeated, "relabelled": reader.relabelled, "examples": examples}
 
-# %% ../nbs/00i_convert.ipynb #e7f22d60
+# %% ../nbs/00i_convert.ipynb #e02140b0
 def report_lines(report):
     "Lines of text of a `convert` report."
     def counted(counts): return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"
@@ -67,4 +67,5 @@ def report_lines(report):
     for title, key in (("adapted", "adapted"), ("left out", "left_out"), ("dropped", "dropped")):
         for name, n in sorted(report[key].items(), key=lambda pair: -pair[1]): yield f"{title}: {n:,} × {name}"
         if key == "dropped": yield from (f"  e.g. {text}" for text in report["examples"].values())
-    if report["repeated"]: yield f"left out: {report['repeated']:,} × samples that stood in an earlier batch too"
+    if report["repeated"]: yield f"left out: {report['repeated']:,} × samples that stood before"
+    if report["relabelled"]: yield f"adapted: {report['relabelled']:,} × label by the verdict of the source"

@@ -5,7 +5,6 @@
 # %% ../nbs/05_data.ipynb #3462c95b
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from .actions import with_own_work
+from .holdout import heldout_kinds, part, Parted, thin
 from .losses import predicting_positions
 from .masks import ChatMasker
 from .model_checks import check_packing
@@ -24,52 +25,43 @@ from .targets import check_calls, in_batches, in_turns, lacks_injection, message
 from .transcripts import Transcript, read_transcripts
 
 # %% auto #0
-__all__ = ['COUNTS', 'PASS', 'read_streams', 'hold_out', 'prompt_key', 'load_streams', 'Sample', 'StreamReport',
-           'encode_transcript', 'encode_stream', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
+__all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript', 'encode_stream',
+           'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
-def read_streams(paths: Iterable) -> tuple[list[Transcript], list[Transcript]]:
-    """Reads every file (format recognised by `read_transcripts`) and parts the transcripts by label: `(harmful, benign)`.
-    Raises ValueError where two transcripts share an id, and what `read_transcripts` raises for a bad record."""
-    transcripts = [t for path in paths for t in read_transcripts(path)]
+def read_streams(paths: Iterable, relabel: str = "") -> tuple[list[Transcript], list[Transcript]]:
+    """Reads every file (format recognised by `read_transcripts`) and parts the transcripts by label:
+    `(harmful, benign)`. `relabel`: "source" reads records whose label contradicts the verdict of their
+    source by that verdict. What is known of the user's own work is noted in harmful runs
+    (`cbnb.actions.with_own_work`). Raises ValueError where two transcripts share an id, and what
+    `read_transcripts` raises for a bad record."""
+    transcripts = [t for path in paths for t in read_transcripts(path, relabel=relabel or None)]
     repeated = [i for i, n in Counter(t.id for t in transcripts).items() if n > 1]
     if repeated:
         raise ValueError(f"transcript id {repeated[0]!r} occurs more than once in {', '.join(map(str, paths))}; ids must be unique.")
+    transcripts = with_own_work(transcripts)
     return [t for t in transcripts if t.label == "harmful"], [t for t in transcripts if t.label == "benign"]
 
-# %% ../nbs/05_data.ipynb #30f9ee83
-def hold_out(transcripts: list[Transcript], n: int, seed: int = 0, name: str = "") -> tuple[list[Transcript], list[Transcript]]:
-    """`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from training; both in the order of the file.
-    Raises ValueError, saying the `name` of the stream, for fewer than five transcripts, of which none could be spared."""
-    n = min(n, len(transcripts) // 5)
-    if not n:
-        raise ValueError(f"{len(transcripts)} {name} transcripts are too few to hold some out: give at least 5 of each label in data, or eval_data.")
-    chosen = set(np.random.default_rng((seed, 2)).permutation(len(transcripts))[:n].tolist())
-    return [t for i, t in enumerate(transcripts) if i not in chosen], [t for i, t in enumerate(transcripts) if i in chosen]
-
 # %% ../nbs/05_data.ipynb #aa07a111
-def prompt_key(transcript: Transcript) -> str:
-    "What the last assistant message answers, as one string: equal for two transcripts that ask the same and differ in the answer only."
-    last = max((i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"), default=len(transcript.messages))
-    return json.dumps([transcript.messages[:last], transcript.tools], sort_keys=True)
+def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto",
+                 relabel: str = "") -> tuple[list[Transcript], list[Transcript], list[Transcript], dict[str, str]]:
+    """`(harmful, benign, held out, left out)`: three lists of transcripts, and `{id: why}` of those left
+    out of training because they share with a held-out one what `heldout_by` names
+    (`cbnb.holdout.heldout_kinds`), or its prompt.
 
-
-def load_streams(files: Iterable, eval_files: Iterable = ()) -> tuple[list[Transcript], list[Transcript], list[Transcript], list[str]]:
-    """`(harmful, benign, held out, left out)`: three lists of transcripts, and the ids of those left out of training because a held-out one
-    answers the same prompt.
-
-    Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for every seed of a run, so that runs can
-    be compared."""
-    harmful, benign = read_streams(files)
+    Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
+    every seed of a run, so that runs can be compared (`cbnb.holdout.part`). `relabel` as in
+    `read_streams`. Raises what these raise, and ValueError where a stream loses all it has."""
+    kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, relabel)
     if eval_files:
-        held_out = [t for stream in read_streams(eval_files) for t in stream]
-    else:
-        (harmful, some), (benign, others) = (hold_out(stream, 64, name=name) for name, stream in (("harmful", harmful), ("benign", benign)))
-        held_out = some + others
-    asked = {prompt_key(t) for t in held_out}
-    left_out = [t.id for t in harmful + benign if prompt_key(t) in asked]
-    harmful, benign = ([t for t in stream if prompt_key(t) not in asked] for stream in (harmful, benign))
-    return harmful, benign, held_out, left_out
+        parted = thin(Parted(harmful, benign, [t for stream in read_streams(eval_files, relabel) for t in stream], kinds))
+    else: parted = part(harmful, benign, heldout_by)
+    for name, before in (("harmful", harmful), ("benign", benign)):
+        if before and not getattr(parted, name):
+            raise ValueError(f"all {len(before)} {name} transcripts share their {' or '.join((*kinds, 'prompt'))} with held-out ones, so none is left to "
+                             "train: give other eval_data, or heldout_by prompt")
+    return parted.harmful, parted.benign, parted.held_out, parted.left_out
+
 
 # %% ../nbs/05_data.ipynb #ca59b33b
 @dataclass(frozen=True)
@@ -87,7 +79,8 @@ class StreamReport:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings
+    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
+    # injected, own, unexplained, mixed, words with _after_injection: messages (`cbnb.actions.whose`)
     counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
@@ -121,6 +114,7 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.transcripts += 1
             report.counts["no_injection"] += lacks_injection(transcript, policy)
             report.counts["messages_off"] += len(messages_off(transcript))
+            for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items(): report.counts[f"{kind}_after_injection"] += n
         last = transcript
         try:
             check_calls(encoded)

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 from .heads import explained
@@ -71,13 +72,15 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path]) -> PeftModel
                     student = get_peft_model(base, LoraConfig.from_pretrained(folder, inference_mode=True), adapter_name=name)
             # in both cases: this also says which weights were missing or left over
             result = student.load_adapter(folder, name, torch_device=str(base.device))
-        except (RuntimeError, TypeError, ValueError) as e:
+        except (RuntimeError, TypeError, ValueError, SafetensorError) as e:
             raise ValueError(f"{folder} does not fit this base: {' '.join(str(e).split())[:300]}") from e
         # peft also lists another adapter's lora_B where this one is called B
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             raise ValueError(f"{folder} does not fit this base: {len(missing)} weights are missing and {len(result.unexpected_keys)} are "
                              "left over; give the model that it was trained on.")
+        broken = [key for key, p in student.named_parameters() if f".{name}." in key and not p.isfinite().all()]
+        if broken: raise ValueError(f"{folder} holds NaN or infinite weights, the first is {broken[0]}: its answers would be noise, not a breaker's.")
     student.set_adapter(next(iter(adapters)))
     return student.eval().requires_grad_(False)
 

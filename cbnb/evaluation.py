@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from .actions import for_policy
 from .answers import answer_figures, answer_questions, collected, dealt
 from .benchmarks import questions
 from .config import CircuitBreakerConfig
@@ -36,7 +37,8 @@ def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Tr
     """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign
     or harmful), on the student's device; of several processes each gets its share. Warns of transcripts
     without a target and of targets that were cut off: they are not in the figures."""
-    samples, report = encode_stream(transcripts, masker, getattr(config, f"{label}_policy"), config.max_length, f"held-out {label}", config.truncation,
+    policy = getattr(config, f"{label}_policy")
+    samples, report = encode_stream(for_policy(transcripts, policy), masker, policy, config.max_length, f"held-out {label}", config.truncation,
                                     config.split_turns)
     if report.dropped or report.counts["targets_cut"]:
         warnings.warn(f"held-out {label}: {report}", stacklevel=2)

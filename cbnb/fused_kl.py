@@ -25,14 +25,14 @@ def widened(weight, dtype):
         yield part, weight[part].to(dtype)
 
 
-def mixed(a, weight):
-    "Whether the device multiplies these 16-bit tensors with a float32 result by itself (CUDA, torch ≥ 2.8)."
-    return a.is_cuda and a.dtype == weight.dtype and a.element_size() == 2
+def mixed(a, weight, out):
+    "Whether the device multiplies these 16-bit tensors into the float32 `out` by itself (CUDA, torch ≥ 2.8); into float64 it does not."
+    return a.is_cuda and a.dtype == weight.dtype and a.element_size() == 2 and out.dtype == torch.float32
 
 
 def product_into(out, rows, weight):
     "`out[:] = rows @ weight.T` in `out`'s dtype, float32 or float64, from inputs of any dtype: rows [n, d], weight [V, d], out [n, V]."
-    if mixed(rows, weight): torch.mm(rows, weight.T, out_dtype=out.dtype, out=out)
+    if mixed(rows, weight, out): torch.mm(rows, weight.T, out_dtype=out.dtype, out=out)
     elif weight.dtype == out.dtype: torch.mm(rows.to(out.dtype), weight.T, out=out)
     else:
         rows = rows.to(out.dtype)
@@ -41,7 +41,7 @@ def product_into(out, rows, weight):
 
 def back_product_into(out, gradient, weight):
     "`out[:] = gradient @ weight` in `out`'s dtype, float32 or float64: gradient [n, V] in the same, weight [V, d] of any dtype, out [n, d]."
-    if gradient.is_cuda and weight.element_size() == 2: torch.mm(gradient.to(weight.dtype), weight, out_dtype=out.dtype, out=out)
+    if mixed(weight, weight, out): torch.mm(gradient.to(weight.dtype), weight, out_dtype=out.dtype, out=out)
     elif weight.dtype == out.dtype: torch.mm(gradient, weight, out=out)
     else:
         out.zero_()

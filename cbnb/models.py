@@ -59,12 +59,12 @@ def resolve_model(name_or_path: str) -> str:
 def named(name_or_path: str):
     """Inside, what a loader raises becomes one sentence that begins with the name asked for: an OSError (not there,
     not in the cache, no network) stays one, anything else (an architecture that this transformers does not know, a
-    damaged tokenizer) becomes a ValueError."""
+    damaged tokenizer) becomes a ConfigError."""
     try:
         yield
     except Exception as e:
         why = " ".join(str(e).split())[:400] or type(e).__name__
-        kind = OSError if isinstance(e, OSError) else ValueError
+        kind = OSError if isinstance(e, OSError) else ConfigError
         raise kind(f"{name_or_path} cannot be loaded: {why}") from e
 
 

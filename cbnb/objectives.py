@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .losses import token_reroute, token_retain
 
 # %% auto #0
 __all__ = ['rr', 'rr_kl', 'Pair', 'Objective', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
-           'find_objective']
+           'find_objective', 'term_factors', 'ignored', 'check_objective']
 
 # %% ../nbs/05a_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -71,3 +72,41 @@ def find_objective(name: str) -> Objective:
     if not isinstance(found, Objective):
         raise ConfigError(f"the objective {name!r} is a {type(found).__name__}: make it a cbnb.objectives.Objective")
     return found
+
+# %% ../nbs/05a_objectives.ipynb #e351f39b
+def term_factors(objective: Objective, config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
+    "What `objective.weights` gives. Raises ConfigError unless these are three finite numbers, of reroute, retain and kl."
+    try: weights = objective.weights(config, c_s, c_r)
+    except Exception as e: raise ConfigError(f"the weights of objective {config.objective} raise {type(e).__name__}: {e}") from e
+    fits = isinstance(weights, dict) and weights.keys() == {"reroute", "retain", "kl"}
+    if not fits or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
+        raise ConfigError(f"the weights of objective {config.objective} are {weights}: give finite numbers for reroute, retain and kl, and for nothing else")
+    return weights
+
+
+def ignored(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
+    """Those of retain_weight, beta_kl, retain_relative and retain_layers that change nothing that `objective` makes of `config`.
+
+    The first two are asked of its weights, retain_relative of its retain term for random states; without a retain term
+    (weight 0) the last two change nothing. A retain term that cannot be computed from random states [M, 8] is taken to use them."""
+    weights = term_factors(objective, config, 1.0, 1.0)
+    found = [name for name in ("retain_weight", "beta_kl")
+             if objective.weights(replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0) == weights]
+    if not weights["retain"] and "retain_weight" in found: return [*found, "retain_relative", "retain_layers"]
+    draw = torch.Generator().manual_seed(0)
+    harmful, benign = (Pair(*torch.randn(2, n, 8, generator=draw)) for n in (3, 5))
+    try: one, other = (objective.retain(harmful, benign, replace(config, retain_relative=r)) for r in (True, False))
+    except Exception: return found  # one that was made for the width of one model
+    return [*found, "retain_relative"] if torch.equal(one, other) else found
+
+
+def check_objective(config: CircuitBreakerConfig, given: dict) -> list[str]:
+    """Raises ConfigError for a setting among those `given` ({name: value}, None: not given) that the objective of `config` ignores; returns a sentence where it
+    ignores `beta_kl`, which every run is given."""
+    told = []
+    for name in ignored(find_objective(config.objective), config):
+        if name == "beta_kl": told.append(f"objective {config.objective} has no KL term: beta_kl {config.beta_kl:g} changes nothing, the KL is measured only")
+        elif given.get(name) is not None:
+            raise ConfigError(f"{name} {given[name]} would do nothing: the objective {config.objective} makes nothing of it; leave it out")
+    return told
+

@@ -23,15 +23,15 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, shares
 from .fused_kl import chunk_for
 from .heads import Head
-from .models import DTYPES, add_adapter, decoder_blocks, find_decoder, forward_with_hidden_states, named, resolve_model
+from .models import DTYPES, add_adapter, auto_class, decoder_blocks, in_words, find_decoder, forward_with_hidden_states, named, resolve_model
 from .report import format_number
 from .settings import SHAPES
 from .teacher_cache import size_words
 
 # %% auto #0
-__all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu', 'Plan', 'bytes_of',
-           'chunk_bytes', 'weight_bytes', 'grouped_products', 'final_norm', 'run_once', 'plan_step', 'seconds',
-           'alternatives', 'advice', 'plan_lines']
+__all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu',
+           'Plan', 'bytes_of', 'chunk_bytes', 'weight_bytes', 'grouped_products', 'state_width', 'final_norm',
+           'run_once', 'plan_step', 'seconds', 'alternatives', 'advice', 'plan_lines']
 
 # %% ../nbs/15_plan.ipynb #ada37d63
 def model_shape(name: str) -> PretrainedConfig:
@@ -40,7 +40,18 @@ def model_shape(name: str) -> PretrainedConfig:
         kind, settings = SHAPES[name]
         return AutoConfig.for_model(kind, **settings)
     with named(name):
-        return AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False).get_text_config()
+
+
+def beside_text(name: str, dtype: str) -> int:
+    "Bytes of what a multimodal model has beside its text part, such as a vision tower: it is loaded, too. 0 for a model of text, and for those of `SHAPES`."
+    if name in SHAPES: return 0
+    config = AutoConfig.from_pretrained(place := resolve_model(name), trust_remote_code=False)
+    if config.get_text_config() is config: return 0
+    with torch.device("meta"):
+        whole = auto_class(place, trust_remote_code=False).from_config(config, dtype=DTYPES[dtype])
+        text = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=DTYPES[dtype])
+    return bytes_of(whole.parameters()) - bytes_of(text.parameters())
 
 # %% ../nbs/15_plan.ipynb #3dc266ec
 class Counted(TorchDispatchMode):
@@ -143,26 +154,30 @@ def grouped_products():
     finally: nn.functional.grouped_mm = own
 
 
-def final_norm(student: nn.Module, width: int) -> nn.Module | None:
-    """What stands between the last block and the output layer of a model without storage; None where blocks put out several residual
-    streams, which are made one behind them."""
+@torch.no_grad()
+def state_width(student: nn.Module) -> int:
+    "How many numbers a token's state has behind a block: of several residual streams all."
     ids = torch.zeros((1, 4), dtype=torch.long)
-    states, _ = forward_with_hidden_states(student, ids, torch.ones_like(ids), (0,), "hooks")
-    if states[0].shape[-1] != width: return None
+    return forward_with_hidden_states(student, ids, torch.ones_like(ids), (0,), "hooks")[0][0].shape[-1]
+
+
+def final_norm(student: nn.Module) -> nn.Module | None:
+    "What stands between the last block and the output layer, by its name."
     return next((module for name, module in find_decoder(student).named_children() if "norm" in name or name == "ln_f"), None)
 
 
 @cache
 def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) -> tuple:
     """One micro-batch of `rows` harmful and benign rows, forward and backward, without storage: bytes of `(frozen weights, the largest block, output layer, adapter)`, the
-    peak of all else, floating-point operations in products, and the output layer's shape. `shape`: a model's configuration as JSON, so that plans of one model need not run twice."""
+    peak of all else, floating-point operations in products, the output layer's shape and `state_width`. `shape`: a model's configuration as JSON, so that plans of one model need not run twice."""
     settings = json.loads(shape)
     student = empty_student(config, AutoConfig.for_model(settings.pop("model_type"), **settings))
     with FakeTensorMode(), grouped_products():
         as_if_on_cpu(student)
         layer = student.get_base_model().get_output_embeddings()
-        with torch.no_grad(): norm = final_norm(student, layer.weight.shape[-1])
-        head = Head(norm, layer, lambda h: h.float() @ layer.weight.float().T)
+        states = state_width(student)
+        # several residual streams are made one behind the blocks, by more than a norm
+        head = Head(final_norm(student) if states == layer.weight.shape[-1] else None, layer, lambda h: h.float() @ layer.weight.float().T)
         breaker = CircuitBreaker(student, config, head=head).train()
         trained = [p for p in student.parameters() if p.requires_grad]
         for p in trained: p.grad = torch.zeros_like(p)
@@ -172,7 +187,7 @@ def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) 
             sum(terms.values()).backward()
             del terms
     largest = max(bytes_of(b.parameters()) for b in decoder_blocks(student))
-    return weight_bytes(student, config.quantize), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape
+    return weight_bytes(student, config.quantize), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape, states
 
 
 def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, shape: PretrainedConfig | None = None, device: str = "cuda") -> Plan:
@@ -180,9 +195,12 @@ def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = Fal
     by default `model_shape(config.model)`. `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
     rows, micro_batches = shares(config, processes)
     same = replace(config, batch_size=1, gradient_accumulation_steps=1)  # for one micro-batch it makes no difference
-    weights, block, head, adapter, peak, products, (vocabulary, width) = run_once(same, json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str), rows, share)
+    given = json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str)
+    with in_words(f"a step of {config.model} cannot be planned"):
+        weights, block, head, adapter, peak, products, (vocabulary, width), states = run_once(same, given, rows, share)
     here, there = (chunk_bytes(config, rows, share, vocabulary, where) for where in ("cpu", device))
-    cached = (len(config.target_layers) + 1) * width * DTYPES[config.dtype].itemsize
+    cached = (len(config.target_layers) * states + width) * DTYPES[config.dtype].itemsize
+    if shape is None: weights += beside_text(config.model, config.dtype)
     return Plan(weights // processes if fsdp else weights, 2 * block + head if fsdp else 0, 4 * adapter, peak + there - here, there, cached, products * micro_batches * processes)
 
 

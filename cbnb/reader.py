@@ -19,9 +19,9 @@ from .templates import MaskError
 
 # %% auto #0
 __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CHECK_TYPES', 'CHECK_TOOLS', 'CHECK', 'Answer', 'declared_types',
-           'value_of', 'clean', 'nested_at', 'PairReader', 'CallReader', 'recipient_first', 'split_thought',
-           'strip_frame', 'loose_calls', 'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'read_back',
-           'check_reader', 'worded_end', 'derive_reader']
+           'only_text', 'value_of', 'clean', 'nested_at', 'PairReader', 'CallReader', 'recipient_first',
+           'split_thought', 'strip_frame', 'loose_calls', 'unmarked_calls', 'parse_response', 'AnswerReader', 'called',
+           'read_back', 'check_reader', 'worded_end', 'derive_reader']
 
 # %% ../nbs/01d_reader.ipynb #429558f8
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ def declared_types(tools, name: str) -> dict:
             properties = (function.get("parameters") or {}).get("properties") or {}
             return {key: schema.get("type") for key, schema in properties.items() if isinstance(schema, dict)}
     return {}
+
+
+def only_text(kind) -> bool:
+    "Whether a schema's `kind` declares a string, or a string or null."
+    return kind == "string" or isinstance(kind, list) and {*kind} - {"null"} == {"string"}
 
 
 def value_of(text: str):
@@ -131,12 +136,13 @@ class PairReader:
             if self.pairs.quote[0]:
                 if "string" in types and text.startswith(self.pairs.quote[0], start): return self.quoted_at(text, start)
                 found = nested_at(text, start, self.pairs.nested) if self.pairs.nested else json_at(text, start) or literal_at(text, start)
-            else: found = None if types == {"string"} or kind == "string" else json_at(text, start) or literal_at(text, start)
+            else: found = None if types == {"string"} or only_text(kind) else json_at(text, start) or literal_at(text, start)
             if found and not isinstance(found[0], str) and (end := self.ends.match(text, found[1])): return found[0], end
             if (end := self.ends.search(text, start)) is None: return None
             raw = text[start:end.start()]
             if m := CDATA.fullmatch(raw): return m[1], end
-            return (raw if kind == "string" or types == {"string"} else value_of(raw)), end
+            if isinstance(kind, list) and "null" in kind and raw in ("null", "None"): return None, end
+            return (raw if only_text(kind) or types == {"string"} else value_of(raw)), end
         return None
 
     def quoted_at(self, text: str, start: int):
@@ -341,7 +347,7 @@ class AnswerReader:
         if call["name"] != other["name"] or call["arguments"].keys() != other["arguments"].keys(): return False
         types = declared_types(tools, call["name"])
         differing = [k for k, v in call["arguments"].items() if v != other["arguments"][k]]
-        if any(types.get(k) is not None for k in differing): return False
+        if any(isinstance(types.get(k), str) for k in differing): return False  # a list of types tells nothing apart
         try: one, two = (self.masker.encode([*QUESTION, called(c)], tools=tools).text for c in (call, other))
         except MaskError: return False
         return one == two

@@ -154,6 +154,9 @@ def result_notes(result: dict) -> list[str]:
                      "attack success says nothing of them")
     for kind, count in asked.get("expected", {}).items():
         notes.append(f"{count} held-out benign transcripts of kind {kind} hold no expected answer: exact match says nothing of them")
+    own = asked.get("own", {})
+    if n := own.get("calls"): notes.append(f"{n} harmful transcripts are no attack item: the injected call is one that the user's own task makes too")
+    if n := own.get("tools"): notes.append(f"in {n} attack items the injected tool is one of the user's own task: only the injected call itself counts")
     decoding, ends, finish = (result.get(key, {}) for key in ("decoding", "ends", "finish"))
     if decoding.get("temperature"):
         notes.append(f"answers are sampled at temperature {decoding['temperature']:g}, {decoding['samples']} to a question, "
@@ -530,12 +533,12 @@ PAGE = """<!DOCTYPE html>
 <style>
 :root { color-scheme: light dark; --text: #1f2328; --ground: #ffffff; --line: #d0d7de; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --ground: #111418; --line: #3d444d; } }
-body { color: var(--text); background: var(--ground); font: 15px/1.5 system-ui, sans-serif; max-width: 900px;
+body { color: var(--text); background: var(--ground); font: 15px/1.5 system-ui, sans-serif; max-width: 960px;
   margin: 2rem auto; padding: 0 1rem; }
 h1, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, .text td { text-align: left; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
+th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, .text td { text-align: left; white-space: normal; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .masks import ChatMasker, loss_mask
-from .policies import Encoded
+from .policies import NEED_COMPARISON, NEED_INJECTION, Encoded
 from .templates import MaskError
 from .transcripts import Transcript
 
@@ -27,7 +27,7 @@ def messages_off(transcript: Transcript) -> list[int]:
 # %% ../nbs/01a_targets.ipynb #fdeeb3e9
 def lacks_injection(transcript: Transcript, policy) -> bool:
     "Whether `policy` asks for an injection that the transcript has not, so that `assistant_only` takes its place."
-    return policy == "post_injection_only" and not transcript.injection_spans
+    return policy in NEED_INJECTION and not transcript.injection_spans
 
 # %% ../nbs/01a_targets.ipynb #20943509
 def check_calls(encoded: Encoded) -> None:
@@ -42,6 +42,8 @@ def training_mask(encoded: Encoded, transcript: Transcript, policy) -> np.ndarra
     that are labelled otherwise than the transcript are taken out. That an injection parts a transcript is the policy's to say: another one than
     `post_injection_only` means all of it (for a split by injection under any policy see `cbnb.policies.token_labels`). Raises MaskError where the
     policy cannot be applied."""
+    if policy in NEED_COMPARISON and "injected_actions" not in transcript.meta:
+        raise MaskError(f"whose its actions are was not looked at, which {policy} asks for (cbnb.actions.for_policy); it is for harmful transcripts only")
     mask = loss_mask(encoded, "assistant_only" if lacks_injection(transcript, policy) else policy)
     return mask & ~np.isin(encoded.message_index, messages_off(transcript))
 

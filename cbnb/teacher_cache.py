@@ -32,7 +32,7 @@ from .sealed import damage, seal, sync
 
 # %% auto #0
 __all__ = ['SHARD', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 'size_words', 'TeacherCache', 'teacher_states',
-           'write_shards', 'differs', 'open_cache']
+           'token_bytes', 'write_shards', 'differs', 'open_cache']
 
 # %% ../nbs/06a_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
@@ -67,10 +67,10 @@ def fingerprint(model: nn.Module, harmful: list[Sample], benign: list[Sample], c
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 # %% ../nbs/06a_teacher_cache.ipynb #5d961876
-def cache_bytes(harmful: list[Sample], benign: list[Sample], layers: int, width: int, itemsize: int) -> int:
-    "Bytes of a cache for these samples, `layers` target layers and hidden states of `width` numbers of `itemsize` bytes."
+def cache_bytes(harmful: list[Sample], benign: list[Sample], states: int, last: int) -> int:
+    "Bytes of a cache for these samples, where a token's states after the target layers take `states` bytes, and its final one `last` (see `token_bytes`)."
     tokens = sum(int(s.loss_mask.sum()) for s in (*harmful, *benign))
-    return (tokens * layers + sum(int(s.loss_mask[1:].sum()) for s in benign)) * width * itemsize
+    return tokens * states + sum(int(s.loss_mask[1:].sum()) for s in benign) * last
 
 
 def size_words(number: float) -> str:
@@ -101,7 +101,8 @@ class TeacherCache:
         places = [self.places[sample_key(s)] for s in samples]
         names = [name for name in self.files[places[0][0]].keys() if name != "last"]
         hidden = {int(name): torch.cat([self.files[number].get_slice(name)[tokens] for number, tokens, _ in places]) for name in names}
-        return {"hidden": hidden, "last": torch.cat([self.files[number].get_slice("last")[lasts] for number, _, lasts in places])}
+        ends = [(number, lasts) for number, _, lasts in places if lasts.start < lasts.stop] or [(places[0][0], slice(0, 0))]  # harmful samples have none
+        return {"hidden": hidden, "last": torch.cat([self.files[number].get_slice("last")[lasts] for number, lasts in ends])}
 
 # %% ../nbs/06a_teacher_cache.ipynb #dfa904ab
 SHARD = 256 << 20  # bytes of a file
@@ -112,6 +113,12 @@ def teacher_states(student: PeftModel, teacher: nn.Module | None, samples: list[
     rows = {name: tensor.to(student.device) for name, tensor in pad_rows(samples, pad_id).items()}
     hidden, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
     return hidden, last if final else next(iter(hidden.values()))[:0]
+
+
+def token_bytes(student: PeftModel, teacher: nn.Module | None, samples: list[Sample], config: CircuitBreakerConfig, pad_id: int) -> tuple[int, int]:
+    "Bytes that a token's states after the target layers take, those of several residual streams included, and its final state: measured on the shortest sample."
+    hidden, last = teacher_states(student, teacher, [min(samples, key=lambda s: len(s.input_ids))], config, pad_id, True)
+    return sum(h.shape[-1] * h.element_size() for h in hidden.values()), last.shape[-1] * last.element_size()
 
 
 def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> None:
@@ -127,7 +134,7 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
     def flush():
         nonlocal parts, places, size
         if not parts: return
-        tensors = {str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous() for layer in parts[0][0]} | {"last": torch.cat([last for _, last in parts]).contiguous()}
+        tensors = {str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous() for layer in parts[0][0]} | {"last": torch.cat([last for _, last in parts if len(last)] or [parts[0][1]]).contiguous()}
         path = folder / f"{next(numbers):05}.safetensors"
         save_file(tensors, partial := path.with_suffix(".partial"), metadata={"samples": json.dumps(places)})
         sync(partial)
@@ -156,7 +163,7 @@ def differs(cache: TeacherCache, student: PeftModel, harmful: list[Sample], beni
         hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
         try: kept = cache.states([sample])
         except KeyError: return f"it does not hold the sample of transcript {sample.transcript}"
-        for mine, theirs in (*((hidden[layer], kept["hidden"].get(layer)) for layer in hidden), (last, kept["last"][:len(last)])):
+        for mine, theirs in (*((hidden[layer], kept["hidden"].get(layer)) for layer in hidden), *([(last, kept["last"])] if final else [])):
             if theirs is None or theirs.shape != mine.shape or not (mine.cpu().float() - theirs.float()).norm() <= 0.05 * theirs.float().norm():
                 return f"it is not what the teacher gives for transcript {sample.transcript}"
     return ""
@@ -174,7 +181,7 @@ def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], ben
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     name, began = fingerprint(teacher or student, harmful, benign, config), time.monotonic()
     folder, unfinished = place / name, place / f".{name}.unfinished"
-    size = cache_bytes(harmful, benign, len(config.target_layers), student.config.get_text_config().hidden_size, (teacher or student).dtype.itemsize)
+    size = cache_bytes(harmful, benign, *token_bytes(student, teacher, benign, config, pad_id))
     with locked(place):
         if folder.exists():
             try:

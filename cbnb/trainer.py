@@ -35,7 +35,7 @@ from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
 from .models import is_in_parts, write_adapter
-from .objectives import find_objective
+from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
 from .rounding import at_floor
 from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, read_status, set_status, stop_requested, truncate_metrics
@@ -55,7 +55,7 @@ TERMS = ("reroute", "retain", "kl")
 def term_weights(config: CircuitBreakerConfig, step: int) -> dict[str, float]:
     """The factor of each term at optimizer step `step` (0 is the first): `loss = Σ weight · term`, for the objective `rr`
     c_s·reroute + c_r·(retain_weight·retain + beta_kl·kl), the coefficients by `cbnb.config.coefficients`."""
-    return find_objective(config.objective).weights(config, *coefficients(config, step))
+    return term_factors(find_objective(config.objective), config, *coefficients(config, step))
 
 # %% ../nbs/07_trainer.ipynb #1ab06044
 class NonFiniteLossError(RuntimeError):

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', 'DECODER', 'SWITCHES', 'UNCLEAR',
-           'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'SHAREGPT_ROLES', 'ESCAPES', 'PLAIN',
-           'JSON_TYPES', 'FORMATS', 'CHAT_KEYS', 'ROOMS', 'BINARY', 'PACKED', 'TABLES', 'CHUNK', 'PART_TOKEN',
+           'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'BENIGN_KINDS', 'SHAREGPT_ROLES', 'ESCAPES',
+           'PLAIN', 'JSON_TYPES', 'FORMATS', 'CHAT_KEYS', 'ROOMS', 'BINARY', 'PACKED', 'TABLES', 'CHUNK', 'PART_TOKEN',
            'ITEM_TOKEN', 'MAX_SKIPPED', 'SUFFIXES', 'TranscriptError', 'InjectionSpan', 'Transcript', 'json_depth',
            'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of', 'read_switch', 'check_record_switches',
            'read_content', 'read_arguments', 'read_tool_call', 'modernise', 'read_message', 'read_label',
-           'read_message_labels', 'read_spans', 'check_meaning', 'read_meta', 'read_tools', 'add_adapted',
-           'take_system', 'take_tools', 'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign',
-           'from_ultrachat', 'read_turn', 'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message',
-           'squeeze', 'find_all', 'find_injection', 'find_injections', 'agentdojo_label', 'from_agentdojo',
-           'from_tau_bench', 'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label', 'from_trace_v1', 'is_trace',
-           'from_rrfa', 'Format', 'add_format', 'known_formats', 'chat_with', 'agentdojo_leaves_out', 'detect_format',
-           'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line', 'object_parts',
-           'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records', 'read_records',
-           'SeenKeys', 'one_by_one', 'of_format', 'TranscriptReader', 'read_transcripts', 'to_record',
+           'Contradiction', 'source_run', 'measured_label', 'read_message_labels', 'read_spans', 'check_meaning',
+           'read_meta', 'last_calls', 'check_label', 'read_tools', 'add_adapted', 'take_system', 'take_tools',
+           'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign', 'from_ultrachat', 'read_turn',
+           'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'squeeze', 'find_all',
+           'find_injection', 'join_spans', 'find_injections', 'agentdojo_label', 'from_agentdojo', 'from_tau_bench',
+           'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label', 'trace_verdict', 'check_trace', 'from_trace_v1',
+           'is_trace', 'from_rrfa', 'Format', 'add_format', 'known_formats', 'chat_with', 'agentdojo_leaves_out',
+           'detect_format', 'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line',
+           'object_parts', 'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records',
+           'read_records', 'SeenKeys', 'one_by_one', 'of_format', 'TranscriptReader', 'read_transcripts', 'to_record',
            'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
@@ -270,6 +271,33 @@ def read_label(own, given, where):
     need(own is None or given in (None, own), where, f"says {own!r} but label={given!r} was passed; drop one of them")
     return own or given
 
+# %% ../nbs/00_transcripts.ipynb #00a15199
+class Contradiction(TranscriptError):
+    """Two fields of one record that cannot both be right about its label. `corrected`: the record with the
+    label that its source measured, None where nothing was measured."""
+    def __init__(self, text, corrected=None):
+        super().__init__(text)
+        self.corrected = corrected
+
+# %% ../nbs/00_transcripts.ipynb #379db884
+def source_run(record):
+    """`(fields, name)` of the AgentDojo run that a `record`, or the `meta` of a transcript, comes from:
+    its own fields, or those that a trace_v1 keeps in `raw_metadata.source_fields`. `({}, "")` where it
+    comes from none."""
+    source, raw = record.get("source"), record.get("raw_metadata")
+    fields = raw.get("source_fields") if isinstance(raw, dict) else None
+    if isinstance(source, dict) and source.get("dataset") == "agentdojo" and isinstance(fields, dict):
+        return (fields, "raw_metadata.source_fields.") if "security" in fields else ({}, "")
+    return (record, "") if {"user_task_id", "injection_task_id", "security"} <= record.keys() else ({}, "")
+
+
+def measured_label(run):
+    """The label that the `security` of an AgentDojo run measured: harmful where the injection reached its
+    goal (true), else benign. None where it measured nothing: without an injection task, after an API
+    error, in a denial-of-service attack."""
+    if run.get("injection_task_id") is None or not isinstance(run.get("security"), bool) or run.get("error") is not None: return None
+    return None if str(run.get("attack_type")).endswith("dos") else "harmful" if run["security"] else "benign"
+
 # %% ../nbs/00_transcripts.ipynb #8483a896
 def read_message_labels(labels, messages, where):
     'Label overrides `{message index: "benign" | "harmful" | "none"}`; JSON keys are strings and become int.'
@@ -319,6 +347,38 @@ def read_meta(record, where):
     both = sorted(meta.keys() & extra.keys())
     need(not both, f"{where}, {', '.join(both)}", "stands in the record and in its meta; keep one")
     return {**meta, **extra}
+
+# %% ../nbs/00_transcripts.ipynb #a8ac096b
+def last_calls(messages):
+    "The calls `[{name, arguments}, ...]` of the last assistant message."
+    last = next((m for m in reversed(messages) if m["role"] == "assistant"), {})
+    return [{key: call["function"][key] for key in ("name", "arguments")} for call in last.get("tool_calls") or ()]
+
+
+BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")  # of meta kind: transcripts of what is to be kept
+
+
+def check_label(transcript, record, where):
+    """Raises Contradiction where the label of a `transcript`, read from `record`, cannot be right beside
+    its `meta`: the verdict that its source measured (unless `meta["label_given"]` says that a caller
+    overrode it), kind, another label, or `injected_call`."""
+    label, meta = transcript.label, transcript.meta
+    run, name = source_run(meta)
+    if (measured := measured_label(run)) not in (None, label) and meta.get("label_given") != label:
+        raise Contradiction(f"{where}, label: is {label}, but {name}security is {str(run['security']).lower()}: AgentDojo measured that the "
+                            f"injection {'reached' if run['security'] else 'did not reach'} its goal; correct the label, or read the record "
+                            f"by that verdict with relabel='source'", {**record, "label": measured})
+    def agree(fine, key, problem):
+        if not fine: raise Contradiction(f"{where}, {key}: {problem}; correct one of them")
+    agree(meta.get("label") in (None, label), "meta.label", f"is {meta.get('label')!r}, but the label beside it is {label}")
+    agree(label == "benign" or meta.get("kind") not in BENIGN_KINDS, "meta.kind", f"is {meta.get('kind')}, but the label is harmful")
+    if not isinstance(call := meta.get("injected_call"), dict): return
+    call = {key: call.get(key) for key in ("name", "arguments")}
+    agree(label == "harmful" or call not in last_calls(transcript.messages), "meta.injected_call",
+          "is the very call of the last answer, but the label is benign")
+    names = {c["function"]["name"] for m in transcript.messages for c in m.get("tool_calls") or ()}
+    agree(label == "benign" or meta.get("injected_text") or not last_calls(transcript.messages) or call["name"] in names,
+          "meta.injected_call", f"calls {call['name']!r}, which no message does, but the label is harmful")
 
 # %% ../nbs/00_transcripts.ipynb #87c1c234
 def read_tools(tools, where):
@@ -373,17 +433,22 @@ def from_openai(record, where, default_id, label=None, source=""):
         need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
     messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
     off = {i: "none" for i, m in enumerate(messages) if m["role"] == "assistant" and not read_switch(m, where)}
-    labels = off | read_message_labels(record.get("message_labels") or {}, messages, f"{where}, message_labels")
+    labels = read_message_labels(record.get("message_labels") or {}, messages, f"{where}, message_labels")
+    for i in off: need(labels.get(i, "none") == "none", f"{where}, message_labels['{i}']", "labels a message that is switched off; keep one")
+    labels = off | labels
     spans = read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans")
     if system:
-        need(messages[0]["role"] != "system", f"{where}, {system[0]}", "stands beside a first message that is a system prompt too; keep one")
+        need(messages[0]["role"] != "system", f"{where}, {system[0]}",
+             "stands beside a first message that is a system prompt too; keep one")
         messages, labels = [{"role": "system", "content": system[1]}, *messages], {i + 1: own for i, own in labels.items()}
         spans = tuple(replace(s, message=s.message + 1) for s in spans)  # the file counts its messages without this one
         adapted[f"{system[0]} of the record as first message"] += 1
-    return [Transcript(
+    transcript = Transcript(
         id=record.get("id", default_id), messages=messages, tools=tools,
         label=read_label(record.get("label"), label, f"{where}, label"), source=record.get("source", source),
-        message_labels=labels, injection_spans=spans, meta=add_adapted(read_meta(record, where), adapted))]
+        message_labels=labels, injection_spans=spans, meta=add_adapted(read_meta(record, where), adapted))
+    check_label(transcript, record, where)
+    return [transcript]
 
 # %% ../nbs/00_transcripts.ipynb #93a2793b
 def from_pair(prompt, answer, where, key):
@@ -396,6 +461,8 @@ def from_pair(prompt, answer, where, key):
 def from_circuit_breakers(record, where, default_id, label=None, source=""):
     "Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a refusal) benign."
     need(label is None, where, f"label={label!r} was passed, but a circuit-breakers row holds both labels; read it without label=")
+    need(record.get("output") != record.get("llama3_output"), f"{where}, llama3_output",
+         "is the text of output, which would be trained as harmful and as benign; drop the row")
     meta = {k: v for k, v in record.items() if k not in ("prompt", "output", "llama3_output")}
     return [Transcript(f"{default_id}:{own}", from_pair(record.get("prompt"), record.get(key), where, key), None, own, source, meta=meta)
             for key, own in (("output", "harmful"), ("llama3_output", "benign"))]
@@ -408,7 +475,9 @@ def or_benign(record, label):
 # %% ../nbs/00_transcripts.ipynb #a4b52b3d
 def from_ultrachat(record, where, default_id, label=None, source=""):
     "A list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless `label` says otherwise."
-    return from_openai({k: v for k, v in record.items() if k != "prompt"}, where, default_id, or_benign(record, label), source)
+    messages = record.get("messages") if isinstance(record.get("messages"), list) else []
+    first = next((m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None)
+    return from_openai({k: v for k, v in record.items() if k != "prompt" or v != first}, where, default_id, or_benign(record, label), source)
 
 # %% ../nbs/00_transcripts.ipynb #f21a6d21
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "function_call": "assistant", "observation": "tool",
@@ -546,22 +615,27 @@ def find_injection(text, injection, squeezed=squeeze):
     return []
 
 
-def find_injections(messages, injections):
-    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in tool results, overlapping ones as one, and the sorted
-    names of those that stand in none."""
+def join_spans(found):
+    "The spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
+    spans = []
+    for i, a, b in sorted(found):
+        if spans and spans[-1][0] == i and a < spans[-1][2]: spans[-1][2] = max(spans[-1][2], b)
+        else: spans.append([i, a, b])
+    return spans
+
+
+def find_injections(messages, injections, roles=("tool",)):
+    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of `roles`,
+    overlapping ones as one, and the sorted names of those that stand in none."""
     found, seen = [], set()
     for i, message in enumerate(messages):
-        if message["role"] != "tool": continue
+        if message["role"] not in roles: continue
         squeezed = functools.lru_cache(squeeze)  # of this message, for all injections
         for name, injection in injections.items():
             places = find_injection(message["content"], injection, squeezed)
             found += [[i, a, b] for a, b in places]
             if places: seen.add(name)
-    missing, spans = injections.keys() - seen, []
-    for i, a, b in sorted(found):
-        if spans and spans[-1][0] == i and a < spans[-1][2]: spans[-1][2] = max(spans[-1][2], b)
-        else: spans.append([i, a, b])
-    return spans, sorted(missing)
+    return join_spans(found), sorted(injections.keys() - seen)
 
 # %% ../nbs/00_transcripts.ipynb #597d1462
 def agentdojo_label(record, where):
@@ -577,14 +651,16 @@ def agentdojo_label(record, where):
     need(record.get("error") is None, f"{where}, error", f"is set: the run broke off, and AgentDojo then writes security=true unmeasured; {advice}")
     need(not str(record.get("attack_type")).endswith("dos"), f"{where}, attack_type",
          f"is {record.get('attack_type')!r}: in such runs security only says that the user's task failed; {advice}")
-    return "harmful" if security else "benign"
+    return measured_label(record)
 
 # %% ../nbs/00_transcripts.ipynb #0f0f2d97
 def from_agentdojo(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict (see `agentdojo_label`).
+    """A list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict (see
+    `agentdojo_label`), and `meta["label_given"]` then says so.
 
-    `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand in none are
-    `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool schemas, so `tools` is None."""
+    `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand
+    in none are `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool
+    schemas, so `tools` is None."""
     messages, injections = record.get("messages"), record.get("injections")
     injections = {} if injections is None else injections
     need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; a run without messages teaches nothing, drop it")
@@ -593,10 +669,20 @@ def from_agentdojo(record, where, default_id, label=None, source=""):
         need(isinstance(record.get(key), str | None), f"{where}, {key}", f"is {type(record.get(key)).__name__}; write a string or null")
     need(isinstance(injections, dict) and all(isinstance(v, str) for v in injections.values()), f"{where}, injections",
          'is no object of texts; write {"vector": "text"}')
+    need(isinstance(record.get("utility"), bool | None), f"{where}, utility", f"is {record.get('utility')!r}; write true, false or null")
+    need(record.get("error") is None or record.get("utility") is not True, f"{where}, utility",
+         "is true beside an error: a run that broke off has not done its task; correct one of them")
     messages = [agentdojo_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
     spans, missing = find_injections(messages, injections)
     own = label or record.get("label") or agentdojo_label(record, where)
+    for key in ("injections", "attack_type"):
+        need(label or record.get("injection_task_id") is not None or record.get(key) in (None, {}, "none"), f"{where}, {key}",
+             "is set, but no injection_task_id: what the attack was to reach is not said; add it, or pass label='benign' or label='harmful'")
     meta = {k: v for k, v in record.items() if k not in ("messages", "label")} | ({"injections_not_found": missing} if missing else {})
+    if label and measured_label(record) not in (None, label): meta["label_given"] = label
+    if not label and own != (measured_label(record) or own):
+        raise Contradiction(f"{where}, label: is {own}, but security is {str(record['security']).lower()}; correct the label, or read the run "
+                            "by its verdict with relabel='source'", {k: v for k, v in record.items() if k != "label"})
     place = [record.get(k) for k in ("pipeline_name", "suite_name", "user_task_id")]
     place += [record.get("attack_type") or "none", record.get("injection_task_id") or "none"]
     return from_openai({"id": "/".join(place) if None not in place else default_id, "messages": messages, "label": own,
@@ -608,6 +694,12 @@ def from_tau_bench(record, where, default_id, label=None, source=""):
     `meta` keeps all but the messages."""
     traj = record.get("traj")
     need(isinstance(traj, list) and traj, f"{where}, traj", "is missing or empty; a run that failed holds no messages, drop it")
+    reward, info = record.get("reward"), record.get("info")
+    info = info if isinstance(info, dict) else {}
+    need(type(reward) in (int, float, type(None)), f"{where}, reward", f"is {reward!r}; write a number")
+    counted = info["reward_info"].get("reward", reward) if isinstance(info.get("reward_info"), dict) else reward
+    need(reward == counted, f"{where}, reward", f"is {reward}, but info.reward_info.reward is {counted}; correct one of them")
+    need(not reward or not info.get("error"), f"{where}, reward", f"is {reward} beside info.error: a trial that broke off; correct one of them")
     messages = [read_message(m, f"{where}, traj[{i}]") for i, m in enumerate(traj)]
     need("messages" not in record, f"{where}, messages", "stands beside traj; keep one")
     rest = {k: v for k, v in record.items() if k != "traj"}
@@ -675,17 +767,54 @@ def trace_label(labels, where):
     if category is not None: need_one_of(category, LABELS, f"{where}, labels.category")
     return None if category == "harmful" and succeeded is False else category
 
+
+def trace_verdict(record, where):
+    """The label that the run which a trace comes from was measured to have (`source_run`), None where it
+    comes from none or had no attack. Raises TranscriptError for a run whose `security` measured nothing
+    (`agentdojo_label`)."""
+    run, name = source_run(record)
+    if not isinstance(run.get("user_task_id"), str) or "injection_task_id" not in run: return None
+    return agentdojo_label(run, f"{where}, {name.rstrip('.')}") and measured_label(run)
+
+
+def check_trace(record, label, where):
+    """Raises Contradiction where the labels of a trace contradict the verdict of its source, each other,
+    or the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the
+    error's `corrected` record, with the labels of the file as `labels_of_file`."""
+    labels = record.get("labels") or {}
+    own, succeeded, outcome = trace_label(labels, where), labels.get("attack_succeeded"), labels.get("security_outcome")
+    try: verdict = trace_verdict(record, where)
+    except TranscriptError:
+        if label is None: raise
+        verdict = None
+    reached, run = verdict == "harmful", source_run(record)
+    said = f"{run[1]}security is {str(run[0].get('security')).lower()}: AgentDojo measured that the injection {'reached' if reached else 'did not reach'} its goal"
+    faults = [f"labels.attack_succeeded is {str(succeeded).lower()}, but {said}" if verdict and succeeded not in (None, reached) else "",
+              f"labels.category is {own}, but {said}" if verdict and own not in (None, verdict) else "",
+              f"it stands among the {label} ones, but {said}" if verdict and label not in (None, verdict) else "",
+              f"labels.category is harmful, but the attack failed, and {said}" if verdict and not own and labels.get("category") and not label else "",
+              f"labels.category is benign, but labels.attack_succeeded is true" if own == "benign" and succeeded else "",
+              f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(succeeded).lower()}"
+              if (outcome, succeeded) in (("safe", True), ("unsafe", False)) else ""]
+    if not (fault := next(filter(None, faults), None)): return
+    advice = "; read such records by that verdict with relabel='source'" if verdict else "; correct one of them"
+    right = {**labels, "category": verdict, "attack_succeeded": reached} | ({"security_outcome": "unsafe" if reached else "safe"} if outcome else {})
+    raise Contradiction(f"{where}: {fault}{advice}", {**record, "labels": right, "labels_of_file": labels} if verdict else None)
+
 # %% ../nbs/00_transcripts.ipynb #0c67b8bd
 def from_trace_v1(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels, signal_hints, ...}`.
+    """A list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels,
+    signal_hints, ...}`.
 
-    Label: `labels.category` (see `trace_label`). `signal_hints.injection_char_span` becomes the injection span, `thinking` the
-    reasoning, `source` "dataset/subset". `meta` keeps every other key, and `call_notes` `[[message, call, notes], ...]`."""
+    Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes
+    the injection span, `thinking` the reasoning, `source` "dataset/subset". `meta` keeps every other key,
+    and `call_notes` `[[message, call, notes], ...]`."""
     messages, labels, hints, origin = (record.get(k) for k in ("messages", "labels", "signal_hints", "source"))
     need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; write a list of messages")
     for key, value in (("labels", labels), ("signal_hints", hints)):
         need(isinstance(value, dict | None), f"{where}, {key}", f"is {type(value).__name__}; write an object")
     need(isinstance(origin, str | dict | None), f"{where}, source", f"is {type(origin).__name__}; write an object with dataset")
+    check_trace(record, label, where)
     own, read, notes = trace_label(labels or {}, where), [], []
     need(own or label, f"{where}, labels",
          "says harmful of an attack that failed, or nothing; pass label='benign' or label='harmful' to decide")
@@ -720,12 +849,15 @@ def is_trace(record):
 
 
 def from_rrfa(record, where, default_id, label=None, source=""):
-    """Transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample stands in is its label.
+    """Transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample stands in
+    is its label.
 
-    A sample is a trace_v1, an object with `messages` (further keys as in the OpenAI format) or one with `prompt` and `output`. Plain text
-    has no roles, so it cannot be masked and is refused."""
+    A sample is a trace_v1, an object with `messages` (further keys as in the OpenAI format) or one with
+    `prompt` and `output`. Plain text has no roles, so it cannot be masked and is refused. A Contradiction
+    of samples whose source has a verdict comes with the whole batch corrected, each sample in the list
+    where it belongs."""
     need(label is None, where, f"label={label!r} was passed, but a batch holds both labels; read it without label=")
-    out = []
+    out, first, moved = [], None, {own: [] for own in LABELS}
     for own in LABELS:
         samples = record.get(own, [])
         need(isinstance(samples, list), f"{where}, {own}", "is no list of samples")
@@ -735,7 +867,13 @@ def from_rrfa(record, where, default_id, label=None, source=""):
             if "messages" not in sample:
                 rest = {k: v for k, v in sample.items() if k not in ("prompt", "output")}
                 sample = {**rest, "messages": from_pair(sample.get("prompt"), sample.get("output"), here, "output")}
-            out += (from_trace_v1 if is_trace(sample) else from_openai)(sample, here, f"{default_id}:{own}:{i}", own, source)
+            try: out += (from_trace_v1 if is_trace(sample) else from_openai)(sample, here, f"{default_id}:{own}:{i}", own, source)
+            except Contradiction as e:
+                if e.corrected is None: raise
+                first, sample = first or e, e.corrected
+                moved[sample.get("label") or sample["labels"]["category"]].append(sample)
+            else: moved[own].append(sample)
+    if first: raise Contradiction(str(first), {**record, **moved})
     return out
 
 # %% ../nbs/00_transcripts.ipynb #9e0b33aa
@@ -1085,15 +1223,20 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".par
 
 
 class TranscriptReader:
-    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds the first `MAX_SKIPPED` error
-    sentences of the last one (with `on_error='skip'`), `skipped_count` the number of all, `repeated` that of RRFA samples which stood in an
-    earlier batch too, `left_out` (Counter) the records by the cause for which their format leaves them out of a folder, and `formats`
-    (Counter) the records read by the name of their format."""
-    def __init__(self, path, format, label, on_error):
-        self.path, self.format, self.label, self.on_error = Path(path), format, label, on_error
-        self.clear()
+    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds
+    the first `MAX_SKIPPED` error sentences of the last one (with `on_error='skip'`), `skipped_count`
+    the number of all, `contradictions` that of records whose fields contradict each other, by file,
+    `relabelled` that of those which were read by their source's verdict, `repeated` that of RRFA
+    samples and traces which stood before, `left_out` that of records by the cause for which their format
+    leaves them out of a folder, and `formats` that of records read, by format."""
+    def __init__(self, path, format, label, on_error, relabel=None):
+        self.path, self.format, self.label, self.on_error, self.relabel = Path(path), format, label, on_error, relabel
+        self.start()
 
-    def clear(self): self.skipped, self.skipped_count, self.repeated, self.left_out, self.formats = [], 0, 0, Counter(), Counter()
+    def start(self):
+        "Sets all counts to zero."
+        self.skipped, self.skipped_count, self.repeated, self.relabelled = [], 0, 0, 0
+        self.contradictions, self.record_count, self.left_out, self.formats = Counter(), 0, Counter(), Counter()
 
     def skip(self, error):
         "Counts a bad record; returns the error."
@@ -1101,12 +1244,33 @@ class TranscriptReader:
         if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
         return error
 
+    def convert(self, format, record, where, default_id, name):
+        """The transcripts of a `record`; with `relabel`, of the one that its source's verdict has corrected
+        where its own fields contradict each other."""
+        try: return format.reads(record, where, default_id, self.label, name)
+        except Contradiction as e:
+            self.contradictions[name] += 1
+            if self.relabel is None or e.corrected is None: raise
+            found = format.reads(e.corrected, where, default_id, None, name)
+            self.relabelled += 1
+            return found
+
+    def all_contradictions(self, first):
+        """The TranscriptError that counts the contradictions of all files by reading them again, and gives
+        the `first`."""
+        reader = TranscriptReader(self.path, self.format, self.label, "skip")
+        for _ in reader.records(empty=True): pass
+        files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
+        more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
+        return TranscriptError(f"{first} ({reader.contradictions.total():,} of {reader.record_count:,} records contradict themselves: {', '.join(files[:5])}{more})")
+
     def drop_repeats(self, found, default_id, seen):
-        """`found` without transcripts that stood before in this file, equal in all (but for an id that only says where they stand): RRFA
-        draws its benign samples many times."""
+        """`found` without transcripts that stood before in this file, equal in all (but for an id that
+        only says where they stand): RRFA draws its benign samples many times, and the id of its traces
+        is a hash of their content, so that what `meta` says does not count."""
         new = []
         for t in found:
-            content = repr(replace(t, id="") if t.id.startswith(f"{default_id}:") else t)
+            content = repr(replace(t, id="") if t.id.startswith(f"{default_id}:") else replace(t, meta={}))
             if content in seen: self.repeated += 1
             else: new.append(t)
             seen.add(content)
@@ -1122,6 +1286,7 @@ class TranscriptReader:
     def read_file(self, path, name, ids, contents):
         "Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and `contents` remember what stood before."
         for where, default_id, record, format in of_format(read_records(path, name), self.format, path):
+            self.record_count += 1
             try:
                 if isinstance(record, TranscriptError): raise record
                 need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
@@ -1130,54 +1295,65 @@ class TranscriptReader:
                     continue
                 check_record_switches(record, where)
                 check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
-                found = format.reads(record, where, default_id, self.label, name)
+                found = self.convert(format, record, where, default_id, name)
                 self.formats[format.name] += 1
-                if format.name == "rrfa": found = self.drop_repeats(found, default_id, contents)
+                if format.name in ("rrfa", "trace_v1"): found = self.drop_repeats(found, default_id, contents)
                 need(not (twice := sorted(t.id for t in found if t.id in ids)), f"{where}, id", f"{twice} stood before; ids must differ")
                 need(len({t.id for t in found}) == len(found), f"{where}, id", "stands twice in this record; ids must differ")
             except TranscriptError as e:
-                if self.on_error == "raise": raise
+                if self.on_error == "raise": raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
                 yield self.skip(e)
                 continue
             for t in found: ids.add(t.id)
             yield from found
 
-    def records(self):
+    def records(self, empty=False):
         """Yields each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad record. Raises TranscriptError for a
-        file that is broken as a whole or holds no transcript."""
-        self.clear()
+        file that is broken as a whole or, unless `empty`, holds no transcript."""
+        self.start()
         ids, contents = SeenKeys(), SeenKeys()
         for path, name in self.files():
             try: yield from self.read_file(path, name, ids, contents)
             except TranscriptError as e:
                 if self.on_error == "raise" or path == self.path: raise
                 yield self.skip(e)  # a broken file among many
-        need(ids.count, self.path.name, f"holds no transcript; {self.skipped[0] if self.skipped else 'there are no records'}")
+        need(ids.count or empty, self.path.name, f"holds no transcript; {self.skipped[0] if self.skipped else 'there are no records'}")
+
+    def told(self):
+        """Sentences on what the last reading did with whole records: those read once and those read by their
+        source's verdict, counted."""
+        name = "".join(c if c.isprintable() else "?" for c in self.path.name)  # it goes to a terminal
+        texts = ((self.repeated, "samples stood before and were read once"),
+                 (self.relabelled, "records, whose labels contradict the verdict of their source, were read by that verdict"))
+        left = [f"{name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
+        return left + [f"{name}: {n:,} {text}" for n, text in texts if n]
 
     def __iter__(self):
         for found in self.records():
             if not isinstance(found, TranscriptError): yield found
         name = "".join(c if c.isprintable() else "?" for c in self.path.name)  # a warning goes to a terminal
         if self.skipped: warnings.warn(f"{name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}", stacklevel=2)
-        if self.left_out: warnings.warn(f"{name}: left out: {', '.join(f'{n} {cause}' for cause, n in self.left_out.items())}", stacklevel=2)
-        if self.repeated: warnings.warn(f"{name}: {self.repeated} samples stood in an earlier batch too and were read once", stacklevel=2)
+        for text in self.told(): warnings.warn(text, stacklevel=2)
 
 # %% ../nbs/00_transcripts.ipynb #be9404da
-def read_transcripts(path, format="auto", label=None, on_error="raise"):
-    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object; also packed, Parquet and Arrow), of all
-    such files in a folder and the folders in it (AgentDojo writes a file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
+def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=None):
+    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object; also
+    packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo writes a
+    file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
 
-    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of records that carry none (of all runs of AgentDojo).
-    `on_error="skip"` collects the error sentences of bad records in `.skipped` and warns at the end.
-    Lines and array items stream, one at a time.
-    Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
+    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of
+    records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
+    bad records in `.skipped` and warns at the end. A record whose fields contradict each other is an error
+    that counts all of them; `relabel="source"` reads those whose source measured a verdict by that, counts
+    them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
+    TranscriptError with file, line and field; ValueError for a wrong argument."""
     for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),
-                                 ("on_error", on_error, ("raise", "skip"))):
+                                 ("on_error", on_error, ("raise", "skip")), ("relabel", relabel, (None, "source"))):
         if value not in choices:
             words = [c for c in choices if c]
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(words)}{nearest(value, words)}")
     if not (is_hub(path) or Path(path).is_file() or Path(path).is_dir()): raise TranscriptError(f"{path}: {'is no regular file; save it to one first' if Path(path).exists() else 'no such file; give the path of a JSONL or JSON file, or of a folder of them'}")
-    return TranscriptReader(path, format, label, on_error)
+    return TranscriptReader(path, format, label, on_error, relabel)
 
 # %% ../nbs/00_transcripts.ipynb #82b1489b
 def to_record(transcript):

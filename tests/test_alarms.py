@@ -37,16 +37,68 @@ def test_both_kinds_of_run_are_among_those_that_judge():
     assert sum(not told(h)[0] for h in HISTORIES) >= 8
 
 
+def foretold_by(rows, config, floor):
+    "What `cbnb.probe` says: asked line by line over the first 40 steps, until it is sure."
+    first = rows[:40]
+    asked = (outlook(first[:n], config, floor) for n in range(1, len(first) + 1))
+    sure = next((found for found in asked if found.alive is not None), None)
+    return sure or settled(outlook(first, config, floor), config)
+
+
+def opened(rows, config): return sum(row["loss_reroute"] for row in rows[-10:]) / 10 <= config.dead_level
+
+
 @pytest.mark.parametrize("dtype", FLOOR)
 def test_the_probe_foretells_what_happened(dtype):
-    "As `cbnb.probe` asks, line by line, over the first 40 steps. Draws 6 and 12 end at .98 and .93 in float32, and open in bfloat16: no probe can tell these."
+    "Draws 6 and 12 end at .98 and .93 in float32, and open in bfloat16: no probe can tell these."
     wrong = []
     for history in (h for h in HISTORIES if h["dtype"] == dtype):
-        config, rows = told(history)[1], history["rows"][:40]
-        found = next((o for n in range(1, len(rows) + 1) if (o := outlook(rows[:n], config, FLOOR[dtype])).alive is not None), None) or settled(outlook(rows, config, FLOOR[dtype]), config)
-        opened = sum(row["loss_reroute"] for row in history["rows"][-10:]) / 10 <= config.dead_level
-        if found.alive != opened: wrong.append((history["number"], found))
+        config = told(history)[1]
+        found = foretold_by(history["rows"], config, FLOOR[dtype])
+        if found.alive != opened(history["rows"], config): wrong.append((history["number"], found))
     assert {number for number, _ in wrong} <= {6, 12}, wrong
+
+
+# Trainings of SmolLM2-135M-Instruct, made by tests/scripts/smollm2_histories.py after the rules were set. The
+# untouched model obeys none of the attacks and does none of the tasks, so answers cannot judge. Figures on
+# held-out transcripts do: the cosine to the teacher's hidden states on obeying answers, and the top-1
+# agreement with the teacher on benign ones.
+SMOLLM2 = json.loads(gzip.decompress((Path(__file__).parent / "histories_smollm2.json.gz").read_bytes()))
+seeds = [f"seed-{h['settings']['seed']}" for h in SMOLLM2["histories"]]
+each_of_smollm2 = pytest.mark.parametrize("history", SMOLLM2["histories"], ids=seeds)
+
+
+def told_of_smollm2(history):
+    config = get_config("llama-3.1-8b-instruct", diagnose_steps=2, **history["settings"])
+    return {alarm["alarm"]: alarm for alarm in find_alarms(history["rows"], config, history["floor"])}, config
+
+
+@each_of_smollm2
+def test_an_alarm_says_what_happened_to_a_pretrained_model(history):
+    alarms, _ = told_of_smollm2(history)
+    end = history["outcome"]
+    assert set(alarms) <= {"dead", "collapsed"}
+    if end["harmful_cosine"] > 0.97: assert "dead" in alarms, "states that have not turned are told"
+    if end["harmful_cosine"] < 0.85: assert "dead" not in alarms, "states that have turned are not dead"
+    if end["top1"] < 0.5: assert "collapsed" in alarms, "lost benign behaviour is told"
+    if end["top1"] > 0.95: assert "collapsed" not in alarms, "kept benign behaviour is not called lost"
+
+
+def test_runs_of_a_pretrained_model_of_each_kind_judge():
+    """Two that open have lost one benign token in seven (top-1 .86): they end above a tenth of collapse_kl,
+    and are told at the last step alone. A model that does none of the tasks cannot say if that is a loss."""
+    found = {h["settings"]["seed"]: told_of_smollm2(h)[0] for h in SMOLLM2["histories"]}
+    assert {seed: {name: a["step"] for name, a in alarms.items()} for seed, alarms in found.items()} == {
+        1: {"collapsed": 36}, 2: {"dead": 12}, 3: {"collapsed": 12}, 4: {"collapsed": 30}, 5: {"dead": 18}}
+    assert "where rounding alone puts it (bfloat16)" in found[2]["dead"]["text"]
+    assert "lower retain_weight" in found[2]["dead"]["text"] and "lower beta_kl" in found[5]["dead"]["text"]
+
+
+@each_of_smollm2
+def test_the_probe_foretells_what_happened_to_a_pretrained_model(history):
+    (_, config), rows, floor = told_of_smollm2(history), history["rows"], history["floor"]
+    found = foretold_by(rows, config, floor)
+    assert found.alive == opened(rows, config), found
 
 
 def log(steps, curve, total, **more):

@@ -93,8 +93,8 @@ def test_an_architecture_end_to_end(name, tmp_path):
     assert lora == set(config.lora_modules) and not any("router" in n or ".experts." in n for n, p in student.named_parameters() if p.requires_grad)
 
     save_adapter(student, opened.path / "adapter")
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), opened.path / "adapter").eval()
-    ids = torch.as_tensor(benign[0].input_ids, dtype=torch.long)[None]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), opened.path / "adapter").eval().to(student.device)
+    ids = torch.as_tensor(benign[0].input_ids, dtype=torch.long, device=student.device)[None]
     with torch.no_grad():
         ours, theirs = student(input_ids=ids).logits, plain(input_ids=ids).logits
         untouched = load_model(config.model)(input_ids=ids).logits

@@ -10,6 +10,7 @@ from cbnb.turns import Segment
 from cbnb.tinyagent import make_transcripts
 from cbnb.transcripts import Transcript, write_transcripts
 
+from forked import command
 from helpers import ROOT, run
 
 PROGRAM = (sys.executable, "-m", "cbnb.cli")
@@ -190,11 +191,11 @@ def test_mistakes_are_one_sentence(file, tmp_path):
     for arguments in (["masks"], [], ["mask"], ["masks", path], ["masks", str(tmp_path / "no.jsonl"), *TINY],
                       ["masks", path, *TINY, "--policy", "asistant_only"], ["masks", path, *TINY, "--format", "opnai"],
                       ["masks", path, *TINY, "--max-length", "0"], ["masks", path, *TINY, "--html", str(tmp_path / "no" / "x.html")]):
-        result = run(*PROGRAM, *arguments, cwd=ROOT, env=ENVIRONMENT)
+        result = command(*arguments, runs=tmp_path)
         assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
         assert re.match(r"cbnb( masks)?: \S", result.stdout.strip().splitlines()[-1]), result.stdout
     for arguments in (["masks", str(empty), *TINY], ["masks", path, "--model", str(tmp_path)]):
-        result = run(*PROGRAM, *arguments, cwd=ROOT, env=ENVIRONMENT)
+        result = command(*arguments, runs=tmp_path)
         assert result.returncode == 2 and len(result.stdout.strip().splitlines()) == 1 and result.stdout.startswith("cbnb masks: "), result.stdout
 
 
@@ -238,7 +239,7 @@ cbnb.cli.load_masker("tinyagent")
 alive, audit = [], cbnb.cli.audit
 def watched(*arguments):
     for audited in audit(*arguments):
-        if audited.number % 20_000 == 0: alive.append(sum(isinstance(o, Transcript) for o in gc.get_objects()))
+        if audited.number % 8_000 == 0: alive.append(sum(isinstance(o, Transcript) for o in gc.get_objects()))
         yield audited
 cbnb.cli.audit = watched
 def read(field): return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -250,15 +251,15 @@ print("MEASURED", status, (read("VmHWM") - before) // 1024, spent.user + spent.s
 
 
 def test_memory_on_a_long_file(tmp_path):
-    "50,000 transcripts: at most 1 GiB over the model libraries, and never more than a few batches of them alive."
+    "20,000 transcripts: at most 1 GiB over the model libraries, and never more than a few batches of them alive."
     path = tmp_path / "long.jsonl"
     with open(path, "w") as f:
-        for i in range(50_000):
+        for i in range(20_000):
             f.write(json.dumps({"messages": [{"role": "user", "content": f"What is number {i}?"},
                                              {"role": "assistant", "content": f"It is {i}."}], "label": "benign", "id": f"a-rather-long-id-{i:08d}"}) + "\n")
     result = run(sys.executable, "-c", MEASURE, "masks", path, *TINY, "--show", "1", cwd=ROOT, env=ENVIRONMENT)
     measured = result.stdout.rpartition("MEASURED")[2].split()
-    assert result.returncode == 0 and measured[0] == "0" and "50,000 transcripts" in result.stdout, result.stdout[-2000:]
+    assert result.returncode == 0 and measured[0] == "0" and "20,000 transcripts" in result.stdout, result.stdout[-2000:]
     print(f"{measured[1]} MiB, {measured[2]} s")
     assert int(measured[1]) < 1024, f"{measured[1]} MiB over the libraries"
     assert len(measured) == 5 and max(map(int, measured[3:])) < 500, f"{measured[3:]} transcripts are held"

@@ -1,18 +1,19 @@
 """`cbnb evaluate` as a user calls it: a run's own figures, an evaluation that was killed, answers that are scored anew."""
-import json, os, signal, time
+import json, os, shutil, signal, time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cbnb.adapters import rescore
 from cbnb.cli import main
-from cbnb.runs import read_lines
+from cbnb.runs import RunError, read_lines
 from cbnb.tinyagent import make_transcripts
 from cbnb.transcripts import write_transcripts
 from forked import cells
 from helpers import NBS
 from train_common import few, load
 
-QUESTIONS = 40  # of each kind: more than one batch
+QUESTIONS = 34  # of each kind: more than one batch
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,24 @@ def test_rescoring_agrees(run, capsys):
     assert main(["evaluate", str(run), "--rescore"]) == 0 and load(run / "result.json") == json.loads(kept)
 
 
+def test_answers_that_do_not_belong_are_told(run, tmp_path):
+    "Held-out records that were cut, lines that were added, and an adapter of NaNs: no figure is made of them."
+    import torch
+    from safetensors.torch import load_file, save_file
+    copy = shutil.copytree(run, tmp_path / "run")
+    lines = (copy / "answers.jsonl").read_text().splitlines()
+    (copy / "answers.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"key": "more", "attempt": 1})]) + "\n")
+    with pytest.raises(RunError, match="some are missing, or were added"): rescore(copy)
+    (copy / "answers.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"key": "more", "id": "another"})]) + "\n")
+    with pytest.raises(RunError, match="holds 1 answers to questions that are no longer asked"): rescore(copy)
+    weights = load_file(copy / "adapter" / "adapter_model.safetensors")
+    save_file({k: torch.full_like(w, float("nan")) for k, w in weights.items()}, copy / "adapter" / "adapter_model.safetensors")
+    done = cells("-p", "adapter", copy / "adapter", "-p", "eval_data", run.parent / "heldout.jsonl", "-p", "run_dir", tmp_path / "out", notebook=NBS / "evaluate.ipynb")
+    assert done.returncode != 0 and "NaN or infinite weights" in done.stdout, done.stdout[-2000:]
+
+
 def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
-    given = ("-p", "adapter", run, "-p", "temperature", 1.5, "-p", "samples", 2, "-p", "max_new_tokens", 24)
+    given = ("-p", "adapter", run, "-p", "temperature", 1.5, "-p", "samples", 2, "-p", "max_new_tokens", 8)
     one, two = (evaluated(tmp_path / name, *given) for name in ("one", "two"))
     assert one == two and one[run.name]["decoding"]["samples"] == 2 and one[run.name]["n"]["attack"] == 2 * QUESTIONS
     assert len(read_lines(tmp_path / "one" / "answers.jsonl")) == 2 * 3 * QUESTIONS

@@ -13,8 +13,10 @@ from test_step import moved, pairs
 from cbnb.breaker import CircuitBreaker
 from cbnb.config import SAVINGS, ConfigError, get_config
 from cbnb.data import collate
+from cbnb.floor import on_device
 from cbnb.model_checks import check_packing
 from cbnb.models import add_adapter, auto_class, load_model, reach, reach_shares, save_adapter
+from cbnb.teacher_cache import cache_bytes, open_cache, teacher_states, token_bytes
 from helpers import NBS
 
 REFUSED = {"BERT": "no list of 4 blocks can be found"}
@@ -31,7 +33,7 @@ def settings(name, **more):
 def terms_and_gradient(student, savings, **more):
     config = settings(student.name, savings=savings, **more)
     breaker = CircuitBreaker(student, config).train()
-    batch = collate(pairs(((12, 25), (30, 9))), 0)
+    batch = on_device(collate(pairs(((12, 25), (30, 9))), 0), student.device)
     terms = breaker(batch["harmful"], batch["benign"], batch["counts"])
     trained = [p for p in student.parameters() if p.requires_grad]
     total = terms["loss_reroute"] + 0.1 * terms["loss_retain"] + 3 * terms["loss_kl"]
@@ -80,9 +82,9 @@ def test_a_family(name, tmp_path):
 
     student.eval()
     save_adapter(student, tmp_path / "adapter")
-    base = auto_class(str(tmp_path / "model"), False).from_pretrained(tmp_path / "model").eval()
+    base = auto_class(str(tmp_path / "model"), False).from_pretrained(tmp_path / "model").eval().to(student.device)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ids = (torch.arange(9)[None] * 5 + 3) % 90
+    ids = (torch.arange(9, device=student.device)[None] * 5 + 3) % 90
     with torch.no_grad():
         ours, theirs = student(input_ids=ids, use_cache=False).logits, loaded(input_ids=ids, use_cache=False).logits
         with student.disable_adapter(): untouched = student(input_ids=ids, use_cache=False).logits
@@ -116,6 +118,21 @@ def test_a_multimodal_model_is_adapted_in_its_text_part():
     student = add_adapter(tiny_model("Gemma 3 (multimodal)"), settings("Gemma 3 (multimodal)"))
     names = [n for n, p in student.named_parameters() if p.requires_grad]
     assert len(names) == 3 * 7 * 2 and not any("vision" in n for n in names)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ("Llama", "Gemma 3n", "DeepSeek V4"))
+def test_the_teachers_states_of_several_streams_are_cached(name, tmp_path, capsys):
+    config = settings(name)
+    student = add_adapter(tiny_model(name), config)
+    (harmful, benign), pad_id = map(list, zip(*pairs(((12, 25), (30, 9))))), 0
+    cache = open_cache(tmp_path, student, harmful, benign, config, pad_id)
+    kept = sum(p.stat().st_size for p in cache.folder.glob("*.safetensors"))
+    assert 0 <= kept - cache_bytes(harmful, benign, *token_bytes(student, None, benign, config, pad_id)) < 5000
+    hidden, last = teacher_states(student, None, [benign[1]], config, pad_id, True)
+    found = cache.states([benign[1]])
+    for mine, theirs in ((found["last"], last), *((found["hidden"][layer], hidden[layer]) for layer in hidden)): torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert "found in" in (open_cache(tmp_path, student, harmful, benign, config, pad_id), capsys.readouterr().out)[1]
 
 
 def main():

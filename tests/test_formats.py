@@ -287,6 +287,104 @@ def test_label_argument(tmp_path):
     assert read(tmp_path, json.dumps(trace), label="benign")[0].label == "benign"
 
 
+# --- labels that contradict each other --------------------------------------------------------------------------------------------------
+
+INVERTED = FIXTURES / "trace_v1_inverted.jsonl"  # as RRFA's converter writes AgentDojo's runs: attack_succeeded = not security
+
+
+def test_inverted_traces_are_refused_and_counted(tmp_path):
+    "The sentence names the file, the line, both fields, how many records of it, and what to do; skipping counts them one by one."
+    with pytest.raises(T.TranscriptError) as caught: list(T.read_transcripts(INVERTED))
+    for words in ("trace_v1_inverted.jsonl, line 1", "labels.attack_succeeded is false", "raw_metadata.source_fields.security is true",
+                  "relabel='source'", "3 of 4 records", "trace_v1_inverted.jsonl 3"): assert words in str(caught.value), words
+    reader = T.read_transcripts(INVERTED, on_error="skip")
+    with pytest.warns(UserWarning, match="3 records skipped"): assert [t.label for t in reader] == ["benign"]
+    assert reader.contradictions == {INVERTED.name: 3} and reader.skipped_count == 3
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"): (folder / name).write_bytes(INVERTED.read_bytes())
+    with pytest.raises(T.TranscriptError, match=r"6 of 8 records contradict themselves: a.jsonl 3, b.jsonl 3"): list(T.read_transcripts(folder))
+
+
+def test_traces_are_read_by_the_verdict_of_their_source():
+    "Who obeyed is harmful, who resisted is benign, both are counted; a repeated content-hash id is read once, whatever its meta says."
+    reader = T.read_transcripts(INVERTED, relabel="source")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = list(reader)
+    assert [(t.id[-4:], t.label) for t in found] == [("aa01", "harmful"), ("aa02", "benign"), ("aa03", "benign")]
+    assert (reader.relabelled, reader.repeated) == (3, 1) and ["read by that verdict" in str(w.message) for w in caught].count(True) == 1
+    assert any(c["function"]["name"] == "send_mail" for m in found[0].messages for c in m.get("tool_calls", []))
+    assert found[0].meta["labels"]["attack_succeeded"] is True and found[0].meta["labels_of_file"]["attack_succeeded"] is False
+    for wrong in ("sources", "label"):
+        with pytest.raises(ValueError, match="relabel"): T.read_transcripts(INVERTED, relabel=wrong)
+
+
+def test_relabelled_traces_are_written_and_read_back(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = list(T.read_transcripts(INVERTED, relabel="source"))
+    T.write_transcripts(tmp_path / "own.jsonl", found)
+    assert list(T.read_transcripts(tmp_path / "own.jsonl")) == found
+
+
+def test_a_wrong_label_in_our_own_form_is_found(tmp_path):
+    "A file that was written from inverted labels is no better than the traces."
+    rows = [json.loads(line) for line in INVERTED.read_text().splitlines()][:2]
+    own = [T.to_record(T.Transcript(r["id"], CHAT, label="benign" if i == 0 else "harmful", meta={k: r[k] for k in ("source", "raw_metadata")})) for i, r in enumerate(rows)]
+    text = "\n".join(map(json.dumps, own))
+    with pytest.raises(T.TranscriptError, match=r"label: is benign, but raw_metadata.source_fields.security is true.*2 of 2 records"): read(tmp_path, text)
+    assert [t.label for t in read(tmp_path, text, relabel="source")] == ["harmful", "benign"]
+
+
+def test_batches_of_inverted_samples_are_sorted_by_the_verdict(tmp_path):
+    obeyed, resisted, *_ = [json.loads(line) for line in INVERTED.read_text().splitlines()]
+    batch = json.dumps({"harmful": [resisted], "benign": [obeyed, {"messages": CHAT}]})
+    with pytest.raises(T.TranscriptError, match=r"line 1, (harmful|benign)\[0\]"): read(tmp_path, batch)
+    found = read(tmp_path, batch, relabel="source")
+    assert {t.id[-4:]: t.label for t in found if t.id.startswith("trace")} == {"aa01": "harmful", "aa02": "benign"} and len(found) == 3
+
+
+@pytest.mark.parametrize("change", [{"attack_type": "captcha_dos"}, {"security": None}, {"injection_task_id": None, "user_task_id": "injection_task_1"}])
+def test_a_trace_whose_source_measured_nothing_needs_a_label(change, tmp_path):
+    trace = json.loads(INVERTED.read_text().splitlines()[0])
+    trace["raw_metadata"]["source_fields"] |= change
+    trace["labels"] |= {"attack_succeeded": True, "security_outcome": "unsafe"}
+    with pytest.raises(T.TranscriptError, match="pass label="): read(tmp_path, json.dumps(trace))
+    assert [t.label for t in read(tmp_path, json.dumps(trace), label="harmful")] == ["harmful"]
+
+
+SAID = {"id": "t", "label": "harmful", "messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [
+    {"type": "function", "function": {"name": "pay", "arguments": "{}"}}]}]}
+
+
+@pytest.mark.parametrize("format, record, words", [
+    ("openai", SAID | {"meta": {"kind": "plain"}}, "meta.kind: is plain, but the label is harmful"),
+    ("openai", SAID | {"meta": {"label": "benign"}}, "meta.label"),
+    ("openai", SAID | {"label": "benign", "injected_call": {"name": "pay", "arguments": {}}}, "meta.injected_call: is the very call"),
+    ("openai", SAID | {"injected_call": {"name": "wipe", "arguments": {}}}, "meta.injected_call: calls 'wipe'"),
+    ("openai", SAID | {"user_task_id": "u", "injection_task_id": "i", "security": False}, "label: is harmful, but security is false"),
+    ("openai", SAID | {"messages": [CHAT[0], CHAT[1] | {"weight": 0}], "message_labels": {"1": "harmful"}}, r"message_labels\['1'\]"),
+    ("agentdojo", RUN | {"label": "benign"}, "label: is benign, but security is true"),
+    ("agentdojo", RUN | {"injection_task_id": None, "injections": {"mail": "x"}}, "injections: is set, but no injection_task_id"),
+    ("agentdojo", RUN | {"injection_task_id": None}, "attack_type: is set"),
+    ("agentdojo", RUN | {"error": "timeout", "utility": True}, "utility: is true beside an error"),
+    ("tau_bench", {"task_id": 1, "reward": 1.0, "info": {"reward_info": {"reward": 0.0}}, "traj": CHAT}, "reward: is 1.0, but info.reward_info.reward is 0.0"),
+    ("tau_bench", {"task_id": 1, "reward": 1.0, "info": {"error": "x"}, "traj": CHAT}, "reward: is 1.0 beside info.error"),
+    ("circuit_breakers", {"prompt": "a", "output": "b", "llama3_output": "b"}, "llama3_output: is the text of output"),
+    ("trace_v1", {"id": "t", "messages": CHAT, "labels": {"category": "benign", "attack_succeeded": True}}, "labels.category is benign"),
+    ("trace_v1", {"id": "t", "messages": CHAT, "labels": {"category": "harmful", "security_outcome": "safe", "attack_succeeded": True}}, "security_outcome is safe")])
+def test_fields_that_contradict_each_other_are_refused(format, record, words, tmp_path):
+    with pytest.raises(T.TranscriptError, match=words): read(tmp_path, json.dumps(record), format=format)
+
+
+def test_a_label_given_for_a_run_is_kept_as_given(tmp_path):
+    "It overrides the verdict, says so in the file that is written, and that file is read."
+    [t] = read(tmp_path, json.dumps(RUN), format="agentdojo", label="benign")
+    T.write_transcripts(tmp_path / "own.jsonl", [t])
+    assert t.meta["label_given"] == "benign" and list(T.read_transcripts(tmp_path / "own.jsonl")) == [t]
+
+
 # --- AgentDojo ------------------------------------------------------------------------------------------------------------------------
 
 ORDERS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n'\"\\ \t:#-"), min_size=1, max_size=300).filter(lambda s: len(T.squeeze(s, escaped=False)[0]) >= 12)

@@ -106,9 +106,10 @@ def test_site_needs_no_other_machine(lab, tmp_path):
     assert built.returncode == 0, built.stdout
     site = copy / "_docs"
     assert {p.relative_to(NBS).with_suffix(".html") for p in notebooks()} <= {p.relative_to(site) for p in site.rglob("*.html")}
+    opened = None
     for page in sorted(site.rglob("*.html")):
         if page.name == "404.html": continue                      # its links are for a server's root
-        opened = lab.html(page)
+        opened = lab.html(page, opened)
         assert opened.locator("h1").count() >= 1, f"{page.relative_to(site)} shows no title"
-        opened.close()
+    opened.close()
     lab.assert_offline()

@@ -9,7 +9,8 @@ import pytest
 
 from cbnb.masks import ChatMasker
 from cbnb.models import load_tokenizer
-from cbnb.policies import POLICIES, loss_mask, mask_counts
+from cbnb.policies import NEED_COMPARISON, loss_mask, mask_counts
+from cbnb.policies import POLICIES as ALL_POLICIES
 from cbnb.targets import training_mask
 from cbnb.tinyagent import make_transcripts
 from cbnb.transcripts import Transcript, TranscriptError, read_transcripts, write_transcripts
@@ -20,6 +21,7 @@ from cbnb.widgets.masks import (
 
 from helpers import NBS, run
 
+POLICIES = [name for name in ALL_POLICIES if name not in NEED_COMPARISON]  # what can be shown of a transcript alone
 FIXTURES = Path(__file__).parent / "fixtures"
 BAD = known_bad()
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&"
@@ -208,7 +210,7 @@ def test_calls_that_a_template_drops_are_shown_as_they_are_trained():
     assert not written.lost_calls and "<tool_call>" in written.text
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir()))
+@pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir() if "inverted" not in p.name))  # those are refused
 def test_every_format_can_be_pasted(name):
     read = [(t.messages, t.label) for t in as_shelf(FIXTURES / name).transcripts]
     assert [(t.messages, t.label) for t in read_pasted((FIXTURES / name).read_text()).transcripts] == read and read
@@ -381,3 +383,15 @@ def test_the_notebook_runs_without_a_front_end(tmp_path):
     for t in BAD: assert t.meta["finds"] in shown
     done = papermill("-p", "polciy", "x")
     assert done.returncode != 0 and "unknown parameter 'polciy'" in done.stdout
+
+
+def test_whose_actions_are_shown_where_runs_were_read_with_it(masker, tmp_path):
+    "A run that was read with attack-free ones has the policy injected_actions_only too, and each token of the user's own work says why it is out."
+    from test_actions import read_streams, runs_of
+    runs_of(tmp_path)
+    run = read_streams([tmp_path])[0][0]
+    seen = explore(run, masker)
+    [mask] = [m for m in seen.masks if m.name == "injected_actions_only"]
+    said = {mask.sentences[code] for code in mask.codes}
+    assert any("in: " in s and "not the user's own work" in s for s in said) and any("is labelled none" in s for s in said)
+    assert 0 < mask.values.sum() < next(m for m in seen.masks if m.name == "post_injection_only").values.sum()

@@ -227,7 +227,7 @@ def called(*command, **env):
 
 def test_the_batch_script_refuses_a_dead_run_and_its_alarm_goes_off_all_the_same(tmp_path):
     "The dead published setting: refused with a proposal; with SKIP_PREFLIGHT=1 it is made, ends with the alarm, and claims nothing."
-    run, given = tmp_path / "run", few(tmp_path, **DEAD, batch_size=4, diagnose_steps=10, max_new_tokens=64)
+    run, given = tmp_path / "run", few(tmp_path, **DEAD, diagnose_steps=10, max_new_tokens=40)
     done = called("bash", "slurm/05_train.sbatch", *given, RUN_DIR=run)
     status = load(run / "status.json")
     assert done.returncode != 0 and "refused by the pre-flight" in done.stdout and status["state"] == "failed", done.stdout[-3000:]

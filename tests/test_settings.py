@@ -92,6 +92,29 @@ def test_a_setting_that_would_do_nothing_is_refused(given, words):
     if "none" not in words: get_config("tinyagent", **others)
 
 
+MINE = """
+import torch
+from cbnb.objectives import Objective, reroute_cosine
+def cosine(harmful, benign, config): return 1 - torch.cosine_similarity(*benign, dim=-1)
+held = Objective(reroute_cosine, cosine, lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": 0.0})
+"""
+
+
+def test_a_setting_that_ones_own_objective_ignores(tmp_path, monkeypatch):
+    "By a run, before it has a directory, and by a sweep before it starts; beta_kl, which every run has, is told."
+    (tmp_path / "my_losses.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = few(tmp_path, total_steps=2, objective="my_losses:held")
+    refused = cells(*given, "-p", "retain_weight", 0.5, runs=tmp_path / "runs")
+    assert refused.returncode != 0 and "retain_weight 0.5 would do nothing: the objective my_losses:held" in refused.stdout and not (tmp_path / "runs").exists(), refused.stdout
+    done = cells(*given, runs=tmp_path / "runs")
+    assert done.returncode == 0 and "note: objective my_losses:held has no KL term: beta_kl 0.3 changes nothing" in done.stdout, done.stdout[-2000:]
+    spec = tmp_path / "s.yaml"
+    spec.write_text(json.dumps({"parameters": little_data(tmp_path) | {"objective": "my_losses:held"}, "grid": {"retain_weight": [0.1, 1]}}))
+    said = cbnb("ablate", spec, "--dry-run", "--local", 1, runs=tmp_path)
+    assert said.returncode == 2 and "would do nothing" in said.stdout, said.stdout
+
+
 def test_fsdp_alone_is_refused(tmp_path):
     refused = cells("-p", "fsdp", "True", "-p", "run_dir", tmp_path / "run")
     assert refused.returncode != 0 and "there is one: start more by torchrun" in refused.stdout and not (tmp_path / "run").exists()

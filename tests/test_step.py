@@ -271,7 +271,7 @@ def test_an_objective_of_ones_own_sees_the_states_of_the_whole_micro_batch():
     def reroute(harmful, benign, config):
         seen.append((len(harmful.student), len(benign.teacher), harmful.student.requires_grad, harmful.teacher.requires_grad))
         return harmful.student.norm(dim=-1)
-    OBJECTIVES["seen"] = Objective(reroute, lambda harmful, benign, config: benign.student.norm(dim=-1), lambda config, c_s, c_r: {})
+    OBJECTIVES["seen"] = Objective(reroute, lambda harmful, benign, config: benign.student.norm(dim=-1), lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": 0.0})
     try:
         config = get_config("tinyagent", target_layers=(1, 2), lora_layers=(0, 3), lora_dropout=0.0, objective="seen")
         student = moved(add_adapter(made("llama"), config)).train()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from forked import cells
 from train_common import load, metrics, papermill
 
-SEEDS, CONTROLS, KINDS = (0, 1, 2), (0,), ("plain", "sensitive", "hard_negative")
+SEEDS, CONTROLS, KINDS = (0, 1), (0,), ("plain", "sensitive", "hard_negative")
 METRICS = {"step", "loss", "loss_reroute", "loss_retain", "loss_kl", "weighted_reroute", "weighted_retain", "weighted_kl", "c_s", "c_r", "lr", "grad_norm_total",
            "harmful_tokens", "benign_tokens", "kl_targets"}
 FIGURES = {"attack_success", "attack_success_lax", "attack_success_prefill", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n",
@@ -28,7 +29,8 @@ def runs(tmp_path_factory):
     def train(beta, seed):
         if made and (beta, seed) == (0.3, 0): return made
         folder = base / f"beta{beta}-seed{seed}"
-        done = papermill(base / f"out-{beta}-{seed}.ipynb", "-p", "beta_kl", beta, "-p", "seed", seed, "-p", "run_dir", folder)
+        given = ("-p", "beta_kl", beta, "-p", "seed", seed, "-p", "run_dir", folder)
+        done = papermill(base / f"out-{beta}-{seed}.ipynb", *given) if beta else cells(*given)
         assert done.returncode == 0, done.stdout[-4000:]
         return folder
 
@@ -64,7 +66,7 @@ def test_run_directory_is_complete(runs):
         assert [r["step"] for r in rows] == list(range(1, 201)) and all(METRICS <= set(r) for r in rows)
         assert rows[-1]["loss_kl"] > 0 and (rows[-1]["weighted_kl"] > 0) == (beta > 0)
         assert rows[9]["grad_norm_reroute"] >= 0 and "grad_cos_reroute_kl" in rows[9]
-        recorded = () if folder == made_by_nbdev_test() else ("out.1.ipynb",)  # nbdev_test has no kernel that tells what it executes
+        recorded = ("out.1.ipynb",) if beta and folder != made_by_nbdev_test() else ()  # the others have no kernel that tells what it executes
         for name in ("code.json", "notebook.ipynb", "answers.jsonl", *recorded, "report.html", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
             assert (folder / name).is_file(), name
         assert not list(folder.rglob("*.part*")) and not list(folder.rglob("*.bin")) and folder.stat().st_mode & 0o077 == 0
@@ -87,9 +89,9 @@ def test_saved_adapter_evaluates_the_same_by_plain_peft(runs):
 
 def test_same_seed_same_run(runs, tmp_path):
     "Only the seed decides: the first 20 steps of a second run, which is stopped after them, are the first one's, bit for bit."
-    run, out = tmp_path / "run", tmp_path / "out.ipynb"
+    run = tmp_path / "run"
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(papermill, out, "-p", "run_dir", run, "-p", "total_steps", 200, "-p", "max_new_tokens", 1)
+        ended = pool.submit(cells, "-p", "run_dir", run, "-p", "total_steps", 200, "-p", "max_new_tokens", 1)
         while not ended.done() and not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= 20): time.sleep(0.2)
         (run / "stop").touch()
     assert ended.result().returncode == 1 and len(metrics(run)) < 200, ended.result().stdout[-4000:]

@@ -1,5 +1,5 @@
 """nbs/train.ipynb as a job, on short runs: where its files go, bad parameters, stopping and resuming, other models and formats."""
-import os, json, time
+import os, json, re, time
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
@@ -131,7 +131,7 @@ def test_another_model_and_other_formats(tmp_path):
     assert result["after"]["attack_success"] is None and result["after"]["heldout_kl"]["in_domain"] >= 0 and -1 <= result["after"]["harmful_cosine"] <= 1
     assert len(rows) == 3 and rows[0]["loss_reroute"] == pytest.approx(1, abs=0.02) and rows[-1]["loss_retain"] > 0
     assert "no injection 9" in done.stdout, "harmful rows without an injection fall back to assistant_only, counted"
-    assert "left out of training, since a held-out transcript has the same prompt: " in done.stdout, "circuit-breakers rows have two answers a prompt"
+    assert re.search(r"left out of training and of the held-out: \d+ \(\d+ for their prompt\)", done.stdout), "circuit-breakers rows have two answers a prompt"
 
 
 def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FORMULA', 'SHORT', 'LABEL_WORDS', 'TRUNCATED', 'LISTED', 'HELD', 'ShownMask', 'give_reason',
-           'explained_mask', 'named', 'told', 'own_policies', 'with_audit', 'apply_each', 'Explored', 'explore',
-           'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'known_bad', 'safe_cell',
-           'token_frame', 'csv_text', 'shortened', 'frame_html', 'tables_html', 'dressed', 'record_frame',
+           'explained_mask', 'named', 'told', 'known_policies', 'own_policies', 'with_audit', 'apply_each', 'Explored',
+           'explore', 'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'known_bad',
+           'safe_cell', 'token_frame', 'csv_text', 'shortened', 'frame_html', 'tables_html', 'dressed', 'record_frame',
            'message_frame', 'mask_caption', 'explored_html', 'mask_entries', 'explored_state', 'explored_view', 'Shelf',
            'any_label', 'read_pasted', 'as_shelf', 'load_masker', 'model_name', 'free_path', 'MaskExplorer', 'say',
            'whole', 'field', 'button', 'row', 'ExplorerBox', 'mask_explorer']
@@ -28,11 +28,12 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 
+from ..actions import for_policy
 from ..audit import KINDS, Finding, check_mask, encode_each, message_of
 from ..audit import NOTES as MINOR
 from ..masks import CONTROL_MODES
 from ..policies import (
-    POLICIES, after_first_header, apply_policy, find_policy, loss_mask, reasons, role_of, token_labels)
+    NEED_COMPARISON, POLICIES, after_first_header, apply_policy, find_policy, loss_mask, reasons, role_of, token_labels)
 from ..runs import write_bytes
 from ..settings import make_masker
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
@@ -67,6 +68,7 @@ def explained_mask(encoded, transcript, name, policy, label=None):
     With `label` None it is the mask that training takes (`training_mask`): without a known injection `assistant_only` stands in for
     `post_injection_only`, and messages labelled otherwise than the transcript are left out. With `label` benign or harmful it is the policy's tokens
     with that label (`loss_mask`). Raises MaskError where the policy cannot be applied."""
+    if isinstance(policy, str): transcript, = for_policy([transcript], policy)
     absent = lacks_injection(transcript, policy)
     used = "assistant_only" if absent else policy
     codes, sentences = reasons(encoded, used, label)
@@ -100,6 +102,11 @@ def told(error):
 COLUMNS = ("position", "predicted_at", "token_id", "text", "message", "role", "segment", "label", "turn", "tokens")      # of the frames below
 
 
+def known_policies(transcript):
+    "The names in `POLICIES` that can be shown of a transcript: those of `NEED_COMPARISON` only where runs of its task were read with it (`meta[\"own_work\"]`)."
+    return [name for name in POLICIES if name not in NEED_COMPARISON or {"own_work", "injected_actions"} & transcript.meta.keys()]
+
+
 def own_policies(policies):
     "`(name, function)` of a reader's own policies, functions of an Encoded by name. Raises ValueError for a name that is taken."
     for name in policies or {}:
@@ -118,14 +125,15 @@ def with_audit(shown, encoded, transcript, max_length=None, side="targets"):
 
 # %% ../../nbs/21_mask_explorer.ipynb #3bca974b
 def apply_each(encoded, transcript, policies=None, label=None, max_length=None, side="targets"):
-    """`(masks, left out)`: a `ShownMask` with its findings for every policy in `POLICIES` and in `policies` (functions of an Encoded by name), and
-    `(name, why)` for each that cannot be applied. `max_length`, `side`: the window of `truncation_window`.
+    """`(masks, left out)`: a `ShownMask` with its findings for every policy of `known_policies` and in
+    `policies` (functions of an Encoded by name), and `(name, why)` for each that cannot be applied.
+    `max_length`, `side`: the window of `truncation_window`.
 
     Raises ValueError for a name that is taken, and for a wrong label, `max_length` or `side`."""
     if label not in (None, "benign", "harmful"): raise ValueError(f"the label {label!r} is unknown; use benign, harmful or None")
     truncation_window(np.ones(1, bool), 1 if max_length is None else max_length, side)
     masks, left_out = [], []
-    for name, policy in [*((name, name) for name in POLICIES), *own_policies(policies)]:
+    for name, policy in [*((name, name) for name in known_policies(transcript)), *own_policies(policies)]:
         try: masks.append(with_audit(explained_mask(encoded, transcript, name, policy, label), encoded, transcript, max_length, side))
         except MaskError as e: left_out.append((name, told(e)))
         except Exception as e:  # a reader's own function may raise anything, and must not take the view with it

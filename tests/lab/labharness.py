@@ -160,9 +160,9 @@ class Lab:
         page.wait_for_function(IS_READY, arg=path, timeout=90_000)
         return Notebook(self, page, path)
 
-    def html(self, path):
-        "Open a page file (a report, the site of make docs) in the same browser."
-        page = self.new_page()
+    def html(self, path, page=None):
+        "Open a page file (a report, the site of make docs) in the same browser, in `page` or a new one."
+        page = page or self.new_page()
         page.goto(Path(path).resolve().as_uri())
         return page
 
