@@ -166,7 +166,7 @@ def test_constraints_pin_every_requirement():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
-    for text in settings()["requirements"].split() + settings()["dev_requirements"].split():
+    for text in settings()["requirements"].split() + settings()["dev_requirements"].split() + settings()["hf_requirements"].split():
         wanted = Requirement(text)
         pin = pins[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(pin), f"{text}: constraints.txt has {pin}"
