@@ -210,11 +210,15 @@ def run_spans(args):
 # %% ../nbs/30_cli.ipynb #c11f8cbf
 def add_convert(commands):
     "Adds the arguments of `cbnb convert`."
-    p = commands.add_parser("convert", help="any format into the project's own", description="Write the transcripts of a file, a folder or a "
-                            "data set as one JSONL file in the project's own form, and say what was read, left out, dropped and adapted.",
-                            epilog="status 0: all was read; 1: records were dropped, by the causes that are printed; 2: nothing was written")
+    p = commands.add_parser("convert", help="any format into the project's own",
+                            description="Write the transcripts of a file, a folder or a "
+                            "data set as one JSONL file in the project's own form, and say what was read, "
+                            "left out, dropped and adapted.",
+                            epilog="status 0: all was read; 1: records were dropped, by the causes that are "
+                                   "printed; 2: nothing was written")
     add_reading(p)
-    p.add_argument("out", metavar="OUT.jsonl", help="the file to write; never the one that is read, nor one in the folder that is read")
+    p.add_argument("out", metavar="OUT.jsonl",
+                   help="the file to write; never the one that is read, nor one in the folder that is read")
     p.add_argument("--json", action="store_true", help="print the report as one JSON object")
     p.set_defaults(run=run_convert)
 
@@ -222,7 +226,8 @@ def add_convert(commands):
 def run_convert(args):
     "Carries out `cbnb convert`."
     from cbnb.convert import convert, report_lines
-    report = convert(args.file, args.out, args.format, args.label, lambda items: progress(items, "transcripts"), args.relabel)
+    report = convert(args.file, args.out, args.format, args.label,
+                     lambda items: progress(items, "transcripts"), args.relabel)
     if args.json: print(json.dumps(report))
     else: print(*map(visible, report_lines(report)), sep="\n")
     return 1 if report["dropped"] else 0

@@ -18,7 +18,8 @@ PLACE = re.compile(r"(?:line|row|record) \d+.*|samples/.*")
 
 
 def cause_of(error):
-    "The cause in the sentence of a TranscriptError: field and problem, without file, line, positions and values, so that equal ones count as one."
+    """The cause in the sentence of a TranscriptError: field and problem, without file, line, positions
+    and values, so that equal ones count as one."""
     where, _, what = str(error).partition(": ")
     field = ", ".join(part for part in where.split(", ")[1:] if not PLACE.fullmatch(part))
     what = re.sub(r"'[^']*'", "'…'", what)
@@ -26,20 +27,25 @@ def cause_of(error):
 
 # %% ../nbs/00i_convert.ipynb #ba791650
 def check_output(path, out):
-    "Raises TranscriptError where writing to `out` would change what is read from `path`: the same file, or one in the folder that is read."
+    """Raises TranscriptError where writing to `out` would change what is read from `path`: the same
+    file, or one in the folder that is read."""
     path, out = Path(path), Path(out)
     inside = path.is_dir() and (out.resolve().is_relative_to(path.resolve()))
     if out.is_dir() or inside or out.exists() and path.exists() and os.path.samefile(path, out):
-        raise TranscriptError(f"{out}: is a folder, the file that is read, or in the folder that is read; name another file")
-    if not out.absolute().parent.is_dir(): raise TranscriptError(f"{out}: its folder is not there; make it first")
+        raise TranscriptError(f"{out}: is a folder, the file that is read, or in the folder that is read; "
+                              f"name another file")
+    if not out.absolute().parent.is_dir():
+        raise TranscriptError(f"{out}: its folder is not there; make it first")
 
 
 def convert(path, out, format="auto", label=None, progress=lambda items: items, relabel=None):
-    """Writes the transcripts of `path` (see `read_transcripts`) to the file `out` in the project's own form, and returns the report, a dict:
-    `transcripts` and counts of them by `formats` (records), `labels`, `tools` and `spans`; `adapted` (times, by what was done), `dropped`
-    (records, by cause), `left_out` (records, by cause), `repeated` and `relabelled`; `examples` is the first sentence of each cause.
+    """Writes the transcripts of `path` (see `read_transcripts`) to the file `out` in the project's own form,
+    and returns the report, a dict: `transcripts` and counts of them by `formats` (records), `labels`, `tools`
+    and `spans`; `adapted` (times, by what was done), `dropped` (records, by cause), `left_out` (records, by
+    cause), `repeated` and `relabelled`; `examples` is the first sentence of each cause.
 
-    Bad records are dropped. Raises TranscriptError where nothing can be read, and before anything is written over what is read."""
+    Bad records are dropped. Raises TranscriptError where nothing can be read, and before anything is
+    written over what is read."""
     reader = read_transcripts(path, format, label, "skip", relabel)
     check_output(path, out)
     labels, adapted, dropped, examples, with_tools, spans, count = Counter(), Counter(), Counter(), {}, 0, 0, 0
@@ -52,11 +58,14 @@ def convert(path, out, format="auto", label=None, progress=lambda items: items, 
                 continue
             count, with_tools, spans = count + 1, with_tools + bool(found.tools), spans + bool(found.injection_spans)
             labels[found.label] += 1
-            if isinstance(done := found.meta.get("adapted"), dict): adapted.update({k: n for k, n in done.items() if type(n) is int})
+            if isinstance(done := found.meta.get("adapted"), dict):
+                adapted.update({k: n for k, n in done.items() if type(n) is int})
             yield found
     write_transcripts(out, watched())
-    return {"transcripts": count, "formats": dict(reader.formats), "labels": dict(labels), "with_tools": with_tools, "with_spans": spans,
-            "adapted": dict(adapted), "dropped": dict(dropped), "left_out": dict(reader.left_out), "repeated": reader.repeated, "relabelled": reader.relabelled, "examples": examples}
+    return {"transcripts": count, "formats": dict(reader.formats), "labels": dict(labels),
+            "with_tools": with_tools, "with_spans": spans,
+            "adapted": dict(adapted), "dropped": dict(dropped), "left_out": dict(reader.left_out),
+            "repeated": reader.repeated, "relabelled": reader.relabelled, "examples": examples}
 
 # %% ../nbs/00i_convert.ipynb #e02140b0
 def report_lines(report):
@@ -65,7 +74,8 @@ def report_lines(report):
     yield f"{report['transcripts']:,} transcripts written: {counted(report['labels'])}; {report['with_tools']:,} with tools, {report['with_spans']:,} with injection spans"
     yield f"records read, by format: {counted(report['formats'])}"
     for title, key in (("adapted", "adapted"), ("left out", "left_out"), ("dropped", "dropped")):
-        for name, n in sorted(report[key].items(), key=lambda pair: -pair[1]): yield f"{title}: {n:,} × {name}"
+        for name, n in sorted(report[key].items(), key=lambda pair: -pair[1]):
+            yield f"{title}: {n:,} × {name}"
         if key == "dropped": yield from (f"  e.g. {text}" for text in report["examples"].values())
     if report["repeated"]: yield f"left out: {report['repeated']:,} × samples that stood before"
     if report["relabelled"]: yield f"adapted: {report['relabelled']:,} × label by the verdict of the source"

@@ -31,17 +31,23 @@ PACKED[b"\x28\xb5\x2f\xfd"] = open_zst
 
 # %% ../nbs/00e_packed.ipynb #e0edc7b3
 def as_json(value, where):
-    """A value of a table as JSON has it. Dates become ISO text, and keys without a value are left out, but for `content`: a column has every
-    key that one of its rows has. Raises TranscriptError for bytes and for numbers that JSON has not."""
+    """A value of a table as JSON has it. Dates become ISO text, and keys without a value are left out, but
+    for `content`: a column has every key that one of its rows has. Raises TranscriptError for bytes and
+    for numbers that JSON has not."""
     if isinstance(value, dict):
-        return {str(k): as_json(v, f"{where}.{k}") for k, v in value.items() if v is not None or k == "content"}
+        return {str(k): as_json(v, f"{where}.{k}") for k, v in value.items() if v is not None
+                or k == "content"}
     if isinstance(value, list | tuple):
-        if value and all(isinstance(v, tuple) and len(v) == 2 for v in value): return as_json(dict(value), where)  # a map of Arrow's
+        # a map of Arrow's
+        if value and all(isinstance(v, tuple) and len(v) == 2 for v in value):
+            return as_json(dict(value), where)
         return [as_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, datetime.date | datetime.time): return value.isoformat()
     if isinstance(value, Decimal): value = float(value)
-    need(not isinstance(value, float) or math.isfinite(value), where, f"is {value}, which is no JSON; leave the value out")
-    need(value is None or isinstance(value, str | int | float), where, f"is {type(value).__name__}; only text, numbers, lists and objects are read")
+    need(not isinstance(value, float) or math.isfinite(value), where,
+         f"is {value}, which is no JSON; leave the value out")
+    need(value is None or isinstance(value, str | int | float), where,
+         f"is {type(value).__name__}; only text, numbers, lists and objects are read")
     return value
 
 # %% ../nbs/00e_packed.ipynb #f69cf12e
@@ -61,16 +67,19 @@ def read_batches(batches, name):
 
 
 def read_parquet(path, name):
-    "`(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError for a damaged one."
+    """`(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError for
+    a damaged one."""
     import pyarrow.parquet
     try:
-        with pyarrow.parquet.ParquetFile(path) as table: yield from read_batches(table.iter_batches(ROWS), name)
-    except (pyarrow.lib.ArrowException, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
+        with pyarrow.parquet.ParquetFile(path) as table:
+            yield from read_batches(table.iter_batches(ROWS), name)
+    except (pyarrow.lib.ArrowException, OSError) as e:
+        raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 
 def read_arrow(path, name):
-    """`(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets` keeps them. Raises TranscriptError for
-    a damaged one."""
+    """`(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets` keeps
+    them. Raises TranscriptError for a damaged one."""
     import pyarrow.ipc
     try:
         with pyarrow.memory_map(str(path)) as source:
@@ -81,16 +90,18 @@ def read_arrow(path, name):
                 source.seek(0)
                 batches = pyarrow.ipc.open_stream(source)
             yield from read_batches(batches, name)
-    except (pyarrow.lib.ArrowException, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
+    except (pyarrow.lib.ArrowException, OSError) as e:
+        raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 
 TABLES.update({b"PAR1": read_parquet, b"ARROW1": read_arrow, b"\xff\xff\xff\xff": read_arrow})
 
 # %% ../nbs/00e_packed.ipynb #2091b94f
 def read_member(archive, member, where):
-    """JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked. Zstandard (method 93, which Inspect
-    writes and Python's zipfile does not read before 3.14) is unpacked here."""
-    need(member.file_size <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
+    """JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked. Zstandard
+    (method 93, which Inspect writes and Python's zipfile does not read before 3.14) is unpacked here."""
+    need(member.file_size <= MAX_LINE_BYTES, where,
+         f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
     try:
         if member.compress_type == 93:
             import pyarrow
@@ -110,10 +121,11 @@ def read_member(archive, member, where):
 
 
 def read_archive(path, name):
-    """`(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with the log's header, as its JSON log has
-    them. Raises TranscriptError for another or a broken archive."""
+    """`(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with the
+    log's header, as its JSON log has them. Raises TranscriptError for another or a broken archive."""
     try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as e: raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
+    except (zipfile.BadZipFile, OSError) as e:
+        raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
     with archive:
         members = {m.filename: m for m in archive.infolist()}
         head = next((h for h in ("header.json", "_journal/start.json") if h in members), None)
@@ -133,24 +145,28 @@ HUB = re.compile(r"hf:(?P<name>[^\[\]]+)\[(?P<split>[^\[\]]+(?:\[[^\[\]]*\])?)\]
 
 
 def hub_call(path):
-    """`(arguments, split)` for `datasets.load_dataset` of `hf:dataset[split]`: a folder or a name with one slash; a third part is the
-    configuration (`hf:org/name/config[split]`). Raises TranscriptError for another form."""
+    """`(arguments, split)` for `datasets.load_dataset` of `hf:dataset[split]`: a folder or a name with one
+    slash; a third part is the configuration (`hf:org/name/config[split]`). Raises TranscriptError for
+    another form."""
     found = HUB.fullmatch(str(path))
-    need(found, str(path), "is no data set; write hf:org/name[split], hf:org/name/config[split] or hf:./folder[split]")
+    need(found, str(path),
+         "is no data set; write hf:org/name[split], hf:org/name/config[split] or hf:./folder[split]")
     name = found["name"]
     if name.startswith((".", "/")): return (name,), found["split"]
     return ("/".join(name.split("/")[:2]), *name.split("/")[2:3]), found["split"]
 
 
 def read_hub(path):
-    """`(where, id, record or TranscriptError)` of the rows of `hf:dataset[split]`, streamed by `datasets`, which the extra `cbnb[hf]`
-    installs. Raises TranscriptError without it, and for what it cannot load."""
+    """`(where, id, record or TranscriptError)` of the rows of `hf:dataset[split]`, streamed by `datasets`,
+    which the extra `cbnb[hf]` installs. Raises TranscriptError without it, and for what it cannot load."""
     arguments, split = hub_call(path)
     try: import datasets
-    except ImportError: raise TranscriptError(f"{path}: the library datasets is not installed; pip install 'cbnb[hf]'") from None
+    except ImportError:
+        raise TranscriptError(f"{path}: the library datasets is not installed; pip install 'cbnb[hf]'") from None
     folder = Path(arguments[0])
     try:
-        if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():  # what save_to_disk writes
+        # what save_to_disk writes
+        if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, dict): rows = rows[split]
         else: rows = datasets.load_dataset(*arguments, split=split, streaming="[" not in split)
@@ -160,4 +176,5 @@ def read_hub(path):
             except TranscriptError as e: yield where, f"{path}:{number}", e
     except (GeneratorExit, TranscriptError): raise
     except Exception as e:  # whatever a loader raises for a name it does not know, or no network
-        raise TranscriptError(f"{path}: datasets cannot load it: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        raise TranscriptError(f"{path}: datasets cannot load it: "
+                              f"{(str(e).splitlines() or [type(e).__name__])[0]}") from None

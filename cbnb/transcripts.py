@@ -215,9 +215,10 @@ def read_tool_call(call, where):
 
 # %% ../nbs/00_transcripts.ipynb #72efe9a6
 def modernise(message, where, adapted=None):
-    """A chat `message` (dict) in today's form: OpenAI's role `developer` as system, its old `function_call` and role `function` as a tool
-    call and its result. The `error` of a tool result takes the place of the content, which is what AgentDojo and its exports showed the
-    model. What was changed is counted by name in `adapted` (a Counter, or None)."""
+    """A chat `message` (dict) in today's form: OpenAI's role `developer` as system, its old `function_call`
+    and role `function` as a tool call and its result. The `error` of a tool result takes the place of the
+    content, which is what AgentDojo and its exports showed the model. What was changed is counted by
+    name in `adapted` (a Counter, or None)."""
     def note(name):
         if adapted is not None: adapted[name] += 1
     role, call, error = message.get("role"), message.get("function_call"), message.get("error")
@@ -225,7 +226,8 @@ def modernise(message, where, adapted=None):
         message = {**message, "role": "system"}
         note("developer message as system message")
     if role == "function":
-        need(isinstance(message.get("name"), str) and message["name"], f"{where}.name", "is missing; name the function whose result this is")
+        need(isinstance(message.get("name"), str) and message["name"], f"{where}.name",
+             "is missing; name the function whose result this is")
         message = {**message, "role": "tool"}
         note("result of an old function call as tool message")
     if call is not None:
@@ -233,7 +235,8 @@ def modernise(message, where, adapted=None):
         call = read_tool_call({"function": call}, f"{where}.function_call")
         message = {**{k: v for k, v in message.items() if k != "function_call"}, "tool_calls": [call]}
         note("old function_call as tool call")
-    if role == "tool" and isinstance(error, str) and error and ("tool_call" in message or not message.get("content")):
+    if role == "tool" and isinstance(error, str) and error and ("tool_call" in message
+        or not message.get("content")):
         message = {**{k: v for k, v in message.items() if k != "error"}, "content": error}
         note("error of a tool as its result")
     return message
@@ -399,22 +402,26 @@ def read_tools(tools, where):
 
 # %% ../nbs/00_transcripts.ipynb #722e26a8
 def add_adapted(meta, adapted):
-    "`meta` with the counts in `adapted` (by what was done) under the key adapted, beside those that stand there; unchanged where nothing was done."
+    """`meta` with the counts in `adapted` (by what was done) under the key adapted, beside those that
+    stand there; unchanged where nothing was done."""
     old = meta.get("adapted")
     return {**meta, "adapted": {**(old if isinstance(old, dict) else {}), **adapted}} if adapted else meta
 
 # %% ../nbs/00_transcripts.ipynb #8983a770
 def take_system(record, where):
-    "`(key, text)` of the system prompt beside the messages of `record` (a dict, from which it is taken), or None. Text blocks are joined."
+    """`(key, text)` of the system prompt beside the messages of `record` (a dict, from which it is
+    taken), or None. Text blocks are joined."""
     given = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
     given = {key: read_content(value, f"{where}, {key}") for key, value in given.items()}
     given = [(key, text) for key, text in given.items() if text]
-    need(len(given) < 2, f"{where}, {', '.join(key for key, _ in given)}", "are system prompts both; keep one")
+    need(len(given) < 2, f"{where}, {', '.join(key for key, _ in given)}",
+         "are system prompts both; keep one")
     return given[0] if given else None
 
 
 def take_tools(record, where, adapted):
-    "The tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`; also OpenAI's old `functions`."
+    """The tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`; also
+    OpenAI's old `functions`."""
     tools, functions = record.pop("tools", None), record.pop("functions", None)
     if not functions: return read_tools(tools, f"{where}, tools")
     need(not tools, f"{where}, functions", "stands beside tools; keep one")
@@ -879,13 +886,15 @@ def from_rrfa(record, where, default_id, label=None, source=""):
 # %% ../nbs/00_transcripts.ipynb #9e0b33aa
 @dataclass(frozen=True)
 class Format:
-    """A file format. `recognises(record)` says whether a file's first record (a dict) is of it, by its content; `reads(record, where,
-    default_id, label, source)` gives the transcripts of one record.
+    """A file format. `recognises(record)` says whether a file's first record (a dict) is of it, by its
+    content; `reads(record, where, default_id, label, source)` gives the transcripts of one record.
 
-    `gathers(records, path)` joins or leaves out records of a file first, where one of them is not one conversation: from and to an iterator
-    of `(where, id, record or TranscriptError)`. `items` names a list in a big record whose items are read one by one.
-    `leaves_out(record)` names the cause for which a folder leaves the record out, or "". `before` names more general formats that know its records,
-    too, and come after it; `takes` the keys of `MEANING` that it follows. `on_request`: only read where `format` names it."""
+    `gathers(records, path)` joins or leaves out records of a file first, where one of them is not one
+    conversation: from and to an iterator of `(where, id, record or TranscriptError)`. `items` names a list in
+    a big record whose items are read one by one. `leaves_out(record)` names the cause for which a folder
+    leaves the record out, or "". `before` names more general formats that know its records, too, and
+    come after it; `takes` the keys of `MEANING` that it follows. `on_request`: only read where `format`
+    names it."""
     name: str
     recognises: Callable
     reads: Callable
@@ -899,7 +908,8 @@ class Format:
 
 FORMATS = {}  # by name, in the order in which they were added
 CHAT_KEYS = (*SYSTEM_KEYS, "functions")  # of MEANING, what from_openai follows
-ROOMS = ("cbnb.packed", "cbnb.formats_chat", "cbnb.formats_runs", "cbnb.formats_sessions")  # later rooms that add formats, read when first asked
+# later rooms that add formats, read when first asked
+ROOMS = ("cbnb.packed", "cbnb.formats_chat", "cbnb.formats_runs", "cbnb.formats_sessions")
 
 
 def add_format(format):
@@ -908,7 +918,8 @@ def add_format(format):
 
 
 def known_formats():
-    "`FORMATS`, with those of the later rooms; what others added under one of their names before they were loaded is kept."
+    """`FORMATS`, with those of the later rooms; what others added under one of their names before they
+    were loaded is kept."""
     own = {name: f for name, f in FORMATS.items() if f.reads.__module__ != __name__}
     for room in ROOMS: importlib.import_module(room)
     FORMATS.update(own)
@@ -921,8 +932,9 @@ def chat_with(*keys):
 
 
 def agentdojo_leaves_out(record):
-    """Why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security` measures nothing of an injection task that
-    was given as the user's own request, and in attacks that only deny service. AgentDojo's benchmark writes both beside its runs."""
+    """Why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security` measures
+    nothing of an injection task that was given as the user's own request, and in attacks that only deny
+    service. AgentDojo's benchmark writes both beside its runs."""
     if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith("injection_task"):
         return "injection tasks given as the user's request"
     return "attacks that deny service" if str(record.get("attack_type")).endswith("dos") else ""
@@ -931,10 +943,13 @@ def agentdojo_leaves_out(record):
 for _format in (
         Format("openai", lambda r: "messages" in r, from_openai, takes=CHAT_KEYS),
         Format("sharegpt", lambda r: "conversations" in r, from_sharegpt, takes=CHAT_KEYS),
-        Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out, before=("openai",)),
+        Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out,
+               before=("openai",)),
         Format("tau_bench", lambda r: {"task_id", "traj"} <= r.keys(), from_tau_bench, takes=CHAT_KEYS),
-        Format("bfcl", lambda r: "question" in r and bool({"function", "involved_classes"} & r.keys()), from_bfcl),
-        Format("circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(), from_circuit_breakers),
+        Format("bfcl", lambda r: "question" in r and bool({"function", "involved_classes"} & r.keys()),
+               from_bfcl),
+        Format("circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(),
+               from_circuit_breakers),
         Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("openai",), takes=CHAT_KEYS),
         Format("rrfa", lambda r: any(isinstance(r.get(k), list) for k in LABELS), from_rrfa),
         Format("trace_v1", lambda r: chat_with()(r) and is_trace(r), from_trace_v1, before=("openai",))):
@@ -943,13 +958,15 @@ for _format in (
 # %% ../nbs/00_transcripts.ipynb #c8ceb7a4
 def detect_format(record, where):
     """Name of the format of a first `record`, by its content. Raises
-    TranscriptError with the keys found where no format fits, several do, or one that is read on request only."""
+    TranscriptError with the keys found where no format fits, several do, or one that is read on request
+    only."""
     found = [f for f in known_formats().values() if f.recognises(record)]
     behind = {name for f in found for name in f.before}
     found = [f for f in found if f.name not in behind]
     if len(found) == 1:
         name = found[0].name
-        need(not found[0].on_request, where, f"looks like {name}, which is read on request only; pass format={name!r}")
+        need(not found[0].on_request, where,
+             f"looks like {name}, which is read on request only; pass format={name!r}")
         return name
     keys = ", ".join(sorted(map(str, record))[:40])[:400] or "(none)"
     fits = " and ".join(f.name for f in found) + " all fit" if found else "no known format has"
@@ -961,11 +978,16 @@ def is_hub(path):
     return str(path).startswith("hf:")
 
 # %% ../nbs/00_transcripts.ipynb #25f3fe9a
-BINARY = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "a ZIP archive",
-          b"PK\x05\x06": "an empty ZIP archive", b"7z\xbc\xaf": "a 7-Zip archive", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
-          b"\xff\xff\xff\xff": "an Arrow stream", b"FEA1": "a Feather V1 file", b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF",
-          b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
-          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x04\x22\x4d\x18": "LZ4", b"\x89PNG": "a PNG picture"}
+BINARY = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+          b"PK\x03\x04": "a ZIP archive",
+          b"PK\x05\x06": "an empty ZIP archive", b"7z\xbc\xaf": "a 7-Zip archive", b"PAR1": "a Parquet file",
+          b"ARROW1": "an Arrow file",
+          b"\xff\xff\xff\xff": "an Arrow stream", b"FEA1": "a Feather V1 file",
+          b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF",
+          b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"\x80\x02": "a pickle",
+          b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
+          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x04\x22\x4d\x18": "LZ4",
+          b"\x89PNG": "a PNG picture"}
 PACKED = {}  # first bytes: function of the path that opens the file as a stream of the bytes that were packed
 TABLES = {}  # first bytes: function of (path, name) that yields (where, id, record or TranscriptError)
 
@@ -1190,22 +1212,26 @@ class SeenKeys:
 
 # %% ../nbs/00_transcripts.ipynb #96bb84be
 def one_by_one(records, key):
-    "`records` as `Format.gathers` has them, where each item of the list under `key` is a record of its own, with all else of the record."
+    """`records` as `Format.gathers` has them, where each item of the list under `key` is a record of its
+    own, with all else of the record."""
     for where, default_id, record in records:
         items = record.get(key) if isinstance(record, dict) else None
         if not isinstance(items, list) or len(items) < 2: yield where, default_id, record
-        else: yield from ((f"{where}, {key}[{i}]", f"{default_id}:{i + 1}", {**record, key: [item]}) for i, item in enumerate(items))
+        else:
+            yield from ((f"{where}, {key}[{i}]", f"{default_id}:{i + 1}", {**record, key: [item]}) for i,
+                        item in enumerate(items))
 
 
 def of_format(records, format, path):
-    """Yields `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or for "auto" by the first one that
-    can be recognised. The file's format has then gathered them."""
+    """Yields `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or
+    for "auto" by the first one that can be recognised. The file's format has then gathered them."""
     known = None if format == "auto" else known_formats()[format]
     for item in records:
         where, default_id, record = item
         if known is None and not isinstance(record, TranscriptError):
             try:
-                need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
+                need(isinstance(record, dict), where,
+                     f"is a JSON {type(record).__name__}; each record is an object")
                 known = known_formats()[detect_format(record, where)]
             except TranscriptError as e: record = e
         if known is None or isinstance(record, TranscriptError):

@@ -1,4 +1,5 @@
-"""Files as their sources make them: packed, as tables, as logs and sessions; what each format refuses; conversion."""
+"""Files as their sources make them: packed, as tables, as logs and sessions; what each format refuses;
+conversion."""
 import gzip
 import json
 import os
@@ -18,7 +19,8 @@ from cbnb.convert import cause_of, convert
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-CALL = {"id": "call_YAB9KXfe3T2BDBMyftZhdMJI", "type": "function", "function": {"name": "read", "arguments": {"path": "a"}}}
+CALL = {"id": "call_YAB9KXfe3T2BDBMyftZhdMJI", "type": "function",
+        "function": {"name": "read", "arguments": {"path": "a"}}}
 TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "dict"}}}
 
 
@@ -38,42 +40,55 @@ def written(folder, *records, name="x.jsonl"):
 # --- what real files hold -------------------------------------------------------------------------------------
 
 def test_a_system_prompt_beside_the_messages_is_read(tmp_path):
-    "In the record's own key, in Anthropic's blocks, and with spans and labels that count the record's messages."
+    """In the record's own key, in Anthropic's blocks, and with spans and labels that count the record's
+    messages."""
     record = {"system": "Be brief.", "messages": CHAT, "label": "benign", "message_labels": {"1": "none"},
               "injection_spans": [[0, 0, 2]]}
     [t] = read(written(tmp_path, record))
     assert t.messages == [{"role": "system", "content": "Be brief."}, *CHAT]
-    assert (t.message_labels, t.injection_spans) == ({2: "none"}, (T.InjectionSpan(1, 0, 2),)) and "system" not in t.meta
+    assert (t.message_labels, t.injection_spans) == ({2: "none"},
+                                                     (T.InjectionSpan(1, 0, 2),)) and "system" not in t.meta
     for key in ("system_prompt", "developer"):
-        [t] = read(written(tmp_path, {key: [{"type": "text", "text": "No."}], "messages": CHAT, "label": "benign"}))
+        [t] = read(written(tmp_path,
+                           {key: [{"type": "text", "text": "No."}], "messages": CHAT, "label": "benign"}))
         assert t.messages[0] == {"role": "system", "content": "No."}
     with pytest.raises(T.TranscriptError, match=r"x.jsonl, line 1, system: stands beside a first message"):
-        read(written(tmp_path, {"system": "a", "messages": [{"role": "system", "content": "b"}], "label": "benign"}))
+        read(written(tmp_path,
+                     {"system": "a", "messages": [{"role": "system", "content": "b"}], "label": "benign"}))
 
 
 def test_older_forms_of_openai_are_read(tmp_path):
     messages = [{"role": "developer", "content": "Be brief."}, CHAT[0],
-                {"role": "assistant", "content": None, "function_call": {"name": "read", "arguments": '{"path": "a"}'}},
+                {"role": "assistant", "content": None,
+                 "function_call": {"name": "read", "arguments": '{"path": "a"}'}},
                 {"role": "function", "name": "read", "content": "7"}]
     [t] = read(written(tmp_path, {"messages": messages, "functions": [TOOL["function"]], "label": "benign"}))
     assert [m["role"] for m in t.messages] == ["system", "user", "assistant", "tool"] and t.tools == [TOOL]
     assert t.messages[2]["tool_calls"][0]["function"] == {"name": "read", "arguments": {"path": "a"}}
     assert sum(t.meta["adapted"].values()) == 4
-    both = {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [CALL]}
-    for bad, field in ((both, "function_call"), ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "function_call"),
+    both = {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"},
+            "tool_calls": [CALL]}
+    for bad, field in ((both, "function_call"),
+                       ({"role": "assistant", "content": "", "function_call": {"name": "f"}},
+                        "function_call"),
                        ({"role": "function", "content": "7"}, "name")):
         with pytest.raises(T.TranscriptError, match=rf"line 1, messages\[1\]\.{field}"):
             read(written(tmp_path, {"messages": [CHAT[0], bad], "label": "benign"}))
 
 
 def test_tools_as_text_and_calls_as_they_are(tmp_path):
-    "A JSON string of tools; parallel calls with empty ids and long ids beside AgentDojo's notes in tool results."
+    """A JSON string of tools; parallel calls with empty ids and long ids beside AgentDojo's notes in
+    tool results."""
     parallel = [CHAT[0], {"role": "assistant", "content": "Two.", "tool_calls": [{**CALL, "id": ""}, {**CALL, "id": ""}]},
-                *({"role": "tool", "content": "- a", "tool_call_id": None, "tool_call": {"function": "read", "args": {}}, "error": None}
+                *({"role": "tool", "content": "- a", "tool_call_id": None,
+                   "tool_call": {"function": "read", "args": {}}, "error": None}
                   for _ in range(2)), {"role": "assistant", "content": "Done.", "tool_calls": []}]
-    ids = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "7", "tool_call_id": CALL["id"]}]
-    a, b = read(written(tmp_path, {"messages": parallel, "tools": json.dumps([TOOL]), "label": "benign"}, {"messages": ids, "label": "benign"}))
-    assert a.tools == [TOOL] and len(a.messages[1]["tool_calls"]) == 2 and [m["content"] for m in a.messages[2:4]] == ["- a"] * 2
+    ids = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [CALL]},
+           {"role": "tool", "content": "7", "tool_call_id": CALL["id"]}]
+    a, b = read(written(tmp_path, {"messages": parallel, "tools": json.dumps([TOOL]), "label": "benign"},
+                        {"messages": ids, "label": "benign"}))
+    assert a.tools == [TOOL] and len(a.messages[1]["tool_calls"]) == 2 and [m["content"]
+        for m in a.messages[2:4]] == ["- a"] * 2
     assert b.messages[1]["tool_calls"] == [CALL] and b.messages[2]["tool_call_id"] == CALL["id"]
 
 
@@ -84,7 +99,8 @@ def test_what_changes_the_meaning_is_never_dropped(format, key, tmp_path):
     files = {p.name: p for p in FIXTURES.iterdir()}
     known = T.known_formats()[format]
     names = [n for n in files if n.startswith({"openai": "agent"}.get(format, format) + ".")]
-    record = next(r for _, _, r in T.read_records(files[names[0]]) if known.recognises(r) and (format != "invariant" or "messages" in r))
+    record = next(r for _, _, r in T.read_records(files[names[0]]) if known.recognises(r)
+                  and (format != "invariant" or "messages" in r))
     gathered = {"claude_code": "lines", "codex": "rollout", "langchain": "messages"}.get(format)
     if gathered: record = {gathered: [r for _, _, r in T.read_records(files[names[0]])]}
     with pytest.raises(T.TranscriptError, match=f", {key}: changes what the model reads"):
@@ -93,30 +109,45 @@ def test_what_changes_the_meaning_is_never_dropped(format, key, tmp_path):
 
 # --- sentences of refusal ------------------------------------------------------------------------------------
 
-LINE = {"type": "user", "uuid": "u", "parentUuid": None, "sessionId": "s", "message": {"role": "user", "content": "a"}}
+LINE = {"type": "user", "uuid": "u", "parentUuid": None, "sessionId": "s",
+        "message": {"role": "user", "content": "a"}}
 REFUSED = [
-    ("anthropic", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages[0].content[0]"),
+    ("anthropic", {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+     r"messages[0].content[0]"),
     ("anthropic", {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": 3}]}]}, "messages[0].content[0]"),
     ("anthropic", {"messages": CHAT}, "label"),
     ("responses", {"input": [{"type": "computer_call"}]}, "input[0].type"),
-    ("responses", {"input": "Hi", "output": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "output[0].arguments"),
-    ("responses", {"input": "Hi", "output": [{"type": "function_call_output", "output": "x"}]}, "output[0].call_id"),
+    ("responses", {"input": "Hi", "output": [{"type": "function_call", "name": "f", "arguments": "{"}]},
+     "output[0].arguments"),
+    ("responses", {"input": "Hi", "output": [{"type": "function_call_output", "output": "x"}]},
+     "output[0].call_id"),
     ("langchain", {"messages": [{"type": "robot", "content": "x"}]}, "messages[0].type"),
-    ("langchain", {"messages": [{"type": "ai", "content": "", "invalid_tool_calls": [{"name": "f"}]}]}, "messages[0].invalid_tool_calls"),
-    ("hermes", {"conversations": [{"from": "gpt", "value": "<tool_call>f()</tool_call>"}], "label": "benign"}, "conversations[0]"),
-    ("hermes", {"conversations": [{"from": "gpt", "value": "<tool_call>{}"}], "label": "benign"}, "conversations[0]"),
-    ("alpaca", {"instruction": "", "output": "x"}, "instruction"), ("alpaca", {"instruction": "x", "output": ""}, "output"),
+    ("langchain", {"messages": [{"type": "ai", "content": "", "invalid_tool_calls": [{"name": "f"}]}]},
+     "messages[0].invalid_tool_calls"),
+    ("hermes", {"conversations": [{"from": "gpt", "value": "<tool_call>f()</tool_call>"}], "label": "benign"},
+     "conversations[0]"),
+    ("hermes", {"conversations": [{"from": "gpt", "value": "<tool_call>{}"}], "label": "benign"},
+     "conversations[0]"),
+    ("alpaca", {"instruction": "", "output": "x"}, "instruction"),
+    ("alpaca", {"instruction": "x", "output": ""}, "output"),
     ("alpaca", {"instruction": "x", "output": "y", "history": [["a"]]}, "history"),
-    ("preference", {"prompt": "x", "chosen": "a", "rejected": "a"}, "rejected"), ("preference", {"chosen": "a", "rejected": "b"}, "chosen"),
-    ("inspect", {"eval": {}, "samples": []}, "samples"), ("inspect", {"eval": {}, "samples": [{"messages": []}]}, "messages"),
-    ("inspect", {"eval": {}, "samples": [{"messages": [{"role": "user", "content": "attachment://x"}]}]}, "messages[0]"),
-    ("inspect", {"eval": {}, "samples": [{"messages": [{"role": "tool", "content": "", "error": {}}]}]}, "messages[0].error"),
-    ("invariant", {"metadata": {"user_task_id": "user_task_0", "injection_task_id": "i"}, "messages": CHAT}, "metadata, security"),
+    ("preference", {"prompt": "x", "chosen": "a", "rejected": "a"}, "rejected"),
+    ("preference", {"chosen": "a", "rejected": "b"}, "chosen"),
+    ("inspect", {"eval": {}, "samples": []}, "samples"),
+    ("inspect", {"eval": {}, "samples": [{"messages": []}]}, "messages"),
+    ("inspect", {"eval": {}, "samples": [{"messages": [{"role": "user", "content": "attachment://x"}]}]},
+     "messages[0]"),
+    ("inspect", {"eval": {}, "samples": [{"messages": [{"role": "tool", "content": "", "error": {}}]}]},
+     "messages[0].error"),
+    ("invariant", {"metadata": {"user_task_id": "user_task_0", "injection_task_id": "i"}, "messages": CHAT},
+     "metadata, security"),
     ("tau2_bench", {"info": {}, "simulations": [{"messages": []}]}, "messages"),
-    ("tau2_bench", {"info": {}, "simulations": [{"messages": [{"role": "tool", "tool_messages": 3}]}]}, "messages[0].tool_messages"),
+    ("tau2_bench", {"info": {}, "simulations": [{"messages": [{"role": "tool", "tool_messages": 3}]}]},
+     "messages[0].tool_messages"),
     ("swe_agent", {"trajectory": [], "history": []}, "history"),
     ("mini_swe_agent", {"trajectory_format": "mini-swe-agent-1", "messages": [{"role": "exit", "content": ""}]}, "messages"),
-    ("openhands", {"history": [{"source": "agent", "action": "run", "args": {}}]}, "history[0].tool_call_metadata"),
+    ("openhands", {"history": [{"source": "agent", "action": "run", "args": {}}]},
+     "history[0].tool_call_metadata"),
     ("openhands", {"events": [{"source": "user", "kind": "MessageEvent"}]}, "events[0].llm_message"),
     ("claude_code", {"lines": [LINE, LINE]}, "lines"), ("claude_code", {"lines": [LINE]}, "lines"),
     ("codex", {"rollout": [{"type": "response_item", "payload": {"type": "message", "role": "robot", "content": "x"}}]}, "items[0].role"),
@@ -130,7 +161,8 @@ def test_a_refusal_names_file_line_and_field(format, record, field, tmp_path):
     given = {} if field == "label" or format in ("preference", "hermes", "invariant") else {"label": "benign"}
     (file := tmp_path / "x.jsonl").write_text("\n" + json.dumps(record) + "\n")
     with pytest.raises(T.TranscriptError) as caught: read(file, format=format, **given)
-    where = "x.jsonl, " if format in ("claude_code", "codex") and "line 2" not in str(caught.value) else "x.jsonl, line 2, "
+    where = "x.jsonl, " if format in ("claude_code",
+                                      "codex") and "line 2" not in str(caught.value) else "x.jsonl, line 2, "
     assert str(caught.value).startswith(where + field), caught.value
 
 
@@ -143,7 +175,8 @@ def packed(data, way, file):
         with pyarrow.output_stream(str(file), compression="zstd") as f: f.write(data)
 
 
-PLAIN = ("agent.jsonl", "sharegpt.json", "agentdojo.json", "claude_code.jsonl", "tau2_bench.json", "openhands.jsonl")
+PLAIN = ("agent.jsonl", "sharegpt.json", "agentdojo.json", "claude_code.jsonl", "tau2_bench.json",
+         "openhands.jsonl")
 
 
 @pytest.mark.parametrize("way", ["gzip", "zstd"])
@@ -151,7 +184,8 @@ PLAIN = ("agent.jsonl", "sharegpt.json", "agentdojo.json", "claude_code.jsonl", 
 def test_packed_files_are_read_as_what_is_in_them(name, way, tmp_path):
     "Lines, arrays and objects; whatever the file is called, and with a sentence where it is cut off."
     label = None if name in ("agent.jsonl", "agentdojo.json", "tau2_bench.json") else "benign"
-    def content(file): return [(t.messages, t.tools, t.label, t.injection_spans) for t in read(file, label=label)]
+    def content(file):
+        return [(t.messages, t.tools, t.label, t.injection_spans) for t in read(file, label=label)]
     packed((FIXTURES / name).read_bytes(), way, file := tmp_path / "data.bin")
     assert content(file) == content(FIXTURES / name)
     file.write_bytes(file.read_bytes()[:-12])
@@ -168,17 +202,21 @@ def test_tables_are_read_as_their_rows(name, tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     for new, file in ((pyarrow.ipc.new_file, "b.arrow"), (pyarrow.ipc.new_stream, "c.arrow")):
         with new(str(tmp_path / file), table.schema) as f: f.write_table(table)
-    for file in ("a.parquet", "b.arrow", "c.arrow"): assert [(t.messages, t.label) for t in read(tmp_path / file, label=label)] == want
+    for file in ("a.parquet", "b.arrow", "c.arrow"):
+        assert [(t.messages, t.label) for t in read(tmp_path / file, label=label)] == want
 
 
-@pytest.mark.parametrize("start, kind", [(s, k) for s, k in T.BINARY.items() if s not in T.PACKED and s not in T.TABLES])
+@pytest.mark.parametrize("start, kind",
+                         [(s, k) for s, k in T.BINARY.items() if s not in T.PACKED and s not in T.TABLES])
 def test_a_binary_file_is_named(start, kind, tmp_path):
     (file := tmp_path / "x.jsonl").write_bytes(start + b"\0" * 40)
-    with pytest.raises(T.TranscriptError, match=f"x.jsonl: is {kind}, which cannot be read; save it as JSONL"): read(file)
+    with pytest.raises(T.TranscriptError,
+                       match=f"x.jsonl: is {kind}, which cannot be read; save it as JSONL"): read(file)
 
 
 def zstd_member(name, value):
-    "The bytes of a ZIP archive with one member packed as Inspect packs it (method 93), which Python cannot write."
+    """The bytes of a ZIP archive with one member packed as Inspect packs it (method 93), which Python
+    cannot write."""
     data = json.dumps(value).encode()
     out = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(out, "zstd") as f: f.write(data)
@@ -203,57 +241,72 @@ def test_an_eval_log_of_inspect_is_read_packed_as_it_is(tmp_path):
         index += central[:42] + len(body).to_bytes(4, "little") + central[46:]
         body += local
     count = len(members).to_bytes(2, "little")
-    end = b"PK\x05\x06\0\0\0\0" + count * 2 + len(index).to_bytes(4, "little") + len(body).to_bytes(4, "little") + b"\0\0"
+    end = b"PK\x05\x06\0\0\0\0" + count * 2 + len(index).to_bytes(4, "little") + len(body).to_bytes(4,
+        "little") + b"\0\0"
     (tmp_path / "b.eval").write_bytes(body + index + end)
     assert {i.compress_type for i in zipfile.ZipFile(tmp_path / "b.eval").infolist()} == {93}
     want = [(t.id, t.messages, t.tools, t.meta) for t in read(FIXTURES / "inspect.json", label="benign")]
-    for name in ("a.eval", "b.eval"): assert [(t.id, t.messages, t.tools, t.meta) for t in read(tmp_path / name, label="benign")] == want
+    for name in ("a.eval", "b.eval"):
+        assert [(t.id, t.messages, t.tools, t.meta) for t in read(tmp_path / name, label="benign")] == want
 
 
 def test_big_results_are_read_run_by_run(tmp_path, monkeypatch):
-    "An object over the bound is read in two passes, in lines or on one line, in bounded memory; a bad run is skipped alone."
+    """An object over the bound is read in two passes, in lines or on one line, in bounded memory; a bad
+    run is skipped alone."""
     whole = json.loads((FIXTURES / "tau2_bench.json").read_text())
     run = whole["simulations"][1]
-    runs = [{**run, "id": f"run-{i}", "messages": [{"role": "user", "content": f"{i} " * 400}, *run["messages"][1:]]} for i in range(3000)]
+    runs = [{**run, "id": f"run-{i}",
+             "messages": [{"role": "user", "content": f"{i} " * 400}, *run["messages"][1:]]}
+             for i in range(3000)]
     runs[7] = {**runs[7], "messages": []}
     monkeypatch.setattr(T, "MAX_LINE_BYTES", 2**16)
     for indent in (1, None):
-        (file := tmp_path / "results.json").write_text(json.dumps({**whole, "simulations": runs}, indent=indent))
+        (file := tmp_path / "results.json").write_text(json.dumps({**whole, "simulations": runs},
+            indent=indent))
         reader = T.read_transcripts(file, on_error="skip")
         tracemalloc.start()
         count = sum(not isinstance(t, T.TranscriptError) for t in reader.records())
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert count == 2999 and reader.skipped == ["results.json, simulations[7], messages: is missing or empty; the run broke off before it "
+        assert count == 2999 and reader.skipped == ["results.json, simulations[7], messages: is missing or "
+                                                    "empty; the run broke off before it "
                                                     "began, drop it"]
         assert peak < 3 * 2**20 < file.stat().st_size, peak
 
 
 def test_a_session_takes_linear_time_and_keeps_to_its_branch(tmp_path):
-    "20,000 lines that hang on each other; a broken last line is one error, and an answer taken back is left out."
-    lines = [{**LINE, "type": kind, "uuid": f"u{i}", "parentUuid": f"u{i - 1}" if i else None, "message": {"role": kind, "content": f"{i}"}}
+    """20,000 lines that hang on each other; a broken last line is one error, and an answer taken back is
+    left out."""
+    lines = [{**LINE, "type": kind, "uuid": f"u{i}", "parentUuid": f"u{i - 1}" if i else None,
+              "message": {"role": kind, "content": f"{i}"}}
              for i in range(20_000) for kind in ("assistant" if i % 2 else "user",)]
     lines.insert(11, {**lines[11], "uuid": "back", "message": {"role": "assistant", "content": "taken back"}})
     (file := tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"type": "us')
     reader, start = T.read_transcripts(file, label="benign", on_error="skip"), time.process_time()
     with pytest.warns(UserWarning, match="1 records skipped"): [t] = reader
-    assert len(t.messages) == 20_000 and all(m["content"] != "taken back" for m in t.messages) and time.process_time() - start < 20
+    assert len(t.messages) == 20_000 and all(m["content"] != "taken back"
+                                             for m in t.messages) and time.process_time() - start < 20
 
 
 # --- folders, registry, conversion ---------------------------------------------------------------------------
 
 def test_a_log_folder_of_agentdojo_is_read_as_it_is(tmp_path):
-    "Injection tasks given as the user's request and attacks that deny service are left out and counted; alone, or with label=, they are not."
+    """Injection tasks given as the user's request and attacks that deny service are left out and
+    counted; alone, or with label=, they are not."""
     run = json.loads((FIXTURES / "agentdojo.json").read_text())
-    files = {"user_task_0/none/none": {"injection_task_id": None, "attack_type": None, "user_task_id": "user_task_0", "injections": {}},
-             "user_task_3/direct/injection_task_1": {}, "user_task_3/felony_dos/injection_task_1": {"attack_type": "felony_dos"},
-             "injection_task_1/none/none": {"user_task_id": "injection_task_1", "injection_task_id": None, "attack_type": None, "injections": {}}}
+    files = {"user_task_0/none/none": {"injection_task_id": None, "attack_type": None,
+                                       "user_task_id": "user_task_0", "injections": {}},
+             "user_task_3/direct/injection_task_1": {},
+             "user_task_3/felony_dos/injection_task_1": {"attack_type": "felony_dos"},
+             "injection_task_1/none/none": {"user_task_id": "injection_task_1", "injection_task_id": None,
+                                            "attack_type": None, "injections": {}}}
     for name, own in files.items():
         (file := tmp_path / "logs" / "office" / f"{name}.json").parent.mkdir(parents=True)
         file.write_text(json.dumps({**run, **own}, indent=4))
     reader = T.read_transcripts(tmp_path / "logs")
     with pytest.warns(UserWarning, match="left out"): found = list(reader)
-    assert sorted(t.label for t in found) == ["benign", "harmful"] and sum(reader.left_out.values()) == 2 and len(reader.left_out) == 2
+    assert sorted(t.label for t in found) == ["benign",
+                                              "harmful"] and sum(reader.left_out.values()) == 2 and len(reader.left_out) == 2
     assert len(read(tmp_path / "logs", label="benign")) == 4
     with pytest.raises(T.TranscriptError, match="given as the user's own request"): read(file)
     report = convert(tmp_path / "logs", tmp_path / "out.jsonl")
@@ -264,21 +317,25 @@ def test_a_format_adds_itself(tmp_path):
     own = T.Format("mine", lambda r: "dialogue" in r, lambda r, where, i, label, source: T.from_openai(
         {"messages": r["dialogue"]}, where, i, label, source))
     file = written(tmp_path, {"dialogue": CHAT}, name="chat.txt")
-    with pytest.raises(T.TranscriptError, match="no known format has the keys dialogue"): read(file, label="benign")
+    with pytest.raises(T.TranscriptError, match="no known format has the keys dialogue"):
+        read(file, label="benign")
     T.add_format(own)
     try: assert [t.messages for t in read(file, label="benign")] == [CHAT]
     finally: del T.FORMATS["mine"]
 
 
 def test_convert_never_writes_over_what_it_reads(tmp_path):
-    "By name, link, hard link, or into the folder that is read; what it wrote reads back the same, and causes are counted once."
-    source = written(tmp_path, *({"messages": CHAT, "label": "benign"} for _ in range(2)), *({"messages": [{"role": f"usr{i}"}]} for i in range(3)))
+    """By name, link, hard link, or into the folder that is read; what it wrote reads back the same, and
+    causes are counted once."""
+    source = written(tmp_path, *({"messages": CHAT, "label": "benign"} for _ in range(2)),
+                     *({"messages": [{"role": f"usr{i}"}]} for i in range(3)))
     before = source.read_bytes()
     (tmp_path / "soft").symlink_to(source)
     os.link(source, tmp_path / "hard")
     for out in (source, tmp_path / "soft", tmp_path / "hard", tmp_path, tmp_path / "none" / "x.jsonl"):
         with pytest.raises(T.TranscriptError): convert(source, out)
-    with pytest.raises(T.TranscriptError, match="folder that is read"): convert(tmp_path, tmp_path / "new.jsonl")
+    with pytest.raises(T.TranscriptError, match="folder that is read"):
+        convert(tmp_path, tmp_path / "new.jsonl")
     assert source.read_bytes() == before and not (tmp_path / "new.jsonl").exists()
     report = convert(source, tmp_path / "out.jsonl")
     assert report["transcripts"] == 2 and list(report["dropped"].values()) == [3] and report["formats"] == {"openai": 2}
@@ -286,7 +343,9 @@ def test_convert_never_writes_over_what_it_reads(tmp_path):
     assert cause_of(T.TranscriptError("a.jsonl, line 3, x[1]: is 'b'; drop")) == cause_of(T.TranscriptError("a.jsonl, line 4, x[22]: is 'c'; drop"))
 
 
-@pytest.mark.parametrize("name", ["anthropic.jsonl", "inspect.json", "claude_code.jsonl", "hermes.jsonl", "tau2_bench.json"])
+@pytest.mark.parametrize("name",
+                         ["anthropic.jsonl", "inspect.json", "claude_code.jsonl", "hermes.jsonl",
+                          "tau2_bench.json"])
 def test_what_was_adapted_is_told_and_kept(name, tmp_path):
     label = None if name in ("hermes.jsonl", "tau2_bench.json") else "benign"
     report = convert(FIXTURES / name, tmp_path / "own.jsonl", label=label)
