@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', 'Parameter', 'read_notebook', 'comments',
            'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'run_settings',
-           'check_settings', 'listed', 'named_files', 'absolute_files', 'complete', 'runs_of', 'content_hash',
-           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run',
-           'write_sweep']
+           'check_relabel', 'check_settings', 'listed', 'named_files', 'absolute_files', 'complete', 'runs_of',
+           'content_hash', 'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep',
+           'prepare_run', 'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -178,6 +178,11 @@ def run_settings(parameters):
     return config, [*told, *check_objective(config, given)]
 
 
+def check_relabel(relabel):
+    "Raises RunError for another value than source, or none."
+    if relabel not in (None, "", "source"): raise RunError(f"relabel is {relabel!r}: use source, or leave it out")
+
+
 def check_settings(parameters, processes=None):
     """Raises what the run itself would raise for `parameters` (a dict of all) of a notebook that takes every setting of `CircuitBreakerConfig`: a
     value out of range, a layer that a tiny agent or a model in a local folder does not have, a data file that is not there. Returns what the run will tell of
@@ -196,7 +201,7 @@ def check_settings(parameters, processes=None):
         for file in listed(parameters.get(name) or ""):
             if file != "tinyagent" and not Path(file).exists(): raise RunError(f"{name} names {file}, which is not there: give the path of a transcript file")
     heldout_kinds(parameters.get("heldout_by", "auto"))
-    if parameters.get("relabel", "") not in ("", "source"): raise RunError(f"relabel is {parameters['relabel']!r}: use source, or leave it out")
+    check_relabel(parameters.get("relabel"))
     template_source(parameters.get("chat_template") or ""), template_values(parameters.get("template_variables") or "")
     return told
 

@@ -10,13 +10,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from .holdout import task_keys
-from .policies import NEED_COMPARISON
+from .policies import NEED_COMPARISON, tool_call
 from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['NAMED', 'action_key', 'actions', 'first_injected', 'Work', 'is_clean', 'own_work', 'injected_work', 'own_notes',
-           'with_own_work', 'is_explained', 'whose', 'injected_actions', 'actions_line', 'for_policy']
+__all__ = ['NAMED', 'action_key', 'actions', 'trained_calls', 'first_injected', 'Work', 'is_clean', 'own_work', 'injected_work',
+           'own_notes', 'with_own_work', 'is_explained', 'whose', 'injected_actions', 'actions_line', 'for_policy']
 
 # %% ../nbs/00k_actions.ipynb #5a3c7273
 def action_key(call: dict) -> str:
@@ -29,6 +29,12 @@ def actions(transcript: Transcript) -> list[tuple[int, int, dict]]:
     "`[(message, place in it, {name, arguments}), ...]`: the tool calls of a transcript, in order."
     return [(i, j, {key: call["function"][key] for key in ("name", "arguments")}) for i, m in enumerate(transcript.messages)
             for j, call in enumerate(m.get("tool_calls") or ())]
+
+
+def trained_calls(encoded, mask, transcript: Transcript) -> list[str]:
+    "The `action_key` of each call in a message of which `mask` (bool [n], over the tokens of `encoded`) trains a token of a call."
+    messages = {*encoded.message_index[mask & tool_call(encoded)].tolist()}
+    return [action_key(call) for i, _, call in actions(transcript) if i in messages]
 
 
 def first_injected(transcript: Transcript) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .ablation import listed, run_settings
+from .ablation import check_relabel, listed, run_settings
 from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
 from .benchmarks import questions
 from .card import refresh_card
@@ -172,7 +172,7 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
-    if (relabel := parameters.get("relabel")) not in (None, "", "source"): raise RunError(f"relabel is {relabel!r}: use source, or leave it out")
+    check_relabel(parameters.get("relabel"))
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
 
@@ -210,8 +210,10 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
             if line["prompt"]["hash"] != hashed:
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
             new.append(read_again(line, question, reader))
-    spare, attempts = len(lines) - len(new), {len(found) for found in by_question.values()}
-    if spare: raise RunError(f"{where} holds {spare} answers to questions that are no longer asked, or given twice: the held-out transcripts are other ones; evaluate again")
+    spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
+    if extra := sum(len(by_question[key]) for key in spare):
+        raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
+    attempts = {len(found) for found in by_question.values()}
     if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 

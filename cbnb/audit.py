@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'NOTES', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX', 'ROLE_HEAD',
            'TURN_HEAD', 'UNSEEN', 'SIGNS', 'LONG', 'COLOURS', 'PAGE', 'Finding', 'trained_ends', 'untrained_ends',
            'foreign_targets', 'nothing_trained', 'cut_targets', 'has_type', 'schema_faults', 'call_faults',
-           'unknown_keys', 'check_mask', 'Audited', 'message_of', 'encode_each', 'audit_one', 'compared', 'audit',
-           'Totals', 'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten', 'in_colour',
-           'terminal_lines', 'audit_page']
+           'unknown_keys', 'check_mask', 'Audited', 'message_of', 'unnamed', 'encode_each', 'audit_one', 'compared',
+           'audit', 'Totals', 'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten',
+           'in_colour', 'terminal_lines', 'audit_page']
 
 # %% ../nbs/01b_audit.ipynb #3c91a70d
 import itertools
@@ -20,10 +20,10 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from .actions import action_key, actions, actions_line, for_policy, own_notes
+from .actions import actions_line, for_policy, own_notes, trained_calls
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
-from .turns import COMPLETION, TOOL_SEGMENTS, Segment
+from .turns import COMPLETION, Segment
 from .targets import lacks_injection, training_mask, truncation_window
 from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
 
@@ -240,16 +240,20 @@ def message_of(text):
     return (int(found[1]),) if found else ()
 
 
+def unnamed(error, transcript):
+    "A MaskError without the name of its `transcript`."
+    return MaskError(str(error).removeprefix(f"transcript {transcript.id}: "))
+
+
 def encode_each(masker, transcripts):
     "List of an `Encoded` or the MaskError for each of `transcripts`: one that is refused must not hide the rest of its batch."
     out = masker.encode_batch(transcripts, errors="return")
-    return [MaskError(str(e).removeprefix(f"transcript {t.id}: ")) if isinstance(e, MaskError) else e for t, e in zip(transcripts, out, strict=True)]
+    return [unnamed(e, t) if isinstance(e, MaskError) else e for t, e in zip(transcripts, out, strict=True)]
 
 # %% ../nbs/01b_audit.ipynb #2127e5b7
 def audit_one(number, transcript, encoded, policy, max_length=None, side="targets", file=""):
     "The `Audited` of one transcript of `file`; `encoded` is its Encoded or the MaskError that came in its place."
     mask = None
-    if why := transcript.meta.get("refused") if policy in NEED_COMPARISON else None: encoded = MaskError(why.removeprefix(f"transcript {transcript.id}: "))
     if not isinstance(encoded, MaskError):
         try: mask = training_mask(encoded, transcript, policy)
         except MaskError as e: encoded = e
@@ -264,10 +268,10 @@ def audit_one(number, transcript, encoded, policy, max_length=None, side="target
 
 # %% ../nbs/01b_audit.ipynb #93b6a055
 def compared(transcript, policy):
-    """A harmful transcript as `policy` wants it (`cbnb.actions.for_policy`); as it is where that is refused,
-    which the mask will say."""
-    try: return for_policy([transcript], policy)[0]
-    except MaskError as e: return replace(transcript, meta=transcript.meta | {"refused": str(e)})
+    """`(transcript, refusal)`: a harmful transcript as `policy` wants it (`cbnb.actions.for_policy`) and None,
+    or as it is and the MaskError that refuses it."""
+    try: return for_policy([transcript], policy)[0], None
+    except MaskError as e: return transcript, unnamed(e, transcript)
 
 
 def audit(transcripts, masker, policy="assistant_only", max_length=None, side="targets", limit=None):
@@ -286,11 +290,13 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
         note = own_notes([t for t in (whole.records() if whole is transcripts else whole) if not isinstance(t, TranscriptError)])
     stream = whole.records() if isinstance(whole, TranscriptReader) else iter(whole)  # with its bad records in their places
     while batch := list(itertools.islice(stream, BATCH if limit is None else min(BATCH, limit - number))):
-        batch = [t if isinstance(t, TranscriptError) else compared(note(t), policy) for t in batch]
-        encoded = iter(encode_each(masker, [t for t in batch if not isinstance(t, TranscriptError)]))
-        for found in batch:
+        pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(t), policy) for t in batch]
+        encoded = iter(encode_each(masker, [t for t, _ in pairs if not isinstance(t, TranscriptError)]))
+        for found, refusal in pairs:
             if isinstance(found, TranscriptError): yield Audited(0, findings=(Finding("unreadable", str(found)),))
-            else: yield audit_one(number := number + 1, found, next(encoded), policy, max_length, side, file)
+            else:
+                made = next(encoded)
+                yield audit_one(number := number + 1, found, refusal or made, policy, max_length, side, file)
 
 # %% ../nbs/01b_audit.ipynb #0c567c4b
 MAX_TURNS = 12  # later assistant turns are counted together
@@ -324,8 +330,7 @@ class Totals:
         """Counts trained calls that are trained in transcripts of the other label, too; in 16 to 32 bytes a
         different call."""
         own, other = (self.calls[label] for label in (audited.transcript.label, *(set(LABELS) - {audited.transcript.label})))
-        trained = {*audited.encoded.message_index[audited.mask & np.isin(audited.encoded.segments, [*TOOL_SEGMENTS])].tolist()}
-        for key in {action_key(call) for i, _, call in actions(audited.transcript) if i in trained}:
+        for key in set(trained_calls(audited.encoded, audited.mask, audited.transcript)):
             self.both_streams += key in other and key not in own
             own.add(key)
 

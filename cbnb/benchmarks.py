@@ -46,8 +46,7 @@ def attacked(transcript: Transcript) -> list[Transcript]:
     where no text or no single call is found, or where that call is the user's own work.
     `sensitive_tools` are those that the run calls from there on and never before, without the tools of
     the user's task (`own_tools`)."""
-    if not transcript.injection_spans: return []
-    first = min(s.message for s in transcript.injection_spans)
+    if (first := first_injected(transcript)) is None: return []
     names = [{c["function"]["name"] for c in m.get("tool_calls") or ()} for m in transcript.messages]
     at = next((i for i in range(first + 1, len(names)) if transcript.messages[i]["role"] == "assistant" and names[i]), None)
     if at is None or (call := call_of(transcript.messages[at])) is None: return []

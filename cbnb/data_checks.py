@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_DESIGN', 'SHARED_CALLS', 'find_window', 'Laid', 'lay', 'segment_frame', 'injection_points', 'stream_points',
-           'template_points', 'badness', 'trained_calls', 'conflict_points', 'check_masks', 'kind_of', 'heldout_points',
+           'template_points', 'badness', 'conflict_points', 'check_masks', 'kind_of', 'heldout_points',
            'check_coverage']
 
 # %% ../nbs/13e_data_checks.ipynb #080405bf
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .actions import action_key, actions
+from .actions import trained_calls
 from .audit import NOTES, check_mask, trained_ends
 from .config import CircuitBreakerConfig
 from .data import StreamReport
@@ -26,7 +26,7 @@ from .policies import NEED_INJECTION, Encoded
 from .preflight import Point, judged
 from .targets import in_batches, in_turns, training_mask
 from .transcripts import Transcript
-from .turns import TOOL_SEGMENTS, Segment
+from .turns import Segment
 
 # %% ../nbs/13e_data_checks.ipynb #e4d1e486
 def find_window(ids: np.ndarray, encoded: Encoded) -> int | None:
@@ -136,16 +136,6 @@ def badness(x: Laid) -> tuple:
     return (-len([f for f in x.findings if f.kind not in NOTES]), -x.wrong, -len(x.findings), x.mask.mean())
 
 
-def trained_calls(laid) -> Counter:
-    """How often each call (`cbnb.actions.action_key`) is trained in the samples of a stream: a message counts
-    that has a trained token of a call."""
-    found = Counter()
-    for x in laid:
-        messages = {*x.encoded.message_index[x.mask & np.isin(x.encoded.segments, [*TOOL_SEGMENTS])].tolist()}
-        found.update(action_key(call) for i, _, call in actions(x.transcript) if i in messages)
-    return found
-
-
 SHARED_CALLS = 0.05  # of the calls trained as harmful; a few are the same by chance
 
 
@@ -153,7 +143,8 @@ def conflict_points(laid: dict) -> list:
     """How many calls are trained in both streams of `{name: laid samples}`, the same by name and
     arguments: one term bends them away, the other keeps them. A warning above the share `SHARED_CALLS`."""
     if laid.keys() != {"harmful", "benign"}: return []
-    harmful, benign = (trained_calls(laid[name]) for name in ("harmful", "benign"))
+    def calls(name): return Counter(key for x in laid[name] for key in trained_calls(x.encoded, x.mask, x.transcript))
+    harmful, benign = calls("harmful"), calls("benign")
     both, total = {key: n for key, n in harmful.items() if key in benign}, harmful.total()
     over = sum(both.values()) > SHARED_CALLS * total
     first = f", the first is {min(both)[:80]}; injected_actions_only leaves out what attack-free runs do too" if over else ""

@@ -135,7 +135,9 @@ def thin(parted: Parted) -> Parted:
     place)."""
     kinds = (*parted.kinds, "prompt")
     held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
-    def why(t): return next((kind for kind in kinds if (kind, keys_of(t).get(kind)) in held), None)
+    def why(t):
+        keys = keys_of(t)
+        return next((kind for kind in kinds if (kind, keys.get(kind)) in held), None)
     for name in ("harmful", "benign"):
         stream, causes = getattr(parted, name), [why(t) for t in getattr(parted, name)]
         parted.left_out |= {t.id: cause for t, cause in zip(stream, causes) if cause}
@@ -182,11 +184,11 @@ def shared(training: list[Transcript], held_out: list[Transcript]) -> dict[str, 
     """`{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
     transcripts have: different keys in training and among the held-out, held-out transcripts with such
     a key, and how many of these share it with training."""
-    known = {kind: {key for t in training if (key := keys_of(t).get(kind))} for kind in HELDOUT_BY}
+    trained, held = ([keys_of(t) for t in side] for side in (training, held_out))
     out = {}
     for kind in HELDOUT_BY:
-        keys = [key for t in held_out if (key := keys_of(t).get(kind))]
-        if keys: out[kind] = {"training": len(known[kind]), "held_out": len({*keys}), "with": len(keys), "shared": sum(key in known[kind] for key in keys)}
+        known, keys = {k[kind] for k in trained if k.get(kind)}, [k[kind] for k in held if k.get(kind)]
+        if keys: out[kind] = {"training": len(known), "held_out": len({*keys}), "with": len(keys), "shared": sum(key in known for key in keys)}
     return out
 
 

@@ -91,7 +91,7 @@ def ignored(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
     (weight 0) the last two change nothing. A retain term that cannot be computed from random states [M, 8] is taken to use them."""
     weights = term_factors(objective, config, 1.0, 1.0)
     found = [name for name in ("retain_weight", "beta_kl")
-             if objective.weights(replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0) == weights]
+             if term_factors(objective, replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0) == weights]
     if not weights["retain"] and "retain_weight" in found: return [*found, "retain_relative", "retain_layers"]
     draw = torch.Generator().manual_seed(0)
     harmful, benign = (Pair(*torch.randn(2, n, 8, generator=draw)) for n in (3, 5))

@@ -43,6 +43,7 @@ def model_shape(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False).get_text_config()
 
 
+@cache
 def beside_text(name: str, dtype: str) -> int:
     "Bytes of what a multimodal model has beside its text part, such as a vision tower: it is loaded, too. 0 for a model of text, and for those of `SHAPES`."
     if name in SHAPES: return 0

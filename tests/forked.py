@@ -4,7 +4,7 @@ printed lines, without the ten seconds in which torch, transformers and peft are
 import importlib, os, signal, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
 
-from helpers import BIN, NBS, ROOT, code_cells
+from helpers import BIN, NBS, ROOT, code_cells, environment
 
 
 def begin(work, said, cwd, env):
@@ -14,7 +14,8 @@ def begin(work, said, cwd, env):
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
-        for name in ("SIGINT", "SIGTERM"): signal.signal(signal.Signals[name], signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number in (1, 2): os.dup2(said, number)
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "r" if n == 0 else "w", buffering=1) for n in range(3))
@@ -64,13 +65,11 @@ def cells(*arguments, cwd=ROOT, runs=None, notebook=NBS / "train.ipynb", timeout
     parameters = {name: _resolve_type(str(value)) for _, name, value in words}
     imported(notebook)
     given = {"CBNB_RUNS": str(runs)} if runs else {}
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | given | env
-    return forked(lambda: execute(notebook, parameters), cwd, environment, timeout)
+    process = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | given | env
+    return forked(lambda: execute(notebook, parameters), cwd, process, timeout)
 
 
 def command(*arguments, runs, cwd=ROOT, timeout=600):
     "What `cbnb ARGUMENTS` does, with the runs folder `runs`."
     from cbnb.cli import main
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CBNB_RUNS": str(runs)}
-    return forked(lambda: main([str(a) for a in arguments]), cwd, environment, timeout)
+    return forked(lambda: main([str(a) for a in arguments]), cwd, environment(runs), timeout)

@@ -22,6 +22,12 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not skip & set(p.parts)}
 
 
+def environment(runs, **more):
+    "This environment with a runs folder, without SLURM's variables."
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
+    return clean | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CBNB_RUNS": str(runs), "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in more.items()}
+
+
 def run(*command, cwd, env=None, timeout=600):
     "Run a command to its end; returns the CompletedProcess with stdout and stderr together as text in `.stdout`."
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | (env or {})

@@ -5,16 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BIN, ROOT, copy_tree
+from helpers import ROOT, copy_tree, environment
 from train_common import little_data, load
 
 WAIT = "\n    ".join(["begun = run.path / 'begun'", "begun.touch()", "while not stop_requested(run): time.sleep(0.05)", "raise RunInterrupted('stopped')"])
-
-
-def environment(runs, **more):
-    "This environment with a runs folder, without SLURM's variables."
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-    return clean | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CBNB_RUNS": str(runs), "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in more.items()}
 
 
 def cbnb(*arguments, runs, cwd=ROOT, timeout=600, **more):

@@ -91,6 +91,9 @@ def test_answers_that_do_not_belong_are_told(run, tmp_path):
     with pytest.raises(RunError, match="some are missing, or were added"): rescore(copy)
     (copy / "answers.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"key": "more", "id": "another"})]) + "\n")
     with pytest.raises(RunError, match="holds 1 answers to questions that are no longer asked"): rescore(copy)
+    stale = json.loads(lines[0]) | {"key": "before the adapter changed", "ids": []}
+    (copy / "answers.jsonl").write_text("\n".join([json.dumps(stale), *lines]) + "\n")
+    assert rescore(copy) == load(run / "result.json"), "of two answers to one attempt the last counts"
     weights = load_file(copy / "adapter" / "adapter_model.safetensors")
     save_file({k: torch.full_like(w, float("nan")) for k, w in weights.items()}, copy / "adapter" / "adapter_model.safetensors")
     done = cells("-p", "adapter", copy / "adapter", "-p", "eval_data", run.parent / "heldout.jsonl", "-p", "run_dir", tmp_path / "out", notebook=NBS / "evaluate.ipynb")

@@ -165,6 +165,20 @@ def read_by(kind=None):
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefg01", "type": "function", "function": {"name": NAMES[0], "arguments": {"to": "Oslo"}}}]}
 
 
+@pytest.mark.parametrize("value", ["5", "true", "plain"])
+def test_a_string_that_may_be_null_is_read_as_text(value):
+    "Where a template writes values without quotes: what a schema calls a string or null stays one, and counts as the call that it is."
+    tools = [tool(NAMES[0], to=["string", "null"])]
+    wanted = {"name": NAMES[0], "arguments": {"to": value}}
+    said = {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefg01", "type": "function", "function": wanted}]}
+    tried = [name for name in sources() if re.search(r"GLM-4\.6|Qwen3-Coder", name)]
+    assert len(tried) >= 2
+    for name in tried:
+        reader = reader_of(name)
+        (made,) = answer_to(reader, said, tools)[0].calls
+        assert made == wanted and reader.same(made, wanted, tools), (name, made)
+
+
 def test_a_call_that_lost_its_control_tokens_is_loose():
     readers = read_by("signed")
     assert len(readers) >= 25
