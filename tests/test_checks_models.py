@@ -2,8 +2,10 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 from families import tiny_model
+from helpers import quick_bfloat16
 from test_families import settings
 from test_step import pairs
 
@@ -14,7 +16,14 @@ from cbnb.data import collate
 from cbnb.models import DTYPES, add_adapter
 from cbnb.preflight import make_check
 from cbnb.probe import probe_only, probed
-from cbnb.step_checks import check_detachment, check_direction, gradient_points, plain_logits
+from cbnb.data import Sample
+from cbnb.models import decoder_blocks
+from cbnb.step_checks import check_detachment, check_direction, gradient_points, plain_logits, some_pairs
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with quick_bfloat16(): yield
+
 
 LENGTHS = ((12, 25), (30, 9), (17, 14), (21, 20))
 
@@ -58,3 +67,21 @@ def test_the_probe_and_the_alarm_tell_a_breaker_that_opens_from_a_dead_one(made,
     # what was probed, as the log of a run that ends there
     alarms = {alarm["alarm"] for alarm in find_alarms(found.rows, replace(config, total_steps=len(found.rows), warmup_steps=2), found.floor)}
     assert ("dead" in alarms) == (not alive), alarms
+
+
+def rows_seen(tokens):
+    "Tokens that the last block of a model sees while its direction, its detachment and its gradients are checked on rows of `tokens` tokens."
+    config, model = settings("Llama", batch_size=4), tiny_model("Llama")
+    long = [Sample(np.arange(tokens, dtype=np.int32) % 90, np.arange(tokens) % 7 == 6, str(i)) for i in range(40)]
+    batch, seen = collate(some_pairs(long, long), 0), []
+    plain = plain_logits(model, batch["benign"])
+    breaker = CircuitBreaker(add_adapter(model, config), config)
+    hook = decoder_blocks(breaker.student)[-1].register_forward_hook(lambda module, args, output: seen.append((output[0] if isinstance(output, tuple) else output).shape[-2]))
+    try: checks = [make_check("direction", check_direction, breaker, batch), make_check("detachment", check_detachment, breaker, batch, plain)]
+    finally: hook.remove()
+    assert [c.verdict for c in checks if c.verdict == "fail"] == []
+    return sum(seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_checks_read_does_not_grow_with_the_rows(): assert all(0 < rows_seen(tokens) < 32 * 128 for tokens in (500, 4000))

@@ -5,13 +5,18 @@ from functools import partial
 
 import pytest
 
-from helpers import BIN, NBS, ROOT, code_cells
+from helpers import BIN, NBS, ROOT, code_cells, quick_bfloat16
 from train_common import few, load
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
           "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WRONG = CHATML.replace("<|im_end|>", "<|end_header_id|>")  # a control token of this tokenizer, and not where the model stops
 DEAD = {"total_steps": 50, "warmup_steps": 20, "retain_weight": 1.0}  # as published for slurm/tests/train_kl, with the retain weight of the larger presets
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with quick_bfloat16(): yield
 
 
 @pytest.fixture(scope="module")
