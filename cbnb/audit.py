@@ -7,8 +7,8 @@ __all__ = ['KINDS', 'NOTES', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATC
            'TURN_HEAD', 'UNSEEN', 'SIGNS', 'LONG', 'COLOURS', 'PAGE', 'Finding', 'trained_ends', 'untrained_ends',
            'foreign_targets', 'nothing_trained', 'cut_targets', 'has_type', 'schema_faults', 'call_faults',
            'unknown_keys', 'check_mask', 'Audited', 'message_of', 'unnamed', 'encode_each', 'audit_one', 'compared',
-           'audit', 'Totals', 'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs', 'shorten',
-           'in_colour', 'terminal_lines', 'audit_page']
+           'each_record', 'audit', 'Totals', 'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs',
+           'shorten', 'in_colour', 'terminal_lines', 'audit_page']
 
 # %% ../nbs/01b_audit.ipynb #3c91a70d
 import itertools
@@ -274,6 +274,11 @@ def compared(transcript, policy):
     except MaskError as e: return transcript, unnamed(e, transcript)
 
 
+def each_record(transcripts):
+    "An iterator over `transcripts`; of a `TranscriptReader` with its bad records in their places."
+    return iter(transcripts.records() if isinstance(transcripts, TranscriptReader) else transcripts)
+
+
 def audit(transcripts, masker, policy="assistant_only", max_length=None, side="targets", limit=None):
     """Yields an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held whole).
 
@@ -287,8 +292,8 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
     note, whole = (lambda t: t), transcripts
     if policy in NEED_COMPARISON:  # read once more: what a task does is known from all of its runs
         whole = transcripts if isinstance(transcripts, TranscriptReader) else list(transcripts)
-        note = own_notes([t for t in (whole.records() if whole is transcripts else whole) if not isinstance(t, TranscriptError)])
-    stream = whole.records() if isinstance(whole, TranscriptReader) else iter(whole)  # with its bad records in their places
+        note = own_notes(t for t in each_record(whole) if not isinstance(t, TranscriptError))
+    stream = each_record(whole)
     while batch := list(itertools.islice(stream, BATCH if limit is None else min(BATCH, limit - number))):
         pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(t), policy) for t in batch]
         encoded = iter(encode_each(masker, [t for t, _ in pairs if not isinstance(t, TranscriptError)]))

@@ -192,12 +192,13 @@ def add_spans(commands):
 
 def run_spans(args):
     "Carries out `cbnb spans`; the exit status is 1 where a harmful transcript has no span in the end."
-    from cbnb.spans import Search, check_out, read_injections, span_lines, write_spans
+    from cbnb.convert import check_output
+    from cbnb.spans import Search, read_injections, span_lines, write_spans
     texts = {f"--text {i}": text for i, text in enumerate(args.text, 1)}
     if not all(text.strip() for text in args.text): raise CommandError("--text is empty; give the words that were injected")
     if args.injections: texts |= read_injections(args.injections)
     reader, search, shown = read_transcripts(args.file, args.format, args.label, relabel=args.relabel), Search(), []
-    if args.out and args.injections: check_out(args.out, [args.injections])
+    if args.out and args.injections: check_output(args.out, [args.injections])
 
     def show(number, transcript, how):
         if len(shown) >= args.show: return

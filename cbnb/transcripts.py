@@ -1259,6 +1259,11 @@ class TranscriptReader:
         self.path, self.format, self.label, self.on_error, self.relabel = Path(path), format, label, on_error, relabel
         self.start()
 
+    @property
+    def shown_name(self):
+        "The name of the file or folder, for a terminal."
+        return "".join(c if c.isprintable() else "?" for c in self.path.name)
+
     def start(self):
         "Sets all counts to zero."
         self.skipped, self.skipped_count, self.repeated, self.relabelled = [], 0, 0, 0
@@ -1348,17 +1353,15 @@ class TranscriptReader:
     def told(self):
         """Sentences on what the last reading did with whole records: those read once and those read by their
         source's verdict, counted."""
-        name = "".join(c if c.isprintable() else "?" for c in self.path.name)  # it goes to a terminal
         texts = ((self.repeated, "samples stood before and were read once"),
                  (self.relabelled, "records, whose labels contradict the verdict of their source, were read by that verdict"))
-        left = [f"{name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
-        return left + [f"{name}: {n:,} {text}" for n, text in texts if n]
+        left = [f"{self.shown_name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
+        return left + [f"{self.shown_name}: {n:,} {text}" for n, text in texts if n]
 
     def __iter__(self):
         for found in self.records():
             if not isinstance(found, TranscriptError): yield found
-        name = "".join(c if c.isprintable() else "?" for c in self.path.name)  # a warning goes to a terminal
-        if self.skipped: warnings.warn(f"{name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}", stacklevel=2)
+        if self.skipped: warnings.warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}", stacklevel=2)
         for text in self.told(): warnings.warn(text, stacklevel=2)
 
 # %% ../nbs/00_transcripts.ipynb #be9404da
