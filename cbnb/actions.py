@@ -15,8 +15,9 @@ from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['NAMED', 'action_key', 'actions', 'trained_calls', 'first_injected', 'Work', 'is_clean', 'own_work', 'injected_work',
-           'own_notes', 'with_own_work', 'is_explained', 'whose', 'injected_actions', 'actions_line', 'for_policy']
+__all__ = ['NAMED', 'action_key', 'actions', 'trained_calls', 'first_injected', 'Work', 'is_clean', 'add_own_work',
+           'add_injected_work', 'own_notes', 'with_own_work', 'is_explained', 'whose', 'injected_actions',
+           'actions_line', 'for_policy']
 
 # %% ../nbs/00k_actions.ipynb #5a3c7273
 def action_key(call: dict) -> str:
@@ -57,42 +58,42 @@ def is_clean(transcript: Transcript) -> bool:
     return "task" in keys and "injection" not in keys and transcript.label == "benign" and not transcript.injection_spans
 
 
-def own_work(transcripts) -> dict[str, Work]:
-    """`{task: Work}` of the user tasks of `transcripts` (keys as `cbnb.holdout.task_keys`): all calls of
-    clean runs, and those that attacked runs of the task made before the injection was seen."""
-    found: dict[str, Work] = {}
-    for t in transcripts:
-        task = task_keys(t).get("task")
-        end = len(t.messages) if is_clean(t) else first_injected(t)
-        if task is None or end is None: continue
-        work = found.setdefault(task, Work())
-        if is_clean(t): work.runs.append(t.id)
-        for i, _, made in actions(t):
-            if i > end: break
-            work.tools.add(made["name"])
-            work.calls.add(action_key(made))
-    return found
+def add_own_work(known: dict[str, Work], t: Transcript) -> None:
+    """Adds to `known`, `{task: Work}` (keys as `cbnb.holdout.task_keys`), what a transcript shows of its
+    user task: all calls of a clean run, of an attacked one those before the injection was seen."""
+    task = task_keys(t).get("task")
+    end = len(t.messages) if is_clean(t) else first_injected(t)
+    if task is None or end is None: return
+    work = known.setdefault(task, Work())
+    if is_clean(t): work.runs.append(t.id)
+    for i, _, made in actions(t):
+        if i > end: break
+        work.tools.add(made["name"])
+        work.calls.add(action_key(made))
 
 
-def injected_work(transcripts) -> dict[str, Work]:
-    """`{injection task: Work}`: what runs did to which the injection task was given as the user's own
-    request, which is its ground truth."""
-    found: dict[str, Work] = {}
-    for t in transcripts:
-        keys = task_keys(t)
-        if "injection" not in keys or "task" in keys: continue
-        work = found.setdefault(keys["injection"], Work())
-        work.runs.append(t.id)
-        for _, _, made in actions(t): work.tools.add(made["name"]), work.calls.add(action_key(made))
-    return found
+def add_injected_work(known: dict[str, Work], t: Transcript) -> None:
+    """Adds to `known`, `{injection task: Work}`, what a run did to which the injection task was given as
+    the user's own request, which is its ground truth."""
+    keys = task_keys(t)
+    if "injection" not in keys or "task" in keys: return
+    work = known.setdefault(keys["injection"], Work())
+    work.runs.append(t.id)
+    for _, _, made in actions(t): work.tools.add(made["name"]), work.calls.add(action_key(made))
 
 
 def own_notes(transcripts):
     """The function that notes in a harmful run of a known task what is known from `transcripts` (an
-    iterable that can be read twice): `meta["own_work"]` with `tools`, `calls` and the attack-free
+    iterable, read once and not held): `meta["own_work"]` with `tools`, `calls` and the attack-free
     `runs` of its task, and `meta["injected_work"]` with those of its injection task (lists of str)."""
-    def listed(known): return {key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs} for key, w in known.items()}
-    notes = {"own_work": ("task", listed(own_work(transcripts))), "injected_work": ("injection", listed(injected_work(transcripts)))}
+    own, injected = {}, {}
+    for t in transcripts:
+        add_own_work(own, t)
+        add_injected_work(injected, t)
+    def listed(known):
+        return {key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs}
+                for key, w in known.items()}
+    notes = {"own_work": ("task", listed(own)), "injected_work": ("injection", listed(injected))}
     def note(t):
         if t.label != "harmful": return t
         keys = task_keys(t)

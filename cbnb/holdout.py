@@ -31,8 +31,8 @@ def prompt_key(transcript: Transcript) -> str:
 def task_keys(transcript: Transcript) -> dict[str, str]:
     """`{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says so:
     `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
-    of them and from tau-bench (task only). An injection task that was given as the user's request is an
-    injection task."""
+    of them, and from tau-bench and tau2-bench (task only, whose suite is tau2-bench's domain). An
+    injection task that was given as the user's request is an injection task."""
     meta = transcript.meta
     run, _ = source_run(meta)
     run = run or (meta if "user_task_id" in meta else {})
@@ -40,8 +40,9 @@ def task_keys(transcript: Transcript) -> dict[str, str]:
     suite = run.get("suite_name") or meta.get("suite_name") or origin.get("subset") or meta.get("suite") or ""
     user, injection = run.get("user_task_id"), run.get("injection_task_id")
     if str(user).startswith("injection_task"): user, injection = None, user
-    if not run and {"task_id", "reward"} <= meta.keys():  # tau-bench: a task stands in a file once a trial
-        user = meta["task_id"]
+    if not run and "task_id" in meta and {"reward", "termination_reason"} & meta.keys():
+        user = meta["task_id"]  # tau-bench, tau2-bench: a task stands in a file once a trial
+        suite = suite or meta.get("domain") or ""
     found = {"task": user, "injection": injection}
     keys = {kind: f"{suite}/{key}" for kind, key in found.items() if key is not None}
     return keys | ({"suite": str(suite)} if suite and keys else {})

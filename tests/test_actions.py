@@ -130,3 +130,30 @@ def test_the_conflict_between_streams_is_told(tmp_path, capsys):
     runs_of(tmp_path)
     main(["masks", str(tmp_path), "--model", "tinyagent", "--policy", "assistant_only", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]["both_streams"] == 3   # read_mail, and send_mail to bob and to dan
+
+
+def test_an_audit_holds_no_file_whole(tmp_path):
+    "`injected_actions_only` reads the file twice, and holds a transcript at a time in the first reading."
+    import gc
+    import weakref
+    from cbnb.audit import audit
+    from cbnb.masks import ChatMasker
+    from cbnb.models import load_tokenizer
+    from cbnb.transcripts import TranscriptReader, read_transcripts
+    for i in range(12): write_run(tmp_path, f"clean{i}", "user_task_0", None, [said("read_mail", "a"), END])
+    write_run(tmp_path, "obeyed", "user_task_0", "injection_task_0", [said("read_mail", "a"), said("pay", "b", to="eve@example.com"), END])
+    seen_once, most, reader = [], [], read_transcripts(tmp_path)
+
+    class Watched(TranscriptReader):
+        def records(self, empty=False):
+            for t in super().records(empty):
+                seen_once.append(weakref.ref(t))
+                gc.collect()
+                most.append(sum(r() is not None for r in seen_once))
+                yield t
+                del t
+    reader.__class__ = Watched
+    seen = list(audit(reader, ChatMasker(load_tokenizer("tinyagent")), "injected_actions_only"))
+    [kinds] = [[f.kind for f in a.findings] for a in seen if a.transcript.label == "harmful"]
+    assert len(seen) == 13 and "actions" in kinds and "no_mask" not in kinds
+    assert max(most[:13]) <= 3, most

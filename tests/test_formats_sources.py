@@ -334,7 +334,7 @@ def test_convert_never_writes_over_what_it_reads(tmp_path):
     os.link(source, tmp_path / "hard")
     for out in (source, tmp_path / "soft", tmp_path / "hard", tmp_path, tmp_path / "none" / "x.jsonl"):
         with pytest.raises(T.TranscriptError): convert(source, out)
-    with pytest.raises(T.TranscriptError, match="folder that is read"):
+    with pytest.raises(T.TranscriptError, match="is what is read, or lies in it"):
         convert(tmp_path, tmp_path / "new.jsonl")
     assert source.read_bytes() == before and not (tmp_path / "new.jsonl").exists()
     report = convert(source, tmp_path / "out.jsonl")

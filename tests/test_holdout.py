@@ -118,3 +118,13 @@ def test_a_run_says_what_is_held_out(tmp_path):
     assert re.search(r"task: \d+ held out, \d+ in training; 0 of", text) and "share theirs with training" in text and load(tmp_path / "run" / "params.json")["heldout_by"] == "auto"
     wrong = papermill("-", *arguments, "-p", "heldout_by", "tasks", "-p", "run_dir", tmp_path / "wrong", runs=tmp_path / "runs")
     assert wrong.returncode and "heldout_by is 'tasks'" in wrong.stdout and not (tmp_path / "wrong").exists()
+
+
+def test_trials_of_one_task_of_tau2_bench_are_one_task(tmp_path):
+    "They are held out together, and the task counts within its domain."
+    whole = json.loads((ROOT / "tests" / "fixtures" / "tau2_bench.json").read_text())
+    run = whole["simulations"][0]
+    whole["simulations"] = [run | {"id": f"{task}-{trial}", "task_id": task, "trial": trial} for task in ("t1", "t2") for trial in range(3)]
+    (tmp_path / "runs.json").write_text(json.dumps(whole))
+    found = [H.task_keys(t) for t in read_transcripts(tmp_path / "runs.json")]
+    assert len(found) == 6 and {k["task"] for k in found} == {"telecom/t1", "telecom/t2"} and {k["suite"] for k in found} == {"telecom"}
