@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from .ablation import check_relabel, listed, run_settings
-from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
+from .ablation import check_data, run_settings
+from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
 from .benchmarks import questions
 from .card import refresh_card
 from .config import CircuitBreakerConfig, get_config
@@ -30,13 +29,14 @@ from .report import results_of, write_run_report
 from .runs import RunError, read_json, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker
+from .sources import READING, Reading, listed, read_entry, reading_of
 from .tinyagent import write_data
-from .transcripts import Transcript
+from .transcripts import Transcript, TranscriptError
 
 # %% auto #0
-__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_file', 'heldout_files',
-           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
-           'rescore']
+__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_entry', 'heldout_files',
+           'reading_for', 'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter',
+           'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -110,10 +110,11 @@ def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_la
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
 
 
-def found_file(file) -> str:
-    "The path `file`. Raises RunError where it is not there."
-    if not Path(file).expanduser().exists(): raise RunError(f"eval_data names {file}, which is not there: give the path of a transcript file")
-    return str(Path(file).expanduser())
+def found_entry(text) -> str:
+    "The `text` of an entry of data. Raises RunError where it names nothing that is there."
+    try: read_entry(text)
+    except TranscriptError as e: raise RunError(f"eval_data names {e}") from None
+    return str(text)
 
 
 def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
@@ -129,18 +130,24 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
         if run is None: raise RunError("there are no held-out transcripts: give their files as eval_data")
         files = listed(run.parameters.get("eval_data") or "")
         if not files and run.parameters["data"] == "tinyagent": files = [run.run / "data" / "eval.jsonl"]
-    return [found_file(file) for file in files]
+    return [found_entry(file) for file in files]
 
 
-def questions_for(adapters: list[Adapter], eval_data: str = "", relabel: str | None = None) -> list[Transcript]:
-    """The transcripts of `heldout_files`, as a run reads them (`relabel` None: as the first adapter's run
-    did). Raises what `cbnb.data.read_streams` raises."""
+def reading_for(adapters: list[Adapter], **given) -> Reading:
+    """How an evaluation reads its data: what is `given` and not None of `cbnb.sources.READING`, else as the first
+    adapter's run did."""
+    return reading_of(next((a.parameters for a in adapters if a.run), {}), **given)
+
+
+def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None) -> list[Transcript]:
+    """The transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did). Raises what
+    `cbnb.data.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
     run = next((a.parameters for a in adapters if a.run), {})
-    relabel = run.get("relabel", "") if relabel is None else relabel
-    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, relabel) for t in stream]
-    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), relabel=relabel)[2]  # prompt: before there was the setting
+    reading = reading or reading_for(adapters)
+    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, reading) for t in stream]
+    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]  # prompt: before there was the setting
 
 
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
@@ -173,7 +180,7 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
-    check_relabel(parameters.get("relabel"))
+    check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
 
@@ -195,31 +202,27 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name)
 
 # %% ../nbs/16_adapters.ipynb #9ea074cf
-def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, stops, where) -> tuple[list, dict]:
-    """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
-    attempt counting: all that a line says is taken from its token ids, its question and the model's own stop
-    tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError, naming
-    `where` they are from, where one is missing or was given to another prompt than these transcripts' in
-    this template."""
+def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, where) -> tuple[list, dict]:
+    """`(the lines read and scored anew, the figures that follow)` of the answers in `lines`, the last one
+    to each attempt counting. Raises RunError, naming `where` they are from, where one is missing or was
+    given to another prompt than these transcripts' in this template."""
     asked = [q for t in transcripts for q in questions(t)]
     wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
-    by_question, new, altered = {}, [], 0
+    by_question, new = {}, []
     for line in lines: by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
     for question, forced in wanted:
         found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
         if not found: raise RunError(f"{where} holds no answer to {question.id}: the held-out transcripts are other ones; evaluate again")
-        prompt, begun = prompt_of(masker, question, prefill if forced else 0)
+        hashed = prompt_hash(prompt_of(masker, question, prefill if forced else 0)[0])
         for line in (found[attempt] for attempt in sorted(found)):
-            if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
+            if line["prompt"]["hash"] != hashed:
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
-            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
-            altered += any(line.get(k) != new[-1][k] for k in ("text", "finish", "past_stop"))
+            new.append(read_again(line, question, reader))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
     attempts = {len(found) for found in by_question.values()}
     if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
-    if altered: warnings.warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew", stacklevel=2)
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
@@ -236,7 +239,7 @@ def rescore(folder) -> dict:
     if not lines: raise RunError(f"{folder} holds no answers.jsonl: it was made by an older cbnb, so evaluate it again")
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
-        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], parameters.get("relabel"))
+        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
         given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
@@ -248,8 +251,7 @@ def rescore(folder) -> dict:
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
         prefill = figures["decoding"]["prefill"]
-        stops = {*masker.tokenizer.convert_tokens_to_ids(figures["ends"]["model"])}
-        again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
+        again, scores = rescored(own, transcripts, masker, reader, prefill, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
     write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())
