@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from .ablation import check_data, run_settings
-from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
+from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from .card import refresh_card
 from .config import CircuitBreakerConfig, get_config
@@ -202,27 +203,31 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name)
 
 # %% ../nbs/16_adapters.ipynb #9ea074cf
-def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, where) -> tuple[list, dict]:
-    """`(the lines read and scored anew, the figures that follow)` of the answers in `lines`, the last one
-    to each attempt counting. Raises RunError, naming `where` they are from, where one is missing or was
-    given to another prompt than these transcripts' in this template."""
+def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, stops, where) -> tuple[list, dict]:
+    """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
+    attempt counting: all that a line says is taken from its token ids, its question and the model's own stop
+    tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError, naming
+    `where` they are from, where one is missing or was given to another prompt than these transcripts' in
+    this template."""
     asked = [q for t in transcripts for q in questions(t)]
     wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
-    by_question, new = {}, []
+    by_question, new, altered = {}, [], 0
     for line in lines: by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
     for question, forced in wanted:
         found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
         if not found: raise RunError(f"{where} holds no answer to {question.id}: the held-out transcripts are other ones; evaluate again")
-        hashed = prompt_hash(prompt_of(masker, question, prefill if forced else 0)[0])
+        prompt, begun = prompt_of(masker, question, prefill if forced else 0)
         for line in (found[attempt] for attempt in sorted(found)):
-            if line["prompt"]["hash"] != hashed:
+            if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
-            new.append(read_again(line, question, reader))
+            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
+            altered += any(line.get(k) != new[-1][k] for k in ("text", "finish", "past_stop"))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
     attempts = {len(found) for found in by_question.values()}
     if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
+    if altered: warnings.warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew", stacklevel=2)
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
@@ -251,7 +256,8 @@ def rescore(folder) -> dict:
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
         prefill = figures["decoding"]["prefill"]
-        again, scores = rescored(own, transcripts, masker, reader, prefill, folder / "answers.jsonl")
+        stops = {*masker.tokenizer.convert_tokens_to_ids(figures["ends"]["model"])}
+        again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
     write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())
