@@ -8,22 +8,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from .ablation import check_data, run_settings
-from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
+from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from .card import refresh_card
-from .config import CircuitBreakerConfig, get_config
+from .config import TINYAGENT, CircuitBreakerConfig, get_config
 from .data import load_streams, read_streams
 from .decoding import Decoding
 from .divergence import check_adapter, load_students
 from .evaluation import evaluate
 from .masks import ChatMasker
-from .models import add_adapter, load_model, num_blocks, resolve_model
+from .models import add_adapter, load_model, num_blocks
 from .reader import AnswerReader, derive_reader
 from .report import results_of, write_run_report
 from .runs import RunError, read_json, to_plain, write_bytes, write_json
@@ -103,7 +104,7 @@ def another_base(adapter: Adapter, name: str) -> dict:
     an adapter fits any model of the same shapes. Two folders are the same model by their path."""
     base = made_for(adapter)
     if base is None: return {}
-    one, other = (Path(resolve_model(model)) for model in (base, name))
+    one, other = (TINYAGENT if model == "tinyagent" else Path(model).expanduser() for model in (base, name))
     alike = one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
     return {} if alike else {"made_for": base, "model": name}
 
@@ -226,27 +227,31 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)
 
 # %% ../nbs/16_adapters.ipynb #9ea074cf
-def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, where) -> tuple[list, dict]:
-    """`(the lines read and scored anew, the figures that follow)` of the answers in `lines`, the last one
-    to each attempt counting. Raises RunError, naming `where` they are from, where one is missing or was
-    given to another prompt than these transcripts' in this template."""
+def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, stops, where) -> tuple[list, dict]:
+    """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
+    attempt counting: all that a line says is taken from its token ids, its question and the model's own stop
+    tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError, naming
+    `where` they are from, where one is missing or was given to another prompt than these transcripts' in
+    this template."""
     asked = [q for t in transcripts for q in questions(t)]
     wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
-    by_question, new = {}, []
+    by_question, new, altered = {}, [], 0
     for line in lines: by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
     for question, forced in wanted:
         found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
         if not found: raise RunError(f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts are other ones; evaluate again")
-        hashed = prompt_hash(prompt_of(masker, question, prefill if forced else 0)[0])
+        prompt, begun = prompt_of(masker, question, prefill if forced else 0)
         for line in (found[attempt] for attempt in sorted(found)):
-            if line["prompt"]["hash"] != hashed:
+            if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
-            new.append(read_again(line, question, reader))
+            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
+            altered += any(line.get(k) != new[-1][k] for k in ("text", "finish", "past_stop"))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
     attempts = {len(found) for found in by_question.values()}
     if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
+    if altered: warnings.warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew", stacklevel=2)
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
@@ -277,7 +282,8 @@ def rescore(folder) -> dict:
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
         prefill = figures["decoding"]["prefill"]
-        again, scores = rescored(own, transcripts, masker, reader, prefill, folder / "answers.jsonl")
+        stops = {*masker.tokenizer.convert_tokens_to_ids(figures["ends"]["model"])}
+        again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
     write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())

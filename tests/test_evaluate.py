@@ -92,6 +92,12 @@ def test_answers_that_do_not_belong_are_told(run, tmp_path):
     with pytest.raises(RunError, match="some are missing, or were added"): rescore(copy)
     (copy / "answers.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"key": "more", "id": "another"})]) + "\n")
     with pytest.raises(RunError, match="holds 1 answers to questions that are no longer asked"): rescore(copy)
+    altered = [json.dumps(json.loads(line) | {"text": "ok", "finish": "length", "past_stop": True, "read": {}, "scores": {}}) for line in lines[:3]]
+    (copy / "answers.jsonl").write_text("\n".join([*altered, *lines[3:]]) + "\n")
+    with pytest.warns(UserWarning, match=r"of 3 of \d+ answers the text or the end was not that of their token ids"): again = rescore(copy)
+    assert again == load(run / "result.json") and read_lines(copy / "answers.jsonl") == read_lines(run / "answers.jsonl")
+    (copy / "answers.jsonl").write_text("\n".join([json.dumps(json.loads(lines[0]) | {"begun": [5]}), *lines[1:]]) + "\n")
+    with pytest.raises(RunError, match="was asked by another prompt"): rescore(copy)
     stale = json.loads(lines[0]) | {"key": "before the adapter changed", "ids": []}
     (copy / "answers.jsonl").write_text("\n".join([json.dumps(stale), *lines]) + "\n")
     assert rescore(copy) == load(run / "result.json"), "of two answers to one attempt the last counts"
