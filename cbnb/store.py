@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SCHEMA', 'encode_piece', 'joined', 'pieces', 'listed_array', 'record_batch', 'StoredSamples',
-           'write_samples', 'code_hash', 'stream_key', 'stored_stream']
+           'write_samples', 'code_hash', 'stream_key', 'cores', 'stored_stream']
 
-# %% ../nbs/05b_store.ipynb #55bb706b
+# %% ../nbs/05b_store.ipynb #8a333392
 import hashlib
 import json
 import multiprocessing
@@ -16,7 +16,6 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .config import PACKAGE
 from .data import EmptyStream, Sample, StreamReport, empty_stream, encode_stream
 from .masks import ChatMasker
 from .sealed import damage, seal, sync
@@ -82,12 +82,12 @@ def pieces(transcripts: Iterable[Transcript], masker: ChatMasker, policy, name: 
         finally:
             for future in waiting: future.cancel()
 
-# %% ../nbs/05b_store.ipynb #f84afa3c
+# %% ../nbs/05b_store.ipynb #663683c8
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.uint8()), "transcript": pa.string()})
 
 
 def listed_array(parts: list[np.ndarray], kind) -> pa.ListArray:
-    "A list column of the 1-D arrays `parts`."
+    "A list column of the 1-D arrays `parts`, at least one, of fewer than 2³¹ numbers together."
     ends = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(parts).astype(kind)))
 
@@ -101,7 +101,7 @@ def record_batch(samples: list[Sample]) -> pa.RecordBatch:
 
 class StoredSamples(Sequence):
     """The samples of an Arrow file, read where they are asked for: what `PairedStreams` and `collate` take for a
-    list. Arrays of a sample are views of the mapped file and cannot be written to."""
+    list. `input_ids` of a sample is a view of the mapped file and cannot be written to."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -117,7 +117,7 @@ class StoredSamples(Sequence):
         which = bisect_right(self.ends, i)
         batch, row = self.reader.get_batch(which), i - (int(self.ends[which - 1]) if which else 0)
         ids, mask = (batch.column(k)[row].values.to_numpy() for k in (0, 1))
-        return Sample(ids, mask.view(bool), batch.column(2)[row].as_py())
+        return Sample(ids, mask.astype(bool), batch.column(2)[row].as_py())
 
     def __reduce__(self): return StoredSamples, (self.path,)  # a loader's process maps the file itself
 
@@ -131,11 +131,11 @@ def write_samples(path: Path, made: Iterable[tuple[list[Sample], StreamReport]])
             reports.append(report)
     return joined(reports)
 
-# %% ../nbs/05b_store.ipynb #e569bfcd
+# %% ../nbs/05b_store.ipynb #37aaa171
 def code_hash() -> str:
     "sha256 of the modules of this package, in order of their names: encoding may change with any of them."
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")): digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(PACKAGE.glob("*.py")): digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -146,10 +146,15 @@ def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, ho
     told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.tool_call_format,
             masker.template_variables, tokenizer.special_tokens_map, policy, how, code_hash()]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    for t in transcripts: digest.update(json.dumps(asdict(t), sort_keys=True, default=str).encode() + b"\n")
+    for t in transcripts: digest.update(json.dumps(vars(t), sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:32]
 
 
+def cores() -> int:
+    "The cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../nbs/05b_store.ipynb #f4e61148
 def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker, policy: str, name: str = "stream",
                   processes: int | None = None, **how) -> tuple[StoredSamples, StreamReport]:
     """`encode_stream` with its samples in a folder of `place`: found there under their `stream_key`, or made by
@@ -168,10 +173,10 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
         unfinished = place / f".{folder.name}.{os.getpid()}"  # of this process alone: two may make the same
         unfinished.mkdir(parents=True, mode=0o700)
         try:
-            made = pieces(transcripts, masker, policy, name, processes or len(os.sched_getaffinity(0)), **how)
+            made = pieces(transcripts, masker, policy, name, processes or cores(), **how)
             report = write_samples(unfinished / "samples.arrow", made)
             if not report.samples: raise empty_stream(report, name, policy)
-            (unfinished / "report.json").write_text(json.dumps(asdict(report)))
+            (unfinished / "report.json").write_text(json.dumps(vars(report)))
             seal(unfinished)
             try: unfinished.rename(folder)
             except OSError:

@@ -1,0 +1,78 @@
+"""Samples on disk are those that `encode_stream` makes: by policy, turn and number of processes; trained on as a list is; nothing is left of what failed."""
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+import cbnb.store
+from cbnb.data import EmptyStream, PairedStreams, collate, encode_stream
+from cbnb.masks import ChatMasker
+from cbnb.models import load_tokenizer
+from cbnb.store import StoredSamples, pieces, stored_stream
+from cbnb.tinyagent import KINDS, make_transcripts
+
+
+@pytest.fixture(scope="module")
+def masker(): return ChatMasker(load_tokenizer("tinyagent"))
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch): monkeypatch.setattr(cbnb.store, "PIECE", 7)
+
+
+def equal(a, b): return np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.loss_mask, b.loss_mask) and a.transcript == b.transcript
+
+
+CASES = {"plain": ("assistant_only", {}), "cut": ("assistant_only", {"max_length": 60, "lost_context": "keep"}), "cut and dropped": ("assistant_only", {"max_length": 60}),
+         "by turn": ("completion_only", {"split_turns": True}), "calls": ("tool_calls_only", {}), "without targets": ("post_injection_only", {"max_length": 40, "truncation": "right"})}
+
+
+@pytest.mark.parametrize("processes", (1, 3))
+@pytest.mark.parametrize("case", CASES)
+def test_rows_order_and_report_are_those_of_encode_stream(case, processes, masker, tmp_path):
+    transcripts, (policy, how) = [t for kind in KINDS for t in make_transcripts(kind, 9)], CASES[case]
+    samples, report = encode_stream(transcripts, masker, policy, **how)
+    for _ in range(2):  # made, then found
+        stored, told = stored_stream(tmp_path, transcripts, masker, policy, processes=processes, **how)
+        assert told == report and len(stored) == len(samples) and all(map(equal, stored, samples))
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_stored_stream_is_trained_on_as_a_list_is(masker, tmp_path):
+    pairs, lists = [], []
+    for kind, policy in (("injection", "post_injection_only"), ("plain", "assistant_only")):
+        transcripts = make_transcripts(kind, 20)
+        lists.append(encode_stream(transcripts, masker, policy)[0])
+        pairs.append(stored_stream(tmp_path, transcripts, masker, policy, processes=2)[0])
+    wanted = DataLoader(PairedStreams(*lists, 24), 4, collate_fn=lambda some: collate(some, 0))
+    for workers in (0, 1):
+        for ours, theirs in zip(DataLoader(PairedStreams(*pairs, 24), 4, collate_fn=lambda some: collate(some, 0), num_workers=workers), wanted, strict=True):
+            assert all(ours[kind]["input_ids"].equal(theirs[kind]["input_ids"]) and ours[kind]["loss_mask"].equal(theirs[kind]["loss_mask"]) for kind in ("harmful", "benign"))
+
+
+def test_what_cannot_be_encoded_leaves_nothing(masker, tmp_path):
+    plain = make_transcripts("plain", 20)
+    for make in (lambda: encode_stream(plain, masker, "assistant_only", 1), lambda: stored_stream(tmp_path, plain, masker, "assistant_only", processes=2, max_length=1)):
+        with pytest.raises(EmptyStream, match="the stream stream is empty: 20 transcripts were read") as found: make()
+        assert found.value.report.transcripts == 20
+    with pytest.raises(TypeError, match="read twice"): stored_stream(tmp_path, iter(plain), masker, "assistant_only")
+    with pytest.raises(TypeError, match="name of a policy"): stored_stream(tmp_path, plain, masker, lambda encoded: encoded)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_no_more_than_a_few_pieces_are_under_way(masker):
+    "A stream without an end is encoded as far as it is asked for."
+    read = []
+    def endless():
+        while True:
+            read.append(1)
+            yield plain[len(read) % 20]
+    plain = make_transcripts("plain", 20)
+    made = pieces(endless(), masker, "assistant_only", processes=2)
+    for _ in range(3): next(made)
+    made.close()
+    assert len(read) <= 7 * (3 + 2 * 2)
+
+
+def test_an_empty_file_is_a_sequence_of_nothing(tmp_path):
+    report = cbnb.store.write_samples(tmp_path / "none.arrow", [])
+    assert len(StoredSamples(tmp_path / "none.arrow")) == 0 == report.transcripts and [*StoredSamples(tmp_path / "none.arrow")] == []
