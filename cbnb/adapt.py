@@ -237,21 +237,20 @@ GAP = "\n\n"
 
 
 def join_users(transcript: Transcript):
-    "Makes one of user messages in a row that have the same label and nothing but words."
-    def joins(i, m): return m["role"] == "user" and m.keys() == {"role", "content"} and (transcript.message_labels.get(i),)
-    messages, lengths, places, last = [], [], [], False
+    "Makes one of user messages in a row that have the same label."
+    messages, parts, places, last = [], [], [], None
     for i, m in enumerate(transcript.messages):
-        if last and last == joins(i, m):
+        kind = (transcript.message_labels.get(i),) if m["role"] == "user" and isinstance(m.get("content"), str) else None
+        if kind and kind == last:
             places.append((len(messages) - 1, len(messages[-1]["content"]) + len(GAP)))
             messages[-1] = messages[-1] | {"content": messages[-1]["content"] + GAP + m["content"]}
-            lengths[-1].append(len(m["content"]))
-        else:
-            messages.append(m), lengths.append([len(m.get("content") or "")]), places.append((len(messages) - 1, 0))
-        last = joins(i, m)
+            parts[-1].append(m)
+        else: messages.append(m), parts.append([m]), places.append((len(messages) - 1, 0))
+        last = kind
     labels = {places[i][0]: label for i, label in transcript.message_labels.items()}
     spans = tuple(InjectionSpan(places[s.message][0], s.start + places[s.message][1], s.end + places[s.message][1]) for s in transcript.injection_spans)
-    lengths = {str(i): parts for i, parts in enumerate(lengths) if len(parts) > 1}
-    return replace(transcript, messages=messages, message_labels=labels, injection_spans=spans), len(transcript.messages) - len(messages), {"lengths": lengths}
+    record = {str(i): [[len(m["content"]), {k: v for k, v in m.items() if k != "content"}] for m in some] for i, some in enumerate(parts) if len(some) > 1}
+    return replace(transcript, messages=messages, message_labels=labels, injection_spans=spans), len(transcript.messages) - len(messages), record
 
 
 def undo_join_users(transcript: Transcript, record):
@@ -259,10 +258,10 @@ def undo_join_users(transcript: Transcript, record):
     messages, begins = [], []   # begins: of each old message, the new one it stands in and where
     for i, m in enumerate(transcript.messages):
         at = 0
-        for length in record["lengths"].get(str(i), [None]):
+        for length, rest in record.get(str(i), [[len(m.get("content") or ""), None]]):
             begins.append((i, at))
-            messages.append(m if length is None else m | {"content": m["content"][at:at + length]})
-            at += (length or 0) + len(GAP)
+            messages.append(m if rest is None else rest | {"content": m["content"][at:at + length]})
+            at += length + len(GAP)
     labels = {old: transcript.message_labels[i] for old, (i, _) in enumerate(begins) if i in transcript.message_labels}
     def back(s):
         old, at = max((old, at) for old, (i, at) in enumerate(begins) if i == s.message and at <= s.start)
