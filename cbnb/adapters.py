@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .ablation import check_relabel, listed, run_settings
+from .ablation import check_data, run_settings
 from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
 from .benchmarks import questions
 from .card import refresh_card
@@ -29,13 +29,14 @@ from .report import results_of, write_run_report
 from .runs import RunError, read_json, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker
+from .sources import READING, Reading, listed, read_entry, reading_of
 from .tinyagent import write_data
-from .transcripts import Transcript
+from .transcripts import Transcript, TranscriptError
 
 # %% auto #0
-__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_file', 'heldout_files',
-           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
-           'rescore']
+__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_entry', 'heldout_files',
+           'reading_for', 'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter',
+           'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -109,10 +110,11 @@ def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_la
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
 
 
-def found_file(file) -> str:
-    "The path `file`. Raises RunError where it is not there."
-    if not Path(file).expanduser().exists(): raise RunError(f"eval_data names {file}, which is not there: give the path of a transcript file")
-    return str(Path(file).expanduser())
+def found_entry(text) -> str:
+    "The `text` of an entry of data. Raises RunError where it names nothing that is there."
+    try: read_entry(text)
+    except TranscriptError as e: raise RunError(f"eval_data names {e}") from None
+    return str(text)
 
 
 def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
@@ -128,18 +130,24 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
         if run is None: raise RunError("there are no held-out transcripts: give their files as eval_data")
         files = listed(run.parameters.get("eval_data") or "")
         if not files and run.parameters["data"] == "tinyagent": files = [run.run / "data" / "eval.jsonl"]
-    return [found_file(file) for file in files]
+    return [found_entry(file) for file in files]
 
 
-def questions_for(adapters: list[Adapter], eval_data: str = "", relabel: str | None = None) -> list[Transcript]:
-    """The transcripts of `heldout_files`, as a run reads them (`relabel` None: as the first adapter's run
-    did). Raises what `cbnb.data.read_streams` raises."""
+def reading_for(adapters: list[Adapter], **given) -> Reading:
+    """How an evaluation reads its data: what is `given` and not None of `cbnb.sources.READING`, else as the first
+    adapter's run did."""
+    return reading_of(next((a.parameters for a in adapters if a.run), {}), **given)
+
+
+def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None) -> list[Transcript]:
+    """The transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did). Raises what
+    `cbnb.data.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
     run = next((a.parameters for a in adapters if a.run), {})
-    relabel = run.get("relabel", "") if relabel is None else relabel
-    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, relabel) for t in stream]
-    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), relabel=relabel)[2]  # prompt: before there was the setting
+    reading = reading or reading_for(adapters)
+    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, reading) for t in stream]
+    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]  # prompt: before there was the setting
 
 
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
@@ -172,7 +180,7 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
-    check_relabel(parameters.get("relabel"))
+    check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
 
@@ -231,7 +239,7 @@ def rescore(folder) -> dict:
     if not lines: raise RunError(f"{folder} holds no answers.jsonl: it was made by an older cbnb, so evaluate it again")
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
-        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], parameters.get("relabel"))
+        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
         given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]

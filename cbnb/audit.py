@@ -24,7 +24,7 @@ from .actions import actions_line, for_policy, own_notes, trained_calls
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
 from .turns import COMPLETION, Segment
-from .targets import lacks_injection, training_mask, truncation_window
+from .targets import cut_context, lacks_injection, training_mask, truncation_window
 from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
@@ -45,6 +45,7 @@ KINDS = {
     "trains_template": "text of the template between messages is trained",
     "trains_padding": "padding is trained",
     "lost_to_truncation": "an answer is cut off whole",
+    "lost_context": "truncation cuts off the user's request or the injected message, so training drops the row",
     "warning": "the mask is safe, but something was left out",
     "unknown_keys": "a message has keys that nothing here reads",
     "cut": "part of an answer is cut off",
@@ -124,7 +125,7 @@ def nothing_trained(encoded, mask, transcript):
 
 # %% ../nbs/01b_audit.ipynb #a1a09a4e
 def cut_targets(encoded, mask, max_length, side="targets"):
-    "Findings for what `truncation_window` cuts of the targets in `mask`: answers lost whole, and answers lost in part."
+    "Findings for what `truncation_window` cuts of the targets in `mask`, answers lost whole and in part, and of what they answer."
     window = truncation_window(mask, max_length, side)
     kept = np.zeros(len(mask), bool)
     kept[max(window.start, 1):window.stop] = True  # nothing predicts the very first token
@@ -135,7 +136,10 @@ def cut_targets(encoded, mask, max_length, side="targets"):
     lost, part = sorted(before - after.keys()), sorted(m for m in before & after.keys() if cut[m])
     limit = f"by truncation to {max_length} of {len(mask)} tokens ({side}); raise the limit or shorten the transcript"
     endless = sorted(set(untrained_ends(encoded, mask & kept)) - set(untrained_ends(encoded, mask)))
-    return ([Finding("eot_untrained", f"the end of message {', '.join(map(str, endless))} is cut off {limit}", tuple(endless))] * bool(endless) + [Finding("lost_to_truncation", f"all targets of message {', '.join(map(str, lost))} are cut off {limit}", tuple(lost))] * bool(lost)
+    gone = cut_context(encoded, mask, window)
+    said = {"request": "the user's request", "injection": "the injected message"}
+    lost_context = [Finding("lost_context", f"{' and '.join(said[what] for what in gone)} {'is' if len(gone) == 1 else 'are'} cut off {limit}")] * bool(gone)
+    return lost_context + ([Finding("eot_untrained", f"the end of message {', '.join(map(str, endless))} is cut off {limit}", tuple(endless))] * bool(endless) + [Finding("lost_to_truncation", f"all targets of message {', '.join(map(str, lost))} are cut off {limit}", tuple(lost))] * bool(lost)
             + [Finding("cut", f"targets of message {', '.join(map(str, part))} are cut off in part {limit}", tuple(part))] * bool(part))
 
 # %% ../nbs/01b_audit.ipynb #a82caae2

@@ -30,8 +30,9 @@ from .processes import world_size
 from .templates import MaskError
 from .runs import ParameterError, RunError, read_json, safe_output, write_bytes
 from .settings import make_masker
+from .sources import open_source
 from .targets import SIDES
-from .transcripts import LABELS, TranscriptError, known_formats, nearest, read_transcripts
+from .transcripts import LABELS, TranscriptError, known_formats, nearest
 
 # %% ../nbs/30_cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -90,12 +91,14 @@ def positive(text):
 # %% ../nbs/30_cli.ipynb #d427a70a
 def add_reading(p):
     "Adds the arguments that say how a file of transcripts is read."
-    p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, packed, a table, a folder of such "
-                                                "files, or hf:dataset[split]")
+    p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, packed, a table, a folder or a glob of "
+                                                "such files, or hf:dataset[split]; with :label, :format and @share if need be")
     p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--relabel", choices=("source",),
                    help="read records whose label contradicts the verdict of their source by that verdict")
+    p.add_argument("--tools", metavar="FILE", default="", help="schemas for transcripts that carry none: a JSON file (a list, or "
+                                                               "lists by suite), or installed: AgentDojo's and tau-bench's packages")
 
 # %% ../nbs/30_cli.ipynb #ab71a78b
 def add_masks(commands):
@@ -133,11 +136,11 @@ LISTED = 20  # findings of one kind that are printed or kept for the page
 def audit_file(args):
     """`(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before anything
     is read."""
-    try: reader = read_transcripts(args.file, args.format, args.label, "skip", args.relabel)
+    try: reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
     except TranscriptError as e: raise CommandError(str(e)) from None
     policy, page = load_policy(args.policy), args.html and Path(args.html)
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
-    if page and (page.is_dir() or page.resolve() == Path(args.file).resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
+    if page and (page.is_dir() or page.resolve() == reader.path.resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
     if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
     masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
     return reader, audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
@@ -161,7 +164,7 @@ def run_masks(args):
     if args.json: print(json.dumps({"summary": totals.summary()}))
     else: print(*closing_lines(totals, findings, more), sep="\n")
     if args.html:
-        title, said = f"Masks of {Path(args.file).name}", f"{args.model}, {args.policy}. {totals.verdict()}."
+        title, said = f"Masks of {reader.path.name}", f"{args.model}, {args.policy}. {totals.verdict()}."
         write_bytes(args.html, audit_page(title, totals, findings, shown, [said, *more]).encode())
     return 1 if totals.failed else 0
 
@@ -197,7 +200,7 @@ def run_spans(args):
     texts = {f"--text {i}": text for i, text in enumerate(args.text, 1)}
     if not all(text.strip() for text in args.text): raise CommandError("--text is empty; give the words that were injected")
     if args.injections: texts |= read_injections(args.injections)
-    reader, search, shown = read_transcripts(args.file, args.format, args.label, relabel=args.relabel), Search(), []
+    reader, search, shown = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools), Search(), []
     if args.out and args.injections: check_output(args.out, [args.injections])
 
     def show(number, transcript, how):
@@ -228,7 +231,7 @@ def run_convert(args):
     "Carries out `cbnb convert`."
     from cbnb.convert import convert, report_lines
     report = convert(args.file, args.out, args.format, args.label,
-                     lambda items: progress(items, "transcripts"), args.relabel)
+                     lambda items: progress(items, "transcripts"), args.relabel, args.tools)
     if args.json: print(json.dumps(report))
     else: print(*map(visible, report_lines(report)), sep="\n")
     return 1 if report["dropped"] else 0
@@ -329,9 +332,9 @@ def run_train(args):
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
     if result := read_json(path / "result.json"):
-        from cbnb.report import alarm_lines, readable_table, result_notes, result_table
+        from cbnb.report import alarm_lines, data_notes, readable_table, result_notes, result_table
         print(readable_table(result_table(result["before"], result["after"]), result.get("floor")).to_string())
-        for note in result_notes(result["after"]): print(f"note: {note}")
+        for note in [*result_notes(result["after"]), *data_notes(result)]: print(f"note: {note}")
         for line in alarm_lines(result.get("alarms")): print(f"ALARM {line}")
     print(f"run directory: {path}")
     return status

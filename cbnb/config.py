@@ -153,6 +153,8 @@ class CircuitBreakerConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", at_least=1)
     max_length: int = setting(2048, "tokens a row, truncated beyond", at_least=2)
     truncation: str = setting("targets", "where a too long row is cut: after and before its targets, or at one side", one_of=("targets", "left", "right"))
+    lost_context: str = setting("drop", "a row of which truncation cuts off the user's request or the injected message: drop or keep it",
+                                one_of=("drop", "keep"))
     split_turns: bool = setting(False, "one sample a turn, as it was when it was written: for templates that rewrite earlier turns")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", one_of=("bfloat16", "float32"))
     quantize: str = setting("none", "linear weights in 4 bits (NF4, bitsandbytes), or none", one_of=("none", "4bit"))

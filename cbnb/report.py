@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES',
            'PAGE', 'format_number', 'floor_words', 'told_from', 'printable', 'readable_table', 'rate_counts',
-           'interval_words', 'figures_table', 'results_of', 'result_table', 'result_notes', 'alarm_lines',
+           'interval_words', 'figures_table', 'results_of', 'result_table', 'result_notes', 'data_notes', 'alarm_lines',
            'describe_run', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
            'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
            'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
@@ -169,6 +169,11 @@ def result_notes(result: dict) -> list[str]:
     return [printable(note) for note in notes]
 
 # %% ../nbs/12_report.ipynb #alarms01
+def data_notes(result: dict) -> list[str]:
+    "What was left out, drawn, skipped or cut of the data, as result.json has it under `data`; none of a run that was made before."
+    return [printable(line) for line in (result.get("data") or {}).get("notes", ())]
+
+
 def alarm_lines(alarms) -> list[str]:
     "One line an alarm of status.json or result.json (see `cbnb.alarms`), for tables and views; whatever is no alarm is shown as it is."
     def words(a):
@@ -185,7 +190,7 @@ def describe_run(path) -> str:
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
     if result: lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
-                         *(f"note: {note}" for note in result_notes([*results_of(result).values()][-1]))]
+                         *(f"note: {note}" for note in [*result_notes([*results_of(result).values()][-1]), *data_notes(result)])]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
@@ -579,8 +584,8 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
 
 # %% ../nbs/12_report.ipynb #68347dce
 def told_of(result: dict) -> list[str]:
-    "What belongs to the figures of a run's `result` (result.json): the notes of its last evaluation (`result_notes`), and its alarms."
-    notes = [f"note: {line}" for line in result_notes(result["after"])]
+    "What belongs to the figures of a run's `result` (result.json): the notes of its last evaluation (`result_notes`), those on its data, and its alarms."
+    notes = [f"note: {line}" for line in [*result_notes(result["after"]), *data_notes(result)]]
     return notes + [f"ALARM {line}" for line in alarm_lines(result.get("alarms"))]
 
 

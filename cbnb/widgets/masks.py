@@ -36,6 +36,7 @@ from ..policies import (
     NEED_COMPARISON, POLICIES, after_first_header, apply_policy, find_policy, loss_mask, reasons, role_of, token_labels)
 from ..runs import write_bytes
 from ..settings import make_masker
+from ..sources import Reading, listed, open_source, read_entry
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..templates import MaskError
 from ..transcripts import MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, need, parse_json, read_transcripts
@@ -468,11 +469,14 @@ def read_pasted(text):
         return any_label(lambda label: Shelf(list(read_transcripts(path, label=label)), "pasted"))
 
 # %% ../../nbs/21_mask_explorer.ipynb #a76129d0
-def as_shelf(given):
-    """A `Shelf` of what a reader may give: the path of a file or folder, a Transcript or a list of them, a record or a list of messages as plain
+def as_shelf(given, relabel="", tools=""):
+    """A `Shelf` of what a reader may give: entries of data (`cbnb.sources.read_entry`; `relabel` and `tools` as there), a Transcript or a list of them, a record or a list of messages as plain
     values. Raises TranscriptError for what is none of them or cannot be read."""
     if isinstance(given, Shelf): return given
-    if isinstance(given, (str, Path)): return any_label(lambda label: Shelf(read_transcripts(given, label=label, on_error="skip")))
+    if isinstance(given, (str, Path)):
+        texts = [str(given)] if Path(given).exists() else listed(str(given)) or [str(given)]
+        if len(texts) > 1: return Shelf(Reading(relabel, "skip", 1.0, tools).read(texts), ", ".join(texts))
+        return any_label(lambda label: Shelf(open_source(texts[0], label=read_entry(texts[0]).label or label, on_error="skip", relabel=relabel, tools=tools)))
     if isinstance(given, TranscriptReader): return Shelf(given)
     if isinstance(given, Transcript): given = [given]
     plain = given[0] if isinstance(given, (list, tuple)) and given else given
@@ -517,7 +521,7 @@ class MaskExplorer:
         if unknown := changes.keys() - self.settings.keys():
             raise TypeError(f"there is no setting {min(unknown)}; use {', '.join(self.settings)}, a or b")
         self.settings |= changes
-        if "transcripts" in changes: self.shelf = None
+        if changes.keys() & {"transcripts", "relabel", "tools"}: self.shelf = None
         try: self.explored = self.explore()
         except Exception as e:  # whatever a model, a file or a template raises: a traceback in place of the view helps nobody
             self.explored = Explored(message=told(e))
@@ -528,7 +532,7 @@ class MaskExplorer:
         "The `Explored` of the settings. Raises what a file, a model or a template raises."
         s = self.settings
         if s["transcripts"] is None: raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
-        if self.shelf is None: self.shelf = as_shelf(s["transcripts"])
+        if self.shelf is None: self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
         transcript, masker = self.shelf.at(s["number"]), load_masker(
             *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format")))
         self.tokenizer = masker.tokenizer
@@ -681,8 +685,8 @@ class ExplorerBox:
 # %% ../../nbs/21_mask_explorer.ipynb #42a22414
 def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="first_header", label=None, max_length=None, side="targets",
                   control="error", chat_template=None, policies=None, number=1, template_variables="",
-                  tool_call_format="template"):
-    """A `MaskExplorer` of `transcripts`: the path of a file or folder in any format of `cbnb.transcripts`, a Transcript or a list of them, a record
+                  tool_call_format="template", relabel="", tools=""):
+    """A `MaskExplorer` of `transcripts`: entries of data, read as `cbnb.sources` says by `relabel` and `tools`, a Transcript or a list of them, a record
     or a list of messages; None begins with nothing.
 
     `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`;
@@ -692,4 +696,4 @@ def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="fi
     wrong is told in the view."""
     return MaskExplorer(transcripts=transcripts, model=model, a=a, b=b, label=label, max_length=max_length, side=side, control=control,
                         chat_template=chat_template, policies=policies, number=number, template_variables=template_variables,
-                        tool_call_format=tool_call_format)
+                        tool_call_format=tool_call_format, relabel=relabel, tools=tools)
