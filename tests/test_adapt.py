@@ -14,7 +14,7 @@ from cbnb.transcripts import InjectionSpan, Transcript
 WORDS = ("Ada", "bee", "c\u00f4te", "dusk", "\u4f60\u597d", "fig 7", "gnat\nhid", "{\"i\": 1}")
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Does it.", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
          for name in ("look", "send")]
-SWITCH = "{%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+SWITCH = "{%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}<|im_start|>{{ m.role }}\\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
 
 
 def conversation(seed, number=0):
@@ -106,32 +106,34 @@ def test_labels_go_to_every_part():
 
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_templates_train_what_the_assistant_wrote(name):
-    names, some = STOCK[name][2], [replace(conversation(seed, seed), message_labels={}) for seed in range(40)]
+    names, some = STOCK[name][2], [replace(conversation(seed, seed), message_labels={}) for seed in range(24)]
     plain, masker = stock_masker(name), stock_masker(name, names)
     before = plain.encode_batch(some, errors="return")
-    assert sum(isinstance(e, MaskError) for e in before) > (8 if name == "Llama 3.1" else 25)  # this is what the adaptations are for
+    assert sum(isinstance(e, MaskError) for e in before) > (8 if name == "Llama 3.1" else 15)  # this is what the adaptations are for
     for t, e in zip(some, masker.encode_batch([adapt(t, names) for t in some])):
         assert trained(name, e) == spelled(name, t.messages), t.id
         assert not (e.lost_calls or e.lost_words), t.id
         assert CONTINUE not in "".join(e.text[a:b] for a, b in e.offsets[loss_mask(e)])
         for span, text in zip(e.injection_spans, injected(adapt(t, names))):
-            assert text.strip() in e.text or name == "Mistral"  # Mistral's template writes results as JSON
+            if name == "Gemma 3": assert text.strip() in e.text  # the others write results as JSON
 
 
 @pytest.mark.parametrize("name", STOCK)
 def test_questions_are_written_as_they_are_trained(name):
     names = STOCK[name][2]
     masker, asked = stock_masker(name, names), 0
-    for seed in range(30):
+    for seed in range(16):
         t = adapt(conversation(seed), names)
-        if name == "Mistral" and sum(m["role"] == "user" for m in t.messages) > 1: continue  # its template writes the tools before the last user message
+        if name == "Mistral":  # its template writes the tools before the last user message
+            t = replace(t, messages=t.messages[:[i for i, m in enumerate(t.messages + [{"role": "user"}] * 3) if m["role"] == "user"][2]])
+            if t.messages[-1]["role"] != "assistant" or sum(m["role"] == "user" for m in t.messages) > 1: continue
         text = masker.encode(t.messages, t.tools).text
         for i, m in enumerate(t.messages):
             if m["role"] != "assistant" or t.messages[i - 1]["role"] not in ("user", "tool"): continue
             prompt = masker.prompt(t.messages[:i], t.tools).rstrip()
             assert text.startswith(prompt), (seed, i)
             asked += 1
-    assert asked > 5
+    assert asked > 2
 
 
 def test_the_system_prompt_of_a_template_without_that_role_keeps_its_segment():
@@ -139,19 +141,42 @@ def test_the_system_prompt_of_a_template_without_that_role_keeps_its_segment():
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     with pytest.raises(MaskError, match="no system role"): ChatMasker(qwen3(), SWITCH).encode(messages)
     encoded = ChatMasker(qwen3(), SWITCH, adapt="move_system").encode(messages)
-    assert encoded.text == "[user]Be kind.\n\nHi<|im_end|>[assistant]Ho<|im_end|>"
+    assert encoded.text == "<|im_start|>user\nBe kind.\n\nHi<|im_end|><|im_start|>assistant\nHo<|im_end|>"
     system = "".join(encoded.text[a:b] for a, b in encoded.offsets[encoded.segments == Segment.SYSTEM])
     assert system.strip() == "Be kind." and adapted_counts([adapt(Transcript("t", messages), "move_system")]) == {"move_system": {"transcripts": 1, "changes": 1}}
-    assert ChatMasker(qwen3(), SWITCH, adapt="move_system").prompt(messages[:2]) == "[user]Be kind.\n\nHi<|im_end|>"
+    assert ChatMasker(qwen3(), SWITCH, adapt="move_system").prompt(messages[:2]) == "<|im_start|>user\nBe kind.\n\nHi<|im_end|><|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("name", STOCK)
 def test_what_a_template_needs_is_found(name):
-    some = [conversation(seed, seed) for seed in range(20)]
+    some = [conversation(seed, seed) for seed in range(8)]
     found = propose(some, lambda names: stock_masker(name, names))
-    assert found["read"] == found["of"] == 20 and {*found["names"]} <= {*adapt_names(STOCK[name][2]), "join_users"}
+    assert found["read"] == found["of"] == 8 and {*found["names"]} <= {*adapt_names(STOCK[name][2]), "join_users"}
     assert propose([Transcript("t", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])],
                    lambda names: stock_masker(name, names)) == {"names": (), "read": 0, "of": 1}
+
+
+def test_a_run_reads_its_data_adapted_and_says_so(tmp_path):
+    from cbnb.adapt import adapted_line
+    from cbnb.data import read_streams
+    from cbnb.sources import check_reading, reading_of
+    from cbnb.transcripts import TranscriptError, write_transcripts
+    some = [replace(conversation(seed, seed), meta={}) for seed in range(12)]
+    write_transcripts(tmp_path / "runs.jsonl", some)
+    reading = reading_of({"adapt": "split_calls,split_text"})
+    harmful, benign = read_streams([tmp_path / "runs.jsonl"], reading)
+    assert not benign and [restore(t).messages for t in harmful] == [restore(t).messages for t in read_streams([tmp_path / "runs.jsonl"])[0]]
+    assert not any(m.get("tool_calls") and m["content"] for t in harmful for m in t.messages)
+    assert f"adapted: {adapted_line(harmful)}" in reading.lines() and reading.record()["adapted"][0]["counts"] == adapted_counts(harmful)
+    with pytest.raises(TranscriptError, match="did you mean 'split_text'"): check_reading({"adapt": "split_texts"})
+
+
+def test_the_audit_adapts_as_its_masker_does_and_says_so():
+    from cbnb.audit import audit
+    some = [conversation(seed, seed) for seed in range(6)]
+    found = list(audit(some, stock_masker("Llama 3.1", "split_calls,split_text")))
+    assert not any(f.kind == "no_mask" for a in found for f in a.findings)
+    assert any(f.kind == "adapted" and "split_calls in 1 of 1 transcript" in f.text for a in found for f in a.findings)
 
 
 def test_names_that_are_unknown_are_refused():
