@@ -71,7 +71,7 @@ def read_entry(text):
         while said and (said[0][1] not in known and said[0][0] == ":"): path, said = path + "".join(said[0]), said[1:]
         if is_hub(path): return Entry(path)   # its reader says what is wrong with the name
         need(not is_glob(path), path, "matches no file; give a glob that does, in quotation marks in a shell")
-        raise TranscriptError(f"{path}, which is not there: give the path of a transcript file, a folder or a glob")
+        raise TranscriptError(f"{path}: no such file; give the path of a transcript file, a folder or a glob")
     options = {}
     for sign, word in said:
         if sign == "@": key, value = "share", read_share(word, text)

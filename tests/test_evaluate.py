@@ -110,7 +110,7 @@ def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
 def test_what_cannot_be_evaluated_is_told_at_once(run, capsys, tmp_path):
     for given, words in ((["none"], "there are no held-out transcripts"), ([str(tmp_path)], "has no adapter_config.json"),
                          (["none", "--eval-data", str(run.parent / "heldout.jsonl")], "no model is known"), (["a/b/c"], "neither a run directory"),
-                         (["none", "--model", "tinyagent", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl, which is not there"),
+                         (["none", "--model", "tinyagent", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
                          ([str(run), "--samples", "3"], "all alike"), (["a", "b", "c"], "two can be set")):
         assert main(["evaluate", *given]) == 2
         said = capsys.readouterr().err
