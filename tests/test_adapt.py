@@ -14,7 +14,7 @@ from cbnb.transcripts import InjectionSpan, Transcript
 WORDS = ("Ada", "bee", "c\u00f4te", "dusk", "\u4f60\u597d", "fig 7", "gnat\nhid", "{\"i\": 1}")
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Does it.", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
          for name in ("look", "send")]
-SWITCH = "{%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}<|im_start|>{{ m.role }}\\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
+SWITCH = "{%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{%- endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def conversation(seed, number=0):
@@ -124,12 +124,10 @@ def test_questions_are_written_as_they_are_trained(name):
     masker, asked = stock_masker(name, names), 0
     for seed in range(16):
         t = adapt(conversation(seed), names)
-        if name == "Mistral":  # its template writes the tools before the last user message
-            t = replace(t, messages=t.messages[:[i for i, m in enumerate(t.messages + [{"role": "user"}] * 3) if m["role"] == "user"][2]])
-            if t.messages[-1]["role"] != "assistant" or sum(m["role"] == "user" for m in t.messages) > 1: continue
         text = masker.encode(t.messages, t.tools).text
         for i, m in enumerate(t.messages):
             if m["role"] != "assistant" or t.messages[i - 1]["role"] not in ("user", "tool"): continue
+            if name == "Mistral" and any(m["role"] == "user" for m in t.messages[i:]): continue  # its template writes the tools before the last of them
             prompt = masker.prompt(t.messages[:i], t.tools).rstrip()
             assert text.startswith(prompt), (seed, i)
             asked += 1

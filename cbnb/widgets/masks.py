@@ -163,7 +163,8 @@ class Explored:
         "The findings (list of `(name of the mask, Finding)`) of all masks, or the one that there is none."
         if self.transcript is not None and self.encoded is None:
             return [("every mask", Finding("no_mask", self.message, message_of(self.message)))]
-        return [(m.name, f) for m in self.masks for f in m.findings]
+        said = adapted_line([self.transcript]) if self.transcript is not None else ""
+        return [(m.name, f) for m in self.masks for f in m.findings] + [("every mask", Finding("adapted", said))] * bool(said)
 
 # %% ../../nbs/21_mask_explorer.ipynb #fc067dcc
 def explore(transcript, masker, policies=None, label=None, max_length=None, side="targets", model=""):
