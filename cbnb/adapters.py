@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from .ablation import check_data, run_settings
-from .answers import answer_figures, kept_lines, prompt_hash, prompt_of, read_again
+from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from .card import refresh_card
-from .config import CircuitBreakerConfig, get_config
+from .config import TINYAGENT, CircuitBreakerConfig, get_config
 from .data import load_streams, read_streams
 from .decoding import Decoding
 from .divergence import check_adapter, load_students
@@ -34,9 +35,9 @@ from .tinyagent import write_data
 from .transcripts import Transcript, TranscriptError
 
 # %% auto #0
-__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_entry', 'heldout_files',
-           'reading_for', 'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter',
-           'rescored', 'rescore']
+__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
+           'settings_for', 'found_entry', 'heldout_files', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
+           'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -85,14 +86,36 @@ def find_adapters(first: str, second: str = "") -> list[Adapter]:
     return found
 
 # %% ../nbs/16_adapters.ipynb #f8535862
+def run_model(folder: Path) -> str:
+    "The model of the run in `folder`. Raises RunError where its config.json does not say it."
+    found = read_json(folder / "config.json")
+    if not isinstance(found, dict) or not isinstance(found.get("model"), str): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
+    return found["model"]
+
+
+def made_for(adapter: Adapter) -> str | None:
+    "The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names; None where neither says one."
+    if adapter.run: return run_model(adapter.run)
+    return json.loads((adapter.folder / "adapter_config.json").read_text()).get("base_model_name_or_path") if adapter.folder else None
+
+
+def another_base(adapter: Adapter, name: str) -> dict:
+    """`{"made_for": the model that the adapter names, "model": name}` where that is another one than `name`, else {}:
+    an adapter fits any model of the same shapes. Two folders are the same model by their path."""
+    base = made_for(adapter)
+    if base is None: return {}
+    one, other = (TINYAGENT if model == "tinyagent" else Path(model).expanduser() for model in (base, name))
+    alike = one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
+    return {} if alike else {"made_for": base, "model": name}
+
+
 def base_name(adapters: list[Adapter], model: str | None = None) -> str:
     """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
     known, or two adapters name two."""
     if model: return model
     found = []
     for a in adapters:
-        if a.run: found.append(read_json(a.run / "config.json")["model"])
-        elif a.folder: found.append(json.loads((a.folder / "adapter_config.json").read_text()).get("base_model_name_or_path"))
+        if a.folder or a.run: found.append(made_for(a))
     if len({*found}) > 1: raise RunError(f"the adapters name two models, {' and '.join(map(str, found))}: give the one to evaluate on as model")
     if not any(found): raise RunError("no model is known: give one as model")
     return found[0]
@@ -172,7 +195,9 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
     run = next((a.parameters for a in adapters if a.run), {})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     known = {k: run[k] for k in fields if k in run} | {k: v for k, v in given.items() if v is not None}
-    return Decoding(**known)
+    decoding = Decoding(**known)
+    if given.get("seed") is not None and not decoding.temperature: raise RunError(f"seed {given['seed']} would do nothing: greedy answers depend on none; leave it out, or give a temperature")
+    return decoding
 
 
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
@@ -199,30 +224,34 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     config = settings_for(adapters, base, name, target_layers)
     student = load_students(base, {"adapter": adapter.folder}) if adapter.folder else add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
-    return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name)
+    return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)
 
 # %% ../nbs/16_adapters.ipynb #9ea074cf
-def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, where) -> tuple[list, dict]:
-    """`(the lines read and scored anew, the figures that follow)` of the answers in `lines`, the last one
-    to each attempt counting. Raises RunError, naming `where` they are from, where one is missing or was
-    given to another prompt than these transcripts' in this template."""
+def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, stops, where) -> tuple[list, dict]:
+    """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
+    attempt counting: all that a line says is taken from its token ids, its question and the model's own stop
+    tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError, naming
+    `where` they are from, where one is missing or was given to another prompt than these transcripts' in
+    this template."""
     asked = [q for t in transcripts for q in questions(t)]
     wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
-    by_question, new = {}, []
+    by_question, new, altered = {}, [], 0
     for line in lines: by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
     for question, forced in wanted:
         found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
-        if not found: raise RunError(f"{where} holds no answer to {question.id}: the held-out transcripts are other ones; evaluate again")
-        hashed = prompt_hash(prompt_of(masker, question, prefill if forced else 0)[0])
+        if not found: raise RunError(f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts are other ones; evaluate again")
+        prompt, begun = prompt_of(masker, question, prefill if forced else 0)
         for line in (found[attempt] for attempt in sorted(found)):
-            if line["prompt"]["hash"] != hashed:
+            if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
-            new.append(read_again(line, question, reader))
+            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
+            altered += any(line.get(k) != new[-1][k] for k in ("text", "finish", "past_stop"))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
     attempts = {len(found) for found in by_question.values()}
     if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
+    if altered: warnings.warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew", stacklevel=2)
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
@@ -236,14 +265,16 @@ def rescore(folder) -> dict:
     result, parameters = (read_json(folder / name) for name in ("result.json", "params.json"))
     if result is None or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
     lines = kept_lines(folder)
-    if not lines: raise RunError(f"{folder} holds no answers.jsonl: it was made by an older cbnb, so evaluate it again")
+    if not lines:
+        there = (folder / "answers.jsonl").exists()
+        raise RunError(f"{folder} holds {'an answers.jsonl without a whole line' if there else 'no answers.jsonl (an older cbnb wrote none)'}: evaluate it again")
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
         name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
         given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format", "adapt") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
-        name, transcripts, given = read_json(folder / "config.json")["model"], questions_for(adapters), {}
+        name, transcripts, given = run_model(folder), questions_for(adapters), {}
     masker = masker_for(adapters, name, parameters.get("trust_remote_code", False), **given)
     reader = derive_reader(masker)
     check_readable(reader, transcripts)
@@ -251,7 +282,8 @@ def rescore(folder) -> dict:
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
         prefill = figures["decoding"]["prefill"]
-        again, scores = rescored(own, transcripts, masker, reader, prefill, folder / "answers.jsonl")
+        stops = {*masker.tokenizer.convert_tokens_to_ids(figures["ends"]["model"])}
+        again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
     write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())

@@ -26,8 +26,9 @@ from .transcripts import Transcript
 from .turns import IS_COMPLETION
 
 # %% auto #0
-__all__ = ['WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected', 'model_state', 'batch_key', 'read_again',
-           'answer_line', 'prompt_hash', 'kept_lines', 'write_lines', 'answer_questions', 'answer_figures']
+__all__ = ['MADE_FROM', 'WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected', 'model_state', 'batch_key',
+           'end_sequences', 'answer_line', 'prompt_hash', 'kept_lines', 'write_lines', 'answer_questions',
+           'answer_figures']
 
 # %% ../nbs/07d_answers.ipynb #0b929e41
 def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,26 +90,26 @@ def batch_key(state: str, stage: str, decoding: Decoding, ends, prefilled: bool,
     return digest.hexdigest()[:32]
 
 # %% ../nbs/07d_answers.ipynb #91c1a2b3
+MADE_FROM = ("key", "stage", "asked", "attempt", "id", "prompt", "begun", "ids")  # of a line; all else in it follows from these
 WANTED = ("injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call", "expected_text")  # of a question's meta
 
 
-def read_again(line: dict, question: Transcript, reader: AnswerReader) -> dict:
-    "The `line` of answers.jsonl with its answer read and scored anew."
-    answer = reader.read([*line["begun"], *line["ids"]], question.tools)
-    return line | {"group": group_of(question), "wanted": {k: question.meta[k] for k in WANTED if k in question.meta},
-                   "read": asdict(answer), "scores": score(question, answer, reader)}
+def end_sequences(reader: AnswerReader, stops) -> tuple:
+    "The sequences of token ids at which an answer ends: those of the template, else each of the model's own stop tokens `stops`."
+    return reader.ends or tuple((i,) for i in sorted(stops))
 
 
-def answer_line(question: Transcript, prompt, begun, ids, masker: ChatMasker, reader: AnswerReader, ends, stops, **where) -> dict:
-    """The line of one answer: `ids` were generated after `prompt` and `begun`. `finish`: ended, or length,
-    where there was no end of turn in time; `past_stop`: it goes on behind one of the model's own stop
-    tokens `stops`, at which other programs would have cut it."""
+def answer_line(question: Transcript, prompt, begun, ids, reader: AnswerReader, stops, **where) -> dict:
+    """The line of one answer: `ids` were generated after `prompt` and `begun`, and all else follows from
+    them. `finish`: ended, or length, where there was no end of turn in time; `past_stop`: it goes on behind
+    one of the model's own stop tokens `stops`, at which other programs would have cut it."""
     begun, ids = ([int(i) for i in part] for part in (begun, ids))
-    line = {**where, "id": question.id, "kind": question.meta.get("kind"), "label": question.label,
+    answer, ended = reader.read([*begun, *ids], question.tools), until_end(begun + ids, end_sequences(reader, stops), len(begun))[1]
+    return {**where, "id": question.id, "kind": question.meta.get("kind"), "label": question.label,
             "prompt": {"messages": len(question.messages) - 1, "tokens": len(prompt), "hash": prompt_hash(prompt)}, "begun": begun, "ids": ids,
-            "text": masker.tokenizer.decode(begun + ids), "finish": "ended" if until_end(begun + ids, ends, len(begun))[1] else "length",
-            "past_stop": any(i in stops for i in ids[:-1])}
-    return read_again(line, question, reader)
+            "text": reader.masker.tokenizer.decode(begun + ids), "finish": "ended" if ended else "length",
+            "past_stop": any(i in stops for i in ids[:-1]), "group": group_of(question),
+            "wanted": {k: question.meta[k] for k in WANTED if k in question.meta}, "read": asdict(answer), "scores": score(question, answer, reader)}
 
 
 def prompt_hash(ids) -> str:
@@ -126,7 +127,10 @@ def kept_lines(folder) -> dict[str, dict]:
         kept = {}
         for file in (path, *sorted(path.parent.glob("answers.rank*.jsonl"))):
             for number, line in enumerate(read_lines(file), 1):
-                if not isinstance(line.get("key"), str): raise RunError(f"{file} line {number} is no answer (it has no key): remove that line")
+                missing = [field for field in MADE_FROM if line.get(field) is None]
+                why = f"it has no {missing[0]}" if missing else ""
+                if not missing and not all(type(i) is int and i >= 0 for i in line["ids"]): why = "its ids are no token ids"
+                if why: raise RunError(f"{file} line {number} is no answer ({why}): remove that line")
                 if file != path and line["key"] not in kept: append_line(path, line)
                 kept[line["key"]] = line
             if file != path: file.unlink()
@@ -148,9 +152,9 @@ def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader,
     are written to its answers.jsonl as they are made, and batches of which it has all lines, made by the
     same model with the same decoding, are not asked again. Raises ValueError as `prompt_of` does, RunError
     as `kept_lines`."""
-    ends = reader.ends or tuple((i,) for i in sorted(stop_tokens(model, masker.tokenizer)))
-    asked = [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts]
-    prompts, stops = [np.concatenate(ids).astype(np.int32) for ids in asked], stop_tokens(model, masker.tokenizer)
+    stops = stop_tokens(model, masker.tokenizer)
+    ends, asked = end_sequences(reader, stops), [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts]
+    prompts = [np.concatenate(ids).astype(np.int32) for ids in asked]
     state, kept = (model_state(model), kept_lines(folder)) if folder else ("", {})
     todo, keys = [], {}
     for batch in batches(prompts, [t.id for t in transcripts], decoding.batch_size):
@@ -158,18 +162,20 @@ def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader,
             key = batch_key(state, stage, decoding, ends, prefilled, attempt, [prompts[i] for i in batch])
             keys |= {(i, attempt): f"{key}-{row}" for row, i in enumerate(batch)}
             if not all(keys[i, attempt] in kept for i in batch): todo.append((batch, attempt))
+    def line_of(i, attempt, ids):
+        where = dict(key=keys[i, attempt], stage=stage, asked="prefilled" if prefilled else "plain", attempt=attempt)
+        return answer_line(transcripts[i], *asked[i], ids, reader, stops, **where)
     model.eval()
     new = []
     for batch, attempt in dealt(model, todo):
         seeds = [item_seed(decoding.seed, transcripts[i].id, attempt) for i in batch]
         made = generate_batch(model, [prompts[i] for i in batch], ends, masker.tokenizer.pad_token_id, decoding, seeds)
-        lines = [answer_line(transcripts[i], *asked[i], ids, masker, reader, ends, stops, key=keys[i, attempt], stage=stage,
-                             asked="prefilled" if prefilled else "plain", attempt=attempt) for i, ids in zip(batch, made, strict=True)]
+        lines = [line_of(i, attempt, ids) for i, ids in zip(batch, made, strict=True)]
         new += lines
         if folder and (is_first() or not is_in_parts(model)): write_lines(folder, [line for line in lines if line["key"] not in kept])
     found = kept | {line["key"]: line for line in collected(model, new)}
     if folder: kept_lines(folder)   # the others' files into the one
-    return [read_again(found[keys[i, attempt]], t, reader) for i, t in enumerate(transcripts) for attempt in range(decoding.samples)]
+    return [line_of(i, attempt, found[keys[i, attempt]]["ids"]) for i in range(len(transcripts)) for attempt in range(decoding.samples)]
 
 # %% ../nbs/07d_answers.ipynb #17b2dbfd
 def answer_figures(lines: list[dict]) -> dict:

@@ -19,7 +19,7 @@ import cbnb
 from .config import PRESETS, CircuitBreakerConfig, config_to_dict
 from .data import Sample
 from .processes import is_first
-from .report import alarm_lines, data_notes, readable_table, result_notes, result_table
+from .report import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
 from .runs import scrub, write_bytes
 from .settings import KEPT_TEMPLATE, preset_for
 from .teacher_cache import sample_key
@@ -51,7 +51,7 @@ HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 def figure_text(result: dict) -> str:
     "What stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's `result`, its notes and alarms."
     lines = ["", markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))), ""]
-    if notes := result_notes(result["after"]): lines += [*(f"- {note}" for note in notes), ""]
+    if notes := all_notes(results_of(result)): lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(result.get("alarms")): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     return "\n".join([*lines, ""])
 
