@@ -175,9 +175,9 @@ def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading
 
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
     """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept there, but for what is
-    `given` and not None (control, chat_template, template_variables, tool_call_format)."""
+    `given` and not None (control, chat_template, template_variables, tool_call_format, adapt)."""
     run = next((a for a in adapters if a.run), None)
-    fields = ("control", "chat_template", "template_variables", "tool_call_format")
+    fields = ("control", "chat_template", "template_variables", "tool_call_format", "adapt")
     given = {k: v for k, v in given.items() if v is not None}
     known = {k: run.parameters[k] for k in fields if run and k in run.parameters} | given
     kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
@@ -271,7 +271,7 @@ def rescore(folder) -> dict:
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
         name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
-        given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
+        given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format", "adapt") if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
         name, transcripts, given = run_model(folder), questions_for(adapters), {}

@@ -21,6 +21,7 @@ import jinja2
 import numpy as np
 
 from .actions import actions_line, for_policy, own_notes, trained_calls
+from .adapt import adapt, adapted_line
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
 from .turns import COMPLETION, Segment
@@ -49,8 +50,9 @@ KINDS = {
     "warning": "the mask is safe, but something was left out",
     "unknown_keys": "a message has keys that nothing here reads",
     "cut": "part of an answer is cut off",
-    "actions": "whose the actions after the injection are, and what they were compared with"}
-NOTES = frozenset({"warning", "unknown_keys", "cut", "actions"})
+    "actions": "whose the actions after the injection are, and what they were compared with",
+    "adapted": "what was changed in the transcript for the chat template"}
+NOTES = frozenset({"warning", "unknown_keys", "cut", "actions", "adapted"})
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,7 @@ def audit_one(number, transcript, encoded, policy, max_length=None, side="target
         found.append(Finding("no_injection", f"{policy} finds no injection span and trains all that the assistant says, before the attack too; "
                                              "find spans with cbnb spans, or choose another policy"))
     if mask is not None and (said := actions_line(transcript)): found.append(Finding("actions", said))
+    if said := adapted_line([transcript]): found.append(Finding("adapted", said))
     place = dict(transcript=transcript.id, number=number, file=file)
     found = tuple(Finding(f.kind, f.text, f.messages, **place) for f in found)
     return Audited(number, transcript, None if mask is None else encoded, mask, found)
@@ -286,7 +289,8 @@ def each_record(transcripts):
 def audit(transcripts, masker, policy="assistant_only", max_length=None, side="targets", limit=None):
     """Yields an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held whole).
 
-    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: look at what `truncation_window` would cut.
+    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: look at what `truncation_window` would cut. Each transcript is
+    adapted as `masker.adapt` says.
     `limit`: stop after that many transcripts. Of a reader made with `on_error="skip"`, each bad record is yielded too, as the finding `unreadable`.
     Raises MaskError for an unknown policy, ValueError for a wrong limit, and what the reader raises."""
     if not callable(policy) and policy not in POLICIES:
@@ -299,7 +303,7 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
         note = own_notes(t for t in each_record(whole) if not isinstance(t, TranscriptError))
     stream = each_record(whole)
     while batch := list(itertools.islice(stream, BATCH if limit is None else min(BATCH, limit - number))):
-        pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(t), policy) for t in batch]
+        pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(adapt(t, masker.adapt)), policy) for t in batch]
         encoded = iter(encode_each(masker, [t for t, _ in pairs if not isinstance(t, TranscriptError)]))
         for found, refusal in pairs:
             if isinstance(found, TranscriptError): yield Audited(0, findings=(Finding("unreadable", str(found)),))

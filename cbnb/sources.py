@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .adapt import adapt, adapt_names, adapted_counts, adapted_line
 from .holdout import task_keys
+from .templates import MaskError
 from .transcripts import (LABELS, MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, add_adapted, files_in,
                               is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
 
@@ -302,13 +304,15 @@ def cause_of(error):
 @dataclass
 class Reading:
     """How the data of a run is read, and what became of it. Settings: `relabel`, `on_error` (raise or skip),
-    `max_skipped` (share of the records above which skipping refuses the run) and `tools`. Counts: `records`
+    `max_skipped` (share of the records above which skipping refuses the run), `tools` and `adapt` (names of
+    `cbnb.adapt`, done to each transcript; `adapted` counts them, in sentences and by name). Counts: `records`
     that were read, `skipped` by cause, with an `examples` sentence each, `left_out` by cause, transcripts by
     where their `given_tools` are from, `shares` (what was drawn, by entry), and sentences `told` by the readers."""
     relabel: str = ""
     on_error: str = "raise"
     max_skipped: float = 0.1
     tools: str = ""
+    adapt: str = ""
     records: int = 0
     skipped: Counter = field(default_factory=Counter)
     examples: dict = field(default_factory=dict)
@@ -316,6 +320,7 @@ class Reading:
     given_tools: Counter = field(default_factory=Counter)
     shares: dict = field(default_factory=dict)
     told: list = field(default_factory=list)
+    adapted: list = field(default_factory=list)
 
     def skip(self, error):
         "Counts a TranscriptError of a record that is left out."
@@ -341,6 +346,8 @@ class Reading:
         if bad > self.max_skipped * total:
             raise TranscriptError(f"{', '.join(texts)}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
                                   f"{self.causes()}; mend them, or allow more")
+        out = [adapt(t, self.adapt) for t in out]
+        if found := adapted_counts(out): self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
         return out
 
     def add(self, text, reader):
@@ -369,16 +376,16 @@ class Reading:
 
     def lines(self):
         "Sentences for a run: what was left out and drawn, where tools are from, and what is `warned`."
-        return [*self.told, *(f"{n:,} transcripts without tools got those of {origin}" for origin, n in self.given_tools.items() if origin),
+        return [*self.told, *(f"adapted: {found['line']}" for found in self.adapted), *(f"{n:,} transcripts without tools got those of {origin}" for origin, n in self.given_tools.items() if origin),
                 *self.warned()]
 
     def record(self):
         "What a run's result.json keeps of it, a dict."
         return {"records": self.records, "skipped": dict(self.skipped), "examples": self.examples, "left_out": dict(self.left_out),
-                "tools": dict(self.given_tools), "shares": self.shares}
+                "tools": dict(self.given_tools), "shares": self.shares, "adapted": self.adapted}
 
 
-READING = ("relabel", "on_error", "max_skipped", "tools")
+READING = ("relabel", "on_error", "max_skipped", "tools", "adapt")
 
 
 def reading_of(parameters, **given):
@@ -391,7 +398,8 @@ def reading_of(parameters, **given):
 def check_reading(parameters):
     """Raises TranscriptError for data settings among the dict `parameters` that cannot be: an entry of `data`
     or `eval_data` that is not there or says something unknown, another `relabel` or `on_error`, a
-    `max_skipped` outside of [0, 1], a file of `tools` that cannot be read. None stands for any."""
+    `max_skipped` outside of [0, 1], a file of `tools` that cannot be read, an unknown name in `adapt`. None
+    stands for any."""
     for name in ("data", "eval_data"):
         for text in listed(parameters.get(name) or ""):
             if text == "tinyagent": continue
@@ -402,6 +410,8 @@ def check_reading(parameters):
     if on_error not in (None, "raise", "skip"): raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
     if most is not None and not 0 <= most <= 1: raise TranscriptError(f"max_skipped is {most!r}: use a share from 0 to 1")
     ToolShelf(parameters.get("tools") or "")
+    try: adapt_names(parameters.get("adapt"))
+    except MaskError as e: raise TranscriptError(str(e)) from None
 
 
 def listed(text):
