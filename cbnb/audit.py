@@ -25,7 +25,7 @@ from .adapt import adapt, adapted_line
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
 from .turns import COMPLETION, Segment
-from .targets import cut_context, lacks_injection, training_mask, truncation_window
+from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
@@ -139,8 +139,7 @@ def cut_targets(encoded, mask, max_length, side="targets"):
     limit = f"by truncation to {max_length} of {len(mask)} tokens ({side}); raise the limit or shorten the transcript"
     endless = sorted(set(untrained_ends(encoded, mask & kept)) - set(untrained_ends(encoded, mask)))
     gone = cut_context(encoded, mask, window)
-    said = {"request": "the user's request", "injection": "the injected message"}
-    lost_context = [Finding("lost_context", f"{' and '.join(said[what] for what in gone)} {'is' if len(gone) == 1 else 'are'} cut off {limit}")] * bool(gone)
+    lost_context = [Finding("lost_context", f"{' and '.join(CONTEXT[what] for what in gone)} {'is' if len(gone) == 1 else 'are'} cut off {limit}")] * bool(gone)
     return lost_context + ([Finding("eot_untrained", f"the end of message {', '.join(map(str, endless))} is cut off {limit}", tuple(endless))] * bool(endless) + [Finding("lost_to_truncation", f"all targets of message {', '.join(map(str, lost))} are cut off {limit}", tuple(lost))] * bool(lost)
             + [Finding("cut", f"targets of message {', '.join(map(str, part))} are cut off in part {limit}", tuple(part))] * bool(part))
 

@@ -21,10 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 import cbnb
-from .ablation import find_file, notebook_parameters
+from .ablation import RUN_ONLY, find_file, notebook_parameters
 from .adapt import ADAPTATIONS
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
-from .config import ConfigError
 from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
@@ -411,8 +410,7 @@ def add_plan(commands):
     p.set_defaults(run=run_plan)
 
 
-NOT_PLANNED = ("data", "eval_data", "heldout_by", "relabel", "control", "tool_call_format", "chat_template", "template_variables",
-               "teacher_cache", "max_new_tokens", "temperature", "samples", "seed", "run_dir")
+NOT_PLANNED = {*RUN_ONLY, "seed"} - {"preset", "teacher", "trust_remote_code", "fsdp"}
 
 
 def run_plan(args):

@@ -22,12 +22,12 @@ from .masks import ChatMasker
 from .model_checks import check_packing
 from .sources import Reading
 from .templates import MaskError
-from .targets import check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['CUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'encode_stream', 'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
+__all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript', 'encode_stream',
+           'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript]]:
@@ -106,9 +106,6 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
     return encoded, training_mask(encoded, transcript, policy)
 
 # %% ../nbs/05_data.ipynb #3cb8c73c
-CUT = {"request": "the user's request", "injection": "the injected message"}
-
-
 def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
                   name: str = "stream", truncation: str = "targets", split_turns: bool = False,
                   lost_context: str = "drop") -> tuple[list[Sample], StreamReport]:
@@ -148,7 +145,7 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.counts.update(f"{what}_cut" for what in gone)
             if gone and lost_context == "drop":
                 report.counts["lost_context"] += 1
-                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CUT[what] for what in gone)}")
+                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}")
                 continue
         # token 0 is predicted by nothing, so a target there is none
         if not mask[keep][1:].any():

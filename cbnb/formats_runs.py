@@ -11,7 +11,6 @@ __all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'insp
            'join_answers', 'from_bfcl_answered', 'is_bfcl', 'answers_only']
 
 # %% ../nbs/00g_formats_runs.ipynb #6e42753f
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from .formats_chat import (
     ITEMS, dicts_of, finish, is_dicts, item_text, join_records, response_messages)
 from .transcripts import (
     CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, agentdojo_label, agentdojo_leaves_out,
-    from_bfcl, need, need_one_of, or_benign, read_arguments,
+    from_bfcl, need, need_one_of, or_benign,
     read_content, read_message, read_records, read_tool_call, replace)
 
 # %% ../nbs/00g_formats_runs.ipynb #0675117d

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'PLACE', 'READING', 'Entry', 'is_glob', 'matches', 'is_there', 'read_entry', 'read_share', 'absolute_entry',
            'entry_paths', 'draw', 'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of',
-           'uses_tools', 'ToolShelf', 'SourceReader', 'open_source', 'open_sources', 'cause_of', 'Reading',
-           'reading_of', 'check_reading', 'listed']
+           'uses_tools', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
+           'Reading', 'reading_of', 'check_reading', 'listed']
 
 # %% ../nbs/00l_sources.ipynb #58f770cd
 import glob
@@ -24,7 +24,7 @@ import numpy as np
 from .adapt import adapt, adapt_names, adapted_counts, adapted_line
 from .holdout import task_keys
 from .templates import MaskError
-from .transcripts import (LABELS, MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, add_adapted, files_in,
+from .transcripts import (LABELS, MAX_LINE_BYTES, TranscriptError, TranscriptReader, add_adapted, files_in,
                               is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
 
 # %% ../nbs/00l_sources.ipynb #66a16c04
@@ -264,6 +264,12 @@ class SourceReader(TranscriptReader):
                                  f"{self.entry.share:g} that is the same for every seed"]
 
 
+def check_words(relabel, on_error):
+    "Raises TranscriptError for another `relabel` than source or nothing, and another `on_error` than raise or skip."
+    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
+    if on_error not in ("raise", "skip"): raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
+
+
 def open_source(text, format="auto", label=None, on_error="raise", relabel=None, tools="", name=None):
     """The `SourceReader` of the `text` of an entry (see `read_entry`). `format` and `label` hold where the entry
     says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called in errors and
@@ -274,8 +280,7 @@ def open_source(text, format="auto", label=None, on_error="raise", relabel=None,
         own = getattr(entry, key)
         need(given in (none, own) or own is None, str(text), f"says the {key} {own}, but {given} is given beside it; keep one")
         if own is None and given != none: entry = replace(entry, **{key: given})
-    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
-    need(on_error in ("raise", "skip"), "on_error", f"is {on_error!r}; use raise or skip")
+    check_words(relabel, on_error)
     return SourceReader(entry, on_error, relabel or None, tools if isinstance(tools, ToolShelf) else ToolShelf(tools), name)
 
 
@@ -406,8 +411,7 @@ def check_reading(parameters):
             try: read_entry(text)
             except TranscriptError as e: raise TranscriptError(f"{name} names {e}") from None
     relabel, on_error, most = (parameters.get(k) for k in READING[:3])
-    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
-    if on_error not in (None, "raise", "skip"): raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
+    check_words(relabel, on_error or "raise")
     if most is not None and not 0 <= most <= 1: raise TranscriptError(f"max_skipped is {most!r}: use a share from 0 to 1")
     ToolShelf(parameters.get("tools") or "")
     try: adapt_names(parameters.get("adapt"))
