@@ -35,7 +35,7 @@ from .tinyagent import write_data
 from .transcripts import Transcript, TranscriptError
 
 # %% auto #0
-__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
+__all__ = ['NONE', 'MASKING', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
            'settings_for', 'found_entry', 'heldout_files', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
            'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
 
@@ -113,9 +113,7 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
     """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
     known, or two adapters name two."""
     if model: return model
-    found = []
-    for a in adapters:
-        if a.folder or a.run: found.append(made_for(a))
+    found = [made_for(a) for a in adapters if a.folder or a.run]
     if len({*found}) > 1: raise RunError(f"the adapters name two models, {' and '.join(map(str, found))}: give the one to evaluate on as model")
     if not any(found): raise RunError("no model is known: give one as model")
     return found[0]
@@ -173,13 +171,15 @@ def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading
     return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]  # prompt: before there was the setting
 
 
+MASKING = ("control", "chat_template", "template_variables", "tool_call_format", "adapt")  # parameters that a masker is made by
+
+
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
     """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept there, but for what is
-    `given` and not None (control, chat_template, template_variables, tool_call_format)."""
+    `given` and not None (names of `MASKING`)."""
     run = next((a for a in adapters if a.run), None)
-    fields = ("control", "chat_template", "template_variables", "tool_call_format")
     given = {k: v for k, v in given.items() if v is not None}
-    known = {k: run.parameters[k] for k in fields if run and k in run.parameters} | given
+    known = {k: run.parameters[k] for k in MASKING if run and k in run.parameters} | given
     kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
     return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[0]
 
@@ -271,7 +271,7 @@ def rescore(folder) -> dict:
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
         name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
-        given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
+        given = {k: parameters[k] for k in MASKING if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
         name, transcripts, given = run_model(folder), questions_for(adapters), {}

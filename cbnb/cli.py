@@ -21,9 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 import cbnb
-from .ablation import find_file, notebook_parameters
+from .ablation import RUN_ONLY, find_file, notebook_parameters
+from .adapt import ADAPTATIONS
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
-from .config import ConfigError
 from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
@@ -44,10 +44,10 @@ def first_line(error):
     return visible((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template"):
+def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template", adapt=""):
     """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.settings.make_masker`; what it has to tell goes to stderr. Raises
     CommandError where there is no tokenizer, and what `make_masker` raises."""
-    try: masker, told = make_masker(model, control, chat_template, template_variables, tool_call_format=tool_call_format)
+    try: masker, told = make_masker(model, control, chat_template, template_variables, tool_call_format=tool_call_format, adapt=adapt)
     except (ParameterError, MaskError): raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
@@ -117,6 +117,7 @@ def add_masks(commands):
                    help="what to do with control tokens in what users and tools say (default: %(default)s)")
     p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
                    help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
+    p.add_argument("--adapt", default="", metavar="NAME,...", help=f"adapt transcripts to the chat template: {', '.join(ADAPTATIONS)}")
     p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
     p.add_argument("--truncation", choices=SIDES,
                    help="what --max-length cuts: around the last target as cbnb does, the right or the left end (default: targets)")
@@ -142,7 +143,7 @@ def audit_file(args):
     if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
     if page and (page.is_dir() or page.resolve() == reader.path.resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
     if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
-    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format)
+    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format, args.adapt)
     return reader, audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 
@@ -409,8 +410,7 @@ def add_plan(commands):
     p.set_defaults(run=run_plan)
 
 
-NOT_PLANNED = ("data", "eval_data", "heldout_by", "relabel", "control", "tool_call_format", "chat_template", "template_variables",
-               "teacher_cache", "max_new_tokens", "temperature", "samples", "seed", "run_dir")
+NOT_PLANNED = {*RUN_ONLY, "seed"} - {"preset", "teacher", "trust_remote_code", "fsdp"}
 
 
 def run_plan(args):

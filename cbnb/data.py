@@ -22,11 +22,11 @@ from .masks import ChatMasker
 from .model_checks import check_packing
 from .sources import Reading
 from .templates import MaskError
-from .targets import check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['CUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript', 'EmptyStream',
+__all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript', 'EmptyStream',
            'empty_stream', 'encode_stream', 'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups',
            'collate']
 
@@ -126,9 +126,6 @@ def empty_stream(report: StreamReport, name: str, policy) -> EmptyStream:
         "check the file, its labels, the policy and max_length.", report)
 
 # %% ../nbs/05_data.ipynb #3cb8c73c
-CUT = {"request": "the user's request", "injection": "the injected message"}
-
-
 def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
                   name: str = "stream", truncation: str = "targets", split_turns: bool = False,
                   lost_context: str = "drop") -> tuple[list[Sample], StreamReport]:
@@ -168,7 +165,7 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.counts.update(f"{what}_cut" for what in gone)
             if gone and lost_context == "drop":
                 report.counts["lost_context"] += 1
-                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CUT[what] for what in gone)}")
+                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}")
                 continue
         # token 0 is predicted by nothing, so a target there is none
         if not mask[keep][1:].any():

@@ -208,7 +208,7 @@ def has_changed(tokenizer, source, chat_template):
 
 
 def make_masker(model, control="error", chat_template="", template_variables="", trust_remote_code=False, folder=None,
-                tool_call_format="template"):
+                tool_call_format="template", adapt=""):
     """`(ChatMasker, told)` of a run with these parameters: the one way in which train, pre-flight, evaluation, `cbnb masks` and the explorers make theirs.
 
     `model`: a name as `load_tokenizer` takes it, or a tokenizer. With `folder`, a run directory, the template and its variables are kept there at the first call and
@@ -218,7 +218,7 @@ def make_masker(model, control="error", chat_template="", template_variables="",
     tokenizer = load_tokenizer(str(model), trust_remote_code) if isinstance(model, (str, Path)) else model
     kept, values, told = kept_template(folder) if folder is not None else None, template_values(template_variables), []
     masker = ChatMasker(tokenizer, kept["source"] if kept else template_source(chat_template), control, template_variables=values,
-                        tool_call_format=tool_call_format)
+                        tool_call_format=tool_call_format, adapt=adapt)
     if kept and has_changed(tokenizer, kept["source"], chat_template):
         told.append(f"{'the chat template' if not chat_template or is_source(chat_template) else chat_template} has changed since the run began: "
                     f"the run's own is used ({Path(folder) / KEPT_TEMPLATE})")
@@ -226,5 +226,6 @@ def make_masker(model, control="error", chat_template="", template_variables="",
     if "strftime_now" in template_inputs(template_of(masker)) and not any("date" in name for name in values):
         told.append(f"the chat template asks for today's date: in masks, prompts and answers it is always {FROZEN_NOW:%-d %B %Y}; template_variables sets another "
                     "where the template reads one, such as date_string")
-    if tool_call_format != "template": told.append(f"tool calls are written by the adaptation {tool_call_format}, in front of the chat template")
+    if masker.adapt: told.append(f"transcripts are adapted to the chat template by {', '.join(masker.adapt)} (cbnb.adapt), in training, questions and answers")
+    if "split_text" in masker.adapt: told.append("words beside a call are a turn of their own, so a model may end its turn after them: an agent loop has to let it go on")
     return masker, told

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'PLACE', 'READING', 'Entry', 'is_glob', 'matches', 'is_there', 'read_entry', 'read_share', 'absolute_entry',
            'entry_paths', 'draw', 'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of',
-           'uses_tools', 'ToolShelf', 'SourceReader', 'open_source', 'open_sources', 'cause_of', 'Reading',
-           'reading_of', 'check_reading', 'listed']
+           'uses_tools', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
+           'Reading', 'reading_of', 'check_reading', 'listed']
 
 # %% ../nbs/00l_sources.ipynb #58f770cd
 import glob
@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .adapt import adapt, adapt_names, adapted_counts, adapted_line
 from .holdout import task_keys
-from .transcripts import (LABELS, MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, add_adapted, files_in,
+from .templates import MaskError
+from .transcripts import (LABELS, MAX_LINE_BYTES, TranscriptError, TranscriptReader, add_adapted, files_in,
                               is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
 
 # %% ../nbs/00l_sources.ipynb #66a16c04
@@ -262,6 +264,12 @@ class SourceReader(TranscriptReader):
                                  f"{self.entry.share:g} that is the same for every seed"]
 
 
+def check_words(relabel, on_error):
+    "Raises TranscriptError for another `relabel` than source or nothing, and another `on_error` than raise or skip."
+    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
+    if on_error not in ("raise", "skip"): raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
+
+
 def open_source(text, format="auto", label=None, on_error="raise", relabel=None, tools="", name=None):
     """The `SourceReader` of the `text` of an entry (see `read_entry`). `format` and `label` hold where the entry
     says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called in errors and
@@ -272,8 +280,7 @@ def open_source(text, format="auto", label=None, on_error="raise", relabel=None,
         own = getattr(entry, key)
         need(given in (none, own) or own is None, str(text), f"says the {key} {own}, but {given} is given beside it; keep one")
         if own is None and given != none: entry = replace(entry, **{key: given})
-    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
-    need(on_error in ("raise", "skip"), "on_error", f"is {on_error!r}; use raise or skip")
+    check_words(relabel, on_error)
     return SourceReader(entry, on_error, relabel or None, tools if isinstance(tools, ToolShelf) else ToolShelf(tools), name)
 
 
@@ -302,13 +309,15 @@ def cause_of(error):
 @dataclass
 class Reading:
     """How the data of a run is read, and what became of it. Settings: `relabel`, `on_error` (raise or skip),
-    `max_skipped` (share of the records above which skipping refuses the run) and `tools`. Counts: `records`
+    `max_skipped` (share of the records above which skipping refuses the run), `tools` and `adapt` (names of
+    `cbnb.adapt`, done to each transcript; `adapted` counts them, in sentences and by name). Counts: `records`
     that were read, `skipped` by cause, with an `examples` sentence each, `left_out` by cause, transcripts by
     where their `given_tools` are from, `shares` (what was drawn, by entry), and sentences `told` by the readers."""
     relabel: str = ""
     on_error: str = "raise"
     max_skipped: float = 0.1
     tools: str = ""
+    adapt: str = ""
     records: int = 0
     skipped: Counter = field(default_factory=Counter)
     examples: dict = field(default_factory=dict)
@@ -316,6 +325,7 @@ class Reading:
     given_tools: Counter = field(default_factory=Counter)
     shares: dict = field(default_factory=dict)
     told: list = field(default_factory=list)
+    adapted: list = field(default_factory=list)
 
     def skip(self, error):
         "Counts a TranscriptError of a record that is left out."
@@ -341,6 +351,8 @@ class Reading:
         if bad > self.max_skipped * total:
             raise TranscriptError(f"{', '.join(texts)}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
                                   f"{self.causes()}; mend them, or allow more")
+        out = [adapt(t, self.adapt) for t in out]
+        if found := adapted_counts(out): self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
         return out
 
     def add(self, text, reader):
@@ -369,16 +381,16 @@ class Reading:
 
     def lines(self):
         "Sentences for a run: what was left out and drawn, where tools are from, and what is `warned`."
-        return [*self.told, *(f"{n:,} transcripts without tools got those of {origin}" for origin, n in self.given_tools.items() if origin),
+        return [*self.told, *(f"adapted: {found['line']}" for found in self.adapted), *(f"{n:,} transcripts without tools got those of {origin}" for origin, n in self.given_tools.items() if origin),
                 *self.warned()]
 
     def record(self):
         "What a run's result.json keeps of it, a dict."
         return {"records": self.records, "skipped": dict(self.skipped), "examples": self.examples, "left_out": dict(self.left_out),
-                "tools": dict(self.given_tools), "shares": self.shares}
+                "tools": dict(self.given_tools), "shares": self.shares, "adapted": self.adapted}
 
 
-READING = ("relabel", "on_error", "max_skipped", "tools")
+READING = ("relabel", "on_error", "max_skipped", "tools", "adapt")
 
 
 def reading_of(parameters, **given):
@@ -391,17 +403,19 @@ def reading_of(parameters, **given):
 def check_reading(parameters):
     """Raises TranscriptError for data settings among the dict `parameters` that cannot be: an entry of `data`
     or `eval_data` that is not there or says something unknown, another `relabel` or `on_error`, a
-    `max_skipped` outside of [0, 1], a file of `tools` that cannot be read. None stands for any."""
+    `max_skipped` outside of [0, 1], a file of `tools` that cannot be read, an unknown name in `adapt`. None
+    stands for any."""
     for name in ("data", "eval_data"):
         for text in listed(parameters.get(name) or ""):
             if text == "tinyagent": continue
             try: read_entry(text)
             except TranscriptError as e: raise TranscriptError(f"{name} names {e}") from None
     relabel, on_error, most = (parameters.get(k) for k in READING[:3])
-    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
-    if on_error not in (None, "raise", "skip"): raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
+    check_words(relabel, on_error or "raise")
     if most is not None and not 0 <= most <= 1: raise TranscriptError(f"max_skipped is {most!r}: use a share from 0 to 1")
     ToolShelf(parameters.get("tools") or "")
+    try: adapt_names(parameters.get("adapt"))
+    except MaskError as e: raise TranscriptError(str(e)) from None
 
 
 def listed(text):

@@ -143,7 +143,7 @@ def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, ho
     """32 hex digits over the transcripts in their order, tokenizer, template, what the masker was told, `policy`
     (a name) and the other settings, and `code_hash`."""
     tokenizer = masker.tokenizer
-    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.tool_call_format,
+    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.adapt,
             masker.template_variables, tokenizer.special_tokens_map, policy, how, code_hash()]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for t in transcripts: digest.update(json.dumps(vars(t), sort_keys=True, default=str).encode() + b"\n")

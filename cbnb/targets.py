@@ -16,8 +16,8 @@ from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['SIDES', 'messages_off', 'lacks_injection', 'check_calls', 'training_mask', 'truncation_window', 'cut_context',
-           'in_batches', 'in_turns']
+__all__ = ['SIDES', 'CONTEXT', 'messages_off', 'lacks_injection', 'check_calls', 'training_mask', 'truncation_window',
+           'cut_context', 'in_batches', 'in_turns']
 
 # %% ../nbs/01a_targets.ipynb #a75b8f84
 def messages_off(transcript: Transcript) -> list[int]:
@@ -65,6 +65,9 @@ def truncation_window(mask: np.ndarray, max_length: int, side: str = "targets") 
     return slice(end - max_length, end)
 
 # %% ../nbs/01a_targets.ipynb #d2e1577f
+CONTEXT = {"request": "the user's request", "injection": "the injected message"}  # what `cut_context` finds, in words
+
+
 def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
     """What the window `keep` of an encoded transcript cuts off, wholly or in part, of what its last target (of
     `mask`, bool [S]) answers: `"request"`, the user's message before that turn, and `"injection"`, the first

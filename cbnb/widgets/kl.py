@@ -18,6 +18,7 @@ import anywidget
 import numpy as np
 import traitlets
 
+from ..adapt import adapt
 from ..audit import visible
 from ..config import CircuitBreakerConfig
 from ..data import load_streams
@@ -233,9 +234,9 @@ def held_out_of(run):
 
 
 def each_of(texts, reading):
-    "Yields the transcripts of the entries `texts`, as `reading` says (on_error, relabel, tools), one at a time."
+    "Yields the transcripts of the entries `texts`, as `reading` says (on_error, relabel, tools, adapt), one at a time."
     for reader in open_sources(texts, reading.on_error, reading.relabel, reading.tools):
-        yield from (t for t in reader.records() if not isinstance(t, TranscriptError))
+        yield from (adapt(t, reading.adapt) for t in reader.records() if not isinstance(t, TranscriptError))
 
 
 LISTED = 200
@@ -303,7 +304,7 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
-                             tool_call_format=given.get("tool_call_format") or "template")
+                             tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
     def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
     renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
