@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import nn
 
-from .ablation import check_relabel, listed, run_settings
+from .ablation import check_data, run_settings
 from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from .card import refresh_card
-from .config import CircuitBreakerConfig, get_config
+from .config import TINYAGENT, CircuitBreakerConfig, get_config
 from .data import load_streams, read_streams
 from .decoding import Decoding
 from .divergence import check_adapter, load_students
@@ -30,13 +30,14 @@ from .report import results_of, write_run_report
 from .runs import RunError, read_json, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker
+from .sources import READING, Reading, listed, read_entry, reading_of
 from .tinyagent import write_data
-from .transcripts import Transcript
+from .transcripts import Transcript, TranscriptError
 
 # %% auto #0
-__all__ = ['NONE', 'Adapter', 'find_adapter', 'find_adapters', 'base_name', 'settings_for', 'found_file', 'heldout_files',
-           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
-           'rescore']
+__all__ = ['NONE', 'MASKING', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
+           'settings_for', 'found_entry', 'heldout_files', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
+           'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -85,14 +86,34 @@ def find_adapters(first: str, second: str = "") -> list[Adapter]:
     return found
 
 # %% ../nbs/16_adapters.ipynb #f8535862
+def run_model(folder: Path) -> str:
+    "The model of the run in `folder`. Raises RunError where its config.json does not say it."
+    found = read_json(folder / "config.json")
+    if not isinstance(found, dict) or not isinstance(found.get("model"), str): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
+    return found["model"]
+
+
+def made_for(adapter: Adapter) -> str | None:
+    "The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names; None where neither says one."
+    if adapter.run: return run_model(adapter.run)
+    return json.loads((adapter.folder / "adapter_config.json").read_text()).get("base_model_name_or_path") if adapter.folder else None
+
+
+def another_base(adapter: Adapter, name: str) -> dict:
+    """`{"made_for": the model that the adapter names, "model": name}` where that is another one than `name`, else {}:
+    an adapter fits any model of the same shapes. Two folders are the same model by their path."""
+    base = made_for(adapter)
+    if base is None: return {}
+    one, other = (TINYAGENT if model == "tinyagent" else Path(model).expanduser() for model in (base, name))
+    alike = one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
+    return {} if alike else {"made_for": base, "model": name}
+
+
 def base_name(adapters: list[Adapter], model: str | None = None) -> str:
     """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
     known, or two adapters name two."""
     if model: return model
-    found = []
-    for a in adapters:
-        if a.run: found.append(read_json(a.run / "config.json")["model"])
-        elif a.folder: found.append(json.loads((a.folder / "adapter_config.json").read_text()).get("base_model_name_or_path"))
+    found = [made_for(a) for a in adapters if a.folder or a.run]
     if len({*found}) > 1: raise RunError(f"the adapters name two models, {' and '.join(map(str, found))}: give the one to evaluate on as model")
     if not any(found): raise RunError("no model is known: give one as model")
     return found[0]
@@ -110,10 +131,11 @@ def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_la
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
 
 
-def found_file(file) -> str:
-    "The path `file`. Raises RunError where it is not there."
-    if not Path(file).expanduser().exists(): raise RunError(f"eval_data names {file}, which is not there: give the path of a transcript file")
-    return str(Path(file).expanduser())
+def found_entry(text) -> str:
+    "The `text` of an entry of data. Raises RunError where it names nothing that is there."
+    try: read_entry(text)
+    except TranscriptError as e: raise RunError(f"eval_data names {e}") from None
+    return str(text)
 
 
 def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
@@ -129,27 +151,35 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
         if run is None: raise RunError("there are no held-out transcripts: give their files as eval_data")
         files = listed(run.parameters.get("eval_data") or "")
         if not files and run.parameters["data"] == "tinyagent": files = [run.run / "data" / "eval.jsonl"]
-    return [found_file(file) for file in files]
+    return [found_entry(file) for file in files]
 
 
-def questions_for(adapters: list[Adapter], eval_data: str = "", relabel: str | None = None) -> list[Transcript]:
-    """The transcripts of `heldout_files`, as a run reads them (`relabel` None: as the first adapter's run
-    did). Raises what `cbnb.data.read_streams` raises."""
+def reading_for(adapters: list[Adapter], **given) -> Reading:
+    """How an evaluation reads its data: what is `given` and not None of `cbnb.sources.READING`, else as the first
+    adapter's run did."""
+    return reading_of(next((a.parameters for a in adapters if a.run), {}), **given)
+
+
+def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None) -> list[Transcript]:
+    """The transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did). Raises what
+    `cbnb.data.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
     run = next((a.parameters for a in adapters if a.run), {})
-    relabel = run.get("relabel", "") if relabel is None else relabel
-    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, relabel) for t in stream]
-    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), relabel=relabel)[2]  # prompt: before there was the setting
+    reading = reading or reading_for(adapters)
+    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, reading) for t in stream]
+    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]  # prompt: before there was the setting
+
+
+MASKING = ("control", "chat_template", "template_variables", "tool_call_format", "adapt")  # parameters that a masker is made by
 
 
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
     """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept there, but for what is
-    `given` and not None (control, chat_template, template_variables, tool_call_format)."""
+    `given` and not None (names of `MASKING`)."""
     run = next((a for a in adapters if a.run), None)
-    fields = ("control", "chat_template", "template_variables", "tool_call_format")
     given = {k: v for k, v in given.items() if v is not None}
-    known = {k: run.parameters[k] for k in fields if run and k in run.parameters} | given
+    known = {k: run.parameters[k] for k in MASKING if run and k in run.parameters} | given
     kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
     return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[0]
 
@@ -165,7 +195,9 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
     run = next((a.parameters for a in adapters if a.run), {})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     known = {k: run[k] for k in fields if k in run} | {k: v for k, v in given.items() if v is not None}
-    return Decoding(**known)
+    decoding = Decoding(**known)
+    if given.get("seed") is not None and not decoding.temperature: raise RunError(f"seed {given['seed']} would do nothing: greedy answers depend on none; leave it out, or give a temperature")
+    return decoding
 
 
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
@@ -173,7 +205,7 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
     heldout_files(adapters, parameters["eval_data"])
-    check_relabel(parameters.get("relabel"))
+    check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
 
@@ -192,7 +224,7 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     config = settings_for(adapters, base, name, target_layers)
     student = load_students(base, {"adapter": adapter.folder}) if adapter.folder else add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
-    return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name)
+    return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)
 
 # %% ../nbs/16_adapters.ipynb #9ea074cf
 def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, stops, where) -> tuple[list, dict]:
@@ -207,7 +239,7 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
     for line in lines: by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
     for question, forced in wanted:
         found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
-        if not found: raise RunError(f"{where} holds no answer to {question.id}: the held-out transcripts are other ones; evaluate again")
+        if not found: raise RunError(f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts are other ones; evaluate again")
         prompt, begun = prompt_of(masker, question, prefill if forced else 0)
         for line in (found[attempt] for attempt in sorted(found)):
             if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
@@ -233,14 +265,16 @@ def rescore(folder) -> dict:
     result, parameters = (read_json(folder / name) for name in ("result.json", "params.json"))
     if result is None or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
     lines = kept_lines(folder)
-    if not lines: raise RunError(f"{folder} holds no answers.jsonl: it was made by an older cbnb, so evaluate it again")
+    if not lines:
+        there = (folder / "answers.jsonl").exists()
+        raise RunError(f"{folder} holds {'an answers.jsonl without a whole line' if there else 'no answers.jsonl (an older cbnb wrote none)'}: evaluate it again")
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
-        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], parameters.get("relabel"))
-        given = {k: parameters[k] for k in ("control", "chat_template", "template_variables", "tool_call_format") if k in parameters}
+        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
+        given = {k: parameters[k] for k in MASKING if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
-        name, transcripts, given = read_json(folder / "config.json")["model"], questions_for(adapters), {}
+        name, transcripts, given = run_model(folder), questions_for(adapters), {}
     masker = masker_for(adapters, name, parameters.get("trust_remote_code", False), **given)
     reader = derive_reader(masker)
     check_readable(reader, transcripts)

@@ -61,9 +61,9 @@ def advice(rows: list[dict]) -> str:
 # %% ../nbs/13_alarms.ipynb #ec4a55fc
 def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
     """The student's hidden states have not turned away: loss_reroute is above `dead_level` in a line at or after `dead_after` of the steps, and 1 − loss_reroute either has not left the
-    rounding floor or does not grow fast enough to be past 1 − `dead_level` at the last step."""
+    rounding floor or does not grow fast enough to be past 1 − `dead_level` at the last step. Step 1 is never judged: its losses are those of the untouched student."""
     last, loss, step, end = rows[-1], as_float(rows[-1].get("loss_reroute")), rows[-1]["step"], config.total_steps
-    if step < config.dead_after * end or not loss > config.dead_level: return ""
+    if step < max(config.dead_after * end, 2) or not loss > config.dead_level: return ""
     at_floor = LIFTED * floor.get("reroute", 0.0)
     least, goal = max(LEAST, at_floor), 1 - config.dead_level
     if step < end and turned(last) > least and foretold(rows, turned, max(0.2 * end, 10), end, least) > goal: return ""

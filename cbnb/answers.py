@@ -173,9 +173,10 @@ def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader,
         lines = [line_of(i, attempt, ids) for i, ids in zip(batch, made, strict=True)]
         new += lines
         if folder and (is_first() or not is_in_parts(model)): write_lines(folder, [line for line in lines if line["key"] not in kept])
-    found = kept | {line["key"]: line for line in collected(model, new)}
+    fresh = {line["key"]: line for line in collected(model, new)}
     if folder: kept_lines(folder)   # the others' files into the one
-    return [line_of(i, attempt, found[keys[i, attempt]]["ids"]) for i in range(len(transcripts)) for attempt in range(decoding.samples)]
+    each = [(i, attempt) for i in range(len(transcripts)) for attempt in range(decoding.samples)]
+    return [fresh.get(keys[at]) or line_of(*at, kept[keys[at]]["ids"]) for at in each]
 
 # %% ../nbs/07d_answers.ipynb #17b2dbfd
 def answer_figures(lines: list[dict]) -> dict:

@@ -21,10 +21,11 @@ import jinja2
 import numpy as np
 
 from .actions import actions_line, for_policy, own_notes, trained_calls
+from .adapt import adapt, adapted_line
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
 from .turns import COMPLETION, Segment
-from .targets import lacks_injection, training_mask, truncation_window
+from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
@@ -45,11 +46,13 @@ KINDS = {
     "trains_template": "text of the template between messages is trained",
     "trains_padding": "padding is trained",
     "lost_to_truncation": "an answer is cut off whole",
+    "lost_context": "truncation cuts off the user's request or the injected message, so training drops the row",
     "warning": "the mask is safe, but something was left out",
     "unknown_keys": "a message has keys that nothing here reads",
     "cut": "part of an answer is cut off",
-    "actions": "whose the actions after the injection are, and what they were compared with"}
-NOTES = frozenset({"warning", "unknown_keys", "cut", "actions"})
+    "actions": "whose the actions after the injection are, and what they were compared with",
+    "adapted": "what was changed in the transcript for the chat template"}
+NOTES = frozenset({"warning", "unknown_keys", "cut", "actions", "adapted"})
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def nothing_trained(encoded, mask, transcript):
 
 # %% ../nbs/01b_audit.ipynb #a1a09a4e
 def cut_targets(encoded, mask, max_length, side="targets"):
-    "Findings for what `truncation_window` cuts of the targets in `mask`: answers lost whole, and answers lost in part."
+    "Findings for what `truncation_window` cuts of the targets in `mask`, answers lost whole and in part, and of what they answer."
     window = truncation_window(mask, max_length, side)
     kept = np.zeros(len(mask), bool)
     kept[max(window.start, 1):window.stop] = True  # nothing predicts the very first token
@@ -135,7 +138,9 @@ def cut_targets(encoded, mask, max_length, side="targets"):
     lost, part = sorted(before - after.keys()), sorted(m for m in before & after.keys() if cut[m])
     limit = f"by truncation to {max_length} of {len(mask)} tokens ({side}); raise the limit or shorten the transcript"
     endless = sorted(set(untrained_ends(encoded, mask & kept)) - set(untrained_ends(encoded, mask)))
-    return ([Finding("eot_untrained", f"the end of message {', '.join(map(str, endless))} is cut off {limit}", tuple(endless))] * bool(endless) + [Finding("lost_to_truncation", f"all targets of message {', '.join(map(str, lost))} are cut off {limit}", tuple(lost))] * bool(lost)
+    gone = cut_context(encoded, mask, window)
+    lost_context = [Finding("lost_context", f"{' and '.join(CONTEXT[what] for what in gone)} {'is' if len(gone) == 1 else 'are'} cut off {limit}")] * bool(gone)
+    return lost_context + ([Finding("eot_untrained", f"the end of message {', '.join(map(str, endless))} is cut off {limit}", tuple(endless))] * bool(endless) + [Finding("lost_to_truncation", f"all targets of message {', '.join(map(str, lost))} are cut off {limit}", tuple(lost))] * bool(lost)
             + [Finding("cut", f"targets of message {', '.join(map(str, part))} are cut off in part {limit}", tuple(part))] * bool(part))
 
 # %% ../nbs/01b_audit.ipynb #a82caae2
@@ -262,6 +267,7 @@ def audit_one(number, transcript, encoded, policy, max_length=None, side="target
         found.append(Finding("no_injection", f"{policy} finds no injection span and trains all that the assistant says, before the attack too; "
                                              "find spans with cbnb spans, or choose another policy"))
     if mask is not None and (said := actions_line(transcript)): found.append(Finding("actions", said))
+    if said := adapted_line([transcript]): found.append(Finding("adapted", said))
     place = dict(transcript=transcript.id, number=number, file=file)
     found = tuple(Finding(f.kind, f.text, f.messages, **place) for f in found)
     return Audited(number, transcript, None if mask is None else encoded, mask, found)
@@ -282,7 +288,8 @@ def each_record(transcripts):
 def audit(transcripts, masker, policy="assistant_only", max_length=None, side="targets", limit=None):
     """Yields an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held whole).
 
-    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: look at what `truncation_window` would cut.
+    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: look at what `truncation_window` would cut. Each transcript is
+    adapted as `masker.adapt` says.
     `limit`: stop after that many transcripts. Of a reader made with `on_error="skip"`, each bad record is yielded too, as the finding `unreadable`.
     Raises MaskError for an unknown policy, ValueError for a wrong limit, and what the reader raises."""
     if not callable(policy) and policy not in POLICIES:
@@ -295,7 +302,7 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
         note = own_notes(t for t in each_record(whole) if not isinstance(t, TranscriptError))
     stream = each_record(whole)
     while batch := list(itertools.islice(stream, BATCH if limit is None else min(BATCH, limit - number))):
-        pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(t), policy) for t in batch]
+        pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(adapt(t, masker.adapt)), policy) for t in batch]
         encoded = iter(encode_each(masker, [t for t, _ in pairs if not isinstance(t, TranscriptError)]))
         for found, refusal in pairs:
             if isinstance(found, TranscriptError): yield Audited(0, findings=(Finding("unreadable", str(found)),))

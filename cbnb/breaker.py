@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .config import CircuitBreakerConfig, ConfigError
+from .config import CircuitBreakerConfig
 from .heads import Head, find_head, head_kl, teacher_logits
 from .model_checks import check_model
 from .models import check_teacher, num_blocks
-from .objectives import Pair, find_objective
+from .objectives import Pair, find_objective, token_terms
 from .passes import both_passes, one_pass
 
 # %% auto #0
-__all__ = ['at_targets', 'state_pairs', 'token_sum', 'CircuitBreaker']
+__all__ = ['at_targets', 'state_pairs', 'CircuitBreaker']
 
 # %% ../nbs/06_breaker.ipynb #c797f154
 def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
@@ -33,13 +33,6 @@ def state_pairs(found: list) -> dict[int, Pair]:
     "`{layer: Pair}` of a micro-batch from what `CircuitBreaker.states` gives for each of its length groups."
     ours, theirs = ([side[0] for side in sides] for sides in zip(*found))
     return {layer: Pair(*(torch.cat([hidden[layer] for hidden in side]) for side in (ours, theirs))) for layer in ours[0]}
-
-
-def token_sum(name: str, values, pair: Pair) -> torch.Tensor:
-    "The sum of what an objective's term `name` gives for the tokens of `pair`. Raises ConfigError unless that is one number a token, [M]: a mean would be divided by the tokens twice."
-    shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-    if shape != [len(pair.student)]: raise ConfigError(f"the objective's {name} gives {shape} for {len(pair.student)} tokens: it has to give one number a token, [{len(pair.student)}]")
-    return values.sum()
 
 # %% ../nbs/06_breaker.ipynb #9958aae0
 class CircuitBreaker(nn.Module):
@@ -94,8 +87,8 @@ class CircuitBreaker(nn.Module):
         away = state_pairs([self.states(rows, final=False) for rows in harmful])
         kept = [self.states(rows, final=with_kl, layers=every) for rows in benign]
         held = state_pairs(kept)
-        reroute = sum(token_sum("reroute", self.objective.reroute(away[layer], held[layer], config), away[layer]) for layer in away)
-        retain = sum(token_sum("retain", self.objective.retain(away.get(layer), held[layer], config), held[layer]) for layer in held)
+        reroute = sum(token_terms("reroute", self.objective.reroute(away[layer], held[layer], config), len(away[layer].student)).sum() for layer in away)
+        retain = sum(token_terms("retain", self.objective.retain(away.get(layer), held[layer], config), len(held[layer].student)).sum() for layer in held)
         terms = {"loss_reroute": (reroute / (len(away) * denominators[0].clamp(min=1))).float(), "loss_retain": (retain / (len(held) * denominators[1].clamp(min=1))).float()}
         if with_kl:
             ours, theirs = (torch.cat([side[1] for side in sides]) for sides in zip(*kept))

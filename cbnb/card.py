@@ -19,7 +19,7 @@ import cbnb
 from .config import PRESETS, CircuitBreakerConfig, config_to_dict
 from .data import Sample
 from .processes import is_first
-from .report import alarm_lines, readable_table, result_notes, result_table
+from .report import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
 from .runs import scrub, write_bytes
 from .settings import KEPT_TEMPLATE, preset_for
 from .teacher_cache import sample_key
@@ -51,7 +51,7 @@ HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 def figure_text(result: dict) -> str:
     "What stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's `result`, its notes and alarms."
     lines = ["", markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))), ""]
-    if notes := result_notes(result["after"]): lines += [*(f"- {note}" for note in notes), ""]
+    if notes := all_notes(results_of(result)): lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(result.get("alarms")): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     return "\n".join([*lines, ""])
 
@@ -59,7 +59,7 @@ def figure_text(result: dict) -> str:
 def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, samples: tuple[int, int], template: dict | None = None) -> str:
     """The card as Markdown with a YAML head. `parameters`: the run's; `result`: what its result.json holds; `samples`: how many harmful and benign ones.
     `template`: what `kept_template` says of the run's. Paths are named by their last part, and what looks like a token is left out."""
-    named = lambda text: ", ".join(Path(part).name or part for part in str(text).split(",")) if text else ""
+    named = lambda text: ", ".join(part if part.startswith("hf:") else Path(part).name or part for part in str(text).split(",")) if text else ""
     base = config.model if not Path(config.model).exists() else Path(config.model).name
     head = {"base_model": base, "library_name": "peft", "tags": ["circuit-breaker", "representation-rerouting", "cbnb"]}
     preset = PRESETS.get(meant := preset_for(parameters.get("preset"), config.model))
@@ -70,7 +70,8 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
              f"A LoRA adapter that turns harmful hidden states away from those of `{base}` and keeps benign behaviour (objective `{config.objective}`, beta_kl {config.beta_kl:g}). Made by cbnb {cbnb.__version__}, "
              f"preset `{meant}`.", "", "## Data", "",
              f"- files: {named(parameters.get('data'))}; held out: {named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
-             f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`", *template_lines(template), "",
+             f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`",
+             *(f"- {line}" for line in data_notes(result)), *template_lines(template), "",
              HELD_OUT, figure_text(result) + SETTINGS, "", markdown_table(table), ""]
     return scrub("\n".join(lines))
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'TINYAGENT', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJECTIVES', 'PRESETS', 'INTERVALS', 'IDLE', 'ConfigError',
            'type_name', 'wrong_type', 'to_scalar', 'to_tuple', 'setting', 'allowed', 'check_limits', 'check_decoding',
-           'CircuitBreakerConfig', 'check_layer_order', 'check_warmup', 'check_policies', 'check_objective', 'presets',
-           'intervals', 'check_idle', 'measured_only', 'shown', 'get_config', 'config_to_dict',
-           'layers_from_hidden_states', 'check_layers', 'shares', 'coefficients']
+           'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
+           'check_objective', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'shown', 'get_config',
+           'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'shares', 'coefficients']
 
 # %% ../nbs/03_config.ipynb #8ed51dfd
 import dataclasses
@@ -153,6 +153,8 @@ class CircuitBreakerConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", at_least=1)
     max_length: int = setting(2048, "tokens a row, truncated beyond", at_least=2)
     truncation: str = setting("targets", "where a too long row is cut: after and before its targets, or at one side", one_of=("targets", "left", "right"))
+    lost_context: str = setting("drop", "a row of which truncation cuts off the user's request or the injected message: drop or keep it",
+                                one_of=("drop", "keep"))
     split_turns: bool = setting(False, "one sample a turn, as it was when it was written: for templates that rewrite earlier turns")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", one_of=("bfloat16", "float32"))
     quantize: str = setting("none", "linear weights in 4 bits (NF4, bitsandbytes), or none", one_of=("none", "4bit"))
@@ -181,6 +183,7 @@ class CircuitBreakerConfig:
             value = to(f.name, f.type, getattr(self, f.name))
             check_limits(f.name, value, f.metadata)
             object.__setattr__(self, f.name, value)
+        check_repeated(self)
         check_layer_order(self)
         check_warmup(self)
         check_policies(self)
@@ -188,14 +191,21 @@ class CircuitBreakerConfig:
 
 # %% ../nbs/03_config.ipynb #8807102a
 def check_layer_order(config):
-    """Raises `ConfigError` for a repeated target layer, a LoRA range that runs backwards, or a target layer before the first LoRA layer."""
+    """Raises `ConfigError` for a LoRA range that runs backwards, or a target layer before the first LoRA layer."""
     first, last = config.lora_layers
     if first > last: raise ConfigError(f"lora_layers wants first,last with first ≤ last, but {first},{last} was given")
-    if len(set(config.target_layers)) < len(config.target_layers):
-        raise ConfigError(f"target_layers wants each layer once, but {config.target_layers} was given")
     if min(config.target_layers) < first:
         raise ConfigError(f"target_layers must be at least {first}, the first LoRA layer (a block before it never changes), "
                           f"but {min(config.target_layers)} was given")
+
+# %% ../nbs/03_config.ipynb #695a650a
+def check_repeated(config):
+    """Raises `ConfigError` where a setting that lists things (layers, modules, savings, trackers) names one of them
+    twice; `lora_layers` is a range."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not isinstance(value, tuple) or f.name == "lora_layers" or len(set(value)) == len(value): continue
+        raise ConfigError(f"{f.name} wants each of its values once, but {','.join(map(str, value))} was given")
 
 # %% ../nbs/03_config.ipynb #2f9535c1
 def check_warmup(config):
@@ -274,8 +284,11 @@ def check_idle(config, given):
         if idle and idle(config): raise ConfigError(f"{name} {shown(getattr(config, name))} would do nothing: {why}")
 
 
-def measured_only(config, given):
-    "Sentences on the settings among the names `given` that change in a run of `config` what is measured, and nothing that is trained."
+def of_no_weight(config, given):
+    "Sentences on the settings among the names `given` that are not reached in a run of `config`, or change what it measures and nothing that is trained."
+    for name in ("logging_steps", "save_steps", "diagnose_steps"):
+        if name in given and getattr(config, name) > config.total_steps:
+            yield f"{name} {getattr(config, name)} is never reached: the run has {config.total_steps} steps"
     if not config.beta_kl and config.kl_temperature != 1 and "kl_temperature" in given:
         yield f"kl_temperature {config.kl_temperature:g} changes the measured KL only: at beta_kl 0 it is not trained"
     if not config.retain_weight:

@@ -20,41 +20,38 @@ from .holdout import heldout_kinds, part, Parted, thin
 from .losses import predicting_positions
 from .masks import ChatMasker
 from .model_checks import check_packing
+from .sources import Reading
 from .templates import MaskError
-from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
-from .transcripts import Transcript, read_transcripts
+from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .transcripts import Transcript
 
 # %% auto #0
 __all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript', 'encode_stream',
-           'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
+           'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
-def read_streams(paths: Iterable, relabel: str = "") -> tuple[list[Transcript], list[Transcript]]:
-    """Reads every file (format recognised by `read_transcripts`) and parts the transcripts by label:
-    `(harmful, benign)`. `relabel`: "source" reads records whose label contradicts the verdict of their
-    source by that verdict. What is known of the user's own work is noted in harmful runs
-    (`cbnb.actions.with_own_work`). Raises ValueError where two transcripts share an id, and what
-    `read_transcripts` raises for a bad record."""
-    transcripts = [t for path in paths for t in read_transcripts(path, relabel=relabel or None)]
-    repeated = [i for i, n in Counter(t.id for t in transcripts).items() if n > 1]
-    if repeated:
-        raise ValueError(f"transcript id {repeated[0]!r} occurs more than once in {', '.join(map(str, paths))}; ids must be unique.")
-    transcripts = with_own_work(transcripts)
+def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript]]:
+    """Reads all `entries` (paths, or texts as `cbnb.sources.read_entry` takes them) as `reading` says, which
+    counts what it did, and parts the transcripts by label: `(harmful, benign)`. What is known of the user's
+    own work is noted in harmful runs (`cbnb.actions.with_own_work`). Raises TranscriptError as
+    `Reading.read` does."""
+    transcripts = with_own_work((reading or Reading()).read(entries))
     return [t for t in transcripts if t.label == "harmful"], [t for t in transcripts if t.label == "benign"]
 
 # %% ../nbs/05_data.ipynb #aa07a111
 def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto",
-                 relabel: str = "") -> tuple[list[Transcript], list[Transcript], list[Transcript], dict[str, str]]:
+                 reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript], list[Transcript], dict[str, str]]:
     """`(harmful, benign, held out, left out)`: three lists of transcripts, and `{id: why}` of those left
     out of training because they share with a held-out one what `heldout_by` names
     (`cbnb.holdout.heldout_kinds`), or its prompt.
 
     Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
-    every seed of a run, so that runs can be compared (`cbnb.holdout.part`). `relabel` as in
+    every seed of a run, so that runs can be compared (`cbnb.holdout.part`). `reading` as in
     `read_streams`. Raises what these raise, and ValueError where a stream loses all it has."""
-    kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, relabel)
+    reading = reading or Reading()
+    kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, reading)
     if eval_files:
-        parted = thin(Parted(harmful, benign, [t for stream in read_streams(eval_files, relabel) for t in stream], kinds))
+        parted = thin(Parted(harmful, benign, [t for stream in read_streams(eval_files, reading) for t in stream], kinds))
     else: parted = part(harmful, benign, heldout_by)
     for name, before in (("harmful", harmful), ("benign", benign)):
         if before and not getattr(parted, name):
@@ -79,11 +76,21 @@ class StreamReport:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    # truncated, tokens_cut, targets_cut, no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
+    # truncated, tokens_cut, targets_cut, request_cut, injection_cut, lost_context (rows dropped for one of the two), no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
     # injected, own, unexplained, mixed, words with _after_injection: messages (`cbnb.actions.whose`)
     counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
+
+    def losses(self) -> list[str]:
+        "Sentences on transcripts (or turns) that were dropped, and on what truncation has cut off."
+        c = self.counts
+        found = [(c["lost_context"], f"dropped: truncation cuts off the user's request ({c['request_cut']}) or the injected message ({c['injection_cut']})"),
+                 (not c["lost_context"] and c["request_cut"], "kept, though truncation cuts off the user's request"),
+                 (not c["lost_context"] and c["injection_cut"], "kept, though truncation cuts off the injected message"),
+                 (c["no_target"], f"dropped: they have no target, {c['lost_to_truncation']} of them lost it to truncation"),
+                 (c["lost_words"], "dropped: the chat template writes nothing of an answer")]
+        return [f"{n} of {self.transcripts} {text}" for n, text in found if n]
 
     def __str__(self):
         extra = "".join(f", {name.replace('_', ' ')} {n}" for name, n in self.counts.items() if n)
@@ -100,13 +107,15 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 
 # %% ../nbs/05_data.ipynb #3cb8c73c
 def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
-                  name: str = "stream", truncation: str = "targets", split_turns: bool = False) -> tuple[list[Sample], StreamReport]:
+                  name: str = "stream", truncation: str = "targets", split_turns: bool = False,
+                  lost_context: str = "drop") -> tuple[list[Sample], StreamReport]:
     """Encodes every transcript (or, with `split_turns`, every assistant turn of it with all before it), masks it by `policy`, truncates it to
     `max_length` tokens at its `truncation` end (`truncation_window`).
 
     A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted (`no_injection`);
     one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`),
-    and so is one with an answer of which the template writes nothing (`lost_words`).
+    and so is one with an answer of which the template writes nothing (`lost_words`), and one of which truncation has cut off what it answers
+    (`request_cut`, `injection_cut`: `cbnb.targets.cut_context`; together `lost_context`), unless `lost_context` is `"keep"`.
     Raises MaskError where a turn cannot be located or the template writes no tool calls, ValueError where nothing is left of the stream."""
     samples, report, last = [], StreamReport(), None
     for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
@@ -132,6 +141,12 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.counts["truncated"] += 1
             report.counts["tokens_cut"] += cut
             report.counts["targets_cut"] += int(mask.sum() - mask[keep].sum())
+            gone = cut_context(encoded, mask, keep)
+            report.counts.update(f"{what}_cut" for what in gone)
+            if gone and lost_context == "drop":
+                report.counts["lost_context"] += 1
+                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}")
+                continue
         # token 0 is predicted by nothing, so a target there is none
         if not mask[keep][1:].any():
             report.counts["no_target"] += 1
@@ -145,9 +160,19 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
     if not samples:
         raise ValueError(f"the {name} stream is empty: {report.transcripts} transcripts were read, {report.counts['no_target']} of them "
                          f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to truncation), "
-                         f"{report.counts['lost_words']} have an answer of which the chat template writes nothing; "
+                         f"{report.counts['lost_words']} have an answer of which the chat template writes nothing, "
+                         f"{report.counts['lost_context']} lost the user's request or the injected message to truncation; "
                          "check the file, its labels, the policy and max_length.")
     return samples, report
+
+# %% ../nbs/05_data.ipynb #a664fd51
+def data_record(reading: Reading, harmful: StreamReport, benign: StreamReport) -> dict:
+    """What result.json keeps under `data`: the record of the `reading` (`cbnb.sources.Reading.record`), counts by
+    stream, and `notes`, the sentences on both, which stand in a run's notes, report and card."""
+    reports = {"harmful": harmful, "benign": benign}
+    counts = {name: {"transcripts": r.transcripts, "samples": r.samples, "tokens": r.tokens, "targets": r.target_tokens}
+              | {k: int(n) for k, n in r.counts.items() if n} for name, r in reports.items()}
+    return reading.record() | counts | {"notes": [*reading.lines(), *(f"{name}: {line}" for name, r in reports.items() for line in r.losses())]}
 
 # %% ../nbs/05_data.ipynb #27bed859
 @lru_cache(maxsize=8)

@@ -36,11 +36,12 @@ __all__ = ['heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_
 def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
     """Yields padded rows (`cbnb.data.pad_rows`) of the transcripts, masked by the policy of `label` (benign
     or harmful), on the student's device; of several processes each gets its share. Warns of transcripts
-    without a target and of targets that were cut off: they are not in the figures."""
+    without a target, of targets that were cut off, and of rows that lost what they answer: they are not in
+    the figures."""
     policy = getattr(config, f"{label}_policy")
     samples, report = encode_stream(for_policy(transcripts, policy), masker, policy, config.max_length, f"held-out {label}", config.truncation,
-                                    config.split_turns)
-    if report.dropped or report.counts["targets_cut"]:
+                                    config.split_turns, config.lost_context)
+    if report.dropped or report.counts["targets_cut"] or report.counts["lost_context"]:
         warnings.warn(f"held-out {label}: {report}", stacklevel=2)
     samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
     for start in dealt(student, range(0, len(samples), batch_size)):

@@ -18,7 +18,7 @@ from .losses import token_reroute, token_retain
 
 # %% auto #0
 __all__ = ['rr', 'rr_kl', 'Pair', 'Objective', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
-           'find_objective', 'term_factors', 'ignored', 'check_objective']
+           'find_objective', 'term_factors', 'random_pairs', 'ignored', 'check_objective', 'token_terms', 'check_terms']
 
 # %% ../nbs/05a_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -84,6 +84,12 @@ def term_factors(objective: Objective, config: CircuitBreakerConfig, c_s: float,
     return weights
 
 
+def random_pairs(width: int) -> tuple[Pair, Pair]:
+    "Harmful and benign states, [3, width] and [5, width], float32, always the same; the student's want a gradient."
+    draw = torch.Generator().manual_seed(0)
+    return tuple(Pair(torch.randn(n, width, generator=draw).requires_grad_(), torch.randn(n, width, generator=draw)) for n in (3, 5))
+
+
 def ignored(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
     """Those of retain_weight, beta_kl, retain_relative and retain_layers that change nothing that `objective` makes of `config`.
 
@@ -93,8 +99,7 @@ def ignored(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
     found = [name for name in ("retain_weight", "beta_kl")
              if term_factors(objective, replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0) == weights]
     if not weights["retain"] and "retain_weight" in found: return [*found, "retain_relative", "retain_layers"]
-    draw = torch.Generator().manual_seed(0)
-    harmful, benign = (Pair(*torch.randn(2, n, 8, generator=draw)) for n in (3, 5))
+    harmful, benign = random_pairs(8)
     try: one, other = (objective.retain(harmful, benign, replace(config, retain_relative=r)) for r in (True, False))
     except Exception: return found  # one that was made for the width of one model
     return [*found, "retain_relative"] if torch.equal(one, other) else found
@@ -110,3 +115,30 @@ def check_objective(config: CircuitBreakerConfig, given: dict) -> list[str]:
             raise ConfigError(f"{name} {given[name]} would do nothing: the objective {config.objective} makes nothing of it; leave it out")
     return told
 
+
+# %% ../nbs/05a_objectives.ipynb #d8e2be3b
+def token_terms(name: str, values, tokens: int) -> torch.Tensor:
+    """What an objective's term `name` gives for so many `tokens`. Raises ConfigError unless that is one number a token,
+    [tokens]: a mean would be divided by the tokens twice."""
+    shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+    if shape != [tokens]:
+        raise ConfigError(f"the objective's {name} gives {shape} for {tokens} tokens: it has to give one number a token, [{tokens}]")
+    return values
+
+
+def check_terms(config: CircuitBreakerConfig, width: int) -> None:
+    """Tries the terms of the objective of `config` that have a weight on random states of the model's `width`.
+
+    Raises ConfigError, naming the term, for one that raises, gives another shape than one number a token
+    (`token_terms`), is not finite there, or does not depend on the student's states."""
+    objective, (harmful, benign) = find_objective(config.objective), random_pairs(width)
+    weights = term_factors(objective, config, 1.0, 1.0)
+    for name, own in (("reroute", harmful), ("retain", benign)):
+        if not weights[name]: continue
+        try: values = getattr(objective, name)(harmful, benign, config)
+        except Exception as e: raise ConfigError(f"the objective {config.objective}: {name} raises {type(e).__name__}: {e}") from e
+        values = token_terms(name, values, len(own.student))
+        if not values.isfinite().all():
+            raise ConfigError(f"the objective {config.objective}: {name} is not finite for random hidden states; look for a division by 0, a root or a logarithm")
+        if not values.requires_grad:
+            raise ConfigError(f"the objective {config.objective}: {name} does not depend on the student's hidden states (is something detached?), so it trains nothing")

@@ -10,7 +10,6 @@ __all__ = ['ROWS', 'HUB', 'open_zst', 'as_json', 'read_batches', 'read_parquet',
 import datetime
 import gzip
 import io
-import json
 import math
 import re
 import zipfile
@@ -116,7 +115,7 @@ def read_member(archive, member, where):
         need(len(data) <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
         return parse_json(data.decode("utf-8"))
     except TranscriptError: raise
-    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:  # zipfile raises NotImplementedError for a compression that it has not
         raise TranscriptError(f"{where}: cannot be read ({e}); make or fetch the file again") from None
 
 

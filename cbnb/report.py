@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES',
            'PAGE', 'format_number', 'floor_words', 'told_from', 'printable', 'readable_table', 'rate_counts',
-           'interval_words', 'figures_table', 'results_of', 'result_table', 'result_notes', 'alarm_lines',
-           'describe_run', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
-           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
-           'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show', 'report_page',
-           'write_report', 'told_of', 'write_run_report']
+           'interval_words', 'figures_table', 'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes',
+           'alarm_lines', 'describe_run', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin',
+           'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
+           'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show',
+           'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
@@ -166,9 +166,22 @@ def result_notes(result: dict) -> list[str]:
         notes.append(f"answers end where the chat template ends a turn ({', '.join(template) or 'it does not'}); the model's own stop tokens are "
                      f"{', '.join(model) or 'none'}, and {finish.get('past_stop', 0)} answers went on past one")
     if cut := finish.get("length"): notes.append(f"{cut} answers were cut at {decoding.get('max_new_tokens')} tokens, before the end of their turn")
+    if base := result.get("made_for"): notes.append(f"the adapter says that it was made for {base}, and was evaluated on {result['model']}")
     return [printable(note) for note in notes]
 
+
+def all_notes(results: dict[str, dict]) -> list[str]:
+    "The `result_notes` of evaluations by name: those of all of them once, each other one behind the name that it is of."
+    notes = {name: result_notes(result) for name, result in results.items()}
+    shared = [note for note in [*notes.values()][0] if all(note in own for own in notes.values())] if notes else []
+    return shared + [f"{printable(name)}: {note}" for name, own in notes.items() for note in own if note not in shared]
+
 # %% ../nbs/12_report.ipynb #alarms01
+def data_notes(result: dict) -> list[str]:
+    "What was left out, drawn, skipped or cut of the data, as result.json has it under `data`; none of a run that was made before."
+    return [printable(line) for line in (result.get("data") or {}).get("notes", ())]
+
+
 def alarm_lines(alarms) -> list[str]:
     "One line an alarm of status.json or result.json (see `cbnb.alarms`), for tables and views; whatever is no alarm is shown as it is."
     def words(a):
@@ -185,7 +198,7 @@ def describe_run(path) -> str:
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
     if result: lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
-                         *(f"note: {note}" for note in result_notes([*results_of(result).values()][-1]))]
+                         *(f"note: {note}" for note in [*all_notes(results_of(result)), *data_notes(result)])]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
@@ -579,8 +592,8 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
 
 # %% ../nbs/12_report.ipynb #68347dce
 def told_of(result: dict) -> list[str]:
-    "What belongs to the figures of a run's `result` (result.json): the notes of its last evaluation (`result_notes`), and its alarms."
-    notes = [f"note: {line}" for line in result_notes(result["after"])]
+    "What belongs to the figures of a run's `result` (result.json): the notes of its evaluations (`all_notes`), those on its data, and its alarms."
+    notes = [f"note: {line}" for line in [*all_notes(results_of(result)), *data_notes(result)]]
     return notes + [f"ALARM {line}" for line in alarm_lines(result.get("alarms"))]
 
 

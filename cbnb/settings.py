@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import PRESETS, TINYAGENT, ConfigError, get_config, measured_only, shares, shown, to_tuple
+from .config import PRESETS, TINYAGENT, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
 from .masks import ChatMasker
 from .processes import is_first
 from .runs import ParameterError, RunError, read_json, write_bytes, write_json
@@ -60,10 +60,11 @@ PUBLISHED = "llama-3-8b"
 
 
 def derived(facts, given):
-    """The settings `given` (by name, none of them None) with those that follow from a model's `Facts`. Raises ConfigError for a model of one block where its
+    """The settings `given` (by name, none of them None) with those that follow from a model's `Facts`. Raises ConfigError for a model without blocks or of one block where its
     hidden states are read in the mode `hidden_states`, and for layers that are no numbers."""
     base, (_, depth, width, _) = PRESETS[PUBLISHED], model_facts(PRESETS[PUBLISHED].model)
     last = facts.blocks - (1 if given.get("hidden_state_mode") == "hooks" else 2)
+    if facts.blocks < 1: raise ConfigError(f"the model's configuration names {facts.blocks} blocks: there is nothing to reroute")
     if last < 0: raise ConfigError("the model has one block, whose entry in hidden_states has the final norm applied: give hidden_state_mode hooks")
     first = to_tuple("lora_layers", tuple[int, int], given["lora_layers"])[0] if "lora_layers" in given else 0
     targets = tuple(sorted({min(max(round(facts.blocks * layer / depth), first), last) for layer in base.target_layers}))
@@ -100,7 +101,7 @@ def settings_of(preset, given, trust_remote_code=False):
         told.append(f"no preset is for {model} ({facts}): {words} follow from its depth and width, all else is the preset {PUBLISHED}'s; "
                     "the pre-flight measures whether retain_weight and alpha_max fit")
         config = get_config(PUBLISHED, **found)
-        return config, [*told, *measured_only(config, given)]
+        return config, [*told, *of_no_weight(config, given)]
     if meant != preset: told.append(f"the settings are those of the preset {meant}, which is {model}'s")
     preset = meant
     config = get_config(preset, **given)
@@ -111,7 +112,7 @@ def settings_of(preset, given, trust_remote_code=False):
             if facts[:3] != wanted[:3]:
                 told.append(f"the preset {preset} is for {own} ({wanted}), and {model} is another model ({facts}): its layers, rank and learning rate "
                             "were not made for it; leave preset out, and they follow from the model's depth and width")
-    return config, [*told, *measured_only(config, given)]
+    return config, [*told, *of_no_weight(config, given)]
 
 # %% ../nbs/10c_settings.ipynb #setng016
 def check_processes(config, fsdp, processes):
@@ -207,7 +208,7 @@ def has_changed(tokenizer, source, chat_template):
 
 
 def make_masker(model, control="error", chat_template="", template_variables="", trust_remote_code=False, folder=None,
-                tool_call_format="template"):
+                tool_call_format="template", adapt=""):
     """`(ChatMasker, told)` of a run with these parameters: the one way in which train, pre-flight, evaluation, `cbnb masks` and the explorers make theirs.
 
     `model`: a name as `load_tokenizer` takes it, or a tokenizer. With `folder`, a run directory, the template and its variables are kept there at the first call and
@@ -217,7 +218,7 @@ def make_masker(model, control="error", chat_template="", template_variables="",
     tokenizer = load_tokenizer(str(model), trust_remote_code) if isinstance(model, (str, Path)) else model
     kept, values, told = kept_template(folder) if folder is not None else None, template_values(template_variables), []
     masker = ChatMasker(tokenizer, kept["source"] if kept else template_source(chat_template), control, template_variables=values,
-                        tool_call_format=tool_call_format)
+                        tool_call_format=tool_call_format, adapt=adapt)
     if kept and has_changed(tokenizer, kept["source"], chat_template):
         told.append(f"{'the chat template' if not chat_template or is_source(chat_template) else chat_template} has changed since the run began: "
                     f"the run's own is used ({Path(folder) / KEPT_TEMPLATE})")
@@ -225,5 +226,6 @@ def make_masker(model, control="error", chat_template="", template_variables="",
     if "strftime_now" in template_inputs(template_of(masker)) and not any("date" in name for name in values):
         told.append(f"the chat template asks for today's date: in masks, prompts and answers it is always {FROZEN_NOW:%-d %B %Y}; template_variables sets another "
                     "where the template reads one, such as date_string")
-    if tool_call_format != "template": told.append(f"tool calls are written by the adaptation {tool_call_format}, in front of the chat template")
+    if masker.adapt: told.append(f"transcripts are adapted to the chat template by {', '.join(masker.adapt)} (cbnb.adapt), in training, questions and answers")
+    if "split_text" in masker.adapt: told.append("words beside a call are a turn of their own, so a model may end its turn after them: an agent loop has to let it go on")
     return masker, told

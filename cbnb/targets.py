@@ -11,13 +11,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from .masks import ChatMasker, loss_mask
-from .policies import NEED_COMPARISON, NEED_INJECTION, Encoded
+from .policies import NEED_COMPARISON, NEED_INJECTION, Encoded, first_injection, role_of
 from .templates import MaskError
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['SIDES', 'messages_off', 'lacks_injection', 'check_calls', 'training_mask', 'truncation_window', 'in_batches',
-           'in_turns']
+__all__ = ['SIDES', 'CONTEXT', 'messages_off', 'lacks_injection', 'check_calls', 'training_mask', 'truncation_window',
+           'cut_context', 'in_batches', 'in_turns']
 
 # %% ../nbs/01a_targets.ipynb #a75b8f84
 def messages_off(transcript: Transcript) -> list[int]:
@@ -63,6 +63,23 @@ def truncation_window(mask: np.ndarray, max_length: int, side: str = "targets") 
     last = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
     end = {"targets": max(last, max_length), "left": len(mask), "right": max_length}[side]
     return slice(end - max_length, end)
+
+# %% ../nbs/01a_targets.ipynb #d2e1577f
+CONTEXT = {"request": "the user's request", "injection": "the injected message"}  # what `cut_context` finds, in words
+
+
+def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
+    """What the window `keep` of an encoded transcript cuts off, wholly or in part, of what its last target (of
+    `mask`, bool [S]) answers: `"request"`, the user's message before that turn, and `"injection"`, the first
+    message with an injection. Empty where nothing of them is cut off, or no target is kept."""
+    inside = np.zeros(len(mask), bool)
+    inside[keep] = True
+    owners = encoded.message_index
+    last = int(owners[mask & inside].max(initial=-1))
+    def cut(message): return bool(((owners == message) & ~inside).any())
+    request = next((i for i in range(last - 1, -1, -1) if role_of(encoded, i) == "user"), None)
+    found = ["request"] * (request is not None and cut(request))
+    return found + ["injection"] * (last >= 0 and bool(encoded.injection_spans) and cut(first_injection(encoded).message))
 
 # %% ../nbs/01a_targets.ipynb #b88a0e41
 def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64):

@@ -18,10 +18,11 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', '
            'is_trace', 'from_rrfa', 'Format', 'add_format', 'known_formats', 'chat_with', 'agentdojo_leaves_out',
            'detect_format', 'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line',
            'object_parts', 'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records',
-           'read_records', 'SeenKeys', 'one_by_one', 'of_format', 'TranscriptReader', 'read_transcripts', 'to_record',
-           'write_transcripts']
+           'read_records', 'SeenKeys', 'one_by_one', 'of_format', 'files_in', 'TranscriptReader', 'read_transcripts',
+           'to_record', 'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
+import copy
 import difflib
 import functools
 import importlib
@@ -933,11 +934,13 @@ def chat_with(*keys):
 
 def agentdojo_leaves_out(record):
     """Why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security` measures
-    nothing of an injection task that was given as the user's own request, and in attacks that only deny
-    service. AgentDojo's benchmark writes both beside its runs."""
+    nothing of an injection task that was given as the user's own request, in attacks that only deny
+    service, and in attacked runs that broke off. AgentDojo's benchmark writes all three beside its runs."""
     if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith("injection_task"):
         return "injection tasks given as the user's request"
-    return "attacks that deny service" if str(record.get("attack_type")).endswith("dos") else ""
+    if str(record.get("attack_type")).endswith("dos"): return "attacks that deny service"
+    if record.get("injection_task_id") is None: return ""
+    return "attacked runs that broke off" if record.get("error") is not None or record.get("security") is None else ""
 
 
 for _format in (
@@ -1248,6 +1251,12 @@ MAX_SKIPPED = 1000  # error sentences kept in memory
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")  # of a folder's files
 
 
+def files_in(folder):
+    "Paths of all files under a `folder` that `SUFFIXES` names, in order; hidden ones and links are left out."
+    return [p for p in sorted(folder.rglob("*")) if p.suffix in SUFFIXES and p.is_file() and not p.is_symlink()
+            and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+
+
 class TranscriptReader:
     """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds
     the first `MAX_SKIPPED` error sentences of the last one (with `on_error='skip'`), `skipped_count`
@@ -1289,8 +1298,9 @@ class TranscriptReader:
     def all_contradictions(self, first):
         """The TranscriptError that counts the contradictions of all files by reading them again, and gives
         the `first`."""
-        reader = TranscriptReader(self.path, self.format, self.label, "skip")
-        for _ in reader.records(empty=True): pass
+        reader = copy.copy(self)
+        reader.on_error, reader.relabel = "skip", None
+        for _ in TranscriptReader.records(reader, empty=True): pass
         files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
         more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
         return TranscriptError(f"{first} ({reader.contradictions.total():,} of {reader.record_count:,} records contradict themselves: {', '.join(files[:5])}{more})")
@@ -1308,11 +1318,9 @@ class TranscriptReader:
         return new
 
     def files(self):
-        "`(path, name)` of the one file, or of all files under a folder that `SUFFIXES` names, in order; hidden ones and links are left out."
+        "`(path, name)` of the one file, or of each of `files_in` a folder."
         if not self.path.is_dir(): return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
-        inside = [(p, p.relative_to(self.path)) for p in sorted(self.path.rglob("*")) if p.suffix in SUFFIXES]
-        return [(p, name.as_posix()) for p, name in inside
-                if p.is_file() and not p.is_symlink() and not any(part.startswith(".") for part in name.parts)]
+        return [(p, p.relative_to(self.path).as_posix()) for p in files_in(self.path)]
 
     def read_file(self, path, name, ids, contents):
         "Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and `contents` remember what stood before."
@@ -1321,16 +1329,16 @@ class TranscriptReader:
             try:
                 if isinstance(record, TranscriptError): raise record
                 need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
-                if self.label is None and self.path.is_dir() and format.leaves_out and (cause := format.leaves_out(record)):
+                if self.label is None and path != self.path and format.leaves_out and (cause := format.leaves_out(record)):
                     self.left_out[cause] += 1
                     continue
                 check_record_switches(record, where)
                 check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
                 found = self.convert(format, record, where, default_id, name)
-                self.formats[format.name] += 1
                 if format.name in ("rrfa", "trace_v1"): found = self.drop_repeats(found, default_id, contents)
                 need(not (twice := sorted(t.id for t in found if t.id in ids)), f"{where}, id", f"{twice} stood before; ids must differ")
                 need(len({t.id for t in found}) == len(found), f"{where}, id", "stands twice in this record; ids must differ")
+                self.formats[format.name] += 1
             except TranscriptError as e:
                 if self.on_error == "raise": raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
                 yield self.skip(e)
@@ -1348,7 +1356,13 @@ class TranscriptReader:
             except TranscriptError as e:
                 if self.on_error == "raise" or path == self.path: raise
                 yield self.skip(e)  # a broken file among many
-        need(ids.count or empty, self.path.name, f"holds no transcript; {self.skipped[0] if self.skipped else 'there are no records'}")
+        need(ids.count or empty, self.path.name, f"holds no transcript; {self.skipped[0] if self.skipped else self.nothing()}")
+
+    def nothing(self):
+        "Why there is no record, in words."
+        links = sum(p.is_symlink() for p in self.path.rglob("*")) if self.path.is_dir() else 0
+        out = ", ".join(f"{n:,} {cause} left out" for cause, n in self.left_out.items())
+        return out or "there are no records" + f", but {links:,} links, which are followed where a glob names them" * bool(links)
 
     def told(self):
         """Sentences on what the last reading did with whole records: those read once and those read by their

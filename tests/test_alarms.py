@@ -117,6 +117,12 @@ def test_a_pretrained_llama_in_bfloat16():
     assert (alarm["alarm"], alarm["step"], alarm["last_step"]) == ("dead", 75, 150) and "where rounding alone puts it (bfloat16)" in alarm["text"]
 
 
+def test_the_untouched_student_of_step_1_is_not_called_dead():
+    config, row = get_config("tinyagent", total_steps=2), {"step": 1, "loss_reroute": 1.0, "loss_retain": 0.0, "loss_kl": 0.0}
+    assert find_alarms([row], config, FLOOR["float32"]) == []
+    assert [a["alarm"] for a in find_alarms([row, row | {"step": 2}], config, FLOOR["float32"])] == ["dead"]
+
+
 def test_the_advice_names_what_holds_it():
     line = {"step": 50, "grad_norm_reroute": 0.1, "grad_norm_retain": 0.05, "grad_norm_kl": 3.0, "grad_cos_retain_kl": 0.0}
     assert "lower beta_kl" in advice([line]) and "30.0 times" in advice([line])

@@ -80,7 +80,8 @@ def test_a_sound_file_passes(file, capsys):
     ("no_mask", [{**ASK, "content": "<|eot_id|>"}, ANSWER], ()),
     ("no_mask", [ASK, ANSWER], ("--policy", "test_audit:broken")),
     ("lost_to_truncation", [{**ASK, "content": "word " * 99}, ANSWER], ("--max-length", "64", "--truncation", "right")),
-    ("lost_to_truncation", [ASK, ANSWER, {**ASK, "content": "word " * 99}, ANSWER], ("--max-length", "64"))])
+    ("lost_to_truncation", [ASK, ANSWER, {**ASK, "content": "word " * 99}, ANSWER], ("--max-length", "64")),
+    ("lost_context", [{**ASK, "content": "word " * 99}, ANSWER], ("--max-length", "64"))])
 def test_each_defect_fails_and_is_named(file, capsys, monkeypatch, kind, messages, arguments):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     path = file(conversation("sound"), conversation("broken", *messages))

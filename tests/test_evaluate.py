@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cbnb.adapters import rescore
+from cbnb.adapters import another_base, find_adapters, rescore
 from cbnb.cli import main
+from cbnb.config import TINYAGENT
 from cbnb.runs import RunError, read_lines
 from cbnb.tinyagent import make_transcripts
 from cbnb.transcripts import write_transcripts
@@ -100,10 +101,28 @@ def test_answers_that_do_not_belong_are_told(run, tmp_path):
     stale = json.loads(lines[0]) | {"key": "before the adapter changed", "ids": []}
     (copy / "answers.jsonl").write_text("\n".join([json.dumps(stale), *lines]) + "\n")
     assert rescore(copy) == load(run / "result.json"), "of two answers to one attempt the last counts"
+    (copy / "answers.jsonl").write_text(lines[0])   # no newline: it was being written
+    with pytest.raises(RunError, match="an answers.jsonl without a whole line"): rescore(copy)
+    (copy / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    (copy / "config.json").rename(copy / "config.away")
+    with pytest.raises(RunError, match="config.json is missing or names no model"): rescore(copy)
+    (copy / "config.away").rename(copy / "config.json")
     weights = load_file(copy / "adapter" / "adapter_model.safetensors")
     save_file({k: torch.full_like(w, float("nan")) for k, w in weights.items()}, copy / "adapter" / "adapter_model.safetensors")
     done = cells("-p", "adapter", copy / "adapter", "-p", "eval_data", run.parent / "heldout.jsonl", "-p", "run_dir", tmp_path / "out", notebook=NBS / "evaluate.ipynb")
     assert done.returncode != 0 and "NaN or infinite weights" in done.stdout, done.stdout[-2000:]
+
+
+def test_an_adapter_of_another_base_is_told(run, tmp_path):
+    "The same shapes fit, so nothing but its own word tells that an adapter is of another model."
+    other = shutil.copytree(TINYAGENT, tmp_path / "other")
+    (found,) = find_adapters(str(run))
+    assert another_base(found, "tinyagent") == {} and another_base(found, str(other)) == {"made_for": "tinyagent", "model": str(other)}
+    heldout = tmp_path / "few.jsonl"
+    write_transcripts(heldout, make_transcripts("injection", 1, "eval"))
+    given = ("-p", "adapter", run / "adapter", "-p", "model", other, "-p", "eval_data", heldout, "-p", "max_new_tokens", 2)
+    done = cells(*given, "-p", "run_dir", tmp_path / "out", notebook=NBS / "evaluate.ipynb")
+    assert done.returncode == 0 and "the adapter says that it was made for tinyagent, and was evaluated on" in done.stdout, done.stdout[-2000:]
 
 
 def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
@@ -116,8 +135,8 @@ def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
 def test_what_cannot_be_evaluated_is_told_at_once(run, capsys, tmp_path):
     for given, words in ((["none"], "there are no held-out transcripts"), ([str(tmp_path)], "has no adapter_config.json"),
                          (["none", "--eval-data", str(run.parent / "heldout.jsonl")], "no model is known"), (["a/b/c"], "neither a run directory"),
-                         (["none", "--model", "tinyagent", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl, which is not there"),
-                         ([str(run), "--samples", "3"], "all alike"), (["a", "b", "c"], "two can be set")):
+                         (["none", "--model", "tinyagent", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+                         ([str(run), "--samples", "3"], "all alike"), ([str(run), "--seed", "3"], "seed 3 would do nothing"), (["a", "b", "c"], "two can be set")):
         assert main(["evaluate", *given]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1, said

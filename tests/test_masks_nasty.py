@@ -338,7 +338,7 @@ CASES = {"completion first": [say("user", "Hi"), say("assistant", "Kept."), say(
 @pytest.mark.parametrize("messages", CASES.values(), ids=CASES)
 def test_trl_3927_transformers_34494_truncation_keeps_a_target_on_either_side(messages):
     "Plain left or right truncation would leave a row without a target in one of the two; the window ends at the last target."
-    [sample], report = stream(messages, max_length=16)
+    [sample], report = stream(messages, max_length=16, lost_context="keep")
     tokenizer = masker_for("llama3.1")[0].tokenizer
     assert len(sample.input_ids) == len(sample.loss_mask) == 16 and report.counts["truncated"] == 1
     assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == "Kept.<|eot_id|>"
@@ -346,11 +346,11 @@ def test_trl_3927_transformers_34494_truncation_keeps_a_target_on_either_side(me
 
 
 def test_trl_3927_a_cut_completion_is_counted_and_an_empty_mask_is_never_everything():
-    [sample], report = stream([say("user", "Hi"), say("assistant", LONG)], max_length=8)
+    [sample], report = stream([say("user", "Hi"), say("assistant", LONG)], max_length=8, lost_context="keep")
     assert sample.loss_mask.all() and report.counts["targets_cut"] > 40  # all eight are the end of the completion
     middle = np.arange(30) == 12  # cutting either side to eight tokens would lose it
     assert not middle[:8].any() and not middle[-8:].any() and middle[truncation_window(middle, 8)].tolist() == [False] * 7 + [True]
-    samples, report = stream([say("user", LONG)], CASES["completion last"], max_length=16)
+    samples, report = stream([say("user", LONG)], CASES["completion last"], max_length=16, lost_context="keep")
     assert len(samples) == 1 and report.counts["no_target"] == 1 and report.dropped == ["t0"]
     with pytest.raises(ValueError, match="stream is empty: 1 transcripts were read, 1 of them have no target"): stream([say("user", LONG)])
 

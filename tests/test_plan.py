@@ -42,3 +42,10 @@ def test_no_code_of_a_models_folder_runs_and_none_is_asked_for(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "auto_map": {"AutoConfig": "x.Y"}} if name != "t5" else {"model_type": "t5"}))
         said = command("plan", "--model", tmp_path, "--batch-size", 1, "--max-length", 16, runs=tmp_path)
         assert said.returncode == 2 and words in said.stdout and "Traceback" not in said.stdout and "[y/N]" not in said.stdout and not (tmp_path / "ran").exists(), said.stdout
+
+
+def test_a_plan_says_which_flags_it_does_not_look_at(tmp_path):
+    said = command("plan", "--batch-size", 1, "--max-length", 16, "--chat-template", "nowhere.jinja", "--seed", 3, runs=tmp_path)
+    assert said.returncode == 0 and "chat_template, seed changes nothing in a plan" in said.stdout, said.stdout
+    said = command("plan", "--batch-size", 1, "--max-length", 16, "--on-error", "skip", runs=tmp_path)
+    assert said.returncode == 0 and "on_error changes nothing in a plan" in said.stdout, said.stdout

@@ -33,8 +33,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     stopped = [job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=2) for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
-    one = [job(folder, f"one {size}", size) for size in SIZES] + [job(folder, "one then fsdp", "at once", stop_after=2), job(folder, "one at beta 0", "at once", **at_zero)]
-    two = [job(folder, f"ddp {size}", size) for size in SIZES] + [job(folder, f"fsdp {size}", size, True) for size in SIZES]
+    one = [job(folder, f"one {size}", size, evaluated=True) for size in SIZES] + [job(folder, "one then fsdp", "at once", stop_after=2), job(folder, "one at beta 0", "at once", **at_zero)]
+    two = [job(folder, f"{way} {size}", size, way == "fsdp", evaluated=True) for way in ("ddp", "fsdp") for size in SIZES]
     two += [job(folder, "ddp at beta 0", "at once", **at_zero), job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache"))]
     told = together(1, one) + together(2, two + stopped)
     assert told.count("stopped") == 1 + 3 * 2, "each process of a stopped run says so"
@@ -93,9 +93,9 @@ def launch(folder, notebook, *parameters, processes=2, **options):
 def the_run(folder): return next((folder / "runs").glob("*/*/status.json")).parent
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_the_notebook_by_torchrun(tmp_path, fsdp):
-    process = launch(tmp_path, NBS / "train.ipynb", "-p", "fsdp", fsdp)
+def test_the_notebook_by_torchrun(tmp_path):
+    "With the base in parts; without, two processes make it by srun in tests/test_slurm.py."
+    process = launch(tmp_path, NBS / "train.ipynb", "-p", "fsdp", True)
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 0, said[-5000:]
     path = the_run(tmp_path)

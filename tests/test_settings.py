@@ -97,6 +97,8 @@ import torch
 from cbnb.objectives import Objective, reroute_cosine
 def cosine(harmful, benign, config): return 1 - torch.cosine_similarity(*benign, dim=-1)
 held = Objective(reroute_cosine, cosine, lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": 0.0})
+def detached(harmful, benign, config): return reroute_cosine(harmful, benign, config).detach()
+loose = Objective(detached, cosine, held.weights)
 """
 
 
@@ -109,6 +111,10 @@ def test_a_setting_that_ones_own_objective_ignores(tmp_path, monkeypatch):
     assert refused.returncode != 0 and "retain_weight 0.5 would do nothing: the objective my_losses:held" in refused.stdout and not (tmp_path / "runs").exists(), refused.stdout
     done = cells(*given, runs=tmp_path / "runs")
     assert done.returncode == 0 and "note: objective my_losses:held has no KL term: beta_kl 0.3 changes nothing" in done.stdout, done.stdout[-2000:]
+    loose = [v if v != "my_losses:held" else "my_losses:loose" for v in given]
+    early = cells(*loose, "-p", "run_dir", tmp_path / "loose")
+    assert early.returncode != 0 and "reroute does not depend on the student's hidden states" in early.stdout, early.stdout[-2000:]
+    assert not (tmp_path / "loose" / "answers.jsonl").exists(), "it is told before the evaluation of the untouched model"
     spec = tmp_path / "s.yaml"
     spec.write_text(json.dumps({"parameters": little_data(tmp_path) | {"objective": "my_losses:held"}, "grid": {"retain_weight": [0.1, 1]}}))
     said = cbnb("ablate", spec, "--dry-run", "--local", 1, runs=tmp_path)

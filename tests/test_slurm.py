@@ -50,11 +50,11 @@ class Slurm:
         self.until(lambda: not self.say("squeue", "-h", "-t", "PD,R,CG,CF,S,RQ,RH", "-j", ",".join(jobs), check=False).strip().replace("slurm_load_jobs", ""), seconds)
         return [self.job(job) for job in jobs]
 
-    def until(self, condition, seconds=200):
+    def until(self, condition, seconds=200, every=0.3):
         end = time.monotonic() + seconds
         while not (said := condition()):
             assert time.monotonic() < end, self.say("squeue") + "".join(f"\n{p}\n{p.read_text()[-3000:]}" for p in self.runs.rglob("*.out"))
-            time.sleep(0.3)
+            time.sleep(every)
         return said
 
 
@@ -112,7 +112,7 @@ def sweep(slurm, early, tmp_path_factory):
             killed.append(status["pid"])
             os.kill(status["pid"], signal.SIGKILL)
         return len(rows) == 5 and all(row["state"] in ("done", "failed", "lost") for row in rows)
-    slurm.until(looked, 400)
+    slurm.until(looked, 400, every=4)   # a Python a look, beside the jobs
     return spec, path, said.stdout, seen, victim
 
 

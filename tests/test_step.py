@@ -10,7 +10,6 @@ import torch
 from cbnb.breaker import CircuitBreaker
 from cbnb.config import SAVINGS, get_config
 from cbnb.data import Sample, collate
-from cbnb.heads import find_head
 from cbnb.losses import kl_divergence_loss, reroute_loss, retain_loss
 from cbnb.models import add_adapter, teacher_mode
 
@@ -80,9 +79,9 @@ def gradient(terms, parameters):
     return torch.cat([g.flatten().double() for g in grads])
 
 
-def compare(student, config, savings, reference, wanted):
+def compare(student, config, savings, reference, wanted, head=None):
     config = replace(config, savings=savings)
-    breaker = CircuitBreaker(student, config)
+    breaker = CircuitBreaker(student, config, head=head)
     breaker.train()
     batch = collate(pairs(), 0, buckets="buckets" in config.savings)
     terms = breaker(batch["harmful"], batch["benign"], batch["counts"])
@@ -101,17 +100,19 @@ def test_every_saving_is_exact(family, attention, monkeypatch):
     monkeypatch.setattr(cbnb.data, "PASS", 8)  # so that rows as short as these are parted
     assert isinstance(collate(pairs(), 0, buckets=True)["benign"], list) and len(collate(pairs(), 0, buckets=True)["benign"]) > 1
     batch = collate(pairs(), 0)
-    for lora_layers, checkpointing in itertools.product(((0, 3), (1, 2)), (False, True)):
+    cases = [*itertools.product(((0, 3), (1, 2)), (False, True))]
+    for lora_layers, checkpointing in cases if attention == "sdpa" else cases[::3]:   # eager differs in the masks alone
         config = get_config("tinyagent", target_layers=(1, 2), lora_layers=lora_layers, lora_modules="q_proj,v_proj,o_proj", lora_dropout=0.0, beta_kl=0.5,
                             kl_temperature=1.5, gradient_checkpointing=checkpointing)
         student = moved(add_adapter(made(family, attention), config)).train()
-        assert find_head(student).layer is not None and find_head(student).norm is not None
+        head = CircuitBreaker(student, config).head   # found, and the model checked, once: neither depends on the savings
+        assert head.layer is not None and head.norm is not None
         reference = plain_step(student, batch, config)
         wanted = gradient(reference, [p for p in student.parameters() if p.requires_grad])
         assert reference["loss_kl"] > 1e-5 and wanted.norm() > 0
         for mode in ("hidden_states", "hooks"):
             for savings in ("none", *SAVINGS, ",".join(SAVINGS)):
-                compare(student, replace(config, hidden_state_mode=mode), savings, reference, wanted)
+                compare(student, replace(config, hidden_state_mode=mode), savings, reference, wanted, head)
 
 
 def test_the_savings_leave_out_what_they_say(monkeypatch):

@@ -60,7 +60,7 @@ def test_run_directory_is_complete(runs):
     for (beta, _), folder in runs.items():
         result, rows, status = load(folder / "result.json"), metrics(folder), load(folder / "status.json")
         assert status["state"] == "done" and status["error"] is None
-        assert set(result) == {"before", "after", "parameters", "alarms", "floor"} and set(result["before"]) == set(result["after"]) == FIGURES
+        assert set(result) == {"before", "after", "parameters", "alarms", "floor", "data"} and set(result["before"]) == set(result["after"]) == FIGURES
         assert not {a["alarm"] for a in result["alarms"]} - {"collapsed"} and status["alarms"] == result["alarms"]
         assert result["parameters"]["beta_kl"] == beta == load(folder / "params.json")["beta_kl"]
         assert [r["step"] for r in rows] == list(range(1, 201)) and all(METRICS <= set(r) for r in rows)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'LISTED', 'candidate_texts', 'divergence_state', 'layer_state', 'kl_state', 'number_text', 'kl_html',
            'KLExplorer', 'static_kl', 'StillExplorer', 'kl_explorer', 'newest_run', 'adapter_and_run', 'run_config',
-           'from_root', 'held_out_of', 'transcripts_to_show', 'renewer', 'left_out', 'load_explorer', 'open_explorer']
+           'from_root', 'held_out_of', 'each_of', 'transcripts_to_show', 'renewer', 'left_out', 'load_explorer',
+           'open_explorer']
 
 # %% ../../nbs/22_kl_explorer.ipynb #7813648a
 import contextlib
@@ -17,6 +18,7 @@ import anywidget
 import numpy as np
 import traitlets
 
+from ..adapt import adapt
 from ..audit import visible
 from ..config import CircuitBreakerConfig
 from ..data import load_streams
@@ -26,8 +28,9 @@ from ..encoders import token_bytes
 from ..models import load_model
 from ..runs import RunError, project_root, read_json, read_status, runs_folder
 from ..settings import kept_template, make_masker
+from ..sources import entry_paths, listed, open_sources, reading_of
 from ..tinyagent import KINDS, make_transcripts
-from ..transcripts import read_transcripts
+from ..transcripts import TranscriptError, is_hub
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
 from .views import StaticView, is_live, module, page, shown, source, table_html
 
@@ -213,30 +216,38 @@ def run_config(run):
     return CircuitBreakerConfig(**read_json(run / "config.json")) if run else CircuitBreakerConfig()
 
 # %% ../../nbs/22_kl_explorer.ipynb #5787ae06
-def from_root(path):
-    "`path` as it is where it exists, else in the project's root: a run that was started there names its files from there."
-    return path if Path(path).exists() or project_root() is None else project_root() / path
+def from_root(text):
+    "The `text` of an entry of data as it is where it names something, else in the project's root: a run that was started there names its files from there."
+    return text if entry_paths(text) or is_hub(text) or project_root() is None else project_root() / text
 
 
 def held_out_of(run):
     """The transcripts that the run directory `run` held out (iterable). Raises ValueError where its parameters name none, TranscriptError where they
     are gone."""
     given = read_json(run / "params.json") or {}
-    files, eval_files = ([part.strip() for part in given.get(key, "").split(",") if part.strip()] for key in ("data", "eval_data"))
+    files, eval_files = (listed(given.get(key, "")) for key in ("data", "eval_data"))
     if given.get("data") == "tinyagent": files, eval_files = [], eval_files or [run / "data" / "eval.jsonl"]
     if not files and not eval_files: raise ValueError(f"{run}/params.json names no data; give transcript files.")
     files, eval_files = ([from_root(path) for path in paths] for paths in (files, eval_files))
-    return (t for path in eval_files for t in read_transcripts(path)) if eval_files else load_streams(files)[2]
+    if eval_files: return each_of(eval_files, reading_of(given))
+    return load_streams(files, heldout_by=given.get("heldout_by", "prompt"), reading=reading_of(given))[2]  # prompt: before there was the setting
+
+
+def each_of(texts, reading):
+    "Yields the transcripts of the entries `texts`, as `reading` says (on_error, relabel, tools, adapt), one at a time."
+    for reader in open_sources(texts, reading.on_error, reading.relabel, reading.tools):
+        yield from (adapt(t, reading.adapt) for t in reader.records() if not isinstance(t, TranscriptError))
 
 
 LISTED = 200
 
 
-def transcripts_to_show(data, run, limit=LISTED):
-    """At most `limit` transcripts, and a sentence that says so where there are more, else "": of the files `data` (separated by commas), of the tiny
+def transcripts_to_show(data, run, limit=LISTED, **given):
+    """At most `limit` transcripts, and a sentence that says so where there are more, else "": of the entries `data` (separated by commas; read as the run
+    read its own but for what is `given` of `cbnb.sources.READING`), of the tiny
     agent's world (`"tinyagent"`), or, if empty, those that `run` held out. Raises ValueError where there are none."""
     if data == "tinyagent" or not data and run is None: source = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
-    elif data: source = (t for path in data.split(",") for t in read_transcripts(path.strip()))
+    elif data: source = each_of(listed(data), reading_of((read_json(run / "params.json") or {}) if run else {}, **given))
     else: source = held_out_of(run)
     found = list(itertools.islice(source, limit + 1))
     if not found: raise ValueError(f"{data or run} holds no transcripts.")
@@ -274,12 +285,12 @@ def left_out(encoded, config, label):
 
 # %% ../../nbs/22_kl_explorer.ipynb #7b822af2
 def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,
-                  control="", trust_remote_code=False, chat_template="", template_variables=""):
+                  control="", trust_remote_code=False, chat_template="", template_variables="", relabel=None, on_error=None, tools=None):
     """The explorer of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
     `transcripts_to_show`; `number`: the transcript that is shown first, from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl`,
-    `dtype` None, and `control`, `chat_template` and `template_variables` empty: the run's.
+    `dtype`, `relabel`, `on_error` and `tools` None, and `control`, `chat_template` and `template_variables` empty: the run's.
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
@@ -287,13 +298,13 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     config = run_config(run)
     model = model or (config.model if run else json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
-    transcripts, more = transcripts_to_show(data, run, max(LISTED, number))
+    transcripts, more = transcripts_to_show(data, run, max(LISTED, number), relabel=relabel, on_error=on_error, tools=tools)
     if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
     given = (read_json(run / "params.json") or {}) if run else {}
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
-                             tool_call_format=given.get("tool_call_format") or "template")
+                             tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
     def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
     renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)

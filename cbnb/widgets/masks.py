@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 
 from ..actions import for_policy
+from ..adapt import adapt, adapted_line
 from ..audit import KINDS, Finding, check_mask, encode_each, message_of
 from ..audit import NOTES as MINOR
 from ..masks import CONTROL_MODES
@@ -36,6 +37,7 @@ from ..policies import (
     NEED_COMPARISON, POLICIES, after_first_header, apply_policy, find_policy, loss_mask, reasons, role_of, token_labels)
 from ..runs import write_bytes
 from ..settings import make_masker
+from ..sources import Reading, listed, open_source, read_entry
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..templates import MaskError
 from ..transcripts import MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, need, parse_json, read_transcripts
@@ -161,7 +163,8 @@ class Explored:
         "The findings (list of `(name of the mask, Finding)`) of all masks, or the one that there is none."
         if self.transcript is not None and self.encoded is None:
             return [("every mask", Finding("no_mask", self.message, message_of(self.message)))]
-        return [(m.name, f) for m in self.masks for f in m.findings]
+        said = adapted_line([self.transcript]) if self.transcript is not None else ""
+        return [(m.name, f) for m in self.masks for f in m.findings] + [("every mask", Finding("adapted", said))] * bool(said)
 
 # %% ../../nbs/21_mask_explorer.ipynb #fc067dcc
 def explore(transcript, masker, policies=None, label=None, max_length=None, side="targets", model=""):
@@ -468,11 +471,14 @@ def read_pasted(text):
         return any_label(lambda label: Shelf(list(read_transcripts(path, label=label)), "pasted"))
 
 # %% ../../nbs/21_mask_explorer.ipynb #a76129d0
-def as_shelf(given):
-    """A `Shelf` of what a reader may give: the path of a file or folder, a Transcript or a list of them, a record or a list of messages as plain
+def as_shelf(given, relabel="", tools=""):
+    """A `Shelf` of what a reader may give: entries of data (`cbnb.sources.read_entry`; `relabel` and `tools` as there), a Transcript or a list of them, a record or a list of messages as plain
     values. Raises TranscriptError for what is none of them or cannot be read."""
     if isinstance(given, Shelf): return given
-    if isinstance(given, (str, Path)): return any_label(lambda label: Shelf(read_transcripts(given, label=label, on_error="skip")))
+    if isinstance(given, (str, Path)):
+        texts = [str(given)] if Path(given).exists() else listed(str(given)) or [str(given)]
+        if len(texts) > 1: return Shelf(Reading(relabel, "skip", 1.0, tools).read(texts), ", ".join(texts))
+        return any_label(lambda label: Shelf(open_source(texts[0], label=read_entry(texts[0]).label or label, on_error="skip", relabel=relabel, tools=tools)))
     if isinstance(given, TranscriptReader): return Shelf(given)
     if isinstance(given, Transcript): given = [given]
     plain = given[0] if isinstance(given, (list, tuple)) and given else given
@@ -483,9 +489,9 @@ def as_shelf(given):
 
 # %% ../../nbs/21_mask_explorer.ipynb #a9417126
 @functools.lru_cache(maxsize=4)
-def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template"):
+def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template", adapt=""):
     "The `ChatMasker` that `cbnb.settings.make_masker` makes of a model's name or of a tokenizer; the last few are kept. Raises what that raises."
-    return make_masker(model, control, chat_template or "", template_variables, tool_call_format=tool_call_format)[0]
+    return make_masker(model, control, chat_template or "", template_variables, tool_call_format=tool_call_format, adapt=adapt)[0]
 
 # %% ../../nbs/21_mask_explorer.ipynb #66b5fbea
 def model_name(model):
@@ -517,7 +523,7 @@ class MaskExplorer:
         if unknown := changes.keys() - self.settings.keys():
             raise TypeError(f"there is no setting {min(unknown)}; use {', '.join(self.settings)}, a or b")
         self.settings |= changes
-        if "transcripts" in changes: self.shelf = None
+        if changes.keys() & {"transcripts", "relabel", "tools"}: self.shelf = None
         try: self.explored = self.explore()
         except Exception as e:  # whatever a model, a file or a template raises: a traceback in place of the view helps nobody
             self.explored = Explored(message=told(e))
@@ -528,11 +534,11 @@ class MaskExplorer:
         "The `Explored` of the settings. Raises what a file, a model or a template raises."
         s = self.settings
         if s["transcripts"] is None: raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
-        if self.shelf is None: self.shelf = as_shelf(s["transcripts"])
+        if self.shelf is None: self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
         transcript, masker = self.shelf.at(s["number"]), load_masker(
-            *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format")))
+            *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format", "adapt")))
         self.tokenizer = masker.tokenizer
-        return explore(transcript, masker, s["policies"], s["label"], s["max_length"], s["side"], model_name(s["model"]))
+        return explore(adapt(transcript, masker.adapt), masker, s["policies"], s["label"], s["max_length"], s["side"], model_name(s["model"]))
 
     def static(self):
         "What is shown as a `StaticView`: one interactive page, and HTML without scripts."
@@ -681,15 +687,15 @@ class ExplorerBox:
 # %% ../../nbs/21_mask_explorer.ipynb #42a22414
 def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="first_header", label=None, max_length=None, side="targets",
                   control="error", chat_template=None, policies=None, number=1, template_variables="",
-                  tool_call_format="template"):
-    """A `MaskExplorer` of `transcripts`: the path of a file or folder in any format of `cbnb.transcripts`, a Transcript or a list of them, a record
+                  tool_call_format="template", relabel="", tools="", adapt=""):
+    """A `MaskExplorer` of `transcripts`: entries of data, read as `cbnb.sources` says by `relabel` and `tools`, a Transcript or a list of them, a record
     or a list of messages; None begins with nothing.
 
     `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`;
-    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `a`, `b`: the masks shown first;
+    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `adapt`: names of adaptations (`cbnb.adapt`); `a`, `b`: the masks shown first;
     `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation to that many tokens leaves; `control`: see
     `ChatMasker`; `policies`: your own, functions of an Encoded by name; `number`: the transcript shown first. Nothing of these raises: what is
     wrong is told in the view."""
     return MaskExplorer(transcripts=transcripts, model=model, a=a, b=b, label=label, max_length=max_length, side=side, control=control,
                         chat_template=chat_template, policies=policies, number=number, template_variables=template_variables,
-                        tool_call_format=tool_call_format)
+                        tool_call_format=tool_call_format, relabel=relabel, tools=tools, adapt=adapt)

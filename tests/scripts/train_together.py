@@ -1,6 +1,6 @@
 """Run by tests/test_processes.py, once a process, by torchrun or alone: trainings of the tiny agent that several processes make together.
 
-usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": overrides, "stop_after": step or null, "teacher_cache"}
+usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": overrides, "stop_after": step or null, "teacher_cache", "evaluated"}
 """
 import json, sys
 
@@ -53,8 +53,9 @@ for job in json.loads(sys.argv[1]):
         cache = open_cache(job["teacher_cache"], student, harmful, benign, config, pad_id) if job.get("teacher_cache") else None
         done = train_breaker(student, harmful, benign, config, run, pad_id, callbacks=[StopAfter(run, job["stop_after"])] if job.get("stop_after") else [], cache=cache)
         if done:
-            found = evaluate(student, masker, heldout, config, decoding=Decoding(max_new_tokens=24, batch_size=3), folder=run.path, stage="after")
+            if job.get("evaluated"):
+                found = evaluate(student, masker, heldout, config, decoding=Decoding(max_new_tokens=24, batch_size=3), folder=run.path, stage="after")
+                write_result(run, found | {"own_weights": sum(parts)})
             save_adapter(student, run.path / "adapter")
-            write_result(run, found | {"own_weights": sum(parts)})
     print(f"{rank()} of {world_size()}: {run.path.name} {'done' if done else 'stopped'}", flush=True)
 if world_size() > 1: join().destroy_process_group()
