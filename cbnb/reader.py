@@ -19,11 +19,11 @@ from .masks import ChatMasker
 from .templates import MaskError
 
 # %% auto #0
-__all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CHECK_TYPES', 'CHECK_NAMES', 'CHECK_TOOLS', 'CHECK_TEXT',
-           'CHECK', 'BLANKS', 'CONVERSATION', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
+__all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 'CHECK_TYPES', 'CHECK_NAMES', 'CHECK_TOOLS',
+           'CHECK_TEXT', 'CHECK', 'BLANKS', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
            'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
-           'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'read_back', 'difference', 'check_text',
-           'check_calls', 'prompt_gap', 'check_prompt', 'worded_end', 'derive_reader']
+           'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'prompt_gap', 'has_gaps', 'check_prompts',
+           'read_back', 'difference', 'check_text', 'check_calls', 'worded_end', 'derive_reader']
 
 # %% ../nbs/01d_reader.ipynb #429558f8
 @dataclass(frozen=True)
@@ -295,10 +295,10 @@ def parse_response(masker: ChatMasker, text: str, prefix: str, tools, ended: boo
 # %% ../nbs/01d_reader.ipynb #0a18d29e
 class AnswerReader:
     """Reads answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a turn, `inner`: those that do so only where nothing
-    follows; `cannot`: why calls cannot be read, empty if they can; `alike`: what its answers do not tell apart;
-    `prefix`: a prompt, where the tokenizer's response template reads. Made by `derive_reader`."""
+    follows; `cannot`: why calls cannot be read, empty if they can; `gaps`: whether answers may be asked for
+    with another text than they are trained after (`check_prompts`); `prefix`: a prompt, where the tokenizer's response template reads. Made by `derive_reader`."""
     def __init__(self, masker: ChatMasker, layout: Layout | None, frame: Frame, ends: tuple, inner: tuple = ()):
-        self.masker, self.frame, self.ends, self.inner, self.cannot, self.alike, self.prefix = masker, frame, ends, inner, "", (), None
+        self.masker, self.frame, self.ends, self.inner, self.cannot, self.gaps, self.prefix = masker, frame, ends, inner, "", False, None
         self.calls = CallReader(layout) if layout else None
         self.harmony = bool(layout) and "<\\|channel\\|>" in layout.mid and "to=" in layout.open
 
@@ -358,6 +358,45 @@ def called(call: dict) -> dict:
     message["tool_calls"][0]["function"] = dict(call)
     return message
 
+# %% ../nbs/01d_reader.ipynb #2673ea5a
+CONVERSATION = [{"role": "system", "content": "zqsystem"}, {"role": "user", "content": "zqfirst"},
+                {"role": "assistant", "content": "zqanswer"}, *QUESTION, saying(content=TEXT)]
+
+
+def prompt_gap(masker: ChatMasker, messages: list[dict], tools=None) -> str:
+    """How the prompt for the last of `messages`, an answer, differs from what stands before that answer in the
+    whole transcript, which is what training sees. Empty where the one begins the other, and where the template
+    writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
+    encoded = masker.encode(messages, tools)
+    if not encoded.turns or encoded.turns[-1].message != len(messages) - 1: return ""
+    prompt, before = masker.prompt(messages[:-1], tools=tools), encoded.text[:encoded.turns[-1].body]
+    if prompt.startswith(before) or before.startswith(prompt): return ""
+    at = len(os.path.commonprefix([prompt, before]))
+    return (f"the chat template asks for the last answer with another text than it writes before that answer "
+            f"({prompt[at:at + 40]!r} in place of {before[at:at + 40]!r})")
+
+
+def has_gaps(masker: ChatMasker) -> bool:
+    "Whether one of a few conversations has a `prompt_gap`: with a system message and without, of one question and of two."
+    for messages in (CONVERSATION, CONVERSATION[1:], [CONVERSATION[0], *CONVERSATION[3:]], CONVERSATION[3:]):
+        try:
+            if prompt_gap(masker, messages): return True
+        except MaskError: continue  # it refuses such a conversation
+    return False
+
+
+def check_prompts(reader: AnswerReader, transcripts) -> None:
+    """Raises MaskError for the first of `transcripts` with a `prompt_gap` at its last assistant message: it would
+    be trained after one text and asked for with another. Looks at nothing where `reader.gaps` is False."""
+    for t in transcripts if reader.gaps else ():
+        answers = [i for i, m in enumerate(t.messages) if m["role"] == "assistant"]
+        gap = prompt_gap(reader.masker, t.messages[:answers[-1] + 1], t.tools) if answers else ""
+        if not gap: continue
+        system = t.messages[0]["role"] == "system" and "move_system" not in reader.masker.adapt
+        raise MaskError(f"transcript {t.id}: {gap}; "
+                        + "set adapt=move_system, which writes the system prompt into the first user message, or " * system
+                        + "pass another chat_template")
+
 # %% ../nbs/01d_reader.ipynb #1f1a025a
 CHECK_TYPES = {"zqka": "string", "zqkb": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object",
                "digits": "string", "word": "string", "quotes": "string", "lines": "string", "markup": "string", "code": "string", "Zq_Key2": "string"}
@@ -399,7 +438,7 @@ def check_text(reader: AnswerReader) -> str:
 
 def check_calls(reader: AnswerReader, parallel: bool) -> str:
     """Why calls that the template writes are not read back as they were; empty if they are. `parallel`: it writes several in a message. What differs in
-    blanks around a text only is no reason: it is told in `reader.alike`."""
+    blanks around a text only is no reason: a template that removes them writes both alike."""
     cases = {"a call with arguments of every type": saying(CHECK), "a call without arguments": saying({}), "a call beside text": saying(PAIR, content=CHECK_TEXT)}
     if parallel: cases |= {"two calls": saying(PAIR, CHECK), "two calls, one without arguments": saying({}, PAIR)}
     cases |= {f"a call of a tool named {name}": called({"name": name, "arguments": PAIR}) for name in CHECK_NAMES} | {"a call with blanks around its arguments": saying(BLANKS)}
@@ -414,37 +453,12 @@ def check_calls(reader: AnswerReader, parallel: bool) -> str:
             if message["content"] in answer.text + answer.reasoning: continue
             return f"text beside a call is not read back: {difference(answer.text, message['content'])}"
         stripped = [{**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in wanted] if BLANKS in (c["arguments"] for c in wanted) else None
-        if answer.calls == stripped:
-            reader.alike += ("blanks around the text of an argument, which the chat template removes",)
-            continue
+        if answer.calls == stripped: continue
         pairs = [(one["arguments"], two["arguments"]) for one, two in zip(answer.calls, wanted) if one["name"] == two["name"]]
         lost = [f" (argument {key}: {difference(one.get(key, ''), value)})" for one, two in pairs for key, value in two.items() if one.get(key, ...) != value]
         names = [f" ({difference(one['name'], two['name'])})" for one, two in zip(answer.calls, wanted) if one["name"] != two["name"]]
         return f"{what} is not read back" + "".join([*names, *lost][:1])
     return ""
-
-
-CONVERSATION = [{"role": "system", "content": "zqsystem"}, {"role": "user", "content": "zqfirst"}, {"role": "assistant", "content": "zqanswer"},
-                *QUESTION, saying(content=TEXT)]
-
-
-def prompt_gap(masker: ChatMasker, messages: list, tools, encoded) -> str:
-    """Where the prompt for the last of `messages`, an answer, is not what stands before it in the whole transcript `encoded`, as it is trained: a template
-    may write messages in another order. Empty where the one begins the other."""
-    if not encoded.turns or encoded.turns[-1].message != len(messages) - 1: return ""
-    prompt, before = masker.prompt(messages[:-1], tools=tools), encoded.text[:encoded.turns[-1].body]
-    if prompt.startswith(before) or before.startswith(prompt): return ""
-    at = len(os.path.commonprefix([prompt, before]))
-    return f"the prompt for an answer is not what stands before it in the whole transcript ({prompt[at:at + 40]!r} in place of {before[at:at + 40]!r})"
-
-
-def check_prompt(masker: ChatMasker) -> None:
-    "Raises MaskError where a conversation of all roles but tools has a `prompt_gap`."
-    for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[3:]):
-        try: gap = prompt_gap(masker, messages, None, masker.encode(messages))
-        except MaskError: continue  # it refuses a system message, or several turns
-        if gap: raise MaskError(f"no answer can be asked for: {gap}; pass another chat_template")
-        return
 
 
 def worded_end(masker: ChatMasker, ends) -> str:
@@ -458,12 +472,12 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
     """The `AnswerReader` of a masker's chat template. Where its calls cannot be read back, `cannot` says why in one sentence, and answers are read as text.
 
     Raises MaskError where not even the text of an answer can be told from what stands around it."""
-    check_prompt(masker)
     probed = probe_turns(masker)
     try: layout, frame, why = derive_layout(probed)
     except Underivable as e: raise MaskError(f"no answer can be read: the chat template {e}; pass another chat_template") from None
     ends = probed.ends or (((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ())
     reader = AnswerReader(masker, layout, frame, ends, probed.inner)
+    reader.gaps = has_gaps(masker)
     words = worded_end(masker, (*ends, *probed.inner))
     merged = words and (f"turns end with {words.strip()!r}, which is no control token of this tokenizer and is merged with the text before it; "
                         "pass the template that belongs to this tokenizer, or add it as a special token")
