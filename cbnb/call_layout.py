@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import json
 import re
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ __all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VA
            'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'CONVENTIONS', 'sign', 'is_control', 'spell',
            'shared_atoms', 'pattern', 'Underivable', 'agreed', 'tool', 'saying', 'Probed', 'next_token', 'probe_turns',
            'find', 'name_at', 'json_at', 'literal_at', 'as_object', 'Envelope', 'nested_paths', 'find_envelope',
-           'unwrap', 'Nested', 'Pairs', 'pair_parts', 'spelled_at', 'find_nested', 'find_escape', 'sort_values',
-           'find_pairs', 'Layout', 'call_start', 'value_spans', 'find_calls', 'Frame', 'thought_tags', 'cut_thought',
-           'find_thought', 'find_frame', 'no_turn', 'derive_layout']
+           'unwrap', 'Nested', 'Pairs', 'pair_parts', 'spelled_at', 'find_nested', 'unescape', 'find_escape',
+           'sort_values', 'find_pairs', 'Layout', 'call_start', 'value_spans', 'find_calls', 'Frame', 'thought_tags',
+           'cut_thought', 'find_thought', 'find_frame', 'no_turn', 'derive_layout']
 
 # %% ../nbs/01c_call_layout.ipynb #e617b100
 SIGN = "\ufdd0"  # a noncharacter, which no rendered text may hold
@@ -75,7 +76,7 @@ KEYS, VALUES = ("zqka", "zqkb"), ("zqva", "zqvb")
 PAIR = dict(zip(KEYS, VALUES))
 KINDS = {"string": "zqva", "integer": 48151, "number": 4.8125, "boolean": True, "null": None, "array": [48151, "zqva"],
          "object": {"zqx": "zqva", "zqy": 48151}}
-ESCAPED = "zqva'\"\\\nzqvb"
+ESCAPED = "zqva'\"<&>\\\nzqvb"
 ANY_NAME = r"[^\s\"'<>{}()\[\]" + SIGN + r"]{1,256}?"
 ANY_KEY = r"[^\s\"'<>{}()\[\]=," + SIGN + r"]{1,256}?"
 WILD = {**dict.fromkeys(IDS, r"[\w.:\-]+"), **dict.fromkeys(NAMES, ANY_NAME), **dict.fromkeys(KEYS, ANY_KEY)}
@@ -127,7 +128,7 @@ PROBES = {
     "text": saying(content=TEXT), "thought text": saying(content=TEXT, thought=THOUGHT),
     "call": saying(PAIR), "two": saying(PAIR, PAIR), "three": saying(PAIR, PAIR, PAIR),
     "text call": saying(PAIR, content=TEXT), "thought call": saying(PAIR, thought=THOUGHT),
-    "none": saying({}), "none two": saying({}, PAIR), "escaped": saying({KEYS[0]: ESCAPED}),
+    "none": saying({}), "none two": saying({}, PAIR), "escaped": saying({KEYS[0]: ESCAPED}), "escaped text": saying(content=ESCAPED),
     **{kind: saying({KEYS[0]: value}) for kind, value in KINDS.items()}}
 
 # %% ../nbs/01c_call_layout.ipynb #dec79674
@@ -266,7 +267,7 @@ class Nested(NamedTuple):
 class Pairs(NamedTuple):
     """Arguments one by one, as expressions. `first`: from the name to the first key; `equals`: `((from key to value, types of value), …)`; `next`: from a
     value to the next key; `none`, `none_join`: from the name to the end, and to the next name, without arguments. `quote`: literals around a string, or
-    empty ones; `escape`: how its text is escaped (`json`, `python`, or not at all); `nested`: see there, or None."""
+    empty ones; `escape`: how its text is escaped (`json`, `python`, `html`, or not at all); `nested`: see there, or None."""
     first: str
     equals: tuple
     quote: tuple
@@ -304,15 +305,22 @@ def find_nested(array: str, obj: str, quote: tuple) -> Nested:
     return literals
 
 
-def find_escape(text: str, quote: tuple) -> str:
-    "How strings are escaped (see `Pairs`), from what is written for `ESCAPED`. Raises Underivable for another way."
-    start, end = text.find("zqva"), text.find("zqvb") + 4
-    if not quote[0] or start < 0 or text[start:end] == ESCAPED: return ""
-    for kind, read, mark in (("json", json.loads, '"'), ("python", ast.literal_eval, "'"), ("python", ast.literal_eval, '"')):
-        try:
-            if read(mark + text[start:end] + mark) == ESCAPED: return kind
+def unescape(raw: str, escape: str, quote: str = '"') -> str | None:
+    "The string that was escaped as `raw`, by `escape` (see `Pairs`), between the literals `quote`; None if that is no whole one."
+    if escape in ("", "html"): return html.unescape(raw) if escape else raw
+    for mark in (quote, '"', "'"):
+        try: return (json.loads if escape == "json" else ast.literal_eval)(mark + raw + mark)
         except (ValueError, SyntaxError): continue
-    raise Underivable("changes strings in a way that cannot be taken back")
+    return None
+
+
+def find_escape(text: str, what: str) -> str:
+    "How strings are escaped (see `Pairs`), from what is written for `ESCAPED`. Raises Underivable, naming `what` they are, for another way."
+    start, end = text.find("zqva"), text.find("zqvb") + 4
+    if start < 0: return ""
+    for kind in ("", "html", "json", "python"):
+        if unescape(text[start:end], kind) == ESCAPED: return kind
+    raise Underivable(f"changes {what} in a way that cannot be taken back ({text[start:end]!r} for {ESCAPED!r})")
 
 
 def sort_values(texts: dict, plain: str, closing: str, equals: str, quote: tuple):
@@ -346,7 +354,8 @@ def find_pairs(bodies: dict):
         parts = [pair_parts(body, n) for n in range(count)]
         firsts += [part[0] for part in parts]
         joins += [body[part[-1]:name_at(body, n + 1)[0]][len(quote[1]):] for n, part in enumerate(parts[:-1])]
-    escape = find_escape(texts.pop("escaped", ""), quote)
+    escape = find_escape(texts.pop("escaped", ""), "strings")
+    if escape == "html" and not quote[0]: texts = {kind: html.unescape(text) if kind in ("array", "object") else text for kind, text in texts.items()}
     sorts, nested = sort_values(texts, plain, closing, equals, quote)
     none = pattern(bodies["none"][name_at(bodies["none"])[1]:], digits=True) if "none" in bodies else None
     empty = bodies.get("none two")
@@ -416,12 +425,14 @@ CONVENTIONS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>tho
 @dataclass(frozen=True)
 class Frame:
     """What stands around reasoning and text, as literals. `given`: what the generation prompt has already written of an answer; `thought`: what opens and
-    closes reasoning, None where the template drops it; `before`, `after`: what may stand around text; `behind`: text stands behind the calls."""
+    closes reasoning, None where the template drops it; `before`, `after`: what may stand around text; `behind`: text stands behind the calls; `escape`: how
+    text is escaped (see `Pairs`)."""
     given: str
     thought: tuple | None
     before: tuple
     after: tuple
     behind: bool
+    escape: str = ""
 
 
 def thought_tags(frame_or_thought) -> list[tuple]:
@@ -477,7 +488,7 @@ def find_frame(probed: Probed, wrapped: bool | None) -> tuple[Frame, str]:
             start = opening
         else: behind = bool(text)
     parts = [tuple(dict.fromkeys(literal for literal in literals if literal.strip())) for literals in (before, after)]
-    return Frame(probed.given, thought, *parts, behind), start
+    return Frame(probed.given, thought, *parts, behind, find_escape(bodies.get("escaped text", ""), "text")), start
 
 # %% ../nbs/01c_call_layout.ipynb #af3ac7ae
 def no_turn(probed: Probed, name: str) -> str:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .call_layout import ANY_KEY, ANY_NAME, NAMES, PAIR, QUESTION, SIGN, Envelope, Frame, Layout, Pairs, Underivable
-from .call_layout import as_object, derive_layout, is_control, json_at, literal_at, nested_paths, pattern, probe_turns, saying, spell, thought_tags, tool, unwrap
+from .call_layout import ANY_KEY, ANY_NAME, NAMES, PAIR, QUESTION, SIGN, TEXT, Envelope, Frame, Layout, Pairs, Underivable
+from .call_layout import as_object, derive_layout, is_control, json_at, literal_at, nested_paths, pattern, probe_turns, saying, spell, thought_tags, tool, unescape, unwrap
 from .masks import ChatMasker
 from .templates import MaskError
 
 # %% auto #0
-__all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CHECK_TYPES', 'CHECK_TOOLS', 'CHECK', 'Answer', 'declared_types',
-           'only_text', 'value_of', 'clean', 'nested_at', 'PairReader', 'CallReader', 'recipient_first',
-           'split_thought', 'strip_frame', 'loose_calls', 'unmarked_calls', 'parse_response', 'AnswerReader', 'called',
-           'read_back', 'check_reader', 'worded_end', 'derive_reader']
+__all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 'CHECK_TYPES', 'CHECK_NAMES', 'CHECK_TOOLS',
+           'CHECK_TEXT', 'CHECK', 'BLANKS', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
+           'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
+           'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'prompt_gap', 'has_gaps', 'check_prompts',
+           'read_back', 'difference', 'check_text', 'check_calls', 'worded_end', 'derive_reader']
 
 # %% ../nbs/01d_reader.ipynb #429558f8
 @dataclass(frozen=True)
@@ -141,8 +143,10 @@ class PairReader:
             if (end := self.ends.search(text, start)) is None: return None
             raw = text[start:end.start()]
             if m := CDATA.fullmatch(raw): return m[1], end
+            if (raw := unescape(raw, self.pairs.escape)) is None: return None
             if isinstance(kind, list) and "null" in kind and raw in ("null", "None"): return None, end
-            return (raw if only_text(kind) or types == {"string"} else value_of(raw)), end
+            value = raw if only_text(kind) or types == {"string"} else value_of(raw)
+            return None if self.pairs.quote[0] and isinstance(value, str) else (value, end)
         return None
 
     def quoted_at(self, text: str, start: int):
@@ -150,17 +154,9 @@ class PairReader:
         opening, closing = self.pairs.quote
         at = start + len(opening)
         while (at := text.find(closing, at)) >= 0:
-            value = self.unescape(text[start + len(opening):at])
+            value = unescape(text[start + len(opening):at], self.pairs.escape, opening)
             if value is not None and (end := self.ends.match(text, at + len(closing))): return value, end
             at += 1
-        return None
-
-    def unescape(self, raw: str):
-        "The string that was escaped as `raw`; None if that is no whole one."
-        if not self.pairs.escape: return raw
-        for quote in (self.pairs.quote[0], '"', "'"):
-            try: return (json.loads if self.pairs.escape == "json" else ast.literal_eval)(quote + raw + quote)
-            except (ValueError, SyntaxError): continue
         return None
 
 # %% ../nbs/01d_reader.ipynb #d45f8494
@@ -299,9 +295,10 @@ def parse_response(masker: ChatMasker, text: str, prefix: str, tools, ended: boo
 # %% ../nbs/01d_reader.ipynb #0a18d29e
 class AnswerReader:
     """Reads answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a turn, `inner`: those that do so only where nothing
-    follows; `cannot`: why calls cannot be read, empty if they can; `prefix`: a prompt, where the tokenizer's response template reads. Made by `derive_reader`."""
+    follows; `cannot`: why calls cannot be read, empty if they can; `gaps`: whether answers may be asked for
+    with another text than they are trained after (`check_prompts`); `prefix`: a prompt, where the tokenizer's response template reads. Made by `derive_reader`."""
     def __init__(self, masker: ChatMasker, layout: Layout | None, frame: Frame, ends: tuple, inner: tuple = ()):
-        self.masker, self.frame, self.ends, self.inner, self.cannot, self.prefix = masker, frame, ends, inner, "", None
+        self.masker, self.frame, self.ends, self.inner, self.cannot, self.gaps, self.prefix = masker, frame, ends, inner, "", False, None
         self.calls = CallReader(layout) if layout else None
         self.harmony = bool(layout) and "<\\|channel\\|>" in layout.mid and "to=" in layout.open
 
@@ -338,7 +335,9 @@ class AnswerReader:
         loose = [] if calls else clean(unmarked_calls(text[i:], self.calls, tools))
         if loose and self.calls: problems.append("a call stands in it without its markers")
         markers = True if calls else False if loose and self.calls else None
-        words = "\n".join(filter(None, texts))
+        words = [unescape(part, self.frame.escape) for part in texts]
+        if None in words: problems.append("its text is not escaped as the template does it")
+        words = "\n".join(said or raw for said, raw in zip(words, texts) if said or raw)
         return Answer(clean(reasoning), clean(words), clean(calls), ended, markers, loose, "; ".join(problems))
 
     def same(self, call: dict, other: dict, tools=None) -> bool:
@@ -346,7 +345,7 @@ class AnswerReader:
         if call == other: return True
         if call["name"] != other["name"] or call["arguments"].keys() != other["arguments"].keys(): return False
         types = declared_types(tools, call["name"])
-        differing = [k for k, v in call["arguments"].items() if v != other["arguments"][k]]
+        differing = [k for k, v in call["arguments"].items() if v != other["arguments"][k] and not isinstance(v, str) & isinstance(other["arguments"][k], str)]
         if any(isinstance(types.get(k), str) for k in differing): return False  # a list of types tells nothing apart
         try: one, two = (self.masker.encode([*QUESTION, called(c)], tools=tools).text for c in (call, other))
         except MaskError: return False
@@ -359,38 +358,106 @@ def called(call: dict) -> dict:
     message["tool_calls"][0]["function"] = dict(call)
     return message
 
+# %% ../nbs/01d_reader.ipynb #2673ea5a
+CONVERSATION = [{"role": "system", "content": "zqsystem"}, {"role": "user", "content": "zqfirst"},
+                {"role": "assistant", "content": "zqanswer"}, *QUESTION, saying(content=TEXT)]
+
+
+def prompt_gap(masker: ChatMasker, messages: list[dict], tools=None) -> str:
+    """How the prompt for the last of `messages`, an answer, differs from what stands before that answer in the
+    whole transcript, which is what training sees. Empty where the one begins the other, and where the template
+    writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
+    encoded = masker.encode(messages, tools)
+    if not encoded.turns or encoded.turns[-1].message != len(messages) - 1: return ""
+    prompt, before = masker.prompt(messages[:-1], tools=tools), encoded.text[:encoded.turns[-1].body]
+    if prompt.startswith(before) or before.startswith(prompt): return ""
+    at = len(os.path.commonprefix([prompt, before]))
+    return (f"the chat template asks for the last answer with another text than it writes before that answer "
+            f"({prompt[at:at + 40]!r} in place of {before[at:at + 40]!r})")
+
+
+def has_gaps(masker: ChatMasker) -> bool:
+    "Whether one of a few conversations has a `prompt_gap`: with a system message and without, of one question and of two."
+    for messages in (CONVERSATION, CONVERSATION[1:], [CONVERSATION[0], *CONVERSATION[3:]], CONVERSATION[3:]):
+        try:
+            if prompt_gap(masker, messages): return True
+        except MaskError: continue  # it refuses such a conversation
+    return False
+
+
+def check_prompts(reader: AnswerReader, transcripts) -> None:
+    """Raises MaskError for the first of `transcripts` with a `prompt_gap` at its last assistant message: it would
+    be trained after one text and asked for with another. Looks at nothing where `reader.gaps` is False."""
+    for t in transcripts if reader.gaps else ():
+        answers = [i for i, m in enumerate(t.messages) if m["role"] == "assistant"]
+        gap = prompt_gap(reader.masker, t.messages[:answers[-1] + 1], t.tools) if answers else ""
+        if not gap: continue
+        system = t.messages[0]["role"] == "system" and "move_system" not in reader.masker.adapt
+        raise MaskError(f"transcript {t.id}: {gap}; "
+                        + "set adapt=move_system, which writes the system prompt into the first user message, or " * system
+                        + "pass another chat_template")
+
 # %% ../nbs/01d_reader.ipynb #1f1a025a
 CHECK_TYPES = {"zqka": "string", "zqkb": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object",
-               "digits": "string", "word": "string", "quotes": "string", "lines": "string"}
-CHECK_TOOLS = [tool(name, **CHECK_TYPES) for name in NAMES]
+               "digits": "string", "word": "string", "quotes": "string", "lines": "string", "markup": "string", "code": "string", "Zq_Key2": "string"}
+CHECK_NAMES = ("Zq_Tool-2", "files.Zq7")
+CHECK_TOOLS = [tool(name, **CHECK_TYPES) for name in (*NAMES, *CHECK_NAMES)]
+CHECK_TEXT = "Zq said: \"A_b-C.7 <i>x</i> & y's\" \\ {\"a\": [1]}\n  two\n\nünï 漢 🎉 100 %, f(x, y=1)."
 CHECK = {"zqka": "plain text", "number": -3, "share": 2.5, "yes": False, "items": [1, "a", {"b": [True]}], "parts": {"x": {"y": "z"}, "w": 1},
-         "digits": "5", "word": "true", "quotes": "say \"hi\" \\ it's", "lines": "one\ntwo ünï 漢 🎉"}
+         "digits": "5", "word": "true", "quotes": "say \"hi\" \\ it's", "lines": "one\ntwo ünï 漢 🎉", "markup": "<b>Bold</b> & more &amp; </i>", "code": CHECK_TEXT * 8, "Zq_Key2": "An_Odd-Name.7"}
+BLANKS = {"zqka": "  Zq two", "zqkb": "Zq two \n"}
 
 
-def read_back(reader: AnswerReader, message: dict) -> Answer:
-    "The assistant `message`, which answers a question with `CHECK_TOOLS` on offer, as the template writes it, read again. Raises MaskError."
+def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list]:
+    """`(Answer, what the template drops)` of the assistant `message`, which answers a question with `CHECK_TOOLS` on offer, as the template writes it,
+    read again. Raises MaskError."""
     masker = reader.masker
     encoded, prompt = masker.encode([*QUESTION, message], tools=CHECK_TOOLS), masker.prompt(QUESTION, tools=CHECK_TOOLS)
     text = encoded.text[len(prompt) - len(reader.frame.given.replace(SIGN, "")):encoded.turns[-1].end]
     ids, ended = reader.body_ids(masker.texts([text])[0][0])
-    return reader.read_text(spell(masker, ids), CHECK_TOOLS, ended)
+    return reader.read_text(spell(masker, ids), CHECK_TOOLS, ended), [w for w in encoded.warnings if "drops" in w]
 
 
-def check_reader(reader: AnswerReader, parallel: bool) -> str:
-    "Why calls that the template writes are not read back as they were; empty if they are. `parallel`: it writes several in a message."
-    cases = {"a call with arguments of every type": [CHECK], "a call without arguments": [{}]}
-    if parallel: cases |= {"two calls": [PAIR, CHECK], "two calls, one without arguments": [{}, PAIR]}
-    for what, arguments in cases.items():
-        message = saying(*arguments)
-        try: calls = read_back(reader, message).calls
-        except MaskError as e:
-            if {} in arguments: continue  # some templates refuse empty arguments
-            return f"{what} is refused ({e})"
+def difference(read, wanted) -> str:
+    "Where what was `read` begins to differ from what was `wanted`, as the end of a sentence."
+    one, two = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (read, wanted))
+    at = max(len(os.path.commonprefix([one, two])) - 8, 0)
+    return f"{two[at:at + 24]!r} comes back as {one[at:at + 24]!r}"
+
+
+def check_text(reader: AnswerReader) -> str:
+    "Why text and reasoning that the template writes are not read back as they were; empty if they are."
+    for what, message in {"text": saying(content=CHECK_TEXT), "text behind reasoning": saying(content=CHECK_TEXT, thought=f"Hm. {CHECK_TEXT}")}.items():
+        try: answer, drops = read_back(reader, message)
+        except MaskError as e: return "" if "reasoning_content" in message else f"{what} is refused ({e})"
+        if drops: continue
+        if answer.text != CHECK_TEXT: return f"{what} is not read back: {difference(answer.text, CHECK_TEXT)}"
+        if answer.reasoning != message.get("reasoning_content", ""): return f"reasoning is not read back: {difference(answer.reasoning, message['reasoning_content'])}"
+    return ""
+
+
+def check_calls(reader: AnswerReader, parallel: bool) -> str:
+    """Why calls that the template writes are not read back as they were; empty if they are. `parallel`: it writes several in a message. What differs in
+    blanks around a text only is no reason: a template that removes them writes both alike."""
+    cases = {"a call with arguments of every type": saying(CHECK), "a call without arguments": saying({}), "a call beside text": saying(PAIR, content=CHECK_TEXT)}
+    if parallel: cases |= {"two calls": saying(PAIR, CHECK), "two calls, one without arguments": saying({}, PAIR)}
+    cases |= {f"a call of a tool named {name}": called({"name": name, "arguments": PAIR}) for name in CHECK_NAMES} | {"a call with blanks around its arguments": saying(BLANKS)}
+    for what, message in cases.items():
         wanted = [call["function"] for call in message["tool_calls"]]
-        if calls == wanted: continue
-        pairs = [(one["arguments"], two["arguments"]) for one, two in zip(calls, wanted)]
-        lost = [key for one, two in pairs for key, value in two.items() if one.get(key, ...) != value]
-        return f"{what} is not read back" + (f" (argument {lost[0]})" if lost else "")
+        try: answer, drops = read_back(reader, message)
+        except MaskError as e:
+            if any(not call["arguments"] for call in wanted) or message["content"]: continue  # some templates refuse them
+            return f"{what} is refused ({e})"
+        if message["content"] and drops: continue
+        if answer.calls == wanted:
+            if message["content"] in answer.text + answer.reasoning: continue
+            return f"text beside a call is not read back: {difference(answer.text, message['content'])}"
+        stripped = [{**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in wanted] if BLANKS in (c["arguments"] for c in wanted) else None
+        if answer.calls == stripped: continue
+        pairs = [(one["arguments"], two["arguments"]) for one, two in zip(answer.calls, wanted) if one["name"] == two["name"]]
+        lost = [f" (argument {key}: {difference(one.get(key, ''), value)})" for one, two in pairs for key, value in two.items() if one.get(key, ...) != value]
+        names = [f" ({difference(one['name'], two['name'])})" for one, two in zip(answer.calls, wanted) if one["name"] != two["name"]]
+        return f"{what} is not read back" + "".join([*names, *lost][:1])
     return ""
 
 
@@ -410,16 +477,21 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
     except Underivable as e: raise MaskError(f"no answer can be read: the chat template {e}; pass another chat_template") from None
     ends = probed.ends or (((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ())
     reader = AnswerReader(masker, layout, frame, ends, probed.inner)
-    if words := layout and worded_end(masker, (*ends, *probed.inner)):
-        reader.calls = None
-        reader.cannot = (f"tool calls cannot be read: turns end with {words.strip()!r}, which is no control token of this tokenizer and "
-                         "is merged with the text before it; pass the template that belongs to this tokenizer, or add it as a special token")
+    reader.gaps = has_gaps(masker)
+    words = worded_end(masker, (*ends, *probed.inner))
+    merged = words and (f"turns end with {words.strip()!r}, which is no control token of this tokenizer and is merged with the text before it; "
+                        "pass the template that belongs to this tokenizer, or add it as a special token")
+    if changed := check_text(reader):
+        raise MaskError(f"no answer can be read: {merged}" if merged else f"no answer can be read: {changed}; pass another chat_template")
+    if layout and merged:
+        reader.calls, reader.cannot = None, f"tool calls cannot be read: {merged}"
         return reader
-    if layout and (why := check_reader(reader, "two" in probed.bodies)): reader.calls = None
+    parallel = "two" in probed.bodies
+    if layout and (why := check_calls(reader, parallel)): reader.calls = None
     if why and getattr(masker.tokenizer, "response_template", None):
         prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)
         reader.prefix = prompt[:len(prompt) - len(frame.given.replace(SIGN, ""))]
-        if not check_reader(reader, "two" in probed.bodies): return reader
+        if not check_text(reader) and not check_calls(reader, parallel): return reader
         reader.prefix = None
     if why: reader.cannot = f"tool calls cannot be read back from what this chat template writes: {why if layout else f'it {why}'}"
     return reader

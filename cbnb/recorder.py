@@ -110,6 +110,10 @@ class Recording:
     over: threading.Event = field(default_factory=threading.Event)
     last: int | None = None
 
+    def is_last(self, count: int | None) -> bool:
+        "Whether the recording ends with the cell of this execution count; None: a cell that began before the recording."
+        return None not in (self.last, count) and count >= self.last
+
 
 RECORDING = []  # the one of this kernel, or nothing
 ANSWERS = 60    # seconds after which a kernel is taken not to answer: on a busy machine it takes some
@@ -146,8 +150,7 @@ def record_notebook(run):
     book, recording, ready = Book(source), Recording(), threading.Event()
     for code in cells_so_far(source, get_ipython().user_ns["In"][1:]): book.execute(code)
     save(book, path)  # the first one is slow
-    def is_last(count): return recording.last is not None and count >= recording.last
-    recording.thread = threading.Thread(target=lambda: keep(book, path, messages(connection, recording.over, ready), is_last), daemon=True)
+    recording.thread = threading.Thread(target=lambda: keep(book, path, messages(connection, recording.over, ready), recording.is_last), daemon=True)
     recording.thread.start()
     RECORDING.append(recording)
     if ready.wait(ANSWERS): return path

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter, defaultdict
 
 from .benchmarks import own_calls, questions
-from .reader import Answer, AnswerReader
+from .reader import Answer, AnswerReader, check_prompts
 from .transcripts import Transcript
 
 # %% auto #0
@@ -96,10 +96,11 @@ def without_question(transcripts: list[Transcript]) -> dict[str, dict[str, int]]
 # %% ../nbs/07c_scores.ipynb #ef9dbf55
 def check_readable(reader: AnswerReader, transcripts: list[Transcript]) -> None:
     """Raises ValueError, in one sentence, where a question of these held-out transcripts can only be scored
-    by calls and the chat template is one whose calls cannot be read back; and what `check_question`
-    raises."""
+    by calls and the chat template is one whose calls cannot be read back; and what `check_question` and
+    `check_prompts` raise."""
     asked = [q for t in transcripts for q in questions(t)]
     for question in asked: check_question(question)
+    check_prompts(reader, asked)
     calls = [q for q in asked if needs_calls(q)]
     if calls and reader.cannot:
         raise ValueError(f"{len(calls)} of {len(asked)} held-out questions, {calls[0].id} for one, are scored by tool calls, and answers in "

@@ -514,33 +514,33 @@ def leaves(value):
     return [value] if isinstance(value, str) and value.strip() or type(value) in (int, float) else []
 
 
-def lost_calls(traced, index, calls, is_inside):
-    "Phrases for what the template drops of the tool `calls` of message `index`; `is_inside(at)`: whether a turn holds that character."
+def lost_calls(traced, index, calls, turns, is_inside):
+    "Phrases for what the template drops of the tool `calls` of message `index`; `is_inside(at)`: whether one of the `turns` holds that character."
     marks = [sum(is_inside(s) for s, _ in traced.calls.get(("call", index, number), ())) for number in range(len(calls))]
     lost = [f"{len(calls) - n} of its {len(calls)} tool calls"] if (n := sum(map(bool, marks))) < len(calls) else []
     if "arguments" not in traced.level: return lost
     for number, call in enumerate(calls):
         arguments, found = call["function"]["arguments"], traced.calls.get(("arguments", index, number), ())
-        whole = any(is_json_of(traced.text[s:e], arguments) for s, e in found)
-        if marks[number] and not whole and len(found) < len(leaves(arguments)): lost.append(f"arguments of its call {number}, some or all")
+        if not marks[number] or len(found) >= len(leaves(arguments)): continue
+        if not any(argument_regions(traced, turn, index, number, arguments)[0] for turn in turns): lost.append(f"arguments of its call {number}, some or all")
     return lost
 
 
 def dropped(traced, messages, turns):
     """Sentences about content, reasoning and tool calls that are missing in the text; calls count inside `turns` only. What bears no marks, since
     they upset the template, is looked for as it stands."""
-    out, turns, level = [], sorted((t.body, t.eot) for t in turns), traced.level or ()
-    def is_inside(at): return (k := bisect.bisect_right(turns, (at, len(traced.text) + 1))) > 0 and at < turns[k - 1][1]
+    out, bounds, level = [], sorted((t.body, t.eot) for t in turns), traced.level or ()
+    def is_inside(at): return (k := bisect.bisect_right(bounds, (at, len(traced.text) + 1))) > 0 and at < bounds[k - 1][1]
     for i, message in enumerate(messages):
         lost, calls = [], message.get("tool_calls") or ()
         for kind, text in (("content", message.get("content")), ("reasoning", message.get("reasoning_content"))):
             if not text or traced.of(kind, i) or not isinstance(text, str) or not text.strip(): continue
             if message["role"] in level: lost.append(f"{'or splits ' * ((kind, i) in traced.broken)}its {kind}")
             elif text.strip() not in traced.text: lost.append(f"or changes its {kind}")
-        if calls and "calls" in level: lost += lost_calls(traced, i, calls, is_inside)
+        if calls and "calls" in level: lost += lost_calls(traced, i, calls, turns, is_inside)
         elif calls:
             names = [call["function"]["name"] for call in calls]
-            missing = sum(not any(name in traced.text[start:end] for start, end in turns) for name in names)
+            missing = sum(not any(name in traced.text[start:end] for start, end in bounds) for name in names)
             if missing: lost.append(f"{missing} of its {len(calls)} tool calls")
         out += [f"message {i} ({message['role']}): the template drops {what}" for what in lost]
     return out

@@ -17,8 +17,9 @@ from outside import (axolotl_template, axolotl_templates, gemma3, gpt_oss, harmo
 
 from cbnb.call_layout import NAMES, QUESTION, SIGN, is_control, spell, tool
 from cbnb.masks import ChatMasker
-from cbnb.reader import derive_reader
+from cbnb.reader import CHECK_TEXT, CONVERSATION, check_prompts, derive_reader
 from cbnb.templates import MaskError
+from cbnb.transcripts import Transcript
 
 MORE_CONTROL = re.compile(r"<seed:[a-z_]+>|<SPECIAL_\d+>|<(?:begin|end)_of_[a-z]+>|<sep>|<\|[a-z_]+>|<[a-z_]+\|>|\[e~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\[")  # of Seed-OSS, Nemotron, MiniMax, Reka and Gemma 4
 TYPES = {"to": "string", "text": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object", "code": "string"}
@@ -252,6 +253,57 @@ RESPONSE = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assi
                    "content_args": {"tag_pattern": r"(?P<key>\w+): (?:text\(|value\[)(?P<value>.*?)(?:\)\.|\];)\n", "value_parser": {"name": "text"}},
                    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}},
     "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}}}
+
+
+LATE = ("axolotl/mistral_v2v3", "axolotl/mistral_v3_tekken", "axolotl/pixtral", "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407")  # write a system prompt while a user's message is last
+
+
+def test_a_context_that_is_trained_in_one_form_and_asked_in_another_is_refused():
+    """Of all templates, those that write a system prompt into the prompt and not into the trained transcript, and only for transcripts that have one;
+    written into the first user message it is trained and asked alike."""
+    readers = {name: reader_of(name) for name in names()}
+    assert {name for name, reader in readers.items() if not isinstance(reader, str) and reader.gaps} == set(LATE)
+    with_system, without = Transcript("a1", CONVERSATION), Transcript("a2", CONVERSATION[1:])
+    for name in LATE:
+        check_prompts(readers[name], [without])
+        with pytest.raises(MaskError, match="transcript a1: .*adapt=move_system") as told: check_prompts(readers[name], [without, with_system])
+        assert "zqsystem" in str(told.value) or "system" in str(told.value)
+        masker = ChatMasker(tokenizer(), sources()[name], adapt=["move_system"])
+        check_prompts(derive_reader(masker), [without, with_system])
+        assert masker.encode(CONVERSATION).text.count("zqsystem") == 1
+
+
+SAYS = """{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" %}TEXT{% for c in m.tool_calls or () %}<tool_call>CALL</tool_call>{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+WHOLE, PAIRED = "{{ c.function | tojson }}", "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<arg name=\"{{ k }}\">VALUE</arg>{% endfor %}"
+PLAIN = "{{ v if v is string else v | tojson }}"
+
+
+def made_of(text="{{ m.content }}", call=WHOLE): return SAYS.replace("TEXT", text).replace("CALL", call)
+
+
+@pytest.mark.parametrize("source", [made_of(), made_of(call=PAIRED.replace("VALUE", PLAIN)), made_of("{{ m.content | e }}"),
+                                    made_of(call=PAIRED.replace("VALUE", "{{ (v if v is string else v | tojson) | e }}"))])
+def test_what_a_template_escapes_is_read_as_it_was(source):
+    reader = derive_reader(ChatMasker(qwen3(), source))
+    assert not reader.cannot
+    for text in ("a < b && c", "<b>it's</b> &amp; \"so\"", CHECK_TEXT):
+        said = {"role": "assistant", "content": text, "tool_calls": [{"id": "abcdefg01", "type": "function", "function": {"name": NAMES[0], "arguments": {"to": text, "number": 3}}}]}
+        answer, drops = answer_to(reader, said)
+        assert (answer.text, answer.calls) == (text, [said["tool_calls"][0]["function"]]) and not drops, (source, answer)
+
+
+@pytest.mark.parametrize("source, why", [
+    (made_of("{{ m.content | upper }}"), "text"), (made_of("{{ m.content | replace('-', '_') }}"), "text"),
+    (made_of(call="{{ c.function | tojson | lower }}"), "call"), (made_of(call="{{ {'name': c.function.name | replace('_', '-'), 'arguments': c.function.arguments} | tojson }}"), "call"),
+    (made_of(call="{{ c.function | tojson | truncate(400, True, '') }}"), "call"), (made_of(call=PAIRED.replace("VALUE", "{{ v | string | lower }}")), "call")])
+def test_what_a_template_changes_for_good_is_refused(source, why):
+    "Words, names and arguments that cannot be taken back: never read as something else."
+    if why == "text":
+        with pytest.raises(MaskError, match="no answer can be read"): derive_reader(ChatMasker(qwen3(), source))
+    else: assert "cannot be read back" in derive_reader(ChatMasker(qwen3(), source)).cannot
 
 
 def test_a_response_template_reads_where_no_inverse_is_derived_and_only_if_it_gives_all_back():
