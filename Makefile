@@ -23,6 +23,8 @@ RUN := $(VENV)/bin/python
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONNOUSERSITE := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
+# Every process would compile torch and transformers anew: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .PHONY: help preflight train test bench lab docs readme export tinyagent clean

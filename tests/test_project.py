@@ -278,10 +278,10 @@ def make(target, folder, *variables, env=None):
 
 def test_make_train_passes_beta_and_guards_the_kernel(tmp_path):
     folder = tmp_path / "run"
-    said = make("train", tmp_path, "BETA_KL=0.1", f"RUN_DIR={folder}", env={"JUPYTER_PATH": "/somewhere", "PYTHONPATH": "/elsewhere"})
+    said = make("train", tmp_path, "BETA_KL=0.1", f"RUN_DIR={folder}", env={"JUPYTER_PATH": "/somewhere", "PYTHONPATH": "/elsewhere", "PYTHONDONTWRITEBYTECODE": "1"})
     assert f"args: -m papermill nbs/train.ipynb {folder}/out.1.ipynb -p beta_kl 0.1 -p run_dir {folder}" in said
     assert f"args: -m cbnb.report {folder}" in said
-    assert "JUPYTER_PREFER_ENV_PATH=1" in said and "/somewhere" not in said and "/elsewhere" not in said
+    assert "JUPYTER_PREFER_ENV_PATH=1" in said and "/somewhere" not in said and "/elsewhere" not in said and "DONTWRITE" not in said
     assert "-p beta_kl 0.3" in make("train", tmp_path, f"RUN_DIR={folder}")
 
 
