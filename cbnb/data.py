@@ -26,9 +26,9 @@ from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, la
 from .transcripts import Transcript
 
 # %% auto #0
-__all__ = ['COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript', 'EmptyStream',
-           'empty_stream', 'encode_stream', 'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups',
-           'collate']
+__all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
+           'EmptyStream', 'encoded_pairs', 'drop_refused', 'empty_stream', 'encode_stream', 'data_record',
+           'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript]]:
@@ -115,6 +115,42 @@ class EmptyStream(ValueError):
 
     def __reduce__(self): return EmptyStream, (str(self), self.report)  # from one process to another
 
+# %% ../nbs/05_data.ipynb #8a7c7990
+WAY_OUT = "adapt may change such transcripts for the template (cbnb preflight proposes how), and on_error=skip leaves them out, counted"
+
+
+def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False):
+    """Yields `(transcript, encoded)`, of each turn with `split_turns`. Raises MaskError, with the ways out, for a
+    transcript that the chat template refuses or of whose tool calls it writes none."""
+    pairs = (in_turns if split_turns else in_batches)(transcripts, masker)
+    while True:
+        try:
+            if (pair := next(pairs, None)) is None: return
+            check_calls(pair[1], pair[0].id)
+        except MaskError as e: raise MaskError(f"{e}; {WAY_OUT}") from None
+        yield pair
+
+
+def drop_refused(transcripts: list[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False) -> list[Transcript]:
+    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
+    there by cause. With `on_error` raise all of them, unread. Raises TranscriptError where more than
+    `max_skipped` of the records are left out by now."""
+    if reading.on_error == "raise": return transcripts
+    def why(t, encoded):
+        try:
+            if isinstance(encoded, MaskError): raise encoded
+            check_calls(encoded, t.id)
+            if split_turns: list(in_turns([t], masker))
+        except MaskError as e: return e
+    kept = []
+    for at in range(0, len(transcripts), 64):
+        some = transcripts[at:at + 64]
+        for t, encoded in zip(some, masker.encode_batch(some, errors="return"), strict=True):
+            if e := why(t, encoded): reading.refuse(e)
+            else: kept.append(t)
+    reading.check_share("the chat template refuses transcripts")
+    return kept
+
 # %% ../nbs/05_data.ipynb #3d6255f1
 def empty_stream(report: StreamReport, name: str, policy) -> EmptyStream:
     "The error for a stream of which `report` counts no sample."
@@ -136,20 +172,18 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
     one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`),
     and so is one with an answer of which the template writes nothing (`lost_words`), and one of which truncation has cut off what it answers
     (`request_cut`, `injection_cut`: `cbnb.targets.cut_context`; together `lost_context`), unless `lost_context` is `"keep"`.
-    Raises MaskError where a turn cannot be located or the template writes no tool calls, EmptyStream where nothing is left of the stream."""
+    Raises MaskError where a turn cannot be located or the template writes no tool calls (`drop_refused` leaves such transcripts out before),
+    EmptyStream where nothing is left of the stream."""
     samples, report, last = [], StreamReport(), None
-    for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
+    for transcript, encoded in encoded_pairs(transcripts, masker, split_turns):
         if transcript is not last:
             report.transcripts += 1
             report.counts["no_injection"] += lacks_injection(transcript, policy)
             report.counts["messages_off"] += len(messages_off(transcript))
             for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items(): report.counts[f"{kind}_after_injection"] += n
         last = transcript
-        try:
-            check_calls(encoded)
-            mask = training_mask(encoded, transcript, policy)
-        except MaskError as e:
-            raise MaskError(f"transcript {transcript.id}: {e}") from None
+        try: mask = training_mask(encoded, transcript, policy)
+        except MaskError as e: raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
         if encoded.lost_words:

@@ -9,6 +9,7 @@ __all__ = ['STRICT_JSON', 'CONTROL_MODES', 'TOOL_CALL_FORMATS', 'HERMES', 'MOVE_
 
 # %% ../nbs/01_masks.ipynb #c1d01f32
 import bisect
+import copy
 import inspect
 import itertools
 import json
@@ -289,11 +290,7 @@ class ChatMasker:
         if tool_call_format not in TOOL_CALL_FORMATS:
             raise MaskError(f"tool_call_format={tool_call_format!r} is unknown{nearest(tool_call_format, TOOL_CALL_FORMATS)}; use one of "
                             f"{', '.join(TOOL_CALL_FORMATS)}")
-        self.adapt = adapt_names([*adapt_names(adapt), *(["hermes"] if tool_call_format == "hermes" else [])])
-        if "hermes" in self.adapt and any(writes_calls(compile_template(tokenizer.get_chat_template(chat_template, tools)),
-                                                             tokenizer.special_tokens_map) for tools in (None, [{}])):
-            raise MaskError("hermes: the chat template writes tool calls itself; leave that adaptation out")
-        self.tool_call_format = "hermes" if "hermes" in self.adapt else "template"
+        self.take_adaptations([*adapt_names(adapt), *(["hermes"] if tool_call_format == "hermes" else [])])
         sources = [self._source(tools) for tools in (None, [{}])] if template_variables else ()  # some tokenizers have one for tools
         self.template_variables = check_variables(template_variables, sources, tokenizer)
         self.added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
@@ -308,6 +305,20 @@ class ChatMasker:
         self.is_control[self.control_ids] = True
         self.texts = TextEncoder(tokenizer, encoder)
         self._headers, self._ends, self._compared = {}, {}, set()
+
+    def take_adaptations(self, names):
+        "Sets `adapt`. Raises MaskError for hermes where the template writes tool calls itself."
+        self.adapt = adapt_names(names)
+        self.tool_call_format = "hermes" if "hermes" in self.adapt else "template"
+        if "hermes" in self.adapt and any(writes_calls(compile_template(self.tokenizer.get_chat_template(self.chat_template, tools)),
+                                                       self.tokenizer.special_tokens_map) for tools in (None, [{}])):
+            raise MaskError("hermes: the chat template writes tool calls itself; leave that adaptation out")
+
+    def adapted(self, names):
+        "This masker with other adaptations: `names` as `adapt` takes them. Raises MaskError for unknown ones, and as `take_adaptations` does."
+        other = copy.copy(self)
+        other.take_adaptations(names)
+        return other
 
     @property
     def encoder(self):

@@ -328,9 +328,21 @@ class Reading:
     adapted: list = field(default_factory=list)
 
     def skip(self, error):
-        "Counts a TranscriptError of a record that is left out."
+        "Counts a TranscriptError or MaskError of a record that is left out."
         self.skipped[cause := cause_of(error)] += 1
         self.examples.setdefault(cause, str(error))
+
+    def refuse(self, error):
+        "Counts an error of a transcript that was read and is left out after all, as `skip` does."
+        self.records -= 1
+        self.skip(error)
+
+    def check_share(self, where):
+        "Raises TranscriptError, which names `where`, if more than `max_skipped` of the records are skipped."
+        bad, total = self.skipped.total(), self.skipped.total() + self.records
+        if bad > self.max_skipped * total:
+            raise TranscriptError(f"{where}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
+                                  f"{self.causes()}; mend them, or allow more")
 
     def read(self, texts):
         """The transcripts (list) of all entries `texts`. Raises TranscriptError as the readers do, where two
@@ -347,10 +359,7 @@ class Reading:
                     ids.add(t.id)
                     out.append(t)
             self.add(text, reader)
-        bad, total = self.skipped.total(), self.skipped.total() + self.records
-        if bad > self.max_skipped * total:
-            raise TranscriptError(f"{', '.join(texts)}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
-                                  f"{self.causes()}; mend them, or allow more")
+        self.check_share(", ".join(texts))
         out = [adapt(t, self.adapt) for t in out]
         if found := adapted_counts(out): self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
         return out

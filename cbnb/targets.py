@@ -30,10 +30,11 @@ def lacks_injection(transcript: Transcript, policy) -> bool:
     return policy in NEED_INJECTION and not transcript.injection_spans
 
 # %% ../nbs/01a_targets.ipynb #20943509
-def check_calls(encoded: Encoded) -> None:
-    "Raises MaskError where the chat template writes none of the tool calls of a message: training would teach not to act."
+def check_calls(encoded: Encoded, name: str) -> None:
+    """Raises MaskError, with the `name` of the transcript, where the chat template writes none of the tool calls of a
+    message: training would teach not to act."""
     if encoded.lost_calls:
-        raise MaskError(f"message {encoded.lost_calls[0]} (assistant): the chat template writes none of its tool calls; pass a chat_template "
+        raise MaskError(f"transcript {name}: message {encoded.lost_calls[0]} (assistant): the chat template writes none of its tool calls; pass a chat_template "
                         "that does, or have them written as text by tool_call_format='hermes'")
 
 

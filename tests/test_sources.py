@@ -4,13 +4,15 @@ import re
 import sys
 
 import pytest
-from helpers import ROOT
+from forked import cells
+from helpers import NBS, ROOT
 from test_holdout import write_runs
+from train_common import few, load
 
 from cbnb import sources as S
 from cbnb.cli import main
 from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import TranscriptError, read_transcripts, write_transcripts
+from cbnb.transcripts import Transcript, TranscriptError, read_transcripts, write_transcripts
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ("--model", "tinyagent", "--show", "0")
@@ -83,8 +85,6 @@ def broken_file(folder):
 
 def test_skipping_is_told_in_the_run_its_report_and_its_card(tmp_path):
     "By cause, with the share above which it is refused; without on_error the first bad record ends the run."
-    from forked import cells
-    from train_common import few, load
     data, run = broken_file(tmp_path), tmp_path / "run"
     given = few(tmp_path, data=data, eval_data="", total_steps=2)
     done = cells(*given, "-p", "on_error", "skip", "-p", "run_dir", run)
@@ -318,3 +318,48 @@ def test_a_chat_of_many_turns_loses_early_questions_only():
     whole = len(masker.encode(turns).input_ids)
     kept, report = encode_stream([Transcript("chat", turns)], masker, "assistant_only", whole // 2)
     assert len(kept) == 1 and report.counts["truncated"] == 1 and not report.counts["request_cut"]
+
+
+# --- what the chat template refuses ---
+
+PARALLEL = "{% for m in messages if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one call at a time') }}{% endfor %}"
+
+
+@pytest.fixture
+def refused(tmp_path):
+    "Parameters of a small run, in whose training and held-out files one transcript each has two calls in a message, which the template refuses."
+    from cbnb.models import load_tokenizer
+    calls = [{"id": n, "type": "function", "function": {"name": "send_message", "arguments": {"to": n}}} for n in "ab"]
+    turns = [{"role": "assistant", "content": "", "tool_calls": calls},
+             *({"role": "tool", "content": "ok", "tool_call_id": n} for n in "ab"), {"role": "assistant", "content": "done"}]
+    files = {}
+    for name, part in (("data", slice(0, 20)), ("eval_data", slice(20, 26))):
+        good = [t for kind in ("injection", "plain") for t in make_transcripts(kind, 26)[part]]
+        files[name] = tmp_path / f"{name}.jsonl"
+        write_transcripts(files[name], [*good, Transcript(f"two-{name}", [{"role": "user", "content": f"both of {name}"}, *turns], label="benign")])
+    (tmp_path / "one.jinja").write_text(PARALLEL + load_tokenizer("tinyagent").chat_template)
+    given = {**files, "chat_template": tmp_path / "one.jinja", "max_new_tokens": 4, "total_steps": 2, "warmup_steps": 1, "batch_size": 2, "diagnose_steps": 0}
+    return [word for name, value in given.items() for word in ("-p", name, value)]
+
+
+def test_what_the_template_refuses_ends_a_run_with_the_ways_out_or_is_counted(refused, tmp_path):
+    stopped = cells(*refused, "-p", "run_dir", tmp_path / "one")
+    assert stopped.returncode and "two-data" in stopped.stdout and "one call at a time" in stopped.stdout and "on_error=skip leaves them out, counted" in stopped.stdout
+    done = cells(*refused, "-p", "on_error", "skip", "-p", "run_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stdout[-3000:]
+    kept = load(tmp_path / "two" / "result.json")
+    (cause, n), = kept["data"]["skipped"].items()
+    assert n == 2 and "one call at a time" in cause and kept["data"]["records"] == 52 and any("2 of 54 records skipped" in note for note in kept["data"]["notes"])
+    assert kept["data"]["benign"]["transcripts"] == 20 and kept["after"]["n"]["attack"] == 6
+    assert "one call at a time" in (tmp_path / "two" / "report.html").read_text()
+    again = cells("-p", "adapter", tmp_path / "two", notebook=NBS / "evaluate.ipynb", runs=tmp_path / "runs")
+    assert again.returncode == 0 and "1 of 13 records skipped" in again.stdout, again.stdout[-3000:]
+
+
+def test_preflight_names_the_adaptations_that_help(refused, tmp_path):
+    def page(*more): return cells(*refused, "-p", "run_dir", tmp_path / "page", *more, notebook=NBS / "preflight.ipynb")
+    for more in ((), ("-p", "on_error", "skip")):
+        said = page(*more).stdout
+        assert "refuses, or writes in part only, 2 of the 54 transcripts" in said and "with adapt=split_calls it writes 54 of 54 in full" in said, said[-3000:]
+    adapted = page("-p", "adapt", "split_calls").stdout
+    assert "adapted: split_calls in 1 of 41 transcripts" in adapted and "refuses" not in adapted, adapted[-3000:]
