@@ -362,4 +362,4 @@ def test_preflight_names_the_adaptations_that_help(refused, tmp_path):
         said = page(*more).stdout
         assert "refuses, or writes in part only, 2 of the 54 transcripts" in said and "with adapt=split_calls it writes 54 of 54 in full" in said, said[-3000:]
     adapted = page("-p", "adapt", "split_calls").stdout
-    assert "adapted: split_calls in 1 of 41 transcripts" in adapted and "refuses" not in adapted, adapted[-3000:]
+    assert "adapted: split_calls in 1 of 41 transcripts" in adapted and "the chat template refuses" not in adapted, adapted[-3000:]
