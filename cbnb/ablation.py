@@ -167,7 +167,7 @@ def expand(spec):
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../nbs/11_ablation.ipynb #ed640dce
-RUN_ONLY = ("preset", "data", "eval_data", "heldout_by", *READING, "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
+RUN_ONLY = ("preset", "data", "eval_data", "heldout_by", *READING, "control", "tool_call_format", "chat_template", "template_variables", "teacher", "trust_remote_code", "teacher_cache", "encoded_cache", "max_new_tokens", "temperature", "samples", "probe_steps", *HOW_STARTED)   # not of the config
 
 
 def run_settings(parameters):
@@ -223,7 +223,7 @@ def named_files(name, value):
 
 def absolute_files(name, value):
     "`value` with each of its parts that is an existing relative path made absolute: a job need not start where it was submitted."
-    if name == "teacher_cache" and value: return str(Path(value).expanduser().resolve())  # made by the first run
+    if name in ("teacher_cache", "encoded_cache") and value: return str(Path(value).expanduser().resolve())  # made by the first run
     if name in DATA and value: return ",".join(part if part == "tinyagent" else absolute_entry(part) for part in listed(value))
     if name not in FILE_PARAMETERS or not (parts := named_files(name, value)): return value
     return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in parts)

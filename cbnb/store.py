@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'SCHEMA', 'encode_piece', 'joined', 'pieces', 'listed_array', 'record_batch', 'StoredSamples',
-           'write_samples', 'code_hash', 'stream_key', 'cores', 'stored_stream']
+           'write_samples', 'code_hash', 'stream_key', 'cores', 'stored_stream', 'encode_for']
 
 # %% ../nbs/05b_store.ipynb #8a333392
 import hashlib
@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .config import PACKAGE
+from .config import PACKAGE, CircuitBreakerConfig
 from .data import EmptyStream, Sample, StreamReport, empty_stream, encode_stream
 from .masks import ChatMasker
+from .processes import from_first
 from .sealed import damage, seal, sync
 from .transcripts import Transcript
 
@@ -185,3 +186,14 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
         finally: shutil.rmtree(unfinished, ignore_errors=True)
     told = json.loads((folder / "report.json").read_text())
     return StoredSamples(folder / "samples.arrow"), StreamReport(**told | {"counts": Counter(told["counts"])})
+
+# %% ../nbs/05b_store.ipynb #4b1c1dea
+def encode_for(config: CircuitBreakerConfig, name: str, transcripts: list[Transcript], masker: ChatMasker,
+               place: str | Path = "") -> tuple[Sequence[Sample], StreamReport]:
+    """The `name` stream (harmful or benign) of a run with the settings `config`: encoded into memory, or with a
+    folder `place` by all cores and kept there (`stored_stream`). Of several processes the first one encodes.
+    Raises what `encode_stream` raises."""
+    how = {"max_length": config.max_length, "truncation": config.truncation, "split_turns": config.split_turns, "lost_context": config.lost_context}
+    policy = getattr(config, f"{name}_policy")
+    if not place: return encode_stream(transcripts, masker, policy, name=name, **how)
+    return from_first(lambda: stored_stream(place, transcripts, masker, policy, name, **how))

@@ -154,13 +154,13 @@ def adapter_not_applied(patch, **_):
 
 def samples_shuffled(patch, **_):
     "Each mask on another sample's ids: both are right by themselves."
-    import cbnb.data
-    right = cbnb.data.encode_stream
+    import cbnb.store
+    right = cbnb.store.encode_stream
     def encode_stream(*arguments, **more):
         samples, report = right(*arguments, **more)
         pairs = zip(samples, samples[1:] + samples[:1])
         return [replace(s, loss_mask=t.loss_mask) for s, t in pairs if len(s.loss_mask) == len(t.loss_mask)] or samples, report
-    patch.setattr(cbnb.data, "encode_stream", encode_stream)
+    patch.setattr(cbnb.store, "encode_stream", encode_stream)
 
 
 def given(**parameters): return lambda data, **_: {k: str(data / v) if k == "data" else v for k, v in parameters.items()}

@@ -52,15 +52,15 @@ def test_a_typo_stops_before_anything_is_loaded(tmp_path):
     assert ended.children_user + ended.children_system - began.children_user - began.children_system < 15
 
 
-def test_two_runs_share_a_teacher_cache(tmp_path):
-    "The first makes it, the second, with another beta_kl, finds it; what it holds at step 1 is what a teacher of its own gives."
-    said = []
-    for number, more in enumerate(({"teacher_cache": tmp_path / "cache"}, {"teacher_cache": tmp_path / "cache", "beta_kl": 0.1}, {"savings": "none"})):
+def test_two_runs_share_a_teacher_cache_and_encoded_transcripts(tmp_path):
+    "The first makes them, the second, with another beta_kl, finds them; what the cache holds at step 1 is what a teacher of its own gives, on samples in memory."
+    said, kept = [], {"teacher_cache": tmp_path / "cache", "encoded_cache": tmp_path / "encoded"}
+    for number, more in enumerate((kept, kept | {"beta_kl": 0.1}, {"savings": "none"})):
         done = cells("-p", "run_dir", tmp_path / f"run{number}", *few(tmp_path, lora_dropout=0.0, **more))
         assert done.returncode == 0, done.stdout[-4000:]
         said.append("".join(line for line in done.stdout.splitlines() if "teacher cache" in line))
     assert "made in" in said[0] and "found in" in said[1] and not said[2], said
-    assert len([p for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")]) == 1
+    assert [len([p for p in folder.iterdir() if not p.name.startswith(".")]) for folder in kept.values()] == [1, 2], "one cache, two streams"
     first = [metrics(tmp_path / f"run{number}")[0] for number in range(3)]
     assert all(row[k] == pytest.approx(first[2][k], abs=1e-5) for row in first[:2] for k in ("loss_reroute", "loss_retain", "loss_kl"))
 
