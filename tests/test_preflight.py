@@ -8,7 +8,7 @@ import pytest
 from helpers import BIN, NBS, ROOT, code_cells, quick_bfloat16
 from train_common import few, load
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content or '') }}{% for c in m.tool_calls or () %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
           "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WRONG = CHATML.replace("<|im_end|>", "<|end_header_id|>")  # a control token of this tokenizer, and not where the model stops
 DEAD = {"total_steps": 50, "warmup_steps": 20, "retain_weight": 1.0}  # as published for slurm/tests/train_kl, with the retain weight of the larger presets

@@ -12,6 +12,7 @@ SCRIPT = ROOT / "tests" / "scripts" / "train_together.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 # by batch_size and gradient_accumulation_steps; two processes make the first without accumulation, and share the rows of the last
 SIZES = {"accumulated": (2, 4), "at once": (4, 2), "one micro-batch": (8, 1)}
+EVALUATED = "at once"  # the size whose runs are evaluated: held-out questions are shared in the same way whatever it is
 
 
 def together(processes, jobs, timeout=600):
@@ -33,8 +34,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     stopped = [job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=2) for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
-    one = [job(folder, f"one {size}", size, evaluated=True) for size in SIZES] + [job(folder, "one then fsdp", "at once", stop_after=2), job(folder, "one at beta 0", "at once", **at_zero)]
-    two = [job(folder, f"{way} {size}", size, way == "fsdp", evaluated=True) for way in ("ddp", "fsdp") for size in SIZES]
+    one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [job(folder, "one then fsdp", "at once", stop_after=2), job(folder, "one at beta 0", "at once", **at_zero)]
+    two = [job(folder, f"{way} {size}", size, way == "fsdp", evaluated=size == EVALUATED) for way in ("ddp", "fsdp") for size in SIZES]
     two += [job(folder, "ddp at beta 0", "at once", **at_zero), job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache"))]
     told = together(1, one) + together(2, two + stopped)
     assert told.count("stopped") == 1 + 3 * 2, "each process of a stopped run says so"
@@ -56,12 +57,17 @@ def differences(a, b):
 def test_two_processes_make_the_run_of_one(runs, way, size):
     worst, key = differences(runs / f"one {size}", runs / f"{way} {size}")
     assert worst < 1e-5, key
-    one, two = (load(runs / f"{name} {size}" / "result.json") for name in ("one", way))
-    for key in ("attack_success", "exact_match", "unparseable", "n", "counts", "marker_fidelity"): assert one[key] == two[key]
-    answers = [{(line["id"], line["asked"]): line["ids"] for line in read_lines(runs / f"{name} {size}" / "answers.jsonl")} for name in ("one", way)]
-    assert answers[0] == answers[1] and len(answers[0]) == 15 and not list((runs / f"{way} {size}").glob("answers.rank*")), "each its share, in one file"
-    assert math.isclose(one["heldout_kl"]["in_domain"], two["heldout_kl"]["in_domain"], rel_tol=1e-3) and math.isclose(one["harmful_cosine"], two["harmful_cosine"], abs_tol=1e-4)
     assert load(runs / f"{way} {size}" / "status.json")["processes"] == 2
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_answer_as_one(runs, way):
+    made = [runs / f"{name} {EVALUATED}" for name in ("one", way)]
+    one, two = (load(run / "result.json") for run in made)
+    for key in ("attack_success", "exact_match", "unparseable", "n", "counts", "marker_fidelity"): assert one[key] == two[key]
+    answers = [{(line["id"], line["asked"]): line["ids"] for line in read_lines(run / "answers.jsonl")} for run in made]
+    assert answers[0] == answers[1] and len(answers[0]) == 15 and not list(made[1].glob("answers.rank*")), "each its share, in one file"
+    assert math.isclose(one["heldout_kl"]["in_domain"], two["heldout_kl"]["in_domain"], rel_tol=1e-3) and math.isclose(one["harmful_cosine"], two["harmful_cosine"], abs_tol=1e-4)
     # in parts, the first process keeps half of the frozen weights
     assert two["own_weights"] == one["own_weights"] if way == "ddp" else 0.4 < two["own_weights"] / one["own_weights"] < 0.6
 
