@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'CALL_TAGS', 'RESULT_TAGS', 'finish', 'is_dicts',
-           'dicts_of', 'join_records', 'anthropic_assistant', 'anthropic_user', 'anthropic_messages', 'anthropic_tools',
+           'dicts_of', 'anthropic_assistant', 'anthropic_user', 'anthropic_messages', 'anthropic_tools',
            'from_anthropic', 'is_anthropic', 'item_text', 'item_call', 'response_messages', 'response_tools',
            'from_responses', 'is_item', 'is_responses', 'langchain_parts', 'langchain_content', 'langchain_message',
            'is_langchain', 'from_langchain', 'holds_langchain', 'text_call', 'hermes_messages', 'from_hermes',
@@ -13,12 +13,11 @@ __all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'C
 
 # %% ../nbs/00f_formats_chat.ipynb #1a7ba7f5
 import ast
-import itertools
 import re
 from collections import Counter
 
 from .transcripts import (
-    CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, from_openai, need, need_one_of, parse_json,
+    CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, from_openai, join_records, need, need_one_of, parse_json,
     read_arguments, read_content, read_message, read_switch,
     read_tool_call, read_turn)
 
@@ -44,21 +43,6 @@ def is_dicts(value):
 
 
 def dicts_of(value): return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
-
-# %% ../nbs/00f_formats_chat.ipynb #6375acd7
-def join_records(records, is_part, key):
-    """`records` of a file (see `Format.gathers`) as one record `{key: [...]}` where the first one is a part
-    of a conversation; else as they are. Errors go ahead."""
-    first = next(records)
-    if not is_part(first[2]):
-        yield from itertools.chain([first], records)
-        return
-    parts = []
-    for where, default_id, record in itertools.chain([first], records):
-        if isinstance(record, TranscriptError): yield where, default_id, record
-        else: parts.append(record)
-    where, default_id, _ = first
-    yield where.split(", ")[0], default_id.rpartition(":")[0] or default_id, {key: parts}
 
 # %% ../nbs/00f_formats_chat.ipynb #cc280e71
 def anthropic_assistant(message, where, adapted):

@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from .formats_chat import (
-    ITEMS, dicts_of, finish, is_dicts, item_text, join_records, response_messages)
+    ITEMS, dicts_of, finish, is_dicts, item_text, response_messages)
 from .transcripts import (
     CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, agentdojo_label, agentdojo_leaves_out,
-    from_bfcl, need, need_one_of, or_benign,
+    from_bfcl, join_records, need, need_one_of, or_benign,
     read_content, read_message, read_records, read_tool_call, replace)
 
 # %% ../nbs/00g_formats_runs.ipynb #0675117d

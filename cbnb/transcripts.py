@@ -6,20 +6,20 @@
 __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', 'DECODER', 'SWITCHES', 'UNCLEAR',
            'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'BENIGN_KINDS', 'SHAREGPT_ROLES', 'ESCAPES',
            'PLAIN', 'JSON_TYPES', 'FORMATS', 'CHAT_KEYS', 'ROOMS', 'BINARY', 'PACKED', 'TABLES', 'CHUNK', 'PART_TOKEN',
-           'ITEM_TOKEN', 'MAX_SKIPPED', 'SUFFIXES', 'TranscriptError', 'InjectionSpan', 'Transcript', 'json_depth',
-           'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of', 'read_switch', 'check_record_switches',
-           'read_content', 'read_arguments', 'read_tool_call', 'modernise', 'read_message', 'read_label',
-           'Contradiction', 'source_run', 'measured_label', 'read_message_labels', 'read_spans', 'check_meaning',
-           'read_meta', 'last_calls', 'check_label', 'read_tools', 'add_adapted', 'take_system', 'take_tools',
-           'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign', 'from_ultrachat', 'read_turn',
-           'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'squeeze', 'find_all',
+           'ITEM_TOKEN', 'BARE', 'MAX_SKIPPED', 'SUFFIXES', 'TranscriptError', 'InjectionSpan', 'Transcript',
+           'json_depth', 'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of', 'read_switch',
+           'check_record_switches', 'read_content', 'read_arguments', 'read_tool_call', 'modernise', 'read_message',
+           'read_label', 'Contradiction', 'source_run', 'measured_label', 'read_message_labels', 'read_spans',
+           'check_meaning', 'read_meta', 'last_calls', 'check_label', 'read_tools', 'add_adapted', 'take_system',
+           'take_tools', 'from_openai', 'from_pair', 'from_circuit_breakers', 'or_benign', 'from_ultrachat',
+           'read_turn', 'from_sharegpt', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'squeeze', 'find_all',
            'find_injection', 'join_spans', 'find_injections', 'agentdojo_label', 'from_agentdojo', 'from_tau_bench',
            'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label', 'trace_verdict', 'check_trace', 'from_trace_v1',
            'is_trace', 'from_rrfa', 'Format', 'add_format', 'known_formats', 'chat_with', 'agentdojo_leaves_out',
            'detect_format', 'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line',
            'object_parts', 'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records',
-           'read_records', 'SeenKeys', 'one_by_one', 'of_format', 'files_in', 'TranscriptReader', 'read_transcripts',
-           'to_record', 'write_transcripts']
+           'read_records', 'SeenKeys', 'join_records', 'one_by_one', 'bare_key', 'whole_conversations', 'of_format',
+           'files_in', 'TranscriptReader', 'read_transcripts', 'to_record', 'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
 import copy
@@ -1213,6 +1213,21 @@ class SeenKeys:
         self.count += self.table[at] == 0
         self.table[at] = code
 
+# %% ../nbs/00_transcripts.ipynb #6375acd7
+def join_records(records, is_part, key):
+    """`records` of a file (see `Format.gathers`) as one record `{key: [...]}` where the first one is a part
+    of a conversation; else as they are. Errors go ahead."""
+    first = next(records)
+    if not is_part(first[2]):
+        yield from itertools.chain([first], records)
+        return
+    parts = []
+    for where, default_id, record in itertools.chain([first], records):
+        if isinstance(record, TranscriptError): yield where, default_id, record
+        else: parts.append(record)
+    where, default_id, _ = first
+    yield where.split(", ")[0], default_id.rpartition(":")[0] or default_id, {key: parts}
+
 # %% ../nbs/00_transcripts.ipynb #96bb84be
 def one_by_one(records, key):
     """`records` as `Format.gathers` has them, where each item of the list under `key` is a record of its
@@ -1224,11 +1239,36 @@ def one_by_one(records, key):
             yield from ((f"{where}, {key}[{i}]", f"{default_id}:{i + 1}", {**record, key: [item]}) for i,
                         item in enumerate(items))
 
+# %% ../nbs/00_transcripts.ipynb #dcab57a6
+BARE = ("auto", "openai", "sharegpt", "anthropic", "hermes")  # formats whose messages may stand in a file without a record around
 
+
+def bare_key(value):
+    """The key under which a record would hold a JSON `value`: `messages` for a chat message, `conversations` for
+    a turn of ShareGPT, "" for anything else."""
+    if not isinstance(value, dict): return ""
+    if {"from", "value"} <= value.keys() and not {"conversations", "messages"} & value.keys(): return "conversations"
+    chat = isinstance(value.get("role"), str) and {"content", "tool_calls"} & value.keys()
+    return "messages" if chat and not {"type", "messages", "conversations", "uuid", "payload", "parts"} & value.keys() else ""
+
+
+def whole_conversations(records):
+    """`records` of a file (see `Format.gathers`), where a list of bare messages is one record, and a file of
+    them is one, too."""
+    def record_of(value):
+        key = bare_key(value[0]) if isinstance(value, list) and value else ""
+        return {key: value} if key else value
+    records = ((where, default_id, record_of(record)) for where, default_id, record in records)
+    if (first := next(records, None)) is None: return
+    rest, key = itertools.chain([first], records), bare_key(first[2])
+    yield from join_records(rest, bare_key, key) if key else rest
+
+# %% ../nbs/00_transcripts.ipynb #fe5af65c
 def of_format(records, format, path):
     """Yields `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or
     for "auto" by the first one that can be recognised. The file's format has then gathered them."""
     known = None if format == "auto" else known_formats()[format]
+    if format in BARE: records = whole_conversations(records)
     for item in records:
         where, default_id, record = item
         if known is None and not isinstance(record, TranscriptError):
