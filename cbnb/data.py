@@ -143,11 +143,9 @@ def drop_refused(transcripts: list[Transcript], masker: ChatMasker, reading: Rea
             if split_turns: list(in_turns([t], masker))
         except MaskError as e: return e
     kept = []
-    for at in range(0, len(transcripts), 64):
-        some = transcripts[at:at + 64]
-        for t, encoded in zip(some, masker.encode_batch(some, errors="return"), strict=True):
-            if e := why(t, encoded): reading.refuse(e)
-            else: kept.append(t)
+    for t, encoded in in_batches(transcripts, masker, errors="return"):
+        if e := why(t, encoded): reading.refuse(e)
+        else: kept.append(t)
     reading.check_share("the chat template refuses transcripts")
     return kept
 

@@ -110,7 +110,7 @@ def adaptation_points(transcripts: list[Transcript], masker: ChatMasker) -> list
     some = transcripts[::max(1, -(-len(transcripts) // LOOKED_AT))]
     lost = [t for t in some if not whole(masker, t)]
     if not lost: return [Point("pass", f"the chat template writes all that the assistant says in each of the {len(some)} transcripts that were looked at")]
-    found = propose([restore(t) if "adaptations" in t.meta else t for t in some], masker.adapted)
+    found = propose([restore(t) for t in some], masker.adapted)
     helps = found["read"] > len(some) - len(lost)
     way = f"with adapt={','.join(found['names'])} it writes {found['read']} of {found['of']} in full" if helps else "no adaptation helps, another chat_template may"
     return [Point("warn", f"the chat template refuses, or writes in part only, {len(lost)} of the {len(some)} transcripts that were looked at, {lost[0].id} for one: {way}")]

@@ -291,7 +291,7 @@ class ChatMasker:
             raise MaskError(f"tool_call_format={tool_call_format!r} is unknown{nearest(tool_call_format, TOOL_CALL_FORMATS)}; use one of "
                             f"{', '.join(TOOL_CALL_FORMATS)}")
         self.take_adaptations([*adapt_names(adapt), *(["hermes"] if tool_call_format == "hermes" else [])])
-        sources = [self._source(tools) for tools in (None, [{}])] if template_variables else ()  # some tokenizers have one for tools
+        sources = [self.template_source(tools) for tools in (None, [{}])] if template_variables else ()  # some tokenizers have one for tools
         self.template_variables = check_variables(template_variables, sources, tokenizer)
         self.added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
         special = {*tokenizer.all_special_tokens, *(t.content for t in self.added.values() if t.special)}
@@ -334,8 +334,6 @@ class ChatMasker:
         "The Jinja source that is rendered: the chat template (some tokenizers have one of its own for `tools`), after the `PREAMBLES` of `adapt`."
         source = self.tokenizer.get_chat_template(self.chat_template, tools)
         return "".join(text for name, text in PREAMBLES.items() if name in self.adapt) + source
-
-    _source = template_source
 
     @property
     def _variables(self): return {**self.tokenizer.special_tokens_map, **self.template_variables}
@@ -394,7 +392,7 @@ class ChatMasker:
     def _prepare(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
         "Everything of `encode` that comes before the tokenizer."
         messages, allowed = self._read(messages, tools)
-        spans, source = check_spans(injection_spans, messages), self._source(tools)
+        spans, source = check_spans(injection_spans, messages), self.template_source(tools)
         label, labels = check_labels(label, message_labels, messages)
         traced, stretches = self._trace(messages, tools, source, allowed)
         turns = self._turns(traced, messages, tools, source)
@@ -483,7 +481,7 @@ class ChatMasker:
         return self._prompt(messages, tools)[0]
 
     def _prompt(self, messages, tools):
-        (messages, allowed), source = self._read(messages, tools), self._source(tools)
+        (messages, allowed), source = self._read(messages, tools), self.template_source(tools)
         if allowed:
             traced, stretches = self._trace(messages, tools, source, allowed, generation_prompt=True)
             return traced.text, stretches

@@ -83,11 +83,12 @@ def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
     return found + ["injection"] * (last >= 0 and bool(encoded.injection_spans) and cut(first_injection(encoded).message))
 
 # %% ../nbs/01a_targets.ipynb #b88a0e41
-def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64):
-    "Yields `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. Raises MaskError as `ChatMasker.encode_batch` does."
+def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64, errors: str = "raise"):
+    """Yields `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. With `errors`
+    "raise" or "return" MaskErrors are raised, or stand in the place of `encoded`, as `ChatMasker.encode_batch` does."""
     left = iter(transcripts)
     while some := list(itertools.islice(left, size)):
-        yield from zip(some, masker.encode_batch(some), strict=True)
+        yield from zip(some, masker.encode_batch(some, errors), strict=True)
 
 # %% ../nbs/01a_targets.ipynb #1547d6e1
 def in_turns(transcripts: Iterable[Transcript], masker: ChatMasker):

@@ -1260,8 +1260,7 @@ def whole_conversations(records):
         return {key: value} if key else value
     records = ((where, default_id, record_of(record)) for where, default_id, record in records)
     if (first := next(records, None)) is None: return
-    rest, key = itertools.chain([first], records), bare_key(first[2])
-    yield from join_records(rest, bare_key, key) if key else rest
+    yield from join_records(itertools.chain([first], records), bare_key, bare_key(first[2]))
 
 # %% ../nbs/00_transcripts.ipynb #fe5af65c
 def of_format(records, format, path):

@@ -103,7 +103,7 @@ def test_templates_are_asked_with_what_they_need(name):
     mask = loss_mask(encoded)
     assert "".join(encoded.text[a:b] for a, b in encoded.offsets[mask]) == (
         '{"name": "read_mail", "arguments": {"id": 8}}<|eot_id|>It is noon.<|eot_id|>')
-    assert masker._headers[masker._source(TOOLS)][0][0] == "<|role|>assistant\n" and encoded.turns[0].rule == 4  # by its loop, not by a fallback
+    assert masker._headers[masker.template_source(TOOLS)][0][0] == "<|role|>assistant\n" and encoded.turns[0].rule == 4  # by its loop, not by a fallback
 
 
 @pytest.mark.parametrize("name", NEEDS)
