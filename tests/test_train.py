@@ -8,7 +8,7 @@ import pytest
 from forked import cells
 from train_common import load, metrics, papermill
 
-SEEDS, CONTROLS, KINDS = (0, 1), (0,), ("plain", "sensitive", "hard_negative")
+SEEDS, CONTROLS, KINDS = (0,), (0,), ("plain", "sensitive", "hard_negative")
 METRICS = {"step", "loss", "loss_reroute", "loss_retain", "loss_kl", "weighted_reroute", "weighted_retain", "weighted_kl", "c_s", "c_r", "lr", "grad_norm_total",
            "harmful_tokens", "benign_tokens", "kl_targets"}
 FIGURES = {"attack_success", "attack_success_lax", "attack_success_prefill", "unparseable", "exact_match", "heldout_kl", "heldout_top1", "harmful_cosine", "n",
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
         if made and (beta, seed) == (0.3, 0): return made
         folder = base / f"beta{beta}-seed{seed}"
         given = ("-p", "beta_kl", beta, "-p", "seed", seed, "-p", "run_dir", folder)
-        done = papermill(base / f"out-{beta}-{seed}.ipynb", *given) if beta else cells(*given)
+        done = papermill(base / f"out-{beta}-{seed}.ipynb", *given)
         assert done.returncode == 0, done.stdout[-4000:]
         return folder
 
@@ -87,13 +87,16 @@ def test_saved_adapter_evaluates_the_same_by_plain_peft(runs):
     assert json.loads(json.dumps(again)) == load(folder / "result.json")["after"]
 
 
-def test_same_seed_same_run(runs, tmp_path):
-    "Only the seed decides: the first 20 steps of a second run, which is stopped after them, are the first one's, bit for bit."
-    run = tmp_path / "run"
+def begun(folder, seed):
+    "The first 20 rows of the log of a run with this `seed`, which is stopped after them."
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(cells, "-p", "run_dir", run, "-p", "total_steps", 200, "-p", "max_new_tokens", 1)
-        while not ended.done() and not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= 20): time.sleep(0.2)
-        (run / "stop").touch()
-    assert ended.result().returncode == 1 and len(metrics(run)) < 200, ended.result().stdout[-4000:]
-    assert metrics(run)[:20] == metrics(runs[0.3, 0])[:20]
-    assert metrics(run)[:20] != metrics(runs[0.3, 1])[:20]
+        ended = pool.submit(cells, "-p", "run_dir", folder, "-p", "total_steps", 200, "-p", "max_new_tokens", 1, "-p", "seed", seed)
+        while not ended.done() and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 20): time.sleep(0.2)
+        (folder / "stop").touch()
+    assert ended.result().returncode == 1 and len(metrics(folder)) < 200, ended.result().stdout[-4000:]
+    return metrics(folder)[:20]
+
+
+def test_same_seed_same_run(runs, tmp_path):
+    "Only the seed decides: the first 20 steps of a second run are the first one's, bit for bit, and those of another seed are others."
+    assert begun(tmp_path / "same", 0) == metrics(runs[0.3, 0])[:20] != begun(tmp_path / "other", 1)
