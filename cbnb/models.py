@@ -16,10 +16,12 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -517,14 +519,27 @@ def reach_line(records: list[dict]) -> str:
 # %% ../nbs/04_models.ipynb #a64e3b75
 @contextmanager
 def teacher_mode(student: PeftModel):
-    """Inside, `student` is its own teacher: adapter off, eval mode (no dropout), no gradient. Outside, everything is as before."""
-    was_training = student.training
-    student.eval()
+    """Inside, `student` is its own teacher: adapter off, eval mode (no dropout), no gradient. Outside, every module is as before.
+    The modules are switched one by one: peft's `disable_adapter` also reads every layer's state and sets `requires_grad`, four times the work
+    at each pass of a teacher. Raises RuntimeError where a release of peft does not know the switch."""
+    modules = list(student.modules())
+    training = [m for m in modules if m.training]
+    adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not m.disable_adapters]
+
+    def switch(on: bool) -> None:
+        for m in training:
+            m.training = on
+        for m in adapted:
+            m._disable_adapters = not on
+
     try:
-        with student.disable_adapter(), torch.no_grad():
+        switch(False)
+        if not all(m.disable_adapters for m in adapted):
+            raise RuntimeError(f"the adapter cannot be switched off in peft {peft.__version__}; install the version of constraints.txt")
+        with torch.no_grad():
             yield student
     finally:
-        student.train(was_training)
+        switch(True)
 
 # %% ../nbs/04_models.ipynb #9604ec64
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:

@@ -10,10 +10,11 @@ from cbnb.decoding import Decoding
 from cbnb.masks import ChatMasker
 from cbnb.reader import derive_reader
 from cbnb.transcripts import InjectionSpan, Transcript
+from forked import cells
 from helpers import NBS
 from masks_common import TOOLS
 from outside import gpt_oss, llama3, llama4, mistral_tekken, qwen3, trl_template
-from train_common import few, load, papermill
+from train_common import few, load
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {  # class, configuration, what makes the tokenizer, TRL's template (None: the tokenizer's own)
@@ -85,7 +86,7 @@ def test_a_template_that_hides_calls_is_refused_before_training(tmp_path, notebo
     assert "{{- f.arguments if f.arguments is string else (f.arguments | tojson) -}}" in source
     file.write_text(source.replace("{{- f.arguments if f.arguments is string else (f.arguments | tojson) -}}", "{{- '{}' -}}"))
     given = few(tmp_path, model=str(tmp_path / "model"))
-    done = papermill(tmp_path / "out.ipynb", *given, "-p", "run_dir", tmp_path / "run", notebook=NBS / f"{notebook}.ipynb")
+    done = cells(*given, "-p", "run_dir", tmp_path / "run", notebook=NBS / f"{notebook}.ipynb")
     assert done.returncode == 1 and "are scored by tool calls, and answers in this chat template cannot be read" in done.stdout, done.stdout[-3000:]
     if notebook == "train": assert load(tmp_path / "run" / "status.json")["stage"] == "data" and not (tmp_path / "run" / "metrics.jsonl").exists()
     else: assert load(tmp_path / "run" / "preflight.json")["verdict"] == "fail"

@@ -252,15 +252,15 @@ print("MEASURED", status, (read("VmHWM") - before) // 1024, spent.user + spent.s
 
 
 def test_memory_on_a_long_file(tmp_path):
-    "20,000 transcripts: at most 1 GiB over the model libraries, and never more than a few batches of them alive."
+    "8,000 transcripts: at most 1 GiB over the model libraries, and never more than a few batches of them alive."
     path = tmp_path / "long.jsonl"
     with open(path, "w") as f:
-        for i in range(20_000):
+        for i in range(8_000):
             f.write(json.dumps({"messages": [{"role": "user", "content": f"What is number {i}?"},
                                              {"role": "assistant", "content": f"It is {i}."}], "label": "benign", "id": f"a-rather-long-id-{i:08d}"}) + "\n")
     result = run(sys.executable, "-c", MEASURE, "masks", path, *TINY, "--show", "1", cwd=ROOT, env=ENVIRONMENT)
     measured = result.stdout.rpartition("MEASURED")[2].split()
-    assert result.returncode == 0 and measured[0] == "0" and "20,000 transcripts" in result.stdout, result.stdout[-2000:]
+    assert result.returncode == 0 and measured[0] == "0" and "8,000 transcripts" in result.stdout, result.stdout[-2000:]
     print(f"{measured[1]} MiB, {measured[2]} s")
     assert int(measured[1]) < 1024, f"{measured[1]} MiB over the libraries"
     assert len(measured) == 5 and max(map(int, measured[3:])) < 500, f"{measured[3:]} transcripts are held"

@@ -33,7 +33,7 @@ def left_out(tmp_path_factory):
 
 @pytest.mark.parametrize("strict", ["", "1"])
 def test_hooks_in_two_processes(left_out, strict):
-    said = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", "--continue-on-collection-errors", ".",
+    said = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", left_out / "temporary", "-n", "2", "--dist", "loadfile", "--continue-on-collection-errors", ".",
                cwd=left_out, env={"CBNB_REQUIRE_ALL": strict, "PYTEST_ADDOPTS": ""})
     *_, last = lines = said.stdout.splitlines()
     assert said.returncode == 1 and re.search(r"^1 1 gw\d$", said.stdout, re.M), said.stdout

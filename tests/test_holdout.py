@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from forked import cells
 from helpers import ROOT
 
 from cbnb import holdout as H
@@ -116,7 +117,7 @@ def test_a_run_says_what_is_held_out(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     text = json.dumps(load(tmp_path / "run" / "out.1.ipynb"))
     assert re.search(r"task: \d+ held out, \d+ in training; 0 of", text) and "share theirs with training" in text and load(tmp_path / "run" / "params.json")["heldout_by"] == "auto"
-    wrong = papermill("-", *arguments, "-p", "heldout_by", "tasks", "-p", "run_dir", tmp_path / "wrong", runs=tmp_path / "runs")
+    wrong = cells(*arguments, "-p", "heldout_by", "tasks", "-p", "run_dir", tmp_path / "wrong", runs=tmp_path / "runs")
     assert wrong.returncode and "heldout_by is 'tasks'" in wrong.stdout and not (tmp_path / "wrong").exists()
 
 

@@ -20,7 +20,7 @@ def lab(tmp_path_factory):
     copy = copy_tree(tmp_path_factory.mktemp("lab") / "cbnb")
     train = nbformat.read(copy / "nbs" / "train.ipynb", as_version=4)
     parameters = next(c for c in train.cells if "parameters" in c.metadata.get("tags", ()))
-    for whole, short in (('total_steps: "Optional[int]" = None', 'total_steps: "Optional[int]" = 20'), ("max_new_tokens: int = 128", "max_new_tokens: int = 8")):
+    for whole, short in (('total_steps: "Optional[int]" = None', 'total_steps: "Optional[int]" = 8'), ("max_new_tokens: int = 128", "max_new_tokens: int = 8")):
         assert whole in parameters.source
         parameters.source = parameters.source.replace(whole, short)
     nbformat.write(train, copy / "nbs" / "train.ipynb")

@@ -57,7 +57,7 @@ ends = st.one_of(
     st.tuples(st.just("kill after"), st.just(0)))
 
 
-@settings(max_examples=5, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(ends, min_size=2, max_size=4))
 @example([("kill in save", 4), ("kill in save", 1), ("kill at event", 30), ("kill after", 0)])
 @example([("kill at step", 0), ("kill at step", 1), ("stop", 3), ("SIGTERM", 3)])
