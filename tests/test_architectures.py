@@ -116,7 +116,9 @@ def quantised(tmp_path, **env):
 
 def test_4_bits_without_bitsandbytes_are_one_clear_error(tmp_path):
     if importlib.util.find_spec("bitsandbytes"): assert quantised(tmp_path)
-    else: assert quantised(tmp_path) == "quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave quantize none."
+    else:
+        with pytest.raises(ValueError, match="^quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave quantize none.$"):
+            load_model("tinyagent", quantize="4bit")
 
 
 def test_4_bits_that_are_two_models_are_refused(tmp_path):

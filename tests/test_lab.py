@@ -7,6 +7,7 @@ import pytest
 
 from helpers import NBS, copy_tree, notebooks, run
 from lab.labharness import CHROMIUM, CellError, Lab
+from train_common import little_data
 
 NOTEBOOKS = ["index.ipynb", "train.ipynb", "explore_masks.ipynb"]
 
@@ -16,13 +17,15 @@ if not Path(CHROMIUM).exists():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab on a copy of the notebooks: what they write stays out of the sources. There train.ipynb is short: test_train.py has all of its 200 steps."
+    "JupyterLab on a copy of the notebooks: what they write stays out of the sources. There train.ipynb is short, on few transcripts: test_train.py has all of it."
     copy = copy_tree(tmp_path_factory.mktemp("lab") / "cbnb")
     train = nbformat.read(copy / "nbs" / "train.ipynb", as_version=4)
     parameters = next(c for c in train.cells if "parameters" in c.metadata.get("tags", ()))
-    for whole, short in (('total_steps: "Optional[int]" = None', 'total_steps: "Optional[int]" = 8'), ("max_new_tokens: int = 128", "max_new_tokens: int = 8")):
-        assert whole in parameters.source
-        parameters.source = parameters.source.replace(whole, short)
+    few = little_data(copy)
+    for whole, short in (('total_steps: "Optional[int]" = None', 'total_steps: "Optional[int]" = 20'), ("max_new_tokens: int = 128", "max_new_tokens: int = 8"),
+                         ('data: str = "tinyagent"', f"data: str = {few['data']!r}"), ('eval_data: str = ""', f"eval_data: str = {few['eval_data']!r}")):
+        assert parameters.source.count(f"\n{whole}") == 1
+        parameters.source = parameters.source.replace(f"\n{whole}", f"\n{short}")
     nbformat.write(train, copy / "nbs" / "train.ipynb")
     with Lab(copy / "nbs") as lab: yield lab
 
