@@ -1301,8 +1301,9 @@ class TranscriptReader:
     the first `MAX_SKIPPED` error sentences of the last one (with `on_error='skip'`), `skipped_count`
     the number of all, `contradictions` that of records whose fields contradict each other, by file,
     `relabelled` that of those which were read by their source's verdict, `repeated` that of RRFA
-    samples and traces which stood before, `left_out` that of records by the cause for which their format
-    leaves them out of a folder, and `formats` that of records read, by format."""
+    samples and traces which stood before and of transcripts of a folder that stand in two of its files,
+    `renamed` that of transcripts whose id stands in another file too, `left_out` that of records by the
+    cause for which their format leaves them out of a folder, and `formats` that of records read, by format."""
     def __init__(self, path, format, label, on_error, relabel=None):
         self.path, self.format, self.label, self.on_error, self.relabel = Path(path), format, label, on_error, relabel
         self.start()
@@ -1314,7 +1315,7 @@ class TranscriptReader:
 
     def start(self):
         "Sets all counts to zero."
-        self.skipped, self.skipped_count, self.repeated, self.relabelled = [], 0, 0, 0
+        self.skipped, self.skipped_count, self.repeated, self.renamed, self.relabelled = [], 0, 0, 0, 0
         self.contradictions, self.record_count, self.left_out, self.formats = Counter(), 0, Counter(), Counter()
 
     def skip(self, error):
@@ -1356,6 +1357,20 @@ class TranscriptReader:
             seen.add(content)
         return new
 
+    def tell_apart(self, found, name, ids, contents):
+        """`found` in the file `name` of several, where an id may stand in another one, as that of a task does which two
+        models have run: what is equal there, but for `meta` and `source`, is read once; the id of what is not
+        begins with the file's name."""
+        new = []
+        for t in found:
+            if t.id.startswith(f"{name}:"): new.append(t)  # an id of the reader's own, which says where it stands
+            elif (content := repr(replace(t, meta={}, source=""))) in contents: self.repeated += 1
+            else:
+                contents.add(content)
+                self.renamed += t.id in ids
+                new.append(replace(t, id=f"{name}:{t.id}") if t.id in ids else t)
+        return new
+
     def files(self):
         "`(path, name)` of the one file, or of each of `files_in` a folder."
         if not self.path.is_dir(): return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
@@ -1363,6 +1378,7 @@ class TranscriptReader:
 
     def read_file(self, path, name, ids, contents):
         "Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and `contents` remember what stood before."
+        here = ids if path == self.path else SeenKeys()  # the file's own
         for where, default_id, record, format in of_format(read_records(path, name), self.format, path):
             self.record_count += 1
             try:
@@ -1375,13 +1391,15 @@ class TranscriptReader:
                 check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
                 found = self.convert(format, record, where, default_id, name)
                 if format.name in ("rrfa", "trace_v1"): found = self.drop_repeats(found, default_id, contents)
-                need(not (twice := sorted(t.id for t in found if t.id in ids)), f"{where}, id", f"{twice} stood before; ids must differ")
+                need(not (twice := sorted(t.id for t in found if t.id in here)), f"{where}, id", f"{twice} stood before; ids must differ")
                 need(len({t.id for t in found}) == len(found), f"{where}, id", "stands twice in this record; ids must differ")
                 self.formats[format.name] += 1
             except TranscriptError as e:
                 if self.on_error == "raise": raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
                 yield self.skip(e)
                 continue
+            for t in found: here.add(t.id)
+            if here is not ids: found = self.tell_apart(found, name, ids, contents)
             for t in found: ids.add(t.id)
             yield from found
 
@@ -1407,6 +1425,7 @@ class TranscriptReader:
         """Sentences on what the last reading did with whole records: those read once and those read by their
         source's verdict, counted."""
         texts = ((self.repeated, "samples stood before and were read once"),
+                 (self.renamed, "transcripts have an id that stands in another file too; theirs begins with the name of their file"),
                  (self.relabelled, "records, whose labels contradict the verdict of their source, were read by that verdict"))
         left = [f"{self.shown_name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
         return left + [f"{self.shown_name}: {n:,} {text}" for n, text in texts if n]

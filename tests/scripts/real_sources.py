@@ -2,15 +2,17 @@
 
 FOLDER holds one folder for each source, with its files as they were fetched. Prints three tables as Markdown: what was read of each source; what
 three stock templates encode of it, without adaptations and with them; and, of a source called `agentdojo`, whose actions its harmful runs
-show. `--write` puts them into nbs/real_sources.md. With `--most` N, at most N transcripts of a source are encoded. An answer whose trained
+show. `--write` puts them into nbs/real_sources.md, in the place of what stands there of these sources; others' rows stay. With `--most` N, at most N transcripts of a source are encoded. An answer whose trained
 words are not those of `spoken.spelled`, which asks no masker, is an AssertionError.
 """
 import argparse
 import random
+import re
 import sys
 import time
 import warnings
 from collections import Counter
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +34,16 @@ FILE = ROOT / "nbs" / "real_sources.md"
 
 def table(head, rows):
     "Lines of a Markdown table; columns whose cells are numbers are set right."
-    aligned = ["--:" if rows and not isinstance(cell, str) else "---" for cell in (rows[0] if rows else head)]
+    aligned = ["--:" if rows and re.fullmatch(r"[\d.]+", str(cell)) else "---" for cell in (rows[0] if rows else head)]
     return [f"| {' | '.join(map(str, row))} |" for row in (head, aligned, *rows)] + [""]
+
+
+def kept(head, column, sources):
+    "Rows of the table in FILE whose first cells are `head`, but for those that name one of `sources` in their `column`."
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {' | '.join(head)} |"))
+    rows = [line.strip("| ").split(" | ") for line in takewhile(bool, lines[start + 2:])]
+    return [row for row in rows if row[column] not in sources]
 
 
 def counted(counts): return ", ".join(f"{n:,} × {name}" for name, n in counts.most_common()) or "none"
@@ -133,12 +143,15 @@ def main():
         sources[folder.name], row = read(folder)
         first.append(row)
         print(*row, sep=" | ", file=sys.stderr, flush=True)
-    for name, transcripts in sources.items():
+    for name, transcripts in ((name, found) for name, found in sources.items() if found):
         some = transcripts if args.most is None or len(transcripts) <= args.most else random.Random(0).sample(transcripts, args.most)
         for row in meet(name, some):
             second.append(row)
             print(*row, sep=" | ", file=sys.stderr, flush=True)
     if "agentdojo" in sources: more = ["Of AgentDojo's runs, by cbnb.actions and cbnb.holdout:", "", *whose_actions(sources["agentdojo"]), ""]
+    else: more = [*dropwhile(lambda line: not line.startswith("Of AgentDojo"), FILE.read_text(encoding="utf-8").splitlines()), ""]
+    first = sorted([*kept(("source", "records"), 0, sources), *first], key=lambda row: row[0])
+    second = sorted([*kept(("template", "source"), 1, sources), *second], key=lambda row: row[1])
     command = " ".join(["python tests/scripts/real_sources.py FOLDER", *[f"--most {args.most}"] * (args.most is not None), "--write"])
     lines = [f"<!-- Made by `{command}`, with one folder for each source in FOLDER: do not edit. -->", "",
              *table(("source", "records", "read", "adapted by the reader", "dropped or left out", "labels", "with spans", "seconds"), first),
