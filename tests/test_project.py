@@ -89,6 +89,17 @@ def test_train_has_one_parameters_cell(path):
     assert len(tagged) == 1, f"papermill needs one cell tagged parameters, found {len(tagged)}"
 
 
+@pytest.mark.parametrize("path", run_notebooks(), ids=lambda p: p.name)
+def test_papermill_reads_every_parameter(path, caplog):
+    "A line that it cannot parse is a warning in each run's output, and its `-p` an unknown name; `papermill --help-notebook` shows what stands behind it."
+    from papermill.inspection import _infer_parameters
+    from papermill.iorw import load_notebook_node
+    tagged = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+    read = _infer_parameters(load_notebook_node(str(path)))
+    assert not caplog.records, caplog.text
+    assert [p.name for p in read] == [n.target.id for c in tagged for n in ast.parse(c.source).body if isinstance(n, ast.AnnAssign)] and all(p.help for p in read)
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.name)
 def test_notebook_is_fit_to_commit(path):
     nb = read(path)
