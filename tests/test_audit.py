@@ -240,7 +240,7 @@ cbnb.cli.load_masker("tinyagent")
 alive, audit = [], cbnb.cli.audit
 def watched(*arguments):
     for audited in audit(*arguments):
-        if audited.number % 8_000 == 0: alive.append(sum(isinstance(o, Transcript) for o in gc.get_objects()))
+        if audited.number % 3_000 == 0: alive.append(sum(isinstance(o, Transcript) for o in gc.get_objects()))
         yield audited
 cbnb.cli.audit = watched
 def read(field): return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

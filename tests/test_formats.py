@@ -438,7 +438,7 @@ def array(file, n, own_id):
         f.write("]\n")
 
 
-@pytest.mark.parametrize("write, own_id, many", [(jsonl, False, 20000), (jsonl, True, 20000), (array, True, 8000)])
+@pytest.mark.parametrize("write, own_id, many", [(jsonl, False, 10000), (jsonl, True, 10000), (array, True, 8000)])
 def test_memory_is_flat(write, own_id, many, tmp_path):
     "Many records of 1 kB take as much as 1,000, but for at most 50 bytes each: their place in the table of ids while that grows."
     peaks = {}
@@ -455,11 +455,11 @@ def test_writing_takes_no_more_memory_than_reading(tmp_path):
 
 
 def test_skipping_everything_takes_no_memory(tmp_path):
-    (file := tmp_path / "bad.jsonl").write_text('{"messages": []}\n' * 20000)
+    (file := tmp_path / "bad.jsonl").write_text('{"messages": []}\n' * 10000)
     reader = T.read_transcripts(file, format="openai", on_error="skip")
     def read_all():
         with pytest.raises(T.TranscriptError, match="holds no transcript"): list(reader)
-    assert peak_of(read_all) < 2**20 and reader.skipped_count == 20000 and len(reader.skipped) == T.MAX_SKIPPED
+    assert peak_of(read_all) < 2**20 and reader.skipped_count == 10000 and len(reader.skipped) == T.MAX_SKIPPED
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------------------------

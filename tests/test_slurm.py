@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from forked import cells
 from helpers import BIN, ROOT
 from test_ablation import cbnb, toy
-from train_common import few, little_data, load, metrics, papermill
+from train_common import few, little_data, load, metrics
 
 SCRIPTS = sorted((ROOT / "slurm").rglob("*.sbatch"))
 UP, DOWN = ROOT / "tests" / "slurm" / "slurm-up", ROOT / "tests" / "slurm" / "slurm-down"
@@ -192,7 +193,7 @@ def test_two_nodes_make_one_run(slurm, tmp_path):
     for name in ("out.1.ipynb", "out.1.rank1.ipynb", "out.2.ipynb", "out.2.rank1.ipynb"): assert (path / name).is_file(), log[-2000:]
     # what the batch script sets of the published run, and the arguments that win over it
     published = ["-p", "beta_kl", "0.5", "-p", "kl_temperature", "1.0", "-p", "alpha_max", "10.0", "-p", "alpha_decay_multiplier", "2.0"]
-    one = papermill(slurm.runs / "one.ipynb", *published, *several, runs=slurm.runs / "one")
+    one = cells(*published, *several, runs=slurm.runs / "one")
     assert one.returncode == 0, one.stdout[-2000:]
     (other,) = (p.parent for p in (slurm.runs / "one").glob("*/*/metrics.jsonl"))
     for a, b in zip(metrics(other), metrics(path), strict=True):
