@@ -520,8 +520,8 @@ def reach_line(records: list[dict]) -> str:
 @contextmanager
 def teacher_mode(student: PeftModel):
     """Inside, `student` is its own teacher: adapter off, eval mode (no dropout), no gradient. Outside, every module is as before.
-    The modules are switched one by one: peft's `disable_adapter` also reads every layer's state and sets `requires_grad`, four times the work
-    at each pass of a teacher. Raises RuntimeError where a release of peft does not know the switch."""
+    The modules are switched one by one: peft's `disable_adapter` also reads the state of every layer and sets `requires_grad`
+    twice, at each pass of a teacher. Raises RuntimeError where a release of peft does not know the switch."""
     modules = list(student.modules())
     training = [m for m in modules if m.training]
     adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not m.disable_adapters]
