@@ -25,7 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_decoding, check_layers, get_config, nearest
+from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, get_config, nearest
 from .holdout import heldout_kinds
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
@@ -196,6 +196,7 @@ def check_settings(parameters, processes=None):
     except OSError as e:   # the values at least
         config, told = get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}), [f"the settings are made when the run starts: {e}"]
     if processes: check_processes(config, parameters.get("fsdp", False), processes)
+    if parameters.get("teacher_cache"): check_cached(config, parameters.get("fsdp", False))
     if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
         try: check_layers(config, model_facts(config.model).blocks)

@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'TINYAGENT', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJECTIVES
            'type_name', 'wrong_type', 'to_scalar', 'to_tuple', 'setting', 'allowed', 'check_limits', 'check_decoding',
            'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
            'check_objective', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'shown', 'get_config',
-           'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'shares', 'coefficients']
+           'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares', 'coefficients']
 
 # %% ../nbs/03_config.ipynb #8ed51dfd
 import dataclasses
@@ -344,6 +344,12 @@ def check_layers(config, num_layers):
     if config.hidden_state_mode == "hidden_states" and num_layers - 1 in config.target_layers:
         raise ConfigError(f"target_layers {num_layers - 1} is the last block, whose hidden_states entry has the final norm applied; "
                           "use hidden_state_mode='hooks' for it")
+
+# %% ../nbs/03_config.ipynb #60a9149e
+def check_cached(config, fsdp):
+    "Raises `ConfigError` where a `teacher_cache` cannot hold what the run asks of the teacher: every block's output, or weights in parts (`fsdp`)."
+    if fsdp: raise ConfigError("a teacher_cache is made and checked by one process at a time, and with fsdp none has all the weights: leave one of the two off.")
+    if config.retain_layers == "all": raise ConfigError("retain_layers all would put every block's output into the teacher_cache: leave one of the two off.")
 
 # %% ../nbs/03_config.ipynb #share002
 def shares(config, processes):

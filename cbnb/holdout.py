@@ -23,9 +23,12 @@ HELDOUT_BY = ("suite", "task", "injection", "prompt")
 
 def prompt_key(transcript: Transcript) -> str:
     """What the last assistant message answers, as one string: equal for two transcripts that ask the same and
-    differ in the answer only."""
+    differ in the answer only, or in what no model reads, as numbers of calls and times of messages."""
     last = max((i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"), default=len(transcript.messages))
-    return json.dumps([transcript.messages[:last], transcript.tools], sort_keys=True)
+    def read(message):
+        return {k: message[k] for k in ("role", "content", "name", "reasoning_content") if k in message} | {
+            "calls": [[c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())]}
+    return json.dumps([[read(m) for m in transcript.messages[:last]], transcript.tools], sort_keys=True)
 
 
 def task_keys(transcript: Transcript) -> dict[str, str]:

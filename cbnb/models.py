@@ -523,7 +523,7 @@ def teacher_mode(student: PeftModel):
     The modules are switched one by one: peft's `disable_adapter` also reads the state of every layer and sets `requires_grad`
     twice, at each pass of a teacher. Raises RuntimeError where a release of peft does not know the switch."""
     modules = list(student.modules())
-    training = [m for m in modules if m.training]
+    training, needed = [m for m in modules if m.training], [p for p in student.parameters() if p.requires_grad]
     adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not m.disable_adapters]
 
     def switch(on: bool) -> None:
@@ -540,6 +540,8 @@ def teacher_mode(student: PeftModel):
             yield student
     finally:
         switch(True)
+        for p in needed:
+            p.requires_grad_(True)  # peft's own switch, used inside, would leave it off
 
 # %% ../nbs/04_models.ipynb #9604ec64
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:

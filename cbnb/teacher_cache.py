@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .breaker import at_targets
-from .config import CircuitBreakerConfig
+from .config import CircuitBreakerConfig, check_cached
 from .data import Sample, pad_rows
 from .models import is_in_parts
 from .passes import teacher_pass
@@ -36,10 +36,12 @@ __all__ = ['SHARD', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 
 
 # %% ../nbs/06a_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over the configuration and every weight, bit for bit, of a causal language model; an adapter on it does not count. Where
-    processes hold parts of the weights, all have to ask."""
+    """sha256 over the configuration, every weight and every buffer that is saved, bit for bit, of a causal language model; an adapter on it
+    does not count. Where processes hold parts of the weights, all have to ask."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    named = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
+    saved = base.state_dict().keys()  # of the buffers: a router's bias, for one
+    held = [*base.named_parameters(), *((name, b) for name, b in base.named_buffers() if name in saved)]
+    named = {name.replace(".base_layer", ""): p for name, p in held if "lora_" not in name}
 
     def one(name):
         p = named[name].detach()
@@ -173,10 +175,7 @@ def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], ben
     """The cache of the teacher (`teacher`, or the student's base) for these samples, from the folder `place`, made there if it is not: with its size and time printed, and
     by one process while others wait. It is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of two samples, and made anew,
     saying why, where it does not fit. Raises OSError (ENOSPC) where it would have no place, RunError for a folder that cannot be written, ValueError for weights in parts and for `retain_layers` all."""
-    if is_in_parts(student):
-        raise ValueError("a teacher_cache is made and checked by one process at a time, and with fsdp none has all the weights: leave one of the two off.")
-    if config.retain_layers == "all":
-        raise ValueError("retain_layers all would put every block's output into the teacher_cache: leave one of the two off.")
+    check_cached(config, is_in_parts(student))
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     name, began = fingerprint(teacher or student, harmful, benign, config), time.monotonic()

@@ -1357,18 +1357,21 @@ class TranscriptReader:
             seen.add(content)
         return new
 
-    def tell_apart(self, found, name, ids, contents):
+    def tell_apart(self, found, default_id, name, ids, contents):
         """`found` in the file `name` of several, where an id may stand in another one, as that of a task does which two
-        models have run: what is equal there, but for `meta` and `source`, is read once; the id of what is not
-        begins with the file's name."""
+        models have run: what is equal there is read once; the id of what is not begins with the file's name. `ids`
+        are those handed on so far, and get these."""
         new = []
         for t in found:
-            if t.id.startswith(f"{name}:"): new.append(t)  # an id of the reader's own, which says where it stands
-            elif (content := repr(replace(t, meta={}, source=""))) in contents: self.repeated += 1
+            own = t.id == default_id or t.id.startswith(f"{default_id}:")  # the reader's, which says where it stands
+            content = None if own else ("of a file", repr(replace(t, source="")))  # `drop_repeats` keeps its own
+            if content and content in contents: self.repeated += 1
             else:
-                contents.add(content)
+                if content: contents.add(content)
                 self.renamed += t.id in ids
-                new.append(replace(t, id=f"{name}:{t.id}") if t.id in ids else t)
+                while t.id in ids: t = replace(t, id=f"{name}:{t.id}")
+                ids.add(t.id)
+                new.append(t)
         return new
 
     def files(self):
@@ -1399,8 +1402,7 @@ class TranscriptReader:
                 yield self.skip(e)
                 continue
             for t in found: here.add(t.id)
-            if here is not ids: found = self.tell_apart(found, name, ids, contents)
-            for t in found: ids.add(t.id)
+            if here is not ids: found = self.tell_apart(found, default_id, name, ids, contents)
             yield from found
 
     def records(self, empty=False):

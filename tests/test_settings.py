@@ -5,6 +5,7 @@ import pytest
 
 from cbnb.config import ConfigError, get_config
 from forked import cells, command as cbnb
+from helpers import NBS
 from train_common import few, little_data, load
 
 
@@ -191,3 +192,12 @@ def test_a_sweep_keys_the_template_by_its_content(tmp_path, template):
     assert "1 to start" in first and first.splitlines()[0] != second.splitlines()[0]
     spec.write_text(json.dumps({"parameters": {"chat_template": "/no/such.jinja"}}))
     assert "cannot be read" in cbnb("ablate", spec, "--dry-run", "--local", 1, runs=tmp_path).stdout
+
+
+@pytest.mark.parametrize("notebook", ["train", "preflight"])
+def test_what_a_teacher_cache_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, notebook):
+    for name, value, words in (("retain_layers", "all", "would put every block's output into the teacher_cache"), ("fsdp", True, "with fsdp none has all the weights")):
+        if (notebook, name) == ("train", "fsdp"): continue  # one process has nobody to share with: refused for that
+        done = cells("-p", "teacher_cache", tmp_path / "cache", "-p", name, value, runs=tmp_path / "runs", notebook=NBS / f"{notebook}.ipynb")
+        assert done.returncode == 1 and words in done.stdout.strip().splitlines()[-1], done.stdout[-2000:]
+        assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
