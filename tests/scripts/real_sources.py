@@ -2,8 +2,9 @@
 
 FOLDER holds one folder for each source, with its files as they were fetched. Prints three tables as Markdown: what was read of each source; what
 three stock templates encode of it, without adaptations and with them; and, of a source called `agentdojo`, whose actions its harmful runs
-show. `--write` puts them into nbs/real_sources.md, in the place of what stands there of these sources; others' rows stay. With `--most` N, at most N transcripts of a source are encoded. An answer whose trained
-words are not those of `spoken.spelled`, which asks no masker, is an AssertionError.
+show. `--write` puts them into nbs/real_sources.md, in the place of what stands there of these sources; others' rows
+stay. With `--most` N, at most N transcripts of a source are encoded. An answer whose trained words are not those of
+`spoken.spelled`, which asks no masker, is an AssertionError.
 """
 import argparse
 import random
@@ -143,7 +144,8 @@ def main():
         sources[folder.name], row = read(folder)
         first.append(row)
         print(*row, sep=" | ", file=sys.stderr, flush=True)
-    for name, transcripts in ((name, found) for name, found in sources.items() if found):
+    for name, transcripts in sources.items():
+        if not transcripts: continue
         some = transcripts if args.most is None or len(transcripts) <= args.most else random.Random(0).sample(transcripts, args.most)
         for row in meet(name, some):
             second.append(row)
