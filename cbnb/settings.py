@@ -17,8 +17,9 @@ from typing import NamedTuple
 from .config import PRESETS, TINYAGENT, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
 from .masks import ChatMasker
 from .processes import is_first
+from .rendering import FROZEN_NOW
 from .runs import ParameterError, RunError, read_json, write_bytes, write_json
-from .templates import FROZEN_NOW, template_inputs
+from .templates import template_inputs
 
 # %% ../nbs/10c_settings.ipynb #setng006
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
