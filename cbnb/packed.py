@@ -19,13 +19,13 @@ from pathlib import Path
 from .transcripts import MAX_LINE_BYTES, PACKED, TABLES, TranscriptError, need, parse_json
 
 # %% ../nbs/00e_packed.ipynb #c1a9fd9f
-def open_zst(path):
-    "The Zstandard file at `path` as a binary stream. What is wrong with it raises OSError when it is read."
+def open_zst(stream):
+    "The Zstandard `stream`, unpacked. What is wrong with it raises OSError when it is read."
     import pyarrow  # late: a command that reads no such file must not wait for it
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
 
 
-PACKED[b"\x1f\x8b"] = lambda path: gzip.open(path, "rb")
+PACKED[b"\x1f\x8b"] = lambda stream: gzip.open(stream, "rb")
 PACKED[b"\x28\xb5\x2f\xfd"] = open_zst
 
 # %% ../nbs/00e_packed.ipynb #e0edc7b3
