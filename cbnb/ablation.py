@@ -6,8 +6,8 @@
 __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', 'DATA', 'Parameter', 'read_notebook', 'comments',
            'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'run_settings',
            'check_data', 'check_settings', 'named_files', 'absolute_files', 'complete', 'runs_of', 'content_hash',
-           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run',
-           'write_sweep']
+           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'check_prepared',
+           'prepare_run', 'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tempfile
 import tokenize
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ import yaml
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, get_config, nearest
 from .holdout import heldout_kinds
+from .lease import NotOwn, check_own
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
-                       parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
+                       parameters_hash, project_root, read_json, refuse_secrets, runs_folder, safe_output, scrub, set_status, source_hash, write_bytes,
                        write_json)
 
 # %% ../nbs/11_ablation.ipynb #8b764ff1
@@ -285,8 +287,8 @@ def data_hash(parameters, cache):
 
 
 def notebook_hash(path):
-    "sha256 (hex) over the code of the notebook at `path`: another output or text cell is no other notebook."
-    return parameters_hash({"cells": ["".join(cell.get("source", "")) for cell in read_notebook(path)["cells"] if cell.get("cell_type") == "code"]})
+    "sha256 (hex) over the code of the notebook at `path`, as a run keeps it (scrubbed): another output or text cell is no other notebook."
+    return parameters_hash({"cells": [scrub("".join(cell.get("source", ""))) for cell in read_notebook(path)["cells"] if cell.get("cell_type") == "code"]})
 
 # %% ../nbs/11_ablation.ipynb #20d8bf3f
 def run_key(parameters, notebook, code, cache):
@@ -334,6 +336,21 @@ def plan_sweep(path):
     if len({run["dir"] for run in made}) < len(made): raise RunError("two runs get the same folder name: change the spec's order of parameters")
     return Sweep(sweep_folder(spec["name"]), spec, notebook, made, merged, told)
 
+# %% ../nbs/11_ablation.ipynb #prepared1
+def check_prepared(path):
+    """Raises `RunError` where the prepared run directory `path` is not this user's alone, or its notebook.ipynb or params.json is not what its key.json says.
+    It comes before each execution of that notebook: keys can be computed by anybody."""
+    path, key = Path(path), read_json(Path(path) / "key.json") or {}
+    try:
+        for part in (path, path / "notebook.ipynb", path / "params.json"): check_own(part)
+    except NotOwn as e: raise RunError(str(e)) from None
+    except OSError as e: raise RunError(f"{path} is no prepared run ({e.strerror}: {Path(e.filename).name}): move it away, and cbnb ablate prepares it anew") from None
+    parts = {name: key.get(name) for name in ("parameters", "data", "code", "notebook")}
+    found = {"key.json": parameters_hash(parts) == key.get("key") and path.name.endswith(str(key.get("key"))[:8]),
+             "notebook.ipynb": notebook_hash(path / "notebook.ipynb") == key.get("notebook"), "params.json": parameters_hash(read_json(path / "params.json")) == key.get("parameters")}
+    if wrong := [name for name, fits in found.items() if not fits]:
+        raise RunError(f"{path} holds another {' and '.join(wrong)} than the sweep has put there: move it away, and cbnb ablate prepares it anew")
+
 # %% ../nbs/11_ablation.ipynb #341a4862
 def prepare_run(sweep, run, code):
     """Makes the folder of `run`, mode 0700, whole or not at all, with all it takes to start it: params.json (every declared parameter), notebook.ipynb
@@ -342,6 +359,7 @@ def prepare_run(sweep, run, code):
     path = sweep.path / run["dir"]
     if path.exists():
         if (read_json(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+        check_prepared(path)
         return path
     part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))   # mode 0700
     write_json(part / "params.json", run["all"])
@@ -358,3 +376,10 @@ def write_sweep(sweep):
     sweep.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     runs = [{"dir": run["dir"], "parameters": run["parameters"], "key": run["key"]["key"]} for run in sweep.runs]
     write_json(sweep.path / "sweep.json", {"name": sweep.spec["name"], "notebook": str(sweep.notebook), "spec": sweep.spec, "runs": runs})
+
+# %% ../nbs/11_ablation.ipynb #prepared2
+if __name__ == "__main__" and "__file__" in globals():
+    if len(sys.argv) != 3 or sys.argv[1] != "check": sys.exit("usage: python -m cbnb.ablation check RUN_DIR")
+    safe_output()
+    try: check_prepared(sys.argv[2])
+    except (RunError, OSError) as e: sys.exit(str(e))

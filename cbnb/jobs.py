@@ -9,14 +9,12 @@ __all__ = ['ACTIONS', 'papermill', 'run_command', 'interrupts', 'kill_run', 'sta
            'prepare_sweep', 'ablate', 'dry_run', 'checked_folder', 'train', 'preflight']
 
 # %% ../nbs/11b_jobs.ipynb #80b9b3f3
-import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,9 +24,10 @@ from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
-from .ablation import check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
+from .ablation import check_prepared, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
-from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, process_start, read_json,
+from .lease import Held, NotOwn, check_own, give_back, judge, take_lease
+from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, read_json,
                        read_status, set_status, still_running, write_bytes, write_json)
 
 # %% ../nbs/11b_jobs.ipynb #26878996
@@ -38,7 +37,8 @@ def papermill(notebook, out, *arguments):
 
 
 def run_command(path):
-    "The argument list that starts the next attempt of the prepared run directory `path`."
+    "The argument list that starts the next attempt of the prepared run directory `path`. Raises `RunError` where that is not as it was prepared (`check_prepared`)."
+    if path.exists(): check_prepared(path)
     attempt = (read_status(path).get("attempt") or 0) + 1 if path.exists() else 1
     return papermill(path / "notebook.ipynb", path / f"out.{attempt}.ipynb", "-f", path / "params.json", "-p", "run_dir", path)
 
@@ -60,7 +60,7 @@ def interrupts():
 def kill_run(process, path):
     "Ends a papermill `process` and the kernel of its run directory `path` at once; a run that had begun is interrupted then."
     status = read_quietly(path)[0]
-    if status.get("node") == socket.gethostname() and status.get("pid") and process_start(status["pid"]) == status.get("pid_started") is not None:
+    if judge({"token": "", **status}, 0) == "live":
         try: os.kill(status["pid"], signal.SIGKILL)
         except OSError: pass
     try: os.killpg(process.pid, signal.SIGKILL)   # its own session, see `start`
@@ -236,23 +236,15 @@ def submit(sweep, names, tell=print):
 @contextmanager
 def sweep_lock(path, seconds=10):
     """Holds the lock of the sweep's folder `path`, so that two `cbnb ablate` never start the same run. Raises `RunError` where another holds it for over
-    `seconds`: submitting takes less, and `--local` holds it while it works."""
+    `seconds` (submitting takes less, and `--local` holds it while it works), and where the folder is not this user's alone: its notebooks are executed."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path / ".lock", "a+") as f:
-        end = time.monotonic() + seconds
-        while True:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                f.seek(0)
-                if time.monotonic() > end: raise RunError(f"another cbnb ablate ({f.read(200).strip() or 'it does not say which'}) works on {path}: wait for it") from None
-                time.sleep(0.1)
-                continue
-            except OSError: pass   # a file system without locks: the runs' own statuses must do
-            break
-        f.truncate(0)
-        f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        f.flush()
-        yield
+    try:
+        check_own(path)
+        take_lease(path, ".lock", seconds)
+    except Held as e: raise RunError(f"another cbnb ablate works there: {e}") from None
+    except NotOwn as e: raise RunError(f"{e} (CBNB_RUNS), or another name to the sweep") from None
+    try: yield
+    finally: give_back(path, ".lock")
 
 # %% ../nbs/11b_jobs.ipynb #85d617c4
 def ran_other_code(path):
@@ -374,7 +366,7 @@ def train(notebook, given, tell=print):
     papermill)`; 130 after an interrupt. Its output goes to this terminal. Raises `RunError` for a run that goes on or is finished."""
     values, path = checked_folder(notebook, given)
     status = read_status(path)
-    if status.get("state") == "running" and still_running(status): raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
+    if status.get("state") == "running" and still_running(path, status): raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
     if status.get("state") == "done": raise RunError(f"{path} is finished: give another run directory")
     tell(f"run directory: {path}")
     with tempfile.TemporaryDirectory() as folder:

@@ -9,25 +9,23 @@ __all__ = ['PARAMETER_TYPES', 'SECRET_NAME', 'SECRET_TEXT', 'PAPERMILL_PATHS', '
            'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'write_bytes', 'json_text', 'write_json',
            'read_json', 'is_full_disk', 'full_disk_words', 'reserve', 'release', 'project_root', 'runs_folder',
            'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state', 'kernel',
-           'holds_running_cell', 'find_notebook', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
-           'write_status', 'on_signals', 'lost_words', 'first_error', 'stage', 'process_start', 'identity',
-           'still_running', 'refusal', 'in_plain', 'safe_output', 'close_run', 'whole_lines', 'append_line',
-           'append_metrics', 'read_lines', 'read_metrics', 'truncate_metrics', 'write_result', 'is_unused',
-           'check_same_parameters', 'has_checkpoint', 'next_attempt', 'locked', 'record_code', 'open_run',
-           'open_directory']
+           'holds_running_cell', 'find_notebook', 'still_running', 'hold', 'Run', 'now', 'stop_requested',
+           'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error', 'stage', 'refusal',
+           'in_plain', 'safe_output', 'close_run', 'whole_lines', 'append_line', 'append_metrics', 'read_lines',
+           'read_metrics', 'truncate_metrics', 'write_result', 'is_unused', 'check_same_parameters', 'has_checkpoint',
+           'next_attempt', 'check_unshared', 'record_code', 'open_run', 'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
 import codecs
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -40,6 +38,7 @@ from pathlib import Path
 
 import cbnb
 from .config import PACKAGE, nearest
+from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, give_back, holder, holding, identity, is_mine, judge, lease_path, read_lease, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
 
 # %% ../nbs/10_runs.ipynb #04f47923
@@ -275,7 +274,10 @@ def fresh_folder(name, parameters):
     """Makes and returns a new folder `<runs>/<UTC date>/<name>-<hash>[-2 …]`, mode 0700. Raises `RunError` for an unsafe name."""
     runs = runs_folder()
     day = runs / f"{datetime.now(timezone.utc):%Y-%m-%d}"
-    day.mkdir(mode=0o700, parents=True, exist_ok=True)
+    runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try: day.mkdir(mode=0o700)
+    except FileExistsError: pass
+    else: day.chmod(stat.S_IMODE(runs.stat().st_mode))   # the day belongs to all who may use the runs folder
     if not day.resolve().is_relative_to(runs): raise RunError(f"{day} leads out of the runs folder {runs}: remove that link")
     stem = f"{check_name(name)}-{parameters_hash(parameters)[:8]}"
     for number in range(1, 10_000):
@@ -344,6 +346,23 @@ def find_notebook(name):
     folders = [folder for base in (Path.cwd(), project_root(), PACKAGE.parent) if base for folder in (base, base / "nbs")]
     return next((path for folder in folders if (path := folder / f"{name}.ipynb").is_file()), None)
 
+# %% ../nbs/10_runs.ipynb #b2677d40
+def still_running(path, status):
+    """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
+    that, the process that `status` names. Only a proof counts as no (`cbnb.lease.judge`)."""
+    state = holder(path)
+    if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
+    return (judge({"token": "", **status}, 0) if state is None else state) in ("live", "fresh", "unreadable")
+
+
+def hold(path):
+    "Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works on it."
+    try: take_lease(path)
+    except Held as e:
+        record = read_lease(lease_path(path))[0]
+        raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
+                       "its last sign of life" if record else str(e)) from None
+
 # %% ../nbs/10_runs.ipynb #3a33cb75
 @dataclass(frozen=True)
 class Run:
@@ -383,11 +402,12 @@ def set_status(run, state, **fields):
     `OSError` where the file cannot be written."""
     if state not in STATES: raise ValueError(f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}")
     if not is_first() and state != "failed": return
-    with locked(run.path) if world_size() > 1 else nullcontext(): write_status(run, state, fields)
+    with holding(run.path, ".lock") if world_size() > 1 else nullcontext(): write_status(run, state, fields)
 
 
 def write_status(run, state, fields):
     "Does what `set_status` says, whoever asks."
+    check_lease(run.path)
     status = {**read_status(run.path), "state": state, **fields, "updated": now()}
     try: write_json(run.path / "status.json", status)
     except OSError as e:
@@ -395,6 +415,7 @@ def write_status(run, state, fields):
         release(run.path)
         write_json(run.path / "status.json", status)
     if state == "done": release(run.path)
+    if state != "running": give_back(run.path)
 
 # %% ../nbs/10_runs.ipynb #signal01
 ENDING = (signal.SIGTERM, signal.SIGUSR2)   # a scheduler's "end soon"; SIGUSR1 is taken, by NCCL
@@ -439,6 +460,7 @@ def stage(run, name, stops=True):
         except OSError: pass
         raise RunInterrupted(f"ended by {signal.Signals(number).name} in the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
     full = None
+    if is_first() and not is_mine(lease_path(run.path)): hold(run.path)   # a cell that is executed again after a failure; another's run is left as it is
     with on_signals(end):
         try:
             if stops and any_of(stop_requested(run)):
@@ -456,35 +478,9 @@ def stage(run, name, stops=True):
                 try:
                     if isinstance(e, RunInterrupted): (run.path / "stop").unlink(missing_ok=True)
                     set_status(run, "interrupted" if ended else "failed", error=error)
-                except OSError: pass   # it must not hide the error that is under way
+                except (OSError, Held): pass   # it must not hide the error that is under way
             if full: raise full from e
             raise
-
-# %% ../nbs/10_runs.ipynb #0ce55b67
-def process_start(pid):
-    """When the process `pid` of this machine started (clock ticks since boot, as text); None if there is none or it is a zombie."""
-    try: fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, TypeError, ValueError): return None
-    return None if fields[0] == "Z" else fields[19]
-
-# %% ../nbs/10_runs.ipynb #63b03385
-def identity():
-    """Who runs here: `{job, slurm_restarts, node, pid, pid_started}`; job is SLURM's id (`array_task` in an array), None outside."""
-    job, array, task = (os.environ.get(f"SLURM_{k}") for k in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return {"job": f"{array}_{task}" if array and task else job, "slurm_restarts": int(restarts) if restarts.isdigit() else 0,
-            "node": socket.gethostname(), "pid": os.getpid(), "pid_started": process_start(os.getpid())}
-
-# %% ../nbs/10_runs.ipynb #b2677d40
-def still_running(status):
-    """Whether the process that wrote a `running` status may still live.
-
-    Only a proof counts as no: it is this very process, its pid is gone from this node, or this is a later restart of its SLURM job."""
-    me = identity()
-    if status.get("node") == me["node"] and me["pid_started"]:
-        start = process_start(status.get("pid"))
-        return start is not None and start == status.get("pid_started") and status.get("pid") != me["pid"]
-    return not (status.get("job") and status["job"] == me["job"] and me["slurm_restarts"] > (status.get("slurm_restarts") or 0))
 
 # %% ../nbs/10_runs.ipynb #refuse01
 def refusal(record):
@@ -517,9 +513,10 @@ def safe_output():
 # %% ../nbs/10_runs.ipynb #close001
 def close_run(path, code):
     """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
-    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed: nobody writes there any more."""
+    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed, unless another process works on it."""
     status, path = read_status(path), Path(path)
     if status.get("state") not in (None, "queued", "running"): return status["state"]
+    if status.get("state") == "running" and holder(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way
     where = f"in its stage {status['stage']}" if status.get("stage") else "before its first stage"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     refused = "" if status.get("stage") else refusal(read_json(path / "preflight.json"))
@@ -538,8 +535,10 @@ def whole_lines(path):
 def append_line(path, row):
     """Appends the dict `row` to the file `path` as one line of JSON (null for NaN), flushed.
 
-    A torn last line, left by a killed attempt, is cut off first."""
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as f:
+    A torn last line, left by a killed attempt, is cut off first. A link in its place is not followed (OSError). Raises `Held` where this process wrote to a run
+    directory that another one has taken over since."""
+    check_lease(Path(path).parent)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as f:
         if f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n": f.truncate(len(whole_lines(path)))
         f.seek(0, os.SEEK_END)
         f.write((json.dumps(to_plain(row), allow_nan=False) + "\n").encode())
@@ -580,6 +579,7 @@ def truncate_metrics(run, step):
 # %% ../nbs/10_runs.ipynb #626b29ec
 def write_result(run, result):
     """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run `done` with `set_status` when all else is saved too."""
+    check_lease(run.path)
     if is_first(): write_json(run.path / "result.json", result)
 
 # %% ../nbs/10_runs.ipynb #4e991634
@@ -618,7 +618,7 @@ def next_attempt(path, parameters):
     check_same_parameters(path, parameters)
     if status.get("state") == "done":
         raise RunError(f"{path} is finished: read its result.json, give another run_dir, or leave run_dir out for a fresh folder")
-    if status.get("state") == "running" and still_running(status):
+    if status.get("state") == "running" and holder(path) is None and still_running(path, status):
         where = f"{status.get('node')} (pid {status.get('pid')}, job {status.get('job')})"
         raise RunError(f"{path} is running on {where}: wait for it or create a file 'stop' in it; "
                        "if it is gone, change the state in its status.json to interrupted")
@@ -626,15 +626,11 @@ def next_attempt(path, parameters):
     return Run(path, status.get("attempt", 0) + 1 if started else 1, started and has_checkpoint(path))
 
 # %% ../nbs/10_runs.ipynb #5db526dd
-@contextmanager
-def locked(path):
-    """Holds the file lock of the folder `path`, so that of two processes opening it the second sees what the first wrote."""
-    try: f = open(path / ".lock", "a")
-    except OSError as e: raise RunError(f"{path} cannot be written ({e}): give another run_dir") from e
-    with f:
-        try: fcntl.flock(f, fcntl.LOCK_EX)
-        except OSError: pass   # a file system without locks: the status alone must do
-        yield
+def check_unshared(path):
+    "Raises `NotOwn` for a run directory of another user, and for one that others can write to, unless nothing has begun there (then it is closed to them)."
+    try: check_own(path)
+    except NotOwn:
+        if path.is_symlink() or path.stat().st_uid != os.geteuid() or not is_unused(path): raise
 
 # %% ../nbs/10_runs.ipynb #48c3199b
 def record_code(run, notebook):
@@ -668,18 +664,25 @@ def open_directory(parameters, name, run_dir, notebook):
         if path.exists() and not path.is_dir(): raise RunError(f"{path} is a file: give a folder as run_dir")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError) as e: raise RunError(f"the run directory cannot be made ({e}): give a writable folder as run_dir or CBNB_RUNS") from e
-    with locked(path):
-        run = next_attempt(path, parameters)
-        try:
-            path.chmod(0o700)
-            (path / "stop").unlink(missing_ok=True)
-            reserve(path)
-            if not run.resumed: truncate_metrics(run, -1)
-            write_json(path / "params.json", parameters)
-            record_code(run, notebook or name)
-            write_status(run, "running", {**identity(), "processes": world_size(), "attempt": run.attempt, "restarts": run.attempt - 1, "started": now()}
-                         | dict.fromkeys(("stage", "error", "note", "training_started", "resumed_step", "training_seconds", "diagnosis_seconds")))
-        except OSError as e: raise RunError(full_disk_words(path) if is_full_disk(e) else f"{path} cannot be written ({e}): give another run_dir") from e
+    ours = is_mine(lease_path(path))
+    try:
+        check_unshared(path)
+        next_attempt(path, parameters)         # what cannot go on is refused with nothing written
+        if not ours: hold(path)
+        run = next_attempt(path, parameters)   # as its last holder has left it
+        path.chmod(0o700)
+        (path / "stop").unlink(missing_ok=True)
+        reserve(path)
+        if not run.resumed: truncate_metrics(run, -1)
+        write_json(path / "params.json", parameters)
+        record_code(run, notebook or name)
+        write_status(run, "running", {**identity(), "processes": world_size(), "attempt": run.attempt, "restarts": run.attempt - 1, "started": now()}
+                     | dict.fromkeys(("stage", "error", "note", "training_started", "resumed_step", "training_seconds", "diagnosis_seconds")))
+    except BaseException as e:
+        if not ours: give_back(path)
+        if isinstance(e, NotOwn): raise RunError(str(e)) from None
+        if isinstance(e, OSError): raise RunError(full_disk_words(path) if is_full_disk(e) else f"{path} cannot be written ({e}): give another run_dir") from e
+        raise
     return run
 
 # %% ../nbs/10_runs.ipynb #close004

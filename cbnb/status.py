@@ -7,16 +7,15 @@ __all__ = ['WAITING', 'is_run', 'run_folders', 'ask', 'queue', 'accounting', 'ma
            'progress', 'read_quietly', 'is_held', 'run_rows', 'counted', 'run_table', 'progress_words', 'duration']
 
 # %% ../nbs/11a_status.ipynb #7eee3e5f
-import fcntl
 import json
 import os
-import socket
 import subprocess
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .runs import RunError, read_json, read_status, runs_folder, still_running
+from .lease import holder, judge as judge_lease
+from .runs import RunError, read_json, read_status, runs_folder
 
 # %% ../nbs/11a_status.ipynb #12196f1c
 def is_run(path):
@@ -76,11 +75,11 @@ def submissions(sweep):
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT")
 
 
-def judge(status, entry, answers, submitted=None, held=False):
+def judge(status, entry, answers, submitted=None, held=False, lease=None):
     """`(state, note, free)`: new, queued, running, interrupted, done, failed or lost; `free` when nobody works on the run or is going to.
 
     `status`: of status.json; `entry`: its job in the queue or None; `answers`: whether squeue did; `submitted`: its record of `submissions`;
-    `held`: a `cbnb ablate --local` works on its sweep now."""
+    `held`: a `cbnb ablate --local` works on its sweep now; `lease`: what `cbnb.lease.holder` says of it."""
     state = status.get("state", "new")
     job = (submitted or {}).get("job") or status.get("job")
     if state == "done": return "done", "", True
@@ -90,8 +89,9 @@ def judge(status, entry, answers, submitted=None, held=False):
         return state, "squeue does not answer", False
     if state == "running":
         where = f"{status.get('node')}, pid {status.get('pid')}"
-        if status.get("node") == socket.gethostname():
-            return ("running", "", False) if still_running(status) else ("lost", f"its process is gone ({where})", True)
+        lease = lease or judge_lease({"token": "", **status}, 0)   # a lease that was removed leaves the process that the status names
+        if lease in ("live", "mine"): return "running", "", False
+        if lease == "over": return "lost", f"its process is gone ({where})", True
         if status.get("job"): return "lost", f"job {status['job']} is not in the queue", True
         return "running", f"by its own word, on {where}: it cannot be seen from here", False
     if state in ("new", "queued") and submitted: return "lost", f"job {job or submitted['name']} left the queue before the run began", True
@@ -130,11 +130,7 @@ def read_quietly(path):
 
 def is_held(sweep):
     "Whether a process holds the lock of the folder `sweep`: a `cbnb ablate` works on it."
-    try:
-        with open(sweep / ".lock") as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError: return True
-    except OSError: return False
-    return False
+    return holder(sweep, ".lock") not in (None, "over")
 
 # %% ../nbs/11a_status.ipynb #3551beaf
 def run_rows(paths, held=None):
@@ -151,7 +147,7 @@ def run_rows(paths, held=None):
     def standing(path, status):
         record = submitted[path.parent].get(path.name)
         entry = (by_name.get((record["name"], str(record["task"]))) if record else None) or (jobs or {}).get(status.get("job"))
-        return judge(status, entry, jobs is not None, record, busy[path.parent])
+        return judge(status, entry, jobs is not None, record, busy[path.parent], holder(path) if status.get("state") == "running" else None)
     rows = []
     for path, (status, error) in read.items():
         state, note, free = ("failed", error, False) if error else standing(path, status)

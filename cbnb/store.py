@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ import pyarrow as pa
 
 from .config import PACKAGE, CircuitBreakerConfig
 from .data import EmptyStream, Sample, StreamReport, empty_stream, encode_stream
+from .lease import check_own
 from .masks import ChatMasker
 from .processes import from_first
 from .sealed import damage, seal, sync
@@ -162,17 +164,19 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
     `processes` (None: one for each core that this process may use).
 
     `transcripts` are read twice, so no iterator will do (TypeError). A folder is whole or absent; one that is
-    damaged is made anew, which is printed. `how`: arguments of `encode_stream` by name. Raises what that raises."""
+    damaged is made anew, which is printed. `how`: arguments of `encode_stream` by name. Raises what that raises, and
+    NotOwn for one that another user owns or can write to."""
     if iter(transcripts) is transcripts: raise TypeError("transcripts are read twice, to name the file and to encode: give a list or a reader, no iterator")
     if not isinstance(policy, str): raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
     place = Path(place).expanduser()
     folder = place / stream_key(transcripts, masker, policy, how)
+    if os.path.lexists(folder): check_own(folder)
     if folder.exists() and (wrong := damage(folder)):
         print(f"encoded samples: {folder} is made anew, since {wrong}", flush=True)
         shutil.rmtree(folder)
     if not folder.exists():
-        unfinished = place / f".{folder.name}.{os.getpid()}"  # of this process alone: two may make the same
-        unfinished.mkdir(parents=True, mode=0o700)
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))  # of this process alone: two may make the same
         try:
             made = pieces(transcripts, masker, policy, name, processes or cores(), **how)
             report = write_samples(unfinished / "samples.arrow", made)

@@ -163,7 +163,7 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
     parameters, config, result, key, code = (
         read(lambda name=name: read_json(path / name), None) or {} for name in ("params.json", "config.json", "result.json", "key.json", "code.json"))
     state = status.get("state", "unknown" if path.is_dir() else "missing")
-    if state == "running" and not still_running(status): state = "lost"
+    if state == "running" and not still_running(path, status): state = "lost"
     parameters = parameters or planned
     settings = parameters | {k: v for k, v in config.items() if k in parameters and parameters[k] is None or k in ("beta_kl", "seed")}
     beta = as_float(settings.get("beta_kl"))

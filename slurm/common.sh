@@ -61,7 +61,7 @@ import sys
 from cbnb.runs import read_status, still_running
 status = read_status(sys.argv[1])
 state = status.get("state", "new")
-print("dead" if state == "running" and not still_running(status) else state)
+print("dead" if state == "running" and not still_running(sys.argv[1], status) else state)
 PY
 }
 

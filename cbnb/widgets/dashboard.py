@@ -47,13 +47,15 @@ def readable_rows(path: Path) -> tuple[list[dict], list[str]]:
 @dataclass(frozen=True)
 class Snapshot:
     """What a run directory said at one moment: its `name`, the dicts of status.json and of config.json (`settings`), the `rows` of metrics.jsonl,
-    when that was last `written` (seconds since 1970, NaN if it is not there), and `notes`: sentences about what is missing or asked for."""
+    when that was last `written` (seconds since 1970, NaN if it is not there), `notes`: sentences about what is missing or asked for, and whether its process
+    is `gone` without a word."""
     name: str
     status: dict
     settings: dict
     rows: list
     written: float
     notes: list
+    gone: bool = False
 
 # %% ../../nbs/23_dashboard.ipynb #6959c9bf
 def take_snapshot(path) -> Snapshot:
@@ -72,16 +74,16 @@ def take_snapshot(path) -> Snapshot:
     metrics = path / "metrics.jsonl"
     written = read(lambda p: metrics.stat().st_mtime if metrics.exists() else math.nan, math.nan)
     if not status and not notes: notes.append(f"{path} holds no status.json: the run has not begun, or this is no run directory.")
-    if is_gone(status): notes.append("Its process has ended without a word; the notebook with the same run_dir goes on from the last checkpoint.")
+    if gone := is_gone(path, status): notes.append("Its process has ended without a word; the notebook with the same run_dir goes on from the last checkpoint.")
     elif status.get("state") == "running" and (path / "stop").exists():
         notes.append("A stop is asked for: training saves a checkpoint after the step under way, and ends.")
     notes += [f"Alarm: {line}" for line in alarm_lines(status.get("alarms"))]
-    return Snapshot(path.resolve().name, status, settings, rows, written, notes + more)
+    return Snapshot(path.resolve().name, status, settings, rows, written, notes + more, gone)
 
 
-def is_gone(status: dict) -> bool:
+def is_gone(path: Path, status: dict) -> bool:
     "Whether a status says running, but the process that wrote it is known to be dead; this very process is not."
-    return status.get("state") == "running" and status.get("pid") != os.getpid() and not still_running(status)
+    return status.get("state") == "running" and status.get("pid") != os.getpid() and not still_running(path, status)
 
 # %% ../../nbs/23_dashboard.ipynb #25337023
 def duration(seconds: float) -> str:
@@ -107,9 +109,10 @@ def total_steps(snapshot: Snapshot) -> float:
     return total if total > 0 else math.nan
 
 
-def state_text(status: dict) -> str:
-    "The state in a status, with its stage and its error: `failed (training): NonFiniteLossError: …`."
-    state = "no longer running" if is_gone(status) else status.get("state", "no state")
+def state_text(snapshot: Snapshot) -> str:
+    "The state in its status, with the stage and the error: `failed (training): NonFiniteLossError: …`."
+    status = snapshot.status
+    state = "no longer running" if snapshot.gone else status.get("state", "no state")
     stage = f" ({status['stage']})" if status.get("stage") and state != "done" else ""
     return f"{state}{stage}" + (f": {status['error']}" if status.get("error") else "")
 
@@ -118,10 +121,10 @@ def headline(snapshot: Snapshot, ended: str = "") -> list[str]:
     "What the view says first, a text each: the state (or `ended` in its place), the step, the rate, the time left."
     status, total, pace = snapshot.status, total_steps(snapshot), seconds_a_step(snapshot)
     step = max((row["step"] for row in snapshot.rows), default=math.nan)
-    parts = [ended or state_text(status)]
+    parts = [ended or state_text(snapshot)]
     if step >= 0: parts.append(f"step {step:g} of {total:g}" if total > 0 else f"step {step:g}")
     if pace > 0: parts.append(f"{format_number(pace, 2)} s a step" if pace >= 1 else f"{format_number(1 / pace, 2)} steps a second")
-    if status.get("state") == "running" and not ended and not is_gone(status):
+    if status.get("state") == "running" and not ended and not snapshot.gone:
         if pace * (total - step) > 0: parts.append(f"{duration(pace * (total - step))} of training left")
         if step >= 0 and math.isfinite(snapshot.written): parts.append(f"last line at {datetime.fromtimestamp(snapshot.written, timezone.utc):%H:%M:%S} UTC")
     return parts
@@ -362,7 +365,7 @@ def watch(run, seconds: float = 0.5) -> None:
     def over():
         try: status = read_status(path)
         except (RunError, OSError): return False  # it may be whole again with the next look; the view says what it is
-        return status.get("state") in ("done", "interrupted", "failed") or is_gone(status)
+        return status.get("state") in ("done", "interrupted", "failed") or is_gone(path, status)
     if over() or not path.is_dir(): return dashboard(path)
     with live_view(path) as (refresh, finish):
         try:
