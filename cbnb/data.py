@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from sys import intern
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .losses import predicting_positions
 from .masks import ChatMasker
 from .model_checks import check_packing
 from .sources import Reading
+from .spool import Spooled, those
 from .templates import MaskError
 from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
 from .transcripts import Transcript
@@ -31,20 +33,22 @@ __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample'
            'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
-def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript]]:
+def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spooled, Spooled]:
     """Reads all `entries` (paths, or texts as `cbnb.sources.read_entry` takes them) as `reading` says, which
-    counts what it did, and parts the transcripts by label: `(harmful, benign)`. What is known of the user's
-    own work is noted in harmful runs (`cbnb.actions.with_own_work`). Raises TranscriptError as
-    `Reading.read` does."""
+    counts what it did, and parts the transcripts by label: `(harmful, benign)`, both in one temporary file
+    (`cbnb.spool`). What is known of the user's own work is noted in harmful runs
+    (`cbnb.actions.with_own_work`). Raises TranscriptError as `Reading.read` does."""
     transcripts = with_own_work((reading or Reading()).read(entries))
-    return [t for t in transcripts if t.label == "harmful"], [t for t in transcripts if t.label == "benign"]
+    labels = [intern(t.label) for t in transcripts]
+    harmful, benign = (those(transcripts, (label == name for label in labels)) for name in ("harmful", "benign"))
+    return harmful, benign
 
 # %% ../nbs/05_data.ipynb #aa07a111
 def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto",
-                 reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript], list[Transcript], dict[str, str]]:
-    """`(harmful, benign, held out, left out)`: three lists of transcripts, and `{id: why}` of those left
-    out of training because they share with a held-out one what `heldout_by` names
-    (`cbnb.holdout.heldout_kinds`), or its prompt.
+                 reading: Reading | None = None) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
+    """`(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts, and
+    `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
+    names (`cbnb.holdout.heldout_kinds`), or its prompt.
 
     Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
     every seed of a run, so that runs can be compared (`cbnb.holdout.part`). `reading` as in
@@ -131,21 +135,21 @@ def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_t
         yield pair
 
 
-def drop_refused(transcripts: list[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False) -> list[Transcript]:
+def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False) -> Sequence[Transcript]:
     """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
     there by cause. With `on_error` raise all of them, unread. Raises TranscriptError where more than
     `max_skipped` of the records are left out by now."""
     if reading.on_error == "raise": return transcripts
-    def why(t, encoded):
+    def fits(t, encoded):
         try:
             if isinstance(encoded, MaskError): raise encoded
             check_calls(encoded, t.id)
             if split_turns: list(in_turns([t], masker))
-        except MaskError as e: return e
-    kept = []
-    for t, encoded in in_batches(transcripts, masker, errors="return"):
-        if e := why(t, encoded): reading.refuse(e)
-        else: kept.append(t)
+        except MaskError as e:
+            reading.refuse(e)
+            return False
+        return True
+    kept = those(transcripts, (fits(t, encoded) for t, encoded in in_batches(transcripts, masker, errors="return")))
     reading.check_share("the chat template refuses transcripts")
     return kept
 

@@ -38,6 +38,7 @@ from ..policies import (
 from ..runs import write_bytes
 from ..settings import make_masker
 from ..sources import Reading, listed, open_source, read_entry
+from ..spool import Spooled
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..templates import MaskError
 from ..transcripts import MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, need, parse_json, read_transcripts
@@ -479,7 +480,7 @@ def as_shelf(given, relabel="", tools=""):
         texts = [str(given)] if Path(given).exists() else listed(str(given)) or [str(given)]
         if len(texts) > 1: return Shelf(Reading(relabel, "skip", 1.0, tools).read(texts), ", ".join(texts))
         return any_label(lambda label: Shelf(open_source(texts[0], label=read_entry(texts[0]).label or label, on_error="skip", relabel=relabel, tools=tools)))
-    if isinstance(given, TranscriptReader): return Shelf(given)
+    if isinstance(given, TranscriptReader | Spooled): return Shelf(given)
     if isinstance(given, Transcript): given = [given]
     plain = given[0] if isinstance(given, (list, tuple)) and given else given
     if isinstance(plain, dict): return read_pasted(json.dumps(given))
