@@ -42,7 +42,7 @@ def candidate_texts(tokenizer, ids):
     by_bytes = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for token in ids:
         raw, name = part(token), tokenizer.convert_ids_to_tokens(token)
-        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token)
+        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token, added)
         if token in added: text = shown(added[token].content)
         elif raw is not None: text = spelled(raw)
         elif name is None: text = f"id {token}"
