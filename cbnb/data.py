@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
@@ -29,7 +29,7 @@ from .transcripts import Transcript
 
 # %% auto #0
 __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'EmptyStream', 'encoded_pairs', 'drop_refused', 'empty_stream', 'encode_stream', 'data_record',
+           'EmptyStream', 'encoded_pairs', 'refusals', 'drop_refused', 'empty_stream', 'encode_stream', 'data_record',
            'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
@@ -135,21 +135,27 @@ def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_t
         yield pair
 
 
-def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False) -> Sequence[Transcript]:
-    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
-    there by cause. With `on_error` raise all of them, unread. Raises TranscriptError where more than
-    `max_skipped` of the records are left out by now."""
-    if reading.on_error == "raise": return transcripts
-    def fits(t, encoded):
+def refusals(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False) -> Iterator[MaskError | None]:
+    "Yields for each of `transcripts` the MaskError for which `encoded_pairs` ends, without the ways out, or None."
+    for t, encoded in in_batches(transcripts, masker, errors="return"):
         try:
             if isinstance(encoded, MaskError): raise encoded
             check_calls(encoded, t.id)
             if split_turns: list(in_turns([t], masker))
-        except MaskError as e:
-            reading.refuse(e)
-            return False
-        return True
-    kept = those(transcripts, (fits(t, encoded) for t, encoded in in_batches(transcripts, masker, errors="return")))
+        except MaskError as e: yield e
+        else: yield None
+
+
+def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False,
+                 found: Iterable | None = None) -> Sequence[Transcript]:
+    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
+    there by cause. With `on_error` raise all of them, unread. `found`: the `refusals` where they are known. Raises
+    TranscriptError where more than `max_skipped` of the records are left out by now."""
+    if reading.on_error == "raise": return transcripts
+    def fits(error):
+        if error is not None: reading.refuse(error)
+        return error is None
+    kept = those(transcripts, map(fits, refusals(transcripts, masker, split_turns) if found is None else found))
     reading.check_share("the chat template refuses transcripts")
     return kept
 
