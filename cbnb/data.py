@@ -24,7 +24,7 @@ from .model_checks import check_packing
 from .sources import Reading
 from .spool import Spooled, those
 from .templates import MaskError
-from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
 from .transcripts import Transcript
 
 # %% auto #0
@@ -190,27 +190,25 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.counts["messages_off"] += len(messages_off(transcript))
             for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items(): report.counts[f"{kind}_after_injection"] += n
         last = transcript
-        try: mask = training_mask(encoded, transcript, policy)
+        try: row = training_row(encoded, transcript, policy, max_length, truncation, lost_context)
         except MaskError as e: raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
-        if encoded.lost_words:
+        if row.dropped == "lost_words":
             report.counts["lost_words"] += 1
-            report.warnings.insert(0, f"{transcript.id}: dropped, the chat template writes nothing of message {encoded.lost_words[0]}")
+            report.warnings.insert(0, f"{transcript.id}: dropped, {row.words}")
             continue
-        keep = truncation_window(mask, max_length, truncation)
+        mask, keep = row.mask, row.keep
         if (cut := len(mask) - (keep.stop - keep.start)) > 0:
             report.counts["truncated"] += 1
             report.counts["tokens_cut"] += cut
             report.counts["targets_cut"] += int(mask.sum() - mask[keep].sum())
-            gone = cut_context(encoded, mask, keep)
-            report.counts.update(f"{what}_cut" for what in gone)
-            if gone and lost_context == "drop":
-                report.counts["lost_context"] += 1
-                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}")
-                continue
-        # token 0 is predicted by nothing, so a target there is none
-        if not mask[keep][1:].any():
+            report.counts.update(f"{what}_cut" for what in row.gone)
+        if row.dropped == "lost_context":
+            report.counts["lost_context"] += 1
+            report.warnings.append(f"{transcript.id}: dropped, {row.words}")
+            continue
+        if row.dropped == "no_target":
             report.counts["no_target"] += 1
             report.counts["lost_to_truncation"] += bool(mask[1:].any())
             report.dropped.append(transcript.id if encoded.turn is None else f"{transcript.id} (turn of message {encoded.turn})")
