@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'LISTED', 'candidate_texts', 'divergence_state', 'layer_state', 'kl_state', 'number_text', 'kl_html',
            'KLExplorer', 'static_kl', 'StillExplorer', 'kl_explorer', 'newest_run', 'adapter_and_run', 'run_config',
-           'from_root', 'held_out_of', 'each_of', 'transcripts_to_show', 'renewer', 'left_out', 'load_explorer',
-           'open_explorer']
+           'from_root', 'held_out_of', 'each_of', 'transcripts_to_show', 'renewer', 'left_out', 'training_drops',
+           'load_explorer', 'open_explorer']
 
 # %% ../../nbs/22_kl_explorer.ipynb #7813648a
 import contextlib
@@ -18,10 +18,11 @@ import anywidget
 import numpy as np
 import traitlets
 
+from ..actions import for_policy
 from ..adapt import adapt
 from ..audit import visible
 from ..config import CircuitBreakerConfig
-from ..data import load_streams
+from ..data import encoded_pairs, load_streams
 from ..divergence import (
     Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, share_of_kl, token_table, top_tokens)
 from ..encoders import token_bytes
@@ -29,6 +30,8 @@ from ..models import load_model
 from ..runs import RunError, project_root, read_json, read_status, runs_folder
 from ..settings import kept_template, make_masker
 from ..sources import entry_paths, listed, open_sources, reading_of
+from ..targets import training_row
+from ..templates import MaskError
 from ..tinyagent import KINDS, make_transcripts
 from ..transcripts import TranscriptError, is_hub
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
@@ -42,7 +45,7 @@ def candidate_texts(tokenizer, ids):
     by_bytes = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for token in ids:
         raw, name = part(token), tokenizer.convert_ids_to_tokens(token)
-        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token)
+        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token, added)
         if token in added: text = shown(added[token].content)
         elif raw is not None: text = spelled(raw)
         elif name is None: text = f"id {token}"
@@ -259,18 +262,18 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10, note=""):
     final hidden states of the last one chosen are kept, so that another temperature takes no pass."""
     kept = {}
     def renew(chosen, temperature):
-        transcript = transcripts[chosen]
         if chosen not in kept:
-            policy = config.harmful_policy if transcript.label == "harmful" else config.benign_policy
+            policy = config.harmful_policy if transcripts[chosen].label == "harmful" else config.benign_policy
+            transcript, = for_policy([transcripts[chosen]], policy)
             encoded, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
+            said = [note, *left_out(encoded, config, transcript.label), *training_drops(transcript, masker, policy, config)]
             passed = compare(student, encoded.input_ids, teacher)
             kept.clear()
-            kept[chosen] = dict(encoded=encoded, mask=mask, mask_name=policy), *passed
+            kept[chosen] = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said))), *passed
         about, target, sides = kept[chosen]
         divergence = diverge(target, sides, about["encoded"].input_ids, temperature, k)
         vocabulary = target.head(target.hidden[:1]).shape[1]
-        return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary, "title": transcript.id,
-                "problem": " ".join(filter(None, [note, *left_out(about["encoded"], config, transcript.label)]))}
+        return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary}
     return renew
 
 
@@ -282,6 +285,16 @@ def left_out(encoded, config, label):
     turns = "The run trained one sample a turn (split_turns); here the transcript stands as a whole."
     harmful = "This transcript is harmful: the KL term leaves it out, and its targets are the reroute term's."
     return [cut] * (start > 0 or end < n) + [turns] * config.split_turns + [harmful] * (label == "harmful")
+
+
+def training_drops(transcript, masker, policy, config):
+    "A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and why; empty where it takes all."
+    try: turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
+    except MaskError as e: return [f"Training refuses this transcript: {e}."]
+    rows = [training_row(e, transcript, policy, config.max_length, config.truncation, config.lost_context) for e in turns]
+    dropped = [row for row in rows if row.dropped]
+    what = f"{len(dropped)} of its {len(rows)} turns" if config.split_turns else "this transcript"
+    return [f"Training drops {what}: {dropped[0].words}."] if dropped else []
 
 # %% ../../nbs/22_kl_explorer.ipynb #7b822af2
 def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,

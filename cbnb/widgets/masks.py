@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from ..actions import for_policy
-from ..adapt import adapt, adapted_line
+from ..adapt import ADAPTATIONS, adapt, adapted_line
 from ..audit import KINDS, Finding, check_mask, encode_each, message_of
 from ..audit import NOTES as MINOR
 from ..masks import CONTROL_MODES
@@ -38,6 +38,7 @@ from ..policies import (
 from ..runs import write_bytes
 from ..settings import make_masker
 from ..sources import Reading, listed, open_source, read_entry
+from ..spool import Spooled
 from ..targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..templates import MaskError
 from ..transcripts import MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, need, parse_json, read_transcripts
@@ -479,7 +480,7 @@ def as_shelf(given, relabel="", tools=""):
         texts = [str(given)] if Path(given).exists() else listed(str(given)) or [str(given)]
         if len(texts) > 1: return Shelf(Reading(relabel, "skip", 1.0, tools).read(texts), ", ".join(texts))
         return any_label(lambda label: Shelf(open_source(texts[0], label=read_entry(texts[0]).label or label, on_error="skip", relabel=relabel, tools=tools)))
-    if isinstance(given, TranscriptReader): return Shelf(given)
+    if isinstance(given, TranscriptReader | Spooled): return Shelf(given)
     if isinstance(given, Transcript): given = [given]
     plain = given[0] if isinstance(given, (list, tuple)) and given else given
     if isinstance(plain, dict): return read_pasted(json.dumps(given))
@@ -617,11 +618,12 @@ class ExplorerBox:
         self.length = field(ipywidgets.BoundedIntText, "cut to", "9em", min=0, max=2**31 - 1, tooltip="tokens of a row; 0: as long as it is")
         self.side = field(ipywidgets.Dropdown, "keeping", "12em", options=[*SIDES], tooltip="targets: up to the last one; left, right: what is cut")
         self.control = field(ipywidgets.Dropdown, "control tokens", "14em", options=[*CONTROL_MODES], tooltip="in what users and tools say")
-        return row(self.model, self.label, self.length, self.side, self.control)
+        self.adapt = field(ipywidgets.Text, "adapt", "22em", continuous_update=False, placeholder="split_calls,move_system,…", tooltip=", ".join(ADAPTATIONS))
+        return row(self.model, self.label, self.length, self.side, self.control, self.adapt)
 
     def listen(self):
         "Connects the widgets with the explorer's settings."
-        chosen = {self.pick: "number", self.number: "number", self.model: "model", self.side: "side", self.control: "control"}
+        chosen = {self.pick: "number", self.number: "number", self.model: "model", self.side: "side", self.control: "control", self.adapt: "adapt"}
         for widget, name in chosen.items():
             widget.observe(lambda change, name=name: change["new"] is not None and self.choose(**{name: change["new"]}), "value")
         self.label.observe(lambda change: self.choose(label=change["new"] or None), "value")
@@ -681,6 +683,7 @@ class ExplorerBox:
             widget.value = value if value in values else None
         self.file.value = str(s["transcripts"]) if isinstance(s["transcripts"], (str, Path)) else ""
         self.number.value, self.length.value, self.model.value = number, whole(s["max_length"], 0), model_name(s["model"])
+        self.adapt.value = s["adapt"] if isinstance(s["adapt"], str) else ",".join(s["adapt"])
         self.back.disabled = number <= 1
         self.forth.disabled = shelf is None or shelf.count is not None and number >= shelf.count
 
