@@ -33,7 +33,8 @@ def check_output(path, inputs=()):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         raise OutputError(f"{path} is {kind}; name a file" if kind != "a link" else f"{path} is a link; name the file that it leads to: {path.resolve()}")
     for other in map(Path, inputs):
-        same = found and other.exists() and path.samefile(other)
+        if not os.path.exists(other): continue   # no path at all, perhaps: the text of a template, an id of a hub
+        same = found and path.samefile(other)
         inside = other.is_dir() and path.resolve().is_relative_to(other.resolve())
         linked = found and found.st_nlink > 1 and other.is_dir() and any(path.samefile(p) for p in other.rglob("*") if p.is_file())
         if same or inside or linked: raise OutputError(f"{path} is what is read, or lies in it ({other}); name another file")
