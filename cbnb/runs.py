@@ -42,7 +42,7 @@ import cbnb
 from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
 from .processes import any_of, from_first, is_first, rank, world_size
-from .withheld import SECRET_NAME, SECRET_TEXT, guard, holder, keep_private, kernel, scrub, tidy, withhold
+from .withheld import SECRET_NAME, SECRET_TEXT, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
@@ -421,7 +421,7 @@ def stage(run, name, stops=True):
     guard()
     with on_signals(end), private_umask():
         try:
-            keep_private(run.path)
+            tidy(run.path)   # what an attempt that was killed has left, too
             if stops and any_of(stop_requested(run)):
                 raise RunInterrupted(f"stopped before the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
             set_status(run, "running", stage=name, error=None)

@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from .config import PACKAGE, CircuitBreakerConfig
 from .data import EmptyStream, Sample, StreamReport, empty_stream, encode_stream
+from .files import named, write_bytes
 from .masks import ChatMasker
 from .processes import from_first
 from .sealed import damage, seal, sync
@@ -162,7 +163,8 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
     `processes` (None: one for each core that this process may use).
 
     `transcripts` are read twice, so no iterator will do (TypeError). A folder is whole or absent; one that is
-    damaged is made anew, which is printed. `how`: arguments of `encode_stream` by name. Raises what that raises."""
+    damaged is made anew, which is printed. `how`: arguments of `encode_stream` by name. Raises what that raises, and OSError,
+    which names the place, for a full disk: then nothing is left of it."""
     if iter(transcripts) is transcripts: raise TypeError("transcripts are read twice, to name the file and to encode: give a list or a reader, no iterator")
     if not isinstance(policy, str): raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
     place = Path(place).expanduser()
@@ -175,9 +177,9 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
         unfinished.mkdir(parents=True, mode=0o700)
         try:
             made = pieces(transcripts, masker, policy, name, processes or cores(), **how)
-            report = write_samples(unfinished / "samples.arrow", made)
+            with named(unfinished): report = write_samples(unfinished / "samples.arrow", made)
             if not report.samples: raise empty_stream(report, name, policy)
-            (unfinished / "report.json").write_text(json.dumps(vars(report)))
+            write_bytes(unfinished / "report.json", json.dumps(vars(report)).encode())
             seal(unfinished)
             try: unfinished.rename(folder)
             except OSError:

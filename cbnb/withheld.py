@@ -110,7 +110,7 @@ def secret_values(environment):
     found = []
     for name, value in environment.items():
         if SURE.search(name): found += [(v, name) for v in (value, value.strip(), *inner_secrets(value))]
-        elif MAYBE.search(name) and is_random(value): found.append((value, name))
+        elif MAYBE.search(name): found += [(v, name) for v in (*inner_secrets(value), *([value] if is_random(value) else []))]
         if "://" in value: found += [(v, name) for v in url_secrets(value)]
     for path in secret_files(environment):
         try: is_small = stat.S_ISREG((about := os.stat(path)).st_mode) and about.st_size <= 65536
@@ -164,8 +164,8 @@ def withhold(value):
     return taken(value) if secrets else value
 
 # %% ../nbs/03d_withheld.ipynb #whd00022
-SECRET_TEXT = re.compile(r"(?<![A-Za-z0-9])(?:hf_|api_org_|gh[pousr]_|github_pat_|glpat-|sk-|AKIA)[A-Za-z0-9_-]{16,}|(?<=://)[^/@\s\"'\\]+@"
-                         r"|(?<=Bearer )[\w.~+/=-]{16,}|(?<=[?&]token=)[^&\s\"'\\]+")
+SECRET_TEXT = re.compile(r"(?<![A-Za-z0-9])(?:hf_|api_org_|gh[pousr]_|github_pat_|glpat-|sk-|AKIA)[A-Za-z0-9_-]{16,}|(?<=://)[^/@\s\"'\\{}]+@"
+                         r"|(?<=Bearer )[\w.~+/=-]{16,}|(?<=[?&]token=)[^&\s\"'\\{}]+")
 
 
 def scrub(text):
