@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .ablation import check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
+from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, process_start, read_json,
                        read_status, set_status, still_running, write_bytes, write_json)
@@ -319,7 +320,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     if where == "slurm": batch_script("ablation")
     if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")
     for line in sweep.told: tell(f"note: {line}")
-    with sweep_lock(sweep.path):
+    with named(sweep.path), sweep_lock(sweep.path):
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
         names = prepare_sweep(sweep, rows, actions)
