@@ -6,8 +6,8 @@
 __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', 'DATA', 'Parameter', 'read_notebook', 'comments',
            'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'run_settings',
            'check_data', 'check_settings', 'named_files', 'absolute_files', 'complete', 'runs_of', 'content_hash',
-           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'check_prepared',
-           'prepare_run', 'write_sweep']
+           'data_hash', 'notebook_hash', 'run_key', 'label', 'clean_notebook', 'Sweep', 'sweep_folder', 'plan_sweep',
+           'check_prepared', 'prepare_run', 'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import tokenize
@@ -27,6 +28,7 @@ from pathlib import Path
 import yaml
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, get_config, nearest
+from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
@@ -304,6 +306,15 @@ def label(values, varied, limit=44):
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("+", ""))[:limit].lstrip(".").rstrip("._-") or "run"
 
 
+def clean_notebook(path):
+    "The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises `RunError`, naming the cell, for code that holds a secret: it would be another."
+    clean = scrub(path.read_text(encoding="utf-8"))
+    for number, (cell, cleaned) in enumerate(zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True), 1):
+        if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
+            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is copied into each run directory: read it from the environment there")
+    return clean
+
+
 @dataclass
 class Sweep:
     """A spec made ready: `path` of its folder, the `spec`, `notebook` (path), `runs` (dicts with `dir`, `parameters` that the spec sets, `all`
@@ -326,9 +337,11 @@ def sweep_folder(name):
 def plan_sweep(path):
     "The `Sweep` of the spec at `path`, all of it checked. Reads only. Raises `RunError`, `ParameterError`, `ConfigError`: a sentence each."
     spec = read_spec(path)
+    if (listing := sweep_folder(spec["name"]) / "sweep.json").exists(): check_output(listing, [path])
     notebook = find_file(spec.get("notebook", "nbs/train.ipynb"))
     if notebook is None: raise RunError(f"the notebook {spec.get('notebook', 'nbs/train.ipynb')} is neither here nor in the project: give its path as notebook")
     runs, merged, told = runs_of(spec, notebook_parameters(notebook))
+    clean_notebook(notebook)   # before anything is written
     code, cells, cache = source_hash(PACKAGE), notebook_hash(notebook), {}
     varied = [name for name in dict.fromkeys(n for values, _ in runs for n in values) if len({str(whole[name]) for _, whole in runs}) > 1]
     made = [{"parameters": values, "all": whole, "key": run_key(whole, cells, code, cache)} for values, whole in runs]
@@ -362,12 +375,16 @@ def prepare_run(sweep, run, code):
         check_prepared(path)
         return path
     part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))   # mode 0700
-    write_json(part / "params.json", run["all"])
-    write_json(part / "code.json", code)
-    write_json(part / "key.json", run["key"])
-    write_bytes(part / "notebook.ipynb", scrub(sweep.notebook.read_text(encoding="utf-8")).encode())
-    set_status(Run(part), "queued")
-    os.rename(part, path)
+    try:
+        write_json(part / "params.json", run["all"])
+        write_json(part / "code.json", code)
+        write_json(part / "key.json", run["key"])
+        write_bytes(part / "notebook.ipynb", clean_notebook(sweep.notebook).encode())
+        set_status(Run(part), "queued")
+        os.rename(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return path
 
 # %% ../nbs/11_ablation.ipynb #6e82a26a

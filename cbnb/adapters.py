@@ -33,6 +33,7 @@ from .settings import make_masker
 from .sources import READING, Reading, listed, read_entry, reading_of
 from .tinyagent import write_data
 from .transcripts import Transcript, TranscriptError
+from .withheld import withhold
 
 # %% auto #0
 __all__ = ['NONE', 'MASKING', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
@@ -245,7 +246,7 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
             if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
             new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
-            altered += any(line.get(k) != new[-1][k] for k in ("text", "finish", "past_stop"))
+            altered += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
@@ -286,7 +287,7 @@ def rescore(folder) -> dict:
         again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
-    write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())
+    write_bytes(folder / "answers.jsonl", "".join(json.dumps(withhold(to_plain(line))) + "\n" for line in (lines | anew).values()).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
         if (folder / "report.html").exists(): write_run_report(folder, result)

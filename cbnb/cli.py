@@ -24,15 +24,18 @@ import cbnb
 from .ablation import RUN_ONLY, find_file, notebook_parameters
 from .adapt import ADAPTATIONS
 from .audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines, visible
+from .convert import check_written
+from .files import write_bytes
 from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
-from .runs import ParameterError, RunError, read_json, safe_output, write_bytes
+from .runs import ParameterError, RunError, full_disk_words, is_full_disk, read_json, safe_output
 from .settings import make_masker
 from .sources import open_source
 from .targets import SIDES
 from .transcripts import LABELS, TranscriptError, known_formats, nearest
+from .withheld import scrub
 
 # %% ../nbs/30_cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -140,8 +143,7 @@ def audit_file(args):
     try: reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
     except TranscriptError as e: raise CommandError(str(e)) from None
     policy, page = load_policy(args.policy), args.html and Path(args.html)
-    if page and not page.absolute().parent.is_dir(): raise CommandError(f"there is no folder to write {page} to; make it first")
-    if page and (page.is_dir() or page.resolve() == reader.path.resolve()): raise CommandError(f"{page} is a folder, or the file that is read; name another page")
+    if page: check_written(page, reader, args.tools, args.chat_template, args.model)
     if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
     masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format, args.adapt)
     return reader, audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
@@ -196,13 +198,12 @@ def add_spans(commands):
 
 def run_spans(args):
     "Carries out `cbnb spans`; the exit status is 1 where a harmful transcript has no span in the end."
-    from cbnb.convert import check_output
     from cbnb.spans import Search, read_injections, span_lines, write_spans
     texts = {f"--text {i}": text for i, text in enumerate(args.text, 1)}
     if not all(text.strip() for text in args.text): raise CommandError("--text is empty; give the words that were injected")
     if args.injections: texts |= read_injections(args.injections)
     reader, search, shown = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools), Search(), []
-    if args.out and args.injections: check_output(args.out, [args.injections])
+    if args.out: check_written(args.out, reader, args.injections, args.tools)
 
     def show(number, transcript, how):
         if len(shown) >= args.show: return
@@ -486,7 +487,7 @@ def parser():
 def main(argv=None):
     """Runs the command in `argv` (default: the program's arguments) and returns its exit status.
 
-    What is wrong with the input is one sentence on stderr; argparse exits with status 2 by itself."""
+    What is wrong with the input, and a full disk by its name, is one sentence on stderr; argparse exits with status 2 by itself."""
     safe_output()   # before --help and argparse's own words
     program = parser()
     args, unknown = program.parse_known_args(argv)
@@ -501,7 +502,7 @@ def main(argv=None):
         if isinstance(e, BrokenPipeError):  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        print(f"cbnb {args.command}: {visible(str(e))}", file=sys.stderr)
+        print(f"cbnb {args.command}: {visible(scrub(full_disk_words(Path.cwd(), e) if is_full_disk(e) else str(e)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
 

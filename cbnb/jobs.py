@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .ablation import check_prepared, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
+from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .lease import Held, NotOwn, check_own, give_back, judge, take_lease
 from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, read_json,
@@ -32,8 +33,8 @@ from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, para
 
 # %% ../nbs/11b_jobs.ipynb #26878996
 def papermill(notebook, out, *arguments):
-    "The argument list that runs a notebook by papermill with this Python; `arguments` as papermill takes them."
-    return [sys.executable, "-m", "papermill", str(notebook), str(out), *map(str, arguments)]
+    "The argument list that runs a notebook by papermill (`cbnb.execute`) with this Python; `arguments` as papermill takes them."
+    return [sys.executable, "-m", "cbnb.execute", str(notebook), str(out), *map(str, arguments)]
 
 
 def run_command(path):
@@ -71,10 +72,10 @@ def kill_run(process, path):
 
 def start(command, log, threads):
     """Starts `command` (an argument list) with its output appended to the file `log` (None: this terminal), in a session of its own: a Ctrl-C in the
-    terminal is ours to pass on."""
+    terminal is ours to pass on. Its files are private."""
     environment = {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     out = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") if log else None
-    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True)
+    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True, umask=0o077)
     finally:
         if out: out.close()
 
@@ -151,7 +152,8 @@ def name_in(command):
 def call_sbatch(command):
     "What `sbatch` says to the argument list `command`, carried out in the project's folder: a finished process. Raises `RunError` where it does not answer."
     folder = Path(next(word for word in command if word.endswith(".sbatch"))).parent.parent
-    try: return subprocess.run(command, cwd=folder, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60)
+    try: return subprocess.run(command, cwd=folder, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60,
+                              umask=0o077)   # SLURM gives it to the job and its log
     except (OSError, subprocess.SubprocessError) as e:
         raise RunError(f"sbatch does not answer ({type(e).__name__}): look with squeue whether {name_in(command)} is there") from None
 
@@ -310,7 +312,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     if where == "slurm": batch_script("ablation")
     if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")
     for line in sweep.told: tell(f"note: {line}")
-    with sweep_lock(sweep.path):
+    with named(sweep.path), sweep_lock(sweep.path):
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
         names = prepare_sweep(sweep, rows, actions)

@@ -565,9 +565,12 @@ def save_adapter(student: PeftModel, folder: str | Path) -> Path:
     folder = Path(folder)
     if not is_first(): return folder
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    write_adapter(student, partial)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
+    try:
+        write_adapter(student, partial)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # half of it, where the disk is full
     shutil.rmtree(old, ignore_errors=True)
     return folder

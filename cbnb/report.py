@@ -29,6 +29,7 @@ import plotly.graph_objects as go
 from .rounding import floor_limit
 from .runs import RunError, read_json, read_metrics, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
+from .withheld import withhold
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -587,7 +588,7 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
-    write_bytes(path, report_page(title, rows, table, parameters, notes, floor).encode())
+    write_bytes(path, withhold(report_page(title, rows, table, parameters, notes, floor)).encode())
     return Path(path)
 
 # %% ../nbs/12_report.ipynb #68347dce

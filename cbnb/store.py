@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from .config import PACKAGE, CircuitBreakerConfig
 from .data import EmptyStream, Sample, StreamReport, drop_refused, empty_stream, encode_stream, refusals
+from .files import named, write_bytes
 from .lease import check_own
 from .masks import ChatMasker
 from .processes import from_first
@@ -166,7 +167,8 @@ def cores() -> int:
 # %% ../nbs/05b_store.ipynb #f4e61148
 def kept_folder(place: str | Path, name: str, make: Callable) -> Path:
     """The folder `name` in `place`: found there, or filled by `make(folder)`, whole or not at all. One that is damaged
-    is made anew, which is printed. Raises NotOwn for one that another user owns or can write to."""
+    is made anew, which is printed. Raises NotOwn for one that another user owns or can write to, and OSError, which
+    names the place, for a full disk: then nothing is left of it."""
     place = Path(place).expanduser()
     folder = place / name
     if os.path.lexists(folder): check_own(folder)
@@ -177,7 +179,7 @@ def kept_folder(place: str | Path, name: str, make: Callable) -> Path:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))  # of this process alone: two may make the same
         try:
-            make(unfinished)
+            with named(unfinished): make(unfinished)
             seal(unfinished)
             try: unfinished.rename(folder)
             except OSError:
@@ -200,7 +202,7 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
         made = pieces(transcripts, masker, policy, name, processes or cores(), **how)
         report = write_samples(folder / "samples.arrow", made)
         if not report.samples: raise empty_stream(report, name, policy)
-        (folder / "report.json").write_text(json.dumps(vars(report)))
+        write_bytes(folder / "report.json", json.dumps(vars(report)).encode())
     folder = kept_folder(place, stream_key(transcripts, masker, policy, how), make)
     told = json.loads((folder / "report.json").read_text())
     return StoredSamples(folder / "samples.arrow"), StreamReport(**told | {"counts": Counter(told["counts"])})
@@ -229,7 +231,7 @@ def stored_refusals(place: str | Path, transcripts: Iterable[Transcript], masker
     def make(folder):
         parts = in_pieces(partial(refused_piece, masker=masker, split_turns=split_turns), transcripts, processes or cores())
         found = {i: said for i, said in enumerate(chain.from_iterable(parts)) if said is not None}
-        (folder / "refused.json").write_text(json.dumps(found))
+        write_bytes(folder / "refused.json", json.dumps(found).encode())
     folder = kept_folder(place, stream_key(transcripts, masker, "refused", {"split_turns": split_turns}), make)
     return {int(i): said for i, said in json.loads((folder / "refused.json").read_text()).items()}
 

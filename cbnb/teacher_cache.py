@@ -30,6 +30,7 @@ from .models import is_in_parts
 from .passes import teacher_pass
 from .processes import gathered
 from .lease import check_own, holding
+from .runs import is_full_disk
 from .sealed import damage, seal, sync
 
 # %% auto #0
@@ -126,7 +127,7 @@ def token_bytes(student: PeftModel, teacher: nn.Module | None, samples: list[Sam
 
 
 def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> None:
-    "Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept."
+    "Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."
     done = set()
     for path in folder.glob("*.safetensors"):
         try:
@@ -140,9 +141,15 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
         if not parts: return
         tensors = {str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous() for layer in parts[0][0]} | {"last": torch.cat([last for _, last in parts if len(last)] or [parts[0][1]]).contiguous()}
         path = folder / f"{next(numbers):05}.safetensors"
-        save_file(tensors, partial := path.with_suffix(".partial"), metadata={"samples": json.dumps(places)})
-        sync(partial)
-        partial.rename(path)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata={"samples": json.dumps(places)})
+            sync(partial)
+            partial.rename(path)
+        except Exception as e:  # safetensors has an error of its own
+            partial.unlink(missing_ok=True)
+            if is_full_disk(e): raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
+            raise
         parts, places, size = [], [], 0
 
     # benign first: a sample of both streams is kept with its final hidden states

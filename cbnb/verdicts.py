@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from .files import write_bytes
 from .report import alarm_lines, as_float, format_number, printable, series
 from .runs import RunError, check_name, read_json, read_status, still_running, whole_lines, write_json
 
@@ -254,7 +255,7 @@ def specimen_run(path, beta: float, seed: int, alive: bool = True, noise: float 
         slow = {"grad_norm_reroute": 0.4 * wobble, "grad_norm_retain": 0.2 * wobble, "grad_norm_kl": 0.1 * beta * wobble, "grad_cos_reroute_retain": -0.3,
                 "grad_cos_reroute_kl": -0.4 if beta else None, "grad_cos_retain_kl": 0.2 if beta else None}
         rows.append(row | weighted | {"loss": sum(weighted.values()), "c_s": c_s, "c_r": c_r} | (slow if step % 10 == 0 else {}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_bytes(path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     exact = dict.fromkeys(("plain", "sensitive", "hard_negative"), figures["exact_match"]) | {"general": 0.4 * figures["exact_match"]}
     base = {"attack_success": 1.0, "attack_success_lax": 1.0, "unparseable": 0.0, "exact_match": dict.fromkeys(exact, 1.0),
             "heldout_kl": {"in_domain": 0.0, "off_domain": 0.0}, "heldout_top1": {"in_domain": 1.0, "off_domain": 1.0}, "harmful_cosine": 1.0}
