@@ -6,7 +6,7 @@
 __all__ = ['BEAT', 'EXPIRY', 'MAX_LEASE', 'HELD', 'RENEWING', 'process_start', 'namespace', 'identity', 'judge', 'file_clock',
            'read_lease', 'text_of', 'claim', 'remove_over', 'Held', 'renew', 'keep_renewing', 'start_renewing',
            'forget', 'lease_path', 'whose', 'is_mine', 'take_lease', 'give_back', 'give_all_back', 'check_lease',
-           'holder', 'holding', 'NotOwn', 'check_own', 'owner_here']
+           'lease_state', 'holding', 'NotOwn', 'check_own', 'owner_here']
 
 # %% ../nbs/03e_lease.ipynb #lease003
 import atexit
@@ -249,7 +249,7 @@ def check_lease(folder, name=".lease"):
         raise Held(f"{folder} was taken over by a process on {whose(read_lease(path)[0])}, since this one had not renewed its lease: nothing more is written there")
 
 
-def holder(folder, name=".lease"):
+def lease_state(folder, name=".lease"):
     """Who holds the lease of `folder`: None without one, else `mine`, or what `judge` says. Never waits: `fresh` is one whose process cannot be seen
     from here and that has not expired."""
     path = lease_path(folder, name)

@@ -39,7 +39,7 @@ from pathlib import Path
 import cbnb
 from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
-from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, give_back, holder, holding, identity, is_mine, judge, lease_path, read_lease, take_lease, whose
+from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, give_back, holding, identity, is_mine, judge, lease_path, lease_state, read_lease, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
 from .withheld import SECRET_NAME, SECRET_TEXT, guard, holder, kernel, scrub, tidy, withhold
 
@@ -320,7 +320,7 @@ def find_notebook(name):
 def still_running(path, status):
     """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
     that, the process that `status` names. Only a proof counts as no (`cbnb.lease.judge`)."""
-    state = holder(path)
+    state = lease_state(path)
     if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
     return (judge({"token": "", **status}, 0) if state is None else state) in ("live", "fresh", "unreadable")
 
@@ -500,7 +500,7 @@ def close_run(path, code):
     directory is tidied (`cbnb.withheld.tidy`); nothing is changed in a folder that is no run directory."""
     status, path = read_status(path), Path(path)
     is_run = status or (path / "params.json").exists() or not path.exists() or is_unused(path)
-    if status.get("state") == "running" and holder(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way
+    if status.get("state") == "running" and lease_state(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way
     if status: tidy(path)   # papermill has written its last word after the run's own
     if status.get("state") not in (None, "queued", "running"): return status["state"]
     if not is_run: return "failed"   # a folder of something else, which the run has refused
@@ -602,7 +602,7 @@ def next_attempt(path, parameters):
     check_same_parameters(path, parameters)
     if status.get("state") == "done":
         raise RunError(f"{path} is finished: read its result.json, give another run_dir, or leave run_dir out for a fresh folder")
-    if status.get("state") == "running" and holder(path) is None and still_running(path, status):
+    if status.get("state") == "running" and lease_state(path) is None and still_running(path, status):
         where = f"{status.get('node')} (pid {status.get('pid')}, job {status.get('job')})"
         raise RunError(f"{path} is running on {where}: wait for it or create a file 'stop' in it; "
                        "if it is gone, change the state in its status.json to interrupted")

@@ -14,7 +14,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .lease import holder, judge as judge_lease
+from .lease import judge as judge_lease, lease_state
 from .runs import RunError, read_json, read_status, runs_folder
 
 # %% ../nbs/11a_status.ipynb #12196f1c
@@ -79,7 +79,7 @@ def judge(status, entry, answers, submitted=None, held=False, lease=None):
     """`(state, note, free)`: new, queued, running, interrupted, done, failed or lost; `free` when nobody works on the run or is going to.
 
     `status`: of status.json; `entry`: its job in the queue or None; `answers`: whether squeue did; `submitted`: its record of `submissions`;
-    `held`: a `cbnb ablate --local` works on its sweep now; `lease`: what `cbnb.lease.holder` says of it."""
+    `held`: a `cbnb ablate --local` works on its sweep now; `lease`: what `cbnb.lease.lease_state` says of it."""
     state = status.get("state", "new")
     job = (submitted or {}).get("job") or status.get("job")
     if state == "done": return "done", "", True
@@ -130,7 +130,7 @@ def read_quietly(path):
 
 def is_held(sweep):
     "Whether a process holds the lock of the folder `sweep`: a `cbnb ablate` works on it."
-    return holder(sweep, ".lock") not in (None, "over")
+    return lease_state(sweep, ".lock") not in (None, "over")
 
 # %% ../nbs/11a_status.ipynb #3551beaf
 def run_rows(paths, held=None):
@@ -147,7 +147,7 @@ def run_rows(paths, held=None):
     def standing(path, status):
         record = submitted[path.parent].get(path.name)
         entry = (by_name.get((record["name"], str(record["task"]))) if record else None) or (jobs or {}).get(status.get("job"))
-        return judge(status, entry, jobs is not None, record, busy[path.parent], holder(path) if status.get("state") == "running" else None)
+        return judge(status, entry, jobs is not None, record, busy[path.parent], lease_state(path) if status.get("state") == "running" else None)
     rows = []
     for path, (status, error) in read.items():
         state, note, free = ("failed", error, False) if error else standing(path, status)
