@@ -42,7 +42,7 @@ import cbnb
 from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
 from .processes import any_of, from_first, is_first, rank, world_size
-from .withheld import SECRET_NAME, SECRET_TEXT, guard, holder, kernel, scrub, tidy, withhold
+from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
@@ -116,7 +116,7 @@ def refuse_secrets(parameters):
     """Raises `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a URL with a password, or holds a secret of the environment."""
     for name, value in parameters.items():
         variable = holder(str(value))
-        if variable or SECRET_NAME.search(name) or SECRET_TEXT.search(str(value)):
+        if variable or SECRET_NAME.search(name) or scrub(str(value)) != str(value):
             raise ParameterError(f"parameter {name!r} {f'holds the value of {variable}' if variable else 'looks like a secret'}, and parameters are written to disk; "
                                  "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where papermill has already put it")
 
