@@ -10,8 +10,8 @@ __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'RESERVED', 'STATES', 'ENDING',
            'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash',
            'code_state', 'holds_running_cell', 'find_notebook', 'still_running', 'hold', 'Run', 'now', 'stop_requested',
            'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error', 'private_umask',
-           'stage', 'refusal', 'in_plain', 'safe_output', 'close_run', 'whole_lines', 'append_line', 'append_metrics',
-           'read_lines', 'read_metrics', 'truncate_metrics', 'write_result', 'is_unused', 'check_same_parameters',
+           'stage', 'refusal', 'in_plain', 'safe_output', 'is_unused', 'close_run', 'whole_lines', 'append_line',
+           'append_metrics', 'read_lines', 'read_metrics', 'truncate_metrics', 'write_result', 'check_same_parameters',
            'has_checkpoint', 'next_attempt', 'check_unshared', 'record_code', 'open_run', 'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
@@ -41,7 +41,7 @@ from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
 from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, give_back, holding, identity, is_mine, judge, lease_path, lease_state, read_lease, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
-from .withheld import SECRET_NAME, SECRET_TEXT, guard, holder, kernel, scrub, tidy, withhold
+from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
@@ -115,7 +115,7 @@ def refuse_secrets(parameters):
     """Raises `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a URL with a password, or holds a secret of the environment."""
     for name, value in parameters.items():
         variable = holder(str(value))
-        if variable or SECRET_NAME.search(name) or SECRET_TEXT.search(str(value)):
+        if variable or SECRET_NAME.search(name) or scrub(str(value)) != str(value):
             raise ParameterError(f"parameter {name!r} {f'holds the value of {variable}' if variable else 'looks like a secret'}, and parameters are written to disk; "
                                  "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where papermill has already put it")
 
@@ -493,6 +493,14 @@ def safe_output():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="cbnb_plain")
 
+# %% ../nbs/10_runs.ipynb #4e991634
+LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
+
+# %% ../nbs/10_runs.ipynb #e6833f60
+def is_unused(path):
+    """Whether the folder holds nothing, or only what papermill and a batch script put there before the run starts (`LEFT_BY_OTHERS`)."""
+    return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
+
 # %% ../nbs/10_runs.ipynb #close001
 def close_run(path, code):
     """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
@@ -565,14 +573,6 @@ def write_result(run, result):
     """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run `done` with `set_status` when all else is saved too."""
     check_lease(run.path)
     if is_first(): write_json(run.path / "result.json", result)
-
-# %% ../nbs/10_runs.ipynb #4e991634
-LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
-
-# %% ../nbs/10_runs.ipynb #e6833f60
-def is_unused(path):
-    """Whether the folder holds nothing, or only what papermill and a batch script put there before the run starts (`LEFT_BY_OTHERS`)."""
-    return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../nbs/10_runs.ipynb #ba191635
 HOW_STARTED = ("run_dir", "fsdp")   # parameters that say where and how a run is made, not what it is
