@@ -31,7 +31,7 @@ from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
-                       parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
+                       parameters_hash, project_root, read_record, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
                        write_json)
 
 # %% ../nbs/11_ablation.ipynb #8b764ff1
@@ -341,7 +341,7 @@ def prepare_run(sweep, run, code):
     where a folder of that name has another key."""
     path = sweep.path / run["dir"]
     if path.exists():
-        if (read_json(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+        if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
         return path
     part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))   # mode 0700
     write_json(part / "params.json", run["all"])
