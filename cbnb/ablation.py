@@ -35,7 +35,7 @@ from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
-                       parameters_hash, project_root, read_json, refuse_secrets, runs_folder, safe_output, scrub, set_status, source_hash, write_bytes,
+                       parameters_hash, project_root, read_record, refuse_secrets, runs_folder, safe_output, scrub, set_status, source_hash, write_bytes,
                        write_json)
 
 # %% ../nbs/11_ablation.ipynb #8b764ff1
@@ -353,14 +353,14 @@ def plan_sweep(path):
 def check_prepared(path):
     """Raises `RunError` where the prepared run directory `path` is not this user's alone, or its notebook.ipynb or params.json is not what its key.json says.
     It comes before each execution of that notebook: keys can be computed by anybody."""
-    path, key = Path(path), read_json(Path(path) / "key.json") or {}
+    path, key = Path(path), read_record(Path(path) / "key.json") or {}
     try:
         for part in (path, path / "notebook.ipynb", path / "params.json"): check_own(part)
     except NotOwn as e: raise RunError(str(e)) from None
     except OSError as e: raise RunError(f"{path} is no prepared run ({e.strerror}: {Path(e.filename).name}): move it away, and cbnb ablate prepares it anew") from None
     parts = {name: key.get(name) for name in ("parameters", "data", "code", "notebook")}
     found = {"key.json": parameters_hash(parts) == key.get("key") and path.name.endswith(str(key.get("key"))[:8]),
-             "notebook.ipynb": notebook_hash(path / "notebook.ipynb") == key.get("notebook"), "params.json": parameters_hash(read_json(path / "params.json")) == key.get("parameters")}
+             "notebook.ipynb": notebook_hash(path / "notebook.ipynb") == key.get("notebook"), "params.json": parameters_hash(read_record(path / "params.json")) == key.get("parameters")}
     if wrong := [name for name, fits in found.items() if not fits]:
         raise RunError(f"{path} holds another {' and '.join(wrong)} than the sweep has put there: move it away, and cbnb ablate prepares it anew")
 
@@ -371,7 +371,7 @@ def prepare_run(sweep, run, code):
     where a folder of that name has another key."""
     path = sweep.path / run["dir"]
     if path.exists():
-        if (read_json(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+        if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
         check_prepared(path)
         return path
     part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))   # mode 0700

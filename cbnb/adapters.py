@@ -27,7 +27,8 @@ from .masks import ChatMasker
 from .models import add_adapter, load_model, num_blocks
 from .reader import AnswerReader, derive_reader
 from .report import results_of, write_run_report
-from .runs import RunError, read_json, to_plain, write_bytes, write_json
+from .records import fault
+from .runs import RunError, read_record, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker
 from .sources import READING, Reading, listed, read_entry, reading_of
@@ -36,9 +37,9 @@ from .transcripts import Transcript, TranscriptError
 from .withheld import withhold
 
 # %% auto #0
-__all__ = ['NONE', 'MASKING', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
-           'settings_for', 'found_entry', 'heldout_files', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
-           'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
+__all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'run_model', 'made_for',
+           'another_base', 'base_name', 'settings_for', 'found_entry', 'heldout_files', 'reading_for', 'questions_for',
+           'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -52,6 +53,16 @@ class Adapter:
     folder: Path | None = None
     run: Path | None = None
     parameters: dict = dataclasses.field(default_factory=dict)
+
+
+def run_parameters(folder: Path, *needed: str) -> dict:
+    """The parameters in the params.json of a run directory: those that an evaluation goes by are of their types, and
+    the `needed` ones are there. Raises RunError, naming the file and the parameter."""
+    path = folder / "params.json"
+    found = read_record(path) or {}
+    bad = fault("evaluated", found) or next((f"it has no {name}" for name in needed if found.get(name) is None), "")
+    if bad: raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
+    return found
 
 
 def find_adapter(name: str) -> Adapter:
@@ -68,7 +79,7 @@ def find_adapter(name: str) -> Adapter:
     if path.is_dir():
         path = check_adapter(path.resolve())
         run = path.parent if path.name == "adapter" and (path.parent / "params.json").is_file() else None
-        return Adapter((run or path).name, path, run, read_json(run / "params.json") if run else {})
+        return Adapter((run or path).name, path, run, run_parameters(run, "preset", "data") if run else {})
     if path.exists() or name.count("/") != 1:
         raise RunError(f"the adapter {name} is neither a run directory, nor a folder with an adapter, nor a hub id: give one of them, or none")
     from huggingface_hub import snapshot_download
@@ -89,8 +100,8 @@ def find_adapters(first: str, second: str = "") -> list[Adapter]:
 # %% ../nbs/16_adapters.ipynb #f8535862
 def run_model(folder: Path) -> str:
     "The model of the run in `folder`. Raises RunError where its config.json does not say it."
-    found = read_json(folder / "config.json")
-    if not isinstance(found, dict) or not isinstance(found.get("model"), str): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
+    found = read_record(folder / "config.json") or {}
+    if not found.get("model"): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
     return found["model"]
 
 
@@ -263,8 +274,12 @@ def rescore(folder) -> dict:
 
     Raises RunError for a folder without result or answers, and as `rescored` does."""
     folder = Path(folder).expanduser().resolve()
-    result, parameters = (read_json(folder / name) for name in ("result.json", "params.json"))
-    if result is None or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
+    result, parameters = (read_record(folder / name) for name in ("result.json", "params.json"))
+    if not result or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
+    parameters = run_parameters(folder, *(("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")))
+    for stage, figures in results_of(result).items():
+        if "prefill" not in figures.get("decoding", ()) or "model" not in figures.get("ends", ()):
+            raise RunError(f"{folder / 'result.json'} does not say how the answers of {stage} were made and where they end: evaluate again")
     lines = kept_lines(folder)
     if not lines:
         there = (folder / "answers.jsonl").exists()

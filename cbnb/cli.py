@@ -30,7 +30,7 @@ from .masks import CONTROL_MODES, TOOL_CALL_FORMATS
 from .policies import POLICIES
 from .processes import world_size
 from .templates import MaskError
-from .runs import ParameterError, RunError, full_disk_words, is_full_disk, read_json, safe_output
+from .runs import ParameterError, RunError, full_disk_words, is_full_disk, read_record, safe_output
 from .settings import make_masker
 from .sources import open_source
 from .targets import SIDES
@@ -272,8 +272,8 @@ def run_ablate(args):
 # %% ../nbs/30_cli.ipynb #sta00002
 def add_status(commands):
     "Adds the arguments of `cbnb status`."
-    p = commands.add_parser("status", help="how runs stand", description="Print how each run stands: queued, running, interrupted, done, failed or lost (running by "
-                            "its own word, but not in the queue). From the runs' own word, SLURM's queue and, where it answers, its accounting.")
+    p = commands.add_parser("status", help="how runs stand", description="Print how each run stands: queued, running, interrupted, done, failed, lost (running by "
+                            "its own word, but not in the queue) or unreadable, with the reason. From the runs' own word, SLURM's queue and, where it answers, its accounting.")
     p.add_argument("folders", metavar="FOLDER", nargs="*", help="a sweep, a run directory, or a folder of them (default: the runs folder)")
     p.add_argument("--json", action="store_true", help="print a JSON object a run a line")
     p.set_defaults(run=run_status)
@@ -333,7 +333,7 @@ def run_train(args):
     if world_size() > 1: raise CommandError("cbnb train starts one process: let torchrun or srun start papermill itself, once a process (README, slurm/05_train_multi.sbatch)")
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given, tell)
-    if result := read_json(path / "result.json"):
+    if result := read_record(path / "result.json"):
         from cbnb.report import readable_table, result_table, told_of
         print(readable_table(result_table(result["before"], result["after"]), result.get("floor")).to_string())
         for line in told_of(result): print(line)
@@ -354,7 +354,7 @@ def run_preflight(args):
     "Carries out `cbnb preflight`: papermill's own output, then the verdicts and where they are kept."
     from cbnb.jobs import preflight
     path, status = preflight(*notebook_call(args, "nbs/preflight.ipynb"))
-    if record := read_json(path / "preflight.json"):
+    if record := read_record(path / "preflight.json"):
         from cbnb.preflight import summary_text
         print(summary_text(record))
     print(f"the page: {path / 'preflight.ipynb'}")
@@ -392,7 +392,7 @@ def run_evaluate(args):
         try: checked(complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1])
         except ValueError as e: raise CommandError(str(e)) from None   # an adapter that is none
         path, status = train(notebook, given, tell)
-        result = read_json(path / "result.json")
+        result = read_record(path / "result.json")
     if result:
         results = results_of(result)
         print(readable_table(figures_table(results)).to_string())

@@ -28,7 +28,7 @@ from .ablation import check_prepared, check_settings, complete, find_file, noteb
 from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .lease import Held, NotOwn, check_own, give_back, judge, take_lease
-from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, read_json,
+from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, read_record,
                        read_status, set_status, still_running, write_bytes, write_json)
 
 # %% ../nbs/11b_jobs.ipynb #26878996
@@ -86,6 +86,10 @@ def work(tasks, workers, tell=print, every=30.0):
     A line of progress a run is kept up to date on a terminal, else told `every` so many seconds. The first Ctrl-C asks the running ones to stop with
     a checkpoint and waits for them, the second kills them; what was not started stays as it is."""
     from tqdm import tqdm
+    def ended_state(path, code, killed):   # a status that cannot be read is this run's matter, and ends no other
+        try: state = read_status(path).get("state", "failed") if killed else close_run(path, code)
+        except (RunError, OSError) as e: return "unreadable", str(e)
+        return state, read_quietly(path)[0].get("error")
     waiting, at_work, ended = deque(tasks), {}, {}
     lines = [tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stderr, disable=None) for i in range(workers)]
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -108,9 +112,8 @@ def work(tasks, workers, tell=print, every=30.0):
                     elif heard: (path / "stop").touch()   # again and again: a run that is opening removes it
                     if process.poll() is None: continue
                     del at_work[path]
-                    state = read_quietly(path)[0].get("state", "failed") if heard > 1 else close_run(path, process.returncode)
+                    state, error = ended_state(path, process.returncode, heard > 1)
                     ended[path] = state, process.returncode
-                    error = read_quietly(path)[0].get("error")
                     if len(tasks) > 1 or state != "done": say(f"{path.name}: {state}" + (f", {error}" if error and state != "done" else ""))
                 if time.monotonic() - looked > 1:
                     looked = time.monotonic()
@@ -251,19 +254,22 @@ def sweep_lock(path, seconds=10):
 # %% ../nbs/11b_jobs.ipynb #85d617c4
 def ran_other_code(path):
     "The name of the first code.<attempt>.json in `path` that shows other source than what the run was prepared with, or None."
-    first = (read_json(path / "code.json") or {}).get("source")
-    return next((p.name for p in sorted(path.glob("code.*.json")) if (read_json(p) or {}).get("source") != first), None)
+    first = (read_record(path / "code.json") or {}).get("source")
+    return next((p.name for p in sorted(path.glob("code.*.json")) if (read_record(p, "code.json") or {}).get("source") != first), None)
 
 
 def sweep_rows(sweep, held=None):
-    "The `run_rows` of a `Sweep`, in its order. A run that was done with other code than its key says counts as failed. Raises `RunError` for a folder that is another's."
+    """The `run_rows` of a `Sweep`, in its order. A run that was done with other code than its key says counts as failed; a folder that is another run's, or whose
+    key or code cannot be read, is unreadable and is left as it is."""
     rows = run_rows([sweep.path / run["dir"] for run in sweep.runs], held)
     for row, run in zip(rows, sweep.runs, strict=True):
         path = Path(row["path"])
-        if row["state"] == "new" and not path.exists(): continue
-        if (read_json(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
-        if row["state"] == "done" and (other := ran_other_code(path)):
-            row.update(state="failed", note=f"its code was edited after it was submitted ({other}): --retry failed starts it afresh")
+        if row["state"] == "unreadable" or row["state"] == "new" and not path.exists(): continue
+        try:
+            if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+            if row["state"] == "done" and (other := ran_other_code(path)):
+                row.update(state="failed", note=f"its code was edited after it was submitted ({other}): --retry failed starts it afresh")
+        except RunError as e: row.update(state="unreadable", note=str(e), free=False)
     return rows
 
 # %% ../nbs/11b_jobs.ipynb #cc0b054a
@@ -306,7 +312,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     """Starts what is not done yet of the sweep in the file `spec`: `local` workers on this machine or `slurm`, by default as `where_to_run` says.
 
     New, interrupted and lost runs start or resume; done ones are skipped by their key, queued and running ones are left, failed ones are listed unless
-    `retry`; `only_missing` starts those alone that never began. Returns 0; 1 where a local run is not done in the end; 130 after an interrupt. Raises
+    `retry`, and so are those that cannot be read or are another's; `only_missing` starts those alone that never began. Returns 0; 1 where a local run is not done in the end; 130 after an interrupt. Raises
     `RunError`, `ParameterError` or `ConfigError` before anything is started or written."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
     if where == "slurm": batch_script("ablation")
@@ -319,6 +325,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
         tell(f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(names)} to start")
         for row, what in zip(rows, actions, strict=True):
             if row["state"] == "failed" and what == "leave": tell(f"{row['run']}: failed, {row['note']}; --retry failed starts it again")
+            if row["state"] == "unreadable": tell(f"{row['run']}: left as it is, since {row['note']}")
         if not names: return int(where != "slurm" and any(row["state"] != "done" for row in rows))
         if where == "slurm":
             submit(sweep.path, names, tell)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .config import PRESETS, TINYAGENT, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
 from .masks import ChatMasker
 from .processes import is_first
-from .runs import ParameterError, RunError, read_json, write_bytes, write_json
+from .runs import ParameterError, RunError, read_json, read_record, write_bytes, write_json
 from .templates import FROZEN_NOW, template_inputs
 
 # %% ../nbs/10c_settings.ipynb #setng006
@@ -179,7 +179,7 @@ def template_source(text):
 def kept_template(folder):
     """`{source, sha256, variables, …}` of the template that the run directory `folder` was made with, as `keep_template` has written it; None where it has none.
     Raises RunError for a file that was changed since."""
-    about, path = read_json(Path(folder) / "chat_template.json"), Path(folder) / KEPT_TEMPLATE
+    about, path = read_record(Path(folder) / "chat_template.json"), Path(folder) / KEPT_TEMPLATE
     if about is None: return None
     try: source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e: raise RunError(f"{path} cannot be read ({e}), and the run was made with it: put it back") from None

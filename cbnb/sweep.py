@@ -29,9 +29,9 @@ import resvg_py
 from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
                          interval_words, printable, series, static_svg, thin)
 from .files import quoted_frame, write_bytes, write_files
-from .runs import RunError, json_text, read_json, runs_folder
+from .runs import RunError, json_text, log_rows, read_json, runs_folder
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
-                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, log_rows, span, strata, verdicts)
+                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)
 from .withheld import withhold
 
 # %% ../nbs/12b_sweep.ipynb #c0862003
@@ -136,7 +136,7 @@ def drawn_runs(sweep: Sweep, most: int = RUNS_DRAWN) -> list[tuple[pd.Series, st
     frame, texts = sweep.frame, conditions(sweep)
     logged = np.flatnonzero(frame["last_step"].notna())
     chosen = logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)] if len(logged) else []
-    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]], [])) for i in chosen]
+    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in chosen]
 
 
 def thinned(rows: list[dict], key: str, columns: int = 150) -> tuple[np.ndarray, np.ndarray]:
@@ -436,7 +436,7 @@ def comparison_cells(c) -> list[str]:
 def link_to(run: Path, folder: Path) -> str:
     "A relative address from a page in `folder` to what can be opened of a run; empty if there is nothing."
     names = [run / "report.html", *sorted(run.glob("out.*.ipynb"))[-1:], run / "status.json"]
-    return next((quote(os.path.relpath(name, folder)) for name in names if name.is_file()), "")
+    return next((quote(os.path.relpath(name, folder)) for name in names if os.path.isfile(name)), "")
 
 
 def text_cell(value, exact: bool = False) -> str:
@@ -524,5 +524,5 @@ def write_sweep(sweep: Sweep, folder) -> list[Path]:
 
 def newest_sweep() -> Path | None:
     "The folder under runs/ with the newest sweep.json, or None."
-    found = [p for p in runs_folder().glob("*/sweep.json") if p.is_file()]
-    return max(found, key=lambda p: p.stat().st_mtime).parent if found else None
+    found = [p for p in runs_folder().glob("*/sweep.json") if os.path.isfile(p)]
+    return max(found, key=os.path.getmtime).parent if found else None

@@ -274,7 +274,7 @@ def test_every_run_is_listed_and_every_defect_told(messy):
     folder, text = messy
     frame = pd.read_parquet(folder / "report" / "runs.parquet").set_index("run")
     states = {name: frame.state[f"specimen-beta_kl{name}"] for name in ("0.1-seed0", "0.1-seed1", "0.1-seed2", "0.5-seed2", "3-seed1", "3-seed2")}
-    assert states == {"0.1-seed0": "failed", "0.1-seed1": "running", "0.1-seed2": "lost", "0.5-seed2": "unknown", "3-seed1": "missing", "3-seed2": "done"}
+    assert states == {"0.1-seed0": "failed", "0.1-seed1": "running", "0.1-seed2": "lost", "0.5-seed2": "unreadable", "3-seed1": "missing", "3-seed2": "done"}
     assert frame.attempt["specimen-beta_kl0.1-seed0"] == 3 and "OutOfMemoryError" in frame.error["specimen-beta_kl0.1-seed0"]
     assert math.isnan(frame.loss_kl["specimen-beta_kl0.5-seed0"]) and math.isnan(frame.harmful_cosine["specimen-beta_kl0.5-seed1"]) and math.isnan(frame.loss_kl["specimen-beta_kl3-seed2"])
     page = (folder / "report" / "report.html").read_text()

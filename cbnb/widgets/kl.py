@@ -10,6 +10,7 @@ __all__ = ['ARRAYS', 'LISTED', 'candidate_texts', 'divergence_state', 'layer_sta
 
 # %% ../../nbs/22_kl_explorer.ipynb #7813648a
 import contextlib
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..divergence import (
     Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, share_of_kl, token_table, top_tokens)
 from ..encoders import token_bytes
 from ..models import load_model
-from ..runs import RunError, project_root, read_json, read_status, runs_folder
+from ..runs import RunError, project_root, read_record, read_status, runs_folder
 from ..settings import kept_template, make_masker
 from ..sources import entry_paths, listed, open_sources, reading_of
 from ..targets import training_row
@@ -203,7 +204,7 @@ def newest_run(runs=None):
     for path in Path(runs or runs_folder()).glob("**/adapter/adapter_config.json"):
         with contextlib.suppress(RunError, OSError, ValueError):  # a broken run is not the newest finished one
             status = read_status(path.parent.parent)
-            if status.get("state") == "done": found.append((status.get("updated", ""), path.parent.parent))
+            if status.get("state") == "done": found.append((status.get("updated") or "", path.parent.parent))
     return max(found)[1] if found else None
 
 
@@ -216,7 +217,8 @@ def adapter_and_run(folder):
 
 def run_config(run):
     "The CircuitBreakerConfig that the run directory `run` was trained with; of None the preset `base`. Raises RunError and ConfigError."
-    return CircuitBreakerConfig(**read_json(run / "config.json")) if run else CircuitBreakerConfig()
+    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have had others
+    return CircuitBreakerConfig(**{k: v for k, v in (read_record(run / "config.json") or {}).items() if k in known}) if run else CircuitBreakerConfig()
 
 # %% ../../nbs/22_kl_explorer.ipynb #5787ae06
 def from_root(text):
@@ -227,7 +229,7 @@ def from_root(text):
 def held_out_of(run):
     """The transcripts that the run directory `run` held out (iterable). Raises ValueError where its parameters name none, TranscriptError where they
     are gone."""
-    given = read_json(run / "params.json") or {}
+    given = read_record(run / "params.json") or {}
     files, eval_files = (listed(given.get(key, "")) for key in ("data", "eval_data"))
     if given.get("data") == "tinyagent": files, eval_files = [], eval_files or [run / "data" / "eval.jsonl"]
     if not files and not eval_files: raise ValueError(f"{run}/params.json names no data; give transcript files.")
@@ -250,7 +252,7 @@ def transcripts_to_show(data, run, limit=LISTED, **given):
     read its own but for what is `given` of `cbnb.sources.READING`), of the tiny
     agent's world (`"tinyagent"`), or, if empty, those that `run` held out. Raises ValueError where there are none."""
     if data == "tinyagent" or not data and run is None: source = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
-    elif data: source = each_of(listed(data), reading_of((read_json(run / "params.json") or {}) if run else {}, **given))
+    elif data: source = each_of(listed(data), reading_of((read_record(run / "params.json") or {}) if run else {}, **given))
     else: source = held_out_of(run)
     found = list(itertools.islice(source, limit + 1))
     if not found: raise ValueError(f"{data or run} holds no transcripts.")
@@ -313,7 +315,7 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
     transcripts, more = transcripts_to_show(data, run, max(LISTED, number), relabel=relabel, on_error=on_error, tools=tools)
     if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
-    given = (read_json(run / "params.json") or {}) if run else {}
+    given = (read_record(run / "params.json") or {}) if run else {}
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
