@@ -30,7 +30,7 @@ from .reader import AnswerReader, derive_reader
 from .report import results_of, write_run_report
 from .runs import RunError, read_json, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
-from .settings import make_masker, settings_of
+from .settings import make_masker, model_facts, settings_of
 from .sources import READING, Reading, listed, read_entry, reading_of
 from .tinyagent import write_data
 from .transcripts import Transcript, TranscriptError
@@ -214,7 +214,9 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
-    return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
+    name = asked_model(adapters, parameters)
+    if Path(name).expanduser().is_dir(): model_facts(name, parameters.get("trust_remote_code", False))  # code that comes with it is told here
+    return adapters, name, decoding_for(adapters, **{name: parameters[name] for name in fields})
 
 # %% ../nbs/16_adapters.ipynb #c82cc13b
 def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding,

@@ -118,13 +118,15 @@ def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 # %% ../nbs/03c_loaders.ipynb #696d5645
 def model_class(name: str, config: PretrainedConfig, trust_remote_code: bool = False):
     """What makes a model of `config`, the configuration of the model `name`: transformers' class for causal language models, or, where it has none for
-    this configuration, that for models of text and images, whose text part is then used. Raises ConfigError for a model that is code, unless
-    `trust_remote_code`."""
+    this configuration, that for models of text and images, whose text part is then used. Raises ConfigError for a type that has no such model, and for a
+    model that is code, unless `trust_remote_code`."""
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     auto, known = ((AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING) if multimodal else (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING))
     own = known.get(type(config), ())
     own = [c.__name__ for c in (own if isinstance(own, tuple) else (own,))]
-    check_code(name, "model", mapped({"auto_map": getattr(config, "auto_map", None)}, auto.__name__), own, trust_remote_code)
+    code = mapped({"auto_map": getattr(config, "auto_map", None)}, auto.__name__)
+    if not own and not code: raise ConfigError(f"{name} cannot be loaded: it is of the type {config.model_type}, of which transformers has no causal language model")
+    check_code(name, "model", code, own, trust_remote_code)
     return auto
 
 
