@@ -24,8 +24,9 @@ from ..adapt import adapt
 from ..audit import visible
 from ..config import CircuitBreakerConfig
 from ..data import encoded_pairs, load_streams
-from ..divergence import (
-    Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, share_of_kl, token_table, top_tokens)
+from cbnb.divergence import (
+    Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, real_rows, share_of_kl, token_table,
+    top_tokens)
 from ..encoders import token_bytes
 from ..models import load_model
 from ..runs import RunError, project_root, read_record, read_status, runs_folder
@@ -309,7 +310,7 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
-    for path in folders.values(): check_adapter(path)
+    for path in folders.values(): check_adapter(path, trust_remote_code)
     config = run_config(run)
     model = model or (config.model if run else json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
@@ -320,8 +321,9 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
                              tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
-    def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
-    renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
+    def whole(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
+    students = load_students(whole(model), folders, real_rows(masker, [transcripts[number - 1]]), trust_remote_code)
+    renew = renewer(students, masker, transcripts, config, whole(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
     return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], number - 1)

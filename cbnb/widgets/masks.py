@@ -485,9 +485,9 @@ def as_shelf(given, relabel="", tools=""):
 
 # %% ../../nbs/21_mask_explorer.ipynb #a9417126
 @functools.lru_cache(maxsize=4)
-def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template", adapt=""):
+def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template", adapt="", trust_remote_code=False):
     "The `ChatMasker` that `cbnb.settings.make_masker` makes of a model's name or of a tokenizer; the last few are kept. Raises what that raises."
-    return make_masker(model, control, chat_template or "", template_variables, tool_call_format=tool_call_format, adapt=adapt)[0]
+    return make_masker(model, control, chat_template or "", template_variables, trust_remote_code, tool_call_format=tool_call_format, adapt=adapt)[0]
 
 # %% ../../nbs/21_mask_explorer.ipynb #66b5fbea
 def model_name(model):
@@ -518,6 +518,7 @@ class MaskExplorer:
         self.looks |= {name: changes.pop(name) for name in ("a", "b") if name in changes}
         if unknown := changes.keys() - self.settings.keys():
             raise TypeError(f"there is no setting {min(unknown)}; use {', '.join(self.settings)}, a or b")
+        if "model" in changes: changes = {"trust_remote_code": False} | changes  # it was said of the model before
         self.settings |= changes
         if changes.keys() & {"transcripts", "relabel", "tools"}: self.shelf = None
         try: self.explored = self.explore()
@@ -532,7 +533,7 @@ class MaskExplorer:
         if s["transcripts"] is None: raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None: self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
         transcript, masker = self.shelf.at(s["number"]), load_masker(
-            *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format", "adapt")))
+            *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format", "adapt", "trust_remote_code")))
         self.tokenizer = masker.tokenizer
         return explore(adapt(transcript, masker.adapt), masker, s["policies"], s["label"], s["max_length"], s["side"], model_name(s["model"]))
 
@@ -685,15 +686,15 @@ class ExplorerBox:
 # %% ../../nbs/21_mask_explorer.ipynb #42a22414
 def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="first_header", label=None, max_length=None, side="targets",
                   control="error", chat_template=None, policies=None, number=1, template_variables="",
-                  tool_call_format="template", relabel="", tools="", adapt=""):
+                  tool_call_format="template", relabel="", tools="", adapt="", trust_remote_code=False):
     """A `MaskExplorer` of `transcripts`: entries of data, read as `cbnb.sources` says by `relabel` and `tools`, a Transcript or a list of them, a record
     or a list of messages; None begins with nothing.
 
     `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`;
-    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `adapt`: names of adaptations (`cbnb.adapt`); `a`, `b`: the masks shown first;
+    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `adapt`: names of adaptations (`cbnb.adapt`); `trust_remote_code`: run code that comes with this model; `a`, `b`: the masks shown first;
     `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation to that many tokens leaves; `control`: see
     `ChatMasker`; `policies`: your own, functions of an Encoded by name; `number`: the transcript shown first. Nothing of these raises: what is
     wrong is told in the view."""
     return MaskExplorer(transcripts=transcripts, model=model, a=a, b=b, label=label, max_length=max_length, side=side, control=control,
                         chat_template=chat_template, policies=policies, number=number, template_variables=template_variables,
-                        tool_call_format=tool_call_format, relabel=relabel, tools=tools, adapt=adapt)
+                        tool_call_format=tool_call_format, relabel=relabel, tools=tools, adapt=adapt, trust_remote_code=trust_remote_code)
