@@ -93,9 +93,12 @@ def check_on(student: PeftModel, plain: Plain, what: str) -> None:
 
 # %% ../nbs/04d_adapter_checks.ipynb #56cbd68a
 def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
-    "Raises ConfigError where the adapter in `folder`, of this configuration, has a rank that no matrix of `base` can have, or more numbers than `base`."
+    """Raises ConfigError where the adapter in `folder`, of this configuration, has a rank that no matrix of `base` can have, or more numbers than `base`, and
+    where it is no part of the model at all, but tokens in front of what the model reads."""
+    if config.is_prompt_learning:
+        raise ConfigError(f"the adapter {folder} ({config.peft_type}) puts tokens in front of what the model reads: the model itself stays as it is, and there is no student to ask")
     largest = largest_rank(p.shape for p in base.parameters() if p.dim() > 1)
-    ranks = [r for r in (getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()) if isinstance(r, int)]
+    ranks = [r for r in (getattr(config, "r", 0), getattr(config, "init_r", 0), *(getattr(config, "rank_pattern", None) or {}).values()) if isinstance(r, int)]
     if max(ranks, default=0) > largest:
         raise ConfigError(f"the adapter {folder} has rank {max(ranks):,}, and no matrix of the model can have more than {largest:,}: is it for another model?")
     with safe_open(Path(folder) / ADAPTER_FILES[1], "pt") as file: size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())

@@ -78,6 +78,7 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict |
                 if student is None: student = get_peft_model(base, config, adapter_name=name)
                 else: student.add_adapter(name, config)
                 result = fill_adapter(student, folder, name)
+                student.set_adapter(name, inference_mode=True)
         except ConfigError: raise
         except Exception as e:  # whatever peft raises for a configuration or weights that it cannot use
             raise ValueError(f"{folder} does not fit this base: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
@@ -86,7 +87,6 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict |
         if missing or result.unexpected_keys:
             raise ValueError(f"{folder} does not fit this base: {len(missing)} weights are missing and {len(result.unexpected_keys)} are "
                              "left over; give the model that it was trained on.")
-        student.set_adapter(name, inference_mode=True)
         student.eval()
         check_off(student, plain, what)
         check_on(student, plain, what)
