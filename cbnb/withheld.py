@@ -7,7 +7,7 @@ __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNE
            'SECRET_TEXT', 'LARGEST', 'is_path', 'is_worth', 'is_random', 'is_strong', 'url_secrets', 'json_leaves',
            'inner_secrets', 'file_secrets', 'secret_files', 'secret_values', 'base64_forms', 'forms', 'patterns',
            'known', 'withhold', 'scrub', 'holder', 'begun', 'guard_session', 'guard_echo', 'kernel', 'guard',
-           'own_files', 'keep_private', 'tidy']
+           'own_files', 'keep_private', 'places', 'tidy']
 
 # %% ../nbs/03d_withheld.ipynb #whd00004
 import base64
@@ -21,8 +21,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, quote_plus, unquote
-
-from .files import write_bytes
 
 # %% ../nbs/03d_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|passphrase|secret|credentials?|api_?key|access_key|private_key)(?:_|$)", re.IGNORECASE)
@@ -251,22 +249,34 @@ def keep_private(folder):
     "Takes the rights of group and others from everything of one's own in `folder`: files 0600, folders 0700."
     for path, about in own_files(folder):
         mode = about.st_mode & (0o700 if stat.S_ISDIR(about.st_mode) else 0o600)
-        if stat.S_IMODE(about.st_mode) != mode: path.chmod(mode)
+        try:
+            if stat.S_IMODE(about.st_mode) != mode: path.chmod(mode)
+        except OSError: pass   # just renamed by another process, or on a file system without modes
 
 
 LARGEST = 32 << 20   # bytes of a file that is looked through; larger are weights and states
 
 
+def places(text):
+    "`[(start, end)]` in characters of the secrets of the environment in `text`."
+    return [found.span() for form, word, _ in known() for found in (word or re.compile(re.escape(form))).finditer(text)]
+
+
 def tidy(folder):
-    """Makes `folder` private (`keep_private`) and takes the secrets of the environment out of its text files. Returns a list of sentences, one for each file that holds one
-    and cannot be written anew. Files of a sealed folder (with a manifest.json), such as a checkpoint, stay as they are sealed, and so do hidden ones: of a home that was
-    given as a run directory, .netrc must stay what it is."""
+    """Makes `folder` private (`keep_private`), and has stars in the place of each secret of the environment in its text files, in as many bytes: whoever appends to a file meanwhile goes
+    on. Returns a list of sentences, one for each file that is no text and holds one. Files of a sealed folder (with a manifest.json), such as a checkpoint, stay as they are sealed, and so do
+    hidden ones: of a home that was given as a run directory, .netrc must stay what it is."""
     keep_private(folder)
     told, needles = [], [form.encode("utf-8", "surrogateescape") for form, *_ in known()]
     for path, about in own_files(folder) if needles else ():
         if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST or (path.parent / "manifest.json").exists(): continue
         try:
             if not any(needle in (data := path.read_bytes()) for needle in needles): continue
-            if (clean := withhold(text := data.decode())) != text: write_bytes(path, clean.encode())
-        except (OSError, UnicodeDecodeError): told.append(f"{path} holds the value of a secret variable and cannot be written anew: delete it")
+            text = data.decode()
+            with open(path, "r+b") as f:
+                for start, end in places(text):
+                    f.seek(len(text[:start].encode()))
+                    f.write(b"*" * len(text[start:end].encode()))
+        except FileNotFoundError: continue
+        except (OSError, UnicodeDecodeError): told.append(f"{path} holds the value of a secret variable and cannot be written to: delete it")
     return told

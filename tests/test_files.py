@@ -16,7 +16,7 @@ from forked import forked
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those behind the first two lines write into a folder that is renamed when it is whole, or append to a log
 WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start", "sweep_lock"}, "runs": {"locked"},
-           "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"}}
+           "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"}, "withheld": {"tidy"}}
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}   # of any object, given a path
 OTHERS = {"shutil": {"copy", "copy2", "copyfile", "copytree", "move"}, "np": {"save", "savez"}, "torch": {"save"}, "tempfile": {"mkstemp", "NamedTemporaryFile"}}
 
