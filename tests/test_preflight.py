@@ -97,9 +97,9 @@ def base_trainable(patch, **_):
 
 def masks_by(change):
     def sabotage(patch, **_):
-        import cbnb.data
-        right = cbnb.data.training_mask
-        patch.setattr(cbnb.data, "training_mask", lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)))
+        import cbnb.targets
+        right = cbnb.targets.training_mask
+        patch.setattr(cbnb.targets, "training_mask", lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)))
     return sabotage
 
 
