@@ -13,7 +13,8 @@ from cbnb.config import ConfigError
 from cbnb.jobs import action, sweep_rows
 from cbnb.records import RECORDS, fault
 from cbnb.report import describe_run
-from cbnb.runs import RunError, close_run, process_start, read_metrics, read_record, read_status, write_json
+from cbnb.lease import identity, process_start
+from cbnb.runs import RunError, close_run, read_metrics, read_record, read_status, write_json
 from cbnb.settings import kept_template
 from cbnb.status import run_folders, run_rows, run_table
 from cbnb.sweep import sweep_page
@@ -53,7 +54,7 @@ def running(folder):
     "Makes the run in `folder` one that this very moment trains, in the parent of this process."
     pid = os.getppid()
     status = json.loads((folder / "status.json").read_text())
-    write_json(folder / "status.json", status | {"state": "running", "stage": "training", "node": socket.gethostname(), "pid": pid, "pid_started": process_start(pid)})
+    write_json(folder / "status.json", status | {"state": "running", "stage": "training", **identity(), "pid": pid, "pid_started": process_start(pid)})
 
 
 # --- damage ---

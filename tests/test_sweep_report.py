@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from cbnb.files import quoted_cell
+from cbnb.lease import identity
 from cbnb.runs import write_json
 from cbnb.sweep import DOSE, dose_response, groups, sweep_figures, write_report_files
 from cbnb.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, SEEDS, Sweep, advice, read_sweep, specimen_run, verdicts,
@@ -220,7 +221,7 @@ def messy(tmp_path_factory):
     at = lambda beta, seed: folder / f"specimen-beta_kl{beta}-seed{seed}"
     write_json(at(0.1, 0) / "status.json", {"state": "failed", "error": f"OutOfMemoryError: {HOSTILE}", "attempt": 3})
     write_json(at(0.1, 1) / "status.json", {"state": "running", "node": None, "pid": 2**22 + 1, "attempt": 1})
-    write_json(at(0.1, 2) / "status.json", {"state": "running", **{"node": socket.gethostname(), "pid": 2**22 + 1, "pid_started": "1"}, "attempt": 1})
+    write_json(at(0.1, 2) / "status.json", {"state": "running", **identity() | {"pid": 2**22 + 1, "pid_started": "1"}, "attempt": 1})
     (at(0.5, 0) / "metrics.jsonl").write_text((at(0.5, 0) / "metrics.jsonl").read_text()[:5000] + "\n{torn\n")
     (at(0.5, 1) / "result.json").write_text('{"after": {"attack_success"')
     (at(0.5, 2) / "status.json").write_text("")
