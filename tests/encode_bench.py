@@ -55,34 +55,36 @@ def write_chats(path, n):
             f.write(json.dumps(record | words | {"id": f"chat-{i:08d}"}) + "\n")
 
 
-def run_stage(place, **given):
-    """Runs the cell "data" of train.ipynb with its parameters but for what is `given`; returns its names. Where encoding is not
-    asked for (`encoded_cache` None), each transcript is read once instead."""
+def run_stage(place, way, data):
+    """Runs the cell "data" of train.ipynb, with the parameters as they are declared, on the file `data`; returns its names. `way`:
+    `train`, with an encoded cache in the folder `place`; `read`, each transcript is read once in place of encoding; `listed`, as
+    `read`, with all transcripts in a list."""
+    import cbnb.sources
     import cbnb.store
     from cbnb.ablation import run_settings
     from cbnb.data import StreamReport
     cells = ["".join(cell["source"]) for cell in json.loads(TRAIN.read_text())["cells"] if cell["cell_type"] == "code"]
     names = {}
     exec(cells[0], names)
-    names |= given
+    names |= {"data": str(data), "encoded_cache": str(place / data.stem) if way == "train" else ""}
     parameters = {k: v for k, v in names.items() if not k.startswith("__")}
-    encode_for = cbnb.store.encode_for
-    if given["encoded_cache"] is None:
-        cbnb.store.encode_for = lambda config, name, transcripts, *_: ([], StreamReport(sum(1 for _ in transcripts)))
     names |= {"config": run_settings(parameters)[0], "parameters": parameters, "run": SimpleNamespace(path=place), "stage": lambda *_: nullcontext()}
+    if way != "train":
+        cbnb.store.encode_for = lambda config, name, transcripts, *_: ([], StreamReport(sum(1 for _ in transcripts)))
+    if way == "listed": cbnb.sources.spooled = list
     exec(next(cell for cell in cells if 'stage(run, "data")' in cell), names)
-    cbnb.store.encode_for = encode_for
     return names
 
 
 def train(n, way, place):
     """Prints seconds, transcripts and bytes at the peak over those before, of the data stage of train on `n` transcripts in a
-    file of the folder `place`. `way`: `train`, with an encoded cache there, or `read`, without encoding."""
+    file of the folder `place`; `way` as in `run_stage`."""
     place = Path(place)
+    place.mkdir(exist_ok=True)
     for name, size in (("few", 100), ("all", int(n))): write_chats(place / f"{name}.jsonl", size)
-    run_stage(place, data=str(place / "few.jsonl"), encoded_cache=str(place / "few"))
+    run_stage(place, way, place / "few.jsonl")
     before, began = peak(), time.monotonic()
-    names = run_stage(place, data=str(place / "all.jsonl"), encoded_cache=str(place / "encoded") if way == "train" else None)
+    names = run_stage(place, way, place / "all.jsonl")
     streams = names["harmful_report"], names["benign_report"]
     print(json.dumps({"transcripts": sum(r.transcripts for r in streams), "tokens": sum(r.tokens for r in streams),
                       "seconds": time.monotonic() - began, "held": peak() - before, "file": (place / "all.jsonl").stat().st_size}))
@@ -94,4 +96,4 @@ def measured(n, way, place=""):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-if __name__ == "__main__": (train if sys.argv[2] in ("train", "read") else main)(*sys.argv[1:])
+if __name__ == "__main__": (train if sys.argv[2] in ("train", "read", "listed") else main)(*sys.argv[1:])

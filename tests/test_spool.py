@@ -105,3 +105,9 @@ def test_processes_read_one_file(masker, tmp_path, monkeypatch):
             os._exit(0)
         readers.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in readers] == [0] * 4
+
+
+def test_the_mask_explorer_shows_them():
+    from cbnb.widgets.masks import as_shelf
+    shelf = as_shelf(spooled(chats := make_transcripts("plain", 5)))
+    assert shelf.at(4) == chats[3] and [id for _, id, _ in shelf.listing] == [t.id for t in chats] and not shelf.more
