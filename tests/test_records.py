@@ -1,6 +1,6 @@
 """One bad run never hides the others: a finished run of the tiny agent (tests/finished), one of whose files is damaged, beside two whole ones, read by all
 that reads runs: the rows of `cbnb status` and `cbnb ablate`, the report, the page of a sweep, dashboards, explorers, evaluation."""
-import contextlib, json, os, random, shutil, socket, tempfile
+import contextlib, json, os, random, shutil, tempfile
 from pathlib import Path
 
 import pytest

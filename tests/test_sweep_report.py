@@ -1,5 +1,5 @@
 """`cbnb report` and its verdicts: they keep to their figures, a failure never helps, nothing of a stranger's runs, and the page opens anywhere."""
-import json, math, random, re, shutil, socket, struct, sys, time, zlib
+import json, math, random, re, shutil, struct, sys, time, zlib
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
