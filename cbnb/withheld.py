@@ -278,5 +278,5 @@ def tidy(folder):
                     f.seek(len(text[:start].encode()))
                     f.write(b"*" * len(text[start:end].encode()))
         except FileNotFoundError: continue
-        except (OSError, UnicodeDecodeError): told.append(f"{path} holds the value of a secret variable and cannot be written to: delete it")
+        except (OSError, UnicodeDecodeError): told.append(f"{path} holds the value of a secret variable and is no text that can be changed: delete it")
     return told
