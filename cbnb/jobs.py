@@ -27,8 +27,8 @@ from pathlib import Path
 from .ablation import check_prepared, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
 from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
-from .lease import Held, NotOwn, check_own, give_back, judge, take_lease
-from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, read_record,
+from .lease import Held, NotOwn, check_own, give_back, take_lease
+from .runs import (Run, RunError, close_run, code_state, fresh_folder, named_state, now, parameters_hash, read_record,
                        read_status, set_status, still_running, write_bytes, write_json)
 
 # %% ../nbs/11b_jobs.ipynb #26878996
@@ -61,7 +61,7 @@ def interrupts():
 def kill_run(process, path):
     "Ends a papermill `process` and the kernel of its run directory `path` at once; a run that had begun is interrupted then."
     status = read_quietly(path)[0]
-    if judge({"token": "", **status}, 0) == "live":
+    if named_state(status) == "live":
         try: os.kill(status["pid"], signal.SIGKILL)
         except OSError: pass
     try: os.killpg(process.pid, signal.SIGKILL)   # its own session, see `start`

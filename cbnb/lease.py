@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEAT', 'EXPIRY', 'MAX_LEASE', 'HELD', 'RENEWING', 'process_start', 'namespace', 'identity', 'judge', 'file_clock',
-           'read_lease', 'text_of', 'claim', 'remove_over', 'Held', 'renew', 'keep_renewing', 'start_renewing',
-           'forget', 'lease_path', 'whose', 'is_mine', 'take_lease', 'give_back', 'give_all_back', 'check_lease',
-           'lease_state', 'holding', 'NotOwn', 'check_own', 'owner_here']
+           'dated_lease', 'read_lease', 'token_at', 'text_of', 'made', 'claim', 'remove_over', 'Held', 'renew',
+           'keep_renewing', 'start_renewing', 'forget', 'lease_path', 'whose', 'is_mine', 'take_lease', 'give_back',
+           'give_all_back', 'check_lease', 'lease_state', 'holding', 'NotOwn', 'check_own', 'owner_here']
 
 # %% ../nbs/03e_lease.ipynb #lease003
 import atexit
@@ -73,18 +73,29 @@ def file_clock(folder):
     except OSError: return time.time()
 
 
-def read_lease(path):
-    "`(record, age in seconds)` of the lease `path`: the record is None without one, and empty for what cannot be read or is none."
+def dated_lease(path):
+    "`(record, time of the last renewal)` of the lease `path`: the record is None without one, and empty for what cannot be read or is none; the time is None for what is no file."
     try: fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError: return None, 0.0
-    except OSError: return {}, 0.0
+    except FileNotFoundError: return None, None
+    except OSError: return {}, None
     try:
         about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode): return {}, 0.0
+        if not stat.S_ISREG(about.st_mode): return {}, None
         try: record = json.loads(os.pread(fd, MAX_LEASE, 0))
         except (OSError, ValueError, RecursionError): record = {}
-        return record if isinstance(record, dict) else {}, max(0.0, file_clock(Path(path).parent) - about.st_mtime)
+        return record if isinstance(record, dict) else {}, about.st_mtime
     finally: os.close(fd)
+
+
+def read_lease(path):
+    "`(record, age in seconds)` of the lease `path`, as `dated_lease` reads it; the age takes a file to be made."
+    record, renewed = dated_lease(path)
+    return record, 0.0 if renewed is None else max(0.0, file_clock(Path(path).parent) - renewed)
+
+
+def token_at(path):
+    "The token of the lease `path`, None without one: read at each line that a run writes, so nothing is made for it."
+    return (dated_lease(path)[0] or {}).get("token")
 
 # %% ../nbs/03e_lease.ipynb #lease015
 def text_of(record):
@@ -92,29 +103,33 @@ def text_of(record):
     return json.dumps(record | {"beat": f"{record['beat']:012}"}).encode() + b"\n"
 
 
-def claim(path, record):
-    "Makes the lease `path` with the dict `record`; returns its file descriptor, or None where a file is there already."
-    flags, own = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, f"{path}.{record['token']}"
-    fd = os.open(own, flags, 0o600)
+def made(path, record):
+    "Makes the file `path`, which must not be there, with the dict `record`, on the disk; returns its file descriptor. A file that cannot be written is removed again."
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.write(fd, text_of(record))
         os.fsync(fd)
-        try: os.link(own, path)
-        except FileExistsError: linked = os.fstat(fd).st_nlink == 2   # a network file system may have done it and lost the answer
-        except OSError: linked = None
-        else: linked = True
     except BaseException:
         os.close(fd)
+        os.unlink(path)
         raise
-    finally: os.unlink(own)
-    if linked: return fd
-    os.close(fd)
-    if linked is False: return None
-    try: fd = os.open(path, flags, 0o600)
-    except FileExistsError: return None
-    os.write(fd, text_of(record))
-    os.fsync(fd)
     return fd
+
+
+def claim(path, record):
+    "Makes the lease `path` with the dict `record`; returns its file descriptor, or None where a file is there already."
+    fd = made(own := f"{path}.{record['token']}", record)
+    try:
+        os.link(own, path)
+        return fd
+    except FileExistsError:
+        if os.fstat(fd).st_nlink == 2: return fd   # a network file system has done it and lost the answer
+        os.close(fd)
+        return None
+    except OSError: os.close(fd)
+    finally: os.unlink(own)
+    try: return made(path, record)
+    except FileExistsError: return None
 
 # %% ../nbs/03e_lease.ipynb #lease018
 def remove_over(path, over, record):
@@ -126,12 +141,12 @@ def remove_over(path, over, record):
         try: os.rename(guard, aside)
         except FileNotFoundError: return
         try:
-            if (read_lease(aside)[0] or {}).get("token") != found.get("token"): os.link(aside, guard)
+            if token_at(aside) != found.get("token"): os.link(aside, guard)
         except OSError: pass   # another has taken a guard by now
         finally: Path(aside).unlink(missing_ok=True)
         return
     try:
-        if (read_lease(path)[0] or {}).get("token") == over["token"]: os.unlink(path)
+        if token_at(path) == over["token"]: os.unlink(path)
     finally:
         os.close(fd)
         os.unlink(guard)
@@ -195,7 +210,7 @@ def whose(record):
 
 def is_mine(path):
     "Whether this process holds the lease `path`, and nobody has taken its place."
-    return path in HELD and (read_lease(path)[0] or {}).get("token") == HELD[path][1]["token"]
+    return path in HELD and token_at(path) == HELD[path][1]["token"]
 
 
 def take_lease(folder, name=".lease", wait=0.0, tell=print):
@@ -246,7 +261,7 @@ def check_lease(folder, name=".lease"):
     "Raises `Held` where this process has held the lease of `folder` and another one has taken its place since; does nothing for one that it never took."
     path = lease_path(folder, name)
     if path in HELD and not is_mine(path):
-        raise Held(f"{folder} was taken over by a process on {whose(read_lease(path)[0])}, since this one had not renewed its lease: nothing more is written there")
+        raise Held(f"{folder} was taken over by a process on {whose(dated_lease(path)[0])}, since this one had not renewed its lease: nothing more is written there")
 
 
 def lease_state(folder, name=".lease"):

@@ -8,12 +8,12 @@ __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'RESERVED', 'ENDING', 'PLAIN', 
            'refuse_secrets', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'json_text', 'write_json',
            'read_json', 'read_record', 'holds', 'is_full_disk', 'full_disk_words', 'reserve', 'release', 'project_root',
            'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state',
-           'holds_running_cell', 'find_notebook', 'still_running', 'hold', 'Run', 'now', 'stop_requested',
-           'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error', 'private_umask',
-           'stage', 'refusal', 'in_plain', 'safe_output', 'is_unused', 'close_run', 'whole_lines', 'append_line',
-           'append_metrics', 'checked_lines', 'read_lines', 'read_metrics', 'log_rows', 'truncate_metrics',
-           'write_result', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'check_unshared', 'record_code',
-           'open_run', 'open_directory']
+           'holds_running_cell', 'find_notebook', 'named_state', 'still_running', 'hold', 'Run', 'now',
+           'stop_requested', 'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error',
+           'private_umask', 'stage', 'refusal', 'in_plain', 'safe_output', 'is_unused', 'close_run', 'whole_lines',
+           'append_line', 'append_metrics', 'checked_lines', 'read_lines', 'read_metrics', 'log_rows',
+           'truncate_metrics', 'write_result', 'check_same_parameters', 'has_checkpoint', 'next_attempt',
+           'check_unshared', 'record_code', 'open_run', 'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -40,7 +40,7 @@ from pathlib import Path
 import cbnb
 from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
-from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, give_back, holding, identity, is_mine, judge, lease_path, lease_state, read_lease, take_lease, whose
+from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
@@ -341,19 +341,24 @@ def find_notebook(name):
     return next((path for folder in folders if (path := folder / f"{name}.ipynb").is_file()), None)
 
 # %% ../nbs/10_runs.ipynb #b2677d40
+def named_state(status):
+    "What `cbnb.lease.judge` says of the process that a `status` (dict) names, where there is no lease."
+    return judge({"token": "", **status}, 0)
+
+
 def still_running(path, status):
     """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
     that, the process that `status` names. Only a proof counts as no (`cbnb.lease.judge`)."""
     state = lease_state(path)
     if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
-    return (judge({"token": "", **status}, 0) if state is None else state) in ("live", "fresh", "unreadable")
+    return (named_state(status) if state is None else state) in ("live", "fresh", "unreadable")
 
 
 def hold(path):
     "Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works on it."
     try: take_lease(path)
     except Held as e:
-        record = read_lease(lease_path(path))[0]
+        record = dated_lease(lease_path(path))[0]
         raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
                        "its last sign of life" if record else str(e)) from None
 
@@ -600,9 +605,10 @@ def log_rows(path):
 
 # %% ../nbs/10_runs.ipynb #a20f8372
 def truncate_metrics(run, step):
-    """Drops the rows of the run's metrics.jsonl beyond `step`, the one that is resumed from; returns how many. Rewritten atomically."""
+    """Drops the rows of the run's metrics.jsonl beyond `step`, the one that is resumed from, or all of them for a `step` below 0; returns how many. Rewritten
+    atomically. Raises `RunError` for a log to go on with that has a line which cannot be read: it would be lost."""
     path = run.path / "metrics.jsonl"
-    rows, _ = log_rows(run.path)
+    rows = read_metrics(path) if step >= 0 else log_rows(run.path)[0]   # of a log that begins anew nothing is kept
     kept = [row for row in rows if row["step"] <= step]
     if path.exists(): write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return len(rows) - len(kept)

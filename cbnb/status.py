@@ -15,9 +15,9 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .lease import judge as judge_lease, lease_state
+from .lease import lease_state
 from .records import RecordError, record_of, regular_file
-from .runs import RunError, holds, read_record, read_status, runs_folder
+from .runs import RunError, holds, named_state, read_record, read_status, runs_folder
 
 # %% ../nbs/11a_status.ipynb #12196f1c
 def is_run(path):
@@ -106,7 +106,7 @@ def judge(status, entry, answers, submitted=None, held=False, lease=None):
         return state, "squeue does not answer", False
     if state == "running":
         where = f"{status.get('node')}, pid {status.get('pid')}"
-        lease = lease or judge_lease({"token": "", **status}, 0)   # a lease that was removed leaves the process that the status names
+        lease = lease or named_state(status)   # a lease that was removed leaves the process that the status names
         if lease in ("live", "mine"): return "running", "", False
         if lease == "over": return "lost", f"its process is gone ({where})", True
         if status.get("job"): return "lost", f"job {status['job']} is not in the queue", True

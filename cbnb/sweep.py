@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'L
            'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'grid', 'trace',
            'conditions', 'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups',
            'dose_response', 'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline',
-           'comparison_cells', 'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'earlier_files', 'check_own',
+           'comparison_cells', 'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'earlier_files', 'check_listed',
            'write_report_files', 'write_sweep', 'newest_sweep']
 
 # %% ../nbs/12b_sweep.ipynb #6a6136ef
@@ -484,7 +484,7 @@ def earlier_files(folder: Path) -> dict[str, str]:
     return {name: str(digest) for name, digest in listed.items() if Path(name).name == name} if isinstance(listed, dict) else {}
 
 
-def check_own(folder: Path, names) -> dict[str, str]:
+def check_listed(folder: Path, names) -> dict[str, str]:
     "The `earlier_files` of `folder`. Raises RunError where one of `names` is taken there by a file that no report has listed."
     listed = earlier_files(folder)
     if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
@@ -494,8 +494,8 @@ def check_own(folder: Path, names) -> dict[str, str]:
 
 def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
     """Writes `files`, `{name: bytes}`, to `folder` in their order, all or none (`cbnb.files.write_files`), with a report.json that lists them. Files that an earlier
-    report has listed and this one has no use for are removed, unless they were changed since. Raises RunError as `check_own` does."""
-    listed = check_own(folder, files)
+    report has listed and this one has no use for are removed, unless they were changed since. Raises RunError as `check_listed` does."""
+    listed = check_listed(folder, files)
     made = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     listing = lambda names: f"{json_text({'files': names})}\n".encode()
     write_files({folder / LISTING: listing(listed | made), **{folder / name: data for name, data in files.items()}})
@@ -510,7 +510,7 @@ def write_sweep(sweep: Sweep, folder) -> list[Path]:
     may raise). Text that a spreadsheet would take for a formula is quoted in the CSV. Without a font there are no pictures, and a note on the page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_own(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds
+    check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds
     figures, files = sweep_figures(sweep), {}
     parquet = io.BytesIO()
     sweep.frame.to_parquet(parquet, index=False)

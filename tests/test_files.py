@@ -15,7 +15,7 @@ from forked import forked
 
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those behind the first two lines write into a folder that is renamed when it is whole, or append to a log
-WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start", "sweep_lock"}, "runs": {"locked"},
+WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"},
            "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"}, "withheld": {"tidy"}}
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}   # of any object, given a path
 OTHERS = {"shutil": {"copy", "copy2", "copyfile", "copytree", "move"}, "np": {"save", "savez"}, "torch": {"save"}, "tempfile": {"mkstemp", "NamedTemporaryFile"}}
@@ -27,7 +27,7 @@ def writes(call):
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     texts = [a.value for a in [*call.args, *(k.value for k in call.keywords)] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     mode = any(set(text) <= set("rwabx+t") and set(text) & set("wax+") for text in texts)
-    flags = owner == "os" and "O_CREAT" in ast.unparse(call)
+    flags = owner == "os" and ("O_CREAT" in ast.unparse(call) or any(isinstance(a, ast.Name) for a in call.args[1:2]))   # flags by a name may hold it
     return name if (name in ("open", "fdopen") and (mode or flags) or name in WRITES and owner and call.args or name == "save_file" or name in OTHERS.get(owner, ())) else ""
 
 
