@@ -44,7 +44,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .files import new_file
-from .reading import MAX_ENTRIES, Limited, check_regular, open_regular, read_stream
+from .reading import MAX_ENTRIES, InputError, Limited, check_regular, open_regular, read_stream
 
 # %% ../nbs/00_transcripts.ipynb #93090dc5
 class TranscriptError(ValueError):
@@ -1012,11 +1012,11 @@ def first_bytes(path, of):
 
 def open_file(path):
     """The file at `path` as a binary stream, unpacked where a room has added its packing to `PACKED`. What is no regular file, and what unpacks to
-    more than `MAX_UNPACKED` times its size and `MAX_UNPACKED_BYTES`, raises OSError."""
+    more than `MAX_UNPACKED` times its size and `MAX_UNPACKED_BYTES`, raises InputError."""
     start = first_bytes(path, PACKED)
     if not start: return read_stream(path)
     most = max(MAX_UNPACKED * check_regular(path).st_size, MAX_UNPACKED_BYTES)
-    return io.BufferedReader(Limited(PACKED[start](read_stream(path)), most, f"unpacks to over {most:,} bytes, which no transcripts do"), CHUNK)
+    return io.BufferedReader(Limited(PACKED[start](read_stream(path)), most, f"unpacks to over {most:,} bytes, which no transcripts do; unpack it"), CHUNK)
 
 
 def open_text(path):
@@ -1026,7 +1026,7 @@ def open_text(path):
 # %% ../nbs/00_transcripts.ipynb #adef125f
 def read_lines(path):
     """Yields `(line number, bytes)` of the non-blank lines of `path`, one at a time; a line over `MAX_LINE_BYTES` is cut to one byte more.
-    Raises OSError where a line, or blank ones, go on for over `MAX_GAP_BYTES`."""
+    Raises InputError where a line, or blank ones, go on for over `MAX_GAP_BYTES`."""
     with open_file(path) as f:
         number = gap = 0
         while line := f.readline(MAX_LINE_BYTES + 1):
@@ -1035,7 +1035,7 @@ def read_lines(path):
             while len(end) > MAX_LINE_BYTES and not end.endswith(b"\n") and gap <= MAX_GAP_BYTES:
                 end = f.readline(MAX_LINE_BYTES + 1)  # skip the rest of a long line
                 gap += len(end)
-            if gap > MAX_GAP_BYTES: raise OSError(errno.EFBIG, f"has no line to read in {MAX_GAP_BYTES:,} bytes, up to line {number}")
+            if gap > MAX_GAP_BYTES: raise InputError(errno.EFBIG, f"has no line to read in {MAX_GAP_BYTES:,} bytes, up to line {number}; name another file")
             if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 gap = 0
@@ -1207,7 +1207,8 @@ def read_records(path, name=None):
         need(kind is None, name, f"is {BINARY.get(kind)}, which cannot be read; save it as JSONL (UTF-8), one record a line")
         yield from read_text_records(path, name)
     except (OSError, EOFError, zlib.error) as e:
-        if getattr(e, "errno", None): raise TranscriptError(f"{name}: {e.strerror}; name another file") from None
+        if isinstance(e, InputError): raise TranscriptError(f"{name}: {e.strerror}") from None
+        if isinstance(e, OSError) and e.filename: raise TranscriptError(f"{name}: cannot be opened ({e.strerror}); ask its owner, or leave it out") from None
         raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 # %% ../nbs/00_transcripts.ipynb #d5e11699
