@@ -31,6 +31,7 @@ from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check
 from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
+from .reading import InputError, read_text, sha256
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
@@ -51,8 +52,9 @@ def read_notebook(path, limit=50_000_000):
     "The notebook at `path` as a dict. Raises `RunError` for one that is missing, over `limit` bytes, or no notebook."
     try:
         if os.stat(path).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+        notebook = json.loads(read_text(path, limit))
         if not all(isinstance(cell, dict) for cell in notebook["cells"]): raise TypeError
+    except InputError as e: raise RunError(str(e)) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as e: raise RunError(f"{path} is no readable notebook ({type(e).__name__})") from None
     return notebook
 
@@ -106,7 +108,7 @@ def read_spec(path):
     path = Path(path)
     try:
         if path.stat().st_size > MAX_SPEC: raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
-        spec = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)   # safe: a SafeLoader
+        spec = yaml.load(read_text(path, MAX_SPEC), StrictLoader)   # safe: a SafeLoader
     except OSError as e: raise RunError(f"the spec {path} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
@@ -270,8 +272,7 @@ def content_hash(path, cache):
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
             about = file.stat()
             if path.is_dir() and about.st_size > 64 << 20: content = f"{about.st_size} {about.st_mtime_ns}"
-            else:
-                with open(file, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+            else: content = sha256(file)
             total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{content}\n".encode())
         cache[path] = total.hexdigest()
     return cache[path]
@@ -308,7 +309,7 @@ def label(values, varied, limit=44):
 
 def clean_notebook(path):
     "The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises `RunError`, naming the cell, for code that holds a secret: it would be another."
-    clean = scrub(path.read_text(encoding="utf-8"))
+    clean = scrub(read_text(path))
     for number, (cell, cleaned) in enumerate(zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True), 1):
         if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
             raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is copied into each run directory: read it from the environment there")

@@ -17,6 +17,7 @@ from torch import nn
 from .config import ConfigError
 from .loaders import ADAPTER_FILES
 from .models import largest_rank, teacher_mode
+from .reading import check_regular
 
 # %% auto #0
 __all__ = ['INTEGERS', 'plain_logits', 'difference', 'bit_sum', 'Plain', 'as_plain', 'check_off', 'check_on', 'check_size',
@@ -101,7 +102,8 @@ def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
     ranks = [r for r in (getattr(config, "r", 0), getattr(config, "init_r", 0), *(getattr(config, "rank_pattern", None) or {}).values()) if isinstance(r, int)]
     if max(ranks, default=0) > largest:
         raise ConfigError(f"the adapter {folder} has rank {max(ranks):,}, and no matrix of the model can have more than {largest:,}: is it for another model?")
-    with safe_open(Path(folder) / ADAPTER_FILES[1], "pt") as file: size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+    check_regular(path := Path(folder) / ADAPTER_FILES[1])
+    with safe_open(path, "pt") as file: size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     whole = sum(p.numel() for p in base.parameters())
     if size > whole: raise ConfigError(f"the adapter {folder} holds {size:,} numbers, and the whole model {whole:,}: that is no adapter of this model")
 

@@ -20,6 +20,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import find_adapter_config_file
 
 from .config import TINYAGENT, ConfigError
+from .reading import check_folder, check_regular, read_text
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config', 'read_tokenizer',
@@ -35,7 +36,7 @@ def resolve_model(name_or_path: str) -> str:
         return str(TINYAGENT)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return str(path)
+        return str(check_folder(path))
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise FileNotFoundError(f"{name_or_path}: no such model folder; give an existing folder, a hub id such as 'org/name', or 'tinyagent'.")
     return name_or_path
@@ -159,7 +160,8 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
     """peft's configuration of the adapter in `folder`. Raises ConfigError where it is none that peft knows, where it names a module to import, unless
     `trust_remote_code`, and where it names adapters to load beside it."""
     path = Path(folder) / ADAPTER_FILES[0]
-    try: settings = json.loads(path.read_text(encoding="utf-8"))
+    check_folder(folder)
+    try: settings = json.loads(read_text(path))
     except (ValueError, RecursionError): settings = None
     if not isinstance(settings, dict): raise ConfigError(f"{path} is no JSON object; save the adapter again.")
     if str(settings.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING: raise ConfigError(f"{path} names the peft_type {settings.get('peft_type')!r:.80}, which peft does not know.")
@@ -176,5 +178,5 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
 
 def fill_adapter(student: PeftModel, folder: str | Path, name: str):
     "Loads the weights in `folder` into the adapter `name` of `student`, from safetensors alone; returns which keys were missing and which unexpected."
-    if not (Path(folder) / ADAPTER_FILES[1]).is_file(): raise FileNotFoundError(f"{folder} has no {ADAPTER_FILES[1]}")  # else peft takes pickled ones
+    check_regular(Path(folder) / ADAPTER_FILES[1])  # else peft takes pickled ones
     return student.load_adapter(folder, name, torch_device=str(student.device))

@@ -23,7 +23,6 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_GAP_BYTES', 'MAX_UNPACKED', 'MAX_UNPACKED_BYTE
            'read_transcripts', 'to_record', 'write_transcripts']
 
 # %% ../nbs/00_transcripts.ipynb #d6bda457
-import contextlib
 import copy
 import difflib
 import errno
@@ -1310,7 +1309,7 @@ def of_format(records, format, path):
 
 # %% ../nbs/00_transcripts.ipynb #97b02704
 MAX_SKIPPED = 1000  # error sentences kept in memory
-MAX_BAD = 10_000  # records that may be bad before their share is looked at while the file is read
+MAX_BAD = 10_000  # bad records; more of them end the reading where they are more than the good ones
 MAX_WORDS = 1000  # characters of an error sentence that is kept
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")  # of a folder's files
 
@@ -1334,10 +1333,9 @@ class TranscriptReader:
     samples and traces which stood before and of transcripts of a folder that stand in two of its files,
     `renamed` that of transcripts whose id stands in another file too, `left_out` that of records by the
     cause for which their format leaves them out of a folder, and `formats` that of records read, by format.
-    `max_skipped` is the share of the records that may be bad: it is looked at from `MAX_BAD` bad ones on."""
+    More than `MAX_BAD` bad records that are more than the good ones raise `TooManyBad`."""
     def __init__(self, path, format, label, on_error, relabel=None):
         self.path, self.format, self.label, self.on_error, self.relabel = Path(path), format, label, on_error, relabel
-        self.max_skipped = 0.5
         self.start()
 
     @property
@@ -1351,15 +1349,15 @@ class TranscriptReader:
         self.contradictions, self.record_count, self.left_out, self.formats = Counter(), 0, Counter(), Counter()
 
     def skip(self, error):
-        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises the last one, a TranscriptError that says so, where the
-        share of bad records is above `max_skipped` so far."""
+        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over `MAX_BAD` records are bad so far,
+        and fewer are good."""
         self.skipped_count += 1
-        if len(str(error)) > MAX_WORDS: error = type(error)(f"{str(error)[:MAX_WORDS]}…")
+        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{str(error)[:MAX_WORDS]}…")
         if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
         good = self.formats.total()
-        if self.skipped_count > max(MAX_BAD, self.max_skipped * (good + self.skipped_count)):
+        if self.skipped_count > max(MAX_BAD, good):
             raise TooManyBad(f"{self.shown_name}: {self.skipped_count:,} of the first {good + self.skipped_count:,} records cannot be read, so the rest "
-                             f"is not looked at; the last: {error}")
+                             f"is not looked at; mend them or take them out; the first: {self.skipped[0]}")
         return error
 
     def convert(self, format, record, where, default_id, name):
@@ -1374,15 +1372,16 @@ class TranscriptReader:
             return found
 
     def all_contradictions(self, first):
-        """The TranscriptError that counts the contradictions of all files by reading them again, and gives
-        the `first`."""
-        reader = copy.copy(self)
+        """The TranscriptError that counts the contradictions of all files by reading them again, as far as skipping reads
+        them, and gives the `first`."""
+        reader, part = copy.copy(self), ""
         reader.on_error, reader.relabel = "skip", None
-        with contextlib.suppress(TooManyBad):
+        try:
             for _ in TranscriptReader.records(reader, empty=True): pass
+        except TooManyBad: part = "the first "
         files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
         more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
-        return TranscriptError(f"{first} ({reader.contradictions.total():,} of {reader.record_count:,} records contradict themselves: {', '.join(files[:5])}{more})")
+        return TranscriptError(f"{first} ({reader.contradictions.total():,} of {part}{reader.record_count:,} records contradict themselves: {', '.join(files[:5])}{more})")
 
     def drop_repeats(self, found, default_id, seen):
         """`found` without transcripts that stood before in this file, equal in all (but for an id that
@@ -1486,8 +1485,8 @@ def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=
 
     `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of
     records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
-    bad records in `.skipped` and warns at the end; over `MAX_BAD` of them that are more than half of all so far end it. A record whose fields contradict each other is an error
-    that counts all of them; `relabel="source"` reads those whose source measured a verdict by that, counts
+    bad records in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
+    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source measured a verdict by that, counts
     them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
     TranscriptError with file, line and field; ValueError for a wrong argument."""
     for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),

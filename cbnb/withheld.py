@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, quote_plus, unquote
 
+from .reading import read_bytes, read_text
+
 # %% ../nbs/03d_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|passphrase|secret|credentials?|api_?key|access_key|private_key)(?:_|$)", re.IGNORECASE)
 SURE = re.compile(r"(?:TOKENS?|PASSWORDS?|PASSWD|PASSPHRASE|SECRETS?|CREDENTIALS?|API_?KEYS?|(?:ACCESS|ACCOUNT|SECRET|PRIVATE|SHARED|STORAGE|SIGNING|MASTER)_?KEY)(?:_|$)"
@@ -91,7 +93,7 @@ FILES = {"HF_TOKEN_PATH": ("~/.cache/huggingface/token", "~/.cache/huggingface/s
 @functools.lru_cache(maxsize=64)
 def file_secrets(path, changed, size):
     "The secrets (tuple of str) in the small file `path`; `changed` and `size` are for the cache. Empty for one that cannot be read."
-    try: text = Path(path).read_text(encoding="utf-8")
+    try: text = read_text(path)
     except (OSError, ValueError): return ()
     return (text.strip(),) if len(text.split()) == 1 and "=" not in text.strip("=\n ") else tuple(inner_secrets(text))
 
@@ -271,7 +273,7 @@ def tidy(folder):
     for path, about in own_files(folder) if needles else ():
         if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST or (path.parent / "manifest.json").exists(): continue
         try:
-            if not any(needle in (data := path.read_bytes()) for needle in needles): continue
+            if not any(needle in (data := read_bytes(path)) for needle in needles): continue
             text = data.decode()
             with open(path, "r+b") as f:
                 for start, end in places(text):
