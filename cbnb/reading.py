@@ -39,7 +39,7 @@ def check_about(about, path):
     "Returns `about`, an `os.stat_result` of `path`. Raises InputError unless it is that of a regular file on a disk."
     kind = "" if stat.S_ISREG(about.st_mode) else KINDS.get(stat.S_IFMT(about.st_mode), "something else")
     if not kind and file_system(about.st_dev) in MADE_UP: kind = "made up by the system while it is read"
-    if kind: raise InputError(errno.EINVAL, f"is {kind} and no regular file; name a regular file", str(path))
+    if kind: raise InputError(errno.EINVAL, f"is {kind}, no regular file; name a regular file", str(path))
     return about
 
 
