@@ -84,13 +84,13 @@ class Ended(Exception): "The process ended, or was ended; the text says why, as 
 
 
 def exchange(data, deadline):
-    "The answer of the process to the frame `data`. Raises Ended, also where `deadline` (as of time.monotonic) has passed."
+    "The answer of the process to the frame `data`. Raises EOFError where it has ended, TimeoutError where `deadline` (as of time.monotonic) has passed."
     process, left, got, size, poll = started(), memoryview(data), bytearray(), None, select.poll()
     poll.register(process.stdin, select.POLLOUT)
     poll.register(process.stdout, select.POLLIN)
     while size is None or len(got) < size + 8:
         ready = poll.poll(max(0, 1000 * (deadline - time.monotonic())))
-        if not ready: raise Ended(f"runs for over {MAX_RENDER_SECONDS:g} seconds")
+        if not ready: raise TimeoutError
         for number, _ in ready:
             if number == process.stdin.fileno():
                 try: left = left[os.write(number, left):]
@@ -114,12 +114,16 @@ def why_ended(status):
 def ask_process(requests):
     """Answers of the process to `requests`, a list of (kind, arguments). Raises Ended where a template took too much.
 
-    Where the process ended for another reason, or had used up its memory on what came before, a new one is asked once more."""
+    Where the process ended for another reason, was stopped with the whole job for hours, or had used up its memory on what came before, a new one is
+    asked once more."""
     data, patience = frame((MAX_RENDER_SECONDS, requests)), 30 + 20 * MAX_RENDER_SECONDS * len(requests)
     if len(data) > MAX_FRAME_BYTES: raise Ended(f"is given over {MAX_FRAME_BYTES} bytes")
     with LOCK:
         for last in (False, True):
             try: return exchange(data, time.monotonic() + patience)
+            except TimeoutError:
+                end(0)
+                if last: raise Ended(f"runs for over {MAX_RENDER_SECONDS:g} seconds") from None
             except EOFError:
                 status = end()
                 if last or status == -signal.SIGPROF: raise Ended(why_ended(status)) from None

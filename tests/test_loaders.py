@@ -23,6 +23,8 @@ ALLOWED = {  # what is not the door, and why
     "cbnb/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},  # the door
     "cbnb/fetch.py": {"snapshot_download"},                      # cbnb fetch: files by pattern, none of them Python
     "cbnb/spool.py": {"pickle", "loads"},                         # of a file without a name, which this process alone has written
+    "cbnb/rendering.py": {"pickle", "load"},                     # plain values alone: PlainUnpickler knows no class
+    "cbnb/templates.py": {"pickle"},                             # its errors; what it reads goes through PlainUnpickler
     "cbnb/packed.py": {"load_dataset", "load_from_disk"},        # of datasets from 5 on, which runs no scripts and reads no pickles
     "cbnb/ablation.py": {"load"},                                # yaml, by a SafeLoader
     "cbnb/cli.py": {"import_module"},                            # --policy module:function, which the user names

@@ -169,9 +169,78 @@ def test_a_process_that_neither_works_nor_ends_is_killed(monkeypatch):
     render(BY_NUMBER, numbered(1))
     stopped = started()
     os.kill(stopped.pid, signal.SIGSTOP)
-    with pytest.raises(templates.Ended, match="runs for over"): templates.exchange(b"", time.monotonic() + 0.1)
+    with pytest.raises(TimeoutError): templates.exchange(b"", time.monotonic() + 0.1)
     templates.end(0)
     assert stopped.returncode == -signal.SIGKILL and render(BY_NUMBER, numbered(2)) == "user xx;"
+
+
+def handles(): return sorted(os.listdir("/proc/self/fd"))
+
+
+def test_a_process_that_is_killed_costs_no_answer_and_leaves_nothing(monkeypatch):
+    "Between two requests, and in the middle of one; each time another process goes on, and no descriptor, no child and no file is left."
+    templates.end()
+    before, files = handles(), set(os.listdir("/tmp"))
+    for _ in range(3):
+        render(BY_NUMBER, numbered(1))
+        os.kill(started().pid, signal.SIGKILL)
+        assert render(BY_NUMBER, numbered(2)) == "user xx;"
+    wait, killed = templates.exchange, []
+    def in_the_middle(data, deadline):
+        if not killed:
+            killed.append(started().pid)
+            threading.Timer(0.1, os.kill, (killed[0], signal.SIGKILL)).start()
+        return wait(data, deadline)
+    monkeypatch.setattr(templates, "exchange", in_the_middle)
+    slow = "{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}{{ messages | length }}"
+    assert ask(slow, "render", *[(ASKED,)] * 8) == ["1"] * 8 and started().pid != killed[0]
+    templates.end()
+    assert handles() == before and not {f for f in set(os.listdir("/tmp")) - files if "cbnb" in f}
+    with pytest.raises(ProcessLookupError): os.kill(killed[0], 0)
+
+
+def test_a_process_that_dies_of_every_request_is_said(monkeypatch):
+    wait = templates.exchange
+    def dying(data, deadline):
+        os.kill(started().pid, signal.SIGKILL)
+        return wait(data, deadline)
+    monkeypatch.setattr(templates, "exchange", dying)
+    with pytest.raises(MaskError, match=r"it ends its process \(status -9\); change the transcript"): render(BY_NUMBER + "{# dies #}", numbered(1))
+
+
+def test_a_job_that_was_stopped_for_hours_goes_on(monkeypatch):
+    "SLURM suspends a job with all its processes: afterwards the time of the wall is over, and no template is to blame."
+    wait, late = templates.exchange, []
+    def once(data, deadline):
+        if late: return wait(data, deadline)
+        late.append(True)
+        os.kill(started().pid, signal.SIGSTOP)
+        return wait(data, time.monotonic() + 0.1)
+    monkeypatch.setattr(templates, "exchange", once)
+    assert render(BY_NUMBER, numbered(3)) == "user xxx;" and templates.tally(BY_NUMBER)[1] <= 1
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+def test_the_end_of_its_owner_at_work_leaves_none_behind(number):
+    "Ctrl-C in a terminal, the shutdown of a kernel, a job that is killed: while a template is running, which then ends, too."
+    program = "from cbnb import templates\nfrom cbnb.templates import *\ntemplates.MAX_RENDER_SECONDS = 0.5\nprint(started().pid, flush=True)\nrender('{{ 9 ** (10 ** 8) }}', [])"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as owner:
+        pid = int(owner.stdout.readline())
+        time.sleep(0.3)
+        os.killpg(owner.pid, number)
+    gone(pid)
+
+
+def gone(pid):
+    "Waits until the process `pid` has ended, longer than a template may run."
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                if f.read().rsplit(")", 1)[1].split()[0] == "Z": return   # ended, and not yet waited for by whoever adopted it
+        except (FileNotFoundError, ProcessLookupError): return
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} is still there")
 
 
 def test_it_ends_with_its_owner():
@@ -180,14 +249,7 @@ def test_it_ends_with_its_owner():
         pid = int(owner.stdout.readline())
         os.kill(pid, 0)
         owner.kill()
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        try: os.kill(pid, 0)
-        except ProcessLookupError: return
-        with open(f"/proc/{pid}/stat") as f:
-            if f.read().rsplit(")", 1)[1].split()[0] == "Z": return  # ended, and not yet waited for by whoever adopted it
-        time.sleep(0.02)
-    raise AssertionError(f"process {pid} is still there")
+    gone(pid)
 
 
 def test_what_is_no_json_is_refused_and_runs_no_code():
