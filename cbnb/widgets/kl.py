@@ -272,7 +272,8 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10, note=""):
             said = [note, *left_out(encoded, config, transcript.label), *training_drops(transcript, masker, policy, config)]
             passed = compare(student, encoded.input_ids, teacher)
             kept.clear()
-            kept[chosen] = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said))), *passed
+            about = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said)))
+            kept[chosen] = about, *passed
         about, target, sides = kept[chosen]
         divergence = diverge(target, sides, about["encoded"].input_ids, temperature, k)
         vocabulary = target.head(target.hidden[:1]).shape[1]
@@ -291,7 +292,8 @@ def left_out(encoded, config, label):
 
 
 def training_drops(transcript, masker, policy, config):
-    "A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and why; empty where it takes all."
+    """A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and
+    why; empty where it takes all."""
     try: turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
     except MaskError as e: return [f"Training refuses this transcript: {e}."]
     rows = [training_row(e, transcript, policy, config.max_length, config.truncation, config.lost_context) for e in turns]

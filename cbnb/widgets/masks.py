@@ -614,12 +614,14 @@ class ExplorerBox:
         self.length = field(ipywidgets.BoundedIntText, "cut to", "9em", min=0, max=2**31 - 1, tooltip="tokens of a row; 0: as long as it is")
         self.side = field(ipywidgets.Dropdown, "keeping", "12em", options=[*SIDES], tooltip="targets: up to the last one; left, right: what is cut")
         self.control = field(ipywidgets.Dropdown, "control tokens", "14em", options=[*CONTROL_MODES], tooltip="in what users and tools say")
-        self.adapt = field(ipywidgets.Text, "adapt", "22em", continuous_update=False, placeholder="split_calls,move_system,…", tooltip=", ".join(ADAPTATIONS))
+        self.adapt = field(ipywidgets.Text, "adapt", "22em", continuous_update=False, tooltip=", ".join(ADAPTATIONS),
+                           placeholder="split_calls,move_system,…")
         return row(self.model, self.label, self.length, self.side, self.control, self.adapt)
 
     def listen(self):
         "Connects the widgets with the explorer's settings."
-        chosen = {self.pick: "number", self.number: "number", self.model: "model", self.side: "side", self.control: "control", self.adapt: "adapt"}
+        chosen = {self.pick: "number", self.number: "number", self.model: "model", self.side: "side",
+                  self.control: "control", self.adapt: "adapt"}
         for widget, name in chosen.items():
             widget.observe(lambda change, name=name: change["new"] is not None and self.choose(**{name: change["new"]}), "value")
         self.label.observe(lambda change: self.choose(label=change["new"] or None), "value")
