@@ -159,12 +159,12 @@ def cores() -> int:
 # %% ../nbs/05b_store.ipynb #f4e61148
 def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker, policy: str, name: str = "stream",
                   processes: int | None = None, **how) -> tuple[StoredSamples, StreamReport]:
-    """`encode_stream` with its samples in a folder of `place`: found there under their `stream_key`, or made by
-    `processes` (None: one for each core that this process may use).
+    """`encode_stream` with its samples in a folder of `place`: found there under their `stream_key`, or made
+    by `processes` (None: one for each core that this process may use).
 
-    `transcripts` are read twice, so no iterator will do (TypeError). A folder is whole or absent; one that is
-    damaged is made anew, which is printed. `how`: arguments of `encode_stream` by name. Raises what that raises, and OSError,
-    which names the place, for a full disk: then nothing is left of it."""
+    `transcripts` are read twice, so no iterator will do (TypeError). A folder is whole or absent; one
+    that is damaged is made anew, which is printed. `how`: arguments of `encode_stream` by name. Raises
+    what that raises, and OSError, which names the place, for a full disk: then nothing is left of it."""
     if iter(transcripts) is transcripts: raise TypeError("transcripts are read twice, to name the file and to encode: give a list or a reader, no iterator")
     if not isinstance(policy, str): raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
     place = Path(place).expanduser()
