@@ -307,11 +307,14 @@ def label(values, varied, limit=44):
 
 
 def clean_notebook(path):
-    "The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises `RunError`, naming the cell, for code that holds a secret: it would be another."
+    """The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises
+    `RunError`, naming the cell, for code that holds a secret: it would be another."""
     clean = scrub(path.read_text(encoding="utf-8"))
-    for number, (cell, cleaned) in enumerate(zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True), 1):
+    cells = zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True)
+    for number, (cell, cleaned) in enumerate(cells, 1):
         if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
-            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is copied into each run directory: read it from the environment there")
+            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is "
+                           "copied into each run directory: read it from the environment there")
     return clean
 
 

@@ -314,7 +314,8 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
         again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
-    write_bytes(folder / "answers.jsonl", "".join(json.dumps(withhold(to_plain(line))) + "\n" for line in (lines | anew).values()).encode())
+    kept = withhold(to_plain(list((lines | anew).values())))
+    write_bytes(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
         if (folder / "report.html").exists(): write_run_report(folder, result)

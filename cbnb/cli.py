@@ -493,7 +493,8 @@ def parser():
 def main(argv=None):
     """Runs the command in `argv` (default: the program's arguments) and returns its exit status.
 
-    What is wrong with the input, and a full disk by its name, is one sentence on stderr; argparse exits with status 2 by itself."""
+    What is wrong with the input, and a full disk by its name, is one sentence on stderr; argparse exits
+    with status 2 by itself."""
     safe_output()   # before --help and argparse's own words
     program = parser()
     args, unknown = program.parse_known_args(argv)
@@ -508,7 +509,8 @@ def main(argv=None):
         if isinstance(e, BrokenPipeError):  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        print(f"cbnb {args.command}: {visible(scrub(full_disk_words(Path.cwd(), e) if is_full_disk(e) else str(e)))}", file=sys.stderr)
+        said = full_disk_words(Path.cwd(), e) if is_full_disk(e) else str(e)
+        print(f"cbnb {args.command}: {visible(scrub(said))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
 

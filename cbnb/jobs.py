@@ -33,7 +33,8 @@ from .runs import (Run, RunError, close_run, code_state, fresh_folder, named_sta
 
 # %% ../nbs/11b_jobs.ipynb #26878996
 def papermill(notebook, out, *arguments):
-    "The argument list that runs a notebook by papermill (`cbnb.execute`) with this Python; `arguments` as papermill takes them."
+    """The argument list that runs a notebook by papermill (`cbnb.execute`) with this Python; `arguments` as
+    papermill takes them."""
     return [sys.executable, "-m", "cbnb.execute", str(notebook), str(out), *map(str, arguments)]
 
 
@@ -75,7 +76,8 @@ def start(command, log, threads):
     terminal is ours to pass on. Its files are private."""
     environment = {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     out = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") if log else None
-    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True, umask=0o077)
+    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
+                                 start_new_session=True, umask=0o077)
     finally:
         if out: out.close()
 

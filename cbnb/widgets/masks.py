@@ -256,7 +256,8 @@ def known_bad():
 # %% ../../nbs/21_mask_explorer.ipynb #2943b9b8
 @functools.lru_cache(maxsize=4096)
 def safe_cell(text):
-    "`text` made visible and, where a spreadsheet would take it for a formula, with a ' before it (`cbnb.files.quoted_cell`)."
+    """`text` made visible and, where a spreadsheet would take it for a formula, with a ' before it
+    (`cbnb.files.quoted_cell`)."""
     return quoted_cell(visible(text))
 
 # %% ../../nbs/21_mask_explorer.ipynb #75ee4e00
