@@ -203,7 +203,8 @@ def check_settings(parameters, processes=None):
     if parameters.get("teacher_cache"): check_cached(config, parameters.get("fsdp", False))
     if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
-        try: check_layers(config, model_facts(config.model, parameters.get("trust_remote_code", False)).blocks)
+        trusted = parameters.get("trust_remote_code", False)
+        try: check_layers(config, model_facts(config.model, trusted).blocks)
         except OSError: pass   # a folder without a configuration: the run says it
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))

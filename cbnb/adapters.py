@@ -133,9 +133,10 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
 
 
 def made_with(parameters: dict, trust_remote_code: bool = False) -> CircuitBreakerConfig:
-    """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not imported, and whether code of the model
-    runs is said by who evaluates, not by them."""
-    return settings_of(parameters["preset"], {k: v for k, v in parameters.items() if k not in RUN_ONLY}, trust_remote_code)[0]
+    """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not
+    imported, and whether code of the model runs is said by who evaluates, not by them."""
+    given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
+    return settings_of(parameters["preset"], given, trust_remote_code)[0]
 
 
 def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_layers: str | None = None,
@@ -223,12 +224,13 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded.
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
-    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], parameters.get("trust_remote_code", False))
+    trusted = parameters.get("trust_remote_code", False)
+    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trusted)
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     name = asked_model(adapters, parameters)
-    if Path(name).expanduser().is_dir(): model_facts(name, parameters.get("trust_remote_code", False))  # code that comes with it is told here
+    if Path(name).expanduser().is_dir(): model_facts(name, trusted)  # code that comes with it is told here
     return adapters, name, decoding_for(adapters, **{name: parameters[name] for name in fields})
 
 # %% ../nbs/16_adapters.ipynb #c82cc13b
@@ -244,7 +246,8 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     load = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers, trust_remote_code)
-    if adapter.folder: student = load_students(base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code)
+    if adapter.folder:
+        student = load_students(base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code)
     else: student = add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
     return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)

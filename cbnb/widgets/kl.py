@@ -323,7 +323,8 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
                              tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
-    def whole(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
+    kept_as = dtype or (config.dtype if run else "float32")
+    def whole(name): return load_model(name, kept_as, trust_remote_code=trust_remote_code)
     students = load_students(whole(model), folders, real_rows(masker, [transcripts[number - 1]]), trust_remote_code)
     renew = renewer(students, masker, transcripts, config, whole(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
