@@ -9,8 +9,8 @@ __all__ = ['RECORD_BYTES', 'LOG_BYTES', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE'
            'POINT', 'ASKED', 'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES',
            'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'RecordError', 'regular_file', 'bytes_of',
            'once', 'parsed', 'wants', 'is_plain', 'plain', 'whole', 'number', 'text', 'one_of', 'flag', 'moment',
-           'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting', 'settings', 'parameter', 'count',
-           'metrics_row', 'fault', 'record_of']
+           'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting', 'settings', 'count', 'metrics_row',
+           'fault', 'record_of']
 
 # %% ../nbs/09a_records.ipynb #recim001
 import dataclasses
@@ -243,15 +243,7 @@ def settings(value, where):
         yield from whole(1)(steps, "total_steps")
 
 
-def parameter(value, where):
-    "Checks the value of a run's parameter: null, true, false, a number, text, or a list of these."
-    parts = value if isinstance(value, list) else [value]
-    if any(isinstance(part, (dict, list)) or isinstance(part, str) and len(part) > PAGE for part in parts):
-        yield wants(where, "a number, text, true, false or a list of them", value)
-    else: yield from plain(value, where)
-
-
-PARAMETERS = mapping(parameter)
+PARAMETERS = mapping(plain)
 READ = ("preset", "model", "teacher", "adapter", "second_adapter", "dtype", "quantize", "data", "eval_data",
         "heldout_by", "relabel", "on_error", "tools", "control", "tool_call_format", "adapt", "chat_template",
         "template_variables")

@@ -191,14 +191,15 @@ def test_damage_of_any_file_is_told_and_hides_nothing(sweep, capsys):
 WRONG = {
     "status.json": [
         ({"state": "finished"}, "state"), ({"pid": True}, "pid"), ({"pid": 0}, "pid"),
-        ({"pid_started": 17}, "pid_started"), ({"attempt": -1}, "attempt"), ({"started": DATES[0]}, "started"), ({"updated": DATES[2]}, "updated"),
+        ({"pid_started": 17}, "pid_started"), ({"attempt": -1}, "attempt"), ({"started": DATES[0]}, "started"),
+        ({"updated": DATES[2]}, "updated"),
         ({"training_started": DATES[1]}, "training_started"), ({"resumed_step": -3}, "resumed_step"),
         ({"training_seconds": 1e999}, "training_seconds"), ({"error": ["x"]}, "error"),
         ({"later": HUGE}, "later"),
         ({"alarms": "dead"}, "alarms"), ({"alarms": [{"alarm": "dead", "step": "7"}]}, "alarms[0].step"),
         ({"floor": {"dtype": "float32", "kl": "0"}}, "floor.kl"), ({"node": "x" * 30_000}, "node")],
     "params.json": [
-        ({"beta_kl": float("nan")}, "beta_kl"), ({"seed": {"a": 1}}, "seed"), ({"data": [[1]]}, "data"),
+        ({"beta_kl": float("nan")}, "beta_kl"), ({"seed": HUGE}, "seed"), ({"data": {"x": [-1e999]}}, "data"),
         ({"total_steps": 10**15}, None)],
     "config.json": [
         ({"total_steps": 0}, "total_steps"), ({"beta_kl": "0.3"}, "beta_kl"),
