@@ -31,6 +31,7 @@ from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check
 from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
+from .same import file_hash
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
@@ -263,16 +264,14 @@ def runs_of(spec, declared):
 
 # %% ../nbs/11_ablation.ipynb #4c80b6b3
 def content_hash(path, cache):
-    """sha256 (hex) of a file or of all files in a folder, by relative name. Files over 64 MiB in a folder (weights) count by size and time of change:
-    reading them would take minutes. `cache` is a dict, for one path asked many times."""
+    """sha256 (hex) of a file or of all files in a folder, by relative name. Files over 64 MiB in a folder
+    (weights) count in part (`cbnb.same.file_hash`): reading all of them would take minutes. `cache` is a
+    dict, for one path asked many times. Raises RunError for a file that cannot be read."""
     path = Path(path).resolve()
     if path not in cache:
         total = hashlib.sha256()
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            about = file.stat()
-            if path.is_dir() and about.st_size > 64 << 20: content = f"{about.st_size} {about.st_mtime_ns}"
-            else:
-                with open(file, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+            content = file_hash(file, whole=not path.is_dir() or file.stat().st_size <= 64 << 20)
             total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{content}\n".encode())
         cache[path] = total.hexdigest()
     return cache[path]

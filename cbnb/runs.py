@@ -190,28 +190,33 @@ def write_json(path, value):
 
 # %% ../nbs/10_runs.ipynb #7eb976c1
 def read_json(path):
-    """The dict in the JSON file `path`, None if there is no such file. Raises `RunError`, naming it, for anything but a JSON object in a regular file."""
+    """The dict in the JSON file `path`, None if there is no such file. Raises `RunError`, naming it, for
+    anything but a JSON object in a regular file."""
     try: value = json.loads(bytes_of(path).decode())
     except FileNotFoundError: return None
     except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
-    except (ValueError, RecursionError) as e: raise RunError(f"{path} is not readable as JSON ({str(e):.200}): move it away or repair it") from None
+    except (ValueError, RecursionError) as e:
+        raise RunError(f"{path} is not readable as JSON ({str(e):.200}): move it away or repair it") from None
     if not isinstance(value, dict): raise RunError(f"{path} holds no JSON object: move it away or repair it")
     return value
 
 
 def read_record(path, kind=None):
-    """The dict in the JSON file `path` of a run directory or a sweep, None if there is no such file, with all that [records](09a_records.ipynb) says of its `kind`
-    (None: its name) checked. Raises `RunError`, naming file and field, for one that cannot be read, was cut, or holds something else."""
+    """The dict in the JSON file `path` of a run directory or a sweep, None if there is no such file, with
+    all that [records](09a_records.ipynb) says of its `kind` (None: its name) checked. Raises `RunError`,
+    naming file and field, for one that cannot be read, was cut, or holds something else."""
     path = Path(path)
     try: return record_of(bytes_of(path), kind or path.name)
     except FileNotFoundError: return None
     except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
-    except OSError as e: raise RunError(f"{path} cannot be read ({e.strerror or e}): ask its owner, or leave it out") from None
+    except OSError as e:
+        raise RunError(f"{path} cannot be read ({e.strerror or e}): ask its owner, or leave it out") from None
 
 
 def holds(folder, names):
-    """Whether `folder` holds one of the files `names`; also where that cannot be seen, since nobody may look into the folder: whoever reads such a file is told
-    why, and a folder that is passed over is not missed."""
+    """Whether `folder` holds one of the files `names`; also where that cannot be seen, since nobody may
+    look into the folder: whoever reads such a file is told why, and a folder that is passed over is not
+    missed."""
     for name in names:
         try: os.stat(Path(folder) / name)
         except (FileNotFoundError, NotADirectoryError): continue
@@ -560,8 +565,9 @@ def close_run(path, code):
 
 # %% ../nbs/10_runs.ipynb #0dc93254
 def whole_lines(path):
-    """The bytes of the file up to and including its last newline (empty without a file): a line cut off in the middle is left out. Raises `RunError` for what
-    is no regular file, and for a file of over `LOG_BYTES`."""
+    """The bytes of the file up to and including its last newline (empty without a file): a line cut off in
+    the middle is left out. Raises `RunError` for what is no regular file, and for a file of over
+    `LOG_BYTES`."""
     try: data = bytes_of(path, LOG_BYTES)
     except FileNotFoundError: return b""
     except RecordError as e: raise RunError(f"{path} {e}: move it away") from None
@@ -584,16 +590,17 @@ def append_metrics(run, row):
 
 # %% ../nbs/10_runs.ipynb #72e3728a
 def checked_lines(path, kind):
-    """Yields `(number, dict, "")` for each line of JSON in the file `path` that is of the `kind` (`cbnb.records.RECORDS`), and `(number, None, what is wrong)` for any
-    other. A last line that has no newline yet is not read. Raises `RunError` as `whole_lines`."""
+    """Yields `(number, dict, "")` for each line of JSON in the file `path` that is of the `kind`
+    (`cbnb.records.RECORDS`), and `(number, None, what is wrong)` for any other. A last line that has no
+    newline yet is not read. Raises `RunError` as `whole_lines`."""
     for number, line in enumerate(whole_lines(path).splitlines(), 1):
         try: yield number, record_of(line, kind), ""
         except RecordError as e: yield number, None, str(e)
 
 
 def read_lines(path, kind="answers.jsonl"):
-    """List of the dicts in the file `path`, one a line of JSON; empty without a file. Raises `RunError`, naming file and line, for one that `checked_lines` has
-    nothing of."""
+    """List of the dicts in the file `path`, one a line of JSON; empty without a file. Raises `RunError`,
+    naming file and line, for one that `checked_lines` has nothing of."""
     rows = []
     for number, row, bad in checked_lines(path, kind):
         if bad: raise RunError(f"{path} line {number} {bad}: remove that line")
@@ -608,16 +615,16 @@ def read_metrics(path):
 
 
 def log_rows(path):
-    """`(rows, sentences)` of metrics.jsonl in the run directory `path`: the lines that are in order, and what is to be told of those that are not. For whoever
-    shows a run; never raises."""
+    """`(rows, sentences)` of metrics.jsonl in the run directory `path`: the lines that are in order, and
+    what is to be told of those that are not. For whoever shows a run; never raises."""
     rows, bad = [], []
     try:
         for number, row, wrong in checked_lines(Path(path) / "metrics.jsonl", "metrics.jsonl"):
             if wrong: bad.append(f"line {number} {wrong}")
             else: rows.append(row)
     except (RunError, OSError) as e: return rows, [str(e)]
-    many = f"{len(bad)} lines" if len(bad) > 1 else "One line"
-    return rows, [f"{many} of metrics.jsonl cannot be read and {'are' if len(bad) > 1 else 'is'} left out; {bad[0]}"] if bad else []
+    many, are = (f"{len(bad)} lines", "are") if len(bad) > 1 else ("One line", "is")
+    return rows, [f"{many} of metrics.jsonl cannot be read and {are} left out; {bad[0]}"] if bad else []
 
 # %% ../nbs/10_runs.ipynb #a20f8372
 def truncate_metrics(run, step):

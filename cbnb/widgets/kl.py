@@ -218,8 +218,9 @@ def adapter_and_run(folder):
 
 def run_config(run):
     "The CircuitBreakerConfig that the run directory `run` was trained with; of None the preset `base`. Raises RunError and ConfigError."
-    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have had others
-    return CircuitBreakerConfig(**{k: v for k, v in (read_record(run / "config.json") or {}).items() if k in known}) if run else CircuitBreakerConfig()
+    said = (read_record(run / "config.json") or {}) if run else {}
+    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have others
+    return CircuitBreakerConfig(**{name: value for name, value in said.items() if name in known})
 
 # %% ../../nbs/22_kl_explorer.ipynb #5787ae06
 def from_root(text):
