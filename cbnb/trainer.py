@@ -35,6 +35,7 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
+from .files import write_bytes
 from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
@@ -220,7 +221,7 @@ class CircuitBreakerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
-                if (record := place.parent / MADE_FROM).exists(): shutil.copyfile(record, made / MADE_FROM)
+                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, record.read_bytes())
                 seal(made)
                 made.rename(place / made.name)
                 sync(place)
