@@ -48,10 +48,13 @@ def first_line(error):
     return visible((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
-def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template", adapt="", trust_remote_code=False):
+def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template", adapt="",
+                trust_remote_code=False):
     """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.settings.make_masker`; what it has to tell goes to stderr. Raises
     CommandError where there is no tokenizer, and what `make_masker` raises."""
-    try: masker, told = make_masker(model, control, chat_template, template_variables, trust_remote_code, tool_call_format=tool_call_format, adapt=adapt)
+    try:
+        masker, told = make_masker(model, control, chat_template, template_variables, trust_remote_code,
+                                   tool_call_format=tool_call_format, adapt=adapt)
     except (ParameterError, MaskError, ConfigError): raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
@@ -389,7 +392,8 @@ def run_evaluate(args):
     if len(args.adapters) > 2: raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
     if args.rescore:
         from cbnb.adapters import rescore
-        if len(args.adapters) != 1 or given.keys() - {"trust_remote_code"}: raise CommandError("--rescore wants one run directory and nothing else")
+        if len(args.adapters) != 1 or given.keys() - {"trust_remote_code"}:
+            raise CommandError("--rescore wants one run directory and nothing else")
         path, status, result = Path(args.adapters[0]), 0, rescore(args.adapters[0], **given)
     else:
         from cbnb.ablation import complete
@@ -433,7 +437,8 @@ def run_plan(args):
     check_processes(config, values.get("fsdp", False), args.gpus)
     for line in told: print(f"note: {line}")
     from cbnb.plan import plan_lines  # seconds: torch
-    for line in plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share, whole["trust_remote_code"]): print(line, flush=True)
+    lines = plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share, whole["trust_remote_code"])
+    for line in lines: print(line, flush=True)
     return 0
 
 # %% ../nbs/30_cli.ipynb #fet00002
@@ -493,7 +498,8 @@ def parser():
 def main(argv=None):
     """Runs the command in `argv` (default: the program's arguments) and returns its exit status.
 
-    What is wrong with the input, and a full disk by its name, is one sentence on stderr; argparse exits with status 2 by itself."""
+    What is wrong with the input, and a full disk by its name, is one sentence on stderr; argparse exits
+    with status 2 by itself."""
     safe_output()   # before --help and argparse's own words
     program = parser()
     args, unknown = program.parse_known_args(argv)
@@ -508,7 +514,8 @@ def main(argv=None):
         if isinstance(e, BrokenPipeError):  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        print(f"cbnb {args.command}: {visible(scrub(full_disk_words(Path.cwd(), e) if is_full_disk(e) else str(e)))}", file=sys.stderr)
+        said = full_disk_words(Path.cwd(), e) if is_full_disk(e) else str(e)
+        print(f"cbnb {args.command}: {visible(scrub(said))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
 

@@ -1486,8 +1486,8 @@ def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=
     `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of
     records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
     bad records in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
-    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source measured a verdict by that, counts
-    them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
+    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source
+    measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
     TranscriptError with file, line and field; ValueError for a wrong argument."""
     for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),
                                  ("on_error", on_error, ("raise", "skip")), ("relabel", relabel, (None, "source"))):
@@ -1510,9 +1510,11 @@ def to_record(transcript):
 
 # %% ../nbs/00_transcripts.ipynb #97863c47
 def write_transcripts(path, transcripts):
-    """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back equal ones.
+    """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back
+    equal ones.
 
-    The file appears whole or not at all (`cbnb.files.new_file`, which may raise). Raises TranscriptError for one that would not read back equal."""
+    The file appears whole or not at all (`cbnb.files.new_file`, which may raise). Raises TranscriptError
+    for one that would not read back equal."""
     ids = SeenKeys()
     with new_file(path) as f:
         for t in transcripts:
