@@ -28,6 +28,7 @@ from .ablation import check_prepared, check_settings, complete, find_file, noteb
 from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .lease import Held, NotOwn, check_own, give_back, take_lease
+from .reading import read_text
 from .runs import (Run, RunError, close_run, code_state, fresh_folder, named_state, now, parameters_hash, read_record,
                        read_status, set_status, still_running, write_bytes, write_json)
 
@@ -365,7 +366,7 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
         command = array_command(script, sweep.path / "jobs" / f"{number:04}.txt", offset, count, array_name(sweep.path, number, offset), sweep.path / "logs")
         tested = call_sbatch([command[0], "--test-only", *command[1:]])
         tell(f"{shlex.join(command)}\n  {' '.join((tested.stderr or tested.stdout).split())}")
-    tell(f"{script}:\n{script.read_text()}")
+    tell(f"{script}:\n{read_text(script)}")
     return 0
 
 # %% ../nbs/11b_jobs.ipynb #587740c9

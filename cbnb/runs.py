@@ -42,6 +42,7 @@ from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
 from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
+from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
@@ -315,7 +316,7 @@ def source_hash(folder):
     """sha256 (64 hex digits) over names and contents of all .py files under `folder`."""
     total = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*.py")):
-        total.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(f"{path.relative_to(folder)}\0{sha256(path)}\n".encode())
     return total.hexdigest()
 
 # %% ../nbs/10_runs.ipynb #8ab44a58
@@ -336,7 +337,7 @@ def holds_running_cell(path):
     """Whether a cell of the notebook at `path` has the source of the cell that is running."""
     from IPython import get_ipython
     shell = get_ipython()
-    try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    try: cells = json.loads(read_text(path))["cells"]
     except (OSError, ValueError, KeyError, TypeError): return False
     return shell is not None and shell.user_ns["In"][-1] in ["".join(cell.get("source", "")) for cell in cells]
 
@@ -691,7 +692,7 @@ def record_code(run, notebook):
     if code != first: write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
     source = find_notebook(notebook)
     if source and not (run.path / "notebook.ipynb").exists() and source.stat().st_size < 50_000_000:
-        write_bytes(run.path / "notebook.ipynb", scrub(source.read_text(encoding="utf-8", errors="replace")).encode())
+        write_bytes(run.path / "notebook.ipynb", scrub(read_bytes(source).decode(errors="replace")).encode())
 
 # %% ../nbs/10_runs.ipynb #3a929bd3
 def open_run(parameters, name="train", run_dir=None, notebook=None):

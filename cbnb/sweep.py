@@ -29,6 +29,7 @@ import resvg_py
 from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
                          interval_words, printable, series, static_svg, thin)
 from .files import quoted_frame, write_bytes, write_files
+from .reading import sha256
 from .runs import RunError, json_text, log_rows, read_json, runs_folder
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
                            GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)
@@ -505,7 +506,7 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
     for name in listed.keys() - made.keys():
         old = folder / name
         if not old.is_file() or old.is_symlink(): continue
-        if hashlib.sha256(old.read_bytes()).hexdigest() == listed[name]: old.unlink()
+        if sha256(old) == listed[name]: old.unlink()
     if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
 
 

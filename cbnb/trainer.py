@@ -40,6 +40,7 @@ from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
+from .reading import check_regular
 from .rounding import at_floor
 from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
                        read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
@@ -236,7 +237,8 @@ class CircuitBreakerTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
-        result = set_peft_model_state_dict(student, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+        check_regular(path := Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(student, load_file(path))
         missing = [k for k in result.missing_keys if "lora_" in k]
         if missing or result.unexpected_keys:
             raise ValueError(f"{resume_from_checkpoint} does not fit this adapter: {len(missing)} missing and {len(result.unexpected_keys)} "
