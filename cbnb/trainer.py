@@ -40,7 +40,7 @@ from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
-from .reading import check_regular
+from .reading import check_regular, read_bytes
 from .rounding import at_floor
 from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
                        read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
@@ -222,7 +222,7 @@ class CircuitBreakerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
-                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, record.read_bytes())
+                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, read_bytes(record))
                 seal(made)
                 made.rename(place / made.name)
                 sync(place)
