@@ -1486,8 +1486,8 @@ def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=
     `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of
     records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
     bad records in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
-    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source measured a verdict by that, counts
-    them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
+    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source
+    measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
     TranscriptError with file, line and field; ValueError for a wrong argument."""
     for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),
                                  ("on_error", on_error, ("raise", "skip")), ("relabel", relabel, (None, "source"))):
