@@ -25,10 +25,10 @@ from pathlib import Path
 
 import yaml
 
-from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, get_config, nearest
+from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, check_limits, get_config, nearest
 from .holdout import heldout_kinds
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
-from .transcripts import TranscriptError
+from .transcripts import TranscriptError, regular
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
@@ -46,7 +46,7 @@ class Parameter:
 def read_notebook(path, limit=50_000_000):
     "The notebook at `path` as a dict. Raises `RunError` for one that is missing, over `limit` bytes, or no notebook."
     try:
-        if os.stat(path).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
+        if os.stat(regular(path)).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
         notebook = json.loads(Path(path).read_text(encoding="utf-8"))
         if not all(isinstance(cell, dict) for cell in notebook["cells"]): raise TypeError
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as e: raise RunError(f"{path} is no readable notebook ({type(e).__name__})") from None
@@ -101,7 +101,7 @@ def read_spec(path):
     `one_at_a_time` mappings of lists, `runs` a list of mappings, `seeds` a list. Raises `RunError` that names the file and the line or key."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_SPEC: raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
+        if regular(path).stat().st_size > MAX_SPEC: raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
         spec = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)   # safe: a SafeLoader
     except OSError as e: raise RunError(f"the spec {path} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
@@ -197,6 +197,7 @@ def check_settings(parameters, processes=None):
         config, told = get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}), [f"the settings are made when the run starts: {e}"]
     if processes: check_processes(config, parameters.get("fsdp", False), processes)
     if parameters.get("teacher_cache"): check_cached(config, parameters.get("fsdp", False))
+    if "probe_steps" in parameters: check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
     if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
         try: check_layers(config, model_facts(config.model).blocks)
@@ -267,7 +268,7 @@ def content_hash(path, cache):
             about = file.stat()
             if path.is_dir() and about.st_size > 64 << 20: content = f"{about.st_size} {about.st_mtime_ns}"
             else:
-                with open(file, "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+                with open(regular(file), "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
             total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{content}\n".encode())
         cache[path] = total.hexdigest()
     return cache[path]

@@ -23,6 +23,7 @@ from .model_checks import check_packing
 from .sources import Reading
 from .templates import MaskError
 from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .terminal import error_text
 from .transcripts import Transcript
 
 # %% auto #0
@@ -109,6 +110,7 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 # %% ../nbs/05_data.ipynb #31ba01de
 class EmptyStream(ValueError):
     "Nothing is left of a stream; `report` (`StreamReport`) says what became of it."
+    __str__ = error_text
     def __init__(self, text: str, report: StreamReport):
         super().__init__(text)
         self.report = report

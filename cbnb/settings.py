@@ -19,6 +19,7 @@ from .masks import ChatMasker
 from .processes import is_first
 from .runs import ParameterError, RunError, read_json, write_bytes, write_json
 from .templates import FROZEN_NOW, template_inputs
+from .transcripts import regular
 
 # %% ../nbs/10c_settings.ipynb #setng006
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
@@ -172,7 +173,7 @@ def template_source(text):
     "The Jinja source of the parameter `chat_template`: a file's content, or the text itself; None for an empty one. Raises ParameterError for a file that cannot be read."
     if not text.strip(): return None
     if is_source(text): return text
-    try: return Path(text).expanduser().read_text(encoding="utf-8")
+    try: return regular(Path(text).expanduser()).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e: raise ParameterError(f"the chat template {text} cannot be read ({e}): give a Jinja file, or the template's text") from None
 
 

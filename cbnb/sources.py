@@ -25,7 +25,7 @@ from .adapt import adapt, adapt_names, adapted_counts, adapted_line
 from .holdout import task_keys
 from .templates import MaskError
 from .transcripts import (LABELS, MAX_LINE_BYTES, TranscriptError, TranscriptReader, add_adapted, files_in,
-                              is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
+                              is_hub, known_formats, nearest, need, parse_json, read_tools, regular, source_run)
 
 # %% ../nbs/00l_sources.ipynb #66a16c04
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def read_tool_file(path):
     """The tools of a JSON file: `{suite: [schema, ...]}`, under "" a list that holds for all. Schemas are
     OpenAI's, or bare. Raises TranscriptError for a file that is not there or holds something else."""
     try:
-        with open(Path(path).expanduser(), "rb") as f: data = f.read(MAX_LINE_BYTES + 1)
+        with open(regular(Path(path).expanduser()), "rb") as f: data = f.read(MAX_LINE_BYTES + 1)
         need(len(data) <= MAX_LINE_BYTES, str(path), f"is longer than {MAX_LINE_BYTES} bytes")
         value = parse_json(data.decode("utf-8-sig"))
     except TranscriptError: raise

@@ -17,11 +17,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .runs import RunError, read_json, read_status, runs_folder, still_running
+from .transcripts import regular
 
 # %% ../nbs/11a_status.ipynb #12196f1c
 def is_run(path):
-    "Whether the folder `path` is a run directory: it holds a status or parameters."
-    return (path / "status.json").exists() or (path / "params.json").exists()
+    "Whether the folder `path` is a run directory: it holds a status or parameters. One that may not be looked into counts: whoever reads it says why it cannot."
+    try: return (path / "status.json").exists() or (path / "params.json").exists()
+    except PermissionError: return True
 
 
 def run_folders(folder):
@@ -64,12 +66,14 @@ def max_array_size():
 # %% ../nbs/11a_status.ipynb #a8a92fb9
 def submissions(sweep):
     """`{run folder name: {name, task, job}}`: the last array of SLURM's that each run of the folder `sweep` was submitted in, from its `jobs/`. `name` is
-    the array's own, by which the queue is searched: it is known before `sbatch` answers."""
+    the array's own, by which the queue is searched: it is known before `sbatch` answers. Raises RunError for a record that cannot be read: what it says may be in the queue."""
     found = {}
     for path in sorted((sweep / "jobs").glob("*.json")):
         record = read_json(path) or {}
-        for array in record.get("arrays", ()):
-            for task, run in enumerate(array["runs"]): found[run] = {"name": array["name"], "task": task, "job": array["job"]}
+        try: arrays = [(array["name"], array["job"], [*array["runs"]]) for array in record.get("arrays", ())]
+        except (KeyError, TypeError): raise RunError(f"{path} is no record of what was submitted: move it away or repair it") from None
+        for name, job, runs in arrays:
+            for task, run in enumerate(runs): found[str(run)] = {"name": str(name), "task": task, "job": job and str(job)}
     return found
 
 # %% ../nbs/11a_status.ipynb #aa9c5bd2
@@ -102,7 +106,7 @@ def judge(status, entry, answers, submitted=None, held=False):
 def last_row(path, tail=65_536):
     "The last whole row of the run's metrics.jsonl (its end alone is read), or an empty dict."
     try:
-        with open(path / "metrics.jsonl", "rb") as f:
+        with open(regular(path / "metrics.jsonl"), "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - tail))
             lines = f.read().rpartition(b"\n")[0].splitlines()
         row = json.loads(lines[-1])
@@ -112,9 +116,10 @@ def last_row(path, tail=65_536):
 
 def progress(path, status):
     "`{step, total_steps, seconds_left}` of a run, each None where it is not known. The time left is from the steps of this attempt."
-    step = last_row(path).get("step")
-    try: total = next((t for name in ("config.json", "params.json") if (t := (read_json(path / name) or {}).get("total_steps"))), None)
-    except RunError: total = None
+    def count(value): return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+    step = count(last_row(path).get("step"))
+    try: total = next((t for name in ("config.json", "params.json") if (t := count((read_json(path / name) or {}).get("total_steps")))), None)
+    except (RunError, OSError): total = None
     left, made = None, (step or 0) - (status.get("resumed_step") or 0)
     if status.get("state") == "running" and total and made > 0 and status.get("training_started"):
         spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])).total_seconds()

@@ -28,6 +28,7 @@ from .data import EmptyStream, Sample, StreamReport, empty_stream, encode_stream
 from .masks import ChatMasker
 from .processes import from_first
 from .sealed import damage, seal, sync
+from .terminal import say
 from .transcripts import Transcript
 
 # %% ../nbs/05b_store.ipynb #aa129788
@@ -168,7 +169,7 @@ def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: 
     place = Path(place).expanduser()
     folder = place / stream_key(transcripts, masker, policy, how)
     if folder.exists() and (wrong := damage(folder)):
-        print(f"encoded samples: {folder} is made anew, since {wrong}", flush=True)
+        say(f"encoded samples: {folder} is made anew, since {wrong}")
         shutil.rmtree(folder)
     if not folder.exists():
         unfinished = place / f".{folder.name}.{os.getpid()}"  # of this process alone: two may make the same

@@ -28,11 +28,13 @@ import numpy as np
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .terminal import error_text
 from .transcripts import REASONING_KEYS
 
 # %% ../nbs/00a_templates.ipynb #1dff12a1
 class MaskError(ValueError):
     "A transcript, template or policy from which no safe mask can be made. The text names the message and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/00a_templates.ipynb #151e5f14
 MAX_TEMPLATE_CHARS = 2**18

@@ -16,7 +16,7 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', '
            'find_injection', 'join_spans', 'find_injections', 'agentdojo_label', 'from_agentdojo', 'from_tau_bench',
            'to_json_schema', 'from_bfcl', 'trace_call', 'trace_label', 'trace_verdict', 'check_trace', 'from_trace_v1',
            'is_trace', 'from_rrfa', 'Format', 'add_format', 'known_formats', 'chat_with', 'agentdojo_leaves_out',
-           'detect_format', 'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line',
+           'detect_format', 'is_hub', 'regular', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line',
            'object_parts', 'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records',
            'read_records', 'SeenKeys', 'join_records', 'one_by_one', 'bare_key', 'whole_conversations', 'of_format',
            'files_in', 'TranscriptReader', 'read_transcripts', 'to_record', 'write_transcripts']
@@ -24,6 +24,7 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', '
 # %% ../nbs/00_transcripts.ipynb #d6bda457
 import copy
 import difflib
+import errno
 import functools
 import importlib
 import io
@@ -32,7 +33,7 @@ import json
 import math
 import os
 import re
-import warnings
+import stat
 import zlib
 from array import array
 from collections import Counter
@@ -40,9 +41,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .terminal import error_text, visible, warn
+
 # %% ../nbs/00_transcripts.ipynb #93090dc5
 class TranscriptError(ValueError):
     "A record, line or file that cannot be read as a transcript. The text names file, line and field, and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/00_transcripts.ipynb #bac14b87
 @dataclass(frozen=True)
@@ -995,9 +999,17 @@ PACKED = {}  # first bytes: function of the path that opens the file as a stream
 TABLES = {}  # first bytes: function of (path, name) that yields (where, id, record or TranscriptError)
 
 
+def regular(path):
+    "`path`, where it is a regular file or a link to one. Raises OSError for nothing, for a folder, and for a device, a pipe or a socket, which may never end."
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode): raise OSError(errno.EINVAL, "Not a regular file, but a device, a pipe or a socket", str(path))
+    return path
+
+
 def first_bytes(path, of):
-    "The key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the longest one."
-    with open(path, "rb") as f: head = f.read(16)
+    "The key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the longest one. Raises OSError as `regular` does."
+    with open(regular(path), "rb") as f: head = f.read(16)
     return max((start for start in of if head.startswith(start)), key=len, default=None)
 
 
@@ -1311,7 +1323,7 @@ class TranscriptReader:
     @property
     def shown_name(self):
         "The name of the file or folder, for a terminal."
-        return "".join(c if c.isprintable() else "?" for c in self.path.name)
+        return visible(self.path.name)
 
     def start(self):
         "Sets all counts to zero."
@@ -1435,8 +1447,8 @@ class TranscriptReader:
     def __iter__(self):
         for found in self.records():
             if not isinstance(found, TranscriptError): yield found
-        if self.skipped: warnings.warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}", stacklevel=2)
-        for text in self.told(): warnings.warn(text, stacklevel=2)
+        if self.skipped: warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}")
+        for text in self.told(): warn(text)
 
 # %% ../nbs/00_transcripts.ipynb #be9404da
 def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=None):

@@ -19,7 +19,7 @@ import numpy as np
 import traitlets
 
 from ..adapt import adapt
-from ..audit import visible
+from ..terminal import visible
 from ..config import CircuitBreakerConfig
 from ..data import load_streams
 from ..divergence import (
