@@ -38,9 +38,11 @@ QUOTED, UNBROKEN = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
 
 
 def shortened(text, most=PIECE):
-    "`text` (str) in whose middle stands how much is left out, where it has over `most` characters; of these three quarters stand before it."
-    tail = most // 4
-    return text if len(text) <= most else f"{text[:most - tail]} … {len(text) - most:,} more characters … {text[-tail:]}"
+    "`text` (str), where it has over `most` characters with as much of its middle left out as brings it below, and the number of what is left out in its place."
+    if len(text) <= most: return text
+    kept = most - 40   # the words in the middle have less
+    head, tail = kept * 3 // 4, kept // 4
+    return f"{text[:head]} … {len(text) - head - tail:,} more characters … {text[-tail:]}"
 
 
 def sentence(text, words=()):

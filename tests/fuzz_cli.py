@@ -3,8 +3,8 @@
 usage: fuzz_cli.py [LINES] [SEED] [FIRST]     runs LINES (2000) of SEED (0) from number FIRST (0) on and prints what does not hold
 
 A line is known by seed and number alone. It is carried out by `main(argv)` in a forked process that sits in a world of its own (files, folders,
-devices, run directories, specs, each also broken), may write nowhere else, and is watched by an audit hook and an alarm. What would train, download
-or submit is the only thing that is not carried out: a started program ends at once with the exit status 1, and a plan is made of the tiny agent alone."""
+devices, run directories, specs, each also broken), may write nowhere else, and is watched by an audit hook and an alarm. What would train, download,
+submit or plan is the only thing that is not carried out: a started program ends at once with the exit status 1, a plan is one line, the hub is offline."""
 import argparse, contextlib, ctypes, io, json, os, random, re, resource, shutil, signal, socket, struct, sys, tempfile, time, traceback
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 LONG = 240          # characters of an argument from which on it must not be echoed whole
-SECONDS = 20        # that a line may take
+SECONDS = 20        # of a processor that a line may take
+WAIT = 120          # seconds that it may take in all, on a machine that has other things to do
 SENTENCE = 2_000    # characters that what is said of a refused line may have
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 COLOUR = re.compile("\x1b\\[(?:0|2|3[1-6](?:;1;4)?)m")  # what `cbnb masks --color always` itself writes
@@ -250,15 +251,14 @@ def faults(argv, status, out, err):
     return found
 
 
-def stub(folder):
-    "Takes the place of what would train, submit or plan for minutes."
+def stub():
+    "Takes the place of what would train, submit or plan for seconds to minutes, when all that was given has been looked at."
     import subprocess
 
     import cbnb.jobs
     import cbnb.plan
-    real = cbnb.plan.plan_lines
     cbnb.jobs.start = lambda command, log, threads: subprocess.Popen(["/bin/false"])
-    cbnb.plan.plan_lines = lambda config, *more: real(config, *more) if config.model == "tinyagent" and config.batch_size * config.max_length < 5000 else []
+    cbnb.plan.plan_lines = lambda config, *more: [f"a plan of {config.model}"]
 
 
 def drop_power():
@@ -327,6 +327,7 @@ def carried_out(argv):
         status = f"{type(e).__name__} leaves main: {e!r:.300}\n" + "".join(traceback.format_tb(e.__traceback__)[-4:])
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError): stream.flush()
         sys.stdout, sys.stderr = before
@@ -350,7 +351,7 @@ def child(seed, numbers, folder, report):
     "Carries out the lines `numbers`, in a forked process; writes a JSON line of each to the file object `report`."
     os.environ |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PATH": str(folder / "bin")}
     tempfile.tempdir = None
-    stub(folder)
+    stub()
     drop_power()
     resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[0],) * 2)
     shut_in(folder)
@@ -358,7 +359,7 @@ def child(seed, numbers, folder, report):
     watch(folder, wrote)
     commands = parsers()
     def alarm(*_): raise TooLong
-    signal.signal(signal.SIGALRM, alarm)
+    for number in (signal.SIGALRM, signal.SIGPROF): signal.signal(number, alarm)
     for number in numbers:
         rng = random.Random(f"{seed}:{number}")
         world = folder / "world"
@@ -373,7 +374,8 @@ def child(seed, numbers, folder, report):
         os.environ.update(more := environment(rng, world))
         wrote["asked"] = asked(argv, more)
         began = time.monotonic()
-        signal.alarm(SECONDS)
+        signal.alarm(WAIT)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         status, out, err = carried_out(argv)
         found = faults(argv, status, out, err)
         if "outside" in wrote: found.append(f"writes to {wrote['outside']}")
@@ -396,12 +398,9 @@ AT_ONCE = 50
 
 def run_lines(seed, numbers, at_once=AT_ONCE):
     "Carries out the lines `numbers` of `seed`; yields what became of each. A process of its own for every few: one that dies is a finding."
-    import cbnb.adapters, cbnb.fetch, cbnb.widgets.sweep  # what takes seconds is imported and warmed once, for all forks
+    import cbnb.adapters, cbnb.fetch, cbnb.plan, cbnb.widgets.sweep  # what takes seconds, once for all forks
     from cbnb.cli import load_masker
-    from cbnb.config import get_config
-    from cbnb.plan import plan_lines
     load_masker("tinyagent")
-    all(plan_lines(get_config("tinyagent"), 1, False, 0.5))
     numbers = list(numbers)
     for at in range(0, len(numbers), at_once):
         left = numbers[at:at + at_once]
