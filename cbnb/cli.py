@@ -33,7 +33,7 @@ from .runs import ParameterError, RunError, read_json, refusal, safe_output, wri
 from .settings import make_masker
 from .sources import open_source
 from .targets import SIDES
-from .terminal import ended, error_text, first_line, say, sentence
+from .terminal import ended, error_text, first_line, say, sentence, visible
 from .transcripts import LABELS, TranscriptError, known_formats, nearest
 
 # %% ../nbs/30_cli.ipynb #e46fef61
@@ -299,7 +299,7 @@ def add_notebook_flags(p, name):
         kind = "|".join(t for t in parameter.types if t != "None")
         known = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"metavar": kind.upper()}
         default = "" if parameter.default in (None, "") else f" (default: {parameter.default})"
-        flag = p.add_argument(f"--{name.replace('_', '-')}", dest=f"parameter {name}", default=argparse.SUPPRESS, help=f"{parameter.help}{default}".replace("%", "%%"), **known)
+        flag = p.add_argument(f"--{name.replace('_', '-')}", dest=f"parameter {name}", default=argparse.SUPPRESS, help=visible(f"{parameter.help}{default}").replace("%", "%%"), **known)
         p.get_default("flags").extend(flag.option_strings)
 
 

@@ -215,7 +215,7 @@ def read_sweep(folders, name: str = "") -> Sweep:
     whole = [os.path.isfile(path / "params.json") for path in paths.values()]
     texts = {key: {json.dumps(p.get(key), sort_keys=True, default=str) for p, full in zip(given, whole, strict=True) if key in p or full} for key in names}
     differ = [key for key in names if len(texts[key]) > 1 or key in ("beta_kl", "seed")]
-    frame = pd.DataFrame([{k: v for k, v in row.items() if k != "settings"} for row in rows])
+    frame = pd.DataFrame([{k: v for k, v in row.items() if k not in ("settings", *TEXTS)} for row in rows])   # pandas would refuse a lone surrogate
     for column in TEXTS: frame[column] = pd.Series([plain_text(row[column]) for row in rows], dtype=object)
     columns = {key: f"parameter {visible(key)}" if key in frame.columns and key not in ("beta_kl", "seed") else visible(key) for key in differ}
     for key in differ:

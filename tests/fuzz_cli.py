@@ -4,7 +4,7 @@ usage: fuzz_cli.py [LINES] [SEED] [FIRST]     runs LINES (2000) of SEED (0) from
 
 A line is known by seed and number alone. It is carried out by `main(argv)` in a forked process that sits in a world of its own (files, folders,
 devices, run directories, specs, each also broken), may write nowhere else, and is watched by an audit hook and an alarm. What would train, download,
-submit or plan is the only thing that is not carried out: a started program ends at once with the exit status 1, a plan is one line, the hub is offline."""
+submit or plan is the only thing that is not carried out: what papermill would run leaves some files and ends, a plan is one line, the hub is offline."""
 import argparse, contextlib, ctypes, io, json, os, random, re, resource, shutil, signal, socket, struct, sys, tempfile, time, traceback
 from collections import Counter
 from pathlib import Path
@@ -144,7 +144,7 @@ PATHS = ["good.jsonl", "chat.jsonl", "evil.jsonl", "evil-label.jsonl", "evil-rol
          "bad.eval", "bad.csv", "long.jsonl", "injections.json", "template.jinja", "bad.jinja", "loop.jinja", "junk.ipynb", "cells.ipynb", "folder", "some", "shut.jsonl", "shut", "fifo", "fifo.jsonl", "broken", "loop",
          "zero", "socket", "/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/stdin", "/dev/tty", "/proc/self/mem", "/proc/self/environ", "/nowhere/x", "/", ".", "..", "", " ", "~", "~nobody/x", "no.jsonl", "\0", "a\0b",
          "x/" * 3000, "y" * 300, "model", "model-config", "model-torn", "model-odd", "model-llama", "adapter", "adapter-torn", "adapter-list", *(f"odd{n}.json" for n in range(len(ODD)))]
-RUNS = ["runs", "runs", "submitted", ".", "runs/nowhere", "runs/file", *(f"runs/{name}" for name in ("good", "only-status", "only-params", "half", "torn", "list", "binary", "deep", "evil", NAME, *(f"edited{n}" for n in range(6)),
+RUNS = ["runs", "runs", "runs", "runs/good", "runs/half", "submitted", ".", "runs/nowhere", "runs/file", *(f"runs/{name}" for name in ("good", "only-status", "only-params", "half", "torn", "list", "binary", "deep", "evil", NAME, *(f"edited{n}" for n in range(6)),
         "status-is-a-folder", "fifo", "link", "shut", "shut-folder", "jobs"))]
 WORDS = ["", " ", "\n", "\0", EVIL, NAME, "x" * 300, "word " * 80, "z" * 100_000, "é" * 500, "名" * 300, "0", "1", "-1", "2", "10", "0.3", "1e-4", "nan", "inf", "-inf", "1e999", "9" * 30, "9" * 5000, "٣", "²", "1_000", "0x10",
          "True", "None", "true", "[]", "{}", "1,2", "0,20", ",,,", "1,x", "1,-1", "a=1", "a=", "=", "a=1,a=2", '"', "'", "\\", "$(true)", "; true", "%s", "%(default)s", "{x}", "{{ 7*7 }}", "*.jsonl", "**", "[", "[!", "some/*",
@@ -172,8 +172,8 @@ def value(action, rng, folder, mild):
     if action.choices and roll < 0.9: return rng.choice(list(action.choices))
     if action.type is not None or re.search(r"\b(int|float|n|x)\b|steps|length", name): return rng.choice(["1", "2", "16", "0.5", "0.1", *([] if mild else WORDS)])
     if "spec" in name: return rng.choice([f"{n}.yaml" for n in SPECS] + PATHS)
-    if re.search("sweep|folder|run_dir|adapter|rep_run", name): return rng.choice(RUNS * 2 + PATHS + world_paths(folder))
-    if re.search("out|html|page|cache", name): return rng.choice(["out.jsonl", "new/out.jsonl", "out", *PATHS])
+    if re.search("sweep|folder|run_dir|adapter", name): return rng.choice(RUNS if mild else RUNS * 2 + PATHS + world_paths(folder))
+    if re.search("out|html|page|cache", name): return rng.choice(["out.jsonl", "new.jsonl", "out"] if mild else ["out.jsonl", "new/out.jsonl", "out", *PATHS])
     if re.search("file|data|text|injections|tools|model|teacher|template", name): return rng.choice(["good.jsonl"] * 20 + ["tinyagent"] * 20 + PATHS + world_paths(folder))
     return rng.choice(["x", "a,b", "1"] if mild else WORDS)
 
@@ -191,13 +191,13 @@ def options(action, rng, folder, mild):
 
 REPORT = "cbnb.report"   # stands for `python -m cbnb.report`
 NEEDED = {"masks": ["good.jsonl", "--model", "tinyagent"], "spans": ["good.jsonl", "--wrappers"], "convert": ["good.jsonl", "new.jsonl"], "plan": ["--preset", "tinyagent"], "preflight": [], "train": [],
-          "evaluate": ["none", "--eval-data", "good.jsonl"], "ablate": ["good.yaml", "--dry-run"], "status": ["runs"], "report": ["runs"], "fetch": ["a/b"]}
+          "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"], "ablate": ["good.yaml", "--dry-run"], "status": ["runs"], "report": ["runs"], "fetch": ["a/b"]}
 
 
 def command_line(commands, rng, folder):
     "The words of one line: a command with what it needs or with positionals of any kind, and some options. `commands`: the parsers by name."
     if rng.random() < 0.02: return [rng.choice([*WORDS, "mask", "--version", "--help", "-x"]) for _ in range(rng.randint(0, 3))]
-    if rng.random() < 0.03: return [REPORT, *(rng.choice(RUNS + WORDS + PATHS) for _ in range(rng.choice([0, 1, 1, 1, 2])))]
+    if rng.random() < 0.03: return [REPORT, *(rng.choice(RUNS * 4 + WORDS + PATHS) for _ in range(rng.choice([0, 1, 1, 1, 2])))]
     name = rng.choice([*commands])
     actions = [a for a in commands[name]._actions if a.dest != "help"]
     optional, positional = [a for a in actions if a.option_strings], [a for a in actions if not a.option_strings]
@@ -251,13 +251,24 @@ def faults(argv, status, out, err):
     return found
 
 
-def stub():
-    "Takes the place of what would train, submit or plan for seconds to minutes, when all that was given has been looked at."
+def stub(line):
+    """Takes the place of what would train, submit or plan for seconds to minutes, when all that was given has been looked at. What papermill would run leaves a
+    review or a result, or nothing, by the random numbers of `line["rng"]`, and ends."""
     import subprocess
 
     import cbnb.jobs
     import cbnb.plan
-    cbnb.jobs.start = lambda command, log, threads: subprocess.Popen(["/bin/false"])
+
+    def start(command, log, threads):
+        folder, status = Path(command[4]).parent, line["rng"].choice([0, 1, 1])   # of the executed notebook
+        verdict = "fail" if status else "warn"
+        review = {"verdict": verdict, "checks": [{"name": "alive", "verdict": verdict, "points": [{"verdict": verdict, "text": EVIL}], "figures": {}}]}
+        result = {"before": FIGURES, "after": FIGURES, "alarms": [{"alarm": EVIL, "step": 1, "text": EVIL}], "data": {"notes": [EVIL]}}
+        if "preflight" in command[4]: left = {"preflight": review}
+        else: left = {"status": DONE | ({"state": "failed", "error": EVIL} if status else {}), "result": {"evaluated": {EVIL: FIGURES}} if "evaluate" in command[3] else result}
+        for name, value in left.items() if line["rng"].random() < 0.7 else (): write(folder / f"{name}.json", value)
+        return subprocess.Popen(["/bin/sh", "-c", f"exit {status}"])
+    cbnb.jobs.start = start
     cbnb.plan.plan_lines = lambda config, *more: [f"a plan of {config.model}"]
 
 
@@ -351,7 +362,7 @@ def child(seed, numbers, folder, report):
     "Carries out the lines `numbers`, in a forked process; writes a JSON line of each to the file object `report`."
     os.environ |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PATH": str(folder / "bin")}
     tempfile.tempdir = None
-    stub()
+    stub(line := {})
     drop_power()
     resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[0],) * 2)
     shut_in(folder)
@@ -361,7 +372,7 @@ def child(seed, numbers, folder, report):
     def alarm(*_): raise TooLong
     for number in (signal.SIGALRM, signal.SIGPROF): signal.signal(number, alarm)
     for number in numbers:
-        rng = random.Random(f"{seed}:{number}")
+        line["rng"] = rng = random.Random(f"{seed}:{number}")
         world = folder / "world"
         if clean != number // AT_ONCE or wrote.get("inside"):
             if world.exists(): remove(world)
@@ -428,15 +439,18 @@ def run_lines(seed, numbers, at_once=AT_ONCE):
 def told(line): return f"line {line['number']}: cbnb {line['argv']!r:.400}" + (f" with {line['env']}" if line["env"] else "") + "".join(f"\n    {fault}" for fault in line["found"])
 
 
-if __name__ == "__main__":
-    count, seed, first = (int(word) for word in (sys.argv[1:] + ["2000", "0", "0"][len(sys.argv) - 1:]))
+def main(count=2000, seed=0, first=0):
+    "Runs `count` lines of `seed` from number `first` on, prints each that has a fault and what became of all; returns whether there was one."
     began, statuses, bad, slow = time.monotonic(), Counter(), 0, []
     for line in run_lines(seed, range(first, first + count)):
-        statuses[line["argv"][0] if line["argv"] and line["argv"][0] in (REPORT, *NEEDED) else "other", line["status"] if isinstance(line["status"], int) else "raised"] += 1
+        name = line["argv"][0] if line["argv"] and line["argv"][0] in (REPORT, *NEEDED) else "other"
+        statuses[name, line["status"] if isinstance(line["status"], int) else "raised"] += 1
         slow = sorted([(line["seconds"], line["number"]), *slow], reverse=True)[:5]
-        if line["found"]:
-            bad += 1
-            print(told(line), flush=True)
+        bad += bool(line["found"])
+        if line["found"]: print(told(line), flush=True)
     for (command, status), n in sorted(statuses.items(), key=str): print(f"{command:<12} {status!s:<7} {n}")
     print(f"{count} lines of seed {seed} in {time.monotonic() - began:.0f} s, the slowest {slow[0][0]:.1f} s (line {slow[0][1]}): {bad} with faults")
-    sys.exit(bad > 0)
+    return bad > 0
+
+
+if __name__ == "__main__": sys.exit(main(*map(int, sys.argv[1:])))

@@ -187,12 +187,35 @@ def test_the_names_of_a_status_table(tmp_path):
     assert all(line.isprintable() for line in out.getvalue().splitlines()) and "\\x1b]0;owned" in out.getvalue() and len(out.getvalue()) < SENTENCE
 
 
-def test_what_argparse_refuses(monkeypatch):
+def test_the_verdicts_of_a_sweep(tmp_path):
+    "Names of runs and parameters, values, errors, notes and a plan's entries, each a stranger's."
+    run = tmp_path / f"evil{EVIL[:-2].replace('/', '')}"
+    run.mkdir()
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": EVIL, "runs": [{"dir": EVIL}, EVIL]}))
+    (run / "status.json").write_text(json.dumps({"state": "failed", "error": EVIL}))
+    (run / "params.json").write_text(json.dumps({"beta_kl": 0.3, "seed": EVIL, EVIL: EVIL}))
+    (run / "result.json").write_text(json.dumps({"after": {"exact_match": {EVIL: 1.0}}, "alarms": [{"alarm": EVIL, "text": EVIL}]}))
+    with redirect_stdout(io.StringIO()) as out: assert cli.main(["report", str(tmp_path)]) == 0
+    assert all(line.isprintable() for line in out.getvalue().splitlines()) and out.getvalue().count("\\x1b]0;owned") > 3
+    for name in ("report.html", "runs.csv"): assert not [c for c in (tmp_path / "report" / name).read_text() if not c.isprintable() and c not in "\n\r"], name
+
+
+def test_what_argparse_refuses():
     "One sentence, whatever stands in it; a notebook of parameters that is broken harms no other command."
     for arguments in (["masks"], [EVIL], ["status", "--no-such" + EVIL], ["status", "--json=" + "a b " * 500], ["ablate", "x", "--l=" + "a b " * 500]):
         with redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as ended: cli.main(arguments)
         said = err.getvalue()
         assert ended.value.code == 2 and said.startswith("cbnb") and len(said.splitlines()) == 1 and said[:-1].isprintable() and len(said) < SENTENCE, said
+
+
+def test_the_help_of_a_strangers_notebook(tmp_path, monkeypatch):
+    "The folder that a command is called in may hold a notebook of anybody's, whose comments are the help."
+    (tmp_path / "nbs").mkdir()
+    cell = nbformat.v4.new_code_cell("seed: int = 0  # a number\x1b[2J\u202e", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "nbs" / "train.ipynb")
+    monkeypatch.chdir(tmp_path)
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as ended: cli.main(["train", "--help"])
+    assert ended.value.code == 0 and "a number\\x1b[2J\\u202e" in out.getvalue() and all(line.isprintable() for line in out.getvalue().splitlines())
 
 
 def test_a_broken_notebook_of_parameters_harms_no_other_command(tmp_path, monkeypatch):
