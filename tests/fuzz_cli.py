@@ -91,11 +91,20 @@ SPECS = {
     "numbers": "name: a\nparameters: {beta_kl: .nan, seed: 1e400, lora_r: 99999999999999999999999999}\n", "dates": "name: 2026-01-01\nparameters: {model: 2026-01-01}\n",
     "evil": 'name: "\\e[31m\\u202e"\n', "evil-value": 'name: a\nparameters: {data: "\\e[31m\\u202e", "\\e[2J": 1}\n', "notebook": "name: a\nnotebook: junk.ipynb\n",
     "keys": "name: a\nparameters: {1: 2, null: 3, [1]: 2}\n", "control": "name: a\x01\n", "binary": b"\xff\xfe\x00n", "items": "name: a\nruns: [1, x, [], null]\ngrid: {beta_kl: [], seed: [[1]]}\n",
-    "dir": "name: a\nnotebook: folder\n", "items2": "name: a\nruns: [{beta_kl: x}]\nseeds: [a, 1.5, true, null]\n", "deep": "name: " + "[" * 5000}
+    "dir": "name: a\nnotebook: folder\n", "odd": "name: a\nnotebook: odd.ipynb\n", "items2": "name: a\nruns: [{beta_kl: x}]\nseeds: [a, 1.5, true, null]\n", "deep": "name: " + "[" * 5000}
+
+
+def odd_notebook(rng):
+    "A notebook whose parameters cannot be read, or are a stranger's."
+    cell = {"cell_type": "code", "source": rng.choice(["seed: int = 0  # \x1b[2J\u202e", f"x: str = {EVIL!r}", "x: list = []", "x: int = f()", "x = 1", "(", "x: int", 3, [3], ["a: int = 1\n", "b: 'Optional[str]' = None"], None]),
+            "metadata": rng.choice([{"tags": ["parameters"]}, {"tags": rng.choice(ODD)}, rng.choice(ODD)])}
+    return rng.choice([{"cells": [cell]}, {"cells": [cell, cell]}, {"cells": rng.choice(ODD)}, {"cells": [rng.choice(ODD)]}, "{", "[]", "null"])
 
 
 def make_world(folder, rng):
     "Fills the empty `folder`."
+    for name in ("train", "preflight", "evaluate"): write(folder / "project" / "nbs" / f"{name}.ipynb", odd_notebook(rng))
+    write(folder / "odd.ipynb", odd_notebook(rng))
     from cbnb.tinyagent import make_transcripts
     from cbnb.transcripts import write_transcripts
     write_transcripts(folder / "good.jsonl", [*make_transcripts("injection", 2), *make_transcripts("plain", 2)])
@@ -384,6 +393,7 @@ def child(seed, numbers, folder, report):
         argv = command_line(commands, rng, world)
         os.environ.update(more := environment(rng, world))
         wrote["asked"] = asked(argv, more)
+        if rng.random() < 0.05: os.chdir(world / "project")   # where the commands' own notebooks are odd, too
         began = time.monotonic()
         signal.alarm(WAIT)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
