@@ -66,8 +66,9 @@ bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peer
 	  $(RUN) -m papermill $$n $$out --cwd nbs/bench $(BENCH_ARGS); done
 	$(VENV)/bin/nbdev_clean
 
+# cache_ports: with it a kernel whose ports another process has taken is started again with the same ones
 lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
-	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs \
+	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs --KernelManager.cache_ports=False \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 docs: $(VENV)/.dev  ## the notebooks as a static site in _docs/, readable without a server or a network

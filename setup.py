@@ -15,7 +15,7 @@ setup(
     long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split() + cfg["hf_requirements"].split(), "hf": cfg["hf_requirements"].split()},
-    entry_points={"console_scripts": cfg.get("console_scripts", "").split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "papermill.engine": cfg["papermill_engines"].split()},
     # "" makes an editable install an entry on sys.path. Without it setuptools installs an import hook, which comes after sys.path: a folder that is
     # named as the package, such as a clone seen from its parent, would be imported in its place, as an empty namespace package.
     package_dir={"": "."}, packages=find_packages(include=["cbnb", "cbnb.*"]),

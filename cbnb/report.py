@@ -27,9 +27,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .rounding import floor_limit
-from .runs import RunError, read_json, read_metrics, read_status, runs_folder, safe_output, write_bytes
+from .runs import RunError, read_metrics, read_record, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
 from .terminal import ended, first_line, say, sentence, visible
+from .withheld import withhold
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -132,7 +133,7 @@ def figures_table(results: dict[str, dict]) -> pd.DataFrame:
 
 def results_of(result: dict) -> dict[str, dict]:
     "The figures in a result.json by name: before and after of a run, or those of each adapter that was evaluated."
-    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after")}
+    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after") if name in result}
 
 
 def result_table(before: dict, after: dict) -> pd.DataFrame:
@@ -187,22 +188,18 @@ def alarm_lines(alarms) -> list[str]:
 
 # %% ../nbs/12_report.ipynb #b71deae6
 def figure_lines(path) -> list[str]:
-    """The table and the notes of `path`/result.json, lines for a terminal; none without one. Raises RunError for a file that holds no figures, such as one that
-    was edited by hand."""
-    if not (result := read_json(Path(path) / "result.json")): return []
-    try:
-        results = results_of(result)
-        table = readable_table(figures_table(results), result.get("floor")).to_string()
-        return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
-    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as e:
-        raise RunError(f"{path}/result.json holds no figures that can be read ({type(e).__name__}: {first_line(e)}): make it anew by cbnb evaluate --rescore, or move it away") from None
+    "The table and the notes of `path`/result.json, lines for a terminal; none without one, or where it has no figures. Raises RunError as `cbnb.runs.read_record`."
+    result = read_record(Path(path) / "result.json") or {}
+    if not (results := results_of(result)): return []
+    table = readable_table(figures_table(results), result.get("floor")).to_string()
+    return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
 
 
 def describe_run(path) -> str:
-    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run, RunError as
-    `cbnb.runs.read_status` and `figure_lines` do."""
+    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run, RunError for one
+    whose files cannot be read."""
     path = Path(path)
-    status, result = read_status(path), read_json(path / "result.json")
+    status, result = read_status(path), read_record(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [visible(path) + sentence(f": {status['state']}" + (f" ({status['error']})" if status.get("error") else ""))]
     if figures := figure_lines(path): lines += ["", *figures]
@@ -603,7 +600,7 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
-    write_bytes(path, report_page(title, rows, table, parameters, notes, floor).encode())
+    write_bytes(path, withhold(report_page(title, rows, table, parameters, notes, floor)).encode())
     return Path(path)
 
 # %% ../nbs/12_report.ipynb #68347dce

@@ -27,19 +27,30 @@ def begin(work, said, cwd, env):
         os._exit(code)
 
 
-def forked(work, cwd=ROOT, env=None, timeout=600):
-    "Runs `work()`, whose value is the exit status, in a forked process; returns the CompletedProcess with all that it printed in `.stdout`."
-    with tempfile.TemporaryFile() as said:
-        if (pid := os.fork()) == 0: begin(work, said.fileno(), cwd, dict(os.environ if env is None else env))
+def started(work, cwd=ROOT, env=None):
+    "A forked process that runs `work()`, whose value is the exit status: its number, and the file of what it prints."
+    said = tempfile.TemporaryFile()
+    if (pid := os.fork()) == 0: begin(work, said.fileno(), cwd, dict(os.environ if env is None else env))
+    return pid, said
+
+
+def ended(pid, said, timeout=600):
+    "The CompletedProcess of what `started` gave, when it has ended, with all that it printed in `.stdout`."
+    with said:
         end = time.monotonic() + timeout
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        while not (over := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                raise subprocess.TimeoutExpired(str(work), timeout)
+                raise subprocess.TimeoutExpired(str(pid), timeout)
             time.sleep(0.02)
         said.seek(0)
-        return subprocess.CompletedProcess(work, os.waitstatus_to_exitcode(ended[1]), said.read().decode())
+        return subprocess.CompletedProcess(pid, os.waitstatus_to_exitcode(over[1]), said.read().decode())
+
+
+def forked(work, cwd=ROOT, env=None, timeout=600):
+    "Runs `work()`, whose value is the exit status, in a forked process; returns the CompletedProcess with all that it printed in `.stdout`."
+    return ended(*started(work, cwd, env), timeout)
 
 
 def imported(notebook):

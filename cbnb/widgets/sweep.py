@@ -18,8 +18,9 @@ import pandas as pd
 
 from ..report import WIDTH, curves, static_svg
 from ..sweep import AGAINST, against, by_kind, headline, link_to, text_cell
+from ..runs import log_rows
 from ..terminal import visible
-from ..verdicts import CHECKS, Sweep, advice, log_rows, verdicts
+from ..verdicts import CHECKS, Sweep, advice, verdicts
 from .views import is_live
 
 # %% ../../nbs/24_sweep_explorer.ipynb #267b3bdc
@@ -75,8 +76,8 @@ def run_views(sweep: Sweep, run: str) -> str:
     links = " · ".join(f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(visible(p.name))}</a>' for p in links)
     commands = [f"from cbnb.widgets.dashboard import dashboard; dashboard({json.dumps(str(path))})",
                 f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}"]
-    try: drawn = picture(curves(log_rows(path, [])))
-    except (OSError, ValueError) as e: drawn = escape(visible(e))
+    rows, told = log_rows(path)
+    drawn = "".join(f"<p>{escape(visible(line))}</p>" for line in told) + picture(curves(rows))
     text = "".join(f"<pre>{escape(visible(command))}</pre>" for command in commands)
     return f"<p><b>{escape(visible(run))}</b> {links}</p>{text}{drawn}"
 
