@@ -32,6 +32,7 @@ from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
+from .terminal import ended
 from .transcripts import TranscriptError, regular
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
@@ -396,7 +397,9 @@ def write_sweep(sweep):
 
 # %% ../nbs/11_ablation.ipynb #prepared2
 if __name__ == "__main__" and "__file__" in globals():
-    if len(sys.argv) != 3 or sys.argv[1] != "check": sys.exit("usage: python -m cbnb.ablation check RUN_DIR")
+    def check():
+        if len(sys.argv) != 3 or sys.argv[1] != "check": raise RunError("usage: python -m cbnb.ablation check RUN_DIR")
+        check_prepared(sys.argv[2])
+        return 0
     safe_output()
-    try: check_prepared(sys.argv[2])
-    except (RunError, OSError) as e: sys.exit(str(e))
+    sys.exit(ended(check, "cbnb.ablation", (RunError, OSError)))

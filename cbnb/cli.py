@@ -38,7 +38,6 @@ from .sources import open_source
 from .targets import SIDES
 from .terminal import ended, error_text, first_line, say, sentence, visible
 from .transcripts import LABELS, TranscriptError, known_formats, nearest
-from .withheld import scrub
 
 # %% ../nbs/30_cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -491,10 +490,10 @@ REFUSALS = (CommandError, RunError, ValueError, OSError)   # ValueError: what cb
 
 
 def carried_out(args):
-    "The exit status of the command that was read as `args` (a Namespace). A full disk is told by its name and its room."
+    "The exit status of the command that was read as `args` (a Namespace). A full disk is told by the file's name and its room; without a name it is the output's."
     try: return args.run(args)
     except OSError as e:
-        if is_full_disk(e): raise CommandError(full_disk_words(Path.cwd(), e)) from None
+        if is_full_disk(e) and e.filename: raise CommandError(full_disk_words(Path.cwd(), e)) from None
         raise
 
 

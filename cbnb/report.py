@@ -15,7 +15,6 @@ __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'W
 import base64
 import json
 import math
-import re
 import sys
 from html import escape
 from numbers import Real
@@ -29,7 +28,7 @@ import plotly.graph_objects as go
 from .rounding import floor_limit
 from .runs import RunError, read_metrics, read_record, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
-from .terminal import ended, first_line, say, sentence, visible
+from .terminal import ended, say, sentence, visible
 from .withheld import withhold
 
 # %% ../nbs/12_report.ipynb #b10e9eed
@@ -215,7 +214,12 @@ def main(argv=None) -> int:
     folders = sys.argv[1:] if argv is None else argv
     def describe():
         if not folders: raise RunError("usage: python -m cbnb.report RUN_DIR ...")
-        for folder in folders: say(*describe_run(folder).split("\n"))
+        wrong = []
+        for folder in folders:
+            try: say(*describe_run(folder).split("\n"))
+            except (RunError, OSError) as e: wrong.append(e)
+        for e in wrong[:-1]: say(f"cbnb.report: {sentence(e)}", file=sys.stderr)
+        if wrong: raise wrong[-1]
         return 0
     return ended(describe, "cbnb.report", (RunError, ValueError, OSError))
 

@@ -43,7 +43,7 @@ from .files import append_bytes, write_bytes
 from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
-from .terminal import ended, error_text, say, tame_kernel, tame_libraries, visible
+from .terminal import ended, error_text, say, tame_kernel, tame_libraries
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
