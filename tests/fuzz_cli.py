@@ -252,7 +252,8 @@ def faults(argv, status, out, err):
     if "Traceback" in said: found.append("a traceback")
     if (c := unseen(bare(said) if "--color" in " ".join(argv) else said)) is not None: found.append(f"the character {c!r} is printed: {said[max(0, said.index(c) - 60):][:120]!r}")
     lines = [line for line in err.splitlines() if not line.startswith(("note: ", "[transformers] "))]
-    if status == 2 and (len(lines) != 1 or not lines[0].startswith("cbnb")): found.append(f"{len(lines)} lines are said of what is refused: {err[:600]!r}")
+    most = max(1, len(argv) - 1) if argv[:1] == [REPORT] else 1   # it goes on with the next folder
+    if status == 2 and (not 0 < len(lines) <= most or not all(line.startswith("cbnb") for line in lines)): found.append(f"{len(lines)} lines are said of what is refused: {err[:600]!r}")
     if status == 2 and len(err) > SENTENCE + 20 * (err.count("\n") - 1): found.append(f"{len(err)} characters are said of what is refused")
     for word in argv:
         for part in {word, word.partition("=")[2], repr(word)[1:-1]}:

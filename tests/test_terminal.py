@@ -139,6 +139,25 @@ def test_a_cell_that_raises_is_one_sentence(project, command, words):
     if command == "train": assert words in json.loads((project / "run" / "status.json").read_text())["error"]
 
 
+def test_a_wrong_parameter_is_the_last_line_of_papermill(project):
+    "By `cbnb.execute`, which `cbnb` and the batch scripts call, it is the only one; papermill itself says its page first."
+    for module, once in (("cbnb.execute", True), ("papermill", False)):
+        done = subprocess.run([sys.executable, "-m", module, "nbs/train.ipynb", "out.ipynb", "-p", "seed", "x\x1b[2J" + "y" * 5000, "--no-progress-bar"], cwd=project, env=environment(project / "runs"), capture_output=True, text=True)
+        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("[IPKernelApp]")]   # its interrupt, at any time
+        assert done.returncode == 1 and said[-1].startswith("ParameterError: parameter 'seed' wants int") and len(said[-1]) <= SENTENCE and said[-1].isprintable(), said[-3:]
+        assert (done.stderr.count("ParameterError") == 1) == ("Traceback" not in done.stderr) == once, done.stderr
+
+
+def test_batch_scripts_say_names_by_one_function():
+    "`say` of slurm/common.sh; the one other line is a function's value."
+    told = [line for path in (*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")) for line in path.read_text().splitlines()
+            if re.search(r"\b(echo|printf)\b.*\$", line) and not line.startswith("say() {")]
+    assert [line.strip() for line in told] == ['echo "$1/out.$n.ipynb"'], told
+    (say,) = re.findall("^say\\(\\) .*", (ROOT / "slurm" / "common.sh").read_text(), re.M)
+    done = subprocess.run(["bash", "-c", f'{say}\nsay "$1" "$2"', "bash", EVIL.replace("\ud800", ""), "a run"], capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0 and done.stdout.endswith(b" a run\n") and re.fullmatch(rb"[ -~]+\n", done.stdout) and b"]0;owned?" in done.stdout
+
+
 # --- how a command ends ---
 
 def program(*arguments, **more): return subprocess.Popen([sys.executable, "-m", "cbnb.cli", *map(str, arguments)], env=environment("/nowhere"), text=True, **more)
