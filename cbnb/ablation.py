@@ -31,6 +31,7 @@ from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check
 from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
+from .same import file_hash
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .terminal import ended
 from .transcripts import TranscriptError, regular
@@ -212,7 +213,8 @@ def check_settings(parameters, processes=None):
     if "probe_steps" in parameters: check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
     if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
-        try: check_layers(config, model_facts(config.model, parameters.get("trust_remote_code", False)).blocks)
+        trusted = parameters.get("trust_remote_code", False)
+        try: check_layers(config, model_facts(config.model, trusted).blocks)
         except OSError: pass   # a folder without a configuration: the run says it
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
@@ -270,16 +272,14 @@ def runs_of(spec, declared):
 
 # %% ../nbs/11_ablation.ipynb #4c80b6b3
 def content_hash(path, cache):
-    """sha256 (hex) of a file or of all files in a folder, by relative name. Files over 64 MiB in a folder (weights) count by size and time of change:
-    reading them would take minutes. `cache` is a dict, for one path asked many times."""
+    """sha256 (hex) of a file or of all files in a folder, by relative name. Files over 64 MiB in a folder
+    (weights) count in part (`cbnb.same.file_hash`): reading all of them would take minutes. `cache` is a
+    dict, for one path asked many times. Raises RunError for a file that cannot be read."""
     path = Path(path).resolve()
     if path not in cache:
         total = hashlib.sha256()
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            about = file.stat()
-            if path.is_dir() and about.st_size > 64 << 20: content = f"{about.st_size} {about.st_mtime_ns}"
-            else:
-                with open(regular(file), "rb") as f: content = hashlib.file_digest(f, "sha256").hexdigest()
+            content = file_hash(file, whole=not path.is_dir() or file.stat().st_size <= 64 << 20)
             total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{content}\n".encode())
         cache[path] = total.hexdigest()
     return cache[path]
@@ -315,11 +315,14 @@ def label(values, varied, limit=44):
 
 
 def clean_notebook(path):
-    "The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises `RunError`, naming the cell, for code that holds a secret: it would be another."
+    """The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises
+    `RunError`, naming the cell, for code that holds a secret: it would be another."""
     clean = scrub(path.read_text(encoding="utf-8"))
-    for number, (cell, cleaned) in enumerate(zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True), 1):
+    cells = zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True)
+    for number, (cell, cleaned) in enumerate(cells, 1):
         if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
-            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is copied into each run directory: read it from the environment there")
+            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is "
+                           "copied into each run directory: read it from the environment there")
     return clean
 
 

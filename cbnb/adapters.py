@@ -25,10 +25,12 @@ from .evaluation import evaluate
 from .loaders import fetch_adapter
 from .masks import ChatMasker
 from .models import add_adapter, load_model, num_blocks
+from .processes import from_first
 from .reader import AnswerReader, derive_reader
 from .report import results_of, write_run_report
 from .records import fault
-from .runs import RunError, read_record, to_plain, write_bytes, write_json
+from .runs import Run, RunError, read_record, read_status, to_plain, write_bytes, write_json
+from .same import differences, made_from, model_hashes, named, surroundings, tell_changes
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker, model_facts, settings_of
 from .sources import READING, Reading, listed, read_entry, reading_of
@@ -39,9 +41,9 @@ from .withheld import withhold
 
 # %% auto #0
 __all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'run_model', 'made_for',
-           'another_base', 'base_name', 'made_with', 'settings_for', 'found_entry', 'heldout_files', 'reading_for',
-           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
-           'rescore']
+           'another_base', 'base_name', 'made_with', 'settings_for', 'found_entry', 'heldout_files', 'heldout_entries',
+           'model_names', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model', 'decoding_for',
+           'checked', 'evaluate_adapter', 'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -58,11 +60,12 @@ class Adapter:
 
 
 def run_parameters(folder: Path, *needed: str) -> dict:
-    """The parameters in the params.json of a run directory: those that an evaluation goes by are of their types, and
-    the `needed` ones are there. Raises RunError, naming the file and the parameter."""
+    """The parameters in the params.json of a run directory: those that an evaluation goes by are of their
+    types, and the `needed` ones are there. Raises RunError, naming the file and the parameter."""
     path = folder / "params.json"
     found = read_record(path) or {}
-    bad = fault("evaluated", found) or next((f"it has no {name}" for name in needed if found.get(name) is None), "")
+    missing = (f"it has no {name}" for name in needed if found.get(name) is None)
+    bad = fault("evaluated", found) or next(missing, "")
     if bad: raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
     return found
 
@@ -132,9 +135,10 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
 
 
 def made_with(parameters: dict, trust_remote_code: bool = False) -> CircuitBreakerConfig:
-    """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not imported, and whether code of the model
-    runs is said by who evaluates, not by them."""
-    return settings_of(parameters["preset"], {k: v for k, v in parameters.items() if k not in RUN_ONLY}, trust_remote_code)[0]
+    """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not
+    imported, and whether code of the model runs is said by who evaluates, not by them."""
+    given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
+    return settings_of(parameters["preset"], given, trust_remote_code)[0]
 
 
 def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_layers: str | None = None,
@@ -171,6 +175,44 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
         files = listed(run.parameters.get("eval_data") or "")
         if not files and run.parameters["data"] == "tinyagent": files = [run.run / "data" / "eval.jsonl"]
     return [found_entry(file) for file in files]
+
+
+def heldout_entries(adapters: list[Adapter], eval_data: str = "") -> list[str]:
+    "`heldout_files`, or the data of the first adapter's run, where they are a part of them."
+    run = next((a.parameters for a in adapters if a.run), {})
+    return heldout_files(adapters, eval_data) or listed(run.get("data") or "")
+
+
+def model_names(adapters: list[Adapter], name: str) -> list[str]:
+    """The models that an evaluation on the model `name` loads: that one, and the teacher of the first
+    adapter's run."""
+    run = next((a.parameters for a in adapters if a.run), {})
+    return [name, run.get("teacher") or ""]
+
+
+def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: str) -> None:
+    """Compares an evaluation with what the first adapter's run was made from (`cbnb.same`), in as far as
+    the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
+    whose hash is `heldout`. Tells what it is evaluated with of other versions (`tell_changes` of the `run`
+    of the evaluation). Raises RunError for another model or other transcripts."""
+    made = next((a for a in adapters if a.run), None)
+    record = made_from(made.run) if made else {"same": {}, "told": {}}
+    before = record["same"].get("model", {}) if not parameters["model"] else {}
+    if before and (found := differences(before, model_hashes(*model_names(adapters, run_model(made.run))))):
+        raise RunError(f"the model of {made.run} changed since it was trained on ({named(found)}): put back "
+                       "what was there, or give model, to evaluate on it as it is")
+    own = parameters["eval_data"] in ("", "tinyagent")
+    own = own and all(parameters.get(name) is None for name in READING)
+    if own and heldout != record["same"].get("samples", {}).get("held out", heldout):
+        raise RunError(f"the held-out transcripts of {made.run} changed since it was made: put back what was "
+                       "there, or give eval_data, to evaluate on them as they are")
+    now = surroundings()
+    told = [f"evaluated with {name} {now[name]}, and the run was made with {old}"
+            for name, old in record["told"].items() if now.get(name, old) != old]
+    def tell():
+        known = read_status(run.path).get("changes") or ()
+        tell_changes(run, [line for line in told if line not in known])
+    from_first(tell)
 
 
 def reading_for(adapters: list[Adapter], **given) -> Reading:
@@ -222,12 +264,13 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded.
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
-    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], parameters.get("trust_remote_code", False))
+    trusted = parameters.get("trust_remote_code", False)
+    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trusted)
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     name = asked_model(adapters, parameters)
-    if Path(name).expanduser().is_dir(): model_facts(name, parameters.get("trust_remote_code", False))  # code that comes with it is told here
+    if Path(name).expanduser().is_dir(): model_facts(name, trusted)  # code that comes with it is told here
     return adapters, name, decoding_for(adapters, **{name: parameters[name] for name in fields})
 
 # %% ../nbs/16_adapters.ipynb #c82cc13b
@@ -243,7 +286,8 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     load = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers, trust_remote_code)
-    if adapter.folder: student = load_students(base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code)
+    if adapter.folder:
+        student = load_students(base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code)
     else: student = add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
     return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)
@@ -287,10 +331,12 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
     folder = Path(folder).expanduser().resolve()
     result, parameters = (read_record(folder / name) for name in ("result.json", "params.json"))
     if not result or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
-    parameters = run_parameters(folder, *(("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")))
+    needed = ("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")
+    parameters = run_parameters(folder, *needed)
     for stage, figures in results_of(result).items():
         if "prefill" not in figures.get("decoding", ()) or "model" not in figures.get("ends", ()):
-            raise RunError(f"{folder / 'result.json'} does not say how the answers of {stage} were made and where they end: evaluate again")
+            raise RunError(f"{folder / 'result.json'} does not say how the answers of {stage} were made and where "
+                           "they end: evaluate again")
     lines = kept_lines(folder)
     if not lines:
         there = (folder / "answers.jsonl").exists()
@@ -313,7 +359,8 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
         again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
-    write_bytes(folder / "answers.jsonl", "".join(json.dumps(withhold(to_plain(line))) + "\n" for line in (lines | anew).values()).encode())
+    kept = withhold(to_plain(list((lines | anew).values())))
+    write_bytes(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
         if (folder / "report.html").exists(): write_run_report(folder, result)

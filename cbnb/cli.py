@@ -45,10 +45,13 @@ class CommandError(Exception):
     __str__ = error_text
 
 # %% ../nbs/30_cli.ipynb #f1ac7ce5
-def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template", adapt="", trust_remote_code=False):
+def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template", adapt="",
+                trust_remote_code=False):
     """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.settings.make_masker`; what it has to tell goes to stderr. Raises
     CommandError where there is no tokenizer, and what `make_masker` raises."""
-    try: masker, told = make_masker(model, control, chat_template, template_variables, trust_remote_code, tool_call_format=tool_call_format, adapt=adapt)
+    try:
+        masker, told = make_masker(model, control, chat_template, template_variables, trust_remote_code,
+                                   tool_call_format=tool_call_format, adapt=adapt)
     except (ParameterError, MaskError, ConfigError): raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
@@ -381,7 +384,8 @@ def run_evaluate(args):
     if len(args.adapters) > 2: raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
     if args.rescore:
         from cbnb.adapters import rescore
-        if len(args.adapters) != 1 or given.keys() - {"trust_remote_code"}: raise CommandError("--rescore wants one run directory and nothing else")
+        if len(args.adapters) != 1 or given.keys() - {"trust_remote_code"}:
+            raise CommandError("--rescore wants one run directory and nothing else")
         rescore(args.adapters[0], **given)
         path, status = Path(args.adapters[0]), 0
     else:
@@ -422,7 +426,8 @@ def run_plan(args):
     check_processes(config, values.get("fsdp", False), args.gpus)
     for line in told: say(f"note: {line}")
     from cbnb.plan import plan_lines  # seconds: torch
-    for line in plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share, whole["trust_remote_code"]): say(line)
+    lines = plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share, whole["trust_remote_code"])
+    for line in lines: say(line)
     return 0
 
 # %% ../nbs/30_cli.ipynb #fet00002

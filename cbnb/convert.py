@@ -14,19 +14,21 @@ from .transcripts import TranscriptError, write_transcripts
 
 # %% ../nbs/00m_convert.ipynb #ba791650
 def check_written(out, reader, *others):
-    """Raises `cbnb.files.OutputError` where writing to the path `out` would change what `reader` or the files `others` (empty: none) give, or become data of its
-    next reading."""
+    """Raises `cbnb.files.OutputError` where writing to the path `out` would change what `reader` or the
+    files `others` (empty: none) give, or become data of its next reading."""
     check_output(out, [reader.path, *(file for file, _ in reader.files()), *filter(None, others)])
 
 
 def convert(path, out, format="auto", label=None, progress=lambda items: items, relabel=None, tools=""):
-    """Writes the transcripts of `path` (see `cbnb.sources.open_source`) to the file `out` in the project's own form,
-    and returns the report, a dict: `transcripts` and counts of them by `formats` (records), `labels`, `tools`
-    and `spans`; `adapted` (times, by what was done), `dropped` (records, by cause), `left_out` (records, by
-    cause), `repeated` and `relabelled`; `examples` is the first sentence of each cause.
+    """Writes the transcripts of `path` (see `cbnb.sources.open_source`) to the file `out` in the project's
+    own form, and returns the report, a dict: `transcripts` and counts of them by `formats` (records),
+    `labels`, `tools` and `spans`; `adapted` (times, by what was done), `dropped` (records, by cause),
+    `left_out` (records, by cause), `repeated` and `relabelled`; `examples` is the first sentence of each
+    cause.
 
-    Bad records are dropped. Raises TranscriptError where nothing can be read, and OutputError, before anything
-    is read, for a path that is no file or would write over what is read (`cbnb.files.check_output`)."""
+    Bad records are dropped. Raises TranscriptError where nothing can be read, and OutputError, before
+    anything is read, for a path that is no file or would write over what is read
+    (`cbnb.files.check_output`)."""
     reader = open_source(path, format, label, "skip", relabel, tools)
     check_written(out, reader, tools)
     labels, adapted, dropped, examples, with_tools, spans, count = Counter(), Counter(), Counter(), {}, 0, 0, 0

@@ -137,8 +137,9 @@ def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_t
         yield pair
 
 
-def refusals(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False) -> Iterator[MaskError | None]:
-    "Yields for each of `transcripts` the MaskError for which `encoded_pairs` ends, without the ways out, or None."
+def refusals(transcripts: Iterable[Transcript], masker: ChatMasker,
+             split_turns: bool = False) -> Iterator[MaskError | None]:
+    "Yields for each of `transcripts` the MaskError that `encoded_pairs` raises, without the ways out, or None."
     for t, encoded in in_batches(transcripts, masker, errors="return"):
         try:
             if isinstance(encoded, MaskError): raise encoded
@@ -150,9 +151,9 @@ def refusals(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns:
 
 def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False,
                  found: Iterable | None = None) -> Sequence[Transcript]:
-    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
-    there by cause. With `on_error` raise all of them, unread. `found`: the `refusals` where they are known. Raises
-    TranscriptError where more than `max_skipped` of the records are left out by now."""
+    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are
+    counted there by cause. With `on_error` raise all of them, unread. `found`: the `refusals`, where they are
+    known. Raises TranscriptError where more than `max_skipped` of the records are left out by now."""
     if reading.on_error == "raise": return transcripts
     def fits(error):
         if error is not None: reading.refuse(error)

@@ -96,8 +96,8 @@ def segment_counts(segments: np.ndarray) -> np.ndarray: return np.bincount(segme
 class Seen:
     """What is kept of the laid samples of a stream, of which one at a time is in memory: how many were `laid`, the
     transcripts (ids) of the `lost` ones, `tokens` and `trained` ones by segment, findings by `kinds` with the
-    `first` (id, text) of each, the `wrong` masks (id, tokens), `labels` of transcripts, `ends` of trained turns (token
-    ids), trained `calls` (`action_key`), and the `WORST` by `badness`, each behind that and its number."""
+    `first` (id, text) of each, the `wrong` masks (id, tokens), `labels` of transcripts, `ends` of trained turns
+    (token ids), trained `calls` (`action_key`), and the `WORST` by `badness`, each behind that and its number."""
     laid: int = 0
     lost: list = field(default_factory=list)
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), int))
@@ -125,7 +125,8 @@ def look_at(laid) -> Seen:
         out.first = {f.kind: (x.transcript.id, f.text) for f in x.findings} | out.first
         if x.wrong: out.wrong.append((x.transcript.id, x.wrong))
         out.labels[x.transcript.label] += 1
-        out.ends.update(tuple(x.encoded.input_ids[a:b].tolist()) for _, a, b, trained in trained_ends(x.encoded, x.mask) if trained)
+        ends = ((a, b) for _, a, b, trained in trained_ends(x.encoded, x.mask) if trained)
+        out.ends.update(tuple(x.encoded.input_ids[a:b].tolist()) for a, b in ends)
         out.calls.update(trained_calls(x.encoded, x.mask, x.transcript))
         insort(out.worst, (badness(x), out.laid, x))
         del out.worst[WORST:]
@@ -134,7 +135,8 @@ def look_at(laid) -> Seen:
 
 def segment_frame(seen: Seen) -> pd.DataFrame:
     "Tokens, and tokens in the mask, by segment: a row each."
-    rows = {s.name.lower().replace("_", " "): (int(seen.tokens[s]), int(seen.trained[s])) for s in Segment if seen.tokens[s]}
+    rows = {s.name.lower().replace("_", " "): (int(seen.tokens[s]), int(seen.trained[s]))
+            for s in Segment if seen.tokens[s]}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["tokens", "trained"])
 
 
@@ -235,7 +237,8 @@ def check_masks(streams: dict, masker: ChatMasker, config: CircuitBreakerConfig,
     for name, (samples, transcripts, report) in streams.items():
         policy = getattr(config, f"{name}_policy")
         every[name] = seen = look_at(lay(samples, transcripts, masker, policy, config.split_turns))
-        points += injection_points(name, report, config) + stream_points(name, samples, seen, report, policy) + template_points(name, samples, seen, masker.tokenizer, stops)
+        points += injection_points(name, report, config) + stream_points(name, samples, seen, report, policy)
+        points += template_points(name, samples, seen, masker.tokenizer, stops)
         frames[name] = segment_frame(seen)
         figures[name] = {"samples": len(samples), **{k: int(v) for k, v in report.counts.items()}, "trained": frames[name]["trained"].to_dict()}
     worst = sorted((shown for seen in every.values() for shown in seen.worst), key=lambda shown: shown[0])

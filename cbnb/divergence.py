@@ -38,33 +38,41 @@ from .turns import Segment
 
 # %% ../nbs/14_divergence.ipynb #fd010a60
 def check_adapter(folder: str | Path, trust_remote_code: bool = False) -> Path:
-    """The path of a saved adapter. Raises ValueError, in one sentence, for a folder without `adapter_config.json` or `adapter_model.safetensors` (pickled
-    weights are never read), and as `cbnb.loaders.read_adapter`. Whether it is what it says, `load_students` asks of the weights."""
+    """The path of a saved adapter. Raises ValueError, in one sentence, for a folder without `adapter_config.json` or
+    `adapter_model.safetensors` (pickled weights are never read), and as `cbnb.loaders.read_adapter`. Whether it is
+    what it says, `load_students` asks of the weights."""
     folder = Path(folder).expanduser()
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; give a folder that `cbnb.models.save_adapter` wrote, such as a run's adapter/.")
+            raise ValueError(f"{folder} has no {name}; give a folder that `cbnb.models.save_adapter` wrote, such as a "
+                             "run's adapter/.")
     read_adapter(folder, trust_remote_code)
     return folder
 
 
 def real_rows(masker: ChatMasker, transcripts: list[Transcript], tokens: int = 128) -> dict[str, torch.Tensor]:
-    "The last `tokens` tokens of each of at most two of the `transcripts`, as padded rows (`cbnb.data.pad_rows`). Raises MaskError as the masker does."
+    """The last `tokens` tokens of each of at most two of the `transcripts`, as padded rows (`cbnb.data.pad_rows`).
+    Raises MaskError as the masker does."""
     some = [np.asarray(encoded.input_ids[-tokens:]) for encoded in masker.encode_batch(transcripts[:2])]
-    return pad_rows([Sample(ids, np.zeros(len(ids), bool), "") for ids in some], masker.tokenizer.pad_token_id)
+    rows = [Sample(ids, np.zeros(len(ids), bool), "") for ids in some]
+    return pad_rows(rows, masker.tokenizer.pad_token_id)
 
 
-def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict | None = None, trust_remote_code: bool = False) -> PeftModel:
-    """`base` (`cbnb.models.load_model`) with every adapter of `{name: folder}` on it, the first one active; in eval mode, without gradient.
+def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict | None = None,
+                  trust_remote_code: bool = False) -> PeftModel:
+    """`base` (`cbnb.models.load_model`) with every adapter of `{name: folder}` on it, the first one active; in eval
+    mode, without gradient.
 
-    `rows`: `input_ids` and `attention_mask` [B, S] of a batch that adapters are asked on, by default made-up ones. Raises ValueError for no adapter, a
-    name with a dot, what `check_adapter` refuses, weights that do not fit the base, and an adapter that is not what it says
-    (`cbnb.adapter_checks`): off it is not the base, on it changes nothing, or its size is absurd."""
+    `rows`: `input_ids` and `attention_mask` [B, S] of a batch that adapters are asked on, by default made-up ones.
+    Raises ValueError for no adapter, a name with a dot, what `check_adapter` refuses, weights that do not fit the
+    base, and an adapter that is not what it says (`cbnb.adapter_checks`): off it is not the base, on it changes
+    nothing, or its size is absurd."""
     if not adapters or any("." in name or not name for name in adapters):
-        raise ValueError(f"adapters are given as {{name: folder}}, at least one and without dots in their names, but {list(adapters)} was given.")
+        raise ValueError("adapters are given as {name: folder}, at least one and without dots in their names, but "
+                         f"{list(adapters)} was given.")
     base, student = base.eval().requires_grad_(False), None
-    rows = two_rows(base) if rows is None else {name: rows[name].to(base.device) for name in ("input_ids", "attention_mask")}
-    plain = as_plain(base, rows)
+    rows = two_rows(base) if rows is None else rows
+    plain = as_plain(base, {name: rows[name].to(base.device) for name in ("input_ids", "attention_mask")})
     for name, folder in adapters.items():
         folder, what = check_adapter(folder, trust_remote_code), f"the adapter {folder}"
         config = read_adapter(folder, trust_remote_code)
@@ -73,15 +81,18 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict |
             check_size(base, config, folder)
             check_start_of(config, what)
             with warnings.catch_warnings():
-                # peft calls what transformers is about to rename, says that GPT-2's linears are transposed, and what the numbers say below
-                warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out|disable_adapter).*")
+                # peft calls what transformers is about to rename, says that GPT-2's linears are transposed, and what
+                # the numbers say below
+                told = ".*(gradient_checkpointing|fan_in_fan_out|disable_adapter).*"
+                warnings.filterwarnings("ignore", message=told)
                 if student is None: student = get_peft_model(base, config, adapter_name=name)
                 else: student.add_adapter(name, config)
                 result = fill_adapter(student, folder, name)
                 student.set_adapter(name, inference_mode=True)
         except ConfigError: raise
         except Exception as e:  # whatever peft raises for a configuration or weights that it cannot use
-            raise ValueError(f"{folder} does not fit this base: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            raise ValueError(f"{folder} does not fit this base: {why}") from e
         # peft also lists another adapter's lora_B where this one is called B
         missing = [key for key in result.missing_keys if name in key.split(".")]
         if missing or result.unexpected_keys:

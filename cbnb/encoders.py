@@ -24,8 +24,8 @@ BYTES = {c: b for b, c in zip(
 
 
 def token_bytes(tokenizer, token, added):
-    """The bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from outside that alphabet.
-    `added`: the tokenizer's `added_tokens_decoder`, which is made anew, of all of them, each time it is asked for."""
+    """The bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from outside that
+    alphabet. `added`: the tokenizer's `added_tokens_decoder`, which it makes anew at each asking."""
     if token in added: return added[token].content.encode()
     try: return bytes(BYTES[c] for c in tokenizer.convert_ids_to_tokens(token))
     except (KeyError, TypeError): return None
@@ -124,7 +124,7 @@ def find_tiktoken(tokenizer):
 
 # %% ../nbs/00b_encoders.ipynb #48d7982c
 class TokenBytes:
-    "The bytes of the tokens of a tokenizer, looked up when first asked for. `added`: its added tokens by id, as they are now."
+    "The bytes of a tokenizer's tokens, looked up when first asked for. `added`: the added ones by id, as they are now."
     def __init__(self, tokenizer):
         self.tokenizer, self.added, self.bytes = tokenizer, tokenizer.added_tokens_decoder, {}
         self.sizes = np.full(len(tokenizer), -1, np.int32)

@@ -22,25 +22,30 @@ class OutputError(OSError):
     __str__ = error_text
 
 
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+         stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
 def check_output(path, inputs=()):
-    """Raises OutputError unless `path` names a regular file or a new one in a folder that is there, or where writing to it would change what is read: it is
-    one of the paths `inputs`, by whatever name, lies in a folder of them, or is a file of that folder by another name."""
+    """Raises OutputError unless `path` names a regular file or a new one in a folder that is there, or where
+    writing to it would change what is read: it is one of the paths `inputs`, by whatever name, lies in a
+    folder of them, or is a file of that folder by another name."""
     path = Path(path).absolute()
     if not path.parent.is_dir(): raise OutputError(f"{path} lies in no folder; make it first")
     try: found = path.lstat()
     except FileNotFoundError: found = None
     if found and not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
-        raise OutputError(f"{path} is {kind}; name a file" if kind != "a link" else f"{path} is a link; name the file that it leads to: {path.resolve()}")
+        instead = f"the file that it leads to: {path.resolve()}" if kind == "a link" else "a file"
+        raise OutputError(f"{path} is {kind}; name {instead}")
     for other in map(Path, inputs):
-        if not os.path.exists(other): continue   # no path at all, perhaps: the text of a template, an id of a hub
+        if not os.path.exists(other): continue   # perhaps no path: a template's text, a hub's id
         same = found and path.samefile(other)
         inside = other.is_dir() and path.resolve().is_relative_to(other.resolve())
-        linked = found and found.st_nlink > 1 and other.is_dir() and any(path.samefile(p) for p in other.rglob("*") if p.is_file())
-        if same or inside or linked: raise OutputError(f"{path} is what is read, or lies in it ({other}); name another file")
+        linked = found and found.st_nlink > 1 and other.is_dir()
+        linked = linked and any(path.samefile(p) for p in other.rglob("*") if p.is_file())
+        if same or inside or linked:
+            raise OutputError(f"{path} is what is read, or lies in it ({other}); name another file")
 
 # %% ../nbs/03c_files.ipynb #fil00011
 @contextmanager
@@ -54,9 +59,11 @@ def named(path):
 
 @contextmanager
 def new_file(path):
-    """A binary file to write to. When the block ends without an exception, what was written stands under `path`, with mode 0600, or that of one's own file
-    in whose place it comes: it is made under a temporary name beside it, flushed to disk, and renamed. Else nothing has changed, and nothing is left behind.
-    Raises OutputError as `check_output` does; OSError, which names `path`, where the disk is full or the folder cannot be written."""
+    """A binary file to write to. When the block ends without an exception, what was written stands under
+    `path`, with mode 0600, or that of one's own file in whose place it comes: it is made under a
+    temporary name beside it, flushed to disk, and renamed. Else nothing has changed, and nothing is left
+    behind. Raises OutputError as `check_output` does; OSError, which names `path`, where the disk is full
+    or the folder cannot be written."""
     check_output(path)
     path = Path(path)
     try: handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
@@ -69,7 +76,8 @@ def new_file(path):
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
-            if path.exists() and path.stat().st_uid == os.getuid(): os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+            if path.exists() and (old := path.stat()).st_uid == os.getuid():
+                os.chmod(temporary, stat.S_IMODE(old.st_mode))
             os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -82,10 +90,10 @@ def write_bytes(path, data):
 
 # %% ../nbs/03c_files.ipynb #fil00015
 def write_files(files):
-    """Writes `{path: bytes}`: all of it stands on the disk before the first path is renamed, in their order. A full disk leaves every old file as it was.
-    Raises as `new_file` does."""
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(new_file(path)) for path in reversed(files)}   # an ExitStack ends with what was entered first
+    """Writes `{path: bytes}`: all of it stands on the disk before the first path is renamed, in their order.
+    A full disk leaves every old file as it was. Raises as `new_file` does."""
+    with ExitStack() as stack:   # it ends with what was entered first
+        opened = {path: stack.enter_context(new_file(path)) for path in reversed(files)}
         for path, f in opened.items():
             with named(path):
                 f.write(files[path])
@@ -94,10 +102,12 @@ def write_files(files):
 
 # %% ../nbs/03c_files.ipynb #fil00018
 def append_bytes(path, data):
-    """Appends `data` to the file `path`, made with mode 0600 where it is not there: all of it, or on a full disk nothing. A last line without an end, left by a
-    process that was killed, is cut off first. Raises OutputError for a path that is no regular file, OSError, which names `path`, for a full disk."""
+    """Appends `data` to the file `path`, made with mode 0600 where it is not there: all of it, or on a full
+    disk nothing. A last line without an end, left by a process that was killed, is cut off first. Raises
+    OutputError for a path that is no regular file, OSError, which names `path`, for a full disk."""
     if os.path.lexists(path): check_output(path)   # a pipe without a reader would hang
-    with named(path), open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b", buffering=0) as f:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with named(path), open(os.open(path, flags, 0o600), "r+b", buffering=0) as f:
         if end := f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
@@ -116,7 +126,8 @@ NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def quoted_cell(text):
-    "`text` with a ' before it where a spreadsheet would take it for a formula; a number, with a sign too, stays one."
+    """`text` with a ' before it where a spreadsheet would take it for a formula; a number, with a sign too,
+    stays one."""
     return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
 

@@ -74,11 +74,12 @@ HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
 
 
 def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
-    """Which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no order). Raises
-    ValueError, saying the `name` of the stream, for fewer than five, of which none could be spared."""
+    """Which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no order).
+    Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be spared."""
     n = min(n, count // 5)
     if not n:
-        raise ValueError(f"{count} {name} transcripts are too few to hold some out: give at least 5 of each label in data, or eval_data.")
+        raise ValueError(f"{count} {name} transcripts are too few to hold some out: give at least 5 of each label in "
+                         "data, or eval_data.")
     return np.random.default_rng((seed, 2)).permutation(count)[:n]
 
 # %% ../nbs/00j_holdout.ipynb #dbfd4787
@@ -159,7 +160,8 @@ def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
         if kind not in known: raise ValueError(f"heldout_by {by}: no transcript says its {kind} (AgentDojo's runs do in meta); give heldout_by prompt")
 
 
-def part(harmful: Sequence[Transcript], benign: Sequence[Transcript], by: str = "auto", n: int = HELD_OUT, seed: int = 0) -> Parted:
+def part(harmful: Sequence[Transcript], benign: Sequence[Transcript], by: str = "auto", n: int = HELD_OUT,
+         seed: int = 0) -> Parted:
     """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at
     most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key
     is drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared.
@@ -199,7 +201,8 @@ def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[s
         for kind, key in keys_of(t).items(): known[kind].add(key)
     for kind in HELDOUT_BY:
         keys = [k[kind] for k in held if kind in k]
-        if keys: out[kind] = {"training": known[kind].count, "held_out": len({*keys}), "with": len(keys), "shared": sum(key in known[kind] for key in keys)}
+        if keys: out[kind] = {"training": known[kind].count, "held_out": len({*keys}), "with": len(keys),
+                              "shared": sum(key in known[kind] for key in keys)}
     return out
 
 

@@ -34,7 +34,8 @@ from .terminal import say, visible
 
 # %% ../nbs/11b_jobs.ipynb #26878996
 def papermill(notebook, out, *arguments):
-    "The argument list that runs a notebook by papermill (`cbnb.execute`) with this Python; `arguments` as papermill takes them."
+    """The argument list that runs a notebook by papermill (`cbnb.execute`) with this Python; `arguments` as
+    papermill takes them."""
     return [sys.executable, "-m", "cbnb.execute", str(notebook), str(out), *map(str, arguments)]
 
 
@@ -76,7 +77,8 @@ def start(command, log, threads):
     terminal is ours to pass on. Its files are private."""
     environment = {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     out = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") if log else None
-    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True, umask=0o077)
+    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
+                                 start_new_session=True, umask=0o077)
     finally:
         if out: out.close()
 
@@ -87,7 +89,7 @@ def work(tasks, workers, tell=say, every=30.0):
     A line of progress a run is kept up to date on a terminal, else told `every` so many seconds. The first Ctrl-C asks the running ones to stop with
     a checkpoint and waits for them, the second kills them; what was not started stays as it is."""
     from tqdm import tqdm
-    def ended_state(path, code, killed):   # a status that cannot be read is this run's matter, and ends no other
+    def ended_state(path, code, killed):   # a status that cannot be read ends no other run
         try: state = read_status(path).get("state", "failed") if killed else close_run(path, code)
         except (RunError, OSError) as e: return "unreadable", str(e)
         return state, read_quietly(path)[0].get("error")
@@ -256,20 +258,24 @@ def sweep_lock(path, seconds=10):
 def ran_other_code(path):
     "The name of the first code.<attempt>.json in `path` that shows other source than what the run was prepared with, or None."
     first = (read_record(path / "code.json") or {}).get("source")
-    return next((p.name for p in sorted(path.glob("code.*.json")) if (read_record(p, "code.json") or {}).get("source") != first), None)
+    others = ((p.name, read_record(p, "code.json") or {}) for p in sorted(path.glob("code.*.json")))
+    return next((name for name, code in others if code.get("source") != first), None)
 
 
 def sweep_rows(sweep, held=None):
-    """The `run_rows` of a `Sweep`, in its order. A run that was done with other code than its key says counts as failed; a folder that is another run's, or whose
-    key or code cannot be read, is unreadable and is left as it is."""
+    """The `run_rows` of a `Sweep`, in its order. A run that was done with other code than its key says
+    counts as failed; a folder that is another run's, or whose key or code cannot be read, is unreadable
+    and is left as it is."""
     rows = run_rows([sweep.path / run["dir"] for run in sweep.runs], held)
     for row, run in zip(rows, sweep.runs, strict=True):
         path = Path(row["path"])
         if row["state"] == "unreadable" or row["state"] == "new" and not path.exists(): continue
         try:
-            if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+            key = read_record(path / "key.json") or {}
+            if key.get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
             if row["state"] == "done" and (other := ran_other_code(path)):
-                row.update(state="failed", note=f"its code was edited after it was submitted ({other}): --retry failed starts it afresh")
+                note = f"its code was edited after it was submitted ({other}): --retry failed starts it afresh"
+                row.update(state="failed", note=note)
         except RunError as e: row.update(state="unreadable", note=str(e), free=False)
     return rows
 
@@ -310,11 +316,14 @@ def prepare_sweep(sweep, rows, actions):
 
 # %% ../nbs/11b_jobs.ipynb #4a3ab125
 def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=say):
-    """Starts what is not done yet of the sweep in the file `spec`: `local` workers on this machine or `slurm`, by default as `where_to_run` says.
+    """Starts what is not done yet of the sweep in the file `spec`: `local` workers on this machine or
+    `slurm`, by default as `where_to_run` says.
 
-    New, interrupted and lost runs start or resume; done ones are skipped by their key, queued and running ones are left, failed ones are listed unless
-    `retry`, and so are those that cannot be read or are another's; `only_missing` starts those alone that never began. Returns 0; 1 where a local run is not done in the end; 130 after an interrupt. Raises
-    `RunError`, `ParameterError` or `ConfigError` before anything is started or written."""
+    New, interrupted and lost runs start or resume; done ones are skipped by their key, queued and running
+    ones are left, failed ones are listed unless `retry`, and so are those that cannot be read or are
+    another's; `only_missing` starts those alone that never began. Returns 0; 1 where a local run is not
+    done in the end; 130 after an interrupt. Raises `RunError`, `ParameterError` or `ConfigError` before
+    anything is started or written."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
     if where == "slurm": batch_script("ablation")
     if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")

@@ -145,7 +145,8 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
 
     `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several, else the CPU. `fsdp`: see `in_parts`.
     `quantize`: none, or 4bit (see `in_4_bits`, `check_quantised`).
-    Raises ValueError for an unknown dtype, 4 bits that cannot be had, and as `cbnb.loaders.read_model`; OSError for a model that is not there."""
+    Raises ValueError for an unknown dtype, 4 bits that cannot be had, and as `cbnb.loaders.read_model`; OSError for a
+    model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if quantize not in ("none", "4bit"):
@@ -402,23 +403,25 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[
 
 
 def largest_rank(shapes) -> int:
-    "The largest rank that a matrix of one of the `shapes` (of which the last two sides count) can have; 0 for none."
+    "The largest rank that a matrix of one of the `shapes` can have, whose last two sides count; 0 for none."
     return max((min(shape[-2:]) for shape in shapes), default=0)
 
 
 def check_rank(model: PreTrainedModel, modules: list[str], parameters: list[str], rank: int) -> None:
-    "Raises ConfigError where none of the linears `modules` and the `parameters` (full names) can have `rank`: LoRA there would only be larger."
-    linears = [model.get_submodule(name) for name in modules]
-    shapes = [(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m.weight.shape for m in linears]  # 4 bits are packed
+    """Raises ConfigError where none of the linears `modules` and the `parameters` (full names) can have `rank`: LoRA
+    there would only be larger."""
+    def shape(linear):  # 4 bits are packed
+        return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else linear.weight.shape
+    shapes = [shape(model.get_submodule(name)) for name in modules]
     largest = largest_rank([*shapes, *(model.get_parameter(name).shape for name in parameters)])
     if rank > largest:
-        raise ConfigError(f"lora_r {rank:,} is above {largest:,}, the largest rank that a matrix it sits on can have: the adapter would be larger than what it changes; "
-                          f"give a lora_r far below {largest:,}")
+        raise ConfigError(f"lora_r {rank:,} is above {largest:,}, the largest rank that a matrix it sits on can have: the "
+                          f"adapter would be larger than what it changes; give a lora_r far below {largest:,}")
 
 
 def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraConfig:
-    """peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the same, else by full names. Raises ConfigError
-    as that and `check_rank`."""
+    """peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the same,
+    else by full names. Raises ConfigError as that and `check_rank`."""
     modules, parameters = lora_targets(model, config)
     check_rank(model, modules, parameters, config.lora_r)
     same = dict(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none",

@@ -18,7 +18,7 @@ from .models import decoder_blocks, forward_with_hidden_states, teacher_mode, to
 __all__ = ['ADAPTED', 'first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
 
 # %% ../nbs/04a_passes.ipynb #05bd23c2
-ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")  # in the names of what LoRA adds, also where nothing is trained
+ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")  # in names of what LoRA adds, whether trained or not
 
 
 def first_adapted_block(student: PeftModel) -> int | None:

@@ -37,8 +37,8 @@ __all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 
 
 # %% ../nbs/15_plan.ipynb #ada37d63
 def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the folder or hub id `name`. Raises OSError where there
-    is none, and ConfigError as `cbnb.loaders.read_config`."""
+    """The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the folder or hub
+    id `name`. Raises OSError where there is none, and ConfigError as `cbnb.loaders.read_config`."""
     if name in SHAPES:
         kind, settings = SHAPES[name]
         return AutoConfig.for_model(kind, **settings)
@@ -52,7 +52,8 @@ def beside_text(name: str, dtype: str, trust_remote_code: bool = False) -> int:
     config = read_config(name, trust_remote_code)
     if config.get_text_config() is config: return 0
     with torch.device("meta"):
-        whole, text = (empty_model(name, part, trust_remote_code, dtype=DTYPES[dtype]) for part in (config, config.get_text_config()))
+        parts = (config, config.get_text_config())
+        whole, text = (empty_model(name, part, trust_remote_code, dtype=DTYPES[dtype]) for part in parts)
     return bytes_of(whole.parameters()) - bytes_of(text.parameters())
 
 # %% ../nbs/15_plan.ipynb #3dc266ec
@@ -96,8 +97,8 @@ def rows_of(rows: int, length: int, share: float) -> dict:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's configuration, which equals another of the same JSON `text`: a plan of the same model need not run twice. Code in it runs by
-    `trust_remote_code` alone."""
+    """A model's configuration, which equals another of the same JSON `text`: a plan of the same model need not run
+    twice. Code in it runs by `trust_remote_code` alone."""
     config: PretrainedConfig = field(compare=False)
     text: str
     trust_remote_code: bool = False
@@ -106,8 +107,9 @@ class Shape:
 def empty_student(config: CircuitBreakerConfig, shape: Shape) -> nn.Module:
     "The student of `config` on the meta device."
     with torch.device("meta"):
-        model = empty_model(config.model, copy.deepcopy(shape.config), shape.trust_remote_code, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
-        return add_adapter(model, config)
+        own = copy.deepcopy(shape.config)  # a model is free to change its own
+        model = empty_model(config.model, own, shape.trust_remote_code, dtype=DTYPES[config.dtype])
+        return add_adapter(model.eval().requires_grad_(False), config)
 
 
 def as_if_on_cpu(module: nn.Module) -> None:
@@ -200,8 +202,8 @@ def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float
     return weight_bytes(student, config.quantize), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape, states
 
 
-def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, shape: PretrainedConfig | None = None, device: str = "cuda",
-              trust_remote_code: bool = False) -> Plan:
+def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5,
+              shape: PretrainedConfig | None = None, device: str = "cuda", trust_remote_code: bool = False) -> Plan:
     """The `Plan` of a step with rows of `config.max_length` tokens, a `share` of which are targets: the largest that can come. `shape`: the model's configuration,
     by default `model_shape(config.model)`. `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
     rows, micro_batches = shares(config, processes)
@@ -242,13 +244,16 @@ def alternatives(config: CircuitBreakerConfig, processes: int, fsdp: bool):
             yield " and ".join([*words, f"{n} processes with fsdp"]), config, n, True
 
 
-def advice(config: CircuitBreakerConfig, processes: int, fsdp: bool, share: float, room: float, trust_remote_code: bool = False) -> str:
+def advice(config: CircuitBreakerConfig, processes: int, fsdp: bool, share: float, room: float,
+           trust_remote_code: bool = False) -> str:
     "The mildest of `alternatives` that fits into `room` bytes, in words; empty where none does."
-    def fits(other, n, parts): return plan_step(other, n, parts, share, trust_remote_code=trust_remote_code).total <= room
+    def fits(other, n, parts):
+        return plan_step(other, n, parts, share, trust_remote_code=trust_remote_code).total <= room
     return next((words for words, *changed in alternatives(config, processes, fsdp) if fits(*changed)), "")
 
 
-def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, trust_remote_code: bool = False):
+def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5,
+               trust_remote_code: bool = False):
     "Yields the lines that `cbnb plan` prints: the parts, the time of a step, and for each card whether it fits or what to change."
     plan = plan_step(config, processes, fsdp, share, trust_remote_code=trust_remote_code)
     rows, micro_batches = shares(config, processes)

@@ -6,11 +6,11 @@
 __all__ = ['RECORD_BYTES', 'LOG_BYTES', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM',
            'ALARMS', 'NOTES', 'MEASURED', 'SECONDS', 'SAID', 'STATUS', 'SETTINGS', 'PARAMETERS', 'READ', 'EVALUATED',
            'SHARE', 'TOKENS', 'COSINE', 'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES', 'RESULT', 'VERDICT',
-           'POINT', 'ASKED', 'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'ANSWER',
-           'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'RecordError', 'regular_file', 'bytes_of', 'once', 'parsed', 'wants',
-           'is_plain', 'plain', 'whole', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping',
-           'fields', 'either', 'floor', 'setting', 'settings', 'parameter', 'count', 'metrics_row', 'fault',
-           'record_of']
+           'POINT', 'ASKED', 'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES',
+           'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'RecordError', 'regular_file', 'bytes_of',
+           'once', 'parsed', 'wants', 'is_plain', 'plain', 'whole', 'number', 'text', 'one_of', 'flag', 'moment',
+           'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting', 'settings', 'count', 'metrics_row',
+           'fault', 'record_of']
 
 # %% ../nbs/09a_records.ipynb #recim001
 import dataclasses
@@ -245,15 +245,7 @@ def settings(value, where):
         yield from whole(1)(steps, "total_steps")
 
 
-def parameter(value, where):
-    "Checks the value of a run's parameter: null, true, false, a number, text, or a list of these."
-    parts = value if isinstance(value, list) else [value]
-    if any(isinstance(part, (dict, list)) or isinstance(part, str) and len(part) > PAGE for part in parts):
-        yield wants(where, "a number, text, true, false or a list of them", value)
-    else: yield from plain(value, where)
-
-
-PARAMETERS = mapping(parameter)
+PARAMETERS = mapping(plain)
 READ = ("preset", "model", "teacher", "adapter", "second_adapter", "dtype", "quantize", "data", "eval_data",
         "heldout_by", "relabel", "on_error", "tools", "control", "tool_call_format", "adapt", "chat_template",
         "template_variables")
@@ -309,6 +301,8 @@ TEMPLATE = fields({"sha256": HEX, "template_variables": mapping(plain), "date": 
                   "sha256", "template_variables")
 IDS = each(whole(0, 2**31 - 1), 10_000_000)
 PROMPT = fields({"messages": whole(), "tokens": whole(), "hash": LABEL}, "hash")
+HASHES = mapping(LABEL, 1_000_000)
+MADE_FROM = fields({"same": mapping(HASHES), "told": mapping(LABEL)}, "same", "told")
 ANSWER = {"key": LABEL, "stage": LABEL, "asked": one_of("plain", "prefilled"), "attempt": whole(), "id": LINE,
           "begun": IDS, "ids": IDS, "prompt": PROMPT}
 
@@ -332,8 +326,8 @@ def metrics_row(row, where=""):
 RECORDS = {
     "status.json": STATUS, "params.json": PARAMETERS, "evaluated": EVALUATED, "config.json": settings,
     "result.json": RESULT, "preflight.json": PREFLIGHT, "key.json": KEY, "code.json": CODE,
-    "sweep.json": PLAN, "jobs": JOBS, "chat_template.json": TEMPLATE, "metrics.jsonl": metrics_row,
-    "answers.jsonl": fields(ANSWER, *ANSWER)}
+    "sweep.json": PLAN, "jobs": JOBS, "made_from.json": MADE_FROM, "chat_template.json": TEMPLATE,
+    "metrics.jsonl": metrics_row, "answers.jsonl": fields(ANSWER, *ANSWER)}
 
 
 def fault(kind, value):

@@ -132,7 +132,8 @@ def figures_table(results: dict[str, dict]) -> pd.DataFrame:
 
 def results_of(result: dict) -> dict[str, dict]:
     "The figures in a result.json by name: before and after of a run, or those of each adapter that was evaluated."
-    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after") if name in result}
+    if "evaluated" in result: return result["evaluated"]
+    return {name: result[name] for name in ("before", "after") if name in result}
 
 
 def result_table(before: dict, after: dict) -> pd.DataFrame:
@@ -173,8 +174,10 @@ def all_notes(results: dict[str, dict]) -> list[str]:
 
 # %% ../nbs/12_report.ipynb #alarms01
 def data_notes(result: dict) -> list[str]:
-    "What was left out, drawn, skipped or cut of the data, as result.json has it under `data`; none of a run that was made before."
-    return [visible(line) for line in (result.get("data") or {}).get("notes", ())]
+    """What was left out, drawn, skipped or cut of the data, as result.json has it under `data`, and what
+    changed between the attempts, under `changes`; none of a run that was made before."""
+    notes = (result.get("data") or {}).get("notes", ())
+    return [visible(line) for line in (*notes, *result.get("changes", ()))]
 
 
 def alarm_lines(alarms) -> list[str]:
@@ -195,13 +198,14 @@ def figure_lines(path) -> list[str]:
 
 
 def describe_run(path) -> str:
-    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run, RunError for one
-    whose files cannot be read."""
+    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises
+    FileNotFoundError for a folder that is no run, RunError for one whose files cannot be read."""
     path = Path(path)
     status, result = read_status(path), read_record(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [visible(path) + sentence(f": {status['state']}" + (f" ({status['error']})" if status.get("error") else ""))]
     if figures := figure_lines(path): lines += ["", *figures]
+    if not result: lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [visible(f"{f.name}: {f}") for f in files if f.exists()])

@@ -116,11 +116,13 @@ def convert_parameter(name, types, value):
 
 # %% ../nbs/10_runs.ipynb #16c334ac
 def refuse_secrets(parameters):
-    """Raises `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a URL with a password, or holds a secret of the environment."""
+    """Raises `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a
+    URL with a password, or holds a secret of the environment."""
     for name, value in parameters.items():
         variable = holder(str(value))
         if variable or SECRET_NAME.search(name) or scrub(str(value)) != str(value):
-            raise ParameterError(f"parameter {name!r} {f'holds the value of {variable}' if variable else 'looks like a secret'}, and parameters are written to disk; "
+            why = f"holds the value of {variable}" if variable else "looks like a secret"
+            raise ParameterError(f"parameter {name!r} {why}, and parameters are written to disk; "
                                  "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where papermill has already put it")
 
 # %% ../nbs/10_runs.ipynb #90222505
@@ -128,12 +130,14 @@ PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}   # what pap
 
 
 def strict_parameters(namespace):
-    """`{name: value}` of all declared parameters in `namespace` (`globals()` of a run notebook), each name and value checked.
+    """`{name: value}` of all declared parameters in `namespace` (`globals()` of a run notebook), each name
+    and value checked.
 
-    Converted values (an int given for a float) are also put back into `namespace`, so that both ways of reading agree. From here on the kernel, if it is one,
-    shows errors, and what libraries log, in bounds (`cbnb.terminal.tame_kernel`). Raises
-    `ParameterError` for an injected name that is not declared (with the nearest valid name), a wrong type, a secret, or injected values
-    that the defaults overwrote. From here on the kernel, if this runs in one, sends out no secret of its environment (`cbnb.withheld.guard`)."""
+    Converted values (an int given for a float) are also put back into `namespace`, so that both ways of
+    reading agree. From here on the kernel, if this runs in one, shows errors, and what libraries log, in
+    bounds (`cbnb.terminal.tame_kernel`), and sends out no secret of its environment
+    (`cbnb.withheld.guard`). Raises `ParameterError` for an injected name that is not declared (with the
+    nearest valid name), a wrong type, a secret, or injected values that the defaults overwrote."""
     guard()
     declared = declared_parameters(namespace)
     if not declared:
@@ -186,33 +190,39 @@ def json_text(value):
 
 
 def write_json(path, value):
-    """Writes `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.withheld.withhold`), whole or not at all (`cbnb.files.new_file`)."""
+    """Writes `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.withheld.withhold`), whole
+    or not at all (`cbnb.files.new_file`)."""
     write_bytes(path, f"{json_text(withhold(to_plain(value)))}\n".encode())
 
 # %% ../nbs/10_runs.ipynb #7eb976c1
 def read_json(path):
-    """The dict in the JSON file `path`, None if there is no such file. Raises `RunError`, naming it, for anything but a JSON object in a regular file."""
+    """The dict in the JSON file `path`, None if there is no such file. Raises `RunError`, naming it, for
+    anything but a JSON object in a regular file."""
     try: value = json.loads(bytes_of(path).decode())
     except FileNotFoundError: return None
     except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
-    except (ValueError, RecursionError) as e: raise RunError(f"{path} is not readable as JSON ({str(e):.200}): move it away or repair it") from None
+    except (ValueError, RecursionError) as e:
+        raise RunError(f"{path} is not readable as JSON ({str(e):.200}): move it away or repair it") from None
     if not isinstance(value, dict): raise RunError(f"{path} holds no JSON object: move it away or repair it")
     return value
 
 
 def read_record(path, kind=None):
-    """The dict in the JSON file `path` of a run directory or a sweep, None if there is no such file, with all that [records](09a_records.ipynb) says of its `kind`
-    (None: its name) checked. Raises `RunError`, naming file and field, for one that cannot be read, was cut, or holds something else."""
+    """The dict in the JSON file `path` of a run directory or a sweep, None if there is no such file, with
+    all that [records](09a_records.ipynb) says of its `kind` (None: its name) checked. Raises `RunError`,
+    naming file and field, for one that cannot be read, was cut, or holds something else."""
     path = Path(path)
     try: return record_of(bytes_of(path), kind or path.name)
     except FileNotFoundError: return None
     except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
-    except OSError as e: raise RunError(f"{path} cannot be read ({e.strerror or e}): ask its owner, or leave it out") from None
+    except OSError as e:
+        raise RunError(f"{path} cannot be read ({e.strerror or e}): ask its owner, or leave it out") from None
 
 
 def holds(folder, names):
-    """Whether `folder` holds one of the files `names`; also where that cannot be seen, since nobody may look into the folder: whoever reads such a file is told
-    why, and a folder that is passed over is not missed."""
+    """Whether `folder` holds one of the files `names`; also where that cannot be seen, since nobody may
+    look into the folder: whoever reads such a file is told why, and a folder that is passed over is not
+    missed."""
     for name in names:
         try: os.stat(Path(folder) / name)
         except (FileNotFoundError, NotADirectoryError): continue
@@ -236,7 +246,8 @@ def full_disk_words(path, error=None):
     path = next(folder for folder in (named, *named.parents) if folder.is_dir()).resolve()
     disk, usage = next(folder for folder in (path, *path.parents) if folder.is_mount()), shutil.disk_usage(path)
     return (f"No space left on device: the disk mounted at {disk}, where {path} lies, is full or your quota is used up ({usage.free / 1e6:.1f} of "
-            f"{usage.total / 1e6:.0f} MB are free); free some and start it again (a run: with the same run_dir), or give another place")
+            f"{usage.total / 1e6:.0f} MB are free); free some and start it again (a run: with the same run_dir), "
+            "or give another place")
 
 # %% ../nbs/10_runs.ipynb #full0004
 RESERVED = 256_000
@@ -371,12 +382,15 @@ def read_status(path):
 
 # %% ../nbs/10_runs.ipynb #858bc3e6
 def set_status(run, state, **fields):
-    """Writes `state` (one of `STATES`) and `fields` into the run's status.json; other fields keep their value, `updated` is now.
+    """Writes `state` (one of `STATES`) and `fields` into the run's status.json; other fields keep their
+    value, `updated` is now.
 
-    Fields in use: job, node, pid, processes, device, attempt, restarts, stage, error, note, started, resumed_step, training_started,
-    training_seconds, diagnosis_seconds. Of several processes (`cbnb.processes`) the first one writes; of the others only what has `failed`. A state
-    that ends an attempt is written on a full disk too, in the space that `open_run` has reserved; with it the run directory is tidied (`cbnb.withheld.tidy`),
-    and what could not be is a `note`. Raises `ValueError` for an unknown state, `OSError` where the file cannot be written."""
+    Fields in use: job, node, pid, processes, device, attempt, restarts, stage, error, note, started,
+    resumed_step, training_started, training_seconds, diagnosis_seconds. Of several processes
+    (`cbnb.processes`) the first one writes; of the others only what has `failed`. A state that ends an
+    attempt is written on a full disk too, in the space that `open_run` has reserved; with it the run
+    directory is tidied (`cbnb.withheld.tidy`), and what could not be is a `note`. Raises `ValueError` for
+    an unknown state, `OSError` where the file cannot be written."""
     if state not in STATES: raise ValueError(f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}")
     if not is_first() and state != "failed": return
     with holding(run.path, ".lock") if world_size() > 1 else nullcontext(): write_status(run, state, fields)
@@ -386,7 +400,8 @@ def write_status(run, state, fields):
     "Does what `set_status` says, whoever asks."
     check_lease(run.path)
     status = {**read_status(run.path), "state": state, **fields, "updated": now()}
-    if state not in ("queued", "running") and (left := tidy(run.path)): status["note"] = "; ".join(filter(None, [status.get("note"), *left]))
+    if state not in ("queued", "running") and (left := tidy(run.path)):
+        status["note"] = "; ".join(filter(None, [status.get("note"), *left]))
     try: write_json(run.path / "status.json", status)
     except OSError as e:
         if state in ("queued", "running") or not is_full_disk(e): raise
@@ -435,12 +450,15 @@ def private_umask():
 
 @contextmanager
 def stage(run, name, stops=True):
-    """Marks the run as running in the stage `name`, unless a stop is asked for and it `stops` for one: then it raises `RunInterrupted`.
+    """Marks the run as running in the stage `name`, unless a stop is asked for and it `stops` for one: then
+    it raises `RunInterrupted`.
 
-    An exception inside marks it failed, with the error in one line (`RunInterrupted` and KeyboardInterrupt: interrupted), and goes on its way; for
-    a full disk a `RunError` that names the disk takes its place. SIGTERM and SIGUSR2 raise `RunInterrupted`. A stop that was heeded is no longer
-    asked for. Of several processes all stop where one is asked to, and the first error that one of them has met stays in status.json: the others only
-    meet its consequences. The run directory is private before it begins, what is written inside is (umask 077), and a kernel is guarded (`cbnb.withheld.guard`)."""
+    An exception inside marks it failed, with the error in one line (`RunInterrupted` and
+    KeyboardInterrupt: interrupted), and goes on its way; for a full disk a `RunError` that names the disk
+    takes its place. SIGTERM and SIGUSR2 raise `RunInterrupted`. A stop that was heeded is no longer asked
+    for. Of several processes all stop where one is asked to, and the first error that one of them has met
+    stays in status.json: the others only meet its consequences. The run directory is private before it
+    begins, what is written inside is (umask 077), and a kernel is guarded (`cbnb.withheld.guard`)."""
     def end(number, frame):
         try: (run.path / "stop").touch()   # should something swallow the exception, the next stage or step sees this
         except OSError: pass
@@ -516,10 +534,13 @@ codecs.register_error("cbnb_plain", in_plain)
 
 
 def safe_output():
-    """Lets stdout and stderr of this process write `in_plain` what their encoding has not (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error;
-    libraries write nothing that a terminal obeys (`cbnb.terminal.tame_libraries`), and the traceback of an exception that nobody has met is scrubbed."""
+    """Lets stdout and stderr of this process write `in_plain` what their encoding has not
+    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error. Libraries write nothing that a
+    terminal obeys (`cbnb.terminal.tame_libraries`), and the traceback of an exception that nobody has met
+    is scrubbed."""
     tame_libraries()
-    sys.excepthook = lambda *error: say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
+    def tell(*error): say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
+    sys.excepthook = tell
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))   # closed by whoever started this (>&-)
         if hasattr(stream := getattr(sys, name), "reconfigure"): stream.reconfigure(errors="cbnb_plain")
@@ -545,8 +566,9 @@ def close_run(path, code, why=""):
 
 # %% ../nbs/10_runs.ipynb #0dc93254
 def whole_lines(path):
-    """The bytes of the file up to and including its last newline (empty without a file): a line cut off in the middle is left out. Raises `RunError` for what
-    is no regular file, and for a file of over `LOG_BYTES`."""
+    """The bytes of the file up to and including its last newline (empty without a file): a line cut off in
+    the middle is left out. Raises `RunError` for what is no regular file, and for a file of over
+    `LOG_BYTES`."""
     try: data = bytes_of(path, LOG_BYTES)
     except FileNotFoundError: return b""
     except RecordError as e: raise RunError(f"{path} {e}: move it away") from None
@@ -554,7 +576,8 @@ def whole_lines(path):
 
 # %% ../nbs/10_runs.ipynb #87832932
 def append_line(path, row):
-    """Appends the dict `row` to the file `path` as one line of JSON (null for NaN), without secrets (`cbnb.withheld.withhold`).
+    """Appends the dict `row` to the file `path` as one line of JSON (null for NaN), without secrets
+    (`cbnb.withheld.withhold`).
 
     A torn last line, left by a killed attempt, is cut off first; on a full disk the file stays as it was (`cbnb.files.append_bytes`). Raises `Held` where this
     process wrote to a run directory that another one has taken over since."""
@@ -568,16 +591,17 @@ def append_metrics(run, row):
 
 # %% ../nbs/10_runs.ipynb #72e3728a
 def checked_lines(path, kind):
-    """Yields `(number, dict, "")` for each line of JSON in the file `path` that is of the `kind` (`cbnb.records.RECORDS`), and `(number, None, what is wrong)` for any
-    other. A last line that has no newline yet is not read. Raises `RunError` as `whole_lines`."""
+    """Yields `(number, dict, "")` for each line of JSON in the file `path` that is of the `kind`
+    (`cbnb.records.RECORDS`), and `(number, None, what is wrong)` for any other. A last line that has no
+    newline yet is not read. Raises `RunError` as `whole_lines`."""
     for number, line in enumerate(whole_lines(path).splitlines(), 1):
         try: yield number, record_of(line, kind), ""
         except RecordError as e: yield number, None, str(e)
 
 
 def read_lines(path, kind="answers.jsonl"):
-    """List of the dicts in the file `path`, one a line of JSON; empty without a file. Raises `RunError`, naming file and line, for one that `checked_lines` has
-    nothing of."""
+    """List of the dicts in the file `path`, one a line of JSON; empty without a file. Raises `RunError`,
+    naming file and line, for one that `checked_lines` has nothing of."""
     rows = []
     for number, row, bad in checked_lines(path, kind):
         if bad: raise RunError(f"{path} line {number} {bad}: remove that line")
@@ -592,16 +616,16 @@ def read_metrics(path):
 
 
 def log_rows(path):
-    """`(rows, sentences)` of metrics.jsonl in the run directory `path`: the lines that are in order, and what is to be told of those that are not. For whoever
-    shows a run; never raises."""
+    """`(rows, sentences)` of metrics.jsonl in the run directory `path`: the lines that are in order, and
+    what is to be told of those that are not. For whoever shows a run; never raises."""
     rows, bad = [], []
     try:
         for number, row, wrong in checked_lines(Path(path) / "metrics.jsonl", "metrics.jsonl"):
             if wrong: bad.append(f"line {number} {wrong}")
             else: rows.append(row)
     except (RunError, OSError) as e: return rows, [str(e)]
-    many = f"{len(bad)} lines" if len(bad) > 1 else "One line"
-    return rows, [f"{many} of metrics.jsonl cannot be read and {'are' if len(bad) > 1 else 'is'} left out; {bad[0]}"] if bad else []
+    many, are = (f"{len(bad)} lines", "are") if len(bad) > 1 else ("One line", "is")
+    return rows, [f"{many} of metrics.jsonl cannot be read and {are} left out; {bad[0]}"] if bad else []
 
 # %% ../nbs/10_runs.ipynb #a20f8372
 def truncate_metrics(run, step):

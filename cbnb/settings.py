@@ -50,8 +50,10 @@ def model_facts(name, trust_remote_code=False):
     folder = TINYAGENT if name == "tinyagent" else Path(name).expanduser()
     found = (read_json(folder / "config.json") or {}) if folder.is_dir() else {}
     try:
-        if "auto_map" not in found: return Facts(str(found["model_type"]), int(found["num_hidden_layers"]), int(found["hidden_size"]), int(found.get("max_position_embeddings") or 0))
-    except (KeyError, TypeError, ValueError): pass   # its text part, or other names, which transformers knows; or code that comes with it, which is refused before a run is started
+        if "auto_map" not in found:  # else code may come with it, which is refused before a run is started
+            return Facts(str(found["model_type"]), int(found["num_hidden_layers"]), int(found["hidden_size"]),
+                         int(found.get("max_position_embeddings") or 0))
+    except (KeyError, TypeError, ValueError): pass   # its text part, or other names, which transformers knows
     from cbnb.loaders import read_config   # seconds: transformers
     found = read_config(name, trust_remote_code).get_text_config()
     return Facts(found.model_type, found.num_hidden_layers, found.hidden_size, getattr(found, "max_position_embeddings", None) or 0)

@@ -346,7 +346,7 @@ class Reading:
                                   f"{self.causes()}; mend them, or allow more")
 
     def each(self, texts):
-        "Yields the transcripts of all entries `texts`, one at a time, and counts what it skips; raises as `read` does."
+        "Yields the transcripts of all entries `texts`, and counts what it skips; raises as `read` does."
         ids = SeenKeys()
         for text, reader in zip(texts, open_sources(texts, self.on_error, self.relabel, self.tools), strict=True):
             for t in reader.records():
@@ -360,9 +360,9 @@ class Reading:
             self.add(text, reader)
 
     def read(self, texts) -> Spooled:
-        """The transcripts of all entries `texts`, in a temporary file. Raises TranscriptError as the readers do, where
-        two transcripts share an id (with `on_error` skip the second is skipped), where a share draws nothing,
-        where more than `max_skipped` of the records were skipped, and where the file has no room."""
+        """The transcripts of all entries `texts`, in a temporary file. Raises TranscriptError as the readers do,
+        where two transcripts share an id (with `on_error` skip the second is skipped), where a share draws
+        nothing, where more than `max_skipped` of the records were skipped, and where the file has no room."""
         texts = list(map(str, texts))
         out = spooled(self.each(texts))
         self.check_share(", ".join(texts))

@@ -131,7 +131,8 @@ def spanned(transcripts, search, show, texts=None, wrappers=False, roles=("tool"
 # %% ../nbs/01e_spans.ipynb #66e06c72
 def write_spans(reader, out, search, show, texts=None, wrappers=False, roles=("tool",)):
     """Writes the transcripts of `reader` (a `TranscriptReader`) with the spans found to `out`, in the
-    project's own form; without `out` only looks. The reader's file is never written to: `cbnb.convert.check_written`."""
+    project's own form; without `out` only looks. The reader's file is never written to:
+    `cbnb.convert.check_written`."""
     stream = spanned(reader, search, show, texts, wrappers, roles)
     if out:
         check_written(out, reader)

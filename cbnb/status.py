@@ -21,7 +21,8 @@ from .runs import RunError, holds, named_state, read_record, read_status, runs_f
 
 # %% ../nbs/11a_status.ipynb #12196f1c
 def is_run(path):
-    "Whether the folder `path` is a run directory: it holds a status or parameters, or nobody can see whether it does."
+    """Whether the folder `path` is a run directory: it holds a status or parameters, or nobody can see
+    whether it does."""
     return holds(path, ("status.json", "params.json"))
 
 
@@ -35,8 +36,8 @@ def folders_in(path):
 
 
 def run_folders(folder):
-    """The run directories at `folder`, in it, or in its folders, sorted (`runs/` holds sweeps and dates, which hold runs), and those that cannot be looked into.
-    Raises `RunError` for no folder."""
+    """The run directories at `folder`, in it, or in its folders, sorted (`runs/` holds sweeps and dates,
+    which hold runs), and those that cannot be looked into. Raises `RunError` for no folder."""
     folder = Path(folder)
     if not os.path.isdir(folder): raise RunError(f"{folder} is no folder: give a run directory, a sweep, or the runs folder")
     def inside(path, below):
@@ -76,8 +77,9 @@ def max_array_size():
 
 # %% ../nbs/11a_status.ipynb #a8a92fb9
 def submissions(sweep, notes):
-    """`{run folder name: {name, task, job}}`: the last array of SLURM's that each run of the folder `sweep` was submitted in, from its `jobs/`. `name` is
-    the array's own, by which the queue is searched: it is known before `sbatch` answers. A record that cannot be read is a sentence in the list `notes`."""
+    """`{run folder name: {name, task, job}}`: the last array of SLURM's that each run of the folder
+    `sweep` was submitted in, from its `jobs/`. `name` is the array's own, by which the queue is searched:
+    it is known before `sbatch` answers. A record that cannot be read is a sentence in the list `notes`."""
     found = {}
     for path in sorted((sweep / "jobs").glob("*.json")):
         try: record = read_record(path, "jobs") or {}
@@ -85,7 +87,8 @@ def submissions(sweep, notes):
             notes.append(str(e))
             continue
         for array in record.get("arrays", ()):
-            for task, run in enumerate(array["runs"]): found[run] = {"name": array["name"], "task": task, "job": array.get("job")}
+            name, job = array["name"], array.get("job")
+            found |= {run: {"name": name, "task": task, "job": job} for task, run in enumerate(array["runs"])}
     return found
 
 # %% ../nbs/11a_status.ipynb #aa9c5bd2
@@ -117,7 +120,8 @@ def judge(status, entry, answers, submitted=None, held=False, lease=None):
 
 # %% ../nbs/11a_status.ipynb #1676a386
 def last_row(path, tail=65_536):
-    "`(row, what is wrong)`: the last whole row of the run's metrics.jsonl (its end alone is read), an empty dict where there is none that can be read."
+    """`(row, what is wrong)`: the last whole row of the run's metrics.jsonl (its end alone is read), an
+    empty dict where there is none that can be read."""
     try:
         with regular_file(path / "metrics.jsonl") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - tail))
@@ -129,7 +133,8 @@ def last_row(path, tail=65_536):
 
 
 def planned_steps(path):
-    "`(steps, what is wrong)`: how many steps the run in `path` has by its config.json, else by its params.json; None where neither says it."
+    """`(steps, what is wrong)`: how many steps the run in `path` has by its config.json, else by its
+    params.json; None where neither says it."""
     for name in ("config.json", "params.json"):
         try: total = (read_record(path / name) or {}).get("total_steps")
         except RunError as e: return None, str(e)
@@ -141,15 +146,16 @@ TEN_YEARS = 315_360_000  # seconds
 
 
 def progress(path, status):
-    """`({step, total_steps, seconds_left}, sentences)` of a run: each None where it is not known, and what could not be read. The time left is from the steps of
-    this attempt; one of over ten years is not known."""
+    """`({step, total_steps, seconds_left}, sentences)` of a run: each None where it is not known, and what
+    could not be read. The time left is from the steps of this attempt; one of over ten years is not known."""
     row, torn = last_row(path)
     (total, unread), step = planned_steps(path), row.get("step")
     left, made = None, (step or 0) - (status.get("resumed_step") or 0)
     if status.get("state") == "running" and total and made > 0 and status.get("training_started"):
         spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])).total_seconds()
         left = max(0, round(spent / made * (total - step)))
-    return {"step": step, "total_steps": total, "seconds_left": left if left is not None and left < TEN_YEARS else None}, [*filter(None, (torn, unread))]
+        if left > TEN_YEARS: left = None
+    return {"step": step, "total_steps": total, "seconds_left": left}, [*filter(None, (torn, unread))]
 
 # %% ../nbs/11a_status.ipynb #c166415c
 def read_quietly(path):
@@ -172,11 +178,12 @@ def looked(path):
 
 # %% ../nbs/11a_status.ipynb #3551beaf
 def run_rows(paths, held=None):
-    """A dict a run directory of `paths` (one that is not there yet is new): run, sweep, state, note, free, step, total_steps, seconds_left, attempt, job,
-    node, updated, path. From status.json, squeue and sacct. `held`: None looks whether the sweep's lock is held.
+    """A dict a run directory of `paths` (one that is not there yet is new): run, sweep, state, note, free,
+    step, total_steps, seconds_left, attempt, job, node, updated, path. From status.json, squeue and sacct.
+    `held`: None looks whether the sweep's lock is held.
 
-    A run whose files cannot be read is `unreadable`, with the reason as its note, and so is one that a submission which cannot be read may be of: nobody starts
-    it. The others' rows are as ever."""
+    A run whose files cannot be read is `unreadable`, with the reason as its note, and so is one that a
+    submission which cannot be read may be of: nobody starts it. The others' rows are as ever."""
     paths = [Path(path) for path in paths]
     read = {path: looked(path) for path in paths}
     unread = {path.parent: [] for path in paths}
@@ -188,8 +195,10 @@ def run_rows(paths, held=None):
     def standing(path, status):
         record = submitted[path.parent].get(path.name)
         entry = (by_name.get((record["name"], str(record["task"]))) if record else None) or (jobs or {}).get(status.get("job"))
-        found = judge(status, entry, jobs is not None, record, busy[path.parent], lease_state(path) if status.get("state") == "running" else None)
-        return ("unreadable", "; ".join(unread[path.parent]), False) if unread[path.parent] and found[0] not in ("running", "done") else found
+        lease = lease_state(path) if status.get("state") == "running" else None
+        found = judge(status, entry, jobs is not None, record, busy[path.parent], lease)
+        unknown = unread[path.parent] and found[0] not in ("running", "done")
+        return ("unreadable", "; ".join(unread[path.parent]), False) if unknown else found
     rows = []
     for path, (status, error) in read.items():
         state, note, free = ("unreadable", error, False) if error else standing(path, status)
@@ -197,12 +206,12 @@ def run_rows(paths, held=None):
             status = read_quietly(path)[0] or status
             state, note, free = standing(path, status)
         if state in ("running", "done") and not note:
-            alarms = ", ".join(f"alarm: {a['alarm']} at step {a.get('step')}" for a in status.get("alarms") or ())
-            note = "; ".join(filter(None, [alarms, *(status.get("changes") or ())]))
+            alarms = [f"alarm: {a['alarm']} at step {a.get('step')}" for a in status.get("alarms") or ()]
+            note = "; ".join(filter(None, [", ".join(alarms), *(status.get("changes") or ())]))
         record = submitted[path.parent].get(path.name) or {}
         job = status.get("job") or (f"{record['job']}_{record['task']}" if record.get("job") else None)
-        live = state in ("running", "interrupted", "lost")
-        steps, told = progress(path, status) if live else (dict.fromkeys(("step", "total_steps", "seconds_left")), ())
+        steps, told = dict.fromkeys(("step", "total_steps", "seconds_left")), ()
+        if state in ("running", "interrupted", "lost"): steps, told = progress(path, status)
         note = "; ".join(filter(None, [note, *told]))
         rows.append({"run": path.name, "sweep": path.parent.name, "state": state, "note": note, "free": free, **steps, "attempt": status.get("attempt"), "job": job,
                      "node": status.get("node"), "updated": status.get("updated"), "path": str(path)})
@@ -220,7 +229,8 @@ def counted(rows):
 def run_table(*folders):
     "The `run_rows` of all runs in `folders` (default: the runs folder) as a pandas frame: a notebook's view of what `cbnb status` prints."
     import pandas as pd
-    def held(value): return value.encode(errors="replace").decode() if isinstance(value, str) else value   # pandas holds UTF-8
+    def held(value):   # pandas holds UTF-8
+        return value.encode(errors="replace").decode() if isinstance(value, str) else value
     found = [row for folder in folders or (runs_folder(),) for row in run_rows(run_folders(folder))]
     rows = [{name: held(value) for name, value in row.items()} for row in found]
     columns = ["sweep", "run", "state", "step", "total_steps", "seconds_left", "note", "attempt", "job", "node", "updated", "path"]

@@ -158,7 +158,8 @@ def untouched_points(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor) 
 
 # %% ../nbs/13c_step_checks.ipynb #8a7d6fd4
 def one_step_points(breaker: CircuitBreaker, batch: dict) -> list:
-    "One optimizer step of all terms together: the adapter moves and changes the logits, the teacher does not move, and no gradient reaches it."
+    """One optimizer step of all terms together: the adapter moves and changes the logits, the teacher does not move,
+    and no gradient reaches it."""
     rows, config = batch["benign"], breaker.circuit_breaker_config
     mask = rows["attention_mask"].bool()
     with kept(breaker), mode(breaker, True):
@@ -187,7 +188,8 @@ def one_step_points(breaker: CircuitBreaker, batch: dict) -> list:
             judged(same and stepped, "after one optimizer step the adapter has moved and the teacher's logits are the same bits" if same and stepped else
                    "one optimizer step has changed the teacher" if not same else "one optimizer step has not moved the adapter"),
             judged(differs, "with the adapter on, the moved student's logits are others than with it off" if differs else
-                   "the adapter changes nothing: with it on or off the logits are the same bits; look at lora_modules, lora_layers and its scale")]
+                   "the adapter changes nothing: with it on or off the logits are the same bits; look at lora_modules, "
+                   "lora_layers and its scale")]
 
 
 @torch.no_grad()
@@ -224,18 +226,21 @@ def check_detachment(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor):
     return [*points, Point("pass", f"what rounding alone makes of the terms, the floor of {floor_words(floor)}")], {"floor": floor}, ()
 
 # %% ../nbs/13c_step_checks.ipynb #strt0002
-def check_start(student: PeftModel, config: CircuitBreakerConfig, batch: dict, plain: torch.Tensor, teacher: nn.Module | None = None) -> None:
-    """Raises ConfigError where a run must not begin: with the adapter off the student is not the model that gave the logits `plain` [B, S, V] of the benign
-    rows of `batch` before it got its adapter; something beside the adapter would be trained; or one optimizer step does not move the adapter, changes
-    nothing of the logits, or reaches the teacher. Weights, modes and random states are left as they were."""
-    rows, breaker = batch["benign"], CircuitBreaker(student, config, teacher, find_head(student))  # with its head it has been checked before
+def check_start(student: PeftModel, config: CircuitBreakerConfig, batch: dict, plain: torch.Tensor,
+                teacher: nn.Module | None = None) -> None:
+    """Raises ConfigError where a run must not begin: with the adapter off the student is not the model that gave the
+    logits `plain` [B, S, V] of the benign rows of `batch` before it got its adapter; something beside the adapter
+    would be trained; or one optimizer step does not move the adapter, changes nothing of the logits, or reaches the
+    teacher. Weights, modes and random states are left as they were."""
+    rows = batch["benign"]
+    breaker = CircuitBreaker(student, config, teacher, find_head(student))  # `check_model` comes before this
     mask = rows["attention_mask"].bool()
-    if not plain[mask].isfinite().all(): return  # weights that hold NaN: training ends with its own word at the first step
+    if not plain[mask].isfinite().all(): return  # weights that hold NaN: training has a word for that
     with mode(breaker, False), teacher_mode(student): first, again = (plain_logits(student, rows) for _ in range(2))
-    off = difference(first[mask], plain[mask])
-    points = [judged(off <= 4 * difference(first[mask], again[mask]), f"with the adapter off, the model's logits differ from the plain base model's by up to {format_number(off)}: "
-                     "was the base changed, or an adapter merged into it?"), *frozen_points(breaker), *one_step_points(breaker, batch)]
-    for point in points:
+    off, noise = (difference(first[mask], other[mask]) for other in (plain, again))
+    told = (f"with the adapter off, the model's logits differ from the plain base model's by up to {format_number(off)}: "
+            "was the base changed, or an adapter merged into it?")
+    for point in (judged(off <= 4 * noise, told), *frozen_points(breaker), *one_step_points(breaker, batch)):
         if point.verdict == "fail": raise ConfigError(point.text)
 
 # %% ../nbs/13c_step_checks.ipynb #894eaf4a

@@ -68,8 +68,8 @@ def _piece(transcripts): return _WORK(transcripts)
 
 
 def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int) -> Iterator:
-    """Yields `work` of `PIECE` transcripts after the other, in order, done by so many `processes`, with at most two
-    pieces for each under way. Where a process cannot be forked (Windows), and for one process, all is done here."""
+    """Yields `work` of `PIECE` transcripts after the other, in order, done by so many `processes`, with at most
+    two pieces for each under way. For one process, and where none can be forked, all is done here."""
     global _WORK
     left = iter(transcripts)
     parts = iter(lambda: list(islice(left, PIECE)), [])
@@ -90,7 +90,7 @@ def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int)
 
 def pieces(transcripts: Iterable[Transcript], masker: ChatMasker, policy, name: str = "stream", processes: int = 1,
            **how) -> Iterator[tuple[list[Sample], StreamReport]]:
-    "Yields `encode_piece` of all transcripts (`in_pieces`). Raises what `encode_stream` raises for the first bad one."
+    "Yields `encode_piece` of all transcripts. Raises what `encode_stream` raises for the first bad one."
     return in_pieces(partial(encode_piece, masker=masker, policy=policy, name=name, how=how), transcripts, processes)
 
 # %% ../nbs/05b_store.ipynb #663683c8
@@ -225,12 +225,13 @@ def refused_piece(transcripts: list[Transcript], masker: ChatMasker, split_turns
     return [None if e is None else str(e) for e in refusals(transcripts, masker, split_turns)]
 
 
-def stored_refusals(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False,
-                    processes: int | None = None) -> dict[int, str]:
-    """`{number: why}` of those of `transcripts` for which `cbnb.data.refusals` gives an error: found in a folder of
-    `place`, or made by `processes` (None: one for each core that this process may use)."""
+def stored_refusals(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker,
+                    split_turns: bool = False, processes: int | None = None) -> dict[int, str]:
+    """`{number: why}` of those of `transcripts` for which `cbnb.data.refusals` gives an error: found in a folder
+    of `place`, or made by `processes` (None: one for each core that this process may use)."""
+    work = partial(refused_piece, masker=masker, split_turns=split_turns)
     def make(folder):
-        parts = in_pieces(partial(refused_piece, masker=masker, split_turns=split_turns), transcripts, processes or cores())
+        parts = in_pieces(work, transcripts, processes or cores())
         found = {i: said for i, said in enumerate(chain.from_iterable(parts)) if said is not None}
         write_bytes(folder / "refused.json", json.dumps(found).encode())
     folder = kept_folder(place, stream_key(transcripts, masker, "refused", {"split_turns": split_turns}), make)
@@ -239,9 +240,10 @@ def stored_refusals(place: str | Path, transcripts: Iterable[Transcript], masker
 
 def kept_for(config: CircuitBreakerConfig, transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading,
              place: str | Path = "") -> Sequence[Transcript]:
-    """`cbnb.data.drop_refused` for a run with the settings `config`, with a folder `place` by `stored_refusals`. Of
-    several processes the first one looks there. Raises what `drop_refused` raises."""
-    if not place or reading.on_error == "raise": return drop_refused(transcripts, masker, reading, config.split_turns)
+    """`cbnb.data.drop_refused` for a run with the settings `config`, with a folder `place` by `stored_refusals`.
+    Of several processes the first one looks there. Raises what `drop_refused` raises."""
+    if not place or reading.on_error == "raise":
+        return drop_refused(transcripts, masker, reading, config.split_turns)
     said = from_first(lambda: stored_refusals(place, transcripts, masker, config.split_turns))
     found = (MaskError(said[i]) if i in said else None for i in range(len(transcripts)))
     return drop_refused(transcripts, masker, reading, config.split_turns, found)

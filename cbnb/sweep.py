@@ -480,16 +480,19 @@ LISTING = "report.json"
 
 
 def earlier_files(folder: Path) -> dict[str, str]:
-    "`{name: sha256}` of the files that an earlier report has left in `folder`, as its report.json says; empty without one."
+    """`{name: sha256}` of the files that an earlier report has left in `folder`, as its report.json says;
+    empty without one."""
     listed = (read_json(folder / LISTING) or {}).get("files")
-    return {name: str(digest) for name, digest in listed.items() if Path(name).name == name} if isinstance(listed, dict) else {}
+    if not isinstance(listed, dict): return {}
+    return {name: str(digest) for name, digest in listed.items() if Path(name).name == name}
 
 
 def check_listed(folder: Path, names) -> dict[str, str]:
     "The `earlier_files` of `folder`. Raises RunError where one of `names` is taken there by a file that no report has listed."
     listed = earlier_files(folder)
     if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
-        raise RunError(f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another folder")
+        raise RunError(f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another "
+                       "folder")
     return listed
 
 
@@ -498,17 +501,20 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
     report has listed and this one has no use for are removed, unless they were changed since. Raises RunError as `check_listed` does."""
     listed = check_listed(folder, files)
     made = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    listing = lambda names: f"{json_text({'files': names})}\n".encode()
-    write_files({folder / LISTING: listing(listed | made), **{folder / name: data for name, data in files.items()}})
+    def listing(names): return f"{json_text({'files': names})}\n".encode()
+    write_files({folder / name: data for name, data in {LISTING: listing(listed | made), **files}.items()})
     for name in listed.keys() - made.keys():
         old = folder / name
-        if old.is_file() and not old.is_symlink() and hashlib.sha256(old.read_bytes()).hexdigest() == listed[name]: old.unlink()
+        if not old.is_file() or old.is_symlink(): continue
+        if hashlib.sha256(old.read_bytes()).hexdigest() == listed[name]: old.unlink()
     if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
 
 
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
-    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page last; returns the paths (see `write_report_files`, which
-    may raise). Text that a spreadsheet would take for a formula is quoted in the CSV. Without a font there are no pictures, and a note on the page says so."""
+    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page
+    last; returns the paths (see `write_report_files`, which may raise). Text that a spreadsheet would
+    take for a formula is quoted in the CSV. Without a font there are no pictures, and a note on the page
+    says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds
@@ -517,7 +523,8 @@ def write_sweep(sweep: Sweep, folder) -> list[Path]:
     sweep.frame.to_parquet(parquet, index=False)
     try: files = {f"{name}.png": png(fig) for name, (fig, _) in figures.items()}
     except RunError as e: sweep.notes.append(f"{e}.")
-    files |= {"runs.csv": withhold(quoted_frame(sweep.frame).to_csv(index=False)).encode(), "runs.parquet": parquet.getvalue()}
+    files["runs.csv"] = withhold(quoted_frame(sweep.frame).to_csv(index=False)).encode()
+    files["runs.parquet"] = parquet.getvalue()
     files["report.html"] = withhold(sweep_page(sweep, folder.resolve(), figures)).encode()
     write_report_files(folder, files)
     return [folder / name for name in files]

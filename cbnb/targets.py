@@ -86,9 +86,10 @@ def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
 # %% ../nbs/01a_targets.ipynb #f16048c6
 @dataclass(frozen=True)
 class Row:
-    """What training takes of an encoded transcript, or of a turn of one: `mask` (bool [S]), its targets, and `keep`, the
-    window of it; `gone`: what `cut_context` finds. `dropped`: why it becomes no sample, `lost_words` (the template
-    writes nothing of an answer), `lost_context` or `no_target`, in `words`; both are empty where it becomes one."""
+    """What training takes of an encoded transcript, or of a turn of one: `mask` (bool [S]), its targets, and `keep`,
+    the window of it; `gone`: what `cut_context` finds. `dropped`: why it becomes no sample, `lost_words` (the
+    template writes nothing of an answer), `lost_context` or `no_target`; `words`: that as the end of a
+    sentence. Both are empty where it becomes one."""
     mask: np.ndarray
     keep: slice
     gone: tuple = ()
@@ -96,17 +97,20 @@ class Row:
     words: str = ""
 
 
-def training_row(encoded: Encoded, transcript: Transcript, policy, max_length: int = 2048, truncation: str = "targets",
-                 lost_context: str = "drop") -> Row:
+def training_row(encoded: Encoded, transcript: Transcript, policy, max_length: int = 2048,
+                 truncation: str = "targets", lost_context: str = "drop") -> Row:
     "The `Row` of `encoded`. Raises what `training_mask` and `truncation_window` raise."
     mask = training_mask(encoded, transcript, policy)
     keep = truncation_window(mask, max_length, truncation)
     gone = tuple(cut_context(encoded, mask, keep)) if keep != slice(0, len(mask)) else ()
     dropped = words = ""
-    if encoded.lost_words: dropped, words = "lost_words", f"the chat template writes nothing of message {encoded.lost_words[0]}"
-    elif gone and lost_context == "drop": dropped, words = "lost_context", f"truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}"
+    if encoded.lost_words:
+        dropped, words = "lost_words", f"the chat template writes nothing of message {encoded.lost_words[0]}"
+    elif gone and lost_context == "drop":
+        dropped, words = "lost_context", f"truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}"
     elif not mask[keep][1:].any():  # token 0 is predicted by nothing, so a target there is none
-        dropped, words = "no_target", "it has no target" + " left, truncation cuts off all of them" * bool(mask[1:].any())
+        had = " left, truncation cuts off all of them" if mask[1:].any() else ""
+        dropped, words = "no_target", f"it has no target{had}"
     return Row(mask, keep, gone, dropped, words)
 
 # %% ../nbs/01a_targets.ipynb #b88a0e41

@@ -128,7 +128,8 @@ def token_bytes(student: PeftModel, teacher: nn.Module | None, samples: list[Sam
 
 
 def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> None:
-    "Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."
+    """Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are
+    kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."""
     done = set()
     for path in folder.glob("*.safetensors"):
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import math
 import os
 import re
@@ -33,12 +34,15 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
+from .files import write_bytes
 from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
 from .rounding import at_floor
-from .runs import ENDING, Run, append_metrics, is_full_disk, kernel, on_signals, read_status, set_status, stop_requested, truncate_metrics
+from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
+                       read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
+from .same import MADE_FROM, check_checkpoint, tell_changes
 from .sealed import damage, seal, sync
 from .terminal import error_text, say, visible, warn
 
@@ -46,8 +50,8 @@ from .terminal import error_text, say, visible, warn
 __all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
            'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'CircuitBreakerTrainer', 'MetricsLog',
            'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line', 'progress_line', 'show_line',
-           'stop_on_interrupt', 'last_checkpoint', 'resume_point', 'check_trackers', 'training_arguments',
-           'breaker_trainer', 'measured_floor', 'train_breaker']
+           'stop_on_interrupt', 'log_of', 'mend_log', 'last_checkpoint', 'resume_point', 'check_trackers',
+           'training_arguments', 'breaker_trainer', 'measured_floor', 'train_breaker']
 
 # %% ../nbs/07_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -218,6 +222,7 @@ class CircuitBreakerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
+                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, record.read_bytes())
                 seal(made)
                 made.rename(place / made.name)
                 sync(place)
@@ -361,6 +366,35 @@ def stop_on_interrupt(run: Run):
             say("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
     with on_signals(stop, (signal.SIGINT, *ENDING)): yield
 
+# %% ../nbs/07_trainer.ipynb #mendlog1
+def log_of(checkpoint: Path) -> dict[int, dict]:
+    """`{step: line of metrics.jsonl}` up to a checkpoint, as its trainer_state.json has them; empty where
+    it has none."""
+    history = (read_json(checkpoint / "trainer_state.json") or {}).get("log_history") or []
+    return {row["step"]: to_plain({k: v for k, v in row.items() if k != "epoch"})
+            for row in history if "loss_reroute" in row}
+
+
+def mend_log(run: Run, checkpoint: Path, step: int) -> None:
+    """Puts the lines up to `step`, that of the `checkpoint`, back into metrics.jsonl as the checkpoint has
+    them, where some are lost, were edited, cannot be read or stand twice; status.json tells it
+    (`tell_changes`)."""
+    kept, (rows, torn) = log_of(checkpoint), log_rows(run.path)
+    known = list(dict.fromkeys(key for row in rows for key in row))   # in the order that lines have
+    rows = [row for row in rows if row["step"] <= step]
+    there = {row["step"]: row for row in rows}
+    lost = sorted(kept.keys() - there)
+    other = sorted(s for s in there if there[s] != kept.get(s))
+    if not kept or not (lost or other or torn or len(rows) > len(there)): return
+    def ordered(row): return {k: row[k] for k in (*filter(row.__contains__, known), *sorted(row.keys() - known))}
+    lines = [json.dumps(ordered(kept[s])) + "\n" for s in sorted(kept)]
+    write_bytes(run.path / "metrics.jsonl", "".join(lines).encode())
+    said = [f"lacked {len(lost)} of its {len(kept)} lines (the first: step {lost[0]})"] if lost else []
+    if other: said.append(f"said something else in {len(other)} lines (the first: step {other[0]})")
+    if not said: said = ["held lines that cannot be read or stand twice"]
+    back = f"up to step {step} it was put back from {checkpoint.name}"
+    tell_changes(run, [f"metrics.jsonl {' and '.join(said)}: {back}"])
+
 # %% ../nbs/07_trainer.ipynb #eadc2e65
 KEPT = 2  # checkpoints: the second is for the case that the first is damaged
 
@@ -374,11 +408,15 @@ def last_checkpoint(run: Run) -> Path | None:
 
 
 def resume_point(run: Run) -> Path | None:
-    """The checkpoint that a run goes on from, None for its beginning, when its folder is in order for that: what a killed save has left is removed,
-    damaged checkpoints are renamed `damaged-checkpoint-<step>`, which the `note` in status.json tells, and the log ends with that step."""
+    """The checkpoint that a run goes on from, None for its beginning, when its folder is in order for
+    that: what a killed save has left is removed, damaged checkpoints are renamed
+    `damaged-checkpoint-<step>`, which the `note` in status.json tells, and the log is that of its steps
+    (`mend_log`). Raises RunError for a checkpoint that was made from something else than the run
+    (`cbnb.same`)."""
     folder = run.path / "checkpoints"
     checkpoint = last_checkpoint(run)
     step = next((step for step, path in checkpoints(folder).items() if path == checkpoint), 0)
+    if checkpoint: check_checkpoint(run, checkpoint)
     passed = []
     for path in (path for newer, path in checkpoints(folder).items() if newer > step):
         passed.append(f"{path.name} is not whole ({damage(path)})")
@@ -386,6 +424,7 @@ def resume_point(run: Run) -> Path | None:
         path.rename(aside)
     keep_newest(folder, KEPT)
     if passed: set_status(run, "running", note=f"{' and '.join(passed)}; training goes on from step {step}")
+    if checkpoint: mend_log(run, checkpoint, step)
     truncate_metrics(run, step)
     return checkpoint
 

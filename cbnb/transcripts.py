@@ -1484,9 +1484,11 @@ def to_record(transcript):
 
 # %% ../nbs/00_transcripts.ipynb #97863c47
 def write_transcripts(path, transcripts):
-    """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back equal ones.
+    """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back
+    equal ones.
 
-    The file appears whole or not at all (`cbnb.files.new_file`, which may raise). Raises TranscriptError for one that would not read back equal."""
+    The file appears whole or not at all (`cbnb.files.new_file`, which may raise). Raises TranscriptError
+    for one that would not read back equal."""
     ids = SeenKeys()
     with new_file(path) as f:
         for t in transcripts:

@@ -6,13 +6,14 @@
 __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'BASE', 'TEXTS', 'LEVEL',
            'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN',
            'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN',
-           'is_run', 'planned_runs', 'find_runs', 'median', 'log_measures', 'result_measures', 'Sweep', 'read_run',
-           'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run', 'write_specimen',
-           'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata', 'control_failure',
-           'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose', 'check_gradients', 'judge',
-           'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
+           'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'log_measures', 'result_measures', 'Sweep',
+           'read_run', 'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run',
+           'write_specimen', 'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata',
+           'control_failure', 'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose',
+           'check_gradients', 'judge', 'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
 
 # %% ../nbs/12a_verdicts.ipynb #a7ed7ea4
+import itertools
 import json
 import math
 import os
@@ -63,7 +64,7 @@ def find_runs(folders, notes: list) -> dict[Path, dict]:
         elif os.path.isdir(folder):
             found |= planned_runs(folder, notes)
             inside = folders_in(folder)
-            if inside is None: notes.append(f"{folder} cannot be looked into: ask its owner, or leave it out.")
+            if inside is None: notes.append(f"{folder} cannot be listed: ask its owner, or leave it out.")
             for path in inside or ():
                 if is_run(path): found.setdefault(path, {})
         else: notes.append(f"There is no folder {folder}.")
@@ -83,6 +84,19 @@ def median(values: np.ndarray) -> float:
 LOG_MEASURES = ("last_step", "rows_at_end", "loss_reroute", "loss_retain", "loss_kl", "beta_times_kl", "onset_step", "grad_norm_total",
                 "grad_norm_reroute", "grad_norm_retain", "grad_norm_kl", "grad_cos_reroute_retain", "grad_cos_reroute_kl", "grad_cos_retain_kl",
                 "kl_gradient_share")
+
+
+def missing_steps(rows: list[dict], config: dict) -> tuple[int, int]:
+    """`(how many, the first)` of the steps that a finished run with the settings `config` logs by its
+    `logging_steps` and that none of the `rows` of its log is of; zeros where all are there, or the
+    settings do not say it."""
+    total, every = config.get("total_steps"), config.get("logging_steps")
+    if not total or not every: return 0, 0
+    there, ends = {row["step"] for row in rows}, {1, total}
+    wanted = total // every + sum(1 for step in ends if step % every)
+    missing = wanted - sum(1 for step in there if 0 < step <= total and (step in ends or step % every == 0))
+    steps = itertools.chain([1], range(every, total + 1, every), [total])
+    return (missing, next(step for step in steps if step not in there)) if missing else (0, 0)
 
 
 def log_measures(rows: list[dict], beta: float) -> dict[str, float]:
@@ -170,9 +184,12 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
     if state == "done" and measures["last_step"] < total:
         notes.append(f"its log ends at step {measures['last_step']:g} of {total:g}, so what is read from the log does not count")
         measures |= dict.fromkeys(LOG_MEASURES, math.nan)
+    elif state == "done" and (lost := missing_steps(rows, config))[0]:
+        number, first = lost
+        notes.append(f"its log lacks {number} of the lines that logging_steps asks for, the first at step {first}")
     if state == "done" and not result: notes.append("result.json is missing or empty")
     alarms = result.get("alarms", [])
-    notes += result.get("changes", [])
+    notes += status.get("changes") or []
     notes += [f"alarm: {alarm}" for alarm in alarm_lines(alarms[:20])]
     row = {"run": path.name, "state": state, "error": status.get("error") or unread or None, "attempt": as_float(status.get("attempt")), "key": key.get("key"),
            "code": key.get("code", code.get("source")), "data": key.get("data"), "beta_kl": beta, "seed": as_float(settings.get("seed")),

@@ -1,4 +1,5 @@
-"""Encoding of a stream, and the whole data stage of train, in a process of its own, for nbs/bench/encode.ipynb: how long, and the peak of its memory."""
+"""Encoding of a stream, and the whole data stage of train, in a process of its own, for nbs/bench/encode.ipynb: how long, and
+the peak of its memory."""
 import json, os, re, subprocess, sys, time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -56,9 +57,9 @@ def write_chats(path, n):
 
 
 def run_stage(place, way, data):
-    """Runs the cell "data" of train.ipynb, with the parameters as they are declared, on the file `data`; returns its names. `way`:
-    `train`, with an encoded cache in the folder `place`; `read`, each transcript is read once in place of encoding; `listed`, as
-    `read`, with all transcripts in a list."""
+    """Runs the cell "data" of train.ipynb, with the parameters as they are declared, on the file `data`; returns its names.
+    `way`: `train`, with an encoded cache in the folder `place`; `read`, each transcript is read once in place of encoding;
+    `listed`, as `read`, with all transcripts in a list."""
     import cbnb.sources
     import cbnb.store
     from cbnb.ablation import run_settings
@@ -68,7 +69,8 @@ def run_stage(place, way, data):
     exec(cells[0], names)
     names |= {"data": str(data), "encoded_cache": str(place / data.stem) if way == "train" else ""}
     parameters = {k: v for k, v in names.items() if not k.startswith("__")}
-    names |= {"config": run_settings(parameters)[0], "parameters": parameters, "run": SimpleNamespace(path=place), "stage": lambda *_: nullcontext()}
+    names |= {"config": run_settings(parameters)[0], "parameters": parameters, "run": SimpleNamespace(path=place),
+              "stage": lambda *_: nullcontext()}
     if way != "train":
         cbnb.store.encode_for = lambda config, name, transcripts, *_: ([], StreamReport(sum(1 for _ in transcripts)))
     if way == "listed": cbnb.sources.spooled = list
@@ -77,8 +79,8 @@ def run_stage(place, way, data):
 
 
 def train(n, way, place):
-    """Prints seconds, transcripts and bytes at the peak over those before, of the data stage of train on `n` transcripts in a
-    file of the folder `place`; `way` as in `run_stage`."""
+    """Prints seconds, transcripts and bytes at the peak over those before, of the data stage of train on `n` transcripts in
+    a file of the folder `place`; `way` as in `run_stage`."""
     place = Path(place)
     place.mkdir(exist_ok=True)
     for name, size in (("few", 100), ("all", int(n))): write_chats(place / f"{name}.jsonl", size)

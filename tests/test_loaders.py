@@ -1,4 +1,5 @@
-"""Code that comes with a model or an adapter runs only where the user said so: one door for every loader, and a model that leaves a mark where its code runs."""
+"""Code that comes with a model or an adapter runs only where the user said so: one door for every loader, and a model
+that leaves a mark where its code runs."""
 import ast, json, os, pty, shutil, sys
 
 import pytest
@@ -14,16 +15,16 @@ from cbnb.models import load_model, load_tokenizer
 
 # --- the door is the only one ---
 
-LOADERS = {"from_pretrained", "from_config", "load_adapter", "get_class_from_dynamic_module", "snapshot_download", "hf_hub_download", "load_dataset",
-           "load_dataset_builder", "load_from_disk", "read_pickle", "load", "loads", "import_module", "pipeline"}
+LOADERS = set("from_pretrained from_config load_adapter get_class_from_dynamic_module snapshot_download hf_hub_download "
+              "load_dataset load_dataset_builder load_from_disk read_pickle load loads import_module pipeline".split())
 BUILT_IN = {"__import__", "eval", "exec", "compile", "input"}
 HARMLESS = {"json", "self"}  # of what `load` and `loads` are called
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 ALLOWED = {  # what is not the door, and why
     "cbnb/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},  # the door
     "cbnb/fetch.py": {"snapshot_download"},                      # cbnb fetch: files by pattern, none of them Python
-    "cbnb/spool.py": {"pickle", "loads"},                         # of a file without a name, which this process alone has written
-    "cbnb/packed.py": {"load_dataset", "load_from_disk"},        # of datasets from 5 on, which runs no scripts and reads no pickles
+    "cbnb/spool.py": {"pickle", "loads"},                                      # of an unlinked file, which this process has written
+    "cbnb/packed.py": {"load_dataset", "load_from_disk"},        # of datasets 5, which runs no script, reads no pickle
     "cbnb/ablation.py": {"load"},                                # yaml, by a SafeLoader
     "cbnb/cli.py": {"import_module"},                            # --policy module:function, which the user names
     "cbnb/objectives.py": {"import_module"},                     # -p objective module:name
@@ -38,80 +39,108 @@ def found_in(source):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if isinstance(node.func, ast.Name) and name in BUILT_IN: yield node.lineno, name
-            if name in LOADERS and getattr(getattr(node.func, "value", None), "id", "") not in HARMLESS: yield node.lineno, name
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            if name in LOADERS and owner not in HARMLESS: yield node.lineno, name
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom): names = [node.module or ""]
         yield from ((node.lineno, name) for name in names if name.partition(".")[0] in PICKLES)
 
 
 def sources():
-    "`(path from the root, Python source)` of every module and of the code cells of every notebook that papermill runs."
+    "`(path from the root, Python source)` of every module and of the cells of every notebook that papermill runs."
     for path in sorted((ROOT / "cbnb").rglob("*.py")): yield str(path.relative_to(ROOT)), path.read_text()
     for path in run_notebooks():
-        for cell in code_cells(path): yield str(path.relative_to(ROOT)), "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines())
+        for cell in code_cells(path):
+            lines = ("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines())
+            yield str(path.relative_to(ROOT)), "\n".join(lines)
 
 
 def test_nothing_is_loaded_beside_the_door():
-    found = [(path, line, name) for path, source in sources() for line, name in found_in(source) if name not in ALLOWED.get(path, ())]
-    assert found == [], "a loader that is not cbnb.loaders"
-    used = {path: {name for _, name in found_in(source)} for path, source in sources() if path in ALLOWED}
+    found = [(path, line, name) for path, source in sources() for line, name in found_in(source)]
+    beside = [(path, line, name) for path, line, name in found if name not in ALLOWED.get(path, ())]
+    assert beside == [], "a loader that is not cbnb.loaders"
+    used = {path: {name for other, _, name in found if other == path} for path in ALLOWED}
     assert used == ALLOWED, "what is allowed and not there any more is taken out"
 
 
-@pytest.mark.parametrize("source", ["AutoModel.from_pretrained(x)", "transformers.AutoConfig.from_config(c)", "torch.load(p)", "import pickle", "from joblib import load",
-                                    "np.load(p)", "input('sure?')", "importlib.import_module(name)", "eval(text)", "student.load_adapter(f, n)", "pd.read_pickle(p)"])
+@pytest.mark.parametrize("source", [
+    "AutoModel.from_pretrained(x)", "transformers.AutoConfig.from_config(c)", "torch.load(p)", "import pickle",
+    "from joblib import load", "np.load(p)", "input('sure?')", "importlib.import_module(name)", "eval(text)",
+    "student.load_adapter(f, n)", "pd.read_pickle(p)"])
 def test_a_loader_is_found(source): assert list(found_in(source)), source
 
 
 def test_the_door_passes_the_flag():
-    calls = [node for node in ast.walk(ast.parse((ROOT / "cbnb" / "loaders.py").read_text())) if isinstance(node, ast.Call)]
-    made = [c for c in calls if getattr(c.func, "attr", "") in ("from_pretrained", "from_config") and getattr(c.func.value, "id", "") != "PeftConfig"]
+    nodes = ast.walk(ast.parse((ROOT / "cbnb" / "loaders.py").read_text()))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    made = [c for c in calls if c.func.attr in ("from_pretrained", "from_config") and c.func.value.id != "PeftConfig"]
     assert len(made) == 4
-    for call in made: assert [k.value.id for k in call.keywords if k.arg == "trust_remote_code"] == ["trust_remote_code"], ast.unparse(call)
+    for call in made:
+        given = [k.value.id for k in call.keywords if k.arg == "trust_remote_code"]
+        assert given == ["trust_remote_code"], ast.unparse(call)
 
 
-TAKES = {"load_model", "load_tokenizer", "read_config", "read_tokenizer", "read_model", "empty_model", "read_adapter", "check_adapter", "load_students", "make_masker",
-         "load_masker", "find_adapter", "find_adapters", "masker_for", "evaluate_adapter", "rescore", "load_explorer", "open_explorer", "mask_explorer", "plan_lines",
-         "plan_step", "advice", "model_shape", "beside_text", "settings_of", "preset_for", "model_facts", "embedding_rows", "in_parts"}
-OWN = {"load_model(config.model)", "load_model(config.model, config.dtype)", "load_tokenizer(config.model)", "model_facts(own)", "model_facts(PRESETS[PUBLISHED].model)",
-       "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, policies={'chatml_header': chatml_header})",
-       "advice(sweep)", "advice(rows)"}  # the tiny agent, the presets' models, and other things that are called advice
+TAKES = set("load_model load_tokenizer read_config read_tokenizer read_model empty_model read_adapter check_adapter "
+            "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
+            "load_explorer open_explorer mask_explorer plan_lines plan_step advice model_shape beside_text settings_of "
+            "preset_for model_facts embedding_rows in_parts made_with settings_for".split())
+OWN = {  # the tiny agent, the presets' models, and other things that are called advice
+    "load_model(config.model)", "load_model(config.model, config.dtype)", "load_tokenizer(config.model)",
+    "model_facts(own)", "model_facts(PRESETS[PUBLISHED].model)", "advice(sweep)", "advice(rows)",
+    "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, "
+    "policies={'chatml_header': chatml_header})"}
 
 
 def test_the_users_flag_reaches_the_door():
     "Every call of what takes the flag passes one on, but for models of cbnb's own."
     for path, source in sources():
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in TAKES and (text := ast.unparse(node)) not in OWN:
-                assert "trust_remote_code" in text or "'tinyagent'" in text or any(k.arg is None for k in node.keywords), (path, node.lineno, text)
+            if not isinstance(node, ast.Call): continue
+            name, text = getattr(node.func, "attr", getattr(node.func, "id", "")), ast.unparse(node)
+            if name not in TAKES or text in OWN or "'tinyagent'" in text: continue
+            passed = "trust_remote_code" in text or "trusted" in text or any(k.arg is None for k in node.keywords)
+            assert passed, (path, node.lineno, text)
 
 
 # --- a model with code in it ---
 
 CODE = {  # file: what it defines; each leaves a mark where it is run
     "own_config": "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig): model_type = 'own'\n",
-    "own_model": "from transformers import LlamaForCausalLM\nfrom .own_config import OwnConfig\nclass OwnForCausalLM(LlamaForCausalLM): config_class = OwnConfig\n",
+    "own_model": "from transformers import LlamaForCausalLM\nfrom .own_config import OwnConfig\n"
+                 "class OwnForCausalLM(LlamaForCausalLM): config_class = OwnConfig\n",
     "own_llama": "from transformers import LlamaForCausalLM\nclass OwnLlama(LlamaForCausalLM): pass\n",
-    "own_tokenizer": "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast): pass\n",
+    "own_tokenizer": "from transformers import PreTrainedTokenizerFast\n"
+                     "class OwnTokenizer(PreTrainedTokenizerFast): pass\n",
     "own_processor": "class OwnProcessor: pass\n",
+    "custom_generate/generate": "from transformers import GenerationMixin\n"
+                                "def generate(model, **more): return GenerationMixin.generate(model, **more)\n",
 }
+OWN_TOKENIZER = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}}
+OWN_MODEL = {"AutoModelForCausalLM": "own_model.OwnForCausalLM"}
 KINDS = {  # what is code: changes of config.json and of tokenizer_config.json
-    "everything": ({"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}},
-                   {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", "own_tokenizer.OwnTokenizer"]}}),
+    "everything": ({"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig"} | OWN_MODEL}, OWN_TOKENIZER),
     "the configuration": ({"auto_map": {"AutoConfig": "own_config.OwnConfig"}}, {}),
     "the model": ({"auto_map": {"AutoModelForCausalLM": "own_llama.OwnLlama"}}, {}),
-    "a model of a type that has none": ({"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "own_model.OwnForCausalLM"}}, {}),
-    "the tokenizer": ({}, {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}}),
+    "a model of a type that has none": ({"model_type": "t5", "auto_map": OWN_MODEL}, {}),
+    "the tokenizer": ({}, OWN_TOKENIZER),
 }
+
+
+def change(path, settings):
+    "Puts `settings` into the JSON object at `path`."
+    path.write_text(json.dumps(load(path) | settings))
 
 
 def plant(folder, kind):
-    "A copy of the tiny agent in `folder` in which `kind` of `KINDS` is code that leaves marks in `folder`/marks; returns the folder."
+    """A copy of the tiny agent in `folder` in which `kind` of `KINDS` is code that leaves marks in `folder`/marks;
+    returns the folder."""
     shutil.copytree(TINYAGENT, folder)
     (folder / "marks").mkdir()
-    for name, change in zip(("config.json", "tokenizer_config.json"), KINDS[kind]): (folder / name).write_text(json.dumps(load(folder / name) | change))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own_processor.OwnProcessor"}}))
+    for name, settings in zip(("config.json", "tokenizer_config.json"), KINDS[kind]): change(folder / name, settings)
+    processor = {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own_processor.OwnProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     (folder / "custom_generate").mkdir()
-    for name, source in [*CODE.items(), ("custom_generate/generate", "from transformers import GenerationMixin\ndef generate(model, **more): return GenerationMixin.generate(model, **more)\n")]:
+    for name, source in CODE.items():
         mark = folder / "marks" / name.partition("/")[0]
         (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'w').close()\n{source}")
     return folder
@@ -149,7 +178,7 @@ def breaker(tmp_path_factory):
 
 
 def in_process(folder, adapter):
-    "Functions behind every command and notebook that load something of the model in `folder` by its name, without the flag."
+    "Functions behind every command and notebook that load something of the model in `folder`, without the flag."
     from cbnb.adapters import asked_model, find_adapters, masker_for
     from cbnb.plan import plan_lines
     from cbnb.tinyagent import make_transcripts
@@ -181,8 +210,10 @@ def test_without_the_flag_no_code_runs(tmp_path, breaker, kind, monkeypatch):
             one_sentence(str(e), folder)
             assert str(e).count("\n") == 0, e
         assert marks(folder) == set(), what
-    of_model, of_tokenizer = {"the model", "plan", "KL explorer"}, {"the tokenizer", "masker", "evaluate", "KL explorer", "mask explorer"}
-    assert refused - {"settings"} == {"everything": of_model | of_tokenizer, "the tokenizer": of_tokenizer}.get(kind, of_model)
+    of_model = {"the model", "plan", "KL explorer"}
+    of_tokenizer = {"the tokenizer", "masker", "evaluate", "KL explorer", "mask explorer"}
+    wanted = {"everything": of_model | of_tokenizer, "the tokenizer": of_tokenizer}
+    assert refused - {"settings"} == wanted.get(kind, of_model)
     assert ("settings" in refused) == (kind in ("everything", "the configuration")), refused
 
 
@@ -195,11 +226,13 @@ def test_with_the_flag_it_loads(tmp_path, breaker):
     from cbnb.widgets.masks import mask_explorer
     folder = plant(tmp_path / "trusted", "everything")
     name, config = str(folder), get_config("tinyagent", model=str(folder), batch_size=1, max_length=16)
-    assert "together" in " ".join(plan_lines(config, trust_remote_code=True)) and marks(folder) == {"own_config", "own_model"}
+    assert "together" in " ".join(plan_lines(config, trust_remote_code=True))
+    assert marks(folder) == {"own_config", "own_model"}
     assert type(load_tokenizer(name, trust_remote_code=True)).__name__ == "OwnTokenizer"
     assert type(load_model(name, trust_remote_code=True, device="cpu")).__name__ == "OwnForCausalLM"
     shown = mask_explorer(make_transcripts("plain", 1), name, trust_remote_code=True)
-    assert shown.explored.message == "" and shown.set(model="tinyagent").settings["trust_remote_code"] is False, "it was said of that model"
+    assert shown.explored.message == ""
+    assert shown.set(model="tinyagent").settings["trust_remote_code"] is False, "it was said of that model"
     assert "divergence" in load_explorer(str(breaker), model=name, data="tinyagent", trust_remote_code=True).arguments
     assert marks(folder) == {"own_config", "own_model", "own_tokenizer", "custom_generate"}
 
@@ -209,25 +242,30 @@ def test_with_the_flag_it_loads(tmp_path, breaker):
 def test_every_command_refuses_in_a_sentence(tmp_path, breaker):
     folder, runs = plant(tmp_path / "planted", "everything"), tmp_path / "runs"
     spec = tmp_path / "s.yaml"
-    spec.write_text(json.dumps({"parameters": little_data(tmp_path) | {"model": str(folder)}, "grid": {"beta_kl": [0, 0.3]}}))
-    data = ("--data", tmp_path / "data.jsonl", "--eval-data", tmp_path / "eval_data.jsonl")
-    for given in (("plan", "--model", folder), ("train", "--model", folder, *data), ("preflight", "--model", folder, *data), ("masks", tmp_path / "data.jsonl", "--model", folder),
-                  ("ablate", spec, "--dry-run", "--local", 1), ("evaluate", breaker, "--model", folder, "--eval-data", tmp_path / "eval_data.jsonl")):
+    whole = little_data(tmp_path) | {"model": str(folder)}
+    spec.write_text(json.dumps({"parameters": whole, "grid": {"beta_kl": [0, 0.3]}}))
+    heldout = ("--eval-data", whole["eval_data"])
+    data, model = ("--data", whole["data"], *heldout), ("--model", folder)
+    for given in (("plan", *model), ("train", *model, *data), ("preflight", *model, *data), ("masks", whole["data"], *model),
+                  ("ablate", spec, "--dry-run", "--local", 1), ("evaluate", breaker, *model, *heldout)):
         said = command(*given, runs=runs)
         assert said.returncode == 2 and not runs.exists(), (given, said.stdout)
         one_sentence(said.stdout, folder)
     assert marks(folder) == set()
-    for name in ("train", "preflight", "evaluate", "explore_masks", "explore_kl"): assert "trust_remote_code: bool = False" in code_cells(NBS / f"{name}.ipynb")[0].source
+    for name in ("train", "preflight", "evaluate", "explore_masks", "explore_kl"):
+        assert "trust_remote_code: bool = False" in code_cells(NBS / f"{name}.ipynb")[0].source
 
 
 def test_every_command_takes_the_flag(tmp_path):
     folder = plant(tmp_path / "trusted", "everything")
-    for given in (("plan", "--batch-size", 1, "--max-length", 16), ("masks", little_data(tmp_path)["data"], "--show", 0)):
+    masks = ("masks", little_data(tmp_path)["data"], "--show", 0)
+    for given in (("plan", "--batch-size", 1, "--max-length", 16), masks):
         given = (*given, "--model", folder, "--trust-remote-code")
         said = command(*given, runs=tmp_path)
         assert said.returncode == 0, said.stdout
     assert marks(folder) == {"own_config", "own_model", "own_tokenizer"}
-    done = cells(*few(tmp_path, model=folder, dtype="float32", trust_remote_code=True, total_steps=2, run_dir=tmp_path / "run"))
+    given = few(tmp_path, model=folder, dtype="float32", trust_remote_code=True, total_steps=2)
+    done = cells(*given, "-p", "run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stdout[-3000:]
     # what params.json says was said by whoever made the run
     refused = command("evaluate", tmp_path / "run", "--rescore", runs=tmp_path)
@@ -238,15 +276,17 @@ def test_every_command_takes_the_flag(tmp_path):
 
 
 def test_a_run_directory_of_anyones_runs_nothing(tmp_path, breaker, monkeypatch):
-    "Its parameters say that the model's code is trusted, and name an objective that lies on the path: neither is taken at its word."
+    """Its parameters say that the model's code is trusted, and name an objective that lies on the path: neither is
+    taken at its word."""
     from cbnb.adapters import find_adapter, made_with
     folder, here = plant(tmp_path / "planted", "everything"), tmp_path / "run"
     shutil.copytree(breaker, here / "adapter")
     (tmp_path / "theirs.py").write_text(f"open({str(folder / 'marks' / 'objective')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    (here / "params.json").write_text(json.dumps({"preset": "tinyagent", "model": str(folder), "trust_remote_code": True, "data": "tinyagent", "objective": "theirs:mine"}))
+    given = {"preset": "tinyagent", "data": "tinyagent", "trust_remote_code": True, "objective": "theirs:mine"}
+    (here / "params.json").write_text(json.dumps(given | {"model": str(folder)}))
     with pytest.raises(ConfigError, match="runs only where you say so"): made_with(find_adapter(str(here)).parameters)
-    (here / "params.json").write_text(json.dumps({"preset": "tinyagent", "model": "tinyagent", "data": "tinyagent", "objective": "theirs:mine"}))
+    (here / "params.json").write_text(json.dumps(given | {"model": "tinyagent"}))
     assert made_with(find_adapter(str(here)).parameters).objective == "theirs:mine" and marks(folder) == set()
 
 
@@ -269,45 +309,50 @@ def test_a_terminal_is_not_asked(tmp_path, kind):
         sys.stdin = os.fdopen(0, closefd=False)
         assert sys.stdin.isatty()
         if kind == "inside of another": return load_model(str(folder))
-        return main(["plan", "--model", str(folder), "--lora-layers", "0,1", "--target-layers", "1", "--batch-size", "1", "--max-length", "16"])
+        return main(["plan", "--model", str(folder), "--lora-layers", "0,1", "--target-layers", "1", "--batch-size", "1"])
     said = forked(at_a_terminal, env=environment(tmp_path))
     os.close(ours), os.close(theirs)
-    assert said.returncode != 0 and "trust_remote_code" in said.stdout and "[y/N]" not in said.stdout and marks(folder) == set(), said.stdout
+    assert said.returncode != 0 and "trust_remote_code" in said.stdout, said.stdout
+    assert "[y/N]" not in said.stdout and marks(folder) == set(), said.stdout
 
 
 # --- code that is not needed, and code that an adapter names ---
 
 def test_a_class_that_transformers_has_is_transformers_own(tmp_path):
     folder = plant(tmp_path / "known", "the model")
-    (folder / "config.json").write_text(json.dumps(load(folder / "config.json") | {"auto_map": {"AutoConfig": "own_config.LlamaConfig", "AutoModelForCausalLM": "own_llama.LlamaForCausalLM"}}))
-    assert type(load_model(str(folder), device="cpu")).__module__.startswith("transformers.models.llama") and marks(folder) == set()
+    known = {"AutoConfig": "own_config.LlamaConfig", "AutoModelForCausalLM": "own_llama.LlamaForCausalLM"}
+    change(folder / "config.json", {"auto_map": known})
+    assert type(load_model(str(folder), device="cpu")).__module__.startswith("transformers.models.llama")
+    assert marks(folder) == set()
     check_code("org/name", "model", ["modeling_mpt.MPTForCausalLM"], ["MptForCausalLM"], False)
 
 
 def test_attention_from_a_hub_is_code(tmp_path):
     folder = shutil.copytree(TINYAGENT, tmp_path / "kernel")
-    (folder / "config.json").write_text(json.dumps(load(folder / "config.json") | {"attn_implementation": "someone/kernel"}))
-    with pytest.raises(ConfigError, match="attention from the hub, someone/kernel.*trust_remote_code"): load_model(str(folder))
+    change(folder / "config.json", {"attn_implementation": "someone/kernel"})
+    with pytest.raises(ConfigError, match="from the hub, someone/kernel.*trust_remote_code"): load_model(str(folder))
     assert read_config(str(folder), trust_remote_code=True)._attn_implementation == "someone/kernel"
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"auto_mapping": {"base_model_class": "Own", "parent_library": "theirs"}}, "names code by auto_mapping, the module 'theirs'"),
+@pytest.mark.parametrize("settings, words", [
+    ({"auto_mapping": {"base_model_class": "Own", "parent_library": "theirs"}}, "code by auto_mapping, the module 'theirs'"),
     ({"auto_mapping": {"base_model_class": "Own", "parent_library": ["theirs"]}}, "names code by auto_mapping"),
     ({"megatron_config": {"x": 1}, "megatron_core": "theirs"}, "names code by megatron_core, the module 'theirs'"),
     ({"peft_type": "XLORA", "adapters": {"0": "org/other"}}, "names others that would be loaded beside it"),
     ({"peft_type": "THEIRS"}, "which peft does not know"),
 ])
-def test_an_adapter_that_names_code(tmp_path, breaker, change, words):
+def test_an_adapter_that_names_code(tmp_path, breaker, settings, words):
     folder = shutil.copytree(breaker, tmp_path / "adapter")
-    (folder / "adapter_config.json").write_text(json.dumps(load(folder / "adapter_config.json") | change))
+    change(folder / "adapter_config.json", settings)
     said = command("evaluate", folder, "--model", "tinyagent", runs=tmp_path / "runs")
-    assert said.returncode == 2 and words in said.stdout and said.stdout.count("\n") == 1 and not (tmp_path / "runs").exists(), said.stdout
-    if "names code" in words: assert "--trust-remote-code" in said.stdout and read_adapter(folder, trust_remote_code=True).r == 8
+    assert said.returncode == 2 and words in said.stdout and said.stdout.count("\n") == 1, said.stdout
+    assert not (tmp_path / "runs").exists()
+    if "code by" in words: assert "--trust-remote-code" in said.stdout and read_adapter(folder, True).r == 8
 
 
 def test_a_model_folder_with_an_adapter_is_refused_before_its_base_is_looked_for(tmp_path, breaker):
     shutil.copy(breaker / "adapter_config.json", tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(load(tmp_path / "adapter_config.json") | {"base_model_name_or_path": str(plant(tmp_path / "base", "everything"))}))
+    base = plant(tmp_path / "base", "everything")
+    change(tmp_path / "adapter_config.json", {"base_model_name_or_path": str(base)})
     with pytest.raises(ConfigError, match="carries an adapter"): load_model(str(tmp_path))
-    assert marks(tmp_path / "base") == set()
+    assert marks(base) == set()

@@ -1,11 +1,12 @@
 """Several processes make one run: the same numbers as one process, each other's checkpoints, one end for all."""
-import json, math, os, subprocess, sys, time
+import json, math, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pytest
 
 from helpers import BIN, NBS, ROOT, run
-from cbnb.runs import read_lines
+from cbnb.runs import read_lines, write_json
+from forked import cells as one_process
 from train_common import few, load, metrics
 
 SCRIPT = ROOT / "tests" / "scripts" / "train_together.py"
@@ -111,6 +112,14 @@ def test_the_notebook_by_torchrun(tmp_path):
     for name in ("out.1.ipynb", "out.1.rank1.ipynb"):  # both processes' notebooks, whole
         cells = [c for c in nbformat.read(path / name, as_version=4).cells if c.cell_type == "code"]
         assert "end_recording" in cells[-1].source and not any(o.output_type == "error" for c in cells for o in c.outputs)
+    # taken back to step 3, it is the same run for one process, which tells that it is alone
+    before = metrics(path)
+    shutil.rmtree(path / "checkpoints" / "checkpoint-4")
+    write_json(path / "status.json", status | {"state": "interrupted"})
+    done = one_process(*few(tmp_path), "-p", "run_dir", path)
+    assert done.returncode == 0 and load(path / "made_from.json")["told"]["processes"] == "1", done.stdout[-4000:]
+    assert load(path / "status.json")["changes"] == ["attempt 2 has processes 1, and the one before it had 2"]
+    assert metrics(path)[:3] == before[:3] and load(path / "status.json")["resumed_step"] == 3
 
 
 def test_rows_that_cannot_be_shared_are_refused_before_anything_is_loaded(tmp_path):

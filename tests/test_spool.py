@@ -1,5 +1,8 @@
-"""Transcripts on disk: the data stage gives what it gives of a list, in memory that hardly grows with the data; nothing is left of the file; forked processes read it."""
+"""Transcripts on disk: the data stage gives what it gives of a list, in memory that hardly grows with the data; nothing is
+left of the file; forked processes read it."""
 import os, signal, tempfile, time, tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_holdout import write_runs
@@ -42,17 +45,18 @@ def test_the_streams_are_those_of_lists(by, tmp_path):
 
 
 def test_refused_ones_are_left_out_of_a_stream_on_disk_as_of_a_list(masker):
-    bad = [t.__class__(f"bad{i}", [{"role": "user", "content": masker.tokenizer.eos_token}, *t.messages]) for i, t in enumerate(make_transcripts("plain", 3))]
-    chats = [t for pair in zip(make_transcripts("plain", 3), bad) for t in pair]
+    good, quoted = make_transcripts("plain", 3), {"role": "user", "content": masker.tokenizer.eos_token}
+    chats = [t for one in good for t in (one, replace(one, id=f"bad-{one.id}", messages=[quoted, *one.messages]))]
     one, two = (Reading(on_error="skip", max_skipped=1.0, records=6) for _ in range(2))
     kept, listed = drop_refused(spooled(chats), masker, one), drop_refused(chats, masker, two)
-    assert kept == listed == chats[::2] and isinstance(kept, Spooled) and one.record() == two.record() and one.skipped.total() == 3
+    assert kept == listed == good and isinstance(kept, Spooled) and one.record() == two.record() and one.skipped.total() == 3
 
 
 def test_memory_hardly_grows_with_the_data(tmp_path):
-    "A transcript more takes less than 500 bytes, at the peak of all that train reads and chooses; in a list it takes more than 5,000."
+    "A transcript more takes less than 500 bytes at the peak of all that train reads and chooses; in a list, over 5,000."
     def most(n):
-        write_transcripts(path := tmp_path / f"{n}.jsonl", [t for kind in ("injection", "plain") for t in make_transcripts(kind, n // 2)])
+        chats = (t for kind in ("injection", "plain") for t in make_transcripts(kind, n // 2))
+        write_transcripts(path := tmp_path / f"{n}.jsonl", chats)
         tracemalloc.start()
         harmful, benign, held, left_out = load_streams([path], [heldout])
         H.held_lines(harmful + benign, held, left_out)
@@ -66,7 +70,8 @@ def test_memory_hardly_grows_with_the_data(tmp_path):
 
 
 def test_no_file_is_left_whatever_ends_the_process(scratch, tmp_path):
-    "None has a name, not even while transcripts are written; a process that is killed leaves none; the space is free when the last sequence is gone."
+    """None has a name, not even while transcripts are written; a process that is killed leaves none; the space is free when
+    the last sequence is gone."""
     path = tmp_path / "chats.jsonl"
     write_transcripts(path, make_transcripts("plain", 20))
     names = []
@@ -80,10 +85,10 @@ def test_no_file_is_left_whatever_ends_the_process(scratch, tmp_path):
         read_streams([path])
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL and not os.listdir(scratch)
-    def open_files(): return [target for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}") and (target := os.readlink(f"/proc/self/fd/{n}")).startswith(str(scratch))]
+    def open_files(): return sum(os.path.realpath(link).startswith(str(scratch)) for link in Path("/proc/self/fd").iterdir())
     part = kept[3:5]
     del kept
-    assert len(open_files()) == 1 and len(part) == len([*part])
+    assert open_files() == 1 and len(part) == len([*part])
     del part
     assert not open_files()
 

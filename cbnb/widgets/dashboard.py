@@ -120,7 +120,8 @@ def whereabouts(snapshot: Snapshot) -> str:
     "Which run it is, on which node and device, and in which attempt if not the first."
     status, name = snapshot.status, snapshot.name
     where = ", ".join(str(status[key]) for key in ("node", "device") if status.get(key))
-    return " · ".join([name] + [f"on {where}"] * bool(where) + [f"attempt {status.get('attempt')}"] * ((status.get("attempt") or 1) > 1))
+    attempt = status.get("attempt") or 1
+    return " · ".join([name] + [f"on {where}"] * bool(where) + [f"attempt {attempt}"] * (attempt > 1))
 
 # %% ../../nbs/23_dashboard.ipynb #4beda3d2
 def last_and_change(rows: list[dict], key: str, back: int = 10) -> tuple[float, float]:

@@ -218,8 +218,9 @@ def adapter_and_run(folder):
 
 def run_config(run):
     "The CircuitBreakerConfig that the run directory `run` was trained with; of None the preset `base`. Raises RunError and ConfigError."
-    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have had others
-    return CircuitBreakerConfig(**{k: v for k, v in (read_record(run / "config.json") or {}).items() if k in known}) if run else CircuitBreakerConfig()
+    said = (read_record(run / "config.json") or {}) if run else {}
+    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have others
+    return CircuitBreakerConfig(**{name: value for name, value in said.items() if name in known})
 
 # %% ../../nbs/22_kl_explorer.ipynb #5787ae06
 def from_root(text):
@@ -272,7 +273,8 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10, note=""):
             said = [note, *left_out(encoded, config, transcript.label), *training_drops(transcript, masker, policy, config)]
             passed = compare(student, encoded.input_ids, teacher)
             kept.clear()
-            kept[chosen] = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said))), *passed
+            about = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said)))
+            kept[chosen] = about, *passed
         about, target, sides = kept[chosen]
         divergence = diverge(target, sides, about["encoded"].input_ids, temperature, k)
         vocabulary = target.head(target.hidden[:1]).shape[1]
@@ -291,7 +293,8 @@ def left_out(encoded, config, label):
 
 
 def training_drops(transcript, masker, policy, config):
-    "A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and why; empty where it takes all."
+    """A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and
+    why; empty where it takes all."""
     try: turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
     except MaskError as e: return [f"Training refuses this transcript: {e}."]
     rows = [training_row(e, transcript, policy, config.max_length, config.truncation, config.lost_context) for e in turns]
@@ -321,7 +324,8 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
                              tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
-    def whole(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
+    kept_as = dtype or (config.dtype if run else "float32")
+    def whole(name): return load_model(name, kept_as, trust_remote_code=trust_remote_code)
     students = load_students(whole(model), folders, real_rows(masker, [transcripts[number - 1]]), trust_remote_code)
     renew = renewer(students, masker, transcripts, config, whole(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)

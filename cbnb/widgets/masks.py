@@ -256,7 +256,8 @@ def known_bad():
 # %% ../../nbs/21_mask_explorer.ipynb #2943b9b8
 @functools.lru_cache(maxsize=4096)
 def safe_cell(text):
-    "`text` made visible and, where a spreadsheet would take it for a formula, with a ' before it (`cbnb.files.quoted_cell`)."
+    """`text` made visible and, where a spreadsheet would take it for a formula, with a ' before it
+    (`cbnb.files.quoted_cell`)."""
     return quoted_cell(visible(text))
 
 # %% ../../nbs/21_mask_explorer.ipynb #75ee4e00
@@ -485,9 +486,11 @@ def as_shelf(given, relabel="", tools=""):
 
 # %% ../../nbs/21_mask_explorer.ipynb #a9417126
 @functools.lru_cache(maxsize=4)
-def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template", adapt="", trust_remote_code=False):
+def load_masker(model, chat_template=None, control="error", template_variables="", tool_call_format="template", adapt="",
+                trust_remote_code=False):
     "The `ChatMasker` that `cbnb.settings.make_masker` makes of a model's name or of a tokenizer; the last few are kept. Raises what that raises."
-    return make_masker(model, control, chat_template or "", template_variables, trust_remote_code, tool_call_format=tool_call_format, adapt=adapt)[0]
+    return make_masker(model, control, chat_template or "", template_variables, trust_remote_code,
+                       tool_call_format=tool_call_format, adapt=adapt)[0]
 
 # %% ../../nbs/21_mask_explorer.ipynb #66b5fbea
 def model_name(model):
@@ -532,8 +535,8 @@ class MaskExplorer:
         s = self.settings
         if s["transcripts"] is None: raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None: self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
-        transcript, masker = self.shelf.at(s["number"]), load_masker(
-            *(s[name] for name in ("model", "chat_template", "control", "template_variables", "tool_call_format", "adapt", "trust_remote_code")))
+        names = ("model", "chat_template", "control", "template_variables", "tool_call_format", "adapt", "trust_remote_code")
+        transcript, masker = self.shelf.at(s["number"]), load_masker(**{name: s[name] for name in names})
         self.tokenizer = masker.tokenizer
         return explore(adapt(transcript, masker.adapt), masker, s["policies"], s["label"], s["max_length"], s["side"], model_name(s["model"]))
 
@@ -614,12 +617,14 @@ class ExplorerBox:
         self.length = field(ipywidgets.BoundedIntText, "cut to", "9em", min=0, max=2**31 - 1, tooltip="tokens of a row; 0: as long as it is")
         self.side = field(ipywidgets.Dropdown, "keeping", "12em", options=[*SIDES], tooltip="targets: up to the last one; left, right: what is cut")
         self.control = field(ipywidgets.Dropdown, "control tokens", "14em", options=[*CONTROL_MODES], tooltip="in what users and tools say")
-        self.adapt = field(ipywidgets.Text, "adapt", "22em", continuous_update=False, placeholder="split_calls,move_system,…", tooltip=", ".join(ADAPTATIONS))
+        self.adapt = field(ipywidgets.Text, "adapt", "22em", continuous_update=False, tooltip=", ".join(ADAPTATIONS),
+                           placeholder="split_calls,move_system,…")
         return row(self.model, self.label, self.length, self.side, self.control, self.adapt)
 
     def listen(self):
         "Connects the widgets with the explorer's settings."
-        chosen = {self.pick: "number", self.number: "number", self.model: "model", self.side: "side", self.control: "control", self.adapt: "adapt"}
+        chosen = {self.pick: "number", self.number: "number", self.model: "model", self.side: "side",
+                  self.control: "control", self.adapt: "adapt"}
         for widget, name in chosen.items():
             widget.observe(lambda change, name=name: change["new"] is not None and self.choose(**{name: change["new"]}), "value")
         self.label.observe(lambda change: self.choose(label=change["new"] or None), "value")
@@ -691,10 +696,12 @@ def mask_explorer(transcripts=None, model="tinyagent", a="assistant_only", b="fi
     or a list of messages; None begins with nothing.
 
     `model`: name for `load_tokenizer`, or a tokenizer; `chat_template`: Jinja file or source (default: the tokenizer's own); `template_variables`: as `name=value,…`;
-    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `adapt`: names of adaptations (`cbnb.adapt`); `trust_remote_code`: run code that comes with this model; `a`, `b`: the masks shown first;
+    `tool_call_format`: how calls are written where the template does not (`cbnb.settings.make_masker`); `adapt`: names of adaptations (`cbnb.adapt`);
+    `trust_remote_code`: run code that comes with this model; `a`, `b`: the masks shown first;
     `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation to that many tokens leaves; `control`: see
     `ChatMasker`; `policies`: your own, functions of an Encoded by name; `number`: the transcript shown first. Nothing of these raises: what is
     wrong is told in the view."""
     return MaskExplorer(transcripts=transcripts, model=model, a=a, b=b, label=label, max_length=max_length, side=side, control=control,
                         chat_template=chat_template, policies=policies, number=number, template_variables=template_variables,
-                        tool_call_format=tool_call_format, relabel=relabel, tools=tools, adapt=adapt, trust_remote_code=trust_remote_code)
+                        tool_call_format=tool_call_format, relabel=relabel, tools=tools, adapt=adapt,
+                        trust_remote_code=trust_remote_code)
