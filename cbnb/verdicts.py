@@ -30,7 +30,7 @@ from .report import alarm_lines, as_float, format_number, series
 from .records import fault
 from .runs import RunError, check_name, holds, log_rows, read_record, read_status, still_running, write_json
 from .status import folders_in
-from .terminal import sentence, visible
+from .terminal import visible
 
 # %% ../nbs/12a_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")

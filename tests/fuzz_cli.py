@@ -257,7 +257,7 @@ def faults(argv, status, out, err):
     if status == 2 and len(err) > SENTENCE + 20 * (err.count("\n") - 1): found.append(f"{len(err)} characters are said of what is refused")
     for word in argv:
         for part in {word, word.partition("=")[2], repr(word)[1:-1]}:
-            if len(part) > LONG and part in said: found.append(f"an argument of {len(part)} characters is echoed whole")
+            if len(part) > LONG and part in (err if "--json" in argv else said): found.append(f"an argument of {len(part)} characters is echoed whole")
     return found
 
 
@@ -329,7 +329,7 @@ def watch(folder, wrote):
 def asked(argv, more):
     "The absolute paths outside of the world that a line names itself."
     words = [part for word in (*argv, *more.values()) for part in (word, word.partition("=")[2], *word.split(","))]
-    return [os.path.abspath(os.path.expanduser(word)) for word in words if "\0" not in word and word.startswith(("/", "~", ".."))]
+    return [os.path.abspath(os.path.expanduser(word)).replace("/proc/self", f"/proc/{os.getpid()}") for word in words if "\0" not in word and word.startswith(("/", "~", ".."))]
 
 
 def carried_out(argv):
