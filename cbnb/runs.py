@@ -8,12 +8,12 @@ __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'RESERVED', 'ENDING', 'PLAIN', 
            'refuse_secrets', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'json_text', 'write_json',
            'read_json', 'read_record', 'holds', 'is_full_disk', 'full_disk_words', 'reserve', 'release', 'project_root',
            'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state',
-           'holds_running_cell', 'find_notebook', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
-           'write_status', 'on_signals', 'lost_words', 'first_error', 'private_umask', 'stage', 'named_state',
-           'still_running', 'hold', 'refusal', 'in_plain', 'safe_output', 'close_run', 'whole_lines', 'append_line',
-           'append_metrics', 'checked_lines', 'read_lines', 'read_metrics', 'log_rows', 'truncate_metrics',
-           'write_result', 'is_unused', 'check_same_parameters', 'has_checkpoint', 'next_attempt', 'check_unshared',
-           'record_code', 'open_run', 'open_directory']
+           'holds_running_cell', 'find_notebook', 'named_state', 'still_running', 'hold', 'Run', 'now',
+           'stop_requested', 'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error',
+           'private_umask', 'stage', 'refusal', 'in_plain', 'safe_output', 'is_unused', 'close_run', 'whole_lines',
+           'append_line', 'append_metrics', 'checked_lines', 'read_lines', 'read_metrics', 'log_rows',
+           'truncate_metrics', 'write_result', 'check_same_parameters', 'has_checkpoint', 'next_attempt',
+           'check_unshared', 'record_code', 'open_run', 'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -357,6 +357,28 @@ def find_notebook(name):
     folders = [folder for base in (Path.cwd(), project_root(), PACKAGE.parent) if base for folder in (base, base / "nbs")]
     return next((path for folder in folders if (path := folder / f"{name}.ipynb").is_file()), None)
 
+# %% ../nbs/10_runs.ipynb #b2677d40
+def named_state(status):
+    "What `cbnb.lease.judge` says of the process that a `status` (dict) names, where there is no lease."
+    return judge({"token": "", **status}, 0)
+
+
+def still_running(path, status):
+    """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
+    that, the process that `status` names. Only a proof counts as no (`cbnb.lease.judge`)."""
+    state = lease_state(path)
+    if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
+    return (named_state(status) if state is None else state) in ("live", "fresh", "unreadable")
+
+
+def hold(path):
+    "Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works on it."
+    try: take_lease(path)
+    except Held as e:
+        record = dated_lease(lease_path(path))[0]
+        raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
+                       "its last sign of life" if record else str(e)) from None
+
 # %% ../nbs/10_runs.ipynb #3a33cb75
 @dataclass(frozen=True)
 class Run:
@@ -488,28 +510,6 @@ def stage(run, name, stops=True):
             if full: raise full from e
             raise
 
-# %% ../nbs/10_runs.ipynb #b2677d40
-def named_state(status):
-    "What `cbnb.lease.judge` says of the process that a `status` (dict) names, where there is no lease."
-    return judge({"token": "", **status}, 0)
-
-
-def still_running(path, status):
-    """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
-    that, the process that `status` names. Only a proof counts as no (`cbnb.lease.judge`)."""
-    state = lease_state(path)
-    if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
-    return (named_state(status) if state is None else state) in ("live", "fresh", "unreadable")
-
-
-def hold(path):
-    "Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works on it."
-    try: take_lease(path)
-    except Held as e:
-        record = dated_lease(lease_path(path))[0]
-        raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
-                       "its last sign of life" if record else str(e)) from None
-
 # %% ../nbs/10_runs.ipynb #refuse01
 def refusal(record):
     """Why the pre-flight with the `record` in preflight.json (see `cbnb.preflight`) refuses its run, in one sentence that names the failed checks; empty if it does not."""
@@ -544,6 +544,14 @@ def safe_output():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))   # closed by whoever started this (>&-)
         if hasattr(stream := getattr(sys, name), "reconfigure"): stream.reconfigure(errors="cbnb_plain")
+
+# %% ../nbs/10_runs.ipynb #4e991634
+LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
+
+# %% ../nbs/10_runs.ipynb #e6833f60
+def is_unused(path):
+    """Whether the folder holds nothing, or only what papermill and a batch script put there before the run starts (`LEFT_BY_OTHERS`)."""
+    return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../nbs/10_runs.ipynb #close001
 def close_run(path, code, why=""):
@@ -642,14 +650,6 @@ def write_result(run, result):
     """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run `done` with `set_status` when all else is saved too."""
     check_lease(run.path)
     if is_first(): write_json(run.path / "result.json", result)
-
-# %% ../nbs/10_runs.ipynb #4e991634
-LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
-
-# %% ../nbs/10_runs.ipynb #e6833f60
-def is_unused(path):
-    """Whether the folder holds nothing, or only what papermill and a batch script put there before the run starts (`LEFT_BY_OTHERS`)."""
-    return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../nbs/10_runs.ipynb #ba191635
 HOW_STARTED = ("run_dir", "fsdp")   # parameters that say where and how a run is made, not what it is
