@@ -17,6 +17,10 @@ BENCH_ARGS ?=
 # how pytest runs: in two processes, all tests of a file in the same one, since they share what is slow to make; the order is tests/conftest.py's
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
+# how many command lines make fuzz tries, and of which seed
+LINES ?= 2000
+SEED ?= 0
+
 RUN := $(VENV)/bin/python
 
 # A user-level "python3" kernel, a PYTHONPATH or user site-packages of some other project would shadow what .venv holds.
@@ -27,7 +31,7 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHON
 
-.PHONY: help preflight train test bench lab docs readme export tinyagent clean
+.PHONY: help preflight train test fuzz bench lab docs readme export tinyagent clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -51,6 +55,10 @@ preflight: $(VENV)/.user  ## the review of that run before it is started: nbs/pr
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
 	@rc=0; CBNB_TEST_RUNS=$$(mktemp -d) || exit 1; export CBNB_TEST_RUNS; $(RUN) .ci/nbtest.py || rc=1; \
 	  OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; rm -rf "$$CBNB_TEST_RUNS"; exit $$rc
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(VENV)/.dev  ## command lines made from the parser of cbnb itself, for what must hold of each; LINES=10000 and SEED=1 can be set
+	$(RUN) tests/fuzz_cli.py $(LINES) $(SEED)
 
 bench: export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peers on its first call. BENCH=nbs/bench/kl.ipynb runs one, BENCH_ARGS='-p device cuda' sets its parameters

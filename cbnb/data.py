@@ -25,6 +25,7 @@ from .sources import Reading
 from .spool import Spooled, those
 from .templates import MaskError
 from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
+from .terminal import error_text
 from .transcripts import MAX_BAD, Transcript, TranscriptError
 
 # %% auto #0
@@ -113,6 +114,7 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 # %% ../nbs/05_data.ipynb #31ba01de
 class EmptyStream(ValueError):
     "Nothing is left of a stream; `report` (`StreamReport`) says what became of it."
+    __str__ = error_text
     def __init__(self, text: str, report: StreamReport):
         super().__init__(text)
         self.report = report

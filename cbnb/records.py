@@ -23,6 +23,7 @@ from datetime import datetime
 
 from .config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
 from .reading import InputError, open_regular
+from .terminal import error_text
 
 # %% ../nbs/09a_records.ipynb #rec00001
 RECORD_BYTES = 64 << 20  # of a JSON file; the largest, the plan of ten thousand runs, has a few MB
@@ -31,6 +32,7 @@ LOG_BYTES = 1 << 30      # of a file of lines: over a million of metrics.jsonl
 
 class RecordError(ValueError):
     "A file that is not what it has to be; the message goes on from the file's name."
+    __str__ = error_text
 
 
 def regular_file(path):

@@ -44,11 +44,13 @@ from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, gi
 from .processes import any_of, from_first, is_first, rank, world_size
 from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
+from .terminal import ended, error_text, say, tame_kernel, tame_libraries
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
     "A parameter that is unknown, of the wrong type or not allowed; the message is one sentence that names it and says what to write."
+    __str__ = error_text
 
 # %% ../nbs/10_runs.ipynb #08f7770e
 def annotated_lines(source):
@@ -133,9 +135,10 @@ def strict_parameters(namespace):
     and value checked.
 
     Converted values (an int given for a float) are also put back into `namespace`, so that both ways of
-    reading agree. Raises `ParameterError` for an injected name that is not declared (with the nearest
-    valid name), a wrong type, a secret, or injected values that the defaults overwrote. From here on the
-    kernel, if this runs in one, sends out no secret of its environment (`cbnb.withheld.guard`)."""
+    reading agree. From here on the kernel, if this runs in one, shows errors, and what libraries log, in
+    bounds (`cbnb.terminal.tame_kernel`), and sends out no secret of its environment
+    (`cbnb.withheld.guard`). Raises `ParameterError` for an injected name that is not declared (with the
+    nearest valid name), a wrong type, a secret, or injected values that the defaults overwrote."""
     guard()
     declared = declared_parameters(namespace)
     if not declared:
@@ -151,15 +154,18 @@ def strict_parameters(namespace):
     if missing := set(declared) - set(values): raise ParameterError(f"parameter {min(missing)!r} has no default: write one")
     refuse_secrets(values)
     namespace.update(values)
+    tame_kernel()
     return values
 
 # %% ../nbs/10_runs.ipynb #542b4f56
 class RunError(RuntimeError):
     "A run directory that cannot be used as asked; the message is one sentence that names it and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/10_runs.ipynb #6ff48b58
 class RunInterrupted(Exception):
     "Raised by a run notebook when its training was asked to stop and has left a checkpoint: the run is interrupted, not failed."
+    __str__ = error_text
 
 # %% ../nbs/10_runs.ipynb #f668bd7a
 def to_plain(value):
@@ -530,12 +536,15 @@ codecs.register_error("cbnb_plain", in_plain)
 
 def safe_output():
     """Lets stdout and stderr of this process write `in_plain` what their encoding has not
-    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error, and scrubs the traceback of an
-    exception that nobody has met."""
-    def tell(*error): print(scrub("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
+    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error. Libraries write nothing that a
+    terminal obeys (`cbnb.terminal.tame_libraries`), and the traceback of an exception that nobody has met
+    is scrubbed."""
+    tame_libraries()
+    def tell(*error): say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
     sys.excepthook = tell
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="cbnb_plain")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))   # closed by whoever started this (>&-)
+        if hasattr(stream := getattr(sys, name), "reconfigure"): stream.reconfigure(errors="cbnb_plain")
 
 # %% ../nbs/10_runs.ipynb #4e991634
 LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
@@ -546,10 +555,10 @@ def is_unused(path):
     return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../nbs/10_runs.ipynb #close001
-def close_run(path, code):
+def close_run(path, code, why=""):
     """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
-    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed, unless another process works on it. The
-    directory is tidied (`cbnb.withheld.tidy`); nothing is changed in a folder that is no run directory."""
+    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed, for the reason `why` if one is known, unless
+    another process works on it. The directory is tidied (`cbnb.withheld.tidy`); nothing is changed in a folder that is no run directory."""
     status, path = read_status(path), Path(path)
     is_run = status or (path / "params.json").exists() or not path.exists() or is_unused(path)
     if status.get("state") == "running" and lease_state(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way
@@ -560,7 +569,7 @@ def close_run(path, code):
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try: refused = "" if status.get("stage") else refusal(read_record(path / "preflight.json"))
     except RunError as e: refused = str(e)
-    set_status(Run(path), "failed", error=scrub(refused)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
+    set_status(Run(path), "failed", error=scrub(refused or why)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
                "(memory?) or a refused parameter; look at its log")
     return "failed"
 
@@ -740,7 +749,9 @@ def open_directory(parameters, name, run_dir, notebook):
 
 # %% ../nbs/10_runs.ipynb #close004
 if __name__ == "__main__" and "__file__" in globals():
-    if len(sys.argv) != 4 or sys.argv[1] != "close": sys.exit("usage: python -m cbnb.runs close RUN_DIR EXIT_STATUS")
+    def close():
+        if len(sys.argv) != 4 or sys.argv[1] != "close": raise RunError("usage: python -m cbnb.runs close RUN_DIR EXIT_STATUS")
+        say(close_run(sys.argv[2], sys.argv[3]))
+        return 0
     safe_output()
-    try: print(close_run(sys.argv[2], sys.argv[3]))
-    except (RunError, OSError) as e: sys.exit(str(e))
+    sys.exit(ended(close, "cbnb.runs", (RunError, ValueError, OSError)))

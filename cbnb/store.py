@@ -35,6 +35,7 @@ from .reading import check_regular, read_bytes, read_text
 from .sealed import damage, seal, sync
 from .sources import Reading
 from .templates import MaskError
+from .terminal import say
 from .transcripts import Transcript
 
 # %% ../nbs/05b_store.ipynb #aa129788
@@ -175,7 +176,7 @@ def kept_folder(place: str | Path, name: str, make: Callable) -> Path:
     folder = place / name
     if os.path.lexists(folder): check_own(folder)
     if folder.exists() and (wrong := damage(folder)):
-        print(f"encoded samples: {folder} is made anew, since {wrong}", flush=True)
+        say(f"encoded samples: {folder} is made anew, since {wrong}")
         shutil.rmtree(folder)
     if not folder.exists():
         place.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -27,10 +27,11 @@ import plotly.graph_objects as go
 import resvg_py
 
 from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
-                         interval_words, printable, series, static_svg, thin)
+                         interval_words, series, static_svg, thin)
 from .files import quoted_frame, write_bytes, write_files
 from .reading import sha256
 from .runs import RunError, json_text, log_rows, read_json, runs_folder
+from .terminal import visible
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
                            GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)
 from .withheld import withhold
@@ -51,7 +52,7 @@ class Panel:
 
 def harmless(text, most: int = 200) -> str:
     "A stranger's `text` for a figure, cut to `most` characters: plotly would read tags in it."
-    text = printable(text).replace("<", "‹").replace(">", "›")
+    text = visible(text).replace("<", "‹").replace(">", "›")
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
@@ -300,7 +301,7 @@ def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
         text = {i: (f"{v:g}" if isinstance(v, float) else str(v))[:12 if len(values) < 4 else 5] for v, i in at.items()}
         panels.append(Panel(title, log, dots + means, limits, (-0.5, max(1, len(values)) - 0.5), text, [m for m in means if m.name]))
     left_out = f"; {more} more values are left out" if more else ""
-    return grid(panels, min(3, len(panels)), 150, printable(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
+    return grid(panels, min(3, len(panels)), 150, visible(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
 
 # %% ../nbs/12b_sweep.ipynb #5e410400
 GROUPS_DRAWN, PARAMETERS_DRAWN = 6, 4
@@ -443,7 +444,7 @@ def link_to(run: Path, folder: Path) -> str:
 def text_cell(value, exact: bool = False) -> str:
     "A cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all it takes; missing is an em dash."
     if value is None or value != value: return "—"
-    return printable(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
+    return visible(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
 
 
 def rate_cell(row: dict, column: str) -> str:

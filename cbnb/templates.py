@@ -29,11 +29,13 @@ import numpy as np
 
 from . import rendering
 from .rendering import CALLS, LEVELS, OUT_OF_MEMORY, frame, unpack
+from .terminal import error_text
 from .transcripts import REASONING_KEYS
 
 # %% ../nbs/00a_templates.ipynb #1dff12a1
 class MaskError(ValueError):
     "A transcript, template or policy from which no safe mask can be made. The text names the message and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/00a_templates.ipynb #5f132ef7
 MAX_TEMPLATE_CHARS = 2**18
