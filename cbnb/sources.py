@@ -27,7 +27,7 @@ from .reading import read_bytes
 from .spool import Spooled, spooled
 from .templates import MaskError
 from .transcripts import (LABELS, MAX_LINE_BYTES, SeenKeys, TranscriptError, TranscriptReader, add_adapted, files_in,
-                              is_hub, known_formats, nearest, need, parse_json, read_tools, regular, source_run)
+                              is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
 
 # %% ../nbs/00l_sources.ipynb #66a16c04
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ import json
 import math
 import os
 import re
-import stat
 import zlib
 from array import array
 from collections import Counter
