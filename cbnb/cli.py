@@ -38,6 +38,7 @@ from .sources import open_source
 from .targets import SIDES
 from .terminal import ended, error_text, first_line, say, sentence, visible
 from .transcripts import LABELS, TranscriptError, known_formats, nearest
+from .withheld import scrub
 
 # %% ../nbs/30_cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -476,7 +477,7 @@ def run_report(args):
 # %% ../nbs/30_cli.ipynb #f47e2396
 def refuse(program, words, message):
     "Says on stderr what is wrong with the `words` of a command line, argparse's `message`, as one sentence, and ends the process with status 2."
-    say(f"{program}: {sentence(message, words)}; {program} --help tells what there is", file=sys.stderr)
+    say(f"{program}: {sentence(scrub(message), words)}; {program} --help tells what there is", file=sys.stderr)
     sys.exit(2)
 
 

@@ -18,6 +18,7 @@ SENTENCE = 2_000    # characters that what is said of a refused line may have
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 COLOUR = re.compile("\x1b\\[(?:0|2|3[1-6](?:;1;4)?)m")  # what `cbnb masks --color always` itself writes
 EVIL = "\x1b]0;owned\a\x1b[2J\x9b1m\u202eright\u2066\u200b\r\x08\x7f\u2028\ud800\ufe0f"
+SECRET = "Zq7-secret-9931-Zq7x"                          # a token of the environment, and a word of some lines
 NAME = "\x1b[31m\u202eevil\u200b\n\x9b"            # as a file's name
 
 
@@ -75,6 +76,16 @@ def runs(folder, rng):
     os.chmod(write(folder / "shut" / "status.json", good["status"]), 0)
     shut = write(folder / "shut-folder" / "status.json", good["status"]).parent
     os.chmod(shut, 0)
+    for name in ("edited0", "edited1", "half", "only-params"):   # leases that no process of this machine has written, or no process at all
+        lease = {"token": EVIL, "node": EVIL, "pid": 1, "beat": 0, "boot": EVIL, "namespace": EVIL, "job": EVIL}
+        write(folder / name / ".lease", rng.choice([lease, lease | {rng.choice([*lease]): rng.choice(ODD)}, *ODD, "{", b"\xff"]))
+    (folder / "edited2" / ".lease").mkdir()
+    (folder / "edited3" / ".lease").symlink_to("nowhere")
+    os.mkfifo(folder / "edited4" / ".lease")
+    for name in ("good", "half", "edited0"):
+        for file in ("key", "code", "made_from", "preflight"):
+            if rng.random() < 0.5: write(folder / name / f"{file}.json", rng.choice([*ODD, {"key": EVIL}, {"verdict": "fail", "checks": [EVIL]}]))
+    write(folder / "report" / "report.json", rng.choice([*ODD, {"files": rng.choice([[EVIL], ["../../good.jsonl"], *ODD])}]))
     sweep = folder.parent / "submitted"
     for name in ("good", "half"): shutil.copytree(folder / name, sweep / name)
     write(sweep / "jobs" / "0001.json", rng.choice([{"arrays": rng.choice(ODD)}, {"arrays": [{"name": rng.choice(ODD), "job": rng.choice(ODD), "offset": 0, "runs": rng.choice([["good"], *ODD])}]}, rng.choice(ODD)]))
@@ -140,6 +151,8 @@ def make_world(folder, rng):
     with socket.socket(socket.AF_UNIX) as s: s.bind("socket")
     for name, files in {"model": {}, "model-config": {"config.json": {"model_type": "llama"}}, "model-torn": {"config.json": "{", "tokenizer.json": "{"}, "model-odd": {"config.json": {"model_type": EVIL, "hidden_size": "x"}},
                         "adapter": {"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": EVIL}}, "adapter-torn": {"adapter_config.json": "{"}, "adapter-list": {"adapter_config.json": [1]},
+                        "model-code": {"config.json": {"model_type": "odd\x1b[2J", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": EVIL, "AutoTokenizer": ["code.T", None]}}, "code.py": "raise SystemExit('code ran')"},
+                        "adapter-code": {"adapter_config.json": {"peft_type": "LORA", "auto_mapping": {"base_model_class": EVIL, "parent_library": "code"}}, "adapter_model.safetensors": "x"},
                         "model-llama": {"config.json": {"model_type": "llama", "hidden_size": -1, "num_hidden_layers": 1e9, "vocab_size": None}}}.items():
         (folder / name).mkdir()
         for file, content in files.items(): write(folder / name / file, content)
@@ -152,12 +165,12 @@ PATHS = ["good.jsonl", "chat.jsonl", "evil.jsonl", "evil-label.jsonl", "evil-rol
          "torn.jsonl", "binary.bin", "zeros.jsonl", "utf16.jsonl", "deep.json", "numbers.json", "nan.json", "null.json", "dict.json", "list.json", "text.json", "bad.gz", "bad.zst", "bad.parquet", "bad.arrow",
          "bad.eval", "bad.csv", "long.jsonl", "injections.json", "template.jinja", "bad.jinja", "loop.jinja", "junk.ipynb", "cells.ipynb", "folder", "some", "shut.jsonl", "shut", "fifo", "fifo.jsonl", "broken", "loop",
          "zero", "socket", "/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/stdin", "/dev/tty", "/proc/self/mem", "/proc/self/environ", "/nowhere/x", "/", ".", "..", "", " ", "~", "~nobody/x", "no.jsonl", "\0", "a\0b",
-         "x/" * 3000, "y" * 300, "model", "model-config", "model-torn", "model-odd", "model-llama", "adapter", "adapter-torn", "adapter-list", *(f"odd{n}.json" for n in range(len(ODD)))]
+         "x/" * 3000, "y" * 300, "model", "model-config", "model-torn", "model-odd", "model-llama", "model-code", "adapter", "adapter-torn", "adapter-list", "adapter-code", *(f"odd{n}.json" for n in range(len(ODD)))]
 RUNS = ["runs", "runs", "runs", "runs/good", "runs/half", "submitted", ".", "runs/nowhere", "runs/file", *(f"runs/{name}" for name in ("good", "only-status", "only-params", "half", "torn", "list", "binary", "deep", "evil", NAME, *(f"edited{n}" for n in range(6)),
         "status-is-a-folder", "fifo", "link", "shut", "shut-folder", "jobs"))]
 WORDS = ["", " ", "\n", "\0", EVIL, NAME, "x" * 300, "word " * 80, "z" * 100_000, "é" * 500, "名" * 300, "0", "1", "-1", "2", "10", "0.3", "1e-4", "nan", "inf", "-inf", "1e999", "9" * 30, "9" * 5000, "٣", "²", "1_000", "0x10",
          "True", "None", "true", "[]", "{}", "1,2", "0,20", ",,,", "1,x", "1,-1", "a=1", "a=", "=", "a=1,a=2", '"', "'", "\\", "$(true)", "; true", "%s", "%(default)s", "{x}", "{{ 7*7 }}", "*.jsonl", "**", "[", "[!", "some/*",
-         "good.jsonl:harmful", "good.jsonl:benign@0.3", "good.jsonl@nan", "good.jsonl@", ":", "@", "x:y:z", "hf:", "hf:a/b", "hf:a/b[", "hf:x[y]", "installed", "tinyagent", "none", "auto", "-", "--", "-p", "--help-me", "\ud800", "\u202e"]
+         "good.jsonl:harmful", "good.jsonl:benign@0.3", "good.jsonl@nan", "good.jsonl@", ":", "@", "x:y:z", "hf:", "hf:a/b", "hf:a/b[", "hf:x[y]", "installed", "tinyagent", "none", "auto", "-", "--", "-p", "--help-me", "\ud800", "\u202e", SECRET]
 NOT_MODULES = ("this", "antigravity")   # a policy or an objective is code that the user names: it may do what it likes
 
 
@@ -227,7 +240,7 @@ def environment(rng, folder):
     "What of the environment a line may meet: mostly nothing odd."
     if rng.random() < 0.8: return {}
     return rng.choice([{"CBNB_RUNS": "runs"}, {"CBNB_RUNS": "empty.jsonl"}, {"CBNB_RUNS": "shut"}, {"CBNB_RUNS": NAME + "/x"}, {"CBNB_RUNS": "/dev/null/x"}, {"CBNB_RUNS": "~nobody-there"}, {"COLUMNS": "1"}, {"COLUMNS": EVIL[:5]},
-                       {"HF_HUB_CACHE": str(folder / "shut")}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"CBNB_STATIC": EVIL[:4]}, {"SLURM_JOB_ID": EVIL[:9]}, {"HOME": "/nowhere"}, {"TZ": "\x1b[31m"}])
+                       {"HF_HUB_CACHE": str(folder / "shut")}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"CBNB_STATIC": EVIL[:4]}, {"SLURM_JOB_ID": EVIL[:9]}, {"HOME": "/nowhere"}, {"TZ": "\x1b[31m"}, {"WANDB_API_KEY": SECRET}, {"WANDB_API_KEY": SECRET}])
 
 
 # --- what must hold ---
@@ -400,6 +413,7 @@ def child(seed, numbers, folder, report):
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         status, out, err = carried_out(argv)
         found = faults(argv, status, out, err)
+        if SECRET in more.values() and SECRET in err: found.append("a secret of the environment is printed")
         if "outside" in wrote: found.append(f"writes to {wrote['outside']}")
         os.environ.clear()
         os.environ.update(environ)
