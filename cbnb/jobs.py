@@ -417,6 +417,6 @@ def preflight(notebook, given):
             os.killpg(process.pid, signal.SIGKILL)
             raise
         said = Path(folder) / "error"
-        why = said.read_text() if said.exists() else ""
+        why = read_text(said) if said.exists() else ""
     if status and not (path / "preflight.json").exists(): raise RunError(f"nothing was looked at: {why or f'the process ended with exit status {status} and no word of its own'}")
     return path, status

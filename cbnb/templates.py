@@ -82,7 +82,9 @@ atexit.register(end)
 os.register_at_fork(after_in_child=forget)
 
 # %% ../nbs/00a_templates.ipynb #6a8f90f4
-class Ended(Exception): "The process ended, or was ended; the text says why, as what a template does."
+class Ended(Exception):
+    "The process ended, or was ended; the text says why, as what a template does."
+    __str__ = error_text
 
 
 def exchange(data, deadline):
