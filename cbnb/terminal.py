@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'SIGNS', 'PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shortened', 'sentence', 'say', 'warn',
-           'told_in_bounds', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'silence',
+           'told_in_bounds', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'nowhere', 'silence',
            'says_pathlib', 'ended']
 
 # %% ../nbs/00o_terminal.ipynb #ter00004
@@ -134,13 +134,16 @@ def tame_kernel():
     tame_libraries()
 
 # %% ../nbs/00o_terminal.ipynb #ter00022
+def nowhere():
+    "A stream that takes what is printed and keeps nothing of it."
+    return open(os.devnull, "w")
+
+
 def silence():
     """Nobody reads what this process prints any more: from here on it goes nowhere, and the interpreter's
     own last flush meets no broken pipe."""
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+    with nowhere() as stream:
+        for number in (1, 2): os.dup2(stream.fileno(), number)
 
 
 def says_pathlib(error):
