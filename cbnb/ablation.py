@@ -51,14 +51,16 @@ class Parameter:
 
 # %% ../nbs/11_ablation.ipynb #de62ce31
 def is_cell(cell):
-    "Whether `cell` (of JSON) is a cell of a notebook, as far as it is read here: its tags are a list, its source is text or lines of it."
-    if not isinstance(cell, dict) or not isinstance(about := cell.get("metadata") or {}, dict) or not isinstance(about.get("tags", []), list): return False
-    source = cell.get("source", "")
+    """Whether `cell` (of JSON) is a cell of a notebook, as far as it is read here: its tags are a list,
+    its source is text or lines of it."""
+    about, source = (cell.get("metadata") or {}, cell.get("source", "")) if isinstance(cell, dict) else (None, None)
+    if not isinstance(about, dict) or not isinstance(about.get("tags", []), list): return False
     return isinstance(source, str) or isinstance(source, list) and all(isinstance(line, str) for line in source)
 
 
 def read_notebook(path, limit=50_000_000):
-    "The notebook at `path` as a dict. Raises `RunError` for one that is missing, over `limit` bytes, or no notebook."
+    """The notebook at `path` as a dict. Raises `RunError` for one that is missing, over `limit` bytes, or
+    no notebook."""
     try:
         if os.stat(path).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
         notebook = json.loads(read_text(path, limit))
@@ -75,8 +77,8 @@ def comments(source):
 
 
 def notebook_parameters(path):
-    """`{name: Parameter}` of the notebook at `path`, from its one cell tagged `parameters`. Raises `RunError` where there is none, or a default
-    is no plain value."""
+    """`{name: Parameter}` of the notebook at `path`, from its one cell tagged `parameters`. Raises
+    `RunError` where there is none, or a default is no plain value."""
     tagged = [cell for cell in read_notebook(path)["cells"] if "parameters" in (cell.get("metadata") or {}).get("tags", ())]
     source = "".join(tagged[0].get("source", "")) if len(tagged) == 1 else ""
     types = annotated_lines(source)

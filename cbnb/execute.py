@@ -39,7 +39,8 @@ def write_notebook(handler, text, path):
 
 # %% ../nbs/11d_execute.ipynb #exe00009
 def prepare():
-    "Makes this process one that runs papermill: what it and its kernel write is private and whole, what is said is harmless."
+    """Makes this process one that runs papermill: what it and its kernel write is private and whole, what
+    is said is harmless."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")   # as papermill's command does: a debugger's warning
     os.umask(0o077)
     safe_output()
@@ -47,8 +48,9 @@ def prepare():
 
 
 def told(work):
-    """`(exit status, sentence)` of `work()`, which executes a notebook by papermill: `(0, "")`, 1 where a cell raises, 138 where
-    the kernel dies. The sentence is what was raised; papermill's traceback stands in the notebook."""
+    """`(exit status, sentence)` of `work()`, which executes a notebook by papermill: `(0, "")`, 1 where a
+    cell raises, 138 where the kernel dies. The sentence is what was raised; papermill's traceback stands
+    in the notebook."""
     from nbclient.exceptions import DeadKernelError
     try: work()
     except PapermillExecutionError as e: return 1, sentence(scrub(f"{e.ename}: {e.evalue}"))
@@ -58,9 +60,10 @@ def told(work):
 
 # %% ../nbs/11d_execute.ipynb #exe00012
 def execute(notebook, out, given, run_dir=""):
-    """Runs `notebook` with the parameters in the JSON file `given`, kept as `out` (paths). Returns the exit status of `told`; its
-    sentence is kept: in the status.json of `run_dir` where the run itself has not said it, or without a `run_dir` in a file
-    `error` beside `given`. For a process of its own (`prepare`)."""
+    """Runs `notebook` with the parameters in the JSON file `given`, kept as `out` (paths). Returns the
+    exit status of `told`; its sentence is kept: in the status.json of `run_dir` where the run itself has
+    not said it, or without a `run_dir` in a file `error` beside `given`. For a process of its own
+    (`prepare`)."""
     prepare()
     status, why = told(lambda: execute_notebook(notebook, out, read_json(given), progress_bar=True))
     if status and run_dir: close_run(run_dir, status, why)

@@ -44,7 +44,7 @@ from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, gi
 from .processes import any_of, from_first, is_first, rank, world_size
 from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
-from .terminal import ended, error_text, say, tame_kernel, tame_libraries
+from .terminal import ended, error_text, nowhere, say, tame_kernel, tame_libraries
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
@@ -543,7 +543,7 @@ def safe_output():
     def tell(*error): say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
     sys.excepthook = tell
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))   # closed by whoever started this (>&-)
+        if getattr(sys, name) is None: setattr(sys, name, nowhere())   # closed by whoever started this (>&-)
         if hasattr(stream := getattr(sys, name), "reconfigure"): stream.reconfigure(errors="cbnb_plain")
 
 # %% ../nbs/10_runs.ipynb #4e991634

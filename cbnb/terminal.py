@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'SIGNS', 'PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shortened', 'sentence', 'say', 'warn',
-           'told_in_bounds', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'silence',
+           'told_in_bounds', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'nowhere', 'silence',
            'says_pathlib', 'ended']
 
 # %% ../nbs/00o_terminal.ipynb #ter00004
@@ -17,19 +17,24 @@ import warnings
 from .withheld import scrub
 
 # %% ../nbs/00o_terminal.ipynb #ter00006
-UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")  # printable by name, and draw nothing
+# printable by name, and draw nothing
+UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 SIGNS = {"\n": "⏎", "\t": "⇥"}
 
 
 def visible(text, signs=SIGNS):
-    """`text` (anything; its `str`) with nothing left that a terminal obeys or that the eye misses: characters in `signs` by their sign (line ends ⏎, tabs ⇥),
-    every other character that does not print (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of trained
-    tokens as escapes."""
+    """`text` (anything; its `str`) with nothing left that a terminal obeys or that the eye misses:
+    characters in `signs` by their sign (line ends ⏎, tabs ⇥), every other character that does not print
+    (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of
+    trained tokens as escapes."""
     text = str(text)
     if text.isprintable() and not UNSEEN.search(text) and signs.keys().isdisjoint(text): return text
-    return "".join(signs[c] if c in signs else c if c.isprintable() and not UNSEEN.match(c) else c.encode("unicode_escape").decode() for c in text)
+    def shown(c):
+        if c in signs: return signs[c]
+        return c if c.isprintable() and not UNSEEN.match(c) else c.encode("unicode_escape").decode()
+    return "".join(map(shown, text))
 
 # %% ../nbs/00o_terminal.ipynb #ter00010
 PIECE = 200       # characters of a text in quotation marks, or of one without blanks, in a sentence
@@ -40,7 +45,8 @@ QUOTED, UNBROKEN = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
 
 
 def shortened(text, most=PIECE):
-    "`text` (str), where it has over `most` characters with as much of its middle left out as brings it below, and the number of what is left out in its place."
+    """`text` (str), where it has over `most` characters with as much of its middle left out as brings it
+    below, and the number of what is left out in its place."""
     if len(text) <= most: return text
     kept = most - 40   # the words in the middle have less
     head, tail = kept * 3 // 4, kept // 4
@@ -48,23 +54,28 @@ def shortened(text, most=PIECE):
 
 
 def sentence(text, words=()):
-    """`text` (anything; its `str`) as one line that is `visible` and bounded: what stands in quotation marks, what has no blank, and each of the `words` of a
-    command line with its parts has `PIECE` characters at most, the whole `SENTENCE`."""
+    """`text` (anything; its `str`) as one line that is `visible` and bounded: what stands in quotation
+    marks, what has no blank, and each of the `words` of a command line with its parts has `PIECE`
+    characters at most, the whole `SENTENCE`."""
     text = str(text).strip()
     text = visible(scrub(text) if len(text) > PIECE else text)   # no half of a secret is left where it is cut
-    parts = {visible(part).strip() for word in words if len(word) > PIECE for part in (word, word.partition("=")[2], *word.split(","))}
-    for part in sorted(parts, key=len, reverse=True): text = text.replace(part, shortened(part)) if len(part) > PIECE else text
+    long = [word for word in words if len(word) > PIECE]
+    parts = {visible(part).strip() for word in long for part in (word, word.partition("=")[2], *word.split(","))}
+    for part in sorted(parts, key=len, reverse=True):
+        if len(part) > PIECE: text = text.replace(part, shortened(part))
     for pattern in (QUOTED, UNBROKEN): text = pattern.sub(lambda found: shortened(found[0]), text)
     return shortened(text, SENTENCE)
 
 # %% ../nbs/00o_terminal.ipynb #ter00014
 def say(*lines, file=None):
-    "Prints `lines` (anything; a line each) to stdout, or `file`, each made `visible`, at once: also where the output is a file."
+    """Prints `lines` (anything; a line each) to stdout, or `file`, each made `visible`, at once: also
+    where the output is a file."""
     print(*map(visible, lines), sep="\n", file=file or sys.stdout, flush=True)
 
 
 def warn(text, level=2):
-    "Warns of `text` (anything) as a `sentence`, in the name of the caller's caller; `level` as `stacklevel` of `warnings.warn`."
+    """Warns of `text` (anything) as a `sentence`, in the name of the caller's caller; `level` as
+    `stacklevel` of `warnings.warn`."""
     warnings.warn(sentence(text), stacklevel=level + 1)
 
 # %% ../nbs/00o_terminal.ipynb #ter00026
@@ -74,8 +85,8 @@ def told_in_bounds(text):
 
 
 def tame_libraries():
-    """From here on what libraries log, and warn of, in this process is `told_in_bounds`: a model's configuration that is a stranger's may stand in it. A second call
-    changes nothing."""
+    """From here on what libraries log, and warn of, in this process is `told_in_bounds`: a model's
+    configuration that is a stranger's may stand in it. A second call changes nothing."""
     make = logging.getLogRecordFactory()
     if make.__name__ == "tamed": return
     def tamed(*args, **named):
@@ -88,26 +99,30 @@ def tame_libraries():
 
 # %% ../nbs/00o_terminal.ipynb #ter00016
 def error_text(error):
-    "The text that an exception was made with, as a `sentence`. It is the `__str__` of the errors that cbnb raises for what a user gave."
+    """The text that an exception was made with, as a `sentence`. It is the `__str__` of the errors that
+    cbnb raises for what a user gave."""
     return sentence(Exception.__str__(error))
 
 
 def first_line(error):
-    "The first line of what an exception of a library says (it may be a page) as a `sentence`; its type where it says nothing."
+    """The first line of what an exception of a library says (it may be a page) as a `sentence`; its type
+    where it says nothing."""
     return sentence((str(error).strip() or type(error).__name__).splitlines()[0])
 
 # %% ../nbs/00o_terminal.ipynb #ter00019
 def tame(error):
-    """Makes the texts of an exception, and of those that it came from, sentences (see `sentence`), in place: for errors that are not cbnb's own, on their way to a
-    traceback. Only what was given as the exception's one text is changed; numbers and names of files stay."""
+    """Makes the texts of an exception, and of those that it came from, sentences (see `sentence`), in
+    place: for errors that are not cbnb's own, on their way to a traceback. Only what was given as the
+    exception's one text is changed; numbers and names of files stay."""
     while error is not None:
         if len(error.args) == 1 and isinstance(error.args[0], str): error.args = (sentence(error.args[0]),)
         error = error.__cause__ or error.__context__
 
 
 def tame_kernel():
-    """In a Jupyter kernel: from here on an exception that a cell raises is shown after `tame` only, in the notebook's traceback as in what papermill makes of it, and
-    `tame_libraries` holds. Elsewhere it does nothing."""
+    """In a Jupyter kernel: from here on an exception that a cell raises is shown after `tame` only, in the
+    notebook's traceback as in what papermill makes of it, and `tame_libraries` holds. Elsewhere it does
+    nothing."""
     if "IPython" not in sys.modules: return
     from IPython import get_ipython
     shell = get_ipython()
@@ -119,12 +134,16 @@ def tame_kernel():
     tame_libraries()
 
 # %% ../nbs/00o_terminal.ipynb #ter00022
+def nowhere():
+    "A stream that takes what is printed and keeps nothing of it."
+    return open(os.devnull, "w")
+
+
 def silence():
-    "Nobody reads what this process prints any more: from here on it goes nowhere, and the interpreter's own last flush meets no broken pipe."
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+    """Nobody reads what this process prints any more: from here on it goes nowhere, and the interpreter's
+    own last flush meets no broken pipe."""
+    with nowhere() as stream:
+        for number in (1, 2): os.dup2(stream.fileno(), number)
 
 
 def says_pathlib(error):
@@ -135,8 +154,9 @@ def says_pathlib(error):
 
 
 def ended(work, name, refusals, words=()):
-    """The exit status of a program: what `work()` returns; 2 where it raises one of `refusals` (exception types: what was given, the `words`, is not in order),
-    which is said on stderr as a `sentence` behind `name`; 130 after an interrupt, and 141 where nobody reads on (`| head`), both without a word."""
+    """The exit status of a program: what `work()` returns; 2 where it raises one of `refusals` (exception
+    types: what was given, the `words`, is not in order), which is said on stderr as a `sentence` behind
+    `name`; 130 after an interrupt, and 141 where nobody reads on (`| head`), both without a word."""
     try:
         try:
             try: return work()

@@ -18,7 +18,8 @@ PACKAGE = Path(cbnb.__file__).parent
 # that is renamed when it is whole or thrown away, to a log, in place, or nowhere
 WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"}, "runs": {"safe_output"},
            "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"},
-           "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"}, "withheld": {"tidy"}}
+           "terminal": {"nowhere"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
+           "withheld": {"tidy"}}
 # of any object, given a path; and of these modules
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}
 OTHERS = {"shutil": {"copy", "copy2", "copyfile", "copytree", "move"}, "np": {"save", "savez"},
