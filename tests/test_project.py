@@ -171,16 +171,40 @@ def test_pyproject_leaves_the_project_to_settings():
     assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
 
 
-def test_constraints_pin_every_requirement():
+def locked(name):
+    "{canonical name: {version: hashes}} of lock/<name>.txt; every line belongs to a package with hashes, and none names a place."
+    from packaging.utils import canonicalize_name
+    text = (ROOT / "lock" / f"{name}.txt").read_text()
+    entry = r"([\w.-]+)==(\S+)(?: ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
+    rest = re.sub(entry, "", text)
+    assert not re.sub(r"#.*\n|-r \w+\.txt\n", "", rest), f"lock/{name}.txt: {rest[:200]}"
+    assert not re.search(r"https?://|file:|--(?:extra-)?index|--find-links", text)
+    found = {}
+    for package, version, hashes in re.findall(entry, text): found.setdefault(canonicalize_name(package), {})[version] = hashes.split("--hash=")[1:]
+    return found
+
+
+def test_lock_settings_and_constraints_agree():
+    "What a layer of the lock holds meets settings.ini, in the versions of constraints.txt; `make lock` after a change of either."
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
-    for text in settings()["requirements"].split() + settings()["dev_requirements"].split() + settings()["hf_requirements"].split():
-        wanted = Requirement(text)
-        pin = pins[canonicalize_name(wanted.name)]
-        assert wanted.specifier.contains(pin), f"{text}: constraints.txt has {pin}"
+    layers = {"run": ["requirements"], "extras": ["lab_requirements", "pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
+    assert {key for keys in layers.values() for key in keys} == {key for key in settings() if key.endswith("requirements")}
+    held = {}
+    for layer, keys in layers.items():
+        for name, versions in locked(layer).items(): held.setdefault(name, {}).update(versions)
+        for wanted in (Requirement(text) for key in keys for text in settings()[key].split()):
+            versions = held.get(canonicalize_name(wanted.name))
+            assert versions, f"{wanted} is missing in lock/{layer}.txt: make lock"
+            assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: lock/{layer}.txt has {list(versions)}: make lock"
+    assert not pins.keys() - held.keys() - {"wheel"}, "make lock: constraints.txt names what the lock does not"
+    assert not [name for name in held if name in pins and set(held[name]) != {pins[name]}], "make lock"
+    assert locked("cpu") == {"torch": {"2.13.0+cpu": locked("cpu")["torch"]["2.13.0+cpu"]}} and "nvidia-nccl-cu13" in locked("cuda")
+    assert {"uv", "cyclonedx-bom"} <= locked("tools").keys()
+    assert not {"jupyterlab", "resvg-py", "datasets", "pytest", "nbdev"} & locked("run").keys(), "a run needs none of these"
 
 
 def test_changelog_names_the_version():
@@ -188,11 +212,11 @@ def test_changelog_names_the_version():
 
 
 def test_package_imports_no_development_library():
-    "A user of cbnb must not inherit nbdev's old fastcore. Import every module in a fresh process and look at what came with it."
+    "A user of cbnb must not inherit nbdev's old fastcore, nor need an extra. Import every module in a fresh process and look at what came with it."
     program = ("import json, pkgutil, sys, importlib, cbnb\n"
                "names = [m.name for m in pkgutil.walk_packages(cbnb.__path__, 'cbnb.') if not m.name.endswith('__main__')]\n"
                "for name in names: importlib.import_module(name)\n"
-               "unwanted = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest'} & {m.split('.')[0] for m in sys.modules}\n"
+               "unwanted = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'jupyterlab', 'jupyter_server', 'resvg_py'} & {m.split('.')[0] for m in sys.modules}\n"
                "print(json.dumps([names, sorted(unwanted)]))")
     result = run(sys.executable, "-c", program, cwd=ROOT)
     assert result.returncode == 0, result.stdout
@@ -281,7 +305,8 @@ def make(target, folder, *variables, env=None):
     fake = venv / "bin" / "python"
     fake.write_text('#!/bin/sh\necho "args: $*"\nenv | grep -E "^(JUPYTER|PYTHON)" | sort\n')
     fake.chmod(0o755)
-    for stamp in (".user", ".dev"): (venv / stamp).touch()
+    (venv / "tools").mkdir(exist_ok=True)
+    for stamp in (".user", ".extras", ".dev", "tools/.done"): (venv / stamp).touch()
     result = run("make", target, f"VENV={venv}", *variables, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout
     return result.stdout
