@@ -1,6 +1,7 @@
 """Guards of the project itself: notebooks and modules in step, settings really read, nothing in a commit that should not be there."""
 import ast, json, re, shutil, subprocess, sys
 from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,19 @@ def test_lock_settings_and_constraints_agree():
     assert locked("cpu") == {"torch": {"2.13.0+cpu": locked("cpu")["torch"]["2.13.0+cpu"]}} and "nvidia-nccl-cu13" in locked("cuda")
     assert {"uv", "cyclonedx-bom"} <= locked("tools").keys()
     assert not {"jupyterlab", "resvg-py", "datasets", "pytest", "nbdev"} & locked("run").keys(), "a run needs none of these"
+
+
+def test_make_sbom_lists_what_is_installed_with_licences(tmp_path):
+    "In a copy, by the tools of its own lock, of the environment that runs this."
+    copy, venv = copy_tree(tmp_path / "cbnb"), Path(sys.prefix)
+    made = run("make", "sbom", f"VENV={venv}", "-o", f"{venv}/.user", cwd=copy)
+    assert made.returncode == 0, made.stdout[-3000:]
+    bom = json.loads((copy / "sbom.json").read_text())
+    parts = {part["name"]: part for part in bom["components"]}
+    assert bom["bomFormat"] == "CycloneDX" and {"torch", "transformers", "numpy", "pytest"} <= parts.keys() and "uv" not in parts
+    assert parts["transformers"]["version"] == version("transformers") and parts["numpy"]["purl"] == f"pkg:pypi/numpy@{version('numpy')}"
+    unlicensed = [name for name, part in parts.items() if not part.get("licenses")]
+    assert set(unlicensed) <= {"resvg_py"}, unlicensed         # which states none
 
 
 def test_changelog_names_the_version():
