@@ -6,8 +6,8 @@
 __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', 'DATA', 'Parameter', 'read_notebook', 'comments',
            'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand', 'run_settings',
            'check_data', 'check_settings', 'named_files', 'absolute_files', 'complete', 'runs_of', 'content_hash',
-           'data_hash', 'notebook_hash', 'run_key', 'label', 'Sweep', 'sweep_folder', 'plan_sweep', 'prepare_run',
-           'write_sweep']
+           'data_hash', 'notebook_hash', 'run_key', 'label', 'clean_notebook', 'Sweep', 'sweep_folder', 'plan_sweep',
+           'check_prepared', 'prepare_run', 'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -17,6 +17,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+import sys
 import tempfile
 import tokenize
 from dataclasses import dataclass
@@ -26,12 +28,14 @@ from pathlib import Path
 import yaml
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, get_config, nearest
+from .files import check_output
 from .holdout import heldout_kinds
+from .lease import NotOwn, check_own
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
-                       parameters_hash, project_root, read_json, refuse_secrets, runs_folder, scrub, set_status, source_hash, write_bytes,
+                       parameters_hash, project_root, read_record, refuse_secrets, runs_folder, safe_output, scrub, set_status, source_hash, write_bytes,
                        write_json)
 
 # %% ../nbs/11_ablation.ipynb #8b764ff1
@@ -199,7 +203,7 @@ def check_settings(parameters, processes=None):
     if parameters.get("teacher_cache"): check_cached(config, parameters.get("fsdp", False))
     if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
-        try: check_layers(config, model_facts(config.model).blocks)
+        try: check_layers(config, model_facts(config.model, parameters.get("trust_remote_code", False)).blocks)
         except OSError: pass   # a folder without a configuration: the run says it
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
@@ -285,8 +289,8 @@ def data_hash(parameters, cache):
 
 
 def notebook_hash(path):
-    "sha256 (hex) over the code of the notebook at `path`: another output or text cell is no other notebook."
-    return parameters_hash({"cells": ["".join(cell.get("source", "")) for cell in read_notebook(path)["cells"] if cell.get("cell_type") == "code"]})
+    "sha256 (hex) over the code of the notebook at `path`, as a run keeps it (scrubbed): another output or text cell is no other notebook."
+    return parameters_hash({"cells": [scrub("".join(cell.get("source", ""))) for cell in read_notebook(path)["cells"] if cell.get("cell_type") == "code"]})
 
 # %% ../nbs/11_ablation.ipynb #20d8bf3f
 def run_key(parameters, notebook, code, cache):
@@ -300,6 +304,15 @@ def label(values, varied, limit=44):
     "A folder's name for a run: its `varied` parameters with their values, unsafe characters replaced, cut at `limit`."
     text = "-".join(f"{name}{values[name]:g}" if isinstance(values[name], float) else f"{name}{values[name]}" for name in varied if name in values) or "run"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("+", ""))[:limit].lstrip(".").rstrip("._-") or "run"
+
+
+def clean_notebook(path):
+    "The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises `RunError`, naming the cell, for code that holds a secret: it would be another."
+    clean = scrub(path.read_text(encoding="utf-8"))
+    for number, (cell, cleaned) in enumerate(zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True), 1):
+        if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
+            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is copied into each run directory: read it from the environment there")
+    return clean
 
 
 @dataclass
@@ -324,15 +337,32 @@ def sweep_folder(name):
 def plan_sweep(path):
     "The `Sweep` of the spec at `path`, all of it checked. Reads only. Raises `RunError`, `ParameterError`, `ConfigError`: a sentence each."
     spec = read_spec(path)
+    if (listing := sweep_folder(spec["name"]) / "sweep.json").exists(): check_output(listing, [path])
     notebook = find_file(spec.get("notebook", "nbs/train.ipynb"))
     if notebook is None: raise RunError(f"the notebook {spec.get('notebook', 'nbs/train.ipynb')} is neither here nor in the project: give its path as notebook")
     runs, merged, told = runs_of(spec, notebook_parameters(notebook))
+    clean_notebook(notebook)   # before anything is written
     code, cells, cache = source_hash(PACKAGE), notebook_hash(notebook), {}
     varied = [name for name in dict.fromkeys(n for values, _ in runs for n in values) if len({str(whole[name]) for _, whole in runs}) > 1]
     made = [{"parameters": values, "all": whole, "key": run_key(whole, cells, code, cache)} for values, whole in runs]
     for run in made: run["dir"] = f"{label(run['parameters'], varied)}-{run['key']['key'][:8]}"
     if len({run["dir"] for run in made}) < len(made): raise RunError("two runs get the same folder name: change the spec's order of parameters")
     return Sweep(sweep_folder(spec["name"]), spec, notebook, made, merged, told)
+
+# %% ../nbs/11_ablation.ipynb #prepared1
+def check_prepared(path):
+    """Raises `RunError` where the prepared run directory `path` is not this user's alone, or its notebook.ipynb or params.json is not what its key.json says.
+    It comes before each execution of that notebook: keys can be computed by anybody."""
+    path, key = Path(path), read_record(Path(path) / "key.json") or {}
+    try:
+        for part in (path, path / "notebook.ipynb", path / "params.json"): check_own(part)
+    except NotOwn as e: raise RunError(str(e)) from None
+    except OSError as e: raise RunError(f"{path} is no prepared run ({e.strerror}: {Path(e.filename).name}): move it away, and cbnb ablate prepares it anew") from None
+    parts = {name: key.get(name) for name in ("parameters", "data", "code", "notebook")}
+    found = {"key.json": parameters_hash(parts) == key.get("key") and path.name.endswith(str(key.get("key"))[:8]),
+             "notebook.ipynb": notebook_hash(path / "notebook.ipynb") == key.get("notebook"), "params.json": parameters_hash(read_record(path / "params.json")) == key.get("parameters")}
+    if wrong := [name for name, fits in found.items() if not fits]:
+        raise RunError(f"{path} holds another {' and '.join(wrong)} than the sweep has put there: move it away, and cbnb ablate prepares it anew")
 
 # %% ../nbs/11_ablation.ipynb #341a4862
 def prepare_run(sweep, run, code):
@@ -341,15 +371,20 @@ def prepare_run(sweep, run, code):
     where a folder of that name has another key."""
     path = sweep.path / run["dir"]
     if path.exists():
-        if (read_json(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+        if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+        check_prepared(path)
         return path
     part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))   # mode 0700
-    write_json(part / "params.json", run["all"])
-    write_json(part / "code.json", code)
-    write_json(part / "key.json", run["key"])
-    write_bytes(part / "notebook.ipynb", scrub(sweep.notebook.read_text(encoding="utf-8")).encode())
-    set_status(Run(part), "queued")
-    os.rename(part, path)
+    try:
+        write_json(part / "params.json", run["all"])
+        write_json(part / "code.json", code)
+        write_json(part / "key.json", run["key"])
+        write_bytes(part / "notebook.ipynb", clean_notebook(sweep.notebook).encode())
+        set_status(Run(part), "queued")
+        os.rename(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return path
 
 # %% ../nbs/11_ablation.ipynb #6e82a26a
@@ -358,3 +393,10 @@ def write_sweep(sweep):
     sweep.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     runs = [{"dir": run["dir"], "parameters": run["parameters"], "key": run["key"]["key"]} for run in sweep.runs]
     write_json(sweep.path / "sweep.json", {"name": sweep.spec["name"], "notebook": str(sweep.notebook), "spec": sweep.spec, "runs": runs})
+
+# %% ../nbs/11_ablation.ipynb #prepared2
+if __name__ == "__main__" and "__file__" in globals():
+    if len(sys.argv) != 3 or sys.argv[1] != "check": sys.exit("usage: python -m cbnb.ablation check RUN_DIR")
+    safe_output()
+    try: check_prepared(sys.argv[2])
+    except (RunError, OSError) as e: sys.exit(str(e))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .holdout import task_keys
 from .policies import NEED_COMPARISON, tool_call
+from .spool import changed
 from .templates import MaskError
 from .transcripts import Transcript
 
@@ -102,9 +104,9 @@ def own_notes(transcripts):
     return note
 
 
-def with_own_work(transcripts: list[Transcript]) -> list[Transcript]:
+def with_own_work(transcripts: Sequence[Transcript]) -> Sequence[Transcript]:
     "`transcripts` with the `own_notes` of them all."
-    return list(map(own_notes(transcripts), transcripts))
+    return changed(transcripts, own_notes(transcripts))
 
 # %% ../nbs/00k_actions.ipynb #ff21dde9
 NAMED = 4  # characters of an argument that may stand in the injected text by chance
@@ -162,12 +164,13 @@ def actions_line(transcript: Transcript) -> str:
             f"{len(runs)} attack-free run{'s' * (len(runs) > 1)}: {', '.join(runs[:3])}{', …' * (len(runs) > 3)}")
 
 
-def for_policy(transcripts: list[Transcript], policy) -> list[Transcript]:
+def for_policy(transcripts: Sequence[Transcript], policy) -> Sequence[Transcript]:
     """`transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one of
     `NEED_COMPARISON`, benign ones as they are. Raises MaskError that names the transcript."""
     if policy not in NEED_COMPARISON: return transcripts
-    out = []
-    for t in transcripts:
-        try: out.append(injected_actions(t) if t.label == "harmful" and "injected_actions" not in t.meta else t)
+    def wanted(t):
+        try: return injected_actions(t) if t.label == "harmful" and "injected_actions" not in t.meta else t
         except MaskError as e: raise MaskError(f"transcript {t.id}: {e}") from None
+    out = changed(transcripts, wanted)
+    for _ in out: pass  # what cannot be compared is told here, not where it is read next
     return out

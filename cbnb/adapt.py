@@ -313,9 +313,11 @@ def adapt(transcript: Transcript, names) -> Transcript:
 
 def adapted_counts(transcripts) -> dict[str, dict[str, int]]:
     "`{name: {transcripts, changes}}` of what was done to `transcripts`, by the names that changed any."
-    each = [t.meta.get("adaptations", {}).get("counts", {}) for t in transcripts]
-    touched, changes = Counter(name for counts in each for name in counts), Counter()
-    for counts in each: changes.update(counts)
+    touched, changes = Counter(), Counter()
+    for t in transcripts:
+        counts = t.meta.get("adaptations", {}).get("counts", {})
+        touched.update([*counts])
+        changes.update(counts)
     return {name: {"transcripts": touched[name], "changes": changes[name]} for name in ADAPTATIONS if name in touched}
 
 

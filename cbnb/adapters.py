@@ -14,30 +14,34 @@ from pathlib import Path
 
 from torch import nn
 
-from .ablation import check_data, run_settings
+from .ablation import RUN_ONLY, check_data
 from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from .card import refresh_card
 from .config import TINYAGENT, CircuitBreakerConfig, get_config
 from .data import load_streams, read_streams
 from .decoding import Decoding
-from .divergence import check_adapter, load_students
+from .divergence import check_adapter, load_students, real_rows
 from .evaluation import evaluate
+from .loaders import fetch_adapter
 from .masks import ChatMasker
 from .models import add_adapter, load_model, num_blocks
 from .reader import AnswerReader, derive_reader
 from .report import results_of, write_run_report
-from .runs import RunError, read_json, to_plain, write_bytes, write_json
+from .records import fault
+from .runs import RunError, read_record, to_plain, write_bytes, write_json
 from .scores import check_readable, is_attack, without_question
-from .settings import make_masker
+from .settings import make_masker, model_facts, settings_of
 from .sources import READING, Reading, listed, read_entry, reading_of
 from .tinyagent import write_data
 from .transcripts import Transcript, TranscriptError
+from .withheld import withhold
 
 # %% auto #0
-__all__ = ['NONE', 'MASKING', 'Adapter', 'find_adapter', 'find_adapters', 'run_model', 'made_for', 'another_base', 'base_name',
-           'settings_for', 'found_entry', 'heldout_files', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
-           'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
+__all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'run_model', 'made_for',
+           'another_base', 'base_name', 'made_with', 'settings_for', 'found_entry', 'heldout_files', 'reading_for',
+           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
+           'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -53,7 +57,17 @@ class Adapter:
     parameters: dict = dataclasses.field(default_factory=dict)
 
 
-def find_adapter(name: str) -> Adapter:
+def run_parameters(folder: Path, *needed: str) -> dict:
+    """The parameters in the params.json of a run directory: those that an evaluation goes by are of their types, and
+    the `needed` ones are there. Raises RunError, naming the file and the parameter."""
+    path = folder / "params.json"
+    found = read_record(path) or {}
+    bad = fault("evaluated", found) or next((f"it has no {name}" for name in needed if found.get(name) is None), "")
+    if bad: raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
+    return found
+
+
+def find_adapter(name: str, trust_remote_code: bool = False) -> Adapter:
     """The `Adapter` that `name` is: a finished run's directory, an adapter's folder (that of a run too), a
     hub id, or `none`, the model as it is.
 
@@ -65,31 +79,30 @@ def find_adapter(name: str) -> Adapter:
         if not (path / "adapter").is_dir(): raise RunError(f"{path} is a run directory without an adapter: it is not finished")
         path = path / "adapter"
     if path.is_dir():
-        path = check_adapter(path.resolve())
+        path = check_adapter(path.resolve(), trust_remote_code)
         run = path.parent if path.name == "adapter" and (path.parent / "params.json").is_file() else None
-        return Adapter((run or path).name, path, run, read_json(run / "params.json") if run else {})
+        return Adapter((run or path).name, path, run, run_parameters(run, "preset", "data") if run else {})
     if path.exists() or name.count("/") != 1:
         raise RunError(f"the adapter {name} is neither a run directory, nor a folder with an adapter, nor a hub id: give one of them, or none")
-    from huggingface_hub import snapshot_download
-    try: folder = snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"])
+    try: folder = fetch_adapter(name)
     except Exception as e:   # whatever the hub's client raises for a name that is not there, or without a network
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise RunError(f"the adapter {name} is no folder here, and cannot be had from the hub: {why}") from None
-    return Adapter(name.replace("/", "--"), check_adapter(folder))
+    return Adapter(name.replace("/", "--"), check_adapter(folder, trust_remote_code))
 
 # %% ../nbs/16_adapters.ipynb #eb08770d
-def find_adapters(first: str, second: str = "") -> list[Adapter]:
+def find_adapters(first: str, second: str = "", trust_remote_code: bool = False) -> list[Adapter]:
     """One or two adapters (`find_adapter`), the `second` only where it is given; two of one name are told
     apart by a number."""
-    found = [find_adapter(name) for name in [first, *([second] if second else [])]]
+    found = [find_adapter(name, trust_remote_code) for name in [first, *([second] if second else [])]]
     if len({a.name for a in found}) < len(found): found[1] = dataclasses.replace(found[1], name=f"{found[1].name}-2")
     return found
 
 # %% ../nbs/16_adapters.ipynb #f8535862
 def run_model(folder: Path) -> str:
     "The model of the run in `folder`. Raises RunError where its config.json does not say it."
-    found = read_json(folder / "config.json")
-    if not isinstance(found, dict) or not isinstance(found.get("model"), str): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
+    found = read_record(folder / "config.json") or {}
+    if not found.get("model"): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
     return found["model"]
 
 
@@ -119,13 +132,20 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
     return found[0]
 
 
-def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_layers: str | None = None) -> CircuitBreakerConfig:
+def made_with(parameters: dict, trust_remote_code: bool = False) -> CircuitBreakerConfig:
+    """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not imported, and whether code of the model
+    runs is said by who evaluates, not by them."""
+    return settings_of(parameters["preset"], {k: v for k, v in parameters.items() if k not in RUN_ONLY}, trust_remote_code)[0]
+
+
+def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_layers: str | None = None,
+                 trust_remote_code: bool = False) -> CircuitBreakerConfig:
     """The settings of an evaluation: those of the run that made the first adapter which has one. Without a
     run, the policies and lengths of the preset `base`, with every part of a pass run in full; the harmful
     cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
     run = next((a for a in adapters if a.run), None)
     given = {} if target_layers is None else {"target_layers": target_layers}
-    if run: return dataclasses.replace(run_settings(run.parameters)[0], model=name, **given)
+    if run: return dataclasses.replace(made_with(run.parameters, trust_remote_code), model=name, **given)
     depth = num_blocks(model)
     layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
@@ -203,11 +223,13 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded.
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
-    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
+    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], parameters.get("trust_remote_code", False))
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
-    return adapters, asked_model(adapters, parameters), decoding_for(adapters, **{name: parameters[name] for name in fields})
+    name = asked_model(adapters, parameters)
+    if Path(name).expanduser().is_dir(): model_facts(name, parameters.get("trust_remote_code", False))  # code that comes with it is told here
+    return adapters, name, decoding_for(adapters, **{name: parameters[name] for name in fields})
 
 # %% ../nbs/16_adapters.ipynb #c82cc13b
 def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding,
@@ -217,12 +239,13 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     loaded for it; answers are kept in `folder` under the adapter's name."""
     run = next((a.parameters for a in adapters if a.run), {})
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
-    made = next((run_settings(a.parameters)[0] for a in adapters if a.run), None)
+    made = next((made_with(a.parameters, trust_remote_code) for a in adapters if a.run), None)
     if made: settings = {k: v or getattr(made, k) for k, v in settings.items()}
     load = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
-    config = settings_for(adapters, base, name, target_layers)
-    student = load_students(base, {"adapter": adapter.folder}) if adapter.folder else add_adapter(base, config)
+    config = settings_for(adapters, base, name, target_layers, trust_remote_code)
+    if adapter.folder: student = load_students(base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code)
+    else: student = add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
     return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)
 
@@ -245,7 +268,7 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
             if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
                 raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
             new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
-            altered += any(line.get(k) != new[-1][k] for k in ("text", "finish", "past_stop"))
+            altered += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
@@ -255,27 +278,32 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
-def rescore(folder) -> dict:
+def rescore(folder, trust_remote_code: bool = False) -> dict:
     """Makes the figures in the result.json of a run or an evaluation anew from the answers in its
     answers.jsonl, which are read and scored again, and writes both; report.html and the adapter's card
-    too, where there are such. Nothing is generated. Returns the result.
+    too, where there are such. Nothing is generated. Returns the result. What params.json says of
+    `trust_remote_code` was said by whoever made the run.
 
     Raises RunError for a folder without result or answers, and as `rescored` does."""
     folder = Path(folder).expanduser().resolve()
-    result, parameters = (read_json(folder / name) for name in ("result.json", "params.json"))
-    if result is None or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
+    result, parameters = (read_record(folder / name) for name in ("result.json", "params.json"))
+    if not result or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
+    parameters = run_parameters(folder, *(("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")))
+    for stage, figures in results_of(result).items():
+        if "prefill" not in figures.get("decoding", ()) or "model" not in figures.get("ends", ()):
+            raise RunError(f"{folder / 'result.json'} does not say how the answers of {stage} were made and where they end: evaluate again")
     lines = kept_lines(folder)
     if not lines:
         there = (folder / "answers.jsonl").exists()
         raise RunError(f"{folder} holds {'an answers.jsonl without a whole line' if there else 'no answers.jsonl (an older cbnb wrote none)'}: evaluate it again")
     if "evaluated" in result:
-        adapters = find_adapters(parameters["adapter"], parameters["second_adapter"])
+        adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust_remote_code)
         name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
         given = {k: parameters[k] for k in MASKING if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
         name, transcripts, given = run_model(folder), questions_for(adapters), {}
-    masker = masker_for(adapters, name, parameters.get("trust_remote_code", False), **given)
+    masker = masker_for(adapters, name, trust_remote_code, **given)
     reader = derive_reader(masker)
     check_readable(reader, transcripts)
     anew = {}
@@ -286,7 +314,7 @@ def rescore(folder) -> dict:
         again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
-    write_bytes(folder / "answers.jsonl", "".join(json.dumps(to_plain(line)) + "\n" for line in (lines | anew).values()).encode())
+    write_bytes(folder / "answers.jsonl", "".join(json.dumps(withhold(to_plain(line))) + "\n" for line in (lines | anew).values()).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
         if (folder / "report.html").exists(): write_run_report(folder, result)

@@ -19,16 +19,15 @@ from .masks import ChatMasker
 from .models import is_in_parts
 from .processes import from_first, gathered, is_first, rank, share_of
 from .reader import AnswerReader
-from .runs import RunError, append_line, read_lines
+from .runs import append_line, read_lines
 from .scores import group_of, injected_texts, plain, rates, score
 from .teacher_cache import weights_hash
 from .transcripts import Transcript
 from .turns import IS_COMPLETION
 
 # %% auto #0
-__all__ = ['MADE_FROM', 'WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected', 'model_state', 'batch_key',
-           'end_sequences', 'answer_line', 'prompt_hash', 'kept_lines', 'write_lines', 'answer_questions',
-           'answer_figures']
+__all__ = ['WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected', 'model_state', 'batch_key', 'end_sequences',
+           'answer_line', 'prompt_hash', 'kept_lines', 'write_lines', 'answer_questions', 'answer_figures']
 
 # %% ../nbs/07d_answers.ipynb #0b929e41
 def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +89,6 @@ def batch_key(state: str, stage: str, decoding: Decoding, ends, prefilled: bool,
     return digest.hexdigest()[:32]
 
 # %% ../nbs/07d_answers.ipynb #91c1a2b3
-MADE_FROM = ("key", "stage", "asked", "attempt", "id", "prompt", "begun", "ids")  # of a line; all else in it follows from these
 WANTED = ("injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call", "expected_text")  # of a question's meta
 
 
@@ -126,11 +124,7 @@ def kept_lines(folder) -> dict[str, dict]:
     def take():
         kept = {}
         for file in (path, *sorted(path.parent.glob("answers.rank*.jsonl"))):
-            for number, line in enumerate(read_lines(file), 1):
-                missing = [field for field in MADE_FROM if line.get(field) is None]
-                why = f"it has no {missing[0]}" if missing else ""
-                if not missing and not all(type(i) is int and i >= 0 for i in line["ids"]): why = "its ids are no token ids"
-                if why: raise RunError(f"{file} line {number} is no answer ({why}): remove that line")
+            for line in read_lines(file):
                 if file != path and line["key"] not in kept: append_line(path, line)
                 kept[line["key"]] = line
             if file != path: file.unlink()

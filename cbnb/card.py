@@ -62,7 +62,7 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
     named = lambda text: ", ".join(part if part.startswith("hf:") else Path(part).name or part for part in str(text).split(",")) if text else ""
     base = config.model if not Path(config.model).exists() else Path(config.model).name
     head = {"base_model": base, "library_name": "peft", "tags": ["circuit-breaker", "representation-rerouting", "cbnb"]}
-    preset = PRESETS.get(meant := preset_for(parameters.get("preset"), config.model))
+    preset = PRESETS.get(meant := preset_for(parameters.get("preset"), config.model, parameters.get("trust_remote_code", False)))
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "model"}
     changed = [name for name, value in settings.items() if preset is not None and value != getattr(preset, name)]
     table = pd.DataFrame([(name, config_to_dict(config)[name], "changed" if name in changed else "") for name in settings], columns=["setting", "value", "of the preset"]).set_index("setting")

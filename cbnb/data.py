@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from sys import intern
 
 import numpy as np
 import torch
@@ -21,30 +22,33 @@ from .losses import predicting_positions
 from .masks import ChatMasker
 from .model_checks import check_packing
 from .sources import Reading
+from .spool import Spooled, those
 from .templates import MaskError
-from .targets import CONTEXT, check_calls, cut_context, in_batches, in_turns, lacks_injection, messages_off, training_mask, truncation_window
+from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
 from .transcripts import Transcript
 
 # %% auto #0
 __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'EmptyStream', 'encoded_pairs', 'drop_refused', 'empty_stream', 'encode_stream', 'data_record',
+           'EmptyStream', 'encoded_pairs', 'refusals', 'drop_refused', 'empty_stream', 'encode_stream', 'data_record',
            'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
-def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript]]:
+def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spooled, Spooled]:
     """Reads all `entries` (paths, or texts as `cbnb.sources.read_entry` takes them) as `reading` says, which
-    counts what it did, and parts the transcripts by label: `(harmful, benign)`. What is known of the user's
-    own work is noted in harmful runs (`cbnb.actions.with_own_work`). Raises TranscriptError as
-    `Reading.read` does."""
+    counts what it did, and parts the transcripts by label: `(harmful, benign)`, both in one temporary file
+    (`cbnb.spool`). What is known of the user's own work is noted in harmful runs
+    (`cbnb.actions.with_own_work`). Raises TranscriptError as `Reading.read` does."""
     transcripts = with_own_work((reading or Reading()).read(entries))
-    return [t for t in transcripts if t.label == "harmful"], [t for t in transcripts if t.label == "benign"]
+    labels = [intern(t.label) for t in transcripts]
+    harmful, benign = (those(transcripts, (label == name for label in labels)) for name in ("harmful", "benign"))
+    return harmful, benign
 
 # %% ../nbs/05_data.ipynb #aa07a111
 def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto",
-                 reading: Reading | None = None) -> tuple[list[Transcript], list[Transcript], list[Transcript], dict[str, str]]:
-    """`(harmful, benign, held out, left out)`: three lists of transcripts, and `{id: why}` of those left
-    out of training because they share with a held-out one what `heldout_by` names
-    (`cbnb.holdout.heldout_kinds`), or its prompt.
+                 reading: Reading | None = None) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
+    """`(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts, and
+    `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
+    names (`cbnb.holdout.heldout_kinds`), or its prompt.
 
     Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
     every seed of a run, so that runs can be compared (`cbnb.holdout.part`). `reading` as in
@@ -131,21 +135,27 @@ def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_t
         yield pair
 
 
-def drop_refused(transcripts: list[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False) -> list[Transcript]:
-    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
-    there by cause. With `on_error` raise all of them, unread. Raises TranscriptError where more than
-    `max_skipped` of the records are left out by now."""
-    if reading.on_error == "raise": return transcripts
-    def why(t, encoded):
+def refusals(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False) -> Iterator[MaskError | None]:
+    "Yields for each of `transcripts` the MaskError for which `encoded_pairs` ends, without the ways out, or None."
+    for t, encoded in in_batches(transcripts, masker, errors="return"):
         try:
             if isinstance(encoded, MaskError): raise encoded
             check_calls(encoded, t.id)
             if split_turns: list(in_turns([t], masker))
-        except MaskError as e: return e
-    kept = []
-    for t, encoded in in_batches(transcripts, masker, errors="return"):
-        if e := why(t, encoded): reading.refuse(e)
-        else: kept.append(t)
+        except MaskError as e: yield e
+        else: yield None
+
+
+def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False,
+                 found: Iterable | None = None) -> Sequence[Transcript]:
+    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are counted
+    there by cause. With `on_error` raise all of them, unread. `found`: the `refusals` where they are known. Raises
+    TranscriptError where more than `max_skipped` of the records are left out by now."""
+    if reading.on_error == "raise": return transcripts
+    def fits(error):
+        if error is not None: reading.refuse(error)
+        return error is None
+    kept = those(transcripts, map(fits, refusals(transcripts, masker, split_turns) if found is None else found))
     reading.check_share("the chat template refuses transcripts")
     return kept
 
@@ -180,27 +190,25 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
             report.counts["messages_off"] += len(messages_off(transcript))
             for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items(): report.counts[f"{kind}_after_injection"] += n
         last = transcript
-        try: mask = training_mask(encoded, transcript, policy)
+        try: row = training_row(encoded, transcript, policy, max_length, truncation, lost_context)
         except MaskError as e: raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
-        if encoded.lost_words:
+        if row.dropped == "lost_words":
             report.counts["lost_words"] += 1
-            report.warnings.insert(0, f"{transcript.id}: dropped, the chat template writes nothing of message {encoded.lost_words[0]}")
+            report.warnings.insert(0, f"{transcript.id}: dropped, {row.words}")
             continue
-        keep = truncation_window(mask, max_length, truncation)
+        mask, keep = row.mask, row.keep
         if (cut := len(mask) - (keep.stop - keep.start)) > 0:
             report.counts["truncated"] += 1
             report.counts["tokens_cut"] += cut
             report.counts["targets_cut"] += int(mask.sum() - mask[keep].sum())
-            gone = cut_context(encoded, mask, keep)
-            report.counts.update(f"{what}_cut" for what in gone)
-            if gone and lost_context == "drop":
-                report.counts["lost_context"] += 1
-                report.warnings.append(f"{transcript.id}: dropped, truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}")
-                continue
-        # token 0 is predicted by nothing, so a target there is none
-        if not mask[keep][1:].any():
+            report.counts.update(f"{what}_cut" for what in row.gone)
+        if row.dropped == "lost_context":
+            report.counts["lost_context"] += 1
+            report.warnings.append(f"{transcript.id}: dropped, {row.words}")
+            continue
+        if row.dropped == "no_target":
             report.counts["no_target"] += 1
             report.counts["lost_to_truncation"] += bool(mask[1:].any())
             report.dropped.append(transcript.id if encoded.turn is None else f"{transcript.id} (turn of message {encoded.turn})")

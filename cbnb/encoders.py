@@ -23,10 +23,10 @@ BYTES = {c: b for b, c in zip(
     map(chr, [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]))}  # the printable stand-ins of byte-level BPE (GPT-2)
 
 
-def token_bytes(tokenizer, token):
-    "The bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from outside that alphabet."
-    added = tokenizer.added_tokens_decoder.get(token)
-    if added is not None: return added.content.encode()
+def token_bytes(tokenizer, token, added):
+    """The bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from outside that alphabet.
+    `added`: the tokenizer's `added_tokens_decoder`, which is made anew, of all of them, each time it is asked for."""
+    if token in added: return added[token].content.encode()
     try: return bytes(BYTES[c] for c in tokenizer.convert_ids_to_tokens(token))
     except (KeyError, TypeError): return None
 
@@ -124,9 +124,9 @@ def find_tiktoken(tokenizer):
 
 # %% ../nbs/00b_encoders.ipynb #48d7982c
 class TokenBytes:
-    "The bytes of the tokens of a tokenizer, looked up when first asked for."
+    "The bytes of the tokens of a tokenizer, looked up when first asked for. `added`: its added tokens by id, as they are now."
     def __init__(self, tokenizer):
-        self.tokenizer, self.bytes = tokenizer, {}
+        self.tokenizer, self.added, self.bytes = tokenizer, tokenizer.added_tokens_decoder, {}
         self.sizes = np.full(len(tokenizer), -1, np.int32)
 
     def of(self, ids):
@@ -134,7 +134,7 @@ class TokenBytes:
         if (missing := int(ids.max(initial=0)) + 1 - len(self.sizes)) > 0: self.sizes = np.pad(self.sizes, (0, missing), constant_values=-1)
         sizes = self.sizes[ids]
         for token in set(ids[sizes < 0].tolist()):
-            self.bytes[token] = token_bytes(self.tokenizer, token)
+            if token not in self.bytes: self.bytes[token] = token_bytes(self.tokenizer, token, self.added)
             if self.bytes[token] is None: return None
             self.sizes[token] = len(self.bytes[token])
         return self.sizes[ids]
@@ -159,6 +159,7 @@ class TextEncoder:
     def __init__(self, tokenizer, encoder="auto"):
         if encoder not in ENCODERS: raise MaskError(f"encoder {encoder!r} is unknown; use one of {', '.join(ENCODERS)}")
         self.tokenizer, self.encoder, self.bytes, self.seen, self.trusted = tokenizer, encoder, TokenBytes(tokenizer), 0, False
+        self.added_ids = np.array([*self.bytes.added], np.int32)
         self.tiktoken = self.reason = None
         self.normalizer = tokenizer.backend_tokenizer.normalizer
         if encoder == "tiktoken":
@@ -199,7 +200,7 @@ class TextEncoder:
         if spans is not None: return ids, spans
         offsets = np.array(self._tokenizers([text], offsets=True, plain=plain)[0].offsets, np.int64).reshape(-1, 2)
         if len(offsets) != len(ids): raise MaskError("the tokenizer gives two numbers of tokens for one text; this one is not supported")
-        return ids, widen(offsets, len(text), np.isin(ids, [*self.tokenizer.added_tokens_decoder]))
+        return ids, widen(offsets, len(text), np.isin(ids, self.added_ids))
 
     def _quick(self, text):
         "Ids of `text` by tiktoken, or None where that cannot be used, or gives up (its patterns have a limited stack: a million blanks)."
@@ -220,7 +221,7 @@ class TextEncoder:
     @functools.cached_property
     def cuts_at_added(self):
         "Whether text between two added tokens is encoded as it would be alone; not so where a tokenizer treats the beginning of a text in its own way."
-        for token in self.tokenizer.added_tokens_decoder.values():
+        for token in self.bytes.added.values():
             pieces = [f"one{token.content}", f"one two{token.content}", "one"]
             ids = [encoding.ids for encoding in self._tokenizers(["".join(pieces), *pieces])]
             return ids[0] == sum(ids[1:], [])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .transcripts import Transcript, nearest, source_run
+from .spool import those
+from .transcripts import SeenKeys, Transcript, nearest, source_run
 
 # %% auto #0
 __all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'draw_keys', 'Parted',
@@ -71,15 +73,13 @@ def heldout_kinds(by: str) -> tuple[str, ...]:
 HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
 
 
-def hold_out(transcripts: list[Transcript], n: int, seed: int = 0, name: str = "") -> tuple[list[Transcript], list[Transcript]]:
-    """`(training, held out)`: n transcripts drawn by `seed`, at most a fifth of them, are kept from
-    training; both in the order of the file. Raises ValueError, saying the `name` of the stream, for
-    fewer than five transcripts, of which none could be spared."""
-    n = min(n, len(transcripts) // 5)
+def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
+    """Which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no order). Raises
+    ValueError, saying the `name` of the stream, for fewer than five, of which none could be spared."""
+    n = min(n, count // 5)
     if not n:
-        raise ValueError(f"{len(transcripts)} {name} transcripts are too few to hold some out: give at least 5 of each label in data, or eval_data.")
-    chosen = set(np.random.default_rng((seed, 2)).permutation(len(transcripts))[:n].tolist())
-    return [t for i, t in enumerate(transcripts) if i not in chosen], [t for i, t in enumerate(transcripts) if i in chosen]
+        raise ValueError(f"{count} {name} transcripts are too few to hold some out: give at least 5 of each label in data, or eval_data.")
+    return np.random.default_rng((seed, 2)).permutation(count)[:n]
 
 # %% ../nbs/00j_holdout.ipynb #dbfd4787
 def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: int = 0) -> dict[str, set]:
@@ -127,8 +127,8 @@ class Parted:
     """Streams of training, the held-out transcripts of both, the `kinds` of key by which they were parted,
     and `left_out`: `{id: why}` of those that are neither, since they share a kind of key with a
     held-out one, or are more (`spare`) than are held out."""
-    harmful: list[Transcript]
-    benign: list[Transcript]
+    harmful: Sequence[Transcript]
+    benign: Sequence[Transcript]
     held_out: list[Transcript]
     kinds: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
@@ -139,64 +139,71 @@ def thin(parted: Parted) -> Parted:
     place)."""
     kinds = (*parted.kinds, "prompt")
     held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
-    def why(t):
+    def stays(t):
         keys = keys_of(t)
-        return next((kind for kind in kinds if (kind, keys.get(kind)) in held), None)
+        cause = next((kind for kind in kinds if (kind, keys.get(kind)) in held), None)
+        if cause: parted.left_out[t.id] = cause
+        return cause is None
     for name in ("harmful", "benign"):
-        stream, causes = getattr(parted, name), [why(t) for t in getattr(parted, name)]
-        parted.left_out |= {t.id: cause for t, cause in zip(stream, causes) if cause}
-        setattr(parted, name, [t for t, cause in zip(stream, causes) if not cause])
+        stream = getattr(parted, name)
+        setattr(parted, name, those(stream, map(stays, stream)))
     return parted
 
 
 def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
     """Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
     there."""
+    if by.strip() == "auto" or not kinds: return
     known = {kind for stream in streams for t in stream for kind in task_keys(t)}
-    for kind in kinds if by.strip() != "auto" else ():
+    for kind in kinds:
         if kind not in known: raise ValueError(f"heldout_by {by}: no transcript says its {kind} (AgentDojo's runs do in meta); give heldout_by prompt")
 
 
-def part(harmful: list[Transcript], benign: list[Transcript], by: str = "auto", n: int = HELD_OUT, seed: int = 0) -> Parted:
+def part(harmful: Sequence[Transcript], benign: Sequence[Transcript], by: str = "auto", n: int = HELD_OUT, seed: int = 0) -> Parted:
     """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at
     most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key
     is drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared.
     Raises ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
     kinds, streams = heldout_kinds(by), {"harmful": harmful, "benign": benign}
     check_known(streams.values(), by, kinds)
-    for name, stream in streams.items(): hold_out(stream, n, seed, name)  # refuses what is too small
-    keys = {name: [{k: v for k, v in task_keys(t).items() if k in kinds} for t in stream] for name, stream in streams.items()}
+    for name, stream in streams.items(): hold_out(len(stream), n, seed, name)  # refuses what is too small
+    one = {}  # of equal keys, which there are many of, one dict
+    def known(t):
+        keys = {k: v for k, v in task_keys(t).items() if k in kinds}
+        return one.setdefault(tuple(keys.items()), keys)
+    keys = {name: [known(t) for t in stream] for name, stream in streams.items()}
     drawn = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
     out = Parted([], [], [], kinds)
     for name, stream in streams.items():
-        rest = [t for t, k in zip(stream, keys[name]) if not k]
-        if len(rest) == len(stream): chosen = hold_out(stream, n, seed, name)[1]
-        else: chosen = hold_out(rest, round(n * len(rest) / len(stream)), seed)[1] if len(rest) >= 5 and round(n * len(rest) / len(stream)) else []
-        whole = [t for t, k in zip(stream, keys[name]) if k and all(key in drawn[kind] for kind, key in k.items())]
-        most = min(n, len(stream) // 5)
+        rest = np.flatnonzero([not k for k in keys[name]])
+        share = n if len(rest) == len(stream) else round(n * len(rest) / len(stream))
+        chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
+        whole = np.flatnonzero([bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys[name]])
         order = np.random.default_rng((seed, 4)).permutation(len(whole))
-        taken = [whole[i] for i in order[:most]]
-        ids = {t.id for t in chosen + taken}
-        spare = {t.id for t in whole} - ids
-        out.held_out += [t for t in stream if t.id in ids]
-        out.left_out |= dict.fromkeys((t.id for t in stream if t.id in spare), "spare")
-        setattr(out, name, [t for t in stream if t.id not in ids | spare])
+        held = np.sort(np.concatenate([chosen, whole[order[:min(n, len(stream) // 5)]]]))
+        spare = np.setdiff1d(whole, held)
+        out.held_out += [stream[i] for i in held]
+        out.left_out |= dict.fromkeys((stream[i].id for i in spare), "spare")
+        kept = np.ones(len(stream), bool)
+        kept[held] = kept[spare] = False
+        setattr(out, name, those(stream, kept))
     return thin(out)
 
 # %% ../nbs/00j_holdout.ipynb #8a01be5e
-def shared(training: list[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
+def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
     """`{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
     transcripts have: different keys in training and among the held-out, held-out transcripts with such
     a key, and how many of these share it with training."""
-    trained, held = ([keys_of(t) for t in side] for side in (training, held_out))
-    out = {}
+    known, held, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
+    for t in training:
+        for kind, key in keys_of(t).items(): known[kind].add(key)
     for kind in HELDOUT_BY:
-        known, keys = {k[kind] for k in trained if k.get(kind)}, [k[kind] for k in held if k.get(kind)]
-        if keys: out[kind] = {"training": len(known), "held_out": len({*keys}), "with": len(keys), "shared": sum(key in known for key in keys)}
+        keys = [k[kind] for k in held if kind in k]
+        if keys: out[kind] = {"training": known[kind].count, "held_out": len({*keys}), "with": len(keys), "shared": sum(key in known[kind] for key in keys)}
     return out
 
 
-def held_lines(training: list[Transcript], held_out: list[Transcript], left_out: dict[str, str]) -> list[str]:
+def held_lines(training: Sequence[Transcript], held_out: list[Transcript], left_out: dict[str, str]) -> list[str]:
     """Sentences for a run: how many are held out and by what, what they still share with training, and what
     was left out of it for that."""
     labels, found = Counter(t.label for t in held_out), shared(training, held_out)

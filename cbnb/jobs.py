@@ -9,14 +9,12 @@ __all__ = ['ACTIONS', 'papermill', 'run_command', 'interrupts', 'kill_run', 'sta
            'prepare_sweep', 'ablate', 'dry_run', 'checked_folder', 'train', 'preflight']
 
 # %% ../nbs/11b_jobs.ipynb #80b9b3f3
-import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,19 +24,22 @@ from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
-from .ablation import check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
+from .ablation import check_prepared, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
+from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
-from .runs import (Run, RunError, close_run, code_state, fresh_folder, now, parameters_hash, process_start, read_json,
+from .lease import Held, NotOwn, check_own, give_back, take_lease
+from .runs import (Run, RunError, close_run, code_state, fresh_folder, named_state, now, parameters_hash, read_record,
                        read_status, set_status, still_running, write_bytes, write_json)
 
 # %% ../nbs/11b_jobs.ipynb #26878996
 def papermill(notebook, out, *arguments):
-    "The argument list that runs a notebook by papermill with this Python; `arguments` as papermill takes them."
-    return [sys.executable, "-m", "papermill", str(notebook), str(out), *map(str, arguments)]
+    "The argument list that runs a notebook by papermill (`cbnb.execute`) with this Python; `arguments` as papermill takes them."
+    return [sys.executable, "-m", "cbnb.execute", str(notebook), str(out), *map(str, arguments)]
 
 
 def run_command(path):
-    "The argument list that starts the next attempt of the prepared run directory `path`."
+    "The argument list that starts the next attempt of the prepared run directory `path`. Raises `RunError` where that is not as it was prepared (`check_prepared`)."
+    if path.exists(): check_prepared(path)
     attempt = (read_status(path).get("attempt") or 0) + 1 if path.exists() else 1
     return papermill(path / "notebook.ipynb", path / f"out.{attempt}.ipynb", "-f", path / "params.json", "-p", "run_dir", path)
 
@@ -60,7 +61,7 @@ def interrupts():
 def kill_run(process, path):
     "Ends a papermill `process` and the kernel of its run directory `path` at once; a run that had begun is interrupted then."
     status = read_quietly(path)[0]
-    if status.get("node") == socket.gethostname() and status.get("pid") and process_start(status["pid"]) == status.get("pid_started") is not None:
+    if named_state(status) == "live":
         try: os.kill(status["pid"], signal.SIGKILL)
         except OSError: pass
     try: os.killpg(process.pid, signal.SIGKILL)   # its own session, see `start`
@@ -71,10 +72,10 @@ def kill_run(process, path):
 
 def start(command, log, threads):
     """Starts `command` (an argument list) with its output appended to the file `log` (None: this terminal), in a session of its own: a Ctrl-C in the
-    terminal is ours to pass on."""
+    terminal is ours to pass on. Its files are private."""
     environment = {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     out = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") if log else None
-    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True)
+    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True, umask=0o077)
     finally:
         if out: out.close()
 
@@ -85,6 +86,10 @@ def work(tasks, workers, tell=print, every=30.0):
     A line of progress a run is kept up to date on a terminal, else told `every` so many seconds. The first Ctrl-C asks the running ones to stop with
     a checkpoint and waits for them, the second kills them; what was not started stays as it is."""
     from tqdm import tqdm
+    def ended_state(path, code, killed):   # a status that cannot be read is this run's matter, and ends no other
+        try: state = read_status(path).get("state", "failed") if killed else close_run(path, code)
+        except (RunError, OSError) as e: return "unreadable", str(e)
+        return state, read_quietly(path)[0].get("error")
     waiting, at_work, ended = deque(tasks), {}, {}
     lines = [tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stderr, disable=None) for i in range(workers)]
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -107,9 +112,8 @@ def work(tasks, workers, tell=print, every=30.0):
                     elif heard: (path / "stop").touch()   # again and again: a run that is opening removes it
                     if process.poll() is None: continue
                     del at_work[path]
-                    state = read_quietly(path)[0].get("state", "failed") if heard > 1 else close_run(path, process.returncode)
+                    state, error = ended_state(path, process.returncode, heard > 1)
                     ended[path] = state, process.returncode
-                    error = read_quietly(path)[0].get("error")
                     if len(tasks) > 1 or state != "done": say(f"{path.name}: {state}" + (f", {error}" if error and state != "done" else ""))
                 if time.monotonic() - looked > 1:
                     looked = time.monotonic()
@@ -151,7 +155,8 @@ def name_in(command):
 def call_sbatch(command):
     "What `sbatch` says to the argument list `command`, carried out in the project's folder: a finished process. Raises `RunError` where it does not answer."
     folder = Path(next(word for word in command if word.endswith(".sbatch"))).parent.parent
-    try: return subprocess.run(command, cwd=folder, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60)
+    try: return subprocess.run(command, cwd=folder, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60,
+                              umask=0o077)   # SLURM gives it to the job and its log
     except (OSError, subprocess.SubprocessError) as e:
         raise RunError(f"sbatch does not answer ({type(e).__name__}): look with squeue whether {name_in(command)} is there") from None
 
@@ -236,40 +241,35 @@ def submit(sweep, names, tell=print):
 @contextmanager
 def sweep_lock(path, seconds=10):
     """Holds the lock of the sweep's folder `path`, so that two `cbnb ablate` never start the same run. Raises `RunError` where another holds it for over
-    `seconds`: submitting takes less, and `--local` holds it while it works."""
+    `seconds` (submitting takes less, and `--local` holds it while it works), and where the folder is not this user's alone: its notebooks are executed."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path / ".lock", "a+") as f:
-        end = time.monotonic() + seconds
-        while True:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                f.seek(0)
-                if time.monotonic() > end: raise RunError(f"another cbnb ablate ({f.read(200).strip() or 'it does not say which'}) works on {path}: wait for it") from None
-                time.sleep(0.1)
-                continue
-            except OSError: pass   # a file system without locks: the runs' own statuses must do
-            break
-        f.truncate(0)
-        f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        f.flush()
-        yield
+    try:
+        check_own(path)
+        take_lease(path, ".lock", seconds)
+    except Held as e: raise RunError(f"another cbnb ablate works there: {e}") from None
+    except NotOwn as e: raise RunError(f"{e} (CBNB_RUNS), or another name to the sweep") from None
+    try: yield
+    finally: give_back(path, ".lock")
 
 # %% ../nbs/11b_jobs.ipynb #85d617c4
 def ran_other_code(path):
     "The name of the first code.<attempt>.json in `path` that shows other source than what the run was prepared with, or None."
-    first = (read_json(path / "code.json") or {}).get("source")
-    return next((p.name for p in sorted(path.glob("code.*.json")) if (read_json(p) or {}).get("source") != first), None)
+    first = (read_record(path / "code.json") or {}).get("source")
+    return next((p.name for p in sorted(path.glob("code.*.json")) if (read_record(p, "code.json") or {}).get("source") != first), None)
 
 
 def sweep_rows(sweep, held=None):
-    "The `run_rows` of a `Sweep`, in its order. A run that was done with other code than its key says counts as failed. Raises `RunError` for a folder that is another's."
+    """The `run_rows` of a `Sweep`, in its order. A run that was done with other code than its key says counts as failed; a folder that is another run's, or whose
+    key or code cannot be read, is unreadable and is left as it is."""
     rows = run_rows([sweep.path / run["dir"] for run in sweep.runs], held)
     for row, run in zip(rows, sweep.runs, strict=True):
         path = Path(row["path"])
-        if row["state"] == "new" and not path.exists(): continue
-        if (read_json(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
-        if row["state"] == "done" and (other := ran_other_code(path)):
-            row.update(state="failed", note=f"its code was edited after it was submitted ({other}): --retry failed starts it afresh")
+        if row["state"] == "unreadable" or row["state"] == "new" and not path.exists(): continue
+        try:
+            if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+            if row["state"] == "done" and (other := ran_other_code(path)):
+                row.update(state="failed", note=f"its code was edited after it was submitted ({other}): --retry failed starts it afresh")
+        except RunError as e: row.update(state="unreadable", note=str(e), free=False)
     return rows
 
 # %% ../nbs/11b_jobs.ipynb #cc0b054a
@@ -312,19 +312,20 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     """Starts what is not done yet of the sweep in the file `spec`: `local` workers on this machine or `slurm`, by default as `where_to_run` says.
 
     New, interrupted and lost runs start or resume; done ones are skipped by their key, queued and running ones are left, failed ones are listed unless
-    `retry`; `only_missing` starts those alone that never began. Returns 0; 1 where a local run is not done in the end; 130 after an interrupt. Raises
+    `retry`, and so are those that cannot be read or are another's; `only_missing` starts those alone that never began. Returns 0; 1 where a local run is not done in the end; 130 after an interrupt. Raises
     `RunError`, `ParameterError` or `ConfigError` before anything is started or written."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
     if where == "slurm": batch_script("ablation")
     if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")
     for line in sweep.told: tell(f"note: {line}")
-    with sweep_lock(sweep.path):
+    with named(sweep.path), sweep_lock(sweep.path):
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
         names = prepare_sweep(sweep, rows, actions)
         tell(f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(names)} to start")
         for row, what in zip(rows, actions, strict=True):
             if row["state"] == "failed" and what == "leave": tell(f"{row['run']}: failed, {row['note']}; --retry failed starts it again")
+            if row["state"] == "unreadable": tell(f"{row['run']}: left as it is, since {row['note']}")
         if not names: return int(where != "slurm" and any(row["state"] != "done" for row in rows))
         if where == "slurm":
             submit(sweep.path, names, tell)
@@ -374,7 +375,7 @@ def train(notebook, given, tell=print):
     papermill)`; 130 after an interrupt. Its output goes to this terminal. Raises `RunError` for a run that goes on or is finished."""
     values, path = checked_folder(notebook, given)
     status = read_status(path)
-    if status.get("state") == "running" and still_running(status): raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
+    if status.get("state") == "running" and still_running(path, status): raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
     if status.get("state") == "done": raise RunError(f"{path} is finished: give another run directory")
     tell(f"run directory: {path}")
     with tempfile.TemporaryDirectory() as folder:

@@ -127,6 +127,7 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
                 with in_words(what): states, gradients = passed(student, replace(config, savings=(saving,)), norm, final, trained)
                 pairs = [(g, w) for g, w in zip(gradients, wanted) if g is not None or w is not None]
                 if any((g is None) != (w is None) for g, w in pairs): raise ConfigError(f"{what}: gradients get lost")
+                if not pairs: raise ConfigError(f"no weight of the adapter gets a gradient in this {name}: the adapter is switched off, or not applied anywhere")
                 (g, w) = (torch.cat([part.flatten().double() for part in side]) for side in zip(*pairs))
                 found = max(*(off(a, b) for a, b in zip(states, reference)), ((g - w).norm() / w.norm()).item())
                 if not found <= tolerance(student): raise ConfigError(f"{what}: states or gradients are {found:.1%} off")

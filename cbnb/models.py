@@ -25,51 +25,23 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .config import TINYAGENT, CircuitBreakerConfig, ConfigError, check_layers, nearest
+from .config import CircuitBreakerConfig, ConfigError, check_layers, nearest
+from .loaders import empty_model, read_config, read_model, read_tokenizer
 from .processes import is_first, join, world_size
 
 # %% auto #0
-__all__ = ['DTYPES', 'KINDS', 'resolve_model', 'named', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer',
-           'auto_class', 'in_parts', 'is_in_parts', 'whole', 'in_4_bits', 'check_quantised', 'load_model', 'num_blocks',
-           'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks',
-           'forward_with_hidden_states', 'own_name', 'weight_kind', 'in_blocks', 'uncalled', 'rewritten', 'short_names',
-           'name_problem', 'fits', 'lora_targets', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line',
+__all__ = ['DTYPES', 'KINDS', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts', 'is_in_parts',
+           'whole', 'in_4_bits', 'check_quantised', 'load_model', 'num_blocks', 'find_decoder', 'blocks_name',
+           'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks', 'forward_with_hidden_states', 'own_name',
+           'weight_kind', 'in_blocks', 'uncalled', 'rewritten', 'short_names', 'name_problem', 'fits', 'lora_targets',
+           'largest_rank', 'check_rank', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line',
            'teacher_mode', 'check_teacher', 'write_adapter', 'save_adapter']
 
-# %% ../nbs/04_models.ipynb #ec970bb9
-def resolve_model(name_or_path: str) -> str:
-    """The folder or hub id that `name_or_path` stands for: `"tinyagent"` is the agent shipped in the package,
-    an existing folder is itself, anything else is a hub id for transformers' own loaders.
-
-    Raises FileNotFoundError for what can only be a path (it starts with `/`, `.` or `~`, or has two slashes) and does not exist."""
-    if name_or_path == "tinyagent":
-        return str(TINYAGENT)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"{name_or_path}: no such model folder; give an existing folder, a hub id such as 'org/name', or 'tinyagent'.")
-    return name_or_path
-
 # %% ../nbs/04_models.ipynb #f6ed28b1
-@contextmanager
-def named(name_or_path: str):
-    """Inside, what a loader raises becomes one sentence that begins with the name asked for: an OSError (not there,
-    not in the cache, no network) stays one, anything else (an architecture that this transformers does not know, a
-    damaged tokenizer) becomes a ConfigError."""
-    try:
-        yield
-    except Exception as e:
-        why = " ".join(str(e).split())[:400] or type(e).__name__
-        kind = OSError if isinstance(e, OSError) else ConfigError
-        raise kind(f"{name_or_path} cannot be loaded: {why}") from e
-
-
 @contextmanager
 def in_words(what: str):
     "Inside, what torch, transformers or peft raises becomes one ConfigError that begins with `what` was tried; a ConfigError stays as it is."
@@ -90,10 +62,10 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -
                          "or give the model rows for them (resize_token_embeddings) and save both.")
 
 
-def embedding_rows(place: str, trust_remote_code: bool) -> int | None:
-    "How many ids the model in a folder or on a hub embeds, by its configuration; None where there is a tokenizer alone."
+def embedding_rows(name: str, trust_remote_code: bool) -> int | None:
+    "How many ids the model `name` embeds, by its configuration; None where there is a tokenizer alone."
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = read_config(name, trust_remote_code)
     except Exception:  # whether it is a model at all is load_model's to say
         return None
     return getattr(config.get_text_config(), "vocab_size", None)
@@ -104,31 +76,18 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
     padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
 
     Raises ValueError for a tokenizer with neither, and for one with more ids than the model's embedding has rows,
-    OSError for one that is not there."""
-    place = resolve_model(name_or_path)
-    with named(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    and as `cbnb.loaders.read_tokenizer`; OSError for one that is not there."""
+    tokenizer = read_tokenizer(name_or_path, trust_remote_code)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name_or_path} has neither a pad nor an EOS token; set one of them in its tokenizer_config.json.")
         tokenizer.pad_token = tokenizer.eos_token
-    rows = embedding_rows(place, trust_remote_code)
+    rows = embedding_rows(name_or_path, trust_remote_code)
     if rows is not None: check_vocabulary(name_or_path, tokenizer, rows)
     return tokenizer
 
 # %% ../nbs/04_models.ipynb #96fec62b
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def auto_class(place: str, trust_remote_code: bool):
-    """What loads the model of a folder or hub id: transformers' class for causal language models, or, where it has
-    none for this configuration, that for models of text and images, whose text part is then used."""
-    try:
-        kind = type(AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code))
-    except (OSError, ValueError):
-        return AutoModelForCausalLM  # which says what is missing, or follows an adapter to its base
-    multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
@@ -137,9 +96,8 @@ def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
     if world_size() == 1:
         raise ValueError("fsdp shares the weights among several processes, but there is one: start more by torchrun or slurm/05_train_multi.sbatch, or leave fsdp off.")
     join()
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        plan = auto_class(name_or_path, trust_remote_code).from_config(config, trust_remote_code=trust_remote_code).fsdp_plan
+    config = read_config(name_or_path, trust_remote_code)
+    with torch.device("meta"): plan = empty_model(name_or_path, config, trust_remote_code).fsdp_plan
     return {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=dict.fromkeys(plan, "free_full_weight"))}
 
 
@@ -187,7 +145,7 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
 
     `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several, else the CPU. `fsdp`: see `in_parts`.
     `quantize`: none, or 4bit (see `in_4_bits`, `check_quantised`).
-    Raises ValueError for an unknown dtype, a model that carries an adapter, and 4 bits that cannot be had, OSError for a model that is not there."""
+    Raises ValueError for an unknown dtype, 4 bits that cannot be had, and as `cbnb.loaders.read_model`; OSError for a model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if quantize not in ("none", "4bit"):
@@ -197,14 +155,8 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
     if not fsdp:
         join()  # says which GPU is this process's
         device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
-    place = resolve_model(name_or_path)
-    special = in_parts(place, trust_remote_code) if fsdp else in_4_bits(dtype, device) if quantize == "4bit" else {}
-    with named(name_or_path):
-        auto = auto_class(place, trust_remote_code)
-        model = auto.from_pretrained(place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code, **special)
-    if getattr(model, "peft_config", None):
-        raise ValueError(f"{name_or_path} carries an adapter, which ours would replace: merge it into its base (peft's merge_and_unload), save that, "
-                         "and give the new folder.")
+    special = in_parts(name_or_path, trust_remote_code) if fsdp else in_4_bits(dtype, device) if quantize == "4bit" else {}
+    model = read_model(name_or_path, trust_remote_code, dtype=DTYPES[dtype], **special)
     if not special: model = model.to(device)
     model = model.eval().requires_grad_(False)
     if quantize == "4bit": check_quantised(model)
@@ -449,9 +401,26 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[
     return [name for name in dict.fromkeys(chosen) if name in linears and name.rpartition(".")[2] not in turned], list(dict.fromkeys(parameters))
 
 
+def largest_rank(shapes) -> int:
+    "The largest rank that a matrix of one of the `shapes` (of which the last two sides count) can have; 0 for none."
+    return max((min(shape[-2:]) for shape in shapes), default=0)
+
+
+def check_rank(model: PreTrainedModel, modules: list[str], parameters: list[str], rank: int) -> None:
+    "Raises ConfigError where none of the linears `modules` and the `parameters` (full names) can have `rank`: LoRA there would only be larger."
+    linears = [model.get_submodule(name) for name in modules]
+    shapes = [(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m.weight.shape for m in linears]  # 4 bits are packed
+    largest = largest_rank([*shapes, *(model.get_parameter(name).shape for name in parameters)])
+    if rank > largest:
+        raise ConfigError(f"lora_r {rank:,} is above {largest:,}, the largest rank that a matrix it sits on can have: the adapter would be larger than what it changes; "
+                          f"give a lora_r far below {largest:,}")
+
+
 def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraConfig:
-    "peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the same, else by full names."
+    """peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the same, else by full names. Raises ConfigError
+    as that and `check_rank`."""
     modules, parameters = lora_targets(model, config)
+    check_rank(model, modules, parameters, config.lora_r)
     same = dict(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none",
                 target_parameters=parameters or None)
     names = [w for w in config.lora_modules if any(fits(name, w) for name in modules)]
@@ -466,7 +435,7 @@ def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMod
     """The student: `model` with a fresh LoRA adapter on what `lora_targets` finds in the blocks `config.lora_layers` (first to
     last, inclusive). The adapter's weights depend on `config.seed` alone and start as an exact no-op (B = 0); they are float32
     whatever the base's dtype. Raises ConfigError where a layer is beyond the model, is the last block in mode `hidden_states`,
-    for what `lora_targets` refuses, and where peft or transformers cannot do what is asked."""
+    for what `lora_config` refuses, and where peft or transformers cannot do what is asked."""
     check_layers(config, num_blocks(model))
     lora = lora_config(model, config)
     wanted = {*lora.target_modules, *(lora.target_parameters or ())}
@@ -565,9 +534,12 @@ def save_adapter(student: PeftModel, folder: str | Path) -> Path:
     folder = Path(folder)
     if not is_first(): return folder
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    write_adapter(student, partial)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
+    try:
+        write_adapter(student, partial)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # half of it, where the disk is full
     shutil.rmtree(old, ignore_errors=True)
     return folder

@@ -15,14 +15,17 @@ from .config import CircuitBreakerConfig
 from .models import decoder_blocks, forward_with_hidden_states, teacher_mode, token_states
 
 # %% auto #0
-__all__ = ['first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
+__all__ = ['ADAPTED', 'first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
 
 # %% ../nbs/04a_passes.ipynb #05bd23c2
+ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")  # in the names of what LoRA adds, also where nothing is trained
+
+
 def first_adapted_block(student: PeftModel) -> int | None:
     """The first block in which the adapter, or anything else that is trained, sits: below it student and teacher are one. None where something outside
     the blocks, the embeddings perhaps, differs."""
     where = {id(p): block for block, module in enumerate(decoder_blocks(student)) for p in module.parameters()}
-    differs = [p for name, p in student.named_parameters() if p.requires_grad or "lora_" in name or "modules_to_save" in name]
+    differs = [p for name, p in student.named_parameters() if p.requires_grad or any(w in name for w in ADAPTED)]
     blocks = [where.get(id(p)) for p in differs]
     return None if None in blocks or not blocks else min(blocks)
 

@@ -5,10 +5,11 @@
 # %% ../nbs/15_plan.ipynb #3ebc5029
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -17,41 +18,41 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, shares
 from .fused_kl import chunk_for
 from .heads import Head
-from .models import DTYPES, add_adapter, auto_class, decoder_blocks, in_words, find_decoder, forward_with_hidden_states, named, resolve_model
+from .loaders import empty_model, read_config
+from .models import DTYPES, add_adapter, decoder_blocks, in_words, find_decoder, forward_with_hidden_states
 from .report import format_number
 from .settings import SHAPES
 from .teacher_cache import size_words
 
 # %% auto #0
-__all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 'rows_of', 'empty_student', 'as_if_on_cpu',
-           'Plan', 'bytes_of', 'chunk_bytes', 'weight_bytes', 'grouped_products', 'state_width', 'final_norm',
-           'run_once', 'plan_step', 'seconds', 'alternatives', 'advice', 'plan_lines']
+__all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 'rows_of', 'Shape', 'empty_student',
+           'as_if_on_cpu', 'Plan', 'bytes_of', 'chunk_bytes', 'weight_bytes', 'grouped_products', 'state_width',
+           'final_norm', 'run_once', 'plan_step', 'seconds', 'alternatives', 'advice', 'plan_lines']
 
 # %% ../nbs/15_plan.ipynb #ada37d63
-def model_shape(name: str) -> PretrainedConfig:
-    "The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the folder or hub id `name`. Raises OSError where there is none."
+def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the folder or hub id `name`. Raises OSError where there
+    is none, and ConfigError as `cbnb.loaders.read_config`."""
     if name in SHAPES:
         kind, settings = SHAPES[name]
         return AutoConfig.for_model(kind, **settings)
-    with named(name):
-        return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False).get_text_config()
+    return read_config(name, trust_remote_code).get_text_config()
 
 
 @cache
-def beside_text(name: str, dtype: str) -> int:
+def beside_text(name: str, dtype: str, trust_remote_code: bool = False) -> int:
     "Bytes of what a multimodal model has beside its text part, such as a vision tower: it is loaded, too. 0 for a model of text, and for those of `SHAPES`."
     if name in SHAPES: return 0
-    config = AutoConfig.from_pretrained(place := resolve_model(name), trust_remote_code=False)
+    config = read_config(name, trust_remote_code)
     if config.get_text_config() is config: return 0
     with torch.device("meta"):
-        whole = auto_class(place, trust_remote_code=False).from_config(config, dtype=DTYPES[dtype])
-        text = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=DTYPES[dtype])
+        whole, text = (empty_model(name, part, trust_remote_code, dtype=DTYPES[dtype]) for part in (config, config.get_text_config()))
     return bytes_of(whole.parameters()) - bytes_of(text.parameters())
 
 # %% ../nbs/15_plan.ipynb #3dc266ec
@@ -93,10 +94,19 @@ def rows_of(rows: int, length: int, share: float) -> dict:
     return {"input_ids": torch.zeros(rows, length, dtype=torch.long), "attention_mask": None, "loss_mask": mask, "token_index": index, "predicting_index": index}
 
 
-def empty_student(config: CircuitBreakerConfig, shape: PretrainedConfig) -> nn.Module:
+@dataclass(frozen=True)
+class Shape:
+    """A model's configuration, which equals another of the same JSON `text`: a plan of the same model need not run twice. Code in it runs by
+    `trust_remote_code` alone."""
+    config: PretrainedConfig = field(compare=False)
+    text: str
+    trust_remote_code: bool = False
+
+
+def empty_student(config: CircuitBreakerConfig, shape: Shape) -> nn.Module:
     "The student of `config` on the meta device."
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
+        model = empty_model(config.model, copy.deepcopy(shape.config), shape.trust_remote_code, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
         return add_adapter(model, config)
 
 
@@ -168,11 +178,10 @@ def final_norm(student: nn.Module) -> nn.Module | None:
 
 
 @cache
-def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) -> tuple:
+def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float) -> tuple:
     """One micro-batch of `rows` harmful and benign rows, forward and backward, without storage: bytes of `(frozen weights, the largest block, output layer, adapter)`, the
-    peak of all else, floating-point operations in products, the output layer's shape and `state_width`. `shape`: a model's configuration as JSON, so that plans of one model need not run twice."""
-    settings = json.loads(shape)
-    student = empty_student(config, AutoConfig.for_model(settings.pop("model_type"), **settings))
+    peak of all else, floating-point operations in products, the output layer's shape and `state_width`."""
+    student = empty_student(config, shape)
     with FakeTensorMode(), grouped_products():
         as_if_on_cpu(student)
         layer = student.get_base_model().get_output_embeddings()
@@ -191,17 +200,19 @@ def run_once(config: CircuitBreakerConfig, shape: str, rows: int, share: float) 
     return weight_bytes(student, config.quantize), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape, states
 
 
-def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, shape: PretrainedConfig | None = None, device: str = "cuda") -> Plan:
+def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, shape: PretrainedConfig | None = None, device: str = "cuda",
+              trust_remote_code: bool = False) -> Plan:
     """The `Plan` of a step with rows of `config.max_length` tokens, a `share` of which are targets: the largest that can come. `shape`: the model's configuration,
     by default `model_shape(config.model)`. `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
     rows, micro_batches = shares(config, processes)
     same = replace(config, batch_size=1, gradient_accumulation_steps=1)  # for one micro-batch it makes no difference
-    given = json.dumps((shape or model_shape(config.model)).to_dict(), sort_keys=True, default=str)
+    found = shape or model_shape(config.model, trust_remote_code)
+    given = Shape(found, json.dumps(found.to_dict(), sort_keys=True, default=str), trust_remote_code)
     with in_words(f"a step of {config.model} cannot be planned"):
         weights, block, head, adapter, peak, products, (vocabulary, width), states = run_once(same, given, rows, share)
     here, there = (chunk_bytes(config, rows, share, vocabulary, where) for where in ("cpu", device))
     cached = (len(config.target_layers) * states + width) * DTYPES[config.dtype].itemsize
-    if shape is None: weights += beside_text(config.model, config.dtype)
+    if shape is None: weights += beside_text(config.model, config.dtype, trust_remote_code)
     return Plan(weights // processes if fsdp else weights, 2 * block + head if fsdp else 0, 4 * adapter, peak + there - here, there, cached, products * micro_batches * processes)
 
 
@@ -231,14 +242,15 @@ def alternatives(config: CircuitBreakerConfig, processes: int, fsdp: bool):
             yield " and ".join([*words, f"{n} processes with fsdp"]), config, n, True
 
 
-def advice(config: CircuitBreakerConfig, processes: int, fsdp: bool, share: float, room: float) -> str:
+def advice(config: CircuitBreakerConfig, processes: int, fsdp: bool, share: float, room: float, trust_remote_code: bool = False) -> str:
     "The mildest of `alternatives` that fits into `room` bytes, in words; empty where none does."
-    return next((words for words, other, n, parts in alternatives(config, processes, fsdp) if plan_step(other, n, parts, share).total <= room), "")
+    def fits(other, n, parts): return plan_step(other, n, parts, share, trust_remote_code=trust_remote_code).total <= room
+    return next((words for words, *changed in alternatives(config, processes, fsdp) if fits(*changed)), "")
 
 
-def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5):
+def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5, trust_remote_code: bool = False):
     "Yields the lines that `cbnb plan` prints: the parts, the time of a step, and for each card whether it fits or what to change."
-    plan = plan_step(config, processes, fsdp, share)
+    plan = plan_step(config, processes, fsdp, share, trust_remote_code=trust_remote_code)
     rows, micro_batches = shares(config, processes)
     yield (f"{config.model}: {rows} harmful and {rows} benign rows of {config.max_length} tokens a micro-batch, {micro_batches} micro-batch{'es' * (micro_batches > 1)} a step"
            + (f", in each of {processes} processes" if processes > 1 else ""))
@@ -249,5 +261,5 @@ def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = Fa
     yield f"  {'a step on H100s, if 40 % is reached':46}{format_number(seconds(plan, processes)):>6} s"
     for card, room in CARDS.items():
         if plan.total <= room: yield f"fits a card of {card}"
-        elif found := advice(config, processes, fsdp, share, room): yield f"does not fit a card of {card}: {found} does"
+        elif found := advice(config, processes, fsdp, share, room, trust_remote_code): yield f"does not fit a card of {card}: {found} does"
         else: yield f"does not fit a card of {card}, nor with smaller batches or up to 16 processes"

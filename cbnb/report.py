@@ -27,8 +27,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .rounding import floor_limit
-from .runs import RunError, read_json, read_metrics, read_status, runs_folder, safe_output, write_bytes
+from .runs import RunError, read_metrics, read_record, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
+from .withheld import withhold
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -137,7 +138,7 @@ def figures_table(results: dict[str, dict]) -> pd.DataFrame:
 
 def results_of(result: dict) -> dict[str, dict]:
     "The figures in a result.json by name: before and after of a run, or those of each adapter that was evaluated."
-    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after")}
+    return result["evaluated"] if "evaluated" in result else {name: result[name] for name in ("before", "after") if name in result}
 
 
 def result_table(before: dict, after: dict) -> pd.DataFrame:
@@ -192,12 +193,13 @@ def alarm_lines(alarms) -> list[str]:
 
 # %% ../nbs/12_report.ipynb #b71deae6
 def describe_run(path) -> str:
-    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run."""
+    """The state, the result table, the alarms and the files of a run directory, as plain text. Raises FileNotFoundError for a folder that is no run, RunError for one
+    whose files cannot be read."""
     path = Path(path)
-    status, result = read_status(path), read_json(path / "result.json")
+    status, result = read_status(path), read_record(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
     lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
-    if result: lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
+    if result and results_of(result): lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
                          *(f"note: {note}" for note in [*all_notes(results_of(result)), *data_notes(result)])]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
@@ -207,8 +209,11 @@ def describe_run(path) -> str:
 if __name__ == "__main__" and "__file__" in globals():
     if len(sys.argv) < 2: sys.exit("usage: python -m cbnb.report RUN_DIR ...")
     safe_output()
-    try: print(*map(describe_run, sys.argv[1:]), sep="\n")
-    except (RunError, OSError) as e: sys.exit(str(e))
+    wrong = []
+    for path in sys.argv[1:]:
+        try: print(describe_run(path))
+        except (RunError, OSError) as e: wrong.append(str(e))
+    if wrong: sys.exit("\n".join(wrong))
 
 # %% ../nbs/12_report.ipynb #2abb9e40
 def as_float(value) -> float:
@@ -587,7 +592,7 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
-    write_bytes(path, report_page(title, rows, table, parameters, notes, floor).encode())
+    write_bytes(path, withhold(report_page(title, rows, table, parameters, notes, floor)).encode())
     return Path(path)
 
 # %% ../nbs/12_report.ipynb #68347dce

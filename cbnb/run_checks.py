@@ -149,8 +149,8 @@ def check_means(config: CircuitBreakerConfig, probe: Probe, student, folder: Pat
     rows = config.batch_size * config.gradient_accumulation_steps / probe.pairs
     seconds = probe.seconds * rows * config.total_steps
     weights = sum(p.numel() * p.element_size() for p in student.parameters())
-    longest = max(len(s.input_ids) for s in samples)
-    usual = sum(len(s.input_ids) for s in samples) / len(samples)
+    lengths = [len(s.input_ids) for s in samples]
+    longest, usual = max(lengths), sum(lengths) / len(lengths)
     memory = weights + max(probe.memory - weights, 0) * (max(config.batch_size / probe.pairs, 1) * longest / usual if torch.cuda.is_available() else 1)
     total = device_memory()
     adapter = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)

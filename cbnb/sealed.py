@@ -31,8 +31,9 @@ def sha256(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    "Puts everything in `folder` on the disk and then writes its manifest.json: size in bytes and sha256 of every file."
+    "Puts everything in `folder` on the disk and then writes its manifest.json: size in bytes and sha256 of every file. What a killed attempt has left half written goes."
     files = {}
+    for path in folder.rglob(".*.part"): path.unlink()   # see `write_bytes`
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         sync(path)
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}

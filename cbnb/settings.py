@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .config import PRESETS, TINYAGENT, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
 from .masks import ChatMasker
 from .processes import is_first
-from .runs import ParameterError, RunError, read_json, write_bytes, write_json
+from .runs import ParameterError, RunError, read_json, read_record, write_bytes, write_json
 from .templates import FROZEN_NOW, template_inputs
 
 # %% ../nbs/10c_settings.ipynb #setng006
@@ -44,15 +44,15 @@ class Facts(NamedTuple):
 
 def model_facts(name, trust_remote_code=False):
     """The `Facts` of the model `name`: a key of `SHAPES`, tinyagent, a local folder or a hub id, from its configuration alone. Raises OSError, in a sentence
-    with the name, where there is none."""
+    with the name, where there is none, and ConfigError as `cbnb.loaders.read_config`."""
     if name in SHAPES: return Facts(SHAPES[name][0], SHAPES[name][1]["num_hidden_layers"], SHAPES[name][1]["hidden_size"])
     folder = TINYAGENT if name == "tinyagent" else Path(name).expanduser()
     found = (read_json(folder / "config.json") or {}) if folder.is_dir() else {}
-    try: return Facts(str(found["model_type"]), int(found["num_hidden_layers"]), int(found["hidden_size"]), int(found.get("max_position_embeddings") or 0))
-    except (KeyError, TypeError, ValueError): pass   # its text part, or other names, which transformers knows
-    from transformers import AutoConfig   # seconds
-    from cbnb.models import named, resolve_model
-    with named(name): found = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code).get_text_config()
+    try:
+        if "auto_map" not in found: return Facts(str(found["model_type"]), int(found["num_hidden_layers"]), int(found["hidden_size"]), int(found.get("max_position_embeddings") or 0))
+    except (KeyError, TypeError, ValueError): pass   # its text part, or other names, which transformers knows; or code that comes with it, which is refused before a run is started
+    from cbnb.loaders import read_config   # seconds: transformers
+    found = read_config(name, trust_remote_code).get_text_config()
     return Facts(found.model_type, found.num_hidden_layers, found.hidden_size, getattr(found, "max_position_embeddings", None) or 0)
 
 # %% ../nbs/10c_settings.ipynb #setng010
@@ -179,7 +179,7 @@ def template_source(text):
 def kept_template(folder):
     """`{source, sha256, variables, …}` of the template that the run directory `folder` was made with, as `keep_template` has written it; None where it has none.
     Raises RunError for a file that was changed since."""
-    about, path = read_json(Path(folder) / "chat_template.json"), Path(folder) / KEPT_TEMPLATE
+    about, path = read_record(Path(folder) / "chat_template.json"), Path(folder) / KEPT_TEMPLATE
     if about is None: return None
     try: source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e: raise RunError(f"{path} cannot be read ({e}), and the run was made with it: put it back") from None

@@ -23,8 +23,9 @@ import numpy as np
 
 from .adapt import adapt, adapt_names, adapted_counts, adapted_line
 from .holdout import task_keys
+from .spool import Spooled, spooled
 from .templates import MaskError
-from .transcripts import (LABELS, MAX_LINE_BYTES, TranscriptError, TranscriptReader, add_adapted, files_in,
+from .transcripts import (LABELS, MAX_LINE_BYTES, SeenKeys, TranscriptError, TranscriptReader, add_adapted, files_in,
                               is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
 
 # %% ../nbs/00l_sources.ipynb #66a16c04
@@ -344,11 +345,9 @@ class Reading:
             raise TranscriptError(f"{where}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
                                   f"{self.causes()}; mend them, or allow more")
 
-    def read(self, texts):
-        """The transcripts (list) of all entries `texts`. Raises TranscriptError as the readers do, where two
-        transcripts share an id (with `on_error` skip the second is skipped), where a share draws nothing, and
-        where more than `max_skipped` of the records were skipped."""
-        texts, out, ids = list(map(str, texts)), [], set()
+    def each(self, texts):
+        "Yields the transcripts of all entries `texts`, one at a time, and counts what it skips; raises as `read` does."
+        ids = SeenKeys()
         for text, reader in zip(texts, open_sources(texts, self.on_error, self.relabel, self.tools), strict=True):
             for t in reader.records():
                 if not isinstance(t, TranscriptError) and t.id in ids:
@@ -357,10 +356,16 @@ class Reading:
                 if isinstance(t, TranscriptError): self.skip(t)
                 else:
                     ids.add(t.id)
-                    out.append(t)
+                    yield adapt(t, self.adapt)
             self.add(text, reader)
+
+    def read(self, texts) -> Spooled:
+        """The transcripts of all entries `texts`, in a temporary file. Raises TranscriptError as the readers do, where
+        two transcripts share an id (with `on_error` skip the second is skipped), where a share draws nothing,
+        where more than `max_skipped` of the records were skipped, and where the file has no room."""
+        texts = list(map(str, texts))
+        out = spooled(self.each(texts))
         self.check_share(", ".join(texts))
-        out = [adapt(t, self.adapt) for t in out]
         if found := adapted_counts(out): self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
         return out
 

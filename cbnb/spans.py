@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .audit import shorten, visible
-from .convert import check_output
+from .convert import check_written
 from .transcripts import (InjectionSpan, TranscriptError, TranscriptReader, find_injections, join_spans, need, read_records,
                               write_transcripts)
 
@@ -130,10 +130,10 @@ def spanned(transcripts, search, show, texts=None, wrappers=False, roles=("tool"
 # %% ../nbs/01e_spans.ipynb #66e06c72
 def write_spans(reader, out, search, show, texts=None, wrappers=False, roles=("tool",)):
     """Writes the transcripts of `reader` (a `TranscriptReader`) with the spans found to `out`, in the
-    project's own form; without `out` only looks. The reader's file is never written to: `check_output`."""
+    project's own form; without `out` only looks. The reader's file is never written to: `cbnb.convert.check_written`."""
     stream = spanned(reader, search, show, texts, wrappers, roles)
     if out:
-        check_output(out, [reader.path])
+        check_written(out, reader)
         write_transcripts(out, stream)
     else:
         for _ in stream: pass

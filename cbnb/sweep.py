@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
-           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'Panel', 'harmless', 'place', 'grid', 'trace', 'conditions',
-           'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups', 'dose_response',
-           'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline', 'comparison_cells',
-           'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'write_sweep', 'newest_sweep']
+           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'grid', 'trace',
+           'conditions', 'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups',
+           'dose_response', 'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline',
+           'comparison_cells', 'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'earlier_files', 'check_listed',
+           'write_report_files', 'write_sweep', 'newest_sweep']
 
 # %% ../nbs/12b_sweep.ipynb #6a6136ef
+import hashlib
 import io
 import math
 import os
@@ -25,9 +27,11 @@ import plotly.graph_objects as go
 
 from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
                          interval_words, printable, series, static_svg, thin)
-from .runs import RunError, runs_folder, write_bytes
+from .files import quoted_frame, write_bytes, write_files
+from .runs import RunError, json_text, log_rows, read_json, runs_folder
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
-                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, log_rows, span, strata, verdicts)
+                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)
+from .withheld import withhold
 
 # %% ../nbs/12b_sweep.ipynb #c0862003
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def drawn_runs(sweep: Sweep, most: int = RUNS_DRAWN) -> list[tuple[pd.Series, st
     frame, texts = sweep.frame, conditions(sweep)
     logged = np.flatnonzero(frame["last_step"].notna())
     chosen = logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)] if len(logged) else []
-    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]], [])) for i in chosen]
+    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in chosen]
 
 
 def thinned(rows: list[dict], key: str, columns: int = 150) -> tuple[np.ndarray, np.ndarray]:
@@ -433,7 +437,7 @@ def comparison_cells(c) -> list[str]:
 def link_to(run: Path, folder: Path) -> str:
     "A relative address from a page in `folder` to what can be opened of a run; empty if there is nothing."
     names = [run / "report.html", *sorted(run.glob("out.*.ipynb"))[-1:], run / "status.json"]
-    return next((quote(os.path.relpath(name, folder)) for name in names if name.is_file()), "")
+    return next((quote(os.path.relpath(name, folder)) for name in names if os.path.isfile(name)), "")
 
 
 def text_cell(value, exact: bool = False) -> str:
@@ -472,26 +476,55 @@ def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
         common=[(name, "None" if value is None else value) for name, value in sweep.common.items()])
 
 # %% ../nbs/12b_sweep.ipynb #7f2045ad
+LISTING = "report.json"
+
+
+def earlier_files(folder: Path) -> dict[str, str]:
+    "`{name: sha256}` of the files that an earlier report has left in `folder`, as its report.json says; empty without one."
+    listed = (read_json(folder / LISTING) or {}).get("files")
+    return {name: str(digest) for name, digest in listed.items() if Path(name).name == name} if isinstance(listed, dict) else {}
+
+
+def check_listed(folder: Path, names) -> dict[str, str]:
+    "The `earlier_files` of `folder`. Raises RunError where one of `names` is taken there by a file that no report has listed."
+    listed = earlier_files(folder)
+    if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
+        raise RunError(f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another folder")
+    return listed
+
+
+def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes `files`, `{name: bytes}`, to `folder` in their order, all or none (`cbnb.files.write_files`), with a report.json that lists them. Files that an earlier
+    report has listed and this one has no use for are removed, unless they were changed since. Raises RunError as `check_listed` does."""
+    listed = check_listed(folder, files)
+    made = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    listing = lambda names: f"{json_text({'files': names})}\n".encode()
+    write_files({folder / LISTING: listing(listed | made), **{folder / name: data for name, data in files.items()}})
+    for name in listed.keys() - made.keys():
+        old = folder / name
+        if old.is_file() and not old.is_symlink() and hashlib.sha256(old.read_bytes()).hexdigest() == listed[name]: old.unlink()
+    if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
+
+
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
-    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), each under a temporary name and then renamed, the
-    page last; returns the paths. Pictures of an earlier report that this one has no use for are removed. Without a font or resvg_py there are no
-    pictures, and a note on the page says so."""
+    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page last; returns the paths (see `write_report_files`, which
+    may raise). Text that a spreadsheet would take for a formula is quoted in the CSV. Without a font or resvg_py there are no pictures, and a note on the
+    page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds
     figures, files = sweep_figures(sweep), {}
     parquet = io.BytesIO()
     sweep.frame.to_parquet(parquet, index=False)
     try: files = {f"{name}.png": png(fig) for name, (fig, _) in figures.items()}
     except RunError as e: sweep.notes.append(f"{e}.")
-    files |= {"runs.csv": sweep.frame.to_csv(index=False).encode(), "runs.parquet": parquet.getvalue()}
-    files["report.html"] = sweep_page(sweep, folder.resolve(), figures).encode()
-    for name, data in files.items(): write_bytes(folder / name, data)
-    for old in [p for pattern in ("dose_response*.png", "parameter_*.png", "curves.png", "runs.png") for p in folder.glob(pattern)]:
-        if old.name not in files: old.unlink()
+    files |= {"runs.csv": withhold(quoted_frame(sweep.frame).to_csv(index=False)).encode(), "runs.parquet": parquet.getvalue()}
+    files["report.html"] = withhold(sweep_page(sweep, folder.resolve(), figures)).encode()
+    write_report_files(folder, files)
     return [folder / name for name in files]
 
 
 def newest_sweep() -> Path | None:
     "The folder under runs/ with the newest sweep.json, or None."
-    found = [p for p in runs_folder().glob("*/sweep.json") if p.is_file()]
-    return max(found, key=lambda p: p.stat().st_mtime).parent if found else None
+    found = [p for p in runs_folder().glob("*/sweep.json") if os.path.isfile(p)]
+    return max(found, key=os.path.getmtime).parent if found else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from .transcripts import Transcript
 
 # %% auto #0
 __all__ = ['SIDES', 'CONTEXT', 'messages_off', 'lacks_injection', 'check_calls', 'training_mask', 'truncation_window',
-           'cut_context', 'in_batches', 'in_turns']
+           'cut_context', 'Row', 'training_row', 'in_batches', 'in_turns']
 
 # %% ../nbs/01a_targets.ipynb #a75b8f84
 def messages_off(transcript: Transcript) -> list[int]:
@@ -81,6 +82,32 @@ def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
     request = next((i for i in range(last - 1, -1, -1) if role_of(encoded, i) == "user"), None)
     found = ["request"] * (request is not None and cut(request))
     return found + ["injection"] * (last >= 0 and bool(encoded.injection_spans) and cut(first_injection(encoded).message))
+
+# %% ../nbs/01a_targets.ipynb #f16048c6
+@dataclass(frozen=True)
+class Row:
+    """What training takes of an encoded transcript, or of a turn of one: `mask` (bool [S]), its targets, and `keep`, the
+    window of it; `gone`: what `cut_context` finds. `dropped`: why it becomes no sample, `lost_words` (the template
+    writes nothing of an answer), `lost_context` or `no_target`, in `words`; both are empty where it becomes one."""
+    mask: np.ndarray
+    keep: slice
+    gone: tuple = ()
+    dropped: str = ""
+    words: str = ""
+
+
+def training_row(encoded: Encoded, transcript: Transcript, policy, max_length: int = 2048, truncation: str = "targets",
+                 lost_context: str = "drop") -> Row:
+    "The `Row` of `encoded`. Raises what `training_mask` and `truncation_window` raise."
+    mask = training_mask(encoded, transcript, policy)
+    keep = truncation_window(mask, max_length, truncation)
+    gone = tuple(cut_context(encoded, mask, keep)) if keep != slice(0, len(mask)) else ()
+    dropped = words = ""
+    if encoded.lost_words: dropped, words = "lost_words", f"the chat template writes nothing of message {encoded.lost_words[0]}"
+    elif gone and lost_context == "drop": dropped, words = "lost_context", f"truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}"
+    elif not mask[keep][1:].any():  # token 0 is predicted by nothing, so a target there is none
+        dropped, words = "no_target", "it has no target" + " left, truncation cuts off all of them" * bool(mask[1:].any())
+    return Row(mask, keep, gone, dropped, words)
 
 # %% ../nbs/01a_targets.ipynb #b88a0e41
 def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64, errors: str = "raise"):

@@ -9,6 +9,8 @@ import errno
 import hashlib
 import itertools
 import json
+import os
+import secrets
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +29,13 @@ from .data import Sample, pad_rows
 from .models import is_in_parts
 from .passes import teacher_pass
 from .processes import gathered
-from .runs import locked
+from .lease import check_own, holding
+from .runs import is_full_disk
 from .sealed import damage, seal, sync
 
 # %% auto #0
-__all__ = ['SHARD', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 'size_words', 'TeacherCache', 'teacher_states',
-           'token_bytes', 'write_shards', 'differs', 'open_cache']
+__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 'size_words', 'TeacherCache',
+           'teacher_states', 'token_bytes', 'write_shards', 'differs', 'open_cache']
 
 # %% ../nbs/06a_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
@@ -124,7 +127,7 @@ def token_bytes(student: PeftModel, teacher: nn.Module | None, samples: list[Sam
 
 
 def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> None:
-    "Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept."
+    "Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."
     done = set()
     for path in folder.glob("*.safetensors"):
         try:
@@ -138,9 +141,15 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
         if not parts: return
         tensors = {str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous() for layer in parts[0][0]} | {"last": torch.cat([last for _, last in parts if len(last)] or [parts[0][1]]).contiguous()}
         path = folder / f"{next(numbers):05}.safetensors"
-        save_file(tensors, partial := path.with_suffix(".partial"), metadata={"samples": json.dumps(places)})
-        sync(partial)
-        partial.rename(path)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata={"samples": json.dumps(places)})
+            sync(partial)
+            partial.rename(path)
+        except Exception as e:  # safetensors has an error of its own
+            partial.unlink(missing_ok=True)
+            if is_full_disk(e): raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
+            raise
         parts, places, size = [], [], 0
 
     # benign first: a sample of both streams is kept with its final hidden states
@@ -159,9 +168,14 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
     flush()
 
 # %% ../nbs/06a_teacher_cache.ipynb #fa974c54
+CHECKED = 4
+
+
 def differs(cache: TeacherCache, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> str:
-    "What the teacher, run on one sample of each stream, says against its cache, in words; empty within a twentieth of the hidden states' norm, the noise of bfloat16."
-    for sample, final in ((harmful[0], False), (benign[0], True)):
+    """What the teacher, run on `CHECKED` samples of each stream, says against its cache, in words; empty within a twentieth of the hidden states' norm, the noise of
+    bfloat16. The samples are drawn anew each time, and by no seed of the run: nobody can know which ones a forged cache would have to get right."""
+    def drawn(stream): return secrets.SystemRandom().sample(range(len(stream)), min(CHECKED, len(stream)))
+    for sample, final in [*((harmful[i], False) for i in drawn(harmful)), *((benign[i], True) for i in drawn(benign))]:
         hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
         try: kept = cache.states([sample])
         except KeyError: return f"it does not hold the sample of transcript {sample.transcript}"
@@ -173,15 +187,17 @@ def differs(cache: TeacherCache, student: PeftModel, harmful: list[Sample], beni
 
 def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> TeacherCache:
     """The cache of the teacher (`teacher`, or the student's base) for these samples, from the folder `place`, made there if it is not: with its size and time printed, and
-    by one process while others wait. It is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of two samples, and made anew,
-    saying why, where it does not fit. Raises OSError (ENOSPC) where it would have no place, RunError for a folder that cannot be written, ValueError for weights in parts and for `retain_layers` all."""
+    by one process while others wait. It is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of some samples (`differs`), and made anew,
+    saying why, where it does not fit. Raises OSError (ENOSPC) where it would have no place, NotOwn for a cache that others can write to, ValueError for weights in parts and for `retain_layers` all."""
     check_cached(config, is_in_parts(student))
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     name, began = fingerprint(teacher or student, harmful, benign, config), time.monotonic()
     folder, unfinished = place / name, place / f".{name}.unfinished"
     size = cache_bytes(harmful, benign, *token_bytes(student, teacher, benign, config, pad_id))
-    with locked(place):
+    with holding(place, f".lock.{os.geteuid()}"):  # users of one place do not wait for each other
+        for there in (folder, unfinished):
+            if os.path.lexists(there): check_own(there)
         if folder.exists():
             try:
                 wrong = damage(folder) or differs(found := TeacherCache(folder), student, harmful, benign, config, pad_id, teacher)
@@ -194,7 +210,7 @@ def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], ben
         if (free := shutil.disk_usage(place).free) < size * 1.02:
             raise OSError(errno.ENOSPC, f"the teacher cache needs {size_words(size)}, and {size_words(free)} are free; give another teacher_cache, or none", str(place))
         print(f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign samples, made in {folder} ...", flush=True)
-        unfinished.mkdir(exist_ok=True)
+        unfinished.mkdir(exist_ok=True, mode=0o700)
         write_shards(unfinished, student, harmful, benign, config, pad_id, teacher)
         seal(unfinished)
         unfinished.rename(folder)

@@ -34,6 +34,7 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
+from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
@@ -208,6 +209,7 @@ class CircuitBreakerTrainer(Trainer):
         """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the disk; then the oldest goes. What fails
         or is killed before that leaves the earlier ones as they were. Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
         place, step = Path(self.args.output_dir), self.state.global_step
+        check_lease(place.parent)
         made = place / UNFINISHED / f"checkpoint-{step}"
         self.args.output_dir = str(made.parent)
         try:

@@ -40,6 +40,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .files import new_file
+
 # %% ../nbs/00_transcripts.ipynb #93090dc5
 class TranscriptError(ValueError):
     "A record, line or file that cannot be read as a transcript. The text names file, line and field, and says what to do."
@@ -1473,21 +1475,16 @@ def to_record(transcript):
 def write_transcripts(path, transcripts):
     """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back equal ones.
 
-    The file appears whole or not at all (temporary name, then renamed). Raises TranscriptError for one that would not read back equal."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    The file appears whole or not at all (`cbnb.files.new_file`, which may raise). Raises TranscriptError for one that would not read back equal."""
     ids = SeenKeys()
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as f:
-            for t in transcripts:
-                where = f"transcript {t.id!r}"
-                try: line = json.dumps(to_record(t), ensure_ascii=False, allow_nan=False)
-                except (ValueError, TypeError, KeyError, AttributeError) as e:
-                    raise TranscriptError(f"{where}: cannot be written as JSON ({e})") from None
-                back = from_openai(decode_line(line.encode("utf-8", "surrogatepass"), where), where, "")
-                need(back == [t], where, "would not read back equal; use strings as keys, lists for sequences and '' for empty content")
-                need(t.id not in ids, where, "its id stood before; ids must differ within a file")
-                ids.add(t.id)
-                f.write(line + "\n")
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with new_file(path) as f:
+        for t in transcripts:
+            where = f"transcript {t.id!r}"
+            try: line = json.dumps(to_record(t), ensure_ascii=False, allow_nan=False)
+            except (ValueError, TypeError, KeyError, AttributeError) as e:
+                raise TranscriptError(f"{where}: cannot be written as JSON ({e})") from None
+            back = from_openai(decode_line(line.encode("utf-8", "surrogatepass"), where), where, "")
+            need(back == [t], where, "would not read back equal; use strings as keys, lists for sequences and '' for empty content")
+            need(t.id not in ids, where, "its id stood before; ids must differ within a file")
+            ids.add(t.id)
+            f.write(f"{line}\n".encode())

@@ -6,15 +6,16 @@
 __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'BASE', 'TEXTS', 'LEVEL',
            'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN',
            'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN',
-           'is_run', 'planned_runs', 'find_runs', 'log_rows', 'median', 'log_measures', 'result_measures', 'Sweep',
-           'read_run', 'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run',
-           'write_specimen', 'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata',
-           'control_failure', 'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose',
-           'check_gradients', 'judge', 'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
+           'is_run', 'planned_runs', 'find_runs', 'median', 'log_measures', 'result_measures', 'Sweep', 'read_run',
+           'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run', 'write_specimen',
+           'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata', 'control_failure',
+           'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose', 'check_gradients', 'judge',
+           'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
 
 # %% ../nbs/12a_verdicts.ipynb #a7ed7ea4
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +24,33 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from .files import write_bytes
 from .report import alarm_lines, as_float, format_number, printable, series
-from .runs import RunError, check_name, read_json, read_status, still_running, whole_lines, write_json
+from .records import fault
+from .runs import RunError, check_name, holds, log_rows, read_record, read_status, still_running, write_json
+from .status import folders_in
 
 # %% ../nbs/12a_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")
 
 
 def is_run(folder) -> bool:
-    "Whether `folder` is a run directory: it holds one of `RUN_FILES`."
-    return any((Path(folder) / name).is_file() for name in RUN_FILES)
+    "Whether `folder` is a run directory: it holds one of `RUN_FILES`, or nobody can see whether it does."
+    return holds(folder, RUN_FILES)
 
 
 def planned_runs(folder, notes: list) -> dict[Path, dict]:
     """`{run directory: parameters that the spec sets}` of `folder`/sweep.json, empty without one. A plan that cannot be read, and an entry that
     names no folder beside it, is left out with a sentence in `notes`."""
-    try: plan = read_json(Path(folder) / "sweep.json") or {}
-    except (RunError, OSError) as e:
+    try: plan = read_record(Path(folder) / "sweep.json") or {}
+    except RunError as e:
         notes.append(f"{e}; the runs are those whose folders are there.")
         return {}
-    runs, found = plan.get("runs"), {}
-    for entry in runs if isinstance(runs, list) else []:
+    found = {}
+    for entry in plan.get("runs", ()):
         try: path = Path(folder) / check_name(entry["dir"])
         except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {printable(entry)[:80]}, which names no run folder; it is left out.")
-        else: found[path] = entry["parameters"] if isinstance(entry.get("parameters"), dict) else {}
+        else: found[path] = entry["parameters"] if not fault("params.json", entry.get("parameters")) else {}
     return found
 
 
@@ -55,28 +59,18 @@ def find_runs(folders, notes: list) -> dict[Path, dict]:
     found = {}
     for folder in map(Path, folders):
         if is_run(folder): found.setdefault(folder, {})
-        elif folder.is_dir():
+        elif os.path.isdir(folder):
             found |= planned_runs(folder, notes)
-            for path in sorted(folder.iterdir()):
-                if path.is_dir() and is_run(path): found.setdefault(path, {})
+            inside = folders_in(folder)
+            if inside is None: notes.append(f"{folder} cannot be looked into: ask its owner, or leave it out.")
+            for path in inside or ():
+                if is_run(path): found.setdefault(path, {})
         else: notes.append(f"There is no folder {folder}.")
     return found
 
 # %% ../nbs/12a_verdicts.ipynb #ac9f561b
 END_SHARE = 0.2    # the end of a run is this share of its steps, the last ones
 ONSET_LEVEL = 0.5  # the onset is the first step at which loss_reroute is below this
-
-
-def log_rows(path, notes: list) -> list[dict]:
-    "The rows of metrics.jsonl in the run directory `path` that have a step; a sentence in `notes` about lines that cannot be read."
-    rows, bad = [], []
-    for number, line in enumerate(whole_lines(path / "metrics.jsonl").splitlines(), 1):
-        try: row = json.loads(line)
-        except (ValueError, RecursionError): row = None
-        if isinstance(row, dict) and abs(as_float(row.get("step"))) < 2**53: rows.append(row)
-        else: bad.append(number)
-    if bad: notes.append(f"{len(bad)} line{'s' * (len(bad) > 1)} of metrics.jsonl cannot be read, the first is line {bad[0]}")
-    return rows
 
 
 def median(values: np.ndarray) -> float:
@@ -157,25 +151,29 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
     path, notes = Path(path), []
     def read(function, otherwise):
         try: return function()
-        except (RunError, OSError, ValueError) as e: notes.append(str(e))
+        except RunError as e: notes.append(str(e))
         return otherwise
     status = read(lambda: read_status(path), {})
+    unread = "".join(notes)   # of the status: how the run stands is then not known
     parameters, config, result, key, code = (
-        read(lambda name=name: read_json(path / name), None) or {} for name in ("params.json", "config.json", "result.json", "key.json", "code.json"))
-    state = status.get("state", "unknown" if path.is_dir() else "missing")
-    if state == "running" and not still_running(status): state = "lost"
+        read(lambda name=name: read_record(path / name), None) or {} for name in ("params.json", "config.json", "result.json", "key.json", "code.json"))
+    state = status.get("state", "unreadable" if unread else "unknown" if os.path.isdir(path) else "missing")
+    if state == "running" and not still_running(path, status): state = "lost"
     parameters = parameters or planned
     settings = parameters | {k: v for k, v in config.items() if k in parameters and parameters[k] is None or k in ("beta_kl", "seed")}
     beta = as_float(settings.get("beta_kl"))
-    measures = log_measures(read(lambda: log_rows(path, notes), []), beta) | result_measures(result)
+    rows, told = log_rows(path)
+    notes += told
+    measures = log_measures(rows, beta) | result_measures(result)
     total = as_float(config.get("total_steps"))
     if state == "done" and measures["last_step"] < total:
         notes.append(f"its log ends at step {measures['last_step']:g} of {total:g}, so what is read from the log does not count")
         measures |= dict.fromkeys(LOG_MEASURES, math.nan)
     if state == "done" and not result: notes.append("result.json is missing or empty")
-    alarms = result.get("alarms") if isinstance(result.get("alarms"), list) else []
+    alarms = result.get("alarms", [])
+    notes += result.get("changes", [])
     notes += [f"alarm: {alarm}" for alarm in alarm_lines(alarms[:20])]
-    row = {"run": path.name, "state": state, "error": status.get("error"), "attempt": as_float(status.get("attempt")), "key": key.get("key"),
+    row = {"run": path.name, "state": state, "error": status.get("error") or unread or None, "attempt": as_float(status.get("attempt")), "key": key.get("key"),
            "code": key.get("code", code.get("source")), "data": key.get("data"), "beta_kl": beta, "seed": as_float(settings.get("seed")),
            "settings": settings, "alarms": float(len(alarms)), **measures}
     return row, parameters, notes
@@ -209,10 +207,10 @@ def read_sweep(folders, name: str = "") -> Sweep:
     if not rows: raise RunError(f"{', '.join(map(str, folders))} holds no run: give the folder of a sweep, or run directories")
     names = list(dict.fromkeys(key for parameters in given for key in parameters))
     # a run that never started knows only what its sweep sets: what it does not say is no difference
-    whole = [(path / "params.json").is_file() for path in paths.values()]
+    whole = [os.path.isfile(path / "params.json") for path in paths.values()]
     texts = {key: {json.dumps(p.get(key), sort_keys=True, default=str) for p, full in zip(given, whole, strict=True) if key in p or full} for key in names}
     differ = [key for key in names if len(texts[key]) > 1 or key in ("beta_kl", "seed")]
-    frame = pd.DataFrame([{k: v for k, v in row.items() if k != "settings"} for row in rows])
+    frame = pd.DataFrame([{k: plain_text(v) if k in TEXTS else v for k, v in row.items() if k != "settings"} for row in rows])
     for column in TEXTS: frame[column] = pd.Series([plain_text(row[column]) for row in rows], dtype=object)
     columns = {key: f"parameter {printable(key)}" if key in frame.columns and key not in ("beta_kl", "seed") else printable(key) for key in differ}
     for key in differ:
@@ -254,7 +252,7 @@ def specimen_run(path, beta: float, seed: int, alive: bool = True, noise: float 
         slow = {"grad_norm_reroute": 0.4 * wobble, "grad_norm_retain": 0.2 * wobble, "grad_norm_kl": 0.1 * beta * wobble, "grad_cos_reroute_retain": -0.3,
                 "grad_cos_reroute_kl": -0.4 if beta else None, "grad_cos_retain_kl": 0.2 if beta else None}
         rows.append(row | weighted | {"loss": sum(weighted.values()), "c_s": c_s, "c_r": c_r} | (slow if step % 10 == 0 else {}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_bytes(path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     exact = dict.fromkeys(("plain", "sensitive", "hard_negative"), figures["exact_match"]) | {"general": 0.4 * figures["exact_match"]}
     base = {"attack_success": 1.0, "attack_success_lax": 1.0, "unparseable": 0.0, "exact_match": dict.fromkeys(exact, 1.0),
             "heldout_kl": {"in_domain": 0.0, "off_domain": 0.0}, "heldout_top1": {"in_domain": 1.0, "off_domain": 1.0}, "harmful_cosine": 1.0}

@@ -27,6 +27,7 @@ if [ "${SLURM_TASK_PID:-}" = $$ ]; then      # this script is the job
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 id=${job:-$(date +%Y%m%d-%H%M%S)}
+[ -z "$job" ] || [ ! -f /proc/self/fd/1 ] || chmod go= /proc/self/fd/1     # SLURM made the log before the umask was set
 runs=${CBNB_RUNS:-$PWD/runs}
 
 # the time limit is near (USR2), preemption or scancel (TERM), Ctrl-C (INT)
@@ -61,7 +62,7 @@ import sys
 from cbnb.runs import read_status, still_running
 status = read_status(sys.argv[1])
 state = status.get("state", "new")
-print("dead" if state == "running" and not still_running(status) else state)
+print("dead" if state == "running" and not still_running(sys.argv[1], status) else state)
 PY
 }
 
@@ -84,7 +85,7 @@ preflight() {
     ! grep -qE '^ "verdict": "(pass|warn)"' "$run_dir/preflight.json" 2>/dev/null || return 0
     reviewable "$notebook" || { say "no pre-flight: $notebook has parameters that nbs/preflight.ipynb does not know"; return 0; }
     say "$run_dir: pre-flight (SKIP_PREFLIGHT=1 leaves it out)"
-    (trap '' USR2 TERM INT; exec papermill nbs/preflight.ipynb "$run_dir/preflight.ipynb" "$@") &
+    (trap '' USR2 TERM INT; exec python -m cbnb.execute nbs/preflight.ipynb "$run_dir/preflight.ipynb" "$@") &
     pid=$!
     while kill -0 "$pid" 2>/dev/null && [ -z "$stopping" ]; do sleep 1 & wait $! || true; done
     [ -z "$stopping" ] || { kill -KILL "$pid"; return 0; }    # attempt sees the signal, too
@@ -108,6 +109,8 @@ attempt() {
     esac
     preflight "$run_dir" "$@" || return 1
     [ -z "$stopping" ] || { requeue; return 1; }
+    # papermill, whose notebook is whole, private and without secrets; rank.sh does the same for each process
+    [ "$1" != papermill ] || [ "${#launch[@]}" -ne 0 ] || set -- python -m cbnb.execute "${@:2}"
     say "$run_dir ($state): starts on ${SLURMD_NODENAME:-$(hostname)}, GPU ${CUDA_VISIBLE_DEVICES:-none}"
     # SLURM's TERM goes to every process of the job; only this script listens, and papermill ends when the run has ended
     (trap '' USR2 TERM INT; exec "${launch[@]}" "$@") &

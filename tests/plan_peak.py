@@ -3,6 +3,7 @@
 usage: plan_peak.py CASE [LENGTH]     a key of CASES, and tokens a row in place of its own; prints the peak in bytes: what came on top of the imported libraries
 """
 import os, subprocess, sys
+from dataclasses import replace
 
 CASES = {  # name: (settings of the run, kind of model, its shape)
     "large vocabulary": (dict(batch_size=8, max_length=256, target_layers=(4, 8), lora_layers=(0, 11)), "llama",
@@ -35,24 +36,32 @@ def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
 
-if __name__ == "__main__":
+def make_step(config, shape):
+    "One step of a run with these settings on a model of that shape, with its optimizer's state there, as in any step but the first."
     import torch
     from transformers import AutoModelForCausalLM
 
     from cbnb.breaker import CircuitBreaker
     from cbnb.models import DTYPES, add_adapter
     from cbnb.plan import rows_of
-    torch.set_num_threads(1)
-    config, shape = given(sys.argv[1], *map(int, sys.argv[2:]))
-    (torch.randn(300, 300) @ torch.randn(300, 300)).sum()  # what the first product sets up
-    before = resident("VmRSS")
     student = add_adapter(AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype]).eval().requires_grad_(False), config)
     breaker = CircuitBreaker(student, config).train()
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], foreach=False)
     batch = [rows_of(config.batch_size, config.max_length, 0.5) for _ in range(2)]
     for rows in batch: rows |= {"attention_mask": torch.ones_like(rows["input_ids"]), "input_ids": torch.randint(shape.vocab_size, rows["input_ids"].shape)}
     for p in optimizer.param_groups[0]["params"]: p.grad = torch.zeros_like(p)
-    optimizer.step()  # gradients and the optimizer's state are there, as in any step but the first
+    optimizer.step()
     sum(breaker(*batch, torch.ones(3)).values()).backward()
     optimizer.step()
+
+
+if __name__ == "__main__":
+    import torch
+    torch.set_num_threads(1)
+    config, shape = given(sys.argv[1], *map(int, sys.argv[2:]))
+    small = replace(config, batch_size=1, max_length=16), type(shape)(**shape.to_dict() | dict(hidden_size=32, intermediate_size=32, num_attention_heads=2,
+                                                                                               num_key_value_heads=2, head_dim=16, vocab_size=64))
+    make_step(*small)  # what the first step of a process sets up: kernels for this processor, tens of MB
+    before = resident("VmRSS")
+    make_step(config, shape)
     print(resident("VmHWM") - before)

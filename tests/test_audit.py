@@ -51,7 +51,7 @@ def test_a_page_never_overwrites_what_it_is_about(file, tmp_path, capsys):
     path = file(conversation())
     before = open(path).read()
     for page in (path, str(tmp_path)):
-        assert main(["masks", path, *TINY, "--html", page]) == 2 and "name another page" in capsys.readouterr().err
+        assert main(["masks", path, *TINY, "--html", page]) == 2 and "; name a" in capsys.readouterr().err
     assert open(path).read() == before
 
 

@@ -15,7 +15,8 @@ from cbnb.config import SAVINGS, ConfigError, get_config
 from cbnb.data import collate
 from cbnb.floor import on_device
 from cbnb.model_checks import check_packing
-from cbnb.models import add_adapter, auto_class, load_model, reach, reach_shares, save_adapter
+from cbnb.loaders import read_model
+from cbnb.models import add_adapter, load_model, reach, reach_shares, save_adapter
 from cbnb.teacher_cache import cache_bytes, open_cache, teacher_states, token_bytes
 from helpers import NBS
 
@@ -82,7 +83,7 @@ def test_a_family(name, tmp_path):
 
     student.eval()
     save_adapter(student, tmp_path / "adapter")
-    base = auto_class(str(tmp_path / "model"), False).from_pretrained(tmp_path / "model").eval().to(student.device)
+    base = read_model(str(tmp_path / "model")).eval().to(student.device)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = (torch.arange(9, device=student.device)[None] * 5 + 3) % 90
     with torch.no_grad():

@@ -16,6 +16,7 @@ from helpers import ROOT
 
 from cbnb import transcripts as T
 from cbnb.convert import cause_of, convert
+from cbnb.files import OutputError
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -333,8 +334,8 @@ def test_convert_never_writes_over_what_it_reads(tmp_path):
     (tmp_path / "soft").symlink_to(source)
     os.link(source, tmp_path / "hard")
     for out in (source, tmp_path / "soft", tmp_path / "hard", tmp_path, tmp_path / "none" / "x.jsonl"):
-        with pytest.raises(T.TranscriptError): convert(source, out)
-    with pytest.raises(T.TranscriptError, match="is what is read, or lies in it"):
+        with pytest.raises(OutputError): convert(source, out)
+    with pytest.raises(OutputError, match="is what is read, or lies in it"):
         convert(tmp_path, tmp_path / "new.jsonl")
     assert source.read_bytes() == before and not (tmp_path / "new.jsonl").exists()
     report = convert(source, tmp_path / "out.jsonl")

@@ -161,7 +161,7 @@ def test_csv_is_a_line_a_token_and_reads_back(masker):
         assert list(back[f"{m.name}_reason"]) == [m.sentences[c] for c in m.codes]
 
 
-FORMULAS = ["=1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "＋1", "－1", "＠1", '=HYPERLINK("http://example.com";"x")']
+FORMULAS = ["=1", "+1+1", "-1-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "＋1", "－1", "＠1", '=HYPERLINK("http://example.com";"x")']
 
 
 @pytest.mark.parametrize("text", FORMULAS)

@@ -11,6 +11,7 @@ from masks_table import LLAMA3_TOOLS
 from masks_templates import CONTROL
 from outside import importable, llama3, meta_llama3, mistral_spm, qwen3, trl_template
 
+from cbnb.encoders import TextEncoder
 from cbnb.masks import ChatMasker, loss_mask
 from cbnb.policies import completion
 from cbnb.templates import MaskError
@@ -147,6 +148,19 @@ def test_a_batch_is_the_same_as_one_by_one(name):
     assert all(map(same, masker.encode_batch([item["messages"] for item in items if not item["tools"]]),
                    [e for e, item in zip(one_by_one, items) if not item["tools"]]))
     assert masker.encode_batch([]) == []
+
+
+@pytest.mark.parametrize("tokenizer", (llama3, mistral_spm))
+def test_added_tokens_are_not_listed_anew_for_each_text(tokenizer, monkeypatch):
+    "Their list is made by the tokenizer at each asking, of all of them: Gemma 3 has 6,415, which took 15 ms a text."
+    tokenizer, asked = tokenizer(), []
+    made = type(tokenizer).added_tokens_decoder.fget
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda self: asked.append(1) or made(self)))
+    texts = TextEncoder(tokenizer, "tokenizers")
+    texts(["One text. 囍"])
+    asked.clear()
+    for i in range(5): texts([f"Text {i} 囍", f"{tokenizer.eos_token} and {i}"])
+    assert not asked
 
 
 def test_a_batch_names_what_it_refuses_and_can_go_on():

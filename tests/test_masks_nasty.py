@@ -8,9 +8,10 @@ import torch
 from masks_common import SETUPS, TOOLS, answer, ask, check, masker_for, say, trained, transcript
 from outside import llama3, trl_template
 
-from cbnb.data import Sample, collate, encode_stream, pad_rows, truncation_window
+from cbnb.data import Sample, collate, encode_stream, pad_rows
 from cbnb.losses import kl_divergence_loss, predicting_positions, reroute_loss
 from cbnb.masks import ChatMasker, loss_mask
+from cbnb.targets import truncation_window
 from cbnb.templates import MaskError
 from cbnb.turns import COMPLETION, Segment
 from cbnb.transcripts import InjectionSpan, Transcript

@@ -6,7 +6,7 @@ from masks_common import TOOLS, answer, ask, say
 from outside import llama3, qwen3
 
 from cbnb.audit import audit, check_mask, trained_ends
-from cbnb.data_checks import Laid, template_points
+from cbnb.data_checks import Laid, look_at, template_points
 from cbnb.masks import ChatMasker, loss_mask
 from cbnb.policies import end_tokens
 from cbnb.templates import MaskError
@@ -67,7 +67,7 @@ def test_preflight_names_the_whole_end_of_turn():
     mask = loss_mask(encoded)
     laid = [Laid(Transcript("x", CHAT), encoded, mask, mask, ())]
     for stops, verdict in (({tokenizer.eos_token_id}, "pass"), ({0}, "fail")):
-        point = template_points("benign", [], laid, tokenizer, stops)[-1]
+        point = template_points("benign", [], look_at(laid), tokenizer, stops)[-1]
         assert point.verdict == verdict and "turns end with <|eot|><|endofturn|>" in point.text
 
 

@@ -38,7 +38,7 @@ def test_what_a_multimodal_model_has_beside_its_text_part_is_counted(tmp_path):
 
 def test_no_code_of_a_models_folder_runs_and_none_is_asked_for(tmp_path):
     (tmp_path / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PretrainedConfig\nclass Y(PretrainedConfig): model_type = 'theirs'\n")
-    for name, words in (("theirs", "cannot be loaded"), (None, "cannot be loaded"), ("t5", "cannot be planned")):
+    for name, words in (("theirs", "runs only where you say so"), (None, "runs only where you say so"), ("t5", "no causal language model")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "auto_map": {"AutoConfig": "x.Y"}} if name != "t5" else {"model_type": "t5"}))
         said = command("plan", "--model", tmp_path, "--batch-size", 1, "--max-length", 16, runs=tmp_path)
         assert said.returncode == 2 and words in said.stdout and "Traceback" not in said.stdout and "[y/N]" not in said.stdout and not (tmp_path / "ran").exists(), said.stdout

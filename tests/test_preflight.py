@@ -97,9 +97,9 @@ def base_trainable(patch, **_):
 
 def masks_by(change):
     def sabotage(patch, **_):
-        import cbnb.data
-        right = cbnb.data.training_mask
-        patch.setattr(cbnb.data, "training_mask", lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)))
+        import cbnb.targets
+        right = cbnb.targets.training_mask
+        patch.setattr(cbnb.targets, "training_mask", lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)))
     return sabotage
 
 
@@ -211,8 +211,8 @@ def test_the_untouched_setup_has_no_fail(dtype, data, tmp_path, capsys):
     assert floor["dtype"] == dtype and (floor["reroute"] > 1e-6) == (dtype == "bfloat16") and "the floor of " + dtype in detachment["points"][-1]["text"]
 
 
-def test_a_separate_teacher_and_a_control_have_no_fail(data, tmp_path, capsys):
-    record, refused = review(tmp_path / "run", data, teacher=other_model(tmp_path / "teacher"), beta_kl=0.0, hidden_state_mode="hooks")
+def test_a_separate_teacher_and_a_control_and_encoded_transcripts_have_no_fail(data, tmp_path, capsys):
+    record, refused = review(tmp_path / "run", data, teacher=other_model(tmp_path / "teacher"), beta_kl=0.0, hidden_state_mode="hooks", encoded_cache=str(tmp_path / "encoded"))
     assert not refused and record["verdict"] == "warn", refused
 
 

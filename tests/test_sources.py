@@ -282,7 +282,7 @@ def test_rows_that_lost_what_they_answer(tmp_path, capsys):
     "Dropped and counted by encoding, found by the audit, warned of by pre-flight; kept where that is asked for."
     from cbnb.config import get_config
     from cbnb.data import StreamReport, data_record, encode_stream
-    from cbnb.data_checks import stream_points
+    from cbnb.data_checks import Seen, stream_points
     from cbnb.masks import ChatMasker
     from cbnb.models import load_tokenizer
     masker = ChatMasker(load_tokenizer("tinyagent"))
@@ -295,7 +295,7 @@ def test_rows_that_lost_what_they_answer(tmp_path, capsys):
     assert (len(kept), report.counts["lost_context"], report.counts["request_cut"], report.counts["injection_cut"]) == (4, 1, 1, 1)
     assert "1 of 5 dropped: truncation cuts off the user's request (1) or the injected message (1)" in report.losses()
     assert any("harmful: 1 of 5 dropped" in note for note in data_record(S.Reading(), report, StreamReport())["notes"])
-    [point] = [p for p in stream_points("harmful", kept, [], [], report, "post_injection_only") if "raise max_length" in p.text]
+    [point] = [p for p in stream_points("harmful", kept, Seen(), report, "post_injection_only") if "raise max_length" in p.text]
     assert point.verdict == "warn" and "1 of 5 transcripts are dropped" in point.text
     everything, report = encode_stream(chats, masker, "post_injection_only", limit, lost_context="keep")
     assert len(everything) == 5 and report.counts["lost_context"] == 0 and report.counts["injection_cut"] == 1 and report.losses()

@@ -1,14 +1,19 @@
 """Samples on disk are those that `encode_stream` makes: by policy, turn and number of processes; trained on as a list is; nothing is left of what failed."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 import cbnb.store
-from cbnb.data import EmptyStream, PairedStreams, collate, encode_stream
+from cbnb.config import get_config
+from cbnb.data import EmptyStream, PairedStreams, collate, encode_stream, refusals
 from cbnb.masks import ChatMasker
 from cbnb.models import load_tokenizer
-from cbnb.store import StoredSamples, pieces, stored_stream
+from cbnb.sources import Reading
+from cbnb.store import StoredSamples, kept_for, pieces, stored_refusals, stored_stream
 from cbnb.tinyagent import KINDS, make_transcripts
+from cbnb.transcripts import TranscriptError
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,22 @@ def test_what_cannot_be_encoded_leaves_nothing(masker, tmp_path):
     with pytest.raises(TypeError, match="read twice"): stored_stream(tmp_path, iter(plain), masker, "assistant_only")
     with pytest.raises(TypeError, match="name of a policy"): stored_stream(tmp_path, plain, masker, lambda encoded: encoded)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("split_turns", (False, True))
+def test_what_the_template_refuses_is_found_again_without_encoding(split_turns, masker, tmp_path, monkeypatch):
+    "The same transcripts for the same causes, whoever finds them."
+    plain = make_transcripts("plain", 30)
+    mixed = [replace(t, messages=[{"role": "user", "content": masker.tokenizer.eos_token}, *t.messages]) if i % 10 == 4 else t for i, t in enumerate(plain)]
+    wanted = {i: str(e) for i, e in enumerate(refusals(mixed, masker, split_turns)) if e is not None}
+    assert [*wanted] == [4, 14, 24] and stored_refusals(tmp_path, mixed, masker, split_turns, processes=3) == wanted
+    config, one, two = get_config("tinyagent", split_turns=split_turns), *(Reading(on_error="skip", records=30) for _ in range(2))
+    kept = kept_for(config, mixed, masker, one)
+    monkeypatch.setattr(cbnb.store, "refusals", None)
+    assert kept_for(config, mixed, masker, two, tmp_path) == kept == [t for t in plain if t in mixed] and one.record() == two.record()
+    with pytest.raises(TranscriptError, match="the chat template refuses transcripts: 3 of 20 records are skipped, above max_skipped 0.1"):
+        kept_for(config, mixed, masker, Reading(on_error="skip", records=20), tmp_path)
+    assert kept_for(config, mixed, masker, Reading(), tmp_path) is mixed and len([*tmp_path.iterdir()]) == 1
 
 
 def test_no_more_than_a_few_pieces_are_under_way(masker):

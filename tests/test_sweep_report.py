@@ -1,5 +1,5 @@
 """`cbnb report` and its verdicts: they keep to their figures, a failure never helps, nothing of a stranger's runs, and the page opens anywhere."""
-import json, math, random, re, shutil, socket, struct, sys, time, zlib
+import json, math, random, re, shutil, struct, sys, time, zlib
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
+from cbnb.files import quoted_cell
+from cbnb.lease import identity
 from cbnb.runs import write_json
-from cbnb.sweep import DOSE, dose_response, groups, sweep_figures
+from cbnb.sweep import DOSE, dose_response, groups, sweep_figures, write_report_files
 from cbnb.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, SEEDS, Sweep, advice, read_sweep, specimen_run, verdicts,
                            write_specimen)
 from helpers import BIN, NBS, ROOT, read, run
@@ -219,7 +221,7 @@ def messy(tmp_path_factory):
     at = lambda beta, seed: folder / f"specimen-beta_kl{beta}-seed{seed}"
     write_json(at(0.1, 0) / "status.json", {"state": "failed", "error": f"OutOfMemoryError: {HOSTILE}", "attempt": 3})
     write_json(at(0.1, 1) / "status.json", {"state": "running", "node": None, "pid": 2**22 + 1, "attempt": 1})
-    write_json(at(0.1, 2) / "status.json", {"state": "running", **{"node": socket.gethostname(), "pid": 2**22 + 1, "pid_started": "1"}, "attempt": 1})
+    write_json(at(0.1, 2) / "status.json", {"state": "running", **identity() | {"pid": 2**22 + 1, "pid_started": "1"}, "attempt": 1})
     (at(0.5, 0) / "metrics.jsonl").write_text((at(0.5, 0) / "metrics.jsonl").read_text()[:5000] + "\n{torn\n")
     (at(0.5, 1) / "result.json").write_text('{"after": {"attack_success"')
     (at(0.5, 2) / "status.json").write_text("")
@@ -240,7 +242,7 @@ def test_the_files_are_whole(messy):
     out = folder / "report"
     assert f"report: {out / 'report.html'}" in text
     figures = sweep_figures(read_sweep([folder]))
-    assert {p.name for p in out.iterdir()} == {"report.html", "runs.csv", "runs.parquet", *(f"{name}.png" for name in figures)} and len(figures) >= 4
+    assert {p.name for p in out.iterdir()} == {"report.html", "report.json", "runs.csv", "runs.parquet", *(f"{name}.png" for name in figures)} and len(figures) >= 4
     for name, (figure, _) in figures.items():
         data = (out / f"{name}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -265,14 +267,15 @@ def test_parquet_is_csv(messy):
     assert list(csv) == list(parquet) and len(csv) == 19
     for column in parquet:
         if parquet[column].dtype.kind == "f": assert np.array_equal(parquet[column], csv[column].astype(float), equal_nan=True), column
-        else: assert [v if isinstance(v, str) else None for v in parquet[column]] == [v if isinstance(v, str) else None for v in csv[column]], column
+        else: assert [quoted_cell(v) if isinstance(v, str) else None for v in parquet[column]] == [v if isinstance(v, str) else None for v in csv[column]], column
+    assert not any(v != quoted_cell(v) for column in csv for v in [column, *csv[column]] if isinstance(v, str)), "no cell is a formula"
 
 
 def test_every_run_is_listed_and_every_defect_told(messy):
     folder, text = messy
     frame = pd.read_parquet(folder / "report" / "runs.parquet").set_index("run")
     states = {name: frame.state[f"specimen-beta_kl{name}"] for name in ("0.1-seed0", "0.1-seed1", "0.1-seed2", "0.5-seed2", "3-seed1", "3-seed2")}
-    assert states == {"0.1-seed0": "failed", "0.1-seed1": "running", "0.1-seed2": "lost", "0.5-seed2": "unknown", "3-seed1": "missing", "3-seed2": "done"}
+    assert states == {"0.1-seed0": "failed", "0.1-seed1": "running", "0.1-seed2": "lost", "0.5-seed2": "unreadable", "3-seed1": "missing", "3-seed2": "done"}
     assert frame.attempt["specimen-beta_kl0.1-seed0"] == 3 and "OutOfMemoryError" in frame.error["specimen-beta_kl0.1-seed0"]
     assert math.isnan(frame.loss_kl["specimen-beta_kl0.5-seed0"]) and math.isnan(frame.harmful_cosine["specimen-beta_kl0.5-seed1"]) and math.isnan(frame.loss_kl["specimen-beta_kl3-seed2"])
     page = (folder / "report" / "report.html").read_text()
@@ -330,9 +333,11 @@ def test_folders_without_runs_and_places_that_cannot_be_written(tmp_path):
 def test_a_new_report_takes_the_place_of_the_old_one(tmp_path):
     folder = write_specimen(tmp_path / "sweep", betas=(0.0, 0.3), seeds=(0,))
     (folder / "report").mkdir()
-    for name in ("dose_response_9.png", "parameter_4.png", "mine.png"): (folder / "report" / name).write_text("old")
+    write_report_files(folder / "report", {name: b"old" for name in ("dose_response_9.png", "parameter_4.png", "parameter_5.png", "report.html")})
+    for name in ("mine.png", "parameter_5.png", "parameter_6.png"): (folder / "report" / name).write_text("mine")
     assert report(folder).returncode == 0
-    assert {p.name for p in (folder / "report").iterdir()} == {"report.html", "runs.csv", "runs.parquet", "dose_response.png", "curves.png", "runs.png", "mine.png"}
+    assert {p.name for p in (folder / "report").iterdir()} == {"report.html", "report.json", "runs.csv", "runs.parquet", "dose_response.png", "curves.png", "runs.png", "mine.png",
+                                                               "parameter_5.png", "parameter_6.png"}, "what it has not listed, or was changed since, stays"
 
 
 def test_every_measure_has_its_panel(tmp_path):

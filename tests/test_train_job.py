@@ -12,9 +12,13 @@ from train_common import few, load, metrics, papermill
 
 @pytest.mark.parametrize("cwd, notebook", [(ROOT, "nbs/train.ipynb"), (NBS, "train.ipynb")])
 def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
-    done = papermill(tmp_path / "out.ipynb", "-p", "beta_kl", 0.3, *few(tmp_path), cwd=cwd, notebook=notebook, runs=tmp_path / "runs")
+    secrets = {"HF_TOKEN": "hf_" + "aB3d" * 9, "https_proxy": "http://me:pr0xy-pass@proxy.invalid:3128"}
+    done = papermill(tmp_path / "out.ipynb", "-p", "beta_kl", 0.3, *few(tmp_path), cwd=cwd, notebook=notebook, runs=tmp_path / "runs", **secrets)
     assert done.returncode == 0, done.stdout[-4000:]
     (folder,) = (tmp_path / "runs").glob("*/*")
+    left = [folder, *folder.rglob("*")]
+    assert len(left) > 20 and not [p for p in left if p.lstat().st_mode & 0o077], "private, all of it"
+    assert not [p for p in (tmp_path / "out.ipynb", *left) if p.is_file() and any(value in p.read_bytes() for value in (b"aB3d" * 9, b"pr0xy-pass"))]
     assert load(folder / "status.json")["state"] == "done" and len(metrics(folder)) == 4
     assert "step 4/4  reroute" in done.stdout, "progress is shown while the run goes on, in a job's log too"
     outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", ())]

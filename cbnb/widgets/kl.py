@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'LISTED', 'candidate_texts', 'divergence_state', 'layer_state', 'kl_state', 'number_text', 'kl_html',
            'KLExplorer', 'static_kl', 'StillExplorer', 'kl_explorer', 'newest_run', 'adapter_and_run', 'run_config',
-           'from_root', 'held_out_of', 'each_of', 'transcripts_to_show', 'renewer', 'left_out', 'load_explorer',
-           'open_explorer']
+           'from_root', 'held_out_of', 'each_of', 'transcripts_to_show', 'renewer', 'left_out', 'training_drops',
+           'load_explorer', 'open_explorer']
 
 # %% ../../nbs/22_kl_explorer.ipynb #7813648a
 import contextlib
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -18,17 +19,21 @@ import anywidget
 import numpy as np
 import traitlets
 
+from ..actions import for_policy
 from ..adapt import adapt
 from ..audit import visible
 from ..config import CircuitBreakerConfig
-from ..data import load_streams
-from ..divergence import (
-    Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, share_of_kl, token_table, top_tokens)
+from ..data import encoded_pairs, load_streams
+from cbnb.divergence import (
+    Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, real_rows, share_of_kl, token_table,
+    top_tokens)
 from ..encoders import token_bytes
 from ..models import load_model
-from ..runs import RunError, project_root, read_json, read_status, runs_folder
+from ..runs import RunError, project_root, read_record, read_status, runs_folder
 from ..settings import kept_template, make_masker
 from ..sources import entry_paths, listed, open_sources, reading_of
+from ..targets import training_row
+from ..templates import MaskError
 from ..tinyagent import KINDS, make_transcripts
 from ..transcripts import TranscriptError, is_hub
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
@@ -42,7 +47,7 @@ def candidate_texts(tokenizer, ids):
     by_bytes = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for token in ids:
         raw, name = part(token), tokenizer.convert_ids_to_tokens(token)
-        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token)
+        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token, added)
         if token in added: text = shown(added[token].content)
         elif raw is not None: text = spelled(raw)
         elif name is None: text = f"id {token}"
@@ -200,7 +205,7 @@ def newest_run(runs=None):
     for path in Path(runs or runs_folder()).glob("**/adapter/adapter_config.json"):
         with contextlib.suppress(RunError, OSError, ValueError):  # a broken run is not the newest finished one
             status = read_status(path.parent.parent)
-            if status.get("state") == "done": found.append((status.get("updated", ""), path.parent.parent))
+            if status.get("state") == "done": found.append((status.get("updated") or "", path.parent.parent))
     return max(found)[1] if found else None
 
 
@@ -213,7 +218,8 @@ def adapter_and_run(folder):
 
 def run_config(run):
     "The CircuitBreakerConfig that the run directory `run` was trained with; of None the preset `base`. Raises RunError and ConfigError."
-    return CircuitBreakerConfig(**read_json(run / "config.json")) if run else CircuitBreakerConfig()
+    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have had others
+    return CircuitBreakerConfig(**{k: v for k, v in (read_record(run / "config.json") or {}).items() if k in known}) if run else CircuitBreakerConfig()
 
 # %% ../../nbs/22_kl_explorer.ipynb #5787ae06
 def from_root(text):
@@ -224,7 +230,7 @@ def from_root(text):
 def held_out_of(run):
     """The transcripts that the run directory `run` held out (iterable). Raises ValueError where its parameters name none, TranscriptError where they
     are gone."""
-    given = read_json(run / "params.json") or {}
+    given = read_record(run / "params.json") or {}
     files, eval_files = (listed(given.get(key, "")) for key in ("data", "eval_data"))
     if given.get("data") == "tinyagent": files, eval_files = [], eval_files or [run / "data" / "eval.jsonl"]
     if not files and not eval_files: raise ValueError(f"{run}/params.json names no data; give transcript files.")
@@ -247,7 +253,7 @@ def transcripts_to_show(data, run, limit=LISTED, **given):
     read its own but for what is `given` of `cbnb.sources.READING`), of the tiny
     agent's world (`"tinyagent"`), or, if empty, those that `run` held out. Raises ValueError where there are none."""
     if data == "tinyagent" or not data and run is None: source = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
-    elif data: source = each_of(listed(data), reading_of((read_json(run / "params.json") or {}) if run else {}, **given))
+    elif data: source = each_of(listed(data), reading_of((read_record(run / "params.json") or {}) if run else {}, **given))
     else: source = held_out_of(run)
     found = list(itertools.islice(source, limit + 1))
     if not found: raise ValueError(f"{data or run} holds no transcripts.")
@@ -259,18 +265,18 @@ def renewer(student, masker, transcripts, config, teacher=None, k=10, note=""):
     final hidden states of the last one chosen are kept, so that another temperature takes no pass."""
     kept = {}
     def renew(chosen, temperature):
-        transcript = transcripts[chosen]
         if chosen not in kept:
-            policy = config.harmful_policy if transcript.label == "harmful" else config.benign_policy
+            policy = config.harmful_policy if transcripts[chosen].label == "harmful" else config.benign_policy
+            transcript, = for_policy([transcripts[chosen]], policy)
             encoded, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
+            said = [note, *left_out(encoded, config, transcript.label), *training_drops(transcript, masker, policy, config)]
             passed = compare(student, encoded.input_ids, teacher)
             kept.clear()
-            kept[chosen] = dict(encoded=encoded, mask=mask, mask_name=policy), *passed
+            kept[chosen] = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said))), *passed
         about, target, sides = kept[chosen]
         divergence = diverge(target, sides, about["encoded"].input_ids, temperature, k)
         vocabulary = target.head(target.hidden[:1]).shape[1]
-        return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary, "title": transcript.id,
-                "problem": " ".join(filter(None, [note, *left_out(about["encoded"], config, transcript.label)]))}
+        return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary}
     return renew
 
 
@@ -283,6 +289,16 @@ def left_out(encoded, config, label):
     harmful = "This transcript is harmful: the KL term leaves it out, and its targets are the reroute term's."
     return [cut] * (start > 0 or end < n) + [turns] * config.split_turns + [harmful] * (label == "harmful")
 
+
+def training_drops(transcript, masker, policy, config):
+    "A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and why; empty where it takes all."
+    try: turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
+    except MaskError as e: return [f"Training refuses this transcript: {e}."]
+    rows = [training_row(e, transcript, policy, config.max_length, config.truncation, config.lost_context) for e in turns]
+    dropped = [row for row in rows if row.dropped]
+    what = f"{len(dropped)} of its {len(rows)} turns" if config.split_turns else "this transcript"
+    return [f"Training drops {what}: {dropped[0].words}."] if dropped else []
+
 # %% ../../nbs/22_kl_explorer.ipynb #7b822af2
 def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,
                   control="", trust_remote_code=False, chat_template="", template_variables="", relabel=None, on_error=None, tools=None):
@@ -294,19 +310,20 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
-    for path in folders.values(): check_adapter(path)
+    for path in folders.values(): check_adapter(path, trust_remote_code)
     config = run_config(run)
     model = model or (config.model if run else json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
     transcripts, more = transcripts_to_show(data, run, max(LISTED, number), relabel=relabel, on_error=on_error, tools=tools)
     if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
-    given = (read_json(run / "params.json") or {}) if run else {}
+    given = (read_record(run / "params.json") or {}) if run else {}
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     kept = (kept_template(run) or {}).get("source", "") if run else ""
     masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
                              tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
-    def load(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
-    renew = renewer(load_students(load(model), folders), masker, transcripts, config, load(teacher) if teacher else None, k, more)
+    def whole(name): return load_model(name, dtype or (config.dtype if run else "float32"), trust_remote_code=trust_remote_code)
+    students = load_students(whole(model), folders, real_rows(masker, [transcripts[number - 1]]), trust_remote_code)
+    renew = renewer(students, masker, transcripts, config, whole(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
     return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], number - 1)

@@ -27,7 +27,7 @@ def partial_bytes(tokenizer):
     by_bytes, added = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder), tokenizer.added_tokens_decoder
     def of(token):
         if token in added: return None
-        raw = token_bytes(tokenizer, token) if by_bytes else None
+        raw = token_bytes(tokenizer, token, added) if by_bytes else None
         if raw is None and (fallback := re.fullmatch("<0x([89A-F][0-9A-F])>", tokenizer.convert_ids_to_tokens(token) or "")):
             raw = bytes.fromhex(fallback[1])
         return None if raw is None or is_text(raw) else raw

@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..report import WIDTH, curves, printable, static_svg
 from ..sweep import AGAINST, against, by_kind, headline, link_to, text_cell
-from ..verdicts import CHECKS, Sweep, advice, log_rows, verdicts
+from ..runs import log_rows
+from ..verdicts import CHECKS, Sweep, advice, verdicts
 from .views import is_live
 
 # %% ../../nbs/24_sweep_explorer.ipynb #267b3bdc
@@ -70,12 +71,12 @@ def picture(fig) -> str:
 def run_views(sweep: Sweep, run: str) -> str:
     "HTML (str) with what can be opened of one run: its report and notebook as links, the dashboard and the KL explorer as commands, and its curves."
     path = sweep.folders[run]
-    links = [p for p in (path / "report.html", *sorted(path.glob("out.*.ipynb"))[-1:]) if p.is_file()]
+    links = [p for p in (path / "report.html", *sorted(path.glob("out.*.ipynb"))[-1:]) if os.path.isfile(p)]
     links = " · ".join(f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(printable(p.name))}</a>' for p in links)
     commands = [f"from cbnb.widgets.dashboard import dashboard; dashboard({json.dumps(str(path))})",
                 f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}"]
-    try: drawn = picture(curves(log_rows(path, [])))
-    except (OSError, ValueError) as e: drawn = escape(printable(e))
+    rows, told = log_rows(path)
+    drawn = "".join(f"<p>{escape(printable(line))}</p>" for line in told) + picture(curves(rows))
     text = "".join(f"<pre>{escape(printable(command))}</pre>" for command in commands)
     return f"<p><b>{escape(printable(run))}</b> {links}</p>{text}{drawn}"
 

@@ -46,7 +46,7 @@ for job in json.loads(sys.argv[1]):
     harmful, _ = encode_stream(make_transcripts("injection", 20), masker, config.harmful_policy)
     benign, _ = encode_stream(make_transcripts("plain", 20), masker, config.benign_policy)
     heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, 5, "eval")]
-    run = open_run({"config": job["config"]}, run_dir=job["run_dir"])
+    run = open_run({"config": json.dumps(job["config"])}, run_dir=job["run_dir"])
     with stage(run, "training"):
         student = moved(add_adapter(load_model("tinyagent", fsdp=job["fsdp"]), config))
         parts = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in student.parameters() if not p.requires_grad]

@@ -1,0 +1,256 @@
+"""One bad run never hides the others: a finished run of the tiny agent (tests/finished), one of whose files is damaged, beside two whole ones, read by all
+that reads runs: the rows of `cbnb status` and `cbnb ablate`, the report, the page of a sweep, dashboards, explorers, evaluation."""
+import contextlib, json, os, random, shutil, tempfile
+from pathlib import Path
+
+import pytest
+
+from cbnb.ablation import Sweep
+from cbnb.adapters import run_parameters
+from cbnb.answers import kept_lines
+from cbnb.cli import main
+from cbnb.config import ConfigError
+from cbnb.jobs import action, sweep_rows
+from cbnb.records import RECORDS, fault
+from cbnb.report import describe_run
+from cbnb.lease import identity, process_start
+from cbnb.runs import RunError, close_run, read_metrics, read_record, read_status, write_json
+from cbnb.settings import kept_template
+from cbnb.status import run_folders, run_rows, run_table
+from cbnb.sweep import sweep_page
+from cbnb.verdicts import read_sweep
+from cbnb.widgets.dashboard import summary_bundle, take_snapshot
+from cbnb.widgets.kl import newest_run, run_config
+from cbnb.widgets.sweep import explorer_html, judged, run_views
+from forked import forked
+
+FINISHED = Path(__file__).parent / "finished"
+NAMES = ("bad", "good", "other")
+BAD = "bad"
+KEYS = {name: f"{i}" * 64 for i, name in enumerate(NAMES)}
+PLANNED = [{"dir": name, "parameters": {"seed": i}, "key": KEYS[name]} for i, name in enumerate(NAMES)]
+FILES = ("status.json", "params.json", "config.json", "result.json", "metrics.jsonl", "preflight.json", "key.json", "code.json", "answers.jsonl",
+         "chat_template.json", "../sweep.json", "../jobs/0001.json")
+HUGE, DATES = 10**400, ("2026-01-31T12:00:00", "9999-12-31T23:59:59+00:00", "2026-13-45T00:00:00+00:00", "now")
+VALUES = (None, True, -1, 0, 0.5, HUGE, -1e999, float("nan"), "", "x" * 30_000, "\x1b[31m\u202e\ud800", *DATES, [], [1], {}, {"a": {"b": [None]}}, [[[[[]]]]])
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    "Three finished runs of one sweep, with its plan and the record of a submission."
+    folder = tmp_path / "runs" / "sweep"
+    for name in NAMES:
+        shutil.copytree(FINISHED, folder / name)
+        write_json(folder / name / "key.json", {"key": KEYS[name]})
+        write_json(folder / name / "params.json", json.loads((FINISHED / "params.json").read_text()) | {"seed": NAMES.index(name)})
+    write_json(folder / "sweep.json", {"name": "sweep", "notebook": "train.ipynb", "spec": {}, "runs": PLANNED})
+    (folder / "jobs").mkdir()
+    arrays = [{"name": "cbnb-sweep-1-0", "job": "17", "offset": 0, "runs": list(NAMES)}]
+    write_json(folder / "jobs" / "0001.json", {"submitted": "2026-11-29T04:00:00+00:00", "arrays": arrays, "report": None})
+    return folder
+
+
+def running(folder):
+    "Makes the run in `folder` one that this very moment trains, in the parent of this process."
+    pid = os.getppid()
+    status = json.loads((folder / "status.json").read_text())
+    write_json(folder / "status.json", status | {"state": "running", "stage": "training", **identity(), "pid": pid, "pid_started": process_start(pid)})
+
+
+# --- damage ---
+
+def places(value, at=()):
+    "The places of all values in a JSON `value`."
+    yield at
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else (): yield from places(inner, (*at, key))
+
+
+def changed(value, at, how):
+    "A copy of `value` whose entry at the place `at` is gone, doubled, or another (`how`: a function of the old)."
+    if not at: return how(value)
+    copy = value.copy()
+    if how is None and len(at) == 1: del copy[at[0]]
+    else: copy[at[0]] = changed(value[at[0]], at[1:], how)
+    return copy
+
+
+def damaged(data, rng, path):
+    "Damages the file `path`, whose bytes are `data`; returns what was done, in words."
+    how = rng.choice(("cut", "bytes", "binary", "empty", "foreign", "nested", "endless", "pipe", "folder", "twice", *["value"] * 8, *["gone"] * 3))
+    path.unlink()
+    if how == "endless":
+        with open(path, "wb") as f: f.truncate(1 << 40)
+    elif how == "pipe": os.mkfifo(path)
+    elif how == "folder": path.mkdir()
+    elif how in ("value", "gone"):
+        lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+        number = rng.randrange(len(lines))
+        value = json.loads(lines[number])
+        at = rng.choice([place for place in places(value) if place or how == "value"])
+        new = rng.choice(VALUES)
+        lines[number] = json.dumps(changed(value, at, None if how == "gone" else lambda old: new)).encode()
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return f"{how} {at} {new!r:.40}"
+    else:
+        at = rng.randrange(len(data))
+        path.write_bytes({"cut": data[:at] + b"\n", "bytes": data[:at] + bytes([rng.randrange(256)]) + data[at + 1:], "binary": rng.randbytes(3000), "empty": b"",
+                          "foreign": b'{"run": {"id": 7}, "state": "FINISHED", "runs": 3}\n', "nested": b"[" * 50_000 + b"\n",
+                          "twice": data.replace(b"{", b'{"state": "x", "state": "x", ', 1)}[how])
+    return how
+
+
+def whole(path):
+    "Whether the file `path` is in order: what the readers have to tell of, by the schema and Python's own JSON reader."
+    kind = "jobs" if path.parent.name == "jobs" else path.name
+    if not path.is_file() or path.stat().st_size > 1 << 30: return False
+    data = path.read_bytes()
+    lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+    def pairs(found): return dict(found) if len(dict(found)) == len(found) else 1 / 0
+    try: values = [json.loads(line.decode(), object_pairs_hook=pairs) for line in lines]
+    except (ValueError, RecursionError, ZeroDivisionError): return False
+    return all(isinstance(value, dict) and not fault(kind, value) for value in values)
+
+
+# --- everything that reads runs ---
+
+def told_by(sweep):
+    """What each reader says: `{reader: (rows of the whole runs, words on the bad one)}`. None of them may raise, but those that are asked for the bad run alone
+    may refuse it, in one sentence."""
+    plan, said = Sweep(sweep, {}, Path("train.ipynb"), [{"dir": run["dir"], "key": {"key": run["key"]}} for run in PLANNED], 0, []), {}
+    for name, rows in (("status", run_rows(run_folders(sweep.parent))), ("ablate", sweep_rows(plan))):
+        assert sorted(row["run"] for row in rows) == list(NAMES)
+        assert all(action(row) in ("skip", "leave", "start", "resume") for row in rows)
+        json.dumps(rows)
+        said[name] = [row for row in rows if row["run"] != BAD], "".join(row["note"] for row in rows if row["run"] == BAD)
+    found = read_sweep([sweep])
+    frame = found.frame.set_index("run").drop(columns=[c for c in found.parameters if c != "seed"])
+    assert sorted(frame.index) == list(NAMES)
+    rows = {run: {k: v for k, v in row.items() if v == v and v is not None} for run, row in frame.to_dict("index").items()}
+    said["report"] = {run: rows[run] for run in NAMES if run != BAD}, "\n".join(found.notes)
+    for name in NAMES:
+        views = summary_bundle(take_snapshot(sweep / name))["text/plain"]
+        if name == BAD: said["dashboard"] = None, views
+    for ask in (describe_run, read_metrics, kept_lines, kept_template, run_config, run_parameters, lambda path: newest_run(path.parent)):
+        with contextlib.suppress(RunError, FileNotFoundError, ConfigError): ask(sweep / BAD)
+    return said, found
+
+
+# which reader reads which file of a finished run; of one that is running, `cbnb status` reads how far it is
+READ_BY = {"status.json": ("status", "ablate", "report", "dashboard"), "key.json": ("ablate", "report"), "code.json": ("ablate", "report"), "params.json": ("report",),
+           "config.json": ("report", "dashboard"), "result.json": ("report",), "metrics.jsonl": ("report", "dashboard"), "sweep.json": ("report",)}
+
+
+def test_damage_of_any_file_is_told_and_hides_nothing(sweep, capsys):
+    rng, cases, unsound = random.Random(20), 0, 0
+    for live in (False, True):
+        if live: running(sweep / BAD)
+        before, _ = told_by(sweep)
+        for file in FILES:
+            path = (sweep / BAD / file).resolve()
+            data = path.read_bytes()
+            for _ in range(10):
+                what = f"{file}: {damaged(data, rng, path)}"
+                sound = whole(path)
+                said, found = told_by(sweep)
+                for reader, (others, words) in said.items():
+                    assert file == "../jobs/0001.json" or others == before[reader][0], (what, reader, "the others' rows have changed")
+                    if reader in READ_BY.get(path.name, ()) and not sound and not (path.name == "code.json" and live): assert path.name in words, (what, reader, words)
+                if not sound and cases % 40 == 0:
+                    page, text = sweep_page(found, sweep, {}), judged(found)
+                    assert all(name in page and name in text for name in NAMES) and run_views(found, BAD) and explorer_html(found) and len(run_table(sweep)) == 3
+                    assert main(["status", str(sweep)]) == 0 and len(capsys.readouterr().out.splitlines()) == 4
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.write_bytes(data)
+                cases, unsound = cases + 1, unsound + (not sound)
+    assert cases == 2 * 10 * len(FILES) and unsound > cases // 2
+    assert all(told_by(sweep)[0][reader] == before[reader] for reader in ("status", "ablate", "report")), "all is as it was"
+
+
+# what each file must not say: changed by hand, in the finished run, at the place of its field
+WRONG = {
+    "status.json": [({"state": "finished"}, "state"), ({"pid": True}, "pid"), ({"pid": 0}, "pid"), ({"pid_started": 17}, "pid_started"), ({"attempt": -1}, "attempt"),
+                    ({"started": DATES[0]}, "started"), ({"training_started": DATES[1]}, "training_started"), ({"updated": DATES[2]}, "updated"),
+                    ({"resumed_step": -3}, "resumed_step"), ({"training_seconds": 1e999}, "training_seconds"), ({"error": ["x"]}, "error"), ({"alarms": "dead"}, "alarms"),
+                    ({"alarms": [{"alarm": "dead", "step": "7"}]}, "alarms[0].step"), ({"floor": {"dtype": "float32", "kl": "0"}}, "floor.kl"),
+                    ({"node": "x" * 30_000}, "node"), ({"later": HUGE}, "later")],
+    "params.json": [({"beta_kl": float("nan")}, "beta_kl"), ({"seed": {"a": 1}}, "seed"), ({"total_steps": 10**15}, None), ({"data": [[1]]}, "data")],
+    "config.json": [({"total_steps": 0}, "total_steps"), ({"beta_kl": "0.3"}, "beta_kl"), ({"target_layers": []}, "target_layers"), ({"total_steps": 10**15}, "total_steps")],
+    "result.json": [({"after": []}, "after"), ({"after": {"attack_success": 1.5}}, "attack_success"), ({"after": {"counts": {"unparseable": [3, 2]}}}, "unparseable"),
+                    ({"after": {"n": {"attack": True}}}, "attack"), ({"after": {"decoding": {"temperature": 1.0}}}, "samples"), ({"data": {"notes": "x"}}, "notes"),
+                    ({"alarms": [7]}, "alarms[0]"), ({"before": {"exact_match": None}}, "exact_match")],
+    "preflight.json": [({"verdict": "maybe"}, "verdict"), ({"checks": [{"name": "masks", "verdict": "fail"}]}, "points"), ({"checks": None}, "checks")],
+    "key.json": [({"key": "x"}, "key"), ({"data": 3}, "data")], "code.json": [({"source": [1]}, "source")],
+    "chat_template.json": [({"sha256": "x"}, "sha256"), ({"template_variables": []}, "template_variables")]}
+
+
+def test_what_no_run_writes_is_refused_by_its_reader(sweep):
+    for name, changes in WRONG.items():
+        path = sweep / BAD / name
+        good = json.loads(path.read_text())
+        assert read_record(path) == good
+        for change, field in changes:
+            path.write_text(json.dumps(good | change))
+            if field is None: assert read_record(path), "a notebook of one's own may have such a parameter"
+            else:
+                with pytest.raises(RunError, match=f"{name} is not in order") as e: read_record(path)
+                assert field in str(e.value) and str(e.value).count("\n") == 0 and len(str(e.value)) < 600
+        path.write_text(json.dumps(good))
+    for file, line, field in (("metrics.jsonl", {"step": 2.5}, "step"), ("metrics.jsonl", {"step": 7, "loss_kl": float("nan")}, "loss_kl"), ("metrics.jsonl", {"step": -1}, "step"),
+                              ("metrics.jsonl", {"step": True}, "step"), ("answers.jsonl", {"ids": [1, True]}, "ids[1]"), ("answers.jsonl", {"attempt": -1}, "attempt")):
+        path = sweep / BAD / file
+        data = path.read_text()
+        path.write_text(data + json.dumps(json.loads(data.splitlines()[-1]) | line) + "\n")
+        with pytest.raises(RunError, match=f"{file} line {data.count(chr(10)) + 1} is not in order") as e: (read_metrics if file == "metrics.jsonl" else kept_lines)(path.parent)
+        assert field in str(e.value)
+        path.write_text(data)
+    assert set(WRONG) | {"metrics.jsonl", "answers.jsonl", "sweep.json", "jobs", "evaluated", "made_from.json"} >= set(RECORDS)
+
+
+def test_a_submission_that_cannot_be_read_starts_nothing(sweep):
+    "Whether SLURM has a run is not known then, and a second start is worse than a wait."
+    write_json(sweep / "good" / "status.json", {"state": "queued"})
+    (sweep / "jobs" / "0001.json").write_text('{"arrays": [{"name": 7}]}')
+    rows = {row["run"]: row for row in run_rows(run_folders(sweep))}
+    assert rows["bad"]["state"] == rows["other"]["state"] == "done" and rows["good"]["state"] == "unreadable" and not rows["good"]["free"]
+    assert "0001.json is not in order" in rows["good"]["note"] and action(rows["good"], retry=True) == "leave"
+
+
+def test_folders_of_others_are_listed(sweep):
+    "What nobody else may look into, as a user who is not root: a run, a run's file, and a folder of runs."
+    with tempfile.TemporaryDirectory() as folder:   # pytest's own is root's alone
+        os.chmod(folder, 0o755)
+        look_from_outside(Path(shutil.copytree(sweep, Path(folder) / "runs" / "sweep")))
+
+
+def look_from_outside(sweep):
+    "Closes a part of a folder of runs and reads it as another user."
+    for path in (sweep, *sweep.rglob("*")): path.chmod(0o755 if path.is_dir() else 0o644)
+    (sweep / "bad").chmod(0)
+    (sweep / "other" / "status.json").chmod(0)
+    (private := sweep.parent / "private").mkdir()
+    (private / "run").mkdir()
+    private.chmod(0)
+    (passable := sweep.parent / "passable").mkdir(0o111)
+
+    def look():
+        if os.getuid() == 0: os.setuid(65534)
+        rows = {row["run"]: row for row in run_rows(run_folders(sweep.parent))}
+        assert {name: row["state"] for name, row in rows.items()} == {"good": "done"} | dict.fromkeys(("bad", "other", "private", "passable"), "unreadable"), rows
+        assert all("cannot be" in row["note"] for name, row in rows.items() if name != "good")
+        found = read_sweep([sweep, private, passable])
+        assert {"bad", "good", "other"} <= set(found.frame.run) and found.frame.set_index("run").state["good"] == "done"
+        assert all(name in summary_bundle(take_snapshot(sweep / name))["text/plain"] for name in NAMES) and all(name in judged(found) for name in NAMES)
+        assert main(["status", str(sweep.parent)]) == 0
+
+    done = forked(look)
+    assert done.returncode == 0 and "unreadable" in done.stdout, done.stdout[-3000:]
+    for path in (sweep / "bad", private): path.chmod(0o700)
+
+
+def test_the_end_of_a_run_whose_status_is_no_more_is_told(sweep, capsys):
+    path = sweep / BAD
+    write_json(path / "status.json", {"state": "running", "stage": None})
+    (path / "preflight.json").write_text("{")
+    assert close_run(path, 1) == "failed" and "preflight.json is not readable" in read_status(path)["error"]
+    (path / "status.json").write_text("{")
+    with pytest.raises(RunError, match="status.json is not readable"): close_run(path, 1)
