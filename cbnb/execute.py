@@ -29,6 +29,7 @@ def write_notebook(handler, text, path):
 # %% ../nbs/11d_execute.ipynb #exe00008
 if __name__ == "__main__" and "__file__" in globals():
     from papermill.cli import papermill
+    import cbnb.kernels   # papermill takes its engine, also where the installation does not name it
     os.umask(0o077)   # what the kernel makes, too
     safe_output()
     LocalHandler.write = write_notebook
