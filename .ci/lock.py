@@ -1,10 +1,10 @@
 """Write the files of lock/: exact versions, and the hashes of all files that the package index has of each, for pip install --require-hashes.
 
-    run.txt      what a run needs: settings.ini's requirements
+    run.txt      what a run needs: settings.ini's requirements, but for torch
     extras.txt   JupyterLab, pictures and data sets on top
     dev.txt      what export, tests and docs need on top
-    cuda.txt     what the CUDA build of torch, which is the index's for Linux, needs on top of run.txt
-    cpu.txt      or the CPU build of torch, which other places have
+    cuda.txt     torch as the index has it, and what it needs on top of run.txt: the CUDA build for Linux, a CPU build for macOS and Windows
+    cpu.txt      or the CPU build of torch for Linux, which other places have
     tools.txt    what `make lock` and `make sbom` run
 
 Versions are those of constraints.txt; what is not there (other systems, other Pythons, CUDA) stays as it was locked, or is the newest that fits. uv
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "lock"
 LAYERS = {"run": ["requirements"], "extras": ["lab_requirements", "pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
-CUDA = ("nvidia-", "cuda-", "triton==")        # what torch asks for on Linux, unless it is a CPU build
+CUDA = ("torch==", "nvidia-", "cuda-", "triton==")        # torch, and what it asks for on Linux, unless it is a CPU build
 TOOLS = ["uv==0.13.9", "cyclonedx-bom==7.5.0"]
 HEAD = "# Made by make lock from settings.ini and constraints.txt: edit those.\n"
 
@@ -84,14 +84,13 @@ def main():
     layers = {layer: compiled(sum(wanted[:n], []), whole, whole) for n, layer in enumerate(LAYERS, 1)}
     torch = next(first for first in whole if first.startswith("torch=="))
     cpu = cpu_hashes(torch) or before.get(f"{torch}+cpu") or sys.exit(f"{torch} has no CPU build where pip looks: set PIP_EXTRA_INDEX_URL")
-    for found in layers.values(): found[torch] += cpu
     cuda = {first: hashes for first, hashes in layers["run"].items() if first.startswith(CUDA)}
     seen = set(cuda)
     for layer, parent in zip(layers, ([], ["run"], ["extras"])):
         written(layer, parent, {first: hashes for first, hashes in layers[layer].items() if first not in seen})
         seen |= layers[layer].keys()
-    written("cuda", ["run"], cuda)
-    written("cpu", ["run"], {f"{torch}+cpu": cpu})
+    written("cuda", [], cuda)
+    written("cpu", [], {f"{torch}+cpu": cpu})
     written("tools", [], compiled(TOOLS, kept=before))
 
 

@@ -1,10 +1,10 @@
 """Guards of the project itself: notebooks and modules in step, settings really read, nothing in a commit that should not be there."""
-import ast, json, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
+import pip, pytest
 
 from helpers import BIN, NBS, ROOT, code_cells, copy_tree, default_exp, files_of, notebooks, read, run, run_notebooks
 
@@ -194,7 +194,7 @@ def test_lock_settings_and_constraints_agree():
     assert pins["torch"] == "2.13.0"
     layers = {"run": ["requirements"], "extras": ["lab_requirements", "pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
     assert {key for keys in layers.values() for key in keys} == {key for key in settings() if key.endswith("requirements")}
-    held = {}
+    held = {"torch": locked("cuda")["torch"]}
     for layer, keys in layers.items():
         for name, versions in locked(layer).items(): held.setdefault(name, {}).update(versions)
         for wanted in (Requirement(text) for key in keys for text in settings()[key].split()):
@@ -203,9 +203,25 @@ def test_lock_settings_and_constraints_agree():
             assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: lock/{layer}.txt has {list(versions)}: make lock"
     assert not pins.keys() - held.keys() - {"wheel"}, "make lock: constraints.txt names what the lock does not"
     assert not [name for name in held if name in pins and set(held[name]) != {pins[name]}], "make lock"
-    assert locked("cpu") == {"torch": {"2.13.0+cpu": locked("cpu")["torch"]["2.13.0+cpu"]}} and "nvidia-nccl-cu13" in locked("cuda")
+    assert list(locked("cpu")) == ["torch"] and list(locked("cpu")["torch"]) == [f"{pins['torch']}+cpu"]
+    assert list(held["torch"]) == [pins["torch"]] and "nvidia-nccl-cu13" in locked("cuda")
     assert {"uv", "cyclonedx-bom"} <= locked("tools").keys()
     assert not {"jupyterlab", "resvg-py", "datasets", "pytest", "nbdev"} & locked("run").keys(), "a run needs none of these"
+
+
+def test_a_torch_that_the_lock_does_not_know_is_refused_in_a_sentence(tmp_path):
+    "A place in pip's settings with the CPU build for a Python or system that lock/cpu.txt has no hash of: nothing of it is installed, nor all the rest."
+    venv, wheels = tmp_path / "venv", tmp_path / "wheels"
+    assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path).returncode == 0
+    packages = next(venv.glob("lib/python3*/site-packages"))
+    (packages / "pip").symlink_to(Path(pip.__file__).parent)
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / f"torch-{next(iter(locked('cpu')['torch']))}-py3-none-any.whl", "w") as wheel: wheel.writestr("torch.py", "")
+    refused = run(ROOT / ".ci" / "venv", venv, "run", cwd=ROOT, env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull})
+    assert refused.returncode == 1, refused.stdout
+    assert refused.stdout.splitlines()[-1].startswith("cbnb: lock/cpu.txt has not the hash of torch 2.13.0+cpu that pip finds here, for Python 3")
+    assert "make lock" in refused.stdout and "Traceback" not in refused.stdout and "tampered" not in refused.stdout
+    assert [p.name for p in packages.iterdir()] == ["pip"] and not (venv / ".user").exists()
 
 
 def test_make_sbom_lists_what_is_installed_with_licences(tmp_path):
