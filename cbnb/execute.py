@@ -73,6 +73,7 @@ def execute(notebook, out, given, run_dir=""):
 # %% ../nbs/11d_execute.ipynb #exe00008
 if __name__ == "__main__" and "__file__" in globals():
     from papermill.cli import papermill
+    import cbnb.kernels   # papermill takes its engine, also where the installation does not name it
     prepare()
     status, why = told(partial(papermill, prog_name="papermill"))
     if why: say(why, file=sys.stderr)
