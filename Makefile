@@ -35,7 +35,7 @@ export PYTHON
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# .user holds what settings.ini lists as requirements, .extras JupyterLab and pictures on top, .dev all. Each is installed by the hashes of lock/.
+# .user holds what settings.ini lists as requirements, .extras pictures and data sets on top, .dev all. Each is installed by the hashes of lock/.
 SETUP := settings.ini setup.py pyproject.toml $(wildcard lock/*.txt)
 $(VENV)/.user: $(SETUP)
 	.ci/venv $(VENV) run

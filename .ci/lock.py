@@ -1,7 +1,7 @@
 """Write the files of lock/: exact versions, and the hashes of all files that the package index has of each, for pip install --require-hashes.
 
     run.txt      what a run needs: settings.ini's requirements, but for torch
-    extras.txt   JupyterLab, pictures and data sets on top
+    extras.txt   pictures and data sets on top
     dev.txt      what export, tests and docs need on top
     cuda.txt     torch as the index has it, and what it needs on top of run.txt: the CUDA build for Linux, a CPU build for macOS and Windows
     cpu.txt      or the CPU build of torch for Linux, which other places have
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "lock"
-LAYERS = {"run": ["requirements"], "extras": ["lab_requirements", "pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
+LAYERS = {"run": ["requirements"], "extras": ["pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
 CUDA = ("torch==", "nvidia-", "cuda-", "triton==")        # torch, and what it asks for on Linux, unless it is a CPU build
 TOOLS = ["uv==0.13.9", "cyclonedx-bom==7.5.0"]
 HEAD = "# Made by make lock from settings.ini and constraints.txt: edit those.\n"

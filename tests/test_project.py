@@ -192,7 +192,7 @@ def test_lock_settings_and_constraints_agree():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
-    layers = {"run": ["requirements"], "extras": ["lab_requirements", "pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
+    layers = {"run": ["requirements"], "extras": ["pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
     assert {key for keys in layers.values() for key in keys} == {key for key in settings() if key.endswith("requirements")}
     held = {"torch": locked("cuda")["torch"]}
     for layer, keys in layers.items():
@@ -206,7 +206,7 @@ def test_lock_settings_and_constraints_agree():
     assert list(locked("cpu")) == ["torch"] and list(locked("cpu")["torch"]) == [f"{pins['torch']}+cpu"]
     assert list(held["torch"]) == [pins["torch"]] and "nvidia-nccl-cu13" in locked("cuda")
     assert {"uv", "cyclonedx-bom"} <= locked("tools").keys()
-    assert not {"jupyterlab", "resvg-py", "datasets", "pytest", "nbdev"} & locked("run").keys(), "a run needs none of these"
+    assert not {"resvg-py", "datasets", "pytest", "nbdev"} & locked("run").keys(), "a run needs none of these"
 
 
 def test_a_torch_that_the_lock_does_not_know_is_refused_in_a_sentence(tmp_path):
