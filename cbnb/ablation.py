@@ -31,8 +31,8 @@ from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, ConfigError, check
 from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
+from .reading import InputError, read_text
 from .same import file_hash
-from .reading import InputError, read_text, sha256
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .terminal import ended
 from .transcripts import TranscriptError

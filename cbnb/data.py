@@ -150,15 +150,16 @@ def refusals(transcripts: Iterable[Transcript], masker: ChatMasker,
 
 
 def until_most_fail(found: Iterable) -> Iterator:
-    """Yields `found`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of them are errors so far, and fewer are
-    None: the rest would take hours, and be no better."""
+    """Yields `found`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of them
+    are errors so far, and fewer are None: the rest would take hours, and be no better."""
     bad, first = 0, None
     for number, error in enumerate(found, 1):
         yield error
         if error is None: continue
         bad, first = bad + 1, first or error
         if bad > max(MAX_BAD, number - bad):
-            raise TranscriptError(f"the chat template refuses {bad:,} of the first {number:,} transcripts, so the rest is not looked at; "
+            counts = f"{bad:,} of the first {number:,} transcripts"
+            raise TranscriptError(f"the chat template refuses {counts}, so the rest is not looked at; "
                                   f"mend them, or give another chat_template; the first: {first}")
 
 

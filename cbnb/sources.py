@@ -308,7 +308,8 @@ def cause_of(error):
 
 
 def count_cause(error, counts, examples):
-    "Counts an `error` in `counts` (a Counter) by its cause, from `MAX_CAUSES` of them on as another one; `examples` keeps the first of each."
+    """Counts an `error` in `counts` (a Counter) by its cause, from `MAX_CAUSES` of them on as another one;
+    `examples` keeps the first of each."""
     cause = cause_of(error)
     if cause not in counts and len(counts) >= MAX_CAUSES: cause = "another cause"
     counts[cause] += 1

@@ -1011,12 +1011,14 @@ def first_bytes(path, of):
 
 
 def open_file(path):
-    """The file at `path` as a binary stream, unpacked where a room has added its packing to `PACKED`. What is no regular file, and what unpacks to
-    more than `MAX_UNPACKED` times its size and `MAX_UNPACKED_BYTES`, raises InputError."""
+    """The file at `path` as a binary stream, unpacked where a room has added its packing to `PACKED`. What is no
+    regular file, and what unpacks to more than `MAX_UNPACKED` times its size and `MAX_UNPACKED_BYTES`, raises
+    InputError."""
     start = first_bytes(path, PACKED)
     if not start: return read_stream(path)
     most = max(MAX_UNPACKED * check_regular(path).st_size, MAX_UNPACKED_BYTES)
-    return io.BufferedReader(Limited(PACKED[start](read_stream(path)), most, f"unpacks to over {most:,} bytes, which no transcripts do; unpack it"), CHUNK)
+    refuse = f"unpacks to over {most:,} bytes, which no transcripts do; unpack it"
+    return io.BufferedReader(Limited(PACKED[start](read_stream(path)), most, refuse), CHUNK)
 
 
 def open_text(path):
@@ -1035,7 +1037,9 @@ def read_lines(path):
             while len(end) > MAX_LINE_BYTES and not end.endswith(b"\n") and gap <= MAX_GAP_BYTES:
                 end = f.readline(MAX_LINE_BYTES + 1)  # skip the rest of a long line
                 gap += len(end)
-            if gap > MAX_GAP_BYTES: raise InputError(errno.EFBIG, f"has no line to read in {MAX_GAP_BYTES:,} bytes, up to line {number}; name another file")
+            if gap > MAX_GAP_BYTES:
+                words = f"has no line to read in {MAX_GAP_BYTES:,} bytes, up to line {number}; name another file"
+                raise InputError(errno.EFBIG, words)
             if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 gap = 0
@@ -1208,7 +1212,9 @@ def read_records(path, name=None):
         yield from read_text_records(path, name)
     except (OSError, EOFError, zlib.error) as e:
         if isinstance(e, InputError): raise TranscriptError(f"{name}: {e.strerror}") from None
-        if isinstance(e, OSError) and e.filename: raise TranscriptError(f"{name}: cannot be opened ({e.strerror}); ask its owner, or leave it out") from None
+        if isinstance(e, OSError) and e.filename:
+            words = f"cannot be opened ({e.strerror}); ask its owner, or leave it out"
+            raise TranscriptError(f"{name}: {words}") from None
         raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
 # %% ../nbs/00_transcripts.ipynb #d5e11699
@@ -1350,15 +1356,16 @@ class TranscriptReader:
         self.contradictions, self.record_count, self.left_out, self.formats = Counter(), 0, Counter(), Counter()
 
     def skip(self, error):
-        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over `MAX_BAD` records are bad so far,
-        and fewer are good."""
+        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over
+        `MAX_BAD` records are bad so far, and fewer are good."""
         self.skipped_count += 1
         if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{str(error)[:MAX_WORDS]}…")
         if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
         good = self.formats.total()
         if self.skipped_count > max(MAX_BAD, good):
-            raise TooManyBad(f"{self.shown_name}: {self.skipped_count:,} of the first {good + self.skipped_count:,} records cannot be read, so the rest "
-                             f"is not looked at; mend them or take them out; the first: {self.skipped[0]}")
+            counts = f"{self.skipped_count:,} of the first {good + self.skipped_count:,} records cannot be read"
+            raise TooManyBad(f"{self.shown_name}: {counts}, so the rest is not looked at; mend them or take them out; "
+                             f"the first: {self.skipped[0]}")
         return error
 
     def convert(self, format, record, where, default_id, name):
@@ -1488,8 +1495,8 @@ def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=
     records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
     bad records in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
     whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source
-    measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and array items stream, one at a time. Raises
-    TranscriptError with file, line and field; ValueError for a wrong argument."""
+    measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and array items stream,
+    one at a time. Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
     for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),
                                  ("on_error", on_error, ("raise", "skip")), ("relabel", relabel, (None, "source"))):
         if value not in choices:
