@@ -26,10 +26,10 @@ from .transcripts import Transcript, is_hub
 # %% auto #0
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
            'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
-           'model_folder', 'model_hashes', 'samples_hash', 'transcripts_hash', 'versions', 'processor', 'surroundings',
-           'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same', 'check_checkpoint', 'tell_changes',
-           'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples',
-           'keep_template', 'keep_model', 'keep_adapters']
+           'model_folder', 'is_cached', 'model_hashes', 'samples_hash', 'transcripts_hash', 'versions', 'processor',
+           'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same', 'check_checkpoint',
+           'tell_changes', 'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning',
+           'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
 
 # %% ../nbs/10e_same.ipynb #same0001
 WHOLE = 64 << 30   # bytes: so much is hashed whole, of several files together
@@ -114,17 +114,25 @@ def model_folder(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def is_cached(name: str) -> bool:
+    "Whether the model `name` is one of the hub, which is read from its cache."
+    return name != "tinyagent" and not Path(name).expanduser().is_dir()
+
+
 def model_hashes(*names: str) -> dict[str, str]:
     """Hashes by name of what loading the models `names` reads: configuration, weights, code, and
-    tokenizer. The chat template is none of it, since a run keeps its own. Nothing of a model that is not
-    on this machine."""
+    tokenizer. The chat template is none of it, since a run keeps its own. Of the hub's models the revision
+    stands for all but configuration and weights: which of its other files are in the cache differs by
+    machine. Nothing of a model that is not on this machine."""
     folders = {name: folder for name in names if name and (folder := model_folder(name))}
     files, hashes = {}, {}
     for name, folder in folders.items():
-        found = [path for pattern in LOADED for path in sorted(folder.glob(pattern)) if path.name not in OWN_WORDS]
+        patterns = ("config.json",) if is_cached(name) else LOADED
+        found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.name not in OWN_WORDS]
         found += weight_files(folder)
         files |= {f"{name}: {path.name}": path for path in found}
-        if settings := read_json(folder / "tokenizer_config.json"):
+        if is_cached(name): hashes[f"{name}: revision"] = folder.name
+        elif settings := read_json(folder / "tokenizer_config.json"):
             settings.pop("chat_template", None)
             text = json.dumps(settings, sort_keys=True)
             hashes[f"{name}: tokenizer_config.json"] = hashlib.sha256(text.encode()).hexdigest()
@@ -318,13 +326,13 @@ def same_settings(run: Run, config: CircuitBreakerConfig) -> None:
 def keep_beginning(run: Run, entries: list[str], tools: str, models: Iterable[str] = (),
                    config: CircuitBreakerConfig | None = None) -> None:
     """Keeps, or compares, what is known of a `run` before its data are read: settings, versions, the files
-    of its `entries` of data and `tools` (`data_files`), and that of its objective; and compares those of the
-    `models` that are on this machine already. Raises RunError, and what reading them raises."""
+    of its `entries` of data and `tools` (`data_files`), and that of its objective; and compares `models` that
+    are folders. Raises RunError, and what reading them raises."""
     if config: same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
     if config and (own := code_file(config.objective)): keep_same(run, "objective", lambda: file_hashes([own]))
-    there = [name for name in models if name and model_folder(name)]
-    if goes_on(run) and len(there) == len([*filter(None, models)]): keep_model(run, *models)
+    models = [name for name in models if name]
+    if models and goes_on(run) and not any(map(is_cached, models)): keep_model(run, *models)   # else it is loaded first
     keep_told(run, surroundings())
 
 

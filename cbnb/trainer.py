@@ -428,8 +428,10 @@ def resume_point(run: Run) -> Path | None:
         shutil.rmtree(aside := folder / f"damaged-{path.name}", ignore_errors=True)
         path.rename(aside)
     keep_newest(folder, KEPT)
+    if beyond := sum(row["step"] > step for row in log_rows(run.path)[0]):
+        passed.append(f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again")
     if checkpoint: mend_log(run, checkpoint, step)
-    if beyond := truncate_metrics(run, step): passed.append(f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again")
+    truncate_metrics(run, step)
     if passed:
         said = f"{' and '.join(passed)}; training goes on from step {step}"
         print("note:", said)
