@@ -7,7 +7,7 @@ __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'RUN_ONLY', 'FILE_PARAMETERS', '
            'comments', 'notebook_parameters', 'find_file', 'StrictLoader', 'read_spec', 'spec_value', 'expand',
            'run_settings', 'check_data', 'check_settings', 'named_files', 'absolute_files', 'complete', 'runs_of',
            'content_hash', 'data_hash', 'notebook_hash', 'run_key', 'label', 'clean_notebook', 'Sweep', 'sweep_folder',
-           'plan_sweep', 'check_prepared', 'prepare_run', 'write_sweep']
+           'plan_sweep', 'check_prepared', 'check_start', 'prepare_run', 'write_sweep']
 
 # %% ../nbs/11_ablation.ipynb #dffc791f
 import ast
@@ -32,7 +32,7 @@ from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
 from .reading import InputError, read_text
-from .same import file_hash
+from .same import code_file, file_hash
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .terminal import ended
 from .transcripts import TranscriptError
@@ -290,8 +290,10 @@ def content_hash(path, cache):
 
 # %% ../nbs/11_ablation.ipynb #76c4e07f
 def data_hash(parameters, cache):
-    "sha256 (hex) over the contents of all files and folders that `parameters` name (`FILE_PARAMETERS`); a hub id counts by its name alone."
-    found = []
+    """sha256 (hex) over the contents of all files and folders that `parameters` name (`FILE_PARAMETERS`), and of
+    the file of an `objective` of the user's own; a hub id counts by its name alone."""
+    own = code_file(parameters.get("objective") or "")
+    found = [["objective", content_hash(own, cache)]] if own else []
     for name in FILE_PARAMETERS:
         value = parameters.get(name)
         for part in named_files(name, value) if isinstance(value, str) else ():
@@ -379,6 +381,17 @@ def check_prepared(path):
     if wrong := [name for name, fits in found.items() if not fits]:
         raise RunError(f"{path} holds another {' and '.join(wrong)} than the sweep has put there: move it away, and cbnb ablate prepares it anew")
 
+
+def check_start(path):
+    """`check_prepared`, and raises `RunError` where data, model or objective of the prepared run directory
+    `path` changed since: a queue may be long."""
+    check_prepared(path)
+    path = Path(path)
+    if data_hash(read_record(path / "params.json"), {}) != read_record(path / "key.json")["data"]:
+        raise RunError(f"data, model or another file that {path / 'params.json'} names changed since the sweep was "
+                       "prepared: put back what was there, or give cbnb ablate the spec again, for runs of what is "
+                       "there now")
+
 # %% ../nbs/11_ablation.ipynb #341a4862
 def prepare_run(sweep, run, code):
     """Makes the folder of `run`, mode 0700, whole or not at all, with all it takes to start it: params.json (every declared parameter), notebook.ipynb
@@ -413,7 +426,7 @@ def write_sweep(sweep):
 if __name__ == "__main__" and "__file__" in globals():
     def check():
         if len(sys.argv) != 3 or sys.argv[1] != "check": raise RunError("usage: python -m cbnb.ablation check RUN_DIR")
-        check_prepared(sys.argv[2])
+        check_start(sys.argv[2])
         return 0
     safe_output()
     sys.exit(ended(check, "cbnb.ablation", (RunError, OSError)))

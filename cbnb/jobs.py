@@ -24,7 +24,7 @@ from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
-from .ablation import check_prepared, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
+from .ablation import check_start, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
 from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .lease import Held, NotOwn, check_own, give_back, take_lease
@@ -41,8 +41,8 @@ def papermill(notebook, out, *arguments):
 
 
 def run_command(path):
-    "The argument list that starts the next attempt of the prepared run directory `path`. Raises `RunError` where that is not as it was prepared (`check_prepared`)."
-    if path.exists(): check_prepared(path)
+    "The argument list that starts the next attempt of the prepared run directory `path`. Raises `RunError` where that is not as it was prepared (`check_start`)."
+    if path.exists(): check_start(path)
     attempt = (read_status(path).get("attempt") or 0) + 1 if path.exists() else 1
     return papermill(path / "notebook.ipynb", path / f"out.{attempt}.ipynb", "-f", path / "params.json", "-p", "run_dir", path)
 

@@ -32,6 +32,7 @@ from .lease import check_own
 from .masks import ChatMasker
 from .processes import from_first
 from .reading import check_regular, read_bytes, read_text
+from .same import versions
 from .sealed import damage, seal, sync
 from .sources import Reading
 from .templates import MaskError
@@ -154,10 +155,10 @@ def code_hash() -> str:
 
 def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, how: dict) -> str:
     """32 hex digits over the transcripts in their order, tokenizer, template, what the masker was told, `policy`
-    (a name) and the other settings, and `code_hash`."""
+    (a name) and the other settings, `code_hash`, and the `versions` of the libraries that encode."""
     tokenizer = masker.tokenizer
     told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.adapt,
-            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash()]
+            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash(), versions()]
     digest = hashlib.sha256(json.dumps(told, default=str).encode())  # keys as they stand: a template writes arguments in their order
     for t in transcripts: digest.update(json.dumps(vars(t), default=str).encode() + b"\n")
     return digest.hexdigest()[:32]

@@ -42,7 +42,7 @@ from .processes import any_of, from_first, world_size
 from .reading import check_regular, read_bytes
 from .rounding import at_floor
 from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
-                       read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
+                       read_record, read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
 from .same import MADE_FROM, check_checkpoint, tell_changes
 from .sealed import damage, seal, sync
 from .terminal import error_text, say, visible, warn
@@ -379,9 +379,16 @@ def log_of(checkpoint: Path) -> dict[int, dict]:
 
 def mend_log(run: Run, checkpoint: Path, step: int) -> None:
     """Puts the lines up to `step`, that of the `checkpoint`, back into metrics.jsonl as the checkpoint has
-    them, where some are lost, were edited, cannot be read or stand twice; status.json tells it
-    (`tell_changes`)."""
+    them, where some are lost, were edited, cannot be read or stand twice, and tells it (`tell_changes`),
+    with the number of lines that the checkpoint does not have either."""
     kept, (rows, torn) = log_of(checkpoint), log_rows(run.path)
+    settings = read_record(run.path / "config.json") or {}
+    every = [n for name in ("logging_steps", "diagnose_steps") if (n := settings.get(name))]
+    gone = sorted({s for n in every for s in (1, *range(n, step + 1, n))} - (kept.keys() or {row["step"] for row in rows}))
+    if gone:
+        line = (f"metrics.jsonl has lost {len(gone)} of its lines up to step {step} (the first: step {gone[0]}), "
+                f"which {checkpoint.name} does not have either")
+        tell_changes(run, [line] if line not in (read_status(run.path).get("changes") or ()) else [])
     known = list(dict.fromkeys(key for row in rows for key in row))   # in the order that lines have
     rows = [row for row in rows if row["step"] <= step]
     there = {row["step"]: row for row in rows}
@@ -425,9 +432,14 @@ def resume_point(run: Run) -> Path | None:
         shutil.rmtree(aside := folder / f"damaged-{path.name}", ignore_errors=True)
         path.rename(aside)
     keep_newest(folder, KEPT)
-    if passed: set_status(run, "running", note=f"{' and '.join(passed)}; training goes on from step {step}")
+    if beyond := sum(row["step"] > step for row in log_rows(run.path)[0]):
+        passed.append(f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again")
     if checkpoint: mend_log(run, checkpoint, step)
     truncate_metrics(run, step)
+    if passed:
+        said = f"{' and '.join(passed)}; training goes on from step {step}"
+        print("note:", said)
+        set_status(run, "running", note=said)
     return checkpoint
 
 
