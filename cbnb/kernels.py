@@ -22,6 +22,8 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.utils import nb_kernel_name, nb_language
 from traitlets.config import Config
 
+from .terminal import say
+
 # %% ../nbs/10d_kernels.ipynb #843c93b7
 def boot():
     "The first eight digits of what names this boot of this machine, in containers too; `unknown` where the system does not say."
@@ -76,9 +78,9 @@ def socket_config():
     places = [*filter(None, [wanted]), tempfile.gettempdir(), "/tmp"]
     found = socket_folder(places)
     if found is None:
-        print(f"note: no sockets can be made in {' or '.join(dict.fromkeys(places))}, so the kernel is reached by TCP: "
-              "its ports may be taken by another that starts now, and others on this machine can connect to them; "
-              "set TMPDIR to a folder with a short path on a local disk", file=sys.stderr)
+        say(f"note: no sockets can be made in {' or '.join(dict.fromkeys(places))}, so the kernel is reached by TCP: "
+            "its ports may be taken by another that starts now, and others on this machine can connect to them; "
+            "set TMPDIR to a folder with a short path on a local disk", file=sys.stderr)
         yield Config()
         return
     folder, sign = found

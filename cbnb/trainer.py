@@ -438,7 +438,7 @@ def resume_point(run: Run) -> Path | None:
     truncate_metrics(run, step)
     if passed:
         said = f"{' and '.join(passed)}; training goes on from step {step}"
-        print("note:", said)
+        say(f"note: {said}")
         set_status(run, "running", note=said)
     return checkpoint
 

@@ -16,7 +16,7 @@ from forked import forked
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those that are not the door write into a folder
 # that is renamed when it is whole or thrown away, to a log, in place, or nowhere
-WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"}, "runs": {"safe_output"},
+WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"}, "terminal": {"nowhere"},
            "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"},
            "terminal": {"nowhere"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
            "withheld": {"tidy"}}
