@@ -32,9 +32,10 @@ from .files import check_output
 from .holdout import heldout_kinds
 from .lease import NotOwn, check_own
 from .same import file_hash
+from .reading import InputError, read_text, sha256
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .terminal import ended
-from .transcripts import TranscriptError, regular
+from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
                        parameters_hash, project_root, read_record, refuse_secrets, runs_folder, safe_output, scrub, set_status, source_hash, write_bytes,
@@ -61,9 +62,10 @@ def read_notebook(path, limit=50_000_000):
     """The notebook at `path` as a dict. Raises `RunError` for one that is missing, over `limit` bytes, or
     no notebook."""
     try:
-        if os.stat(regular(path)).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+        if os.stat(path).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
+        notebook = json.loads(read_text(path, limit))
         if not all(map(is_cell, notebook["cells"])): raise TypeError
+    except InputError as e: raise RunError(str(e)) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as e: raise RunError(f"{path} is no readable notebook ({type(e).__name__})") from None
     return notebook
 
@@ -116,8 +118,8 @@ def read_spec(path):
     `one_at_a_time` mappings of lists, `runs` a list of mappings, `seeds` a list. Raises `RunError` that names the file and the line or key."""
     path = Path(path)
     try:
-        if regular(path).stat().st_size > MAX_SPEC: raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
-        spec = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)   # safe: a SafeLoader
+        if path.stat().st_size > MAX_SPEC: raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
+        spec = yaml.load(read_text(path, MAX_SPEC), StrictLoader)   # safe: a SafeLoader
     except OSError as e: raise RunError(f"the spec {path} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
@@ -319,7 +321,7 @@ def label(values, varied, limit=44):
 def clean_notebook(path):
     """The text of the notebook at `path` as a run directory keeps it: scrubbed, its code as it is. Raises
     `RunError`, naming the cell, for code that holds a secret: it would be another."""
-    clean = scrub(path.read_text(encoding="utf-8"))
+    clean = scrub(read_text(path))
     cells = zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True)
     for number, (cell, cleaned) in enumerate(cells, 1):
         if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):

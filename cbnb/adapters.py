@@ -27,6 +27,7 @@ from .masks import ChatMasker
 from .models import add_adapter, load_model, num_blocks
 from .processes import from_first
 from .reader import AnswerReader, derive_reader
+from .reading import read_text
 from .report import results_of, write_run_report
 from .records import fault
 from .runs import Run, RunError, read_record, read_status, to_plain, write_bytes, write_json
@@ -111,7 +112,7 @@ def run_model(folder: Path) -> str:
 def made_for(adapter: Adapter) -> str | None:
     "The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names; None where neither says one."
     if adapter.run: return run_model(adapter.run)
-    return json.loads((adapter.folder / "adapter_config.json").read_text()).get("base_model_name_or_path") if adapter.folder else None
+    return json.loads(read_text(adapter.folder / "adapter_config.json")).get("base_model_name_or_path") if adapter.folder else None
 
 
 def another_base(adapter: Adapter, name: str) -> dict:

@@ -28,6 +28,7 @@ from .ablation import check_prepared, check_settings, complete, find_file, noteb
 from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .lease import Held, NotOwn, check_own, give_back, take_lease
+from .reading import read_text
 from .runs import (Run, RunError, close_run, code_state, fresh_folder, named_state, now, parameters_hash, read_record,
                        read_status, set_status, still_running, write_bytes, write_json)
 from .terminal import say, visible
@@ -367,7 +368,7 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
         tested = call_sbatch([command[0], "--test-only", *command[1:]])
         tell(shlex.join(command))
         tell(f"  {' '.join((tested.stderr or tested.stdout).split())}")
-    for line in (f"{script}:", *script.read_text().splitlines()): tell(line)
+    for line in (f"{script}:", *read_text(script).splitlines()): tell(line)
     return 0
 
 # %% ../nbs/11b_jobs.ipynb #587740c9
@@ -416,6 +417,6 @@ def preflight(notebook, given):
             os.killpg(process.pid, signal.SIGKILL)
             raise
         said = Path(folder) / "error"
-        why = said.read_text() if said.exists() else ""
+        why = read_text(said) if said.exists() else ""
     if status and not (path / "preflight.json").exists(): raise RunError(f"nothing was looked at: {why or f'the process ended with exit status {status} and no word of its own'}")
     return path, status

@@ -21,6 +21,7 @@ from jupyter_client import BlockingKernelClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
 from .processes import is_first, rank
+from .reading import read_text
 from .runs import scrub, write_bytes
 from .terminal import warn
 
@@ -146,7 +147,7 @@ def record_notebook(run):
     stop_recording()
     if path.exists(): return None
     source = run.path / "notebook.ipynb"
-    source = nbformat.read(source, as_version=4) if source.exists() else None
+    source = nbformat.reads(read_text(source), as_version=4) if source.exists() else None
     book, recording, ready = Book(source), Recording(), threading.Event()
     for code in cells_so_far(source, get_ipython().user_ns["In"][1:]): book.execute(code)
     save(book, path)  # the first one is slow

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'RESERVED', 'ENDING', 'PLAIN', 'LEFT_BY_OTHERS', 'HOW_STARTED', 'ParameterError',
            'annotated_lines', 'declared_parameters', 'injected_parameters', 'parameter_types', 'convert_parameter',
-           'refuse_secrets', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'json_text', 'write_json',
-           'read_json', 'read_record', 'holds', 'is_full_disk', 'full_disk_words', 'reserve', 'release', 'project_root',
-           'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state',
-           'holds_running_cell', 'find_notebook', 'named_state', 'still_running', 'hold', 'Run', 'now',
+           'refuse_secrets', 'tell_engine', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'json_text',
+           'write_json', 'read_json', 'read_record', 'holds', 'is_full_disk', 'full_disk_words', 'reserve', 'release',
+           'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash',
+           'code_state', 'holds_running_cell', 'find_notebook', 'named_state', 'still_running', 'hold', 'Run', 'now',
            'stop_requested', 'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error',
            'private_umask', 'stage', 'refusal', 'in_plain', 'safe_output', 'is_unused', 'close_run', 'whole_lines',
            'append_line', 'append_metrics', 'checked_lines', 'read_lines', 'read_metrics', 'log_rows',
@@ -34,6 +34,7 @@ import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import entry_points
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
 from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
+from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
 from .terminal import ended, error_text, nowhere, say, tame_kernel, tame_libraries
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
@@ -125,6 +127,15 @@ def refuse_secrets(parameters):
             raise ParameterError(f"parameter {name!r} {why}, and parameters are written to disk; "
                                  "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where papermill has already put it")
 
+# %% ../nbs/10_runs.ipynb #05f5e5a2
+def tell_engine():
+    """Prints a note where the kernel that runs this was reached by TCP because the environment does not name cbnb's
+    engine to papermill (`cbnb.kernels`), as one that was installed before cbnb had it."""
+    reached = getattr(getattr(kernel(), "parent", None), "transport", None)
+    if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
+        print("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
+              "where runs that start at once can clash: pip install --no-deps -e . (or make) once more")
+
 # %% ../nbs/10_runs.ipynb #90222505
 PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}   # what papermill --inject-paths adds
 
@@ -152,6 +163,7 @@ def strict_parameters(namespace):
     values = {name: convert_parameter(name, types[name], namespace[name]) for name in declared if name in namespace}
     if missing := set(declared) - set(values): raise ParameterError(f"parameter {min(missing)!r} has no default: write one")
     refuse_secrets(values)
+    if injected: tell_engine()
     namespace.update(values)
     tame_kernel()
     return values
@@ -321,7 +333,7 @@ def source_hash(folder):
     """sha256 (64 hex digits) over names and contents of all .py files under `folder`."""
     total = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*.py")):
-        total.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(f"{path.relative_to(folder)}\0{sha256(path)}\n".encode())
     return total.hexdigest()
 
 # %% ../nbs/10_runs.ipynb #8ab44a58
@@ -342,7 +354,7 @@ def holds_running_cell(path):
     """Whether a cell of the notebook at `path` has the source of the cell that is running."""
     from IPython import get_ipython
     shell = get_ipython()
-    try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    try: cells = json.loads(read_text(path))["cells"]
     except (OSError, ValueError, KeyError, TypeError): return False
     return shell is not None and shell.user_ns["In"][-1] in ["".join(cell.get("source", "")) for cell in cells]
 
@@ -700,7 +712,7 @@ def record_code(run, notebook):
     if code != first: write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
     source = find_notebook(notebook)
     if source and not (run.path / "notebook.ipynb").exists() and source.stat().st_size < 50_000_000:
-        write_bytes(run.path / "notebook.ipynb", scrub(source.read_text(encoding="utf-8", errors="replace")).encode())
+        write_bytes(run.path / "notebook.ipynb", scrub(read_bytes(source).decode(errors="replace")).encode())
 
 # %% ../nbs/10_runs.ipynb #3a929bd3
 def open_run(parameters, name="train", run_dir=None, notebook=None):

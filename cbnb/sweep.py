@@ -24,11 +24,11 @@ import jinja2
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import resvg_py
 
 from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
                          interval_words, series, static_svg, thin)
 from .files import quoted_frame, write_bytes, write_files
+from .reading import sha256
 from .runs import RunError, json_text, log_rows, read_json, runs_folder
 from .terminal import visible
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
@@ -332,7 +332,9 @@ FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica", "R
 
 
 def render(svg: str, font: str, zoom: float = 2) -> bytes:
-    "`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif."
+    "`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif. Raises RunError without resvg_py."
+    try: import resvg_py
+    except ImportError: raise RunError("pictures want resvg_py: pip install 'cbnb[pictures]'") from None
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font))
 
 
@@ -344,7 +346,7 @@ def usable_font() -> str:
 
 
 def png(fig: go.Figure) -> bytes:
-    "A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a usable font."
+    "A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a usable font, or without resvg_py."
     if not usable_font(): raise RunError(f"pictures want one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
     return render(static_svg(fig), usable_font())
 
@@ -506,15 +508,15 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
     for name in listed.keys() - made.keys():
         old = folder / name
         if not old.is_file() or old.is_symlink(): continue
-        if hashlib.sha256(old.read_bytes()).hexdigest() == listed[name]: old.unlink()
+        if sha256(old) == listed[name]: old.unlink()
     if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
 
 
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
     """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page
     last; returns the paths (see `write_report_files`, which may raise). Text that a spreadsheet would
-    take for a formula is quoted in the CSV. Without a font there are no pictures, and a note on the page
-    says so."""
+    take for a formula is quoted in the CSV. Without a font or resvg_py there are no pictures, and
+    a note on the page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds

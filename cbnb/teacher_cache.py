@@ -30,6 +30,7 @@ from .models import is_in_parts
 from .passes import teacher_pass
 from .processes import gathered
 from .lease import check_own, holding
+from .reading import check_regular
 from .runs import is_full_disk
 from .sealed import damage, seal, sync
 from .terminal import say
@@ -93,7 +94,9 @@ class TeacherCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        paths = sorted(folder.glob("*.safetensors"))
+        for path in paths: check_regular(path)
+        self.files = [safe_open(path, "pt") for path in paths]
         self.places = {}
         for number, file in enumerate(self.files):
             token = last = 0
@@ -133,6 +136,7 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
     done = set()
     for path in folder.glob("*.safetensors"):
         try:
+            check_regular(path)
             with safe_open(path, "pt") as file: done |= {key for key, *_ in json.loads(file.metadata()["samples"])}
         except Exception: path.unlink()  # not whole, whatever safetensors calls it
     numbers = (n for n in itertools.count() if not (folder / f"{n:05}.safetensors").exists())

@@ -39,6 +39,7 @@ from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
+from .reading import check_regular, read_bytes
 from .rounding import at_floor
 from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
                        read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
@@ -222,7 +223,7 @@ class CircuitBreakerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
-                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, record.read_bytes())
+                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, read_bytes(record))
                 seal(made)
                 made.rename(place / made.name)
                 sync(place)
@@ -237,7 +238,8 @@ class CircuitBreakerTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
-        result = set_peft_model_state_dict(student, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+        check_regular(path := Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(student, load_file(path))
         missing = [k for k in result.missing_keys if "lora_" in k]
         if missing or result.unexpected_keys:
             raise ValueError(f"{resume_from_checkpoint} does not fit this adapter: {len(missing)} missing and {len(result.unexpected_keys)} "

@@ -15,8 +15,8 @@ from forked import forked
 
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those that are not the door write into a folder
-# that is renamed when it is whole or thrown away, to a log, to /dev/null, or in place
-WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"},
+# that is renamed when it is whole or thrown away, to a log, in place, or nowhere
+WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"}, "runs": {"safe_output"},
            "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"},
            "terminal": {"nowhere"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
            "withheld": {"tidy"}}

@@ -73,7 +73,9 @@ def test_every_error_is_a_sentence():
     raised = {name for name, kind in kinds if issubclass(kind, BaseException)}
     own = {c.name: c for c in classes if any(ast.unparse(base) in raised for base in c.bases)}
     assert len(own) > 10 and {"TranscriptError", "ConfigError", "CommandError"} < own.keys()
-    silent = {name for name, c in own.items() if "__str__ = error_text" not in map(ast.unparse, c.body)}
+    said_by_others = {"InputError",  # an OSError like any other: cbnb.terminal itself reads by its module
+                      "Refused"}     # of the process that runs a template, which has nothing of ours: MaskError says it
+    silent = {name for name, c in own.items() if "__str__ = error_text" not in map(ast.unparse, c.body)} - said_by_others
     assert not silent, f"give it __str__ = error_text of cbnb.terminal: {silent}"
     assert TranscriptError.__str__ is ConfigError.__str__ is error_text
     assert str(ConfigError(f"one\n{EVIL}")) == visible(f"one\n{EVIL}")
