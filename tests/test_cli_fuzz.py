@@ -7,7 +7,7 @@ from pathlib import Path
 import fuzz_cli
 from forked import forked
 
-LINES = 180
+LINES = 120
 
 
 def test_lines_of_every_command():
