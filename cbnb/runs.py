@@ -133,7 +133,7 @@ def tell_engine():
     engine to papermill (`cbnb.kernels`), as one that was installed before cbnb had it."""
     reached = getattr(getattr(kernel(), "parent", None), "transport", None)
     if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
-        print("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
+        say("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
               "where runs that start at once can clash: pip install --no-deps -e . (or make) once more")
 
 # %% ../nbs/10_runs.ipynb #90222505
