@@ -93,16 +93,18 @@ def fixed(student: PeftModel, config):
     with kept(student):
         generator = torch.Generator().manual_seed(0)
         first, last = config.lora_layers
-        sizes = {"lora_B": FIXED * config.lora_r**0.5 / config.lora_alpha / (last + 1 - first)**0.5}   # scale: alpha / r
+        size = FIXED / (last + 1 - first)**0.5 * config.lora_r**0.5 / config.lora_alpha
         with torch.no_grad():
             for name, p in student.named_parameters():
                 kind = next((kind for kind in ("lora_A", "lora_B") if kind in name), None)
                 if not kind: continue
-                p.copy_(torch.randn(p.shape, generator=generator) * sizes.get(kind, p.shape[-1] ** -0.5))
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(noise * (size if kind == "lora_B" else p.shape[-1] ** -0.5))
         yield
 
 
-def fixed_figures(student: PeftModel, batch: dict, config, teacher: nn.Module | None = None) -> dict[str, float]:
+def fixed_figures(student: PeftModel, batch: dict, config,
+                  teacher: nn.Module | None = None) -> dict[str, float]:
     """What the terms read of `batch` (`cbnb.data.collate`, on the student's device), and the norms of their
     gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`. What is not
     finite is left out. The student and the random states are as before."""
