@@ -290,8 +290,8 @@ def content_hash(path, cache):
 
 # %% ../nbs/11_ablation.ipynb #76c4e07f
 def data_hash(parameters, cache):
-    """sha256 (hex) over the contents of all files and folders that `parameters` name (`FILE_PARAMETERS`), and of
-    the file of an `objective` of the user's own; a hub id counts by its name alone."""
+    """sha256 (hex) over the contents of all files and folders that `parameters` name (`FILE_PARAMETERS`), and
+    of the file of an `objective` of the user's own; a hub id counts by its name alone."""
     own = code_file(parameters.get("objective") or "")
     found = [["objective", content_hash(own, cache)]] if own else []
     for name in FILE_PARAMETERS:
@@ -388,9 +388,9 @@ def check_start(path):
     check_prepared(path)
     path = Path(path)
     if data_hash(read_record(path / "params.json"), {}) != read_record(path / "key.json")["data"]:
-        raise RunError(f"data, model or another file that {path / 'params.json'} names changed since the sweep was "
-                       "prepared: put back what was there, or give cbnb ablate the spec again, for runs of what is "
-                       "there now")
+        raise RunError(f"data, model or another file that {path / 'params.json'} names changed since the sweep "
+                       "was prepared: put back what was there, or give cbnb ablate the spec again, for runs of "
+                       "what is there now")
 
 # %% ../nbs/11_ablation.ipynb #341a4862
 def prepare_run(sweep, run, code):

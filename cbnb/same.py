@@ -84,7 +84,7 @@ def data_files(entries: list[str], tools: str = "") -> list[Path]:
 
 # of a model's folder, beside its weights: settings, code, and tokenizers of any kind
 LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", "*.tiktoken")
-OWN_WORDS = ("tokenizer_config.json", "chat_template.json")   # compared without the chat template, or not at all
+OWN_WORDS = ("tokenizer_config.json", "chat_template.json")   # compared without the template, or not at all
 
 
 def code_file(objective: str) -> Path | None:
@@ -129,8 +129,8 @@ def model_hashes(*names: str) -> dict[str, str]:
     files, hashes = {}, {}
     for name, folder in folders.items():
         patterns = ("config.json",) if is_cached(name) else LOADED
-        found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.name not in OWN_WORDS]
-        found += weight_files(folder)
+        found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        found = [path for path in found if path.name not in OWN_WORDS] + weight_files(folder)
         files |= {f"{name}: {path.name}": path for path in found}
         if is_cached(name): hashes[f"{name}: revision"] = folder.name
         elif settings := read_json(folder / "tokenizer_config.json"):
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> dict[str, str]:
-    "What computes: the GPU's name, or the CPU's kind with the widest vectors that torch uses, and its threads."
+    "What computes: the GPU's name, or the CPU's kind, the widest vectors that torch uses, and its threads."
     import torch   # seconds
     if torch.cuda.is_available(): return {"device": f"cuda {torch.cuda.get_device_name()}"}
     if torch.accelerator.is_available(): return {"device": torch.accelerator.current_accelerator().type}
@@ -189,12 +189,14 @@ def processor() -> dict[str, str]:
 def surroundings() -> dict[str, str]:
     """What a run is made with and may change: `versions`, cbnb's own code by its hash, the number of
     processes, and the `processor`."""
-    return versions() | {"cbnb's code": source_hash(PACKAGE)[:12], "processes": str(world_size())} | processor()
+    own = {"cbnb's code": source_hash(PACKAGE)[:12], "processes": str(world_size())}
+    return versions() | own | processor()
 
 # %% ../nbs/10e_same.ipynb #same0005
 MADE_FROM = "made_from.json"
 SECTIONS = {"data": "the data", "objective": "the objective",
-            "samples": "what training and evaluation read of the data", "template": "the chat template", "model": "the model or its tokenizer", "adapter": "the adapter"}
+            "samples": "what training and evaluation read of the data", "template": "the chat template",
+            "model": "the model or its tokenizer", "adapter": "the adapter"}
 
 
 def goes_on(run: Run) -> bool:
@@ -276,7 +278,7 @@ def keep_told(run: Run, now: dict[str, str]) -> None:
     from_first(keep)
 
 
-# share of a figure: what kernels for the same arithmetic differ by stays below it, what code does to it does not
+# share of a figure: kernels for the same arithmetic differ by less, other arithmetic by more
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 SEEN, TINY = 1e-6, 0.01   # a smaller share is told nobody; figures below count as this one
 
@@ -293,16 +295,17 @@ def keep_figures(run: Run, now: dict[str, float], dtype: str) -> None:
             return
         pairs = {name: (old, now.get(name, 0.0)) for name, old in before["values"].items()}
         apart = {name: abs(old - new) / max(abs(old), abs(new), TINY) for name, (old, new) in pairs.items()}
-        words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in pairs.items() if old != new])
+        differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()])
         other = others(before["with"], made_with)
         changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
         if max(apart.values(), default=0) > ROUNDING[dtype]:
-            raise RunError(f"what the run in {run.path} goes on with makes other figures of the same weights and "
-                           f"rows ({words}; {changed or 'no version changed'}): go on with what it began with, or "
-                           "give another run_dir for another run")
+            raise RunError(f"what the run in {run.path} goes on with makes other figures of the same weights "
+                           f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
+                           "with, or give another run_dir for another run")
         if max(apart.values(), default=0) > SEEN:
-            tell_changes(run, [f"attempt {run.attempt} makes other figures of the same weights and rows, within "
-                               f"rounding ({words})"])
+            tell_changes(run, [f"attempt {run.attempt} makes other figures of the same weights and rows, "
+                               f"within rounding ({words})"])
     from_first(keep)
 
 
@@ -331,9 +334,11 @@ def keep_beginning(run: Run, entries: list[str], tools: str, models: Iterable[st
     are folders. Raises RunError, and what reading them raises."""
     if config: same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
-    if config and (own := code_file(config.objective)): keep_same(run, "objective", lambda: file_hashes([own]))
+    own = code_file(config.objective) if config else None
+    if own: keep_same(run, "objective", lambda: file_hashes([own]))
     models = [name for name in models if name]
-    if models and goes_on(run) and not any(map(is_cached, models)): keep_model(run, *models)   # else it is loaded first
+    # what the hub's cache lacks comes with loading
+    if models and goes_on(run) and not any(map(is_cached, models)): keep_model(run, *models)
     keep_told(run, surroundings())
 
 

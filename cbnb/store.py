@@ -158,7 +158,8 @@ def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, ho
     (a name) and the other settings, `code_hash`, and the `versions` of the libraries that encode."""
     tokenizer = masker.tokenizer
     told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.adapt,
-            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash(), versions()]
+            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash(),
+            versions()]
     digest = hashlib.sha256(json.dumps(told, default=str).encode())  # keys as they stand: a template writes arguments in their order
     for t in transcripts: digest.update(json.dumps(vars(t), default=str).encode() + b"\n")
     return digest.hexdigest()[:32]

@@ -42,7 +42,8 @@ from .processes import any_of, from_first, world_size
 from .reading import check_regular, read_bytes
 from .rounding import at_floor
 from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
-                       read_record, read_status, set_status, stop_requested, to_plain, truncate_metrics, write_bytes)
+                       read_record, read_status, set_status, stop_requested, to_plain, truncate_metrics,
+                       write_bytes)
 from .same import MADE_FROM, check_checkpoint, tell_changes
 from .sealed import damage, seal, sync
 from .terminal import error_text, say, visible, warn
@@ -384,10 +385,11 @@ def mend_log(run: Run, checkpoint: Path, step: int) -> None:
     kept, (rows, torn) = log_of(checkpoint), log_rows(run.path)
     settings = read_record(run.path / "config.json") or {}
     every = [n for name in ("logging_steps", "diagnose_steps") if (n := settings.get(name))]
-    gone = sorted({s for n in every for s in (1, *range(n, step + 1, n))} - (kept.keys() or {row["step"] for row in rows}))
+    wanted = {s for n in every for s in (1, *range(n, step + 1, n))}
+    gone = sorted(wanted - (kept.keys() or {row["step"] for row in rows}))
     if gone:
-        line = (f"metrics.jsonl has lost {len(gone)} of its lines up to step {step} (the first: step {gone[0]}), "
-                f"which {checkpoint.name} does not have either")
+        line = (f"metrics.jsonl has lost {len(gone)} of its lines up to step {step} (the first: step "
+                f"{gone[0]}), which {checkpoint.name} does not have either")
         tell_changes(run, [line] if line not in (read_status(run.path).get("changes") or ()) else [])
     known = list(dict.fromkeys(key for row in rows for key in row))   # in the order that lines have
     rows = [row for row in rows if row["step"] <= step]
