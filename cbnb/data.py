@@ -25,6 +25,7 @@ from .sources import Reading
 from .spool import Spooled, those
 from .templates import MaskError
 from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
+from .terminal import error_text
 from .transcripts import MAX_BAD, Transcript, TranscriptError
 
 # %% auto #0
@@ -113,6 +114,7 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 # %% ../nbs/05_data.ipynb #31ba01de
 class EmptyStream(ValueError):
     "Nothing is left of a stream; `report` (`StreamReport`) says what became of it."
+    __str__ = error_text
     def __init__(self, text: str, report: StreamReport):
         super().__init__(text)
         self.report = report
@@ -165,8 +167,8 @@ def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading:
                  found: Iterable | None = None) -> Sequence[Transcript]:
     """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are
     counted there by cause. With `on_error` raise all of them, unread. `found`: the `refusals`, where they are
-    known. Raises TranscriptError where more than `max_skipped` of the records are left out by
-    now, and as `until_most_fail`."""
+    known. Raises TranscriptError where more than `max_skipped` of the records are left out by now, and as
+    `until_most_fail`."""
     if reading.on_error == "raise": return transcripts
     def fits(error):
         if error is not None: reading.refuse(error)

@@ -16,7 +16,7 @@ from .breaker import CircuitBreaker
 from .heads import find_head
 
 # %% auto #0
-__all__ = ['BELOW', 'kept', 'moved', 'mode', 'on_device', 'terms_of', 'rounding_floor']
+__all__ = ['BELOW', 'FIXED', 'kept', 'moved', 'mode', 'on_device', 'terms_of', 'rounding_floor', 'fixed', 'fixed_figures']
 
 # %% ../nbs/06b_floor.ipynb #3996c5ff
 @contextmanager
@@ -81,3 +81,42 @@ def rounding_floor(student: PeftModel, batch: dict, config) -> dict:
     found = {"reroute": 1 - terms["loss_reroute"], "retain": terms["loss_retain"], "kl": terms["loss_kl"]}
     measured = {name: max(value, 0.0) for (name, value), n in zip(found.items(), batch["counts"].tolist(), strict=True) if n and math.isfinite(value)}
     return {"dtype": str(dtype).removeprefix("torch.")} | measured
+
+# %% ../nbs/06b_floor.ipynb #fixedcd1
+FIXED = 1.0  # how far the noise of all blocks together moves what passes through them, about
+
+
+@contextmanager
+def fixed(student: PeftModel, config):
+    """Inside, the adapter of `student` is noise that is the same anywhere, and far above what a dtype rounds
+    away; afterwards all is as before."""
+    with kept(student):
+        generator = torch.Generator().manual_seed(0)
+        first, last = config.lora_layers
+        size = FIXED / (last + 1 - first)**0.5 * config.lora_r**0.5 / config.lora_alpha
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                kind = next((kind for kind in ("lora_A", "lora_B") if kind in name), None)
+                if not kind: continue
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(noise * (size if kind == "lora_B" else p.shape[-1] ** -0.5))
+        yield
+
+
+def fixed_figures(student: PeftModel, batch: dict, config,
+                  teacher: nn.Module | None = None) -> dict[str, float]:
+    """What the terms read of `batch` (`cbnb.data.collate`, on the student's device), and the norms of their
+    gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`. What is not
+    finite is left out. The student and the random states are as before."""
+    breaker = CircuitBreaker(student, config, teacher, find_head(student))
+    with fixed(student, config), mode(breaker, False):
+        trained = [p for p in breaker.parameters() if p.requires_grad]
+        terms = terms_of(breaker, batch)
+        found = {name: term.item() for name, term in terms.items()}
+        for name, term in terms.items():
+            if not term.requires_grad: continue
+            grads = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+            norms = [g.float().norm().item() for g in grads if g is not None]
+            found[name.replace("loss", "grad_norm")] = math.hypot(*norms)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+

@@ -11,7 +11,6 @@ import atexit
 import threading
 import time
 import uuid
-import warnings
 from dataclasses import dataclass, field
 
 import nbformat
@@ -24,6 +23,7 @@ from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 from .processes import is_first, rank
 from .reading import read_text
 from .runs import scrub, write_bytes
+from .terminal import warn
 
 # %% ../nbs/10a_recorder.ipynb #bbd7c942
 class Book:
@@ -156,5 +156,5 @@ def record_notebook(run):
     RECORDING.append(recording)
     if ready.wait(ANSWERS): return path
     stop_recording()
-    warnings.warn(f"the kernel does not tell what it executes, so {path} goes no further", stacklevel=2)
+    warn(f"the kernel does not tell what it executes, so {path} goes no further")
     return None

@@ -7,10 +7,10 @@ __all__ = ['RECORD_BYTES', 'LOG_BYTES', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE'
            'ALARMS', 'NOTES', 'MEASURED', 'SECONDS', 'SAID', 'STATUS', 'SETTINGS', 'PARAMETERS', 'READ', 'EVALUATED',
            'SHARE', 'TOKENS', 'COSINE', 'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES', 'RESULT', 'VERDICT',
            'POINT', 'ASKED', 'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES',
-           'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'RecordError', 'regular_file', 'bytes_of',
-           'once', 'parsed', 'wants', 'is_plain', 'plain', 'whole', 'number', 'text', 'one_of', 'flag', 'moment',
-           'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting', 'settings', 'count', 'metrics_row',
-           'fault', 'record_of']
+           'FIGURES_OF', 'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'RecordError', 'regular_file',
+           'bytes_of', 'once', 'parsed', 'wants', 'is_plain', 'plain', 'whole', 'number', 'text', 'one_of', 'flag',
+           'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting', 'settings', 'count',
+           'metrics_row', 'fault', 'record_of']
 
 # %% ../nbs/09a_records.ipynb #recim001
 import dataclasses
@@ -23,6 +23,7 @@ from datetime import datetime
 
 from .config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
 from .reading import InputError, open_regular
+from .terminal import error_text
 
 # %% ../nbs/09a_records.ipynb #rec00001
 RECORD_BYTES = 64 << 20  # of a JSON file; the largest, the plan of ten thousand runs, has a few MB
@@ -31,6 +32,7 @@ LOG_BYTES = 1 << 30      # of a file of lines: over a million of metrics.jsonl
 
 class RecordError(ValueError):
     "A file that is not what it has to be; the message goes on from the file's name."
+    __str__ = error_text
 
 
 def regular_file(path):
@@ -295,7 +297,8 @@ TEMPLATE = fields({"sha256": HEX, "template_variables": mapping(plain), "date": 
 IDS = each(whole(0, 2**31 - 1), 10_000_000)
 PROMPT = fields({"messages": whole(), "tokens": whole(), "hash": LABEL}, "hash")
 HASHES = mapping(LABEL, 1_000_000)
-MADE_FROM = fields({"same": mapping(HASHES), "told": mapping(LABEL)}, "same", "told")
+FIGURES_OF = fields({"values": mapping(number()), "with": mapping(LABEL)}, "values", "with")
+MADE_FROM = fields({"same": mapping(HASHES), "told": mapping(LABEL), "figures": FIGURES_OF}, "same", "told")
 ANSWER = {"key": LABEL, "stage": LABEL, "asked": one_of("plain", "prefilled"), "attempt": whole(), "id": LINE,
           "begun": IDS, "ids": IDS, "prompt": PROMPT}
 

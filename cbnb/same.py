@@ -11,6 +11,8 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,14 +21,16 @@ from .processes import from_first, world_size
 from .records import RecordError, regular_file
 from .runs import Run, RunError, read_json, read_record, read_status, set_status, source_hash, write_json
 from .sources import open_sources
+from .terminal import say
 from .transcripts import Transcript, is_hub
 
 # %% auto #0
-__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'file_hash',
-           'file_hashes', 'data_files', 'weight_files', 'model_folder', 'model_hashes', 'samples_hash',
-           'transcripts_hash', 'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same',
-           'check_checkpoint', 'tell_changes', 'keep_told', 'changes_of', 'same_settings', 'keep_beginning',
-           'keep_samples', 'keep_model', 'keep_adapters']
+__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
+           'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
+           'model_folder', 'is_cached', 'model_hashes', 'samples_hash', 'transcripts_hash', 'versions', 'processor',
+           'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same', 'check_checkpoint',
+           'tell_changes', 'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning',
+           'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
 
 # %% ../nbs/10e_same.ipynb #same0001
 WHOLE = 64 << 30   # bytes: so much is hashed whole, of several files together
@@ -50,13 +54,22 @@ def file_hash(path: Path, whole: bool = True) -> str:
         raise RunError(f"{path}, which the run is made from, cannot be read ({e}): put it back") from None
 
 
+@cache
+def hashed(path: Path, whole: bool, stamp: tuple) -> str:
+    "`file_hash`, once in a process for a file of the same `stamp`."
+    return file_hash(path, whole)
+
+
 def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     """`{path as text: file_hash}` of the files `paths`, several at a time; whole where all together have at
-    most `WHOLE` bytes."""
-    paths = list(dict.fromkeys(map(Path, paths)))
-    whole = sum(path.stat().st_size for path in paths) <= WHOLE
+    most `WHOLE` bytes. A file that nobody has touched since this process hashed it is not read again."""
+    about = {path: path.stat() for path in dict.fromkeys(map(Path, paths))}
+    whole = sum(found.st_size for found in about.values()) <= WHOLE
+    def one(path):
+        was = about[path]   # no program sets ctime, the time at which a file's state changed
+        return hashed(path, whole, (was.st_dev, was.st_ino, was.st_size, was.st_mtime_ns, was.st_ctime_ns))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(map(str, paths), pool.map(lambda path: file_hash(path, whole), paths)))
+        return dict(zip(map(str, about), pool.map(one, about)))
 
 # %% ../nbs/10e_same.ipynb #same0002
 def data_files(entries: list[str], tools: str = "") -> list[Path]:
@@ -69,9 +82,16 @@ def data_files(entries: list[str], tools: str = "") -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-# of a model's folder, beside its weights
-LOADED = ("config.json", "generation_config.json", "*.py", "tokenizer.json", "special_tokens_map.json",
-          "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+# of a model's folder, beside its weights: settings, code, and tokenizers of any kind
+LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", "*.tiktoken")
+OWN_WORDS = ("tokenizer_config.json", "chat_template.json")   # compared without the template, or not at all
+
+
+def code_file(objective: str) -> Path | None:
+    "The file that an `objective` of the user's own, `module:name`, stands in; None for one of cbnb's."
+    module, colon, _ = objective.partition(":")
+    found = find_spec(module) if colon else None
+    return Path(found.origin) if found and found.has_location else None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,16 +115,25 @@ def model_folder(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def is_cached(name: str) -> bool:
+    "Whether the model `name` is one of the hub, which is read from its cache."
+    return name != "tinyagent" and not Path(name).expanduser().is_dir()
+
+
 def model_hashes(*names: str) -> dict[str, str]:
     """Hashes by name of what loading the models `names` reads: configuration, weights, code, and
-    tokenizer. The chat template is none of it, since a run keeps its own. Nothing of a model that is not
-    on this machine."""
+    tokenizer. The chat template is none of it, since a run keeps its own. Of the hub's models the revision
+    stands for all but configuration and weights: which of its other files are in the cache differs by
+    machine. Nothing of a model that is not on this machine."""
     folders = {name: folder for name in names if name and (folder := model_folder(name))}
     files, hashes = {}, {}
     for name, folder in folders.items():
-        found = [path for pattern in LOADED for path in sorted(folder.glob(pattern))] + weight_files(folder)
+        patterns = ("config.json",) if is_cached(name) else LOADED
+        found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        found = [path for path in found if path.name not in OWN_WORDS] + weight_files(folder)
         files |= {f"{name}: {path.name}": path for path in found}
-        if settings := read_json(folder / "tokenizer_config.json"):
+        if is_cached(name): hashes[f"{name}: revision"] = folder.name
+        elif settings := read_json(folder / "tokenizer_config.json"):
             settings.pop("chat_template", None)
             text = json.dumps(settings, sort_keys=True)
             hashes[f"{name}: tokenizer_config.json"] = hashlib.sha256(text.encode()).hexdigest()
@@ -135,24 +164,38 @@ def transcripts_hash(transcripts: Iterable[Transcript]) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/10e_same.ipynb #same0004
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "jinja2")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "bitsandbytes",
+             "numpy", "jinja2")
 
 
-def surroundings() -> dict[str, str]:
-    """What a run is made with and may change: versions of Python and of `LIBRARIES`, cbnb's own code by its
-    hash, the number of processes, and the kind of device."""
-    import torch   # seconds
+def versions() -> dict[str, str]:
+    "The versions of Python and of those of `LIBRARIES` that are installed."
     found = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try: found[name] = version(name)
         except PackageNotFoundError: pass
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found | {"cbnb's code": source_hash(PACKAGE)[:12], "processes": str(world_size()),
-                    "device": device.type if device else "cpu"}
+    return found
+
+
+def processor() -> dict[str, str]:
+    "What computes: the GPU's name, or the CPU's kind, the widest vectors that torch uses, and its threads."
+    import torch   # seconds
+    if torch.cuda.is_available(): return {"device": f"cuda {torch.cuda.get_device_name()}"}
+    if torch.accelerator.is_available(): return {"device": torch.accelerator.current_accelerator().type}
+    kind = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": kind, "threads": str(torch.get_num_threads())}
+
+
+def surroundings() -> dict[str, str]:
+    """What a run is made with and may change: `versions`, cbnb's own code by its hash, the number of
+    processes, and the `processor`."""
+    own = {"cbnb's code": source_hash(PACKAGE)[:12], "processes": str(world_size())}
+    return versions() | own | processor()
 
 # %% ../nbs/10e_same.ipynb #same0005
 MADE_FROM = "made_from.json"
-SECTIONS = {"data": "the data", "samples": "what training and evaluation read of the data",
+SECTIONS = {"data": "the data", "objective": "the objective",
+            "samples": "what training and evaluation read of the data", "template": "the chat template",
             "model": "the model or its tokenizer", "adapter": "the adapter"}
 
 
@@ -208,9 +251,16 @@ def check_checkpoint(run: Run, checkpoint: Path) -> None:
 
 
 def tell_changes(run: Run, sentences: list[str]) -> None:
-    "Adds `sentences` to the `changes` in status.json, which all attempts of the `run` share."
+    "Prints `sentences` and adds them to the `changes` in status.json, which all attempts of the `run` share."
     status = read_status(run.path)
+    for line in sentences: say(f"note: {line}")
     if sentences: set_status(run, status["state"], changes=[*(status.get("changes") or ()), *sentences])
+
+
+def others(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    "`{name: (what it was, what it is)}` of what differs between two `surroundings`; `none` where it is not."
+    pairs = {name: (before.get(name, "none"), now.get(name, "none")) for name in [*before, *now]}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def keep_told(run: Run, now: dict[str, str]) -> None:
@@ -218,13 +268,44 @@ def keep_told(run: Run, now: dict[str, str]) -> None:
     the attempt before (`tell_changes`)."""
     def keep():
         record = made_from(run.path)
-        new = [f"attempt {run.attempt} has {name} {now[name]}, and the one before it had {old}"
-               for name, old in record["told"].items() if name in now and now[name] != old]
-        if not (run.path / MADE_FROM).exists():
+        new = [f"attempt {run.attempt} has {name} {new}, and the one before it had {old}"
+               for name, (old, new) in others(record["told"], now).items()]
+        if not record["told"]:   # an older cbnb's
             new = ["what the run was made from was not kept by its earlier attempts, so nothing was compared"]
         if goes_on(run): tell_changes(run, new)
         elif read_status(run.path).get("changes"): set_status(run, "running", changes=[])
         write_json(run.path / MADE_FROM, record | {"told": record["told"] | now})
+    from_first(keep)
+
+
+# share of a figure: kernels for the same arithmetic differ by less, other arithmetic by more
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+SEEN, TINY = 1e-6, 0.01   # a smaller share is told nobody; figures below count as this one
+
+
+def keep_figures(run: Run, now: dict[str, float], dtype: str) -> None:
+    """Keeps `now`, `cbnb.floor.fixed_figures` of the first attempt of the `run`, whose base has the `dtype`,
+    with what they were made with; of an attempt that goes on tells what differs from them (`tell_changes`).
+    Raises RunError where that is more than rounding (`ROUNDING`), naming what the run began with."""
+    def keep():
+        record, made_with = made_from(run.path), surroundings()
+        before = record.get("figures") if goes_on(run) else None
+        if before is None:
+            write_json(run.path / MADE_FROM, record | {"figures": {"values": now, "with": made_with}})
+            return
+        pairs = {name: (old, now.get(name, 0.0)) for name, old in before["values"].items()}
+        apart = {name: abs(old - new) / max(abs(old), abs(new), TINY) for name, (old, new) in pairs.items()}
+        differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()])
+        other = others(before["with"], made_with)
+        changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
+        if max(apart.values(), default=0) > ROUNDING[dtype]:
+            raise RunError(f"what the run in {run.path} goes on with makes other figures of the same weights "
+                           f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
+                           "with, or give another run_dir for another run")
+        if max(apart.values(), default=0) > SEEN:
+            tell_changes(run, [f"attempt {run.attempt} makes other figures of the same weights and rows, "
+                               f"within rounding ({words})"])
     from_first(keep)
 
 
@@ -246,14 +327,19 @@ def same_settings(run: Run, config: CircuitBreakerConfig) -> None:
                        "on with the code that it began with, or give another run_dir for another run")
 
 # %% ../nbs/10e_same.ipynb #same0006
-def keep_beginning(run: Run, entries: list[str], tools: str,
+def keep_beginning(run: Run, entries: list[str], tools: str, models: Iterable[str] = (),
                    config: CircuitBreakerConfig | None = None) -> None:
-    """Keeps, or compares, what is known of a `run` before its data are read: settings, versions, and the
-    files of its `entries` of data and `tools` (`data_files`). Raises RunError, and what reading them
-    raises."""
+    """Keeps, or compares, what is known of a `run` before its data are read: settings, versions, the files
+    of its `entries` of data and `tools` (`data_files`), and that of its objective; and compares `models` that
+    are folders. Raises RunError, and what reading them raises."""
     if config: same_settings(run, config)
-    keep_told(run, surroundings())
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
+    own = code_file(config.objective) if config else None
+    if own: keep_same(run, "objective", lambda: file_hashes([own]))
+    models = [name for name in models if name]
+    # what the hub's cache lacks comes with loading
+    if models and goes_on(run) and not any(map(is_cached, models)): keep_model(run, *models)
+    keep_told(run, surroundings())
 
 
 def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
@@ -261,6 +347,14 @@ def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
     `streams`. Raises RunError."""
     def make(): return {"held out": heldout} | {name: samples_hash(found) for name, found in streams.items()}
     keep_same(run, "samples", make)
+
+
+def keep_template(run: Run, masker) -> None:
+    """Keeps, or compares, the chat template by which an evaluation's `masker` (`cbnb.masks.ChatMasker`)
+    renders, with its variables; a training keeps its own. Raises RunError."""
+    from cbnb.settings import template_of
+    text = json.dumps([template_of(masker), masker.template_variables], default=str)
+    keep_same(run, "template", lambda: {"it": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def keep_model(run: Run, *names: str) -> None:

@@ -32,9 +32,11 @@ from .lease import check_own
 from .masks import ChatMasker
 from .processes import from_first
 from .reading import check_regular, read_bytes, read_text
+from .same import versions
 from .sealed import damage, seal, sync
 from .sources import Reading
 from .templates import MaskError
+from .terminal import say
 from .transcripts import Transcript
 
 # %% ../nbs/05b_store.ipynb #aa129788
@@ -153,10 +155,11 @@ def code_hash() -> str:
 
 def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, how: dict) -> str:
     """32 hex digits over the transcripts in their order, tokenizer, template, what the masker was told, `policy`
-    (a name) and the other settings, and `code_hash`."""
+    (a name) and the other settings, `code_hash`, and the `versions` of the libraries that encode."""
     tokenizer = masker.tokenizer
     told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.adapt,
-            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash()]
+            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash(),
+            versions()]
     digest = hashlib.sha256(json.dumps(told, default=str).encode())  # keys as they stand: a template writes arguments in their order
     for t in transcripts: digest.update(json.dumps(vars(t), default=str).encode() + b"\n")
     return digest.hexdigest()[:32]
@@ -175,7 +178,7 @@ def kept_folder(place: str | Path, name: str, make: Callable) -> Path:
     folder = place / name
     if os.path.lexists(folder): check_own(folder)
     if folder.exists() and (wrong := damage(folder)):
-        print(f"encoded samples: {folder} is made anew, since {wrong}", flush=True)
+        say(f"encoded samples: {folder} is made anew, since {wrong}")
         shutil.rmtree(folder)
     if not folder.exists():
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -232,8 +235,8 @@ def refused_piece(transcripts: list[Transcript], masker: ChatMasker, split_turns
 def stored_refusals(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker,
                     split_turns: bool = False, processes: int | None = None) -> dict[int, str]:
     """`{number: why}` of those of `transcripts` for which `cbnb.data.refusals` gives an error: found in a folder
-    of `place`, or made by `processes` (None: one for each core that this process may use). Raises as
-    `until_most_fail`."""
+    of `place`, or made by `processes` (None: one for each core that this process may use).
+    Raises as `until_most_fail`."""
     work = partial(refused_piece, masker=masker, split_turns=split_turns)
     def make(folder):
         parts = in_pieces(work, transcripts, processes or cores())

@@ -29,11 +29,13 @@ import numpy as np
 
 from . import rendering
 from .rendering import CALLS, LEVELS, OUT_OF_MEMORY, frame, unpack
+from .terminal import error_text
 from .transcripts import REASONING_KEYS
 
 # %% ../nbs/00a_templates.ipynb #1dff12a1
 class MaskError(ValueError):
     "A transcript, template or policy from which no safe mask can be made. The text names the message and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/00a_templates.ipynb #5f132ef7
 MAX_TEMPLATE_CHARS = 2**18
@@ -80,7 +82,9 @@ atexit.register(end)
 os.register_at_fork(after_in_child=forget)
 
 # %% ../nbs/00a_templates.ipynb #6a8f90f4
-class Ended(Exception): "The process ended, or was ended; the text says why, as what a template does."
+class Ended(Exception):
+    "The process ended, or was ended; the text says why, as what a template does."
+    __str__ = error_text
 
 
 def exchange(data, deadline):

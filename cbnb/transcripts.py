@@ -34,7 +34,6 @@ import json
 import math
 import os
 import re
-import warnings
 import zlib
 from array import array
 from collections import Counter
@@ -44,10 +43,12 @@ from pathlib import Path
 
 from .files import new_file
 from .reading import MAX_ENTRIES, InputError, Limited, check_regular, open_regular, read_stream
+from .terminal import error_text, visible, warn
 
 # %% ../nbs/00_transcripts.ipynb #93090dc5
 class TranscriptError(ValueError):
     "A record, line or file that cannot be read as a transcript. The text names file, line and field, and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/00_transcripts.ipynb #bac14b87
 @dataclass(frozen=True)
@@ -1347,7 +1348,7 @@ class TranscriptReader:
     @property
     def shown_name(self):
         "The name of the file or folder, for a terminal."
-        return "".join(c if c.isprintable() else "?" for c in self.path.name)
+        return visible(self.path.name)
 
     def start(self):
         "Sets all counts to zero."
@@ -1481,8 +1482,8 @@ class TranscriptReader:
     def __iter__(self):
         for found in self.records():
             if not isinstance(found, TranscriptError): yield found
-        if self.skipped: warnings.warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}", stacklevel=2)
-        for text in self.told(): warnings.warn(text, stacklevel=2)
+        if self.skipped: warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}")
+        for text in self.told(): warn(text)
 
 # %% ../nbs/00_transcripts.ipynb #be9404da
 def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=None):

@@ -6,11 +6,12 @@ import pytest
 
 from cbnb.adapters import find_adapters, questions_for
 from cbnb.config import TINYAGENT
-from cbnb.runs import read_status, write_json
+from cbnb.runs import Run, RunError, read_status, write_json
 from cbnb.sealed import MANIFEST, seal
 from cbnb.same import MADE_FROM, made_from, transcripts_hash
 from cbnb.status import run_rows
 from cbnb.tinyagent import make_transcripts
+from cbnb.trainer import resume_point
 from cbnb.transcripts import write_transcripts
 from cbnb.verdicts import read_run
 from forked import cells
@@ -88,22 +89,33 @@ def test_data_that_were_written_anew_are_refused(broken_off):
 
 
 def test_another_model_under_the_same_path_is_refused(broken_off):
+    "Before data are read and anything is loaded, whatever the file's time and size say."
     def add(path): path.write_text(path.read_text() + "\n")
     for name, change in (("model.safetensors", flip), ("config.json", add), ("tokenizer.json", add)):
         old = (broken_off / "model" / name).read_bytes()
         change(broken_off / "model" / name)
         refused(broken_off, "the model or its tokenizer", f"{name} is another one")
         (broken_off / "model" / name).write_bytes(old)
+    assert read_status(broken_off / "run")["stage"] == "settings"
 
 
-def test_a_tokenizer_that_reads_other_samples_is_refused(broken_off):
-    path = broken_off / "model" / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    one, other = [token for token in vocabulary if token.strip("Ġ").isalpha() and len(token) > 4][:2]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-    path.write_text(json.dumps(tokenizer))
-    refused(broken_off, "what training and evaluation read of the data", "is another one")
+def test_what_other_code_makes_of_the_same_files_is_refused(broken_off):
+    "Other samples; other terms of the same batch. The run says which versions it began with."
+    run = broken_off / "run"
+    record = made_from(run)
+    samples = record["same"]["samples"] | {"benign": "0" * 64}
+    write_json(run / MADE_FROM, record | {"same": record["same"] | {"samples": samples}})
+    refused(broken_off, "what training and evaluation read of the data", "benign is another one")
+    figures = record["figures"]
+    names = [f"{kind}_{term}" for kind in ("loss", "grad_norm") for term in ("reroute", "retain", "kl")]
+    assert sorted(figures["values"]) == sorted(names)
+    values = figures["values"] | {"loss_kl": figures["values"]["loss_kl"] * 1.01}
+    made_with = figures["with"] | {"peft": "0.1"}
+    write_json(run / MADE_FROM, record | {"figures": {"values": values, "with": made_with}})
+    again(broken_off, 1)
+    error = read_status(run)["error"]
+    assert "makes other figures of the same weights and rows (loss_kl was" in error, error
+    assert "peft was 0.1 and is" in error and "give another run_dir" in error, error
 
 
 def test_a_checkpoint_of_another_run_is_refused(broken_off):
@@ -115,7 +127,8 @@ def test_a_checkpoint_of_another_run_is_refused(broken_off):
     write_json(checkpoint / MADE_FROM, record)
     (checkpoint / MANIFEST).unlink()
     seal(checkpoint)
-    refused(broken_off, "what training and evaluation read of the data", "harmful is another one")
+    with pytest.raises(RunError, match="read of the data .*harmful is another one"):
+        resume_point(Run(broken_off / "run", 2, True))
 
 
 def test_what_may_change_is_told_and_the_log_is_mended(broken_off):
@@ -126,15 +139,21 @@ def test_what_may_change_is_told_and_the_log_is_mended(broken_off):
     (run / "metrics.jsonl").write_text("\n".join([edited, *whole[2:]]) + "\n")   # step 1 is lost
     record = made_from(run)
     told = record["told"] | {"torch": "1.0.0", "cbnb's code": "other", "processes": "2"}
-    write_json(run / MADE_FROM, record | {"told": told})
+    values = record["figures"]["values"]
+    figures = record["figures"] | {"values": values | {"loss_retain": values["loss_retain"] * 1.0001}}
+    write_json(run / MADE_FROM, record | {"told": told, "figures": figures})
     (broken_off / "model" / "README.md").write_text("read by nobody")
+    with open(run / "metrics.jsonl", "a") as f: f.write('{"step": 5}\n{"step": 6, "lo')   # as a kill leaves it
     said = again(broken_off)
     changes = read_status(run)["changes"]
-    names = [line.split(", and the one before it had")[0].rsplit(" ", 1)[0] for line in changes[:-1]]
+    names = [line.split(", and the one before it had")[0].rsplit(" ", 1)[0] for line in changes[:-2]]
     assert names == [f"attempt 2 has {name}" for name in ("torch", "cbnb's code", "processes")]
+    words = "attempt 2 makes other figures of the same weights and rows, within rounding (loss_retain was"
+    assert changes[-2].startswith(words)
     assert changes[-1] == (
         "metrics.jsonl lacked 1 of its 2 lines (the first: step 1) and said something else in 1 lines (the "
         "first: step 2): up to step 2 it was put back from checkpoint-2")
+    assert "3 lines of metrics.jsonl of later steps were dropped and are made again; training goes on" in said
     assert (run / "metrics.jsonl").read_text().splitlines() == whole, "to the last bit"
     assert load(run / "result.json")["changes"] == changes
     pages = [said, run_rows([run])[0]["note"], (run / "adapter" / "README.md").read_text(),
@@ -150,17 +169,6 @@ def test_lines_that_are_lost_in_the_middle_of_a_finished_log_are_told(world, tmp
     (run / "metrics.jsonl").write_text(lines[0] + "".join(lines[2:]))
     words = "its log lacks 1 of the lines that logging_steps asks for, the first at step 2"
     assert words in read_run(run, {})[2]
-
-
-def test_an_older_run_has_nothing_to_compare(broken_off):
-    run = broken_off / "run"
-    for path in (run / MADE_FROM, run / "checkpoints" / "checkpoint-2" / MADE_FROM): path.unlink()
-    (run / "checkpoints" / "checkpoint-2" / MANIFEST).unlink()
-    seal(run / "checkpoints" / "checkpoint-2")
-    again(broken_off)
-    (line,) = read_status(run)["changes"]
-    assert "was not kept by its earlier attempts" in line
-    assert set(made_from(run)["same"]) == {"data", "samples", "model"}
 
 
 def evaluate(folder, *given):
@@ -196,11 +204,12 @@ def test_an_evaluation_that_goes_on_is_the_same(world, tmp_path):
     folder, data = tmp_path / "evaluation", tmp_path / "eval.jsonl"
     shutil.copy(world / "eval_data.jsonl", data)
     shutil.copytree(world / "run" / "adapter", tmp_path / "adapter")
-    given = ("-p", "adapter", tmp_path / "adapter", "-p", "model", "tinyagent", "-p", "eval_data", data,
+    model = shutil.copytree(TINYAGENT, tmp_path / "model")
+    given = ("-p", "adapter", tmp_path / "adapter", "-p", "model", model, "-p", "eval_data", data,
              "-p", "max_new_tokens", 2)
     code, said = evaluate(folder, *given)
     assert code == 0, said[-2000:]
-    assert set(made_from(folder)["same"]) == {"data", "samples", "model", "adapter"}
+    assert set(made_from(folder)["same"]) == {"data", "samples", "template", "model", "adapter"}
     (folder / "result.json").unlink()
     write_json(folder / "status.json", read_status(folder) | {"state": "interrupted"})
     flip(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -208,6 +217,11 @@ def test_an_evaluation_that_goes_on_is_the_same(world, tmp_path):
     assert code != 0 and "the adapter of the run" in said, said[-2000:]
     assert "adapter_model.safetensors is another one" in said
     flip(tmp_path / "adapter" / "adapter_model.safetensors")
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template + "{# #}")
+    code, said = evaluate(folder, *given)
+    assert code != 0 and "the chat template of the run" in said, said[-2000:]
+    (model / "chat_template.jinja").write_text(template)
     data.write_text(data.read_text() + "\n")
     code, said = evaluate(folder, *given)
     assert code != 0 and "the data of the run" in said and "eval.jsonl is another one" in said, said[-2000:]

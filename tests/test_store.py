@@ -10,6 +10,7 @@ from cbnb.config import get_config
 from cbnb.data import EmptyStream, PairedStreams, collate, encode_stream, refusals
 from cbnb.masks import ChatMasker
 from cbnb.models import load_tokenizer
+from cbnb.same import versions
 from cbnb.sources import Reading
 from cbnb.store import StoredSamples, kept_for, pieces, stored_refusals, stored_stream
 from cbnb.tinyagent import KINDS, make_transcripts
@@ -98,3 +99,12 @@ def test_no_more_than_a_few_pieces_are_under_way(masker):
 def test_an_empty_file_is_a_sequence_of_nothing(tmp_path):
     report = cbnb.store.write_samples(tmp_path / "none.arrow", [])
     assert len(StoredSamples(tmp_path / "none.arrow")) == 0 == report.transcripts and [*StoredSamples(tmp_path / "none.arrow")] == []
+
+
+def test_another_version_of_what_encodes_takes_no_samples_of_this_one(masker, tmp_path, monkeypatch):
+    plain = make_transcripts("plain", 3)
+    stored_stream(tmp_path, plain, masker, "assistant_only", processes=1)
+    for library in ("tokenizers", "transformers", "jinja2", "Python"):
+        monkeypatch.setattr(cbnb.store, "versions", lambda: versions() | {library: "0"})
+        stored_stream(tmp_path, plain, masker, "assistant_only", processes=1)
+    assert len([*tmp_path.iterdir()]) == 5

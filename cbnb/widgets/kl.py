@@ -21,7 +21,7 @@ import traitlets
 
 from ..actions import for_policy
 from ..adapt import adapt
-from ..audit import visible
+from ..terminal import visible
 from ..config import CircuitBreakerConfig
 from ..data import encoded_pairs, load_streams
 from cbnb.divergence import (
