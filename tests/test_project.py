@@ -336,7 +336,7 @@ def make(target, folder, *variables, env=None):
     fake.write_text('#!/bin/sh\necho "args: $*"\nenv | grep -E "^(JUPYTER|PYTHON)" | sort\n')
     fake.chmod(0o755)
     (venv / "tools").mkdir(exist_ok=True)
-    for stamp in (".user", ".extras", ".dev", "tools/.done"): (venv / stamp).touch()
+    for stamp in (".user", ".dev", "tools/.done"): (venv / stamp).touch()
     result = run("make", target, f"VENV={venv}", *variables, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout
     return result.stdout
