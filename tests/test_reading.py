@@ -1,5 +1,5 @@
 """One door for what is read: regular files only, opened without a race and without waiting, no more of them than was there; and lists of bad records end early."""
-import ast, gc, gzip, io, os, signal, socket, time
+import ast, gzip, io, os, signal, socket, time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -88,9 +88,8 @@ def at_most(seconds):
 
 
 def open_handles():
-    "How many descriptors this process has, without those of the process of the templates and of what nobody holds."
+    "How many descriptors this process has, without those of the process of the templates."
     templates.end()
-    gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -150,7 +149,7 @@ def test_commands_read_files_alone(kind, world):
         status, said = run_main(command(world, bad))
         assert status == 2 and len(said.splitlines()) == 1 and any(name in said for name in (bad.name, str(bad.resolve()))), (name, status, said)
         assert not (world / "out.jsonl").exists(), name
-    assert open_handles() == handles
+    assert open_handles() <= handles
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
@@ -171,7 +170,7 @@ def test_the_door_names_what_it_is(kind, tmp_path):
     for read in (open_regular, read_text, read_bytes, sha256):
         with at_most(5), pytest.raises(InputError) as e: read(bad)
         assert str(e.value).startswith(str(bad)) and words in str(e.value), e.value
-    assert open_handles() == handles
+    assert open_handles() <= handles
     if kind not in ("folder", "sparse"):
         with at_most(5), pytest.raises(InputError, match=words): check_folder(tmp_path)
 
