@@ -1,5 +1,5 @@
 # Every target makes the environment it needs (.venv) on its first call; later calls start at once.
-# A changed settings.ini or constraints.txt installs again. Needs make, bash and Python 3.11 or newer, nothing else.
+# A changed settings.ini or lock/ installs again. Needs make, bash and Python 3.11 or newer, nothing else.
 # Package indexes: pip's own settings are used, so PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS choose e.g. a CPU-only torch.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -17,6 +17,10 @@ BENCH_ARGS ?=
 # how pytest runs: in two processes, all tests of a file in the same one, since they share what is slow to make; the order is tests/conftest.py's
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
+# how many command lines make fuzz tries, and of which seed
+LINES ?= 2000
+SEED ?= 0
+
 RUN := $(VENV)/bin/python
 
 # A user-level "python3" kernel, a PYTHONPATH or user site-packages of some other project would shadow what .venv holds.
@@ -27,15 +31,20 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHON
 
-.PHONY: help preflight train test bench lab docs readme export tinyagent clean
+.PHONY: help preflight train test fuzz bench lab docs readme export tinyagent lock sbom clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# .user holds what settings.ini lists as requirements, .dev the dev_requirements on top.
-$(VENV)/.user: settings.ini setup.py pyproject.toml constraints.txt
-	.ci/venv $(VENV) .
-$(VENV)/.dev: settings.ini setup.py pyproject.toml constraints.txt
-	.ci/venv $(VENV) '.[dev]'
+# .user holds what settings.ini lists as requirements, .extras pictures and data sets on top, .dev all. Each is installed by the hashes of lock/.
+SETUP := settings.ini setup.py pyproject.toml $(wildcard lock/*.txt)
+$(VENV)/.user: $(SETUP)
+	.ci/venv $(VENV) run
+$(VENV)/.extras: $(SETUP)
+	.ci/venv $(VENV) extras
+$(VENV)/.dev: $(SETUP)
+	.ci/venv $(VENV) dev
+$(VENV)/tools/.done: $(wildcard lock/tools.txt)
+	.ci/venv $(VENV)/tools tools
 
 # One thread unless told otherwise: the tiny agent gains little from more, and on a busy machine they mostly wait for each other.
 train: export OMP_NUM_THREADS ?= 1
@@ -52,6 +61,10 @@ test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either f
 	@rc=0; CBNB_TEST_RUNS=$$(mktemp -d) || exit 1; export CBNB_TEST_RUNS; $(RUN) .ci/nbtest.py || rc=1; \
 	  OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; rm -rf "$$CBNB_TEST_RUNS"; exit $$rc
 
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(VENV)/.dev  ## command lines made from the parser of cbnb itself, for what must hold of each; LINES=10000 and SEED=1 can be set
+	$(RUN) tests/fuzz_cli.py $(LINES) $(SEED)
+
 bench: export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peers on its first call. BENCH=nbs/bench/kl.ipynb runs one, BENCH_ARGS='-p device cuda' sets its parameters
 	@set -e; for n in $(BENCH); do out=$$n; if [ -n '$(BENCH_ARGS)' ]; then mkdir -p runs; out=runs/bench-$${n##*/}; fi; \
@@ -59,7 +72,7 @@ bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peer
 	$(VENV)/bin/nbdev_clean
 
 # cache_ports: with it a kernel whose ports another process has taken is started again with the same ones
-lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
+lab: $(VENV)/.extras  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
 	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs --KernelManager.cache_ports=False \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
@@ -78,6 +91,14 @@ export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, README.md: r
 tinyagent: $(VENV)/.user  ## rebuild the embedded tiny agent: at most an hour on one core
 	OMP_NUM_THREADS=1 $(RUN) -m cbnb.tinyagent cbnb/tinyagent_model
 
+lock: $(VENV)/tools/.done  ## lock/: hashes of all packages, after a change of settings.ini or constraints.txt; versions that are in neither stay
+	$(VENV)/tools/bin/python .ci/lock.py
+
+# validation against the schema takes a hundred times as long as the rest, and asks the tool about its own output
+sbom: $(VENV)/.user $(VENV)/tools/.done  ## sbom.json: what .venv holds, with versions and licences, as CycloneDX
+	$(VENV)/tools/bin/cyclonedx-py environment --no-validate --gather-license-texts --output-reproducible --of JSON -o sbom.json.part $(RUN)
+	mv sbom.json.part sbom.json
+
 clean:  ## what builds, docs and tests left; keeps .venv and runs/
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis .cache
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis .cache sbom.json
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

@@ -8,13 +8,14 @@ root = Path(__file__).parent
 parser = ConfigParser()
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "pictures", "hf")}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
     author=cfg["author"], author_email=cfg["author_email"], license_expression="Apache-2.0", license_files=["LICENSE"],
     long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split() + cfg["hf_requirements"].split(), "hf": cfg["hf_requirements"].split()},
+    extras_require=extras | {"dev": cfg["dev_requirements"].split() + sum(extras.values(), [])},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "papermill.engine": cfg["papermill_engines"].split()},
     # "" makes an editable install an entry on sys.path. Without it setuptools installs an import hook, which comes after sys.path: a folder that is
     # named as the package, such as a clone seen from its parent, would be imported in its place, as an empty namespace package.

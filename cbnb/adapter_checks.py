@@ -17,6 +17,7 @@ from torch import nn
 from .config import ConfigError
 from .loaders import ADAPTER_FILES
 from .models import largest_rank, teacher_mode
+from .reading import check_regular
 
 # %% auto #0
 __all__ = ['INTEGERS', 'plain_logits', 'difference', 'bit_sum', 'Plain', 'as_plain', 'check_off', 'check_on', 'check_size',
@@ -117,7 +118,8 @@ def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
     if (rank := max(r for r in given if isinstance(r, int))) > largest:
         raise ConfigError(f"the adapter {folder} has rank {rank:,}, and no matrix of the model can have "
                           f"more than {largest:,}: is it for another model?")
-    with safe_open(Path(folder) / ADAPTER_FILES[1], "pt") as file:
+    check_regular(path := Path(folder) / ADAPTER_FILES[1])
+    with safe_open(path, "pt") as file:
         size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     whole = sum(p.numel() for p in base.parameters())
     if size > whole:

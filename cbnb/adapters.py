@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from .masks import ChatMasker
 from .models import add_adapter, load_model, num_blocks
 from .processes import from_first
 from .reader import AnswerReader, derive_reader
+from .reading import read_text
 from .report import results_of, write_run_report
 from .records import fault
 from .runs import Run, RunError, read_record, read_status, to_plain, write_bytes, write_json
@@ -35,6 +35,7 @@ from .same import differences, made_from, model_hashes, named, surroundings, tel
 from .scores import check_readable, is_attack, without_question
 from .settings import make_masker, model_facts, settings_of
 from .sources import READING, Reading, listed, read_entry, reading_of
+from .terminal import first_line, warn
 from .tinyagent import write_data
 from .transcripts import Transcript, TranscriptError
 from .withheld import withhold
@@ -89,8 +90,7 @@ def find_adapter(name: str, trust_remote_code: bool = False) -> Adapter:
         raise RunError(f"the adapter {name} is neither a run directory, nor a folder with an adapter, nor a hub id: give one of them, or none")
     try: folder = fetch_adapter(name)
     except Exception as e:   # whatever the hub's client raises for a name that is not there, or without a network
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise RunError(f"the adapter {name} is no folder here, and cannot be had from the hub: {why}") from None
+        raise RunError(f"the adapter {name} is no folder here, and cannot be had from the hub: {first_line(e)}") from None
     return Adapter(name.replace("/", "--"), check_adapter(folder, trust_remote_code))
 
 # %% ../nbs/16_adapters.ipynb #eb08770d
@@ -112,7 +112,7 @@ def run_model(folder: Path) -> str:
 def made_for(adapter: Adapter) -> str | None:
     "The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names; None where neither says one."
     if adapter.run: return run_model(adapter.run)
-    return json.loads((adapter.folder / "adapter_config.json").read_text()).get("base_model_name_or_path") if adapter.folder else None
+    return json.loads(read_text(adapter.folder / "adapter_config.json")).get("base_model_name_or_path") if adapter.folder else None
 
 
 def another_base(adapter: Adapter, name: str) -> dict:
@@ -318,7 +318,7 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
         raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
     attempts = {len(found) for found in by_question.values()}
     if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
-    if altered: warnings.warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew", stacklevel=2)
+    if altered: warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew")
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 

@@ -17,6 +17,7 @@ from .config import CircuitBreakerConfig
 from .data import COUNTS
 from .report import as_float, floor_limit, format_number
 from .runs import Run, RunInterrupted, now, read_metrics, read_status, set_status
+from .terminal import error_text, say
 from .trainer import TERMS, NonFiniteLossError, log_line
 
 # %% ../nbs/13_alarms.ipynb #bd02f70f
@@ -147,6 +148,7 @@ def find_alarms(rows: list[dict], config: CircuitBreakerConfig, floor: dict | No
 # %% ../nbs/13_alarms.ipynb #82835a70
 class CollapsedError(RuntimeError):
     "Raised at the end of a training that `collapse_stops` has ended; says the alarm's sentence."
+    __str__ = error_text
 
 
 class Alarms(TrainerCallback):
@@ -179,7 +181,7 @@ class Alarms(TrainerCallback):
         alarm["time"] = now()
         line = f"ALARM {alarm['alarm']}: {alarm['text']}"
         log_line(line)
-        print(line)
+        say(line)
 
 # %% ../nbs/13_alarms.ipynb #e2e454e4
 @contextmanager

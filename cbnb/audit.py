@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NOTES', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX', 'ROLE_HEAD',
-           'TURN_HEAD', 'UNSEEN', 'SIGNS', 'LONG', 'COLOURS', 'PAGE', 'Finding', 'trained_ends', 'untrained_ends',
-           'foreign_targets', 'nothing_trained', 'cut_targets', 'has_type', 'schema_faults', 'call_faults',
-           'unknown_keys', 'check_mask', 'Audited', 'message_of', 'unnamed', 'encode_each', 'audit_one', 'compared',
-           'each_record', 'audit', 'Totals', 'format_table', 'record', 'visible', 'token_texts', 'Run', 'mask_runs',
-           'shorten', 'in_colour', 'terminal_lines', 'audit_page']
+           'TURN_HEAD', 'LONG', 'COLOURS', 'PAGE', 'Finding', 'trained_ends', 'untrained_ends', 'foreign_targets',
+           'nothing_trained', 'cut_targets', 'has_type', 'schema_faults', 'call_faults', 'unknown_keys', 'check_mask',
+           'Audited', 'message_of', 'unnamed', 'encode_each', 'audit_one', 'compared', 'each_record', 'audit', 'Totals',
+           'format_table', 'record', 'token_texts', 'Run', 'mask_runs', 'shorten', 'in_colour', 'terminal_lines',
+           'audit_page']
 
 # %% ../nbs/01b_audit.ipynb #3c91a70d
 import itertools
@@ -26,6 +26,7 @@ from .policies import NEED_COMPARISON, POLICIES, end_tokens
 from .templates import MaskError
 from .turns import COMPLETION, Segment
 from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
+from .terminal import visible
 from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
@@ -414,20 +415,6 @@ def record(audited):
     if t is None: return {"transcript": None, "findings": found}
     size = {} if audited.encoded is None else {"tokens": len(audited.mask), "trained": int(np.count_nonzero(audited.mask))}
     return {"transcript": t.id, "number": audited.number, "source": t.source, "label": t.label, **size, "findings": found}
-
-# %% ../nbs/01b_audit.ipynb #22f340fd
-UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")  # printable by name, and draw nothing
-
-
-SIGNS = {"\n": "⏎", "\t": "⇥"}
-
-
-def visible(text, signs=SIGNS):
-    """`text` with nothing left that a terminal obeys or that the eye misses: characters in `signs` by their sign (line ends ⏎, tabs ⇥), every other
-    character that does not print (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of trained tokens
-    as escapes."""
-    if text.isprintable() and not UNSEEN.search(text) and signs.keys().isdisjoint(text): return text
-    return "".join(signs[c] if c in signs else c if c.isprintable() and not UNSEEN.match(c) else c.encode("unicode_escape").decode() for c in text)
 
 # %% ../nbs/01b_audit.ipynb #1da582be
 def token_texts(encoded):

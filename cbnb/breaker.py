@@ -5,8 +5,6 @@
 # %% ../nbs/06_breaker.ipynb #d8e479d5
 from __future__ import annotations
 
-import warnings
-
 import torch
 from peft import PeftModel
 from torch import nn
@@ -17,6 +15,7 @@ from .model_checks import check_model
 from .models import check_teacher, num_blocks
 from .objectives import Pair, find_objective, token_terms
 from .passes import both_passes, one_pass
+from .terminal import warn
 
 # %% auto #0
 __all__ = ['at_targets', 'state_pairs', 'CircuitBreaker']
@@ -55,9 +54,9 @@ class CircuitBreaker(nn.Module):
         self.head = find_head(student) if head is None else head
         self.teacher_logits = teacher_logits(student, self.head, teacher)
         if "fused_kl" in config.savings and self.teacher_logits is not self.head.logits:
-            warnings.warn(f"the KL term goes the general way through the output layer, since {self.head.note or 'the teacher has one of its own'}", stacklevel=2)
+            warn(f"the KL term goes the general way through the output layer, since {self.head.note or 'the teacher has one of its own'}")
         if "shared_prefix" in config.savings and teacher is None and self.head.norm is None:
-            warnings.warn("benign rows run all blocks twice, since no single module stands between the last block and the output layer", stacklevel=2)
+            warn("benign rows run all blocks twice, since no single module stands between the last block and the output layer")
 
     def train(self, mode: bool = True):
         "Trains the student; the teacher stays in eval mode whatever is asked."

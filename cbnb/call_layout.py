@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .masks import ChatMasker
 from .templates import MaskError
+from .terminal import error_text
 
 # %% auto #0
 __all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VALUES', 'PAIR', 'KINDS', 'ESCAPED', 'ANY_NAME',
@@ -97,6 +98,7 @@ def pattern(literal: str, digits: bool = False, left: bool = False, right: bool 
 # %% ../nbs/01c_call_layout.ipynb #12180e32
 class Underivable(ValueError):
     "No inverse of a chat template can be derived; the text, after \"it\", says why."
+    __str__ = error_text
 
 
 def agreed(literals: list, where: str, left: bool = False) -> str | None:

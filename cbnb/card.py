@@ -19,6 +19,7 @@ import cbnb
 from .config import PRESETS, CircuitBreakerConfig, config_to_dict
 from .data import Sample
 from .processes import is_first
+from .reading import read_text
 from .report import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
 from .runs import scrub, write_bytes
 from .settings import KEPT_TEMPLATE, preset_for
@@ -89,7 +90,7 @@ def refresh_card(folder: Path, result: dict) -> bool:
     False where there is no card with the two headings: somebody has written another one."""
     path = Path(folder) / "README.md"
     if not path.is_file(): return False
-    head, found, rest = path.read_text(encoding="utf-8").partition(f"{HELD_OUT}\n")
+    head, found, rest = read_text(path).partition(f"{HELD_OUT}\n")
     _, settings, end = rest.partition(f"\n{SETTINGS}\n")
     if not (found and settings): return False
     write_bytes(path, (head + found + scrub(figure_text(result)) + settings[1:] + end).encode())

@@ -20,11 +20,13 @@ from pathlib import Path
 
 import cbnb.policies
 from .policies import NEED_INJECTION, TRAINABLE
+from .terminal import error_text
 from .transcripts import nearest
 
 # %% ../nbs/03_config.ipynb #e9da856d
 class ConfigError(ValueError):
     "A setting that is unknown, of the wrong type or out of range; the message is one sentence that says what is allowed."
+    __str__ = error_text
 
 # %% ../nbs/03_config.ipynb #0896eeca
 def type_name(wanted):

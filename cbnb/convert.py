@@ -9,7 +9,7 @@ __all__ = ['check_written', 'convert', 'report_lines']
 from collections import Counter
 
 from .files import check_output
-from .sources import cause_of, open_source
+from .sources import count_cause, open_source
 from .transcripts import TranscriptError, write_transcripts
 
 # %% ../nbs/00m_convert.ipynb #ba791650
@@ -36,8 +36,7 @@ def convert(path, out, format="auto", label=None, progress=lambda items: items, 
         nonlocal with_tools, spans, count
         for found in progress(reader.records()):
             if isinstance(found, TranscriptError):
-                dropped[cause := cause_of(found)] += 1
-                examples.setdefault(cause, str(found))
+                count_cause(found, dropped, examples)
                 continue
             count, with_tools, spans = count + 1, with_tools + bool(found.tools), spans + bool(found.injection_spans)
             labels[found.label] += 1

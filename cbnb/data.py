@@ -25,12 +25,13 @@ from .sources import Reading
 from .spool import Spooled, those
 from .templates import MaskError
 from .targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
-from .transcripts import Transcript
+from .terminal import error_text
+from .transcripts import MAX_BAD, Transcript, TranscriptError
 
 # %% auto #0
 __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'EmptyStream', 'encoded_pairs', 'refusals', 'drop_refused', 'empty_stream', 'encode_stream', 'data_record',
-           'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
+           'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused', 'empty_stream',
+           'encode_stream', 'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../nbs/05_data.ipynb #d93b8694
 def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spooled, Spooled]:
@@ -113,6 +114,7 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 # %% ../nbs/05_data.ipynb #31ba01de
 class EmptyStream(ValueError):
     "Nothing is left of a stream; `report` (`StreamReport`) says what became of it."
+    __str__ = error_text
     def __init__(self, text: str, report: StreamReport):
         super().__init__(text)
         self.report = report
@@ -147,16 +149,32 @@ def refusals(transcripts: Iterable[Transcript], masker: ChatMasker,
         else: yield None
 
 
+def until_most_fail(found: Iterable) -> Iterator:
+    """Yields `found`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of them
+    are errors so far, and fewer are None: the rest would take hours, and be no better."""
+    bad, first = 0, None
+    for number, error in enumerate(found, 1):
+        yield error
+        if error is None: continue
+        bad, first = bad + 1, first or error
+        if bad > max(MAX_BAD, number - bad):
+            counts = f"{bad:,} of the first {number:,} transcripts"
+            raise TranscriptError(f"the chat template refuses {counts}, so the rest is not looked at; "
+                                  f"mend them, or give another chat_template; the first: {first}")
+
+
 def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False,
                  found: Iterable | None = None) -> Sequence[Transcript]:
     """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are
     counted there by cause. With `on_error` raise all of them, unread. `found`: the `refusals`, where they are
-    known. Raises TranscriptError where more than `max_skipped` of the records are left out by now."""
+    known. Raises TranscriptError where more than `max_skipped` of the records are left out by now, and as
+    `until_most_fail`."""
     if reading.on_error == "raise": return transcripts
     def fits(error):
         if error is not None: reading.refuse(error)
         return error is None
-    kept = those(transcripts, map(fits, refusals(transcripts, masker, split_turns) if found is None else found))
+    found = refusals(transcripts, masker, split_turns) if found is None else found
+    kept = those(transcripts, map(fits, until_most_fail(found)))
     reading.check_share("the chat template refuses transcripts")
     return kept
 

@@ -5,7 +5,6 @@
 # %% ../nbs/08_evaluation.ipynb #fda40674
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from dataclasses import asdict
 
@@ -26,6 +25,7 @@ from .masks import ChatMasker
 from .passes import both_passes
 from .reader import AnswerReader, derive_reader
 from .scores import check_readable, is_attack, without_question
+from .terminal import warn
 from .transcripts import Transcript
 
 # %% auto #0
@@ -42,7 +42,7 @@ def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Tr
     samples, report = encode_stream(for_policy(transcripts, policy), masker, policy, config.max_length, f"held-out {label}", config.truncation,
                                     config.split_turns, config.lost_context)
     if report.dropped or report.counts["targets_cut"] or report.counts["lost_context"]:
-        warnings.warn(f"held-out {label}: {report}", stacklevel=2)
+        warn(f"held-out {label}: {report}")
     samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
     for start in dealt(student, range(0, len(samples), batch_size)):
         rows = pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id)

@@ -11,6 +11,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from .terminal import error_text, first_line
+
 # %% ../nbs/11c_fetch.ipynb #8361d8c8
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("original/*", "consolidated*")   # the same weights once more, in the format of the model's makers
@@ -18,6 +20,7 @@ UNWANTED = ("original/*", "consolidated*")   # the same weights once more, in th
 
 class FetchError(Exception):
     "A model that cannot be fetched; the text is one sentence that says why and what to do."
+    __str__ = error_text
 
 
 def reason(model, error):
@@ -25,7 +28,7 @@ def reason(model, error):
     if isinstance(error, GatedRepoError): return f"{model} is gated: accept its terms at https://huggingface.co/{model}, then log in with `hf auth login`"
     if isinstance(error, RevisionNotFoundError): return f"{model} has no such revision: look at https://huggingface.co/{model}/commits/main"
     if isinstance(error, RepositoryNotFoundError): return f"{model} is not on the hub, or is private: check the name, or log in with `hf auth login`"
-    return f"{model} cannot be fetched: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return f"{model} cannot be fetched: {first_line(error)}"
 
 
 def fetch(model, revision=None, cache=None):

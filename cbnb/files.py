@@ -14,9 +14,12 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .terminal import error_text
+
 # %% ../nbs/03c_files.ipynb #fil00007
 class OutputError(OSError):
     "A path that nothing is written to; the message is one sentence that names it and says what to do."
+    __str__ = error_text
 
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",

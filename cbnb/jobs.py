@@ -6,7 +6,7 @@
 __all__ = ['ACTIONS', 'papermill', 'run_command', 'interrupts', 'kill_run', 'start', 'work', 'job_environment', 'batch_script',
            'array_command', 'name_in', 'call_sbatch', 'job_id', 'job_named', 'sbatch', 'chunks', 'next_submission',
            'array_name', 'submit', 'sweep_lock', 'ran_other_code', 'sweep_rows', 'action', 'where_to_run',
-           'prepare_sweep', 'ablate', 'dry_run', 'checked_folder', 'train', 'preflight']
+           'prepare_sweep', 'ablate', 'dry_run', 'checked_folder', 'execution', 'train', 'preflight']
 
 # %% ../nbs/11b_jobs.ipynb #80b9b3f3
 import json
@@ -28,8 +28,10 @@ from .ablation import check_start, check_settings, complete, find_file, notebook
 from .files import named
 from .status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from .lease import Held, NotOwn, check_own, give_back, take_lease
+from .reading import read_text
 from .runs import (Run, RunError, close_run, code_state, fresh_folder, named_state, now, parameters_hash, read_record,
                        read_status, set_status, still_running, write_bytes, write_json)
+from .terminal import say, visible
 
 # %% ../nbs/11b_jobs.ipynb #26878996
 def papermill(notebook, out, *arguments):
@@ -82,7 +84,7 @@ def start(command, log, threads):
         if out: out.close()
 
 # %% ../nbs/11b_jobs.ipynb #ed7ee9c4
-def work(tasks, workers, tell=print, every=30.0):
+def work(tasks, workers, tell=say, every=30.0):
     """Runs `tasks`, a list of `(run directory, argument list, log file or None)`, `workers` at a time; returns `({path: (state, exit status)}, interrupted)`.
 
     A line of progress a run is kept up to date on a terminal, else told `every` so many seconds. The first Ctrl-C asks the running ones to stop with
@@ -119,7 +121,7 @@ def work(tasks, workers, tell=print, every=30.0):
                     if len(tasks) > 1 or state != "done": say(f"{path.name}: {state}" + (f", {error}" if error and state != "done" else ""))
                 if time.monotonic() - looked > 1:
                     looked = time.monotonic()
-                    for line, path in zip(lines, [*at_work, *[None] * workers]): line.set_description_str(progress_words(path) if path else "")
+                    for line, path in zip(lines, [*at_work, *[None] * workers]): line.set_description_str(visible(progress_words(path)) if path else "")
                     if lines[0].disable and looked - told > every:
                         told = looked
                         for path in at_work: say(progress_words(path))
@@ -208,7 +210,7 @@ def array_name(sweep, number, offset):
     return f"cbnb-{sweep.name}-{parameters_hash({'sweep': str(sweep)})[:6]}-{number}-{offset}"
 
 
-def submit(sweep, names, tell=print):
+def submit(sweep, names, tell=say):
     """Submits the prepared runs `names` of the folder `sweep` to SLURM, in as many arrays as MaxArraySize asks for, and a report that follows them.
 
     What is submitted stands in `sweep`/jobs/ before `sbatch` is called, so that a call that never comes back is found again by its name. Raises `RunError`."""
@@ -314,7 +316,7 @@ def prepare_sweep(sweep, rows, actions):
     return [run["dir"] for run, _, _ in todo]
 
 # %% ../nbs/11b_jobs.ipynb #4a3ab125
-def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=print):
+def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=say):
     """Starts what is not done yet of the sweep in the file `spec`: `local` workers on this machine or
     `slurm`, by default as `where_to_run` says.
 
@@ -346,7 +348,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     return 130 if interrupted else int(any(row["state"] != "done" for row in rows))
 
 # %% ../nbs/11b_jobs.ipynb #1d8ffc36
-def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell=print):
+def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell=say):
     """Tells what `ablate` would do with the same arguments, and does none of it: a line a run (how it stands, what would be done to it), then the command
     that would start the first; for SLURM each array's `sbatch`, what `sbatch --test-only` says to it, and the script. Returns 0. Raises as `ablate` does."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
@@ -364,8 +366,9 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
     for offset, count in chunks(len(todo), max_array_size()):
         command = array_command(script, sweep.path / "jobs" / f"{number:04}.txt", offset, count, array_name(sweep.path, number, offset), sweep.path / "logs")
         tested = call_sbatch([command[0], "--test-only", *command[1:]])
-        tell(f"{shlex.join(command)}\n  {' '.join((tested.stderr or tested.stdout).split())}")
-    tell(f"{script}:\n{script.read_text()}")
+        tell(shlex.join(command))
+        tell(f"  {' '.join((tested.stderr or tested.stdout).split())}")
+    for line in (f"{script}:", *read_text(script).splitlines()): tell(line)
     return 0
 
 # %% ../nbs/11b_jobs.ipynb #587740c9
@@ -379,7 +382,12 @@ def checked_folder(notebook, given):
     return values | {"run_dir": str(path)}, path
 
 
-def train(notebook, given, tell=print):
+def execution(*arguments):
+    "The argument list of a process that does what `cbnb.execute.execute` says with these `arguments` (paths), and ends with its status."
+    return [sys.executable, "-c", "import sys; from cbnb.execute import execute; sys.exit(execute(*sys.argv[1:]))", *map(str, arguments)]
+
+
+def train(notebook, given, tell=say):
     """Runs `notebook` with the parameters `given` in a run directory (see `checked_folder`, which may raise). Returns `(run directory, exit status of
     papermill)`; 130 after an interrupt. Its output goes to this terminal. Raises `RunError` for a run that goes on or is finished."""
     values, path = checked_folder(notebook, given)
@@ -390,19 +398,25 @@ def train(notebook, given, tell=print):
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "given.json", values)
         attempt = (status.get("attempt") or 0) + 1
-        command = papermill(notebook, path / f"out.{attempt}.ipynb", "-f", Path(folder) / "given.json")
+        command = execution(notebook, path / f"out.{attempt}.ipynb", Path(folder) / "given.json", path)
         ended, interrupted = work([(path, command, None)], 1, tell, every=float("inf"))
     return path, 130 if interrupted else ended[path][1]
 
 
 def preflight(notebook, given):
     """Executes `notebook`, nbs/preflight.ipynb, with the parameters `given` in a folder (see `checked_folder`, which may raise), where it leaves preflight.json
-    and itself. Returns `(folder, exit status of papermill)`: 1 where it refuses. Raises KeyboardInterrupt when it is interrupted."""
+    (that of an earlier review is removed first) and itself. Returns `(folder, exit status of papermill)`: 1 where it refuses. Raises RunError where nothing
+    was looked at, KeyboardInterrupt when it is interrupted."""
     values, path = checked_folder(notebook, given)
+    (path / "preflight.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "given.json", values)
-        process = start(papermill(notebook, path / "preflight.ipynb", "-f", Path(folder) / "given.json"), None, os.cpu_count() or 1)
-        try: return path, process.wait()
+        process = start(execution(notebook, path / "preflight.ipynb", Path(folder) / "given.json"), None, os.cpu_count() or 1)
+        try: status = process.wait()
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+        said = Path(folder) / "error"
+        why = read_text(said) if said.exists() else ""
+    if status and not (path / "preflight.json").exists(): raise RunError(f"nothing was looked at: {why or f'the process ended with exit status {status} and no word of its own'}")
+    return path, status

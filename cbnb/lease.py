@@ -21,6 +21,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from .terminal import error_text, say
+
 # %% ../nbs/03e_lease.ipynb #lease006
 def process_start(pid):
     "When the process `pid` of this machine started (clock ticks since boot, as text); None if there is none or it is a zombie."
@@ -154,6 +156,7 @@ def remove_over(path, over, record):
 # %% ../nbs/03e_lease.ipynb #lease021
 class Held(RuntimeError):
     "A folder that another process holds; the message is one sentence that names it and that process."
+    __str__ = error_text
 
 
 HELD = {}   # path of a lease: (file descriptor, record), of this process
@@ -213,7 +216,7 @@ def is_mine(path):
     return path in HELD and token_at(path) == HELD[path][1]["token"]
 
 
-def take_lease(folder, name=".lease", wait=0.0, tell=print):
+def take_lease(folder, name=".lease", wait=0.0, tell=say):
     """Takes the lease `name` of `folder` for this process. Raises `Held` where it is held for over `wait` seconds.
 
     Where that one can neither be seen nor is expired, it is watched for a sign of life, for up to `EXPIRY` seconds, and `tell` is called with
@@ -283,6 +286,7 @@ def holding(folder, name, wait=float("inf"), tell=None):
 # %% ../nbs/03e_lease.ipynb #lease030
 class NotOwn(RuntimeError):
     "A folder that another user owns or can write to; the message is one sentence that names it and says what to do."
+    __str__ = error_text
 
 
 def check_own(folder):

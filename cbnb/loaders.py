@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils import find_adapter_config_file
 
 from .config import TINYAGENT, ConfigError
+from .reading import check_folder, check_regular, read_text
 
 # %% auto #0
 __all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config',
@@ -38,7 +39,7 @@ def resolve_model(name_or_path: str) -> str:
         return str(TINYAGENT)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return str(path)
+        return str(check_folder(path))
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise FileNotFoundError(f"{name_or_path}: no such model folder; give an existing folder, a hub id "
                                 "such as 'org/name', or 'tinyagent'.")
@@ -187,7 +188,8 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
     where it names a module to import, unless `trust_remote_code`, and where it names adapters to load beside
     it."""
     path = Path(folder) / ADAPTER_FILES[0]
-    try: settings = json.loads(path.read_text(encoding="utf-8"))
+    check_folder(folder)
+    try: settings = json.loads(read_text(path))
     except (ValueError, RecursionError): settings = None
     if not isinstance(settings, dict): raise ConfigError(f"{path} is no JSON object; save the adapter again.")
     if (kind := str(settings.get("peft_type"))) not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -210,6 +212,5 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
 def fill_adapter(student: PeftModel, folder: str | Path, name: str):
     """Loads the weights in `folder` into the adapter `name` of `student`, from safetensors alone; returns
     which keys were missing and which unexpected."""
-    if not (Path(folder) / ADAPTER_FILES[1]).is_file():  # else peft takes pickled ones
-        raise FileNotFoundError(f"{folder} has no {ADAPTER_FILES[1]}")
+    check_regular(Path(folder) / ADAPTER_FILES[1])  # else peft takes pickled ones
     return student.load_adapter(folder, name, torch_device=str(student.device))

@@ -16,16 +16,17 @@ import zipfile
 from decimal import Decimal
 from pathlib import Path
 
+from .reading import check_folder, open_regular
 from .transcripts import MAX_LINE_BYTES, PACKED, TABLES, TranscriptError, need, parse_json
 
 # %% ../nbs/00e_packed.ipynb #c1a9fd9f
-def open_zst(path):
-    "The Zstandard file at `path` as a binary stream. What is wrong with it raises OSError when it is read."
+def open_zst(stream):
+    "The Zstandard `stream`, unpacked. What is wrong with it raises OSError when it is read."
     import pyarrow  # late: a command that reads no such file must not wait for it
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
 
 
-PACKED[b"\x1f\x8b"] = lambda path: gzip.open(path, "rb")
+PACKED[b"\x1f\x8b"] = lambda stream: gzip.open(stream, "rb")
 PACKED[b"\x28\xb5\x2f\xfd"] = open_zst
 
 # %% ../nbs/00e_packed.ipynb #e0edc7b3
@@ -70,7 +71,7 @@ def read_parquet(path, name):
     a damaged one."""
     import pyarrow.parquet
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with open_regular(path) as file, pyarrow.parquet.ParquetFile(file) as table:
             yield from read_batches(table.iter_batches(ROWS), name)
     except (pyarrow.lib.ArrowException, OSError) as e:
         raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
@@ -81,7 +82,7 @@ def read_arrow(path, name):
     them. Raises TranscriptError for a damaged one."""
     import pyarrow.ipc
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        with open_regular(path) as file, pyarrow.PythonFile(file, "r") as source:
             if source.read(6) == b"ARROW1":
                 table = pyarrow.ipc.open_file(source)
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
@@ -104,11 +105,10 @@ def read_member(archive, member, where):
     try:
         if member.compress_type == 93:
             import pyarrow
-            with open(archive.filename, "rb") as f:
-                f.seek(member.header_offset)
-                head = f.read(30)
-                f.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
-                packed = pyarrow.BufferReader(f.read(member.compress_size))
+            archive.fp.seek(member.header_offset)
+            head = archive.fp.read(30)
+            archive.fp.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
+            packed = pyarrow.BufferReader(archive.fp.read(member.compress_size))
             data = pyarrow.CompressedInputStream(packed, "zstd").read(MAX_LINE_BYTES + 1)
         else:
             with archive.open(member) as f: data = f.read(MAX_LINE_BYTES + 1)
@@ -122,10 +122,10 @@ def read_member(archive, member, where):
 def read_archive(path, name):
     """`(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with the
     log's header, as its JSON log has them. Raises TranscriptError for another or a broken archive."""
-    try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as e:
-        raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
-    with archive:
+    with open_regular(path) as file:
+        try: archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, OSError) as e:
+            raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
         members = {m.filename: m for m in archive.infolist()}
         head = next((h for h in ("header.json", "_journal/start.json") if h in members), None)
         need(head, name, "is a ZIP archive, but no .eval log of Inspect; unpack it, and read the files in it")
@@ -164,6 +164,7 @@ def read_hub(path):
         raise TranscriptError(f"{path}: the library datasets is not installed; pip install 'cbnb[hf]'") from None
     folder = Path(arguments[0])
     try:
+        if folder.is_dir(): check_folder(folder)
         # what save_to_disk writes
         if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(str(folder))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from .report import printable
 from .runs import code_state, refusal, scrub, to_plain, write_json
+from .terminal import error_text, say, visible
 
 # %% ../nbs/13b_preflight.ipynb #fc833e79
 VERDICTS = ("pass", "warn", "fail")  # the last is the worst
@@ -84,12 +84,12 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, tri
 
 def check_html(check: Check) -> str:
     "Question, verdict and points of a check as HTML without a script; all text is escaped."
-    return PAGE.render(sign=SIGNS[check.verdict], name=check.name, question=check.question, points=[(SIGNS[p.verdict], printable(p.text)) for p in check.points]).strip()
+    return PAGE.render(sign=SIGNS[check.verdict], name=check.name, question=check.question, points=[(SIGNS[p.verdict], visible(p.text)) for p in check.points]).strip()
 
 
 def check_text(check: Check) -> str:
     "The same for a terminal."
-    return "\n".join([f"{SIGNS[check.verdict]} · {check.name}: {check.question}", *(f"    {SIGNS[p.verdict]}  {printable(p.text)}" for p in check.points)])
+    return "\n".join([f"{SIGNS[check.verdict]} · {check.name}: {check.question}", *(f"    {SIGNS[p.verdict]}  {visible(p.text)}" for p in check.points)])
 
 
 def show_check(check: Check) -> None:
@@ -111,7 +111,7 @@ def summary_text(record: dict) -> str:
     made, lines = {check["name"]: check for check in record["checks"]}, []
     for name in QUESTIONS:
         lines.append(f"{SIGNS[made[name]['verdict']]}  {name}" if name in made else f"✗ not checked  {name}")
-        if name in made: lines += [f"          {SIGNS[p['verdict']]}  {printable(p['text'])}" for p in made[name]["points"] if p["verdict"] != "pass"]
+        if name in made: lines += [f"          {SIGNS[p['verdict']]}  {visible(p['text'])}" for p in made[name]["points"] if p["verdict"] != "pass"]
     return "\n".join([*lines, f"pre-flight: {record['verdict']}"])
 
 
@@ -125,6 +125,7 @@ def preflight_record(checks, parameters: dict, settings: dict, code: dict, secon
 # %% ../nbs/13b_preflight.ipynb #8adb69b7
 class PreflightFailed(RuntimeError):
     "A check has failed: the run is refused. The message is that of `cbnb.runs.refusal`."
+    __str__ = error_text
 
 
 class Page:
@@ -159,6 +160,6 @@ class Page:
 
     def close(self):
         "Prints the summary. Raises PreflightFailed if a check has failed or was not made."
-        print(summary_text(record := self.record()))
+        say(*summary_text(record := self.record()).split("\n"))
         if reasons := refusal(record): raise PreflightFailed(reasons)
 

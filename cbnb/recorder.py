@@ -11,7 +11,6 @@ import atexit
 import threading
 import time
 import uuid
-import warnings
 from dataclasses import dataclass, field
 
 import nbformat
@@ -22,7 +21,9 @@ from jupyter_client import BlockingKernelClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
 from .processes import is_first, rank
+from .reading import read_text
 from .runs import scrub, write_bytes
+from .terminal import warn
 
 # %% ../nbs/10a_recorder.ipynb #bbd7c942
 class Book:
@@ -146,7 +147,7 @@ def record_notebook(run):
     stop_recording()
     if path.exists(): return None
     source = run.path / "notebook.ipynb"
-    source = nbformat.read(source, as_version=4) if source.exists() else None
+    source = nbformat.reads(read_text(source), as_version=4) if source.exists() else None
     book, recording, ready = Book(source), Recording(), threading.Event()
     for code in cells_so_far(source, get_ipython().user_ns["In"][1:]): book.execute(code)
     save(book, path)  # the first one is slow
@@ -155,5 +156,5 @@ def record_notebook(run):
     RECORDING.append(recording)
     if ready.wait(ANSWERS): return path
     stop_recording()
-    warnings.warn(f"the kernel does not tell what it executes, so {path} goes no further", stacklevel=2)
+    warn(f"the kernel does not tell what it executes, so {path} goes no further")
     return None

@@ -18,11 +18,12 @@ import json
 import math
 import os
 import re
-import stat
 import typing
 from datetime import datetime
 
 from .config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
+from .reading import InputError, open_regular
+from .terminal import error_text
 
 # %% ../nbs/09a_records.ipynb #rec00001
 RECORD_BYTES = 64 << 20  # of a JSON file; the largest, the plan of ten thousand runs, has a few MB
@@ -31,18 +32,14 @@ LOG_BYTES = 1 << 30      # of a file of lines: over a million of metrics.jsonl
 
 class RecordError(ValueError):
     "A file that is not what it has to be; the message goes on from the file's name."
+    __str__ = error_text
 
 
 def regular_file(path):
-    """Opens the regular file `path` for reading, as bytes. Raises RecordError for anything else (a pipe and a
-    device are never waited for), OSError where there is none or it cannot be read."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode): raise RecordError("is no regular file")
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
+    """Opens the regular file `path` for reading, as bytes (`cbnb.reading.open_regular`). Raises RecordError for
+    anything else (a pipe and a device are never waited for), OSError where there is none or it cannot be read."""
+    try: return open_regular(path)
+    except InputError as e: raise RecordError(e.strerror.partition(";")[0]) from None
 
 
 def bytes_of(path, most=RECORD_BYTES):

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES',
-           'PAGE', 'format_number', 'floor_words', 'told_from', 'printable', 'readable_table', 'rate_counts',
-           'interval_words', 'figures_table', 'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes',
-           'alarm_lines', 'describe_run', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin',
-           'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
-           'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show',
-           'report_page', 'write_report', 'told_of', 'write_run_report']
+           'PAGE', 'format_number', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words',
+           'figures_table', 'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines',
+           'figure_lines', 'describe_run', 'main', 'as_float', 'series', 'summary', 'axis_range', 'spread',
+           'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves',
+           'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
+           'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../nbs/12_report.ipynb #002cfd60
 import base64
 import json
 import math
-import re
 import sys
 from html import escape
 from numbers import Real
@@ -29,6 +28,7 @@ import plotly.graph_objects as go
 from .rounding import floor_limit
 from .runs import RunError, read_metrics, read_record, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
+from .terminal import ended, say, sentence, visible
 from .withheld import withhold
 
 # %% ../nbs/12_report.ipynb #b10e9eed
@@ -56,12 +56,6 @@ def told_from(value, limit: float) -> str:
     "`value` as `format_number` writes it; one that is above 0 and below `limit`, which nothing tells from rounding, is only said to be below it."
     return f"below {format_number(limit, 1)}" if isinstance(value, (int, float)) and 0 < value < limit else format_number(value)
 
-# %% ../nbs/12_report.ipynb #c6ca852f
-def printable(text) -> str:
-    "`text` without what XML forbids or what turns the reading direction of a line: such characters become U+FFFD."
-    bad = "[^\t\n\r -\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\x7f-\x84\x86-\x9f]"
-    return re.sub(bad, "\ufffd", str(text))
-
 # %% ../nbs/12_report.ipynb #1987324c
 # figure of result.json: its name in a table, its unit
 MEASURES = {
@@ -83,10 +77,10 @@ def readable_table(table: pd.DataFrame, floor: dict | None = None) -> pd.DataFra
     for label in map(str, table.index):
         key, _, part = label.partition(" ")
         name, unit = MEASURES.get(key, (label, ""))
-        names.append(printable(f"{name}, {part.replace('_', ' ')}" if part and key in MEASURES else name))
+        names.append(visible(f"{name}, {part.replace('_', ' ')}" if part and key in MEASURES else name))
         units.append(unit)
         limits.append(floor_limit((floor or {}).get("kl", 0.0)) if key == "heldout_kl" else 0.0)
-    text = {printable(c): [printable(v) if isinstance(v, str) else told_from(v, limit) for v, limit in zip(table[c], limits)] for c in table.columns}
+    text = {visible(c): [visible(v) if isinstance(v, str) else told_from(v, limit) for v, limit in zip(table[c], limits)] for c in table.columns}
     return pd.DataFrame(text, index=names, dtype=object).assign(unit=units)
 
 # %% ../nbs/12_report.ipynb #33d23fe4
@@ -169,21 +163,21 @@ def result_notes(result: dict) -> list[str]:
                      f"{', '.join(model) or 'none'}, and {finish.get('past_stop', 0)} answers went on past one")
     if cut := finish.get("length"): notes.append(f"{cut} answers were cut at {decoding.get('max_new_tokens')} tokens, before the end of their turn")
     if base := result.get("made_for"): notes.append(f"the adapter says that it was made for {base}, and was evaluated on {result['model']}")
-    return [printable(note) for note in notes]
+    return [visible(note) for note in notes]
 
 
 def all_notes(results: dict[str, dict]) -> list[str]:
     "The `result_notes` of evaluations by name: those of all of them once, each other one behind the name that it is of."
     notes = {name: result_notes(result) for name, result in results.items()}
     shared = [note for note in [*notes.values()][0] if all(note in own for own in notes.values())] if notes else []
-    return shared + [f"{printable(name)}: {note}" for name, own in notes.items() for note in own if note not in shared]
+    return shared + [f"{visible(name)}: {note}" for name, own in notes.items() for note in own if note not in shared]
 
 # %% ../nbs/12_report.ipynb #alarms01
 def data_notes(result: dict) -> list[str]:
     """What was left out, drawn, skipped or cut of the data, as result.json has it under `data`, and what
     changed between the attempts, under `changes`; none of a run that was made before."""
     notes = (result.get("data") or {}).get("notes", ())
-    return [printable(line) for line in (*notes, *result.get("changes", ()))]
+    return [visible(line) for line in (*notes, *result.get("changes", ()))]
 
 
 def alarm_lines(alarms) -> list[str]:
@@ -192,32 +186,50 @@ def alarm_lines(alarms) -> list[str]:
         if not isinstance(a, dict) or "alarm" not in a: return str(a)
         until = f" to {a['last_step']}" if a.get("last_step") not in (None, a.get("step")) else ""
         return f"{str(a['alarm']).replace('_', '-')} (step {a.get('step')}{until}): {a.get('text', '')}"
-    return [printable(words(a)) for a in alarms if a] if isinstance(alarms, list) else []
+    return [visible(words(a)) for a in alarms if a] if isinstance(alarms, list) else []
 
 # %% ../nbs/12_report.ipynb #b71deae6
+def figure_lines(path) -> list[str]:
+    "The table and the notes of `path`/result.json, lines for a terminal; none without one, or where it has no figures. Raises RunError as `cbnb.runs.read_record`."
+    result = read_record(Path(path) / "result.json") or {}
+    if not (results := results_of(result)): return []
+    table = readable_table(figures_table(results), result.get("floor")).to_string()
+    return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
+
+
 def describe_run(path) -> str:
     """The state, the result table, the alarms and the files of a run directory, as plain text. Raises
     FileNotFoundError for a folder that is no run, RunError for one whose files cannot be read."""
     path = Path(path)
     status, result = read_status(path), read_record(path / "result.json")
     if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
-    lines = [f"{path}: {status['state']}" + (f" ({status['error']})" if status.get("error") else "")]
-    if result and results_of(result): lines += ["", readable_table(figures_table(results_of(result)), result.get("floor")).to_string(), "",
-                         *(f"note: {note}" for note in [*all_notes(results_of(result)), *data_notes(result)])]
-    if not result: lines += [f"note: {printable(line)}" for line in status.get("changes") or ()]
+    lines = [visible(path) + sentence(f": {status['state']}" + (f" ({status['error']})" if status.get("error") else ""))]
+    if figures := figure_lines(path): lines += ["", *figures]
+    if not result: lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
     if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
-    return "\n".join(lines + [f"{f.name}: {f}" for f in files if f.exists()])
+    return "\n".join(lines + [visible(f"{f.name}: {f}") for f in files if f.exists()])
+
+# %% ../nbs/12_report.ipynb #rep00001
+def main(argv=None) -> int:
+    """`python -m cbnb.report RUN_DIR ...`: prints what `describe_run` says of the folders in `argv` (default: the program's arguments); returns the exit status, 2
+    where one of them is no run or cannot be read, which is said in a sentence."""
+    safe_output()
+    folders = sys.argv[1:] if argv is None else argv
+    def describe():
+        if not folders: raise RunError("usage: python -m cbnb.report RUN_DIR ...")
+        wrong = []
+        for folder in folders:
+            try: say(*describe_run(folder).split("\n"))
+            except (RunError, OSError) as e: wrong.append(e)
+        for e in wrong[:-1]: say(f"cbnb.report: {sentence(e)}", file=sys.stderr)
+        if wrong: raise wrong[-1]
+        return 0
+    return ended(describe, "cbnb.report", (RunError, ValueError, OSError))
 
 # %% ../nbs/12_report.ipynb #451ebf8c
 if __name__ == "__main__" and "__file__" in globals():
-    if len(sys.argv) < 2: sys.exit("usage: python -m cbnb.report RUN_DIR ...")
-    safe_output()
-    wrong = []
-    for path in sys.argv[1:]:
-        try: print(describe_run(path))
-        except (RunError, OSError) as e: wrong.append(str(e))
-    if wrong: sys.exit("\n".join(wrong))
+    sys.exit(main())
 
 # %% ../nbs/12_report.ipynb #2abb9e40
 def as_float(value) -> float:
@@ -481,7 +493,7 @@ def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
 def svg_text(x: float, y: float, text: str, anchor: str = "start", size: float = 12, colour: str = TEXT_COLOUR) -> str:
     "SVG of one line of text, escaped, vertically centred on `y`."
     place = f'x="{x:.1f}" y="{y + 0.35 * size:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
-    return f'<text {place} fill="{colour}">{escape(printable(text))}</text>'
+    return f'<text {place} fill="{colour}">{escape(visible(text))}</text>'
 
 # %% ../nbs/12_report.ipynb #5523cf36
 def svg_axes(xaxis, yaxis, width: float, height: float) -> str:
@@ -526,7 +538,7 @@ def static_svg(fig: go.Figure) -> str:
         parts += [svg_note(note, yaxis, width, height) for note in layout.annotations if note.xref == f"{x} domain"]
         left, top = margin.l + xaxis.domain[0] * inner[0], margin.t + (1 - yaxis.domain[1]) * inner[1]
         body.append(f'<g transform="translate({left:.1f} {top:.1f})">{"".join(parts)}</g>')
-    title = escape(printable(layout.meta or "curves"))
+    title = escape(visible(layout.meta or "curves"))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total:g}" width="{WIDTH}" height="{total:g}" role="img" '
             f'font-family="system-ui, sans-serif"><title>{title}</title>{"".join(body)}</svg>')
 
@@ -534,7 +546,7 @@ def static_svg(fig: go.Figure) -> str:
 def mime_bundle(fig: go.Figure) -> dict:
     """One figure for every front end: plotly JSON where plotly's renderer is installed, an `<img>` that holds the SVG where it is not,
     one sentence for a terminal. Nothing in it runs a script."""
-    text = printable(fig.layout.meta or "curves")
+    text = visible(fig.layout.meta or "curves")
     data = base64.b64encode(static_svg(fig).encode()).decode()
     # plotly's toolbar has a button that uploads the data to its maker's site; a run's curves stay here
     config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
@@ -587,9 +599,9 @@ def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: d
     values = {k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for k, v in parameters.items()}
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
-        title=printable(title), notes=[printable(note) for note in notes], columns=list(text.columns),
+        title=visible(title), notes=[visible(note) for note in notes], columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
-        svg=static_svg(curves(rows)), parameters=[(printable(k), printable(v)) for k, v in values.items()])
+        svg=static_svg(curves(rows)), parameters=[(visible(k), visible(v)) for k, v in values.items()])
 
 # %% ../nbs/12_report.ipynb #f5de6236
 def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=(), floor: dict | None = None) -> Path:

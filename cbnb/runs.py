@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'RESERVED', 'ENDING', 'PLAIN', 'LEFT_BY_OTHERS', 'HOW_STARTED', 'ParameterError',
            'annotated_lines', 'declared_parameters', 'injected_parameters', 'parameter_types', 'convert_parameter',
-           'refuse_secrets', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'json_text', 'write_json',
-           'read_json', 'read_record', 'holds', 'is_full_disk', 'full_disk_words', 'reserve', 'release', 'project_root',
-           'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state',
-           'holds_running_cell', 'find_notebook', 'named_state', 'still_running', 'hold', 'Run', 'now',
+           'refuse_secrets', 'tell_engine', 'strict_parameters', 'RunError', 'RunInterrupted', 'to_plain', 'json_text',
+           'write_json', 'read_json', 'read_record', 'holds', 'is_full_disk', 'full_disk_words', 'reserve', 'release',
+           'project_root', 'runs_folder', 'check_name', 'parameters_hash', 'fresh_folder', 'git', 'source_hash',
+           'code_state', 'holds_running_cell', 'find_notebook', 'named_state', 'still_running', 'hold', 'Run', 'now',
            'stop_requested', 'read_status', 'set_status', 'write_status', 'on_signals', 'lost_words', 'first_error',
            'private_umask', 'stage', 'refusal', 'in_plain', 'safe_output', 'is_unused', 'close_run', 'whole_lines',
            'append_line', 'append_metrics', 'checked_lines', 'read_lines', 'read_metrics', 'log_rows',
@@ -34,6 +34,7 @@ import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import entry_points
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -42,12 +43,15 @@ from .config import PACKAGE, nearest
 from .files import append_bytes, write_bytes
 from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
 from .processes import any_of, from_first, is_first, rank, world_size
+from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, STATES, RecordError, bytes_of, record_of
+from .terminal import ended, error_text, nowhere, say, tame_kernel, tame_libraries
 from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
     "A parameter that is unknown, of the wrong type or not allowed; the message is one sentence that names it and says what to write."
+    __str__ = error_text
 
 # %% ../nbs/10_runs.ipynb #08f7770e
 def annotated_lines(source):
@@ -123,6 +127,15 @@ def refuse_secrets(parameters):
             raise ParameterError(f"parameter {name!r} {why}, and parameters are written to disk; "
                                  "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where papermill has already put it")
 
+# %% ../nbs/10_runs.ipynb #05f5e5a2
+def tell_engine():
+    """Prints a note where the kernel that runs this was reached by TCP because the environment does not name cbnb's
+    engine to papermill (`cbnb.kernels`), as one that was installed before cbnb had it."""
+    reached = getattr(getattr(kernel(), "parent", None), "transport", None)
+    if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
+        say("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
+              "where runs that start at once can clash: pip install --no-deps -e . (or make) once more")
+
 # %% ../nbs/10_runs.ipynb #90222505
 PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}   # what papermill --inject-paths adds
 
@@ -132,9 +145,10 @@ def strict_parameters(namespace):
     and value checked.
 
     Converted values (an int given for a float) are also put back into `namespace`, so that both ways of
-    reading agree. Raises `ParameterError` for an injected name that is not declared (with the nearest
-    valid name), a wrong type, a secret, or injected values that the defaults overwrote. From here on the
-    kernel, if this runs in one, sends out no secret of its environment (`cbnb.withheld.guard`)."""
+    reading agree. From here on the kernel, if this runs in one, shows errors, and what libraries log, in
+    bounds (`cbnb.terminal.tame_kernel`), and sends out no secret of its environment
+    (`cbnb.withheld.guard`). Raises `ParameterError` for an injected name that is not declared (with the
+    nearest valid name), a wrong type, a secret, or injected values that the defaults overwrote."""
     guard()
     declared = declared_parameters(namespace)
     if not declared:
@@ -149,16 +163,20 @@ def strict_parameters(namespace):
     values = {name: convert_parameter(name, types[name], namespace[name]) for name in declared if name in namespace}
     if missing := set(declared) - set(values): raise ParameterError(f"parameter {min(missing)!r} has no default: write one")
     refuse_secrets(values)
+    if injected: tell_engine()
     namespace.update(values)
+    tame_kernel()
     return values
 
 # %% ../nbs/10_runs.ipynb #542b4f56
 class RunError(RuntimeError):
     "A run directory that cannot be used as asked; the message is one sentence that names it and says what to do."
+    __str__ = error_text
 
 # %% ../nbs/10_runs.ipynb #6ff48b58
 class RunInterrupted(Exception):
     "Raised by a run notebook when its training was asked to stop and has left a checkpoint: the run is interrupted, not failed."
+    __str__ = error_text
 
 # %% ../nbs/10_runs.ipynb #f668bd7a
 def to_plain(value):
@@ -315,7 +333,7 @@ def source_hash(folder):
     """sha256 (64 hex digits) over names and contents of all .py files under `folder`."""
     total = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*.py")):
-        total.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(f"{path.relative_to(folder)}\0{sha256(path)}\n".encode())
     return total.hexdigest()
 
 # %% ../nbs/10_runs.ipynb #8ab44a58
@@ -336,7 +354,7 @@ def holds_running_cell(path):
     """Whether a cell of the notebook at `path` has the source of the cell that is running."""
     from IPython import get_ipython
     shell = get_ipython()
-    try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    try: cells = json.loads(read_text(path))["cells"]
     except (OSError, ValueError, KeyError, TypeError): return False
     return shell is not None and shell.user_ns["In"][-1] in ["".join(cell.get("source", "")) for cell in cells]
 
@@ -529,12 +547,15 @@ codecs.register_error("cbnb_plain", in_plain)
 
 def safe_output():
     """Lets stdout and stderr of this process write `in_plain` what their encoding has not
-    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error, and scrubs the traceback of an
-    exception that nobody has met."""
-    def tell(*error): print(scrub("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
+    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error. Libraries write nothing that a
+    terminal obeys (`cbnb.terminal.tame_libraries`), and the traceback of an exception that nobody has met
+    is scrubbed."""
+    tame_libraries()
+    def tell(*error): say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
     sys.excepthook = tell
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="cbnb_plain")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None: setattr(sys, name, nowhere())   # closed by whoever started this (>&-)
+        if hasattr(stream := getattr(sys, name), "reconfigure"): stream.reconfigure(errors="cbnb_plain")
 
 # %% ../nbs/10_runs.ipynb #4e991634
 LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "preflight.json", "stop", ".*")
@@ -545,10 +566,10 @@ def is_unused(path):
     return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../nbs/10_runs.ipynb #close001
-def close_run(path, code):
+def close_run(path, code, why=""):
     """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
-    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed, unless another process works on it. The
-    directory is tidied (`cbnb.withheld.tidy`); nothing is changed in a folder that is no run directory."""
+    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed, for the reason `why` if one is known, unless
+    another process works on it. The directory is tidied (`cbnb.withheld.tidy`); nothing is changed in a folder that is no run directory."""
     status, path = read_status(path), Path(path)
     is_run = status or (path / "params.json").exists() or not path.exists() or is_unused(path)
     if status.get("state") == "running" and lease_state(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way
@@ -559,7 +580,7 @@ def close_run(path, code):
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try: refused = "" if status.get("stage") else refusal(read_record(path / "preflight.json"))
     except RunError as e: refused = str(e)
-    set_status(Run(path), "failed", error=scrub(refused)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
+    set_status(Run(path), "failed", error=scrub(refused or why)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
                "(memory?) or a refused parameter; look at its log")
     return "failed"
 
@@ -691,7 +712,7 @@ def record_code(run, notebook):
     if code != first: write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
     source = find_notebook(notebook)
     if source and not (run.path / "notebook.ipynb").exists() and source.stat().st_size < 50_000_000:
-        write_bytes(run.path / "notebook.ipynb", scrub(source.read_text(encoding="utf-8", errors="replace")).encode())
+        write_bytes(run.path / "notebook.ipynb", scrub(read_bytes(source).decode(errors="replace")).encode())
 
 # %% ../nbs/10_runs.ipynb #3a929bd3
 def open_run(parameters, name="train", run_dir=None, notebook=None):
@@ -739,7 +760,9 @@ def open_directory(parameters, name, run_dir, notebook):
 
 # %% ../nbs/10_runs.ipynb #close004
 if __name__ == "__main__" and "__file__" in globals():
-    if len(sys.argv) != 4 or sys.argv[1] != "close": sys.exit("usage: python -m cbnb.runs close RUN_DIR EXIT_STATUS")
+    def close():
+        if len(sys.argv) != 4 or sys.argv[1] != "close": raise RunError("usage: python -m cbnb.runs close RUN_DIR EXIT_STATUS")
+        say(close_run(sys.argv[2], sys.argv[3]))
+        return 0
     safe_output()
-    try: print(close_run(sys.argv[2], sys.argv[3]))
-    except (RunError, OSError) as e: sys.exit(str(e))
+    sys.exit(ended(close, "cbnb.runs", (RunError, ValueError, OSError)))

@@ -21,6 +21,7 @@ from .processes import from_first, world_size
 from .records import RecordError, regular_file
 from .runs import Run, RunError, read_json, read_record, read_status, set_status, source_hash, write_json
 from .sources import open_sources
+from .terminal import say
 from .transcripts import Transcript, is_hub
 
 # %% auto #0
@@ -252,7 +253,7 @@ def check_checkpoint(run: Run, checkpoint: Path) -> None:
 def tell_changes(run: Run, sentences: list[str]) -> None:
     "Prints `sentences` and adds them to the `changes` in status.json, which all attempts of the `run` share."
     status = read_status(run.path)
-    for line in sentences: print("note:", line)
+    for line in sentences: say(f"note: {line}")
     if sentences: set_status(run, status["state"], changes=[*(status.get("changes") or ()), *sentences])
 
 

@@ -5,14 +5,14 @@
 # %% ../nbs/10b_sealed.ipynb #1b365308
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
+from .reading import sha256
 from .runs import RunError, read_json, write_json
 
 # %% auto #0
-__all__ = ['MANIFEST', 'sync', 'sha256', 'seal', 'damage']
+__all__ = ['MANIFEST', 'sync', 'seal', 'damage']
 
 # %% ../nbs/10b_sealed.ipynb #82c5a02a
 MANIFEST = "manifest.json"
@@ -23,11 +23,6 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    "The sha256 of a file, 64 hex digits."
-    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def seal(folder: Path) -> None:

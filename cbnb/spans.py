@@ -11,8 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .audit import shorten, visible
+from .audit import shorten
 from .convert import check_written
+from .terminal import visible
 from .transcripts import (InjectionSpan, TranscriptError, TranscriptReader, find_injections, join_spans, need, read_records,
                               write_transcripts)
 

@@ -24,12 +24,13 @@ import jinja2
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import resvg_py
 
 from .report import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
-                         interval_words, printable, series, static_svg, thin)
+                         interval_words, series, static_svg, thin)
 from .files import quoted_frame, write_bytes, write_files
+from .reading import sha256
 from .runs import RunError, json_text, log_rows, read_json, runs_folder
+from .terminal import visible
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
                            GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)
 from .withheld import withhold
@@ -50,7 +51,7 @@ class Panel:
 
 def harmless(text, most: int = 200) -> str:
     "A stranger's `text` for a figure, cut to `most` characters: plotly would read tags in it."
-    text = printable(text).replace("<", "‹").replace(">", "›")
+    text = visible(text).replace("<", "‹").replace(">", "›")
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
@@ -299,7 +300,7 @@ def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
         text = {i: (f"{v:g}" if isinstance(v, float) else str(v))[:12 if len(values) < 4 else 5] for v, i in at.items()}
         panels.append(Panel(title, log, dots + means, limits, (-0.5, max(1, len(values)) - 0.5), text, [m for m in means if m.name]))
     left_out = f"; {more} more values are left out" if more else ""
-    return grid(panels, min(3, len(panels)), 150, printable(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
+    return grid(panels, min(3, len(panels)), 150, visible(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
 
 # %% ../nbs/12b_sweep.ipynb #5e410400
 GROUPS_DRAWN, PARAMETERS_DRAWN = 6, 4
@@ -331,7 +332,9 @@ FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica", "R
 
 
 def render(svg: str, font: str, zoom: float = 2) -> bytes:
-    "`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif."
+    "`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif. Raises RunError without resvg_py."
+    try: import resvg_py
+    except ImportError: raise RunError("pictures want resvg_py: pip install 'cbnb[pictures]'") from None
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font))
 
 
@@ -343,7 +346,7 @@ def usable_font() -> str:
 
 
 def png(fig: go.Figure) -> bytes:
-    "A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a usable font."
+    "A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a usable font, or without resvg_py."
     if not usable_font(): raise RunError(f"pictures want one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
     return render(static_svg(fig), usable_font())
 
@@ -442,7 +445,7 @@ def link_to(run: Path, folder: Path) -> str:
 def text_cell(value, exact: bool = False) -> str:
     "A cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all it takes; missing is an em dash."
     if value is None or value != value: return "—"
-    return printable(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
+    return visible(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
 
 
 def rate_cell(row: dict, column: str) -> str:
@@ -505,15 +508,15 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
     for name in listed.keys() - made.keys():
         old = folder / name
         if not old.is_file() or old.is_symlink(): continue
-        if hashlib.sha256(old.read_bytes()).hexdigest() == listed[name]: old.unlink()
+        if sha256(old) == listed[name]: old.unlink()
     if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
 
 
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
     """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page
     last; returns the paths (see `write_report_files`, which may raise). Text that a spreadsheet would
-    take for a formula is quoted in the CSV. Without a font there are no pictures, and a note on the page
-    says so."""
+    take for a formula is quoted in the CSV. Without a font or resvg_py there are no pictures, and
+    a note on the page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds

@@ -30,8 +30,10 @@ from .models import is_in_parts
 from .passes import teacher_pass
 from .processes import gathered
 from .lease import check_own, holding
+from .reading import check_regular
 from .runs import is_full_disk
 from .sealed import damage, seal, sync
+from .terminal import say
 
 # %% auto #0
 __all__ = ['SHARD', 'CHECKED', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 'size_words', 'TeacherCache',
@@ -92,7 +94,9 @@ class TeacherCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        paths = sorted(folder.glob("*.safetensors"))
+        for path in paths: check_regular(path)
+        self.files = [safe_open(path, "pt") for path in paths]
         self.places = {}
         for number, file in enumerate(self.files):
             token = last = 0
@@ -132,6 +136,7 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
     done = set()
     for path in folder.glob("*.safetensors"):
         try:
+            check_regular(path)
             with safe_open(path, "pt") as file: done |= {key for key, *_ in json.loads(file.metadata()["samples"])}
         except Exception: path.unlink()  # not whole, whatever safetensors calls it
     numbers = (n for n in itertools.count() if not (folder / f"{n:05}.safetensors").exists())
@@ -204,17 +209,17 @@ def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], ben
                 wrong = damage(folder) or differs(found := TeacherCache(folder), student, harmful, benign, config, pad_id, teacher)
             except Exception as e: wrong = f"it cannot be read: {type(e).__name__}: {e}"  # safetensors' own errors included
             if not wrong:
-                print(f"teacher cache: {size_words(size)}, found in {folder} and checked in {time.monotonic() - began:.0f} s", flush=True)
+                say(f"teacher cache: {size_words(size)}, found in {folder} and checked in {time.monotonic() - began:.0f} s")
                 return found
-            print(f"teacher cache: {folder} is made anew, since {wrong}", flush=True)
+            say(f"teacher cache: {folder} is made anew, since {wrong}")
             shutil.rmtree(folder)
         if (free := shutil.disk_usage(place).free) < size * 1.02:
             raise OSError(errno.ENOSPC, f"the teacher cache needs {size_words(size)}, and {size_words(free)} are free; give another teacher_cache, or none", str(place))
-        print(f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign samples, made in {folder} ...", flush=True)
+        say(f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign samples, made in {folder} ...")
         unfinished.mkdir(exist_ok=True, mode=0o700)
         write_shards(unfinished, student, harmful, benign, config, pad_id, teacher)
         seal(unfinished)
         unfinished.rename(folder)
         sync(place)
-        print(f"teacher cache: made in {time.monotonic() - began:.0f} s", flush=True)
+        say(f"teacher cache: made in {time.monotonic() - began:.0f} s")
         return TeacherCache(folder)

@@ -13,6 +13,7 @@ import json, math, os, random, re, shutil, sys, tempfile, zlib
 from itertools import cycle, islice
 from pathlib import Path
 from .config import TINYAGENT
+from .terminal import ended, say
 from .transcripts import InjectionSpan, Transcript, write_transcripts
 
 # %% ../nbs/09_tinyagent.ipynb #93ce0a02
@@ -476,5 +477,7 @@ def build_tinyagent(folder, steps=2500, seed=0, n=256):
 
 # %% ../nbs/09_tinyagent.ipynb #2f2f0ffd
 if __name__ == "__main__" and "__file__" in globals():
-    if len(sys.argv) != 2: sys.exit("usage: python -m cbnb.tinyagent OUT_FOLDER")
-    print(build_tinyagent(sys.argv[1]))
+    def build():
+        if len(sys.argv) != 2: raise ValueError("usage: python -m cbnb.tinyagent OUT_FOLDER")
+        say(build_tinyagent(sys.argv[1]))
+    sys.exit(ended(build, "cbnb.tinyagent", (ValueError, OSError)))

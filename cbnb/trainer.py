@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
@@ -35,16 +34,19 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
+from .files import write_bytes
 from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
+from .reading import check_regular, read_bytes
 from .rounding import at_floor
 from .runs import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
                        read_record, read_status, set_status, stop_requested, to_plain, truncate_metrics,
                        write_bytes)
 from .same import MADE_FROM, check_checkpoint, tell_changes
 from .sealed import damage, seal, sync
+from .terminal import error_text, say, visible, warn
 
 # %% auto #0
 __all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
@@ -65,6 +67,7 @@ def term_weights(config: CircuitBreakerConfig, step: int) -> dict[str, float]:
 # %% ../nbs/07_trainer.ipynb #1ab06044
 class NonFiniteLossError(RuntimeError):
     "A loss term or the gradient is NaN or infinite; names the step and the term."
+    __str__ = error_text
 
 
 def check_finite(values: dict[str, torch.Tensor], step: int) -> None:
@@ -221,7 +224,7 @@ class CircuitBreakerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
-                if (record := place.parent / MADE_FROM).exists(): shutil.copyfile(record, made / MADE_FROM)
+                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, read_bytes(record))
                 seal(made)
                 made.rename(place / made.name)
                 sync(place)
@@ -236,7 +239,8 @@ class CircuitBreakerTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
-        result = set_peft_model_state_dict(student, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+        check_regular(path := Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(student, load_file(path))
         missing = [k for k in result.missing_keys if "lora_" in k]
         if missing or result.unexpected_keys:
             raise ValueError(f"{resume_from_checkpoint} does not fit this adapter: {len(missing)} missing and {len(result.unexpected_keys)} "
@@ -320,17 +324,17 @@ class LiveView(TrainerCallback):
             self.refresh()
         except Exception as e:  # what only shows a run must not end it
             if not self.failed:
-                warnings.warn(f"the view of the run could not be drawn: {type(e).__name__}: {e}", stacklevel=2)
+                warn(f"the view of the run could not be drawn: {type(e).__name__}: {e}")
             self.failed = True
 
 # %% ../nbs/07_trainer.ipynb #7ba65efc
 def log_line(line: str) -> None:
-    """Prints `line` to the terminal or the job's log at once: under papermill that is the stderr that the kernel started with, which ipykernel
+    """Prints `line`, made visible, to the terminal or the job's log at once: under papermill that is the stderr that the kernel started with, which ipykernel
     keeps in this attribute; what goes to its file descriptor now would end in the notebook, too."""
     terminal = getattr(sys.stderr, "_original_stdstream_copy", None)
     with suppress(OSError):  # a terminal that is gone must not end a run
-        if terminal is None: print(line, file=sys.__stderr__, flush=True)
-        else: os.write(terminal, f"{line}\n".encode())
+        if terminal is None: say(line, file=sys.__stderr__)
+        else: os.write(terminal, f"{visible(line)}\n".encode())
 
 
 def progress_line(row: dict, total_steps: int, seconds_left: float, floor: dict | None = None) -> str:
@@ -362,7 +366,7 @@ def stop_on_interrupt(run: Run):
         try: (run.path / "stop").touch()
         except OSError: raise KeyboardInterrupt from None  # it cannot be asked for, so it is not waited for
         with suppress(RuntimeError):  # raised where the signal comes in the middle of another print
-            print("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
+            say("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
     with on_signals(stop, (signal.SIGINT, *ENDING)): yield
 
 # %% ../nbs/07_trainer.ipynb #mendlog1
@@ -410,7 +414,7 @@ def last_checkpoint(run: Run) -> Path | None:
     "The newest whole checkpoint of a run, or None. One that is not whole is passed over with a warning that says why."
     for path in checkpoints(run.path / "checkpoints").values():
         if not (wrong := damage(path)): return path
-        warnings.warn(f"{path} is not whole ({wrong}) and is passed over", stacklevel=2)
+        warn(f"{path} is not whole ({wrong}) and is passed over")
     return None
 
 
@@ -436,7 +440,7 @@ def resume_point(run: Run) -> Path | None:
     truncate_metrics(run, step)
     if passed:
         said = f"{' and '.join(passed)}; training goes on from step {step}"
-        print("note:", said)
+        say(f"note: {said}")
         set_status(run, "running", note=said)
     return checkpoint
 
@@ -521,7 +525,7 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
     spent, diagnosis = time.monotonic() - began, trainer.diagnosis_seconds
     if trainer.is_world_process_zero():
         set_status(run, "running", training_seconds=round(spent, 1), diagnosis_seconds=round(diagnosis, 1))
-        print(f"trained for {spent:.0f} s, of which {diagnosis:.1f} s for the gradients by term")
+        say(f"trained for {spent:.0f} s, of which {diagnosis:.1f} s for the gradients by term")
     if trainer.is_world_process_zero():
         (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
     student.eval()

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .templates import CALLS, MaskError, Traced, render, trace_render
+from .rendering import CALLS
+from .templates import MaskError, Traced, render, trace_render
 
 # %% ../nbs/00c_turns.ipynb #e5823397
 class Segment(IntEnum):

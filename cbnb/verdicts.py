@@ -26,10 +26,11 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from .files import write_bytes
-from .report import alarm_lines, as_float, format_number, printable, series
+from .report import alarm_lines, as_float, format_number, series
 from .records import fault
 from .runs import RunError, check_name, holds, log_rows, read_record, read_status, still_running, write_json
 from .status import folders_in
+from .terminal import visible
 
 # %% ../nbs/12a_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")
@@ -50,7 +51,7 @@ def planned_runs(folder, notes: list) -> dict[Path, dict]:
     found = {}
     for entry in plan.get("runs", ()):
         try: path = Path(folder) / check_name(entry["dir"])
-        except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {printable(entry)[:80]}, which names no run folder; it is left out.")
+        except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {visible(entry)[:80]}, which names no run folder; it is left out.")
         else: found[path] = entry["parameters"] if not fault("params.json", entry.get("parameters")) else {}
     return found
 
@@ -141,9 +142,9 @@ def result_measures(result: dict) -> dict[str, float]:
         for key, kinds in MAPS.items():
             values = part(said, key)
             for kind in [*kinds, *sorted(set(map(str, values)) - set(kinds))[:KINDS_READ]]:
-                found[f"{prefix}{key}_{printable(kind)[:40]}"] = as_float(values.get(kind))
+                found[f"{prefix}{key}_{visible(kind)[:40]}"] = as_float(values.get(kind))
     answers, decoding = (part(part(result, "after"), key) for key in ("n", "decoding"))
-    found |= {f"n_{printable(kind)[:40]}": as_float(answers.get(kind)) for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]}
+    found |= {f"n_{visible(kind)[:40]}": as_float(answers.get(kind)) for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]}
     return found | {"samples": as_float(decoding.get("samples"))}
 
 # %% ../nbs/12a_verdicts.ipynb #57750e02
@@ -202,7 +203,7 @@ TEXTS = ("run", "state", "error", "key", "code", "data")
 
 def plain_text(value):
     "`value` as text that XML, CSV and Parquet can hold, None for None; what is no text as JSON."
-    return None if value is None else printable(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
+    return None if value is None else visible(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
 
 
 def parameter_column(values: list) -> list:
@@ -219,7 +220,7 @@ def read_sweep(folders, name: str = "") -> Sweep:
         names = [plain_text(name) for name in (row["run"], f"{path.parent.name}/{path.name}", str(path))]  # as short as tells it from the others
         row["run"] = next((name for name in names if name not in paths), f"{names[-1]} ({len(paths)})")
         paths[row["run"]] = path
-        notes += [printable(f"{row['run']}: {note}") for note in more]
+        notes += [visible(f"{row['run']}: {note}") for note in more]
         rows.append(row), given.append(parameters)
     if not rows: raise RunError(f"{', '.join(map(str, folders))} holds no run: give the folder of a sweep, or run directories")
     names = list(dict.fromkeys(key for parameters in given for key in parameters))
@@ -227,9 +228,9 @@ def read_sweep(folders, name: str = "") -> Sweep:
     whole = [os.path.isfile(path / "params.json") for path in paths.values()]
     texts = {key: {json.dumps(p.get(key), sort_keys=True, default=str) for p, full in zip(given, whole, strict=True) if key in p or full} for key in names}
     differ = [key for key in names if len(texts[key]) > 1 or key in ("beta_kl", "seed")]
-    frame = pd.DataFrame([{k: plain_text(v) if k in TEXTS else v for k, v in row.items() if k != "settings"} for row in rows])
+    frame = pd.DataFrame([{k: v for k, v in row.items() if k not in ("settings", *TEXTS)} for row in rows])   # pandas would refuse a lone surrogate
     for column in TEXTS: frame[column] = pd.Series([plain_text(row[column]) for row in rows], dtype=object)
-    columns = {key: f"parameter {printable(key)}" if key in frame.columns and key not in ("beta_kl", "seed") else printable(key) for key in differ}
+    columns = {key: f"parameter {visible(key)}" if key in frame.columns and key not in ("beta_kl", "seed") else visible(key) for key in differ}
     for key in differ:
         if key not in ("beta_kl", "seed"): frame[columns[key]] = pd.Series(parameter_column([row["settings"].get(key) for row in rows]))
     front = list(dict.fromkeys([*BASE[:4], "beta_kl", "seed", *columns.values(), *BASE[4:]]))
@@ -237,7 +238,7 @@ def read_sweep(folders, name: str = "") -> Sweep:
     frame = frame.sort_values(["beta_kl", *[c for c in columns.values() if c not in ("beta_kl", "seed")], "seed", "run"], ignore_index=True)
     common = {plain_text(key): plain_text(next(p[key] for p in given if key in p)) for key in names if key not in differ}
     return Sweep(plain_text(name or folders[0].name), frame, list(dict.fromkeys(["beta_kl", "seed", *columns.values()])), common, paths,
-                 list(map(printable, notes)))
+                 list(map(visible, notes)))
 
 # %% ../nbs/12a_verdicts.ipynb #677acb06
 def specimen_figures(beta: float, rng, alive: bool, noise: float) -> dict[str, float]:

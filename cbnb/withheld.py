@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, quote_plus, unquote
 
+from .reading import read_bytes, read_text
+
 # %% ../nbs/03d_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|passphrase|secret|credentials?|api_?key|access_key"
                          r"|private_key)(?:_|$)", re.IGNORECASE)
@@ -110,7 +112,7 @@ FILES = {"HF_TOKEN_PATH": ("~/.cache/huggingface/token", "~/.cache/huggingface/s
 def file_secrets(path, changed, size):
     """The secrets (tuple of str) in the small file `path`; `changed` and `size` are for the cache. Empty for
     one that cannot be read."""
-    try: text = Path(path).read_text(encoding="utf-8")
+    try: text = read_text(path)
     except (OSError, ValueError): return ()
     is_one = len(text.split()) == 1 and "=" not in text.strip("=\n ")
     return (text.strip(),) if is_one else tuple(inner_secrets(text))
@@ -324,7 +326,7 @@ def tidy(folder):
         if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST: continue
         if (path.parent / "manifest.json").exists(): continue
         try:
-            if not any(needle in (data := path.read_bytes()) for needle in needles): continue
+            if not any(needle in (data := read_bytes(path)) for needle in needles): continue
             text = data.decode()
             with open(path, "r+b") as f:
                 for start, end in places(text):

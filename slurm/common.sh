@@ -34,7 +34,8 @@ runs=${CBNB_RUNS:-$PWD/runs}
 stopping=
 trap 'stopping=${stopping:-$SECONDS}' USR2 TERM INT
 
-say() { printf '%s: %s\n' "$(date +%T)" "$*"; }
+# every byte that is no plain character is a question mark: a folder's name may hold what a terminal obeys
+say() { local LC_ALL=C; printf '%s: %s\n' "$(date +%T)" "${*//[![:print:]]/?}"; }
 
 # for_model ARGUMENTS...: sets `model`. ARGUMENTS are the published ones for an 8B model, in whose place the tiny agent has those of its preset.
 for_model() {

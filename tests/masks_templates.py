@@ -12,7 +12,7 @@ from outside import axolotl_template, axolotl_templates, qwen3, trl_template, tr
 from cbnb.masks import ChatMasker, loss_mask
 from cbnb.policies import Encoded
 from cbnb.templates import MaskError
-from cbnb.templates import FROZEN_NOW
+from cbnb.rendering import FROZEN_NOW
 
 FAMILIES = {  # family: {name: source}
     "trl": lambda: {n: trl_template(n) for n in trl_templates() if not n.endswith("_training")},

@@ -15,10 +15,11 @@ from forked import forked
 
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those that are not the door write into a folder
-# that is renamed when it is whole or thrown away, to a log, or in place
-WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"},
+# that is renamed when it is whole or thrown away, to a log, in place, or nowhere
+WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"}, "terminal": {"nowhere"},
            "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"},
-           "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"}, "withheld": {"tidy"}}
+           "terminal": {"nowhere"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
+           "withheld": {"tidy"}}
 # of any object, given a path; and of these modules
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}
 OTHERS = {"shutil": {"copy", "copy2", "copyfile", "copytree", "move"}, "np": {"save", "savez"},

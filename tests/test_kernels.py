@@ -1,9 +1,11 @@
 """Kernels that start at the same moment: none may die of a port that another has taken."""
-import asyncio, socket
+import asyncio, os, runpy, signal, socket, subprocess, sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import jupyter_client.connect, nbformat, papermill, pytest
 from jupyter_client.connect import LocalPortCache, port_names
+from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
 import cbnb.kernels
@@ -50,7 +52,7 @@ def test_no_clash_of_ports_ends_a_run(notebook, taken):
         assert not done.returncode and "ipc" in done.stdout.split() and "TCP" not in done.stdout, done.stdout[-3000:]
 
 
-def test_sockets_are_where_the_environment_says(tmp_path, monkeypatch):
+def test_sockets_are_where_the_environment_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "r"))
     with socket_config() as config: place = config.KernelManager.connection_file
     assert place.startswith(str(tmp_path / "r")) and not any((tmp_path / "r").iterdir())
@@ -58,6 +60,59 @@ def test_sockets_are_where_the_environment_says(tmp_path, monkeypatch):
     with socket_config() as config: assert not config.KernelManager.connection_file.startswith(str(tmp_path / "rr"))
     monkeypatch.setattr(cbnb.kernels, "socket_folder", lambda bases: None)
     with socket_config() as config: assert not config
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told and "TCP" in told and "set TMPDIR" in told and told.count("\n") == 1
+
+
+HOLDS = "from cbnb.kernels import *; c = socket_config(); print(c.__enter__().KernelManager.connection_file, flush=True); input()"
+
+
+def test_sockets_of_a_killed_run_are_removed_by_the_next(tmp_path, monkeypatch):
+    "The run is in another pid namespace, as in a container that shares the folder: its process number says nothing here."
+    env = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", HOLDS]
+    other = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    try:
+        folder = Path(other.stdout.readline().strip()).parent
+        assert folder.parent == tmp_path
+        os.utime(folder, (0, 0))
+        with socket_config(): assert folder.exists()
+        (child,) = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        other.wait()   # which the child's end comes before
+    finally:
+        other.kill()
+        other.communicate()
+    with cbnb.kernels.socket_folder([tmp_path])[1] as sign: stranger = Path(sign.getsockname()).parent   # as one that another user left
+    os.chown(stranger, 65534, 65534)
+    for left in (folder, stranger): os.utime(left, (0, 0))
+    assert list(folder.iterdir())
+    with socket_config(): assert not folder.exists()
+    assert list(tmp_path.iterdir()) == [stranger]
+
+
+def test_an_environment_that_does_not_name_the_engine(notebook, tmp_path):
+    "As one that was made before cbnb had it: cbnb's own starts take the engine all the same, a plain papermill's run says what is missing."
+    papermill_engines.register(None, NBClientEngine)
+    sys.modules.pop("cbnb.kernels")
+    def ours():
+        sys.argv = ["execute", str(notebook), str(tmp_path / "ours.ipynb"), "--no-progress-bar"]
+        runpy.run_module("cbnb.execute", run_name="__main__")
+    try:
+        own = started(ours)
+        nb = nbformat.read(notebook, as_version=4)
+        nb.cells = [nbformat.v4.new_code_cell("seed: int = 0  # random", metadata={"tags": ["parameters"]}),
+                    nbformat.v4.new_code_cell("import cbnb.runs\ncbnb.runs.entry_points = lambda **_: []\ncbnb.runs.strict_parameters(globals())")]
+        papermill.execute_notebook(nb, tmp_path / "plain.ipynb", {"seed": 1}, progress_bar=False)
+        done = ended(*own, timeout=120)
+    finally:
+        papermill_engines.register(None, cbnb.kernels.engine)
+        sys.modules["cbnb.kernels"] = cbnb.kernels
+    assert not done.returncode, done.stdout
+    (transport,) = nbformat.read(tmp_path / "ours.ipynb", as_version=4).cells[-1].outputs
+    (note, _) = nbformat.read(tmp_path / "plain.ipynb", as_version=4).cells[-1].outputs
+    assert transport.text == "ipc\n" and "note: this environment does not name" in note.text and "pip install" in note.text
 
 
 def test_make_lab_starts_a_kernel_again_on_other_ports(taken, tmp_path, monkeypatch):

@@ -39,6 +39,12 @@ def python(code, *arguments, before=()):
     return subprocess.Popen([*before, sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def stop(process):
+    "Stops a process of `python`; returns when it stands still."
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
 def fast(monkeypatch):
     monkeypatch.setattr(lease, "BEAT", 0.05)
     monkeypatch.setattr(lease, "EXPIRY", 3)   # a busy machine may be silent for a second
@@ -54,14 +60,14 @@ def test_never_two_at_once(tmp_path, way):
         for _ in range(4 if way == "elsewhere" else 12):
             time.sleep(chance.random() * 0.4)
             victim = workers.pop(chance.randrange(5))
-            victim.send_signal(signal.SIGSTOP)
-            os.waitpid(victim.pid, os.WUNTRACED)  # stopped: it says nothing after its "gone", and nobody enters before
+            stop(victim)  # it says nothing after its "gone", and nobody enters before
             with open(log, "a") as f: f.write(f"gone {victim.pid}\n")
             victim.kill()
             victim.wait()
             workers.append(python(FAST + WAYS[way] + WORKER, tmp_path))
         time.sleep(2.5 if way == "elsewhere" else 0.5)
     finally:
+        for worker in workers: stop(worker)  # all of them before the first is killed, whose place would be free
         for worker in workers: worker.kill(), worker.wait()
     events, inside, entered = [line.split() for line in log.read_text().splitlines()], set(), 0
     lost = {(i, who) for i, (word, who) in enumerate(events) if word == "lost"}

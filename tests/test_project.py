@@ -1,9 +1,10 @@
 """Guards of the project itself: notebooks and modules in step, settings really read, nothing in a commit that should not be there."""
-import ast, json, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 
-import pytest
+import pip, pytest
 
 from helpers import BIN, NBS, ROOT, code_cells, copy_tree, default_exp, files_of, notebooks, read, run, run_notebooks
 
@@ -171,16 +172,69 @@ def test_pyproject_leaves_the_project_to_settings():
     assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
 
 
-def test_constraints_pin_every_requirement():
+def locked(name):
+    "{canonical name: {version: hashes}} of lock/<name>.txt; every line belongs to a package with hashes, and none names a place."
+    from packaging.utils import canonicalize_name
+    text = (ROOT / "lock" / f"{name}.txt").read_text()
+    entry = r"([\w.-]+)==(\S+)(?: ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
+    rest = re.sub(entry, "", text)
+    assert not re.sub(r"#.*\n|-r \w+\.txt\n", "", rest), f"lock/{name}.txt: {rest[:200]}"
+    assert not re.search(r"https?://|file:|--(?:extra-)?index|--find-links", text)
+    found = {}
+    for package, version, hashes in re.findall(entry, text): found.setdefault(canonicalize_name(package), {})[version] = hashes.split("--hash=")[1:]
+    return found
+
+
+def test_lock_settings_and_constraints_agree():
+    "What a layer of the lock holds meets settings.ini, in the versions of constraints.txt; `make lock` after a change of either."
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
-    for text in settings()["requirements"].split() + settings()["dev_requirements"].split() + settings()["hf_requirements"].split():
-        wanted = Requirement(text)
-        pin = pins[canonicalize_name(wanted.name)]
-        assert wanted.specifier.contains(pin), f"{text}: constraints.txt has {pin}"
+    layers = {"run": ["requirements"], "extras": ["pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
+    assert {key for keys in layers.values() for key in keys} == {key for key in settings() if key.endswith("requirements")}
+    held = {"torch": locked("cuda")["torch"]}
+    for layer, keys in layers.items():
+        for name, versions in locked(layer).items(): held.setdefault(name, {}).update(versions)
+        for wanted in (Requirement(text) for key in keys for text in settings()[key].split()):
+            versions = held.get(canonicalize_name(wanted.name))
+            assert versions, f"{wanted} is missing in lock/{layer}.txt: make lock"
+            assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: lock/{layer}.txt has {list(versions)}: make lock"
+    assert not pins.keys() - held.keys() - {"wheel"}, "make lock: constraints.txt names what the lock does not"
+    assert not [name for name in held if name in pins and set(held[name]) != {pins[name]}], "make lock"
+    assert list(locked("cpu")) == ["torch"] and list(locked("cpu")["torch"]) == [f"{pins['torch']}+cpu"]
+    assert list(held["torch"]) == [pins["torch"]] and "nvidia-nccl-cu13" in locked("cuda")
+    assert {"uv", "cyclonedx-bom"} <= locked("tools").keys()
+    assert not {"resvg-py", "datasets", "pytest", "nbdev"} & locked("run").keys(), "a run needs none of these"
+
+
+def test_a_torch_that_the_lock_does_not_know_is_refused_in_a_sentence(tmp_path):
+    "A place in pip's settings with the CPU build for a Python or system that lock/cpu.txt has no hash of: nothing of it is installed, nor all the rest."
+    venv, wheels = tmp_path / "venv", tmp_path / "wheels"
+    assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path).returncode == 0
+    packages = next(venv.glob("lib/python3*/site-packages"))
+    (packages / "pip").symlink_to(Path(pip.__file__).parent)
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / f"torch-{next(iter(locked('cpu')['torch']))}-py3-none-any.whl", "w") as wheel: wheel.writestr("torch.py", "")
+    refused = run(ROOT / ".ci" / "venv", venv, "run", cwd=ROOT, env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull})
+    assert refused.returncode == 1, refused.stdout
+    assert refused.stdout.splitlines()[-1].startswith("cbnb: lock/cpu.txt has not the hash of torch 2.13.0+cpu that pip finds here, for Python 3")
+    assert "make lock" in refused.stdout and "Traceback" not in refused.stdout and "tampered" not in refused.stdout
+    assert [p.name for p in packages.iterdir()] == ["pip"] and not (venv / ".user").exists()
+
+
+def test_make_sbom_lists_what_is_installed_with_licences(tmp_path):
+    "In a copy, by the tools of its own lock, of the environment that runs this."
+    copy, venv = copy_tree(tmp_path / "cbnb"), Path(sys.prefix)
+    made = run("make", "sbom", f"VENV={venv}", "-o", f"{venv}/.user", cwd=copy)
+    assert made.returncode == 0, made.stdout[-3000:]
+    bom = json.loads((copy / "sbom.json").read_text())
+    parts = {part["name"]: part for part in bom["components"]}
+    assert bom["bomFormat"] == "CycloneDX" and {"torch", "transformers", "numpy", "pytest"} <= parts.keys() and "uv" not in parts
+    assert parts["transformers"]["version"] == version("transformers") and parts["numpy"]["purl"] == f"pkg:pypi/numpy@{version('numpy')}"
+    unlicensed = [name for name, part in parts.items() if not part.get("licenses")]
+    assert set(unlicensed) <= {"resvg_py"}, unlicensed         # which states none
 
 
 def test_changelog_names_the_version():
@@ -188,11 +242,11 @@ def test_changelog_names_the_version():
 
 
 def test_package_imports_no_development_library():
-    "A user of cbnb must not inherit nbdev's old fastcore. Import every module in a fresh process and look at what came with it."
+    "A user of cbnb must not inherit nbdev's old fastcore, nor need an extra. Import every module in a fresh process and look at what came with it."
     program = ("import json, pkgutil, sys, importlib, cbnb\n"
                "names = [m.name for m in pkgutil.walk_packages(cbnb.__path__, 'cbnb.') if not m.name.endswith('__main__')]\n"
                "for name in names: importlib.import_module(name)\n"
-               "unwanted = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest'} & {m.split('.')[0] for m in sys.modules}\n"
+               "unwanted = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'jupyterlab', 'jupyter_server', 'resvg_py'} & {m.split('.')[0] for m in sys.modules}\n"
                "print(json.dumps([names, sorted(unwanted)]))")
     result = run(sys.executable, "-c", program, cwd=ROOT)
     assert result.returncode == 0, result.stdout
@@ -281,7 +335,8 @@ def make(target, folder, *variables, env=None):
     fake = venv / "bin" / "python"
     fake.write_text('#!/bin/sh\necho "args: $*"\nenv | grep -E "^(JUPYTER|PYTHON)" | sort\n')
     fake.chmod(0o755)
-    for stamp in (".user", ".dev"): (venv / stamp).touch()
+    (venv / "tools").mkdir(exist_ok=True)
+    for stamp in (".user", ".extras", ".dev", "tools/.done"): (venv / stamp).touch()
     result = run("make", target, f"VENV={venv}", *variables, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout
     return result.stdout

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import pytest
 
 from cbnb.report import PANELS, curves, mime_bundle, readable_table, show, static_svg, write_report
+from cbnb.terminal import visible
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = [
@@ -112,7 +113,7 @@ def test_a_strangers_text_stays_text(tmp_path, name):
     page = path.read_text(encoding="utf-8")
     no_way_out(page)
     assert page.count("<svg") == 1 and "Content-Security-Policy" in page and "49" not in ET.fromstring(page).find("body/h1").text
-    safe = re.sub("[\x00\x1b\ud800\u202e]", "\ufffd", name)
+    safe = visible(name)
     root = ET.fromstring(page)
     assert root.find("head/title").text == root.find("body/h1").text == root.find("body/p").text == safe
     parameters = root.findall("body/table")[1]
@@ -169,4 +170,4 @@ def test_a_terminal_that_cannot_print_everything(command, env, tmp_path):
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-m", "cbnb.report", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 1 and "give a run directory" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "give a run directory" in done.stderr and "Traceback" not in done.stderr

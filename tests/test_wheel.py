@@ -1,5 +1,6 @@
 """The wheel that a user would install: built by way of the sdist, complete, and enough by itself to train with."""
 import sys, zipfile
+from importlib.metadata import version
 
 import pytest
 
@@ -38,9 +39,13 @@ def test_installed_wheel_trains(wheel, tmp_path):
     assert made.returncode == 0, made.stdout
     python = venv / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python)
-    # what is never imported need not be compiled
-    installed = run(*pip, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", wheel, cwd=away, timeout=1500)
-    assert installed.returncode == 0, installed.stdout[-4000:]
+    # the base install by hash, where torch is the build that is installed here; what is never imported need not be compiled
+    torch = "cpu" if version("torch").endswith("+cpu") else "cuda"
+    locked = ("--require-hashes", "-r", ROOT / "lock" / "run.txt", "-r", ROOT / "lock" / f"{torch}.txt")
+    for what in (locked, (wheel, "--no-deps")):
+        installed = run(*pip, "install", "--quiet", "--no-compile", *what, cwd=away, timeout=1500)
+        assert installed.returncode == 0, installed.stdout[-4000:]
+    assert run(*pip, "check", cwd=away).returncode == 0
     audited = run(venv / "bin" / "cbnb", "masks", ROOT / "tests" / "fixtures" / "agent.jsonl", "--model", "tinyagent", "--json", cwd=away,
                   env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
     assert audited.returncode == 0 and '{"summary": ' in audited.stdout, audited.stdout[-4000:]
@@ -51,4 +56,4 @@ def test_installed_wheel_trains(wheel, tmp_path):
     trained = run(python, script, *data, cwd=away, env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
     assert trained.returncode == 0, trained.stdout[-4000:]
     present = run(*pip, "list", "--format=freeze", cwd=away).stdout.lower()
-    assert "\ncbnb==" in f"\n{present}" and not any(f"\n{name}==" in f"\n{present}" for name in ("fastcore", "nbdev", "pytest", "trl"))
+    assert "\ncbnb==" in f"\n{present}" and not any(f"\n{name}==" in f"\n{present}" for name in ("fastcore", "nbdev", "pytest", "trl", "resvg_py"))

@@ -23,9 +23,10 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from ..report import STYLES, alarm_lines, as_float, curves, floor_words, format_number, mime_bundle, printable, series
+from ..report import STYLES, alarm_lines, as_float, curves, floor_words, format_number, mime_bundle, series
 from ..rounding import at_floor
 from ..runs import RunError, RunInterrupted, kernel, log_rows, read_record, read_status, runs_folder, still_running
+from ..terminal import say, visible
 from .views import StaticView, is_live
 
 # %% ../../nbs/23_dashboard.ipynb #d3a75b84
@@ -191,12 +192,12 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, tri
 
 def summary_bundle(snapshot: Snapshot, ended: str = "") -> dict:
     "The first line, the notes and the table as one output: HTML without a script, everything escaped, and plain text."
-    facts, table = [printable(part) for part in headline(snapshot, ended)], term_table(snapshot)
-    notes, units = [printable(note) for note in snapshot.notes], {name: f", {unit}" for name, unit, *_ in TERM_ROWS.values()}
+    facts, table = [visible(part) for part in headline(snapshot, ended)], term_table(snapshot)
+    notes, units = [visible(note) for note in snapshot.notes], {name: f", {unit}" for name, unit, *_ in TERM_ROWS.values()}
     lines = [(name, STYLES[name][0], units.get(name, ""), list(row)) for name, row in zip(table.index, table.to_numpy(), strict=True)]
-    html = PAGE.render(facts=facts, where=printable(whereabouts(snapshot)), notes=notes, columns=COLUMNS, table=lines if snapshot.rows else [],
+    html = PAGE.render(facts=facts, where=visible(whereabouts(snapshot)), notes=notes, columns=COLUMNS, table=lines if snapshot.rows else [],
                        note=table_note(snapshot)).strip()
-    text = [" · ".join(facts), printable(whereabouts(snapshot)), *notes] + ["", table.to_string(), table_note(snapshot)] * bool(snapshot.rows)
+    text = [" · ".join(facts), visible(whereabouts(snapshot)), *notes] + ["", table.to_string(), table_note(snapshot)] * bool(snapshot.rows)
     return {"text/html": html, "text/plain": "\n".join(text)}
 
 
@@ -204,7 +205,7 @@ def curves_bundle(snapshot: Snapshot) -> dict:
     "The curves as one output (see `cbnb.report.mime_bundle`); if they cannot be drawn, the reason: a view must never end a run."
     try: return mime_bundle(curves(snapshot.rows))
     except Exception as e:
-        text = f"The curves cannot be drawn: {printable(' '.join(f'{type(e).__name__}: {e}'.split()))}"
+        text = f"The curves cannot be drawn: {visible(' '.join(f'{type(e).__name__}: {e}'.split()))}"
         return {"text/html": f"<p>{escape(text)}</p>", "text/plain": text}
 
 
@@ -224,7 +225,7 @@ def dashboard(run) -> None:
     the text only."""
     from IPython.display import display
     snapshot = take_snapshot(getattr(run, "path", run))
-    if kernel() is None: print(summary_bundle(snapshot)["text/plain"])
+    if kernel() is None: say(*summary_bundle(snapshot)["text/plain"].split("\n"))
     else:
         for bundle in bundles(snapshot): display(bundle, raw=True)
 
@@ -244,7 +245,7 @@ def static_dashboard(run) -> StaticView:
     read off, with all of plotly in it (5 MB), and HTML without scripts."""
     import plotly.io
     snapshot = take_snapshot(getattr(run, "path", run))
-    summary, drawn, title = summary_bundle(snapshot)["text/html"], curves_bundle(snapshot), printable(snapshot.name) or "run"
+    summary, drawn, title = summary_bundle(snapshot)["text/html"], curves_bundle(snapshot), visible(snapshot.name) or "run"
     def make():
         figure = drawn.get("application/vnd.plotly.v1+json")
         plot = drawn["text/html"] if figure is None else plotly.io.to_html(figure, config=figure["config"], full_html=False, validate=False)
@@ -303,9 +304,9 @@ def live_view(path):
     """Shows the run directory `path`, with a Stop button above it where somebody can click. Gives two functions: `refresh()` draws what is due,
     `finish(ended="")` the last state, with curves that can be zoomed. Outside a notebook both print the first line, `refresh` every ten seconds."""
     from IPython.display import display
-    def say(ended=""): print(" · ".join(headline(take_snapshot(path), ended)), flush=True)
+    def tell(ended=""): say(" · ".join(headline(take_snapshot(path), ended)))
     if kernel() is None:
-        yield paced(say, lambda: file_times(path), every=10), say
+        yield paced(tell, lambda: file_times(path), every=10), tell
         return
     with stop_button(path):
         makers, first = (summary_bundle, picture_bundle), take_snapshot(path)
@@ -341,7 +342,7 @@ def live_dashboard(run):
             raise
         finally:
             try: finish(ended)
-            except Exception as e: print(f"the view of the run could not be drawn: {type(e).__name__}: {e}")  # the run counts, not its view
+            except Exception as e: say(f"the view of the run could not be drawn: {type(e).__name__}: {e}")  # the run counts, not its view
 
 # %% ../../nbs/23_dashboard.ipynb #7d00d125
 def watch(run, seconds: float = 0.5) -> None:

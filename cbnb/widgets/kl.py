@@ -21,7 +21,7 @@ import traitlets
 
 from ..actions import for_policy
 from ..adapt import adapt
-from ..audit import visible
+from ..terminal import visible
 from ..config import CircuitBreakerConfig
 from ..data import encoded_pairs, load_streams
 from cbnb.divergence import (
@@ -29,6 +29,7 @@ from cbnb.divergence import (
     top_tokens)
 from ..encoders import token_bytes
 from ..models import load_model
+from ..reading import read_text
 from ..runs import RunError, project_root, read_record, read_status, runs_folder
 from ..settings import kept_template, make_masker
 from ..sources import entry_paths, listed, open_sources, reading_of
@@ -315,7 +316,7 @@ def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
     for path in folders.values(): check_adapter(path, trust_remote_code)
     config = run_config(run)
-    model = model or (config.model if run else json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "")
+    model = model or (config.model if run else json.loads(read_text(folder / "adapter_config.json")).get("base_model_name_or_path") or "")
     if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
     transcripts, more = transcripts_to_show(data, run, max(LISTED, number), relabel=relabel, on_error=on_error, tools=tools)
     if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")

@@ -14,9 +14,10 @@ import anywidget
 import numpy as np
 import traitlets
 
-from ..audit import token_texts, visible
+from ..audit import token_texts
 from ..encoders import token_bytes
 from ..policies import Encoded, loss_mask, policy_name, reasons
+from ..terminal import visible
 from ..turns import Segment
 from .views import StaticView, is_live, mime_bundle, module, page, shown, source, table_html
 

@@ -16,9 +16,10 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ..report import WIDTH, curves, printable, static_svg
+from ..report import WIDTH, curves, static_svg
 from ..sweep import AGAINST, against, by_kind, headline, link_to, text_cell
 from ..runs import log_rows
+from ..terminal import visible
 from ..verdicts import CHECKS, Sweep, advice, verdicts
 from .views import is_live
 
@@ -65,20 +66,20 @@ def runs_table(sweep: Sweep, frame: pd.DataFrame) -> str:
 def picture(fig) -> str:
     "A figure as an `<img>` that holds its static twin."
     data = base64.b64encode(static_svg(fig).encode()).decode()
-    return f'<img alt="{escape(printable(fig.layout.meta))}" width="{WIDTH}" style="max-width: 100%" src="data:image/svg+xml;base64,{data}">'
+    return f'<img alt="{escape(visible(fig.layout.meta))}" width="{WIDTH}" style="max-width: 100%" src="data:image/svg+xml;base64,{data}">'
 
 # %% ../../nbs/24_sweep_explorer.ipynb #3e6a0578
 def run_views(sweep: Sweep, run: str) -> str:
     "HTML (str) with what can be opened of one run: its report and notebook as links, the dashboard and the KL explorer as commands, and its curves."
     path = sweep.folders[run]
     links = [p for p in (path / "report.html", *sorted(path.glob("out.*.ipynb"))[-1:]) if os.path.isfile(p)]
-    links = " · ".join(f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(printable(p.name))}</a>' for p in links)
+    links = " · ".join(f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(visible(p.name))}</a>' for p in links)
     commands = [f"from cbnb.widgets.dashboard import dashboard; dashboard({json.dumps(str(path))})",
                 f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}"]
     rows, told = log_rows(path)
-    drawn = "".join(f"<p>{escape(printable(line))}</p>" for line in told) + picture(curves(rows))
-    text = "".join(f"<pre>{escape(printable(command))}</pre>" for command in commands)
-    return f"<p><b>{escape(printable(run))}</b> {links}</p>{text}{drawn}"
+    drawn = "".join(f"<p>{escape(visible(line))}</p>" for line in told) + picture(curves(rows))
+    text = "".join(f"<pre>{escape(visible(command))}</pre>" for command in commands)
+    return f"<p><b>{escape(visible(run))}</b> {links}</p>{text}{drawn}"
 
 # %% ../../nbs/24_sweep_explorer.ipynb #20470147
 VALUES_OFFERED = 40

@@ -17,7 +17,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from ..audit import visible
+from ..terminal import visible
 from ..runs import kernel, write_bytes
 
 # %% ../../nbs/20_views.ipynb #be93df71
