@@ -8,7 +8,7 @@ root = Path(__file__).parent
 parser = ConfigParser()
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("lab", "pictures", "hf")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("pictures", "hf")}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
