@@ -35,12 +35,10 @@ export PYTHON
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# .user holds what settings.ini lists as requirements, .extras pictures and data sets on top, .dev all. Each is installed by the hashes of lock/.
+# .user holds what settings.ini lists as requirements, .dev all. Both are installed by the hashes of lock/.
 SETUP := settings.ini setup.py pyproject.toml $(wildcard lock/*.txt)
 $(VENV)/.user: $(SETUP)
 	.ci/venv $(VENV) run
-$(VENV)/.extras: $(SETUP)
-	.ci/venv $(VENV) extras
 $(VENV)/.dev: $(SETUP)
 	.ci/venv $(VENV) dev
 $(VENV)/tools/.done: $(wildcard lock/tools.txt)
@@ -72,7 +70,7 @@ bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peer
 	$(VENV)/bin/nbdev_clean
 
 # cache_ports: with it a kernel whose ports another process has taken is started again with the same ones
-lab: $(VENV)/.extras  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
+lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
 	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs --KernelManager.cache_ports=False \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 

@@ -40,7 +40,7 @@ def compiled(requirements, pinned=(), kept=(), places=()):
         constraints, out = Path(folder) / "constraints.txt", Path(folder) / "out.txt"
         constraints.write_text("\n".join(pinned))
         out.write_text("\n".join(kept))
-        command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet", "--universal", "--python-version=3.11", "--generate-hashes",
+        command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet", "--universal", "--python-version=3.11", "--generate-hashes", "--no-strip-extras",
                    "--no-header", "--no-annotate", f"--constraints={constraints}", f"--output-file={out}", *index, *places]
         done = subprocess.run(command, input="\n".join(requirements), capture_output=True, text=True, env=os.environ | certificate)
         if done.returncode: sys.exit(f"uv finds no versions: {done.stderr.strip()}")

@@ -429,4 +429,4 @@ if __name__ == "__main__" and "__file__" in globals():
         check_start(sys.argv[2])
         return 0
     safe_output()
-    sys.exit(ended(check, "cbnb.ablation", (RunError, OSError)))
+    sys.exit(ended(check, "cbnb.ablation", (RunError, OSError), sys.argv))

@@ -222,10 +222,10 @@ def main(argv=None) -> int:
         for folder in folders:
             try: say(*describe_run(folder).split("\n"))
             except (RunError, OSError) as e: wrong.append(e)
-        for e in wrong[:-1]: say(f"cbnb.report: {sentence(e)}", file=sys.stderr)
+        for e in wrong[:-1]: say(f"cbnb.report: {sentence(e, folders)}", file=sys.stderr)
         if wrong: raise wrong[-1]
         return 0
-    return ended(describe, "cbnb.report", (RunError, ValueError, OSError))
+    return ended(describe, "cbnb.report", (RunError, ValueError, OSError), folders)
 
 # %% ../nbs/12_report.ipynb #451ebf8c
 if __name__ == "__main__" and "__file__" in globals():

@@ -765,4 +765,4 @@ if __name__ == "__main__" and "__file__" in globals():
         say(close_run(sys.argv[2], sys.argv[3]))
         return 0
     safe_output()
-    sys.exit(ended(close, "cbnb.runs", (RunError, ValueError, OSError)))
+    sys.exit(ended(close, "cbnb.runs", (RunError, ValueError, OSError), sys.argv))

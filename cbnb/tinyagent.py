@@ -480,4 +480,4 @@ if __name__ == "__main__" and "__file__" in globals():
     def build():
         if len(sys.argv) != 2: raise ValueError("usage: python -m cbnb.tinyagent OUT_FOLDER")
         say(build_tinyagent(sys.argv[1]))
-    sys.exit(ended(build, "cbnb.tinyagent", (ValueError, OSError)))
+    sys.exit(ended(build, "cbnb.tinyagent", (ValueError, OSError), sys.argv))

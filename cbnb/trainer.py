@@ -34,7 +34,6 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
-from .files import write_bytes
 from .lease import check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors

@@ -176,7 +176,7 @@ def locked(name):
     "{canonical name: {version: hashes}} of lock/<name>.txt; every line belongs to a package with hashes, and none names a place."
     from packaging.utils import canonicalize_name
     text = (ROOT / "lock" / f"{name}.txt").read_text()
-    entry = r"([\w.-]+)==(\S+)(?: ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
+    entry = r"([\w.-]+)(?:\[[^]]+\])?==(\S+)(?: ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
     rest = re.sub(entry, "", text)
     assert not re.sub(r"#.*\n|-r \w+\.txt\n", "", rest), f"lock/{name}.txt: {rest[:200]}"
     assert not re.search(r"https?://|file:|--(?:extra-)?index|--find-links", text)
@@ -336,7 +336,7 @@ def make(target, folder, *variables, env=None):
     fake.write_text('#!/bin/sh\necho "args: $*"\nenv | grep -E "^(JUPYTER|PYTHON)" | sort\n')
     fake.chmod(0o755)
     (venv / "tools").mkdir(exist_ok=True)
-    for stamp in (".user", ".extras", ".dev", "tools/.done"): (venv / stamp).touch()
+    for stamp in (".user", ".dev", "tools/.done"): (venv / stamp).touch()
     result = run("make", target, f"VENV={venv}", *variables, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout
     return result.stdout

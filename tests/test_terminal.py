@@ -7,7 +7,7 @@ from functools import cache
 import nbformat
 import pytest
 
-from cbnb import cli
+from cbnb import cli, report
 from cbnb.config import ConfigError
 from cbnb.terminal import PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
 from cbnb.transcripts import TranscriptError, read_transcripts
@@ -285,6 +285,17 @@ def test_what_argparse_refuses():
         said = err.getvalue()
         assert ended.value.code == 2 and said.startswith("cbnb") and len(said.splitlines()) == 1, said
         assert said[:-1].isprintable() and len(said) < SENTENCE, said
+
+
+def test_programs_beside_cbnb_tell_no_argument_whole(capsys):
+    "Two folders that are none, of many words each."
+    long = ["one two " * 50, "three four " * 40]
+    assert report.main(long) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 2 and said.count("more characters") == 2 and not any(word in said for word in long)
+    every = [call for name, tree in sources() if name != SAID_BY for what, call in calls(tree) if what == "ended"]
+    without = [ast.unparse(call.args[0]) for call in every if len(call.args) < 4]
+    assert len(every) > 4 and without == ["partial(carry_out, sys.argv[1:] if argv is None else argv)"], without
 
 
 def test_the_help_of_a_strangers_notebook(tmp_path, monkeypatch):
