@@ -433,14 +433,13 @@ def resume_point(run: Run) -> Path | None:
         shutil.rmtree(aside := folder / f"damaged-{path.name}", ignore_errors=True)
         path.rename(aside)
     keep_newest(folder, KEPT)
-    if beyond := sum(row["step"] > step for row in log_rows(run.path)[0]):
-        passed.append(f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again")
+    beyond = sum(row["step"] > step for row in log_rows(run.path)[0])
+    told = [*passed, *[f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again"] * bool(beyond)]
     if checkpoint: mend_log(run, checkpoint, step)
     truncate_metrics(run, step)
-    if passed:
-        said = f"{' and '.join(passed)}; training goes on from step {step}"
-        say(f"note: {said}")
-        set_status(run, "running", note=said)
+    said = f"{' and '.join(told)}; training goes on from step {step}"
+    if told: say(f"note: {said}")
+    if passed: set_status(run, "running", note=said)
     return checkpoint
 
 

@@ -15,8 +15,9 @@ import pytest
 from helpers import ROOT
 
 from cbnb import transcripts as T
-from cbnb.convert import cause_of, convert
+from cbnb.convert import convert
 from cbnb.files import OutputError
+from cbnb.sources import cause_of
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

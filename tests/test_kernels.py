@@ -1,5 +1,5 @@
 """Kernels that start at the same moment: none may die of a port that another has taken."""
-import asyncio, os, runpy, signal, socket, subprocess, sys
+import asyncio, os, runpy, signal, socket, subprocess, sys, tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -52,30 +52,36 @@ def test_no_clash_of_ports_ends_a_run(notebook, taken):
         assert not done.returncode and "ipc" in done.stdout.split() and "TCP" not in done.stdout, done.stdout[-3000:]
 
 
-def test_sockets_are_where_the_environment_says(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "r"))
+@pytest.fixture
+def short():
+    "A folder with a short path, as that of a socket has to be: pytest's own is longer in each further process."
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder: yield Path(folder)
+
+
+def test_sockets_are_where_the_environment_says(short, monkeypatch, capsys):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(short / "r"))
     with socket_config() as config: place = config.KernelManager.connection_file
-    assert place.startswith(str(tmp_path / "r")) and not any((tmp_path / "r").iterdir())
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / ("r" * 100)))
-    with socket_config() as config: assert not config.KernelManager.connection_file.startswith(str(tmp_path / "rr"))
+    assert place.startswith(str(short / "r")) and not any((short / "r").iterdir())
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(short / ("r" * 100)))
+    with socket_config() as config: assert not config.KernelManager.connection_file.startswith(str(short / "rr"))
     monkeypatch.setattr(cbnb.kernels, "socket_folder", lambda bases: None)
     with socket_config() as config: assert not config
     told = capsys.readouterr().err
-    assert str(tmp_path) in told and "TCP" in told and "set TMPDIR" in told and told.count("\n") == 1
+    assert str(short) in told and "TCP" in told and "set TMPDIR" in told and told.count("\n") == 1
 
 
 HOLDS = "from cbnb.kernels import *; c = socket_config(); print(c.__enter__().KernelManager.connection_file, flush=True); input()"
 
 
-def test_sockets_of_a_killed_run_are_removed_by_the_next(tmp_path, monkeypatch):
+def test_sockets_of_a_killed_run_are_removed_by_the_next(short, monkeypatch):
     "The run is in another pid namespace, as in a container that shares the folder: its process number says nothing here."
-    env = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    env = os.environ | {"JUPYTER_RUNTIME_DIR": str(short)}
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", HOLDS]
     other = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(short))
     try:
         folder = Path(other.stdout.readline().strip()).parent
-        assert folder.parent == tmp_path
+        assert folder.parent == short
         os.utime(folder, (0, 0))
         with socket_config(): assert folder.exists()
         (child,) = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
@@ -84,12 +90,12 @@ def test_sockets_of_a_killed_run_are_removed_by_the_next(tmp_path, monkeypatch):
     finally:
         other.kill()
         other.communicate()
-    with cbnb.kernels.socket_folder([tmp_path])[1] as sign: stranger = Path(sign.getsockname()).parent   # as one that another user left
+    with cbnb.kernels.socket_folder([short])[1] as sign: stranger = Path(sign.getsockname()).parent   # as one that another user left
     os.chown(stranger, 65534, 65534)
     for left in (folder, stranger): os.utime(left, (0, 0))
     assert list(folder.iterdir())
     with socket_config(): assert not folder.exists()
-    assert list(tmp_path.iterdir()) == [stranger]
+    assert list(short.iterdir()) == [stranger]
 
 
 def test_an_environment_that_does_not_name_the_engine(notebook, tmp_path):

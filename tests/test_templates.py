@@ -1,6 +1,6 @@
 """Chat templates that take much of little: each is ended or refused in words, within seconds and MiB that are counted here; and the process in which
 templates run is one that nothing disturbs."""
-import contextlib, json, os, re, resource, signal, subprocess, sys, threading, time
+import contextlib, json, os, re, resource, signal, subprocess, sys, tempfile, threading, time
 
 import pytest
 from forked import forked
@@ -177,10 +177,11 @@ def test_a_process_that_neither_works_nor_ends_is_killed(monkeypatch):
 def handles(): return sorted(os.listdir("/proc/self/fd"))
 
 
-def test_a_process_that_is_killed_costs_no_answer_and_leaves_nothing(monkeypatch):
+def test_a_process_that_is_killed_costs_no_answer_and_leaves_nothing(monkeypatch, tmp_path):
     "Between two requests, and in the middle of one; each time another process goes on, and no descriptor, no child and no file is left."
     templates.end()
-    before, files = handles(), set(os.listdir("/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = handles()
     for _ in range(3):
         render(BY_NUMBER, numbered(1))
         os.kill(started().pid, signal.SIGKILL)
@@ -195,7 +196,7 @@ def test_a_process_that_is_killed_costs_no_answer_and_leaves_nothing(monkeypatch
     slow = "{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}{{ messages | length }}"
     assert ask(slow, "render", *[(ASKED,)] * 8) == ["1"] * 8 and started().pid != killed[0]
     templates.end()
-    assert handles() == before and not {f for f in set(os.listdir("/tmp")) - files if "cbnb" in f}
+    assert handles() == before and not any(tmp_path.iterdir())
     with pytest.raises(ProcessLookupError): os.kill(killed[0], 0)
 
 
