@@ -13,6 +13,7 @@ settings; where there are none their hashes stay as they were.
 """
 import hashlib, os, re, subprocess, sys, tempfile
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,7 @@ TOOLS = ["uv==0.13.9", "cyclonedx-bom==7.5.0"]
 HEAD = "# Made by make lock from settings.ini and constraints.txt: edit those.\n"
 
 
+@cache
 def pip_settings():
     "{name: [value, …]} of pip's settings, of all its files and the environment."
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout

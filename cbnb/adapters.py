@@ -41,10 +41,10 @@ from .transcripts import Transcript, TranscriptError
 from .withheld import withhold
 
 # %% auto #0
-__all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'run_model', 'made_for',
-           'another_base', 'base_name', 'made_with', 'settings_for', 'found_entry', 'heldout_files', 'heldout_entries',
-           'model_names', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model', 'decoding_for',
-           'checked', 'evaluate_adapter', 'rescored', 'rescore']
+__all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run', 'first_parameters',
+           'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'settings_for', 'found_entry',
+           'heldout_files', 'heldout_entries', 'model_names', 'same_as_run', 'reading_for', 'questions_for',
+           'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
 
 # %% ../nbs/16_adapters.ipynb #202720c1
 NONE = "none"
@@ -101,6 +101,17 @@ def find_adapters(first: str, second: str = "", trust_remote_code: bool = False)
     if len({a.name for a in found}) < len(found): found[1] = dataclasses.replace(found[1], name=f"{found[1].name}-2")
     return found
 
+# %% ../nbs/16_adapters.ipynb #firstr01
+def first_run(adapters: list[Adapter]) -> Adapter | None:
+    "The first of the `adapters` that a run made, by which an evaluation goes; None where there is none."
+    return next((a for a in adapters if a.run), None)
+
+
+def first_parameters(adapters: list[Adapter]) -> dict:
+    "The parameters of the `first_run`; {} where there is none."
+    run = first_run(adapters)
+    return run.parameters if run else {}
+
 # %% ../nbs/16_adapters.ipynb #f8535862
 def run_model(folder: Path) -> str:
     "The model of the run in `folder`. Raises RunError where its config.json does not say it."
@@ -147,7 +158,7 @@ def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_la
     """The settings of an evaluation: those of the run that made the first adapter which has one. Without a
     run, the policies and lengths of the preset `base`, with every part of a pass run in full; the harmful
     cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
-    run = next((a for a in adapters if a.run), None)
+    run = first_run(adapters)
     given = {} if target_layers is None else {"target_layers": target_layers}
     if run: return dataclasses.replace(made_with(run.parameters, trust_remote_code), model=name, **given)
     depth = num_blocks(model)
@@ -166,7 +177,7 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     """The files `eval_data`, separated by commas, or those of the first adapter's run; an empty list for a
     run that has held out a part of its training data. Raises RunError where there is neither, or a file is
     not there."""
-    run = next((a for a in adapters if a.run), None)
+    run = first_run(adapters)
     if eval_data == "tinyagent":  # its own held-out transcripts, which are in no file; a run has its own
         if run is None: return []
         eval_data = ""
@@ -180,14 +191,14 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
 
 def heldout_entries(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     "`heldout_files`, or the data of the first adapter's run, where they are a part of them."
-    run = next((a.parameters for a in adapters if a.run), {})
+    run = first_parameters(adapters)
     return heldout_files(adapters, eval_data) or listed(run.get("data") or "")
 
 
 def model_names(adapters: list[Adapter], name: str) -> list[str]:
     """The models that an evaluation on the model `name` loads: that one, and the teacher of the first
     adapter's run."""
-    run = next((a.parameters for a in adapters if a.run), {})
+    run = first_parameters(adapters)
     return [name, run.get("teacher") or ""]
 
 
@@ -196,7 +207,7 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: st
     the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
     whose hash is `heldout`. Tells what it is evaluated with of other versions (`tell_changes` of the `run`
     of the evaluation). Raises RunError for another model or other transcripts."""
-    made = next((a for a in adapters if a.run), None)
+    made = first_run(adapters)
     record = made_from(made.run) if made else {"same": {}, "told": {}}
     before = record["same"].get("model", {}) if not parameters["model"] else {}
     if before and (found := differences(before, model_hashes(*model_names(adapters, run_model(made.run))))):
@@ -219,7 +230,7 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: st
 def reading_for(adapters: list[Adapter], **given) -> Reading:
     """How an evaluation reads its data: what is `given` and not None of `cbnb.sources.READING`, else as the first
     adapter's run did."""
-    return reading_of(next((a.parameters for a in adapters if a.run), {}), **given)
+    return reading_of(first_parameters(adapters), **given)
 
 
 def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None) -> list[Transcript]:
@@ -227,7 +238,7 @@ def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading
     `cbnb.data.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
-    run = next((a.parameters for a in adapters if a.run), {})
+    run = first_parameters(adapters)
     reading = reading or reading_for(adapters)
     if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, reading) for t in stream]
     return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]  # prompt: before there was the setting
@@ -239,7 +250,7 @@ MASKING = ("control", "chat_template", "template_variables", "tool_call_format",
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
     """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept there, but for what is
     `given` and not None (names of `MASKING`)."""
-    run = next((a for a in adapters if a.run), None)
+    run = first_run(adapters)
     given = {k: v for k, v in given.items() if v is not None}
     known = {k: run.parameters[k] for k in MASKING if run and k in run.parameters} | given
     kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
@@ -254,7 +265,7 @@ def asked_model(adapters: list[Adapter], parameters: dict) -> str:
 
 def decoding_for(adapters: list[Adapter], **given) -> Decoding:
     "The `Decoding` of an evaluation: what is `given` and not None, else as in the first adapter's run."
-    run = next((a.parameters for a in adapters if a.run), {})
+    run = first_parameters(adapters)
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     known = {k: run[k] for k in fields if k in run} | {k: v for k, v in given.items() if v is not None}
     decoding = Decoding(**known)
@@ -280,10 +291,11 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
                      trust_remote_code: bool = False) -> dict:
     """The figures of `cbnb.evaluation.evaluate` for one of the `adapters` on the model `name`, which is
     loaded for it; answers are kept in `folder` under the adapter's name."""
-    run = next((a.parameters for a in adapters if a.run), {})
+    run = first_parameters(adapters)
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
-    made = next((made_with(a.parameters, trust_remote_code) for a in adapters if a.run), None)
-    if made: settings = {k: v or getattr(made, k) for k, v in settings.items()}
+    if run:
+        made = made_with(run, trust_remote_code)
+        settings = {k: v or getattr(made, k) for k, v in settings.items()}
     load = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers, trust_remote_code)

@@ -119,4 +119,3 @@ def fixed_figures(student: PeftModel, batch: dict, config,
             norms = [g.float().norm().item() for g in grads if g is not None]
             found[name.replace("loss", "grad_norm")] = math.hypot(*norms)
     return {name: value for name, value in found.items() if math.isfinite(value)}
-

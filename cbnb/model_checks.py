@@ -17,7 +17,7 @@ from torch import nn
 from .config import CircuitBreakerConfig, ConfigError
 from .heads import find_head
 from .models import find_decoder, forward_with_hidden_states, in_words
-from .passes import both_passes, one_pass
+from .passes import both_passes
 
 # %% auto #0
 __all__ = ['two_rows', 'off', 'tolerance', 'shaken', 'check_states', 'passed', 'check_savings', 'check_tied', 'check_model',

@@ -134,7 +134,7 @@ def tell_engine():
     reached = getattr(getattr(kernel(), "parent", None), "transport", None)
     if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
         say("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
-              "where runs that start at once can clash: pip install --no-deps -e . (or make) once more")
+            "where runs that start at once can clash: pip install --no-deps -e . (or make) once more")
 
 # %% ../nbs/10_runs.ipynb #90222505
 PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}   # what papermill --inject-paths adds

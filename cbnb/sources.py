@@ -315,7 +315,6 @@ def count_cause(error, counts, examples):
     counts[cause] += 1
     examples.setdefault(cause, str(error))
 
-
 # %% ../nbs/00l_sources.ipynb #9b501f68
 @dataclass
 class Reading:

@@ -32,7 +32,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import zlib
 from array import array

@@ -29,10 +29,9 @@ READERS = {
     "files": {"append_bytes": {"open"}, "new_file": {"fdopen"}},                     # for writing (tests/test_files.py)
     "jobs": {"start": {"open"}}, "withheld": {"tidy": {"open"}},                     # the same
     "lease": {"dated_lease": {"open"}, "made": {"open"},                             # never through a link, and never waiting
-              "namespace": {"read_text"}, "process_start": {"read_text"}},           # of /proc
+              "boot": {"read_text"}, "process_start": {"read_text"}},                # of /proc
     "sealed": {"sync": {"open"}},                                                    # of what was made here, to flush it
     "terminal": {"nowhere": {"open"}},                                               # /dev/null
-    "kernels": {"boot": {"read_text"}},                                              # of /proc
     "packed": {"": {"open"}, "open_zst": {"input_stream"}, "read_member": {"open"}}, # of a stream, or of a member of an open archive
     "widgets.views": {"source": {"read_text"}},                                      # of the package's own pages
 }

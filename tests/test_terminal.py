@@ -12,9 +12,9 @@ from cbnb.config import ConfigError
 from cbnb.terminal import PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
 from cbnb.transcripts import TranscriptError, read_transcripts
 from forked import forked
+from fuzz_cli import EVIL
 from helpers import ROOT, code_cells, environment, notebooks
 
-EVIL = "\x1b]0;owned\a\x1b[2J\x9b1m\u202eright\u2066\u200b\r\x08\x7f\u2028\ud800\ufe0f"
 SAID_BY = "cbnb/terminal.py"
 
 

@@ -23,8 +23,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from ..report import STYLES, alarm_lines, as_float, curves, floor_words, format_number, mime_bundle, series
-from ..rounding import at_floor
+from ..report import STYLES, alarm_lines, as_float, curves, format_number, mime_bundle, series
 from ..runs import RunError, RunInterrupted, kernel, log_rows, read_record, read_status, runs_folder, still_running
 from ..terminal import say, visible
 from .views import StaticView, is_live
