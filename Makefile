@@ -49,7 +49,7 @@ train: export OMP_NUM_THREADS ?= 1
 train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_DIR=runs/... can be set
 	@set -e; run='$(RUN_DIR)'; mkdir -p -m 700 "$$run"; n=1; while [ -e "$$run/out.$$n.ipynb" ]; do n=$$((n+1)); done; \
 	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.$$n.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
-	  $(RUN) -m cbnb.report "$$run"
+	  $(RUN) -m cbnb.report.figures "$$run"
 
 preflight: export OMP_NUM_THREADS ?= 1
 preflight: $(VENV)/.user  ## the review of that run before it is started: nbs/preflight.ipynb on the tiny agent; BETA_KL=0.3 can be set
@@ -87,7 +87,7 @@ export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, README.md: r
 	$(RUN) .ci/pages.py readme
 
 tinyagent: $(VENV)/.user  ## rebuild the embedded tiny agent: at most an hour on one core
-	OMP_NUM_THREADS=1 $(RUN) -m cbnb.tinyagent cbnb/tinyagent_model
+	OMP_NUM_THREADS=1 $(RUN) -m cbnb.evaluate.tinyagent cbnb/tinyagent_model
 
 lock: $(VENV)/tools/.done  ## lock/: hashes of all packages, after a change of settings.ini or constraints.txt; versions that are in neither stay
 	$(VENV)/tools/bin/python .ci/lock.py

@@ -60,7 +60,7 @@ next_out() {
 state_of() {
     python - "$1" <<'PY'
 import sys
-from cbnb.runs import read_status, still_running
+from cbnb.run.directory import read_status, still_running
 status = read_status(sys.argv[1])
 state = status.get("state", "new")
 print("dead" if state == "running" and not still_running(sys.argv[1], status) else state)
@@ -71,7 +71,7 @@ PY
 reviewable() {
     python - "$1" <<'PY'
 import sys
-from cbnb.ablation import notebook_parameters
+from cbnb.sweep.spec import notebook_parameters
 sys.exit(not notebook_parameters(sys.argv[1]).keys() <= notebook_parameters("nbs/preflight.ipynb").keys())
 PY
 }
@@ -86,14 +86,14 @@ preflight() {
     ! grep -qE '^ "verdict": "(pass|warn)"' "$run_dir/preflight.json" 2>/dev/null || return 0
     reviewable "$notebook" || { say "no pre-flight: $notebook has parameters that nbs/preflight.ipynb does not know"; return 0; }
     say "$run_dir: pre-flight (SKIP_PREFLIGHT=1 leaves it out)"
-    (trap '' USR2 TERM INT; exec python -m cbnb.execute nbs/preflight.ipynb "$run_dir/preflight.ipynb" "$@") &
+    (trap '' USR2 TERM INT; exec python -m cbnb.run.execute nbs/preflight.ipynb "$run_dir/preflight.ipynb" "$@") &
     pid=$!
     while kill -0 "$pid" 2>/dev/null && [ -z "$stopping" ]; do sleep 1 & wait $! || true; done
     [ -z "$stopping" ] || { kill -KILL "$pid"; return 0; }    # attempt sees the signal, too
     wait "$pid" || code=$?
     [ "$code" -ne 0 ] || return 0
     say "$run_dir: refused by the pre-flight, see $run_dir/preflight.ipynb"
-    python -m cbnb.runs close "$run_dir" "$code" >/dev/null
+    python -m cbnb.run.directory close "$run_dir" "$code" >/dev/null
     return 1
 }
 
@@ -111,7 +111,7 @@ attempt() {
     preflight "$run_dir" "$@" || return 1
     [ -z "$stopping" ] || { requeue; return 1; }
     # papermill, whose notebook is whole, private and without secrets; rank.sh does the same for each process
-    [ "$1" != papermill ] || [ "${#launch[@]}" -ne 0 ] || set -- python -m cbnb.execute "${@:2}"
+    [ "$1" != papermill ] || [ "${#launch[@]}" -ne 0 ] || set -- python -m cbnb.run.execute "${@:2}"
     say "$run_dir ($state): starts on ${SLURMD_NODENAME:-$(hostname)}, GPU ${CUDA_VISIBLE_DEVICES:-none}"
     # SLURM's TERM goes to every process of the job; only this script listens, and papermill ends when the run has ended
     (trap '' USR2 TERM INT; exec "${launch[@]}" "$@") &
@@ -127,7 +127,7 @@ attempt() {
     rm -f "$run_dir/stop"
     state=$(state_of "$run_dir") || state=failed
     # papermill takes a killed kernel for a success: only the run's own word counts, and one that left none has failed
-    if [ "$state" != running ]; then state=$(python -m cbnb.runs close "$run_dir" "$code") || state=failed; fi
+    if [ "$state" != running ]; then state=$(python -m cbnb.run.directory close "$run_dir" "$code") || state=failed; fi
     say "$run_dir: $state (exit status $code)"
     [ "$state" != "done" ] || return 0
     if [ "$state" = interrupted ] && [ -n "$stopping" ]; then requeue; fi

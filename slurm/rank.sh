@@ -9,7 +9,7 @@ export IPYTHONDIR=$scratch/ipython JUPYTER_RUNTIME_DIR=$scratch/jupyter
 out=$3
 [ "$RANK" = 0 ] || out=$scratch/out.ipynb
 set -- "$1" "$2" "$out" "${@:4}"
-[ "$1" != papermill ] || set -- python -m cbnb.execute "${@:2}"     # papermill, whose notebook is whole, private and without secrets
+[ "$1" != papermill ] || set -- python -m cbnb.run.execute "${@:2}"     # papermill, whose notebook is whole, private and without secrets
 # SLURM's TERM goes to every process; only the batch script listens, and asks for a checkpoint
 (trap '' USR2 TERM INT; exec "$@") &
 trap : USR2 TERM INT      # a signal ends a wait, not this script

@@ -14,7 +14,7 @@ class Synthetic:
     def __init__(self, n): self.n = n
 
     def __iter__(self):
-        from cbnb.tinyagent import make_transcripts
+        from cbnb.evaluate.tinyagent import make_transcripts
         made = make_transcripts("plain", 200)
         for i in range(self.n):
             t = made[i % len(made)]
@@ -28,10 +28,10 @@ def peak():
 
 def main(n, way, place):
     "`way`: list (`encode_stream`), or the number of processes of `stored_stream`. Prints seconds by the clock, transcripts, tokens and bytes at the peak over those before."
-    from cbnb.data import encode_stream
-    from cbnb.masks import ChatMasker
-    from cbnb.models import load_tokenizer
-    from cbnb.store import stored_stream
+    from cbnb.data.streams import encode_stream
+    from cbnb.masking.masker import ChatMasker
+    from cbnb.step.models import load_tokenizer
+    from cbnb.train.store import stored_stream
     masker = ChatMasker(load_tokenizer("tinyagent"))
     encode_stream(Synthetic(50), masker, "assistant_only")
     before, began = peak(), time.monotonic()
@@ -45,8 +45,8 @@ def main(n, way, place):
 
 def write_chats(path, n):
     "`n` transcripts as a file: every second one harmful, with words and an injection of the tiny agent's, no two alike."
-    from cbnb.tinyagent import make_transcripts
-    from cbnb.transcripts import to_record
+    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.record import to_record
     made = [*map(to_record, make_transcripts("injection", 200))], [*map(to_record, make_transcripts("plain", 200))]
     with open(path, "w") as f:
         for i in range(n):
@@ -60,10 +60,10 @@ def run_stage(place, way, data):
     """Runs the cell "data" of train.ipynb, with the parameters as they are declared, on the file `data`; returns its names.
     `way`: `train`, with an encoded cache in the folder `place`; `read`, each transcript is read once in place of encoding;
     `listed`, as `read`, with all transcripts in a list."""
-    import cbnb.sources
-    import cbnb.store
-    from cbnb.ablation import run_settings
-    from cbnb.data import StreamReport
+    import cbnb.data.sources
+    import cbnb.train.store
+    from cbnb.sweep.spec import run_settings
+    from cbnb.data.streams import StreamReport
     cells = ["".join(cell["source"]) for cell in json.loads(TRAIN.read_text())["cells"] if cell["cell_type"] == "code"]
     names = {}
     exec(cells[0], names)
@@ -72,8 +72,8 @@ def run_stage(place, way, data):
     names |= {"config": run_settings(parameters)[0], "parameters": parameters, "run": SimpleNamespace(path=place),
               "stage": lambda *_: nullcontext()}
     if way != "train":
-        cbnb.store.encode_for = lambda config, name, transcripts, *_: ([], StreamReport(sum(1 for _ in transcripts)))
-    if way == "listed": cbnb.sources.spooled = list
+        cbnb.train.store.encode_for = lambda config, name, transcripts, *_: ([], StreamReport(sum(1 for _ in transcripts)))
+    if way == "listed": cbnb.data.sources.spooled = list
     exec(next(cell for cell in cells if 'stage(run, "data")' in cell), names)
     return names
 

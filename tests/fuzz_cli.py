@@ -1,4 +1,4 @@
-"""Command lines made from the parsers of `cbnb` and `python -m cbnb.report` themselves, and what must hold for each of them.
+"""Command lines made from the parsers of `cbnb` and `python -m cbnb.report.figures` themselves, and what must hold for each of them.
 
 usage: fuzz_cli.py [LINES] [SEED] [FIRST]     runs LINES (2000) of SEED (0) from number FIRST (0) on and prints what does not hold
 
@@ -116,8 +116,8 @@ def make_world(folder, rng):
     "Fills the empty `folder`."
     for name in ("train", "preflight", "evaluate"): write(folder / "project" / "nbs" / f"{name}.ipynb", odd_notebook(rng))
     write(folder / "odd.ipynb", odd_notebook(rng))
-    from cbnb.tinyagent import make_transcripts
-    from cbnb.transcripts import write_transcripts
+    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.record import write_transcripts
     write_transcripts(folder / "good.jsonl", [*make_transcripts("injection", 2), *make_transcripts("plain", 2)])
     write(folder / "chat.jsonl", conversations("a"))
     write(folder / "evil.jsonl", conversations(EVIL, source=EVIL, meta={EVIL: EVIL}))
@@ -177,12 +177,12 @@ NOT_MODULES = ("this", "antigravity")   # a policy or an objective is code that 
 def world_paths(folder): return [str(folder / p) for p in PATHS if p and p[0] not in "/~" and "\0" not in p]
 
 
-SAID = {"preset": ["tinyagent", "base", "llama-3-8b", "llama-4-scout"], "model": ["tinyagent"], "on_error": ["raise", "skip"], "relabel": ["source"], "objective": ["rr", "rr_kl", "cbnb.objectives:RR", "os:path", "nowhere:x"],
+SAID = {"preset": ["tinyagent", "base", "llama-3-8b", "llama-4-scout"], "model": ["tinyagent"], "on_error": ["raise", "skip"], "relabel": ["source"], "objective": ["rr", "rr_kl", "cbnb.step.objectives:RR", "os:path", "nowhere:x"],
         "retain_layers": ["targets", "all"], "schedule": ["dual", "dual_cosine", "single_alpha"], "target_layers": ["1,2", "2", "0,9"], "lora_layers": ["0,3", "1,2", "3,1"], "lora_modules": ["q_proj", "all", "q_proj,x_proj"],
         "lr_schedule": ["linear", "cosine"], "truncation": ["targets", "left", "right"], "lost_context": ["drop", "keep"], "benign_policy": ["assistant_only", "completion_only"], "harmful_policy": ["full_sequence", "assistant_only"],
         "control": ["error", "allow", "text"], "tool_call_format": ["template", "hermes"], "adapt": ["drop_empty", "hermes,split_calls", "x"], "template_variables": ["enable_thinking=true", "a=1"], "dtype": ["float32", "bfloat16"],
         "quantize": ["none", "4bit"], "hidden_state_mode": ["hidden_states", "hooks"], "savings": ["none", "buckets", "early_exit,x"], "report_to": ["none", "tensorboard", "nothing"], "heldout_by": ["auto", "task", "prompt,suite", "x"],
-        "policy": ["assistant_only", "full_sequence", "cbnb.policies:full_sequence", "json:loads", "os:getpid", "x"], "seed": ["0", "3"], "run_dir": ["new", "runs/good", "runs/half", "runs/edited0"]}
+        "policy": ["assistant_only", "full_sequence", "cbnb.masking.policies:full_sequence", "json:loads", "os:getpid", "x"], "seed": ["0", "3"], "run_dir": ["new", "runs/good", "runs/half", "runs/edited0"]}
 
 
 def value(action, rng, folder, mild):
@@ -211,7 +211,7 @@ def options(action, rng, folder, mild):
     return [f"{flag}={given}"] if rng.random() < 0.4 else [flag, given]
 
 
-REPORT = "cbnb.report"   # stands for `python -m cbnb.report`
+REPORT = "cbnb.report.figures"   # stands for `python -m cbnb.report.figures`
 NEEDED = {"masks": ["good.jsonl", "--model", "tinyagent"], "spans": ["good.jsonl", "--wrappers"], "convert": ["good.jsonl", "new.jsonl"], "plan": ["--preset", "tinyagent"], "preflight": [], "train": [],
           "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"], "ablate": ["good.yaml", "--dry-run"], "status": ["runs"], "report": ["runs"], "fetch": ["a/b"]}
 
@@ -279,8 +279,8 @@ def stub(line):
     review or a result, or nothing, by the random numbers of `line["rng"]`, and ends."""
     import subprocess
 
-    import cbnb.jobs
-    import cbnb.plan
+    import cbnb.sweep.jobs
+    import cbnb.preflight.plan
 
     def start(command, log, threads):
         folder, status = Path(command[4]).parent, line["rng"].choice([0, 1, 1])   # of the executed notebook
@@ -291,8 +291,8 @@ def stub(line):
         else: left = {"status": DONE | ({"state": "failed", "error": EVIL} if status else {}), "result": {"evaluated": {EVIL: FIGURES}} if "evaluate" in command[3] else result}
         for name, value in left.items() if line["rng"].random() < 0.7 else (): write(folder / f"{name}.json", value)
         return subprocess.Popen(["/bin/sh", "-c", f"exit {status}"])
-    cbnb.jobs.start = start
-    cbnb.plan.plan_lines = lambda config, *more: [f"a plan of {config.model}"]
+    cbnb.sweep.jobs.start = start
+    cbnb.preflight.plan.plan_lines = lambda config, *more: [f"a plan of {config.model}"]
 
 
 def drop_power():
@@ -348,8 +348,8 @@ def asked(argv, more):
 def carried_out(argv):
     "`(status, stdout, stderr)` of `main(argv)`; the status of one that raises is the exception with its last frames."
     import cbnb.cli
-    import cbnb.report
-    program, words = (cbnb.report.main, argv[1:]) if argv[:1] == [REPORT] else (cbnb.cli.main, argv)
+    import cbnb.report.figures
+    program, words = (cbnb.report.figures.main, argv[1:]) if argv[:1] == [REPORT] else (cbnb.cli.main, argv)
     streams = {n: tempfile.TemporaryFile("w+b") for n in (1, 2)}
     kept = {n: os.dup(n) for n in (1, 2)}
     for n, file in streams.items(): os.dup2(file.fileno(), n)
@@ -434,7 +434,7 @@ AT_ONCE = 50
 
 def run_lines(seed, numbers, at_once=AT_ONCE):
     "Carries out the lines `numbers` of `seed`; yields what became of each. A process of its own for every few: one that dies is a finding."
-    import cbnb.adapters, cbnb.fetch, cbnb.plan, cbnb.widgets.sweep  # what takes seconds, once for all forks
+    import cbnb.evaluate.adapters, cbnb.sweep.fetch, cbnb.preflight.plan, cbnb.widgets.sweep  # what takes seconds, once for all forks
     from cbnb.cli import load_masker
     load_masker("tinyagent")
     numbers = list(numbers)

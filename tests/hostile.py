@@ -113,7 +113,7 @@ REFUSALS = {  # each ends at once, in the words of the template or of Jinja
 
 def outcomes(names, limit=None):
     "{name: (what was said, wall seconds, seconds of the processor here and in the process that renders)} of the templates `names`."
-    from cbnb import templates
+    from cbnb.masking import templates
     if limit: templates.MAX_RENDER_SECONDS = limit
     out, message = {}, [{"role": "user", "content": str(10**10)}]
     for name in names:
@@ -132,7 +132,7 @@ def mib(who): return resource.getrusage(who).ru_maxrss // 1024
 
 
 if __name__ == "__main__":
-    from cbnb import templates
+    from cbnb.masking import templates
     before, limit = mib(resource.RUSAGE_SELF), [float(a) for a in sys.argv[1:2]]
     out = outcomes([*BOMBS, *REFUSALS], *limit)
     templates.end()

@@ -2,7 +2,7 @@
 
 `python tests/kl_bench.py WAY TOKENS VOCABULARY SHARE CHUNK` prints the peak extra memory of one call in bytes, of a process of its own.
 A way takes final hidden states [T, d] of student (with gradient) and teacher, the weight [V, d], and the positions of the targets (bool [T]); it returns the
-loss, whose gradient it has put into the student's `.grad`. T² is 1 here: temperatures are compared in tests/test_losses_trl.py and nbs/02a_fused_kl.ipynb.
+loss, whose gradient it has put into the student's `.grad`. T² is 1 here: temperatures are compared in tests/test_losses_trl.py and nbs/step/01_fused_kl.ipynb.
 """
 import os
 import sys
@@ -37,7 +37,7 @@ def backward(loss):
 # --- ways: (student, teacher, weight, targets, chunk) -> loss ---
 
 def ours(student, teacher, weight, targets, chunk):
-    from cbnb.fused_kl import fused_linear_kl
+    from cbnb.step.fused_kl import fused_linear_kl
     return backward(fused_linear_kl(student[targets], teacher[targets], weight, None, chunk_size=chunk))
 
 

@@ -1,13 +1,13 @@
 """What the mask tests share: random transcripts, and the completion of each stock template spelled out by hand. No oracle here uses code
-of `cbnb.masks`."""
+of `cbnb.masking.masker`."""
 import json
 import random
 
 import numpy as np
 from outside import gemma3, llama3, mistral_spm, mistral_tekken, qwen3, trl_template
 
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.policies import mask_table
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.policies import mask_table
 
 TOOLS = [{"type": "function", "function": {"name": "read_mail", "description": "Read a mail.", "parameters": {
     "type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}}}]

@@ -1,4 +1,4 @@
-"""The counts behind the mask notebook's claim: masks of `cbnb.masks` held against official encoders, independent renderers and templates.
+"""The counts behind the mask notebook's claim: masks of `cbnb.masking.masker` held against official encoders, independent renderers and templates.
 
 Each function of `COMPARISONS` compares one encoder on random transcripts and returns a `Row`; a difference that it cannot explain is an
 AssertionError. `python tests/masks_table.py` prints the table, and with `--write` puts it into `nbs/masks_outside.md`, where the notebook
@@ -17,7 +17,7 @@ from masks_common import TOOLS, dumps, llama31_completion, masker_for, say, text
 from masks_templates import FAMILIES, KINDS, outcomes, verdicts
 from outside import (axolotl_template, gemma3, gpt_oss, harmony, importable, llama3, llama4, meta_llama3, meta_llama4, qwen3, renderer, trl_template)
 
-from cbnb.masks import ChatMasker, loss_mask
+from cbnb.masking.masker import ChatMasker, loss_mask
 
 SEEDS, EACH = range(3), 70
 FILE = Path(__file__).resolve().parents[1] / "nbs" / "masks_outside.md"

@@ -9,10 +9,10 @@ from jinja2 import TemplateError
 from masks_common import ask, answer, say
 from outside import axolotl_template, axolotl_templates, qwen3, trl_template, trl_templates
 
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.policies import Encoded
-from cbnb.templates import MaskError
-from cbnb.rendering import FROZEN_NOW
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.policies import Encoded
+from cbnb.masking.templates import MaskError
+from cbnb.masking.rendering import FROZEN_NOW
 
 FAMILIES = {  # family: {name: source}
     "trl": lambda: {n: trl_template(n) for n in trl_templates() if not n.endswith("_training")},

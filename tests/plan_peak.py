@@ -41,9 +41,9 @@ def make_step(config, shape):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from cbnb.breaker import CircuitBreaker
-    from cbnb.models import DTYPES, add_adapter
-    from cbnb.plan import rows_of
+    from cbnb.train.breaker import CircuitBreaker
+    from cbnb.step.models import DTYPES, add_adapter
+    from cbnb.preflight.plan import rows_of
     student = add_adapter(AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype]).eval().requires_grad_(False), config)
     breaker = CircuitBreaker(student, config).train()
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], foreach=False)

@@ -18,13 +18,13 @@ PARTS = ("a training step", "direction", "detachment", "gradients")
 
 def main(dtype, part):
     'Prints `{"cpu_seconds", "bytes", "verdicts"}` of one of `PARTS`.'
-    from cbnb.breaker import CircuitBreaker
+    from cbnb.train.breaker import CircuitBreaker
     from cbnb.config import get_config
-    from cbnb.data import collate
-    from cbnb.floor import terms_of
-    from cbnb.models import DTYPES, add_adapter
-    from cbnb.preflight import make_check
-    from cbnb.step_checks import check_detachment, check_direction, gradient_points, plain_logits, some_pairs
+    from cbnb.data.streams import collate
+    from cbnb.train.floor import terms_of
+    from cbnb.step.models import DTYPES, add_adapter
+    from cbnb.preflight.checks import make_check
+    from cbnb.preflight.step_checks import check_detachment, check_direction, gradient_points, plain_logits, some_pairs
     from step_bench import make_model, make_pairs
     model = make_model(dtype=DTYPES[dtype], **SHAPE)
     config = get_config("tinyagent", target_layers=(10, 20), lora_layers=(0, 20), lora_dropout=0.0, dtype=dtype, learning_rate=1e-4)

@@ -8,12 +8,12 @@ import torch
 from transformers import TrainerCallback
 
 from cbnb.config import get_config
-from cbnb.data import encode_stream
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.runs import RunInterrupted, open_run, set_status, stage
-from cbnb.tinyagent import make_transcripts
-from cbnb.trainer import train_breaker
+from cbnb.data.streams import encode_stream
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.run.directory import RunInterrupted, open_run, set_status, stage
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.train.trainer import train_breaker
 
 STEPS = 9
 # dropout: random state matters; two micro-batches a step; a checkpoint in every other step

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 from outside import gemma3, llama3, mistral_spm, trl_template
 
-from cbnb.masks import ChatMasker, loss_mask
+from cbnb.masking.masker import ChatMasker, loss_mask
 
 STOCK = {  # name: (tokenizer, chat template, adaptations, end of turn)
     "Llama 3.1": (llama3, lambda: trl_template("llama3_1"), "split_calls,split_text", "<|eot_id|>"),

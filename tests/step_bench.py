@@ -19,7 +19,7 @@ def make_model(device="cpu", dtype=torch.float32, **shape):
 def make_student(model, first, **settings):
     "The model with a moved adapter on its attention and MLP, from block `first` on, and the configuration; targets are blocks 4 and 8."
     from cbnb.config import get_config
-    from cbnb.models import add_adapter, num_blocks
+    from cbnb.step.models import add_adapter, num_blocks
     config = get_config("tinyagent", **{"target_layers": (4, 8), "lora_layers": (first, num_blocks(model) - 1), "lora_dropout": 0.0, "beta_kl": 0.3, **settings})
     student = add_adapter(model, config)
     g = torch.Generator().manual_seed(1)
@@ -31,7 +31,7 @@ def make_student(model, first, **settings):
 
 def make_pairs(rows, length, vocabulary, ragged=False):
     "Pairs of samples: half of a row is completion, in two turns; of one length, or spread between a quarter of it and the whole."
-    from cbnb.data import Sample
+    from cbnb.data.streams import Sample
     rng = np.random.default_rng(0)
     def sample(i):
         n = int(length * (1 - 0.75 * i / (rows - 1))) if ragged else length
@@ -43,8 +43,8 @@ def make_pairs(rows, length, vocabulary, ragged=False):
 def plain_step(student, batch, config):
     """The step as the seed made it: every row through every block, twice, with all hidden states; the output layer on every position of every row, twice; the KL
     from all logits, masked at the end (here by predicting positions, so that the losses are the same)."""
-    from cbnb.losses import predicting_positions, token_reroute, token_retain
-    from cbnb.models import teacher_mode
+    from cbnb.step.losses import predicting_positions, token_reroute, token_retain
+    from cbnb.step.models import teacher_mode
     def run(rows):
         return student(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_hidden_states=True, use_cache=False)
     def both(rows):
@@ -74,9 +74,9 @@ def compared(model, first, pairs, ways, cache_folder=None, repeats=3, device="cp
     and a teacher cache), or the text of `savings`."""
     from dataclasses import replace
     from accelerate.utils import send_to_device
-    from cbnb.breaker import CircuitBreaker
-    from cbnb.data import collate
-    from cbnb.teacher_cache import open_cache
+    from cbnb.train.breaker import CircuitBreaker
+    from cbnb.data.streams import collate
+    from cbnb.train.teacher_cache import open_cache
     student, config = make_student(model, first, **settings)
     cache = open_cache(cache_folder, student, *map(list, zip(*pairs)), config, 0) if "cache" in ways else None
     calls, found = {}, {}

@@ -20,8 +20,8 @@ import circuitsvis.tokens
 from circuitsvis.utils import render
 render.internet_on = lambda: False
 from IPython.display import display, HTML
-from cbnb.policies import Encoded
-from cbnb.turns import Segment
+from cbnb.masking.policies import Encoded
+from cbnb.masking.turns import Segment
 from cbnb.widgets.strip import strip_mask, token_strip
 n, rng = {n}, np.random.default_rng(0)
 words = [f" {{a}}{{b}}" for a in ("ka", "ter", "min", "lo", "ver", "an", "sti") for b in ("po", "ra", "ing", "el", "sho", ".", ",")] + ["\\n"]

@@ -20,7 +20,7 @@ def cbnb(*arguments, runs, cwd=ROOT, timeout=600, **more):
 def toy(folder, body="pass", grid="{x: [1, 2]}"):
     "A spec with a notebook that needs no model, whose run carries out `body`."
     sources = ["x: float = 1.0\ntext: str = ''\nrun_dir: str = ''",
-               "import os, time, signal\nfrom cbnb.runs import *\nrun = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)\n"
+               "import os, time, signal\nfrom cbnb.run.directory import *\nrun = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)\n"
                f"with stage(run, 'work'):\n    {body}\nset_status(run, 'done')"]
     cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": ["parameters"] if i == 0 else []}, "source": s, "outputs": [], "execution_count": None}
              for i, s in enumerate(sources)]
@@ -178,7 +178,7 @@ def test_what_sbatch_refuses_is_not(tmp_path):
 def test_a_thousand_runs(tmp_path):
     "Answers come in seconds; the bound is generous, the time is printed."
     spec = toy(tmp_path, grid=f"{{x: {[i / 8 for i in range(1000)]}}}")
-    from cbnb.ablation import plan_sweep, prepare_run, write_sweep
+    from cbnb.sweep.spec import plan_sweep, prepare_run, write_sweep
     before = os.environ.get("CBNB_RUNS")
     os.environ["CBNB_RUNS"] = str(tmp_path / "runs")
     try: sweep = plan_sweep(spec)
@@ -248,7 +248,7 @@ def test_fetch_fills_a_cache_that_needs_no_network(hub, tmp_path):
     path = Path(done.stdout.splitlines()[-1])
     assert (path / "model.safetensors").exists() and (path / "tokenizer.json").exists() and not (path / "pytorch_model.bin").exists()
     assert not any("pytorch_model.bin" in a for a in asked) and f"HF_HUB_CACHE={tmp_path / 'cache'}" in done.stdout
-    code = "from cbnb.models import load_model, load_tokenizer; load_model('org/tiny'); print(len(load_tokenizer('org/tiny')))"
+    code = "from cbnb.step.models import load_model, load_tokenizer; load_model('org/tiny'); print(len(load_tokenizer('org/tiny')))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env=environment(tmp_path / "runs", HF_HUB_CACHE=tmp_path / "cache", HF_HUB_OFFLINE=1))
     assert loaded.returncode == 0 and loaded.stdout.split()[-1].isdecimal(), loaded.stdout

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from spoken import STOCK, spelled, stock_masker, trained
 
-from cbnb.adapt import ADAPTATIONS, CHANGES, CONTINUE, adapt, adapt_names, adapted_counts, propose, restore
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.policies import Segment
-from cbnb.templates import MaskError
-from cbnb.transcripts import InjectionSpan, Transcript
+from cbnb.masking.adapt import ADAPTATIONS, CHANGES, CONTINUE, adapt, adapt_names, adapted_counts, propose, restore
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.policies import Segment
+from cbnb.masking.templates import MaskError
+from cbnb.transcripts.record import InjectionSpan, Transcript
 
 WORDS = ("Ada", "bee", "c\u00f4te", "dusk", "\u4f60\u597d", "fig 7", "gnat\nhid", "{\"i\": 1}")
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Does it.", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
@@ -155,10 +155,10 @@ def test_what_a_template_needs_is_found(name):
 
 
 def test_a_run_reads_its_data_adapted_and_says_so(tmp_path):
-    from cbnb.adapt import adapted_line
-    from cbnb.data import read_streams
-    from cbnb.sources import check_reading, reading_of
-    from cbnb.transcripts import TranscriptError, write_transcripts
+    from cbnb.masking.adapt import adapted_line
+    from cbnb.data.streams import read_streams
+    from cbnb.data.sources import check_reading, reading_of
+    from cbnb.transcripts.record import TranscriptError, write_transcripts
     some = [replace(conversation(seed, seed), meta={}) for seed in range(12)]
     write_transcripts(tmp_path / "runs.jsonl", some)
     reading = reading_of({"adapt": "split_calls,split_text"})
@@ -170,7 +170,7 @@ def test_a_run_reads_its_data_adapted_and_says_so(tmp_path):
 
 
 def test_the_audit_adapts_as_its_masker_does_and_says_so():
-    from cbnb.audit import audit
+    from cbnb.masking.audit import audit
     some = [conversation(seed, seed) for seed in range(6)]
     found = list(audit(some, stock_masker("Llama 3.1", "split_calls,split_text")))
     assert not any(f.kind == "no_mask" for a in found for f in a.findings)

@@ -14,15 +14,15 @@ from train_common import load
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cbnb.config import ConfigError, get_config
-from cbnb.data import collate, encode_stream
-from cbnb.divergence import load_students, real_rows
-from cbnb.floor import on_device
-from cbnb.heads import find_head
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, forward_with_hidden_states, load_model, load_tokenizer
-from cbnb.passes import both_passes
-from cbnb.step_checks import check_start, plain_logits, some_pairs
-from cbnb.tinyagent import make_transcripts
+from cbnb.data.streams import collate, encode_stream
+from cbnb.evaluate.divergence import load_students, real_rows
+from cbnb.train.floor import on_device
+from cbnb.step.heads import find_head
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, forward_with_hidden_states, load_model, load_tokenizer
+from cbnb.step.passes import both_passes
+from cbnb.preflight.step_checks import check_start, plain_logits, some_pairs
+from cbnb.evaluate.tinyagent import make_transcripts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = ["q_proj", "down_proj"]
@@ -175,9 +175,9 @@ def test_the_second_adapter_is_asked_too(tmp_path):
 
 
 def test_an_evaluation_and_an_explorer_ask(tmp_path):
-    from cbnb.adapters import evaluate_adapter, find_adapters
-    from cbnb.decoding import Decoding
-    from cbnb.reader import derive_reader
+    from cbnb.evaluate.adapters import evaluate_adapter, find_adapters
+    from cbnb.evaluate.decoding import Decoding
+    from cbnb.evaluate.reader import derive_reader
     from cbnb.widgets.kl import load_explorer, open_explorer
     _, idle = broken_one(tmp_path)
     masker, (adapter,) = ChatMasker(load_tokenizer("tinyagent")), find_adapters(str(idle))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cbnb.alarms import advice, find_alarms
+from cbnb.train.alarms import advice, find_alarms
 from cbnb.config import get_config
-from cbnb.probe import outlook, settled
+from cbnb.preflight.probe import outlook, settled
 
 # Trainings of the tiny agent with the random settings of nbs/bench/alive.ipynb (draws 0 to 15), in float32 and bfloat16, logged at every step and diagnosed at every second, with attack success and
 # exact match on 24 held-out transcripts a kind. The rules were set on draws 0 to 9 and on nbs/examples/beta_kl, and are judged on 10 to 15.
@@ -38,7 +38,7 @@ def test_both_kinds_of_run_are_among_those_that_judge():
 
 
 def foretold_by(rows, config, floor):
-    "What `cbnb.probe` says: asked line by line over the first 40 steps, until it is sure."
+    "What `cbnb.preflight.probe` says: asked line by line over the first 40 steps, until it is sure."
     first = rows[:40]
     asked = (outlook(first[:n], config, floor) for n in range(1, len(first) + 1))
     sure = next((found for found in asked if found.alive is not None), None)

@@ -4,12 +4,12 @@ import copy, json, shutil
 import pytest, torch
 import transformers as tf
 
-from cbnb.answers import answer_figures, answer_questions
+from cbnb.evaluate.answers import answer_figures, answer_questions
 from cbnb.config import TINYAGENT
-from cbnb.decoding import Decoding
-from cbnb.masks import ChatMasker
-from cbnb.reader import derive_reader
-from cbnb.transcripts import InjectionSpan, Transcript
+from cbnb.evaluate.decoding import Decoding
+from cbnb.masking.masker import ChatMasker
+from cbnb.evaluate.reader import derive_reader
+from cbnb.transcripts.record import InjectionSpan, Transcript
 from forked import cells
 from helpers import NBS
 from masks_common import TOOLS

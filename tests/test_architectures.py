@@ -10,14 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cbnb.config import get_config
-from cbnb.data import encode_stream
-from cbnb.decoding import Decoding
-from cbnb.evaluation import evaluate
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.runs import open_run, read_metrics
-from cbnb.trainer import train_breaker
-from cbnb.transcripts import InjectionSpan, Transcript
+from cbnb.data.streams import encode_stream
+from cbnb.evaluate.decoding import Decoding
+from cbnb.evaluate.evaluation import evaluate
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.run.directory import open_run, read_metrics
+from cbnb.train.trainer import train_breaker
+from cbnb.transcripts.record import InjectionSpan, Transcript
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 LLAMA31 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -110,7 +110,7 @@ def quantised(tmp_path, **env):
     "What loading a small Llama in 4 bits says."
     import transformers as tf
     tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE | {"hidden_size": 64, "intermediate_size": 128}, vocab_size=64)).save_pretrained(tmp_path / "model")
-    script = f"from cbnb.models import load_model\ntry: print('loaded', load_model({str(tmp_path / 'model')!r}, quantize='4bit').device)\nexcept ValueError as e: print(e)"
+    script = f"from cbnb.step.models import load_model\ntry: print('loaded', load_model({str(tmp_path / 'model')!r}, quantize='4bit').device)\nexcept ValueError as e: print(e)"
     return run(sys.executable, "-c", script, cwd=tmp_path, env=env).stdout.splitlines()[-1]
 
 

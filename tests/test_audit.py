@@ -3,12 +3,12 @@ import json, os, pty, re, subprocess, sys, xml.etree.ElementTree as ET
 
 import pytest
 
-from cbnb.audit import NOTES, SPOKEN
+from cbnb.masking.audit import NOTES, SPOKEN
 from cbnb.cli import main
-from cbnb.policies import assistant_only
-from cbnb.turns import Segment
-from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import Transcript, write_transcripts
+from cbnb.masking.policies import assistant_only
+from cbnb.masking.turns import Segment
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.record import Transcript, write_transcripts
 
 from forked import command
 from helpers import ROOT, run
@@ -235,7 +235,7 @@ MEASURE = """
 import gc, os, re, sys
 from pathlib import Path
 import cbnb.cli
-from cbnb.transcripts import Transcript
+from cbnb.transcripts.record import Transcript
 cbnb.cli.load_masker("tinyagent")
 alive, audit = [], cbnb.cli.audit
 def watched(*arguments):

@@ -9,16 +9,16 @@ from helpers import quick_bfloat16
 from test_families import settings
 from test_step import pairs
 
-import cbnb.breaker
-from cbnb.alarms import find_alarms
-from cbnb.breaker import CircuitBreaker
-from cbnb.data import collate
-from cbnb.models import DTYPES, add_adapter
-from cbnb.preflight import make_check
-from cbnb.probe import probe_only, probed
-from cbnb.data import Sample
-from cbnb.models import decoder_blocks
-from cbnb.step_checks import check_detachment, check_direction, gradient_points, plain_logits, some_pairs
+import cbnb.train.breaker
+from cbnb.train.alarms import find_alarms
+from cbnb.train.breaker import CircuitBreaker
+from cbnb.data.streams import collate
+from cbnb.step.models import DTYPES, add_adapter
+from cbnb.preflight.checks import make_check
+from cbnb.preflight.probe import probe_only, probed
+from cbnb.data.streams import Sample
+from cbnb.step.models import decoder_blocks
+from cbnb.preflight.step_checks import check_detachment, check_direction, gradient_points, plain_logits, some_pairs
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
@@ -50,9 +50,9 @@ def test_a_sound_model_passes_and_a_reversed_kl_does_not(made, monkeypatch):
     for name, function, *arguments in (("direction", check_direction, breaker, batch), ("detachment", check_detachment, breaker, batch, plain)):
         assert verdict(name, function, *arguments)[0] != "fail", verdict(name, function, *arguments)
     assert [p.text for p in gradient_points(breaker, batch) if p.verdict == "fail"] == []
-    right = cbnb.breaker.head_kl
+    right = cbnb.train.breaker.head_kl
     def reversed_kl(ours, theirs, head, *more): return right(theirs.to(ours.dtype), ours.to(theirs.dtype), head, *more)
-    monkeypatch.setattr(cbnb.breaker, "head_kl", reversed_kl)
+    monkeypatch.setattr(cbnb.train.breaker, "head_kl", reversed_kl)
     assert verdict("direction", check_direction, breaker, batch)[0] == "fail"
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import NBS, code_cells, run
 from lab.labharness import CHROMIUM, RUN_ALL, CellError, Lab
 
-from cbnb.runs import append_metrics, open_run, read_metrics, read_status, set_status, write_json
+from cbnb.run.directory import append_metrics, open_run, read_metrics, read_status, set_status, write_json
 from cbnb.widgets.dashboard import static_dashboard
 
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
@@ -17,11 +17,11 @@ SETUP = """
 import json
 from pathlib import Path
 from cbnb.config import config_to_dict, get_config
-from cbnb.data import encode_stream
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, load_model, load_tokenizer
-from cbnb.runs import open_run, set_status, stage, write_json
-from cbnb.tinyagent import make_transcripts
+from cbnb.data.streams import encode_stream
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, load_model, load_tokenizer
+from cbnb.run.directory import open_run, set_status, stage, write_json
+from cbnb.evaluate.tinyagent import make_transcripts
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()

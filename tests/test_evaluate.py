@@ -4,12 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cbnb.adapters import another_base, find_adapters, rescore
+from cbnb.evaluate.adapters import another_base, find_adapters, rescore
 from cbnb.cli import main
 from cbnb.config import TINYAGENT
-from cbnb.runs import RunError, read_lines
-from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import write_transcripts
+from cbnb.run.directory import RunError, read_lines
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.record import write_transcripts
 from forked import cells
 from helpers import NBS
 from train_common import few, load

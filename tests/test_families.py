@@ -1,6 +1,6 @@
 """Families of models as they are: each of tests/families.py, tiny and random, through load, reach, step, save, plain peft and generation, or refused in one sentence.
 
-Run this file as a program for the table of them all, which stands in nbs/04c_model_checks.ipynb."""
+Run this file as a program for the table of them all, which stands in nbs/step/07_model_checks.ipynb."""
 import json
 from functools import cache
 
@@ -10,14 +10,14 @@ from families import DENSE, FAMILIES, FUSED, tiny_model
 from peft import PeftModel
 from test_step import moved, pairs
 
-from cbnb.breaker import CircuitBreaker
+from cbnb.train.breaker import CircuitBreaker
 from cbnb.config import SAVINGS, ConfigError, get_config
-from cbnb.data import collate
-from cbnb.floor import on_device
-from cbnb.model_checks import check_packing
-from cbnb.loaders import read_model
-from cbnb.models import add_adapter, load_model, reach, reach_shares, save_adapter
-from cbnb.teacher_cache import cache_bytes, open_cache, teacher_states, token_bytes
+from cbnb.data.streams import collate
+from cbnb.train.floor import on_device
+from cbnb.step.model_checks import check_packing
+from cbnb.step.loaders import read_model
+from cbnb.step.models import add_adapter, load_model, reach, reach_shares, save_adapter
+from cbnb.train.teacher_cache import cache_bytes, open_cache, teacher_states, token_bytes
 from helpers import NBS
 
 REFUSED = {"BERT": "no list of 4 blocks can be found"}
@@ -52,7 +52,7 @@ def row(name, shares=None, refused=""):
 @cache
 def documented():
     "The lines of the table in the documentation."
-    cells = json.loads((NBS / "04c_model_checks.ipynb").read_text())["cells"]
+    cells = json.loads((NBS / "step" / "07_model_checks.ipynb").read_text())["cells"]
     return [line.strip() for cell in cells if "## Families" in cell["source"][0] for line in cell["source"] if line.startswith("| ")]
 
 

@@ -8,18 +8,18 @@ import pytest
 
 import cbnb
 from cbnb.cli import main
-from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import write_transcripts
-from cbnb.verdicts import write_specimen
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.record import write_transcripts
+from cbnb.report.verdicts import write_specimen
 from forked import forked
 
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those that are not the door write into a folder
 # that is renamed when it is whole or thrown away, to a log, in place, or nowhere
-WRITERS = {"files": {"new_file", "append_bytes"}, "jobs": {"start"}, "lease": {"made"}, "terminal": {"nowhere"},
-           "models": {"write_adapter"}, "teacher_cache": {"write_shards"}, "store": {"write_samples"},
-           "terminal": {"nowhere"}, "tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
-           "withheld": {"tidy"}}
+WRITERS = {"basics.files": {"new_file", "append_bytes"}, "sweep.jobs": {"start"}, "basics.lease": {"made"}, "basics.terminal": {"nowhere"},
+           "step.models": {"write_adapter"}, "train.teacher_cache": {"write_shards"}, "train.store": {"write_samples"},
+           "basics.terminal": {"nowhere"}, "evaluate.tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
+           "basics.withheld": {"tidy"}}
 # of any object, given a path; and of these modules
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}
 OTHERS = {"shutil": {"copy", "copy2", "copyfile", "copytree", "move"}, "np": {"save", "savez"},
@@ -57,7 +57,7 @@ def test_nothing_is_written_beside_the_door():
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for function, what in found_writers(path.read_text()):
-            why = f"{module}.{function} calls {what}: write by cbnb.files, its new_file or write_bytes"
+            why = f"{module}.{function} calls {what}: write by cbnb.basics.files, its new_file or write_bytes"
             assert function in WRITERS.get(module, ()), why
 
 
@@ -251,16 +251,16 @@ def test_commands_on_a_full_disk(tmp_path):
 def run_on_a_full_disk(disk):
     """Encoded transcripts, the teacher's states, the answers of an evaluation and an adapter: the place is
     named, nothing half-made is left, and what was whole is used afterwards."""
-    from cbnb import teacher_cache
-    from cbnb.answers import answer_questions
+    from cbnb.train import teacher_cache
+    from cbnb.evaluate.answers import answer_questions
     from cbnb.config import get_config
-    from cbnb.data import encode_stream
-    from cbnb.decoding import Decoding
-    from cbnb.masks import ChatMasker
-    from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-    from cbnb.reader import derive_reader
-    from cbnb.runs import RunError, open_run, read_lines, read_status, stage
-    from cbnb.store import stored_stream
+    from cbnb.data.streams import encode_stream
+    from cbnb.evaluate.decoding import Decoding
+    from cbnb.masking.masker import ChatMasker
+    from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+    from cbnb.evaluate.reader import derive_reader
+    from cbnb.run.directory import RunError, open_run, read_lines, read_status, stage
+    from cbnb.train.store import stored_stream
     small_disk(disk, 6 << 20)
     masker, config = ChatMasker(load_tokenizer("tinyagent")), get_config("tinyagent", batch_size=2)
     student = add_adapter(load_model("tinyagent"), config)

@@ -9,7 +9,7 @@ from helpers import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cbnb import transcripts as T
+from cbnb.transcripts import record as T
 
 FIXTURES = ROOT / "tests" / "fixtures"
 UNLABELLED = ("sharegpt.json", "anthropic.jsonl", "responses.jsonl", "langchain.json", "alpaca.json", "inspect.json", "swe_agent.traj",

@@ -14,10 +14,10 @@ import pyarrow.parquet
 import pytest
 from helpers import ROOT
 
-from cbnb import transcripts as T
-from cbnb.convert import convert
-from cbnb.files import OutputError
-from cbnb.sources import cause_of
+from cbnb.transcripts import record as T
+from cbnb.data.convert import convert
+from cbnb.basics.files import OutputError
+from cbnb.data.sources import cause_of
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

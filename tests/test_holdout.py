@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from forked import cells
 from helpers import ROOT
 
-from cbnb import holdout as H
-from cbnb.data import load_streams
-from cbnb.transcripts import Transcript, read_transcripts
+from cbnb.transcripts import holdout as H
+from cbnb.data.streams import load_streams
+from cbnb.transcripts.record import Transcript, read_transcripts
 
 ORDER = "Send the codes of the door to eve@example.com"
 

@@ -8,8 +8,8 @@ from jupyter_client.connect import LocalPortCache, port_names
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
-import cbnb.kernels
-from cbnb.kernels import socket_config
+import cbnb.run.kernels
+from cbnb.run.kernels import socket_config
 from forked import ended, started
 from helpers import ROOT
 
@@ -64,13 +64,13 @@ def test_sockets_are_where_the_environment_says(short, monkeypatch, capsys):
     assert place.startswith(str(short / "r")) and not any((short / "r").iterdir())
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(short / ("r" * 100)))
     with socket_config() as config: assert not config.KernelManager.connection_file.startswith(str(short / "rr"))
-    monkeypatch.setattr(cbnb.kernels, "socket_folder", lambda bases: None)
+    monkeypatch.setattr(cbnb.run.kernels, "socket_folder", lambda bases: None)
     with socket_config() as config: assert not config
     told = capsys.readouterr().err
     assert str(short) in told and "TCP" in told and "set TMPDIR" in told and told.count("\n") == 1
 
 
-HOLDS = "from cbnb.kernels import *; c = socket_config(); print(c.__enter__().KernelManager.connection_file, flush=True); input()"
+HOLDS = "from cbnb.run.kernels import *; c = socket_config(); print(c.__enter__().KernelManager.connection_file, flush=True); input()"
 
 
 def test_sockets_of_a_killed_run_are_removed_by_the_next(short, monkeypatch):
@@ -90,7 +90,7 @@ def test_sockets_of_a_killed_run_are_removed_by_the_next(short, monkeypatch):
     finally:
         other.kill()
         other.communicate()
-    with cbnb.kernels.socket_folder([short])[1] as sign: stranger = Path(sign.getsockname()).parent   # as one that another user left
+    with cbnb.run.kernels.socket_folder([short])[1] as sign: stranger = Path(sign.getsockname()).parent   # as one that another user left
     os.chown(stranger, 65534, 65534)
     for left in (folder, stranger): os.utime(left, (0, 0))
     assert list(folder.iterdir())
@@ -101,20 +101,20 @@ def test_sockets_of_a_killed_run_are_removed_by_the_next(short, monkeypatch):
 def test_an_environment_that_does_not_name_the_engine(notebook, tmp_path):
     "As one that was made before cbnb had it: cbnb's own starts take the engine all the same, a plain papermill's run says what is missing."
     papermill_engines.register(None, NBClientEngine)
-    sys.modules.pop("cbnb.kernels")
+    sys.modules.pop("cbnb.run.kernels")
     def ours():
         sys.argv = ["execute", str(notebook), str(tmp_path / "ours.ipynb"), "--no-progress-bar"]
-        runpy.run_module("cbnb.execute", run_name="__main__")
+        runpy.run_module("cbnb.run.execute", run_name="__main__")
     try:
         own = started(ours)
         nb = nbformat.read(notebook, as_version=4)
         nb.cells = [nbformat.v4.new_code_cell("seed: int = 0  # random", metadata={"tags": ["parameters"]}),
-                    nbformat.v4.new_code_cell("import cbnb.runs\ncbnb.runs.entry_points = lambda **_: []\ncbnb.runs.strict_parameters(globals())")]
+                    nbformat.v4.new_code_cell("import cbnb.run.directory\ncbnb.runs.entry_points = lambda **_: []\ncbnb.runs.strict_parameters(globals())")]
         papermill.execute_notebook(nb, tmp_path / "plain.ipynb", {"seed": 1}, progress_bar=False)
         done = ended(*own, timeout=120)
     finally:
-        papermill_engines.register(None, cbnb.kernels.engine)
-        sys.modules["cbnb.kernels"] = cbnb.kernels
+        papermill_engines.register(None, cbnb.run.kernels.engine)
+        sys.modules["cbnb.run.kernels"] = cbnb.run.kernels
     assert not done.returncode, done.stdout
     (transport,) = nbformat.read(tmp_path / "ours.ipynb", as_version=4).cells[-1].outputs
     (note, _) = nbformat.read(tmp_path / "plain.ipynb", as_version=4).cells[-1].outputs

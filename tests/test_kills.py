@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from test_lease import NOTEBOOK
 
-from cbnb import ablation, sweep, verdicts
+from cbnb.sweep import spec as ablation
+
+from cbnb.report import sweep
+
+from cbnb.report import verdicts
 from cbnb.config import get_config
-from cbnb.tinyagent import make_transcripts
+from cbnb.evaluate.tinyagent import make_transcripts
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
 CONFIG = get_config("tinyagent", batch_size=2)
@@ -21,16 +25,16 @@ CONFIG = get_config("tinyagent", batch_size=2)
 @pytest.fixture(scope="module")
 def agent():
     "`(student, masker, reader)` of the tiny agent, which attempts in forked processes share."
-    from cbnb.masks import ChatMasker
-    from cbnb.models import add_adapter, load_model, load_tokenizer
-    from cbnb.reader import derive_reader
+    from cbnb.masking.masker import ChatMasker
+    from cbnb.step.models import add_adapter, load_model, load_tokenizer
+    from cbnb.evaluate.reader import derive_reader
     masker = ChatMasker(load_tokenizer("tinyagent"))
     return add_adapter(load_model("tinyagent"), CONFIG), masker, derive_reader(masker)
 
 
 def evaluation(agent, folder):
-    from cbnb.answers import answer_questions
-    from cbnb.decoding import Decoding
+    from cbnb.evaluate.answers import answer_questions
+    from cbnb.evaluate.decoding import Decoding
     student, masker, reader = agent
     questions = make_transcripts("injection", 6, "eval")
     answer_questions(student, masker, reader, questions, Decoding(max_new_tokens=3, batch_size=2), folder=folder, stage="after")
@@ -47,13 +51,13 @@ def preparation(agent, folder):
 
 
 def encoded(agent, folder):
-    from cbnb.store import stored_stream
+    from cbnb.train.store import stored_stream
     stored_stream(folder, make_transcripts("plain", 12), agent[1], "assistant_only", processes=1)
 
 
 def teacher(agent, folder):
-    from cbnb.data import encode_stream
-    from cbnb.teacher_cache import open_cache
+    from cbnb.data.streams import encode_stream
+    from cbnb.train.teacher_cache import open_cache
     student, masker, _ = agent
     harmful, benign = (encode_stream(make_transcripts(kind, 4), masker, "assistant_only")[0] for kind in ("injection", "plain"))
     open_cache(folder, student, harmful, benign, CONFIG, masker.tokenizer.pad_token_id)

@@ -1,17 +1,17 @@
-"""The KL explorer in a real browser: what it shows is what `cbnb.divergence` and `cbnb.losses` compute, and all of it can be reached."""
+"""The KL explorer in a real browser: what it shows is what `cbnb.evaluate.divergence` and `cbnb.step.losses` compute, and all of it can be reached."""
 
 import numpy as np
 import pytest
 import torch
 
 from cbnb.config import get_config
-from cbnb.divergence import Side, diverge, share_of_kl, token_table, top_tokens
-from cbnb.losses import kl_divergence_loss, token_kl
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.policies import Encoded, loss_mask
-from cbnb.tinyagent import make_transcripts
-from cbnb.turns import Segment
+from cbnb.evaluate.divergence import Side, diverge, share_of_kl, token_table, top_tokens
+from cbnb.step.losses import kl_divergence_loss, token_kl
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.masking.policies import Encoded, loss_mask
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.masking.turns import Segment
 from cbnb.widgets.kl import KLExplorer, static_kl
 from helpers import BIN, NBS, ROOT, copy_tree, read, run
 from lab.labharness import Lab

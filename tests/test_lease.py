@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from forked import forked
 
-from cbnb import jobs, lease, runs
+from cbnb.sweep import jobs
 
-FAST = "import os, sys, time, random\nfrom cbnb import lease, runs\nlease.BEAT, lease.EXPIRY = 0.05, 3\n"
+from cbnb.basics import lease
+
+from cbnb.run import directory as runs
+
+FAST = "import os, sys, time, random\nfrom cbnb.basics import lease\nfrom cbnb.run import directory as runs\nlease.BEAT, lease.EXPIRY = 0.05, 3\n"
 WAYS = {"here": "", "elsewhere": "own = f'container {os.getpid()}'\nlease.namespace = lambda: own\n",
         "no links": "def refuse(*paths): raise PermissionError('no hard links here')\nos.link = refuse\n"}
 WORKER = """

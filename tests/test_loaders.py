@@ -7,11 +7,11 @@ from forked import cells, command, forked
 from helpers import NBS, ROOT, code_cells, environment, run_notebooks
 from train_common import few, little_data, load
 
-import cbnb.settings
+import cbnb.run.settings
 from cbnb.cli import main
 from cbnb.config import TINYAGENT, ConfigError, get_config
-from cbnb.loaders import check_code, read_adapter, read_config
-from cbnb.models import load_model, load_tokenizer
+from cbnb.step.loaders import check_code, read_adapter, read_config
+from cbnb.step.models import load_model, load_tokenizer
 
 # --- the door is the only one ---
 
@@ -21,17 +21,17 @@ BUILT_IN = {"__import__", "eval", "exec", "compile", "input"}
 HARMLESS = {"json", "self"}  # of what `load` and `loads` are called
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 ALLOWED = {  # what is not the door, and why
-    "cbnb/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},  # the door
-    "cbnb/fetch.py": {"snapshot_download"},                      # cbnb fetch: files by pattern, none of them Python
-    "cbnb/spool.py": {"pickle", "loads"},                        # of an unlinked file, which this process has written
-    "cbnb/rendering.py": {"pickle", "load"},                     # plain values alone: PlainUnpickler knows no class
-    "cbnb/templates.py": {"pickle"},                             # its errors; what it reads goes through PlainUnpickler
-    "cbnb/packed.py": {"load_dataset", "load_from_disk"},        # of datasets 5, which runs no script, reads no pickle
-    "cbnb/ablation.py": {"load"},                                # yaml, by a SafeLoader
+    "cbnb/step/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},  # the door
+    "cbnb/sweep/fetch.py": {"snapshot_download"},                      # cbnb fetch: files by pattern, none of them Python
+    "cbnb/transcripts/spool.py": {"pickle", "loads"},                        # of an unlinked file, which this process has written
+    "cbnb/masking/rendering.py": {"pickle", "load"},                     # plain values alone: PlainUnpickler knows no class
+    "cbnb/masking/templates.py": {"pickle"},                             # its errors; what it reads goes through PlainUnpickler
+    "cbnb/transcripts/packed.py": {"load_dataset", "load_from_disk"},        # of datasets 5, which runs no script, reads no pickle
+    "cbnb/sweep/spec.py": {"load"},                                # yaml, by a SafeLoader
     "cbnb/cli.py": {"import_module"},                            # --policy module:function, which the user names
-    "cbnb/objectives.py": {"import_module"},                     # -p objective module:name
-    "cbnb/sources.py": {"import_module"},                        # AgentDojo and tau-bench, by names that stand there
-    "cbnb/transcripts.py": {"import_module"},                    # cbnb's own formats
+    "cbnb/step/objectives.py": {"import_module"},                     # -p objective module:name
+    "cbnb/data/sources.py": {"import_module"},                        # AgentDojo and tau-bench, by names that stand there
+    "cbnb/transcripts/record.py": {"import_module"},                    # cbnb's own formats
 }
 
 
@@ -60,7 +60,7 @@ def sources():
 def test_nothing_is_loaded_beside_the_door():
     found = [(path, line, name) for path, source in sources() for line, name in found_in(source)]
     beside = [(path, line, name) for path, line, name in found if name not in ALLOWED.get(path, ())]
-    assert beside == [], "a loader that is not cbnb.loaders"
+    assert beside == [], "a loader that is not cbnb.step.loaders"
     used = {path: {name for other, _, name in found if other == path} for path in ALLOWED}
     assert used == ALLOWED, "what is allowed and not there any more is taken out"
 
@@ -170,7 +170,7 @@ def modules(tmp_path_factory):
 def breaker(tmp_path_factory):
     "The folder of an adapter on the tiny agent that has moved."
     import torch
-    from cbnb.models import add_adapter, save_adapter
+    from cbnb.step.models import add_adapter, save_adapter
     student = add_adapter(load_model("tinyagent", device="cpu"), get_config("tinyagent"))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -181,9 +181,9 @@ def breaker(tmp_path_factory):
 
 def in_process(folder, adapter):
     "Functions behind every command and notebook that load something of the model in `folder`, without the flag."
-    from cbnb.adapters import asked_model, find_adapters, masker_for
-    from cbnb.plan import plan_lines
-    from cbnb.tinyagent import make_transcripts
+    from cbnb.evaluate.adapters import asked_model, find_adapters, masker_for
+    from cbnb.preflight.plan import plan_lines
+    from cbnb.evaluate.tinyagent import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
     name, given = str(folder), {"model": str(folder), "adapter": str(adapter), "eval_data": "tinyagent"}
@@ -192,8 +192,8 @@ def in_process(folder, adapter):
         if explorer.explored.message: raise ConfigError(explorer.explored.message)
     yield "the model", lambda: load_model(name)
     yield "the tokenizer", lambda: load_tokenizer(name)
-    yield "settings", lambda: cbnb.settings.settings_of("tinyagent", {"model": name})
-    yield "masker", lambda: cbnb.settings.make_masker(name)
+    yield "settings", lambda: cbnb.run.settings.settings_of("tinyagent", {"model": name})
+    yield "masker", lambda: cbnb.run.settings.make_masker(name)
     yield "plan", lambda: list(plan_lines(config))
     yield "evaluate", lambda: masker_for(find_adapters(str(adapter)), asked_model(find_adapters(str(adapter)), given))
     yield "KL explorer", lambda: load_explorer(str(adapter), model=name, data="tinyagent")
@@ -222,8 +222,8 @@ def test_without_the_flag_no_code_runs(tmp_path, breaker, kind, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_with_the_flag_it_loads(tmp_path, breaker):
     "All but the processor, which nothing here needs."
-    from cbnb.plan import plan_lines
-    from cbnb.tinyagent import make_transcripts
+    from cbnb.preflight.plan import plan_lines
+    from cbnb.evaluate.tinyagent import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
     folder = plant(tmp_path / "trusted", "everything")
@@ -280,7 +280,7 @@ def test_every_command_takes_the_flag(tmp_path):
 def test_a_run_directory_of_anyones_runs_nothing(tmp_path, breaker, monkeypatch):
     """Its parameters say that the model's code is trusted, and name an objective that lies on the path: neither is
     taken at its word."""
-    from cbnb.adapters import find_adapter, made_with
+    from cbnb.evaluate.adapters import find_adapter, made_with
     folder, here = plant(tmp_path / "planted", "everything"), tmp_path / "run"
     shutil.copytree(breaker, here / "adapter")
     (tmp_path / "theirs.py").write_text(f"open({str(folder / 'marks' / 'objective')!r}, 'w').close()\n")

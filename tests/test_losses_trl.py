@@ -11,7 +11,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.gkd import GKDTrainer  # noqa: E402
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
 
-from cbnb.losses import kl_divergence_loss, predicting_positions, token_kl  # noqa: E402
+from cbnb.step.losses import kl_divergence_loss, predicting_positions, token_kl  # noqa: E402
 
 B, S, V = 3, 11, 53
 

@@ -8,12 +8,12 @@ from masks_common import TOOLS, answer, ask, dumps, say
 from masks_templates import KINDS, sources, tokenizer
 from outside import llama3, qwen3, trl_template
 
-from cbnb.audit import Totals, audit
-from cbnb.data import encode_stream
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.templates import MaskError
-from cbnb.transcripts import InjectionSpan, Transcript
-from cbnb.turns import Segment
+from cbnb.masking.audit import Totals, audit
+from cbnb.data.streams import encode_stream
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.templates import MaskError
+from cbnb.transcripts.record import InjectionSpan, Transcript
+from cbnb.masking.turns import Segment
 
 SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
            "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"

@@ -11,12 +11,12 @@ from masks_table import LLAMA3_TOOLS
 from masks_templates import CONTROL
 from outside import importable, llama3, meta_llama3, mistral_spm, qwen3, trl_template
 
-from cbnb.encoders import TextEncoder
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.policies import completion
-from cbnb.templates import MaskError
-from cbnb.turns import Rule, Segment
-from cbnb.transcripts import InjectionSpan, Transcript
+from cbnb.masking.encoders import TextEncoder
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.policies import completion
+from cbnb.masking.templates import MaskError
+from cbnb.masking.turns import Rule, Segment
+from cbnb.transcripts.record import InjectionSpan, Transcript
 
 SEPARATE = [n for n in SETUPS if n != "mistral-spm"]
 
@@ -60,7 +60,7 @@ def nfkc_masker():
 
 def test_one_bad_transcript_does_not_spoil_its_batch():
     "Found after tokenising, so not when it is read."
-    from cbnb.audit import audit
+    from cbnb.masking.audit import audit
     good, bad = (Transcript(name, [say("user", text), say("assistant", "yo")]) for name, text in (("good", "hi"), ("bad", "hi ＜|eot|＞")))
     masker = nfkc_masker()
     one, wrong, other = masker.encode_batch([good, bad, good], errors="return")
@@ -106,7 +106,7 @@ def test_markup_that_is_no_control_token_is_reported():
 
 def test_a_template_that_takes_its_time_is_stopped(monkeypatch):
     "Without a loop over messages every turn costs two renders of all before it."
-    monkeypatch.setattr("cbnb.turns.MAX_LOCATE_SECONDS", 0.2)
+    monkeypatch.setattr("cbnb.masking.turns.MAX_LOCATE_SECONDS", 0.2)
     source = "{% for i in range(messages | length) %}{{ messages[i].role + ': ' + messages[i].content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(MaskError, match="0.2 seconds to locate"): ChatMasker(qwen3(), source).encode([say("user", "Hi"), say("assistant", "Ho")] * 400)
 

@@ -1,6 +1,6 @@
 """Random templates, messages, roles and texts (hypothesis): never a wrong mask against an oracle that puts the text together from its parts,
 and never an exception that is not ours. The templates are written here, from parts that occur in real ones; the oracle knows the same parts
-and shares no code with `cbnb.masks`.
+and shares no code with `cbnb.masking.masker`.
 
 CBNB_FUZZ=20 runs 20 times as many examples, new ones each time.
 """
@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.templates import MaskError
-from cbnb.turns import COMPLETION, Segment
-from cbnb.transcripts import TranscriptError, read_transcripts
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.templates import MaskError
+from cbnb.masking.turns import COMPLETION, Segment
+from cbnb.transcripts.record import TranscriptError, read_transcripts
 
 MORE = int(os.environ.get("CBNB_FUZZ", 0))
 CHECKED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

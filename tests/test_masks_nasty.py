@@ -1,5 +1,5 @@
 """The cases that others got wrong, one test each; the number is that of the issue in which they met it. What concerns truncation, padding
-and the label shift is tested where it happens, in `cbnb.data` and `cbnb.losses`."""
+and the label shift is tested where it happens, in `cbnb.data.streams` and `cbnb.step.losses`."""
 import random
 
 import numpy as np
@@ -8,13 +8,13 @@ import torch
 from masks_common import SETUPS, TOOLS, answer, ask, check, masker_for, say, trained, transcript
 from outside import llama3, trl_template
 
-from cbnb.data import Sample, collate, encode_stream, pad_rows
-from cbnb.losses import kl_divergence_loss, predicting_positions, reroute_loss
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.targets import truncation_window
-from cbnb.templates import MaskError
-from cbnb.turns import COMPLETION, Segment
-from cbnb.transcripts import InjectionSpan, Transcript
+from cbnb.data.streams import Sample, collate, encode_stream, pad_rows
+from cbnb.step.losses import kl_divergence_loss, predicting_positions, reroute_loss
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.targets import truncation_window
+from cbnb.masking.templates import MaskError
+from cbnb.masking.turns import COMPLETION, Segment
+from cbnb.transcripts.record import InjectionSpan, Transcript
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""

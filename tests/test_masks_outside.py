@@ -1,4 +1,4 @@
-"""Masks under real tokenizers and stock templates, against oracles that share no code with `cbnb.masks`: the official encoders and
+"""Masks under real tokenizers and stock templates, against oracles that share no code with `cbnb.masking.masker`: the official encoders and
 independent renderers of `masks_table.py`, completions spelled out by hand for each template, and transformers' own prefix renders."""
 import random
 
@@ -8,8 +8,8 @@ from masks_common import SETUPS, TOOLS, check, masker_for, transcript
 from masks_table import COMPARISONS, EACH, FILE, SEEDS, in_words, table
 from outside import LLAMA3_SPECIAL, gpt_oss, harmony, importable, llama3, llama4, meta_llama4
 
-from cbnb.masks import loss_mask
-from cbnb.turns import Segment
+from cbnb.masking.masker import loss_mask
+from cbnb.masking.turns import Segment
 
 
 @pytest.mark.parametrize("encoder", COMPARISONS)

@@ -1,5 +1,5 @@
 """Every chat template of trl and axolotl: located, refused by the template itself, or refused by us with a clear error; never silently
-wrong. The oracles are in masks_templates.py and share no code with `cbnb.masks`."""
+wrong. The oracles are in masks_templates.py and share no code with `cbnb.masking.masker`."""
 import re
 
 import pytest

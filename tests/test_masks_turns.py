@@ -5,12 +5,12 @@ import pytest
 from masks_common import TOOLS, answer, ask, say
 from outside import llama3, qwen3
 
-from cbnb.audit import audit, check_mask, trained_ends
-from cbnb.data_checks import Laid, look_at, template_points
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.policies import end_tokens
-from cbnb.templates import MaskError
-from cbnb.transcripts import Transcript
+from cbnb.masking.audit import audit, check_mask, trained_ends
+from cbnb.preflight.data_checks import Laid, look_at, template_points
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.policies import end_tokens
+from cbnb.masking.templates import MaskError
+from cbnb.transcripts.record import Transcript
 
 CHAT = [say("user", "Hi"), say("assistant", "Ho ho"), say("user", "And?"), say("assistant", "Hu")]
 CALLS = [say("user", "Read."), say("assistant", "", tool_calls=[ask("read_mail", id=8)]), answer("Noon."), say("assistant", "It is noon.")]

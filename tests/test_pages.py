@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from cbnb.cli import main
-from cbnb.report import PANELS, report_page
+from cbnb.report.figures import PANELS, report_page
 
 import outside
 from lab.pageharness import Pages, axe_source

@@ -7,8 +7,8 @@ from forked import command
 from plan_peak import CASES, given, measured
 from test_families import settings
 
-from cbnb.models import load_model
-from cbnb.plan import plan_step
+from cbnb.step.models import load_model
+from cbnb.preflight.plan import plan_step
 
 SHORTER = {"large vocabulary": (128,), "bfloat16 from block 4": (128,)}  # tokens a row, for time: nbs/bench/plan.ipynb has these cases at their own length
 

@@ -13,11 +13,11 @@ from masks_common import SETUPS, TOOLS, answer, ask, dumps, masker_for, say, tra
 from outside import qwen3, trl_template, trl_templates
 
 from cbnb.config import CircuitBreakerConfig, ConfigError
-from cbnb.masks import ChatMasker, loss_mask
-from cbnb.policies import POLICIES, TRAINABLE, mask_counts, reasons, token_labels
-from cbnb.templates import MaskError
-from cbnb.turns import Segment
-from cbnb.transcripts import InjectionSpan
+from cbnb.masking.masker import ChatMasker, loss_mask
+from cbnb.masking.policies import POLICIES, TRAINABLE, mask_counts, reasons, token_labels
+from cbnb.masking.templates import MaskError
+from cbnb.masking.turns import Segment
+from cbnb.transcripts.record import InjectionSpan
 
 ROOT = Path(__file__).resolve().parent.parent
 

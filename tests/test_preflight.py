@@ -22,8 +22,8 @@ def quick():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "Transcripts to train on and held-out ones, a few of each kind: parameters of the page."
-    from cbnb.tinyagent import KINDS, make_transcripts
-    from cbnb.transcripts import write_transcripts
+    from cbnb.evaluate.tinyagent import KINDS, make_transcripts
+    from cbnb.transcripts.record import write_transcripts
     folder = tmp_path_factory.mktemp("data")
     write_transcripts(folder / "train.jsonl", [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 48 if kind == "injection" else 16)])
     write_transcripts(folder / "plain.jsonl", make_transcripts("injection", 48) + make_transcripts("plain", 48))
@@ -44,7 +44,7 @@ def other_model(folder, template=None, **settings):
 def review(folder, world, only=None, **parameters):
     """Executes the cells of preflight.ipynb here, with `parameters`; returns preflight.json and the message of the refusal, if any. With `only`, that check alone
     is made, and of the cells behind it the last is executed, which refuses."""
-    from cbnb.preflight import Page, PreflightFailed
+    from cbnb.preflight.checks import Page, PreflightFailed
     def alone(page, name, *arguments): return Page.check(page, name, *arguments) if name == only else None
     given = {"data": str(world / "train.jsonl"), "eval_data": str(world / "eval.jsonl"), "batch_size": 4, "run_dir": str(folder)} | parameters
     namespace, refused = {"__name__": "preflight"}, ""
@@ -62,21 +62,21 @@ def review(folder, world, only=None, **parameters):
 # --- what is done to a set-up: (the check that must fail, words of its point, what is patched or given) ---
 
 def kl_reversed(patch, **_):
-    import cbnb.breaker
-    from cbnb.fused_kl import token_linear_kl
-    patch.setattr(cbnb.breaker, "head_kl", lambda ours, theirs, head, teacher_logits, temperature, fused:
+    import cbnb.train.breaker
+    from cbnb.step.fused_kl import token_linear_kl
+    patch.setattr(cbnb.train.breaker, "head_kl", lambda ours, theirs, head, teacher_logits, temperature, fused:
                   token_linear_kl(ours, theirs, head.layer.weight, temperature, reverse=True))
 
 
 def teacher_in_training_mode(patch, folder, **_):
     from torch import nn
-    from cbnb.breaker import CircuitBreaker
+    from cbnb.train.breaker import CircuitBreaker
     patch.setattr(CircuitBreaker, "train", nn.Module.train)  # without the guard that keeps it in eval mode
     return {"teacher": other_model(folder / "teacher", attention_dropout=0.1)}
 
 
 def teacher_trainable(patch, folder, **_):
-    from cbnb.breaker import CircuitBreaker
+    from cbnb.train.breaker import CircuitBreaker
     made = CircuitBreaker.__init__
     def init(self, student, config, teacher=None, **more):
         made(self, student, config, teacher, **more)
@@ -86,39 +86,39 @@ def teacher_trainable(patch, folder, **_):
 
 
 def base_trainable(patch, **_):
-    import cbnb.models
-    made = cbnb.models.add_adapter
+    import cbnb.step.models
+    made = cbnb.step.models.add_adapter
     def add_adapter(model, config):
         student = made(model, config)
         student.get_base_model().lm_head.weight.requires_grad_(True)
         return student
-    patch.setattr(cbnb.models, "add_adapter", add_adapter)
+    patch.setattr(cbnb.step.models, "add_adapter", add_adapter)
 
 
 def masks_by(change):
     def sabotage(patch, **_):
-        import cbnb.targets
-        right = cbnb.targets.training_mask
-        patch.setattr(cbnb.targets, "training_mask", lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)))
+        import cbnb.masking.targets
+        right = cbnb.masking.targets.training_mask
+        patch.setattr(cbnb.masking.targets, "training_mask", lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)))
     return sabotage
 
 
 def first_header(encoded, mask):
-    from cbnb.policies import loss_mask
+    from cbnb.masking.policies import loss_mask
     return loss_mask(encoded, "first_header")
 
 
 def mask_on_padding(patch, **_):
-    import cbnb.data
-    right = cbnb.data.pad_rows
+    import cbnb.data.streams
+    right = cbnb.data.streams.pad_rows
     def pad_rows(samples, pad_id, side="right"):
         rows = right(samples, pad_id, side)
         return rows | {"loss_mask": rows["loss_mask"] | (rows["attention_mask"] == 0)}
-    patch.setattr(cbnb.data, "pad_rows", pad_rows)
+    patch.setattr(cbnb.data.streams, "pad_rows", pad_rows)
 
 
 def harmful_rows_in_the_kl(patch, **_):
-    from cbnb.breaker import CircuitBreaker
+    from cbnb.train.breaker import CircuitBreaker
     right = CircuitBreaker.forward
     def forward(self, harmful, benign, denominators):
         terms = right(self, harmful, benign, denominators)
@@ -127,12 +127,12 @@ def harmful_rows_in_the_kl(patch, **_):
 
 
 def unshifted_mask(patch, **_):
-    import cbnb.data
-    patch.setattr(cbnb.data, "predicting_positions", lambda loss_mask: loss_mask)
+    import cbnb.data.streams
+    patch.setattr(cbnb.data.streams, "predicting_positions", lambda loss_mask: loss_mask)
 
 
 def double_bos(patch, folder, **_):
-    from cbnb.models import load_tokenizer
+    from cbnb.step.models import load_tokenizer
     return {"model": other_model(folder / "model", "{{ bos_token }}" + load_tokenizer("tinyagent").chat_template)}
 
 
@@ -142,25 +142,25 @@ def wrong_template(source):
 
 
 def adapter_not_applied(patch, **_):
-    import cbnb.models
-    made = cbnb.models.add_adapter
+    import cbnb.step.models
+    made = cbnb.step.models.add_adapter
     def add_adapter(model, config):
         student = made(model, config)
         student.base_model.disable_adapter_layers()
         for name, p in student.named_parameters(): p.requires_grad_("lora_" in name)
         return student
-    patch.setattr(cbnb.models, "add_adapter", add_adapter)
+    patch.setattr(cbnb.step.models, "add_adapter", add_adapter)
 
 
 def samples_shuffled(patch, **_):
     "Each mask on another sample's ids: both are right by themselves."
-    import cbnb.store
-    right = cbnb.store.encode_stream
+    import cbnb.train.store
+    right = cbnb.train.store.encode_stream
     def encode_stream(*arguments, **more):
         samples, report = right(*arguments, **more)
         pairs = zip(samples, samples[1:] + samples[:1])
         return [replace(s, loss_mask=t.loss_mask) for s, t in pairs if len(s.loss_mask) == len(t.loss_mask)] or samples, report
-    patch.setattr(cbnb.store, "encode_stream", encode_stream)
+    patch.setattr(cbnb.train.store, "encode_stream", encode_stream)
 
 
 def given(**parameters): return lambda data, **_: {k: str(data / v) if k == "data" else v for k, v in parameters.items()}
@@ -217,7 +217,7 @@ def test_a_separate_teacher_and_a_control_and_encoded_transcripts_have_no_fail(d
 
 
 def test_the_page_takes_every_parameter_of_a_run():
-    from cbnb.ablation import notebook_parameters
+    from cbnb.sweep.spec import notebook_parameters
     train, page = (notebook_parameters(NBS / f"{name}.ipynb") for name in ("train", "preflight"))
     assert {k: v for k, v in page.items() if k not in ("probe_steps", "run_dir")} == {k: v for k, v in train.items() if k != "run_dir"}
 

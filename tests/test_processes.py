@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, pytest
 
 from helpers import BIN, NBS, ROOT, run
-from cbnb.runs import read_lines, write_json
+from cbnb.run.directory import read_lines, write_json
 from forked import cells as one_process
 from train_common import few, load, metrics
 
@@ -144,7 +144,7 @@ DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 def test_when_one_process_fails_all_end(tmp_path, what, word):
     notebook = nbformat.read(NBS / "train.ipynb", as_version=4)
     cell = next(c for c in notebook.cells if "train_breaker(student" in c.source)
-    trip = ["    from transformers import TrainerCallback", "    import time", "    from cbnb.processes import rank", "    class Trip(TrainerCallback):",
+    trip = ["    from transformers import TrainerCallback", "    import time", "    from cbnb.basics.processes import rank", "    class Trip(TrainerCallback):",
             "        def on_step_end(self, args, state, control, **kwargs):", "            if state.global_step == 2 and rank() == 1:",
             "                (run.path / 'tripped').write_text(str(time.time()))", f"                {what}"]
     lines = cell.source.splitlines()

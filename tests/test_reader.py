@@ -15,11 +15,11 @@ from masks_templates import CONTROL
 from outside import (axolotl_template, axolotl_templates, gemma3, gpt_oss, harmony, llama4, llama_cpp_template, llama_cpp_templates, mistral_spm, mistral_tekken,
                      qwen3, trl_template, trl_templates)
 
-from cbnb.call_layout import NAMES, QUESTION, SIGN, is_control, spell, tool
-from cbnb.masks import ChatMasker
-from cbnb.reader import CHECK_TEXT, CONVERSATION, check_prompts, derive_reader
-from cbnb.templates import MaskError
-from cbnb.transcripts import Transcript
+from cbnb.evaluate.call_layout import NAMES, QUESTION, SIGN, is_control, spell, tool
+from cbnb.masking.masker import ChatMasker
+from cbnb.evaluate.reader import CHECK_TEXT, CONVERSATION, check_prompts, derive_reader
+from cbnb.masking.templates import MaskError
+from cbnb.transcripts.record import Transcript
 
 MORE_CONTROL = re.compile(r"<seed:[a-z_]+>|<SPECIAL_\d+>|<(?:begin|end)_of_[a-z]+>|<sep>|<\|[a-z_]+>|<[a-z_]+\|>|\[e~\[|\]~b\]|\]~!b\[|\]<\]minimax\[>\[")  # of Seed-OSS, Nemotron, MiniMax, Reka and Gemma 4
 TYPES = {"to": "string", "text": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object", "code": "string"}

@@ -8,31 +8,34 @@ from helpers import code_cells, run_notebooks
 from papermill.iorw import LocalHandler
 
 import cbnb
-from cbnb import data, reading, sources, templates
-from cbnb import transcripts as T
-from cbnb.ablation import content_hash, read_notebook, read_spec
+from cbnb.data import streams as data
+from cbnb.basics import reading
+from cbnb.data import sources
+from cbnb.masking import templates
+from cbnb.transcripts import record as T
+from cbnb.sweep.spec import content_hash, read_notebook, read_spec
 from cbnb.cli import main
 from cbnb.config import TINYAGENT, ConfigError
-from cbnb.execute import read_notebook as read_notebook_text
-from cbnb.loaders import read_adapter, read_config, read_tokenizer
-from cbnb.reading import InputError, check_folder, open_regular, read_bytes, read_text, sha256
-from cbnb.runs import RunError, read_json
-from cbnb.settings import template_source
-from cbnb.templates import MaskError
-from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import TranscriptError, read_transcripts, write_transcripts
+from cbnb.run.execute import read_notebook as read_notebook_text
+from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
+from cbnb.basics.reading import InputError, check_folder, open_regular, read_bytes, read_text, sha256
+from cbnb.run.directory import RunError, read_json
+from cbnb.run.settings import template_source
+from cbnb.masking.templates import MaskError
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.record import TranscriptError, read_transcripts, write_transcripts
 
 PACKAGE, FIXTURES = Path(cbnb.__file__).parent, Path(__file__).parent / "fixtures"
 # who opens a file beside the door, and why it may: {module: {function: what}}
 READERS = {
-    "reading": {"open_regular": {"open", "fdopen"}, "file_system": {"read_bytes"}},  # the door; /proc/self/mountinfo
-    "files": {"append_bytes": {"open"}, "new_file": {"fdopen"}},                     # for writing (tests/test_files.py)
-    "jobs": {"start": {"open"}}, "withheld": {"tidy": {"open"}},                     # the same
-    "lease": {"dated_lease": {"open"}, "made": {"open"},                             # never through a link, and never waiting
+    "basics.reading": {"open_regular": {"open", "fdopen"}, "file_system": {"read_bytes"}},  # the door; /proc/self/mountinfo
+    "basics.files": {"append_bytes": {"open"}, "new_file": {"fdopen"}},                     # for writing (tests/test_files.py)
+    "sweep.jobs": {"start": {"open"}}, "basics.withheld": {"tidy": {"open"}},                     # the same
+    "basics.lease": {"dated_lease": {"open"}, "made": {"open"},                             # never through a link, and never waiting
               "boot": {"read_text"}, "process_start": {"read_text"}},                # of /proc
-    "sealed": {"sync": {"open"}},                                                    # of what was made here, to flush it
-    "terminal": {"nowhere": {"open"}},                                               # /dev/null
-    "packed": {"": {"open"}, "open_zst": {"input_stream"}, "read_member": {"open"}}, # of a stream, or of a member of an open archive
+    "run.sealed": {"sync": {"open"}},                                                    # of what was made here, to flush it
+    "basics.terminal": {"nowhere": {"open"}},                                               # /dev/null
+    "transcripts.packed": {"": {"open"}, "open_zst": {"input_stream"}, "read_member": {"open"}}, # of a stream, or of a member of an open archive
     "widgets.views": {"source": {"read_text"}},                                      # of the package's own pages
 }
 OPENS = {"open", "fdopen", "read_text", "read_bytes"}
@@ -59,7 +62,7 @@ def found_readers(source):
 def test_nothing_is_read_beside_the_door():
     allowed = {(module, function, what) for module, names in READERS.items() for function, all_ in names.items() for what in all_}
     found = {(".".join(path.relative_to(PACKAGE).with_suffix("").parts), *pair) for path in PACKAGE.rglob("*.py") for pair in found_readers(path.read_text())}
-    assert found - allowed - {("store", "write_samples", "OSFile")} == set(), "read by cbnb.reading: read_text, read_bytes, open_regular; look with check_regular before a library opens"
+    assert found - allowed - {("store", "write_samples", "OSFile")} == set(), "read by cbnb.basics.reading: read_text, read_bytes, open_regular; look with check_regular before a library opens"
     assert allowed - found == set(), "what is allowed and not there any more is taken out"
     for path in run_notebooks():
         for cell in code_cells(path):

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from cbnb.ablation import Sweep
-from cbnb.adapters import run_parameters
-from cbnb.answers import kept_lines
+from cbnb.sweep.spec import Sweep
+from cbnb.evaluate.adapters import run_parameters
+from cbnb.evaluate.answers import kept_lines
 from cbnb.cli import main
 from cbnb.config import ConfigError
-from cbnb.jobs import action, sweep_rows
-from cbnb.records import RECORDS, fault
-from cbnb.report import describe_run
-from cbnb.lease import identity, process_start
-from cbnb.runs import RunError, close_run, read_metrics, read_record, read_status, write_json
-from cbnb.same import made_from
-from cbnb.settings import kept_template
-from cbnb.status import run_folders, run_rows, run_table
-from cbnb.sweep import sweep_page
-from cbnb.verdicts import read_sweep
+from cbnb.sweep.jobs import action, sweep_rows
+from cbnb.run.records import RECORDS, fault
+from cbnb.report.figures import describe_run
+from cbnb.basics.lease import identity, process_start
+from cbnb.run.directory import RunError, close_run, read_metrics, read_record, read_status, write_json
+from cbnb.train.same import made_from
+from cbnb.run.settings import kept_template
+from cbnb.run.status import run_folders, run_rows, run_table
+from cbnb.report.sweep import sweep_page
+from cbnb.report.verdicts import read_sweep
 from cbnb.widgets.dashboard import summary_bundle, take_snapshot
 from cbnb.widgets.kl import newest_run, run_config
 from cbnb.widgets.sweep import explorer_html, judged, run_views

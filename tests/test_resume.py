@@ -62,7 +62,7 @@ ends = st.one_of(
 @example([("kill in save", 4), ("kill in save", 1), ("kill at event", 30), ("kill after", 0)])
 @example([("kill at step", 0), ("kill at step", 1), ("stop", 3), ("SIGTERM", 3)])
 def test_interrupted_at_any_moment(attempt, whole, tmp_path_factory, interruptions):
-    from cbnb.sealed import damage
+    from cbnb.run.sealed import damage
     folder = tmp_path_factory.mktemp("run")
     for how, number in interruptions:
         before = newest(folder)
@@ -88,7 +88,7 @@ def test_full_disk(whole, tmp_path):
     done = subprocess.run([*space, sys.executable, DRIVER, tmp_path], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     codes = [int(line) for line in done.stdout.splitlines() if line.strip().isdigit()]
     assert codes == [1, 0, 1, 0] and done.returncode == 0, done.stdout[-4000:]
-    from cbnb.sealed import damage
+    from cbnb.run.sealed import damage
     for name in ("own", "other"):
         failed = tmp_path / f"{name}-failed"
         status, saved = load(failed / "status.json"), newest(failed)

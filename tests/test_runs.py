@@ -1,4 +1,4 @@
-"""What a notebook cannot show of cbnb.runs and cbnb.config: crashes, several processes, real papermill, a real git repository."""
+"""What a notebook cannot show of cbnb.run.directory and cbnb.config: crashes, several processes, real papermill, a real git repository."""
 import json
 import os
 import shutil
@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 import cbnb
-from cbnb import runs
+from cbnb.run import directory as runs
 
 PACKAGE = Path(cbnb.__file__).resolve().parent
 
@@ -30,12 +30,12 @@ def python(code, *args, **kwargs):
 
 
 def test_no_notebook_is_recorded_outside_of_a_kernel(tmp_path):
-    out, err = python("from cbnb.recorder import record_notebook; from cbnb.runs import Run; from pathlib import Path; "
+    out, err = python("from cbnb.run.recorder import record_notebook; from cbnb.run.directory import Run; from pathlib import Path; "
                       f"print(record_notebook(Run(Path({str(tmp_path)!r}))))").communicate()
     assert out.strip() == "None" and not list(tmp_path.iterdir()), err
 
 
-@pytest.mark.parametrize("module", ["cbnb.config", "cbnb.runs"])
+@pytest.mark.parametrize("module", ["cbnb.config", "cbnb.run.directory"])
 def test_import_is_light(module):
     out, err = python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])").communicate()
     assert out.strip() == "[]", err
@@ -58,7 +58,7 @@ def test_failed_rename_leaves_old_file_and_no_litter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_kill_in_the_middle_of_write_json(tmp_path, where):
     run = runs.open_run({"seed": 0}, run_dir=tmp_path / "run")
-    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom cbnb import runs\n"
+    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom cbnb.run import directory as runs\n"
             f"os.{where} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
             "runs.set_status(runs.Run(Path(sys.argv[1])), 'done')")
     child = python(code, run.path)
@@ -70,7 +70,7 @@ def test_kill_in_the_middle_of_write_json(tmp_path, where):
 
 def test_readers_never_see_a_torn_status(tmp_path):
     run = runs.open_run({"seed": 0}, run_dir=tmp_path / "run")
-    child = python("import sys\nfrom pathlib import Path\nfrom cbnb import runs\nrun = runs.Run(Path(sys.argv[1]))\nprint('go', flush=True)\n"
+    child = python("import sys\nfrom pathlib import Path\nfrom cbnb.run import directory as runs\nrun = runs.Run(Path(sys.argv[1]))\nprint('go', flush=True)\n"
                    "for i in range(300): runs.set_status(run, 'running', note='x' * (i * 37 % 5000))", run.path)
     assert child.stdout.readline() == "go\n"
     seen = 0
@@ -93,7 +93,7 @@ def test_failed_stage_survives_a_full_disk(tmp_path, monkeypatch):
 
 # --- several processes ----------------------------------------------------------------------------------------------------------------
 
-OPEN = ("import sys\nfrom cbnb import runs\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+OPEN = ("import sys\nfrom cbnb.run import directory as runs\nprint('ready', flush=True)\nsys.stdin.readline()\n"
         "try: print('run', runs.open_run({'seed': 0}, run_dir=sys.argv[1] or None).path, flush=True)\n"
         "except runs.RunError as e: print('error', e, flush=True)\n"
         "sys.stdin.readline()")
@@ -142,7 +142,7 @@ def test_code_state_in_a_real_repository(tmp_path):
     def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path / "repo", check=True, capture_output=True)
 
     def state():
-        child = python("import json, cbnb.runs as r; print(json.dumps(r.code_state()))", cwd=tmp_path / "repo",
+        child = python("import json, cbnb.run.directory as r; print(json.dumps(r.code_state()))", cwd=tmp_path / "repo",
                        env={**os.environ, "PYTHONPATH": str(tmp_path / "repo"), "PYTHONDONTWRITEBYTECODE": "1"})
         out, err = child.communicate()
         return json.loads(out)
@@ -168,9 +168,9 @@ seed: int = 0
 target_layers: str = "1,2"
 full: bool = False
 learning_rate: float | None = None"""
-CHECK = """from cbnb.runs import strict_parameters
+CHECK = """from cbnb.run.directory import strict_parameters
 parameters = strict_parameters(globals())"""
-OPEN_RUN = """from cbnb.runs import open_run, set_status, write_result
+OPEN_RUN = """from cbnb.run.directory import open_run, set_status, write_result
 run = open_run(parameters)
 write_result(run, {"beta_kl": beta_kl})
 set_status(run, "done")"""

@@ -4,16 +4,16 @@ import json, os, shutil
 
 import pytest
 
-from cbnb.adapters import find_adapters, questions_for
+from cbnb.evaluate.adapters import find_adapters, questions_for
 from cbnb.config import TINYAGENT
-from cbnb.runs import Run, RunError, read_status, write_json
-from cbnb.sealed import MANIFEST, seal
-from cbnb.same import MADE_FROM, made_from, transcripts_hash
-from cbnb.status import run_rows
-from cbnb.tinyagent import make_transcripts
-from cbnb.trainer import resume_point
-from cbnb.transcripts import write_transcripts
-from cbnb.verdicts import read_run
+from cbnb.run.directory import Run, RunError, read_status, write_json
+from cbnb.run.sealed import MANIFEST, seal
+from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
+from cbnb.run.status import run_rows
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.train.trainer import resume_point
+from cbnb.transcripts.record import write_transcripts
+from cbnb.report.verdicts import read_run
 from forked import cells
 from helpers import NBS
 from train_common import few, load

@@ -15,7 +15,7 @@ def random_model(folder, **shape):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cbnb.config import TINYAGENT
-    from cbnb.models import load_tokenizer
+    from cbnb.step.models import load_tokenizer
     torch.manual_seed(0)
     given = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32) | shape
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINYAGENT, **given)).save_pretrained(folder)
@@ -65,8 +65,8 @@ def test_a_preset_of_another_model_is_told(tmp_path, deep):
 
 def test_the_preflight_tells_and_loads_what_the_run_loads(tmp_path, deep):
     from test_preflight import review
-    from cbnb.tinyagent import KINDS, make_transcripts
-    from cbnb.transcripts import write_transcripts
+    from cbnb.evaluate.tinyagent import KINDS, make_transcripts
+    from cbnb.transcripts.record import write_transcripts
     write_transcripts(tmp_path / "train.jsonl", [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 24)])
     write_transcripts(tmp_path / "eval.jsonl", [t for kind in KINDS for t in make_transcripts(kind, 2, "eval")])
     made, _ = review(tmp_path / "run", tmp_path, only="weights", model=deep, dtype="float32", fsdp=True, beta_kl=0.0, kl_temperature=2.0, probe_steps=10)
@@ -95,7 +95,7 @@ def test_a_setting_that_would_do_nothing_is_refused(given, words):
 
 MINE = """
 import torch
-from cbnb.objectives import Objective, reroute_cosine
+from cbnb.step.objectives import Objective, reroute_cosine
 def cosine(harmful, benign, config): return 1 - torch.cosine_similarity(*benign, dim=-1)
 held = Objective(reroute_cosine, cosine, lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": 0.0})
 def detached(harmful, benign, config): return reroute_cosine(harmful, benign, config).detach()
@@ -135,7 +135,7 @@ TEMPLATE = "{% if date_string is defined %}{{ 'Today: ' ~ date_string ~ '\n' }}{
 @pytest.fixture
 def template(tmp_path):
     "A file with the tiny agent's template behind a line with a date that is given to it."
-    from cbnb.models import load_tokenizer
+    from cbnb.step.models import load_tokenizer
     path = tmp_path / "mine.jinja"
     path.write_text(TEMPLATE + load_tokenizer("tinyagent").chat_template)
     return path
@@ -143,7 +143,7 @@ def template(tmp_path):
 
 def test_a_run_keeps_its_template(tmp_path, template):
     "Masks, prompts and card go by the given template and variables, and so does the run that goes on after the file has changed."
-    from cbnb.models import load_tokenizer
+    from cbnb.step.models import load_tokenizer
     given = few(tmp_path, total_steps=2, chat_template=template, template_variables="date_string=26 Jul 2024", run_dir=tmp_path / "run")
     done = cells(*given)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -163,9 +163,9 @@ def test_a_run_keeps_its_template(tmp_path, template):
 
 def test_every_command_makes_the_same_masks(tmp_path, template):
     "cbnb masks, train's parameters and the explorer give one text; a variable that the template never reads and a broken one are refused, each in a sentence."
-    from cbnb.settings import make_masker
-    from cbnb.tinyagent import make_transcripts
-    from cbnb.transcripts import write_transcripts
+    from cbnb.run.settings import make_masker
+    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.record import write_transcripts
     from cbnb.widgets.masks import mask_explorer
     write_transcripts(tmp_path / "data.jsonl", transcripts := make_transcripts("plain", 2))
     variables = 'date_string="26 Jul, 2024"'

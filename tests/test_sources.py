@@ -9,10 +9,10 @@ from helpers import NBS, ROOT
 from test_holdout import write_runs
 from train_common import few, load
 
-from cbnb import sources as S
+from cbnb.data import sources as S
 from cbnb.cli import main
-from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import Transcript, TranscriptError, read_transcripts, write_transcripts
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ("--model", "tinyagent", "--show", "0")
@@ -103,8 +103,8 @@ def test_skipping_is_told_in_the_run_its_report_and_its_card(tmp_path):
 
 def test_an_evaluation_reads_as_its_run_did(tmp_path):
     "Unless it is told otherwise; a setting that cannot be is refused before anything is loaded."
-    from cbnb.adapters import Adapter, checked, questions_for, reading_for
-    from cbnb.runs import RunError
+    from cbnb.evaluate.adapters import Adapter, checked, questions_for, reading_for
+    from cbnb.run.directory import RunError
     run = Adapter("r", None, tmp_path, {"data": str(broken_file(tmp_path)), "on_error": "skip", "tools": ""})
     assert len(questions_for([run], f"{tmp_path}/*.jsonl:openai@0.5")) == 24
     with pytest.raises(TranscriptError): questions_for([run], f"{tmp_path}/some.jsonl", reading_for([run], on_error="raise"))
@@ -252,7 +252,7 @@ def test_commands_take_the_same_entries(tmp_path, capsys):
 
 def test_a_sweep_knows_what_its_globs_name(tmp_path, monkeypatch):
     "Relative entries become absolute, with what they say; another content of any matched file is another run."
-    from cbnb.ablation import absolute_files, data_hash
+    from cbnb.sweep.spec import absolute_files, data_hash
     monkeypatch.chdir(tmp_path)
     for name in "ab": plain_chats(tmp_path / "x[1]" / f"{name}.jsonl", 3)
     monkeypatch.chdir(tmp_path / "x[1]")
@@ -281,10 +281,10 @@ def test_plan_and_ablate_take_them(tmp_path):
 def test_rows_that_lost_what_they_answer(tmp_path, capsys):
     "Dropped and counted by encoding, found by the audit, warned of by pre-flight; kept where that is asked for."
     from cbnb.config import get_config
-    from cbnb.data import StreamReport, data_record, encode_stream
-    from cbnb.data_checks import Seen, stream_points
-    from cbnb.masks import ChatMasker
-    from cbnb.models import load_tokenizer
+    from cbnb.data.streams import StreamReport, data_record, encode_stream
+    from cbnb.preflight.data_checks import Seen, stream_points
+    from cbnb.masking.masker import ChatMasker
+    from cbnb.step.models import load_tokenizer
     masker = ChatMasker(load_tokenizer("tinyagent"))
     short, [long] = make_transcripts("injection", 4), make_transcripts("injection", 5)[4:]
     order = long.injection_spans[0]
@@ -309,10 +309,10 @@ def test_rows_that_lost_what_they_answer(tmp_path, capsys):
 
 def test_a_chat_of_many_turns_loses_early_questions_only():
     "The last answer's own question must be there; that of an earlier turn may be cut off."
-    from cbnb.data import encode_stream
-    from cbnb.masks import ChatMasker
-    from cbnb.models import load_tokenizer
-    from cbnb.transcripts import Transcript
+    from cbnb.data.streams import encode_stream
+    from cbnb.masking.masker import ChatMasker
+    from cbnb.step.models import load_tokenizer
+    from cbnb.transcripts.record import Transcript
     masker = ChatMasker(load_tokenizer("tinyagent"))
     turns = [m for i in range(6) for m in ({"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."})]
     whole = len(masker.encode(turns).input_ids)
@@ -328,7 +328,7 @@ PARALLEL = "{% for m in messages if m.tool_calls and m.tool_calls | length > 1 %
 @pytest.fixture
 def refused(tmp_path):
     "Parameters of a small run, in whose training and held-out files one transcript each has two calls in a message, which the template refuses."
-    from cbnb.models import load_tokenizer
+    from cbnb.step.models import load_tokenizer
     calls = [{"id": n, "type": "function", "function": {"name": "send_message", "arguments": {"to": n}}} for n in "ab"]
     turns = [{"role": "assistant", "content": "", "tool_calls": calls},
              *({"role": "tool", "content": "ok", "tool_call_id": n} for n in "ab"), {"role": "assistant", "content": "done"}]

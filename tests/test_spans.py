@@ -5,7 +5,7 @@ import pytest
 from helpers import ROOT
 
 from cbnb.cli import main
-from cbnb.transcripts import Transcript, TranscriptError, read_transcripts, write_transcripts
+from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
 
 FIXTURE = ROOT / "tests" / "fixtures" / "harmful_without_spans.jsonl"  # real structure: no spans, four ways to inject
 RUN = ROOT / "tests" / "fixtures" / "agentdojo.json"
@@ -82,8 +82,8 @@ def test_no_text_is_no_search(tmp_path, capsys):
 def test_preflight_refuses_above_the_share():
     "One in ten is allowed by default, and what is allowed is told; a policy that asks for none is not held to it."
     from cbnb.config import ConfigError, get_config
-    from cbnb.data import StreamReport
-    from cbnb.data_checks import injection_points
+    from cbnb.data.streams import StreamReport
+    from cbnb.preflight.data_checks import injection_points
     def verdicts(without, of, **changes):
         report = StreamReport(transcripts=of)
         report.counts["no_injection"] = without

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from test_holdout import write_runs
 
-from cbnb import holdout as H
-from cbnb.actions import for_policy, own_notes
-from cbnb.data import drop_refused, encode_stream, load_streams, read_streams
-from cbnb.masks import ChatMasker
-from cbnb.models import load_tokenizer
-from cbnb.sources import Reading
-from cbnb.spool import Spooled, spooled
-from cbnb.store import stored_stream
-from cbnb.tinyagent import make_transcripts
-from cbnb.transcripts import read_transcripts, write_transcripts
+from cbnb.transcripts import holdout as H
+from cbnb.masking.actions import for_policy, own_notes
+from cbnb.data.streams import drop_refused, encode_stream, load_streams, read_streams
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import load_tokenizer
+from cbnb.data.sources import Reading
+from cbnb.transcripts.spool import Spooled, spooled
+from cbnb.train.store import stored_stream
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.record import read_transcripts, write_transcripts
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_no_file_is_left_whatever_ends_the_process(scratch, tmp_path):
 
 def test_processes_read_one_file(masker, tmp_path, monkeypatch):
     "What several processes encode of it, and what several read at once, is what one makes of a list."
-    monkeypatch.setattr("cbnb.store.PIECE", 7)
+    monkeypatch.setattr("cbnb.train.store.PIECE", 7)
     chats = make_transcripts("plain", 40)
     kept = spooled(chats)
     samples, report = encode_stream(chats, masker, "assistant_only")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from cbnb.breaker import CircuitBreaker
+from cbnb.train.breaker import CircuitBreaker
 from cbnb.config import SAVINGS, get_config
-from cbnb.data import Sample, collate
-from cbnb.losses import kl_divergence_loss, reroute_loss, retain_loss
-from cbnb.models import add_adapter, teacher_mode
+from cbnb.data.streams import Sample, collate
+from cbnb.step.losses import kl_divergence_loss, reroute_loss, retain_loss
+from cbnb.step.models import add_adapter, teacher_mode
 
 SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 
@@ -96,8 +96,8 @@ def compare(student, config, savings, reference, wanted, head=None):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "llama4"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_saving_is_exact(family, attention, monkeypatch):
-    import cbnb.data
-    monkeypatch.setattr(cbnb.data, "PASS", 8)  # so that rows as short as these are parted
+    import cbnb.data.streams
+    monkeypatch.setattr(cbnb.data.streams, "PASS", 8)  # so that rows as short as these are parted
     assert isinstance(collate(pairs(), 0, buckets=True)["benign"], list) and len(collate(pairs(), 0, buckets=True)["benign"]) > 1
     batch = collate(pairs(), 0)
     cases = [*itertools.product(((0, 3), (1, 2)), (False, True))]
@@ -117,16 +117,16 @@ def test_every_saving_is_exact(family, attention, monkeypatch):
 
 def test_the_savings_leave_out_what_they_say(monkeypatch):
     "Blocks run, and rows that meet the output layer's weights, in one step at beta_kl 0."
-    import cbnb.fused_kl
-    from cbnb.models import decoder_blocks
+    import cbnb.step.fused_kl
+    from cbnb.step.models import decoder_blocks
     config = get_config("tinyagent", target_layers=(1,), lora_layers=(1, 3), lora_modules="q_proj", lora_dropout=0.0, gradient_checkpointing=False, beta_kl=0.0)
     student = moved(add_adapter(made("llama"), config))
     batch = collate(pairs(), 0)
     ways = ("none", "early_exit", "shared_prefix", "fused_kl", ",".join(SAVINGS))
     breakers = {savings: CircuitBreaker(student, replace(config, savings=savings)) for savings in ways}
-    blocks, rows, right = [], [], cbnb.fused_kl.product_into
-    monkeypatch.setattr(cbnb.fused_kl, "product_into", lambda out, h, weight: (rows.append(len(h)), right(out, h, weight)))
-    monkeypatch.setattr(cbnb.fused_kl, "back_product_into", lambda *_: pytest.fail("a backward product at beta_kl 0"))
+    blocks, rows, right = [], [], cbnb.step.fused_kl.product_into
+    monkeypatch.setattr(cbnb.step.fused_kl, "product_into", lambda out, h, weight: (rows.append(len(h)), right(out, h, weight)))
+    monkeypatch.setattr(cbnb.step.fused_kl, "back_product_into", lambda *_: pytest.fail("a backward product at beta_kl 0"))
     for block in decoder_blocks(student): block.register_forward_hook(lambda *_: blocks.append(1))
     student.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the output layer itself was called, on all positions"))
     ran = {}
@@ -142,8 +142,8 @@ def test_the_savings_leave_out_what_they_say(monkeypatch):
 
 
 def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_path, monkeypatch):
-    from cbnb.runs import Run, read_metrics, write_json
-    from cbnb.trainer import train_breaker
+    from cbnb.run.directory import Run, read_metrics, write_json
+    from cbnb.train.trainer import train_breaker
     asked, right = [], CircuitBreaker.forward  # the first to ask is the rounding floor, before the first step
     def forward(self, *args):
         terms = right(self, *args)
@@ -164,10 +164,10 @@ def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_p
 
 
 def test_training_with_the_teacher_cache_is_the_same_and_runs_no_teacher(tmp_path, monkeypatch):
-    import cbnb.breaker
-    from cbnb.runs import Run, read_metrics, write_json
-    from cbnb.teacher_cache import open_cache
-    from cbnb.trainer import train_breaker
+    import cbnb.train.breaker
+    from cbnb.run.directory import Run, read_metrics, write_json
+    from cbnb.train.teacher_cache import open_cache
+    from cbnb.train.trainer import train_breaker
     harmful, benign = map(list, zip(*pairs()))
     config = get_config("tinyagent", target_layers=(1, 2), lora_layers=(1, 3), lora_modules="q_proj,o_proj", lora_dropout=0.0, total_steps=6, warmup_steps=1, batch_size=2,
                         gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1, save_steps=0, diagnose_steps=0)
@@ -177,7 +177,7 @@ def test_training_with_the_teacher_cache_is_the_same_and_runs_no_teacher(tmp_pat
         run.path.mkdir()
         write_json(run.path / "status.json", {"state": "running", "floor": {"dtype": "float32", "kl": 0.0}})  # measured before: that takes a pass of the base
         cache = None if way == "teacher" else open_cache(tmp_path / "states", student, harmful, benign, config, 0)
-        if cache: monkeypatch.setattr(cbnb.breaker, "both_passes", lambda *_: pytest.fail("the teacher was run"))
+        if cache: monkeypatch.setattr(cbnb.train.breaker, "both_passes", lambda *_: pytest.fail("the teacher was run"))
         assert train_breaker(student, harmful, benign, config, run, pad_id=0, cache=cache)
         lines[way] = read_metrics(run.path)
     assert lines["cache"] == lines["cache again"] and len(lines["teacher"]) == 6
@@ -191,7 +191,7 @@ def test_of_two_processes_one_makes_the_cache_and_the_other_waits(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_step import get_config, add_adapter, made, moved, pairs
-from cbnb.teacher_cache import open_cache
+from cbnb.train.teacher_cache import open_cache
 harmful, benign = map(list, zip(*pairs()))
 config = get_config("tinyagent", target_layers=(1, 2), lora_layers=(1, 3), lora_modules="q_proj", lora_dropout=0.0)
 print(len(open_cache({str(tmp_path)!r}, add_adapter(made("llama"), config), harmful, benign, config, 0).states(benign)["last"]))
@@ -245,7 +245,7 @@ def test_other_output_layers_give_their_own_models_kl(kind, why, recwarn):
 @pytest.mark.parametrize("first", [0, 1])
 def test_retain_over_all_blocks(family, first):
     "The L2 term over every block's own output, also of those below the adapter, where it is zero, and of the last one, before the final norm."
-    from cbnb.models import block_outputs
+    from cbnb.step.models import block_outputs
     config = get_config("tinyagent", target_layers=(2,), lora_layers=(first, 3), lora_dropout=0.0, retain_layers="all")
     student = moved(add_adapter(made(family), config)).train()
     batch = collate(pairs(), 0)
@@ -267,7 +267,7 @@ def test_retain_over_all_blocks(family, first):
 
 def test_an_objective_of_ones_own_sees_the_states_of_the_whole_micro_batch():
     from cbnb.config import OBJECTIVES
-    from cbnb.objectives import Objective
+    from cbnb.step.objectives import Objective
     seen = []
     def reroute(harmful, benign, config):
         seen.append((len(harmful.student), len(benign.teacher), harmful.student.requires_grad, harmful.teacher.requires_grad))

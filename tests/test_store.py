@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-import cbnb.store
+import cbnb.train.store
 from cbnb.config import get_config
-from cbnb.data import EmptyStream, PairedStreams, collate, encode_stream, refusals
-from cbnb.masks import ChatMasker
-from cbnb.models import load_tokenizer
-from cbnb.same import versions
-from cbnb.sources import Reading
-from cbnb.store import StoredSamples, kept_for, pieces, stored_refusals, stored_stream
-from cbnb.tinyagent import KINDS, make_transcripts
-from cbnb.transcripts import TranscriptError
+from cbnb.data.streams import EmptyStream, PairedStreams, collate, encode_stream, refusals
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import load_tokenizer
+from cbnb.train.same import versions
+from cbnb.data.sources import Reading
+from cbnb.train.store import StoredSamples, kept_for, pieces, stored_refusals, stored_stream
+from cbnb.evaluate.tinyagent import KINDS, make_transcripts
+from cbnb.transcripts.record import TranscriptError
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def masker(): return ChatMasker(load_tokenizer("tinyagent"))
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch): monkeypatch.setattr(cbnb.store, "PIECE", 7)
+def small_pieces(monkeypatch): monkeypatch.setattr(cbnb.train.store, "PIECE", 7)
 
 
 def equal(a, b): return np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.loss_mask, b.loss_mask) and a.transcript == b.transcript
@@ -75,7 +75,7 @@ def test_what_the_template_refuses_is_found_again_without_encoding(split_turns, 
     assert [*wanted] == [4, 14, 24] and stored_refusals(tmp_path, mixed, masker, split_turns, processes=3) == wanted
     config, one, two = get_config("tinyagent", split_turns=split_turns), *(Reading(on_error="skip", records=30) for _ in range(2))
     kept = kept_for(config, mixed, masker, one)
-    monkeypatch.setattr(cbnb.store, "refusals", None)
+    monkeypatch.setattr(cbnb.train.store, "refusals", None)
     assert kept_for(config, mixed, masker, two, tmp_path) == kept == [t for t in plain if t in mixed] and one.record() == two.record()
     with pytest.raises(TranscriptError, match="refuses transcripts: 3 of 20 records are skipped, above max_skipped 0.1"):
         kept_for(config, mixed, masker, Reading(on_error="skip", records=20), tmp_path)
@@ -97,7 +97,7 @@ def test_no_more_than_a_few_pieces_are_under_way(masker):
 
 
 def test_an_empty_file_is_a_sequence_of_nothing(tmp_path):
-    report = cbnb.store.write_samples(tmp_path / "none.arrow", [])
+    report = cbnb.train.store.write_samples(tmp_path / "none.arrow", [])
     assert len(StoredSamples(tmp_path / "none.arrow")) == 0 == report.transcripts and [*StoredSamples(tmp_path / "none.arrow")] == []
 
 
@@ -105,6 +105,6 @@ def test_another_version_of_what_encodes_takes_no_samples_of_this_one(masker, tm
     plain = make_transcripts("plain", 3)
     stored_stream(tmp_path, plain, masker, "assistant_only", processes=1)
     for library in ("tokenizers", "transformers", "jinja2", "Python"):
-        monkeypatch.setattr(cbnb.store, "versions", lambda: versions() | {library: "0"})
+        monkeypatch.setattr(cbnb.train.store, "versions", lambda: versions() | {library: "0"})
         stored_stream(tmp_path, plain, masker, "assistant_only", processes=1)
     assert len([*tmp_path.iterdir()]) == 5

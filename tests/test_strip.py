@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 
-from cbnb.masks import ChatMasker
-from cbnb.models import load_tokenizer
-from cbnb.policies import Encoded, loss_mask
-from cbnb.tinyagent import make_transcripts
-from cbnb.turns import Segment
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import load_tokenizer
+from cbnb.masking.policies import Encoded, loss_mask
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.masking.turns import Segment
 from cbnb.widgets.strip import StillStrip, TokenStrip, token_strip
 
 POLICIES = ("post_injection_only", "first_header", "assistant_only")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from cbnb.files import quoted_cell
-from cbnb.lease import identity
-from cbnb.runs import write_json
-from cbnb.sweep import DOSE, dose_response, groups, sweep_figures, write_report_files
-from cbnb.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, SEEDS, Sweep, advice, read_sweep, specimen_run, verdicts,
+from cbnb.basics.files import quoted_cell
+from cbnb.basics.lease import identity
+from cbnb.run.directory import write_json
+from cbnb.report.sweep import DOSE, dose_response, groups, sweep_figures, write_report_files
+from cbnb.report.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, SEEDS, Sweep, advice, read_sweep, specimen_run, verdicts,
                            write_specimen)
 from helpers import BIN, NBS, ROOT, read, run
 
@@ -379,5 +379,5 @@ def test_the_notebook_under_papermill(messy, tmp_path):
 
 
 def test_the_modules_need_no_torch():
-    done = run(sys.executable, "-c", "import sys, cbnb.verdicts, cbnb.sweep, cbnb.widgets.sweep; sys.exit('torch' in sys.modules)", cwd=ROOT)
+    done = run(sys.executable, "-c", "import sys, cbnb.report.verdicts, cbnb.report.sweep, cbnb.widgets.sweep; sys.exit('torch' in sys.modules)", cwd=ROOT)
     assert done.returncode == 0, done.stdout

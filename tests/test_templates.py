@@ -7,8 +7,8 @@ from forked import forked
 from helpers import ROOT, run
 from hostile import BOMBS, REFUSALS
 
-from cbnb import templates
-from cbnb.templates import LEVELS, MaskError, ask, ask_process, compile_template, render, started, template_inputs, trace_render, trace_renders
+from cbnb.masking import templates
+from cbnb.masking.templates import LEVELS, MaskError, ask, ask_process, compile_template, render, started, template_inputs, trace_render, trace_renders
 
 ASKED = [{"role": "user", "content": "x"}]
 LIMIT = 0.05  # seconds of the processor, here; python tests/hostile.py runs them under the package's own
@@ -89,7 +89,7 @@ def tokenizer():
 
 
 def test_setting_up_a_masker_ends_a_template_four_times_at_most(monkeypatch):
-    from cbnb.masks import ChatMasker
+    from cbnb.masking.masker import ChatMasker
     monkeypatch.setattr(templates, "MAX_RENDER_SECONDS", 0.05)
     source = "{% if messages | length > 1 %}{{ 9 ** (10 ** 9) }}{% endif %}x</s>{% if add_generation_prompt %}A: {% endif %}"
     for attempt in (lambda m: m.encode([*ASKED, {"role": "assistant", "content": "y"}]), lambda m: m.adapted(["hermes"]), lambda m: m.encode(ASKED)):
@@ -99,7 +99,7 @@ def test_setting_up_a_masker_ends_a_template_four_times_at_most(monkeypatch):
 
 def test_transformers_renders_no_template_of_others(monkeypatch):
     "It has no bounds: what it is given is the package's own probe."
-    from cbnb.masks import PROBE, ChatMasker
+    from cbnb.masking.masker import PROBE, ChatMasker
     made = tokenizer()
     given, source, theirs = [], "{{ bos_token }}{{ other }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", made.apply_chat_template
     monkeypatch.setattr(made, "apply_chat_template", lambda *a, **k: given.append(k["chat_template"]) or theirs(*a, **k))
@@ -224,7 +224,7 @@ def test_a_job_that_was_stopped_for_hours_goes_on(monkeypatch):
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
 def test_the_end_of_its_owner_at_work_leaves_none_behind(number):
     "Ctrl-C in a terminal, the shutdown of a kernel, a job that is killed: while a template is running, which then ends, too."
-    program = "from cbnb import templates\nfrom cbnb.templates import *\ntemplates.MAX_RENDER_SECONDS = 0.5\nprint(started().pid, flush=True)\nrender('{{ 9 ** (10 ** 8) }}', [])"
+    program = "from cbnb.masking import templates\nfrom cbnb.masking.templates import *\ntemplates.MAX_RENDER_SECONDS = 0.5\nprint(started().pid, flush=True)\nrender('{{ 9 ** (10 ** 8) }}', [])"
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as owner:
         pid = int(owner.stdout.readline())
         time.sleep(0.3)
@@ -245,7 +245,7 @@ def gone(pid):
 
 
 def test_it_ends_with_its_owner():
-    program = "import sys\nfrom cbnb.templates import *\nrender('{{ 1 }}', [])\nprint(started().pid, flush=True)\nsys.stdin.read()"
+    program = "import sys\nfrom cbnb.masking.templates import *\nrender('{{ 1 }}', [])\nprint(started().pid, flush=True)\nsys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         pid = int(owner.stdout.readline())
         os.kill(pid, 0)

@@ -7,15 +7,17 @@ from functools import cache
 import nbformat
 import pytest
 
-from cbnb import cli, report
+from cbnb import cli
+
+from cbnb.report import figures as report
 from cbnb.config import ConfigError
-from cbnb.terminal import PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
-from cbnb.transcripts import TranscriptError, read_transcripts
+from cbnb.basics.terminal import PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
+from cbnb.transcripts.record import TranscriptError, read_transcripts
 from forked import forked
 from fuzz_cli import EVIL
 from helpers import ROOT, code_cells, environment, notebooks
 
-SAID_BY = "cbnb/terminal.py"
+SAID_BY = "cbnb/basics/terminal.py"
 
 
 @cache
@@ -50,7 +52,7 @@ def test_lines_are_printed_by_say_and_warnings_given_by_warn():
     harmless = re.compile(r"print\((json\.dumps\(.*\)|\*(terminal|span)_lines\(.*\), '', sep='\\n')\)")
     found = [(name, ast.unparse(call)) for name, tree in sources() if name != SAID_BY
              for what, call in calls(tree) if what in printers and not harmless.fullmatch(ast.unparse(call))]
-    assert not found, f"say it by cbnb.terminal.say, or warn: {found}"
+    assert not found, f"say it by cbnb.basics.terminal.say, or warn: {found}"
 
 
 def test_an_exit_says_nothing_by_itself():
@@ -58,7 +60,7 @@ def test_an_exit_says_nothing_by_itself():
     found = [(name, ast.unparse(call)) for name, tree in sources() for what, call in calls(tree)
              if what == "sys.exit" and call.args and not isinstance(call.args[0], ast.Call)
              and not isinstance(getattr(call.args[0], "value", 0), int)]
-    assert not found, f"raise it in what cbnb.terminal.ended carries out: {found}"
+    assert not found, f"raise it in what cbnb.basics.terminal.ended carries out: {found}"
 
 
 def test_one_function_makes_visible():
@@ -73,10 +75,10 @@ def test_every_error_is_a_sentence():
     raised = {name for name, kind in kinds if issubclass(kind, BaseException)}
     own = {c.name: c for c in classes if any(ast.unparse(base) in raised for base in c.bases)}
     assert len(own) > 10 and {"TranscriptError", "ConfigError", "CommandError"} < own.keys()
-    said_by_others = {"InputError",  # an OSError like any other: cbnb.terminal itself reads by its module
+    said_by_others = {"InputError",  # an OSError like any other: cbnb.basics.terminal itself reads by its module
                       "Refused"}     # of the process that runs a template, which has nothing of ours: MaskError says it
     silent = {name for name, c in own.items() if "__str__ = error_text" not in map(ast.unparse, c.body)} - said_by_others
-    assert not silent, f"give it __str__ = error_text of cbnb.terminal: {silent}"
+    assert not silent, f"give it __str__ = error_text of cbnb.basics.terminal: {silent}"
     assert TranscriptError.__str__ is ConfigError.__str__ is error_text
     assert str(ConfigError(f"one\n{EVIL}")) == visible(f"one\n{EVIL}")
     assert len(str(ConfigError("word " * 9999))) <= SENTENCE
@@ -133,9 +135,9 @@ def test_a_kernel_tells_errors_in_bounds():
 def project(tmp_path):
     """A project's folder with a train.ipynb whose cell raises a library's error, and a preflight.ipynb whose review
     refuses."""
-    shown = "from cbnb.runs import strict_parameters\nstrict_parameters(globals())\n"
+    shown = "from cbnb.run.directory import strict_parameters\nstrict_parameters(globals())\n"
     cells = {"train": [f"raise RuntimeError('no such block: {EVIL[:-2].encode('unicode_escape').decode()}')"],
-             "preflight": ["from pathlib import Path\nfrom cbnb.preflight import Check, Page, Point\n"
+             "preflight": ["from pathlib import Path\nfrom cbnb.preflight.checks import Check, Page, Point\n"
                            "page = Page(Path(run_dir) / 'preflight.json', {}, {})\n"
                            "page.add(Check('alive', (Point('fail', 'a dead run \\x1b[2J'),)))\npage.close()"]}
     (tmp_path / "nbs").mkdir()
@@ -175,10 +177,10 @@ def test_a_cell_that_raises_is_one_sentence(project, command, words):
 
 
 def test_a_wrong_parameter_is_the_last_line_of_papermill(project):
-    """By `cbnb.execute`, which `cbnb` and the batch scripts call, it is the only one; papermill itself says its page
+    """By `cbnb.run.execute`, which `cbnb` and the batch scripts call, it is the only one; papermill itself says its page
     first."""
     wrong = "x\x1b[2J" + "y" * 5000
-    for module, once in (("cbnb.execute", True), ("papermill", False)):
+    for module, once in (("cbnb.run.execute", True), ("papermill", False)):
         done = carried_out(project, module, "nbs/train.ipynb", "out.ipynb", "-p", "seed", wrong, "--no-progress-bar")
         said = [line for line in done.stderr.splitlines() if line.strip()]
         last = [line for line in said if not line.startswith("[IPKernelApp]")][-1]   # an interrupt, at any time
@@ -245,7 +247,7 @@ def test_an_interrupt_ends_it_without_a_word(many, monkeypatch):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(9)
-    monkeypatch.setattr("cbnb.status.run_rows", interrupted)
+    monkeypatch.setattr("cbnb.run.status.run_rows", interrupted)
     done = forked(lambda: cli.main(["status", str(many)]))
     assert (done.returncode, done.stdout) == (130, "")
 

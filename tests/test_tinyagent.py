@@ -2,7 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest
-from cbnb.tinyagent import KINDS, TINYAGENT, make_transcripts
+from cbnb.evaluate.tinyagent import KINDS, TINYAGENT, make_transcripts
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,18 +31,18 @@ def turn(message):
     return message["content"] + "".join(f"<|python_tag|>{c}" for c in calls) + "<|eot_id|>"
 
 def test_import_needs_no_torch():
-    code = ("import sys, cbnb.tinyagent as t; t.make_transcripts('plain', 1); "
+    code = ("import sys, cbnb.evaluate.tinyagent as t; t.make_transcripts('plain', 1); "
             "print(sorted({'torch', 'transformers', 'fastcore'} & set(sys.modules)))")
     assert python("-c", code).stdout.strip() == "[]"
 
 def test_world_is_the_same_in_every_process():
-    code = ("from cbnb.tinyagent import *; import hashlib; rows = [make_transcripts(k, 50) for k in KINDS]; "
+    code = ("from cbnb.evaluate.tinyagent import *; import hashlib; rows = [make_transcripts(k, 50) for k in KINDS]; "
             "print(hashlib.sha256(repr(rows).encode()).hexdigest())")
     first, second = (python("-c", code, PYTHONHASHSEED=seed) for seed in ("1", "2"))
     assert len(first.stdout) == 65 and first.stdout == second.stdout
 
 def test_command_line_wants_a_folder():
-    run = python("-m", "cbnb.tinyagent")
+    run = python("-m", "cbnb.evaluate.tinyagent")
     assert run.returncode != 0 and "usage" in run.stderr
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,10 +76,10 @@ def test_saved_adapter_evaluates_the_same_by_plain_peft(runs):
     from peft import PeftModel
 
     from cbnb.config import get_config
-    from cbnb.data import read_streams
-    from cbnb.evaluation import evaluate
-    from cbnb.masks import ChatMasker
-    from cbnb.models import load_model, load_tokenizer
+    from cbnb.data.streams import read_streams
+    from cbnb.evaluate.evaluation import evaluate
+    from cbnb.masking.masker import ChatMasker
+    from cbnb.step.models import load_model, load_tokenizer
     folder = runs[0.3, 0]
     student = PeftModel.from_pretrained(load_model("tinyagent"), folder / "adapter")
     heldout = [t for stream in read_streams([folder / "data" / "eval.jsonl"]) for t in stream]

@@ -7,9 +7,9 @@ import pytest
 from helpers import run
 from lab.labharness import Lab
 
-SOURCE = """from cbnb.masks import ChatMasker
-from cbnb.models import load_tokenizer
-from cbnb.tinyagent import make_transcripts
+SOURCE = """from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import load_tokenizer
+from cbnb.evaluate.tinyagent import make_transcripts
 from cbnb.widgets.strip import token_strip
 masker, t = ChatMasker(load_tokenizer("tinyagent")), make_transcripts("injection", 1)[0]
 encoded = masker.encode(t.messages, t.tools, t.injection_spans, t.label)

@@ -25,7 +25,7 @@ def test_wheel_is_complete(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         scripts = archive.read(next(n for n in names if n.endswith(".dist-info/entry_points.txt"))).decode()
-    assert "cbnb=cbnb.cli:main" in scripts.replace(" ", "") and "[papermill.engine]\ncbnb=cbnb.kernels\n" in scripts.replace(" ", "")
+    assert "cbnb=cbnb.cli:main" in scripts.replace(" ", "") and "[papermill.engine]\ncbnb=cbnb.run.kernels\n" in scripts.replace(" ", "")
     assert {n.removeprefix("cbnb/") for n in names if n.startswith("cbnb/")} == package_files()
     others = {n.split("/")[0] for n in names} - {"cbnb"}
     assert len(others) == 1 and next(iter(others)).endswith(".dist-info"), f"the wheel would install {others}"

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from cbnb.runs import close_run
+from cbnb.run.directory import close_run
 from forked import command, forked
 from helpers import ROOT, environment
 from train_common import load
@@ -63,7 +63,7 @@ with stage(run, "work"):
     hub = f"https://me:{key}@hub.invalid?token={token}"
     raise RuntimeError(f"401 for {hub} {' '.join(values)}")"""
 OPENED = """
-from cbnb.runs import *
+from cbnb.run.directory import *
 run = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)"""
 
 

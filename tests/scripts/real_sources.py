@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from spoken import STOCK, spelled, stock_masker, trained  # noqa: E402
 
-from cbnb.actions import action_key, actions, first_injected, injected_actions, whose, with_own_work  # noqa: E402
-from cbnb.adapt import adapt, adapt_names, restore  # noqa: E402
-from cbnb.benchmarks import own_calls, questions  # noqa: E402
-from cbnb.convert import cause_of  # noqa: E402
-from cbnb.holdout import part, shared  # noqa: E402
-from cbnb.spans import find_spans  # noqa: E402
-from cbnb.targets import training_mask  # noqa: E402
-from cbnb.templates import MaskError  # noqa: E402
-from cbnb.transcripts import TranscriptError, read_transcripts  # noqa: E402
+from cbnb.masking.actions import action_key, actions, first_injected, injected_actions, whose, with_own_work  # noqa: E402
+from cbnb.masking.adapt import adapt, adapt_names, restore  # noqa: E402
+from cbnb.evaluate.benchmarks import own_calls, questions  # noqa: E402
+from cbnb.data.convert import cause_of  # noqa: E402
+from cbnb.transcripts.holdout import part, shared  # noqa: E402
+from cbnb.data.spans import find_spans  # noqa: E402
+from cbnb.masking.targets import training_mask  # noqa: E402
+from cbnb.masking.templates import MaskError  # noqa: E402
+from cbnb.transcripts.record import TranscriptError, read_transcripts  # noqa: E402
 
 FILE = ROOT / "nbs" / "real_sources.md"
 
@@ -150,7 +150,7 @@ def main():
         for row in meet(name, some):
             second.append(row)
             print(*row, sep=" | ", file=sys.stderr, flush=True)
-    if "agentdojo" in sources: more = ["Of AgentDojo's runs, by cbnb.actions and cbnb.holdout:", "", *whose_actions(sources["agentdojo"]), ""]
+    if "agentdojo" in sources: more = ["Of AgentDojo's runs, by cbnb.masking.actions and cbnb.transcripts.holdout:", "", *whose_actions(sources["agentdojo"]), ""]
     else: more = [*dropwhile(lambda line: not line.startswith("Of AgentDojo"), FILE.read_text(encoding="utf-8").splitlines()), ""]
     first = sorted([*kept(("source", "records"), 0, sources), *first], key=lambda row: row[0])
     second = sorted([*kept(("template", "source"), 1, sources), *second], key=lambda row: row[1])

@@ -16,15 +16,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbnb.config import get_config
-from cbnb.data import encode_stream
-from cbnb.decoding import Decoding
-from cbnb.evaluation import benign_divergence, evaluate, harmful_cosine
-from cbnb.models import add_adapter, load_model
-from cbnb.runs import open_run, read_metrics, read_status
-from cbnb.settings import make_masker
-from cbnb.teacher_cache import open_cache
-from cbnb.tinyagent import make_transcripts
-from cbnb.trainer import train_breaker
+from cbnb.data.streams import encode_stream
+from cbnb.evaluate.decoding import Decoding
+from cbnb.evaluate.evaluation import benign_divergence, evaluate, harmful_cosine
+from cbnb.step.models import add_adapter, load_model
+from cbnb.run.directory import open_run, read_metrics, read_status
+from cbnb.run.settings import make_masker
+from cbnb.train.teacher_cache import open_cache
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.train.trainer import train_breaker
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 COMMON = dict(logging_steps=1, diagnose_steps=2, save_steps=0, batch_size=1, gradient_checkpointing=False)

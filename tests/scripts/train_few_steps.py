@@ -21,12 +21,12 @@ print(f"cbnb {cbnb.__version__}: {len(names)} modules, {len(sys.argv) - 1} data 
 
 
 from cbnb.config import get_config
-from cbnb.data import encode_stream, load_streams
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.runs import open_run, read_metrics
-from cbnb.tinyagent import write_data
-from cbnb.trainer import train_breaker
+from cbnb.data.streams import encode_stream, load_streams
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.run.directory import open_run, read_metrics
+from cbnb.evaluate.tinyagent import write_data
+from cbnb.train.trainer import train_breaker
 
 with tempfile.TemporaryDirectory() as folder:
     world = write_data(f"{folder}/data")

@@ -8,16 +8,16 @@ import torch
 from transformers import TrainerCallback
 
 from cbnb.config import get_config
-from cbnb.data import encode_stream
-from cbnb.decoding import Decoding
-from cbnb.evaluation import evaluate
-from cbnb.masks import ChatMasker
-from cbnb.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.processes import join, rank, world_size
-from cbnb.runs import open_run, stage, write_result
-from cbnb.teacher_cache import open_cache
-from cbnb.tinyagent import make_transcripts
-from cbnb.trainer import train_breaker
+from cbnb.data.streams import encode_stream
+from cbnb.evaluate.decoding import Decoding
+from cbnb.evaluate.evaluation import evaluate
+from cbnb.masking.masker import ChatMasker
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.basics.processes import join, rank, world_size
+from cbnb.run.directory import open_run, stage, write_result
+from cbnb.train.teacher_cache import open_cache
+from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.train.trainer import train_breaker
 
 torch.set_num_threads(1)
 masker = ChatMasker(load_tokenizer("tinyagent"))
