@@ -37,7 +37,8 @@ from .run.settings import make_masker
 from .data.sources import open_source
 from .masking.targets import SIDES
 from .basics.terminal import ended, error_text, first_line, say, sentence, visible
-from .transcripts.record import LABELS, TranscriptError, known_formats, nearest
+from .transcripts.record import LABELS, TranscriptError, nearest
+from .transcripts.reader import known_formats
 from .basics.withheld import scrub
 
 # %% ../nbs/cli.ipynb #e46fef61

@@ -46,7 +46,7 @@ def main(n, way, place):
 def write_chats(path, n):
     "`n` transcripts as a file: every second one harmful, with words and an injection of the tiny agent's, no two alike."
     from cbnb.evaluate.tinyagent import make_transcripts
-    from cbnb.transcripts.record import to_record
+    from cbnb.transcripts.reader import to_record
     made = [*map(to_record, make_transcripts("injection", 200))], [*map(to_record, make_transcripts("plain", 200))]
     with open(path, "w") as f:
         for i in range(n):

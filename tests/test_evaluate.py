@@ -9,7 +9,7 @@ from cbnb.cli import main
 from cbnb.config import TINYAGENT
 from cbnb.run.directory import RunError, read_lines
 from cbnb.evaluate.tinyagent import make_transcripts
-from cbnb.transcripts.record import write_transcripts
+from cbnb.transcripts.reader import write_transcripts
 from forked import cells
 from helpers import NBS
 from train_common import few, load

@@ -31,7 +31,7 @@ ALLOWED = {  # what is not the door, and why
     "cbnb/cli.py": {"import_module"},                            # --policy module:function, which the user names
     "cbnb/step/objectives.py": {"import_module"},                     # -p objective module:name
     "cbnb/data/sources.py": {"import_module"},                        # AgentDojo and tau-bench, by names that stand there
-    "cbnb/transcripts/record.py": {"import_module"},                    # cbnb's own formats
+    "cbnb/transcripts/reader.py": {"import_module"},                    # cbnb's own formats
 }
 
 

@@ -12,7 +12,7 @@ from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
 from cbnb.run.status import run_rows
 from cbnb.evaluate.tinyagent import make_transcripts
 from cbnb.train.trainer import resume_point
-from cbnb.transcripts.record import write_transcripts
+from cbnb.transcripts.reader import write_transcripts
 from cbnb.report.verdicts import read_run
 from forked import cells
 from helpers import NBS

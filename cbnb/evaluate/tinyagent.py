@@ -14,7 +14,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from ..config import TINYAGENT
 from ..basics.terminal import ended, say
-from ..transcripts.record import InjectionSpan, Transcript, write_transcripts
+from ..transcripts.record import InjectionSpan, Transcript
+from ..transcripts.reader import write_transcripts
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #93ce0a02
 KEYS = ("amber anchor apple arrow barley basin beacon birch bridge candle canyon cedar cobalt comet copper coral cotton "

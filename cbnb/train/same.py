@@ -22,7 +22,8 @@ from ..run.records import RecordError, regular_file
 from ..run.directory import Run, RunError, read_json, read_record, read_status, set_status, source_hash, write_json
 from ..data.sources import open_sources
 from ..basics.terminal import say
-from ..transcripts.record import Transcript, is_hub
+from ..transcripts.record import Transcript
+from ..transcripts.files import is_hub
 
 # %% auto #0
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
