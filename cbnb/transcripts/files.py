@@ -26,7 +26,8 @@ def is_hub(path):
 
 # %% ../../nbs/transcripts/03_files.ipynb #1e081634
 MAX_GAP_BYTES = 2**30  # that a file may go on without a line to read: one line too long, or blank ones
-MAX_UNPACKED, MAX_UNPACKED_BYTES = 500, 2**30  # times its size that a packed file may unpack to, and bytes that any may
+MAX_UNPACKED = 500  # times its size that a packed file may unpack to,
+MAX_UNPACKED_BYTES = 2**30  # and the bytes that any file may
 CHUNK = 2**16  # bytes or characters that are read at a time
 
 # %% ../../nbs/transcripts/03_files.ipynb #25f3fe9a
@@ -151,11 +152,12 @@ def read_big_object(path, name, keys):
         try: yield where, own, {**rest, key: [parse_json(text)]}
         except ValueError as e: yield where, own, TranscriptError(f"{where}: {e}; write one list of whole JSON objects")
 
-
+# %% ../../nbs/transcripts/03_files.ipynb #0bfa3cfd
 def read_object(path, name, lists=()):
-    """Yields `(where, id, record)` of a file that is one JSON object, as AgentDojo writes its runs. It is bounded like a
-    line, by `MAX_LINE_BYTES`; a bigger one is read by `read_big_object` with `lists`. What is wrong with it raises
-    TranscriptError."""
+    """Yields `(where, id, record)` of a file that is one JSON object, as AgentDojo writes its runs.
+
+    It is bounded like a line, by `MAX_LINE_BYTES`; a bigger one is read by `read_big_object` with `lists`. What
+    is wrong with it raises TranscriptError."""
     with open_file(path) as f: data = f.read(MAX_LINE_BYTES + 1)
     try:
         if len(data) > MAX_LINE_BYTES: yield from read_big_object(path, name, lists)
@@ -235,10 +237,12 @@ def read_text_records(path, name, lists=()):
 
 # %% ../../nbs/transcripts/03_files.ipynb #1337e2aa
 def read_records(path, name=None, lists=()):
-    """Yields `(where, id, record or TranscriptError)` for each record of a JSONL file, a JSON array, one JSON object over
-    many lines, a table of `TABLES` or a data set of `datasets` (see `is_hub`); a bad record is handed on as the error.
-    `name` is what errors and ids call the file (default: its name). `lists` are the keys of lists whose items are read
-    one by one where the file is one object over `MAX_LINE_BYTES`."""
+    """Yields `(where, id, record or TranscriptError)` for each record of a JSONL file, a JSON array, one JSON
+    object over many lines, a table of `TABLES` or a data set of `datasets` (see `is_hub`).
+
+    A bad record is handed on as the error. `name` is what errors and ids call the file (default: its name).
+    `lists` are the keys of lists whose items are read one by one where the file is one object over
+    `MAX_LINE_BYTES`. Raises TranscriptError for a file that is broken as a whole."""
     name = name or Path(path).name
     if is_hub(path):
         yield from read_hub(path)

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from .files import read_records
-from .formats import CHAT_KEYS, Format, add_format, chat_with, from_openai, is_dicts, or_benign
+from cbnb.transcripts.formats import (
+    CHAT_KEYS, Format, add_format, chat_with, from_openai, is_dicts, or_benign,
+)
 from .injections import find_injections
 from cbnb.transcripts.record import (
-    ROLES, Contradiction, TranscriptError, add_adapted, measured_label, need, need_one_of, read_message, read_tool_call,
-    read_tools,
+    ROLES, Contradiction, TranscriptError, add_adapted, measured_label, need, need_one_of, read_message,
+    read_tool_call, read_tools,
 )
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fb6c7c4b
@@ -44,7 +46,7 @@ def agentdojo_call(call, where):
     out = {"type": "function", "function": {"name": call["function"], "arguments": call["args"]}}
     return {"id": call["id"], **out} if call.get("id") else out
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #964de239
 def agentdojo_message(message, where):
     "A message in our form from AgentDojo's. A tool result that failed shows its `error`, which is what the model was shown."
     need(isinstance(message, dict), where, f"is {type(message).__name__}; each message is an object with role and content")
@@ -126,7 +128,8 @@ def agentdojo_leaves_out(record):
     return "attacked runs that broke off" if record.get("error") is not None or record.get("security") is None else ""
 
 
-add_format(Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out, before=("openai",)))
+add_format(Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out,
+                  before=("openai",)))
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0d0f24c3
 def from_tau_bench(record, where, default_id, label=None, source=""):
@@ -229,7 +232,7 @@ def join_answers(records, path):
             str) and record["id"] in found
         yield where, default_id, {**record, "ground_truth": found[record["id"]]} if known else record
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #9d308107
 def from_bfcl_answered(record, where, default_id, label=None, source=""):
     """`from_bfcl`, with the calls of a single-turn `ground_truth` as the assistant's answer: the first value
     that it allows for each parameter. A ground truth of several turns holds no results of tools, so

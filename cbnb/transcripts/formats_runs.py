@@ -12,7 +12,9 @@ __all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'insp
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #6e42753f
 from collections import Counter
 
-from .formats import CHAT_KEYS, Format, add_format, dicts_of, finish, is_dicts, join_records, or_benign
+from cbnb.transcripts.formats import (
+    CHAT_KEYS, Format, add_format, dicts_of, finish, is_dicts, join_records, or_benign,
+)
 from .formats_agents import agentdojo_label, agentdojo_leaves_out
 from .formats_chat import ITEMS, item_text, response_messages
 from .record import need, need_one_of, read_content, read_message, read_tool_call

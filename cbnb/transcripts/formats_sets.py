@@ -10,8 +10,8 @@ __all__ = ['from_pair', 'from_circuit_breakers', 'from_ultrachat', 'trace_call',
 from .formats import CHAT_KEYS, Format, add_format, chat_with, from_openai, or_benign
 from .formats_agents import agentdojo_label
 from cbnb.transcripts.record import (
-    KNOWN_KEYS, LABELS, Contradiction, Transcript, TranscriptError, measured_label, need, need_one_of, read_arguments,
-    read_message, read_meta, read_spans, read_tool_call, source_run,
+    KNOWN_KEYS, LABELS, Contradiction, Transcript, TranscriptError, measured_label, need, need_one_of,
+    read_arguments, read_message, read_meta, read_spans, read_tool_call, source_run,
 )
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #93a2793b
@@ -67,7 +67,7 @@ def trace_label(labels, where):
     if category is not None: need_one_of(category, LABELS, f"{where}, labels.category")
     return None if category == "harmful" and succeeded is False else category
 
-
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #6a6cd3e5
 def trace_verdict(record, where):
     """The label that the run which a trace comes from was measured to have (`source_run`), None where it
     comes from none or had no attack. Raises TranscriptError for a run whose `security` measured nothing
@@ -76,7 +76,7 @@ def trace_verdict(record, where):
     if not isinstance(run.get("user_task_id"), str) or "injection_task_id" not in run: return None
     return agentdojo_label(run, f"{where}, {name.rstrip('.')}") and measured_label(run)
 
-
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #2f0ea6e6
 def check_trace(record, label, where):
     """Raises Contradiction where the labels of a trace contradict the verdict of its source, each other,
     or the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the
@@ -147,7 +147,7 @@ def is_trace(record):
     return "messages" in record and (isinstance(record.get("labels"), dict) or isinstance(record.get("source"), dict)
                                      or "signal_hints" in record)
 
-
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #fa5adf2c
 def from_rrfa(record, where, default_id, label=None, source=""):
     """Transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample stands in
     is its label.

@@ -65,7 +65,7 @@ def read_batches(batches, name):
                 try: yield where, f"{name}:{number}", as_json(row, where)
                 except TranscriptError as e: yield where, f"{name}:{number}", e
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #dabc2e4d
 def read_parquet(path, name):
     """`(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError for
     a damaged one."""
@@ -119,7 +119,7 @@ def read_member(archive, member, where):
     except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:  # zipfile raises NotImplementedError for a compression that it has not
         raise TranscriptError(f"{where}: cannot be read ({e}); make or fetch the file again") from None
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #73a0e6d8
 def read_archive(path, name):
     """`(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with the
     log's header, as its JSON log has them. Raises TranscriptError for another or a broken archive."""
@@ -155,7 +155,7 @@ def hub_call(path):
     if name.startswith((".", "/")): return (name,), found["split"]
     return ("/".join(name.split("/")[:2]), *name.split("/")[2:3]), found["split"]
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #dcea374b
 def read_hub(path):
     """`(where, id, record or TranscriptError)` of the rows of `hf:dataset[split]`, streamed by `datasets`,
     which the extra `cbnb[hf]` installs. Raises TranscriptError without it, and for what it cannot load."""

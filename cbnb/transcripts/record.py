@@ -146,7 +146,7 @@ def read_switch(message, where):
     need(len({bool(value) for value in given.values()}) < 2, f"{where}.{', '.join(given)}", "say different things; keep one")
     return all(given.values())
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #b8618d1f
 def check_record_switches(record, where):
     """Raises TranscriptError where a key of the whole `record` weighs it or switches training off: each message has such keys of its own.
 
@@ -339,7 +339,7 @@ def last_calls(messages):
     last = next((m for m in reversed(messages) if m["role"] == "assistant"), {})
     return [{key: call["function"][key] for key in ("name", "arguments")} for call in last.get("tool_calls") or ()]
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #b44270a5
 BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")  # of meta kind: transcripts of what is to be kept
 
 

@@ -28,8 +28,8 @@ from cbnb.transcripts.holdout import part, shared  # noqa: E402
 from cbnb.data.spans import find_spans  # noqa: E402
 from cbnb.masking.targets import training_mask  # noqa: E402
 from cbnb.masking.templates import MaskError  # noqa: E402
-from cbnb.transcripts.record import TranscriptError# noqa: E402
-from cbnb.transcripts.reader import read_transcripts
+from cbnb.transcripts.record import TranscriptError  # noqa: E402
+from cbnb.transcripts.reader import read_transcripts  # noqa: E402
 
 FILE = ROOT / "nbs" / "real_sources.md"
 
