@@ -62,7 +62,7 @@ def run_stage(place, way, data):
     `listed`, as `read`, with all transcripts in a list."""
     import cbnb.data.sources
     import cbnb.train.store
-    from cbnb.sweep.spec import run_settings
+    from cbnb.run.settings import run_settings
     from cbnb.data.streams import StreamReport
     cells = ["".join(cell["source"]) for cell in json.loads(TRAIN.read_text())["cells"] if cell["cell_type"] == "code"]
     names = {}

@@ -6,7 +6,7 @@ import pytest
 
 from cbnb.evaluate.adapters import another_base, find_adapters, rescore
 from cbnb.cli import main
-from cbnb.config import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.directory import RunError, read_lines
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.reader import write_transcripts

@@ -9,7 +9,8 @@ from train_common import few, little_data, load
 
 import cbnb.run.settings
 from cbnb.cli import main
-from cbnb.config import TINYAGENT, ConfigError, get_config
+from cbnb.config import ConfigError, get_config
+from cbnb.basics.places import TINYAGENT
 from cbnb.step.loaders import check_code, read_adapter, read_config
 from cbnb.step.models import load_model, load_tokenizer
 

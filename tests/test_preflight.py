@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 def other_model(folder, template=None, **settings):
     "A copy of the tiny agent in `folder` with other settings in its config.json, or another chat template; returns its path."
-    from cbnb.config import TINYAGENT
+    from cbnb.basics.places import TINYAGENT
     shutil.copytree(TINYAGENT, folder)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))

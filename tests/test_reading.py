@@ -16,7 +16,8 @@ from cbnb.transcripts import files, reader
 from cbnb.transcripts.reader import MAX_BAD, MAX_SKIPPED, read_transcripts, TooManyBad, write_transcripts
 from cbnb.sweep.spec import content_hash, read_notebook, read_spec
 from cbnb.cli import main
-from cbnb.config import TINYAGENT, ConfigError
+from cbnb.config import ConfigError
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.execute import read_notebook as read_notebook_text
 from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
 from cbnb.basics.reading import InputError, check_folder, open_regular, read_bytes, read_text, sha256

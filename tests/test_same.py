@@ -5,7 +5,7 @@ import json, os, shutil
 import pytest
 
 from cbnb.evaluate.adapters import find_adapters, questions_for
-from cbnb.config import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.directory import Run, RunError, read_status, write_json
 from cbnb.run.sealed import MANIFEST, seal
 from cbnb.train.same import MADE_FROM, made_from, transcripts_hash

@@ -14,7 +14,7 @@ def random_model(folder, **shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cbnb.config import TINYAGENT
+    from cbnb.basics.places import TINYAGENT
     from cbnb.step.models import load_tokenizer
     torch.manual_seed(0)
     given = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32) | shape

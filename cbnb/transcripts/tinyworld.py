@@ -9,9 +9,9 @@ __all__ = ['KEYS', 'PEOPLE', 'CITIES', 'MONTHS', 'COLOURS', 'FIELDS', 'READERS',
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #tinywrl3
 import json
-import os
 import random
 import zlib
+from pathlib import Path
 
 from .record import InjectionSpan, Transcript
 from .reader import write_transcripts
