@@ -102,8 +102,8 @@ def test_every_format_has_a_fixture_that_is_recognised():
 
 
 def test_formats_are_loaded_when_asked_and_a_format_of_ones_own_stays(monkeypatch):
-    """In the order of their pages, whatever was imported first; a user's format with the name of one that was not loaded
-    yet is not replaced by it."""
+    """The formats come in the order of their pages. A user's format with the name of one that was not loaded yet
+    is not replaced by it."""
     want = list(FILES)
     for room in reader.ROOMS:
         monkeypatch.delitem(sys.modules, room)
@@ -116,7 +116,8 @@ def test_formats_are_loaded_when_asked_and_a_format_of_ones_own_stays(monkeypatc
     for name in want[2:]: del registry[name]
     add_format(own)
     found = reader.known_formats()
-    assert found["codex"] is own and set(found) == set(want) and all(found[name].reads.__module__ in reader.ROOMS for name in want[2:-1])
+    assert found["codex"] is own and set(found) == set(want)
+    assert all(found[name].reads.__module__ in reader.ROOMS for name in want[2:-1])
 
 
 @pytest.mark.parametrize("name", FILES)
