@@ -63,7 +63,10 @@ with stage(run, "work"):
     hub = f"https://me:{key}@hub.invalid?token={token}"
     raise RuntimeError(f"401 for {hub} {' '.join(values)}")"""
 OPENED = """
-from cbnb.run.directory import *
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import append_metrics, write_result
+from cbnb.run.parameters import strict_parameters
+from cbnb.run.stages import set_status, stage
 run = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)"""
 
 

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from ..config import CircuitBreakerConfig
 from ..data.streams import COUNTS
 from ..report.figures import as_float, floor_limit, format_number
-from ..run.directory import Run, RunInterrupted, now, read_metrics, read_status, set_status
+from ..run.metrics import read_metrics
+from ..run.stages import Run, RunInterrupted, now, read_status, set_status
 from ..basics.terminal import error_text, say
 from .trainer import TERMS, NonFiniteLossError, log_line
 
