@@ -13,7 +13,7 @@ from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.run.directory import open_run
 from cbnb.run.stages import RunInterrupted, set_status, stage
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import train_breaker
 
 STEPS = 9

@@ -9,7 +9,7 @@ from cbnb.cli import main
 from cbnb.config import TINYAGENT
 from cbnb.run.metrics import read_lines
 from cbnb.basics.jsonfiles import RunError
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import write_transcripts
 from forked import cells
 from helpers import NBS

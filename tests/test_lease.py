@@ -17,15 +17,12 @@ from cbnb.sweep import jobs
 from cbnb.basics import lease
 from cbnb.basics.jsonfiles import RunError
 from cbnb.run.directory import open_run
-from cbnb.run.metrics import append_line, append_metrics
-from cbnb.run.stages import Run, read_status, set_status, still_running
+from cbnb.run.metrics import append_line, append_metrics, write_result
+from cbnb.run.stages import read_status, Run, set_status, stage, still_running
 
 FAST = """import os, sys, time, random
 from cbnb.basics import lease
-from cbnb.basics.jsonfiles import RunError
 from cbnb.run.directory import open_run
-from cbnb.run.metrics import append_metrics, write_result
-from cbnb.run.stages import set_status, stage
 lease.BEAT, lease.EXPIRY = 0.05, 3
 """
 WAYS = {"here": "", "elsewhere": "own = f'container {os.getpid()}'\nlease.namespace = lambda: own\n",

@@ -183,7 +183,7 @@ def in_process(folder, adapter):
     "Functions behind every command and notebook that load something of the model in `folder`, without the flag."
     from cbnb.evaluate.adapters import asked_model, find_adapters, masker_for
     from cbnb.preflight.plan import plan_lines
-    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
     name, given = str(folder), {"model": str(folder), "adapter": str(adapter), "eval_data": "tinyagent"}
@@ -223,7 +223,7 @@ def test_without_the_flag_no_code_runs(tmp_path, breaker, kind, monkeypatch):
 def test_with_the_flag_it_loads(tmp_path, breaker):
     "All but the processor, which nothing here needs."
     from cbnb.preflight.plan import plan_lines
-    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
     folder = plant(tmp_path / "trusted", "everything")

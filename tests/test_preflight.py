@@ -22,7 +22,7 @@ def quick():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "Transcripts to train on and held-out ones, a few of each kind: parameters of the page."
-    from cbnb.evaluate.tinyagent import KINDS, make_transcripts
+    from cbnb.transcripts.tinyworld import KINDS, make_transcripts
     from cbnb.transcripts.record import write_transcripts
     folder = tmp_path_factory.mktemp("data")
     write_transcripts(folder / "train.jsonl", [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 48 if kind == "injection" else 16)])

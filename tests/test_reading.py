@@ -22,7 +22,7 @@ from cbnb.basics.reading import InputError, check_folder, open_regular, read_byt
 from cbnb.basics.jsonfiles import RunError, read_json
 from cbnb.run.settings import template_source
 from cbnb.masking.templates import MaskError
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import TranscriptError, read_transcripts, write_transcripts
 
 PACKAGE, FIXTURES = Path(cbnb.__file__).parent, Path(__file__).parent / "fixtures"

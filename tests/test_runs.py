@@ -14,7 +14,7 @@ import pytest
 import cbnb
 from cbnb.basics.jsonfiles import RunError, read_json, write_json
 from cbnb.run.directory import open_run
-from cbnb.run.stages import read_status, stage
+from cbnb.run.stages import read_status, set_status, stage
 
 PACKAGE = Path(cbnb.__file__).resolve().parent
 
@@ -174,7 +174,6 @@ CHECK = """from cbnb.run.parameters import strict_parameters
 parameters = strict_parameters(globals())"""
 OPEN_RUN = """from cbnb.run.directory import open_run
 from cbnb.run.metrics import write_result
-from cbnb.run.stages import set_status
 run = open_run(parameters)
 write_result(run, {"beta_kl": beta_kl})
 set_status(run, "done")"""

@@ -11,7 +11,7 @@ from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.run.sealed import MANIFEST, seal
 from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
 from cbnb.run.status import run_rows
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import resume_point
 from cbnb.transcripts.record import write_transcripts
 from cbnb.report.verdicts import read_run

@@ -38,7 +38,7 @@ from .scores import check_readable, is_attack, without_question
 from ..run.settings import make_masker, model_facts, settings_of
 from ..data.sources import READING, Reading, listed, read_entry, reading_of
 from ..basics.terminal import first_line, warn
-from .tinyagent import write_data
+from ..transcripts.tinyworld import write_data
 from ..transcripts.record import Transcript, TranscriptError
 from ..basics.withheld import withhold
 

@@ -26,7 +26,7 @@ from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.run.directory import open_run
 from cbnb.run.metrics import read_metrics
-from cbnb.evaluate.tinyagent import write_data
+from cbnb.transcripts.tinyworld import write_data
 from cbnb.train.trainer import train_breaker
 
 with tempfile.TemporaryDirectory() as folder:

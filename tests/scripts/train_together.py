@@ -18,7 +18,7 @@ from cbnb.run.directory import open_run
 from cbnb.run.metrics import write_result
 from cbnb.run.stages import stage
 from cbnb.train.teacher_cache import open_cache
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import train_breaker
 
 torch.set_num_threads(1)
