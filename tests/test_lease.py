@@ -17,14 +17,12 @@ from cbnb.sweep import jobs
 from cbnb.basics import lease
 from cbnb.basics.jsonfiles import RunError
 from cbnb.run.directory import open_run
-from cbnb.run.metrics import append_line, append_metrics, write_result
-from cbnb.run.stages import read_status, Run, set_status, stage, still_running
+from cbnb.run.metrics import append_line, append_metrics
+from cbnb.run.stages import Run, read_status, set_status, still_running
 
-FAST = """import os, sys, time, random
-from cbnb.basics import lease
-from cbnb.run.directory import open_run
-lease.BEAT, lease.EXPIRY = 0.05, 3
-"""
+FAST = ("import os, sys, time, random\nfrom cbnb.basics import lease\nfrom cbnb.basics.jsonfiles import RunError\n"
+        "from cbnb.run.directory import open_run\nfrom cbnb.run.metrics import append_metrics, write_result\n"
+        "from cbnb.run.stages import set_status, stage\nlease.BEAT, lease.EXPIRY = 0.05, 3\n")
 WAYS = {"here": "", "elsewhere": "own = f'container {os.getpid()}'\nlease.namespace = lambda: own\n",
         "no links": "def refuse(*paths): raise PermissionError('no hard links here')\nos.link = refuse\n"}
 WORKER = """

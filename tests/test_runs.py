@@ -14,7 +14,7 @@ import pytest
 import cbnb
 from cbnb.basics.jsonfiles import RunError, read_json, write_json
 from cbnb.run.directory import open_run
-from cbnb.run.stages import read_status, set_status, stage
+from cbnb.run.stages import read_status, stage
 
 PACKAGE = Path(cbnb.__file__).resolve().parent
 
@@ -172,11 +172,8 @@ full: bool = False
 learning_rate: float | None = None"""
 CHECK = """from cbnb.run.parameters import strict_parameters
 parameters = strict_parameters(globals())"""
-OPEN_RUN = """from cbnb.run.directory import open_run
-from cbnb.run.metrics import write_result
-run = open_run(parameters)
-write_result(run, {"beta_kl": beta_kl})
-set_status(run, "done")"""
+OPEN_RUN = ("from cbnb.run.directory import open_run\nfrom cbnb.run.metrics import write_result\nfrom cbnb.run.stages import set_status\n"
+            "run = open_run(parameters)\nwrite_result(run, {'beta_kl': beta_kl})\nset_status(run, 'done')")
 
 
 def papermill(folder, *args, tags=("parameters",)):
