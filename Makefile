@@ -49,7 +49,7 @@ train: export OMP_NUM_THREADS ?= 1
 train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_DIR=runs/... can be set
 	@set -e; run='$(RUN_DIR)'; mkdir -p -m 700 "$$run"; n=1; while [ -e "$$run/out.$$n.ipynb" ]; do n=$$((n+1)); done; \
 	  $(RUN) -m papermill nbs/train.ipynb "$$run/out.$$n.ipynb" -p beta_kl $(BETA_KL) -p run_dir "$$run"; \
-	  $(RUN) -m cbnb.report.figures "$$run"
+	  $(RUN) -m cbnb.report "$$run"
 
 preflight: export OMP_NUM_THREADS ?= 1
 preflight: $(VENV)/.user  ## the review of that run before it is started: nbs/preflight.ipynb on the tiny agent; BETA_KL=0.3 can be set

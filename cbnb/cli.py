@@ -33,7 +33,12 @@ from .masking.masker import CONTROL_MODES, TOOL_CALL_FORMATS
 from .masking.policies import POLICIES
 from .basics.processes import world_size
 from .masking.templates import MaskError
-from .run.directory import ParameterError, RunError, full_disk_words, is_full_disk, read_record, refusal, safe_output
+from .run.directory import refusal
+from .run.parameters import ParameterError
+from .run.records import read_record
+from .basics.output import safe_output
+from .basics.disk import full_disk_words, is_full_disk
+from .basics.jsonfiles import RunError
 from .data.sources import open_source
 from .masking.targets import SIDES
 from .basics.terminal import ended, error_text, first_line, say, sentence, visible
@@ -284,7 +289,7 @@ def add_status(commands):
 
 def run_status(args):
     "Carries out `cbnb status`."
-    from cbnb.run.directory import runs_folder
+    from cbnb.run.code import runs_folder
     from cbnb.run.status import counted, run_folders, run_rows
     from cbnb.basics.numbers import duration
     rows = run_rows([run for folder in args.folders or [runs_folder()] for run in run_folders(folder)])

@@ -60,7 +60,7 @@ next_out() {
 state_of() {
     python - "$1" <<'PY'
 import sys
-from cbnb.run.directory import read_status, still_running
+from cbnb.run.stages import read_status, still_running
 status = read_status(sys.argv[1])
 state = status.get("state", "new")
 print("dead" if state == "running" and not still_running(sys.argv[1], status) else state)
@@ -93,7 +93,7 @@ preflight() {
     wait "$pid" || code=$?
     [ "$code" -ne 0 ] || return 0
     say "$run_dir: refused by the pre-flight, see $run_dir/preflight.ipynb"
-    python -m cbnb.run.directory close "$run_dir" "$code" >/dev/null
+    python -m cbnb.run close "$run_dir" "$code" >/dev/null
     return 1
 }
 
@@ -127,7 +127,7 @@ attempt() {
     rm -f "$run_dir/stop"
     state=$(state_of "$run_dir") || state=failed
     # papermill takes a killed kernel for a success: only the run's own word counts, and one that left none has failed
-    if [ "$state" != running ]; then state=$(python -m cbnb.run.directory close "$run_dir" "$code") || state=failed; fi
+    if [ "$state" != running ]; then state=$(python -m cbnb.run close "$run_dir" "$code") || state=failed; fi
     say "$run_dir: $state (exit status $code)"
     [ "$state" != "done" ] || return 0
     if [ "$state" = interrupted ] && [ -n "$stopping" ]; then requeue; fi

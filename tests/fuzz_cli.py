@@ -1,4 +1,4 @@
-"""Command lines made from the parsers of `cbnb` and `python -m cbnb.report.figures` themselves, and what must hold for each of them.
+"""Command lines made from the parsers of `cbnb` and `python -m cbnb.report` themselves, and what must hold for each of them.
 
 usage: fuzz_cli.py [LINES] [SEED] [FIRST]     runs LINES (2000) of SEED (0) from number FIRST (0) on and prints what does not hold
 
@@ -211,7 +211,7 @@ def options(action, rng, folder, mild):
     return [f"{flag}={given}"] if rng.random() < 0.4 else [flag, given]
 
 
-REPORT = "cbnb.report.figures"   # stands for `python -m cbnb.report.figures`
+REPORT = "cbnb.report"   # stands for `python -m cbnb.report`
 NEEDED = {"masks": ["good.jsonl", "--model", "tinyagent"], "spans": ["good.jsonl", "--wrappers"], "convert": ["good.jsonl", "new.jsonl"], "plan": ["--preset", "tinyagent"], "preflight": [], "train": [],
           "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"], "ablate": ["good.yaml", "--dry-run"], "status": ["runs"], "report": ["runs"], "fetch": ["a/b"]}
 

@@ -20,7 +20,8 @@ def cbnb(*arguments, runs, cwd=ROOT, timeout=600, **more):
 def toy(folder, body="pass", grid="{x: [1, 2]}"):
     "A spec with a notebook that needs no model, whose run carries out `body`."
     sources = ["x: float = 1.0\ntext: str = ''\nrun_dir: str = ''",
-               "import os, time, signal\nfrom cbnb.run.directory import *\nrun = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)\n"
+               "import os, time, signal\nfrom cbnb.run.directory import open_run\nfrom cbnb.run.parameters import strict_parameters\n"
+               "from cbnb.run.stages import RunInterrupted, set_status, stage, stop_requested\nrun = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)\n"
                f"with stage(run, 'work'):\n    {body}\nset_status(run, 'done')"]
     cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": ["parameters"] if i == 0 else []}, "source": s, "outputs": [], "execution_count": None}
              for i, s in enumerate(sources)]

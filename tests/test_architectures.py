@@ -15,7 +15,8 @@ from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.evaluation import evaluate
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.run.directory import open_run, read_metrics
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import read_metrics
 from cbnb.train.trainer import train_breaker
 from cbnb.transcripts.record import InjectionSpan, Transcript
 

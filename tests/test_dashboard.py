@@ -8,7 +8,10 @@ import pytest
 from helpers import NBS, code_cells, run
 from lab.labharness import CHROMIUM, RUN_ALL, CellError, Lab
 
-from cbnb.run.directory import append_metrics, open_run, read_metrics, read_status, set_status, write_json
+from cbnb.basics.jsonfiles import write_json
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import append_metrics, read_metrics
+from cbnb.run.stages import read_status, set_status
 from cbnb.widgets.dashboard import static_dashboard
 
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
@@ -20,7 +23,9 @@ from cbnb.config import config_to_dict, get_config
 from cbnb.data.streams import encode_stream
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
-from cbnb.run.directory import open_run, set_status, stage, write_json
+from cbnb.basics.jsonfiles import write_json
+from cbnb.run.directory import open_run
+from cbnb.run.stages import set_status, stage
 from cbnb.transcripts.tinyworld import make_transcripts
 from transformers.utils.logging import disable_progress_bar
 

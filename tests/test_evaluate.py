@@ -7,7 +7,8 @@ import pytest
 from cbnb.evaluate.adapters import another_base, find_adapters, rescore
 from cbnb.cli import main
 from cbnb.basics.places import TINYAGENT
-from cbnb.run.directory import RunError, read_lines
+from cbnb.run.metrics import read_lines
+from cbnb.basics.jsonfiles import RunError
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.reader import write_transcripts
 from forked import cells

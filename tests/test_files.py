@@ -259,7 +259,10 @@ def run_on_a_full_disk(disk):
     from cbnb.masking.masker import ChatMasker
     from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
     from cbnb.evaluate.reader import derive_reader
-    from cbnb.run.directory import RunError, open_run, read_lines, read_status, stage
+    from cbnb.run.directory import open_run
+    from cbnb.run.metrics import read_lines
+    from cbnb.run.stages import read_status, stage
+    from cbnb.basics.jsonfiles import RunError
     from cbnb.train.store import stored_stream
     small_disk(disk, 6 << 20)
     masker, config = ChatMasker(load_tokenizer("tinyagent")), get_config("tinyagent", batch_size=2)

@@ -109,7 +109,7 @@ def test_an_environment_that_does_not_name_the_engine(notebook, tmp_path):
         own = started(ours)
         nb = nbformat.read(notebook, as_version=4)
         nb.cells = [nbformat.v4.new_code_cell("seed: int = 0  # random", metadata={"tags": ["parameters"]}),
-                    nbformat.v4.new_code_cell("import cbnb.run.directory\ncbnb.runs.entry_points = lambda **_: []\ncbnb.runs.strict_parameters(globals())")]
+                    nbformat.v4.new_code_cell("import cbnb.run.parameters as p\np.entry_points = lambda **_: []\np.strict_parameters(globals())")]
         papermill.execute_notebook(nb, tmp_path / "plain.ipynb", {"seed": 1}, progress_bar=False)
         done = ended(*own, timeout=120)
     finally:

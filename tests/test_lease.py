@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 from forked import forked
 
+import cbnb
 from cbnb.sweep import jobs
-
 from cbnb.basics import lease
+from cbnb.basics.jsonfiles import RunError
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import append_line, append_metrics
+from cbnb.run.stages import Run, read_status, set_status, still_running
 
-from cbnb.run import directory as runs
-
-FAST = "import os, sys, time, random\nfrom cbnb.basics import lease\nfrom cbnb.run import directory as runs\nlease.BEAT, lease.EXPIRY = 0.05, 3\n"
+FAST = ("import os, sys, time, random\nfrom cbnb.basics import lease\nfrom cbnb.basics.jsonfiles import RunError\n"
+        "from cbnb.run.directory import open_run\nfrom cbnb.run.metrics import append_metrics, write_result\n"
+        "from cbnb.run.stages import set_status, stage\nlease.BEAT, lease.EXPIRY = 0.05, 3\n")
 WAYS = {"here": "", "elsewhere": "own = f'container {os.getpid()}'\nlease.namespace = lambda: own\n",
         "no links": "def refuse(*paths): raise PermissionError('no hard links here')\nos.link = refuse\n"}
 WORKER = """
@@ -87,47 +91,47 @@ def test_never_two_at_once(tmp_path, way):
 def test_a_container_is_heard_and_its_death_is_waited_for(tmp_path, monkeypatch):
     "Process numbers of another namespace mean nothing here: its renewals do."
     fast(monkeypatch)
-    other = python(FAST + "runs.open_run({}, run_dir=sys.argv[1])\nprint(flush=True)\ntime.sleep(60)", tmp_path / "run",
+    other = python(FAST + "open_run({}, run_dir=sys.argv[1])\nprint(flush=True)\ntime.sleep(60)", tmp_path / "run",
                    before=["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"])
     try:
         other.stdout.readline()
         record = lease.read_lease(tmp_path / "run" / ".lease")[0]
         assert record["namespace"] != lease.namespace() and lease.process_start(record["pid"]) != record["pid_started"]
-        with pytest.raises(runs.RunError, match="is running on"): runs.open_run({}, run_dir=tmp_path / "run")
-        assert runs.still_running(tmp_path / "run", runs.read_status(tmp_path / "run"))
+        with pytest.raises(RunError, match="is running on"): open_run({}, run_dir=tmp_path / "run")
+        assert still_running(tmp_path / "run", read_status(tmp_path / "run"))
     finally: other.kill(), other.wait()
-    assert runs.open_run({}, run_dir=tmp_path / "run").attempt == 2
-    runs.set_status(runs.Run(tmp_path / "run"), "done")
+    assert open_run({}, run_dir=tmp_path / "run").attempt == 2
+    set_status(Run(tmp_path / "run"), "done")
 
 
 def test_who_slept_too_long_writes_nothing_more(tmp_path, monkeypatch):
     "A job that is suspended on another node and goes on after its run was taken over."
     fast(monkeypatch)
     other = python(FAST + WAYS["elsewhere"] + """
-run = runs.open_run({}, run_dir=sys.argv[1])
+run = open_run({}, run_dir=sys.argv[1])
 print(flush=True)
 sys.stdin.readline()
-for act in (lambda: runs.append_metrics(run, {"step": 1}), lambda: runs.write_result(run, {}), lambda: runs.set_status(run, "done")):
+for act in (lambda: append_metrics(run, {"step": 1}), lambda: write_result(run, {}), lambda: set_status(run, "done")):
     try: act()
     except lease.Held as e: print(e, flush=True)
 try:
-    with runs.stage(run, "training"): pass
-except (lease.Held, runs.RunError) as e: print(e, flush=True)
+    with stage(run, "training"): pass
+except (lease.Held, RunError) as e: print(e, flush=True)
 """, tmp_path)
     try:
         other.stdout.readline()
         other.send_signal(signal.SIGSTOP)
-        run = runs.open_run({}, run_dir=tmp_path)
+        run = open_run({}, run_dir=tmp_path)
         assert run.attempt == 2
-        runs.append_metrics(run, {"step": 5})
+        append_metrics(run, {"step": 5})
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file() and p.name != ".lease"}
         other.send_signal(signal.SIGCONT)
         said = other.communicate("go\n", timeout=60)[0].strip().splitlines()
         assert len(said) == 5 and all("was taken over by" in line for line in said[:3]) and "is running on" in said[-1], said
         assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file() and p.name != ".lease"}
-        runs.append_metrics(run, {"step": 6})
+        append_metrics(run, {"step": 6})
     finally: other.kill(), other.wait()
-    runs.set_status(runs.Run(tmp_path), "done")
+    set_status(Run(tmp_path), "done")
 
 
 NOTEBOOK = {"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "execution_count": None, "outputs": [],
@@ -142,7 +146,7 @@ def as_user(number, work, runs_at):
         os.setgid(number), os.setuid(number)
         os.umask(0o022)
         try: print(work())
-        except (runs.RunError, lease.NotOwn) as e: print(f"refused: {e}")
+        except (RunError, lease.NotOwn) as e: print(f"refused: {e}")
     return forked(act, cwd="/", env={"PATH": os.environ["PATH"], "CBNB_RUNS": str(runs_at), "HOME": "/nonexistent"}).stdout
 
 
@@ -177,32 +181,32 @@ def test_a_folder_of_two_users(shared, mode):
         for p in path.iterdir(): p.chmod(0o666)
         return path
     planted = as_user(mallory, plant, shared / "runs").strip()
-    for call in (lambda: jobs.ablate(shared / "toy.yaml", local=1), lambda: jobs.run_command(Path(planted)), lambda: runs.open_run({"seed": 0}, run_dir=planted)):
+    for call in (lambda: jobs.ablate(shared / "toy.yaml", local=1), lambda: jobs.run_command(Path(planted)), lambda: open_run({"seed": 0}, run_dir=planted)):
         assert "belongs to another user" in as_user(victim, call, shared / "runs")
 
     # a link in the place of the lock, of the metrics, of the run itself
     (shared / "precious").write_text("precious")
     os.chown(shared / "precious", victim, victim)
-    def mine(): return runs.open_run({"seed": 1}, run_dir=shared / "runs" / "mine").path
+    def mine(): return open_run({"seed": 1}, run_dir=shared / "runs" / "mine").path
     as_user(victim, mine, shared / "runs")
     mine_at = shared / "runs" / "mine"
     mine_at.chmod(0o777)
-    assert "others can write to" in as_user(victim, lambda: runs.open_run({"seed": 1}, run_dir=mine_at), shared / "runs")
+    assert "others can write to" in as_user(victim, lambda: open_run({"seed": 1}, run_dir=mine_at), shared / "runs")
     for name in (".lease", ".lock"):
         (mine_at / name).unlink(missing_ok=True)
         (mine_at / name).symlink_to(shared / "precious")
         said = as_user(victim, lambda: lease.take_lease(mine_at, name), shared / "runs")
         assert "Held" in said or "no lease that can be read" in said, said
     (mine_at / "metrics.jsonl").symlink_to(shared / "precious")
-    assert "OSError" in as_user(victim, lambda: runs.append_line(mine_at / "metrics.jsonl", {"step": 1}), shared / "runs")
+    assert "OSError" in as_user(victim, lambda: append_line(mine_at / "metrics.jsonl", {"step": 1}), shared / "runs")
     assert (shared / "precious").read_text() == "precious"
 
     # a day's folder is nobody's own
-    def fresh(): return runs.open_run({"seed": 2}).path
+    def fresh(): return open_run({"seed": 2}).path
     first, second = (as_user(who, fresh, shared / "runs").strip() for who in (mallory, victim))
     assert Path(first).parent == Path(second).parent and first != second, (first, second)
 
 
 def test_no_module_asks_for_file_locks():
     "`flock` is refused by some file systems, and holds in one kernel only: nothing here counts on it."
-    for path in Path(runs.__file__).parent.rglob("*.py"): assert "fcntl" not in path.read_text(), path
+    for path in Path(cbnb.__file__).parent.rglob("*.py"): assert "fcntl" not in path.read_text(), path

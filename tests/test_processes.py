@@ -5,7 +5,8 @@ from pathlib import Path
 import nbformat, pytest
 
 from helpers import BIN, NBS, ROOT, run
-from cbnb.run.directory import read_lines, write_json
+from cbnb.run.metrics import read_lines
+from cbnb.basics.jsonfiles import write_json
 from forked import cells as one_process
 from train_common import few, load, metrics
 

@@ -273,7 +273,7 @@ def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path):
     folder = next(venv.glob("lib/python3*/site-packages"))
     (folder / "shared.pth").write_text(f"{Path(numpy.__file__).parent.parent}\n")      # what cbnb needs; that folder's own .pth files are not read
     env = {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
-    program = "import cbnb, cbnb.config as c, cbnb.run.directory as r; print(cbnb.__file__, c.TINYAGENT.is_dir(), r.code_state()['version'])"
+    program = "import cbnb, cbnb.config as c, cbnb.run.code as r; print(cbnb.__file__, c.TINYAGENT.is_dir(), r.code_state()['version'])"
     (elsewhere := tmp_path / "elsewhere" / "cbnb").mkdir(parents=True)
     for where in (tmp_path, elsewhere.parent, elsewhere, clone):
         found = run(venv / "bin" / "python", "-c", program, cwd=where, env=env)
@@ -346,7 +346,7 @@ def test_make_train_passes_beta_and_guards_the_kernel(tmp_path):
     folder = tmp_path / "run"
     said = make("train", tmp_path, "BETA_KL=0.1", f"RUN_DIR={folder}", env={"JUPYTER_PATH": "/somewhere", "PYTHONPATH": "/elsewhere", "PYTHONDONTWRITEBYTECODE": "1"})
     assert f"args: -m papermill nbs/train.ipynb {folder}/out.1.ipynb -p beta_kl 0.1 -p run_dir {folder}" in said
-    assert f"args: -m cbnb.report.figures {folder}" in said
+    assert f"args: -m cbnb.report {folder}" in said
     assert "JUPYTER_PREFER_ENV_PATH=1" in said and "/somewhere" not in said and "/elsewhere" not in said and "DONTWRITE" not in said
     assert "-p beta_kl 0.3" in make("train", tmp_path, f"RUN_DIR={folder}")
 

@@ -21,7 +21,7 @@ from cbnb.basics.places import TINYAGENT
 from cbnb.run.execute import read_notebook as read_notebook_text
 from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
 from cbnb.basics.reading import InputError, check_folder, open_regular, read_bytes, read_text, sha256
-from cbnb.run.directory import RunError, read_json
+from cbnb.basics.jsonfiles import RunError, read_json
 from cbnb.run.settings import template_source
 from cbnb.masking.templates import MaskError
 from cbnb.transcripts.tinyworld import make_transcripts

@@ -12,10 +12,13 @@ from cbnb.evaluate.answers import kept_lines
 from cbnb.cli import main
 from cbnb.config import ConfigError
 from cbnb.sweep.jobs import action, sweep_rows
-from cbnb.run.records import RECORDS, fault
+from cbnb.run.records import fault, read_record, RECORDS
 from cbnb.report.figures import describe_run
 from cbnb.basics.lease import identity, process_start
-from cbnb.run.directory import RunError, close_run, read_metrics, read_record, read_status, write_json
+from cbnb.run.directory import close_run
+from cbnb.run.metrics import read_metrics
+from cbnb.run.stages import read_status
+from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.train.same import made_from
 from cbnb.run.settings import kept_template
 from cbnb.run.status import run_folders, run_rows, run_table

@@ -151,8 +151,8 @@ def test_the_module_needs_no_torch():
 
 
 @pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["ascii", "C"])
-@pytest.mark.parametrize("command", [("cbnb.report.figures", "RUN"), ("cbnb.cli", "status", "RUN"), ("cbnb.cli", "train", "--help"), ("cbnb.cli", "masks", "--help"),
-                                     ("cbnb.cli", "train", "--no-such-flag", "−"), ("cbnb.run.directory", "close", "RUN", "1")], ids=" ".join)
+@pytest.mark.parametrize("command", [("cbnb.report", "RUN"), ("cbnb.cli", "status", "RUN"), ("cbnb.cli", "train", "--help"), ("cbnb.cli", "masks", "--help"),
+                                     ("cbnb.cli", "train", "--no-such-flag", "−"), ("cbnb.run", "close", "RUN", "1")], ids=" ".join)
 def test_a_terminal_that_cannot_print_everything(command, env, tmp_path):
     "A figure's minus sign, a help text's bars and a user's folder are written as well as the terminal can; nothing ends in a UnicodeEncodeError."
     run = tmp_path / "läufe − 1"
@@ -165,9 +165,9 @@ def test_a_terminal_that_cannot_print_everything(command, env, tmp_path):
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, env={k: v for k, v in os.environ.items() if k != "PYTHONUTF8"} | env)
     said = (done.stdout + done.stderr).decode("ascii")
     assert "UnicodeEncodeError" not in said and "Traceback" not in said and done.returncode == (2 if "--no-such-flag" in command else 0), said
-    if command[0] == "cbnb.report.figures": assert "3.10e-4" in said and "cosine -0.1 -> 0" in said
+    if command[0] == "cbnb.report": assert "3.10e-4" in said and "cosine -0.1 -> 0" in said
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "cbnb.report.figures", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cbnb.report", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "give a run directory" in done.stderr and "Traceback" not in done.stderr

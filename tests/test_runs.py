@@ -1,4 +1,4 @@
-"""What a notebook cannot show of cbnb.run.directory and cbnb.config: crashes, several processes, real papermill, a real git repository."""
+"""What a notebook cannot show of the room cbnb.run and cbnb.config: crashes, several processes, real papermill, a real git repository."""
 import json
 import os
 import shutil
@@ -12,7 +12,9 @@ import nbformat
 import pytest
 
 import cbnb
-from cbnb.run import directory as runs
+from cbnb.basics.jsonfiles import RunError, read_json, write_json
+from cbnb.run.directory import open_run
+from cbnb.run.stages import read_status, stage
 
 PACKAGE = Path(cbnb.__file__).resolve().parent
 
@@ -30,12 +32,12 @@ def python(code, *args, **kwargs):
 
 
 def test_no_notebook_is_recorded_outside_of_a_kernel(tmp_path):
-    out, err = python("from cbnb.run.recorder import record_notebook; from cbnb.run.directory import Run; from pathlib import Path; "
+    out, err = python("from cbnb.run.recorder import record_notebook; from cbnb.run.stages import Run; from pathlib import Path; "
                       f"print(record_notebook(Run(Path({str(tmp_path)!r}))))").communicate()
     assert out.strip() == "None" and not list(tmp_path.iterdir()), err
 
 
-@pytest.mark.parametrize("module", ["cbnb.config", "cbnb.run.directory"])
+@pytest.mark.parametrize("module", ["cbnb.config", "cbnb.run.directory", "cbnb.run.__main__"])
 def test_import_is_light(module):
     out, err = python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])").communicate()
     assert out.strip() == "[]", err
@@ -46,56 +48,56 @@ def test_import_is_light(module):
 
 def test_failed_rename_leaves_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "status.json"
-    runs.write_json(path, {"state": "running"})
+    write_json(path, {"state": "running"})
 
     def broken(*args): raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError): runs.write_json(path, {"state": "done"})
-    assert runs.read_json(path) == {"state": "running"} and [p.name for p in tmp_path.iterdir()] == ["status.json"]
+    with pytest.raises(OSError): write_json(path, {"state": "done"})
+    assert read_json(path) == {"state": "running"} and [p.name for p in tmp_path.iterdir()] == ["status.json"]
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_kill_in_the_middle_of_write_json(tmp_path, where):
-    run = runs.open_run({"seed": 0}, run_dir=tmp_path / "run")
-    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom cbnb.run import directory as runs\n"
+    run = open_run({"seed": 0}, run_dir=tmp_path / "run")
+    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom cbnb.run.stages import Run, set_status\n"
             f"os.{where} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "runs.set_status(runs.Run(Path(sys.argv[1])), 'done')")
+            "set_status(Run(Path(sys.argv[1])), 'done')")
     child = python(code, run.path)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
-    assert runs.read_status(run.path)["state"] == "running"        # the old file, whole
-    assert runs.open_run({"seed": 0}, run_dir=run.path).attempt == 2   # and the litter does not stop the next attempt
+    assert read_status(run.path)["state"] == "running"        # the old file, whole
+    assert open_run({"seed": 0}, run_dir=run.path).attempt == 2   # and the litter does not stop the next attempt
 
 
 def test_readers_never_see_a_torn_status(tmp_path):
-    run = runs.open_run({"seed": 0}, run_dir=tmp_path / "run")
-    child = python("import sys\nfrom pathlib import Path\nfrom cbnb.run import directory as runs\nrun = runs.Run(Path(sys.argv[1]))\nprint('go', flush=True)\n"
-                   "for i in range(300): runs.set_status(run, 'running', note='x' * (i * 37 % 5000))", run.path)
+    run = open_run({"seed": 0}, run_dir=tmp_path / "run")
+    child = python("import sys\nfrom pathlib import Path\nfrom cbnb.run.stages import Run, set_status\nrun = Run(Path(sys.argv[1]))\nprint('go', flush=True)\n"
+                   "for i in range(300): set_status(run, 'running', note='x' * (i * 37 % 5000))", run.path)
     assert child.stdout.readline() == "go\n"
     seen = 0
     while child.poll() is None:
-        assert runs.read_status(run.path)["state"] == "running"
+        assert read_status(run.path)["state"] == "running"
         seen += 1
     assert child.returncode == 0 and seen > 0
 
 
 def test_failed_stage_survives_a_full_disk(tmp_path, monkeypatch):
-    run = runs.open_run({"seed": 0}, run_dir=tmp_path / "run")
+    run = open_run({"seed": 0}, run_dir=tmp_path / "run")
 
     def full(*args): raise OSError(28, "No space left on device")
 
     with pytest.raises(ZeroDivisionError):
-        with runs.stage(run, "train"):
+        with stage(run, "train"):
             monkeypatch.setattr(os, "replace", full)
             1 / 0
 
 
 # --- several processes ----------------------------------------------------------------------------------------------------------------
 
-OPEN = ("import sys\nfrom cbnb.run import directory as runs\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-        "try: print('run', runs.open_run({'seed': 0}, run_dir=sys.argv[1] or None).path, flush=True)\n"
-        "except runs.RunError as e: print('error', e, flush=True)\n"
+OPEN = ("import sys\nfrom cbnb.basics.jsonfiles import RunError\nfrom cbnb.run.directory import open_run\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        "try: print('run', open_run({'seed': 0}, run_dir=sys.argv[1] or None).path, flush=True)\n"
+        "except RunError as e: print('error', e, flush=True)\n"
         "sys.stdin.readline()")
 
 
@@ -113,7 +115,7 @@ def race(run_dir, n=6):
 def test_direct_runs_never_share_a_folder(tmp_path):
     answers = race("")
     assert all(kind == "run" for kind, _ in answers) and len({path for _, path in answers}) == len(answers)
-    assert all(runs.read_status(path.strip())["attempt"] == 1 for _, path in answers)
+    assert all(read_status(path.strip())["attempt"] == 1 for _, path in answers)
 
 
 def test_one_process_gets_an_explicit_folder(tmp_path):
@@ -126,10 +128,10 @@ def test_killed_run_is_resumed(tmp_path):
     child = python(OPEN, tmp_path / "job")
     child.stdin.write("go\n"), child.stdin.flush()
     assert child.stdout.readline() == "ready\n" and child.stdout.readline().startswith("run")
-    with pytest.raises(runs.RunError, match="is running on"): runs.open_run({"seed": 0}, run_dir=tmp_path / "job")
+    with pytest.raises(RunError, match="is running on"): open_run({"seed": 0}, run_dir=tmp_path / "job")
     child.kill()
     child.wait()
-    assert runs.open_run({"seed": 0}, run_dir=tmp_path / "job").attempt == 2
+    assert open_run({"seed": 0}, run_dir=tmp_path / "job").attempt == 2
 
 
 # --- which code ran ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_code_state_in_a_real_repository(tmp_path):
     def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path / "repo", check=True, capture_output=True)
 
     def state():
-        child = python("import json, cbnb.run.directory as r; print(json.dumps(r.code_state()))", cwd=tmp_path / "repo",
+        child = python("import json, cbnb.run.code as r; print(json.dumps(r.code_state()))", cwd=tmp_path / "repo",
                        env={**os.environ, "PYTHONPATH": str(tmp_path / "repo"), "PYTHONDONTWRITEBYTECODE": "1"})
         out, err = child.communicate()
         return json.loads(out)
@@ -168,12 +170,10 @@ seed: int = 0
 target_layers: str = "1,2"
 full: bool = False
 learning_rate: float | None = None"""
-CHECK = """from cbnb.run.directory import strict_parameters
+CHECK = """from cbnb.run.parameters import strict_parameters
 parameters = strict_parameters(globals())"""
-OPEN_RUN = """from cbnb.run.directory import open_run, set_status, write_result
-run = open_run(parameters)
-write_result(run, {"beta_kl": beta_kl})
-set_status(run, "done")"""
+OPEN_RUN = ("from cbnb.run.directory import open_run\nfrom cbnb.run.metrics import write_result\nfrom cbnb.run.stages import set_status\n"
+            "run = open_run(parameters)\nwrite_result(run, {'beta_kl': beta_kl})\nset_status(run, 'done')")
 
 
 def papermill(folder, *args, tags=("parameters",)):
@@ -192,8 +192,8 @@ def test_papermill_with_good_parameters(tmp_path):
                            "-p", "learning_rate", "1e-4")
     assert rc == 0, err
     [run] = (tmp_path / "runs").glob("*/train-*")
-    assert runs.read_json(run / "params.json") == {"beta_kl": 1.0, "seed": 10, "target_layers": "2", "full": True, "learning_rate": 1e-4}
-    assert runs.read_status(run)["state"] == "done" and runs.read_json(run / "result.json") == {"beta_kl": 1.0}
+    assert read_json(run / "params.json") == {"beta_kl": 1.0, "seed": 10, "target_layers": "2", "full": True, "learning_rate": 1e-4}
+    assert read_status(run)["state"] == "done" and read_json(run / "result.json") == {"beta_kl": 1.0}
     assert (run / "notebook.ipynb").read_text() == (tmp_path / "train.ipynb").read_text()
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from cbnb.evaluate.adapters import find_adapters, questions_for
 from cbnb.basics.places import TINYAGENT
-from cbnb.run.directory import Run, RunError, read_status, write_json
+from cbnb.run.stages import Run, read_status
+from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.run.sealed import MANIFEST, seal
 from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
 from cbnb.run.status import run_rows

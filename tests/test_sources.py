@@ -105,7 +105,7 @@ def test_skipping_is_told_in_the_run_its_report_and_its_card(tmp_path):
 def test_an_evaluation_reads_as_its_run_did(tmp_path):
     "Unless it is told otherwise; a setting that cannot be is refused before anything is loaded."
     from cbnb.evaluate.adapters import Adapter, checked, questions_for, reading_for
-    from cbnb.run.directory import RunError
+    from cbnb.basics.jsonfiles import RunError
     run = Adapter("r", None, tmp_path, {"data": str(broken_file(tmp_path)), "on_error": "skip", "tools": ""})
     assert len(questions_for([run], f"{tmp_path}/*.jsonl:openai@0.5")) == 24
     with pytest.raises(TranscriptError): questions_for([run], f"{tmp_path}/some.jsonl", reading_for([run], on_error="raise"))

@@ -142,7 +142,9 @@ def test_the_savings_leave_out_what_they_say(monkeypatch):
 
 
 def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_path, monkeypatch):
-    from cbnb.run.directory import Run, read_metrics, write_json
+    from cbnb.run.metrics import read_metrics
+    from cbnb.run.stages import Run
+    from cbnb.basics.jsonfiles import write_json
     from cbnb.train.trainer import train_breaker
     asked, right = [], CircuitBreaker.forward  # the first to ask is the rounding floor, before the first step
     def forward(self, *args):
@@ -165,7 +167,9 @@ def test_a_log_line_at_beta_0_measures_the_kl_and_the_steps_between_do_not(tmp_p
 
 def test_training_with_the_teacher_cache_is_the_same_and_runs_no_teacher(tmp_path, monkeypatch):
     import cbnb.train.breaker
-    from cbnb.run.directory import Run, read_metrics, write_json
+    from cbnb.run.metrics import read_metrics
+    from cbnb.run.stages import Run
+    from cbnb.basics.jsonfiles import write_json
     from cbnb.train.teacher_cache import open_cache
     from cbnb.train.trainer import train_breaker
     harmful, benign = map(list, zip(*pairs()))

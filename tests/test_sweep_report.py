@@ -11,7 +11,7 @@ from scipy import stats
 
 from cbnb.basics.files import quoted_cell
 from cbnb.basics.lease import identity
-from cbnb.run.directory import write_json
+from cbnb.basics.jsonfiles import write_json
 from cbnb.report.sweep import DOSE, dose_response, groups, sweep_figures, write_report_files
 from cbnb.report.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, SEEDS, Sweep, advice, read_sweep, specimen_run, verdicts,
                            write_specimen)

@@ -136,7 +136,7 @@ def test_a_kernel_tells_errors_in_bounds():
 def project(tmp_path):
     """A project's folder with a train.ipynb whose cell raises a library's error, and a preflight.ipynb whose review
     refuses."""
-    shown = "from cbnb.run.directory import strict_parameters\nstrict_parameters(globals())\n"
+    shown = "from cbnb.run.parameters import strict_parameters\nstrict_parameters(globals())\n"
     cells = {"train": [f"raise RuntimeError('no such block: {EVIL[:-2].encode('unicode_escape').decode()}')"],
              "preflight": ["from pathlib import Path\nfrom cbnb.preflight.checks import Check, Page, Point\n"
                            "page = Page(Path(run_dir) / 'preflight.json', {}, {})\n"

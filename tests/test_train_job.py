@@ -99,7 +99,7 @@ def test_every_setting_is_a_parameter():
     from dataclasses import fields
 
     from cbnb.config import CircuitBreakerConfig
-    from cbnb.run.directory import annotated_lines
+    from cbnb.run.parameters import annotated_lines
     (cell,) = [c for c in code_cells(NBS / "train.ipynb") if "parameters" in c.metadata.get("tags", ())]
     assert {f.name for f in fields(CircuitBreakerConfig)} <= set(annotated_lines(cell.source))
     assert all("  # " in line for line in cell.source.splitlines()), "each parameter says what it means"

@@ -62,9 +62,9 @@ with stage(run, "work"):
     key, token = os.environ["AWS_SECRET_ACCESS_KEY"], quote(os.environ["HF_TOKEN"])
     hub = f"https://me:{key}@hub.invalid?token={token}"
     raise RuntimeError(f"401 for {hub} {' '.join(values)}")"""
-OPENED = """
-from cbnb.run.directory import *
-run = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)"""
+OPENED = ("\nfrom cbnb.run.directory import open_run\nfrom cbnb.run.metrics import append_metrics, write_result\n"
+          "from cbnb.run.parameters import strict_parameters\nfrom cbnb.run.stages import set_status, stage\n"
+          "run = open_run(strict_parameters(globals()), name='toy', run_dir=run_dir or None)")
 
 
 def spellings(value):

@@ -30,8 +30,10 @@ from ..basics.processes import from_first
 from .reader import AnswerReader, derive_reader
 from ..basics.reading import read_text
 from ..report.figures import results_of, write_run_report
-from ..run.records import fault
-from ..run.directory import Run, RunError, read_record, read_status, to_plain, write_bytes, write_json
+from ..run.records import fault, read_record
+from ..run.stages import Run, read_status
+from ..basics.files import write_bytes
+from ..basics.jsonfiles import RunError, to_plain, write_json
 from ..train.same import differences, made_from, model_hashes, named, surroundings, tell_changes
 from .scores import check_readable, is_attack, without_question
 from ..data.sources import READING, Reading, listed, read_entry, reading_of

@@ -19,7 +19,7 @@ from ..masking.masker import ChatMasker
 from ..step.models import is_in_parts
 from ..basics.processes import from_first, gathered, is_first, rank, share_of
 from .reader import AnswerReader
-from ..run.directory import append_line, read_lines
+from ..run.metrics import append_line, read_lines
 from .scores import group_of, injected_texts, plain, rates, score
 from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from ..run.directory import code_state, refusal, scrub, to_plain, write_json
+from ..run.directory import refusal
+from ..run.code import code_state
+from ..basics.withheld import scrub
+from ..basics.jsonfiles import to_plain, write_json
 from ..basics.terminal import error_text, say, visible
 
 # %% ../../nbs/preflight/00_checks.ipynb #fc833e79
@@ -117,7 +120,7 @@ def summary_text(record: dict) -> str:
 
 def preflight_record(checks, parameters: dict, settings: dict, code: dict, seconds: float) -> dict:
     """What preflight.json holds: verdict, checks (name, verdict, points, figures), the parameters and settings that were checked, the version, source hash and
-    commit of the `code` (see `cbnb.run.directory.code_state`), and how long it took."""
+    commit of the `code` (see `cbnb.run.code.code_state`), and how long it took."""
     made = [{"name": c.name, "verdict": c.verdict, "points": [{"verdict": p.verdict, "text": p.text} for p in c.points], "figures": to_plain(c.figures)} for c in checks]
     return {"verdict": worst(checks), "checks": made, "parameters": parameters, "settings": settings, "seconds": round(seconds, 1),
             **{k: code[k] for k in ("version", "source", "commit")}}

@@ -21,8 +21,8 @@ from ..config import CircuitBreakerConfig, coefficients
 from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import Point, judged
 from .probe import WINS, Outlook, Probe
-from ..report.figures import as_float, curves, floor_limit, mime_bundle
-from ..basics.numbers import duration, format_number, size_words
+from ..report.figures import as_float, curves, mime_bundle
+from ..basics.numbers import duration, floor_limit, format_number, size_words
 from ..train.trainer import KEPT, TERMS
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #15d4fc5c

@@ -26,7 +26,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..basics.numbers import floor_limit, format_number, rate_interval
-from ..run.directory import RunError, read_metrics, read_record, read_status, runs_folder, safe_output, write_bytes
+from ..run.metrics import read_metrics
+from ..run.stages import read_status
+from ..run.code import runs_folder
+from ..run.records import read_record
+from ..basics.files import write_bytes
+from ..basics.output import safe_output
+from ..basics.jsonfiles import RunError
 from ..basics.terminal import ended, say, sentence, visible
 from ..basics.withheld import withhold
 
@@ -175,7 +181,7 @@ def alarm_lines(alarms) -> list[str]:
 
 # %% ../../nbs/report/00_figures.ipynb #b71deae6
 def figure_lines(path) -> list[str]:
-    "The table and the notes of `path`/result.json, lines for a terminal; none without one, or where it has no figures. Raises RunError as `cbnb.run.directory.read_record`."
+    "The table and the notes of `path`/result.json, lines for a terminal; none without one, or where it has no figures. Raises RunError as `cbnb.run.records.read_record`."
     result = read_record(Path(path) / "result.json") or {}
     if not (results := results_of(result)): return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
@@ -197,24 +203,20 @@ def describe_run(path) -> str:
 
 # %% ../../nbs/report/00_figures.ipynb #rep00001
 def main(argv=None) -> int:
-    """`python -m cbnb.report.figures RUN_DIR ...`: prints what `describe_run` says of the folders in `argv` (default: the program's arguments); returns the exit status, 2
+    """`python -m cbnb.report RUN_DIR ...`: prints what `describe_run` says of the folders in `argv` (default: the program's arguments); returns the exit status, 2
     where one of them is no run or cannot be read, which is said in a sentence."""
     safe_output()
     folders = sys.argv[1:] if argv is None else argv
     def describe():
-        if not folders: raise RunError("usage: python -m cbnb.report.figures RUN_DIR ...")
+        if not folders: raise RunError("usage: python -m cbnb.report RUN_DIR ...")
         wrong = []
         for folder in folders:
             try: say(*describe_run(folder).split("\n"))
             except (RunError, OSError) as e: wrong.append(e)
-        for e in wrong[:-1]: say(f"cbnb.report.figures: {sentence(e, folders)}", file=sys.stderr)
+        for e in wrong[:-1]: say(f"cbnb.report: {sentence(e, folders)}", file=sys.stderr)
         if wrong: raise wrong[-1]
         return 0
-    return ended(describe, "cbnb.report.figures", (RunError, ValueError, OSError), folders)
-
-# %% ../../nbs/report/00_figures.ipynb #451ebf8c
-if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
+    return ended(describe, "cbnb.report", (RunError, ValueError, OSError), folders)
 
 # %% ../../nbs/report/00_figures.ipynb #2abb9e40
 def as_float(value) -> float:

@@ -32,7 +32,9 @@ from cbnb.report.figures import (
 from ..basics.numbers import format_number
 from ..basics.files import quoted_frame, write_bytes, write_files
 from ..basics.reading import sha256
-from ..run.directory import RunError, json_text, log_rows, read_json, runs_folder
+from ..run.metrics import log_rows
+from ..run.code import runs_folder
+from ..basics.jsonfiles import RunError, json_text, read_json
 from ..basics.terminal import visible
 from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
                            GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)

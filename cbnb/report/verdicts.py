@@ -28,8 +28,11 @@ from scipy.special import stdtrit
 from ..basics.files import write_bytes
 from .figures import alarm_lines, as_float, series
 from ..basics.numbers import format_number
-from ..run.records import fault
-from ..run.directory import RunError, check_name, holds, log_rows, read_record, read_status, still_running, write_json
+from ..run.records import fault, read_record
+from ..run.directory import check_name
+from ..run.metrics import log_rows
+from ..run.stages import read_status, still_running
+from ..basics.jsonfiles import RunError, holds, write_json
 from ..run.status import folders_in
 from ..basics.terminal import visible
 

@@ -25,12 +25,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .spec import check_start, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
-from ..basics.files import named
+from ..basics.files import named, write_bytes
 from ..run.status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from ..basics.lease import Held, NotOwn, check_own, give_back, take_lease
 from ..basics.reading import read_text
-from ..run.directory import (Run, RunError, close_run, code_state, fresh_folder, named_state, now, parameters_hash, read_record,
-                       read_status, set_status, still_running, write_bytes, write_json)
+from ..run.directory import close_run, fresh_folder
+from ..run.stages import Run, named_state, now, read_status, set_status, still_running
+from ..run.code import code_state
+from ..run.parameters import parameters_hash
+from ..run.records import read_record
+from ..basics.jsonfiles import RunError, write_json
 from ..basics.terminal import say, visible
 
 # %% ../../nbs/sweep/01_jobs.ipynb #26878996

@@ -32,7 +32,7 @@ from cbnb.config import (
     nearest,
 )
 from ..basics.places import PACKAGE, TINYAGENT
-from ..basics.files import check_output
+from ..basics.files import check_output, write_bytes
 from ..transcripts.holdout import heldout_kinds
 from ..basics.lease import NotOwn, check_own
 from ..basics.reading import InputError, read_text
@@ -41,9 +41,17 @@ from ..data.sources import READING, absolute_entry, check_reading, entry_paths, 
 from ..basics.terminal import ended
 from ..transcripts.record import TranscriptError
 from ..run.settings import check_data, check_processes, is_source, model_facts, PUBLISHED, RUN_ONLY, run_settings, settings_of, template_source, template_values
-from ..run.directory import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
-                       parameters_hash, project_root, read_record, refuse_secrets, runs_folder, safe_output, scrub, set_status, source_hash, write_bytes,
-                       write_json)
+from ..run.directory import HOW_STARTED, check_name
+from ..run.stages import Run, set_status
+from ..run.code import code_state, project_root, runs_folder, source_hash
+from cbnb.run.parameters import (
+    ParameterError, annotated_lines, convert_parameter, parameter_types, parameters_hash, refuse_secrets,
+)
+from ..run.records import read_record
+from ..basics.withheld import scrub
+from ..basics.output import safe_output
+from ..basics.jsonfiles import RunError, write_json
+
 
 # %% ../../nbs/sweep/00_spec.ipynb #8b764ff1
 @dataclass(frozen=True)
@@ -294,7 +302,7 @@ def notebook_hash(path):
 # %% ../../nbs/sweep/00_spec.ipynb #20d8bf3f
 def run_key(parameters, notebook, code, cache):
     """`{key, parameters, data, code, notebook}`, 64 hex digits each; `key` is over the other four. `notebook` and `code` are the hashes of the notebook
-    and of the package's source (`cbnb.run.directory.source_hash`)."""
+    and of the package's source (`cbnb.run.code.source_hash`)."""
     parts = {"parameters": parameters_hash(parameters), "data": data_hash(parameters, cache), "code": code, "notebook": notebook}
     return {"key": parameters_hash(parts), **parts}
 
@@ -380,7 +388,7 @@ def check_start(path):
 # %% ../../nbs/sweep/00_spec.ipynb #341a4862
 def prepare_run(sweep, run, code):
     """Makes the folder of `run`, mode 0700, whole or not at all, with all it takes to start it: params.json (every declared parameter), notebook.ipynb
-    (a copy), code.json (`code`, a `cbnb.run.directory.code_state`), key.json and status.json (queued). Returns its path; one that is there stays. Raises `RunError`
+    (a copy), code.json (`code`, a `cbnb.run.code.code_state`), key.json and status.json (queued). Returns its path; one that is there stays. Raises `RunError`
     where a folder of that name has another key."""
     path = sweep.path / run["dir"]
     if path.exists():

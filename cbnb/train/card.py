@@ -21,7 +21,8 @@ from ..data.streams import Sample
 from ..basics.processes import is_first
 from ..basics.reading import read_text
 from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
-from ..run.directory import scrub, write_bytes
+from ..basics.files import write_bytes
+from ..basics.withheld import scrub
 from ..run.settings import KEPT_TEMPLATE, preset_for
 from .same import sample_key
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from ..config import CircuitBreakerConfig, config_to_dict, shown
 from ..basics.places import PACKAGE, TINYAGENT
 from ..basics.processes import from_first, world_size
-from ..run.records import RecordError, regular_file
-from ..run.directory import Run, RunError, read_json, read_record, read_status, set_status, source_hash, write_json
+from ..basics.jsonfiles import read_json, RecordError, regular_file, RunError, write_json
+from ..run.stages import Run, read_status, set_status
+from ..run.code import source_hash
+from ..run.records import read_record
 from ..data.sources import open_sources
 from ..basics.terminal import say
 from ..transcripts.record import Transcript

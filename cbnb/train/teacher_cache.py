@@ -33,7 +33,7 @@ from ..step.passes import teacher_pass
 from ..basics.processes import gathered
 from ..basics.lease import check_own, holding
 from ..basics.reading import check_regular
-from ..run.directory import is_full_disk
+from ..basics.disk import is_full_disk
 from ..run.sealed import damage, seal, sync
 from ..basics.terminal import say
 

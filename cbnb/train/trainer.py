@@ -40,9 +40,13 @@ from ..step.objectives import find_objective, term_factors
 from ..basics.processes import any_of, from_first, world_size
 from ..basics.reading import check_regular, read_bytes
 from ..basics.numbers import at_floor
-from ..run.directory import (ENDING, Run, append_metrics, is_full_disk, kernel, log_rows, on_signals, read_json,
-                       read_record, read_status, set_status, stop_requested, to_plain, truncate_metrics,
-                       write_bytes)
+from ..run.metrics import append_metrics, log_rows, truncate_metrics
+from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
+from ..run.records import read_record
+from ..basics.files import write_bytes
+from ..basics.withheld import kernel
+from ..basics.disk import is_full_disk
+from ..basics.jsonfiles import read_json, to_plain
 from .same import MADE_FROM, check_checkpoint, tell_changes
 from ..run.sealed import damage, seal, sync
 from ..basics.terminal import error_text, say, visible, warn

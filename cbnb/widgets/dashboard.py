@@ -25,7 +25,12 @@ import pandas as pd
 
 from ..report.figures import STYLES, alarm_lines, as_float, curves, mime_bundle, series
 from ..basics.numbers import duration, format_number
-from ..run.directory import RunError, RunInterrupted, kernel, log_rows, read_record, read_status, runs_folder, still_running
+from ..run.metrics import log_rows
+from ..run.stages import RunInterrupted, read_status, still_running
+from ..run.code import runs_folder
+from ..run.records import read_record
+from ..basics.withheld import kernel
+from ..basics.jsonfiles import RunError
 from ..basics.terminal import say, visible
 from .views import StaticView, is_live
 
@@ -212,7 +217,7 @@ def bundles(snapshot: Snapshot, ended: str = "") -> list[dict]:
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #5b07070f
 def dashboard(run) -> None:
-    """Shows what the run directory `run` (a path or a `cbnb.run.directory.Run`) says now: state, rate, time left, the terms before and after weighting,
+    """Shows what the run directory `run` (a path or a `cbnb.run.stages.Run`) says now: state, rate, time left, the terms before and after weighting,
     coefficients, gradient norms, curves. For any run, wherever it runs or ran; what is missing or torn is told in the view. Outside a notebook
     the text only."""
     from IPython.display import display
@@ -233,7 +238,7 @@ h1 { font-size: 15px; overflow-wrap: anywhere; } td, th { padding: 2px 10px 2px 
 
 
 def static_dashboard(run) -> StaticView:
-    """The dashboard of the run directory `run` (a path or a `cbnb.run.directory.Run`) as it is now, as a `StaticView`: one page whose curves can be zoomed and
+    """The dashboard of the run directory `run` (a path or a `cbnb.run.stages.Run`) as it is now, as a `StaticView`: one page whose curves can be zoomed and
     read off, with all of plotly in it (5 MB), and HTML without scripts."""
     import plotly.io
     snapshot = take_snapshot(getattr(run, "path", run))
@@ -314,7 +319,7 @@ def live_view(path):
 
 @contextmanager
 def live_dashboard(run):
-    """The dashboard of the `cbnb.run.directory.Run` that this cell trains: `with live_dashboard(run) as view: train_breaker(..., callbacks=[view])`.
+    """The dashboard of the `cbnb.run.stages.Run` that this cell trains: `with live_dashboard(run) as view: train_breaker(..., callbacks=[view])`.
 
     However the block ends, its last state stays in the notebook, without the button. Outside a notebook nothing is shown: there
     `train_breaker` prints lines of progress."""
@@ -338,7 +343,7 @@ def live_dashboard(run):
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #7d00d125
 def watch(run, seconds: float = 0.5) -> None:
-    """Shows the run directory `run` (a path or a `cbnb.run.directory.Run`) and follows it, looking every `seconds`, until the run ends or the cell is
+    """Shows the run directory `run` (a path or a `cbnb.run.stages.Run`) and follows it, looking every `seconds`, until the run ends or the cell is
     interrupted (which leaves the run alone). Draws only what has changed. The Stop button makes the run's file `stop`."""
     path = Path(getattr(run, "path", run))
     def over():

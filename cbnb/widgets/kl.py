@@ -30,7 +30,10 @@ from cbnb.evaluate.divergence import (
 from ..masking.encoders import token_bytes
 from ..step.models import load_model
 from ..basics.reading import read_text
-from ..run.directory import RunError, project_root, read_record, read_status, runs_folder
+from ..run.stages import read_status
+from ..run.code import project_root, runs_folder
+from ..run.records import read_record
+from ..basics.jsonfiles import RunError
 from ..run.settings import kept_template, make_masker
 from ..data.sources import entry_paths, listed, open_sources, reading_of
 from ..masking.targets import training_row
@@ -202,7 +205,7 @@ def kl_explorer(arguments, renew=None, choices=(), chosen=0):
 
 # %% ../../nbs/widgets/03_kl.ipynb #09320c3a
 def newest_run(runs=None):
-    "The folder of the run under `runs` (default: `cbnb.run.directory.runs_folder()`) that was last to be done and has an adapter, or None."
+    "The folder of the run under `runs` (default: `cbnb.run.code.runs_folder()`) that was last to be done and has an adapter, or None."
     found = []
     for path in Path(runs or runs_folder()).glob("**/adapter/adapter_config.json"):
         with contextlib.suppress(RunError, OSError, ValueError):  # a broken run is not the newest finished one

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..report.figures import WIDTH, curves, static_svg
 from ..report.sweep import AGAINST, against, by_kind, headline, link_to, text_cell
-from ..run.directory import log_rows
+from ..run.metrics import log_rows
 from ..basics.terminal import visible
 from ..report.verdicts import CHECKS, Sweep, advice, verdicts
 from .views import is_live

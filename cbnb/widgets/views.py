@@ -18,7 +18,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..basics.terminal import visible
-from ..run.directory import kernel, write_bytes
+from ..basics.files import write_bytes
+from ..basics.withheld import kernel
 
 # %% ../../nbs/widgets/00_views.ipynb #be93df71
 SIGNS = {"\n": "↵\n", "\t": "⇥", " ": "·"}

@@ -20,7 +20,9 @@ from cbnb.data.streams import encode_stream
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.evaluation import benign_divergence, evaluate, harmful_cosine
 from cbnb.step.models import add_adapter, load_model
-from cbnb.run.directory import open_run, read_metrics, read_status
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import read_metrics
+from cbnb.run.stages import read_status
 from cbnb.run.settings import make_masker
 from cbnb.train.teacher_cache import open_cache
 from cbnb.transcripts.tinyworld import make_transcripts

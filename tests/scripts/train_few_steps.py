@@ -24,7 +24,8 @@ from cbnb.config import get_config
 from cbnb.data.streams import encode_stream, load_streams
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
-from cbnb.run.directory import open_run, read_metrics
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import read_metrics
 from cbnb.transcripts.tinyworld import write_data
 from cbnb.train.trainer import train_breaker
 

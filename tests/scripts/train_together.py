@@ -14,7 +14,9 @@ from cbnb.evaluate.evaluation import evaluate
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.basics.processes import join, rank, world_size
-from cbnb.run.directory import open_run, stage, write_result
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import write_result
+from cbnb.run.stages import stage
 from cbnb.train.teacher_cache import open_cache
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import train_breaker
