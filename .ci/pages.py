@@ -130,7 +130,7 @@ def module_table(path):
 def room_list(path):
     "The rooms in reading order: title, what it is for, and its pages."
     return [line for i, (room, title, sentence) in enumerate(ROOMS, 1)
-            for line in (f"{i}. **{title}** (`cbnb.{room}`). {sentence}\\",
+            for line in (f"{i}. **{title}** (`cbnb.{room}`). {sentence}<br>",
                          "   " + " · ".join(link(page, path) for page in pages_of_room(room)))]
 
 
@@ -139,7 +139,7 @@ def parameter_table(path):
     sys.path.insert(0, str(ROOT))
     from cbnb.sweep.spec import notebook_parameters
     def default(value): return "" if value is None else f"`{value!r}`" if value != "" else "empty"
-    rows = [f"| `{name}` | {' or '.join(t for t in p.types if t != 'NoneType')} | {default(p.default)} | {p.help.replace('|', chr(92) + '|')} |"
+    rows = [f"| `{name}` | {' or '.join(t for t in p.types if t != 'None')} | {default(p.default)} | {p.help.replace('|', chr(92) + '|')} |"
             for name, p in notebook_parameters(NBS / "train.ipynb").items()]
     return ["| name | type | default | |", "|---|---|---|---|", *rows]
 

@@ -59,9 +59,8 @@ def markdown(path):
 
 
 def anchors(path):
-    "The anchors of a page: those of its headings, as the site (and, of Markdown, GitHub too) names them."
+    "The anchors of a page: those of its headings, as the site and GitHub name them."
     titles = re.findall(r"^#+ (.+?)\s*$", markdown(path), re.M)
-    if path.suffix == ".ipynb": return {title.replace(" ", "-") for title in titles}
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -199,7 +198,7 @@ def test_imports_go_to_earlier_pages():
 
 def test_imports_are_seen():
     source = "import cbnb.cli\nfrom cbnb.run import directory\ndef f():\n    from cbnb.masking.masker import ChatMasker\nfrom cbnb import config\n%time x"
-    assert sorted(imported(source)) == ["cli", "masking.masker", "run.directory"]
+    assert sorted(imported(source)) == ["cli", "config", "masking.masker", "run.directory"]
 
 
 def test_rooms_are_the_folders():
