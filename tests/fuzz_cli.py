@@ -116,7 +116,7 @@ def make_world(folder, rng):
     "Fills the empty `folder`."
     for name in ("train", "preflight", "evaluate"): write(folder / "project" / "nbs" / f"{name}.ipynb", odd_notebook(rng))
     write(folder / "odd.ipynb", odd_notebook(rng))
-    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.transcripts.record import write_transcripts
     write_transcripts(folder / "good.jsonl", [*make_transcripts("injection", 2), *make_transcripts("plain", 2)])
     write(folder / "chat.jsonl", conversations("a"))

@@ -12,7 +12,7 @@ from cbnb.data.streams import encode_stream
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.run.directory import RunInterrupted, open_run, set_status, stage
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import train_breaker
 
 STEPS = 9

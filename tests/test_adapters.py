@@ -22,7 +22,7 @@ from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, forward_with_hidden_states, load_model, load_tokenizer
 from cbnb.step.passes import both_passes
 from cbnb.preflight.step_checks import check_start, plain_logits, some_pairs
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = ["q_proj", "down_proj"]

@@ -7,7 +7,7 @@ from cbnb.masking.audit import NOTES, SPOKEN
 from cbnb.cli import main
 from cbnb.masking.policies import assistant_only
 from cbnb.masking.turns import Segment
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import Transcript, write_transcripts
 
 from forked import command

@@ -21,7 +21,7 @@ from cbnb.data.streams import encode_stream
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
 from cbnb.run.directory import open_run, set_status, stage, write_json
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()

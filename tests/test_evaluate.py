@@ -6,9 +6,9 @@ import pytest
 
 from cbnb.evaluate.adapters import another_base, find_adapters, rescore
 from cbnb.cli import main
-from cbnb.config import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.directory import RunError, read_lines
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import write_transcripts
 from forked import cells
 from helpers import NBS

@@ -16,7 +16,7 @@ from cbnb.report import sweep
 
 from cbnb.report import verdicts
 from cbnb.config import get_config
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
 CONFIG = get_config("tinyagent", batch_size=2)

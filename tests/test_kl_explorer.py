@@ -10,7 +10,7 @@ from cbnb.step.losses import kl_divergence_loss, token_kl
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.masking.policies import Encoded, loss_mask
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.masking.turns import Segment
 from cbnb.widgets.kl import KLExplorer, static_kl
 from helpers import BIN, NBS, ROOT, copy_tree, read, run

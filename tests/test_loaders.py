@@ -9,7 +9,8 @@ from train_common import few, little_data, load
 
 import cbnb.run.settings
 from cbnb.cli import main
-from cbnb.config import TINYAGENT, ConfigError, get_config
+from cbnb.config import ConfigError, get_config
+from cbnb.basics.places import TINYAGENT
 from cbnb.step.loaders import check_code, read_adapter, read_config
 from cbnb.step.models import load_model, load_tokenizer
 
@@ -183,7 +184,7 @@ def in_process(folder, adapter):
     "Functions behind every command and notebook that load something of the model in `folder`, without the flag."
     from cbnb.evaluate.adapters import asked_model, find_adapters, masker_for
     from cbnb.preflight.plan import plan_lines
-    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
     name, given = str(folder), {"model": str(folder), "adapter": str(adapter), "eval_data": "tinyagent"}
@@ -223,7 +224,7 @@ def test_without_the_flag_no_code_runs(tmp_path, breaker, kind, monkeypatch):
 def test_with_the_flag_it_loads(tmp_path, breaker):
     "All but the processor, which nothing here needs."
     from cbnb.preflight.plan import plan_lines
-    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
     folder = plant(tmp_path / "trusted", "everything")

@@ -12,7 +12,7 @@ from cbnb.step.models import load_tokenizer
 from cbnb.masking.policies import NEED_COMPARISON, loss_mask, mask_counts
 from cbnb.masking.policies import POLICIES as ALL_POLICIES
 from cbnb.masking.targets import training_mask
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
 from cbnb.widgets import masks
 from cbnb.widgets.masks import (

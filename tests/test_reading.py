@@ -15,14 +15,15 @@ from cbnb.masking import templates
 from cbnb.transcripts import record as T
 from cbnb.sweep.spec import content_hash, read_notebook, read_spec
 from cbnb.cli import main
-from cbnb.config import TINYAGENT, ConfigError
+from cbnb.config import ConfigError
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.execute import read_notebook as read_notebook_text
 from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
 from cbnb.basics.reading import InputError, check_folder, open_regular, read_bytes, read_text, sha256
 from cbnb.run.directory import RunError, read_json
 from cbnb.run.settings import template_source
 from cbnb.masking.templates import MaskError
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import TranscriptError, read_transcripts, write_transcripts
 
 PACKAGE, FIXTURES = Path(cbnb.__file__).parent, Path(__file__).parent / "fixtures"

@@ -14,7 +14,7 @@ def random_model(folder, **shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cbnb.config import TINYAGENT
+    from cbnb.basics.places import TINYAGENT
     from cbnb.step.models import load_tokenizer
     torch.manual_seed(0)
     given = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32) | shape
@@ -65,7 +65,7 @@ def test_a_preset_of_another_model_is_told(tmp_path, deep):
 
 def test_the_preflight_tells_and_loads_what_the_run_loads(tmp_path, deep):
     from test_preflight import review
-    from cbnb.evaluate.tinyagent import KINDS, make_transcripts
+    from cbnb.transcripts.tinyworld import KINDS, make_transcripts
     from cbnb.transcripts.record import write_transcripts
     write_transcripts(tmp_path / "train.jsonl", [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 24)])
     write_transcripts(tmp_path / "eval.jsonl", [t for kind in KINDS for t in make_transcripts(kind, 2, "eval")])
@@ -164,7 +164,7 @@ def test_a_run_keeps_its_template(tmp_path, template):
 def test_every_command_makes_the_same_masks(tmp_path, template):
     "cbnb masks, train's parameters and the explorer give one text; a variable that the template never reads and a broken one are refused, each in a sentence."
     from cbnb.run.settings import make_masker
-    from cbnb.evaluate.tinyagent import make_transcripts
+    from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.transcripts.record import write_transcripts
     from cbnb.widgets.masks import mask_explorer
     write_transcripts(tmp_path / "data.jsonl", transcripts := make_transcripts("plain", 2))

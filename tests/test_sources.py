@@ -11,7 +11,7 @@ from train_common import few, load
 
 from cbnb.data import sources as S
 from cbnb.cli import main
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
 
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -15,7 +15,7 @@ from cbnb.step.models import load_tokenizer
 from cbnb.data.sources import Reading
 from cbnb.transcripts.spool import Spooled, spooled
 from cbnb.train.store import stored_stream
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.transcripts.record import read_transcripts, write_transcripts
 
 

@@ -13,7 +13,7 @@ from cbnb.step.models import load_tokenizer
 from cbnb.train.same import versions
 from cbnb.data.sources import Reading
 from cbnb.train.store import StoredSamples, kept_for, pieces, stored_refusals, stored_stream
-from cbnb.evaluate.tinyagent import KINDS, make_transcripts
+from cbnb.transcripts.tinyworld import KINDS, make_transcripts
 from cbnb.transcripts.record import TranscriptError
 
 

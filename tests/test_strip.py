@@ -5,7 +5,7 @@ import pytest
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import load_tokenizer
 from cbnb.masking.policies import Encoded, loss_mask
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.masking.turns import Segment
 from cbnb.widgets.strip import StillStrip, TokenStrip, token_strip
 

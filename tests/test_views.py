@@ -9,7 +9,7 @@ from lab.labharness import Lab
 
 SOURCE = """from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import load_tokenizer
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.strip import token_strip
 masker, t = ChatMasker(load_tokenizer("tinyagent")), make_transcripts("injection", 1)[0]
 encoded = masker.encode(t.messages, t.tools, t.injection_spans, t.label)

@@ -26,7 +26,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..basics.files import write_bytes
-from .figures import alarm_lines, as_float, format_number, series
+from .figures import alarm_lines, as_float, series
+from ..basics.numbers import format_number
 from ..run.records import fault
 from ..run.directory import RunError, check_name, holds, log_rows, read_record, read_status, still_running, write_json
 from ..run.status import folders_in

@@ -39,7 +39,8 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import cbnb
-from ..config import PACKAGE, nearest
+from ..config import nearest
+from ..basics.places import PACKAGE
 from ..basics.files import append_bytes, write_bytes
 from ..basics.lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
 from ..basics.processes import any_of, from_first, is_first, rank, world_size

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from ..config import CircuitBreakerConfig
 from ..data.streams import COUNTS
-from ..report.figures import as_float, floor_limit, format_number
+from ..report.figures import as_float, floor_limit
+from ..basics.numbers import format_number
 from ..run.directory import Run, RunInterrupted, now, read_metrics, read_status, set_status
 from ..basics.terminal import error_text, say
 from .trainer import TERMS, NonFiniteLossError, log_line

@@ -23,7 +23,7 @@ from ..basics.reading import read_text
 from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
 from ..run.directory import scrub, write_bytes
 from ..run.settings import KEPT_TEMPLATE, preset_for
-from .teacher_cache import sample_key
+from .same import sample_key
 
 # %% ../../nbs/train/07_card.ipynb #5e999a31
 def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:

@@ -23,7 +23,7 @@ from cbnb.step.models import add_adapter, load_model
 from cbnb.run.directory import open_run, read_metrics, read_status
 from cbnb.run.settings import make_masker
 from cbnb.train.teacher_cache import open_cache
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import train_breaker
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)

@@ -25,7 +25,7 @@ from cbnb.data.streams import encode_stream, load_streams
 from cbnb.masking.masker import ChatMasker
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.run.directory import open_run, read_metrics
-from cbnb.evaluate.tinyagent import write_data
+from cbnb.transcripts.tinyworld import write_data
 from cbnb.train.trainer import train_breaker
 
 with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapt
 from cbnb.basics.processes import join, rank, world_size
 from cbnb.run.directory import open_run, stage, write_result
 from cbnb.train.teacher_cache import open_cache
-from cbnb.evaluate.tinyagent import make_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import train_breaker
 
 torch.set_num_threads(1)
