@@ -14,23 +14,7 @@ FENCE = re.compile(r"```.*?```", re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # Imports of a later page that are still there: {page: modules}. An entry that is mended is taken out.
 KNOWN = {
-    "transcripts/06_holdout": ["evaluate.tinyagent"],
     "masking/04_policies": ["masking.masker"],
-    "masking/07_targets": ["evaluate.tinyagent"],
-    "masking/09_audit": ["evaluate.tinyagent", "step.models"],
-    "data/00_sources": ["evaluate.tinyagent"],
-    "data/02_spans": ["evaluate.tinyagent"],
-    "data/03_streams": ["evaluate.tinyagent"],
-    "report/00_figures": ["evaluate.scores"],
-    "train/00_breaker": ["evaluate.tinyagent"],
-    "train/01_floor": ["evaluate.tinyagent"],
-    "train/02_same": ["evaluate.tinyagent", "train.teacher_cache"],
-    "train/03_store": ["evaluate.tinyagent"],
-    "train/04_teacher_cache": ["evaluate.tinyagent"],
-    "train/05_trainer": ["evaluate.tinyagent"],
-    "train/06_alarms": ["evaluate.tinyagent"],
-    "train/07_card": ["evaluate.tinyagent"],
-    "evaluate/09_adapters": ["sweep.spec"],
 }
 
 
@@ -171,7 +155,7 @@ ORDER = reading_order()
 
 def imported(source):
     "The modules of cbnb, without that name in front, that Python source imports, at the top or inside of functions."
-    tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
+    tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
