@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .config import PACKAGE, TINYAGENT, CircuitBreakerConfig, config_to_dict, shown
+from .lease import check_lease
 from .processes import from_first, world_size
 from .records import RecordError, regular_file
 from .runs import Run, RunError, read_json, read_record, read_status, set_status, source_hash, write_json
@@ -234,7 +235,8 @@ def keep_same(run: Run, section: str, make: Callable[[], dict[str, str]]) -> Non
     the `run` was made from; an attempt that goes on compares them with those that are kept. Raises RunError,
     naming what differs."""
     def keep():
-        now, record = make(), made_from(run.path)
+        now, record = make(), made_from(run.path)   # hashing takes minutes
+        check_lease(run.path)
         before = record["same"].get(section) if goes_on(run) else None
         if before is None:
             write_json(run.path / MADE_FROM, record | {"same": record["same"] | {section: now}})

@@ -34,7 +34,7 @@ from .breaker import CircuitBreaker
 from .config import CircuitBreakerConfig, coefficients, shares
 from .data import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
-from .lease import check_lease
+from .lease import Held, check_lease
 from .models import is_in_parts, write_adapter
 from .objectives import find_objective, term_factors
 from .processes import any_of, from_first, world_size
@@ -208,12 +208,13 @@ class CircuitBreakerTrainer(Trainer):
         "Saves the adapter only: the base is frozen and known by name."
         if not self.args.should_save: return  # Trainer asks every process where the base is kept in parts
         folder = Path(output_dir or self.args.output_dir)
+        check_lease(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter(self.accelerator.unwrap_model(self.model).student, folder)
 
     def _save_checkpoint(self, model, trial):
         """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the disk; then the oldest goes. What fails
-        or is killed before that leaves the earlier ones as they were. Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
+        or is killed before that leaves the earlier ones as they were, and so does a run that another process has taken over meanwhile (`Held`). Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
         place, step = Path(self.args.output_dir), self.state.global_step
         check_lease(place.parent)
         made = place / UNFINISHED / f"checkpoint-{step}"
@@ -225,8 +226,10 @@ class CircuitBreakerTrainer(Trainer):
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
                 if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, read_bytes(record))
                 seal(made)
+                check_lease(place.parent)   # saving takes minutes
                 made.rename(place / made.name)
                 sync(place)
+        except Held: raise   # what is being made there is another process's by now
         except Exception as e:
             full = is_full_disk(e) or disk_is_full(place)
             shutil.rmtree(made.parent, ignore_errors=True)
@@ -234,7 +237,9 @@ class CircuitBreakerTrainer(Trainer):
             raise
         finally:
             self.args.output_dir = str(place)
-        if self.args.should_save: keep_newest(place, self.args.save_total_limit)
+        if self.args.should_save:
+            check_lease(place.parent)
+            keep_newest(place, self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
