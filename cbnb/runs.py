@@ -6,14 +6,15 @@
 __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'SMALL', 'RESERVED', 'ENDING', 'PLAIN', 'LEFT_BY_OTHERS', 'MAX_BAD',
            'HOW_STARTED', 'ParameterError', 'annotated_lines', 'declared_parameters', 'injected_parameters',
            'parameter_types', 'convert_parameter', 'refuse_secrets', 'tell_engine', 'strict_parameters', 'RunError',
-           'RunInterrupted', 'to_plain', 'json_text', 'write_json', 'read_json', 'read_record', 'holds', 'is_full_disk',
-           'full_disk_words', 'reserve', 'release', 'project_root', 'runs_folder', 'check_name', 'parameters_hash',
-           'fresh_folder', 'git', 'source_hash', 'code_state', 'holds_running_cell', 'find_notebook', 'named_state',
-           'still_running', 'hold', 'Run', 'now', 'stop_requested', 'read_status', 'set_status', 'write_status',
-           'on_signals', 'lost_words', 'first_error', 'private_umask', 'stage', 'refusal', 'in_plain', 'safe_output',
-           'is_unused', 'close_run', 'whole_lines', 'append_line', 'append_metrics', 'checked_lines', 'read_lines',
-           'read_metrics', 'not_rising', 'log_rows', 'truncate_metrics', 'write_result', 'check_same_parameters',
-           'has_checkpoint', 'next_attempt', 'check_unshared', 'record_code', 'open_run', 'open_directory']
+           'RunInterrupted', 'to_plain', 'json_text', 'write_bytes', 'write_json', 'read_json', 'read_record', 'holds',
+           'is_full_disk', 'full_disk_words', 'reserve', 'release', 'project_root', 'runs_folder', 'check_name',
+           'parameters_hash', 'fresh_folder', 'git', 'source_hash', 'code_state', 'holds_running_cell', 'find_notebook',
+           'named_state', 'still_running', 'hold', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
+           'write_status', 'on_signals', 'lost_words', 'first_error', 'private_umask', 'stage', 'refusal', 'in_plain',
+           'safe_output', 'is_unused', 'close_run', 'whole_lines', 'append_line', 'append_metrics', 'checked_lines',
+           'read_lines', 'read_metrics', 'not_rising', 'log_rows', 'truncate_metrics', 'write_result',
+           'check_same_parameters', 'has_checkpoint', 'next_attempt', 'check_unshared', 'record_code', 'open_run',
+           'open_directory']
 
 # %% ../nbs/10_runs.ipynb #2bd38d58
 import ast
@@ -41,8 +42,9 @@ from pathlib import Path
 
 import cbnb
 from .config import PACKAGE, nearest
-from .files import append_bytes, write_bytes
-from .lease import EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state, take_lease, whose
+from .files import append_bytes, new_file
+from .lease import (EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine,
+                        judge, lease_path, lease_state, take_lease, taken_by, whose)
 from .processes import any_of, from_first, is_first, rank, world_size
 from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, RECORD_BYTES, SMALL_BYTES, STATES, RecordError, bytes_of, record_of
@@ -202,9 +204,16 @@ def json_text(value):
     return re.sub(r'("(?:[^"\\]|\\.)*")|(?<![\d.])(\d+)e', lambda m: m[1] or f"{m[2]}.0e", text)
 
 
+def write_bytes(path, data):
+    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.files.new_file`). Raises `Held` where this process
+    wrote to a run directory that another one has taken over since, and `path` lies in it."""
+    check_lease(Path(path).parent)
+    with new_file(path) as f: f.write(data)
+
+
 def write_json(path, value):
-    """Writes `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.withheld.withhold`), whole
-    or not at all (`cbnb.files.new_file`)."""
+    """Writes `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.withheld.withhold`), as
+    `write_bytes` does."""
     write_bytes(path, f"{json_text(withhold(to_plain(value)))}\n".encode())
 
 # %% ../nbs/10_runs.ipynb #7eb976c1
@@ -273,6 +282,7 @@ RESERVED = 256_000
 def reserve(path):
     """Sets `RESERVED` bytes of the disk aside in the run directory `path`, as the file `.reserve`. They are random: a file system that compresses
     would keep nothing for zeros."""
+    check_lease(path)
     file = Path(path) / ".reserve"
     if not file.exists() or file.stat().st_size != RESERVED: write_bytes(file, os.urandom(RESERVED))
 
@@ -383,8 +393,9 @@ def named_state(status):
 def still_running(path, status):
     """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
     that, the process that `status` names. Only a proof counts as no (`cbnb.lease.judge`)."""
-    state = lease_state(path)
-    if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
+    state, me = lease_state(path), identity()
+    same = all(status.get(key) == me[key] for key in ("node", "namespace", "pid", "pid_started"))
+    if state is None and me["pid_started"] and same: return False   # without a start a number is anybody's
     return (named_state(status) if state is None else state) in ("live", "fresh", "unreadable")
 
 
@@ -394,7 +405,7 @@ def hold(path):
     except Held as e:
         record = dated_lease(lease_path(path))[0]
         raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
-                       "its last sign of life" if record else str(e)) from None
+                       "its last sign of life" if record and lease_state(path) != "over" else str(e)) from None
 
 # %% ../nbs/10_runs.ipynb #3a33cb75
 @dataclass(frozen=True)
@@ -668,6 +679,7 @@ def log_rows(path):
 def truncate_metrics(run, step):
     """Drops the rows of the run's metrics.jsonl beyond `step`, the one that is resumed from, or all of them for a `step` below 0; returns how many. Rewritten
     atomically. Raises `RunError` for a log to go on with that has a line which cannot be read: it would be lost."""
+    check_lease(run.path)
     path = run.path / "metrics.jsonl"
     rows = read_metrics(path) if step >= 0 else log_rows(run.path)[0]   # of a log that begins anew nothing is kept
     kept = [row for row in rows if row["step"] <= step]
@@ -739,7 +751,7 @@ def open_run(parameters, name="train", run_dir=None, notebook=None):
     Without `run_dir` always a fresh folder `<runs>/<date>/<name>-<hash>`. With it that folder: new, empty or queued starts; interrupted,
     failed or dead goes on (from a checkpoint if there is one, else from step 0 with an empty log); done, still running or other parameters
     is an error. `parameters`: dict that JSON can hold (`HOW_STARTED` is left out of it); `notebook`: name of the notebook to copy, by default
-    `name`. A `stop` file is removed, and some disk is set aside (see `reserve`). Of several processes the first opens it for all of them.
+    `name`. A run that another thread of this process has opened is still running. A `stop` file is removed, and some disk is set aside (see `reserve`). Of several processes the first opens it for all of them.
     Raises `RunError`; `ParameterError` for a parameter that looks like a secret."""
     return from_first(lambda: open_directory(parameters, name, run_dir, notebook))
 
@@ -755,11 +767,15 @@ def open_directory(parameters, name, run_dir, notebook):
         if path.exists() and not path.is_dir(): raise RunError(f"{path} is a file: give a folder as run_dir")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError) as e: raise RunError(f"the run directory cannot be made ({e}): give a writable folder as run_dir or CBNB_RUNS") from e
-    ours = is_mine(lease_path(path))
+    holder, taken = taken_by(lease_path(path)), False
+    if holder and holder is not threading.current_thread():
+        raise RunError(f"{path} is open in another thread of this process: wait until that run has ended, or give another run_dir")
     try:
         check_unshared(path)
         next_attempt(path, parameters)         # what cannot go on is refused with nothing written
-        if not ours: hold(path)
+        if not holder:
+            hold(path)
+            taken = True
         run = next_attempt(path, parameters)   # as its last holder has left it
         path.chmod(0o700)
         (path / "stop").unlink(missing_ok=True)
@@ -770,7 +786,7 @@ def open_directory(parameters, name, run_dir, notebook):
         write_status(run, "running", {**identity(), "processes": world_size(), "attempt": run.attempt, "restarts": run.attempt - 1, "started": now()}
                      | dict.fromkeys(("stage", "error", "note", "training_started", "resumed_step", "training_seconds", "diagnosis_seconds")))
     except BaseException as e:
-        if not ours: give_back(path)
+        if taken: give_back(path)
         if isinstance(e, NotOwn): raise RunError(str(e)) from None
         if isinstance(e, OSError): raise RunError(full_disk_words(path) if is_full_disk(e) else f"{path} cannot be written ({e}): give another run_dir") from e
         raise
