@@ -716,8 +716,10 @@ def next_attempt(path, parameters):
     """The `Run` for the folder `path`; `RunError` when it is done, still running, of other parameters or no run directory."""
     status = read_status(path)
     if not status and not (path / "params.json").exists():
-        if not is_unused(path): raise RunError(f"{path} is not empty and not a run directory: give a new or an empty run_dir")
-        return Run(path)
+        if is_unused(path): return Run(path)
+        if lease_state(path) in ("mine", "live", "fresh"):
+            raise RunError(f"{path} is running on another process or thread, which has just opened it: wait for it, or give another run_dir")
+        raise RunError(f"{path} is not empty and not a run directory: give a new or an empty run_dir")
     check_same_parameters(path, parameters)
     if status.get("state") == "done":
         raise RunError(f"{path} is finished: read its result.json, give another run_dir, or leave run_dir out for a fresh folder")
