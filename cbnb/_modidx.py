@@ -2011,4 +2011,5 @@ d = { 'settings': { 'branch': 'main',
                                'cbnb.withheld.tidy': ('withheld.html#tidy', 'cbnb/withheld.py'),
                                'cbnb.withheld.url_secrets': ('withheld.html#url_secrets', 'cbnb/withheld.py'),
                                'cbnb.withheld.windows': ('withheld.html#windows', 'cbnb/withheld.py'),
-                               'cbnb.withheld.withhold': ('withheld.html#withhold', 'cbnb/withheld.py')}}}
+                               'cbnb.withheld.withhold': ('withheld.html#withhold', 'cbnb/withheld.py'),
+                               'cbnb.withheld.without_tokens': ('withheld.html#without_tokens', 'cbnb/withheld.py')}}}

@@ -1359,7 +1359,7 @@ class TranscriptReader:
         """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over
         `MAX_BAD` records are bad so far, and fewer are good."""
         self.skipped_count += 1
-        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{str(error)[:MAX_WORDS]}…")
+        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{cut(error, MAX_WORDS)}…")
         if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
         good = self.formats.total()
         if self.skipped_count > max(MAX_BAD, good):

@@ -8,9 +8,10 @@ __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNE
            'SECRET_TEXT', 'ESCAPE_BEGUN', 'LINE_BEGUN', 'LARGEST', 'is_path', 'is_worth', 'is_random', 'is_strong',
            'url_secrets', 'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files',
            'secret_values', 'base64_forms', 'any_case', 'spellings', 'Needle', 'anchored', 'needles', 'elements',
-           'pattern', 'all_needles', 'known', 'windows', 'joined', 'places', 'changed_texts', 'withhold', 'scrub',
-           'cut', 'scrub_notebook', 'holder', 'compiled', 'goes_on', 'begun', 'guard_session', 'guard_echo', 'kernel',
-           'guard', 'own_files', 'is_shared', 'own_copy', 'keep_private', 'tidy']
+           'pattern', 'all_needles', 'known', 'windows', 'joined', 'places', 'changed_texts', 'withhold',
+           'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compiled', 'goes_on', 'begun',
+           'guard_session', 'guard_echo', 'kernel', 'guard', 'own_files', 'is_shared', 'own_copy', 'keep_private',
+           'tidy']
 
 # %% ../nbs/03d_withheld.ipynb #whd00004
 import base64
@@ -203,6 +204,8 @@ def spellings(char):
     if code > 0xffff: ways.append(ESCAPE + "U" + any_case(f"{code:08x}"))
     if name := "apos" if char == "'" else codepoint2name.get(code): bare.insert(0, f"{AMP}{name}{END}")
     if (apart := unicodedata.normalize("NFD", char)) != char: bare.insert(0, re.escape(apart))
+    if char == "&": bare.insert(0, AMP)
+    if char == "%": bare.insert(0, "%(?:25){0,8}")
     if char == "'": ways += [r"""'"'"'""", r"'\\{1,16}+''", "''"]
     if char == '"': ways.append('""')
     if char == "\\": return rf"(?:{'|'.join(ways + bare)}){{1,200}}+"
@@ -256,6 +259,7 @@ def elements(needle):
         found = [f"(?:{other[c]}|{way})" if c in other else way for c, way in zip(needle.form, found)]
     runs = (BLANK, spellings("\\"))   # they match any number
     found = [way for way, before in zip(found, [None, *found]) if way != before or way not in runs]
+    if len(needle.form) <= SURELY_WHOLE: return found
     return [way if way in runs or before in runs or before is None else WRAPPED + way
             for way, before in zip(found, [None, *found])]
 
@@ -344,12 +348,16 @@ SECRET_TEXT = [re.compile(pattern) for pattern in (
     r"(://)[^/@\s\"'\\{}]+@", r"(Bearer )[\w.~+/=-]{16,}", r"(token=)(?<=[?&]token=)[^&\s\"'\\{}]+")]
 
 
+def without_tokens(text):
+    "`text` with `[removed]` for what looks like a token, or like the user part of a URL."
+    for pattern in SECRET_TEXT: text = pattern.sub(r"\1[removed]" if pattern.groups else "[removed]", text)
+    return text
+
+
 def scrub(text):
     """`text` without the secrets of the environment (`withhold`) and everything that looks like a token, or
     like the user part of a URL: `[removed]` stands there."""
-    text = withhold(text)
-    for pattern in SECRET_TEXT: text = pattern.sub(r"\1[removed]" if pattern.groups else "[removed]", text)
-    return text
+    return without_tokens(withhold(text))
 
 
 def cut(text, most):
@@ -364,7 +372,7 @@ def scrub_notebook(text):
     from nbformat import from_dict, v4
     try: book = v4.reads(text)
     except (ValueError, AttributeError, TypeError): return scrub(text)
-    clean = changed_texts(book, scrub)
+    clean = changed_texts(withhold(book), without_tokens)
     return text if clean == book else v4.writes(from_dict(clean))
 
 
