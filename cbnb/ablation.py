@@ -35,6 +35,7 @@ from .reading import InputError, read_text
 from .same import code_file, file_hash
 from .sources import READING, absolute_entry, check_reading, entry_paths, listed
 from .terminal import ended
+from .withheld import cut
 from .transcripts import TranscriptError
 from .settings import PUBLISHED, check_processes, is_source, model_facts, settings_of, template_source, template_values
 from .runs import (HOW_STARTED, Run, RunError, ParameterError, annotated_lines, check_name, code_state, convert_parameter, parameter_types,
@@ -156,7 +157,7 @@ def spec_value(name, types, value):
     if isinstance(value, list) and "str" in types:
         for item in value:
             if isinstance(item, bool) or not isinstance(item, (str, int, float)):
-                raise ParameterError(f"parameter {name!r} wants a list of plain values, but it holds {item!r:.60}")
+                raise ParameterError(f"parameter {name!r} wants a list of plain values, but it holds {cut(repr(item), 60)}")
         value = ",".join(map(str, value))
     try: return convert_parameter(name, types, value)
     except OverflowError: raise ParameterError(f"parameter {name!r} wants a smaller number") from None

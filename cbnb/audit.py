@@ -28,6 +28,7 @@ from .turns import COMPLETION, Segment
 from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from .terminal import visible
 from .transcripts import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
+from .withheld import cut
 
 # %% ../nbs/01b_audit.ipynb #6ed69929
 KINDS = {
@@ -166,7 +167,7 @@ def schema_faults(value, schema, where, strict=False):
     if kinds and not any(has_type(value, kind) for kind in kinds):
         return [f"{where} is {'null' if value is None else type(value).__name__}, not {' or '.join(map(str, kinds))}"]
     if isinstance(options := schema.get("enum", [schema["const"]] if "const" in schema else None), list) and value not in options:
-        return [f"{where} is {value!r:.40}, none of {', '.join(map(repr, options))[:80]}"]
+        return [f"{where} is {cut(repr(value), 40)}, none of {cut(', '.join(map(repr, options)), 80)}"]
     if isinstance(choices := schema.get("anyOf") or schema.get("oneOf"), list):
         tried = [schema_faults(value, choice, where, strict) for choice in choices]
         if tried and all(tried): return tried[0]

@@ -28,6 +28,7 @@ from .masks import ChatMasker
 from .policies import NEED_INJECTION, Encoded
 from .preflight import Point, judged
 from .sources import Reading
+from .withheld import cut
 from .targets import in_batches, in_turns, training_mask
 from .transcripts import Transcript
 from .turns import Segment
@@ -225,7 +226,7 @@ def conflict_points(streams: dict[str, Seen]) -> list:
     harmful, benign = streams["harmful"].calls, streams["benign"].calls
     both, total = {key: n for key, n in harmful.items() if key in benign}, harmful.total()
     over = sum(both.values()) > SHARED_CALLS * total
-    first = f", the first is {min(both)[:80]}; injected_actions_only leaves out what attack-free runs do too" if over else ""
+    first = f", the first is {cut(min(both), 80)}; injected_actions_only leaves out what attack-free runs do too" if over else ""
     return [judged(not over, f"{sum(both.values())} of {total} calls that are trained as harmful are trained as benign too, by name and arguments{first}", "warn")]
 
 

@@ -18,7 +18,7 @@ from .files import write_bytes
 from .reading import read_text
 from .runs import close_run, full_disk_words, is_full_disk, read_json, safe_output
 from .terminal import first_line, say, sentence
-from .withheld import scrub
+from .withheld import scrub, scrub_notebook
 
 # %% ../nbs/11d_execute.ipynb #exe00006
 def read_notebook(handler, path):
@@ -32,7 +32,7 @@ def write_notebook(handler, text, path):
     save stays, and the run says for itself what becomes of it. Raises OSError as `cbnb.files.write_bytes`
     does for another reason."""
     path = Path(handler._cwd or "", path)
-    try: write_bytes(path, scrub(text).encode())
+    try: write_bytes(path, scrub_notebook(text).encode())
     except OSError as e:
         if not is_full_disk(e): raise
         say(f"{path} is not kept up to date: {full_disk_words(path.parent, e)}", file=sys.stderr)

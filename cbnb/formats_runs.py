@@ -20,6 +20,7 @@ from .transcripts import (
     CHAT_KEYS, Format, TranscriptError, add_adapted, add_format, agentdojo_label, agentdojo_leaves_out,
     from_bfcl, join_records, need, need_one_of, or_benign,
     read_content, read_message, read_records, read_tool_call, replace)
+from .withheld import cut
 
 # %% ../nbs/00g_formats_runs.ipynb #0675117d
 def with_attachments(value, attachments, where):
@@ -27,7 +28,7 @@ def with_attachments(value, attachments, where):
     for one that the log does not hold."""
     if isinstance(value, str) and value.startswith("attachment://"):
         need(isinstance(text := attachments.get(value.removeprefix("attachment://")), str), where,
-             f"refers to {value[:40]}, which the log does not hold")
+             f"refers to {cut(value, 40)}, which the log does not hold")
         return text
     if isinstance(value, list): return [with_attachments(v, attachments, where) for v in value]
     return {k: with_attachments(v, attachments, where) for k, v in value.items()} if isinstance(value,

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import CircuitBreakerConfig, ConfigError, check_layers, nearest
 from .loaders import empty_model, read_config, read_model, read_tokenizer
 from .processes import is_first, join, world_size
+from .withheld import cut
 
 # %% auto #0
 __all__ = ['DTYPES', 'KINDS', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts', 'is_in_parts',
@@ -50,7 +51,7 @@ def in_words(what: str):
     except ConfigError:
         raise
     except Exception as e:
-        raise ConfigError(f"{what}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+        raise ConfigError(f"{what}: {type(e).__name__}: {cut(' '.join(str(e).split()), 300)}") from e
 
 # %% ../nbs/04_models.ipynb #42d04854
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from .runs import code_state, refusal, scrub, to_plain, write_json
+from .runs import code_state, refusal, to_plain, write_json
 from .terminal import error_text, say, visible
+from .withheld import cut
 
 # %% ../nbs/13b_preflight.ipynb #fc833e79
 VERDICTS = ("pass", "warn", "fail")  # the last is the worst
@@ -57,7 +58,7 @@ def judged(good: bool, text: str, otherwise: str = "fail") -> Point:
 
 def failed_check(name: str, error: Exception) -> Check:
     "The `Check` that `error` has kept from being made."
-    why = scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+    why = cut(" ".join(f"{type(error).__name__}: {error}".split()), 500)
     return Check(name, (Point("fail", f"the check could not be made: {why}"),))
 
 

@@ -22,8 +22,9 @@ from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
 from .processes import is_first, rank
 from .reading import read_text
-from .runs import scrub, write_bytes
+from .runs import write_bytes
 from .terminal import warn
+from .withheld import scrub_notebook
 
 # %% ../nbs/10a_recorder.ipynb #bbd7c942
 class Book:
@@ -55,7 +56,7 @@ class Book:
 
     def text(self):
         "The notebook as JSON, without anything that looks like a token."
-        return scrub(nbformat.writes(self.notebook))
+        return scrub_notebook(nbformat.writes(self.notebook))
 
 # %% ../nbs/10a_recorder.ipynb #609f940c
 SAVE_SECONDS = 30  # between two saves of a cell that goes on

@@ -29,7 +29,7 @@ from .rounding import floor_limit
 from .runs import RunError, read_metrics, read_record, read_status, runs_folder, safe_output, write_bytes
 from .scores import interval
 from .terminal import ended, say, sentence, visible
-from .withheld import withhold
+from .withheld import cut, withhold
 
 # %% ../nbs/12_report.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
@@ -419,7 +419,7 @@ def curves(rows: list[dict]) -> go.Figure:
     Raises ValueError for a row without a step."""
     for number, row in enumerate(rows, 1):
         if math.isnan(as_float(row.get("step"))):
-            raise ValueError(f"row {number} of the metrics has {row.get('step')!r:.40} for its step; every row needs a number there.")
+            raise ValueError(f"row {number} of the metrics has {cut(repr(row.get('step')), 40)} for its step; every row needs a number there.")
     traces, axes, notes = [], {}, []
     for n in range(1, len(PANELS) + 1):
         t, a, m = panel(rows, n)

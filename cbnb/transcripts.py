@@ -43,6 +43,7 @@ from pathlib import Path
 from .files import new_file
 from .reading import MAX_ENTRIES, InputError, Limited, check_regular, open_regular, read_stream
 from .terminal import error_text, visible, warn
+from .withheld import cut
 
 # %% ../nbs/00_transcripts.ipynb #93090dc5
 class TranscriptError(ValueError):
@@ -110,7 +111,7 @@ def _refuse_constant(name): raise ValueError(f"{name} is not JSON; use null")
 def _finite(text):
     "A JSON number as float; one that overflows is an error."
     if math.isfinite(number := float(text)): return number
-    raise ValueError(f"the number {text[:20]} is too large")
+    raise ValueError(f"the number {cut(text, 20)} is too large")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
@@ -978,7 +979,7 @@ def detect_format(record, where):
         need(not found[0].on_request, where,
              f"looks like {name}, which is read on request only; pass format={name!r}")
         return name
-    keys = ", ".join(sorted(map(str, record))[:40])[:400] or "(none)"
+    keys = cut(", ".join(sorted(map(str, record))[:40]), 400) or "(none)"
     fits = " and ".join(f.name for f in found) + " all fit" if found else "no known format has"
     raise TranscriptError(f"{where}: {fits} the keys {keys}; pass format= one of {', '.join(FORMATS)}")
 
@@ -1358,7 +1359,7 @@ class TranscriptReader:
         """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over
         `MAX_BAD` records are bad so far, and fewer are good."""
         self.skipped_count += 1
-        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{str(error)[:MAX_WORDS]}…")
+        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{cut(error, MAX_WORDS)}…")
         if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
         good = self.formats.total()
         if self.skipped_count > max(MAX_BAD, good):
