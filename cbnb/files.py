@@ -108,10 +108,13 @@ def write_files(files):
 def append_bytes(path, data):
     """Appends `data` to the file `path`, made with mode 0600 where it is not there: all of it, or on a full
     disk nothing. A last line without an end, left by a process that was killed, is cut off first. Raises
-    OutputError for a path that is no regular file, OSError, which names `path`, for a full disk."""
+    OutputError for a path that is no regular file or has a second name (a hard link), OSError, which names `path`, for a full disk."""
     if os.path.lexists(path): check_output(path)   # a pipe without a reader would hang
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with named(path), open(os.open(path, flags, 0o600), "r+b", buffering=0) as f:
+        if os.fstat(f.fileno()).st_nlink > 1:
+            raise OutputError(f"{path} has a second name (a hard link), perhaps outside of its folder; "
+                              "put a copy in its place")
         if end := f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":

@@ -24,6 +24,7 @@ from datetime import datetime
 from .config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
 from .reading import InputError, open_regular
 from .terminal import error_text
+from .withheld import cut
 
 # %% ../nbs/09a_records.ipynb #rec00001
 RECORD_BYTES = 64 << 20  # of a JSON file; the largest, the plan of ten thousand runs, has a few MB
@@ -57,7 +58,7 @@ def once(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise RecordError(f"names {next(key for key in keys if keys.count(key) > 1)!r:.60} twice")
+        raise RecordError(f"names {cut(repr(next(key for key in keys if keys.count(key) > 1)), 60)} twice")
     return found
 
 
@@ -66,12 +67,12 @@ def parsed(data):
     try: return json.loads(data.decode(), object_pairs_hook=once)
     except RecordError: raise
     except RecursionError: raise RecordError("is nested too deeply") from None
-    except ValueError as e: raise RecordError(f"is not readable as JSON ({str(e):.200})") from None
+    except ValueError as e: raise RecordError(f"is not readable as JSON ({cut(e, 200)})") from None
 
 # %% ../nbs/09a_records.ipynb #rec00003
 def wants(where, wanted, value):
     "The sentence for a `value` at `where` that is not what is `wanted`."
-    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or f"{value!r:.60}"
+    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or cut(repr(value), 60)
     return f"{where or 'it'} wants {wanted}, but {shown} is there"
 
 
@@ -171,7 +172,7 @@ def mapping(check, most=10_000):
         if not isinstance(value, dict) or len(value) > most or not all(len(name) <= PATH for name in value):
             yield wants(where, wanted, value)
             return
-        for name, entry in value.items(): yield from check(entry, f"{where}.{name[:60]!r}".lstrip("."))
+        for name, entry in value.items(): yield from check(entry, f"{where}.{cut(name, 60)!r}".lstrip("."))
     return checked
 
 
@@ -186,7 +187,7 @@ def fields(checks, *needed):
             if value.get(name) is None: yield f"{where or 'it'} has no {name}"
         for name, entry in value.items():
             if entry is None and name in needed: continue   # said above
-            yield from checks.get(name, plain)(entry, f"{where}.{name[:60]}".lstrip("."))
+            yield from checks.get(name, plain)(entry, f"{where}.{cut(name, 60)}".lstrip("."))
     return checked
 
 
@@ -318,7 +319,7 @@ def metrics_row(row, where=""):
         for name, value in row.items():
             if type(value) is float and -1e300 < value < 1e300 or value is None: continue  # most of them
             measured = name.startswith(MEASURES) or name == "lr"
-            yield from (VALUE if measured else plain)(value, name[:60])
+            yield from (VALUE if measured else plain)(value, cut(name, 60))
 
 # %% ../nbs/09a_records.ipynb #rec00011
 RECORDS = {

@@ -49,7 +49,7 @@ from .processes import any_of, from_first, is_first, rank, world_size
 from .reading import read_bytes, read_text, sha256
 from .records import LOG_BYTES, RECORD_BYTES, SMALL_BYTES, STATES, RecordError, bytes_of, record_of
 from .terminal import ended, error_text, nowhere, say, tame_kernel, tame_libraries
-from .withheld import SECRET_NAME, guard, holder, kernel, scrub, tidy, withhold
+from .withheld import SECRET_NAME, cut, guard, holder, kernel, scrub, tidy, withhold
 
 # %% ../nbs/10_runs.ipynb #04f47923
 class ParameterError(ValueError):
@@ -195,7 +195,7 @@ def to_plain(value):
     if isinstance(value, (list, tuple)): return [to_plain(v) for v in value]
     if isinstance(value, (set, frozenset)): return sorted(to_plain(v) for v in value)
     if isinstance(value, Path): return str(value)
-    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r:.80}")
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {cut(repr(value), 80)}")
 
 # %% ../nbs/10_runs.ipynb #3330018e
 def json_text(value):
@@ -224,7 +224,7 @@ def read_json(path):
     except FileNotFoundError: return None
     except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
     except (ValueError, RecursionError) as e:
-        raise RunError(f"{path} is not readable as JSON ({str(e):.200}): move it away or repair it") from None
+        raise RunError(f"{path} is not readable as JSON ({cut(e, 200)}): move it away or repair it") from None
     if not isinstance(value, dict): raise RunError(f"{path} holds no JSON object: move it away or repair it")
     return value
 
@@ -361,7 +361,7 @@ def code_state(limit=1_000_000):
     commit = git(PACKAGE, "rev-parse", "--verify", "HEAD") if tracked else None
     diff = git(PACKAGE, "diff", "--no-ext-diff", "--no-textconv", "HEAD", limit=limit + 1) if commit else None
     return {"version": cbnb.__version__, "source": source_hash(PACKAGE), "commit": commit and commit.strip(),
-            "diff": scrub(diff[:limit]) if diff is not None else None,
+            "diff": cut(diff, limit) if diff is not None else None,
             "diff_truncated": diff is not None and len(diff.encode(errors="replace")) > limit}
 
 # %% ../nbs/10_runs.ipynb #3303a0eb
@@ -525,7 +525,7 @@ def stage(run, name, stops=True):
             yield
         except BaseException as e:
             if is_full_disk(e): full = RunError(full_disk_words(run.path, e))
-            error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:500]
+            error = cut(" ".join(f"{type(full or e).__name__}: {full or e}".split()), 500)
             ended = isinstance(e, (KeyboardInterrupt, RunInterrupted))
             if world_size() > 1:
                 if told := first_error(run): error, ended = told, False
@@ -596,7 +596,7 @@ def close_run(path, code, why=""):
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try: refused = "" if status.get("stage") else refusal(read_record(path / "preflight.json"))
     except RunError as e: refused = str(e)
-    set_status(Run(path), "failed", error=scrub(refused or why)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
+    set_status(Run(path), "failed", error=cut(refused or why, 500) or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
                "(memory?) or a refused parameter; look at its log")
     return "failed"
 

@@ -32,6 +32,7 @@ from .records import SETTING, fault
 from .runs import RunError, check_name, holds, log_rows, not_rising, read_record, read_status, still_running, write_json
 from .status import folders_in
 from .terminal import visible
+from .withheld import cut
 
 # %% ../nbs/12a_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")
@@ -52,7 +53,7 @@ def planned_runs(folder, notes: list) -> dict[Path, dict]:
     found = {}
     for entry in plan.get("runs", ()):
         try: path = Path(folder) / check_name(entry["dir"])
-        except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {visible(entry)[:80]}, which names no run folder; it is left out.")
+        except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {visible(cut(entry, 80))}, which names no run folder; it is left out.")
         else: found[path] = entry["parameters"] if not fault("params.json", entry.get("parameters")) else {}
     return found
 
