@@ -30,6 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .config import CircuitBreakerConfig, ConfigError, check_layers, nearest
+from .lease import check_lease
 from .loaders import empty_model, read_config, read_model, read_tokenizer
 from .processes import is_first, join, world_size
 from .withheld import cut
@@ -534,9 +535,11 @@ def write_adapter(student: PeftModel, folder: str | Path) -> None:
 
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:
     """Writes the adapter (safetensors and its configuration) to `folder`, which plain `peft.PeftModel.from_pretrained` loads.
-    It is written under a temporary name and renamed, in the place of an adapter that is already there; of several processes, by the first."""
+    It is written under a temporary name and renamed, in the place of an adapter that is already there; of several processes, by the first. Raises
+    `Held` where `folder` is of a run that another process has taken over (`cbnb.lease.check_lease`)."""
     folder = Path(folder)
     if not is_first(): return folder
+    check_lease(folder.parent)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     try:
         write_adapter(student, partial)
