@@ -8,9 +8,9 @@ __all__ = ['RECORD_BYTES', 'SMALL_BYTES', 'LOG_BYTES', 'STEPS', 'NAME', 'PATH', 
            'READ', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE', 'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES',
            'RESULT', 'VERDICT', 'POINT', 'ASKED', 'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE',
            'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS',
-           'RecordError', 'regular_file', 'bytes_of', 'once', 'parsed', 'wants', 'is_plain', 'plain', 'whole', 'number',
-           'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting',
-           'settings', 'count', 'metrics_row', 'fault', 'record_of']
+           'RecordError', 'regular_file', 'bytes_of', 'brief', 'once', 'parsed', 'wants', 'is_plain', 'plain', 'whole',
+           'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor',
+           'setting', 'settings', 'count', 'metrics_row', 'fault', 'record_of']
 
 # %% ../nbs/09a_records.ipynb #recim001
 import dataclasses
@@ -53,12 +53,18 @@ def bytes_of(path, most=RECORD_BYTES):
         return f.read(most)
 
 # %% ../nbs/09a_records.ipynb #rec00002
+def brief(text, most=60):
+    """`text` (str), or its first `most` characters without secrets (`cbnb.withheld.cut`). What is not cut holds a
+    secret as a whole, which whoever writes it takes out: it is not looked for here, once a field."""
+    return text if len(text) <= most else cut(text, most)
+
+
 def once(pairs):
     "The dict of the `(key, value)` `pairs` of a JSON object. Raises RecordError for a key that stands twice."
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise RecordError(f"names {cut(repr(next(key for key in keys if keys.count(key) > 1)), 60)} twice")
+        raise RecordError(f"names {brief(repr(next(key for key in keys if keys.count(key) > 1)))} twice")
     return found
 
 
@@ -72,7 +78,7 @@ def parsed(data):
 # %% ../nbs/09a_records.ipynb #rec00003
 def wants(where, wanted, value):
     "The sentence for a `value` at `where` that is not what is `wanted`."
-    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or cut(repr(value), 60)
+    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or brief(repr(value))
     return f"{where or 'it'} wants {wanted}, but {shown} is there"
 
 
@@ -172,7 +178,7 @@ def mapping(check, most=10_000):
         if not isinstance(value, dict) or len(value) > most or not all(len(name) <= PATH for name in value):
             yield wants(where, wanted, value)
             return
-        for name, entry in value.items(): yield from check(entry, f"{where}.{cut(name, 60)!r}".lstrip("."))
+        for name, entry in value.items(): yield from check(entry, f"{where}.{brief(name)!r}".lstrip("."))
     return checked
 
 
@@ -187,7 +193,7 @@ def fields(checks, *needed):
             if value.get(name) is None: yield f"{where or 'it'} has no {name}"
         for name, entry in value.items():
             if entry is None and name in needed: continue   # said above
-            yield from checks.get(name, plain)(entry, f"{where}.{cut(name, 60)}".lstrip("."))
+            yield from checks.get(name, plain)(entry, f"{where}.{brief(name)}".lstrip("."))
     return checked
 
 
@@ -319,7 +325,7 @@ def metrics_row(row, where=""):
         for name, value in row.items():
             if type(value) is float and -1e300 < value < 1e300 or value is None: continue  # most of them
             measured = name.startswith(MEASURES) or name == "lr"
-            yield from (VALUE if measured else plain)(value, cut(name, 60))
+            yield from (VALUE if measured else plain)(value, brief(name))
 
 # %% ../nbs/09a_records.ipynb #rec00011
 RECORDS = {
