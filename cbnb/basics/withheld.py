@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from .reading import read_bytes, read_text
+from .reading import open_regular, read_bytes, read_text
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|passphrase|secret|credentials?|api_?key|access_key"
@@ -488,7 +488,7 @@ def is_shared(about):
 def own_copy(path):
     "Makes the file `path` one of its own; its other names keep the old one, as it is."
     from cbnb.basics.files import new_file
-    with open(path, "rb") as old, new_file(path) as new: shutil.copyfileobj(old, new)
+    with open_regular(path) as old, new_file(path) as new: shutil.copyfileobj(old, new)
 
 
 def keep_private(folder):

@@ -525,7 +525,7 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
 def withheld_frame(frame: pd.DataFrame) -> pd.DataFrame:
     "A copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file that is no text."
     texts = [c for c in frame if frame[c].dtype == object]
-    return frame.assign(**{c: frame[c].map(lambda v: withhold(v) if isinstance(v, str) else v) for c in texts})
+    return frame.assign(**{c: withhold(frame[c].tolist()) for c in texts})
 
 
 def write_sweep(sweep: Sweep, folder) -> list[Path]:

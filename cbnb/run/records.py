@@ -26,7 +26,7 @@ from ..basics.jsonfiles import bytes_of, parsed, RECORD_BYTES, RecordError, RunE
 # %% ../../nbs/run/01_records.ipynb #rec00003
 def wants(where, wanted, value):
     "The sentence for a `value` at `where` that is not what is `wanted`."
-    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or cut(repr(value), 60)
+    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or brief(repr(value))
     return f"{where or 'it'} wants {wanted}, but {shown} is there"
 
 
@@ -126,7 +126,7 @@ def mapping(check, most=10_000):
         if not isinstance(value, dict) or len(value) > most or not all(len(name) <= PATH for name in value):
             yield wants(where, wanted, value)
             return
-        for name, entry in value.items(): yield from check(entry, f"{where}.{cut(name, 60)!r}".lstrip("."))
+        for name, entry in value.items(): yield from check(entry, f"{where}.{brief(name)!r}".lstrip("."))
     return checked
 
 
@@ -141,7 +141,7 @@ def fields(checks, *needed):
             if value.get(name) is None: yield f"{where or 'it'} has no {name}"
         for name, entry in value.items():
             if entry is None and name in needed: continue   # said above
-            yield from checks.get(name, plain)(entry, f"{where}.{cut(name, 60)}".lstrip("."))
+            yield from checks.get(name, plain)(entry, f"{where}.{brief(name)}".lstrip("."))
     return checked
 
 
@@ -273,7 +273,7 @@ def metrics_row(row, where=""):
         for name, value in row.items():
             if type(value) is float and -1e300 < value < 1e300 or value is None: continue  # most of them
             measured = name.startswith(MEASURES) or name == "lr"
-            yield from (VALUE if measured else plain)(value, cut(name, 60))
+            yield from (VALUE if measured else plain)(value, brief(name))
 
 # %% ../../nbs/run/01_records.ipynb #rec00011
 RECORDS = {
