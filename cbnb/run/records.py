@@ -19,9 +19,8 @@ import typing
 from datetime import datetime
 from pathlib import Path
 
-from ..basics.withheld import cut
 from ..config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
-from ..basics.jsonfiles import bytes_of, parsed, RECORD_BYTES, RecordError, RunError, SMALL_BYTES
+from ..basics.jsonfiles import brief, bytes_of, parsed, RECORD_BYTES, RecordError, RunError, SMALL_BYTES
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 def wants(where, wanted, value):
