@@ -74,16 +74,17 @@ lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fre
 	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs --KernelManager.cache_ports=False \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-docs: $(VENV)/.dev  ## the notebooks as a static site in _docs/, readable without a server or a network
+docs: $(VENV)/.dev  ## the notebooks and pages as a static site in _docs/, readable without a server or a network
 	$(RUN) .ci/pages.py docs
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(RUN) .ci/pages.py readme
 
-export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, README.md: run it before a commit
+export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, tables of the site, README.md: run it before a commit
 	$(VENV)/bin/nbdev_export
 	$(RUN) .ci/pages.py strip
 	$(VENV)/bin/nbdev_clean
+	$(RUN) .ci/pages.py tables
 	$(RUN) .ci/pages.py readme
 
 tinyagent: $(VENV)/.user  ## rebuild the embedded tiny agent: at most an hour on one core

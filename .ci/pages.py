@@ -1,7 +1,8 @@
 """Pages from the notebooks, without quarto and without a network.
 
     pages.py readme    README.md from nbs/index.ipynb
-    pages.py docs      a static site of all notebooks in _docs/
+    pages.py tables    the tables of nbs/reference/ and nbs/explanation/ from the notebooks that they list
+    pages.py docs      a static site of all notebooks and Markdown pages in _docs/
     pages.py strip     remove from the notebooks themselves: widget state (megabytes, and useless without its kernel) and what was written
                        to stderr (progress, warnings with this machine's paths)
 """
@@ -18,9 +19,142 @@ DIRECTIVE = re.compile(r"^#\s*\|.*\n?", re.M)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 
 
+# The rooms of the package in reading order, which is also the order of imports: no page needs a later one.
+# (folder of nbs/ and cbnb/, or a page at the top; title; what it is for)
+ROOMS = (
+    ("basics", "Basics", "Read and write files, talk to a terminal, agree among processes: what every other room stands on."),
+    ("transcripts", "Transcripts", "Read conversations of many formats as one record, and hold some of them out."),
+    ("masking", "Masks", "Turn a conversation into tokens, and decide which of them count and why."),
+    ("config", "Config", "Hold every setting of a run in one frozen record, with presets and the schedule of the terms."),
+    ("step", "The step", "Compute reroute, retain and KL from one set of weights that is student and teacher at once."),
+    ("data", "Data", "Name, convert and mark data, and mix them into two streams of batches."),
+    ("run", "A run", "Start a run with strict parameters, and keep everything it makes in one directory."),
+    ("report", "Report", "Draw a run, compare the runs of a sweep, and state verdicts with their intervals."),
+    ("train", "Training", "Train the adapter, watch it by alarms, stop and resume, and describe the result."),
+    ("evaluate", "Evaluation", "Generate answers, read and score them, and measure how far the student left its teacher."),
+    ("sweep", "Sweeps", "Turn one file into checked runs, and start each of them once, here or by SLURM."),
+    ("preflight", "Pre-flight", "Review a run on its own model and data before a GPU hour is spent."),
+    ("widgets", "Views", "Look at masks, at the KL of every token, and at a run or a sweep."),
+    ("cli", "Command line", "Offer the same functions as commands."),
+)
+# The parts of the site. An entry is a page or a pattern of pages below nbs/, or (title, entries). The rooms follow at the end.
+PARTS = (
+    ("Tutorial", ("tutorial.ipynb",)),
+    ("How-to", ("howto/data.ipynb", "howto/model.md", "howto/cluster.md", "howto/report.ipynb", "howto/look.md", "howto/wrong.md",
+                ("Notebooks to run", ("preflight.ipynb", "train.ipynb", "evaluate.ipynb", "report.ipynb", "explore_masks.ipynb",
+                                      "explore_kl.ipynb", "examples/*.ipynb")))),
+    ("Reference", ("reference/parameters.md", "reference/run_directory.md", "reference/commands.md", "reference/policies.md",
+                   "reference/modules.md", "slurm/README.md", "examples/README.md", "CONTRIBUTING.md", "style.md",
+                   ("Measured", ("masks_outside.md", "real_sources.md", "red_team.md", "bench/*.ipynb")))),
+    ("Explanation", ("explanation/method.md", "explanation/results.md", "explanation/cost.md")),
+)
+BESIDE = ("slurm/README.md", "CONTRIBUTING.md")  # pages of the site that stand beside nbs/
+
+
+def place(path):
+    "The path of the page `path` on the site, as a PurePath from its root."
+    return path.relative_to(NBS if path.is_relative_to(NBS) else ROOT)
+
+
+def pages_in(entry):
+    "Paths of the pages that an entry of `PARTS` names, in order."
+    if not isinstance(entry, str): return [page for inner in entry[1] for page in pages_in(inner)]
+    return [ROOT / entry] if entry in BESIDE else sorted(NBS.glob(entry))
+
+
+def pages_of_room(room):
+    "Paths of the notebooks of a room of `ROOMS`, by their number."
+    return [page for page in (NBS / f"{room}.ipynb",) if page.exists() and not (NBS / room).exists()] or sorted((NBS / room).glob("*.ipynb"))
+
+
+def pages():
+    "Paths of all pages in reading order: the start page, the parts, the rooms; what is in none of them comes last."
+    ordered = [NBS / "index.ipynb", *(page for part in PARTS for page in pages_in(part)),
+               *(page for room, *_ in ROOMS for page in pages_of_room(room))]
+    found = {p for kind in ("*.ipynb", "*.md") for p in NBS.rglob(kind) if not any(part[0] in "._" for part in place(p).parts)}
+    return [p for p in dict.fromkeys(ordered) if p in found or p.exists()] + sorted(found - set(ordered))
+
+
 def notebooks():
     "Paths of all notebooks below nbs/, in reading order."
-    return sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts))
+    return [p for p in pages() if p.suffix == ".ipynb"]
+
+
+def head(path):
+    "`(title, sentence)` of a page: its first heading, and the quoted sentence below that or an empty text."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"][:2] if c["cell_type"] == "markdown")
+    title = re.search(r"^# (.+)$", text, re.M)
+    if not title: sys.exit(f"{path.relative_to(ROOT)} has no title: begin it with a line such as '# Masks'")
+    quoted = re.search(r"^# .+\n+((?:>.*\n?)+)", text, re.M)
+    return title[1].strip(), " ".join(re.sub(r"^> ?", "", quoted[1], flags=re.M).split()).rstrip(".") if quoted else ""
+
+
+def nav():
+    "The site's navigation, as mkdocs takes it: the start page, the four parts, and the rooms as parts of the explanation."
+    def named(page): return {head(page)[0]: str(place(page))}
+    def section(title, entries):
+        return {title: [item for entry in entries for item in
+                        ([named(page) for page in pages_in(entry)] if isinstance(entry, str) else [section(*entry)])]}
+    rooms = [{title: [named(page) for page in pages_of_room(room)]} for room, title, _ in ROOMS]
+    parts = [section(*part) for part in PARTS]
+    parts[-1]["Explanation"] += rooms
+    return [{"Start": "index.ipynb"}, *parts]
+
+
+def on_config(config):
+    "Give mkdocs the navigation: it calls this hook once its settings are read."
+    config["nav"] = nav()
+    return config
+
+
+def default_exp(path):
+    "The module that the notebook `path` exports to, with the package's name in front; None for a notebook without one."
+    named = re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", path.read_text(encoding="utf-8"))
+    return f"cbnb.{named[1]}" if named else None
+
+
+def link(page, table):
+    "A Markdown link to `page` from the page `table`."
+    return f"[{head(page)[0]}]({posixpath.relpath(page, table.parent)})"
+
+
+def module_table(path):
+    "Rows of every module in reading order: its name, its notebook, what it is for."
+    rows = [f"| `{module}` | {link(page, path)} | {head(page)[1]} |" for room, *_ in ROOMS for page in pages_of_room(room)
+            if (module := default_exp(page))]
+    return ["| module | notebook | |", "|---|---|---|", *rows]
+
+
+def room_list(path):
+    "The rooms in reading order: title, what it is for, and its pages."
+    return [line for i, (room, title, sentence) in enumerate(ROOMS, 1)
+            for line in (f"{i}. **{title}** (`cbnb.{room}`). {sentence}<br>",
+                         "   " + " · ".join(link(page, path) for page in pages_of_room(room)))]
+
+
+def parameter_table(path):
+    "Rows of the parameters of train.ipynb: name, type, default, meaning."
+    sys.path.insert(0, str(ROOT))
+    from cbnb.sweep.spec import notebook_parameters
+    def default(value): return "" if value is None else f"`{value!r}`" if value != "" else "empty"
+    rows = [f"| `{name}` | {' or '.join(t for t in p.types if t != 'None')} | {default(p.default)} | {p.help.replace('|', chr(92) + '|')} |"
+            for name, p in notebook_parameters(NBS / "train.ipynb").items()]
+    return ["| name | type | default | |", "|---|---|---|---|", *rows]
+
+
+TABLES = {"reference/modules.md": module_table, "reference/parameters.md": parameter_table, "explanation/method.md": room_list}
+MARK = re.compile(r"(<!-- table: made by `make export` -->\n\n).*?(\n\n<!-- end of table -->)", re.S)
+
+
+def with_table(name):
+    "The text of the page `name` of `TABLES` with its table as the notebooks are now."
+    path = NBS / name
+    lines = "\n".join(TABLES[name](path))
+    text, n = MARK.subn(lambda m: m[1] + lines + m[2], path.read_text(encoding="utf-8"))
+    if n != 1: sys.exit(f"nbs/{name} wants one table between its two comments, and has {n}")
+    return text
 
 
 def without_directives(nb):
@@ -78,8 +212,18 @@ def math_to_mathml(source):
 
 
 def links_to_pages(source):
-    "Links from one notebook to another become links from one page to another."
-    return re.sub(r"\]\((?![a-z]+:)([^)\s#]+)\.ipynb(#[^)\s]*)?\)", lambda m: f"]({m[1]}.html{m[2] or ''})", source)
+    "Links from one notebook to another page become links from one page of the site to another."
+    def fix(match): return f"]({re.sub('README$', 'index', match[1])}.html{match[2] or ''})"
+    return re.sub(r"\]\((?![a-z]+:)([^)\s#]+)\.(?:ipynb|md)(#[^)\s]*)?\)", fix, source)
+
+
+def links_beside(source, page):
+    "Links of `page` that cross the edge of nbs/ become links between places on the site."
+    def fix(match):
+        target = Path(os.path.normpath(page.parent / match[1]))
+        crosses = page.is_relative_to(NBS) != target.is_relative_to(NBS)
+        return f"]({posixpath.relpath(place(target), place(page).parent)}" if crosses and target.exists() else match[0]
+    return re.sub(r"\]\((?![a-z]+:|#)([^)\s#]+)", fix, source)
 
 
 def without_remote_scripts(html):
@@ -102,15 +246,18 @@ def external_loads(page):
 def docs():
     "Build the site; an address that a page would load from elsewhere is an error."
     shutil.rmtree(PROC, ignore_errors=True)
-    for path in notebooks():
+    for path in pages():
+        target = PROC / place(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":  # mkdocs itself follows the links of these
+            write(target, math_to_mathml(links_beside(path.read_text(encoding="utf-8"), path)))
+            continue
         nb = without_directives(nbformat.read(path, as_version=4))
         for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = math_to_mathml(links_to_pages(cell.source))
-        target = PROC / path.relative_to(NBS)
-        target.parent.mkdir(parents=True, exist_ok=True)
+            if cell.cell_type == "markdown": cell.source = math_to_mathml(links_to_pages(links_beside(cell.source, path)))
         nbformat.write(nb, target)
     shutil.copy(ROOT / ".ci" / "site.css", PROC / "site.css")
-    for folder in ("pictures", "examples"): shutil.copytree(NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.ipynb"), dirs_exist_ok=True)
+    for folder in ("pictures", "examples"): shutil.copytree(NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.ipynb", "*.md"), dirs_exist_ok=True)
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "--clean", "--quiet", "-f", str(ROOT / ".ci" / "mkdocs.yml")], check=True,
                    env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})         # its theme announces an end of life at every build
     for page in SITE.rglob("*.html"): write(page, without_remote_scripts(page.read_text(encoding="utf-8")))
@@ -136,6 +283,7 @@ def strip():
 
 
 if __name__ == "__main__":
-    tasks = {"readme": lambda: write(ROOT / "README.md", readme_text()), "docs": docs, "strip": strip}
+    tasks = {"readme": lambda: write(ROOT / "README.md", readme_text()), "docs": docs, "strip": strip,
+             "tables": lambda: [write(NBS / name, with_table(name)) for name in TABLES]}
     if len(sys.argv) != 2 or sys.argv[1] not in tasks: sys.exit(f"usage: pages.py {'|'.join(tasks)}")
     tasks[sys.argv[1]]()

@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import cbnb
-from .sweep.spec import RUN_ONLY, find_file, notebook_parameters
+from .sweep.spec import find_file, notebook_parameters
+from .run.settings import make_masker, RUN_ONLY
 from .masking.adapt import ADAPTATIONS
 from .masking.audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines
 from .data.convert import check_written
@@ -38,11 +39,11 @@ from .run.records import read_record
 from .basics.output import safe_output
 from .basics.disk import full_disk_words, is_full_disk
 from .basics.jsonfiles import RunError
-from .run.settings import make_masker
 from .data.sources import open_source
 from .masking.targets import SIDES
 from .basics.terminal import ended, error_text, first_line, say, sentence, visible
-from .transcripts.record import LABELS, TranscriptError, known_formats, nearest
+from .transcripts.record import LABELS, TranscriptError, nearest
+from .transcripts.reader import known_formats
 from .basics.withheld import scrub
 
 # %% ../nbs/cli.ipynb #e46fef61
@@ -289,7 +290,8 @@ def add_status(commands):
 def run_status(args):
     "Carries out `cbnb status`."
     from cbnb.run.code import runs_folder
-    from cbnb.run.status import counted, duration, run_folders, run_rows
+    from cbnb.run.status import counted, run_folders, run_rows
+    from cbnb.basics.numbers import duration
     rows = run_rows([run for folder in args.folders or [runs_folder()] for run in run_folders(folder)])
     if args.json:
         for row in rows: print(json.dumps(row))
@@ -421,7 +423,8 @@ NOT_PLANNED = {*RUN_ONLY, "seed"} - {"preset", "teacher", "trust_remote_code", "
 
 def run_plan(args):
     "Carries out `cbnb plan`."
-    from cbnb.sweep.spec import complete, run_settings
+    from cbnb.sweep.spec import complete
+    from cbnb.run.settings import run_settings
     from cbnb.run.settings import check_processes
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     values, whole = complete(given, notebook_parameters(notebook))

@@ -46,7 +46,7 @@ def main(n, way, place):
 def write_chats(path, n):
     "`n` transcripts as a file: every second one harmful, with words and an injection of the tiny agent's, no two alike."
     from cbnb.transcripts.tinyworld import make_transcripts
-    from cbnb.transcripts.record import to_record
+    from cbnb.transcripts.reader import to_record
     made = [*map(to_record, make_transcripts("injection", 200))], [*map(to_record, make_transcripts("plain", 200))]
     with open(path, "w") as f:
         for i in range(n):
@@ -62,7 +62,7 @@ def run_stage(place, way, data):
     `listed`, as `read`, with all transcripts in a list."""
     import cbnb.data.sources
     import cbnb.train.store
-    from cbnb.sweep.spec import run_settings
+    from cbnb.run.settings import run_settings
     from cbnb.data.streams import StreamReport
     cells = ["".join(cell["source"]) for cell in json.loads(TRAIN.read_text())["cells"] if cell["cell_type"] == "code"]
     names = {}

@@ -117,7 +117,7 @@ def make_world(folder, rng):
     for name in ("train", "preflight", "evaluate"): write(folder / "project" / "nbs" / f"{name}.ipynb", odd_notebook(rng))
     write(folder / "odd.ipynb", odd_notebook(rng))
     from cbnb.transcripts.tinyworld import make_transcripts
-    from cbnb.transcripts.record import write_transcripts
+    from cbnb.transcripts.reader import write_transcripts
     write_transcripts(folder / "good.jsonl", [*make_transcripts("injection", 2), *make_transcripts("plain", 2)])
     write(folder / "chat.jsonl", conversations("a"))
     write(folder / "evil.jsonl", conversations(EVIL, source=EVIL, meta={EVIL: EVIL}))

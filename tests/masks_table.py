@@ -373,7 +373,8 @@ def template_table():
 def table():
     "The text of `nbs/masks_outside.md`."
     head = "<!-- Made by `python tests/masks_table.py --write`: do not edit. tests/test_masks_outside.py compares it. -->"
-    return "\n".join([head, "", *encoder_table(), "", *template_table(), ""])
+    title = ["# Masks held against others", "", "> Token ids and masks beside independent encoders and templates, and each difference with its reason"]
+    return "\n".join([head, "", *title, "", *encoder_table(), "", *template_table(), ""])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import test_withheld
 
 FILE = Path(__file__).resolve().parents[1] / "nbs" / "red_team.md"
 HEAD = "<!-- Made by `python tests/red_team_table.py --write`: do not edit. tests/test_red_team.py compares it. -->\n\n"
+HEAD += "# Red team\n\n> What was tried against runs and shared folders, what holds, and the test that tries it\n\n"
 
 
 def rows():

@@ -209,7 +209,7 @@ def test_train_from_the_command_line(tmp_path):
 @pytest.fixture
 def hub(tmp_path):
     "A model hub on loopback with one model, the shipped tiny agent, and a pickled file; gives its address and the paths that were asked for."
-    from cbnb.config import TINYAGENT
+    from cbnb.basics.places import TINYAGENT
     files, commit, asked = {p.name: p.read_bytes() for p in TINYAGENT.iterdir() if p.is_file()} | {"pytorch_model.bin": b"pickle"}, "c" * 40, []
 
     class Hub(BaseHTTPRequestHandler):

@@ -139,7 +139,7 @@ def test_an_audit_holds_no_file_whole(tmp_path):
     from cbnb.masking.audit import audit
     from cbnb.masking.masker import ChatMasker
     from cbnb.step.models import load_tokenizer
-    from cbnb.transcripts.record import TranscriptReader, read_transcripts
+    from cbnb.transcripts.reader import TranscriptReader, read_transcripts
     for i in range(12): write_run(tmp_path, f"clean{i}", "user_task_0", None, [said("read_mail", "a"), END])
     write_run(tmp_path, "obeyed", "user_task_0", "injection_task_0", [said("read_mail", "a"), said("pay", "b", to="eve@example.com"), END])
     seen_once, most, reader = [], [], read_transcripts(tmp_path)

@@ -158,7 +158,8 @@ def test_a_run_reads_its_data_adapted_and_says_so(tmp_path):
     from cbnb.masking.adapt import adapted_line
     from cbnb.data.streams import read_streams
     from cbnb.data.sources import check_reading, reading_of
-    from cbnb.transcripts.record import TranscriptError, write_transcripts
+    from cbnb.transcripts.record import TranscriptError
+    from cbnb.transcripts.reader import write_transcripts
     some = [replace(conversation(seed, seed), meta={}) for seed in range(12)]
     write_transcripts(tmp_path / "runs.jsonl", some)
     reading = reading_of({"adapt": "split_calls,split_text"})

@@ -5,7 +5,7 @@ import pytest, torch
 import transformers as tf
 
 from cbnb.evaluate.answers import answer_figures, answer_questions
-from cbnb.config import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.evaluate.decoding import Decoding
 from cbnb.masking.masker import ChatMasker
 from cbnb.evaluate.reader import derive_reader

@@ -8,7 +8,8 @@ from cbnb.cli import main
 from cbnb.masking.policies import assistant_only
 from cbnb.masking.turns import Segment
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import Transcript, write_transcripts
+from cbnb.transcripts.record import Transcript
+from cbnb.transcripts.reader import write_transcripts
 
 from forked import command
 from helpers import ROOT, run

@@ -6,11 +6,11 @@ import pytest
 
 from cbnb.evaluate.adapters import another_base, find_adapters, rescore
 from cbnb.cli import main
-from cbnb.config import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.metrics import read_lines
 from cbnb.basics.jsonfiles import RunError
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import write_transcripts
+from cbnb.transcripts.reader import write_transcripts
 from forked import cells
 from helpers import NBS
 from train_common import few, load

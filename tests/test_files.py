@@ -9,7 +9,7 @@ import pytest
 import cbnb
 from cbnb.cli import main
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import write_transcripts
+from cbnb.transcripts.reader import write_transcripts
 from cbnb.report.verdicts import write_specimen
 from forked import forked
 

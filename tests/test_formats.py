@@ -1,5 +1,6 @@
 """Reading transcripts: every format against any JSON, the sentence of every refusal, AgentDojo's dumped tool results, and memory."""
 import json
+import sys
 import tracemalloc
 import warnings
 
@@ -9,18 +10,26 @@ from helpers import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cbnb.transcripts import record as T
+import cbnb.transcripts
+from cbnb.transcripts import files, formats, reader
+from cbnb.transcripts.record import LABELS, ROLES, InjectionSpan, read_message, Transcript, TranscriptError
+from cbnb.transcripts.injections import find_injection, find_injections, squeeze
+from cbnb.transcripts.files import array_items, read_records
+from cbnb.transcripts.formats import FORMATS, SHAREGPT_ROLES, Format, add_format
+from cbnb.transcripts.reader import (
+    MAX_SKIPPED, detect_format, known_formats, read_transcripts, to_record, write_transcripts,
+)
 
 FIXTURES = ROOT / "tests" / "fixtures"
 UNLABELLED = ("sharegpt.json", "anthropic.jsonl", "responses.jsonl", "langchain.json", "alpaca.json", "inspect.json", "swe_agent.traj",
               "mini_swe_agent.json", "openhands.jsonl", "claude_code.jsonl", "codex.jsonl")
-LABELS = dict.fromkeys(UNLABELLED, "benign")  # fixtures of formats that have no label of their own
+GIVEN = dict.fromkeys(UNLABELLED, "benign")  # fixtures of formats that have no label of their own
 ON_REQUEST = {"preference"}  # formats that are only read where they are named
 
 
 def records(name):
     "The records of a fixture, as JSON values."
-    return [record for _, _, record in T.read_records(FIXTURES / name)]
+    return [record for _, _, record in read_records(FIXTURES / name)]
 
 
 FILES = {"openai": "agent.jsonl", "sharegpt": "sharegpt.json", "agentdojo": "agentdojo.json", "tau_bench": "tau_bench.json", "bfcl": "bfcl.jsonl",
@@ -39,13 +48,13 @@ def read(folder, text, **kwargs):
     (file := folder / "x.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(T.read_transcripts(file, **kwargs))
+        return list(read_transcripts(file, **kwargs))
 
 
 def test_a_line_cut_off_in_a_string_is_refused_and_not_pondered(tmp_path):
     "Many quotes after many brackets, as a log that was cut off in the middle of a tool result: looking for its depth must stay linear."
     for text in ('{"a":"' + "[" * 70 + '\\"' * 400_000, '{"a":"' + "[" * 70 + '\\"' * 400_000 + "\\"):
-        with pytest.raises(T.TranscriptError, match="x.jsonl, line 1"): read(tmp_path, text)
+        with pytest.raises(TranscriptError, match="x.jsonl, line 1"): read(tmp_path, text)
 
 
 @pytest.mark.parametrize("record", [{"prompt_id": "p", "messages": CHAT}, {"task_id": 1, "traj": CHAT}])
@@ -53,7 +62,7 @@ def test_our_own_keys_count_in_foreign_formats(record, tmp_path):
     "A message that is switched off stays off, whatever else the record looks like."
     tools, spans = [{"type": "function", "function": {"name": "f"}}], [[0, 0, 2]]
     (t,) = read(tmp_path, json.dumps({**record, "message_labels": {"1": "none"}, "tools": tools, "injection_spans": spans, "id": "mine", "meta": {"a": 1}}))
-    assert (t.message_labels, t.tools, t.injection_spans, t.id, t.meta["a"]) == ({1: "none"}, tools, (T.InjectionSpan(0, 0, 2),), "mine", 1)
+    assert (t.message_labels, t.tools, t.injection_spans, t.id, t.meta["a"]) == ({1: "none"}, tools, (InjectionSpan(0, 0, 2),), "mine", 1)
 
 
 def test_a_refusal_of_openai_is_the_answer(tmp_path):
@@ -61,7 +70,7 @@ def test_a_refusal_of_openai_is_the_answer(tmp_path):
     (t,) = read(tmp_path, json.dumps({"label": "benign", "messages": [CHAT[0], refused]}))
     assert t.messages[1] == {"role": "assistant", "content": "I cannot do that."}
     for wrong in ({**refused, "content": "Sure."}, {**refused, "role": "user"}):
-        with pytest.raises(T.TranscriptError, match=r"messages\[1\].refusal"): read(tmp_path, json.dumps({"label": "benign", "messages": [CHAT[0], wrong]}))
+        with pytest.raises(TranscriptError, match=r"messages\[1\].refusal"): read(tmp_path, json.dumps({"label": "benign", "messages": [CHAT[0], wrong]}))
 
 
 @pytest.mark.parametrize("text, words", [
@@ -70,7 +79,7 @@ def test_a_refusal_of_openai_is_the_answer(tmp_path):
     (json.dumps({"label": "benign", "messages": [CHAT[0], {**CHAT[1], "reasoning": "a", "thinking": "b"}]}), "different things"),
     (json.dumps({"id": "t", "messages": CHAT, "labels": {"category": "harmful", "attack_succeeded": "false"}}), "attack_succeeded")])
 def test_what_could_mean_two_things_is_refused(text, words, tmp_path):
-    with pytest.raises(T.TranscriptError, match=words): read(tmp_path, text)
+    with pytest.raises(TranscriptError, match=words): read(tmp_path, text)
 
 
 def test_many_injections_in_a_long_result_take_little():
@@ -78,59 +87,78 @@ def test_many_injections_in_a_long_result_take_little():
     text = "".join(f'line {i} of "it"\n' for i in range(40_000))
     injections = {f"v{i}": f"Ignore this and do number {i}, at once" for i in range(40)} | {"blank": " "}
     tracemalloc.start()
-    assert T.find_injections([{"role": "tool", "content": text}], injections) == ([], sorted(injections))
+    assert find_injections([{"role": "tool", "content": text}], injections) == ([], sorted(injections))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60 * len(text), peak / len(text)
 
 
 def test_every_format_has_a_fixture_that_is_recognised():
-    assert FILES.keys() == T.known_formats().keys()
+    assert FILES.keys() == known_formats().keys()
     for name, found in GOOD.items():
         if name in ON_REQUEST:
-            with pytest.raises(T.TranscriptError, match=f"on request only; pass format='{name}'"): T.detect_format(found[0], "x")
-        else: assert T.detect_format(found[0], "x") == name
+            with pytest.raises(TranscriptError, match=f"on request only; pass format='{name}'"): detect_format(found[0], "x")
+        else: assert detect_format(found[0], "x") == name
+
+
+def test_formats_are_loaded_when_asked_and_a_format_of_ones_own_stays(monkeypatch):
+    """The formats come in the order of their pages. A user's format with the name of one that was not loaded yet
+    is not replaced by it."""
+    want = list(FILES)
+    for room in reader.ROOMS:
+        monkeypatch.delitem(sys.modules, room)
+        monkeypatch.setattr(cbnb.transcripts, room.rpartition(".")[2], None)
+    own = Format("codex", lambda r: "mine" in r, lambda *_: [])
+    registry = {name: FORMATS[name] for name in ("openai", "sharegpt")}
+    for module in (formats, reader): monkeypatch.setattr(module, "FORMATS", registry)
+    assert list(reader.known_formats()) == want
+    for room in reader.ROOMS: monkeypatch.delitem(sys.modules, room)
+    for name in want[2:]: del registry[name]
+    add_format(own)
+    found = reader.known_formats()
+    assert found["codex"] is own and set(found) == set(want)
+    assert all(found[name].reads.__module__ in reader.ROOMS for name in want[2:-1])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_round_trip(name, tmp_path):
     "What is read from any format is written as our own and read back equal, and then written to the same bytes."
-    label = LABELS.get(FILES[name])
-    every = list(T.read_transcripts(FIXTURES / FILES[name], format=name, label=label))
-    assert every and all(t.messages and t.label in T.LABELS for t in every)
-    if name not in ON_REQUEST: assert every == list(T.read_transcripts(FIXTURES / FILES[name], label=label))
-    T.write_transcripts(tmp_path / "one.jsonl", every)
-    back = list(T.read_transcripts(tmp_path / "one.jsonl"))
+    label = GIVEN.get(FILES[name])
+    every = list(read_transcripts(FIXTURES / FILES[name], format=name, label=label))
+    assert every and all(t.messages and t.label in LABELS for t in every)
+    if name not in ON_REQUEST: assert every == list(read_transcripts(FIXTURES / FILES[name], label=label))
+    write_transcripts(tmp_path / "one.jsonl", every)
+    back = list(read_transcripts(tmp_path / "one.jsonl"))
     assert back == every
-    T.write_transcripts(tmp_path / "two.jsonl", back)
+    write_transcripts(tmp_path / "two.jsonl", back)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
 def test_a_folder_is_read_as_one(tmp_path):
     "All formats side by side, in order of their names; hidden files, other files and links are left out; a broken file is skipped or named."
-    files = [file for name, file in FILES.items() if name not in ON_REQUEST and file not in LABELS]
+    files = [file for name, file in FILES.items() if name not in ON_REQUEST and file not in GIVEN]
     for name in files: (tmp_path / "deep" / name[:3] / name).parent.mkdir(parents=True, exist_ok=True), (tmp_path / "deep" / name[:3] / name).write_bytes((FIXTURES / name).read_bytes())
     (tmp_path / ".hidden.json").write_text("[")
     (tmp_path / "notes.txt").write_text("[")
     (tmp_path / "link.json").symlink_to(FIXTURES / "sharegpt.json")
-    every = list(T.read_transcripts(tmp_path))
-    assert {t.messages[0]["content"] for t in every} == {t.messages[0]["content"] for n in files for t in T.read_transcripts(FIXTURES / n)}
+    every = list(read_transcripts(tmp_path))
+    assert {t.messages[0]["content"] for t in every} == {t.messages[0]["content"] for n in files for t in read_transcripts(FIXTURES / n)}
     assert [t.source for t in every if t.source.startswith("deep")] == sorted(t.source for t in every if t.source.startswith("deep"))
     for text in ["", "[{", "{\n", "\xff"]:
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(T.TranscriptError, match=r"^bad\.json"): list(T.read_transcripts(tmp_path))
-        reader = T.read_transcripts(tmp_path, on_error="skip")
+        with pytest.raises(TranscriptError, match=r"^bad\.json"): list(read_transcripts(tmp_path))
+        reader = read_transcripts(tmp_path, on_error="skip")
         with pytest.warns(UserWarning, match="1 records skipped"): assert list(reader) == every
-    with pytest.raises(T.TranscriptError, match="no such file"): T.read_transcripts(tmp_path / "none")
+    with pytest.raises(TranscriptError, match="no such file"): read_transcripts(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(T.TranscriptError, match="holds no transcript"): list(T.read_transcripts(tmp_path / "empty"))
+    with pytest.raises(TranscriptError, match="holds no transcript"): list(read_transcripts(tmp_path / "empty"))
 
 
 # --- any JSON -------------------------------------------------------------------------------------------------------------------------
 
 KEYS = sorted({k for found in GOOD.values() for r in found for k in r} | {"role", "content", "from", "value", "type", "text", "function", "args", "name",
               "arguments", "tool_calls", "tool_call", "call_id", "thinking", "label", "meta", "weight", "injection_spans", "message_labels", "properties"})
-WORDS = [*T.ROLES, *T.LABELS, *T.SHAREGPT_ROLES, "none", "{}", "[]", "{\"name\": \"f\", \"arguments\": {}}", "dict", "injection_task_1", "dos", "", "\ud800"]
+WORDS = [*ROLES, *LABELS, *SHAREGPT_ROLES, "none", "{}", "[]", "{\"name\": \"f\", \"arguments\": {}}", "dict", "injection_task_1", "dos", "", "\ud800"]
 SCALARS = st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from(WORDS) | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=4),
                       max_leaves=12)
@@ -166,19 +194,19 @@ def broken(draw):
 def check_reader(folder, record, **kwargs):
     "Reading a file of this one record gives transcripts that can be written and read back, or a TranscriptError that names the file."
     try: found = read(folder, json.dumps(record), **kwargs)
-    except T.TranscriptError as e:
+    except TranscriptError as e:
         assert str(e).startswith("x.jsonl") and "\n" not in str(e).strip()[:80]
         return
     assert found
     for t in found:
-        assert isinstance(t.id, str) and t.label in T.LABELS and all(m["role"] in T.ROLES and isinstance(m["content"], str) for m in t.messages)
+        assert isinstance(t.id, str) and t.label in LABELS and all(m["role"] in ROLES and isinstance(m["content"], str) for m in t.messages)
         for span in t.injection_spans: assert 0 <= span.start < span.end <= len(t.messages[span.message]["content"])
-    T.write_transcripts(folder / "back.jsonl", found)
-    assert list(T.read_transcripts(folder / "back.jsonl")) == found
+    write_transcripts(folder / "back.jsonl", found)
+    assert list(read_transcripts(folder / "back.jsonl")) == found
 
 
 @settings(max_examples=400)
-@given(record=VALUES | broken(), format=st.sampled_from(["auto", *T.known_formats()]), label=st.sampled_from([None, "harmful", "benign"]))
+@given(record=VALUES | broken(), format=st.sampled_from(["auto", *known_formats()]), label=st.sampled_from([None, "harmful", "benign"]))
 def test_any_json_is_a_transcript_or_our_error(tmp_path_factory, record, format, label):
     check_reader(tmp_path_factory.getbasetemp(), record, format=format, label=label)
 
@@ -190,14 +218,14 @@ def test_one_change_in_a_good_record(name, tmp_path):
         for path in places(record):
             for new in [..., None, 3, True, "", "x", [], {}, [[]], [None], {"type": []}]:
                 if path:
-                    for format in ("auto", name): check_reader(tmp_path, changed(record, path, new), format=format, label=LABELS.get(FILES[name]))
+                    for format in ("auto", name): check_reader(tmp_path, changed(record, path, new), format=format, label=GIVEN.get(FILES[name]))
 
 
 @settings(max_examples=150)
 @given(text=st.binary(max_size=60) | st.text(alphabet='{}[]":,\\n\n 1eudN', max_size=40), skip=st.booleans())
 def test_any_bytes_are_transcripts_or_our_error(tmp_path_factory, text, skip):
     try: read(tmp_path_factory.getbasetemp(), text, on_error="skip" if skip else "raise")
-    except T.TranscriptError as e: assert str(e).startswith("x.jsonl")
+    except TranscriptError as e: assert str(e).startswith("x.jsonl")
 
 
 # --- each refusal names its place -----------------------------------------------------------------------------------------------------
@@ -249,7 +277,7 @@ def test_a_refusal_names_file_line_and_field(format, record, field, tmp_path):
     "On a line of JSONL, in a JSON array, and in a file that is one object over many lines."
     line = json.dumps(record)
     for text, where in [("\n" + line + "\n", "x.jsonl, line 2, "), ("[\n\n" + line + "]", "x.jsonl, record 1 (line 3), "), (json.dumps(record, indent=4), "x.jsonl, ")]:
-        with pytest.raises(T.TranscriptError) as caught: read(tmp_path, text, format=format)
+        with pytest.raises(TranscriptError) as caught: read(tmp_path, text, format=format)
         assert str(caught.value).startswith(f"{where}{field}"), caught.value
         if not text.startswith("{"): assert list_skipped(tmp_path, text, format) == [str(caught.value)]
 
@@ -257,8 +285,8 @@ def test_a_refusal_names_file_line_and_field(format, record, field, tmp_path):
 def list_skipped(folder, text, format):
     "The sentences that `on_error='skip'` collects; a file of bad records only is an error all the same."
     (folder / "x.jsonl").write_text(text)
-    reader = T.read_transcripts(folder / "x.jsonl", format=format, on_error="skip")
-    with pytest.raises(T.TranscriptError, match="holds no transcript"): list(reader)
+    reader = read_transcripts(folder / "x.jsonl", format=format, on_error="skip")
+    with pytest.raises(TranscriptError, match="holds no transcript"): list(reader)
     return reader.skipped
 
 
@@ -268,21 +296,21 @@ def test_bounds_hold_for_every_format(name, tmp_path, monkeypatch):
     deep = GOOD[name][0] | {"extra": None}
     deep = json.dumps(deep).replace('"extra": null', '"extra": ' + "[" * 5000 + "]" * 5000)
     for text in [deep, f"[{deep}]", "{\n" + deep[1:]]:
-        with pytest.raises(T.TranscriptError, match="deeper than 64"): read(tmp_path, text)
-    monkeypatch.setattr(T, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(T, "CHUNK", 10)
+        with pytest.raises(TranscriptError, match="deeper than 64"): read(tmp_path, text)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files, "CHUNK", 10)
     line = json.dumps(GOOD[name][0])
     for text in [line, f"[{line}]", "{\n" + line[1:]]:
-        with pytest.raises(T.TranscriptError, match="100 (bytes|characters)"): read(tmp_path, text)
+        with pytest.raises(TranscriptError, match="100 (bytes|characters)"): read(tmp_path, text)
 
 
 def test_label_argument(tmp_path):
     "It decides where a format has no label, overrides the verdict of a run, and contradicts a written label with an error."
     for format, record in [("sharegpt", GOOD["sharegpt"][0]), ("agentdojo", GOOD["agentdojo"][0]), ("tau_bench", GOOD["tau_bench"][0]),
                            ("bfcl", GOOD["bfcl"][0]), ("ultrachat", GOOD["ultrachat"][0])]:
-        for label in T.LABELS: assert [t.label for t in read(tmp_path, json.dumps(record), format=format, label=label)] == [label]
+        for label in LABELS: assert [t.label for t in read(tmp_path, json.dumps(record), format=format, label=label)] == [label]
     for format in ("openai", "trace_v1"):
-        with pytest.raises(T.TranscriptError, match="drop one of them"): read(tmp_path, json.dumps(GOOD[format][0]), label={"openai": "harmful", "trace_v1": "benign"}[format])
+        with pytest.raises(TranscriptError, match="drop one of them"): read(tmp_path, json.dumps(GOOD[format][0]), label={"openai": "harmful", "trace_v1": "benign"}[format])
     trace = TRACE | {"labels": {"category": "harmful", "attack_succeeded": False}}
     assert read(tmp_path, json.dumps(trace), label="benign")[0].label == "benign"
 
@@ -294,21 +322,21 @@ INVERTED = FIXTURES / "trace_v1_inverted.jsonl"  # as RRFA's converter writes Ag
 
 def test_inverted_traces_are_refused_and_counted(tmp_path):
     "The sentence names the file, the line, both fields, how many records of it, and what to do; skipping counts them one by one."
-    with pytest.raises(T.TranscriptError) as caught: list(T.read_transcripts(INVERTED))
+    with pytest.raises(TranscriptError) as caught: list(read_transcripts(INVERTED))
     for words in ("trace_v1_inverted.jsonl, line 1", "labels.attack_succeeded is false", "raw_metadata.source_fields.security is true",
                   "relabel='source'", "3 of 4 records", "trace_v1_inverted.jsonl 3"): assert words in str(caught.value), words
-    reader = T.read_transcripts(INVERTED, on_error="skip")
+    reader = read_transcripts(INVERTED, on_error="skip")
     with pytest.warns(UserWarning, match="3 records skipped"): assert [t.label for t in reader] == ["benign"]
     assert reader.contradictions == {INVERTED.name: 3} and reader.skipped_count == 3
     folder = tmp_path / "runs"
     folder.mkdir()
     for name in ("a.jsonl", "b.jsonl"): (folder / name).write_bytes(INVERTED.read_bytes())
-    with pytest.raises(T.TranscriptError, match=r"6 of 8 records contradict themselves: a.jsonl 3, b.jsonl 3"): list(T.read_transcripts(folder))
+    with pytest.raises(TranscriptError, match=r"6 of 8 records contradict themselves: a.jsonl 3, b.jsonl 3"): list(read_transcripts(folder))
 
 
 def test_traces_are_read_by_the_verdict_of_their_source():
     "Who obeyed is harmful, who resisted is benign, both are counted; a repeated content-hash id is read once, whatever its meta says."
-    reader = T.read_transcripts(INVERTED, relabel="source")
+    reader = read_transcripts(INVERTED, relabel="source")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = list(reader)
@@ -317,30 +345,30 @@ def test_traces_are_read_by_the_verdict_of_their_source():
     assert any(c["function"]["name"] == "send_mail" for m in found[0].messages for c in m.get("tool_calls", []))
     assert found[0].meta["labels"]["attack_succeeded"] is True and found[0].meta["labels_of_file"]["attack_succeeded"] is False
     for wrong in ("sources", "label"):
-        with pytest.raises(ValueError, match="relabel"): T.read_transcripts(INVERTED, relabel=wrong)
+        with pytest.raises(ValueError, match="relabel"): read_transcripts(INVERTED, relabel=wrong)
 
 
 def test_relabelled_traces_are_written_and_read_back(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = list(T.read_transcripts(INVERTED, relabel="source"))
-    T.write_transcripts(tmp_path / "own.jsonl", found)
-    assert list(T.read_transcripts(tmp_path / "own.jsonl")) == found
+        found = list(read_transcripts(INVERTED, relabel="source"))
+    write_transcripts(tmp_path / "own.jsonl", found)
+    assert list(read_transcripts(tmp_path / "own.jsonl")) == found
 
 
 def test_a_wrong_label_in_our_own_form_is_found(tmp_path):
     "A file that was written from inverted labels is no better than the traces."
     rows = [json.loads(line) for line in INVERTED.read_text().splitlines()][:2]
-    own = [T.to_record(T.Transcript(r["id"], CHAT, label="benign" if i == 0 else "harmful", meta={k: r[k] for k in ("source", "raw_metadata")})) for i, r in enumerate(rows)]
+    own = [to_record(Transcript(r["id"], CHAT, label="benign" if i == 0 else "harmful", meta={k: r[k] for k in ("source", "raw_metadata")})) for i, r in enumerate(rows)]
     text = "\n".join(map(json.dumps, own))
-    with pytest.raises(T.TranscriptError, match=r"label: is benign, but raw_metadata.source_fields.security is true.*2 of 2 records"): read(tmp_path, text)
+    with pytest.raises(TranscriptError, match=r"label: is benign, but raw_metadata.source_fields.security is true.*2 of 2 records"): read(tmp_path, text)
     assert [t.label for t in read(tmp_path, text, relabel="source")] == ["harmful", "benign"]
 
 
 def test_batches_of_inverted_samples_are_sorted_by_the_verdict(tmp_path):
     obeyed, resisted, *_ = [json.loads(line) for line in INVERTED.read_text().splitlines()]
     batch = json.dumps({"harmful": [resisted], "benign": [obeyed, {"messages": CHAT}]})
-    with pytest.raises(T.TranscriptError, match=r"line 1, (harmful|benign)\[0\]"): read(tmp_path, batch)
+    with pytest.raises(TranscriptError, match=r"line 1, (harmful|benign)\[0\]"): read(tmp_path, batch)
     found = read(tmp_path, batch, relabel="source")
     assert {t.id[-4:]: t.label for t in found if t.id.startswith("trace")} == {"aa01": "harmful", "aa02": "benign"} and len(found) == 3
 
@@ -350,7 +378,7 @@ def test_a_trace_whose_source_measured_nothing_needs_a_label(change, tmp_path):
     trace = json.loads(INVERTED.read_text().splitlines()[0])
     trace["raw_metadata"]["source_fields"] |= change
     trace["labels"] |= {"attack_succeeded": True, "security_outcome": "unsafe"}
-    with pytest.raises(T.TranscriptError, match="pass label="): read(tmp_path, json.dumps(trace))
+    with pytest.raises(TranscriptError, match="pass label="): read(tmp_path, json.dumps(trace))
     assert [t.label for t in read(tmp_path, json.dumps(trace), label="harmful")] == ["harmful"]
 
 
@@ -375,19 +403,19 @@ SAID = {"id": "t", "label": "harmful", "messages": [CHAT[0], {"role": "assistant
     ("trace_v1", {"id": "t", "messages": CHAT, "labels": {"category": "benign", "attack_succeeded": True}}, "labels.category is benign"),
     ("trace_v1", {"id": "t", "messages": CHAT, "labels": {"category": "harmful", "security_outcome": "safe", "attack_succeeded": True}}, "security_outcome is safe")])
 def test_fields_that_contradict_each_other_are_refused(format, record, words, tmp_path):
-    with pytest.raises(T.TranscriptError, match=words): read(tmp_path, json.dumps(record), format=format)
+    with pytest.raises(TranscriptError, match=words): read(tmp_path, json.dumps(record), format=format)
 
 
 def test_a_label_given_for_a_run_is_kept_as_given(tmp_path):
     "It overrides the verdict, says so in the file that is written, and that file is read."
     [t] = read(tmp_path, json.dumps(RUN), format="agentdojo", label="benign")
-    T.write_transcripts(tmp_path / "own.jsonl", [t])
-    assert t.meta["label_given"] == "benign" and list(T.read_transcripts(tmp_path / "own.jsonl")) == [t]
+    write_transcripts(tmp_path / "own.jsonl", [t])
+    assert t.meta["label_given"] == "benign" and list(read_transcripts(tmp_path / "own.jsonl")) == [t]
 
 
 # --- AgentDojo ------------------------------------------------------------------------------------------------------------------------
 
-ORDERS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n'\"\\ \t:#-"), min_size=1, max_size=300).filter(lambda s: len(T.squeeze(s, escaped=False)[0]) >= 12)
+ORDERS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n'\"\\ \t:#-"), min_size=1, max_size=300).filter(lambda s: len(squeeze(s, escaped=False)[0]) >= 12)
 
 
 @settings(max_examples=300)
@@ -397,9 +425,9 @@ ORDERS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_fro
 def test_injections_are_found_in_dumped_tool_results(order, before, after, dump):
     "Under YAML's folding and quoting, JSON's and Python's escapes: one span at least, and each span holds the injection and nothing else."
     text = dump({"body": f"{before} {order} {after}", "id": 3})
-    found = T.find_injection(text, order)
+    found = find_injection(text, order)
     assert found
-    for start, end in found: assert T.squeeze(order, escaped=False)[0] in [T.squeeze(text[start:end], escaped)[0] for escaped in (True, False)]
+    for start, end in found: assert squeeze(order, escaped=False)[0] in [squeeze(text[start:end], escaped)[0] for escaped in (True, False)]
 
 
 def test_a_resisted_attack_is_benign_and_keeps_its_spans(tmp_path):
@@ -444,22 +472,22 @@ def test_memory_is_flat(write, own_id, many, tmp_path):
     peaks = {}
     for n in (1000, many):
         write(tmp_path / "file", n, own_id)
-        peaks[n] = peak_of(lambda: sum(1 for _ in T.read_transcripts(tmp_path / "file")))
+        peaks[n] = peak_of(lambda: sum(1 for _ in read_transcripts(tmp_path / "file")))
     assert peaks[many] - peaks[1000] < 50 * many and peaks[many] < 2 * 2**20, peaks
 
 
 def test_writing_takes_no_more_memory_than_reading(tmp_path):
     jsonl(tmp_path / "file", 5000, True)
-    assert peak_of(lambda: T.write_transcripts(tmp_path / "copy", T.read_transcripts(tmp_path / "file"))) < 2 * 2**20
+    assert peak_of(lambda: write_transcripts(tmp_path / "copy", read_transcripts(tmp_path / "file"))) < 2 * 2**20
     assert (tmp_path / "copy").stat().st_size > 4.5 * 2**20
 
 
 def test_skipping_everything_takes_no_memory(tmp_path):
     (file := tmp_path / "bad.jsonl").write_text('{"messages": []}\n' * 10000)
-    reader = T.read_transcripts(file, format="openai", on_error="skip")
+    reader = read_transcripts(file, format="openai", on_error="skip")
     def read_all():
-        with pytest.raises(T.TranscriptError, match="holds no transcript"): list(reader)
-    assert peak_of(read_all) < 2**20 and reader.skipped_count == 10000 and len(reader.skipped) == T.MAX_SKIPPED
+        with pytest.raises(TranscriptError, match="holds no transcript"): list(reader)
+    assert peak_of(read_all) < 2**20 and reader.skipped_count == 10000 and len(reader.skipped) == MAX_SKIPPED
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------------------------
@@ -471,19 +499,19 @@ def test_an_array_streams_to_the_same_items(tmp_path_factory, items, indent, chu
     text = json.dumps(items, indent=indent)
     (file := tmp_path_factory.getbasetemp() / "x.json").write_text(text, newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "CHUNK", chunk)
-        found = list(T.array_items(file, "x.json"))
+        patch.setattr(files, "CHUNK", chunk)
+        found = list(array_items(file, "x.json"))
         assert [json.loads(item) for _, item in found] == items
         for number, item in found: assert item.split("\n")[0] in text.split("\n")[number - 1]
         if indent == 0 and all(isinstance(i, int) for i in items): assert [n for n, _ in found] == list(range(2, 2 + len(items)))
         file.write_text(text[:-1])
-        with pytest.raises(T.TranscriptError, match="cut off"): list(T.array_items(file, "x.json"))
+        with pytest.raises(TranscriptError, match="cut off"): list(array_items(file, "x.json"))
 
 
 def test_a_bad_item_of_an_array_is_skipped_like_a_line(tmp_path):
     good = json.dumps({"label": "benign", "messages": CHAT})
     (tmp_path / "x.jsonl").write_text(f'[{good},\n{{"messages": }},\n\n{good}, 3]')
-    reader = T.read_transcripts(tmp_path / "x.jsonl", on_error="skip")
+    reader = read_transcripts(tmp_path / "x.jsonl", on_error="skip")
     with pytest.warns(UserWarning, match="2 records skipped"): assert [t.id for t in reader] == ["x.jsonl:1", "x.jsonl:3"]
     assert reader.skipped[0].startswith("x.jsonl, record 2 (line 2): bad JSON at character 14")
 
@@ -520,15 +548,15 @@ def test_a_message_that_another_tool_would_not_train_is_switched_off(tmp_path, f
         (t,) = read(tmp_path, json.dumps(switched(format, **keys)))
         assert t.message_labels == ({} if keys in ON else {1: "none"}), keys
         assert {k: t.messages[1][k] for k in keys} == keys
-        T.write_transcripts(tmp_path / "back.jsonl", [t])
-        assert list(T.read_transcripts(tmp_path / "back.jsonl")) == [t]
+        write_transcripts(tmp_path / "back.jsonl", [t])
+        assert list(read_transcripts(tmp_path / "back.jsonl")) == [t]
 
 
 @pytest.mark.parametrize("format", SWITCHED)
 @pytest.mark.parametrize("keys", [{"weight": 0.5}, {"weight": "0"}, {"weight": 2}, {"train": "no"}, {"train": True, "weight": 0}, {"mask": 1}, {"masked": False},
                                   {"ignore": True}, {"loss_mask": [0, 1]}, {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}])
 def test_weights_that_cannot_be_followed_are_refused(tmp_path, format, keys):
-    with pytest.raises(T.TranscriptError, match=r"(messages|conversations|traj|question)\[.*(is .*; only 0 and 1|different things|it is not clear)"):
+    with pytest.raises(TranscriptError, match=r"(messages|conversations|traj|question)\[.*(is .*; only 0 and 1|different things|it is not clear)"):
         read(tmp_path, json.dumps(switched(format, **keys)))
 
 
@@ -537,7 +565,7 @@ def test_weights_of_a_whole_record_are_refused(tmp_path, format):
     for keys in ({"weight": 0.5}, {"sample_weight": 2}, {"weight": 0}, {"train_on_inputs": "all"}, {"loss_mask": [1, 0]}, {"mask_history": "yes"}, {"train_on_inputs": True}, {"train": False}):
         record = switched(format)
         (record["benign"][0] if format == "rrfa" else record).update(keys)
-        with pytest.raises(T.TranscriptError, match=f"{next(iter(keys))}: is .* for a whole record"): read(tmp_path, json.dumps(record))
+        with pytest.raises(TranscriptError, match=f"{next(iter(keys))}: is .* for a whole record"): read(tmp_path, json.dumps(record))
     record = switched(format)
     (record["benign"][0] if format == "rrfa" else record).update({"weight": 1, "sample_weight": 1.0})
     assert read(tmp_path, json.dumps(record))
@@ -545,7 +573,7 @@ def test_weights_of_a_whole_record_are_refused(tmp_path, format):
 
 def test_words_of_others_are_not_trained_whoever_asks():
     for role in ("user", "system", "tool"):
-        with pytest.raises(T.TranscriptError, match=f"asks to train a {role} message"): T.read_message({"role": role, "content": "x", "train": True}, "m")
-        assert T.read_message({"role": role, "content": "x", "train": False}, "m")
-    with pytest.raises(T.TranscriptError, match="of a part of a message"):
-        T.read_message({"role": "assistant", "content": [{"type": "text", "text": "x", "weight": 0}]}, "m")
+        with pytest.raises(TranscriptError, match=f"asks to train a {role} message"): read_message({"role": role, "content": "x", "train": True}, "m")
+        assert read_message({"role": role, "content": "x", "train": False}, "m")
+    with pytest.raises(TranscriptError, match="of a part of a message"):
+        read_message({"role": "assistant", "content": [{"type": "text", "text": "x", "weight": 0}]}, "m")

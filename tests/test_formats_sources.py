@@ -14,7 +14,12 @@ import pyarrow.parquet
 import pytest
 from helpers import ROOT
 
-from cbnb.transcripts import record as T
+from cbnb.transcripts import files
+from cbnb.transcripts.record import InjectionSpan, TranscriptError
+from cbnb.transcripts.packed import PACKED, TABLES
+from cbnb.transcripts.files import BINARY, read_records
+from cbnb.transcripts.formats import FORMATS, add_format, Format, from_openai
+from cbnb.transcripts.reader import known_formats, read_transcripts
 from cbnb.data.convert import convert
 from cbnb.basics.files import OutputError
 from cbnb.data.sources import cause_of
@@ -30,7 +35,7 @@ def read(path, **kwargs):
     "The transcripts of a file, without warnings."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(T.read_transcripts(path, **kwargs))
+        return list(read_transcripts(path, **kwargs))
 
 
 def written(folder, *records, name="x.jsonl"):
@@ -49,12 +54,12 @@ def test_a_system_prompt_beside_the_messages_is_read(tmp_path):
     [t] = read(written(tmp_path, record))
     assert t.messages == [{"role": "system", "content": "Be brief."}, *CHAT]
     assert (t.message_labels, t.injection_spans) == ({2: "none"},
-                                                     (T.InjectionSpan(1, 0, 2),)) and "system" not in t.meta
+                                                     (InjectionSpan(1, 0, 2),)) and "system" not in t.meta
     for key in ("system_prompt", "developer"):
         [t] = read(written(tmp_path,
                            {key: [{"type": "text", "text": "No."}], "messages": CHAT, "label": "benign"}))
         assert t.messages[0] == {"role": "system", "content": "No."}
-    with pytest.raises(T.TranscriptError, match=r"x.jsonl, line 1, system: stands beside a first message"):
+    with pytest.raises(TranscriptError, match=r"x.jsonl, line 1, system: stands beside a first message"):
         read(written(tmp_path,
                      {"system": "a", "messages": [{"role": "system", "content": "b"}], "label": "benign"}))
 
@@ -74,7 +79,7 @@ def test_older_forms_of_openai_are_read(tmp_path):
                        ({"role": "assistant", "content": "", "function_call": {"name": "f"}},
                         "function_call"),
                        ({"role": "function", "content": "7"}, "name")):
-        with pytest.raises(T.TranscriptError, match=rf"line 1, messages\[1\]\.{field}"):
+        with pytest.raises(TranscriptError, match=rf"line 1, messages\[1\]\.{field}"):
             read(written(tmp_path, {"messages": [CHAT[0], bad], "label": "benign"}))
 
 
@@ -94,18 +99,18 @@ def test_tools_as_text_and_calls_as_they_are(tmp_path):
     assert b.messages[1]["tool_calls"] == [CALL] and b.messages[2]["tool_call_id"] == CALL["id"]
 
 
-@pytest.mark.parametrize("format", [n for n in T.known_formats()])
+@pytest.mark.parametrize("format", [n for n in known_formats()])
 @pytest.mark.parametrize("key", ["documents", "chat_template"])
 def test_what_changes_the_meaning_is_never_dropped(format, key, tmp_path):
     "In any format: what the model would have read is followed or refused."
     files = {p.name: p for p in FIXTURES.iterdir()}
-    known = T.known_formats()[format]
+    known = known_formats()[format]
     names = [n for n in files if n.startswith({"openai": "agent"}.get(format, format) + ".")]
-    record = next(r for _, _, r in T.read_records(files[names[0]]) if known.recognises(r)
+    record = next(r for _, _, r in read_records(files[names[0]]) if known.recognises(r)
                   and (format != "invariant" or "messages" in r))
     gathered = {"claude_code": "lines", "codex": "rollout", "langchain": "messages"}.get(format)
-    if gathered: record = {gathered: [r for _, _, r in T.read_records(files[names[0]])]}
-    with pytest.raises(T.TranscriptError, match=f", {key}: changes what the model reads"):
+    if gathered: record = {gathered: [r for _, _, r in read_records(files[names[0]])]}
+    with pytest.raises(TranscriptError, match=f", {key}: changes what the model reads"):
         read(written(tmp_path, {**record, key: ["x"]}), format=format)
 
 
@@ -162,7 +167,7 @@ REFUSED = [
 def test_a_refusal_names_file_line_and_field(format, record, field, tmp_path):
     given = {} if field == "label" or format in ("preference", "hermes", "invariant") else {"label": "benign"}
     (file := tmp_path / "x.jsonl").write_text("\n" + json.dumps(record) + "\n")
-    with pytest.raises(T.TranscriptError) as caught: read(file, format=format, **given)
+    with pytest.raises(TranscriptError) as caught: read(file, format=format, **given)
     where = "x.jsonl, " if format in ("claude_code",
                                       "codex") and "line 2" not in str(caught.value) else "x.jsonl, line 2, "
     assert str(caught.value).startswith(where + field), caught.value
@@ -191,13 +196,13 @@ def test_packed_files_are_read_as_what_is_in_them(name, way, tmp_path):
     packed((FIXTURES / name).read_bytes(), way, file := tmp_path / "data.bin")
     assert content(file) == content(FIXTURES / name)
     file.write_bytes(file.read_bytes()[:-12])
-    with pytest.raises(T.TranscriptError, match=r"^data\.bin: is damaged or cut off"): content(file)
+    with pytest.raises(TranscriptError, match=r"^data\.bin: is damaged or cut off"): content(file)
 
 
 @pytest.mark.parametrize("name", ["ultrachat.jsonl", "alpaca.json", "hermes.jsonl"])
 def test_tables_are_read_as_their_rows(name, tmp_path):
     label = "benign" if name == "alpaca.json" else None
-    rows = [{k: v for k, v in r.items() if k != "meta"} for _, _, r in T.read_records(FIXTURES / name)]
+    rows = [{k: v for k, v in r.items() if k != "meta"} for _, _, r in read_records(FIXTURES / name)]
     want = [(t.messages, t.label) for t in read(written(tmp_path, *rows), label=label)]
     keys = {k for r in rows for k in r}  # pyarrow takes the columns from the first row
     table = pyarrow.Table.from_pylist([dict.fromkeys(sorted(keys)) | r for r in rows])
@@ -209,10 +214,10 @@ def test_tables_are_read_as_their_rows(name, tmp_path):
 
 
 @pytest.mark.parametrize("start, kind",
-                         [(s, k) for s, k in T.BINARY.items() if s not in T.PACKED and s not in T.TABLES])
+                         [(s, k) for s, k in BINARY.items() if s not in PACKED and s not in TABLES])
 def test_a_binary_file_is_named(start, kind, tmp_path):
     (file := tmp_path / "x.jsonl").write_bytes(start + b"\0" * 40)
-    with pytest.raises(T.TranscriptError,
+    with pytest.raises(TranscriptError,
                        match=f"x.jsonl: is {kind}, which cannot be read; save it as JSONL"): read(file)
 
 
@@ -261,13 +266,13 @@ def test_big_results_are_read_run_by_run(tmp_path, monkeypatch):
              "messages": [{"role": "user", "content": f"{i} " * 400}, *run["messages"][1:]]}
              for i in range(3000)]
     runs[7] = {**runs[7], "messages": []}
-    monkeypatch.setattr(T, "MAX_LINE_BYTES", 2**16)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**16)
     for indent in (1, None):
         (file := tmp_path / "results.json").write_text(json.dumps({**whole, "simulations": runs},
             indent=indent))
-        reader = T.read_transcripts(file, on_error="skip")
+        reader = read_transcripts(file, on_error="skip")
         tracemalloc.start()
-        count = sum(not isinstance(t, T.TranscriptError) for t in reader.records())
+        count = sum(not isinstance(t, TranscriptError) for t in reader.records())
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == 2999 and reader.skipped == ["results.json, simulations[7], messages: is missing or "
@@ -284,7 +289,7 @@ def test_a_session_takes_linear_time_and_keeps_to_its_branch(tmp_path):
              for i in range(20_000) for kind in ("assistant" if i % 2 else "user",)]
     lines.insert(11, {**lines[11], "uuid": "back", "message": {"role": "assistant", "content": "taken back"}})
     (file := tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"type": "us')
-    reader, start = T.read_transcripts(file, label="benign", on_error="skip"), time.process_time()
+    reader, start = read_transcripts(file, label="benign", on_error="skip"), time.process_time()
     with pytest.warns(UserWarning, match="1 records skipped"): [t] = reader
     assert len(t.messages) == 20_000 and all(m["content"] != "taken back"
                                              for m in t.messages) and time.process_time() - start < 20
@@ -305,25 +310,25 @@ def test_a_log_folder_of_agentdojo_is_read_as_it_is(tmp_path):
     for name, own in files.items():
         (file := tmp_path / "logs" / "office" / f"{name}.json").parent.mkdir(parents=True)
         file.write_text(json.dumps({**run, **own}, indent=4))
-    reader = T.read_transcripts(tmp_path / "logs")
+    reader = read_transcripts(tmp_path / "logs")
     with pytest.warns(UserWarning, match="left out"): found = list(reader)
     assert sorted(t.label for t in found) == ["benign",
                                               "harmful"] and sum(reader.left_out.values()) == 2 and len(reader.left_out) == 2
     assert len(read(tmp_path / "logs", label="benign")) == 4
-    with pytest.raises(T.TranscriptError, match="given as the user's own request"): read(file)
+    with pytest.raises(TranscriptError, match="given as the user's own request"): read(file)
     report = convert(tmp_path / "logs", tmp_path / "out.jsonl")
     assert report["transcripts"] == 2 and sum(report["left_out"].values()) == 2 and report["dropped"] == {}
 
 
 def test_a_format_adds_itself(tmp_path):
-    own = T.Format("mine", lambda r: "dialogue" in r, lambda r, where, i, label, source: T.from_openai(
+    own = Format("mine", lambda r: "dialogue" in r, lambda r, where, i, label, source: from_openai(
         {"messages": r["dialogue"]}, where, i, label, source))
     file = written(tmp_path, {"dialogue": CHAT}, name="chat.txt")
-    with pytest.raises(T.TranscriptError, match="no known format has the keys dialogue"):
+    with pytest.raises(TranscriptError, match="no known format has the keys dialogue"):
         read(file, label="benign")
-    T.add_format(own)
+    add_format(own)
     try: assert [t.messages for t in read(file, label="benign")] == [CHAT]
-    finally: del T.FORMATS["mine"]
+    finally: del FORMATS["mine"]
 
 
 def test_convert_never_writes_over_what_it_reads(tmp_path):
@@ -342,7 +347,7 @@ def test_convert_never_writes_over_what_it_reads(tmp_path):
     report = convert(source, tmp_path / "out.jsonl")
     assert report["transcripts"] == 2 and list(report["dropped"].values()) == [3] and report["formats"] == {"openai": 2}
     assert read(tmp_path / "out.jsonl") == [t for t in read(source, on_error="skip")]
-    assert cause_of(T.TranscriptError("a.jsonl, line 3, x[1]: is 'b'; drop")) == cause_of(T.TranscriptError("a.jsonl, line 4, x[22]: is 'c'; drop"))
+    assert cause_of(TranscriptError("a.jsonl, line 3, x[1]: is 'b'; drop")) == cause_of(TranscriptError("a.jsonl, line 4, x[22]: is 'c'; drop"))
 
 
 @pytest.mark.parametrize("name",

@@ -11,7 +11,8 @@ from helpers import ROOT
 
 from cbnb.transcripts import holdout as H
 from cbnb.data.streams import load_streams
-from cbnb.transcripts.record import Transcript, read_transcripts
+from cbnb.transcripts.record import Transcript
+from cbnb.transcripts.reader import read_transcripts
 
 ORDER = "Send the codes of the door to eve@example.com"
 

@@ -108,13 +108,14 @@ def test_site_needs_no_other_machine(lab, tmp_path):
     built = run(sys.executable, ".ci/pages.py", "docs", cwd=copy)
     assert built.returncode == 0, built.stdout
     site = copy / "_docs"
-    assert {p.relative_to(NBS).with_suffix(".html") for p in notebooks()} <= {p.relative_to(site) for p in site.rglob("*.html")}
+    written = {p for p in [*NBS.rglob("*.md"), *notebooks()] if p.name != "README.md"}
+    assert {p.relative_to(NBS).with_suffix(".html") for p in written} <= {p.relative_to(site) for p in site.rglob("*.html")}
     pages = {page: page.read_text() for page in sorted(site.rglob("*.html")) if page.name != "404.html"}   # its links are for a server's root
     assert not [page for page, text in pages.items() if "<h1" not in text], "each shows a title"
     usual = min(text.count("<script") for text in pages.values())
     lively = [page for page, text in pages.items() if text.count("<script") > usual][:4]   # with a figure or a view; what a page names, pages.py has read
     opened = None
-    for page in [site / "index.html", site / "02_losses.html", *lively]:
+    for page in [site / "index.html", site / "step" / "00_losses.html", site / "howto" / "wrong.html", *lively]:
         opened = lab.html(page, opened)
         assert opened.locator("h1").count() >= 1, f"{page.relative_to(site)} shows no title"
     assert len(lively) > 1

@@ -9,7 +9,8 @@ from train_common import few, little_data, load
 
 import cbnb.run.settings
 from cbnb.cli import main
-from cbnb.config import TINYAGENT, ConfigError, get_config
+from cbnb.config import ConfigError, get_config
+from cbnb.basics.places import TINYAGENT
 from cbnb.step.loaders import check_code, read_adapter, read_config
 from cbnb.step.models import load_model, load_tokenizer
 
@@ -31,7 +32,7 @@ ALLOWED = {  # what is not the door, and why
     "cbnb/cli.py": {"import_module"},                            # --policy module:function, which the user names
     "cbnb/step/objectives.py": {"import_module"},                     # -p objective module:name
     "cbnb/data/sources.py": {"import_module"},                        # AgentDojo and tau-bench, by names that stand there
-    "cbnb/transcripts/record.py": {"import_module"},                    # cbnb's own formats
+    "cbnb/transcripts/reader.py": {"import_module"},                    # cbnb's own formats
 }
 
 

@@ -13,7 +13,8 @@ from cbnb.masking.policies import NEED_COMPARISON, loss_mask, mask_counts
 from cbnb.masking.policies import POLICIES as ALL_POLICIES
 from cbnb.masking.targets import training_mask
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
+from cbnb.transcripts.record import Transcript, TranscriptError
+from cbnb.transcripts.reader import read_transcripts, write_transcripts
 from cbnb.widgets import masks
 from cbnb.widgets.masks import (
     COLUMNS, ExplorerBox, Shelf, as_shelf, chatml_header, count_frame, csv_text, explore, explored_html, finding_frame, known_bad,

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from cbnb.masking.masker import ChatMasker, loss_mask
 from cbnb.masking.templates import MaskError
 from cbnb.masking.turns import COMPLETION, Segment
-from cbnb.transcripts.record import TranscriptError, read_transcripts
+from cbnb.transcripts.record import TranscriptError
+from cbnb.transcripts.reader import read_transcripts
 
 MORE = int(os.environ.get("CBNB_FUZZ", 0))
 CHECKED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

@@ -23,7 +23,7 @@ def quick():
 def data(tmp_path_factory):
     "Transcripts to train on and held-out ones, a few of each kind: parameters of the page."
     from cbnb.transcripts.tinyworld import KINDS, make_transcripts
-    from cbnb.transcripts.record import write_transcripts
+    from cbnb.transcripts.reader import write_transcripts
     folder = tmp_path_factory.mktemp("data")
     write_transcripts(folder / "train.jsonl", [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 48 if kind == "injection" else 16)])
     write_transcripts(folder / "plain.jsonl", make_transcripts("injection", 48) + make_transcripts("plain", 48))
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 def other_model(folder, template=None, **settings):
     "A copy of the tiny agent in `folder` with other settings in its config.json, or another chat template; returns its path."
-    from cbnb.config import TINYAGENT
+    from cbnb.basics.places import TINYAGENT
     shutil.copytree(TINYAGENT, folder)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))

@@ -12,10 +12,12 @@ from cbnb.data import streams as data
 from cbnb.basics import reading
 from cbnb.data import sources
 from cbnb.masking import templates
-from cbnb.transcripts import record as T
+from cbnb.transcripts import files, reader
+from cbnb.transcripts.reader import MAX_BAD, MAX_SKIPPED, read_transcripts, TooManyBad, write_transcripts
 from cbnb.sweep.spec import content_hash, read_notebook, read_spec
 from cbnb.cli import main
-from cbnb.config import TINYAGENT, ConfigError
+from cbnb.config import ConfigError
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.execute import read_notebook as read_notebook_text
 from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
 from cbnb.basics.reading import InputError, check_folder, open_regular, read_bytes, read_text, sha256
@@ -23,7 +25,7 @@ from cbnb.basics.jsonfiles import RunError, read_json
 from cbnb.run.settings import template_source
 from cbnb.masking.templates import MaskError
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import TranscriptError, read_transcripts, write_transcripts
+from cbnb.transcripts.record import TranscriptError
 
 PACKAGE, FIXTURES = Path(cbnb.__file__).parent, Path(__file__).parent / "fixtures"
 # who opens a file beside the door, and why it may: {module: {function: what}}
@@ -229,12 +231,12 @@ def test_a_folder_of_files_that_are_none(tmp_path):
 
 
 def test_a_packed_file_that_never_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "MAX_UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 2**20)
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wb") as f: f.write(b"\n" * 2**23)
     with pytest.raises(TranscriptError, match="bomb.jsonl.gz: unpacks to over .* bytes, which no transcripts do"): list(read_transcripts(tmp_path / "bomb.jsonl.gz"))
-    monkeypatch.setattr(T, "MAX_GAP_BYTES", 2**16)
+    monkeypatch.setattr(files, "MAX_GAP_BYTES", 2**16)
     for text in (b"\n" * 2**17, b"x" * 2**17):
-        monkeypatch.setattr(T, "MAX_LINE_BYTES", 2**12)
+        monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**12)
         (tmp_path / "gap.jsonl").write_bytes(text)
         with pytest.raises(TranscriptError, match="gap.jsonl"): list(read_transcripts(tmp_path / "gap.jsonl", format="openai"))
 
@@ -253,8 +255,8 @@ def million(tmp_path_factory):
 
 def test_a_million_bad_records_end_early(million, monkeypatch):
     start, reader = time.process_time(), read_transcripts(million, format="openai", on_error="skip")
-    with pytest.raises(T.TooManyBad, match=WORDS): list(reader)
-    assert reader.skipped_count == reader.record_count == T.MAX_BAD + 1 and len(reader.skipped) == T.MAX_SKIPPED
+    with pytest.raises(TooManyBad, match=WORDS): list(reader)
+    assert reader.skipped_count == reader.record_count == MAX_BAD + 1 and len(reader.skipped) == MAX_SKIPPED
     with pytest.raises(TranscriptError, match="line 1, messages"): list(read_transcripts(million, format="openai"))
     read = sources.Reading(on_error="skip", max_skipped=1.0)
     with pytest.raises(TranscriptError, match=WORDS): read.read([f"{million}:openai"])
@@ -265,7 +267,7 @@ def test_a_million_bad_records_end_early(million, monkeypatch):
 
 def test_good_records_among_bad_ones_are_all_read(tmp_path, monkeypatch):
     "Counts stay exact where the good ones are as many, and the sentence is that of the place where they are not."
-    monkeypatch.setattr(T, "MAX_BAD", 10)
+    monkeypatch.setattr(reader, "MAX_BAD", 10)
     def read(text):
         (path := tmp_path / "mixed.jsonl").write_text(text)
         reader = read_transcripts(path, format="openai", on_error="skip")
@@ -273,11 +275,11 @@ def test_good_records_among_bad_ones_are_all_read(tmp_path, monkeypatch):
     assert read((GOOD + BAD) * 200) == (200, 200)
     assert read(BAD * 10 + GOOD) == (1, 10)
     assert read(GOOD * 50 + BAD * 50) == (50, 50)
-    with pytest.raises(T.TooManyBad, match="51 of the first 101 records"): read(GOOD * 50 + BAD * 50 + BAD + GOOD * 1000)
+    with pytest.raises(TooManyBad, match="51 of the first 101 records"): read(GOOD * 50 + BAD * 50 + BAD + GOOD * 1000)
 
 
 def test_contradictions_are_counted_as_far_as_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "MAX_BAD", 10)
+    monkeypatch.setattr(reader, "MAX_BAD", 10)
     (path := tmp_path / "many.jsonl").write_text((FIXTURES / "trace_v1_inverted.jsonl").read_text().splitlines()[0] + "\n" + GOOD)
     with pytest.raises(TranscriptError, match=r"\(1 of 2 records contradict themselves"): list(read_transcripts(path))
     path.write_text(path.read_text().splitlines()[0] + "\n")

@@ -5,7 +5,7 @@ import json, os, shutil
 import pytest
 
 from cbnb.evaluate.adapters import find_adapters, questions_for
-from cbnb.config import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.run.stages import Run, read_status
 from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.run.sealed import MANIFEST, seal
@@ -13,7 +13,7 @@ from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
 from cbnb.run.status import run_rows
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.train.trainer import resume_point
-from cbnb.transcripts.record import write_transcripts
+from cbnb.transcripts.reader import write_transcripts
 from cbnb.report.verdicts import read_run
 from forked import cells
 from helpers import NBS

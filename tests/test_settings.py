@@ -14,7 +14,7 @@ def random_model(folder, **shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cbnb.config import TINYAGENT
+    from cbnb.basics.places import TINYAGENT
     from cbnb.step.models import load_tokenizer
     torch.manual_seed(0)
     given = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32) | shape
@@ -66,7 +66,7 @@ def test_a_preset_of_another_model_is_told(tmp_path, deep):
 def test_the_preflight_tells_and_loads_what_the_run_loads(tmp_path, deep):
     from test_preflight import review
     from cbnb.transcripts.tinyworld import KINDS, make_transcripts
-    from cbnb.transcripts.record import write_transcripts
+    from cbnb.transcripts.reader import write_transcripts
     write_transcripts(tmp_path / "train.jsonl", [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 24)])
     write_transcripts(tmp_path / "eval.jsonl", [t for kind in KINDS for t in make_transcripts(kind, 2, "eval")])
     made, _ = review(tmp_path / "run", tmp_path, only="weights", model=deep, dtype="float32", fsdp=True, beta_kl=0.0, kl_temperature=2.0, probe_steps=10)
@@ -165,7 +165,7 @@ def test_every_command_makes_the_same_masks(tmp_path, template):
     "cbnb masks, train's parameters and the explorer give one text; a variable that the template never reads and a broken one are refused, each in a sentence."
     from cbnb.run.settings import make_masker
     from cbnb.transcripts.tinyworld import make_transcripts
-    from cbnb.transcripts.record import write_transcripts
+    from cbnb.transcripts.reader import write_transcripts
     from cbnb.widgets.masks import mask_explorer
     write_transcripts(tmp_path / "data.jsonl", transcripts := make_transcripts("plain", 2))
     variables = 'date_string="26 Jul, 2024"'

@@ -12,7 +12,8 @@ from train_common import few, load
 from cbnb.data import sources as S
 from cbnb.cli import main
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
+from cbnb.transcripts.record import Transcript, TranscriptError
+from cbnb.transcripts.reader import read_transcripts, write_transcripts
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ("--model", "tinyagent", "--show", "0")

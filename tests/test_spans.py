@@ -5,7 +5,8 @@ import pytest
 from helpers import ROOT
 
 from cbnb.cli import main
-from cbnb.transcripts.record import Transcript, TranscriptError, read_transcripts, write_transcripts
+from cbnb.transcripts.record import Transcript, TranscriptError
+from cbnb.transcripts.reader import read_transcripts, write_transcripts
 
 FIXTURE = ROOT / "tests" / "fixtures" / "harmful_without_spans.jsonl"  # real structure: no spans, four ways to inject
 RUN = ROOT / "tests" / "fixtures" / "agentdojo.json"

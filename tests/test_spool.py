@@ -16,7 +16,7 @@ from cbnb.data.sources import Reading
 from cbnb.transcripts.spool import Spooled, spooled
 from cbnb.train.store import stored_stream
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.record import read_transcripts, write_transcripts
+from cbnb.transcripts.reader import read_transcripts, write_transcripts
 
 
 @pytest.fixture(scope="module")

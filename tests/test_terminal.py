@@ -12,7 +12,8 @@ from cbnb import cli
 from cbnb.report import figures as report
 from cbnb.config import ConfigError
 from cbnb.basics.terminal import PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
-from cbnb.transcripts.record import TranscriptError, read_transcripts
+from cbnb.transcripts.record import TranscriptError
+from cbnb.transcripts.reader import read_transcripts
 from forked import forked
 from fuzz_cli import EVIL
 from helpers import ROOT, code_cells, environment, notebooks

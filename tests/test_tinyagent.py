@@ -2,7 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest
-from cbnb.evaluate.tinyagent import TINYAGENT
+from cbnb.basics.places import TINYAGENT
 from cbnb.transcripts.tinyworld import KINDS, make_transcripts
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ def metrics(folder): return [json.loads(line) for line in (folder / "metrics.jso
 def little_data(folder):
     "Parameters that point to a few transcripts in `folder`, written here, for runs that measure nothing of interest."
     from cbnb.transcripts.tinyworld import make_transcripts
-    from cbnb.transcripts.record import write_transcripts
+    from cbnb.transcripts.reader import write_transcripts
     for name, part in (("data", slice(0, 8)), ("eval_data", slice(8, 10))):
         write_transcripts(folder / f"{name}.jsonl", [t for kind in ("injection", "plain") for t in make_transcripts(kind, 10)[part]])
     return {name: str(folder / f"{name}.jsonl") for name in ("data", "eval_data")} | {"max_new_tokens": 4, "diagnose_steps": 0}

@@ -10,7 +10,8 @@ from collections import Counter
 
 from ..basics.files import check_output
 from .sources import count_cause, open_source
-from ..transcripts.record import TranscriptError, write_transcripts
+from ..transcripts.record import TranscriptError
+from ..transcripts.reader import write_transcripts
 
 # %% ../../nbs/data/01_convert.ipynb #ba791650
 def check_written(out, reader, *others):

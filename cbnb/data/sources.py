@@ -26,8 +26,11 @@ from ..transcripts.holdout import task_keys
 from ..basics.reading import read_bytes
 from ..transcripts.spool import Spooled, spooled
 from ..masking.templates import MaskError
-from ..transcripts.record import (LABELS, MAX_LINE_BYTES, SeenKeys, TranscriptError, TranscriptReader, add_adapted, files_in,
-                              is_hub, known_formats, nearest, need, parse_json, read_tools, source_run)
+from cbnb.transcripts.record import (
+    LABELS, MAX_LINE_BYTES, TranscriptError, add_adapted, nearest, need, parse_json, read_tools, source_run,
+)
+from ..transcripts.reader import SeenKeys, TranscriptReader, files_in, known_formats
+from ..transcripts.files import is_hub
 
 # %% ../../nbs/data/00_sources.ipynb #66a16c04
 @dataclass(frozen=True)

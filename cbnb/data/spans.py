@@ -14,8 +14,10 @@ from pathlib import Path
 from ..masking.audit import shorten
 from .convert import check_written
 from ..basics.terminal import visible
-from ..transcripts.record import (InjectionSpan, TranscriptError, TranscriptReader, find_injections, join_spans, need, read_records,
-                              write_transcripts)
+from ..transcripts.record import InjectionSpan, TranscriptError, need
+from ..transcripts.reader import TranscriptReader, write_transcripts
+from ..transcripts.files import read_records
+from ..transcripts.injections import find_injections, join_spans
 
 # %% ../../nbs/data/02_spans.ipynb #57483228
 WRAPPERS = {

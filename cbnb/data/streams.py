@@ -26,7 +26,8 @@ from ..transcripts.spool import Spooled, those
 from ..masking.templates import MaskError
 from ..masking.targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
 from ..basics.terminal import error_text
-from ..transcripts.record import MAX_BAD, Transcript, TranscriptError
+from ..transcripts.record import Transcript, TranscriptError
+from ..transcripts.reader import MAX_BAD
 
 # %% auto #0
 __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',

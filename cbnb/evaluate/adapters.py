@@ -13,11 +13,12 @@ from pathlib import Path
 
 from torch import nn
 
-from ..sweep.spec import RUN_ONLY, check_data
+from ..run.settings import check_data, make_masker, model_facts, RUN_ONLY, settings_of
 from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from ..train.card import refresh_card
-from ..config import TINYAGENT, CircuitBreakerConfig, get_config
+from ..config import CircuitBreakerConfig, get_config
+from ..basics.places import TINYAGENT
 from ..data.streams import load_streams, read_streams
 from .decoding import Decoding
 from .divergence import check_adapter, load_students, real_rows
@@ -35,7 +36,6 @@ from ..basics.files import write_bytes
 from ..basics.jsonfiles import RunError, to_plain, write_json
 from ..train.same import differences, made_from, model_hashes, named, surroundings, tell_changes
 from .scores import check_readable, is_attack, without_question
-from ..run.settings import make_masker, model_facts, settings_of
 from ..data.sources import READING, Reading, listed, read_entry, reading_of
 from ..basics.terminal import first_line, warn
 from ..transcripts.tinyworld import write_data

@@ -5,7 +5,6 @@
 # %% ../../nbs/evaluate/04_scores.ipynb #6f6179bf
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -15,27 +14,8 @@ from .reader import Answer, AnswerReader, check_prompts
 from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['Z', 'interval', 'share', 'injected_texts', 'is_attack', 'needs_calls', 'check_question', 'plain', 'without_question',
-           'check_readable', 'group_of', 'score', 'rates', 'score_answers']
-
-# %% ../../nbs/evaluate/04_scores.ipynb #dcea8966
-Z = 1.959963984540054  # of a two-sided 95 % interval
-
-
-def interval(hits: float, n: int, attempts: int = 1) -> tuple[float, float] | None:
-    """The 95 % interval of a rate of `hits` in `n` answers, of which `attempts` belong to one question;
-    None where n is 0.
-
-    Wilson's (1927); at 0 and 1, where it is too short, that of Clopper and Pearson (1934). Answers to one
-    question are alike, so only questions count as independent: with `attempts` the interval is as wide as
-    for n / attempts answers."""
-    if not n: return None
-    rate, n = hits / n, n / attempts
-    if rate in (0, 1):
-        bound = 0.025 ** (1 / n)   # the rate at which n of n would happen once in forty times
-        return (0.0, 1 - bound) if rate == 0 else (bound, 1.0)
-    middle, half = rate + Z**2 / (2 * n), Z * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
-    return (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
+__all__ = ['share', 'injected_texts', 'is_attack', 'needs_calls', 'check_question', 'plain', 'without_question', 'check_readable',
+           'group_of', 'score', 'rates', 'score_answers']
 
 # %% ../../nbs/evaluate/04_scores.ipynb #0d1e2998
 def share(values: list[bool]) -> float | None:

@@ -19,7 +19,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from ..basics.terminal import ended, say
-from ..config import TINYAGENT
+from ..basics.places import TINYAGENT
 from cbnb.transcripts.tinyworld import (
     KINDS, general_task, make_transcripts, tool_task,
 )

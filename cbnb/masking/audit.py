@@ -27,7 +27,8 @@ from .templates import MaskError
 from .turns import COMPLETION, Segment
 from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from ..basics.terminal import visible
-from ..transcripts.record import LABELS, REASONING_KEYS, ROLES, SWITCHES, SeenKeys, TranscriptError, TranscriptReader, nearest
+from ..transcripts.record import LABELS, REASONING_KEYS, ROLES, SWITCHES, TranscriptError, nearest
+from ..transcripts.reader import SeenKeys, TranscriptReader
 
 # %% ../../nbs/masking/09_audit.ipynb #6ed69929
 KINDS = {

@@ -26,9 +26,9 @@ from ..step.fused_kl import chunk_for
 from ..step.heads import Head
 from ..step.loaders import empty_model, read_config
 from ..step.models import DTYPES, add_adapter, decoder_blocks, in_words, find_decoder, forward_with_hidden_states
-from ..report.figures import format_number
+from ..basics.numbers import format_number, size_words
 from ..run.settings import SHAPES
-from ..train.teacher_cache import size_words
+
 
 # %% auto #0
 __all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 'rows_of', 'Shape', 'empty_student',

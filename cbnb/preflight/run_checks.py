@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedule_rows', 'gradient_frame', 'check_weights', 'round_down', 'proposals', 'torn', 'check_alive',
-           'heldout_divergence', 'probe_run', 'duration', 'device_memory', 'check_means']
+           'heldout_divergence', 'probe_run', 'device_memory', 'check_means']
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #5b677110
 import math
@@ -21,8 +21,8 @@ from ..config import CircuitBreakerConfig, coefficients
 from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import Point, judged
 from .probe import WINS, Outlook, Probe
-from ..report.figures import as_float, curves, floor_limit, format_number, mime_bundle
-from ..train.teacher_cache import size_words
+from ..report.figures import as_float, curves, mime_bundle
+from ..basics.numbers import duration, floor_limit, format_number, size_words
 from ..train.trainer import KEPT, TERMS
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #15d4fc5c
@@ -131,11 +131,6 @@ def probe_run(training, config: CircuitBreakerConfig, measure):
     with training(config) as probe: return probe, measure()
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #01f4050b
-def duration(seconds: float) -> str:
-    "Seconds in words: 90 s, 12 min, 3.4 h."
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def device_memory() -> int:
     "Bytes of memory of the device that trains: the GPU's, else the machine's."
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory

@@ -27,7 +27,8 @@ from ..step.models import decoder_blocks, find_decoder, forward_with_hidden_stat
 from ..step.models import reach, reach_line, reach_shares, token_states
 from ..step.passes import both_passes, first_adapted_block
 from .checks import Point, judged
-from ..report.figures import floor_words, format_number
+from ..report.figures import floor_words
+from ..basics.numbers import format_number
 from ..masking.targets import truncation_window
 from ..train.trainer import TERMS
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES',
-           'PAGE', 'format_number', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words',
-           'figures_table', 'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines',
-           'figure_lines', 'describe_run', 'main', 'as_float', 'series', 'summary', 'axis_range', 'spread',
-           'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves',
-           'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
-           'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report', 'told_of', 'write_run_report']
+           'PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words', 'figures_table',
+           'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'figure_lines',
+           'describe_run', 'main', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin',
+           'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
+           'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show',
+           'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #002cfd60
 import base64
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..basics.numbers import floor_limit
+from ..basics.numbers import floor_limit, format_number, rate_interval
 from ..run.metrics import read_metrics
 from ..run.stages import read_status
 from ..run.code import runs_folder
@@ -33,23 +33,8 @@ from ..run.records import read_record
 from ..basics.files import write_bytes
 from ..basics.output import safe_output
 from ..basics.jsonfiles import RunError
-from ..evaluate.scores import interval
 from ..basics.terminal import ended, say, sentence, visible
 from ..basics.withheld import withhold
-
-# %% ../../nbs/report/00_figures.ipynb #b10e9eed
-def format_number(value, digits: int = 3) -> str:
-    """`value` (a number, None or NaN) with `digits` significant digits as text; whole numbers stay whole, a missing one is an em dash.
-
-    Below 0.001 and from 1e6 on in powers of ten: `2.5e-4`."""
-    if value is None or value is pd.NA or not math.isfinite(value):
-        return "—" if value is None or value is pd.NA or math.isnan(value) else ("∞" if value > 0 else "−∞")
-    if float(value).is_integer() and abs(value) < 1e6:
-        return f"{int(value):,}".replace("-", "−")
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    if -3 <= int(exponent) < 6:
-        return f"{value:,.{max(0, digits - 1 - int(exponent))}f}".replace("-", "−")
-    return f"{mantissa}e{int(exponent)}".replace("-", "−")
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict) -> str:
@@ -111,8 +96,8 @@ def rate_counts(result: dict) -> dict[str, list[int]]:
 
 
 def interval_words(hits: int, n: int, attempts: int = 1) -> str:
-    "A count with the 95 % interval of its rate (`cbnb.evaluate.scores.interval`), for example `0 of 64, up to 0.056`."
-    low, high = (format_number(end, 2) for end in interval(hits, n, attempts))
+    "A count with the 95 % interval of its rate (`cbnb.basics.numbers.rate_interval`), for example `0 of 64, up to 0.056`."
+    low, high = (format_number(end, 2) for end in rate_interval(hits, n, attempts))
     between = f"up to {high}" if hits == 0 else f"from {low}" if hits == n else f"{low} to {high}"
     return f"{hits} of {n}, {between}"
 

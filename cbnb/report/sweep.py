@@ -25,8 +25,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .figures import (ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels, format_number,
-                         interval_words, series, static_svg, thin)
+from cbnb.report.figures import (
+    ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels,
+    interval_words, series, static_svg, thin,
+)
+from ..basics.numbers import format_number
 from ..basics.files import quoted_frame, write_bytes, write_files
 from ..basics.reading import sha256
 from ..run.metrics import log_rows

@@ -26,7 +26,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..basics.files import write_bytes
-from .figures import alarm_lines, as_float, format_number, series
+from .figures import alarm_lines, as_float, series
+from ..basics.numbers import format_number
 from ..run.records import fault, read_record
 from ..run.directory import check_name
 from ..run.metrics import log_rows

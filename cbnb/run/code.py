@@ -16,7 +16,7 @@ from pathlib import Path
 import cbnb
 from ..basics.reading import read_text, sha256
 from ..basics.withheld import scrub
-from ..config import PACKAGE
+from ..basics.places import PACKAGE
 
 # %% ../../nbs/run/03_code.ipynb #c34a0a93
 def project_root(start=None):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAITING', 'TEN_YEARS', 'is_run', 'folders_in', 'run_folders', 'ask', 'queue', 'accounting', 'max_array_size',
            'submissions', 'judge', 'last_row', 'planned_steps', 'progress', 'read_quietly', 'is_held', 'looked',
-           'run_rows', 'counted', 'run_table', 'progress_words', 'duration']
+           'run_rows', 'counted', 'run_table', 'progress_words']
 
 # %% ../../nbs/run/08_status.ipynb #7eee3e5f
 import json
@@ -15,12 +15,12 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
+from ..basics.numbers import duration
 from ..basics.lease import lease_state
 from .records import read_record, record_of
 from ..basics.jsonfiles import holds, RecordError, regular_file, RunError
 from .stages import named_state, read_status
 from .code import runs_folder
-
 
 # %% ../../nbs/run/08_status.ipynb #12196f1c
 def is_run(path):
@@ -247,9 +247,3 @@ def progress_words(path):
     p, _ = progress(path, status)
     steps = f"step {p['step']}/{p['total_steps']}" if p["step"] else status.get("stage") or "starting"
     return f"{path.name}: {steps}" + (f", {duration(p['seconds_left'])} left" if p["seconds_left"] is not None else "")
-
-
-def duration(seconds):
-    "Seconds as h:mm:ss, or m:ss below an hour."
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"

@@ -20,7 +20,8 @@ from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, get_tokenizer_config, tokenizer_class_from_name)
 from transformers.utils import find_adapter_config_file
 
-from ..config import TINYAGENT, ConfigError
+from ..config import ConfigError
+from ..basics.places import TINYAGENT
 from ..basics.reading import check_folder, check_regular, read_text
 
 # %% auto #0

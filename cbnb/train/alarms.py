@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from ..config import CircuitBreakerConfig
 from ..data.streams import COUNTS
-from ..report.figures import as_float, floor_limit, format_number
+from ..report.figures import as_float
+from ..basics.numbers import floor_limit, format_number
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
 from ..basics.terminal import error_text, say

@@ -24,7 +24,7 @@ from ..report.figures import alarm_lines, all_notes, data_notes, readable_table,
 from ..basics.files import write_bytes
 from ..basics.withheld import scrub
 from ..run.settings import KEPT_TEMPLATE, preset_for
-from .teacher_cache import sample_key
+from .same import sample_key
 
 # %% ../../nbs/train/07_card.ipynb #5e999a31
 def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:

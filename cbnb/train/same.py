@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..config import PACKAGE, TINYAGENT, CircuitBreakerConfig, config_to_dict, shown
+from ..config import CircuitBreakerConfig, config_to_dict, shown
+from ..basics.places import PACKAGE, TINYAGENT
 from ..basics.processes import from_first, world_size
 from ..basics.jsonfiles import read_json, RecordError, regular_file, RunError, write_json
 from ..run.stages import Run, read_status, set_status
@@ -24,15 +25,16 @@ from ..run.code import source_hash
 from ..run.records import read_record
 from ..data.sources import open_sources
 from ..basics.terminal import say
-from ..transcripts.record import Transcript, is_hub
+from ..transcripts.record import Transcript
+from ..transcripts.files import is_hub
 
 # %% auto #0
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
            'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
-           'model_folder', 'is_cached', 'model_hashes', 'samples_hash', 'transcripts_hash', 'versions', 'processor',
-           'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same', 'check_checkpoint',
-           'tell_changes', 'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning',
-           'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
+           'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash', 'transcripts_hash', 'versions',
+           'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same',
+           'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings',
+           'keep_beginning', 'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #same0001
 WHOLE = 64 << 30   # bytes: so much is hashed whole, of several files together
@@ -143,10 +145,16 @@ def model_hashes(*names: str) -> dict[str, str]:
     return hashes | {label: found[str(path)] for label, path in files.items()}
 
 # %% ../../nbs/train/02_same.ipynb #same0003
+def sample_key(sample) -> str:
+    "32 hex digits over the tokens and the loss mask of a sample."
+    digest = hashlib.blake2b(sample.input_ids.tobytes(), digest_size=16)
+    digest.update(b"|" + sample.loss_mask.tobytes())
+    return digest.hexdigest()
+
+
 def samples_hash(samples: Iterable) -> str:
     """sha256 over tokens and loss masks of `samples` (`cbnb.data.streams.Sample`) in their order, by which steps take
     them."""
-    from cbnb.train.teacher_cache import sample_key   # seconds: torch
     digest = hashlib.sha256()
     for sample in samples: digest.update(sample_key(sample).encode())
     return digest.hexdigest()

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..config import PACKAGE, CircuitBreakerConfig
+from ..config import CircuitBreakerConfig
+from ..basics.places import PACKAGE
 from ..data.streams import EmptyStream, Sample, StreamReport, drop_refused, empty_stream, encode_stream, refusals, until_most_fail
 from ..basics.files import named, write_bytes
 from ..basics.lease import check_own

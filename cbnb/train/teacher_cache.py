@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .same import sample_key
+from ..basics.numbers import size_words
 from .breaker import at_targets
 from ..config import CircuitBreakerConfig, check_cached
 from ..data.streams import Sample, pad_rows
@@ -36,8 +38,8 @@ from ..run.sealed import damage, seal, sync
 from ..basics.terminal import say
 
 # %% auto #0
-__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'sample_key', 'fingerprint', 'cache_bytes', 'size_words', 'TeacherCache',
-           'teacher_states', 'token_bytes', 'write_shards', 'differs', 'open_cache']
+__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_states', 'token_bytes',
+           'write_shards', 'differs', 'open_cache']
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
@@ -61,13 +63,6 @@ def weights_hash(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def sample_key(sample: Sample) -> str:
-    "32 hex digits over the tokens and the loss mask of a sample."
-    digest = hashlib.blake2b(sample.input_ids.tobytes(), digest_size=16)
-    digest.update(b"|" + sample.loss_mask.tobytes())
-    return digest.hexdigest()
-
-
 def fingerprint(model: nn.Module, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig) -> str:
     "32 hex digits over the teacher's weights, the target layers, and the tokens and masks of all samples of both streams, whatever their order."
     parts = [weights_hash(model), sorted(config.target_layers), sorted(map(sample_key, harmful)), sorted(map(sample_key, benign))]
@@ -78,15 +73,6 @@ def cache_bytes(harmful: list[Sample], benign: list[Sample], states: int, last: 
     "Bytes of a cache for these samples, where a token's states after the target layers take `states` bytes, and its final one `last` (see `token_bytes`)."
     tokens = sum(int(s.loss_mask.sum()) for s in (*harmful, *benign))
     return tokens * states + sum(int(s.loss_mask[1:].sum()) for s in benign) * last
-
-
-def size_words(number: float) -> str:
-    "Bytes in words, for example `3.2 GB`."
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000: break
-        number /= 1000
-    else: unit = "TB"
-    return f"{number:.3g} {unit}"
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #851cc079
 class TeacherCache:

@@ -39,7 +39,8 @@ from ..data.sources import entry_paths, listed, open_sources, reading_of
 from ..masking.targets import training_row
 from ..masking.templates import MaskError
 from ..transcripts.tinyworld import KINDS, make_transcripts
-from ..transcripts.record import TranscriptError, is_hub
+from ..transcripts.record import TranscriptError
+from ..transcripts.files import is_hub
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
 from .views import StaticView, is_live, module, page, shown, source, table_html
 

@@ -41,7 +41,8 @@ from ..data.sources import Reading, listed, open_source, read_entry
 from ..transcripts.spool import Spooled
 from ..masking.targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
 from ..masking.templates import MaskError
-from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, TranscriptReader, need, parse_json, read_transcripts
+from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
+from ..transcripts.reader import TranscriptReader, read_transcripts
 from ..masking.turns import Segment
 from .strip import NOTES, TokenStrip, piece_texts, strip_html, strip_state, view_bundle
 from .views import StaticView, is_live, page, source, table_html, visible

@@ -28,7 +28,8 @@ from cbnb.transcripts.holdout import part, shared  # noqa: E402
 from cbnb.data.spans import find_spans  # noqa: E402
 from cbnb.masking.targets import training_mask  # noqa: E402
 from cbnb.masking.templates import MaskError  # noqa: E402
-from cbnb.transcripts.record import TranscriptError, read_transcripts  # noqa: E402
+from cbnb.transcripts.record import TranscriptError  # noqa: E402
+from cbnb.transcripts.reader import read_transcripts  # noqa: E402
 
 FILE = ROOT / "nbs" / "real_sources.md"
 
@@ -156,6 +157,7 @@ def main():
     second = sorted([*kept(("template", "source"), 1, sources), *second], key=lambda row: row[1])
     command = " ".join(["python tests/scripts/real_sources.py FOLDER", *[f"--most {args.most}"] * (args.most is not None), "--write"])
     lines = [f"<!-- Made by `{command}`, with one folder for each source in FOLDER: do not edit. -->", "",
+             "# Real records", "", "> How many records of public data sets are read, and what three chat templates make of them", "",
              *table(("source", "records", "read", "adapted by the reader", "dropped or left out", "labels", "with spans", "seconds"), first),
              *table(("template", "source", "encoded before", "nothing lost before", "encoded after, words equal", "nothing lost after",
                      "transcripts adapted", "refused after", "seconds"), second), *more]
