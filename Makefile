@@ -56,8 +56,8 @@ preflight: $(VENV)/.user  ## the review of that run before it is started: nbs/pr
 	@$(RUN) -m cbnb.cli preflight --beta-kl $(BETA_KL)
 
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
-	@rc=0; CBNB_TEST_RUNS=$$(mktemp -d) || exit 1; export CBNB_TEST_RUNS; $(RUN) .ci/nbtest.py || rc=1; \
-	  OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; rm -rf "$$CBNB_TEST_RUNS"; exit $$rc
+	@rc=0; TMPDIR=$$(.ci/tmp) || exit 1; trap 'rm -rf "$$TMPDIR"' EXIT; export TMPDIR CBNB_TEST_RUNS="$$TMPDIR/runs"; mkdir "$$CBNB_TEST_RUNS"; \
+	  $(RUN) .ci/nbtest.py || rc=1; OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) || rc=1; exit $$rc
 
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(VENV)/.dev  ## command lines made from the parser of cbnb itself, for what must hold of each; LINES=10000 and SEED=1 can be set

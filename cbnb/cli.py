@@ -339,7 +339,7 @@ def add_train(commands):
 def run_train(args):
     "Carries out `cbnb train`: papermill's own output, then the run directory and what the run measured."
     from cbnb.sweep.jobs import train
-    if world_size() > 1: raise CommandError("cbnb train starts one process: let torchrun or srun start papermill itself, once a process (README, slurm/05_train_multi.sbatch)")
+    if world_size() > 1: raise CommandError("cbnb train starts one process: let torchrun or srun start papermill itself, once a process (nbs/howto/model.md, slurm/05_train_multi.sbatch)")
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given)
     if (path / "result.json").exists():

@@ -14,6 +14,7 @@ FENCE = re.compile(r"```.*?```", re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # Imports of a later page that are still there: {page: modules}. An entry that is mended is taken out.
 KNOWN = {
+    "basics/01_withheld": ["basics.files"],
     "masking/04_policies": ["masking.masker"],
 }
 
@@ -62,6 +63,30 @@ def broken(path):
 def test_links_lead_somewhere():
     bad = {str(p.relative_to(ROOT)): links for p in [*site.pages(), ROOT / "README.md"] if (links := broken(p))}
     assert not bad
+
+
+def is_run(name):
+    "Whether `python -m cbnb.name` does something: a room with a __main__, or a module that looks at __name__."
+    module = ROOT / "cbnb" / name.replace(".", "/")
+    if module.is_dir(): return (module / "__main__.py").exists()
+    return module.with_suffix(".py").exists() and '__name__ == "__main__"' in module.with_suffix(".py").read_text(encoding="utf-8")
+
+
+def is_named(name):
+    "Whether `name`, without cbnb. in front, is a room, a module, or a module with one of its names."
+    if name in ORDER or name in {room for room, *_ in site.ROOMS}: return True
+    module, _, attribute = name.rpartition(".")
+    return module in ORDER and re.search(rf"\b{attribute}\b", (ROOT / "cbnb" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+
+
+def test_modules_that_pages_name_are_there():
+    "`python -m cbnb.…`, also in blocks of commands, and `cbnb.…` in code font."
+    for path in site.pages():
+        text = markdown(path) + "".join(FENCE.findall(path.read_text(encoding="utf-8")) if path.suffix == ".md" else [])
+        assert not [n for n in re.findall(r"python -m cbnb\.([\w.]*\w)", text) if not is_run(n)], path
+        assert not [n for n in re.findall(r"`cbnb\.([a-z][a-z_.]*)`", text) if not is_named(n)], path
+    assert is_run("run") and is_run("run.execute") and not is_run("masking") and not is_run("report.figures")
+    assert is_named("run.directory.open_run") and not is_named("run.directory.read_metric") and not is_named("runs")
 
 
 def test_a_broken_link_is_found(tmp_path):

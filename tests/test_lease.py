@@ -1,4 +1,5 @@
 """One writer per folder: processes that start at once, are killed or stopped, run in another namespace, belong to another user, and file systems without links."""
+import io
 import json
 import os
 import random
@@ -6,19 +7,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
 from forked import forked
 
 import cbnb
-from cbnb.sweep import jobs
+from cbnb import cli
 from cbnb.basics import lease
-from cbnb.basics.jsonfiles import RunError
-from cbnb.run.directory import open_run
-from cbnb.run.metrics import append_line, append_metrics
-from cbnb.run.stages import Run, read_status, set_status, still_running
+from cbnb.basics.disk import release, reserve
+from cbnb.basics.jsonfiles import RunError, write_json, write_owned
+from cbnb.config import get_config
+from cbnb.data.streams import encode_stream
+from cbnb.masking.masker import ChatMasker
+from cbnb.report import figures as report
+from cbnb.run.directory import close_run, open_run
+from cbnb.run.metrics import append_line, append_metrics, truncate_metrics
+from cbnb.run.stages import Run, hold, named_state, read_status, set_status, still_running
+from cbnb.step.models import add_adapter, load_model, load_tokenizer
+from cbnb.sweep import jobs
+from cbnb.train import same, trainer
+from cbnb.transcripts.tinyworld import make_transcripts
 
 FAST = ("import os, sys, time, random\nfrom cbnb.basics import lease\nfrom cbnb.basics.jsonfiles import RunError\n"
         "from cbnb.run.directory import open_run\nfrom cbnb.run.metrics import append_metrics, write_result\n"
@@ -102,6 +114,161 @@ def test_a_container_is_heard_and_its_death_is_waited_for(tmp_path, monkeypatch)
     finally: other.kill(), other.wait()
     assert open_run({}, run_dir=tmp_path / "run").attempt == 2
     set_status(Run(tmp_path / "run"), "done")
+
+
+def test_a_namespace_that_looks_at_the_proc_of_another(tmp_path):
+    """In `unshare --pid` without a /proc of its own a process number leads to some other process: it proves nothing, and
+    a writer that lives there keeps its lease."""
+    code = """
+import os, sys, time
+from cbnb.basics import lease
+lease.BEAT = 0.05
+print(lease.identity()["pid_started"], lease.identity()["namespace"], flush=True)
+ready, done = os.pipe()
+if (writer := os.fork()) == 0:
+    lease.take_lease(sys.argv[1])
+    os.write(done, b"x")
+    time.sleep(60)
+os.read(ready, 1)
+try: lease.take_lease(sys.argv[1], tell=None)
+except lease.Held as e: print("held:", e)
+"""
+    first = python(code, tmp_path, before=["unshare", "--pid", "--fork", "--kill-child"])
+    said = first.communicate(timeout=60)[0].splitlines()   # the writer ends with the first process of its namespace
+    assert said[0] == "None None" and said[-1].startswith("held: ") and "(pid 2)" in said[-1], said
+
+
+def test_a_number_without_a_start_proves_nothing():
+    "The record of a process that could not be looked up is judged by its renewal; a status that names one is not proved over."
+    record = lease.identity() | {"token": "a", "pid": 999_999}
+    assert lease.judge(record, 0) == "over"
+    for unseen in (record | {"pid_started": None}, lease.identity() | {"token": "a", "pid_started": None}):
+        assert (lease.judge(unseen, 0), lease.judge(unseen, lease.EXPIRY + 1)) == ("fresh", "over")
+        assert named_state(unseen) == "fresh" and still_running("/nowhere", unseen)
+    assert not still_running("/nowhere", record) and not still_running("/nowhere", lease.identity())
+
+
+@pytest.mark.parametrize("bad", ('"pid": Infinity', '"pid": 1e999', '"pid": NaN', '"pid": -5', '"pid": "7"', f'"pid": 1{"0" * 400}',
+                                 '"node": ["x"]', '"beat": {}', '"slurm_restarts": Infinity', '"token": null'))
+def test_a_lease_of_wrong_fields_is_told(tmp_path, bad, monkeypatch):
+    "It is unreadable for whoever looks and whoever wants its place; nothing but `Held` is raised."
+    shutil.copytree(Path(__file__).with_name("finished"), run := tmp_path / "sweep" / "run")
+    status = json.loads((run / "status.json").read_text()) | {"state": "running"}
+    (run / "status.json").write_text(json.dumps(status))
+    whole = json.dumps(lease.identity() | {"token": "a", "beat": 0})
+    (run / ".lease").write_text(f"{whole[:-1]}, {bad}}}")
+    assert lease.read_lease(run / ".lease")[0] == {} and lease.lease_state(run) == "unreadable"
+    assert still_running(run, status) and close_run(run, 1) == "running"
+    with redirect_stdout(io.StringIO()) as out: assert cli.main(["status", str(tmp_path)]) in (0, None)
+    assert "run" in out.getvalue()
+    clock = iter(range(1000))
+    monkeypatch.setattr(lease.time, "monotonic", lambda: next(clock))   # a second a look
+    with pytest.raises(lease.Held, match="no lease that can be read"): lease.take_lease(run)
+
+
+@contextmanager
+def ended_within(seconds):
+    "AssertionError in what runs longer: an OSError could be caught there."
+    def end(number, frame): raise AssertionError(f"over {seconds} s")
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try: yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ("a link", "a pipe", "a folder", "a file of tomorrow"))
+def test_what_stands_in_the_place_of_a_guard(tmp_path, kind, monkeypatch):
+    "A lease is over, and what would be its guard is none: it is named, at once for what is no file."
+    monkeypatch.setattr(lease, "EXPIRY", 0.2)
+    (tmp_path / ".lease").write_text(json.dumps(lease.identity() | {"token": "a", "beat": 0, "pid_started": "1"}))
+    guard = tmp_path / ".lease.over"
+    if kind == "a link": guard.symlink_to("/nowhere")
+    if kind == "a pipe": os.mkfifo(guard)
+    if kind == "a folder": guard.mkdir()
+    if kind == "a file of tomorrow":
+        guard.write_text("")
+        os.utime(guard, (time.time() + 86_400,) * 2)
+    began = time.monotonic()
+    with ended_within(10), pytest.raises(lease.Held, match=r"\.lease\.over"): lease.take_lease(tmp_path)
+    assert (time.monotonic() - began < 0.2) == (kind != "a file of tomorrow")
+    with pytest.raises(RunError, match=r"\.lease\.over"): hold(tmp_path)
+    guard.rmdir() if kind == "a folder" else guard.unlink()
+    lease.take_lease(tmp_path)
+    lease.give_back(tmp_path)
+
+
+def test_threads_of_one_process(tmp_path):
+    "One of six threads opens the run; those that are refused do not give back what it holds."
+    for number in range(5):
+        run, said, start = tmp_path / str(number), [], threading.Barrier(6)
+
+        def go(run=run, said=said, start=start):
+            start.wait(timeout=30)
+            try: said.append(open_run({}, run_dir=run).attempt)
+            except RunError as e: said.append(str(e))
+        threads = [threading.Thread(target=go) for _ in range(6)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        assert said.count(1) == 1, said
+        assert all("is running on" in words or "in another thread" in words for words in said if words != 1), said
+        assert lease.lease_state(run) == "mine"
+        with pytest.raises(RunError, match="in another thread"): open_run({}, run_dir=run)
+        set_status(Run(run), "interrupted")
+        assert [open_run({}, run_dir=run).attempt for _ in range(2)] == [2, 3]   # one after the other, by one thread
+        set_status(Run(run), "done")
+
+
+def lose(folder):
+    "Another process takes the place of this one's lease."
+    record = lease.identity() | {"token": "b" * 32, "beat": 0, "pid": os.getppid(), "pid_started": lease.process_start(os.getppid())}
+    (folder / ".lease").write_text(json.dumps(record))
+
+
+def contents(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_all_writers_ask(tmp_path):
+    "Whoever has lost its run writes no file of it, whichever it is."
+    run = open_run({}, run_dir=tmp_path)
+    append_metrics(run, {"step": 1})
+    (tmp_path / "adapter").mkdir()
+    release(tmp_path)
+    lose(tmp_path)
+    before = contents(tmp_path)
+    result = json.loads((Path(__file__).parent / "finished" / "result.json").read_text())
+    card = tmp_path / "adapter" / "README.md"
+    writers = [lambda: write_json(tmp_path / "config.json", {}), lambda: truncate_metrics(run, -1),
+               lambda: reserve(tmp_path), lambda: same.keep_same(run, "data", lambda: {"x": "y"}),
+               lambda: write_owned(card, b""), lambda: report.write_run_report(tmp_path, result),
+               lambda: append_metrics(run, {"step": 2}), lambda: set_status(run, "done")]
+    for write in writers:
+        with pytest.raises(lease.Held, match="was taken over"): write()
+    assert contents(tmp_path) == before
+    lease.give_back(tmp_path)
+
+
+def test_a_checkpoint_of_a_lost_run(tmp_path, monkeypatch):
+    "The run is taken over while its second checkpoint is saved: that one gets no name, and no older one goes."
+    config = get_config("tinyagent", total_steps=2, batch_size=2, warmup_steps=0, save_steps=1, diagnose_steps=0)
+    tokenizer = load_tokenizer("tinyagent")
+    masker, run = ChatMasker(tokenizer), open_run({}, run_dir=tmp_path)
+    streams = [encode_stream(make_transcripts(kind, 4), masker, policy)[0] for kind, policy in
+               (("injection", config.harmful_policy), ("plain", config.benign_policy))]
+    seal, made = trainer.seal, []
+
+    def sealed(folder):
+        seal(folder)
+        made.append(folder.name)
+        if len(made) == 2: lose(tmp_path), before.update(contents(tmp_path))
+    before = {}
+    monkeypatch.setattr(trainer, "seal", sealed)
+    student = add_adapter(load_model("tinyagent"), config)
+    with pytest.raises(lease.Held): trainer.train_breaker(student, *streams, config, run, tokenizer.pad_token_id)
+    assert made == ["checkpoint-1", "checkpoint-2"] and list(trainer.checkpoints(tmp_path / "checkpoints")) == [1]
+    assert contents(tmp_path) == before
+    lease.give_back(tmp_path)
 
 
 def test_who_slept_too_long_writes_nothing_more(tmp_path, monkeypatch):

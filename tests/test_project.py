@@ -388,3 +388,12 @@ def test_formulas_become_mathml():
     assert links_from_root("[c](http://a.b/c) [d](#e)") == "[c](http://a.b/c) [d](#e)"
     assert links_to_pages("[a](06_masker.ipynb#x) [b](../bench/b.ipynb)") == "[a](06_masker.html#x) [b](../bench/b.html)"
     assert without_remote_scripts('a<script src="https://cdn.x/mathjax/y.js"></script><script>1</script>b') == "a<script>1</script>b"
+
+
+def test_what_is_imported_most_is_offered_at_the_top():
+    "Each name is that of its module, and `import cbnb` loads neither torch nor any module of the package."
+    program = ("import sys, cbnb; print(*[m for m in sys.modules if m == 'torch' or m.startswith('cbnb.')], '|');"
+               "from cbnb import *; import importlib;"
+               "print(all(globals()[n] is getattr(importlib.import_module('cbnb.' + m), n) for n, m in cbnb.HOMES.items()), len(cbnb.HOMES))")
+    said = run(sys.executable, "-c", program, cwd=ROOT).stdout.split()
+    assert said == ["|", "True", "7"], said

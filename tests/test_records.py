@@ -1,7 +1,7 @@
 """One bad run never hides the others: a finished run of the tiny agent (tests/finished), one of whose files
 is damaged, beside two whole ones, read by all that reads runs: the rows of `cbnb status` and `cbnb ablate`, the
 report, the page of a sweep, dashboards, explorers, evaluation."""
-import contextlib, json, os, random, shutil, tempfile
+import contextlib, json, os, random, shutil, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,18 @@ from cbnb.evaluate.answers import kept_lines
 from cbnb.cli import main
 from cbnb.config import ConfigError
 from cbnb.sweep.jobs import action, sweep_rows
-from cbnb.run.records import fault, read_record, RECORDS
+from cbnb.run.records import RECORDS, fault, read_record
 from cbnb.report.figures import describe_run
 from cbnb.basics.lease import identity, process_start
 from cbnb.run.directory import close_run
-from cbnb.run.metrics import read_metrics
+from cbnb.run.metrics import log_rows, read_metrics
 from cbnb.run.stages import read_status
 from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.train.same import made_from
 from cbnb.run.settings import kept_template
 from cbnb.run.status import run_folders, run_rows, run_table
-from cbnb.report.sweep import sweep_page
-from cbnb.report.verdicts import read_sweep
+from cbnb.report.sweep import sweep_page, write_sweep
+from cbnb.report.verdicts import read_sweep, specimen_run
 from cbnb.widgets.dashboard import summary_bundle, take_snapshot
 from cbnb.widgets.kl import newest_run, run_config
 from cbnb.widgets.sweep import explorer_html, judged, run_views
@@ -303,3 +303,37 @@ def test_the_end_of_a_run_whose_status_is_no_more_is_told(sweep, capsys):
     assert close_run(path, 1) == "failed" and "preflight.json is not readable" in read_status(path)["error"]
     (path / "status.json").write_text("{")
     with pytest.raises(RunError, match="status.json is not readable"): close_run(path, 1)
+
+
+@pytest.mark.parametrize("value", ["x", [1], -1e300, {}])
+def test_a_parameter_of_no_kind_hides_no_other_run(tmp_path, value):
+    sweep = tmp_path / "sweep"
+    for seed, beta in enumerate((0.0, 0.3, 0.3)): specimen_run(sweep / f"run{seed}", beta, seed, kl_temperature=value if seed == 1 else 2.0)
+    found = read_sweep([sweep])
+    frame = found.frame.set_index("run")
+    assert dict(frame["state"]) == {"run0": "done", "run1": "unreadable", "run2": "done"} and "kl_temperature" in frame.loc["run1", "error"]
+    assert "kl_temperature" not in frame or frame["kl_temperature"].dropna().tolist() == [2.0, 2.0], "numbers stay numbers"
+    write_sweep(found, tmp_path / "report")
+    for text in ((tmp_path / "report" / "report.html").read_text(), judged(found)): assert "run1" in text and "kl_temperature" in text
+
+
+@pytest.mark.parametrize("more", [[-1], range(60), [999_999_998]], ids=["a step again", "the log again", "beyond the end"])
+def test_a_log_of_two_writers_has_no_figures(tmp_path, more):
+    specimen_run(tmp_path / "sweep" / "run", 0.3, 0)
+    log = tmp_path / "sweep" / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    again = [rows[i] if i < len(rows) else {"step": i} for i in more]
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *(row | {"loss_kl": 50.0} for row in again)]))
+    found = read_sweep([tmp_path / "sweep"])
+    assert found.frame["loss_kl"].isna().all() and any("does not count" in note for note in found.notes), found.notes
+
+
+def test_reading_bad_lines_and_records_ends(tmp_path):
+    specimen_run(tmp_path / "run", 0.3, 0)
+    log, status = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "status.json"
+    log.write_bytes(b"{}\n" * 500_000)
+    start = time.process_time()
+    rows, words = log_rows(tmp_path / "run")
+    assert not rows and "over 10,000 lines" in words[0] and time.process_time() - start < 5
+    status.write_text('{"state": "done", "x": [' + "0," * 3_000_000 + "0]}")
+    with pytest.raises(RunError, match="at most 4,194,304 are read"): read_status(tmp_path / "run")

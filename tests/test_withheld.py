@@ -1,12 +1,23 @@
 """What a run leaves holds no secret of its environment and is private: sweeps and plain papermill whose
 kernels print and raise secrets in every way, and are killed."""
-import base64, html, json, os, re, stat, subprocess, sys
+import ast, base64, html, json, os, pprint, re, shlex, stat, subprocess, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
-import pytest
+import nbformat, pytest, yaml
+from jupyter_client.session import Session
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from cbnb.basics import withheld
+from cbnb.basics.files import OutputError, append_bytes
+from cbnb.basics.terminal import visible
+from cbnb.config import ConfigError
 from cbnb.run.directory import close_run
+from cbnb.run.execute import write_notebook
+from cbnb.run.recorder import Book
+from cbnb.run.records import wants
+from cbnb.step.loaders import named
+from cbnb.step.models import in_words
 from forked import command, forked
 from helpers import ROOT, environment
 from train_common import load
@@ -163,3 +174,159 @@ def test_batch_scripts_do_not_print_the_environment():
     for path in scripts:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not prints.search(line.partition(" #")[0]), f"{path}:{number}"
+
+
+HARD = {"A_TOKEN": r"""Zq8\wP"4'x9K.+*[a]""", "B_TOKEN": "abc/def+ghiJKL12/mnopQRST3456==", "D_TOKEN": "eyJ" + "aB3d" * 60,
+        "E_TOKEN": "pässwörtß-X12", "F_TOKEN": "line one aa\nline two bb 77\nline3cc99",
+        "G_TOKEN": "correct horse battery staple 42 " * 4 + "end", "H_TOKEN": "😀 smile&<b>;%25 99"}
+
+
+@pytest.fixture
+def hard(monkeypatch):
+    "The values of `HARD`, which are secrets of the environment for as long as a test runs."
+    monkeypatch.setattr(withheld, "SEEN", {})
+    for name, value in HARD.items(): monkeypatch.setenv(name, value)
+    return list(HARD.values())
+
+
+def of_quoted(value, change):
+    "`value` percent-encoded, with each escape changed."
+    return re.sub("%..", lambda found: change(found[0]), quote(value, safe=""))
+
+
+WRITTEN = {  # the ways to write a text in which something of a value must not stay
+    "json": json.dumps, "repr": repr, "json of repr": lambda v: json.dumps(repr(v)), "json of json": lambda v: json.dumps(json.dumps(v)),
+    "repr of repr": lambda v: repr(repr(v)), "four deep": lambda v: json.dumps(repr(json.dumps(repr({"k": v})))),
+    "repr of json": lambda v: repr({"x": json.dumps({"k": v})}), "bytes": lambda v: repr(v.encode()),
+    "json of bytes": lambda v: json.dumps(repr(v.encode())), "ascii": ascii, "html": html.escape,
+    "markupsafe": lambda v: html.escape(v).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+    "json of html": lambda v: json.dumps(html.escape(v)), "html of json": lambda v: html.escape(json.dumps(v)),
+    "small percent": lambda v: of_quoted(v, str.lower), "percent twice": lambda v: quote(quote(v, safe=""), safe=""),
+    "form": quote_plus, "json slash": lambda v: json.dumps(v).replace("/", r"\/"),
+    "json u": lambda v: json.dumps(v).replace("+", r"\u002b").replace("&", r"\u0026").replace("'", r"\u0027"),
+    "hex": lambda v: v.encode().hex(), "HEX": lambda v: v.encode().hex().upper(),
+    "base64 lines": lambda v: base64.encodebytes(b"abc" + v.encode()).decode(),
+    "base64 lines in repr": lambda v: repr(base64.encodebytes(v.encode())),
+    "shlex": shlex.quote, "pprint": lambda v: pprint.pformat({"k": v}), "pprint bytes": lambda v: pprint.pformat({"k": v.encode()}),
+    "wrapped": lambda v: "\n".join(textwrap.wrap(v, 70)), "crlf": lambda v: v.replace("\n", "\r\n"),
+    "indented": lambda v: textwrap.indent(v, "    "), "visible": visible, "yaml": lambda v: yaml.safe_dump({"k": v}),
+    "yaml unicode": lambda v: yaml.safe_dump({"k": v}, allow_unicode=True), "re": re.escape}
+
+
+@pytest.mark.parametrize("way", WRITTEN)
+def test_a_secret_is_found_however_it_is_written(way, hard):
+    for value in hard:
+        out = withheld.scrub(f"said: {(text := WRITTEN[way](value))} end")
+        assert "[removed]" in out, (value, text)
+        left = re.sub(r"\[removed\]|said:|end|&quot;|YWJj", "", out)
+        assert not re.search(r"[A-Za-z0-9]{4}", left), (value, text, out)
+
+
+def test_a_shell_that_quotes_is_understood(hard):
+    for name, value in HARD.items():
+        out = subprocess.run(["bash", "-c", f"printf %q \"${name}\""], capture_output=True, text=True).stdout
+        assert "[removed]" in withheld.scrub(out), out
+
+
+def test_what_is_no_secret_stays(hard):
+    for text in ("line one a", "Zq8 \\wP", json.dumps({"k": "abc/def", "n": "correct horse battery"}), "pässwörter", "\\" * 99):
+        assert withheld.scrub(text) == text
+
+
+@pytest.mark.parametrize("unit", ["Zq8" + "\\" * 40, "\\", '"', "correct horse ", "eyJaB3d\n", "&amp;", "%25", "aB3d"])
+def test_no_text_takes_long(unit, hard):
+    "Time grows with the length, whatever the text: 1 MB of the worst takes seconds, and of a log 2 ms a secret."
+    text = unit * (200_000 // len(unit))
+    begin = time.process_time()
+    withheld.withhold(text), withheld.begun(text)
+    assert time.process_time() - begin < 5
+
+
+def executed(value):
+    "A notebook that shows `value` in every place of one."
+    error = new_output("error", ename="ValueError", evalue=repr({"k": value}), traceback=["Trace", repr([value])])
+    shown = new_output("execute_result", {"text/plain": repr(value), "application/json": {value: [json.dumps(value)]}})
+    said = new_output("stream", name="stdout", text=f"{value}\n{json.dumps({'k': value})}\n")
+    cell = new_code_cell(f"model = {value!r}", outputs=[shown, said, error])
+    return new_notebook(cells=[cell], metadata={"papermill": {"parameters": {"model": value}}})
+
+
+def is_clean(text, value):
+    "Whether no text in a notebook holds something of `value`, also after another JSON or repr."
+    parts = re.findall(r"[A-Za-z0-9]{4,}", value)
+    return not any(part in text for part in parts if part not in ("line", "text"))
+
+
+def test_a_notebook_is_scrubbed_text_by_text(hard, tmp_path):
+    class Handler: _cwd = str(tmp_path)
+    for value in hard:
+        book = executed(value)
+        write_notebook(Handler, nbformat.writes(book), "out.ipynb")
+        recorded = Book()
+        recorded.notebook = book
+        for text in ((tmp_path / "out.ipynb").read_text(), recorded.text()):
+            assert is_clean(text, value), text
+            (cell,) = nbformat.reads(text, 4).cells
+            assert cell.source == "model = '[removed]'" or cell.source == 'model = "[removed]"'
+            assert cell.outputs[0].data["application/json"] == {"[removed]": ['"[removed]"']}
+            assert cell.outputs[1].text == '[removed]\n{"k": "[removed]"}\n'
+
+
+def test_a_kernel_sends_no_secret_in_a_repr(hard):
+    sent = []
+    class Wire:
+        def send_multipart(self, parts, **_): sent.append(b"".join(parts).decode())
+    session = Session()
+    withheld.guard_session(session)
+    for value in hard:
+        content = {"data": {"text/plain": repr({"k": repr(value)}), "application/json": {value: [value]}}}
+        session.send(Wire(), "execute_result", content)
+        session.send(Wire(), "error", {"ename": "ValueError", "evalue": str(ValueError({"k": value})), "traceback": [json.dumps(value)]})
+        assert all(is_clean(text, value) for text in sent), sent[-2:]
+
+
+def test_files_with_a_second_name_outside_stay(hard, tmp_path):
+    (run := tmp_path / "run").mkdir()
+    (outside := tmp_path / "settings").write_text(f"A={HARD['B_TOKEN']}")
+    outside.chmod(0o644)
+    os.link(outside, run / "copy.txt")
+    os.link(outside, run / "other.txt")
+    assert withheld.tidy(run) == []
+    assert outside.read_text() == f"A={HARD['B_TOKEN']}" and stat.S_IMODE(outside.stat().st_mode) == 0o644
+    for name in ("copy.txt", "other.txt"):
+        assert set((run / name).read_text()) == set("A=*") and stat.S_IMODE((run / name).stat().st_mode) == 0o600
+    (log := tmp_path / "log").write_bytes(b"kept\nno end")
+    os.link(log, run / "metrics.jsonl")
+    with pytest.raises(OutputError, match="second name"): append_bytes(run / "metrics.jsonl", b"row\n")
+    assert log.read_bytes() == b"kept\nno end"
+
+
+def test_nothing_is_cut_before_it_is_scrubbed(hard):
+    token = HARD["D_TOKEN"]
+    for before in range(150, 300, 7):
+        for block, kind in ((in_words("x"), ConfigError), (named("x"), ConfigError)):
+            with pytest.raises(kind) as raised:
+                with block: raise ValueError("w " * (before // 2) + token)
+            assert "eyJ" not in str(raised.value)
+    assert "eyJ" not in wants("a", "a number", token)
+
+
+def test_errors_are_cut_by_one_function():
+    "No text of an error or a value is cut in another way: not `str(e)[:300]`, nor `{value!r:.60}`."
+    def of_error(node): return any(isinstance(n, ast.Name) and n.id in ("e", "error", "why") for n in ast.walk(node))
+    found = []
+    for path in sorted((ROOT / "cbnb").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice) and not node.slice.lower and of_error(node.value):
+                found.append(f"{path.name}:{node.lineno}")
+            if isinstance(node, ast.FormattedValue) and node.format_spec and (node.conversion == ord("r") or of_error(node.value)):
+                spec = "".join(str(getattr(part, "value", "")) for part in node.format_spec.values)
+                if re.fullmatch(r"\.\d+", spec): found.append(f"{path.name}:{node.lineno}")
+    assert found == []
+
+
+def test_names_of_secrets(tmp_path):
+    login = base64.b64encode(b"me:hunter2Hunter9").decode()
+    given = {"HOME": str(tmp_path), "SSHPASS": "hunter2Hunter5", "LDAP_PW": "hunter3Hunter8",
+             "DOCKER_AUTH_CONFIG": json.dumps({"auths": {"registry.io": {"auth": login}}})}
+    assert {"hunter2Hunter5", "hunter3Hunter8", login, "hunter2Hunter9"} <= set(withheld.secret_values(given))

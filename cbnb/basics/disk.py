@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from .lease import check_lease
 from .files import write_bytes
 
 # %% ../../nbs/basics/08_disk.ipynb #full0002
@@ -40,6 +41,7 @@ RESERVED = 256_000
 def reserve(path):
     """Sets `RESERVED` bytes of the disk aside in the run directory `path`, as the file `.reserve`. They are
     random: a file system that compresses would keep nothing for zeros."""
+    check_lease(path)
     file = Path(path) / ".reserve"
     if not file.exists() or file.stat().st_size != RESERVED: write_bytes(file, os.urandom(RESERVED))
 

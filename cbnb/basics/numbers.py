@@ -10,11 +10,12 @@ import math
 
 # %% ../../nbs/basics/06_numbers.ipynb #b10e9eed
 def format_number(value, digits: int = 3) -> str:
-    """`value` (a number, None or NaN) with `digits` significant digits as text; whole numbers stay whole, a missing one is an em dash.
+    """Write `value` (a number, None, NaN or pandas' NA) as text with `digits` significant digits.
 
-    Below 0.001 and from 1e6 on in powers of ten: `2.5e-4`."""
-    if value is None or value != value or not math.isfinite(value):
-        return "—" if value is None or value != value else ("∞" if value > 0 else "−∞")
+    Whole numbers stay whole, a missing one is an em dash, and below 0.001 and from 1e6 on stand powers of ten: `2.5e-4`."""
+    # pandas' NA answers every comparison with itself, and to import pandas here would cost each command a second
+    if value is None or type(value).__name__ == "NAType" or math.isnan(value): return "—"
+    if math.isinf(value): return "∞" if value > 0 else "−∞"
     if float(value).is_integer() and abs(value) < 1e6:
         return f"{int(value):,}".replace("-", "−")
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")

@@ -18,7 +18,7 @@ from .withheld import scrub
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00006
 # printable by name, and draw nothing
-UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
 
 
 SIGNS = {"\n": "⏎", "\t": "⇥"}

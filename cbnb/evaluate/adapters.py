@@ -32,7 +32,7 @@ from ..basics.reading import read_text
 from ..report.figures import results_of, write_run_report
 from ..run.records import fault, read_record
 from ..run.stages import Run, read_status
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.jsonfiles import RunError, to_plain, write_json
 from ..train.same import differences, made_from, model_hashes, named, surroundings, tell_changes
 from .scores import check_readable, is_attack, without_question
@@ -375,7 +375,7 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
     kept = withhold(to_plain(list((lines | anew).values())))
-    write_bytes(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+    write_owned(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
         if (folder / "report.html").exists(): write_run_report(folder, result)

@@ -34,6 +34,7 @@ from ..step.models import check_teacher, decoder_blocks, teacher_mode
 from ..masking.policies import Encoded, role_of
 from ..masking.targets import training_mask, truncation_window
 from ..transcripts.record import Transcript
+from ..basics.withheld import cut
 from ..masking.turns import Segment
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #fd010a60
@@ -91,7 +92,7 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict |
                 student.set_adapter(name, inference_mode=True)
         except ConfigError: raise
         except Exception as e:  # whatever peft raises for a configuration or weights that it cannot use
-            why = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            why = f"{type(e).__name__}: {cut(' '.join(str(e).split()), 300)}"
             raise ValueError(f"{folder} does not fit this base: {why}") from e
         # peft also lists another adapter's lora_B where this one is called B
         missing = [key for key in result.missing_keys if name in key.split(".")]

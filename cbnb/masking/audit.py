@@ -20,6 +20,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from ..basics.withheld import cut
 from .actions import actions_line, for_policy, own_notes, trained_calls
 from .adapt import adapt, adapted_line
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
@@ -167,7 +168,7 @@ def schema_faults(value, schema, where, strict=False):
     if kinds and not any(has_type(value, kind) for kind in kinds):
         return [f"{where} is {'null' if value is None else type(value).__name__}, not {' or '.join(map(str, kinds))}"]
     if isinstance(options := schema.get("enum", [schema["const"]] if "const" in schema else None), list) and value not in options:
-        return [f"{where} is {value!r:.40}, none of {', '.join(map(repr, options))[:80]}"]
+        return [f"{where} is {cut(repr(value), 40)}, none of {cut(', '.join(map(repr, options)), 80)}"]
     if isinstance(choices := schema.get("anyOf") or schema.get("oneOf"), list):
         tried = [schema_faults(value, choice, where, strict) for choice in choices]
         if tried and all(tried): return tried[0]

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers.normalizers import NFC
 
 from .templates import MaskError
+from ..basics.withheld import cut
 
 # %% ../../nbs/masking/02_encoders.ipynb #3f6cbbd6
 BYTES = {c: b for b, c in zip(
@@ -106,7 +107,7 @@ def make_tiktoken(tokenizer):
     for text in (text[at:at + 4096] for text in texts for at in range(0, len(text), 4096)):  # in pieces: a long one takes much memory
         theirs = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if encoding.encode(text, allowed_special="all") != theirs:
-            raise MaskError(f"tiktoken cannot stand in for this tokenizer: it encodes {text[:30]!r} otherwise")
+            raise MaskError(f"tiktoken cannot stand in for this tokenizer: it encodes {cut(text, 30)!r} otherwise")
     return encoding
 
 # %% ../../nbs/masking/02_encoders.ipynb #3e0edbf6

@@ -27,6 +27,8 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..basics.withheld import cut
+
 # %% ../../nbs/masking/00_rendering.ipynb #483bc791
 MARK_KINDS = ("item", "content", "reasoning", "call", "generation", "arguments", "control")
 MARKER = re.compile("\ufdd0([\ufdd2-\ufddf])([\ufde0-\ufdef]+)\ufdd1")
@@ -325,7 +327,7 @@ def render(source, messages, tools=None, variables=None, generation_prompt=False
             parts += some
     except MemoryError: raise  # the end of this process
     except Exception as e:  # whatever a foreign program raises is a refusal of this transcript
-        why = (str(e) or type(e).__name__)[:MAX_REASON_CHARS]
+        why = cut(str(e) or type(e).__name__, MAX_REASON_CHARS)
         raise Refused(f"the chat template refuses this transcript: {why}; change the transcript or pass another chat_template") from e
     return "".join(parts)
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from .rendering import CALLS
 from .templates import MaskError, Traced, render, trace_render
+from ..basics.withheld import cut
 
 # %% ../../nbs/masking/03_turns.ipynb #e5823397
 class Segment(IntEnum):
@@ -427,7 +428,7 @@ def check_turn(turn, traced, message, headers, ends, eos=None):
     turn = trim_turn(turn, traced, message, *headers, ends)
     at = text.find(eos, max(said_until, turn.body), turn.end) if eos else -1
     if at >= 0 and at != turn.eot and not only(ends, text[at:turn.end]):
-        raise MaskError(f"message {index} (assistant): the template writes {text[at:turn.end][:40]!r} in its turn, text after an "
+        raise MaskError(f"message {index} (assistant): the template writes {cut(text[at:turn.end], 40)!r} in its turn, text after an "
                         "end-of-turn token; pass another chat_template")
     check_inside(turn, traced, index)
     return turn

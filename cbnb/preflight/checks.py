@@ -17,6 +17,7 @@ from ..run.code import code_state
 from ..basics.withheld import scrub
 from ..basics.jsonfiles import to_plain, write_json
 from ..basics.terminal import error_text, say, visible
+from ..basics.withheld import cut
 
 # %% ../../nbs/preflight/00_checks.ipynb #fc833e79
 VERDICTS = ("pass", "warn", "fail")  # the last is the worst
@@ -60,7 +61,7 @@ def judged(good: bool, text: str, otherwise: str = "fail") -> Point:
 
 def failed_check(name: str, error: Exception) -> Check:
     "The `Check` that `error` has kept from being made."
-    why = scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+    why = cut(" ".join(f"{type(error).__name__}: {error}".split()), 500)
     return Check(name, (Point("fail", f"the check could not be made: {why}"),))
 
 

@@ -28,6 +28,7 @@ from ..masking.masker import ChatMasker
 from ..masking.policies import NEED_INJECTION, Encoded
 from .checks import Point, judged
 from ..data.sources import Reading
+from ..basics.withheld import cut
 from ..masking.targets import in_batches, in_turns, training_mask
 from ..transcripts.record import Transcript
 from ..masking.turns import Segment
@@ -225,7 +226,7 @@ def conflict_points(streams: dict[str, Seen]) -> list:
     harmful, benign = streams["harmful"].calls, streams["benign"].calls
     both, total = {key: n for key, n in harmful.items() if key in benign}, harmful.total()
     over = sum(both.values()) > SHARED_CALLS * total
-    first = f", the first is {min(both)[:80]}; injected_actions_only leaves out what attack-free runs do too" if over else ""
+    first = f", the first is {cut(min(both), 80)}; injected_actions_only leaves out what attack-free runs do too" if over else ""
     return [judged(not over, f"{sum(both.values())} of {total} calls that are trained as harmful are trained as benign too, by name and arguments{first}", "warn")]
 
 

@@ -30,11 +30,11 @@ from ..run.metrics import read_metrics
 from ..run.stages import read_status
 from ..run.code import runs_folder
 from ..run.records import read_record
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.output import safe_output
 from ..basics.jsonfiles import RunError
 from ..basics.terminal import ended, say, sentence, visible
-from ..basics.withheld import withhold
+from ..basics.withheld import cut, withhold
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict) -> str:
@@ -406,7 +406,7 @@ def curves(rows: list[dict]) -> go.Figure:
     Raises ValueError for a row without a step."""
     for number, row in enumerate(rows, 1):
         if math.isnan(as_float(row.get("step"))):
-            raise ValueError(f"row {number} of the metrics has {row.get('step')!r:.40} for its step; every row needs a number there.")
+            raise ValueError(f"row {number} of the metrics has {cut(repr(row.get('step')), 40)} for its step; every row needs a number there.")
     traces, axes, notes = [], {}, []
     for n in range(1, len(PANELS) + 1):
         t, a, m = panel(rows, n)
@@ -595,7 +595,7 @@ def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parame
     """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
-    write_bytes(path, withhold(report_page(title, rows, table, parameters, notes, floor)).encode())
+    write_owned(path, withhold(report_page(title, rows, table, parameters, notes, floor)).encode())
     return Path(path)
 
 # %% ../../nbs/report/00_figures.ipynb #68347dce

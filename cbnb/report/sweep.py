@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'OVERLAID', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
            'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'grid', 'trace',
-           'conditions', 'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm', 'groups',
-           'dose_response', 'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline',
+           'value_words', 'conditions', 'drawn_runs', 'thinned', 'overlaid', 'small_multiples', 'by_kind', 'arm',
+           'groups', 'dose_response', 'against', 'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline',
            'comparison_cells', 'link_to', 'text_cell', 'rate_cell', 'sweep_page', 'earlier_files', 'check_listed',
-           'write_report_files', 'write_sweep', 'newest_sweep']
+           'write_report_files', 'withheld_frame', 'write_sweep', 'newest_sweep']
 
 # %% ../../nbs/report/02_sweep.ipynb #6a6136ef
 import hashlib
@@ -127,12 +127,17 @@ OVERLAID = (("reroute: mean relu(cosine)", False, "loss_reroute", 1.0), ("KL, na
 TOGETHER = ("reroute", "retain", "KL")
 
 
+def value_words(value) -> str:
+    "A parameter's value, a number or a text, in at most 12 characters."
+    return f"{value:g}" if isinstance(value, float) else str(value)[:12]
+
+
 def conditions(sweep: Sweep) -> list[str]:
     "A short text for each row of the frame: its beta_kl and whatever else tells strata apart, without the seed."
     columns = apart(sweep)
     def told(c, value):
-        if c == "kl_temperature": return "" if value == 1 else f", T {value:g}"
-        return f", {c} {value:g}" if isinstance(value, float) else f", {c} {str(value)[:12]}"
+        if c == "kl_temperature": return "" if value == 1 else f", T {value_words(value)}"
+        return f", {c} {value_words(value)}"
     return [("no beta_kl" if math.isnan(row["beta_kl"]) else f"β {row['beta_kl']:g}") + "".join(told(c, row[c]) for c in columns)
             for row in sweep.frame[list(dict.fromkeys(["beta_kl", *columns]))].to_dict("records")]
 
@@ -240,7 +245,7 @@ def dose_response(group: list) -> go.Figure:
     `group`: strata that may share a figure. The axis has the values in order, evenly apart, so that 0 can be there."""
     places = [(s, beta, runs) for s in group for beta, runs in (({} if s.borrowed else {0.0: s.control}) | s.levels).items() if len(runs)]
     warm = len(group) > 1
-    def temperature(runs): return f", T {runs.iloc[0]['kl_temperature']:g}" if warm and runs.iloc[0]["kl_temperature"] != 1 else ""
+    def temperature(runs): return f", T {value_words(runs.iloc[0]['kl_temperature'])}" if warm and runs.iloc[0]["kl_temperature"] != 1 else ""
     ticks = {i: f"{beta:g}{temperature(runs)}" for i, (_, beta, runs) in enumerate(places)}
     everyone, panels = pd.concat([runs for _, _, runs in places]), []
     for title, log, lines, top in DOSE:
@@ -443,7 +448,7 @@ def comparison_cells(c) -> list[str]:
 
 def link_to(run: Path, folder: Path) -> str:
     "A relative address from a page in `folder` to what can be opened of a run; empty if there is nothing."
-    names = [run / "report.html", *sorted(run.glob("out.*.ipynb"))[-1:], run / "status.json"]
+    names = [run / "report.html", *sorted(run.glob("out.*.ipynb"), key=lambda p: (len(p.name), p.name))[-1:], run / "status.json"]
     return next((quote(os.path.relpath(name, folder)) for name in names if os.path.isfile(name)), "")
 
 
@@ -517,6 +522,12 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
     if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
 
 
+def withheld_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    "A copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file that is no text."
+    texts = [c for c in frame if frame[c].dtype == object]
+    return frame.assign(**{c: frame[c].map(lambda v: withhold(v) if isinstance(v, str) else v) for c in texts})
+
+
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
     """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page
     last; returns the paths (see `write_report_files`, which may raise). Text that a spreadsheet would
@@ -527,7 +538,7 @@ def write_sweep(sweep: Sweep, folder) -> list[Path]:
     check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds
     figures, files = sweep_figures(sweep), {}
     parquet = io.BytesIO()
-    sweep.frame.to_parquet(parquet, index=False)
+    withheld_frame(sweep.frame).to_parquet(parquet, index=False)
     try: files = {f"{name}.png": png(fig) for name, (fig, _) in figures.items()}
     except RunError as e: sweep.notes.append(f"{e}.")
     files["runs.csv"] = withhold(quoted_frame(sweep.frame).to_csv(index=False)).encode()

@@ -6,11 +6,12 @@
 __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'BASE', 'TEXTS', 'LEVEL',
            'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN',
            'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN',
-           'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'log_measures', 'result_measures', 'Sweep',
-           'read_run', 'plain_text', 'parameter_column', 'read_sweep', 'specimen_figures', 'specimen_run',
-           'write_specimen', 'interval', 'Comparison', 'by_seed', 'compare', 'Stratum', 'same', 'apart', 'strata',
-           'control_failure', 'Verdict', 'decide', 'span', 'caveat', 'worst', 'check_reroute', 'check_dose',
-           'check_gradients', 'judge', 'verdicts', 'Advice', 'benign_changes', 'told', 'advise', 'advice']
+           'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'log_measures', 'result_measures',
+           'of_their_kind', 'beyond', 'Sweep', 'read_run', 'plain_text', 'parameter_column', 'read_sweep',
+           'specimen_figures', 'specimen_run', 'write_specimen', 'interval', 'Comparison', 'by_seed', 'compare',
+           'Stratum', 'same', 'apart', 'strata', 'control_failure', 'Verdict', 'decide', 'span', 'caveat', 'worst',
+           'check_reroute', 'check_dose', 'check_gradients', 'judge', 'verdicts', 'Advice', 'benign_changes', 'told',
+           'advise', 'advice']
 
 # %% ../../nbs/report/01_verdicts.ipynb #a7ed7ea4
 import itertools
@@ -28,13 +29,14 @@ from scipy.special import stdtrit
 from ..basics.files import write_bytes
 from .figures import alarm_lines, as_float, series
 from ..basics.numbers import format_number
-from ..run.records import fault, read_record
+from ..run.records import fault, read_record, SETTING
 from ..run.directory import check_name
-from ..run.metrics import log_rows
+from ..run.metrics import log_rows, not_rising
 from ..run.stages import read_status, still_running
 from ..basics.jsonfiles import RunError, holds, write_json
 from ..run.status import folders_in
 from ..basics.terminal import visible
+from ..basics.withheld import cut
 
 # %% ../../nbs/report/01_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")
@@ -55,7 +57,7 @@ def planned_runs(folder, notes: list) -> dict[Path, dict]:
     found = {}
     for entry in plan.get("runs", ()):
         try: path = Path(folder) / check_name(entry["dir"])
-        except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {visible(entry)[:80]}, which names no run folder; it is left out.")
+        except (RunError, KeyError, TypeError): notes.append(f"{folder}/sweep.json lists {visible(cut(entry, 80))}, which names no run folder; it is left out.")
         else: found[path] = entry["parameters"] if not fault("params.json", entry.get("parameters")) else {}
     return found
 
@@ -151,6 +153,20 @@ def result_measures(result: dict) -> dict[str, float]:
     found |= {f"n_{visible(kind)[:40]}": as_float(answers.get(kind)) for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]}
     return found | {"samples": as_float(decoding.get("samples"))}
 
+# %% ../../nbs/report/01_verdicts.ipynb #theirki1
+def of_their_kind(parameters: dict) -> tuple[dict, list]:
+    """`(parameters, sentences)`: the `parameters` of a run without values that their setting cannot have, and what
+    is wrong with those. Of a notebook without `preset` every value is its own matter."""
+    known = SETTING if "preset" in parameters else {}
+    odd = {k: words for k, v in parameters.items() if v is not None and k in known and (words := next(known[k](v, ""), ""))}
+    return {k: v for k, v in parameters.items() if k not in odd}, list(odd.values())
+
+
+def beyond(rows: list[dict], total: float) -> str:
+    "What is wrong with `rows` of a log of which one is beyond the `total` of steps; empty for nothing."
+    last = max((row["step"] for row in rows), default=0)
+    return f"has a line of step {last}, but the run has {total:g}" if last > total else ""
+
 # %% ../../nbs/report/01_verdicts.ipynb #57750e02
 @dataclass(frozen=True)
 class Sweep:
@@ -178,14 +194,20 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
         read(lambda name=name: read_record(path / name), None) or {} for name in ("params.json", "config.json", "result.json", "key.json", "code.json"))
     state = status.get("state", "unreadable" if unread else "unknown" if os.path.isdir(path) else "missing")
     if state == "running" and not still_running(path, status): state = "lost"
-    parameters = parameters or planned
+    parameters, odd = of_their_kind(parameters or planned)
+    if odd:
+        state, unread = "unreadable", f"params.json is not in order ({odd[0]})"
+        notes.append(f"{unread}: what it says of that is left out")
     settings = parameters | {k: v for k, v in config.items() if k in parameters and parameters[k] is None or k in ("beta_kl", "seed")}
     beta = as_float(settings.get("beta_kl"))
     rows, told = log_rows(path)
     notes += told
     measures = log_measures(rows, beta) | result_measures(result)
     total = as_float(config.get("total_steps"))
-    if state == "done" and measures["last_step"] < total:
+    if wrong := not_rising(rows) or beyond(rows, total):
+        notes.append(f"its metrics.jsonl {wrong}, so what is read from the log does not count")
+        measures |= dict.fromkeys(LOG_MEASURES, math.nan)
+    elif state == "done" and measures["last_step"] < total:
         notes.append(f"its log ends at step {measures['last_step']:g} of {total:g}, so what is read from the log does not count")
         measures |= dict.fromkeys(LOG_MEASURES, math.nan)
     elif state == "done" and (lost := missing_steps(rows, config))[0]:
@@ -412,7 +434,7 @@ def strata(sweep: Sweep) -> list[Stratum]:
         unfinished = set(member(rest, key, lenient=True).index)
         if control.empty and "kl_temperature" in columns:
             others = [k for _, k in keys.iterrows() if all(c == "kl_temperature" or same(pd.Series([k[c]]), key[c]).item() for c in columns)]
-            for other in sorted(others, key=lambda k: (abs(k["kl_temperature"] - 1), k["kl_temperature"])):
+            for other in sorted(others, key=lambda k: (abs(as_float(k["kl_temperature"]) - 1), str(k["kl_temperature"]))):
                 control = member(done[done["beta_kl"] == 0], other)
                 if len(control):
                     borrowed = True

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cbnb
 from ..basics.reading import read_text, sha256
-from ..basics.withheld import scrub
+from ..basics.withheld import cut, scrub
 from ..basics.places import PACKAGE
 
 # %% ../../nbs/run/03_code.ipynb #c34a0a93
@@ -63,7 +63,7 @@ def code_state(limit=1_000_000):
     commit = git(PACKAGE, "rev-parse", "--verify", "HEAD") if tracked else None
     diff = git(PACKAGE, "diff", "--no-ext-diff", "--no-textconv", "HEAD", limit=limit + 1) if commit else None
     return {"version": cbnb.__version__, "source": source_hash(PACKAGE), "commit": commit and commit.strip(),
-            "diff": scrub(diff[:limit]) if diff is not None else None,
+            "diff": cut(diff, limit) if diff is not None else None,
             "diff_truncated": diff is not None and len(diff.encode(errors="replace")) > limit}
 
 # %% ../../nbs/run/03_code.ipynb #3303a0eb

@@ -7,6 +7,7 @@ __all__ = ['LEFT_BY_OTHERS', 'HOW_STARTED', 'check_name', 'fresh_folder', 'is_un
            'next_attempt', 'check_unshared', 'record_code', 'open_run', 'open_directory', 'refusal', 'close_run']
 
 # %% ../../nbs/run/06_directory.ipynb #2bd38d58
+import threading
 import os
 import re
 import stat
@@ -14,12 +15,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..basics.disk import full_disk_words, is_full_disk, reserve
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.jsonfiles import RunError, to_plain, write_json
-from ..basics.lease import NotOwn, check_own, give_back, identity, is_mine, lease_path, lease_state
+from ..basics.lease import check_own, give_back, identity, is_mine, lease_path, lease_state, NotOwn, taken_by
 from ..basics.processes import from_first, world_size
 from ..basics.reading import read_bytes
-from ..basics.withheld import scrub, tidy
+from ..basics.withheld import cut, scrub, tidy
 from .code import code_state, find_notebook, runs_folder
 from .metrics import truncate_metrics
 from .parameters import parameters_hash, refuse_secrets
@@ -85,8 +86,10 @@ def next_attempt(path, parameters):
     run directory."""
     status = read_status(path)
     if not status and not (path / "params.json").exists():
-        if not is_unused(path): raise RunError(f"{path} is not empty and not a run directory: give a new or an empty run_dir")
-        return Run(path)
+        if is_unused(path): return Run(path)
+        if lease_state(path) in ("mine", "live", "fresh"):
+            raise RunError(f"{path} is running on another process or thread, which has just opened it: wait for it, or give another run_dir")
+        raise RunError(f"{path} is not empty and not a run directory: give a new or an empty run_dir")
     check_same_parameters(path, parameters)
     if status.get("state") == "done":
         raise RunError(f"{path} is finished: read its result.json, give another run_dir, or leave run_dir out for a fresh folder")
@@ -113,7 +116,7 @@ def record_code(run, notebook):
     if code != first: write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
     source = find_notebook(notebook)
     if source and not (run.path / "notebook.ipynb").exists() and source.stat().st_size < 50_000_000:
-        write_bytes(run.path / "notebook.ipynb", scrub(read_bytes(source).decode(errors="replace")).encode())
+        write_owned(run.path / "notebook.ipynb", scrub(read_bytes(source).decode(errors="replace")).encode())
 
 # %% ../../nbs/run/06_directory.ipynb #3a929bd3
 def open_run(parameters, name="train", run_dir=None, notebook=None):
@@ -123,9 +126,10 @@ def open_run(parameters, name="train", run_dir=None, notebook=None):
     Without `run_dir` always a fresh folder `<runs>/<date>/<name>-<hash>`. With it that folder: new, empty or
     queued starts; interrupted, failed or dead goes on (from a checkpoint if there is one, else from step 0
     with an empty log); done, still running or other parameters is an error. `parameters`: dict that JSON can
-    hold (`HOW_STARTED` is left out of it); `notebook`: name of the notebook to copy, by default `name`. A
-    `stop` file is removed, and some disk is set aside (see `reserve`). Of several processes the first opens
-    it for all of them. Raises `RunError`; `ParameterError` for a parameter that looks like a secret."""
+    hold (`HOW_STARTED` is left out of it); `notebook`: name of the notebook to copy, by default `name`. A run
+    that another thread of this process has opened is still running. A `stop` file is removed, and some disk
+    is set aside (see `reserve`). Of several processes the first opens it for all of them. Raises `RunError`;
+    `ParameterError` for a parameter that looks like a secret."""
     return from_first(lambda: open_directory(parameters, name, run_dir, notebook))
 
 # %% ../../nbs/run/06_directory.ipynb #3a929ba1
@@ -140,11 +144,15 @@ def open_directory(parameters, name, run_dir, notebook):
         if path.exists() and not path.is_dir(): raise RunError(f"{path} is a file: give a folder as run_dir")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError) as e: raise RunError(f"the run directory cannot be made ({e}): give a writable folder as run_dir or CBNB_RUNS") from e
-    ours = is_mine(lease_path(path))
+    holder, taken = taken_by(lease_path(path)), False
+    if holder and holder is not threading.current_thread():
+        raise RunError(f"{path} is open in another thread of this process: wait until that run has ended, or give another run_dir")
     try:
         check_unshared(path)
         next_attempt(path, parameters)         # what cannot go on is refused with nothing written
-        if not ours: hold(path)
+        if not holder:
+            hold(path)
+            taken = True
         run = next_attempt(path, parameters)   # as its last holder has left it
         path.chmod(0o700)
         (path / "stop").unlink(missing_ok=True)
@@ -155,7 +163,7 @@ def open_directory(parameters, name, run_dir, notebook):
         write_status(run, "running", {**identity(), "processes": world_size(), "attempt": run.attempt, "restarts": run.attempt - 1, "started": now()}
                      | dict.fromkeys(("stage", "error", "note", "training_started", "resumed_step", "training_seconds", "diagnosis_seconds")))
     except BaseException as e:
-        if not ours: give_back(path)
+        if taken: give_back(path)
         if isinstance(e, NotOwn): raise RunError(str(e)) from None
         if isinstance(e, OSError): raise RunError(full_disk_words(path) if is_full_disk(e) else f"{path} cannot be written ({e}): give another run_dir") from e
         raise
@@ -187,6 +195,6 @@ def close_run(path, code, why=""):
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try: refused = "" if status.get("stage") else refusal(read_record(path / "preflight.json"))
     except RunError as e: refused = str(e)
-    set_status(Run(path), "failed", error=scrub(refused or why)[:500] or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
+    set_status(Run(path), "failed", error=cut(refused or why, 500) or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
                "(memory?) or a refused parameter; look at its log")
     return "failed"

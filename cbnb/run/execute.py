@@ -21,7 +21,7 @@ from ..basics.output import safe_output
 from ..basics.disk import full_disk_words, is_full_disk
 from ..basics.jsonfiles import read_json
 from ..basics.terminal import first_line, say, sentence
-from ..basics.withheld import scrub
+from ..basics.withheld import scrub, scrub_notebook
 
 # %% ../../nbs/run/11_execute.ipynb #exe00006
 def read_notebook(handler, path):
@@ -35,7 +35,7 @@ def write_notebook(handler, text, path):
     save stays, and the run says for itself what becomes of it. Raises OSError as `cbnb.basics.files.write_bytes`
     does for another reason."""
     path = Path(handler._cwd or "", path)
-    try: write_bytes(path, scrub(text).encode())
+    try: write_bytes(path, scrub_notebook(text).encode())
     except OSError as e:
         if not is_full_disk(e): raise
         say(f"{path} is not kept up to date: {full_disk_words(path.parent, e)}", file=sys.stderr)

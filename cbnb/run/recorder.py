@@ -22,9 +22,10 @@ from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
 from ..basics.processes import is_first, rank
 from ..basics.reading import read_text
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.withheld import scrub
 from ..basics.terminal import warn
+from ..basics.withheld import scrub_notebook
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
 class Book:
@@ -56,7 +57,7 @@ class Book:
 
     def text(self):
         "The notebook as JSON, without anything that looks like a token."
-        return scrub(nbformat.writes(self.notebook))
+        return scrub_notebook(nbformat.writes(self.notebook))
 
 # %% ../../nbs/run/09_recorder.ipynb #609f940c
 SAVE_SECONDS = 30  # between two saves of a cell that goes on
@@ -79,7 +80,7 @@ def messages(connection, over, ready):
 # %% ../../nbs/run/09_recorder.ipynb #8072de0c
 def save(book, path):
     "Writes `book` to `path`, whole or not at all. A full disk must not end the run: then the last save stays."
-    try: write_bytes(path, book.text().encode())
+    try: write_owned(path, book.text().encode())
     except OSError: pass
 
 

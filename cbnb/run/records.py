@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES', 'MEASURED',
-           'SECONDS', 'SAID', 'STATUS', 'SETTINGS', 'PARAMETERS', 'READ', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE',
-           'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'ASKED', 'PREFLIGHT',
-           'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'MADE_FROM',
-           'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'wants', 'is_plain', 'plain', 'whole', 'number', 'text',
-           'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting', 'settings',
-           'count', 'metrics_row', 'fault', 'record_of', 'read_record']
+           'SECONDS', 'SAID', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS', 'READ', 'EVALUATED', 'SHARE', 'TOKENS',
+           'COSINE', 'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'ASKED',
+           'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF',
+           'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain',
+           'whole', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either',
+           'floor', 'setting', 'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #recim001
 import dataclasses
@@ -19,13 +19,14 @@ import typing
 from datetime import datetime
 from pathlib import Path
 
+from ..basics.withheld import cut
 from ..config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
-from ..basics.jsonfiles import RecordError, RunError, bytes_of, parsed
+from ..basics.jsonfiles import bytes_of, parsed, RECORD_BYTES, RecordError, RunError, SMALL_BYTES
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 def wants(where, wanted, value):
     "The sentence for a `value` at `where` that is not what is `wanted`."
-    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or f"{value!r:.60}"
+    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or cut(repr(value), 60)
     return f"{where or 'it'} wants {wanted}, but {shown} is there"
 
 
@@ -125,7 +126,7 @@ def mapping(check, most=10_000):
         if not isinstance(value, dict) or len(value) > most or not all(len(name) <= PATH for name in value):
             yield wants(where, wanted, value)
             return
-        for name, entry in value.items(): yield from check(entry, f"{where}.{name[:60]!r}".lstrip("."))
+        for name, entry in value.items(): yield from check(entry, f"{where}.{cut(name, 60)!r}".lstrip("."))
     return checked
 
 
@@ -140,7 +141,7 @@ def fields(checks, *needed):
             if value.get(name) is None: yield f"{where or 'it'} has no {name}"
         for name, entry in value.items():
             if entry is None and name in needed: continue   # said above
-            yield from checks.get(name, plain)(entry, f"{where}.{name[:60]}".lstrip("."))
+            yield from checks.get(name, plain)(entry, f"{where}.{cut(name, 60)}".lstrip("."))
     return checked
 
 
@@ -185,7 +186,8 @@ def setting(field):
     return check
 
 
-SETTINGS = fields({field.name: setting(field) for field in dataclasses.fields(CircuitBreakerConfig)})
+SETTING = {field.name: setting(field) for field in dataclasses.fields(CircuitBreakerConfig)}
+SETTINGS = fields(SETTING)
 
 
 def settings(value, where):
@@ -271,7 +273,7 @@ def metrics_row(row, where=""):
         for name, value in row.items():
             if type(value) is float and -1e300 < value < 1e300 or value is None: continue  # most of them
             measured = name.startswith(MEASURES) or name == "lr"
-            yield from (VALUE if measured else plain)(value, name[:60])
+            yield from (VALUE if measured else plain)(value, cut(name, 60))
 
 # %% ../../nbs/run/01_records.ipynb #rec00011
 RECORDS = {
@@ -295,12 +297,16 @@ def record_of(data, kind):
     return value
 
 # %% ../../nbs/run/01_records.ipynb #recrd000
+SMALL = ("status.json", "params.json", "key.json")
+
+
 def read_record(path, kind=None):
     """The dict in the JSON file `path` of a run directory or a sweep, None if there is no such file, with
     all that `RECORDS` says of its `kind` (None: its name) checked. Raises `RunError`,
     naming file and field, for one that cannot be read, was cut, or holds something else."""
     path = Path(path)
-    try: return record_of(bytes_of(path), kind or path.name)
+    most = SMALL_BYTES if path.name in SMALL else RECORD_BYTES
+    try: return record_of(bytes_of(path, most), kind or path.name)
     except FileNotFoundError: return None
     except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
     except OSError as e:

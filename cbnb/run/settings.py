@@ -26,7 +26,7 @@ from ..basics.reading import read_text
 from ..masking.rendering import FROZEN_NOW
 from .parameters import ParameterError
 from .records import read_record
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.jsonfiles import RunError, read_json, write_json
 from ..masking.templates import MAX_TEMPLATE_CHARS, template_inputs
 
@@ -228,7 +228,7 @@ def kept_template(folder):
 def keep_template(folder, masker):
     "Writes the template of `masker` to the run directory `folder` as `KEPT_TEMPLATE`, with its hash, variables and the day of its date in chat_template.json."
     source = template_of(masker)
-    write_bytes(Path(folder) / KEPT_TEMPLATE, source.encode())
+    write_owned(Path(folder) / KEPT_TEMPLATE, source.encode())
     write_json(Path(folder) / "chat_template.json", {"sha256": hashlib.sha256(source.encode()).hexdigest(), "template_variables": masker.template_variables,
                                                      "date": f"{FROZEN_NOW:%Y-%m-%d}" if "strftime_now" in template_inputs(source) else None})
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from ..basics.disk import full_disk_words, is_full_disk, release
 from ..basics.jsonfiles import RunError, write_json
 from cbnb.basics.lease import (
-    EXPIRY, Held, check_lease, dated_lease, give_back, holding, identity, is_mine, judge, lease_path,
-    lease_state, take_lease, whose,
+    EXPIRY, Held, check_lease, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state,
+    take_lease, whose,
 )
 from ..basics.processes import any_of, is_first, rank, world_size
 from ..basics.terminal import error_text
-from ..basics.withheld import guard, scrub, tidy
+from ..basics.withheld import cut, guard, scrub, tidy
 from ..config import nearest
 from .records import STATES, read_record
 
@@ -38,8 +38,9 @@ def still_running(path, status):
     """Whether another process may still write to the run directory `path` with this `status` (dict): as its
     lease says, or, where somebody has removed that, the process that `status` names. Only a proof counts as
     no (`cbnb.basics.lease.judge`)."""
-    state = lease_state(path)
-    if state is None and all(status.get(key) == value for key, value in identity().items() if key in ("node", "namespace", "pid", "pid_started")): return False
+    state, me = lease_state(path), identity()
+    same = all(status.get(key) == me[key] for key in ("node", "namespace", "pid", "pid_started"))
+    if state is None and me["pid_started"] and same: return False   # without a start a number is anybody's
     return (named_state(status) if state is None else state) in ("live", "fresh", "unreadable")
 
 # %% ../../nbs/run/04_stages.ipynb #b2677dbe
@@ -50,7 +51,7 @@ def hold(path):
     except Held as e:
         record = dated_lease(lease_path(path))[0]
         raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
-                       "its last sign of life" if record else str(e)) from None
+                       "its last sign of life" if record and lease_state(path) != "over" else str(e)) from None
 
 # %% ../../nbs/run/04_stages.ipynb #3a33cb75
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def stage(run, name, stops=True):
             yield
         except BaseException as e:
             if is_full_disk(e): full = RunError(full_disk_words(run.path, e))
-            error = scrub(" ".join(f"{type(full or e).__name__}: {full or e}".split()))[:500]
+            error = cut(" ".join(f"{type(full or e).__name__}: {full or e}".split()), 500)
             ended = isinstance(e, (KeyboardInterrupt, RunInterrupted))
             if world_size() > 1:
                 if told := first_error(run): error, ended = told, False

@@ -23,6 +23,7 @@ from transformers.utils import find_adapter_config_file
 from ..config import ConfigError
 from ..basics.places import TINYAGENT
 from ..basics.reading import check_folder, check_regular, read_text
+from ..basics.withheld import cut
 
 # %% auto #0
 __all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config',
@@ -57,7 +58,7 @@ def named(name_or_path: str):
     except ConfigError:
         raise
     except Exception as e:
-        why = " ".join(str(e).split())[:400] or type(e).__name__
+        why = cut(" ".join(str(e).split()), 400) or type(e).__name__
         kind = OSError if isinstance(e, OSError) else ConfigError
         raise kind(f"{name_or_path} cannot be loaded: {why}") from e
 
@@ -194,7 +195,7 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
     except (ValueError, RecursionError): settings = None
     if not isinstance(settings, dict): raise ConfigError(f"{path} is no JSON object; save the adapter again.")
     if (kind := str(settings.get("peft_type"))) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ConfigError(f"{path} names the peft_type {kind!r:.80}, which peft does not know.")
+        raise ConfigError(f"{path} names the peft_type {cut(repr(kind), 80)}, which peft does not know.")
     found = settings.get("auto_mapping")
     library = found.get("parent_library") if isinstance(found, dict) else None
     core = settings.get("megatron_core", "megatron.core") if settings.get("megatron_config") else None
@@ -202,7 +203,7 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
     foreign = [(key, name) for key, name in modules.items() if name and not f"{name}.".startswith("transformers.")]
     if foreign and not trust_remote_code:
         key, module = foreign[0]
-        raise ConfigError(f"the adapter {folder} names code by {key}, the module {module!r:.200}, which is "
+        raise ConfigError(f"the adapter {folder} names code by {key}, the module {cut(repr(module), 200)}, which is "
                           f"imported only where you say so: {SAY_SO}, or take {key} out of {path}")
     if settings.get("adapters"):
         raise ConfigError(f"the adapter {folder} names others that would be loaded beside it: give one of "

@@ -30,8 +30,10 @@ from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..config import CircuitBreakerConfig, ConfigError, check_layers, nearest
+from ..basics.lease import check_lease
 from .loaders import empty_model, read_config, read_model, read_tokenizer
 from ..basics.processes import is_first, join, world_size
+from ..basics.withheld import cut
 
 # %% auto #0
 __all__ = ['DTYPES', 'KINDS', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts', 'is_in_parts',
@@ -50,7 +52,7 @@ def in_words(what: str):
     except ConfigError:
         raise
     except Exception as e:
-        raise ConfigError(f"{what}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
+        raise ConfigError(f"{what}: {type(e).__name__}: {cut(' '.join(str(e).split()), 300)}") from e
 
 # %% ../../nbs/step/04_models.ipynb #42d04854
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -533,9 +535,11 @@ def write_adapter(student: PeftModel, folder: str | Path) -> None:
 
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:
     """Writes the adapter (safetensors and its configuration) to `folder`, which plain `peft.PeftModel.from_pretrained` loads.
-    It is written under a temporary name and renamed, in the place of an adapter that is already there; of several processes, by the first."""
+    It is written under a temporary name and renamed, in the place of an adapter that is already there; of several processes, by the first. Raises
+    `Held` where `folder` is of a run that another process has taken over (`cbnb.basics.lease.check_lease`)."""
     folder = Path(folder)
     if not is_first(): return folder
+    check_lease(folder.parent)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     try:
         write_adapter(student, partial)

@@ -25,7 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .spec import check_start, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
-from ..basics.files import named, write_bytes
+from ..basics.files import named
+from ..basics.jsonfiles import write_owned
 from ..run.status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
 from ..basics.lease import Held, NotOwn, check_own, give_back, take_lease
 from ..basics.reading import read_text
@@ -223,7 +224,7 @@ def submit(sweep, names, tell=say):
     for path in (folder, logs): path.mkdir(mode=0o700, exist_ok=True)
     number = next_submission(sweep)
     listing, record = folder / f"{number:04}.txt", {"submitted": now(), "arrays": [], "report": None}
-    write_bytes(listing, "".join(f"{sweep / name}\n" for name in names).encode())
+    write_owned(listing, "".join(f"{sweep / name}\n" for name in names).encode())
     def save(): write_json(folder / f"{number:04}.json", record)
     for offset, count in chunks(len(names), max_array_size()):
         name = array_name(sweep, number, offset)

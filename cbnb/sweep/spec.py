@@ -32,13 +32,15 @@ from cbnb.config import (
     nearest,
 )
 from ..basics.places import PACKAGE, TINYAGENT
-from ..basics.files import check_output, write_bytes
+from ..basics.files import check_output
+from ..basics.jsonfiles import write_owned
 from ..transcripts.holdout import heldout_kinds
 from ..basics.lease import NotOwn, check_own
 from ..basics.reading import InputError, read_text
 from ..train.same import code_file, file_hash
 from ..data.sources import READING, absolute_entry, check_reading, entry_paths, listed
 from ..basics.terminal import ended
+from ..basics.withheld import cut
 from ..transcripts.record import TranscriptError
 from ..run.settings import check_data, check_processes, is_source, model_facts, PUBLISHED, RUN_ONLY, run_settings, settings_of, template_source, template_values
 from ..run.directory import HOW_STARTED, check_name
@@ -168,7 +170,7 @@ def spec_value(name, types, value):
     if isinstance(value, list) and "str" in types:
         for item in value:
             if isinstance(item, bool) or not isinstance(item, (str, int, float)):
-                raise ParameterError(f"parameter {name!r} wants a list of plain values, but it holds {item!r:.60}")
+                raise ParameterError(f"parameter {name!r} wants a list of plain values, but it holds {cut(repr(item), 60)}")
         value = ",".join(map(str, value))
     try: return convert_parameter(name, types, value)
     except OverflowError: raise ParameterError(f"parameter {name!r} wants a smaller number") from None
@@ -400,7 +402,7 @@ def prepare_run(sweep, run, code):
         write_json(part / "params.json", run["all"])
         write_json(part / "code.json", code)
         write_json(part / "key.json", run["key"])
-        write_bytes(part / "notebook.ipynb", clean_notebook(sweep.notebook).encode())
+        write_owned(part / "notebook.ipynb", clean_notebook(sweep.notebook).encode())
         set_status(Run(part), "queued")
         os.rename(part, path)
     except BaseException:

@@ -21,7 +21,7 @@ from ..data.streams import Sample
 from ..basics.processes import is_first
 from ..basics.reading import read_text
 from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.withheld import scrub
 from ..run.settings import KEPT_TEMPLATE, preset_for
 from .same import sample_key
@@ -82,8 +82,8 @@ def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fing
 def write_card(folder: Path, *arguments, template: dict | None = None, **more) -> None:
     "Writes `card_text` to `README.md` of an adapter's `folder`, in the place of peft's, and the source of `template` beside it; of several processes, the first."
     if not is_first(): return
-    if template is not None: write_bytes(Path(folder) / KEPT_TEMPLATE, template["source"].encode())
-    write_bytes(Path(folder) / "README.md", card_text(*arguments, template=template, **more).encode())
+    if template is not None: write_owned(Path(folder) / KEPT_TEMPLATE, template["source"].encode())
+    write_owned(Path(folder) / "README.md", card_text(*arguments, template=template, **more).encode())
 
 # %% ../../nbs/train/07_card.ipynb #1af04496
 def refresh_card(folder: Path, result: dict) -> bool:
@@ -94,5 +94,5 @@ def refresh_card(folder: Path, result: dict) -> bool:
     head, found, rest = read_text(path).partition(f"{HELD_OUT}\n")
     _, settings, end = rest.partition(f"\n{SETTINGS}\n")
     if not (found and settings): return False
-    write_bytes(path, (head + found + scrub(figure_text(result)) + settings[1:] + end).encode())
+    write_owned(path, (head + found + scrub(figure_text(result)) + settings[1:] + end).encode())
     return True

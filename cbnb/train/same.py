@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..basics.lease import check_lease
 from ..config import CircuitBreakerConfig, config_to_dict, shown
 from ..basics.places import PACKAGE, TINYAGENT
 from ..basics.processes import from_first, world_size
@@ -244,7 +245,8 @@ def keep_same(run: Run, section: str, make: Callable[[], dict[str, str]]) -> Non
     the `run` was made from; an attempt that goes on compares them with those that are kept. Raises RunError,
     naming what differs."""
     def keep():
-        now, record = make(), made_from(run.path)
+        now, record = make(), made_from(run.path)   # hashing takes minutes
+        check_lease(run.path)
         before = record["same"].get(section) if goes_on(run) else None
         if before is None:
             write_json(run.path / MADE_FROM, record | {"same": record["same"] | {section: now}})

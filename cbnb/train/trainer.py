@@ -34,7 +34,7 @@ from .breaker import CircuitBreaker
 from ..config import CircuitBreakerConfig, coefficients, shares
 from ..data.streams import COUNTS, PairedStreams, Sample, collate
 from .floor import on_device, rounding_floor
-from ..basics.lease import check_lease
+from ..basics.lease import Held, check_lease
 from ..step.models import is_in_parts, write_adapter
 from ..step.objectives import find_objective, term_factors
 from ..basics.processes import any_of, from_first, world_size
@@ -43,7 +43,7 @@ from ..basics.numbers import at_floor
 from ..run.metrics import append_metrics, log_rows, truncate_metrics
 from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
 from ..run.records import read_record
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.withheld import kernel
 from ..basics.disk import is_full_disk
 from ..basics.jsonfiles import read_json, to_plain
@@ -212,12 +212,13 @@ class CircuitBreakerTrainer(Trainer):
         "Saves the adapter only: the base is frozen and known by name."
         if not self.args.should_save: return  # Trainer asks every process where the base is kept in parts
         folder = Path(output_dir or self.args.output_dir)
+        check_lease(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter(self.accelerator.unwrap_model(self.model).student, folder)
 
     def _save_checkpoint(self, model, trial):
         """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the disk; then the oldest goes. What fails
-        or is killed before that leaves the earlier ones as they were. Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
+        or is killed before that leaves the earlier ones as they were, and so does a run that another process has taken over meanwhile (`Held`). Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
         place, step = Path(self.args.output_dir), self.state.global_step
         check_lease(place.parent)
         made = place / UNFINISHED / f"checkpoint-{step}"
@@ -227,10 +228,12 @@ class CircuitBreakerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
                 if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
-                if (record := place.parent / MADE_FROM).exists(): write_bytes(made / MADE_FROM, read_bytes(record))
+                if (record := place.parent / MADE_FROM).exists(): write_owned(made / MADE_FROM, read_bytes(record))
                 seal(made)
+                check_lease(place.parent)   # saving takes minutes
                 made.rename(place / made.name)
                 sync(place)
+        except Held: raise   # what is being made there is another process's by now
         except Exception as e:
             full = is_full_disk(e) or disk_is_full(place)
             shutil.rmtree(made.parent, ignore_errors=True)
@@ -238,7 +241,9 @@ class CircuitBreakerTrainer(Trainer):
             raise
         finally:
             self.args.output_dir = str(place)
-        if self.args.should_save: keep_newest(place, self.args.save_total_limit)
+        if self.args.should_save:
+            check_lease(place.parent)
+            keep_newest(place, self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.accelerator.unwrap_model(self.model).student
@@ -402,7 +407,7 @@ def mend_log(run: Run, checkpoint: Path, step: int) -> None:
     if not kept or not (lost or other or torn or len(rows) > len(there)): return
     def ordered(row): return {k: row[k] for k in (*filter(row.__contains__, known), *sorted(row.keys() - known))}
     lines = [json.dumps(ordered(kept[s])) + "\n" for s in sorted(kept)]
-    write_bytes(run.path / "metrics.jsonl", "".join(lines).encode())
+    write_owned(run.path / "metrics.jsonl", "".join(lines).encode())
     said = [f"lacked {len(lost)} of its {len(kept)} lines (the first: step {lost[0]})"] if lost else []
     if other: said.append(f"said something else in {len(other)} lines (the first: step {other[0]})")
     if not said: said = ["held lines that cannot be read or stand twice"]

@@ -12,6 +12,7 @@ __all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'insp
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #6e42753f
 from collections import Counter
 
+from ..basics.withheld import cut
 from cbnb.transcripts.formats import (
     CHAT_KEYS, Format, add_format, dicts_of, finish, is_dicts, join_records, or_benign,
 )
@@ -25,7 +26,7 @@ def with_attachments(value, attachments, where):
     for one that the log does not hold."""
     if isinstance(value, str) and value.startswith("attachment://"):
         need(isinstance(text := attachments.get(value.removeprefix("attachment://")), str), where,
-             f"refers to {value[:40]}, which the log does not hold")
+             f"refers to {cut(value, 40)}, which the log does not hold")
         return text
     if isinstance(value, list): return [with_attachments(v, attachments, where) for v in value]
     return {k: with_attachments(v, attachments, where) for k, v in value.items()} if isinstance(value,

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from ..basics.withheld import cut
 from ..basics.files import new_file
 from ..basics.reading import MAX_ENTRIES
 from ..basics.terminal import visible, warn
@@ -52,7 +53,7 @@ def detect_format(record, where):
         need(not found[0].on_request, where,
              f"looks like {name}, which is read on request only; pass format={name!r}")
         return name
-    keys = ", ".join(sorted(map(str, record))[:40])[:400] or "(none)"
+    keys = cut(", ".join(sorted(map(str, record))[:40]), 400) or "(none)"
     fits = " and ".join(f.name for f in found) + " all fit" if found else "no known format has"
     raise TranscriptError(f"{where}: {fits} the keys {keys}; pass format= one of {', '.join(FORMATS)}")
 
@@ -147,7 +148,7 @@ class TranscriptReader:
         """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over
         `MAX_BAD` records are bad so far, and fewer are good."""
         self.skipped_count += 1
-        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{str(error)[:MAX_WORDS]}…")
+        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{cut(error, MAX_WORDS)}…")
         if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
         good = self.formats.total()
         if self.skipped_count > max(MAX_BAD, good):

@@ -18,6 +18,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from ..basics.withheld import cut
 from ..basics.terminal import error_text
 
 # %% ../../nbs/transcripts/00_record.ipynb #93090dc5
@@ -84,7 +85,7 @@ def _refuse_constant(name): raise ValueError(f"{name} is not JSON; use null")
 def _finite(text):
     "A JSON number as float; one that overflows is an error."
     if math.isfinite(number := float(text)): return number
-    raise ValueError(f"the number {text[:20]} is too large")
+    raise ValueError(f"the number {cut(text, 20)} is too large")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..basics.terminal import visible
-from ..basics.files import write_bytes
+from ..basics.jsonfiles import write_owned
 from ..basics.withheld import kernel
 
 # %% ../../nbs/widgets/00_views.ipynb #be93df71
@@ -93,7 +93,7 @@ class StaticView:
 
     def save(self, path):
         "Writes the page to `path` under a temporary name, then renames it; returns the path."
-        write_bytes(path, self.html.encode())
+        write_owned(path, self.html.encode())
         return Path(path)
 
 # %% ../../nbs/widgets/00_views.ipynb #ed705372
