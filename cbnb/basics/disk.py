@@ -16,7 +16,8 @@ from .files import write_bytes
 
 # %% ../../nbs/basics/08_disk.ipynb #full0002
 def is_full_disk(error):
-    """Whether the exception `error`, or one that it came from, is a full disk or a used-up quota; not every library says it by an `OSError`."""
+    """Whether the exception `error`, or one that it came from, is a full disk or a used-up quota; not every
+    library says it by an `OSError`."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error): return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -24,8 +25,8 @@ def is_full_disk(error):
 
 # %% ../../nbs/basics/08_disk.ipynb #full00a6
 def full_disk_words(path, error=None):
-    """One sentence that names the folder `path`, or the one of the file that the exception `error` names, the disk that it lies on and how much of
-    that is free, and says what to do."""
+    """One sentence that names the folder `path`, or the one of the file that the exception `error` names, the
+    disk that it lies on and how much of that is free, and says what to do."""
     named = Path(getattr(error, "filename", None) or path)
     path = next(folder for folder in (named, *named.parents) if folder.is_dir()).resolve()
     disk, usage = next(folder for folder in (path, *path.parents) if folder.is_mount()), shutil.disk_usage(path)
@@ -38,8 +39,8 @@ RESERVED = 256_000
 
 
 def reserve(path):
-    """Sets `RESERVED` bytes of the disk aside in the run directory `path`, as the file `.reserve`. They are random: a file system that compresses
-    would keep nothing for zeros."""
+    """Sets `RESERVED` bytes of the disk aside in the run directory `path`, as the file `.reserve`. They are
+    random: a file system that compresses would keep nothing for zeros."""
     check_lease(path)
     file = Path(path) / ".reserve"
     if not file.exists() or file.stat().st_size != RESERVED: write_bytes(file, os.urandom(RESERVED))

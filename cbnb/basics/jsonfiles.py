@@ -32,8 +32,9 @@ class RecordError(ValueError):
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec000ac
 def regular_file(path):
-    """Opens the regular file `path` for reading, as bytes (`cbnb.basics.reading.open_regular`). Raises RecordError for
-    anything else (a pipe and a device are never waited for), OSError where there is none or it cannot be read."""
+    """Opens the regular file `path` for reading, as bytes (`cbnb.basics.reading.open_regular`). Raises
+    RecordError for anything else (a pipe and a device are never waited for), OSError where there is none or
+    it cannot be read."""
     try: return open_regular(path)
     except InputError as e: raise RecordError(e.strerror.partition(";")[0]) from None
 
@@ -73,8 +74,8 @@ def parsed(data):
 def to_plain(value):
     """`value` as JSON can hold it.
 
-    Tuples and sets become lists, paths and keys strings, numpy and torch scalars Python numbers, NaN and infinity None.
-    Raises `TypeError` for anything else."""
+    Tuples and sets become lists, paths and keys strings, numpy and torch scalars Python numbers, NaN and
+    infinity None. Raises `TypeError` for anything else."""
     if hasattr(value, "item") and not getattr(value, "shape", ()): value = value.item()
     if value is None or isinstance(value, (bool, str)): return value
     if isinstance(value, Integral): return int(value)
@@ -87,26 +88,29 @@ def to_plain(value):
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #3330018e
 def json_text(value):
-    """`to_plain(value)` as JSON that YAML 1.1 reads alike: `1e-05` would be a string there, and `papermill -f params.json` reads YAML."""
+    """`to_plain(value)` as JSON that YAML 1.1 reads alike: `1e-05` would be a string there, and `papermill -f
+    params.json` reads YAML."""
     text = json.dumps(to_plain(value), indent=1, allow_nan=False)
     return re.sub(r'("(?:[^"\\]|\\.)*")|(?<![\d.])(\d+)e', lambda m: m[1] or f"{m[2]}.0e", text)
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #333001aa
 def write_owned(path, data):
-    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.basics.files.new_file`). Raises `Held` where this
-    process wrote to a run directory that another one has taken over since, and `path` lies in it."""
+    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.basics.files.new_file`). Raises `Held`
+    where this process wrote to a run directory that another one has taken over since, and `path` lies in it.
+    """
     check_lease(Path(path).parent)
     with new_file(path) as f: f.write(data)
 
 
 def write_json(path, value):
-    """Writes `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.basics.withheld.withhold`), as
-    `write_owned` does."""
+    """Writes `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.basics.withheld.withhold`),
+    as `write_owned` does."""
     write_owned(path, f"{json_text(withhold(to_plain(value)))}\n".encode())
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #542b4f56
 class RunError(RuntimeError):
-    "A file or a run directory that cannot be used as asked; the message is one sentence that names it and says what to do."
+    """A file or a run directory that cannot be used as asked; the message is one sentence that names it and
+    says what to do."""
     __str__ = error_text
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #7eb976c1

@@ -19,7 +19,8 @@ PLAIN = {"−": "-", "–": "-", "—": "-", "…": "...", "·": "*", "×": "x",
 
 
 def in_plain(error):
-    "What is written for characters that an output cannot show: those of `PLAIN` in ASCII, others as Python escapes. An error handler of codecs."
+    """What is written for characters that an output cannot show: those of `PLAIN` in ASCII, others as Python
+    escapes. An error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError): raise error
     shown = (PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in error.object[error.start:error.end])
     return "".join(shown), error.end
@@ -30,9 +31,9 @@ codecs.register_error("cbnb_plain", in_plain)
 
 def safe_output():
     """Lets stdout and stderr of this process write `in_plain` what their encoding has not
-    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error. Libraries write nothing that a
-    terminal obeys (`cbnb.basics.terminal.tame_libraries`), and the traceback of an exception that nobody has met
-    is scrubbed."""
+    (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error. Libraries write nothing that a terminal
+    obeys (`cbnb.basics.terminal.tame_libraries`), and the traceback of an exception that nobody has met is
+    scrubbed."""
     tame_libraries()
     def tell(*error): say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
     sys.excepthook = tell

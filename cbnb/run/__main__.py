@@ -15,13 +15,14 @@ from .directory import close_run
 
 # %% ../../nbs/run/07_main.ipynb #close004
 def main(argv=None):
-    """`python -m cbnb.run close RUN_DIR CODE`: closes the run directory RUN_DIR after its process has ended with
-    exit status CODE (`cbnb.run.directory.close_run`) and prints its state. `argv`: the words (default: the
-    program's). Returns the exit status, 2 where the words or the directory are refused."""
+    """`python -m cbnb.run close RUN_DIR CODE`: closes the run directory RUN_DIR after its process has ended
+    with exit status CODE (`cbnb.run.directory.close_run`) and prints its state. `argv`: the words (default:
+    the program's). Returns the exit status, 2 where the words or the directory are refused."""
     safe_output()
     words = sys.argv[1:] if argv is None else argv
     def close():
-        if len(words) != 3 or words[0] != "close": raise RunError("usage: python -m cbnb.run close RUN_DIR CODE")
+        if len(words) != 3 or words[0] != "close":
+            raise RunError("usage: python -m cbnb.run close RUN_DIR CODE")
         say(close_run(*words[1:]))
         return 0
     return ended(close, "cbnb.run", (RunError, ValueError, OSError), words)

@@ -20,19 +20,22 @@ from ..basics.places import PACKAGE
 
 # %% ../../nbs/run/03_code.ipynb #c34a0a93
 def project_root(start=None):
-    """The nearest folder at or above `start` (default: the working directory) that holds a settings.ini, or None."""
+    """The nearest folder at or above `start` (default: the working directory) that holds a settings.ini, or
+    None."""
     start = Path(start or Path.cwd()).resolve()
     return next((folder for folder in (start, *start.parents) if (folder / "settings.ini").is_file()), None)
 
 # %% ../../nbs/run/03_code.ipynb #ad60fcee
 def runs_folder():
-    """Where direct runs go: the environment's `CBNB_RUNS`, else `runs` in the project root, else in the working directory. Not created."""
+    """Where direct runs go: the environment's `CBNB_RUNS`, else `runs` in the project root, else in the
+    working directory. Not created."""
     given = os.environ.get("CBNB_RUNS")
     return Path(given).expanduser().resolve() if given else (project_root() or Path.cwd().resolve()) / "runs"
 
 # %% ../../nbs/run/03_code.ipynb #090ecfdd
 def git(folder, *arguments, limit=1_000_000):
-    """At most `limit` bytes of what a git command prints in `folder`, as text; None if git is missing, fails or takes over 10 seconds."""
+    """At most `limit` bytes of what a git command prints in `folder`, as text; None if git is missing, fails
+    or takes over 10 seconds."""
     with tempfile.TemporaryFile() as out:
         try:
             subprocess.run(["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments], stdout=out, stderr=subprocess.DEVNULL,
@@ -51,10 +54,11 @@ def source_hash(folder):
 
 # %% ../../nbs/run/03_code.ipynb #8ab44a58
 def code_state(limit=1_000_000):
-    """`{version, source, commit, diff, diff_truncated}` of the cbnb that is running. No remote and no environment is among it.
+    """`{version, source, commit, diff, diff_truncated}` of the cbnb that is running. No remote and no
+    environment is among it.
 
-    `source` is its `source_hash`, always there; `commit`, and `diff` against it (scrubbed, about `limit` bytes at most), are None where the
-    package is not tracked by git."""
+    `source` is its `source_hash`, always there; `commit`, and `diff` against it (scrubbed, about `limit`
+    bytes at most), are None where the package is not tracked by git."""
     tracked = git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is not None
     commit = git(PACKAGE, "rev-parse", "--verify", "HEAD") if tracked else None
     diff = git(PACKAGE, "diff", "--no-ext-diff", "--no-textconv", "HEAD", limit=limit + 1) if commit else None
@@ -75,8 +79,9 @@ def holds_running_cell(path):
 def find_notebook(name):
     """Path of the notebook that is running, or None.
 
-    JupyterLab says it (`JPY_SESSION_NAME`, which its children inherit, so that notebook must hold the cell that runs); else it is `name`.ipynb
-    in the working directory, the project root or beside the package, or in their nbs/."""
+    JupyterLab says it (`JPY_SESSION_NAME`, which its children inherit, so that notebook must hold the cell
+    that runs); else it is `name`.ipynb in the working directory, the project root or beside the package, or
+    in their nbs/."""
     given = Path(os.environ.get("JPY_SESSION_NAME", ""))
     if given.suffix == ".ipynb" and given.is_file() and holds_running_cell(given): return given
     folders = [folder for base in (Path.cwd(), project_root(), PACKAGE.parent) if base for folder in (base, base / "nbs")]

@@ -29,13 +29,15 @@ from .stages import Run, hold, now, read_status, set_status, still_running, writ
 
 # %% ../../nbs/run/06_directory.ipynb #ce1c17f7
 def check_name(name):
-    """`name` if it is safe as a folder name: 1–64 of the characters A–Z a–z 0–9 . _ - and no dot first. Raises `RunError` otherwise."""
+    """`name` if it is safe as a folder name: 1–64 of the characters A–Z a–z 0–9 . _ - and no dot first.
+    Raises `RunError` otherwise."""
     if isinstance(name, str) and re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name): return name
     raise RunError(f"a run's name wants 1 to 64 of the characters A-Z a-z 0-9 . _ - with no dot first, but {name!r} was given")
 
 # %% ../../nbs/run/06_directory.ipynb #2d9cbc16
 def fresh_folder(name, parameters):
-    """Makes and returns a new folder `<runs>/<UTC date>/<name>-<hash>[-2 …]`, mode 0700. Raises `RunError` for an unsafe name."""
+    """Makes and returns a new folder `<runs>/<UTC date>/<name>-<hash>[-2 …]`, mode 0700. Raises `RunError`
+    for an unsafe name."""
     runs = runs_folder()
     day = runs / f"{datetime.now(timezone.utc):%Y-%m-%d}"
     runs.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,7 +58,8 @@ LEFT_BY_OTHERS = ("out.*.ipynb", "*.out", "*.err", "*.log", "preflight.ipynb", "
 
 # %% ../../nbs/run/06_directory.ipynb #e6833f60
 def is_unused(path):
-    """Whether the folder holds nothing, or only what papermill and a batch script put there before the run starts (`LEFT_BY_OTHERS`)."""
+    """Whether the folder holds nothing, or only what papermill and a batch script put there before the run
+    starts (`LEFT_BY_OTHERS`)."""
     return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../../nbs/run/06_directory.ipynb #ba191635
@@ -79,7 +82,8 @@ def has_checkpoint(path):
 
 # %% ../../nbs/run/06_directory.ipynb #9daf146c
 def next_attempt(path, parameters):
-    """The `Run` for the folder `path`; `RunError` when it is done, still running, of other parameters or no run directory."""
+    """The `Run` for the folder `path`; `RunError` when it is done, still running, of other parameters or no
+    run directory."""
     status = read_status(path)
     if not status and not (path / "params.json").exists():
         if is_unused(path): return Run(path)
@@ -98,14 +102,16 @@ def next_attempt(path, parameters):
 
 # %% ../../nbs/run/06_directory.ipynb #5db526dd
 def check_unshared(path):
-    "Raises `NotOwn` for a run directory of another user, and for one that others can write to, unless nothing has begun there (then it is closed to them)."
+    """Raises `NotOwn` for a run directory of another user, and for one that others can write to, unless
+    nothing has begun there (then it is closed to them)."""
     try: check_own(path)
     except NotOwn:
         if path.is_symlink() or path.stat().st_uid != os.geteuid() or not is_unused(path): raise
 
 # %% ../../nbs/run/06_directory.ipynb #48c3199b
 def record_code(run, notebook):
-    """Writes code.json and notebook.ipynb at the first attempt and, where the code has changed since, code.<attempt>.json."""
+    """Writes code.json and notebook.ipynb at the first attempt and, where the code has changed since,
+    code.<attempt>.json."""
     code, first = code_state(), read_record(run.path / "code.json")
     if code != first: write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
     source = find_notebook(notebook)
@@ -114,13 +120,16 @@ def record_code(run, notebook):
 
 # %% ../../nbs/run/06_directory.ipynb #3a929bd3
 def open_run(parameters, name="train", run_dir=None, notebook=None):
-    """Opens a run directory, writes params.json, code.json, notebook.ipynb and status.json (running), and returns the `Run`.
+    """Opens a run directory, writes params.json, code.json, notebook.ipynb and status.json (running), and
+    returns the `Run`.
 
-    Without `run_dir` always a fresh folder `<runs>/<date>/<name>-<hash>`. With it that folder: new, empty or queued starts; interrupted,
-    failed or dead goes on (from a checkpoint if there is one, else from step 0 with an empty log); done, still running or other parameters
-    is an error. `parameters`: dict that JSON can hold (`HOW_STARTED` is left out of it); `notebook`: name of the notebook to copy, by default
-    `name`. A run that another thread of this process has opened is still running. A `stop` file is removed, and some disk is set aside (see `reserve`). Of several processes the first opens it for all of them.
-    Raises `RunError`; `ParameterError` for a parameter that looks like a secret."""
+    Without `run_dir` always a fresh folder `<runs>/<date>/<name>-<hash>`. With it that folder: new, empty or
+    queued starts; interrupted, failed or dead goes on (from a checkpoint if there is one, else from step 0
+    with an empty log); done, still running or other parameters is an error. `parameters`: dict that JSON can
+    hold (`HOW_STARTED` is left out of it); `notebook`: name of the notebook to copy, by default `name`. A run
+    that another thread of this process has opened is still running. A `stop` file is removed, and some disk
+    is set aside (see `reserve`). Of several processes the first opens it for all of them. Raises `RunError`;
+    `ParameterError` for a parameter that looks like a secret."""
     return from_first(lambda: open_directory(parameters, name, run_dir, notebook))
 
 # %% ../../nbs/run/06_directory.ipynb #3a929ba1
@@ -162,7 +171,8 @@ def open_directory(parameters, name, run_dir, notebook):
 
 # %% ../../nbs/run/06_directory.ipynb #refuse01
 def refusal(record):
-    """Why the pre-flight with the `record` in preflight.json (see `cbnb.preflight.checks`) refuses its run, in one sentence that names the failed checks; empty if it does not."""
+    """Why the pre-flight with the `record` in preflight.json (see `cbnb.preflight.checks`) refuses its run,
+    in one sentence that names the failed checks; empty if it does not."""
     if not record or record.get("verdict") in ("pass", "warn"): return ""
     def points(check): return " · ".join(p["text"] for p in check["points"] if p["verdict"] == "fail") or "nothing was looked at"
     failed = [f"{check['name']} ({points(check)[:600]})" for check in record["checks"] if check["verdict"] == "fail"]
@@ -170,9 +180,11 @@ def refusal(record):
 
 # %% ../../nbs/run/06_directory.ipynb #close001
 def close_run(path, code, why=""):
-    """The state of the run directory `path` after the process that ran it has ended with exit status `code`: for whoever started it (a batch script,
-    `cbnb ablate`). A run that still calls itself queued or running, or that was never opened, is marked failed, for the reason `why` if one is known, unless
-    another process works on it. The directory is tidied (`cbnb.basics.withheld.tidy`); nothing is changed in a folder that is no run directory."""
+    """The state of the run directory `path` after the process that ran it has ended with exit status `code`:
+    for whoever started it (a batch script, `cbnb ablate`). A run that still calls itself queued or running,
+    or that was never opened, is marked failed, for the reason `why` if one is known, unless another process
+    works on it. The directory is tidied (`cbnb.basics.withheld.tidy`); nothing is changed in a folder that is
+    no run directory."""
     status, path = read_status(path), Path(path)
     is_run = status or (path / "params.json").exists() or not path.exists() or is_unused(path)
     if status.get("state") == "running" and lease_state(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way

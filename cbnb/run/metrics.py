@@ -34,8 +34,9 @@ def append_line(path, row):
     """Appends the dict `row` to the file `path` as one line of JSON (null for NaN), without secrets
     (`cbnb.basics.withheld.withhold`).
 
-    A torn last line, left by a killed attempt, is cut off first; on a full disk the file stays as it was (`cbnb.basics.files.append_bytes`). Raises `Held` where this
-    process wrote to a run directory that another one has taken over since."""
+    A torn last line, left by a killed attempt, is cut off first; on a full disk the file stays as it was
+    (`cbnb.basics.files.append_bytes`). Raises `Held` where this process wrote to a run directory that another
+    one has taken over since."""
     check_lease(Path(path).parent)
     append_bytes(path, (json.dumps(withhold(to_plain(row)), allow_nan=False) + "\n").encode())
 
@@ -71,8 +72,8 @@ def read_metrics(path):
 
 # %% ../../nbs/run/05_metrics.ipynb #72e372ce
 def not_rising(rows):
-    """What is wrong with the order of the lines of a metrics.jsonl, `rows` (list of dict): each step is above the
-    one before it. Empty for nothing."""
+    """What is wrong with the order of the lines of a metrics.jsonl, `rows` (list of dict): each step is above
+    the one before it. Empty for nothing."""
     for before, row in pairwise(rows):
         if row["step"] <= before["step"]: return f"has a line of step {row['step']} behind one of step {before['step']}"
     return ""
@@ -96,8 +97,9 @@ def log_rows(path):
 
 # %% ../../nbs/run/05_metrics.ipynb #a20f8372
 def truncate_metrics(run, step):
-    """Drops the rows of the run's metrics.jsonl beyond `step`, the one that is resumed from, or all of them for a `step` below 0; returns how many. Rewritten
-    atomically. Raises `RunError` for a log to go on with that has a line which cannot be read: it would be lost."""
+    """Drops the rows of the run's metrics.jsonl beyond `step`, the one that is resumed from, or all of them
+    for a `step` below 0; returns how many. Rewritten atomically. Raises `RunError` for a log to go on with
+    that has a line which cannot be read: it would be lost."""
     check_lease(run.path)
     path = run.path / "metrics.jsonl"
     rows = read_metrics(path) if step >= 0 else log_rows(run.path)[0]   # of a log that begins anew nothing is kept
@@ -108,6 +110,7 @@ def truncate_metrics(run, step):
 
 # %% ../../nbs/run/05_metrics.ipynb #626b29ec
 def write_result(run, result):
-    """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run `done` with `set_status` when all else is saved too."""
+    """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run
+    `done` with `set_status` when all else is saved too."""
     check_lease(run.path)
     if is_first(): write_json(run.path / "result.json", result)

@@ -23,12 +23,14 @@ from ..config import nearest
 
 # %% ../../nbs/run/02_parameters.ipynb #04f47923
 class ParameterError(ValueError):
-    "A parameter that is unknown, of the wrong type or not allowed; the message is one sentence that names it and says what to write."
+    """A parameter that is unknown, of the wrong type or not allowed; the message is one sentence that names
+    it and says what to write."""
     __str__ = error_text
 
 # %% ../../nbs/run/02_parameters.ipynb #08f7770e
 def annotated_lines(source):
-    """`{name: type as text}` of a cell that holds *only* lines `name: type = default`; an empty dict for any other cell."""
+    """`{name: type as text}` of a cell that holds *only* lines `name: type = default`; an empty dict for any
+    other cell."""
     try: lines = ast.parse(source).body
     except (SyntaxError, ValueError): return {}   # a cell with a magic is no parameters cell
     if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) for line in lines): return {}
@@ -36,7 +38,8 @@ def annotated_lines(source):
 
 # %% ../../nbs/run/02_parameters.ipynb #f4c98564
 def declared_parameters(namespace):
-    """`{name: type as text}`: from the last parameters cell in IPython's history (`In` of `namespace`), else from its annotations."""
+    """`{name: type as text}`: from the last parameters cell in IPython's history (`In` of `namespace`), else
+    from its annotations."""
     for source in reversed(namespace.get("In") or []):
         if lines := annotated_lines(source): return lines
     annotations = namespace.get("__annotations__")
@@ -62,8 +65,8 @@ PARAMETER_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None":
 
 # %% ../../nbs/run/02_parameters.ipynb #b35e2eb7
 def parameter_types(name, text):
-    """The list of type names in a declaration such as `float | None` or `"Optional[float]"`. Raises `ParameterError` for a type that no
-    command line can give."""
+    """The list of type names in a declaration such as `float | None` or `"Optional[float]"`. Raises
+    `ParameterError` for a type that no command line can give."""
     text = re.sub(r"^Optional\[(\w+)\]$", r"\1 | None", text.strip("'\""))
     words = [word.strip() for word in text.split("|")]
     if not set(words) <= set(PARAMETER_TYPES):
@@ -73,10 +76,12 @@ def parameter_types(name, text):
 
 # %% ../../nbs/run/02_parameters.ipynb #de3a8f9f
 def convert_parameter(name, types, value):
-    """`value` as one of `types` (names from `PARAMETER_TYPES`): an int is a float too, a number is a string too, a bool is neither.
+    """`value` as one of `types` (names from `PARAMETER_TYPES`): an int is a float too, a number is a string
+    too, a bool is neither.
 
-    papermill makes an int of `10` and `1_0` and a float of `1e-4`, so a `str` parameter (a list of one layer, a name of digits) gets
-    its number back as text; `007` arrives as `7`. Raises `ParameterError` for any other type, NaN and infinity."""
+    papermill makes an int of `10` and `1_0` and a float of `1e-4`, so a `str` parameter (a list of one layer,
+    a name of digits) gets its number back as text; `007` arrives as `7`. Raises `ParameterError` for any
+    other type, NaN and infinity."""
     if value is None and "None" in types: return None
     if isinstance(value, bool):
         if "bool" in types: return value
@@ -102,8 +107,8 @@ def refuse_secrets(parameters):
 
 # %% ../../nbs/run/02_parameters.ipynb #05f5e5a2
 def tell_engine():
-    """Prints a note where the kernel that runs this was reached by TCP because the environment does not name cbnb's
-    engine to papermill (`cbnb.run.kernels`), as one that was installed before cbnb had it."""
+    """Prints a note where the kernel that runs this was reached by TCP because the environment does not name
+    cbnb's engine to papermill (`cbnb.run.kernels`), as one that was installed before cbnb had it."""
     reached = getattr(getattr(kernel(), "parent", None), "transport", None)
     if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
         say("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
@@ -120,8 +125,8 @@ def strict_parameters(namespace):
     Converted values (an int given for a float) are also put back into `namespace`, so that both ways of
     reading agree. From here on the kernel, if this runs in one, shows errors, and what libraries log, in
     bounds (`cbnb.basics.terminal.tame_kernel`), and sends out no secret of its environment
-    (`cbnb.basics.withheld.guard`). Raises `ParameterError` for an injected name that is not declared (with the
-    nearest valid name), a wrong type, a secret, or injected values that the defaults overwrote."""
+    (`cbnb.basics.withheld.guard`). Raises `ParameterError` for an injected name that is not declared (with
+    the nearest valid name), a wrong type, a secret, or injected values that the defaults overwrote."""
     guard()
     declared = declared_parameters(namespace)
     if not declared:
@@ -143,5 +148,6 @@ def strict_parameters(namespace):
 
 # %% ../../nbs/run/02_parameters.ipynb #1926126a
 def parameters_hash(parameters):
-    """sha256 (64 hex digits) of the canonical JSON of `parameters`: order and tuple or list do not matter, any value does."""
+    """sha256 (64 hex digits) of the canonical JSON of `parameters`: order and tuple or list do not matter,
+    any value does."""
     return hashlib.sha256(json.dumps(to_plain(parameters), sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -29,13 +29,15 @@ from .records import STATES, read_record
 
 # %% ../../nbs/run/04_stages.ipynb #b2677d40
 def named_state(status):
-    "What `cbnb.basics.lease.judge` says of the process that a `status` (dict) names, where there is no lease."
+    """What `cbnb.basics.lease.judge` says of the process that a `status` (dict) names, where there is no
+    lease."""
     return judge({"token": "", **status}, 0)
 
 # %% ../../nbs/run/04_stages.ipynb #b2677da1
 def still_running(path, status):
-    """Whether another process may still write to the run directory `path` with this `status` (dict): as its lease says, or, where somebody has removed
-    that, the process that `status` names. Only a proof counts as no (`cbnb.basics.lease.judge`)."""
+    """Whether another process may still write to the run directory `path` with this `status` (dict): as its
+    lease says, or, where somebody has removed that, the process that `status` names. Only a proof counts as
+    no (`cbnb.basics.lease.judge`)."""
     state, me = lease_state(path), identity()
     same = all(status.get(key) == me[key] for key in ("node", "namespace", "pid", "pid_started"))
     if state is None and me["pid_started"] and same: return False   # without a start a number is anybody's
@@ -43,7 +45,8 @@ def still_running(path, status):
 
 # %% ../../nbs/run/04_stages.ipynb #b2677dbe
 def hold(path):
-    "Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works on it."
+    """Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works
+    on it."""
     try: take_lease(path)
     except Held as e:
         record = dated_lease(lease_path(path))[0]
@@ -53,7 +56,8 @@ def hold(path):
 # %% ../../nbs/run/04_stages.ipynb #3a33cb75
 @dataclass(frozen=True)
 class Run:
-    """An open run: `path` of its directory, `attempt` (from 1), `resumed` (an earlier attempt left a checkpoint to go on from)."""
+    """An open run: `path` of its directory, `attempt` (from 1), `resumed` (an earlier attempt left a
+    checkpoint to go on from)."""
     path: Path
     attempt: int = 1
     resumed: bool = False
@@ -65,7 +69,8 @@ def now():
 
 # %% ../../nbs/run/04_stages.ipynb #5edbdab5
 def stop_requested(run):
-    """Whether a file `stop` has appeared in the run directory: the trainer then saves a checkpoint and ends as interrupted; see `stage`, too."""
+    """Whether a file `stop` has appeared in the run directory: the trainer then saves a checkpoint and ends
+    as interrupted; see `stage`, too."""
     return (run.path / "stop").exists()
 
 # %% ../../nbs/run/04_stages.ipynb #49467150
@@ -82,8 +87,8 @@ def set_status(run, state, **fields):
     resumed_step, training_started, training_seconds, diagnosis_seconds. Of several processes
     (`cbnb.basics.processes`) the first one writes; of the others only what has `failed`. A state that ends an
     attempt is written on a full disk too, in the space that `open_run` has reserved; with it the run
-    directory is tidied (`cbnb.basics.withheld.tidy`), and what could not be is a `note`. Raises `ValueError` for
-    an unknown state, `OSError` where the file cannot be written."""
+    directory is tidied (`cbnb.basics.withheld.tidy`), and what could not be is a `note`. Raises `ValueError`
+    for an unknown state, `OSError` where the file cannot be written."""
     if state not in STATES: raise ValueError(f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}")
     if not is_first() and state != "failed": return
     with holding(run.path, ".lock") if world_size() > 1 else nullcontext(): write_status(run, state, fields)
@@ -109,8 +114,8 @@ ENDING = (signal.SIGTERM, signal.SIGUSR2)   # a scheduler's "end soon"; SIGUSR1 
 
 @contextmanager
 def on_signals(act, signals=ENDING):
-    """Within it the `signals` call `act` (a handler as `signal.signal` takes it), in a process that was started with them ignored too. Does nothing
-    outside of the main thread, which alone hears signals."""
+    """Within it the `signals` call `act` (a handler as `signal.signal` takes it), in a process that was
+    started with them ignored too. Does nothing outside of the main thread, which alone hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -121,7 +126,8 @@ def on_signals(act, signals=ENDING):
 
 # %% ../../nbs/run/04_stages.ipynb #6ff48b58
 class RunInterrupted(Exception):
-    "Raised by a run notebook when its training was asked to stop and has left a checkpoint: the run is interrupted, not failed."
+    """Raised by a run notebook when its training was asked to stop and has left a checkpoint: the run is
+    interrupted, not failed."""
     __str__ = error_text
 
 # %% ../../nbs/run/04_stages.ipynb #76d98cb8
@@ -132,7 +138,8 @@ def lost_words(run, error):
 
 # %% ../../nbs/run/04_stages.ipynb #76d98ca0
 def first_error(run):
-    "What another process has said in status.json of the stage that fails, or None; a status that cannot be read says nothing."
+    """What another process has said in status.json of the stage that fails, or None; a status that cannot be
+    read says nothing."""
     try: status = read_status(run.path)
     except (RunError, OSError): return None
     return status.get("error") if status.get("state") in ("running", "failed") else None
