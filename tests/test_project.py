@@ -273,7 +273,7 @@ def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path):
     folder = next(venv.glob("lib/python3*/site-packages"))
     (folder / "shared.pth").write_text(f"{Path(numpy.__file__).parent.parent}\n")      # what cbnb needs; that folder's own .pth files are not read
     env = {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
-    program = "import cbnb, cbnb.config as c, cbnb.run.code as r; print(cbnb.__file__, c.TINYAGENT.is_dir(), r.code_state()['version'])"
+    program = "import cbnb, cbnb.basics.places as p, cbnb.run.code as r; print(cbnb.__file__, p.TINYAGENT.is_dir(), r.code_state()['version'])"
     (elsewhere := tmp_path / "elsewhere" / "cbnb").mkdir(parents=True)
     for where in (tmp_path, elsewhere.parent, elsewhere, clone):
         found = run(venv / "bin" / "python", "-c", program, cwd=where, env=env)
