@@ -32,9 +32,9 @@ from cbnb.sweep import jobs
 from cbnb.train import same, trainer
 from cbnb.transcripts.tinyworld import make_transcripts
 
-FAST = ("import os, sys, time, random\nfrom cbnb.basics import lease\nfrom cbnb.basics.jsonfiles import RunError\n"
-        "from cbnb.run.directory import open_run\nfrom cbnb.run.metrics import append_metrics, write_result\n"
-        "from cbnb.run.stages import set_status, stage\nlease.BEAT, lease.EXPIRY = 0.05, 3\n")
+FAST = "import os, sys, time, random\nfrom cbnb.basics import lease\nlease.BEAT, lease.EXPIRY = 0.05, 3\n"
+RUNS = ("from cbnb.basics.jsonfiles import RunError\nfrom cbnb.run.directory import open_run\n"
+        "from cbnb.run.metrics import append_metrics, write_result\nfrom cbnb.run.stages import set_status, stage\n")
 WAYS = {"here": "", "elsewhere": "own = f'container {os.getpid()}'\nlease.namespace = lambda: own\n",
         "no links": "def refuse(*paths): raise PermissionError('no hard links here')\nos.link = refuse\n"}
 WORKER = """
@@ -86,6 +86,8 @@ def test_never_two_at_once(tmp_path, way):
             victim.wait()
             workers.append(python(FAST + WAYS[way] + WORKER, tmp_path))
         time.sleep(2.5 if way == "elsewhere" else 0.5)
+        end = time.monotonic() + 30   # on a full machine a process takes seconds to start
+        while log.read_text().count("enter") <= 20 and time.monotonic() < end: time.sleep(0.05)
     finally:
         for worker in workers: stop(worker)  # all of them before the first is killed, whose place would be free
         for worker in workers: worker.kill(), worker.wait()
@@ -103,7 +105,7 @@ def test_never_two_at_once(tmp_path, way):
 def test_a_container_is_heard_and_its_death_is_waited_for(tmp_path, monkeypatch):
     "Process numbers of another namespace mean nothing here: its renewals do."
     fast(monkeypatch)
-    other = python(FAST + "open_run({}, run_dir=sys.argv[1])\nprint(flush=True)\ntime.sleep(60)", tmp_path / "run",
+    other = python(FAST + RUNS + "open_run({}, run_dir=sys.argv[1])\nprint(flush=True)\ntime.sleep(60)", tmp_path / "run",
                    before=["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"])
     try:
         other.stdout.readline()
@@ -274,7 +276,7 @@ def test_a_checkpoint_of_a_lost_run(tmp_path, monkeypatch):
 def test_who_slept_too_long_writes_nothing_more(tmp_path, monkeypatch):
     "A job that is suspended on another node and goes on after its run was taken over."
     fast(monkeypatch)
-    other = python(FAST + WAYS["elsewhere"] + """
+    other = python(FAST + RUNS + WAYS["elsewhere"] + """
 run = open_run({}, run_dir=sys.argv[1])
 print(flush=True)
 sys.stdin.readline()
