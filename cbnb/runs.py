@@ -42,7 +42,8 @@ from pathlib import Path
 
 import cbnb
 from .config import PACKAGE, nearest
-from .files import append_bytes, new_file
+from .files import append_bytes
+from .files import write_bytes as write_file
 from .lease import (EXPIRY, Held, NotOwn, check_lease, check_own, dated_lease, give_back, holding, identity, is_mine,
                         judge, lease_path, lease_state, take_lease, taken_by, whose)
 from .processes import any_of, from_first, is_first, rank, world_size
@@ -205,10 +206,10 @@ def json_text(value):
 
 
 def write_bytes(path, data):
-    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.files.new_file`). Raises `Held` where this process
+    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.files.write_bytes`). Raises `Held` where this process
     wrote to a run directory that another one has taken over since, and `path` lies in it."""
     check_lease(Path(path).parent)
-    with new_file(path) as f: f.write(data)
+    write_file(path, data)
 
 
 def write_json(path, value):
