@@ -4,6 +4,7 @@ report, the page of a sweep, dashboards, explorers, evaluation."""
 import contextlib, json, os, random, shutil, tempfile, time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cbnb.sweep.spec import Sweep
@@ -13,7 +14,7 @@ from cbnb.cli import main
 from cbnb.config import ConfigError
 from cbnb.sweep.jobs import action, sweep_rows
 from cbnb.run.records import RECORDS, fault, read_record
-from cbnb.report.figures import describe_run
+from cbnb.report.figures import describe_run, newest_notebook
 from cbnb.basics.lease import identity, process_start
 from cbnb.run.directory import close_run
 from cbnb.run.metrics import log_rows, read_metrics
@@ -22,7 +23,7 @@ from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.train.same import made_from
 from cbnb.run.settings import kept_template
 from cbnb.run.status import run_folders, run_rows, run_table
-from cbnb.report.sweep import sweep_page, write_sweep
+from cbnb.report.sweep import link_to, sweep_page, write_sweep
 from cbnb.report.verdicts import read_sweep, specimen_run
 from cbnb.widgets.dashboard import summary_bundle, take_snapshot
 from cbnb.widgets.kl import newest_run, run_config
@@ -337,3 +338,26 @@ def test_reading_bad_lines_and_records_ends(tmp_path):
     assert not rows and "over 10,000 lines" in words[0] and time.process_time() - start < 5
     status.write_text('{"state": "done", "x": [' + "0," * 3_000_000 + "0]}")
     with pytest.raises(RunError, match="at most 4,194,304 are read"): read_status(tmp_path / "run")
+
+
+def test_no_file_of_a_report_holds_a_secret(tmp_path, monkeypatch):
+    "Nor the frame as Parquet, which is no text: a parameter that differs is a column of texts."
+    monkeypatch.setenv("SOME_TOKEN", secret := "qWeRtYuIoPaSdFgHjKlZxCvBnM0")
+    for seed, tools in enumerate(("/data", f"/data/{secret}/x")):
+        specimen_run(run := tmp_path / "sweep" / f"run{seed}", 0.3, seed)
+        parameters = json.loads((run / "params.json").read_text())
+        (run / "params.json").write_text(json.dumps(parameters | {"tools": tools}))   # by hand: cbnb itself would not write it
+    found = read_sweep([tmp_path / "sweep"])
+    assert found.frame["tools"].str.contains(secret).tolist() == [False, True]
+    write_sweep(found, tmp_path / "report")
+    tables = [pd.read_parquet(tmp_path / "report" / "runs.parquet").to_csv(), *((tmp_path / "report" / name).read_text() for name in ("runs.csv", "report.html"))]
+    assert all(secret not in text for text in tables) and all("[removed]" in text for text in tables[:2])
+
+
+def test_the_newest_notebook_is_that_of_the_last_attempt(tmp_path):
+    run = tmp_path / "sweep" / "run"
+    specimen_run(run, 0.3, 0)
+    assert newest_notebook(run) is None
+    for name in ("out.9.ipynb", "out.10.ipynb", "out.10.rank1.ipynb", "out.x.ipynb"): (run / name).write_text("{}")
+    assert newest_notebook(run).name == "out.10.ipynb"
+    assert link_to(run, tmp_path) == "sweep/run/out.10.ipynb" and "out.10.ipynb</a>" in run_views(read_sweep([run.parent]), "run")

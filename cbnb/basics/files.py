@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import tempfile
-from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -93,9 +92,10 @@ def write_bytes(path, data):
 def write_files(files):
     """Writes `{path: bytes}`: all of it stands on the disk before the first path is renamed, in their order.
     A full disk leaves every old file as it was. Raises as `new_file` does."""
-    same = Counter(os.path.realpath(path) for path in files)
-    if twice := [path for path in files if same[os.path.realpath(path)] > 1]:
-        raise OutputError(f"{twice[0]} and {twice[1]} are one file: give each output a path of its own")
+    first = {}   # the path by which each file is named first
+    for path in files:
+        if (same := first.setdefault(os.path.realpath(path), path)) != path:
+            raise OutputError(f"{same} and {path} are one file: give each output a path of its own")
     with ExitStack() as stack:   # it ends with what was entered first
         opened = {path: stack.enter_context(new_file(path)) for path in reversed(files)}
         for path, f in opened.items():

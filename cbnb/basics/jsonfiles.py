@@ -14,7 +14,7 @@ import sys
 from numbers import Integral, Real
 from pathlib import Path
 
-from .files import new_file
+from .files import write_bytes
 from .lease import check_lease
 from .reading import InputError, open_regular
 from .terminal import error_text
@@ -95,11 +95,11 @@ def json_text(value):
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #333001aa
 def write_owned(path, data):
-    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.basics.files.new_file`). Raises `Held`
+    """Writes `data` (bytes) to `path`, whole or not at all (`cbnb.basics.files.write_bytes`). Raises `Held`
     where this process wrote to a run directory that another one has taken over since, and `path` lies in it.
     """
     check_lease(Path(path).parent)
-    with new_file(path) as f: f.write(data)
+    write_bytes(path, data)
 
 
 def write_json(path, value):

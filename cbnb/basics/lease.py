@@ -47,7 +47,7 @@ def sees_itself():
 def namespace():
     """`boot:namespace` of this process: the machine's `boot` and the namespace in which its process number holds;
     None where the system does not say, or process numbers cannot be looked up (`sees_itself`)."""
-    try: return f"{boot()}:{os.stat('/proc/self/ns/pid').st_ino}" if boot() and sees_itself() else None
+    try: return f"{started}:{os.stat('/proc/self/ns/pid').st_ino}" if (started := boot()) and sees_itself() else None
     except OSError: return None
 
 

@@ -6,15 +6,16 @@
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES',
            'PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words', 'figures_table',
            'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'figure_lines',
-           'describe_run', 'main', 'as_float', 'series', 'summary', 'axis_range', 'spread', 'neighbours', 'thin',
-           'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
-           'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'static_svg', 'mime_bundle', 'show',
-           'report_page', 'write_report', 'told_of', 'write_run_report']
+           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'axis_range', 'spread',
+           'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves',
+           'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
+           'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #002cfd60
 import base64
 import json
 import math
+import re
 import sys
 from html import escape
 from numbers import Real
@@ -186,6 +187,12 @@ def figure_lines(path) -> list[str]:
     if not (results := results_of(result)): return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
     return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
+
+
+def newest_notebook(path: Path) -> Path | None:
+    "The notebook that the newest attempt of the run in `path` has executed, that of the first process; None without one."
+    found = {int(m[1]): p for p in path.glob("out.*.ipynb") if (m := re.fullmatch(r"out\.(\d+)\.ipynb", p.name))}
+    return found[max(found)] if found else None
 
 
 def describe_run(path) -> str:

@@ -27,7 +27,7 @@ import plotly.graph_objects as go
 
 from cbnb.report.figures import (
     ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels,
-    interval_words, series, static_svg, thin,
+    interval_words, newest_notebook, series, static_svg, thin,
 )
 from ..basics.numbers import format_number
 from ..basics.files import quoted_frame, write_bytes, write_files
@@ -448,8 +448,8 @@ def comparison_cells(c) -> list[str]:
 
 def link_to(run: Path, folder: Path) -> str:
     "A relative address from a page in `folder` to what can be opened of a run; empty if there is nothing."
-    names = [run / "report.html", *sorted(run.glob("out.*.ipynb"), key=lambda p: (len(p.name), p.name))[-1:], run / "status.json"]
-    return next((quote(os.path.relpath(name, folder)) for name in names if os.path.isfile(name)), "")
+    names = [run / "report.html", newest_notebook(run), run / "status.json"]
+    return next((quote(os.path.relpath(name, folder)) for name in names if name and os.path.isfile(name)), "")
 
 
 def text_cell(value, exact: bool = False) -> str:
@@ -524,8 +524,8 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
 
 def withheld_frame(frame: pd.DataFrame) -> pd.DataFrame:
     "A copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file that is no text."
-    texts = [c for c in frame if frame[c].dtype == object]
-    return frame.assign(**{c: withhold(frame[c].tolist()) for c in texts})
+    texts = frame.select_dtypes(exclude="number")
+    return frame.assign(**{c: pd.Series(withhold(texts[c].tolist()), frame.index, texts[c].dtype) for c in texts})
 
 
 def write_sweep(sweep: Sweep, folder) -> list[Path]:

@@ -442,8 +442,9 @@ def resume_point(run: Run) -> Path | None:
         shutil.rmtree(aside := folder / f"damaged-{path.name}", ignore_errors=True)
         path.rename(aside)
     keep_newest(folder, KEPT)
-    beyond = sum(row["step"] > step for row in log_rows(run.path)[0])
-    told = [*passed, *[f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again"] * bool(beyond)]
+    told = list(passed)
+    if beyond := sum(row["step"] > step for row in log_rows(run.path)[0]):
+        told.append(f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again")
     if checkpoint: mend_log(run, checkpoint, step)
     truncate_metrics(run, step)
     said = f"{' and '.join(told)}; training goes on from step {step}"

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ..report.figures import WIDTH, curves, static_svg
+from ..report.figures import WIDTH, curves, newest_notebook, static_svg
 from ..report.sweep import AGAINST, against, by_kind, headline, link_to, text_cell
 from ..run.metrics import log_rows
 from ..basics.terminal import visible
@@ -72,7 +72,7 @@ def picture(fig) -> str:
 def run_views(sweep: Sweep, run: str) -> str:
     "HTML (str) with what can be opened of one run: its report and notebook as links, the dashboard and the KL explorer as commands, and its curves."
     path = sweep.folders[run]
-    links = [p for p in (path / "report.html", *sorted(path.glob("out.*.ipynb"))[-1:]) if os.path.isfile(p)]
+    links = [p for p in (path / "report.html", newest_notebook(path)) if p and os.path.isfile(p)]
     links = " · ".join(f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(visible(p.name))}</a>' for p in links)
     commands = [f"from cbnb.widgets.dashboard import dashboard; dashboard({json.dumps(str(path))})",
                 f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}"]
