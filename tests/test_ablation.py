@@ -61,7 +61,7 @@ def test_a_sweep_of_trainings(tmp_path):
     said = [json.loads(line) for line in cbnb("status", "--json", runs=runs).stdout.splitlines()]
     assert [row["state"] for row in said] == ["done", "done"]
     copy = copy_tree(tmp_path / "copy")
-    losses = copy / "cbnb" / "losses.py"
+    losses = copy / "cbnb" / "step" / "losses.py"
     losses.write_text(losses.read_text() + "\n# edited\n")
     edited = cbnb("ablate", spec, "--dry-run", "--local", 1, runs=runs, cwd=copy, PYTHONPATH=copy)
     assert "2 new), 2 to start" in edited.stdout, edited.stdout
