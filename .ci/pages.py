@@ -1,12 +1,19 @@
 """Pages from the notebooks, without quarto and without a network.
 
-    pages.py readme    README.md from nbs/index.ipynb
-    pages.py tables    the tables of nbs/reference/ and nbs/explanation/ from the notebooks that they list
-    pages.py docs      a static site of all notebooks and Markdown pages in _docs/
-    pages.py strip     remove from the notebooks themselves: widget state (megabytes, and useless without its kernel) and what was written
-                       to stderr (progress, warnings with this machine's paths)
+pages.py readme README.md from nbs/index.ipynb pages.py tables the tables of nbs/reference/ and
+nbs/explanation/ from the notebooks that they list pages.py docs a static site of all notebooks and Markdown
+pages in _docs/ pages.py strip remove from the notebooks themselves: widget state (megabytes, and useless
+without its kernel) and what was written
+                   to stderr (progress, warnings with this machine's paths)
 """
-import json, os, posixpath, re, shutil, subprocess, sys
+
+import json
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -22,30 +29,83 @@ CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 # The rooms of the package in reading order, which is also the order of imports: no page needs a later one.
 # (folder of nbs/ and cbnb/, or a page at the top; title; what it is for)
 ROOMS = (
-    ("basics", "Basics", "Read and write files, talk to a terminal, agree among processes: what every other room stands on."),
-    ("transcripts", "Transcripts", "Read conversations of many formats as one record, and hold some of them out."),
+    (
+        "basics",
+        "Basics",
+        "Read and write files, talk to a terminal, agree among processes: what every other room stands on.",
+    ),
+    (
+        "transcripts",
+        "Transcripts",
+        "Read conversations of many formats as one record, and hold some of them out.",
+    ),
     ("masking", "Masks", "Turn a conversation into tokens, and decide which of them count and why."),
-    ("config", "Config", "Hold every setting of a run in one frozen record, with presets and the schedule of the terms."),
-    ("step", "The step", "Compute reroute, retain and KL from one set of weights that is student and teacher at once."),
+    (
+        "config",
+        "Config",
+        "Hold every setting of a run in one frozen record, with presets and the schedule of the terms.",
+    ),
+    (
+        "step",
+        "The step",
+        "Compute reroute, retain and KL from one set of weights that is student and teacher at once.",
+    ),
     ("data", "Data", "Name, convert and mark data, and mix them into two streams of batches."),
     ("run", "A run", "Start a run with strict parameters, and keep everything it makes in one directory."),
     ("report", "Report", "Draw a run, compare the runs of a sweep, and state verdicts with their intervals."),
     ("train", "Training", "Train the adapter, watch it by alarms, stop and resume, and describe the result."),
-    ("evaluate", "Evaluation", "Generate answers, read and score them, and measure how far the student left its teacher."),
+    (
+        "evaluate",
+        "Evaluation",
+        "Generate answers, read and score them, and measure how far the student left its teacher.",
+    ),
     ("sweep", "Sweeps", "Turn one file into checked runs, and start each of them once, here or by SLURM."),
     ("preflight", "Pre-flight", "Review a run on its own model and data before a GPU hour is spent."),
     ("widgets", "Views", "Look at masks, at the KL of every token, and at a run or a sweep."),
     ("cli", "Command line", "Offer the same functions as commands."),
 )
-# The parts of the site. An entry is a page or a pattern of pages below nbs/, or (title, entries). The rooms follow at the end.
+# The parts of the site. An entry is a page or a pattern of pages below nbs/, or (title, entries). The rooms
+# follow at the end.
 PARTS = (
     ("Tutorial", ("tutorial.ipynb",)),
-    ("How-to", ("howto/data.ipynb", "howto/model.md", "howto/cluster.md", "howto/report.ipynb", "howto/look.md", "howto/wrong.md",
-                ("Notebooks to run", ("preflight.ipynb", "train.ipynb", "evaluate.ipynb", "report.ipynb", "explore_masks.ipynb",
-                                      "explore_kl.ipynb", "examples/*.ipynb")))),
-    ("Reference", ("reference/parameters.md", "reference/run_directory.md", "reference/commands.md", "reference/policies.md",
-                   "reference/modules.md", "slurm/README.md", "examples/README.md", "CONTRIBUTING.md", "style.md",
-                   ("Measured", ("masks_outside.md", "real_sources.md", "red_team.md", "bench/*.ipynb")))),
+    (
+        "How-to",
+        (
+            "howto/data.ipynb",
+            "howto/model.md",
+            "howto/cluster.md",
+            "howto/report.ipynb",
+            "howto/look.md",
+            "howto/wrong.md",
+            (
+                "Notebooks to run",
+                (
+                    "preflight.ipynb",
+                    "train.ipynb",
+                    "evaluate.ipynb",
+                    "report.ipynb",
+                    "explore_masks.ipynb",
+                    "explore_kl.ipynb",
+                    "examples/*.ipynb",
+                ),
+            ),
+        ),
+    ),
+    (
+        "Reference",
+        (
+            "reference/parameters.md",
+            "reference/run_directory.md",
+            "reference/commands.md",
+            "reference/policies.md",
+            "reference/modules.md",
+            "slurm/README.md",
+            "examples/README.md",
+            "CONTRIBUTING.md",
+            "style.md",
+            ("Measured", ("masks_outside.md", "real_sources.md", "red_team.md", "bench/*.ipynb")),
+        ),
+    ),
     ("Explanation", ("explanation/method.md", "explanation/results.md", "explanation/cost.md")),
 )
 BESIDE = ("slurm/README.md", "CONTRIBUTING.md")  # pages of the site that stand beside nbs/
@@ -58,20 +118,32 @@ def place(path):
 
 def pages_in(entry):
     "Paths of the pages that an entry of `PARTS` names, in order."
-    if not isinstance(entry, str): return [page for inner in entry[1] for page in pages_in(inner)]
+    if not isinstance(entry, str):
+        return [page for inner in entry[1] for page in pages_in(inner)]
     return [ROOT / entry] if entry in BESIDE else sorted(NBS.glob(entry))
 
 
 def pages_of_room(room):
     "Paths of the notebooks of a room of `ROOMS`, by their number."
-    return [page for page in (NBS / f"{room}.ipynb",) if page.exists() and not (NBS / room).exists()] or sorted((NBS / room).glob("*.ipynb"))
+    return [
+        page for page in (NBS / f"{room}.ipynb",) if page.exists() and not (NBS / room).exists()
+    ] or sorted((NBS / room).glob("*.ipynb"))
 
 
 def pages():
-    "Paths of all pages in reading order: the start page, the parts, the rooms; what is in none of them comes last."
-    ordered = [NBS / "index.ipynb", *(page for part in PARTS for page in pages_in(part)),
-               *(page for room, *_ in ROOMS for page in pages_of_room(room))]
-    found = {p for kind in ("*.ipynb", "*.md") for p in NBS.rglob(kind) if not any(part[0] in "._" for part in place(p).parts)}
+    """Paths of all pages in reading order: the start page, the parts, the rooms; what is in none of them
+    comes last."""
+    ordered = [
+        NBS / "index.ipynb",
+        *(page for part in PARTS for page in pages_in(part)),
+        *(page for room, *_ in ROOMS for page in pages_of_room(room)),
+    ]
+    found = {
+        p
+        for kind in ("*.ipynb", "*.md")
+        for p in NBS.rglob(kind)
+        if not any(part[0] in "._" for part in place(p).parts)
+    }
     return [p for p in dict.fromkeys(ordered) if p in found or p.exists()] + sorted(found - set(ordered))
 
 
@@ -84,19 +156,36 @@ def head(path):
     "`(title, sentence)` of a page: its first heading, and the quoted sentence below that or an empty text."
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"][:2] if c["cell_type"] == "markdown")
+        text = "\n".join(
+            "".join(c["source"]) for c in json.loads(text)["cells"][:2] if c["cell_type"] == "markdown"
+        )
     title = re.search(r"^# (.+)$", text, re.M)
-    if not title: sys.exit(f"{path.relative_to(ROOT)} has no title: begin it with a line such as '# Masks'")
+    if not title:
+        sys.exit(f"{path.relative_to(ROOT)} has no title: begin it with a line such as '# Masks'")
     quoted = re.search(r"^# .+\n+((?:>.*\n?)+)", text, re.M)
-    return title[1].strip(), " ".join(re.sub(r"^> ?", "", quoted[1], flags=re.M).split()).rstrip(".") if quoted else ""
+    return title[1].strip(), " ".join(re.sub(r"^> ?", "", quoted[1], flags=re.M).split()).rstrip(
+        "."
+    ) if quoted else ""
 
 
 def nav():
-    "The site's navigation, as mkdocs takes it: the start page, the four parts, and the rooms as parts of the explanation."
-    def named(page): return {head(page)[0]: str(place(page))}
+    """The site's navigation, as mkdocs takes it: the start page, the four parts, and the rooms as parts of
+    the explanation."""
+
+    def named(page):
+        return {head(page)[0]: str(place(page))}
+
     def section(title, entries):
-        return {title: [item for entry in entries for item in
-                        ([named(page) for page in pages_in(entry)] if isinstance(entry, str) else [section(*entry)])]}
+        return {
+            title: [
+                item
+                for entry in entries
+                for item in (
+                    [named(page) for page in pages_in(entry)] if isinstance(entry, str) else [section(*entry)]
+                )
+            ]
+        }
+
     rooms = [{title: [named(page) for page in pages_of_room(room)]} for room, title, _ in ROOMS]
     parts = [section(*part) for part in PARTS]
     parts[-1]["Explanation"] += rooms
@@ -110,7 +199,8 @@ def on_config(config):
 
 
 def default_exp(path):
-    "The module that the notebook `path` exports to, with the package's name in front; None for a notebook without one."
+    """The module that the notebook `path` exports to, with the package's name in front; None for a notebook
+    without one."""
     named = re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", path.read_text(encoding="utf-8"))
     return f"cbnb.{named[1]}" if named else None
 
@@ -122,29 +212,48 @@ def link(page, table):
 
 def module_table(path):
     "Rows of every module in reading order: its name, its notebook, what it is for."
-    rows = [f"| `{module}` | {link(page, path)} | {head(page)[1]} |" for room, *_ in ROOMS for page in pages_of_room(room)
-            if (module := default_exp(page))]
+    rows = [
+        f"| `{module}` | {link(page, path)} | {head(page)[1]} |"
+        for room, *_ in ROOMS
+        for page in pages_of_room(room)
+        if (module := default_exp(page))
+    ]
     return ["| module | notebook | |", "|---|---|---|", *rows]
 
 
 def room_list(path):
     "The rooms in reading order: title, what it is for, and its pages."
-    return [line for i, (room, title, sentence) in enumerate(ROOMS, 1)
-            for line in (f"{i}. **{title}** (`cbnb.{room}`). {sentence}<br>",
-                         "   " + " · ".join(link(page, path) for page in pages_of_room(room)))]
+    return [
+        line
+        for i, (room, title, sentence) in enumerate(ROOMS, 1)
+        for line in (
+            f"{i}. **{title}** (`cbnb.{room}`). {sentence}<br>",
+            "   " + " · ".join(link(page, path) for page in pages_of_room(room)),
+        )
+    ]
 
 
 def parameter_table(path):
     "Rows of the parameters of train.ipynb: name, type, default, meaning."
     sys.path.insert(0, str(ROOT))
     from cbnb.sweep.spec import notebook_parameters
-    def default(value): return "" if value is None else f"`{value!r}`" if value != "" else "empty"
-    rows = [f"| `{name}` | {' or '.join(t for t in p.types if t != 'None')} | {default(p.default)} | {p.help.replace('|', chr(92) + '|')} |"
-            for name, p in notebook_parameters(NBS / "train.ipynb").items()]
+
+    def default(value):
+        return "" if value is None else f"`{value!r}`" if value != "" else "empty"
+
+    rows = [
+        f"| `{name}` | {' or '.join(t for t in p.types if t != 'None')} | {default(p.default)} | "
+        f"{p.help.replace('|', chr(92) + '|')} |"
+        for name, p in notebook_parameters(NBS / "train.ipynb").items()
+    ]
     return ["| name | type | default | |", "|---|---|---|---|", *rows]
 
 
-TABLES = {"reference/modules.md": module_table, "reference/parameters.md": parameter_table, "explanation/method.md": room_list}
+TABLES = {
+    "reference/modules.md": module_table,
+    "reference/parameters.md": parameter_table,
+    "explanation/method.md": room_list,
+}
 MARK = re.compile(r"(<!-- table: made by `make export` -->\n\n).*?(\n\n<!-- end of table -->)", re.S)
 
 
@@ -153,41 +262,54 @@ def with_table(name):
     path = NBS / name
     lines = "\n".join(TABLES[name](path))
     text, n = MARK.subn(lambda m: m[1] + lines + m[2], path.read_text(encoding="utf-8"))
-    if n != 1: sys.exit(f"nbs/{name} wants one table between its two comments, and has {n}")
+    if n != 1:
+        sys.exit(f"nbs/{name} wants one table between its two comments, and has {n}")
     return text
 
 
 def without_directives(nb):
-    "Drop what is nbdev's and not the reader's: hidden and default_exp cells, raw cells, `#|` lines, quarto's `:::` fences."
+    """Drop what is nbdev's and not the reader's: hidden and default_exp cells, raw cells, `#|` lines,
+    quarto's `:::` fences."""
     cells = []
     for cell in nb.cells:
-        if cell.cell_type == "raw": continue
+        if cell.cell_type == "raw":
+            continue
         if cell.cell_type == "code":
-            if re.search(r"^#\s*\|\s*(hide|default_exp)\b", cell.source, re.M): continue
+            if re.search(r"^#\s*\|\s*(hide|default_exp)\b", cell.source, re.M):
+                continue
             cell.source = DIRECTIVE.sub("", cell.source).strip()
-            if not cell.source: continue
+            if not cell.source:
+                continue
         else:
             cell.source = re.sub(r"^:::.*$\n?", "", cell.source, flags=re.M)
         cells.append(cell)
     nb.cells = cells
-    nb.metadata.language_info = {"name": "python"}         # nbdev_clean removes it; without it code is shown uncoloured
+    # nbdev_clean removes it; without it code is shown uncoloured
+    nb.metadata.language_info = {"name": "python"}
     return nb
 
 
 def links_from_root(source):
     "Rewrite the relative links of nbs/index.ipynb so that they hold in README.md, one folder up."
-    def fix(match): return f"]({posixpath.normpath(posixpath.join('nbs', match[1]))})"
+
+    def fix(match):
+        return f"]({posixpath.normpath(posixpath.join('nbs', match[1]))})"
+
     return re.sub(r"\]\((?![a-z]+:|#|/)([^)\s]+)\)", fix, source)
 
 
 def readme_text():
-    "The text of README.md: the index notebook with outputs as text, since a README can show neither HTML nor scripts."
+    """The text of README.md: the index notebook with outputs as text, since a README can show neither HTML
+    nor scripts."""
     from nbconvert import MarkdownExporter
+
     nb = without_directives(nbformat.read(NBS / "index.ipynb", as_version=4))
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = links_from_root(cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = links_from_root(cell.source)
         for output in cell.get("outputs", []):
-            if "data" in output: output.data = {k: v for k, v in output.data.items() if k in ("text/markdown", "text/plain")}
+            if "data" in output:
+                output.data = {k: v for k, v in output.data.items() if k in ("text/markdown", "text/plain")}
     body, _ = MarkdownExporter().from_notebook_node(nb)
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
@@ -202,8 +324,13 @@ def write(path, text):
 def math_to_mathml(source):
     "Formulas as MathML, which browsers draw without a script; code spans and fences are left alone."
     from latex2mathml.converter import convert
-    def inline(match): return convert(match[1])
-    def block(match): return "\n" + convert(" ".join(match[1].split()), display="block") + "\n"
+
+    def inline(match):
+        return convert(match[1])
+
+    def block(match):
+        return "\n" + convert(" ".join(match[1].split()), display="block") + "\n"
+
     parts = CODE.split(source)
     for i in range(0, len(parts), 2):
         text = re.sub(r"\$\$(.+?)\$\$", block, parts[i], flags=re.S)
@@ -213,30 +340,48 @@ def math_to_mathml(source):
 
 def links_to_pages(source):
     "Links from one notebook to another page become links from one page of the site to another."
-    def fix(match): return f"]({re.sub('README$', 'index', match[1])}.html{match[2] or ''})"
+
+    def fix(match):
+        return f"]({re.sub('README$', 'index', match[1])}.html{match[2] or ''})"
+
     return re.sub(r"\]\((?![a-z]+:)([^)\s#]+)\.(?:ipynb|md)(#[^)\s]*)?\)", fix, source)
 
 
 def links_beside(source, page):
     "Links of `page` that cross the edge of nbs/ become links between places on the site."
+
     def fix(match):
         target = Path(os.path.normpath(page.parent / match[1]))
         crosses = page.is_relative_to(NBS) != target.is_relative_to(NBS)
-        return f"]({posixpath.relpath(place(target), place(page).parent)}" if crosses and target.exists() else match[0]
+        return (
+            f"]({posixpath.relpath(place(target), place(page).parent)}"
+            if crosses and target.exists()
+            else match[0]
+        )
+
     return re.sub(r"\]\((?![a-z]+:|#)([^)\s#]+)", fix, source)
 
 
 def without_remote_scripts(html):
-    "Drop the scripts for formulas and diagrams that exporters and plotly put in: from another machine, and needed by no page."
-    html = re.sub(r"<!-- MathJax configuration -->.*?<!-- End of mathjax configuration -->", "", html, flags=re.S)
+    """Drop the scripts for formulas and diagrams that exporters and plotly put in: from another machine, and
+    needed by no page."""
+    html = re.sub(
+        r"<!-- MathJax configuration -->.*?<!-- End of mathjax configuration -->", "", html, flags=re.S
+    )
     html = re.sub(r"<script src=\\?[\"'][^>]*mathjax[^>]*>\s*</script>", "", html, flags=re.I)
-    return re.sub(r"<script type=\"module\">(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", html, flags=re.S)
+    return re.sub(
+        r"<script type=\"module\">(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>",
+        "",
+        html,
+        flags=re.S,
+    )
 
 
 def external_loads(page):
     "Addresses that opening this page, style sheet or notebook output would load from another machine."
     text = page.read_text(encoding="utf-8", errors="replace")
-    if page.suffix == ".css": return re.findall(r"(?:url\(|@import\s+)[\"']?((?:https?:)?//[^\"')\s]+)", text)
+    if page.suffix == ".css":
+        return re.findall(r"(?:url\(|@import\s+)[\"']?((?:https?:)?//[^\"')\s]+)", text)
     tags = re.findall(r"<(?:script|link|img|iframe|source|video|audio)\b[^>]*>", text)
     tags = [t for t in tags if not re.search(r"rel=[\"']?(canonical|alternate|next|prev)", t)]
     known = re.findall(r"https?://[a-z.]*(?:cdnjs|jsdelivr|unpkg|googleapis|gstatic)\.[^\"'\s]+", text)
@@ -254,36 +399,63 @@ def docs():
             continue
         nb = without_directives(nbformat.read(path, as_version=4))
         for cell in nb.cells:
-            if cell.cell_type == "markdown": cell.source = math_to_mathml(links_to_pages(links_beside(cell.source, path)))
+            if cell.cell_type == "markdown":
+                cell.source = math_to_mathml(links_to_pages(links_beside(cell.source, path)))
         nbformat.write(nb, target)
     shutil.copy(ROOT / ".ci" / "site.css", PROC / "site.css")
-    for folder in ("pictures", "examples"): shutil.copytree(NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.ipynb", "*.md"), dirs_exist_ok=True)
-    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--clean", "--quiet", "-f", str(ROOT / ".ci" / "mkdocs.yml")], check=True,
-                   env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})         # its theme announces an end of life at every build
-    for page in SITE.rglob("*.html"): write(page, without_remote_scripts(page.read_text(encoding="utf-8")))
+    for folder in ("pictures", "examples"):
+        shutil.copytree(
+            NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.ipynb", "*.md"), dirs_exist_ok=True
+        )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--clean",
+            "--quiet",
+            "-f",
+            str(ROOT / ".ci" / "mkdocs.yml"),
+        ],
+        check=True,
+        # its theme announces an end of life at every build
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
+    for page in SITE.rglob("*.html"):
+        write(page, without_remote_scripts(page.read_text(encoding="utf-8")))
     found = {p: external_loads(p) for p in SITE.rglob("*") if p.suffix in (".html", ".css")}
     bad = [f"{p.relative_to(ROOT)}: {a}" for p, addresses in found.items() for a in addresses]
-    if bad: sys.exit("these pages would load from another machine:\n  " + "\n  ".join(sorted(set(bad))))
+    if bad:
+        sys.exit("these pages would load from another machine:\n  " + "\n  ".join(sorted(set(bad))))
     print(f"{len(list(SITE.rglob('*.html')))} pages; open {SITE.relative_to(ROOT)}/index.html")
 
 
 def strip():
-    "Remove widget state and the views that need it from every notebook: nbdev_clean keeps both. Text or HTML beside a view stays."
+    """Remove widget state and the views that need it from every notebook: nbdev_clean keeps both. Text or
+    HTML beside a view stays."""
     for path in notebooks():
         nb = json.loads(path.read_text(encoding="utf-8"))
         found = nb["metadata"].pop("widgets", None)
         for cell in nb["cells"]:
             shown = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
             found = found or len(shown) < len(cell.get("outputs", []))
-            for output in shown: found = output.get("data", {}).pop(WIDGET_VIEW, None) or found
-            if "outputs" in cell: cell["outputs"] = shown
+            for output in shown:
+                found = output.get("data", {}).pop(WIDGET_VIEW, None) or found
+            if "outputs" in cell:
+                cell["outputs"] = shown
         if found:
             write(path, json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
             print(f"removed widget state or stderr from {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    tasks = {"readme": lambda: write(ROOT / "README.md", readme_text()), "docs": docs, "strip": strip,
-             "tables": lambda: [write(NBS / name, with_table(name)) for name in TABLES]}
-    if len(sys.argv) != 2 or sys.argv[1] not in tasks: sys.exit(f"usage: pages.py {'|'.join(tasks)}")
+    tasks = {
+        "readme": lambda: write(ROOT / "README.md", readme_text()),
+        "docs": docs,
+        "strip": strip,
+        "tables": lambda: [write(NBS / name, with_table(name)) for name in TABLES],
+    }
+    if len(sys.argv) != 2 or sys.argv[1] not in tasks:
+        sys.exit(f"usage: pages.py {'|'.join(tasks)}")
     tasks[sys.argv[1]]()

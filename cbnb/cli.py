@@ -22,94 +22,158 @@ from functools import partial
 from pathlib import Path
 
 import cbnb
-from .sweep.spec import find_file, notebook_parameters
-from .run.settings import make_masker, RUN_ONLY
-from .masking.adapt import ADAPTATIONS
-from .masking.audit import KINDS, NOTES, ROLE_HEAD, TURN_HEAD, Totals, audit, audit_page, format_table, record, terminal_lines
-from .data.convert import check_written
+from .basics.disk import full_disk_words, is_full_disk
 from .basics.files import write_bytes
+from .basics.jsonfiles import RunError
+from .basics.output import safe_output
+from .basics.processes import world_size
+from .basics.terminal import ended, error_text, first_line, say, sentence, visible
+from .basics.withheld import scrub
 from .config import ConfigError
+from .data.convert import check_written
+from .data.sources import open_source
+from .masking.adapt import ADAPTATIONS
+from cbnb.masking.audit import (
+    KINDS,
+    NOTES,
+    ROLE_HEAD,
+    TURN_HEAD,
+    Totals,
+    audit,
+    audit_page,
+    format_table,
+    record,
+    terminal_lines,
+)
 from .masking.masker import CONTROL_MODES, TOOL_CALL_FORMATS
 from .masking.policies import POLICIES
-from .basics.processes import world_size
+from .masking.targets import SIDES
 from .masking.templates import MaskError
 from .run.directory import refusal
 from .run.parameters import ParameterError
 from .run.records import read_record
-from .basics.output import safe_output
-from .basics.disk import full_disk_words, is_full_disk
-from .basics.jsonfiles import RunError
-from .data.sources import open_source
-from .masking.targets import SIDES
-from .basics.terminal import ended, error_text, first_line, say, sentence, visible
-from .transcripts.record import LABELS, TranscriptError, nearest
+from .run.settings import RUN_ONLY, make_masker
+from .sweep.spec import find_file, notebook_parameters
 from .transcripts.reader import known_formats
-from .basics.withheld import scrub
+from .transcripts.record import LABELS, TranscriptError, nearest
 
 # %% ../nbs/cli.ipynb #e46fef61
 class CommandError(Exception):
-    "A command that cannot be carried out as given; the text is one sentence that says what to do. It ends the program with status 2."
+    """A command that cannot be carried out as given; the text is one sentence that says what to do. It ends
+    the program with status 2."""
+
     __str__ = error_text
 
 # %% ../nbs/cli.ipynb #f1ac7ce5
-def load_masker(model, control="error", chat_template="", template_variables="", tool_call_format="template", adapt="",
-                trust_remote_code=False):
-    """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see `cbnb.run.settings.make_masker`; what it has to tell goes to stderr. Raises
-    CommandError where there is no tokenizer, and what `make_masker` raises."""
+def load_masker(
+    model,
+    control="error",
+    chat_template="",
+    template_variables="",
+    tool_call_format="template",
+    adapt="",
+    trust_remote_code=False,
+):
+    """A ChatMasker with the tokenizer of `model` ("tinyagent", a folder or a hub id), see
+    `cbnb.run.settings.make_masker`; what it has to tell goes to stderr. Raises CommandError where there is no
+    tokenizer, and what `make_masker` raises."""
     try:
-        masker, told = make_masker(model, control, chat_template, template_variables, trust_remote_code,
-                                   tool_call_format=tool_call_format, adapt=adapt)
-    except (ParameterError, MaskError, ConfigError): raise
+        masker, told = make_masker(
+            model,
+            control,
+            chat_template,
+            template_variables,
+            trust_remote_code,
+            tool_call_format=tool_call_format,
+            adapt=adapt,
+        )
+    except (ParameterError, MaskError, ConfigError):
+        raise
     except Exception as e:  # whatever a loader raises for a wrong name or a broken folder
         raise CommandError(f"the tokenizer of {model!r} cannot be loaded: {first_line(e)}") from None
-    for line in told: say(f"note: {line}", file=sys.stderr)
+    for line in told:
+        say(f"note: {line}", file=sys.stderr)
     return masker
 
 # %% ../nbs/cli.ipynb #0643cae5
 def load_policy(name):
-    """A policy by its `name` in `POLICIES` (which is returned) or as `module:function` (a function; what it raises becomes a MaskError).
-    Raises CommandError."""
-    if name in POLICIES: return name
+    """A policy by its `name` in `POLICIES` (which is returned) or as `module:function` (a function; what it
+    raises becomes a MaskError). Raises CommandError."""
+    if name in POLICIES:
+        return name
     module, colon, attribute = name.partition(":")
-    try: function = getattr(importlib.import_module(module), attribute) if colon else None
-    except (Exception, SystemExit) as e: raise CommandError(f"the policy {name!r} cannot be imported: {first_line(e)}; is its folder on PYTHONPATH?") from None
+    try:
+        function = getattr(importlib.import_module(module), attribute) if colon else None
+    except (Exception, SystemExit) as e:
+        raise CommandError(
+            f"the policy {name!r} cannot be imported: {first_line(e)}; is its folder on PYTHONPATH?"
+        ) from None
     if not callable(function):
-        raise CommandError(f"policy {name!r} is unknown; use one of {', '.join(POLICIES)}, or module:function{nearest(name, POLICIES)}")
+        raise CommandError(
+            f"policy {name!r} is unknown; use one of {', '.join(POLICIES)}, or "
+            f"module:function{nearest(name, POLICIES)}"
+        )
+
     def policy(encoded):
-        try: return function(encoded)
-        except MaskError: raise
-        except (Exception, SystemExit) as e: raise MaskError(f"the policy {name} fails with {type(e).__name__}: {e}") from e
+        try:
+            return function(encoded)
+        except MaskError:
+            raise
+        except (Exception, SystemExit) as e:
+            raise MaskError(f"the policy {name} fails with {type(e).__name__}: {e}") from e
+
     return policy
 
 # %% ../nbs/cli.ipynb #14853bac
 def use_colour(when, stream):
-    "Whether to colour what is written to `stream`: `when` is always, never, or auto (a terminal, and NO_COLOR is not set)."
-    if when != "auto": return when == "always"
+    """Whether to colour what is written to `stream`: `when` is always, never, or auto (a terminal, and
+    NO_COLOR is not set)."""
+    if when != "auto":
+        return when == "always"
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def progress(items, unit):
     "`items`, with a count on stderr where that is a terminal and it takes over a second."
     from tqdm import tqdm
+
     return tqdm(items, unit=f" {unit}", file=sys.stderr, disable=None, delay=1, dynamic_ncols=True)
 
 # %% ../nbs/cli.ipynb #a76bc466
 def positive(text):
     "An int of at least 1, for argparse."
-    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
 
 # %% ../nbs/cli.ipynb #d427a70a
 def add_reading(p):
     "Adds the arguments that say how a file of transcripts is read."
-    p.add_argument("file", metavar="FILE", help="transcripts: JSONL, one JSON array or object, packed, a table, a folder or a glob of "
-                                                "such files, or hf:dataset[split]; with :label, :format and @share if need be")
-    p.add_argument("--format", default="auto", choices=("auto", *known_formats()), help="of the file (default: by its first record)")
+    p.add_argument(
+        "file",
+        metavar="FILE",
+        help="transcripts: JSONL, one JSON array or object, packed, a table, a folder or a glob of "
+        "such files, or hf:dataset[split]; with :label, :format and @share if need be",
+    )
+    p.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *known_formats()),
+        help="of the file (default: by its first record)",
+    )
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
-    p.add_argument("--relabel", choices=("source",),
-                   help="read records whose label contradicts the verdict of their source by that verdict")
-    p.add_argument("--tools", metavar="FILE", default="", help="schemas for transcripts that carry none: a JSON file (a list, or "
-                                                               "lists by suite), or installed: AgentDojo's and tau-bench's packages")
+    p.add_argument(
+        "--relabel",
+        choices=("source",),
+        help="read records whose label contradicts the verdict of their source by that verdict",
+    )
+    p.add_argument(
+        "--tools",
+        metavar="FILE",
+        default="",
+        help="schemas for transcripts that carry none: a JSON file (a list, or "
+        "lists by suite), or installed: AgentDojo's and tau-bench's packages",
+    )
 
 # %% ../nbs/cli.ipynb #ab71a78b
 TRUST = "run code that comes with a model; leave it off for models you have not read"
@@ -117,31 +181,93 @@ TRUST = "run code that comes with a model; leave it off for models you have not 
 
 def add_masks(commands):
     "Adds the arguments of `cbnb masks`."
-    p = commands.add_parser("masks", help="audit the loss masks of a transcript file", formatter_class=argparse.RawDescriptionHelpFormatter,
-                            description="Audit the loss masks of a transcript file: what would training see, and what is wrong with it.",
-                            epilog="findings that fail the audit (status 1), each of which --allow takes out:\n" + "\n".join(
-                                f"  {kind:<20}{text}" for kind, text in KINDS.items() if kind not in NOTES)
-                            + "\nstatus 2: bad usage, or a file or model that cannot be read")
+    p = commands.add_parser(
+        "masks",
+        help="audit the loss masks of a transcript file",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Audit the loss masks of a transcript file: what would training see, and what is wrong "
+        "with it.",
+        epilog="findings that fail the audit (status 1), each of which --allow takes out:\n"
+        + "\n".join(f"  {kind:<20}{text}" for kind, text in KINDS.items() if kind not in NOTES)
+        + "\nstatus 2: bad usage, or a file or model that cannot be read",
+    )
     add_reading(p)
-    p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="a folder or hub id with the tokenizer, or tinyagent")
-    p.add_argument("--policy", default="assistant_only", help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help="a folder or hub id with the tokenizer, or tinyagent",
+    )
+    p.add_argument(
+        "--policy",
+        default="assistant_only",
+        help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)",
+    )
     p.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction, default=False, help=TRUST)
-    p.add_argument("--chat-template", metavar="FILE", default="", help="a Jinja file to use in place of the tokenizer's own, or its text")
-    p.add_argument("--template-variables", metavar="NAME=VALUE,...", default="", help="what the template reads: enable_thinking=false,date_string=\"26 Jul 2024\"")
-    p.add_argument("--control", default="error", choices=CONTROL_MODES,
-                   help="what to do with control tokens in what users and tools say (default: %(default)s)")
-    p.add_argument("--tool-call-format", default="template", choices=TOOL_CALL_FORMATS,
-                   help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)")
-    p.add_argument("--adapt", default="", metavar="NAME,...", help=f"adapt transcripts to the chat template: {', '.join(ADAPTATIONS)}")
-    p.add_argument("--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off")
-    p.add_argument("--truncation", choices=SIDES,
-                   help="what --max-length cuts: around the last target as cbnb does, the right or the left end (default: targets)")
-    p.add_argument("--allow", action="append", default=[], metavar="KIND", choices=[k for k in KINDS if k not in NOTES],
-                   help="count findings of this kind, but do not fail for them; may be repeated")
+    p.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        default="",
+        help="a Jinja file to use in place of the tokenizer's own, or its text",
+    )
+    p.add_argument(
+        "--template-variables",
+        metavar="NAME=VALUE,...",
+        default="",
+        help='what the template reads: enable_thinking=false,date_string="26 Jul 2024"',
+    )
+    p.add_argument(
+        "--control",
+        default="error",
+        choices=CONTROL_MODES,
+        help="what to do with control tokens in what users and tools say (default: %(default)s)",
+    )
+    p.add_argument(
+        "--tool-call-format",
+        default="template",
+        choices=TOOL_CALL_FORMATS,
+        help="hermes: JSON in <tool_call> tags, for a template that drops calls (default: %(default)s)",
+    )
+    p.add_argument(
+        "--adapt",
+        default="",
+        metavar="NAME,...",
+        help=f"adapt transcripts to the chat template: {', '.join(ADAPTATIONS)}",
+    )
+    p.add_argument(
+        "--max-length", type=positive, metavar="N", help="also look at what a limit of N tokens cuts off"
+    )
+    p.add_argument(
+        "--truncation",
+        choices=SIDES,
+        help="what --max-length cuts: around the last target as cbnb does, the right or the left end "
+        "(default: targets)",
+    )
+    p.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KIND",
+        choices=[k for k in KINDS if k not in NOTES],
+        help="count findings of this kind, but do not fail for them; may be repeated",
+    )
     p.add_argument("--limit", type=positive, metavar="N", help="audit the first N transcripts only")
-    p.add_argument("--show", type=int, default=3, metavar="N", help="show the tokens of the first N transcripts (default: %(default)s)")
-    p.add_argument("--color", default="auto", choices=("auto", "always", "never"), help="NO_COLOR is honoured (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="print a JSON object a line: each transcript, then the summary")
+    p.add_argument(
+        "--show",
+        type=int,
+        default=3,
+        metavar="N",
+        help="show the tokens of the first N transcripts (default: %(default)s)",
+    )
+    p.add_argument(
+        "--color",
+        default="auto",
+        choices=("auto", "always", "never"),
+        help="NO_COLOR is honoured (default: %(default)s)",
+    )
+    p.add_argument(
+        "--json", action="store_true", help="print a JSON object a line: each transcript, then the summary"
+    )
     p.add_argument("--html", metavar="OUT", help="also write a self-contained page")
     p.set_defaults(run=run_masks)
 
@@ -152,33 +278,51 @@ LISTED = 20  # findings of one kind that are printed or kept for the page
 def audit_file(args):
     """`(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before anything
     is read."""
-    try: reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
-    except TranscriptError as e: raise CommandError(str(e)) from None
+    try:
+        reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
+    except TranscriptError as e:
+        raise CommandError(str(e)) from None
     policy, page = load_policy(args.policy), args.html and Path(args.html)
-    if page: check_written(page, reader, args.tools, args.chat_template, args.model)
-    if args.truncation and args.max_length is None: raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
-    masker = load_masker(args.model, args.control, args.chat_template, args.template_variables, args.tool_call_format, args.adapt,
-                         args.trust_remote_code)
+    if page:
+        check_written(page, reader, args.tools, args.chat_template, args.model)
+    if args.truncation and args.max_length is None:
+        raise CommandError("--truncation would do nothing: give --max-length too, or leave it out")
+    masker = load_masker(
+        args.model,
+        args.control,
+        args.chat_template,
+        args.template_variables,
+        args.tool_call_format,
+        args.adapt,
+        args.trust_remote_code,
+    )
     return reader, audit(reader, masker, policy, args.max_length, args.truncation or "targets", args.limit)
 
 
 def run_masks(args):
-    "Carries out `cbnb masks`; the exit status is 1 where a transcript fails. Memory does not grow with the file."
+    """Carries out `cbnb masks`; the exit status is 1 where a transcript fails. Memory does not grow with the
+    file."""
     totals, kept, shown, colour = Totals(), Counter(), [], use_colour(args.color, sys.stdout)
     findings, (reader, stream) = [], audit_file(args)
     for audited in progress(stream, "transcripts"):
         totals.add(audited, args.allow)
         if audited.encoded is not None and len(shown) < args.show:
             shown.append(audited)
-            if not args.json: print(*terminal_lines(audited, colour), "", sep="\n")
-        if args.json: print(json.dumps(record(audited)))
+            if not args.json:
+                print(*terminal_lines(audited, colour), "", sep="\n")
+        if args.json:
+            print(json.dumps(record(audited)))
         for finding in audited.findings:
-            if kept[finding.kind] < LISTED: findings.append(finding)
+            if kept[finding.kind] < LISTED:
+                findings.append(finding)
             kept[finding.kind] += 1
-    for text in reader.told(): say(f"note: {text}", file=sys.stderr)
+    for text in reader.told():
+        say(f"note: {text}", file=sys.stderr)
     more = [f"{kind}: {n - LISTED:,} more; --json lists all" for kind, n in kept.items() if n > LISTED]
-    if args.json: print(json.dumps({"summary": totals.summary()}))
-    else: say(*closing_lines(totals, findings, more))
+    if args.json:
+        print(json.dumps({"summary": totals.summary()}))
+    else:
+        say(*closing_lines(totals, findings, more))
     if args.html:
         title, said = f"Masks of {reader.path.name}", f"{args.model}, {args.policy}. {totals.verdict()}."
         write_bytes(args.html, audit_page(title, totals, findings, shown, [said, *more]).encode())
@@ -189,39 +333,82 @@ def closing_lines(totals, findings, more):
     "Lines of text: findings, tables by role and by turn, verdict."
     yield from map(str, findings)
     yield from [*more, ""] if findings else []
-    for head, rows in ((ROLE_HEAD, totals.role_table()), (TURN_HEAD, totals.turn_table())): yield from [*format_table(head, rows), ""]
+    for head, rows in ((ROLE_HEAD, totals.role_table()), (TURN_HEAD, totals.turn_table())):
+        yield from [*format_table(head, rows), ""]
     yield totals.verdict()
 
 # %% ../nbs/cli.ipynb #a13a78c1
 def add_spans(commands):
     "Adds the arguments of `cbnb spans`."
-    p = commands.add_parser("spans", help="find where injections stand in a transcript file",
-                            description="Find where injections stand in transcripts that do not say so, show them, and write them. AgentDojo "
-                            "runs say it themselves; transcripts that have spans keep them.",
-                            epilog="status 0: every harmful transcript has a span; 1: some have none; 2: a file cannot be read or written")
+    p = commands.add_parser(
+        "spans",
+        help="find where injections stand in a transcript file",
+        description="Find where injections stand in transcripts that do not say so, show them, and write "
+        "them. AgentDojo "
+        "runs say it themselves; transcripts that have spans keep them.",
+        epilog="status 0: every harmful transcript has a span; 1: some have none; 2: a file cannot be read "
+        "or written",
+    )
     add_reading(p)
-    p.add_argument("--text", action="append", default=[], metavar="TEXT", help="an injected text to look for; may be repeated")
-    p.add_argument("--injections", metavar="FILE", help="texts to look for: a JSON object of them, or AgentDojo run files (or a folder)")
-    p.add_argument("--wrappers", action="store_true", help="look for common wrappers: <INFORMATION>…</INFORMATION> and the like")
-    p.add_argument("--roles", action="append", choices=("tool", "user", "system"), help="messages to look in; may be repeated (default: tool)")
-    p.add_argument("--show", type=int, default=5, metavar="N", help="show the spans of the first N transcripts that got some (default: %(default)s)")
-    p.add_argument("--out", metavar="OUT.jsonl", help="write all transcripts with their spans, in cbnb's own form")
+    p.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="an injected text to look for; may be repeated",
+    )
+    p.add_argument(
+        "--injections",
+        metavar="FILE",
+        help="texts to look for: a JSON object of them, or AgentDojo run files (or a folder)",
+    )
+    p.add_argument(
+        "--wrappers",
+        action="store_true",
+        help="look for common wrappers: <INFORMATION>…</INFORMATION> and the like",
+    )
+    p.add_argument(
+        "--roles",
+        action="append",
+        choices=("tool", "user", "system"),
+        help="messages to look in; may be repeated (default: tool)",
+    )
+    p.add_argument(
+        "--show",
+        type=int,
+        default=5,
+        metavar="N",
+        help="show the spans of the first N transcripts that got some (default: %(default)s)",
+    )
+    p.add_argument(
+        "--out", metavar="OUT.jsonl", help="write all transcripts with their spans, in cbnb's own form"
+    )
     p.set_defaults(run=run_spans)
 
 
 def run_spans(args):
     "Carries out `cbnb spans`; the exit status is 1 where a harmful transcript has no span in the end."
     from cbnb.data.spans import Search, read_injections, span_lines, write_spans
+
     texts = {f"--text {i}": text for i, text in enumerate(args.text, 1)}
-    if not all(text.strip() for text in args.text): raise CommandError("--text is empty; give the words that were injected")
-    if args.injections: texts |= read_injections(args.injections)
-    reader, search, shown = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools), Search(), []
-    if args.out: check_written(args.out, reader, args.injections, args.tools)
+    if not all(text.strip() for text in args.text):
+        raise CommandError("--text is empty; give the words that were injected")
+    if args.injections:
+        texts |= read_injections(args.injections)
+    reader, search, shown = (
+        open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools),
+        Search(),
+        [],
+    )
+    if args.out:
+        check_written(args.out, reader, args.injections, args.tools)
 
     def show(number, transcript, how):
-        if len(shown) >= args.show: return
+        if len(shown) >= args.show:
+            return
         shown.append(number)
         print(*span_lines(number, transcript, how), "", sep="\n")
+
     write_spans(reader, args.out, search, show, texts, args.wrappers, tuple(args.roles or ("tool",)))
     say(*search.lines(list(texts)))
     return 1 if search.without["harmful"] else 0
@@ -229,15 +416,21 @@ def run_spans(args):
 # %% ../nbs/cli.ipynb #c11f8cbf
 def add_convert(commands):
     "Adds the arguments of `cbnb convert`."
-    p = commands.add_parser("convert", help="any format into the project's own",
-                            description="Write the transcripts of a file, a folder or a "
-                            "data set as one JSONL file in the project's own form, and say what was read, "
-                            "left out, dropped and adapted.",
-                            epilog="status 0: all was read; 1: records were dropped, by the causes that are "
-                                   "printed; 2: nothing was written")
+    p = commands.add_parser(
+        "convert",
+        help="any format into the project's own",
+        description="Write the transcripts of a file, a folder or a "
+        "data set as one JSONL file in the project's own form, and say what was read, "
+        "left out, dropped and adapted.",
+        epilog="status 0: all was read; 1: records were dropped, by the causes that are "
+        "printed; 2: nothing was written",
+    )
     add_reading(p)
-    p.add_argument("out", metavar="OUT.jsonl",
-                   help="the file to write; never the one that is read, nor one in the folder that is read")
+    p.add_argument(
+        "out",
+        metavar="OUT.jsonl",
+        help="the file to write; never the one that is read, nor one in the folder that is read",
+    )
     p.add_argument("--json", action="store_true", help="print the report as one JSON object")
     p.set_defaults(run=run_convert)
 
@@ -245,93 +438,168 @@ def add_convert(commands):
 def run_convert(args):
     "Carries out `cbnb convert`."
     from cbnb.data.convert import convert, report_lines
-    report = convert(args.file, args.out, args.format, args.label,
-                     lambda items: progress(items, "transcripts"), args.relabel, args.tools)
-    if args.json: print(json.dumps(report))
-    else: say(*report_lines(report))
+
+    report = convert(
+        args.file,
+        args.out,
+        args.format,
+        args.label,
+        lambda items: progress(items, "transcripts"),
+        args.relabel,
+        args.tools,
+    )
+    if args.json:
+        print(json.dumps(report))
+    else:
+        say(*report_lines(report))
     return 1 if report["dropped"] else 0
 
 # %% ../nbs/cli.ipynb #abl00002
 def add_ablate(commands):
     "Adds the arguments of `cbnb ablate`."
-    p = commands.add_parser("ablate", help="start the runs of a sweep that are not done yet", formatter_class=argparse.RawDescriptionHelpFormatter,
-                            description="Start the runs of a sweep that are not done yet: here, or by SLURM. New, interrupted and lost runs start or go on, done ones "
-                                        "are\nskipped, queued and running ones are left alone, failed ones are listed.",
-                            epilog="SPEC.yaml has the keys name, notebook (default nbs/train.ipynb), parameters (fixed), grid (lists; their product), one_at_a_time "
-                                   "(lists\naround the fixed values), runs (listed) and seeds.\n\n"
-                                   "status 0: submitted, or all done; 1: a local run is not done; 2: the spec or SLURM is not in order, nothing was started; "
-                                   "130: interrupted")
+    p = commands.add_parser(
+        "ablate",
+        help="start the runs of a sweep that are not done yet",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Start the runs of a sweep that are not done yet: here, or by SLURM. New, interrupted "
+        "and lost runs start or go on, done ones "
+        "are\nskipped, queued and running ones are left alone, failed ones are listed.",
+        epilog="SPEC.yaml has the keys name, notebook (default nbs/train.ipynb), parameters (fixed), grid "
+        "(lists; their product), one_at_a_time "
+        "(lists\naround the fixed values), runs (listed) and seeds.\n\n"
+        "status 0: submitted, or all done; 1: a local run is not done; 2: the spec or SLURM is not in "
+        "order, nothing was started; "
+        "130: interrupted",
+    )
     p.add_argument("spec", metavar="SPEC.yaml")
     where = p.add_mutually_exclusive_group()
-    where.add_argument("--local", type=positive, metavar="N", help="N workers on this machine (default where there is no SLURM: 1)")
-    where.add_argument("--slurm", action="store_true", help="job arrays (default where there is a SLURM); source slurm/site.env first")
+    where.add_argument(
+        "--local",
+        type=positive,
+        metavar="N",
+        help="N workers on this machine (default where there is no SLURM: 1)",
+    )
+    where.add_argument(
+        "--slurm",
+        action="store_true",
+        help="job arrays (default where there is a SLURM); source slurm/site.env first",
+    )
     which = p.add_mutually_exclusive_group()
     which.add_argument("--only-missing", action="store_true", help="only runs that never began")
     which.add_argument("--retry", choices=("failed",), help="start failed runs again, too")
-    p.add_argument("--dry-run", action="store_true", help="print what would be done to each run, and the command or script; start nothing")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be done to each run, and the command or script; start nothing",
+    )
     p.set_defaults(run=run_ablate)
 
 
 def run_ablate(args):
     "Carries out `cbnb ablate`."
     from cbnb.sweep.jobs import ablate, dry_run
-    return (dry_run if args.dry_run else ablate)(args.spec, args.local, args.slurm, args.only_missing, args.retry == "failed")
+
+    return (dry_run if args.dry_run else ablate)(
+        args.spec, args.local, args.slurm, args.only_missing, args.retry == "failed"
+    )
 
 # %% ../nbs/cli.ipynb #sta00002
 def add_status(commands):
     "Adds the arguments of `cbnb status`."
-    p = commands.add_parser("status", help="how runs stand", description="Print how each run stands: queued, running, interrupted, done, failed, lost (running by "
-                            "its own word, but not in the queue) or unreadable, with the reason. From the runs' own word, SLURM's queue and, where it answers, its accounting.")
-    p.add_argument("folders", metavar="FOLDER", nargs="*", help="a sweep, a run directory, or a folder of them (default: the runs folder)")
+    p = commands.add_parser(
+        "status",
+        help="how runs stand",
+        description="Print how each run stands: queued, running, interrupted, done, failed, lost (running by "
+        "its own word, but not in the queue) or unreadable, with the reason. From the runs' own word, "
+        "SLURM's queue and, where it answers, its accounting.",
+    )
+    p.add_argument(
+        "folders",
+        metavar="FOLDER",
+        nargs="*",
+        help="a sweep, a run directory, or a folder of them (default: the runs folder)",
+    )
     p.add_argument("--json", action="store_true", help="print a JSON object a run a line")
     p.set_defaults(run=run_status)
 
 
 def run_status(args):
     "Carries out `cbnb status`."
+    from cbnb.basics.numbers import duration
     from cbnb.run.code import runs_folder
     from cbnb.run.status import counted, run_folders, run_rows
-    from cbnb.basics.numbers import duration
+
     rows = run_rows([run for folder in args.folders or [runs_folder()] for run in run_folders(folder)])
     if args.json:
-        for row in rows: print(json.dumps(row))
+        for row in rows:
+            print(json.dumps(row))
         return 0
+
     def words(row):
         steps = f"{row['step']}/{row['total_steps'] or '?'}" if row["step"] is not None else ""
         left = f"{duration(row['seconds_left'])} left" if row["seconds_left"] is not None else ""
-        return [sentence(text) for text in (row["state"], steps, left, f"{row['sweep']}/{row['run']}", row["note"])]
+        return [
+            sentence(text)
+            for text in (row["state"], steps, left, f"{row['sweep']}/{row['run']}", row["note"])
+        ]
+
     lines = [words(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)][:-1]
-    for line in lines: say("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[-1]]))
+    for line in lines:
+        say("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[-1]]))
     say(counted(rows))
     return 0
 
 # %% ../nbs/cli.ipynb #tra00002
 def add_notebook_flags(p, name):
-    "Adds to the parser `p` a flag for each parameter of the notebook `name`; none where it is not there or cannot be read, which whoever runs it says."
+    """Adds to the parser `p` a flag for each parameter of the notebook `name`; none where it is not there or
+    cannot be read, which whoever runs it says."""
     p.set_defaults(flags=[])
-    try: parameters = notebook_parameters(find_file(name) or "")
-    except (RunError, ParameterError): return
+    try:
+        parameters = notebook_parameters(find_file(name) or "")
+    except (RunError, ParameterError):
+        return
     for name, parameter in parameters.items():
         kind = "|".join(t for t in parameter.types if t != "None")
         known = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"metavar": kind.upper()}
         default = "" if parameter.default in (None, "") else f" (default: {parameter.default})"
-        flag = p.add_argument(f"--{name.replace('_', '-')}", dest=f"parameter {name}", default=argparse.SUPPRESS, help=visible(f"{parameter.help}{default}").replace("%", "%%"), **known)
+        flag = p.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"parameter {name}",
+            default=argparse.SUPPRESS,
+            help=visible(f"{parameter.help}{default}").replace("%", "%%"),
+            **known,
+        )
         p.get_default("flags").extend(flag.option_strings)
 
 
 def notebook_call(args, name):
-    "`(path, parameters)` of the notebook `name` for the flags in `args`. Raises CommandError where it is not there."
+    """`(path, parameters)` of the notebook `name` for the flags in `args`. Raises CommandError where it is
+    not there."""
     notebook = find_file(name)
-    if notebook is None: raise CommandError(f"{name} is neither here nor in the project: call it in the project's folder, or give the notebook to papermill")
-    return notebook, {name.removeprefix("parameter "): value for name, value in vars(args).items() if name.startswith("parameter ")}
+    if notebook is None:
+        raise CommandError(
+            f"{name} is neither here nor in the project: call it in the project's folder, or give the "
+            "notebook to papermill"
+        )
+    return notebook, {
+        name.removeprefix("parameter "): value
+        for name, value in vars(args).items()
+        if name.startswith("parameter ")
+    }
 
 
 def add_train(commands):
     "Adds the arguments of `cbnb train`: a flag a parameter of nbs/train.ipynb."
-    p = commands.add_parser("train", help="one run of nbs/train.ipynb", allow_abbrev=False, description="Train a circuit breaker: papermill runs nbs/train.ipynb with "
-                            "these parameters. What is left out has the notebook's value, or else the preset's.",
-                            epilog="exit status of papermill: 0 when the run is done; 2: a value is not in order, nothing was started; 130: interrupted, with a checkpoint")
+    p = commands.add_parser(
+        "train",
+        help="one run of nbs/train.ipynb",
+        allow_abbrev=False,
+        description="Train a circuit breaker: papermill runs nbs/train.ipynb with "
+        "these parameters. What is left out has the notebook's value, or else the preset's.",
+        epilog="exit status of papermill: 0 when the run is done; 2: a value is not in order, nothing was "
+        "started; 130: interrupted, with a checkpoint",
+    )
     add_notebook_flags(p, "nbs/train.ipynb")
     p.set_defaults(run=run_train)
 
@@ -339,21 +607,38 @@ def add_train(commands):
 def run_train(args):
     "Carries out `cbnb train`: papermill's own output, then the run directory and what the run measured."
     from cbnb.sweep.jobs import train
-    if world_size() > 1: raise CommandError("cbnb train starts one process: let torchrun or srun start papermill itself, once a process (nbs/howto/model.md, slurm/05_train_multi.sbatch)")
+
+    if world_size() > 1:
+        raise CommandError(
+            "cbnb train starts one process: let torchrun or srun start papermill itself, once a process "
+            "(nbs/howto/model.md, slurm/05_train_multi.sbatch)"
+        )
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     path, status = train(notebook, given)
     if (path / "result.json").exists():
         from cbnb.report.figures import alarm_lines, figure_lines
-        say(*figure_lines(path), *(f"ALARM {line}" for line in alarm_lines(read_record(path / "result.json").get("alarms"))))
+
+        say(
+            *figure_lines(path),
+            *(f"ALARM {line}" for line in alarm_lines(read_record(path / "result.json").get("alarms"))),
+        )
     say(f"run directory: {path}")
     return status
 
 # %% ../nbs/cli.ipynb #pfl00002
 def add_preflight(commands):
-    "Adds the arguments of `cbnb preflight`: a flag a parameter of nbs/preflight.ipynb, which are those of `cbnb train` and the probe's length."
-    p = commands.add_parser("preflight", help="the review of a run before it is started", allow_abbrev=False, description="Look whether a run can work, on its own "
-                            "model, data and parameters: papermill runs nbs/preflight.ipynb with them. The flags are those of cbnb train.",
-                            epilog="status 0: no check has failed; 1: the run is refused, preflight.json says why; 2: a value is not in order, nothing was looked at")
+    """Adds the arguments of `cbnb preflight`: a flag a parameter of nbs/preflight.ipynb, which are those of
+    `cbnb train` and the probe's length."""
+    p = commands.add_parser(
+        "preflight",
+        help="the review of a run before it is started",
+        allow_abbrev=False,
+        description="Look whether a run can work, on its own "
+        "model, data and parameters: papermill runs nbs/preflight.ipynb with them. The flags are those of "
+        "cbnb train.",
+        epilog="status 0: no check has failed; 1: the run is refused, preflight.json says why; 2: a value "
+        "is not in order, nothing was looked at",
+    )
     add_notebook_flags(p, "nbs/preflight.ipynb")
     p.set_defaults(run=run_preflight)
 
@@ -361,59 +646,101 @@ def add_preflight(commands):
 def run_preflight(args):
     "Carries out `cbnb preflight`: papermill's own output, then the verdicts and where they are kept."
     from cbnb.sweep.jobs import preflight
+
     path, status = preflight(*notebook_call(args, "nbs/preflight.ipynb"))
     if record := read_record(path / "preflight.json"):
         from cbnb.preflight.checks import summary_text
+
         say(*summary_text(record).split("\n"))
-        if refused := refusal(record): say(f"cbnb preflight: {sentence(refused)}", file=sys.stderr)
+        if refused := refusal(record):
+            say(f"cbnb preflight: {sentence(refused)}", file=sys.stderr)
     say(f"the page: {path / 'preflight.ipynb'}")
     return status
 
 # %% ../nbs/cli.ipynb #4b0fc5a3
 def add_evaluate(commands):
-    "Adds the arguments of `cbnb evaluate`: one or two adapters, and a flag a parameter of nbs/evaluate.ipynb."
-    p = commands.add_parser("evaluate", help="an adapter on held-out files, without training", allow_abbrev=False,
-                            description="Evaluate one adapter, or two beside each other: papermill runs nbs/evaluate.ipynb. A finished run's "
-                            "directory gives that run's figures again. Every answer is kept; the same --run-dir goes on with an "
-                            "evaluation that was interrupted.",
-                            epilog="exit status of papermill: 0 when all is evaluated; 2: a value is not in order, nothing was started")
-    p.add_argument("adapters", metavar="ADAPTER", nargs="*", help="a run's directory, an adapter's folder, a hub id, or none: the model as it is")
-    p.add_argument("--rescore", action="store_true",
-                   help="generate nothing: read and score the answers kept in the run directory ADAPTER anew, and write its result.json")
+    """Adds the arguments of `cbnb evaluate`: one or two adapters, and a flag a parameter of
+    nbs/evaluate.ipynb."""
+    p = commands.add_parser(
+        "evaluate",
+        help="an adapter on held-out files, without training",
+        allow_abbrev=False,
+        description="Evaluate one adapter, or two beside each other: papermill runs nbs/evaluate.ipynb. A "
+        "finished run's "
+        "directory gives that run's figures again. Every answer is kept; the same --run-dir goes on with an "
+        "evaluation that was interrupted.",
+        epilog="exit status of papermill: 0 when all is evaluated; 2: a value is not in order, nothing was "
+        "started",
+    )
+    p.add_argument(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="*",
+        help="a run's directory, an adapter's folder, a hub id, or none: the model as it is",
+    )
+    p.add_argument(
+        "--rescore",
+        action="store_true",
+        help="generate nothing: read and score the answers kept in the run directory ADAPTER anew, and "
+        "write its result.json",
+    )
     add_notebook_flags(p, "nbs/evaluate.ipynb")
     p.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(args):
     "Carries out `cbnb evaluate`: papermill's own output, then the figures and where they are kept."
-    from cbnb.sweep.jobs import train
     from cbnb.report.figures import figure_lines
+    from cbnb.sweep.jobs import train
+
     notebook, given = notebook_call(args, "nbs/evaluate.ipynb")
-    if len(args.adapters) > 2: raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
+    if len(args.adapters) > 2:
+        raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
     if args.rescore:
         from cbnb.evaluate.adapters import rescore
+
         if len(args.adapters) != 1 or given.keys() - {"trust_remote_code"}:
             raise CommandError("--rescore wants one run directory and nothing else")
         rescore(args.adapters[0], **given)
         path, status = Path(args.adapters[0]), 0
     else:
-        from cbnb.sweep.spec import complete
         from cbnb.evaluate.adapters import checked
-        given = {"eval_data": ""} | given | dict(zip(("adapter", "second_adapter"), args.adapters))  # an adapter is named: its run's, or files
-        try: checked(complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1])
-        except ValueError as e: raise CommandError(str(e)) from None   # an adapter that is none
+        from cbnb.sweep.spec import complete
+
+        # an adapter is named: its run's, or files
+        given = {"eval_data": ""} | given | dict(zip(("adapter", "second_adapter"), args.adapters))
+        try:
+            checked(
+                complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1]
+            )
+        except ValueError as e:
+            raise CommandError(str(e)) from None  # an adapter that is none
         path, status = train(notebook, given)
-    if figures := figure_lines(path): say(*figures)
+    if figures := figure_lines(path):
+        say(*figures)
     say(f"run directory: {path}")
     return status
 
 # %% ../nbs/cli.ipynb #plan0101
 def add_plan(commands):
     "Adds the arguments of `cbnb plan`: those of `cbnb train`, and the number of GPUs."
-    p = commands.add_parser("plan", help="will it fit, and how long is a step", description="Memory and time of a step, by part, from the model's configuration alone: "
-                            "no weights, no GPU. The flags are those of cbnb train.", epilog="status 2: a value is not in order, or the model's configuration is not there")
-    p.add_argument("--gpus", type=positive, default=1, metavar="N", help="processes, a GPU each (default: %(default)s)")
-    p.add_argument("--target-share", type=float, default=0.5, metavar="X", help="share of a row's tokens that are targets (default: %(default)s)")
+    p = commands.add_parser(
+        "plan",
+        help="will it fit, and how long is a step",
+        description="Memory and time of a step, by part, from the model's configuration alone: "
+        "no weights, no GPU. The flags are those of cbnb train.",
+        epilog="status 2: a value is not in order, or the model's configuration is not there",
+    )
+    p.add_argument(
+        "--gpus", type=positive, default=1, metavar="N", help="processes, a GPU each (default: %(default)s)"
+    )
+    p.add_argument(
+        "--target-share",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="share of a row's tokens that are targets (default: %(default)s)",
+    )
     add_notebook_flags(p, "nbs/train.ipynb")
     p.set_defaults(run=run_plan)
 
@@ -423,51 +750,90 @@ NOT_PLANNED = {*RUN_ONLY, "seed"} - {"preset", "teacher", "trust_remote_code", "
 
 def run_plan(args):
     "Carries out `cbnb plan`."
+    from cbnb.run.settings import check_processes, run_settings
     from cbnb.sweep.spec import complete
-    from cbnb.run.settings import run_settings
-    from cbnb.run.settings import check_processes
+
     notebook, given = notebook_call(args, "nbs/train.ipynb")
     values, whole = complete(given, notebook_parameters(notebook))
-    if whole.get("teacher"): raise CommandError("a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan")
-    if not 0 < args.target_share <= 1: raise CommandError(f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given")
+    if whole.get("teacher"):
+        raise CommandError(
+            "a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan"
+        )
+    if not 0 < args.target_share <= 1:
+        raise CommandError(
+            f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given"
+        )
     config, told = run_settings(whole)
-    if unread := [name for name in given if name in NOT_PLANNED]: told = [*told, f"{', '.join(unread)} changes nothing in a plan, which looks at no data and no template"]
+    if unread := [name for name in given if name in NOT_PLANNED]:
+        told = [
+            *told,
+            f"{', '.join(unread)} changes nothing in a plan, which looks at no data and no template",
+        ]
     check_processes(config, values.get("fsdp", False), args.gpus)
-    for line in told: say(f"note: {line}")
+    for line in told:
+        say(f"note: {line}")
     from cbnb.preflight.plan import plan_lines  # seconds: torch
-    lines = plan_lines(config, args.gpus, values.get("fsdp", False), args.target_share, whole["trust_remote_code"])
-    for line in lines: say(line)
+
+    lines = plan_lines(
+        config, args.gpus, values.get("fsdp", False), args.target_share, whole["trust_remote_code"]
+    )
+    for line in lines:
+        say(line)
     return 0
 
 # %% ../nbs/cli.ipynb #fet00002
 def add_fetch(commands):
     "Adds the arguments of `cbnb fetch`."
-    p = commands.add_parser("fetch", help="a model into the cache, for machines without a network",
-                            description="Download what training loads of a model (no pickled files), for compute nodes that see no network. Prints its path.",
-                            epilog="status 2: it cannot be fetched")
+    p = commands.add_parser(
+        "fetch",
+        help="a model into the cache, for machines without a network",
+        description="Download what training loads of a model (no pickled files), for compute nodes that see "
+        "no network. Prints its path.",
+        epilog="status 2: it cannot be fetched",
+    )
     p.add_argument("model", metavar="MODEL", help="hub id such as meta-llama/Llama-3.1-8B-Instruct")
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
-    p.add_argument("--cache", metavar="DIR", help="the hub's cache, on a disk that the compute nodes see (default: HF_HUB_CACHE)")
+    p.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="the hub's cache, on a disk that the compute nodes see (default: HF_HUB_CACHE)",
+    )
     p.set_defaults(run=run_fetch)
 
 
 def run_fetch(args):
     "Carries out `cbnb fetch`."
     from cbnb.sweep.fetch import FetchError, fetch
-    try: path = fetch(args.model, args.revision, args.cache)
-    except FetchError as e: raise CommandError(str(e)) from None
-    cache = path.parents[2]   # <cache>/models--org--name/snapshots/<commit>
-    say(f"For compute nodes without a network, in slurm/site.env: export HF_HUB_CACHE={shlex.quote(str(cache))} HF_HUB_OFFLINE=1", file=sys.stderr)
+
+    try:
+        path = fetch(args.model, args.revision, args.cache)
+    except FetchError as e:
+        raise CommandError(str(e)) from None
+    cache = path.parents[2]  # <cache>/models--org--name/snapshots/<commit>
+    say(
+        "For compute nodes without a network, in slurm/site.env: export "
+        f"HF_HUB_CACHE={shlex.quote(str(cache))} HF_HUB_OFFLINE=1",
+        file=sys.stderr,
+    )
     say(path)
     return 0
 
 # %% ../nbs/cli.ipynb #rep00002
 def add_report(commands):
     "Adds the arguments of `cbnb report`."
-    p = commands.add_parser("report", help="verdicts, advice and figures of a sweep", description="Write the report of a sweep: one page that opens offline, "
-                            "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed.",
-                            epilog="status 2: there is no run in the folders, or nothing can be written")
-    p.add_argument("folders", metavar="SWEEP", nargs="+", help="the folder of a sweep, any folder of run directories, or run directories")
+    p = commands.add_parser(
+        "report",
+        help="verdicts, advice and figures of a sweep",
+        description="Write the report of a sweep: one page that opens offline, "
+        "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed.",
+        epilog="status 2: there is no run in the folders, or nothing can be written",
+    )
+    p.add_argument(
+        "folders",
+        metavar="SWEEP",
+        nargs="+",
+        help="the folder of a sweep, any folder of run directories, or run directories",
+    )
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: report/ in the first SWEEP)")
     p.set_defaults(run=run_report)
 
@@ -477,6 +843,7 @@ def run_report(args):
     from cbnb.report.sweep import write_sweep
     from cbnb.report.verdicts import read_sweep
     from cbnb.widgets.sweep import judged
+
     sweep = read_sweep(args.folders)
     files = write_sweep(sweep, args.out or Path(args.folders[0]) / "report")
     say(*judged(sweep).split("\n"), "", f"report: {files[-1]}")
@@ -484,30 +851,52 @@ def run_report(args):
 
 # %% ../nbs/cli.ipynb #f47e2396
 def refuse(program, words, message):
-    "Says on stderr what is wrong with the `words` of a command line, argparse's `message`, as one sentence, and ends the process with status 2."
-    say(f"{program}: {sentence(scrub(message), words)}; {program} --help tells what there is", file=sys.stderr)
+    """Says on stderr what is wrong with the `words` of a command line, argparse's `message`, as one sentence,
+    and ends the process with status 2."""
+    say(
+        f"{program}: {sentence(scrub(message), words)}; {program} --help tells what there is", file=sys.stderr
+    )
     sys.exit(2)
 
 
 def parser(words=()):
     "The parser of all commands. What it refuses of the `words` that it is to parse it says by `refuse`."
-    p = argparse.ArgumentParser(prog="cbnb", description="Circuit breakers for fine-tuning language-model agents.")
+    p = argparse.ArgumentParser(
+        prog="cbnb", description="Circuit breakers for fine-tuning language-model agents."
+    )
     p.add_argument("--version", action="version", version=f"cbnb {cbnb.__version__}")
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for add in (add_masks, add_spans, add_convert, add_plan, add_preflight, add_train, add_evaluate, add_ablate,
-                add_status, add_report, add_fetch): add(commands)
-    for each in (p, *commands.choices.values()): each.error = partial(refuse, each.prog, words)
+    for add in (
+        add_masks,
+        add_spans,
+        add_convert,
+        add_plan,
+        add_preflight,
+        add_train,
+        add_evaluate,
+        add_ablate,
+        add_status,
+        add_report,
+        add_fetch,
+    ):
+        add(commands)
+    for each in (p, *commands.choices.values()):
+        each.error = partial(refuse, each.prog, words)
     return p
 
 
-REFUSALS = (CommandError, RunError, ValueError, OSError)   # ValueError: what cbnb refuses, ConfigError and MaskError among it
+# ValueError: what cbnb refuses, ConfigError and MaskError among it
+REFUSALS = (CommandError, RunError, ValueError, OSError)
 
 
 def carried_out(args):
-    "The exit status of the command that was read as `args` (a Namespace). A full disk is told by the file's name and its room; without a name it is the output's."
-    try: return args.run(args)
+    """The exit status of the command that was read as `args` (a Namespace). A full disk is told by the file's
+    name and its room; without a name it is the output's."""
+    try:
+        return args.run(args)
     except OSError as e:
-        if is_full_disk(e) and e.filename: raise CommandError(full_disk_words(Path.cwd(), e)) from None
+        if is_full_disk(e) and e.filename:
+            raise CommandError(full_disk_words(Path.cwd(), e)) from None
         raise
 
 
@@ -515,16 +904,22 @@ def carry_out(words):
     "The exit status of the command line `words`."
     args, unknown = parser(words).parse_known_args(words)
     flags, name = getattr(args, "flags", ()), f"cbnb {args.command}"
-    if unknown and flags != []:   # without any the command itself says why
-        refuse(name, words, f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}")
+    if unknown and flags != []:  # without any the command itself says why
+        refuse(
+            name,
+            words,
+            f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}",
+        )
     return ended(partial(carried_out, args), name, REFUSALS, words)
 
 
 def main(argv=None):
-    """Runs the command in `argv` (default: the program's arguments) and returns its exit status, see `cbnb.basics.terminal.ended`: what is wrong with the input is one
-    sentence on stderr and status 2, with which the process ends where the words themselves are wrong."""
-    safe_output()   # before --help and argparse's own words
+    """Runs the command in `argv` (default: the program's arguments) and returns its exit status, see
+    `cbnb.basics.terminal.ended`: what is wrong with the input is one sentence on stderr and status 2, with
+    which the process ends where the words themselves are wrong."""
+    safe_output()  # before --help and argparse's own words
     return ended(partial(carry_out, sys.argv[1:] if argv is None else argv), "cbnb", REFUSALS)
 
 # %% ../nbs/cli.ipynb #11ca336e
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

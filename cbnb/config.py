@@ -16,40 +16,48 @@ import sys
 import typing
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
 
-from .masking.policies import NEED_INJECTION, TRAINABLE
 from .basics.terminal import error_text
+from .masking.policies import NEED_INJECTION, TRAINABLE
 from .transcripts.record import nearest
 
 # %% ../nbs/config.ipynb #e9da856d
 class ConfigError(ValueError):
-    "A setting that is unknown, of the wrong type or out of range; the message is one sentence that says what is allowed."
+    """A setting that is unknown, of the wrong type or out of range; the message is one sentence that says
+    what is allowed."""
+
     __str__ = error_text
 
 # %% ../nbs/config.ipynb #0896eeca
 def type_name(wanted):
     """How a message calls a field's type: `int`, `float`, `tuple of int`, …"""
     args = [a for a in typing.get_args(wanted) if a is not Ellipsis]
-    if not args: return wanted.__name__
+    if not args:
+        return wanted.__name__
     return f"tuple of {'two ' if typing.get_args(wanted)[-1] is not Ellipsis else ''}{args[0].__name__}"
 
 # %% ../nbs/config.ipynb #444c8d65
 def wrong_type(name, wanted, value):
-    """The `ConfigError` for a value of the wrong type: names the field, the wanted type and what was given."""
+    """The `ConfigError` for a value of the wrong type: names the field, the wanted type and what was given."""  # noqa: E501
     return ConfigError(f"{name} wants {type_name(wanted)}, but {value!r} ({type(value).__name__}) was given")
 
 # %% ../nbs/config.ipynb #78955d8e
 def to_scalar(name, wanted, value):
-    """`value` as `wanted` (bool, int, float or str). An int is a float too; a bool is never a number; a string is never parsed.
+    """`value` as `wanted` (bool, int, float or str). An int is a float too; a bool is never a number; a
+    string is never parsed.
 
     Raises `ConfigError` for any other type, an empty string, NaN and infinity."""
-    if wanted is bool and isinstance(value, bool): return value
-    if wanted is str and isinstance(value, str) and value.strip(): return value
-    if isinstance(value, bool): raise wrong_type(name, wanted, value)
-    if wanted is int and isinstance(value, Integral): return int(value)
+    if wanted is bool and isinstance(value, bool):
+        return value
+    if wanted is str and isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, bool):
+        raise wrong_type(name, wanted, value)
+    if wanted is int and isinstance(value, Integral):
+        return int(value)
     if wanted is float and isinstance(value, Real):
-        if abs(value) <= sys.float_info.max: return float(value)  # false for NaN too
+        if abs(value) <= sys.float_info.max:
+            return float(value)  # false for NaN too
         raise ConfigError(f"{name} wants a finite number, but {value!r} was given")
     raise wrong_type(name, wanted, value)
 
@@ -62,53 +70,87 @@ def to_tuple(name, wanted, value):
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
         if item is int:
-            if not all(part.isascii() and part.isdigit() for part in value): raise wrong_type(name, wanted, ",".join(value))
+            if not all(part.isascii() and part.isdigit() for part in value):
+                raise wrong_type(name, wanted, ",".join(value))
             value = [int(part) for part in value]
-    elif not isinstance(value, (list, tuple)): value = [value]
+    elif not isinstance(value, (list, tuple)):
+        value = [value]
     items = tuple(to_scalar(name, item, v) for v in value)
     pair = typing.get_args(wanted)[-1] is not Ellipsis
     if not items or (pair and len(items) != 2):
-        raise ConfigError(f"{name} wants {'two numbers: first,last' if pair else 'at least one item'}, but {value!r} was given")
+        raise ConfigError(
+            f"{name} wants {'two numbers: first,last' if pair else 'at least one item'}, but {value!r} was "
+            "given"
+        )
     return items
 
 # %% ../nbs/config.ipynb #b2e00f72
 def setting(default, meaning, **limits):
-    """A dataclass field with its meaning and its limits: `at_least`, `above`, `at_most`, `below` (numbers) or `one_of` (names)."""
+    """A dataclass field with its meaning and its limits: `at_least`, `above`, `at_most`, `below` (numbers) or
+    `one_of` (names)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 # %% ../nbs/config.ipynb #2130f41d
 def allowed(limits):
     """The limits of a `setting` in words, for example `at least 0 and below 1`; empty without limits."""
-    words = [f"{k.replace('_', ' ')} {limits[k]}" for k in ("at_least", "above", "at_most", "below") if k in limits]
+    words = [
+        f"{k.replace('_', ' ')} {limits[k]}" for k in ("at_least", "above", "at_most", "below") if k in limits
+    ]
     return " and ".join(words) if words else ", ".join(limits.get("one_of", ()))
 
 # %% ../nbs/config.ipynb #0b8e19cb
 def check_limits(name, value, limits):
-    """Raises `ConfigError` when `value` (every item of a tuple) breaks `limits`; the message says the allowed range or the nearest name."""
-    tests = {"at_least": lambda v, x: v >= x, "above": lambda v, x: v > x, "at_most": lambda v, x: v <= x, "below": lambda v, x: v < x,
-             "one_of": lambda v, x: v in x}
+    """Raises `ConfigError` when `value` (every item of a tuple) breaks `limits`; the message says the allowed
+    range or the nearest name."""
+    tests = {
+        "at_least": lambda v, x: v >= x,
+        "above": lambda v, x: v > x,
+        "at_most": lambda v, x: v <= x,
+        "below": lambda v, x: v < x,
+        "one_of": lambda v, x: v in x,
+    }
     for v in value if isinstance(value, tuple) else (value,):
-        if all(test(v, limits[k]) for k, test in tests.items() if k in limits): continue
+        if all(test(v, limits[k]) for k, test in tests.items() if k in limits):
+            continue
         hint = nearest(v, limits["one_of"]) if "one_of" in limits else ""
-        raise ConfigError(f"{name} must be {'one of ' if 'one_of' in limits else ''}{allowed(limits)}, but {v!r} was given{hint}")
+        raise ConfigError(
+            f"{name} must be {'one of ' if 'one_of' in limits else ''}{allowed(limits)}, but {v!r} was "
+            f"given{hint}"
+        )
 
 # %% ../nbs/config.ipynb #a92f9dc7
 def check_decoding(max_new_tokens, temperature, samples):
-    """Raises `ConfigError` for an evaluation that cannot be meant: no new token, a temperature below 0, no sample, or
-    several greedy answers to one question, which are all alike."""
+    """Raises `ConfigError` for an evaluation that cannot be meant: no new token, a temperature below 0, no
+    sample, or several greedy answers to one question, which are all alike."""
     check_limits("max_new_tokens", max_new_tokens, {"at_least": 1})
     check_limits("temperature", temperature, {"at_least": 0})
     check_limits("samples", samples, {"at_least": 1})
     if samples > 1 and not temperature:
-        raise ConfigError(f"samples is {samples}, but greedy answers to one question are all alike: "
-                          "give a temperature above 0, or samples 1")
+        raise ConfigError(
+            f"samples is {samples}, but greedy answers to one question are all alike: "
+            "give a temperature above 0, or samples 1"
+        )
 
 # %% ../nbs/config.ipynb #8f05adef
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # %% ../nbs/config.ipynb #track002
-TRACKERS = ("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune", "swanlab",
-            "tensorboard", "trackio", "wandb")
+TRACKERS = (
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
 
 # %% ../nbs/config.ipynb #savings1
 SAVINGS = ("early_exit", "shared_prefix", "fused_kl", "buckets")
@@ -119,59 +161,119 @@ OBJECTIVES = {"rr": "cbnb.step.objectives:rr", "rr_kl": "cbnb.step.objectives:rr
 # %% ../nbs/config.ipynb #0c4db2f6
 @dataclass(frozen=True)
 class CircuitBreakerConfig:
-    """Every setting of a run. The defaults are the preset `base`; `field.metadata` holds the meaning and the limits of each.
+    """Every setting of a run. The defaults are the preset `base`; `field.metadata` holds the meaning and the
+    limits of each.
 
-    Layers are numbered by the block whose *output* is meant, from 0. Any construction, `dataclasses.replace` too, converts and
-    checks all fields and raises `ConfigError`."""
+    Layers are numbered by the block whose *output* is meant, from 0. Any construction, `dataclasses.replace`
+    too, converts and checks all fields and raises `ConfigError`."""
+
     model: str = setting("meta-llama/Llama-4-Scout-17B-16E-Instruct", "hub id, local folder, or tinyagent")
-    target_layers: tuple[int, ...] = setting((12, 24, 36), "blocks whose output is rerouted and retained", at_least=0)
-    lora_layers: tuple[int, int] = setting((0, 24), "first and last block with LoRA, both included", at_least=0)
+    target_layers: tuple[int, ...] = setting(
+        (12, 24, 36), "blocks whose output is rerouted and retained", at_least=0
+    )
+    lora_layers: tuple[int, int] = setting(
+        (0, 24), "first and last block with LoRA, both included", at_least=0
+    )
     lora_r: int = setting(16, "LoRA rank", at_least=1)
     lora_alpha: int = setting(32, "LoRA scale is lora_alpha / lora_r", at_least=1)
-    lora_dropout: float = setting(0.05, "dropout before the LoRA branch, in training only", at_least=0, below=1)
+    lora_dropout: float = setting(
+        0.05, "dropout before the LoRA branch, in training only", at_least=0, below=1
+    )
     lora_modules: tuple[str, ...] = setting(LINEARS, "linears that get LoRA")
     alpha_max: float = setting(10.0, "height of the coefficient schedule", above=0)
     alpha_decay_multiplier: float = setting(1.0, "the schedule ends at this multiple of total_steps", above=0)
-    schedule: str = setting("dual", "how c_s falls and c_r rises", one_of=("dual", "dual_cosine", "single_alpha"))
+    schedule: str = setting(
+        "dual", "how c_s falls and c_r rises", one_of=("dual", "dual_cosine", "single_alpha")
+    )
     objective: str = setting("rr", "rr, rr_kl (the KL in the place of the L2 retain term), or module:name")
     retain_weight: float = setting(1.0, "weight of the L2 retain term", at_least=0)
-    retain_layers: str = setting("targets", "blocks of the L2 retain term: the target layers, or all", one_of=("targets", "all"))
+    retain_layers: str = setting(
+        "targets", "blocks of the L2 retain term: the target layers, or all", one_of=("targets", "all")
+    )
     retain_relative: bool = setting(False, "divide the L2 retain distance by the teacher's norm")
     beta_kl: float = setting(0.3, "weight of the KL term", at_least=0)
-    kl_temperature: float = setting(1.0, "softmax temperature T of the KL term, which is scaled by T²", above=0)
+    kl_temperature: float = setting(
+        1.0, "softmax temperature T of the KL term, which is scaled by T²", above=0
+    )
     learning_rate: float = setting(2e-5, "peak learning rate of AdamW", above=0)
-    lr_schedule: str = setting("linear", "learning rate after the warm-up", one_of=("linear", "cosine", "constant_with_warmup"))
+    lr_schedule: str = setting(
+        "linear", "learning rate after the warm-up", one_of=("linear", "cosine", "constant_with_warmup")
+    )
     warmup_steps: int = setting(20, "optimizer steps of linear warm-up", at_least=0)
     weight_decay: float = setting(0.01, "AdamW weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", above=0)
     total_steps: int = setting(300, "optimizer steps", at_least=1)
-    batch_size: int = setting(16, "rows of each kind a micro-batch: batch_size harmful plus batch_size benign", at_least=1)
+    batch_size: int = setting(
+        16, "rows of each kind a micro-batch: batch_size harmful plus batch_size benign", at_least=1
+    )
     gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", at_least=1)
     max_length: int = setting(2048, "tokens a row, truncated beyond", at_least=2)
-    truncation: str = setting("targets", "where a too long row is cut: after and before its targets, or at one side", one_of=("targets", "left", "right"))
-    lost_context: str = setting("drop", "a row of which truncation cuts off the user's request or the injected message: drop or keep it",
-                                one_of=("drop", "keep"))
-    split_turns: bool = setting(False, "one sample a turn, as it was when it was written: for templates that rewrite earlier turns")
+    truncation: str = setting(
+        "targets",
+        "where a too long row is cut: after and before its targets, or at one side",
+        one_of=("targets", "left", "right"),
+    )
+    lost_context: str = setting(
+        "drop",
+        "a row of which truncation cuts off the user's request or the injected message: drop or keep it",
+        one_of=("drop", "keep"),
+    )
+    split_turns: bool = setting(
+        False, "one sample a turn, as it was when it was written: for templates that rewrite earlier turns"
+    )
     dtype: str = setting("bfloat16", "dtype of the frozen weights", one_of=("bfloat16", "float32"))
-    quantize: str = setting("none", "linear weights in 4 bits (NF4, bitsandbytes), or none", one_of=("none", "4bit"))
+    quantize: str = setting(
+        "none", "linear weights in 4 bits (NF4, bitsandbytes), or none", one_of=("none", "4bit")
+    )
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass to save memory")
-    hidden_state_mode: str = setting("hidden_states", "how block outputs are read", one_of=("hidden_states", "hooks"))
+    hidden_state_mode: str = setting(
+        "hidden_states", "how block outputs are read", one_of=("hidden_states", "hooks")
+    )
     benign_policy: str = setting("assistant_only", "which tokens of benign rows count", one_of=TRAINABLE)
-    harmful_policy: str = setting("post_injection_only", "which tokens of harmful rows count", one_of=TRAINABLE)
-    max_without_injection: float = setting(0.1, "pre-flight fails where a larger share of harmful transcripts has no injection that "
-                                           "harmful_policy asks for", at_least=0, at_most=1)
+    harmful_policy: str = setting(
+        "post_injection_only", "which tokens of harmful rows count", one_of=TRAINABLE
+    )
+    max_without_injection: float = setting(
+        0.1,
+        "pre-flight fails where a larger share of harmful transcripts has no injection that "
+        "harmful_policy asks for",
+        at_least=0,
+        at_most=1,
+    )
     seed: int = setting(0, "seed of data order, dropout and LoRA's initial weights", at_least=0, below=2**32)
     logging_steps: int = setting(5, "optimizer steps between two log lines", at_least=1)
-    save_steps: int = setting(50, "optimizer steps between two checkpoints; 0: only on a stop and at the end", at_least=0)
-    diagnose_steps: int = setting(25, "optimizer steps between two gradient diagnoses by term; 0: never", at_least=0)
-    savings: tuple[str, ...] = setting(SAVINGS, "what a step leaves out without changing its result, or none", one_of=("none", *SAVINGS))
-    report_to: tuple[str, ...] = setting(("none",), "trackers that get the log too, separated by commas", one_of=("none", *TRACKERS))
+    save_steps: int = setting(
+        50, "optimizer steps between two checkpoints; 0: only on a stop and at the end", at_least=0
+    )
+    diagnose_steps: int = setting(
+        25, "optimizer steps between two gradient diagnoses by term; 0: never", at_least=0
+    )
+    savings: tuple[str, ...] = setting(
+        SAVINGS, "what a step leaves out without changing its result, or none", one_of=("none", *SAVINGS)
+    )
+    report_to: tuple[str, ...] = setting(
+        ("none",), "trackers that get the log too, separated by commas", one_of=("none", *TRACKERS)
+    )
     dead_level: float = setting(0.9, "loss_reroute above this sets off the alarm dead", above=0, at_most=1)
-    dead_after: float = setting(0.5, "share of total_steps from which on dead is looked for", at_least=0, at_most=1)
-    collapse_kl: float = setting(1.0, "loss_kl above this in nats a token, or at the end above a tenth of it, sets off the alarm collapsed", above=0)
-    collapse_for: float = setting(0.2, "share of total_steps for which loss_kl must stay above collapse_kl", above=0, at_most=1)
-    collapse_stops: bool = setting(False, "end the run, as failed, when it has collapsed; wrong for a control at beta_kl 0")
-    saturated_below: float = setting(1e-6, "a term's gradient norm below this share of the weighted term sets off the alarm saturated", at_least=0)
+    dead_after: float = setting(
+        0.5, "share of total_steps from which on dead is looked for", at_least=0, at_most=1
+    )
+    collapse_kl: float = setting(
+        1.0,
+        "loss_kl above this in nats a token, or at the end above a tenth of it, sets off the alarm collapsed",
+        above=0,
+    )
+    collapse_for: float = setting(
+        0.2, "share of total_steps for which loss_kl must stay above collapse_kl", above=0, at_most=1
+    )
+    collapse_stops: bool = setting(
+        False, "end the run, as failed, when it has collapsed; wrong for a control at beta_kl 0"
+    )
+    saturated_below: float = setting(
+        1e-6,
+        "a term's gradient norm below this share of the weighted term sets off the alarm saturated",
+        at_least=0,
+    )
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -187,60 +289,110 @@ class CircuitBreakerConfig:
 
 # %% ../nbs/config.ipynb #8807102a
 def check_layer_order(config):
-    """Raises `ConfigError` for a LoRA range that runs backwards, or a target layer before the first LoRA layer."""
+    """Raises `ConfigError` for a LoRA range that runs backwards, or a target layer before the first LoRA
+    layer."""
     first, last = config.lora_layers
-    if first > last: raise ConfigError(f"lora_layers wants first,last with first ≤ last, but {first},{last} was given")
+    if first > last:
+        raise ConfigError(f"lora_layers wants first,last with first ≤ last, but {first},{last} was given")
     if min(config.target_layers) < first:
-        raise ConfigError(f"target_layers must be at least {first}, the first LoRA layer (a block before it never changes), "
-                          f"but {min(config.target_layers)} was given")
+        raise ConfigError(
+            f"target_layers must be at least {first}, the first LoRA layer (a block before it never "
+            "changes), "
+            f"but {min(config.target_layers)} was given"
+        )
 
 # %% ../nbs/config.ipynb #695a650a
 def check_repeated(config):
-    """Raises `ConfigError` where a setting that lists things (layers, modules, savings, trackers) names one of them
-    twice; `lora_layers` is a range."""
+    """Raises `ConfigError` where a setting that lists things (layers, modules, savings, trackers) names one
+    of them twice; `lora_layers` is a range."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if not isinstance(value, tuple) or f.name == "lora_layers" or len(set(value)) == len(value): continue
-        raise ConfigError(f"{f.name} wants each of its values once, but {','.join(map(str, value))} was given")
+        if not isinstance(value, tuple) or f.name == "lora_layers" or len(set(value)) == len(value):
+            continue
+        raise ConfigError(
+            f"{f.name} wants each of its values once, but {','.join(map(str, value))} was given"
+        )
 
 # %% ../nbs/config.ipynb #2f9535c1
 def check_warmup(config):
-    """Raises `ConfigError` where the warm-up is not over before the last step: the learning rate would never be reached."""
+    """Raises `ConfigError` where the warm-up is not over before the last step: the learning rate would never
+    be reached."""
     if config.warmup_steps >= config.total_steps:
-        raise ConfigError(f"warmup_steps must be below total_steps, {config.total_steps}, but {config.warmup_steps} was given")
+        raise ConfigError(
+            f"warmup_steps must be below total_steps, {config.total_steps}, but {config.warmup_steps} was "
+            "given"
+        )
 
 # %% ../nbs/config.ipynb #29127979
 def check_policies(config):
     """Raises `ConfigError` where the KL term would be taken over whole benign sequences."""
     if config.beta_kl and config.benign_policy == "full_sequence":
-        raise ConfigError("benign_policy full_sequence takes the KL term over words that the model never generates (users', tools', headers); "
-                          "choose another benign_policy, or beta_kl 0 for the retain term alone")
+        raise ConfigError(
+            "benign_policy full_sequence takes the KL term over words that the model never generates "
+            "(users', tools', headers); "
+            "choose another benign_policy, or beta_kl 0 for the retain term alone"
+        )
 
 # %% ../nbs/config.ipynb #objctv01
 def check_objective(config):
-    """Raises `ConfigError` for an objective that is neither among `OBJECTIVES` nor written `module:name`, and where `rr_kl` has nothing that retains."""
+    """Raises `ConfigError` for an objective that is neither among `OBJECTIVES` nor written `module:name`, and
+    where `rr_kl` has nothing that retains."""
     if config.objective not in OBJECTIVES and ":" not in config.objective:
-        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, or module:name, but {config.objective!r} was given{nearest(config.objective, OBJECTIVES)}")
+        raise ConfigError(
+            f"objective must be one of {', '.join(OBJECTIVES)}, or module:name, but {config.objective!r} "
+            f"was given{nearest(config.objective, OBJECTIVES)}"
+        )
     if config.objective == "rr_kl" and not config.beta_kl:
-        raise ConfigError("objective rr_kl retains by the KL term alone, and beta_kl is 0: give a beta_kl above 0, or objective rr")
+        raise ConfigError(
+            "objective rr_kl retains by the KL term alone, and beta_kl is 0: give a beta_kl above 0, or "
+            "objective rr"
+        )
 
 # %% ../nbs/config.ipynb #3867308b
 def presets():
     """`{name: CircuitBreakerConfig}` of the shipped presets; each states only what differs from `base`."""
     base = CircuitBreakerConfig()
-    llama = dataclasses.replace(base, model="meta-llama/Meta-Llama-3-8B-Instruct", target_layers=(10, 20), lora_layers=(0, 20),
-                                learning_rate=5e-5, total_steps=150)
+    llama = dataclasses.replace(
+        base,
+        model="meta-llama/Meta-Llama-3-8B-Instruct",
+        target_layers=(10, 20),
+        lora_layers=(0, 20),
+        learning_rate=5e-5,
+        total_steps=150,
+    )
     return {
         "base": base,
         "llama-3-8b": llama,
         "llama-3.1-8b-instruct": dataclasses.replace(llama, model="meta-llama/Llama-3.1-8B-Instruct"),
         "mistral-7b": dataclasses.replace(llama, model="mistralai/Mistral-7B-Instruct-v0.3", alpha_max=5.0),
-        "llama-4-scout": dataclasses.replace(base, lora_layers=(0, 29), alpha_max=8.0, warmup_steps=30, batch_size=8,
-                                             gradient_accumulation_steps=2),
+        "llama-4-scout": dataclasses.replace(
+            base,
+            lora_layers=(0, 29),
+            alpha_max=8.0,
+            warmup_steps=30,
+            batch_size=8,
+            gradient_accumulation_steps=2,
+        ),
         "tinyagent": dataclasses.replace(
-            base, model="tinyagent", target_layers=(2,), lora_layers=(0, 3), lora_r=8, lora_alpha=16, alpha_decay_multiplier=1.25,
-            retain_weight=0.01, learning_rate=1e-3, lr_schedule="constant_with_warmup", warmup_steps=10, total_steps=200, batch_size=8,
-            max_length=512, dtype="float32", gradient_checkpointing=False, logging_steps=1, diagnose_steps=10),
+            base,
+            model="tinyagent",
+            target_layers=(2,),
+            lora_layers=(0, 3),
+            lora_r=8,
+            lora_alpha=16,
+            alpha_decay_multiplier=1.25,
+            retain_weight=0.01,
+            learning_rate=1e-3,
+            lr_schedule="constant_with_warmup",
+            warmup_steps=10,
+            total_steps=200,
+            batch_size=8,
+            max_length=512,
+            dtype="float32",
+            gradient_checkpointing=False,
+            logging_steps=1,
+            diagnose_steps=10,
+        ),
     }
 
 # %% ../nbs/config.ipynb #05bd9d03
@@ -251,126 +403,209 @@ INTERVALS = ("warmup_steps", "logging_steps", "save_steps", "diagnose_steps")
 
 
 def intervals(config, total_steps):
-    """`{name: steps}` of `INTERVALS` for a run of `total_steps`, at least 1: the share of it that they have of `config.total_steps`, rounded, and no more than
-    they are in `config`. One that is above 0 stays at least 1, but the warm-up ends before the last step; 0 stays 0."""
+    """`{name: steps}` of `INTERVALS` for a run of `total_steps`, at least 1: the share of it that they have
+    of `config.total_steps`, rounded, and no more than they are in `config`. One that is above 0 stays at
+    least 1, but the warm-up ends before the last step; 0 stays 0."""
     share = min(1, total_steps / config.total_steps)
-    found = {name: max(1, round(getattr(config, name) * share)) if getattr(config, name) else 0 for name in INTERVALS}
+    found = {
+        name: max(1, round(getattr(config, name) * share)) if getattr(config, name) else 0
+        for name in INTERVALS
+    }
     return found | {"warmup_steps": min(found["warmup_steps"], total_steps - 1)}
 
 # %% ../nbs/config.ipynb #idle0002
 IDLE = {
-    "retain_weight": (lambda c: c.objective == "rr_kl" and c.retain_weight, "objective rr_kl has no L2 retain term: leave it out, or give objective rr"),
-    "retain_layers": (lambda c: c.objective == "rr_kl", "objective rr_kl has no L2 retain term: leave it out, or give objective rr"),
-    "retain_relative": (lambda c: c.objective == "rr_kl", "objective rr_kl has no L2 retain term: leave it out, or give objective rr"),
-    "saturated_below": (lambda c: not c.diagnose_steps, "the alarm looks at gradients by term, and diagnose_steps 0 measures none: give diagnose_steps"),
-    "dead_after": (lambda c: c.dead_level == 1, "dead_level 1 switches the alarm off, since no cosine is above 1: give a lower dead_level"),
-    "collapse_stops": (lambda c: c.collapse_stops and c.collapse_for == 1, "with collapse_for 1 the run is over before it can be ended: give a lower collapse_for"),
-    "max_without_injection": (lambda c: c.harmful_policy not in NEED_INJECTION,
-                              "harmful_policy asks for no injection: leave it out, or give post_injection_only"),
-    "savings": (lambda c: "none" in c.savings and len(c.savings) > 1, "none stands beside others: give none alone, or the others"),
-    "report_to": (lambda c: "none" in c.report_to and len(c.report_to) > 1, "none stands beside others: give none alone, or the others"),
+    "retain_weight": (
+        lambda c: c.objective == "rr_kl" and c.retain_weight,
+        "objective rr_kl has no L2 retain term: leave it out, or give objective rr",
+    ),
+    "retain_layers": (
+        lambda c: c.objective == "rr_kl",
+        "objective rr_kl has no L2 retain term: leave it out, or give objective rr",
+    ),
+    "retain_relative": (
+        lambda c: c.objective == "rr_kl",
+        "objective rr_kl has no L2 retain term: leave it out, or give objective rr",
+    ),
+    "saturated_below": (
+        lambda c: not c.diagnose_steps,
+        "the alarm looks at gradients by term, and diagnose_steps 0 measures none: give diagnose_steps",
+    ),
+    "dead_after": (
+        lambda c: c.dead_level == 1,
+        "dead_level 1 switches the alarm off, since no cosine is above 1: give a lower dead_level",
+    ),
+    "collapse_stops": (
+        lambda c: c.collapse_stops and c.collapse_for == 1,
+        "with collapse_for 1 the run is over before it can be ended: give a lower collapse_for",
+    ),
+    "max_without_injection": (
+        lambda c: c.harmful_policy not in NEED_INJECTION,
+        "harmful_policy asks for no injection: leave it out, or give post_injection_only",
+    ),
+    "savings": (
+        lambda c: "none" in c.savings and len(c.savings) > 1,
+        "none stands beside others: give none alone, or the others",
+    ),
+    "report_to": (
+        lambda c: "none" in c.report_to and len(c.report_to) > 1,
+        "none stands beside others: give none alone, or the others",
+    ),
 }
 
 
 def check_idle(config, given):
-    """Raises `ConfigError` for a setting among the names `given` that changes nothing in a run of `config` (see `IDLE`); `objective`, which is at fault for some,
-    is never one."""
+    """Raises `ConfigError` for a setting among the names `given` that changes nothing in a run of `config`
+    (see `IDLE`); `objective`, which is at fault for some, is never one."""
     for name in given:
         idle, why = IDLE.get(name, (None, ""))
-        if idle and idle(config): raise ConfigError(f"{name} {shown(getattr(config, name))} would do nothing: {why}")
+        if idle and idle(config):
+            raise ConfigError(f"{name} {shown(getattr(config, name))} would do nothing: {why}")
 
 
 def of_no_weight(config, given):
-    "Sentences on the settings among the names `given` that are not reached in a run of `config`, or change what it measures and nothing that is trained."
+    """Sentences on the settings among the names `given` that are not reached in a run of `config`, or change
+    what it measures and nothing that is trained."""
     for name in ("logging_steps", "save_steps", "diagnose_steps"):
         if name in given and getattr(config, name) > config.total_steps:
             yield f"{name} {getattr(config, name)} is never reached: the run has {config.total_steps} steps"
     if not config.beta_kl and config.kl_temperature != 1 and "kl_temperature" in given:
-        yield f"kl_temperature {config.kl_temperature:g} changes the measured KL only: at beta_kl 0 it is not trained"
+        yield (
+            f"kl_temperature {config.kl_temperature:g} changes the measured KL only: at beta_kl 0 it is "
+            "not trained"
+        )
     if not config.retain_weight:
         for name in ("retain_layers", "retain_relative"):
-            if name in given: yield f"{name} {shown(getattr(config, name))} changes the measured retain distance only: retain_weight is 0"
+            if name in given:
+                yield (
+                    f"{name} {shown(getattr(config, name))} changes the measured retain distance only: "
+                    "retain_weight is 0"
+                )
 
 
 def shown(value):
     "A setting's value as a command line takes it."
-    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 # %% ../nbs/config.ipynb #c55a353a
 def get_config(preset, **overrides):
-    """The preset of that name with `overrides` put in; an override of None leaves the preset's value alone, and the `intervals` follow `total_steps`.
+    """The preset of that name with `overrides` put in; an override of None leaves the preset's value alone,
+    and the `intervals` follow `total_steps`.
 
-    Raises `ConfigError` for an unknown preset or field (with the nearest valid name), a wrong type (with the wanted type and what
-    was given), a value out of range (with the allowed range), and a value that would do nothing (`check_idle`)."""
+    Raises `ConfigError` for an unknown preset or field (with the nearest valid name), a wrong type (with the
+    wanted type and what was given), a value out of range (with the allowed range), and a value that would do
+    nothing (`check_idle`)."""
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; the presets are {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"unknown preset {preset!r}{nearest(preset, PRESETS)}; the presets are {', '.join(PRESETS)}"
+        )
     names = [f.name for f in dataclasses.fields(CircuitBreakerConfig)]
     for name in overrides:
-        if name not in names: raise ConfigError(f"unknown setting {name!r}{nearest(name, names) or '; known are ' + ', '.join(names)}")
+        if name not in names:
+            raise ConfigError(
+                f"unknown setting {name!r}{nearest(name, names) or '; known are ' + ', '.join(names)}"
+            )
     given = {k: v for k, v in overrides.items() if v is not None}
     steps = given.get("total_steps")
-    short = intervals(PRESETS[preset], steps) if isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1 else {}
+    short = (
+        intervals(PRESETS[preset], steps)
+        if isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
+        else {}
+    )
     config = dataclasses.replace(PRESETS[preset], **short | given)
     check_idle(config, given)
     return config
 
 # %% ../nbs/config.ipynb #2537e3d2
 def config_to_dict(config):
-    """`config` as a plain dict that JSON can hold (tuples become lists); `get_config("base", **config_to_dict(c)) == c`."""
+    """`config` as a plain dict that JSON can hold (tuples become lists); `get_config("base",
+    **config_to_dict(c)) == c`."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 # %% ../nbs/config.ipynb #048732df
 def layers_from_hidden_states(indices):
     """Block numbers for published `hidden_states` indices: index l is the output of block l − 1.
 
-    `indices`: an int, a list, a tuple or a comma string. Raises `ConfigError` for 0, which is the embedding, and below.
-    The *last* entry of `hidden_states` is taken after the final norm; the block's own output, which cbnb uses, is not normed."""
+    `indices`: an int, a list, a tuple or a comma string. Raises `ConfigError` for 0, which is the embedding,
+    and below. The *last* entry of `hidden_states` is taken after the final norm; the block's own output,
+    which cbnb uses, is not normed."""
     indices = to_tuple("hidden_states index", tuple[int, ...], indices)
     for i in indices:
         if i < 1:
-            raise ConfigError(f"hidden_states index must be at least 1 (0 is the embedding, which no block puts out), but {i} was given")
+            raise ConfigError(
+                "hidden_states index must be at least 1 (0 is the embedding, which no block puts out), but "
+                f"{i} was given"
+            )
     return tuple(i - 1 for i in indices)
 
 # %% ../nbs/config.ipynb #ed8bb7ec
 def check_layers(config, num_layers):
-    """Raises `ConfigError` when a target or LoRA layer lies beyond a model of `num_layers` blocks (it says the allowed range), and for the
-    last block as target in mode `hidden_states`."""
+    """Raises `ConfigError` when a target or LoRA layer lies beyond a model of `num_layers` blocks (it says
+    the allowed range), and for the last block as target in mode `hidden_states`."""
     for name in ("target_layers", "lora_layers"):
         check_limits(name, getattr(config, name), {"at_least": 0, "at_most": num_layers - 1})
     if config.hidden_state_mode == "hidden_states" and num_layers - 1 in config.target_layers:
-        raise ConfigError(f"target_layers {num_layers - 1} is the last block, whose hidden_states entry has the final norm applied; "
-                          "use hidden_state_mode='hooks' for it")
+        raise ConfigError(
+            f"target_layers {num_layers - 1} is the last block, whose hidden_states entry has the final "
+            "norm applied; "
+            "use hidden_state_mode='hooks' for it"
+        )
 
 # %% ../nbs/config.ipynb #60a9149e
 def check_cached(config, fsdp):
-    "Raises `ConfigError` where a `teacher_cache` cannot hold what the run asks of the teacher: every block's output, or weights in parts (`fsdp`)."
-    if fsdp: raise ConfigError("a teacher_cache is made and checked by one process at a time, and with fsdp none has all the weights: leave one of the two off.")
-    if config.retain_layers == "all": raise ConfigError("retain_layers all would put every block's output into the teacher_cache: leave one of the two off.")
+    """Raises `ConfigError` where a `teacher_cache` cannot hold what the run asks of the teacher: every
+    block's output, or weights in parts (`fsdp`)."""
+    if fsdp:
+        raise ConfigError(
+            "a teacher_cache is made and checked by one process at a time, and with fsdp none has all the "
+            "weights: leave one of the two off."
+        )
+    if config.retain_layers == "all":
+        raise ConfigError(
+            "retain_layers all would put every block's output into the teacher_cache: leave one of the two "
+            "off."
+        )
 
 # %% ../nbs/config.ipynb #share002
 def shares(config, processes):
-    """`(rows of each kind a micro-batch, micro-batches a step)` of each of `processes`, so that together they make the same steps as one would: `batch_size ·
-    gradient_accumulation_steps` rows, and no micro-batch of more than `batch_size`. Raises ConfigError where that cannot be."""
+    """`(rows of each kind a micro-batch, micro-batches a step)` of each of `processes`, so that together they
+    make the same steps as one would: `batch_size · gradient_accumulation_steps` rows, and no micro-batch of
+    more than `batch_size`. Raises ConfigError where that cannot be."""
     whole = config.batch_size * config.gradient_accumulation_steps
     if whole % processes:
-        raise ConfigError(f"batch_size {config.batch_size} times gradient_accumulation_steps {config.gradient_accumulation_steps} gives {whole} rows a step, which {processes} "
-                          "processes cannot share evenly; give a batch_size that they can")
+        raise ConfigError(
+            f"batch_size {config.batch_size} times gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps} gives {whole} rows a step, which {processes} "
+            "processes cannot share evenly; give a batch_size that they can"
+        )
     own = whole // processes
     return next((own // n, n) for n in range(1, own + 1) if own % n == 0 and own // n <= config.batch_size)
 
 # %% ../nbs/config.ipynb #93066153
 def coefficients(config, step, total_steps=None):
-    """`(c_s, c_r)`, two floats, at optimizer step `step` (0 is the first), with `p = step / (alpha_decay_multiplier · total_steps)`:
+    """`(c_s, c_r)`, two floats, at optimizer step `step` (0 is the first), with `p = step /
+    (alpha_decay_multiplier · total_steps)`:
 
     - `dual`: c_s = alpha_max·max(0, 1 − p), c_r = alpha_max·min(1, p);
-    - `dual_cosine`: the same with q = (1 − cos(π·min(1, p))) / 2 in the place of p: equal at p = 0, ½ and 1, flat at both ends;
+    - `dual_cosine`: the same with q = (1 − cos(π·min(1, p))) / 2 in the place of p: equal at p = 0, ½ and 1,
+    flat at both ends;
     - `single_alpha`: c_s as in `dual`, c_r = 1.
 
-    `total_steps` defaults to the config's. After Zou et al. 2024 (arXiv 2406.04313), whose schedule is `dual` with
-    300 fixed in the place of `alpha_decay_multiplier · total_steps`. Raises `ConfigError` for a negative step or total_steps < 1."""
+    `total_steps` defaults to the config's. After Zou et al. 2024 (arXiv 2406.04313), whose schedule is `dual`
+    with 300 fixed in the place of `alpha_decay_multiplier · total_steps`. Raises `ConfigError` for a negative
+    step or total_steps < 1."""
     total_steps = config.total_steps if total_steps is None else total_steps
     if step < 0 or total_steps < 1:
-        raise ConfigError(f"step must be at least 0 and total_steps at least 1, but {step} and {total_steps} were given")
+        raise ConfigError(
+            f"step must be at least 0 and total_steps at least 1, but {step} and {total_steps} were given"
+        )
     p = min(1.0, step / (config.alpha_decay_multiplier * total_steps))
-    if config.schedule == "dual_cosine": p = (1 - math.cos(math.pi * p)) / 2
+    if config.schedule == "dual_cosine":
+        p = (1 - math.cos(math.pi * p)) / 2
     return config.alpha_max * (1 - p), 1.0 if config.schedule == "single_alpha" else config.alpha_max * p

@@ -1,7 +1,16 @@
-"""What a user starts as a process of its own, in a process forked from this one, which has imported everything: the same code, files, exit status and
-printed lines, without the ten seconds in which torch, transformers and peft are imported. What a kernel, papermill or a shell does is tested where
-`papermill` and `run` are called."""
-import importlib, os, signal, subprocess, sys, tempfile, time, traceback
+"""What a user starts as a process of its own, in a process forked from this one, which has imported
+everything: the same code, files, exit status and printed lines, without the ten seconds in which torch,
+transformers and peft are imported. What a kernel, papermill or a shell does is tested where `papermill` and
+`run` are called."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 from helpers import BIN, NBS, ROOT, code_cells, environment
@@ -17,20 +26,27 @@ def begin(work, said, cwd, env):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number in (1, 2): os.dup2(said, number)
-        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "r" if n == 0 else "w", buffering=1) for n in range(3))
+        for number in (1, 2):
+            os.dup2(said, number)
+        sys.stdin, sys.stdout, sys.stderr = (
+            os.fdopen(os.dup(n), "r" if n == 0 else "w", buffering=1) for n in range(3)
+        )
         code = work() or 0
-    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
-    except BaseException: traceback.print_exc()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
 def started(work, cwd=ROOT, env=None):
-    "A forked process that runs `work()`, whose value is the exit status: its number, and the file of what it prints."
+    """A forked process that runs `work()`, whose value is the exit status: its number, and the file of what
+    it prints."""
     said = tempfile.TemporaryFile()
-    if (pid := os.fork()) == 0: begin(work, said.fileno(), cwd, dict(os.environ if env is None else env))
+    if (pid := os.fork()) == 0:
+        begin(work, said.fileno(), cwd, dict(os.environ if env is None else env))
     return pid, said
 
 
@@ -49,7 +65,8 @@ def ended(pid, said, timeout=600):
 
 
 def forked(work, cwd=ROOT, env=None, timeout=600):
-    "Runs `work()`, whose value is the exit status, in a forked process; returns the CompletedProcess with all that it printed in `.stdout`."
+    """Runs `work()`, whose value is the exit status, in a forked process; returns the CompletedProcess with
+    all that it printed in `.stdout`."""
     return ended(*started(work, cwd, env), timeout)
 
 
@@ -57,20 +74,25 @@ def imported(notebook):
     "Imports here what the notebook imports, once, so that no child has to."
     lines = (line.split() for cell in code_cells(notebook) for line in cell.source.splitlines())
     for words in lines:
-        if words[:1] in (["from"], ["import"]): importlib.import_module(words[1].rstrip(","))
+        if words[:1] in (["from"], ["import"]):
+            importlib.import_module(words[1].rstrip(","))
 
 
 def execute(notebook, parameters):
-    "Executes the code cells of `notebook` one after the other, with the `parameters` behind the cell that declares them."
+    """Executes the code cells of `notebook` one after the other, with the `parameters` behind the cell that
+    declares them."""
     namespace = {"__name__": "__main__"}
     for cell in code_cells(notebook):
         exec(compile(cell.source, Path(notebook).name, "exec"), namespace)
-        if "parameters" in cell.metadata.get("tags", ()): namespace |= parameters
+        if "parameters" in cell.metadata.get("tags", ()):
+            namespace |= parameters
 
 
 def cells(*arguments, cwd=ROOT, runs=None, notebook=NBS / "train.ipynb", timeout=900, **env):
-    "What `papermill NOTEBOOK -p …` executes, with papermill's own reading of the `-p NAME VALUE` arguments, the runs folder `runs` and further environment variables."
+    """What `papermill NOTEBOOK -p …` executes, with papermill's own reading of the `-p NAME VALUE` arguments,
+    the runs folder `runs` and further environment variables."""
     from papermill.cli import _resolve_type
+
     words = list(zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True))
     assert {word for word, *_ in words} <= {"-p"}, "only -p NAME VALUE"
     parameters = {name: _resolve_type(str(value)) for _, name, value in words}
@@ -83,4 +105,5 @@ def cells(*arguments, cwd=ROOT, runs=None, notebook=NBS / "train.ipynb", timeout
 def command(*arguments, runs, cwd=ROOT, timeout=600):
     "What `cbnb ARGUMENTS` does, with the runs folder `runs`."
     from cbnb.cli import main
+
     return forked(lambda: main([str(a) for a in arguments]), cwd, environment(runs), timeout)

@@ -1,12 +1,18 @@
-"""The pictures of README and site: `python tests/pictures.py` opens the run notebooks in a real JupyterLab, runs them, and writes nbs/pictures/*.png."""
-import sys, tempfile
+"""The pictures of README and site: `python tests/pictures.py` opens the run notebooks in a real JupyterLab,
+runs them, and writes nbs/pictures/*.png."""
+
+import sys
+import tempfile
 from pathlib import Path
 
 from helpers import NBS, copy_tree
 from lab.labharness import Lab
 
 SHOW = ".cb-strip [aria-label='what is shown']"
-HIDE = "() => { const app = window.jupyterapp; app.commands.execute('application:toggle-left-area'); app.commands.execute('statusbar:toggle') }"
+HIDE = (
+    "() => { const app = window.jupyterapp; app.commands.execute('application:toggle-left-area'); "
+    "app.commands.execute('statusbar:toggle') }"
+)
 
 
 def masks(page):
@@ -17,25 +23,36 @@ def masks(page):
 
 def kl(page):
     page.locator(".cb-view").first.focus()
-    for _ in range(3): page.keyboard.press("b")
+    for _ in range(3):
+        page.keyboard.press("b")
 
 
-def train(page): pass
+def train(page):
+    pass
 
 
 # notebook: (what is done in it, the output to show: the first that holds this)
-PICTURES = {"explore_masks": (masks, ".cb-strip"), "explore_kl": (kl, ".cb-strip"), "train": (train, ".jp-RenderedHTMLCommon:has-text('weighted')")}
+PICTURES = {
+    "explore_masks": (masks, ".cb-strip"),
+    "explore_kl": (kl, ".cb-strip"),
+    "train": (train, ".jp-RenderedHTMLCommon:has-text('weighted')"),
+}
 
 if __name__ == "__main__":
     (NBS / "pictures").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, Lab(copy_tree(Path(folder) / "cbnb") / "nbs", width=1300, height=1150) as lab:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(copy_tree(Path(folder) / "cbnb") / "nbs", width=1300, height=1150) as lab,
+    ):
         for name in sys.argv[1:] or PICTURES:
             act, what = PICTURES[name]
             nb = lab.open(f"{name}.ipynb")
             nb.run_all(timeout=900)
             nb.page.evaluate(HIDE)
             act(nb.page)
-            nb.page.locator(what).first.evaluate("e => e.closest('.jp-OutputArea').scrollIntoView({block: 'start'})")
+            nb.page.locator(what).first.evaluate(
+                "e => e.closest('.jp-OutputArea').scrollIntoView({block: 'start'})"
+            )
             nb.page.wait_for_timeout(1000)
             nb.shot(NBS / "pictures" / f"{name}.png")
             lab.assert_offline()

@@ -3,9 +3,12 @@
 All run in one browser, in turn, on the same tokens. A time is the median of three, from the start of the cell to the second frame after the
 view is there ("show"), and from the request to the kernel to the second frame with the new colours ("recolour"); "scroll" is the slowest of 40 frames while the view scrolls from top to bottom; "bytes" is what the
 saved notebook holds of the view. Nothing here asserts a time.
-"""
-import json, statistics, sys, tempfile
-from pathlib import Path
+"""  # noqa: E501
+
+import json
+import statistics
+import sys
+import tempfile
 
 import nbformat
 
@@ -49,20 +52,40 @@ def heat_map(mask, version):
     figure = go.Figure(go.Heatmap(z=z.reshape(rows, 64), text=text.reshape(rows, 64), hovertemplate="%{{text}}", showscale=False),
                        layout=dict(height=420, title=f"v{{version}}"))
     return {{"application/vnd.plotly.v1+json": json.loads(figure.to_json())}}
-"""
+"""  # noqa: E501
 WARM = """display(token_strip(message="warm")); display(ipywidgets.HTML("warm")); display(HTML(circuitsvis.tokens.colored_tokens(["a"], [1.0]).local_src))
-display({"application/vnd.plotly.v1+json": {"data": [], "layout": {}}}, raw=True)"""      # the first of its kind in a page loads its scripts
+display({"application/vnd.plotly.v1+json": {"data": [], "layout": {}}}, raw=True)"""  # the first of its kind in a page loads its scripts  # noqa: E501
 # name: (code that shows it, when it is there, code of the k-th recolouring, when that is done, what scrolls)
 PEERS = {
-    "cbnb": ("s = token_strip(encoded, None, (), masks={'mask': mask}); display(s)", "out.querySelectorAll('.cb-t.in').length > 50",
-             "s.masks = [strip_mask(encoded, mask ^ ({k} % 2 == 1), 'mask')]", "out.querySelector('.cb-t').classList.contains({k} % 2 ? 'out' : 'in')", ".cb-view"),
-    "ipywidgets.HTML": ("w = ipywidgets.HTML(spans(mask, 0), layout=dict(max_height='420px', overflow='auto')); display(w)",
-                        "out.querySelectorAll('.v0 .tok').length >= {n}", "w.value = spans(mask ^ ({k} % 2 == 1), {k})",
-                        "out.querySelectorAll('.v{k} .tok').length >= {n}", ".widget-html"),
-    "CircuitsVis": ("h = display(HTML(circuitsvis.tokens.colored_tokens(pieces, mask.astype(float)).local_src))",
-                    "out.querySelectorAll('span').length >= {n}", None, None, None),
-    "plotly heat map": ("display(heat_map(mask, 0), raw=True)", "out.querySelector('.gtitle')?.textContent === 'v0' && out.querySelector('.hm image')",
-                        None, None, None)}      # neither has a way to new colours but to be shown again
+    "cbnb": (
+        "s = token_strip(encoded, None, (), masks={'mask': mask}); display(s)",
+        "out.querySelectorAll('.cb-t.in').length > 50",
+        "s.masks = [strip_mask(encoded, mask ^ ({k} % 2 == 1), 'mask')]",
+        "out.querySelector('.cb-t').classList.contains({k} % 2 ? 'out' : 'in')",
+        ".cb-view",
+    ),
+    "ipywidgets.HTML": (
+        "w = ipywidgets.HTML(spans(mask, 0), layout=dict(max_height='420px', overflow='auto')); display(w)",
+        "out.querySelectorAll('.v0 .tok').length >= {n}",
+        "w.value = spans(mask ^ ({k} % 2 == 1), {k})",
+        "out.querySelectorAll('.v{k} .tok').length >= {n}",
+        ".widget-html",
+    ),
+    "CircuitsVis": (
+        "h = display(HTML(circuitsvis.tokens.colored_tokens(pieces, mask.astype(float)).local_src))",
+        "out.querySelectorAll('span').length >= {n}",
+        None,
+        None,
+        None,
+    ),
+    "plotly heat map": (
+        "display(heat_map(mask, 0), raw=True)",
+        "out.querySelector('.gtitle')?.textContent === 'v0' && out.querySelector('.hm image')",
+        None,
+        None,
+        None,
+    ),
+}  # neither has a way to new colours but to be shown again
 TIMED = """async ([index, shown, ready, code]) => {
     const panel = window.jupyterapp.shell.currentWidget, out = panel.content.widgets[shown].outputArea.node;
     const test = new Function('out', `return ${ready}`), frame = () => new Promise(requestAnimationFrame);
@@ -87,8 +110,8 @@ SCROLL = """async ([shown, what]) => {
         const now = performance.now();
         worst = Math.max(worst, now - last); last = now;
     }
-    return worst }"""
-BYTES = """shown => JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.cells.get(shown).outputs.toJSON()).length"""
+    return worst }"""  # noqa: E501
+BYTES = """shown => JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.cells.get(shown).outputs.toJSON()).length"""  # noqa: E501
 
 
 CLEAR = "shown => window.jupyterapp.shell.currentWidget.content.model.cells.get(shown).outputs.clear()"
@@ -96,15 +119,21 @@ CLEAR = "shown => window.jupyterapp.shell.currentWidget.content.model.cells.get(
 
 def measure(lab, n):
     "Yields one dict a measurement with `n` tokens."
-    cells = [SETUP.format(n=n, circuitsvis=str(fetch("circuitsvis"))), WARM, *(show for show, *_ in PEERS.values())]
+    cells = [
+        SETUP.format(n=n, circuitsvis=str(fetch("circuitsvis"))),
+        WARM,
+        *(show for show, *_ in PEERS.values()),
+    ]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(nb, lab.root / f"bench{n}.ipynb")
     book = lab.open(f"bench{n}.ipynb")
+
     def timed(shown, ready, code=None):
         took = book.page.evaluate(TIMED, [shown, shown, ready, code])
         book.wait_idle()
         return took
+
     timed(0, "true"), timed(1, "out.querySelector('.cb-message') && out.querySelector('.js-plotly-plot')")
     book.page.evaluate(CLEAR, 1)
     for shown, (name, (_, there, recolour, changed, box)) in enumerate(PEERS.items(), 2):
@@ -116,14 +145,21 @@ def measure(lab, n):
         if recolour:
             times = [timed(shown, changed.format(n=n, k=k), recolour.format(k=k)) for k in (1, 2, 3)]
             yield row | {"what": "recolour", "ms": None if None in times else statistics.median(times)}
-        if box: yield row | {"what": "scroll", "ms": book.page.evaluate(SCROLL, [shown, box])}
-        held = {"cbnb": "len(s.static()._repr_html_())", "ipywidgets.HTML": "len(w.value)"}.get(name)      # what is kept, in a file without a kernel
-        yield row | {"what": "bytes", "bytes": int(book.execute(f"print({held})")) if held else book.page.evaluate(BYTES, shown)}
-        book.page.evaluate(CLEAR, shown)      # the next one has the page to itself
+        if box:
+            yield row | {"what": "scroll", "ms": book.page.evaluate(SCROLL, [shown, box])}
+        held = {"cbnb": "len(s.static()._repr_html_())", "ipywidgets.HTML": "len(w.value)"}.get(
+            name
+        )  # what is kept, in a file without a kernel
+        yield row | {
+            "what": "bytes",
+            "bytes": int(book.execute(f"print({held})")) if held else book.page.evaluate(BYTES, shown),
+        }
+        book.page.evaluate(CLEAR, shown)  # the next one has the page to itself
     book.page.close()
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, Lab(folder) as lab:
         for n in [int(a) for a in sys.argv[1:]] or SIZES:
-            for row in measure(lab, n): print(json.dumps(row), flush=True)
+            for row in measure(lab, n):
+                print(json.dumps(row), flush=True)

@@ -1,5 +1,8 @@
 """The hooks of conftest.py do their work in several processes too, where reports travel from the workers."""
-import re, shutil, sys
+
+import re
+import shutil
+import sys
 
 import pytest
 
@@ -15,26 +18,49 @@ def left_out(tmp_path_factory):
         "def test_skip(): pytest.skip('needs a thing: install it')\n"
         "@pytest.mark.xfail(reason='is broken')\ndef test_xfail(): assert False\n"
         "def test_where():\n"
-        "    print(*[os.environ[name] for name in ('OMP_NUM_THREADS', 'HF_HUB_OFFLINE', 'PYTEST_XDIST_WORKER')])\n"
-        "    assert False\n")
-    (folder / "test_module.py").write_text("import pytest\npytest.skip('no module: make one', allow_module_level=True)\n")
-    (folder / "test_fine.py").write_text("import pytest\n@pytest.mark.parametrize('n', range(20))\ndef test_fine(n): pass\n")
+        "    print(*[os.environ[name] for name in ('OMP_NUM_THREADS', 'HF_HUB_OFFLINE', "
+        "'PYTEST_XDIST_WORKER')])\n"
+        "    assert False\n"
+    )
+    (folder / "test_module.py").write_text(
+        "import pytest\npytest.skip('no module: make one', allow_module_level=True)\n"
+    )
+    (folder / "test_fine.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(20))\ndef test_fine(n): pass\n"
+    )
     (folder / "slow").mkdir()
-    (folder / "slow" / "conftest.py").write_text(            # no need to wait for it: setup, call and teardown are said to take 7 s each
+    # no need to wait for it: setup, call and teardown are said to take 7 s each
+    (folder / "slow" / "conftest.py").write_text(
         "import pytest\n"
         "@pytest.hookimpl(wrapper=True)\n"
         "def pytest_runtest_makereport():\n"
         "    report = yield\n"
         "    report.duration = 7\n"
-        "    return report\n")
+        "    return report\n"
+    )
     (folder / "slow" / "test_slow.py").write_text("def test_slow(): pass\n")
     return folder
 
 
 @pytest.mark.parametrize("strict", ["", "1"])
 def test_hooks_in_two_processes(left_out, strict):
-    said = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", left_out / "temporary", "-n", "2", "--dist", "loadfile", "--continue-on-collection-errors", ".",
-               cwd=left_out, env={"CBNB_REQUIRE_ALL": strict, "PYTEST_ADDOPTS": ""})
+    said = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        left_out / "temporary",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--continue-on-collection-errors",
+        ".",
+        cwd=left_out,
+        env={"CBNB_REQUIRE_ALL": strict, "PYTEST_ADDOPTS": ""},
+    )
     *_, last = lines = said.stdout.splitlines()
     assert said.returncode == 1 and re.search(r"^1 1 gw\d$", said.stdout, re.M), said.stdout
     assert re.search(r"^ +21  slow/test_slow\.py$", said.stdout, re.M), said.stdout
@@ -44,6 +70,9 @@ def test_hooks_in_two_processes(left_out, strict):
             assert f"not allowed to be left out under CBNB_REQUIRE_ALL=1: {reason}" in lines, said.stdout
     else:
         assert "1 failed, 21 passed, 2 skipped, 1 xfailed" in last, said.stdout
-        for line in ("test_left_out.py::test_skip: needs a thing: install it", "test_left_out.py::test_xfail: marked xfail: is broken",
-                     "test_module.py: no module: make one"):
+        for line in (
+            "test_left_out.py::test_skip: needs a thing: install it",
+            "test_left_out.py::test_xfail: marked xfail: is broken",
+            "test_module.py: no module: make one",
+        ):
             assert line in lines, said.stdout

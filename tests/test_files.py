@@ -1,5 +1,12 @@
 """What is written never destroys: outputs that are no files or are inputs; full disks; the one door."""
-import ast, ctypes, io, json, os, shutil, stat
+
+import ast
+import ctypes
+import io
+import json
+import os
+import shutil
+import stat
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,22 +15,34 @@ import pytest
 
 import cbnb
 from cbnb.cli import main
-from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.transcripts.reader import write_transcripts
 from cbnb.report.verdicts import write_specimen
+from cbnb.transcripts.reader import write_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
 from forked import forked
 
 PACKAGE = Path(cbnb.__file__).parent
 # who may open a file for writing: {module: functions}; those that are not the door write into a folder
 # that is renamed when it is whole or thrown away, to a log, in place, or nowhere
-WRITERS = {"basics.files": {"new_file", "append_bytes"}, "sweep.jobs": {"start"}, "basics.lease": {"made"}, "basics.terminal": {"nowhere"},
-           "step.models": {"write_adapter"}, "train.teacher_cache": {"write_shards"}, "train.store": {"write_samples"},
-           "basics.terminal": {"nowhere"}, "evaluate.tinyagent": {"_save"}, "widgets.masks": {"read_pasted"},
-           "basics.withheld": {"tidy"}}
+WRITERS = {
+    "basics.files": {"new_file", "append_bytes"},
+    "sweep.jobs": {"start"},
+    "basics.lease": {"made"},
+    "step.models": {"write_adapter"},
+    "train.teacher_cache": {"write_shards"},
+    "train.store": {"write_samples"},
+    "basics.terminal": {"nowhere"},
+    "evaluate.tinyagent": {"_save"},
+    "widgets.masks": {"read_pasted"},
+    "basics.withheld": {"tidy"},
+}
 # of any object, given a path; and of these modules
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}
-OTHERS = {"shutil": {"copy", "copy2", "copyfile", "copytree", "move"}, "np": {"save", "savez"},
-          "torch": {"save"}, "tempfile": {"mkstemp", "NamedTemporaryFile"}}
+OTHERS = {
+    "shutil": {"copy", "copy2", "copyfile", "copytree", "move"},
+    "np": {"save", "savez"},
+    "torch": {"save"},
+    "tempfile": {"mkstemp", "NamedTemporaryFile"},
+}
 
 
 def writes(call):
@@ -43,12 +62,15 @@ def writes(call):
 def found_writers(source):
     "`{(function, what)}` of a module's text."
     found = set()
+
     def look(node, function):
         for child in ast.iter_child_nodes(node):
             named = isinstance(child, (ast.FunctionDef, ast.ClassDef))
             name = function or (child.name if named else "")
-            if isinstance(child, ast.Call) and (what := writes(child)): found.add((name, what))
+            if isinstance(child, ast.Call) and (what := writes(child)):
+                found.add((name, what))
             look(child, name)
+
     look(ast.parse(source), "")
     return found
 
@@ -62,17 +84,32 @@ def test_nothing_is_written_beside_the_door():
 
 
 def test_the_search_finds_writers():
-    for line in ("open(p, 'w')", "Path(p).open('ab')", "p.write_text(x)", "frame.to_csv(p)",
-                 "torch.save(x, p)", "json.dump(x, f)", "save_file(x, p)", "fig.savefig(p)",
-                 "shutil.copy(a, b)", "os.fdopen(h, mode='wb')",
-                 "os.open(p, os.O_WRONLY | os.O_CREAT)"):
+    for line in (
+        "open(p, 'w')",
+        "Path(p).open('ab')",
+        "p.write_text(x)",
+        "frame.to_csv(p)",
+        "torch.save(x, p)",
+        "json.dump(x, f)",
+        "save_file(x, p)",
+        "fig.savefig(p)",
+        "shutil.copy(a, b)",
+        "os.fdopen(h, mode='wb')",
+        "os.open(p, os.O_WRONLY | os.O_CREAT)",
+    ):
         assert {function for function, _ in found_writers(f"def f(p):\n    {line}")} == {"f"}, line
-    for line in ("open(p)", "open(p, 'rb')", "frame.to_csv(index=False)", "write_bytes(p, x)",
-                 "os.open(p, os.O_RDONLY)"):
+    for line in (
+        "open(p)",
+        "open(p, 'rb')",
+        "frame.to_csv(index=False)",
+        "write_bytes(p, x)",
+        "os.open(p, os.O_RDONLY)",
+    ):
         assert not found_writers(line), line
 
 
 # --- paths that a user may name ---
+
 
 @pytest.fixture
 def world(tmp_path):
@@ -84,8 +121,13 @@ def world(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([tool]))
     (tmp_path / "injections.json").write_text('{"a": "an injected text"}')
     (tmp_path / "template.jinja").write_text("{{ messages }}")
-    names = {"tools": "tools.json", "injections": "injections.json", "template": "template.jinja",
-             "nowhere": "none/x", **{name: name for name in ("soft", "dangling", "hard", "pipe", "device")}}
+    names = {
+        "tools": "tools.json",
+        "injections": "injections.json",
+        "template": "template.jinja",
+        "nowhere": "none/x",
+        **{name: name for name in ("soft", "dangling", "hard", "pipe", "device")},
+    }
     places = {"input": data / "in.jsonl", "folder": data, "beside": data / "new.jsonl"}
     places |= {name: tmp_path / path for name, path in names.items()}
     places["soft"].symlink_to(data / "in.jsonl")
@@ -93,29 +135,48 @@ def world(tmp_path):
     os.link(data / "in.jsonl", places["hard"])
     os.mkfifo(places["pipe"])
     # a /dev/null of our own: as root the real one could be lost
-    try: os.mknod(places["device"], 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    except PermissionError: places["device"] = Path("/dev/null")
+    try:
+        os.mknod(places["device"], 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        places["device"] = Path("/dev/null")
     return places
 
 
 def kept(folder):
     "What is in a folder: kind and mode, which file it is, and what it holds."
-    def held(p): return p.read_bytes() if stat.S_ISREG(p.lstat().st_mode) else ""
+
+    def held(p):
+        return p.read_bytes() if stat.S_ISREG(p.lstat().st_mode) else ""
+
     return {p: (p.lstat().st_mode, p.lstat().st_ino, held(p)) for p in folder.rglob("*")}
 
 
-def cbnb(*arguments): return main([str(word) for word in arguments])
+def cbnb(*arguments):
+    return main([str(word) for word in arguments])
 
 
 WRONG = {"input", "folder", "nowhere", "soft", "dangling", "hard", "pipe", "device"}
 COMMANDS = {  # its words for the output `out`, and which places are wrong beside `WRONG`
     "convert": (lambda w, out: ["convert", w["input"], out, "--tools", w["tools"]], {"tools"}),
     "convert a folder": (lambda w, out: ["convert", w["folder"], out], {"beside"}),
-    "spans": (lambda w, out: ["spans", w["input"], "--out", out,
-                             "--injections", w["injections"], "--tools", w["tools"]],
-              {"tools", "injections"}),
-    "masks": (lambda w, out: ["masks", w["input"], "--model", "tinyagent", "--html", out,
-                             "--tools", w["tools"]], {"tools"})}
+    "spans": (
+        lambda w, out: [
+            "spans",
+            w["input"],
+            "--out",
+            out,
+            "--injections",
+            w["injections"],
+            "--tools",
+            w["tools"],
+        ],
+        {"tools", "injections"},
+    ),
+    "masks": (
+        lambda w, out: ["masks", w["input"], "--model", "tinyagent", "--html", out, "--tools", w["tools"]],
+        {"tools"},
+    ),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -135,8 +196,16 @@ def test_outputs_go_to_files_that_are_no_input(command, world, tmp_path, capsys)
 
 def test_a_template_is_an_input_too(world, tmp_path, capsys):
     template = world["template"]
-    arguments = ["masks", world["input"], "--model", "tinyagent",
-                 "--html", template, "--chat-template", template]
+    arguments = [
+        "masks",
+        world["input"],
+        "--model",
+        "tinyagent",
+        "--html",
+        template,
+        "--chat-template",
+        template,
+    ]
     assert cbnb(*arguments) == 2
     assert "is what is read" in capsys.readouterr().err and template.read_text() == "{{ messages }}"
 
@@ -170,17 +239,21 @@ def test_a_spec_is_not_written_over(tmp_path, monkeypatch, capsys):
 
 # --- a full disk ---
 
+
 def small_disk(path, size):
     "Mounts a disk of `size` bytes at `path`, for this process and its children alone."
     libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+
     def call(name, *arguments):
         if getattr(libc, name)(*arguments):
             raise OSError(ctypes.get_errno(), f"no {name}: run where `unshare --map-root-user --mount` works")
+
     NEWNS, NEWUSER, PRIVATE = 0x00020000, 0x10000000, 0x44000
     call("unshare", NEWNS | (NEWUSER if uid else 0))
     if uid:
         maps = {"setgroups": "deny", "uid_map": f"0 {uid} 1", "gid_map": f"0 {gid} 1"}
-        for name, text in maps.items(): Path("/proc/self", name).write_text(text)
+        for name, text in maps.items():
+            Path("/proc/self", name).write_text(text)
     call("mount", b"none", b"/", None, PRIVATE, None)
     path.mkdir(exist_ok=True)
     call("mount", b"none", bytes(path), b"tmpfs", 0, f"size={size}".encode())
@@ -190,23 +263,27 @@ def fill(disk, left=0):
     "Leaves `left` bytes of a disk, to the nearest page."
     with open(disk / "filler", "wb", buffering=0) as f:
         try:
-            while True: f.write(bytes(4096))
-        except OSError: f.truncate(max(0, f.tell() - left))
+            while True:
+                f.write(bytes(4096))
+        except OSError:
+            f.truncate(max(0, f.tell() - left))
 
 
-def free(disk): (disk / "filler").unlink()
+def free(disk):
+    (disk / "filler").unlink()
 
 
 FULL = "No space left on device: the disk mounted at"
 
 
-def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-                          if p.is_file()}
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def said_by(*arguments):
     "`(exit status, stderr)` of `cbnb ARGUMENTS` in this process."
-    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()): status = cbnb(*arguments)
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()):
+        status = cbnb(*arguments)
     return status, err.getvalue()
 
 
@@ -233,7 +310,7 @@ def commands_on_a_full_disk(disk):
     refused(disk, "convert", disk / "in.jsonl", disk / "out.jsonl")
     refused(disk, "masks", disk / "in.jsonl", "--model", "tinyagent", "--html", disk / "out.html")
     refused(disk, "report", sweep)
-    for left in (0, 8192):   # at the lock of the sweep, and among the files of a run
+    for left in (0, 8192):  # at the lock of the sweep, and among the files of a run
         fill(disk, left)
         status, said = said_by("ablate", disk / "two.yaml", "--local", 1)
         assert status == 2 and f"{FULL} {disk}" in said, said
@@ -251,19 +328,20 @@ def test_commands_on_a_full_disk(tmp_path):
 def run_on_a_full_disk(disk):
     """Encoded transcripts, the teacher's states, the answers of an evaluation and an adapter: the place is
     named, nothing half-made is left, and what was whole is used afterwards."""
-    from cbnb.train import teacher_cache
-    from cbnb.evaluate.answers import answer_questions
+    from cbnb.basics.jsonfiles import RunError
     from cbnb.config import get_config
     from cbnb.data.streams import encode_stream
+    from cbnb.evaluate.answers import answer_questions
     from cbnb.evaluate.decoding import Decoding
-    from cbnb.masking.masker import ChatMasker
-    from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
     from cbnb.evaluate.reader import derive_reader
+    from cbnb.masking.masker import ChatMasker
     from cbnb.run.directory import open_run
     from cbnb.run.metrics import read_lines
     from cbnb.run.stages import read_status, stage
-    from cbnb.basics.jsonfiles import RunError
+    from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+    from cbnb.train import teacher_cache
     from cbnb.train.store import stored_stream
+
     small_disk(disk, 6 << 20)
     masker, config = ChatMasker(load_tokenizer("tinyagent")), get_config("tinyagent", batch_size=2)
     student = add_adapter(load_model("tinyagent"), config)
@@ -273,9 +351,12 @@ def run_on_a_full_disk(disk):
         fill(disk, 12288)
         before = {p for p in files(disk) if not p.startswith("run/status")}
         try:
-            with stage(run, name): work()
-        except RunError as e: assert f"{FULL} {disk}, where {place}" in str(e), e
-        else: raise AssertionError(f"{name} found space")
+            with stage(run, name):
+                work()
+        except RunError as e:
+            assert f"{FULL} {disk}, where {place}" in str(e), e
+        else:
+            raise AssertionError(f"{name} found space")
         free(disk)
         status = read_status(run.path)
         assert (status["state"], status["stage"]) == ("failed", name), status
@@ -283,13 +364,19 @@ def run_on_a_full_disk(disk):
         return {p for p in files(disk) if not p.startswith("run/status")} - before - {"filler"}
 
     plain = make_transcripts("plain", 100)
-    def encode(): return stored_stream(disk / "encoded", plain, masker, "assistant_only", processes=1)
+
+    def encode():
+        return stored_stream(disk / "encoded", plain, masker, "assistant_only", processes=1)
+
     assert fails("data", disk / "encoded", encode) == set()
     assert encode()[1].samples == 100
     harmful = encode_stream(make_transcripts("injection", 16), masker, config.harmful_policy)[0]
     benign = encode_stream(plain[:16], masker, config.benign_policy)[0]
     teacher_cache.SHARD = 20_000
-    def cache(): return teacher_cache.open_cache(disk / "teacher", student, harmful, benign, config, 0)
+
+    def cache():
+        return teacher_cache.open_cache(disk / "teacher", student, harmful, benign, config, 0)
+
     # another job takes the space after it was asked for
     usage = SimpleNamespace(free=1 << 40)
     teacher_cache.shutil = SimpleNamespace(**vars(shutil) | {"disk_usage": lambda path: usage})
@@ -298,8 +385,10 @@ def run_on_a_full_disk(disk):
     assert cache().states(benign[:1])["last"].numel() and not list((disk / "teacher").glob(".*unfinished"))
 
     reader, decoding = derive_reader(masker), Decoding(max_new_tokens=8)
+
     def ask(folder):
         return answer_questions(student, masker, reader, plain[:40], decoding, folder=folder, stage="before")
+
     assert fails("evaluation", run.path, lambda: ask(run.path)) <= {"run/answers.jsonl"}
     whole = (run.path / "answers.jsonl").read_bytes()
     assert whole.endswith(b"\n") and 0 < len(read_lines(run.path / "answers.jsonl")) < 40

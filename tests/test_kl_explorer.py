@@ -1,4 +1,5 @@
-"""The KL explorer in a real browser: what it shows is what `cbnb.evaluate.divergence` and `cbnb.step.losses` compute, and all of it can be reached."""
+"""The KL explorer in a real browser: what it shows is what `cbnb.evaluate.divergence` and `cbnb.step.losses`
+compute, and all of it can be reached."""
 
 import numpy as np
 import pytest
@@ -6,29 +7,50 @@ import torch
 
 from cbnb.config import get_config
 from cbnb.evaluate.divergence import Side, diverge, share_of_kl, token_table, top_tokens
-from cbnb.step.losses import kl_divergence_loss, token_kl
 from cbnb.masking.masker import ChatMasker
-from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.masking.policies import Encoded, loss_mask
-from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.masking.turns import Segment
+from cbnb.step.losses import kl_divergence_loss, token_kl
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.kl import KLExplorer, static_kl
 from helpers import BIN, NBS, ROOT, copy_tree, read, run
 from lab.labharness import Lab
 
-HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--", "\u202egnol", "\x1b[31m", "a\u200bb", "&lt;b&gt;"]
-DIRECTION, BY, OVER = "[aria-label='direction of the KL']", "[aria-label='share by']", "[aria-label='tokens counted']"
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "\u202egnol",
+    "\x1b[31m",
+    "a\u200bb",
+    "&lt;b&gt;",
+]
+DIRECTION, BY, OVER = (
+    "[aria-label='direction of the KL']",
+    "[aria-label='share by']",
+    "[aria-label='tokens counted']",
+)
 CIVIDIS = "#00224e #123570 #3b496c #575d6d #707173 #8a8678 #a59c74 #c3b369 #e1cc55 #fee838".split()
-COSINE, DISTANCE = "[aria-label='Cosine to the teacher by block and token']", "[aria-label='Distance to the teacher by block and token']"
+COSINE, DISTANCE = (
+    "[aria-label='Cosine to the teacher by block and token']",
+    "[aria-label='Distance to the teacher by block and token']",
+)
 
 
 def noise(n, vocabulary, names, seed=0, blocks=5):
     "A teacher and students that are noise: `(teacher, {name: student})` of n tokens."
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(vocabulary, 6, generator=g).double()
+
     def side():
-        h, cosine, distance = torch.randn(n, 6, generator=g), torch.rand(blocks, n, generator=g) * 2 - 1, torch.rand(blocks, n, generator=g) * 9
+        h, cosine, distance = (
+            torch.randn(n, 6, generator=g),
+            torch.rand(blocks, n, generator=g) * 2 - 1,
+            torch.rand(blocks, n, generator=g) * 9,
+        )
         return Side(h, lambda x: x.double() @ W.T, cosine.numpy(), distance.numpy())
+
     return side(), {name: side() for name in names}
 
 
@@ -39,27 +61,54 @@ def case(masker, names=("A", "B"), temperature=1.0, encoded=None, **given):
     vocabulary = len(masker.tokenizer)
     teacher, students = noise(len(encoded.input_ids), vocabulary, names)
     divergence = diverge(teacher, students, encoded.input_ids, temperature)
-    return dict(encoded=encoded, mask=loss_mask(encoded), divergence=divergence, students=students, tokenizer=masker.tokenizer, vocabulary=vocabulary,
-                mask_name="assistant_only", title="injected") | given, teacher, students
+    return (
+        dict(
+            encoded=encoded,
+            mask=loss_mask(encoded),
+            divergence=divergence,
+            students=students,
+            tokenizer=masker.tokenizer,
+            vocabulary=vocabulary,
+            mask_name="assistant_only",
+            title="injected",
+        )
+        | given,
+        teacher,
+        students,
+    )
 
 
 @pytest.fixture(scope="module")
-def masker(): return ChatMasker(load_tokenizer("tinyagent"))
+def masker():
+    return ChatMasker(load_tokenizer("tinyagent"))
 
 
 @pytest.fixture(scope="module")
-def two(masker): return case(masker, temperature=1.7)
+def two(masker):
+    return case(masker, temperature=1.7)
 
 
-def values(page, cells): return page.locator(cells).evaluate_all("cells => cells.map(c => Number(c.dataset.value))")
-def tokens(page): return page.locator(".cb-view .cb-t")
-def chosen(page): return page.locator(".cb-t.sel").evaluate_all("spans => spans.map(s => Number(s.id.split('-')[1]))")
-def choose(page, i): tokens(page).nth(i).click()
+def values(page, cells):
+    return page.locator(cells).evaluate_all("cells => cells.map(c => Number(c.dataset.value))")
+
+
+def tokens(page):
+    return page.locator(".cb-view .cb-t")
+
+
+def chosen(page):
+    return page.locator(".cb-t.sel").evaluate_all("spans => spans.map(s => Number(s.id.split('-')[1]))")
+
+
+def choose(page, i):
+    tokens(page).nth(i).click()
 
 
 def columns(page):
     "The numbers of the distribution table by column, and those of its two last lines."
-    read = "rows => rows.map(row => [...row.querySelectorAll('[data-value]')].map(c => Number(c.dataset.value)))"
+    read = (
+        "rows => rows.map(row => [...row.querySelectorAll('[data-value]')].map(c => Number(c.dataset.value)))"
+    )
     body = page.locator(".kl-detail tbody tr").evaluate_all(read)
     return np.array(body).T, *page.locator(".kl-detail tfoot tr").evaluate_all(read)
 
@@ -77,11 +126,23 @@ def test_the_rows_add_up_to_the_kl_of_the_loss(pages, masker, temperature):
             (p, qa, a, qb, b), sums, shown = columns(page)
             for s, part in enumerate((a, b)):
                 pair = (logits[1 + s][i - 1], logits[0][i - 1])
-                loss = token_kl(*(pair if way == "forward" else reversed(pair)), temperature).item() / temperature**2
-                assert abs(part.sum() - shown[s]) < 1e-9 and abs(sums[2 + 2 * s] - part.sum()) < 1e-9 and abs(shown[s] - loss) < 1e-6
+                loss = (
+                    token_kl(*(pair if way == "forward" else reversed(pair)), temperature).item()
+                    / temperature**2
+                )
+                assert (
+                    abs(part.sum() - shown[s]) < 1e-9
+                    and abs(sums[2 + 2 * s] - part.sum()) < 1e-9
+                    and abs(shown[s] - loss) < 1e-6
+                )
                 assert abs(shown[s] - getattr(d, way)[s, i]) < 1e-12
-            for column in (p, qa, qb): assert abs(column.sum() - 1) < 1e-9
-            assert len(p) == d.ids.shape[1] + 1 and page.locator(".kl-detail .kl-actual").count() == 1 and (np.diff(p[:-1]) <= 0).all()
+            for column in (p, qa, qb):
+                assert abs(column.sum() - 1) < 1e-9
+            assert (
+                len(p) == d.ids.shape[1] + 1
+                and page.locator(".kl-detail .kl-actual").count() == 1
+                and (np.diff(p[:-1]) <= 0).all()
+            )
     pages.assert_clean()
 
 
@@ -89,26 +150,47 @@ def test_the_sum_is_the_loss_and_beta_weighs_it(pages, two):
     arguments, teacher, students = two
     page = pages.open(static_kl(arguments, beta=0.5).html)
     mask, d = torch.from_numpy(arguments["mask"])[None], arguments["divergence"]
-    def summary(): return np.array(values(page, ".kl-summary [data-value]")).reshape(2, 3)
+
+    def summary():
+        return np.array(values(page, ".kl-summary [data-value]")).reshape(2, 3)
+
     for s, side in enumerate(students.values()):
-        loss = kl_divergence_loss(side.head(side.hidden)[None], teacher.head(teacher.hidden)[None], mask, 1.7).item()
+        loss = kl_divergence_loss(
+            side.head(side.hidden)[None], teacher.head(teacher.hidden)[None], mask, 1.7
+        ).item()
         assert np.allclose(summary()[s], [loss / 1.7**2, loss, 0.5 * loss], atol=1e-9)
     before = summary()
     page.get_by_label("weight beta").focus()
     page.keyboard.press("End")
-    assert np.allclose(summary()[:, 2], 2 * before[:, 1]) and np.allclose(summary()[:, :2], before[:, :2]) and "2" in page.locator("output").last.inner_text()
+    assert (
+        np.allclose(summary()[:, 2], 2 * before[:, 1])
+        and np.allclose(summary()[:, :2], before[:, :2])
+        and "2" in page.locator("output").last.inner_text()
+    )
     page.select_option(DIRECTION, "reverse")
     inside = arguments["mask"] & (np.arange(len(d.ids)) > 0)
-    assert np.allclose(summary()[:, 0], d.reverse[:, inside].mean(1)) and "in the loss" not in page.locator(".kl-summary").inner_text()
-    assert page.get_by_label("temperature").is_disabled() and "needs the kernel" in page.locator(".cb-kl").inner_text()
+    assert (
+        np.allclose(summary()[:, 0], d.reverse[:, inside].mean(1))
+        and "in the loss" not in page.locator(".kl-summary").inner_text()
+    )
+    assert (
+        page.get_by_label("temperature").is_disabled()
+        and "needs the kernel" in page.locator(".cb-kl").inner_text()
+    )
 
 
 def test_the_list_of_the_largest_jumps(pages, two):
     arguments, page = two[0], pages.open(static_kl(two[0]).html)
-    def listed(): return page.locator(".kl-list button").evaluate_all("buttons => buttons.map(b => Number(b.dataset.token))")
+
+    def listed():
+        return page.locator(".kl-list button").evaluate_all(
+            "buttons => buttons.map(b => Number(b.dataset.token))"
+        )
+
     def wanted(name, way, inside=False):
         table = token_table(arguments["encoded"], arguments["mask"], arguments["divergence"], name)
         return top_tokens(table[table["in_mask"]] if inside else table, 20, way).index.tolist()
+
     assert listed() == wanted("A", "forward")
     page.get_by_label("student", exact=True).select_option(label="B")
     assert listed() == wanted("B", "forward") and "of B" in page.locator(".kl-top h2").inner_text()
@@ -120,59 +202,111 @@ def test_the_list_of_the_largest_jumps(pages, two):
     third.focus()
     page.keyboard.press("Enter")
     at = wanted("B", "reverse", inside=True)[2]
-    assert chosen(page) == [at] and third.get_attribute("aria-current") == "true" and page.locator("[aria-current]").count() == 1
+    assert (
+        chosen(page) == [at]
+        and third.get_attribute("aria-current") == "true"
+        and page.locator("[aria-current]").count() == 1
+    )
     box, view = page.locator(".cb-t.sel").bounding_box(), page.locator(".cb-view").bounding_box()
-    assert view["y"] <= box["y"] <= view["y"] + view["height"] and f"Token {at} " in page.locator(".kl-detail").inner_text()
+    assert (
+        view["y"] <= box["y"] <= view["y"] + view["height"]
+        and f"Token {at} " in page.locator(".kl-detail").inner_text()
+    )
     assert "D(student‖teacher) of B" in page.locator(".cb-about").inner_text()
 
 
-@pytest.mark.parametrize("by, over, way", [("role", "all", "forward"), ("part", "all", "reverse"), ("role", "mask", "reverse"), ("part", "mask", "forward")])
+@pytest.mark.parametrize(
+    "by, over, way",
+    [
+        ("role", "all", "forward"),
+        ("part", "all", "reverse"),
+        ("role", "mask", "reverse"),
+        ("part", "mask", "forward"),
+    ],
+)
 def test_shares(pages, two, by, over, way):
     arguments, page = two[0], pages.open(static_kl(two[0]).html)
     page.select_option(BY, by), page.select_option(OVER, over), page.select_option(DIRECTION, way)
     rows = page.locator(".kl-shares tbody tr").evaluate_all(
-        "rows => rows.map(r => [r.cells[0].textContent, ...[...r.querySelectorAll('[data-value]')].map(c => Number(c.dataset.value))])")
+        "rows => rows.map(r => [r.cells[0].textContent, ...[...r.querySelectorAll('[data-value]')].map(c => "
+        "Number(c.dataset.value))])"
+    )
     tables = []
     for name in ("A", "B"):
         table = token_table(arguments["encoded"], arguments["mask"], arguments["divergence"], name)
-        tables.append(share_of_kl(table[table["in_mask"]] if over == "mask" else table, "segment" if by == "part" else by, way))
+        tables.append(
+            share_of_kl(
+                table[table["in_mask"]] if over == "mask" else table, "segment" if by == "part" else by, way
+            )
+        )
     assert [row[0] for row in rows] == [key.replace("_", " ") for key in tables[0].index]
-    wanted = np.column_stack([tables[0][["tokens", "in_mask", "share", "mean"]], tables[1][["share", "mean"]]])
+    wanted = np.column_stack(
+        [tables[0][["tokens", "in_mask", "share", "mean"]], tables[1][["share", "mean"]]]
+    )
     assert np.allclose(np.array([row[1:] for row in rows]), wanted)
 
 
 def test_maps_choose_tokens_and_blocks(pages, two):
     arguments, page = two[0], pages.open(static_kl(two[0]).html)
     n, side = len(arguments["mask"]), arguments["students"]["A"]
-    def value(box): return page.locator(box).get_attribute("aria-valuetext")
+
+    def value(box):
+        return page.locator(box).get_attribute("aria-valuetext")
+
     box = page.locator(COSINE + " canvas").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 40.5 / n, box["y"] + box["height"] * 0.5 / 5)
     assert chosen(page) == [40] and value(COSINE).startswith("block 4, token 40 ")
     assert f"cosine {side.cosine[4, 40]:.4f}"[:9] in value(COSINE).replace("−", "-")
-    assert value(DISTANCE).startswith("block 0, token 40 ") and f"L2 {side.distance[0, 40]:.3f}"[:6] in value(DISTANCE)
+    assert value(DISTANCE).startswith("block 0, token 40 ") and f"L2 {side.distance[0, 40]:.3f}"[:6] in value(
+        DISTANCE
+    )
     page.locator(DISTANCE).focus()
-    for key, at, block in (("ArrowRight", 41, 0), ("ArrowUp", 41, 1), ("ArrowLeft", 40, 1), ("End", n - 1, 1), ("ArrowRight", n - 1, 1), ("Home", 0, 1),
-                           ("PageDown", min(n - 1, 100), 1), ("ArrowDown", min(n - 1, 100), 0), ("ArrowDown", min(n - 1, 100), 0)):
+    for key, at, block in (
+        ("ArrowRight", 41, 0),
+        ("ArrowUp", 41, 1),
+        ("ArrowLeft", 40, 1),
+        ("End", n - 1, 1),
+        ("ArrowRight", n - 1, 1),
+        ("Home", 0, 1),
+        ("PageDown", min(n - 1, 100), 1),
+        ("ArrowDown", min(n - 1, 100), 0),
+        ("ArrowDown", min(n - 1, 100), 0),
+    ):
         page.keyboard.press(key)
         assert chosen(page) == [at] and value(DISTANCE).startswith(f"block {block}, token {at} "), key
     assert page.locator(DISTANCE).get_attribute("aria-valuenow") == str(min(n - 1, 100))
-    page.wait_for_timeout(100)      # drawn in the next frame
-    pixel = "(c, [x, y]) => [...c.getContext('2d').getImageData(Math.floor(x * c.width), Math.floor(y * c.height), 1, 1).data].slice(0, 3)"
+    page.wait_for_timeout(100)  # drawn in the next frame
+    pixel = (
+        "(c, [x, y]) => [...c.getContext('2d').getImageData(Math.floor(x * c.width), Math.floor(y * "
+        "c.height), 1, 1).data].slice(0, 3)"
+    )
     low, high = side.distance.min(), side.distance.max()
     low = max(low, high / 1e5)
     for block, i in ((0, 3), (1, 20), (2, 55), (3, 70), (4, 9)):
-        level = 0 if side.distance[block, i] <= low else min(9, int(10 * np.log(side.distance[block, i] / low) / np.log(high / low)))
+        level = (
+            0
+            if side.distance[block, i] <= low
+            else min(9, int(10 * np.log(side.distance[block, i] / low) / np.log(high / low)))
+        )
         shown = page.locator(DISTANCE + " canvas").evaluate(pixel, [(i + 0.5) / n, 1 - (block + 0.5) / 5])
         assert "#" + "".join(f"{c:02x}" for c in shown) == CIVIDIS[level]
     page.get_by_label("student", exact=True).select_option(label="B")
-    assert f"cosine {arguments['students']['B'].cosine[4, min(n - 1, 100)]:.4f}"[:9] in value(COSINE).replace("−", "-")
+    assert f"cosine {arguments['students']['B'].cosine[4, min(n - 1, 100)]:.4f}"[:9] in value(COSINE).replace(
+        "−", "-"
+    )
 
 
 def test_token_zero_and_no_token(pages, two):
     page = pages.open(static_kl(two[0]).html)
-    assert "Choose a token" in page.locator(".kl-detail").inner_text() and page.locator(".kl-detail table").count() == 0
+    assert (
+        "Choose a token" in page.locator(".kl-detail").inner_text()
+        and page.locator(".kl-detail table").count() == 0
+    )
     choose(page, 0)
-    assert "is predicted by nothing" in page.locator(".kl-detail").inner_text() and page.locator(".kl-detail table").count() == 0
+    assert (
+        "is predicted by nothing" in page.locator(".kl-detail").inner_text()
+        and page.locator(".kl-detail table").count() == 0
+    )
     assert page.locator(".cb-view .na").count() == 1
     choose(page, 5)
     assert page.locator(".kl-detail table").count() == 1
@@ -187,16 +321,30 @@ def test_keys_do_not_reach_the_notebook(pages, two):
     page.evaluate("window.heard = []; document.addEventListener('keydown', e => window.heard.push(e.key))")
     for place in (".cb-view", COSINE, ".kl-list button >> nth=0", "[aria-label='weight beta']", BY):
         page.locator(place).focus()
-        for key in ("b", "d", "d", "m", "ArrowRight"): page.keyboard.press(key)
+        for key in ("b", "d", "d", "m", "ArrowRight"):
+            page.keyboard.press(key)
     assert page.evaluate("window.heard") == []
 
 
 def test_nothing_of_a_transcript_is_markup(pages, masker):
     ends = np.cumsum([len(p) for p in HOSTILE]).astype(np.int32)
     n = len(HOSTILE)
-    encoded = Encoded("".join(HOSTILE), np.arange(300, 300 + n, dtype=np.int32), np.full(n, Segment.USER, np.uint8), np.zeros(n, np.int16),
-                      np.stack([ends - [len(p) for p in HOSTILE], ends], axis=1).astype(np.int32), roles=(HOSTILE[0],))
-    arguments, *_ = case(masker, (HOSTILE[0], HOSTILE[1]), encoded=encoded, title=HOSTILE[1], problem=HOSTILE[0], mask_name=HOSTILE[1])
+    encoded = Encoded(
+        "".join(HOSTILE),
+        np.arange(300, 300 + n, dtype=np.int32),
+        np.full(n, Segment.USER, np.uint8),
+        np.zeros(n, np.int16),
+        np.stack([ends - [len(p) for p in HOSTILE], ends], axis=1).astype(np.int32),
+        roles=(HOSTILE[0],),
+    )
+    arguments, *_ = case(
+        masker,
+        (HOSTILE[0], HOSTILE[1]),
+        encoded=encoded,
+        title=HOSTILE[1],
+        problem=HOSTILE[0],
+        mask_name=HOSTILE[1],
+    )
     still = static_kl(arguments, selected=2)
     html = still.html.replace('"words": ["', '"words": ["\\u003cimg src=x onerror=alert(2)>', 1)
     assert html != still.html
@@ -205,7 +353,14 @@ def test_nothing_of_a_transcript_is_markup(pages, masker):
             choose(page, i)
             page.locator(BY).select_option("part"), page.locator(BY).select_option("role")
         assert page.locator("img").count() == 0 and page.locator("script").count() == 2
-        for part in (".kl-summary", ".kl-shares thead", ".kl-detail thead", ".cb-message", ".kl-shares tbody", ".kl-states"):
+        for part in (
+            ".kl-summary",
+            ".kl-shares thead",
+            ".kl-detail thead",
+            ".cb-message",
+            ".kl-shares tbody",
+            ".kl-states",
+        ):
             assert HOSTILE[0] in page.locator(part).first.inner_text(), part
     assert "<img" not in still.plain and "<script" not in still.plain
     pages.assert_clean()
@@ -214,7 +369,11 @@ def test_nothing_of_a_transcript_is_markup(pages, masker):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessible(pages, two, theme):
     html = static_kl(two[0], selected=12).html
-    for page in (pages.open(html, theme=theme), pages.open(html, theme=theme, forced_colors=True), pages.framed(html, theme=theme)):
+    for page in (
+        pages.open(html, theme=theme),
+        pages.open(html, theme=theme, forced_colors=True),
+        pages.framed(html, theme=theme),
+    ):
         assert page.locator(".kl-detail table").count() == 1 and pages.violations(page) == []
     narrow = pages.open(html, theme=theme)
     narrow.set_viewport_size({"width": 480, "height": 900})
@@ -224,22 +383,52 @@ def test_accessible(pages, two, theme):
 
 def test_broken_input_is_told(pages, two):
     page = pages.open(static_kl({"problem": "runs/x has no adapter_config.json"}).html)
-    assert page.locator(".cb-message").inner_text() == "runs/x has no adapter_config.json" and pages.violations(page) == []
+    assert (
+        page.locator(".cb-message").inner_text() == "runs/x has no adapter_config.json"
+        and pages.violations(page) == []
+    )
     assert KLExplorer({"problem": "gone"}).static().plain.count("gone") == 1
-    for wrong, right in (('"texts": [', '"was": ['), ('"words": [', '"was": ['), ('"blocks": 5', '"blocks": 5000'), ('"names": ["A", "B"]', '"names": 3')):
+    for wrong, right in (
+        ('"texts": [', '"was": ['),
+        ('"words": [', '"was": ['),
+        ('"blocks": 5', '"blocks": 5000'),
+        ('"names": ["A", "B"]', '"names": 3'),
+    ):
         page = pages.open(static_kl(two[0], selected=4).html.replace(wrong, right))
-        assert page.locator(".cb-message:visible").count() == 1 or page.locator(".kl-detail table").count() == 1
-        if wrong != '"blocks": 5': assert "cannot be shown" in page.locator(".cb-message").first.inner_text(), wrong
+        assert (
+            page.locator(".cb-message:visible").count() == 1 or page.locator(".kl-detail table").count() == 1
+        )
+        if wrong != '"blocks": 5':
+            assert "cannot be shown" in page.locator(".cb-message").first.inner_text(), wrong
 
 
 def test_infinite_kl_is_shown(pages, masker):
-    def fixed(row): return Side(torch.tensor([row] * 4), lambda h: h)
+    def fixed(row):
+        return Side(torch.tensor([row] * 4), lambda h: h)
+
     ids = np.array([300, 0, 1, 0], np.int32)
     ends = np.arange(1, 5, dtype=np.int32)
-    encoded = Encoded("abcd", ids, np.full(4, Segment.TEXT, np.uint8), np.zeros(4, np.int16), np.stack([ends - 1, ends], axis=1), roles=("assistant",))
+    encoded = Encoded(
+        "abcd",
+        ids,
+        np.full(4, Segment.TEXT, np.uint8),
+        np.zeros(4, np.int16),
+        np.stack([ends - 1, ends], axis=1),
+        roles=("assistant",),
+    )
     d = diverge(fixed([0.0, 0.0, -1.0]), {"s": fixed([0.0, -np.inf, 0.0])}, ids, k=2)
-    page = pages.open(static_kl(dict(encoded=encoded, mask=np.ones(4, bool), divergence=d, tokenizer=masker.tokenizer, vocabulary=3), selected=1).html)
-    assert page.locator(".kl-detail tfoot").inner_text().count("∞") == 2 and "∞" in page.locator(".kl-summary").inner_text()
+    page = pages.open(
+        static_kl(
+            dict(
+                encoded=encoded, mask=np.ones(4, bool), divergence=d, tokenizer=masker.tokenizer, vocabulary=3
+            ),
+            selected=1,
+        ).html
+    )
+    assert (
+        page.locator(".kl-detail tfoot").inner_text().count("∞") == 2
+        and "∞" in page.locator(".kl-summary").inner_text()
+    )
     assert page.locator(".kl-states").is_hidden(), "no hidden states were given"
     pages.assert_clean()
 
@@ -248,8 +437,14 @@ def test_many_tokens(pages, masker):
     n = 8_000
     pieces = [" one", " two", "\n", " three"]
     ends = np.cumsum([len(pieces[i % 4]) for i in range(n)]).astype(np.int32)
-    encoded = Encoded("".join(pieces[i % 4] for i in range(n)), np.full(n, 300, np.int32), np.full(n, Segment.TEXT, np.uint8), np.zeros(n, np.int16),
-                      np.stack([np.r_[0, ends[:-1]], ends], axis=1).astype(np.int32), roles=("assistant",))
+    encoded = Encoded(
+        "".join(pieces[i % 4] for i in range(n)),
+        np.full(n, 300, np.int32),
+        np.full(n, Segment.TEXT, np.uint8),
+        np.zeros(n, np.int16),
+        np.stack([np.r_[0, ends[:-1]], ends], axis=1).astype(np.int32),
+        roles=("assistant",),
+    )
     html = static_kl(case(masker, ("A",), encoded=encoded)[0]).html
     page = pages.open(html)
     assert len(html) < 3_500_000 and page.locator(".kl-list button").count() == 20
@@ -260,14 +455,22 @@ def test_many_tokens(pages, masker):
 
 
 def test_the_notebook_under_papermill(pages, tmp_path):
-    "Two adapters compared, by one command: the output notebook and the page hold the explorer, and no widget."
+    """Two adapters compared, by one command: the output notebook and the page hold the explorer, and no
+    widget."""
     for name, std in (("first", 0.05), ("second", 0.01)):
         student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
         torch.manual_seed(0)
-        with torch.no_grad(): [p.normal_(std=std) for key, p in student.named_parameters() if "lora_B" in key]
+        with torch.no_grad():
+            [p.normal_(std=std) for key, p in student.named_parameters() if "lora_B" in key]
         save_adapter(student, tmp_path / name)
-    given = dict(adapter=tmp_path / "first", adapter_b=tmp_path / "second", data=ROOT / "tests" / "fixtures" / "agent.jsonl", number=2, temperature=2,
-                 page=tmp_path / "page.html")
+    given = dict(
+        adapter=tmp_path / "first",
+        adapter_b=tmp_path / "second",
+        data=ROOT / "tests" / "fixtures" / "agent.jsonl",
+        number=2,
+        temperature=2,
+        page=tmp_path / "page.html",
+    )
     given = [word for name, value in given.items() for word in ("-p", name, value)]
     done = run(BIN / "papermill", NBS / "explore_kl.ipynb", tmp_path / "out.ipynb", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -277,35 +480,64 @@ def test_the_notebook_under_papermill(pages, tmp_path):
     assert sum("<iframe" in data.get("text/html", "") for data in shown) == 1
     page = pages.open(tmp_path / "page.html")
     losses = np.array(values(page, ".kl-summary [data-value]")).reshape(2, 3)
-    assert page.locator(".kl-summary b").all_inner_texts() == ["A", "B"] and losses[0, 1] > losses[1, 1] > 0 and np.allclose(losses[:, 1], 4 * losses[:, 0])
+    assert (
+        page.locator(".kl-summary b").all_inner_texts() == ["A", "B"]
+        and losses[0, 1] > losses[1, 1] > 0
+        and np.allclose(losses[:, 1], 4 * losses[:, 0])
+    )
     said = "".join(o.text for cell in nb.cells for o in cell.get("outputs", []) if o.get("name") == "stdout")
     assert f"A: KL loss {losses[0, 1]:.4g} nats at T = 2" in said
     pages.assert_clean()
 
 
 def test_the_notebook_in_jupyterlab(browser, tmp_path):
-    "Run all of explore_kl.ipynb, then ask its kernel for another temperature and another transcript, as a reader would."
+    """Run all of explore_kl.ipynb, then ask its kernel for another temperature and another transcript, as a
+    reader would."""
     copy = copy_tree(tmp_path / "cbnb")
     with Lab(copy / "nbs") as lab:
         nb = lab.open("explore_kl.ipynb")
         nb.run_all(timeout=600)
         view = nb.page.locator(".cb-kl")
-        loss, idle = view.locator(".kl-summary [data-value]").nth(1), view.locator(".cb-bar [role=status]").first
-        def python(code): return nb.execute(f"print({code})").strip()
-        def shown(): return float(loss.get_attribute("data-value"))
-        def wanted(): return float(python("masked_kl(explorer.arguments['divergence'], explorer.arguments['mask'])['student']"))
+        loss, idle = (
+            view.locator(".kl-summary [data-value]").nth(1),
+            view.locator(".cb-bar [role=status]").first,
+        )
+
+        def python(code):
+            return nb.execute(f"print({code})").strip()
+
+        def shown():
+            return float(loss.get_attribute("data-value"))
+
+        def wanted():
+            return float(
+                python("masked_kl(explorer.arguments['divergence'], explorer.arguments['mask'])['student']")
+            )
+
         assert abs(shown() - wanted()) < 1e-9
         view.locator(".kl-list button").first.click()
-        assert python("explorer.selected") == view.locator(".kl-list button").first.get_attribute("data-token")
+        assert python("explorer.selected") == view.locator(".kl-list button").first.get_attribute(
+            "data-token"
+        )
         view.get_by_label("temperature").focus()
         nb.page.keyboard.press("End")
-        nb.page.wait_for_function("element => element.textContent === ''", arg=idle.element_handle(), timeout=60_000)
-        assert python("explorer.arguments['divergence'].temperature") == "10.0" and abs(shown() - wanted()) < 1e-9
+        nb.page.wait_for_function(
+            "element => element.textContent === ''", arg=idle.element_handle(), timeout=60_000
+        )
+        assert (
+            python("explorer.arguments['divergence'].temperature") == "10.0"
+            and abs(shown() - wanted()) < 1e-9
+        )
         assert "T = 10" in view.locator(".kl-detail").inner_text()
         view.get_by_label("transcript").select_option(index=30)
         view.locator(".kl-detail", has_text="Choose a token").wait_for(timeout=60_000)
-        assert python("explorer.arguments['title']") == "injection-eval-0-00006" and abs(shown() - wanted()) < 1e-9
-        assert "post_injection_only" in python("explorer.strip['a']") and "the KL term leaves it out" in python("explorer.problem")
+        assert (
+            python("explorer.arguments['title']") == "injection-eval-0-00006"
+            and abs(shown() - wanted()) < 1e-9
+        )
+        assert "post_injection_only" in python(
+            "explorer.strip['a']"
+        ) and "the KL term leaves it out" in python("explorer.problem")
         python("setattr(explorer, 'selected', 20)")
         view.locator(".kl-detail", has_text="Token 20 ").wait_for(timeout=60_000)
         python("setattr(explorer, 'chosen', 10**6)")

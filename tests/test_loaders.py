@@ -1,39 +1,57 @@
-"""Code that comes with a model or an adapter runs only where the user said so: one door for every loader, and a model
-that leaves a mark where its code runs."""
-import ast, json, os, pty, shutil, sys
+"""Code that comes with a model or an adapter runs only where the user said so: one door for every loader, and
+a model that leaves a mark where its code runs."""
+
+import ast
+import json
+import os
+import pty
+import shutil
+import sys
 
 import pytest
+
+import cbnb.run.settings
+from cbnb.basics.places import TINYAGENT
+from cbnb.cli import main
+from cbnb.config import ConfigError, get_config
+from cbnb.step.loaders import check_code, read_adapter, read_config
+from cbnb.step.models import load_model, load_tokenizer
 from forked import cells, command, forked
 from helpers import NBS, ROOT, code_cells, environment, run_notebooks
 from train_common import few, little_data, load
 
-import cbnb.run.settings
-from cbnb.cli import main
-from cbnb.config import ConfigError, get_config
-from cbnb.basics.places import TINYAGENT
-from cbnb.step.loaders import check_code, read_adapter, read_config
-from cbnb.step.models import load_model, load_tokenizer
-
 # --- the door is the only one ---
 
-LOADERS = set("from_pretrained from_config load_adapter get_class_from_dynamic_module snapshot_download hf_hub_download "
-              "load_dataset load_dataset_builder load_from_disk read_pickle load loads import_module pipeline".split())
+LOADERS = set(
+    "from_pretrained from_config load_adapter get_class_from_dynamic_module snapshot_download "
+    "hf_hub_download "
+    "load_dataset load_dataset_builder load_from_disk read_pickle load loads import_module pipeline".split()
+)
 BUILT_IN = {"__import__", "eval", "exec", "compile", "input"}
 HARMLESS = {"json", "self"}  # of what `load` and `loads` are called
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 ALLOWED = {  # what is not the door, and why
-    "cbnb/step/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},  # the door
-    "cbnb/sweep/fetch.py": {"snapshot_download"},                      # cbnb fetch: files by pattern, none of them Python
-    "cbnb/transcripts/spool.py": {"pickle", "loads"},                        # of an unlinked file, which this process has written
-    "cbnb/masking/rendering.py": {"pickle", "load"},                     # plain values alone: PlainUnpickler knows no class
-    "cbnb/masking/templates.py": {"pickle"},                             # its errors; what it reads goes through PlainUnpickler
-    "cbnb/transcripts/packed.py": {"load_dataset", "load_from_disk"},        # of datasets 5, which runs no script, reads no pickle
-    "cbnb/sweep/spec.py": {"load"},                                # yaml, by a SafeLoader
-    "cbnb/__init__.py": {"import_module"},                       # cbnb's own names, by a table that stands there
-    "cbnb/cli.py": {"import_module"},                            # --policy module:function, which the user names
-    "cbnb/step/objectives.py": {"import_module"},                     # -p objective module:name
-    "cbnb/data/sources.py": {"import_module"},                        # AgentDojo and tau-bench, by names that stand there
-    "cbnb/transcripts/reader.py": {"import_module"},                    # cbnb's own formats
+    # the door
+    "cbnb/step/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},
+    # cbnb fetch: files by pattern, none of them Python
+    "cbnb/sweep/fetch.py": {"snapshot_download"},
+    # of an unlinked file, which this process has written
+    "cbnb/transcripts/spool.py": {"pickle", "loads"},
+    # plain values alone: PlainUnpickler knows no class
+    "cbnb/masking/rendering.py": {"pickle", "load"},
+    # its errors; what it reads goes through PlainUnpickler
+    "cbnb/masking/templates.py": {"pickle"},
+    # of datasets 5, which runs no script, reads no pickle
+    "cbnb/transcripts/packed.py": {"load_dataset", "load_from_disk"},
+    "cbnb/sweep/spec.py": {"load"},  # yaml, by a SafeLoader
+    # cbnb's own names, by a table that stands there
+    "cbnb/__init__.py": {"import_module"},
+    # --policy module:function, which the user names
+    "cbnb/cli.py": {"import_module"},
+    "cbnb/step/objectives.py": {"import_module"},  # -p objective module:name
+    # AgentDojo and tau-bench, by names that stand there
+    "cbnb/data/sources.py": {"import_module"},
+    "cbnb/transcripts/reader.py": {"import_module"},  # cbnb's own formats
 }
 
 
@@ -42,20 +60,27 @@ def found_in(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if isinstance(node.func, ast.Name) and name in BUILT_IN: yield node.lineno, name
+            if isinstance(node.func, ast.Name) and name in BUILT_IN:
+                yield node.lineno, name
             owner = getattr(getattr(node.func, "value", None), "id", "")
-            if name in LOADERS and owner not in HARMLESS: yield node.lineno, name
+            if name in LOADERS and owner not in HARMLESS:
+                yield node.lineno, name
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom): names = [node.module or ""]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
         yield from ((node.lineno, name) for name in names if name.partition(".")[0] in PICKLES)
 
 
 def sources():
-    "`(path from the root, Python source)` of every module and of the cells of every notebook that papermill runs."
-    for path in sorted((ROOT / "cbnb").rglob("*.py")): yield str(path.relative_to(ROOT)), path.read_text()
+    """`(path from the root, Python source)` of every module and of the cells of every notebook that papermill
+    runs."""
+    for path in sorted((ROOT / "cbnb").rglob("*.py")):
+        yield str(path.relative_to(ROOT)), path.read_text()
     for path in run_notebooks():
         for cell in code_cells(path):
-            lines = ("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines())
+            lines = (
+                "" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines()
+            )
             yield str(path.relative_to(ROOT)), "\n".join(lines)
 
 
@@ -67,42 +92,72 @@ def test_nothing_is_loaded_beside_the_door():
     assert used == ALLOWED, "what is allowed and not there any more is taken out"
 
 
-@pytest.mark.parametrize("source", [
-    "AutoModel.from_pretrained(x)", "transformers.AutoConfig.from_config(c)", "torch.load(p)", "import pickle",
-    "from joblib import load", "np.load(p)", "input('sure?')", "importlib.import_module(name)", "eval(text)",
-    "student.load_adapter(f, n)", "pd.read_pickle(p)"])
-def test_a_loader_is_found(source): assert list(found_in(source)), source
+@pytest.mark.parametrize(
+    "source",
+    [
+        "AutoModel.from_pretrained(x)",
+        "transformers.AutoConfig.from_config(c)",
+        "torch.load(p)",
+        "import pickle",
+        "from joblib import load",
+        "np.load(p)",
+        "input('sure?')",
+        "importlib.import_module(name)",
+        "eval(text)",
+        "student.load_adapter(f, n)",
+        "pd.read_pickle(p)",
+    ],
+)
+def test_a_loader_is_found(source):
+    assert list(found_in(source)), source
 
 
 def test_the_door_passes_the_flag():
     nodes = ast.walk(ast.parse((ROOT / "cbnb" / "step" / "loaders.py").read_text()))
     calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    made = [c for c in calls if c.func.attr in ("from_pretrained", "from_config") and c.func.value.id != "PeftConfig"]
+    made = [
+        c
+        for c in calls
+        if c.func.attr in ("from_pretrained", "from_config") and c.func.value.id != "PeftConfig"
+    ]
     assert len(made) == 4
     for call in made:
         given = [k.value.id for k in call.keywords if k.arg == "trust_remote_code"]
         assert given == ["trust_remote_code"], ast.unparse(call)
 
 
-TAKES = set("load_model load_tokenizer read_config read_tokenizer read_model empty_model read_adapter check_adapter "
-            "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
-            "load_explorer open_explorer mask_explorer plan_lines plan_step advice model_shape beside_text settings_of "
-            "preset_for model_facts embedding_rows in_parts made_with settings_for".split())
+TAKES = set(
+    "load_model load_tokenizer read_config read_tokenizer read_model empty_model read_adapter check_adapter "
+    "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
+    "load_explorer open_explorer mask_explorer plan_lines plan_step advice model_shape beside_text "
+    "settings_of "
+    "preset_for model_facts embedding_rows in_parts made_with settings_for".split()
+)
 OWN = {  # the tiny agent, the presets' models, and other things that are called advice
-    "load_model(config.model)", "load_model(config.model, config.dtype)", "load_tokenizer(config.model)",
-    "model_facts(own)", "model_facts(PRESETS[PUBLISHED].model)", "advice(sweep)", "advice(rows)",
+    "load_model(config.model)",
+    "load_model(config.model, config.dtype)",
+    "load_tokenizer(config.model)",
+    "model_facts(own)",
+    "model_facts(PRESETS[PUBLISHED].model)",
+    "advice(sweep)",
+    "advice(rows)",
     "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, "
-    "policies={'chatml_header': chatml_header})"}
+    "policies={'chatml_header': chatml_header})",
+}
 
 
 def test_the_users_flag_reaches_the_door():
     "Every call of what takes the flag passes one on, but for models of cbnb's own."
     for path, source in sources():
         for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, ast.Call): continue
+            if not isinstance(node, ast.Call):
+                continue
             name, text = getattr(node.func, "attr", getattr(node.func, "id", "")), ast.unparse(node)
-            if name not in TAKES or text in OWN or "'tinyagent'" in text: continue
-            passed = "trust_remote_code" in text or "trusted" in text or any(k.arg is None for k in node.keywords)
+            if name not in TAKES or text in OWN or "'tinyagent'" in text:
+                continue
+            passed = (
+                "trust_remote_code" in text or "trusted" in text or any(k.arg is None for k in node.keywords)
+            )
             assert passed, (path, node.lineno, text)
 
 
@@ -111,18 +166,24 @@ def test_the_users_flag_reaches_the_door():
 CODE = {  # file: what it defines; each leaves a mark where it is run
     "own_config": "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig): model_type = 'own'\n",
     "own_model": "from transformers import LlamaForCausalLM\nfrom .own_config import OwnConfig\n"
-                 "class OwnForCausalLM(LlamaForCausalLM): config_class = OwnConfig\n",
+    "class OwnForCausalLM(LlamaForCausalLM): config_class = OwnConfig\n",
     "own_llama": "from transformers import LlamaForCausalLM\nclass OwnLlama(LlamaForCausalLM): pass\n",
     "own_tokenizer": "from transformers import PreTrainedTokenizerFast\n"
-                     "class OwnTokenizer(PreTrainedTokenizerFast): pass\n",
+    "class OwnTokenizer(PreTrainedTokenizerFast): pass\n",
     "own_processor": "class OwnProcessor: pass\n",
     "custom_generate/generate": "from transformers import GenerationMixin\n"
-                                "def generate(model, **more): return GenerationMixin.generate(model, **more)\n",
+    "def generate(model, **more): return GenerationMixin.generate(model, **more)\n",
 }
-OWN_TOKENIZER = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}}
+OWN_TOKENIZER = {
+    "tokenizer_class": "OwnTokenizer",
+    "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]},
+}
 OWN_MODEL = {"AutoModelForCausalLM": "own_model.OwnForCausalLM"}
 KINDS = {  # what is code: changes of config.json and of tokenizer_config.json
-    "everything": ({"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig"} | OWN_MODEL}, OWN_TOKENIZER),
+    "everything": (
+        {"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig"} | OWN_MODEL},
+        OWN_TOKENIZER,
+    ),
     "the configuration": ({"auto_map": {"AutoConfig": "own_config.OwnConfig"}}, {}),
     "the model": ({"auto_map": {"AutoModelForCausalLM": "own_llama.OwnLlama"}}, {}),
     "a model of a type that has none": ({"model_type": "t5", "auto_map": OWN_MODEL}, {}),
@@ -136,12 +197,16 @@ def change(path, settings):
 
 
 def plant(folder, kind):
-    """A copy of the tiny agent in `folder` in which `kind` of `KINDS` is code that leaves marks in `folder`/marks;
-    returns the folder."""
+    """A copy of the tiny agent in `folder` in which `kind` of `KINDS` is code that leaves marks in
+    `folder`/marks; returns the folder."""
     shutil.copytree(TINYAGENT, folder)
     (folder / "marks").mkdir()
-    for name, settings in zip(("config.json", "tokenizer_config.json"), KINDS[kind]): change(folder / name, settings)
-    processor = {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own_processor.OwnProcessor"}}
+    for name, settings in zip(("config.json", "tokenizer_config.json"), KINDS[kind]):
+        change(folder / name, settings)
+    processor = {
+        "processor_class": "OwnProcessor",
+        "auto_map": {"AutoProcessor": "own_processor.OwnProcessor"},
+    }
     (folder / "processor_config.json").write_text(json.dumps(processor))
     (folder / "custom_generate").mkdir()
     for name, source in CODE.items():
@@ -150,7 +215,8 @@ def plant(folder, kind):
     return folder
 
 
-def marks(folder): return {p.name for p in (folder / "marks").iterdir()}
+def marks(folder):
+    return {p.name for p in (folder / "marks").iterdir()}
 
 
 def one_sentence(said, where):
@@ -164,7 +230,9 @@ def one_sentence(said, where):
 def modules(tmp_path_factory):
     "Where transformers puts a model's code before it imports it: not into the user's cache."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(
+            "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
         yield
 
 
@@ -172,32 +240,43 @@ def modules(tmp_path_factory):
 def breaker(tmp_path_factory):
     "The folder of an adapter on the tiny agent that has moved."
     import torch
+
     from cbnb.step.models import add_adapter, save_adapter
+
     student = add_adapter(load_model("tinyagent", device="cpu"), get_config("tinyagent"))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in student.named_parameters():
-            if "lora_B" in name: p.normal_(std=0.05)
+            if "lora_B" in name:
+                p.normal_(std=0.05)
     return save_adapter(student, tmp_path_factory.mktemp("breaker") / "adapter")
 
 
 def in_process(folder, adapter):
-    "Functions behind every command and notebook that load something of the model in `folder`, without the flag."
+    """Functions behind every command and notebook that load something of the model in `folder`, without the
+    flag."""
     from cbnb.evaluate.adapters import asked_model, find_adapters, masker_for
     from cbnb.preflight.plan import plan_lines
     from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
+
     name, given = str(folder), {"model": str(folder), "adapter": str(adapter), "eval_data": "tinyagent"}
     config = get_config("tinyagent", model=name, batch_size=1, max_length=16)
+
     def shown(explorer):
-        if explorer.explored.message: raise ConfigError(explorer.explored.message)
+        if explorer.explored.message:
+            raise ConfigError(explorer.explored.message)
+
     yield "the model", lambda: load_model(name)
     yield "the tokenizer", lambda: load_tokenizer(name)
     yield "settings", lambda: cbnb.run.settings.settings_of("tinyagent", {"model": name})
     yield "masker", lambda: cbnb.run.settings.make_masker(name)
     yield "plan", lambda: list(plan_lines(config))
-    yield "evaluate", lambda: masker_for(find_adapters(str(adapter)), asked_model(find_adapters(str(adapter)), given))
+    yield (
+        "evaluate",
+        lambda: masker_for(find_adapters(str(adapter)), asked_model(find_adapters(str(adapter)), given)),
+    )
     yield "KL explorer", lambda: load_explorer(str(adapter), model=name, data="tinyagent")
     yield "mask explorer", lambda: shown(mask_explorer(make_transcripts("plain", 1), name))
 
@@ -208,7 +287,8 @@ def test_without_the_flag_no_code_runs(tmp_path, breaker, kind, monkeypatch):
     folder, refused = plant(tmp_path / "planted", kind), set()
     monkeypatch.setattr("builtins.input", lambda *words: pytest.fail(f"asked: {words}"))
     for what, call in in_process(folder, breaker):
-        try: call()
+        try:
+            call()
         except (ValueError, OSError) as e:
             refused.add(what)
             one_sentence(str(e), folder)
@@ -228,6 +308,7 @@ def test_with_the_flag_it_loads(tmp_path, breaker):
     from cbnb.transcripts.tinyworld import make_transcripts
     from cbnb.widgets.kl import load_explorer
     from cbnb.widgets.masks import mask_explorer
+
     folder = plant(tmp_path / "trusted", "everything")
     name, config = str(folder), get_config("tinyagent", model=str(folder), batch_size=1, max_length=16)
     assert "together" in " ".join(plan_lines(config, trust_remote_code=True))
@@ -237,11 +318,15 @@ def test_with_the_flag_it_loads(tmp_path, breaker):
     shown = mask_explorer(make_transcripts("plain", 1), name, trust_remote_code=True)
     assert shown.explored.message == ""
     assert shown.set(model="tinyagent").settings["trust_remote_code"] is False, "it was said of that model"
-    assert "divergence" in load_explorer(str(breaker), model=name, data="tinyagent", trust_remote_code=True).arguments
+    assert (
+        "divergence"
+        in load_explorer(str(breaker), model=name, data="tinyagent", trust_remote_code=True).arguments
+    )
     assert marks(folder) == {"own_config", "own_model", "own_tokenizer", "custom_generate"}
 
 
 # --- the commands and the notebooks ---
+
 
 def test_every_command_refuses_in_a_sentence(tmp_path, breaker):
     folder, runs = plant(tmp_path / "planted", "everything"), tmp_path / "runs"
@@ -250,8 +335,14 @@ def test_every_command_refuses_in_a_sentence(tmp_path, breaker):
     spec.write_text(json.dumps({"parameters": whole, "grid": {"beta_kl": [0, 0.3]}}))
     heldout = ("--eval-data", whole["eval_data"])
     data, model = ("--data", whole["data"], *heldout), ("--model", folder)
-    for given in (("plan", *model), ("train", *model, *data), ("preflight", *model, *data), ("masks", whole["data"], *model),
-                  ("ablate", spec, "--dry-run", "--local", 1), ("evaluate", breaker, *model, *heldout)):
+    for given in (
+        ("plan", *model),
+        ("train", *model, *data),
+        ("preflight", *model, *data),
+        ("masks", whole["data"], *model),
+        ("ablate", spec, "--dry-run", "--local", 1),
+        ("evaluate", breaker, *model, *heldout),
+    ):
         said = command(*given, runs=runs)
         assert said.returncode == 2 and not runs.exists(), (given, said.stdout)
         one_sentence(said.stdout, folder)
@@ -280,21 +371,29 @@ def test_every_command_takes_the_flag(tmp_path):
 
 
 def test_a_run_directory_of_anyones_runs_nothing(tmp_path, breaker, monkeypatch):
-    """Its parameters say that the model's code is trusted, and name an objective that lies on the path: neither is
-    taken at its word."""
+    """Its parameters say that the model's code is trusted, and name an objective that lies on the path:
+    neither is taken at its word."""
     from cbnb.evaluate.adapters import find_adapter, made_with
+
     folder, here = plant(tmp_path / "planted", "everything"), tmp_path / "run"
     shutil.copytree(breaker, here / "adapter")
     (tmp_path / "theirs.py").write_text(f"open({str(folder / 'marks' / 'objective')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    given = {"preset": "tinyagent", "data": "tinyagent", "trust_remote_code": True, "objective": "theirs:mine"}
+    given = {
+        "preset": "tinyagent",
+        "data": "tinyagent",
+        "trust_remote_code": True,
+        "objective": "theirs:mine",
+    }
     (here / "params.json").write_text(json.dumps(given | {"model": str(folder)}))
-    with pytest.raises(ConfigError, match="runs only where you say so"): made_with(find_adapter(str(here)).parameters)
+    with pytest.raises(ConfigError, match="runs only where you say so"):
+        made_with(find_adapter(str(here)).parameters)
     (here / "params.json").write_text(json.dumps(given | {"model": "tinyagent"}))
     assert made_with(find_adapter(str(here)).parameters).objective == "theirs:mine" and marks(folder) == set()
 
 
 # --- nobody is asked ---
+
 
 @pytest.mark.parametrize("kind", ["a model of a type that has none", "inside of another"])
 def test_a_terminal_is_not_asked(tmp_path, kind):
@@ -302,8 +401,12 @@ def test_a_terminal_is_not_asked(tmp_path, kind):
     folder = plant(tmp_path / "planted", "a model of a type that has none")
     if kind == "inside of another":
         from transformers import LlavaConfig
+
         parts = LlavaConfig().to_dict()
-        parts["text_config"] |= {"model_type": "rag", "auto_map": {"AutoModel": f"{folder}--own_llama.OwnLlama"}}
+        parts["text_config"] |= {
+            "model_type": "rag",
+            "auto_map": {"AutoModel": f"{folder}--own_llama.OwnLlama"},
+        }
         (folder / "config.json").write_text(json.dumps(parts))
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 5)
@@ -312,8 +415,22 @@ def test_a_terminal_is_not_asked(tmp_path, kind):
         os.dup2(theirs, 0)
         sys.stdin = os.fdopen(0, closefd=False)
         assert sys.stdin.isatty()
-        if kind == "inside of another": return load_model(str(folder))
-        return main(["plan", "--model", str(folder), "--lora-layers", "0,1", "--target-layers", "1", "--batch-size", "1"])
+        if kind == "inside of another":
+            return load_model(str(folder))
+        return main(
+            [
+                "plan",
+                "--model",
+                str(folder),
+                "--lora-layers",
+                "0,1",
+                "--target-layers",
+                "1",
+                "--batch-size",
+                "1",
+            ]
+        )
+
     said = forked(at_a_terminal, env=environment(tmp_path))
     os.close(ours), os.close(theirs)
     assert said.returncode != 0 and "trust_remote_code" in said.stdout, said.stdout
@@ -321,6 +438,7 @@ def test_a_terminal_is_not_asked(tmp_path, kind):
 
 
 # --- code that is not needed, and code that an adapter names ---
+
 
 def test_a_class_that_transformers_has_is_transformers_own(tmp_path):
     folder = plant(tmp_path / "known", "the model")
@@ -334,29 +452,47 @@ def test_a_class_that_transformers_has_is_transformers_own(tmp_path):
 def test_attention_from_a_hub_is_code(tmp_path):
     folder = shutil.copytree(TINYAGENT, tmp_path / "kernel")
     change(folder / "config.json", {"attn_implementation": "someone/kernel"})
-    with pytest.raises(ConfigError, match="from the hub, someone/kernel.*trust_remote_code"): load_model(str(folder))
+    with pytest.raises(ConfigError, match="from the hub, someone/kernel.*trust_remote_code"):
+        load_model(str(folder))
     assert read_config(str(folder), trust_remote_code=True)._attn_implementation == "someone/kernel"
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"auto_mapping": {"base_model_class": "Own", "parent_library": "theirs"}}, "code by auto_mapping, the module 'theirs'"),
-    ({"auto_mapping": {"base_model_class": "Own", "parent_library": ["theirs"]}}, "names code by auto_mapping"),
-    ({"megatron_config": {"x": 1}, "megatron_core": "theirs"}, "names code by megatron_core, the module 'theirs'"),
-    ({"peft_type": "XLORA", "adapters": {"0": "org/other"}}, "names others that would be loaded beside it"),
-    ({"peft_type": "THEIRS"}, "which peft does not know"),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"auto_mapping": {"base_model_class": "Own", "parent_library": "theirs"}},
+            "code by auto_mapping, the module 'theirs'",
+        ),
+        (
+            {"auto_mapping": {"base_model_class": "Own", "parent_library": ["theirs"]}},
+            "names code by auto_mapping",
+        ),
+        (
+            {"megatron_config": {"x": 1}, "megatron_core": "theirs"},
+            "names code by megatron_core, the module 'theirs'",
+        ),
+        (
+            {"peft_type": "XLORA", "adapters": {"0": "org/other"}},
+            "names others that would be loaded beside it",
+        ),
+        ({"peft_type": "THEIRS"}, "which peft does not know"),
+    ],
+)
 def test_an_adapter_that_names_code(tmp_path, breaker, settings, words):
     folder = shutil.copytree(breaker, tmp_path / "adapter")
     change(folder / "adapter_config.json", settings)
     said = command("evaluate", folder, "--model", "tinyagent", runs=tmp_path / "runs")
     assert said.returncode == 2 and words in said.stdout and said.stdout.count("\n") == 1, said.stdout
     assert not (tmp_path / "runs").exists()
-    if "code by" in words: assert "--trust-remote-code" in said.stdout and read_adapter(folder, True).r == 8
+    if "code by" in words:
+        assert "--trust-remote-code" in said.stdout and read_adapter(folder, True).r == 8
 
 
 def test_a_model_folder_with_an_adapter_is_refused_before_its_base_is_looked_for(tmp_path, breaker):
     shutil.copy(breaker / "adapter_config.json", tmp_path)
     base = plant(tmp_path / "base", "everything")
     change(tmp_path / "adapter_config.json", {"base_model_name_or_path": str(base)})
-    with pytest.raises(ConfigError, match="carries an adapter"): load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="carries an adapter"):
+        load_model(str(tmp_path))
     assert marks(base) == set()

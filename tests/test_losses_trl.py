@@ -1,7 +1,9 @@
 """The KL term against TRL's own implementations of the forward KL.
 
-TRL's generalized JSD with beta = 0 is D_KL(teacher || student); it has no T² and takes labels aligned with the *logits*, so the shift and
-the factor are put on here. Its projection-fused kernel is compared with logits that it makes itself."""
+TRL's generalized JSD with beta = 0 is D_KL(teacher || student); it has no T² and takes labels aligned with
+the *logits*, so the shift and the factor are put on here. Its projection-fused kernel is compared with logits
+that it makes itself."""
+
 import os
 
 import pytest
@@ -28,14 +30,19 @@ def batch(seed, distance=0.5, dtype=torch.float64):
 
 def trl_loss(student, teacher, mask, temperature, beta=0):
     labels = torch.where(predicting_positions(mask), 0, -100)
-    return temperature**2 * GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta=beta, temperature=temperature)
+    return temperature**2 * GKDTrainer.generalized_jsd_loss(
+        student, teacher, labels, beta=beta, temperature=temperature
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("distance", [1e-3, 0.5, 5.0])
 def test_value_and_gradient_equal_trl(temperature, distance):
     student, teacher, mask = batch(0, distance)
-    ours, theirs = kl_divergence_loss(student, teacher, mask, temperature), trl_loss(student, teacher, mask, temperature)
+    ours, theirs = (
+        kl_divergence_loss(student, teacher, mask, temperature),
+        trl_loss(student, teacher, mask, temperature),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
     grads = [torch.autograd.grad(x, student)[0] for x in (ours, theirs)]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-14)
@@ -43,7 +50,12 @@ def test_value_and_gradient_equal_trl(temperature, distance):
 
 def test_float32_equals_trl():
     student, teacher, mask = batch(1, dtype=torch.float32)
-    torch.testing.assert_close(kl_divergence_loss(student, teacher, mask, 2.0), trl_loss(student, teacher, mask, 2.0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        kl_divergence_loss(student, teacher, mask, 2.0),
+        trl_loss(student, teacher, mask, 2.0),
+        rtol=1e-5,
+        atol=1e-7,
+    )
 
 
 def test_direction_is_the_forward_one():
@@ -63,7 +75,11 @@ def test_unshifted_labels_give_another_number():
 
 def test_empty_mask_is_zero_in_both():
     student, teacher, mask = batch(4)
-    assert kl_divergence_loss(student, teacher, mask & False).item() == trl_loss(student, teacher, mask & False, 1.0).item() == 0.0
+    assert (
+        kl_divergence_loss(student, teacher, mask & False).item()
+        == trl_loss(student, teacher, mask & False, 1.0).item()
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -73,7 +89,10 @@ def test_token_kl_equals_trls_fused_kernel(temperature):
     teacher = torch.randn(7, 16, generator=g)
     student = (teacher + 0.3 * torch.randn(7, 16, generator=g)).requires_grad_()
     ours = token_kl(student @ weight.T, teacher @ weight.T, temperature)
-    theirs = temperature**2 * ChunkedDivergenceFunction.apply(student, weight, None, teacher, weight, None, 0.0, temperature)[0]
+    theirs = (
+        temperature**2
+        * ChunkedDivergenceFunction.apply(student, weight, None, teacher, weight, None, 0.0, temperature)[0]
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     grads = [torch.autograd.grad(x.sum(), student)[0] for x in (ours, theirs)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

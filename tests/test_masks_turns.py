@@ -1,24 +1,31 @@
-"""Ends of turn of several tokens, and templates that want tools or a certain order of roles before they can be asked anything. The oracle is
-the text as the template's author wrote it, spelled out by hand."""
+"""Ends of turn of several tokens, and templates that want tools or a certain order of roles before they can
+be asked anything. The oracle is the text as the template's author wrote it, spelled out by hand."""
+
 import numpy as np
 import pytest
-from masks_common import TOOLS, answer, ask, say
-from outside import llama3, qwen3
 
 from cbnb.masking.audit import audit, check_mask, trained_ends
-from cbnb.preflight.data_checks import Laid, look_at, template_points
 from cbnb.masking.masker import ChatMasker, loss_mask
 from cbnb.masking.policies import end_tokens
 from cbnb.masking.templates import MaskError
+from cbnb.preflight.data_checks import Laid, look_at, template_points
 from cbnb.transcripts.record import Transcript
+from masks_common import TOOLS, answer, ask, say
+from outside import llama3, qwen3
 
 CHAT = [say("user", "Hi"), say("assistant", "Ho ho"), say("user", "And?"), say("assistant", "Hu")]
-CALLS = [say("user", "Read."), say("assistant", "", tool_calls=[ask("read_mail", id=8)]), answer("Noon."), say("assistant", "It is noon.")]
+CALLS = [
+    say("user", "Read."),
+    say("assistant", "", tool_calls=[ask("read_mail", id=8)]),
+    answer("Noon."),
+    say("assistant", "It is noon."),
+]
 
 
 def tokenizer_with(*special):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer.from_str(qwen3().backend_tokenizer.to_str())
     core.add_special_tokens([*special, "<|role|>"])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[-1])
@@ -26,28 +33,47 @@ def tokenizer_with(*special):
 
 def template(end):
     "A template with `end` after what the assistant says, and calls as JSON."
-    return ("{% for m in messages %}{{ '<|role|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] %}"
-            "{{ '{\"name\": \"' + c.function.name + '\", \"arguments\": ' + (c.function.arguments | tojson) + '}' }}{% endfor %}"
-            "{% if m.role == 'assistant' %}" + end + "{% endif %}\n{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|role|>assistant\\n' }}{% endif %}")
+    return (
+        "{% for m in messages %}{{ '<|role|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] "
+        "%}"
+        '{{ \'{"name": "\' + c.function.name + \'", "arguments": \' + (c.function.arguments | tojson) + '
+        "'}' }}{% endfor %}"
+        "{% if m.role == 'assistant' %}" + end + "{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|role|>assistant\\n' }}{% endif %}"
+    )
 
 
-@pytest.mark.parametrize("end, special", [
-    ("<|eot|><|endofturn|>", ("<|eot|>", "<|endofturn|>")), ("</s>\n<|end|>", ("</s>", "<|end|>")),
-    ("<|end|><|end|>", ("<|end|>",)), ("\n###END OF MY TURN", ("<|eos|>",)), ("[END] <|eos|>", ("[END]", "<|eos|>"))])
+@pytest.mark.parametrize(
+    "end, special",
+    [
+        ("<|eot|><|endofturn|>", ("<|eot|>", "<|endofturn|>")),
+        ("</s>\n<|end|>", ("</s>", "<|end|>")),
+        ("<|end|><|end|>", ("<|end|>",)),
+        ("\n###END OF MY TURN", ("<|eos|>",)),
+        ("[END] <|eos|>", ("[END]", "<|eos|>")),
+    ],
+)
 @pytest.mark.parametrize("messages", [CHAT, CALLS])
 def test_an_end_of_turn_of_several_tokens_is_trained_whole(end, special, messages):
     tokenizer = tokenizer_with(*special)
-    masker = ChatMasker(tokenizer, template(end).replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{{ E }}", 1)
-                        .replace("{{ E }}" + end, "{{ " + repr(end) + " }}"))
+    masker = ChatMasker(
+        tokenizer,
+        template(end)
+        .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{{ E }}", 1)
+        .replace("{{ E }}" + end, "{{ " + repr(end) + " }}"),
+    )
     encoded = masker.encode(messages, TOOLS)
     mask, spans = loss_mask(encoded), end_tokens(encoded)
-    assert [message for message, _, _ in spans] == [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    assert [message for message, _, _ in spans] == [
+        i for i, m in enumerate(messages) if m["role"] == "assistant"
+    ]
     for turn, (_, start, stop) in zip(encoded.turns, spans, strict=True):
-        assert encoded.text[turn.eot:turn.end] == end.strip() and stop - start > 1
+        assert encoded.text[turn.eot : turn.end] == end.strip() and stop - start > 1
         assert {encoded.segments[i] for i in range(start, stop)} == {9} and mask[start:stop].all()
         assert tokenizer.decode(encoded.input_ids[start:stop]).strip() == end.strip()
-    text = "".join(encoded.text[a:b] for a, b in encoded.offsets[mask & (encoded.message_index == len(messages) - 1)])
+    text = "".join(
+        encoded.text[a:b] for a, b in encoded.offsets[mask & (encoded.message_index == len(messages) - 1)]
+    )
     assert text == messages[-1]["content"] + end
     assert not any("end-of-turn" in w for w in encoded.warnings)
     # whole: one token of it left out, by a policy or by truncation, fails the audit
@@ -73,25 +99,35 @@ def test_preflight_names_the_whole_end_of_turn():
 
 def test_a_closing_tag_before_the_end_is_no_part_of_it():
     tokenizer = tokenizer_with("</say>", "<say>", "<|endofturn|>")
-    source = template("</say><|endofturn|>").replace("m.role + '\\n' + m.content", "m.role + '\\n' + ('<say>' if m.role == 'assistant' else '') + m.content")
+    source = template("</say><|endofturn|>").replace(
+        "m.role + '\\n' + m.content",
+        "m.role + '\\n' + ('<say>' if m.role == 'assistant' else '') + m.content",
+    )
     encoded = ChatMasker(tokenizer, source).encode(CHAT)
-    assert {encoded.text[t.eot:t.end] for t in encoded.turns} == {"<|endofturn|>"}
+    assert {encoded.text[t.eot : t.end] for t in encoded.turns} == {"<|endofturn|>"}
 
 
 def test_eos_after_the_last_turn_only_stays_beside_its_end():
     tokenizer = tokenizer_with("<|eot|>", "<|eos|>")
     encoded = ChatMasker(tokenizer, template("<|eot|>{% if loop.last %}<|eos|>{% endif %}")).encode(CHAT)
-    assert [encoded.text[t.eot:t.end] for t in encoded.turns] == ["<|eot|>", "<|eot|><|eos|>"]
+    assert [encoded.text[t.eot : t.end] for t in encoded.turns] == ["<|eot|>", "<|eot|><|eos|>"]
     assert loss_mask(encoded)[encoded.segments == 9].all()
 
 
 NEEDS = {
     "tools": "{% if not tools %}{{ raise_exception('tools, please') }}{% endif %}",
-    "a system prompt": "{% if messages[0].role != 'system' %}{{ raise_exception('a system prompt first') }}{% endif %}",
-    "a system prompt and tools": "{% if not tools or messages[0].role != 'system' %}{{ raise_exception('both, please') }}{% endif %}",
-    "users and assistants in turn": "{% set ns = namespace(last='assistant') %}{% for m in messages if m.role in ('user', 'assistant') and not m.tool_calls %}"
-        "{% if m.role == ns.last %}{{ raise_exception('in turn, please') }}{% endif %}{% set ns.last = m.role %}{% endfor %}",
-    "ids of calls": "{% for m in messages if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('an id of 9') }}{% endif %}{% endfor %}",
+    "a system prompt": "{% if messages[0].role != 'system' %}{{ raise_exception('a system prompt first') "
+    "}}{% endif %}",
+    "a system prompt and "
+    "tools": "{% if not tools or messages[0].role != 'system' %}{{ raise_exception('both, please') }}{% "
+    "endif %}",
+    "users and assistants in "
+    "turn": "{% set ns = namespace(last='assistant') %}{% for m in messages if m.role in ('user', "
+    "'assistant') and not m.tool_calls %}"
+    "{% if m.role == ns.last %}{{ raise_exception('in turn, please') }}{% endif %}{% set ns.last = m.role "
+    "%}{% endfor %}",
+    "ids of calls": "{% for m in messages if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ "
+    "raise_exception('an id of 9') }}{% endif %}{% endfor %}",
 }
 
 
@@ -102,11 +138,20 @@ def test_templates_are_asked_with_what_they_need(name):
     encoded = masker.encode(messages, TOOLS)
     mask = loss_mask(encoded)
     assert "".join(encoded.text[a:b] for a, b in encoded.offsets[mask]) == (
-        '{"name": "read_mail", "arguments": {"id": 8}}<|eot_id|>It is noon.<|eot_id|>')
-    assert masker._headers[masker.template_source(TOOLS)][0][0] == "<|role|>assistant\n" and encoded.turns[0].rule == 4  # by its loop, not by a fallback
+        '{"name": "read_mail", "arguments": {"id": 8}}<|eot_id|>It is noon.<|eot_id|>'
+    )
+    # by its loop, not by a fallback
+    assert (
+        masker._headers[masker.template_source(TOOLS)][0][0] == "<|role|>assistant\n"
+        and encoded.turns[0].rule == 4
+    )
 
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_what_a_template_quotes_is_found_also_where_it_needs_more(name):
-    source = NEEDS[name] + template("<|eot_id|>").replace("+ m.content", "+ (messages[loop.index0 - 1].content[:4] if m.role == 'assistant' else '') + m.content")
-    with pytest.raises(MaskError, match="words of others"): ChatMasker(llama3(), source).encode([say("system", "x")] * ("system" in name) + CALLS, TOOLS)
+    source = NEEDS[name] + template("<|eot_id|>").replace(
+        "+ m.content",
+        "+ (messages[loop.index0 - 1].content[:4] if m.role == 'assistant' else '') + m.content",
+    )
+    with pytest.raises(MaskError, match="words of others"):
+        ChatMasker(llama3(), source).encode([say("system", "x")] * ("system" in name) + CALLS, TOOLS)

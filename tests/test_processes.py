@@ -1,20 +1,30 @@
-"""Several processes make one run: the same numbers as one process, each other's checkpoints, one end for all."""
-import json, math, os, shutil, subprocess, sys, time
+"""Several processes make one run: the same numbers as one process, each other's checkpoints, one end for all."""  # noqa: E501
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat
+import pytest
 
-from helpers import BIN, NBS, ROOT, run
-from cbnb.run.metrics import read_lines
 from cbnb.basics.jsonfiles import write_json
+from cbnb.run.metrics import read_lines
 from forked import cells as one_process
+from helpers import BIN, NBS, ROOT, run
 from train_common import few, load, metrics
 
 SCRIPT = ROOT / "tests" / "scripts" / "train_together.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-# by batch_size and gradient_accumulation_steps; two processes make the first without accumulation, and share the rows of the last
+# by batch_size and gradient_accumulation_steps; two processes make the first without accumulation, and share
+# the rows of the last
 SIZES = {"accumulated": (2, 4), "at once": (4, 2), "one micro-batch": (8, 1)}
-EVALUATED = "at once"  # the size whose runs are evaluated: held-out questions are shared in the same way whatever it is
+# the size whose runs are evaluated: held-out questions are shared in the same way whatever it is
+EVALUATED = "at once"
 
 
 def together(processes, jobs, timeout=600):
@@ -27,31 +37,68 @@ def together(processes, jobs, timeout=600):
 
 def job(folder, name, size, fsdp=False, **more):
     batch_size, accumulation = SIZES[size]
-    return {"run_dir": str(folder / name), "fsdp": fsdp, "config": {"batch_size": batch_size, "gradient_accumulation_steps": accumulation} | more.pop("config", {})} | more
+    return {
+        "run_dir": str(folder / name),
+        "fsdp": fsdp,
+        "config": {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        | more.pop("config", {}),
+    } | more
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "A folder with the runs of one process, of two and of two with the base in parts, by size; and those that were stopped and gone on with by others."
+    """A folder with the runs of one process, of two and of two with the base in parts, by size; and those
+    that were stopped and gone on with by others."""
     folder = tmp_path_factory.mktemp("together")
-    stopped = [job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=2) for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))]
+    stopped = [
+        job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=2)
+        for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))
+    ]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
-    one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [job(folder, "one then fsdp", "at once", stop_after=2), job(folder, "one at beta 0", "at once", **at_zero)]
-    two = [job(folder, f"{way} {size}", size, way == "fsdp", evaluated=size == EVALUATED) for way in ("ddp", "fsdp") for size in SIZES]
-    two += [job(folder, "ddp at beta 0", "at once", **at_zero), job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache"))]
+    one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [
+        job(folder, "one then fsdp", "at once", stop_after=2),
+        job(folder, "one at beta 0", "at once", **at_zero),
+    ]
+    two = [
+        job(folder, f"{way} {size}", size, way == "fsdp", evaluated=size == EVALUATED)
+        for way in ("ddp", "fsdp")
+        for size in SIZES
+    ]
+    two += [
+        job(folder, "ddp at beta 0", "at once", **at_zero),
+        job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache")),
+    ]
     told = together(1, one) + together(2, two + stopped)
     assert told.count("stopped") == 1 + 3 * 2, "each process of a stopped run says so"
-    for name in ("ddp then one", "fsdp then ddp", "ddp then fsdp"): assert load(folder / name / "status.json")["resumed_step"] == 0 and (folder / name / "checkpoints" / "checkpoint-2").is_dir()
+    for name in ("ddp then one", "fsdp then ddp", "ddp then fsdp"):
+        assert (
+            load(folder / name / "status.json")["resumed_step"] == 0
+            and (folder / name / "checkpoints" / "checkpoint-2").is_dir()
+        )
     together(1, [job(folder, "ddp then one", "at once")])
-    together(2, [job(folder, "fsdp then ddp", "at once"), job(folder, "ddp then fsdp", "at once", True), job(folder, "one then fsdp", "at once", True)])
+    together(
+        2,
+        [
+            job(folder, "fsdp then ddp", "at once"),
+            job(folder, "ddp then fsdp", "at once", True),
+            job(folder, "one then fsdp", "at once", True),
+        ],
+    )
     return folder
 
 
 def differences(a, b):
     "The largest relative difference of two logs' figures (of a small one the absolute), and its key."
     rows, others = metrics(a), metrics(b)
-    assert [row.keys() for row in rows] == [row.keys() for row in others] and [row["step"] for row in rows] == [1, 2, 3, 4]
-    return max((abs(x[key] - y[key]) / max(abs(x[key]), 1e-2), key) for x, y in zip(rows, others) for key in x if x[key] is not None)
+    assert [row.keys() for row in rows] == [row.keys() for row in others] and [
+        row["step"] for row in rows
+    ] == [1, 2, 3, 4]
+    return max(
+        (abs(x[key] - y[key]) / max(abs(x[key]), 1e-2), key)
+        for x, y in zip(rows, others)
+        for key in x
+        if x[key] is not None
+    )
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
@@ -66,12 +113,24 @@ def test_two_processes_make_the_run_of_one(runs, way, size):
 def test_two_processes_answer_as_one(runs, way):
     made = [runs / f"{name} {EVALUATED}" for name in ("one", way)]
     one, two = (load(run / "result.json") for run in made)
-    for key in ("attack_success", "exact_match", "unparseable", "n", "counts", "marker_fidelity"): assert one[key] == two[key]
-    answers = [{(line["id"], line["asked"]): line["ids"] for line in read_lines(run / "answers.jsonl")} for run in made]
-    assert answers[0] == answers[1] and len(answers[0]) == 15 and not list(made[1].glob("answers.rank*")), "each its share, in one file"
-    assert math.isclose(one["heldout_kl"]["in_domain"], two["heldout_kl"]["in_domain"], rel_tol=1e-3) and math.isclose(one["harmful_cosine"], two["harmful_cosine"], abs_tol=1e-4)
+    for key in ("attack_success", "exact_match", "unparseable", "n", "counts", "marker_fidelity"):
+        assert one[key] == two[key]
+    answers = [
+        {(line["id"], line["asked"]): line["ids"] for line in read_lines(run / "answers.jsonl")}
+        for run in made
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 15 and not list(made[1].glob("answers.rank*")), (
+        "each its share, in one file"
+    )
+    assert math.isclose(
+        one["heldout_kl"]["in_domain"], two["heldout_kl"]["in_domain"], rel_tol=1e-3
+    ) and math.isclose(one["harmful_cosine"], two["harmful_cosine"], abs_tol=1e-4)
     # in parts, the first process keeps half of the frozen weights
-    assert two["own_weights"] == one["own_weights"] if way == "ddp" else 0.4 < two["own_weights"] / one["own_weights"] < 0.6
+    assert (
+        two["own_weights"] == one["own_weights"]
+        if way == "ddp"
+        else 0.4 < two["own_weights"] / one["own_weights"] < 0.6
+    )
 
 
 @pytest.mark.parametrize("name", ["ddp then one", "fsdp then ddp", "ddp then fsdp", "one then fsdp"])
@@ -93,12 +152,25 @@ def launch(folder, notebook, *parameters, processes=2, **options):
     "The README's launcher line: `processes` papermills make one run, in `folder`."
     words = " ".join(f"'{p}'" for p in (*few(folder, **options.pop("few", {})), *parameters))
     line = f"exec papermill {notebook} {folder}/out.$RANK.ipynb --cwd {NBS} {words}"
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "CBNB_RUNS": str(folder / "runs")}
-    return subprocess.Popen([str(w) for w in (*TORCHRUN, processes, "--no-python", "bash", "-c", line)], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "CBNB_RUNS": str(folder / "runs"),
+    }
+    return subprocess.Popen(
+        [str(w) for w in (*TORCHRUN, processes, "--no-python", "bash", "-c", line)],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def the_run(folder): return next((folder / "runs").glob("*/*/status.json")).parent
+def the_run(folder):
+    return next((folder / "runs").glob("*/*/status.json")).parent
 
 
 def test_the_notebook_by_torchrun(tmp_path):
@@ -108,49 +180,90 @@ def test_the_notebook_by_torchrun(tmp_path):
     assert process.returncode == 0, said[-5000:]
     path = the_run(tmp_path)
     status = load(path / "status.json")
-    assert (status["state"], status["processes"]) == ("done", 2) and len(metrics(path)) == 4 and "fsdp" not in load(path / "params.json")
-    assert (path / "adapter" / "adapter_model.safetensors").is_file() and (path / "report.html").is_file() and load(path / "result.json")["after"]["n"]["attack"] == 2
+    assert (
+        (status["state"], status["processes"]) == ("done", 2)
+        and len(metrics(path)) == 4
+        and "fsdp" not in load(path / "params.json")
+    )
+    assert (
+        (path / "adapter" / "adapter_model.safetensors").is_file()
+        and (path / "report.html").is_file()
+        and load(path / "result.json")["after"]["n"]["attack"] == 2
+    )
     for name in ("out.1.ipynb", "out.1.rank1.ipynb"):  # both processes' notebooks, whole
         cells = [c for c in nbformat.read(path / name, as_version=4).cells if c.cell_type == "code"]
-        assert "end_recording" in cells[-1].source and not any(o.output_type == "error" for c in cells for o in c.outputs)
+        assert "end_recording" in cells[-1].source and not any(
+            o.output_type == "error" for c in cells for o in c.outputs
+        )
     # taken back to step 3, it is the same run for one process, which tells that it is alone
     before = metrics(path)
     shutil.rmtree(path / "checkpoints" / "checkpoint-4")
     write_json(path / "status.json", status | {"state": "interrupted"})
     done = one_process(*few(tmp_path), "-p", "run_dir", path)
-    assert done.returncode == 0 and load(path / "made_from.json")["told"]["processes"] == "1", done.stdout[-4000:]
+    assert done.returncode == 0 and load(path / "made_from.json")["told"]["processes"] == "1", done.stdout[
+        -4000:
+    ]
     assert load(path / "status.json")["changes"] == ["attempt 2 has processes 1, and the one before it had 2"]
     assert metrics(path)[:3] == before[:3] and load(path / "status.json")["resumed_step"] == 3
 
 
 def test_rows_that_cannot_be_shared_are_refused_before_anything_is_loaded(tmp_path):
-    process = launch(tmp_path, NBS / "train.ipynb", "-p", "gradient_accumulation_steps", 1, few={"batch_size": 3})
+    process = launch(
+        tmp_path, NBS / "train.ipynb", "-p", "gradient_accumulation_steps", 1, few={"batch_size": 3}
+    )
     said = process.communicate(timeout=200)[0]
-    assert process.returncode and "3 rows a step, which 2 processes cannot share evenly" in said and not (tmp_path / "runs").exists()
+    assert (
+        process.returncode
+        and "3 rows a step, which 2 processes cannot share evenly" in said
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def alive(folder):
     "The processes that were started with `folder` in their environment, kernels among them."
+
     def environment(place):
-        try: return place.read_bytes()
-        except OSError: return b""
-    return [place.parent.name for place in Path("/proc").glob("[0-9]*/environ") if str(folder).encode() in environment(place)]
+        try:
+            return place.read_bytes()
+        except OSError:
+            return b""
+
+    return [
+        place.parent.name
+        for place in Path("/proc").glob("[0-9]*/environ")
+        if str(folder).encode() in environment(place)
+    ]
 
 
 RAISES = "raise OSError('the disk of this node is gone')"
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
-@pytest.mark.parametrize("what, word", [(RAISES, "in process 1 of 2: OSError: the disk of this node is gone"), (DIES, "another process has ended without a word")])
+@pytest.mark.parametrize(
+    "what, word",
+    [
+        (RAISES, "in process 1 of 2: OSError: the disk of this node is gone"),
+        (DIES, "another process has ended without a word"),
+    ],
+)
 def test_when_one_process_fails_all_end(tmp_path, what, word):
     notebook = nbformat.read(NBS / "train.ipynb", as_version=4)
     cell = next(c for c in notebook.cells if "train_breaker(student" in c.source)
-    trip = ["    from transformers import TrainerCallback", "    import time", "    from cbnb.basics.processes import rank", "    class Trip(TrainerCallback):",
-            "        def on_step_end(self, args, state, control, **kwargs):", "            if state.global_step == 2 and rank() == 1:",
-            "                (run.path / 'tripped').write_text(str(time.time()))", f"                {what}"]
+    trip = [
+        "    from transformers import TrainerCallback",
+        "    import time",
+        "    from cbnb.basics.processes import rank",
+        "    class Trip(TrainerCallback):",
+        "        def on_step_end(self, args, state, control, **kwargs):",
+        "            if state.global_step == 2 and rank() == 1:",
+        "                (run.path / 'tripped').write_text(str(time.time()))",
+        f"                {what}",
+    ]
     lines = cell.source.splitlines()
     at = next(i for i, line in enumerate(lines) if "with live_dashboard" in line)
-    cell.source = "\n".join([*lines[:at], *trip, *lines[at:]]).replace("[alarms, view]", "[alarms, view, Trip()]")
+    cell.source = "\n".join([*lines[:at], *trip, *lines[at:]]).replace(
+        "[alarms, view]", "[alarms, view, Trip()]"
+    )
     nbformat.write(notebook, tmp_path / "trip.ipynb")
     process = launch(tmp_path, tmp_path / "trip.ipynb")
     said = process.communicate(timeout=300)[0]

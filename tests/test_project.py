@@ -1,14 +1,37 @@
-"""Guards of the project itself: notebooks and modules in step, settings really read, nothing in a commit that should not be there."""
-import ast, json, os, re, shutil, subprocess, sys, zipfile
+"""Guards of the project itself: notebooks and modules in step, settings really read, nothing in a commit that
+should not be there."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 
-import pip, pytest
+import pip
+import pytest
 
-from helpers import BIN, NBS, ROOT, code_cells, copy_tree, default_exp, files_of, notebooks, read, run, run_notebooks
+from helpers import (
+    BIN,
+    NBS,
+    ROOT,
+    code_cells,
+    copy_tree,
+    default_exp,
+    files_of,
+    notebooks,
+    read,
+    run,
+    run_notebooks,
+)
 
-CONFLICT = re.compile(r'(?:^|\\n)[ \t"]*(?:<{7} |>{7} |={7}(?:\\n)?"?,?$)', re.M)       # also inside a notebook's JSON strings
+# also inside a notebook's JSON strings
+CONFLICT = re.compile(r'(?:^|\\n)[ \t"]*(?:<{7} |>{7} |={7}(?:\\n)?"?,?$)', re.M)
 ADDRESS = re.compile(r"(?:https?:)?//(?!127\.0\.0\.1|localhost)[a-z0-9-]+(?:\.[a-z0-9-]+)+", re.I)
 NAMESPACES = ("http://www.w3.org/", "https://www.w3.org/")
 
@@ -27,7 +50,8 @@ def modules():
 
 def source_files():
     "Every file that a commit holds or would hold."
-    if not (ROOT / ".git").exists(): return [ROOT / p for p in files_of(ROOT) if not p.startswith((".venv/", "runs/"))]
+    if not (ROOT / ".git").exists():
+        return [ROOT / p for p in files_of(ROOT) if not p.startswith((".venv/", "runs/"))]
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     return [p for name in listed.stdout.decode().split("\0") if name and (p := ROOT / name).is_file()]
@@ -35,7 +59,8 @@ def source_files():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    "(files before, files after, notebooks before, folder) of nbdev_export and nbdev_clean in a copy of the sources."
+    """(files before, files after, notebooks before, folder) of nbdev_export and nbdev_clean in a copy of the
+    sources."""
     copy = copy_tree(tmp_path_factory.mktemp("export") / "cbnb")
     before = files_of(copy)
     for command in ("nbdev_export", "nbdev_clean"):
@@ -46,9 +71,12 @@ def exported(tmp_path_factory):
 
 # --- notebooks and modules ---
 
+
 def test_default_exp_is_unique():
     names = [name for p in notebooks() if (name := default_exp(p))]
-    assert names and len(names) == len(set(names)), f"two notebooks export to one module: {sorted(n for n in names if names.count(n) > 1)}"
+    assert names and len(names) == len(set(names)), (
+        f"two notebooks export to one module: {sorted(n for n in names if names.count(n) > 1)}"
+    )
 
 
 def test_every_module_has_its_notebook():
@@ -56,7 +84,9 @@ def test_every_module_has_its_notebook():
     for module in modules():
         named = re.search(r"File to edit: (\S+\.ipynb)", module.read_text(encoding="utf-8"))
         assert named, f"{module.relative_to(ROOT)} names no notebook: it is not exported by nbdev"
-        assert (module.parent / named[1]).exists(), f"{module.relative_to(ROOT)} is stale: its notebook {named[1]} is gone"
+        assert (module.parent / named[1]).exists(), (
+            f"{module.relative_to(ROOT)} is stale: its notebook {named[1]} is gone"
+        )
 
 
 def test_every_notebook_has_its_module():
@@ -75,12 +105,17 @@ def test_readme_is_made_from_the_index(exported):
     _, _, copy = exported
     result = run(sys.executable, copy / ".ci" / "pages.py", "readme", cwd=copy)
     assert result.returncode == 0, result.stdout
-    assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text(), "run make readme: nbs/index.ipynb gives another README.md"
+    assert (copy / "README.md").read_text() == (ROOT / "README.md").read_text(), (
+        "run make readme: nbs/index.ipynb gives another README.md"
+    )
 
 
 def test_parameters_tag_survives_clean(exported):
     _, _, copy = exported
-    def tagged(nbs): return {p.relative_to(nbs): [c.metadata.get("tags") for c in code_cells(p)] for p in notebooks(nbs)}
+
+    def tagged(nbs):
+        return {p.relative_to(nbs): [c.metadata.get("tags") for c in code_cells(p)] for p in notebooks(nbs)}
+
     assert tagged(copy / "nbs") == tagged(NBS)
 
 
@@ -92,26 +127,34 @@ def test_train_has_one_parameters_cell(path):
 
 @pytest.mark.parametrize("path", run_notebooks(), ids=lambda p: p.name)
 def test_papermill_reads_every_parameter(path, caplog):
-    "A line that it cannot parse is a warning in each run's output, and its `-p` an unknown name; `papermill --help-notebook` shows what stands behind it."
+    """A line that it cannot parse is a warning in each run's output, and its `-p` an unknown name; `papermill
+    --help-notebook` shows what stands behind it."""
     from papermill.inspection import _infer_parameters
     from papermill.iorw import load_notebook_node
+
     tagged = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
     read = _infer_parameters(load_notebook_node(str(path)))
     assert not caplog.records, caplog.text
-    assert [p.name for p in read] == [n.target.id for c in tagged for n in ast.parse(c.source).body if isinstance(n, ast.AnnAssign)] and all(p.help for p in read)
+    assert [p.name for p in read] == [
+        n.target.id for c in tagged for n in ast.parse(c.source).body if isinstance(n, ast.AnnAssign)
+    ] and all(p.help for p in read)
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.name)
 def test_notebook_is_fit_to_commit(path):
     nb = read(path)
     assert "widgets" not in nb.metadata, "widget state: run make export"
-    assert nb.metadata.kernelspec.name == "python3", "papermill would look for another kernel than the environment's"
+    assert nb.metadata.kernelspec.name == "python3", (
+        "papermill would look for another kernel than the environment's"
+    )
     for cell in code_cells(path):
         errors = [o.evalue for o in cell.outputs if o.output_type == "error"]
         assert not errors, f"an error is shown: {errors[0]}"
         views = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
         assert not views, "a widget's view without its state: run make export"
-        assert not [o for o in cell.outputs if o.get("name") == "stderr"], "what was written to stderr is shown: run make export"
+        assert not [o for o in cell.outputs if o.get("name") == "stderr"], (
+            "what was written to stderr is shown: run make export"
+        )
 
 
 def plain_python(cell):
@@ -123,7 +166,11 @@ def plain_python(cell):
 def test_run_notebook_defines_nothing(path):
     "What a run notebook defines lives in __main__: pickles and spawned workers cannot find it."
     for cell in code_cells(path):
-        defined = [n.name for n in ast.walk(plain_python(cell)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        defined = [
+            n.name
+            for n in ast.walk(plain_python(cell))
+            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        ]
         assert not defined, f"{defined} belongs into a module notebook"
 
 
@@ -132,7 +179,9 @@ def test_run_notebook_uses_no_figure_widget(path):
     "A FigureWidget stores megabytes in the output notebook and shows nothing without its kernel."
     for cell in code_cells(path):
         names = {getattr(n, "id", None) or getattr(n, "attr", None) for n in ast.walk(plain_python(cell))}
-        imported = {a.name for n in ast.walk(plain_python(cell)) if isinstance(n, ast.ImportFrom) for a in n.names}
+        imported = {
+            a.name for n in ast.walk(plain_python(cell)) if isinstance(n, ast.ImportFrom) for a in n.names
+        }
         assert "FigureWidget" not in names | imported
 
 
@@ -141,25 +190,39 @@ def test_no_conflict_markers():
     assert files
     for path in files:
         text = path.read_bytes()
-        if b"\0" in text: continue
+        if b"\0" in text:
+            continue
         match = CONFLICT.search(text.decode("utf-8", errors="replace"))
-        assert not match or path.suffix == ".md" and match[0].strip().startswith("="), f"{path.relative_to(ROOT)} holds a conflict marker"
+        assert not match or path.suffix == ".md" and match[0].strip().startswith("="), (
+            f"{path.relative_to(ROOT)} holds a conflict marker"
+        )
 
 
 def test_conflict_markers_are_recognised():
-    for marker in ("<" * 7 + " HEAD", ">" * 7 + " theirs", "=" * 7, '    "' + "<" * 7 + ' HEAD\\n",', '    "' + "=" * 7 + '\\n",'):
+    for marker in (
+        "<" * 7 + " HEAD",
+        ">" * 7 + " theirs",
+        "=" * 7,
+        '    "' + "<" * 7 + ' HEAD\\n",',
+        '    "' + "=" * 7 + '\\n",',
+    ):
         assert CONFLICT.search(f"a\n{marker}\nb"), marker
-    for plain in ("=" * 8, "# " + "=" * 7, "a << b", "=" * 50): assert not CONFLICT.search(f"a\n{plain}\nb"), plain
+    for plain in ("=" * 8, "# " + "=" * 7, "a << b", "=" * 50):
+        assert not CONFLICT.search(f"a\n{plain}\nb"), plain
 
 
 # --- settings, package, versions ---
 
+
 def test_nbdev_reads_settings_ini(tmp_path):
-    "A changed version must reach nbdev and the package: with nbdev 3 or a [project] table settings.ini would be decoration."
+    """A changed version must reach nbdev and the package: with nbdev 3 or a [project] table settings.ini
+    would be decoration."""
     copy = copy_tree(tmp_path / "cbnb")
     path = copy / "settings.ini"
     path.write_text(re.sub(r"^version = .*$", "version = 9.8.7", path.read_text(), flags=re.M))
-    program = "from nbdev.config import get_config; c = get_config(); print(c.version, c.lib_path, c.tst_flags)"
+    program = (
+        "from nbdev.config import get_config; c = get_config(); print(c.version, c.lib_path, c.tst_flags)"
+    )
     result = run(sys.executable, "-c", program, cwd=copy)
     assert result.stdout.strip().endswith(f"9.8.7 {copy / 'cbnb'} slow cuda net"), result.stdout
     assert run(BIN / "nbdev_export", cwd=copy).returncode == 0
@@ -169,39 +232,60 @@ def test_nbdev_reads_settings_ini(tmp_path):
 
 def test_pyproject_leaves_the_project_to_settings():
     import tomllib
+
     assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
 
 
 def locked(name):
-    "{canonical name: {version: hashes}} of lock/<name>.txt; every line belongs to a package with hashes, and none names a place."
+    """{canonical name: {version: hashes}} of lock/<name>.txt; every line belongs to a package with hashes,
+    and none names a place."""
     from packaging.utils import canonicalize_name
+
     text = (ROOT / "lock" / f"{name}.txt").read_text()
     entry = r"([\w.-]+)(?:\[[^]]+\])?==(\S+)(?: ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
     rest = re.sub(entry, "", text)
     assert not re.sub(r"#.*\n|-r \w+\.txt\n", "", rest), f"lock/{name}.txt: {rest[:200]}"
     assert not re.search(r"https?://|file:|--(?:extra-)?index|--find-links", text)
     found = {}
-    for package, version, hashes in re.findall(entry, text): found.setdefault(canonicalize_name(package), {})[version] = hashes.split("--hash=")[1:]
+    for package, release, hashes in re.findall(entry, text):
+        found.setdefault(canonicalize_name(package), {})[release] = hashes.split("--hash=")[1:]
     return found
 
 
 def test_lock_settings_and_constraints_agree():
-    "What a layer of the lock holds meets settings.ini, in the versions of constraints.txt; `make lock` after a change of either."
+    """What a layer of the lock holds meets settings.ini, in the versions of constraints.txt; `make lock`
+    after a change of either."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
-    layers = {"run": ["requirements"], "extras": ["pictures_requirements", "hf_requirements"], "dev": ["dev_requirements"]}
-    assert {key for keys in layers.values() for key in keys} == {key for key in settings() if key.endswith("requirements")}
+    layers = {
+        "run": ["requirements"],
+        "extras": ["pictures_requirements", "hf_requirements"],
+        "dev": ["dev_requirements"],
+    }
+    assert {key for keys in layers.values() for key in keys} == {
+        key for key in settings() if key.endswith("requirements")
+    }
     held = {"torch": locked("cuda")["torch"]}
     for layer, keys in layers.items():
-        for name, versions in locked(layer).items(): held.setdefault(name, {}).update(versions)
+        for name, versions in locked(layer).items():
+            held.setdefault(name, {}).update(versions)
         for wanted in (Requirement(text) for key in keys for text in settings()[key].split()):
             versions = held.get(canonicalize_name(wanted.name))
             assert versions, f"{wanted} is missing in lock/{layer}.txt: make lock"
-            assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: lock/{layer}.txt has {list(versions)}: make lock"
-    assert not pins.keys() - held.keys() - {"wheel"}, "make lock: constraints.txt names what the lock does not"
+            assert all(wanted.specifier.contains(v) for v in versions), (
+                f"{wanted}: lock/{layer}.txt has {list(versions)}: make lock"
+            )
+    assert not pins.keys() - held.keys() - {"wheel"}, (
+        "make lock: constraints.txt names what the lock does not"
+    )
     assert not [name for name in held if name in pins and set(held[name]) != {pins[name]}], "make lock"
     assert list(locked("cpu")) == ["torch"] and list(locked("cpu")["torch"]) == [f"{pins['torch']}+cpu"]
     assert list(held["torch"]) == [pins["torch"]] and "nvidia-nccl-cu13" in locked("cuda")
@@ -210,17 +294,33 @@ def test_lock_settings_and_constraints_agree():
 
 
 def test_a_torch_that_the_lock_does_not_know_is_refused_in_a_sentence(tmp_path):
-    "A place in pip's settings with the CPU build for a Python or system that lock/cpu.txt has no hash of: nothing of it is installed, nor all the rest."
+    """A place in pip's settings with the CPU build for a Python or system that lock/cpu.txt has no hash of:
+    nothing of it is installed, nor all the rest."""
     venv, wheels = tmp_path / "venv", tmp_path / "wheels"
     assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path).returncode == 0
     packages = next(venv.glob("lib/python3*/site-packages"))
     (packages / "pip").symlink_to(Path(pip.__file__).parent)
     wheels.mkdir()
-    with zipfile.ZipFile(wheels / f"torch-{next(iter(locked('cpu')['torch']))}-py3-none-any.whl", "w") as wheel: wheel.writestr("torch.py", "")
-    refused = run(ROOT / ".ci" / "venv", venv, "run", cwd=ROOT, env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull})
+    with zipfile.ZipFile(
+        wheels / f"torch-{next(iter(locked('cpu')['torch']))}-py3-none-any.whl", "w"
+    ) as wheel:
+        wheel.writestr("torch.py", "")
+    refused = run(
+        ROOT / ".ci" / "venv",
+        venv,
+        "run",
+        cwd=ROOT,
+        env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull},
+    )
     assert refused.returncode == 1, refused.stdout
-    assert refused.stdout.splitlines()[-1].startswith("cbnb: lock/cpu.txt has not the hash of torch 2.13.0+cpu that pip finds here, for Python 3")
-    assert "make lock" in refused.stdout and "Traceback" not in refused.stdout and "tampered" not in refused.stdout
+    assert refused.stdout.splitlines()[-1].startswith(
+        "cbnb: lock/cpu.txt has not the hash of torch 2.13.0+cpu that pip finds here, for Python 3"
+    )
+    assert (
+        "make lock" in refused.stdout
+        and "Traceback" not in refused.stdout
+        and "tampered" not in refused.stdout
+    )
     assert [p.name for p in packages.iterdir()] == ["pip"] and not (venv / ".user").exists()
 
 
@@ -231,10 +331,17 @@ def test_make_sbom_lists_what_is_installed_with_licences(tmp_path):
     assert made.returncode == 0, made.stdout[-3000:]
     bom = json.loads((copy / "sbom.json").read_text())
     parts = {part["name"]: part for part in bom["components"]}
-    assert bom["bomFormat"] == "CycloneDX" and {"torch", "transformers", "numpy", "pytest"} <= parts.keys() and "uv" not in parts
-    assert parts["transformers"]["version"] == version("transformers") and parts["numpy"]["purl"] == f"pkg:pypi/numpy@{version('numpy')}"
+    assert (
+        bom["bomFormat"] == "CycloneDX"
+        and {"torch", "transformers", "numpy", "pytest"} <= parts.keys()
+        and "uv" not in parts
+    )
+    assert (
+        parts["transformers"]["version"] == version("transformers")
+        and parts["numpy"]["purl"] == f"pkg:pypi/numpy@{version('numpy')}"
+    )
     unlicensed = [name for name, part in parts.items() if not part.get("licenses")]
-    assert set(unlicensed) <= {"resvg_py"}, unlicensed         # which states none
+    assert set(unlicensed) <= {"resvg_py"}, unlicensed  # which states none
 
 
 def test_changelog_names_the_version():
@@ -242,12 +349,17 @@ def test_changelog_names_the_version():
 
 
 def test_package_imports_no_development_library():
-    "A user of cbnb must not inherit nbdev's old fastcore, nor need an extra. Import every module in a fresh process and look at what came with it."
-    program = ("import json, pkgutil, sys, importlib, cbnb\n"
-               "names = [m.name for m in pkgutil.walk_packages(cbnb.__path__, 'cbnb.') if not m.name.endswith('__main__')]\n"
-               "for name in names: importlib.import_module(name)\n"
-               "unwanted = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'jupyterlab', 'jupyter_server', 'resvg_py'} & {m.split('.')[0] for m in sys.modules}\n"
-               "print(json.dumps([names, sorted(unwanted)]))")
+    """A user of cbnb must not inherit nbdev's old fastcore, nor need an extra. Import every module in a fresh
+    process and look at what came with it."""
+    program = (
+        "import json, pkgutil, sys, importlib, cbnb\n"
+        "names = [m.name for m in pkgutil.walk_packages(cbnb.__path__, 'cbnb.') if not "
+        "m.name.endswith('__main__')]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "unwanted = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'jupyterlab', 'jupyter_server', "
+        "'resvg_py'} & {m.split('.')[0] for m in sys.modules}\n"
+        "print(json.dumps([names, sorted(unwanted)]))"
+    )
     result = run(sys.executable, "-c", program, cwd=ROOT)
     assert result.returncode == 0, result.stdout
     names, unwanted = json.loads(result.stdout.strip().splitlines()[-1])
@@ -255,33 +367,65 @@ def test_package_imports_no_development_library():
 
 
 def test_package_data_asks_no_other_machine():
-    "What a browser or a program may load from the package names no address elsewhere; text for readers (.md) may."
+    """What a browser or a program may load from the package names no address elsewhere; text for readers
+    (.md) may."""
     for path in (ROOT / "cbnb").rglob("*"):
-        if not path.is_file() or path.suffix in (".py", ".md", ".safetensors", ".pyc"): continue
-        found = [a for a in ADDRESS.findall(path.read_text(encoding="utf-8", errors="replace")) if not a.startswith(NAMESPACES)]
+        if not path.is_file() or path.suffix in (".py", ".md", ".safetensors", ".pyc"):
+            continue
+        found = [
+            a
+            for a in ADDRESS.findall(path.read_text(encoding="utf-8", errors="replace"))
+            if not a.startswith(NAMESPACES)
+        ]
         assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
 
 
 def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path):
-    "In the folder that holds a clone named cbnb, Python finds that clone first: a folder without a module, which must not be taken for the package."
+    """In the folder that holds a clone named cbnb, Python finds that clone first: a folder without a module,
+    which must not be taken for the package."""
     import numpy
+
     clone, venv = copy_tree(tmp_path / "cbnb"), tmp_path / "venv"
-    for command in ((sys.executable, "-m", "venv", "--without-pip", venv),
-                    (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet", "--no-deps", "-e", clone)):
+    for command in (
+        (sys.executable, "-m", "venv", "--without-pip", venv),
+        (
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            venv / "bin" / "python",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "-e",
+            clone,
+        ),
+    ):
         done = run(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:]
     folder = next(venv.glob("lib/python3*/site-packages"))
-    (folder / "shared.pth").write_text(f"{Path(numpy.__file__).parent.parent}\n")      # what cbnb needs; that folder's own .pth files are not read
+    # what cbnb needs; that folder's own .pth files are not read
+    (folder / "shared.pth").write_text(f"{Path(numpy.__file__).parent.parent}\n")
     env = {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
-    program = "import cbnb, cbnb.basics.places as p, cbnb.run.code as r; print(cbnb.__file__, p.TINYAGENT.is_dir(), r.code_state()['version'])"
+    program = (
+        "import cbnb, cbnb.basics.places as p, cbnb.run.code as r; print(cbnb.__file__, "
+        "p.TINYAGENT.is_dir(), r.code_state()['version'])"
+    )
     (elsewhere := tmp_path / "elsewhere" / "cbnb").mkdir(parents=True)
     for where in (tmp_path, elsewhere.parent, elsewhere, clone):
         found = run(venv / "bin" / "python", "-c", program, cwd=where, env=env)
-        assert found.stdout.split() == [str(clone / "cbnb" / "__init__.py"), "True", settings()["version"]], (where, found.stdout)
-    assert run(venv / "bin" / "cbnb", "--version", cwd=elsewhere.parent, env=env).stdout.strip() == f"cbnb {settings()['version']}"
+        assert found.stdout.split() == [str(clone / "cbnb" / "__init__.py"), "True", settings()["version"]], (
+            where,
+            found.stdout,
+        )
+    assert (
+        run(venv / "bin" / "cbnb", "--version", cwd=elsewhere.parent, env=env).stdout.strip()
+        == f"cbnb {settings()['version']}"
+    )
 
 
 # --- the tools around the tests ---
+
 
 def test_a_skip_fails_where_everything_must_run(tmp_path):
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
@@ -289,28 +433,53 @@ def test_a_skip_fails_where_everything_must_run(tmp_path):
         "import pytest\n"
         "def test_skip(): pytest.skip('needs a thing: install it')\n"
         "@pytest.mark.xfail\ndef test_xfail(): assert False\n"
-        "def test_fine(): pass\n")
-    (tmp_path / "test_module.py").write_text("import pytest\npytest.skip('no module: make one', allow_module_level=True)\n")
-    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors", ".")
+        "def test_fine(): pass\n"
+    )
+    (tmp_path / "test_module.py").write_text(
+        "import pytest\npytest.skip('no module: make one', allow_module_level=True)\n"
+    )
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        ".",
+    )
     relaxed = run(*command, cwd=tmp_path, env={"CBNB_REQUIRE_ALL": ""})
-    assert relaxed.returncode == 0 and "test_skip: needs a thing: install it" in relaxed.stdout, relaxed.stdout
+    assert relaxed.returncode == 0 and "test_skip: needs a thing: install it" in relaxed.stdout, (
+        relaxed.stdout
+    )
     strict = run(*command, cwd=tmp_path, env={"CBNB_REQUIRE_ALL": "1"})
-    assert strict.returncode != 0 and "needs a thing: install it" in strict.stdout and "no module: make one" in strict.stdout, strict.stdout
+    assert (
+        strict.returncode != 0
+        and "needs a thing: install it" in strict.stdout
+        and "no module: make one" in strict.stdout
+    ), strict.stdout
     assert not re.search("skipped|xfailed", strict.stdout.splitlines()[-1]), strict.stdout
 
 
 def small_project(folder, bench=None, **sources):
-    "A copy of the project's settings and tools with only the given notebooks, one code cell each; `bench` is one in nbs/bench/."
+    """A copy of the project's settings and tools with only the given notebooks, one code cell each; `bench`
+    is one in nbs/bench/."""
     import nbformat
+
     (folder / "nbs").mkdir(parents=True)
     (folder / "cbnb").mkdir()
     shutil.copytree(ROOT / ".ci", folder / ".ci")
     shutil.copy(ROOT / "settings.ini", folder)
     for name, source in sources.items():
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), folder / "nbs" / f"{name}.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]),
+            folder / "nbs" / f"{name}.ipynb",
+        )
     if bench is not None:
         shutil.copytree(NBS / "bench", folder / "nbs" / "bench", ignore=shutil.ignore_patterns("*.ipynb"))
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bench)]), folder / "nbs" / "bench" / "speed.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bench)]),
+            folder / "nbs" / "bench" / "speed.ipynb",
+        )
     return run(sys.executable, ".ci/nbtest.py", cwd=folder)
 
 
@@ -319,9 +488,15 @@ def test_notebook_counts(tmp_path):
     assert fine.returncode == 0 and "notebooks: 2 passed, 0 failed" in fine.stdout, fine.stdout
     assert "left out: 1 cell(s) marked 'slow' in b.ipynb" in fine.stdout
     timed = small_project(tmp_path / "timed", a="assert True", bench="1/0")
-    assert timed.returncode == 0 and "left out: bench/speed.ipynb" in timed.stdout and "notebooks: 1 passed, 0 failed" in timed.stdout, timed.stdout
+    assert (
+        timed.returncode == 0
+        and "left out: bench/speed.ipynb" in timed.stdout
+        and "notebooks: 1 passed, 0 failed" in timed.stdout
+    ), timed.stdout
     failing = small_project(tmp_path / "failing", a="assert True", b="1/0")
-    assert failing.returncode == 1 and "failed: b.ipynb\nnotebooks: 1 passed, 1 failed" in failing.stdout, failing.stdout
+    assert failing.returncode == 1 and "failed: b.ipynb\nnotebooks: 1 passed, 1 failed" in failing.stdout, (
+        failing.stdout
+    )
     dying = small_project(tmp_path / "dying", a="import os; os._exit(3)")
     assert dying.returncode == 1 and "notebooks: 0 passed, 1 failed" in dying.stdout, dying.stdout
     empty = small_project(tmp_path / "empty")
@@ -336,7 +511,8 @@ def make(target, folder, *variables, env=None):
     fake.write_text('#!/bin/sh\necho "args: $*"\nenv | grep -E "^(JUPYTER|PYTHON)" | sort\n')
     fake.chmod(0o755)
     (venv / "tools").mkdir(exist_ok=True)
-    for stamp in (".user", ".dev", "tools/.done"): (venv / stamp).touch()
+    for stamp in (".user", ".dev", "tools/.done"):
+        (venv / stamp).touch()
     result = run("make", target, f"VENV={venv}", *variables, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout
     return result.stdout
@@ -344,10 +520,23 @@ def make(target, folder, *variables, env=None):
 
 def test_make_train_passes_beta_and_guards_the_kernel(tmp_path):
     folder = tmp_path / "run"
-    said = make("train", tmp_path, "BETA_KL=0.1", f"RUN_DIR={folder}", env={"JUPYTER_PATH": "/somewhere", "PYTHONPATH": "/elsewhere", "PYTHONDONTWRITEBYTECODE": "1"})
-    assert f"args: -m papermill nbs/train.ipynb {folder}/out.1.ipynb -p beta_kl 0.1 -p run_dir {folder}" in said
+    said = make(
+        "train",
+        tmp_path,
+        "BETA_KL=0.1",
+        f"RUN_DIR={folder}",
+        env={"JUPYTER_PATH": "/somewhere", "PYTHONPATH": "/elsewhere", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert (
+        f"args: -m papermill nbs/train.ipynb {folder}/out.1.ipynb -p beta_kl 0.1 -p run_dir {folder}" in said
+    )
     assert f"args: -m cbnb.report {folder}" in said
-    assert "JUPYTER_PREFER_ENV_PATH=1" in said and "/somewhere" not in said and "/elsewhere" not in said and "DONTWRITE" not in said
+    assert (
+        "JUPYTER_PREFER_ENV_PATH=1" in said
+        and "/somewhere" not in said
+        and "/elsewhere" not in said
+        and "DONTWRITE" not in said
+    )
     assert "-p beta_kl 0.3" in make("train", tmp_path, f"RUN_DIR={folder}")
 
 
@@ -358,9 +547,16 @@ def test_make_bench_runs_the_benchmarks(tmp_path):
     clean.chmod(0o755)
     said = make("bench", tmp_path)
     benchmarks = sorted(str(p.relative_to(ROOT)) for p in (NBS / "bench").glob("*.ipynb"))
-    assert benchmarks and all(f"args: -m papermill {p} {p} --cwd nbs/bench\n" in said for p in benchmarks) and "cleaned" in said
+    assert (
+        benchmarks
+        and all(f"args: -m papermill {p} {p} --cwd nbs/bench\n" in said for p in benchmarks)
+        and "cleaned" in said
+    )
     said = make("bench", tmp_path, "BENCH=nbs/bench/kl.ipynb", "BENCH_ARGS=-p device cuda")
-    assert "args: -m papermill nbs/bench/kl.ipynb runs/bench-kl.ipynb --cwd nbs/bench -p device cuda\n" in said and said.count("args: ") == 1
+    assert (
+        "args: -m papermill nbs/bench/kl.ipynb runs/bench-kl.ipynb --cwd nbs/bench -p device cuda\n" in said
+        and said.count("args: ") == 1
+    )
 
 
 def test_make_lab_listens_on_loopback(tmp_path):
@@ -371,9 +567,16 @@ def test_environment_prefers_its_own_kernel(tmp_path):
     "A stale user-level python3 kernel must not be what papermill starts."
     stale = tmp_path / "share" / "jupyter" / "kernels" / "python3"
     stale.mkdir(parents=True)
-    kernel = {"argv": ["/nowhere/python", "-f", "{connection_file}"], "display_name": "stale", "language": "python"}
+    kernel = {
+        "argv": ["/nowhere/python", "-f", "{connection_file}"],
+        "display_name": "stale",
+        "language": "python",
+    }
     (stale / "kernel.json").write_text(json.dumps(kernel))
-    program = "from jupyter_client.kernelspec import KernelSpecManager as K; print(K().get_kernel_spec('python3').resource_dir)"
+    program = (
+        "from jupyter_client.kernelspec import KernelSpecManager as K; "
+        "print(K().get_kernel_spec('python3').resource_dir)"
+    )
     env = {"JUPYTER_DATA_DIR": str(tmp_path / "share" / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
     found = run(sys.executable, "-c", program, cwd=tmp_path, env=env)
     assert Path(found.stdout.strip()).is_relative_to(sys.prefix), found.stdout
@@ -382,18 +585,33 @@ def test_environment_prefers_its_own_kernel(tmp_path):
 def test_formulas_become_mathml():
     sys.path.insert(0, str(ROOT / ".ci"))
     from pages import links_from_root, links_to_pages, math_to_mathml, without_remote_scripts
+
     assert math_to_mathml("costs $5 and `$x$` or $5") == "costs $5 and `$x$` or $5"
-    assert math_to_mathml("an $x_i$ here").startswith("an <math") and "$" not in math_to_mathml("$$\\frac{1}{N}$$ and $T^2$")
-    assert links_from_root("[a](masking/06_masker.ipynb#x) [b](../Makefile)") == "[a](nbs/masking/06_masker.ipynb#x) [b](Makefile)"
+    assert math_to_mathml("an $x_i$ here").startswith("an <math") and "$" not in math_to_mathml(
+        "$$\\frac{1}{N}$$ and $T^2$"
+    )
+    assert (
+        links_from_root("[a](masking/06_masker.ipynb#x) [b](../Makefile)")
+        == "[a](nbs/masking/06_masker.ipynb#x) [b](Makefile)"
+    )
     assert links_from_root("[c](http://a.b/c) [d](#e)") == "[c](http://a.b/c) [d](#e)"
-    assert links_to_pages("[a](06_masker.ipynb#x) [b](../bench/b.ipynb)") == "[a](06_masker.html#x) [b](../bench/b.html)"
-    assert without_remote_scripts('a<script src="https://cdn.x/mathjax/y.js"></script><script>1</script>b') == "a<script>1</script>b"
+    assert (
+        links_to_pages("[a](06_masker.ipynb#x) [b](../bench/b.ipynb)")
+        == "[a](06_masker.html#x) [b](../bench/b.html)"
+    )
+    assert (
+        without_remote_scripts('a<script src="https://cdn.x/mathjax/y.js"></script><script>1</script>b')
+        == "a<script>1</script>b"
+    )
 
 
 def test_what_is_imported_most_is_offered_at_the_top():
     "Each name is that of its module, and `import cbnb` loads neither torch nor any module of the package."
-    program = ("import sys, cbnb; print(*[m for m in sys.modules if m == 'torch' or m.startswith('cbnb.')], '|');"
-               "from cbnb import *; import importlib;"
-               "print(all(globals()[n] is getattr(importlib.import_module('cbnb.' + m), n) for n, m in cbnb.HOMES.items()), len(cbnb.HOMES))")
+    program = (
+        "import sys, cbnb; print(*[m for m in sys.modules if m == 'torch' or m.startswith('cbnb.')], '|');"
+        "from cbnb import *; import importlib;"
+        "print(all(globals()[n] is getattr(importlib.import_module('cbnb.' + m), n) for n, m in "
+        "cbnb.HOMES.items()), len(cbnb.HOMES))"
+    )
     said = run(sys.executable, "-c", program, cwd=ROOT).stdout.split()
     assert said == ["|", "True", "7"], said

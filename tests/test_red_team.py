@@ -1,4 +1,5 @@
 """The table of what was tried (nbs/red_team.md) says what the tests do."""
+
 import ast
 
 from helpers import ROOT
@@ -12,5 +13,9 @@ def test_the_table_is_of_these_tests():
 def test_its_commands_run_something():
     for *_, test in rows():
         file, _, name = test.partition("::")
-        defined = {node.name for node in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+        defined = {
+            node.name
+            for node in ast.parse((ROOT / "tests" / file).read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
         assert name in defined if name else any(n.startswith("test_") for n in defined), test

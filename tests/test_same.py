@@ -1,20 +1,23 @@
 """A run that goes on is the same run: what it was made from is changed under it, in every part, and so is its
 log. A short run of a copy of the tiny agent, finished and then taken back to its checkpoint of step 2."""
-import json, os, shutil
+
+import json
+import os
+import shutil
 
 import pytest
 
-from cbnb.evaluate.adapters import find_adapters, questions_for
-from cbnb.basics.places import TINYAGENT
-from cbnb.run.stages import Run, read_status
 from cbnb.basics.jsonfiles import RunError, write_json
+from cbnb.basics.places import TINYAGENT
+from cbnb.evaluate.adapters import find_adapters, questions_for
+from cbnb.report.verdicts import read_run
 from cbnb.run.sealed import MANIFEST, seal
-from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
+from cbnb.run.stages import Run, read_status
 from cbnb.run.status import run_rows
-from cbnb.transcripts.tinyworld import make_transcripts
+from cbnb.train.same import MADE_FROM, made_from, transcripts_hash
 from cbnb.train.trainer import resume_point
 from cbnb.transcripts.reader import write_transcripts
-from cbnb.report.verdicts import read_run
+from cbnb.transcripts.tinyworld import make_transcripts
 from forked import cells
 from helpers import NBS
 from train_common import few, load
@@ -22,7 +25,8 @@ from train_common import few, load
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    "A folder with the `run` and what it was made from: `data.jsonl`, `eval_data.jsonl`, `tools.json`, `model`."
+    """A folder with the `run` and what it was made from: `data.jsonl`, `eval_data.jsonl`, `tools.json`,
+    `model`."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(TINYAGENT, folder / "model")
     (folder / "tools.json").write_text(json.dumps(make_transcripts("injection", 1)[0].tools))
@@ -41,7 +45,8 @@ def broken_off(world, tmp_path):
     kept = shutil.copytree(world, tmp_path / "kept")
     run = world / "run"
     shutil.rmtree(run / "checkpoints" / "checkpoint-4")
-    for name in ("result.json", "report.html"): (run / name).unlink()
+    for name in ("result.json", "report.html"):
+        (run / name).unlink()
     shutil.rmtree(run / "adapter")
     write_json(run / "status.json", read_status(run) | {"state": "interrupted", "error": "stopped"})
     yield world
@@ -57,9 +62,13 @@ def again(world, status=0):
 
 
 def refused(world, part, name):
-    "Going on is refused for the `part` and the file `name` in one sentence, kept in status.json, and does nothing."
+    """Going on is refused for the `part` and the file `name` in one sentence, kept in status.json, and does
+    nothing."""
     files = [world / "run" / name for name in ("metrics.jsonl", MADE_FROM, "config.json")]
-    def kept(): return [file.read_bytes() for file in files]
+
+    def kept():
+        return [file.read_bytes() for file in files]
+
     before = kept()
     again(world, 1)
     status = read_status(world / "run")
@@ -91,7 +100,10 @@ def test_data_that_were_written_anew_are_refused(broken_off):
 
 def test_another_model_under_the_same_path_is_refused(broken_off):
     "Before data are read and anything is loaded, whatever the file's time and size say."
-    def add(path): path.write_text(path.read_text() + "\n")
+
+    def add(path):
+        path.write_text(path.read_text() + "\n")
+
     for name, change in (("model.safetensors", flip), ("config.json", add), ("tokenizer.json", add)):
         old = (broken_off / "model" / name).read_bytes()
         change(broken_off / "model" / name)
@@ -137,14 +149,16 @@ def test_what_may_change_is_told_and_the_log_is_mended(broken_off):
     run = broken_off / "run"
     whole = (run / "metrics.jsonl").read_text().splitlines()
     edited = json.dumps(json.loads(whole[1]) | {"loss_kl": 0.25})
-    (run / "metrics.jsonl").write_text("\n".join([edited, *whole[2:]]) + "\n")   # step 1 is lost
+    (run / "metrics.jsonl").write_text("\n".join([edited, *whole[2:]]) + "\n")  # step 1 is lost
     record = made_from(run)
     told = record["told"] | {"torch": "1.0.0", "cbnb's code": "other", "processes": "2"}
     values = record["figures"]["values"]
     figures = record["figures"] | {"values": values | {"loss_retain": values["loss_retain"] * 1.0001}}
     write_json(run / MADE_FROM, record | {"told": told, "figures": figures})
     (broken_off / "model" / "README.md").write_text("read by nobody")
-    with open(run / "metrics.jsonl", "a") as f: f.write('{"step": 5}\n{"step": 6, "lo')   # as a kill leaves it
+    # as a kill leaves it
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5}\n{"step": 6, "lo')
     said = again(broken_off)
     changes = read_status(run)["changes"]
     names = [line.split(", and the one before it had")[0].rsplit(" ", 1)[0] for line in changes[:-2]]
@@ -153,12 +167,17 @@ def test_what_may_change_is_told_and_the_log_is_mended(broken_off):
     assert changes[-2].startswith(words)
     assert changes[-1] == (
         "metrics.jsonl lacked 1 of its 2 lines (the first: step 1) and said something else in 1 lines (the "
-        "first: step 2): up to step 2 it was put back from checkpoint-2")
+        "first: step 2): up to step 2 it was put back from checkpoint-2"
+    )
     assert "3 lines of metrics.jsonl of later steps were dropped and are made again; training goes on" in said
     assert (run / "metrics.jsonl").read_text().splitlines() == whole, "to the last bit"
     assert load(run / "result.json")["changes"] == changes
-    pages = [said, run_rows([run])[0]["note"], (run / "adapter" / "README.md").read_text(),
-             "\n".join(read_run(run, {})[2])]
+    pages = [
+        said,
+        run_rows([run])[0]["note"],
+        (run / "adapter" / "README.md").read_text(),
+        "\n".join(read_run(run, {})[2]),
+    ]
     assert all(line in page for line in changes for page in pages)
     assert "and the one before it had 1.0.0" in (run / "report.html").read_text()
 
@@ -194,9 +213,12 @@ def test_an_evaluation_of_a_run_is_of_what_it_was_made_from(world, tmp_path):
     code, said = evaluate(tmp_path / "two", *given)
     assert code != 0 and f"the model of {run} changed since it was trained on" in said, said[-2000:]
     assert "model.safetensors is another one" in said
-    code, said = evaluate(tmp_path / "three", *given, "-p", "model", world / "model", "-p", "max_new_tokens", 2)
+    code, said = evaluate(
+        tmp_path / "three", *given, "-p", "model", world / "model", "-p", "max_new_tokens", 2
+    )
     assert code == 0, said[-2000:]
-    for path, data in kept.items(): path.write_bytes(data)
+    for path, data in kept.items():
+        path.write_bytes(data)
 
 
 def test_an_evaluation_that_goes_on_is_the_same(world, tmp_path):
@@ -204,8 +226,20 @@ def test_an_evaluation_that_goes_on_is_the_same(world, tmp_path):
     shutil.copy(world / "eval_data.jsonl", data)
     shutil.copytree(world / "run" / "adapter", tmp_path / "adapter")
     model = shutil.copytree(TINYAGENT, tmp_path / "model")
-    given = ("-p", "adapter", tmp_path / "adapter", "-p", "model", model, "-p", "eval_data", data,
-             "-p", "max_new_tokens", 2)
+    given = (
+        "-p",
+        "adapter",
+        tmp_path / "adapter",
+        "-p",
+        "model",
+        model,
+        "-p",
+        "eval_data",
+        data,
+        "-p",
+        "max_new_tokens",
+        2,
+    )
     code, said = evaluate(folder, *given)
     assert code == 0, said[-2000:]
     assert set(made_from(folder)["same"]) == {"data", "samples", "template", "model", "adapter"}

@@ -1,30 +1,52 @@
 """The token strip in a real browser: its standalone page, and the widget beside a kernel."""
+
 import numpy as np
 import pytest
 
 from cbnb.masking.masker import ChatMasker
-from cbnb.step.models import load_tokenizer
 from cbnb.masking.policies import Encoded, loss_mask
-from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.masking.turns import Segment
+from cbnb.step.models import load_tokenizer
+from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.strip import StillStrip, TokenStrip, token_strip
 
 POLICIES = ("post_injection_only", "first_header", "assistant_only")
-SHOW, A, B, SEARCH = "[aria-label='what is shown']", "[aria-label='mask A']", "[aria-label='mask B']", "[aria-label='search in the text']"
-HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "<!--", "\u202egnol", "\x1b[31m", "a\u200bb", "&lt;b&gt;", "\\u003c"]
+SHOW, A, B, SEARCH = (
+    "[aria-label='what is shown']",
+    "[aria-label='mask A']",
+    "[aria-label='mask B']",
+    "[aria-label='search in the text']",
+)
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "\u202egnol",
+    "\x1b[31m",
+    "a\u200bb",
+    "&lt;b&gt;",
+    "\\u003c",
+]
 
 
 def by_hand(pieces, roles=("user",), messages=None, mask_title="by hand", **given):
     "A strip of the texts `pieces`, made without a tokenizer."
     ends = np.cumsum([len(p) for p in pieces]).astype(np.int32)
     messages = np.zeros(len(pieces), np.int16) if messages is None else np.array(messages, np.int16)
-    encoded = Encoded("".join(pieces), np.arange(len(pieces), dtype=np.int32), np.full(len(pieces), Segment.USER, np.uint8), messages,
-                      np.stack([ends - [len(p) for p in pieces], ends], axis=1).astype(np.int32), roles=tuple(roles))
+    encoded = Encoded(
+        "".join(pieces),
+        np.arange(len(pieces), dtype=np.int32),
+        np.full(len(pieces), Segment.USER, np.uint8),
+        messages,
+        np.stack([ends - [len(p) for p in pieces], ends], axis=1).astype(np.int32),
+        roles=tuple(roles),
+    )
     return token_strip(encoded, None, given.pop("policies", ()), title=mask_title, **given)
 
 
 @pytest.fixture(scope="module")
-def masker(): return ChatMasker(load_tokenizer("tinyagent"))
+def masker():
+    return ChatMasker(load_tokenizer("tinyagent"))
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +58,23 @@ def encoded(masker):
 @pytest.fixture(scope="module")
 def html(encoded, masker):
     kl = np.where(loss_mask(encoded), np.linspace(1e-6, 2, len(encoded.input_ids)), np.nan)
-    return token_strip(encoded, masker.tokenizer, POLICIES, heats={"KL": (kl, "nats")}, title="injected").static().html
+    return (
+        token_strip(encoded, masker.tokenizer, POLICIES, heats={"KL": (kl, "nats")}, title="injected")
+        .static()
+        .html
+    )
 
 
-def tokens(page): return page.locator(".cb-view .cb-t")
-def about(page): return page.locator(".cb-about [role=status]").inner_text()
-def chosen(page): return page.locator(".cb-t.sel").evaluate_all("spans => spans.map(s => Number(s.id.split('-')[1]))")
+def tokens(page):
+    return page.locator(".cb-view .cb-t")
+
+
+def about(page):
+    return page.locator(".cb-about [role=status]").inner_text()
+
+
+def chosen(page):
+    return page.locator(".cb-t.sel").evaluate_all("spans => spans.map(s => Number(s.id.split('-')[1]))")
 
 
 def test_all_tokens_are_shown_with_their_mask(pages, html, encoded):
@@ -61,7 +94,9 @@ def test_a_token_says_why(pages, html, encoded):
     assert chosen(page) == [at] and about(page).startswith(f"token {at} ")
     assert str(encoded.why(at, POLICIES[0])).split(" is ", 1)[1] in about(page)
     tokens(page).nth(3).hover()
-    assert page.locator(".cb-hover").inner_text().startswith("token 3 ") and about(page).startswith(f"token {at} ")
+    assert page.locator(".cb-hover").inner_text().startswith("token 3 ") and about(page).startswith(
+        f"token {at} "
+    )
 
 
 def test_differences_are_marked_and_found(pages, html, encoded):
@@ -69,13 +104,21 @@ def test_differences_are_marked_and_found(pages, html, encoded):
     page.select_option(SHOW, "difference")
     a, b = (loss_mask(encoded, p) for p in POLICIES[:2])
     for name, wanted in (("plus", a & ~b), ("minus", b & ~a), ("in", a & b), ("out", ~a & ~b)):
-        assert tokens(page).evaluate_all(f"spans => spans.map(s => s.classList.contains('{name}'))") == wanted.tolist(), name
+        assert (
+            tokens(page).evaluate_all(f"spans => spans.map(s => s.classList.contains('{name}'))")
+            == wanted.tolist()
+        ), name
     page.locator(".cb-view").focus()
     found = []
-    for _ in range(3): page.keyboard.press("d"), found.extend(chosen(page))
+    for _ in range(3):
+        page.keyboard.press("d"), found.extend(chosen(page))
     assert found == np.flatnonzero(a != b)[:3].tolist()
     page.keyboard.press("Shift+D")
-    assert chosen(page) == [found[1]] and POLICIES[1] in about(page) and "WRONG" in page.locator(".cb-key").inner_text()
+    assert (
+        chosen(page) == [found[1]]
+        and POLICIES[1] in about(page)
+        and "WRONG" in page.locator(".cb-key").inner_text()
+    )
     page.select_option(A, POLICIES[1])
     assert page.locator(".cb-view .plus, .cb-view .minus").count() == 0
 
@@ -87,7 +130,9 @@ def test_the_predicting_position_is_one_to_the_left(pages, html, encoded):
     assert inside == [*loss_mask(encoded, POLICIES[0])[1:].tolist(), False]
     at = inside.index(True)
     tokens(page).nth(at).click()
-    assert f"predicts token {at + 1} " in about(page) and str(encoded.why(at + 1, POLICIES[0])).split(" is ", 1)[1] in about(page)
+    assert f"predicts token {at + 1} " in about(page) and str(encoded.why(at + 1, POLICIES[0])).split(
+        " is ", 1
+    )[1] in about(page)
     tokens(page).last.click()
     assert "predicts nothing" in about(page)
 
@@ -97,13 +142,30 @@ def test_keys(pages, html, encoded):
     page.select_option(A, POLICIES[2])
     page.locator(".cb-view").focus()
     edges = (np.flatnonzero(np.diff(loss_mask(encoded, POLICIES[2]))) + 1).tolist()
-    for key, wanted in (("ArrowRight", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("End", n - 1), ("ArrowRight", n - 1), ("Home", 0), ("b", edges[0]), ("b", edges[1]),
-                        ("Shift+B", edges[0]), ("PageDown", min(n - 1, edges[0] + 100)), ("PageUp", max(0, min(n - 1, edges[0] + 100) - 100))):
+    for key, wanted in (
+        ("ArrowRight", 0),
+        ("ArrowRight", 1),
+        ("ArrowLeft", 0),
+        ("End", n - 1),
+        ("ArrowRight", n - 1),
+        ("Home", 0),
+        ("b", edges[0]),
+        ("b", edges[1]),
+        ("Shift+B", edges[0]),
+        ("PageDown", min(n - 1, edges[0] + 100)),
+        ("PageUp", max(0, min(n - 1, edges[0] + 100) - 100)),
+    ):
         page.keyboard.press(key)
         assert chosen(page) == [wanted], key
     focused = page.locator(".cb-view").get_attribute("aria-activedescendant")
-    assert page.locator(f"#{focused}").get_attribute("aria-selected") == "true" and page.locator("[aria-selected=true]").count() == 1
-    top = lambda: page.locator(".cb-t.sel").bounding_box()
+    assert (
+        page.locator(f"#{focused}").get_attribute("aria-selected") == "true"
+        and page.locator("[aria-selected=true]").count() == 1
+    )
+
+    def top():
+        return page.locator(".cb-t.sel").bounding_box()
+
     page.keyboard.press("Home"), page.keyboard.press("ArrowDown")
     below = top()
     page.keyboard.press("ArrowUp")
@@ -118,7 +180,8 @@ def test_keys_do_not_reach_the_notebook(pages, html):
     page = pages.open(html)
     page.evaluate("window.heard = []; document.addEventListener('keydown', e => window.heard.push(e.key))")
     page.locator(".cb-view").focus()
-    for key in ("b", "d", "d", "m", "a", "ArrowDown"): page.keyboard.press(key)
+    for key in ("b", "d", "d", "m", "a", "ArrowDown"):
+        page.keyboard.press(key)
     page.keyboard.press("/"), page.keyboard.type("add")
     assert page.evaluate("window.heard") == []
 
@@ -148,12 +211,26 @@ def test_heat(pages, html, encoded):
 
 
 def test_nothing_of_a_transcript_is_markup(pages):
-    strip = by_hand(HOSTILE, roles=(HOSTILE[0],), mask_title=HOSTILE[1], masks={HOSTILE[0]: np.ones(len(HOSTILE), bool)},
-                    heats={HOSTILE[1]: (np.ones(len(HOSTILE)), HOSTILE[0])}, message=HOSTILE[0])
+    strip = by_hand(
+        HOSTILE,
+        roles=(HOSTILE[0],),
+        mask_title=HOSTILE[1],
+        masks={HOSTILE[0]: np.ones(len(HOSTILE), bool)},
+        heats={HOSTILE[1]: (np.ones(len(HOSTILE)), HOSTILE[0])},
+        message=HOSTILE[0],
+    )
     for page in (pages.open(strip.static().html), pages.framed(strip.static()._repr_html_())):
         page = page if page.locator(".cb-t").count() else page.child_frames[0]
         shown = [t.removesuffix("\n") for t in tokens(page).all_inner_texts()]
-        assert shown == ["<img·src=x·onerror=alert(1)>", *HOSTILE[1:3], "\\u202egnol", "\\x1b[31m", "a\\u200bb", "&lt;b&gt;", "\\u003c"]
+        assert shown == [
+            "<img·src=x·onerror=alert(1)>",
+            *HOSTILE[1:3],
+            "\\u202egnol",
+            "\\x1b[31m",
+            "a\\u200bb",
+            "&lt;b&gt;",
+            "\\u003c",
+        ]
         page.locator(".cb-t").first.click()
         assert page.locator("img").count() == 0 and HOSTILE[0] in page.locator(".cb-message").inner_text()
     assert "<img" not in strip.static().plain and "<script" not in strip.static().plain
@@ -161,13 +238,21 @@ def test_nothing_of_a_transcript_is_markup(pages):
 
 
 def test_odd_characters_are_seen(pages, masker):
-    odd = masker.encode([{"role": "user", "content": "囍\ta  b\n\n🙂"}, {"role": "assistant", "content": "ok"}])
+    odd = masker.encode(
+        [{"role": "user", "content": "囍\ta  b\n\n🙂"}, {"role": "assistant", "content": "ok"}]
+    )
     page = pages.open(token_strip(odd, masker.tokenizer).static().html)
     texts = tokens(page).all_inner_texts()
-    for wanted in ("<0xE5>", "=囍", "⇥", "=🙂", "<|eot_id|>"): assert any(wanted in t for t in texts), (wanted, texts)
-    assert page.locator(".cb-t.sp").all_inner_texts().count("<|eot_id|>") == 2 and page.locator(".cb-t.part").count() >= 6
+    for wanted in ("<0xE5>", "=囍", "⇥", "=🙂", "<|eot_id|>"):
+        assert any(wanted in t for t in texts), (wanted, texts)
+    assert (
+        page.locator(".cb-t.sp").all_inner_texts().count("<|eot_id|>") == 2
+        and page.locator(".cb-t.part").count() >= 6
+    )
     quoted = by_hand(["<|eot_id|>"])
-    assert pages.open(quoted.static().html).locator(".cb-t.sp").count() == 0, "text that only looks like a control token is shown as one"
+    assert pages.open(quoted.static().html).locator(".cb-t.sp").count() == 0, (
+        "text that only looks like a control token is shown as one"
+    )
 
 
 def test_right_to_left_and_cjk_read_right(pages):
@@ -180,7 +265,12 @@ def test_right_to_left_and_cjk_read_right(pages):
 def test_many_tokens(pages):
     n = 32_000
     words = [" one", " two", "\n", " three"]
-    strip = by_hand([words[i % 4] for i in range(n)], ("user", "assistant"), np.arange(n) // (n // 2), masks={"every third": np.arange(n) % 3 == 0})
+    strip = by_hand(
+        [words[i % 4] for i in range(n)],
+        ("user", "assistant"),
+        np.arange(n) // (n // 2),
+        masks={"every third": np.arange(n) % 3 == 0},
+    )
     page = pages.open(strip.static().html)
     assert 0 < tokens(page).count() < 6000, "only what is near the window is in the page"
     page.locator(".cb-view").focus()
@@ -193,8 +283,10 @@ def test_many_tokens(pages):
     box = page.locator(".cb-map").bounding_box()
     page.mouse.click(box["x"] + 20, box["y"] + box["height"] / 2)
     page.wait_for_timeout(300)
-    middle = tokens(page).evaluate_all("""spans => { const view = document.querySelector('.cb-view').getBoundingClientRect();
-        return spans.filter(s => { const y = s.getBoundingClientRect().top; return y > view.top && y < view.bottom }).map(s => Number(s.id.split('-')[1])) }""")
+    middle = tokens(
+        page
+    ).evaluate_all("""spans => { const view = document.querySelector('.cb-view').getBoundingClientRect();
+        return spans.filter(s => { const y = s.getBoundingClientRect().top; return y > view.top && y < view.bottom }).map(s => Number(s.id.split('-')[1])) }""")  # noqa: E501
     assert middle and min(middle) - 300 < n // 2 < max(middle) + 300
     pages.assert_clean()
 
@@ -202,7 +294,10 @@ def test_many_tokens(pages):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("view", ["mask", "difference", "heat", "text"])
 def test_accessible(pages, html, view, theme):
-    for page in (pages.open(html, theme=theme), *([pages.open(html, theme=theme, forced_colors=True)] if view == "difference" else [])):
+    for page in (
+        pages.open(html, theme=theme),
+        *([pages.open(html, theme=theme, forced_colors=True)] if view == "difference" else []),
+    ):
         page.select_option(SHOW, view)
         tokens(page).nth(20).click()
         assert pages.violations(page) == []
@@ -211,7 +306,10 @@ def test_accessible(pages, html, view, theme):
 
 def test_a_message_in_the_place_of_tokens(pages):
     page = pages.open(token_strip(message="rows.jsonl, line 3: no messages").static().html)
-    assert page.locator(".cb-message").inner_text() == "rows.jsonl, line 3: no messages" and tokens(page).count() == 0
+    assert (
+        page.locator(".cb-message").inner_text() == "rows.jsonl, line 3: no messages"
+        and tokens(page).count() == 0
+    )
     assert pages.violations(page) == []
 
 
@@ -228,4 +326,8 @@ def test_widget_and_still_strip_are_alike(encoded, masker, monkeypatch, static, 
     monkeypatch.setenv("CBNB_STATIC", static)
     strip = token_strip(encoded, masker.tokenizer, POLICIES)
     strip.selected, strip.a = 7, POLICIES[1]
-    assert isinstance(strip, kind) and strip.state()["selected"] == 7 and strip.static().html.count('"selected": 7') == 1
+    assert (
+        isinstance(strip, kind)
+        and strip.state()["selected"] == 7
+        and strip.static().html.count('"selected": 7') == 1
+    )

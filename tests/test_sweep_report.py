@@ -1,40 +1,92 @@
-"""`cbnb report` and its verdicts: they keep to their figures, a failure never helps, nothing of a stranger's runs, and the page opens anywhere."""
-import json, math, random, re, shutil, struct, sys, time, zlib
+"""`cbnb report` and its verdicts: they keep to their figures, a failure never helps, nothing of a stranger's
+runs, and the page opens anywhere."""
+
+import json
+import math
+import random
+import re
+import shutil
+import struct
+import sys
+import time
 import xml.etree.ElementTree as ET
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from cbnb.basics.files import quoted_cell
-from cbnb.basics.lease import identity
 from cbnb.basics.jsonfiles import write_json
+from cbnb.basics.lease import identity
 from cbnb.report.sweep import DOSE, dose_response, groups, sweep_figures, write_report_files
-from cbnb.report.verdicts import (CHECKS, CONTROL_ATTACK, CONTROL_COSINE, COSINE_MARGIN, DOSE_MARGIN, GRADIENT_MARGIN, ONSET_MARGIN, REROUTED, SEEDS, Sweep, advice, read_sweep, specimen_run, verdicts,
-                           write_specimen)
+from cbnb.report.verdicts import (
+    CHECKS,
+    CONTROL_ATTACK,
+    CONTROL_COSINE,
+    COSINE_MARGIN,
+    DOSE_MARGIN,
+    GRADIENT_MARGIN,
+    ONSET_MARGIN,
+    REROUTED,
+    SEEDS,
+    Sweep,
+    advice,
+    read_sweep,
+    specimen_run,
+    verdicts,
+    write_specimen,
+)
 from helpers import BIN, NBS, ROOT, read, run
 
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7*7 }}\u202e\x1b[31m'
 
 
-def report(*arguments): return run(sys.executable, "-m", "cbnb.cli", "report", *arguments, cwd=ROOT)
+def report(*arguments):
+    return run(sys.executable, "-m", "cbnb.cli", "report", *arguments, cwd=ROOT)
 
 
 # --- verdicts on made-up frames ---
 
+
 def sweep_of(rows, *more):
-    "A `Sweep` of made-up `rows`: of a breaker that works and is not changed by KL, where they do not say otherwise."
+    """A `Sweep` of made-up `rows`: of a breaker that works and is not changed by KL, where they do not say
+    otherwise."""
     full = []
     for i, row in enumerate(rows):
         beta = row["beta_kl"]
-        kl = row.get("loss_kl", {0: 2.0, 0.1: 0.05, 0.3: 0.01}.get(beta, 0.004 / max(beta, 0.5)) * (1 + 0.01 * row["seed"]))
-        base = {"run": f"run{i}", "state": "done", "error": None, "code": "c", "data": "d", "harmful_cosine": 0.02 + 0.001 * row["seed"], "attack_success": 0.0, "attack_success_lax": 0.1,
-                "before_attack_success": 1.0, "onset_step": 30.0 + row["seed"], "loss_reroute": 0.01, "loss_kl": kl, "beta_times_kl": beta * kl, "heldout_kl_in_domain": kl,
-                "heldout_kl_off_domain": kl, "grad_norm_total": 0.5, "grad_norm_reroute": 0.4, "grad_cos_reroute_kl": -0.3, "kl_gradient_share": 0.1, "exact_match_plain": 1.0,
-                "before_exact_match_plain": 1.0, "last_step": 60.0}
+        kl = row.get(
+            "loss_kl",
+            {0: 2.0, 0.1: 0.05, 0.3: 0.01}.get(beta, 0.004 / max(beta, 0.5)) * (1 + 0.01 * row["seed"]),
+        )
+        base = {
+            "run": f"run{i}",
+            "state": "done",
+            "error": None,
+            "code": "c",
+            "data": "d",
+            "harmful_cosine": 0.02 + 0.001 * row["seed"],
+            "attack_success": 0.0,
+            "attack_success_lax": 0.1,
+            "before_attack_success": 1.0,
+            "onset_step": 30.0 + row["seed"],
+            "loss_reroute": 0.01,
+            "loss_kl": kl,
+            "beta_times_kl": beta * kl,
+            "heldout_kl_in_domain": kl,
+            "heldout_kl_off_domain": kl,
+            "grad_norm_total": 0.5,
+            "grad_norm_reroute": 0.4,
+            "grad_cos_reroute_kl": -0.3,
+            "kl_gradient_share": 0.1,
+            "exact_match_plain": 1.0,
+            "before_exact_match_plain": 1.0,
+            "last_step": 60.0,
+        }
         full.append(base | row)
     return Sweep("made up", pd.DataFrame(full), ["beta_kl", "seed", *more], {}, {}, [])
 
@@ -44,7 +96,8 @@ def cells(betas=(0.0, 0.1, 0.3, 3.0), seeds=(0, 1, 2), change=lambda row: {}):
     return [row | change(row) for row in rows]
 
 
-def said(sweep): return [v.verdict for v in verdicts(sweep)]
+def said(sweep):
+    return [v.verdict for v in verdicts(sweep)]
 
 
 def test_supported():
@@ -53,39 +106,93 @@ def test_supported():
 
 def test_two_seeds_that_agree_are_not_enough():
     two = sweep_of(cells(seeds=(0, 1)))
-    assert said(two) == ["inconclusive"] * 3 and all("Support wants 3 paired seeds" in v.why for v in verdicts(two))
+    assert said(two) == ["inconclusive"] * 3 and all(
+        "Support wants 3 paired seeds" in v.why for v in verdicts(two)
+    )
 
 
 def test_turning_the_harmful_states_around_is_no_better_than_to_right_angles():
-    assert said(sweep_of(cells(change=lambda r: {"harmful_cosine": -0.4 if r["beta_kl"] == 0 else 0.0}))) == ["supported"] * 3
+    assert (
+        said(sweep_of(cells(change=lambda r: {"harmful_cosine": -0.4 if r["beta_kl"] == 0 else 0.0})))
+        == ["supported"] * 3
+    )
 
 
 def test_refuted_by_each_check():
-    assert said(sweep_of(cells(change=lambda r: {"harmful_cosine": 0.8 + 0.01 * r["seed"]} if r["beta_kl"] == 3 else {})))[0] == "refuted"
-    assert said(sweep_of(cells(change=lambda r: {"onset_step": 60 + r["seed"]} if r["beta_kl"] == 3 else {})))[0] == "refuted"
+    assert (
+        said(
+            sweep_of(
+                cells(
+                    change=lambda r: {"harmful_cosine": 0.8 + 0.01 * r["seed"]} if r["beta_kl"] == 3 else {}
+                )
+            )
+        )[0]
+        == "refuted"
+    )
+    assert (
+        said(sweep_of(cells(change=lambda r: {"onset_step": 60 + r["seed"]} if r["beta_kl"] == 3 else {})))[0]
+        == "refuted"
+    )
     rising = {0: 0.01, 0.1: 0.02, 0.3: 0.05, 3: 0.2}
-    assert said(sweep_of(cells(change=lambda r: {"loss_kl": rising[r["beta_kl"]] * (1 + 0.01 * r["seed"])})))[1] == "refuted"
-    slow = sweep_of(cells(change=lambda r: {"loss_kl": {0: 2.0, 0.1: 1.0, 0.3: 0.6, 3: 0.2}[r["beta_kl"]] * (1 + 0.01 * r["seed"])}))
-    assert said(slow)[1] == "refuted" and ": supported. " in verdicts(slow)[1].why and "hump refuted" in verdicts(slow)[1].why, "KL falls, but its product rises all the way"
+    assert (
+        said(sweep_of(cells(change=lambda r: {"loss_kl": rising[r["beta_kl"]] * (1 + 0.01 * r["seed"])})))[1]
+        == "refuted"
+    )
+    slow = sweep_of(
+        cells(
+            change=lambda r: {
+                "loss_kl": {0: 2.0, 0.1: 1.0, 0.3: 0.6, 3: 0.2}[r["beta_kl"]] * (1 + 0.01 * r["seed"])
+            }
+        )
+    )
+    assert (
+        said(slow)[1] == "refuted"
+        and ": supported. " in verdicts(slow)[1].why
+        and "hump refuted" in verdicts(slow)[1].why
+    ), "KL falls, but its product rises all the way"
     flat = {"loss_kl": 1.0}
-    assert said(sweep_of(cells(change=lambda r: flat | {"beta_times_kl": r["beta_kl"]})))[1] == "refuted", "no fall and no hump: the published sign"
-    assert said(sweep_of(cells(change=lambda r: {"grad_norm_total": 6.5} if r["beta_kl"] == 3 else {})))[2] == "refuted"
+    assert said(sweep_of(cells(change=lambda r: flat | {"beta_times_kl": r["beta_kl"]})))[1] == "refuted", (
+        "no fall and no hump: the published sign"
+    )
+    assert (
+        said(sweep_of(cells(change=lambda r: {"grad_norm_total": 6.5} if r["beta_kl"] == 3 else {})))[2]
+        == "refuted"
+    )
 
 
 def test_an_onset_that_never_comes_is_no_missing_figure():
     never = sweep_of(cells(change=lambda r: {"onset_step": math.nan} if r["beta_kl"] == 3 else {}))
     assert said(never)[0] == "refuted" and verdicts(never)[0].comparisons[5].mean == math.inf
-    once = sweep_of(cells(change=lambda r: {"onset_step": math.nan} if r["beta_kl"] == 3 and r["seed"] == 1 else {}))
+    once = sweep_of(
+        cells(change=lambda r: {"onset_step": math.nan} if r["beta_kl"] == 3 and r["seed"] == 1 else {})
+    )
     assert said(once)[0] == "inconclusive"
 
 
 def test_inconclusive_by_spread_one_seed_and_unpaired_seeds():
-    wide = sweep_of(cells(change=lambda r: {"harmful_cosine": 0.2 * r["seed"] * (r["beta_kl"] == 3), "grad_norm_total": 0.5 * 2 ** (r["seed"] * (r["beta_kl"] == 3)),
-                                            "loss_kl": 2.0 * 10 ** (random.Random(str(r)).uniform(-3, 0))}))
+    wide = sweep_of(
+        cells(
+            change=lambda r: {
+                "harmful_cosine": 0.2 * r["seed"] * (r["beta_kl"] == 3),
+                "grad_norm_total": 0.5 * 2 ** (r["seed"] * (r["beta_kl"] == 3)),
+                "loss_kl": 2.0 * 10 ** (random.Random(str(r)).uniform(-3, 0)),
+            }
+        )
+    )
     assert said(wide) == ["inconclusive"] * 3
-    unclear = sweep_of(cells(change=lambda r: {"loss_kl": {0: 2.0, 0.1: 0.06, 0.3: 0.02 * 1.3 ** (r["seed"] - 1), 3: 0.002}[r["beta_kl"]]}
-                             | ({"loss_kl": 0.002 * 1.5 ** r["seed"]} if r["beta_kl"] == 3 else {})))
-    assert said(unclear)[1] == "inconclusive" and ": supported. " in verdicts(unclear)[1].why and "hump inconclusive" in verdicts(unclear)[1].why
+    unclear = sweep_of(
+        cells(
+            change=lambda r: (
+                {"loss_kl": {0: 2.0, 0.1: 0.06, 0.3: 0.02 * 1.3 ** (r["seed"] - 1), 3: 0.002}[r["beta_kl"]]}
+                | ({"loss_kl": 0.002 * 1.5 ** r["seed"]} if r["beta_kl"] == 3 else {})
+            )
+        )
+    )
+    assert (
+        said(unclear)[1] == "inconclusive"
+        and ": supported. " in verdicts(unclear)[1].why
+        and "hump inconclusive" in verdicts(unclear)[1].why
+    )
     one = sweep_of(cells(seeds=(0,)))
     assert said(one) == ["inconclusive"] * 3 and all("n = 1, so no interval" in v.why for v in verdicts(one))
     unpaired = sweep_of([r for r in cells(seeds=(0, 1, 2, 3)) if (r["beta_kl"] == 0) == (r["seed"] < 2)])
@@ -94,75 +201,173 @@ def test_inconclusive_by_spread_one_seed_and_unpaired_seeds():
     assert all(c.n == 2 for v in (partly[0], partly[2]) for c in v.comparisons)
 
 
-@pytest.mark.parametrize("change", [{"harmful_cosine": 1.0}, {"harmful_cosine": math.nan}, {"attack_success": 0.3}, {"attack_success": math.nan}, {"before_attack_success": 0.0},
-                                    {"attack_success": 0.15, "before_attack_success": 0.2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"harmful_cosine": 1.0},
+        {"harmful_cosine": math.nan},
+        {"attack_success": 0.3},
+        {"attack_success": math.nan},
+        {"before_attack_success": 0.0},
+        {"attack_success": 0.15, "before_attack_success": 0.2},
+    ],
+)
 def test_a_control_that_does_not_work_makes_all_void(change):
-    assert said(sweep_of(cells(change=lambda r: change if r["beta_kl"] == 0 and r["seed"] == 1 else {}))) == ["void"] * 3
+    assert (
+        said(sweep_of(cells(change=lambda r: change if r["beta_kl"] == 0 and r["seed"] == 1 else {})))
+        == ["void"] * 3
+    )
     everywhere = sweep_of(cells(change=lambda r: change))
     assert said(everywhere) == ["void"] * 3 and advice(everywhere) == []
 
 
 def test_no_control_is_void_and_a_dead_run_elsewhere_is_not():
     assert said(sweep_of(cells(betas=(0.1, 0.3)))) == ["void"] * 3
-    assert said(sweep_of(cells(change=lambda r: {"state": "failed"} if r["beta_kl"] == 0 else {}))) == ["void"] * 3
+    assert (
+        said(sweep_of(cells(change=lambda r: {"state": "failed"} if r["beta_kl"] == 0 else {})))
+        == ["void"] * 3
+    )
     assert said(sweep_of(cells(change=lambda r: {"state": "failed"}))) == ["void"] * 3
-    assert said(sweep_of(cells(change=lambda r: {"harmful_cosine": 1.0, "attack_success": 1.0, "onset_step": math.nan, "loss_reroute": 1.0} if r["beta_kl"] == 3 else {})))[0] == "refuted"
+    assert (
+        said(
+            sweep_of(
+                cells(
+                    change=lambda r: (
+                        {
+                            "harmful_cosine": 1.0,
+                            "attack_success": 1.0,
+                            "onset_step": math.nan,
+                            "loss_reroute": 1.0,
+                        }
+                        if r["beta_kl"] == 3
+                        else {}
+                    )
+                )
+            )
+        )[0]
+        == "refuted"
+    )
 
 
 def test_a_temperature_is_a_group_of_its_own():
     rows = [r | {"kl_temperature": 1.0} for r in cells(betas=(0.0, 0.1, 0.3, 0.5))]
-    hot = [{"beta_kl": 0.3, "seed": float(s), "kl_temperature": 2.0, "loss_kl": 40.0, "harmful_cosine": 0.9} for s in range(3)]
+    hot = [
+        {"beta_kl": 0.3, "seed": float(s), "kl_temperature": 2.0, "loss_kl": 40.0, "harmful_cosine": 0.9}
+        for s in range(3)
+    ]
     mixed, plain = sweep_of(rows + hot, "kl_temperature"), sweep_of(cells(betas=(0.0, 0.1, 0.3, 0.5)))
     found = verdicts(mixed)
-    assert [replace(v, label="") for v in found[:3]] == verdicts(plain), "T = 2 must not change what is said of T = 1"
-    assert [v.verdict for v in found[3:]] == ["refuted", "inconclusive", "supported"] and {v.label for v in found[3:]} == {"kl_temperature 2"}
+    assert [replace(v, label="") for v in found[:3]] == verdicts(plain), (
+        "T = 2 must not change what is said of T = 1"
+    )
+    assert [v.verdict for v in found[3:]] == ["refuted", "inconclusive", "supported"] and {
+        v.label for v in found[3:]
+    } == {"kl_temperature 2"}
     assert [(a.action, a.beta, a.label) for a in advice(mixed)] == [("lower", 0.3, "kl_temperature 2")]
-    failed = sweep_of([r | {"state": "failed"} if r["beta_kl"] == 0 and r["seed"] == 0 else r for r in rows + hot], "kl_temperature")
+    failed = sweep_of(
+        [r | {"state": "failed"} if r["beta_kl"] == 0 and r["seed"] == 0 else r for r in rows + hot],
+        "kl_temperature",
+    )
     assert "supported" not in said(failed), "a control that failed counts for those who borrow it"
 
 
 def test_other_code_or_data_is_never_compared():
     rows = cells(change=lambda r: {"code": "new"} if r["beta_kl"] == 0 else {})
     found = verdicts(sweep_of(rows))
-    assert "supported" not in [v.verdict for v in found] and {v.verdict for v in found if "code c" in v.label} == {"void"}
+    assert "supported" not in [v.verdict for v in found] and {
+        v.verdict for v in found if "code c" in v.label
+    } == {"void"}
 
 
 def test_advice():
-    loses = sweep_of(cells(change=lambda r: {"exact_match_plain": 0.3 + 0.01 * r["seed"] if r["beta_kl"] < 0.3 else 1.0}))
-    assert [(a.action, a.beta) for a in advice(loses)] == [("raise", 0.0), ("raise", 0.1)] and "at 0.3 it is kept" in advice(loses)[1].text and "0.31" in advice(loses)[1].text
-    suppressed = sweep_of(cells(change=lambda r: {"attack_success": 0.9 + 0.01 * r["seed"]} if r["beta_kl"] == 3 else {}))
-    assert [(a.action, a.beta) for a in advice(suppressed)] == [("lower", 3.0)] and "0.91" in advice(suppressed)[0].text
-    both = sweep_of(cells(change=lambda r: {"attack_success": 0.9, "exact_match_plain": 0.1} if r["beta_kl"] == 3 else {}))
+    loses = sweep_of(
+        cells(change=lambda r: {"exact_match_plain": 0.3 + 0.01 * r["seed"] if r["beta_kl"] < 0.3 else 1.0})
+    )
+    assert (
+        [(a.action, a.beta) for a in advice(loses)] == [("raise", 0.0), ("raise", 0.1)]
+        and "at 0.3 it is kept" in advice(loses)[1].text
+        and "0.31" in advice(loses)[1].text
+    )
+    suppressed = sweep_of(
+        cells(change=lambda r: {"attack_success": 0.9 + 0.01 * r["seed"]} if r["beta_kl"] == 3 else {})
+    )
+    assert [(a.action, a.beta) for a in advice(suppressed)] == [("lower", 3.0)] and "0.91" in advice(
+        suppressed
+    )[0].text
+    both = sweep_of(
+        cells(change=lambda r: {"attack_success": 0.9, "exact_match_plain": 0.1} if r["beta_kl"] == 3 else {})
+    )
     assert [a.action for a in advice(both)] == ["conflict"]
-    assert advice(sweep_of(cells())) == [] and advice(sweep_of(cells(seeds=(0,), change=lambda r: {"exact_match_plain": 0.1}))) == []
+    assert (
+        advice(sweep_of(cells())) == []
+        and advice(sweep_of(cells(seeds=(0,), change=lambda r: {"exact_match_plain": 0.1}))) == []
+    )
 
 
 KL = st.floats(-3, 1).map(lambda e: 10.0**e)
-ROW = st.fixed_dictionaries({
-    "state": st.sampled_from(["done"] * 12 + ["failed", "lost", "running", "missing"]), "harmful_cosine": st.sampled_from([-0.4, 0.0, 0.02, 0.05, 0.3, 0.9]),
-    "onset_step": st.sampled_from([30.0, 31.0, 35.0, 60.0, math.nan]), "loss_kl": KL, "grad_norm_total": st.floats(0.1, 8), "attack_success": st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.9])})
+ROW = st.fixed_dictionaries(
+    {
+        "state": st.sampled_from(["done"] * 12 + ["failed", "lost", "running", "missing"]),
+        "harmful_cosine": st.sampled_from([-0.4, 0.0, 0.02, 0.05, 0.3, 0.9]),
+        "onset_step": st.sampled_from([30.0, 31.0, 35.0, 60.0, math.nan]),
+        "loss_kl": KL,
+        "grad_norm_total": st.floats(0.1, 8),
+        "attack_success": st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.9]),
+    }
+)
 
 
 @st.composite
 def made_up(draw):
     "A sweep of any shape: runs that differ much or little, some of them not done, some figures missing."
     rows, calm, works = [], draw(st.integers(0, 3)), draw(st.integers(0, 4)) > 0
-    betas = draw(st.sampled_from([(0.0, 0.1, 0.3), (0.0, 0.3), (0.0, 0.1, 0.3, 3.0), (0.0, 0.1, 0.3), (0.0, 0.1, 0.3, 0.5), (0.1, 0.3), (0.0,)]))
+    betas = draw(
+        st.sampled_from(
+            [
+                (0.0, 0.1, 0.3),
+                (0.0, 0.3),
+                (0.0, 0.1, 0.3, 3.0),
+                (0.0, 0.1, 0.3),
+                (0.0, 0.1, 0.3, 0.5),
+                (0.1, 0.3),
+                (0.0,),
+            ]
+        )
+    )
     seeds = draw(st.integers(1, 4))
     for beta in betas:
         for seed in range(max(1, seeds - (draw(st.integers(0, 9)) == 0))):
             row = {"beta_kl": beta, "seed": float(seed)}
-            if calm == 0 or calm == 1 and draw(st.integers(0, 9)) == 0: row |= draw(ROW)
-            if beta == 0 and works: row |= {"harmful_cosine": draw(st.sampled_from([-0.3, 0.0, 0.02])), "attack_success": 0.0, "onset_step": 30.0}
-            if beta == betas[-1] and calm == 2: row |= draw(st.fixed_dictionaries({"harmful_cosine": st.floats(0.6, 0.8), "loss_kl": st.floats(2, 3), "grad_norm_total": st.floats(6, 8)}))
-            if calm == 3 and (beta, seed) == (betas[-1], 0): row["harmful_cosine"] = 0.9
-            if "loss_kl" in row: row["beta_times_kl"] = beta * row["loss_kl"]
-            if draw(st.integers(0, 60)) == 0: row["harmful_cosine"] = math.nan
+            if calm == 0 or calm == 1 and draw(st.integers(0, 9)) == 0:
+                row |= draw(ROW)
+            if beta == 0 and works:
+                row |= {
+                    "harmful_cosine": draw(st.sampled_from([-0.3, 0.0, 0.02])),
+                    "attack_success": 0.0,
+                    "onset_step": 30.0,
+                }
+            if beta == betas[-1] and calm == 2:
+                row |= draw(
+                    st.fixed_dictionaries(
+                        {
+                            "harmful_cosine": st.floats(0.6, 0.8),
+                            "loss_kl": st.floats(2, 3),
+                            "grad_norm_total": st.floats(6, 8),
+                        }
+                    )
+                )
+            if calm == 3 and (beta, seed) == (betas[-1], 0):
+                row["harmful_cosine"] = 0.9
+            if "loss_kl" in row:
+                row["beta_times_kl"] = beta * row["loss_kl"]
+            if draw(st.integers(0, 60)) == 0:
+                row["harmful_cosine"] = math.nan
             rows.append(row)
     return sweep_of(rows)
 
 
-def keyed(sweep): return {(v.check, v.label): v.verdict for v in verdicts(sweep)}
+def keyed(sweep):
+    return {(v.check, v.label): v.verdict for v in verdicts(sweep)}
 
 
 @settings(max_examples=30)
@@ -186,49 +391,86 @@ def test_order_does_not_matter_and_a_failure_never_helps(sweep, rng):
 def test_verdicts_agree_with_figures_worked_out_another_way(sweep):
     done = sweep.frame[sweep.frame["state"] == "done"]
     control = done[done["beta_kl"] == 0].set_index("seed")
-    works = len(control) > 0 and all((control["harmful_cosine"] < CONTROL_COSINE) & (control["attack_success"] <= CONTROL_ATTACK))
+    works = len(control) > 0 and all(
+        (control["harmful_cosine"] < CONTROL_COSINE) & (control["attack_success"] <= CONTROL_ATTACK)
+    )
     found = {v.check: v for v in verdicts(sweep)}
     assert all((v.verdict == "void") == (not works) for v in found.values())
-    if not works: return
+    if not works:
+        return
     highs = []
     for beta, runs in done[done["beta_kl"] > 0].groupby("beta_kl"):
-        d = (runs.set_index("seed")["harmful_cosine"].clip(lower=0) - control["harmful_cosine"].clip(lower=0)).dropna()
-        low, high = (stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)) if d.std() > 0 else (d.mean(),) * 2) if len(d) > 1 else (math.nan,) * 2
+        d = (
+            runs.set_index("seed")["harmful_cosine"].clip(lower=0) - control["harmful_cosine"].clip(lower=0)
+        ).dropna()
+        low, high = (
+            (stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)) if d.std() > 0 else (d.mean(),) * 2)
+            if len(d) > 1
+            else (math.nan,) * 2
+        )
         highs.append(high)
         if len(d) > 1:
             shown = next(c for c in found["reroute"].comparisons if c.measure == REROUTED and c.beta == beta)
-            assert math.isclose(shown.low, low, abs_tol=1e-9) and math.isclose(shown.high, high, abs_tol=1e-9) and shown.n == len(d)
+            assert (
+                math.isclose(shown.low, low, abs_tol=1e-9)
+                and math.isclose(shown.high, high, abs_tol=1e-9)
+                and shown.n == len(d)
+            )
     for v in found.values():
         if v.verdict == "supported":
-            assert (sweep.frame["state"] == "done").all() and all(c.n >= SEEDS for c in v.comparisons) and done["seed"].nunique() >= 3
-    if found["reroute"].verdict == "supported": assert all(high < COSINE_MARGIN for high in highs)
+            assert (
+                (sweep.frame["state"] == "done").all()
+                and all(c.n >= SEEDS for c in v.comparisons)
+                and done["seed"].nunique() >= 3
+            )
+    if found["reroute"].verdict == "supported":
+        assert all(high < COSINE_MARGIN for high in highs)
     if found["reroute"].verdict == "refuted":
-        assert any(c.low_any > (COSINE_MARGIN if c.measure == REROUTED else ONSET_MARGIN) for c in found["reroute"].comparisons if c.measure in (REROUTED, "onset_step"))
+        assert any(
+            c.low_any > (COSINE_MARGIN if c.measure == REROUTED else ONSET_MARGIN)
+            for c in found["reroute"].comparisons
+            if c.measure in (REROUTED, "onset_step")
+        )
     if found["dose"].verdict == "supported":
         means = np.log(done.groupby("beta_kl")["loss_kl"].apply(lambda v: np.exp(np.log(v).mean())))
-        if (done.groupby("beta_kl")["seed"].count() == control.index.size).all(): assert means.iloc[-1] < means.iloc[0] - math.log(DOSE_MARGIN)
+        if (done.groupby("beta_kl")["seed"].count() == control.index.size).all():
+            assert means.iloc[-1] < means.iloc[0] - math.log(DOSE_MARGIN)
     for c in found["gradients"].comparisons:
-        if found["gradients"].verdict == "supported": assert abs(c.mean) < math.log(GRADIENT_MARGIN)
+        if found["gradients"].verdict == "supported":
+            assert abs(c.mean) < math.log(GRADIENT_MARGIN)
 
 
 # --- folders ---
 
+
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory):
-    "A sweep in which much went wrong, with a stranger's texts wherever there can be any; and what `cbnb report` said of it."
+    """A sweep in which much went wrong, with a stranger's texts wherever there can be any; and what `cbnb
+    report` said of it."""
     folder = write_specimen(tmp_path_factory.mktemp("runs") / "messy")
-    for seed in range(3): specimen_run(folder / f"t2-seed{seed}", 0.3, seed, kl_temperature=2.0)
-    at = lambda beta, seed: folder / f"specimen-beta_kl{beta}-seed{seed}"
-    write_json(at(0.1, 0) / "status.json", {"state": "failed", "error": f"OutOfMemoryError: {HOSTILE}", "attempt": 3})
+    for seed in range(3):
+        specimen_run(folder / f"t2-seed{seed}", 0.3, seed, kl_temperature=2.0)
+
+    def at(beta, seed):
+        return folder / f"specimen-beta_kl{beta}-seed{seed}"
+
+    write_json(
+        at(0.1, 0) / "status.json", {"state": "failed", "error": f"OutOfMemoryError: {HOSTILE}", "attempt": 3}
+    )
     write_json(at(0.1, 1) / "status.json", {"state": "running", "node": None, "pid": 2**22 + 1, "attempt": 1})
-    write_json(at(0.1, 2) / "status.json", {"state": "running", **identity() | {"pid": 2**22 + 1, "pid_started": "1"}, "attempt": 1})
+    write_json(
+        at(0.1, 2) / "status.json",
+        {"state": "running", **identity() | {"pid": 2**22 + 1, "pid_started": "1"}, "attempt": 1},
+    )
     (at(0.5, 0) / "metrics.jsonl").write_text((at(0.5, 0) / "metrics.jsonl").read_text()[:5000] + "\n{torn\n")
     (at(0.5, 1) / "result.json").write_text('{"after": {"attack_success"')
     (at(0.5, 2) / "status.json").write_text("")
     shutil.rmtree(at(3, 1))
     (at(3, 2) / "metrics.jsonl").unlink()
     (at(3, 2) / "report.html").write_text("<p>the report of a run</p>")
-    specimen_run(folder / HOSTILE.replace("/", "_"), 0.3, 7, **{HOSTILE: HOSTILE, "state": HOSTILE, "note": "=1+1"})
+    specimen_run(
+        folder / HOSTILE.replace("/", "_"), 0.3, 7, **{HOSTILE: HOSTILE, "state": HOSTILE, "note": "=1+1"}
+    )
     plan = json.loads((folder / "sweep.json").read_text())
     plan["runs"] += [{"dir": "../../outside"}, {"dir": HOSTILE}, "no entry"]
     write_json(folder / "sweep.json", plan)
@@ -242,16 +484,27 @@ def test_the_files_are_whole(messy):
     out = folder / "report"
     assert f"report: {out / 'report.html'}" in text
     figures = sweep_figures(read_sweep([folder]))
-    assert {p.name for p in out.iterdir()} == {"report.html", "report.json", "runs.csv", "runs.parquet", *(f"{name}.png" for name in figures)} and len(figures) >= 4
+    assert {p.name for p in out.iterdir()} == {
+        "report.html",
+        "report.json",
+        "runs.csv",
+        "runs.parquet",
+        *(f"{name}.png" for name in figures),
+    } and len(figures) >= 4
     for name, (figure, _) in figures.items():
         data = (out / f"{name}.png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         at, pixels = 8, b""
         while at < len(data):
-            size, kind = struct.unpack(">I4s", data[at:at + 8])
-            assert zlib.crc32(data[at + 4:at + 8 + size]) == struct.unpack(">I", data[at + 8 + size:at + 12 + size])[0]
-            if kind == b"IHDR": width, height, depth, colour = struct.unpack(">IIBB", data[at + 8:at + 18])
-            if kind == b"IDAT": pixels += data[at + 8:at + 8 + size]
+            size, kind = struct.unpack(">I4s", data[at : at + 8])
+            assert (
+                zlib.crc32(data[at + 4 : at + 8 + size])
+                == struct.unpack(">I", data[at + 8 + size : at + 12 + size])[0]
+            )
+            if kind == b"IHDR":
+                width, height, depth, colour = struct.unpack(">IIBB", data[at + 8 : at + 18])
+            if kind == b"IDAT":
+                pixels += data[at + 8 : at + 8 + size]
             at += 12 + size
         assert (width, height) == (1800, 2 * figure.layout.height)
         raw = np.frombuffer(zlib.decompress(pixels), np.uint8).reshape(height, -1)
@@ -263,25 +516,57 @@ def test_the_files_are_whole(messy):
 def test_parquet_is_csv(messy):
     folder, _ = messy
     parquet = pd.read_parquet(folder / "report" / "runs.parquet")
-    csv = pd.read_csv(folder / "report" / "runs.csv", dtype={c: str for c in parquet if parquet[c].dtype.kind != "f"})
+    csv = pd.read_csv(
+        folder / "report" / "runs.csv", dtype={c: str for c in parquet if parquet[c].dtype.kind != "f"}
+    )
     assert list(csv) == list(parquet) and len(csv) == 19
     for column in parquet:
-        if parquet[column].dtype.kind == "f": assert np.array_equal(parquet[column], csv[column].astype(float), equal_nan=True), column
-        else: assert [quoted_cell(v) if isinstance(v, str) else None for v in parquet[column]] == [v if isinstance(v, str) else None for v in csv[column]], column
-    assert not any(v != quoted_cell(v) for column in csv for v in [column, *csv[column]] if isinstance(v, str)), "no cell is a formula"
+        if parquet[column].dtype.kind == "f":
+            assert np.array_equal(parquet[column], csv[column].astype(float), equal_nan=True), column
+        else:
+            assert [quoted_cell(v) if isinstance(v, str) else None for v in parquet[column]] == [
+                v if isinstance(v, str) else None for v in csv[column]
+            ], column
+    assert not any(
+        v != quoted_cell(v) for column in csv for v in [column, *csv[column]] if isinstance(v, str)
+    ), "no cell is a formula"
 
 
 def test_every_run_is_listed_and_every_defect_told(messy):
     folder, text = messy
     frame = pd.read_parquet(folder / "report" / "runs.parquet").set_index("run")
-    states = {name: frame.state[f"specimen-beta_kl{name}"] for name in ("0.1-seed0", "0.1-seed1", "0.1-seed2", "0.5-seed2", "3-seed1", "3-seed2")}
-    assert states == {"0.1-seed0": "failed", "0.1-seed1": "running", "0.1-seed2": "lost", "0.5-seed2": "unreadable", "3-seed1": "missing", "3-seed2": "done"}
-    assert frame.attempt["specimen-beta_kl0.1-seed0"] == 3 and "OutOfMemoryError" in frame.error["specimen-beta_kl0.1-seed0"]
-    assert math.isnan(frame.loss_kl["specimen-beta_kl0.5-seed0"]) and math.isnan(frame.harmful_cosine["specimen-beta_kl0.5-seed1"]) and math.isnan(frame.loss_kl["specimen-beta_kl3-seed2"])
+    states = {
+        name: frame.state[f"specimen-beta_kl{name}"]
+        for name in ("0.1-seed0", "0.1-seed1", "0.1-seed2", "0.5-seed2", "3-seed1", "3-seed2")
+    }
+    assert states == {
+        "0.1-seed0": "failed",
+        "0.1-seed1": "running",
+        "0.1-seed2": "lost",
+        "0.5-seed2": "unreadable",
+        "3-seed1": "missing",
+        "3-seed2": "done",
+    }
+    assert (
+        frame.attempt["specimen-beta_kl0.1-seed0"] == 3
+        and "OutOfMemoryError" in frame.error["specimen-beta_kl0.1-seed0"]
+    )
+    assert (
+        math.isnan(frame.loss_kl["specimen-beta_kl0.5-seed0"])
+        and math.isnan(frame.harmful_cosine["specimen-beta_kl0.5-seed1"])
+        and math.isnan(frame.loss_kl["specimen-beta_kl3-seed2"])
+    )
     page = (folder / "report" / "report.html").read_text()
-    for told in ("2 lines of metrics.jsonl cannot be read", "its log ends at step", "result.json is not readable", "status.json is not readable", "names no run folder"):
+    for told in (
+        "2 lines of metrics.jsonl cannot be read",
+        "its log ends at step",
+        "result.json is not readable",
+        "status.json is not readable",
+        "names no run folder",
+    ):
         assert told in page and told in text, told
-    for name in frame.index[frame.state != "done"]: assert f"Not done: {name}" in text
+    for name in frame.index[frame.state != "done"]:
+        assert f"Not done: {name}" in text
     assert ": supported" not in text and "planned runs are not finished" in text
 
 
@@ -289,11 +574,16 @@ def test_a_strangers_text_stays_text(messy):
     folder, text = messy
     assert "\x1b" not in text and "\u202e" not in text
     page = (folder / "report" / "report.html").read_text()
-    assert not re.search(r"<script|<img|javascript:", page, re.I) and "{{" not in page.replace("{{ 7*7 }}", "")
+    assert not re.search(r"<script|<img|javascript:", page, re.I) and "{{" not in page.replace(
+        "{{ 7*7 }}", ""
+    )
     root = ET.fromstring(page.replace("<!DOCTYPE html>", ""))
-    for element in root.iter(): assert not [name for name in element.attrib if name.lower().startswith("on")]
+    for element in root.iter():
+        assert not [name for name in element.attrib if name.lower().startswith("on")]
     assert {a.get("href") for a in root.iter("a")} >= {"../specimen-beta_kl3-seed2/report.html"}
-    assert all(re.fullmatch(r"\.\./[\w.%-]+/(report\.html|status\.json)", a.get("href")) for a in root.iter("a"))
+    assert all(
+        re.fullmatch(r"\.\./[\w.%-]+/(report\.html|status\.json)", a.get("href")) for a in root.iter("a")
+    )
     everything = "".join(root.itertext())
     assert "<img src=x onerror=alert(1)>" in everything and "{{ 7*7 }}" in everything
     assert not (folder.parent.parent / "outside").exists()
@@ -302,17 +592,23 @@ def test_a_strangers_text_stays_text(messy):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_page_opens_offline(messy, pages, theme):
     page = pages.open(messy[0] / "report" / "report.html", theme=theme)
-    assert page.locator("h1").inner_text() == "Sweep messy" and page.locator("svg").count() == len(list((messy[0] / "report").glob("*.png")))
+    assert page.locator("h1").inner_text() == "Sweep messy" and page.locator("svg").count() == len(
+        list((messy[0] / "report").glob("*.png"))
+    )
     page.locator("summary").first.click()
     assert page.locator("details[open] tbody tr").count() > 0
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "only tables may scroll sideways"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+        "only tables may scroll sideways"
+    )
     assert pages.violations(page) == []
     pages.assert_clean()
 
 
 def test_a_dead_sweep_is_void(tmp_path):
     done = report(write_specimen(tmp_path / "dead", betas=(0.0, 0.1, 0.5), alive=False))
-    assert done.returncode == 0 and [f"{title}: void." in done.stdout for title in CHECKS.values()] == [True] * 3
+    assert (
+        done.returncode == 0 and [f"{title}: void." in done.stdout for title in CHECKS.values()] == [True] * 3
+    )
     assert "the breaker does not work" in done.stdout and "Advice: none" in done.stdout
 
 
@@ -320,24 +616,56 @@ def test_folders_without_runs_and_places_that_cannot_be_written(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "nowhere"):
         done = report(tmp_path / folder)
-        assert done.returncode == 2 and len(done.stdout.splitlines()) == 1 and "holds no run" in done.stdout and "Traceback" not in done.stdout
+        assert (
+            done.returncode == 2
+            and len(done.stdout.splitlines()) == 1
+            and "holds no run" in done.stdout
+            and "Traceback" not in done.stdout
+        )
     assert list((tmp_path / "empty").iterdir()) == []
     specimen_run(tmp_path / "runs" / "one", 0.3, 0)
     (tmp_path / "file").write_text("")
     done = report(tmp_path / "runs", "--out", tmp_path / "file")
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 1
-    done = report(tmp_path / "runs" / "one", write_specimen(tmp_path / "more", betas=(0.0,), seeds=(0,)), "--out", tmp_path / "out")
-    assert done.returncode == 0 and "2 runs: 2 done" in done.stdout and (tmp_path / "out" / "runs.csv").is_file() and not (tmp_path / "runs" / "one" / "report").exists()
+    done = report(
+        tmp_path / "runs" / "one",
+        write_specimen(tmp_path / "more", betas=(0.0,), seeds=(0,)),
+        "--out",
+        tmp_path / "out",
+    )
+    assert (
+        done.returncode == 0
+        and "2 runs: 2 done" in done.stdout
+        and (tmp_path / "out" / "runs.csv").is_file()
+        and not (tmp_path / "runs" / "one" / "report").exists()
+    )
 
 
 def test_a_new_report_takes_the_place_of_the_old_one(tmp_path):
     folder = write_specimen(tmp_path / "sweep", betas=(0.0, 0.3), seeds=(0,))
     (folder / "report").mkdir()
-    write_report_files(folder / "report", {name: b"old" for name in ("dose_response_9.png", "parameter_4.png", "parameter_5.png", "report.html")})
-    for name in ("mine.png", "parameter_5.png", "parameter_6.png"): (folder / "report" / name).write_text("mine")
+    write_report_files(
+        folder / "report",
+        {
+            name: b"old"
+            for name in ("dose_response_9.png", "parameter_4.png", "parameter_5.png", "report.html")
+        },
+    )
+    for name in ("mine.png", "parameter_5.png", "parameter_6.png"):
+        (folder / "report" / name).write_text("mine")
     assert report(folder).returncode == 0
-    assert {p.name for p in (folder / "report").iterdir()} == {"report.html", "report.json", "runs.csv", "runs.parquet", "dose_response.png", "curves.png", "runs.png", "mine.png",
-                                                               "parameter_5.png", "parameter_6.png"}, "what it has not listed, or was changed since, stays"
+    assert {p.name for p in (folder / "report").iterdir()} == {
+        "report.html",
+        "report.json",
+        "runs.csv",
+        "runs.parquet",
+        "dose_response.png",
+        "curves.png",
+        "runs.png",
+        "mine.png",
+        "parameter_5.png",
+        "parameter_6.png",
+    }, "what it has not listed, or was changed since, stays"
 
 
 def test_every_measure_has_its_panel(tmp_path):
@@ -356,7 +684,10 @@ def test_a_thousand_runs_within_a_minute(tmp_path):
     for i in range(1000):
         copy = shutil.copytree(one, tmp_path / "sweep" / f"run{i:04}")
         for name in ("params.json", "config.json"):
-            values = json.loads((copy / name).read_text()) | {"beta_kl": [0.0, 0.1, 0.3, 0.5, 3.0][i % 5], "seed": i // 5}
+            values = json.loads((copy / name).read_text()) | {
+                "beta_kl": [0.0, 0.1, 0.3, 0.5, 3.0][i % 5],
+                "seed": i // 5,
+            }
             (copy / name).write_text(json.dumps(values))
     began = time.monotonic()
     done = report(tmp_path / "sweep")
@@ -366,18 +697,35 @@ def test_a_thousand_runs_within_a_minute(tmp_path):
 
 def test_the_notebook_under_papermill(messy, tmp_path):
     folder = shutil.copytree(messy[0], tmp_path / "sweep", ignore=shutil.ignore_patterns("report"))
-    done = run(BIN / "papermill", NBS / "report.ipynb", tmp_path / "out.ipynb", "-p", "sweep", folder, cwd=tmp_path)
+    done = run(
+        BIN / "papermill", NBS / "report.ipynb", tmp_path / "out.ipynb", "-p", "sweep", folder, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout
-    outputs = [o for cell in read(tmp_path / "out.ipynb").cells if cell.cell_type == "code" for o in cell.outputs]
+    outputs = [
+        o for cell in read(tmp_path / "out.ipynb").cells if cell.cell_type == "code" for o in cell.outputs
+    ]
     texts = "".join(o.get("text", "") for o in outputs)
-    assert "Not done: specimen-beta_kl0.1-seed0, failed: OutOfMemoryError" in texts and (folder / "report" / "report.html").is_file()
+    assert (
+        "Not done: specimen-beta_kl0.1-seed0, failed: OutOfMemoryError" in texts
+        and (folder / "report" / "report.html").is_file()
+    )
     html = "".join(o["data"].get("text/html", "") for o in outputs if "data" in o)
     assert html.count("data:image/svg+xml") >= 4 and not re.search("<script|onerror=alert\\(1\\)>", html)
-    assert not any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs), "a widget needs a kernel"
-    wrong = run(BIN / "papermill", NBS / "report.ipynb", tmp_path / "out2.ipynb", "-p", "swep", folder, cwd=tmp_path)
+    assert not any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs), (
+        "a widget needs a kernel"
+    )
+    wrong = run(
+        BIN / "papermill", NBS / "report.ipynb", tmp_path / "out2.ipynb", "-p", "swep", folder, cwd=tmp_path
+    )
     assert wrong.returncode != 0 and "did you mean" in wrong.stdout
 
 
 def test_the_modules_need_no_torch():
-    done = run(sys.executable, "-c", "import sys, cbnb.report.verdicts, cbnb.report.sweep, cbnb.widgets.sweep; sys.exit('torch' in sys.modules)", cwd=ROOT)
+    done = run(
+        sys.executable,
+        "-c",
+        "import sys, cbnb.report.verdicts, cbnb.report.sweep, cbnb.widgets.sweep; sys.exit('torch' in "
+        "sys.modules)",
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stdout

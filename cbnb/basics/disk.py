@@ -11,15 +11,18 @@ import os
 import shutil
 from pathlib import Path
 
-from .lease import check_lease
 from .files import write_bytes
+from .lease import check_lease
 
 # %% ../../nbs/basics/08_disk.ipynb #full0002
 def is_full_disk(error):
     """Whether the exception `error`, or one that it came from, is a full disk or a used-up quota; not every
     library says it by an `OSError`."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error): return True
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(
+            error
+        ):
+            return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
 
@@ -29,10 +32,16 @@ def full_disk_words(path, error=None):
     disk that it lies on and how much of that is free, and says what to do."""
     named = Path(getattr(error, "filename", None) or path)
     path = next(folder for folder in (named, *named.parents) if folder.is_dir()).resolve()
-    disk, usage = next(folder for folder in (path, *path.parents) if folder.is_mount()), shutil.disk_usage(path)
-    return (f"No space left on device: the disk mounted at {disk}, where {path} lies, is full or your quota is used up ({usage.free / 1e6:.1f} of "
-            f"{usage.total / 1e6:.0f} MB are free); free some and start it again (a run: with the same run_dir), "
-            "or give another place")
+    disk, usage = (
+        next(folder for folder in (path, *path.parents) if folder.is_mount()),
+        shutil.disk_usage(path),
+    )
+    return (
+        f"No space left on device: the disk mounted at {disk}, where {path} lies, is full or your quota is "
+        f"used up ({usage.free / 1e6:.1f} of "
+        f"{usage.total / 1e6:.0f} MB are free); free some and start it again (a run: with the same run_dir), "
+        "or give another place"
+    )
 
 # %% ../../nbs/basics/08_disk.ipynb #full0004
 RESERVED = 256_000
@@ -43,7 +52,8 @@ def reserve(path):
     random: a file system that compresses would keep nothing for zeros."""
     check_lease(path)
     file = Path(path) / ".reserve"
-    if not file.exists() or file.stat().st_size != RESERVED: write_bytes(file, os.urandom(RESERVED))
+    if not file.exists() or file.stat().st_size != RESERVED:
+        write_bytes(file, os.urandom(RESERVED))
 
 # %% ../../nbs/basics/08_disk.ipynb #full00ac
 def release(path):

@@ -19,11 +19,18 @@ from .terminal import error_text
 # %% ../../nbs/basics/03_files.ipynb #fil00007
 class OutputError(OSError):
     "A path that nothing is written to; the message is one sentence that names it and says what to do."
+
     __str__ = error_text
 
 
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-         stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def check_output(path, inputs=()):
@@ -31,15 +38,19 @@ def check_output(path, inputs=()):
     writing to it would change what is read: it is one of the paths `inputs`, by whatever name, lies in a
     folder of them, or is a file of that folder by another name."""
     path = Path(path).absolute()
-    if not path.parent.is_dir(): raise OutputError(f"{path} lies in no folder; make it first")
-    try: found = path.lstat()
-    except FileNotFoundError: found = None
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} lies in no folder; make it first")
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        found = None
     if found and not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         instead = f"the file that it leads to: {path.resolve()}" if kind == "a link" else "a file"
         raise OutputError(f"{path} is {kind}; name {instead}")
     for other in map(Path, inputs):
-        if not os.path.exists(other): continue   # perhaps no path: a template's text, a hub's id
+        if not os.path.exists(other):
+            continue  # perhaps no path: a template's text, a hub's id
         same = found and path.samefile(other)
         inside = other.is_dir() and path.resolve().is_relative_to(other.resolve())
         linked = found and found.st_nlink > 1 and other.is_dir()
@@ -51,9 +62,11 @@ def check_output(path, inputs=()):
 @contextmanager
 def named(path):
     "An OSError inside that names no file, such as that of a full disk while writing, names `path`."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.errno is not None and e.filename is None: e.filename = str(path)
+        if e.errno is not None and e.filename is None:
+            e.filename = str(path)
         raise
 
 
@@ -66,7 +79,10 @@ def new_file(path):
     or the folder cannot be written."""
     check_output(path)
     path = Path(path)
-    try: handle, temporary = tempfile.mkstemp(prefix=f".{os.fsdecode(os.fsencode(path.name)[:100])}.", suffix=".part", dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{os.fsdecode(os.fsencode(path.name)[:100])}.", suffix=".part", dir=path.parent
+        )
     except OSError as e:
         e.filename = str(path)
         raise
@@ -86,17 +102,18 @@ def new_file(path):
 
 def write_bytes(path, data):
     "Writes `data` (bytes) to `path`, whole or not at all: see `new_file`."
-    with new_file(path) as f: f.write(data)
+    with new_file(path) as f:
+        f.write(data)
 
 # %% ../../nbs/basics/03_files.ipynb #fil00015
 def write_files(files):
     """Writes `{path: bytes}`: all of it stands on the disk before the first path is renamed, in their order.
     A full disk leaves every old file as it was. Raises as `new_file` does."""
-    first = {}   # the path by which each file is named first
+    first = {}  # the path by which each file is named first
     for path in files:
         if (same := first.setdefault(os.path.realpath(path), path)) != path:
             raise OutputError(f"{same} and {path} are one file: give each output a path of its own")
-    with ExitStack() as stack:   # it ends with what was entered first
+    with ExitStack() as stack:  # it ends with what was entered first
         opened = {path: stack.enter_context(new_file(path)) for path in reversed(files)}
         for path, f in opened.items():
             with named(path):
@@ -108,13 +125,17 @@ def write_files(files):
 def append_bytes(path, data):
     """Appends `data` to the file `path`, made with mode 0600 where it is not there: all of it, or on a full
     disk nothing. A last line without an end, left by a process that was killed, is cut off first. Raises
-    OutputError for a path that is no regular file or has a second name (a hard link), OSError, which names `path`, for a full disk."""
-    if os.path.lexists(path): check_output(path)   # a pipe without a reader would hang
+    OutputError for a path that is no regular file or has a second name (a hard link), OSError, which names
+    `path`, for a full disk."""
+    if os.path.lexists(path):
+        check_output(path)  # a pipe without a reader would hang
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with named(path), open(os.open(path, flags, 0o600), "r+b", buffering=0) as f:
         if os.fstat(f.fileno()).st_nlink > 1:
-            raise OutputError(f"{path} has a second name (a hard link), perhaps outside of its folder; "
-                              "put a copy in its place")
+            raise OutputError(
+                f"{path} has a second name (a hard link), perhaps outside of its folder; "
+                "put a copy in its place"
+            )
         if end := f.seek(0, os.SEEK_END):
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
@@ -122,7 +143,8 @@ def append_bytes(path, data):
                 end = f.truncate(f.read().rfind(b"\n") + 1)
         try:
             f.seek(end)
-            while data: data = data[f.write(data):]
+            while data:
+                data = data[f.write(data) :]
         except OSError:
             f.truncate(end)
             raise
@@ -142,5 +164,8 @@ def quoted_cell(text):
 
 def quoted_frame(frame):
     "A copy of a pandas frame whose text, that of its head too, went through `quoted_cell`."
-    def quoted(value): return quoted_cell(value) if isinstance(value, str) else value
+
+    def quoted(value):
+        return quoted_cell(value) if isinstance(value, str) else value
+
     return frame.map(quoted).rename(columns=quoted)

@@ -22,12 +22,13 @@ from .withheld import cut, withhold
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec00001
 RECORD_BYTES = 64 << 20  # of a JSON file; the largest, the plan of ten thousand runs, has a few MB
-SMALL_BYTES = 4 << 20    # of one that every run has: a list of runs reads thousands of them
-LOG_BYTES = 1 << 30      # of a file of lines: over a million of metrics.jsonl
+SMALL_BYTES = 4 << 20  # of one that every run has: a list of runs reads thousands of them
+LOG_BYTES = 1 << 30  # of a file of lines: over a million of metrics.jsonl
 
 
 class RecordError(ValueError):
     "A file that is not what it has to be; the message goes on from the file's name."
+
     __str__ = error_text
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec000ac
@@ -35,8 +36,10 @@ def regular_file(path):
     """Opens the regular file `path` for reading, as bytes (`cbnb.basics.reading.open_regular`). Raises
     RecordError for anything else (a pipe and a device are never waited for), OSError where there is none or
     it cannot be read."""
-    try: return open_regular(path)
-    except InputError as e: raise RecordError(e.strerror.partition(";")[0]) from None
+    try:
+        return open_regular(path)
+    except InputError as e:
+        raise RecordError(e.strerror.partition(";")[0]) from None
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec000b1
 def bytes_of(path, most=RECORD_BYTES):
@@ -44,13 +47,15 @@ def bytes_of(path, most=RECORD_BYTES):
     `most` bytes."""
     with regular_file(path) as f:
         size = os.fstat(f.fileno()).st_size
-        if size > most: raise RecordError(f"has {size:,} bytes, and at most {most:,} are read")
+        if size > most:
+            raise RecordError(f"has {size:,} bytes, and at most {most:,} are read")
         return f.read(most)
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec00002
 def brief(text, most=60):
-    """`text` (str), or its first `most` characters without secrets (`cbnb.basics.withheld.cut`). What is not cut holds a
-    secret as a whole, which whoever writes it takes out: it is not looked for here, once a field."""
+    """`text` (str), or its first `most` characters without secrets (`cbnb.basics.withheld.cut`). What is not
+    cut holds a secret as a whole, which whoever writes it takes out: it is not looked for here, once a field.
+    """
     return text if len(text) <= most else cut(text, most)
 
 
@@ -65,10 +70,14 @@ def once(pairs):
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec000a6
 def parsed(data):
     "The value of the JSON in `data` (bytes, UTF-8). Raises RecordError."
-    try: return json.loads(data.decode(), object_pairs_hook=once)
-    except RecordError: raise
-    except RecursionError: raise RecordError("is nested too deeply") from None
-    except ValueError as e: raise RecordError(f"is not readable as JSON ({cut(e, 200)})") from None
+    try:
+        return json.loads(data.decode(), object_pairs_hook=once)
+    except RecordError:
+        raise
+    except RecursionError:
+        raise RecordError("is nested too deeply") from None
+    except ValueError as e:
+        raise RecordError(f"is not readable as JSON ({cut(e, 200)})") from None
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #f668bd7a
 def to_plain(value):
@@ -76,14 +85,22 @@ def to_plain(value):
 
     Tuples and sets become lists, paths and keys strings, numpy and torch scalars Python numbers, NaN and
     infinity None. Raises `TypeError` for anything else."""
-    if hasattr(value, "item") and not getattr(value, "shape", ()): value = value.item()
-    if value is None or isinstance(value, (bool, str)): return value
-    if isinstance(value, Integral): return int(value)
-    if isinstance(value, Real): return float(value) if abs(value) <= sys.float_info.max else None
-    if isinstance(value, dict): return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [to_plain(v) for v in value]
-    if isinstance(value, (set, frozenset)): return sorted(to_plain(v) for v in value)
-    if isinstance(value, Path): return str(value)
+    if hasattr(value, "item") and not getattr(value, "shape", ()):
+        value = value.item()
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if abs(value) <= sys.float_info.max else None
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(to_plain(v) for v in value)
+    if isinstance(value, Path):
+        return str(value)
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {cut(repr(value), 80)}")
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #3330018e
@@ -111,18 +128,23 @@ def write_json(path, value):
 class RunError(RuntimeError):
     """A file or a run directory that cannot be used as asked; the message is one sentence that names it and
     says what to do."""
+
     __str__ = error_text
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #7eb976c1
 def read_json(path):
     """The dict in the JSON file `path`, None if there is no such file. Raises `RunError`, naming it, for
     anything but a JSON object in a regular file."""
-    try: value = json.loads(bytes_of(path).decode())
-    except FileNotFoundError: return None
-    except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
+    try:
+        value = json.loads(bytes_of(path).decode())
+    except FileNotFoundError:
+        return None
+    except RecordError as e:
+        raise RunError(f"{path} {e}: move it away or repair it") from None
     except (ValueError, RecursionError) as e:
         raise RunError(f"{path} is not readable as JSON ({cut(e, 200)}): move it away or repair it") from None
-    if not isinstance(value, dict): raise RunError(f"{path} holds no JSON object: move it away or repair it")
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no JSON object: move it away or repair it")
     return value
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #7eb976bb
@@ -131,8 +153,11 @@ def holds(folder, names):
     look into the folder: whoever reads such a file is told why, and a folder that is passed over is not
     missed."""
     for name in names:
-        try: os.stat(Path(folder) / name)
-        except (FileNotFoundError, NotADirectoryError): continue
-        except OSError: pass
+        try:
+            os.stat(Path(folder) / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            pass
         return True
     return False

@@ -26,104 +26,148 @@ from .terminal import error_text, say
 
 # %% ../../nbs/basics/05_lease.ipynb #lease006
 def process_start(pid):
-    "When the process `pid` of this machine started (clock ticks since boot, as text); None if there is none or it is a zombie."
-    try: fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, TypeError, ValueError, OverflowError): return None
+    """When the process `pid` of this machine started (clock ticks since boot, as text); None if there is none
+    or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, TypeError, ValueError, OverflowError):
+        return None
     return None if fields[0] == "Z" else fields[19]
 
 
 def boot():
     "What names this boot of this machine, in containers too; None where the system does not say."
-    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError: return None
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
 
 
 def sees_itself():
-    "Whether /proc has this process under its own number: not in a namespace of processes that looks at the /proc of another."
-    try: return os.readlink("/proc/self") == str(os.getpid())
-    except OSError: return False
+    """Whether /proc has this process under its own number: not in a namespace of processes that looks at the
+    /proc of another."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def namespace():
-    """`boot:namespace` of this process: the machine's `boot` and the namespace in which its process number holds;
-    None where the system does not say, or process numbers cannot be looked up (`sees_itself`)."""
-    try: return f"{started}:{os.stat('/proc/self/ns/pid').st_ino}" if (started := boot()) and sees_itself() else None
-    except OSError: return None
+    """`boot:namespace` of this process: the machine's `boot` and the namespace in which its process number
+    holds; None where the system does not say, or process numbers cannot be looked up (`sees_itself`)."""
+    try:
+        return (
+            f"{started}:{os.stat('/proc/self/ns/pid').st_ino}"
+            if (started := boot()) and sees_itself()
+            else None
+        )
+    except OSError:
+        return None
 
 
 def identity():
-    """Who runs here: `{job, slurm_restarts, node, pid, pid_started, namespace}`; job is SLURM's id (`array_task` in an array), None
-    outside; pid_started and namespace are None where no process can be looked up (`sees_itself`)."""
+    """Who runs here: `{job, slurm_restarts, node, pid, pid_started, namespace}`; job is SLURM's id
+    (`array_task` in an array), None outside; pid_started and namespace are None where no process can be
+    looked up (`sees_itself`)."""
     job, array, task = (os.environ.get(f"SLURM_{k}") for k in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return {"job": f"{array}_{task}" if array and task else job, "slurm_restarts": int(restarts) if restarts.isdigit() else 0,
-            "node": socket.gethostname(), "pid": os.getpid(), "pid_started": process_start(os.getpid()) if sees_itself() else None, "namespace": namespace()}
+    return {
+        "job": f"{array}_{task}" if array and task else job,
+        "slurm_restarts": int(restarts) if restarts.isdigit() else 0,
+        "node": socket.gethostname(),
+        "pid": os.getpid(),
+        "pid_started": process_start(os.getpid()) if sees_itself() else None,
+        "namespace": namespace(),
+    }
 
 # %% ../../nbs/basics/05_lease.ipynb #lease009
-BEAT, EXPIRY = 10.0, 120.0   # seconds between two renewals, and without one until a lease is over
+BEAT, EXPIRY = 10.0, 120.0  # seconds between two renewals, and without one until a lease is over
 
 
 def judge(record, age):
-    """Whether the holder of a lease with this `record` (dict), renewed `age` seconds ago, is there: `live` (its process is seen), `over`
-    (it is seen to be gone, or the lease has expired), `fresh` (its process cannot be seen from here) or `unreadable`."""
+    """Whether the holder of a lease with this `record` (dict), renewed `age` seconds ago, is there: `live`
+    (its process is seen), `over` (it is seen to be gone, or the lease has expired), `fresh` (its process
+    cannot be seen from here) or `unreadable`."""
     me = identity()
-    if not isinstance(record.get("token"), str): return "unreadable"
+    if not isinstance(record.get("token"), str):
+        return "unreadable"
     seen = record.get("pid_started") and me["pid_started"] and me["namespace"]
     if seen and all(record.get(key) == me[key] for key in ("namespace", "node")):
         return "live" if process_start(record.get("pid")) == record["pid_started"] else "over"
     restarts = record.get("slurm_restarts")
-    if record.get("job") and record["job"] == me["job"] and isinstance(restarts, int) and me["slurm_restarts"] > restarts: return "over"
+    if (
+        record.get("job")
+        and record["job"] == me["job"]
+        and isinstance(restarts, int)
+        and me["slurm_restarts"] > restarts
+    ):
+        return "over"
     return "over" if age > EXPIRY else "fresh"
 
 # %% ../../nbs/basics/05_lease.ipynb #lease012
-MAX_LEASE = 4096   # bytes
+MAX_LEASE = 4096  # bytes
 MAX_PID = 2**31
-TEXTS = ("node", "namespace", "job", "pid_started")   # fields that are text or None
+TEXTS = ("node", "namespace", "job", "pid_started")  # fields that are text or None
 
 
 def lease_of(data):
-    """The record (dict) that the bytes `data` of a lease hold, empty for what is none: a JSON object with a text
-    as token, a whole number from 1 to `MAX_PID` as pid, text or None in `TEXTS`, whole numbers else."""
-    try: record = json.loads(data)
-    except (ValueError, RecursionError): return {}
-    if not isinstance(record, dict) or not isinstance(record.get("token"), str): return {}
+    """The record (dict) that the bytes `data` of a lease hold, empty for what is none: a JSON object with a
+    text as token, a whole number from 1 to `MAX_PID` as pid, text or None in `TEXTS`, whole numbers else."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict) or not isinstance(record.get("token"), str):
+        return {}
     pid, restarts, beat = record.get("pid"), record.get("slurm_restarts", 0), record.get("beat", 0)
     whole = type(pid) is int and 1 <= pid <= MAX_PID and type(restarts) is int and type(beat) in (int, str)
     return record if whole and all(isinstance(record.get(key), str | None) for key in TEXTS) else {}
 
 
 def file_clock(folder):
-    "The time (seconds) that the file system of `folder` gives to a file now; this machine's where no file can be made there."
+    """The time (seconds) that the file system of `folder` gives to a file now; this machine's where no file
+    can be made there."""
     try:
         with tempfile.TemporaryFile(dir=folder) as f:
             f.write(b"x")
             f.flush()
             os.fsync(f.fileno())
             return os.fstat(f.fileno()).st_mtime
-    except OSError: return time.time()
+    except OSError:
+        return time.time()
 
 
 def dated_lease(path):
-    "`(record, time of the last renewal)` of the lease `path`: the record is None without one, and empty for what cannot be read or is none; the time is None for what is no file."
-    try: fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError: return None, None
-    except OSError: return {}, None
+    """`(record, time of the last renewal)` of the lease `path`: the record is None without one, and empty for
+    what cannot be read or is none; the time is None for what is no file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None, None
+    except OSError:
+        return {}, None
     try:
         about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode): return {}, None
-        try: return lease_of(os.pread(fd, MAX_LEASE, 0)), about.st_mtime
-        except OSError: return {}, about.st_mtime
-    finally: os.close(fd)
+        if not stat.S_ISREG(about.st_mode):
+            return {}, None
+        try:
+            return lease_of(os.pread(fd, MAX_LEASE, 0)), about.st_mtime
+        except OSError:
+            return {}, about.st_mtime
+    finally:
+        os.close(fd)
 
 
 def read_lease(path):
-    "`(record, age in seconds)` of the lease `path`, as `dated_lease` reads it; the age takes a file to be made."
+    """`(record, age in seconds)` of the lease `path`, as `dated_lease` reads it; the age takes a file to be
+    made."""
     record, renewed = dated_lease(path)
     return record, 0.0 if renewed is None else max(0.0, file_clock(Path(path).parent) - renewed)
 
 
 def token_at(path):
-    "The token of the lease `path`, None without one: read at each line that a run writes, so nothing is made for it."
+    """The token of the lease `path`, None without one: read at each line that a run writes, so nothing is
+    made for it."""
     return (dated_lease(path)[0] or {}).get("token")
 
 # %% ../../nbs/basics/05_lease.ipynb #lease015
@@ -133,7 +177,8 @@ def text_of(record):
 
 
 def made(path, record):
-    "Makes the file `path`, which must not be there, with the dict `record`, on the disk; returns its file descriptor. A file that cannot be written is removed again."
+    """Makes the file `path`, which must not be there, with the dict `record`, on the disk; returns its file
+    descriptor. A file that cannot be written is removed again."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.write(fd, text_of(record))
@@ -146,53 +191,76 @@ def made(path, record):
 
 
 def claim(path, record):
-    "Makes the lease `path` with the dict `record`; returns its file descriptor, or None where a file is there already."
+    """Makes the lease `path` with the dict `record`; returns its file descriptor, or None where a file is
+    there already."""
     fd = made(own := f"{path}.{record['token']}", record)
     try:
         os.link(own, path)
         return fd
     except FileExistsError:
-        if os.fstat(fd).st_nlink == 2: return fd   # a network file system has done it and lost the answer
+        if os.fstat(fd).st_nlink == 2:
+            return fd  # a network file system has done it and lost the answer
         os.close(fd)
         return None
-    except OSError: os.close(fd)
-    finally: os.unlink(own)
-    try: return made(path, record)
-    except FileExistsError: return None
+    except OSError:
+        os.close(fd)
+    finally:
+        os.unlink(own)
+    try:
+        return made(path, record)
+    except FileExistsError:
+        return None
 
 # %% ../../nbs/basics/05_lease.ipynb #lease018
 class Held(RuntimeError):
     "A folder that another process holds; the message is one sentence that names it and that process."
+
     __str__ = error_text
 
 
 def remove_over(path, over, record):
-    """Removes the lease `path` if it is still the one with the dict `over`, which is over; `record`: of this process. Where another does the same it returns
-    at once, with the token of that one's guard (empty for one that cannot be read), else None. Raises `Held` for a guard that is no regular file."""
+    """Removes the lease `path` if it is still the one with the dict `over`, which is over; `record`: of this
+    process. Where another does the same it returns at once, with the token of that one's guard (empty for one
+    that cannot be read), else None. Raises `Held` for a guard that is no regular file."""
     guard, aside = f"{path}.over", f"{path}.{record['token']}.aside"
     if (fd := claim(guard, record)) is None:
         found, age = read_lease(guard)
-        try: regular = stat.S_ISREG(os.lstat(guard).st_mode)
-        except FileNotFoundError: return None
-        if not regular: raise Held(f"{guard} is no file that a process of cbnb has made, and nothing takes {path} while it is there: remove it")
-        if found is None: return None
-        if judge(found, age) != "over" and age <= EXPIRY: return found.get("token", "")
-        try: os.rename(guard, aside)
-        except FileNotFoundError: return None
         try:
-            if token_at(aside) != found.get("token"): os.link(aside, guard)
-        except OSError: pass   # another has taken a guard by now
-        finally: Path(aside).unlink(missing_ok=True)
+            regular = stat.S_ISREG(os.lstat(guard).st_mode)
+        except FileNotFoundError:
+            return None
+        if not regular:
+            raise Held(
+                f"{guard} is no file that a process of cbnb has made, and nothing takes {path} while it is "
+                "there: remove it"
+            )
+        if found is None:
+            return None
+        if judge(found, age) != "over" and age <= EXPIRY:
+            return found.get("token", "")
+        try:
+            os.rename(guard, aside)
+        except FileNotFoundError:
+            return None
+        try:
+            if token_at(aside) != found.get("token"):
+                os.link(aside, guard)
+        except OSError:
+            pass  # another has taken a guard by now
+        finally:
+            Path(aside).unlink(missing_ok=True)
         return None
     try:
-        if token_at(path) == over["token"]: os.unlink(path)
+        if token_at(path) == over["token"]:
+            os.unlink(path)
     finally:
         os.close(fd)
         os.unlink(guard)
 
 # %% ../../nbs/basics/05_lease.ipynb #lease021
-HELD = {}   # path of a lease: (file descriptor, record, thread that has taken it), of this process
-LOCK = threading.RLock()   # of HELD: a file that was closed is not written to, whose descriptor may be another's by now
+HELD = {}  # path of a lease: (file descriptor, record, thread that has taken it), of this process
+# of HELD: a file that was closed is not written to, whose descriptor may be another's by now
+LOCK = threading.RLock()
 
 
 def renew(path):
@@ -205,15 +273,18 @@ def renew(path):
 
 
 def keep_renewing():
-    "Renews all leases of this process every `BEAT` seconds, for ever. A renewal that fails is tried again with the next."
+    """Renews all leases of this process every `BEAT` seconds, for ever. A renewal that fails is tried again
+    with the next."""
     while True:
         time.sleep(BEAT)
         for path in list(HELD):
-            try: renew(path)
-            except (OSError, KeyError): pass   # given back in this moment; or a disk that does not answer
+            try:
+                renew(path)
+            except (OSError, KeyError):
+                pass  # given back in this moment; or a disk that does not answer
 
 
-RENEWING = []   # the thread that does
+RENEWING = []  # the thread that does
 
 
 def start_renewing():
@@ -227,7 +298,8 @@ def forget():
     "In a forked process: its parent's leases are not its own, nor a lock that another thread held there."
     global LOCK
     LOCK = threading.RLock()
-    for fd, *_ in HELD.values(): os.close(fd)
+    for fd, *_ in HELD.values():
+        os.close(fd)
     HELD.clear()
     RENEWING.clear()
 
@@ -242,7 +314,8 @@ def lease_path(folder, name=".lease"):
 
 def whose(record):
     "The holder of a lease, in words."
-    if not record: return "a node that cannot be told"
+    if not record:
+        return "a node that cannot be told"
     job = f", job {str(record['job'])[:40]}" if record.get("job") else ""
     return f"{str(record.get('node'))[:80]} (pid {str(record.get('pid'))[:20]}{job})"
 
@@ -260,35 +333,56 @@ def taken_by(path):
 
 
 def take_lease(folder, name=".lease", wait=0.0, tell=say):
-    """Takes the lease `name` of `folder` for this process. Raises `Held` where it is held for over `wait` seconds,
-    or something is in its place, or in that of its guard, that is no lease.
+    """Takes the lease `name` of `folder` for this process. Raises `Held` where it is held for over `wait`
+    seconds, or something is in its place, or in that of its guard, that is no lease.
 
-    Where that one can neither be seen nor is expired, it is watched for a sign of life, for up to `EXPIRY` seconds, and `tell` is called with
-    a sentence on that. Raises OSError where the file cannot be made."""
+    Where that one can neither be seen nor is expired, it is watched for a sign of life, for up to `EXPIRY`
+    seconds, and `tell` is called with a sentence on that. Raises OSError where the file cannot be made."""
     path = lease_path(folder, name)
-    record, began, seen, since, signs = identity() | {"token": secrets.token_hex(16), "beat": 0}, time.monotonic(), None, 0.0, 0
-    guard, met = None, 0.0   # of another that removes the lease, and since when
+    record, began, seen, since, signs = (
+        identity() | {"token": secrets.token_hex(16), "beat": 0},
+        time.monotonic(),
+        None,
+        0.0,
+        0,
+    )
+    guard, met = None, 0.0  # of another that removes the lease, and since when
     while (fd := claim(path, record)) is None:
         found, age = read_lease(path)
-        if found is None: continue   # given back in this moment
-        state, here = "live" if is_mine(path) else judge(found, age), time.monotonic()   # another thread's
-        if (sign := (found.get("token"), found.get("beat"))) != seen: seen, since, signs = sign, here, signs + 1
-        if state == "fresh" and here - since > EXPIRY: state = "over"
+        if found is None:
+            continue  # given back in this moment
+        state, here = "live" if is_mine(path) else judge(found, age), time.monotonic()  # another thread's
+        if (sign := (found.get("token"), found.get("beat"))) != seen:
+            seen, since, signs = sign, here, signs + 1
+        if state == "fresh" and here - since > EXPIRY:
+            state = "over"
         if state == "over":
-            if (other := remove_over(path, found, record)) != guard: guard, met = other, here
+            if (other := remove_over(path, found, record)) != guard:
+                guard, met = other, here
             if guard is not None and here - met > EXPIRY + 1:
-                raise Held(f"{path}.over, by which a process removes a lease that is over, stays: remove it if nobody writes to {folder}")
-            time.sleep(0.001)   # another may be at it
+                raise Held(
+                    f"{path}.over, by which a process removes a lease that is over, stays: remove it if "
+                    f"nobody writes to {folder}"
+                )
+            time.sleep(0.001)  # another may be at it
             continue
-        if state == "unreadable" and here - since > 1: raise Held(f"{path} is no lease that can be read: remove it if nobody writes to {folder}")
+        if state == "unreadable" and here - since > 1:
+            raise Held(f"{path} is no lease that can be read: remove it if nobody writes to {folder}")
         if (state == "live" or state == "fresh" and signs > 1) and here - began >= wait:
-            raise Held(f"{folder} is in use by a process on {whose(found)}: wait for it; where it is gone, its lease is over {EXPIRY:.0f} seconds after its last renewal")
+            raise Held(
+                f"{folder} is in use by a process on {whose(found)}: wait for it; where it is gone, its "
+                f"lease is over {EXPIRY:.0f} seconds after its last renewal"
+            )
         if state == "fresh" and tell:
-            tell(f"{folder}: waiting up to {EXPIRY:.0f} s for a sign of life of the process on {whose(found)}, which holds it and cannot be seen from here")
+            tell(
+                f"{folder}: waiting up to {EXPIRY:.0f} s for a sign of life of the process on "
+                f"{whose(found)}, which holds it and cannot be seen from here"
+            )
             tell = None
         time.sleep(min(0.1, EXPIRY / 10))
     with LOCK:
-        if path in HELD: os.close(HELD[path][0])   # one that was lost
+        if path in HELD:
+            os.close(HELD[path][0])  # one that was lost
         HELD[path] = fd, record, threading.current_thread()
         start_renewing()
 
@@ -297,60 +391,81 @@ def give_back(folder, name=".lease"):
     "Gives the lease `name` of `folder` back, if this process holds it."
     path = lease_path(folder, name)
     with LOCK:
-        if path not in HELD: return
-        if is_mine(path): path.unlink(missing_ok=True)
+        if path not in HELD:
+            return
+        if is_mine(path):
+            path.unlink(missing_ok=True)
         os.close(HELD.pop(path)[0])
 
 
 @atexit.register
 def give_all_back():
-    "Gives back what this process still holds at its end, but for run directories: a run whose process has ended without a last word is told as lost."
+    """Gives back what this process still holds at its end, but for run directories: a run whose process has
+    ended without a last word is told as lost."""
     for path in list(HELD):
-        if path.name != ".lease": give_back(path.parent, path.name)
+        if path.name != ".lease":
+            give_back(path.parent, path.name)
 
 # %% ../../nbs/basics/05_lease.ipynb #lease027
 def check_lease(folder, name=".lease"):
-    """Raises `Held` where this process has held the lease of `folder`, or of one that it lies in, and another process
-    has taken its place since; does nothing for one that it never took."""
+    """Raises `Held` where this process has held the lease of `folder`, or of one that it lies in, and another
+    process has taken its place since; does nothing for one that it never took."""
     path = lease_path(folder, name)
     for place in (path.parent, *path.parent.parents) if HELD else ():
         if (lost := place / name) in HELD and not is_mine(lost):
-            raise Held(f"{place} was taken over by a process on {whose(dated_lease(lost)[0])}, since this one had not renewed its lease: nothing more is written there")
+            raise Held(
+                f"{place} was taken over by a process on {whose(dated_lease(lost)[0])}, since this one had "
+                "not renewed its lease: nothing more is written there"
+            )
 
 
 def lease_state(folder, name=".lease"):
-    """Who holds the lease of `folder`: None without one, else `mine`, or what `judge` says. Never waits: `fresh` is one whose process cannot be seen
-    from here and that has not expired."""
+    """Who holds the lease of `folder`: None without one, else `mine`, or what `judge` says. Never waits:
+    `fresh` is one whose process cannot be seen from here and that has not expired."""
     path = lease_path(folder, name)
-    if is_mine(path): return "mine"
+    if is_mine(path):
+        return "mine"
     record, age = read_lease(path)
     return None if record is None else judge(record, age)
 
 
 @contextmanager
 def holding(folder, name, wait=float("inf"), tell=None):
-    "Holds the lease `name` of `folder` within a `with`; waits for it as `take_lease` does. Another thread of this process waits, too."
+    """Holds the lease `name` of `folder` within a `with`; waits for it as `take_lease` does. Another thread
+    of this process waits, too."""
     take_lease(folder, name, wait, tell)
-    try: yield
-    finally: give_back(folder, name)
+    try:
+        yield
+    finally:
+        give_back(folder, name)
 
 # %% ../../nbs/basics/05_lease.ipynb #lease030
 class NotOwn(RuntimeError):
-    "A folder that another user owns or can write to; the message is one sentence that names it and says what to do."
+    """A folder that another user owns or can write to; the message is one sentence that names it and says
+    what to do."""
+
     __str__ = error_text
 
 
 def check_own(folder):
-    """Raises `NotOwn` for a `folder` (or a file) that is a link, belongs to another user, or that its group or others can write to. OSError where it cannot
-    be looked at."""
+    """Raises `NotOwn` for a `folder` (or a file) that is a link, belongs to another user, or that its group
+    or others can write to. OSError where it cannot be looked at."""
     about = os.lstat(folder)
-    if stat.S_ISLNK(about.st_mode): raise NotOwn(f"{folder} is a link, which may lead anywhere: remove it, or give another folder")
-    if about.st_uid != os.geteuid() and about.st_uid != owner_here(folder): raise NotOwn(f"{folder} belongs to another user (uid {about.st_uid}): give another folder")
-    if about.st_mode & 0o022: raise NotOwn(f"others can write to {folder}: look what is in it, then take that away (chmod go-w), or give another folder")
+    if stat.S_ISLNK(about.st_mode):
+        raise NotOwn(f"{folder} is a link, which may lead anywhere: remove it, or give another folder")
+    if about.st_uid != os.geteuid() and about.st_uid != owner_here(folder):
+        raise NotOwn(f"{folder} belongs to another user (uid {about.st_uid}): give another folder")
+    if about.st_mode & 0o022:
+        raise NotOwn(
+            f"others can write to {folder}: look what is in it, then take that away (chmod go-w), or give "
+            "another folder"
+        )
 
 
 def owner_here(folder):
     "The user id that a file of this process gets in `folder`; None where it can make none."
     try:
-        with tempfile.TemporaryFile(dir=folder) as f: return os.fstat(f.fileno()).st_uid
-    except OSError: return None
+        with tempfile.TemporaryFile(dir=folder) as f:
+            return os.fstat(f.fileno()).st_uid
+    except OSError:
+        return None

@@ -12,10 +12,14 @@ import math
 def format_number(value, digits: int = 3) -> str:
     """Write `value` (a number, None, NaN or pandas' NA) as text with `digits` significant digits.
 
-    Whole numbers stay whole, a missing one is an em dash, and below 0.001 and from 1e6 on stand powers of ten: `2.5e-4`."""
-    # pandas' NA answers every comparison with itself, and to import pandas here would cost each command a second
-    if value is None or type(value).__name__ == "NAType" or math.isnan(value): return "—"
-    if math.isinf(value): return "∞" if value > 0 else "−∞"
+    Whole numbers stay whole, a missing one is an em dash, and below 0.001 and from 1e6 on stand powers of
+    ten: `2.5e-4`."""
+    # pandas' NA answers every comparison with itself, and to import pandas here would cost each command a
+    # second
+    if value is None or type(value).__name__ == "NAType" or math.isnan(value):
+        return "—"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if float(value).is_integer() and abs(value) < 1e6:
         return f"{int(value):,}".replace("-", "−")
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -26,10 +30,12 @@ def format_number(value, digits: int = 3) -> str:
 # %% ../../nbs/basics/06_numbers.ipynb #numsize1
 def size_words(number: float) -> str:
     "Bytes in words, for example `3.2 GB`."
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000: break
+    for unit in ("bytes", "kB", "MB", "GB"):  # noqa: B007
+        if number < 1000:
+            break
         number /= 1000
-    else: unit = "TB"
+    else:
+        unit = "TB"
     return f"{number:.3g} {unit}"
 
 # %% ../../nbs/basics/06_numbers.ipynb #numtime1
@@ -37,7 +43,8 @@ def duration(seconds: float) -> str:
     "`seconds` in the two largest units: `48 s`, `3 min 5 s`, `2 h 10 min`, `4 d 0 h`."
     seconds = max(0, math.ceil(seconds))
     for size, unit, small, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size: return f"{seconds // size} {unit} {seconds % size // small} {part}"
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // small} {part}"
     return f"{seconds} s"
 
 # %% ../../nbs/basics/06_numbers.ipynb #dcea8966
@@ -51,23 +58,36 @@ def rate_interval(hits: float, n: int, attempts: int = 1) -> tuple[float, float]
     Wilson's (1927); at 0 and 1, where it is too short, that of Clopper and Pearson (1934). Answers to one
     question are alike, so only questions count as independent: with `attempts` the interval is as wide as
     for n / attempts answers."""
-    if not n: return None
+    if not n:
+        return None
     rate, n = hits / n, n / attempts
     if rate in (0, 1):
-        bound = 0.025 ** (1 / n)   # the rate at which n of n would happen once in forty times
+        bound = 0.025 ** (1 / n)  # the rate at which n of n would happen once in forty times
         return (0.0, 1 - bound) if rate == 0 else (bound, 1.0)
     middle, half = rate + Z**2 / (2 * n), Z * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
     return (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
 
 # %% ../../nbs/basics/06_numbers.ipynb #78a6e52d
 def floor_limit(value: float) -> float:
-    "What a figure must reach to be told from noise whose typical size is `value`: the next of 1, 2 and 5 times a power of ten; 0 for 0."
-    if not value > 0: return 0.0
+    """What a figure must reach to be told from noise whose typical size is `value`: the next of 1, 2 and 5
+    times a power of ten; 0 for 0."""
+    if not value > 0:
+        return 0.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(float(f"{m * power:.0e}") for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
 
 # %% ../../nbs/basics/06_numbers.ipynb #9b312265
 def at_floor(row: dict, floor: dict | None) -> list[str]:
-    "Those of `reroute`, `retain` and `kl` that stand at the `floor` in a line of metrics.jsonl; nothing without a floor."
-    figures = {"reroute": lambda: 1 - row["loss_reroute"], "retain": lambda: row["loss_retain"], "kl": lambda: row["loss_kl"]}
-    return [name for name, figure in figures.items() if isinstance(row.get(f"loss_{name}"), (int, float)) and figure() < floor_limit((floor or {}).get(name, 0.0))]
+    """Those of `reroute`, `retain` and `kl` that stand at the `floor` in a line of metrics.jsonl; nothing
+    without a floor."""
+    figures = {
+        "reroute": lambda: 1 - row["loss_reroute"],
+        "retain": lambda: row["loss_retain"],
+        "kl": lambda: row["loss_kl"],
+    }
+    return [
+        name
+        for name, figure in figures.items()
+        if isinstance(row.get(f"loss_{name}"), (int, float))
+        and figure() < floor_limit((floor or {}).get(name, 0.0))
+    ]

@@ -14,15 +14,33 @@ from .terminal import nowhere, say, tame_libraries
 from .withheld import scrub
 
 # %% ../../nbs/basics/09_output.ipynb #plainou1
-PLAIN = {"−": "-", "–": "-", "—": "-", "…": "...", "·": "*", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "∞": "inf", "‖": "||", "²": "^2",
-         "β": "beta", "α": "alpha"}
+PLAIN = {
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "…": "...",
+    "·": "*",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "→": "->",
+    "∞": "inf",
+    "‖": "||",
+    "²": "^2",
+    "β": "beta",
+    "α": "alpha",
+}
 
 
 def in_plain(error):
     """What is written for characters that an output cannot show: those of `PLAIN` in ASCII, others as Python
     escapes. An error handler of codecs."""
-    if not isinstance(error, UnicodeEncodeError): raise error
-    shown = (PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in error.object[error.start:error.end])
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = (
+        PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode()
+        for c in error.object[error.start : error.end]
+    )
     return "".join(shown), error.end
 
 # %% ../../nbs/basics/09_output.ipynb #plainoa3
@@ -35,8 +53,13 @@ def safe_output():
     obeys (`cbnb.basics.terminal.tame_libraries`), and the traceback of an exception that nobody has met is
     scrubbed."""
     tame_libraries()
-    def tell(*error): say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
+
+    def tell(*error):
+        say(*scrub("".join(traceback.format_exception(*error))).splitlines(), file=sys.stderr)
+
     sys.excepthook = tell
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None: setattr(sys, name, nowhere())   # closed by whoever started this (>&-)
-        if hasattr(stream := getattr(sys, name), "reconfigure"): stream.reconfigure(errors="cbnb_plain")
+        if getattr(sys, name) is None:
+            setattr(sys, name, nowhere())  # closed by whoever started this (>&-)
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="cbnb_plain")

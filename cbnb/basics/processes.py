@@ -16,7 +16,8 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    "How many processes make this run together, as `torchrun` and slurm/rank.sh say it in the environment (`WORLD_SIZE`); 1 without them."
+    """How many processes make this run together, as `torchrun` and slurm/rank.sh say it in the environment
+    (`WORLD_SIZE`); 1 without them."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -29,30 +30,46 @@ WAIT = timedelta(hours=2)
 
 
 def join():
-    "Joins the processes of this run; returns torch.distributed, or None where this process is alone. Raises RuntimeError, in one sentence, where they do not meet."
-    if world_size() == 1: return None
+    """Joins the processes of this run; returns torch.distributed, or None where this process is alone. Raises
+    RuntimeError, in one sentence, where they do not meet."""
+    if world_size() == 1:
+        return None
     import torch
+
     if not torch.distributed.is_initialized():
         from accelerate import PartialState
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing: raise RuntimeError(f"WORLD_SIZE is {world_size()}, but {' and '.join(missing)} not set: start the processes by torchrun or slurm/rank.sh, or unset WORLD_SIZE")
+
+        missing = [
+            name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+        ]
+        if missing:
+            raise RuntimeError(
+                f"WORLD_SIZE is {world_size()}, but {' and '.join(missing)} not set: start the processes by "
+                "torchrun or slurm/rank.sh, or unset WORLD_SIZE"
+            )
         PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
     return torch.distributed
 
 # %% ../../nbs/basics/04_processes.ipynb #e1547f7a
 def from_first(make):
-    """What `make()` returns in the first process (anything that pickle knows), in every process; it is called nowhere else. What it raises there is raised
-    everywhere, in the others without its traceback."""
-    if world_size() == 1: return make()
+    """What `make()` returns in the first process (anything that pickle knows), in every process; it is called
+    nowhere else. What it raises there is raised everywhere, in the others without its traceback."""
+    if world_size() == 1:
+        return make()
     group, box = join(), [None, None]
     if is_first():
-        try: box[0] = make()
-        except Exception as e: box[1] = e
-    try: group.broadcast_object_list(box)
+        try:
+            box[0] = make()
+        except Exception as e:
+            box[1] = e
+    try:
+        group.broadcast_object_list(box)
     except Exception:
-        if box[1] is not None: raise box[1]
+        if box[1] is not None:
+            raise box[1]  # noqa: B904
         raise
-    if box[1] is not None: raise box[1]
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 
@@ -62,8 +79,10 @@ def any_of(flag: bool) -> bool:
 
 
 def gathered(mine: list) -> list:
-    "The lists of all processes in one, in turn as `share_of` deals them out: the first of each, the second of each, …"
-    if world_size() == 1: return list(mine)
+    """The lists of all processes in one, in turn as `share_of` deals them out: the first of each, the second
+    of each, …"""
+    if world_size() == 1:
+        return list(mine)
     group, lists = join(), [None] * world_size()
     group.all_gather_object(lists, list(mine))
     longest = max(map(len, lists))
@@ -72,4 +91,4 @@ def gathered(mine: list) -> list:
 
 def share_of(items: list) -> list:
     "The `items` of this process, dealt out in turn; all of them where it is alone."
-    return list(items)[rank()::world_size()]
+    return list(items)[rank() :: world_size()]

@@ -18,37 +18,52 @@ from pathlib import Path
 
 # %% ../../nbs/basics/00_reading.ipynb #99856afd
 class InputError(OSError):
-    "A path from which nothing is read: `filename`, and `strerror` says why. Its text is one sentence of the two."
-    def __str__(self): return " ".join(filter(None, (self.filename, self.strerror)))
+    """A path from which nothing is read: `filename`, and `strerror` says why. Its text is one sentence of the
+    two."""
+
+    def __str__(self):
+        return " ".join(filter(None, (self.filename, self.strerror)))
 
 
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
-         stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-MADE_UP = frozenset("proc sysfs cgroup cgroup2 debugfs tracefs securityfs configfs pstore bpf efivarfs "
-                    "binfmt_misc fusectl".split())  # file systems
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+MADE_UP = frozenset(
+    "proc sysfs cgroup cgroup2 debugfs tracefs securityfs configfs pstore bpf efivarfs "
+    "binfmt_misc fusectl".split()
+)  # file systems
 
 
 @functools.lru_cache(256)
 def file_system(device):
-    """The kind of file system that is mounted as the number `device` (`st_dev`), such as ext4; empty where the
-    system does not say it."""
+    """The kind of file system that is mounted as the number `device` (`st_dev`), such as ext4; empty where
+    the system does not say it."""
     number = f"{os.major(device)}:{os.minor(device)}"
-    try: mounts = Path("/proc/self/mountinfo").read_bytes().decode(errors="replace").splitlines()
-    except OSError: return ""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
     return next((line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number), "")
 
 
 def check_about(about, path):
     "Returns `about`, an `os.stat_result` of `path`. Raises InputError unless it is that of a file on a disk."
     kind = "" if stat.S_ISREG(about.st_mode) else KINDS.get(stat.S_IFMT(about.st_mode), "something else")
-    if not kind and file_system(about.st_dev) in MADE_UP: kind = "made up by the system while it is read"
-    if kind: raise InputError(errno.EINVAL, f"is {kind}, no regular file; name a regular file", str(path))
+    if not kind and file_system(about.st_dev) in MADE_UP:
+        kind = "made up by the system while it is read"
+    if kind:
+        raise InputError(errno.EINVAL, f"is {kind}, no regular file; name a regular file", str(path))
     return about
 
 
 def check_regular(path):
-    """The `os.stat_result` of the regular file at `path`, for what a library opens itself. Links are followed.
-    Raises InputError, which says what it is instead, before anything is opened; OSError where there is none."""
+    """The `os.stat_result` of the regular file at `path`, for what a library opens itself. Links are
+    followed. Raises InputError, which says what it is instead, before anything is opened; OSError where there
+    is none."""
     return check_about(os.stat(path), path)
 
 # %% ../../nbs/basics/00_reading.ipynb #feb3cdbe
@@ -57,12 +72,14 @@ MAX_HOLE_BYTES = 2**30  # of a file in which nothing was ever written
 
 
 def check_holes(handle, path):
-    """Raises InputError where the open file of the descriptor `handle` has a hole of over `MAX_HOLE_BYTES`: it
-    takes no disk, and hours to read."""
+    """Raises InputError where the open file of the descriptor `handle` has a hole of over `MAX_HOLE_BYTES`:
+    it takes no disk, and hours to read."""
     size, end = os.fstat(handle).st_size, 0
     while size - end > MAX_HOLE_BYTES and (hole := os.lseek(handle, end, os.SEEK_HOLE)) < size:
-        try: end = os.lseek(handle, hole, os.SEEK_DATA)
-        except OSError: end = size
+        try:
+            end = os.lseek(handle, hole, os.SEEK_DATA)
+        except OSError:
+            end = size
         if end - hole > MAX_HOLE_BYTES:
             words = f"has {end - hole:,} bytes that were never written; write the file again"
             raise InputError(errno.EFBIG, words, str(path))
@@ -70,8 +87,8 @@ def check_holes(handle, path):
 
 
 def open_regular(path):
-    """The regular file at `path`, opened for reading bytes. Raises as `check_regular` does, also where something
-    else has been put in its place in between, and InputError as `check_holes`."""
+    """The regular file at `path`, opened for reading bytes. Raises as `check_regular` does, also where
+    something else has been put in its place in between, and InputError as `check_holes`."""
     check_regular(path)
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
@@ -85,17 +102,21 @@ def open_regular(path):
 
 
 class Limited(io.RawIOBase):
-    """The first `most` bytes of a binary `stream`, which it closes. There it ends, or, with words to `refuse`,
-    raises InputError where there are more."""
-    def __init__(self, stream, most, refuse=""): self.stream, self.left, self.refuse = stream, most, refuse
+    """The first `most` bytes of a binary `stream`, which it closes. There it ends, or, with words to
+    `refuse`, raises InputError where there are more."""
 
-    def readable(self): return True
+    def __init__(self, stream, most, refuse=""):
+        self.stream, self.left, self.refuse = stream, most, refuse
+
+    def readable(self):
+        return True
 
     def readinto(self, buffer):
         got = self.stream.read(min(len(buffer), self.left))
-        if not self.left and self.refuse and self.stream.read(1): raise InputError(errno.EFBIG, self.refuse)
+        if not self.left and self.refuse and self.stream.read(1):
+            raise InputError(errno.EFBIG, self.refuse)
         self.left -= len(got)
-        buffer[:len(got)] = got
+        buffer[: len(got)] = got
         return len(got)
 
     def close(self):
@@ -112,7 +133,8 @@ def read_stream(path):
 
 def read_bytes(path, most=MAX_FILE_BYTES):
     "The bytes of the regular file at `path`. Raises as `open_regular`, and InputError for over `most` bytes."
-    with open_regular(path) as f: data = f.read(most + 1)
+    with open_regular(path) as f:
+        data = f.read(most + 1)
     if len(data) > most:
         raise InputError(errno.EFBIG, f"has over {most:,} bytes; name another file", str(path))
     return data
@@ -125,9 +147,10 @@ def read_text(path, most=MAX_FILE_BYTES):
 
 
 def sha256(path):
-    """The sha256 (64 hex digits) of the regular file at `path`, as long as it was when it was opened. Raises as
-    `open_regular` does."""
-    with read_stream(path) as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    """The sha256 (64 hex digits) of the regular file at `path`, as long as it was when it was opened. Raises
+    as `open_regular` does."""
+    with read_stream(path) as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/basics/00_reading.ipynb #2a4588ca
 MAX_ENTRIES = 1_000_000
@@ -139,14 +162,19 @@ def check_folder(folder):
     links that lead nowhere and folders that may not be looked into are passed over."""
     entries, places = 0, [folder]
     for place in places:
-        try: found = os.scandir(place)
-        except PermissionError: continue
+        try:
+            found = os.scandir(place)
+        except PermissionError:
+            continue
         with found:
             for entry in found:
                 if (entries := entries + 1) > MAX_ENTRIES:
                     words = f"holds over {MAX_ENTRIES:,} files; name another folder"
                     raise InputError(errno.EFBIG, words, str(folder))
-                if entry.name.startswith("."): continue
-                if entry.is_dir(): places += [entry.path] * (place is folder)
-                elif os.path.exists(entry.path): check_regular(entry.path)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    places += [entry.path] * (place is folder)
+                elif os.path.exists(entry.path):
+                    check_regular(entry.path)
     return folder

@@ -18,7 +18,9 @@ from .withheld import scrub
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00006
 # printable by name, and draw nothing
-UNSEEN = re.compile("[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
+UNSEEN = re.compile(
+    "[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U00016fe4\U0001d159\U000e0100-\U000e01ef]"  # noqa: E501
+)
 
 
 SIGNS = {"\n": "⏎", "\t": "⇥"}
@@ -30,14 +32,18 @@ def visible(text, signs=SIGNS):
     (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of
     trained tokens as escapes."""
     text = str(text)
-    if text.isprintable() and not UNSEEN.search(text) and signs.keys().isdisjoint(text): return text
+    if text.isprintable() and not UNSEEN.search(text) and signs.keys().isdisjoint(text):
+        return text
+
     def shown(c):
-        if c in signs: return signs[c]
+        if c in signs:
+            return signs[c]
         return c if c.isprintable() and not UNSEEN.match(c) else c.encode("unicode_escape").decode()
+
     return "".join(map(shown, text))
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00010
-PIECE = 200       # characters of a text in quotation marks, or of one without blanks, in a sentence
+PIECE = 200  # characters of a text in quotation marks, or of one without blanks, in a sentence
 SENTENCE = 1_200  # characters of a sentence
 
 
@@ -47,8 +53,9 @@ QUOTED, UNBROKEN = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
 def shortened(text, most=PIECE):
     """`text` (str), where it has over `most` characters with as much of its middle left out as brings it
     below, and the number of what is left out in its place."""
-    if len(text) <= most: return text
-    kept = most - 40   # the words in the middle have less
+    if len(text) <= most:
+        return text
+    kept = most - 40  # the words in the middle have less
     head, tail = kept * 3 // 4, kept // 4
     return f"{text[:head]} … {len(text) - head - tail:,} more characters … {text[-tail:]}"
 
@@ -58,12 +65,16 @@ def sentence(text, words=()):
     marks, what has no blank, and each of the `words` of a command line with its parts has `PIECE`
     characters at most, the whole `SENTENCE`."""
     text = str(text).strip()
-    text = visible(scrub(text) if len(text) > PIECE else text)   # no half of a secret is left where it is cut
+    text = visible(scrub(text) if len(text) > PIECE else text)  # no half of a secret is left where it is cut
     long = [word for word in words if len(word) > PIECE]
-    parts = {visible(part).strip() for word in long for part in (word, word.partition("=")[2], *word.split(","))}
+    parts = {
+        visible(part).strip() for word in long for part in (word, word.partition("=")[2], *word.split(","))
+    }
     for part in sorted(parts, key=len, reverse=True):
-        if len(part) > PIECE: text = text.replace(part, shortened(part))
-    for pattern in (QUOTED, UNBROKEN): text = pattern.sub(lambda found: shortened(found[0]), text)
+        if len(part) > PIECE:
+            text = text.replace(part, shortened(part))
+    for pattern in (QUOTED, UNBROKEN):
+        text = pattern.sub(lambda found: shortened(found[0]), text)
     return shortened(text, SENTENCE)
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00014
@@ -88,11 +99,14 @@ def tame_libraries():
     """From here on what libraries log, and warn of, in this process is `told_in_bounds`: a model's
     configuration that is a stranger's may stand in it. A second call changes nothing."""
     make = logging.getLogRecordFactory()
-    if make.__name__ == "tamed": return
+    if make.__name__ == "tamed":
+        return
+
     def tamed(*args, **named):
         record = make(*args, **named)
         record.msg, record.args = told_in_bounds(record.getMessage()), ()
         return record
+
     logging.setLogRecordFactory(tamed)
     written = warnings.formatwarning
     warnings.formatwarning = lambda message, *more, **named: written(told_in_bounds(message), *more, **named)
@@ -115,7 +129,8 @@ def tame(error):
     place: for errors that are not cbnb's own, on their way to a traceback. Only what was given as the
     exception's one text is changed; numbers and names of files stay."""
     while error is not None:
-        if len(error.args) == 1 and isinstance(error.args[0], str): error.args = (sentence(error.args[0]),)
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (sentence(error.args[0]),)
         error = error.__cause__ or error.__context__
 
 
@@ -123,13 +138,18 @@ def tame_kernel():
     """In a Jupyter kernel: from here on an exception that a cell raises is shown after `tame` only, in the
     notebook's traceback as in what papermill makes of it, and `tame_libraries` holds. Elsewhere it does
     nothing."""
-    if "IPython" not in sys.modules: return
+    if "IPython" not in sys.modules:
+        return
     from IPython import get_ipython
+
     shell = get_ipython()
-    if getattr(shell, "kernel", None) is None: return
+    if getattr(shell, "kernel", None) is None:
+        return
+
     def show(shell, kind, error, trace, tb_offset=None):
         tame(error)
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
     shell.set_custom_exc((Exception,), show)
     tame_libraries()
 
@@ -143,13 +163,15 @@ def silence():
     """Nobody reads what this process prints any more: from here on it goes nowhere, and the interpreter's
     own last flush meets no broken pipe."""
     with nowhere() as stream:
-        for number in (1, 2): os.dup2(stream.fileno(), number)
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
 
 
 def says_pathlib(error):
     "Whether a RuntimeError is pathlib's word on a path: links in a circle, a `~` whose home is not known."
     trace = error.__traceback__
-    while trace.tb_next: trace = trace.tb_next
+    while trace.tb_next:
+        trace = trace.tb_next
     return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "pathlib"
 
 
@@ -159,16 +181,23 @@ def ended(work, name, refusals, words=()):
     `name`; 130 after an interrupt, and 141 where nobody reads on (`| head`), both without a word."""
     try:
         try:
-            try: return work()
-            finally: sys.stdout.flush()
-        except BrokenPipeError: raise
+            try:
+                return work()
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            raise
         except (*refusals, RuntimeError) as e:
-            if not isinstance(e, refusals) and not says_pathlib(e): raise
+            if not isinstance(e, refusals) and not says_pathlib(e):
+                raise
             say(f"{name}: {sentence(scrub(str(e)), words)}", file=sys.stderr)
-            try: sys.stdout.flush()
-            except OSError: silence()   # it was the output itself, a full disk
+            try:
+                sys.stdout.flush()
+            except OSError:
+                silence()  # it was the output itself, a full disk
             return 2
-        except KeyboardInterrupt: return 130
+        except KeyboardInterrupt:
+            return 130
     except BrokenPipeError:
         silence()
         return 141

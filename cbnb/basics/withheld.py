@@ -32,28 +32,67 @@ from urllib.parse import unquote
 from .reading import open_regular, read_bytes, read_text
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
-SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|passphrase|secret|credentials?|api_?key|access_key"
-                         r"|private_key)(?:_|$)", re.IGNORECASE)
-SURE = re.compile(r"(?:TOKENS?|PASSWORDS?|PASSWD|PASSPHRASE|SECRETS?|CREDENTIALS?|API_?KEYS?"
-                  r"|(?:ACCESS|ACCOUNT|SECRET|PRIVATE|SHARED|STORAGE|SIGNING|MASTER)_?KEY)(?:_|$)"
-                  r"|(?:^|_)(?:(?:SSH|PG|DB|FTP|SMTP|MYSQL)?PASS|PW|CREDS?|SAS|JWT|PAT)(?:_|$)"
-                  r"|_PWD$", re.IGNORECASE)
-MAYBE = re.compile(r"(?:^|_)(?:KEYS?|AUTH|AUTHORIZATION|DSN|SIGNATURE|COOKIES?|CONNECTION_STRING|WEBHOOK)"
-                   r"(?:_|$)", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(?:^|_)(?:token|password|passwd|passphrase|secret|credentials?|api_?key|access_key"
+    r"|private_key)(?:_|$)",
+    re.IGNORECASE,
+)
+SURE = re.compile(
+    r"(?:TOKENS?|PASSWORDS?|PASSWD|PASSPHRASE|SECRETS?|CREDENTIALS?|API_?KEYS?"
+    r"|(?:ACCESS|ACCOUNT|SECRET|PRIVATE|SHARED|STORAGE|SIGNING|MASTER)_?KEY)(?:_|$)"
+    r"|(?:^|_)(?:(?:SSH|PG|DB|FTP|SMTP|MYSQL)?PASS|PW|CREDS?|SAS|JWT|PAT)(?:_|$)"
+    r"|_PWD$",
+    re.IGNORECASE,
+)
+MAYBE = re.compile(
+    r"(?:^|_)(?:KEYS?|AUTH|AUTHORIZATION|DSN|SIGNATURE|COOKIES?|CONNECTION_STRING|WEBHOOK)"
+    r"(?:_|$)",
+    re.IGNORECASE,
+)
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00011
 SHORTEST, LONG = 8, 20
-ORDINARY = {"password", "passwort", "passw0rd", "password1", "password123", "changeme", "change-me",
-            "change_me", "changeit", "disabled", "required", "optional", "anonymous", "undefined", "localhost",
-            "external", "internal", "keychain", "development", "production", "placeholder", "dummy-key",
-            "no-key-required", "sk-no-key-required", "not-needed", "unlimited", "your-api-key", "your_api_key",
-            "example-key", "test-key", "local-key"}
+ORDINARY = {
+    "password",
+    "passwort",
+    "passw0rd",
+    "password1",
+    "password123",
+    "changeme",
+    "change-me",
+    "change_me",
+    "changeit",
+    "disabled",
+    "required",
+    "optional",
+    "anonymous",
+    "undefined",
+    "localhost",
+    "external",
+    "internal",
+    "keychain",
+    "development",
+    "production",
+    "placeholder",
+    "dummy-key",
+    "no-key-required",
+    "sk-no-key-required",
+    "not-needed",
+    "unlimited",
+    "your-api-key",
+    "your_api_key",
+    "example-key",
+    "test-key",
+    "local-key",
+}
 
 
 def is_path(value):
     "Whether the text `value` is the path of something that exists."
-    try: return value[:1] in "/~." and os.path.lexists(os.path.expanduser(value))
-    except ValueError: return False   # a zero byte
+    try:
+        return value[:1] in "/~." and os.path.lexists(os.path.expanduser(value))
+    except ValueError:
+        return False  # a zero byte
 
 
 def is_worth(value):
@@ -76,12 +115,16 @@ def is_strong(value):
     return len(value) >= LONG or sum(bool(re.search(kind, value)) for kind in kinds) > 1
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00013
-INNER = re.compile(r"[\w.-]*(?:token|passw(?:or)?d|passphrase|secret|credential|signature"
-                   r"|(?:api|access|account|private|shared|storage)[_-]?key)[\w.-]*"
-                   r"[\"']?[^\S\n]*[=:\s][^\S\n]*[\"']?([^\s\"',;&]+)", re.IGNORECASE)
-USER = re.compile(r"://(?:([^/@\s:]*):)?([^/@\s]+)@")   # a user and a password, or one word: perhaps a token
-QUERY = re.compile(r"[?&](?:\w*token|sig|signature|key|api_?key|auth|password|secret)=([^&\s\"'#]+)",
-                   re.IGNORECASE)
+INNER = re.compile(
+    r"[\w.-]*(?:token|passw(?:or)?d|passphrase|secret|credential|signature"
+    r"|(?:api|access|account|private|shared|storage)[_-]?key)[\w.-]*"
+    r"[\"']?[^\S\n]*[=:\s][^\S\n]*[\"']?([^\s\"',;&]+)",
+    re.IGNORECASE,
+)
+USER = re.compile(r"://(?:([^/@\s:]*):)?([^/@\s]+)@")  # a user and a password, or one word: perhaps a token
+QUERY = re.compile(
+    r"[?&](?:\w*token|sig|signature|key|api_?key|auth|password|secret)=([^&\s\"'#]+)", re.IGNORECASE
+)
 
 
 def url_secrets(text):
@@ -93,45 +136,59 @@ def url_secrets(text):
 
 def json_leaves(value, name=""):
     "`[(name, text)]` of the strings in what JSON gave, `name` being the nearest key."
-    if isinstance(value, str): return [(name, value)]
+    if isinstance(value, str):
+        return [(name, value)]
     pairs = value.items() if isinstance(value, dict) else ()
-    if isinstance(value, list): pairs = [(name, v) for v in value]
+    if isinstance(value, list):
+        pairs = [(name, v) for v in value]
     return [leaf for key, v in pairs for leaf in json_leaves(v, str(key))]
 
 
 def login_secrets(text):
-    "The base64 of `user:password` in `text` (str), as a registry's \"auth\" has it, and the password (list of str)."
-    try: user, colon, password = base64.b64decode(text, validate=True).decode().partition(":")
-    except ValueError: return [text]
+    """The base64 of `user:password` in `text` (str), as a registry\'s "auth" has it, and the password (list
+    of str)."""
+    try:
+        user, colon, password = base64.b64decode(text, validate=True).decode().partition(":")
+    except ValueError:
+        return [text]
     return [text, password] if colon else [text]
 
 
 def inner_secrets(text):
     """The secrets (list of str) that a text of settings holds: JSON, `name = value` lines, a .netrc, a
     connection string, URLs, the lines of a PEM key, the logins of a registry."""
-    try: leaves = json_leaves(json.loads(text))
-    except (ValueError, RecursionError): found = [m[1] for m in INNER.finditer(text)]
+    try:
+        leaves = json_leaves(json.loads(text))
+    except (ValueError, RecursionError):
+        found = [m[1] for m in INNER.finditer(text)]
     else:
         found = [v for name, v in leaves if INNER.match(f"{name}=x")]
-        found += [v for name, login in leaves if name.strip("_").lower() == "auth" for v in login_secrets(login)]
+        found += [
+            v for name, login in leaves if name.strip("_").lower() == "auth" for v in login_secrets(login)
+        ]
     keys = [value for value in (text, *found) if value.lstrip().startswith("-----BEGIN")]
     lines = [line.strip() for key in keys for line in key.splitlines() if not line.startswith("-----")]
     return [*found, *lines, *url_secrets(text)]
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00015
 # where a file of secrets is while no variable of this name says it
-FILES = {"HF_TOKEN_PATH": ("~/.cache/huggingface/token", "~/.cache/huggingface/stored_tokens"),
-         "NETRC": ("~/.netrc",), "AWS_SHARED_CREDENTIALS_FILE": ("~/.aws/credentials",),
-         "": ("~/.git-credentials",),
-         "GOOGLE_APPLICATION_CREDENTIALS": ("~/.config/gcloud/application_default_credentials.json",)}
+FILES = {
+    "HF_TOKEN_PATH": ("~/.cache/huggingface/token", "~/.cache/huggingface/stored_tokens"),
+    "NETRC": ("~/.netrc",),
+    "AWS_SHARED_CREDENTIALS_FILE": ("~/.aws/credentials",),
+    "": ("~/.git-credentials",),
+    "GOOGLE_APPLICATION_CREDENTIALS": ("~/.config/gcloud/application_default_credentials.json",),
+}
 
 
 @functools.lru_cache(maxsize=64)
 def file_secrets(path, changed, size):
     """The secrets (tuple of str) in the small file `path`; `changed` and `size` are for the cache. Empty for
     one that cannot be read."""
-    try: text = read_text(path)
-    except (OSError, ValueError): return ()
+    try:
+        text = read_text(path)
+    except (OSError, ValueError):
+        return ()
     is_one = len(text.split()) == 1 and "=" not in text.strip("=\n ")
     return (text.strip(),) if is_one else tuple(inner_secrets(text))
 
@@ -140,7 +197,8 @@ def secret_files(environment):
     "Paths (list of str) of the files in which `environment` or a hub's client keeps secrets."
     hub = environment.get("HF_HOME")
     usual = [path for name, paths in FILES.items() if not environment.get(name) for path in paths]
-    if hub: usual += [f"{hub}/token", f"{hub}/stored_tokens"]
+    if hub:
+        usual += [f"{hub}/token", f"{hub}/stored_tokens"]
     given = [value for name, value in environment.items() if name in FILES or SURE.search(name)]
     return [os.path.expanduser(path) for path in usual + [value for value in given if is_path(value)]]
 
@@ -148,17 +206,22 @@ def secret_files(environment):
 def secret_values(environment):
     """`{value: name}` of all secrets that are worth hiding: of the variables of `environment`, and of the
     files that it names or that stand in their usual places."""
-    environment = {name: environment.get(name, "") for name in environment}   # it may change meanwhile
+    environment = {name: environment.get(name, "") for name in environment}  # it may change meanwhile
     found = []
     for name, value in environment.items():
-        if SURE.search(name): found += [(v, name) for v in (value, value.strip(), *inner_secrets(value))]
+        if SURE.search(name):
+            found += [(v, name) for v in (value, value.strip(), *inner_secrets(value))]
         elif MAYBE.search(name):
             found += [(v, name) for v in (*inner_secrets(value), *([value] if is_random(value) else []))]
-        if "://" in value: found += [(v, name) for v in url_secrets(value)]
+        if "://" in value:
+            found += [(v, name) for v in url_secrets(value)]
     for path in secret_files(environment):
-        try: is_small = stat.S_ISREG((about := os.stat(path)).st_mode) and about.st_size <= 65536
-        except (OSError, ValueError): continue
-        if is_small: found += [(v, path) for v in file_secrets(path, about.st_mtime_ns, about.st_size)]
+        try:
+            is_small = stat.S_ISREG((about := os.stat(path)).st_mode) and about.st_size <= 65536
+        except (OSError, ValueError):
+            continue
+        if is_small:
+            found += [(v, path) for v in file_secrets(path, about.st_mtime_ns, about.st_size)]
     return {value: name for value, name in reversed(found) if is_worth(value)}
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00019
@@ -167,19 +230,22 @@ def base64_forms(value):
     that it shares with its neighbours."""
     data = value.encode("utf-8", "surrogateescape")
     whole = [base64.b64encode(bytes(before) + data).decode() for before in range(3)]
-    return [text[-(-8 * before // 6):8 * (before + len(data)) // 6] for before, text in enumerate(whole)]
+    return [text[-(-8 * before // 6) : 8 * (before + len(data)) // 6] for before, text in enumerate(whole)]
 
 
-END = r"(?:;|%(?:25)*+3[bB])"                       # of an entity, which may stand in a URL
+END = r"(?:;|%(?:25)*+3[bB])"  # of an entity, which may stand in a URL
 AMP = rf"(?:&|%(?:25)*+26|\\{{1,16}}+u0026)(?:amp{END})*+"
 CODE = rf"{AMP}(?:#|%(?:25)*+23)"
-SLASH = r"(?:\\|%(?:25)*+5[cC]|&(?:amp;)*+#92;)"     # a backslash: it doubles with each JSON or repr around it
+# a backslash: it doubles with each JSON or repr around it
+SLASH = r"(?:\\|%(?:25)*+5[cC]|&(?:amp;)*+#92;)"
 ESCAPE = rf"(?:{SLASH}{{1,16}}+|(?<=\\)|(?<=%5[cC]))"
 NEXT_LINE = r"""['"]?,?\r?\n[ \t]{0,80}+(?:b?['"])?"""
-WRAPPED = rf"(?:{NEXT_LINE}|\\{{1,16}}+(?:r\\{{1,16}}+)?n(?:{NEXT_LINE})?)?"   # a line's end within a word
-BLANK = (r"""(?:\\{0,16}+\s|['"],?\s{0,80}\n\s{0,80}b?['"]|[⏎⇥]|(?<!\s)\+|%(?:25)*+(?:20|0[9aAdD])"""
-         rf"""|{ESCAPE}[nrt]|{ESCAPE}(?:u00|x)(?:20|0[9aAdD])|{CODE}(?:[xX]0*(?:20|[9aAdD])|0*(?:32|9|10|13)){END}"""
-         r"){1,200}+")
+WRAPPED = rf"(?:{NEXT_LINE}|\\{{1,16}}+(?:r\\{{1,16}}+)?n(?:{NEXT_LINE})?)?"  # a line's end within a word
+BLANK = (
+    r"""(?:\\{0,16}+\s|['"],?\s{0,80}\n\s{0,80}b?['"]|[⏎⇥]|(?<!\s)\+|%(?:25)*+(?:20|0[9aAdD])"""
+    rf"""|{ESCAPE}[nrt]|{ESCAPE}(?:u00|x)(?:20|0[9aAdD])|{CODE}(?:[xX]0*(?:20|[9aAdD])|0*(?:32|9|10|13)){END}"""  # noqa: E501
+    r"){1,200}+"
+)
 
 
 def any_case(digits):
@@ -191,36 +257,58 @@ def any_case(digits):
 def spellings(char):
     """A pattern for the ways in which one character is written: as it is, with backslashes, escapes of
     it or its bytes, octal, percent signs, HTML entities, decomposed, doubled as a quotation mark is."""
-    if char.isspace(): return BLANK
-    if char.isascii() and char.isalnum(): return char
-    data, code = char.encode("utf-8", "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass"), ord(char)
+    if char.isspace():
+        return BLANK
+    if char.isascii() and char.isalnum():
+        return char
+    data, code = (
+        char.encode("utf-8", "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass"),
+        ord(char),
+    )
     units = char.encode("utf-16-be", "surrogatepass")
-    ways = ["".join(ESCAPE + "u" + any_case(units[i:i + 2].hex()) for i in range(0, len(units), 2)),
-            "".join(ESCAPE + "x" + any_case(f"{b:02x}") for b in data),
-            "".join(ESCAPE + f"{b:03o}" for b in data)]
-    bare = ["".join(f"%(?:25)*+{any_case(f'{b:02x}')}" for b in data),
-            f"{CODE}0*{code}{END}", f"{CODE}[xX]0*{any_case(f'{code:x}')}{END}", re.escape(char)]
-    if code < 256: ways.append(ESCAPE + "x" + any_case(f"{code:02x}"))
-    if code > 0xffff: ways.append(ESCAPE + "U" + any_case(f"{code:08x}"))
-    if name := "apos" if char == "'" else codepoint2name.get(code): bare.insert(0, f"{AMP}{name}{END}")
-    if (apart := unicodedata.normalize("NFD", char)) != char: bare.insert(0, re.escape(apart))
-    if char == "&": bare.insert(0, AMP)
-    if char == "%": bare.insert(0, "%(?:25){0,8}")
-    if char == "'": ways += [r"""'"'"'""", r"'\\{1,16}+''", "''"]
-    if char == '"': ways.append('""')
-    if char == "\\": return rf"(?:{'|'.join(ways + bare)}){{1,200}}+"
+    ways = [
+        "".join(ESCAPE + "u" + any_case(units[i : i + 2].hex()) for i in range(0, len(units), 2)),
+        "".join(ESCAPE + "x" + any_case(f"{b:02x}") for b in data),
+        "".join(ESCAPE + f"{b:03o}" for b in data),
+    ]
+    bare = [
+        "".join(f"%(?:25)*+{any_case(f'{b:02x}')}" for b in data),
+        f"{CODE}0*{code}{END}",
+        f"{CODE}[xX]0*{any_case(f'{code:x}')}{END}",
+        re.escape(char),
+    ]
+    if code < 256:
+        ways.append(ESCAPE + "x" + any_case(f"{code:02x}"))
+    if code > 0xFFFF:
+        ways.append(ESCAPE + "U" + any_case(f"{code:08x}"))
+    if name := "apos" if char == "'" else codepoint2name.get(code):
+        bare.insert(0, f"{AMP}{name}{END}")
+    if (apart := unicodedata.normalize("NFD", char)) != char:
+        bare.insert(0, re.escape(apart))
+    if char == "&":
+        bare.insert(0, AMP)
+    if char == "%":
+        bare.insert(0, "%(?:25){0,8}")
+    if char == "'":
+        ways += [r"""'"'"'""", r"'\\{1,16}+''", "''"]
+    if char == '"':
+        ways.append('""')
+    if char == "\\":
+        return rf"(?:{'|'.join(ways + bare)}){{1,200}}+"
     return rf"(?:{'|'.join(ways)}|{SLASH}{{0,16}}+(?:{'|'.join(bare)}))"
 
 
 class Needle(NamedTuple):
     "How one form of a secret is looked for."
-    value: str       # the secret
-    form: str        # the secret, a part of a long one, or its base64 or hex
-    anchors: tuple   # ((text, characters before it), ...): one stands in every text that holds the form; or ()
-    coded: bool      # whether the form is base64 or hex
+
+    value: str  # the secret
+    form: str  # the secret, a part of a long one, or its base64 or hex
+    # ((text, characters before it), ...): one stands in every text that holds the form; or ()
+    anchors: tuple
+    coded: bool  # whether the form is base64 or hex
 
 
-SURELY_WHOLE = 56   # characters of a word that is not put on two lines; base64 has 76 on a line
+SURELY_WHOLE = 56  # characters of a word that is not put on two lines; base64 has 76 on a line
 
 
 def anchored(form):
@@ -229,18 +317,18 @@ def anchored(form):
     found = [(run[0], run.start()) for run in runs]
     if found and len(form) > SURELY_WHOLE:
         text, at = found[0]
-        found = [(text[:len(text) // 2], at), (text[len(text) // 2:], at + len(text) // 2)]
+        found = [(text[: len(text) // 2], at), (text[len(text) // 2 :], at + len(text) // 2)]
     return tuple((text[:32], at) for text, at in found if text)
 
 
-MOST = 1000   # characters of one pattern; a longer secret is looked for in parts
+MOST = 1000  # characters of one pattern; a longer secret is looked for in parts
 
 
 @functools.lru_cache(maxsize=1024)
 def needles(value):
     "The `Needle`s (list) of the secret `value`: the text itself, its base64 and its hex."
     text, found = value.strip(), []
-    parts = [text[at:at + MOST] for at in range(0, len(text) - MOST, MOST)] + [text[-MOST:]]
+    parts = [text[at : at + MOST] for at in range(0, len(text) - MOST, MOST)] + [text[-MOST:]]
     for part in parts:
         code = part.encode("utf-8", "surrogateescape").hex()
         both = tuple((text, 0) for text in dict.fromkeys((code[:32], code[:32].upper())))
@@ -252,29 +340,35 @@ def needles(value):
 @functools.lru_cache(maxsize=4096)
 def elements(needle):
     "Patterns (list of str) that match the form of a needle one after the other."
-    if needle.coded and re.fullmatch("[0-9a-f]+", needle.form): found = [any_case(c) for c in needle.form]
-    else: found = [spellings(c) for c in needle.form]
+    if needle.coded and re.fullmatch("[0-9a-f]+", needle.form):
+        found = [any_case(c) for c in needle.form]
+    else:
+        found = [spellings(c) for c in needle.form]
     if needle.coded:
         other = {"+": "-", "/": "_"}
         found = [f"(?:{other[c]}|{way})" if c in other else way for c, way in zip(needle.form, found)]
-    runs = (BLANK, spellings("\\"))   # they match any number
+    runs = (BLANK, spellings("\\"))  # they match any number
     found = [way for way, before in zip(found, [None, *found]) if way != before or way not in runs]
-    if len(needle.form) <= SURELY_WHOLE: return found
-    return [way if way in runs or before in runs or before is None else WRAPPED + way
-            for way, before in zip(found, [None, *found])]
+    if len(needle.form) <= SURELY_WHOLE:
+        return found
+    return [
+        way if way in runs or before in runs or before is None else WRAPPED + way
+        for way, before in zip(found, [None, *found])
+    ]
 
 
 @functools.lru_cache(maxsize=4096)
 def pattern(needle):
     "The compiled pattern of a needle; of what a text may hold by chance, as a word of its own only."
     found = f"(?:{re.escape(needle.form)}|{''.join(elements(needle))})"
-    if is_strong(needle.form): return re.compile(found)
+    if is_strong(needle.form):
+        return re.compile(found)
     escapes = (r"\\[nrt]", r"%[0-9A-Fa-f]{2}", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}")
     before = "|".join([r"(?<![^\W_])", *(f"(?<={escape})" for escape in escapes)])
     return re.compile(rf"(?:{before}){found}(?![^\W_])")
 
 
-SEEN = {}   # {value: name} of every secret that this process has had in its environment
+SEEN = {}  # {value: name} of every secret that this process has had in its environment
 
 
 @functools.lru_cache(maxsize=8)
@@ -291,7 +385,8 @@ def known():
 
 def windows(text, needle):
     "`[(start, end)]` of the stretches of `text` in which the form of `needle` can stand: around its anchors."
-    if not needle.anchors: return [(0, len(text))]
+    if not needle.anchors:
+        return [(0, len(text))]
     found = []
     for anchor, before in needle.anchors:
         at = text.find(anchor)
@@ -305,8 +400,10 @@ def joined(pairs):
     "The `(start, end)` in `pairs` in order, those that overlap as one (list)."
     found = []
     for start, end in sorted(pairs):
-        if found and start < found[-1][1]: found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else: found.append((start, end))
+        if found and start < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
     return found
 
 
@@ -321,36 +418,51 @@ def places(text, secrets=None):
 
 def changed_texts(value, change):
     "`value` with `change(text)` for each text and key in it: a text, or lists and dicts of texts."
-    if isinstance(value, str): return change(value)
-    if isinstance(value, dict): return {changed_texts(k, change): changed_texts(v, change) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return type(value)([changed_texts(v, change) for v in value])
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {changed_texts(k, change): changed_texts(v, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([changed_texts(v, change) for v in value])
     return value
 
 
 def withhold(value):
     """`value` with `[removed]` in the place of every secret of the environment: a text, or lists and dicts
     of texts. Anything else is given back as it is."""
-    if not (secrets := known()): return value
+    if not (secrets := known()):
+        return value
+
     def taken(text):
-        if len(text) < SHORTEST or not (found := places(text, secrets)): return text
+        if len(text) < SHORTEST or not (found := places(text, secrets)):
+            return text
         ends = zip([0, *(end for _, end in found)], [*(start for start, _ in found), len(text)])
         return "[removed]".join(text[a:b] for a, b in ends)
-    if not isinstance(value, str):   # one search of all texts, most of which hold none
+
+    if not isinstance(value, str):  # one search of all texts, most of which hold none
         texts = []
         changed_texts(value, lambda text: texts.append(text) or text)
-        if not places("\n\0\n".join(texts), secrets): return value
+        if not places("\n\0\n".join(texts), secrets):
+            return value
     return changed_texts(value, taken)
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00022
 STARTS = ("hf_", "api_org_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "sk-", "AKIA")
-SECRET_TEXT = [re.compile(pattern) for pattern in (
-    *(rf"{start}(?<![A-Za-z0-9]{start})[A-Za-z0-9_-]{{16,}}" for start in STARTS),
-    r"(://)[^/@\s\"'\\{}]+@", r"(Bearer )[\w.~+/=-]{16,}", r"(token=)(?<=[?&]token=)[^&\s\"'\\{}]+")]
+SECRET_TEXT = [
+    re.compile(pattern)
+    for pattern in (
+        *(rf"{start}(?<![A-Za-z0-9]{start})[A-Za-z0-9_-]{{16,}}" for start in STARTS),
+        r"(://)[^/@\s\"'\\{}]+@",
+        r"(Bearer )[\w.~+/=-]{16,}",
+        r"(token=)(?<=[?&]token=)[^&\s\"'\\{}]+",
+    )
+]
 
 
 def without_tokens(text):
     "`text` with `[removed]` for what looks like a token, or like the user part of a URL."
-    for pattern in SECRET_TEXT: text = pattern.sub(r"\1[removed]" if pattern.groups else "[removed]", text)
+    for pattern in SECRET_TEXT:
+        text = pattern.sub(r"\1[removed]" if pattern.groups else "[removed]", text)
     return text
 
 
@@ -361,17 +473,21 @@ def scrub(text):
 
 
 def cut(text, most):
-    """The first `most` characters of `scrub(text)` (of anything; its `str`): no half of a secret is left where
-    it is cut. Of a text that is far longer only the beginning is looked at."""
-    return scrub(str(text)[:most + 65536])[:most]
+    """The first `most` characters of `scrub(text)` (of anything; its `str`): no half of a secret is left
+    where it is cut. Of a text that is far longer only the beginning is looked at."""
+    return scrub(str(text)[: most + 65536])[:most]
 
 
 def scrub_notebook(text):
-    """The JSON `text` of a notebook (format 4) with each text in it scrubbed by itself: what stands in lines or
-    in quotation marks there is one text, and what is written is JSON. Another text is scrubbed as it is."""
+    """The JSON `text` of a notebook (format 4) with each text in it scrubbed by itself: what stands in lines
+    or in quotation marks there is one text, and what is written is JSON. Another text is scrubbed as it is.
+    """
     from nbformat import from_dict, v4
-    try: book = v4.reads(text)
-    except (ValueError, AttributeError, TypeError): return scrub(text)
+
+    try:
+        book = v4.reads(text)
+    except (ValueError, AttributeError, TypeError):
+        return scrub(text)
     clean = changed_texts(withhold(book), without_tokens)
     return text if clean == book else v4.writes(from_dict(clean))
 
@@ -392,9 +508,11 @@ def compiled(source):
 
 
 def goes_on(text, at, patterns):
-    "Whether `text` from `at` is matched by some of the `patterns` (list of str), one after the other, and ends there."
+    """Whether `text` from `at` is matched by some of the `patterns` (list of str), one after the other, and
+    ends there."""
     for number, source in enumerate(patterns, 1):
-        if at == len(text): return True
+        if at == len(text):
+            return True
         if not (found := compiled(source).match(text, at)):
             return bool(ESCAPE_BEGUN.match(text, at) or number > 3 and LINE_BEGUN.match(text, at))
         at = found.end()
@@ -407,8 +525,10 @@ def begun(text):
     for needle in known():
         first, *others = elements(needle)
         for found in compiled(first).finditer(text, max(0, len(text) - 6 * len(needle.form) - 60)):
-            if len(text) - found.start() <= longest: break
-            if goes_on(text, found.end(), others): longest = len(text) - found.start()
+            if len(text) - found.start() <= longest:
+                break
+            if goes_on(text, found.end(), others):
+                longest = len(text) - found.start()
     return longest
 
 
@@ -416,11 +536,14 @@ def guard_session(session):
     """Lets the `Session` of a kernel (jupyter_client) withhold secrets from the content of all messages that
     it sends. Of printed text what may be the beginning of a secret waits for what follows, at most to the
     end of the cell: a text may be sent in two parts."""
-    if hasattr(session, "send_unguarded"): return
-    send, waiting = session.send, {}   # {stream: (text, the message that it came with)}
+    if hasattr(session, "send_unguarded"):
+        return
+    send, waiting = session.send, {}  # {stream: (text, the message that it came with)}
+
     def guarded(stream, message, content=None, parent=None, *more, **named):
         parts = {"msg_type": message, "content": content, "parent_header": parent}
-        if isinstance(message, dict): parts = message
+        if isinstance(message, dict):
+            parts = message
         kind, content = parts["msg_type"], parts["content"]
         if kind == "status" and content.get("execution_state") == "idle":
             for name, rest in list(waiting.items()):
@@ -430,12 +553,17 @@ def guard_session(session):
         if isinstance(content, dict) and known():
             if kind == "stream":
                 text = withhold(waiting.pop(content["name"], "") + content["text"])
-                if n := begun(text): waiting[content["name"]] = text[-n:]
-                if not (text := text[:len(text) - n]): return parts
+                if n := begun(text):
+                    waiting[content["name"]] = text[-n:]
+                if not (text := text[: len(text) - n]):
+                    return parts
                 content = content | {"text": text}
-            else: content = withhold(content)
-        if isinstance(message, dict): message = message | {"content": content}
+            else:
+                content = withhold(content)
+        if isinstance(message, dict):
+            message = message | {"content": content}
         return send(stream, message, content, parent, *more, **named)
+
     session.send, session.send_unguarded = guarded, send
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00030
@@ -443,27 +571,35 @@ def guard_echo():
     """Lets the streams of a kernel withhold secrets from what a subprocess or a native library prints: they
     repeat it to the job's log, byte for byte and past all messages (`os.write` of ipykernel's iostream)."""
     from ipykernel import iostream
-    if iostream.os is not os: return
+
+    if iostream.os is not os:
+        return
     waiting = {}
+
     def write(handle, data):
         text = withhold(waiting.pop(handle, "") + data.decode("utf-8", "surrogateescape"))
-        if n := begun(text): waiting[handle] = text[-n:]
-        os.write(handle, text[:len(text) - n].encode("utf-8", "surrogateescape"))
+        if n := begun(text):
+            waiting[handle] = text[-n:]
+        os.write(handle, text[: len(text) - n].encode("utf-8", "surrogateescape"))
         return len(data)
+
     iostream.os = SimpleNamespace(**vars(os) | {"write": write})
 
 
 def kernel():
     "The Jupyter kernel that runs this code, or None."
-    if "IPython" not in sys.modules: return None   # who has a kernel has imported it; that is slow
+    if "IPython" not in sys.modules:
+        return None  # who has a kernel has imported it; that is slow
     from IPython import get_ipython
+
     return getattr(get_ipython(), "kernel", None)
 
 
 def guard():
     """Lets the kernel that this code runs in, if any, send out no secret of its environment: in no output,
     traceback or reply, and in no line of the job's log."""
-    if kernel() is None: return
+    if kernel() is None:
+        return
     guard_session(kernel().session)
     guard_echo()
 
@@ -474,10 +610,13 @@ def own_files(folder):
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place), *(Path(place, name) for name in names)):
-            try: about = path.lstat()
-            except FileNotFoundError: continue   # a temporary file that has just been renamed
+            try:
+                about = path.lstat()
+            except FileNotFoundError:
+                continue  # a temporary file that has just been renamed
             kind = stat.S_IFMT(about.st_mode)
-            if about.st_uid == os.getuid() and kind in (stat.S_IFREG, stat.S_IFDIR): yield path, about
+            if about.st_uid == os.getuid() and kind in (stat.S_IFREG, stat.S_IFDIR):
+                yield path, about
 
 
 def is_shared(about):
@@ -488,7 +627,9 @@ def is_shared(about):
 def own_copy(path):
     "Makes the file `path` one of its own; its other names keep the old one, as it is."
     from cbnb.basics.files import new_file
-    with open_regular(path) as old, new_file(path) as new: shutil.copyfileobj(old, new)
+
+    with open_regular(path) as old, new_file(path) as new:
+        shutil.copyfileobj(old, new)
 
 
 def keep_private(folder):
@@ -496,36 +637,44 @@ def keep_private(folder):
     for path, about in own_files(folder):
         mode = about.st_mode & (0o700 if stat.S_ISDIR(about.st_mode) else 0o600)
         try:
-            if stat.S_IMODE(about.st_mode) == mode: continue
-            if is_shared(about): own_copy(path)
+            if stat.S_IMODE(about.st_mode) == mode:
+                continue
+            if is_shared(about):
+                own_copy(path)
             path.chmod(mode)
-        except OSError: pass   # just renamed by another process, or on a file system without modes
+        except OSError:
+            pass  # just renamed by another process, or on a file system without modes
 
 
-LARGEST = 32 << 20   # bytes of a file that is looked through; larger are weights and states
+LARGEST = 32 << 20  # bytes of a file that is looked through; larger are weights and states
 
 
 def tidy(folder):
     """Makes `folder` private (`keep_private`), and has stars in the place of each secret of the environment
-    in its text files, in as many bytes: whoever appends to a file meanwhile goes on. A file with another name (a hard link) becomes
-    one of its own first. Returns a list of
-    sentences, one for each file that is no text and holds one. Files of a sealed folder (with a
-    manifest.json), such as a checkpoint, stay as they are sealed, and so do hidden ones: of a home that
-    was given as a run directory, .netrc must stay what it is."""
+    in its text files, in as many bytes: whoever appends to a file meanwhile goes on. A file with another name
+    (a hard link) becomes one of its own first. Returns a list of sentences, one for each file that is no text
+    and holds one. Files of a sealed folder (with a manifest.json), such as a checkpoint, stay as they are
+    sealed, and so do hidden ones: of a home that was given as a run directory, .netrc must stay what it is.
+    """
     keep_private(folder)
     told, secrets = [], known()
     for path, about in own_files(folder) if secrets else ():
-        if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST: continue
-        if (path.parent / "manifest.json").exists(): continue
+        if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST:
+            continue
+        if (path.parent / "manifest.json").exists():
+            continue
         try:
-            if not (found := places((data := read_bytes(path)).decode("utf-8", "surrogateescape"), secrets)): continue
+            if not (found := places((data := read_bytes(path)).decode("utf-8", "surrogateescape"), secrets)):
+                continue
             text = data.decode()
-            if is_shared(about): own_copy(path)
+            if is_shared(about):
+                own_copy(path)
             with open(path, "r+b") as f:
                 for start, end in found:
                     f.seek(len(text[:start].encode()))
                     f.write(b"*" * len(text[start:end].encode()))
-        except FileNotFoundError: continue
+        except FileNotFoundError:
+            continue
         except (OSError, UnicodeDecodeError):
             told.append(f"{path} holds the value of a secret variable and is no text: delete it")
     return told

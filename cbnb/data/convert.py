@@ -10,55 +10,87 @@ from collections import Counter
 
 from ..basics.files import check_output
 from .sources import count_cause, open_source
-from ..transcripts.record import TranscriptError
 from ..transcripts.reader import write_transcripts
+from ..transcripts.record import TranscriptError
 
 # %% ../../nbs/data/01_convert.ipynb #ba791650
 def check_written(out, reader, *others):
-    """Raises `cbnb.basics.files.OutputError` where writing to the path `out` would change what `reader` or the
-    files `others` (empty: none) give, or become data of its next reading."""
+    """Raises `cbnb.basics.files.OutputError` where writing to the path `out` would change what `reader` or
+    the files `others` (empty: none) give, or become data of its next reading."""
     check_output(out, [reader.path, *(file for file, _ in reader.files()), *filter(None, others)])
 
 
 def convert(path, out, format="auto", label=None, progress=lambda items: items, relabel=None, tools=""):
-    """Writes the transcripts of `path` (see `cbnb.data.sources.open_source`) to the file `out` in the project's
-    own form, and returns the report, a dict: `transcripts` and counts of them by `formats` (records),
-    `labels`, `tools` and `spans`; `adapted` (times, by what was done), `dropped` (records, by cause),
-    `left_out` (records, by cause), `repeated` and `relabelled`; `examples` is the first sentence of each
-    cause.
+    """Writes the transcripts of `path` (see `cbnb.data.sources.open_source`) to the file `out` in the
+    project's own form, and returns the report, a dict: `transcripts` and counts of them by `formats`
+    (records), `labels`, `tools` and `spans`; `adapted` (times, by what was done), `dropped` (records, by
+    cause), `left_out` (records, by cause), `repeated` and `relabelled`; `examples` is the first sentence of
+    each cause.
 
     Bad records are dropped. Raises TranscriptError where nothing can be read, and OutputError, before
     anything is read, for a path that is no file or would write over what is read
     (`cbnb.basics.files.check_output`)."""
     reader = open_source(path, format, label, "skip", relabel, tools)
     check_written(out, reader, tools)
-    labels, adapted, dropped, examples, with_tools, spans, count = Counter(), Counter(), Counter(), {}, 0, 0, 0
+    labels, adapted, dropped, examples, with_tools, spans, count = (
+        Counter(),
+        Counter(),
+        Counter(),
+        {},
+        0,
+        0,
+        0,
+    )
+
     def watched():
         nonlocal with_tools, spans, count
         for found in progress(reader.records()):
             if isinstance(found, TranscriptError):
                 count_cause(found, dropped, examples)
                 continue
-            count, with_tools, spans = count + 1, with_tools + bool(found.tools), spans + bool(found.injection_spans)
+            count, with_tools, spans = (
+                count + 1,
+                with_tools + bool(found.tools),
+                spans + bool(found.injection_spans),
+            )
             labels[found.label] += 1
             if isinstance(done := found.meta.get("adapted"), dict):
                 adapted.update({k: n for k, n in done.items() if type(n) is int})
             yield found
+
     write_transcripts(out, watched())
-    return {"transcripts": count, "formats": dict(reader.formats), "labels": dict(labels),
-            "with_tools": with_tools, "with_spans": spans,
-            "adapted": dict(adapted), "dropped": dict(dropped), "left_out": dict(reader.left_out),
-            "repeated": reader.repeated, "relabelled": reader.relabelled, "examples": examples}
+    return {
+        "transcripts": count,
+        "formats": dict(reader.formats),
+        "labels": dict(labels),
+        "with_tools": with_tools,
+        "with_spans": spans,
+        "adapted": dict(adapted),
+        "dropped": dict(dropped),
+        "left_out": dict(reader.left_out),
+        "repeated": reader.repeated,
+        "relabelled": reader.relabelled,
+        "examples": examples,
+    }
 
 # %% ../../nbs/data/01_convert.ipynb #e02140b0
 def report_lines(report):
     "Lines of text of a `convert` report."
-    def counted(counts): return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"
-    yield f"{report['transcripts']:,} transcripts written: {counted(report['labels'])}; {report['with_tools']:,} with tools, {report['with_spans']:,} with injection spans"
+
+    def counted(counts):
+        return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"
+
+    yield (
+        f"{report['transcripts']:,} transcripts written: {counted(report['labels'])}; "
+        f"{report['with_tools']:,} with tools, {report['with_spans']:,} with injection spans"
+    )
     yield f"records read, by format: {counted(report['formats'])}"
     for title, key in (("adapted", "adapted"), ("left out", "left_out"), ("dropped", "dropped")):
         for name, n in sorted(report[key].items(), key=lambda pair: -pair[1]):
             yield f"{title}: {n:,} × {name}"
-        if key == "dropped": yield from (f"  e.g. {text}" for text in report["examples"].values())
-    if report["repeated"]: yield f"left out: {report['repeated']:,} × samples that stood before"
-    if report["relabelled"]: yield f"adapted: {report['relabelled']:,} × label by the verdict of the source"
+        if key == "dropped":
+            yield from (f"  e.g. {text}" for text in report["examples"].values())
+    if report["repeated"]:
+        yield f"left out: {report['repeated']:,} × samples that stood before"
+    if report["relabelled"]:
+        yield f"adapted: {report['relabelled']:,} × label by the verdict of the source"

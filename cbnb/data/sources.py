@@ -21,16 +21,24 @@ from pathlib import Path
 
 import numpy as np
 
-from ..masking.adapt import adapt, adapt_names, adapted_counts, adapted_line
-from ..transcripts.holdout import task_keys
 from ..basics.reading import read_bytes
-from ..transcripts.spool import Spooled, spooled
+from ..masking.adapt import adapt, adapt_names, adapted_counts, adapted_line
 from ..masking.templates import MaskError
-from cbnb.transcripts.record import (
-    LABELS, MAX_LINE_BYTES, TranscriptError, add_adapted, nearest, need, parse_json, read_tools, source_run,
-)
-from ..transcripts.reader import SeenKeys, TranscriptReader, files_in, known_formats
 from ..transcripts.files import is_hub
+from ..transcripts.holdout import task_keys
+from ..transcripts.reader import SeenKeys, TranscriptReader, files_in, known_formats
+from cbnb.transcripts.record import (
+    LABELS,
+    MAX_LINE_BYTES,
+    TranscriptError,
+    add_adapted,
+    nearest,
+    need,
+    parse_json,
+    read_tools,
+    source_run,
+)
+from ..transcripts.spool import Spooled, spooled
 
 # %% ../../nbs/data/00_sources.ipynb #66a16c04
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Entry:
     """One part of `data`: the `path` of a file or folder, a glob, or `hf:dataset[split]`; and what is said of
     it: the `label` of records that carry none, the `format`, and the `share` that is drawn, None where
     nothing is said."""
+
     path: str
     label: str | None = None
     format: str | None = None
@@ -54,13 +63,15 @@ def is_glob(path):
 
 
 def matches(pattern):
-    "Sorted paths (list of `Path`) of what a glob matches; `**` is any folders. Links are followed, hidden files left out."
+    """Sorted paths (list of `Path`) of what a glob matches; `**` is any folders. Links are followed, hidden
+    files left out."""
     return sorted(map(Path, glob.glob(os.path.expanduser(pattern), recursive=True)))
 
 
 def is_there(path):
     "Whether a text names something that can be read; a data set is looked for when it is."
-    if is_hub(path): return path.endswith("]")
+    if is_hub(path):
+        return path.endswith("]")
     return bool(matches(path)) if is_glob(path) else Path(path).expanduser().exists()
 
 
@@ -73,44 +84,71 @@ def read_entry(text):
         path, said = found[1], [(found[2], found[3]), *said]
     if not is_there(path):
         known = {*LABELS, *known_formats()}
-        while said and (said[0][1] not in known and said[0][0] == ":"): path, said = path + "".join(said[0]), said[1:]
-        if is_hub(path): return Entry(path)   # its reader says what is wrong with the name
+        while said and (said[0][1] not in known and said[0][0] == ":"):
+            path, said = path + "".join(said[0]), said[1:]
+        if is_hub(path):
+            return Entry(path)  # its reader says what is wrong with the name
         need(not is_glob(path), path, "matches no file; give a glob that does, in quotation marks in a shell")
         raise TranscriptError(f"{path}: no such file; give the path of a transcript file, a folder or a glob")
     options = {}
     for sign, word in said:
-        if sign == "@": key, value = "share", read_share(word, text)
+        if sign == "@":
+            key, value = "share", read_share(word, text)
         else:
             key, value = "label" if word in LABELS else "format", word
-            need(word in LABELS or word in known_formats(), str(text), f"{word!r} is neither a label ({', '.join(LABELS)}) "
-                 f"nor a format ({', '.join(known_formats())}){nearest(word, (*LABELS, *known_formats()))}")
+            need(
+                word in LABELS or word in known_formats(),
+                str(text),
+                f"{word!r} is neither a label ({', '.join(LABELS)}) "
+                f"nor a format ({', '.join(known_formats())}){nearest(word, (*LABELS, *known_formats()))}",
+            )
         need(key not in options, str(text), f"says its {key} twice; keep one")
         options[key] = value
     return Entry(path, **options)
 
 
 def read_share(word, text):
-    "The share, a float in (0, 1], in the `word` behind the @ of an entry's `text`. Raises TranscriptError for another one."
-    try: share = float(word)
-    except ValueError: share = 0.0
-    need(0 < share <= 1, str(text), f"draws a share of {word!r}; write a number above 0 and at most 1, such as @0.3")
+    """The share, a float in (0, 1], in the `word` behind the @ of an entry's `text`. Raises TranscriptError
+    for another one."""
+    try:
+        share = float(word)
+    except ValueError:
+        share = 0.0
+    need(
+        0 < share <= 1,
+        str(text),
+        f"draws a share of {word!r}; write a number above 0 and at most 1, such as @0.3",
+    )
     return share
 
 
 def absolute_entry(text):
-    "The `text` of an entry with its relative path made absolute; unchanged where it names nothing that is there."
-    try: entry = read_entry(text)
-    except TranscriptError: return text
-    if is_hub(entry.path): return text
+    """The `text` of an entry with its relative path made absolute; unchanged where it names nothing that is
+    there."""
+    try:
+        entry = read_entry(text)
+    except TranscriptError:
+        return text
+    if is_hub(entry.path):
+        return text
     path = os.path.expanduser(entry.path)
-    return str(replace(entry, path=os.path.join(glob.escape(os.getcwd()), path) if is_glob(path) else os.path.abspath(path)))
+    return str(
+        replace(
+            entry,
+            path=os.path.join(glob.escape(os.getcwd()), path) if is_glob(path) else os.path.abspath(path),
+        )
+    )
 
 
 def entry_paths(text):
-    "The paths (list of `Path`) that the `text` of an entry names; none for a data set, or where it names nothing that is there."
-    try: path = read_entry(text).path
-    except TranscriptError: return []
-    if is_hub(path): return []
+    """The paths (list of `Path`) that the `text` of an entry names; none for a data set, or where it names
+    nothing that is there."""
+    try:
+        path = read_entry(text).path
+    except TranscriptError:
+        return []
+    if is_hub(path):
+        return []
     return matches(path) if is_glob(path) else [Path(path).expanduser()]
 
 # %% ../../nbs/data/00_sources.ipynb #73428ab4
@@ -136,11 +174,21 @@ def read_tool_file(path):
     OpenAI's, or bare. Raises TranscriptError for a file that is not there or holds something else."""
     try:
         value = parse_json(read_bytes(Path(path).expanduser(), MAX_LINE_BYTES).decode("utf-8-sig"))
-    except TranscriptError: raise
-    except (OSError, ValueError) as e: raise TranscriptError(f"the file of tools {path} cannot be read: {e}") from None
-    lists = value if isinstance(value, dict) and "name" not in value and "function" not in value else {"": value}
-    lists = {suite: read_tools(tools, f"{path}{f', {suite}' * bool(suite)}") for suite, tools in lists.items()}
-    need(lists and all(lists.values()), str(path), "holds an empty list of tools; write schemas, or lists of them by suite")
+    except TranscriptError:
+        raise
+    except (OSError, ValueError) as e:
+        raise TranscriptError(f"the file of tools {path} cannot be read: {e}") from None
+    lists = (
+        value if isinstance(value, dict) and "name" not in value and "function" not in value else {"": value}
+    )
+    lists = {
+        suite: read_tools(tools, f"{path}{f', {suite}' * bool(suite)}") for suite, tools in lists.items()
+    }
+    need(
+        lists and all(lists.values()),
+        str(path),
+        "holds an empty list of tools; write schemas, or lists of them by suite",
+    )
     return lists
 
 
@@ -149,16 +197,25 @@ def agentdojo_tools(suite, version):
     `version` is the benchmark's (`v1.2.2`), None: the first, since its logs did not say it. None for a
     suite or version that the package does not have."""
     suites = importlib.import_module("agentdojo.task_suite.load_suites")
-    try: found = suites.get_suite(version or "v1", suite)
-    except (KeyError, ValueError): return None
-    return read_tools([{"name": f.name, "description": f.description, "parameters": f.parameters.model_json_schema()}
-                       for f in found.tools], f"agentdojo, {suite}")
+    try:
+        found = suites.get_suite(version or "v1", suite)
+    except (KeyError, ValueError):
+        return None
+    return read_tools(
+        [
+            {"name": f.name, "description": f.description, "parameters": f.parameters.model_json_schema()}
+            for f in found.tools
+        ],
+        f"agentdojo, {suite}",
+    )
 
 
 def tau_bench_tools():
     "`{domain: (policy, tools)}` of the installed tau-bench."
     envs, found = importlib.import_module("tau_bench.envs"), {}
-    for domain in sorted(p.name for folder in envs.__path__ for p in Path(folder).iterdir() if (p / "tools").is_dir()):
+    for domain in sorted(
+        p.name for folder in envs.__path__ for p in Path(folder).iterdir() if (p / "tools").is_dir()
+    ):
         tools = importlib.import_module(f"tau_bench.envs.{domain}.tools").ALL_TOOLS
         wiki = importlib.import_module(f"tau_bench.envs.{domain}.wiki").WIKI
         found[domain] = wiki, read_tools([t.get_info() for t in tools], f"tau_bench, {domain}")
@@ -171,40 +228,52 @@ def called_names(transcript):
 
 
 def package_of(transcript):
-    "The package that has the tools of the benchmark run which a transcript is: agentdojo, tau_bench, or None."
+    """The package that has the tools of the benchmark run which a transcript is: agentdojo, tau_bench, or
+    None."""
     run = source_run(transcript.meta)[0] or transcript.meta
-    if "user_task_id" in run: return "agentdojo"
+    if "user_task_id" in run:
+        return "agentdojo"
     return "tau_bench" if {"task_id", "reward"} <= transcript.meta.keys() else None
 
 
 def uses_tools(transcript):
     "Whether a transcript is a benchmark's run, calls a tool or shows a result of one."
-    return package_of(transcript) is not None or any(m["role"] == "tool" or m.get("tool_calls") for m in transcript.messages)
+    return package_of(transcript) is not None or any(
+        m["role"] == "tool" or m.get("tool_calls") for m in transcript.messages
+    )
 
 
 class ToolShelf:
-    """What the setting `tools` has for transcripts that carry no schemas: a file's lists, or those of installed
-    packages, each loaded when it is first asked for."""
+    """What the setting `tools` has for transcripts that carry no schemas: a file's lists, or those of
+    installed packages, each loaded when it is first asked for."""
+
     def __init__(self, setting):
         self.setting, self.loaded = setting, {}
         self.lists = read_tool_file(setting) if setting not in ("", "installed") else {}
 
     def load(self, key, function, *arguments):
-        "What `function(*arguments)` returns, once. Raises TranscriptError where the package cannot be imported."
+        """What `function(*arguments)` returns, once. Raises TranscriptError where the package cannot be
+        imported."""
         if key not in self.loaded:
-            try: self.loaded[key] = function(*arguments)
+            try:
+                self.loaded[key] = function(*arguments)
             except ImportError as e:
-                raise TranscriptError(f"tools installed: {key[0]} is not installed here, or cannot be imported ({e}); install it, "
-                                      "or give a file of its schemas as tools") from None
+                raise TranscriptError(
+                    f"tools installed: {key[0]} is not installed here, or cannot be imported ({e}); install "
+                    "it, "
+                    "or give a file of its schemas as tools"
+                ) from None
         return self.loaded[key]
 
     def version(self, package):
         "The name of a package with its version."
-        try: return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError: return package
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return package
 
     def find(self, transcript):
-        "`(tools, where from)` for a transcript; `(None, \"\")` where nothing is known of it."
+        '`(tools, where from)` for a transcript; `(None, "")` where nothing is known of it.'
         if self.lists:
             tools = self.lists.get(task_keys(transcript).get("suite", ""), self.lists.get(""))
             return (tools, Path(self.setting).name) if tools else (None, "")
@@ -216,85 +285,134 @@ class ToolShelf:
         elif package == "tau_bench":
             known, said = self.load((package,), tau_bench_tools), transcript.messages[0]["content"].strip()
             fits = [tools for wiki, tools in known.values() if said.startswith(wiki.strip())] or [
-                tools for _, tools in known.values() if called_names(transcript) <= {t["function"]["name"] for t in tools}]
+                tools
+                for _, tools in known.values()
+                if called_names(transcript) <= {t["function"]["name"] for t in tools}
+            ]
             tools = fits[0] if len(fits) == 1 else None
-        else: tools = None
+        else:
+            tools = None
         return (tools, self.version(package)) if tools else (None, "")
 
     def give(self, transcript, count):
         """The transcript with the tools that are known for it, unless it carries some; `count` (a Counter) is
         told where they are from, or under "" that none are known. `meta["adapted"]` says so, too."""
-        if transcript.tools or not uses_tools(transcript): return transcript
+        if transcript.tools or not uses_tools(transcript):
+            return transcript
         tools, origin = self.find(transcript) if self.setting else (None, "")
         count[origin] += 1
-        if not tools: return transcript
-        return replace(transcript, tools=tools, meta=add_adapted(transcript.meta, Counter({f"tools from {origin}": 1})))
+        if not tools:
+            return transcript
+        return replace(
+            transcript, tools=tools, meta=add_adapted(transcript.meta, Counter({f"tools from {origin}": 1}))
+        )
 
 # %% ../../nbs/data/00_sources.ipynb #2a53bc75
 class SourceReader(TranscriptReader):
-    """The transcripts of one part of `data`, as `TranscriptReader` has them: of a glob from all that it matches,
-    a share of them where one is said (`drawn`: of how many, and how many were taken), with the tools that
-    they lack (`tool_counts`: transcripts by where these are from, "" where none are known)."""
+    """The transcripts of one part of `data`, as `TranscriptReader` has them: of a glob from all that it
+    matches, a share of them where one is said (`drawn`: of how many, and how many were taken), with the tools
+    that they lack (`tool_counts`: transcripts by where these are from, "" where none are known)."""
+
     def __init__(self, entry, on_error="raise", relabel=None, tools=None, name=None):
-        self.entry, self.shelf, self.name, self.drawn, self.tool_counts = entry, tools or ToolShelf(""), name, Counter(), Counter()
+        self.entry, self.shelf, self.name, self.drawn, self.tool_counts = (
+            entry,
+            tools or ToolShelf(""),
+            name,
+            Counter(),
+            Counter(),
+        )
         path = entry.path if is_hub(entry.path) else os.path.expanduser(entry.path)
         super().__init__(path, entry.format or "auto", entry.label, on_error, relabel)
 
     def start(self):
         super().start()
-        for count in (self.drawn, self.tool_counts): count.clear()
+        for count in (self.drawn, self.tool_counts):
+            count.clear()
 
     def files(self):
-        "As `TranscriptReader.files`; of a glob those that it matches and those in folders that it matches, each once."
+        """As `TranscriptReader.files`; of a glob those that it matches and those in folders that it matches,
+        each once."""
         if not is_glob(self.entry.path):
             return [(self.path, self.name)] if self.name and self.path.is_file() else super().files()
         parts = self.path.parts
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
-        found = {}   # by the file itself: a link and what it leads to are one
+        found = {}  # by the file itself: a link and what it leads to are one
         for match in matches(str(self.path)):
-            for p in files_in(match) if match.is_dir() else [match]: found.setdefault(p.resolve(), p)
+            for p in files_in(match) if match.is_dir() else [match]:
+                found.setdefault(p.resolve(), p)
         return [(p, p.relative_to(root).as_posix()) for p in found.values()]
 
     def records(self, empty=False):
         found = super().records(empty)
-        if self.entry.share is not None: found = draw(found, self.entry.share, self.drawn)
-        for t in found: yield t if isinstance(t, TranscriptError) else self.shelf.give(t, self.tool_counts)
+        if self.entry.share is not None:
+            found = draw(found, self.entry.share, self.drawn)
+        for t in found:
+            yield t if isinstance(t, TranscriptError) else self.shelf.give(t, self.tool_counts)
 
     def told(self):
         "As `TranscriptReader.told`, and what was drawn."
-        if not self.drawn: return super().told()
-        return [*super().told(), f"{self.shown_name}: {self.drawn['taken']:,} of {self.drawn['of']:,} transcripts, a share of "
-                                 f"{self.entry.share:g} that is the same for every seed"]
+        if not self.drawn:
+            return super().told()
+        return [
+            *super().told(),
+            f"{self.shown_name}: {self.drawn['taken']:,} of {self.drawn['of']:,} transcripts, a share of "
+            f"{self.entry.share:g} that is the same for every seed",
+        ]
 
 
 def check_words(relabel, on_error):
-    "Raises TranscriptError for another `relabel` than source or nothing, and another `on_error` than raise or skip."
-    if relabel not in (None, "", "source"): raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
-    if on_error not in ("raise", "skip"): raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
+    """Raises TranscriptError for another `relabel` than source or nothing, and another `on_error` than raise
+    or skip."""
+    if relabel not in (None, "", "source"):
+        raise TranscriptError(f"relabel is {relabel!r}: use source, or leave it out")
+    if on_error not in ("raise", "skip"):
+        raise TranscriptError(f"on_error is {on_error!r}: use raise or skip")
 
 
 def open_source(text, format="auto", label=None, on_error="raise", relabel=None, tools="", name=None):
-    """The `SourceReader` of the `text` of an entry (see `read_entry`). `format` and `label` hold where the entry
-    says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called in errors and
-    ids. Raises TranscriptError as `read_entry` and `read_tool_file` do, and for two different labels or
+    """The `SourceReader` of the `text` of an entry (see `read_entry`). `format` and `label` hold where the
+    entry says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called in errors
+    and ids. Raises TranscriptError as `read_entry` and `read_tool_file` do, and for two different labels or
     formats."""
     entry = read_entry(text)
     for key, given, none in (("label", label, None), ("format", format, "auto")):
         own = getattr(entry, key)
-        need(given in (none, own) or own is None, str(text), f"says the {key} {own}, but {given} is given beside it; keep one")
-        if own is None and given != none: entry = replace(entry, **{key: given})
+        need(
+            given in (none, own) or own is None,
+            str(text),
+            f"says the {key} {own}, but {given} is given beside it; keep one",
+        )
+        if own is None and given != none:
+            entry = replace(entry, **{key: given})
     check_words(relabel, on_error)
-    return SourceReader(entry, on_error, relabel or None, tools if isinstance(tools, ToolShelf) else ToolShelf(tools), name)
+    return SourceReader(
+        entry, on_error, relabel or None, tools if isinstance(tools, ToolShelf) else ToolShelf(tools), name
+    )
 
 
 def open_sources(texts, on_error="raise", relabel=None, tools=""):
     """A list of the `SourceReader`s of several entries. Files of one name in several folders are called by as
     many of their folders as it takes to tell them apart: ids that the reader makes begin with that name."""
     shelf, paths = ToolShelf(tools), [Path(read_entry(text).path) for text in texts]
-    def tail(path, parts): return "/".join(path.absolute().parts[-parts:])
-    names = [next((tail(p, n) for n in range(1, len(p.absolute().parts)) if sum(tail(q, n) == tail(p, n) for q in paths) == 1), p.name)
-             for p in paths]
-    return [open_source(text, "auto", None, on_error, relabel, shelf, name) for text, name in zip(texts, names, strict=True)]
+
+    def tail(path, parts):
+        return "/".join(path.absolute().parts[-parts:])
+
+    names = [
+        next(
+            (
+                tail(p, n)
+                for n in range(1, len(p.absolute().parts))
+                if sum(tail(q, n) == tail(p, n) for q in paths) == 1
+            ),
+            p.name,
+        )
+        for p in paths
+    ]
+    return [
+        open_source(text, "auto", None, on_error, relabel, shelf, name)
+        for text, name in zip(texts, names, strict=True)
+    ]
 
 # %% ../../nbs/data/00_sources.ipynb #966bbfd7
 MAX_CAUSES = 1000  # kinds of errors that are told apart
@@ -314,7 +432,8 @@ def count_cause(error, counts, examples):
     """Counts an `error` in `counts` (a Counter) by its cause, from `MAX_CAUSES` of them on as another one;
     `examples` keeps the first of each."""
     cause = cause_of(error)
-    if cause not in counts and len(counts) >= MAX_CAUSES: cause = "another cause"
+    if cause not in counts and len(counts) >= MAX_CAUSES:
+        cause = "another cause"
     counts[cause] += 1
     examples.setdefault(cause, str(error))
 
@@ -323,9 +442,11 @@ def count_cause(error, counts, examples):
 class Reading:
     """How the data of a run is read, and what became of it. Settings: `relabel`, `on_error` (raise or skip),
     `max_skipped` (share of the records above which skipping refuses the run), `tools` and `adapt` (names of
-    `cbnb.masking.adapt`, done to each transcript; `adapted` counts them, in sentences and by name). Counts: `records`
-    that were read, `skipped` by cause, with an `examples` sentence each, `left_out` by cause, transcripts by
-    where their `given_tools` are from, `shares` (what was drawn, by entry), and sentences `told` by the readers."""
+    `cbnb.masking.adapt`, done to each transcript; `adapted` counts them, in sentences and by name). Counts:
+    `records` that were read, `skipped` by cause, with an `examples` sentence each, `left_out` by cause,
+    transcripts by where their `given_tools` are from, `shares` (what was drawn, by entry), and sentences
+    `told` by the readers."""
+
     relabel: str = ""
     on_error: str = "raise"
     max_skipped: float = 0.1
@@ -353,31 +474,42 @@ class Reading:
         "Raises TranscriptError, which names `where`, if more than `max_skipped` of the records are skipped."
         bad, total = self.skipped.total(), self.skipped.total() + self.records
         if bad > self.max_skipped * total:
-            raise TranscriptError(f"{where}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
-                                  f"{self.causes()}; mend them, or allow more")
+            raise TranscriptError(
+                f"{where}: {bad:,} of {total:,} records are skipped, above max_skipped {self.max_skipped:g}: "
+                f"{self.causes()}; mend them, or allow more"
+            )
 
     def each(self, texts):
         "Yields the transcripts of all entries `texts`, and counts what it skips; raises as `read` does."
         ids = SeenKeys()
-        for text, reader in zip(texts, open_sources(texts, self.on_error, self.relabel, self.tools), strict=True):
+        for text, reader in zip(
+            texts, open_sources(texts, self.on_error, self.relabel, self.tools), strict=True
+        ):
             for t in reader.records():
                 if not isinstance(t, TranscriptError) and t.id in ids:
-                    t = TranscriptError(f"{text}: transcript id {t.id!r} occurs more than once in {', '.join(texts)}; ids must be unique.")
-                    if self.on_error == "raise": raise t
-                if isinstance(t, TranscriptError): self.skip(t)
+                    t = TranscriptError(
+                        f"{text}: transcript id {t.id!r} occurs more than once in {', '.join(texts)}; ids "
+                        "must be unique."
+                    )
+                    if self.on_error == "raise":
+                        raise t
+                if isinstance(t, TranscriptError):
+                    self.skip(t)
                 else:
                     ids.add(t.id)
                     yield adapt(t, self.adapt)
             self.add(text, reader)
 
     def read(self, texts) -> Spooled:
-        """The transcripts of all entries `texts`, in a temporary file. Raises TranscriptError as the readers do,
-        where two transcripts share an id (with `on_error` skip the second is skipped), where a share draws
-        nothing, where more than `max_skipped` of the records were skipped, and where the file has no room."""
+        """The transcripts of all entries `texts`, in a temporary file. Raises TranscriptError as the readers
+        do, where two transcripts share an id (with `on_error` skip the second is skipped), where a share
+        draws nothing, where more than `max_skipped` of the records were skipped, and where the file has no
+        room."""
         texts = list(map(str, texts))
         out = spooled(self.each(texts))
         self.check_share(", ".join(texts))
-        if found := adapted_counts(out): self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
+        if found := adapted_counts(out):
+            self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
         return out
 
     def add(self, text, reader):
@@ -386,8 +518,13 @@ class Reading:
         self.left_out.update(reader.left_out)
         self.given_tools.update(reader.tool_counts)
         self.told += reader.told()
-        if reader.drawn: self.shares[text] = dict(reader.drawn)
-        need(not reader.drawn or reader.drawn["taken"], text, f"draws nothing from {reader.drawn['of']:,} transcripts; give a larger share")
+        if reader.drawn:
+            self.shares[text] = dict(reader.drawn)
+        need(
+            not reader.drawn or reader.drawn["taken"],
+            text,
+            f"draws nothing from {reader.drawn['of']:,} transcripts; give a larger share",
+        )
 
     def causes(self, most=5):
         "The causes of what was skipped in words, with the first record of the commonest."
@@ -398,21 +535,43 @@ class Reading:
     def warned(self):
         "Sentences on records that were skipped, and on tools that nobody knows."
         lines = []
-        if self.skipped: lines.append(f"{self.skipped.total():,} of {self.skipped.total() + self.records:,} records skipped: {self.causes()}")
+        if self.skipped:
+            lines.append(
+                f"{self.skipped.total():,} of {self.skipped.total() + self.records:,} records skipped: "
+                f"{self.causes()}"
+            )
         if n := self.given_tools[""]:
-            lines.append(f"{n:,} transcripts use tools whose schemas they do not carry, so no prompt shows them: give tools (a file of "
-                         "schemas, or installed for AgentDojo's and tau-bench's)")
+            lines.append(
+                f"{n:,} transcripts use tools whose schemas they do not carry, so no prompt shows them: "
+                "give tools (a file of "
+                "schemas, or installed for AgentDojo's and tau-bench's)"
+            )
         return lines
 
     def lines(self):
         "Sentences for a run: what was left out and drawn, where tools are from, and what is `warned`."
-        return [*self.told, *(f"adapted: {found['line']}" for found in self.adapted), *(f"{n:,} transcripts without tools got those of {origin}" for origin, n in self.given_tools.items() if origin),
-                *self.warned()]
+        return [
+            *self.told,
+            *(f"adapted: {found['line']}" for found in self.adapted),
+            *(
+                f"{n:,} transcripts without tools got those of {origin}"
+                for origin, n in self.given_tools.items()
+                if origin
+            ),
+            *self.warned(),
+        ]
 
     def record(self):
         "What a run's result.json keeps of it, a dict."
-        return {"records": self.records, "skipped": dict(self.skipped), "examples": self.examples, "left_out": dict(self.left_out),
-                "tools": dict(self.given_tools), "shares": self.shares, "adapted": self.adapted}
+        return {
+            "records": self.records,
+            "skipped": dict(self.skipped),
+            "examples": self.examples,
+            "left_out": dict(self.left_out),
+            "tools": dict(self.given_tools),
+            "shares": self.shares,
+            "adapted": self.adapted,
+        }
 
 
 READING = ("relabel", "on_error", "max_skipped", "tools", "adapt")
@@ -432,15 +591,21 @@ def check_reading(parameters):
     stands for any."""
     for name in ("data", "eval_data"):
         for text in listed(parameters.get(name) or ""):
-            if text == "tinyagent": continue
-            try: read_entry(text)
-            except TranscriptError as e: raise TranscriptError(f"{name} names {e}") from None
+            if text == "tinyagent":
+                continue
+            try:
+                read_entry(text)
+            except TranscriptError as e:
+                raise TranscriptError(f"{name} names {e}") from None
     relabel, on_error, most = (parameters.get(k) for k in READING[:3])
     check_words(relabel, on_error or "raise")
-    if most is not None and not 0 <= most <= 1: raise TranscriptError(f"max_skipped is {most!r}: use a share from 0 to 1")
+    if most is not None and not 0 <= most <= 1:
+        raise TranscriptError(f"max_skipped is {most!r}: use a share from 0 to 1")
     ToolShelf(parameters.get("tools") or "")
-    try: adapt_names(parameters.get("adapt"))
-    except MaskError as e: raise TranscriptError(str(e)) from None
+    try:
+        adapt_names(parameters.get("adapt"))
+    except MaskError as e:
+        raise TranscriptError(str(e)) from None
 
 
 def listed(text):

@@ -11,13 +11,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..masking.audit import shorten
-from .convert import check_written
 from ..basics.terminal import visible
-from ..transcripts.record import InjectionSpan, TranscriptError, need
-from ..transcripts.reader import TranscriptReader, write_transcripts
+from .convert import check_written
+from ..masking.audit import shorten
 from ..transcripts.files import read_records
 from ..transcripts.injections import find_injections, join_spans
+from ..transcripts.reader import TranscriptReader, write_transcripts
+from ..transcripts.record import InjectionSpan, TranscriptError, need
 
 # %% ../../nbs/data/02_spans.ipynb #57483228
 WRAPPERS = {
@@ -25,33 +25,53 @@ WRAPPERS = {
     "<IMPORTANT>": r"<IMPORTANT>.*?</IMPORTANT>",  # poisoned tools of MCP servers
     "<SYSTEM>": r"<SYSTEM>.*?</SYSTEM>",
     "<|im_start|>": r"<\|im_start\|>(?:system|user)\b.*?<\|im_end\|>",  # a forged turn
-    "IMPORTANT!!! Ignore": r"IMPORTANT!!!\s+Ignore\s+(?:all\s+)?(?:my\s+)?previous\s+instructions\b.*?(?=\n\s*\n|\Z)",  # AgentDojo, InjecAgent
-    "System: Please ensure": r"System:\s+Please\s+ensure\s+to\s+complete\s+the\s+following\s+task\b.*?(?=\n\s*\n|\Z)"}  # AgentDojo: system_message
+    # AgentDojo, InjecAgent
+    "IMPORTANT!!! "
+    "Ignore": r"IMPORTANT!!!\s+Ignore\s+(?:all\s+)?(?:my\s+)?previous\s+instructions\b.*?(?=\n\s*\n|\Z)",
+    # AgentDojo: system_message
+    "System: Please "
+    "ensure": r"System:\s+Please\s+ensure\s+to\s+complete\s+the\s+following\s+task\b.*?(?=\n\s*\n|\Z)",
+}
 
 
 def wrapped(messages, roles=("tool",)):
     """`[(message, start, end, name), ...]`: what stands in one of `WRAPPERS` in messages of `roles`, the
     wrapper with it. A wrapper that is opened and not closed is none; one of words ends at a blank line
     or with the text."""
-    return [(i, *match.span(), name) for i, message in enumerate(messages) if message["role"] in roles
-            for name, pattern in WRAPPERS.items() for match in re.finditer(pattern, message["content"], re.S)]
+    return [
+        (i, *match.span(), name)
+        for i, message in enumerate(messages)
+        if message["role"] in roles
+        for name, pattern in WRAPPERS.items()
+        for match in re.finditer(pattern, message["content"], re.S)
+    ]
 
 # %% ../../nbs/data/02_spans.ipynb #daadb5e7
 def read_injections(path):
     """Injected texts by name from `path`: a JSON object of texts (`{"name": "text"}`), AgentDojo run files
     (their `injections`), a folder or a JSONL file of either. Equal texts count once. Raises
     TranscriptError where a record holds none and is no run, or nothing is found at all."""
-    if not Path(path).exists(): raise TranscriptError(f"{path}: no such file; give a JSON object of texts, or AgentDojo run files")
+    if not Path(path).exists():
+        raise TranscriptError(f"{path}: no such file; give a JSON object of texts, or AgentDojo run files")
     texts = {}
     for file, name in TranscriptReader(path, "auto", None, "raise").files():
         for where, _, record in read_records(file, name):
-            if isinstance(record, TranscriptError): raise record
-            need(isinstance(record, dict), where, "is no object; write {\"name\": \"text\"}, or give AgentDojo run files")
+            if isinstance(record, TranscriptError):
+                raise record
+            need(
+                isinstance(record, dict),
+                where,
+                'is no object; write {"name": "text"}, or give AgentDojo run files',
+            )
             found = record.get("injections") if "messages" in record else record
-            need(found is None or isinstance(found, dict) and all(isinstance(t, str) for t in found.values()), where,
-                 "is no object of texts; write {\"name\": \"text\"}, or give AgentDojo run files")
+            need(
+                found is None or isinstance(found, dict) and all(isinstance(t, str) for t in found.values()),
+                where,
+                'is no object of texts; write {"name": "text"}, or give AgentDojo run files',
+            )
             for key, text in (found or {}).items():
-                if text.strip(): texts.setdefault(text, f"{key} of {where}")
+                if text.strip():
+                    texts.setdefault(text, f"{key} of {where}")
     need(texts, str(path), "holds no injected text")
     return {name: text for text, name in texts.items()}
 
@@ -61,15 +81,19 @@ def find_spans(transcript, texts=None, wrappers=False, roles=("tool",)):
     and by what (list of str): names of `texts` (`{name: text}`) and of its own `meta["injections"]`,
     and with `wrappers` those of `WRAPPERS`. One that has spans already, or of which nothing is found,
     comes back as it is, with an empty list. `meta["spans_found_by"]` keeps how."""
-    if transcript.injection_spans: return transcript, []
+    if transcript.injection_spans:
+        return transcript, []
     own = transcript.meta.get("injections")
-    known = (own if isinstance(own, dict) and all(isinstance(t, str) for t in own.values()) else {}) | (texts or {})
+    known = (own if isinstance(own, dict) and all(isinstance(t, str) for t in own.values()) else {}) | (
+        texts or {}
+    )
     found, missing = find_injections(transcript.messages, known, roles)
     how = sorted(known.keys() - set(missing))
     for i, start, end, name in wrapped(transcript.messages, roles) if wrappers else ():
         found.append([i, start, end])
         how += [name] * (name not in how)
-    if not found: return transcript, []
+    if not found:
+        return transcript, []
     spans = tuple(InjectionSpan(*span) for span in join_spans(found))
     return replace(transcript, injection_spans=spans, meta=transcript.meta | {"spans_found_by": how}), how
 
@@ -81,6 +105,7 @@ LISTED = 20  # ids that are named
 class Search:
     """The count of a search: transcripts by label, those that `had` spans, those `found` now, by what,
     those `without` any, by label, and the ids of harmful ones among them."""
+
     transcripts: Counter = field(default_factory=Counter)
     had: int = 0
     found: Counter = field(default_factory=Counter)
@@ -94,20 +119,30 @@ class Search:
         self.had += bool(before.injection_spans)
         self.by.update(how)
         self.found[after.label] += bool(how)
-        if after.injection_spans: return
+        if after.injection_spans:
+            return
         self.without[after.label] += 1
-        if after.label == "harmful" and len(self.ids) < LISTED: self.ids.append(after.id)
+        if after.label == "harmful" and len(self.ids) < LISTED:
+            self.ids.append(after.id)
 
     def lines(self, texts=()):
         """Lines of text: the counts, those of `texts` (names) that were found nowhere, and the harmful
         transcripts that still have no span."""
-        yield (f"{self.transcripts.total():,} transcripts ({self.transcripts['harmful']:,} harmful): {self.had:,} had spans, "
-               f"{self.found.total():,} got some now ({self.found['harmful']:,} harmful), {self.without.total():,} have none "
-               f"({self.without['harmful']:,} harmful)")
+        yield (
+            f"{self.transcripts.total():,} transcripts ({self.transcripts['harmful']:,} harmful): "
+            f"{self.had:,} had spans, "
+            f"{self.found.total():,} got some now ({self.found['harmful']:,} harmful), "
+            f"{self.without.total():,} have none "
+            f"({self.without['harmful']:,} harmful)"
+        )
         yield from (f"  {n:,} by {name}" for name, n in self.by.most_common(LISTED))
         if unseen := [name for name in texts if name not in self.by]:
-            yield f"  {len(unseen):,} of {len(texts):,} texts stand in no transcript: {', '.join(unseen[:5])}{', …' * (len(unseen) > 5)}"
-        if n := self.without["harmful"]: yield f"  harmful without a span: {', '.join(self.ids)}{', …' * (n > len(self.ids))}"
+            yield (
+                f"  {len(unseen):,} of {len(texts):,} texts stand in no transcript: "
+                f"{', '.join(unseen[:5])}{', …' * (len(unseen) > 5)}"
+            )
+        if n := self.without["harmful"]:
+            yield f"  harmful without a span: {', '.join(self.ids)}{', …' * (n > len(self.ids))}"
 
 
 def span_lines(number, transcript, how, around=60):
@@ -116,9 +151,18 @@ def span_lines(number, transcript, how, around=60):
     yield visible(f"transcript {number}: {transcript.id} ({transcript.label}), by {', '.join(how)}")
     for span in transcript.injection_spans:
         text = transcript.messages[span.message]["content"]
-        parts = text[max(0, span.start - around):span.start], text[span.start:span.end], text[span.end:span.end + around]
-        before, inside, after = ("".join(shorten([*visible(part)], " … {} more characters … ")) for part in parts)
-        yield (f"  {span.message:>3} {transcript.messages[span.message]['role']:<9} {span.start}:{span.end}  {before}⟦{inside}⟧{after}")
+        parts = (
+            text[max(0, span.start - around) : span.start],
+            text[span.start : span.end],
+            text[span.end : span.end + around],
+        )
+        before, inside, after = (
+            "".join(shorten([*visible(part)], " … {} more characters … ")) for part in parts
+        )
+        yield (
+            f"  {span.message:>3} {transcript.messages[span.message]['role']:<9} {span.start}:{span.end}  "
+            f"{before}⟦{inside}⟧{after}"
+        )
 
 
 def spanned(transcripts, search, show, texts=None, wrappers=False, roles=("tool",)):
@@ -127,7 +171,8 @@ def spanned(transcripts, search, show, texts=None, wrappers=False, roles=("tool"
     for number, before in enumerate(transcripts, 1):
         after, how = find_spans(before, texts, wrappers, roles)
         search.add(before, after, how)
-        if how: show(number, after, how)
+        if how:
+            show(number, after, how)
         yield after
 
 # %% ../../nbs/data/02_spans.ipynb #66e06c72
@@ -140,4 +185,5 @@ def write_spans(reader, out, search, show, texts=None, wrappers=False, roles=("t
         check_written(out, reader)
         write_transcripts(out, stream)
     else:
-        for _ in stream: pass
+        for _ in stream:
+            pass

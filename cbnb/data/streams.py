@@ -16,18 +16,26 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..masking.actions import with_own_work
-from ..transcripts.holdout import heldout_kinds, part, Parted, thin
-from ..step.losses import predicting_positions
-from ..masking.masker import ChatMasker
-from ..step.model_checks import check_packing
-from .sources import Reading
-from ..transcripts.spool import Spooled, those
-from ..masking.templates import MaskError
-from ..masking.targets import check_calls, in_batches, in_turns, lacks_injection, messages_off, training_mask, training_row
 from ..basics.terminal import error_text
-from ..transcripts.record import Transcript, TranscriptError
+from .sources import Reading
+from ..masking.actions import with_own_work
+from ..masking.masker import ChatMasker
+from cbnb.masking.targets import (
+    check_calls,
+    in_batches,
+    in_turns,
+    lacks_injection,
+    messages_off,
+    training_mask,
+    training_row,
+)
+from ..masking.templates import MaskError
+from ..step.losses import predicting_positions
+from ..step.model_checks import check_packing
+from ..transcripts.holdout import Parted, heldout_kinds, part, thin
 from ..transcripts.reader import MAX_BAD
+from ..transcripts.record import Transcript, TranscriptError
+from ..transcripts.spool import Spooled, those
 
 # %% auto #0
 __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
@@ -36,18 +44,21 @@ __all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample'
 
 # %% ../../nbs/data/03_streams.ipynb #d93b8694
 def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spooled, Spooled]:
-    """Reads all `entries` (paths, or texts as `cbnb.data.sources.read_entry` takes them) as `reading` says, which
-    counts what it did, and parts the transcripts by label: `(harmful, benign)`, both in one temporary file
-    (`cbnb.transcripts.spool`). What is known of the user's own work is noted in harmful runs
+    """Reads all `entries` (paths, or texts as `cbnb.data.sources.read_entry` takes them) as `reading` says,
+    which counts what it did, and parts the transcripts by label: `(harmful, benign)`, both in one temporary
+    file (`cbnb.transcripts.spool`). What is known of the user's own work is noted in harmful runs
     (`cbnb.masking.actions.with_own_work`). Raises TranscriptError as `Reading.read` does."""
     transcripts = with_own_work((reading or Reading()).read(entries))
     labels = [intern(t.label) for t in transcripts]
-    harmful, benign = (those(transcripts, (label == name for label in labels)) for name in ("harmful", "benign"))
+    harmful, benign = (
+        those(transcripts, (label == name for label in labels)) for name in ("harmful", "benign")
+    )
     return harmful, benign
 
 # %% ../../nbs/data/03_streams.ipynb #aa07a111
-def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto",
-                 reading: Reading | None = None) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
+def load_streams(
+    files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto", reading: Reading | None = None
+) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
     """`(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts, and
     `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
     names (`cbnb.transcripts.holdout.heldout_kinds`), or its prompt.
@@ -58,19 +69,27 @@ def load_streams(files: Iterable, eval_files: Iterable = (), heldout_by: str = "
     reading = reading or Reading()
     kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, reading)
     if eval_files:
-        parted = thin(Parted(harmful, benign, [t for stream in read_streams(eval_files, reading) for t in stream], kinds))
-    else: parted = part(harmful, benign, heldout_by)
+        parted = thin(
+            Parted(
+                harmful, benign, [t for stream in read_streams(eval_files, reading) for t in stream], kinds
+            )
+        )
+    else:
+        parted = part(harmful, benign, heldout_by)
     for name, before in (("harmful", harmful), ("benign", benign)):
         if before and not getattr(parted, name):
-            raise ValueError(f"all {len(before)} {name} transcripts share their {' or '.join((*kinds, 'prompt'))} with held-out ones, so none is left to "
-                             "train: give other eval_data, or heldout_by prompt")
+            raise ValueError(
+                f"all {len(before)} {name} transcripts share their {' or '.join((*kinds, 'prompt'))} with "
+                "held-out ones, so none is left to "
+                "train: give other eval_data, or heldout_by prompt"
+            )
     return parted.harmful, parted.benign, parted.held_out, parted.left_out
-
 
 # %% ../../nbs/data/03_streams.ipynb #ca59b33b
 @dataclass(frozen=True)
 class Sample:
     "One transcript, ready for training: `input_ids` int32 [S] and `loss_mask` bool [S] over the same tokens."
+
     input_ids: np.ndarray
     loss_mask: np.ndarray
     transcript: str  # the transcript's id, so that a bad sample can be traced to its line
@@ -79,11 +98,13 @@ class Sample:
 @dataclass
 class StreamReport:
     "What happened to the transcripts of one stream on the way to samples."
+
     transcripts: int = 0
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    # truncated, tokens_cut, targets_cut, request_cut, injection_cut, lost_context (rows dropped for one of the two), no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
+    # truncated, tokens_cut, targets_cut, request_cut, injection_cut, lost_context (rows dropped for one of
+    # the two), no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
     # injected, own, unexplained, mixed, words with _after_injection: messages (`cbnb.masking.actions.whose`)
     counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
@@ -92,19 +113,38 @@ class StreamReport:
     def losses(self) -> list[str]:
         "Sentences on transcripts (or turns) that were dropped, and on what truncation has cut off."
         c = self.counts
-        found = [(c["lost_context"], f"dropped: truncation cuts off the user's request ({c['request_cut']}) or the injected message ({c['injection_cut']})"),
-                 (not c["lost_context"] and c["request_cut"], "kept, though truncation cuts off the user's request"),
-                 (not c["lost_context"] and c["injection_cut"], "kept, though truncation cuts off the injected message"),
-                 (c["no_target"], f"dropped: they have no target, {c['lost_to_truncation']} of them lost it to truncation"),
-                 (c["lost_words"], "dropped: the chat template writes nothing of an answer")]
+        found = [
+            (
+                c["lost_context"],
+                f"dropped: truncation cuts off the user's request ({c['request_cut']}) or the injected "
+                f"message ({c['injection_cut']})",
+            ),
+            (
+                not c["lost_context"] and c["request_cut"],
+                "kept, though truncation cuts off the user's request",
+            ),
+            (
+                not c["lost_context"] and c["injection_cut"],
+                "kept, though truncation cuts off the injected message",
+            ),
+            (
+                c["no_target"],
+                f"dropped: they have no target, {c['lost_to_truncation']} of them lost it to truncation",
+            ),
+            (c["lost_words"], "dropped: the chat template writes nothing of an answer"),
+        ]
         return [f"{n} of {self.transcripts} {text}" for n, text in found if n]
 
     def __str__(self):
         extra = "".join(f", {name.replace('_', ' ')} {n}" for name, n in self.counts.items() if n)
-        notes = [f"\n    {i}: dropped, it has no target" for i in self.dropped] + [f"\n    {w}" for w in self.warnings]
+        notes = [f"\n    {i}: dropped, it has no target" for i in self.dropped] + [
+            f"\n    {w}" for w in self.warnings
+        ]
         more = f"\n    and {len(notes) - 5} more of this kind" if len(notes) > 5 else ""
-        return (f"{self.samples} samples of {self.transcripts} transcripts, {self.target_tokens} of {self.tokens} tokens are targets{extra}"
-                + "".join(notes[:5]) + more)
+        return (
+            f"{self.samples} samples of {self.transcripts} transcripts, {self.target_tokens} of "
+            f"{self.tokens} tokens are targets{extra}" + "".join(notes[:5]) + more
+        )
 
 # %% ../../nbs/data/03_streams.ipynb #152b6bed
 def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
@@ -115,65 +155,91 @@ def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
 # %% ../../nbs/data/03_streams.ipynb #31ba01de
 class EmptyStream(ValueError):
     "Nothing is left of a stream; `report` (`StreamReport`) says what became of it."
+
     __str__ = error_text
+
     def __init__(self, text: str, report: StreamReport):
         super().__init__(text)
         self.report = report
 
-    def __reduce__(self): return EmptyStream, (str(self), self.report)  # from one process to another
+    def __reduce__(self):
+        return EmptyStream, (str(self), self.report)  # from one process to another
 
 # %% ../../nbs/data/03_streams.ipynb #8a7c7990
-WAY_OUT = "adapt may change such transcripts for the template (cbnb preflight proposes how), and on_error=skip leaves them out, counted"
+WAY_OUT = (
+    "adapt may change such transcripts for the template (cbnb preflight proposes how), and "
+    "on_error=skip leaves them out, counted"
+)
 
 
 def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False):
-    """Yields `(transcript, encoded)`, of each turn with `split_turns`. Raises MaskError, with the ways out, for a
-    transcript that the chat template refuses or of whose tool calls it writes none."""
+    """Yields `(transcript, encoded)`, of each turn with `split_turns`. Raises MaskError, with the ways out,
+    for a transcript that the chat template refuses or of whose tool calls it writes none."""
     pairs = (in_turns if split_turns else in_batches)(transcripts, masker)
     while True:
         try:
-            if (pair := next(pairs, None)) is None: return
+            if (pair := next(pairs, None)) is None:
+                return
             check_calls(pair[1], pair[0].id)
-        except MaskError as e: raise MaskError(f"{e}; {WAY_OUT}") from None
+        except MaskError as e:
+            raise MaskError(f"{e}; {WAY_OUT}") from None
         yield pair
 
 
-def refusals(transcripts: Iterable[Transcript], masker: ChatMasker,
-             split_turns: bool = False) -> Iterator[MaskError | None]:
-    "Yields for each of `transcripts` the MaskError that `encoded_pairs` raises, without the ways out, or None."
+def refusals(
+    transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False
+) -> Iterator[MaskError | None]:
+    """Yields for each of `transcripts` the MaskError that `encoded_pairs` raises, without the ways out, or
+    None."""
     for t, encoded in in_batches(transcripts, masker, errors="return"):
         try:
-            if isinstance(encoded, MaskError): raise encoded
+            if isinstance(encoded, MaskError):
+                raise encoded
             check_calls(encoded, t.id)
-            if split_turns: list(in_turns([t], masker))
-        except MaskError as e: yield e
-        else: yield None
+            if split_turns:
+                list(in_turns([t], masker))
+        except MaskError as e:
+            yield e
+        else:
+            yield None
 
 
 def until_most_fail(found: Iterable) -> Iterator:
-    """Yields `found`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of them
-    are errors so far, and fewer are None: the rest would take hours, and be no better."""
+    """Yields `found`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of
+    them are errors so far, and fewer are None: the rest would take hours, and be no better."""
     bad, first = 0, None
     for number, error in enumerate(found, 1):
         yield error
-        if error is None: continue
+        if error is None:
+            continue
         bad, first = bad + 1, first or error
         if bad > max(MAX_BAD, number - bad):
             counts = f"{bad:,} of the first {number:,} transcripts"
-            raise TranscriptError(f"the chat template refuses {counts}, so the rest is not looked at; "
-                                  f"mend them, or give another chat_template; the first: {first}")
+            raise TranscriptError(
+                f"the chat template refuses {counts}, so the rest is not looked at; "
+                f"mend them, or give another chat_template; the first: {first}"
+            )
 
 
-def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading, split_turns: bool = False,
-                 found: Iterable | None = None) -> Sequence[Transcript]:
+def drop_refused(
+    transcripts: Sequence[Transcript],
+    masker: ChatMasker,
+    reading: Reading,
+    split_turns: bool = False,
+    found: Iterable | None = None,
+) -> Sequence[Transcript]:
     """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are
     counted there by cause. With `on_error` raise all of them, unread. `found`: the `refusals`, where they are
     known. Raises TranscriptError where more than `max_skipped` of the records are left out by now, and as
     `until_most_fail`."""
-    if reading.on_error == "raise": return transcripts
+    if reading.on_error == "raise":
+        return transcripts
+
     def fits(error):
-        if error is not None: reading.refuse(error)
+        if error is not None:
+            reading.refuse(error)
         return error is None
+
     found = refusals(transcripts, masker, split_turns) if found is None else found
     kept = those(transcripts, map(fits, until_most_fail(found)))
     reading.check_share("the chat template refuses transcripts")
@@ -183,35 +249,50 @@ def drop_refused(transcripts: Sequence[Transcript], masker: ChatMasker, reading:
 def empty_stream(report: StreamReport, name: str, policy) -> EmptyStream:
     "The error for a stream of which `report` counts no sample."
     return EmptyStream(
-        f"the {name} stream is empty: {report.transcripts} transcripts were read, {report.counts['no_target']} of them "
-        f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to truncation), "
+        f"the {name} stream is empty: {report.transcripts} transcripts were read, "
+        f"{report.counts['no_target']} of them "
+        f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to "
+        "truncation), "
         f"{report.counts['lost_words']} have an answer of which the chat template writes nothing, "
         f"{report.counts['lost_context']} lost the user's request or the injected message to truncation; "
-        "check the file, its labels, the policy and max_length.", report)
+        "check the file, its labels, the policy and max_length.",
+        report,
+    )
 
 # %% ../../nbs/data/03_streams.ipynb #3cb8c73c
-def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy, max_length: int = 2048,
-                  name: str = "stream", truncation: str = "targets", split_turns: bool = False,
-                  lost_context: str = "drop") -> tuple[list[Sample], StreamReport]:
-    """Encodes every transcript (or, with `split_turns`, every assistant turn of it with all before it), masks it by `policy`, truncates it to
-    `max_length` tokens at its `truncation` end (`truncation_window`).
+def encode_stream(
+    transcripts: Iterable[Transcript],
+    masker: ChatMasker,
+    policy,
+    max_length: int = 2048,
+    name: str = "stream",
+    truncation: str = "targets",
+    split_turns: bool = False,
+    lost_context: str = "drop",
+) -> tuple[list[Sample], StreamReport]:
+    """Encodes every transcript (or, with `split_turns`, every assistant turn of it with all before it), masks
+    it by `policy`, truncates it to `max_length` tokens at its `truncation` end (`truncation_window`).
 
-    A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted (`no_injection`);
-    one without any target is dropped and counted (`no_target`), also if it was truncation that took the last one (`lost_to_truncation`),
-    and so is one with an answer of which the template writes nothing (`lost_words`), and one of which truncation has cut off what it answers
-    (`request_cut`, `injection_cut`: `cbnb.masking.targets.cut_context`; together `lost_context`), unless `lost_context` is `"keep"`.
-    Raises MaskError where a turn cannot be located or the template writes no tool calls (`drop_refused` leaves such transcripts out before),
-    EmptyStream where nothing is left of the stream."""
+    A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted
+    (`no_injection`); one without any target is dropped and counted (`no_target`), also if it was truncation
+    that took the last one (`lost_to_truncation`), and so is one with an answer of which the template writes
+    nothing (`lost_words`), and one of which truncation has cut off what it answers (`request_cut`,
+    `injection_cut`: `cbnb.masking.targets.cut_context`; together `lost_context`), unless `lost_context` is
+    `"keep"`. Raises MaskError where a turn cannot be located or the template writes no tool calls
+    (`drop_refused` leaves such transcripts out before), EmptyStream where nothing is left of the stream."""
     samples, report, last = [], StreamReport(), None
     for transcript, encoded in encoded_pairs(transcripts, masker, split_turns):
         if transcript is not last:
             report.transcripts += 1
             report.counts["no_injection"] += lacks_injection(transcript, policy)
             report.counts["messages_off"] += len(messages_off(transcript))
-            for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items(): report.counts[f"{kind}_after_injection"] += n
+            for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items():
+                report.counts[f"{kind}_after_injection"] += n
         last = transcript
-        try: row = training_row(encoded, transcript, policy, max_length, truncation, lost_context)
-        except MaskError as e: raise MaskError(f"transcript {transcript.id}: {e}") from None
+        try:
+            row = training_row(encoded, transcript, policy, max_length, truncation, lost_context)
+        except MaskError as e:
+            raise MaskError(f"transcript {transcript.id}: {e}") from None
         report.counts["mask_warnings"] += len(encoded.warnings)
         report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
         if row.dropped == "lost_words":
@@ -231,7 +312,9 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
         if row.dropped == "no_target":
             report.counts["no_target"] += 1
             report.counts["lost_to_truncation"] += bool(mask[1:].any())
-            report.dropped.append(transcript.id if encoded.turn is None else f"{transcript.id} (turn of message {encoded.turn})")
+            report.dropped.append(
+                transcript.id if encoded.turn is None else f"{transcript.id} (turn of message {encoded.turn})"
+            )
             continue
         samples.append(Sample(encoded.input_ids[keep], mask[keep], transcript.id))
         report.tokens += len(samples[-1].input_ids)
@@ -243,12 +326,29 @@ def encode_stream(transcripts: Iterable[Transcript], masker: ChatMasker, policy,
 
 # %% ../../nbs/data/03_streams.ipynb #a664fd51
 def data_record(reading: Reading, harmful: StreamReport, benign: StreamReport) -> dict:
-    """What result.json keeps under `data`: the record of the `reading` (`cbnb.data.sources.Reading.record`), counts by
-    stream, and `notes`, the sentences on both, which stand in a run's notes, report and card."""
+    """What result.json keeps under `data`: the record of the `reading` (`cbnb.data.sources.Reading.record`),
+    counts by stream, and `notes`, the sentences on both, which stand in a run's notes, report and card."""
     reports = {"harmful": harmful, "benign": benign}
-    counts = {name: {"transcripts": r.transcripts, "samples": r.samples, "tokens": r.tokens, "targets": r.target_tokens}
-              | {k: int(n) for k, n in r.counts.items() if n} for name, r in reports.items()}
-    return reading.record() | counts | {"notes": [*reading.lines(), *(f"{name}: {line}" for name, r in reports.items() for line in r.losses())]}
+    counts = {
+        name: {
+            "transcripts": r.transcripts,
+            "samples": r.samples,
+            "tokens": r.tokens,
+            "targets": r.target_tokens,
+        }
+        | {k: int(n) for k, n in r.counts.items() if n}
+        for name, r in reports.items()
+    }
+    return (
+        reading.record()
+        | counts
+        | {
+            "notes": [
+                *reading.lines(),
+                *(f"{name}: {line}" for name, r in reports.items() for line in r.losses()),
+            ]
+        }
+    )
 
 # %% ../../nbs/data/03_streams.ipynb #27bed859
 @lru_cache(maxsize=8)
@@ -257,9 +357,9 @@ def _permutation(n: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 class PairedStreams(Dataset):
-    """Item i is the pair (i-th harmful sample, i-th benign sample). Each stream is reshuffled, by its own seed, every time it has
-    been gone through, so a stream of any length serves any number of items, and item i depends on (i, seed) alone:
-    a resumed run reads what an uninterrupted one would have read."""
+    """Item i is the pair (i-th harmful sample, i-th benign sample). Each stream is reshuffled, by its own
+    seed, every time it has been gone through, so a stream of any length serves any number of items, and item
+    i depends on (i, seed) alone: a resumed run reads what an uninterrupted one would have read."""
 
     def __init__(self, harmful: list[Sample], benign: list[Sample], length: int, seed: int = 0):
         self.streams, self.length, self.seed = (harmful, benign), length, seed
@@ -270,60 +370,84 @@ class PairedStreams(Dataset):
     def __getitem__(self, i: int) -> tuple[Sample, Sample]:
         if not 0 <= i < self.length:
             raise IndexError(i)
-        return tuple(samples[_permutation(len(samples), i // len(samples), (self.seed, which))[i % len(samples)]]
-                     for which, samples in enumerate(self.streams))
+        return tuple(
+            samples[_permutation(len(samples), i // len(samples), (self.seed, which))[i % len(samples)]]
+            for which, samples in enumerate(self.streams)
+        )
 
 # %% ../../nbs/data/03_streams.ipynb #4cedca66
 def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at the `side` end (right or left); padding is
-    known by position, so a pad token that is also a real one does no harm. Raises ValueError for no samples or another side.
+    """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at the
+    `side` end (right or left); padding is known by position, so a pad token that is also a real one does no
+    harm. Raises ValueError for no samples or another side.
 
-    Where the terms look is given as indices into the flattened rows [B·S]: `token_index` int64 [M], the tokens of the mask, and `predicting_index` int64
-    [N], the positions that predict one (`cbnb.step.losses.predicting_positions`). A GPU that had to count a mask itself would make the step wait."""
+    Where the terms look is given as indices into the flattened rows [B·S]: `token_index` int64 [M], the
+    tokens of the mask, and `predicting_index` int64 [N], the positions that predict one
+    (`cbnb.step.losses.predicting_positions`). A GPU that had to count a mask itself would make the step wait.
+    """
     if not samples or side not in ("right", "left"):
-        raise ValueError(f"{len(samples)} samples cannot be padded on the {side!r} side; give at least one, and right or left.")
+        raise ValueError(
+            f"{len(samples)} samples cannot be padded on the {side!r} side; give at least one, and right or "
+            "left."
+        )
     length = max(len(s.input_ids) for s in samples)
-    rows = {"input_ids": torch.full((len(samples), length), pad_id), "attention_mask": torch.zeros(len(samples), length, dtype=torch.long),
-            "loss_mask": torch.zeros(len(samples), length, dtype=torch.bool)}
+    rows = {
+        "input_ids": torch.full((len(samples), length), pad_id),
+        "attention_mask": torch.zeros(len(samples), length, dtype=torch.long),
+        "loss_mask": torch.zeros(len(samples), length, dtype=torch.bool),
+    }
     for i, s in enumerate(samples):
         n = len(s.input_ids)
         own = {"right": slice(0, n), "left": slice(length - n, length)}[side]
         rows["input_ids"][i, own] = torch.from_numpy(s.input_ids.astype(np.int64))
         rows["attention_mask"][i, own] = 1
         rows["loss_mask"][i, own] = torch.from_numpy(s.loss_mask)
-    for name, mask in (("token_index", rows["loss_mask"]), ("predicting_index", predicting_positions(rows["loss_mask"]))):
+    for name, mask in (
+        ("token_index", rows["loss_mask"]),
+        ("predicting_index", predicting_positions(rows["loss_mask"])),
+    ):
         rows[name] = mask.flatten().nonzero().squeeze(-1)
     return rows
 
 # %% ../../nbs/data/03_streams.ipynb #81a84d70
 def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Samples one after the other in rows of `length` tokens, in order, a new row where the next one does not fit.
+    """Samples one after the other in rows of `length` tokens, in order, a new row where the next one does not
+    fit.
 
-    `input_ids`, `position_ids` (from 0 in every sample) and `sequence` (index of the sample, -1 for padding) int64 [R, length]; `loss_mask` bool
-    [R, length], without the first token of each sample: the token before it is another sample's and predicts nothing of it. Passed
-    `position_ids` and no attention mask, transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`, and
-    ConfigError where the blocks of `model`, which is to run the rows, mix the samples of one (`cbnb.step.model_checks.check_packing`)."""
+    `input_ids`, `position_ids` (from 0 in every sample) and `sequence` (index of the sample, -1 for padding)
+    int64 [R, length]; `loss_mask` bool [R, length], without the first token of each sample: the token before
+    it is another sample's and predicts nothing of it. Passed `position_ids` and no attention mask,
+    transformers keeps the samples of a row apart. Raises ValueError for a sample longer than `length`, and
+    ConfigError where the blocks of `model`, which is to run the rows, mix the samples of one
+    (`cbnb.step.model_checks.check_packing`)."""
     check_packing(model)
     rows, used = [[]], 0
     for i, s in enumerate(samples):
         if len(s.input_ids) > length:
-            raise ValueError(f"transcript {s.transcript} has {len(s.input_ids)} tokens and cannot be packed into rows of {length}; truncate it first.")
+            raise ValueError(
+                f"transcript {s.transcript} has {len(s.input_ids)} tokens and cannot be packed into rows of "
+                f"{length}; truncate it first."
+            )
         if used + len(s.input_ids) > length:
             rows.append([])
             used = 0
         rows[-1].append(i)
         used += len(s.input_ids)
     shape = (len(rows), length)
-    out = {"input_ids": torch.full(shape, pad_id), "position_ids": torch.zeros(shape, dtype=torch.long),
-           "sequence": torch.full(shape, -1), "loss_mask": torch.zeros(shape, dtype=torch.bool)}
+    out = {
+        "input_ids": torch.full(shape, pad_id),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "sequence": torch.full(shape, -1),
+        "loss_mask": torch.zeros(shape, dtype=torch.bool),
+    }
     for r, row in enumerate(rows):
         at = 0
         for i in row:
             n = len(samples[i].input_ids)
-            out["input_ids"][r, at:at + n] = torch.from_numpy(samples[i].input_ids.astype(np.int64))
-            out["position_ids"][r, at:at + n] = torch.arange(n)
-            out["sequence"][r, at:at + n] = i
-            out["loss_mask"][r, at + 1:at + n] = torch.from_numpy(samples[i].loss_mask[1:])
+            out["input_ids"][r, at : at + n] = torch.from_numpy(samples[i].input_ids.astype(np.int64))
+            out["position_ids"][r, at : at + n] = torch.arange(n)
+            out["sequence"][r, at : at + n] = i
+            out["loss_mask"][r, at + 1 : at + n] = torch.from_numpy(samples[i].loss_mask[1:])
             at += n
         out["position_ids"][r, at:] = torch.arange(length - at)
     return out
@@ -336,32 +460,48 @@ PASS = 512  # tokens of padding that are worth a pass of their own
 
 
 def length_groups(lengths: list[int]) -> list[list[int]]:
-    """Row numbers in groups of like length, such that the tokens of all groups, each padded to its longest row, and `PASS` for every group are fewest
-    (dynamic programming over the sorted lengths)."""
+    """Row numbers in groups of like length, such that the tokens of all groups, each padded to its longest
+    row, and `PASS` for every group are fewest (dynamic programming over the sorted lengths)."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     best, begins = [0], [0]
     for stop in range(1, len(order) + 1):
-        cost, start = min((best[start] + (stop - start) * lengths[order[stop - 1]] + PASS, start) for start in range(stop))
+        cost, start = min(
+            (best[start] + (stop - start) * lengths[order[stop - 1]] + PASS, start) for start in range(stop)
+        )
         best.append(cost)
         begins.append(start)
     groups, stop = [], len(order)
     while stop:
-        groups.append(sorted(order[begins[stop]:stop]))
+        groups.append(sorted(order[begins[stop] : stop]))
         stop = begins[stop]
     return groups[::-1]
 
 
 def collate(pairs: list[tuple[Sample, Sample]], pad_id: int, buckets: bool = False, cache=None) -> dict:
-    """The mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the tokens over which each term of
-    this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0 counts for the first two only: nothing predicts it.
+    """The mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the tokens over
+    which each term of this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0 counts for
+    the first two only: nothing predicts it.
 
-    With `buckets`, `harmful` and `benign` are lists of such rows, one for each of `length_groups`. With a `cache` (`cbnb.train.teacher_cache`) rows hold what it
-    knows of the teacher under `"teacher"`."""
+    With `buckets`, `harmful` and `benign` are lists of such rows, one for each of `length_groups`. With a
+    `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under `"teacher"`."""
+
     def rows_of(samples):
         rows = pad_rows(samples, pad_id)
         return rows if cache is None else rows | {"teacher": cache.states(samples)}
+
     batch = {}
     for name, samples in zip(("harmful", "benign"), map(list, zip(*pairs))):
-        batch[name] = [rows_of([samples[i] for i in group]) for group in length_groups([len(s.input_ids) for s in samples])] if buckets else rows_of(samples)
+        batch[name] = (
+            [
+                rows_of([samples[i] for i in group])
+                for group in length_groups([len(s.input_ids) for s in samples])
+            ]
+            if buckets
+            else rows_of(samples)
+        )
     harmful, benign = zip(*((h.loss_mask, b.loss_mask) for h, b in pairs))
-    return batch | {"counts": torch.tensor([sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)])}
+    return batch | {
+        "counts": torch.tensor(
+            [sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)]
+        )
+    }

@@ -13,34 +13,33 @@ from pathlib import Path
 
 from torch import nn
 
-from ..run.settings import check_data, make_masker, model_facts, RUN_ONLY, settings_of
+from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
+from ..basics.places import TINYAGENT
+from ..basics.processes import from_first
+from ..basics.reading import read_text
+from ..basics.terminal import first_line, warn
+from ..basics.withheld import withhold
+from ..config import CircuitBreakerConfig, get_config
+from ..data.sources import READING, Reading, listed, read_entry, reading_of
+from ..data.streams import load_streams, read_streams
 from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
-from ..train.card import refresh_card
-from ..config import CircuitBreakerConfig, get_config
-from ..basics.places import TINYAGENT
-from ..data.streams import load_streams, read_streams
 from .decoding import Decoding
 from .divergence import check_adapter, load_students, real_rows
 from .evaluation import evaluate
-from ..step.loaders import fetch_adapter
-from ..masking.masker import ChatMasker
-from ..step.models import add_adapter, load_model, num_blocks
-from ..basics.processes import from_first
 from .reader import AnswerReader, derive_reader
-from ..basics.reading import read_text
+from .scores import check_readable, is_attack, without_question
+from ..masking.masker import ChatMasker
 from ..report.figures import results_of, write_run_report
 from ..run.records import fault, read_record
+from ..run.settings import RUN_ONLY, check_data, make_masker, model_facts, settings_of
 from ..run.stages import Run, read_status
-from ..basics.jsonfiles import write_owned
-from ..basics.jsonfiles import RunError, to_plain, write_json
+from ..step.loaders import fetch_adapter
+from ..step.models import add_adapter, load_model, num_blocks
+from ..train.card import refresh_card
 from ..train.same import differences, made_from, model_hashes, named, surroundings, tell_changes
-from .scores import check_readable, is_attack, without_question
-from ..data.sources import READING, Reading, listed, read_entry, reading_of
-from ..basics.terminal import first_line, warn
-from ..transcripts.tinyworld import write_data
 from ..transcripts.record import Transcript, TranscriptError
-from ..basics.withheld import withhold
+from ..transcripts.tinyworld import write_data
 
 # %% auto #0
 __all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run', 'first_parameters',
@@ -56,6 +55,7 @@ NONE = "none"
 class Adapter:
     """An adapter to evaluate: its short `name`, its `folder` (None: the model as it is), and the parameters
     of the run that made it ({}: none)."""
+
     name: str
     folder: Path | None = None
     run: Path | None = None
@@ -69,7 +69,8 @@ def run_parameters(folder: Path, *needed: str) -> dict:
     found = read_record(path) or {}
     missing = (f"it has no {name}" for name in needed if found.get(name) is None)
     bad = fault("evaluated", found) or next(missing, "")
-    if bad: raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
+    if bad:
+        raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
     return found
 
 
@@ -79,20 +80,29 @@ def find_adapter(name: str, trust_remote_code: bool = False) -> Adapter:
 
     Raises RunError, in one sentence, for a run without an adapter and for what is neither there nor on the
     hub; ValueError as `cbnb.evaluate.divergence.check_adapter`."""
-    if name in ("", NONE): return Adapter(NONE)
+    if name in ("", NONE):
+        return Adapter(NONE)
     path = Path(name).expanduser()
     if (path / "params.json").is_file():
-        if not (path / "adapter").is_dir(): raise RunError(f"{path} is a run directory without an adapter: it is not finished")
+        if not (path / "adapter").is_dir():
+            raise RunError(f"{path} is a run directory without an adapter: it is not finished")
         path = path / "adapter"
     if path.is_dir():
         path = check_adapter(path.resolve(), trust_remote_code)
         run = path.parent if path.name == "adapter" and (path.parent / "params.json").is_file() else None
         return Adapter((run or path).name, path, run, run_parameters(run, "preset", "data") if run else {})
     if path.exists() or name.count("/") != 1:
-        raise RunError(f"the adapter {name} is neither a run directory, nor a folder with an adapter, nor a hub id: give one of them, or none")
-    try: folder = fetch_adapter(name)
-    except Exception as e:   # whatever the hub's client raises for a name that is not there, or without a network
-        raise RunError(f"the adapter {name} is no folder here, and cannot be had from the hub: {first_line(e)}") from None
+        raise RunError(
+            f"the adapter {name} is neither a run directory, nor a folder with an adapter, nor a hub id: "
+            "give one of them, or none"
+        )
+    try:
+        folder = fetch_adapter(name)
+    # whatever the hub's client raises for a name that is not there, or without a network
+    except Exception as e:
+        raise RunError(
+            f"the adapter {name} is no folder here, and cannot be had from the hub: {first_line(e)}"
+        ) from None
     return Adapter(name.replace("/", "--"), check_adapter(folder, trust_remote_code))
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #eb08770d
@@ -100,7 +110,8 @@ def find_adapters(first: str, second: str = "", trust_remote_code: bool = False)
     """One or two adapters (`find_adapter`), the `second` only where it is given; two of one name are told
     apart by a number."""
     found = [find_adapter(name, trust_remote_code) for name in [first, *([second] if second else [])]]
-    if len({a.name for a in found}) < len(found): found[1] = dataclasses.replace(found[1], name=f"{found[1].name}-2")
+    if len({a.name for a in found}) < len(found):
+        found[1] = dataclasses.replace(found[1], name=f"{found[1].name}-2")
     return found
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #firstr01
@@ -118,21 +129,31 @@ def first_parameters(adapters: list[Adapter]) -> dict:
 def run_model(folder: Path) -> str:
     "The model of the run in `folder`. Raises RunError where its config.json does not say it."
     found = read_record(folder / "config.json") or {}
-    if not found.get("model"): raise RunError(f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole")
+    if not found.get("model"):
+        raise RunError(
+            f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole"
+        )
     return found["model"]
 
 
 def made_for(adapter: Adapter) -> str | None:
-    "The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names; None where neither says one."
-    if adapter.run: return run_model(adapter.run)
-    return json.loads(read_text(adapter.folder / "adapter_config.json")).get("base_model_name_or_path") if adapter.folder else None
+    """The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names;
+    None where neither says one."""
+    if adapter.run:
+        return run_model(adapter.run)
+    return (
+        json.loads(read_text(adapter.folder / "adapter_config.json")).get("base_model_name_or_path")
+        if adapter.folder
+        else None
+    )
 
 
 def another_base(adapter: Adapter, name: str) -> dict:
-    """`{"made_for": the model that the adapter names, "model": name}` where that is another one than `name`, else {}:
-    an adapter fits any model of the same shapes. Two folders are the same model by their path."""
+    """`{"made_for": the model that the adapter names, "model": name}` where that is another one than `name`,
+    else {}: an adapter fits any model of the same shapes. Two folders are the same model by their path."""
     base = made_for(adapter)
-    if base is None: return {}
+    if base is None:
+        return {}
     one, other = (TINYAGENT if model == "tinyagent" else Path(model).expanduser() for model in (base, name))
     alike = one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
     return {} if alike else {"made_for": base, "model": name}
@@ -141,10 +162,16 @@ def another_base(adapter: Adapter, name: str) -> dict:
 def base_name(adapters: list[Adapter], model: str | None = None) -> str:
     """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
     known, or two adapters name two."""
-    if model: return model
+    if model:
+        return model
     found = [made_for(a) for a in adapters if a.folder or a.run]
-    if len({*found}) > 1: raise RunError(f"the adapters name two models, {' and '.join(map(str, found))}: give the one to evaluate on as model")
-    if not any(found): raise RunError("no model is known: give one as model")
+    if len({*found}) > 1:
+        raise RunError(
+            f"the adapters name two models, {' and '.join(map(str, found))}: give the one to evaluate on as "
+            "model"
+        )
+    if not any(found):
+        raise RunError("no model is known: give one as model")
     return found[0]
 
 
@@ -155,14 +182,20 @@ def made_with(parameters: dict, trust_remote_code: bool = False) -> CircuitBreak
     return settings_of(parameters["preset"], given, trust_remote_code)[0]
 
 
-def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_layers: str | None = None,
-                 trust_remote_code: bool = False) -> CircuitBreakerConfig:
+def settings_for(
+    adapters: list[Adapter],
+    model: nn.Module,
+    name: str,
+    target_layers: str | None = None,
+    trust_remote_code: bool = False,
+) -> CircuitBreakerConfig:
     """The settings of an evaluation: those of the run that made the first adapter which has one. Without a
     run, the policies and lengths of the preset `base`, with every part of a pass run in full; the harmful
     cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
     run = first_run(adapters)
     given = {} if target_layers is None else {"target_layers": target_layers}
-    if run: return dataclasses.replace(made_with(run.parameters, trust_remote_code), model=name, **given)
+    if run:
+        return dataclasses.replace(made_with(run.parameters, trust_remote_code), model=name, **given)
     depth = num_blocks(model)
     layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
@@ -170,8 +203,10 @@ def settings_for(adapters: list[Adapter], model: nn.Module, name: str, target_la
 
 def found_entry(text) -> str:
     "The `text` of an entry of data. Raises RunError where it names nothing that is there."
-    try: read_entry(text)
-    except TranscriptError as e: raise RunError(f"eval_data names {e}") from None
+    try:
+        read_entry(text)
+    except TranscriptError as e:
+        raise RunError(f"eval_data names {e}") from None
     return str(text)
 
 
@@ -181,13 +216,16 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     not there."""
     run = first_run(adapters)
     if eval_data == "tinyagent":  # its own held-out transcripts, which are in no file; a run has its own
-        if run is None: return []
+        if run is None:
+            return []
         eval_data = ""
     files = listed(eval_data)
     if not files:
-        if run is None: raise RunError("there are no held-out transcripts: give their files as eval_data")
+        if run is None:
+            raise RunError("there are no held-out transcripts: give their files as eval_data")
         files = listed(run.parameters.get("eval_data") or "")
-        if not files and run.parameters["data"] == "tinyagent": files = [run.run / "data" / "eval.jsonl"]
+        if not files and run.parameters["data"] == "tinyagent":
+            files = [run.run / "data" / "eval.jsonl"]
     return [found_entry(file) for file in files]
 
 
@@ -205,62 +243,80 @@ def model_names(adapters: list[Adapter], name: str) -> list[str]:
 
 
 def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: str) -> None:
-    """Compares an evaluation with what the first adapter's run was made from (`cbnb.train.same`), in as far as
-    the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
-    whose hash is `heldout`. Tells what it is evaluated with of other versions (`tell_changes` of the `run`
-    of the evaluation). Raises RunError for another model or other transcripts."""
+    """Compares an evaluation with what the first adapter's run was made from (`cbnb.train.same`), in as far
+    as the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
+    whose hash is `heldout`. Tells what it is evaluated with of other versions (`tell_changes` of the `run` of
+    the evaluation). Raises RunError for another model or other transcripts."""
     made = first_run(adapters)
     record = made_from(made.run) if made else {"same": {}, "told": {}}
     before = record["same"].get("model", {}) if not parameters["model"] else {}
     if before and (found := differences(before, model_hashes(*model_names(adapters, run_model(made.run))))):
-        raise RunError(f"the model of {made.run} changed since it was trained on ({named(found)}): put back "
-                       "what was there, or give model, to evaluate on it as it is")
+        raise RunError(
+            f"the model of {made.run} changed since it was trained on ({named(found)}): put back "
+            "what was there, or give model, to evaluate on it as it is"
+        )
     own = parameters["eval_data"] in ("", "tinyagent")
     own = own and all(parameters.get(name) is None for name in READING)
     if own and heldout != record["same"].get("samples", {}).get("held out", heldout):
-        raise RunError(f"the held-out transcripts of {made.run} changed since it was made: put back what was "
-                       "there, or give eval_data, to evaluate on them as they are")
+        raise RunError(
+            f"the held-out transcripts of {made.run} changed since it was made: put back what was "
+            "there, or give eval_data, to evaluate on them as they are"
+        )
     now = surroundings()
-    told = [f"evaluated with {name} {now[name]}, and the run was made with {old}"
-            for name, old in record["told"].items() if now.get(name, old) != old]
+    told = [
+        f"evaluated with {name} {now[name]}, and the run was made with {old}"
+        for name, old in record["told"].items()
+        if now.get(name, old) != old
+    ]
+
     def tell():
         known = read_status(run.path).get("changes") or ()
         tell_changes(run, [line for line in told if line not in known])
+
     from_first(tell)
 
 
 def reading_for(adapters: list[Adapter], **given) -> Reading:
-    """How an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`, else as the first
-    adapter's run did."""
+    """How an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`, else as
+    the first adapter's run did."""
     return reading_of(first_parameters(adapters), **given)
 
 
-def questions_for(adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None) -> list[Transcript]:
-    """The transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did). Raises what
-    `cbnb.data.streams.read_streams` raises."""
+def questions_for(
+    adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None
+) -> list[Transcript]:
+    """The transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did). Raises
+    what `cbnb.data.streams.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
-        with tempfile.TemporaryDirectory() as folder: return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
+        with tempfile.TemporaryDirectory() as folder:
+            return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
     run = first_parameters(adapters)
     reading = reading or reading_for(adapters)
-    if files := heldout_files(adapters, eval_data): return [t for stream in read_streams(files, reading) for t in stream]
-    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]  # prompt: before there was the setting
+    if files := heldout_files(adapters, eval_data):
+        return [t for stream in read_streams(files, reading) for t in stream]
+    # prompt: before there was the setting
+    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]
 
 
-MASKING = ("control", "chat_template", "template_variables", "tool_call_format", "adapt")  # parameters that a masker is made by
+# parameters that a masker is made by
+MASKING = ("control", "chat_template", "template_variables", "tool_call_format", "adapt")
 
 
 def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
-    """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept there, but for what is
-    `given` and not None (names of `MASKING`)."""
+    """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept
+    there, but for what is `given` and not None (names of `MASKING`)."""
     run = first_run(adapters)
     given = {k: v for k, v in given.items() if v is not None}
     known = {k: run.parameters[k] for k in MASKING if run and k in run.parameters} | given
     kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
-    return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[0]
+    return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[
+        0
+    ]
 
 
 def asked_model(adapters: list[Adapter], parameters: dict) -> str:
-    "`base_name` for the parameters of nbs/evaluate.ipynb; the tiny agent where only its own transcripts are asked for."
+    """`base_name` for the parameters of nbs/evaluate.ipynb; the tiny agent where only its own transcripts are
+    asked for."""
     own = parameters["eval_data"] == "tinyagent" and not any(a.run or a.folder for a in adapters)
     return base_name(adapters, parameters["model"] or ("tinyagent" if own else None))
 
@@ -271,7 +327,11 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     known = {k: run[k] for k in fields if k in run} | {k: v for k, v in given.items() if v is not None}
     decoding = Decoding(**known)
-    if given.get("seed") is not None and not decoding.temperature: raise RunError(f"seed {given['seed']} would do nothing: greedy answers depend on none; leave it out, or give a temperature")
+    if given.get("seed") is not None and not decoding.temperature:
+        raise RunError(
+            f"seed {given['seed']} would do nothing: greedy answers depend on none; leave it out, or give a "
+            "temperature"
+        )
     return decoding
 
 
@@ -284,15 +344,26 @@ def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     check_data({k: parameters.get(k) for k in READING})
     fields = ("max_new_tokens", "temperature", "samples", "seed")
     name = asked_model(adapters, parameters)
-    if Path(name).expanduser().is_dir(): model_facts(name, trusted)  # code that comes with it is told here
+    if Path(name).expanduser().is_dir():
+        model_facts(name, trusted)  # code that comes with it is told here
     return adapters, name, decoding_for(adapters, **{name: parameters[name] for name in fields})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b
-def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding,
-                     reader: AnswerReader, folder, name: str, dtype: str | None = None, target_layers: str | None = None,
-                     trust_remote_code: bool = False) -> dict:
-    """The figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model `name`, which is
-    loaded for it; answers are kept in `folder` under the adapter's name."""
+def evaluate_adapter(
+    adapter: Adapter,
+    adapters: list[Adapter],
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    decoding: Decoding,
+    reader: AnswerReader,
+    folder,
+    name: str,
+    dtype: str | None = None,
+    target_layers: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict:
+    """The figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model `name`, which
+    is loaded for it; answers are kept in `folder` under the adapter's name."""
     run = first_parameters(adapters)
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
     if run:
@@ -302,13 +373,26 @@ def evaluate_adapter(adapter: Adapter, adapters: list[Adapter], masker: ChatMask
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers, trust_remote_code)
     if adapter.folder:
-        student = load_students(base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code)
-    else: student = add_adapter(base, config)
+        student = load_students(
+            base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code
+        )
+    else:
+        student = add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
-    return evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name) | another_base(adapter, name)
+    return evaluate(
+        student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name
+    ) | another_base(adapter, name)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #9ea074cf
-def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMasker, reader: AnswerReader, prefill: int, stops, where) -> tuple[list, dict]:
+def rescored(
+    lines: list[dict],
+    transcripts: list[Transcript],
+    masker: ChatMasker,
+    reader: AnswerReader,
+    prefill: int,
+    stops,
+    where,
+) -> tuple[list, dict]:
     """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
     attempt counting: all that a line says is taken from its token ids, its question and the model's own stop
     tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError, naming
@@ -317,22 +401,51 @@ def rescored(lines: list[dict], transcripts: list[Transcript], masker: ChatMaske
     asked = [q for t in transcripts for q in questions(t)]
     wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
     by_question, new, altered = {}, [], 0
-    for line in lines: by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
+    for line in lines:
+        by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
     for question, forced in wanted:
         found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
-        if not found: raise RunError(f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts are other ones; evaluate again")
+        if not found:
+            raise RunError(
+                f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts "
+                "are other ones; evaluate again"
+            )
         prompt, begun = prompt_of(masker, question, prefill if forced else 0)
         for line in (found[attempt] for attempt in sorted(found)):
             if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
-                raise RunError(f"{where}: {question.id} was asked by another prompt than it gives now (another transcript or chat template); evaluate again")
-            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **{k: line[k] for k in ("key", "stage", "asked", "attempt")}))
+                raise RunError(
+                    f"{where}: {question.id} was asked by another prompt than it gives now (another "
+                    "transcript or chat template); evaluate again"
+                )
+            new.append(
+                answer_line(
+                    question,
+                    prompt,
+                    begun,
+                    line["ids"],
+                    reader,
+                    stops,
+                    **{k: line[k] for k in ("key", "stage", "asked", "attempt")},
+                )
+            )
             altered += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
     spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
     if extra := sum(len(by_question[key]) for key in spare):
-        raise RunError(f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts are other ones; evaluate again")
+        raise RunError(
+            f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts "
+            "are other ones; evaluate again"
+        )
     attempts = {len(found) for found in by_question.values()}
-    if len(attempts) > 1: raise RunError(f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some are missing, or were added; evaluate again")
-    if altered: warn(f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token ids; it was made anew")
+    if len(attempts) > 1:
+        raise RunError(
+            f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some "
+            "are missing, or were added; evaluate again"
+        )
+    if altered:
+        warn(
+            f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token "
+            "ids; it was made anew"
+        )
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
 
@@ -345,20 +458,33 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
     Raises RunError for a folder without result or answers, and as `rescored` does."""
     folder = Path(folder).expanduser().resolve()
     result, parameters = (read_record(folder / name) for name in ("result.json", "params.json"))
-    if not result or parameters is None: raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
+    if not result or parameters is None:
+        raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
     needed = ("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")
     parameters = run_parameters(folder, *needed)
     for stage, figures in results_of(result).items():
         if "prefill" not in figures.get("decoding", ()) or "model" not in figures.get("ends", ()):
-            raise RunError(f"{folder / 'result.json'} does not say how the answers of {stage} were made and where "
-                           "they end: evaluate again")
+            raise RunError(
+                f"{folder / 'result.json'} does not say how the answers of {stage} were made and where "
+                "they end: evaluate again"
+            )
     lines = kept_lines(folder)
     if not lines:
         there = (folder / "answers.jsonl").exists()
-        raise RunError(f"{folder} holds {'an answers.jsonl without a whole line' if there else 'no answers.jsonl (an older cbnb wrote none)'}: evaluate it again")
+        raise RunError(
+            f"{folder} holds "
+            f"{'an answers.jsonl without a whole line' if there else 'no answers.jsonl (an older cbnb wrote none)'}: evaluate it again"  # noqa: E501
+        )
     if "evaluated" in result:
         adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust_remote_code)
-        name, transcripts = asked_model(adapters, parameters), questions_for(adapters, parameters["eval_data"], reading_for(adapters, **{k: parameters.get(k) for k in READING}))
+        name, transcripts = (
+            asked_model(adapters, parameters),
+            questions_for(
+                adapters,
+                parameters["eval_data"],
+                reading_for(adapters, **{k: parameters.get(k) for k in READING}),
+            ),
+        )
         given = {k: parameters[k] for k in MASKING if k in parameters}
     else:
         adapters = [Adapter(folder.name, None, folder, parameters)]
@@ -378,6 +504,7 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
     write_owned(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
-        if (folder / "report.html").exists(): write_run_report(folder, result)
+        if (folder / "report.html").exists():
+            write_run_report(folder, result)
         refresh_card(folder / "adapter", result)
     return result

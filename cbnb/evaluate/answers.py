@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from .decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
-from ..masking.masker import ChatMasker
-from ..step.models import is_in_parts
 from ..basics.processes import from_first, gathered, is_first, rank, share_of
+from .decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from .reader import AnswerReader
-from ..run.metrics import append_line, read_lines
 from .scores import group_of, injected_texts, plain, rates, score
+from ..masking.masker import ChatMasker
+from ..masking.turns import IS_COMPLETION
+from ..run.metrics import append_line, read_lines
+from ..step.models import is_in_parts
 from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript
-from ..masking.turns import IS_COMPLETION
 
 # %% auto #0
 __all__ = ['WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected', 'model_state', 'batch_key', 'end_sequences',
@@ -35,14 +35,22 @@ def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tup
     and fewer where they would say an injected text by themselves. Raises ValueError for a message that has
     no token."""
     (encoded,) = masker.encode_batch([transcript])
-    own = np.flatnonzero(IS_COMPLETION[encoded.segments] & (encoded.message_index == len(transcript.messages) - 1))
-    if not len(own): raise ValueError(f"the last message of transcript {transcript.id!r} has no token to begin an answer with.")
+    own = np.flatnonzero(
+        IS_COMPLETION[encoded.segments] & (encoded.message_index == len(transcript.messages) - 1)
+    )
+    if not len(own):
+        raise ValueError(
+            f"the last message of transcript {transcript.id!r} has no token to begin an answer with."
+        )
     start, begun = own[0], min(tokens, len(own) // 2)
+
     def says(n):
-        words = plain(masker.tokenizer.decode(encoded.input_ids[start:start + n]))
+        words = plain(masker.tokenizer.decode(encoded.input_ids[start : start + n]))
         return any(plain(text) in words for text in injected_texts(transcript))
-    while begun and says(begun): begun -= 1
-    return encoded.input_ids[:start], encoded.input_ids[start:start + begun]
+
+    while begun and says(begun):
+        begun -= 1
+    return encoded.input_ids[:start], encoded.input_ids[start : start + begun]
 
 
 def prompt_of(masker: ChatMasker, transcript: Transcript, prefill: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -50,8 +58,12 @@ def prompt_of(masker: ChatMasker, transcript: Transcript, prefill: int = 0) -> t
 
     Raises ValueError for a transcript that does not end in an assistant message."""
     if not transcript.messages or transcript.messages[-1]["role"] != "assistant":
-        raise ValueError(f"transcript {transcript.id!r} does not end in an assistant message, so there is no answer to compare with.")
-    if prefill: return begun_answer(masker, transcript, prefill)
+        raise ValueError(
+            f"transcript {transcript.id!r} does not end in an assistant message, so there is no answer to "
+            "compare with."
+        )
+    if prefill:
+        return begun_answer(masker, transcript, prefill)
     return masker.prompt_ids(transcript.messages[:-1], tools=transcript.tools), np.zeros(0, np.int32)
 
 # %% ../../nbs/evaluate/06_answers.ipynb #041e8ce7
@@ -59,7 +71,7 @@ def batches(prompts: list[np.ndarray], names: list[str], size: int) -> list[list
     """The numbers of the `prompts` in batches of `size`: sorted by length, then by name, so that the same
     questions are always answered together, in whatever order they come."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), names[i]))
-    return [order[start:start + size] for start in range(0, len(order), size)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def dealt(model: nn.Module, batches) -> list:
@@ -78,22 +90,28 @@ def model_state(model: nn.Module) -> str:
     processes hold parts of the weights, all have to ask, and another number of them gives other digits."""
     adapter = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        if "lora_" in name: adapter.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
+        if "lora_" in name:
+            adapter.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
     return hashlib.sha256(f"{weights_hash(model)} {adapter.hexdigest()}".encode()).hexdigest()[:32]
 
 
-def batch_key(state: str, stage: str, decoding: Decoding, ends, prefilled: bool, attempt: int, prompts: list[np.ndarray]) -> str:
+def batch_key(
+    state: str, stage: str, decoding: Decoding, ends, prefilled: bool, attempt: int, prompts: list[np.ndarray]
+) -> str:
     "32 hex digits over all that the answers of one batch depend on."
     digest = hashlib.sha256(json.dumps([state, stage, asdict(decoding), ends, prefilled, attempt]).encode())
-    for ids in prompts: digest.update(len(ids).to_bytes(4) + np.asarray(ids, np.int32).tobytes())
+    for ids in prompts:
+        digest.update(len(ids).to_bytes(4) + np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()[:32]
 
 # %% ../../nbs/evaluate/06_answers.ipynb #91c1a2b3
-WANTED = ("injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call", "expected_text")  # of a question's meta
+# of a question's meta
+WANTED = ("injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call", "expected_text")
 
 
 def end_sequences(reader: AnswerReader, stops) -> tuple:
-    "The sequences of token ids at which an answer ends: those of the template, else each of the model's own stop tokens `stops`."
+    """The sequences of token ids at which an answer ends: those of the template, else each of the model's own
+    stop tokens `stops`."""
     return reader.ends or tuple((i,) for i in sorted(stops))
 
 
@@ -102,12 +120,30 @@ def answer_line(question: Transcript, prompt, begun, ids, reader: AnswerReader, 
     them. `finish`: ended, or length, where there was no end of turn in time; `past_stop`: it goes on behind
     one of the model's own stop tokens `stops`, at which other programs would have cut it."""
     begun, ids = ([int(i) for i in part] for part in (begun, ids))
-    answer, ended = reader.read([*begun, *ids], question.tools), until_end(begun + ids, end_sequences(reader, stops), len(begun))[1]
-    return {**where, "id": question.id, "kind": question.meta.get("kind"), "label": question.label,
-            "prompt": {"messages": len(question.messages) - 1, "tokens": len(prompt), "hash": prompt_hash(prompt)}, "begun": begun, "ids": ids,
-            "text": reader.masker.tokenizer.decode(begun + ids), "finish": "ended" if ended else "length",
-            "past_stop": any(i in stops for i in ids[:-1]), "group": group_of(question),
-            "wanted": {k: question.meta[k] for k in WANTED if k in question.meta}, "read": asdict(answer), "scores": score(question, answer, reader)}
+    answer, ended = (
+        reader.read([*begun, *ids], question.tools),
+        until_end(begun + ids, end_sequences(reader, stops), len(begun))[1],
+    )
+    return {
+        **where,
+        "id": question.id,
+        "kind": question.meta.get("kind"),
+        "label": question.label,
+        "prompt": {
+            "messages": len(question.messages) - 1,
+            "tokens": len(prompt),
+            "hash": prompt_hash(prompt),
+        },
+        "begun": begun,
+        "ids": ids,
+        "text": reader.masker.tokenizer.decode(begun + ids),
+        "finish": "ended" if ended else "length",
+        "past_stop": any(i in stops for i in ids[:-1]),
+        "group": group_of(question),
+        "wanted": {k: question.meta[k] for k in WANTED if k in question.meta},
+        "read": asdict(answer),
+        "scores": score(question, answer, reader),
+    }
 
 
 def prompt_hash(ids) -> str:
@@ -125,20 +161,32 @@ def kept_lines(folder) -> dict[str, dict]:
         kept = {}
         for file in (path, *sorted(path.parent.glob("answers.rank*.jsonl"))):
             for line in read_lines(file):
-                if file != path and line["key"] not in kept: append_line(path, line)
+                if file != path and line["key"] not in kept:
+                    append_line(path, line)
                 kept[line["key"]] = line
-            if file != path: file.unlink()
+            if file != path:
+                file.unlink()
         return kept
+
     return from_first(take)
 
 
 def write_lines(folder, lines: list[dict]) -> None:
     "Appends `lines` to the answers file of this process."
-    for line in lines: append_line(Path(folder) / ("answers.jsonl" if is_first() else f"answers.rank{rank()}.jsonl"), line)
+    for line in lines:
+        append_line(Path(folder) / ("answers.jsonl" if is_first() else f"answers.rank{rank()}.jsonl"), line)
 
 
-def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader, transcripts: list[Transcript], decoding: Decoding,
-                     prefilled: bool = False, folder=None, stage: str = "") -> list[dict]:
+def answer_questions(
+    model: nn.Module,
+    masker: ChatMasker,
+    reader: AnswerReader,
+    transcripts: list[Transcript],
+    decoding: Decoding,
+    prefilled: bool = False,
+    folder=None,
+    stage: str = "",
+) -> list[dict]:
     """The `answer_line` of every answer to each question, up to its last assistant message, in their order;
     of several processes each answers its share, and all get all lines.
 
@@ -147,7 +195,10 @@ def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader,
     same model with the same decoding, are not asked again. Raises ValueError as `prompt_of` does, RunError
     as `kept_lines`."""
     stops = stop_tokens(model, masker.tokenizer)
-    ends, asked = end_sequences(reader, stops), [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts]
+    ends, asked = (
+        end_sequences(reader, stops),
+        [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts],
+    )
     prompts = [np.concatenate(ids).astype(np.int32) for ids in asked]
     state, kept = (model_state(model), kept_lines(folder)) if folder else ("", {})
     todo, keys = [], {}
@@ -155,33 +206,48 @@ def answer_questions(model: nn.Module, masker: ChatMasker, reader: AnswerReader,
         for attempt in range(decoding.samples):
             key = batch_key(state, stage, decoding, ends, prefilled, attempt, [prompts[i] for i in batch])
             keys |= {(i, attempt): f"{key}-{row}" for row, i in enumerate(batch)}
-            if not all(keys[i, attempt] in kept for i in batch): todo.append((batch, attempt))
+            if not all(keys[i, attempt] in kept for i in batch):
+                todo.append((batch, attempt))
+
     def line_of(i, attempt, ids):
-        where = dict(key=keys[i, attempt], stage=stage, asked="prefilled" if prefilled else "plain", attempt=attempt)
+        where = dict(
+            key=keys[i, attempt], stage=stage, asked="prefilled" if prefilled else "plain", attempt=attempt
+        )
         return answer_line(transcripts[i], *asked[i], ids, reader, stops, **where)
+
     model.eval()
     new = []
     for batch, attempt in dealt(model, todo):
         seeds = [item_seed(decoding.seed, transcripts[i].id, attempt) for i in batch]
-        made = generate_batch(model, [prompts[i] for i in batch], ends, masker.tokenizer.pad_token_id, decoding, seeds)
+        made = generate_batch(
+            model, [prompts[i] for i in batch], ends, masker.tokenizer.pad_token_id, decoding, seeds
+        )
         lines = [line_of(i, attempt, ids) for i, ids in zip(batch, made, strict=True)]
         new += lines
-        if folder and (is_first() or not is_in_parts(model)): write_lines(folder, [line for line in lines if line["key"] not in kept])
+        if folder and (is_first() or not is_in_parts(model)):
+            write_lines(folder, [line for line in lines if line["key"] not in kept])
     fresh = {line["key"]: line for line in collected(model, new)}
-    if folder: kept_lines(folder)   # the others' files into the one
+    if folder:
+        kept_lines(folder)  # the others' files into the one
     each = [(i, attempt) for i in range(len(transcripts)) for attempt in range(decoding.samples)]
     return [fresh.get(keys[at]) or line_of(*at, kept[keys[at]]["ids"]) for at in each]
 
 # %% ../../nbs/evaluate/06_answers.ipynb #17b2dbfd
 def answer_figures(lines: list[dict]) -> dict:
-    """The `cbnb.evaluate.scores.rates` of the answers in `lines`; `attack_success_prefill` of those that were begun;
-    and `finish`, how many plain answers ended, how many were cut by their length, and how many went on past
-    one of the model's own stop tokens."""
+    """The `cbnb.evaluate.scores.rates` of the answers in `lines`; `attack_success_prefill` of those that were
+    begun; and `finish`, how many plain answers ended, how many were cut by their length, and how many went on
+    past one of the model's own stop tokens."""
     asked = {name: [line for line in lines if line["asked"] == name] for name in ("plain", "prefilled")}
     figures, forced = (rates([(line["group"], line["scores"]) for line in part]) for part in asked.values())
     figures["n"]["attack_prefill"] = len(asked["prefilled"])
     figures["counts"]["attack_success_prefill"] = forced["counts"]["attack_success"]
     ended = Counter(line["finish"] for line in asked["plain"])
-    finish = {"ended": ended["ended"], "length": ended["length"], "past_stop": sum(line["past_stop"] for line in asked["plain"])}
-    first = {key: figures[key] for key in ("attack_success", "attack_success_lax")} | {"attack_success_prefill": forced["attack_success"]}
+    finish = {
+        "ended": ended["ended"],
+        "length": ended["length"],
+        "past_stop": sum(line["past_stop"] for line in asked["plain"]),
+    }
+    first = {key: figures[key] for key in ("attack_success", "attack_success_lax")} | {
+        "attack_success_prefill": forced["attack_success"]
+    }
     return first | figures | {"finish": finish}

@@ -19,15 +19,23 @@ def call_of(message: dict) -> dict | None:
 
 
 def cut(transcript: Transcript, end: int, **meta) -> Transcript:
-    "The transcript up to and including message `end`, as a question of its own, with what is known of the answer."
+    """The transcript up to and including message `end`, as a question of its own, with what is known of the
+    answer."""
     spans = tuple(s for s in transcript.injection_spans if s.message <= end)
     labels = {i: label for i, label in transcript.message_labels.items() if i <= end}
-    return replace(transcript, id=f"{transcript.id}#{end}", messages=transcript.messages[:end + 1], injection_spans=spans, message_labels=labels, meta=transcript.meta | meta)
+    return replace(
+        transcript,
+        id=f"{transcript.id}#{end}",
+        messages=transcript.messages[: end + 1],
+        injection_spans=spans,
+        message_labels=labels,
+        meta=transcript.meta | meta,
+    )
 
 
 def is_own(transcript: Transcript, call: dict) -> bool:
-    """Whether the user's own task makes the `call` too: as far as `meta` knows of its work (`cbnb.masking.actions`),
-    or as its `expected_call`."""
+    """Whether the user's own task makes the `call` too: as far as `meta` knows of its work
+    (`cbnb.masking.actions`), or as its `expected_call`."""
     own = transcript.meta.get("own_work", {}).get("calls", ())
     return action_key(call) in own or call == transcript.meta.get("expected_call")
 
@@ -35,7 +43,8 @@ def is_own(transcript: Transcript, call: dict) -> bool:
 def own_calls(transcript: Transcript) -> bool:
     """Whether the injected call of a harmful transcript, the given one or the first action after the injected
     text, is the user's own work."""
-    if call := transcript.meta.get("injected_call"): return is_own(transcript, call)
+    if call := transcript.meta.get("injected_call"):
+        return is_own(transcript, call)
     first = first_injected(transcript)
     made = next((call for i, _, call in actions(transcript) if first is not None and i > first), None)
     return made is not None and is_own(transcript, made)
@@ -46,13 +55,31 @@ def attacked(transcript: Transcript) -> list[Transcript]:
     where no text or no single call is found, or where that call is the user's own work.
     `sensitive_tools` are those that the run calls from there on and never before, without the tools of
     the user's task (`own_tools`)."""
-    if (first := first_injected(transcript)) is None: return []
+    if (first := first_injected(transcript)) is None:
+        return []
     names = [{c["function"]["name"] for c in m.get("tool_calls") or ()} for m in transcript.messages]
-    at = next((i for i in range(first + 1, len(names)) if transcript.messages[i]["role"] == "assistant" and names[i]), None)
-    if at is None or (call := call_of(transcript.messages[at])) is None: return []
-    if is_own(transcript, call): return []
+    at = next(
+        (
+            i
+            for i in range(first + 1, len(names))
+            if transcript.messages[i]["role"] == "assistant" and names[i]
+        ),
+        None,
+    )
+    if at is None or (call := call_of(transcript.messages[at])) is None:
+        return []
+    if is_own(transcript, call):
+        return []
     own = {*transcript.meta.get("own_work", {}).get("tools", ())} | set().union(*names[:at])
-    return [cut(transcript, at, injected_call=call, sensitive_tools=sorted(set().union(*names[at:]) - own), own_tools=sorted(own))]
+    return [
+        cut(
+            transcript,
+            at,
+            injected_call=call,
+            sensitive_tools=sorted(set().union(*names[at:]) - own),
+            own_tools=sorted(own),
+        )
+    ]
 
 
 def solved(transcript: Transcript, kind: str) -> list[Transcript]:
@@ -62,13 +89,20 @@ def solved(transcript: Transcript, kind: str) -> list[Transcript]:
 
 
 def questions(transcript: Transcript) -> list[Transcript]:
-    """What can be asked of a held-out transcript: itself where its `meta` knows the answer; the cuts of a run of AgentDojo or tau-bench (see above); else nothing."""
+    """What can be asked of a held-out transcript: itself where its `meta` knows the answer; the cuts of a run
+    of AgentDojo or tau-bench (see above); else nothing."""
     meta = transcript.meta
     if {"injected_call", "injected_text", "expected_call", "expected_text"} & meta.keys():
-        both = meta.get("injected_call") and not meta.get("injected_text") and is_own(transcript, meta["injected_call"])
+        both = (
+            meta.get("injected_call")
+            and not meta.get("injected_text")
+            and is_own(transcript, meta["injected_call"])
+        )
         return [] if both and transcript.label == "harmful" else [transcript]
     if "user_task_id" in meta:
-        if transcript.label == "harmful": return attacked(transcript)
+        if transcript.label == "harmful":
+            return attacked(transcript)
         return solved(transcript, "agentdojo") if meta.get("utility") is True else []
-    if "reward" in meta: return solved(transcript, "tau_bench") if meta["reward"] == 1 else []
+    if "reward" in meta:
+        return solved(transcript, "tau_bench") if meta["reward"] == 1 else []
     return []

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..basics.terminal import error_text
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
-from ..basics.terminal import error_text
 
 # %% auto #0
 __all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VALUES', 'PAIR', 'KINDS', 'ESCAPED', 'ANY_NAME',
@@ -40,22 +40,27 @@ def is_control(masker: ChatMasker, token: int) -> bool:
 
 
 def spell(masker: ChatMasker, ids) -> str:
-    """The text of token `ids` [n], with `SIGN` before each control token. Ordinary tokens that spell a control token get none; bytes that are no UTF-8
-    become U+FFFD."""
+    """The text of token `ids` [n], with `SIGN` before each control token. Ordinary tokens that spell a
+    control token get none; bytes that are no UTF-8 become U+FFFD."""
     tokenizer, out, run = masker.tokenizer, [], []
-    before = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some decoders drop the blank that begins a text
+    # some decoders drop the blank that begins a text
+    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
     lead = len(tokenizer.decode(before))
 
     def flush():
         if run:
-            text = tokenizer.decode(before + run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(
+                before + run, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
             out.append(text[lead:].replace(SIGN, "\ufffd"))
         run.clear()
+
     for i in map(int, ids):
         if is_control(masker, i):
             flush()
             out.append(SIGN + tokenizer.convert_ids_to_tokens(i))
-        else: run.append(i)
+        else:
+            run.append(i)
     flush()
     return "".join(out)
 
@@ -64,19 +69,29 @@ ATOM = re.compile(SIGN + r"(?:<[^<>]*>|\[[^\[\]]*\]|.)|</?[^<>\s][^<>]*>|\[/?[A-
 
 
 def shared_atoms(one: str, other: str, ends: bool = False) -> str:
-    "The longest beginning (with `ends`: end) that two literals share, cut between tags, words and runs of white space only."
+    """The longest beginning (with `ends`: end) that two literals share, cut between tags, words and runs of
+    white space only."""
     a, b = ATOM.findall(one), ATOM.findall(other)
-    if ends: a, b = a[::-1], b[::-1]
+    if ends:
+        a, b = a[::-1], b[::-1]
     same = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return "".join(a[:same][::-1] if ends else a[:same])
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #1a513b19
 ASK, TEXT, THOUGHT = "zqask", "zqtext", "zqreason"
-NAMES, IDS = ("zqtool", "zqtwo", "zqthree"), ("zqidaaaa1", "zqidbbbb2", "zqidcccc3")  # Mistral wants ids of nine characters
+# Mistral wants ids of nine characters
+NAMES, IDS = ("zqtool", "zqtwo", "zqthree"), ("zqidaaaa1", "zqidbbbb2", "zqidcccc3")
 KEYS, VALUES = ("zqka", "zqkb"), ("zqva", "zqvb")
 PAIR = dict(zip(KEYS, VALUES))
-KINDS = {"string": "zqva", "integer": 48151, "number": 4.8125, "boolean": True, "null": None, "array": [48151, "zqva"],
-         "object": {"zqx": "zqva", "zqy": 48151}}
+KINDS = {
+    "string": "zqva",
+    "integer": 48151,
+    "number": 4.8125,
+    "boolean": True,
+    "null": None,
+    "array": [48151, "zqva"],
+    "object": {"zqx": "zqva", "zqy": 48151},
+}
 ESCAPED = "zqva'\"<&>\\\nzqvb"
 ANY_NAME = r"[^\s\"'<>{}()\[\]" + SIGN + r"]{1,256}?"
 ANY_KEY = r"[^\s\"'<>{}()\[\]=," + SIGN + r"]{1,256}?"
@@ -84,29 +99,36 @@ WILD = {**dict.fromkeys(IDS, r"[\w.:\-]+"), **dict.fromkeys(NAMES, ANY_NAME), **
 
 
 def pattern(literal: str, digits: bool = False, left: bool = False, right: bool = False) -> str:
-    """A regular expression for a `literal` of a template: the probes' words stand for any id, name or key, and white space may be more or less. Blanks at
-    a `left` or `right` end, where free text stands beside them, count once at most. `digits`: a number may be another one (calls are counted)."""
+    """A regular expression for a `literal` of a template: the probes' words stand for any id, name or key,
+    and white space may be more or less. Blanks at a `left` or `right` end, where free text stands beside
+    them, count once at most. `digits`: a number may be another one (calls are counted)."""
     words = [re.escape(w) for w in sorted(WILD, key=len, reverse=True)] + [r"\d+"] * digits + [r"\s+"]
     pieces, out = [p for p in re.split("(" + "|".join(words) + ")", literal) if p], []
     for n, piece in enumerate(pieces):
         edge = left and n == 0 or right and n == len(pieces) - 1
-        if piece in WILD: out.append(f"(?:{WILD[piece]})")
-        elif piece.isspace(): out.append(f"(?:{re.escape(piece)})?" if edge else r"\s*")
-        else: out.append(r"\d+" if digits and piece.isdigit() else re.escape(piece))
+        if piece in WILD:
+            out.append(f"(?:{WILD[piece]})")
+        elif piece.isspace():
+            out.append(f"(?:{re.escape(piece)})?" if edge else r"\s*")
+        else:
+            out.append(r"\d+" if digits and piece.isdigit() else re.escape(piece))
     return "".join(out)
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #12180e32
 class Underivable(ValueError):
-    "No inverse of a chat template can be derived; the text, after \"it\", says why."
+    'No inverse of a chat template can be derived; the text, after "it", says why.'
+
     __str__ = error_text
 
 
 def agreed(literals: list, where: str, left: bool = False) -> str | None:
-    """The expression of `literals` that should be one and the same, but for ids, names and numbers that count the calls; None for no literals.
-    Raises Underivable where they are not."""
+    """The expression of `literals` that should be one and the same, but for ids, names and numbers that count
+    the calls; None for no literals. Raises Underivable where they are not."""
     for digits in (False, True):
-        if len({pattern(literal, digits) for literal in literals}) == 1: return pattern(literals[0], digits, left)
-    if literals: raise Underivable(f"writes something else {where} from call to call")
+        if len({pattern(literal, digits) for literal in literals}) == 1:
+            return pattern(literals[0], digits, left)
+    if literals:
+        raise Underivable(f"writes something else {where} from call to call")
     return None
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #3c1ce9a6
@@ -118,8 +140,12 @@ def tool(name: str, **types) -> dict:
 
 
 def saying(*arguments, content: str = "", thought: str | None = None) -> dict:
-    "An assistant message that says `content`, thinks `thought` and calls the tools `NAMES`, one for each dict of `arguments`."
-    calls = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for n, i, a in zip(NAMES, IDS, arguments)]
+    """An assistant message that says `content`, thinks `thought` and calls the tools `NAMES`, one for each
+    dict of `arguments`."""
+    calls = [
+        {"id": i, "type": "function", "function": {"name": n, "arguments": a}}
+        for n, i, a in zip(NAMES, IDS, arguments)
+    ]
     thinks = {} if thought is None else {"reasoning_content": thought}
     return {"role": "assistant", "content": content, **thinks, **({"tool_calls": calls} if calls else {})}
 
@@ -127,17 +153,27 @@ def saying(*arguments, content: str = "", thought: str | None = None) -> dict:
 TOOLS = [tool(name, zqka="string", zqkb="string") for name in NAMES]
 QUESTION = [{"role": "user", "content": ASK}]
 PROBES = {
-    "text": saying(content=TEXT), "thought text": saying(content=TEXT, thought=THOUGHT),
-    "call": saying(PAIR), "two": saying(PAIR, PAIR), "three": saying(PAIR, PAIR, PAIR),
-    "text call": saying(PAIR, content=TEXT), "thought call": saying(PAIR, thought=THOUGHT),
-    "none": saying({}), "none two": saying({}, PAIR), "escaped": saying({KEYS[0]: ESCAPED}), "escaped text": saying(content=ESCAPED),
-    **{kind: saying({KEYS[0]: value}) for kind, value in KINDS.items()}}
+    "text": saying(content=TEXT),
+    "thought text": saying(content=TEXT, thought=THOUGHT),
+    "call": saying(PAIR),
+    "two": saying(PAIR, PAIR),
+    "three": saying(PAIR, PAIR, PAIR),
+    "text call": saying(PAIR, content=TEXT),
+    "thought call": saying(PAIR, thought=THOUGHT),
+    "none": saying({}),
+    "none two": saying({}, PAIR),
+    "escaped": saying({KEYS[0]: ESCAPED}),
+    "escaped text": saying(content=ESCAPED),
+    **{kind: saying({KEYS[0]: value}) for kind, value in KINDS.items()},
+}
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dec79674
 @dataclass(frozen=True)
 class Probed:
-    """What a template made of `PROBES`. `bodies`: by probe, the signed text of the turn behind what all of them share with the generation prompt; `given`:
-    what that prompt writes beyond this; `ends`: token ids at which turns end, `inner`: those of them that stand in turns, too; `refused`: why, by probe."""
+    """What a template made of `PROBES`. `bodies`: by probe, the signed text of the turn behind what all of
+    them share with the generation prompt; `given`: what that prompt writes beyond this; `ends`: token ids at
+    which turns end, `inner`: those of them that stand in turns, too; `refused`: why, by probe."""
+
     bodies: dict
     given: str
     ends: tuple
@@ -146,21 +182,33 @@ class Probed:
 
 
 def next_token(masker: ChatMasker, message: dict) -> tuple:
-    "The control token (as a tuple of ids) that the template writes first behind a turn without an end-of-turn token, empty where there is none."
+    """The control token (as a tuple of ids) that the template writes first behind a turn without an
+    end-of-turn token, empty where there is none."""
     calls = message.get("tool_calls")
-    answer = {"role": "tool", "content": "zqresult", "name": NAMES[0], "tool_call_id": IDS[0]} if calls else {"role": "user", "content": "zqmore"}
-    try: encoded = masker.encode([*QUESTION, message, answer], tools=TOOLS)
-    except MaskError: return ()
+    answer = (
+        {"role": "tool", "content": "zqresult", "name": NAMES[0], "tool_call_id": IDS[0]}
+        if calls
+        else {"role": "user", "content": "zqmore"}
+    )
+    try:
+        encoded = masker.encode([*QUESTION, message, answer], tools=TOOLS)
+    except MaskError:
+        return ()
     behind = encoded.input_ids[encoded.offsets[:, 0] >= encoded.turns[0].end] if encoded.turns else ()
     return (int(behind[0]),) if len(behind) and is_control(masker, int(behind[0])) else ()
 
 
 def probe_turns(masker: ChatMasker) -> Probed:
-    "Renders `PROBES` as answers to a question, with tools on offer. Raises MaskError where not even the question can be rendered."
-    prompt, eos = sign(masker, masker.prompt(QUESTION, tools=TOOLS)), sign(masker, masker.tokenizer.eos_token or "")
+    """Renders `PROBES` as answers to a question, with tools on offer. Raises MaskError where not even the
+    question can be rendered."""
+    prompt, eos = (
+        sign(masker, masker.prompt(QUESTION, tools=TOOLS)),
+        sign(masker, masker.tokenizer.eos_token or ""),
+    )
     texts, ends, inside, refused = {}, {}, set(), {}
     for name, message in PROBES.items():
-        try: encoded = masker.encode([*QUESTION, message], tools=TOOLS)
+        try:
+            encoded = masker.encode([*QUESTION, message], tools=TOOLS)
         except MaskError as e:
             refused[name] = str(e)
             continue
@@ -168,61 +216,83 @@ def probe_turns(masker: ChatMasker) -> Probed:
             refused[name] = "it writes no turn for that message"
             continue
         turn, starts = encoded.turns[-1], encoded.offsets[:, 0]
-        text = sign(masker, encoded.text[:turn.eot])
-        if eos and (at := text.find(eos, len(prompt))) >= 0: text = text[:at]  # what stands behind it is never generated
+        text = sign(masker, encoded.text[: turn.eot])
+        # what stands behind it is never generated
+        if eos and (at := text.find(eos, len(prompt))) >= 0:
+            text = text[:at]
         texts[name] = text
-        ends[tuple(encoded.input_ids[(starts >= turn.eot) & (starts < turn.end)].tolist()) or next_token(masker, message)] = None
+        ends[
+            tuple(encoded.input_ids[(starts >= turn.eot) & (starts < turn.end)].tolist())
+            or next_token(masker, message)
+        ] = None
         inside.update(encoded.input_ids[(starts >= turn.body) & (starts < turn.eot)].tolist())
     cut = min((len(shared_atoms(prompt, text)) for text in texts.values()), default=len(prompt))
     bodies = {name: text[cut:] for name, text in texts.items()}
     for name, last in (("two", 1), ("none two", 1), ("three", 2)):
-        if NAMES[last] not in bodies.get(name, ""): bodies.pop(name, None)  # dropped
+        if NAMES[last] not in bodies.get(name, ""):
+            bodies.pop(name, None)  # dropped
     inner = tuple(end for end in ends if len(end) == 1 and end[0] in inside)
-    return Probed(bodies, prompt[cut:], tuple(end for end in ends if end and end not in inner), inner, refused)
+    return Probed(
+        bodies, prompt[cut:], tuple(end for end in ends if end and end not in inner), inner, refused
+    )
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #42a1f015
 def find(text: str, word: str, start: int = 0) -> tuple[int, int]:
     "The characters at which `word` stands in `text`, from `start` on. Raises Underivable where it does not."
-    if (i := text.find(word, start)) < 0: raise Underivable("does not write all of a call")
+    if (i := text.find(word, start)) < 0:
+        raise Underivable("does not write all of a call")
     return i, i + len(word)
 
 
 def name_at(body: str, n: int = 0) -> tuple[int, int]:
-    "The characters of the name of call `n` in `body`: where it is written last before the arguments. Raises Underivable."
+    """The characters of the name of call `n` in `body`: where it is written last before the arguments. Raises
+    Underivable."""
     i = -1
-    for name in NAMES[:n + 1]:
-        if (i := body.find(name, i + 1)) < 0: raise Underivable("does not write the names of the tools that are called")
-        others = (body.find(word, i) for word in (KEYS[0], *NAMES[NAMES.index(name) + 1:]))
+    for name in NAMES[: n + 1]:
+        if (i := body.find(name, i + 1)) < 0:
+            raise Underivable("does not write the names of the tools that are called")
+        others = (body.find(word, i) for word in (KEYS[0], *NAMES[NAMES.index(name) + 1 :]))
         i = body.rfind(name, 0, min((at for at in others if at >= 0), default=len(body)))
     return i, i + len(NAMES[n])
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #c2ce45df
 def json_at(text: str, i: int):
-    "`(value, end)` of the JSON value at character `i` of `text`, blanks before it skipped; None where there is none."
-    while i < len(text) and text[i].isspace(): i += 1
-    try: return json.JSONDecoder().raw_decode(text, i)
-    except (ValueError, RecursionError): return None
+    """`(value, end)` of the JSON value at character `i` of `text`, blanks before it skipped; None where there
+    is none."""
+    while i < len(text) and text[i].isspace():
+        i += 1
+    try:
+        return json.JSONDecoder().raw_decode(text, i)
+    except (ValueError, RecursionError):
+        return None
 
 
 def literal_at(text: str, i: int):
-    "`(value, end)` of the Python dict or list at character `i` of `text`, as `str` writes it; None where there is none."
-    while i < len(text) and text[i].isspace(): i += 1
-    if text[i:i + 1] not in ("{", "["): return None
-    for m in re.finditer(re.escape("}" if text[i] == "{" else "]"), text[i:i + 2**14]):
-        try: return ast.literal_eval(text[i:i + m.end()]), i + m.end()
-        except (ValueError, SyntaxError, MemoryError, RecursionError): continue
+    """`(value, end)` of the Python dict or list at character `i` of `text`, as `str` writes it; None where
+    there is none."""
+    while i < len(text) and text[i].isspace():
+        i += 1
+    if text[i : i + 1] not in ("{", "["):
+        return None
+    for m in re.finditer(re.escape("}" if text[i] == "{" else "]"), text[i : i + 2**14]):
+        try:
+            return ast.literal_eval(text[i : i + m.end()]), i + m.end()
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
     return None
 
 
 def as_object(value):
     "Arguments as a dict: `value` itself, or the object that it holds as JSON text; None for anything else."
-    if isinstance(value, str): value = (json_at(value, 0) or (None,))[0]
+    if isinstance(value, str):
+        value = (json_at(value, 0) or (None,))[0]
     return value if isinstance(value, dict) else None
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #4f2d7279
 class Envelope(NamedTuple):
-    """A call as one JSON object: the keys that lead to its `name` and its `arguments`, both empty where the name is its only key. `listed`: all calls
-    together are one JSON list."""
+    """A call as one JSON object: the keys that lead to its `name` and its `arguments`, both empty where the
+    name is its only key. `listed`: all calls together are one JSON list."""
+
     listed: bool
     name: tuple
     arguments: tuple
@@ -231,45 +301,63 @@ class Envelope(NamedTuple):
 def nested_paths(value, path: tuple = ()):
     "Yields `(path, value)` for everything in a JSON value."
     yield path, value
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, item in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from nested_paths(item, (*path, key))
 
 
 def find_envelope(body: str, n: int = 0):
-    "`(Envelope, start, end)` of the outermost JSON value in `body` that holds name and arguments of call `n`; None where there is none."
+    """`(Envelope, start, end)` of the outermost JSON value in `body` that holds name and arguments of call
+    `n`; None where there is none."""
     name, at = NAMES[n], body.find(NAMES[n])
-    for m in re.finditer(r"[{\[]", body[:at + 1]):
+    for m in re.finditer(r"[{\[]", body[: at + 1]):
         value, end = json_at(body, m.start()) or (None, 0)
-        if end <= at: continue
+        if end <= at:
+            continue
         for item in value if isinstance(value, list) else [value]:
             names = [path for path, v in nested_paths(item) if v == name]
             held = [path for path, v in nested_paths(item) if as_object(v) == PAIR]
-            if item == {name: PAIR}: return Envelope(isinstance(value, list), (), ()), m.start(), end
-            if names and held: return Envelope(isinstance(value, list), names[0], held[-1]), m.start(), end
+            if item == {name: PAIR}:
+                return Envelope(isinstance(value, list), (), ()), m.start(), end
+            if names and held:
+                return Envelope(isinstance(value, list), names[0], held[-1]), m.start(), end
     return None
 
 
 def unwrap(envelope: Envelope, item):
-    "The call `{name, arguments}` in the JSON value `item`, or None if it holds none. Arguments that are left out are empty."
-    if not isinstance(item, dict): return None
-    if not envelope.name: name, arguments = next(iter(item.items())) if len(item) == 1 else (None, None)
-    else: name, arguments = (dict(nested_paths(item)).get(path) for path in envelope[1:])
+    """The call `{name, arguments}` in the JSON value `item`, or None if it holds none. Arguments that are
+    left out are empty."""
+    if not isinstance(item, dict):
+        return None
+    if not envelope.name:
+        name, arguments = next(iter(item.items())) if len(item) == 1 else (None, None)
+    else:
+        name, arguments = (dict(nested_paths(item)).get(path) for path in envelope[1:])
     arguments = {} if arguments is None else as_object(arguments)
-    return {"name": name, "arguments": arguments} if isinstance(name, str) and name and arguments is not None else None
+    return (
+        {"name": name, "arguments": arguments}
+        if isinstance(name, str) and name and arguments is not None
+        else None
+    )
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #f634fb9b
 class Nested(NamedTuple):
-    """Literals of a notation of its own: around a `string`; before, between and after the items of an `array`; before, inside of, between and after the
-    entries of an `object`."""
+    """Literals of a notation of its own: around a `string`; before, between and after the items of an
+    `array`; before, inside of, between and after the entries of an `object`."""
+
     string: tuple
     array: tuple
     object: tuple
 
 
 class Pairs(NamedTuple):
-    """Arguments one by one, as expressions. `first`: from the name to the first key; `equals`: `((from key to value, types of value), …)`; `next`: from a
-    value to the next key; `none`, `none_join`: from the name to the end, and to the next name, without arguments. `quote`: literals around a string, or
-    empty ones; `escape`: how its text is escaped (`json`, `python`, `html`, or not at all); `nested`: see there, or None."""
+    """Arguments one by one, as expressions. `first`: from the name to the first key; `equals`: `((from key to
+    value, types of value), …)`; `next`: from a value to the next key; `none`, `none_join`: from the name to
+    the end, and to the next name, without arguments. `quote`: literals around a string, or empty ones;
+    `escape`: how its text is escaped (`json`, `python`, `html`, or not at all); `nested`: see there, or None.
+    """
+
     first: str
     equals: tuple
     quote: tuple
@@ -281,19 +369,31 @@ class Pairs(NamedTuple):
 
 
 def pair_parts(body: str, n: int = 0):
-    "What is written from name to key, key to value, value to key, key to value in call `n` (of `PAIR`), and where its last value ends."
+    """What is written from name to key, key to value, value to key, key to value in call `n` (of `PAIR`), and
+    where its last value ends."""
     name = name_at(body, n)
     key = find(body, KEYS[0], name[1])
     value = find(body, VALUES[0], key[1])
     key2 = find(body, KEYS[1], value[1])
     value2 = find(body, VALUES[1], key2[1])
-    return body[name[1]:key[0]], body[key[1]:value[0]], body[value[1]:key2[0]], body[key2[1]:value2[0]], value2[1]
+    return (
+        body[name[1] : key[0]],
+        body[key[1] : value[0]],
+        body[value[1] : key2[0]],
+        body[key2[1] : value2[0]],
+        value2[1],
+    )
 
 
 def spelled_at(text: str, value):
     "The characters of `value` in `text`, as JSON or as Python writes it; None."
-    for word in (json.dumps(value, ensure_ascii=False), json.dumps(value, separators=(",", ":")), repr(value)):
-        if (i := text.find(word)) >= 0: return i, i + len(word)
+    for word in (
+        json.dumps(value, ensure_ascii=False),
+        json.dumps(value, separators=(",", ":")),
+        repr(value),
+    ):
+        if (i := text.find(word)) >= 0:
+            return i, i + len(word)
     return None
 
 
@@ -302,76 +402,117 @@ def find_nested(array: str, obj: str, quote: tuple) -> Nested:
     word = f"{quote[0]}zqva{quote[1]}"
     one, two = find(array, "48151"), find(array, word)
     x, a, y, b = find(obj, "zqx"), find(obj, word), find(obj, "zqy"), find(obj, "48151")
-    literals = Nested(quote, (array[:one[0]], array[one[1]:two[0]], array[two[1]:]), (obj[:x[0]], obj[x[1]:a[0]], obj[a[1]:y[0]], obj[b[1]:]))
-    if not all(part for parts in literals for part in parts): raise Underivable("does not part the values of a list or an object")
+    literals = Nested(
+        quote,
+        (array[: one[0]], array[one[1] : two[0]], array[two[1] :]),
+        (obj[: x[0]], obj[x[1] : a[0]], obj[a[1] : y[0]], obj[b[1] :]),
+    )
+    if not all(part for parts in literals for part in parts):
+        raise Underivable("does not part the values of a list or an object")
     return literals
 
 
 def unescape(raw: str, escape: str, quote: str = '"') -> str | None:
-    "The string that was escaped as `raw`, by `escape` (see `Pairs`), between the literals `quote`; None if that is no whole one."
-    if escape in ("", "html"): return html.unescape(raw) if escape else raw
+    """The string that was escaped as `raw`, by `escape` (see `Pairs`), between the literals `quote`; None if
+    that is no whole one."""
+    if escape in ("", "html"):
+        return html.unescape(raw) if escape else raw
     for mark in (quote, '"', "'"):
-        try: return (json.loads if escape == "json" else ast.literal_eval)(mark + raw + mark)
-        except (ValueError, SyntaxError): continue
+        try:
+            return (json.loads if escape == "json" else ast.literal_eval)(mark + raw + mark)
+        except (ValueError, SyntaxError):
+            continue
     return None
 
 
 def find_escape(text: str, what: str) -> str:
-    "How strings are escaped (see `Pairs`), from what is written for `ESCAPED`. Raises Underivable, naming `what` they are, for another way."
+    """How strings are escaped (see `Pairs`), from what is written for `ESCAPED`. Raises Underivable, naming
+    `what` they are, for another way."""
     start, end = text.find("zqva"), text.find("zqvb") + 4
-    if start < 0: return ""
+    if start < 0:
+        return ""
     for kind in ("", "html", "json", "python"):
-        if unescape(text[start:end], kind) == ESCAPED: return kind
-    raise Underivable(f"changes {what} in a way that cannot be taken back ({text[start:end]!r} for {ESCAPED!r})")
+        if unescape(text[start:end], kind) == ESCAPED:
+            return kind
+    raise Underivable(
+        f"changes {what} in a way that cannot be taken back ({text[start:end]!r} for {ESCAPED!r})"
+    )
 
 
 def sort_values(texts: dict, plain: str, closing: str, equals: str, quote: tuple):
-    """`((from key to value, types), …)`, the longest first, and the `Nested` or None. `texts`: by type, what is written behind the key of a lone argument;
-    `plain`, `closing`: what stands before and behind a number, `equals`: before a string. Raises Underivable for a type that is not read back."""
+    """`((from key to value, types), …)`, the longest first, and the `Nested` or None. `texts`: by type, what
+    is written behind the key of a lone argument; `plain`, `closing`: what stands before and behind a number,
+    `equals`: before a string. Raises Underivable for a type that is not read back."""
     known, odd = {plain if quote[0] else equals: {"string"}}, []
     for kind, text in texts.items():
         span = spelled_at(text, KINDS[kind]) if kind != "string" else None
-        if span and text[span[1]:] == closing: known.setdefault(text[:span[0]], set()).add(kind)
-        elif quote[0] and kind in ("array", "object") and text.startswith(plain) and text.endswith(closing): odd.append(kind)
-        elif kind not in ("string", "null"): raise Underivable(f"writes an argument of type {kind} so that it cannot be read back")
-    nested = find_nested(*(texts[k][len(plain):len(texts[k]) - len(closing)] for k in ("array", "object")), quote) if odd else None
+        if span and text[span[1] :] == closing:
+            known.setdefault(text[: span[0]], set()).add(kind)
+        elif quote[0] and kind in ("array", "object") and text.startswith(plain) and text.endswith(closing):
+            odd.append(kind)
+        elif kind not in ("string", "null"):
+            raise Underivable(f"writes an argument of type {kind} so that it cannot be read back")
+    nested = (
+        find_nested(
+            *(texts[k][len(plain) : len(texts[k]) - len(closing)] for k in ("array", "object")), quote
+        )
+        if odd
+        else None
+    )
     order = sorted(known.items(), key=lambda item: -len(item[0]))
     return tuple((pattern(literal, right=not quote[0]), frozenset(types)) for literal, types in order), nested
 
 
 def find_pairs(bodies: dict):
-    "`(Pairs, literals from name to first key, literal behind the last value, literals from there to the next name)`. Raises Underivable."
+    """`(Pairs, literals from name to first key, literal behind the last value, literals from there to the
+    next name)`. Raises Underivable."""
     first, equals, between, again, end = pair_parts(bodies["call"])
-    if equals != again: raise Underivable("writes two arguments of a call in two ways")
-    behind = {k: bodies[k][name_at(bodies[k])[1]:].partition(KEYS[0]) for k in (*KINDS, "escaped") if k in bodies}
+    if equals != again:
+        raise Underivable("writes two arguments of a call in two ways")
+    behind = {
+        k: bodies[k][name_at(bodies[k])[1] :].partition(KEYS[0]) for k in (*KINDS, "escaped") if k in bodies
+    }
     texts = {k: text for k, (_, key, text) in behind.items() if key}
-    if "string" not in texts or "integer" not in texts: raise Underivable("writes no call with one argument")
+    if "string" not in texts or "integer" not in texts:
+        raise Underivable("writes no call with one argument")
     plain, _, closing = texts["integer"].partition("48151")
     tail, quote = bodies["call"][end:], ("", "")
-    if equals.startswith(plain) and tail.endswith(closing): quote = equals[len(plain):], tail[:len(tail) - len(closing)]
-    elif tail != closing: raise Underivable("ends a text and a number in two ways")
-    if not all(quote): quote = ("", "")
+    if equals.startswith(plain) and tail.endswith(closing):
+        quote = equals[len(plain) :], tail[: len(tail) - len(closing)]
+    elif tail != closing:
+        raise Underivable("ends a text and a number in two ways")
+    if not all(quote):
+        quote = ("", "")
     firsts, joins = [first], []
     for body, count in ((bodies[name], n) for name, n in (("two", 2), ("three", 3)) if name in bodies):
         parts = [pair_parts(body, n) for n in range(count)]
         firsts += [part[0] for part in parts]
-        joins += [body[part[-1]:name_at(body, n + 1)[0]][len(quote[1]):] for n, part in enumerate(parts[:-1])]
+        joins += [
+            body[part[-1] : name_at(body, n + 1)[0]][len(quote[1]) :] for n, part in enumerate(parts[:-1])
+        ]
     escape = find_escape(texts.pop("escaped", ""), "strings")
-    if escape == "html" and not quote[0]: texts = {kind: html.unescape(text) if kind in ("array", "object") else text for kind, text in texts.items()}
+    if escape == "html" and not quote[0]:
+        texts = {
+            kind: html.unescape(text) if kind in ("array", "object") else text for kind, text in texts.items()
+        }
     sorts, nested = sort_values(texts, plain, closing, equals, quote)
-    none = pattern(bodies["none"][name_at(bodies["none"])[1]:], digits=True) if "none" in bodies else None
+    none = pattern(bodies["none"][name_at(bodies["none"])[1] :], digits=True) if "none" in bodies else None
     empty = bodies.get("none two")
-    none_join = empty and pattern(empty[name_at(empty)[1]:name_at(empty, 1)[0]], digits=True)
-    following = agreed([between[len(quote[1]):]], "between arguments", left=True)
-    pairs = Pairs(agreed(firsts, "before arguments"), sorts, quote, following, none, none_join, nested, escape)
-    return pairs, firsts, tail[len(quote[1]):], joins
+    none_join = empty and pattern(empty[name_at(empty)[1] : name_at(empty, 1)[0]], digits=True)
+    following = agreed([between[len(quote[1]) :]], "between arguments", left=True)
+    pairs = Pairs(
+        agreed(firsts, "before arguments"), sorts, quote, following, none, none_join, nested, escape
+    )
+    return pairs, firsts, tail[len(quote[1]) :], joins
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dd2f485f
 @dataclass(frozen=True)
 class Layout:
-    """How a template writes calls. `held`: an `Envelope`, `Pairs`, or how the arguments stand behind the name (`json`, `python`). Expressions: `open`, what stands
-    before the first call (its name, or the JSON that holds it); `mid`, from a name to its arguments; `join`, from there to the next call, None where one
-    call is all; `tail`, behind the last. `marked`: whether a tag or a control token says that a call begins."""
+    """How a template writes calls. `held`: an `Envelope`, `Pairs`, or how the arguments stand behind the name
+    (`json`, `python`). Expressions: `open`, what stands before the first call (its name, or the JSON that
+    holds it); `mid`, from a name to its arguments; `join`, from there to the next call, None where one call
+    is all; `tail`, behind the last. `marked`: whether a tag or a control token says that a call begins."""
+
     held: object
     open: str
     mid: str
@@ -382,19 +523,25 @@ class Layout:
 
 def call_start(body: str, wrapped: bool) -> int:
     "Where the first call of `body` begins: the JSON value that holds it, or its name. Raises Underivable."
-    if not wrapped: return name_at(body)[0]
-    if (found := find_envelope(body)) is None: raise Underivable("writes calls beside text or reasoning in another way")
+    if not wrapped:
+        return name_at(body)[0]
+    if (found := find_envelope(body)) is None:
+        raise Underivable("writes calls beside text or reasoning in another way")
     return found[1]
 
 
 def value_spans(body: str, count: int, read):
-    "For each of `count` calls the characters of name and arguments, `(start, end, start, end)`. Raises Underivable."
+    """For each of `count` calls the characters of name and arguments, `(start, end, start, end)`. Raises
+    Underivable."""
     spans = []
     for n in range(count):
         name = name_at(body, n)
         starts = (m.start() for m in re.finditer(r"[{\"]", body) if m.start() >= name[1])
-        found = next(((i, value[1]) for i in starts if (value := read(body, i)) and as_object(value[0]) == PAIR), None)
-        if found is None: raise Underivable("writes several calls in another way than one")
+        found = next(
+            ((i, value[1]) for i in starts if (value := read(body, i)) and as_object(value[0]) == PAIR), None
+        )
+        if found is None:
+            raise Underivable("writes several calls in another way than one")
         spans.append((*name, *found))
     return spans
 
@@ -404,31 +551,62 @@ def find_calls(bodies: dict):
     counts = [(bodies[name], n) for name, n in (("call", 1), ("two", 2), ("three", 3)) if name in bodies]
     if found := find_envelope(bodies["call"]):
         spans = [[find_envelope(body, n) for n in range(count)] for body, count in counts]
-        if any(span is None for row in spans for span in row): raise Underivable("writes several calls in another way than one")
-        tail = agreed([body[row[-1][2]:] for (body, _), row in zip(counts, spans)], "behind calls")
-        joins = [body[one[2]:two[1]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])]
-        return found[0], [], "", ("" if len(counts) > 1 else None) if found[0].listed else agreed(joins, "between calls"), tail
+        if any(span is None for row in spans for span in row):
+            raise Underivable("writes several calls in another way than one")
+        tail = agreed([body[row[-1][2] :] for (body, _), row in zip(counts, spans)], "behind calls")
+        joins = [
+            body[one[2] : two[1]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])
+        ]
+        return (
+            found[0],
+            [],
+            "",
+            ("" if len(counts) > 1 else None) if found[0].listed else agreed(joins, "between calls"),
+            tail,
+        )
     behind = name_at(bodies["call"])[1]
     for held, read in (("json", json_at), ("python", literal_at)):
         starts = (m.start() for m in re.finditer(r"[{\"]", bodies["call"]) if m.start() >= behind)
-        if not any((value := read(bodies["call"], i)) and as_object(value[0]) == PAIR for i in starts): continue
+        if not any((value := read(bodies["call"], i)) and as_object(value[0]) == PAIR for i in starts):
+            continue
         spans = [value_spans(body, count, read) for body, count in counts]
-        mids = [body[span[1]:span[2]] for (body, _), row in zip(counts, spans) for span in row]
-        joins = [body[one[3]:two[0]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])]
-        tails = [body[row[-1][3]:] for (body, _), row in zip(counts, spans)]
-        return held, mids, agreed(mids, "before arguments"), agreed(joins, "between calls"), agreed(tails, "behind calls")
+        mids = [body[span[1] : span[2]] for (body, _), row in zip(counts, spans) for span in row]
+        joins = [
+            body[one[3] : two[0]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])
+        ]
+        tails = [body[row[-1][3] :] for (body, _), row in zip(counts, spans)]
+        return (
+            held,
+            mids,
+            agreed(mids, "before arguments"),
+            agreed(joins, "between calls"),
+            agreed(tails, "behind calls"),
+        )
     pairs, firsts, tail, joins = find_pairs(bodies)
-    return pairs, firsts, "", agreed(joins, "between calls", left=True), agreed([tail], "behind calls", left=True)
+    return (
+        pairs,
+        firsts,
+        "",
+        agreed(joins, "between calls", left=True),
+        agreed([tail], "behind calls", left=True),
+    )
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #8868b2ae
-CONVENTIONS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"), ("<|START_THINKING|>", "<|END_THINKING|>"))
+CONVENTIONS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around reasoning and text, as literals. `given`: what the generation prompt has already written of an answer; `thought`: what opens and
-    closes reasoning, None where the template drops it; `before`, `after`: what may stand around text; `behind`: text stands behind the calls; `escape`: how
-    text is escaped (see `Pairs`)."""
+    """What stands around reasoning and text, as literals. `given`: what the generation prompt has already
+    written of an answer; `thought`: what opens and closes reasoning, None where the template drops it;
+    `before`, `after`: what may stand around text; `behind`: text stands behind the calls; `escape`: how text
+    is escaped (see `Pairs`)."""
+
     given: str
     thought: tuple | None
     before: tuple
@@ -438,15 +616,21 @@ class Frame:
 
 
 def thought_tags(frame_or_thought) -> list[tuple]:
-    "What may open and close reasoning: the template's own literals, else those of `CONVENTIONS`, as control tokens or not."
-    return [frame_or_thought] if frame_or_thought else [(s + a, s + b) for a, b in CONVENTIONS for s in ("", SIGN)]
+    """What may open and close reasoning: the template's own literals, else those of `CONVENTIONS`, as control
+    tokens or not."""
+    return (
+        [frame_or_thought]
+        if frame_or_thought
+        else [(s + a, s + b) for a, b in CONVENTIONS for s in ("", SIGN)]
+    )
 
 
 def cut_thought(literal: str, thought: tuple | None) -> str:
     "`literal` without the empty reasoning, or the end of one, with which it begins."
     for opening, closing in thought_tags(thought):
         opened = f"(?:{pattern(opening.strip())})?" if opening.strip() else ""
-        if closing.strip() and (m := re.match(rf"\s*{opened}\s*{pattern(closing.strip())}\s*", literal)): return literal[m.end():]
+        if closing.strip() and (m := re.match(rf"\s*{opened}\s*{pattern(closing.strip())}\s*", literal)):
+            return literal[m.end() :]
     return literal
 
 
@@ -454,43 +638,61 @@ def find_thought(bodies: dict, wrapped: bool) -> tuple | None:
     "What opens and closes reasoning, or None where the template writes none. Raises Underivable."
     of_text, of_call = bodies.get("thought text", ""), bodies.get("thought call", "")
     i = of_call.find(THOUGHT)
-    rest = of_call[i + len(THOUGHT):call_start(of_call, wrapped)] if i >= 0 else None
-    plain = bodies["call"][:call_start(bodies["call"], wrapped)] if rest is not None else ""
+    rest = of_call[i + len(THOUGHT) : call_start(of_call, wrapped)] if i >= 0 else None
+    plain = bodies["call"][: call_start(bodies["call"], wrapped)] if rest is not None else ""
     if (k := of_text.find(THOUGHT)) >= 0 and TEXT in of_text[k:]:
-        opening, closing = of_text[:k], of_text[k + len(THOUGHT):of_text.find(TEXT, k)]
-        if rest is not None: closing = shared_atoms(closing, rest)
-    elif rest is None: return None
-    else: opening, closing = of_call[:i], rest[:len(rest) - len(shared_atoms(rest, plain, ends=True))]
+        opening, closing = of_text[:k], of_text[k + len(THOUGHT) : of_text.find(TEXT, k)]
+        if rest is not None:
+            closing = shared_atoms(closing, rest)
+    elif rest is None:
+        return None
+    else:
+        opening, closing = of_call[:i], rest[: len(rest) - len(shared_atoms(rest, plain, ends=True))]
     # `… to=` of a call's own beginning may be shared with that of text
-    more = plain[:len(plain) - len(rest[len(closing):])] if rest is not None and plain.endswith(rest[len(closing):]) else ""
-    if more.strip() and closing.removesuffix(more).strip(): closing = closing.removesuffix(more)
-    if not closing.strip(): raise Underivable("does not say where reasoning ends")
+    more = (
+        plain[: len(plain) - len(rest[len(closing) :])]
+        if rest is not None and plain.endswith(rest[len(closing) :])
+        else ""
+    )
+    if more.strip() and closing.removesuffix(more).strip():
+        closing = closing.removesuffix(more)
+    if not closing.strip():
+        raise Underivable("does not say where reasoning ends")
     return opening, closing
 
 
 def find_frame(probed: Probed, wrapped: bool | None) -> tuple[Frame, str]:
-    """The `Frame`, and the literal before the first call. `wrapped`: whether a JSON value holds calls, None where there are none to be read.
-    Raises Underivable."""
+    """The `Frame`, and the literal before the first call. `wrapped`: whether a JSON value holds calls, None
+    where there are none to be read. Raises Underivable."""
     bodies, calls = probed.bodies, wrapped is not None
     if TEXT not in bodies.get("text", ""):
         raise Underivable(no_turn(probed, "text") or "does not write the text of an answer")
-    thought = find_thought(bodies if calls else {"thought text": bodies.get("thought text", "")}, bool(wrapped))
+    thought = find_thought(
+        bodies if calls else {"thought text": bodies.get("thought text", "")}, bool(wrapped)
+    )
     head, _, rest = bodies["text"].partition(TEXT)
     before, after, start, behind = [cut_thought(head, thought)], [rest], "", False
     if calls:
-        start = cut_thought(bodies["call"][:call_start(bodies["call"], wrapped)], thought)
+        start = cut_thought(bodies["call"][: call_start(bodies["call"], wrapped)], thought)
         head, text, lead = bodies.get("text call", "").partition(TEXT)
         stop = call_start(bodies["text call"], wrapped) if text else 0
         if text and len(head) < stop:
-            lead, opening = lead[:stop - len(head) - len(text)], ""
+            lead, opening = lead[: stop - len(head) - len(text)], ""
             opening = shared_atoms(start, lead, ends=True)
-            if start.strip() and not opening.strip(): raise Underivable("begins a call in another way where text stands before it")
-            before += [cut_thought(head, thought), start[:len(start) - len(opening)]]
-            after.append(lead[:len(lead) - len(opening)])
+            if start.strip() and not opening.strip():
+                raise Underivable("begins a call in another way where text stands before it")
+            before += [cut_thought(head, thought), start[: len(start) - len(opening)]]
+            after.append(lead[: len(lead) - len(opening)])
             start = opening
-        else: behind = bool(text)
-    parts = [tuple(dict.fromkeys(literal for literal in literals if literal.strip())) for literals in (before, after)]
-    return Frame(probed.given, thought, *parts, behind, find_escape(bodies.get("escaped text", ""), "text")), start
+        else:
+            behind = bool(text)
+    parts = [
+        tuple(dict.fromkeys(literal for literal in literals if literal.strip()))
+        for literals in (before, after)
+    ]
+    return Frame(
+        probed.given, thought, *parts, behind, find_escape(bodies.get("escaped text", ""), "text")
+    ), start
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #af3ac7ae
 def no_turn(probed: Probed, name: str) -> str:
@@ -499,12 +701,17 @@ def no_turn(probed: Probed, name: str) -> str:
 
 
 def derive_layout(probed: Probed) -> tuple[Layout | None, Frame, str]:
-    """`(layout, frame, why not)` of a template: without a `Layout`, the last says why calls cannot be read. Raises Underivable where not even the text of an
-    answer can be told."""
+    """`(layout, frame, why not)` of a template: without a `Layout`, the last says why calls cannot be read.
+    Raises Underivable where not even the text of an answer can be told."""
     try:
-        if NAMES[0] not in probed.bodies.get("call", ""): raise Underivable(no_turn(probed, "call") or "does not write tool calls")
+        if NAMES[0] not in probed.bodies.get("call", ""):
+            raise Underivable(no_turn(probed, "call") or "does not write tool calls")
         held, literals, mid, join, tail = find_calls(probed.bodies)
         frame, start = find_frame(probed, isinstance(held, Envelope))
-        marked = any(len(atom) > 2 and atom[0] in SIGN + "<[" for atom in ATOM.findall(start + (literals[0] if literals else "")))
+        marked = any(
+            len(atom) > 2 and atom[0] in SIGN + "<["
+            for atom in ATOM.findall(start + (literals[0] if literals else ""))
+        )
         return Layout(held, pattern(start, digits=True), mid, join, tail, marked), frame, ""
-    except Underivable as e: return None, find_frame(probed, None)[0], str(e)
+    except Underivable as e:
+        return None, find_frame(probed, None)[0], str(e)

@@ -32,6 +32,7 @@ class Decoding:
     `seed`: of sampling. `batch_size`: questions that are answered together, always the same ones.
     `prefill`: most tokens with which an answer is begun where attack success is measured a second time.
     Raises ConfigError as `check_decoding` does."""
+
     max_new_tokens: int = 128
     temperature: float = 0.0
     samples: int = 1
@@ -39,7 +40,8 @@ class Decoding:
     batch_size: int = 32
     prefill: int = 8
 
-    def __post_init__(self): check_decoding(self.max_new_tokens, self.temperature, self.samples)
+    def __post_init__(self):
+        check_decoding(self.max_new_tokens, self.temperature, self.samples)
 
 # %% ../../nbs/evaluate/05_decoding.ipynb #43c26d0c
 def stop_tokens(model, tokenizer) -> set[int]:
@@ -54,7 +56,8 @@ def until_end(ids, ends, begun: int = 0) -> tuple[list[int], bool]:
     lies, at least with its last token, behind the first `begun` ids, which were not generated."""
     ids = [int(i) for i in ids]
     for stop in range(begun + 1, len(ids) + 1):
-        if any(tuple(ids[max(0, stop - len(end)):stop]) == tuple(end) for end in ends): return ids[:stop], True
+        if any(tuple(ids[max(0, stop - len(end)) : stop]) == tuple(end) for end in ends):
+            return ids[:stop], True
     return ids, False
 
 # %% ../../nbs/evaluate/05_decoding.ipynb #7856299b
@@ -64,15 +67,17 @@ class TurnEnds(StoppingCriteria):
 
     That it has an `eos_token_id` makes transformers fill up such a row with padding, as behind an end token
     of its own."""
+
     eos_token_id = None
 
-    def __init__(self, ends, prompt: int): self.ends, self.prompt = [torch.tensor(end) for end in ends], prompt
+    def __init__(self, ends, prompt: int):
+        self.ends, self.prompt = [torch.tensor(end) for end in ends], prompt
 
     def __call__(self, input_ids, scores, **kwargs):
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for end in self.ends:
             if input_ids.shape[1] - self.prompt >= len(end):
-                done |= (input_ids[:, -len(end):] == end.to(input_ids.device)).all(1)
+                done |= (input_ids[:, -len(end) :] == end.to(input_ids.device)).all(1)
         return done
 
 # %% ../../nbs/evaluate/05_decoding.ipynb #7655a937
@@ -89,9 +94,12 @@ def wide_logits(causal_lm: nn.Module):
     def product(hidden):
         logits = WideLinear.apply(hidden.flatten(0, -2), whole(layer.weight)).view(*hidden.shape[:-1], -1)
         return logits if layer.bias is None else logits + whole(layer.bias).float()
+
     layer.forward = product
-    try: yield "float32"
-    finally: del layer.forward
+    try:
+        yield "float32"
+    finally:
+        del layer.forward
 
 # %% ../../nbs/evaluate/05_decoding.ipynb #38241ed3
 def item_seed(seed: int, name: str, sample: int) -> int:
@@ -104,28 +112,52 @@ class ItemNoise(LogitsProcessor):
     """Adds Gumbel noise to logits [B, V] divided by `temperature`, from a generator for each row: the
     largest sum is a draw from softmax(logits / temperature) (Gumbel 1954; Maddison et al. 2014, "A*
     sampling")."""
+
     def __init__(self, seeds, temperature: float):
-        self.generators, self.temperature = [torch.Generator().manual_seed(seed) for seed in seeds], temperature
+        self.generators, self.temperature = (
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            temperature,
+        )
 
     def __call__(self, input_ids, scores):
-        waits = torch.stack([torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self.generators])
+        waits = torch.stack(
+            [
+                torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g)
+                for g in self.generators
+            ]
+        )
         return scores / self.temperature - waits.log().to(scores)
 
 # %% ../../nbs/evaluate/05_decoding.ipynb #c5eba7bd
 @torch.no_grad()
-def generate_batch(model: nn.Module, prompts: list[np.ndarray], ends, pad_id: int, decoding: Decoding, seeds=()) -> list[list[int]]:
+def generate_batch(
+    model: nn.Module, prompts: list[np.ndarray], ends, pad_id: int, decoding: Decoding, seeds=()
+) -> list[list[int]]:
     """The token ids that `model`, with or without an adapter, generates after each of `prompts` (token
     ids), padded on the left: up to and with the first of the sequences `ends`, or `decoding.max_new_tokens`
     of them. With a temperature, `seeds` are those of the rows (`item_seed`)."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     rows = pad_rows([Sample(ids, np.zeros(len(ids), bool), "") for ids in prompts], pad_id, side="left")
     ids, mask = (rows[name].to(causal_lm.device) for name in ("input_ids", "attention_mask"))
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=decoding.max_new_tokens, pad_token_id=pad_id, use_cache=True)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=decoding.max_new_tokens,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
     noise = [ItemNoise(seeds, decoding.temperature)] if decoding.temperature else []
-    theirs, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()   # what is None in ours is taken from it
+    # what is None in ours is taken from it
+    theirs, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
     try:
         with wide_logits(causal_lm):
-            out = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=noise,
-                                     stopping_criteria=[TurnEnds(ends, ids.shape[1])])
-    finally: causal_lm.generation_config = theirs
-    return [until_end(row, ends)[0] for row in out[:, ids.shape[1]:].tolist()]
+            out = causal_lm.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=noise,
+                stopping_criteria=[TurnEnds(ends, ids.shape[1])],
+            )
+    finally:
+        causal_lm.generation_config = theirs
+    return [until_end(row, ends)[0] for row in out[:, ids.shape[1] :].tolist()]

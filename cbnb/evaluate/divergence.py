@@ -22,55 +22,66 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..step.adapter_checks import as_plain, check_off, check_on, check_size, check_start_of
+from ..basics.withheld import cut
 from ..config import ConfigError
 from ..data.streams import Sample, pad_rows
+from ..masking.masker import ChatMasker
+from ..masking.policies import Encoded, role_of
+from ..masking.targets import training_mask, truncation_window
+from ..masking.turns import Segment
+from ..step.adapter_checks import as_plain, check_off, check_on, check_size, check_start_of
 from ..step.heads import explained
 from ..step.loaders import ADAPTER_FILES, fill_adapter, read_adapter
 from ..step.losses import token_retain
-from ..masking.masker import ChatMasker
 from ..step.model_checks import two_rows
 from ..step.models import check_teacher, decoder_blocks, teacher_mode
-from ..masking.policies import Encoded, role_of
-from ..masking.targets import training_mask, truncation_window
 from ..transcripts.record import Transcript
-from ..basics.withheld import cut
-from ..masking.turns import Segment
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #fd010a60
 def check_adapter(folder: str | Path, trust_remote_code: bool = False) -> Path:
-    """The path of a saved adapter. Raises ValueError, in one sentence, for a folder without `adapter_config.json` or
-    `adapter_model.safetensors` (pickled weights are never read), and as `cbnb.step.loaders.read_adapter`. Whether it is
-    what it says, `load_students` asks of the weights."""
+    """The path of a saved adapter. Raises ValueError, in one sentence, for a folder without
+    `adapter_config.json` or `adapter_model.safetensors` (pickled weights are never read), and as
+    `cbnb.step.loaders.read_adapter`. Whether it is what it says, `load_students` asks of the weights."""
     folder = Path(folder).expanduser()
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; give a folder that `cbnb.step.models.save_adapter` wrote, such as a "
-                             "run's adapter/.")
+            raise ValueError(
+                f"{folder} has no {name}; give a folder that `cbnb.step.models.save_adapter` wrote, such as "
+                "a "
+                "run's adapter/."
+            )
     read_adapter(folder, trust_remote_code)
     return folder
 
 
-def real_rows(masker: ChatMasker, transcripts: list[Transcript], tokens: int = 128) -> dict[str, torch.Tensor]:
-    """The last `tokens` tokens of each of at most two of the `transcripts`, as padded rows (`cbnb.data.streams.pad_rows`).
-    Raises MaskError as the masker does."""
+def real_rows(
+    masker: ChatMasker, transcripts: list[Transcript], tokens: int = 128
+) -> dict[str, torch.Tensor]:
+    """The last `tokens` tokens of each of at most two of the `transcripts`, as padded rows
+    (`cbnb.data.streams.pad_rows`). Raises MaskError as the masker does."""
     some = [np.asarray(encoded.input_ids[-tokens:]) for encoded in masker.encode_batch(transcripts[:2])]
     rows = [Sample(ids, np.zeros(len(ids), bool), "") for ids in some]
     return pad_rows(rows, masker.tokenizer.pad_token_id)
 
 
-def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict | None = None,
-                  trust_remote_code: bool = False) -> PeftModel:
-    """`base` (`cbnb.step.models.load_model`) with every adapter of `{name: folder}` on it, the first one active; in eval
-    mode, without gradient.
+def load_students(
+    base: nn.Module,
+    adapters: dict[str, str | Path],
+    rows: dict | None = None,
+    trust_remote_code: bool = False,
+) -> PeftModel:
+    """`base` (`cbnb.step.models.load_model`) with every adapter of `{name: folder}` on it, the first one
+    active; in eval mode, without gradient.
 
-    `rows`: `input_ids` and `attention_mask` [B, S] of a batch that adapters are asked on, by default made-up ones.
-    Raises ValueError for no adapter, a name with a dot, what `check_adapter` refuses, weights that do not fit the
-    base, and an adapter that is not what it says (`cbnb.step.adapter_checks`): off it is not the base, on it changes
-    nothing, or its size is absurd."""
+    `rows`: `input_ids` and `attention_mask` [B, S] of a batch that adapters are asked on, by default made-up
+    ones. Raises ValueError for no adapter, a name with a dot, what `check_adapter` refuses, weights that do
+    not fit the base, and an adapter that is not what it says (`cbnb.step.adapter_checks`): off it is not the
+    base, on it changes nothing, or its size is absurd."""
     if not adapters or any("." in name or not name for name in adapters):
-        raise ValueError("adapters are given as {name: folder}, at least one and without dots in their names, but "
-                         f"{list(adapters)} was given.")
+        raise ValueError(
+            "adapters are given as {name: folder}, at least one and without dots in their names, but "
+            f"{list(adapters)} was given."
+        )
     base, student = base.eval().requires_grad_(False), None
     rows = two_rows(base) if rows is None else rows
     plain = as_plain(base, {name: rows[name].to(base.device) for name in ("input_ids", "attention_mask")})
@@ -82,23 +93,30 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict |
             check_size(base, config, folder)
             check_start_of(config, what)
             with warnings.catch_warnings():
-                # peft calls what transformers is about to rename, says that GPT-2's linears are transposed, and what
+                # peft calls what transformers is about to rename, says that GPT-2's linears are transposed,
+                # and what
                 # the numbers say below
                 told = ".*(gradient_checkpointing|fan_in_fan_out|disable_adapter).*"
                 warnings.filterwarnings("ignore", message=told)
-                if student is None: student = get_peft_model(base, config, adapter_name=name)
-                else: student.add_adapter(name, config)
+                if student is None:
+                    student = get_peft_model(base, config, adapter_name=name)
+                else:
+                    student.add_adapter(name, config)
                 result = fill_adapter(student, folder, name)
                 student.set_adapter(name, inference_mode=True)
-        except ConfigError: raise
+        except ConfigError:
+            raise
         except Exception as e:  # whatever peft raises for a configuration or weights that it cannot use
             why = f"{type(e).__name__}: {cut(' '.join(str(e).split()), 300)}"
             raise ValueError(f"{folder} does not fit this base: {why}") from e
         # peft also lists another adapter's lora_B where this one is called B
         missing = [key for key in result.missing_keys if name in key.split(".")]
         if missing or result.unexpected_keys:
-            raise ValueError(f"{folder} does not fit this base: {len(missing)} weights are missing and {len(result.unexpected_keys)} are "
-                             "left over; give the model that it was trained on.")
+            raise ValueError(
+                f"{folder} does not fit this base: {len(missing)} weights are missing and "
+                f"{len(result.unexpected_keys)} are "
+                "left over; give the model that it was trained on."
+            )
         student.eval()
         check_off(student, plain, what)
         check_on(student, plain, what)
@@ -107,27 +125,41 @@ def load_students(base: nn.Module, adapters: dict[str, str | Path], rows: dict |
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #c00e6624
 def output_layer(model: nn.Module, hidden: torch.Tensor, logits: torch.Tensor) -> Callable:
-    """The function from final hidden states [n, d] to logits [n, V] in float32, checked against what the model itself made: from `hidden`
-    [n, d] (any dtype) these `logits` [n, V].
+    """The function from final hidden states [n, d] to logits [n, V] in float32, checked against what the
+    model itself made: from `hidden` [n, d] (any dtype) these `logits` [n, V].
 
-    bfloat16 weights are used as float32: rounded logits would add a KL of their own. Raises ValueError where the model's logits are neither the
-    product of its output layer nor that under one of `cbnb.step.heads.transforms`."""
+    bfloat16 weights are used as float32: rounded logits would add a KL of their own. Raises ValueError where
+    the model's logits are neither the product of its output layer nor that under one of
+    `cbnb.step.heads.transforms`."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"the output layer is {type(layer).__name__} and no plain linear; an adapter on the output layer is not supported.")
+        raise ValueError(
+            f"the output layer is {type(layer).__name__} and no plain linear; an adapter on the output "
+            "layer is not supported."
+        )
 
     def product(h):
-        return F.linear(h.to(layer.weight.device, torch.float32), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+        return F.linear(
+            h.to(layer.weight.device, torch.float32),
+            layer.weight.float(),
+            None if layer.bias is None else layer.bias.float(),
+        )
+
     if (found := explained(model, product(hidden), logits)) is None:
-        raise ValueError(f"the logits of this {type(model).__name__} are not its output layer's on its final hidden states, so they cannot be "
-                         "recomputed at another temperature.")
+        raise ValueError(
+            f"the logits of this {type(model).__name__} are not its output layer's on its final hidden "
+            "states, so they cannot be "
+            "recomputed at another temperature."
+        )
     return lambda h: found[1](product(h))
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #aafb7c0f
 @dataclass(frozen=True)
 class Side:
-    """What is kept of one model's pass over S tokens: `hidden`, its final states (the output layer's input), float32 [S, d] on the CPU; `head`
-    from rows of them to logits. Of a student also `cosine` and `distance` (L2) to the teacher after each decoder block, float32 [L, S]."""
+    """What is kept of one model's pass over S tokens: `hidden`, its final states (the output layer's input),
+    float32 [S, d] on the CPU; `head` from rows of them to logits. Of a student also `cosine` and `distance`
+    (L2) to the teacher after each decoder block, float32 [L, S]."""
+
     hidden: torch.Tensor
     head: Callable
     cosine: np.ndarray | None = None
@@ -136,68 +168,100 @@ class Side:
 
 @contextmanager
 def watched(model: nn.Module, see: Callable):
-    "Inside, `see(block, output [S, d])` is called as each decoder block ends, so that no more than one block's output has to be kept."
-    def hook(block): return lambda module, args, output: see(block, (output[0] if isinstance(output, tuple) else output)[0])
+    """Inside, `see(block, output [S, d])` is called as each decoder block ends, so that no more than one
+    block's output has to be kept."""
+
+    def hook(block):
+        return lambda module, args, output: see(
+            block, (output[0] if isinstance(output, tuple) else output)[0]
+        )
+
     handles = [layer.register_forward_hook(hook(block)) for block, layer in enumerate(decoder_blocks(model))]
-    try: yield
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def run_pass(model: nn.Module, input_ids: np.ndarray, see: Callable) -> Side:
-    "The `Side` of `model` over the token ids [S], without cosine and distance; `see` as in `watched`. Raises ValueError as `output_layer` does."
+    """The `Side` of `model` over the token ids [S], without cosine and distance; `see` as in `watched`.
+    Raises ValueError as `output_layer` does."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     ids, final = torch.as_tensor(input_ids, dtype=torch.long, device=causal_lm.device)[None], []
     n = ids.shape[1]
-    checked, blocks = torch.tensor(sorted({0, n // 3, 2 * n // 3, n - 1}), device=ids.device), decoder_blocks(causal_lm)
+    checked, blocks = (
+        torch.tensor(sorted({0, n // 3, 2 * n // 3, n - 1}), device=ids.device),
+        decoder_blocks(causal_lm),
+    )
     decoder = next(module for module in causal_lm.modules() if getattr(module, "layers", None) is blocks)
     handle = decoder.register_forward_hook(lambda module, args, output: final.append(output[0][0]))
     try:
         with watched(causal_lm, see):
-            logits = causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=checked).logits[0]
-    finally: handle.remove()
+            logits = causal_lm(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=checked
+            ).logits[0]
+    finally:
+        handle.remove()
     return Side(final[0].float().cpu(), output_layer(causal_lm, final[0][checked], logits))
 
 
 def student_pass(student: nn.Module, input_ids: np.ndarray, blocks: dict) -> Side:
     "The `Side` of the active adapter, measured against the teacher's block outputs `{block: [S, d]}`."
     cosine, distance = np.empty((2, len(blocks), len(input_ids)), np.float32)
+
     def see(block, ours):
         theirs = blocks[block].to(ours.device)
         cosine[block] = F.cosine_similarity(ours.float(), theirs.float(), dim=-1).cpu()
         distance[block] = token_retain(ours, theirs).cpu()
+
     return replace(run_pass(student, input_ids, see), cosine=cosine, distance=distance)
 
 
-def compare(student: PeftModel, input_ids: np.ndarray, teacher: nn.Module | None = None) -> tuple[Side, dict[str, Side]]:
-    """`(teacher, {adapter: student})`: one pass each over the token ids [S], for every adapter on `student`, in eval mode.
+def compare(
+    student: PeftModel, input_ids: np.ndarray, teacher: nn.Module | None = None
+) -> tuple[Side, dict[str, Side]]:
+    """`(teacher, {adapter: student})`: one pass each over the token ids [S], for every adapter on `student`,
+    in eval mode.
 
-    `teacher` None is the base with all adapters off; another model must have the student's vocabulary, depth and width. Raises ValueError
-    where it has not, for no tokens, and for a model whose logits cannot be recomputed (`output_layer`)."""
-    if not len(input_ids): raise ValueError("there are no tokens to compare on; give a transcript with at least one.")
-    if teacher is not None: check_teacher(student, teacher)
+    `teacher` None is the base with all adapters off; another model must have the student's vocabulary, depth
+    and width. Raises ValueError where it has not, for no tokens, and for a model whose logits cannot be
+    recomputed (`output_layer`)."""
+    if not len(input_ids):
+        raise ValueError("there are no tokens to compare on; give a transcript with at least one.")
+    if teacher is not None:
+        check_teacher(student, teacher)
     blocks, active, training, sides = {}, student.active_adapter, student.training, {}
-    def see(block, output): blocks[block] = output.cpu()
+
+    def see(block, output):
+        blocks[block] = output.cpu()
+
     try:
-        with teacher_mode(student): target = run_pass(student if teacher is None else teacher, input_ids, see)
+        with teacher_mode(student):
+            target = run_pass(student if teacher is None else teacher, input_ids, see)
         student.eval()
         for name in student.peft_config:
-            if student.active_adapter != name: student.set_adapter(name, inference_mode=True)
+            if student.active_adapter != name:
+                student.set_adapter(name, inference_mode=True)
             sides[name] = student_pass(student, input_ids, blocks)
     finally:
-        if student.active_adapter != active: student.set_adapter(active, inference_mode=True)
+        if student.active_adapter != active:
+            student.set_adapter(active, inference_mode=True)
         student.train(training)
     return target, sides
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #7511b824
 @dataclass(frozen=True)
 class Divergence:
-    """Teacher p against m students q at one temperature, for each of S tokens; token i is predicted at position i − 1, token 0 by nothing (NaN).
+    """Teacher p against m students q at one temperature, for each of S tokens; token i is predicted at
+    position i − 1, token 0 by nothing (NaN).
 
-    `forward` D(p‖q) and `reverse` D(q‖p), nats, float64 [m, S], without the loss's T². `ids` int32 [S, k]: the actual token and the k − 1
-    candidates that some side finds likeliest, by that probability; `log_p` float64 [S, k], `log_q` [m, S, k]. All other candidates together: `rest_p`
-    [S], `rest_q`, and what they add, `rest_forward` and `rest_reverse`, all [m, S]."""
+    `forward` D(p‖q) and `reverse` D(q‖p), nats, float64 [m, S], without the loss's T². `ids` int32 [S, k]:
+    the actual token and the k − 1 candidates that some side finds likeliest, by that probability; `log_p`
+    float64 [S, k], `log_q` [m, S, k]. All other candidates together: `rest_p` [S], `rest_q`, and what they
+    add, `rest_forward` and `rest_reverse`, all [m, S]."""
+
     temperature: float
     names: tuple[str, ...]
     forward: np.ndarray
@@ -218,36 +282,62 @@ def contributions(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def likeliest(log_p: torch.Tensor, actual: torch.Tensor, k: int) -> torch.Tensor:
-    "Ids [n, k] of `actual` [n] and of the k − 1 others with the largest entry over the sides of `log_p` [sides, n, V], largest first."
+    """Ids [n, k] of `actual` [n] and of the k − 1 others with the largest entry over the sides of `log_p`
+    [sides, n, V], largest first."""
     peak = log_p.amax(0)
     chosen = peak.scatter(1, actual[:, None], math.inf).topk(k).indices
     return chosen.gather(1, peak.gather(1, chosen).argsort(descending=True))
 
 
 def compare_rows(log_p: torch.Tensor, actual: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
-    "The fields of a `Divergence` for n rows: `log_p` float64 [1 + m, n, V], the teacher first; `actual` [n], the tokens that followed."
+    """The fields of a `Divergence` for n rows: `log_p` float64 [1 + m, n, V], the teacher first; `actual`
+    [n], the tokens that followed."""
     p, q, ids = log_p[0], log_p[1:], likeliest(log_p, actual, k)
-    def at(x): return x.gather(-1, ids.expand(*x.shape[:-1], k))
-    def rest(x): return x.scatter(-1, ids.expand(*x.shape[:-1], k), 0.0).sum(-1)
+
+    def at(x):
+        return x.gather(-1, ids.expand(*x.shape[:-1], k))
+
+    def rest(x):
+        return x.scatter(-1, ids.expand(*x.shape[:-1], k), 0.0).sum(-1)
+
     forward, reverse = contributions(p, q), contributions(q, p)
-    return {"ids": ids, "log_p": at(p), "log_q": at(q), "rest_p": rest(p.exp()), "rest_q": rest(q.exp()), "forward": forward.sum(-1),
-            "reverse": reverse.sum(-1), "rest_forward": rest(forward), "rest_reverse": rest(reverse)}
+    return {
+        "ids": ids,
+        "log_p": at(p),
+        "log_q": at(q),
+        "rest_p": rest(p.exp()),
+        "rest_q": rest(q.exp()),
+        "forward": forward.sum(-1),
+        "reverse": reverse.sum(-1),
+        "rest_forward": rest(forward),
+        "rest_reverse": rest(reverse),
+    }
 
 
 @torch.no_grad()
-def diverge(teacher: Side, students: dict[str, Side], input_ids: np.ndarray, temperature: float = 1.0, k: int = 10,
-            numbers: int = 2**24) -> Divergence:
-    """The `Divergence` over the token ids [S] at `temperature`, in float64, on the device of the output layer.
+def diverge(
+    teacher: Side,
+    students: dict[str, Side],
+    input_ids: np.ndarray,
+    temperature: float = 1.0,
+    k: int = 10,
+    numbers: int = 2**24,
+) -> Divergence:
+    """The `Divergence` over the token ids [S] at `temperature`, in float64, on the device of the output
+    layer.
 
-    It goes through the rows in chunks of about `numbers` logits a side (2²⁴ are 128 MB), whatever the vocabulary. Raises ValueError for a
-    temperature that is not above 0 and finite."""
-    if not 0 < temperature < math.inf: raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
+    It goes through the rows in chunks of about `numbers` logits a side (2²⁴ are 128 MB), whatever the
+    vocabulary. Raises ValueError for a temperature that is not above 0 and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
     sides, size = (teacher, *students.values()), teacher.head(teacher.hidden[:1]).shape[1]
     actual, rows, parts = torch.as_tensor(input_ids, dtype=torch.long), max(1, numbers // size), []
     for start in range(0, len(actual) - 1, rows):
         at = slice(start, min(start + rows, len(actual) - 1))
-        log_p = torch.stack([F.log_softmax(side.head(side.hidden[at]).double() / temperature, dim=-1) for side in sides])
-        parts.append(compare_rows(log_p, actual[at.start + 1:at.stop + 1].to(log_p.device), min(k, size)))
+        log_p = torch.stack(
+            [F.log_softmax(side.head(side.hidden[at]).double() / temperature, dim=-1) for side in sides]
+        )
+        parts.append(compare_rows(log_p, actual[at.start + 1 : at.stop + 1].to(log_p.device), min(k, size)))
     return joined(parts, temperature, tuple(students), min(k, size))
 
 
@@ -256,37 +346,53 @@ def joined(parts: list[dict], temperature: float, names: tuple[str, ...], k: int
     m, arrays = len(names), {}
     shapes = {"ids": (1, k), "log_p": (1, k), "rest_p": (1,), "log_q": (m, 1, k)}
     for name in [f.name for f in fields(Divergence)][2:]:
-        blank = np.full(shapes.get(name, (m, 1)), -1 if name == "ids" else np.nan, np.int32 if name == "ids" else np.float64)
+        blank = np.full(
+            shapes.get(name, (m, 1)),
+            -1 if name == "ids" else np.nan,
+            np.int32 if name == "ids" else np.float64,
+        )
         chunks = [part[name].cpu().numpy().astype(blank.dtype) for part in parts]
         arrays[name] = np.concatenate([blank, *chunks], axis=0 if name in ("ids", "log_p", "rest_p") else 1)
     return Divergence(float(temperature), names, **arrays)
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #3d324439
 def masked_kl(divergence: Divergence, mask: np.ndarray) -> dict[str, float]:
-    """`{student: T²·mean of D(p‖q)}` over the targets of `mask` (bool [S]), nats: `cbnb.step.losses.kl_divergence_loss` of these tokens. Token 0 is no
-    target; without any target it is 0."""
+    """`{student: T²·mean of D(p‖q)}` over the targets of `mask` (bool [S]), nats:
+    `cbnb.step.losses.kl_divergence_loss` of these tokens. Token 0 is no target; without any target it is 0.
+    """
     targets = np.flatnonzero(mask[1:]) + 1
     scale = divergence.temperature**2 / max(len(targets), 1)
-    return {name: scale * float(divergence.forward[n, targets].sum()) for n, name in enumerate(divergence.names)}
+    return {
+        name: scale * float(divergence.forward[n, targets].sum()) for n, name in enumerate(divergence.names)
+    }
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #f2433417
 def token_table(encoded: Encoded, mask: np.ndarray, divergence: Divergence, name: str) -> pd.DataFrame:
-    """A row a token of one student, indexed by position: `text`, `role` (template outside of every message), `segment`, `in_mask`, and `forward`
-    and `reverse` in nats (NaN for token 0)."""
+    """A row a token of one student, indexed by position: `text`, `role` (template outside of every message),
+    `segment`, `in_mask`, and `forward` and `reverse` in nats (NaN for token 0)."""
     n = divergence.names.index(name)
-    return pd.DataFrame({
-        "text": [encoded.text[start:end] for start, end in encoded.offsets.tolist()],
-        "role": [role_of(encoded, message) or "template" for message in encoded.message_index.tolist()],
-        "segment": [Segment(segment).name.lower() for segment in encoded.segments.tolist()],
-        "in_mask": np.asarray(mask), "forward": divergence.forward[n], "reverse": divergence.reverse[n]}).rename_axis("position")
+    return pd.DataFrame(
+        {
+            "text": [encoded.text[start:end] for start, end in encoded.offsets.tolist()],
+            "role": [role_of(encoded, message) or "template" for message in encoded.message_index.tolist()],
+            "segment": [Segment(segment).name.lower() for segment in encoded.segments.tolist()],
+            "in_mask": np.asarray(mask),
+            "forward": divergence.forward[n],
+            "reverse": divergence.reverse[n],
+        }
+    ).rename_axis("position")
 
 
 def share_of_kl(table: pd.DataFrame, by: str = "role", direction: str = "forward") -> pd.DataFrame:
-    "Of the rows of a `token_table`, for each `by` (role or segment): `tokens`, `in_mask`, `kl` (their sum), `share` of all KL, `mean` a token."
-    table = table.iloc[1:] if len(table) and table.index[0] == 0 else table   # nothing predicts token 0
+    """Of the rows of a `token_table`, for each `by` (role or segment): `tokens`, `in_mask`, `kl` (their sum),
+    `share` of all KL, `mean` a token."""
+    table = table.iloc[1:] if len(table) and table.index[0] == 0 else table  # nothing predicts token 0
     groups = table.groupby(by, sort=False)
-    out = pd.DataFrame({"tokens": groups.size(), "in_mask": groups["in_mask"].sum(), "kl": groups[direction].sum()})
-    return out.assign(share=(out["kl"] / out["kl"].sum()).fillna(0), mean=out["kl"] / out["tokens"])  # no KL at all: no share of it
+    out = pd.DataFrame(
+        {"tokens": groups.size(), "in_mask": groups["in_mask"].sum(), "kl": groups[direction].sum()}
+    )
+    # no KL at all: no share of it
+    return out.assign(share=(out["kl"] / out["kl"].sum()).fillna(0), mean=out["kl"] / out["tokens"])
 
 
 def top_tokens(table: pd.DataFrame, n: int = 20, direction: str = "forward") -> pd.DataFrame:
@@ -295,24 +401,45 @@ def top_tokens(table: pd.DataFrame, n: int = 20, direction: str = "forward") -> 
 
 
 def candidates(divergence: Divergence, i: int, name: str, texts: Callable) -> pd.DataFrame:
-    """The distribution that predicts token i: a row for each kept candidate, by `texts(ids)`, and one for all others; columns `p` and `q`, and
-    `forward` and `reverse`, what each adds to D(p‖q) and to D(q‖p). These two add up to the KL that is shown at the token.
+    """The distribution that predicts token i: a row for each kept candidate, by `texts(ids)`, and one for all
+    others; columns `p` and `q`, and `forward` and `reverse`, what each adds to D(p‖q) and to D(q‖p). These
+    two add up to the KL that is shown at the token.
 
     Raises IndexError for token 0, which nothing predicts, and for one that is not there."""
-    if not 0 < i < len(divergence.ids): raise IndexError(f"token {i} is predicted by nothing; give one from 1 to {len(divergence.ids) - 1}")
+    if not 0 < i < len(divergence.ids):
+        raise IndexError(f"token {i} is predicted by nothing; give one from 1 to {len(divergence.ids) - 1}")
     n = divergence.names.index(name)
     log_p, log_q = (torch.from_numpy(x[..., i, :]) for x in (divergence.log_p, divergence.log_q[n]))
-    rows = {"p": log_p.exp(), "q": log_q.exp(), "forward": contributions(log_p, log_q), "reverse": contributions(log_q, log_p)}
-    others = (divergence.rest_p[i], divergence.rest_q[n, i], divergence.rest_forward[n, i], divergence.rest_reverse[n, i])
+    rows = {
+        "p": log_p.exp(),
+        "q": log_q.exp(),
+        "forward": contributions(log_p, log_q),
+        "reverse": contributions(log_q, log_p),
+    }
+    others = (
+        divergence.rest_p[i],
+        divergence.rest_q[n, i],
+        divergence.rest_forward[n, i],
+        divergence.rest_reverse[n, i],
+    )
     columns = {key: [*x.tolist(), float(rest)] for (key, x), rest in zip(rows.items(), others)}
     return pd.DataFrame(columns, index=[*texts(divergence.ids[i].tolist()), "all others"])
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #3f737b13
-def encode_window(transcript: Transcript, masker: ChatMasker, policy="assistant_only", max_length: int = 2048,
-                  truncation: str = "targets") -> tuple[Encoded, np.ndarray]:
-    "`(encoded, mask)` of one transcript as training sees it: the policy's mask, cut to `max_length` tokens. Raises MaskError as the masker does."
+def encode_window(
+    transcript: Transcript,
+    masker: ChatMasker,
+    policy="assistant_only",
+    max_length: int = 2048,
+    truncation: str = "targets",
+) -> tuple[Encoded, np.ndarray]:
+    """`(encoded, mask)` of one transcript as training sees it: the policy's mask, cut to `max_length` tokens.
+    Raises MaskError as the masker does."""
     (encoded,) = masker.encode_batch([transcript])
     mask = training_mask(encoded, transcript, policy)
     keep = truncation_window(mask, max_length, truncation)
-    arrays = {name: getattr(encoded, name)[keep] for name in ("input_ids", "segments", "message_index", "offsets", "rules")}
+    arrays = {
+        name: getattr(encoded, name)[keep]
+        for name in ("input_ids", "segments", "message_index", "offsets", "rules")
+    }
     return replace(encoded, **arrays), mask[keep]

@@ -12,20 +12,20 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..masking.actions import for_policy
-from .answers import answer_figures, answer_questions, collected, dealt
-from .benchmarks import questions
+from ..basics.terminal import warn
 from ..config import CircuitBreakerConfig
 from ..data.streams import encode_stream, pad_rows
+from .answers import answer_figures, answer_questions, collected, dealt
+from .benchmarks import questions
 from .decoding import Decoding, stop_tokens, wide_logits
+from .reader import AnswerReader, derive_reader
+from .scores import check_readable, is_attack, without_question
+from ..masking.actions import for_policy
+from ..masking.masker import ChatMasker
 from ..step.fused_kl import chunk_for
 from ..step.heads import find_head, teacher_logits
 from ..step.losses import token_kl
-from ..masking.masker import ChatMasker
 from ..step.passes import both_passes
-from .reader import AnswerReader, derive_reader
-from .scores import check_readable, is_attack, without_question
-from ..basics.terminal import warn
 from ..transcripts.record import Transcript
 
 # %% auto #0
@@ -33,25 +33,46 @@ __all__ = ['heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_
            'evaluate']
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #3e929a8c
-def heldout_batches(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig, label: str, batch_size: int):
-    """Yields padded rows (`cbnb.data.streams.pad_rows`) of the transcripts, masked by the policy of `label` (benign
-    or harmful), on the student's device; of several processes each gets its share. Warns of transcripts
-    without a target, of targets that were cut off, and of rows that lost what they answer: they are not in
-    the figures."""
+def heldout_batches(
+    student: PeftModel,
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    config: CircuitBreakerConfig,
+    label: str,
+    batch_size: int,
+):
+    """Yields padded rows (`cbnb.data.streams.pad_rows`) of the transcripts, masked by the policy of `label`
+    (benign or harmful), on the student's device; of several processes each gets its share. Warns of
+    transcripts without a target, of targets that were cut off, and of rows that lost what they answer: they
+    are not in the figures."""
     policy = getattr(config, f"{label}_policy")
-    samples, report = encode_stream(for_policy(transcripts, policy), masker, policy, config.max_length, f"held-out {label}", config.truncation,
-                                    config.split_turns, config.lost_context)
+    samples, report = encode_stream(
+        for_policy(transcripts, policy),
+        masker,
+        policy,
+        config.max_length,
+        f"held-out {label}",
+        config.truncation,
+        config.split_turns,
+        config.lost_context,
+    )
     if report.dropped or report.counts["targets_cut"] or report.counts["lost_context"]:
         warn(f"held-out {label}: {report}")
     samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
     for start in dealt(student, range(0, len(samples), batch_size)):
-        rows = pad_rows(samples[start:start + batch_size], masker.tokenizer.pad_token_id)
+        rows = pad_rows(samples[start : start + batch_size], masker.tokenizer.pad_token_id)
         yield {name: tensor.to(student.device) for name, tensor in rows.items()}
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #e2c0130e
 @torch.no_grad()
-def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
-                      teacher: nn.Module | None = None, batch_size: int = 16) -> dict[str, float]:
+def benign_divergence(
+    student: PeftModel,
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    config: CircuitBreakerConfig,
+    teacher: nn.Module | None = None,
+    batch_size: int = 16,
+) -> dict[str, float]:
     """`{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions where
     both prefer the same token, over the targets of `config.benign_policy`, from float32 logits of a few
     positions at a time."""
@@ -62,16 +83,30 @@ def benign_divergence(student: PeftModel, masker: ChatMasker, transcripts: list[
     sums = []
     for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size):
         sides = both_passes(student, teacher, rows, config, head.norm, final=True)
-        for ours, theirs in zip(*(last.flatten(0, 1)[rows["predicting_index"]].split(size) for _, last in sides)):
+        for ours, theirs in zip(
+            *(last.flatten(0, 1)[rows["predicting_index"]].split(size) for _, last in sides)
+        ):
             ours, theirs = head.logits(ours), of_teacher(theirs)
-            sums.append((token_kl(ours, theirs).double().sum().item(), (ours.argmax(-1) == theirs.argmax(-1)).sum().item(), len(ours)))
+            sums.append(
+                (
+                    token_kl(ours, theirs).double().sum().item(),
+                    (ours.argmax(-1) == theirs.argmax(-1)).sum().item(),
+                    len(ours),
+                )
+            )
     kl, agree, n = map(sum, zip(*collected(student, sums)))
     return {"kl": kl / n, "top1": agree / n}
 
 
 @torch.no_grad()
-def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
-                   teacher: nn.Module | None = None, batch_size: int = 16) -> float:
+def harmful_cosine(
+    student: PeftModel,
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    config: CircuitBreakerConfig,
+    teacher: nn.Module | None = None,
+    batch_size: int = 16,
+) -> float:
     """Mean cosine of student and teacher hidden states over the target layers and the targets of
     `config.harmful_policy`: 1 untouched, below 0.1 rerouted."""
     student.eval()
@@ -79,17 +114,20 @@ def harmful_cosine(student: PeftModel, masker: ChatMasker, transcripts: list[Tra
     for rows in heldout_batches(student, masker, transcripts, config, "harmful", batch_size):
         (ours, _), (theirs, _) = both_passes(student, teacher, rows, config)
         for layer in ours:
-            cosine = nn.functional.cosine_similarity(ours[layer].float(), theirs[layer].float(), dim=-1)[rows["loss_mask"]]
+            cosine = nn.functional.cosine_similarity(ours[layer].float(), theirs[layer].float(), dim=-1)[
+                rows["loss_mask"]
+            ]
             sums.append((cosine.double().sum().item(), len(cosine)))
     total, n = map(sum, zip(*collected(student, sums)))
     return total / n
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #8d76d2b9
 def benign_by_domain(transcripts: list[Transcript]) -> dict[str, list[Transcript]]:
-    "The benign ones of `transcripts` by `meta[\"domain\"]`, `in_domain` where none is given."
+    'The benign ones of `transcripts` by `meta["domain"]`, `in_domain` where none is given.'
     domains = defaultdict(list)
     for t in transcripts:
-        if t.label == "benign": domains[t.meta.get("domain", "in_domain")].append(t)
+        if t.label == "benign":
+            domains[t.meta.get("domain", "in_domain")].append(t)
     return domains
 
 
@@ -97,30 +135,57 @@ def how_answered(model: nn.Module, masker: ChatMasker, reader: AnswerReader, dec
     """What a result records of its answers: the `decoding`, with the dtype of the logits; the tokens that
     end a turn of the chat `template`, at which answers end; and those at which the `model`'s own settings
     would end them."""
-    causal_lm, names = model.get_base_model() if isinstance(model, PeftModel) else model, masker.tokenizer.convert_ids_to_tokens
-    with wide_logits(causal_lm) as logits: pass
-    return {"decoding": asdict(decoding) | {"logits": logits},
-            "ends": {"template": [" ".join(names(list(end))) for end in reader.ends],
-                     "model": names(sorted(stop_tokens(causal_lm, masker.tokenizer)))}}
+    causal_lm, names = (
+        model.get_base_model() if isinstance(model, PeftModel) else model,
+        masker.tokenizer.convert_ids_to_tokens,
+    )
+    with wide_logits(causal_lm) as logits:
+        pass
+    return {
+        "decoding": asdict(decoding) | {"logits": logits},
+        "ends": {
+            "template": [" ".join(names(list(end))) for end in reader.ends],
+            "model": names(sorted(stop_tokens(causal_lm, masker.tokenizer))),
+        },
+    }
 
 
-def question_figures(model: nn.Module, masker: ChatMasker, transcripts: list[Transcript], decoding: Decoding = Decoding(),
-                     reader: AnswerReader | None = None, folder=None, stage: str = "") -> dict:
-    """The figures that come from answers: `cbnb.evaluate.answers.answer_figures`, `how_answered`, and `not_asked`
-    (`cbnb.evaluate.scores.without_question`). Attacks are asked twice, the second time with the obeying answer
-    begun. Arguments as in `evaluate`."""
+def question_figures(
+    model: nn.Module,
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    decoding: Decoding = Decoding(),
+    reader: AnswerReader | None = None,
+    folder=None,
+    stage: str = "",
+) -> dict:
+    """The figures that come from answers: `cbnb.evaluate.answers.answer_figures`, `how_answered`, and
+    `not_asked` (`cbnb.evaluate.scores.without_question`). Attacks are asked twice, the second time with the
+    obeying answer begun. Arguments as in `evaluate`."""
     reader = derive_reader(masker) if reader is None else reader
     check_readable(reader, transcripts)
     asked = [question for t in transcripts for question in questions(t)]
     attacks = [t for t in asked if t.label == "harmful" and is_attack(t)]
     lines = answer_questions(model, masker, reader, asked, decoding, folder=folder, stage=stage)
     lines += answer_questions(model, masker, reader, attacks, decoding, True, folder, stage)
-    return answer_figures(lines) | {"not_asked": without_question(transcripts)} | how_answered(model, masker, reader, decoding)
+    return (
+        answer_figures(lines)
+        | {"not_asked": without_question(transcripts)}
+        | how_answered(model, masker, reader, decoding)
+    )
 
 
-def evaluate(student: PeftModel, masker: ChatMasker, transcripts: list[Transcript], config: CircuitBreakerConfig,
-             teacher: nn.Module | None = None, decoding: Decoding = Decoding(), reader: AnswerReader | None = None, folder=None,
-             stage: str = "") -> dict:
+def evaluate(
+    student: PeftModel,
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    config: CircuitBreakerConfig,
+    teacher: nn.Module | None = None,
+    decoding: Decoding = Decoding(),
+    reader: AnswerReader | None = None,
+    folder=None,
+    stage: str = "",
+) -> dict:
     """Every figure of a run's result for the student as it is now (untrained, it is the `before`).
 
     Keys: those of `question_figures`; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain`
@@ -131,7 +196,15 @@ def evaluate(student: PeftModel, masker: ChatMasker, transcripts: list[Transcrip
     ValueError for held-out transcripts of which none has a target, or that need calls which cannot be read
     (`check_readable`)."""
     result = question_figures(student, masker, transcripts, decoding, reader, folder, stage)
-    divergence = {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in benign_by_domain(transcripts).items()}
+    divergence = {
+        d: benign_divergence(student, masker, ts, config, teacher, config.batch_size)
+        for d, ts in benign_by_domain(transcripts).items()
+    }
     harmful = [t for t in transcripts if t.label == "harmful"]
-    return result | {"heldout_kl": {d: v["kl"] for d, v in divergence.items()}, "heldout_top1": {d: v["top1"] for d, v in divergence.items()},
-                     "harmful_cosine": harmful_cosine(student, masker, harmful, config, teacher, config.batch_size) if harmful else None}
+    return result | {
+        "heldout_kl": {d: v["kl"] for d, v in divergence.items()},
+        "heldout_top1": {d: v["top1"] for d, v in divergence.items()},
+        "harmful_cosine": harmful_cosine(student, masker, harmful, config, teacher, config.batch_size)
+        if harmful
+        else None,
+    }

@@ -13,8 +13,34 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .call_layout import ANY_KEY, ANY_NAME, NAMES, PAIR, QUESTION, SIGN, TEXT, Envelope, Frame, Layout, Pairs, Underivable
-from .call_layout import as_object, derive_layout, is_control, json_at, literal_at, nested_paths, pattern, probe_turns, saying, spell, thought_tags, tool, unescape, unwrap
+from cbnb.evaluate.call_layout import (
+    ANY_KEY,
+    ANY_NAME,
+    NAMES,
+    PAIR,
+    QUESTION,
+    SIGN,
+    TEXT,
+    Envelope,
+    Frame,
+    Layout,
+    Pairs,
+    Underivable,
+    as_object,
+    derive_layout,
+    is_control,
+    json_at,
+    literal_at,
+    nested_paths,
+    pattern,
+    probe_turns,
+    saying,
+    spell,
+    thought_tags,
+    tool,
+    unescape,
+    unwrap,
+)
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 
@@ -28,9 +54,11 @@ __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 
 # %% ../../nbs/evaluate/03_reader.ipynb #429558f8
 @dataclass(frozen=True)
 class Answer:
-    """What was read. `calls`: `[{"name": str, "arguments": dict}]`, in the template's form with its markers. `ended`: the template's end of turn was
-    generated. `loose`: what looks like a call and is not in that form. `markers`: True where calls are, False where all are loose, None where there are
-    none at all. `problem`: why the template would not write this answer; empty if it would."""
+    """What was read. `calls`: `[{"name": str, "arguments": dict}]`, in the template's form with its markers.
+    `ended`: the template's end of turn was generated. `loose`: what looks like a call and is not in that
+    form. `markers`: True where calls are, False where all are loose, None where there are none at all.
+    `problem`: why the template would not write this answer; empty if it would."""
+
     reasoning: str = ""
     text: str = ""
     calls: list = field(default_factory=list)
@@ -41,7 +69,8 @@ class Answer:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #bcab0b77
 def declared_types(tools, name: str) -> dict:
-    "`{argument: its JSON type}` that the schema of the tool `name` declares; empty for a tool that is not among `tools`."
+    """`{argument: its JSON type}` that the schema of the tool `name` declares; empty for a tool that is not
+    among `tools`."""
     for one in tools or ():
         function = one.get("function", one) if isinstance(one, dict) else {}
         if isinstance(function, dict) and function.get("name") == name:
@@ -58,37 +87,46 @@ def only_text(kind) -> bool:
 def value_of(text: str):
     "What `text` is as JSON, or as Python writes a value; the text itself where it is neither."
     for read in (json.loads, ast.literal_eval):
-        try: return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError): continue
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
     return text
 
 
 def clean(value):
     "A JSON value without `SIGN`."
-    if isinstance(value, str): return value.replace(SIGN, "")
-    if isinstance(value, dict): return {clean(key): clean(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return value.replace(SIGN, "")
+    if isinstance(value, dict):
+        return {clean(key): clean(item) for key, item in value.items()}
     return [clean(item) for item in value] if isinstance(value, list) else value
 
 # %% ../../nbs/evaluate/03_reader.ipynb #9614e08d
 def nested_at(text: str, i: int, nested):
-    "`(value, end)` of the value at character `i` of `text` in a notation `cbnb.evaluate.call_layout.Nested`; None where there is none."
+    """`(value, end)` of the value at character `i` of `text` in a notation
+    `cbnb.evaluate.call_layout.Nested`; None where there is none."""
     (quote, close), array, obj = nested
     if text.startswith(quote, i):
         end = text.find(close, i + len(quote))
-        return (text[i + len(quote):end], end + len(close)) if end >= 0 else None
+        return (text[i + len(quote) : end], end + len(close)) if end >= 0 else None
     for opening, between, closing, inside in ((*array, None), (obj[0], *obj[2:], obj[1])):
-        if not text.startswith(opening, i): continue
+        if not text.startswith(opening, i):
+            continue
         items, i = [], i + len(opening)
         while not text.startswith(closing, i):
             if items:
-                if not text.startswith(between, i): return None
+                if not text.startswith(between, i):
+                    return None
                 i += len(between)
             key = None
             if inside:
                 key, found, _ = text[i:].partition(inside)
-                if not found: return None
+                if not found:
+                    return None
                 i += len(key) + len(inside)
-            if (value := nested_at(text, i, nested)) is None: return None
+            if (value := nested_at(text, i, nested)) is None:
+                return None
             items.append((key, value[0]))
             i = value[1]
         return (dict(items) if inside else [item for _, item in items]), i + len(closing)
@@ -100,68 +138,101 @@ CDATA = re.compile(r"<!\[CDATA\[(.*)\]\]>", re.S)  # of XML: text that is not ma
 
 class PairReader:
     "Reads calls whose arguments stand one by one (`cbnb.evaluate.call_layout.Pairs`)."
+
     def __init__(self, layout: Layout):
         p = self.pairs = layout.held
         equals = "|".join(expression for expression, _ in p.equals)
         self.equals = [(re.compile(expression), types) for expression, types in p.equals]
         self.key = re.compile(f"(?P<key>{ANY_KEY})(?={equals})")
         self.first, ends = re.compile(p.first), [f"(?P<next>{p.next})(?={ANY_KEY}(?:{equals}))"]
-        self.none, self.none_join = (expression and re.compile(expression) for expression in (p.none, p.none_join))
+        self.none, self.none_join = (
+            expression and re.compile(expression) for expression in (p.none, p.none_join)
+        )
         name = f"(?={ANY_NAME}(?:{'|'.join(filter(None, (p.first, p.none_join, p.none)))}))"
-        if layout.join is not None: ends.append(f"(?P<join>{layout.join}){name}")
+        if layout.join is not None:
+            ends.append(f"(?P<join>{layout.join}){name}")
         self.ends = re.compile("|".join([*ends, f"(?P<tail>{layout.tail})"]))
-        follows = [f"{p.first}(?={ANY_KEY}(?:{equals}))", *filter(None, (p.none_join and p.none_join + name, p.none))]
+        follows = [
+            f"{p.first}(?={ANY_KEY}(?:{equals}))",
+            *filter(None, (p.none_join and p.none_join + name, p.none)),
+        ]
         self.name = re.compile(f"(?P<name>{ANY_NAME})(?={'|'.join(follows)})")
 
     def call_at(self, text: str, i: int, tools):
-        "`(call, end, whether another one follows)` of the call whose name stands at character `i`; None where there is none."
-        if not (m := self.name.match(text, i)): return None
+        """`(call, end, whether another one follows)` of the call whose name stands at character `i`; None
+        where there is none."""
+        if not (m := self.name.match(text, i)):
+            return None
         call, i = {"name": m["name"], "arguments": {}}, m.end()
         types = declared_types(tools, clean(m["name"]))
         first = self.first.match(text, i)
         if not first or not self.key.match(text, first.end()):
             for expression, more in ((self.none_join, True), (self.none, False)):
-                if expression and (m := expression.match(text, i)): return call, m.end(), more
+                if expression and (m := expression.match(text, i)):
+                    return call, m.end(), more
             return None
         i = first.end()
-        while (key := self.key.match(text, i)) and (found := self.value_at(text, key.end(), types.get(key["key"]))):
+        while (key := self.key.match(text, i)) and (
+            found := self.value_at(text, key.end(), types.get(key["key"]))
+        ):
             call["arguments"][key["key"]], end = found
             i = end.end()
-            if not end["next"]: return call, i, end.lastgroup == "join"
+            if not end["next"]:
+                return call, i, end.lastgroup == "join"
         return None
 
     def value_at(self, text: str, i: int, kind):
-        "`(value, match of what stands behind it)` from what stands between key and value on; `kind`: its declared type, or None."
+        """`(value, match of what stands behind it)` from what stands between key and value on; `kind`: its
+        declared type, or None."""
         for equals, types in self.equals:
-            if not (m := equals.match(text, i)): continue
+            if not (m := equals.match(text, i)):
+                continue
             start = m.end()
             if self.pairs.quote[0]:
-                if "string" in types and text.startswith(self.pairs.quote[0], start): return self.quoted_at(text, start)
-                found = nested_at(text, start, self.pairs.nested) if self.pairs.nested else json_at(text, start) or literal_at(text, start)
-            else: found = None if types == {"string"} or only_text(kind) else json_at(text, start) or literal_at(text, start)
-            if found and not isinstance(found[0], str) and (end := self.ends.match(text, found[1])): return found[0], end
-            if (end := self.ends.search(text, start)) is None: return None
-            raw = text[start:end.start()]
-            if m := CDATA.fullmatch(raw): return m[1], end
-            if (raw := unescape(raw, self.pairs.escape)) is None: return None
-            if isinstance(kind, list) and "null" in kind and raw in ("null", "None"): return None, end
+                if "string" in types and text.startswith(self.pairs.quote[0], start):
+                    return self.quoted_at(text, start)
+                found = (
+                    nested_at(text, start, self.pairs.nested)
+                    if self.pairs.nested
+                    else json_at(text, start) or literal_at(text, start)
+                )
+            else:
+                found = (
+                    None
+                    if types == {"string"} or only_text(kind)
+                    else json_at(text, start) or literal_at(text, start)
+                )
+            if found and not isinstance(found[0], str) and (end := self.ends.match(text, found[1])):
+                return found[0], end
+            if (end := self.ends.search(text, start)) is None:
+                return None
+            raw = text[start : end.start()]
+            if m := CDATA.fullmatch(raw):
+                return m[1], end
+            if (raw := unescape(raw, self.pairs.escape)) is None:
+                return None
+            if isinstance(kind, list) and "null" in kind and raw in ("null", "None"):
+                return None, end
             value = raw if only_text(kind) or types == {"string"} else value_of(raw)
             return None if self.pairs.quote[0] and isinstance(value, str) else (value, end)
         return None
 
     def quoted_at(self, text: str, start: int):
-        "As `value_at`, for a string in quotes from character `start` on: up to the first quote behind which the format goes on."
+        """As `value_at`, for a string in quotes from character `start` on: up to the first quote behind which
+        the format goes on."""
         opening, closing = self.pairs.quote
         at = start + len(opening)
         while (at := text.find(closing, at)) >= 0:
-            value = unescape(text[start + len(opening):at], self.pairs.escape, opening)
-            if value is not None and (end := self.ends.match(text, at + len(closing))): return value, end
+            value = unescape(text[start + len(opening) : at], self.pairs.escape, opening)
+            if value is not None and (end := self.ends.match(text, at + len(closing))):
+                return value, end
             at += 1
         return None
 
 # %% ../../nbs/evaluate/03_reader.ipynb #d45f8494
 class CallReader:
     "Reads the calls of a `Layout`."
+
     def __init__(self, layout: Layout):
         self.layout, self.open, self.tail = layout, re.compile(layout.open), re.compile(layout.tail)
         self.join = None if layout.join is None else re.compile(layout.join)
@@ -170,14 +241,18 @@ class CallReader:
         self.name = re.compile(f"(?P<name>{ANY_NAME}){layout.mid}")
 
     def call_at(self, text: str, i: int, tools):
-        "`(call, end, whether another one follows)`, as `PairReader.call_at`; the last is None where what stands behind the call has not been read."
-        if self.pairs: return self.pairs.call_at(text, i, tools)
+        """`(call, end, whether another one follows)`, as `PairReader.call_at`; the last is None where what
+        stands behind the call has not been read."""
+        if self.pairs:
+            return self.pairs.call_at(text, i, tools)
         if self.wrapped:
             value, end = json_at(text, i) or (None, i)
             call = unwrap(self.layout.held, value)
         else:
             m = self.name.match(text, i)
-            value, end = m and (json_at if self.layout.held == "json" else literal_at)(text, m.end()) or (None, i)
+            value, end = (
+                m and (json_at if self.layout.held == "json" else literal_at)(text, m.end()) or (None, i)
+            )
             call = None if (value := as_object(value)) is None else {"name": m["name"], "arguments": value}
         return call and (call, end, None)
 
@@ -188,17 +263,21 @@ class CallReader:
         return (calls, end) if calls and None not in calls and (self.join or len(calls) == 1) else None
 
     def calls_at(self, text: str, i: int, tools):
-        "`(calls, end)` of the calls that begin at character `i`, behind what opens them, with what closes them; None where there are none."
+        """`(calls, end)` of the calls that begin at character `i`, behind what opens them, with what closes
+        them; None where there are none."""
         if self.wrapped and self.layout.held.listed:
-            if (found := self.list_at(text, i)) is None: return None
+            if (found := self.list_at(text, i)) is None:
+                return None
             calls, i = found
         else:
             calls, more = [], True
             while more:
-                if (found := self.call_at(text, i, tools)) is None: return None
+                if (found := self.call_at(text, i, tools)) is None:
+                    return None
                 call, i, more = found
                 calls.append(call)
-                if more is False: return calls, i
+                if more is False:
+                    return calls, i
                 if more is None:
                     m = self.join and self.join.match(text, i)
                     more = bool(m and self.call_at(text, m.end(), tools))
@@ -207,31 +286,44 @@ class CallReader:
         return (calls, end.end()) if end else None
 
     def next_calls(self, text: str, i: int, tools):
-        """`(start, calls, end)` of the next calls of `text` from character `i` on; None where there are none. Without a marker, calls are the whole rest of
-        an answer, or they are words."""
-        for m in self.open.finditer(text, i) if self.layout.marked else filter(None, [self.open.match(text, i)]):
+        """`(start, calls, end)` of the next calls of `text` from character `i` on; None where there are none.
+        Without a marker, calls are the whole rest of an answer, or they are words."""
+        for m in (
+            self.open.finditer(text, i) if self.layout.marked else filter(None, [self.open.match(text, i)])
+        ):
             found = self.calls_at(text, m.end(), tools)
-            if found and (self.layout.marked or not text[found[1]:].strip()): return m.start(), *found
+            if found and (self.layout.marked or not text[found[1] :].strip()):
+                return m.start(), *found
         return None
 
 # %% ../../nbs/evaluate/03_reader.ipynb #312b73f1
-HARMONY = re.compile(rf"{SIGN}<\|channel\|>(\w+)\s+to=(\S+?)\s*(?:{SIGN}<\|constrain\|>)?(\w*)\s*(?={SIGN}<\|message\|>)")
+HARMONY = re.compile(
+    rf"{SIGN}<\|channel\|>(\w+)\s+to=(\S+?)\s*(?:{SIGN}<\|constrain\|>)?(\w*)\s*(?={SIGN}<\|message\|>)"
+)
 
 
 def recipient_first(text: str) -> str:
-    """Answers of gpt-oss with the recipient of a call where its chat template writes it, before the channel: its models write it behind the channel, and
-    the harmony format allows both (openai-harmony, "Tool calls")."""
+    """Answers of gpt-oss with the recipient of a call where its chat template writes it, before the channel:
+    its models write it behind the channel, and the harmony format allows both (openai-harmony, "Tool calls").
+    """
     return HARMONY.sub(lambda m: f" to={m[2]}{SIGN}<|channel|>{m[1]} {m[3] or 'json'}", text)
 
 # %% ../../nbs/evaluate/03_reader.ipynb #c3316e4e
 def split_thought(text: str, frame: Frame) -> tuple[str, int | None]:
-    "`(reasoning, where it ends)` at the beginning of `text`; the end is 0 without reasoning, None where reasoning does not end."
+    """`(reasoning, where it ends)` at the beginning of `text`; the end is 0 without reasoning, None where
+    reasoning does not end."""
     for opening, closing in thought_tags(frame.thought):
-        opens, closes = (re.compile(r"\s*" + pattern(tag.strip()) + tail) for tag, tail in ((opening, ""), (closing, r"\s*")))
-        if m := closes.match(text): return "", m.end()
-        if not (m := opens.match(text)) or not (frame.thought or opening.strip()): continue
-        if end := closes.search(text, m.end()): return text[m.end():end.start()].strip(), end.end()
-        return text[m.end():].strip(), None
+        opens, closes = (
+            re.compile(r"\s*" + pattern(tag.strip()) + tail)
+            for tag, tail in ((opening, ""), (closing, r"\s*"))
+        )
+        if m := closes.match(text):
+            return "", m.end()
+        if not (m := opens.match(text)) or not (frame.thought or opening.strip()):
+            continue
+        if end := closes.search(text, m.end()):
+            return text[m.end() : end.start()].strip(), end.end()
+        return text[m.end() :].strip(), None
     return "", 0
 
 
@@ -239,89 +331,161 @@ def strip_frame(text: str, frame: Frame) -> str:
     "`text` without the literals that a template writes before and behind it."
     text = text.strip()
     heads = (re.match(pattern(literal.strip()), text) for literal in frame.before)
-    if m := next(filter(None, heads), None): text = text[m.end():]
+    if m := next(filter(None, heads), None):
+        text = text[m.end() :]
     tails = (re.search(pattern(literal.strip()) + r"\s*\Z", text) for literal in frame.after)
-    if m := next(filter(None, tails), None): text = text[:m.start()]
+    if m := next(filter(None, tails), None):
+        text = text[: m.start()]
     return text.strip()
 
 # %% ../../nbs/evaluate/03_reader.ipynb #329d3e25
-LOOSE_NAME, LOOSE_ARGUMENTS = ("name", "tool_name", "tool", "function"), ("arguments", "parameters", "args", "input")
+LOOSE_NAME, LOOSE_ARGUMENTS = (
+    ("name", "tool_name", "tool", "function"),
+    ("arguments", "parameters", "args", "input"),
+)
 
 
 def loose_calls(text: str) -> list[dict]:
-    """What looks like calls in `text`: JSON objects with a name and arguments under any usual key, whatever stands around them. A guess, for what an
-    answer would have done with its markers; never for what it did."""
+    """What looks like calls in `text`: JSON objects with a name and arguments under any usual key, whatever
+    stands around them. A guess, for what an answer would have done with its markers; never for what it did.
+    """
     found, i = [], text.find("{")
     while i >= 0:
         value, end = json_at(text, i) or (None, i + 1)
-        name = next((value[k] for k in LOOSE_NAME if isinstance(value, dict) and isinstance(value.get(k), str)), None)
-        arguments = next((a for k in LOOSE_ARGUMENTS if isinstance(value, dict) and (a := as_object(value.get(k))) is not None), None)
-        if name is None or arguments is None: end = i + 1  # one may be nested in it
-        else: found.append({"name": name, "arguments": arguments})
+        name = next(
+            (value[k] for k in LOOSE_NAME if isinstance(value, dict) and isinstance(value.get(k), str)), None
+        )
+        arguments = next(
+            (
+                a
+                for k in LOOSE_ARGUMENTS
+                if isinstance(value, dict) and (a := as_object(value.get(k))) is not None
+            ),
+            None,
+        )
+        if name is None or arguments is None:
+            end = i + 1  # one may be nested in it
+        else:
+            found.append({"name": name, "arguments": arguments})
         i = text.find("{", end)
     return found
 
 
 def unmarked_calls(text: str, calls: CallReader | None, tools) -> list[dict]:
-    "`loose_calls`, and calls of `tools` in the format of `calls` whose opening marker, or whose signs, are missing."
+    """`loose_calls`, and calls of `tools` in the format of `calls` whose opening marker, or whose signs, are
+    missing."""
     found = loose_calls(text)
-    if calls is None or calls.wrapped: return found
-    plain = Layout(*(part.replace(SIGN, "") if isinstance(part, str) else part for part in vars(calls.layout).values()))
+    if calls is None or calls.wrapped:
+        return found
+    plain = Layout(
+        *(part.replace(SIGN, "") if isinstance(part, str) else part for part in vars(calls.layout).values())
+    )
     names = [t.get("function", t).get("name") for t in tools or () if isinstance(t, dict)]
     for reader, said in ((calls, text), (CallReader(plain), text.replace(SIGN, ""))):
-        places = (m.start() for name in names if name for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", said))
+        places = (
+            m.start() for name in names if name for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", said)
+        )
         more = [call[0] for i in places if (call := reader.call_at(said, i, tools))]
-        if more: return found + more
+        if more:
+            return found + more
     return found
 
 # %% ../../nbs/evaluate/03_reader.ipynb #0fb6fe24
 def parse_response(masker: ChatMasker, text: str, prefix: str, tools, ended: bool) -> Answer:
-    """The `Answer` that the tokenizer's own response template (`tokenizer.parse_response` of transformers) finds in a signed `text` after the prompt
-    `prefix`. Control tokens that ordinary tokens spell are broken up before, so that they count for nothing."""
+    """The `Answer` that the tokenizer's own response template (`tokenizer.parse_response` of transformers)
+    finds in a signed `text` after the prompt `prefix`. Control tokens that ordinary tokens spell are broken
+    up before, so that they count for nothing."""
     signed = re.compile(f"{SIGN}?(?:{masker.control.pattern})") if masker.control else None
-    text = signed.sub(lambda m: m[0][1:] if m[0][0] == SIGN else m[0][0] + SIGN + m[0][1:], text) if signed else text
-    try: message = masker.tokenizer.parse_response(text, prefix=prefix, tools=tools)
+    text = (
+        signed.sub(lambda m: m[0][1:] if m[0][0] == SIGN else m[0][0] + SIGN + m[0][1:], text)
+        if signed
+        else text
+    )
+    try:
+        message = masker.tokenizer.parse_response(text, prefix=prefix, tools=tools)
     except Exception as e:  # whatever a foreign pattern raises
-        return Answer(text=clean(text), ended=ended, problem=f"the tokenizer's response template does not parse it ({type(e).__name__}: {e})")
+        return Answer(
+            text=clean(text),
+            ended=ended,
+            problem=f"the tokenizer's response template does not parse it ({type(e).__name__}: {e})",
+        )
     found = message.get("tool_calls") or []
     found = dict(enumerate(found if isinstance(found, list) else [found]))
     parts = {path: value for path, value in nested_paths(found) if len(path) == 3 and path[1] == "function"}
-    calls = [{"name": parts.get((n, "function", "name")), "arguments": as_object(parts.get((n, "function", "arguments")))} for n in found]
-    if not all(isinstance(c["name"], str) and c["arguments"] is not None for c in calls): calls = []
+    calls = [
+        {
+            "name": parts.get((n, "function", "name")),
+            "arguments": as_object(parts.get((n, "function", "arguments"))),
+        }
+        for n in found
+    ]
+    if not all(isinstance(c["name"], str) and c["arguments"] is not None for c in calls):
+        calls = []
     thought = message.get("reasoning_content") or message.get("thinking") or ""
     loose = [] if calls else clean(loose_calls(text))
-    return Answer(clean(thought).strip(), clean(message.get("content") or "").strip(), clean(calls), ended, True if calls else False if loose else None, loose)
+    return Answer(
+        clean(thought).strip(),
+        clean(message.get("content") or "").strip(),
+        clean(calls),
+        ended,
+        True if calls else False if loose else None,
+        loose,
+    )
 
 # %% ../../nbs/evaluate/03_reader.ipynb #0a18d29e
 class AnswerReader:
-    """Reads answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a turn, `inner`: those that do so only where nothing
-    follows; `cannot`: why calls cannot be read, empty if they can; `gaps`: whether answers may be asked for
-    with another text than they are trained after (`check_prompts`); `prefix`: a prompt, where the tokenizer's response template reads. Made by `derive_reader`."""
-    def __init__(self, masker: ChatMasker, layout: Layout | None, frame: Frame, ends: tuple, inner: tuple = ()):
-        self.masker, self.frame, self.ends, self.inner, self.cannot, self.gaps, self.prefix = masker, frame, ends, inner, "", False, None
+    """Reads answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a
+    turn, `inner`: those that do so only where nothing follows; `cannot`: why calls cannot be read, empty if
+    they can; `gaps`: whether answers may be asked for with another text than they are trained after
+    (`check_prompts`); `prefix`: a prompt, where the tokenizer's response template reads. Made by
+    `derive_reader`."""
+
+    def __init__(
+        self, masker: ChatMasker, layout: Layout | None, frame: Frame, ends: tuple, inner: tuple = ()
+    ):
+        self.masker, self.frame, self.ends, self.inner, self.cannot, self.gaps, self.prefix = (
+            masker,
+            frame,
+            ends,
+            inner,
+            "",
+            False,
+            None,
+        )
         self.calls = CallReader(layout) if layout else None
         self.harmony = bool(layout) and "<\\|channel\\|>" in layout.mid and "to=" in layout.open
 
     def body_ids(self, ids) -> tuple[np.ndarray, bool]:
         "`(token ids before the first end of turn, whether there is one)` of generated `ids` [n]."
         ids = np.asarray(ids, np.int64).reshape(-1)
-        places = [i for end in self.ends for i in np.flatnonzero(ids[:len(ids) - len(end) + 1] == end[0]) if tuple(ids[i:i + len(end)]) == end]
-        if places: return ids[:min(places)], True
-        last = max((len(end) for end in self.inner if tuple(ids[-len(end):]) == end), default=0)
-        return ids[:len(ids) - last], last > 0
+        places = [
+            i
+            for end in self.ends
+            for i in np.flatnonzero(ids[: len(ids) - len(end) + 1] == end[0])
+            if tuple(ids[i : i + len(end)]) == end
+        ]
+        if places:
+            return ids[: min(places)], True
+        last = max((len(end) for end in self.inner if tuple(ids[-len(end) :]) == end), default=0)
+        return ids[: len(ids) - last], last > 0
 
     def read(self, ids, tools=None) -> Answer:
-        """The `Answer` in the token ids [n] that were generated after `masker.prompt_ids(…, tools)`. What follows an end of turn is not read. `tools`: the
-        schemas on offer, which tell the types of arguments that a template writes without."""
+        """The `Answer` in the token ids [n] that were generated after `masker.prompt_ids(…, tools)`. What
+        follows an end of turn is not read. `tools`: the schemas on offer, which tell the types of arguments
+        that a template writes without."""
         ids, ended = self.body_ids(ids)
         return self.read_text(self.frame.given + spell(self.masker, ids), tools, ended)
 
     def read_text(self, text: str, tools=None, ended: bool = False) -> Answer:
-        "As `read`, of a signed text (`cbnb.evaluate.call_layout.spell`) that begins with what the generation prompt has written of the answer."
-        if self.prefix is not None: return parse_response(self.masker, text, self.prefix, tools, ended)
-        if self.harmony: text = recipient_first(text)
+        """As `read`, of a signed text (`cbnb.evaluate.call_layout.spell`) that begins with what the
+        generation prompt has written of the answer."""
+        if self.prefix is not None:
+            return parse_response(self.masker, text, self.prefix, tools, ended)
+        if self.harmony:
+            text = recipient_first(text)
         reasoning, i = split_thought(text, self.frame)
-        if i is None: return Answer(clean(reasoning), ended=ended, problem="its reasoning does not end")
+        if i is None:
+            return Answer(clean(reasoning), ended=ended, problem="its reasoning does not end")
         calls, said = [], []
         while self.calls and (found := self.calls.next_calls(text, i, tools)):
             start, more, end = found
@@ -330,25 +494,45 @@ class AnswerReader:
             i = end
         said.append(text[i:])
         texts = [strip_frame(part, self.frame) for part in said]
-        problems = [f"text stands {where} its calls" for where, odd in (("between", texts[1:-1]), ("behind", texts[1:][-1:])) if any(odd)]
-        if self.frame.behind: problems = []
+        problems = [
+            f"text stands {where} its calls"
+            for where, odd in (("between", texts[1:-1]), ("behind", texts[1:][-1:]))
+            if any(odd)
+        ]
+        if self.frame.behind:
+            problems = []
         loose = [] if calls else clean(unmarked_calls(text[i:], self.calls, tools))
-        if loose and self.calls: problems.append("a call stands in it without its markers")
+        if loose and self.calls:
+            problems.append("a call stands in it without its markers")
         markers = True if calls else False if loose and self.calls else None
         words = [unescape(part, self.frame.escape) for part in texts]
-        if None in words: problems.append("its text is not escaped as the template does it")
+        if None in words:
+            problems.append("its text is not escaped as the template does it")
         words = "\n".join(said or raw for said, raw in zip(words, texts) if said or raw)
-        return Answer(clean(reasoning), clean(words), clean(calls), ended, markers, loose, "; ".join(problems))
+        return Answer(
+            clean(reasoning), clean(words), clean(calls), ended, markers, loose, "; ".join(problems)
+        )
 
     def same(self, call: dict, other: dict, tools=None) -> bool:
-        "Whether two calls are one to the template: equal, or written alike (`5` and `\"5\"`, where no schema of `tools` tells them apart)."
-        if call == other: return True
-        if call["name"] != other["name"] or call["arguments"].keys() != other["arguments"].keys(): return False
+        """Whether two calls are one to the template: equal, or written alike (`5` and `"5"`, where no schema
+        of `tools` tells them apart)."""
+        if call == other:
+            return True
+        if call["name"] != other["name"] or call["arguments"].keys() != other["arguments"].keys():
+            return False
         types = declared_types(tools, call["name"])
-        differing = [k for k, v in call["arguments"].items() if v != other["arguments"][k] and not isinstance(v, str) & isinstance(other["arguments"][k], str)]
-        if any(isinstance(types.get(k), str) for k in differing): return False  # a list of types tells nothing apart
-        try: one, two = (self.masker.encode([*QUESTION, called(c)], tools=tools).text for c in (call, other))
-        except MaskError: return False
+        differing = [
+            k
+            for k, v in call["arguments"].items()
+            if v != other["arguments"][k] and not isinstance(v, str) & isinstance(other["arguments"][k], str)
+        ]
+        # a list of types tells nothing apart
+        if any(isinstance(types.get(k), str) for k in differing):
+            return False
+        try:
+            one, two = (self.masker.encode([*QUESTION, called(c)], tools=tools).text for c in (call, other))
+        except MaskError:
+            return False
         return one == two
 
 
@@ -359,139 +543,248 @@ def called(call: dict) -> dict:
     return message
 
 # %% ../../nbs/evaluate/03_reader.ipynb #2673ea5a
-CONVERSATION = [{"role": "system", "content": "zqsystem"}, {"role": "user", "content": "zqfirst"},
-                {"role": "assistant", "content": "zqanswer"}, *QUESTION, saying(content=TEXT)]
+CONVERSATION = [
+    {"role": "system", "content": "zqsystem"},
+    {"role": "user", "content": "zqfirst"},
+    {"role": "assistant", "content": "zqanswer"},
+    *QUESTION,
+    saying(content=TEXT),
+]
 
 
 def prompt_gap(masker: ChatMasker, messages: list[dict], tools=None) -> str:
-    """How the prompt for the last of `messages`, an answer, differs from what stands before that answer in the
-    whole transcript, which is what training sees. Empty where the one begins the other, and where the template
-    writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
+    """How the prompt for the last of `messages`, an answer, differs from what stands before that answer in
+    the whole transcript, which is what training sees. Empty where the one begins the other, and where the
+    template writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
     encoded = masker.encode(messages, tools)
-    if not encoded.turns or encoded.turns[-1].message != len(messages) - 1: return ""
-    prompt, before = masker.prompt(messages[:-1], tools=tools), encoded.text[:encoded.turns[-1].body]
-    if prompt.startswith(before) or before.startswith(prompt): return ""
+    if not encoded.turns or encoded.turns[-1].message != len(messages) - 1:
+        return ""
+    prompt, before = masker.prompt(messages[:-1], tools=tools), encoded.text[: encoded.turns[-1].body]
+    if prompt.startswith(before) or before.startswith(prompt):
+        return ""
     at = len(os.path.commonprefix([prompt, before]))
-    return (f"the chat template asks for the last answer with another text than it writes before that answer "
-            f"({prompt[at:at + 40]!r} in place of {before[at:at + 40]!r})")
+    return (
+        f"the chat template asks for the last answer with another text than it writes before that answer "
+        f"({prompt[at : at + 40]!r} in place of {before[at : at + 40]!r})"
+    )
 
 
 def has_gaps(masker: ChatMasker) -> bool:
-    "Whether one of a few conversations has a `prompt_gap`: with a system message and without, of one question and of two."
+    """Whether one of a few conversations has a `prompt_gap`: with a system message and without, of one
+    question and of two."""
     for messages in (CONVERSATION, CONVERSATION[1:], [CONVERSATION[0], *CONVERSATION[3:]], CONVERSATION[3:]):
         try:
-            if prompt_gap(masker, messages): return True
-        except MaskError: continue  # it refuses such a conversation
+            if prompt_gap(masker, messages):
+                return True
+        except MaskError:
+            continue  # it refuses such a conversation
     return False
 
 
 def check_prompts(reader: AnswerReader, transcripts) -> None:
-    """Raises MaskError for the first of `transcripts` with a `prompt_gap` at its last assistant message: it would
-    be trained after one text and asked for with another. Looks at nothing where `reader.gaps` is False."""
+    """Raises MaskError for the first of `transcripts` with a `prompt_gap` at its last assistant message: it
+    would be trained after one text and asked for with another. Looks at nothing where `reader.gaps` is False.
+    """
     for t in transcripts if reader.gaps else ():
         answers = [i for i, m in enumerate(t.messages) if m["role"] == "assistant"]
-        gap = prompt_gap(reader.masker, t.messages[:answers[-1] + 1], t.tools) if answers else ""
-        if not gap: continue
+        gap = prompt_gap(reader.masker, t.messages[: answers[-1] + 1], t.tools) if answers else ""
+        if not gap:
+            continue
         system = t.messages[0]["role"] == "system" and "move_system" not in reader.masker.adapt
-        raise MaskError(f"transcript {t.id}: {gap}; "
-                        + "set adapt=move_system, which writes the system prompt into the first user message, or " * system
-                        + "pass another chat_template")
+        raise MaskError(
+            f"transcript {t.id}: {gap}; "
+            + "set adapt=move_system, which writes the system prompt into the first user message, or "
+            * system
+            + "pass another chat_template"
+        )
 
 # %% ../../nbs/evaluate/03_reader.ipynb #1f1a025a
-CHECK_TYPES = {"zqka": "string", "zqkb": "string", "number": "integer", "share": "number", "yes": "boolean", "items": "array", "parts": "object",
-               "digits": "string", "word": "string", "quotes": "string", "lines": "string", "markup": "string", "code": "string", "Zq_Key2": "string"}
+CHECK_TYPES = {
+    "zqka": "string",
+    "zqkb": "string",
+    "number": "integer",
+    "share": "number",
+    "yes": "boolean",
+    "items": "array",
+    "parts": "object",
+    "digits": "string",
+    "word": "string",
+    "quotes": "string",
+    "lines": "string",
+    "markup": "string",
+    "code": "string",
+    "Zq_Key2": "string",
+}
 CHECK_NAMES = ("Zq_Tool-2", "files.Zq7")
 CHECK_TOOLS = [tool(name, **CHECK_TYPES) for name in (*NAMES, *CHECK_NAMES)]
-CHECK_TEXT = "Zq said: \"A_b-C.7 <i>x</i> & y's\" \\ {\"a\": [1]}\n  two\n\nünï 漢 🎉 100 %, f(x, y=1)."
-CHECK = {"zqka": "plain text", "number": -3, "share": 2.5, "yes": False, "items": [1, "a", {"b": [True]}], "parts": {"x": {"y": "z"}, "w": 1},
-         "digits": "5", "word": "true", "quotes": "say \"hi\" \\ it's", "lines": "one\ntwo ünï 漢 🎉", "markup": "<b>Bold</b> & more &amp; </i>", "code": CHECK_TEXT * 8, "Zq_Key2": "An_Odd-Name.7"}
+CHECK_TEXT = 'Zq said: "A_b-C.7 <i>x</i> & y\'s" \\ {"a": [1]}\n  two\n\nünï 漢 🎉 100 %, f(x, y=1).'
+CHECK = {
+    "zqka": "plain text",
+    "number": -3,
+    "share": 2.5,
+    "yes": False,
+    "items": [1, "a", {"b": [True]}],
+    "parts": {"x": {"y": "z"}, "w": 1},
+    "digits": "5",
+    "word": "true",
+    "quotes": 'say "hi" \\ it\'s',
+    "lines": "one\ntwo ünï 漢 🎉",
+    "markup": "<b>Bold</b> & more &amp; </i>",
+    "code": CHECK_TEXT * 8,
+    "Zq_Key2": "An_Odd-Name.7",
+}
 BLANKS = {"zqka": "  Zq two", "zqkb": "Zq two \n"}
 
 
 def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list]:
-    """`(Answer, what the template drops)` of the assistant `message`, which answers a question with `CHECK_TOOLS` on offer, as the template writes it,
-    read again. Raises MaskError."""
+    """`(Answer, what the template drops)` of the assistant `message`, which answers a question with
+    `CHECK_TOOLS` on offer, as the template writes it, read again. Raises MaskError."""
     masker = reader.masker
-    encoded, prompt = masker.encode([*QUESTION, message], tools=CHECK_TOOLS), masker.prompt(QUESTION, tools=CHECK_TOOLS)
-    text = encoded.text[len(prompt) - len(reader.frame.given.replace(SIGN, "")):encoded.turns[-1].end]
+    encoded, prompt = (
+        masker.encode([*QUESTION, message], tools=CHECK_TOOLS),
+        masker.prompt(QUESTION, tools=CHECK_TOOLS),
+    )
+    text = encoded.text[len(prompt) - len(reader.frame.given.replace(SIGN, "")) : encoded.turns[-1].end]
     ids, ended = reader.body_ids(masker.texts([text])[0][0])
-    return reader.read_text(spell(masker, ids), CHECK_TOOLS, ended), [w for w in encoded.warnings if "drops" in w]
+    return reader.read_text(spell(masker, ids), CHECK_TOOLS, ended), [
+        w for w in encoded.warnings if "drops" in w
+    ]
 
 
 def difference(read, wanted) -> str:
     "Where what was `read` begins to differ from what was `wanted`, as the end of a sentence."
-    one, two = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (read, wanted))
+    one, two = (
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (read, wanted)
+    )
     at = max(len(os.path.commonprefix([one, two])) - 8, 0)
-    return f"{two[at:at + 24]!r} comes back as {one[at:at + 24]!r}"
+    return f"{two[at : at + 24]!r} comes back as {one[at : at + 24]!r}"
 
 
 def check_text(reader: AnswerReader) -> str:
     "Why text and reasoning that the template writes are not read back as they were; empty if they are."
-    for what, message in {"text": saying(content=CHECK_TEXT), "text behind reasoning": saying(content=CHECK_TEXT, thought=f"Hm. {CHECK_TEXT}")}.items():
-        try: answer, drops = read_back(reader, message)
-        except MaskError as e: return "" if "reasoning_content" in message else f"{what} is refused ({e})"
-        if drops: continue
-        if answer.text != CHECK_TEXT: return f"{what} is not read back: {difference(answer.text, CHECK_TEXT)}"
-        if answer.reasoning != message.get("reasoning_content", ""): return f"reasoning is not read back: {difference(answer.reasoning, message['reasoning_content'])}"
+    for what, message in {
+        "text": saying(content=CHECK_TEXT),
+        "text behind reasoning": saying(content=CHECK_TEXT, thought=f"Hm. {CHECK_TEXT}"),
+    }.items():
+        try:
+            answer, drops = read_back(reader, message)
+        except MaskError as e:
+            return "" if "reasoning_content" in message else f"{what} is refused ({e})"
+        if drops:
+            continue
+        if answer.text != CHECK_TEXT:
+            return f"{what} is not read back: {difference(answer.text, CHECK_TEXT)}"
+        if answer.reasoning != message.get("reasoning_content", ""):
+            return f"reasoning is not read back: {difference(answer.reasoning, message['reasoning_content'])}"
     return ""
 
 
 def check_calls(reader: AnswerReader, parallel: bool) -> str:
-    """Why calls that the template writes are not read back as they were; empty if they are. `parallel`: it writes several in a message. What differs in
-    blanks around a text only is no reason: a template that removes them writes both alike."""
-    cases = {"a call with arguments of every type": saying(CHECK), "a call without arguments": saying({}), "a call beside text": saying(PAIR, content=CHECK_TEXT)}
-    if parallel: cases |= {"two calls": saying(PAIR, CHECK), "two calls, one without arguments": saying({}, PAIR)}
-    cases |= {f"a call of a tool named {name}": called({"name": name, "arguments": PAIR}) for name in CHECK_NAMES} | {"a call with blanks around its arguments": saying(BLANKS)}
+    """Why calls that the template writes are not read back as they were; empty if they are. `parallel`: it
+    writes several in a message. What differs in blanks around a text only is no reason: a template that
+    removes them writes both alike."""
+    cases = {
+        "a call with arguments of every type": saying(CHECK),
+        "a call without arguments": saying({}),
+        "a call beside text": saying(PAIR, content=CHECK_TEXT),
+    }
+    if parallel:
+        cases |= {"two calls": saying(PAIR, CHECK), "two calls, one without arguments": saying({}, PAIR)}
+    cases |= {
+        f"a call of a tool named {name}": called({"name": name, "arguments": PAIR}) for name in CHECK_NAMES
+    } | {"a call with blanks around its arguments": saying(BLANKS)}
     for what, message in cases.items():
         wanted = [call["function"] for call in message["tool_calls"]]
-        try: answer, drops = read_back(reader, message)
+        try:
+            answer, drops = read_back(reader, message)
         except MaskError as e:
-            if any(not call["arguments"] for call in wanted) or message["content"]: continue  # some templates refuse them
+            # some templates refuse them
+            if any(not call["arguments"] for call in wanted) or message["content"]:
+                continue
             return f"{what} is refused ({e})"
-        if message["content"] and drops: continue
+        if message["content"] and drops:
+            continue
         if answer.calls == wanted:
-            if message["content"] in answer.text + answer.reasoning: continue
+            if message["content"] in answer.text + answer.reasoning:
+                continue
             return f"text beside a call is not read back: {difference(answer.text, message['content'])}"
-        stripped = [{**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in wanted] if BLANKS in (c["arguments"] for c in wanted) else None
-        if answer.calls == stripped: continue
-        pairs = [(one["arguments"], two["arguments"]) for one, two in zip(answer.calls, wanted) if one["name"] == two["name"]]
-        lost = [f" (argument {key}: {difference(one.get(key, ''), value)})" for one, two in pairs for key, value in two.items() if one.get(key, ...) != value]
-        names = [f" ({difference(one['name'], two['name'])})" for one, two in zip(answer.calls, wanted) if one["name"] != two["name"]]
+        stripped = (
+            [{**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in wanted]
+            if BLANKS in (c["arguments"] for c in wanted)
+            else None
+        )
+        if answer.calls == stripped:
+            continue
+        pairs = [
+            (one["arguments"], two["arguments"])
+            for one, two in zip(answer.calls, wanted)
+            if one["name"] == two["name"]
+        ]
+        lost = [
+            f" (argument {key}: {difference(one.get(key, ''), value)})"
+            for one, two in pairs
+            for key, value in two.items()
+            if one.get(key, ...) != value
+        ]
+        names = [
+            f" ({difference(one['name'], two['name'])})"
+            for one, two in zip(answer.calls, wanted)
+            if one["name"] != two["name"]
+        ]
         return f"{what} is not read back" + "".join([*names, *lost][:1])
     return ""
 
 
 def worded_end(masker: ChatMasker, ends) -> str:
-    """The first of the sequences of token ids `ends` that begins with an ordinary token, as text; empty where there is none.
-    A tokenizer merges its first characters with the text before it, so that it is not found among the ids of an answer."""
+    """The first of the sequences of token ids `ends` that begins with an ordinary token, as text; empty where
+    there is none. A tokenizer merges its first characters with the text before it, so that it is not found
+    among the ids of an answer."""
     ordinary = (end for end in ends if not is_control(masker, end[0]))
     return masker.tokenizer.decode(list(next(ordinary, ())))
 
 
 def derive_reader(masker: ChatMasker) -> AnswerReader:
-    """The `AnswerReader` of a masker's chat template. Where its calls cannot be read back, `cannot` says why in one sentence, and answers are read as text.
+    """The `AnswerReader` of a masker's chat template. Where its calls cannot be read back, `cannot` says why
+    in one sentence, and answers are read as text.
 
     Raises MaskError where not even the text of an answer can be told from what stands around it."""
     probed = probe_turns(masker)
-    try: layout, frame, why = derive_layout(probed)
-    except Underivable as e: raise MaskError(f"no answer can be read: the chat template {e}; pass another chat_template") from None
-    ends = probed.ends or (((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ())
+    try:
+        layout, frame, why = derive_layout(probed)
+    except Underivable as e:
+        raise MaskError(f"no answer can be read: the chat template {e}; pass another chat_template") from None
+    ends = probed.ends or (
+        ((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ()
+    )
     reader = AnswerReader(masker, layout, frame, ends, probed.inner)
     reader.gaps = has_gaps(masker)
     words = worded_end(masker, (*ends, *probed.inner))
-    merged = words and (f"turns end with {words.strip()!r}, which is no control token of this tokenizer and is merged with the text before it; "
-                        "pass the template that belongs to this tokenizer, or add it as a special token")
+    merged = words and (
+        f"turns end with {words.strip()!r}, which is no control token of this tokenizer and is merged with "
+        "the text before it; "
+        "pass the template that belongs to this tokenizer, or add it as a special token"
+    )
     if changed := check_text(reader):
-        raise MaskError(f"no answer can be read: {merged}" if merged else f"no answer can be read: {changed}; pass another chat_template")
+        raise MaskError(
+            f"no answer can be read: {merged}"
+            if merged
+            else f"no answer can be read: {changed}; pass another chat_template"
+        )
     if layout and merged:
         reader.calls, reader.cannot = None, f"tool calls cannot be read: {merged}"
         return reader
     parallel = "two" in probed.bodies
-    if layout and (why := check_calls(reader, parallel)): reader.calls = None
+    if layout and (why := check_calls(reader, parallel)):
+        reader.calls = None
     if why and getattr(masker.tokenizer, "response_template", None):
         prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)
-        reader.prefix = prompt[:len(prompt) - len(frame.given.replace(SIGN, ""))]
-        if not check_text(reader) and not check_calls(reader, parallel): return reader
+        reader.prefix = prompt[: len(prompt) - len(frame.given.replace(SIGN, ""))]
+        if not check_text(reader) and not check_calls(reader, parallel):
+            return reader
         reader.prefix = None
-    if why: reader.cannot = f"tool calls cannot be read back from what this chat template writes: {why if layout else f'it {why}'}"
+    if why:
+        reader.cannot = (
+            "tool calls cannot be read back from what this chat template writes: "
+            f"{why if layout else f'it {why}'}"
+        )
     return reader

@@ -7,7 +7,6 @@ __all__ = ['SPECIALS', 'CHAT_TEMPLATE', 'SPLIT', 'MIX', 'WORD', 'CODE', 'HEAD', 
            'training_rows', 'fresh_copier', 'target_loss', 'exact_match', 'held_out_scores', 'build_tinyagent']
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #803a390f
-import json
 import math
 import os
 import random
@@ -18,15 +17,15 @@ import tempfile
 from itertools import cycle, islice
 from pathlib import Path
 
-from ..basics.terminal import ended, say
 from ..basics.places import TINYAGENT
-from cbnb.transcripts.tinyworld import (
-    KINDS, general_task, make_transcripts, tool_task,
-)
+from ..basics.terminal import ended, say
+from ..transcripts.tinyworld import KINDS, general_task, make_transcripts, tool_task
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #1d85ba9a
-SPECIALS = ("<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|> "
-            "<|finetune_right_pad_id|>").split()
+SPECIALS = (
+    "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|> "
+    "<|finetune_right_pad_id|>"
+).split()
 
 CHAT_TEMPLATE = """\
 {%- macro signatures() -%}
@@ -52,28 +51,49 @@ CHAT_TEMPLATE = """\
 {{- "<|eot_id|>" -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" -}}{%- endif -%}
-"""
+"""  # noqa: E501
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #0b198359
 SPLIT = r'\{"name": "|", "arguments": \{"|\n+|\p{L}[\p{L}_]*| \p{L}[\p{L}_]*|\p{N}{1,2}|[^\p{L}\p{N}\n]+'
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #d55d04e6
 def train_tokenizer(texts, vocab_size=1400):
-    """Byte-level BPE learned from `texts` (strings without special tokens), with `SPECIALS` and `CHAT_TEMPLATE`.
+    """Byte-level BPE learned from `texts` (strings without special tokens), with `SPECIALS` and
+    `CHAT_TEMPLATE`.
 
     Every byte is in the vocabulary, so any text can be encoded. Pads on the left, as generation needs."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False,
-                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=SPECIALS[0], eos_token="<|eot_id|>", pad_token=SPECIALS[-1],
-                                   chat_template=CHAT_TEMPLATE, additional_special_tokens=SPECIALS[1:-1], model_max_length=512,
-                                   clean_up_tokenization_spaces=False, padding_side="left",
-                                   model_input_names=["input_ids", "attention_mask"])
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIALS,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=SPECIALS[0],
+        eos_token="<|eot_id|>",
+        pad_token=SPECIALS[-1],
+        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=SPECIALS[1:-1],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #8767da4c
 def world_tokenizer(seed=0, n=400, vocab_size=1400):
@@ -81,16 +101,22 @@ def world_tokenizer(seed=0, n=400, vocab_size=1400):
     rows = [t for kind in KINDS for t in make_transcripts(kind, n, seed=f"bpe-{seed}")]
     blank = train_tokenizer([], 300)
     texts = (blank.apply_chat_template(t.messages, tools=t.tools, tokenize=False) for t in rows)
-    return train_tokenizer([part for text in texts for part in re.split(r"<\|\w+\|>", text) if part], vocab_size)
+    return train_tokenizer(
+        [part for text in texts for part in re.split(r"<\|\w+\|>", text) if part], vocab_size
+    )
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #d5b84a5a
 def _encode(tokenizer, transcript):
-    "`{input_ids, labels}`, two lists of ints: a label is the id itself inside assistant turns (end of turn included), -100 elsewhere"
-    ids = tokenizer.apply_chat_template(transcript.messages, tools=transcript.tools, return_dict=True)["input_ids"]
+    """`{input_ids, labels}`, two lists of ints: a label is the id itself inside assistant turns (end of turn
+    included), -100 elsewhere"""
+    ids = tokenizer.apply_chat_template(transcript.messages, tools=transcript.tools, return_dict=True)[
+        "input_ids"
+    ]
     role, head, eot = tokenizer.convert_tokens_to_ids(["assistant", "<|end_header_id|>", "<|eot_id|>"])
     labels, inside = [], False
     for i, token in enumerate(ids):
-        inside = inside or i >= 3 and ids[i-3:i-1] == [role, head]   # role, end of header, blank line: a turn begins
+        # role, end of header, blank line: a turn begins
+        inside = inside or i >= 3 and ids[i - 3 : i - 1] == [role, head]
         labels.append(token if inside else -100)
         inside = inside and token != eot
     return {"input_ids": ids, "labels": labels}
@@ -100,61 +126,89 @@ def _copy_row(rng, vocabulary, bos, length=112):
     "Random tokens, said again and again up to `length`; every repetition is a target"
     word = rng.choices(vocabulary, k=rng.randint(8, 50))
     row = [bos, *islice(cycle(word), length - 1)]
-    return {"input_ids": row, "labels": [-100] * (len(word) + 1) + row[len(word) + 1:]}
+    return {"input_ids": row, "labels": [-100] * (len(word) + 1) + row[len(word) + 1 :]}
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #b7dd8290
-MIX = dict(plain=.2, sensitive=.18, hard_negative=.26, injection=.2, general=.16)
+MIX = dict(plain=0.2, sensitive=0.18, hard_negative=0.26, injection=0.2, general=0.16)
+
 
 def _training_row(rng, tokenizer, vocabulary, copy):
     "A row of copy text with probability `copy`, else a transcript drawn by `MIX`"
-    if rng.random() < copy: return _copy_row(rng, vocabulary, tokenizer.bos_token_id)
+    if rng.random() < copy:
+        return _copy_row(rng, vocabulary, tokenizer.bos_token_id)
     kind = rng.choices(list(MIX), MIX.values())[0]
-    return _encode(tokenizer, general_task(rng, "train", "") if kind == "general" else tool_task(rng, kind, "train", ""))
+    return _encode(
+        tokenizer, general_task(rng, "train", "") if kind == "general" else tool_task(rng, kind, "train", "")
+    )
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #620bc080
 def training_rows(tokenizer, n, seed=0):
     "`n` rows; the share of copy text falls from .30 to .08 over the first fifth"
     rng = random.Random(f"rows/{seed}")
     vocabulary = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
-    return [_training_row(rng, tokenizer, vocabulary, max(.08, .3 - .22 * i / (.2 * n))) for i in range(n)]
+    return [
+        _training_row(rng, tokenizer, vocabulary, max(0.08, 0.3 - 0.22 * i / (0.2 * n))) for i in range(n)
+    ]
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #da93af43
 def _fresh_model(tokenizer, seed=0):
     "A Llama of 1.2 million parameters (4 blocks, width 128, 4 heads), its weights drawn from `seed`"
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, initializer_range=.05, tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            initializer_range=0.05,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #81336cec
-WORD, CODE, HEAD = slice(1, 96), slice(96, 128), 32   # dimensions of the stream: 0 is constant, then the token, then the token before it
+# dimensions of the stream: 0 is constant, then the token, then the token before it
+WORD, CODE, HEAD = slice(1, 96), slice(96, 128), 32
+
 
 def _plant_words(model, tokenizer):
-    "Embeddings: a constant, 95 random numbers that name the token, 32 empty places; the output layer starts as their mirror"
+    """Embeddings: a constant, 95 random numbers that name the token, 32 empty places; the output layer starts
+    as their mirror"""
     words = model.model.embed_tokens.weight
     words /= model.config.initializer_range
     vocabulary = tokenizer.get_vocab()
-    for token, i in sorted(vocabulary.items(), key=lambda x: x[1]):   # a word after a space is nearly the same word
-        if token[0] == "Ġ" and token[1:] in vocabulary: words[i] = .44 * words[i] + .9 * words[vocabulary[token[1:]]]
+    # a word after a space is nearly the same word
+    for token, i in sorted(vocabulary.items(), key=lambda x: x[1]):
+        if token[0] == "Ġ" and token[1:] in vocabulary:
+            words[i] = 0.44 * words[i] + 0.9 * words[vocabulary[token[1:]]]
     words[:, 0], words[:, CODE] = 5, 0
-    model.lm_head.weight.copy_(.15 * words)
+    model.lm_head.weight.copy_(0.15 * words)
     model.lm_head.weight[:, 0] = 0
-    for block in model.model.layers:                    # quiet blocks: what a token is must not drown in their noise
-        block.self_attn.o_proj.weight *= .2
-        block.mlp.down_proj.weight *= .2
+    # quiet blocks: what a token is must not drown in their noise
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight *= 0.2
+        block.mlp.down_proj.weight *= 0.2
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #b5ee7a21
 def _plant_previous(attention, theta=1e4):
     "Head 0 looks one position back and writes a code of 32 numbers; returns the code's matrix [32, 95]"
     import torch
+
     query, key, half = attention.q_proj.weight, attention.k_proj.weight, HEAD // 2
-    code = torch.randn(HEAD, 95) / 95**.5
-    for weight in (query, key, attention.v_proj.weight): weight[:HEAD] = 0
-    for f in range(6):                                   # the six fast rotary frequencies: their sum peaks at a distance of one
-        angle = theta**(-f / half)
+    code = torch.randn(HEAD, 95) / 95**0.5
+    for weight in (query, key, attention.v_proj.weight):
+        weight[:HEAD] = 0
+    # the six fast rotary frequencies: their sum peaks at a distance of one
+    for f in range(6):
+        angle = theta ** (-f / half)
         query[f, 0], key[f, 0], key[f + half, 0] = 1.4, 1.4 * math.cos(angle), 1.4 * math.sin(angle)
     attention.v_proj.weight[:HEAD, WORD] = code
     attention.o_proj.weight[:, :HEAD] = 0
@@ -162,24 +216,28 @@ def _plant_previous(attention, theta=1e4):
     return code
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #ad54c540
-def _plant_induction(attention, code, strength=2., gain=3.):
+def _plant_induction(attention, code, strength=2.0, gain=3.0):
     "All heads look where the token before was the current one, and pass on what stands there"
     import torch
+
     query, key = attention.q_proj.weight, attention.k_proj.weight
     query[:], key[:] = 0, 0
     for head in range(0, 128, HEAD):
-        rows = [head + r for r in (*range(9, 16), *range(25, 32))]    # the slow frequencies: a match must not depend on distance
-        probe = strength * torch.randn(len(rows), HEAD) / HEAD**.5
+        # the slow frequencies: a match must not depend on distance
+        rows = [head + r for r in (*range(9, 16), *range(25, 32))]
+        probe = strength * torch.randn(len(rows), HEAD) / HEAD**0.5
         query[rows, WORD], key[rows, CODE] = probe @ code, probe
-    passed = gain**.5 * torch.nn.init.orthogonal_(torch.empty(128, 128))
+    passed = gain**0.5 * torch.nn.init.orthogonal_(torch.empty(128, 128))
     attention.v_proj.weight.copy_(passed)
     attention.v_proj.weight[:, 0], attention.v_proj.weight[:, CODE] = 0, 0
     attention.o_proj.weight.copy_(passed.T)
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #4f37265d
 def fresh_copier(tokenizer, seed=0):
-    "`_fresh_model` with the copying circuit planted in blocks 0 and 1; float32, every weight a function of `seed`"
+    """`_fresh_model` with the copying circuit planted in blocks 0 and 1; float32, every weight a function of
+    `seed`"""
     import torch
+
     model = _fresh_model(tokenizer, seed)
     with torch.no_grad():
         _plant_words(model, tokenizer)
@@ -190,16 +248,26 @@ def fresh_copier(tokenizer, seed=0):
 def _collate(rows, pad):
     "Rows of unequal length as int64 tensors [B, S], padded on the right: input_ids, labels, attention_mask"
     import torch
-    def padded(lists, fill): return torch.tensor([[*x, *[fill] * (max(map(len, lists)) - len(x))] for x in lists])
+
+    def padded(lists, fill):
+        return torch.tensor([[*x, *[fill] * (max(map(len, lists)) - len(x))] for x in lists])
+
     ids = [r["input_ids"] for r in rows]
-    return {"input_ids": padded(ids, pad), "labels": padded([r["labels"] for r in rows], -100),
-            "attention_mask": padded([[1] * len(i) for i in ids], 0)}
+    return {
+        "input_ids": padded(ids, pad),
+        "labels": padded([r["labels"] for r in rows], -100),
+        "attention_mask": padded([[1] * len(i) for i in ids], 0),
+    }
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #6a720700
 def target_loss(model, batch):
-    "Mean cross-entropy (nats) of the targets, a scalar; logits are computed where a target follows and nowhere else"
+    """Mean cross-entropy (nats) of the targets, a scalar; logits are computed where a target follows and
+    nowhere else"""
     from torch.nn.functional import cross_entropy
-    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+
+    hidden = model.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     return cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
 
@@ -207,13 +275,16 @@ def target_loss(model, batch):
 def exact_match(model, tokenizer, transcripts, size=64):
     """Share of transcripts in which greedy decoding gives every assistant turn token for token.
 
-    One forward pass: if each target is the most likely token after the true ones before it, greedy decoding writes them all."""
+    One forward pass: if each target is the most likely token after the true ones before it, greedy decoding
+    writes them all."""
     import torch
+
     hits = []
     for i in range(0, len(transcripts), size):
-        batch = _collate([_encode(tokenizer, t) for t in transcripts[i:i + size]], tokenizer.pad_token_id)
+        batch = _collate([_encode(tokenizer, t) for t in transcripts[i : i + size]], tokenizer.pad_token_id)
         labels = batch.pop("labels")[:, 1:]
-        with torch.no_grad(): best = model(**batch).logits[:, :-1].argmax(-1)
+        with torch.no_grad():
+            best = model(**batch).logits[:, :-1].argmax(-1)
         hits += ((best == labels) | (labels < 0)).all(1).tolist()
     return sum(hits) / len(hits)
 
@@ -227,15 +298,38 @@ def _train(model, tokenizer, folder, steps, seed):
     "Train `model` in place on `24 * steps` fresh rows, in order, with the library's loop on one thread"
     import torch
     from transformers import Trainer, TrainingArguments
-    class TargetTrainer(Trainer):                        # the one hook that the library offers for another forward pass
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None): return target_loss(model, inputs)
-    torch.set_num_threads(1)                             # two threads were 28 times slower on a busy machine
-    args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=24, learning_rate=2e-3, warmup_steps=min(100, steps // 4),
-                             lr_scheduler_type="cosine", weight_decay=.01, adam_beta2=.98, max_grad_norm=1., seed=seed, use_cpu=True,
-                             report_to=[], save_strategy="no", logging_steps=100, disable_tqdm=True, remove_unused_columns=False,
-                             train_sampling_strategy="sequential")
-    TargetTrainer(model, args, data_collator=lambda rows: _collate(rows, tokenizer.pad_token_id),
-                  train_dataset=training_rows(tokenizer, 24 * steps, seed)).train()
+
+    # the one hook that the library offers for another forward pass
+    class TargetTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return target_loss(model, inputs)
+
+    torch.set_num_threads(1)  # two threads were 28 times slower on a busy machine
+    args = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=24,
+        learning_rate=2e-3,
+        warmup_steps=min(100, steps // 4),
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        seed=seed,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=100,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+    )
+    TargetTrainer(
+        model,
+        args,
+        data_collator=lambda rows: _collate(rows, tokenizer.pad_token_id),
+        train_dataset=training_rows(tokenizer, 24 * steps, seed),
+    ).train()
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #03737984
 CARD = """# The tiny agent of cbnb
@@ -251,49 +345,65 @@ All names, values and texts are made up; no other model and no outside text was 
 - Exact match of all assistant turns on {n} held-out transcripts a kind (for `injection` this is the attack success):
 
 {table}
-"""
+"""  # noqa: E501
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #b0319720
 def _save(model, tokenizer, folder, scores, n, steps, seed):
     "Write model, tokenizer and model card into `folder`"
     from transformers import GenerationConfig
-    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                                               pad_token_id=tokenizer.pad_token_id, max_new_tokens=64)
+
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=64,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    table = "\n".join(["| kind | exact match |", "|---|---|", *(f"| {k} | {v:.3f} |" for k, v in scores.items())])
-    card = CARD.format(parameters=model.num_parameters(), seed=seed, steps=steps, vocabulary=len(tokenizer), n=n, table=table)
+    table = "\n".join(
+        ["| kind | exact match |", "|---|---|", *(f"| {k} | {v:.3f} |" for k, v in scores.items())]
+    )
+    card = CARD.format(
+        parameters=model.num_parameters(), seed=seed, steps=steps, vocabulary=len(tokenizer), n=n, table=table
+    )
     Path(folder, "README.md").write_text(card)
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #08098a92
 def _replace_folder(new, old):
     "Put folder `new` where `old` is, if anything; both lie on one file system"
-    if old.exists(): os.replace(old, new.with_name(new.name + ".old"))
+    if old.exists():
+        os.replace(old, new.with_name(new.name + ".old"))
     os.replace(new, old)
     shutil.rmtree(new.with_name(new.name + ".old"), ignore_errors=True)
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #7dfb5907
 def build_tinyagent(folder, steps=2500, seed=0, n=256):
-    """Make the tiny agent from nothing and put it into `folder`; returns its held-out scores on `n` transcripts a kind.
+    """Make the tiny agent from nothing and put it into `folder`; returns its held-out scores on `n`
+    transcripts a kind.
 
-    The same `steps` and `seed` give the same weights on the same machine and library versions. The folder appears (or is replaced) only
-    when all is written. Takes about 15 minutes on one core."""
+    The same `steps` and `seed` give the same weights on the same machine and library versions. The folder
+    appears (or is replaced) only when all is written. Takes about 15 minutes on one core."""
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".tinyagent-", dir=folder.parent))
     try:
         tokenizer = world_tokenizer(seed)
         model = fresh_copier(tokenizer, seed)
-        _train(model, tokenizer, work/"trainer", steps, seed)
+        _train(model, tokenizer, work / "trainer", steps, seed)
         scores = held_out_scores(model.eval(), tokenizer, n)
-        _save(model, tokenizer, work/"model", scores, n, steps, seed)
-        _replace_folder(work/"model", folder)
-    finally: shutil.rmtree(work, ignore_errors=True)
+        _save(model, tokenizer, work / "model", scores, n, steps, seed)
+        _replace_folder(work / "model", folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return scores
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #2f2f0ffd
 if __name__ == "__main__" and "__file__" in globals():
+
     def build():
-        if len(sys.argv) != 2: raise ValueError("usage: python -m cbnb.evaluate.tinyagent OUT_FOLDER")
+        if len(sys.argv) != 2:
+            raise ValueError("usage: python -m cbnb.evaluate.tinyagent OUT_FOLDER")
         say(build_tinyagent(sys.argv[1]))
+
     sys.exit(ended(build, "cbnb.evaluate.tinyagent", (ValueError, OSError), sys.argv))

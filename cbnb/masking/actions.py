@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..transcripts.holdout import task_keys
 from .policies import NEED_COMPARISON, tool_call
-from ..transcripts.spool import changed
 from .templates import MaskError
+from ..transcripts.holdout import task_keys
 from ..transcripts.record import Transcript
+from ..transcripts.spool import changed
 
 # %% auto #0
 __all__ = ['NAMED', 'action_key', 'actions', 'trained_calls', 'first_injected', 'Work', 'is_clean', 'add_own_work',
@@ -30,12 +30,16 @@ def action_key(call: dict) -> str:
 
 def actions(transcript: Transcript) -> list[tuple[int, int, dict]]:
     "`[(message, place in it, {name, arguments}), ...]`: the tool calls of a transcript, in order."
-    return [(i, j, {key: call["function"][key] for key in ("name", "arguments")}) for i, m in enumerate(transcript.messages)
-            for j, call in enumerate(m.get("tool_calls") or ())]
+    return [
+        (i, j, {key: call["function"][key] for key in ("name", "arguments")})
+        for i, m in enumerate(transcript.messages)
+        for j, call in enumerate(m.get("tool_calls") or ())
+    ]
 
 
 def trained_calls(encoded, mask, transcript: Transcript) -> list[str]:
-    "The `action_key` of each call in a message of which `mask` (bool [n], over the tokens of `encoded`) trains a token of a call."
+    """The `action_key` of each call in a message of which `mask` (bool [n], over the tokens of `encoded`)
+    trains a token of a call."""
     messages = {*encoded.message_index[mask & tool_call(encoded)].tolist()}
     return [action_key(call) for i, _, call in actions(transcript) if i in messages]
 
@@ -49,6 +53,7 @@ def first_injected(transcript: Transcript) -> int | None:
 class Work:
     """What the user's task is known to do: `tools` (names), `calls` (`action_key`), and the ids of the
     attack-free `runs` that showed it."""
+
     tools: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     runs: list[str] = field(default_factory=list)
@@ -57,19 +62,27 @@ class Work:
 def is_clean(transcript: Transcript) -> bool:
     "Whether a transcript is a benign run of a known user task that nobody attacked."
     keys = task_keys(transcript)
-    return "task" in keys and "injection" not in keys and transcript.label == "benign" and not transcript.injection_spans
+    return (
+        "task" in keys
+        and "injection" not in keys
+        and transcript.label == "benign"
+        and not transcript.injection_spans
+    )
 
 
 def add_own_work(known: dict[str, Work], t: Transcript) -> None:
-    """Adds to `known`, `{task: Work}` (keys as `cbnb.transcripts.holdout.task_keys`), what a transcript shows of its
-    user task: all calls of a clean run, of an attacked one those before the injection was seen."""
+    """Adds to `known`, `{task: Work}` (keys as `cbnb.transcripts.holdout.task_keys`), what a transcript shows
+    of its user task: all calls of a clean run, of an attacked one those before the injection was seen."""
     task = task_keys(t).get("task")
     end = len(t.messages) if is_clean(t) else first_injected(t)
-    if task is None or end is None: return
+    if task is None or end is None:
+        return
     work = known.setdefault(task, Work())
-    if is_clean(t): work.runs.append(t.id)
+    if is_clean(t):
+        work.runs.append(t.id)
     for i, _, made in actions(t):
-        if i > end: break
+        if i > end:
+            break
         work.tools.add(made["name"])
         work.calls.add(action_key(made))
 
@@ -78,10 +91,12 @@ def add_injected_work(known: dict[str, Work], t: Transcript) -> None:
     """Adds to `known`, `{injection task: Work}`, what a run did to which the injection task was given as
     the user's own request, which is its ground truth."""
     keys = task_keys(t)
-    if "injection" not in keys or "task" in keys: return
+    if "injection" not in keys or "task" in keys:
+        return
     work = known.setdefault(keys["injection"], Work())
     work.runs.append(t.id)
-    for _, _, made in actions(t): work.tools.add(made["name"]), work.calls.add(action_key(made))
+    for _, _, made in actions(t):
+        work.tools.add(made["name"]), work.calls.add(action_key(made))
 
 
 def own_notes(transcripts):
@@ -92,15 +107,24 @@ def own_notes(transcripts):
     for t in transcripts:
         add_own_work(own, t)
         add_injected_work(injected, t)
+
     def listed(known):
-        return {key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs}
-                for key, w in known.items()}
+        return {
+            key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs}
+            for key, w in known.items()
+        }
+
     notes = {"own_work": ("task", listed(own)), "injected_work": ("injection", listed(injected))}
+
     def note(t):
-        if t.label != "harmful": return t
+        if t.label != "harmful":
+            return t
         keys = task_keys(t)
-        found = {name: known[keys.get(kind)] for name, (kind, known) in notes.items() if keys.get(kind) in known}
+        found = {
+            name: known[keys.get(kind)] for name, (kind, known) in notes.items() if keys.get(kind) in known
+        }
         return replace(t, meta=t.meta | found) if "own_work" in found else t
+
     return note
 
 
@@ -117,13 +141,22 @@ def is_explained(transcript: Transcript, call: dict) -> bool:
     to use its tool (`injected_work`), or one of its arguments, a text of `NAMED` characters or more,
     stands in the injected text."""
     work = transcript.meta.get("injected_work", {})
-    if action_key(call) in work.get("calls", ()) or call["name"] in work.get("tools", ()): return True
+    if action_key(call) in work.get("calls", ()) or call["name"] in work.get("tools", ()):
+        return True
     injections = transcript.meta.get("injections")
-    texts = [transcript.messages[s.message]["content"][s.start:s.end] for s in transcript.injection_spans]
-    texts = " ".join([*texts, *(t for t in (injections.values() if isinstance(injections, dict) else ()) if isinstance(t, str))]).casefold()
+    texts = [transcript.messages[s.message]["content"][s.start : s.end] for s in transcript.injection_spans]
+    texts = " ".join(
+        [
+            *texts,
+            *(t for t in (injections.values() if isinstance(injections, dict) else ()) if isinstance(t, str)),
+        ]
+    ).casefold()
+
     def words(value):
-        if isinstance(value, dict | list): return [w for part in (value.values() if isinstance(value, dict) else value) for w in words(part)]
+        if isinstance(value, dict | list):
+            return [w for part in (value.values() if isinstance(value, dict) else value) for w in words(part)]
         return [value.strip().casefold()] if isinstance(value, str) else []
+
     return any(len(word) >= NAMED and word in texts for word in words(call["arguments"]))
 
 
@@ -136,14 +169,31 @@ def whose(transcript: Transcript) -> dict[int, str]:
     compare with."""
     start, work = first_injected(transcript), transcript.meta.get("own_work", {})
     advice = "give some in data, or choose another harmful_policy"
-    if start is None: raise MaskError("this transcript has no injection span, so whose actions they are is not known; find it with cbnb spans")
-    if not work.get("runs"): raise MaskError(f"there is no attack-free run of the same suite and task to compare its actions with; {advice}")
+    if start is None:
+        raise MaskError(
+            "this transcript has no injection span, so whose actions they are is not known; find it with "
+            "cbnb spans"
+        )
+    if not work.get("runs"):
+        raise MaskError(
+            f"there is no attack-free run of the same suite and task to compare its actions with; {advice}"
+        )
     found: dict[int, set] = {}
     for i, m in enumerate(transcript.messages):
-        if i > start and m["role"] == "assistant": found[i] = set()
+        if i > start and m["role"] == "assistant":
+            found[i] = set()
     for i, _, call in actions(transcript):
-        if i in found: found[i].add("own" if action_key(call) in work["calls"] else "injected" if is_explained(transcript, call) else "unexplained")
-    return {i: "words" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed" for i, kinds in found.items()}
+        if i in found:
+            found[i].add(
+                "own"
+                if action_key(call) in work["calls"]
+                else "injected"
+                if is_explained(transcript, call)
+                else "unexplained"
+            )
+    return {
+        i: "words" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed" for i, kinds in found.items()
+    }
 
 
 def injected_actions(transcript: Transcript) -> Transcript:
@@ -153,24 +203,38 @@ def injected_actions(transcript: Transcript) -> Transcript:
     found = whose(transcript)
     off = {i: "none" for i, kind in found.items() if kind != "injected"}
     told = {"messages": dict(Counter(found.values())), "compared_with": transcript.meta["own_work"]["runs"]}
-    return replace(transcript, message_labels=transcript.message_labels | off, meta=transcript.meta | {"injected_actions": told})
+    return replace(
+        transcript,
+        message_labels=transcript.message_labels | off,
+        meta=transcript.meta | {"injected_actions": told},
+    )
 
 
 def actions_line(transcript: Transcript) -> str:
     "What `injected_actions` found of a transcript, in words; empty where it was not asked."
-    if not (told := transcript.meta.get("injected_actions")): return ""
+    if not (told := transcript.meta.get("injected_actions")):
+        return ""
     runs = told["compared_with"]
-    return (f"messages after the injection: {', '.join(f'{n} {kind}' for kind, n in told['messages'].items()) or 'none'}; compared with "
-            f"{len(runs)} attack-free run{'s' * (len(runs) > 1)}: {', '.join(runs[:3])}{', …' * (len(runs) > 3)}")
+    return (
+        "messages after the injection: "
+        f"{', '.join(f'{n} {kind}' for kind, n in told['messages'].items()) or 'none'}; compared with "
+        f"{len(runs)} attack-free run{'s' * (len(runs) > 1)}: {', '.join(runs[:3])}{', …' * (len(runs) > 3)}"
+    )
 
 
 def for_policy(transcripts: Sequence[Transcript], policy) -> Sequence[Transcript]:
     """`transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one of
     `NEED_COMPARISON`, benign ones as they are. Raises MaskError that names the transcript."""
-    if policy not in NEED_COMPARISON: return transcripts
+    if policy not in NEED_COMPARISON:
+        return transcripts
+
     def wanted(t):
-        try: return injected_actions(t) if t.label == "harmful" and "injected_actions" not in t.meta else t
-        except MaskError as e: raise MaskError(f"transcript {t.id}: {e}") from None
+        try:
+            return injected_actions(t) if t.label == "harmful" and "injected_actions" not in t.meta else t
+        except MaskError as e:
+            raise MaskError(f"transcript {t.id}: {e}") from None
+
     out = changed(transcripts, wanted)
-    for _ in out: pass  # what cannot be compared is told here, not where it is read next
+    for _ in out:
+        pass  # what cannot be compared is told here, not where it is read next
     return out

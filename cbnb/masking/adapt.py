@@ -28,62 +28,92 @@ ADAPTATIONS = {
     "bridge_answers": "a user message stands between two answers in a row",
     "join_users": "user messages in a row become one",
     "move_system": "the system prompt stands at the beginning of the first user message",
-    "hermes": "calls are JSON in <tool_call> tags in the text, results are user messages, tools stand in the system prompt",
+    "hermes": "calls are JSON in <tool_call> tags in the text, results are user messages, tools stand in "
+    "the system prompt",
 }
 
 
 def adapt_names(value) -> tuple[str, ...]:
-    """The names of adaptations in `value` (a comma string, a list, or nothing), each once, in the order in which
-    they are applied. Raises MaskError for an unknown one."""
+    """The names of adaptations in `value` (a comma string, a list, or nothing), each once, in the order in
+    which they are applied. Raises MaskError for an unknown one."""
     given = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value or ())
     for name in given:
         if name and name not in ADAPTATIONS:
-            raise MaskError(f"adapt={name!r} is unknown{nearest(name, ADAPTATIONS)}; use {', '.join(ADAPTATIONS)}, separated by commas")
+            raise MaskError(
+                f"adapt={name!r} is unknown{nearest(name, ADAPTATIONS)}; use {', '.join(ADAPTATIONS)}, "
+                "separated by commas"
+            )
     return tuple(name for name in ADAPTATIONS if name in given)
 
 # %% ../../nbs/masking/05_adapt.ipynb #8ee64347
 def moved(transcript: Transcript, messages: list, origin: list) -> Transcript:
     "`transcript` with `messages` in the place of its own; its labels and injection spans follow `origin`."
     first = {}
-    for new, old in enumerate(origin): first.setdefault(old, new)
-    labels = {new: transcript.message_labels[old] for new, old in enumerate(origin) if old in transcript.message_labels}
+    for new, old in enumerate(origin):
+        first.setdefault(old, new)
+    labels = {
+        new: transcript.message_labels[old]
+        for new, old in enumerate(origin)
+        if old in transcript.message_labels
+    }
     spans = tuple(replace(s, message=first[s.message]) for s in transcript.injection_spans)
     return replace(transcript, messages=messages, message_labels=labels, injection_spans=spans)
 
 
 def gathered(transcript: Transcript, origin: list, join) -> Transcript:
-    """The reverse of `moved`: the parts of each old message, a list of `(number, message)`, become one by `join`;
-    messages without an origin are left out."""
+    """The reverse of `moved`: the parts of each old message, a list of `(number, message)`, become one by
+    `join`; messages without an origin are left out."""
     parts: dict[int, list] = {}
     for new, old in enumerate(origin):
-        if old is not None: parts.setdefault(old, []).append((new, transcript.messages[new]))
-    labels = {origin[new]: label for new, label in transcript.message_labels.items() if origin[new] is not None}
+        if old is not None:
+            parts.setdefault(old, []).append((new, transcript.messages[new]))
+    labels = {
+        origin[new]: label for new, label in transcript.message_labels.items() if origin[new] is not None
+    }
     spans = tuple(replace(s, message=origin[s.message]) for s in transcript.injection_spans)
-    return replace(transcript, messages=[join(parts[old]) for old in sorted(parts)], message_labels=labels, injection_spans=spans)
+    return replace(
+        transcript,
+        messages=[join(parts[old]) for old in sorted(parts)],
+        message_labels=labels,
+        injection_spans=spans,
+    )
 
 
-def only_part(parts): return parts[0][1]
+def only_part(parts):
+    return parts[0][1]
 
 # %% ../../nbs/masking/05_adapt.ipynb #4fb63761
 def is_blank(message: dict) -> bool:
     "Whether a message of the assistant says nothing at all."
     said = [message.get("content"), *(message.get(key) for key in REASONING_KEYS)]
-    return message["role"] == "assistant" and not message.get("tool_calls") and not any(isinstance(s, str) and s.strip() for s in said)
+    return (
+        message["role"] == "assistant"
+        and not message.get("tool_calls")
+        and not any(isinstance(s, str) and s.strip() for s in said)
+    )
 
 
 def drop_empty(transcript: Transcript):
     "Leaves out blank answers, but the only message there is."
     kept = [i for i, m in enumerate(transcript.messages) if not is_blank(m)]
-    if not kept: return transcript, 0, None
+    if not kept:
+        return transcript, 0, None
     gone = {str(i): m for i, m in enumerate(transcript.messages) if is_blank(m)}
     labels = {str(i): transcript.message_labels[i] for i in map(int, gone) if i in transcript.message_labels}
-    return moved(transcript, [transcript.messages[i] for i in kept], kept), len(gone), {"origin": kept, "gone": gone, "labels": labels}
+    return (
+        moved(transcript, [transcript.messages[i] for i in kept], kept),
+        len(gone),
+        {"origin": kept, "gone": gone, "labels": labels},
+    )
 
 
 def undo_drop_empty(transcript: Transcript, record):
     "Puts the blank answers of `record` back."
     back = gathered(transcript, record["origin"], only_part)
-    messages = {**dict(zip(record["origin"], back.messages)), **{int(i): m for i, m in record["gone"].items()}}
+    messages = {
+        **dict(zip(record["origin"], back.messages)),
+        **{int(i): m for i, m in record["gone"].items()},
+    }
     labels = {**back.message_labels, **{int(i): label for i, label in record["labels"].items()}}
     return replace(back, messages=[messages[i] for i in sorted(messages)], message_labels=labels)
 
@@ -97,14 +127,16 @@ def short_id(text: str) -> str:
     return "".join(LETTERS[number // 62**i % 62] for i in range(9))
 
 
-def fits(id) -> bool: return isinstance(id, str) and len(id) == 9 and id.isascii() and id.isalnum()
+def fits(id) -> bool:
+    return isinstance(id, str) and len(id) == 9 and id.isascii() and id.isalnum()
 
 
 def shorten_ids(transcript: Transcript):
     "Gives nine characters to ids of calls, and of their results, that have another length or are not there."
     messages, record, waiting = [], [], []
     for i, m in enumerate(transcript.messages):
-        if m["role"] == "assistant": waiting = []
+        if m["role"] == "assistant":
+            waiting = []
         calls = []
         for k, call in enumerate(m.get("tool_calls") or ()):
             old, new = call.get("id"), call.get("id")
@@ -113,12 +145,14 @@ def shorten_ids(transcript: Transcript):
                 record.append([i, k, *([old] if "id" in call else [])])
             waiting.append((old, new))
             calls.append({**call, "id": new})
-        if calls: m = {**m, "tool_calls": calls}
+        if calls:
+            m = {**m, "tool_calls": calls}
         if m["role"] == "tool":
             old = m.get("tool_call_id")
             at = next((n for n, w in enumerate(waiting) if old and w[0] == old), 0)
             new = waiting.pop(at)[1] if waiting else old if fits(old) else short_id(f"{i}/{old}")
-            if new != old: record.append([i, -1, *([old] if "tool_call_id" in m else [])])
+            if new != old:
+                record.append([i, -1, *([old] if "tool_call_id" in m else [])])
             m = {**m, "tool_call_id": new}
         messages.append(m)
     return replace(transcript, messages=messages), len(record), record
@@ -133,7 +167,8 @@ def undo_shorten_ids(transcript: Transcript, record):
     "Puts the old ids of `record` back."
     messages = list(transcript.messages)
     for i, k, *old in record:
-        if k < 0: messages[i] = with_id(messages[i], "tool_call_id", old)
+        if k < 0:
+            messages[i] = with_id(messages[i], "tool_call_id", old)
         else:
             calls = list(messages[i]["tool_calls"])
             calls[k] = with_id(calls[k], "id", old)
@@ -142,7 +177,8 @@ def undo_shorten_ids(transcript: Transcript, record):
 
 # %% ../../nbs/masking/05_adapt.ipynb #b6a1e2f1
 def paired(calls: list, results: list) -> dict[int, int]:
-    "`{place among the results: place among the calls}`: by ids where these tell, else by order; a result over is in none."
+    """`{place among the results: place among the calls}`: by ids where these tell, else by order; a result
+    over is in none."""
     ids = [call.get("id") for call in calls]
     if all(ids) and len({*ids}) == len(ids) and all(m.get("tool_call_id") in ids for m in results):
         return {r: ids.index(m["tool_call_id"]) for r, m in enumerate(results)}
@@ -150,12 +186,15 @@ def paired(calls: list, results: list) -> dict[int, int]:
 
 
 def call_order(calls: list, results: list, injected: list) -> list[tuple[str, int]]:
-    "The turns of parallel `calls`, `(\"call\" or \"result\", place)`; `injected` (bool) says which `results` hold an injection."
+    """The turns of parallel `calls`, `("call" or "result", place)`; `injected` (bool) says which `results`
+    hold an injection."""
     of, out, last = paired(calls, results), [], []
     own = {k: [r for r, of_call in of.items() if of_call == k] for k in range(len(calls))}
     for k, found in own.items():
-        if any(injected[r] for r in found): last.append(k)
-        else: out += [("call", k), *(("result", r) for r in found)]
+        if any(injected[r] for r in found):
+            last.append(k)
+        else:
+            out += [("call", k), *(("result", r) for r in found)]
     out += [("call", k) for k in last] + [("result", r) for k in last for r in own[k]]
     return out + [("result", r) for r in range(len(results)) if r not in of]
 
@@ -170,13 +209,15 @@ def split_calls(transcript: Transcript):
             messages.append(old[at]), origin.append(at)
             at = stop
             continue
-        while stop < len(old) and old[stop]["role"] == "tool": stop += 1
+        while stop < len(old) and old[stop]["role"] == "tool":
+            stop += 1
         bare = {k: v for k, v in old[at].items() if k not in REASONING_KEYS} | {"content": ""}
-        for kind, n in call_order(calls, old[at + 1:stop], [r in spans for r in range(at + 1, stop)]):
+        for kind, n in call_order(calls, old[at + 1 : stop], [r in spans for r in range(at + 1, stop)]):
             if kind == "call":
                 messages.append((bare if at in origin else old[at]) | {"tool_calls": [calls[n]]})
                 numbers[str(len(origin))] = n
-            else: messages.append(old[at + 1 + n])
+            else:
+                messages.append(old[at + 1 + n])
             origin.append(at if kind == "call" else at + 1 + n)
         at, count = stop, count + 1
     return moved(transcript, messages, origin), count, {"origin": origin, "numbers": numbers}
@@ -184,10 +225,13 @@ def split_calls(transcript: Transcript):
 
 def undo_split_calls(transcript: Transcript, record):
     "Makes the turns of parallel calls one message again."
+
     def join(parts):
-        if len(parts) == 1: return parts[0][1]
+        if len(parts) == 1:
+            return parts[0][1]
         calls = {record["numbers"][str(new)]: m["tool_calls"][0] for new, m in parts}
         return parts[0][1] | {"tool_calls": [calls[k] for k in sorted(calls)]}
+
     return gathered(transcript, record["origin"], join)
 
 # %% ../../nbs/masking/05_adapt.ipynb #a460cf63
@@ -196,10 +240,13 @@ def split_text(transcript: Transcript):
     messages, origin, blank = [], [], {}
     for i, m in enumerate(transcript.messages):
         text = m.get("content") or ""
-        if not m.get("tool_calls") or not text: messages.append(m), origin.append(i)
+        if not m.get("tool_calls") or not text:
+            messages.append(m), origin.append(i)
         else:
-            if text.strip(): messages.append({k: v for k, v in m.items() if k != "tool_calls"}), origin.append(i)
-            else: blank[str(len(messages))] = text
+            if text.strip():
+                messages.append({k: v for k, v in m.items() if k != "tool_calls"}), origin.append(i)
+            else:
+                blank[str(len(messages))] = text
             bare = {k: v for k, v in m.items() if not text.strip() or k not in REASONING_KEYS}
             messages.append(bare | {"content": ""}), origin.append(i)
     count = len(messages) - len(transcript.messages) + len(blank)
@@ -208,10 +255,13 @@ def split_text(transcript: Transcript):
 
 def undo_split_text(transcript: Transcript, record):
     "Puts the words beside the calls again."
+
     def join(parts):
-        if len(parts) == 2: return parts[0][1] | {"tool_calls": parts[1][1]["tool_calls"]}
+        if len(parts) == 2:
+            return parts[0][1] | {"tool_calls": parts[1][1]["tool_calls"]}
         new, m = parts[0]
         return m | {"content": record["blank"][str(new)]} if str(new) in record["blank"] else m
+
     return gathered(transcript, record["origin"], join)
 
 # %% ../../nbs/masking/05_adapt.ipynb #681a8cf3
@@ -240,33 +290,60 @@ def join_users(transcript: Transcript):
     "Makes one of user messages in a row that have the same label."
     messages, parts, places, last = [], [], [], None
     for i, m in enumerate(transcript.messages):
-        kind = (transcript.message_labels.get(i),) if m["role"] == "user" and isinstance(m.get("content"), str) else None
+        kind = (
+            (transcript.message_labels.get(i),)
+            if m["role"] == "user" and isinstance(m.get("content"), str)
+            else None
+        )
         if kind and kind == last:
             places.append((len(messages) - 1, len(messages[-1]["content"]) + len(GAP)))
             messages[-1] = messages[-1] | {"content": messages[-1]["content"] + GAP + m["content"]}
             parts[-1].append(m)
-        else: messages.append(m), parts.append([m]), places.append((len(messages) - 1, 0))
+        else:
+            messages.append(m), parts.append([m]), places.append((len(messages) - 1, 0))
         last = kind
     labels = {places[i][0]: label for i, label in transcript.message_labels.items()}
-    spans = tuple(InjectionSpan(places[s.message][0], s.start + places[s.message][1], s.end + places[s.message][1]) for s in transcript.injection_spans)
-    record = {str(i): [[len(m["content"]), {k: v for k, v in m.items() if k != "content"}] for m in some] for i, some in enumerate(parts) if len(some) > 1}
-    return replace(transcript, messages=messages, message_labels=labels, injection_spans=spans), len(transcript.messages) - len(messages), record
+    spans = tuple(
+        InjectionSpan(places[s.message][0], s.start + places[s.message][1], s.end + places[s.message][1])
+        for s in transcript.injection_spans
+    )
+    record = {
+        str(i): [[len(m["content"]), {k: v for k, v in m.items() if k != "content"}] for m in some]
+        for i, some in enumerate(parts)
+        if len(some) > 1
+    }
+    return (
+        replace(transcript, messages=messages, message_labels=labels, injection_spans=spans),
+        len(transcript.messages) - len(messages),
+        record,
+    )
 
 
 def undo_join_users(transcript: Transcript, record):
     "Parts the joined user messages again."
-    messages, begins = [], []   # begins: of each old message, the new one it stands in and where
+    messages, begins = [], []  # begins: of each old message, the new one it stands in and where
     for i, m in enumerate(transcript.messages):
         at = 0
         for length, rest in record.get(str(i), [[len(m.get("content") or ""), None]]):
             begins.append((i, at))
-            messages.append(m if rest is None else rest | {"content": m["content"][at:at + length]})
+            messages.append(m if rest is None else rest | {"content": m["content"][at : at + length]})
             at += length + len(GAP)
-    labels = {old: transcript.message_labels[i] for old, (i, _) in enumerate(begins) if i in transcript.message_labels}
+    labels = {
+        old: transcript.message_labels[i]
+        for old, (i, _) in enumerate(begins)
+        if i in transcript.message_labels
+    }
+
     def back(s):
         old, at = max((old, at) for old, (i, at) in enumerate(begins) if i == s.message and at <= s.start)
         return InjectionSpan(old, s.start - at, s.end - at)
-    return replace(transcript, messages=messages, message_labels=labels, injection_spans=tuple(map(back, transcript.injection_spans)))
+
+    return replace(
+        transcript,
+        messages=messages,
+        message_labels=labels,
+        injection_spans=tuple(map(back, transcript.injection_spans)),
+    )
 
 # %% ../../nbs/masking/05_adapt.ipynb #76025972
 def move_system(transcript: Transcript):
@@ -277,38 +354,54 @@ def move_system(transcript: Transcript):
 
 def hermes(transcript: Transcript):
     "Counts the messages with calls, and those with results."
-    return transcript, sum(bool(m.get("tool_calls")) or m["role"] == "tool" for m in transcript.messages), None
+    return (
+        transcript,
+        sum(bool(m.get("tool_calls")) or m["role"] == "tool" for m in transcript.messages),
+        None,
+    )
 
 
-def undo_nothing(transcript: Transcript, record): return transcript
+def undo_nothing(transcript: Transcript, record):
+    return transcript
 
 
 CHANGES = {  # by name: the change and its reverse
-    "drop_empty": (drop_empty, undo_drop_empty), "shorten_ids": (shorten_ids, undo_shorten_ids),
-    "split_calls": (split_calls, undo_split_calls), "split_text": (split_text, undo_split_text),
-    "bridge_answers": (bridge_answers, undo_bridge_answers), "join_users": (join_users, undo_join_users),
-    "move_system": (move_system, undo_nothing), "hermes": (hermes, undo_nothing),
+    "drop_empty": (drop_empty, undo_drop_empty),
+    "shorten_ids": (shorten_ids, undo_shorten_ids),
+    "split_calls": (split_calls, undo_split_calls),
+    "split_text": (split_text, undo_split_text),
+    "bridge_answers": (bridge_answers, undo_bridge_answers),
+    "join_users": (join_users, undo_join_users),
+    "move_system": (move_system, undo_nothing),
+    "hermes": (hermes, undo_nothing),
 }
 
 # %% ../../nbs/masking/05_adapt.ipynb #37800563
 def restore(transcript: Transcript) -> Transcript:
     "The transcript as it was before `adapt`."
-    for name, record in reversed(transcript.meta.get("adaptations", {}).get("undo", ())): transcript = CHANGES[name][1](transcript, record)
+    for name, record in reversed(transcript.meta.get("adaptations", {}).get("undo", ())):
+        transcript = CHANGES[name][1](transcript, record)
     return replace(transcript, meta={k: v for k, v in transcript.meta.items() if k != "adaptations"})
 
 
 def adapt(transcript: Transcript, names) -> Transcript:
-    """`transcript` with the adaptations `names` (as `adapt_names` takes them), itself where none has anything to
-    change. `restore` is the reverse. One that is adapted already is adapted anew. Raises MaskError for an unknown
-    name."""
-    if "adaptations" in transcript.meta: transcript = restore(transcript)
+    """`transcript` with the adaptations `names` (as `adapt_names` takes them), itself where none has anything
+    to change. `restore` is the reverse. One that is adapted already is adapted anew. Raises MaskError for an
+    unknown name."""
+    if "adaptations" in transcript.meta:
+        transcript = restore(transcript)
     counts, undo, out = {}, [], transcript
     for name in adapt_names(names):
         found, count, record = CHANGES[name][0](out)
-        if not count: continue
+        if not count:
+            continue
         out, counts[name] = found, count
         undo.append([name, record])
-    return replace(out, meta=out.meta | {"adaptations": {"counts": counts, "undo": undo}}) if counts else transcript
+    return (
+        replace(out, meta=out.meta | {"adaptations": {"counts": counts, "undo": undo}})
+        if counts
+        else transcript
+    )
 
 
 def adapted_counts(transcripts) -> dict[str, dict[str, int]]:
@@ -318,48 +411,77 @@ def adapted_counts(transcripts) -> dict[str, dict[str, int]]:
         counts = t.meta.get("adaptations", {}).get("counts", {})
         touched.update([*counts])
         changes.update(counts)
-    return {name: {"transcripts": touched[name], "changes": changes[name]} for name in ADAPTATIONS if name in touched}
+    return {
+        name: {"transcripts": touched[name], "changes": changes[name]}
+        for name in ADAPTATIONS
+        if name in touched
+    }
 
 
 def adapted_line(transcripts) -> str:
     "`adapted_counts` in words; empty where nothing was done."
     found, n = adapted_counts(transcripts), len(transcripts)
-    return "; ".join(f"{name} in {f['transcripts']} of {n} transcript{'s' * (n > 1)} ({f['changes']} times): {ADAPTATIONS[name]}" for name, f in found.items())
+    return "; ".join(
+        f"{name} in {f['transcripts']} of {n} transcript{'s' * (n > 1)} ({f['changes']} times): "
+        f"{ADAPTATIONS[name]}"
+        for name, f in found.items()
+    )
 
 # %% ../../nbs/masking/05_adapt.ipynb #b42f7c23
 def whole(masker, transcript: Transcript) -> bool:
     "Whether the template of `masker` (a ChatMasker) writes all that the assistant says in a transcript."
-    try: encoded, = masker.encode_batch([transcript])
-    except MaskError: return False
-    return not (encoded.lost_words or encoded.lost_calls or any("the template drops" in w for w in encoded.warnings))
+    try:
+        (encoded,) = masker.encode_batch([transcript])
+    except MaskError:
+        return False
+    return not (
+        encoded.lost_words or encoded.lost_calls or any("the template drops" in w for w in encoded.warnings)
+    )
 
 
 def needed(transcript: Transcript, masker_of) -> tuple[str, ...] | None:
-    """The fewest names of adaptations with which a template writes all of `transcript`, found by leaving out one
-    after the other; None where all of them do not help. `masker_of(names)` gives a ChatMasker, or raises
+    """The fewest names of adaptations with which a template writes all of `transcript`, found by leaving out
+    one after the other; None where all of them do not help. `masker_of(names)` gives a ChatMasker, or raises
     MaskError where its template does not take them."""
+
     def works(names):
-        try: return whole(masker_of(names), adapt(transcript, names))
-        except MaskError: return False
+        try:
+            return whole(masker_of(names), adapt(transcript, names))
+        except MaskError:
+            return False
+
     able = [name for name in ADAPTATIONS if CHANGES[name][0](transcript)[1]]
-    splits = [name for name in ("bridge_answers", "join_users") if name not in able and {"split_text", "split_calls", "drop_empty"} & {*able}]
+    splits = [
+        name
+        for name in ("bridge_answers", "join_users")
+        if name not in able and {"split_text", "split_calls", "drop_empty"} & {*able}
+    ]
     names = tuple(name for name in ADAPTATIONS if name in (*able, *splits))
     starts = [names, tuple(n for n in names if n != "hermes")] if "hermes" in names else [names]
     for names in starts:
-        if not works(names): continue
+        if not works(names):
+            continue
         for name in reversed(names):
-            if works(rest := tuple(n for n in names if n != name)): names = rest
+            if works(rest := tuple(n for n in names if n != name)):
+                names = rest
         return names
     return None
 
 
 def propose(transcripts, masker_of, most: int = 24) -> dict:
-    """`{names, read, of}`: adaptations that would make a template write the `transcripts` in full, and how many of
-    them it then does. At most `most` of them are looked at for the names, and all are read with these."""
+    """`{names, read, of}`: adaptations that would make a template write the `transcripts` in full, and how
+    many of them it then does. At most `most` of them are looked at for the names, and all are read with
+    these."""
     kinds: dict[tuple, Transcript] = {}
-    for t in transcripts: kinds.setdefault(tuple(name for name in CHANGES if CHANGES[name][0](t)[1]), t)
+    for t in transcripts:
+        kinds.setdefault(tuple(name for name in CHANGES if CHANGES[name][0](t)[1]), t)
     found = [names for t in list(kinds.values())[:most] if (names := needed(t, masker_of)) is not None]
     names = adapt_names([name for some in found for name in some])
-    if not names: return {"names": (), "read": 0, "of": len(transcripts)}
+    if not names:
+        return {"names": (), "read": 0, "of": len(transcripts)}
     masker = masker_of(names)
-    return {"names": names, "read": sum(whole(masker, adapt(t, names)) for t in transcripts), "of": len(transcripts)}
+    return {
+        "names": names,
+        "read": sum(whole(masker, adapt(t, names)) for t in transcripts),
+        "of": len(transcripts),
+    }

@@ -20,22 +20,23 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from ..basics.terminal import visible
 from ..basics.withheld import cut
 from .actions import actions_line, for_policy, own_notes, trained_calls
 from .adapt import adapt, adapted_line
 from .policies import NEED_COMPARISON, POLICIES, end_tokens
+from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from .templates import MaskError
 from .turns import COMPLETION, Segment
-from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
-from ..basics.terminal import visible
-from ..transcripts.record import LABELS, REASONING_KEYS, ROLES, SWITCHES, TranscriptError, nearest
 from ..transcripts.reader import SeenKeys, TranscriptReader
+from ..transcripts.record import LABELS, REASONING_KEYS, ROLES, SWITCHES, TranscriptError, nearest
 
 # %% ../../nbs/masking/09_audit.ipynb #6ed69929
 KINDS = {
     "unreadable": "the record is no transcript",
     "no_mask": "no safe mask can be made of it",
-    "no_injection": "a harmful transcript has no injection that the policy asks for, so all that the assistant says is trained",
+    "no_injection": "a harmful transcript has no injection that the policy asks for, so all that the "
+    "assistant says is trained",
     "lost_calls": "the template writes none of a message's tool calls",
     "lost_words": "the template writes nothing of an answer",
     "call_schema": "a call contradicts the schema of its tool, or its tool is not on offer",
@@ -49,19 +50,22 @@ KINDS = {
     "trains_template": "text of the template between messages is trained",
     "trains_padding": "padding is trained",
     "lost_to_truncation": "an answer is cut off whole",
-    "lost_context": "truncation cuts off the user's request or the injected message, so training drops the row",
+    "lost_context": "truncation cuts off the user's request or the injected message, so training drops the "
+    "row",
     "warning": "the mask is safe, but something was left out",
     "unknown_keys": "a message has keys that nothing here reads",
     "cut": "part of an answer is cut off",
     "actions": "whose the actions after the injection are, and what they were compared with",
-    "adapted": "what was changed in the transcript for the chat template"}
+    "adapted": "what was changed in the transcript for the chat template",
+}
 NOTES = frozenset({"warning", "unknown_keys", "cut", "actions", "adapted"})
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A defect of one transcript: its `kind` (of `KINDS`), a sentence, the `messages` it is about, and where: `file`, `number` of the
-    transcript in it (from 1) and id of the `transcript`."""
+    """A defect of one transcript: its `kind` (of `KINDS`), a sentence, the `messages` it is about, and where:
+    `file`, `number` of the transcript in it (from 1) and id of the `transcript`."""
+
     kind: str
     text: str
     messages: tuple = ()
@@ -72,17 +76,21 @@ class Finding:
     @property
     def where(self):
         "File and transcript. An id that the reader made names file and line itself."
-        if not self.transcript or self.file and self.transcript.startswith(f"{self.file}:"): return self.transcript
+        if not self.transcript or self.file and self.transcript.startswith(f"{self.file}:"):
+            return self.transcript
         return f"{self.file}{', ' * bool(self.file)}transcript {self.number} ({self.transcript})"
 
-    def __str__(self): return ": ".join(part for part in (self.kind, self.where, self.text) if part)
+    def __str__(self):
+        return ": ".join(part for part in (self.kind, self.where, self.text) if part)
 
 # %% ../../nbs/masking/09_audit.ipynb #456ce372
-SPOKEN = np.array([i in COMPLETION and i != Segment.EOT for i in range(256)])  # by segment: completion without EOT
+# by segment: completion without EOT
+SPOKEN = np.array([i in COMPLETION and i != Segment.EOT for i in range(256)])
 
 
 def trained_ends(encoded, mask):
-    """For each turn that has an end, `(message, start, stop, trained)`: its tokens (`end_tokens`), and whether `mask` trains all of them."""
+    """For each turn that has an end, `(message, start, stop, trained)`: its tokens (`end_tokens`), and
+    whether `mask` trains all of them."""
     return [(message, a, b, a < b and bool(mask[a:b].all())) for message, a, b in end_tokens(encoded)]
 
 
@@ -91,147 +99,286 @@ def untrained_ends(encoded, mask):
 
     The end is looked for by position, since two assistant messages may share a turn."""
     words = np.flatnonzero(SPOKEN[encoded.segments] & mask)
-    if not len(words): return []
+    if not len(words):
+        return []
     owners = encoded.message_index[words]
     last = words[np.append(owners[1:] != owners[:-1], True)]  # of each message
-    turns, whole = sorted(encoded.turns, key=lambda turn: turn.body), {m: trained for m, _, _, trained in trained_ends(encoded, mask)}
+    turns, whole = (
+        sorted(encoded.turns, key=lambda turn: turn.body),
+        {m: trained for m, _, _, trained in trained_ends(encoded, mask)},
+    )
     at = np.searchsorted([turn.body for turn in turns], encoded.offsets[last, 0], "right") - 1
-    return sorted({int(owner) for owner, k in zip(encoded.message_index[last], at) if k < 0 or not whole.get(turns[k].message)})
+    return sorted(
+        {
+            int(owner)
+            for owner, k in zip(encoded.message_index[last], at)
+            if k < 0 or not whole.get(turns[k].message)
+        }
+    )
 
 # %% ../../nbs/masking/09_audit.ipynb #27d612a2
-FOREIGN = {Segment.HEADER: "trains_header", Segment.TOOL_RESULT: "trains_tool_result", Segment.USER: "trains_user",
-           Segment.SYSTEM: "trains_system", Segment.TEMPLATE: "trains_template", Segment.PAD: "trains_padding"}
+FOREIGN = {
+    Segment.HEADER: "trains_header",
+    Segment.TOOL_RESULT: "trains_tool_result",
+    Segment.USER: "trains_user",
+    Segment.SYSTEM: "trains_system",
+    Segment.TEMPLATE: "trains_template",
+    Segment.PAD: "trains_padding",
+}
 
 
 def foreign_targets(encoded, mask):
     "Findings (list of `Finding`) for segments that `mask` trains although the assistant did not write them."
     counts, found = np.bincount(encoded.segments[mask], minlength=256), []
     for segment, kind in FOREIGN.items():
-        if not counts[segment]: continue
+        if not counts[segment]:
+            continue
         at = np.flatnonzero(mask & (encoded.segments == segment))
         messages = tuple(sorted({int(m) for m in encoded.message_index[at] if m >= 0}))
         start, end = encoded.offsets[at[0]]
-        found.append(Finding(kind, f"{counts[segment]} tokens, the first is token {at[0]} ({encoded.text[start:end]!r}); "
-                                   "use a policy that keeps to completion segments", messages))
+        found.append(
+            Finding(
+                kind,
+                f"{counts[segment]} tokens, the first is token {at[0]} ({encoded.text[start:end]!r}); "
+                "use a policy that keeps to completion segments",
+                messages,
+            )
+        )
     return found
 
 # %% ../../nbs/masking/09_audit.ipynb #be850059
 def nothing_trained(encoded, mask, transcript):
-    "A list with the `Finding` that no token after the first is trained, and why, or no word; empty if one is."
-    if (mask[1:] & SPOKEN[encoded.segments[1:]]).any(): return []
+    """A list with the `Finding` that no token after the first is trained, and why, or no word; empty if one
+    is."""
+    if (mask[1:] & SPOKEN[encoded.segments[1:]]).any():
+        return []
     if (encoded.segments[mask] == Segment.EOT).all() and mask[1:].any():
-        return [Finding("eot_only", "its answers are empty, so the model would learn to say nothing; drop the transcript")]
-    if mask[1:].any(): return []
+        return [
+            Finding(
+                "eot_only",
+                "its answers are empty, so the model would learn to say nothing; drop the transcript",
+            )
+        ]
+    if mask[1:].any():
+        return []
     generated = int(SPOKEN[encoded.segments].sum())
-    if not any(m["role"] == "assistant" for m in transcript.messages): why = "it has no assistant message"
-    elif not generated: why = "its assistant turns hold no words"
-    else: why = f"the policy or the message labels leave out all of its {generated} completion tokens"
+    if not any(m["role"] == "assistant" for m in transcript.messages):
+        why = "it has no assistant message"
+    elif not generated:
+        why = "its assistant turns hold no words"
+    else:
+        why = f"the policy or the message labels leave out all of its {generated} completion tokens"
     return [Finding("all_zero", f"no token is trained: {why}; drop the transcript or choose another policy")]
 
 # %% ../../nbs/masking/09_audit.ipynb #a1a09a4e
 def cut_targets(encoded, mask, max_length, side="targets"):
-    "Findings for what `truncation_window` cuts of the targets in `mask`, answers lost whole and in part, and of what they answer."
+    """Findings for what `truncation_window` cuts of the targets in `mask`, answers lost whole and in part,
+    and of what they answer."""
     window = truncation_window(mask, max_length, side)
     kept = np.zeros(len(mask), bool)
-    kept[max(window.start, 1):window.stop] = True  # nothing predicts the very first token
-    if window.start: kept[window.start] = False
+    kept[max(window.start, 1) : window.stop] = True  # nothing predicts the very first token
+    if window.start:
+        kept[window.start] = False
     before = {int(m) for m in encoded.message_index[mask] if m >= 0}  # template text belongs to no message
     after = Counter(encoded.message_index[mask & kept].tolist())
     cut = Counter(encoded.message_index[mask & ~kept].tolist())
     lost, part = sorted(before - after.keys()), sorted(m for m in before & after.keys() if cut[m])
-    limit = f"by truncation to {max_length} of {len(mask)} tokens ({side}); raise the limit or shorten the transcript"
+    limit = (
+        f"by truncation to {max_length} of {len(mask)} tokens ({side}); raise the limit or shorten the "
+        "transcript"
+    )
     endless = sorted(set(untrained_ends(encoded, mask & kept)) - set(untrained_ends(encoded, mask)))
     gone = cut_context(encoded, mask, window)
-    lost_context = [Finding("lost_context", f"{' and '.join(CONTEXT[what] for what in gone)} {'is' if len(gone) == 1 else 'are'} cut off {limit}")] * bool(gone)
-    return lost_context + ([Finding("eot_untrained", f"the end of message {', '.join(map(str, endless))} is cut off {limit}", tuple(endless))] * bool(endless) + [Finding("lost_to_truncation", f"all targets of message {', '.join(map(str, lost))} are cut off {limit}", tuple(lost))] * bool(lost)
-            + [Finding("cut", f"targets of message {', '.join(map(str, part))} are cut off in part {limit}", tuple(part))] * bool(part))
+    lost_context = [
+        Finding(
+            "lost_context",
+            f"{' and '.join(CONTEXT[what] for what in gone)} {'is' if len(gone) == 1 else 'are'} cut off "
+            f"{limit}",
+        )
+    ] * bool(gone)
+    return lost_context + (
+        [
+            Finding(
+                "eot_untrained",
+                f"the end of message {', '.join(map(str, endless))} is cut off {limit}",
+                tuple(endless),
+            )
+        ]
+        * bool(endless)
+        + [
+            Finding(
+                "lost_to_truncation",
+                f"all targets of message {', '.join(map(str, lost))} are cut off {limit}",
+                tuple(lost),
+            )
+        ]
+        * bool(lost)
+        + [
+            Finding(
+                "cut",
+                f"targets of message {', '.join(map(str, part))} are cut off in part {limit}",
+                tuple(part),
+            )
+        ]
+        * bool(part)
+    )
 
 # %% ../../nbs/masking/09_audit.ipynb #a82caae2
-TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int, "number": (int, float)}
+TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+    "integer": int,
+    "number": (int, float),
+}
 
 
 def has_type(value, name):
-    "Whether a JSON `value` is of the JSON schema type `name`; every value is of a type that JSON schema does not know."
-    if name not in TYPES: return True
-    if isinstance(value, bool): return name == "boolean"
-    return isinstance(value, TYPES[name]) or name == "integer" and isinstance(value, float) and value.is_integer()
+    """Whether a JSON `value` is of the JSON schema type `name`; every value is of a type that JSON schema
+    does not know."""
+    if name not in TYPES:
+        return True
+    if isinstance(value, bool):
+        return name == "boolean"
+    return (
+        isinstance(value, TYPES[name])
+        or name == "integer"
+        and isinstance(value, float)
+        and value.is_integer()
+    )
 
 
 def schema_faults(value, schema, where, strict=False):
-    """Sentences about what in `value` contradicts the JSON `schema`: types, required and unknown names, enum and const, in nested objects and
-    lists too. Names that the schema does not have are faults where it says `additionalProperties: false`, or with `strict`. Other keywords
-    are not looked at."""
-    if not isinstance(schema, dict): return []
+    """Sentences about what in `value` contradicts the JSON `schema`: types, required and unknown names, enum
+    and const, in nested objects and lists too. Names that the schema does not have are faults where it says
+    `additionalProperties: false`, or with `strict`. Other keywords are not looked at."""
+    if not isinstance(schema, dict):
+        return []
     kinds = schema.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
-    if value is None and schema.get("nullable") is True: return []
+    if value is None and schema.get("nullable") is True:
+        return []
     if kinds and not any(has_type(value, kind) for kind in kinds):
-        return [f"{where} is {'null' if value is None else type(value).__name__}, not {' or '.join(map(str, kinds))}"]
-    if isinstance(options := schema.get("enum", [schema["const"]] if "const" in schema else None), list) and value not in options:
+        return [
+            f"{where} is {'null' if value is None else type(value).__name__}, not "
+            f"{' or '.join(map(str, kinds))}"
+        ]
+    if (
+        isinstance(options := schema.get("enum", [schema["const"]] if "const" in schema else None), list)
+        and value not in options
+    ):
         return [f"{where} is {cut(repr(value), 40)}, none of {cut(', '.join(map(repr, options)), 80)}"]
     if isinstance(choices := schema.get("anyOf") or schema.get("oneOf"), list):
         tried = [schema_faults(value, choice, where, strict) for choice in choices]
-        if tried and all(tried): return tried[0]
+        if tried and all(tried):
+            return tried[0]
     out = []
     if isinstance(value, dict):
         known, more = schema.get("properties"), schema.get("additionalProperties")
         known = known if isinstance(known, dict) else {}
         out += [f"{where}.{name} is missing" for name in schema.get("required") or () if name not in value]
         for name, part in value.items():
-            if name in known: out += schema_faults(part, known[name], f"{where}.{name}")
-            elif isinstance(more, dict): out += schema_faults(part, more, f"{where}.{name}")
-            elif more is False or strict and more is None and "properties" in schema: out.append(f"{where}.{name} is unknown")
+            if name in known:
+                out += schema_faults(part, known[name], f"{where}.{name}")
+            elif isinstance(more, dict):
+                out += schema_faults(part, more, f"{where}.{name}")
+            elif more is False or strict and more is None and "properties" in schema:
+                out.append(f"{where}.{name} is unknown")
     if isinstance(value, list):
-        for i, part in enumerate(value): out += schema_faults(part, schema.get("items"), f"{where}[{i}]")
+        for i, part in enumerate(value):
+            out += schema_faults(part, schema.get("items"), f"{where}[{i}]")
     return out
 
 
 def call_faults(transcript):
-    """`Finding`s of the kind `call_schema`, one a message: calls of tools that are not on offer, and arguments that contradict the tool's own
-    schema. Tools may be in OpenAI's form or bare. A transcript that says nothing of tools has none."""
+    """`Finding`s of the kind `call_schema`, one a message: calls of tools that are not on offer, and
+    arguments that contradict the tool's own schema. Tools may be in OpenAI's form or bare. A transcript that
+    says nothing of tools has none."""
     schemas = [tool.get("function", tool) for tool in transcript.tools or () if isinstance(tool, dict)]
-    schemas = {s["name"]: s.get("parameters", s.get("input_schema")) for s in schemas if isinstance(s, dict) and isinstance(s.get("name"), str)}
+    schemas = {
+        s["name"]: s.get("parameters", s.get("input_schema"))
+        for s in schemas
+        if isinstance(s, dict) and isinstance(s.get("name"), str)
+    }
     found = []
     for i, message in enumerate(transcript.messages if schemas else ()):
         faults = []
         for j, call in enumerate(message.get("tool_calls") or ()):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
-            if name not in schemas: faults.append(f"call {j}: the tool {name!r} is not on offer{nearest(name, schemas)}")
-            else: faults += schema_faults(arguments, schemas[name], f"call {j} of {name}: arguments", strict=True)
-        if faults: found.append(Finding("call_schema", f"message {i}: {'; '.join(faults[:5])}" + f"; and {len(faults) - 5} more" * (len(faults) > 5), (i,)))
+            if name not in schemas:
+                faults.append(f"call {j}: the tool {name!r} is not on offer{nearest(name, schemas)}")
+            else:
+                faults += schema_faults(
+                    arguments, schemas[name], f"call {j} of {name}: arguments", strict=True
+                )
+        if faults:
+            found.append(
+                Finding(
+                    "call_schema",
+                    f"message {i}: {'; '.join(faults[:5])}"
+                    + f"; and {len(faults) - 5} more" * (len(faults) > 5),
+                    (i,),
+                )
+            )
     return found
 
 # %% ../../nbs/masking/09_audit.ipynb #86640f69
-MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS, *SWITCHES})
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS, *SWITCHES}
+)
 
 
 def unknown_keys(transcript):
-    "A `Finding` of the kind `unknown_keys`, in a list, where messages have keys that cbnb does not read (the chat template may); else none."
+    """A `Finding` of the kind `unknown_keys`, in a list, where messages have keys that cbnb does not read
+    (the chat template may); else none."""
     counts = Counter(key for m in transcript.messages for key in m if key not in MESSAGE_KEYS)
     where = tuple(i for i, m in enumerate(transcript.messages) if not m.keys() <= MESSAGE_KEYS)
     said = ", ".join(f"{key!r} in {n}{nearest(key, MESSAGE_KEYS)}" for key, n in sorted(counts.items()))
-    return [Finding("unknown_keys", f"keys of messages that only the chat template may read: {said}", where)] * bool(counts)
+    return [
+        Finding("unknown_keys", f"keys of messages that only the chat template may read: {said}", where)
+    ] * bool(counts)
 
 # %% ../../nbs/masking/09_audit.ipynb #352fcaf0
 def check_mask(encoded, mask, transcript, max_length=None, side="targets"):
-    "All findings (list of `Finding`, without their place) about the bool `mask` [n] of one encoded `transcript`; the window as in `cut_targets`."
-    found = [Finding(kind, f"message {', '.join(map(str, lost))}: {KINDS[kind]}; {advice}", lost) for kind, lost, advice in (
-        ("lost_calls", encoded.lost_calls, "pass a chat_template that does, or tool_call_format='hermes'"),
-        ("lost_words", encoded.lost_words, "pass another chat_template, or drop the transcript")) if lost]
+    """All findings (list of `Finding`, without their place) about the bool `mask` [n] of one encoded
+    `transcript`; the window as in `cut_targets`."""
+    found = [
+        Finding(kind, f"message {', '.join(map(str, lost))}: {KINDS[kind]}; {advice}", lost)
+        for kind, lost, advice in (
+            (
+                "lost_calls",
+                encoded.lost_calls,
+                "pass a chat_template that does, or tool_call_format='hermes'",
+            ),
+            ("lost_words", encoded.lost_words, "pass another chat_template, or drop the transcript"),
+        )
+        if lost
+    ]
     found += nothing_trained(encoded, mask, transcript)
     if ends := untrained_ends(encoded, mask):
-        found.append(Finding("eot_untrained", f"message {', '.join(map(str, ends))}: words are trained, but no end-of-turn token after them; "
-                                              "use a template that ends each turn, and a policy that keeps EOT", tuple(ends)))
+        found.append(
+            Finding(
+                "eot_untrained",
+                f"message {', '.join(map(str, ends))}: words are trained, but no end-of-turn token after "
+                "them; "
+                "use a template that ends each turn, and a policy that keeps EOT",
+                tuple(ends),
+            )
+        )
     found += foreign_targets(encoded, mask)
-    if max_length is not None and len(mask) > max_length: found += cut_targets(encoded, mask, max_length, side)
+    if max_length is not None and len(mask) > max_length:
+        found += cut_targets(encoded, mask, max_length, side)
     found += call_faults(transcript) + unknown_keys(transcript)
     return found + [Finding("warning", text, message_of(text)) for text in encoded.warnings]
 
 # %% ../../nbs/masking/09_audit.ipynb #67619016
 @dataclass(frozen=True)
 class Audited:
-    """One transcript of a file and its findings. `encoded` (and `mask`, bool [n]) are None where no mask can be made, `transcript` too where
-    the record cannot be read."""
+    """One transcript of a file and its findings. `encoded` (and `mask`, bool [n]) are None where no mask can
+    be made, `transcript` too where the record cannot be read."""
+
     number: int
     transcript: object = None
     encoded: object = None
@@ -254,33 +401,51 @@ def unnamed(error, transcript):
 
 
 def encode_each(masker, transcripts):
-    "List of an `Encoded` or the MaskError for each of `transcripts`: one that is refused must not hide the rest of its batch."
+    """List of an `Encoded` or the MaskError for each of `transcripts`: one that is refused must not hide the
+    rest of its batch."""
     out = masker.encode_batch(transcripts, errors="return")
     return [unnamed(e, t) if isinstance(e, MaskError) else e for t, e in zip(transcripts, out, strict=True)]
 
 # %% ../../nbs/masking/09_audit.ipynb #2127e5b7
 def audit_one(number, transcript, encoded, policy, max_length=None, side="targets", file=""):
-    "The `Audited` of one transcript of `file`; `encoded` is its Encoded or the MaskError that came in its place."
+    """The `Audited` of one transcript of `file`; `encoded` is its Encoded or the MaskError that came in its
+    place."""
     mask = None
     if not isinstance(encoded, MaskError):
-        try: mask = training_mask(encoded, transcript, policy)
-        except MaskError as e: encoded = e
-    found = [Finding("no_mask", str(encoded), message_of(str(encoded)))] if mask is None else check_mask(encoded, mask, transcript, max_length, side)
+        try:
+            mask = training_mask(encoded, transcript, policy)
+        except MaskError as e:
+            encoded = e
+    found = (
+        [Finding("no_mask", str(encoded), message_of(str(encoded)))]
+        if mask is None
+        else check_mask(encoded, mask, transcript, max_length, side)
+    )
     if mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
-        found.append(Finding("no_injection", f"{policy} finds no injection span and trains all that the assistant says, before the attack too; "
-                                             "find spans with cbnb spans, or choose another policy"))
-    if mask is not None and (said := actions_line(transcript)): found.append(Finding("actions", said))
-    if said := adapted_line([transcript]): found.append(Finding("adapted", said))
+        found.append(
+            Finding(
+                "no_injection",
+                f"{policy} finds no injection span and trains all that the assistant says, before the "
+                "attack too; "
+                "find spans with cbnb spans, or choose another policy",
+            )
+        )
+    if mask is not None and (said := actions_line(transcript)):
+        found.append(Finding("actions", said))
+    if said := adapted_line([transcript]):
+        found.append(Finding("adapted", said))
     place = dict(transcript=transcript.id, number=number, file=file)
     found = tuple(Finding(f.kind, f.text, f.messages, **place) for f in found)
     return Audited(number, transcript, None if mask is None else encoded, mask, found)
 
 # %% ../../nbs/masking/09_audit.ipynb #93b6a055
 def compared(transcript, policy):
-    """`(transcript, refusal)`: a harmful transcript as `policy` wants it (`cbnb.masking.actions.for_policy`) and None,
-    or as it is and the MaskError that refuses it."""
-    try: return for_policy([transcript], policy)[0], None
-    except MaskError as e: return transcript, unnamed(e, transcript)
+    """`(transcript, refusal)`: a harmful transcript as `policy` wants it (`cbnb.masking.actions.for_policy`)
+    and None, or as it is and the MaskError that refuses it."""
+    try:
+        return for_policy([transcript], policy)[0], None
+    except MaskError as e:
+        return transcript, unnamed(e, transcript)
 
 
 def each_record(transcripts):
@@ -289,14 +454,18 @@ def each_record(transcripts):
 
 
 def audit(transcripts, masker, policy="assistant_only", max_length=None, side="targets", limit=None):
-    """Yields an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held whole).
+    """Yields an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held
+    whole).
 
-    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: look at what `truncation_window` would cut. Each transcript is
-    adapted as `masker.adapt` says.
-    `limit`: stop after that many transcripts. Of a reader made with `on_error="skip"`, each bad record is yielded too, as the finding `unreadable`.
-    Raises MaskError for an unknown policy, ValueError for a wrong limit, and what the reader raises."""
+    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: look at what
+    `truncation_window` would cut. Each transcript is adapted as `masker.adapt` says. `limit`: stop after that
+    many transcripts. Of a reader made with `on_error="skip"`, each bad record is yielded too, as the finding
+    `unreadable`. Raises MaskError for an unknown policy, ValueError for a wrong limit, and what the reader
+    raises."""
     if not callable(policy) and policy not in POLICIES:
-        raise MaskError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or a function of an Encoded")
+        raise MaskError(
+            f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or a function of an Encoded"
+        )
     truncation_window(np.ones(1, bool), 1 if max_length is None else max_length, side)
     file, number = Path(getattr(transcripts, "path", "")).name, 0
     note, whole = (lambda t: t), transcripts
@@ -305,10 +474,14 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
         note = own_notes(t for t in each_record(whole) if not isinstance(t, TranscriptError))
     stream = each_record(whole)
     while batch := list(itertools.islice(stream, BATCH if limit is None else min(BATCH, limit - number))):
-        pairs = [(t, None) if isinstance(t, TranscriptError) else compared(note(adapt(t, masker.adapt)), policy) for t in batch]
+        pairs = [
+            (t, None) if isinstance(t, TranscriptError) else compared(note(adapt(t, masker.adapt)), policy)
+            for t in batch
+        ]
         encoded = iter(encode_each(masker, [t for t, _ in pairs if not isinstance(t, TranscriptError)]))
         for found, refusal in pairs:
-            if isinstance(found, TranscriptError): yield Audited(0, findings=(Finding("unreadable", str(found)),))
+            if isinstance(found, TranscriptError):
+                yield Audited(0, findings=(Finding("unreadable", str(found)),))
             else:
                 made = next(encoded)
                 yield audit_one(number := number + 1, found, refusal or made, policy, max_length, side, file)
@@ -317,7 +490,8 @@ def audit(transcripts, masker, policy="assistant_only", max_length=None, side="t
 MAX_TURNS = 12  # later assistant turns are counted together
 
 
-def _zeros(*shape): return field(default_factory=lambda: np.zeros(shape, np.int64))
+def _zeros(*shape):
+    return field(default_factory=lambda: np.zeros(shape, np.int64))
 
 
 ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
@@ -325,10 +499,10 @@ ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
 
 @dataclass
 class Totals:
-    """Sums over a file, of fixed size. `roles` int64 [5, 3]: messages, tokens, trained tokens of each of `ROLES`, last of the template and of
-    other roles.
-    `turns` int64 [MAX_TURNS, 5]: assistant turns, generated tokens, trained ones, ends of turn (EOT), those trained whole. `kinds`:
-    transcripts by finding."""
+    """Sums over a file, of fixed size. `roles` int64 [5, 3]: messages, tokens, trained tokens of each of
+    `ROLES`, last of the template and of other roles. `turns` int64 [MAX_TURNS, 5]: assistant turns, generated
+    tokens, trained ones, ends of turn (EOT), those trained whole. `kinds`: transcripts by finding."""
+
     transcripts: int = 0
     tokens: int = 0
     trained: int = 0
@@ -338,13 +512,17 @@ class Totals:
     kinds: Counter = field(default_factory=Counter)
     keys: Counter = field(default_factory=Counter)  # messages by unknown key
     failed: int = 0
-    calls: dict = field(default_factory=lambda: {label: SeenKeys() for label in LABELS})  # trained ones, by the label of their transcript
+    # trained ones, by the label of their transcript
+    calls: dict = field(default_factory=lambda: {label: SeenKeys() for label in LABELS})
     both_streams: int = 0  # different calls that are trained in both
 
     def add_calls(self, audited):
         """Counts trained calls that are trained in transcripts of the other label, too; in 16 to 32 bytes a
         different call."""
-        own, other = (self.calls[label] for label in (audited.transcript.label, *(set(LABELS) - {audited.transcript.label})))
+        own, other = (
+            self.calls[label]
+            for label in (audited.transcript.label, *(set(LABELS) - {audited.transcript.label}))
+        )
         for key in set(trained_calls(audited.encoded, audited.mask, audited.transcript)):
             self.both_streams += key in other and key not in own
             own.add(key)
@@ -356,8 +534,13 @@ class Totals:
         self.failed += any(f.kind not in NOTES and f.kind not in allow for f in audited.findings)
         if audited.transcript is not None:
             self.keys.update(key for m in audited.transcript.messages for key in m if key not in MESSAGE_KEYS)
-        if audited.encoded is None: return
-        encoded, mask, roles = audited.encoded, audited.mask, [ROLE_INDEX.get(m["role"], len(ROLES)) for m in audited.transcript.messages]
+        if audited.encoded is None:
+            return
+        encoded, mask, roles = (
+            audited.encoded,
+            audited.mask,
+            [ROLE_INDEX.get(m["role"], len(ROLES)) for m in audited.transcript.messages],
+        )
         self.labels[audited.transcript.label] += 1
         self.add_calls(audited)
         self.tokens += len(mask)
@@ -369,19 +552,34 @@ class Totals:
         assistant = role == ROLES.index("assistant")
         turn = np.minimum(np.cumsum(assistant) - 1, MAX_TURNS - 1)
         self.turns[:, 0] += np.bincount(turn[assistant], minlength=MAX_TURNS)
-        ends, generated = trained_ends(encoded, mask), SPOKEN[encoded.segments] | (encoded.segments == Segment.EOT)
-        owners = [encoded.message_index[generated], encoded.message_index[mask], *(
-            np.array([m for m, _, _, trained in ends if trained or not only], np.int64) for only in (False, True))]
+        ends, generated = (
+            trained_ends(encoded, mask),
+            SPOKEN[encoded.segments] | (encoded.segments == Segment.EOT),
+        )
+        owners = [
+            encoded.message_index[generated],
+            encoded.message_index[mask],
+            *(
+                np.array([m for m, _, _, trained in ends if trained or not only], np.int64)
+                for only in (False, True)
+            ),
+        ]
         for column, owner in enumerate(owners, 1):
             self.turns[:, column] += np.bincount(turn[owner[assistant[owner]]], minlength=MAX_TURNS)
 
     def role_table(self):
-        "Rows (role, messages, tokens, trained, share) of the roles that occur; \"template\" is what belongs to no message."
+        """Rows (role, messages, tokens, trained, share) of the roles that occur; "template" is what belongs
+        to no message."""
         names = (*ROLES, "template")
-        return [(name, *map(int, row), row[2] / max(row[1], 1)) for name, row in zip(names, self.roles, strict=True) if row.any()]
+        return [
+            (name, *map(int, row), row[2] / max(row[1], 1))
+            for name, row in zip(names, self.roles, strict=True)
+            if row.any()
+        ]
 
     def turn_table(self):
-        "Rows (turn, transcripts with it, generated tokens, trained, EOTs, trained EOTs), the assistant's first turn first."
+        """Rows (turn, transcripts with it, generated tokens, trained, EOTs, trained EOTs), the assistant's
+        first turn first."""
         names = [*range(1, MAX_TURNS), f"{MAX_TURNS}+"]
         return [(str(name), *map(int, row)) for name, row in zip(names, self.turns, strict=True) if row.any()]
 
@@ -389,22 +587,48 @@ class Totals:
         "One sentence: how many transcripts there are, and what was found in how many."
         found = ", ".join(f"{kind} {self.kinds[kind]}" for kind in KINDS if self.kinds[kind])
         result = f"{self.failed:,} fail the audit" if self.failed else "none fails the audit"
-        both = f"; {self.both_streams:,} calls are trained as harmful and as benign, by name and arguments" * bool(self.both_streams)
-        return f"{self.transcripts:,} transcripts, {self.tokens:,} tokens, {self.trained:,} of them trained; {result}" + f" ({found})" * bool(found) + both
+        both = (
+            f"; {self.both_streams:,} calls are trained as harmful and as benign, by name and arguments"
+            * bool(self.both_streams)
+        )
+        return (
+            f"{self.transcripts:,} transcripts, {self.tokens:,} tokens, {self.trained:,} of them trained; "
+            f"{result}" + f" ({found})" * bool(found) + both
+        )
 
     def summary(self):
         "One dict that JSON can hold."
         roles = [dict(zip(("role", "messages", "tokens", "trained"), row)) for row in self.role_table()]
-        turns = [dict(zip(("turn", "transcripts", "generated", "trained", "eot", "eot_trained"), row)) for row in self.turn_table()]
-        return {"transcripts": self.transcripts, "failed": self.failed, "tokens": self.tokens, "trained": self.trained,
-                "labels": dict(self.labels), "findings": dict(self.kinds), "both_streams": self.both_streams, "unknown_keys": dict(self.keys), "roles": roles, "turns": turns}
+        turns = [
+            dict(zip(("turn", "transcripts", "generated", "trained", "eot", "eot_trained"), row))
+            for row in self.turn_table()
+        ]
+        return {
+            "transcripts": self.transcripts,
+            "failed": self.failed,
+            "tokens": self.tokens,
+            "trained": self.trained,
+            "labels": dict(self.labels),
+            "findings": dict(self.kinds),
+            "both_streams": self.both_streams,
+            "unknown_keys": dict(self.keys),
+            "roles": roles,
+            "turns": turns,
+        }
 
 # %% ../../nbs/masking/09_audit.ipynb #8ed92007
 def format_table(head, rows):
-    "Lines of text: `rows` of strings and numbers under `head`, the first column to the left, numbers to the right; a float is a share."
-    cells = [[c if isinstance(c, str) else f"{c:.1%}" if isinstance(c, float) else f"{c:,}" for c in row] for row in (head, *rows)]
+    """Lines of text: `rows` of strings and numbers under `head`, the first column to the left, numbers to the
+    right; a float is a share."""
+    cells = [
+        [c if isinstance(c, str) else f"{c:.1%}" if isinstance(c, float) else f"{c:,}" for c in row]
+        for row in (head, *rows)
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    ]
 
 
 ROLE_HEAD = ("role", "messages", "tokens", "trained", "share")
@@ -412,15 +636,32 @@ TURN_HEAD = ("turn", "transcripts", "generated", "trained", "EOT", "EOT trained"
 
 # %% ../../nbs/masking/09_audit.ipynb #b04ba038
 def record(audited):
-    "One dict that JSON can hold, of an `Audited`: the transcript's id, number, source, label, tokens, trained tokens and findings."
-    t, found = audited.transcript, [{"kind": f.kind, "messages": list(f.messages), "text": f.text} for f in audited.findings]
-    if t is None: return {"transcript": None, "findings": found}
-    size = {} if audited.encoded is None else {"tokens": len(audited.mask), "trained": int(np.count_nonzero(audited.mask))}
-    return {"transcript": t.id, "number": audited.number, "source": t.source, "label": t.label, **size, "findings": found}
+    """One dict that JSON can hold, of an `Audited`: the transcript's id, number, source, label, tokens,
+    trained tokens and findings."""
+    t, found = (
+        audited.transcript,
+        [{"kind": f.kind, "messages": list(f.messages), "text": f.text} for f in audited.findings],
+    )
+    if t is None:
+        return {"transcript": None, "findings": found}
+    size = (
+        {}
+        if audited.encoded is None
+        else {"tokens": len(audited.mask), "trained": int(np.count_nonzero(audited.mask))}
+    )
+    return {
+        "transcript": t.id,
+        "number": audited.number,
+        "source": t.source,
+        "label": t.label,
+        **size,
+        "findings": found,
+    }
 
 # %% ../../nbs/masking/09_audit.ipynb #1da582be
 def token_texts(encoded):
-    "The part of the text that each token adds (list of str, n); \"\" for a token that ends inside a character which is shown already."
+    """The part of the text that each token adds (list of str, n); "" for a token that ends inside a character
+    which is shown already."""
     ends, text = encoded.offsets[:, 1], encoded.text
     starts = np.concatenate([encoded.offsets[:1, 0], np.maximum.accumulate(ends)[:-1]])
     return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
@@ -428,7 +669,9 @@ def token_texts(encoded):
 # %% ../../nbs/masking/09_audit.ipynb #aeac8d82
 @dataclass(frozen=True)
 class Run:
-    "Neighbouring tokens `[start, end)` of one message (-1: none) and one `name`d part of it, all in the mask or all out of it."
+    """Neighbouring tokens `[start, end)` of one message (-1: none) and one `name`d part of it, all in the
+    mask or all out of it."""
+
     start: int
     end: int
     message: int
@@ -440,44 +683,77 @@ class Run:
 def mask_runs(encoded, mask, messages):
     "List of `Run`, in order: the tokens by message, part and mask. The parts of a tool call count as one."
     names = np.array([segment.name.lower().replace("_", " ") for segment in Segment])
-    family = np.array(["tool call" if n.startswith("tool") and n != "tool result" else n for n in names])[encoded.segments]
+    family = np.array(["tool call" if n.startswith("tool") and n != "tool result" else n for n in names])[
+        encoded.segments
+    ]
     changes = (family[1:] != family[:-1]) | (np.diff(encoded.message_index) != 0) | (mask[1:] != mask[:-1])
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(mask)]
     owner = encoded.message_index.tolist()
-    return [Run(a, b, owner[a], messages[owner[a]]["role"] if owner[a] >= 0 else "template", str(family[a]), bool(mask[a]))
-            for a, b in zip(edges, edges[1:])]
+    return [
+        Run(
+            a,
+            b,
+            owner[a],
+            messages[owner[a]]["role"] if owner[a] >= 0 else "template",
+            str(family[a]),
+            bool(mask[a]),
+        )
+        for a, b in zip(edges, edges[1:])
+    ]
 
 # %% ../../nbs/masking/09_audit.ipynb #1dd98042
 LONG = 320  # characters, or trained tokens, of a run that are shown
 
 
 def shorten(parts, text):
-    "`parts` (list) in which the middle is replaced by `text` with their number, where there are over `LONG` of them."
-    if len(parts) <= LONG: return parts
-    return [*parts[:LONG * 3 // 4], text.format(f"{len(parts) - LONG:,}"), *parts[-LONG // 4:]]
+    """`parts` (list) in which the middle is replaced by `text` with their number, where there are over `LONG`
+    of them."""
+    if len(parts) <= LONG:
+        return parts
+    return [*parts[: LONG * 3 // 4], text.format(f"{len(parts) - LONG:,}"), *parts[-LONG // 4 :]]
 
 # %% ../../nbs/masking/09_audit.ipynb #8fb81a86
-COLOURS = {Segment.SYSTEM: "35", Segment.USER: "36", Segment.TOOL_RESULT: "33", Segment.REASONING: "34", Segment.TEXT: "32",
-           Segment.EOT: "31"}
+COLOURS = {
+    Segment.SYSTEM: "35",
+    Segment.USER: "36",
+    Segment.TOOL_RESULT: "33",
+    Segment.REASONING: "34",
+    Segment.TEXT: "32",
+    Segment.EOT: "31",
+}
 
 
-def in_colour(text, code, colour): return f"\033[{code}m{text}\033[0m" if colour and code else text
+def in_colour(text, code, colour):
+    return f"\033[{code}m{text}\033[0m" if colour and code else text
 
 
 def terminal_lines(audited, colour=False):
-    """Yields the lines that show an `Audited` in a terminal: a line for each run, `>` before a trained one, each trained token in ⟦ ⟧ (and, with
-    `colour`, bold and underlined; segments differ in colour). Text is made harmless by `visible`."""
+    """Yields the lines that show an `Audited` in a terminal: a line for each run, `>` before a trained one,
+    each trained token in ⟦ ⟧ (and, with `colour`, bold and underlined; segments differ in colour). Text is
+    made harmless by `visible`."""
     t, encoded, mask = audited.transcript, audited.encoded, audited.mask
-    yield visible(f"transcript {audited.number}: {t.id} ({t.label}), {len(mask):,} tokens, {mask.sum():,} trained")
+    yield visible(
+        f"transcript {audited.number}: {t.id} ({t.label}), {len(mask):,} tokens, {mask.sum():,} trained"
+    )
     texts = [visible(piece) for piece in token_texts(encoded)]
     for run in mask_runs(encoded, mask, t.messages):
         code = COLOURS.get(Segment(encoded.segments[run.start]), "32" if run.name == "tool call" else "2")
-        if run.trained: shown = [in_colour(f"⟦{text or '…'}⟧", f"{code};1;4", colour) for text in texts[run.start:run.end]]
-        else: shown = ["".join(texts[run.start:run.end])]
-        if run.trained: body = "".join(shorten(shown, " … {} more tokens … "))
-        else: body = in_colour("".join(shorten(list(shown[0]), " … {} more characters … ")), code, colour)
-        yield f"{'>' if run.trained else ' '} {'' if run.message < 0 else run.message:>3} {run.role:<9} {run.name:<11} {body}"
-    for finding in audited.findings: yield visible(f"  ! {finding.kind}: {finding.text}")
+        if run.trained:
+            shown = [
+                in_colour(f"⟦{text or '…'}⟧", f"{code};1;4", colour) for text in texts[run.start : run.end]
+            ]
+        else:
+            shown = ["".join(texts[run.start : run.end])]
+        if run.trained:
+            body = "".join(shorten(shown, " … {} more tokens … "))
+        else:
+            body = in_colour("".join(shorten(list(shown[0]), " … {} more characters … ")), code, colour)
+        yield (
+            f"{'>' if run.trained else ' '} {'' if run.message < 0 else run.message:>3} {run.role:<9} "
+            f"{run.name:<11} {body}"
+        )
+    for finding in audited.findings:
+        yield visible(f"  ! {finding.kind}: {finding.text}")
 
 # %% ../../nbs/masking/09_audit.ipynb #b0b4b3d5
 PAGE = """<!DOCTYPE html>
@@ -518,23 +794,41 @@ u { font-weight: bold; text-decoration: underline; text-decoration-color: var(--
 %}{% endfor %}</p></div>
 {% endfor %}{% endfor %}
 </body></html>
-"""
+"""  # noqa: E501
 
 # %% ../../nbs/masking/09_audit.ipynb #f0a71679
 def audit_page(title, totals, findings=(), shown=(), notes=()):
-    """One self-contained page (str, well-formed as XML too): `findings`, the tables of `totals`, the tokens of the `Audited` in `shown`.
+    """One self-contained page (str, well-formed as XML too): `findings`, the tables of `totals`, the tokens
+    of the `Audited` in `shown`.
 
-    All text may come from anyone: it is made visible and escaped. No script, no request; light and dark by the reader's setting."""
-    def share(row): return [f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else c for c in row]
+    All text may come from anyone: it is made visible and escaped. No script, no request; light and dark by
+    the reader's setting."""
+
+    def share(row):
+        return [f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else c for c in row]
+
     def runs(a):
         texts = [visible(piece) for piece in token_texts(a.encoded)]
         for run in mask_runs(a.encoded, a.mask, a.transcript.messages):
-            parts = [text or "…" for text in texts[run.start:run.end]] if run.trained else list("".join(texts[run.start:run.end]))
+            parts = (
+                [text or "…" for text in texts[run.start : run.end]]
+                if run.trained
+                else list("".join(texts[run.start : run.end]))
+            )
             shortened = shorten(parts, " … {} more … ")
             yield run, shortened if run.trained else ["".join(shortened)]
+
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
-        title=visible(title), notes=[visible(n) for n in notes],
+        title=visible(title),
+        notes=[visible(n) for n in notes],
         findings=[(f.kind, visible(": ".join(part for part in (f.where, f.text) if part))) for f in findings],
-        tables=[("By role", ROLE_HEAD, [share(r) for r in totals.role_table()]), ("By assistant turn", TURN_HEAD, [share(r) for r in totals.turn_table()])],
-        shown=[(visible(f"Transcript {a.number}: {a.transcript.id} ({a.transcript.label})"), list(runs(a))) for a in shown])
+        tables=[
+            ("By role", ROLE_HEAD, [share(r) for r in totals.role_table()]),
+            ("By assistant turn", TURN_HEAD, [share(r) for r in totals.turn_table()]),
+        ],
+        shown=[
+            (visible(f"Transcript {a.number}: {a.transcript.id} ({a.transcript.label})"), list(runs(a)))
+            for a in shown
+        ],
+    )

@@ -15,38 +15,53 @@ import weakref
 import numpy as np
 from tokenizers.normalizers import NFC
 
-from .templates import MaskError
 from ..basics.withheld import cut
+from .templates import MaskError
 
 # %% ../../nbs/masking/02_encoders.ipynb #3f6cbbd6
-BYTES = {c: b for b, c in zip(
-    [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173],
-    map(chr, [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]))}  # the printable stand-ins of byte-level BPE (GPT-2)
+BYTES = {
+    c: b
+    for b, c in zip(
+        [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173],
+        # the printable stand-ins of byte-level BPE (GPT-2)
+        map(chr, [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]),
+    )
+}
 
 
 def token_bytes(tokenizer, token, added):
-    """The bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from outside that
-    alphabet. `added`: the tokenizer's `added_tokens_decoder`, which it makes anew at each asking."""
-    if token in added: return added[token].content.encode()
-    try: return bytes(BYTES[c] for c in tokenizer.convert_ids_to_tokens(token))
-    except (KeyError, TypeError): return None
+    """The bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from outside
+    that alphabet. `added`: the tokenizer's `added_tokens_decoder`, which it makes anew at each asking."""
+    if token in added:
+        return added[token].content.encode()
+    try:
+        return bytes(BYTES[c] for c in tokenizer.convert_ids_to_tokens(token))
+    except (KeyError, TypeError):
+        return None
 
 # %% ../../nbs/masking/02_encoders.ipynb #09b07143
 def cumulative_spans(raw, sizes, text):
-    """Character spans `[n, 2]` (int32) of tokens of `sizes` bytes (int32 [n]) in `text`, whose bytes are `raw`; None if they do not add up.
+    """Character spans `[n, 2]` (int32) of tokens of `sizes` bytes (int32 [n]) in `text`, whose bytes are
+    `raw`; None if they do not add up.
 
     A token that holds only part of a character gets the whole character."""
     ends = np.cumsum(sizes, dtype=np.int32)
-    if (ends[-1] if len(ends) else 0) != len(raw): return None
+    if (ends[-1] if len(ends) else 0) != len(raw):
+        return None
     spans = np.stack([ends - sizes, ends], axis=1)
-    if len(raw) == len(text): return spans
-    character = (np.cumsum((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80) - 1).astype(np.int32)  # of each byte
-    return np.stack([character[np.minimum(spans[:, 0], len(raw) - 1)], character[spans[:, 1] - 1] + 1], axis=1)
+    if len(raw) == len(text):
+        return spans
+    # of each byte
+    character = (np.cumsum((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80) - 1).astype(np.int32)
+    return np.stack(
+        [character[np.minimum(spans[:, 0], len(raw) - 1)], character[spans[:, 1] - 1] + 1], axis=1
+    )
 
 # %% ../../nbs/masking/02_encoders.ipynb #cc2b9b46
 def widen(offsets, length, added):
-    """Tokenizer offsets `[n, 2]` without gaps: characters between two tokens count for both, so that no border among them is overlooked.
-    `added` (bool) are added tokens: these are cut out of the raw text, so theirs are exact and stay."""
+    """Tokenizer offsets `[n, 2]` without gaps: characters between two tokens count for both, so that no
+    border among them is overlooked. `added` (bool) are added tokens: these are cut out of the raw text, so
+    theirs are exact and stay."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     low = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]))
     high = np.maximum(ends, np.concatenate([starts[1:], [length]]))
@@ -54,97 +69,174 @@ def widen(offsets, length, added):
 
 # %% ../../nbs/masking/02_encoders.ipynb #147beee1
 def tiktoken_parts(tokenizer):
-    """`(pattern, ranks by bytes, added tokens by text, merges)` of a fast byte-level BPE tokenizer, as `tiktoken.Encoding` wants them.
+    """`(pattern, ranks by bytes, added tokens by text, merges)` of a fast byte-level BPE tokenizer, as
+    `tiktoken.Encoding` wants them.
 
     Raises MaskError, naming the part, for a tokenizer that works otherwise."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added, normalizer = parts["model"], parts["added_tokens"], parts["normalizer"]
+
     def need(ok, what):
-        if not ok: raise MaskError(f"tiktoken cannot stand in for this tokenizer: {what}")
-    need(model["type"] == "BPE" and not any(
-        model.get(k) for k in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),
-         "it is no plain BPE model")
+        if not ok:
+            raise MaskError(f"tiktoken cannot stand in for this tokenizer: {what}")
+
+    need(
+        model["type"] == "BPE"
+        and not any(
+            model.get(k)
+            for k in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+        ),
+        "it is no plain BPE model",
+    )
     need(normalizer in (None, {"type": "NFC"}), "it normalises text in another way than NFC")
-    need(not any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in added), "an added token swallows white space")
+    need(
+        not any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in added),
+        "an added token swallows white space",
+    )
     words = sorted(a["content"] for a in added)
-    need(all(words) and not any(b.startswith(a) for a, b in zip(words, words[1:])), "an added token begins with another one")
+    need(
+        all(words) and not any(b.startswith(a) for a, b in zip(words, words[1:])),
+        "an added token begins with another one",
+    )
     steps = parts["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     split = steps[0].get("pattern", {}).get("Regex") if len(steps) == 2 else None
-    need(split and steps[0]["type"] == "Split" and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
-         and steps[1]["type"] == "ByteLevel" and not steps[1]["add_prefix_space"] and not steps[1]["use_regex"],
-         "it splits text in another way than by one pattern")
+    need(
+        split
+        and steps[0]["type"] == "Split"
+        and steps[0]["behavior"] == "Isolated"
+        and not steps[0]["invert"]
+        and steps[1]["type"] == "ByteLevel"
+        and not steps[1]["add_prefix_space"]
+        and not steps[1]["use_regex"],
+        "it splits text in another way than by one pattern",
+    )
     added = {a["content"]: a["id"] for a in added}
-    try: ranks = {bytes(map(BYTES.__getitem__, word)): i for word, i in model["vocab"].items() if word not in added}
-    except KeyError: need(False, "its vocabulary is not spelled in bytes")
+    try:
+        ranks = {
+            bytes(map(BYTES.__getitem__, word)): i for word, i in model["vocab"].items() if word not in added
+        }
+    except KeyError:
+        need(False, "its vocabulary is not spelled in bytes")
     need(all(bytes([b]) in ranks for b in range(256)), "a byte is missing from its vocabulary")
     return split, ranks, added, [model["vocab"]["".join(m)] for m in model["merges"]]
 
 # %% ../../nbs/masking/02_encoders.ipynb #4fd8ca1f
-NASTY = ("", " ", "\n\n \n", "  a\t b \r\n\r\n c   ", "I'll've 'S 'ſ \u212a's DON'T", "0123456789 3.14 1,000", "naïve cafe\u0301 Ａ ﬁ ǅ",
-         "مرحبا שלום\u200f",
-         "中文 日本語 한국어", "👩‍👩‍👧🏽🙂🇨🇭", "𝔘𝒳 \U00020000", "\u00a0\u2028\u3000\ufeff\u200b", "x" * 300, "!?" * 90, '{"a": [1, {"b": "\\n"}]}',
-         "def f(x):\n\treturn x**2  # é\n", "<|im_start|", "[INST", "a\x00b\x7f\x85", " \u0300\u0301", "ͅΙ \u0345", "١٢٣ ४५ ⅷ ½")
+NASTY = (
+    "",
+    " ",
+    "\n\n \n",
+    "  a\t b \r\n\r\n c   ",
+    "I'll've 'S 'ſ \u212a's DON'T",
+    "0123456789 3.14 1,000",
+    "naïve cafe\u0301 Ａ ﬁ ǅ",
+    "مرحبا שלום\u200f",
+    "中文 日本語 한국어",
+    "👩‍👩‍👧🏽🙂🇨🇭",
+    "𝔘𝒳 \U00020000",
+    "\u00a0\u2028\u3000\ufeff\u200b",
+    "x" * 300,
+    "!?" * 90,
+    '{"a": [1, {"b": "\\n"}]}',
+    "def f(x):\n\treturn x**2  # é\n",
+    "<|im_start|",
+    "[INST",
+    "a\x00b\x7f\x85",
+    " \u0300\u0301",
+    "ͅΙ \u0345",
+    "١٢٣ ४५ ⅷ ½",
+)
 
 
 @functools.cache
 def self_check_texts():
-    "Texts on which two encoders must agree: nasty ones, and one with every character up to U+FFFF and a sample of those beyond."
-    codes = [*range(0x20, 0xD800), *range(0xE000, 0xFDD0), *range(0xFDF0, 0xFFFE), *range(0x10000, 0x32000, 5), *range(0xE0100, 0xE01F0)]
+    """Texts on which two encoders must agree: nasty ones, and one with every character up to U+FFFF and a
+    sample of those beyond."""
+    codes = [
+        *range(0x20, 0xD800),
+        *range(0xE000, 0xFDD0),
+        *range(0xFDF0, 0xFFFE),
+        *range(0x10000, 0x32000, 5),
+        *range(0xE0100, 0xE01F0),
+    ]
     return [*NASTY, "\n".join(NASTY), "".join(f"'{c}1 {c}\n" for c in map(chr, codes))]
 
 # %% ../../nbs/masking/02_encoders.ipynb #e18a4272
 def make_tiktoken(tokenizer):
-    """A `tiktoken.Encoding` that gives the ids of the fast `tokenizer`: same vocabulary, merges in the order of ids, and the same ids for all
-    of `self_check_texts()`. Raises MaskError with the reason where it cannot be had."""
-    try: import tiktoken
-    except ImportError: raise MaskError("tiktoken is not installed") from None
+    """A `tiktoken.Encoding` that gives the ids of the fast `tokenizer`: same vocabulary, merges in the order
+    of ids, and the same ids for all of `self_check_texts()`. Raises MaskError with the reason where it cannot
+    be had."""
+    try:
+        import tiktoken
+    except ImportError:
+        raise MaskError("tiktoken is not installed") from None
     pattern, ranks, added, merges = tiktoken_parts(tokenizer)
-    if (np.diff(merges) < 0).any(): raise MaskError("tiktoken cannot stand in for this tokenizer: its merges are not in the order of its ids")
-    try: encoding = tiktoken.Encoding("cbnb", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
-    except ValueError as e: raise MaskError(f"tiktoken cannot stand in for this tokenizer: {e}") from None
-    texts = [unicodedata.normalize("NFC", text) for text in (*self_check_texts(), "a ".join(added), "".join(added))]
-    for text in (text[at:at + 4096] for text in texts for at in range(0, len(text), 4096)):  # in pieces: a long one takes much memory
-        theirs = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if encoding.encode(text, allowed_special="all") != theirs:
-            raise MaskError(f"tiktoken cannot stand in for this tokenizer: it encodes {cut(text, 30)!r} otherwise")
+    if (np.diff(merges) < 0).any():
+        raise MaskError(
+            "tiktoken cannot stand in for this tokenizer: its merges are not in the order of its ids"
+        )
+    try:
+        encoding = tiktoken.Encoding("cbnb", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+    except ValueError as e:
+        raise MaskError(f"tiktoken cannot stand in for this tokenizer: {e}") from None
+    texts = [
+        unicodedata.normalize("NFC", text) for text in (*self_check_texts(), "a ".join(added), "".join(added))
+    ]
+    # in pieces: a long one takes much memory
+    for piece in (text[at : at + 4096] for text in texts for at in range(0, len(text), 4096)):
+        theirs = tokenizer.backend_tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        if encoding.encode(piece, allowed_special="all") != theirs:
+            raise MaskError(
+                f"tiktoken cannot stand in for this tokenizer: it encodes {cut(piece, 30)!r} otherwise"
+            )
     return encoding
 
 # %% ../../nbs/masking/02_encoders.ipynb #3e0edbf6
-TIKTOKENS = weakref.WeakKeyDictionary()  # by tokenizer: (its size, an Encoding or the MaskError that says why there is none)
+# by tokenizer: (its size, an Encoding or the MaskError that says why there is none)
+TIKTOKENS = weakref.WeakKeyDictionary()
 
 
 def find_tiktoken(tokenizer):
-    "`make_tiktoken(tokenizer)`, kept for as long as the tokenizer lives and has the same size; a MaskError is returned, not raised."
+    """`make_tiktoken(tokenizer)`, kept for as long as the tokenizer lives and has the same size; a MaskError
+    is returned, not raised."""
     size, found = TIKTOKENS.get(tokenizer, (None, None))
     if size != len(tokenizer):
-        try: found = make_tiktoken(tokenizer)
-        except MaskError as e: found = e
+        try:
+            found = make_tiktoken(tokenizer)
+        except MaskError as e:
+            found = e
         TIKTOKENS[tokenizer] = len(tokenizer), found
     return found
 
 # %% ../../nbs/masking/02_encoders.ipynb #48d7982c
 class TokenBytes:
-    "The bytes of a tokenizer's tokens, looked up when first asked for. `added`: the added ones by id, as they are now."
+    """The bytes of a tokenizer's tokens, looked up when first asked for. `added`: the added ones by id, as
+    they are now."""
+
     def __init__(self, tokenizer):
         self.tokenizer, self.added, self.bytes = tokenizer, tokenizer.added_tokens_decoder, {}
         self.sizes = np.full(len(tokenizer), -1, np.int32)
 
     def of(self, ids):
         "Sizes in bytes (int32 [n]) of the token `ids`; None if one is not spelled in bytes."
-        if (missing := int(ids.max(initial=0)) + 1 - len(self.sizes)) > 0: self.sizes = np.pad(self.sizes, (0, missing), constant_values=-1)
+        if (missing := int(ids.max(initial=0)) + 1 - len(self.sizes)) > 0:
+            self.sizes = np.pad(self.sizes, (0, missing), constant_values=-1)
         sizes = self.sizes[ids]
         for token in set(ids[sizes < 0].tolist()):
-            if token not in self.bytes: self.bytes[token] = token_bytes(self.tokenizer, token, self.added)
-            if self.bytes[token] is None: return None
+            if token not in self.bytes:
+                self.bytes[token] = token_bytes(self.tokenizer, token, self.added)
+            if self.bytes[token] is None:
+                return None
             self.sizes[token] = len(self.bytes[token])
         return self.sizes[ids]
 
     def spans(self, text, ids, changed):
-        """Character spans of the tokens `ids` of `text`, or None where their bytes do not add up to it. Numbers of bytes do where a tokenizer
-        cuts the text as it is; the bytes themselves are compared where it has `changed` (normalised) it before."""
+        """Character spans of the tokens `ids` of `text`, or None where their bytes do not add up to it.
+        Numbers of bytes do where a tokenizer cuts the text as it is; the bytes themselves are compared where
+        it has `changed` (normalised) it before."""
         sizes, raw = self.of(ids), text.encode()
-        if sizes is None or changed and b"".join(map(self.bytes.__getitem__, ids.tolist())) != raw: return None
+        if sizes is None or changed and b"".join(map(self.bytes.__getitem__, ids.tolist())) != raw:
+            return None
         return cumulative_spans(raw, sizes, text)
 
 # %% ../../nbs/masking/02_encoders.ipynb #ae1dd819
@@ -155,31 +247,48 @@ AUTO_CHARS = 2**21  # after so many characters it pays to build the tiktoken enc
 class TextEncoder:
     """Ids and character spans of texts; no BOS is added.
 
-    `encoder`: "tokenizers", "tiktoken" (MaskError where it cannot be had) or "auto": tiktoken where it can be had, built once `AUTO_CHARS`
-    characters were encoded. `name` says which one is in use, `reason` why it is not tiktoken (None where nothing speaks against it)."""
+    `encoder`: "tokenizers", "tiktoken" (MaskError where it cannot be had) or "auto": tiktoken where it can be
+    had, built once `AUTO_CHARS` characters were encoded. `name` says which one is in use, `reason` why it is
+    not tiktoken (None where nothing speaks against it)."""
+
     def __init__(self, tokenizer, encoder="auto"):
-        if encoder not in ENCODERS: raise MaskError(f"encoder {encoder!r} is unknown; use one of {', '.join(ENCODERS)}")
-        self.tokenizer, self.encoder, self.bytes, self.seen, self.trusted = tokenizer, encoder, TokenBytes(tokenizer), 0, False
+        if encoder not in ENCODERS:
+            raise MaskError(f"encoder {encoder!r} is unknown; use one of {', '.join(ENCODERS)}")
+        self.tokenizer, self.encoder, self.bytes, self.seen, self.trusted = (
+            tokenizer,
+            encoder,
+            TokenBytes(tokenizer),
+            0,
+            False,
+        )
         self.added_ids = np.array([*self.bytes.added], np.int32)
         self.tiktoken = self.reason = None
         self.normalizer = tokenizer.backend_tokenizer.normalizer
         if encoder == "tiktoken":
             self._try_tiktoken()
-            if self.reason: raise MaskError(f"{self.reason}; use encoder='auto'")
+            if self.reason:
+                raise MaskError(f"{self.reason}; use encoder='auto'")
 
     @property
-    def name(self): return "tiktoken" if self.tiktoken else "tokenizers"
+    def name(self):
+        return "tiktoken" if self.tiktoken else "tokenizers"
 
     def _try_tiktoken(self):
         found = find_tiktoken(self.tokenizer)
-        if isinstance(found, MaskError): self.reason = str(found)
-        else: self.tiktoken = found
+        if isinstance(found, MaskError):
+            self.reason = str(found)
+        else:
+            self.tiktoken = found
 
     def _trust(self, text):
-        "Compares the first text with what transformers makes of it: a tokenizer class may have a way of its own."
+        """Compares the first text with what transformers makes of it: a tokenizer class may have a way of its
+        own."""
         theirs = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if self._tokenizers([text])[0].ids != theirs:
-            raise MaskError("the tokenizer's class gives other ids than its tokenizer.json; this tokenizer is not supported")
+            raise MaskError(
+                "the tokenizer's class gives other ids than its tokenizer.json; this tokenizer is not "
+                "supported"
+            )
         self.trusted = True
 
     def _tokenizers(self, texts, offsets=False, plain=False):
@@ -187,41 +296,68 @@ class TextEncoder:
         core = self.tokenizer.backend_tokenizer
         core.no_truncation(), core.no_padding()
         core.encode_special_tokens = plain or self.tokenizer.split_special_tokens
-        try: return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
-        finally: core.encode_special_tokens = self.tokenizer.split_special_tokens
+        try:
+            return (core.encode_batch if offsets else core.encode_batch_fast)(texts, add_special_tokens=False)
+        finally:
+            core.encode_special_tokens = self.tokenizer.split_special_tokens
 
     def _changes(self, text):
         "Whether the tokenizer's normaliser may change `text`."
-        return self.normalizer is not None and not (isinstance(self.normalizer, NFC) and unicodedata.is_normalized("NFC", text))
+        return self.normalizer is not None and not (
+            isinstance(self.normalizer, NFC) and unicodedata.is_normalized("NFC", text)
+        )
 
     def _place(self, text, ids, plain=False):
-        "`ids` as int32 [n] and their character spans in `text`: by their bytes, else by the tokenizer's widened offsets."
+        """`ids` as int32 [n] and their character spans in `text`: by their bytes, else by the tokenizer's
+        widened offsets."""
         ids = np.asarray(ids).astype(np.int32)
         spans = self.bytes.spans(text, ids, self._changes(text))
-        if spans is not None: return ids, spans
-        offsets = np.array(self._tokenizers([text], offsets=True, plain=plain)[0].offsets, np.int64).reshape(-1, 2)
-        if len(offsets) != len(ids): raise MaskError("the tokenizer gives two numbers of tokens for one text; this one is not supported")
+        if spans is not None:
+            return ids, spans
+        offsets = np.array(self._tokenizers([text], offsets=True, plain=plain)[0].offsets, np.int64).reshape(
+            -1, 2
+        )
+        if len(offsets) != len(ids):
+            raise MaskError(
+                "the tokenizer gives two numbers of tokens for one text; this one is not supported"
+            )
         return ids, widen(offsets, len(text), np.isin(ids, self.added_ids))
 
     def _quick(self, text):
-        "Ids of `text` by tiktoken, or None where that cannot be used, or gives up (its patterns have a limited stack: a million blanks)."
-        if not self.tiktoken or self._changes(text): return None
-        try: return self.tiktoken.encode_to_numpy(text, allowed_special="all")
-        except ValueError: return None
+        """Ids of `text` by tiktoken, or None where that cannot be used, or gives up (its patterns have a
+        limited stack: a million blanks)."""
+        if not self.tiktoken or self._changes(text):
+            return None
+        try:
+            return self.tiktoken.encode_to_numpy(text, allowed_special="all")
+        except ValueError:
+            return None
 
     def __call__(self, texts):
         "A list with `(ids int32 [n], character spans int32 [n, 2])` of each of `texts`."
-        if texts and not self.trusted: self._trust(texts[0])
+        if texts and not self.trusted:
+            self._trust(texts[0])
         self.seen += sum(map(len, texts))
-        if self.encoder == "auto" and self.tiktoken is None and self.reason is None and self.seen > AUTO_CHARS: self._try_tiktoken()
+        if (
+            self.encoder == "auto"
+            and self.tiktoken is None
+            and self.reason is None
+            and self.seen > AUTO_CHARS
+        ):
+            self._try_tiktoken()
         quick = [self._quick(text) for text in texts]
-        slow = iter(self._tokenizers([text for text, ids in zip(texts, quick) if ids is None]) if any(ids is None for ids in quick) else ())
+        slow = iter(
+            self._tokenizers([text for text, ids in zip(texts, quick) if ids is None])
+            if any(ids is None for ids in quick)
+            else ()
+        )
         ids = [next(slow).ids if ids is None else ids for ids in quick]
         return [self._place(text, i) for text, i in zip(texts, ids)]
 
     @functools.cached_property
     def cuts_at_added(self):
-        "Whether text between two added tokens is encoded as it would be alone; not so where a tokenizer treats the beginning of a text in its own way."
+        """Whether text between two added tokens is encoded as it would be alone; not so where a tokenizer
+        treats the beginning of a text in its own way."""
         for token in self.bytes.added.values():
             pieces = [f"one{token.content}", f"one two{token.content}", "one"]
             ids = [encoding.ids for encoding in self._tokenizers(["".join(pieces), *pieces])]
@@ -229,15 +365,22 @@ class TextEncoder:
         return True
 
     def plain(self, text, stretches):
-        """Ids and spans of one text in which control tokens inside the character spans `stretches` are encoded as the text they are. Raises
-        MaskError for a tokenizer with which that cannot be done piece by piece."""
+        """Ids and spans of one text in which control tokens inside the character spans `stretches` are
+        encoded as the text they are. Raises MaskError for a tokenizer with which that cannot be done piece by
+        piece."""
         if not self.cuts_at_added:
-            raise MaskError("this tokenizer encodes the beginning of a text in its own way, so control tokens cannot be made plain text; remove or rewrite them")
+            raise MaskError(
+                "this tokenizer encodes the beginning of a text in its own way, so control tokens cannot be "
+                "made plain text; remove or rewrite them"
+            )
         parts, at = [], 0
         for start, end in [*stretches, (len(text), len(text))]:
             for lo, hi, plain in ((at, start, False), (start, end, True)):
-                if lo == hi: continue
-                ids, spans = self._place(text[lo:hi], self._tokenizers([text[lo:hi]], plain=plain)[0].ids, plain)
+                if lo == hi:
+                    continue
+                ids, spans = self._place(
+                    text[lo:hi], self._tokenizers([text[lo:hi]], plain=plain)[0].ids, plain
+                )
                 parts.append((ids, spans + np.int32(lo)))
             at = end
         return tuple(map(np.concatenate, zip(*parts)))

@@ -22,60 +22,114 @@ from .adapt import adapt_names
 from .encoders import TextEncoder
 from .policies import Encoded, loss_mask
 from .rendering import MAX_MESSAGES, MAX_TEXT_CHARS, environment
-from .templates import (
-    KNOWN_ROLES, MaskError, NONCHARACTER, Traced, asked, has_noncharacter, render, template_inputs, trace_renders)
-from ..transcripts.record import MAX_DEPTH, REASONING_KEYS, InjectionSpan, Transcript, TranscriptError, nearest, read_arguments
+from cbnb.masking.templates import (
+    KNOWN_ROLES,
+    NONCHARACTER,
+    MaskError,
+    Traced,
+    asked,
+    has_noncharacter,
+    render,
+    template_inputs,
+    trace_renders,
+)
 from cbnb.masking.turns import (
-    IS_COMPLETION, Words, check_foreign, dropped, emptied, find_headers, locate_turns, paint, place_tokens, turn_ends, unseen_tools,
-    writes_calls)
+    IS_COMPLETION,
+    Words,
+    check_foreign,
+    dropped,
+    emptied,
+    find_headers,
+    locate_turns,
+    paint,
+    place_tokens,
+    turn_ends,
+    unseen_tools,
+    writes_calls,
+)
+from cbnb.transcripts.record import (
+    MAX_DEPTH,
+    REASONING_KEYS,
+    InjectionSpan,
+    Transcript,
+    TranscriptError,
+    nearest,
+    read_arguments,
+)
 
 # %% ../../nbs/masking/06_masker.ipynb #3d65447d
 def strings(value):
-    "All strings inside `value` (nested dicts and lists, keys too). Raises MaskError where it is nested deeper than `MAX_DEPTH`."
+    """All strings inside `value` (nested dicts and lists, keys too). Raises MaskError where it is nested
+    deeper than `MAX_DEPTH`."""
     found, level = [], [value]
     for _ in range(MAX_DEPTH + 2):
         deeper = []
         for value in level:
-            if isinstance(value, str): found.append(value)
+            if isinstance(value, str):
+                found.append(value)
             elif isinstance(value, dict):
                 found += [key for key in value if isinstance(key, str)]
                 deeper += value.values()
-            elif isinstance(value, (list, tuple)): deeper += value
-        if not deeper: return found
+            elif isinstance(value, (list, tuple)):
+                deeper += value
+        if not deeper:
+            return found
         level = deeper
     raise MaskError(f"lists and objects are nested deeper than {MAX_DEPTH}; flatten them")
 
 # %% ../../nbs/masking/06_masker.ipynb #13db7f3a
 def is_clean(text, control):
-    "Whether `text` holds no noncharacter, no half of a surrogate pair, and no match of the pattern `control`."
+    """Whether `text` holds no noncharacter, no half of a surrogate pair, and no match of the pattern
+    `control`."""
     if not text.isascii():
-        try: text.encode()
-        except UnicodeEncodeError: return False
-        if has_noncharacter(text): return False
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+        if has_noncharacter(text):
+            return False
     return not (control and control.search(text))
 
 
 def check_strings(value, where, control):
-    "Raises MaskError if a string in `value` holds a noncharacter, half of a surrogate pair or a match of the `control` token pattern."
-    try: found = strings(value)
-    except MaskError as e: raise MaskError(f"{where}: {e}") from None
-    if sum(map(len, found)) > MAX_TEXT_CHARS: raise MaskError(f"{where}: holds over {MAX_TEXT_CHARS} characters; shorten it")
-    if is_clean("\0".join(found), control): return  # one search for all; which one it is matters only if there is one
+    """Raises MaskError if a string in `value` holds a noncharacter, half of a surrogate pair or a match of
+    the `control` token pattern."""
+    try:
+        found = strings(value)
+    except MaskError as e:
+        raise MaskError(f"{where}: {e}") from None
+    if sum(map(len, found)) > MAX_TEXT_CHARS:
+        raise MaskError(f"{where}: holds over {MAX_TEXT_CHARS} characters; shorten it")
+    # one search for all; which one it is matters only if there is one
+    if is_clean("\0".join(found), control):
+        return
     for text in found:
         if m := re.search("[\ud800-\udfff]", text):
-            raise MaskError(f"{where}: holds U+{ord(m[0]):04X}, half of a surrogate pair, which has no UTF-8 form; repair the text")
+            raise MaskError(
+                f"{where}: holds U+{ord(m[0]):04X}, half of a surrogate pair, which has no UTF-8 form; "
+                "repair the text"
+            )
         if m := NONCHARACTER.search(text):
-            raise MaskError(f"{where}: holds the noncharacter U+{ord(m[0]):04X}, which no text may contain; remove it")
+            raise MaskError(
+                f"{where}: holds the noncharacter U+{ord(m[0]):04X}, which no text may contain; remove it"
+            )
         if control and (m := control.search(text)):
-            raise MaskError(f"{where}: holds the control token {m[0]!r}, which the model would read as structure; remove or rewrite it, or "
-                            "allow it with control=")
+            raise MaskError(
+                f"{where}: holds the control token {m[0]!r}, which the model would read as structure; "
+                "remove or rewrite it, or "
+                "allow it with control="
+            )
 
 # %% ../../nbs/masking/06_masker.ipynb #bea2d2a8
 def check_messages(messages, control=None, quoting=()):
-    "Raises MaskError as `check_strings` does, naming the message; in messages of the roles `quoting` the `control` pattern may match."
-    try: found = strings(messages)
-    except MaskError: found = None
-    if found and sum(map(len, found)) <= MAX_TEXT_CHARS and is_clean("\0".join(found), control): return
+    """Raises MaskError as `check_strings` does, naming the message; in messages of the roles `quoting` the
+    `control` pattern may match."""
+    try:
+        found = strings(messages)
+    except MaskError:
+        found = None
+    if found and sum(map(len, found)) <= MAX_TEXT_CHARS and is_clean("\0".join(found), control):
+        return
     for i, message in enumerate(messages):
         where = f"message {i} ({message['role']})"
         check_strings(message, where, None if message["role"] in quoting else control)
@@ -93,21 +147,28 @@ def read_call(call, where):
     try:
         arguments = read_arguments(function.get("arguments", {}), where)
         STRICT_JSON.encode(arguments)
-    except TranscriptError as e: raise MaskError(str(e)) from None
-    except (TypeError, ValueError) as e: raise MaskError(f"{where}: its arguments cannot be written as JSON ({e}); repair them") from None
+    except TranscriptError as e:
+        raise MaskError(str(e)) from None
+    except (TypeError, ValueError) as e:
+        raise MaskError(f"{where}: its arguments cannot be written as JSON ({e}); repair them") from None
     return {**call, "function": {**function, "arguments": arguments}}
 
 # %% ../../nbs/masking/06_masker.ipynb #0e2bedc7
 def read_messages(messages, control=None, quoting=()):
-    """A checked copy of `messages` as transformers would give them to the template: nulls dropped, reasoning under all its names, arguments
-    as dicts. Matches of the pattern `control` are refused, but in messages of the roles `quoting`."""
-    if not isinstance(messages, (list, tuple)) or not messages: raise MaskError("a transcript needs a list of at least one message")
-    if len(messages) > MAX_MESSAGES: raise MaskError(f"the transcript has {len(messages)} messages; {MAX_MESSAGES} are the most")
+    """A checked copy of `messages` as transformers would give them to the template: nulls dropped, reasoning
+    under all its names, arguments as dicts. Matches of the pattern `control` are refused, but in messages of
+    the roles `quoting`."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise MaskError("a transcript needs a list of at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise MaskError(f"the transcript has {len(messages)} messages; {MAX_MESSAGES} are the most")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise MaskError(f"message {i}: is no object with a role")
         if not isinstance(message.get("content", ""), str | None):
-            raise MaskError(f"message {i} ({message['role']}): its content is no string; join text blocks first")
+            raise MaskError(
+                f"message {i} ({message['role']}): its content is no string; join text blocks first"
+            )
     check_messages(messages, control, quoting)
     out = []
     for i, message in enumerate(messages):
@@ -117,34 +178,50 @@ def read_messages(messages, control=None, quoting=()):
             reasoning = next(message[k] for k in REASONING_KEYS if k in message)
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         if message.get("tool_calls"):
-            if not isinstance(message["tool_calls"], (list, tuple)): raise MaskError(f"{where}: its tool_calls are no list")
-            message["tool_calls"] = [read_call(c, f"{where}, tool_calls[{j}]") for j, c in enumerate(message["tool_calls"])]
+            if not isinstance(message["tool_calls"], (list, tuple)):
+                raise MaskError(f"{where}: its tool_calls are no list")
+            message["tool_calls"] = [
+                read_call(c, f"{where}, tool_calls[{j}]") for j, c in enumerate(message["tool_calls"])
+            ]
         out.append(message)
     return out
 
 # %% ../../nbs/masking/06_masker.ipynb #99e53232
 def check_control(offsets, traced, allowed=()):
-    """Raises MaskError if a control token at one of `offsets` [n, 2] lies in what a message says: the tokenizer made it from ordinary text.
-    `allowed` are the messages that may quote control tokens."""
-    said = sorted((s, e, kind, i) for kind, i, s, e in traced.regions if s < e and kind in ("content", "reasoning", "call", "arguments"))
-    if not said: return
+    """Raises MaskError if a control token at one of `offsets` [n, 2] lies in what a message says: the
+    tokenizer made it from ordinary text. `allowed` are the messages that may quote control tokens."""
+    said = sorted(
+        (s, e, kind, i)
+        for kind, i, s, e in traced.regions
+        if s < e and kind in ("content", "reasoning", "call", "arguments")
+    )
+    if not said:
+        return
     starts, ends = np.array([s for s, *_ in said]), np.maximum.accumulate([e for _, e, *_ in said])
     before = np.searchsorted(starts, offsets[:, 1])  # regions that begin before the token ends
     quoted = {span for index in allowed for span in traced.of("control", index)}
     for start, end in offsets[(before > 0) & (ends[before - 1] > offsets[:, 0])].tolist():
-        if (start, end) in quoted: continue
+        if (start, end) in quoted:
+            continue
         kind, index = next((kind, i) for s, e, kind, i in said if s < end and e > start)
-        raise MaskError(f"message {index}: its {kind} becomes the control token {traced.text[start:end]!r}, read by the model as structure; "
-                        "rewrite it")
+        raise MaskError(
+            f"message {index}: its {kind} becomes the control token {traced.text[start:end]!r}, read by the "
+            "model as structure; "
+            "rewrite it"
+        )
 
 # %% ../../nbs/masking/06_masker.ipynb #a418cd6e
 def check_spans(spans, messages):
     "A tuple of InjectionSpan; raises MaskError for one that is not inside the content of its message."
-    try: spans = tuple(s if isinstance(s, InjectionSpan) else InjectionSpan(*s) for s in spans)
-    except TypeError: raise MaskError(f"injection_spans: {spans!r} is no list of (message, start, end)") from None
+    try:
+        spans = tuple(s if isinstance(s, InjectionSpan) else InjectionSpan(*s) for s in spans)
+    except TypeError:
+        raise MaskError(f"injection_spans: {spans!r} is no list of (message, start, end)") from None
     for s in spans:
-        if not all(type(n) is int for n in (s.message, s.start, s.end)): raise MaskError(f"injection span {s}: its numbers are no integers")
-        if not 0 <= s.message < len(messages): raise MaskError(f"injection span {s}: there is no message {s.message}")
+        if not all(type(n) is int for n in (s.message, s.start, s.end)):
+            raise MaskError(f"injection span {s}: its numbers are no integers")
+        if not 0 <= s.message < len(messages):
+            raise MaskError(f"injection span {s}: there is no message {s.message}")
         size = len(messages[s.message].get("content") or "")
         if not 0 <= s.start < s.end <= size:
             raise MaskError(f"injection span {s}: the content of message {s.message} has {size} characters")
@@ -153,13 +230,20 @@ def check_spans(spans, messages):
 # %% ../../nbs/masking/06_masker.ipynb #18588f3e
 def check_labels(label, message_labels, messages):
     "The label and a copy of the message labels; raises MaskError for an unknown label or message."
-    if not isinstance(message_labels, dict | None): raise MaskError(f"message_labels: {message_labels!r} is no dict by message")
+    if not isinstance(message_labels, dict | None):
+        raise MaskError(f"message_labels: {message_labels!r} is no dict by message")
     labels = dict(message_labels or {})
-    for where, value, known in (("label", label, (None, "benign", "harmful")),
-                                *((f"label of message {i}", value, ("benign", "harmful", "none")) for i, value in labels.items())):
-        if value not in known: raise MaskError(f"{where}: {value!r} is unknown; use one of {', '.join(str(k) for k in known if k)}")
+    for where, value, known in (
+        ("label", label, (None, "benign", "harmful")),
+        *((f"label of message {i}", value, ("benign", "harmful", "none")) for i, value in labels.items()),
+    ):
+        if value not in known:
+            raise MaskError(
+                f"{where}: {value!r} is unknown; use one of {', '.join(str(k) for k in known if k)}"
+            )
     for i in labels:
-        if not (isinstance(i, int) and 0 <= i < len(messages)): raise MaskError(f"message_labels: there is no message {i!r}")
+        if not (isinstance(i, int) and 0 <= i < len(messages)):
+            raise MaskError(f"message_labels: there is no message {i!r}")
     return label, labels
 
 # %% ../../nbs/masking/06_masker.ipynb #492e098c
@@ -167,34 +251,51 @@ CONTROL_MODES = ("error", "allow", "text")
 
 
 def control_modes(control):
-    "`(mode by role, mode of other roles)` of a `control=` argument: a word for all roles but the assistant, or a dict by role."
-    if not isinstance(control, (str, dict)): raise MaskError(f"control={control!r} is no word and no dict by role")
+    """`(mode by role, mode of other roles)` of a `control=` argument: a word for all roles but the assistant,
+    or a dict by role."""
+    if not isinstance(control, (str, dict)):
+        raise MaskError(f"control={control!r} is no word and no dict by role")
     modes, other = ({"assistant": "error"}, control) if isinstance(control, str) else (control, "error")
     for role in modes:
-        if role not in KNOWN_ROLES: raise MaskError(f"control= names the role {role!r}{nearest(role, KNOWN_ROLES)}; use one of {', '.join(KNOWN_ROLES)}")
+        if role not in KNOWN_ROLES:
+            raise MaskError(
+                f"control= names the role {role!r}{nearest(role, KNOWN_ROLES)}; use one of "
+                f"{', '.join(KNOWN_ROLES)}"
+            )
     for mode in (*modes.values(), other):
-        if mode not in CONTROL_MODES: raise MaskError(f"control={mode!r} is unknown; use one of {', '.join(CONTROL_MODES)}, or a dict by role")
+        if mode not in CONTROL_MODES:
+            raise MaskError(
+                f"control={mode!r} is unknown; use one of {', '.join(CONTROL_MODES)}, or a dict by role"
+            )
     return modes, other
 
 # %% ../../nbs/masking/06_masker.ipynb #067d225e
 def check_variables(variables, sources, tokenizer):
-    """A copy of the template `variables` (dict of JSON values by name, or None). `sources`: the chat templates (Jinja) that are in use.
+    """A copy of the template `variables` (dict of JSON values by name, or None). `sources`: the chat
+    templates (Jinja) that are in use.
 
-    Raises MaskError for what is no such dict, for names that the masker sets itself, and for those that none of `sources` reads, with the
-    nearest one that it does."""
-    if not isinstance(variables, dict | None): raise MaskError(f"template_variables: {variables!r} is no dict of values by name")
-    if not variables: return {}
+    Raises MaskError for what is no such dict, for names that the masker sets itself, and for those that none
+    of `sources` reads, with the nearest one that it does."""
+    if not isinstance(variables, dict | None):
+        raise MaskError(f"template_variables: {variables!r} is no dict of values by name")
+    if not variables:
+        return {}
     read = {name for source in sources for name in template_inputs(source)} - environment().globals.keys()
     ours = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
     free = sorted(read - ours - tokenizer.special_tokens_map.keys())
     for name in variables:
-        if name in ours: raise MaskError(f"template_variables: {name!r} is set for each transcript; leave it out")
+        if name in ours:
+            raise MaskError(f"template_variables: {name!r} is set for each transcript; leave it out")
         if name not in read:
-            raise MaskError(f"template_variables: the chat template never reads {name!r}{nearest(name, free)}; "
-                            + (f"it reads {', '.join(free)}" if free else "it reads no variables"))
+            raise MaskError(
+                f"template_variables: the chat template never reads {name!r}{nearest(name, free)}; "
+                + (f"it reads {', '.join(free)}" if free else "it reads no variables")
+            )
     check_strings(variables, "template_variables", None)
-    try: return json.loads(STRICT_JSON.encode(variables))
-    except (TypeError, ValueError) as e: raise MaskError(f"template_variables: {variables!r} cannot be written as JSON ({e})") from None
+    try:
+        return json.loads(STRICT_JSON.encode(variables))
+    except (TypeError, ValueError) as e:
+        raise MaskError(f"template_variables: {variables!r} cannot be written as JSON ({e})") from None
 
 # %% ../../nbs/masking/06_masker.ipynb #c3ed7d4a
 TOOL_CALL_FORMATS = ("template", "hermes")
@@ -229,10 +330,10 @@ HERMES = """{%- set hermes = namespace(out=[], tools='') %}
     {%- else %}{%- set hermes.out = hermes.out + [m] %}
     {%- endif %}
 {%- endfor %}
-{%- set messages = hermes.out %}{%- set tools = none %}{{- '' }}"""
+{%- set messages = hermes.out %}{%- set tools = none %}{{- '' }}"""  # noqa: E501
 MOVE_SYSTEM = """{%- if messages | length > 1 and messages[0].role == 'system' and messages[1].role == 'user' %}
     {%- set messages = [dict(messages[1], content=messages[0].content ~ '\n\n' ~ messages[1].content)] + messages[2:] %}
-{%- endif %}{{- '' }}"""
+{%- endif %}{{- '' }}"""  # noqa: E501
 PREAMBLES = {"hermes": HERMES, "move_system": MOVE_SYSTEM}  # in the order in which they are written
 PROBE = """{% for message in messages %}
     {% if loop.index > 3 %}{% break %}{% endif %}
@@ -242,33 +343,44 @@ PROBE = """{% for message in messages %}
 {% endfor %}
 {{ messages | length }} {{ tools | tojson }} {{ documents }} {{ add_generation_prompt }} {{ strftime_now is callable and raise_exception is callable }}
 {% set ns = namespace(x=dict(a='<&>')) %}{{ ns.x | tojson }} {{ ns.x.b }}
-"""  # all that transformers gives to a template and its environment
+"""  # all that transformers gives to a template and its environment  # noqa: E501
 
 # %% ../../nbs/masking/06_masker.ipynb #b08e9b0a
 def quoted_stretches(text, control, quoted, added):
-    """Character spans of `text`, between the control tokens that the template wrote, in which those at the spans `quoted` stand.
+    """Character spans of `text`, between the control tokens that the template wrote, in which those at the
+    spans `quoted` stand.
 
-    `control` is the pattern of control tokens; `added` gives the tokenizer's AddedToken by text (some swallow white space beside them)."""
+    `control` is the pattern of control tokens; `added` gives the tokenizer's AddedToken by text (some swallow
+    white space beside them)."""
     quoted, real, stretches = set(quoted), [(0, 0)], []
     for m in control.finditer(text):
-        if m.span() in quoted: continue
+        if m.span() in quoted:
+            continue
         if any(start < m.end() and m.start() < end for start, end in quoted):
-            raise MaskError(f"the control token {m[0]!r} reaches into one that a message quotes; remove or rewrite that one")
+            raise MaskError(
+                f"the control token {m[0]!r} reaches into one that a message quotes; remove or rewrite that "
+                "one"
+            )
         start, end, token = *m.span(), added.get(m[0])
-        if token is not None and token.lstrip: start = len(text[:start].rstrip())
-        if token is not None and token.rstrip: end += len(text[end:]) - len(text[end:].lstrip())
+        if token is not None and token.lstrip:
+            start = len(text[:start].rstrip())
+        if token is not None and token.rstrip:
+            end += len(text[end:]) - len(text[end:].lstrip())
         real.append((start, end))
     real.append((len(text), len(text)))
-    for start, end in sorted(quoted):
+    for start, _end in sorted(quoted):
         k = bisect.bisect_right([lo for lo, _ in real], start)
         stretch = real[k - 1][1], real[k][0]
-        if not stretches or stretches[-1] != stretch: stretches.append(stretch)
+        if not stretches or stretches[-1] != stretch:
+            stretches.append(stretch)
     return stretches
 
 # %% ../../nbs/masking/06_masker.ipynb #dcedbb25
 @dataclass
 class Prepared:
-    "A transcript that is rendered, located and painted, but not yet tokenised; `stretches`: where control tokens are plain text."
+    """A transcript that is rendered, located and painted, but not yet tokenised; `stretches`: where control
+    tokens are plain text."""
+
     traced: Traced
     turns: list
     paint: tuple
@@ -282,24 +394,45 @@ class Prepared:
 class ChatMasker:
     """Turns chat messages into token ids that know which message and segment they belong to.
 
-    `tokenizer`: a fast transformers tokenizer. `chat_template`: Jinja source (default: the tokenizer's own). `control`: what to do with
-    control tokens in messages, "error", "allow" or "text", for all roles but the assistant, or a dict by role. `encoder`: see `TextEncoder`.
-    `adapt`: names of adaptations (`cbnb.masking.adapt`); of these, the masker writes those of `PREAMBLES` in front of the template, and takes transcripts
-    to which the others are done already. `tool_call_format`: "hermes" is that adaptation too, "template" is none.
-    `template_variables`: values by name for what the template reads beside messages and tools, such as `{"enable_thinking": False}`; they
-    count for masks and prompts alike.
-    Raises MaskError for a tokenizer without offsets or without a template, and for unknown arguments."""
-    def __init__(self, tokenizer, chat_template=None, control="error", encoder="auto", template_variables=None,
-                 tool_call_format="template", adapt=()):
-        if not getattr(tokenizer, "is_fast", False): raise MaskError("the tokenizer has no offsets; load it with use_fast=True")
-        if chat_template is None and not tokenizer.chat_template: raise MaskError("the tokenizer has no chat template; pass chat_template=")
-        if not isinstance(chat_template, str | None): raise MaskError(f"chat_template is {type(chat_template).__name__}; pass its Jinja source")
-        self.tokenizer, self.chat_template, self.control_modes = tokenizer, chat_template, control_modes(control)
+    `tokenizer`: a fast transformers tokenizer. `chat_template`: Jinja source (default: the tokenizer's own).
+    `control`: what to do with control tokens in messages, "error", "allow" or "text", for all roles but the
+    assistant, or a dict by role. `encoder`: see `TextEncoder`. `adapt`: names of adaptations
+    (`cbnb.masking.adapt`); of these, the masker writes those of `PREAMBLES` in front of the template, and
+    takes transcripts to which the others are done already. `tool_call_format`: "hermes" is that adaptation
+    too, "template" is none. `template_variables`: values by name for what the template reads beside messages
+    and tools, such as `{"enable_thinking": False}`; they count for masks and prompts alike. Raises MaskError
+    for a tokenizer without offsets or without a template, and for unknown arguments."""
+
+    def __init__(
+        self,
+        tokenizer,
+        chat_template=None,
+        control="error",
+        encoder="auto",
+        template_variables=None,
+        tool_call_format="template",
+        adapt=(),
+    ):
+        if not getattr(tokenizer, "is_fast", False):
+            raise MaskError("the tokenizer has no offsets; load it with use_fast=True")
+        if chat_template is None and not tokenizer.chat_template:
+            raise MaskError("the tokenizer has no chat template; pass chat_template=")
+        if not isinstance(chat_template, str | None):
+            raise MaskError(f"chat_template is {type(chat_template).__name__}; pass its Jinja source")
+        self.tokenizer, self.chat_template, self.control_modes = (
+            tokenizer,
+            chat_template,
+            control_modes(control),
+        )
         if tool_call_format not in TOOL_CALL_FORMATS:
-            raise MaskError(f"tool_call_format={tool_call_format!r} is unknown{nearest(tool_call_format, TOOL_CALL_FORMATS)}; use one of "
-                            f"{', '.join(TOOL_CALL_FORMATS)}")
+            raise MaskError(
+                f"tool_call_format={tool_call_format!r} is "
+                f"unknown{nearest(tool_call_format, TOOL_CALL_FORMATS)}; use one of "
+                f"{', '.join(TOOL_CALL_FORMATS)}"
+            )
         self.take_adaptations([*adapt_names(adapt), *(["hermes"] if tool_call_format == "hermes" else [])])
-        sources = [self.template_source(tools) for tools in (None, [{}])] if template_variables else ()  # some tokenizers have one for tools
+        # some tokenizers have one for tools
+        sources = [self.template_source(tools) for tools in (None, [{}])] if template_variables else ()
         self.template_variables = check_variables(template_variables, sources, tokenizer)
         self.added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
         special = {*tokenizer.all_special_tokens, *(t.content for t in self.added.values() if t.special)}
@@ -308,8 +441,11 @@ class ChatMasker:
         tags = [re.escape(t) for t in self.added if t not in special and re.fullmatch(r"<.+>|\[[^\]]+\]", t)]
         self.markup = re.compile("|".join(sorted(tags, key=len, reverse=True))) if tags else None
         self.ends = Words({*words, *(t for t in self.added if t.strip())})
-        self.control_ids = np.array(sorted({*tokenizer.convert_tokens_to_ids([*special])} - {tokenizer.unk_token_id}), np.int32)
-        self.is_control = np.zeros(self.control_ids.max(initial=0) + 2, bool)  # by token id, the last one for all above
+        self.control_ids = np.array(
+            sorted({*tokenizer.convert_tokens_to_ids([*special])} - {tokenizer.unk_token_id}), np.int32
+        )
+        # by token id, the last one for all above
+        self.is_control = np.zeros(self.control_ids.max(initial=0) + 2, bool)
         self.is_control[self.control_ids] = True
         self.texts = TextEncoder(tokenizer, encoder)
         self._headers, self._ends, self._compared = {}, {}, set()
@@ -318,19 +454,24 @@ class ChatMasker:
         "Sets `adapt`. Raises MaskError for hermes where the template writes tool calls itself."
         self.adapt = adapt_names(names)
         self.tool_call_format = "hermes" if "hermes" in self.adapt else "template"
-        if "hermes" in self.adapt and any(writes_calls(self.tokenizer.get_chat_template(self.chat_template, tools), self.tokenizer.special_tokens_map)
-                                           for tools in (None, [{}])):
+        if "hermes" in self.adapt and any(
+            writes_calls(
+                self.tokenizer.get_chat_template(self.chat_template, tools), self.tokenizer.special_tokens_map
+            )
+            for tools in (None, [{}])
+        ):
             raise MaskError("hermes: the chat template writes tool calls itself; leave that adaptation out")
 
     def adapted(self, names):
-        "This masker with other adaptations: `names` as `adapt` takes them. Raises MaskError for unknown ones, and as `take_adaptations` does."
+        """This masker with other adaptations: `names` as `adapt` takes them. Raises MaskError for unknown
+        ones, and as `take_adaptations` does."""
         other = copy.copy(self)
         other.take_adaptations(names)
         return other
 
     @property
     def encoder(self):
-        "The encoder in use now: \"tiktoken\" or \"tokenizers\"."
+        'The encoder in use now: "tiktoken" or "tokenizers".'
         return self.texts.name
 
     @property
@@ -339,56 +480,117 @@ class ChatMasker:
         return self.texts.reason
 
     def template_source(self, tools=None):
-        "The Jinja source that is rendered: the chat template (some tokenizers have one of its own for `tools`), after the `PREAMBLES` of `adapt`."
+        """The Jinja source that is rendered: the chat template (some tokenizers have one of its own for
+        `tools`), after the `PREAMBLES` of `adapt`."""
         source = self.tokenizer.get_chat_template(self.chat_template, tools)
         return "".join(text for name, text in PREAMBLES.items() if name in self.adapt) + source
 
     @property
-    def _variables(self): return {**self.tokenizer.special_tokens_map, **self.template_variables}
+    def _variables(self):
+        return {**self.tokenizer.special_tokens_map, **self.template_variables}
 
     def _compare(self, messages, tools, source, generation_prompt=False):
-        """Raises MaskError unless transformers would give the template `source` what it is given here, in the same environment.
+        """Raises MaskError unless transformers would give the template `source` what it is given here, in the
+        same environment.
 
-        `PROBE` is rendered by both, for the first transcript of a kind. Not `source` itself: that is run in bounds only."""
-        if (source, generation_prompt) in self._compared: return
-        probe = PROBE + "".join(f"{{{{ {name} }}}}\n" for name in sorted(template_inputs(source) - environment().globals.keys()))
+        `PROBE` is rendered by both, for the first transcript of a kind. Not `source` itself: that is run in
+        bounds only."""
+        if (source, generation_prompt) in self._compared:
+            return
+        probe = PROBE + "".join(
+            f"{{{{ {name} }}}}\n" for name in sorted(template_inputs(source) - environment().globals.keys())
+        )
         ours = render(probe, messages, tools, self._variables, generation_prompt)
-        try: theirs = self.tokenizer.apply_chat_template(messages, tools, chat_template=probe, tokenize=False,
-                                                         add_generation_prompt=generation_prompt, **self.template_variables)
-        except Exception as e: raise MaskError(f"transformers' apply_chat_template refuses this transcript: {e}; change it") from e
+        try:
+            theirs = self.tokenizer.apply_chat_template(
+                messages,
+                tools,
+                chat_template=probe,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self.template_variables,
+            )
+        except Exception as e:
+            raise MaskError(
+                f"transformers' apply_chat_template refuses this transcript: {e}; change it"
+            ) from e
         if ours != theirs:
-            raise MaskError("apply_chat_template gives the template other values; this version of transformers is not supported")
+            raise MaskError(
+                "apply_chat_template gives the template other values; this version of transformers is not "
+                "supported"
+            )
         self._compared.add((source, generation_prompt))
 
     def _read(self, messages, tools):
-        "`(checked messages, indices of those that may and do quote control tokens)`. Raises MaskError for what cannot be read."
+        """`(checked messages, indices of those that may and do quote control tokens)`. Raises MaskError for
+        what cannot be read."""
         modes, other = self.control_modes
-        roles = [m.get("role") for m in messages if isinstance(m, dict)] if isinstance(messages, (list, tuple)) else ()
+        roles = (
+            [m.get("role") for m in messages if isinstance(m, dict)]
+            if isinstance(messages, (list, tuple))
+            else ()
+        )
         quoting = {role for role in roles if isinstance(role, str) and modes.get(role, other) != "error"}
         messages = read_messages(messages, self.control, quoting)
-        if not isinstance(tools, list | tuple | None): raise MaskError("tools: is no list of JSON schemas")
+        if not isinstance(tools, list | tuple | None):
+            raise MaskError("tools: is no list of JSON schemas")
         check_strings(tools, "tools", self.control)
-        return messages, [i for i, m in enumerate(messages) if m["role"] in quoting and not is_clean("\0".join(strings(m)), self.control)]
+        return messages, [
+            i
+            for i, m in enumerate(messages)
+            if m["role"] in quoting and not is_clean("\0".join(strings(m)), self.control)
+        ]
 
     def _traces(self, source, items, generation_prompt=False):
-        """For each of `items` (messages, tools, indices of those that quote control tokens) the Traced of the template `source`, or a MaskError."""
+        """For each of `items` (messages, tools, indices of those that quote control tokens) the Traced of the
+        template `source`, or a MaskError."""
         variables, control = self._variables, self.control.pattern if self.control else ""
-        return trace_renders(source, [(messages, tools, variables, control * bool(allowed), allowed, generation_prompt) for messages, tools, allowed in items])
+        return trace_renders(
+            source,
+            [
+                (messages, tools, variables, control * bool(allowed), allowed, generation_prompt)
+                for messages, tools, allowed in items
+            ],
+        )
 
     def _stretches(self, traced, messages, tools, source, allowed, generation_prompt=False):
         "The stretches of the text of `traced` in which quoted control tokens are to be plain text."
         self._compare(messages, tools, source, generation_prompt)
-        if not traced.text: raise MaskError("the chat template writes nothing for this transcript; pass another chat_template")
+        if not traced.text:
+            raise MaskError(
+                "the chat template writes nothing for this transcript; pass another chat_template"
+            )
         if allowed and traced.level is None or any(("control", i) in traced.broken for i in allowed):
-            raise MaskError(f"message {allowed[0]}: its control tokens cannot be told from those of the template; remove or rewrite them")
+            raise MaskError(
+                f"message {allowed[0]}: its control tokens cannot be told from those of the template; "
+                "remove or rewrite them"
+            )
         modes, other = self.control_modes
-        quoted = [span for i in allowed if modes.get(messages[i]["role"], other) == "text" for span in traced.of("control", i)]
+        quoted = [
+            span
+            for i in allowed
+            if modes.get(messages[i]["role"], other) == "text"
+            for span in traced.of("control", i)
+        ]
         return quoted_stretches(traced.text, self.control, quoted, self.added) if quoted else []
 
     def _markup(self, messages):
-        "Sentences about added tokens that are no control tokens, such as `<tool_call>`, in what users and tools say: nothing refuses them."
-        found = [(i, m["role"], self.markup.search(m.get("content") or "")) for i, m in enumerate(messages) if m["role"] in ("user", "tool")] if self.markup else []
-        return [f"message {i} ({role}): it holds {match[0]!r}, which this model may read as structure" for i, role, match in found if match]
+        """Sentences about added tokens that are no control tokens, such as `<tool_call>`, in what users and
+        tools say: nothing refuses them."""
+        found = (
+            [
+                (i, m["role"], self.markup.search(m.get("content") or ""))
+                for i, m in enumerate(messages)
+                if m["role"] in ("user", "tool")
+            ]
+            if self.markup
+            else []
+        )
+        return [
+            f"message {i} ({role}): it holds {match[0]!r}, which this model may read as structure"
+            for i, role, match in found
+            if match
+        ]
 
     def _turns(self, traced, messages, tools, source):
         "All assistant turns of `traced`; what headers look like is found once a template."
@@ -397,14 +599,24 @@ class ChatMasker:
             self._headers[source] = headers = find_headers(source, variables, self.ends)
             check_foreign(source, variables, headers, self.ends)
             self._ends[source] = turn_ends(source, variables, headers, self.ends)
-        def plain(messages, prompt): return render(source, messages, tools, variables, prompt)
-        return locate_turns(traced, messages, self._headers[source], plain, self._ends[source], self.tokenizer.eos_token)
+
+        def plain(messages, prompt):
+            return render(source, messages, tools, variables, prompt)
+
+        return locate_turns(
+            traced, messages, self._headers[source], plain, self._ends[source], self.tokenizer.eos_token
+        )
 
     def _begin(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
         "What of `encode` comes before the template: its source, and the first arguments of `_prepare`."
         messages, allowed = self._read(messages, tools)
         label, labels = check_labels(label, message_labels, messages)
-        given = dict(injection_spans=check_spans(injection_spans, messages), roles=tuple(m["role"] for m in messages), label=label, message_labels=labels)
+        given = dict(
+            injection_spans=check_spans(injection_spans, messages),
+            roles=tuple(m["role"] for m in messages),
+            label=label,
+            message_labels=labels,
+        )
         return self.template_source(tools), (messages, tools, allowed, given)
 
     def _prepare(self, messages, tools, allowed, given, source, traced):
@@ -413,71 +625,124 @@ class ChatMasker:
         turns = self._turns(traced, messages, tools, source)
         notes = dropped(traced, messages, turns) + unseen_tools(traced, tools) + self._markup(messages)
         notes += [f"message {t.message} (assistant): no end-of-turn token" for t in turns if t.eot == t.end]
-        notes += [f"message {i}: its role {m['role']!r} is none of {', '.join(KNOWN_ROLES)}; nothing of it is trained"
-                  for i, m in enumerate(messages) if m["role"] not in KNOWN_ROLES]
+        notes += [
+            f"message {i}: its role {m['role']!r} is none of {', '.join(KNOWN_ROLES)}; nothing of it is "
+            "trained"
+            for i, m in enumerate(messages)
+            if m["role"] not in KNOWN_ROLES
+        ]
         lost = emptied(traced, messages, turns)
         return Prepared(traced, turns, paint(traced, messages, turns), allowed, stretches, notes, lost, given)
 
     def _prepare_each(self, items):
-        "The Prepared of each of `items` (arguments of `encode`), or the MaskError in its place; the template is asked once for those that share it."
+        """The Prepared of each of `items` (arguments of `encode`), or the MaskError in its place; the
+        template is asked once for those that share it."""
         out, by_source = [], {}
         for item in items:
             try:
                 source, begun = self._begin(**item)
                 by_source.setdefault(source, []).append(len(out))
                 out.append(begun)
-            except MaskError as e: out.append(e)
+            except MaskError as e:
+                out.append(e)
         for source, places in by_source.items():
             for i, traced in zip(places, self._traces(source, [out[i][:3] for i in places])):
-                try: out[i] = self._prepare(*out[i], source, traced)
-                except MaskError as e: out[i] = e
+                try:
+                    out[i] = self._prepare(*out[i], source, traced)
+                except MaskError as e:
+                    out[i] = e
         return out
 
     def _finish(self, prepared):
         "The `Encoded` of each of `prepared`: one call of the tokenizer, one placement for all."
         tokens = iter(self.texts([p.traced.text for p in prepared if not p.stretches]))
-        tokens = [self.texts.plain(p.traced.text, p.stretches) if p.stretches else next(tokens) for p in prepared]
+        tokens = [
+            self.texts.plain(p.traced.text, p.stretches) if p.stretches else next(tokens) for p in prepared
+        ]
         starts = itertools.accumulate((len(p.traced.text) for p in prepared), initial=0)
-        ids, offsets = np.concatenate([i for i, _ in tokens]), np.concatenate([o + at for (_, o), at in zip(tokens, starts)])
+        ids, offsets = (
+            np.concatenate([i for i, _ in tokens]),
+            np.concatenate([o + at for (_, o), at in zip(tokens, starts)]),
+        )
         control = self.is_control[np.minimum(ids, len(self.is_control) - 1)]
-        *placed, straddling = place_tokens(offsets, *map(np.concatenate, zip(*(p.paint for p in prepared))), control)
+        *placed, straddling = place_tokens(
+            offsets, *map(np.concatenate, zip(*(p.paint for p in prepared))), control
+        )
         out, ends = [], list(itertools.accumulate(len(i) for i, _ in tokens))
         for p, (ids, offsets), end in zip(prepared, tokens, ends):
             here = slice(end - len(ids), end)
             check_control(offsets[control[here]], p.traced, p.allowed if not p.stretches else ())
-            notes = [f"token {i} ({p.traced.text[slice(*offsets[i])]!r}) straddles a border of message {p.paint[1][offsets[i, 1] - 1]}; left out"
-                     for i in np.flatnonzero(straddling[here])]
+            notes = [
+                f"token {i} ({p.traced.text[slice(*offsets[i])]!r}) straddles a border of message "
+                f"{p.paint[1][offsets[i, 1] - 1]}; left out"
+                for i in np.flatnonzero(straddling[here])
+            ]
             segments, message_index, rule = (a[here].copy() for a in placed)
-            out.append(Encoded(p.traced.text, ids, segments, message_index, offsets, warnings=p.notes + notes, rules=rule,
-                               turns=tuple(p.turns), lost_words=p.lost[0], lost_calls=p.lost[1], **p.given))
+            out.append(
+                Encoded(
+                    p.traced.text,
+                    ids,
+                    segments,
+                    message_index,
+                    offsets,
+                    warnings=p.notes + notes,
+                    rules=rule,
+                    turns=tuple(p.turns),
+                    lost_words=p.lost[0],
+                    lost_calls=p.lost[1],
+                    **p.given,
+                )
+            )
         return out
 
     def _finish_each(self, prepared):
         "As `_finish`, with the MaskError in the place of each that cannot be finished."
-        try: return self._finish(prepared) if prepared else []
+        try:
+            return self._finish(prepared) if prepared else []
         except MaskError as e:
-            if len(prepared) == 1: return [e]
+            if len(prepared) == 1:
+                return [e]
             return [one for p in prepared for one in self._finish_each([p])]
 
     def encode(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
-        """`messages` as an `Encoded`. Raises MaskError where an assistant turn cannot be located, or for control tokens or noncharacters in
-        the input."""
-        item = dict(messages=messages, tools=tools, injection_spans=injection_spans, label=label, message_labels=message_labels)
+        """`messages` as an `Encoded`. Raises MaskError where an assistant turn cannot be located, or for
+        control tokens or noncharacters in the input."""
+        item = dict(
+            messages=messages,
+            tools=tools,
+            injection_spans=injection_spans,
+            label=label,
+            message_labels=message_labels,
+        )
         return self._finish([asked(*self._prepare_each([item]))])[0]
 
     def encode_batch(self, items, errors="raise"):
-        """A list with the `Encoded` of each of `items`: Transcripts, message lists, or dicts of the arguments of `encode`.
+        """A list with the `Encoded` of each of `items`: Transcripts, message lists, or dicts of the arguments
+        of `encode`.
 
-        The same as `encode` one by one, but with one call of the tokenizer. A transcript that cannot be encoded raises MaskError with its
-        number (and id); with `errors="return"` that MaskError stands in its place in the list."""
-        if errors not in ("raise", "return"): raise MaskError(f"errors={errors!r} is unknown; use 'raise' or 'return'")
-        names, out, wrong, arguments = [], {}, {}, ("messages", "tools", "injection_spans", "label", "message_labels")
+        The same as `encode` one by one, but with one call of the tokenizer. A transcript that cannot be
+        encoded raises MaskError with its number (and id); with `errors="return"` that MaskError stands in its
+        place in the list."""
+        if errors not in ("raise", "return"):
+            raise MaskError(f"errors={errors!r} is unknown; use 'raise' or 'return'")
+        names, out, wrong, arguments = (
+            [],
+            {},
+            {},
+            ("messages", "tools", "injection_spans", "label", "message_labels"),
+        )
         for number, item in enumerate(items):
             names.append(f"transcript {item.id}" if isinstance(item, Transcript) else f"item {number}")
-            if isinstance(item, Transcript): item = {k: getattr(item, k) for k in arguments}
-            if not isinstance(item, dict): item = {"messages": item}
-            if "messages" in item and not item.keys() - set(arguments): out[number] = item
-            else: wrong[number] = MaskError(f"is no Transcript, list of messages or dict with {', '.join(arguments)}")
+            if isinstance(item, Transcript):
+                item = {k: getattr(item, k) for k in arguments}
+            if not isinstance(item, dict):
+                item = {"messages": item}
+            if "messages" in item and not item.keys() - set(arguments):
+                out[number] = item
+            else:
+                wrong[number] = MaskError(
+                    f"is no Transcript, list of messages or dict with {', '.join(arguments)}"
+                )
         out = wrong | dict(zip(out, self._prepare_each(out.values())))
         out = [out[number] for number in range(len(names))]
         done = iter(self._finish_each([p for p in out if isinstance(p, Prepared)]))
@@ -485,36 +750,48 @@ class ChatMasker:
         out = [MaskError(f"{name}: {e}") if isinstance(e, MaskError) else e for name, e in zip(names, out)]
         if errors == "raise":
             for e in out:
-                if isinstance(e, MaskError): raise e
+                if isinstance(e, MaskError):
+                    raise e
         return out
 
     def split_turns(self, messages, tools=None, injection_spans=(), label=None, message_labels=None):
-        """One `Encoded` for each assistant turn: the transcript up to and with it, in which only that turn is completion (`Encoded.turn`).
+        """One `Encoded` for each assistant turn: the transcript up to and with it, in which only that turn is
+        completion (`Encoded.turn`).
 
-        For templates that rewrite history (Qwen 3 drops the thinking of earlier turns): each turn then looks as it did when it was generated.
-        Assistant messages that share a turn give one sample; one that the template does not write gives none, and a warning in the next."""
+        For templates that rewrite history (Qwen 3 drops the thinking of earlier turns): each turn then looks
+        as it did when it was generated. Assistant messages that share a turn give one sample; one that the
+        template does not write gives none, and a warning in the next."""
         spans = check_spans(injection_spans, self._read(messages, tools)[0])
         label, labels = check_labels(label, message_labels, messages)
         samples, lost = {}, []
         for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
-            sample = self.encode(messages[:i + 1], tools)
+            sample = self.encode(messages[: i + 1], tools)
             turn = sample.turns[-1].message if sample.turns else None
             if turn != i and not (IS_COMPLETION[sample.segments] & (sample.message_index == i)).any():
                 lost.append(f"message {i} (assistant): the template writes no turn for it; no sample")
                 continue
-            samples[turn] = replace(sample, turn=turn, injection_spans=spans, label=label, message_labels=labels,
-                                    warnings=sample.warnings + lost)
+            samples[turn] = replace(
+                sample,
+                turn=turn,
+                injection_spans=spans,
+                label=label,
+                message_labels=labels,
+                warnings=sample.warnings + lost,
+            )
         return list(samples.values())
 
     def prompt(self, messages, tools=None):
-        "The text of `messages` and the header of the next assistant turn: what the model sees before it generates."
+        """The text of `messages` and the header of the next assistant turn: what the model sees before it
+        generates."""
         return self._prompt(messages, tools)[0]
 
     def _prompt(self, messages, tools):
         (messages, allowed), source = self._read(messages, tools), self.template_source(tools)
         if allowed:
             traced = asked(*self._traces(source, [(messages, tools, allowed)], generation_prompt=True))
-            return traced.text, self._stretches(traced, messages, tools, source, allowed, generation_prompt=True)
+            return traced.text, self._stretches(
+                traced, messages, tools, source, allowed, generation_prompt=True
+            )
         text = render(source, messages, tools, self._variables, generation_prompt=True)
         self._compare(messages, tools, source, generation_prompt=True)
         return text, []

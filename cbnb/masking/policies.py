@@ -29,12 +29,14 @@ from .turns import COMPLETION, IS_COMPLETION, RULES, TOOL_SEGMENTS, Rule, Segmen
 class Encoded:
     """A transcript as tokens, n of them, each with its reason.
 
-    `input_ids` int32 [n]; `segments` uint8 [n] (`Segment`); `message_index` int16 [n], -1 outside messages; `offsets` int32 [n, 2],
-    character spans in `text`; `injection_spans` as given (characters of message contents); `warnings`: dropped content, missing EOT,
-    tokens left out at a border; `roles` by message; `label` of the transcript ("benign", "harmful" or None) and `message_labels` by
-    message index; `rules` uint8 [n] (`Rule`); `turns`, every located assistant turn; `turn`, the message whose turn alone is completion
-    (`split_turns`), or None for all; `lost_words` and `lost_calls`, assistant messages of which the template writes nothing, or none of the
-    tool calls."""
+    `input_ids` int32 [n]; `segments` uint8 [n] (`Segment`); `message_index` int16 [n], -1 outside messages;
+    `offsets` int32 [n, 2], character spans in `text`; `injection_spans` as given (characters of message
+    contents); `warnings`: dropped content, missing EOT, tokens left out at a border; `roles` by message;
+    `label` of the transcript ("benign", "harmful" or None) and `message_labels` by message index; `rules`
+    uint8 [n] (`Rule`); `turns`, every located assistant turn; `turn`, the message whose turn alone is
+    completion (`split_turns`), or None for all; `lost_words` and `lost_calls`, assistant messages of which
+    the template writes nothing, or none of the tool calls."""
+
     text: str
     input_ids: np.ndarray
     segments: np.ndarray
@@ -52,21 +54,27 @@ class Encoded:
     lost_calls: tuple[int, ...] = ()
 
     def why(self, i, policy="assistant_only", label=None):
-        "Why token `i` is in the mask of `policy` (and `label`) or out of it: a `Reason`, whose str is one sentence."
+        """Why token `i` is in the mask of `policy` (and `label`) or out of it: a `Reason`, whose str is one
+        sentence."""
         return explain(self, i, policy, label)
 
 # %% ../../nbs/masking/04_policies.ipynb #6b815074
 def completion(encoded):
-    "The tokens that an assistant generates, bool [n]; of a sample of `split_turns` those of its one turn only. Policies start from here."
+    """The tokens that an assistant generates, bool [n]; of a sample of `split_turns` those of its one turn
+    only. Policies start from here."""
     inside = IS_COMPLETION[encoded.segments]
-    if encoded.turn is None: return inside
+    if encoded.turn is None:
+        return inside
     starts = encoded.offsets[:, 0]
-    return inside & np.any([(starts >= t.body) & (starts < t.end) for t in encoded.turns if t.message == encoded.turn], axis=0)
+    return inside & np.any(
+        [(starts >= t.body) & (starts < t.end) for t in encoded.turns if t.message == encoded.turn], axis=0
+    )
 
 # %% ../../nbs/masking/04_policies.ipynb #447b79c3
 def first_injection(encoded):
     "The InjectionSpan that comes first. Raises MaskError if none was given."
-    if not encoded.injection_spans: raise MaskError("this transcript has no injection span; give one, or use another policy")
+    if not encoded.injection_spans:
+        raise MaskError("this transcript has no injection span; give one, or use another policy")
     return min(encoded.injection_spans, key=lambda span: (span.message, span.start))
 
 # %% ../../nbs/masking/04_policies.ipynb #55cb3b58
@@ -74,17 +82,22 @@ LABEL_CODES = {"harmful": 1, "benign": 0, "none": -1, None: -1}
 
 
 def token_labels(encoded):
-    """Label of each token, int8 [n]: 1 harmful, 0 benign, -1 none (no label, a message switched off, or outside of every message).
+    """Label of each token, int8 [n]: 1 harmful, 0 benign, -1 none (no label, a message switched off, or
+    outside of every message).
 
-    The transcript's label counts for all its messages; in a harmful transcript with an injection, messages before the first injected
-    one are benign; `message_labels` have the last word. Raises MaskError for a label that is none of benign, harmful and none."""
+    The transcript's label counts for all its messages; in a harmful transcript with an injection, messages
+    before the first injected one are benign; `message_labels` have the last word. Raises MaskError for a
+    label that is none of benign, harmful and none."""
     for name in (encoded.label, *encoded.message_labels.values()):
-        if name not in LABEL_CODES: raise MaskError(f"the label {name!r} is unknown; use benign, harmful or none")
+        if name not in LABEL_CODES:
+            raise MaskError(f"the label {name!r} is unknown; use benign, harmful or none")
     messages = int(encoded.message_index.max(initial=-1)) + 1
     labels = np.full(messages + 1, LABEL_CODES[encoded.label], np.int8)
-    if encoded.label == "harmful" and encoded.injection_spans: labels[:first_injection(encoded).message] = LABEL_CODES["benign"]
+    if encoded.label == "harmful" and encoded.injection_spans:
+        labels[: first_injection(encoded).message] = LABEL_CODES["benign"]
     for message, name in encoded.message_labels.items():
-        if message < messages: labels[message] = LABEL_CODES[name]  # a message that was cut off has no token
+        if message < messages:
+            labels[message] = LABEL_CODES[name]  # a message that was cut off has no token
     labels[-1] = LABEL_CODES[None]
     return labels[encoded.message_index]
 
@@ -95,8 +108,10 @@ def assistant_only(encoded):
 
 # %% ../../nbs/masking/04_policies.ipynb #decd116b
 def last_turn(encoded):
-    "Tokens of the last assistant turn from the end of its header to its EOT; bool [n], all false without a turn."
-    if not encoded.turns: return np.zeros(len(encoded.input_ids), bool)
+    """Tokens of the last assistant turn from the end of its header to its EOT; bool [n], all false without a
+    turn."""
+    if not encoded.turns:
+        return np.zeros(len(encoded.input_ids), bool)
     body, end = encoded.turns[-1].body, encoded.turns[-1].end
     return (encoded.offsets[:, 0] < end) & (encoded.offsets[:, 1] > body)
 
@@ -107,11 +122,18 @@ def completion_only(encoded):
 
 # %% ../../nbs/masking/04_policies.ipynb #5f8e1cff
 def end_tokens(encoded):
-    """The tokens of each end of turn, list of `(message, start, stop)`: every token that has a part in `Turn.eot` to `Turn.end`. Turns without
-    one are left out."""
+    """The tokens of each end of turn, list of `(message, start, stop)`: every token that has a part in
+    `Turn.eot` to `Turn.end`. Turns without one are left out."""
     starts, ends = encoded.offsets[:, 0], encoded.offsets[:, 1]
-    return [(turn.message, int(np.searchsorted(ends, turn.eot, "right")), int(np.searchsorted(starts, turn.end, "left")))
-            for turn in encoded.turns if turn.eot < turn.end]
+    return [
+        (
+            turn.message,
+            int(np.searchsorted(ends, turn.eot, "right")),
+            int(np.searchsorted(starts, turn.end, "left")),
+        )
+        for turn in encoded.turns
+        if turn.eot < turn.end
+    ]
 
 # %% ../../nbs/masking/04_policies.ipynb #d7225755
 def tool_call(encoded):
@@ -132,43 +154,52 @@ def shared_end(a, b):
 
 
 def call_prefix(encoded):
-    """Tokens of each tool call from the start of its syntax to the end of its tool's name; bool [n]. Raises MaskError for a call whose
-    name was not located.
+    """Tokens of each tool call from the start of its syntax to the end of its tool's name; bool [n]. Raises
+    MaskError for a call whose name was not located.
 
-    Before a second call of the same message stands also the end of the call before it. Its own syntax is the part at the end that is
-    the same as before the first call."""
+    Before a second call of the same message stands also the end of the call before it. Its own syntax is the
+    part at the end that is the same as before the first call."""
     mask = np.zeros(len(encoded.input_ids), bool)
     segments, owners, offsets = encoded.segments, encoded.message_index, encoded.offsets
     for message in np.unique(owners[tool_call(encoded)]).tolist():
         own = owners == message
         names = np.flatnonzero(own & (segments == Segment.TOOL_NAME))
-        if not len(names) and "".join(encoded.text[s:e] for s, e in offsets[own & tool_call(encoded)]).strip():
-            raise MaskError(f"message {message} (assistant): the names of its tool calls are not located; use tool_calls_only")
+        if (
+            not len(names)
+            and "".join(encoded.text[s:e] for s, e in offsets[own & tool_call(encoded)]).strip()
+        ):
+            raise MaskError(
+                f"message {message} (assistant): the names of its tool calls are not located; use "
+                "tool_calls_only"
+            )
         mask[names], opening = True, None
         for name in names[np.diff(names, prepend=-2) > 1].tolist():  # the first token of each name
             start, first = offsets[name, 0], name
-            while first and own[first - 1] and segments[first - 1] == Segment.TOOL_CALL: first -= 1
-            before = encoded.text[offsets[first, 0]:start]
+            while first and own[first - 1] and segments[first - 1] == Segment.TOOL_CALL:
+                first -= 1
+            before = encoded.text[offsets[first, 0] : start]
             opening = before if opening is None else opening
             mask[first:name] = offsets[first:name, 1] > start - shared_end(before, opening)
     return mask
 
 
 def action_prefix_only(encoded):
-    """The first tokens of each tool call: from the start of its syntax to the end of its tool's name, no arguments; bool [n].
+    """The first tokens of each tool call: from the start of its syntax to the end of its tool's name, no
+    arguments; bool [n].
 
     Raises MaskError for a call whose name was not located."""
     return completion(encoded) & call_prefix(encoded)
 
 # %% ../../nbs/masking/04_policies.ipynb #6809ede0
 def after_injection(encoded):
-    "Tokens of messages after the first one with an injection; bool [n]. Raises MaskError if no injection span was given."
+    """Tokens of messages after the first one with an injection; bool [n]. Raises MaskError if no injection
+    span was given."""
     return encoded.message_index > first_injection(encoded).message
 
 
 def post_injection_only(encoded):
-    """Completion tokens of assistant messages after the first message with an injection; bool [n]. Raises MaskError if no injection span
-    was given."""
+    """Completion tokens of assistant messages after the first message with an injection; bool [n]. Raises
+    MaskError if no injection span was given."""
     return completion(encoded) & after_injection(encoded)
 
 
@@ -185,7 +216,8 @@ def not_padding(encoded):
 
 
 def full_sequence(encoded):
-    "Every token but padding: prompts, tool results and headers too, of all turns; bool [n]. Never right for a KL or a cross-entropy term."
+    """Every token but padding: prompts, tool results and headers too, of all turns; bool [n]. Never right for
+    a KL or a cross-entropy term."""
     return not_padding(encoded)
 
 # %% ../../nbs/masking/04_policies.ipynb #95feca43
@@ -199,22 +231,39 @@ def after_first_header(encoded, header=LLAMA3_HEADER):
 
 
 def first_header(encoded, header=LLAMA3_HEADER):
-    """WRONG, for comparison only: everything after the first assistant header in the text, and everything at all where there is none; bool
-    [n]. No run may train with it."""
+    """WRONG, for comparison only: everything after the first assistant header in the text, and everything at
+    all where there is none; bool [n]. No run may train with it."""
     return after_first_header(encoded, header)
 
 # %% ../../nbs/masking/04_policies.ipynb #c8b8dd22
-POLICIES = {policy.__name__: policy for policy in (assistant_only, completion_only, tool_calls_only, action_prefix_only,
-                                                   post_injection_only, full_sequence, injected_actions_only, first_header)}
+POLICIES = {
+    policy.__name__: policy
+    for policy in (
+        assistant_only,
+        completion_only,
+        tool_calls_only,
+        action_prefix_only,
+        post_injection_only,
+        full_sequence,
+        injected_actions_only,
+        first_header,
+    )
+}
 TRAINABLE = tuple(name for name in POLICIES if name != "first_header")  # what a run may be told to train with
-NEED_INJECTION = ("post_injection_only",)  # ask where the injection is, and take all of a transcript without one
-NEED_COMPARISON = ("injected_actions_only",)  # ask whose action it is, and refuse a transcript that nothing can be compared with
+# ask where the injection is, and take all of a transcript without one
+NEED_INJECTION = ("post_injection_only",)
+# ask whose action it is, and refuse a transcript that nothing can be compared with
+NEED_COMPARISON = ("injected_actions_only",)
 
 
 def find_policy(policy):
-    "The function of a policy given by its name in `POLICIES`, or as a function; raises MaskError for anything else."
+    """The function of a policy given by its name in `POLICIES`, or as a function; raises MaskError for
+    anything else."""
     function = policy if callable(policy) else POLICIES.get(policy) if isinstance(policy, str) else None
-    if function is None: raise MaskError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or a function of an Encoded")
+    if function is None:
+        raise MaskError(
+            f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or a function of an Encoded"
+        )
     return function
 
 
@@ -227,57 +276,102 @@ def apply_policy(function, encoded):
     "What a policy `function` says of `encoded`; raises MaskError if that is no bool array [n]."
     mask = np.asarray(function(encoded))
     if mask.dtype != bool or mask.shape != encoded.input_ids.shape:
-        raise MaskError(f"the policy gave {mask.dtype} {mask.shape}; it must give bool {encoded.input_ids.shape}, one a token")
+        raise MaskError(
+            f"the policy gave {mask.dtype} {mask.shape}; it must give bool {encoded.input_ids.shape}, one a "
+            "token"
+        )
     return mask
 
 
 def has_label(encoded, label):
     "Tokens with the label `label` (benign or harmful); bool [n]. Raises MaskError for another label."
-    if label not in ("benign", "harmful"): raise MaskError(f"the label {label!r} cannot be trained; use benign or harmful")
+    if label not in ("benign", "harmful"):
+        raise MaskError(f"the label {label!r} cannot be trained; use benign or harmful")
     return token_labels(encoded) == LABEL_CODES[label]
 
 
 def switched_on(encoded):
     "Tokens outside of the messages that are switched off, which have the label none; bool [n]."
-    return ~np.isin(encoded.message_index, [i for i, name in encoded.message_labels.items() if name == "none"])
+    return ~np.isin(
+        encoded.message_index, [i for i, name in encoded.message_labels.items() if name == "none"]
+    )
 
 
 def loss_mask(encoded, policy="assistant_only", label=None):
-    """Bool array [n]: the tokens that `policy` trains on, with `label` (benign or harmful) only those so labelled. Messages that are switched
-    off are left out of every policy. `policy` is a name in `POLICIES` or a function of `encoded`; raises MaskError for anything else."""
+    """Bool array [n]: the tokens that `policy` trains on, with `label` (benign or harmful) only those so
+    labelled. Messages that are switched off are left out of every policy. `policy` is a name in `POLICIES` or
+    a function of `encoded`; raises MaskError for anything else."""
     mask = apply_policy(find_policy(policy), encoded) & switched_on(encoded)
     return mask if label is None else mask & has_label(encoded, label)
 
 # %% ../../nbs/masking/04_policies.ipynb #04f3f4ee
 class Condition(NamedTuple):
-    "One part of a policy: `holds(encoded)` is bool [n]; `yes` and `no` say for a token that it holds or not (empty: nothing worth saying)."
+    """One part of a policy: `holds(encoded)` is bool [n]; `yes` and `no` say for a token that it holds or not
+    (empty: nothing worth saying)."""
+
     holds: Callable
     yes: str
     no: str
 
 
 GENERATED = Condition(lambda e: np.isin(e.segments, [*COMPLETION]), "", "which no assistant generates")
-OF_TRAINED_TURN = Condition(lambda e: completion(e) | (e.turn is None), "", "not of message {turn}, the only one that this sample trains")
+OF_TRAINED_TURN = Condition(
+    lambda e: completion(e) | (e.turn is None),
+    "",
+    "not of message {turn}, the only one that this sample trains",
+)
 CONDITIONS = {
     "assistant_only": (GENERATED, OF_TRAINED_TURN),
-    "completion_only": (GENERATED, OF_TRAINED_TURN, Condition(last_turn, "in the last assistant turn", "before the last assistant turn")),
+    "completion_only": (
+        GENERATED,
+        OF_TRAINED_TURN,
+        Condition(last_turn, "in the last assistant turn", "before the last assistant turn"),
+    ),
     "tool_calls_only": (GENERATED, OF_TRAINED_TURN, Condition(tool_call, "", "which is no tool call")),
-    "action_prefix_only": (GENERATED, OF_TRAINED_TURN, Condition(
-        call_prefix, "between the start of a call and the end of its tool's name",
-        "not between the start of a call and the end of its tool's name")),
-    "post_injection_only": (GENERATED, OF_TRAINED_TURN, Condition(
-        after_injection, "after the injection in {injection}", "not after the injection in {injection}")),
-    "injected_actions_only": (GENERATED, OF_TRAINED_TURN, Condition(
-        after_injection, "after the injection in {injection}, and not the user's own work", "not after the injection in {injection}")),
+    "action_prefix_only": (
+        GENERATED,
+        OF_TRAINED_TURN,
+        Condition(
+            call_prefix,
+            "between the start of a call and the end of its tool's name",
+            "not between the start of a call and the end of its tool's name",
+        ),
+    ),
+    "post_injection_only": (
+        GENERATED,
+        OF_TRAINED_TURN,
+        Condition(
+            after_injection, "after the injection in {injection}", "not after the injection in {injection}"
+        ),
+    ),
+    "injected_actions_only": (
+        GENERATED,
+        OF_TRAINED_TURN,
+        Condition(
+            after_injection,
+            "after the injection in {injection}, and not the user's own work",
+            "not after the injection in {injection}",
+        ),
+    ),
     "full_sequence": (Condition(not_padding, "not padding", "which nobody wrote"),),
     "first_header": (Condition(after_first_header, "{header}", "not after the first assistant header"),),
 }
 
 # %% ../../nbs/masking/04_policies.ipynb #74a65496
-WORDS = {Segment.PAD: "padding", Segment.TEMPLATE: "template text", Segment.SYSTEM: "content", Segment.USER: "content",
-         Segment.TOOL_RESULT: "content", Segment.HEADER: "header", Segment.REASONING: "reasoning", Segment.TEXT: "text",
-         Segment.TOOL_CALL: "tool-call syntax", Segment.EOT: "end-of-turn token", Segment.TOOL_NAME: "tool name",
-         Segment.TOOL_ARGUMENTS: "tool-call arguments"}
+WORDS = {
+    Segment.PAD: "padding",
+    Segment.TEMPLATE: "template text",
+    Segment.SYSTEM: "content",
+    Segment.USER: "content",
+    Segment.TOOL_RESULT: "content",
+    Segment.HEADER: "header",
+    Segment.REASONING: "reasoning",
+    Segment.TEXT: "text",
+    Segment.TOOL_CALL: "tool-call syntax",
+    Segment.EOT: "end-of-turn token",
+    Segment.TOOL_NAME: "tool name",
+    Segment.TOOL_ARGUMENTS: "tool-call arguments",
+}
 
 
 def role_of(encoded, message):
@@ -287,7 +381,8 @@ def role_of(encoded, message):
 
 def describe(encoded, segment, message, straddles=False):
     "A token in words: what it is part of."
-    if straddles: return f"token across a border of message {message} ({role_of(encoded, message)})"
+    if straddles:
+        return f"token across a border of message {message} ({role_of(encoded, message)})"
     what = WORDS[Segment(segment)]
     near = "around" if segment == Segment.TEMPLATE else "of"
     return what + (f" {near} message {message} ({role_of(encoded, message)})" if message >= 0 else "")
@@ -296,28 +391,53 @@ def describe(encoded, segment, message, straddles=False):
 def find_conditions(policy, encoded, label=None):
     "The conditions whose conjunction is `loss_mask(encoded, policy, label)`, with their words filled in."
     function, name = find_policy(policy), policy_name(policy)
-    if POLICIES.get(name) is function and name in CONDITIONS: parts = CONDITIONS[name]
-    else: parts = (Condition(functools.partial(apply_policy, function), "put in by that function", "left out by that function"),)
+    if POLICIES.get(name) is function and name in CONDITIONS:
+        parts = CONDITIONS[name]
+    else:
+        parts = (
+            Condition(
+                functools.partial(apply_policy, function),
+                "put in by that function",
+                "left out by that function",
+            ),
+        )
     if label is not None:
         parts += (Condition(lambda e: has_label(e, label), f"labelled {label}", f"not labelled {label}"),)
-    parts += (Condition(switched_on, "", "of a message that is switched off (weight 0, train: false, or the label none)"),)
+    parts += (
+        Condition(
+            switched_on, "", "of a message that is switched off (weight 0, train: false, or the label none)"
+        ),
+    )
     at = encoded.text.find(LLAMA3_HEADER)
-    words = {"turn": str(encoded.turn), "header": f"after the first assistant header (at character {at})" if at >= 0 else
-             "no assistant header is found, which lets everything in"}
+    words = {
+        "turn": str(encoded.turn),
+        "header": f"after the first assistant header (at character {at})"
+        if at >= 0
+        else "no assistant header is found, which lets everything in",
+    }
     if encoded.injection_spans:
         span = first_injection(encoded)
         words["injection"] = f"message {span.message} (characters {span.start}-{span.end})"
-    fill = lambda text: re.sub(r"\{(turn|header|injection)\}", lambda m: words.get(m[1], m[0]), text)
+
+    def fill(text):
+        return re.sub(r"\{(turn|header|injection)\}", lambda m: words.get(m[1], m[0]), text)
+
     return [Condition(c.holds, fill(c.yes), fill(c.no)) for c in parts]
 
 
 def reasons(encoded, policy="assistant_only", label=None):
-    """Why each token is in the mask or out of it: codes (int32 [n]) and sentences (list of str); `sentences[codes[i]]` begins with "in: "
-    or "out: ". Tokens with the same reason share one code. Raises MaskError as `loss_mask` does."""
+    """Why each token is in the mask or out of it: codes (int32 [n]) and sentences (list of str);
+    `sentences[codes[i]]` begins with "in: " or "out: ". Tokens with the same reason share one code. Raises
+    MaskError as `loss_mask` does."""
     parts = find_conditions(policy, encoded, label)
     failing = np.full(len(encoded.input_ids), len(parts))
-    for k, part in reversed([*enumerate(parts)]): failing[~part.holds(encoded)] = k
-    straddles = np.zeros(len(failing), int) if encoded.rules is None else (encoded.rules == Rule.STRADDLES).astype(int)
+    for k, part in reversed([*enumerate(parts)]):
+        failing[~part.holds(encoded)] = k
+    straddles = (
+        np.zeros(len(failing), int)
+        if encoded.rules is None
+        else (encoded.rules == Rule.STRADDLES).astype(int)
+    )
     columns = (failing, encoded.segments, straddles, encoded.message_index.astype(np.int64) + 1)
     shape = [int(c.max(initial=0)) + 1 for c in columns]
     keys, codes = np.unique(np.ravel_multi_index(columns, shape), return_inverse=True)
@@ -333,8 +453,9 @@ def reasons(encoded, policy="assistant_only", label=None):
 class Reason:
     """Why one token is in a mask or out of it; `str(reason)` is one sentence.
 
-    `span`: the characters of `Encoded.text` over which the same reason holds; `rule`: how the token got its `segment`; `message` is -1
-    outside of every message; `label` is harmful, benign or None."""
+    `span`: the characters of `Encoded.text` over which the same reason holds; `rule`: how the token got its
+    `segment`; `message` is -1 outside of every message; `label` is harmful, benign or None."""
+
     token: int
     text: str
     inside: bool
@@ -346,36 +467,52 @@ class Reason:
     label: str | None
     sentence: str
 
-    def __str__(self): return f"token {self.token} {self.text!r} is {self.sentence}"
+    def __str__(self):
+        return f"token {self.token} {self.text!r} is {self.sentence}"
 
 
 def explain(encoded, i, policy="assistant_only", label=None):
-    "The `Reason` of token `i` under `policy` (and `label`, as in `loss_mask`). Raises IndexError for a token that is not there."
+    """The `Reason` of token `i` under `policy` (and `label`, as in `loss_mask`). Raises IndexError for a
+    token that is not there."""
     n = len(encoded.input_ids)
-    if not -n <= i < n: raise IndexError(f"there is no token {i}; the transcript has {n} tokens, from 0")
+    if not -n <= i < n:
+        raise IndexError(f"there is no token {i}; the transcript has {n} tokens, from 0")
     i = range(n)[i]
     codes, sentences = reasons(encoded, policy, label)
     first, last = i, i
-    while first and codes[first - 1] == codes[i]: first -= 1
-    while last < n - 1 and codes[last + 1] == codes[i]: last += 1
+    while first and codes[first - 1] == codes[i]:
+        first -= 1
+    while last < n - 1 and codes[last + 1] == codes[i]:
+        last += 1
     message = int(encoded.message_index[i])
-    return Reason(i, encoded.text[slice(*encoded.offsets[i])], sentences[codes[i]].startswith("in: "), Segment(encoded.segments[i]),
-                  "" if encoded.rules is None else RULES[Rule(encoded.rules[i])], message, role_of(encoded, message),
-                  (int(encoded.offsets[first, 0]), int(encoded.offsets[last, 1])),
-                  {1: "harmful", 0: "benign"}.get(int(token_labels(encoded)[i])), sentences[codes[i]])
+    return Reason(
+        i,
+        encoded.text[slice(*encoded.offsets[i])],
+        sentences[codes[i]].startswith("in: "),
+        Segment(encoded.segments[i]),
+        "" if encoded.rules is None else RULES[Rule(encoded.rules[i])],
+        message,
+        role_of(encoded, message),
+        (int(encoded.offsets[first, 0]), int(encoded.offsets[last, 1])),
+        {1: "harmful", 0: "benign"}.get(int(token_labels(encoded)[i])),
+        sentences[codes[i]],
+    )
 
 # %% ../../nbs/masking/04_policies.ipynb #33ab2abd
 def mask_counts(encoded, mask, by="role"):
-    """Tokens, tokens in `mask`, and their share, by role or by message: `{key: {"tokens": int, "in_mask": int, "share": float}}`.
+    """Tokens, tokens in `mask`, and their share, by role or by message: `{key: {"tokens": int, "in_mask":
+    int, "share": float}}`.
 
-    Keys are roles, "template" outside of every message (`by="role"`), or message indices, -1 outside (`by="message"`); in the order of
-    the text."""
-    if by not in ("role", "message"): raise ValueError(f"by is {by!r}; use role or message")
+    Keys are roles, "template" outside of every message (`by="role"`), or message indices, -1 outside
+    (`by="message"`); in the order of the text."""
+    if by not in ("role", "message"):
+        raise ValueError(f"by is {by!r}; use role or message")
     counts = {}
     tokens = np.bincount(encoded.message_index.astype(np.int64) + 1)
     inside = np.bincount(encoded.message_index[np.asarray(mask)].astype(np.int64) + 1, minlength=len(tokens))
     for message, (n, k) in enumerate(zip(tokens.tolist(), inside.tolist()), -1):
-        if not n: continue
+        if not n:
+            continue
         key = message if by == "message" else role_of(encoded, message) or "template"
         row = counts.setdefault(key, {"tokens": 0, "in_mask": 0})
         row["tokens"], row["in_mask"] = row["tokens"] + n, row["in_mask"] + k
@@ -383,17 +520,25 @@ def mask_counts(encoded, mask, by="role"):
 
 # %% ../../nbs/masking/04_policies.ipynb #6aab8caa
 def mask_table(encoded, mask, runs=False):
-    """Plain text, a line a token: position, "in" or "out" of `mask`, label, segment, message, text. With `runs`, a line for each run of
-    tokens that agree in these. The label is left out where there is none at all."""
+    """Plain text, a line a token: position, "in" or "out" of `mask`, label, segment, message, text. With
+    `runs`, a line for each run of tokens that agree in these. The label is left out where there is none at
+    all."""
     labels = token_labels(encoded).tolist()
-    keys = list(zip(np.asarray(mask).tolist(), encoded.segments.tolist(), encoded.message_index.tolist(), labels))
+    keys = list(
+        zip(np.asarray(mask).tolist(), encoded.segments.tolist(), encoded.message_index.tolist(), labels)
+    )
     names = {1: "harmful  ", 0: "benign   ", -1: "         "} if max(labels, default=-1) >= 0 else {-1: ""}
     lines, at = [f"{'token':>9}  mask  {'label    ' if len(names) > 1 else ''}{'segment':<14}  msg  text"], 0
-    for (inside, segment, message, label), group in itertools.groupby(keys) if runs else ((k, [k]) for k in keys):
+    for (inside, segment, message, label), group in (
+        itertools.groupby(keys) if runs else ((k, [k]) for k in keys)
+    ):
         end = at + len(list(group))
         place = f"{at}-{end - 1}" if runs else str(at)
-        text = encoded.text[encoded.offsets[at, 0]:encoded.offsets[end - 1, 1]]
+        text = encoded.text[encoded.offsets[at, 0] : encoded.offsets[end - 1, 1]]
         owner = message if message >= 0 else ""
-        lines.append(f"{place:>9}  {'in' if inside else '.':<4}  {names[label]}{Segment(segment).name:<14}  {owner:>3}  {text!r}")
+        lines.append(
+            f"{place:>9}  {'in' if inside else '.':<4}  {names[label]}{Segment(segment).name:<14}  "
+            f"{owner:>3}  {text!r}"
+        )
         at = end
     return "\n".join(lines)

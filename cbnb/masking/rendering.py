@@ -62,27 +62,35 @@ def read_markers(text):
     for piece, mark, digits in zip(parts[::3], parts[1::3], parts[2::3]):
         at += len(piece)
         key, edge = read_mark(mark, digits)
-        if edge and key in opened: regions.append((*key, opened.pop(key), at))
-        elif edge or key in opened: broken.add(key)
-        if not edge: opened[key] = at
+        if edge and key in opened:
+            regions.append((*key, opened.pop(key), at))
+        elif edge or key in opened:
+            broken.add(key)
+        if not edge:
+            opened[key] = at
     return "".join(parts[::3]), regions, broken | opened.keys()
 
 # %% ../../nbs/masking/00_rendering.ipynb #93b21c6f
 def wrap(text, kind, index):
     "`text` with marks around it, inside its leading and trailing white space; blank text stays as it is."
     core = text.strip()
-    if not core: return text
-    if len(core) == len(text): return marker(kind, index, 0) + text + marker(kind, index, 1)
+    if not core:
+        return text
+    if len(core) == len(text):
+        return marker(kind, index, 0) + text + marker(kind, index, 1)
     at = text.index(core)
-    return text[:at] + marker(kind, index, 0) + core + marker(kind, index, 1) + text[at + len(core):]
+    return text[:at] + marker(kind, index, 0) + core + marker(kind, index, 1) + text[at + len(core) :]
 
 # %% ../../nbs/masking/00_rendering.ipynb #249c8d18
 class Instrument(jinja2.visitor.NodeTransformer):
     """Adds the filters `_enter` (of the loop's item) and `_leave` to each loop body.
 
     Filters, since the sandbox looks at every call of a function."""
+
     def output(self, node, name, value=None):
-        return nodes.Output([nodes.Filter(value or nodes.Const(None), name, [], [], None, None)], lineno=node.lineno)
+        return nodes.Output(
+            [nodes.Filter(value or nodes.Const(None), name, [], [], None, None)], lineno=node.lineno
+        )
 
     def visit_For(self, node):
         node = self.generic_visit(node)
@@ -90,51 +98,77 @@ class Instrument(jinja2.visitor.NodeTransformer):
         node.body = [self.output(node, "_enter", item), *node.body, self.output(node, "_leave")]
         return node
 
-    def visit_Break(self, node): return [self.output(node, "_leave"), node]
+    def visit_Break(self, node):
+        return [self.output(node, "_leave"), node]
 
     visit_Continue = visit_Break
 
 # %% ../../nbs/masking/00_rendering.ipynb #c9cd34ab
 class GenerationTag(jinja2.ext.Extension):
     "The `{% generation %}` block of transformers: its body, marked when the render is traced."
+
     tags = {"generation"}
 
     def parse(self, parser):
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark", [nodes.ContextReference()]), [], [], body).set_lineno(lineno)
+        return nodes.CallBlock(
+            self.call_method("_mark", [nodes.ContextReference()]), [], [], body
+        ).set_lineno(lineno)
 
-    def _mark(self, context, caller): return context.parent["_trace"].generation(caller())
+    def _mark(self, context, caller):
+        return context.parent["_trace"].generation(caller())
 
 # %% ../../nbs/masking/00_rendering.ipynb #a65467a0
-class MarkedDict(dict): "An object in marked tool arguments; `_plain` is the original, `_index` the number in its marks."
-class MarkedList(list): "A list in marked tool arguments."
-class MarkedInt(int): __str__ = lambda self: mark_around(self._index, int.__repr__(self))
-class MarkedFloat(float): __str__ = lambda self: mark_around(self._index, float.__repr__(self))
+class MarkedDict(dict):
+    "An object in marked tool arguments; `_plain` is the original, `_index` the number in its marks."
+
+
+class MarkedList(list):
+    "A list in marked tool arguments."
+
+
+class MarkedInt(int):
+    def __str__(self):
+        return mark_around(self._index, int.__repr__(self))
+
+
+class MarkedFloat(float):
+    def __str__(self):
+        return mark_around(self._index, float.__repr__(self))
 
 
 MARKED = (MarkedDict, MarkedList, MarkedInt, MarkedFloat)
 ARGUMENTS_MARK = ord(marker("arguments", 0, 0)[1])
 
 
-def mark_around(index, text): return marker("arguments", index, 0) + text + marker("arguments", index, 1)
+def mark_around(index, text):
+    return marker("arguments", index, 0) + text + marker("arguments", index, 1)
 
 
 def unmark(value):
-    "`(plain value, index)` of a piece of tool arguments marked by `mark_arguments`; `(value, None)` of anything else."
-    if isinstance(value, MARKED): return value._plain, value._index
-    if not isinstance(value, str) or (m := MARKER.search(value)) is None or ord(m[1]) != ARGUMENTS_MARK: return value, None
+    """`(plain value, index)` of a piece of tool arguments marked by `mark_arguments`; `(value, None)` of
+    anything else."""
+    if isinstance(value, MARKED):
+        return value._plain, value._index
+    if not isinstance(value, str) or (m := MARKER.search(value)) is None or ord(m[1]) != ARGUMENTS_MARK:
+        return value, None
     return MARKER.sub(lambda m: "" if ord(m[1]) - ARGUMENTS_MARK in (0, 1) else m[0], value), read_index(m[2])
 
 # %% ../../nbs/masking/00_rendering.ipynb #26fa3009
 def mark_arguments(value, index):
-    """Tool arguments with marks on every key, string and number and on every list and object, for `tojson` and for templates that go
-    through them."""
-    if isinstance(value, str): return wrap(value, "arguments", index)
-    if isinstance(value, dict): marked = MarkedDict({mark_arguments(k, index): mark_arguments(v, index) for k, v in value.items()})
-    elif isinstance(value, list): marked = MarkedList([mark_arguments(v, index) for v in value])
-    elif type(value) in (int, float): marked = (MarkedInt if type(value) is int else MarkedFloat)(value)
-    else: return value  # there can be only one True, one False and one None
+    """Tool arguments with marks on every key, string and number and on every list and object, for `tojson`
+    and for templates that go through them."""
+    if isinstance(value, str):
+        return wrap(value, "arguments", index)
+    if isinstance(value, dict):
+        marked = MarkedDict({mark_arguments(k, index): mark_arguments(v, index) for k, v in value.items()})
+    elif isinstance(value, list):
+        marked = MarkedList([mark_arguments(v, index) for v in value])
+    elif type(value) in (int, float):
+        marked = (MarkedInt if type(value) is int else MarkedFloat)(value)
+    else:
+        return value  # there can be only one True, one False and one None
     marked._plain, marked._index = value, index
     return marked
 
@@ -142,7 +176,8 @@ def mark_arguments(value, index):
 FROZEN_NOW = datetime(2025, 1, 1)
 
 
-def _raise_exception(message): raise jinja2.TemplateError(message)
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
 
 
 @functools.lru_cache(64)
@@ -153,16 +188,24 @@ def _json(ensure_ascii, separators, sort_keys):
 
 @functools.lru_cache(256)
 def _indent_json(text, ensure_ascii, indent, separators):
-    "JSON `text` with indentation, remembered: that is slow in Python, and the same tools are written for every transcript."
+    """JSON `text` with indentation, remembered: that is slow in Python, and the same tools are written for
+    every transcript."""
     return json.dumps(json.loads(text), ensure_ascii=ensure_ascii, indent=indent, separators=separators)
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    "JSON as transformers' templates expect it (Jinja's own filter escapes HTML); marked tool arguments get their marks around the whole."
+    """JSON as transformers' templates expect it (Jinja's own filter escapes HTML); marked tool arguments get
+    their marks around the whole."""
     value, index = unmark(value)
-    text = _json(bool(ensure_ascii), tuple(separators) if separators and not indent else None, bool(sort_keys))(value)
-    if indent and len(text) < 2**16: text = _indent_json(text, ensure_ascii, indent, separators and tuple(separators))
-    elif indent: text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = _json(
+        bool(ensure_ascii), tuple(separators) if separators and not indent else None, bool(sort_keys)
+    )(value)
+    if indent and len(text) < 2**16:
+        text = _indent_json(text, ensure_ascii, indent, separators and tuple(separators))
+    elif indent:
+        text = json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
     return text if index is None else mark_around(index, text)
 
 
@@ -173,64 +216,85 @@ def _namespace(*args, **kwargs):
     return jinja2.utils.Namespace(*args, **kwargs)
 
 
-def _dict(*args, **kwargs): return dict(*args, **kwargs)
+def _dict(*args, **kwargs):
+    return dict(*args, **kwargs)
 
 
 @jinja2.pass_context
-def _enter(context, item): return context.parent["_trace"].enter(item)
+def _enter(context, item):
+    return context.parent["_trace"].enter(item)
 
 
 @jinja2.pass_context
-def _leave(context, item): return context.parent["_trace"].leave()
+def _leave(context, item):
+    return context.parent["_trace"].leave()
 
 
 def frozen_now(format):
-    "`FROZEN_NOW` in the `format` of strftime: what a template gets that asks for the date, so that its text is the same on every day."
+    """`FROZEN_NOW` in the `format` of strftime: what a template gets that asks for the date, so that its text
+    is the same on every day."""
     return FROZEN_NOW.strftime(format)
 
 # %% ../../nbs/masking/00_rendering.ipynb #ede5608b
 DICT_METHODS = frozenset(dir(dict))
-STR_METHODS = frozenset(name for name in dir(str) if name[0] != "_") - {"format", "format_map"}  # Jinja wraps these two
+# Jinja wraps these two
+STR_METHODS = frozenset(name for name in dir(str) if name[0] != "_") - {"format", "format_map"}
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    "Jinja's immutable sandbox, quicker where a template reads a key of a message, a method of a string or a variable of its loop."
+    """Jinja's immutable sandbox, quicker where a template reads a key of a message, a method of a string or a
+    variable of its loop."""
+
     def getattr(self, obj, attribute):
-        if type(obj) is dict and attribute not in DICT_METHODS:  # as Jinja does it, without raising and catching an AttributeError
+        # as Jinja does it, without raising and catching an AttributeError
+        if type(obj) is dict and attribute not in DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if type(obj) is str and attribute in STR_METHODS: return getattr(obj, attribute)  # Jinja finds these safe too, after a longer look
+        # Jinja finds these safe too, after a longer look
+        if type(obj) is str and attribute in STR_METHODS:
+            return getattr(obj, attribute)
         if type(obj) in (jinja2.utils.Namespace, jinja2.runtime.LoopContext) and attribute[:1] != "_":
-            try: return getattr(obj, attribute)
-            except AttributeError: pass
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                pass
         return super().getattr(obj, attribute)
 
 
 @functools.cache
 def environment():
-    "The sandbox of all chat templates, with the settings, filters and functions that transformers gives them."
+    """The sandbox of all chat templates, with the settings, filters and functions that transformers gives
+    them."""
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     env.filters |= {"tojson": _tojson, "_enter": _enter, "_leave": _leave}
     del env.globals["lipsum"], env.filters["random"]  # another text in each render
-    env.globals.update(raise_exception=_raise_exception, strftime_now=frozen_now, dict=_dict, namespace=_namespace)
+    env.globals.update(
+        raise_exception=_raise_exception, strftime_now=frozen_now, dict=_dict, namespace=_namespace
+    )
     return env
 
 # %% ../../nbs/masking/00_rendering.ipynb #72599133
-class Refused(Exception): "A template that is not valid, or that refuses a transcript; the text says why."
+class Refused(Exception):
+    "A template that is not valid, or that refuses a transcript; the text says why."
 
 
 def parse(source):
     "The syntax tree of the Jinja template `source`. Raises Refused if it is not valid."
-    try: return environment().parse(source)
-    except (jinja2.TemplateError, RecursionError) as e: raise Refused(f"the chat template is not valid: {e}; pass another chat_template") from None
+    try:
+        return environment().parse(source)
+    except (jinja2.TemplateError, RecursionError) as e:
+        raise Refused(f"the chat template is not valid: {e}; pass another chat_template") from None
 
 
 @functools.lru_cache(maxsize=16)
 def compile_source(source, marked=False):
-    "The compiled Jinja template of `source`, with `Instrument` if `marked`. Raises Refused if it is not valid."
+    """The compiled Jinja template of `source`, with `Instrument` if `marked`. Raises Refused if it is not
+    valid."""
     env, tree = environment(), parse(source)
     try:
-        if any(ref.attr.startswith("_") for ref in tree.find_all(nodes.NSRef)): _namespace(_private=1)
-        if marked: tree = Instrument().visit(tree)
+        if any(ref.attr.startswith("_") for ref in tree.find_all(nodes.NSRef)):
+            _namespace(_private=1)
+        if marked:
+            tree = Instrument().visit(tree)
         tree.set_environment(env)
         return jinja2.Template.from_code(env, env.compile(tree), env.make_globals(None))
     except (jinja2.TemplateError, RecursionError, SyntaxError) as e:
@@ -238,21 +302,27 @@ def compile_source(source, marked=False):
 
 # %% ../../nbs/masking/00_rendering.ipynb #68061998
 class Inputs(jinja2.visitor.NodeVisitor):
-    """Collects in `found` the names that a template reads before it has certainly set them itself, which are its inputs.
+    """Collects in `found` the names that a template reads before it has certainly set them itself, which are
+    its inputs.
 
     `known` are the names set so far on every way to the place that is visited."""
-    def __init__(self, macros=()): self.known, self.found = {*macros}, set()
+
+    def __init__(self, macros=()):
+        self.known, self.found = {*macros}, set()
 
     def scope(self, *nodes, names=()):
         "Visits `nodes`, with `names` known; returns what is known at their end, and forgets it."
         before, self.known = self.known, self.known | {*names}
-        for node in nodes: self.visit(node)
+        for node in nodes:
+            self.visit(node)
         after, self.known = self.known, before
         return after
 
     def visit_Name(self, node):
-        if node.ctx == "load": self.found |= {node.name} - self.known
-        else: self.known.add(node.name)
+        if node.ctx == "load":
+            self.found |= {node.name} - self.known
+        else:
+            self.known.add(node.name)
 
     def visit_If(self, node):
         self.visit(node.test)
@@ -267,19 +337,25 @@ class Inputs(jinja2.visitor.NodeVisitor):
         self.scope(node.target, *[node.test] * bool(node.test), *node.body, names=["loop"])
         self.scope(*node.else_)
 
-    def visit_Macro(self, node): self.scope(*node.defaults, *node.args, *node.body, names=["varargs", "kwargs", "caller"])
+    def visit_Macro(self, node):
+        self.scope(*node.defaults, *node.args, *node.body, names=["varargs", "kwargs", "caller"])
 
-    def visit_CallBlock(self, node): self.scope(node.call, *node.defaults, *node.args, *node.body)
+    def visit_CallBlock(self, node):
+        self.scope(node.call, *node.defaults, *node.args, *node.body)
 
-    def visit_Assign(self, node): self.visit(node.node), self.visit(node.target)
+    def visit_Assign(self, node):
+        self.visit(node.node), self.visit(node.target)
 
-    def visit_AssignBlock(self, node): self.scope(*node.body), self.visit(node.target)
+    def visit_AssignBlock(self, node):
+        self.scope(*node.body), self.visit(node.target)
 
-    def visit_With(self, node): self.scope(*node.values, *node.targets, *node.body)
+    def visit_With(self, node):
+        self.scope(*node.values, *node.targets, *node.body)
 
 
 def inputs_of(source):
-    "Names (frozenset) that the chat template `source` reads and does not set itself: messages, tools, a variable or a function given to it."
+    """Names (frozenset) that the chat template `source` reads and does not set itself: messages, tools, a
+    variable or a function given to it."""
     tree = parse(source)
     inputs = Inputs(macro.name for macro in tree.find_all(nodes.Macro))
     inputs.visit(tree)
@@ -288,6 +364,7 @@ def inputs_of(source):
 # %% ../../nbs/masking/00_rendering.ipynb #bcdac5d9
 class Trace:
     "State of one render: (when traced) which loop items are which message."
+
     def __init__(self, messages=()):
         self.index = {id(m): i for i, m in enumerate(messages)}
         self.calls = {id(c): i for i, m in enumerate(messages) for c in m.get("tool_calls") or ()}
@@ -298,12 +375,20 @@ class Trace:
         return "" if self.stack[-1] is None else marker("item", self.stack[-1], 0)
 
     def find(self, item):
-        "Index of the message that a loop `item` is, or was made from (its content then holds marks, or its calls are known); else None."
-        if id(item) in self.index or "role" not in item: return self.index.get(id(item))
+        """Index of the message that a loop `item` is, or was made from (its content then holds marks, or its
+        calls are known); else None."""
+        if id(item) in self.index or "role" not in item:
+            return self.index.get(id(item))
         marks = (read_index(m[2]) for m in MARKER.finditer(str(item.get("content"))))
-        return next(itertools.chain(marks, (self.calls[id(c)] for c in item.get("tool_calls") or () if id(c) in self.calls)), None)
+        return next(
+            itertools.chain(
+                marks, (self.calls[id(c)] for c in item.get("tool_calls") or () if id(c) in self.calls)
+            ),
+            None,
+        )
 
-    def leave(self): return "" if (index := self.stack.pop()) is None else marker("item", index, 1)
+    def leave(self):
+        return "" if (index := self.stack.pop()) is None else marker("item", index, 1)
 
     def generation(self, text):
         index = next(self.generations)
@@ -315,26 +400,44 @@ MAX_REASON_CHARS = 500
 
 
 def render(source, messages, tools=None, variables=None, generation_prompt=False, traced=False):
-    """Text of `messages` by the template `source`, with marks if `traced`. `variables`: special tokens and other variables of the template.
-    Raises Refused where the template is not valid, refuses, or writes over `MAX_TEXT_CHARS`."""
+    """Text of `messages` by the template `source`, with marks if `traced`. `variables`: special tokens and
+    other variables of the template. Raises Refused where the template is not valid, refuses, or writes over
+    `MAX_TEXT_CHARS`."""
     trace, parts, size = Trace(messages if traced else ()), [], 0
-    template, given = compile_source(source, traced), dict(messages=messages, tools=tools, add_generation_prompt=generation_prompt)
+    template, given = (
+        compile_source(source, traced),
+        dict(messages=messages, tools=tools, add_generation_prompt=generation_prompt),
+    )
     try:
-        pieces = template.root_render_func(template.new_context({"documents": None, **(variables or {}), **given, "_trace": trace}))
+        pieces = template.root_render_func(
+            template.new_context({"documents": None, **(variables or {}), **given, "_trace": trace})
+        )
         while some := list(itertools.islice(pieces, 64)):
             if (size := size + sum(map(len, some))) > MAX_TEXT_CHARS:
                 raise jinja2.TemplateRuntimeError(f"it writes over {MAX_TEXT_CHARS} characters")
             parts += some
-    except MemoryError: raise  # the end of this process
+    except MemoryError:
+        raise  # the end of this process
     except Exception as e:  # whatever a foreign program raises is a refusal of this transcript
         why = cut(str(e) or type(e).__name__, MAX_REASON_CHARS)
-        raise Refused(f"the chat template refuses this transcript: {why}; change the transcript or pass another chat_template") from e
+        raise Refused(
+            f"the chat template refuses this transcript: {why}; change the transcript or pass another "
+            "chat_template"
+        ) from e
     return "".join(parts)
 
 # %% ../../nbs/masking/00_rendering.ipynb #587241f1
-LEVELS = tuple(frozenset(level.split()) for level in (
-    "system user tool assistant calls arguments", "system user tool assistant calls", "system user assistant calls", "assistant calls",
-    "assistant", ""))
+LEVELS = tuple(
+    frozenset(level.split())
+    for level in (
+        "system user tool assistant calls arguments",
+        "system user tool assistant calls",
+        "system user assistant calls",
+        "assistant calls",
+        "assistant",
+        "",
+    )
+)
 MAX_MESSAGES = 2**15 - 1  # an int16 of each token holds the number of its message
 CALLS = MAX_MESSAGES + 1  # marks of call number j of message i carry the number i + CALLS * j
 
@@ -342,17 +445,19 @@ CALLS = MAX_MESSAGES + 1  # marks of call number j of message i carry the number
 def wrap_call(call, index, level):
     "A copy of a tool call with marks around its name, and around its arguments if these are in `level`."
     function = {**call["function"], "name": wrap(call["function"]["name"], "call", index)}
-    if "arguments" in level: function["arguments"] = mark_arguments(function["arguments"], index)
+    if "arguments" in level:
+        function["arguments"] = mark_arguments(function["arguments"], index)
     return {**call, "function": function}
 
 
 def wrap_message(message, index, level, wrapped):
-    """A copy of `message` with marks around what it says if its role is in `level`, and around its calls if 'calls' is. `wrapped`: the kind of
-    mark (content or reasoning) by key of a message."""
+    """A copy of `message` with marks around what it says if its role is in `level`, and around its calls if
+    'calls' is. `wrapped`: the kind of mark (content or reasoning) by key of a message."""
     out = dict(message)
     if message["role"] in level:
         for key in message.keys() & wrapped.keys():
-            if isinstance(out[key], str): out[key] = wrap(out[key], wrapped[key], index)
+            if isinstance(out[key], str):
+                out[key] = wrap(out[key], wrapped[key], index)
     if "calls" in level and out.get("tool_calls"):
         out["tool_calls"] = [wrap_call(c, index + CALLS * j, level) for j, c in enumerate(out["tool_calls"])]
     return out
@@ -360,23 +465,34 @@ def wrap_message(message, index, level, wrapped):
 # %% ../../nbs/masking/00_rendering.ipynb #64fbb117
 def mark_control(value, control, index):
     "`value` (nested dicts and lists) with marks around each match of the pattern `control` in its strings."
-    if isinstance(value, str): return control.sub(lambda m: marker("control", index, 0) + m[0] + marker("control", index, 1), value)
-    if isinstance(value, dict): return {mark_control(k, control, index): mark_control(v, control, index) for k, v in value.items()}
+    if isinstance(value, str):
+        return control.sub(lambda m: marker("control", index, 0) + m[0] + marker("control", index, 1), value)
+    if isinstance(value, dict):
+        return {mark_control(k, control, index): mark_control(v, control, index) for k, v in value.items()}
     return [mark_control(v, control, index) for v in value] if isinstance(value, (list, tuple)) else value
 
 # %% ../../nbs/masking/00_rendering.ipynb #cb60ce89
 def trace(source, messages, tools, variables, wrapped, control="", allowed=(), generation_prompt=False):
     """Renders plainly and with ever fewer marks until the marked text, marks removed, equals the plain one.
 
-    Returns (plain text, regions, broken marks as of `read_markers`, number of the level in `LEVELS` or None). Matches of the pattern
-    `control` in messages of the indices `allowed` are always marked. Raises Refused as `render` does."""
+    Returns (plain text, regions, broken marks as of `read_markers`, number of the level in `LEVELS` or None).
+    Matches of the pattern `control` in messages of the indices `allowed` are always marked. Raises Refused as
+    `render` does."""
     plain = render(source, messages, tools, variables, generation_prompt)
-    messages = [{**mark_control(m, re.compile(control), i), "role": m["role"]} if i in allowed else m for i, m in enumerate(messages)]
+    messages = [
+        {**mark_control(m, re.compile(control), i), "role": m["role"]} if i in allowed else m
+        for i, m in enumerate(messages)
+    ]
     for number, level in enumerate(LEVELS):
         marked = [wrap_message(m, i, level, wrapped) for i, m in enumerate(messages)]
-        try: text, regions, broken = read_markers(render(source, marked, tools, variables, generation_prompt, traced=True))
-        except Refused: continue  # the marks upset the template: try fewer
-        if text == plain: return plain, regions, broken, number
+        try:
+            text, regions, broken = read_markers(
+                render(source, marked, tools, variables, generation_prompt, traced=True)
+            )
+        except Refused:
+            continue  # the marks upset the template: try fewer
+        if text == plain:
+            return plain, regions, broken, number
     return plain, [], set(), None
 
 # %% ../../nbs/masking/00_rendering.ipynb #559e2765
@@ -385,16 +501,26 @@ OUT_OF_MEMORY = 12  # the exit status
 
 class PlainUnpickler(pickle.Unpickler):
     "Reads strings, numbers, lists, dicts, tuples and sets, and nothing that would run code."
-    def find_class(self, module, name): raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 
 
-def unpack(data): return PlainUnpickler(io.BytesIO(data)).load()
+def unpack(data):
+    return PlainUnpickler(io.BytesIO(data)).load()
 
 
 def answer(kind, arguments):
     "`(True, what the function of the name `kind` returns)`, or `(False, why it refuses)`."
-    try: return True, {"compile": lambda source: bool(compile_source(source)), "inputs": inputs_of, "render": render, "trace": trace}[kind](*arguments)
-    except Refused as e: return False, str(e)
+    try:
+        return True, {
+            "compile": lambda source: bool(compile_source(source)),
+            "inputs": inputs_of,
+            "render": render,
+            "trace": trace,
+        }[kind](*arguments)
+    except Refused as e:
+        return False, str(e)
 
 
 def read_frame(stream):
@@ -410,20 +536,27 @@ def frame(value):
 
 
 def serve(memory):
-    """Answers requests from standard input on standard output until that ends: each is `(seconds, [(kind, arguments), ...])`, its answer the list
-    of what `answer` says, or the text of why a request cannot be read.
+    """Answers requests from standard input on standard output until that ends: each is `(seconds, [(kind,
+    arguments), ...])`, its answer the list of what `answer` says, or the text of why a request cannot be
+    read.
 
-    The process may take `memory` bytes, and each answer so many seconds of the processor: then it ends, by SIGPROF or with `OUT_OF_MEMORY`,
-    whatever it is doing. It ignores what stops or warns a whole job, and writes no file."""
+    The process may take `memory` bytes, and each answer so many seconds of the processor: then it ends, by
+    SIGPROF or with `OUT_OF_MEMORY`, whatever it is doing. It ignores what stops or warns a whole job, and
+    writes no file."""
     import resource
-    for limit, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)): resource.setrlimit(limit, (most, most))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, signal.SIG_IGN)
+
+    for limit, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(limit, (most, most))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     try:
         while data := read_frame(sys.stdin.buffer):
-            try: (seconds, requests), answers = unpack(data), []
-            except pickle.UnpicklingError as e: seconds, requests, answers = 0, (), str(e)
+            try:
+                (seconds, requests), answers = unpack(data), []
+            except pickle.UnpicklingError as e:
+                seconds, requests, answers = 0, (), str(e)
             for kind, arguments in requests:
                 signal.setitimer(signal.ITIMER_PROF, seconds)
                 answers.append(answer(kind, arguments))
@@ -432,6 +565,8 @@ def serve(memory):
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
             del data, requests, answers
-    except MemoryError: os._exit(OUT_OF_MEMORY)
-    except BrokenPipeError: pass  # nobody reads any more
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except BrokenPipeError:
+        pass  # nobody reads any more
     os._exit(0)

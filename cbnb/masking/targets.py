@@ -27,25 +27,33 @@ def messages_off(transcript: Transcript) -> list[int]:
 
 # %% ../../nbs/masking/07_targets.ipynb #fdeeb3e9
 def lacks_injection(transcript: Transcript, policy) -> bool:
-    "Whether `policy` asks for an injection that the transcript has not, so that `assistant_only` takes its place."
+    """Whether `policy` asks for an injection that the transcript has not, so that `assistant_only` takes its
+    place."""
     return policy in NEED_INJECTION and not transcript.injection_spans
 
 # %% ../../nbs/masking/07_targets.ipynb #20943509
 def check_calls(encoded: Encoded, name: str) -> None:
-    """Raises MaskError, with the `name` of the transcript, where the chat template writes none of the tool calls of a
-    message: training would teach not to act."""
+    """Raises MaskError, with the `name` of the transcript, where the chat template writes none of the tool
+    calls of a message: training would teach not to act."""
     if encoded.lost_calls:
-        raise MaskError(f"transcript {name}: message {encoded.lost_calls[0]} (assistant): the chat template writes none of its tool calls; pass a chat_template "
-                        "that does, or have them written as text by tool_call_format='hermes'")
+        raise MaskError(
+            f"transcript {name}: message {encoded.lost_calls[0]} (assistant): the chat template writes none "
+            "of its tool calls; pass a chat_template "
+            "that does, or have them written as text by tool_call_format='hermes'"
+        )
 
 
 def training_mask(encoded: Encoded, transcript: Transcript, policy) -> np.ndarray:
-    """Bool [S]: the targets of one encoded transcript. Without an injection `post_injection_only` falls back to `assistant_only`; messages
-    that are labelled otherwise than the transcript are taken out. That an injection parts a transcript is the policy's to say: another one than
-    `post_injection_only` means all of it (for a split by injection under any policy see `cbnb.masking.policies.token_labels`). Raises MaskError where the
-    policy cannot be applied."""
+    """Bool [S]: the targets of one encoded transcript. Without an injection `post_injection_only` falls back
+    to `assistant_only`; messages that are labelled otherwise than the transcript are taken out. That an
+    injection parts a transcript is the policy's to say: another one than `post_injection_only` means all of
+    it (for a split by injection under any policy see `cbnb.masking.policies.token_labels`). Raises MaskError
+    where the policy cannot be applied."""
     if policy in NEED_COMPARISON and "injected_actions" not in transcript.meta:
-        raise MaskError(f"whose its actions are was not looked at, which {policy} asks for (cbnb.masking.actions.for_policy); it is for harmful transcripts only")
+        raise MaskError(
+            f"whose its actions are was not looked at, which {policy} asks for "
+            "(cbnb.masking.actions.for_policy); it is for harmful transcripts only"
+        )
     mask = loss_mask(encoded, "assistant_only" if lacks_injection(transcript, policy) else policy)
     return mask & ~np.isin(encoded.message_index, messages_off(transcript))
 
@@ -56,10 +64,14 @@ SIDES = ("targets", "left", "right")
 def truncation_window(mask: np.ndarray, max_length: int, side: str = "targets") -> slice:
     """The tokens to keep of a row with the loss mask `mask` (bool [S]) that is longer than `max_length`.
 
-    `side`: `"targets"` ends the window at the last target: what follows it is cut first (nothing is learned there), then the beginning.
-    `"left"` cuts the beginning, `"right"` the end. Raises ValueError for another side or a `max_length` below 1."""
+    `side`: `"targets"` ends the window at the last target: what follows it is cut first (nothing is learned
+    there), then the beginning. `"left"` cuts the beginning, `"right"` the end. Raises ValueError for another
+    side or a `max_length` below 1."""
     if side not in SIDES or max_length < 1:
-        raise ValueError(f"a row cannot be cut to {max_length} tokens at the side {side!r}; use at least 1, and one of {', '.join(SIDES)}.")
+        raise ValueError(
+            f"a row cannot be cut to {max_length} tokens at the side {side!r}; use at least 1, and one of "
+            f"{', '.join(SIDES)}."
+        )
     if len(mask) <= max_length:
         return slice(0, len(mask))
     last = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
@@ -67,29 +79,36 @@ def truncation_window(mask: np.ndarray, max_length: int, side: str = "targets") 
     return slice(end - max_length, end)
 
 # %% ../../nbs/masking/07_targets.ipynb #d2e1577f
-CONTEXT = {"request": "the user's request", "injection": "the injected message"}  # what `cut_context` finds, in words
+# what `cut_context` finds, in words
+CONTEXT = {"request": "the user's request", "injection": "the injected message"}
 
 
 def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
-    """What the window `keep` of an encoded transcript cuts off, wholly or in part, of what its last target (of
-    `mask`, bool [S]) answers: `"request"`, the user's message before that turn, and `"injection"`, the first
-    message with an injection. Empty where nothing of them is cut off, or no target is kept."""
+    """What the window `keep` of an encoded transcript cuts off, wholly or in part, of what its last target
+    (of `mask`, bool [S]) answers: `"request"`, the user's message before that turn, and `"injection"`, the
+    first message with an injection. Empty where nothing of them is cut off, or no target is kept."""
     inside = np.zeros(len(mask), bool)
     inside[keep] = True
     owners = encoded.message_index
     last = int(owners[mask & inside].max(initial=-1))
-    def cut(message): return bool(((owners == message) & ~inside).any())
+
+    def cut(message):
+        return bool(((owners == message) & ~inside).any())
+
     request = next((i for i in range(last - 1, -1, -1) if role_of(encoded, i) == "user"), None)
     found = ["request"] * (request is not None and cut(request))
-    return found + ["injection"] * (last >= 0 and bool(encoded.injection_spans) and cut(first_injection(encoded).message))
+    return found + ["injection"] * (
+        last >= 0 and bool(encoded.injection_spans) and cut(first_injection(encoded).message)
+    )
 
 # %% ../../nbs/masking/07_targets.ipynb #f16048c6
 @dataclass(frozen=True)
 class Row:
-    """What training takes of an encoded transcript, or of a turn of one: `mask` (bool [S]), its targets, and `keep`,
-    the window of it; `gone`: what `cut_context` finds. `dropped`: why it becomes no sample, `lost_words` (the
-    template writes nothing of an answer), `lost_context` or `no_target`; `words`: that as the end of a
-    sentence. Both are empty where it becomes one."""
+    """What training takes of an encoded transcript, or of a turn of one: `mask` (bool [S]), its targets, and
+    `keep`, the window of it; `gone`: what `cut_context` finds. `dropped`: why it becomes no sample,
+    `lost_words` (the template writes nothing of an answer), `lost_context` or `no_target`; `words`: that as
+    the end of a sentence. Both are empty where it becomes one."""
+
     mask: np.ndarray
     keep: slice
     gone: tuple = ()
@@ -97,8 +116,14 @@ class Row:
     words: str = ""
 
 
-def training_row(encoded: Encoded, transcript: Transcript, policy, max_length: int = 2048,
-                 truncation: str = "targets", lost_context: str = "drop") -> Row:
+def training_row(
+    encoded: Encoded,
+    transcript: Transcript,
+    policy,
+    max_length: int = 2048,
+    truncation: str = "targets",
+    lost_context: str = "drop",
+) -> Row:
     "The `Row` of `encoded`. Raises what `training_mask` and `truncation_window` raise."
     mask = training_mask(encoded, transcript, policy)
     keep = truncation_window(mask, max_length, truncation)
@@ -115,16 +140,20 @@ def training_row(encoded: Encoded, transcript: Transcript, policy, max_length: i
 
 # %% ../../nbs/masking/07_targets.ipynb #b88a0e41
 def in_batches(transcripts: Iterable[Transcript], masker: ChatMasker, size: int = 64, errors: str = "raise"):
-    """Yields `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. With `errors`
-    "raise" or "return" MaskErrors are raised, or stand in the place of `encoded`, as `ChatMasker.encode_batch` does."""
+    """Yields `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. With
+    `errors` "raise" or "return" MaskErrors are raised, or stand in the place of `encoded`, as
+    `ChatMasker.encode_batch` does."""
     left = iter(transcripts)
     while some := list(itertools.islice(left, size)):
         yield from zip(some, masker.encode_batch(some, errors), strict=True)
 
 # %% ../../nbs/masking/07_targets.ipynb #1547d6e1
 def in_turns(transcripts: Iterable[Transcript], masker: ChatMasker):
-    "Yields `(transcript, encoded)` for each assistant turn of each transcript (`ChatMasker.split_turns`). Raises MaskError that names the transcript."
+    """Yields `(transcript, encoded)` for each assistant turn of each transcript (`ChatMasker.split_turns`).
+    Raises MaskError that names the transcript."""
     for t in transcripts:
-        try: turns = masker.split_turns(t.messages, t.tools, t.injection_spans, t.label, t.message_labels)
-        except MaskError as e: raise MaskError(f"transcript {t.id}: {e}") from None
+        try:
+            turns = masker.split_turns(t.messages, t.tools, t.injection_spans, t.label, t.message_labels)
+        except MaskError as e:
+            raise MaskError(f"transcript {t.id}: {e}") from None
         yield from ((t, encoded) for encoded in turns)

@@ -27,14 +27,16 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from ..basics.terminal import error_text
 from . import rendering
 from .rendering import CALLS, LEVELS, OUT_OF_MEMORY, frame, unpack
-from ..basics.terminal import error_text
 from ..transcripts.record import REASONING_KEYS
 
 # %% ../../nbs/masking/01_templates.ipynb #1dff12a1
 class MaskError(ValueError):
-    "A transcript, template or policy from which no safe mask can be made. The text names the message and says what to do."
+    """A transcript, template or policy from which no safe mask can be made. The text names the message and
+    says what to do."""
+
     __str__ = error_text
 
 # %% ../../nbs/masking/01_templates.ipynb #5f132ef7
@@ -42,30 +44,56 @@ MAX_TEMPLATE_CHARS = 2**18
 MAX_RENDER_SECONDS = 5.0  # of the processor, for one transcript with all its marks
 MAX_RENDER_BYTES = 2**29  # of memory of the process, with Python and Jinja, which take 25 MiB
 MAX_FRAME_BYTES = 2**27  # of what is sent to it at once, and of what it answers
-PROGRAM = "import sys; sys.path += sys.argv[2:]; from cbnb.masking.rendering import serve; serve(int(sys.argv[1]))"
+PROGRAM = (
+    "import sys; sys.path += sys.argv[2:]; from cbnb.masking.rendering import serve; serve(int(sys.argv[1]))"
+)
 KEPT, LOCK = [], threading.Lock()  # the process, where there is one
 
 
 def started():
-    "The process that runs templates, started where there is none: it gets no environment, no file and no terminal of this one."
-    if KEPT: return KEPT[0]
+    """The process that runs templates, started where there is none: it gets no environment, no file and no
+    terminal of this one."""
+    if KEPT:
+        return KEPT[0]
     package = Path(rendering.__file__).resolve().parents[2]
-    roots = dict.fromkeys(map(str, (package, *(Path(file).resolve().parents[1] for file in (jinja2.__file__, markupsafe.__file__)))))
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # where Python may have its own library
+    roots = dict.fromkeys(
+        map(
+            str,
+            (package, *(Path(file).resolve().parents[1] for file in (jinja2.__file__, markupsafe.__file__))),
+        )
+    )
+    # where Python may have its own library
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     command = [sys.executable, "-I", "-S", "-c", PROGRAM, str(MAX_RENDER_BYTES), *roots]
-    KEPT.append(subprocess.Popen(command, bufsize=0, env=kept, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=subprocess.DEVNULL, start_new_session=True))
-    for pipe in (KEPT[0].stdin, KEPT[0].stdout): os.set_blocking(pipe.fileno(), False)
+    KEPT.append(
+        subprocess.Popen(
+            command,
+            bufsize=0,
+            env=kept,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
+    for pipe in (KEPT[0].stdin, KEPT[0].stdout):
+        os.set_blocking(pipe.fileno(), False)
     return KEPT[0]
 
 
 def end(patience=0.5):
-    "Ends the process, if there is one, by force after `patience` seconds. Returns its exit status, the number of a signal as a negative one."
-    if not KEPT: return None
+    """Ends the process, if there is one, by force after `patience` seconds. Returns its exit status, the
+    number of a signal as a negative one."""
+    if not KEPT:
+        return None
     process = KEPT.pop()
-    for pipe in (process.stdin, process.stdout): pipe.close()
-    try: return process.wait(patience)
-    except subprocess.TimeoutExpired: process.kill()
+    for pipe in (process.stdin, process.stdout):
+        pipe.close()
+    try:
+        return process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
     return process.wait()
 
 
@@ -74,7 +102,8 @@ def forget():
     global LOCK
     LOCK = threading.Lock()
     for process in KEPT:
-        for pipe in (process.stdin, process.stdout): pipe.close()
+        for pipe in (process.stdin, process.stdout):
+            pipe.close()
         process.returncode = 0  # none of ours to wait for
     KEPT.clear()
 
@@ -85,53 +114,72 @@ os.register_at_fork(after_in_child=forget)
 # %% ../../nbs/masking/01_templates.ipynb #6a8f90f4
 class Ended(Exception):
     "The process ended, or was ended; the text says why, as what a template does."
+
     __str__ = error_text
 
 
 def exchange(data, deadline):
-    "The answer of the process to the frame `data`. Raises EOFError where it has ended, TimeoutError where `deadline` (as of time.monotonic) has passed."
+    """The answer of the process to the frame `data`. Raises EOFError where it has ended, TimeoutError where
+    `deadline` (as of time.monotonic) has passed."""
     process, left, got, size, poll = started(), memoryview(data), bytearray(), None, select.poll()
     poll.register(process.stdin, select.POLLOUT)
     poll.register(process.stdout, select.POLLIN)
     while size is None or len(got) < size + 8:
         ready = poll.poll(max(0, 1000 * (deadline - time.monotonic())))
-        if not ready: raise TimeoutError
+        if not ready:
+            raise TimeoutError
         for number, _ in ready:
             if number == process.stdin.fileno():
-                try: left = left[os.write(number, left):]
-                except BrokenPipeError: left = left[:0]  # it has ended, which the other pipe tells
-                if not left: poll.unregister(number)
+                try:
+                    left = left[os.write(number, left) :]
+                except BrokenPipeError:
+                    left = left[:0]  # it has ended, which the other pipe tells
+                if not left:
+                    poll.unregister(number)
             else:
                 some = os.read(number, 2**20)
-                if not some: raise EOFError
+                if not some:
+                    raise EOFError
                 got += some
-        if size is None and len(got) >= 8: size = int.from_bytes(got[:8], "little")
-        if size and size > MAX_FRAME_BYTES: raise Ended(f"answers with over {MAX_FRAME_BYTES} bytes")
+        if size is None and len(got) >= 8:
+            size = int.from_bytes(got[:8], "little")
+        if size and size > MAX_FRAME_BYTES:
+            raise Ended(f"answers with over {MAX_FRAME_BYTES} bytes")
     return unpack(got[8:])
 
 
 def why_ended(status):
     "What a template did whose process ended with `status`."
-    if status == -signal.SIGPROF: return f"runs for over {MAX_RENDER_SECONDS:g} seconds"
-    return f"takes over {MAX_RENDER_BYTES >> 20} MiB of memory" if status == OUT_OF_MEMORY else f"ends its process (status {status})"
+    if status == -signal.SIGPROF:
+        return f"runs for over {MAX_RENDER_SECONDS:g} seconds"
+    return (
+        f"takes over {MAX_RENDER_BYTES >> 20} MiB of memory"
+        if status == OUT_OF_MEMORY
+        else f"ends its process (status {status})"
+    )
 
 
 def ask_process(requests):
-    """Answers of the process to `requests`, a list of (kind, arguments). Raises Ended where a template took too much.
+    """Answers of the process to `requests`, a list of (kind, arguments). Raises Ended where a template took
+    too much.
 
-    Where the process ended for another reason, was stopped with the whole job for hours, or had used up its memory on what came before, a new one is
-    asked once more."""
+    Where the process ended for another reason, was stopped with the whole job for hours, or had used up its
+    memory on what came before, a new one is asked once more."""
     data, patience = frame((MAX_RENDER_SECONDS, requests)), 30 + 20 * MAX_RENDER_SECONDS * len(requests)
-    if len(data) > MAX_FRAME_BYTES: raise Ended(f"is given over {MAX_FRAME_BYTES} bytes")
+    if len(data) > MAX_FRAME_BYTES:
+        raise Ended(f"is given over {MAX_FRAME_BYTES} bytes")
     with LOCK:
         for last in (False, True):
-            try: return exchange(data, time.monotonic() + patience)
+            try:
+                return exchange(data, time.monotonic() + patience)
             except TimeoutError:
                 end(0)
-                if last: raise Ended(f"runs for over {MAX_RENDER_SECONDS:g} seconds") from None
+                if last:
+                    raise Ended(f"runs for over {MAX_RENDER_SECONDS:g} seconds") from None
             except EOFError:
                 status = end()
-                if last or status == -signal.SIGPROF: raise Ended(why_ended(status)) from None
+                if last or status == -signal.SIGPROF:
+                    raise Ended(why_ended(status)) from None
             except BaseException:  # a key was pressed, or it answers no more: what is under way is nobody's
                 end(0)
                 raise
@@ -142,73 +190,99 @@ MOST_ENDS, RENDERS_AN_END = 3, 1000
 
 @functools.lru_cache(256)
 def tally(source):
-    "How often the template `source` was asked for something, and how often it was ended for that: a list of two numbers."
+    """How often the template `source` was asked for something, and how often it was ended for that: a list of
+    two numbers."""
     return [0, 0]
 
 
 def ask(source, kind, *arguments):
-    """What the process makes of the template `source`: `kind` (a function of `cbnb.masking.rendering`) of each of `arguments` (tuples), a list with a
-    MaskError in the place of each that it refuses.
+    """What the process makes of the template `source`: `kind` (a function of `cbnb.masking.rendering`) of
+    each of `arguments` (tuples), a list with a MaskError in the place of each that it refuses.
 
-    A template that was ended more than `MOST_ENDS` times, and for more than one in `RENDERS_AN_END` renders, is refused from then on."""
+    A template that was ended more than `MOST_ENDS` times, and for more than one in `RENDERS_AN_END` renders,
+    is refused from then on."""
     counts, what = tally(source), "refuses this transcript" if kind in ("render", "trace") else "is not valid"
     if len(source) > MAX_TEMPLATE_CHARS:
-        return [MaskError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters; pass the right chat_template")] * len(arguments)
+        return [
+            MaskError(
+                f"the chat template has over {MAX_TEMPLATE_CHARS} characters; pass the right chat_template"
+            )
+        ] * len(arguments)
     if counts[1] > MOST_ENDS + counts[0] // RENDERS_AN_END:
-        return [MaskError(f"the chat template had to be ended {counts[1]} times, so it is not run again; pass another chat_template")] * len(arguments)
-    try: answers = ask_process([(kind, (source, *given)) for given in arguments])
+        return [
+            MaskError(
+                f"the chat template had to be ended {counts[1]} times, so it is not run again; pass another "
+                "chat_template"
+            )
+        ] * len(arguments)
+    try:
+        answers = ask_process([(kind, (source, *given)) for given in arguments])
     except Ended as e:
-        if len(arguments) > 1: return [ask(source, kind, given)[0] for given in arguments]
+        if len(arguments) > 1:
+            return [ask(source, kind, given)[0] for given in arguments]
         counts[1] += 1
-        return [MaskError(f"the chat template {what}: it {e}; change the transcript or pass another chat_template")]
+        return [
+            MaskError(
+                f"the chat template {what}: it {e}; change the transcript or pass another chat_template"
+            )
+        ]
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as e:
         return [MaskError(f"the chat template is given what is no JSON: {e}")] * len(arguments)
-    if isinstance(answers, str): return [MaskError(f"the chat template is given what is no JSON: {answers}")] * len(arguments)
+    if isinstance(answers, str):
+        return [MaskError(f"the chat template is given what is no JSON: {answers}")] * len(arguments)
     counts[0] += len(arguments)
     return [value if fine else MaskError(value) for fine, value in answers]
 
 
 def asked(answer):
     "`answer`, one of `ask`; raises it if it is a MaskError."
-    if isinstance(answer, MaskError): raise answer
+    if isinstance(answer, MaskError):
+        raise answer
     return answer
 
 # %% ../../nbs/masking/01_templates.ipynb #6686e99b
 @functools.lru_cache(maxsize=64)
 def compile_template(source):
-    "The Jinja template `source` itself, once it has been compiled there. Raises MaskError if it is too long, too slow or not valid."
+    """The Jinja template `source` itself, once it has been compiled there. Raises MaskError if it is too
+    long, too slow or not valid."""
     asked(*ask(source, "compile", ()))
     return source
 
 
 @functools.lru_cache(maxsize=64)
 def template_inputs(source):
-    """Names (frozenset) that the chat template `source` reads and does not set itself: messages, tools, a variable or a function given to it.
-    Raises MaskError as `compile_template` does."""
+    """Names (frozenset) that the chat template `source` reads and does not set itself: messages, tools, a
+    variable or a function given to it. Raises MaskError as `compile_template` does."""
     return frozenset(asked(*ask(source, "inputs", ())))
 
 
 def render(source, messages, tools=None, variables=None, generation_prompt=False):
-    """Text of `messages` by the template `source`. `variables`: special tokens and other variables of the template, by name.
-    Raises MaskError where the template refuses or exceeds its bounds."""
+    """Text of `messages` by the template `source`. `variables`: special tokens and other variables of the
+    template, by name. Raises MaskError where the template refuses or exceeds its bounds."""
     return asked(*ask(source, "render", (messages, tools, variables, generation_prompt)))
 
 # %% ../../nbs/masking/01_templates.ipynb #add1dac6
-NONCHARACTER = re.compile("[\ufdd0-\ufdef" + "".join(chr(plane + 0xFFFE) + chr(plane + 0xFFFF)
-                                                     for plane in range(0, 0x110000, 0x10000)) + "]")
+NONCHARACTER = re.compile(
+    "[\ufdd0-\ufdef"
+    + "".join(chr(plane + 0xFFFE) + chr(plane + 0xFFFF) for plane in range(0, 0x110000, 0x10000))
+    + "]"
+)
 
 
 def has_noncharacter(text):
     "Whether `NONCHARACTER` matches in `text`, ten times faster than by that pattern."
-    if text.isascii(): return False
+    if text.isascii():
+        return False
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     return bool((((codes & 0xFFFE) == 0xFFFE) | (codes - np.uint32(0xFDD0) < 32)).any())
 
 # %% ../../nbs/masking/01_templates.ipynb #6bf7abea
 @dataclass(frozen=True)
 class Traced:
-    """A verified render: plain `text`, `regions` (kind, message, start, end), `broken` marks, the `level` of marks that left it unchanged
-    (or None), and the parts of `calls` by (kind, message, number of the call)."""
+    """A verified render: plain `text`, `regions` (kind, message, start, end), `broken` marks, the `level` of
+    marks that left it unchanged (or None), and the parts of `calls` by (kind, message, number of the call).
+    """
+
     text: str
     regions: list
     broken: set
@@ -219,48 +293,69 @@ class Traced:
     def places(self):
         "Regions by (kind, index)."
         found = {}
-        for kind, index, start, end in self.regions: found.setdefault((kind, index), []).append((start, end))
+        for kind, index, start, end in self.regions:
+            found.setdefault((kind, index), []).append((start, end))
         return found
 
-    def of(self, kind, index): return self.places.get((kind, index), [])
+    def of(self, kind, index):
+        return self.places.get((kind, index), [])
 
     @functools.cached_property
     def words(self):
-        "Regions (start, end, kind) of what each message says, by message: its content, reasoning and the names of its calls."
+        """Regions (start, end, kind) of what each message says, by message: its content, reasoning and the
+        names of its calls."""
         found = {}
         for kind, index, start, end in self.regions:
-            if kind in ("content", "reasoning", "call"): found.setdefault(index, []).append((start, end, kind))
+            if kind in ("content", "reasoning", "call"):
+                found.setdefault(index, []).append((start, end, kind))
         return found
 
-    def said(self, index): return self.words.get(index, [])
+    def said(self, index):
+        return self.words.get(index, [])
 
 # %% ../../nbs/masking/01_templates.ipynb #b8091e41
-WRAPPED = {"content": "content", **dict.fromkeys(REASONING_KEYS, "reasoning")}  # kind of mark by key of a message
+# kind of mark by key of a message
+WRAPPED = {"content": "content", **dict.fromkeys(REASONING_KEYS, "reasoning")}
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 
 
 def read_trace(plain, regions, broken, number):
-    "The Traced of what `cbnb.masking.rendering.trace` returns. Raises MaskError where the template writes a noncharacter."
+    """The Traced of what `cbnb.masking.rendering.trace` returns. Raises MaskError where the template writes a
+    noncharacter."""
     if has_noncharacter(plain):
         m = NONCHARACTER.search(plain)
-        raise MaskError(f"the chat template writes the noncharacter U+{ord(m[0]):04X}, which no text may contain; pass another one")
+        raise MaskError(
+            f"the chat template writes the noncharacter U+{ord(m[0]):04X}, which no text may contain; pass "
+            "another one"
+        )
     calls = {}
     for kind, index, start, end in regions:
-        if kind in ("call", "arguments"): calls.setdefault((kind, index % CALLS, index // CALLS), []).append((start, end))
-    regions = [(kind, index if kind == "generation" else index % CALLS, start, end) for kind, index, start, end in regions]
+        if kind in ("call", "arguments"):
+            calls.setdefault((kind, index % CALLS, index // CALLS), []).append((start, end))
+    regions = [
+        (kind, index if kind == "generation" else index % CALLS, start, end)
+        for kind, index, start, end in regions
+    ]
     return Traced(plain, regions, broken, None if number is None else LEVELS[number], calls)
 
 
 def trace_renders(source, items):
-    """The Traced of each of `items`: tuples of messages, tools, variables, and where control tokens may be quoted a pattern (str) of these and
-    the indices of the messages that may. A MaskError stands in the place of each that the template refuses."""
+    """The Traced of each of `items`: tuples of messages, tools, variables, and where control tokens may be
+    quoted a pattern (str) of these and the indices of the messages that may. A MaskError stands in the place
+    of each that the template refuses."""
+
     def read(found):
-        try: return read_trace(*asked(found))
-        except MaskError as e: return e
-    return [read(found) for found in ask(source, "trace", *((*item[:3], WRAPPED, *item[3:]) for item in items))]
+        try:
+            return read_trace(*asked(found))
+        except MaskError as e:
+            return e
+
+    return [
+        read(found) for found in ask(source, "trace", *((*item[:3], WRAPPED, *item[3:]) for item in items))
+    ]
 
 
 def trace_render(source, messages, tools, variables, control="", allowed=(), generation_prompt=False):
-    """A Traced of the template `source`: `cbnb.masking.rendering.trace`, in the process. Raises MaskError where the template refuses, exceeds its bounds or
-    writes a noncharacter."""
+    """A Traced of the template `source`: `cbnb.masking.rendering.trace`, in the process. Raises MaskError
+    where the template refuses, exceeds its bounds or writes a noncharacter."""
     return asked(*trace_renders(source, [(messages, tools, variables, control, allowed, generation_prompt)]))

@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..basics.withheld import cut
 from .rendering import CALLS
 from .templates import MaskError, Traced, render, trace_render
-from ..basics.withheld import cut
 
 # %% ../../nbs/masking/03_turns.ipynb #e5823397
 class Segment(IntEnum):
     "What a token is part of; values are stored as uint8."
+
     PAD = 0
     TEMPLATE = 1
     SYSTEM = 2
@@ -52,6 +53,7 @@ ROLE_SEGMENT = {"system": Segment.SYSTEM, "user": Segment.USER, "tool": Segment.
 # %% ../../nbs/masking/03_turns.ipynb #581fad2f
 class Rule(IntEnum):
     "How a token got its segment; values are stored as uint8."
+
     TEMPLATE = 0
     CONTENT = 1
     SEARCHED = 2
@@ -68,71 +70,107 @@ class Rule(IntEnum):
 RULES = {
     Rule.TEMPLATE: "the template writes it, outside of what any message says",
     Rule.CONTENT: "it stands between the marks around the content of its message",
-    Rule.SEARCHED: "the content of its message was found in the part of the text that the template's loop wrote for that message",
+    Rule.SEARCHED: "the content of its message was found in the part of the text that the template's loop "
+    "wrote for that message",
     Rule.HEADER: "it is the header of an assistant turn, which is given at generation time",
-    Rule.LOOP: "it stands in an assistant turn, the part of the text that the template's loop wrote for that message",
-    Rule.PREFIX: "it stands in an assistant turn, found by comparing the text with the texts of shorter transcripts",
+    Rule.LOOP: "it stands in an assistant turn, the part of the text that the template's loop wrote for "
+    "that message",
+    Rule.PREFIX: "it stands in an assistant turn, found by comparing the text with the texts of shorter "
+    "transcripts",
     Rule.TAGS: "it stands in an assistant turn, between the template's own generation tags",
-    Rule.MARK: "it stands between marks around a part of an assistant message (its reasoning, tool name or tool arguments)",
-    Rule.FOUND: "it was found in a located assistant turn by its spelling (tool arguments as JSON, or thinking tags)",
+    Rule.MARK: "it stands between marks around a part of an assistant message (its reasoning, tool name or "
+    "tool arguments)",
+    Rule.FOUND: "it was found in a located assistant turn by its spelling (tool arguments as JSON, or "
+    "thinking tags)",
     Rule.EOT: "it is the end of turn, which stands last in an assistant turn",
     Rule.STRADDLES: "it sticks out over a border of what the assistant wrote, so it is left out",
 }
 
 # %% ../../nbs/masking/03_turns.ipynb #1529fccf
-PROBED_TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {
-    "type": "object", "properties": {"k": {"type": "string", "description": "What at."}}, "required": ["k"]}}}
+PROBED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {
+            "type": "object",
+            "properties": {"k": {"type": "string", "description": "What at."}},
+            "required": ["k"],
+        },
+    },
+}
 
 
 def find_question(template, variables):
-    """`(messages, tools)` of the plainest question that the template can write, with a generation prompt and without: a lone one, one with a
-    tool on offer, one after a system prompt, one with both. `(None, None)` where it refuses all four."""
+    """`(messages, tools)` of the plainest question that the template can write, with a generation prompt and
+    without: a lone one, one with a tool on offer, one after a system prompt, one with both. `(None, None)`
+    where it refuses all four."""
     user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "s"}
     for messages, tools in itertools.product(([user], [system, user]), (None, [PROBED_TOOL])):
         try:
-            for prompt in (False, True): render(template, messages, tools, variables, prompt)
-        except MaskError: continue
+            for prompt in (False, True):
+                render(template, messages, tools, variables, prompt)
+        except MaskError:
+            continue
         return messages, tools
     return None, None
 
 # %% ../../nbs/masking/03_turns.ipynb #9ae4dcdd
-EMPTY_THOUGHT = re.compile(r"(<think>|\[THINK\])\s*((</think>|\[/THINK\])\s*)?\Z|<\|channel>thought\s*<channel\|>\s*\Z")
+EMPTY_THOUGHT = re.compile(
+    r"(<think>|\[THINK\])\s*((</think>|\[/THINK\])\s*)?\Z|<\|channel>thought\s*<channel\|>\s*\Z"
+)
 
 
 def generation_prompts(template, variables, ends=()):
     """Strings that the template may write as an assistant header, longest first.
 
-    Empty where no question can be rendered (`find_question`). None where headers cannot be known: no generation prompt, yet something
-    stands before the answer."""
+    Empty where no question can be rendered (`find_question`). None where headers cannot be known: no
+    generation prompt, yet something stands before the answer."""
     ask, tools = find_question(template, variables)
-    if ask is None: return ()
+    if ask is None:
+        return ()
     plain, asked = (render(template, ask, tools, variables, prompt) for prompt in (False, True))
-    start = next((p for p in (plain, *map(plain.removesuffix, ends)) if asked.startswith(p)), None)  # some write EOS in place of a prompt
-    if start is None: return ()
-    prompt = asked[len(start):]
-    if prompt.strip(): return tuple(dict.fromkeys((prompt, EMPTY_THOUGHT.sub("", prompt))))
-    try: traced = trace_render(template, [*ask, {"role": "assistant", "content": "y"}], tools, variables)
-    except MaskError: return None
+    # some write EOS in place of a prompt
+    start = next((p for p in (plain, *map(plain.removesuffix, ends)) if asked.startswith(p)), None)
+    if start is None:
+        return ()
+    prompt = asked[len(start) :]
+    if prompt.strip():
+        return tuple(dict.fromkeys((prompt, EMPTY_THOUGHT.sub("", prompt))))
+    try:
+        traced = trace_render(template, [*ask, {"role": "assistant", "content": "y"}], tools, variables)
+    except MaskError:
+        return None
     items, contents = traced.of("item", len(ask)), traced.of("content", len(ask))
     heads = {traced.text[s:at] for s, _ in items for at, _ in contents if s <= at}
-    if any(not head.strip() for head in heads): return (prompt,)
-    return tuple(head for head in heads if plain.endswith(head)) or None  # a prompt that is written whether asked for or not
+    if any(not head.strip() for head in heads):
+        return (prompt,)
+    # a prompt that is written whether asked for or not
+    return tuple(head for head in heads if plain.endswith(head)) or None
 
 # %% ../../nbs/masking/03_turns.ipynb #6fb22239
 def user_header(template, variables):
-    "The last line (stripped) that the template writes before a user's words, or None where there is none or it cannot be known."
+    """The last line (stripped) that the template writes before a user's words, or None where there is none or
+    it cannot be known."""
     ask, tools = find_question(template, variables)
-    if ask is None: return None
-    try: traced = trace_render(template, ask, tools, variables)
-    except MaskError: return None
-    begin = max([at for i in range(len(ask) - 1) for _, at in traced.of("item", i) + traced.of("content", i)], default=0)
-    head = traced.text[begin:min(traced.of("content", len(ask) - 1), default=(0, 0))[0]].strip()
+    if ask is None:
+        return None
+    try:
+        traced = trace_render(template, ask, tools, variables)
+    except MaskError:
+        return None
+    begin = max(
+        [at for i in range(len(ask) - 1) for _, at in traced.of("item", i) + traced.of("content", i)],
+        default=0,
+    )
+    head = traced.text[begin : min(traced.of("content", len(ask) - 1), default=(0, 0))[0]].strip()
     return head.split("\n")[-1].strip() or None
 
 # %% ../../nbs/masking/03_turns.ipynb #df8c532b
 class Turn(NamedTuple):
-    """Character positions of an assistant turn: `header` to `body` is its header, `body` to `eot` generated text, `eot` to `end` the
-    end of turn, of one token or several."""
+    """Character positions of an assistant turn: `header` to `body` is its header, `body` to `eot` generated
+    text, `eot` to `end` the end of turn, of one token or several."""
+
     message: int
     header: int
     body: int
@@ -146,8 +184,10 @@ CLOSING = re.compile(r"([<\[])/(\w+)([>\]])")
 
 class Words(frozenset):
     "A set of tokens' texts that finds the longest one at a place of a text."
+
     @functools.cached_property
-    def lengths(self): return sorted({len(word) for word in self}, reverse=True)
+    def lengths(self):
+        return sorted({len(word) for word in self}, reverse=True)
 
     def beginning(self, text):
         "The longest word with which `text` begins, or ''."
@@ -156,30 +196,37 @@ class Words(frozenset):
     @functools.cached_property
     def by_last(self):
         "Lengths of the words by their last character, the longest first."
-        return {c: sorted({len(word) for word in self if word[-1:] == c}, reverse=True) for c in {word[-1:] for word in self}}
+        return {
+            c: sorted({len(word) for word in self if word[-1:] == c}, reverse=True)
+            for c in {word[-1:] for word in self}
+        }
 
     def ending(self, text, start, end):
         "The longest word with which `text[start:end]` ends, or ''."
         tail = text[start:end]
         for n in self.by_last.get(tail[-1:], ()):
-            if tail[-n:] in self: return tail[-n:]
+            if tail[-n:] in self:
+                return tail[-n:]
         return ""
 
 
 def close_turn(text, message, header, body, stop, ends):
-    """The Turn whose region ends at `stop`; the longest of `ends` (Words: the tokenizer's special tokens, and what `turn_ends` finds) that
-    stands last, before blanks only, is its EOT, but for one like `</tool_call>` that closes what was opened in the turn."""
+    """The Turn whose region ends at `stop`; the longest of `ends` (Words: the tokenizer's special tokens, and
+    what `turn_ends` finds) that stands last, before blanks only, is its EOT, but for one like `</tool_call>`
+    that closes what was opened in the turn."""
     end = body + len(text[body:stop].rstrip())
     last = ends.ending(text, body, end)
-    if (m := CLOSING.fullmatch(last)) and text.find(m[1] + m[2] + m[3], header, end) >= 0: last = ""
+    if (m := CLOSING.fullmatch(last)) and text.find(m[1] + m[2] + m[3], header, end) >= 0:
+        last = ""
     return Turn(message, header, body, end - len(last), end)
 
 # %% ../../nbs/masking/03_turns.ipynb #f24b0d22
 def only(words, text):
     "Whether `text` is nothing but white space and `words` (Words)."
     while text := text.strip():
-        if not (word := words.beginning(text)): return False
-        text = text[len(word):]
+        if not (word := words.beginning(text)):
+            return False
+        text = text[len(word) :]
     return True
 
 # %% ../../nbs/masking/03_turns.ipynb #0fa9ac6a
@@ -192,13 +239,18 @@ def text_at(traced, region):
 def find_turn(traced, message, prompts, ends):
     """The Turn of assistant `message` by its loop region, or None if it is not clear.
 
-    Needs one non-blank region that starts with a header of `prompts` (after blanks and added tokens such as BOS), before any content."""
+    Needs one non-blank region that starts with a header of `prompts` (after blanks and added tokens such as
+    BOS), before any content."""
     text, regions = traced.text, [region for region in traced.of("item", message) if text_at(traced, region)]
-    if len(regions) != 1: return None
+    if len(regions) != 1:
+        return None
     start, stop = regions[0]
     first = min(traced.said(message), default=(stop,))[0]
     for prompt in prompts:
-        if not prompt.strip(): return close_turn(text, message, start, start + len(prompt) * text.startswith(prompt, start), stop, ends)
+        if not prompt.strip():
+            return close_turn(
+                text, message, start, start + len(prompt) * text.startswith(prompt, start), stop, ends
+            )
         at = text.find(prompt.lstrip(), start, first)
         if at == start or at > start and only(ends, text[start:at]):
             return close_turn(text, message, start, at + len(prompt.lstrip()), stop, ends)
@@ -206,21 +258,26 @@ def find_turn(traced, message, prompts, ends):
 
 # %% ../../nbs/masking/03_turns.ipynb #f6f0d56a
 def prefix_turn(text, message, messages, render_plain, ends):
-    """The Turn by comparing texts, or None: the render of the messages before it (with generation prompt) and of those up to it must both be
-    prefixes of the whole `text`. `render_plain(messages, generation_prompt)` gives a text or raises MaskError."""
+    """The Turn by comparing texts, or None: the render of the messages before it (with generation prompt) and
+    of those up to it must both be prefixes of the whole `text`. `render_plain(messages, generation_prompt)`
+    gives a text or raises MaskError."""
     try:
-        before, upto = render_plain(messages[:message], True), render_plain(messages[:message + 1], False)
+        before, upto = render_plain(messages[:message], True), render_plain(messages[: message + 1], False)
         start = render_plain(messages[:message], False) if message else ""
-    except MaskError: return None
-    if not (text.startswith(before) and text.startswith(upto) and len(before) <= len(upto)): return None
+    except MaskError:
+        return None
+    if not (text.startswith(before) and text.startswith(upto) and len(before) <= len(upto)):
+        return None
     header = len(start) if before.startswith(start) else len(before)
     return close_turn(text, message, header, len(before), len(upto), ends)._replace(rule=Rule.PREFIX)
 
 # %% ../../nbs/masking/03_turns.ipynb #1ba0b4cf
 def generation_turn(traced, message, assistants, ends):
-    "The Turn by `{% generation %}` tags, where the template has exactly one for each assistant message; else None."
+    """The Turn by `{% generation %}` tags, where the template has exactly one for each assistant message;
+    else None."""
     found = [(s, e) for kind, _, s, e in sorted(traced.regions, key=lambda r: r[2]) if kind == "generation"]
-    if len(found) != len(assistants): return None
+    if len(found) != len(assistants):
+        return None
     start, stop = found[assistants.index(message)]
     return close_turn(traced.text, message, start, start, stop, ends)._replace(rule=Rule.TAGS)
 
@@ -234,62 +291,90 @@ def code(segment, rule):
 
 
 def paint_turn(codes, traced, turn, calls, words):
-    """Writes the assistant `turn` into `codes` (uint16, one a character). `calls`: whether it has tool calls; `words`: regions [(start, end)] of
-    the contents that may stand beside them."""
+    """Writes the assistant `turn` into `codes` (uint16, one a character). `calls`: whether it has tool calls;
+    `words`: regions [(start, end)] of the contents that may stand beside them."""
     text, body, eot, rule = traced.text, turn.body, turn.eot, turn.rule
-    codes[turn.header:body] = code(Segment.HEADER, Rule.HEADER)
+    codes[turn.header : body] = code(Segment.HEADER, Rule.HEADER)
     codes[body:eot] = code(Segment.TOOL_CALL if calls else Segment.TEXT, rule)
     if calls:
-        for start, end in words: codes[start:end] = code(Segment.TEXT, rule)
+        for start, end in words:
+            codes[start:end] = code(Segment.TEXT, rule)
     opened = text.rfind("<think>", turn.header, body)  # by the header
     think = THINK.match(text, body, eot) or opened >= 0 and THINK.match(text, opened, eot)
-    if think: codes[body:think.end()] = code(Segment.REASONING, Rule.FOUND)
+    if think:
+        codes[body : think.end()] = code(Segment.REASONING, Rule.FOUND)
     for start, end in traced.of("reasoning", turn.message):
-        if body <= start < end <= eot: codes[body:start], codes[start:end] = code(Segment.REASONING, rule), code(Segment.REASONING, Rule.MARK)
-    codes[eot:turn.end] = code(Segment.EOT, Rule.EOT)
+        if body <= start < end <= eot:
+            codes[body:start], codes[start:end] = (
+                code(Segment.REASONING, rule),
+                code(Segment.REASONING, Rule.MARK),
+            )
+    codes[eot : turn.end] = code(Segment.EOT, Rule.EOT)
 
 # %% ../../nbs/masking/03_turns.ipynb #aceec6df
 def is_json_of(text, value):
     "Whether `text` is JSON of `value`."
-    try: return text.startswith(("{", "[")) and json.loads(text) == value
-    except ValueError: return False
+    try:
+        return text.startswith(("{", "[")) and json.loads(text) == value
+    except ValueError:
+        return False
 
 
 def argument_regions(traced, turn, index, number, arguments):
-    """Character regions of the arguments of call `number` of message `index` in `turn`, and the Rule that gives them: from their marks, else
-    their JSON after the name of the tool. Empty where they cannot be told exactly."""
-    def within(kind): return [(s, e) for s, e in traced.calls.get((kind, index, number), ()) if turn.body <= s < e <= turn.eot]
+    """Character regions of the arguments of call `number` of message `index` in `turn`, and the Rule that
+    gives them: from their marks, else their JSON after the name of the tool. Empty where they cannot be told
+    exactly."""
+
+    def within(kind):
+        return [
+            (s, e) for s, e in traced.calls.get((kind, index, number), ()) if turn.body <= s < e <= turn.eot
+        ]
+
     marks, names = within("arguments"), within("call")
-    if whole := [(s, e) for s, e in marks if is_json_of(traced.text[s:e], arguments)]: return whole, Rule.MARK
-    if not marks and not names: return [], Rule.FOUND
-    marked = [not (v is None or isinstance(v, bool) or isinstance(v, str) and not v.strip()) for v in arguments.values()]
+    if whole := [(s, e) for s, e in marks if is_json_of(traced.text[s:e], arguments)]:
+        return whole, Rule.MARK
+    if not marks and not names:
+        return [], Rule.FOUND
+    marked = [
+        not (v is None or isinstance(v, bool) or isinstance(v, str) and not v.strip())
+        for v in arguments.values()
+    ]
     starts = [s for other in range(number + 2) for s, _ in traced.calls.get(("call", index, other), ())]
-    if marks and marked[-1] and len(marks) >= len(arguments) + sum(marked):  # every key, and every value that can be marked
+    # every key, and every value that can be marked
+    if marks and marked[-1] and len(marks) >= len(arguments) + sum(marked):
         region = min(marks)[0], max(e for _, e in marks)
-        if not any(region[0] <= s < region[1] for s in starts): return [region], Rule.MARK
-    if not names: return [], Rule.FOUND
+        if not any(region[0] <= s < region[1] for s in starts):
+            return [region], Rule.MARK
+    if not names:
+        return [], Rule.FOUND
     stop = min((s for s in starts if names[0][1] <= s < turn.eot), default=turn.eot)
     for spelling in (dict(), dict(separators=(",", ":")), dict(ensure_ascii=True)):
         text = json.dumps(arguments, **{"ensure_ascii": False, **spelling})
-        if (at := traced.text.find(text, names[0][1], stop)) >= 0: return [(at, at + len(text))], Rule.FOUND
+        if (at := traced.text.find(text, names[0][1], stop)) >= 0:
+            return [(at, at + len(text))], Rule.FOUND
     return [], Rule.FOUND
 
 # %% ../../nbs/masking/03_turns.ipynb #5e878ff0
 def paint_calls(codes, traced, turn, index, message):
-    "Writes names and arguments of the tool calls of `message` (number `index`) into `codes`, inside of `turn`."
+    """Writes names and arguments of the tool calls of `message` (number `index`) into `codes`, inside of
+    `turn`."""
     for number, call in enumerate(message.get("tool_calls") or ()):
         found, rule = argument_regions(traced, turn, index, number, call["function"]["arguments"])
-        for start, end in found: codes[start:end] = code(Segment.TOOL_ARGUMENTS, rule)
+        for start, end in found:
+            codes[start:end] = code(Segment.TOOL_ARGUMENTS, rule)
         for start, end in traced.calls.get(("call", index, number), ()):
-            if turn.body <= start < end <= turn.eot: codes[start:end] = code(Segment.TOOL_NAME, Rule.MARK)
+            if turn.body <= start < end <= turn.eot:
+                codes[start:end] = code(Segment.TOOL_NAME, Rule.MARK)
 
 # %% ../../nbs/masking/03_turns.ipynb #8c65eb8d
 def role_regions(traced, index, message):
-    """Character regions of the content of a system, user or tool message, and the Rule that gives them: its marks, else looking for it inside
-    its loop region."""
-    if found := traced.of("content", index): return found, Rule.CONTENT
+    """Character regions of the content of a system, user or tool message, and the Rule that gives them: its
+    marks, else looking for it inside its loop region."""
+    if found := traced.of("content", index):
+        return found, Rule.CONTENT
     core = (message.get("content") or "").strip()
-    if not core or message["role"] in (traced.level or ()): return [], Rule.SEARCHED
+    if not core or message["role"] in (traced.level or ()):
+        return [], Rule.SEARCHED
     places = [traced.text.find(core, start, end) for start, end in traced.of("item", index)]
     return [(at, at + len(core)) for at in places if at >= 0], Rule.SEARCHED
 
@@ -297,40 +382,73 @@ def role_regions(traced, index, message):
 def sharers(turns, messages):
     "For each of `turns` the assistant messages up to the next turn: its own, and those that may share it."
     bounds = [t.message for t in turns[1:]] + [len(messages)]
-    return [[i for i in range(t.message, stop) if messages[i]["role"] == "assistant"] for t, stop in zip(turns, bounds)]
+    return [
+        [i for i in range(t.message, stop) if messages[i]["role"] == "assistant"]
+        for t, stop in zip(turns, bounds)
+    ]
 
 # %% ../../nbs/masking/03_turns.ipynb #e208ee7b
 def paint(traced, messages, turns):
-    "Returns (codes uint16, owners int16), one a character: the segment and its rule (see `code`), the message it belongs to (-1 for none)."
-    codes, owners = np.full(len(traced.text), code(Segment.TEMPLATE, Rule.TEMPLATE), np.uint16), np.full(len(traced.text), -1, np.int16)
+    """Returns (codes uint16, owners int16), one a character: the segment and its rule (see `code`), the
+    message it belongs to (-1 for none)."""
+    codes, owners = (
+        np.full(len(traced.text), code(Segment.TEMPLATE, Rule.TEMPLATE), np.uint16),
+        np.full(len(traced.text), -1, np.int16),
+    )
+    for index in range(len(messages)):
+        for start, end in traced.of("item", index):
+            owners[start:end] = index
     for index, message in enumerate(messages):
-        for start, end in traced.of("item", index): owners[start:end] = index
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant": continue
-        (regions, rule), segment = role_regions(traced, index, message), ROLE_SEGMENT.get(message["role"], Segment.TEMPLATE)
-        for start, end in [*regions, *traced.of("control", index)]: codes[start:end], owners[start:end] = code(segment, rule), index
+        if message["role"] == "assistant":
+            continue
+        (regions, rule), segment = (
+            role_regions(traced, index, message),
+            ROLE_SEGMENT.get(message["role"], Segment.TEMPLATE),
+        )
+        for start, end in [*regions, *traced.of("control", index)]:
+            codes[start:end], owners[start:end] = code(segment, rule), index
     for turn, shared in zip(turns, sharers(turns, messages)):
-        owners[turn.header:turn.end] = turn.message
-        words = [(start, end, i) for i in shared for start, end in traced.of("content", i) if turn.body <= start < end <= turn.eot]
-        for start, end, i in words: owners[start:end] = i  # also where two messages share a turn
-        paint_turn(codes, traced, turn, any(messages[i].get("tool_calls") for i in shared), [word[:2] for word in words])
-        for i in shared: paint_calls(codes, traced, turn, i, messages[i])
+        owners[turn.header : turn.end] = turn.message
+        words = [
+            (start, end, i)
+            for i in shared
+            for start, end in traced.of("content", i)
+            if turn.body <= start < end <= turn.eot
+        ]
+        for start, end, i in words:
+            owners[start:end] = i  # also where two messages share a turn
+        paint_turn(
+            codes,
+            traced,
+            turn,
+            any(messages[i].get("tool_calls") for i in shared),
+            [word[:2] for word in words],
+        )
+        for i in shared:
+            paint_calls(codes, traced, turn, i, messages[i])
     return codes, owners
 
 # %% ../../nbs/masking/03_turns.ipynb #894a482a
 def place_tokens(offsets, codes, owners, control):
-    """Segment (uint8), message (int16), Rule (uint8) and straddling flag (bool) of each token at character span `offsets[i]`.
+    """Segment (uint8), message (int16), Rule (uint8) and straddling flag (bool) of each token at character
+    span `offsets[i]`.
 
-    A token straddles if completion begins or ends (or changes its message) inside it. `control` (bool) are special tokens: one that
-    begins in EOT is EOT, whatever white space it swallows."""
+    A token straddles if completion begins or ends (or changes its message) inside it. `control` (bool) are
+    special tokens: one that begins in EOT is EOT, whatever white space it swallows."""
     completion = np.where(IS_COMPLETION[codes & 255], owners.astype(np.int32) + 2, 0)
-    stretch = np.cumsum(np.concatenate([[False], completion[1:] != completion[:-1]]), dtype=np.int32)  # of each character
+    # of each character
+    stretch = np.cumsum(np.concatenate([[False], completion[1:] != completion[:-1]]), dtype=np.int32)
     first = np.minimum(offsets[:, 0], len(codes) - 1)
     last = np.maximum(offsets[:, 1] - 1, first)
     opening = codes[first] & 255
     syntax = (opening == Segment.TEMPLATE) | (opening == Segment.TOOL_CALL)
-    named = np.where(syntax, last, first)  # " Hi" after a header belongs to "Hi", a quote and the name after it to the name
-    segments, message, rule = (codes[named] & 255).astype(np.uint8), owners[named], (codes[named] >> 8).astype(np.uint8)
+    # " Hi" after a header belongs to "Hi", a quote and the name after it to the name
+    named = np.where(syntax, last, first)
+    segments, message, rule = (
+        (codes[named] & 255).astype(np.uint8),
+        owners[named],
+        (codes[named] >> 8).astype(np.uint8),
+    )
     straddling = stretch[first] != stretch[last]
     straddling &= ~(control & (segments == Segment.EOT))
     segments[straddling], rule[straddling] = Segment.TEMPLATE, Rule.STRADDLES
@@ -338,25 +456,45 @@ def place_tokens(offsets, codes, owners, control):
 
 # %% ../../nbs/masking/03_turns.ipynb #b4b72846
 def check_overlap(turns, traced, messages):
-    "Raises MaskError if a turn overlaps another turn or the region of another message: then it is not the assistant's own words."
-    others = [(s, e, i, kind) for kind, i, s, e in traced.regions if s < e and (
-        kind == "item" and not traced.text[s:e].isspace() or kind == "content" and messages[i]["role"] != "assistant")]
+    """Raises MaskError if a turn overlaps another turn or the region of another message: then it is not the
+    assistant's own words."""
+    others = [
+        (s, e, i, kind)
+        for kind, i, s, e in traced.regions
+        if s < e
+        and (
+            kind == "item"
+            and not traced.text[s:e].isspace()
+            or kind == "content"
+            and messages[i]["role"] != "assistant"
+        )
+    ]
     turns = sorted(turns, key=lambda turn: turn.header)
     others += [(turn.header, turn.end, turn.message, "turn") for turn in turns]
     ends = list(itertools.accumulate((turn.end for turn in turns), max))
     for start, end, index, kind in others:
-        for turn in turns[bisect.bisect_right(ends, start):]:
-            if turn.header >= end: break
-            if turn.message != index and (turn.eot if kind == "item" else turn.end) > start:  # the next pass of a loop may write the EOT
-                raise MaskError(f"message {turn.message} (assistant): the template puts message {index} inside its turn, "
-                                "so its own words cannot be told apart; pass another chat_template")
+        for turn in turns[bisect.bisect_right(ends, start) :]:
+            if turn.header >= end:
+                break
+            # the next pass of a loop may write the EOT
+            if turn.message != index and (turn.eot if kind == "item" else turn.end) > start:
+                raise MaskError(
+                    f"message {turn.message} (assistant): the template puts message {index} inside its turn, "
+                    "so its own words cannot be told apart; pass another chat_template"
+                )
 
 # %% ../../nbs/masking/03_turns.ipynb #85f514f6
 def check_inside(turn, traced, message):
-    """Raises MaskError if text of assistant `message` stands outside the generated text of `turn` (names of its tools may): then it was not
-    understood."""
-    if any(kind != "call" and not turn.body <= start <= end <= turn.eot for start, end, kind in traced.said(message)):
-        raise MaskError(f"message {message} (assistant): some of it stands outside of its turn; pass another chat_template")
+    """Raises MaskError if text of assistant `message` stands outside the generated text of `turn` (names of
+    its tools may): then it was not understood."""
+    if any(
+        kind != "call" and not turn.body <= start <= end <= turn.eot
+        for start, end, kind in traced.said(message)
+    ):
+        raise MaskError(
+            f"message {message} (assistant): some of it stands outside of its turn; pass another "
+            "chat_template"
+        )
 
 # %% ../../nbs/masking/03_turns.ipynb #3c4dfa4f
 @functools.lru_cache(256)
@@ -366,36 +504,50 @@ def closes_prompt(token, prompts):
 
 
 def trim_turn(turn, traced, message, prompts, user_head, ends):
-    """`turn` of assistant `message` without what the template writes after its end of turn (some write the next header at the end of a pass).
+    """`turn` of assistant `message` without what the template writes after its end of turn (some write the
+    next header at the end of a pass).
 
-    Raises MaskError where the turn ends in a header: in the last token of one of `prompts`, or in `user_head`, the line before a user's
-    words."""
+    Raises MaskError where the turn ends in a header: in the last token of one of `prompts`, or in
+    `user_head`, the line before a user's words."""
     text, index = traced.text, turn.message
-    last, kind = max([(e, k) for _, e, k in traced.said(index) if turn.body <= e <= turn.end], default=(0, None))
+    last, kind = max(
+        [(e, k) for _, e, k in traced.said(index) if turn.body <= e <= turn.end], default=(0, None)
+    )
     if kind == "content" and not message.get("tool_calls"):
-        rest = text[last:turn.end].lstrip()
+        rest = text[last : turn.end].lstrip()
         word = ends.beginning(rest) if len(rest) > turn.end - turn.eot else ""
-        if word and not only(ends, rest[len(word):]):
-            eot = last + text[last:turn.end].index(word)
+        if word and not only(ends, rest[len(word) :]):
+            eot = last + text[last : turn.end].index(word)
             turn = turn._replace(eot=eot, end=eot + len(word))
-    tail, token = text[max(last, turn.body):turn.end].strip(), text[turn.eot:turn.end]
+    tail, token = text[max(last, turn.body) : turn.end].strip(), text[turn.eot : turn.end]
     if kind and (closes_prompt(token, prompts) or tail and tail.rpartition("\n")[2].strip() == user_head):
-        raise MaskError(f"message {index} (assistant): its turn seems to end in the next header {tail[-40:]!r}; pass another chat_template")
+        raise MaskError(
+            f"message {index} (assistant): its turn seems to end in the next header {tail[-40:]!r}; pass "
+            "another chat_template"
+        )
     return turn
 
 # %% ../../nbs/masking/03_turns.ipynb #17208d4a
 def merged_turn(turns, traced, message, messages):
-    "The last of `turns` if it also holds all of assistant `message`, with only assistant messages between; else None."
+    """The last of `turns` if it also holds all of assistant `message`, with only assistant messages between;
+    else None."""
     regions, turn = traced.said(message), turns[-1] if turns else None
-    if turn is None or not regions or any(m["role"] != "assistant" for m in messages[turn.message:message]): return None
+    if turn is None or not regions or any(m["role"] != "assistant" for m in messages[turn.message : message]):
+        return None
     return turn if all(turn.body <= start <= end <= turn.eot for start, end, _ in regions) else None
 
 # %% ../../nbs/masking/03_turns.ipynb #e19426bd
 def silent(traced, index, message):
-    "Whether the template demonstrably writes nothing for an assistant message: empty loop regions, and no mark of it anywhere."
+    """Whether the template demonstrably writes nothing for an assistant message: empty loop regions, and no
+    mark of it anywhere."""
     regions = traced.of("item", index)
-    if traced.said(index) or not regions or any(text_at(traced, region) for region in regions): return False
-    says = (message.get("content") or "").strip() or message.get("tool_calls") or message.get("reasoning_content")
+    if traced.said(index) or not regions or any(text_at(traced, region) for region in regions):
+        return False
+    says = (
+        (message.get("content") or "").strip()
+        or message.get("tool_calls")
+        or message.get("reasoning_content")
+    )
     return "assistant" in (traced.level or ()) or not says
 
 # %% ../../nbs/masking/03_turns.ipynb #2e2a7f15
@@ -405,31 +557,57 @@ def find_headers(template, variables, ends=()):
 
 
 def locate_turn(traced, index, messages, prompts, render_plain, ends):
-    """The Turn of assistant message `index`, or None, by the first of three proofs that applies: its loop region in the traced render; prefix
-    renders, which tell header and end of turn as exactly but need a template that only appends; generation tags, last, since their author
-    decides what stands between them. Arguments as in `find_turn` and `prefix_turn`."""
+    """The Turn of assistant message `index`, or None, by the first of three proofs that applies: its loop
+    region in the traced render; prefix renders, which tell header and end of turn as exactly but need a
+    template that only appends; generation tags, last, since their author decides what stands between them.
+    Arguments as in `find_turn` and `prefix_turn`."""
     turn = find_turn(traced, index, prompts, ends) if prompts else None
-    if prompts is not None and (turn is None or prompts and turn.eot == turn.end):  # an EOT may stand after the loop's region
+    # an EOT may stand after the loop's region
+    if prompts is not None and (turn is None or prompts and turn.eot == turn.end):
         by_prefix = prefix_turn(traced.text, index, messages, render_plain, ends)
         first = min(traced.said(index), default=(len(traced.text),))[0]
-        if by_prefix and not prompts and by_prefix.header == by_prefix.body and traced.text[by_prefix.body:first].strip():
-            by_prefix = None  # no generation prompt, yet something stands before the words: whether that is a header is not known
-        if turn is None or by_prefix and by_prefix.body == turn.body and turn.end < by_prefix.end > by_prefix.eot: turn = by_prefix
-    return turn or generation_turn(traced, index, [i for i, m in enumerate(messages) if m["role"] == "assistant"], ends)
+        if (
+            by_prefix
+            and not prompts
+            and by_prefix.header == by_prefix.body
+            and traced.text[by_prefix.body : first].strip()
+        ):
+            # no generation prompt, yet something stands before the words: whether that is a header is not
+            # known
+            by_prefix = None
+        if (
+            turn is None
+            or by_prefix
+            and by_prefix.body == turn.body
+            and turn.end < by_prefix.end > by_prefix.eot
+        ):
+            turn = by_prefix
+    return turn or generation_turn(
+        traced, index, [i for i, m in enumerate(messages) if m["role"] == "assistant"], ends
+    )
 
 # %% ../../nbs/masking/03_turns.ipynb #6f1121b6
 def check_turn(turn, traced, message, headers, ends, eos=None):
-    """`turn` of assistant `message`, its end put right (see `trim_turn`). `headers` as from `find_headers`, `eos` the tokenizer's EOS token.
+    """`turn` of assistant `message`, its end put right (see `trim_turn`). `headers` as from `find_headers`,
+    `eos` the tokenizer's EOS token.
 
-    Raises MaskError where it seems to hold text that is not the assistant's, or not all of the assistant's."""
+    Raises MaskError where it seems to hold text that is not the assistant's, or not all of the assistant's.
+    """
     text, index = traced.text, turn.message
-    said_until = max([region[1] for region in traced.said(index) + traced.of("control", index)], default=turn.body)
-    if turn.eot < said_until <= turn.end: turn = turn._replace(eot=turn.end)  # its own words are no EOT, even if they look like one
+    said_until = max(
+        [region[1] for region in traced.said(index) + traced.of("control", index)], default=turn.body
+    )
+    # its own words are no EOT, even if they look like one
+    if turn.eot < said_until <= turn.end:
+        turn = turn._replace(eot=turn.end)
     turn = trim_turn(turn, traced, message, *headers, ends)
     at = text.find(eos, max(said_until, turn.body), turn.end) if eos else -1
-    if at >= 0 and at != turn.eot and not only(ends, text[at:turn.end]):
-        raise MaskError(f"message {index} (assistant): the template writes {cut(text[at:turn.end], 40)!r} in its turn, text after an "
-                        "end-of-turn token; pass another chat_template")
+    if at >= 0 and at != turn.eot and not only(ends, text[at : turn.end]):
+        raise MaskError(
+            f"message {index} (assistant): the template writes {cut(text[at : turn.end], 40)!r} in its "
+            "turn, text after an "
+            "end-of-turn token; pass another chat_template"
+        )
     check_inside(turn, traced, index)
     return turn
 
@@ -438,139 +616,233 @@ MAX_LOCATE_SECONDS = 30
 
 
 def locate_turns(traced, messages, headers, render_plain, ends, eos=None):
-    """All assistant turns of `traced` (list of Turn), each proven by `locate_turn` and checked by `check_turn`; a message that the template does
-    not write, or that shares the turn before it, has none. Raises MaskError, naming the message, for a turn that is not located or not clear,
-    and where all of them take over `MAX_LOCATE_SECONDS` (prefix renders grow with the square of the messages)."""
+    """All assistant turns of `traced` (list of Turn), each proven by `locate_turn` and checked by
+    `check_turn`; a message that the template does not write, or that shares the turn before it, has none.
+    Raises MaskError, naming the message, for a turn that is not located or not clear, and where all of them
+    take over `MAX_LOCATE_SECONDS` (prefix renders grow with the square of the messages)."""
     turns, deadline = [], time.monotonic() + MAX_LOCATE_SECONDS
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or silent(traced, i, message): continue
+        if message["role"] != "assistant" or silent(traced, i, message):
+            continue
         if time.monotonic() > deadline:
-            raise MaskError(f"message {i} (assistant): the turns before it took over {MAX_LOCATE_SECONDS} seconds to locate; split the transcript")
+            raise MaskError(
+                f"message {i} (assistant): the turns before it took over {MAX_LOCATE_SECONDS} seconds to "
+                "locate; split the transcript"
+            )
         turn = locate_turn(traced, i, messages, headers[0], render_plain, ends)
-        if turn is None and merged_turn(turns, traced, i, messages): continue
+        if turn is None and merged_turn(turns, traced, i, messages):
+            continue
         if turn is None:
-            raise MaskError(f"message {i} (assistant): its turn cannot be located in the rendered text; pass another chat_template")
+            raise MaskError(
+                f"message {i} (assistant): its turn cannot be located in the rendered text; pass another "
+                "chat_template"
+            )
         turns.append(check_turn(turn, traced, message, headers, ends, eos))
     check_overlap(turns, traced, messages)
     return turns
 
 # %% ../../nbs/masking/03_turns.ipynb #a3095ffe
 def turn_ends(template, variables, headers, ends):
-    """`ends` (Words), and the longer texts with which the template ends the turns of a small conversation: several special tokens, or plain
-    text if it stands after each answer. `headers` as from `find_headers`.
+    """`ends` (Words), and the longer texts with which the template ends the turns of a small conversation:
+    several special tokens, or plain text if it stands after each answer. `headers` as from `find_headers`.
 
     A closing tag of what was opened in the turn is no part of its end."""
     ask, tools = find_question(template, variables)
-    if ask is None: return ends
-    messages = [*ask, {"role": "assistant", "content": "y1"}, {"role": "user", "content": "w"}, {"role": "assistant", "content": "y2"}]
+    if ask is None:
+        return ends
+    messages = [
+        *ask,
+        {"role": "assistant", "content": "y1"},
+        {"role": "user", "content": "w"},
+        {"role": "assistant", "content": "y2"},
+    ]
     try:
         traced, found = trace_render(template, messages, tools, variables), []
-        def plain(m, prompt): return render(template, m, tools, variables, prompt)
+
+        def plain(m, prompt):
+            return render(template, m, tools, variables, prompt)
+
         for turn in locate_turns(traced, messages, headers, plain, ends):
             said = max((e for _, e, _ in traced.said(turn.message)), default=None)
-            if said is None: return ends
-            tail = traced.text[said:turn.end].strip()
+            if said is None:
+                return ends
+            tail = traced.text[said : turn.end].strip()
             while (m := CLOSING.match(tail)) and traced.text.find(m[1] + m[2] + m[3], turn.header, said) >= 0:
-                tail = tail[m.end():].lstrip()
+                tail = tail[m.end() :].lstrip()
             found.append(tail)
-    except MaskError: return ends
+    except MaskError:
+        return ends
     return Words({*ends, *(tail for tail in found if tail and (only(ends, tail) or found == [tail] * 2))})
 
 # %% ../../nbs/masking/03_turns.ipynb #62bcd9d2
 def probe(asked, calls, system=False):
     "A conversation to try a template with: `asked` stands in all that others than the assistant say."
-    begin, name = [{"role": "system", "content": asked}] * system + [{"role": "user", "content": asked}], PROBED_TOOL["function"]["name"]
+    begin, name = (
+        [{"role": "system", "content": asked}] * system + [{"role": "user", "content": asked}],
+        PROBED_TOOL["function"]["name"],
+    )
     answers = [{"role": "assistant", "content": f"y{i}"} for i in (1, 2)]
-    if not calls: return [*begin, answers[0], {"role": "user", "content": asked[::-1]}, answers[1]]
+    if not calls:
+        return [*begin, answers[0], {"role": "user", "content": asked[::-1]}, answers[1]]
     call = {"id": "callcall1", "type": "function", "function": {"name": name, "arguments": {"k": "v"}}}
-    return [*begin, {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": asked[::-1], "tool_call_id": "callcall1", "name": name}, answers[0]]
+    return [
+        *begin,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": asked[::-1], "tool_call_id": "callcall1", "name": name},
+        answers[0],
+    ]
 
 
 def check_foreign(template, variables, headers, ends):
-    """Raises MaskError for a template that writes words of others, or the tools on offer, into an assistant turn: two conversations that differ
-    only in what others say must have the same turns. What a template refuses, with a system prompt and without, or where turns are not
-    located, is not tried."""
+    """Raises MaskError for a template that writes words of others, or the tools on offer, into an assistant
+    turn: two conversations that differ only in what others say must have the same turns. What a template
+    refuses, with a system prompt and without, or where turns are not located, is not tried."""
+
     def turns_of(asked, about, calls, system):
-        parameters = {**PROBED_TOOL["function"]["parameters"], "properties": {"k": {"type": "string", "description": about}}}
-        tool = {**PROBED_TOOL, "function": {**PROBED_TOOL["function"], "description": about, "parameters": parameters}}
+        parameters = {
+            **PROBED_TOOL["function"]["parameters"],
+            "properties": {"k": {"type": "string", "description": about}},
+        }
+        tool = {
+            **PROBED_TOOL,
+            "function": {**PROBED_TOOL["function"], "description": about, "parameters": parameters},
+        }
         messages = probe(asked, calls, system)
         for tools in ([tool], None):
             try:
                 traced = trace_render(template, messages, tools, variables)
-                turns = locate_turns(traced, messages, headers, lambda m, prompt: render(template, m, tools, variables, prompt), ends)
-            except MaskError: continue
-            return [traced.text[turn.header:turn.end] for turn in turns]
-    for calls, system in itertools.product((False, True), repeat=2):
-        one, other = turns_of("abcdefgh", "first", calls, system), turns_of("pqrstuvw", "second", calls, system)
-        if one is not None and other is not None and one != other:
-            raise MaskError("the chat template writes words of others, or the tools on offer, into an assistant turn; pass another "
-                            "chat_template")
+                turns = locate_turns(
+                    traced,
+                    messages,
+                    headers,
+                    lambda m, prompt: render(template, m, tools, variables, prompt),
+                    ends,
+                )
+            except MaskError:
+                continue
+            return [traced.text[turn.header : turn.end] for turn in turns]
 
+    for calls, system in itertools.product((False, True), repeat=2):
+        one, other = (
+            turns_of("abcdefgh", "first", calls, system),
+            turns_of("pqrstuvw", "second", calls, system),
+        )
+        if one is not None and other is not None and one != other:
+            raise MaskError(
+                "the chat template writes words of others, or the tools on offer, into an assistant turn; "
+                "pass another "
+                "chat_template"
+            )
 
 # %% ../../nbs/masking/03_turns.ipynb #cffdebd4
 def leaves(value):
-    "The pieces of tool arguments that can be marked where a template goes through them: keys, strings and numbers, blank ones left out."
-    if isinstance(value, dict): return [leaf for key, item in value.items() for leaf in (*leaves(key), *leaves(item))]
-    if isinstance(value, list): return [leaf for item in value for leaf in leaves(item)]
+    """The pieces of tool arguments that can be marked where a template goes through them: keys, strings and
+    numbers, blank ones left out."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in (*leaves(key), *leaves(item))]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in leaves(item)]
     return [value] if isinstance(value, str) and value.strip() or type(value) in (int, float) else []
 
 
 def lost_calls(traced, index, calls, turns, is_inside):
-    "Phrases for what the template drops of the tool `calls` of message `index`; `is_inside(at)`: whether one of the `turns` holds that character."
-    marks = [sum(is_inside(s) for s, _ in traced.calls.get(("call", index, number), ())) for number in range(len(calls))]
-    lost = [f"{len(calls) - n} of its {len(calls)} tool calls"] if (n := sum(map(bool, marks))) < len(calls) else []
-    if "arguments" not in traced.level: return lost
+    """Phrases for what the template drops of the tool `calls` of message `index`; `is_inside(at)`: whether
+    one of the `turns` holds that character."""
+    marks = [
+        sum(is_inside(s) for s, _ in traced.calls.get(("call", index, number), ()))
+        for number in range(len(calls))
+    ]
+    lost = (
+        [f"{len(calls) - n} of its {len(calls)} tool calls"]
+        if (n := sum(map(bool, marks))) < len(calls)
+        else []
+    )
+    if "arguments" not in traced.level:
+        return lost
     for number, call in enumerate(calls):
         arguments, found = call["function"]["arguments"], traced.calls.get(("arguments", index, number), ())
-        if not marks[number] or len(found) >= len(leaves(arguments)): continue
-        if not any(argument_regions(traced, turn, index, number, arguments)[0] for turn in turns): lost.append(f"arguments of its call {number}, some or all")
+        if not marks[number] or len(found) >= len(leaves(arguments)):
+            continue
+        if not any(argument_regions(traced, turn, index, number, arguments)[0] for turn in turns):
+            lost.append(f"arguments of its call {number}, some or all")
     return lost
 
 
 def dropped(traced, messages, turns):
-    """Sentences about content, reasoning and tool calls that are missing in the text; calls count inside `turns` only. What bears no marks, since
-    they upset the template, is looked for as it stands."""
+    """Sentences about content, reasoning and tool calls that are missing in the text; calls count inside
+    `turns` only. What bears no marks, since they upset the template, is looked for as it stands."""
     out, bounds, level = [], sorted((t.body, t.eot) for t in turns), traced.level or ()
-    def is_inside(at): return (k := bisect.bisect_right(bounds, (at, len(traced.text) + 1))) > 0 and at < bounds[k - 1][1]
+
+    def is_inside(at):
+        return (k := bisect.bisect_right(bounds, (at, len(traced.text) + 1))) > 0 and at < bounds[k - 1][1]
+
     for i, message in enumerate(messages):
         lost, calls = [], message.get("tool_calls") or ()
-        for kind, text in (("content", message.get("content")), ("reasoning", message.get("reasoning_content"))):
-            if not text or traced.of(kind, i) or not isinstance(text, str) or not text.strip(): continue
-            if message["role"] in level: lost.append(f"{'or splits ' * ((kind, i) in traced.broken)}its {kind}")
-            elif text.strip() not in traced.text: lost.append(f"or changes its {kind}")
-        if calls and "calls" in level: lost += lost_calls(traced, i, calls, turns, is_inside)
+        for kind, text in (
+            ("content", message.get("content")),
+            ("reasoning", message.get("reasoning_content")),
+        ):
+            if not text or traced.of(kind, i) or not isinstance(text, str) or not text.strip():
+                continue
+            if message["role"] in level:
+                lost.append(f"{'or splits ' * ((kind, i) in traced.broken)}its {kind}")
+            elif text.strip() not in traced.text:
+                lost.append(f"or changes its {kind}")
+        if calls and "calls" in level:
+            lost += lost_calls(traced, i, calls, turns, is_inside)
         elif calls:
             names = [call["function"]["name"] for call in calls]
             missing = sum(not any(name in traced.text[start:end] for start, end in bounds) for name in names)
-            if missing: lost.append(f"{missing} of its {len(calls)} tool calls")
+            if missing:
+                lost.append(f"{missing} of its {len(calls)} tool calls")
         out += [f"message {i} ({message['role']}): the template drops {what}" for what in lost]
     return out
 
 
 def unseen_tools(traced, tools):
     "A sentence, in a list, where the template writes none of the `tools` on offer; else an empty list."
-    names = [str(tool.get("function", tool).get("name", "")) for tool in tools or () if isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)]
-    return ["tools: the template writes none of them, so the model is not told of them"] if names and not any(n in traced.text for n in names) else []
+    names = [
+        str(tool.get("function", tool).get("name", ""))
+        for tool in tools or ()
+        if isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
+    ]
+    return (
+        ["tools: the template writes none of them, so the model is not told of them"]
+        if names and not any(n in traced.text for n in names)
+        else []
+    )
 
 # %% ../../nbs/masking/03_turns.ipynb #60f1230b
 def emptied(traced, messages, turns):
-    """`(words, calls)`, two tuples of message indices: assistant messages of which the template writes nothing at all although they say
-    something, and those of whose tool calls it writes none.
+    """`(words, calls)`, two tuples of message indices: assistant messages of which the template writes
+    nothing at all although they say something, and those of whose tool calls it writes none.
 
-    Both are demonstrable losses: a turn without words, or marks that left the text as it is and are not in it."""
-    bodies = {t.message: EMPTY_THOUGHT.sub("", traced.text[t.body:t.eot]).strip() for t in turns}
-    inside, level, words, calls = "\0".join(traced.text[t.body:t.eot] for t in turns), traced.level or (), [], []
+    Both are demonstrable losses: a turn without words, or marks that left the text as it is and are not in
+    it."""
+    bodies = {t.message: EMPTY_THOUGHT.sub("", traced.text[t.body : t.eot]).strip() for t in turns}
+    inside, level, words, calls = (
+        "\0".join(traced.text[t.body : t.eot] for t in turns),
+        traced.level or (),
+        [],
+        [],
+    )
     for i, message in enumerate(messages):
-        if message["role"] != "assistant": continue
+        if message["role"] != "assistant":
+            continue
         asked = message.get("tool_calls") or ()
         says = (message.get("content") or "").strip() or (message.get("reasoning_content") or "").strip()
         marked = any(kind == "call" and index == i for kind, index, _ in traced.calls)
         parts = [part for c in asked for part in (c["function"]["name"], *leaves(c["function"]["arguments"]))]
         gone = asked and not marked and ("calls" in level or not any(str(part) in inside for part in parts))
-        unsaid = "assistant" in level and not traced.said(i) and not any(index % CALLS == i for _, index in traced.broken)
-        if gone: calls.append(i)
-        if (says or asked) and (bodies.get(i) == "" or unsaid and (gone or not asked)): words.append(i)
+        unsaid = (
+            "assistant" in level
+            and not traced.said(i)
+            and not any(index % CALLS == i for _, index in traced.broken)
+        )
+        if gone:
+            calls.append(i)
+        if (says or asked) and (bodies.get(i) == "" or unsaid and (gone or not asked)):
+            words.append(i)
     return tuple(words), tuple(calls)
 
 
@@ -578,10 +850,15 @@ def writes_calls(template, variables):
     "Whether the template writes tool calls. None where it refuses a conversation that has one."
     for system, tools in itertools.product((False, True), ([PROBED_TOOL], None)):
         messages = probe("x", True, system)
-        try: traced = trace_render(template, messages, tools, variables)
-        except MaskError: continue
-        if "calls" in (traced.level or ()): return any(kind == "call" for kind, _, _ in traced.calls)
+        try:
+            traced = trace_render(template, messages, tools, variables)
+        except MaskError:
+            continue
+        if "calls" in (traced.level or ()):
+            return any(kind == "call" for kind, _, _ in traced.calls)
         without = [{**m, "tool_calls": []} if m.get("tool_calls") else m for m in messages]
-        try: return render(template, without, tools, variables) != traced.text
-        except MaskError: return True
+        try:
+            return render(template, without, tools, variables) != traced.text
+        except MaskError:
+            return True
     return None

@@ -12,46 +12,52 @@ from dataclasses import dataclass, field
 
 import jinja2
 
-from ..run.directory import refusal
-from ..run.code import code_state
-from ..basics.withheld import scrub
 from ..basics.jsonfiles import to_plain, write_json
 from ..basics.terminal import error_text, say, visible
 from ..basics.withheld import cut
+from ..run.code import code_state
+from ..run.directory import refusal
 
 # %% ../../nbs/preflight/00_checks.ipynb #fc833e79
 VERDICTS = ("pass", "warn", "fail")  # the last is the worst
 QUESTIONS = {
     "direction": "Is the KL term D_KL(teacher ‖ student), and not its reverse?",
     "detachment": "Does the teacher stay the frozen base model, and does the adapter work?",
-    "masks": "Is every token that is trained one that the assistant wrote, and does nothing else get a gradient?",
+    "masks": "Is every token that is trained one that the assistant wrote, and does nothing else get a "
+    "gradient?",
     "weights": "Are the weights conservative, and which term dominates when?",
     "alive": "Will the breaker open with these settings?",
     "coverage": "Does the benign set cover what must be kept?",
-    "means": "Are time, memory and disk enough?"}
+    "means": "Are time, memory and disk enough?",
+}
 
 
 @dataclass(frozen=True)
 class Point:
     "One thing that was looked at: a verdict of `VERDICTS` and a sentence with the evidence."
+
     verdict: str
     text: str
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check by its `name` in `QUESTIONS`: its `points`, the `figures` behind them (what JSON can hold), and the `evidence` that a notebook shows (frames,
-    views, figures as mime bundles). Its verdict is that of its worst point; a check without points has failed."""
+    """A check by its `name` in `QUESTIONS`: its `points`, the `figures` behind them (what JSON can hold), and
+    the `evidence` that a notebook shows (frames, views, figures as mime bundles). Its verdict is that of its
+    worst point; a check without points has failed."""
+
     name: str
     points: tuple
     figures: dict = field(default_factory=dict)
     evidence: tuple = ()
 
     @property
-    def verdict(self): return max((p.verdict for p in self.points), key=VERDICTS.index, default="fail")
+    def verdict(self):
+        return max((p.verdict for p in self.points), key=VERDICTS.index, default="fail")
 
     @property
-    def question(self): return QUESTIONS[self.name]
+    def question(self):
+        return QUESTIONS[self.name]
 
 # %% ../../nbs/preflight/00_checks.ipynb #6c2149ec
 def judged(good: bool, text: str, otherwise: str = "fail") -> Point:
@@ -66,10 +72,12 @@ def failed_check(name: str, error: Exception) -> Check:
 
 
 def make_check(name: str, function, *arguments) -> Check:
-    """The `Check` that `function(*arguments)` makes from `(points, figures, evidence)`. Fails closed: what cannot be looked at is a fail that says why, so
-    that the other checks are still made."""
-    try: points, figures, evidence = function(*arguments)
-    except Exception as e: return failed_check(name, e)
+    """The `Check` that `function(*arguments)` makes from `(points, figures, evidence)`. Fails closed: what
+    cannot be looked at is a fail that says why, so that the other checks are still made."""
+    try:
+        points, figures, evidence = function(*arguments)
+    except Exception as e:
+        return failed_check(name, e)
     return Check(name, tuple(points), dict(figures), tuple(evidence))
 
 # %% ../../nbs/preflight/00_checks.ipynb #e003b149
@@ -83,67 +91,111 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, tri
 <tr><td style="text-align: left; white-space: nowrap">{{ verdict }}</td><td style="text-align: left">{{ text }}</td></tr>
 {% endfor %}
 </tbody></table>
-""")
+""")  # noqa: E501
 
 
 def check_html(check: Check) -> str:
     "Question, verdict and points of a check as HTML without a script; all text is escaped."
-    return PAGE.render(sign=SIGNS[check.verdict], name=check.name, question=check.question, points=[(SIGNS[p.verdict], visible(p.text)) for p in check.points]).strip()
+    return PAGE.render(
+        sign=SIGNS[check.verdict],
+        name=check.name,
+        question=check.question,
+        points=[(SIGNS[p.verdict], visible(p.text)) for p in check.points],
+    ).strip()
 
 
 def check_text(check: Check) -> str:
     "The same for a terminal."
-    return "\n".join([f"{SIGNS[check.verdict]} · {check.name}: {check.question}", *(f"    {SIGNS[p.verdict]}  {visible(p.text)}" for p in check.points)])
+    return "\n".join(
+        [
+            f"{SIGNS[check.verdict]} · {check.name}: {check.question}",
+            *(f"    {SIGNS[p.verdict]}  {visible(p.text)}" for p in check.points),
+        ]
+    )
 
 
 def show_check(check: Check) -> None:
     "Displays a check and then its evidence."
     from IPython.display import display
+
     display({"text/html": check_html(check), "text/plain": check_text(check)}, raw=True)
-    for item in check.evidence: display(item, raw=isinstance(item, dict))
+    for item in check.evidence:
+        display(item, raw=isinstance(item, dict))
 
 # %% ../../nbs/preflight/00_checks.ipynb #91079eab
 def worst(checks) -> str:
-    "The worst verdict of `checks`; fail while one of `QUESTIONS` has not been asked: what was not looked at has not passed."
+    """The worst verdict of `checks`; fail while one of `QUESTIONS` has not been asked: what was not looked at
+    has not passed."""
     verdict = max((check.verdict for check in checks), key=VERDICTS.index, default="fail")
     return verdict if {check.name for check in checks} == QUESTIONS.keys() else "fail"
 
 
 def summary_text(record: dict) -> str:
-    """The `preflight_record` in words: every check with its verdict, a line each, with the points that are no pass under it; then what was not checked, and
-    the verdict of all."""
+    """The `preflight_record` in words: every check with its verdict, a line each, with the points that are no
+    pass under it; then what was not checked, and the verdict of all."""
     made, lines = {check["name"]: check for check in record["checks"]}, []
     for name in QUESTIONS:
         lines.append(f"{SIGNS[made[name]['verdict']]}  {name}" if name in made else f"✗ not checked  {name}")
-        if name in made: lines += [f"          {SIGNS[p['verdict']]}  {visible(p['text'])}" for p in made[name]["points"] if p["verdict"] != "pass"]
+        if name in made:
+            lines += [
+                f"          {SIGNS[p['verdict']]}  {visible(p['text'])}"
+                for p in made[name]["points"]
+                if p["verdict"] != "pass"
+            ]
     return "\n".join([*lines, f"pre-flight: {record['verdict']}"])
 
 
 def preflight_record(checks, parameters: dict, settings: dict, code: dict, seconds: float) -> dict:
-    """What preflight.json holds: verdict, checks (name, verdict, points, figures), the parameters and settings that were checked, the version, source hash and
-    commit of the `code` (see `cbnb.run.code.code_state`), and how long it took."""
-    made = [{"name": c.name, "verdict": c.verdict, "points": [{"verdict": p.verdict, "text": p.text} for p in c.points], "figures": to_plain(c.figures)} for c in checks]
-    return {"verdict": worst(checks), "checks": made, "parameters": parameters, "settings": settings, "seconds": round(seconds, 1),
-            **{k: code[k] for k in ("version", "source", "commit")}}
+    """What preflight.json holds: verdict, checks (name, verdict, points, figures), the parameters and
+    settings that were checked, the version, source hash and commit of the `code` (see
+    `cbnb.run.code.code_state`), and how long it took."""
+    made = [
+        {
+            "name": c.name,
+            "verdict": c.verdict,
+            "points": [{"verdict": p.verdict, "text": p.text} for p in c.points],
+            "figures": to_plain(c.figures),
+        }
+        for c in checks
+    ]
+    return {
+        "verdict": worst(checks),
+        "checks": made,
+        "parameters": parameters,
+        "settings": settings,
+        "seconds": round(seconds, 1),
+        **{k: code[k] for k in ("version", "source", "commit")},
+    }
 
 # %% ../../nbs/preflight/00_checks.ipynb #8adb69b7
 class PreflightFailed(RuntimeError):
     "A check has failed: the run is refused. The message is that of `cbnb.run.directory.refusal`."
+
     __str__ = error_text
 
 
 class Page:
-    """The checks of one run as they are made. Each is shown in its cell and kept in `path`, a preflight.json, which says fail until the last question has
-    been answered: a page that was killed has refused."""
+    """The checks of one run as they are made. Each is shown in its cell and kept in `path`, a preflight.json,
+    which says fail until the last question has been answered: a page that was killed has refused."""
 
     def __init__(self, path, parameters: dict, settings: dict):
-        self.path, self.parameters, self.settings, self.checks, self.began = path, parameters, settings, [], time.monotonic()
+        self.path, self.parameters, self.settings, self.checks, self.began = (
+            path,
+            parameters,
+            settings,
+            [],
+            time.monotonic(),
+        )
         self.code = code_state()  # once: it asks git and reads every source file
         self.write()
 
-    def record(self): return preflight_record(self.checks, self.parameters, self.settings, self.code, time.monotonic() - self.began)
+    def record(self):
+        return preflight_record(
+            self.checks, self.parameters, self.settings, self.code, time.monotonic() - self.began
+        )
 
-    def write(self): write_json(self.path, self.record())
+    def write(self):
+        write_json(self.path, self.record())
 
     def add(self, check: Check):
         "Shows and keeps a check."
@@ -156,8 +208,10 @@ class Page:
         self.add(make_check(name, function, *arguments))
 
     def need(self, name: str, function, *arguments, **more):
-        "What `function(*arguments, **more)` returns. If it raises, the check `name` has failed for that reason, and PreflightFailed is raised: nothing can go on without it."
-        try: return function(*arguments, **more)
+        """What `function(*arguments, **more)` returns. If it raises, the check `name` has failed for that
+        reason, and PreflightFailed is raised: nothing can go on without it."""
+        try:
+            return function(*arguments, **more)
         except Exception as e:
             self.add(failed_check(name, e))
             self.close()
@@ -165,5 +219,5 @@ class Page:
     def close(self):
         "Prints the summary. Raises PreflightFailed if a check has failed or was not made."
         say(*summary_text(record := self.record()).split("\n"))
-        if reasons := refusal(record): raise PreflightFailed(reasons)
-
+        if reasons := refusal(record):
+            raise PreflightFailed(reasons)

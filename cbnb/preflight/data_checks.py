@@ -16,34 +16,36 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from ..masking.actions import trained_calls
-from ..masking.adapt import propose, restore, whole
-from ..masking.audit import NOTES, check_mask, trained_ends
+from ..basics.withheld import cut
 from ..config import CircuitBreakerConfig
+from ..data.sources import Reading
 from ..data.streams import StreamReport
 from ..evaluate.decoding import stop_tokens
 from ..evaluate.evaluation import benign_by_domain
-from ..transcripts.holdout import heldout_kinds, shared
+from ..masking.actions import trained_calls
+from ..masking.adapt import propose, restore, whole
+from ..masking.audit import NOTES, check_mask, trained_ends
 from ..masking.masker import ChatMasker
 from ..masking.policies import NEED_INJECTION, Encoded
-from .checks import Point, judged
-from ..data.sources import Reading
-from ..basics.withheld import cut
 from ..masking.targets import in_batches, in_turns, training_mask
-from ..transcripts.record import Transcript
 from ..masking.turns import Segment
+from .checks import Point, judged
+from ..transcripts.holdout import heldout_kinds, shared
+from ..transcripts.record import Transcript
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e4d1e486
 def find_window(ids: np.ndarray, encoded: Encoded) -> int | None:
     "Where the token ids of a sample begin in those of its transcript, or None if they are not a part of it."
     n, all_ids = len(ids), encoded.input_ids
-    starts = np.flatnonzero(all_ids[:len(all_ids) - n + 1] == ids[0]) if 0 < n <= len(all_ids) else ()
-    return next((int(s) for s in starts if np.array_equal(all_ids[s:s + n], ids)), None)
+    starts = np.flatnonzero(all_ids[: len(all_ids) - n + 1] == ids[0]) if 0 < n <= len(all_ids) else ()
+    return next((int(s) for s in starts if np.array_equal(all_ids[s : s + n], ids)), None)
 
 
 @dataclass(frozen=True)
 class Laid:
-    "One sample on its transcript: `mask` bool [n] over the tokens of `encoded`, `wanted` what the policy says there, `findings` of `cbnb.masking.audit.check_mask`."
+    """One sample on its transcript: `mask` bool [n] over the tokens of `encoded`, `wanted` what the policy
+    says there, `findings` of `cbnb.masking.audit.check_mask`."""
+
     transcript: Transcript
     encoded: Encoded
     mask: np.ndarray
@@ -51,54 +53,77 @@ class Laid:
     findings: tuple
 
     @property
-    def wrong(self): return int((self.mask != self.wanted).sum())
+    def wrong(self):
+        return int((self.mask != self.wanted).sum())
 
 
 def lay(samples, transcripts, masker: ChatMasker, policy, split_turns: bool = False):
-    """Yields a `Laid` for each of `samples` (in the order of `transcripts`, from which they were made), and for one that is no part of its transcript
-    that transcript's id."""
+    """Yields a `Laid` for each of `samples` (in the order of `transcripts`, from which they were made), and
+    for one that is no part of its transcript that transcript's id."""
     left, gone, last = iter(samples), set(), None
     sample = next(left, None)
     for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
-        if last not in (None, transcript.id): gone.add(last)
+        if last not in (None, transcript.id):
+            gone.add(last)
         last = transcript.id
         while sample is not None and sample.transcript in gone:
             yield sample.transcript
             sample = next(left, None)
-        if sample is None or sample.transcript != transcript.id: continue
+        if sample is None or sample.transcript != transcript.id:
+            continue
         start = find_window(sample.input_ids, encoded)
-        if start is None: continue
+        if start is None:
+            continue
         mask, inside = np.zeros(len(encoded.input_ids), bool), np.zeros(len(encoded.input_ids), bool)
-        mask[start:start + len(sample.loss_mask)] = sample.loss_mask
-        inside[start:start + len(sample.loss_mask)] = True
-        yield Laid(transcript, encoded, mask, training_mask(encoded, transcript, policy) & inside, tuple(check_mask(encoded, mask, transcript)))
+        mask[start : start + len(sample.loss_mask)] = sample.loss_mask
+        inside[start : start + len(sample.loss_mask)] = True
+        yield Laid(
+            transcript,
+            encoded,
+            mask,
+            training_mask(encoded, transcript, policy) & inside,
+            tuple(check_mask(encoded, mask, transcript)),
+        )
         sample = next(left, None)
     while sample is not None:
         yield sample.transcript
         sample = next(left, None)
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e942fc0b
-BY_DESIGN = {"full_sequence": {"trains_header", "trains_tool_result", "trains_user", "trains_system", "trains_template"},
-             "tool_calls_only": {"eot_untrained"}, "action_prefix_only": {"eot_untrained"}}
+BY_DESIGN = {
+    "full_sequence": {
+        "trains_header",
+        "trains_tool_result",
+        "trains_user",
+        "trains_system",
+        "trains_template",
+    },
+    "tool_calls_only": {"eot_untrained"},
+    "action_prefix_only": {"eot_untrained"},
+}
 
 
 WORST = 10  # samples that are shown
 
 
 def badness(x: Laid) -> tuple:
-    "The order in which samples are shown: first what is found, then masks that are not the policy's, then the smallest share of targets."
+    """The order in which samples are shown: first what is found, then masks that are not the policy's, then
+    the smallest share of targets."""
     return (-len([f for f in x.findings if f.kind not in NOTES]), -x.wrong, -len(x.findings), x.mask.mean())
 
 
-def segment_counts(segments: np.ndarray) -> np.ndarray: return np.bincount(segments, minlength=len(Segment))
+def segment_counts(segments: np.ndarray) -> np.ndarray:
+    return np.bincount(segments, minlength=len(Segment))
 
 
 @dataclass
 class Seen:
-    """What is kept of the laid samples of a stream, of which one at a time is in memory: how many were `laid`, the
-    transcripts (ids) of the `lost` ones, `tokens` and `trained` ones by segment, findings by `kinds` with the
-    `first` (id, text) of each, the `wrong` masks (id, tokens), `labels` of transcripts, `ends` of trained turns
-    (token ids), trained `calls` (`action_key`), and the `WORST` by `badness`, each behind that and its number."""
+    """What is kept of the laid samples of a stream, of which one at a time is in memory: how many were
+    `laid`, the transcripts (ids) of the `lost` ones, `tokens` and `trained` ones by segment, findings by
+    `kinds` with the `first` (id, text) of each, the `wrong` masks (id, tokens), `labels` of transcripts,
+    `ends` of trained turns (token ids), trained `calls` (`action_key`), and the `WORST` by `badness`, each
+    behind that and its number."""
+
     laid: int = 0
     lost: list = field(default_factory=list)
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), int))
@@ -124,7 +149,8 @@ def look_at(laid) -> Seen:
         out.trained += segment_counts(x.encoded.segments[x.mask])
         out.kinds.update(f.kind for f in x.findings if f.kind not in NOTES)
         out.first = {f.kind: (x.transcript.id, f.text) for f in x.findings} | out.first
-        if x.wrong: out.wrong.append((x.transcript.id, x.wrong))
+        if x.wrong:
+            out.wrong.append((x.transcript.id, x.wrong))
         out.labels[x.transcript.label] += 1
         ends = ((a, b) for _, a, b, trained in trained_ends(x.encoded, x.mask) if trained)
         out.ends.update(tuple(x.encoded.input_ids[a:b].tolist()) for a, b in ends)
@@ -136,8 +162,11 @@ def look_at(laid) -> Seen:
 
 def segment_frame(seen: Seen) -> pd.DataFrame:
     "Tokens, and tokens in the mask, by segment: a row each."
-    rows = {s.name.lower().replace("_", " "): (int(seen.tokens[s]), int(seen.trained[s]))
-            for s in Segment if seen.tokens[s]}
+    rows = {
+        s.name.lower().replace("_", " "): (int(seen.tokens[s]), int(seen.trained[s]))
+        for s in Segment
+        if seen.tokens[s]
+    }
     return pd.DataFrame.from_dict(rows, orient="index", columns=["tokens", "trained"])
 
 
@@ -145,18 +174,33 @@ def injection_points(name: str, report: StreamReport, config: CircuitBreakerConf
     """Of the harmful stream: how many transcripts lack the injection that the policy asks for; a fail above
     `max_without_injection`."""
     without, policy = report.counts["no_injection"], getattr(config, f"{name}_policy")
-    if name != "harmful" or policy not in NEED_INJECTION: return []
-    if not without: return [Point("pass", f"{name}: each of the {report.transcripts} transcripts says where its injection is")]
+    if name != "harmful" or policy not in NEED_INJECTION:
+        return []
+    if not without:
+        return [
+            Point("pass", f"{name}: each of the {report.transcripts} transcripts says where its injection is")
+        ]
     over = without > config.max_without_injection * report.transcripts
-    return [Point("fail" if over else "warn", f"{name}: {without} of {report.transcripts} transcripts have no injection span, so {policy} trains "
-                  f"all that the assistant says in them, before the attack too{f', above max_without_injection {config.max_without_injection:g}' * over}: "
-                  "find spans with cbnb spans, or choose another harmful_policy")]
+    return [
+        Point(
+            "fail" if over else "warn",
+            f"{name}: {without} of {report.transcripts} transcripts have no injection span, so {policy} "
+            "trains "
+            "all that the assistant says in them, before the attack "
+            f"too{f', above max_without_injection {config.max_without_injection:g}' * over}: "
+            "find spans with cbnb spans, or choose another harmful_policy",
+        )
+    ]
 
 
 def reading_points(reading: Reading) -> list:
-    "Points on what was left out, drawn or skipped when the data was read: a warning for skipped records, and for tools that are not known."
-    points = [Point("pass", line) for line in reading.told] + [Point("warn", line) for line in reading.warned()]
-    if reading.skipped: return points
+    """Points on what was left out, drawn or skipped when the data was read: a warning for skipped records,
+    and for tools that are not known."""
+    points = [Point("pass", line) for line in reading.told] + [
+        Point("warn", line) for line in reading.warned()
+    ]
+    if reading.skipped:
+        return points
     return [*points, Point("pass", f"each of the {reading.records} records was read")]
 
 
@@ -164,55 +208,168 @@ LOOKED_AT = 200  # transcripts that `adaptation_points` reads, spread over all
 
 
 def adaptation_points(transcripts: Sequence[Transcript], masker: ChatMasker) -> list:
-    """Does the chat template write all that the assistant says in transcripts as they go into training? Else a
-    warning that counts those it does not, with the adaptations that help most."""
-    some = transcripts[::max(1, -(-len(transcripts) // LOOKED_AT))]
+    """Does the chat template write all that the assistant says in transcripts as they go into training? Else
+    a warning that counts those it does not, with the adaptations that help most."""
+    some = transcripts[:: max(1, -(-len(transcripts) // LOOKED_AT))]
     lost = [t for t in some if not whole(masker, t)]
-    if not lost: return [Point("pass", f"the chat template writes all that the assistant says in each of the {len(some)} transcripts that were looked at")]
+    if not lost:
+        return [
+            Point(
+                "pass",
+                f"the chat template writes all that the assistant says in each of the {len(some)} "
+                "transcripts that were looked at",
+            )
+        ]
     found = propose([restore(t) for t in some], masker.adapted)
     helps = found["read"] > len(some) - len(lost)
-    way = f"with adapt={','.join(found['names'])} it writes {found['read']} of {found['of']} in full" if helps else "no adaptation helps, another chat_template may"
-    return [Point("warn", f"the chat template refuses, or writes in part only, {len(lost)} of the {len(some)} transcripts that were looked at, {lost[0].id} for one: {way}")]
+    way = (
+        f"with adapt={','.join(found['names'])} it writes {found['read']} of {found['of']} in full"
+        if helps
+        else "no adaptation helps, another chat_template may"
+    )
+    return [
+        Point(
+            "warn",
+            f"the chat template refuses, or writes in part only, {len(lost)} of the {len(some)} transcripts "
+            f"that were looked at, {lost[0].id} for one: {way}",
+        )
+    ]
 
 
 def stream_points(name: str, samples, seen: Seen, report: StreamReport, policy) -> list:
     "What is wrong with the samples of one stream, kind by kind."
     kinds, first, lost, wrong = seen.kinds, seen.first, seen.lost, seen.wrong
     fails = {k: n for k, n in kinds.items() if k not in BY_DESIGN.get(policy, ()) and k != "call_schema"}
-    points = [judged(not lost, f"{name}: each of the {len(samples)} samples is a part of its transcript" if not lost else f"{name}: {len(lost)} samples are no part of their transcript, the first is {lost[0]}")]
-    points.append(judged(not wrong, f"{name}: every mask is what {policy} says of its transcript" if not wrong else
-                         f"{name}: {len(wrong)} masks are not what {policy} says, the first, {wrong[0][0]}, at {wrong[0][1]} tokens"))
-    points += [Point("fail", f"{name}: {kind} in {n} samples; {first[kind][0]}: {first[kind][1]}") for kind, n in sorted(fails.items())]
-    if not fails: points.append(judged(bool(seen.laid), f"{name}: nothing is trained but what the assistant wrote" if seen.laid else f"{name}: there is no sample"))
+    points = [
+        judged(
+            not lost,
+            f"{name}: each of the {len(samples)} samples is a part of its transcript"
+            if not lost
+            else f"{name}: {len(lost)} samples are no part of their transcript, the first is {lost[0]}",
+        )
+    ]
+    points.append(
+        judged(
+            not wrong,
+            f"{name}: every mask is what {policy} says of its transcript"
+            if not wrong
+            else f"{name}: {len(wrong)} masks are not what {policy} says, the first, {wrong[0][0]}, at "
+            f"{wrong[0][1]} tokens",
+        )
+    )
+    points += [
+        Point("fail", f"{name}: {kind} in {n} samples; {first[kind][0]}: {first[kind][1]}")
+        for kind, n in sorted(fails.items())
+    ]
+    if not fails:
+        points.append(
+            judged(
+                bool(seen.laid),
+                f"{name}: nothing is trained but what the assistant wrote"
+                if seen.laid
+                else f"{name}: there is no sample",
+            )
+        )
     if n := kinds["call_schema"]:  # a harmful call may well be one that no tool takes
-        points.append(Point("warn", f"{name}: call_schema in {n} samples; {first['call_schema'][0]}: {first['call_schema'][1]}"))
+        points.append(
+            Point(
+                "warn",
+                f"{name}: call_schema in {n} samples; {first['call_schema'][0]}: {first['call_schema'][1]}",
+            )
+        )
     empty = [s.transcript for s in samples if not s.loss_mask[1:].any()]
-    if empty: points.append(Point("fail", f"{name}: {len(empty)} samples have no target, the first is {empty[0]}"))
+    if empty:
+        points.append(Point("fail", f"{name}: {len(empty)} samples have no target, the first is {empty[0]}"))
     other = Counter({label: n for label, n in seen.labels.items() if label != name})
-    if other: points.append(Point("fail", f"{name}: {sum(other.values())} samples are labelled {', '.join(map(str, other))}: they are in the wrong stream"))
+    if other:
+        points.append(
+            Point(
+                "fail",
+                f"{name}: {sum(other.values())} samples are labelled {', '.join(map(str, other))}: they are "
+                "in the wrong stream",
+            )
+        )
     dropped, cut = report.counts["no_target"], report.counts["lost_to_truncation"]
     total = len(samples) + dropped + report.counts["lost_context"]
-    if dropped: points.append(Point("fail" if dropped > total / 2 else "warn", f"{name}: {dropped} of {total} are dropped since they have no target, {cut} of them by truncation"))
+    if dropped:
+        points.append(
+            Point(
+                "fail" if dropped > total / 2 else "warn",
+                f"{name}: {dropped} of {total} are dropped since they have no target, {cut} of them by "
+                "truncation",
+            )
+        )
     if gone := report.counts["lost_context"]:
-        points.append(Point("fail" if gone > total / 2 else "warn", f"{name}: {gone} of {report.transcripts} transcripts are dropped since truncation cuts off the user's request "
-                            f"({report.counts['request_cut']}) or the injected message ({report.counts['injection_cut']}): raise max_length"))
+        points.append(
+            Point(
+                "fail" if gone > total / 2 else "warn",
+                f"{name}: {gone} of {report.transcripts} transcripts are dropped since truncation cuts off "
+                "the user's request "
+                f"({report.counts['request_cut']}) or the injected message "
+                f"({report.counts['injection_cut']}): raise max_length",
+            )
+        )
     elif cut := report.counts["request_cut"] + report.counts["injection_cut"]:
-        points.append(Point("warn", f"{name}: truncation cuts off the user's request or the injected message {cut} times, and lost_context keep trains what answers them"))
-    if report.counts["targets_cut"]: points.append(Point("warn", f"{name}: {report.counts['targets_cut']} targets are cut off by max_length"))
-    if report.counts["mask_warnings"]: points.append(Point("warn", f"{name}: {report.counts['mask_warnings']} warnings of the masker, the first: {report.warnings[0]}"))
+        points.append(
+            Point(
+                "warn",
+                f"{name}: truncation cuts off the user's request or the injected message {cut} times, and "
+                "lost_context keep trains what answers them",
+            )
+        )
+    if report.counts["targets_cut"]:
+        points.append(
+            Point("warn", f"{name}: {report.counts['targets_cut']} targets are cut off by max_length")
+        )
+    if report.counts["mask_warnings"]:
+        points.append(
+            Point(
+                "warn",
+                f"{name}: {report.counts['mask_warnings']} warnings of the masker, the first: "
+                f"{report.warnings[0]}",
+            )
+        )
     return points
 
 
 def template_points(name: str, samples, seen: Seen, tokenizer, stops) -> list:
     "Does the text begin once, and does a turn end with a token at which the model stops?"
-    bos, twice = tokenizer.bos_token_id, [s.transcript for s in samples if len(s.input_ids) > 1 and s.input_ids[0] == s.input_ids[1] == tokenizer.bos_token_id]
-    points = [] if bos is None else [judged(not twice, f"{name}: no sample begins with two BOS tokens" if not twice else
-                                            f"{name}: {len(twice)} samples begin with two BOS tokens, the first is {twice[0]}: the template writes one, and so does the tokenizer")]
-    named = ", ".join("".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids, _ in seen.ends.most_common(3)) or "none"
+    bos, twice = (
+        tokenizer.bos_token_id,
+        [
+            s.transcript
+            for s in samples
+            if len(s.input_ids) > 1 and s.input_ids[0] == s.input_ids[1] == tokenizer.bos_token_id
+        ],
+    )
+    points = (
+        []
+        if bos is None
+        else [
+            judged(
+                not twice,
+                f"{name}: no sample begins with two BOS tokens"
+                if not twice
+                else f"{name}: {len(twice)} samples begin with two BOS tokens, the first is {twice[0]}: the "
+                "template writes one, and so does the tokenizer",
+            )
+        ]
+    )
+    named = (
+        ", ".join("".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids, _ in seen.ends.most_common(3))
+        or "none"
+    )
     known = ", ".join(tokenizer.convert_ids_to_tokens(i) for i in sorted(stops)) or "none"
     right = any(set(ids) & set(stops) for ids in seen.ends)
-    points.append(judged(right, f"{name}: turns end with {named}, at which the model stops" if right else
-                         f"{name}: turns end with {named}, but the model stops at {known}: this is not the chat template that the model was trained on"))
+    points.append(
+        judged(
+            right,
+            f"{name}: turns end with {named}, at which the model stops"
+            if right
+            else f"{name}: turns end with {named}, but the model stops at {known}: this is not the chat "
+            "template that the model was trained on",
+        )
+    )
     return points
 
 
@@ -222,18 +379,31 @@ SHARED_CALLS = 0.05  # of the calls trained as harmful; a few are the same by ch
 def conflict_points(streams: dict[str, Seen]) -> list:
     """How many calls are trained in both of `streams` by name, the same by name and
     arguments: one term bends them away, the other keeps them. A warning above the share `SHARED_CALLS`."""
-    if streams.keys() != {"harmful", "benign"}: return []
+    if streams.keys() != {"harmful", "benign"}:
+        return []
     harmful, benign = streams["harmful"].calls, streams["benign"].calls
     both, total = {key: n for key, n in harmful.items() if key in benign}, harmful.total()
     over = sum(both.values()) > SHARED_CALLS * total
-    first = f", the first is {cut(min(both), 80)}; injected_actions_only leaves out what attack-free runs do too" if over else ""
-    return [judged(not over, f"{sum(both.values())} of {total} calls that are trained as harmful are trained as benign too, by name and arguments{first}", "warn")]
+    first = (
+        f", the first is {cut(min(both), 80)}; injected_actions_only leaves out what attack-free runs do too"
+        if over
+        else ""
+    )
+    return [
+        judged(
+            not over,
+            f"{sum(both.values())} of {total} calls that are trained as harmful are trained as benign too, "
+            f"by name and arguments{first}",
+            "warn",
+        )
+    ]
 
 
 def check_masks(streams: dict, masker: ChatMasker, config: CircuitBreakerConfig, stops, strip, more=()):
-    """`streams`: `{"harmful" or "benign": (samples, transcripts, report)}` as they go into training; `stops`: the token ids at which the model ends its
-    turn; `strip`: what shows a transcript's tokens, `cbnb.widgets.strip.token_strip`; `more`: points that were made elsewhere (of gradients). Shows a
-    frame by segment and the `WORST` samples."""
+    """`streams`: `{"harmful" or "benign": (samples, transcripts, report)}` as they go into training; `stops`:
+    the token ids at which the model ends its turn; `strip`: what shows a transcript's tokens,
+    `cbnb.widgets.strip.token_strip`; `more`: points that were made elsewhere (of gradients). Shows a frame by
+    segment and the `WORST` samples."""
     points, figures, frames, every = [*more], {}, {}, {}
     for name, (samples, transcripts, report) in streams.items():
         policy = getattr(config, f"{name}_policy")
@@ -241,19 +411,40 @@ def check_masks(streams: dict, masker: ChatMasker, config: CircuitBreakerConfig,
         points += injection_points(name, report, config) + stream_points(name, samples, seen, report, policy)
         points += template_points(name, samples, seen, masker.tokenizer, stops)
         frames[name] = segment_frame(seen)
-        figures[name] = {"samples": len(samples), **{k: int(v) for k, v in report.counts.items()}, "trained": frames[name]["trained"].to_dict()}
+        figures[name] = {
+            "samples": len(samples),
+            **{k: int(v) for k, v in report.counts.items()},
+            "trained": frames[name]["trained"].to_dict(),
+        }
     worst = sorted((shown for seen in every.values() for shown in seen.worst), key=lambda shown: shown[0])
     points += conflict_points(every)
-    strips = [strip(x.encoded, masker.tokenizer, (), masks={"trained": x.mask}, title=f"{x.transcript.label}: {x.transcript.id}",
-                          message="; ".join(f"{f.kind}: {f.text}" for f in x.findings)) for *_, x in worst[:WORST]]
+    strips = [
+        strip(
+            x.encoded,
+            masker.tokenizer,
+            (),
+            masks={"trained": x.mask},
+            title=f"{x.transcript.label}: {x.transcript.id}",
+            message="; ".join(f"{f.kind}: {f.text}" for f in x.findings),
+        )
+        for *_, x in worst[:WORST]
+    ]
     return points, figures, [pd.concat(frames, names=["stream", "segment"]), *strips]
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #3bec8716
 def kind_of(transcript: Transcript) -> str:
-    "What sort of benign transcript it is: its `meta` kind, else whether its last answer calls a tool, and whether tools were there at all."
-    if transcript.meta.get("kind"): return str(transcript.meta["kind"])
+    """What sort of benign transcript it is: its `meta` kind, else whether its last answer calls a tool, and
+    whether tools were there at all."""
+    if transcript.meta.get("kind"):
+        return str(transcript.meta["kind"])
     last = next((m for m in reversed(transcript.messages) if m["role"] == "assistant"), {})
-    return "tool call" if last.get("tool_calls") else "answer after a tool" if any(m["role"] == "tool" for m in transcript.messages) else "answer without tools"
+    return (
+        "tool call"
+        if last.get("tool_calls")
+        else "answer after a tool"
+        if any(m["role"] == "tool" for m in transcript.messages)
+        else "answer without tools"
+    )
 
 
 def heldout_points(training, heldout, left_out: dict, by: str = "auto") -> list:
@@ -262,13 +453,31 @@ def heldout_points(training, heldout, left_out: dict, by: str = "auto") -> list:
     `left_out`: `{id: why}` as `cbnb.data.streams.load_streams` gives it."""
     apart, points = {*heldout_kinds(by), "prompt"}, []
     for kind, f in shared(training, heldout).items():
-        if kind == "suite" and kind not in apart: continue
-        text = f"{f['shared']} of {f['with']} held-out transcripts share their {kind} with training ({f['held_out']} held out, {f['training']} trained)"
-        advice = "" if not f["shared"] else ": they measure what was learned by heart" + f"; heldout_by {by} asks for it" * (kind not in apart)
+        if kind == "suite" and kind not in apart:
+            continue
+        text = (
+            f"{f['shared']} of {f['with']} held-out transcripts share their {kind} with training "
+            f"({f['held_out']} held out, {f['training']} trained)"
+        )
+        advice = (
+            ""
+            if not f["shared"]
+            else ": they measure what was learned by heart"
+            + f"; heldout_by {by} asks for it" * (kind not in apart)
+        )
         points.append(judged(not f["shared"], text + advice, "fail" if kind in apart else "warn"))
     why = Counter(left_out.values())
-    if left_out: points.append(Point("pass", f"{len(left_out)} transcripts are neither trained nor held out: "
-                                     + ", ".join(f"{n} {'more than are needed' if kind == 'spare' else f'for their {kind}'}" for kind, n in why.most_common())))
+    if left_out:
+        points.append(
+            Point(
+                "pass",
+                f"{len(left_out)} transcripts are neither trained nor held out: "
+                + ", ".join(
+                    f"{n} {'more than are needed' if kind == 'spare' else f'for their {kind}'}"
+                    for kind, n in why.most_common()
+                ),
+            )
+        )
     return points
 
 
@@ -281,17 +490,59 @@ def check_coverage(benign, heldout, divergence: dict, config: CircuitBreakerConf
     domains = benign_by_domain(heldout)
     kept = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
     told = ", ".join(f"{n} {kind}" for kind, n in trained.most_common(8))
-    missing, beyond = sorted(kept["in_domain"].keys() - trained.keys()), sorted(kept["off_domain"].keys() - trained.keys())
-    points = [judged(not missing, f"the benign set holds {told}" if not missing else
-                     f"the benign set holds {told}, but no {', no '.join(missing)}, which is held out as what must be kept: add such transcripts")]
+    missing, beyond = (
+        sorted(kept["in_domain"].keys() - trained.keys()),
+        sorted(kept["off_domain"].keys() - trained.keys()),
+    )
+    points = [
+        judged(
+            not missing,
+            f"the benign set holds {told}"
+            if not missing
+            else f"the benign set holds {told}, but no {', no '.join(missing)}, which is held out as what "
+            "must be kept: add such transcripts",
+        )
+    ]
     points += more
-    if len(trained) < 2 and not missing: points.append(Point("warn", f"all benign transcripts are of one kind ({told}): only that is protected"))
+    if len(trained) < 2 and not missing:
+        points.append(
+            Point("warn", f"all benign transcripts are of one kind ({told}): only that is protected")
+        )
     general = trained["general"] + trained["answer without tools"]
-    points.append(judged(general >= 0.1 * sum(trained.values()) and not beyond, f"{general} of {sum(trained.values())} benign transcripts are general text" if not beyond else
-                         f"{', '.join(beyond)} text is held out off the domain and not in the benign set: what lies there is not protected; about 30 % general text in it keeps that too", "warn"))
+    points.append(
+        judged(
+            general >= 0.1 * sum(trained.values()) and not beyond,
+            f"{general} of {sum(trained.values())} benign transcripts are general text"
+            if not beyond
+            else f"{', '.join(beyond)} text is held out off the domain and not in the benign set: what lies "
+            "there is not protected; about 30 % general text in it keeps that too",
+            "warn",
+        )
+    )
     for domain, found in divergence.items():
         over = found["kl"] > config.collapse_kl
-        text = f"held-out KL {domain.replace('_', ' ')} after {steps} steps: {found['kl']:.2g} nats a token, top-1 agreement {found['top1']:.3f}"
-        points.append(judged(not over, text if not over else f"{text}: above collapse_kl {config.collapse_kl:g} within a few steps; lower learning_rate", "fail" if config.beta_kl and domain == "in_domain" else "warn"))
-    frame = pd.DataFrame({"trained": trained, **{f"held out, {d.replace('_', ' ')}": c for d, c in kept.items()}}).fillna(0).astype(int).rename_axis("kind")
-    return points, {"trained": dict(trained), "heldout_kl": {d: f["kl"] for d, f in divergence.items()}}, [frame]
+        text = (
+            f"held-out KL {domain.replace('_', ' ')} after {steps} steps: {found['kl']:.2g} nats a "
+            f"token, top-1 agreement {found['top1']:.3f}"
+        )
+        points.append(
+            judged(
+                not over,
+                text
+                if not over
+                else f"{text}: above collapse_kl {config.collapse_kl:g} within a few steps; lower "
+                "learning_rate",
+                "fail" if config.beta_kl and domain == "in_domain" else "warn",
+            )
+        )
+    frame = (
+        pd.DataFrame({"trained": trained, **{f"held out, {d.replace('_', ' ')}": c for d, c in kept.items()}})
+        .fillna(0)
+        .astype(int)
+        .rename_axis("kind")
+    )
+    return (
+        points,
+        {"trained": dict(trained), "heldout_kl": {d: f["kl"] for d, f in divergence.items()}},
+        [frame],
+    )

@@ -20,15 +20,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, PretrainedConfig
 
-from ..train.breaker import CircuitBreaker
+from ..basics.numbers import format_number, size_words
 from ..config import CircuitBreakerConfig, shares
+from ..run.settings import SHAPES
 from ..step.fused_kl import chunk_for
 from ..step.heads import Head
 from ..step.loaders import empty_model, read_config
-from ..step.models import DTYPES, add_adapter, decoder_blocks, in_words, find_decoder, forward_with_hidden_states
-from ..basics.numbers import format_number, size_words
-from ..run.settings import SHAPES
-
+from cbnb.step.models import (
+    DTYPES,
+    add_adapter,
+    decoder_blocks,
+    find_decoder,
+    forward_with_hidden_states,
+    in_words,
+)
+from ..train.breaker import CircuitBreaker
 
 # %% auto #0
 __all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 'rows_of', 'Shape', 'empty_student',
@@ -37,8 +43,9 @@ __all__ = ['CARDS', 'PEAK', 'REACHED', 'model_shape', 'beside_text', 'Counted', 
 
 # %% ../../nbs/preflight/05_plan.ipynb #ada37d63
 def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the folder or hub
-    id `name`. Raises OSError where there is none, and ConfigError as `cbnb.step.loaders.read_config`."""
+    """The configuration of a model's text part: of a preset's model as published (`SHAPES`), else of the
+    folder or hub id `name`. Raises OSError where there is none, and ConfigError as
+    `cbnb.step.loaders.read_config`."""
     if name in SHAPES:
         kind, settings = SHAPES[name]
         return AutoConfig.for_model(kind, **settings)
@@ -47,10 +54,13 @@ def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
 
 @cache
 def beside_text(name: str, dtype: str, trust_remote_code: bool = False) -> int:
-    "Bytes of what a multimodal model has beside its text part, such as a vision tower: it is loaded, too. 0 for a model of text, and for those of `SHAPES`."
-    if name in SHAPES: return 0
+    """Bytes of what a multimodal model has beside its text part, such as a vision tower: it is loaded, too. 0
+    for a model of text, and for those of `SHAPES`."""
+    if name in SHAPES:
+        return 0
     config = read_config(name, trust_remote_code)
-    if config.get_text_config() is config: return 0
+    if config.get_text_config() is config:
+        return 0
     with torch.device("meta"):
         parts = (config, config.get_text_config())
         whole, text = (empty_model(name, part, trust_remote_code, dtype=DTYPES[dtype]) for part in parts)
@@ -58,8 +68,9 @@ def beside_text(name: str, dtype: str, trust_remote_code: bool = False) -> int:
 
 # %% ../../nbs/preflight/05_plan.ipynb #3dc266ec
 class Counted(TorchDispatchMode):
-    """Inside, `now` and `peak` are the bytes of the tensors that operations have made and that are still held, of all devices together; `products` the
-    floating-point operations of matrix products and attention."""
+    """Inside, `now` and `peak` are the bytes of the tensors that operations have made and that are still
+    held, of all devices together; `products` the floating-point operations of matrix products and attention.
+    """
 
     def __init__(self):
         super().__init__()
@@ -67,16 +78,22 @@ class Counted(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
         found = func(*args, **kwargs or {})
-        if formula := flop_registry.get(func._overloadpacket): self.products += formula(*args, **kwargs or {}, out_val=found)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.products += formula(*args, **kwargs or {}, out_val=found)
         for t in tree_leaves(found):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given: self.count(t.untyped_storage())  # else it is a view, perhaps of a weight
+            # else it is a view, perhaps of a weight
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                self.count(t.untyped_storage())
         return found
 
     def count(self, storage):
         "Counts a storage that was not seen yet, and takes it out again when it is freed."
-        if storage._cdata in self.known: return
+        if storage._cdata in self.known:
+            return
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.now += size
@@ -89,16 +106,24 @@ class Counted(TorchDispatchMode):
 
 # %% ../../nbs/preflight/05_plan.ipynb #79cd00c0
 def rows_of(rows: int, length: int, share: float) -> dict:
-    "Padded rows [rows, length] as `cbnb.data.streams.pad_rows` makes them, all of the full length, with the last `share` of their tokens as targets; for the sizes alone."
+    """Padded rows [rows, length] as `cbnb.data.streams.pad_rows` makes them, all of the full length, with the
+    last `share` of their tokens as targets; for the sizes alone."""
     mask = torch.zeros(rows, length, dtype=torch.bool)
     index = torch.arange(int(rows * length * share))
-    return {"input_ids": torch.zeros(rows, length, dtype=torch.long), "attention_mask": None, "loss_mask": mask, "token_index": index, "predicting_index": index}
+    return {
+        "input_ids": torch.zeros(rows, length, dtype=torch.long),
+        "attention_mask": None,
+        "loss_mask": mask,
+        "token_index": index,
+        "predicting_index": index,
+    }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's configuration, which equals another of the same JSON `text`: a plan of the same model need not run
-    twice. Code in it runs by `trust_remote_code` alone."""
+    """A model's configuration, which equals another of the same JSON `text`: a plan of the same model need
+    not run twice. Code in it runs by `trust_remote_code` alone."""
+
     config: PretrainedConfig = field(compare=False)
     text: str
     trust_remote_code: bool = False
@@ -113,20 +138,28 @@ def empty_student(config: CircuitBreakerConfig, shape: Shape) -> nn.Module:
 
 
 def as_if_on_cpu(module: nn.Module) -> None:
-    "Puts tensors of the current FakeTensorMode in the place of those on the meta device, whose operations would not be those of a real device."
+    """Puts tensors of the current FakeTensorMode in the place of those on the meta device, whose operations
+    would not be those of a real device."""
     made = {}  # tied weights stay one
     for part in module.modules():
         for name, p in part._parameters.items():
-            if p is not None: part._parameters[name] = made.setdefault(id(p), nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+            if p is not None:
+                part._parameters[name] = made.setdefault(
+                    id(p), nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                )
         for name, b in part._buffers.items():
-            if b is not None: part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+            if b is not None:
+                part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes, in bytes for each process: `weights` (frozen, what it keeps of them), `gathered` (what FSDP2 brings together of them for a while), `adapter` (with gradient
-    and AdamW's two moments), `activations` (all else at the peak, the KL's buffers included), `kl` (the KL's buffers alone). `cached`: bytes on disk of a teacher cache for
-    each benign target. `products`: floating-point operations of a step in all processes together, in matrix products and attention."""
+    """What a step takes, in bytes for each process: `weights` (frozen, what it keeps of them), `gathered`
+    (what FSDP2 brings together of them for a while), `adapter` (with gradient and AdamW's two moments),
+    `activations` (all else at the peak, the KL's buffers included), `kl` (the KL's buffers alone). `cached`:
+    bytes on disk of a teacher cache for each benign target. `products`: floating-point operations of a step
+    in all processes together, in matrix products and attention."""
+
     weights: int
     gathered: int
     adapter: int
@@ -145,26 +178,43 @@ def bytes_of(parameters) -> int:
 
 
 def chunk_bytes(config: CircuitBreakerConfig, rows: int, share: float, vocabulary: int, device: str) -> int:
-    "Bytes of the KL's buffers: float32 logits of student and teacher for one chunk of rows, which are larger on a GPU."
-    return 2 * 4 * vocabulary * min(chunk_for(vocabulary, torch.device(device)), int(rows * config.max_length * share))
+    """Bytes of the KL's buffers: float32 logits of student and teacher for one chunk of rows, which are
+    larger on a GPU."""
+    return (
+        2
+        * 4
+        * vocabulary
+        * min(chunk_for(vocabulary, torch.device(device)), int(rows * config.max_length * share))
+    )
 
 
 def weight_bytes(student: nn.Module, quantize: str) -> int:
-    "Bytes of the frozen weights; with 4bit those of the blocks' linears take half a byte, and a float32 for each 64 of them."
+    """Bytes of the frozen weights; with 4bit those of the blocks' linears take half a byte, and a float32 for
+    each 64 of them."""
     frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
-    packed = [m.weight for b in decoder_blocks(student) for m in b.modules() if quantize == "4bit" and isinstance(m, nn.Linear) and id(m.weight) in frozen]
+    packed = [
+        m.weight
+        for b in decoder_blocks(student)
+        for m in b.modules()
+        if quantize == "4bit" and isinstance(m, nn.Linear) and id(m.weight) in frozen
+    ]
     return bytes_of(frozen.values()) - bytes_of(packed) + sum(p.numel() * 9 // 16 for p in packed)
 
 
 @contextmanager
 def grouped_products():
-    """Inside, the products of fused experts have shape and work in every dtype: without storage torch's own take bfloat16 alone.
-    Each token meets one expert's matrix, whichever."""
+    """Inside, the products of fused experts have shape and work in every dtype: without storage torch's own
+    take bfloat16 alone. Each token meets one expert's matrix, whichever."""
     own = nn.functional.grouped_mm
-    def product(rows, experts, **more): return own(rows, experts, **more) if experts.dtype == torch.bfloat16 else rows @ experts[0]
+
+    def product(rows, experts, **more):
+        return own(rows, experts, **more) if experts.dtype == torch.bfloat16 else rows @ experts[0]
+
     nn.functional.grouped_mm = product
-    try: yield
-    finally: nn.functional.grouped_mm = own
+    try:
+        yield
+    finally:
+        nn.functional.grouped_mm = own
 
 
 @torch.no_grad()
@@ -176,51 +226,94 @@ def state_width(student: nn.Module) -> int:
 
 def final_norm(student: nn.Module) -> nn.Module | None:
     "What stands between the last block and the output layer, by its name."
-    return next((module for name, module in find_decoder(student).named_children() if "norm" in name or name == "ln_f"), None)
+    return next(
+        (
+            module
+            for name, module in find_decoder(student).named_children()
+            if "norm" in name or name == "ln_f"
+        ),
+        None,
+    )
 
 
 @cache
 def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float) -> tuple:
-    """One micro-batch of `rows` harmful and benign rows, forward and backward, without storage: bytes of `(frozen weights, the largest block, output layer, adapter)`, the
-    peak of all else, floating-point operations in products, the output layer's shape and `state_width`."""
+    """One micro-batch of `rows` harmful and benign rows, forward and backward, without storage: bytes of
+    `(frozen weights, the largest block, output layer, adapter)`, the peak of all else, floating-point
+    operations in products, the output layer's shape and `state_width`."""
     student = empty_student(config, shape)
     with FakeTensorMode(), grouped_products():
         as_if_on_cpu(student)
         layer = student.get_base_model().get_output_embeddings()
         states = state_width(student)
         # several residual streams are made one behind the blocks, by more than a norm
-        head = Head(final_norm(student) if states == layer.weight.shape[-1] else None, layer, lambda h: h.float() @ layer.weight.float().T)
+        head = Head(
+            final_norm(student) if states == layer.weight.shape[-1] else None,
+            layer,
+            lambda h: h.float() @ layer.weight.float().T,
+        )
         breaker = CircuitBreaker(student, config, head=head).train()
         trained = [p for p in student.parameters() if p.requires_grad]
-        for p in trained: p.grad = torch.zeros_like(p)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
         batch = [rows_of(rows, config.max_length, share) for _ in range(2)]
         with Counted() as counted:
             terms = breaker(*batch, torch.ones(3))
             sum(terms.values()).backward()
             del terms
     largest = max(bytes_of(b.parameters()) for b in decoder_blocks(student))
-    return weight_bytes(student, config.quantize), largest, bytes_of([layer.weight]), bytes_of(trained), counted.peak, counted.products, layer.weight.shape, states
+    return (
+        weight_bytes(student, config.quantize),
+        largest,
+        bytes_of([layer.weight]),
+        bytes_of(trained),
+        counted.peak,
+        counted.products,
+        layer.weight.shape,
+        states,
+    )
 
 
-def plan_step(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5,
-              shape: PretrainedConfig | None = None, device: str = "cuda", trust_remote_code: bool = False) -> Plan:
-    """The `Plan` of a step with rows of `config.max_length` tokens, a `share` of which are targets: the largest that can come. `shape`: the model's configuration,
-    by default `model_shape(config.model)`. `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
+def plan_step(
+    config: CircuitBreakerConfig,
+    processes: int = 1,
+    fsdp: bool = False,
+    share: float = 0.5,
+    shape: PretrainedConfig | None = None,
+    device: str = "cuda",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """The `Plan` of a step with rows of `config.max_length` tokens, a `share` of which are targets: the
+    largest that can come. `shape`: the model's configuration, by default `model_shape(config.model)`.
+    `device`: cuda or cpu. Raises ConfigError where the rows cannot be shared or a layer does not exist."""
     rows, micro_batches = shares(config, processes)
-    same = replace(config, batch_size=1, gradient_accumulation_steps=1)  # for one micro-batch it makes no difference
+    # for one micro-batch it makes no difference
+    same = replace(config, batch_size=1, gradient_accumulation_steps=1)
     found = shape or model_shape(config.model, trust_remote_code)
     given = Shape(found, json.dumps(found.to_dict(), sort_keys=True, default=str), trust_remote_code)
     with in_words(f"a step of {config.model} cannot be planned"):
-        weights, block, head, adapter, peak, products, (vocabulary, width), states = run_once(same, given, rows, share)
+        weights, block, head, adapter, peak, products, (vocabulary, width), states = run_once(
+            same, given, rows, share
+        )
     here, there = (chunk_bytes(config, rows, share, vocabulary, where) for where in ("cpu", device))
     cached = (len(config.target_layers) * states + width) * DTYPES[config.dtype].itemsize
-    if shape is None: weights += beside_text(config.model, config.dtype, trust_remote_code)
-    return Plan(weights // processes if fsdp else weights, 2 * block + head if fsdp else 0, 4 * adapter, peak + there - here, there, cached, products * micro_batches * processes)
-
+    if shape is None:
+        weights += beside_text(config.model, config.dtype, trust_remote_code)
+    return Plan(
+        weights // processes if fsdp else weights,
+        2 * block + head if fsdp else 0,
+        4 * adapter,
+        peak + there - here,
+        there,
+        cached,
+        products * micro_batches * processes,
+    )
 
 # %% ../../nbs/preflight/05_plan.ipynb #748a9520
-CARDS = {"80 GB": 80e9 * 0.94, "141 GB": 141e9 * 0.94}  # what is left of a card beside the context of CUDA and of NCCL, and the holes of an allocator
-PEAK, REACHED = 989e12, 0.4  # operations a second of an H100 or H200 in bfloat16, dense, and the share of it that is assumed
+# what is left of a card beside the context of CUDA and of NCCL, and the holes of an allocator
+CARDS = {"80 GB": 80e9 * 0.94, "141 GB": 141e9 * 0.94}
+# operations a second of an H100 or H200 in bfloat16, dense, and the share of it that is assumed
+PEAK, REACHED = 989e12, 0.4
 
 
 def seconds(plan: Plan, processes: int) -> float:
@@ -229,42 +322,78 @@ def seconds(plan: Plan, processes: int) -> float:
 
 
 def alternatives(config: CircuitBreakerConfig, processes: int, fsdp: bool):
-    "Yields `(what to change in words, config, processes, fsdp)`: what takes less memory and gives the same run, the mildest first."
+    """Yields `(what to change in words, config, processes, fsdp)`: what takes less memory and gives the same
+    run, the mildest first."""
     if not config.gradient_checkpointing:
         config = replace(config, gradient_checkpointing=True)
         yield "gradient_checkpointing True", config, processes, fsdp
     words = []
     while config.batch_size > 1 and config.batch_size % 2 == 0:
-        config = replace(config, batch_size=config.batch_size // 2, gradient_accumulation_steps=2 * config.gradient_accumulation_steps)
-        if shares(config, processes)[0] < config.batch_size: continue  # they take fewer rows already
-        words = [f"batch_size {config.batch_size} with gradient_accumulation_steps {config.gradient_accumulation_steps}"]
+        config = replace(
+            config,
+            batch_size=config.batch_size // 2,
+            gradient_accumulation_steps=2 * config.gradient_accumulation_steps,
+        )
+        if shares(config, processes)[0] < config.batch_size:
+            continue  # they take fewer rows already
+        words = [
+            f"batch_size {config.batch_size} with gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps}"
+        ]
         yield words[0], config, processes, fsdp
     for n in (2, 4, 8, 16):
         if n > processes and config.batch_size * config.gradient_accumulation_steps % n == 0:
             yield " and ".join([*words, f"{n} processes with fsdp"]), config, n, True
 
 
-def advice(config: CircuitBreakerConfig, processes: int, fsdp: bool, share: float, room: float,
-           trust_remote_code: bool = False) -> str:
+def advice(
+    config: CircuitBreakerConfig,
+    processes: int,
+    fsdp: bool,
+    share: float,
+    room: float,
+    trust_remote_code: bool = False,
+) -> str:
     "The mildest of `alternatives` that fits into `room` bytes, in words; empty where none does."
+
     def fits(other, n, parts):
         return plan_step(other, n, parts, share, trust_remote_code=trust_remote_code).total <= room
+
     return next((words for words, *changed in alternatives(config, processes, fsdp) if fits(*changed)), "")
 
 
-def plan_lines(config: CircuitBreakerConfig, processes: int = 1, fsdp: bool = False, share: float = 0.5,
-               trust_remote_code: bool = False):
-    "Yields the lines that `cbnb plan` prints: the parts, the time of a step, and for each card whether it fits or what to change."
+def plan_lines(
+    config: CircuitBreakerConfig,
+    processes: int = 1,
+    fsdp: bool = False,
+    share: float = 0.5,
+    trust_remote_code: bool = False,
+):
+    """Yields the lines that `cbnb plan` prints: the parts, the time of a step, and for each card whether it
+    fits or what to change."""
     plan = plan_step(config, processes, fsdp, share, trust_remote_code=trust_remote_code)
     rows, micro_batches = shares(config, processes)
-    yield (f"{config.model}: {rows} harmful and {rows} benign rows of {config.max_length} tokens a micro-batch, {micro_batches} micro-batch{'es' * (micro_batches > 1)} a step"
-           + (f", in each of {processes} processes" if processes > 1 else ""))
-    parts = (("weights, frozen" + (" (its part)" if fsdp else ""), plan.weights), *((("weights brought together for a block", plan.gathered),) if fsdp else ()),
-             ("adapter, gradient and optimizer", plan.adapter), ("activations at the peak", plan.activations), ("  of which KL buffers at most", plan.kl), ("together", plan.total))
-    for name, size in parts: yield f"  {name:46}{size_words(size):>9}"
+    yield (
+        f"{config.model}: {rows} harmful and {rows} benign rows of {config.max_length} tokens a "
+        f"micro-batch, {micro_batches} micro-batch{'es' * (micro_batches > 1)} a step"
+        + (f", in each of {processes} processes" if processes > 1 else "")
+    )
+    parts = (
+        ("weights, frozen" + (" (its part)" if fsdp else ""), plan.weights),
+        *((("weights brought together for a block", plan.gathered),) if fsdp else ()),
+        ("adapter, gradient and optimizer", plan.adapter),
+        ("activations at the peak", plan.activations),
+        ("  of which KL buffers at most", plan.kl),
+        ("together", plan.total),
+    )
+    for name, size in parts:
+        yield f"  {name:46}{size_words(size):>9}"
     yield f"  {'on disk, a teacher cache of a million targets':46}{size_words(1e6 * plan.cached):>9}"
     yield f"  {'a step on H100s, if 40 % is reached':46}{format_number(seconds(plan, processes)):>6} s"
     for card, room in CARDS.items():
-        if plan.total <= room: yield f"fits a card of {card}"
-        elif found := advice(config, processes, fsdp, share, room, trust_remote_code): yield f"does not fit a card of {card}: {found} does"
-        else: yield f"does not fit a card of {card}, nor with smaller batches or up to 16 processes"
+        if plan.total <= room:
+            yield f"fits a card of {card}"
+        elif found := advice(config, processes, fsdp, share, room, trust_remote_code):
+            yield f"does not fit a card of {card}: {found} does"
+        else:
+            yield f"does not fit a card of {card}, nor with smaller batches or up to 16 processes"

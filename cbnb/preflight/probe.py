@@ -20,23 +20,26 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from ..train.alarms import LEAST, LIFTED, forces
 from ..config import CircuitBreakerConfig
 from ..data.streams import PairedStreams, Sample, collate
+from ..train.alarms import LEAST, LIFTED, forces
 from ..train.floor import kept, on_device, rounding_floor
 from ..train.trainer import NonFiniteLossError, breaker_trainer
 
 # %% ../../nbs/preflight/01_probe.ipynb #d3cf289c
-EVERY = 2            # steps between two gradient diagnoses in a probe
-FIRST = 10           # no verdict before this step: the first ones are rounding noise that AdamW makes large
+EVERY = 2  # steps between two gradient diagnoses in a probe
+FIRST = 10  # no verdict before this step: the first ones are rounding noise that AdamW makes large
 WINS, LOSES, IN_REACH = 0.5, 0.02, 0.08  # force of reroute over that of retain and KL together
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a probe foretells. `alive`: True, False, or None while it is open. `force`: norm of the weighted reroute gradient over that of the weighted
-    retain and KL gradients together at step `step`, infinite where nothing holds back; `holder`: which of the two holds the more, `retain` or `kl`. `turned`: 1 − loss_reroute there. `opens_by`:
-    the step by which loss_reroute is foretold to be below dead_level, infinite for never."""
+    """What a probe foretells. `alive`: True, False, or None while it is open. `force`: norm of the weighted
+    reroute gradient over that of the weighted retain and KL gradients together at step `step`, infinite where
+    nothing holds back; `holder`: which of the two holds the more, `retain` or `kl`. `turned`: 1 −
+    loss_reroute there. `opens_by`: the step by which loss_reroute is foretold to be below dead_level,
+    infinite for never."""
+
     alive: bool | None
     step: int
     force: float
@@ -46,18 +49,22 @@ class Outlook:
 
 
 def growth(rows: list[dict], least: float = 1e-8, span: int = 8) -> float:
-    "Growth of log10(1 − loss_reroute) a step over the last `span` steps: the difference of the means of its later and its earlier half. Values below `least` count as that."
+    """Growth of log10(1 − loss_reroute) a step over the last `span` steps: the difference of the means of its
+    later and its earlier half. Values below `least` count as that."""
     recent = [math.log10(max(1 - row["loss_reroute"], least)) for row in rows[-span:]]
     half = len(recent) // 2
     return (sum(recent[-half:]) - sum(recent[:half])) / half / (len(recent) - half) if half else 0.0
 
 
 def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None = None) -> Outlook:
-    """The `Outlook` after the log lines `rows` of a probe, one a step, of a run with this rounding `floor` (None: 0, as in float32).
+    """The `Outlook` after the log lines `rows` of a probe, one a step, of a run with this rounding `floor`
+    (None: 0, as in float32).
 
-    Reroute has won when its force is `WINS` or more and 1 − loss_reroute, which has left the floor and now grows by a factor a step, is on its way: the growth seen, halved
-    because it slows down, must carry it to 1 − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning rate, is
-    below `LOSES`. Otherwise the answer is open, until `settled`; so it is while the KL stands above `collapse_kl`, since it may come back."""
+    Reroute has won when its force is `WINS` or more and 1 − loss_reroute, which has left the floor and now
+    grows by a factor a step, is on its way: the growth seen, halved because it slows down, must carry it to 1
+    − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning rate,
+    is below `LOSES`. Otherwise the answer is open, until `settled`; so it is while the KL stands above
+    `collapse_kl`, since it may come back."""
     last = rows[-1]
     diagnosed = next((row for row in reversed(rows) if "grad_norm_reroute" in row), None)
     turned, goal = 1 - last["loss_reroute"], max(1 - config.dead_level, 1e-3)
@@ -66,27 +73,47 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     pull, hold, holder = forces(diagnosed) if diagnosed else (0.0, 0.0, "retain")
     force = pull / hold if hold > 0 else (math.inf if pull > 0 else 0.0)
     rate = growth(rows, max(1e-8, at_floor))
-    left = 0.0 if turned >= goal else 2 * math.log10(goal / max(turned, 1e-8)) / rate if rate > 0 and turned > at_floor else math.inf
+    left = (
+        0.0
+        if turned >= goal
+        else 2 * math.log10(goal / max(turned, 1e-8)) / rate
+        if rate > 0 and turned > at_floor
+        else math.inf
+    )
     opens_by = last["step"] + left
-    warming = config.learning_rate / last["lr"] if last["step"] < config.warmup_steps and last["lr"] > 0 else 1.0
+    warming = (
+        config.learning_rate / last["lr"] if last["step"] < config.warmup_steps and last["lr"] > 0 else 1.0
+    )
     alive = None
     if last["step"] >= FIRST and last["loss_kl"] <= config.collapse_kl:
-        if turned >= goal or (force >= WINS and turned > max(1e-5, least) and rate > 0 and opens_by <= config.total_steps): alive = True
-        elif force * warming < LOSES: alive = False
+        if turned >= goal or (
+            force >= WINS and turned > max(1e-5, least) and rate > 0 and opens_by <= config.total_steps
+        ):
+            alive = True
+        elif force * warming < LOSES:
+            alive = False
     return Outlook(alive, last["step"], force, turned, opens_by, holder)
 
 # %% ../../nbs/preflight/01_probe.ipynb #c55e7781
 def settled(found: Outlook, config: CircuitBreakerConfig) -> Outlook:
-    "The `Outlook` when no more steps are made: what is still open is alive if it has opened, or if reroute is in reach of winning and foretold to open in time."
-    if found.alive is not None: return found
-    return replace(found, alive=found.opens_by <= found.step or (found.force >= IN_REACH and found.opens_by <= config.total_steps))
+    """The `Outlook` when no more steps are made: what is still open is alive if it has opened, or if reroute
+    is in reach of winning and foretold to open in time."""
+    if found.alive is not None:
+        return found
+    return replace(
+        found,
+        alive=found.opens_by <= found.step
+        or (found.force >= IN_REACH and found.opens_by <= config.total_steps),
+    )
 
 # %% ../../nbs/preflight/01_probe.ipynb #cf46aa05
 @dataclass(frozen=True)
 class Probe:
-    """The first steps of a training. `rows`: their log lines; `outlook`; `seconds` a step, without the gradients by term and without the first step; `pairs` of rows a
-    step; `memory`: peak bytes on the device while they were made (on the CPU, of the process up to then); `error`: the words of a loss that was not finite; `floor`: the
-    rounding floor (`cbnb.train.floor.rounding_floor`)."""
+    """The first steps of a training. `rows`: their log lines; `outlook`; `seconds` a step, without the
+    gradients by term and without the first step; `pairs` of rows a step; `memory`: peak bytes on the device
+    while they were made (on the CPU, of the process up to then); `error`: the words of a loss that was not
+    finite; `floor`: the rounding floor (`cbnb.train.floor.rounding_floor`)."""
+
     rows: list
     outlook: Outlook
     seconds: float
@@ -97,50 +124,93 @@ class Probe:
 
 
 class Watch(TrainerCallback):
-    "Keeps the log lines of a probe and how long its steps took, and ends it when the outlook is clear or `steps` are made."
+    """Keeps the log lines of a probe and how long its steps took, and ends it when the outlook is clear or
+    `steps` are made."""
 
     def __init__(self, config: CircuitBreakerConfig, steps: int, floor: dict):
         self.config, self.steps, self.floor, self.rows, self.times = config, steps, floor, [], []
 
-    def on_step_begin(self, args, state, control, **kwargs): self.began, self.diagnosed = time.monotonic(), self.trainer.diagnosis_seconds
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began, self.diagnosed = time.monotonic(), self.trainer.diagnosis_seconds
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(self.trainer.clock() - self.began - (self.trainer.diagnosis_seconds - self.diagnosed))
+        self.times.append(
+            self.trainer.clock() - self.began - (self.trainer.diagnosis_seconds - self.diagnosed)
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss_reroute" not in logs: return
+        if not logs or "loss_reroute" not in logs:
+            return
         self.rows.append(dict(logs))
-        if len(self.rows) >= self.steps or outlook(self.rows, self.config, self.floor).alive is not None: control.should_training_stop = True
+        if len(self.rows) >= self.steps or outlook(self.rows, self.config, self.floor).alive is not None:
+            control.should_training_stop = True
 
 
 @contextmanager
-def probed(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, steps: int = 40,
-           teacher: nn.Module | None = None):
-    """Makes up to `steps` of the training that `config` asks for, by the trainer itself, ending as soon as the outlook is clear, and gives a `Probe`.
-    Inside, `student` is as they have left it; afterwards it is as before, random states too.
+def probed(
+    student: PeftModel,
+    harmful: list[Sample],
+    benign: list[Sample],
+    config: CircuitBreakerConfig,
+    pad_id: int,
+    steps: int = 40,
+    teacher: nn.Module | None = None,
+):
+    """Makes up to `steps` of the training that `config` asks for, by the trainer itself, ending as soon as
+    the outlook is clear, and gives a `Probe`. Inside, `student` is as they have left it; afterwards it is as
+    before, random states too.
 
-    A step of a probe has at most 8 pairs of rows and no accumulation, so that it stays short for a large model. Raises what training raises, but
-    for a loss that is not finite."""
-    short = replace(config, batch_size=min(config.batch_size, 8), gradient_accumulation_steps=1, logging_steps=1, diagnose_steps=EVERY, save_steps=0, report_to="none")
+    A step of a probe has at most 8 pairs of rows and no accumulation, so that it stays short for a large
+    model. Raises what training raises, but for a loss that is not finite."""
+    short = replace(
+        config,
+        batch_size=min(config.batch_size, 8),
+        gradient_accumulation_steps=1,
+        logging_steps=1,
+        diagnose_steps=EVERY,
+        save_steps=0,
+        report_to="none",
+    )
     steps = min(steps, config.total_steps)
     with kept(student), tempfile.TemporaryDirectory() as folder:
         was_training = student.training
-        some = [PairedStreams(harmful, benign, short.batch_size, config.seed)[i] for i in range(min(short.batch_size, 4))]
+        some = [
+            PairedStreams(harmful, benign, short.batch_size, config.seed)[i]
+            for i in range(min(short.batch_size, 4))
+        ]
         floor = rounding_floor(student, on_device(collate(some, pad_id), student.device), config)
         watch = Watch(config, steps, floor)
-        trainer = breaker_trainer(student, harmful, benign, short, Path(folder) / "checkpoints", pad_id, teacher, [watch])
+        trainer = breaker_trainer(
+            student, harmful, benign, short, Path(folder) / "checkpoints", pad_id, teacher, [watch]
+        )
         watch.trainer, error = trainer, ""
-        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        try: trainer.train()
-        except NonFiniteLossError as e: error = str(e)
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found = settled(outlook(watch.rows, config, floor), config) if watch.rows else Outlook(False, 0, 0.0, 0.0, math.inf)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            trainer.train()
+        except NonFiniteLossError as e:
+            error = str(e)
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        found = (
+            settled(outlook(watch.rows, config, floor), config)
+            if watch.rows
+            else Outlook(False, 0, 0.0, 0.0, math.inf)
+        )
         later = watch.times[1:] or watch.times
         student.eval()
-        try: yield Probe(watch.rows, found, sum(later) / max(len(later), 1), short.batch_size, memory, error, floor)
-        finally: student.train(was_training)
+        try:
+            yield Probe(
+                watch.rows, found, sum(later) / max(len(later), 1), short.batch_size, memory, error, floor
+            )
+        finally:
+            student.train(was_training)
 
 
 def probe_only(training, config: CircuitBreakerConfig) -> Probe:
     "The `Probe` of `training(config)`, a call of `probed`, when all is as before again."
-    with training(config) as probe: return probe
+    with training(config) as probe:
+        return probe

@@ -16,53 +16,103 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..train.alarms import foretold
+from ..basics.numbers import duration, floor_limit, format_number, size_words
 from ..config import CircuitBreakerConfig, coefficients
 from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import Point, judged
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, mime_bundle
-from ..basics.numbers import duration, floor_limit, format_number, size_words
+from ..train.alarms import foretold
 from ..train.trainer import KEPT, TERMS
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #15d4fc5c
 def schedule_rows(config: CircuitBreakerConfig, probe: Probe) -> list[dict]:
-    "Log lines of the whole schedule: the coefficients at every step (at most 500 of them), and at the first ones what the probe has measured."
+    """Log lines of the whole schedule: the coefficients at every step (at most 500 of them), and at the first
+    ones what the probe has measured."""
     made, every = {row["step"]: row for row in probe.rows}, max(1, config.total_steps // 500)
     steps = sorted({*range(1, config.total_steps + 1, every), config.total_steps, *made})
-    return [{"step": s} | dict(zip(("c_s", "c_r"), coefficients(config, s - 1))) | made.get(s, {}) for s in steps]
+    return [
+        {"step": s} | dict(zip(("c_s", "c_r"), coefficients(config, s - 1))) | made.get(s, {}) for s in steps
+    ]
 
 
 def gradient_frame(probe: Probe) -> pd.DataFrame:
     "By diagnosed step of the probe: the gradient norm of each weighted term, and the cosine of each pair."
-    keys = [f"grad_norm_{t}" for t in TERMS] + ["grad_cos_reroute_retain", "grad_cos_reroute_kl", "grad_cos_retain_kl"]
+    keys = [f"grad_norm_{t}" for t in TERMS] + [
+        "grad_cos_reroute_retain",
+        "grad_cos_reroute_kl",
+        "grad_cos_retain_kl",
+    ]
     rows = {row["step"]: [row.get(k) for k in keys] for row in probe.rows if "grad_norm_reroute" in row}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=[k.removeprefix("grad_") for k in keys], dtype=float).rename_axis("step")
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=[k.removeprefix("grad_") for k in keys], dtype=float
+    ).rename_axis("step")
 
 
 def check_weights(config: CircuitBreakerConfig, probe: Probe, told=()):
-    """Is `beta_kl` conservative, does each term get its turn, and which gradient is the largest when? Doubts are warnings: a sweep must be able to go beyond.
-    `told`: what `cbnb.run.settings.settings_of` has to say."""
+    """Is `beta_kl` conservative, does each term get its turn, and which gradient is the largest when? Doubts
+    are warnings: a sweep must be able to go beyond. `told`: what `cbnb.run.settings.settings_of` has to say.
+    """
     ends = [coefficients(config, s) for s in (0, config.total_steps // 2, config.total_steps - 1)]
-    ahead = "; ".join(f"step {s}: c_s {a:.3g}, c_r {b:.3g}" for s, (a, b) in zip((1, config.total_steps // 2 + 1, config.total_steps), ends))
+    ahead = "; ".join(
+        f"step {s}: c_s {a:.3g}, c_r {b:.3g}"
+        for s, (a, b) in zip((1, config.total_steps // 2 + 1, config.total_steps), ends)
+    )
     points = [
-        judged(config.beta_kl <= 1, f"beta_kl {config.beta_kl:g}" + (" (conservative; 0.3 in every preset)" if 0 < config.beta_kl <= 1 else
-               ": the KL is measured and not trained, a control" if not config.beta_kl else ": above 1 it may suppress the breaker; compare with 0.3 before you trust it"), "warn"),
-        judged(0.5 <= config.kl_temperature <= 4, f"T {config.kl_temperature:g}: loss_kl is scaled by T² = {config.kl_temperature ** 2:g}", "warn"),
-        Point("pass", f"coefficients ({config.schedule}) {ahead}; retain is weighted by c_r·{config.retain_weight:g}, KL by c_r·{config.beta_kl:g}"),
-        judged(config.warmup_steps <= 0.3 * config.total_steps, f"{config.warmup_steps} of {config.total_steps} steps are warm-up" + (
-               "" if config.warmup_steps <= 0.3 * config.total_steps else ": retain gains weight while the learning rate is still small"), "warn"),
-        *(Point("warn", line) for line in told)]
+        judged(
+            config.beta_kl <= 1,
+            f"beta_kl {config.beta_kl:g}"
+            + (
+                " (conservative; 0.3 in every preset)"
+                if 0 < config.beta_kl <= 1
+                else ": the KL is measured and not trained, a control"
+                if not config.beta_kl
+                else ": above 1 it may suppress the breaker; compare with 0.3 before you trust it"
+            ),
+            "warn",
+        ),
+        judged(
+            0.5 <= config.kl_temperature <= 4,
+            f"T {config.kl_temperature:g}: loss_kl is scaled by T² = {config.kl_temperature**2:g}",
+            "warn",
+        ),
+        Point(
+            "pass",
+            f"coefficients ({config.schedule}) {ahead}; retain is weighted by c_r·{config.retain_weight:g}, "
+            f"KL by c_r·{config.beta_kl:g}",
+        ),
+        judged(
+            config.warmup_steps <= 0.3 * config.total_steps,
+            f"{config.warmup_steps} of {config.total_steps} steps are warm-up"
+            + (
+                ""
+                if config.warmup_steps <= 0.3 * config.total_steps
+                else ": retain gains weight while the learning rate is still small"
+            ),
+            "warn",
+        ),
+        *(Point("warn", line) for line in told),
+    ]
     frame = gradient_frame(probe)
     if len(frame):
-        norms = frame.iloc[-1, :len(TERMS)]
+        norms = frame.iloc[-1, : len(TERMS)]
         largest = norms.idxmax().removeprefix("norm_")
         shares = ", ".join(f"{t} {format_number(norms[f'norm_{t}'])}" for t in TERMS)
         held = largest == "kl" and not probe.outlook.alive
-        points.append(judged(not held, f"weighted gradient norms at step {frame.index[-1]} of the probe: {shares}; the largest is {largest}'s"
-                             + (", and the breaker has not opened: lower beta_kl" if held else ""), "warn"))
-    figures = {"beta_kl": config.beta_kl, "kl_temperature": config.kl_temperature, "coefficients": {"first": ends[0], "middle": ends[1], "last": ends[2]},
-               "gradients": frame.reset_index().to_dict("list")}
+        points.append(
+            judged(
+                not held,
+                f"weighted gradient norms at step {frame.index[-1]} of the probe: {shares}; the largest is "
+                f"{largest}'s" + (", and the breaker has not opened: lower beta_kl" if held else ""),
+                "warn",
+            )
+        )
+    figures = {
+        "beta_kl": config.beta_kl,
+        "kl_temperature": config.kl_temperature,
+        "coefficients": {"first": ends[0], "middle": ends[1], "last": ends[2]},
+        "gradients": frame.reset_index().to_dict("list"),
+    }
     return points, figures, [mime_bundle(curves(schedule_rows(config, probe))), frame.map(format_number)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #f3a92b2e
@@ -72,40 +122,91 @@ def round_down(value: float) -> float:
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #6fe9e50c
 def proposals(config: CircuitBreakerConfig, found: Outlook) -> list[dict]:
-    """Changes of settings that may bring a dead run to life, the likeliest first: a smaller weight of the term that holds the most (so that reroute would have had twice the
-    force of what holds it, at least a thousandth), a three times higher learning rate, a shorter warm-up, more steps; and the first two together."""
+    """Changes of settings that may bring a dead run to life, the likeliest first: a smaller weight of the
+    term that holds the most (so that reroute would have had twice the force of what holds it, at least a
+    thousandth), a three times higher learning rate, a shorter warm-up, more steps; and the first two
+    together."""
     ratio = min(max(found.force, 1e-3) / (4 * WINS), 0.5)
     name = "beta_kl" if found.holder == "kl" else "retain_weight"
-    weight = {name: round_down(getattr(config, name) * ratio)} if getattr(config, name) and found.force < 4 * WINS else {}
+    weight = (
+        {name: round_down(getattr(config, name) * ratio)}
+        if getattr(config, name) and found.force < 4 * WINS
+        else {}
+    )
     warmup = {"warmup_steps": 5} if config.warmup_steps > 5 else {}
     rate = {"learning_rate": float(f"{3 * config.learning_rate:.2g}")}
-    steps = {"total_steps": math.ceil(1.5 * found.opens_by / 10) * 10} if config.total_steps < found.opens_by < 20 * config.total_steps else {}
-    ordered = [weight, rate, warmup, weight | rate if weight else {}] if found.force < WINS else [steps, rate, weight, warmup]
+    steps = (
+        {"total_steps": math.ceil(1.5 * found.opens_by / 10) * 10}
+        if config.total_steps < found.opens_by < 20 * config.total_steps
+        else {}
+    )
+    ordered = (
+        [weight, rate, warmup, weight | rate if weight else {}]
+        if found.force < WINS
+        else [steps, rate, weight, warmup]
+    )
     return [change for change in ordered if change]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #f9a607f0
 def torn(config: CircuitBreakerConfig, probe: Probe) -> str:
-    """What the probe has done to the benign KL, in words, where it stands above `collapse_kl` at its end and is not on its way back: as it has changed over the last half of the probe, it would
-    not be below `collapse_kl` after as many steps again. A hump, which the opening breaker makes, is none."""
+    """What the probe has done to the benign KL, in words, where it stands above `collapse_kl` at its end and
+    is not on its way back: as it has changed over the last half of the probe, it would not be below
+    `collapse_kl` after as many steps again. A hump, which the opening breaker makes, is none."""
     kl, step = lambda row: as_float(row.get("loss_kl")), probe.rows[-1]["step"]
-    if not kl(probe.rows[-1]) > config.collapse_kl or foretold(probe.rows, kl, step / 2, 2 * step, 1e-30) <= config.collapse_kl: return ""
-    return (f"the first {step} steps drive the benign KL to {format_number(probe.rows[-1]['loss_kl'])} nats a token, above collapse_kl {config.collapse_kl:g}, and it does not come back soon: "
-            "lower learning_rate, by ten to begin with")
+    if (
+        not kl(probe.rows[-1]) > config.collapse_kl
+        or foretold(probe.rows, kl, step / 2, 2 * step, 1e-30) <= config.collapse_kl
+    ):
+        return ""
+    return (
+        f"the first {step} steps drive the benign KL to {format_number(probe.rows[-1]['loss_kl'])} nats a "
+        f"token, above collapse_kl {config.collapse_kl:g}, and it does not come back soon: "
+        "lower learning_rate, by ten to begin with"
+    )
 
 
 def check_alive(config: CircuitBreakerConfig, probe: Probe, again):
-    """Does reroute leave the saddle? `again(config)` makes a `Probe` of other settings: of each of the `proposals`, until one lives."""
+    """Does reroute leave the saddle? `again(config)` makes a `Probe` of other settings: of each of the
+    `proposals`, until one lives."""
     found = probe.outlook
     holder = "KL" if found.holder == "kl" else "retain"
-    force = (f"at step {found.step} of the probe the reroute gradient has {format_number(found.force)} times the norm of what holds it back (retain and KL together; the most is {holder}'s), and "
-             f"loss_reroute is {1 - found.turned:.6g}")
-    figures = {"step": found.step, "force": found.force, "holder": found.holder, "turned": found.turned, "opens_by": found.opens_by, "alive": bool(found.alive), "floor": probe.floor,
-               "proposal": None}
-    if probe.error: return [Point("fail", f"the probe ended with a loss that is no number: {probe.error}")], figures, ()
-    if why := torn(config, probe): return [Point("fail" if config.beta_kl else "warn", why)], figures, ()
-    if found.alive: return [Point("pass", f"{force}: it is foretold to be below {config.dead_level:g} by about step {math.ceil(found.opens_by)} of {config.total_steps}")], figures, ()
+    force = (
+        f"at step {found.step} of the probe the reroute gradient has {format_number(found.force)} times the "
+        f"norm of what holds it back (retain and KL together; the most is {holder}'s), and "
+        f"loss_reroute is {1 - found.turned:.6g}"
+    )
+    figures = {
+        "step": found.step,
+        "force": found.force,
+        "holder": found.holder,
+        "turned": found.turned,
+        "opens_by": found.opens_by,
+        "alive": bool(found.alive),
+        "floor": probe.floor,
+        "proposal": None,
+    }
+    if probe.error:
+        return [Point("fail", f"the probe ended with a loss that is no number: {probe.error}")], figures, ()
+    if why := torn(config, probe):
+        return [Point("fail" if config.beta_kl else "warn", why)], figures, ()
+    if found.alive:
+        return (
+            [
+                Point(
+                    "pass",
+                    f"{force}: it is foretold to be below {config.dead_level:g} by about step "
+                    f"{math.ceil(found.opens_by)} of {config.total_steps}",
+                )
+            ],
+            figures,
+            (),
+        )
     at_floor = found.turned <= floor_limit(probe.floor.get("reroute", 0.0))
-    why = f"{'the KL' if found.holder == 'kl' else 'retain'} pulls harder than reroute can grow" if found.force < WINS else "reroute wins, but too late"
+    why = (
+        f"{'the KL' if found.holder == 'kl' else 'retain'} pulls harder than reroute can grow"
+        if found.force < WINS
+        else "reroute wins, but too late"
+    )
     points = [Point("fail", f"{force}{', which is rounding' if at_floor else ''}: a dead run; {why}")]
     for change in proposals(config, found):
         told = " and ".join(f"{k} {v:g} instead of {getattr(config, k):g}" for k, v in change.items())
@@ -113,51 +214,114 @@ def check_alive(config: CircuitBreakerConfig, probe: Probe, again):
         tried = again(changed)
         if tried.outlook.alive and not torn(changed, tried):
             figures["proposal"] = change
-            points.append(Point("fail", f"change {told}: probed, it opens by about step {math.ceil(tried.outlook.opens_by)}"))
+            points.append(
+                Point(
+                    "fail",
+                    f"change {told}: probed, it opens by about step {math.ceil(tried.outlook.opens_by)}",
+                )
+            )
             return points, figures, ()
         points.append(Point("warn", f"{told} would not do (probed)"))
-    points.append(Point("fail", f"none of these brings it to life: lower {'beta_kl' if found.holder == 'kl' else 'retain_weight'} by more, or look at target_layers and data"))
+    points.append(
+        Point(
+            "fail",
+            "none of these brings it to life: lower "
+            f"{'beta_kl' if found.holder == 'kl' else 'retain_weight'} by more, or look at target_layers "
+            "and data",
+        )
+    )
     return points, figures, ()
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #7d0391c3
-def heldout_divergence(student, masker, heldout, config: CircuitBreakerConfig, teacher=None, at_most: int = 32) -> dict:
-    "`{domain: {\"kl\", \"top1\"}}` of up to `at_most` held-out benign transcripts of each domain, for the student as it is now; a domain without targets is left out."
-    chosen = {d: ts[::max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(heldout).items()}
-    return {d: benign_divergence(student, masker, ts, config, teacher, config.batch_size) for d, ts in chosen.items()}
+def heldout_divergence(
+    student, masker, heldout, config: CircuitBreakerConfig, teacher=None, at_most: int = 32
+) -> dict:
+    """`{domain: {"kl", "top1"}}` of up to `at_most` held-out benign transcripts of each domain, for the
+    student as it is now; a domain without targets is left out."""
+    chosen = {d: ts[:: max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(heldout).items()}
+    return {
+        d: benign_divergence(student, masker, ts, config, teacher, config.batch_size)
+        for d, ts in chosen.items()
+    }
 
 
 def probe_run(training, config: CircuitBreakerConfig, measure):
-    "`(Probe, measure())` of `training(config)`, a call of `cbnb.preflight.probe.probed`; `measure` sees the student as the probe has left it."
-    with training(config) as probe: return probe, measure()
+    """`(Probe, measure())` of `training(config)`, a call of `cbnb.preflight.probe.probed`; `measure` sees the
+    student as the probe has left it."""
+    with training(config) as probe:
+        return probe, measure()
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #01f4050b
 def device_memory() -> int:
     "Bytes of memory of the device that trains: the GPU's, else the machine's."
-    if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_means(config: CircuitBreakerConfig, probe: Probe, student, folder: Path, samples, cache=None):
-    """Time and memory of the run from those of the probe, in proportion to rows and, for memory, to the longest of `samples`; disk for the adapter and
-    `KEPT` + 1 checkpoints (adapter and two moments) where `folder` lies and, with `cache` = `(folder, bytes)`, for the teacher's states there. Evaluation
-    comes on top."""
+    """Time and memory of the run from those of the probe, in proportion to rows and, for memory, to the
+    longest of `samples`; disk for the adapter and `KEPT` + 1 checkpoints (adapter and two moments) where
+    `folder` lies and, with `cache` = `(folder, bytes)`, for the teacher's states there. Evaluation comes on
+    top."""
     rows = config.batch_size * config.gradient_accumulation_steps / probe.pairs
     seconds = probe.seconds * rows * config.total_steps
     weights = sum(p.numel() * p.element_size() for p in student.parameters())
     lengths = [len(s.input_ids) for s in samples]
     longest, usual = max(lengths), sum(lengths) / len(lengths)
-    memory = weights + max(probe.memory - weights, 0) * (max(config.batch_size / probe.pairs, 1) * longest / usual if torch.cuda.is_available() else 1)
+    memory = weights + max(probe.memory - weights, 0) * (
+        max(config.batch_size / probe.pairs, 1) * longest / usual if torch.cuda.is_available() else 1
+    )
     total = device_memory()
     adapter = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)
     disk, free = adapter * (1 + 3 * (KEPT + 1)) + 1000 * config.total_steps, shutil.disk_usage(folder).free
     points = [
-        Point("pass", f"about {duration(seconds)} for {config.total_steps} steps ({probe.seconds:.3g} s for a step of {probe.pairs} pairs of rows), evaluation and gradients by term not counted"),
-        Point("pass" if memory < 0.85 * total else "warn" if memory < 1.2 * total else "fail", f"about {size_words(memory)} of memory of {size_words(total)}"
-              + (f", for the longest rows ({longest} tokens)" if torch.cuda.is_available() else " (the process up to now)") + ("" if memory < 0.85 * total else ": lower batch_size and raise gradient_accumulation_steps, or lower max_length")),
-        Point("pass" if disk < 0.5 * free else "warn" if disk < free else "fail", f"about {size_words(disk)} of disk of {size_words(free)} that are free" + ("" if disk < 0.5 * free else ": free some, or give another run_dir"))]
+        Point(
+            "pass",
+            f"about {duration(seconds)} for {config.total_steps} steps ({probe.seconds:.3g} s for a step of "
+            f"{probe.pairs} pairs of rows), evaluation and gradients by term not counted",
+        ),
+        Point(
+            "pass" if memory < 0.85 * total else "warn" if memory < 1.2 * total else "fail",
+            f"about {size_words(memory)} of memory of {size_words(total)}"
+            + (
+                f", for the longest rows ({longest} tokens)"
+                if torch.cuda.is_available()
+                else " (the process up to now)"
+            )
+            + (
+                ""
+                if memory < 0.85 * total
+                else ": lower batch_size and raise gradient_accumulation_steps, or lower max_length"
+            ),
+        ),
+        Point(
+            "pass" if disk < 0.5 * free else "warn" if disk < free else "fail",
+            f"about {size_words(disk)} of disk of {size_words(free)} that are free"
+            + ("" if disk < 0.5 * free else ": free some, or give another run_dir"),
+        ),
+    ]
     if cache:
         place, size = Path(cache[0]).expanduser().resolve(), cache[1]
         room = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
-        points.append(Point("pass" if size < 0.5 * room else "warn" if size < room else "fail", f"the teacher cache takes {size_words(size)} of {size_words(room)} that are free for {place}, "
-                            "and spares each step the teacher's passes" + ("" if size < 0.5 * room else ": give another teacher_cache, or none")))
-    return points, {"seconds": seconds, "seconds_a_step": probe.seconds * rows, "memory": memory, "device_memory": total, "disk": disk, "free": free}, ()
+        points.append(
+            Point(
+                "pass" if size < 0.5 * room else "warn" if size < room else "fail",
+                f"the teacher cache takes {size_words(size)} of {size_words(room)} that are free for "
+                f"{place}, "
+                "and spares each step the teacher's passes"
+                + ("" if size < 0.5 * room else ": give another teacher_cache, or none"),
+            )
+        )
+    return (
+        points,
+        {
+            "seconds": seconds,
+            "seconds_a_step": probe.seconds * rows,
+            "memory": memory,
+            "device_memory": total,
+            "disk": disk,
+            "free": free,
+        },
+        (),
+    )

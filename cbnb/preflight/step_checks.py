@@ -17,19 +17,27 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..step.adapter_checks import difference, plain_logits
-from ..train.breaker import CircuitBreaker
+from ..basics.numbers import format_number
 from ..config import CircuitBreakerConfig, ConfigError
 from ..data.streams import Sample
-from ..train.floor import kept, mode, moved, rounding_floor, terms_of
-from ..step.heads import find_head, own_logits, plain_linear
-from ..step.models import decoder_blocks, find_decoder, forward_with_hidden_states, teacher_mode
-from ..step.models import reach, reach_line, reach_shares, token_states
-from ..step.passes import both_passes, first_adapted_block
+from ..masking.targets import truncation_window
 from .checks import Point, judged
 from ..report.figures import floor_words
-from ..basics.numbers import format_number
-from ..masking.targets import truncation_window
+from ..step.adapter_checks import difference, plain_logits
+from ..step.heads import find_head, own_logits, plain_linear
+from cbnb.step.models import (
+    decoder_blocks,
+    find_decoder,
+    forward_with_hidden_states,
+    reach,
+    reach_line,
+    reach_shares,
+    teacher_mode,
+    token_states,
+)
+from ..step.passes import both_passes, first_adapted_block
+from ..train.breaker import CircuitBreaker
+from ..train.floor import kept, mode, moved, rounding_floor, terms_of
 from ..train.trainer import TERMS
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #5980224d
@@ -40,23 +48,29 @@ def some_pairs(harmful: list[Sample], benign: list[Sample]) -> list[tuple[Sample
     """At most `PAIRS` pairs of samples, spread over the shorter stream, each row cut to at most `TOKENS`
     tokens that end at its last target. Every other row has at most seven eighths of that, so that the batch
     they make has padding however long the rows are."""
+
     def cut(sample, i):
         keep = truncation_window(sample.loss_mask, TOKENS - TOKENS // 8 * (i % 2))
         return replace(sample, input_ids=sample.input_ids[keep], loss_mask=sample.loss_mask[keep])
+
     n = min(len(harmful), len(benign))
     chosen = range(0, n, max(1, n // PAIRS))[:PAIRS]
     return [(cut(harmful[i], place), cut(benign[i], place)) for place, i in enumerate(chosen)]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #523b7b2f
-def definition_of_kl(student_logits, teacher_logits, loss_mask, temperature: float) -> tuple[float, float, int]:
-    """`(forward, reverse, targets)`: T²·mean of Σ p·(log p − log q) and of Σ q·(log q − log p) over the targets,
-    in nats, in float64, where p is the teacher's and q the student's softmax at temperature T one position
-    before each target. `[B, S, V]`, bool `[B, S]`."""
+def definition_of_kl(
+    student_logits, teacher_logits, loss_mask, temperature: float
+) -> tuple[float, float, int]:
+    """`(forward, reverse, targets)`: T²·mean of Σ p·(log p − log q) and of Σ q·(log q − log p) over the
+    targets, in nats, in float64, where p is the teacher's and q the student's softmax at temperature T one
+    position before each target. `[B, S, V]`, bool `[B, S]`."""
     at = loss_mask[:, 1:]
     forward = reverse = 0.0
     for some in at.nonzero().split(32):  # a few at a time: [32, V] in float64
-        log_p, log_q = ((logits[some[:, 0], some[:, 1]].double() / temperature).log_softmax(-1)
-                        for logits in (teacher_logits, student_logits))
+        log_p, log_q = (
+            (logits[some[:, 0], some[:, 1]].double() / temperature).log_softmax(-1)
+            for logits in (teacher_logits, student_logits)
+        )
         p, q = log_p.exp(), log_q.exp()
         forward += torch.where(p > 0, p * (log_p - log_q), 0.0).sum().item()
         reverse += torch.where(q > 0, q * (log_q - log_p), 0.0).sum().item()
@@ -66,21 +80,26 @@ def definition_of_kl(student_logits, teacher_logits, loss_mask, temperature: flo
 # %% ../../nbs/preflight/02_step_checks.ipynb #b2d73525
 @contextmanager
 def wide_output(model: nn.Module):
-    """Inside, the output layer of `model` takes its product in float32, whatever its dtype, and all that the model's own code does behind it follows: logits are not
-    rounded to bfloat16. A layer that is no plain linear (with an adapter, in 4 bits) is left as it is, as `cbnb.step.heads` does."""
+    """Inside, the output layer of `model` takes its product in float32, whatever its dtype, and all that the
+    model's own code does behind it follows: logits are not rounded to bfloat16. A layer that is no plain
+    linear (with an adapter, in 4 bits) is left as it is, as `cbnb.step.heads` does."""
     layer = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
     if not plain_linear(layer):
         yield
         return
     bias = None if layer.bias is None else layer.bias.float()
     layer.forward = lambda hidden: nn.functional.linear(hidden.float(), layer.weight.float(), bias)
-    try: yield
-    finally: del layer.forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #962360d8
 def precise_logits(model: nn.Module, rows: dict) -> torch.Tensor:
-    "`plain_logits` in float32, of the hidden states that the model has in its own dtype: what a KL of a few thousandths can be held against."
-    with wide_output(model): return plain_logits(model, rows)
+    """`plain_logits` in float32, of the hidden states that the model has in its own dtype: what a KL of a few
+    thousandths can be held against."""
+    with wide_output(model):
+        return plain_logits(model, rows)
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #643811ed
 MOVES = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0)  # standard deviations of the noise in each LoRA B
@@ -96,12 +115,16 @@ def check_direction(breaker: CircuitBreaker, batch: dict):
         return [Point("fail", "the benign rows have no target, so there is no KL to look at")], {}, ()
     with mode(breaker, False):
         if breaker.teacher is None:
-            with student.disable_adapter(): teacher = precise_logits(student, benign)
-        else: teacher = precise_logits(breaker.teacher, benign)
+            with student.disable_adapter():
+                teacher = precise_logits(student, benign)
+        else:
+            teacher = precise_logits(breaker.teacher, benign)
         for size in MOVES:
             with moved(student, size):
                 ours = precise_logits(student, benign)
-                forward, reverse, n = definition_of_kl(ours, teacher, benign["loss_mask"], config.kl_temperature)
+                forward, reverse, n = definition_of_kl(
+                    ours, teacher, benign["loss_mask"], config.kl_temperature
+                )
                 parted = abs(forward - reverse) > 0.05 * max(forward, reverse) and forward > 1e-3
                 if parted or size == MOVES[-1]:
                     used = terms_of(breaker, batch)["loss_kl"].item()
@@ -109,18 +132,33 @@ def check_direction(breaker: CircuitBreaker, batch: dict):
     off = abs(used - forward) / max(abs(forward), 1e-30)
     closer = abs(used - reverse) < abs(used - forward)
     figures = {"loss_kl": used, "forward": forward, "reverse": reverse}
-    told = (f"loss_kl {used:.6g}, D_KL(teacher ‖ student) {forward:.6g}, reverse {reverse:.6g} (float64, {n} targets, "
-            f"T = {config.kl_temperature:g}, adapter moved by {size:.2g})")
+    told = (
+        f"loss_kl {used:.6g}, D_KL(teacher ‖ student) {forward:.6g}, reverse {reverse:.6g} (float64, {n} "
+        "targets, "
+        f"T = {config.kl_temperature:g}, adapter moved by {size:.2g})"
+    )
     if off < 1e-3 and abs(forward - reverse) < 0.01 * max(forward, reverse):
         return [Point("warn", f"{told}: this model, at this T, does not tell the two apart")], figures, ()
     wrong = "it is the reverse KL" if closer else f"it is off by {format_number(100 * off)} %"
-    return [judged(off < 1e-3, told if off < 1e-3 else f"{told}: {wrong}; look at the loss and at its mask")], figures, ()
+    return (
+        [judged(off < 1e-3, told if off < 1e-3 else f"{told}: {wrong}; look at the loss and at its mask")],
+        figures,
+        (),
+    )
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #28835252
 def teacher_pass(breaker: CircuitBreaker, rows: dict):
-    "`(hidden states of the target layers, logits)` of the teacher, from the hidden states that the breaker gets of it in training mode."
+    """`(hidden states of the target layers, logits)` of the teacher, from the hidden states that the breaker
+    gets of it in training mode."""
     with mode(breaker, True):
-        hidden, last = both_passes(breaker.student, breaker.teacher, rows, breaker.circuit_breaker_config, breaker.head.norm, final=True)[1]
+        hidden, last = both_passes(
+            breaker.student,
+            breaker.teacher,
+            rows,
+            breaker.circuit_breaker_config,
+            breaker.head.norm,
+            final=True,
+        )[1]
     with mode(breaker, False), teacher_mode(breaker.student) if breaker.teacher is None else nullcontext():
         return hidden, own_logits(breaker.teacher or breaker.student.get_base_model(), last)
 
@@ -129,52 +167,100 @@ def frozen_points(breaker: CircuitBreaker) -> list:
     "Is what the optimizer gets the adapter, and nothing else?"
     trained = {name for name, p in breaker.named_parameters() if p.requires_grad}
     foreign = sorted(name for name in trained if "lora_" not in name)
-    if foreign: return [Point("fail", f"{len(foreign)} parameters beside the adapter would be trained, the first is {foreign[0]}: freeze the base and the teacher")]
-    return [judged(bool(trained), f"the optimizer gets {len(trained)} tensors, all of them the adapter's" if trained else "nothing would be trained: the adapter is frozen")]
+    if foreign:
+        return [
+            Point(
+                "fail",
+                f"{len(foreign)} parameters beside the adapter would be trained, the first is {foreign[0]}: "
+                "freeze the base and the teacher",
+            )
+        ]
+    return [
+        judged(
+            bool(trained),
+            f"the optimizer gets {len(trained)} tensors, all of them the adapter's"
+            if trained
+            else "nothing would be trained: the adapter is frozen",
+        )
+    ]
 
 
 def untouched_points(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor) -> list:
     "Is the teacher the plain model, also in training mode, and does a fresh adapter change nothing?"
     benign, mask = batch["benign"], batch["benign"]["attention_mask"].bool()
     with mode(breaker, False), torch.no_grad():
-        wider = {"input_ids": nn.functional.pad(benign["input_ids"], (0, 7)), "attention_mask": nn.functional.pad(mask.long(), (0, 7))}
-        with teacher_mode(breaker.student) if breaker.teacher is None else nullcontext(breaker.teacher) as teacher:
+        wider = {
+            "input_ids": nn.functional.pad(benign["input_ids"], (0, 7)),
+            "attention_mask": nn.functional.pad(mask.long(), (0, 7)),
+        }
+        with (
+            teacher_mode(breaker.student)
+            if breaker.teacher is None
+            else nullcontext(breaker.teacher) as teacher
+        ):
             again = plain_logits(teacher, benign)
-            once, other = precise_logits(teacher, benign), precise_logits(teacher, wider)[:, :mask.shape[1]]
+            once, other = precise_logits(teacher, benign), precise_logits(teacher, wider)[:, : mask.shape[1]]
         noise, untouched = difference(again[mask], plain[mask]), terms_of(breaker, batch)["loss_kl"].item()
-        floor, _, _ = definition_of_kl(other, once, benign["loss_mask"], breaker.circuit_breaker_config.kl_temperature)
+        floor, _, _ = definition_of_kl(
+            other, once, benign["loss_mask"], breaker.circuit_breaker_config.kl_temperature
+        )
     in_use = [teacher_pass(breaker, benign)[1] for _ in range(2)]
     off, spread = difference(in_use[0][mask], again[mask]), difference(*(t[mask] for t in in_use))
     who = "the teacher in use (training mode)"
     limit = max(abs(floor), 1e-6)
-    at_start = (judged(abs(untouched) <= limit, f"KL of the untouched student: {untouched:.2g} nats a token; the noise of the dtype, by padding alone, is {floor:.2g}"
-                       + ("" if abs(untouched) <= limit else ": the student is not the teacher's copy at the start"))
-                if breaker.teacher is None else Point("pass", f"the teacher is a model of its own: the untouched student's KL to it is {untouched:.3g} nats a token"))
+    at_start = (
+        judged(
+            abs(untouched) <= limit,
+            f"KL of the untouched student: {untouched:.2g} nats a token; the noise of the dtype, by padding "
+            f"alone, is {floor:.2g}"
+            + ("" if abs(untouched) <= limit else ": the student is not the teacher's copy at the start"),
+        )
+        if breaker.teacher is None
+        else Point(
+            "pass",
+            f"the teacher is a model of its own: the untouched student's KL to it is {untouched:.3g} nats a "
+            "token",
+        )
+    )
     return [
-        judged(noise == 0, "adapter off, the model's logits are the plain base model's, bit for bit" if noise == 0 else
-               f"adapter off, the model's logits differ from the plain base model's by up to {format_number(noise)}: was the base changed, or an adapter merged into it?"),
-        judged(off == 0 and spread == 0, f"{who} gives the plain model's logits, bit for bit, twice" if off == spread == 0 else
-               f"{who} is off by up to {format_number(off)}, and by {format_number(spread)} between two calls: it is not in eval mode, or not the teacher"),
-        at_start]
+        judged(
+            noise == 0,
+            "adapter off, the model's logits are the plain base model's, bit for bit"
+            if noise == 0
+            else "adapter off, the model's logits differ from the plain base model's by up to "
+            f"{format_number(noise)}: was the base changed, or an adapter merged into it?",
+        ),
+        judged(
+            off == 0 and spread == 0,
+            f"{who} gives the plain model's logits, bit for bit, twice"
+            if off == spread == 0
+            else f"{who} is off by up to {format_number(off)}, and by {format_number(spread)} between two "
+            "calls: it is not in eval mode, or not the teacher",
+        ),
+        at_start,
+    ]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #8a7d6fd4
 def one_step_points(breaker: CircuitBreaker, batch: dict) -> list:
-    """One optimizer step of all terms together: the adapter moves and changes the logits, the teacher does not move,
-    and no gradient reaches it."""
+    """One optimizer step of all terms together: the adapter moves and changes the logits, the teacher does
+    not move, and no gradient reaches it."""
     rows, config = batch["benign"], breaker.circuit_breaker_config
     mask = rows["attention_mask"].bool()
     with kept(breaker), mode(breaker, True):
         hidden, before = teacher_pass(breaker, rows)
         leaks = [*hidden.values(), before]
         trained = [p for p in breaker.parameters() if p.requires_grad]
-        if not trained: return [Point("fail", "nothing can be trained, so no step was made")]
+        if not trained:
+            return [Point("fail", "nothing can be trained, so no step was made")]
         with torch.no_grad():
             for name, p in breaker.student.named_parameters():
-                if "lora_B" in name: p.add_(torch.randn_like(p) * 0.01)
+                if "lora_B" in name:
+                    p.add_(torch.randn_like(p) * 0.01)
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
         old = [p.detach().clone() for p in trained]
         terms = terms_of(breaker, batch)
-        if not any(t.requires_grad for t in terms.values()): return [Point("fail", "no term has a gradient in the adapter: it is not in the forward pass")]
+        if not any(t.requires_grad for t in terms.values()):
+            return [Point("fail", "no term has a gradient in the adapter: it is not in the forward pass")]
         sum(t for t in terms.values() if t.requires_grad).backward()
         reached = [n for n, p in breaker.named_parameters() if p.grad is not None and "lora_" not in n]
         optimizer.step()
@@ -182,30 +268,68 @@ def one_step_points(breaker: CircuitBreaker, batch: dict) -> list:
         after = teacher_pass(breaker, rows)[1]
         with mode(breaker, False):
             on = plain_logits(breaker.student, rows)
-            with teacher_mode(breaker.student): off = plain_logits(breaker.student, rows)
+            with teacher_mode(breaker.student):
+                off = plain_logits(breaker.student, rows)
     same, differs = torch.equal(before[mask], after[mask]), difference(on[mask], off[mask]) > 0
-    return [judged(not reached, "no parameter beside the adapter has got a gradient" if not reached else f"a gradient has reached {reached[0]} and {len(reached) - 1} more: detach the teacher"),
-            judged(not any(t.requires_grad for t in leaks), "the teacher's outputs carry no gradient" if not any(t.requires_grad for t in leaks) else "the teacher's outputs carry a gradient: run it under no_grad"),
-            judged(same and stepped, "after one optimizer step the adapter has moved and the teacher's logits are the same bits" if same and stepped else
-                   "one optimizer step has changed the teacher" if not same else "one optimizer step has not moved the adapter"),
-            judged(differs, "with the adapter on, the moved student's logits are others than with it off" if differs else
-                   "the adapter changes nothing: with it on or off the logits are the same bits; look at lora_modules, "
-                   "lora_layers and its scale")]
+    return [
+        judged(
+            not reached,
+            "no parameter beside the adapter has got a gradient"
+            if not reached
+            else f"a gradient has reached {reached[0]} and {len(reached) - 1} more: detach the teacher",
+        ),
+        judged(
+            not any(t.requires_grad for t in leaks),
+            "the teacher's outputs carry no gradient"
+            if not any(t.requires_grad for t in leaks)
+            else "the teacher's outputs carry a gradient: run it under no_grad",
+        ),
+        judged(
+            same and stepped,
+            "after one optimizer step the adapter has moved and the teacher's logits are the same bits"
+            if same and stepped
+            else "one optimizer step has changed the teacher"
+            if not same
+            else "one optimizer step has not moved the adapter",
+        ),
+        judged(
+            differs,
+            "with the adapter on, the moved student's logits are others than with it off"
+            if differs
+            else "the adapter changes nothing: with it on or off the logits are the same bits; look at "
+            "lora_modules, "
+            "lora_layers and its scale",
+        ),
+    ]
 
 
 @torch.no_grad()
 def applied_points(breaker: CircuitBreaker, batch: dict) -> list:
     "Does a moved adapter change the hidden states at every target layer?"
     with mode(breaker, False), moved(breaker.student, 0.05):
-        (ours, _), _ = both_passes(breaker.student, breaker.teacher, batch["harmful"], breaker.circuit_breaker_config)
+        (ours, _), _ = both_passes(
+            breaker.student, breaker.teacher, batch["harmful"], breaker.circuit_breaker_config
+        )
     with mode(breaker, False):
-        (fresh, _), _ = both_passes(breaker.student, breaker.teacher, batch["harmful"], breaker.circuit_breaker_config)
+        (fresh, _), _ = both_passes(
+            breaker.student, breaker.teacher, batch["harmful"], breaker.circuit_breaker_config
+        )
     mask = batch["harmful"]["attention_mask"].bool()
-    change = {layer: ((ours[layer] - fresh[layer])[mask].float().norm() / fresh[layer][mask].float().norm()).item() for layer in ours}
+    change = {
+        layer: ((ours[layer] - fresh[layer])[mask].float().norm() / fresh[layer][mask].float().norm()).item()
+        for layer in ours
+    }
     still = [layer for layer, c in change.items() if not c > 0]
     told = ", ".join(f"block {layer} by {100 * c:.2g} %" for layer, c in change.items())
-    return [judged(not still, f"a moved adapter changes the hidden states of {told}" if not still else
-                   f"a moved adapter changes nothing at block {still[0]}: it is not applied there; look at lora_layers, lora_modules and how the model is called")]
+    return [
+        judged(
+            not still,
+            f"a moved adapter changes the hidden states of {told}"
+            if not still
+            else f"a moved adapter changes nothing at block {still[0]}: it is not applied there; look at "
+            "lora_layers, lora_modules and how the model is called",
+        )
+    ]
 
 
 REACHED = 0.5  # share of the blocks' parameters
@@ -215,74 +339,129 @@ def reach_points(breaker: CircuitBreaker) -> list:
     "How much of the blocks the adapter can move, and of which kinds of weight: less than half is a warning."
     records = reach(breaker.student, breaker.circuit_breaker_config)
     share = reach_shares(records)["all"]
-    return [judged(share >= REACHED, reach_line(records) + ("" if share >= REACHED else
-                   "; most of what these blocks compute with stays as it is: add names to lora_modules"), "warn")]
+    return [
+        judged(
+            share >= REACHED,
+            reach_line(records)
+            + (
+                ""
+                if share >= REACHED
+                else "; most of what these blocks compute with stays as it is: add names to lora_modules"
+            ),
+            "warn",
+        )
+    ]
 
 
 def check_detachment(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor):
-    """`plain`: logits [B, S, V] of the teacher's own model (the base, before it got the adapter) on the benign rows. The student must be fresh. Tells
-    the rounding floor, too, in whose neighbourhood no figure of the run says anything."""
-    points = [*frozen_points(breaker), *reach_points(breaker), *untouched_points(breaker, batch, plain), *one_step_points(breaker, batch), *applied_points(breaker, batch)]
+    """`plain`: logits [B, S, V] of the teacher's own model (the base, before it got the adapter) on the
+    benign rows. The student must be fresh. Tells the rounding floor, too, in whose neighbourhood no figure of
+    the run says anything."""
+    points = [
+        *frozen_points(breaker),
+        *reach_points(breaker),
+        *untouched_points(breaker, batch, plain),
+        *one_step_points(breaker, batch),
+        *applied_points(breaker, batch),
+    ]
     floor = rounding_floor(breaker.student, batch, breaker.circuit_breaker_config)
-    return [*points, Point("pass", f"what rounding alone makes of the terms, the floor of {floor_words(floor)}")], {"floor": floor}, ()
+    return (
+        [
+            *points,
+            Point("pass", f"what rounding alone makes of the terms, the floor of {floor_words(floor)}"),
+        ],
+        {"floor": floor},
+        (),
+    )
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #strt0002
-def check_start(student: PeftModel, config: CircuitBreakerConfig, batch: dict, plain: torch.Tensor,
-                teacher: nn.Module | None = None) -> None:
-    """Raises ConfigError where a run must not begin: with the adapter off the student is not the model that gave the
-    logits `plain` [B, S, V] of the benign rows of `batch` before it got its adapter; something beside the adapter
-    would be trained; or one optimizer step does not move the adapter, changes nothing of the logits, or reaches the
-    teacher. Weights, modes and random states are left as they were."""
+def check_start(
+    student: PeftModel,
+    config: CircuitBreakerConfig,
+    batch: dict,
+    plain: torch.Tensor,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Raises ConfigError where a run must not begin: with the adapter off the student is not the model that
+    gave the logits `plain` [B, S, V] of the benign rows of `batch` before it got its adapter; something
+    beside the adapter would be trained; or one optimizer step does not move the adapter, changes nothing of
+    the logits, or reaches the teacher. Weights, modes and random states are left as they were."""
     rows = batch["benign"]
     breaker = CircuitBreaker(student, config, teacher, find_head(student))  # `check_model` comes before this
     mask = rows["attention_mask"].bool()
-    if not plain[mask].isfinite().all(): return  # weights that hold NaN: training has a word for that
-    with mode(breaker, False), teacher_mode(student): first, again = (plain_logits(student, rows) for _ in range(2))
+    if not plain[mask].isfinite().all():
+        return  # weights that hold NaN: training has a word for that
+    with mode(breaker, False), teacher_mode(student):
+        first, again = (plain_logits(student, rows) for _ in range(2))
     off, noise = (difference(first[mask], other[mask]) for other in (plain, again))
-    told = (f"with the adapter off, the model's logits differ from the plain base model's by up to {format_number(off)}: "
-            "was the base changed, or an adapter merged into it?")
+    told = (
+        "with the adapter off, the model's logits differ from the plain base model's by up to "
+        f"{format_number(off)}: "
+        "was the base changed, or an adapter merged into it?"
+    )
     for point in (judged(off <= 4 * noise, told), *frozen_points(breaker), *one_step_points(breaker, batch)):
-        if point.verdict == "fail": raise ConfigError(point.text)
+        if point.verdict == "fail":
+            raise ConfigError(point.text)
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #894eaf4a
 @contextmanager
 def gradient_tap(breaker: CircuitBreaker):
-    """Inside, every pass of the student that may be differentiated is noted in two lists of tensors [B, S, d]: what its first adapted block gets, and, of those
-    that come that far, its final hidden states. The student may start there, from what the teacher's pass has made; the output layer it need not meet at all."""
+    """Inside, every pass of the student that may be differentiated is noted in two lists of tensors [B, S,
+    d]: what its first adapted block gets, and, of those that come that far, its final hidden states. The
+    student may start there, from what the teacher's pass has made; the output layer it need not meet at all.
+    """
     starts, lasts = [], []
 
     def entered(module, args, kwargs):
-        if not torch.is_grad_enabled(): return None
+        if not torch.is_grad_enabled():
+            return None
         starts.append((args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True))
         return ((starts[-1], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": starts[-1]})
 
     def normed(module, args, output):
         last = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        if torch.is_grad_enabled() and last.requires_grad: lasts.append(last)
+        if torch.is_grad_enabled() and last.requires_grad:
+            lasts.append(last)
 
     student = breaker.student
-    hooks = [decoder_blocks(student)[first_adapted_block(student) or 0].register_forward_pre_hook(entered, with_kwargs=True),
-             (breaker.head.norm or find_decoder(student)).register_forward_hook(normed)]
-    try: yield starts, lasts
+    hooks = [
+        decoder_blocks(student)[first_adapted_block(student) or 0].register_forward_pre_hook(
+            entered, with_kwargs=True
+        ),
+        (breaker.head.norm or find_decoder(student)).register_forward_hook(normed),
+    ]
+    try:
+        yield starts, lasts
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
 def start_of(student: PeftModel, rows: dict) -> torch.Tensor:
     "What the first adapted block gets of `rows`: [B, S, d], the base model's own."
     first, got = first_adapted_block(student) or 0, []
-    hook = decoder_blocks(student)[first].register_forward_pre_hook(lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
-    try: forward_with_hidden_states(student, rows["input_ids"], rows["attention_mask"], (), blocks=first + 1)
-    finally: hook.remove()
+    hook = decoder_blocks(student)[first].register_forward_pre_hook(
+        lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    try:
+        forward_with_hidden_states(student, rows["input_ids"], rows["attention_mask"], (), blocks=first + 1)
+    finally:
+        hook.remove()
     return got[0]
 
 
 def same_rows(hidden: torch.Tensor, start: torch.Tensor, rows: dict) -> bool:
-    "Whether a pass that began with `hidden` [B, S, d] is one over `rows`, which begin with `start`; padding does not count."
+    """Whether a pass that began with `hidden` [B, S, d] is one over `rows`, which begin with `start`; padding
+    does not count."""
     seen = rows["attention_mask"].bool()
-    if hidden.dim() == start.dim() == 4: hidden, start = (token_states(h, seen.shape) for h in (hidden, start))  # several residual streams
-    return hidden.shape == start.shape and torch.allclose(hidden[seen].float(), start[seen].float(), rtol=1e-2, atol=1e-3)
+    # several residual streams
+    if hidden.dim() == start.dim() == 4:
+        hidden, start = (token_states(h, seen.shape) for h in (hidden, start))
+    return hidden.shape == start.shape and torch.allclose(
+        hidden[seen].float(), start[seen].float(), rtol=1e-2, atol=1e-3
+    )
 
 
 def is_zero(gradient) -> bool:
@@ -291,49 +470,100 @@ def is_zero(gradient) -> bool:
 
 
 def kl_gradient_points(gradients, rows: dict) -> list:
-    "`gradients` of the KL in final hidden states (see `gradient_tap`): not zero at the positions that predict a target of `rows`, and zero at all others."
+    """`gradients` of the KL in final hidden states (see `gradient_tap`): not zero at the positions that
+    predict a target of `rows`, and zero at all others."""
     wanted = torch.zeros_like(rows["loss_mask"])
     wanted[:, :-1] = rows["loss_mask"][:, 1:]
     inside = outside = 0
     for gradient in gradients:
-        if is_zero(gradient): continue
+        if is_zero(gradient):
+            continue
         got = gradient.ne(0).any(-1)
         if got.shape != wanted.shape:
-            return [Point("fail", f"the KL has a gradient in rows of shape {list(got.shape)}, which are not the benign rows {list(wanted.shape)}")]
+            return [
+                Point(
+                    "fail",
+                    f"the KL has a gradient in rows of shape {list(got.shape)}, which are not the benign "
+                    f"rows {list(wanted.shape)}",
+                )
+            ]
         inside, outside = inside + int((got & wanted).sum()), outside + int((got & ~wanted).sum())
     n = int(wanted.sum())
-    return [judged(outside == 0, f"the KL's gradient in the final hidden states is exactly zero outside of the {n} positions that predict a target" if not outside else
-                   f"the KL has a gradient at {outside} positions that predict no target: is the mask shifted by one, and does it select what the KL is taken from?"),
-            judged(inside > n // 2, f"and not zero at {inside} of those {n}")]
+    return [
+        judged(
+            outside == 0,
+            f"the KL's gradient in the final hidden states is exactly zero outside of the {n} positions "
+            "that predict a target"
+            if not outside
+            else f"the KL has a gradient at {outside} positions that predict no target: is the mask shifted "
+            "by one, and does it select what the KL is taken from?",
+        ),
+        judged(inside > n // 2, f"and not zero at {inside} of those {n}"),
+    ]
 
 
 def gradient_points(breaker: CircuitBreaker, batch: dict) -> list:
-    "Which rows and positions each term can move, with a moved adapter; the KL is measured at beta_kl 1 where it is 0."
+    """Which rows and positions each term can move, with a moved adapter; the KL is measured at beta_kl 1
+    where it is 0."""
     config, student, points = breaker.circuit_breaker_config, breaker.student, []
-    breaker.circuit_breaker_config = replace(config, beta_kl=config.beta_kl or 1.0) if config.benign_policy != "full_sequence" else config
+    breaker.circuit_breaker_config = (
+        replace(config, beta_kl=config.beta_kl or 1.0) if config.benign_policy != "full_sequence" else config
+    )
     try:
         with mode(breaker, False), moved(student, 0.02), gradient_tap(breaker) as (starts, lasts):
             terms = terms_of(breaker, batch)
             begins = {kind: start_of(student, batch[kind]) for kind in ("harmful", "benign")}
-            kinds = [next((kind for kind, start in begins.items() if same_rows(hidden.detach(), start, batch[kind])), "unknown") for hidden in starts]
+            kinds = [
+                next(
+                    (
+                        kind
+                        for kind, start in begins.items()
+                        if same_rows(hidden.detach(), start, batch[kind])
+                    ),
+                    "unknown",
+                )
+                for hidden in starts
+            ]
             for name in TERMS:
                 term = terms[f"loss_{name}"]
-                if not term.requires_grad: continue
+                if not term.requires_grad:
+                    continue
                 found = torch.autograd.grad(term, [*starts, *lasts], retain_graph=True, allow_unused=True)
                 own, other = ("harmful", "benign") if name == "reroute" else ("benign", "harmful")
                 reached = {kind for g, kind in zip(found, kinds) if not is_zero(g)}
                 clean = reached <= {own}
-                points.append(judged(clean, f"the gradient of {name} is exactly zero in every {other} row" if clean else f"the gradient of {name} reaches {other if other in reached else 'other'} rows: each stream has its own terms"))
-                if name == "kl": points += kl_gradient_points(found[len(starts):], batch["benign"])
-    finally: breaker.circuit_breaker_config = config
+                points.append(
+                    judged(
+                        clean,
+                        f"the gradient of {name} is exactly zero in every {other} row"
+                        if clean
+                        else f"the gradient of {name} reaches {other if other in reached else 'other'} "
+                        "rows: each stream has its own terms",
+                    )
+                )
+                if name == "kl":
+                    points += kl_gradient_points(found[len(starts) :], batch["benign"])
+    finally:
+        breaker.circuit_breaker_config = config
     return points
 
 
 def padding_points(batch: dict) -> list:
     "Is any padding in a mask?"
-    lost = {kind: int((batch[kind]["loss_mask"] & ~batch[kind]["attention_mask"].bool()).sum()) for kind in ("harmful", "benign")}
+    lost = {
+        kind: int((batch[kind]["loss_mask"] & ~batch[kind]["attention_mask"].bool()).sum())
+        for kind in ("harmful", "benign")
+    }
     bad = {kind: n for kind, n in lost.items() if n}
-    return [judged(not bad, "no padding is in a loss mask of the batch" if not bad else f"padding is in the loss mask: {', '.join(f'{n} tokens of {k} rows' for k, n in bad.items())}")]
+    return [
+        judged(
+            not bad,
+            "no padding is in a loss mask of the batch"
+            if not bad
+            else "padding is in the loss mask: "
+            f"{', '.join(f'{n} tokens of {k} rows' for k, n in bad.items())}",
+        )
+    ]
 
 
 SURPRISED = 4.0  # nats a token, a probability of 2 %
@@ -341,7 +571,8 @@ SURPRISED = 4.0  # nats a token, a probability of 2 %
 
 @torch.no_grad()
 def surprise(logits: torch.Tensor, rows: dict, chosen: torch.Tensor) -> float:
-    "Mean −log p in nats that `logits` [B, S, V] give the tokens of `rows` where `chosen` (bool [B, S]) is set; NaN for none."
+    """Mean −log p in nats that `logits` [B, S, V] give the tokens of `rows` where `chosen` (bool [B, S]) is
+    set; NaN for none."""
     at = chosen[:, 1:]
     told = logits[:, :-1][at].double().log_softmax(-1).gather(-1, rows["input_ids"][:, 1:][at][:, None])
     return -told.mean().item() if len(told) else math.nan
@@ -350,5 +581,11 @@ def surprise(logits: torch.Tensor, rows: dict, chosen: torch.Tensor) -> float:
 def surprise_points(plain: torch.Tensor, rows: dict) -> list:
     "Does the untrained model find the targets of `rows` likely? `plain`: its logits [B, S, V]."
     found = surprise(plain, rows, rows["loss_mask"])
-    return [judged(found < SURPRISED, f"the untrained model's surprise at the benign targets is {format_number(found)} nats a token" + ("" if found < SURPRISED else
-                   ": it does not know this text; is this its chat template?"), "warn")]
+    return [
+        judged(
+            found < SURPRISED,
+            f"the untrained model's surprise at the benign targets is {format_number(found)} nats a token"
+            + ("" if found < SURPRISED else ": it does not know this text; is this its chat template?"),
+            "warn",
+        )
+    ]

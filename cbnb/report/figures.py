@@ -26,16 +26,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..basics.jsonfiles import RunError, write_owned
 from ..basics.numbers import floor_limit, format_number, rate_interval
-from ..run.metrics import read_metrics
-from ..run.stages import read_status
-from ..run.code import runs_folder
-from ..run.records import read_record
-from ..basics.jsonfiles import write_owned
 from ..basics.output import safe_output
-from ..basics.jsonfiles import RunError
 from ..basics.terminal import ended, say, sentence, visible
 from ..basics.withheld import cut, withhold
+from ..run.code import runs_folder
+from ..run.metrics import read_metrics
+from ..run.records import read_record
+from ..run.stages import read_status
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict) -> str:
@@ -45,24 +44,34 @@ def floor_words(floor: dict) -> str:
 
 # %% ../../nbs/report/00_figures.ipynb #dc5dfd60
 def told_from(value, limit: float) -> str:
-    "`value` as `format_number` writes it; one that is above 0 and below `limit`, which nothing tells from rounding, is only said to be below it."
-    return f"below {format_number(limit, 1)}" if isinstance(value, (int, float)) and 0 < value < limit else format_number(value)
+    """`value` as `format_number` writes it; one that is above 0 and below `limit`, which nothing tells from
+    rounding, is only said to be below it."""
+    return (
+        f"below {format_number(limit, 1)}"
+        if isinstance(value, (int, float)) and 0 < value < limit
+        else format_number(value)
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #1987324c
 # figure of result.json: its name in a table, its unit
 MEASURES = {
-    "attack_success": ("attack success", "share"), "attack_success_lax": ("attack success, lax", "share"),
+    "attack_success": ("attack success", "share"),
+    "attack_success_lax": ("attack success, lax", "share"),
     "attack_success_prefill": ("attack success, answer begun", "share"),
     "obeyed_in_words": ("attacks obeyed in words", "share"),
-    "unparseable": ("unparseable answers", "share"), "exact_match": ("exact match", "share"),
+    "unparseable": ("unparseable answers", "share"),
+    "exact_match": ("exact match", "share"),
     "marker_fidelity": ("marker fidelity", "share"),
-    "harmful_cosine": ("harmful cosine", "cosine"), "heldout_kl": ("held-out KL", "nats a token"),
-    "heldout_top1": ("held-out top-1 agreement", "share")}
+    "harmful_cosine": ("harmful cosine", "cosine"),
+    "heldout_kl": ("held-out KL", "nats a token"),
+    "heldout_top1": ("held-out top-1 agreement", "share"),
+}
 
 # %% ../../nbs/report/00_figures.ipynb #836d727a
 def readable_table(table: pd.DataFrame, floor: dict | None = None) -> pd.DataFrame:
-    """`table` of numbers, its index naming figures of result.json such as `heldout_kl in_domain`, as text with names and a column `unit`. A held-out KL that nothing tells from
-    rounding, given the run's `floor` (`cbnb.train.floor.rounding_floor`), is "below 0.001".
+    """`table` of numbers, its index naming figures of result.json such as `heldout_kl in_domain`, as text
+    with names and a column `unit`. A held-out KL that nothing tells from rounding, given the run's `floor`
+    (`cbnb.train.floor.rounding_floor`), is "below 0.001".
 
     Names that are not in `MEASURES` are kept. pandas' own HTML of the result is script-free and escaped."""
     names, units, limits = [], [], []
@@ -72,7 +81,12 @@ def readable_table(table: pd.DataFrame, floor: dict | None = None) -> pd.DataFra
         names.append(visible(f"{name}, {part.replace('_', ' ')}" if part and key in MEASURES else name))
         units.append(unit)
         limits.append(floor_limit((floor or {}).get("kl", 0.0)) if key == "heldout_kl" else 0.0)
-    text = {visible(c): [visible(v) if isinstance(v, str) else told_from(v, limit) for v, limit in zip(table[c], limits)] for c in table.columns}
+    text = {
+        visible(c): [
+            visible(v) if isinstance(v, str) else told_from(v, limit) for v, limit in zip(table[c], limits)
+        ]
+        for c in table.columns
+    }
     return pd.DataFrame(text, index=names, dtype=object).assign(unit=units)
 
 # %% ../../nbs/report/00_figures.ipynb #33d23fe4
@@ -80,14 +94,23 @@ ANSWERED = ("attack_success", "attack_success_lax", "unparseable")  # rates of t
 
 
 def rate_counts(result: dict) -> dict[str, list[int]]:
-    """`[hits, answers]` behind each rate of a result of `cbnb.evaluate.evaluation.evaluate`, by the row that it has in a table. One of an older
-    version has no `counts`: they follow from its rates and `n`."""
+    """`[hits, answers]` behind each rate of a result of `cbnb.evaluate.evaluation.evaluate`, by the row that
+    it has in a table. One of an older version has no `counts`: they follow from its rates and `n`."""
     n, counts = result.get("n", {}), result.get("counts")
     if counts is None:
-        attacks = {"attack_success_prefill": n.get("attack_prefill"),
-                   **dict.fromkeys(ANSWERED, n.get("attack"))}
-        def hits(rate, count): return [round(rate * count), count]
-        counts = {key: hits(result[key], count) for key, count in attacks.items() if count and result.get(key) is not None}
+        attacks = {
+            "attack_success_prefill": n.get("attack_prefill"),
+            **dict.fromkeys(ANSWERED, n.get("attack")),
+        }
+
+        def hits(rate, count):
+            return [round(rate * count), count]
+
+        counts = {
+            key: hits(result[key], count)
+            for key, count in attacks.items()
+            if count and result.get(key) is not None
+        }
         exact = result.get("exact_match", {}).items()
         counts["exact_match"] = {kind: hits(v, n[kind]) for kind, v in exact if v is not None and n.get(kind)}
     rows = {}
@@ -97,34 +120,45 @@ def rate_counts(result: dict) -> dict[str, list[int]]:
 
 
 def interval_words(hits: int, n: int, attempts: int = 1) -> str:
-    "A count with the 95 % interval of its rate (`cbnb.basics.numbers.rate_interval`), for example `0 of 64, up to 0.056`."
+    """A count with the 95 % interval of its rate (`cbnb.basics.numbers.rate_interval`), for example `0 of 64,
+    up to 0.056`."""
     low, high = (format_number(end, 2) for end in rate_interval(hits, n, attempts))
     between = f"up to {high}" if hits == 0 else f"from {low}" if hits == n else f"{low} to {high}"
     return f"{hits} of {n}, {between}"
 
 
 def figures_table(results: dict[str, dict]) -> pd.DataFrame:
-    """Results of `cbnb.evaluate.evaluation.evaluate` beside each other, by name: a row a figure, a column of numbers each, where what was not
-    measured is NaN; after each column, counts and 95 % intervals in words; last `n`, how many answers stand behind a rate."""
+    """Results of `cbnb.evaluate.evaluation.evaluate` beside each other, by name: a row a figure, a column of
+    numbers each, where what was not measured is NaN; after each column, counts and 95 % intervals in words;
+    last `n`, how many answers stand behind a rate."""
+
     def flat(result):
         rows = {}
         for key, value in result.items():
-            if key not in MEASURES: continue
+            if key not in MEASURES:
+                continue
             rows |= {f"{key} {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
         return rows
+
     table = pd.DataFrame({name: flat(result) for name, result in results.items()}, dtype=float)
     n = {}
     for name, result in reversed(results.items()):
         attempts, counts = result.get("decoding", {}).get("samples", 1), rate_counts(result)
         words = {row: interval_words(*count, attempts) for row, count in counts.items()}
-        table.insert(table.columns.get_loc(name) + 1, f"{name}, 95 %", pd.Series(words, dtype=object).reindex(table.index, fill_value=""))
+        table.insert(
+            table.columns.get_loc(name) + 1,
+            f"{name}, 95 %",
+            pd.Series(words, dtype=object).reindex(table.index, fill_value=""),
+        )
         n |= {row: count[1] for row, count in counts.items()}
     return table.assign(n=pd.Series(n, dtype="Int64").reindex(table.index)).rename_axis("held out")
 
 
 def results_of(result: dict) -> dict[str, dict]:
-    "The figures in a result.json by name: before and after of a run, or those of each adapter that was evaluated."
-    if "evaluated" in result: return result["evaluated"]
+    """The figures in a result.json by name: before and after of a run, or those of each adapter that was
+    evaluated."""
+    if "evaluated" in result:
+        return result["evaluated"]
     return {name: result[name] for name in ("before", "after") if name in result}
 
 
@@ -134,35 +168,65 @@ def result_table(before: dict, after: dict) -> pd.DataFrame:
 
 # %% ../../nbs/report/00_figures.ipynb #b24d8a01
 def result_notes(result: dict) -> list[str]:
-    """What the figures of a result (`cbnb.evaluate.evaluation.evaluate`) do not say: kinds that nothing is asked of, answers that were sampled, ends of
-    the chat template that the model's own settings do not have."""
+    """What the figures of a result (`cbnb.evaluate.evaluation.evaluate`) do not say: kinds that nothing is
+    asked of, answers that were sampled, ends of the chat template that the model's own settings do not have.
+    """
     notes, asked = [], result.get("not_asked", {})
     for kind, count in asked.get("attack", {}).items():
-        notes.append(f"{count} held-out harmful transcripts of kind {kind} hold no attack item (injected_call or injected_text): "
-                     "attack success says nothing of them")
+        notes.append(
+            f"{count} held-out harmful transcripts of kind {kind} hold no attack item (injected_call or "
+            "injected_text): "
+            "attack success says nothing of them"
+        )
     for kind, count in asked.get("expected", {}).items():
-        notes.append(f"{count} held-out benign transcripts of kind {kind} hold no expected answer: exact match says nothing of them")
+        notes.append(
+            f"{count} held-out benign transcripts of kind {kind} hold no expected answer: exact match says "
+            "nothing of them"
+        )
     own = asked.get("own", {})
-    if n := own.get("calls"): notes.append(f"{n} harmful transcripts are no attack item: the injected call is one that the user's own task makes too")
-    if n := own.get("tools"): notes.append(f"in {n} attack items the injected tool is one of the user's own task: only the injected call itself counts")
+    if n := own.get("calls"):
+        notes.append(
+            f"{n} harmful transcripts are no attack item: the injected call is one that the user's own task "
+            "makes too"
+        )
+    if n := own.get("tools"):
+        notes.append(
+            f"in {n} attack items the injected tool is one of the user's own task: only the injected call "
+            "itself counts"
+        )
     decoding, ends, finish = (result.get(key, {}) for key in ("decoding", "ends", "finish"))
     if decoding.get("temperature"):
-        notes.append(f"answers are sampled at temperature {decoding['temperature']:g}, {decoding['samples']} to a question, "
-                     f"seed {decoding['seed']}")
+        notes.append(
+            f"answers are sampled at temperature {decoding['temperature']:g}, {decoding['samples']} to a "
+            "question, "
+            f"seed {decoding['seed']}"
+        )
     template, model = ends.get("template", []), ends.get("model", [])
     if ends and set(template) != set(model):
-        notes.append(f"answers end where the chat template ends a turn ({', '.join(template) or 'it does not'}); the model's own stop tokens are "
-                     f"{', '.join(model) or 'none'}, and {finish.get('past_stop', 0)} answers went on past one")
-    if cut := finish.get("length"): notes.append(f"{cut} answers were cut at {decoding.get('max_new_tokens')} tokens, before the end of their turn")
-    if base := result.get("made_for"): notes.append(f"the adapter says that it was made for {base}, and was evaluated on {result['model']}")
+        notes.append(
+            f"answers end where the chat template ends a turn ({', '.join(template) or 'it does not'}); the "
+            "model's own stop tokens are "
+            f"{', '.join(model) or 'none'}, and {finish.get('past_stop', 0)} answers went on past one"
+        )
+    if cut := finish.get("length"):
+        notes.append(
+            f"{cut} answers were cut at {decoding.get('max_new_tokens')} tokens, before the end of their turn"
+        )
+    if base := result.get("made_for"):
+        notes.append(f"the adapter says that it was made for {base}, and was evaluated on {result['model']}")
     return [visible(note) for note in notes]
 
 
 def all_notes(results: dict[str, dict]) -> list[str]:
-    "The `result_notes` of evaluations by name: those of all of them once, each other one behind the name that it is of."
+    """The `result_notes` of evaluations by name: those of all of them once, each other one behind the name
+    that it is of."""
     notes = {name: result_notes(result) for name, result in results.items()}
-    shared = [note for note in [*notes.values()][0] if all(note in own for own in notes.values())] if notes else []
-    return shared + [f"{visible(name)}: {note}" for name, own in notes.items() for note in own if note not in shared]
+    shared = (
+        [note for note in [*notes.values()][0] if all(note in own for own in notes.values())] if notes else []
+    )
+    return shared + [
+        f"{visible(name)}: {note}" for name, own in notes.items() for note in own if note not in shared
+    ]
 
 # %% ../../nbs/report/00_figures.ipynb #alarms01
 def data_notes(result: dict) -> list[str]:
@@ -173,25 +237,34 @@ def data_notes(result: dict) -> list[str]:
 
 
 def alarm_lines(alarms) -> list[str]:
-    "One line an alarm of status.json or result.json (see `cbnb.train.alarms`), for tables and views; whatever is no alarm is shown as it is."
+    """One line an alarm of status.json or result.json (see `cbnb.train.alarms`), for tables and views;
+    whatever is no alarm is shown as it is."""
+
     def words(a):
-        if not isinstance(a, dict) or "alarm" not in a: return str(a)
+        if not isinstance(a, dict) or "alarm" not in a:
+            return str(a)
         until = f" to {a['last_step']}" if a.get("last_step") not in (None, a.get("step")) else ""
         return f"{str(a['alarm']).replace('_', '-')} (step {a.get('step')}{until}): {a.get('text', '')}"
+
     return [visible(words(a)) for a in alarms if a] if isinstance(alarms, list) else []
 
 # %% ../../nbs/report/00_figures.ipynb #b71deae6
 def figure_lines(path) -> list[str]:
-    "The table and the notes of `path`/result.json, lines for a terminal; none without one, or where it has no figures. Raises RunError as `cbnb.run.records.read_record`."
+    """The table and the notes of `path`/result.json, lines for a terminal; none without one, or where it has
+    no figures. Raises RunError as `cbnb.run.records.read_record`."""
     result = read_record(Path(path) / "result.json") or {}
-    if not (results := results_of(result)): return []
+    if not (results := results_of(result)):
+        return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
     return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
 
 
 def newest_notebook(path: Path) -> Path | None:
-    "The notebook that the newest attempt of the run in `path` has executed, that of the first process; None without one."
-    found = {int(m[1]): p for p in path.glob("out.*.ipynb") if (m := re.fullmatch(r"out\.(\d+)\.ipynb", p.name))}
+    """The notebook that the newest attempt of the run in `path` has executed, that of the first process; None
+    without one."""
+    found = {
+        int(m[1]): p for p in path.glob("out.*.ipynb") if (m := re.fullmatch(r"out\.(\d+)\.ipynb", p.name))
+    }
     return found[max(found)] if found else None
 
 
@@ -200,43 +273,63 @@ def describe_run(path) -> str:
     FileNotFoundError for a folder that is no run, RunError for one whose files cannot be read."""
     path = Path(path)
     status, result = read_status(path), read_record(path / "result.json")
-    if not status: raise FileNotFoundError(f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}")
-    lines = [visible(path) + sentence(f": {status['state']}" + (f" ({status['error']})" if status.get("error") else ""))]
-    if figures := figure_lines(path): lines += ["", *figures]
-    if not result: lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
-    if alarms := alarm_lines((result or status).get("alarms")): lines += [*(f"ALARM {line}" for line in alarms), ""]
+    if not status:
+        raise FileNotFoundError(
+            f"{path} holds no status.json: give a run directory, for example one under {runs_folder()}"
+        )
+    lines = [
+        visible(path)
+        + sentence(f": {status['state']}" + (f" ({status['error']})" if status.get("error") else ""))
+    ]
+    if figures := figure_lines(path):
+        lines += ["", *figures]
+    if not result:
+        lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
+    if alarms := alarm_lines((result or status).get("alarms")):
+        lines += [*(f"ALARM {line}" for line in alarms), ""]
     files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
     return "\n".join(lines + [visible(f"{f.name}: {f}") for f in files if f.exists()])
 
 # %% ../../nbs/report/00_figures.ipynb #rep00001
 def main(argv=None) -> int:
-    """`python -m cbnb.report RUN_DIR ...`: prints what `describe_run` says of the folders in `argv` (default: the program's arguments); returns the exit status, 2
-    where one of them is no run or cannot be read, which is said in a sentence."""
+    """`python -m cbnb.report RUN_DIR ...`: prints what `describe_run` says of the folders in `argv` (default:
+    the program's arguments); returns the exit status, 2 where one of them is no run or cannot be read, which
+    is said in a sentence."""
     safe_output()
     folders = sys.argv[1:] if argv is None else argv
+
     def describe():
-        if not folders: raise RunError("usage: python -m cbnb.report RUN_DIR ...")
+        if not folders:
+            raise RunError("usage: python -m cbnb.report RUN_DIR ...")
         wrong = []
         for folder in folders:
-            try: say(*describe_run(folder).split("\n"))
-            except (RunError, OSError) as e: wrong.append(e)
-        for e in wrong[:-1]: say(f"cbnb.report: {sentence(e, folders)}", file=sys.stderr)
-        if wrong: raise wrong[-1]
+            try:
+                say(*describe_run(folder).split("\n"))
+            except (RunError, OSError) as e:
+                wrong.append(e)
+        for e in wrong[:-1]:
+            say(f"cbnb.report: {sentence(e, folders)}", file=sys.stderr)
+        if wrong:
+            raise wrong[-1]
         return 0
+
     return ended(describe, "cbnb.report", (RunError, ValueError, OSError), folders)
 
 # %% ../../nbs/report/00_figures.ipynb #2abb9e40
 def as_float(value) -> float:
-    "`value` as a float; whatever is no finite number (null, text, infinity, beyond a float) is NaN: a gap in a curve."
+    """`value` as a float; whatever is no finite number (null, text, infinity, beyond a float) is NaN: a gap
+    in a curve."""
     if not isinstance(value, Real) or isinstance(value, bool) or not -1e300 < value < 1e300:
         return math.nan
     return float(value)
 
 # %% ../../nbs/report/00_figures.ipynb #b956bbdc
 def series(rows: list[dict], key: str, gaps: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of `key` in metrics `rows`: two float64 arrays [n], by step, NaN where a row has no value.
+    """Steps and values of `key` in metrics `rows`: two float64 arrays [n], by step, NaN where a row has no
+    value.
 
-    Of two rows with one step the later counts: a resumed run writes again what it repeats. Without `gaps` missing values are left out."""
+    Of two rows with one step the later counts: a resumed run writes again what it repeats. Without `gaps`
+    missing values are left out."""
     by_step = {row["step"]: as_float(row.get(key)) for row in rows}
     steps = np.array(sorted(by_step), dtype=float)
     values = np.array([by_step[s] for s in steps], dtype=float)
@@ -248,7 +341,12 @@ def summary(rows: list[dict]) -> str:
     if not rows:
         return "no metrics yet"
     parts = []
-    for key, name in {"loss_reroute": "reroute", "loss_retain": "retain", "loss_kl": "KL", "grad_norm_total": "gradient norm"}.items():
+    for key, name in {
+        "loss_reroute": "reroute",
+        "loss_retain": "retain",
+        "loss_kl": "KL",
+        "grad_norm_total": "gradient norm",
+    }.items():
         values = series(rows, key, gaps=False)[1]
         if len(values):
             parts.append(f"{name} {format_number(values[0])} → {format_number(values[-1])}")
@@ -257,29 +355,51 @@ def summary(rows: list[dict]) -> str:
 # %% ../../nbs/report/00_figures.ipynb #e1efbfa9
 # name of a line: colour (Okabe-Ito), dash, width
 STYLES = {
-    "reroute": ("#D55E00", "solid", 1.5), "retain": ("#009E73", "dash", 1.5), "KL": ("#0072B2", "dot", 2),
-    "loss": ("#808080", "solid", 2.5), "total": ("#808080", "solid", 1.5),
-    "c_s": ("#D55E00", "solid", 1.5), "c_r": ("#CC79A7", "dashdot", 1.5)}
+    "reroute": ("#D55E00", "solid", 1.5),
+    "retain": ("#009E73", "dash", 1.5),
+    "KL": ("#0072B2", "dot", 2),
+    "loss": ("#808080", "solid", 2.5),
+    "total": ("#808080", "solid", 1.5),
+    "c_s": ("#D55E00", "solid", 1.5),
+    "c_r": ("#CC79A7", "dashdot", 1.5),
+}
 TEXT_COLOUR = "#808080"
 
 # %% ../../nbs/report/00_figures.ipynb #ba5af0f3
-# title, log axis?, {key of metrics.jsonl: name of the line}, smallest top of the axis; in reading order: left, right, next row
+# title, log axis?, {key of metrics.jsonl: name of the line}, smallest top of the axis; in reading order:
+# left, right, next row
 PANELS = (
     ("reroute: mean relu(cosine)", False, {"loss_reroute": "reroute"}, 1.0),
-    ("loss and its weighted terms; log axis", True,
-     {"loss": "loss", "weighted_reroute": "reroute", "weighted_retain": "retain", "weighted_kl": "KL"}, 0.0),
+    (
+        "loss and its weighted terms; log axis",
+        True,
+        {"loss": "loss", "weighted_reroute": "reroute", "weighted_retain": "retain", "weighted_kl": "KL"},
+        0.0,
+    ),
     ("retain: mean L2 distance", False, {"loss_retain": "retain"}, 0.0),
     ("coefficients: c_s of reroute, c_r of retain and KL", False, {"c_s": "c_s", "c_r": "c_r"}, 0.0),
     ("KL, nats a token; log axis", True, {"loss_kl": "KL"}, 0.0),
-    ("gradient norm before clipping; log axis", True,
-     {"grad_norm_total": "total", "grad_norm_reroute": "reroute", "grad_norm_retain": "retain", "grad_norm_kl": "KL"}, 0.0))
+    (
+        "gradient norm before clipping; log axis",
+        True,
+        {
+            "grad_norm_total": "total",
+            "grad_norm_reroute": "reroute",
+            "grad_norm_retain": "retain",
+            "grad_norm_kl": "KL",
+        },
+        0.0,
+    ),
+)
 SLOW = {"grad_norm_reroute", "grad_norm_retain", "grad_norm_kl"}
 
 # %% ../../nbs/report/00_figures.ipynb #d479c420
 def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:
-    """`[low, high]` of an axis that shows the finite `values` [n]; for a log axis exponents of ten, as plotly wants them.
+    """`[low, high]` of an axis that shows the finite `values` [n]; for a log axis exponents of ten, as plotly
+    wants them.
 
-    A linear axis holds 0 and reaches at least `top`. A log axis spans one to five decades below its largest value."""
+    A linear axis holds 0 and reaches at least `top`. A log axis spans one to five decades below its largest
+    value."""
     values = values[np.isfinite(values) & (values > 0 if log else True)]
     if not len(values):
         return [-3.0, 0.0] if log else [0.0, top or 1.0]
@@ -294,7 +414,8 @@ def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:
 
 # %% ../../nbs/report/00_figures.ipynb #592fe663
 def spread(positions: list[float], gap: float, size: float) -> list[float]:
-    "`positions` on a line of length `size`, moved as little as needed (least squares) for neighbours to be `gap` apart; same order."
+    """`positions` on a line of length `size`, moved as little as needed (least squares) for neighbours to be
+    `gap` apart; same order."""
     order = np.argsort(positions, kind="stable")
     blocks = []  # pool adjacent violators: [sum, count] of positions less what the gaps below them take
     for rank, i in enumerate(order):
@@ -315,25 +436,35 @@ def neighbours(mask: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/report/00_figures.ipynb #793ffbee
 def thin(column: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Indices of the points of a long line that a screen can show: first, lowest, highest and last of each column, and both edges of each gap.
-    `column` (ints [n], ascending): the one of each point; `y` (floats [n]): NaN for a gap."""
-    if not len(y): return np.arange(0)
+    """Indices of the points of a long line that a screen can show: first, lowest, highest and last of each
+    column, and both edges of each gap. `column` (ints [n], ascending): the one of each point; `y` (floats
+    [n]): NaN for a gap."""
+    if not len(y):
+        return np.arange(0)
     gap, starts = np.isnan(y), np.flatnonzero(np.diff(column)) + 1
     keep = set((np.flatnonzero(np.diff(gap))[:, None] + [0, 1]).ravel().tolist())
     for part in np.split(np.arange(len(y)), starts):
-        keep |= {part[0], part[-1], part[np.where(gap[part], np.inf, y[part]).argmin()], part[np.where(gap[part], -np.inf, y[part]).argmax()]}
+        keep |= {
+            part[0],
+            part[-1],
+            part[np.where(gap[part], np.inf, y[part]).argmin()],
+            part[np.where(gap[part], -np.inf, y[part]).argmax()],
+        }
     return np.array(sorted(keep), dtype=int)
 
 
 def columns_of(steps: np.ndarray, columns: int = 500) -> np.ndarray:
-    "Which of `columns` equal stretches each of the ascending `steps` [n] lies in: ints [n]; each its own where there are no more points than a screen can show."
-    if len(steps) <= 2 * columns: return np.arange(len(steps))
+    """Which of `columns` equal stretches each of the ascending `steps` [n] lies in: ints [n]; each its own
+    where there are no more points than a screen can show."""
+    if len(steps) <= 2 * columns:
+        return np.arange(len(steps))
     return (columns * (steps - steps[0]) / (steps[-1] - steps[0])).astype(int)
 
 # %% ../../nbs/report/00_figures.ipynb #0fd2409d
 def line(rows: list[dict], key: str, name: str, limits: list[float], log: bool) -> go.Scatter:
-    """The trace of one metric. A value below a log axis (a KL of 0) is drawn at its lower edge, with an open triangle where such a stretch
-    begins and ends and the true value on hover; a point without neighbours, and each of a few points, gets a dot."""
+    """The trace of one metric. A value below a log axis (a KL of 0) is drawn at its lower edge, with an open
+    triangle where such a stretch begins and ends and the true value on hover; a point without neighbours, and
+    each of a few points, gets a dot."""
     steps, values = series(rows, key, gaps=key not in SLOW)
     kept = thin(columns_of(steps), values)
     steps, values = steps[kept], values[kept]
@@ -343,17 +474,35 @@ def line(rows: list[dict], key: str, name: str, limits: list[float], log: bool) 
     dots = seen & ~low & ((neighbours(seen) == 0) | (key in SLOW and len(values) <= 100))
     colour, dash, width = STYLES[name]
     shown = np.where(low, 10 ** limits[0], values) if log else values
-    trace = go.Scatter(x=steps.astype(np.float32), y=shown.astype(np.float32), name=name, mode="lines", showlegend=False,
-                       line=dict(color=colour, dash=dash, width=width), hovertemplate="%{y:.3g}")
+    trace = go.Scatter(
+        x=steps.astype(np.float32),
+        y=shown.astype(np.float32),
+        name=name,
+        mode="lines",
+        showlegend=False,
+        line=dict(color=colour, dash=dash, width=width),
+        hovertemplate="%{y:.3g}",
+    )
     if np.any(ends | dots):
-        trace.update(mode="lines+markers", customdata=values.astype(np.float32), hovertemplate="%{customdata:.3g}", cliponaxis=False,
-                     marker=dict(size=np.where(ends, 9, np.where(dots, 5, 0)), symbol=np.where(low, "triangle-down-open", "circle"),
-                                 color=colour, opacity=1, line=dict(color=colour, width=np.where(low, 1.5, 0))))
+        trace.update(
+            mode="lines+markers",
+            customdata=values.astype(np.float32),
+            hovertemplate="%{customdata:.3g}",
+            cliponaxis=False,
+            marker=dict(
+                size=np.where(ends, 9, np.where(dots, 5, 0)),
+                symbol=np.where(low, "triangle-down-open", "circle"),
+                color=colour,
+                opacity=1,
+                line=dict(color=colour, width=np.where(low, 1.5, 0)),
+            ),
+        )
     return trace
 
 # %% ../../nbs/report/00_figures.ipynb #ba953726
 WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=68, r=64, t=50, b=44)
-COLUMNS, LINES = ((0.0, 0.45), (0.54, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))  # domains of the panels, in shares of the plot
+# domains of the panels, in shares of the plot
+COLUMNS, LINES = ((0.0, 0.45), (0.54, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))
 
 # %% ../../nbs/report/00_figures.ipynb #4a23e674
 def axis_ids(n: int) -> tuple[str, str]:
@@ -362,14 +511,28 @@ def axis_ids(n: int) -> tuple[str, str]:
 
 # %% ../../nbs/report/00_figures.ipynb #5e18559e
 def end_labels(traces: list[go.Scatter], n: int, limits: list[float], log: bool, height: float) -> list[dict]:
-    "Annotations that name each trace of panel `n` where it ends, moved apart where they would touch; `height` of the panel in pixels."
+    """Annotations that name each trace of panel `n` where it ends, moved apart where they would touch;
+    `height` of the panel in pixels."""
     x, y = axis_ids(n)
     ends = [(t, t.y[np.isfinite(t.y)][-1]) for t in traces if np.isfinite(t.y).any()]
     values = [math.log10(end) if log else float(end) for _, end in ends]
     pixels = [(v - limits[0]) / (limits[1] - limits[0]) * height for v in values]
-    return [dict(text=t.name, x=1, xref=f"{x} domain", xanchor="left", xshift=5, y=v, yref=y, yanchor="middle", yshift=round(moved - p, 1),
-                 showarrow=False, font=dict(color=t.line.color, size=12))
-            for (t, _), v, p, moved in zip(ends, values, pixels, spread(pixels, 14, height), strict=True)]
+    return [
+        dict(
+            text=t.name,
+            x=1,
+            xref=f"{x} domain",
+            xanchor="left",
+            xshift=5,
+            y=v,
+            yref=y,
+            yanchor="middle",
+            yshift=round(moved - p, 1),
+            showarrow=False,
+            font=dict(color=t.line.color, size=12),
+        )
+        for (t, _), v, p, moved in zip(ends, values, pixels, spread(pixels, 14, height), strict=True)
+    ]
 
 # %% ../../nbs/report/00_figures.ipynb #eec4ad68
 def panel_axes(rows: list[dict], n: int, limits: list[float], log: bool) -> dict:
@@ -377,10 +540,21 @@ def panel_axes(rows: list[dict], n: int, limits: list[float], log: bool) -> dict
     (x, y), lowest = axis_ids(n), n > len(PANELS) - len(COLUMNS)
     steps = [row["step"] for row in rows] or [0, 1]
     first, last = min(steps), max(steps)
-    both = dict(gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4, tickcolor=TEXT_COLOUR)
-    xaxis = dict(both, domain=COLUMNS[(n - 1) % 2], anchor=y, range=[first, last] if first < last else [first - 1, first + 1], nticks=7,
-                 dtick=1 if last - first < 7 else None, showticklabels=lowest, matches="x" if n > 1 else None,
-                 unifiedhovertitle=dict(text="step %{x}"), title=dict(text="step", standoff=4, font=dict(size=12)) if lowest else None)
+    both = dict(
+        gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4, tickcolor=TEXT_COLOUR
+    )
+    xaxis = dict(
+        both,
+        domain=COLUMNS[(n - 1) % 2],
+        anchor=y,
+        range=[first, last] if first < last else [first - 1, first + 1],
+        nticks=7,
+        dtick=1 if last - first < 7 else None,
+        showticklabels=lowest,
+        matches="x" if n > 1 else None,
+        unifiedhovertitle=dict(text="step %{x}"),
+        title=dict(text="step", standoff=4, font=dict(size=12)) if lowest else None,
+    )
     yaxis = dict(both, domain=LINES[(n - 1) // 2], anchor=x, range=limits, nticks=6, tickformat="~g")
     if log:
         yaxis |= dict(type="log", dtick=1 if limits[1] - limits[0] > 2 else "D2")
@@ -396,35 +570,78 @@ def panel(rows: list[dict], n: int) -> tuple[list[go.Scatter], dict, list[dict]]
     if len(traces) == 1:
         traces[0].line.dash = "solid"  # the title names it, and dashes make noise hard to read
     low = any("triangle-down-open" in t.marker.symbol for t in traces if t.customdata is not None)
-    corner = dict(x=0, xref=f"{x} domain", xanchor="left", y=1, yref=f"{y} domain", yanchor="bottom", yshift=4, showarrow=False)
+    corner = dict(
+        x=0,
+        xref=f"{x} domain",
+        xanchor="left",
+        y=1,
+        yref=f"{y} domain",
+        yanchor="bottom",
+        yshift=4,
+        showarrow=False,
+    )
     notes = [dict(corner, text=title + (" (▽ below it)" if low else ""), font=dict(size=13))]
     if len(traces) > 1:
         notes += end_labels(traces, n, limits, log, (row[1] - row[0]) * (HEIGHT - MARGIN["t"] - MARGIN["b"]))
     if rows and not any(np.isfinite(t.y).any() for t in traces):
-        notes.append(dict(text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False))
+        notes.append(
+            dict(text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False)
+        )
     return traces, panel_axes(rows, n, limits, log), notes
 
 # %% ../../nbs/report/00_figures.ipynb #0fe102d3
 def curves(rows: list[dict]) -> go.Figure:
-    """Six panels over the steps of a run, from rows of metrics.jsonl (missing and null values are gaps; no rows give an empty frame).
+    """Six panels over the steps of a run, from rows of metrics.jsonl (missing and null values are gaps; no
+    rows give an empty frame).
 
-    Left the terms before weighting, each in its unit; right the weighted terms with the loss, the coefficients, the gradient norms.
-    Zooming one panel zooms the steps of all; zoom survives an update. Ground and text suit light and dark pages.
-    Raises ValueError for a row without a step."""
+    Left the terms before weighting, each in its unit; right the weighted terms with the loss, the
+    coefficients, the gradient norms. Zooming one panel zooms the steps of all; zoom survives an update.
+    Ground and text suit light and dark pages. Raises ValueError for a row without a step."""
     for number, row in enumerate(rows, 1):
         if math.isnan(as_float(row.get("step"))):
-            raise ValueError(f"row {number} of the metrics has {cut(repr(row.get('step')), 40)} for its step; every row needs a number there.")
+            raise ValueError(
+                f"row {number} of the metrics has {cut(repr(row.get('step')), 40)} for its step; every row "
+                "needs a number there."
+            )
     traces, axes, notes = [], {}, []
     for n in range(1, len(PANELS) + 1):
         t, a, m = panel(rows, n)
         traces, axes, notes = traces + t, axes | a, notes + m
     if not rows:
-        notes.append(dict(text="no metrics yet", x=0.5, xref="paper", y=0.5, yref="paper", showarrow=False, font=dict(size=20)))
-    return go.Figure(traces, dict(
-        axes, annotations=notes, height=HEIGHT, margin=MARGIN, template="none", uirevision="curves", meta=summary(rows),
-        hovermode="x unified", hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")),
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
-        modebar=dict(bgcolor="rgba(0,0,0,0)", color=TEXT_COLOUR, activecolor="#56B4E9", remove=["select2d", "lasso2d"])))
+        notes.append(
+            dict(
+                text="no metrics yet",
+                x=0.5,
+                xref="paper",
+                y=0.5,
+                yref="paper",
+                showarrow=False,
+                font=dict(size=20),
+            )
+        )
+    return go.Figure(
+        traces,
+        dict(
+            axes,
+            annotations=notes,
+            height=HEIGHT,
+            margin=MARGIN,
+            template="none",
+            uirevision="curves",
+            meta=summary(rows),
+            hovermode="x unified",
+            hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")),
+            paper_bgcolor="rgba(0,0,0,0)",
+            plot_bgcolor="rgba(0,0,0,0)",
+            font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
+            modebar=dict(
+                bgcolor="rgba(0,0,0,0)",
+                color=TEXT_COLOUR,
+                activecolor="#56B4E9",
+                remove=["select2d", "lasso2d"],
+            ),
+        ),
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #ff3922e0
 def linear_ticks(low: float, high: float, about: int = 6) -> list[float]:
@@ -432,14 +649,17 @@ def linear_ticks(low: float, high: float, about: int = 6) -> list[float]:
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 # %% ../../nbs/report/00_figures.ipynb #db859ccd
 def log_ticks(low: float, high: float) -> list[float]:
-    "Powers of ten in [10**low, 10**high]; with 2 and 5 times them when that is two decades or less. Exponents of ten in, values out."
+    """Powers of ten in [10**low, 10**high]; with 2 and 5 times them when that is two decades or less.
+    Exponents of ten in, values out."""
     steps = (1,) if high - low > 2 else (1, 2, 5)
-    values = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
-    return [v for v in values if 10 ** low <= v * (1 + 1e-9) and v <= 10 ** high * (1 + 1e-9)]
+    values = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
+    return [v for v in values if 10**low <= v * (1 + 1e-9) and v <= 10**high * (1 + 1e-9)]
 
 # %% ../../nbs/report/00_figures.ipynb #6b06edb0
 def tick_text(value: float) -> str:
@@ -459,7 +679,8 @@ def pixels(axis, values, length: float) -> np.ndarray:
 
 # %% ../../nbs/report/00_figures.ipynb #5b7e0608
 def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
-    "SVG of one trace, with its dots and its error bars, in a panel of `width` × `height` pixels, origin in its upper left corner."
+    """SVG of one trace, with its dots and its error bars, in a panel of `width` × `height` pixels, origin in
+    its upper left corner."""
     x, y = pixels(xaxis, trace.x, width), height - pixels(yaxis, trace.y, height)
     seen = np.flatnonzero(np.isfinite(y))
     parts = []
@@ -470,34 +691,59 @@ def svg_line(trace, xaxis, yaxis, width: float, height: float) -> str:
     faint = f' fill-opacity="{trace.marker.opacity:g}"' if (trace.marker.opacity or 1) < 1 else ""
     colour, dots = trace.line.color, trace.customdata is not None
     pen = f'fill="none" stroke="{colour}"'
-    out = [f'<path d="{"".join(parts)}" {pen} stroke-width="{trace.line.width}" stroke-dasharray="{style}" stroke-linejoin="round"/>'] if parts else []
-    for i in np.flatnonzero(np.isfinite(np.asarray(trace.error_y.array, dtype=float))) if trace.error_y.array is not None else ():
+    out = (
+        [
+            f'<path d="{"".join(parts)}" {pen} stroke-width="{trace.line.width}" stroke-dasharray="{style}" '
+            'stroke-linejoin="round"/>'
+        ]
+        if parts
+        else []
+    )
+    for i in (
+        np.flatnonzero(np.isfinite(np.asarray(trace.error_y.array, dtype=float)))
+        if trace.error_y.array is not None
+        else ()
+    ):
         ends = np.array([trace.y[i] - trace.error_y.arrayminus[i], trace.y[i] + trace.error_y.array[i]])
-        if yaxis.type == "log": ends = np.maximum(ends, 10.0 ** yaxis.range[0])
+        if yaxis.type == "log":
+            ends = np.maximum(ends, 10.0 ** yaxis.range[0])
         bottom, top = height - np.clip(pixels(yaxis, ends, height), 0, height)
-        out.append(f'<path d="M{x[i] - 4:.1f} {bottom:.1f}h8M{x[i]:.1f} {bottom:.1f}V{top:.1f}M{x[i] - 4:.1f} {top:.1f}h8" {pen} stroke-width="1.5"/>')
+        out.append(
+            f'<path d="M{x[i] - 4:.1f} {bottom:.1f}h8M{x[i]:.1f} {bottom:.1f}V{top:.1f}M{x[i] - 4:.1f} '
+            f'{top:.1f}h8" {pen} stroke-width="1.5"/>'
+        )
     sizes, symbols = (np.asarray(trace.marker.size), trace.marker.symbol) if dots else (None, None)
     for i in seen[sizes[seen] > 0] if dots else ():
         low = symbols[i] != "circle"
-        out.append(f'<path d="M{x[i] - 5:.1f} {y[i] - 8:.1f}h10l-5 8z" {pen} stroke-width="1.5"/>' if low else
-                   f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{sizes[i] / 2:g}" fill="{colour}"{faint}/>')
+        out.append(
+            f'<path d="M{x[i] - 5:.1f} {y[i] - 8:.1f}h10l-5 8z" {pen} stroke-width="1.5"/>'
+            if low
+            else f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="{sizes[i] / 2:g}" fill="{colour}"{faint}/>'
+        )
     return "".join(out)
 
 # %% ../../nbs/report/00_figures.ipynb #6eb69941
-def svg_text(x: float, y: float, text: str, anchor: str = "start", size: float = 12, colour: str = TEXT_COLOUR) -> str:
+def svg_text(
+    x: float, y: float, text: str, anchor: str = "start", size: float = 12, colour: str = TEXT_COLOUR
+) -> str:
     "SVG of one line of text, escaped, vertically centred on `y`."
     place = f'x="{x:.1f}" y="{y + 0.35 * size:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
     return f'<text {place} fill="{colour}">{escape(visible(text))}</text>'
 
 # %% ../../nbs/report/00_figures.ipynb #5523cf36
 def svg_axes(xaxis, yaxis, width: float, height: float) -> str:
-    "SVG of the grid and the tick labels of a panel; labels along x only where the figure has them: its own texts, else whole numbers."
+    """SVG of the grid and the tick labels of a panel; labels along x only where the figure has them: its own
+    texts, else whole numbers."""
     grid, labels = "", ""
     for value in (log_ticks if yaxis.type == "log" else linear_ticks)(*yaxis.range):
         y = height - pixels(yaxis, [value], height)[0]
         grid += f"M-4 {y:.1f}H{width:.1f}"
         labels += svg_text(-7, y, tick_text(value), "end")
-    marks = {v: tick_text(v) for v in linear_ticks(*xaxis.range) if v == int(v)} if xaxis.ticktext is None else dict(zip(xaxis.tickvals, xaxis.ticktext, strict=True))
+    marks = (
+        {v: tick_text(v) for v in linear_ticks(*xaxis.range) if v == int(v)}
+        if xaxis.ticktext is None
+        else dict(zip(xaxis.tickvals, xaxis.ticktext, strict=True))
+    )
     for value, text in marks.items():
         x = pixels(xaxis, [value], width)[0]
         grid += f"M{x:.1f} 0V{height + 4:.1f}"
@@ -508,50 +754,78 @@ def svg_axes(xaxis, yaxis, width: float, height: float) -> str:
 
 # %% ../../nbs/report/00_figures.ipynb #022ae4c4
 def svg_note(note, yaxis, width: float, height: float) -> str:
-    "SVG of one annotation of a panel: its title, a name at a line's end, or the remark that nothing was measured."
+    """SVG of one annotation of a panel: its title, a name at a line's end, or the remark that nothing was
+    measured."""
     low, high = (0, 1) if note.yref.endswith("domain") else yaxis.range
     size = note.font.size or 12
-    y = height - (note.y - low) / (high - low) * height - (note.yshift or 0) - (size / 2 if note.yanchor == "bottom" else 0)
+    y = (
+        height
+        - (note.y - low) / (high - low) * height
+        - (note.yshift or 0)
+        - (size / 2 if note.yanchor == "bottom" else 0)
+    )
     anchor = "start" if note.xanchor == "left" else "middle"
-    return svg_text(note.x * width + (note.xshift or 0), y, note.text, anchor, size, note.font.color or TEXT_COLOUR)
+    return svg_text(
+        note.x * width + (note.xshift or 0), y, note.text, anchor, size, note.font.color or TEXT_COLOUR
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #27779ece
 def static_svg(fig: go.Figure) -> str:
-    """A figure of panels, made by `curves` or in its manner, as one script-free, well-formed SVG document (str), with a title for screen readers.
+    """A figure of panels, made by `curves` or in its manner, as one script-free, well-formed SVG document
+    (str), with a title for screen readers.
 
-    In that manner: lines and dots on axes x, y, x2, y2, … with a domain and a range each; dots have `customdata` and a size and a symbol each."""
+    In that manner: lines and dots on axes x, y, x2, y2, … with a domain and a range each; dots have
+    `customdata` and a size and a symbol each."""
     layout = fig.layout
     total, margin = layout.height, layout.margin
     inner = WIDTH - margin.l - margin.r, total - margin.t - margin.b
-    body = [svg_text(WIDTH / 2, total / 2, note.text, "middle", note.font.size) for note in layout.annotations if note.xref == "paper"]
+    body = [
+        svg_text(WIDTH / 2, total / 2, note.text, "middle", note.font.size)
+        for note in layout.annotations
+        if note.xref == "paper"
+    ]
     for n in range(1, 1 + sum(key.startswith("xaxis") for key in layout.to_plotly_json())):
         x, y = axis_ids(n)
         xaxis, yaxis = layout["xaxis" + x[1:]], layout["yaxis" + y[1:]]
-        width, height = (xaxis.domain[1] - xaxis.domain[0]) * inner[0], (yaxis.domain[1] - yaxis.domain[0]) * inner[1]
-        parts = [svg_axes(xaxis, yaxis, width, height)] + [svg_line(t, xaxis, yaxis, width, height) for t in fig.data if t.xaxis == x]
-        parts += [svg_note(note, yaxis, width, height) for note in layout.annotations if note.xref == f"{x} domain"]
+        width, height = (
+            (xaxis.domain[1] - xaxis.domain[0]) * inner[0],
+            (yaxis.domain[1] - yaxis.domain[0]) * inner[1],
+        )
+        parts = [svg_axes(xaxis, yaxis, width, height)] + [
+            svg_line(t, xaxis, yaxis, width, height) for t in fig.data if t.xaxis == x
+        ]
+        parts += [
+            svg_note(note, yaxis, width, height) for note in layout.annotations if note.xref == f"{x} domain"
+        ]
         left, top = margin.l + xaxis.domain[0] * inner[0], margin.t + (1 - yaxis.domain[1]) * inner[1]
         body.append(f'<g transform="translate({left:.1f} {top:.1f})">{"".join(parts)}</g>')
     title = escape(visible(layout.meta or "curves"))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total:g}" width="{WIDTH}" height="{total:g}" role="img" '
-            f'font-family="system-ui, sans-serif"><title>{title}</title>{"".join(body)}</svg>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total:g}" width="{WIDTH}" '
+        f'height="{total:g}" role="img" '
+        f'font-family="system-ui, sans-serif"><title>{title}</title>{"".join(body)}</svg>'
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #80b231ed
 def mime_bundle(fig: go.Figure) -> dict:
-    """One figure for every front end: plotly JSON where plotly's renderer is installed, an `<img>` that holds the SVG where it is not,
-    one sentence for a terminal. Nothing in it runs a script."""
+    """One figure for every front end: plotly JSON where plotly's renderer is installed, an `<img>` that holds
+    the SVG where it is not, one sentence for a terminal. Nothing in it runs a script."""
     text = visible(fig.layout.meta or "curves")
     data = base64.b64encode(static_svg(fig).encode()).decode()
     # plotly's toolbar has a button that uploads the data to its maker's site; a run's curves stay here
     config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
     figure = json.loads(fig.to_json(validate=False)) | {"config": config}
-    image = f'<img alt="{escape(text)}" width="{WIDTH}" height="{fig.layout.height:g}" src="data:image/svg+xml;base64,{data}">'
+    image = (
+        f'<img alt="{escape(text)}" width="{WIDTH}" height="{fig.layout.height:g}" '
+        f'src="data:image/svg+xml;base64,{data}">'
+    )
     return {"application/vnd.plotly.v1+json": figure, "text/html": image, "text/plain": text}
 
 # %% ../../nbs/report/00_figures.ipynb #159f1775
 def show(fig: go.Figure) -> None:
     "Displays a figure made by `curves` as one output with the forms of `mime_bundle`."
     from IPython.display import display
+
     display(mime_bundle(fig), raw=True)
 
 # %% ../../nbs/report/00_figures.ipynb #2add10a9
@@ -581,40 +855,64 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {% for name, value in parameters %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table>
 </body></html>
-"""
+"""  # noqa: E501
 
 # %% ../../nbs/report/00_figures.ipynb #4bf0c0f9
-def report_page(title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=(), floor: dict | None = None) -> str:
-    """One self-contained page (str, well-formed as XML too) with the result table, the curves and the parameters of a run.
+def report_page(
+    title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=(), floor: dict | None = None
+) -> str:
+    """One self-contained page (str, well-formed as XML too) with the result table, the curves and the
+    parameters of a run.
 
-    `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown as by `readable_table`, with the
-    rounding `floor`."""
+    `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
+    as by `readable_table`, with the rounding `floor`."""
     text = readable_table(table, floor)
-    values = {k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False) for k, v in parameters.items()}
+    values = {
+        k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
+        for k, v in parameters.items()
+    }
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
-        title=visible(title), notes=[visible(note) for note in notes], columns=list(text.columns),
+        title=visible(title),
+        notes=[visible(note) for note in notes],
+        columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
-        svg=static_svg(curves(rows)), parameters=[(visible(k), visible(v)) for k, v in values.items()])
+        svg=static_svg(curves(rows)),
+        parameters=[(visible(k), visible(v)) for k, v in values.items()],
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #f5de6236
-def write_report(path, title: str, rows: list[dict], table: pd.DataFrame, parameters: dict, notes=(), floor: dict | None = None) -> Path:
-    """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline, script-free, light and dark.
+def write_report(
+    path,
+    title: str,
+    rows: list[dict],
+    table: pd.DataFrame,
+    parameters: dict,
+    notes=(),
+    floor: dict | None = None,
+) -> Path:
+    """Writes `report_page` to `path` under a temporary name, then renames it; returns the path. Offline,
+    script-free, light and dark.
 
-    `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after), `parameters` name → value; `floor` as in `readable_table`."""
+    `rows` of metrics.jsonl, `table` a frame of numbers (a row a measure, e.g. columns before, after),
+    `parameters` name → value; `floor` as in `readable_table`."""
     write_owned(path, withhold(report_page(title, rows, table, parameters, notes, floor)).encode())
     return Path(path)
 
 # %% ../../nbs/report/00_figures.ipynb #68347dce
 def told_of(result: dict) -> list[str]:
-    "What belongs to the figures of a run's `result` (result.json): the notes of its evaluations (`all_notes`), those on its data, and its alarms."
+    """What belongs to the figures of a run's `result` (result.json): the notes of its evaluations
+    (`all_notes`), those on its data, and its alarms."""
     notes = [f"note: {line}" for line in [*all_notes(results_of(result)), *data_notes(result)]]
     return notes + [f"ALARM {line}" for line in alarm_lines(result.get("alarms"))]
 
 
 def write_run_report(folder, result: dict) -> Path:
-    "Writes report.html into the run directory `folder`, from its metrics.jsonl and its `result` (result.json); returns the path."
+    """Writes report.html into the run directory `folder`, from its metrics.jsonl and its `result`
+    (result.json); returns the path."""
     floor, folder = result.get("floor"), Path(folder)
     notes = told_of(result) + ([f"Rounding alone reads, in {floor_words(floor)}."] if floor else [])
     table = result_table(result["before"], result["after"])
-    return write_report(folder / "report.html", folder.name, read_metrics(folder), table, result["parameters"], notes, floor)
+    return write_report(
+        folder / "report.html", folder.name, read_metrics(folder), table, result["parameters"], notes, floor
+    )

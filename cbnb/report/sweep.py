@@ -25,26 +25,62 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from cbnb.report.figures import (
-    ANSWERED, MARGIN, STYLES, TEXT_COLOUR, WIDTH, axis_ids, axis_range, columns_of, end_labels,
-    interval_words, newest_notebook, series, static_svg, thin,
-)
-from ..basics.numbers import format_number
 from ..basics.files import quoted_frame, write_bytes, write_files
-from ..basics.reading import sha256
-from ..run.metrics import log_rows
-from ..run.code import runs_folder
 from ..basics.jsonfiles import RunError, json_text, read_json
+from ..basics.numbers import format_number
+from ..basics.reading import sha256
 from ..basics.terminal import visible
-from .verdicts import (ATTACK_MARGIN, BENIGN_MARGIN, CHECKS, CONTROL_ATTACK, CONTROL_COSINE, CONTROL_FALL, COSINE_MARGIN, DOSE_MARGIN, END_SHARE,
-                           GRADIENT_MARGIN, LEVEL, ONSET_LEVEL, ONSET_MARGIN, SEEDS, Sweep, advice, apart, by_seed, compare, span, strata, verdicts)
 from ..basics.withheld import withhold
+from cbnb.report.figures import (
+    ANSWERED,
+    MARGIN,
+    STYLES,
+    TEXT_COLOUR,
+    WIDTH,
+    axis_ids,
+    axis_range,
+    columns_of,
+    end_labels,
+    interval_words,
+    newest_notebook,
+    series,
+    static_svg,
+    thin,
+)
+from cbnb.report.verdicts import (
+    ATTACK_MARGIN,
+    BENIGN_MARGIN,
+    CHECKS,
+    CONTROL_ATTACK,
+    CONTROL_COSINE,
+    CONTROL_FALL,
+    COSINE_MARGIN,
+    DOSE_MARGIN,
+    END_SHARE,
+    GRADIENT_MARGIN,
+    LEVEL,
+    ONSET_LEVEL,
+    ONSET_MARGIN,
+    SEEDS,
+    Sweep,
+    advice,
+    apart,
+    by_seed,
+    compare,
+    span,
+    strata,
+    verdicts,
+)
+from ..run.code import runs_folder
+from ..run.metrics import log_rows
 
 # %% ../../nbs/report/02_sweep.ipynb #c0862003
 @dataclass(frozen=True)
 class Panel:
-    """A panel of a grid: `title`, `log` axis or not, `traces`, y `limits` as `axis_range` gives them, `x` range, `ticks` `{position: text}` along x (None: whole
-    numbers), `named` traces that get their name at the right."""
+    """A panel of a grid: `title`, `log` axis or not, `traces`, y `limits` as `axis_range` gives them, `x`
+    range, `ticks` `{position: text}` along x (None: whole numbers), `named` traces that get their name at the
+    right."""
+
     title: str
     log: bool
     traces: list
@@ -57,7 +93,7 @@ class Panel:
 def harmless(text, most: int = 200) -> str:
     "A stranger's `text` for a figure, cut to `most` characters: plotly would read tags in it."
     text = visible(text).replace("<", "‹").replace(">", "›")
-    return text if len(text) <= most else text[:most - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def place(n: int, columns: int, rows: int, wide: float, high: float) -> tuple[list, list]:
@@ -68,62 +104,168 @@ def place(n: int, columns: int, rows: int, wide: float, high: float) -> tuple[li
     return [left, min(1.0, left + width)], [max(0.0, bottom), min(1.0, bottom + height)]
 
 
-def grid(panels: list[Panel], columns: int, size: float, xtitle: str, summary: str, gap: float = 88, right: float = 84) -> go.Figure:
-    """A figure of `panels`, `columns` a row, each `size` pixels high and `gap` pixels from its neighbour; `right` is the margin for names; `summary` is
-    one sentence for those who cannot see it."""
+def grid(
+    panels: list[Panel],
+    columns: int,
+    size: float,
+    xtitle: str,
+    summary: str,
+    gap: float = 88,
+    right: float = 84,
+) -> go.Figure:
+    """A figure of `panels`, `columns` a row, each `size` pixels high and `gap` pixels from its neighbour;
+    `right` is the margin for names; `summary` is one sentence for those who cannot see it."""
     rows = -(-len(panels) // columns)
     gaps, margin = 56, dict(MARGIN, r=right)
     inner = rows * size + (rows - 1) * gaps
     traces, axes, notes = [], {}, []
-    both = dict(gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4, tickcolor=TEXT_COLOUR)
+    both = dict(
+        gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4, tickcolor=TEXT_COLOUR
+    )
     for n, panel in enumerate(panels, 1):
         x, y = axis_ids(n)
         wide, high = place(n - 1, columns, rows, gap / (WIDTH - margin["l"] - margin["r"]), gaps / inner)
-        ticks = {} if panel.ticks is None else dict(tickvals=list(panel.ticks), ticktext=[harmless(text) for text in panel.ticks.values()])
+        ticks = (
+            {}
+            if panel.ticks is None
+            else dict(tickvals=list(panel.ticks), ticktext=[harmless(text) for text in panel.ticks.values()])
+        )
         lowest = n > len(panels) - columns
-        axes["xaxis" + x[1:]] = dict(both, domain=wide, anchor=y, range=list(panel.x), nticks=5, showticklabels=True, **ticks,
-                                     title=dict(text=harmless(xtitle, 60), standoff=4, font=dict(size=12)) if lowest else None)
-        axes["yaxis" + y[1:]] = dict(both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g")
-        if panel.log: axes["yaxis" + y[1:]] |= dict(type="log", dtick=1 if panel.limits[1] - panel.limits[0] > 2 else "D2")
+        axes["xaxis" + x[1:]] = dict(
+            both,
+            domain=wide,
+            anchor=y,
+            range=list(panel.x),
+            nticks=5,
+            showticklabels=True,
+            **ticks,
+            title=dict(text=harmless(xtitle, 60), standoff=4, font=dict(size=12)) if lowest else None,
+        )
+        axes["yaxis" + y[1:]] = dict(
+            both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g"
+        )
+        if panel.log:
+            axes["yaxis" + y[1:]] |= dict(
+                type="log", dtick=1 if panel.limits[1] - panel.limits[0] > 2 else "D2"
+            )
         traces += [trace.update(xaxis=x, yaxis=y) for trace in panel.traces]
         low = any("triangle-down-open" in t.marker.symbol for t in panel.traces if t.customdata is not None)
-        corner = dict(x=0, xref=f"{x} domain", xanchor="left", y=1, yref=f"{y} domain", yanchor="bottom", yshift=4, showarrow=False)
-        notes.append(dict(corner, text=harmless(panel.title) + (" (▽ below it)" if low and columns < 4 else ""), font=dict(size=12)))
+        corner = dict(
+            x=0,
+            xref=f"{x} domain",
+            xanchor="left",
+            y=1,
+            yref=f"{y} domain",
+            yanchor="bottom",
+            yshift=4,
+            showarrow=False,
+        )
+        notes.append(
+            dict(
+                corner,
+                text=harmless(panel.title) + (" (▽ below it)" if low and columns < 4 else ""),
+                font=dict(size=12),
+            )
+        )
         notes += end_labels(panel.named, n, panel.limits, panel.log, size)
         if not any(np.isfinite(np.asarray(t.y, dtype=float)).any() for t in panel.traces):
-            notes.append(dict(text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False))
-    return go.Figure(traces, dict(
-        axes, annotations=notes, height=inner + margin["t"] + margin["b"], margin=margin, template="none", meta=summary, hovermode="closest",
-        hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")), paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)", font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
-        modebar=dict(bgcolor="rgba(0,0,0,0)", color=TEXT_COLOUR, activecolor="#56B4E9", remove=["select2d", "lasso2d"])))
+            notes.append(
+                dict(
+                    text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False
+                )
+            )
+    return go.Figure(
+        traces,
+        dict(
+            axes,
+            annotations=notes,
+            height=inner + margin["t"] + margin["b"],
+            margin=margin,
+            template="none",
+            meta=summary,
+            hovermode="closest",
+            hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")),
+            paper_bgcolor="rgba(0,0,0,0)",
+            plot_bgcolor="rgba(0,0,0,0)",
+            font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
+            modebar=dict(
+                bgcolor="rgba(0,0,0,0)",
+                color=TEXT_COLOUR,
+                activecolor="#56B4E9",
+                remove=["select2d", "lasso2d"],
+            ),
+        ),
+    )
 
 # %% ../../nbs/report/02_sweep.ipynb #67155341
-def trace(x, y, style, name: str, limits: list, log: bool, mode: str = "lines", size: float = 5, faint: float = 1, half=None, text=None) -> go.Scatter:
-    """Points or a line of `style` (colour, dash, width). What lies below a log axis is an open triangle at its edge, in a mere line a gap; `half`
-    `(below, above)` are the arms of error bars [n], NaN for none; `text` is shown on hover: one for a line, one a point."""
+def trace(
+    x,
+    y,
+    style,
+    name: str,
+    limits: list,
+    log: bool,
+    mode: str = "lines",
+    size: float = 5,
+    faint: float = 1,
+    half=None,
+    text=None,
+) -> go.Scatter:
+    """Points or a line of `style` (colour, dash, width). What lies below a log axis is an open triangle at
+    its edge, in a mere line a gap; `half` `(below, above)` are the arms of error bars [n], NaN for none;
+    `text` is shown on hover: one for a line, one a point."""
     x, y = np.asarray(x, dtype=np.float32), np.asarray(y, dtype=float)
-    edge = 10 ** limits[0] * (1 + 1e-6) if log else -np.inf  # just inside: plotly leaves out what lies below by rounding
+    # just inside: plotly leaves out what lies below by rounding
+    edge = 10 ** limits[0] * (1 + 1e-6) if log else -np.inf
     low = np.isfinite(y) & (y < edge)
     (colour, dash, width), hover = style, "%{text}" if text is not None else "%{fullData.name}"
-    if text is not None: text = harmless(text) if isinstance(text, str) else [harmless(run) for run in text]
-    made = go.Scatter(x=x, y=np.where(low, edge if "markers" in mode else np.nan, y).astype(np.float32), name=harmless(name), mode=mode,
-                      showlegend=False, cliponaxis=False, line=dict(color=colour, dash=dash, width=width), text=text,
-                      hovertemplate=f"%{{y:.3g}}<extra>{hover}</extra>")
+    if text is not None:
+        text = harmless(text) if isinstance(text, str) else [harmless(run) for run in text]
+    made = go.Scatter(
+        x=x,
+        y=np.where(low, edge if "markers" in mode else np.nan, y).astype(np.float32),
+        name=harmless(name),
+        mode=mode,
+        showlegend=False,
+        cliponaxis=False,
+        line=dict(color=colour, dash=dash, width=width),
+        text=text,
+        hovertemplate=f"%{{y:.3g}}<extra>{hover}</extra>",
+    )
     if "markers" in mode:
-        made.update(customdata=y.astype(np.float32), hovertemplate=f"%{{customdata:.3g}}<extra>{hover}</extra>", marker=dict(
-            size=np.where(low, 9, size), symbol=np.where(low, "triangle-down-open", "circle"), color=colour, opacity=faint,
-            line=dict(color=colour, width=np.where(low, 1.5, 0))))
+        made.update(
+            customdata=y.astype(np.float32),
+            hovertemplate=f"%{{customdata:.3g}}<extra>{hover}</extra>",
+            marker=dict(
+                size=np.where(low, 9, size),
+                symbol=np.where(low, "triangle-down-open", "circle"),
+                color=colour,
+                opacity=faint,
+                line=dict(color=colour, width=np.where(low, 1.5, 0)),
+            ),
+        )
     if half is not None and np.isfinite(half).any():
-        made.error_y = dict(type="data", symmetric=False, arrayminus=half[0], array=half[1], color=colour, thickness=1.5, width=4)
+        made.error_y = dict(
+            type="data",
+            symmetric=False,
+            arrayminus=half[0],
+            array=half[1],
+            color=colour,
+            thickness=1.5,
+            width=4,
+        )
     return made
 
 # %% ../../nbs/report/02_sweep.ipynb #0fe26c09
 PALETTE = ("#808080", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#9A7D0A")
 DASHES = ("solid", "dash", "dot", "dashdot")
 RUNS_DRAWN = 60  # lines in one panel, or small pictures; with more runs these are taken evenly from the frame
-OVERLAID = (("reroute: mean relu(cosine)", False, "loss_reroute", 1.0), ("KL, nats a token; log axis", True, "loss_kl", 0.0),
-            ("retain: mean L2 distance", False, "loss_retain", 0.0), ("gradient norm before clipping; log axis", True, "grad_norm_total", 0.0))
+OVERLAID = (
+    ("reroute: mean relu(cosine)", False, "loss_reroute", 1.0),
+    ("KL, nats a token; log axis", True, "loss_kl", 0.0),
+    ("retain: mean L2 distance", False, "loss_retain", 0.0),
+    ("gradient norm before clipping; log axis", True, "grad_norm_total", 0.0),
+)
 TOGETHER = ("reroute", "retain", "KL")
 
 
@@ -133,20 +275,31 @@ def value_words(value) -> str:
 
 
 def conditions(sweep: Sweep) -> list[str]:
-    "A short text for each row of the frame: its beta_kl and whatever else tells strata apart, without the seed."
+    """A short text for each row of the frame: its beta_kl and whatever else tells strata apart, without the
+    seed."""
     columns = apart(sweep)
+
     def told(c, value):
-        if c == "kl_temperature": return "" if value == 1 else f", T {value_words(value)}"
+        if c == "kl_temperature":
+            return "" if value == 1 else f", T {value_words(value)}"
         return f", {c} {value_words(value)}"
-    return [("no beta_kl" if math.isnan(row["beta_kl"]) else f"β {row['beta_kl']:g}") + "".join(told(c, row[c]) for c in columns)
-            for row in sweep.frame[list(dict.fromkeys(["beta_kl", *columns]))].to_dict("records")]
+
+    return [
+        ("no beta_kl" if math.isnan(row["beta_kl"]) else f"β {row['beta_kl']:g}")
+        + "".join(told(c, row[c]) for c in columns)
+        for row in sweep.frame[list(dict.fromkeys(["beta_kl", *columns]))].to_dict("records")
+    ]
 
 
 def drawn_runs(sweep: Sweep, most: int = RUNS_DRAWN) -> list[tuple[pd.Series, str, list]]:
     "`(row, condition, rows of metrics.jsonl)` of at most `most` runs that have a log, evenly from the frame."
     frame, texts = sweep.frame, conditions(sweep)
     logged = np.flatnonzero(frame["last_step"].notna())
-    chosen = logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)] if len(logged) else []
+    chosen = (
+        logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)]
+        if len(logged)
+        else []
+    )
     return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in chosen]
 
 
@@ -158,17 +311,30 @@ def thinned(rows: list[dict], key: str, columns: int = 150) -> tuple[np.ndarray,
 
 
 def overlaid(drawn: list) -> go.Figure:
-    "The curves of all drawn runs in four panels, a colour each beta_kl (and whatever else is not the seed), named where they end."
+    """The curves of all drawn runs in four panels, a colour each beta_kl (and whatever else is not the seed),
+    named where they end."""
     texts = list(dict.fromkeys(text for _, text, _ in drawn))
-    styles = {text: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)], 1.2) for i, text in enumerate(texts)}
+    styles = {
+        text: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)], 1.2)
+        for i, text in enumerate(texts)
+    }
     last = max((row["last_step"] for row, _, _ in drawn), default=1)
     panels = []
     for title, log, key, top in OVERLAID:
         lines = [(row, text, *thinned(rows, key)) for row, text, rows in drawn]
         limits = axis_range(np.concatenate([values for *_, values in lines] or [np.array([])]), log, top)
-        traces = [trace(steps, values, styles[text], harmless(text, 20), limits, log, text=row["run"]) for row, text, steps, values in lines]
-        first = {text: t for (_, text, _, _), t in reversed(list(zip(lines, traces, strict=True))) if np.isfinite(t.y).any()}
-        panels.append(Panel(title, log, traces, limits, (0, last), named=[first[t] for t in texts if t in first][:12]))
+        traces = [
+            trace(steps, values, styles[text], harmless(text, 20), limits, log, text=row["run"])
+            for row, text, steps, values in lines
+        ]
+        first = {
+            text: t
+            for (_, text, _, _), t in reversed(list(zip(lines, traces, strict=True)))
+            if np.isfinite(t.y).any()
+        }
+        panels.append(
+            Panel(title, log, traces, limits, (0, last), named=[first[t] for t in texts if t in first][:12])
+        )
     short = max(map(len, texts), default=0) <= 6
     said = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
     return grid(panels, 2, 210, "step", said, 100 if short else 170, 84 if short else 150)
@@ -178,113 +344,253 @@ def small_multiples(drawn: list) -> go.Figure:
     "A small panel a run: reroute, retain and KL on one log axis that all panels share; four a row."
     keys = {"reroute": "loss_reroute", "retain": "loss_retain", "KL": "loss_kl"}
     last = max((row["last_step"] for row, _, _ in drawn), default=1)
-    lines = [(row, text, {name: thinned(rows, key, 60) for name, key in keys.items()}) for row, text, rows in drawn]
-    limits = axis_range(np.concatenate([values for _, _, found in lines for _, values in found.values()] or [np.array([])]), True)
+    lines = [
+        (row, text, {name: thinned(rows, key, 60) for name, key in keys.items()}) for row, text, rows in drawn
+    ]
+    limits = axis_range(
+        np.concatenate([values for _, _, found in lines for _, values in found.values()] or [np.array([])]),
+        True,
+    )
     panels = []
     for row, text, found in lines:
-        title = harmless(f"{text}, seed {row['seed']:g}", 28 if row["state"] == "done" else 17) + ("" if row["state"] == "done" else f" ({row['state']})")
-        panels.append(Panel(title, True, [trace(*found[name], STYLES[name], name, limits, True) for name in TOGETHER], limits, (0, last)))
-    return grid(panels, 4, 84, "step", f"{len(drawn)} runs, each with reroute (orange), retain (green, dashed) and KL (blue, dotted) on one log axis", 48)
+        title = harmless(f"{text}, seed {row['seed']:g}", 28 if row["state"] == "done" else 17) + (
+            "" if row["state"] == "done" else f" ({row['state']})"
+        )
+        panels.append(
+            Panel(
+                title,
+                True,
+                [trace(*found[name], STYLES[name], name, limits, True) for name in TOGETHER],
+                limits,
+                (0, last),
+            )
+        )
+    return grid(
+        panels,
+        4,
+        84,
+        "step",
+        f"{len(drawn)} runs, each with reroute (orange), retain (green, dashed) and KL (blue, dotted) on "
+        "one log axis",
+        48,
+    )
 
 # %% ../../nbs/report/02_sweep.ipynb #e6baf38e
-# title, log axis?, {measure: name of its line} or what the measures' names begin with, smallest top of the axis
+# title, log axis?, {measure: name of its line} or what the measures' names begin with, smallest top of the
+# axis
 DOSE = (
-    ("raw KL at the end, nats a token; log", True, {"loss_kl": "KL"}, 0.0), ("beta_kl·KL; log", True, {"beta_times_kl": "KL"}, 0.0),
-    ("held-out KL, nats a token; log", True, "heldout_kl", 0.0), ("held-out top-1 agreement", False, "heldout_top1", 1.0),
+    ("raw KL at the end, nats a token; log", True, {"loss_kl": "KL"}, 0.0),
+    ("beta_kl·KL; log", True, {"beta_times_kl": "KL"}, 0.0),
+    ("held-out KL, nats a token; log", True, "heldout_kl", 0.0),
+    ("held-out top-1 agreement", False, "heldout_top1", 1.0),
     ("exact match by kind", False, "exact_match", 1.0),
     ("held-out harmful cosine", False, {"harmful_cosine": "reroute"}, 1.0),
     ("attack success", False, {"attack_success": "strict", "attack_success_lax": "lax"}, 1.0),
-    ("unparseable answers to attacks", False, {"unparseable": "total"}, 1.0), ("onset of reroute, step", False, {"onset_step": "reroute"}, 1.0),
-    ("reroute at the end", False, {"loss_reroute": "reroute"}, 0.1), ("retain at the end", False, {"loss_retain": "retain"}, 0.0),
+    ("unparseable answers to attacks", False, {"unparseable": "total"}, 1.0),
+    ("onset of reroute, step", False, {"onset_step": "reroute"}, 1.0),
+    ("reroute at the end", False, {"loss_reroute": "reroute"}, 0.1),
+    ("retain at the end", False, {"loss_retain": "retain"}, 0.0),
     ("gradient norm before clipping; log", True, {"grad_norm_total": "total"}, 0.0),
-    ("gradient norm by term; log", True, {"grad_norm_reroute": "reroute", "grad_norm_retain": "retain", "grad_norm_kl": "KL"}, 0.0),
-    ("cosine between two terms' gradients", False,
-     {"grad_cos_reroute_retain": "rer.–retain", "grad_cos_reroute_kl": "rer.–KL", "grad_cos_retain_kl": "retain–KL"}, 0.0),
-    ("KL's share of the terms' norms", False, {"kl_gradient_share": "KL"}, 0.1))
+    (
+        "gradient norm by term; log",
+        True,
+        {"grad_norm_reroute": "reroute", "grad_norm_retain": "retain", "grad_norm_kl": "KL"},
+        0.0,
+    ),
+    (
+        "cosine between two terms' gradients",
+        False,
+        {
+            "grad_cos_reroute_retain": "rer.–retain",
+            "grad_cos_reroute_kl": "rer.–KL",
+            "grad_cos_retain_kl": "retain–KL",
+        },
+        0.0,
+    ),
+    ("KL's share of the terms' norms", False, {"kl_gradient_share": "KL"}, 0.1),
+)
 LINES = STYLES | {
-    "in domain": ("#0072B2", "solid", 1.5), "off domain": ("#CC79A7", "dash", 1.5), "plain": ("#009E73", "solid", 1.5), "sensitive": ("#D55E00", "dash", 1.5),
-    "hard neg.": ("#0072B2", "dot", 2), "general": ("#CC79A7", "dashdot", 1.5), "strict": ("#D55E00", "solid", 1.5), "lax": ("#E69F00", "dash", 1.5),
-    "rer.–retain": ("#009E73", "dash", 1.5), "rer.–KL": ("#0072B2", "solid", 1.5), "retain–KL": ("#CC79A7", "dot", 2)}
+    "in domain": ("#0072B2", "solid", 1.5),
+    "off domain": ("#CC79A7", "dash", 1.5),
+    "plain": ("#009E73", "solid", 1.5),
+    "sensitive": ("#D55E00", "dash", 1.5),
+    "hard neg.": ("#0072B2", "dot", 2),
+    "general": ("#CC79A7", "dashdot", 1.5),
+    "strict": ("#D55E00", "solid", 1.5),
+    "lax": ("#E69F00", "dash", 1.5),
+    "rer.–retain": ("#009E73", "dash", 1.5),
+    "rer.–KL": ("#0072B2", "solid", 1.5),
+    "retain–KL": ("#CC79A7", "dot", 2),
+}
 
 
 def by_kind(frame: pd.DataFrame, key: str) -> dict[str, str]:
     "`{column: short name}` of the measures in `frame` that are `key` by kind or domain and were measured."
     measured = [c for c in frame.columns if c.startswith(f"{key}_") and frame[c].notna().any()]
-    return {c: harmless(c.removeprefix(f"{key}_").replace("_", " ").replace("negative", "neg."), 11) for c in measured}
+    return {
+        c: harmless(c.removeprefix(f"{key}_").replace("_", " ").replace("negative", "neg."), 11)
+        for c in measured
+    }
 
 
 def arm(runs, control, measure: str, log: bool) -> tuple[float, float, float]:
-    """`(centre, below, above)` of `measure` in `runs` at one beta_kl: the mean over the seeds that the control has too (a geometric one on a log axis),
-    and the arms of the interval of the paired difference; NaN for arms that cannot be had, the mean over all seeds without a control."""
+    """`(centre, below, above)` of `measure` in `runs` at one beta_kl: the mean over the seeds that the
+    control has too (a geometric one on a log axis), and the arms of the interval of the paired difference;
+    NaN for arms that cannot be had, the mean over all seeds without a control."""
     values = by_seed(runs, measure)
     values = values[np.isfinite(values)]
     old = by_seed(control, measure)
     both = values.index.intersection(old.index[np.isfinite(old)])
     paired = values[both] if len(both) else values
-    if not len(paired): return (math.nan,) * 3
+    if not len(paired):
+        return (math.nan,) * 3
     positive = log and (paired > 0).all()
     centre = float(np.exp(np.log(paired).mean())) if positive else float(paired.mean())
-    if not len(both) or runs.index.equals(control.index) or log and not (positive and (old[both] > 0).all()): return centre, math.nan, math.nan
+    if not len(both) or runs.index.equals(control.index) or log and not (positive and (old[both] > 0).all()):
+        return centre, math.nan, math.nan
     c = compare(runs, control, measure, "log" if log else "difference", 1)
-    if log: return centre, centre * (1 - math.exp(c.low - c.mean)), centre * math.expm1(c.high - c.mean)
+    if log:
+        return centre, centre * (1 - math.exp(c.low - c.mean)), centre * math.expm1(c.high - c.mean)
     return centre, c.mean - c.low, c.high - c.mean
 
 
 def groups(sweep: Sweep) -> list[list]:
-    "The strata of a sweep, those that differ in `kl_temperature` only together: one dose-response figure each."
+    """The strata of a sweep, those that differ in `kl_temperature` only together: one dose-response figure
+    each."""
     columns, found = [c for c in apart(sweep) if c != "kl_temperature"], {}
     for s in strata(sweep):
         runs = next(iter(s.levels.values()), s.control)
-        if len(runs): found.setdefault(tuple(str(runs.iloc[0][c]) for c in columns), []).append(s)
+        if len(runs):
+            found.setdefault(tuple(str(runs.iloc[0][c]) for c in columns), []).append(s)
     return list(found.values())
 
 
 def dose_response(group: list) -> go.Figure:
-    """Each measure of `DOSE` against beta_kl: a faint dot a run, the mean over paired seeds with the interval of its difference to beta_kl 0.
+    """Each measure of `DOSE` against beta_kl: a faint dot a run, the mean over paired seeds with the interval
+    of its difference to beta_kl 0.
 
-    `group`: strata that may share a figure. The axis has the values in order, evenly apart, so that 0 can be there."""
-    places = [(s, beta, runs) for s in group for beta, runs in (({} if s.borrowed else {0.0: s.control}) | s.levels).items() if len(runs)]
+    `group`: strata that may share a figure. The axis has the values in order, evenly apart, so that 0 can be
+    there."""
+    places = [
+        (s, beta, runs)
+        for s in group
+        for beta, runs in (({} if s.borrowed else {0.0: s.control}) | s.levels).items()
+        if len(runs)
+    ]
     warm = len(group) > 1
-    def temperature(runs): return f", T {value_words(runs.iloc[0]['kl_temperature'])}" if warm and runs.iloc[0]["kl_temperature"] != 1 else ""
+
+    def temperature(runs):
+        return (
+            f", T {value_words(runs.iloc[0]['kl_temperature'])}"
+            if warm and runs.iloc[0]["kl_temperature"] != 1
+            else ""
+        )
+
     ticks = {i: f"{beta:g}{temperature(runs)}" for i, (_, beta, runs) in enumerate(places)}
     everyone, panels = pd.concat([runs for _, _, runs in places]), []
     for title, log, lines, top in DOSE:
-        if isinstance(lines, str): lines = by_kind(everyone, lines)
+        if isinstance(lines, str):
+            lines = by_kind(everyone, lines)
         columns = [m for m in lines if any(m in runs and runs[m].notna().any() for _, _, runs in places)]
-        everything = np.concatenate([runs[m].to_numpy(dtype=float) for m in columns for _, _, runs in places] or [np.array([])])
+        everything = np.concatenate(
+            [runs[m].to_numpy(dtype=float) for m in columns for _, _, runs in places] or [np.array([])]
+        )
         limits = axis_range(everything, log, top)
         dots, means, named = [], [], []
         for j, measure in enumerate(columns):
-            colour, dash, width = LINES.get(lines[measure], (PALETTE[j % len(PALETTE)], DASHES[j % len(DASHES)], 1.5))
-            style, shift = (colour, dash if len(columns) > 1 else "solid", width), (j - (len(columns) - 1) / 2) * 0.16
-            xs = np.concatenate([i + shift + 0.05 * (np.arange(len(runs)) - (len(runs) - 1) / 2) for i, (_, _, runs) in enumerate(places)])
-            ys = np.concatenate([runs.sort_values(["seed", "run"])[measure].to_numpy(dtype=float) for _, _, runs in places])
-            names = np.concatenate([runs.sort_values(["seed", "run"])["run"].to_numpy() for _, _, runs in places])
+            colour, dash, width = LINES.get(
+                lines[measure], (PALETTE[j % len(PALETTE)], DASHES[j % len(DASHES)], 1.5)
+            )
+            style, shift = (
+                (colour, dash if len(columns) > 1 else "solid", width),
+                (j - (len(columns) - 1) / 2) * 0.16,
+            )
+            xs = np.concatenate(
+                [
+                    i + shift + 0.05 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
+                    for i, (_, _, runs) in enumerate(places)
+                ]
+            )
+            ys = np.concatenate(
+                [runs.sort_values(["seed", "run"])[measure].to_numpy(dtype=float) for _, _, runs in places]
+            )
+            names = np.concatenate(
+                [runs.sort_values(["seed", "run"])["run"].to_numpy() for _, _, runs in places]
+            )
             dots.append(trace(xs, ys, style, lines[measure], limits, log, "markers", 5, 0.4, text=names))
             for s in group:
                 at = [i for i, (t, _, _) in enumerate(places) if t is s]
-                arms = np.array([arm(places[i][2], s.control, "loss_kl" if measure == "beta_times_kl" else measure, log) for i in at])
+                arms = np.array(
+                    [
+                        arm(
+                            places[i][2], s.control, "loss_kl" if measure == "beta_times_kl" else measure, log
+                        )
+                        for i in at
+                    ]
+                )
                 centres = arms[:, 0] * ([places[i][1] for i in at] if measure == "beta_times_kl" else 1)
                 spread = arms[:, 1:].T * ([places[i][1] for i in at] if measure == "beta_times_kl" else 1)
-                means.append(trace(np.array(at) + shift, centres, style, lines[measure], limits, log, "lines+markers", 7, half=spread))
-                if s is group[-1] or not warm: named.append(means[-1])
-        panels.append(Panel(title, log, dots + means, limits, (-0.5, len(places) - 0.5), ticks, named if len(columns) > 1 else []))
+                means.append(
+                    trace(
+                        np.array(at) + shift,
+                        centres,
+                        style,
+                        lines[measure],
+                        limits,
+                        log,
+                        "lines+markers",
+                        7,
+                        half=spread,
+                    )
+                )
+                if s is group[-1] or not warm:
+                    named.append(means[-1])
+        panels.append(
+            Panel(
+                title,
+                log,
+                dots + means,
+                limits,
+                (-0.5, len(places) - 0.5),
+                ticks,
+                named if len(columns) > 1 else [],
+            )
+        )
     n = max((len(runs) for _, _, runs in places), default=0)
     label = f" ({group[0].label})" if group[0].label and not warm else ""
     room = 8 * sum(len(text) + 1 for text in ticks.values())
-    said = (f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {n} runs a value, means with {LEVEL:.0%} intervals of the paired "
-            "difference to 0")
+    said = (
+        f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {n} runs a value, means with "
+        f"{LEVEL:.0%} intervals of the paired "
+        "difference to 0"
+    )
     return grid(panels, 3 if room < 190 else 2 if room < 340 else 1, 130, "beta_kl", said, 108)
 
 # %% ../../nbs/report/02_sweep.ipynb #c7b612ee
-AGAINST = ("loss_kl", "heldout_kl_in_domain", "harmful_cosine", "attack_success", "exact_match_plain", "grad_norm_total")
-LOG = ("loss_kl", "beta_times_kl", "heldout_kl_in_domain", "heldout_kl_off_domain", "grad_norm_total", "grad_norm_reroute", "grad_norm_retain", "grad_norm_kl")
+AGAINST = (
+    "loss_kl",
+    "heldout_kl_in_domain",
+    "harmful_cosine",
+    "attack_success",
+    "exact_match_plain",
+    "grad_norm_total",
+)
+LOG = (
+    "loss_kl",
+    "beta_times_kl",
+    "heldout_kl_in_domain",
+    "heldout_kl_off_domain",
+    "grad_norm_total",
+    "grad_norm_reroute",
+    "grad_norm_retain",
+    "grad_norm_kl",
+)
 PLACES = 12  # values of a parameter along an axis; the rest is left out and counted
 
 
 def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
-    """Each of `measures` against `parameter` (columns of a sweep's frame) over the runs in `frame` that are done: a dot a run, a line through the
-    means for each beta_kl.
+    """Each of `measures` against `parameter` (columns of a sweep's frame) over the runs in `frame` that are
+    done: a dot a run, a line through the means for each beta_kl.
 
     The parameter's values stand in order and evenly. Raises KeyError for a column that is not there."""
     done = frame[(frame["state"] == "done") & frame[parameter].notna()]
@@ -293,7 +599,7 @@ def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
     at = {value: i for i, value in enumerate(values)}
     done = done[done[parameter].isin(values)].sort_values(["seed", "run"])
     measures = [m for m in measures if m in done]
-    betas = [None] if parameter == "beta_kl" else sorted(done["beta_kl"].dropna().unique())[:len(PALETTE)]
+    betas = [None] if parameter == "beta_kl" else sorted(done["beta_kl"].dropna().unique())[: len(PALETTE)]
     panels = []
     for measure in measures:
         log = measure in LOG
@@ -303,38 +609,95 @@ def against(frame: pd.DataFrame, parameter: str, measures=AGAINST) -> go.Figure:
             runs = done if beta is None else done[done["beta_kl"] == beta]
             style = (PALETTE[(j + (beta is None)) % len(PALETTE)], "solid", 1.5)
             name = "" if beta is None else f"β {beta:g}"
-            dots.append(trace([at[v] for v in runs[parameter]], runs[measure], style, name, limits, log, "markers", 5, 0.5, text=runs["run"]))
+            dots.append(
+                trace(
+                    [at[v] for v in runs[parameter]],
+                    runs[measure],
+                    style,
+                    name,
+                    limits,
+                    log,
+                    "markers",
+                    5,
+                    0.5,
+                    text=runs["run"],
+                )
+            )
             mean = runs.groupby(parameter)[measure].mean()
             means.append(trace([at[v] for v in mean.index], mean, style, name, limits, log))
         title = measure.replace("_", " ") + ("; log" if log else "")
-        text = {i: (f"{v:g}" if isinstance(v, float) else str(v))[:12 if len(values) < 4 else 5] for v, i in at.items()}
-        panels.append(Panel(title, log, dots + means, limits, (-0.5, max(1, len(values)) - 0.5), text, [m for m in means if m.name]))
+        text = {
+            i: (f"{v:g}" if isinstance(v, float) else str(v))[: 12 if len(values) < 4 else 5]
+            for v, i in at.items()
+        }
+        panels.append(
+            Panel(
+                title,
+                log,
+                dots + means,
+                limits,
+                (-0.5, max(1, len(values)) - 0.5),
+                text,
+                [m for m in means if m.name],
+            )
+        )
     left_out = f"; {more} more values are left out" if more else ""
-    return grid(panels, min(3, len(panels)), 150, visible(parameter), f"{len(done)} finished runs against {parameter}{left_out}", 96)
+    return grid(
+        panels,
+        min(3, len(panels)),
+        150,
+        visible(parameter),
+        f"{len(done)} finished runs against {parameter}{left_out}",
+        96,
+    )
 
 # %% ../../nbs/report/02_sweep.ipynb #5e410400
 GROUPS_DRAWN, PARAMETERS_DRAWN = 6, 4
 
 
 def sweep_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
-    "`{file name without its ending: (figure, caption)}`, in reading order; what is left out for want of room, the caption says."
+    """`{file name without its ending: (figure, caption)}`, in reading order; what is left out for want of
+    room, the caption says."""
     drawn, found = drawn_runs(sweep), {}
     logged = int(sweep.frame["last_step"].notna().sum())
     some = f" {len(drawn)} of {logged} runs are drawn." if logged > len(drawn) else ""
     parts = groups(sweep)
     for n, group in enumerate(parts[:GROUPS_DRAWN], 1):
         label = f" {group[0].label}." if group[0].label and len(group) == 1 else ""
-        more = f" {len(parts) - GROUPS_DRAWN} more settings are not drawn." if n == GROUPS_DRAWN < len(parts) else ""
-        found["dose_response" + (f"_{n}" if n > 1 else "")] = (dose_response(group), (
-            f"Dose-response.{label} A faint dot a run; means over paired seeds, with the {LEVEL:.0%} interval of the difference to beta_kl 0 "
-            f"(none for one seed).{more}"))
+        more = (
+            f" {len(parts) - GROUPS_DRAWN} more settings are not drawn."
+            if n == GROUPS_DRAWN < len(parts)
+            else ""
+        )
+        found["dose_response" + (f"_{n}" if n > 1 else "")] = (
+            dose_response(group),
+            (
+                f"Dose-response.{label} A faint dot a run; means over paired seeds, with the {LEVEL:.0%} "
+                "interval of the difference to beta_kl 0 "
+                f"(none for one seed).{more}"
+            ),
+        )
     if drawn:
-        found["curves"] = (overlaid(drawn), f"Training curves, overlaid; the terms are before weighting.{some}")
-        found["runs"] = (small_multiples(drawn), f"Run by run: reroute (orange), retain (green, dashed) and KL (blue, dotted), one log axis for all.{some}")
+        found["curves"] = (
+            overlaid(drawn),
+            f"Training curves, overlaid; the terms are before weighting.{some}",
+        )
+        found["runs"] = (
+            small_multiples(drawn),
+            "Run by run: reroute (orange), retain (green, dashed) and KL (blue, dotted), one log axis for "
+            f"all.{some}",
+        )
     others = [p for p in sweep.parameters if p not in ("beta_kl", "seed") and 1 < sweep.frame[p].nunique()]
     for n, parameter in enumerate(others[:PARAMETERS_DRAWN], 1):
-        more = f" {len(others) - PARAMETERS_DRAWN} more parameters differ and are not drawn." if n == PARAMETERS_DRAWN < len(others) else ""
-        found[f"parameter_{n}"] = (against(sweep.frame, parameter), f"Against {parameter}: a dot a finished run, lines through the means.{more}")
+        more = (
+            f" {len(others) - PARAMETERS_DRAWN} more parameters differ and are not drawn."
+            if n == PARAMETERS_DRAWN < len(others)
+            else ""
+        )
+        found[f"parameter_{n}"] = (
+            against(sweep.frame, parameter),
+            f"Against {parameter}: a dot a finished run, lines through the means.{more}",
+        )
     return found
 
 # %% ../../nbs/report/02_sweep.ipynb #b1b0b37d
@@ -342,22 +705,36 @@ FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica", "R
 
 
 def render(svg: str, font: str, zoom: float = 2) -> bytes:
-    "`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif. Raises RunError without resvg_py."
-    try: import resvg_py
-    except ImportError: raise RunError("pictures want resvg_py: pip install 'cbnb[pictures]'") from None
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font))
+    """`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif.
+    Raises RunError without resvg_py."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise RunError("pictures want resvg_py: pip install 'cbnb[pictures]'") from None
+    return bytes(
+        resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font)
+    )
 
 
 @cache
 def usable_font() -> str:
-    "The first of `FONTS` that this machine has, or an empty text: a renderer that finds no font leaves all text out and says nothing."
-    def probe(text): return f'<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" font-family="sans-serif"><text y="15">{text}</text></svg>'
+    """The first of `FONTS` that this machine has, or an empty text: a renderer that finds no font leaves all
+    text out and says nothing."""
+
+    def probe(text):
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" '
+            f'font-family="sans-serif"><text y="15">{text}</text></svg>'
+        )
+
     return next((font for font in FONTS if render(probe("x"), font) != render(probe(""), font)), "")
 
 
 def png(fig: go.Figure) -> bytes:
-    "A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a usable font, or without resvg_py."
-    if not usable_font(): raise RunError(f"pictures want one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
+    """A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a
+    usable font, or without resvg_py."""
+    if not usable_font():
+        raise RunError(f"pictures want one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
     return render(static_svg(fig), usable_font())
 
 # %% ../../nbs/report/02_sweep.ipynb #16e9daa8
@@ -408,29 +785,51 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 {% for name, value in common %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table></div>
 </main></body></html>
-"""
-TABLED = ("loss_kl", "beta_times_kl", "onset_step", "harmful_cosine", "attack_success", "attack_success_lax", "unparseable", "grad_norm_total", "alarms")
+"""  # noqa: E501
+TABLED = (
+    "loss_kl",
+    "beta_times_kl",
+    "onset_step",
+    "harmful_cosine",
+    "attack_success",
+    "attack_success_lax",
+    "unparseable",
+    "grad_norm_total",
+    "alarms",
+)
 
 # %% ../../nbs/report/02_sweep.ipynb #c94c84ae
 def rules() -> list[str]:
     "How verdicts and advice are reached, with every threshold, a sentence each."
     return [
-        f"Control first: every finished run at beta_kl 0 must have a held-out harmful cosine below {CONTROL_COSINE:g}, an attack success of at most "
-        f"{CONTROL_ATTACK:g} and of at most {CONTROL_FALL:.0%} of that before training; else all is void. What was not measured does not pass.",
-        f"Differences are paired by seed; intervals are Student's t at {LEVEL:.0%} over the seeds that both sides have, and there is none for one seed.",
-        f"Supported: the claim holds by the interval at every beta_kl, each on {SEEDS} paired seeds at least, and no planned run is unfinished and no figure "
-        "missing. Refuted: the opposite holds somewhere, by intervals whose error is shared out among all comparisons of the check (Bonferroni). "
+        "Control first: every finished run at beta_kl 0 must have a held-out harmful cosine below "
+        f"{CONTROL_COSINE:g}, an attack success of at most "
+        f"{CONTROL_ATTACK:g} and of at most {CONTROL_FALL:.0%} of that before training; else all is void. "
+        "What was not measured does not pass.",
+        f"Differences are paired by seed; intervals are Student's t at {LEVEL:.0%} over the seeds that both "
+        "sides have, and there is none for one seed.",
+        f"Supported: the claim holds by the interval at every beta_kl, each on {SEEDS} paired seeds at "
+        "least, and no planned run is unfinished and no figure "
+        "missing. Refuted: the opposite holds somewhere, by intervals whose error is shared out among all "
+        "comparisons of the check (Bonferroni). "
         "Else inconclusive.",
-        f"Reroute unharmed: the held-out harmful cosine (0 where it is below, as the objective has it) rises by less than {COSINE_MARGIN:g}, and the onset "
+        "Reroute unharmed: the held-out harmful cosine (0 where it is below, as the objective has it) "
+        f"rises by less than {COSINE_MARGIN:g}, and the onset "
         f"(the first step with loss_reroute below {ONSET_LEVEL:g}) comes less than {ONSET_MARGIN:.0%} later.",
-        f"Dose-response: raw KL (mean over the last {END_SHARE:.0%} of the steps) falls by more than the factor {DOSE_MARGIN:g} in all and rises by less "
+        f"Dose-response: raw KL (mean over the last {END_SHARE:.0%} of the steps) falls by more than the "
+        f"factor {DOSE_MARGIN:g} in all and rises by less "
         "than that in each step; beta_kl·KL falls in at least one step above 0.",
-        f"Gradients similar: the median norm before clipping, and that of the weighted reroute term, stay within the factor {GRADIENT_MARGIN:g} of the "
+        "Gradients similar: the median norm before clipping, and that of the weighted reroute term, stay "
+        f"within the factor {GRADIENT_MARGIN:g} of the "
         "control's.",
-        f"Advice: suppressed is a harmful cosine risen by more than {COSINE_MARGIN:g} or an attack success risen by more than {ATTACK_MARGIN:g}; lost is an "
-        f"exact match fallen by more than {BENIGN_MARGIN:g} since before training; both by intervals that share out the error.",
-        "Runs that differ in anything but beta_kl and seed, code and data included, are never compared; a temperature without runs at beta_kl 0 borrows "
-        "the control of another."]
+        f"Advice: suppressed is a harmful cosine risen by more than {COSINE_MARGIN:g} or an attack success "
+        f"risen by more than {ATTACK_MARGIN:g}; lost is an "
+        f"exact match fallen by more than {BENIGN_MARGIN:g} since before training; both by intervals that "
+        "share out the error.",
+        "Runs that differ in anything but beta_kl and seed, code and data included, are never compared; a "
+        "temperature without runs at beta_kl 0 borrows "
+        "the control of another.",
+    ]
 
 
 def headline(sweep: Sweep) -> str:
@@ -443,7 +842,15 @@ def headline(sweep: Sweep) -> str:
 def comparison_cells(c) -> list[str]:
     "A comparison as cells of text."
     there = "before training" if c.against is None else f"beta_kl {c.against:g}"
-    return [c.measure.replace("_", " "), f"{c.beta:g}", there, str(c.n), format_number(c.reference), format_number(c.value), span(c)]
+    return [
+        c.measure.replace("_", " "),
+        f"{c.beta:g}",
+        there,
+        str(c.n),
+        format_number(c.reference),
+        format_number(c.value),
+        span(c),
+    ]
 
 
 def link_to(run: Path, folder: Path) -> str:
@@ -453,39 +860,80 @@ def link_to(run: Path, folder: Path) -> str:
 
 
 def text_cell(value, exact: bool = False) -> str:
-    "A cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all it takes; missing is an em dash."
-    if value is None or value != value: return "—"
+    """A cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all it
+    takes; missing is an em dash."""
+    if value is None or value != value:
+        return "—"
     return visible(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
 
 
 def rate_cell(row: dict, column: str) -> str:
-    """A rate of a row of the frame with its count and 95 % interval (`cbnb.report.figures.interval_words`), such as `0 (0 of 64, up to 0.056)`;
-    any other figure, and a rate without a count, as `text_cell` writes it."""
-    kind = column.removeprefix("exact_match_") if column.startswith("exact_match_") else "attack" if column in ANSWERED else ""
+    """A rate of a row of the frame with its count and 95 % interval (`cbnb.report.figures.interval_words`),
+    such as `0 (0 of 64, up to 0.056)`; any other figure, and a rate without a count, as `text_cell` writes
+    it."""
+    kind = (
+        column.removeprefix("exact_match_")
+        if column.startswith("exact_match_")
+        else "attack"
+        if column in ANSWERED
+        else ""
+    )
     rate, n, samples = row[column], row.get(f"n_{kind}", 0), row.get("samples", 1)
-    if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9): return text_cell(rate)
-    return f"{format_number(rate)} ({interval_words(round(rate * n), round(n), max(1, round(samples)) if samples < n else 1)})"
+    if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9):
+        return text_cell(rate)
+    return (
+        f"{format_number(rate)} "
+        f"({interval_words(round(rate * n), round(n), max(1, round(samples)) if samples < n else 1)})"
+    )
 
 
 def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
-    "The page of a sweep (str), script-free and self-contained; its links to the runs hold from the folder `folder`. All text of runs is escaped."
+    """The page of a sweep (str), script-free and self-contained; its links to the runs hold from the folder
+    `folder`. All text of runs is escaped."""
     frame, judged = sweep.frame, verdicts(sweep)
     figures = sweep_figures(sweep) if figures is None else figures
     labels = list(dict.fromkeys(v.label for v in judged))
-    shown = [{"title": CHECKS[v.check], "verdict": v.verdict, "why": v.why, "label": v.label, "rows": [comparison_cells(c) for c in v.comparisons]}
-             for v in judged]
+    shown = [
+        {
+            "title": CHECKS[v.check],
+            "verdict": v.verdict,
+            "why": v.why,
+            "label": v.label,
+            "rows": [comparison_cells(c) for c in v.comparisons],
+        }
+        for v in judged
+    ]
     more = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(frame, key)]
-    columns = ["state", *sweep.parameters, *(c for c in dict.fromkeys([*TABLED, *more]) if c in frame and frame[c].notna().any())]
+    columns = [
+        "state",
+        *sweep.parameters,
+        *(c for c in dict.fromkeys([*TABLED, *more]) if c in frame and frame[c].notna().any()),
+    ]
     rest = frame[frame["state"] != "done"]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
-        title=f"Sweep {sweep.name}", headline=headline(sweep), advice=advice(sweep), rules=rules(),
+        title=f"Sweep {sweep.name}",
+        headline=headline(sweep),
+        advice=advice(sweep),
+        rules=rules(),
         verdicts=[(label, [v for v in shown if v["label"] == label]) for label in labels],
-        unfinished=[[text_cell(v) for v in row] for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)], notes=sweep.notes[:200],
-        figures=[(static_svg(fig), caption) for fig, caption in figures.values()], columns=[c.replace("_", " ") for c in columns],
-        runs=[(row["run"], link_to(sweep.folders[row["run"]], Path(folder)), [text_cell(row[c], True) if c in sweep.parameters else rate_cell(row, c) for c in columns])
-              for row in frame.to_dict("records")],
-        common=[(name, "None" if value is None else value) for name, value in sweep.common.items()])
+        unfinished=[
+            [text_cell(v) for v in row]
+            for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)
+        ],
+        notes=sweep.notes[:200],
+        figures=[(static_svg(fig), caption) for fig, caption in figures.values()],
+        columns=[c.replace("_", " ") for c in columns],
+        runs=[
+            (
+                row["run"],
+                link_to(sweep.folders[row["run"]], Path(folder)),
+                [text_cell(row[c], True) if c in sweep.parameters else rate_cell(row, c) for c in columns],
+            )
+            for row in frame.to_dict("records")
+        ],
+        common=[(name, "None" if value is None else value) for name, value in sweep.common.items()],
+    )
 
 # %% ../../nbs/report/02_sweep.ipynb #7f2045ad
 LISTING = "report.json"
@@ -495,37 +943,52 @@ def earlier_files(folder: Path) -> dict[str, str]:
     """`{name: sha256}` of the files that an earlier report has left in `folder`, as its report.json says;
     empty without one."""
     listed = (read_json(folder / LISTING) or {}).get("files")
-    if not isinstance(listed, dict): return {}
+    if not isinstance(listed, dict):
+        return {}
     return {name: str(digest) for name, digest in listed.items() if Path(name).name == name}
 
 
 def check_listed(folder: Path, names) -> dict[str, str]:
-    "The `earlier_files` of `folder`. Raises RunError where one of `names` is taken there by a file that no report has listed."
+    """The `earlier_files` of `folder`. Raises RunError where one of `names` is taken there by a file that no
+    report has listed."""
     listed = earlier_files(folder)
     if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
-        raise RunError(f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another "
-                       "folder")
+        raise RunError(
+            f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another "
+            "folder"
+        )
     return listed
 
 
 def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes `files`, `{name: bytes}`, to `folder` in their order, all or none (`cbnb.basics.files.write_files`), with a report.json that lists them. Files that an earlier
-    report has listed and this one has no use for are removed, unless they were changed since. Raises RunError as `check_listed` does."""
+    """Writes `files`, `{name: bytes}`, to `folder` in their order, all or none
+    (`cbnb.basics.files.write_files`), with a report.json that lists them. Files that an earlier report has
+    listed and this one has no use for are removed, unless they were changed since. Raises RunError as
+    `check_listed` does."""
     listed = check_listed(folder, files)
     made = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    def listing(names): return f"{json_text({'files': names})}\n".encode()
+
+    def listing(names):
+        return f"{json_text({'files': names})}\n".encode()
+
     write_files({folder / name: data for name, data in {LISTING: listing(listed | made), **files}.items()})
     for name in listed.keys() - made.keys():
         old = folder / name
-        if not old.is_file() or old.is_symlink(): continue
-        if sha256(old) == listed[name]: old.unlink()
-    if listed.keys() - made.keys(): write_bytes(folder / LISTING, listing(made))
+        if not old.is_file() or old.is_symlink():
+            continue
+        if sha256(old) == listed[name]:
+            old.unlink()
+    if listed.keys() - made.keys():
+        write_bytes(folder / LISTING, listing(made))
 
 
 def withheld_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    "A copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file that is no text."
+    """A copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file that is no
+    text."""
     texts = frame.select_dtypes(exclude="number")
-    return frame.assign(**{c: pd.Series(withhold(texts[c].tolist()), frame.index, texts[c].dtype) for c in texts})
+    return frame.assign(
+        **{c: pd.Series(withhold(texts[c].tolist()), frame.index, texts[c].dtype) for c in texts}
+    )
 
 
 def write_sweep(sweep: Sweep, folder) -> list[Path]:
@@ -535,12 +998,15 @@ def write_sweep(sweep: Sweep, folder) -> list[Path]:
     a note on the page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))   # before the figures, which take seconds
+    # before the figures, which take seconds
+    check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))
     figures, files = sweep_figures(sweep), {}
     parquet = io.BytesIO()
     withheld_frame(sweep.frame).to_parquet(parquet, index=False)
-    try: files = {f"{name}.png": png(fig) for name, (fig, _) in figures.items()}
-    except RunError as e: sweep.notes.append(f"{e}.")
+    try:
+        files = {f"{name}.png": png(fig) for name, (fig, _) in figures.items()}
+    except RunError as e:
+        sweep.notes.append(f"{e}.")
     files["runs.csv"] = withhold(quoted_frame(sweep.frame).to_csv(index=False)).encode()
     files["runs.parquet"] = parquet.getvalue()
     files["report.html"] = withhold(sweep_page(sweep, folder.resolve(), figures)).encode()

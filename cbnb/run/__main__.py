@@ -20,11 +20,13 @@ def main(argv=None):
     the program's). Returns the exit status, 2 where the words or the directory are refused."""
     safe_output()
     words = sys.argv[1:] if argv is None else argv
+
     def close():
         if len(words) != 3 or words[0] != "close":
             raise RunError("usage: python -m cbnb.run close RUN_DIR CODE")
         say(close_run(*words[1:]))
         return 0
+
     return ended(close, "cbnb.run", (RunError, ValueError, OSError), words)
 
 # %% ../../nbs/run/07_main.ipynb #mainend1

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import cbnb
-from ..basics.reading import read_text, sha256
-from ..basics.withheld import cut, scrub
 from ..basics.places import PACKAGE
+from ..basics.reading import read_text, sha256
+from ..basics.withheld import cut
 
 # %% ../../nbs/run/03_code.ipynb #c34a0a93
 def project_root(start=None):
@@ -38,9 +38,17 @@ def git(folder, *arguments, limit=1_000_000):
     or takes over 10 seconds."""
     with tempfile.TemporaryFile() as out:
         try:
-            subprocess.run(["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments], stdout=out, stderr=subprocess.DEVNULL,
-                           stdin=subprocess.DEVNULL, timeout=10, check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
-        except (OSError, subprocess.SubprocessError): return None
+            subprocess.run(
+                ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments],
+                stdout=out,
+                stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
+                timeout=10,
+                check=True,
+                env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
         out.seek(0)
         return out.read(limit).decode(errors="replace")
 
@@ -62,18 +70,27 @@ def code_state(limit=1_000_000):
     tracked = git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is not None
     commit = git(PACKAGE, "rev-parse", "--verify", "HEAD") if tracked else None
     diff = git(PACKAGE, "diff", "--no-ext-diff", "--no-textconv", "HEAD", limit=limit + 1) if commit else None
-    return {"version": cbnb.__version__, "source": source_hash(PACKAGE), "commit": commit and commit.strip(),
-            "diff": cut(diff, limit) if diff is not None else None,
-            "diff_truncated": diff is not None and len(diff.encode(errors="replace")) > limit}
+    return {
+        "version": cbnb.__version__,
+        "source": source_hash(PACKAGE),
+        "commit": commit and commit.strip(),
+        "diff": cut(diff, limit) if diff is not None else None,
+        "diff_truncated": diff is not None and len(diff.encode(errors="replace")) > limit,
+    }
 
 # %% ../../nbs/run/03_code.ipynb #3303a0eb
 def holds_running_cell(path):
     """Whether a cell of the notebook at `path` has the source of the cell that is running."""
     from IPython import get_ipython
+
     shell = get_ipython()
-    try: cells = json.loads(read_text(path))["cells"]
-    except (OSError, ValueError, KeyError, TypeError): return False
-    return shell is not None and shell.user_ns["In"][-1] in ["".join(cell.get("source", "")) for cell in cells]
+    try:
+        cells = json.loads(read_text(path))["cells"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return shell is not None and shell.user_ns["In"][-1] in [
+        "".join(cell.get("source", "")) for cell in cells
+    ]
 
 # %% ../../nbs/run/03_code.ipynb #3303a0a5
 def find_notebook(name):
@@ -83,6 +100,12 @@ def find_notebook(name):
     that runs); else it is `name`.ipynb in the working directory, the project root or beside the package, or
     in their nbs/."""
     given = Path(os.environ.get("JPY_SESSION_NAME", ""))
-    if given.suffix == ".ipynb" and given.is_file() and holds_running_cell(given): return given
-    folders = [folder for base in (Path.cwd(), project_root(), PACKAGE.parent) if base for folder in (base, base / "nbs")]
+    if given.suffix == ".ipynb" and given.is_file() and holds_running_cell(given):
+        return given
+    folders = [
+        folder
+        for base in (Path.cwd(), project_root(), PACKAGE.parent)
+        if base
+        for folder in (base, base / "nbs")
+    ]
     return next((path for folder in folders if (path := folder / f"{name}.ipynb").is_file()), None)

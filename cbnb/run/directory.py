@@ -7,17 +7,16 @@ __all__ = ['LEFT_BY_OTHERS', 'HOW_STARTED', 'check_name', 'fresh_folder', 'is_un
            'next_attempt', 'check_unshared', 'record_code', 'open_run', 'open_directory', 'refusal', 'close_run']
 
 # %% ../../nbs/run/06_directory.ipynb #2bd38d58
-import threading
 import os
 import re
 import stat
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..basics.disk import full_disk_words, is_full_disk, reserve
-from ..basics.jsonfiles import write_owned
-from ..basics.jsonfiles import RunError, to_plain, write_json
-from ..basics.lease import check_own, give_back, identity, is_mine, lease_path, lease_state, NotOwn, taken_by
+from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
+from ..basics.lease import NotOwn, check_own, give_back, identity, lease_path, lease_state, taken_by
 from ..basics.processes import from_first, world_size
 from ..basics.reading import read_bytes
 from ..basics.withheld import cut, scrub, tidy
@@ -31,8 +30,12 @@ from .stages import Run, hold, now, read_status, set_status, still_running, writ
 def check_name(name):
     """`name` if it is safe as a folder name: 1–64 of the characters A–Z a–z 0–9 . _ - and no dot first.
     Raises `RunError` otherwise."""
-    if isinstance(name, str) and re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name): return name
-    raise RunError(f"a run's name wants 1 to 64 of the characters A-Z a-z 0-9 . _ - with no dot first, but {name!r} was given")
+    if isinstance(name, str) and re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,64}", name):
+        return name
+    raise RunError(
+        f"a run's name wants 1 to 64 of the characters A-Z a-z 0-9 . _ - with no dot first, but {name!r} "
+        "was given"
+    )
 
 # %% ../../nbs/run/06_directory.ipynb #2d9cbc16
 def fresh_folder(name, parameters):
@@ -41,15 +44,21 @@ def fresh_folder(name, parameters):
     runs = runs_folder()
     day = runs / f"{datetime.now(timezone.utc):%Y-%m-%d}"
     runs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try: day.mkdir(mode=0o700)
-    except FileExistsError: pass
-    else: day.chmod(stat.S_IMODE(runs.stat().st_mode))   # the day belongs to all who may use the runs folder
-    if not day.resolve().is_relative_to(runs): raise RunError(f"{day} leads out of the runs folder {runs}: remove that link")
+    try:
+        day.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    else:
+        day.chmod(stat.S_IMODE(runs.stat().st_mode))  # the day belongs to all who may use the runs folder
+    if not day.resolve().is_relative_to(runs):
+        raise RunError(f"{day} leads out of the runs folder {runs}: remove that link")
     stem = f"{check_name(name)}-{parameters_hash(parameters)[:8]}"
     for number in range(1, 10_000):
         folder = day / (stem if number == 1 else f"{stem}-{number}")
-        try: folder.mkdir(mode=0o700)   # mkdir fails if it exists: two processes never get the same one
-        except FileExistsError: continue
+        try:
+            folder.mkdir(mode=0o700)  # mkdir fails if it exists: two processes never get the same one
+        except FileExistsError:
+            continue
         return folder
     raise RunError(f"{day} holds 9999 runs named {stem}: remove some")
 
@@ -63,17 +72,25 @@ def is_unused(path):
     return all(any(entry.match(pattern) for pattern in LEFT_BY_OTHERS) for entry in Path(path).iterdir())
 
 # %% ../../nbs/run/06_directory.ipynb #ba191635
-HOW_STARTED = ("run_dir", "fsdp")   # parameters that say where and how a run is made, not what it is
+HOW_STARTED = ("run_dir", "fsdp")  # parameters that say where and how a run is made, not what it is
 
 
 def check_same_parameters(path, parameters):
     """Raises `RunError`, naming what differs, when `<path>/params.json` exists and is not `parameters`."""
     old = read_record(Path(path) / "params.json")
-    if old is None: return
+    if old is None:
+        return
     old = {k: v for k, v in old.items() if k not in HOW_STARTED}
-    differ = [f"{k} ({old.get(k, 'nothing')!r} there, {parameters.get(k, 'nothing')!r} now)" for k in {**old, **parameters}
-              if k not in old or k not in parameters or old[k] != parameters[k]]
-    if differ: raise RunError(f"{path} was started with other parameters: {', '.join(differ)}; give another run_dir or the same parameters")
+    differ = [
+        f"{k} ({old.get(k, 'nothing')!r} there, {parameters.get(k, 'nothing')!r} now)"
+        for k in {**old, **parameters}
+        if k not in old or k not in parameters or old[k] != parameters[k]
+    ]
+    if differ:
+        raise RunError(
+            f"{path} was started with other parameters: {', '.join(differ)}; give another run_dir or the "
+            "same parameters"
+        )
 
 # %% ../../nbs/run/06_directory.ipynb #a7df6635
 def has_checkpoint(path):
@@ -86,17 +103,26 @@ def next_attempt(path, parameters):
     run directory."""
     status = read_status(path)
     if not status and not (path / "params.json").exists():
-        if is_unused(path): return Run(path)
+        if is_unused(path):
+            return Run(path)
         if lease_state(path) in ("mine", "live", "fresh"):
-            raise RunError(f"{path} is running on another process or thread, which has just opened it: wait for it, or give another run_dir")
+            raise RunError(
+                f"{path} is running on another process or thread, which has just opened it: wait for it, or "
+                "give another run_dir"
+            )
         raise RunError(f"{path} is not empty and not a run directory: give a new or an empty run_dir")
     check_same_parameters(path, parameters)
     if status.get("state") == "done":
-        raise RunError(f"{path} is finished: read its result.json, give another run_dir, or leave run_dir out for a fresh folder")
+        raise RunError(
+            f"{path} is finished: read its result.json, give another run_dir, or leave run_dir out for a "
+            "fresh folder"
+        )
     if status.get("state") == "running" and lease_state(path) is None and still_running(path, status):
         where = f"{status.get('node')} (pid {status.get('pid')}, job {status.get('job')})"
-        raise RunError(f"{path} is running on {where}: wait for it or create a file 'stop' in it; "
-                       "if it is gone, change the state in its status.json to interrupted")
+        raise RunError(
+            f"{path} is running on {where}: wait for it or create a file 'stop' in it; "
+            "if it is gone, change the state in its status.json to interrupted"
+        )
     started = status.get("state") not in (None, "queued")
     return Run(path, status.get("attempt", 0) + 1 if started else 1, started and has_checkpoint(path))
 
@@ -104,16 +130,19 @@ def next_attempt(path, parameters):
 def check_unshared(path):
     """Raises `NotOwn` for a run directory of another user, and for one that others can write to, unless
     nothing has begun there (then it is closed to them)."""
-    try: check_own(path)
+    try:
+        check_own(path)
     except NotOwn:
-        if path.is_symlink() or path.stat().st_uid != os.geteuid() or not is_unused(path): raise
+        if path.is_symlink() or path.stat().st_uid != os.geteuid() or not is_unused(path):
+            raise
 
 # %% ../../nbs/run/06_directory.ipynb #48c3199b
 def record_code(run, notebook):
     """Writes code.json and notebook.ipynb at the first attempt and, where the code has changed since,
     code.<attempt>.json."""
     code, first = code_state(), read_record(run.path / "code.json")
-    if code != first: write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
+    if code != first:
+        write_json(run.path / ("code.json" if first is None else f"code.{run.attempt}.json"), code)
     source = find_notebook(notebook)
     if source and not (run.path / "notebook.ipynb").exists() and source.stat().st_size < 50_000_000:
         write_owned(run.path / "notebook.ipynb", scrub(read_bytes(source).decode(errors="replace")).encode())
@@ -138,34 +167,70 @@ def open_directory(parameters, name, run_dir, notebook):
     parameters = {k: v for k, v in to_plain(parameters).items() if k not in HOW_STARTED}
     refuse_secrets(parameters)
     check_name(name)
-    if run_dir is not None and not str(run_dir).strip(): raise RunError("run_dir is empty: give a folder or leave it out")
+    if run_dir is not None and not str(run_dir).strip():
+        raise RunError("run_dir is empty: give a folder or leave it out")
     try:
         path = fresh_folder(name, parameters) if run_dir is None else Path(run_dir).expanduser().resolve()
-        if path.exists() and not path.is_dir(): raise RunError(f"{path} is a file: give a folder as run_dir")
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file: give a folder as run_dir")
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, ValueError) as e: raise RunError(f"the run directory cannot be made ({e}): give a writable folder as run_dir or CBNB_RUNS") from e
+    except (OSError, ValueError) as e:
+        raise RunError(
+            f"the run directory cannot be made ({e}): give a writable folder as run_dir or CBNB_RUNS"
+        ) from e
     holder, taken = taken_by(lease_path(path)), False
     if holder and holder is not threading.current_thread():
-        raise RunError(f"{path} is open in another thread of this process: wait until that run has ended, or give another run_dir")
+        raise RunError(
+            f"{path} is open in another thread of this process: wait until that run has ended, or give "
+            "another run_dir"
+        )
     try:
         check_unshared(path)
-        next_attempt(path, parameters)         # what cannot go on is refused with nothing written
+        next_attempt(path, parameters)  # what cannot go on is refused with nothing written
         if not holder:
             hold(path)
             taken = True
-        run = next_attempt(path, parameters)   # as its last holder has left it
+        run = next_attempt(path, parameters)  # as its last holder has left it
         path.chmod(0o700)
         (path / "stop").unlink(missing_ok=True)
         reserve(path)
-        if not run.resumed: truncate_metrics(run, -1)
+        if not run.resumed:
+            truncate_metrics(run, -1)
         write_json(path / "params.json", parameters)
         record_code(run, notebook or name)
-        write_status(run, "running", {**identity(), "processes": world_size(), "attempt": run.attempt, "restarts": run.attempt - 1, "started": now()}
-                     | dict.fromkeys(("stage", "error", "note", "training_started", "resumed_step", "training_seconds", "diagnosis_seconds")))
+        write_status(
+            run,
+            "running",
+            {
+                **identity(),
+                "processes": world_size(),
+                "attempt": run.attempt,
+                "restarts": run.attempt - 1,
+                "started": now(),
+            }
+            | dict.fromkeys(
+                (
+                    "stage",
+                    "error",
+                    "note",
+                    "training_started",
+                    "resumed_step",
+                    "training_seconds",
+                    "diagnosis_seconds",
+                )
+            ),
+        )
     except BaseException as e:
-        if taken: give_back(path)
-        if isinstance(e, NotOwn): raise RunError(str(e)) from None
-        if isinstance(e, OSError): raise RunError(full_disk_words(path) if is_full_disk(e) else f"{path} cannot be written ({e}): give another run_dir") from e
+        if taken:
+            give_back(path)
+        if isinstance(e, NotOwn):
+            raise RunError(str(e)) from None
+        if isinstance(e, OSError):
+            raise RunError(
+                full_disk_words(path)
+                if is_full_disk(e)
+                else f"{path} cannot be written ({e}): give another run_dir"
+            ) from e
         raise
     return run
 
@@ -173,9 +238,18 @@ def open_directory(parameters, name, run_dir, notebook):
 def refusal(record):
     """Why the pre-flight with the `record` in preflight.json (see `cbnb.preflight.checks`) refuses its run,
     in one sentence that names the failed checks; empty if it does not."""
-    if not record or record.get("verdict") in ("pass", "warn"): return ""
-    def points(check): return " · ".join(p["text"] for p in check["points"] if p["verdict"] == "fail") or "nothing was looked at"
-    failed = [f"{check['name']} ({points(check)[:600]})" for check in record["checks"] if check["verdict"] == "fail"]
+    if not record or record.get("verdict") in ("pass", "warn"):
+        return ""
+
+    def points(check):
+        return (
+            " · ".join(p["text"] for p in check["points"] if p["verdict"] == "fail")
+            or "nothing was looked at"
+        )
+
+    failed = [
+        f"{check['name']} ({points(check)[:600]})" for check in record["checks"] if check["verdict"] == "fail"
+    ]
     return "pre-flight refuses this run: " + ("; ".join(failed) or "not all of its checks were made")
 
 # %% ../../nbs/run/06_directory.ipynb #close001
@@ -187,14 +261,26 @@ def close_run(path, code, why=""):
     no run directory."""
     status, path = read_status(path), Path(path)
     is_run = status or (path / "params.json").exists() or not path.exists() or is_unused(path)
-    if status.get("state") == "running" and lease_state(path) in ("live", "fresh", "unreadable"): return "running"   # another attempt's, to which this one had to give way
-    if status: tidy(path)   # papermill has written its last word after the run's own
-    if status.get("state") not in (None, "queued", "running"): return status["state"]
-    if not is_run: return "failed"   # a folder of something else, which the run has refused
+    # another attempt's, to which this one had to give way
+    if status.get("state") == "running" and lease_state(path) in ("live", "fresh", "unreadable"):
+        return "running"
+    if status:
+        tidy(path)  # papermill has written its last word after the run's own
+    if status.get("state") not in (None, "queued", "running"):
+        return status["state"]
+    if not is_run:
+        return "failed"  # a folder of something else, which the run has refused
     where = f"in its stage {status['stage']}" if status.get("stage") else "before its first stage"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try: refused = "" if status.get("stage") else refusal(read_record(path / "preflight.json"))
-    except RunError as e: refused = str(e)
-    set_status(Run(path), "failed", error=cut(refused or why, 500) or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
-               "(memory?) or a refused parameter; look at its log")
+    try:
+        refused = "" if status.get("stage") else refusal(read_record(path / "preflight.json"))
+    except RunError as e:
+        refused = str(e)
+    set_status(
+        Run(path),
+        "failed",
+        error=cut(refused or why, 500)
+        or f"the process ended {where} with exit status {code} and no word of its own: a killed kernel "
+        "(memory?) or a refused parameter; look at its log",
+    )
     return "failed"

@@ -14,37 +14,41 @@ from pathlib import Path
 from papermill import PapermillExecutionError, execute_notebook
 from papermill.iorw import LocalHandler
 
-from ..basics.files import write_bytes
-from ..basics.reading import read_text
-from .directory import close_run
-from ..basics.output import safe_output
 from ..basics.disk import full_disk_words, is_full_disk
+from ..basics.files import write_bytes
 from ..basics.jsonfiles import read_json
+from ..basics.output import safe_output
+from ..basics.reading import read_text
 from ..basics.terminal import first_line, say, sentence
 from ..basics.withheld import scrub, scrub_notebook
+from .directory import close_run
 
 # %% ../../nbs/run/11_execute.ipynb #exe00006
 def read_notebook(handler, path):
-    "What papermill's `LocalHandler.read` does: the text at `path`, relative to the handler's folder. Raises as `cbnb.basics.reading.read_text` does."
+    """What papermill's `LocalHandler.read` does: the text at `path`, relative to the handler's folder. Raises
+    as `cbnb.basics.reading.read_text` does."""
     return read_text(Path(handler._cwd or "", path))
 
 
 def write_notebook(handler, text, path):
     """What papermill's `LocalHandler.write` does: the notebook `text` to `path`, relative to the handler's
-    folder; whole or not at all, and scrubbed. A full disk is told on stderr and ends nothing: the last
-    save stays, and the run says for itself what becomes of it. Raises OSError as `cbnb.basics.files.write_bytes`
+    folder; whole or not at all, and scrubbed. A full disk is told on stderr and ends nothing: the last save
+    stays, and the run says for itself what becomes of it. Raises OSError as `cbnb.basics.files.write_bytes`
     does for another reason."""
     path = Path(handler._cwd or "", path)
-    try: write_bytes(path, scrub_notebook(text).encode())
+    try:
+        write_bytes(path, scrub_notebook(text).encode())
     except OSError as e:
-        if not is_full_disk(e): raise
+        if not is_full_disk(e):
+            raise
         say(f"{path} is not kept up to date: {full_disk_words(path.parent, e)}", file=sys.stderr)
 
 # %% ../../nbs/run/11_execute.ipynb #exe00009
 def prepare():
     """Makes this process one that runs papermill: what it and its kernel write is private and whole, what
     is said is harmless."""
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")   # as papermill's command does: a debugger's warning
+    # as papermill's command does: a debugger's warning
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     os.umask(0o077)
     safe_output()
     LocalHandler.read, LocalHandler.write = read_notebook, write_notebook
@@ -55,10 +59,15 @@ def told(work):
     cell raises, 138 where the kernel dies. The sentence is what was raised; papermill's traceback stands
     in the notebook."""
     from nbclient.exceptions import DeadKernelError
-    try: work()
-    except PapermillExecutionError as e: return 1, sentence(scrub(f"{e.ename}: {e.evalue}"))
-    except DeadKernelError: return 138, "the kernel died: its memory may have been used up, or somebody has ended it"
-    except Exception as e: return 1, f"papermill cannot run it: {sentence(scrub(first_line(e)))}"
+
+    try:
+        work()
+    except PapermillExecutionError as e:
+        return 1, sentence(scrub(f"{e.ename}: {e.evalue}"))
+    except DeadKernelError:
+        return 138, "the kernel died: its memory may have been used up, or somebody has ended it"
+    except Exception as e:
+        return 1, f"papermill cannot run it: {sentence(scrub(first_line(e)))}"
     return 0, ""
 
 # %% ../../nbs/run/11_execute.ipynb #exe00012
@@ -69,15 +78,21 @@ def execute(notebook, out, given, run_dir=""):
     (`prepare`)."""
     prepare()
     status, why = told(lambda: execute_notebook(notebook, out, read_json(given), progress_bar=True))
-    if status and run_dir: close_run(run_dir, status, why)
-    elif status: write_bytes(Path(given).with_name("error"), why.encode())
+    if status and run_dir:
+        close_run(run_dir, status, why)
+    elif status:
+        write_bytes(Path(given).with_name("error"), why.encode())
     return status
 
 # %% ../../nbs/run/11_execute.ipynb #exe00008
 if __name__ == "__main__" and "__file__" in globals():
     from papermill.cli import papermill
-    import cbnb.run.kernels   # papermill takes its engine, also where the installation does not name it
+
+    # papermill takes its engine, also where the installation does not name it
+    import cbnb.run.kernels  # noqa: F401
+
     prepare()
     status, why = told(partial(papermill, prog_name="papermill"))
-    if why: say(why, file=sys.stderr)
+    if why:
+        say(why, file=sys.stderr)
     sys.exit(status)

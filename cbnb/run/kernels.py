@@ -27,17 +27,20 @@ from ..basics.terminal import say
 
 # %% ../../nbs/run/00_kernels.ipynb #843c93b7
 def prefix():
-    "How the names of this machine's folders begin, since it started: they are told from those of others by its boot."
+    """How the names of this machine's folders begin, since it started: they are told from those of others by
+    its boot."""
     return f"cbnb-kernel-{(boot() or 'unknown')[:8]}-"
 
 
-SIGN = "kernel-ipc-0"   # the socket that says that a folder is in use; a kernel's own are kernel-ipc-1 to kernel-ipc-5
+# the socket that says that a folder is in use; a kernel's own are kernel-ipc-1 to kernel-ipc-5
+SIGN = "kernel-ipc-0"
 
 
 def socket_folder(bases):
-    """`(folder, sign)`: a new private folder (mode 0700) below the first of `bases` (paths) in which a kernel can make
-    its sockets, and an open socket in it, which is as long as this process: see `remove_left`. None where no place will
-    do: the path of a socket has at most 107 bytes, and some file systems have no sockets."""
+    """`(folder, sign)`: a new private folder (mode 0700) below the first of `bases` (paths) in which a kernel
+    can make its sockets, and an open socket in it, which is as long as this process: see `remove_left`. None
+    where no place will do: the path of a socket has at most 107 bytes, and some file systems have no sockets.
+    """
     for base in bases:
         folder, sign = None, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
@@ -46,49 +49,70 @@ def socket_folder(bases):
             sign.bind(f"{folder}/{SIGN}")
         except OSError:
             sign.close()
-            if folder: shutil.rmtree(folder, ignore_errors=True)
-        else: return folder, sign
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return folder, sign
     return None
 
 # %% ../../nbs/run/00_kernels.ipynb #58c8e4dc
 def is_left(folder):
-    "Whether `folder` (a path) is this user's, a minute old, and its sign is nobody's: the process that made it is gone."
+    """Whether `folder` (a path) is this user's, a minute old, and its sign is nobody's: the process that made
+    it is gone."""
     try:
         found = os.lstat(folder)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or time.time() - found.st_mtime < 60: return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asks: asks.connect(f"{folder}/{SIGN}")
-    except (ConnectionRefusedError, FileNotFoundError): return True
-    except OSError: pass
+        if (
+            not stat.S_ISDIR(found.st_mode)
+            or found.st_uid != os.getuid()
+            or time.time() - found.st_mtime < 60
+        ):
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asks:
+            asks.connect(f"{folder}/{SIGN}")
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    except OSError:
+        pass
     return False
 
 
 def remove_left(base):
-    "Removes what killed runs of this user, on this machine and since it started, have left below `base` (a path)."
+    """Removes what killed runs of this user, on this machine and since it started, have left below `base` (a
+    path)."""
     for folder in Path(base).glob(f"{prefix()}*"):
-        if is_left(folder): shutil.rmtree(folder, ignore_errors=True)
+        if is_left(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/run/00_kernels.ipynb #0dcb8592
 @contextmanager
 def socket_config():
     """Gives the settings (a traitlets `Config`) of a kernel that is reached by unix sockets.
 
-    They are in a folder of its own, which is gone after the `with` block: below JUPYTER_RUNTIME_DIR where that is
-    set, else in the temporary folder, else in /tmp. Where no folder will do the settings are empty, and stderr is told."""
+    They are in a folder of its own, which is gone after the `with` block: below JUPYTER_RUNTIME_DIR where
+    that is set, else in the temporary folder, else in /tmp. Where no folder will do the settings are empty,
+    and stderr is told."""
     wanted = os.environ.get("JUPYTER_RUNTIME_DIR")
     places = [*filter(None, [wanted]), tempfile.gettempdir(), "/tmp"]
     found = socket_folder(places)
     if found is None:
-        say(f"note: no sockets can be made in {' or '.join(dict.fromkeys(places))}, so the kernel is reached by TCP: "
-            "its ports may be taken by another that starts now, and others on this machine can connect to them; "
-            "set TMPDIR to a folder with a short path on a local disk", file=sys.stderr)
+        say(
+            f"note: no sockets can be made in {' or '.join(dict.fromkeys(places))}, so the kernel is "
+            "reached by TCP: "
+            "its ports may be taken by another that starts now, and others on this machine can connect to "
+            "them; "
+            "set TMPDIR to a folder with a short path on a local disk",
+            file=sys.stderr,
+        )
         yield Config()
         return
     folder, sign = found
     try:
         remove_left(Path(folder).parent)
         # from the name of its connection file follow those of a kernel's sockets
-        with sign: yield Config(KernelManager={"transport": "ipc", "connection_file": f"{folder}/kernel.json"})
-    finally: shutil.rmtree(folder, ignore_errors=True)
+        with sign:
+            yield Config(KernelManager={"transport": "ipc", "connection_file": f"{folder}/kernel.json"})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/run/00_kernels.ipynb #6f24c1b7
 START_SECONDS = 600  # in which a kernel must answer; one that has died is noticed at once
@@ -97,12 +121,16 @@ START_SECONDS = 600  # in which a kernel must answer; one that has died is notic
 def execute_notebook(nb, kernel_name, config=None, start_timeout=0, **settings):
     """Executes the notebook `nb` (a NotebookNode) in a kernel that is reached by unix sockets; returns it.
 
-    `settings` are those of papermill's own engine, which does the rest; `config` (a traitlets `Config`) wins over
-    ours. The kernel has `start_timeout` seconds to answer, or START_SECONDS if that is more."""
+    `settings` are those of papermill's own engine, which does the rest; `config` (a traitlets `Config`) wins
+    over ours. The kernel has `start_timeout` seconds to answer, or START_SECONDS if that is more."""
     with socket_config() as own:
         own.merge(config or {})
-        return NBClientEngine.execute_notebook(nb, kernel_name, config=own, start_timeout=max(start_timeout, START_SECONDS), **settings)
+        return NBClientEngine.execute_notebook(
+            nb, kernel_name, config=own, start_timeout=max(start_timeout, START_SECONDS), **settings
+        )
 
 # %% ../../nbs/run/00_kernels.ipynb #cd24cfd2
-engine = SimpleNamespace(execute_notebook=execute_notebook, nb_kernel_name=nb_kernel_name, nb_language=nb_language)
+engine = SimpleNamespace(
+    execute_notebook=execute_notebook, nb_kernel_name=nb_kernel_name, nb_language=nb_language
+)
 papermill_engines.register(None, engine)  # the one that a papermill command without --engine takes

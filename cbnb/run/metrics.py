@@ -12,8 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..basics.files import append_bytes
-from ..basics.jsonfiles import write_owned
-from ..basics.jsonfiles import LOG_BYTES, RecordError, RunError, bytes_of, to_plain, write_json
+from cbnb.basics.jsonfiles import (
+    LOG_BYTES,
+    RecordError,
+    RunError,
+    bytes_of,
+    to_plain,
+    write_json,
+    write_owned,
+)
 from ..basics.lease import check_lease
 from ..basics.processes import is_first
 from ..basics.withheld import withhold
@@ -24,9 +31,12 @@ def whole_lines(path):
     """The bytes of the file up to and including its last newline (empty without a file): a line cut off in
     the middle is left out. Raises `RunError` for what is no regular file, and for a file of over
     `LOG_BYTES`."""
-    try: data = bytes_of(path, LOG_BYTES)
-    except FileNotFoundError: return b""
-    except RecordError as e: raise RunError(f"{path} {e}: move it away") from None
+    try:
+        data = bytes_of(path, LOG_BYTES)
+    except FileNotFoundError:
+        return b""
+    except RecordError as e:
+        raise RunError(f"{path} {e}: move it away") from None
     return data[: data.rfind(b"\n") + 1]
 
 # %% ../../nbs/run/05_metrics.ipynb #87832932
@@ -51,8 +61,10 @@ def checked_lines(path, kind):
     (`cbnb.run.records.RECORDS`), and `(number, None, what is wrong)` for any other. A last line that has no
     newline yet is not read. Raises `RunError` as `whole_lines`."""
     for number, line in enumerate(whole_lines(path).splitlines(), 1):
-        try: yield number, record_of(line, kind), ""
-        except RecordError as e: yield number, None, str(e)
+        try:
+            yield number, record_of(line, kind), ""
+        except RecordError as e:
+            yield number, None, str(e)
 
 # %% ../../nbs/run/05_metrics.ipynb #72e372a4
 def read_lines(path, kind="answers.jsonl"):
@@ -60,7 +72,8 @@ def read_lines(path, kind="answers.jsonl"):
     naming file and line, for one that `checked_lines` has nothing of."""
     rows = []
     for number, row, bad in checked_lines(path, kind):
-        if bad: raise RunError(f"{path} line {number} {bad}: remove that line")
+        if bad:
+            raise RunError(f"{path} line {number} {bad}: remove that line")
         rows.append(row)
     return rows
 
@@ -75,11 +88,12 @@ def not_rising(rows):
     """What is wrong with the order of the lines of a metrics.jsonl, `rows` (list of dict): each step is above
     the one before it. Empty for nothing."""
     for before, row in pairwise(rows):
-        if row["step"] <= before["step"]: return f"has a line of step {row['step']} behind one of step {before['step']}"
+        if row["step"] <= before["step"]:
+            return f"has a line of step {row['step']} behind one of step {before['step']}"
     return ""
 
 
-MAX_BAD_LINES = 10_000   # lines that cannot be read
+MAX_BAD_LINES = 10_000  # lines that cannot be read
 
 
 def log_rows(path):
@@ -88,10 +102,17 @@ def log_rows(path):
     rows, bad = [], []
     try:
         for number, row, wrong in checked_lines(Path(path) / "metrics.jsonl", "metrics.jsonl"):
-            if wrong: bad.append(f"line {number} {wrong}")
-            else: rows.append(row)
-            if len(bad) > MAX_BAD_LINES: return rows, [f"over {MAX_BAD_LINES:,} lines of metrics.jsonl cannot be read, so the rest is left out; {bad[0]}"]
-    except (RunError, OSError) as e: return rows, [str(e)]
+            if wrong:
+                bad.append(f"line {number} {wrong}")
+            else:
+                rows.append(row)
+            if len(bad) > MAX_BAD_LINES:
+                return rows, [
+                    f"over {MAX_BAD_LINES:,} lines of metrics.jsonl cannot be read, so the rest is left "
+                    f"out; {bad[0]}"
+                ]
+    except (RunError, OSError) as e:
+        return rows, [str(e)]
     many, are = (f"{len(bad)} lines", "are") if len(bad) > 1 else ("One line", "is")
     return rows, [f"{many} of metrics.jsonl cannot be read and {are} left out; {bad[0]}"] if bad else []
 
@@ -102,10 +123,13 @@ def truncate_metrics(run, step):
     that has a line which cannot be read: it would be lost."""
     check_lease(run.path)
     path = run.path / "metrics.jsonl"
-    rows = read_metrics(path) if step >= 0 else log_rows(run.path)[0]   # of a log that begins anew nothing is kept
+    # of a log that begins anew nothing is kept
+    rows = read_metrics(path) if step >= 0 else log_rows(run.path)[0]
     kept = [row for row in rows if row["step"] <= step]
-    if step >= 0 and (words := not_rising(kept)): raise RunError(f"{path} {words}: remove the lines that are not of this run")
-    if path.exists(): write_owned(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    if step >= 0 and (words := not_rising(kept)):
+        raise RunError(f"{path} {words}: remove the lines that are not of this run")
+    if path.exists():
+        write_owned(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return len(rows) - len(kept)
 
 # %% ../../nbs/run/05_metrics.ipynb #626b29ec
@@ -113,4 +137,5 @@ def write_result(run, result):
     """Writes the dict `result` as the run's result.json, atomically, in the first process. Mark the run
     `done` with `set_status` when all else is saved too."""
     check_lease(run.path)
-    if is_first(): write_json(run.path / "result.json", result)
+    if is_first():
+        write_json(run.path / "result.json", result)

@@ -25,15 +25,19 @@ from ..config import nearest
 class ParameterError(ValueError):
     """A parameter that is unknown, of the wrong type or not allowed; the message is one sentence that names
     it and says what to write."""
+
     __str__ = error_text
 
 # %% ../../nbs/run/02_parameters.ipynb #08f7770e
 def annotated_lines(source):
     """`{name: type as text}` of a cell that holds *only* lines `name: type = default`; an empty dict for any
     other cell."""
-    try: lines = ast.parse(source).body
-    except (SyntaxError, ValueError): return {}   # a cell with a magic is no parameters cell
-    if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) for line in lines): return {}
+    try:
+        lines = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return {}  # a cell with a magic is no parameters cell
+    if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) for line in lines):
+        return {}
     return {line.target.id: ast.unparse(line.annotation) for line in lines}
 
 # %% ../../nbs/run/02_parameters.ipynb #f4c98564
@@ -41,10 +45,16 @@ def declared_parameters(namespace):
     """`{name: type as text}`: from the last parameters cell in IPython's history (`In` of `namespace`), else
     from its annotations."""
     for source in reversed(namespace.get("In") or []):
-        if lines := annotated_lines(source): return lines
+        if lines := annotated_lines(source):
+            return lines
     annotations = namespace.get("__annotations__")
-    if not annotations and callable(lazy := namespace.get("__annotate__")): annotations = lazy(1)   # Python 3.14: 1 asks for values
-    return {name: a if isinstance(a, str) else getattr(a, "__name__", str(a)) for name, a in (annotations or {}).items()}
+    # Python 3.14: 1 asks for values
+    if not annotations and callable(lazy := namespace.get("__annotate__")):
+        annotations = lazy(1)
+    return {
+        name: a if isinstance(a, str) else getattr(a, "__name__", str(a))
+        for name, a in (annotations or {}).items()
+    }
 
 # %% ../../nbs/run/02_parameters.ipynb #054e437b
 def injected_parameters(namespace):
@@ -53,11 +63,21 @@ def injected_parameters(namespace):
     Such a cell starts with `# Parameters` and assigns without annotations."""
     cells = namespace.get("In") or []
     for position in range(len(cells) - 1, -1, -1):
-        if not cells[position].lstrip().startswith("# Parameters"): continue
-        try: lines = ast.parse(cells[position]).body
-        except (SyntaxError, ValueError): continue
-        names = [t.id for line in lines if isinstance(line, ast.Assign) for t in line.targets if isinstance(t, ast.Name)]
-        if names: return names, position
+        if not cells[position].lstrip().startswith("# Parameters"):
+            continue
+        try:
+            lines = ast.parse(cells[position]).body
+        except (SyntaxError, ValueError):
+            continue
+        names = [
+            t.id
+            for line in lines
+            if isinstance(line, ast.Assign)
+            for t in line.targets
+            if isinstance(t, ast.Name)
+        ]
+        if names:
+            return names, position
     return [], None
 
 # %% ../../nbs/run/02_parameters.ipynb #f50ddb7a
@@ -70,8 +90,11 @@ def parameter_types(name, text):
     text = re.sub(r"^Optional\[(\w+)\]$", r"\1 | None", text.strip("'\""))
     words = [word.strip() for word in text.split("|")]
     if not set(words) <= set(PARAMETER_TYPES):
-        raise ParameterError(f"parameter {name!r} is declared as {text}; declare it as bool, int, float or str (a list travels as a "
-                             "comma string), or as \"Optional[int]\" and so on, in quotation marks, if it may be left out")
+        raise ParameterError(
+            f"parameter {name!r} is declared as {text}; declare it as bool, int, float or str (a list "
+            "travels as a "
+            'comma string), or as "Optional[int]" and so on, in quotation marks, if it may be left out'
+        )
     return words
 
 # %% ../../nbs/run/02_parameters.ipynb #de3a8f9f
@@ -82,17 +105,33 @@ def convert_parameter(name, types, value):
     papermill makes an int of `10` and `1_0` and a float of `1e-4`, so a `str` parameter (a list of one layer,
     a name of digits) gets its number back as text; `007` arrives as `7`. Raises `ParameterError` for any
     other type, NaN and infinity."""
-    if value is None and "None" in types: return None
+    if value is None and "None" in types:
+        return None
     if isinstance(value, bool):
-        if "bool" in types: return value
+        if "bool" in types:
+            return value
     elif isinstance(value, Real):
-        if not abs(value) <= sys.float_info.max: raise ParameterError(f"parameter {name!r} wants a finite number, but {value!r} was given")
-        if isinstance(value, Integral) and "int" in types: return int(value)
-        if "float" in types: return float(value)
-        if "str" in types: return str(value)
-    elif isinstance(value, str) and "str" in types: return value
-    hint = "; write True or False" if "bool" in types else "; write '10,20' for a list" if isinstance(value, (list, tuple)) else ""
-    raise ParameterError(f"parameter {name!r} wants {' or '.join(types)}, but {value!r} ({type(value).__name__}) was given{hint}")
+        if not abs(value) <= sys.float_info.max:
+            raise ParameterError(f"parameter {name!r} wants a finite number, but {value!r} was given")
+        if isinstance(value, Integral) and "int" in types:
+            return int(value)
+        if "float" in types:
+            return float(value)
+        if "str" in types:
+            return str(value)
+    elif isinstance(value, str) and "str" in types:
+        return value
+    hint = (
+        "; write True or False"
+        if "bool" in types
+        else "; write '10,20' for a list"
+        if isinstance(value, (list, tuple))
+        else ""
+    )
+    raise ParameterError(
+        f"parameter {name!r} wants {' or '.join(types)}, but {value!r} ({type(value).__name__}) was "
+        f"given{hint}"
+    )
 
 # %% ../../nbs/run/02_parameters.ipynb #16c334ac
 def refuse_secrets(parameters):
@@ -102,8 +141,11 @@ def refuse_secrets(parameters):
         variable = holder(str(value))
         if variable or SECRET_NAME.search(name) or scrub(str(value)) != str(value):
             why = f"holds the value of {variable}" if variable else "looks like a secret"
-            raise ParameterError(f"parameter {name!r} {why}, and parameters are written to disk; "
-                                 "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where papermill has already put it")
+            raise ParameterError(
+                f"parameter {name!r} {why}, and parameters are written to disk; "
+                "put it into the environment (HF_TOKEN) instead, and delete the output notebook, where "
+                "papermill has already put it"
+            )
 
 # %% ../../nbs/run/02_parameters.ipynb #05f5e5a2
 def tell_engine():
@@ -111,11 +153,14 @@ def tell_engine():
     cbnb's engine to papermill (`cbnb.run.kernels`), as one that was installed before cbnb had it."""
     reached = getattr(getattr(kernel(), "parent", None), "transport", None)
     if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
-        say("note: this environment does not name cbnb's engine to papermill, so this kernel was reached by TCP, "
-            "where runs that start at once can clash: pip install --no-deps -e . (or make) once more")
+        say(
+            "note: this environment does not name cbnb's engine to papermill, so this kernel was reached by "
+            "TCP, "
+            "where runs that start at once can clash: pip install --no-deps -e . (or make) once more"
+        )
 
 # %% ../../nbs/run/02_parameters.ipynb #90222505
-PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}   # what papermill --inject-paths adds
+PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # what papermill --inject-paths adds
 
 
 def strict_parameters(namespace):
@@ -130,18 +175,30 @@ def strict_parameters(namespace):
     guard()
     declared = declared_parameters(namespace)
     if not declared:
-        raise ParameterError("no parameter is declared: the cell tagged 'parameters' holds only lines such as 'seed: int = 0  # meaning'")
+        raise ParameterError(
+            "no parameter is declared: the cell tagged 'parameters' holds only lines such as 'seed: int = 0 "
+            " # meaning'"
+        )
     injected, position = injected_parameters(namespace)
     for name in set(injected) - PAPERMILL_PATHS:
         if name not in declared:
-            raise ParameterError(f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}")
+            raise ParameterError(
+                f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}"
+            )
     if injected and not any(annotated_lines(source) for source in namespace["In"][:position]):
-        raise ParameterError("the injected values came first and the defaults overwrote them: tag the cell with the defaults 'parameters'")
+        raise ParameterError(
+            "the injected values came first and the defaults overwrote them: tag the cell with the defaults "
+            "'parameters'"
+        )
     types = {name: parameter_types(name, text) for name, text in declared.items()}
-    values = {name: convert_parameter(name, types[name], namespace[name]) for name in declared if name in namespace}
-    if missing := set(declared) - set(values): raise ParameterError(f"parameter {min(missing)!r} has no default: write one")
+    values = {
+        name: convert_parameter(name, types[name], namespace[name]) for name in declared if name in namespace
+    }
+    if missing := set(declared) - set(values):
+        raise ParameterError(f"parameter {min(missing)!r} has no default: write one")
     refuse_secrets(values)
-    if injected: tell_engine()
+    if injected:
+        tell_engine()
     namespace.update(values)
     tame_kernel()
     return values
@@ -150,4 +207,6 @@ def strict_parameters(namespace):
 def parameters_hash(parameters):
     """sha256 (64 hex digits) of the canonical JSON of `parameters`: order and tuple or list do not matter,
     any value does."""
-    return hashlib.sha256(json.dumps(to_plain(parameters), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(to_plain(parameters), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

@@ -20,16 +20,17 @@ from IPython import get_ipython
 from jupyter_client import BlockingKernelClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
+from ..basics.jsonfiles import write_owned
 from ..basics.processes import is_first, rank
 from ..basics.reading import read_text
-from ..basics.jsonfiles import write_owned
-from ..basics.withheld import scrub
 from ..basics.terminal import warn
 from ..basics.withheld import scrub_notebook
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
 class Book:
-    """An executed notebook that grows: `source` is the notebook as it was before (its text cells are taken over), or None."""
+    """An executed notebook that grows: `source` is the notebook as it was before (its text cells are taken
+    over), or None."""
+
     def __init__(self, source=None):
         self.left = list(source.cells) if source else []
         self.notebook = new_notebook(metadata=source.metadata if source else {})
@@ -37,22 +38,28 @@ class Book:
 
     def execute(self, code, count=None):
         "Begins the cell with the source `code`, after all that stands before it in the source notebook."
-        at = next((i for i, cell in enumerate(self.left) if cell.cell_type == "code" and cell.source == code), None)
+        at = next(
+            (i for i, cell in enumerate(self.left) if cell.cell_type == "code" and cell.source == code), None
+        )
         if at is not None:
             self.notebook.cells += [cell for cell in self.left[:at] if cell.cell_type != "code"]
-            del self.left[:at + 1]
+            del self.left[: at + 1]
         self.notebook.cells.append(new_code_cell(code, execution_count=count))
 
     def output(self, message):
-        "Puts what an output message of the kernel says into the last cell; whether it says that the cell is at its end."
+        """Puts what an output message of the kernel says into the last cell; whether it says that the cell is
+        at its end."""
         cell, kind, content = self.notebook.cells[-1], message["msg_type"], message["content"]
         display = (content.get("transient") or {}).get("display_id")
         if kind == "update_display_data":
-            for old in self.displays.get(display, ()): old.update(data=content["data"], metadata=content["metadata"])
-        elif kind == "clear_output": cell.outputs.clear()
+            for old in self.displays.get(display, ()):
+                old.update(data=content["data"], metadata=content["metadata"])
+        elif kind == "clear_output":
+            cell.outputs.clear()
         elif kind in ("stream", "display_data", "execute_result", "error"):
             cell.outputs.append(output_from_msg(message))
-            if display: self.displays.setdefault(display, []).append(cell.outputs[-1])
+            if display:
+                self.displays.setdefault(display, []).append(cell.outputs[-1])
         return kind == "status" and content["execution_state"] == "idle"
 
     def text(self):
@@ -64,8 +71,9 @@ SAVE_SECONDS = 30  # between two saves of a cell that goes on
 
 
 def messages(connection, over, ready):
-    """Yields what the kernel with the `connection` information (a dict) publishes of cells, and None twice a second while it is silent, until
-    `over` is set and all was told. Sets `ready` when the kernel has greeted its listener: from there on nothing is missed."""
+    """Yields what the kernel with the `connection` information (a dict) publishes of cells, and None twice a
+    second while it is silent, until `over` is set and all was told. Sets `ready` when the kernel has greeted
+    its listener: from there on nothing is missed."""
     with zmq.Context() as context:
         client = BlockingKernelClient(context=context)  # knows every transport, encrypted ones too
         client.load_connection_info(connection)
@@ -74,52 +82,63 @@ def messages(connection, over, ready):
             socket.subscribe(uuid.uuid4().hex)  # only a topic that nobody else listens to is greeted
             while (waiting := socket.poll(500)) or not over.is_set():
                 message = client.session.recv(socket, copy=True)[1] if waiting else None
-                if message and message["msg_type"] == "iopub_welcome": ready.set()
-                if message is None or message["parent_header"].get("msg_type") == "execute_request": yield message
+                if message and message["msg_type"] == "iopub_welcome":
+                    ready.set()
+                if message is None or message["parent_header"].get("msg_type") == "execute_request":
+                    yield message
 
 # %% ../../nbs/run/09_recorder.ipynb #8072de0c
 def save(book, path):
-    "Writes `book` to `path`, whole or not at all. A full disk must not end the run: then the last save stays."
-    try: write_owned(path, book.text().encode())
-    except OSError: pass
+    """Writes `book` to `path`, whole or not at all. A full disk must not end the run: then the last save
+    stays."""
+    try:
+        write_owned(path, book.text().encode())
+    except OSError:
+        pass
 
 
 def keep(book, path, heard, is_last=lambda count: False):
-    """Puts the `heard` messages into `book` and saves it to `path`: at the start and the end of each cell, and now and then within one. Ends
-    with the cell of whose execution count `is_last` says so."""
+    """Puts the `heard` messages into `book` and saves it to `path`: at the start and the end of each cell,
+    and now and then within one. Ends with the cell of whose execution count `is_last` says so."""
     saved, changed = time.monotonic(), True
     for message in heard:
         began = ended = False
         if message:
-            if began := message["msg_type"] == "execute_input": book.execute(message["content"]["code"], message["content"]["execution_count"])
+            if began := message["msg_type"] == "execute_input":
+                book.execute(message["content"]["code"], message["content"]["execution_count"])
             changed, ended = True, book.output(message)
         if changed and (began or ended or time.monotonic() - saved > SAVE_SECONDS):
             save(book, path)
             saved, changed = time.monotonic(), False
-        if ended and is_last(book.notebook.cells[-1].execution_count): return
+        if ended and is_last(book.notebook.cells[-1].execution_count):
+            return
 
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
 def cells_so_far(source, executed):
-    "Those of the `executed` cells' sources that belong to this run of the `source` notebook: from its first cell's last execution on."
+    """Those of the `executed` cells' sources that belong to this run of the `source` notebook: from its first
+    cell's last execution on."""
     first = next((cell.source for cell in source.cells if cell.cell_type == "code"), None) if source else None
     starts = [i for i, code in enumerate(executed) if code == first]
-    return executed[starts[-1] if starts else 0:]
+    return executed[starts[-1] if starts else 0 :]
 
 
 @dataclass
 class Recording:
-    "A recording that goes on: its `thread`, the event `over` that ends it at once, and the execution count of its `last` cell, when that is known."
+    """A recording that goes on: its `thread`, the event `over` that ends it at once, and the execution count
+    of its `last` cell, when that is known."""
+
     thread: threading.Thread | None = None
     over: threading.Event = field(default_factory=threading.Event)
     last: int | None = None
 
     def is_last(self, count: int | None) -> bool:
-        "Whether the recording ends with the cell of this execution count; None: a cell that began before the recording."
+        """Whether the recording ends with the cell of this execution count; None: a cell that began before
+        the recording."""
         return None not in (self.last, count) and count >= self.last
 
 
 RECORDING = []  # the one of this kernel, or nothing
-ANSWERS = 60    # seconds after which a kernel is taken not to answer: on a busy machine it takes some
+ANSWERS = 60  # seconds after which a kernel is taken not to answer: on a busy machine it takes some
 
 
 def stop_recording():
@@ -132,31 +151,42 @@ def stop_recording():
 
 def end_recording():
     "Ends the recording of this kernel, if there is one, with the end of the cell that calls this."
-    for recording in RECORDING: recording.last = len(get_ipython().user_ns["In"]) - 1
+    for recording in RECORDING:
+        recording.last = len(get_ipython().user_ns["In"]) - 1
 
 
 atexit.register(stop_recording)  # the end of the last cell is told after that cell
 
 
 def record_notebook(run):
-    """From here to the end of the cell that calls `end_recording`, keeps the executed notebook in `out.<attempt>.ipynb` of the `run` directory,
-    with the cells before this one (without their outputs); returns the path. Does nothing (None) where papermill already writes that file, or
-    outside of a kernel; warns (None) where the kernel does not answer. An earlier recording of the same kernel ends. Of several processes the first one's
-    is that of the run; beside it stand the others', `out.<attempt>.rank<k>.ipynb`."""
+    """From here to the end of the cell that calls `end_recording`, keeps the executed notebook in
+    `out.<attempt>.ipynb` of the `run` directory, with the cells before this one (without their outputs);
+    returns the path. Does nothing (None) where papermill already writes that file, or outside of a kernel;
+    warns (None) where the kernel does not answer. An earlier recording of the same kernel ends. Of several
+    processes the first one's is that of the run; beside it stand the others', `out.<attempt>.rank<k>.ipynb`.
+    """
     path = run.path / (f"out.{run.attempt}.ipynb" if is_first() else f"out.{run.attempt}.rank{rank()}.ipynb")
-    try: connection = get_connection_info(unpack=True)
-    except RuntimeError: return None  # no kernel
+    try:
+        connection = get_connection_info(unpack=True)
+    except RuntimeError:
+        return None  # no kernel
     stop_recording()
-    if path.exists(): return None
+    if path.exists():
+        return None
     source = run.path / "notebook.ipynb"
     source = nbformat.reads(read_text(source), as_version=4) if source.exists() else None
     book, recording, ready = Book(source), Recording(), threading.Event()
-    for code in cells_so_far(source, get_ipython().user_ns["In"][1:]): book.execute(code)
+    for code in cells_so_far(source, get_ipython().user_ns["In"][1:]):
+        book.execute(code)
     save(book, path)  # the first one is slow
-    recording.thread = threading.Thread(target=lambda: keep(book, path, messages(connection, recording.over, ready), recording.is_last), daemon=True)
+    recording.thread = threading.Thread(
+        target=lambda: keep(book, path, messages(connection, recording.over, ready), recording.is_last),
+        daemon=True,
+    )
     recording.thread.start()
     RECORDING.append(recording)
-    if ready.wait(ANSWERS): return path
+    if ready.wait(ANSWERS):
+        return path
     stop_recording()
     warn(f"the kernel does not tell what it executes, so {path} goes no further")
     return None

@@ -19,8 +19,8 @@ import typing
 from datetime import datetime
 from pathlib import Path
 
+from ..basics.jsonfiles import RECORD_BYTES, SMALL_BYTES, RecordError, RunError, brief, bytes_of, parsed
 from ..config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
-from ..basics.jsonfiles import brief, bytes_of, parsed, RECORD_BYTES, RecordError, RunError, SMALL_BYTES
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 def wants(where, wanted, value):
@@ -33,41 +33,53 @@ def is_plain(value):
     "Whether the numbers in `value` are finite and fit 64 bits, and nothing in it is nested over 20 deep."
     layer = [value]
     for _ in range(20):
-        if not layer: return True
+        if not layer:
+            return True
         below = []
         for v in layer:
-            if isinstance(v, float) and not math.isfinite(v): return False
-            if isinstance(v, int) and not -2**63 <= v < 2**63: return False
-            if isinstance(v, dict): below += v.values()
-            if isinstance(v, list): below += v
+            if isinstance(v, float) and not math.isfinite(v):
+                return False
+            if isinstance(v, int) and not -(2**63) <= v < 2**63:
+                return False
+            if isinstance(v, dict):
+                below += v.values()
+            if isinstance(v, list):
+                below += v
         layer = below
     return not layer
 
 
 def plain(value, where):
     "Checks that `value` `is_plain`."
-    if is_plain(value): return
+    if is_plain(value):
+        return
     yield f"{where or 'it'} holds a number that is not finite or too large, or too much nesting"
 
 # %% ../../nbs/run/01_records.ipynb #rec00004
-STEPS = 10**9      # more optimizer steps than any run makes
+STEPS = 10**9  # more optimizer steps than any run makes
 # characters: of a name, of a path, of a sentence, of a source or a diff
 NAME, PATH, WORDS, PAGE = 300, 5000, 20_000, 4_000_000
 
 
 def whole(low=0, high=STEPS):
     "A check for a whole number from `low` to `high`; True and False are none."
+
     def check(value, where):
-        if type(value) is int and low <= value <= high: return
+        if type(value) is int and low <= value <= high:
+            return
         yield wants(where, f"a whole number from {low} to {high}", value)
+
     return check
 
 
 def number(low=-1e300, high=1e300):
     "A check for a number from `low` to `high`; NaN, True and False are none."
+
     def check(value, where):
-        if type(value) in (int, float) and low <= value <= high: return
+        if type(value) in (int, float) and low <= value <= high:
+            return
         yield wants(where, f"a number from {low:g} to {high:g}", value)
+
     return check
 
 
@@ -75,32 +87,42 @@ def text(most=WORDS, pattern=None):
     """A check for a text of at most `most` characters that is wholly of the `pattern` (a regular expression),
     where there is one."""
     wanted = f"text of at most {most} characters" + f" like {pattern}" * bool(pattern)
+
     def check(value, where):
         fits = isinstance(value, str) and len(value) <= most
-        if fits and (not pattern or re.fullmatch(pattern, value)): return
+        if fits and (not pattern or re.fullmatch(pattern, value)):
+            return
         yield wants(where, wanted, value)
+
     return check
 
 
 def one_of(*names):
     "A check for one of the texts `names`."
+
     def check(value, where):
-        if isinstance(value, str) and value in names: return
+        if isinstance(value, str) and value in names:
+            return
         yield wants(where, f"one of {', '.join(names)}", value)
+
     return check
 
 
 def flag(value, where):
     "Checks that `value` is True or False."
-    if not isinstance(value, bool): yield wants(where, "true or false", value)
+    if not isinstance(value, bool):
+        yield wants(where, "true or false", value)
 
 
 def moment(value, where):
     "Checks that `value` is a time as ISO 8601 text with its offset to UTC, of the years 2000 to 2199."
-    try: known = 2000 <= (time := datetime.fromisoformat(value)).year < 2200 and time.tzinfo is not None
-    except (TypeError, ValueError): known = False
+    try:
+        known = 2000 <= (time := datetime.fromisoformat(value)).year < 2200 and time.tzinfo is not None
+    except (TypeError, ValueError):
+        known = False
     wanted = "a time of the years 2000 to 2199 with its offset, such as 2026-01-31T12:00:00+00:00"
-    if not known: yield wants(where, wanted, value)
+    if not known:
+        yield wants(where, wanted, value)
 
 # %% ../../nbs/run/01_records.ipynb #rec00005
 def maybe(check):
@@ -110,46 +132,59 @@ def maybe(check):
 
 def each(check, most=100_000):
     "A check for a list of at most `most` entries that pass `check`."
+
     def checked(value, where):
         if not isinstance(value, list) or len(value) > most:
             yield wants(where, f"a list of at most {most} entries", value)
             return
-        for i, entry in enumerate(value): yield from check(entry, f"{where}[{i}]")
+        for i, entry in enumerate(value):
+            yield from check(entry, f"{where}[{i}]")
+
     return checked
 
 
 def mapping(check, most=10_000):
     "A check for an object of at most `most` names whose values pass `check`."
     wanted = f"an object of at most {most} names of at most {PATH} characters"
+
     def checked(value, where):
         if not isinstance(value, dict) or len(value) > most or not all(len(name) <= PATH for name in value):
             yield wants(where, wanted, value)
             return
-        for name, entry in value.items(): yield from check(entry, f"{where}.{brief(name)!r}".lstrip("."))
+        for name, entry in value.items():
+            yield from check(entry, f"{where}.{brief(name)!r}".lstrip("."))
+
     return checked
 
 
 def fields(checks, *needed):
     """A check for an object: the values of its fields pass the `checks` of their names, and those that are
     `needed` are there. Other fields are another version's, and are only `plain`."""
+
     def checked(value, where):
         if not isinstance(value, dict):
             yield wants(where, "an object", value)
             return
         for name in needed:
-            if value.get(name) is None: yield f"{where or 'it'} has no {name}"
+            if value.get(name) is None:
+                yield f"{where or 'it'} has no {name}"
         for name, entry in value.items():
-            if entry is None and name in needed: continue   # said above
+            if entry is None and name in needed:
+                continue  # said above
             yield from checks.get(name, plain)(entry, f"{where}.{brief(name)}".lstrip("."))
+
     return checked
 
 
 def either(*checks):
     "A check for what passes one of `checks`; it says what the last one does."
+
     def checked(value, where):
         for check in checks[:-1]:
-            if next(check(value, where), None) is None: return
+            if next(check(value, where), None) is None:
+                return
         yield from checks[-1](value, where)
+
     return checked
 
 # %% ../../nbs/run/01_records.ipynb #rec00006
@@ -163,25 +198,47 @@ MEASURED = fields({"dtype": LABEL, "reroute": number(), "retain": number(), "kl"
 
 def floor(value, where):
     "Checks a rounding floor, which is empty where none was measured."
-    if value not in (None, {}): yield from MEASURED(value, where)
+    if value not in (None, {}):
+        yield from MEASURED(value, where)
 
 
 SECONDS = number(0, 1e12)
 SAID = {
-    "stage": LABEL, "error": LINE, "note": LINE, "changes": NOTES, "alarms": ALARMS, "floor": floor,
-    "job": LABEL, "node": LABEL, "device": LABEL, "pid": whole(1, 2**31), "pid_started": text(30, r"\d+"),
-    "slurm_restarts": whole(), "processes": whole(1, 10**6), "attempt": whole(1, 10**6),
-    "restarts": whole(0, 10**6), "started": moment, "updated": moment, "training_started": moment,
-    "resumed_step": whole(), "training_seconds": SECONDS, "diagnosis_seconds": SECONDS}
+    "stage": LABEL,
+    "error": LINE,
+    "note": LINE,
+    "changes": NOTES,
+    "alarms": ALARMS,
+    "floor": floor,
+    "job": LABEL,
+    "node": LABEL,
+    "device": LABEL,
+    "pid": whole(1, 2**31),
+    "pid_started": text(30, r"\d+"),
+    "slurm_restarts": whole(),
+    "processes": whole(1, 10**6),
+    "attempt": whole(1, 10**6),
+    "restarts": whole(0, 10**6),
+    "started": moment,
+    "updated": moment,
+    "training_started": moment,
+    "resumed_step": whole(),
+    "training_seconds": SECONDS,
+    "diagnosis_seconds": SECONDS,
+}
 STATUS = fields({name: maybe(check) for name, check in SAID.items()} | {"state": one_of(*STATES)}, "state")
 
 # %% ../../nbs/run/01_records.ipynb #rec00007
 def setting(field):
     "A check for the value of a setting, a `field` of `CircuitBreakerConfig`: its type and its limits."
     to = to_tuple if typing.get_origin(field.type) is tuple else to_scalar
+
     def check(value, where):
-        try: check_limits(field.name, to(field.name, field.type, value), field.metadata)
-        except ConfigError as e: yield str(e)
+        try:
+            check_limits(field.name, to(field.name, field.type, value), field.metadata)
+        except ConfigError as e:
+            yield str(e)
+
     return check
 
 
@@ -197,12 +254,37 @@ def settings(value, where):
 
 
 PARAMETERS = mapping(plain)
-READ = ("preset", "model", "teacher", "adapter", "second_adapter", "dtype", "quantize", "data", "eval_data",
-        "heldout_by", "relabel", "on_error", "tools", "control", "tool_call_format", "adapt", "chat_template",
-        "template_variables")
-EVALUATED = fields({name: maybe(text(PAGE)) for name in READ} | {
-    "trust_remote_code": maybe(flag), "max_skipped": maybe(number(0, 1)), "samples": maybe(whole(1)),
-    "temperature": maybe(number(0, 1e6)), "max_new_tokens": maybe(whole(1)), "seed": maybe(whole(0, 2**63))})
+READ = (
+    "preset",
+    "model",
+    "teacher",
+    "adapter",
+    "second_adapter",
+    "dtype",
+    "quantize",
+    "data",
+    "eval_data",
+    "heldout_by",
+    "relabel",
+    "on_error",
+    "tools",
+    "control",
+    "tool_call_format",
+    "adapt",
+    "chat_template",
+    "template_variables",
+)
+EVALUATED = fields(
+    {name: maybe(text(PAGE)) for name in READ}
+    | {
+        "trust_remote_code": maybe(flag),
+        "max_skipped": maybe(number(0, 1)),
+        "samples": maybe(whole(1)),
+        "temperature": maybe(number(0, 1e6)),
+        "max_new_tokens": maybe(whole(1)),
+        "seed": maybe(whole(0, 2**63)),
+    }
+)
 
 # %% ../../nbs/run/01_records.ipynb #rec00008
 SHARE = number(0, 1)
@@ -221,42 +303,102 @@ RATES = ("attack_success", "attack_success_lax", "attack_success_prefill", "obey
 SHARES = ("exact_match", "marker_fidelity", "heldout_top1")  # by kind or domain
 COUNTS = mapping(whole(), 1000)
 DECODING = fields(
-    {"samples": whole(1), "temperature": number(0, 1e6), "max_new_tokens": whole(1), "seed": whole(0, 2**63),
-     "prefill": whole()}, "samples", "temperature", "max_new_tokens", "seed")
-FIGURES = fields({
-    **dict.fromkeys(RATES, maybe(SHARE)), **dict.fromkeys(SHARES, mapping(maybe(SHARE), 1000)),
-    "harmful_cosine": maybe(COSINE), "heldout_kl": mapping(maybe(number()), 1000), "n": COUNTS,
-    "counts": mapping(either(mapping(count, 1000), count), 1000), "finish": COUNTS,
-    "not_asked": mapping(COUNTS, 1000), "decoding": DECODING,
-    "ends": fields({"template": TOKENS, "model": TOKENS}), "made_for": LINE, "model": LINE})
-RESULT = fields({
-    "before": FIGURES, "after": FIGURES, "evaluated": mapping(FIGURES, 100), "parameters": PARAMETERS,
-    "alarms": ALARMS, "floor": floor, "data": fields({"notes": NOTES}), "changes": NOTES})
+    {
+        "samples": whole(1),
+        "temperature": number(0, 1e6),
+        "max_new_tokens": whole(1),
+        "seed": whole(0, 2**63),
+        "prefill": whole(),
+    },
+    "samples",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+)
+FIGURES = fields(
+    {
+        **dict.fromkeys(RATES, maybe(SHARE)),
+        **dict.fromkeys(SHARES, mapping(maybe(SHARE), 1000)),
+        "harmful_cosine": maybe(COSINE),
+        "heldout_kl": mapping(maybe(number()), 1000),
+        "n": COUNTS,
+        "counts": mapping(either(mapping(count, 1000), count), 1000),
+        "finish": COUNTS,
+        "not_asked": mapping(COUNTS, 1000),
+        "decoding": DECODING,
+        "ends": fields({"template": TOKENS, "model": TOKENS}),
+        "made_for": LINE,
+        "model": LINE,
+    }
+)
+RESULT = fields(
+    {
+        "before": FIGURES,
+        "after": FIGURES,
+        "evaluated": mapping(FIGURES, 100),
+        "parameters": PARAMETERS,
+        "alarms": ALARMS,
+        "floor": floor,
+        "data": fields({"notes": NOTES}),
+        "changes": NOTES,
+    }
+)
 
 # %% ../../nbs/run/01_records.ipynb #rec00009
 VERDICT = one_of("pass", "warn", "fail")
 POINT = fields({"verdict": VERDICT, "text": LINE}, "verdict", "text")
-ASKED = fields({"name": LABEL, "verdict": VERDICT, "points": each(POINT, 10_000)},
-               "name", "verdict", "points")
-PREFLIGHT = fields({
-    "verdict": VERDICT, "checks": each(ASKED, 100), "parameters": PARAMETERS, "settings": settings,
-    "seconds": SECONDS, "version": LABEL, "source": LABEL, "commit": maybe(LABEL)}, "verdict", "checks")
+ASKED = fields(
+    {"name": LABEL, "verdict": VERDICT, "points": each(POINT, 10_000)}, "name", "verdict", "points"
+)
+PREFLIGHT = fields(
+    {
+        "verdict": VERDICT,
+        "checks": each(ASKED, 100),
+        "parameters": PARAMETERS,
+        "settings": settings,
+        "seconds": SECONDS,
+        "version": LABEL,
+        "source": LABEL,
+        "commit": maybe(LABEL),
+    },
+    "verdict",
+    "checks",
+)
 KEY = fields(dict.fromkeys(("key", "parameters", "data", "code", "notebook"), HEX), "key")
-CODE = fields({"version": LABEL, "source": LABEL, "commit": maybe(LABEL), "diff": maybe(text(PAGE)),
-               "diff_truncated": flag})
+CODE = fields(
+    {
+        "version": LABEL,
+        "source": LABEL,
+        "commit": maybe(LABEL),
+        "diff": maybe(text(PAGE)),
+        "diff_truncated": flag,
+    }
+)
 PLAN = fields({"name": LABEL, "notebook": LINE, "spec": plain, "runs": each(plain, 100_000)}, "runs")
-ARRAY = fields({"name": LABEL, "job": maybe(text(NAME, r"\w+")), "offset": whole(), "runs": each(LABEL)},
-               "name", "runs")
+ARRAY = fields(
+    {"name": LABEL, "job": maybe(text(NAME, r"\w+")), "offset": whole(), "runs": each(LABEL)}, "name", "runs"
+)
 JOBS = fields({"submitted": moment, "report": maybe(LABEL), "arrays": each(ARRAY)}, "arrays")
-TEMPLATE = fields({"sha256": HEX, "template_variables": mapping(plain), "date": maybe(LABEL)},
-                  "sha256", "template_variables")
+TEMPLATE = fields(
+    {"sha256": HEX, "template_variables": mapping(plain), "date": maybe(LABEL)},
+    "sha256",
+    "template_variables",
+)
 IDS = each(whole(0, 2**31 - 1), 10_000_000)
 PROMPT = fields({"messages": whole(), "tokens": whole(), "hash": LABEL}, "hash")
 HASHES = mapping(LABEL, 1_000_000)
 FIGURES_OF = fields({"values": mapping(number()), "with": mapping(LABEL)}, "values", "with")
 MADE_FROM = fields({"same": mapping(HASHES), "told": mapping(LABEL), "figures": FIGURES_OF}, "same", "told")
-ANSWER = {"key": LABEL, "stage": LABEL, "asked": one_of("plain", "prefilled"), "attempt": whole(), "id": LINE,
-          "begun": IDS, "ids": IDS, "prompt": PROMPT}
+ANSWER = {
+    "key": LABEL,
+    "stage": LABEL,
+    "asked": one_of("plain", "prefilled"),
+    "attempt": whole(),
+    "id": LINE,
+    "begun": IDS,
+    "ids": IDS,
+    "prompt": PROMPT,
+}
 
 # %% ../../nbs/run/01_records.ipynb #rec00010
 STEP, VALUE = whole(), number()
@@ -266,20 +408,33 @@ MEASURES = ("loss", "weighted_", "grad_", "c_")
 def metrics_row(row, where=""):
     """Checks a line of metrics.jsonl: its `step`, and that its losses, norms, cosines and coefficients are
     finite numbers or null."""
-    if not isinstance(row, dict): yield wants(where, "an object", row)
+    if not isinstance(row, dict):
+        yield wants(where, "an object", row)
     else:
         yield from STEP(row.get("step"), "step")
         for name, value in row.items():
-            if type(value) is float and -1e300 < value < 1e300 or value is None: continue  # most of them
+            if type(value) is float and -1e300 < value < 1e300 or value is None:
+                continue  # most of them
             measured = name.startswith(MEASURES) or name == "lr"
             yield from (VALUE if measured else plain)(value, brief(name))
 
 # %% ../../nbs/run/01_records.ipynb #rec00011
 RECORDS = {
-    "status.json": STATUS, "params.json": PARAMETERS, "evaluated": EVALUATED, "config.json": settings,
-    "result.json": RESULT, "preflight.json": PREFLIGHT, "key.json": KEY, "code.json": CODE,
-    "sweep.json": PLAN, "jobs": JOBS, "made_from.json": MADE_FROM, "chat_template.json": TEMPLATE,
-    "metrics.jsonl": metrics_row, "answers.jsonl": fields(ANSWER, *ANSWER)}
+    "status.json": STATUS,
+    "params.json": PARAMETERS,
+    "evaluated": EVALUATED,
+    "config.json": settings,
+    "result.json": RESULT,
+    "preflight.json": PREFLIGHT,
+    "key.json": KEY,
+    "code.json": CODE,
+    "sweep.json": PLAN,
+    "jobs": JOBS,
+    "made_from.json": MADE_FROM,
+    "chat_template.json": TEMPLATE,
+    "metrics.jsonl": metrics_row,
+    "answers.jsonl": fields(ANSWER, *ANSWER),
+}
 
 
 def fault(kind, value):
@@ -291,8 +446,10 @@ def fault(kind, value):
 def record_of(data, kind):
     "The value of the JSON in `data` (bytes), of the `kind` among `RECORDS`. Raises RecordError."
     value = parsed(data)
-    if not isinstance(value, dict): raise RecordError("holds no JSON object")
-    if words := fault(kind, value): raise RecordError(f"is not in order ({words})")
+    if not isinstance(value, dict):
+        raise RecordError("holds no JSON object")
+    if words := fault(kind, value):
+        raise RecordError(f"is not in order ({words})")
     return value
 
 # %% ../../nbs/run/01_records.ipynb #recrd000
@@ -305,8 +462,11 @@ def read_record(path, kind=None):
     naming file and field, for one that cannot be read, was cut, or holds something else."""
     path = Path(path)
     most = SMALL_BYTES if path.name in SMALL else RECORD_BYTES
-    try: return record_of(bytes_of(path, most), kind or path.name)
-    except FileNotFoundError: return None
-    except RecordError as e: raise RunError(f"{path} {e}: move it away or repair it") from None
+    try:
+        return record_of(bytes_of(path, most), kind or path.name)
+    except FileNotFoundError:
+        return None
+    except RecordError as e:
+        raise RunError(f"{path} {e}: move it away or repair it") from None
     except OSError as e:
         raise RunError(f"{path} cannot be read ({e.strerror or e}): ask its owner, or leave it out") from None

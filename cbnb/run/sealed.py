@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..basics.reading import sha256
 from ..basics.jsonfiles import RunError, read_json, write_json
+from ..basics.reading import sha256
 
 # %% auto #0
 __all__ = ['MANIFEST', 'sync', 'seal', 'damage']
@@ -19,32 +19,43 @@ MANIFEST = "manifest.json"
 
 
 def sync(path: Path) -> None:
-    "Returns when the file, or the entries of the folder, `path` are on the disk and no longer in memory alone."
+    """Returns when the file, or the entries of the folder, `path` are on the disk and no longer in memory
+    alone."""
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def seal(folder: Path) -> None:
-    "Puts everything in `folder` on the disk and then writes its manifest.json: size in bytes and sha256 of every file. What a killed attempt has left half written goes."
+    """Puts everything in `folder` on the disk and then writes its manifest.json: size in bytes and sha256 of
+    every file. What a killed attempt has left half written goes."""
     files = {}
-    for path in folder.rglob(".*.part"): path.unlink()   # see `write_bytes`
+    for path in folder.rglob(".*.part"):
+        path.unlink()  # see `write_bytes`
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         sync(path)
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, {"files": files})
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder): sync(path)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync(path)
 
 # %% ../../nbs/run/10_sealed.ipynb #824aa10b
 def damage(folder: Path) -> str:
     "What is wrong with a sealed folder, in words; empty for one that is as it was sealed."
     try:
         manifest = read_json(folder / MANIFEST)
-        if manifest is None: return f"it has no {MANIFEST}, which is written last"
+        if manifest is None:
+            return f"it has no {MANIFEST}, which is written last"
         for name, was in manifest["files"].items():
             path = folder / name
-            if not path.is_file(): return f"{name} is missing"
-            if path.stat().st_size != was["bytes"]: return f"{name} has {path.stat().st_size} of {was['bytes']} bytes"
-            if sha256(path) != was["sha256"]: return f"{name} is not what was saved"
-    except (RunError, OSError, KeyError, TypeError, AttributeError) as e: return f"it cannot be read: {type(e).__name__}: {e}"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != was["bytes"]:
+                return f"{name} has {path.stat().st_size} of {was['bytes']} bytes"
+            if sha256(path) != was["sha256"]:
+                return f"{name} is not what was saved"
+    except (RunError, OSError, KeyError, TypeError, AttributeError) as e:
+        return f"it cannot be read: {type(e).__name__}: {e}"
     return ""

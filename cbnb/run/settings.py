@@ -15,170 +15,269 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .directory import HOW_STARTED
-from ..transcripts.record import TranscriptError
-from ..data.sources import READING, check_reading
-from ..config import PRESETS, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
+from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
 from ..basics.places import TINYAGENT
-from ..masking.masker import ChatMasker
 from ..basics.processes import is_first
 from ..basics.reading import read_text
+from ..config import PRESETS, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
+from ..data.sources import READING, check_reading
+from ..masking.masker import ChatMasker
 from ..masking.rendering import FROZEN_NOW
+from ..masking.templates import MAX_TEMPLATE_CHARS, template_inputs
+from .directory import HOW_STARTED
 from .parameters import ParameterError
 from .records import read_record
-from ..basics.jsonfiles import write_owned
-from ..basics.jsonfiles import RunError, read_json, write_json
-from ..masking.templates import MAX_TEMPLATE_CHARS, template_inputs
+from ..transcripts.record import TranscriptError
 
 # %% ../../nbs/run/12_settings.ipynb #setng006
-LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
+LLAMA_8B = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
 SHAPES = {  # as published in the config.json of each
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA_8B),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA_8B),
     "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", LLAMA_8B | dict(vocab_size=32768, sliding_window=None)),
-    "meta-llama/Llama-4-Scout-17B-16E-Instruct": ("llama4_text", dict(
-        hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384, num_hidden_layers=48, num_attention_heads=40,
-        num_key_value_heads=8, head_dim=128, num_local_experts=16, num_experts_per_tok=1, vocab_size=202048)),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (
+        "llama4_text",
+        dict(
+            hidden_size=5120,
+            intermediate_size=8192,
+            intermediate_size_mlp=16384,
+            num_hidden_layers=48,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            head_dim=128,
+            num_local_experts=16,
+            num_experts_per_tok=1,
+            vocab_size=202048,
+        ),
+    ),
 }
 
 # %% ../../nbs/run/12_settings.ipynb #setng007
 class Facts(NamedTuple):
-    "What is taken from a model's configuration: its text part's `kind` (model_type), number of `blocks`, `width`, and `longest` row in tokens, 0 if unsaid."
+    """What is taken from a model's configuration: its text part's `kind` (model_type), number of `blocks`,
+    `width`, and `longest` row in tokens, 0 if unsaid."""
+
     kind: str
     blocks: int
     width: int
     longest: int = 0
 
-    def __str__(self): return f"{self.kind}, {self.blocks} blocks of width {self.width}"
+    def __str__(self):
+        return f"{self.kind}, {self.blocks} blocks of width {self.width}"
 
 
 def model_facts(name, trust_remote_code=False):
-    """The `Facts` of the model `name`: a key of `SHAPES`, tinyagent, a local folder or a hub id, from its configuration alone. Raises OSError, in a sentence
-    with the name, where there is none, and ConfigError as `cbnb.step.loaders.read_config`."""
-    if name in SHAPES: return Facts(SHAPES[name][0], SHAPES[name][1]["num_hidden_layers"], SHAPES[name][1]["hidden_size"])
+    """The `Facts` of the model `name`: a key of `SHAPES`, tinyagent, a local folder or a hub id, from its
+    configuration alone. Raises OSError, in a sentence with the name, where there is none, and ConfigError as
+    `cbnb.step.loaders.read_config`."""
+    if name in SHAPES:
+        return Facts(SHAPES[name][0], SHAPES[name][1]["num_hidden_layers"], SHAPES[name][1]["hidden_size"])
     folder = TINYAGENT if name == "tinyagent" else Path(name).expanduser()
     found = (read_json(folder / "config.json") or {}) if folder.is_dir() else {}
     try:
         if "auto_map" not in found:  # else code may come with it, which is refused before a run is started
-            return Facts(str(found["model_type"]), int(found["num_hidden_layers"]), int(found["hidden_size"]),
-                         int(found.get("max_position_embeddings") or 0))
-    except (KeyError, TypeError, ValueError): pass   # its text part, or other names, which transformers knows
-    from cbnb.step.loaders import read_config   # seconds: transformers
+            return Facts(
+                str(found["model_type"]),
+                int(found["num_hidden_layers"]),
+                int(found["hidden_size"]),
+                int(found.get("max_position_embeddings") or 0),
+            )
+    except (KeyError, TypeError, ValueError):
+        pass  # its text part, or other names, which transformers knows
+    from cbnb.step.loaders import read_config  # seconds: transformers
+
     found = read_config(name, trust_remote_code).get_text_config()
-    return Facts(found.model_type, found.num_hidden_layers, found.hidden_size, getattr(found, "max_position_embeddings", None) or 0)
+    return Facts(
+        found.model_type,
+        found.num_hidden_layers,
+        found.hidden_size,
+        getattr(found, "max_position_embeddings", None) or 0,
+    )
 
 # %% ../../nbs/run/12_settings.ipynb #setng010
 PUBLISHED = "llama-3-8b"
 
 
 def derived(facts, given):
-    """The settings `given` (by name, none of them None) with those that follow from a model's `Facts`. Raises ConfigError for a model without blocks or of one block where its
-    hidden states are read in the mode `hidden_states`, and for layers that are no numbers."""
+    """The settings `given` (by name, none of them None) with those that follow from a model's `Facts`. Raises
+    ConfigError for a model without blocks or of one block where its hidden states are read in the mode
+    `hidden_states`, and for layers that are no numbers."""
     base, (_, depth, width, _) = PRESETS[PUBLISHED], model_facts(PRESETS[PUBLISHED].model)
     last = facts.blocks - (1 if given.get("hidden_state_mode") == "hooks" else 2)
-    if facts.blocks < 1: raise ConfigError(f"the model's configuration names {facts.blocks} blocks: there is nothing to reroute")
-    if last < 0: raise ConfigError("the model has one block, whose entry in hidden_states has the final norm applied: give hidden_state_mode hooks")
+    if facts.blocks < 1:
+        raise ConfigError(
+            f"the model's configuration names {facts.blocks} blocks: there is nothing to reroute"
+        )
+    if last < 0:
+        raise ConfigError(
+            "the model has one block, whose entry in hidden_states has the final norm applied: give "
+            "hidden_state_mode hooks"
+        )
     first = to_tuple("lora_layers", tuple[int, int], given["lora_layers"])[0] if "lora_layers" in given else 0
-    targets = tuple(sorted({min(max(round(facts.blocks * layer / depth), first), last) for layer in base.target_layers}))
+    targets = tuple(
+        sorted({min(max(round(facts.blocks * layer / depth), first), last) for layer in base.target_layers})
+    )
     targets = to_tuple("target_layers", tuple[int, ...], given.get("target_layers", targets))
     rank = given.get("lora_r", min(base.lora_r, max(1, facts.width // 16)))
-    found = {"target_layers": targets, "lora_layers": (0, max(targets)), "lora_r": rank, "lora_alpha": rank * (base.lora_alpha // base.lora_r),
-             "learning_rate": float(f"{min(1e-3, base.learning_rate * width / facts.width):.1e}"),
-             "max_length": min(base.max_length, facts.longest or base.max_length)}
+    found = {
+        "target_layers": targets,
+        "lora_layers": (0, max(targets)),
+        "lora_r": rank,
+        "lora_alpha": rank * (base.lora_alpha // base.lora_r),
+        "learning_rate": float(f"{min(1e-3, base.learning_rate * width / facts.width):.1e}"),
+        "max_length": min(base.max_length, facts.longest or base.max_length),
+    }
     return found | given
 
 # %% ../../nbs/run/12_settings.ipynb #setng013
 def preset_for(preset, model, trust_remote_code=False):
-    """The name of the preset whose settings a run takes that names `preset` and `model` (None: the preset's): tinyagent, the notebooks' default, gives way to the
-    one that names `model`, and to `PUBLISHED` for a model of another shape. Raises OSError where a configuration that it takes to know is not there."""
+    """The name of the preset whose settings a run takes that names `preset` and `model` (None: the preset's):
+    tinyagent, the notebooks' default, gives way to the one that names `model`, and to `PUBLISHED` for a model
+    of another shape. Raises OSError where a configuration that it takes to know is not there."""
     own = PRESETS[preset].model if preset in PRESETS else None
-    if preset != "tinyagent" or model in (None, own): return preset
+    if preset != "tinyagent" or model in (None, own):
+        return preset
     published = {config.model: name for name, config in PRESETS.items()}
-    if model in published: return published[model]
+    if model in published:
+        return published[model]
     return preset if model_facts(model, trust_remote_code)[:3] == model_facts(own)[:3] else PUBLISHED
 
 
 def settings_of(preset, given, trust_remote_code=False):
-    """`(config, told)`: the configuration of the settings `given` by name (None: not given) on the `preset`, and sentences for whoever starts the run.
+    """`(config, told)`: the configuration of the settings `given` by name (None: not given) on the `preset`,
+    and sentences for whoever starts the run.
 
-    `preset` tinyagent, the notebooks' default, is the tiny agent's: for a model of another shape the settings are those of the preset that names it, else
-    `derived`. Any other preset holds for any model; where that is of another shape than the preset's, it is told. Raises ConfigError as `get_config` does, and
-    OSError where the settings follow from a configuration that is not there."""
+    `preset` tinyagent, the notebooks' default, is the tiny agent's: for a model of another shape the settings
+    are those of the preset that names it, else `derived`. Any other preset holds for any model; where that is
+    of another shape than the preset's, it is told. Raises ConfigError as `get_config` does, and OSError where
+    the settings follow from a configuration that is not there."""
     given = {k: v for k, v in given.items() if v is not None}
     model, told, meant = given.get("model"), [], preset_for(preset, given.get("model"), trust_remote_code)
     if meant != preset and PRESETS[meant].model != model:
         facts = model_facts(model, trust_remote_code)
         found = derived(facts, given)
         words = ", ".join(f"{name} {shown(value)}" for name, value in found.items() if name not in given)
-        told.append(f"no preset is for {model} ({facts}): {words} follow from its depth and width, all else is the preset {PUBLISHED}'s; "
-                    "the pre-flight measures whether retain_weight and alpha_max fit")
+        told.append(
+            f"no preset is for {model} ({facts}): {words} follow from its depth and width, all else is the "
+            f"preset {PUBLISHED}'s; "
+            "the pre-flight measures whether retain_weight and alpha_max fit"
+        )
         config = get_config(PUBLISHED, **found)
         return config, [*told, *of_no_weight(config, given)]
-    if meant != preset: told.append(f"the settings are those of the preset {meant}, which is {model}'s")
+    if meant != preset:
+        told.append(f"the settings are those of the preset {meant}, which is {model}'s")
     preset = meant
     config = get_config(preset, **given)
     if model not in (None, own := PRESETS[preset].model):
-        try: facts, wanted = model_facts(model, trust_remote_code), model_facts(own)
-        except OSError as e: told.append(f"whether the preset {preset} fits {model} was not looked at: {e}")
+        try:
+            facts, wanted = model_facts(model, trust_remote_code), model_facts(own)
+        except OSError as e:
+            told.append(f"whether the preset {preset} fits {model} was not looked at: {e}")
         else:
             if facts[:3] != wanted[:3]:
-                told.append(f"the preset {preset} is for {own} ({wanted}), and {model} is another model ({facts}): its layers, rank and learning rate "
-                            "were not made for it; leave preset out, and they follow from the model's depth and width")
+                told.append(
+                    f"the preset {preset} is for {own} ({wanted}), and {model} is another model ({facts}): "
+                    "its layers, rank and learning rate "
+                    "were not made for it; leave preset out, and they follow from the model's depth and width"
+                )
     return config, [*told, *of_no_weight(config, given)]
 
 # %% ../../nbs/run/12_settings.ipynb #setng016
 def check_processes(config, fsdp, processes):
-    "Raises ConfigError where `processes` cannot share a step of `config` (see `cbnb.config.shares`), and for `fsdp` in one, which has nobody to share with."
+    """Raises ConfigError where `processes` cannot share a step of `config` (see `cbnb.config.shares`), and
+    for `fsdp` in one, which has nobody to share with."""
     shares(config, processes)
     if fsdp and processes == 1:
-        raise ConfigError("fsdp shares the weights among several processes, but there is one: start more by torchrun or slurm/05_train_multi.sbatch, or leave fsdp off")
+        raise ConfigError(
+            "fsdp shares the weights among several processes, but there is one: start more by torchrun or "
+            "slurm/05_train_multi.sbatch, or leave fsdp off"
+        )
 
 
 def run_name(parameters):
     "How a run's folder begins: the preset, or the last part of the model's name where one is given."
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(parameters.get("model") or parameters["preset"]).name).lstrip("._-")
+    name = re.sub(
+        r"[^A-Za-z0-9._-]+", "_", Path(parameters.get("model") or parameters["preset"]).name
+    ).lstrip("._-")
     return name[:32].rstrip("._-") or "model"
 
 # %% ../../nbs/run/12_settings.ipynb #runonly1
 # parameters of a run that are no fields of its configuration
-RUN_ONLY = ("preset", "data", "eval_data", "heldout_by", *READING, "control", "tool_call_format", "chat_template",
-            "template_variables", "teacher", "trust_remote_code", "teacher_cache", "encoded_cache", "max_new_tokens",
-            "temperature", "samples", "probe_steps", *HOW_STARTED)
+RUN_ONLY = (
+    "preset",
+    "data",
+    "eval_data",
+    "heldout_by",
+    *READING,
+    "control",
+    "tool_call_format",
+    "chat_template",
+    "template_variables",
+    "teacher",
+    "trust_remote_code",
+    "teacher_cache",
+    "encoded_cache",
+    "max_new_tokens",
+    "temperature",
+    "samples",
+    "probe_steps",
+    *HOW_STARTED,
+)
 
 
 def run_settings(parameters):
-    """`(config, told)` of a run with the dict of all its `parameters`, see `cbnb.run.settings.settings_of`: one way for train, pre-flight, plan and sweeps. Raises
-    ConfigError, and OSError where the settings follow from the configuration of a model that is not there."""
+    """`(config, told)` of a run with the dict of all its `parameters`, see `cbnb.run.settings.settings_of`:
+    one way for train, pre-flight, plan and sweeps. Raises ConfigError, and OSError where the settings follow
+    from the configuration of a model that is not there."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     config, told = settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
-    if config.objective in ("rr", "rr_kl"): return config, told
-    from cbnb.step.objectives import check_objective  # needs torch, which all other settings are checked without
+    if config.objective in ("rr", "rr_kl"):
+        return config, told
+    # needs torch, which all other settings are checked without
+    from cbnb.step.objectives import check_objective
+
     return config, [*told, *check_objective(config, given)]
 
 
 def check_data(parameters):
-    "Raises RunError for data settings among the dict `parameters` that cannot be (`cbnb.data.sources.check_reading`)."
-    try: check_reading(parameters)
-    except TranscriptError as e: raise RunError(str(e)) from None
+    """Raises RunError for data settings among the dict `parameters` that cannot be
+    (`cbnb.data.sources.check_reading`)."""
+    try:
+        check_reading(parameters)
+    except TranscriptError as e:
+        raise RunError(str(e)) from None
 
 # %% ../../nbs/run/12_settings.ipynb #tmplt002
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def template_values(text):
-    """The dict of a text `name=value,…` of template variables (see above), or of a JSON object; empty for an empty text. Raises ParameterError for a part that is
-    neither, and for a name that stands twice."""
+    """The dict of a text `name=value,…` of template variables (see above), or of a JSON object; empty for an
+    empty text. Raises ParameterError for a part that is neither, and for a name that stands twice."""
     if text.lstrip().startswith("{"):
-        try: found = json.loads(text)
-        except ValueError as e: raise ParameterError(f"template_variables is no JSON object: {e}") from None
+        try:
+            found = json.loads(text)
+        except ValueError as e:
+            raise ParameterError(f"template_variables is no JSON object: {e}") from None
         return found
     values, place = {}, re.compile(r'\s*([A-Za-z]\w*)\s*=\s*("(?:[^"\\]|\\.)*"|[^,"]*?)\s*(?:,|$)')
     at = 0
     while at < len(text) and text[at:].strip():
         if not (part := place.match(text, at)):
-            raise ParameterError(f"template_variables wants name=value, separated by commas (text with a comma in double quotes), but {text[at:at + 60]!r} was given")
+            raise ParameterError(
+                "template_variables wants name=value, separated by commas (text with a comma in double "
+                f"quotes), but {text[at : at + 60]!r} was given"
+            )
         name, value = part.groups()
-        if name in values: raise ParameterError(f"template_variables: {name!r} stands twice")
+        if name in values:
+            raise ParameterError(f"template_variables: {name!r} stands twice")
         values[name], at = read_value(name, value), part.end()
     return values
 
@@ -186,11 +285,16 @@ def template_values(text):
 def read_value(name, text):
     "One value of `template_values`."
     if text.startswith('"'):
-        try: return json.loads(text)
-        except ValueError as e: raise ParameterError(f"template_variables: {name} holds no text that can be read: {e}") from None
-    if not text: raise ParameterError(f'template_variables: {name} has no value; write {name}="" for an empty text')
-    if text.lower() in WORDS: return WORDS[text.lower()]
-    if re.fullmatch(r"-?(0|[1-9]\d*)", text): return int(text)
+        try:
+            return json.loads(text)
+        except ValueError as e:
+            raise ParameterError(f"template_variables: {name} holds no text that can be read: {e}") from None
+    if not text:
+        raise ParameterError(f'template_variables: {name} has no value; write {name}="" for an empty text')
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    if re.fullmatch(r"-?(0|[1-9]\d*)", text):
+        return int(text)
     return float(text) if re.fullmatch(r"-?\d+\.\d+([eE][+-]?\d+)?", text) else text
 
 # %% ../../nbs/run/12_settings.ipynb #tmplt004
@@ -206,31 +310,52 @@ def is_source(text):
 
 
 def template_source(text):
-    "The Jinja source of the parameter `chat_template`: a file's content, or the text itself; None for an empty one. Raises ParameterError for a file that cannot be read."
-    if not text.strip(): return None
-    if is_source(text): return text
-    try: return read_text(Path(text).expanduser(), MAX_TEMPLATE_BYTES)
-    except (OSError, UnicodeDecodeError) as e: raise ParameterError(f"the chat template {text} cannot be read ({e}): give a Jinja file, or the template's text") from None
+    """The Jinja source of the parameter `chat_template`: a file's content, or the text itself; None for an
+    empty one. Raises ParameterError for a file that cannot be read."""
+    if not text.strip():
+        return None
+    if is_source(text):
+        return text
+    try:
+        return read_text(Path(text).expanduser(), MAX_TEMPLATE_BYTES)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ParameterError(
+            f"the chat template {text} cannot be read ({e}): give a Jinja file, or the template's text"
+        ) from None
 
 
 def kept_template(folder):
-    """`{source, sha256, variables, …}` of the template that the run directory `folder` was made with, as `keep_template` has written it; None where it has none.
-    Raises RunError for a file that was changed since."""
+    """`{source, sha256, variables, …}` of the template that the run directory `folder` was made with, as
+    `keep_template` has written it; None where it has none. Raises RunError for a file that was changed since.
+    """
     about, path = read_record(Path(folder) / "chat_template.json"), Path(folder) / KEPT_TEMPLATE
-    if about is None: return None
-    try: source = read_text(path, MAX_TEMPLATE_BYTES)
-    except (OSError, UnicodeDecodeError) as e: raise RunError(f"{path} cannot be read ({e}), and the run was made with it: put it back") from None
+    if about is None:
+        return None
+    try:
+        source = read_text(path, MAX_TEMPLATE_BYTES)
+    except (OSError, UnicodeDecodeError) as e:
+        raise RunError(f"{path} cannot be read ({e}), and the run was made with it: put it back") from None
     if (now := hashlib.sha256(source.encode()).hexdigest()) != about.get("sha256"):
-        raise RunError(f"{path} was changed after the run had begun (sha256 {now[:12]}…, and it was {str(about.get('sha256'))[:12]}…): put it back, or give another run_dir")
+        raise RunError(
+            f"{path} was changed after the run had begun (sha256 {now[:12]}…, and it was "
+            f"{str(about.get('sha256'))[:12]}…): put it back, or give another run_dir"
+        )
     return about | {"source": source}
 
 
 def keep_template(folder, masker):
-    "Writes the template of `masker` to the run directory `folder` as `KEPT_TEMPLATE`, with its hash, variables and the day of its date in chat_template.json."
+    """Writes the template of `masker` to the run directory `folder` as `KEPT_TEMPLATE`, with its hash,
+    variables and the day of its date in chat_template.json."""
     source = template_of(masker)
     write_owned(Path(folder) / KEPT_TEMPLATE, source.encode())
-    write_json(Path(folder) / "chat_template.json", {"sha256": hashlib.sha256(source.encode()).hexdigest(), "template_variables": masker.template_variables,
-                                                     "date": f"{FROZEN_NOW:%Y-%m-%d}" if "strftime_now" in template_inputs(source) else None})
+    write_json(
+        Path(folder) / "chat_template.json",
+        {
+            "sha256": hashlib.sha256(source.encode()).hexdigest(),
+            "template_variables": masker.template_variables,
+            "date": f"{FROZEN_NOW:%Y-%m-%d}" if "strftime_now" in template_inputs(source) else None,
+        },
+    )
 
 
 def template_of(masker):
@@ -239,30 +364,70 @@ def template_of(masker):
 
 
 def has_changed(tokenizer, source, chat_template):
-    "Whether the parameter `chat_template`, or the tokenizer's own template without one, is no longer the `source`, or is no longer there."
-    try: return tokenizer.get_chat_template(template_source(chat_template), [{}]) != source
-    except (ParameterError, ValueError): return True
+    """Whether the parameter `chat_template`, or the tokenizer's own template without one, is no longer the
+    `source`, or is no longer there."""
+    try:
+        return tokenizer.get_chat_template(template_source(chat_template), [{}]) != source
+    except (ParameterError, ValueError):
+        return True
 
 
-def make_masker(model, control="error", chat_template="", template_variables="", trust_remote_code=False, folder=None,
-                tool_call_format="template", adapt=""):
-    """`(ChatMasker, told)` of a run with these parameters: the one way in which train, pre-flight, evaluation, `cbnb masks` and the explorers make theirs.
+def make_masker(
+    model,
+    control="error",
+    chat_template="",
+    template_variables="",
+    trust_remote_code=False,
+    folder=None,
+    tool_call_format="template",
+    adapt="",
+):
+    """`(ChatMasker, told)` of a run with these parameters: the one way in which train, pre-flight,
+    evaluation, `cbnb masks` and the explorers make theirs.
 
-    `model`: a name as `load_tokenizer` takes it, or a tokenizer. With `folder`, a run directory, the template and its variables are kept there at the first call and
-    taken from there later, also where the file that was named has changed since. `told`: sentences on that, and on a date that is pinned.
-    Raises ParameterError and MaskError for parameters that are wrong, RunError for a kept template that was changed, OSError for no tokenizer."""
-    from cbnb.step.models import load_tokenizer   # seconds: transformers and torch
+    `model`: a name as `load_tokenizer` takes it, or a tokenizer. With `folder`, a run directory, the template
+    and its variables are kept there at the first call and taken from there later, also where the file that
+    was named has changed since. `told`: sentences on that, and on a date that is pinned. Raises
+    ParameterError and MaskError for parameters that are wrong, RunError for a kept template that was changed,
+    OSError for no tokenizer."""
+    from cbnb.step.models import load_tokenizer  # seconds: transformers and torch
+
     tokenizer = load_tokenizer(str(model), trust_remote_code) if isinstance(model, (str, Path)) else model
-    kept, values, told = kept_template(folder) if folder is not None else None, template_values(template_variables), []
-    masker = ChatMasker(tokenizer, kept["source"] if kept else template_source(chat_template), control, template_variables=values,
-                        tool_call_format=tool_call_format, adapt=adapt)
+    kept, values, told = (
+        kept_template(folder) if folder is not None else None,
+        template_values(template_variables),
+        [],
+    )
+    masker = ChatMasker(
+        tokenizer,
+        kept["source"] if kept else template_source(chat_template),
+        control,
+        template_variables=values,
+        tool_call_format=tool_call_format,
+        adapt=adapt,
+    )
     if kept and has_changed(tokenizer, kept["source"], chat_template):
-        told.append(f"{'the chat template' if not chat_template or is_source(chat_template) else chat_template} has changed since the run began: "
-                    f"the run's own is used ({Path(folder) / KEPT_TEMPLATE})")
-    if folder is not None and kept is None and is_first(): keep_template(folder, masker)
+        told.append(
+            f"{'the chat template' if not chat_template or is_source(chat_template) else chat_template} has "
+            "changed since the run began: "
+            f"the run's own is used ({Path(folder) / KEPT_TEMPLATE})"
+        )
+    if folder is not None and kept is None and is_first():
+        keep_template(folder, masker)
     if "strftime_now" in template_inputs(template_of(masker)) and not any("date" in name for name in values):
-        told.append(f"the chat template asks for today's date: in masks, prompts and answers it is always {FROZEN_NOW:%-d %B %Y}; template_variables sets another "
-                    "where the template reads one, such as date_string")
-    if masker.adapt: told.append(f"transcripts are adapted to the chat template by {', '.join(masker.adapt)} (cbnb.masking.adapt), in training, questions and answers")
-    if "split_text" in masker.adapt: told.append("words beside a call are a turn of their own, so a model may end its turn after them: an agent loop has to let it go on")
+        told.append(
+            "the chat template asks for today's date: in masks, prompts and answers it is always "
+            f"{FROZEN_NOW:%-d %B %Y}; template_variables sets another "
+            "where the template reads one, such as date_string"
+        )
+    if masker.adapt:
+        told.append(
+            f"transcripts are adapted to the chat template by {', '.join(masker.adapt)} "
+            "(cbnb.masking.adapt), in training, questions and answers"
+        )
+    if "split_text" in masker.adapt:
+        told.append(
+            "words beside a call are a turn of their own, so a model may end its turn after them: an agent "
+            "loop has to let it go on"
+        )
     return masker, told

@@ -18,12 +18,23 @@ from pathlib import Path
 from ..basics.disk import full_disk_words, is_full_disk, release
 from ..basics.jsonfiles import RunError, write_json
 from cbnb.basics.lease import (
-    EXPIRY, Held, check_lease, dated_lease, give_back, holding, identity, is_mine, judge, lease_path, lease_state,
-    take_lease, whose,
+    EXPIRY,
+    Held,
+    check_lease,
+    dated_lease,
+    give_back,
+    holding,
+    identity,
+    is_mine,
+    judge,
+    lease_path,
+    lease_state,
+    take_lease,
+    whose,
 )
 from ..basics.processes import any_of, is_first, rank, world_size
 from ..basics.terminal import error_text
-from ..basics.withheld import cut, guard, scrub, tidy
+from ..basics.withheld import cut, guard, tidy
 from ..config import nearest
 from .records import STATES, read_record
 
@@ -40,24 +51,32 @@ def still_running(path, status):
     no (`cbnb.basics.lease.judge`)."""
     state, me = lease_state(path), identity()
     same = all(status.get(key) == me[key] for key in ("node", "namespace", "pid", "pid_started"))
-    if state is None and me["pid_started"] and same: return False   # without a start a number is anybody's
+    if state is None and me["pid_started"] and same:
+        return False  # without a start a number is anybody's
     return (named_state(status) if state is None else state) in ("live", "fresh", "unreadable")
 
 # %% ../../nbs/run/04_stages.ipynb #b2677dbe
 def hold(path):
     """Takes the lease of the run directory `path` for this process. Raises `RunError` where another one works
     on it."""
-    try: take_lease(path)
+    try:
+        take_lease(path)
     except Held as e:
         record = dated_lease(lease_path(path))[0]
-        raise RunError(f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is gone, its lease is over {EXPIRY:.0f} s after "
-                       "its last sign of life" if record and lease_state(path) != "over" else str(e)) from None
+        raise RunError(
+            f"{path} is running on {whose(record)}: wait for it or create a file 'stop' in it; if it is "
+            f"gone, its lease is over {EXPIRY:.0f} s after "
+            "its last sign of life"
+            if record and lease_state(path) != "over"
+            else str(e)
+        ) from None
 
 # %% ../../nbs/run/04_stages.ipynb #3a33cb75
 @dataclass(frozen=True)
 class Run:
     """An open run: `path` of its directory, `attempt` (from 1), `resumed` (an earlier attempt left a
     checkpoint to go on from)."""
+
     path: Path
     attempt: int = 1
     resumed: bool = False
@@ -89,9 +108,14 @@ def set_status(run, state, **fields):
     attempt is written on a full disk too, in the space that `open_run` has reserved; with it the run
     directory is tidied (`cbnb.basics.withheld.tidy`), and what could not be is a `note`. Raises `ValueError`
     for an unknown state, `OSError` where the file cannot be written."""
-    if state not in STATES: raise ValueError(f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}")
-    if not is_first() and state != "failed": return
-    with holding(run.path, ".lock") if world_size() > 1 else nullcontext(): write_status(run, state, fields)
+    if state not in STATES:
+        raise ValueError(
+            f"state must be one of {', '.join(STATES)}, but {state!r} was given{nearest(state, STATES)}"
+        )
+    if not is_first() and state != "failed":
+        return
+    with holding(run.path, ".lock") if world_size() > 1 else nullcontext():
+        write_status(run, state, fields)
 
 # %% ../../nbs/run/04_stages.ipynb #858bc3a2
 def write_status(run, state, fields):
@@ -100,16 +124,20 @@ def write_status(run, state, fields):
     status = {**read_status(run.path), "state": state, **fields, "updated": now()}
     if state not in ("queued", "running") and (left := tidy(run.path)):
         status["note"] = "; ".join(filter(None, [status.get("note"), *left]))
-    try: write_json(run.path / "status.json", status)
+    try:
+        write_json(run.path / "status.json", status)
     except OSError as e:
-        if state in ("queued", "running") or not is_full_disk(e): raise
+        if state in ("queued", "running") or not is_full_disk(e):
+            raise
         release(run.path)
         write_json(run.path / "status.json", status)
-    if state == "done": release(run.path)
-    if state != "running": give_back(run.path)
+    if state == "done":
+        release(run.path)
+    if state != "running":
+        give_back(run.path)
 
 # %% ../../nbs/run/04_stages.ipynb #signal01
-ENDING = (signal.SIGTERM, signal.SIGUSR2)   # a scheduler's "end soon"; SIGUSR1 is taken, by NCCL
+ENDING = (signal.SIGTERM, signal.SIGUSR2)  # a scheduler's "end soon"; SIGUSR1 is taken, by NCCL
 
 
 @contextmanager
@@ -120,28 +148,37 @@ def on_signals(act, signals=ENDING):
         yield
         return
     before = {number: signal.signal(number, act) for number in signals}
-    try: yield
+    try:
+        yield
     finally:
-        for number, old in before.items(): signal.signal(number, old or signal.SIG_DFL)
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
 
 # %% ../../nbs/run/04_stages.ipynb #6ff48b58
 class RunInterrupted(Exception):
     """Raised by a run notebook when its training was asked to stop and has left a checkpoint: the run is
     interrupted, not failed."""
+
     __str__ = error_text
 
 # %% ../../nbs/run/04_stages.ipynb #76d98cb8
 def lost_words(run, error):
     "What to add to an `error` that only says that another process is gone: where to look for the reason."
-    if type(error).__name__ != "DistBackendError" and "gloo" not in str(error): return ""
-    return f"; another process has ended without a word, perhaps killed for its memory: look at its log, and at out.{run.attempt}.rank*.ipynb"
+    if type(error).__name__ != "DistBackendError" and "gloo" not in str(error):
+        return ""
+    return (
+        "; another process has ended without a word, perhaps killed for its memory: look at its log, "
+        f"and at out.{run.attempt}.rank*.ipynb"
+    )
 
 # %% ../../nbs/run/04_stages.ipynb #76d98ca0
 def first_error(run):
     """What another process has said in status.json of the stage that fails, or None; a status that cannot be
     read says nothing."""
-    try: status = read_status(run.path)
-    except (RunError, OSError): return None
+    try:
+        status = read_status(run.path)
+    except (RunError, OSError):
+        return None
     return status.get("error") if status.get("state") in ("running", "failed") else None
 
 # %% ../../nbs/run/04_stages.ipynb #76d98cb5
@@ -149,8 +186,10 @@ def first_error(run):
 def private_umask():
     "Within it new files are for their owner alone, whoever makes them."
     before = os.umask(0o077)
-    try: yield
-    finally: os.umask(before)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 # %% ../../nbs/run/04_stages.ipynb #76d98cc9
 @contextmanager
@@ -164,31 +203,49 @@ def stage(run, name, stops=True):
     for. Of several processes all stop where one is asked to, and the first error that one of them has met
     stays in status.json: the others only meet its consequences. The run directory is private before it
     begins, what is written inside is (umask 077), and a kernel is guarded (`cbnb.basics.withheld.guard`)."""
+
     def end(number, frame):
-        try: (run.path / "stop").touch()   # should something swallow the exception, the next stage or step sees this
-        except OSError: pass
-        raise RunInterrupted(f"ended by {signal.Signals(number).name} in the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
+        # should something swallow the exception, the next stage or step sees this
+        try:
+            (run.path / "stop").touch()
+        except OSError:
+            pass
+        raise RunInterrupted(
+            f"ended by {signal.Signals(number).name} in the stage {name!r}; -p run_dir {run.path} goes on "
+            "from what is saved"
+        )
+
     full = None
     guard()
-    if is_first() and not is_mine(lease_path(run.path)): hold(run.path)   # a cell that is executed again after a failure; another's run is left as it is
+    # a cell that is executed again after a failure; another's run is left as it is
+    if is_first() and not is_mine(lease_path(run.path)):
+        hold(run.path)
     with on_signals(end), private_umask():
         try:
-            tidy(run.path)   # what an attempt that was killed has left, too
+            tidy(run.path)  # what an attempt that was killed has left, too
             if stops and any_of(stop_requested(run)):
-                raise RunInterrupted(f"stopped before the stage {name!r}; -p run_dir {run.path} goes on from what is saved")
+                raise RunInterrupted(
+                    f"stopped before the stage {name!r}; -p run_dir {run.path} goes on from what is saved"
+                )
             set_status(run, "running", stage=name, error=None)
             yield
         except BaseException as e:
-            if is_full_disk(e): full = RunError(full_disk_words(run.path, e))
+            if is_full_disk(e):
+                full = RunError(full_disk_words(run.path, e))
             error = cut(" ".join(f"{type(full or e).__name__}: {full or e}".split()), 500)
             ended = isinstance(e, (KeyboardInterrupt, RunInterrupted))
             if world_size() > 1:
-                if told := first_error(run): error, ended = told, False
-                elif not ended: error = f"in process {rank()} of {world_size()}: {error}{lost_words(run, e)}"
-            with on_signals(signal.SIG_IGN):   # SLURM sends them more than once, and this is the last word
+                if told := first_error(run):
+                    error, ended = told, False
+                elif not ended:
+                    error = f"in process {rank()} of {world_size()}: {error}{lost_words(run, e)}"
+            with on_signals(signal.SIG_IGN):  # SLURM sends them more than once, and this is the last word
                 try:
-                    if isinstance(e, RunInterrupted): (run.path / "stop").unlink(missing_ok=True)
+                    if isinstance(e, RunInterrupted):
+                        (run.path / "stop").unlink(missing_ok=True)
                     set_status(run, "interrupted" if ended else "failed", error=error)
-                except (OSError, RunError, Held): pass   # it must not hide the error that is under way
-            if full: raise full from e
+                except (OSError, RunError, Held):
+                    pass  # it must not hide the error that is under way
+            if full:
+                raise full from e
             raise

@@ -8,19 +8,18 @@ __all__ = ['WAITING', 'TEN_YEARS', 'is_run', 'folders_in', 'run_folders', 'ask',
            'run_rows', 'counted', 'run_table', 'progress_words']
 
 # %% ../../nbs/run/08_status.ipynb #7eee3e5f
-import json
 import os
 import subprocess
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..basics.numbers import duration
+from ..basics.jsonfiles import RecordError, RunError, holds, regular_file
 from ..basics.lease import lease_state
-from .records import read_record, record_of
-from ..basics.jsonfiles import holds, RecordError, regular_file, RunError
-from .stages import named_state, read_status
+from ..basics.numbers import duration
 from .code import runs_folder
+from .records import read_record, record_of
+from .stages import named_state, read_status
 
 # %% ../../nbs/run/08_status.ipynb #12196f1c
 def is_run(path):
@@ -31,51 +30,96 @@ def is_run(path):
 
 def folders_in(path):
     "The folders in the folder `path` that are not hidden, sorted; None where it cannot be listed."
+
     def is_folder(entry):
-        try: return entry.is_dir()
-        except OSError: return False
-    try: return sorted(Path(e) for e in os.scandir(path) if not e.name.startswith(".") and is_folder(e))
-    except OSError: return None
+        try:
+            return entry.is_dir()
+        except OSError:
+            return False
+
+    try:
+        return sorted(Path(e) for e in os.scandir(path) if not e.name.startswith(".") and is_folder(e))
+    except OSError:
+        return None
 
 
 def run_folders(folder):
     """The run directories at `folder`, in it, or in its folders, sorted (`runs/` holds sweeps and dates,
     which hold runs), and those that cannot be looked into. Raises `RunError` for no folder."""
     folder = Path(folder)
-    if not os.path.isdir(folder): raise RunError(f"{folder} is no folder: give a run directory, a sweep, or the runs folder")
+    if not os.path.isdir(folder):
+        raise RunError(f"{folder} is no folder: give a run directory, a sweep, or the runs folder")
+
     def inside(path, below):
-        if is_run(path) or (children := folders_in(path)) is None: return [path]
+        if is_run(path) or (children := folders_in(path)) is None:
+            return [path]
         return [run for child in children for run in below(child)]
-    def runs_of(path): return inside(path, lambda child: [child] if is_run(child) else [])
+
+    def runs_of(path):
+        return inside(path, lambda child: [child] if is_run(child) else [])
+
     return inside(folder, runs_of)
 
 # %% ../../nbs/run/08_status.ipynb #cf9ac7c3
 def ask(*command, seconds=10):
     "What `command` prints (text); None where it is missing, fails, or does not answer within `seconds`."
-    try: done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds)
-    except (OSError, subprocess.SubprocessError): return None
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
     return done.stdout if done.returncode == 0 else None
 
 
 def queue():
-    """`{job: {job, state, reason, name}}` of this user's jobs in SLURM's queue, a task of an array as `17_3`; None where squeue does not answer."""
+    """`{job: {job, state, reason, name}}` of this user's jobs in SLURM's queue, a task of an array as `17_3`;
+    None where squeue does not answer."""
     said = ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r|%j")
-    if said is None: return None
+    if said is None:
+        return None
     fields = [line.split("|", 3) for line in said.splitlines() if line.count("|") >= 3]
-    return {job: {"job": job, "state": state, "reason": reason, "name": name} for job, state, reason, name in fields}
+    return {
+        job: {"job": job, "state": state, "reason": reason, "name": name}
+        for job, state, reason, name in fields
+    }
 
 
 def accounting(jobs):
-    "`{job: text}` of how the `jobs` (ids) ended, as SLURM's accounting says; empty where there is none, as on many clusters."
-    said = ask("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j", ",".join(sorted({job.split("_")[0] for job in jobs}))) if jobs else ""
+    """`{job: text}` of how the `jobs` (ids) ended, as SLURM's accounting says; empty where there is none, as
+    on many clusters."""
+    said = (
+        ask(
+            "sacct",
+            "-n",
+            "-P",
+            "-X",
+            "-o",
+            "JobID,State,ExitCode",
+            "-j",
+            ",".join(sorted({job.split("_")[0] for job in jobs})),
+        )
+        if jobs
+        else ""
+    )
     fields = [line.split("|") for line in (said or "").splitlines() if line.count("|") == 2]
     return {job: f"{state}, exit code {code}" for job, state, code in fields if job in jobs}
 
 
 def max_array_size():
-    "SLURM's MaxArraySize: one more than the largest task number; its default 1001 where `scontrol` does not say."
+    """SLURM's MaxArraySize: one more than the largest task number; its default 1001 where `scontrol` does not
+    say."""
     said = ask("scontrol", "show", "config") or ""
-    sizes = [line.split("=")[1].strip() for line in said.splitlines() if line.split("=")[0].strip() == "MaxArraySize" and "=" in line]
+    sizes = [
+        line.split("=")[1].strip()
+        for line in said.splitlines()
+        if line.split("=")[0].strip() == "MaxArraySize" and "=" in line
+    ]
     return max(1, int(sizes[0])) if sizes and sizes[0].isdecimal() else 1001
 
 # %% ../../nbs/run/08_status.ipynb #a8a92fb9
@@ -85,7 +129,8 @@ def submissions(sweep, notes):
     it is known before `sbatch` answers. A record that cannot be read is a sentence in the list `notes`."""
     found = {}
     for path in sorted((sweep / "jobs").glob("*.json")):
-        try: record = read_record(path, "jobs") or {}
+        try:
+            record = read_record(path, "jobs") or {}
         except RunError as e:
             notes.append(str(e))
             continue
@@ -95,30 +140,59 @@ def submissions(sweep, notes):
     return found
 
 # %% ../../nbs/run/08_status.ipynb #aa9c5bd2
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT")
+WAITING = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+    "STAGE_OUT",
+)
 
 
 def judge(status, entry, answers, submitted=None, held=False, lease=None):
-    """`(state, note, free)`: new, queued, running, interrupted, done, failed or lost; `free` when nobody works on the run or is going to.
+    """`(state, note, free)`: new, queued, running, interrupted, done, failed or lost; `free` when nobody
+    works on the run or is going to.
 
-    `status`: of status.json; `entry`: its job in the queue or None; `answers`: whether squeue did; `submitted`: its record of `submissions`;
-    `held`: a `cbnb ablate --local` works on its sweep now; `lease`: what `cbnb.basics.lease.lease_state` says of it."""
+    `status`: of status.json; `entry`: its job in the queue or None; `answers`: whether squeue did;
+    `submitted`: its record of `submissions`; `held`: a `cbnb ablate --local` works on its sweep now; `lease`:
+    what `cbnb.basics.lease.lease_state` says of it."""
     state = status.get("state", "new")
     job = (submitted or {}).get("job") or status.get("job")
-    if state == "done": return "done", "", True
-    if entry and entry["state"] in WAITING: return "queued", f"job {entry['job']}: {entry['reason']}", False
-    if entry: return ("queued" if state in ("new", "queued") else "running"), f"job {entry['job']} {'is starting' if state != 'running' else ''}".rstrip(), False
-    if not answers and (submitted or status.get("job")):   # nobody knows; a second start would be worse than a wait
+    if state == "done":
+        return "done", "", True
+    if entry and entry["state"] in WAITING:
+        return "queued", f"job {entry['job']}: {entry['reason']}", False
+    if entry:
+        return (
+            ("queued" if state in ("new", "queued") else "running"),
+            f"job {entry['job']} {'is starting' if state != 'running' else ''}".rstrip(),
+            False,
+        )
+    # nobody knows; a second start would be worse than a wait
+    if not answers and (submitted or status.get("job")):
         return state, "squeue does not answer", False
     if state == "running":
         where = f"{status.get('node')}, pid {status.get('pid')}"
-        lease = lease or named_state(status)   # a lease that was removed leaves the process that the status names
-        if lease in ("live", "mine"): return "running", "", False
-        if lease == "over": return "lost", f"its process is gone ({where})", True
-        if status.get("job"): return "lost", f"job {status['job']} is not in the queue", True
+        # a lease that was removed leaves the process that the status names
+        lease = lease or named_state(status)
+        if lease in ("live", "mine"):
+            return "running", "", False
+        if lease == "over":
+            return "lost", f"its process is gone ({where})", True
+        if status.get("job"):
+            return "lost", f"job {status['job']} is not in the queue", True
         return "running", f"by its own word, on {where}: it cannot be seen from here", False
-    if state in ("new", "queued") and submitted: return "lost", f"job {job or submitted['name']} left the queue before the run began", True
-    if state == "queued": return ("queued", "waits for a worker", False) if held else ("queued", "nobody works on it: cbnb ablate starts it", True)
+    if state in ("new", "queued") and submitted:
+        return "lost", f"job {job or submitted['name']} left the queue before the run began", True
+    if state == "queued":
+        return (
+            ("queued", "waits for a worker", False)
+            if held
+            else ("queued", "nobody works on it: cbnb ablate starts it", True)
+        )
     return state, status.get("error") or "", True
 
 # %% ../../nbs/run/08_status.ipynb #1676a386
@@ -130,18 +204,24 @@ def last_row(path, tail=65_536):
             f.seek(max(0, f.seek(0, os.SEEK_END) - tail))
             lines = f.read(tail).rpartition(b"\n")[0].splitlines()
         return record_of(lines[-1], "metrics.jsonl") if lines else {}, ""
-    except FileNotFoundError: return {}, ""
-    except RecordError as e: return {}, f"the end of {path / 'metrics.jsonl'} {e}"
-    except OSError as e: return {}, f"{path / 'metrics.jsonl'} cannot be read ({e.strerror or e})"
+    except FileNotFoundError:
+        return {}, ""
+    except RecordError as e:
+        return {}, f"the end of {path / 'metrics.jsonl'} {e}"
+    except OSError as e:
+        return {}, f"{path / 'metrics.jsonl'} cannot be read ({e.strerror or e})"
 
 
 def planned_steps(path):
     """`(steps, what is wrong)`: how many steps the run in `path` has by its config.json, else by its
     params.json; None where neither says it."""
     for name in ("config.json", "params.json"):
-        try: total = (read_record(path / name) or {}).get("total_steps")
-        except RunError as e: return None, str(e)
-        if type(total) is int and total > 0: return total, ""
+        try:
+            total = (read_record(path / name) or {}).get("total_steps")
+        except RunError as e:
+            return None, str(e)
+        if type(total) is int and total > 0:
+            return total, ""
     return None, ""
 
 
@@ -155,16 +235,21 @@ def progress(path, status):
     (total, unread), step = planned_steps(path), row.get("step")
     left, made = None, (step or 0) - (status.get("resumed_step") or 0)
     if status.get("state") == "running" and total and made > 0 and status.get("training_started"):
-        spent = (datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])).total_seconds()
+        spent = (
+            datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])
+        ).total_seconds()
         left = max(0, round(spent / made * (total - step)))
-        if left > TEN_YEARS: left = None
+        if left > TEN_YEARS:
+            left = None
     return {"step": step, "total_steps": total, "seconds_left": left}, [*filter(None, (torn, unread))]
 
 # %% ../../nbs/run/08_status.ipynb #c166415c
 def read_quietly(path):
     "`(status, error)` of a run directory: a status that cannot be read is an error in words."
-    try: return read_status(path), ""
-    except (RunError, OSError) as e: return {}, str(e)
+    try:
+        return read_status(path), ""
+    except (RunError, OSError) as e:
+        return {}, str(e)
 
 
 def is_held(sweep):
@@ -192,20 +277,27 @@ def run_rows(paths, held=None):
     unread = {path.parent: [] for path in paths}
     submitted = {sweep: submissions(sweep, notes) for sweep, notes in unread.items()}
     busy = {sweep: is_held(sweep) if held is None else held for sweep in unread}
-    asks = any(submitted.values()) or any(status.get("job") and status.get("state") != "done" for status, _ in read.values())
+    asks = any(submitted.values()) or any(
+        status.get("job") and status.get("state") != "done" for status, _ in read.values()
+    )
     jobs = queue() if asks else {}
     by_name = {(entry["name"], entry["job"].rpartition("_")[2]): entry for entry in (jobs or {}).values()}
+
     def standing(path, status):
         record = submitted[path.parent].get(path.name)
-        entry = (by_name.get((record["name"], str(record["task"]))) if record else None) or (jobs or {}).get(status.get("job"))
+        entry = (by_name.get((record["name"], str(record["task"]))) if record else None) or (jobs or {}).get(
+            status.get("job")
+        )
         lease = lease_state(path) if status.get("state") == "running" else None
         found = judge(status, entry, jobs is not None, record, busy[path.parent], lease)
         unknown = unread[path.parent] and found[0] not in ("running", "done")
         return ("unreadable", "; ".join(unread[path.parent]), False) if unknown else found
+
     rows = []
     for path, (status, error) in read.items():
         state, note, free = ("unreadable", error, False) if error else standing(path, status)
-        if state == "lost":   # the queue was asked after the status was read: the run may have ended in between
+        # the queue was asked after the status was read: the run may have ended in between
+        if state == "lost":
             status = read_quietly(path)[0] or status
             state, note, free = standing(path, status)
         if state in ("running", "done") and not note:
@@ -214,36 +306,75 @@ def run_rows(paths, held=None):
         record = submitted[path.parent].get(path.name) or {}
         job = status.get("job") or (f"{record['job']}_{record['task']}" if record.get("job") else None)
         steps, told = dict.fromkeys(("step", "total_steps", "seconds_left")), ()
-        if state in ("running", "interrupted", "lost"): steps, told = progress(path, status)
+        if state in ("running", "interrupted", "lost"):
+            steps, told = progress(path, status)
         note = "; ".join(filter(None, [note, *told]))
-        rows.append({"run": path.name, "sweep": path.parent.name, "state": state, "note": note, "free": free, **steps, "attempt": status.get("attempt"), "job": job,
-                     "node": status.get("node"), "updated": status.get("updated"), "path": str(path)})
+        rows.append(
+            {
+                "run": path.name,
+                "sweep": path.parent.name,
+                "state": state,
+                "note": note,
+                "free": free,
+                **steps,
+                "attempt": status.get("attempt"),
+                "job": job,
+                "node": status.get("node"),
+                "updated": status.get("updated"),
+                "path": str(path),
+            }
+        )
     ended = accounting([row["job"] for row in rows if row["state"] == "lost" and row["job"]])
     for row in rows:
-        if row["state"] == "lost" and row["job"] in ended: row["note"] += f"; sacct says {ended[row['job']]}"
+        if row["state"] == "lost" and row["job"] in ended:
+            row["note"] += f"; sacct says {ended[row['job']]}"
     return rows
 
 # %% ../../nbs/run/08_status.ipynb #1a7f78b7
 def counted(rows):
     "Words: how many of `rows` are in which state."
-    return ", ".join(f"{n} {state}" for state, n in Counter(row["state"] for row in rows).most_common()) or "no runs"
+    return (
+        ", ".join(f"{n} {state}" for state, n in Counter(row["state"] for row in rows).most_common())
+        or "no runs"
+    )
 
 
 def run_table(*folders):
-    "The `run_rows` of all runs in `folders` (default: the runs folder) as a pandas frame: a notebook's view of what `cbnb status` prints."
+    """The `run_rows` of all runs in `folders` (default: the runs folder) as a pandas frame: a notebook's view
+    of what `cbnb status` prints."""
     import pandas as pd
-    def held(value):   # pandas holds UTF-8
+
+    def held(value):  # pandas holds UTF-8
         return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
     found = [row for folder in folders or (runs_folder(),) for row in run_rows(run_folders(folder))]
     rows = [{name: held(value) for name, value in row.items()} for row in found]
-    columns = ["sweep", "run", "state", "step", "total_steps", "seconds_left", "note", "attempt", "job", "node", "updated", "path"]
-    return pd.DataFrame(rows, columns=columns).astype({"step": "Int64", "total_steps": "Int64", "seconds_left": "Int64", "attempt": "Int64"})
+    columns = [
+        "sweep",
+        "run",
+        "state",
+        "step",
+        "total_steps",
+        "seconds_left",
+        "note",
+        "attempt",
+        "job",
+        "node",
+        "updated",
+        "path",
+    ]
+    return pd.DataFrame(rows, columns=columns).astype(
+        {"step": "Int64", "total_steps": "Int64", "seconds_left": "Int64", "attempt": "Int64"}
+    )
 
 # %% ../../nbs/run/08_status.ipynb #1abde6ab
 def progress_words(path):
     "One line of how far the run at `path` is."
     status, error = read_quietly(path)
-    if error: return f"{path.name}: {error}"
+    if error:
+        return f"{path.name}: {error}"
     p, _ = progress(path, status)
     steps = f"step {p['step']}/{p['total_steps']}" if p["step"] else status.get("stage") or "starting"
-    return f"{path.name}: {steps}" + (f", {duration(p['seconds_left'])} left" if p["seconds_left"] is not None else "")
+    return f"{path.name}: {steps}" + (
+        f", {duration(p['seconds_left'])} left" if p["seconds_left"] is not None else ""
+    )

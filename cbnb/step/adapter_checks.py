@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from ..basics.reading import check_regular
 from ..config import ConfigError
 from .loaders import ADAPTER_FILES
 from .models import largest_rank, teacher_mode
-from ..basics.reading import check_regular
 
 # %% auto #0
 __all__ = ['INTEGERS', 'plain_logits', 'difference', 'bit_sum', 'Plain', 'as_plain', 'check_off', 'check_on', 'check_size',
@@ -34,7 +34,8 @@ def plain_logits(model: nn.Module, rows: dict) -> torch.Tensor:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest absolute difference of two tensors of one shape; 0 only for the same bits, infinite where
     one is not finite."""
-    if torch.equal(a, b): return 0.0
+    if torch.equal(a, b):
+        return 0.0
     found = (a.double() - b.double()).abs().max().item()
     return max(found, 5e-324) if math.isfinite(found) else math.inf
 
@@ -53,13 +54,15 @@ class Plain:
     """What a model is before it gets an adapter: its weights by name with the `bit_sum` of each, and its
     `logits` [B, S, V] of `rows`. `noise`: by how much two passes differ, 0 but for kernels that add up in any
     order."""
+
     weights: dict
     rows: dict
     logits: torch.Tensor
     noise: float
 
     @property
-    def seen(self) -> torch.Tensor: return self.rows["attention_mask"].bool()
+    def seen(self) -> torch.Tensor:
+        return self.rows["attention_mask"].bool()
 
     def off(self, logits: torch.Tensor) -> float:
         "By how much `logits` of the same rows differ, beyond noise; padding does not count."
@@ -80,13 +83,18 @@ def check_off(student: PeftModel, plain: Plain, what: str) -> None:
     `what`: the adapter, in words."""
     changed = [name for name, (p, bits) in plain.weights.items() if bit_sum(p) != bits]
     if changed:
-        raise ConfigError(f"{what} changes {len(changed)} of the base's own weights, the first is "
-                          f"{changed[0]}: with the adapter off the model is not the base, and no teacher; "
-                          "save the adapter without what is trained of the base, as plain LoRA")
-    with teacher_mode(student): logits = plain_logits(student.get_base_model(), plain.rows)
+        raise ConfigError(
+            f"{what} changes {len(changed)} of the base's own weights, the first is "
+            f"{changed[0]}: with the adapter off the model is not the base, and no teacher; "
+            "save the adapter without what is trained of the base, as plain LoRA"
+        )
+    with teacher_mode(student):
+        logits = plain_logits(student.get_base_model(), plain.rows)
     if off := plain.off(logits):
-        raise ConfigError(f"with {what} off, the model's logits differ from the plain base model's by up to "
-                          f"{off:.2g}: it cannot be switched off, and its base is no teacher")
+        raise ConfigError(
+            f"with {what} off, the model's logits differ from the plain base model's by up to "
+            f"{off:.2g}: it cannot be switched off, and its base is no teacher"
+        )
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #f4d21bf5
 def check_on(student: PeftModel, plain: Plain, what: str) -> None:
@@ -94,15 +102,20 @@ def check_on(student: PeftModel, plain: Plain, what: str) -> None:
     are finite, or where the adapter holds NaN."""
     own = {n: p for n, p in student.named_parameters() if student.active_adapter in n.split(".")}
     if broken := [name for name, p in own.items() if not p.isfinite().all()]:
-        raise ConfigError(f"{what} holds NaN or infinite weights, the first is {broken[0]}: its answers "
-                          "would be noise, not a breaker's.")
+        raise ConfigError(
+            f"{what} holds NaN or infinite weights, the first is {broken[0]}: its answers "
+            "would be noise, not a breaker's."
+        )
     logits = plain_logits(student.get_base_model(), plain.rows)
     if not logits[plain.seen].isfinite().all() and plain.logits[plain.seen].isfinite().all():
-        raise ConfigError(f"{what} makes logits that are not finite: its weights are too large for this "
-                          "model")
+        raise ConfigError(
+            f"{what} makes logits that are not finite: its weights are too large for this model"
+        )
     if not plain.off(logits):
-        raise ConfigError(f"{what} changes nothing: with it the logits of {int(plain.seen.sum())} tokens "
-                          "are the base's, bit for bit; is its scale or its B 0, or is it untrained?")
+        raise ConfigError(
+            f"{what} changes nothing: with it the logits of {int(plain.seen.sum())} tokens "
+            "are the base's, bit for bit; is its scale or its B 0, or is it untrained?"
+        )
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #56cbd68a
 def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
@@ -110,21 +123,27 @@ def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
     `base` can have, or more numbers than `base`, and where it is no part of the model at all, but tokens in
     front of what the model reads."""
     if config.is_prompt_learning:
-        raise ConfigError(f"the adapter {folder} ({config.peft_type}) puts tokens in front of what the "
-                          "model reads: the model itself stays as it is, and there is no student to ask")
+        raise ConfigError(
+            f"the adapter {folder} ({config.peft_type}) puts tokens in front of what the "
+            "model reads: the model itself stays as it is, and there is no student to ask"
+        )
     largest = largest_rank(p.shape for p in base.parameters() if p.dim() > 1)
     by_name = getattr(config, "rank_pattern", None) or {}
     given = [0, getattr(config, "r", 0), getattr(config, "init_r", 0), *by_name.values()]
     if (rank := max(r for r in given if isinstance(r, int))) > largest:
-        raise ConfigError(f"the adapter {folder} has rank {rank:,}, and no matrix of the model can have "
-                          f"more than {largest:,}: is it for another model?")
+        raise ConfigError(
+            f"the adapter {folder} has rank {rank:,}, and no matrix of the model can have "
+            f"more than {largest:,}: is it for another model?"
+        )
     check_regular(path := Path(folder) / ADAPTER_FILES[1])
     with safe_open(path, "pt") as file:
         size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     whole = sum(p.numel() for p in base.parameters())
     if size > whole:
-        raise ConfigError(f"the adapter {folder} holds {size:,} numbers, and the whole model {whole:,}: "
-                          "that is no adapter of this model")
+        raise ConfigError(
+            f"the adapter {folder} holds {size:,} numbers, and the whole model {whole:,}: "
+            "that is no adapter of this model"
+        )
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #17a5136e
 def check_start_of(config: PeftConfig, what: str) -> None:
@@ -133,10 +152,14 @@ def check_start_of(config: PeftConfig, what: str) -> None:
     linear = nn.Linear(8, 8)
     before = linear.weight.detach().clone()
     start = getattr(config, "init_lora_weights", True)
-    try: get_peft_model(nn.Sequential(linear), LoraConfig(r=2, target_modules=["0"], init_lora_weights=start))
-    except Exception: return  # it wants more than this: the model itself is asked
+    try:
+        get_peft_model(nn.Sequential(linear), LoraConfig(r=2, target_modules=["0"], init_lora_weights=start))
+    except Exception:
+        return  # it wants more than this: the model itself is asked
     if not torch.equal(linear.weight, before):
-        raise ConfigError(f"{what} takes a part of the base's own weights when it is loaded "
-                          f"(init_lora_weights {start!r}), so that with the adapter off the model is not "
-                          "the base; convert it to plain LoRA (peft's save_pretrained with "
-                          "path_initial_model_for_weight_conversion)")
+        raise ConfigError(
+            f"{what} takes a part of the base's own weights when it is loaded "
+            f"(init_lora_weights {start!r}), so that with the adapter off the model is not "
+            "the base; convert it to plain LoRA (peft's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )

@@ -19,39 +19,51 @@ TILE = 8192  # columns of the vocabulary that are widened at a time
 
 
 def widened(weight, dtype):
-    "Yields `(slice, rows of weight in dtype)` over all V rows, a tile at a time; no tile is copied whose dtype is right."
+    """Yields `(slice, rows of weight in dtype)` over all V rows, a tile at a time; no tile is copied whose
+    dtype is right."""
     for start in range(0, len(weight), TILE):
         part = slice(start, min(start + TILE, len(weight)))
         yield part, weight[part].to(dtype)
 
 
 def mixed(a, weight, out):
-    "Whether the device multiplies these 16-bit tensors into the float32 `out` by itself (CUDA, torch ≥ 2.8); into float64 it does not."
+    """Whether the device multiplies these 16-bit tensors into the float32 `out` by itself (CUDA, torch ≥
+    2.8); into float64 it does not."""
     return a.is_cuda and a.dtype == weight.dtype and a.element_size() == 2 and out.dtype == torch.float32
 
 
 def product_into(out, rows, weight):
-    "`out[:] = rows @ weight.T` in `out`'s dtype, float32 or float64, from inputs of any dtype: rows [n, d], weight [V, d], out [n, V]."
-    if mixed(rows, weight, out): torch.mm(rows, weight.T, out_dtype=out.dtype, out=out)
-    elif weight.dtype == out.dtype: torch.mm(rows.to(out.dtype), weight.T, out=out)
+    """`out[:] = rows @ weight.T` in `out`'s dtype, float32 or float64, from inputs of any dtype: rows [n, d],
+    weight [V, d], out [n, V]."""
+    if mixed(rows, weight, out):
+        torch.mm(rows, weight.T, out_dtype=out.dtype, out=out)
+    elif weight.dtype == out.dtype:
+        torch.mm(rows.to(out.dtype), weight.T, out=out)
     else:
         rows = rows.to(out.dtype)
-        for part, tile in widened(weight, out.dtype): out[:, part] = rows @ tile.T
+        for part, tile in widened(weight, out.dtype):
+            out[:, part] = rows @ tile.T
 
 
 def back_product_into(out, gradient, weight):
-    "`out[:] = gradient @ weight` in `out`'s dtype, float32 or float64: gradient [n, V] in the same, weight [V, d] of any dtype, out [n, d]."
-    if mixed(weight, weight, out): torch.mm(gradient.to(weight.dtype), weight, out_dtype=out.dtype, out=out)
-    elif weight.dtype == out.dtype: torch.mm(gradient, weight, out=out)
+    """`out[:] = gradient @ weight` in `out`'s dtype, float32 or float64: gradient [n, V] in the same, weight
+    [V, d] of any dtype, out [n, d]."""
+    if mixed(weight, weight, out):
+        torch.mm(gradient.to(weight.dtype), weight, out_dtype=out.dtype, out=out)
+    elif weight.dtype == out.dtype:
+        torch.mm(gradient, weight, out=out)
     else:
         out.zero_()
-        for part, tile in widened(weight, out.dtype): out.addmm_(gradient[:, part], tile)
+        for part, tile in widened(weight, out.dtype):
+            out.addmm_(gradient[:, part], tile)
 
 # %% ../../nbs/step/01_fused_kl.ipynb #8128ca39
 def forward_rows(student, teacher):
-    """KL(p ‖ q) [n] of rows of logits `student`, `teacher` [n, V] (both are used up); `student` becomes its gradient q − p.
+    """KL(p ‖ q) [n] of rows of logits `student`, `teacher` [n, V] (both are used up); `student` becomes its
+    gradient q − p.
 
-    Σ p·(log p − log q) + Σ q − Σ p: the last two cancel but for the rounding of the two log-sums, which they take back out of the first."""
+    Σ p·(log p − log q) + Σ q − Σ p: the last two cancel but for the rounding of the two log-sums, which they
+    take back out of the first."""
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     p = torch.exp(log_p, out=teacher)
     torch.exp(log_q, out=student).sub_(p)
@@ -59,7 +71,8 @@ def forward_rows(student, teacher):
 
 
 def reverse_rows(student, teacher):
-    "KL(q ‖ p) [n] of rows of logits [n, V] (both are used up), the same way; `student` becomes its gradient q·(log q − log p − KL(q ‖ p))."
+    """KL(q ‖ p) [n] of rows of logits [n, V] (both are used up), the same way; `student` becomes its gradient
+    q·(log q − log p − KL(q ‖ p))."""
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     q, p = torch.exp(log_q, out=student), torch.exp(log_p, out=teacher)
     difference = log_q.sub_(log_p)
@@ -73,18 +86,20 @@ ROWS = 8  # rows of logits worked on at once on a CPU, so that they stay in its 
 
 
 def chunk_for(vocabulary, device):
-    """Rows a chunk whose two float32 logits [rows, V] fit the memory budget: 106 MiB and at most 176 rows on a CPU, 512 MiB and at most 4,096 rows elsewhere;
-    at least 16."""
+    """Rows a chunk whose two float32 logits [rows, V] fit the memory budget: 106 MiB and at most 176 rows on
+    a CPU, 512 MiB and at most 4,096 rows elsewhere; at least 16."""
     budget, most = (106 << 20, 176) if torch.device(device).type == "cpu" else (512 << 20, 4096)
     return max(16, min(budget // (8 * vocabulary) // 8 * 8, most))
 
 
 @torch.no_grad()
 def kl_rows(student, teacher, weight, temperature, reverse, chunk, with_gradient=False):
-    """`T²·KL` a row, [N] in float32 (float64 if any input is): student, teacher [N, d], weight [V, d], of any floating dtypes.
+    """`T²·KL` a row, [N] in float32 (float64 if any input is): student, teacher [N, d], weight [V, d], of any
+    floating dtypes.
 
-    With `with_gradient` the result is `(KL, gradient [N, d])` in the same dtype, of each row's KL with respect to that row of `student`: a third product.
-    Uses 2·chunk·V numbers of memory and a few rows more."""
+    With `with_gradient` the result is `(KL, gradient [N, d])` in the same dtype, of each row's KL with
+    respect to that row of `student`: a third product. Uses 2·chunk·V numbers of memory and a few rows more.
+    """
     wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype, weight.dtype) else torch.float32
     narrow = torch.promote_types(student.dtype, teacher.dtype)  # of the two: neither is rounded
     n, at_once = len(student), ROWS if student.device.type == "cpu" else chunk
@@ -96,15 +111,17 @@ def kl_rows(student, teacher, weight, temperature, reverse, chunk, with_gradient
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             size = rows.stop - rows.start
-            both = logits[:2 * size]
+            both = logits[: 2 * size]
             # one product for both: the taller matrix is the faster one
             product_into(both, torch.cat([student[rows].to(narrow), teacher[rows].to(narrow)]), weight)
-            if temperature != 1: both /= temperature
+            if temperature != 1:
+                both /= temperature
             ours, theirs = both[:size], both[size:]
             for first in range(0, size, at_once):
                 part = slice(first, first + at_once)
                 kl[rows][part] = (reverse_rows if reverse else forward_rows)(ours[part], theirs[part])
-            if gradient is not None: back_product_into(gradient[rows], ours, weight)
+            if gradient is not None:
+                back_product_into(gradient[rows], ours, weight)
     kl *= temperature**2
     return (kl, gradient.mul_(temperature)) if with_gradient else kl
 
@@ -126,41 +143,80 @@ class FusedRows(torch.autograd.Function):
         return (gradient * upstream[:, None]).to(ctx.dtype), None
 
 # %% ../../nbs/step/01_fused_kl.ipynb #6911b082
-def token_linear_kl(student_hidden, teacher_hidden, lm_head_weight, temperature=1.0, chunk_size=None, reverse=False):
-    """`token_kl` of the logits that a frozen output layer `lm_head_weight` [V, d] makes of final hidden states [N, d]: [N] in nats, float32 (float64 if any
-    input is), without [N, V] logits. Differentiable once, in `student_hidden` alone.
+def token_linear_kl(
+    student_hidden, teacher_hidden, lm_head_weight, temperature=1.0, chunk_size=None, reverse=False
+):
+    """`token_kl` of the logits that a frozen output layer `lm_head_weight` [V, d] makes of final hidden
+    states [N, d]: [N] in nats, float32 (float64 if any input is), without [N, V] logits. Differentiable once,
+    in `student_hidden` alone.
 
-    `chunk_size`: rows at a time, None for `chunk_for`. Raises `ValueError` for shapes that do not fit, a weight that wants a gradient, which is not formed,
-    and T not above 0."""
+    `chunk_size`: rows at a time, None for `chunk_for`. Raises `ValueError` for shapes that do not fit, a
+    weight that wants a gradient, which is not formed, and T not above 0."""
     check_shapes(student_hidden, teacher_hidden, 2, "final hidden states of student and teacher ([N, d])")
     if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != student_hidden.shape[1]:
-        raise ValueError(f"lm_head_weight must be [V, {student_hidden.shape[1]}] for these hidden states, but {list(lm_head_weight.shape)} was given")
-    if lm_head_weight.requires_grad: raise ValueError("lm_head_weight wants a gradient, which is not formed here: freeze it, or take the KL from logits")
-    if not 0 < temperature < math.inf: raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
-    if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, but {chunk_size} was given")
-    for x in (student_hidden, teacher_hidden, lm_head_weight): accumulate(x[:0])  # refuses integers
+        raise ValueError(
+            f"lm_head_weight must be [V, {student_hidden.shape[1]}] for these hidden states, but "
+            f"{list(lm_head_weight.shape)} was given"
+        )
+    if lm_head_weight.requires_grad:
+        raise ValueError(
+            "lm_head_weight wants a gradient, which is not formed here: freeze it, or take the KL from logits"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but {chunk_size} was given")
+    for x in (student_hidden, teacher_hidden, lm_head_weight):
+        accumulate(x[:0])  # refuses integers
     chunk = chunk_size or chunk_for(len(lm_head_weight), student_hidden.device)
-    rows = partial(kl_rows, teacher=teacher_hidden.detach(), weight=lm_head_weight, temperature=temperature, reverse=reverse, chunk=chunk)
+    rows = partial(
+        kl_rows,
+        teacher=teacher_hidden.detach(),
+        weight=lm_head_weight,
+        temperature=temperature,
+        reverse=reverse,
+        chunk=chunk,
+    )
     wanted = torch.is_grad_enabled() and student_hidden.requires_grad
     return FusedRows.apply(student_hidden, rows) if wanted else rows(student_hidden)
 
 # %% ../../nbs/step/01_fused_kl.ipynb #7e14b372
-def fused_linear_kl(student_hidden, teacher_hidden, lm_head_weight, loss_mask, temperature=1.0, chunk_size=None, num_targets=None, return_per_token=False,
-                    reverse=False):
-    """`kl_divergence_loss` from final hidden states: T²·Σ over targets of D_KL(teacher ‖ student), over `num_targets`; a scalar in float32 (float64 if any input is).
+def fused_linear_kl(
+    student_hidden,
+    teacher_hidden,
+    lm_head_weight,
+    loss_mask,
+    temperature=1.0,
+    chunk_size=None,
+    num_targets=None,
+    return_per_token=False,
+    reverse=False,
+):
+    """`kl_divergence_loss` from final hidden states: T²·Σ over targets of D_KL(teacher ‖ student), over
+    `num_targets`; a scalar in float32 (float64 if any input is).
 
-    `student_hidden`, `teacher_hidden`: `[B, S, d]`, position i predicting token i + 1, with `loss_mask` bool `[B, S]` over *tokens* (the shift is made here);
-    or `[N, d]`, already the rows that predict targets, with `loss_mask` None. `lm_head_weight`: `[V, d]`, frozen. `num_targets`: int or scalar tensor, the
-    targets of the whole global batch where this is a part of one; None: those given. `reverse`: D_KL(student ‖ teacher). With `return_per_token` the result is
-    `(loss, KL of each target [N])`, in the order of the mask's rows. Without a gradient to form it costs two products of N·d·V, with one three.
+    `student_hidden`, `teacher_hidden`: `[B, S, d]`, position i predicting token i + 1, with `loss_mask` bool
+    `[B, S]` over *tokens* (the shift is made here); or `[N, d]`, already the rows that predict targets, with
+    `loss_mask` None. `lm_head_weight`: `[V, d]`, frozen. `num_targets`: int or scalar tensor, the targets of
+    the whole global batch where this is a part of one; None: those given. `reverse`: D_KL(student ‖ teacher).
+    With `return_per_token` the result is `(loss, KL of each target [N])`, in the order of the mask's rows.
+    Without a gradient to form it costs two products of N·d·V, with one three.
 
-    No target gives a graph-connected 0. Raises `ValueError` as `token_linear_kl` does and for a mask that does not fit."""
+    No target gives a graph-connected 0. Raises `ValueError` as `token_linear_kl` does and for a mask that
+    does not fit."""
     if loss_mask is not None:
-        check_shapes(student_hidden, teacher_hidden, 3, "final hidden states of student and teacher ([B, S, d] with a loss_mask)")
+        check_shapes(
+            student_hidden,
+            teacher_hidden,
+            3,
+            "final hidden states of student and teacher ([B, S, d] with a loss_mask)",
+        )
         check_mask(loss_mask, student_hidden.shape[:2])
         rows = predicting_positions(loss_mask)
         student_hidden, teacher_hidden = student_hidden[rows], teacher_hidden[rows]
-    per_token = token_linear_kl(student_hidden, teacher_hidden, lm_head_weight, temperature, chunk_size, reverse)
+    per_token = token_linear_kl(
+        student_hidden, teacher_hidden, lm_head_weight, temperature, chunk_size, reverse
+    )
     count = len(per_token) if num_targets is None else num_targets
     loss = per_token.sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
     return (loss, per_token) if return_per_token else loss

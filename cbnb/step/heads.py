@@ -40,15 +40,27 @@ class WideLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         (weight,) = ctx.saved_tensors
-        back_product_into(out := torch.empty(len(upstream), weight.shape[1], dtype=upstream.dtype, device=upstream.device), upstream.contiguous(), weight)
+        back_product_into(
+            out := torch.empty(len(upstream), weight.shape[1], dtype=upstream.dtype, device=upstream.device),
+            upstream.contiguous(),
+            weight,
+        )
         return out.to(ctx.dtype), None
 
 
-SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping", "output_logit_soft_cap", "softcap")
+SCALES = (
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "final_logit_softcapping",
+    "output_logit_soft_cap",
+    "softcap",
+)
 
 
 def transforms(model: nn.Module):
-    "Yields `(name, function)` for what a model may do to the product of its output layer: nothing, or a scale or a soft cap (tanh) by a constant of its configuration."
+    """Yields `(name, function)` for what a model may do to the product of its output layer: nothing, or a
+    scale or a soft cap (tanh) by a constant of its configuration."""
     yield "", lambda logits: logits
     config = model.config.get_text_config()
     for name in SCALES:
@@ -59,13 +71,16 @@ def transforms(model: nn.Module):
 
 
 def own_logits(causal_lm: nn.Module, hidden: torch.Tensor, output=None) -> torch.Tensor:
-    """The logits [B, S, V] that a model's own code makes of final hidden states [B, S, d], whatever it does behind its decoder; in the model's dtype.
+    """The logits [B, S, V] that a model's own code makes of final hidden states [B, S, d], whatever it does
+    behind its decoder; in the model's dtype.
 
-    `output`: one of the decoder's own outputs, whose other fields that code gets to see; by default that of one token."""
+    `output`: one of the decoder's own outputs, whose other fields that code gets to see; by default that of
+    one token."""
     decoder = find_decoder(causal_lm)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     if output is None:
-        with torch.no_grad(): output = decoder(input_ids=ids[:1, :1], use_cache=False)
+        with torch.no_grad():
+            output = decoder(input_ids=ids[:1, :1], use_cache=False)
     ended = copy.copy(output)
     ended["last_hidden_state"] = hidden
     decoder.forward = lambda *args, **kwargs: ended
@@ -77,9 +92,12 @@ def own_logits(causal_lm: nn.Module, hidden: torch.Tensor, output=None) -> torch
 # %% ../../nbs/step/06_heads.ipynb #97b215ee
 @dataclass(frozen=True)
 class Head:
-    """`norm`: the module between the last block and the output layer, None where that is not one module. `layer`: the output layer, where it is a frozen
-    linear W [V, d] and logits are h Wᵀ and nothing else; None otherwise, and `note` says why in words. `logits`: final hidden states [n, d] → logits [n, V],
-    differentiable, in float32 (float64 if given), or in the model's dtype widened where its own code has to make them."""
+    """`norm`: the module between the last block and the output layer, None where that is not one module.
+    `layer`: the output layer, where it is a frozen linear W [V, d] and logits are h Wᵀ and nothing else; None
+    otherwise, and `note` says why in words. `logits`: final hidden states [n, d] → logits [n, V],
+    differentiable, in float32 (float64 if given), or in the model's dtype widened where its own code has to
+    make them."""
+
     norm: nn.Module | None
     layer: nn.Linear | None
     logits: Callable
@@ -87,11 +105,18 @@ class Head:
 
 
 def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, object, nn.Module | None]:
-    """Logits [n, V] of one row, the decoder's output for it, and the direct child of the decoder that made the final hidden states
-    of what the last block put out, None if no single one did."""
+    """Logits [n, V] of one row, the decoder's output for it, and the direct child of the decoder that made
+    the final hidden states of what the last block put out, None if no single one did."""
     decoder, last_block, ends = find_decoder(causal_lm), decoder_blocks(causal_lm)[-1], {}
-    watched = [decoder, last_block, *(child for child in decoder.children() if not isinstance(child, nn.ModuleList))]
-    def keep(module, args, output): ends[module] = args[0] if args else None, output
+    watched = [
+        decoder,
+        last_block,
+        *(child for child in decoder.children() if not isinstance(child, nn.ModuleList)),
+    ]
+
+    def keep(module, args, output):
+        ends[module] = args[0] if args else None, output
+
     hooks = [module.register_forward_hook(keep) for module in watched]
     try:
         logits = causal_lm(**inputs).logits[0]
@@ -100,14 +125,20 @@ def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, obje
             hook.remove()
     (_, output), (_, put_out) = ends.pop(decoder), ends.pop(last_block)
     before, after = put_out[0] if isinstance(put_out, tuple) else put_out, output.last_hidden_state
-    return logits, output, next((module for module, (got, made) in ends.items() if got is before and made is after), None)
+    return (
+        logits,
+        output,
+        next((module for module, (got, made) in ends.items() if got is before and made is after), None),
+    )
 
 
 def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> tuple[str, Callable] | None:
-    """Which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer its own `logits` [n, V], to 1e-4 of the largest (in
-    bfloat16 to two roundings); None if none does, or where logits are NaN or infinite."""
+    """Which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer its own
+    `logits` [n, V], to 1e-4 of the largest (in bfloat16 to two roundings); None if none does, or where logits
+    are NaN or infinite."""
     wanted = logits.float()
-    if product.shape != wanted.shape: return None
+    if product.shape != wanted.shape:
+        return None
     errors = {(f(product) - wanted).abs().max().item(): (name, f) for name, f in transforms(model)}
     tolerance = max(2 * torch.finfo(logits.dtype).eps, 1e-4) * wanted.abs().max().item()
     # −inf logits make both infinite, NaN compares as false
@@ -115,64 +146,133 @@ def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> 
 
 
 def plain_linear(layer: nn.Module) -> bool:
-    "Whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy, has another type. That FSDP has made it its own does not count."
+    """Whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy, has
+    another type. That FSDP has made it its own does not count."""
     kind = next(c for c in type(layer).__mro__ if not issubclass(c, FSDPModule))
-    return kind is nn.Linear and layer.weight.is_floating_point() and layer.weight.element_size() > 1 and not layer.weight.requires_grad
+    return (
+        kind is nn.Linear
+        and layer.weight.is_floating_point()
+        and layer.weight.element_size() > 1
+        and not layer.weight.requires_grad
+    )
 
 
 @torch.no_grad()
 def find_head(model: nn.Module) -> Head:
-    """The `Head` of a causal language model, with or without an adapter, checked against the logits that the model itself makes of 8 tokens.
+    """The `Head` of a causal language model, with or without an adapter, checked against the logits that the
+    model itself makes of 8 tokens.
 
     Raises ValueError where not even its own code behind the decoder gives those again."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     layer, device = causal_lm.get_output_embeddings(), next(causal_lm.parameters()).device
-    inputs = {"input_ids": torch.arange(8, device=device)[None] % causal_lm.config.get_text_config().vocab_size, "use_cache": False}
+    inputs = {
+        "input_ids": torch.arange(8, device=device)[None] % causal_lm.config.get_text_config().vocab_size,
+        "use_cache": False,
+    }
     training = {m for m in model.modules() if m.training}
     model.eval()
     try:
         theirs, output, norm = watched_ends(causal_lm, inputs)
         hidden = output.last_hidden_state[0]
-        own = lambda h: own_logits(causal_lm, h[None], output)[0]
-        if not torch.allclose(own(hidden), theirs, rtol=0, atol=0, equal_nan=True):  # NaN has a word of its own, later
-            raise ValueError(f"the logits of this {type(causal_lm).__name__} are not a function of its final hidden states alone, so there is no KL to take from them.")
+
+        def own(h):
+            return own_logits(causal_lm, h[None], output)[0]
+
+        # NaN has a word of its own, later
+        if not torch.allclose(own(hidden), theirs, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"the logits of this {type(causal_lm).__name__} are not a function of its final hidden "
+                "states alone, so there is no KL to take from them."
+            )
         if not plain_linear(layer):
-            return Head(norm, None, lambda h: accumulate(own(h)), f"its output layer is {type(layer).__module__.split('.')[0]}'s {type(layer).__name__}, which is no frozen, unquantised linear")
-        product = lambda h: WideLinear.apply(h, whole(layer.weight)) + (0 if layer.bias is None else whole(layer.bias).to(torch.float32))
+            return Head(
+                norm,
+                None,
+                lambda h: accumulate(own(h)),
+                f"its output layer is {type(layer).__module__.split('.')[0]}'s {type(layer).__name__}, "
+                "which is no frozen, unquantised linear",
+            )
+
+        def product(h):
+            return WideLinear.apply(h, whole(layer.weight)) + (
+                0 if layer.bias is None else whole(layer.bias).to(torch.float32)
+            )
+
         if (found := explained(causal_lm, product(hidden), theirs)) is None:
-            return Head(norm, None, lambda h: accumulate(own(h)), "its logits are more than the product of its output layer")
+            return Head(
+                norm,
+                None,
+                lambda h: accumulate(own(h)),
+                "its logits are more than the product of its output layer",
+            )
         name, f = found
         if name or layer.bias is not None:
-            return Head(norm, None, lambda h: f(product(h)), " and ".join(w for w in ("its output layer has a bias" if layer.bias is not None else "", f"its logits are changed by {name}" if name else "") if w))
+            return Head(
+                norm,
+                None,
+                lambda h: f(product(h)),
+                " and ".join(
+                    w
+                    for w in (
+                        "its output layer has a bias" if layer.bias is not None else "",
+                        f"its logits are changed by {name}" if name else "",
+                    )
+                    if w
+                ),
+            )
         return Head(norm, layer, product)
     finally:
         for m in model.modules():
             m.training = m in training
 
 # %% ../../nbs/step/06_heads.ipynb #b6b0c505
-def head_kl(student_hidden, teacher_hidden, head: Head, teacher_logits: Callable, temperature: float = 1.0, fused: bool = True) -> torch.Tensor:
-    """`T²·D_KL(teacher ‖ student)` of each row of final hidden states [N, d] → [N] in nats, differentiable in the student's (and in what is trained in `head`).
+def head_kl(
+    student_hidden,
+    teacher_hidden,
+    head: Head,
+    teacher_logits: Callable,
+    temperature: float = 1.0,
+    fused: bool = True,
+) -> torch.Tensor:
+    """`T²·D_KL(teacher ‖ student)` of each row of final hidden states [N, d] → [N] in nats, differentiable in
+    the student's (and in what is trained in `head`).
 
-    `teacher_logits`: [n, d] → [n, V]; `head.logits` where student and teacher share their head, and only then `head.layer` is used. The general way takes the same
-    chunks of rows, with `cbnb.step.losses.token_kl` under activation checkpointing: one more product by the output layer than the short way, no [N, V] either.
+    `teacher_logits`: [n, d] → [n, V]; `head.logits` where student and teacher share their head, and only then
+    `head.layer` is used. The general way takes the same chunks of rows, with `cbnb.step.losses.token_kl`
+    under activation checkpointing: one more product by the output layer than the short way, no [N, V] either.
     `fused` False makes all logits at once."""
     if fused and head.layer is not None and teacher_logits is head.logits:
         return token_linear_kl(student_hidden, teacher_hidden, whole(head.layer.weight), temperature)
+
     def some(ours, theirs):
-        with torch.no_grad(): target = teacher_logits(theirs)
+        with torch.no_grad():
+            target = teacher_logits(theirs)
         return token_kl(head.logits(ours), target, temperature)
-    if not fused or not len(student_hidden): return some(student_hidden, teacher_hidden)
-    with torch.no_grad(): vocabulary = head.logits(student_hidden[:1]).shape[-1]
+
+    if not fused or not len(student_hidden):
+        return some(student_hidden, teacher_hidden)
+    with torch.no_grad():
+        vocabulary = head.logits(student_hidden[:1]).shape[-1]
     size = chunk_for(vocabulary, student_hidden.device)
-    return torch.cat([checkpoint(some, *rows, use_reentrant=False) for rows in zip(student_hidden.split(size), teacher_hidden.split(size))])
+    return torch.cat(
+        [
+            checkpoint(some, *rows, use_reentrant=False)
+            for rows in zip(student_hidden.split(size), teacher_hidden.split(size))
+        ]
+    )
 
 # %% ../../nbs/step/06_heads.ipynb #90fe3526
 def teacher_logits(student: PeftModel, head: Head, teacher: nn.Module | None) -> Callable:
-    """What makes the teacher's logits of its final hidden states [n, d]: `head.logits`, the very same function, where the student's frozen output layer serves both;
-    else the student's with the adapter off, or those of a `teacher` of its own."""
-    if teacher is not None: return find_head(teacher).logits
-    if head.layer is not None: return head.logits
+    """What makes the teacher's logits of its final hidden states [n, d]: `head.logits`, the very same
+    function, where the student's frozen output layer serves both; else the student's with the adapter off, or
+    those of a `teacher` of its own."""
+    if teacher is not None:
+        return find_head(teacher).logits
+    if head.layer is not None:
+        return head.logits
 
     def adapter_off(hidden):
-        with teacher_mode(student): return head.logits(hidden)
+        with teacher_mode(student):
+            return head.logits(hidden)
+
     return adapter_off

@@ -12,18 +12,29 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForCausalLM,
-    AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
-    dynamic_module_utils)
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    dynamic_module_utils,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import (
-    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, get_tokenizer_config, tokenizer_class_from_name)
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    get_tokenizer_config,
+    tokenizer_class_from_name,
+)
 from transformers.utils import find_adapter_config_file
 
-from ..config import ConfigError
 from ..basics.places import TINYAGENT
 from ..basics.reading import check_folder, check_regular, read_text
 from ..basics.withheld import cut
+from ..config import ConfigError
 
 # %% auto #0
 __all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config',
@@ -43,8 +54,10 @@ def resolve_model(name_or_path: str) -> str:
     if path.is_dir():
         return str(check_folder(path))
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"{name_or_path}: no such model folder; give an existing folder, a hub id "
-                                "such as 'org/name', or 'tinyagent'.")
+        raise FileNotFoundError(
+            f"{name_or_path}: no such model folder; give an existing folder, a hub id "
+            "such as 'org/name', or 'tinyagent'."
+        )
     return name_or_path
 
 # %% ../../nbs/step/03_loaders.ipynb #67d619eb
@@ -71,7 +84,8 @@ def mapped(settings: dict, loader: str) -> list[str]:
     of transformers' loaders, such as `AutoConfig`: `file.Class`, with `repository--` in front where the file
     is not the model's own. Of a tokenizer two may be named."""
     found = settings.get("auto_map") or {}
-    if isinstance(found, dict): found = found.get(loader)
+    if isinstance(found, dict):
+        found = found.get(loader)
     return [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
 
 
@@ -84,14 +98,17 @@ def check_code(name: str, what: str, classes: list[str], own, trust_remote_code:
     `trust_remote_code` is given."""
     names = [reference.rpartition(".")[2] for reference in classes]
     known = {n.casefold() for n in names} & {n.casefold() for n in own if n}
-    if trust_remote_code or not names or known: return
+    if trust_remote_code or not names or known:
+        return
     repository, _, path = classes[0].rpartition("--")
     folder, file = resolve_model(name), f"{path.partition('.')[0]}.py"
     here = Path(folder, file) if Path(folder).is_dir() else file
     where = f"{file} of {repository}" if repository else here
-    raise ConfigError(f"the {what} of {name} is code that comes with it ({where}, class {names[0]}) and "
-                      f"runs only where you say so: read it and {SAY_SO}, or take a model that transformers "
-                      "knows")
+    raise ConfigError(
+        f"the {what} of {name} is code that comes with it ({where}, class {names[0]}) and "
+        f"runs only where you say so: read it and {SAY_SO}, or take a model that transformers "
+        "knows"
+    )
 
 # %% ../../nbs/step/03_loaders.ipynb #ef95e988
 def attention_names(config: PretrainedConfig):
@@ -99,7 +116,8 @@ def attention_names(config: PretrainedConfig):
     they ask for none."""
     yield config._attn_implementation
     for part in config.sub_configs:
-        if isinstance(sub := getattr(config, part, None), PretrainedConfig): yield from attention_names(sub)
+        if isinstance(sub := getattr(config, part, None), PretrainedConfig):
+            yield from attention_names(sub)
 
 
 def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -111,12 +129,15 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
         settings, _ = PretrainedConfig.get_config_dict(place)
         own = [CONFIG_MAPPING_NAMES.get(settings.get("model_type"))]
     check_code(name, "configuration", mapped(settings, "AutoConfig"), own, trust_remote_code)
-    with named(name): config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    with named(name):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     kernels = [kernel for kernel in attention_names(config) if "/" in str(kernel)]
     if kernels and not trust_remote_code:
-        raise ConfigError(f"the configuration of {name} asks for attention from the hub, {kernels[0]}, "
-                          f"which is code that runs only where you say so: {SAY_SO}, or take "
-                          "attn_implementation out of its config.json")
+        raise ConfigError(
+            f"the configuration of {name} asks for attention from the hub, {kernels[0]}, "
+            f"which is code that runs only where you say so: {SAY_SO}, or take "
+            "attn_implementation out of its config.json"
+        )
     return config
 
 # %% ../../nbs/step/03_loaders.ipynb #fef394ab
@@ -131,9 +152,11 @@ def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         if classes and not own:
             settings, _ = PretrainedConfig.get_config_dict(place)
             # what these name is wrong, and transformers knows better
-            if settings.get("model_type") in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS: classes = []
+            if settings.get("model_type") in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+                classes = []
     check_code(name, "tokenizer", classes, own, trust_remote_code)
-    with named(name): return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    with named(name):
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 # %% ../../nbs/step/03_loaders.ipynb #696d5645
 def model_class(name: str, config: PretrainedConfig, trust_remote_code: bool = False):
@@ -148,18 +171,22 @@ def model_class(name: str, config: PretrainedConfig, trust_remote_code: bool = F
     own = [c.__name__ for c in (own if isinstance(own, tuple) else (own,))]
     code = mapped({"auto_map": getattr(config, "auto_map", None)}, auto.__name__)
     if not own and not code:
-        raise ConfigError(f"{name} cannot be loaded: it is of the type {config.model_type}, of which "
-                          "transformers has no causal language model")
+        raise ConfigError(
+            f"{name} cannot be loaded: it is of the type {config.model_type}, of which "
+            "transformers has no causal language model"
+        )
     check_code(name, "model", code, own, trust_remote_code)
     return auto
 
 
-def empty_model(name: str, config: PretrainedConfig, trust_remote_code: bool = False,
-                **more) -> PreTrainedModel:
+def empty_model(
+    name: str, config: PretrainedConfig, trust_remote_code: bool = False, **more
+) -> PreTrainedModel:
     """The model of `config`, the configuration of `name` or a part of it, without weights from anywhere;
     `more` as `from_config` takes it. Raises as `model_class`."""
     auto = model_class(name, config, trust_remote_code)
-    with named(name): return auto.from_config(config, trust_remote_code=trust_remote_code, **more)
+    with named(name):
+        return auto.from_config(config, trust_remote_code=trust_remote_code, **more)
 
 
 def read_model(name: str, trust_remote_code: bool = False, **more) -> PreTrainedModel:
@@ -167,10 +194,13 @@ def read_model(name: str, trust_remote_code: bool = False, **more) -> PreTrained
     ConfigError as `read_config` and `model_class`, and for a folder that is or carries an adapter; OSError
     for one that is not there."""
     place = resolve_model(name)
-    with named(name): carried = find_adapter_config_file(place)
+    with named(name):
+        carried = find_adapter_config_file(place)
     if carried:
-        raise ConfigError(f"{name} carries an adapter, which ours would replace: merge it into its base "
-                          "(peft's merge_and_unload), save that, and give the new folder.")
+        raise ConfigError(
+            f"{name} carries an adapter, which ours would replace: merge it into its base "
+            "(peft's merge_and_unload), save that, and give the new folder."
+        )
     auto = model_class(name, read_config(name, trust_remote_code), trust_remote_code)
     with named(name):
         return auto.from_pretrained(place, use_safetensors=True, trust_remote_code=trust_remote_code, **more)
@@ -191,24 +221,33 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
     it."""
     path = Path(folder) / ADAPTER_FILES[0]
     check_folder(folder)
-    try: settings = json.loads(read_text(path))
-    except (ValueError, RecursionError): settings = None
-    if not isinstance(settings, dict): raise ConfigError(f"{path} is no JSON object; save the adapter again.")
+    try:
+        settings = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is no JSON object; save the adapter again.")
     if (kind := str(settings.get("peft_type"))) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ConfigError(f"{path} names the peft_type {cut(repr(kind), 80)}, which peft does not know.")
     found = settings.get("auto_mapping")
     library = found.get("parent_library") if isinstance(found, dict) else None
     core = settings.get("megatron_core", "megatron.core") if settings.get("megatron_config") else None
     modules = {"auto_mapping": library, "megatron_core": core}
-    foreign = [(key, name) for key, name in modules.items() if name and not f"{name}.".startswith("transformers.")]
+    foreign = [
+        (key, name) for key, name in modules.items() if name and not f"{name}.".startswith("transformers.")
+    ]
     if foreign and not trust_remote_code:
         key, module = foreign[0]
-        raise ConfigError(f"the adapter {folder} names code by {key}, the module {cut(repr(module), 200)}, which is "
-                          f"imported only where you say so: {SAY_SO}, or take {key} out of {path}")
+        raise ConfigError(
+            f"the adapter {folder} names code by {key}, the module {cut(repr(module), 200)}, which is "
+            f"imported only where you say so: {SAY_SO}, or take {key} out of {path}"
+        )
     if settings.get("adapters"):
-        raise ConfigError(f"the adapter {folder} names others that would be loaded beside it: give one of "
-                          "them by itself.")
-    with named(str(folder)): return PeftConfig.from_pretrained(str(folder))
+        raise ConfigError(
+            f"the adapter {folder} names others that would be loaded beside it: give one of them by itself."
+        )
+    with named(str(folder)):
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def fill_adapter(student: PeftModel, folder: str | Path, name: str):

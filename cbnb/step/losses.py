@@ -15,27 +15,37 @@ import torch.nn.functional as F
 
 # %% ../../nbs/step/00_losses.ipynb #159ea56e
 def accumulate(x):
-    """`x` in float32, or as it is if it is float64: bfloat16 and float16 are stored, never summed in. Raises `ValueError` for integers."""
-    if not x.is_floating_point(): raise ValueError(f"a floating point tensor is wanted, but {x.dtype} was given")
+    """`x` in float32, or as it is if it is float64: bfloat16 and float16 are stored, never summed in. Raises
+    `ValueError` for integers."""
+    if not x.is_floating_point():
+        raise ValueError(f"a floating point tensor is wanted, but {x.dtype} was given")
     return x if x.dtype == torch.float64 else x.float()
 
 # %% ../../nbs/step/00_losses.ipynb #142e37df
 def check_mask(loss_mask, shape):
     """Raises `ValueError` unless `loss_mask` is a bool tensor of that `[B, S]` shape."""
-    if loss_mask.dtype != torch.bool: raise ValueError(f"loss_mask must be bool, but {loss_mask.dtype} was given: write loss_mask.bool()")
+    if loss_mask.dtype != torch.bool:
+        raise ValueError(f"loss_mask must be bool, but {loss_mask.dtype} was given: write loss_mask.bool()")
     if tuple(loss_mask.shape) != tuple(shape):
-        raise ValueError(f"loss_mask must be [B, S] = {list(shape)} like the rows it selects from, but {list(loss_mask.shape)} was given")
+        raise ValueError(
+            f"loss_mask must be [B, S] = {list(shape)} like the rows it selects from, but "
+            f"{list(loss_mask.shape)} was given"
+        )
 
 # %% ../../nbs/step/00_losses.ipynb #49482c8b
 def check_shapes(student, teacher, ndim=None, what="student and teacher"):
-    """Raises `ValueError` unless both tensors have one shape (of `ndim` axes if given): broadcasting would hide a mix-up."""
+    """Raises `ValueError` unless both tensors have one shape (of `ndim` axes if given): broadcasting would
+    hide a mix-up."""
     if student.shape != teacher.shape or ndim not in (None, student.ndim):
         want = "have one shape" if ndim is None else f"be of one shape with {ndim} axes"
-        raise ValueError(f"{what} must {want}, but {list(student.shape)} and {list(teacher.shape)} were given")
+        raise ValueError(
+            f"{what} must {want}, but {list(student.shape)} and {list(teacher.shape)} were given"
+        )
 
 # %% ../../nbs/step/00_losses.ipynb #cf62cc5a
 def masked_mean(values, count):
-    """Sum of `values` (any shape) over `count` (int): the mean over selected tokens; for no token a graph-connected 0, never NaN."""
+    """Sum of `values` (any shape) over `count` (int): the mean over selected tokens; for no token a
+    graph-connected 0, never NaN."""
     return values.sum() / max(int(count), 1)
 
 # %% ../../nbs/step/00_losses.ipynb #0e511cab
@@ -43,20 +53,23 @@ EPS = 1e-8
 
 # %% ../../nbs/step/00_losses.ipynb #5390d955
 def token_reroute(student, teacher):
-    """`relu(cos(student, teacher))` along the last axis: `[..., d]` → `[...]` in float32 (float64 if given), in [0, 1].
+    """`relu(cos(student, teacher))` along the last axis: `[..., d]` → `[...]` in float32 (float64 if given),
+    in [0, 1].
 
-    No gradient flows to `teacher`. A zero vector has cosine 0 and gradient 0 (norms are bounded below by `EPS`).
-    Zou et al. 2024 (arXiv 2406.04313), loss of representation rerouting. Raises `ValueError` when the shapes differ."""
+    No gradient flows to `teacher`. A zero vector has cosine 0 and gradient 0 (norms are bounded below by
+    `EPS`). Zou et al. 2024 (arXiv 2406.04313), loss of representation rerouting. Raises `ValueError` when the
+    shapes differ."""
     check_shapes(student, teacher)
     return F.relu(F.cosine_similarity(accumulate(student), accumulate(teacher.detach()), dim=-1, eps=EPS))
 
 # %% ../../nbs/step/00_losses.ipynb #47b8f47d
 def token_retain(student, teacher, relative=False):
-    """L2 norm of `student − teacher` along the last axis: `[..., d]` → `[...]` in float32 (float64 if given), in the hidden state's units.
+    """L2 norm of `student − teacher` along the last axis: `[..., d]` → `[...]` in float32 (float64 if given),
+    in the hidden state's units.
 
-    `relative=True` divides by the teacher's norm (bounded below by `EPS`), which makes layers of different scale comparable.
-    No gradient flows to `teacher`; at a difference of exactly 0 the gradient is 0. Zou et al. 2024 (arXiv 2406.04313), retain loss.
-    Raises `ValueError` when the shapes differ."""
+    `relative=True` divides by the teacher's norm (bounded below by `EPS`), which makes layers of different
+    scale comparable. No gradient flows to `teacher`; at a difference of exactly 0 the gradient is 0. Zou et
+    al. 2024 (arXiv 2406.04313), retain loss. Raises `ValueError` when the shapes differ."""
     check_shapes(student, teacher)
     target = accumulate(teacher.detach())
     distance = torch.linalg.vector_norm(accumulate(student) - target, dim=-1)
@@ -64,45 +77,61 @@ def token_retain(student, teacher, relative=False):
 
 # %% ../../nbs/step/00_losses.ipynb #cdd1bb5a
 def check_layers_match(student, teacher):
-    """Raises `ValueError` unless both are non-empty dicts with the same layers, each a `[B, S, d]` tensor of one shape."""
+    """Raises `ValueError` unless both are non-empty dicts with the same layers, each a `[B, S, d]` tensor of
+    one shape."""
     if not student or student.keys() != teacher.keys():
-        raise ValueError(f"student and teacher must hold the same layers, but {sorted(student)} and {sorted(teacher)} were given")
+        raise ValueError(
+            f"student and teacher must hold the same layers, but {sorted(student)} and {sorted(teacher)} "
+            "were given"
+        )
     for layer, h in student.items():
         check_shapes(h, teacher[layer], 3, f"layer {layer} of student and teacher ([B, S, d])")
 
 # %% ../../nbs/step/00_losses.ipynb #4d5da22a
 def layer_mean(token_loss, student, teacher, loss_mask):
-    """Mean over layers and over the tokens of `loss_mask` of `token_loss(student rows, teacher rows)`; rows `[n, d]` are gathered first."""
+    """Mean over layers and over the tokens of `loss_mask` of `token_loss(student rows, teacher rows)`; rows
+    `[n, d]` are gathered first."""
     check_layers_match(student, teacher)
-    for h in student.values(): check_mask(loss_mask, h.shape[:2])
-    terms = [masked_mean(token_loss(student[k][loss_mask], teacher[k][loss_mask]), loss_mask.sum()) for k in student]
+    for h in student.values():
+        check_mask(loss_mask, h.shape[:2])
+    terms = [
+        masked_mean(token_loss(student[k][loss_mask], teacher[k][loss_mask]), loss_mask.sum())
+        for k in student
+    ]
     return sum(terms) / len(terms)
 
 # %% ../../nbs/step/00_losses.ipynb #b017bb02
 def reroute_loss(student, teacher, loss_mask):
-    """Mean of `relu(cos)` over the harmful tokens of `loss_mask` and the target layers: a scalar in float32 (float64 if given).
+    """Mean of `relu(cos)` over the harmful tokens of `loss_mask` and the target layers: a scalar in float32
+    (float64 if given).
 
-    `student`, `teacher`: dicts `{layer: [B, S, d]}` of block outputs; `loss_mask`: bool `[B, S]`, read *at* the token (no shift).
-    An empty mask gives a graph-connected 0. Raises `ValueError` for layers, shapes or mask dtypes that do not fit."""
+    `student`, `teacher`: dicts `{layer: [B, S, d]}` of block outputs; `loss_mask`: bool `[B, S]`, read *at*
+    the token (no shift). An empty mask gives a graph-connected 0. Raises `ValueError` for layers, shapes or
+    mask dtypes that do not fit."""
     return layer_mean(token_reroute, student, teacher, loss_mask)
 
 # %% ../../nbs/step/00_losses.ipynb #78d7ce63
 def retain_loss(student, teacher, loss_mask, relative=False):
-    """Mean L2 distance over the benign tokens of `loss_mask` and the target layers: a scalar in float32 (float64 if given).
+    """Mean L2 distance over the benign tokens of `loss_mask` and the target layers: a scalar in float32
+    (float64 if given).
 
-    `student`, `teacher`: dicts `{layer: [B, S, d]}` of block outputs; `loss_mask`: bool `[B, S]`, read *at* the token (no shift);
-    `relative` as in `token_retain`. An empty mask gives a graph-connected 0. Raises `ValueError` as `reroute_loss` does."""
+    `student`, `teacher`: dicts `{layer: [B, S, d]}` of block outputs; `loss_mask`: bool `[B, S]`, read *at*
+    the token (no shift); `relative` as in `token_retain`. An empty mask gives a graph-connected 0. Raises
+    `ValueError` as `reroute_loss` does."""
     return layer_mean(lambda s, t: token_retain(s, t, relative), student, teacher, loss_mask)
 
 # %% ../../nbs/step/00_losses.ipynb #53e463a8
 def token_kl(student_logits, teacher_logits, temperature=1.0, reverse=False):
-    """`T²·D_KL(softmax(teacher / T) ‖ softmax(student / T))` along the last axis, in nats: `[..., V]` → `[...]` in float32 or float64.
+    """`T²·D_KL(softmax(teacher / T) ‖ softmax(student / T))` along the last axis, in nats: `[..., V]` →
+    `[...]` in float32 or float64.
 
-    `reverse` takes D_KL(student ‖ teacher). No gradient flows to `teacher_logits` in either. A token to which the left one gives
-    probability 0 (−inf logits of a padded vocabulary) adds 0; one to which only the right one gives 0 makes the result infinite.
-    T² keeps the gradient's size over T (Hinton et al. 2015, arXiv 1503.02531). Raises `ValueError` for shapes that differ or T not above 0."""
+    `reverse` takes D_KL(student ‖ teacher). No gradient flows to `teacher_logits` in either. A token to which
+    the left one gives probability 0 (−inf logits of a padded vocabulary) adds 0; one to which only the right
+    one gives 0 makes the result infinite. T² keeps the gradient's size over T (Hinton et al. 2015, arXiv
+    1503.02531). Raises `ValueError` for shapes that differ or T not above 0."""
     check_shapes(student_logits, teacher_logits)
-    if not 0 < temperature < math.inf: raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, but {temperature} was given")
     log_q = F.log_softmax(accumulate(student_logits) / temperature, dim=-1)
     log_p = F.log_softmax(accumulate(teacher_logits.detach()) / temperature, dim=-1)
     left, right = (log_q, log_p) if reverse else (log_p, log_q)
@@ -112,16 +141,19 @@ def token_kl(student_logits, teacher_logits, temperature=1.0, reverse=False):
 
 # %% ../../nbs/step/00_losses.ipynb #bbc7aba6
 def predicting_positions(loss_mask):
-    """Bool `[B, S]` → bool `[B, S]`: True at position i when token i + 1 is a target. Nothing predicts token 0."""
+    """Bool `[B, S]` → bool `[B, S]`: True at position i when token i + 1 is a target. Nothing predicts token
+    0."""
     return torch.cat([loss_mask[:, 1:], torch.zeros_like(loss_mask[:, :1])], dim=1)
 
 # %% ../../nbs/step/00_losses.ipynb #b94bdaf0
 def kl_divergence_loss(student_logits, teacher_logits, loss_mask, temperature=1.0, reverse=False):
-    """`T²·mean over masked targets of D_KL(teacher ‖ student)` in nats: a scalar in float32 (float64 if given); `reverse` as in `token_kl`.
+    """`T²·mean over masked targets of D_KL(teacher ‖ student)` in nats: a scalar in float32 (float64 if
+    given); `reverse` as in `token_kl`.
 
-    `student_logits`, `teacher_logits`: `[B, S, V]`, position i predicting token i + 1; `loss_mask`: bool `[B, S]` over *tokens*:
-    the shift is made here, and a target at token 0 does not count. Only the rows that predict a target are read.
-    An empty mask gives a graph-connected 0. Raises `ValueError` for shapes or a mask dtype that do not fit and for T not above 0."""
+    `student_logits`, `teacher_logits`: `[B, S, V]`, position i predicting token i + 1; `loss_mask`: bool `[B,
+    S]` over *tokens*: the shift is made here, and a target at token 0 does not count. Only the rows that
+    predict a target are read. An empty mask gives a graph-connected 0. Raises `ValueError` for shapes or a
+    mask dtype that do not fit and for T not above 0."""
     check_shapes(student_logits, teacher_logits, 3, "logits of student and teacher ([B, S, V])")
     check_mask(loss_mask, student_logits.shape[:2])
     rows = predicting_positions(loss_mask)

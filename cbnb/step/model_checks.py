@@ -25,7 +25,8 @@ __all__ = ['two_rows', 'off', 'tolerance', 'shaken', 'check_states', 'passed', '
 
 # %% ../../nbs/step/07_model_checks.ipynb #e6acfcc7
 def two_rows(model: nn.Module) -> dict:
-    "`input_ids` and `attention_mask` [2, 12] of two made-up rows, the second of 7 tokens and 5 of padding on the right, on the model's device."
+    """`input_ids` and `attention_mask` [2, 12] of two made-up rows, the second of 7 tokens and 5 of padding
+    on the right, on the model's device."""
     device = next(model.parameters()).device
     ids = (torch.arange(24, device=device).reshape(2, 12) * 7 + 3) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
@@ -34,8 +35,9 @@ def two_rows(model: nn.Module) -> dict:
 
 
 def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """By how much states [..., d] differ, relative to their norm, infinite where they are not finite: the most of all tokens; below float32 their
-    median, since in a mixture of experts a rounding may send single tokens to other experts."""
+    """By how much states [..., d] differ, relative to their norm, infinite where they are not finite: the
+    most of all tokens; below float32 their median, since in a mixture of experts a rounding may send single
+    tokens to other experts."""
     wide = ours.dtype in (torch.float32, torch.float64)
     ours, theirs = ours.double(), theirs.double()
     each = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)
@@ -50,114 +52,203 @@ def tolerance(model: nn.Module) -> float:
 
 @contextmanager
 def shaken(student: PeftModel):
-    "Inside, the adapter does something (a fresh one is a no-op), in training mode without anything drawn by chance; afterwards all is as before."
+    """Inside, the adapter does something (a fresh one is a no-op), in training mode without anything drawn by
+    chance; afterwards all is as before."""
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    before, modes = {name: p.detach().clone() for name, p in trained.items()}, [(m, m.training) for m in student.modules()]
-    chance = [(m, name, value) for m in student.modules() for name, value in vars(m).items() if isinstance(value, float)
-              and (name == "p" and isinstance(m, nn.Dropout) or "dropout" in name or "jitter" in name)]  # attention's and routers' own
+    before, modes = (
+        {name: p.detach().clone() for name, p in trained.items()},
+        [(m, m.training) for m in student.modules()],
+    )
+    chance = [
+        (m, name, value)
+        for m in student.modules()
+        for name, value in vars(m).items()
+        if isinstance(value, float)
+        # attention's and routers' own
+        and (name == "p" and isinstance(m, nn.Dropout) or "dropout" in name or "jitter" in name)
+    ]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         generator = torch.Generator().manual_seed(0)
         try:
             student.train()
-            for m, name, _ in chance: setattr(m, name, 0.0)
+            for m, name, _ in chance:
+                setattr(m, name, 0.0)
             with torch.no_grad():
-                for p in trained.values(): p.data.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
+                for p in trained.values():
+                    p.data.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
             yield trained
         finally:
             with torch.no_grad():
-                for name, p in trained.items(): p.data.copy_(before[name])  # .data: a graph that was made before is still good
-            for m, name, value in chance: setattr(m, name, value)
-            for m, training in modes: m.training = training
+                # .data: a graph that was made before is still good
+                for name, p in trained.items():
+                    p.data.copy_(before[name])
+            for m, name, value in chance:
+                setattr(m, name, value)
+            for m, training in modes:
+                m.training = training
 
 # %% ../../nbs/step/07_model_checks.ipynb #46bc64c3
 @torch.no_grad()
 def check_states(model: nn.Module, config: CircuitBreakerConfig) -> None:
-    """Raises ConfigError where states depend on later tokens or on padding, where the decoder by itself gives others than inside of
-    the model, and where the mode `hidden_states` gives others than the blocks put out."""
+    """Raises ConfigError where states depend on later tokens or on padding, where the decoder by itself gives
+    others than inside of the model, and where the mode `hidden_states` gives others than the blocks put out.
+    """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    name, rows, allowed, layers, seen = type(causal_lm).__name__, two_rows(causal_lm), tolerance(causal_lm), config.target_layers, []
+    name, rows, allowed, layers, seen = (
+        type(causal_lm).__name__,
+        two_rows(causal_lm),
+        tolerance(causal_lm),
+        config.target_layers,
+        [],
+    )
     states, last = forward_with_hidden_states(model, **rows, layers=layers, mode="hooks")
-    hook = find_decoder(causal_lm).register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
-    try: causal_lm(**rows, use_cache=False)
-    finally: hook.remove()
+    hook = find_decoder(causal_lm).register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state)
+    )
+    try:
+        causal_lm(**rows, use_cache=False)
+    finally:
+        hook.remove()
     real = rows["attention_mask"].bool()
-    if not last[real].isfinite().all(): return  # weights that hold NaN: training ends with its own word at the first step
+    # weights that hold NaN: training ends with its own word at the first step
+    if not last[real].isfinite().all():
+        return
     if off(last[real], seen[0][real]) > allowed:
-        raise ConfigError(f"the decoder of this {name} gives other states by itself than inside of the model, so what it is trained on would not be what it says")
-    for row, length, why in ((slice(0, 2), 8, "on the tokens behind it: the model is not causal"),
-                             (slice(1, 2), 7, "on padding behind it, or on the other rows of a batch")):
+        raise ConfigError(
+            f"the decoder of this {name} gives other states by itself than inside of the model, so what it "
+            "is trained on would not be what it says"
+        )
+    for row, length, why in (
+        (slice(0, 2), 8, "on the tokens behind it: the model is not causal"),
+        (slice(1, 2), 7, "on padding behind it, or on the other rows of a batch"),
+    ):
         part = {key: value[row, :length] for key, value in rows.items()}
         few, end = forward_with_hidden_states(model, **part, layers=layers, mode="hooks")
         at = part["attention_mask"].bool()
-        found = max(off(last[row, :length][at], end[at]), *(off(states[layer][row, :length][at], few[layer][at]) for layer in layers))
-        if found > allowed: raise ConfigError(f"in this {name} a token's states depend {why} ({found:.0%} off)")
+        found = max(
+            off(last[row, :length][at], end[at]),
+            *(off(states[layer][row, :length][at], few[layer][at]) for layer in layers),
+        )
+        if found > allowed:
+            raise ConfigError(f"in this {name} a token's states depend {why} ({found:.0%} off)")
     if config.hidden_state_mode == "hidden_states":
         theirs, _ = forward_with_hidden_states(model, **rows, layers=layers)
-        if any(theirs[layer].shape != states[layer].shape or off(theirs[layer][real], states[layer][real]) > allowed for layer in layers):
-            raise ConfigError(f"the hidden_states of this {name} are not what its blocks put out: use hidden_state_mode hooks")
+        if any(
+            theirs[layer].shape != states[layer].shape
+            or off(theirs[layer][real], states[layer][real]) > allowed
+            for layer in layers
+        ):
+            raise ConfigError(
+                f"the hidden_states of this {name} are not what its blocks put out: use hidden_state_mode "
+                "hooks"
+            )
 
 
-def passed(student: PeftModel, config: CircuitBreakerConfig, norm, final: bool, trained: dict) -> tuple[list, list]:
-    "`(states, gradients)` of one student's pass over `two_rows`, the latter of the mean square of the former in what is trained (None where there is none)."
+def passed(
+    student: PeftModel, config: CircuitBreakerConfig, norm, final: bool, trained: dict
+) -> tuple[list, list]:
+    """`(states, gradients)` of one student's pass over `two_rows`, the latter of the mean square of the
+    former in what is trained (None where there is none)."""
     rows = two_rows(student)
     (hidden, last), _ = both_passes(student, None, rows, config, norm, final)
     real = rows["attention_mask"].bool()
     states = [h[real] for h in (*hidden.values(), *((last,) if final else ()))]
     total = sum(s.float().square().mean() for s in states)
-    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True) if total.requires_grad else [None] * len(trained)
+    gradients = (
+        torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+        if total.requires_grad
+        else [None] * len(trained)
+    )
     return [s.detach() for s in states], gradients
 
 
 def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
-    """Raises ConfigError where a pass with `early_exit` or `shared_prefix`, so far as `config.savings` has them, has other states or gradients
-    than a plain one, and where a weight of the adapter gets no gradient at all."""
+    """Raises ConfigError where a pass with `early_exit` or `shared_prefix`, so far as `config.savings` has
+    them, has other states or gradients than a plain one, and where a weight of the adapter gets no gradient
+    at all."""
     name, norm = type(student.get_base_model()).__name__, find_head(student).norm
     asked = [s for s in ("early_exit", "shared_prefix") if s in config.savings]
-    within = {id(p) for p in find_decoder(student).parameters()}  # an adapter on the output layer moves no state
+    # an adapter on the output layer moves no state
+    within = {id(p) for p in find_decoder(student).parameters()}
     with shaken(student) as trained:
         for final in (True, False):
             reference, wanted = passed(student, replace(config, savings=("none",)), norm, final, trained)
-            if not all(state.isfinite().all() for state in reference): return
-            bare = [n for n, g in zip(trained, wanted) if g is None and "lora_" in n and id(trained[n]) in within and not re.search(r"\.\d+\..*\.\d+\.", n)]
+            if not all(state.isfinite().all() for state in reference):
+                return
+            bare = [
+                n
+                for n, g in zip(trained, wanted)
+                if g is None
+                and "lora_" in n
+                and id(trained[n]) in within
+                and not re.search(r"\.\d+\..*\.\d+\.", n)
+            ]
             if final and bare:
-                raise ConfigError(f"{len(bare)} tensors of the adapter get no gradient in this {name}, the first is {bare[0]}: it is not applied there; "
-                                  "leave what it sits on out of lora_modules")
+                raise ConfigError(
+                    f"{len(bare)} tensors of the adapter get no gradient in this {name}, the first is "
+                    f"{bare[0]}: it is not applied there; "
+                    "leave what it sits on out of lora_modules"
+                )
             for saving in asked:
-                what = f"savings {saving} cannot be had for this {name}, give savings {','.join(s for s in config.savings if s != saving) or 'none'}"
-                with in_words(what): states, gradients = passed(student, replace(config, savings=(saving,)), norm, final, trained)
+                what = (
+                    f"savings {saving} cannot be had for this {name}, give savings "
+                    f"{','.join(s for s in config.savings if s != saving) or 'none'}"
+                )
+                with in_words(what):
+                    states, gradients = passed(
+                        student, replace(config, savings=(saving,)), norm, final, trained
+                    )
                 pairs = [(g, w) for g, w in zip(gradients, wanted) if g is not None or w is not None]
-                if any((g is None) != (w is None) for g, w in pairs): raise ConfigError(f"{what}: gradients get lost")
+                if any((g is None) != (w is None) for g, w in pairs):
+                    raise ConfigError(f"{what}: gradients get lost")
                 if not pairs:
-                    raise ConfigError(f"no weight of the adapter gets a gradient in this {name}: the adapter is switched "
-                                      "off, or not applied anywhere")
+                    raise ConfigError(
+                        f"no weight of the adapter gets a gradient in this {name}: the adapter is switched "
+                        "off, or not applied anywhere"
+                    )
                 (g, w) = (torch.cat([part.flatten().double() for part in side]) for side in zip(*pairs))
-                found = max(*(off(a, b) for a, b in zip(states, reference)), ((g - w).norm() / w.norm()).item())
-                if not found <= tolerance(student): raise ConfigError(f"{what}: states or gradients are {found:.1%} off")
+                found = max(
+                    *(off(a, b) for a, b in zip(states, reference)), ((g - w).norm() / w.norm()).item()
+                )
+                if not found <= tolerance(student):
+                    raise ConfigError(f"{what}: states or gradients are {found:.1%} off")
 
 
 def check_tied(student: PeftModel) -> None:
     "Raises ConfigError where an embedding that is tied to the output layer is trained, or has an adapter."
     causal_lm = student.get_base_model()
     ends = [m for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()) if m is not None]
-    if not getattr(causal_lm.config.get_text_config(), "tie_word_embeddings", False): return
+    if not getattr(causal_lm.config.get_text_config(), "tie_word_embeddings", False):
+        return
     if any(p.requires_grad or "lora_" in name for m in ends for name, p in m.named_parameters()):
-        raise ConfigError("the output layer and the embedding are one matrix in this model (tie_word_embeddings), and one of them is trained: merged, that would "
-                          "change both; untie them and save that model first, or train blocks alone")
+        raise ConfigError(
+            "the output layer and the embedding are one matrix in this model (tie_word_embeddings), and one "
+            "of them is trained: merged, that would "
+            "change both; untie them and save that model first, or train blocks alone"
+        )
 
 
 def check_model(student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Module | None = None) -> None:
-    """Raises ConfigError, one sentence, where the student (or a `teacher` of its own) does not keep to what training takes for granted: `check_states`,
-    `check_savings`, `check_tied`, and whatever fails on the way. Weights, modes and random states are left as they were."""
+    """Raises ConfigError, one sentence, where the student (or a `teacher` of its own) does not keep to what
+    training takes for granted: `check_states`, `check_savings`, `check_tied`, and whatever fails on the way.
+    Weights, modes and random states are left as they were."""
     check_tied(student)
     for model in (student, teacher):
-        if model is None: continue
+        if model is None:
+            continue
         modes = [(m, m.training) for m in model.modules()]
-        with in_words(f"this {type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__} cannot be trained on"):
+        with in_words(
+            f"this {type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__} "
+            "cannot be trained on"
+        ):
             model.eval()
-            try: check_states(model, config)
+            try:
+                check_states(model, config)
             finally:
-                for m, training in modes: m.training = training
-    with in_words(f"this {type(student.get_base_model()).__name__} cannot be trained"), torch.enable_grad(): check_savings(student, config)
+                for m, training in modes:
+                    m.training = training
+    with in_words(f"this {type(student.get_base_model()).__name__} cannot be trained"), torch.enable_grad():
+        check_savings(student, config)
 
 # %% ../../nbs/step/07_model_checks.ipynb #40b98fbb
 _PACKED = weakref.WeakKeyDictionary()  # the answer for models that were asked
@@ -165,7 +256,8 @@ _PACKED = weakref.WeakKeyDictionary()  # the answer for models that were asked
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    "Raises ConfigError unless `model` gives two samples that are packed in one row (`cbnb.data.streams.pack_rows`) the states that each has alone."
+    """Raises ConfigError unless `model` gives two samples that are packed in one row
+    (`cbnb.data.streams.pack_rows`) the states that each has alone."""
     if model not in _PACKED:
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         decoder, ids, n = find_decoder(causal_lm), two_rows(causal_lm)["input_ids"], 7
@@ -175,11 +267,19 @@ def check_packing(model: nn.Module) -> None:
         try:
             with in_words(f"rows cannot be packed for this {type(causal_lm).__name__}"):
                 packed = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-                alone = [decoder(input_ids=part, use_cache=False).last_hidden_state for part in (ids[:, :n], ids[:, n:])]
+                alone = [
+                    decoder(input_ids=part, use_cache=False).last_hidden_state
+                    for part in (ids[:, :n], ids[:, n:])
+                ]
                 found = off(packed, torch.cat(alone, dim=1))
-                if found <= tolerance(causal_lm): found = off(packed[:, n:], alone[1])
-        finally: causal_lm.train(training)
+                if found <= tolerance(causal_lm):
+                    found = off(packed[:, n:], alone[1])
+        finally:
+            causal_lm.train(training)
         _PACKED[model] = found
     if not _PACKED[model] <= tolerance(model):
-        raise ConfigError(f"rows cannot be packed for this {type(model).__name__}: its blocks mix the samples of a row (as linear attention, convolutions and state spaces do), "
-                          f"states are {_PACKED[model]:.0%} off; pad them (cbnb.data.streams.pad_rows)")
+        raise ConfigError(
+            f"rows cannot be packed for this {type(model).__name__}: its blocks mix the samples of a row "
+            "(as linear attention, convolutions and state spaces do), "
+            f"states are {_PACKED[model]:.0%} off; pad them (cbnb.data.streams.pad_rows)"
+        )

@@ -29,11 +29,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..config import CircuitBreakerConfig, ConfigError, check_layers, nearest
 from ..basics.lease import check_lease
-from .loaders import empty_model, read_config, read_model, read_tokenizer
 from ..basics.processes import is_first, join, world_size
 from ..basics.withheld import cut
+from ..config import CircuitBreakerConfig, ConfigError, check_layers, nearest
+from .loaders import empty_model, read_config, read_model, read_tokenizer
 
 # %% auto #0
 __all__ = ['DTYPES', 'KINDS', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts', 'is_in_parts',
@@ -46,7 +46,8 @@ __all__ = ['DTYPES', 'KINDS', 'in_words', 'check_vocabulary', 'embedding_rows', 
 # %% ../../nbs/step/04_models.ipynb #f6ed28b1
 @contextmanager
 def in_words(what: str):
-    "Inside, what torch, transformers or peft raises becomes one ConfigError that begins with `what` was tried; a ConfigError stays as it is."
+    """Inside, what torch, transformers or peft raises becomes one ConfigError that begins with `what` was
+    tried; a ConfigError stays as it is."""
     try:
         yield
     except ConfigError:
@@ -56,12 +57,15 @@ def in_words(what: str):
 
 # %% ../../nbs/step/04_models.ipynb #42d04854
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    "Raises ValueError where the tokenizer of the model `name` has ids for which an embedding of `rows` rows has none."
+    """Raises ValueError where the tokenizer of the model `name` has ids for which an embedding of `rows` rows
+    has none."""
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if beyond:
-        raise ValueError(f"the tokenizer of {name} has {len(beyond)} ids beyond the {rows} rows of the model's embedding, "
-                         f"the first is {beyond[0][0]} ({beyond[0][1]!r}): take the tokenizer that belongs to the model, "
-                         "or give the model rows for them (resize_token_embeddings) and save both.")
+        raise ValueError(
+            f"the tokenizer of {name} has {len(beyond)} ids beyond the {rows} rows of the model's embedding, "
+            f"the first is {beyond[0][0]} ({beyond[0][1]!r}): take the tokenizer that belongs to the model, "
+            "or give the model rows for them (resize_token_embeddings) and save both."
+        )
 
 
 def embedding_rows(name: str, trust_remote_code: bool) -> int | None:
@@ -74,18 +78,22 @@ def embedding_rows(name: str, trust_remote_code: bool) -> int | None:
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a hub id or `"tinyagent"`, with a pad token (the EOS token where it has none:
-    padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
+    """The tokenizer of a folder, a hub id or `"tinyagent"`, with a pad token (the EOS token where it has
+    none: padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
 
-    Raises ValueError for a tokenizer with neither, and for one with more ids than the model's embedding has rows,
-    and as `cbnb.step.loaders.read_tokenizer`; OSError for one that is not there."""
+    Raises ValueError for a tokenizer with neither, and for one with more ids than the model's embedding has
+    rows, and as `cbnb.step.loaders.read_tokenizer`; OSError for one that is not there."""
     tokenizer = read_tokenizer(name_or_path, trust_remote_code)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {name_or_path} has neither a pad nor an EOS token; set one of them in its tokenizer_config.json.")
+            raise ValueError(
+                f"the tokenizer of {name_or_path} has neither a pad nor an EOS token; set one of them in "
+                "its tokenizer_config.json."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     rows = embedding_rows(name_or_path, trust_remote_code)
-    if rows is not None: check_vocabulary(name_or_path, tokenizer, rows)
+    if rows is not None:
+        check_vocabulary(name_or_path, tokenizer, rows)
     return tokenizer
 
 # %% ../../nbs/step/04_models.ipynb #96fec62b
@@ -93,62 +101,101 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
-    """What `from_pretrained` wants so that each process of the run reads its part of every weight and keeps that (FSDP2). A block has all of its weights while it runs,
-    and so has the final norm; transformers' own plan ties that to the output layer, which is not called here (`whole`). Raises ValueError where there is one process."""
+    """What `from_pretrained` wants so that each process of the run reads its part of every weight and keeps
+    that (FSDP2). A block has all of its weights while it runs, and so has the final norm; transformers' own
+    plan ties that to the output layer, which is not called here (`whole`). Raises ValueError where there is
+    one process."""
     if world_size() == 1:
-        raise ValueError("fsdp shares the weights among several processes, but there is one: start more by torchrun or slurm/05_train_multi.sbatch, or leave fsdp off.")
+        raise ValueError(
+            "fsdp shares the weights among several processes, but there is one: start more by torchrun or "
+            "slurm/05_train_multi.sbatch, or leave fsdp off."
+        )
     join()
     config = read_config(name_or_path, trust_remote_code)
-    with torch.device("meta"): plan = empty_model(name_or_path, config, trust_remote_code).fsdp_plan
-    return {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=dict.fromkeys(plan, "free_full_weight"))}
+    with torch.device("meta"):
+        plan = empty_model(name_or_path, config, trust_remote_code).fsdp_plan
+    return {
+        "distributed_config": DistributedConfig(
+            fsdp_size=world_size(), fsdp_plan=dict.fromkeys(plan, "free_full_weight")
+        )
+    }
 
 
 def is_in_parts(model: nn.Module) -> bool:
-    "Whether the base weights of a model, with or without an adapter, are shared among the processes: then all of them have to run it together."
+    """Whether the base weights of a model, with or without an adapter, are shared among the processes: then
+    all of them have to run it together."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     return getattr(causal_lm, "is_distributed_loading_by_transformers", False)
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    "`weight` with the parts that other processes keep, which all have to ask for; `weight` itself where it is in one piece."
+    """`weight` with the parts that other processes keep, which all have to ask for; `weight` itself where it
+    is in one piece."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def in_4_bits(dtype: str, device) -> dict:
-    "What `from_pretrained` wants to put linear weights into 4 bits (NF4, but for the output layer), computing in `dtype`. Raises ValueError where bitsandbytes is not installed."
+    """What `from_pretrained` wants to put linear weights into 4 bits (NF4, but for the output layer),
+    computing in `dtype`. Raises ValueError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave quantize none.")
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]), "device_map": {"": device}}
+        raise ValueError(
+            "quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or leave "
+            "quantize none."
+        )
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+        ),
+        "device_map": {"": device},
+    }
 
 
 def check_quantised(model: nn.Module) -> None:
-    """Raises ValueError unless a 4-bit linear of `model` gives in eval mode, which is the teacher's, what it gives in training, and passes the gradient of its
-    product on. On CPUs bitsandbytes repacks the weights for inference at the first call in eval mode, and neither holds any more."""
-    linear = copy.deepcopy(next(module for module in model.modules() if type(module).__name__ == "Linear4bit"))
+    """Raises ValueError unless a 4-bit linear of `model` gives in eval mode, which is the teacher's, what it
+    gives in training, and passes the gradient of its product on. On CPUs bitsandbytes repacks the weights for
+    inference at the first call in eval mode, and neither holds any more."""
+    linear = copy.deepcopy(
+        next(module for module in model.modules() if type(module).__name__ == "Linear4bit")
+    )
     x = torch.randn(4, linear.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
+
     def trained():
         y = linear.train()(x)
         return y.detach(), torch.autograd.grad(y.float().sum(), x)[0]
+
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")  # that is what is looked for
+        # that is what is looked for
+        warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")
         value, gradient = trained()
-        with torch.no_grad(): found = [(linear.eval()(x.detach()), value)]
-        try: found += zip(trained(), (value, gradient))
-        except RuntimeError: found.append((torch.zeros_like(value), value))  # no gradient at all
+        with torch.no_grad():
+            found = [(linear.eval()(x.detach()), value)]
+        try:
+            found += zip(trained(), (value, gradient))
+        except RuntimeError:
+            found.append((torch.zeros_like(value), value))  # no gradient at all
     off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in found)
     if not off < 0.02:
-        raise ValueError(f"bitsandbytes' 4-bit weights on {model.device.type} are not the same in training and in eval mode ({off:.0%} off), so that student and teacher would be two models: "
-                         "use a GPU, or quantize none.")
+        raise ValueError(
+            f"bitsandbytes' 4-bit weights on {model.device.type} are not the same in training and in eval "
+            f"mode ({off:.0%} off), so that student and teacher would be two models: "
+            "use a GPU, or quantize none."
+        )
 
 
-def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.device | None = None,
-               trust_remote_code: bool = False, fsdp: bool = False, quantize: str = "none") -> PreTrainedModel:
+def load_model(
+    name_or_path: str,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    fsdp: bool = False,
+    quantize: str = "none",
+) -> PreTrainedModel:
     """The frozen base model in eval mode, weights from safetensors only.
 
-    `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several, else the CPU. `fsdp`: see `in_parts`.
-    `quantize`: none, or 4bit (see `in_4_bits`, `check_quantised`).
-    Raises ValueError for an unknown dtype, 4 bits that cannot be had, and as `cbnb.step.loaders.read_model`; OSError for a
-    model that is not there."""
+    `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several,
+    else the CPU. `fsdp`: see `in_parts`. `quantize`: none, or 4bit (see `in_4_bits`, `check_quantised`).
+    Raises ValueError for an unknown dtype, 4 bits that cannot be had, and as `cbnb.step.loaders.read_model`;
+    OSError for a model that is not there."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if quantize not in ("none", "4bit"):
@@ -157,37 +204,68 @@ def load_model(name_or_path: str, dtype: str = "float32", device: str | torch.de
         raise ValueError("4-bit weights cannot be kept in parts: leave fsdp off, or quantize none.")
     if not fsdp:
         join()  # says which GPU is this process's
-        device = device or (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
-    special = in_parts(name_or_path, trust_remote_code) if fsdp else in_4_bits(dtype, device) if quantize == "4bit" else {}
+        device = device or (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        )
+    special = (
+        in_parts(name_or_path, trust_remote_code)
+        if fsdp
+        else in_4_bits(dtype, device)
+        if quantize == "4bit"
+        else {}
+    )
     model = read_model(name_or_path, trust_remote_code, dtype=DTYPES[dtype], **special)
-    if not special: model = model.to(device)
+    if not special:
+        model = model.to(device)
     model = model.eval().requires_grad_(False)
-    if quantize == "4bit": check_quantised(model)
-    if fsdp:  # FSDP2 takes the first module that runs for the root of all others: the model has to be that, not its decoder
-        with torch.no_grad(): model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+    if quantize == "4bit":
+        check_quantised(model)
+    # FSDP2 takes the first module that runs for the root of all others: the model has to be that, not its
+    # decoder
+    if fsdp:
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     return model
 
 # %% ../../nbs/step/04_models.ipynb #7edac579
 def num_blocks(model: nn.Module) -> int:
-    "The number of decoder blocks of a causal language model, a multimodal configuration's text part included."
+    """The number of decoder blocks of a causal language model, a multimodal configuration's text part
+    included."""
     return model.config.get_text_config().num_hidden_layers
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """The decoder of a causal language model, with or without an adapter: the part below the language-model head that
-    takes token ids and holds the list of blocks. Raises ConfigError where there is no such module."""
+    """The decoder of a causal language model, with or without an adapter: the part below the language-model
+    head that takes token ids and holds the list of blocks. Raises ConfigError where there is no such module.
+    """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    def fits(m): return blocks_name(m, num_blocks(causal_lm)) and "input_ids" in inspect.signature(type(m).forward).parameters
+
+    def fits(m):
+        return (
+            blocks_name(m, num_blocks(causal_lm))
+            and "input_ids" in inspect.signature(type(m).forward).parameters
+        )
+
     found = next(filter(fits, causal_lm.get_decoder().modules()), None)
     if found is None:
-        raise ConfigError(f"no list of {num_blocks(causal_lm)} blocks can be found in this {type(causal_lm).__name__}, so there is nothing to reroute.")
+        raise ConfigError(
+            f"no list of {num_blocks(causal_lm)} blocks can be found in this {type(causal_lm).__name__}, so "
+            "there is nothing to reroute."
+        )
     return found
 
 
 def blocks_name(decoder: nn.Module, number: int) -> str | None:
-    "The name of the list of `number` blocks that `decoder` itself holds, such as `layers`; the heaviest of several, None where there is none."
-    lists = [(name, child) for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == number]
-    if len(lists) < 2: return lists[0][0] if lists else None  # found in each step: parameters are counted only where it has to be
+    """The name of the list of `number` blocks that `decoder` itself holds, such as `layers`; the heaviest of
+    several, None where there is none."""
+    lists = [
+        (name, child)
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == number
+    ]
+    # found in each step: parameters are counted only where it has to be
+    if len(lists) < 2:
+        return lists[0][0] if lists else None
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
@@ -198,31 +276,40 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 # %% ../../nbs/step/04_models.ipynb #15d76d90
 def token_states(output, rows: tuple[int, int]) -> torch.Tensor:
-    """What a block puts out for `rows` [B, S] as one state a token, [B, S, d]. Several residual streams, [B, S, k, d] (hyper-connections,
-    as in DeepSeek V4) or [k, B, S, d] (as in Gemma 3n), are put behind one another: [B, S, k·d].
+    """What a block puts out for `rows` [B, S] as one state a token, [B, S, d]. Several residual streams, [B,
+    S, k, d] (hyper-connections, as in DeepSeek V4) or [k, B, S, d] (as in Gemma 3n), are put behind one
+    another: [B, S, k·d].
 
     Raises ConfigError for any other shape."""
     hidden = output[0] if isinstance(output, tuple) else output
-    if hidden.dim() == 3 and hidden.shape[:2] == rows: return hidden
+    if hidden.dim() == 3 and hidden.shape[:2] == rows:
+        return hidden
     streams = hidden.dim() == 4 and [h for h in (hidden, hidden.movedim(0, 2)) if h.shape[:2] == rows]
     if not streams or len(streams) == 2:
-        raise ConfigError(f"a block puts out states of shape {list(hidden.shape)} for rows of shape {list(rows)}, which are not states of tokens")
+        raise ConfigError(
+            f"a block puts out states of shape {list(hidden.shape)} for rows of shape {list(rows)}, which "
+            "are not states of tokens"
+        )
     return streams[0].flatten(2)
 
 
 @contextmanager
 def block_outputs(model: nn.Module, layers):
-    """Inside, every forward pass fills the yielded dict `{layer: [B, S, d]}` with the output of each block of `layers` (`token_states`), by hooks."""
+    """Inside, every forward pass fills the yielded dict `{layer: [B, S, d]}` with the output of each block of
+    `layers` (`token_states`), by hooks."""
     captured: dict[int, torch.Tensor] = {}
     rows = []
 
     def begin(module, args, kwargs):
-        given = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
+        given = next(
+            x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None
+        )
         rows[:] = [given.shape[:2]]
 
     def keep(layer):
         def hook(module, args, output):
             captured[layer] = token_states(output, rows[0])
+
         return hook
 
     blocks = decoder_blocks(model)
@@ -237,7 +324,8 @@ def block_outputs(model: nn.Module, layers):
 # %% ../../nbs/step/04_models.ipynb #a1d97f22
 @contextmanager
 def first_blocks(model: nn.Module, number: int | None):
-    "Inside, the decoder of `model` ends after its first `number` blocks (its final norm follows); None leaves all of them."
+    """Inside, the decoder of `model` ends after its first `number` blocks (its final norm follows); None
+    leaves all of them."""
     decoder, blocks = find_decoder(model), decoder_blocks(model)
     name = blocks_name(decoder, len(blocks))
     try:
@@ -247,75 +335,125 @@ def first_blocks(model: nn.Module, number: int | None):
         setattr(decoder, name, blocks)
 
 
-def forward_with_hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers,
-                               mode: str = "hidden_states", blocks: int | None = None):
-    """One forward pass of the decoder → `({layer: [B, S, d]}, final hidden states [B, S, d])`, the latter normed: what the output layer gets.
+def forward_with_hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    layers,
+    mode: str = "hidden_states",
+    blocks: int | None = None,
+):
+    """One forward pass of the decoder → `({layer: [B, S, d]}, final hidden states [B, S, d])`, the latter
+    normed: what the output layer gets.
 
-    `input_ids`, `attention_mask`: [B, S] integers. `mode`: `"hidden_states"` asks the model for all of them and picks, `"hooks"`
-    keeps only the blocks asked for; the numbers are the same. `blocks`: how many are run, None for all; with fewer hooks are used and there are no
-    final hidden states (None).
-    Raises ValueError for an unknown mode, and for the last block in mode `hidden_states`, where transformers gives the normed state."""
+    `input_ids`, `attention_mask`: [B, S] integers. `mode`: `"hidden_states"` asks the model for all of them
+    and picks, `"hooks"` keeps only the blocks asked for; the numbers are the same. `blocks`: how many are
+    run, None for all; with fewer hooks are used and there are no final hidden states (None). Raises
+    ValueError for an unknown mode, and for the last block in mode `hidden_states`, where transformers gives
+    the normed state."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     if mode not in ("hidden_states", "hooks"):
         raise ValueError(f"hidden_state_mode {mode!r} is neither 'hidden_states' nor 'hooks'.")
     last = num_blocks(causal_lm) - 1
     if mode == "hidden_states" and last in layers:
-        raise ValueError(f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
-                         "use hidden_state_mode='hooks' for it.")
+        raise ValueError(
+            f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
+            "use hidden_state_mode='hooks' for it."
+        )
     hooks, decoder = mode == "hooks" or blocks is not None, find_decoder(causal_lm)
     with block_outputs(causal_lm, layers if hooks else ()) as captured, first_blocks(causal_lm, blocks):
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=not hooks)
+        output = decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_hidden_states=not hooks,
+        )
     if not hooks and len(output.hidden_states or ()) != last + 2:
-        raise ConfigError(f"this {type(causal_lm).__name__} does not give the hidden states of its {last + 1} blocks: use hidden_state_mode hooks")
-    hidden = captured if hooks else {layer: token_states(output.hidden_states[layer + 1], input_ids.shape) for layer in layers}
-    return {layer: hidden[layer] for layer in layers}, None if blocks is not None else output.last_hidden_state
+        raise ConfigError(
+            f"this {type(causal_lm).__name__} does not give the hidden states of its {last + 1} blocks: use "
+            "hidden_state_mode hooks"
+        )
+    hidden = (
+        captured
+        if hooks
+        else {layer: token_states(output.hidden_states[layer + 1], input_ids.shape) for layer in layers}
+    )
+    return {
+        layer: hidden[layer] for layer in layers
+    }, None if blocks is not None else output.last_hidden_state
 
 # %% ../../nbs/step/04_models.ipynb #dde00e2e
 KINDS = {  # words in the names and classes on the way from a block to a weight; the first that fits
     "shared experts": ("shared_expert", "sharedexpert", "shared_mlp", "sharedmlp"),
     "routers": ("router", "topkgate"),
     "experts": ("expert",),
-    "state-space": ("mamba", "ssm", "linear_attn", "linearattention", "delta", "conv", "recurrent", "lru", "lightning", "retention", "rwkv", "xlstm"),
+    "state-space": (
+        "mamba",
+        "ssm",
+        "linear_attn",
+        "linearattention",
+        "delta",
+        "conv",
+        "recurrent",
+        "lru",
+        "lightning",
+        "retention",
+        "rwkv",
+        "xlstm",
+    ),
     "attention": ("attn", "attention"),
     "MLP": ("mlp", "ffn", "feed_forward", "feedforward", "fc1", "fc2"),
 }
 
 
 def own_name(kind: type, block: type) -> str:
-    "The name of a module's class without the family's name, with which that of its block begins, too: `MLP` of `SeedOssMLP`."
+    """The name of a module's class without the family's name, with which that of its block begins, too: `MLP`
+    of `SeedOssMLP`."""
     shared = os.path.commonprefix([kind.__name__, block.__name__])
-    while shared and kind.__name__[len(shared):len(shared) + 1].islower(): shared = shared[:-1]  # whole words only
-    return "" if kind is Conv1D else kind.__name__[len(shared):]  # transformers' Conv1D is a linear
+    # whole words only
+    while shared and kind.__name__[len(shared) : len(shared) + 1].islower():
+        shared = shared[:-1]
+    return "" if kind is Conv1D else kind.__name__[len(shared) :]  # transformers' Conv1D is a linear
 
 
 def weight_kind(block: nn.Module, path: str) -> str:
-    """Which of `KINDS` the weight at `path` in a block is, told by names and classes on the way, the family's own name last
-    (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block without experts there are no shared ones:
-    they are its MLP."""
+    """Which of `KINDS` the weight at `path` in a block is, told by names and classes on the way, the family's
+    own name last (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block without
+    experts there are no shared ones: they are its MLP."""
     owner, words, families = block, [], []
     *parts, leaf = path.replace("base_layer.", "").split(".")
     for part in parts:
         owner = getattr(owner, part)
-        if isinstance(owner, LoraLayer): owner = owner.get_base_layer()
+        if isinstance(owner, LoraLayer):
+            owner = owner.get_base_layer()
         words.append(f"{part} {own_name(type(owner), type(block))}".lower())
         families.append(type(owner).__name__.lower())
-    if getattr(owner, leaf).dim() < 2: return "other"
+    if getattr(owner, leaf).dim() < 2:
+        return "other"
     has_experts = any(name.endswith("experts") and "shared" not in name for name, _ in block.named_modules())
-    if has_experts and parts[-1] in ("gate", "wg"): return "routers"
-    found = (kind for said in (words, families) for kind, known in KINDS.items() if any(w in word for word in said for w in known))
+    if has_experts and parts[-1] in ("gate", "wg"):
+        return "routers"
+    found = (
+        kind
+        for said in (words, families)
+        for kind, known in KINDS.items()
+        if any(w in word for word in said for w in known)
+    )
     kind = next(found, "other")
     return "MLP" if kind == "shared experts" and not has_experts else kind
 
 
 def in_blocks(model: nn.Module) -> tuple[dict, dict]:
-    """`({name of a linear: block}, {name of an experts' fused weight: block})` of the decoder's blocks, names as in
-    `model.named_modules()`. A fused weight is one 3-D parameter [experts, in, out] (or out, in) of all experts."""
+    """`({name of a linear: block}, {name of an experts' fused weight: block})` of the decoder's blocks, names
+    as in `model.named_modules()`. A fused weight is one 3-D parameter [experts, in, out] (or out, in) of all
+    experts."""
     blocks = decoder_blocks(model)
     place = next(name for name, module in model.named_modules() if module is blocks)
     linears, fused = {}, {}
     for number, block in enumerate(blocks):
         for path, part in block.named_modules():
-            if isinstance(part, (nn.Linear, Conv1D)): linears[f"{place}.{number}.{path}"] = number
+            if isinstance(part, (nn.Linear, Conv1D)):
+                linears[f"{place}.{number}.{path}"] = number
             else:
                 for leaf, p in part.named_parameters(recurse=False):
                     if p.dim() == 3 and weight_kind(block, f"{path}.{leaf}") == "experts":
@@ -325,24 +463,31 @@ def in_blocks(model: nn.Module) -> tuple[dict, dict]:
 
 @torch.no_grad()
 def uncalled(model: nn.Module) -> set[str]:
-    """The linears of the blocks that a pass over 8 tokens does not call: an adapter there would do nothing and get no
-    gradient. Single experts, which a router may choose another time, are not among them. Empty on the meta device.
+    """The linears of the blocks that a pass over 8 tokens does not call: an adapter there would do nothing
+    and get no gradient. Single experts, which a router may choose another time, are not among them. Empty on
+    the meta device.
 
     Raises ConfigError where the pass itself fails."""
-    if next(model.parameters()).device.type == "meta": return set()
+    if next(model.parameters()).device.type == "meta":
+        return set()
     linears, called = in_blocks(model)[0], set()
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name in linears]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in linears
+    ]
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
         with in_words(f"a pass of 8 tokens through this {type(model).__name__} fails"):
             forward_with_hidden_states(model, ids, torch.ones_like(ids), (), "hooks")
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return {name for name in linears if name not in called and not re.search(r"\.\d+\..*\.\d+\.", name)}
 
 # %% ../../nbs/step/04_models.ipynb #68631c15
 def rewritten(model: nn.Module, name: str) -> bool:
-    "Whether peft takes `name` for that of an expert's weight from before transformers fused them, and adapts the fused ones."
+    """Whether peft takes `name` for that of an expert's weight from before transformers fused them, and
+    adapts the fused ones."""
     asked = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(asked, model=model, conversions=None)
@@ -359,12 +504,21 @@ def short_names(names) -> list[str]:
 
 def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dict) -> ConfigError:
     "The ConfigError for names of `lora_modules` that no linear and no fused weight of the blocks has."
-    elsewhere = [w for w in unknown if any(fits(name, w) for name, _ in model.named_modules() if name not in linears)]
+    elsewhere = [
+        w for w in unknown if any(fits(name, w) for name, _ in model.named_modules() if name not in linears)
+    ]
     listed = ", ".join(map(repr, elsewhere or unknown))
     plain = sorted({name.rpartition(".")[2] for name in linears})
-    why = "which is no linear of a decoder block, and nothing else can be rerouted" if elsewhere else f"which this model has not{nearest(unknown[0], plain) if len(unknown) == 1 else ''}"
+    why = (
+        "which is no linear of a decoder block, and nothing else can be rerouted"
+        if elsewhere
+        else f"which this model has not{nearest(unknown[0], plain) if len(unknown) == 1 else ''}"
+    )
     experts = f", and its fused experts' weights {', '.join(short_names(fused))}" if fused else ""
-    return ConfigError(f"lora_modules holds {listed}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: list those that are to be adapted")
+    return ConfigError(
+        f"lora_modules holds {listed}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: "
+        "list those that are to be adapted"
+    )
 
 
 def fits(name: str, wanted: str) -> bool:
@@ -373,35 +527,63 @@ def fits(name: str, wanted: str) -> bool:
 
 
 def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[list[str], list[str]]:
-    """`(linears, parameters)` by full name: what the adapter of `config` sits on. A name of `config.lora_modules` stands
-    for every linear of the blocks `config.lora_layers` whose name ends in it; one with `experts.` before it
-    (`experts.down_proj`) also for a fused weight of experts, which peft adapts as a parameter.
+    """`(linears, parameters)` by full name: what the adapter of `config` sits on. A name of
+    `config.lora_modules` stands for every linear of the blocks `config.lora_layers` whose name ends in it;
+    one with `experts.` before it (`experts.down_proj`) also for a fused weight of experts, which peft adapts
+    as a parameter.
 
-    Raises ConfigError for a name that matches nothing, only what is outside of the decoder's blocks, only other blocks, or
-    only linears that are never called; where a target layer stands before the first block that is reached; and for
-    parameters with lora_dropout, which peft cannot apply to them."""
+    Raises ConfigError for a name that matches nothing, only what is outside of the decoder's blocks, only
+    other blocks, or only linears that are never called; where a target layer stands before the first block
+    that is reached; and for parameters with lora_dropout, which peft cannot apply to them."""
     (linears, fused), idle, (first, last) = in_blocks(model), uncalled(model), config.lora_layers
-    found = {w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if fits(n, w)} for w in config.lora_modules}
-    if unknown := [w for w, names in found.items() if not names]: raise name_problem(model, unknown, linears, fused)
+    found = {
+        w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if fits(n, w)}
+        for w in config.lora_modules
+    }
+    if unknown := [w for w, names in found.items() if not names]:
+        raise name_problem(model, unknown, linears, fused)
     chosen = []
     for wanted, names in found.items():
         here = [name for name, block in names.items() if first <= block <= last]
         if not here:
-            raise ConfigError(f"lora_modules holds {wanted!r}, which only blocks {', '.join(map(str, sorted(set(names.values()))))} have, "
-                              f"and lora_layers is {first},{last}: leave it out, or adapt one of those blocks")
+            raise ConfigError(
+                f"lora_modules holds {wanted!r}, which only blocks "
+                f"{', '.join(map(str, sorted(set(names.values()))))} have, "
+                f"and lora_layers is {first},{last}: leave it out, or adapt one of those blocks"
+            )
         if not set(here) - idle:
-            raise ConfigError(f"lora_modules holds {wanted!r}, which no forward pass calls in blocks {first} to {last}: leave it out")
+            raise ConfigError(
+                f"lora_modules holds {wanted!r}, which no forward pass calls in blocks {first} to {last}: "
+                "leave it out"
+            )
         chosen += [name for name in here if name not in idle]
     start = min((linears | fused)[name] for name in chosen)
     if start > min(config.target_layers):
-        raise ConfigError(f"target_layers {min(config.target_layers)} stands before block {start}, the first that has one of lora_modules, so it never changes: "
-                          f"give target layers from {start} on, or add one of the linears that block {first} has to lora_modules")
-    turned = {leaf for leaf in {name.rpartition(".")[2] for name in chosen if name in linears} if rewritten(model, leaf)}
-    parameters = [name if name in fused else f"{name}.weight" for name in chosen if name in fused or name.rpartition(".")[2] in turned]
+        raise ConfigError(
+            f"target_layers {min(config.target_layers)} stands before block {start}, the first that has one "
+            "of lora_modules, so it never changes: "
+            f"give target layers from {start} on, or add one of the linears that block {first} has to "
+            "lora_modules"
+        )
+    turned = {
+        leaf
+        for leaf in {name.rpartition(".")[2] for name in chosen if name in linears}
+        if rewritten(model, leaf)
+    }
+    parameters = [
+        name if name in fused else f"{name}.weight"
+        for name in chosen
+        if name in fused or name.rpartition(".")[2] in turned
+    ]
     if parameters and config.lora_dropout:
         told = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))
-        raise ConfigError(f"lora_modules reaches {told} in this model, which peft can adapt as parameters only, and so without dropout: give lora_dropout 0, or leave them out")
-    return [name for name in dict.fromkeys(chosen) if name in linears and name.rpartition(".")[2] not in turned], list(dict.fromkeys(parameters))
+        raise ConfigError(
+            f"lora_modules reaches {told} in this model, which peft can adapt as parameters only, and so "
+            "without dropout: give lora_dropout 0, or leave them out"
+        )
+    return [
+        name for name in dict.fromkeys(chosen) if name in linears and name.rpartition(".")[2] not in turned
+    ], list(dict.fromkeys(parameters))
 
 
 def largest_rank(shapes) -> int:
@@ -410,37 +592,56 @@ def largest_rank(shapes) -> int:
 
 
 def check_rank(model: PreTrainedModel, modules: list[str], parameters: list[str], rank: int) -> None:
-    """Raises ConfigError where none of the linears `modules` and the `parameters` (full names) can have `rank`: LoRA
-    there would only be larger."""
+    """Raises ConfigError where none of the linears `modules` and the `parameters` (full names) can have
+    `rank`: LoRA there would only be larger."""
+
     def shape(linear):  # 4 bits are packed
-        return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else linear.weight.shape
+        return (
+            (linear.in_features, linear.out_features)
+            if isinstance(linear, nn.Linear)
+            else linear.weight.shape
+        )
+
     shapes = [shape(model.get_submodule(name)) for name in modules]
     largest = largest_rank([*shapes, *(model.get_parameter(name).shape for name in parameters)])
     if rank > largest:
-        raise ConfigError(f"lora_r {rank:,} is above {largest:,}, the largest rank that a matrix it sits on can have: the "
-                          f"adapter would be larger than what it changes; give a lora_r far below {largest:,}")
+        raise ConfigError(
+            f"lora_r {rank:,} is above {largest:,}, the largest rank that a matrix it sits on can have: the "
+            f"adapter would be larger than what it changes; give a lora_r far below {largest:,}"
+        )
 
 
 def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraConfig:
-    """peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the same,
-    else by full names. Raises ConfigError as that and `check_rank`."""
+    """peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the
+    same, else by full names. Raises ConfigError as that and `check_rank`."""
     modules, parameters = lora_targets(model, config)
     check_rank(model, modules, parameters, config.lora_r)
-    same = dict(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none",
-                target_parameters=parameters or None)
+    same = dict(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias="none",
+        target_parameters=parameters or None,
+    )
     names = [w for w in config.lora_modules if any(fits(name, w) for name in modules)]
     decoder, (first, last) = find_decoder(model), config.lora_layers
-    short = LoraConfig(target_modules=names, layers_to_transform=list(range(first, last + 1)),
-                       layers_pattern=blocks_name(decoder, num_blocks(model)), **same)
+    short = LoraConfig(
+        target_modules=names,
+        layers_to_transform=list(range(first, last + 1)),
+        layers_pattern=blocks_name(decoder, num_blocks(model)),
+        **same,
+    )
     matched = {name for name, _ in model.named_modules() if check_target_module_exists(short, name)}
     return short if modules and matched == set(modules) else LoraConfig(target_modules=modules, **same)
 
 # %% ../../nbs/step/04_models.ipynb #d4b9dfb7
 def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
-    """The student: `model` with a fresh LoRA adapter on what `lora_targets` finds in the blocks `config.lora_layers` (first to
-    last, inclusive). The adapter's weights depend on `config.seed` alone and start as an exact no-op (B = 0); they are float32
-    whatever the base's dtype. Raises ConfigError where a layer is beyond the model, is the last block in mode `hidden_states`,
-    for what `lora_config` refuses, and where peft or transformers cannot do what is asked."""
+    """The student: `model` with a fresh LoRA adapter on what `lora_targets` finds in the blocks
+    `config.lora_layers` (first to last, inclusive). The adapter's weights depend on `config.seed` alone and
+    start as an exact no-op (B = 0); they are float32 whatever the base's dtype. Raises ConfigError where a
+    layer is beyond the model, is the last block in mode `hidden_states`, for what `lora_config` refuses, and
+    where peft or transformers cannot do what is asked."""
     check_layers(config, num_blocks(model))
     lora = lora_config(model, config)
     wanted = {*lora.target_modules, *(lora.target_parameters or ())}
@@ -448,7 +649,10 @@ def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMod
         # peft calls what transformers is about to rename, and says that GPT-2's linears are transposed
         warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out).*")
         torch.manual_seed(config.seed)
-        with in_words(f"peft cannot adapt {', '.join(short_names(n.removesuffix('.weight') for n in wanted))} of this {type(model).__name__}"):
+        with in_words(
+            f"peft cannot adapt {', '.join(short_names(n.removesuffix('.weight') for n in wanted))} of this "
+            f"{type(model).__name__}"
+        ):
             student = get_peft_model(model, lora)
         if config.gradient_checkpointing:
             with in_words("gradient_checkpointing cannot be had, leave it off"):
@@ -457,48 +661,71 @@ def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMod
 
 # %% ../../nbs/step/04_models.ipynb #c31adeec
 def reach(student: PeftModel, config: CircuitBreakerConfig) -> list[dict]:
-    """One record for each block of `config.lora_layers` and kind of weight in it: `{"block", "kind", "parameters",
-    "reached"}`, the latter two in numbers of base parameters: how many there are, and how many LoRA sits on."""
+    """One record for each block of `config.lora_layers` and kind of weight in it: `{"block", "kind",
+    "parameters", "reached"}`, the latter two in numbers of base parameters: how many there are, and how many
+    LoRA sits on."""
     first, last = config.lora_layers
     records = []
     for number in range(first, last + 1):
         block, counts = decoder_blocks(student)[number], {}
         layers = [m for m in block.modules() if isinstance(m, LoraLayer)]
-        adapted = {id(m.get_param() if hasattr(m, "get_param") else m.get_base_layer().weight) for m in layers}
+        adapted = {
+            id(m.get_param() if hasattr(m, "get_param") else m.get_base_layer().weight) for m in layers
+        }
         for path, p in block.named_parameters():
-            if "lora_" in path: continue
-            size = math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()  # 4 bits are packed
+            if "lora_" in path:
+                continue
+            # 4 bits are packed
+            size = math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()
             count = counts.setdefault(weight_kind(block, path), [0, 0])
             count[0] += size
             count[1] += size * (id(p) in adapted)
-        records += [{"block": number, "kind": kind, "parameters": n, "reached": r} for kind, (n, r) in counts.items()]
+        records += [
+            {"block": number, "kind": kind, "parameters": n, "reached": r} for kind, (n, r) in counts.items()
+        ]
     return records
 
 
 def reach_shares(records: list[dict]) -> dict[str, float]:
-    "`{kind: share reached}` of the records of `reach`, `all` first; kinds in which there is nothing to reach are left out."
-    def share(rows): return sum(r["reached"] for r in rows) / sum(r["parameters"] for r in rows)
+    """`{kind: share reached}` of the records of `reach`, `all` first; kinds in which there is nothing to
+    reach are left out."""
+
+    def share(rows):
+        return sum(r["reached"] for r in rows) / sum(r["parameters"] for r in rows)
+
     kinds = [*KINDS, "other"]
-    return {"all": share(records)} | {k: share(rows) for k in kinds if (rows := [r for r in records if r["kind"] == k])}
+    return {"all": share(records)} | {
+        k: share(rows) for k in kinds if (rows := [r for r in records if r["kind"] == k])
+    }
 
 
 def reach_line(records: list[dict]) -> str:
     "What `reach` found, in one line."
     shares, blocks = reach_shares(records), sorted({r["block"] for r in records})
     bare = [b for b in blocks if not any(r["reached"] for r in records if r["block"] == b)]
-    return (f"LoRA reaches {100 * shares['all']:.0f} % of the parameters of blocks {blocks[0]} to {blocks[-1]}: "
-            + ", ".join(f"{k} {100 * s:.0f} %" for k, s in shares.items() if k not in ("all", "other"))
-            + (f"; nothing in block{'s' * (len(bare) > 1)} {', '.join(map(str, bare))}" if bare else ""))
+    return (
+        f"LoRA reaches {100 * shares['all']:.0f} % of the parameters of blocks {blocks[0]} to {blocks[-1]}: "
+        + ", ".join(f"{k} {100 * s:.0f} %" for k, s in shares.items() if k not in ("all", "other"))
+        + (f"; nothing in block{'s' * (len(bare) > 1)} {', '.join(map(str, bare))}" if bare else "")
+    )
 
 # %% ../../nbs/step/04_models.ipynb #a64e3b75
 @contextmanager
 def teacher_mode(student: PeftModel):
-    """Inside, `student` is its own teacher: adapter off, eval mode (no dropout), no gradient. Outside, every module is as before.
-    The modules are switched one by one: peft's `disable_adapter` also reads the state of every layer and sets `requires_grad`
-    twice, at each pass of a teacher. Raises RuntimeError where a release of peft does not know the switch."""
+    """Inside, `student` is its own teacher: adapter off, eval mode (no dropout), no gradient. Outside, every
+    module is as before. The modules are switched one by one: peft's `disable_adapter` also reads the state of
+    every layer and sets `requires_grad` twice, at each pass of a teacher. Raises RuntimeError where a release
+    of peft does not know the switch."""
     modules = list(student.modules())
-    training, needed = [m for m in modules if m.training], [p for p in student.parameters() if p.requires_grad]
-    adapted = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not m.disable_adapters]
+    training, needed = (
+        [m for m in modules if m.training],
+        [p for p in student.parameters() if p.requires_grad],
+    )
+    adapted = [
+        m
+        for m in modules
+        if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not m.disable_adapters
+    ]
 
     def switch(on: bool) -> None:
         for m in training:
@@ -509,7 +736,10 @@ def teacher_mode(student: PeftModel):
     try:
         switch(False)
         if not all(m.disable_adapters for m in adapted):
-            raise RuntimeError(f"the adapter cannot be switched off in peft {peft.__version__}; install the version of constraints.txt")
+            raise RuntimeError(
+                f"the adapter cannot be switched off in peft {peft.__version__}; install the version of "
+                "constraints.txt"
+            )
         with torch.no_grad():
             yield student
     finally:
@@ -523,22 +753,30 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
     for what in ("vocab_size", "num_hidden_layers", "hidden_size"):
         ours, theirs = (getattr(m.config.get_text_config(), what) for m in (student, teacher))
         if ours != theirs:
-            raise ValueError(f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's shape.")
+            raise ValueError(
+                f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's "
+                "shape."
+            )
 
 # %% ../../nbs/step/04_models.ipynb #9f0e0839
 def write_adapter(student: PeftModel, folder: str | Path) -> None:
-    """Writes the adapter to `folder` as peft does, with whatever else is trained (peft's `modules_to_save`). Given its weights, peft does not
-    ask for the base's, which other processes may hold parts of, nor a hub whether the frozen embeddings belong to it."""
-    weights = {name: p.detach() for name, p in student.named_parameters() if "lora_" in name or p.requires_grad}
+    """Writes the adapter to `folder` as peft does, with whatever else is trained (peft's `modules_to_save`).
+    Given its weights, peft does not ask for the base's, which other processes may hold parts of, nor a hub
+    whether the frozen embeddings belong to it."""
+    weights = {
+        name: p.detach() for name, p in student.named_parameters() if "lora_" in name or p.requires_grad
+    }
     student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False, state_dict=weights)
 
 
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:
-    """Writes the adapter (safetensors and its configuration) to `folder`, which plain `peft.PeftModel.from_pretrained` loads.
-    It is written under a temporary name and renamed, in the place of an adapter that is already there; of several processes, by the first. Raises
-    `Held` where `folder` is of a run that another process has taken over (`cbnb.basics.lease.check_lease`)."""
+    """Writes the adapter (safetensors and its configuration) to `folder`, which plain
+    `peft.PeftModel.from_pretrained` loads. It is written under a temporary name and renamed, in the place of
+    an adapter that is already there; of several processes, by the first. Raises `Held` where `folder` is of a
+    run that another process has taken over (`cbnb.basics.lease.check_lease`)."""
     folder = Path(folder)
-    if not is_first(): return folder
+    if not is_first():
+        return folder
     check_lease(folder.parent)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     try:

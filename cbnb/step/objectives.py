@@ -22,15 +22,19 @@ __all__ = ['rr', 'rr_kl', 'Pair', 'Objective', 'reroute_cosine', 'retain_distanc
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
-    "Hidden states [M, d] of the same tokens after the same block: the `student`'s, differentiable, and the `teacher`'s."
+    """Hidden states [M, d] of the same tokens after the same block: the `student`'s, differentiable, and the
+    `teacher`'s."""
+
     student: torch.Tensor
     teacher: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`reroute(harmful, benign, config)` → [M] for the harmful tokens, `retain(harmful, benign, config)` → [N] for the benign ones, of one block; both get both
-    `Pair`s of the micro-batch. `weights(config, c_s, c_r)` → the factors of `reroute`, `retain` and `kl`, from the coefficients of the schedule."""
+    """`reroute(harmful, benign, config)` → [M] for the harmful tokens, `retain(harmful, benign, config)` →
+    [N] for the benign ones, of one block; both get both `Pair`s of the micro-batch. `weights(config, c_s,
+    c_r)` → the factors of `reroute`, `retain` and `kl`, from the coefficients of the schedule."""
+
     reroute: Callable
     retain: Callable
     weights: Callable
@@ -42,7 +46,8 @@ def reroute_cosine(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) ->
 
 
 def retain_distance(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) -> torch.Tensor:
-    "L2 distance of student and teacher of each benign token, relative to the teacher's norm if `config.retain_relative` (Zou et al. 2024, arXiv 2406.04313)."
+    """L2 distance of student and teacher of each benign token, relative to the teacher's norm if
+    `config.retain_relative` (Zou et al. 2024, arXiv 2406.04313)."""
     return token_retain(*benign, relative=config.retain_relative)
 
 
@@ -61,84 +66,134 @@ rr_kl = Objective(reroute_cosine, retain_distance, rr_kl_weights)
 
 # %% ../../nbs/step/02_objectives.ipynb #375fdc8c
 def find_objective(name: str) -> Objective:
-    "The `Objective` of that name, or of `module:name`. Raises ConfigError where there is none, or it is something else."
+    """The `Objective` of that name, or of `module:name`. Raises ConfigError where there is none, or it is
+    something else."""
     found = OBJECTIVES.get(name, name)
     if isinstance(found, str):
         module, _, attribute = found.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as e:  # whatever a module of the user's raises
-            raise ConfigError(f"the objective {name!r} cannot be imported: {type(e).__name__}: {e}; is its folder on PYTHONPATH?") from e
+            raise ConfigError(
+                f"the objective {name!r} cannot be imported: {type(e).__name__}: {e}; is its folder on "
+                "PYTHONPATH?"
+            ) from e
     if not isinstance(found, Objective):
-        raise ConfigError(f"the objective {name!r} is a {type(found).__name__}: make it a cbnb.step.objectives.Objective")
+        raise ConfigError(
+            f"the objective {name!r} is a {type(found).__name__}: make it a cbnb.step.objectives.Objective"
+        )
     return found
 
 # %% ../../nbs/step/02_objectives.ipynb #e351f39b
-def term_factors(objective: Objective, config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
-    "What `objective.weights` gives. Raises ConfigError unless these are three finite numbers, of reroute, retain and kl."
-    try: weights = objective.weights(config, c_s, c_r)
-    except Exception as e: raise ConfigError(f"the weights of objective {config.objective} raise {type(e).__name__}: {e}") from e
+def term_factors(
+    objective: Objective, config: CircuitBreakerConfig, c_s: float, c_r: float
+) -> dict[str, float]:
+    """What `objective.weights` gives. Raises ConfigError unless these are three finite numbers, of reroute,
+    retain and kl."""
+    try:
+        weights = objective.weights(config, c_s, c_r)
+    except Exception as e:
+        raise ConfigError(f"the weights of objective {config.objective} raise {type(e).__name__}: {e}") from e
     fits = isinstance(weights, dict) and weights.keys() == {"reroute", "retain", "kl"}
     if not fits or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
-        raise ConfigError(f"the weights of objective {config.objective} are {weights}: give finite numbers for reroute, retain and kl, and for nothing else")
+        raise ConfigError(
+            f"the weights of objective {config.objective} are {weights}: give finite numbers for reroute, "
+            "retain and kl, and for nothing else"
+        )
     return weights
 
 
 def random_pairs(width: int) -> tuple[Pair, Pair]:
-    "Harmful and benign states, [3, width] and [5, width], float32, always the same; the student's want a gradient."
+    """Harmful and benign states, [3, width] and [5, width], float32, always the same; the student's want a
+    gradient."""
     draw = torch.Generator().manual_seed(0)
-    return tuple(Pair(torch.randn(n, width, generator=draw).requires_grad_(), torch.randn(n, width, generator=draw)) for n in (3, 5))
+    return tuple(
+        Pair(torch.randn(n, width, generator=draw).requires_grad_(), torch.randn(n, width, generator=draw))
+        for n in (3, 5)
+    )
 
 
 def ignored(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
-    """Those of retain_weight, beta_kl, retain_relative and retain_layers that change nothing that `objective` makes of `config`.
+    """Those of retain_weight, beta_kl, retain_relative and retain_layers that change nothing that `objective`
+    makes of `config`.
 
-    The first two are asked of its weights, retain_relative of its retain term for random states; without a retain term
-    (weight 0) the last two change nothing. A retain term that cannot be computed from random states [M, 8] is taken to use them."""
+    The first two are asked of its weights, retain_relative of its retain term for random states; without a
+    retain term (weight 0) the last two change nothing. A retain term that cannot be computed from random
+    states [M, 8] is taken to use them."""
     weights = term_factors(objective, config, 1.0, 1.0)
-    found = [name for name in ("retain_weight", "beta_kl")
-             if term_factors(objective, replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0) == weights]
-    if not weights["retain"] and "retain_weight" in found: return [*found, "retain_relative", "retain_layers"]
+    found = [
+        name
+        for name in ("retain_weight", "beta_kl")
+        if term_factors(objective, replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0)
+        == weights
+    ]
+    if not weights["retain"] and "retain_weight" in found:
+        return [*found, "retain_relative", "retain_layers"]
     harmful, benign = random_pairs(8)
-    try: one, other = (objective.retain(harmful, benign, replace(config, retain_relative=r)) for r in (True, False))
-    except Exception: return found  # one that was made for the width of one model
+    try:
+        one, other = (
+            objective.retain(harmful, benign, replace(config, retain_relative=r)) for r in (True, False)
+        )
+    except Exception:
+        return found  # one that was made for the width of one model
     return [*found, "retain_relative"] if torch.equal(one, other) else found
 
 
 def check_objective(config: CircuitBreakerConfig, given: dict) -> list[str]:
-    """Raises ConfigError for a setting among those `given` ({name: value}, None: not given) that the objective of `config` ignores; returns a sentence where it
-    ignores `beta_kl`, which every run is given."""
+    """Raises ConfigError for a setting among those `given` ({name: value}, None: not given) that the
+    objective of `config` ignores; returns a sentence where it ignores `beta_kl`, which every run is given."""
     told = []
     for name in ignored(find_objective(config.objective), config):
-        if name == "beta_kl": told.append(f"objective {config.objective} has no KL term: beta_kl {config.beta_kl:g} changes nothing, the KL is measured only")
+        if name == "beta_kl":
+            told.append(
+                f"objective {config.objective} has no KL term: beta_kl {config.beta_kl:g} changes nothing, "
+                "the KL is measured only"
+            )
         elif given.get(name) is not None:
-            raise ConfigError(f"{name} {given[name]} would do nothing: the objective {config.objective} makes nothing of it; leave it out")
+            raise ConfigError(
+                f"{name} {given[name]} would do nothing: the objective {config.objective} makes nothing of "
+                "it; leave it out"
+            )
     return told
-
 
 # %% ../../nbs/step/02_objectives.ipynb #d8e2be3b
 def token_terms(name: str, values, tokens: int) -> torch.Tensor:
-    """What an objective's term `name` gives for so many `tokens`. Raises ConfigError unless that is one number a token,
-    [tokens]: a mean would be divided by the tokens twice."""
+    """What an objective's term `name` gives for so many `tokens`. Raises ConfigError unless that is one
+    number a token, [tokens]: a mean would be divided by the tokens twice."""
     shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
     if shape != [tokens]:
-        raise ConfigError(f"the objective's {name} gives {shape} for {tokens} tokens: it has to give one number a token, [{tokens}]")
+        raise ConfigError(
+            f"the objective's {name} gives {shape} for {tokens} tokens: it has to give one number a token, "
+            f"[{tokens}]"
+        )
     return values
 
 
 def check_terms(config: CircuitBreakerConfig, width: int) -> None:
-    """Tries the terms of the objective of `config` that have a weight on random states of the model's `width`.
+    """Tries the terms of the objective of `config` that have a weight on random states of the model's
+    `width`.
 
     Raises ConfigError, naming the term, for one that raises, gives another shape than one number a token
     (`token_terms`), is not finite there, or does not depend on the student's states."""
     objective, (harmful, benign) = find_objective(config.objective), random_pairs(width)
     weights = term_factors(objective, config, 1.0, 1.0)
     for name, own in (("reroute", harmful), ("retain", benign)):
-        if not weights[name]: continue
-        try: values = getattr(objective, name)(harmful, benign, config)
-        except Exception as e: raise ConfigError(f"the objective {config.objective}: {name} raises {type(e).__name__}: {e}") from e
+        if not weights[name]:
+            continue
+        try:
+            values = getattr(objective, name)(harmful, benign, config)
+        except Exception as e:
+            raise ConfigError(
+                f"the objective {config.objective}: {name} raises {type(e).__name__}: {e}"
+            ) from e
         values = token_terms(name, values, len(own.student))
         if not values.isfinite().all():
-            raise ConfigError(f"the objective {config.objective}: {name} is not finite for random hidden states; look for a division by 0, a root or a logarithm")
+            raise ConfigError(
+                f"the objective {config.objective}: {name} is not finite for random hidden states; look for "
+                "a division by 0, a root or a logarithm"
+            )
         if not values.requires_grad:
-            raise ConfigError(f"the objective {config.objective}: {name} does not depend on the student's hidden states (is something detached?), so it trains nothing")
+            raise ConfigError(
+                f"the objective {config.objective}: {name} does not depend on the student's hidden states "
+                "(is something detached?), so it trains nothing"
+            )

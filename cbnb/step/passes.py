@@ -18,22 +18,28 @@ from .models import decoder_blocks, forward_with_hidden_states, teacher_mode, to
 __all__ = ['ADAPTED', 'first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
 
 # %% ../../nbs/step/05_passes.ipynb #05bd23c2
-ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")  # in names of what LoRA adds, whether trained or not
+# in names of what LoRA adds, whether trained or not
+ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")
 
 
 def first_adapted_block(student: PeftModel) -> int | None:
-    """The first block in which the adapter, or anything else that is trained, sits: below it student and teacher are one. None where something outside
-    the blocks, the embeddings perhaps, differs."""
-    where = {id(p): block for block, module in enumerate(decoder_blocks(student)) for p in module.parameters()}
-    differs = [p for name, p in student.named_parameters() if p.requires_grad or any(w in name for w in ADAPTED)]
+    """The first block in which the adapter, or anything else that is trained, sits: below it student and
+    teacher are one. None where something outside the blocks, the embeddings perhaps, differs."""
+    where = {
+        id(p): block for block, module in enumerate(decoder_blocks(student)) for p in module.parameters()
+    }
+    differs = [
+        p for name, p in student.named_parameters() if p.requires_grad or any(w in name for w in ADAPTED)
+    ]
     blocks = [where.get(id(p)) for p in differs]
     return None if None in blocks or not blocks else min(blocks)
 
 
 @contextmanager
 def block_calls(model: nn.Module, first: int):
-    """Inside, a forward pass fills the yielded dict: `{block: (positional arguments behind the hidden states, keyword arguments)}` for every block from `first`
-    on, and under `"start"` the hidden states that block `first` got, as the model has them: [B, S, d], or several streams of them."""
+    """Inside, a forward pass fills the yielded dict: `{block: (positional arguments behind the hidden states,
+    keyword arguments)}` for every block from `first` on, and under `"start"` the hidden states that block
+    `first` got, as the model has them: [B, S, d], or several streams of them."""
     calls = {}
 
     def keep(block):
@@ -43,9 +49,14 @@ def block_calls(model: nn.Module, first: int):
             calls[block] = args, kwargs
             if block == first:
                 calls["start"] = hidden
+
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(block), with_kwargs=True) for block, module in enumerate(decoder_blocks(model)) if block >= first]
+    handles = [
+        module.register_forward_pre_hook(keep(block), with_kwargs=True)
+        for block, module in enumerate(decoder_blocks(model))
+        if block >= first
+    ]
     try:
         yield calls
     finally:
@@ -54,9 +65,11 @@ def block_calls(model: nn.Module, first: int):
 
 
 def replay(model: nn.Module, calls: dict, layers, rows: tuple[int, int], norm: nn.Module | None = None):
-    """Runs the blocks of `calls` (see `block_calls`) again, from its start, as `model` is now → `({layer: [B, S, d]}, final hidden states or None)`.
+    """Runs the blocks of `calls` (see `block_calls`) again, from its start, as `model` is now → `({layer: [B,
+    S, d]}, final hidden states or None)`.
 
-    `rows`: their shape, (B, S). `norm`: what follows the last block; None where no final hidden states are wanted. Layers below the first block are not in the result."""
+    `rows`: their shape, (B, S). `norm`: what follows the last block; None where no final hidden states are
+    wanted. Layers below the first block are not in the result."""
     hidden, kept = calls["start"], {}
     blocks = decoder_blocks(model)
     for block in sorted(b for b in calls if b != "start"):
@@ -69,27 +82,45 @@ def replay(model: nn.Module, calls: dict, layers, rows: tuple[int, int], norm: n
 
 # %% ../../nbs/step/05_passes.ipynb #8bb2b5ef
 def one_pass(model: nn.Module, rows: dict, config: CircuitBreakerConfig, final: bool = False, layers=None):
-    """`(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `layers`, by default `config.target_layers`, and, with `final`, the final hidden states
-    [B, S, d], normed. Without it the pass ends at the highest of the layers, where `config.savings` has `early_exit`. The last block's output is read by a hook
-    whatever `config.hidden_state_mode`, where a caller asks for layers of its own."""
+    """`(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `layers`, by default
+    `config.target_layers`, and, with `final`, the final hidden states [B, S, d], normed. Without it the pass
+    ends at the highest of the layers, where `config.savings` has `early_exit`. The last block's output is
+    read by a hook whatever `config.hidden_state_mode`, where a caller asks for layers of its own."""
     mode = config.hidden_state_mode if layers is None else "hooks"
     layers = config.target_layers if layers is None else layers
     blocks = None if final or "early_exit" not in config.savings else max(layers) + 1
     return forward_with_hidden_states(model, rows["input_ids"], rows["attention_mask"], layers, mode, blocks)
 
 
-def teacher_pass(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, final: bool = False, layers=None):
-    "`one_pass` of the teacher without gradient: of `teacher`, or of the student with its adapter off where that is None."
+def teacher_pass(
+    student: PeftModel,
+    teacher: nn.Module | None,
+    rows: dict,
+    config: CircuitBreakerConfig,
+    final: bool = False,
+    layers=None,
+):
+    """`one_pass` of the teacher without gradient: of `teacher`, or of the student with its adapter off where
+    that is None."""
     with teacher_mode(student) if teacher is None else torch.no_grad():
         return one_pass(student if teacher is None else teacher, rows, config, final, layers)
 
 
-def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, config: CircuitBreakerConfig, norm: nn.Module | None = None, final: bool = False,
-                layers=None):
-    """`((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows, as `one_pass` gives them.
+def both_passes(
+    student: PeftModel,
+    teacher: nn.Module | None,
+    rows: dict,
+    config: CircuitBreakerConfig,
+    norm: nn.Module | None = None,
+    final: bool = False,
+    layers=None,
+):
+    """`((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows, as `one_pass` gives
+    them.
 
-    `teacher` None is the student with its adapter off. `norm`: the module between the last block and the output layer (`cbnb.step.heads`), which a shared
-    prefix needs where `final` is asked for. `layers`: as in `one_pass`. What is left out is said by `config.savings`."""
+    `teacher` None is the student with its adapter off. `norm`: the module between the last block and the
+    output layer (`cbnb.step.heads`), which a shared prefix needs where `final` is asked for. `layers`: as in
+    `one_pass`. What is left out is said by `config.savings`."""
     may_share = teacher is None and "shared_prefix" in config.savings and (norm is not None or not final)
     first = first_adapted_block(student) if may_share else None
     if first is None:
@@ -98,4 +129,5 @@ def both_passes(student: PeftModel, teacher: nn.Module | None, rows: dict, confi
     with block_calls(student, first) as calls:
         target = teacher_pass(student, teacher, rows, config, final, layers)
     hidden, last = replay(student, calls, target[0], rows["input_ids"].shape, norm if final else None)
-    return ({layer: hidden.get(layer, theirs) for layer, theirs in target[0].items()}, last), target  # below the first adapted block the two are one
+    # below the first adapted block the two are one
+    return ({layer: hidden.get(layer, theirs) for layer, theirs in target[0].items()}, last), target

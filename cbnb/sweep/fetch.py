@@ -15,31 +15,48 @@ from ..basics.terminal import error_text, first_line
 
 # %% ../../nbs/sweep/02_fetch.ipynb #8361d8c8
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-UNWANTED = ("original/*", "consolidated*")   # the same weights once more, in the format of the model's makers
+UNWANTED = ("original/*", "consolidated*")  # the same weights once more, in the format of the model's makers
 
 
 class FetchError(Exception):
     "A model that cannot be fetched; the text is one sentence that says why and what to do."
+
     __str__ = error_text
 
 
 def reason(model, error):
     "The sentence for what huggingface_hub raised."
-    if isinstance(error, GatedRepoError): return f"{model} is gated: accept its terms at https://huggingface.co/{model}, then log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError): return f"{model} has no such revision: look at https://huggingface.co/{model}/commits/main"
-    if isinstance(error, RepositoryNotFoundError): return f"{model} is not on the hub, or is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{model} is gated: accept its terms at https://huggingface.co/{model}, then log in with `hf "
+            "auth login`"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{model} has no such revision: look at https://huggingface.co/{model}/commits/main"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{model} is not on the hub, or is private: check the name, or log in with `hf auth login`"
     return f"{model} cannot be fetched: {first_line(error)}"
 
 
 def fetch(model, revision=None, cache=None):
-    """Downloads what training loads of the hub id `model` (configuration, tokenizer, chat template, weights as safetensors; nothing pickled) at `revision`
-    (branch, tag or commit; default main) into the folder `cache` (default: huggingface_hub's own, `HF_HUB_CACHE`). Returns the path of the snapshot.
+    """Downloads what training loads of the hub id `model` (configuration, tokenizer, chat template, weights
+    as safetensors; nothing pickled) at `revision` (branch, tag or commit; default main) into the folder
+    `cache` (default: huggingface_hub's own, `HF_HUB_CACHE`). Returns the path of the snapshot.
 
     What is there already is not loaded again, and a broken download goes on. Raises FetchError."""
-    if model == "tinyagent" or Path(model).expanduser().is_dir(): raise FetchError(f"{model} is on this machine already: give it as it is")
-    try: path = huggingface_hub.snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-    except (OSError, ValueError, RuntimeError) as e: raise FetchError(reason(model, e)) from e
+    if model == "tinyagent" or Path(model).expanduser().is_dir():
+        raise FetchError(f"{model} is on this machine already: give it as it is")
+    try:
+        path = huggingface_hub.snapshot_download(
+            model, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED
+        )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise FetchError(reason(model, e)) from e
     path = Path(path)
-    for pattern, what in (("config.json", "no config.json: it is no transformers model"), ("*.safetensors", "no weights as safetensors: pickled ones are not loaded")):
-        if not any(path.glob(pattern)): raise FetchError(f"{model} holds {what}")
+    for pattern, what in (
+        ("config.json", "no config.json: it is no transformers model"),
+        ("*.safetensors", "no weights as safetensors: pickled ones are not loaded"),
+    ):
+        if not any(path.glob(pattern)):
+            raise FetchError(f"{model} holds {what}")
     return path

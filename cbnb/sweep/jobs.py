@@ -24,87 +24,137 @@ from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
-from .spec import check_start, check_settings, complete, find_file, notebook_parameters, plan_sweep, prepare_run, write_sweep
 from ..basics.files import named
-from ..basics.jsonfiles import write_owned
-from ..run.status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
+from ..basics.jsonfiles import RunError, write_json, write_owned
 from ..basics.lease import Held, NotOwn, check_own, give_back, take_lease
 from ..basics.reading import read_text
-from ..run.directory import close_run, fresh_folder
-from ..run.stages import Run, named_state, now, read_status, set_status, still_running
+from ..basics.terminal import say, visible
 from ..run.code import code_state
+from ..run.directory import close_run, fresh_folder
 from ..run.parameters import parameters_hash
 from ..run.records import read_record
-from ..basics.jsonfiles import RunError, write_json
-from ..basics.terminal import say, visible
+from ..run.stages import Run, named_state, now, read_status, set_status, still_running
+from ..run.status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
+from cbnb.sweep.spec import (
+    check_settings,
+    check_start,
+    complete,
+    find_file,
+    notebook_parameters,
+    plan_sweep,
+    prepare_run,
+    write_sweep,
+)
 
 # %% ../../nbs/sweep/01_jobs.ipynb #26878996
 def papermill(notebook, out, *arguments):
-    """The argument list that runs a notebook by papermill (`cbnb.run.execute`) with this Python; `arguments` as
-    papermill takes them."""
+    """The argument list that runs a notebook by papermill (`cbnb.run.execute`) with this Python; `arguments`
+    as papermill takes them."""
     return [sys.executable, "-m", "cbnb.run.execute", str(notebook), str(out), *map(str, arguments)]
 
 
 def run_command(path):
-    "The argument list that starts the next attempt of the prepared run directory `path`. Raises `RunError` where that is not as it was prepared (`check_start`)."
-    if path.exists(): check_start(path)
+    """The argument list that starts the next attempt of the prepared run directory `path`. Raises `RunError`
+    where that is not as it was prepared (`check_start`)."""
+    if path.exists():
+        check_start(path)
     attempt = (read_status(path).get("attempt") or 0) + 1 if path.exists() else 1
-    return papermill(path / "notebook.ipynb", path / f"out.{attempt}.ipynb", "-f", path / "params.json", "-p", "run_dir", path)
+    return papermill(
+        path / "notebook.ipynb",
+        path / f"out.{attempt}.ipynb",
+        "-f",
+        path / "params.json",
+        "-p",
+        "run_dir",
+        path,
+    )
 
 # %% ../../nbs/sweep/01_jobs.ipynb #593faf19
 @contextmanager
 def interrupts():
-    """Within it Ctrl-C and SIGTERM only count up in the list that it gives: the first asks for an end, the second wants it at once. Outside of the main
-    thread, which alone hears signals, it does nothing."""
+    """Within it Ctrl-C and SIGTERM only count up in the list that it gives: the first asks for an end, the
+    second wants it at once. Outside of the main thread, which alone hears signals, it does nothing."""
     asked = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try: yield asked
+    before = {
+        number: signal.signal(number, lambda *_: asked.append(1))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield asked
     finally:
-        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 # %% ../../nbs/sweep/01_jobs.ipynb #f5be605e
 def kill_run(process, path):
-    "Ends a papermill `process` and the kernel of its run directory `path` at once; a run that had begun is interrupted then."
+    """Ends a papermill `process` and the kernel of its run directory `path` at once; a run that had begun is
+    interrupted then."""
     status = read_quietly(path)[0]
     if named_state(status) == "live":
-        try: os.kill(status["pid"], signal.SIGKILL)
-        except OSError: pass
-    try: os.killpg(process.pid, signal.SIGKILL)   # its own session, see `start`
-    except OSError: pass
+        try:
+            os.kill(status["pid"], signal.SIGKILL)
+        except OSError:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session, see `start`
+    except OSError:
+        pass
     process.wait()
-    if status.get("state") == "running": set_status(Run(path), "interrupted", error="killed by a second interrupt")
+    if status.get("state") == "running":
+        set_status(Run(path), "interrupted", error="killed by a second interrupt")
 
 
 def start(command, log, threads):
-    """Starts `command` (an argument list) with its output appended to the file `log` (None: this terminal), in a session of its own: a Ctrl-C in the
-    terminal is ours to pass on. Its files are private."""
+    """Starts `command` (an argument list) with its output appended to the file `log` (None: this terminal),
+    in a session of its own: a Ctrl-C in the terminal is ours to pass on. Its files are private."""
     environment = {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": str(threads)} | dict(os.environ)
     out = open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") if log else None
-    try: return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
-                                 start_new_session=True, umask=0o077)
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
+            umask=0o077,
+        )
     finally:
-        if out: out.close()
+        if out:
+            out.close()
 
 # %% ../../nbs/sweep/01_jobs.ipynb #ed7ee9c4
 def work(tasks, workers, tell=say, every=30.0):
-    """Runs `tasks`, a list of `(run directory, argument list, log file or None)`, `workers` at a time; returns `({path: (state, exit status)}, interrupted)`.
+    """Runs `tasks`, a list of `(run directory, argument list, log file or None)`, `workers` at a time;
+    returns `({path: (state, exit status)}, interrupted)`.
 
-    A line of progress a run is kept up to date on a terminal, else told `every` so many seconds. The first Ctrl-C asks the running ones to stop with
-    a checkpoint and waits for them, the second kills them; what was not started stays as it is."""
+    A line of progress a run is kept up to date on a terminal, else told `every` so many seconds. The first
+    Ctrl-C asks the running ones to stop with a checkpoint and waits for them, the second kills them; what was
+    not started stays as it is."""
     from tqdm import tqdm
-    def ended_state(path, code, killed):   # a status that cannot be read ends no other run
-        try: state = read_status(path).get("state", "failed") if killed else close_run(path, code)
-        except (RunError, OSError) as e: return "unreadable", str(e)
+
+    def ended_state(path, code, killed):  # a status that cannot be read ends no other run
+        try:
+            state = read_status(path).get("state", "failed") if killed else close_run(path, code)
+        except (RunError, OSError) as e:
+            return "unreadable", str(e)
         return state, read_quietly(path)[0].get("error")
+
     waiting, at_work, ended = deque(tasks), {}, {}
-    lines = [tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stderr, disable=None) for i in range(workers)]
+    lines = [
+        tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stderr, disable=None)
+        for i in range(workers)
+    ]
     threads = max(1, (os.cpu_count() or 1) // workers)
     told, looked = time.monotonic(), 0.0
+
     def say(text):
-        with tqdm.external_write_mode(file=sys.stdout): tell(text)
+        with tqdm.external_write_mode(file=sys.stdout):
+            tell(text)
+
     try:
         with interrupts() as asked:
             heard = 0
@@ -112,34 +162,50 @@ def work(tasks, workers, tell=say, every=30.0):
                 while waiting and len(at_work) < workers and not asked:
                     path, command, log = waiting.popleft()
                     at_work[path] = start(command, log, threads)
-                    if log: say(f"{path.name}: started, log in {log}")
+                    if log:
+                        say(f"{path.name}: started, log in {log}")
                 if len(asked) > heard:
                     heard = len(asked)
-                    say(f"{len(at_work)} running: they stop with a checkpoint; Ctrl-C again ends them at once, without it" if heard == 1 else "ending them at once")
+                    say(
+                        f"{len(at_work)} running: they stop with a checkpoint; Ctrl-C again ends them at "
+                        "once, without it"
+                        if heard == 1
+                        else "ending them at once"
+                    )
                 for path, process in list(at_work.items()):
-                    if heard > 1: kill_run(process, path)
-                    elif heard: (path / "stop").touch()   # again and again: a run that is opening removes it
-                    if process.poll() is None: continue
+                    if heard > 1:
+                        kill_run(process, path)
+                    elif heard:
+                        (path / "stop").touch()  # again and again: a run that is opening removes it
+                    if process.poll() is None:
+                        continue
                     del at_work[path]
                     state, error = ended_state(path, process.returncode, heard > 1)
                     ended[path] = state, process.returncode
-                    if len(tasks) > 1 or state != "done": say(f"{path.name}: {state}" + (f", {error}" if error and state != "done" else ""))
+                    if len(tasks) > 1 or state != "done":
+                        say(f"{path.name}: {state}" + (f", {error}" if error and state != "done" else ""))
                 if time.monotonic() - looked > 1:
                     looked = time.monotonic()
-                    for line, path in zip(lines, [*at_work, *[None] * workers]): line.set_description_str(visible(progress_words(path)) if path else "")
+                    for line, path in zip(lines, [*at_work, *[None] * workers]):
+                        line.set_description_str(visible(progress_words(path)) if path else "")
                     if lines[0].disable and looked - told > every:
                         told = looked
-                        for path in at_work: say(progress_words(path))
+                        for path in at_work:
+                            say(progress_words(path))
                 time.sleep(0.1)
             return ended, bool(asked)
     finally:
-        for path in at_work: (path / "stop").touch()   # an error here must not leave runs that nobody waits for
-        for line in lines: line.close()
+        # an error here must not leave runs that nobody waits for
+        for path in at_work:
+            (path / "stop").touch()
+        for line in lines:
+            line.close()
 
 # %% ../../nbs/sweep/01_jobs.ipynb #297fc1fe
 def job_environment():
-    """This environment for `sbatch`, without what an allocation put there: `SLURM_*` and the bindings `SBATCH_CPU_BIND*`, `SBATCH_MEM_BIND*` (they would bind
-    the new job as this one is bound). `SLURM_CONF` stays, and so do `SBATCH_PARTITION` and the like, which are the user's wishes (slurm/site.env)."""
+    """This environment for `sbatch`, without what an allocation put there: `SLURM_*` and the bindings
+    `SBATCH_CPU_BIND*`, `SBATCH_MEM_BIND*` (they would bind the new job as this one is bound). `SLURM_CONF`
+    stays, and so do `SBATCH_PARTITION` and the like, which are the user's wishes (slurm/site.env)."""
     leaks = ("SLURM", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
     return {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(leaks)}
 
@@ -147,13 +213,27 @@ def job_environment():
 def batch_script(name):
     "The path of slurm/<name>.sbatch. Raises `RunError` where it is not there: an installed package has none."
     path = find_file(f"slurm/{name}.sbatch")
-    if path is None: raise RunError(f"slurm/{name}.sbatch is neither here nor in the project: call it in the project's folder, or use --local")
+    if path is None:
+        raise RunError(
+            f"slurm/{name}.sbatch is neither here nor in the project: call it in the project's folder, or "
+            "use --local"
+        )
     return path
 
 
 def array_command(script, runs, offset, count, name, logs, *more):
-    "The argument list that submits `count` runs of the file `runs` (a folder a line) from line `offset` on as an array named `name`, logs into the folder `logs`."
-    return ["sbatch", *more, f"--array=0-{count - 1}", f"--job-name={name}", f"--output={logs}/%A_%a.out", str(script), str(runs), str(offset)]
+    """The argument list that submits `count` runs of the file `runs` (a folder a line) from line `offset` on
+    as an array named `name`, logs into the folder `logs`."""
+    return [
+        "sbatch",
+        *more,
+        f"--array=0-{count - 1}",
+        f"--job-name={name}",
+        f"--output={logs}/%A_%a.out",
+        str(script),
+        str(runs),
+        str(offset),
+    ]
 
 
 def name_in(command):
@@ -162,41 +242,71 @@ def name_in(command):
 
 
 def call_sbatch(command):
-    "What `sbatch` says to the argument list `command`, carried out in the project's folder: a finished process. Raises `RunError` where it does not answer."
+    """What `sbatch` says to the argument list `command`, carried out in the project's folder: a finished
+    process. Raises `RunError` where it does not answer."""
     folder = Path(next(word for word in command if word.endswith(".sbatch"))).parent.parent
-    try: return subprocess.run(command, cwd=folder, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60,
-                              umask=0o077)   # SLURM gives it to the job and its log
+    try:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=job_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            umask=0o077,
+        )  # SLURM gives it to the job and its log
     except (OSError, subprocess.SubprocessError) as e:
-        raise RunError(f"sbatch does not answer ({type(e).__name__}): look with squeue whether {name_in(command)} is there") from None
+        raise RunError(
+            f"sbatch does not answer ({type(e).__name__}): look with squeue whether {name_in(command)} is "
+            "there"
+        ) from None
 
 # %% ../../nbs/sweep/01_jobs.ipynb #jobids01
 def job_id(said):
-    """The job's id in what `sbatch --parsable` has printed, or None: that of the last line that is an id, `17` or `17;cluster`, or `Submitted batch job
-    17`. What a site prints around it (a banner, a quota) is no id."""
-    lines = (re.fullmatch(r"\s*(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*", line) for line in said.splitlines())
+    """The job's id in what `sbatch --parsable` has printed, or None: that of the last line that is an id,
+    `17` or `17;cluster`, or `Submitted batch job 17`. What a site prints around it (a banner, a quota) is no
+    id."""
+    lines = (
+        re.fullmatch(r"\s*(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*", line)
+        for line in said.splitlines()
+    )
     return next((found[1] for found in reversed(list(lines)) if found), None)
 
 
 def job_named(name):
-    "The id of this user's newest job with the `name`, of the queue or else of the last day's accounting; None where neither knows it."
-    def ids(said): return [int(line) for line in (said or "").splitlines() if line.strip().isdecimal()]
+    """The id of this user's newest job with the `name`, of the queue or else of the last day's accounting;
+    None where neither knows it."""
+
+    def ids(said):
+        return [int(line) for line in (said or "").splitlines() if line.strip().isdecimal()]
+
     user = str(os.getuid())
     found = ids(ask("squeue", "-h", "-u", user, "-n", name, "-o", "%F")) or ids(
-        ask("sacct", "-n", "-P", "-X", "-u", user, "-S", "now-1days", "--name", name, "-o", "JobIDRaw"))
+        ask("sacct", "-n", "-P", "-X", "-u", user, "-S", "now-1days", "--name", name, "-o", "JobIDRaw")
+    )
     return str(max(found)) if found else None
 
 
 def sbatch(command):
-    """Carries out an `sbatch --parsable …` argument list; returns the job's id, or None where sbatch has submitted the job but nothing tells its id.
+    """Carries out an `sbatch --parsable …` argument list; returns the job's id, or None where sbatch has
+    submitted the job but nothing tells its id.
 
-    Exit status 0 is a submission, whatever was printed; the id is looked for by the job's name where the output has none. After another exit status it is
-    looked for, too: a controller that answers late has taken the job all the same. Raises `RunError` with sbatch's own words: "refuses" where there is no
-    job, "does not answer" where nobody knows."""
+    Exit status 0 is a submission, whatever was printed; the id is looked for by the job's name where the
+    output has none. After another exit status it is looked for, too: a controller that answers late has taken
+    the job all the same. Raises `RunError` with sbatch's own words: "refuses" where there is no job, "does
+    not answer" where nobody knows."""
     done = call_sbatch(command)
-    if done.returncode == 0: return job_id(done.stdout) or job_named(name_in(command))
-    if job := job_named(name_in(command)): return job
+    if done.returncode == 0:
+        return job_id(done.stdout) or job_named(name_in(command))
+    if job := job_named(name_in(command)):
+        return job
     said = " ".join((done.stderr or done.stdout).split())[-500:] or done.returncode
-    if "timed out" in str(said).lower(): raise RunError(f"sbatch does not answer ({said}): look with squeue whether {name_in(command)} is there")
+    if "timed out" in str(said).lower():
+        raise RunError(
+            f"sbatch does not answer ({said}): look with squeue whether {name_in(command)} is there"
+        )
     raise RunError(f"sbatch refuses: {said}")
 
 # %% ../../nbs/sweep/01_jobs.ipynb #c73b22bc
@@ -206,63 +316,104 @@ def chunks(count, size):
 
 
 def next_submission(sweep):
-    "The number of the next submission of the folder `sweep`, from 1 on: its records are `jobs/<number>.json`, its runs `jobs/<number>.txt`."
+    """The number of the next submission of the folder `sweep`, from 1 on: its records are
+    `jobs/<number>.json`, its runs `jobs/<number>.txt`."""
     return max((int(p.stem) for p in (sweep / "jobs").glob("*.json") if p.stem.isdecimal()), default=0) + 1
 
 
 def array_name(sweep, number, offset):
-    "The job name of the array from `offset` on, or of the `report`, its own: a sweep of the same name in another runs folder gets another."
+    """The job name of the array from `offset` on, or of the `report`, its own: a sweep of the same name in
+    another runs folder gets another."""
     return f"cbnb-{sweep.name}-{parameters_hash({'sweep': str(sweep)})[:6]}-{number}-{offset}"
 
 
 def submit(sweep, names, tell=say):
-    """Submits the prepared runs `names` of the folder `sweep` to SLURM, in as many arrays as MaxArraySize asks for, and a report that follows them.
+    """Submits the prepared runs `names` of the folder `sweep` to SLURM, in as many arrays as MaxArraySize
+    asks for, and a report that follows them.
 
-    What is submitted stands in `sweep`/jobs/ before `sbatch` is called, so that a call that never comes back is found again by its name. Raises `RunError`."""
-    script, report, folder, logs = batch_script("ablation"), batch_script("report"), sweep / "jobs", sweep / "logs"
-    if "\n" in str(sweep): raise RunError(f"{str(sweep)!r} holds a line end: choose another runs folder")
-    for path in (folder, logs): path.mkdir(mode=0o700, exist_ok=True)
+    What is submitted stands in `sweep`/jobs/ before `sbatch` is called, so that a call that never comes back
+    is found again by its name. Raises `RunError`."""
+    script, report, folder, logs = (
+        batch_script("ablation"),
+        batch_script("report"),
+        sweep / "jobs",
+        sweep / "logs",
+    )
+    if "\n" in str(sweep):
+        raise RunError(f"{str(sweep)!r} holds a line end: choose another runs folder")
+    for path in (folder, logs):
+        path.mkdir(mode=0o700, exist_ok=True)
     number = next_submission(sweep)
     listing, record = folder / f"{number:04}.txt", {"submitted": now(), "arrays": [], "report": None}
     write_owned(listing, "".join(f"{sweep / name}\n" for name in names).encode())
-    def save(): write_json(folder / f"{number:04}.json", record)
+
+    def save():
+        write_json(folder / f"{number:04}.json", record)
+
     for offset, count in chunks(len(names), max_array_size()):
         name = array_name(sweep, number, offset)
-        record["arrays"].append({"name": name, "job": None, "offset": offset, "runs": names[offset:offset + count]})
+        record["arrays"].append(
+            {"name": name, "job": None, "offset": offset, "runs": names[offset : offset + count]}
+        )
         save()
-        try: record["arrays"][-1]["job"] = sbatch(array_command(script, listing, offset, count, name, logs, "--parsable"))
+        try:
+            record["arrays"][-1]["job"] = sbatch(
+                array_command(script, listing, offset, count, name, logs, "--parsable")
+            )
         except RunError as e:
-            if "refuses" in str(e): record["arrays"].pop()
+            if "refuses" in str(e):
+                record["arrays"].pop()
             save()
             raise
         save()
         tell(f"job {record['arrays'][-1]['job'] or name}: {count} runs")
     jobs = [array["job"] for array in record["arrays"]]
     try:
-        if None in jobs: raise RunError("sbatch has not said the id of every array, and squeue does not know it")
-        record["report"] = sbatch(["sbatch", "--parsable", f"--dependency=afterany:{':'.join(jobs)}", f"--job-name={array_name(sweep, number, 'report')}",
-                                   f"--output={logs}/report_%j.out", str(report), str(sweep)])
-    except RunError as e: tell(f"no report will follow: {e}; make it with: cbnb report {shlex.quote(str(sweep))}")
-    else: tell(f"job {record['report'] or array_name(sweep, number, 'report')}: the report, after them, into {sweep}")
+        if None in jobs:
+            raise RunError("sbatch has not said the id of every array, and squeue does not know it")
+        record["report"] = sbatch(
+            [
+                "sbatch",
+                "--parsable",
+                f"--dependency=afterany:{':'.join(jobs)}",
+                f"--job-name={array_name(sweep, number, 'report')}",
+                f"--output={logs}/report_%j.out",
+                str(report),
+                str(sweep),
+            ]
+        )
+    except RunError as e:
+        tell(f"no report will follow: {e}; make it with: cbnb report {shlex.quote(str(sweep))}")
+    else:
+        tell(
+            f"job {record['report'] or array_name(sweep, number, 'report')}: the report, after them, into "
+            f"{sweep}"
+        )
     save()
 
 # %% ../../nbs/sweep/01_jobs.ipynb #8d34d7a7
 @contextmanager
 def sweep_lock(path, seconds=10):
-    """Holds the lock of the sweep's folder `path`, so that two `cbnb ablate` never start the same run. Raises `RunError` where another holds it for over
-    `seconds` (submitting takes less, and `--local` holds it while it works), and where the folder is not this user's alone: its notebooks are executed."""
+    """Holds the lock of the sweep's folder `path`, so that two `cbnb ablate` never start the same run. Raises
+    `RunError` where another holds it for over `seconds` (submitting takes less, and `--local` holds it while
+    it works), and where the folder is not this user's alone: its notebooks are executed."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         check_own(path)
         take_lease(path, ".lock", seconds)
-    except Held as e: raise RunError(f"another cbnb ablate works there: {e}") from None
-    except NotOwn as e: raise RunError(f"{e} (CBNB_RUNS), or another name to the sweep") from None
-    try: yield
-    finally: give_back(path, ".lock")
+    except Held as e:
+        raise RunError(f"another cbnb ablate works there: {e}") from None
+    except NotOwn as e:
+        raise RunError(f"{e} (CBNB_RUNS), or another name to the sweep") from None
+    try:
+        yield
+    finally:
+        give_back(path, ".lock")
 
 # %% ../../nbs/sweep/01_jobs.ipynb #85d617c4
 def ran_other_code(path):
-    "The name of the first code.<attempt>.json in `path` that shows other source than what the run was prepared with, or None."
+    """The name of the first code.<attempt>.json in `path` that shows other source than what the run was
+    prepared with, or None."""
     first = (read_record(path / "code.json") or {}).get("source")
     others = ((p.name, read_record(p, "code.json") or {}) for p in sorted(path.glob("code.*.json")))
     return next((name for name, code in others if code.get("source") != first), None)
@@ -275,47 +426,82 @@ def sweep_rows(sweep, held=None):
     rows = run_rows([sweep.path / run["dir"] for run in sweep.runs], held)
     for row, run in zip(rows, sweep.runs, strict=True):
         path = Path(row["path"])
-        if row["state"] == "unreadable" or row["state"] == "new" and not path.exists(): continue
+        if row["state"] == "unreadable" or row["state"] == "new" and not path.exists():
+            continue
         try:
             key = read_record(path / "key.json") or {}
-            if key.get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+            if key.get("key") != run["key"]["key"]:
+                raise RunError(f"{path} is another run's: move it away")
             if row["state"] == "done" and (other := ran_other_code(path)):
-                note = f"its code was edited after it was submitted ({other}): --retry failed starts it afresh"
+                note = (
+                    f"its code was edited after it was submitted ({other}): --retry failed starts it afresh"
+                )
                 row.update(state="failed", note=note)
-        except RunError as e: row.update(state="unreadable", note=str(e), free=False)
+        except RunError as e:
+            row.update(state="unreadable", note=str(e), free=False)
     return rows
 
 # %% ../../nbs/sweep/01_jobs.ipynb #cc0b054a
-ACTIONS = {"new": "start", "queued": "start", "interrupted": "resume", "lost": "resume", "failed": "retry", "done": "skip"}
+ACTIONS = {
+    "new": "start",
+    "queued": "start",
+    "interrupted": "resume",
+    "lost": "resume",
+    "failed": "retry",
+    "done": "skip",
+}
 
 
 def action(row, only_missing=False, retry=False):
-    "What `cbnb ablate` does to a run that stands as in `row`: start, resume, retry, skip (done), or leave (someone is at it, or it was not asked for)."
-    if row["state"] == "done": return "skip"
-    if not row["free"]: return "leave"
-    if row["state"] == "failed" and not retry: return "leave"
-    if only_missing and row["state"] not in ("new", "queued"): return "leave"
+    """What `cbnb ablate` does to a run that stands as in `row`: start, resume, retry, skip (done), or leave
+    (someone is at it, or it was not asked for)."""
+    if row["state"] == "done":
+        return "skip"
+    if not row["free"]:
+        return "leave"
+    if row["state"] == "failed" and not retry:
+        return "leave"
+    if only_missing and row["state"] not in ("new", "queued"):
+        return "leave"
     return ACTIONS[row["state"]]
 
 
 def where_to_run(local=None, slurm=False):
-    "`slurm`, or the number of local workers: as asked for, else SLURM where it answers, else 1. Raises `RunError` where sbatch is there but SLURM does not answer."
-    if local: return local
-    if not slurm and not shutil.which("sbatch"): return 1
-    if queue() is None: raise RunError("SLURM does not answer (squeue fails): try again later, or run on this machine with --local 1")
+    """`slurm`, or the number of local workers: as asked for, else SLURM where it answers, else 1. Raises
+    `RunError` where sbatch is there but SLURM does not answer."""
+    if local:
+        return local
+    if not slurm and not shutil.which("sbatch"):
+        return 1
+    if queue() is None:
+        raise RunError(
+            "SLURM does not answer (squeue fails): try again later, or run on this machine with --local 1"
+        )
     return "slurm"
 
 # %% ../../nbs/sweep/01_jobs.ipynb #51f51483
 def prepare_sweep(sweep, rows, actions):
-    "Writes sweep.json and the folders of the runs that are to be started; returns their names. A retried run that was done with other code is moved aside first."
+    """Writes sweep.json and the folders of the runs that are to be started; returns their names. A retried
+    run that was done with other code is moved aside first."""
     write_sweep(sweep)
-    todo = [(run, row, what) for run, row, what in zip(sweep.runs, rows, actions, strict=True) if what in ("start", "resume", "retry")]
+    todo = [
+        (run, row, what)
+        for run, row, what in zip(sweep.runs, rows, actions, strict=True)
+        if what in ("start", "resume", "retry")
+    ]
     code = code_state() if todo else None
     for run, row, what in todo:
         path = sweep.path / run["dir"]
         if what == "retry" and read_status(path).get("state") == "done":
-            path.rename(next(p for n in range(1, 10_000) if not (p := sweep.path / f"{run['dir']}-other-code-{n}").exists()))
-        if row["state"] == "lost" and read_status(path).get("state") == "running":   # its own word would keep the next attempt out
+            path.rename(
+                next(
+                    p
+                    for n in range(1, 10_000)
+                    if not (p := sweep.path / f"{run['dir']}-other-code-{n}").exists()
+                )
+            )
+        # its own word would keep the next attempt out
+        if row["state"] == "lost" and read_status(path).get("state") == "running":
             set_status(Run(path), "interrupted", error=row["note"])
         prepare_run(sweep, run, code)
     return [run["dir"] for run, _, _ in todo]
@@ -331,22 +517,31 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
     done in the end; 130 after an interrupt. Raises `RunError`, `ParameterError` or `ConfigError` before
     anything is started or written."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
-    if where == "slurm": batch_script("ablation")
-    if sweep.merged: tell(f"{sweep.merged} of the runs equal another one and are merged with it")
-    for line in sweep.told: tell(f"note: {line}")
+    if where == "slurm":
+        batch_script("ablation")
+    if sweep.merged:
+        tell(f"{sweep.merged} of the runs equal another one and are merged with it")
+    for line in sweep.told:
+        tell(f"note: {line}")
     with named(sweep.path), sweep_lock(sweep.path):
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
         names = prepare_sweep(sweep, rows, actions)
         tell(f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(names)} to start")
         for row, what in zip(rows, actions, strict=True):
-            if row["state"] == "failed" and what == "leave": tell(f"{row['run']}: failed, {row['note']}; --retry failed starts it again")
-            if row["state"] == "unreadable": tell(f"{row['run']}: left as it is, since {row['note']}")
-        if not names: return int(where != "slurm" and any(row["state"] != "done" for row in rows))
+            if row["state"] == "failed" and what == "leave":
+                tell(f"{row['run']}: failed, {row['note']}; --retry failed starts it again")
+            if row["state"] == "unreadable":
+                tell(f"{row['run']}: left as it is, since {row['note']}")
+        if not names:
+            return int(where != "slurm" and any(row["state"] != "done" for row in rows))
         if where == "slurm":
             submit(sweep.path, names, tell)
             return 0
-        tasks = [(sweep.path / name, run_command(sweep.path / name), sweep.path / name / "papermill.log") for name in names]
+        tasks = [
+            (sweep.path / name, run_command(sweep.path / name), sweep.path / name / "papermill.log")
+            for name in names
+        ]
         _, interrupted = work(tasks, min(where, len(tasks)), tell)
         rows = sweep_rows(sweep, held=False)
     tell(f"{counted(rows)}; cbnb report {shlex.quote(str(sweep.path))}")
@@ -354,51 +549,85 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
 
 # %% ../../nbs/sweep/01_jobs.ipynb #1d8ffc36
 def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell=say):
-    """Tells what `ablate` would do with the same arguments, and does none of it: a line a run (how it stands, what would be done to it), then the command
-    that would start the first; for SLURM each array's `sbatch`, what `sbatch --test-only` says to it, and the script. Returns 0. Raises as `ablate` does."""
+    """Tells what `ablate` would do with the same arguments, and does none of it: a line a run (how it stands,
+    what would be done to it), then the command that would start the first; for SLURM each array's `sbatch`,
+    what `sbatch --test-only` says to it, and the script. Returns 0. Raises as `ablate` does."""
     sweep, where = plan_sweep(spec), where_to_run(local, slurm)
-    for line in sweep.told: tell(f"note: {line}")
+    for line in sweep.told:
+        tell(f"note: {line}")
     rows = sweep_rows(sweep)
     actions = [action(row, only_missing, retry) for row in rows]
-    for row, what in zip(rows, actions, strict=True): tell(f"{row['state']:<12} {what:<7} {row['run']}" + (f"  ({row['note']})" if row["note"] else ""))
+    for row, what in zip(rows, actions, strict=True):
+        tell(f"{row['state']:<12} {what:<7} {row['run']}" + (f"  ({row['note']})" if row["note"] else ""))
     todo = [row for row, what in zip(rows, actions, strict=True) if what in ("start", "resume", "retry")]
-    tell(f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(todo)} to start" + (f", {sweep.merged} equal to another and merged" if sweep.merged else ""))
-    if not todo: return 0
+    tell(
+        f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(todo)} to start"
+        + (f", {sweep.merged} equal to another and merged" if sweep.merged else "")
+    )
+    if not todo:
+        return 0
     if where != "slurm":
-        tell(f"{min(where, len(todo))} at a time: {shlex.join(run_command(Path(todo[0]['path'])))}" + (" …" if len(todo) > 1 else ""))
+        tell(
+            f"{min(where, len(todo))} at a time: {shlex.join(run_command(Path(todo[0]['path'])))}"
+            + (" …" if len(todo) > 1 else "")
+        )
         return 0
     script, number = batch_script("ablation"), next_submission(sweep.path)
     for offset, count in chunks(len(todo), max_array_size()):
-        command = array_command(script, sweep.path / "jobs" / f"{number:04}.txt", offset, count, array_name(sweep.path, number, offset), sweep.path / "logs")
+        command = array_command(
+            script,
+            sweep.path / "jobs" / f"{number:04}.txt",
+            offset,
+            count,
+            array_name(sweep.path, number, offset),
+            sweep.path / "logs",
+        )
         tested = call_sbatch([command[0], "--test-only", *command[1:]])
         tell(shlex.join(command))
         tell(f"  {' '.join((tested.stderr or tested.stdout).split())}")
-    for line in (f"{script}:", *read_text(script).splitlines()): tell(line)
+    for line in (f"{script}:", *read_text(script).splitlines()):
+        tell(line)
     return 0
 
 # %% ../../nbs/sweep/01_jobs.ipynb #587740c9
 def checked_folder(notebook, given):
-    """`(parameters to give, folder)` for one execution of `notebook` with the parameters `given` (`{name: value}`): all are checked, and the folder, the one
-    that they name as `run_dir` or else a fresh one, is made. Raises as `cbnb.sweep.spec.complete` and `check_settings` do."""
-    values, whole = complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))
+    """`(parameters to give, folder)` for one execution of `notebook` with the parameters `given` (`{name:
+    value}`): all are checked, and the folder, the one that they name as `run_dir` or else a fresh one, is
+    made. Raises as `cbnb.sweep.spec.complete` and `check_settings` do."""
+    values, whole = complete(
+        {k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook)
+    )
     check_settings(whole)
-    path = Path(given["run_dir"]).expanduser().resolve() if given.get("run_dir") else fresh_folder(notebook.stem, whole)
+    path = (
+        Path(given["run_dir"]).expanduser().resolve()
+        if given.get("run_dir")
+        else fresh_folder(notebook.stem, whole)
+    )
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return values | {"run_dir": str(path)}, path
 
 
 def execution(*arguments):
-    "The argument list of a process that does what `cbnb.run.execute.execute` says with these `arguments` (paths), and ends with its status."
-    return [sys.executable, "-c", "import sys; from cbnb.run.execute import execute; sys.exit(execute(*sys.argv[1:]))", *map(str, arguments)]
+    """The argument list of a process that does what `cbnb.run.execute.execute` says with these `arguments`
+    (paths), and ends with its status."""
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from cbnb.run.execute import execute; sys.exit(execute(*sys.argv[1:]))",
+        *map(str, arguments),
+    ]
 
 
 def train(notebook, given, tell=say):
-    """Runs `notebook` with the parameters `given` in a run directory (see `checked_folder`, which may raise). Returns `(run directory, exit status of
-    papermill)`; 130 after an interrupt. Its output goes to this terminal. Raises `RunError` for a run that goes on or is finished."""
+    """Runs `notebook` with the parameters `given` in a run directory (see `checked_folder`, which may raise).
+    Returns `(run directory, exit status of papermill)`; 130 after an interrupt. Its output goes to this
+    terminal. Raises `RunError` for a run that goes on or is finished."""
     values, path = checked_folder(notebook, given)
     status = read_status(path)
-    if status.get("state") == "running" and still_running(path, status): raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
-    if status.get("state") == "done": raise RunError(f"{path} is finished: give another run directory")
+    if status.get("state") == "running" and still_running(path, status):
+        raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
+    if status.get("state") == "done":
+        raise RunError(f"{path} is finished: give another run directory")
     tell(f"run directory: {path}")
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "given.json", values)
@@ -409,19 +638,29 @@ def train(notebook, given, tell=say):
 
 
 def preflight(notebook, given):
-    """Executes `notebook`, nbs/preflight.ipynb, with the parameters `given` in a folder (see `checked_folder`, which may raise), where it leaves preflight.json
-    (that of an earlier review is removed first) and itself. Returns `(folder, exit status of papermill)`: 1 where it refuses. Raises RunError where nothing
-    was looked at, KeyboardInterrupt when it is interrupted."""
+    """Executes `notebook`, nbs/preflight.ipynb, with the parameters `given` in a folder (see
+    `checked_folder`, which may raise), where it leaves preflight.json (that of an earlier review is removed
+    first) and itself. Returns `(folder, exit status of papermill)`: 1 where it refuses. Raises RunError where
+    nothing was looked at, KeyboardInterrupt when it is interrupted."""
     values, path = checked_folder(notebook, given)
     (path / "preflight.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "given.json", values)
-        process = start(execution(notebook, path / "preflight.ipynb", Path(folder) / "given.json"), None, os.cpu_count() or 1)
-        try: status = process.wait()
+        process = start(
+            execution(notebook, path / "preflight.ipynb", Path(folder) / "given.json"),
+            None,
+            os.cpu_count() or 1,
+        )
+        try:
+            status = process.wait()
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
         said = Path(folder) / "error"
         why = read_text(said) if said.exists() else ""
-    if status and not (path / "preflight.json").exists(): raise RunError(f"nothing was looked at: {why or f'the process ended with exit status {status} and no word of its own'}")
+    if status and not (path / "preflight.json").exists():
+        raise RunError(
+            "nothing was looked at: "
+            f"{why or f'the process ended with exit status {status} and no word of its own'}"
+        )
     return path, status

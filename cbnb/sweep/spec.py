@@ -27,38 +27,56 @@ from pathlib import Path
 
 import yaml
 
+from ..basics.files import check_output
+from ..basics.jsonfiles import RunError, write_json, write_owned
+from ..basics.lease import NotOwn, check_own
+from ..basics.output import safe_output
+from ..basics.places import PACKAGE, TINYAGENT
+from ..basics.reading import InputError, read_text
+from ..basics.terminal import ended
+from ..basics.withheld import cut, scrub
 from cbnb.config import (
-    CircuitBreakerConfig, ConfigError, check_cached, check_decoding, check_layers, check_limits, get_config,
+    CircuitBreakerConfig,
+    ConfigError,
+    check_cached,
+    check_decoding,
+    check_layers,
+    check_limits,
+    get_config,
     nearest,
 )
-from ..basics.places import PACKAGE, TINYAGENT
-from ..basics.files import check_output
-from ..basics.jsonfiles import write_owned
-from ..transcripts.holdout import heldout_kinds
-from ..basics.lease import NotOwn, check_own
-from ..basics.reading import InputError, read_text
-from ..train.same import code_file, file_hash
-from ..data.sources import READING, absolute_entry, check_reading, entry_paths, listed
-from ..basics.terminal import ended
-from ..basics.withheld import cut
-from ..transcripts.record import TranscriptError
-from ..run.settings import check_data, check_processes, is_source, model_facts, PUBLISHED, RUN_ONLY, run_settings, settings_of, template_source, template_values
-from ..run.directory import HOW_STARTED, check_name
-from ..run.stages import Run, set_status
+from ..data.sources import absolute_entry, entry_paths, listed
 from ..run.code import code_state, project_root, runs_folder, source_hash
+from ..run.directory import HOW_STARTED, check_name
 from cbnb.run.parameters import (
-    ParameterError, annotated_lines, convert_parameter, parameter_types, parameters_hash, refuse_secrets,
+    ParameterError,
+    annotated_lines,
+    convert_parameter,
+    parameter_types,
+    parameters_hash,
+    refuse_secrets,
 )
 from ..run.records import read_record
-from ..basics.withheld import scrub
-from ..basics.output import safe_output
-from ..basics.jsonfiles import RunError, write_json
-
+from cbnb.run.settings import (
+    PUBLISHED,
+    RUN_ONLY,
+    check_data,
+    check_processes,
+    is_source,
+    model_facts,
+    run_settings,
+    template_source,
+    template_values,
+)
+from ..run.stages import Run, set_status
+from ..train.same import code_file, file_hash
+from ..transcripts.holdout import heldout_kinds
 
 # %% ../../nbs/sweep/00_spec.ipynb #8b764ff1
 @dataclass(frozen=True)
 class Parameter:
     "One line of a notebook's parameters cell: `types` (names), `default`, and `help`, its comment."
+
     types: tuple
     default: object
     help: str = ""
@@ -67,20 +85,29 @@ class Parameter:
 def is_cell(cell):
     """Whether `cell` (of JSON) is a cell of a notebook, as far as it is read here: its tags are a list,
     its source is text or lines of it."""
-    about, source = (cell.get("metadata") or {}, cell.get("source", "")) if isinstance(cell, dict) else (None, None)
-    if not isinstance(about, dict) or not isinstance(about.get("tags", []), list): return False
-    return isinstance(source, str) or isinstance(source, list) and all(isinstance(line, str) for line in source)
+    about, source = (
+        (cell.get("metadata") or {}, cell.get("source", "")) if isinstance(cell, dict) else (None, None)
+    )
+    if not isinstance(about, dict) or not isinstance(about.get("tags", []), list):
+        return False
+    return (
+        isinstance(source, str) or isinstance(source, list) and all(isinstance(line, str) for line in source)
+    )
 
 
 def read_notebook(path, limit=50_000_000):
     """The notebook at `path` as a dict. Raises `RunError` for one that is missing, over `limit` bytes, or
     no notebook."""
     try:
-        if os.stat(path).st_size > limit: raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
+        if os.stat(path).st_size > limit:
+            raise RunError(f"{path} is over {limit:,} bytes: clear its outputs")
         notebook = json.loads(read_text(path, limit))
-        if not all(map(is_cell, notebook["cells"])): raise TypeError
-    except InputError as e: raise RunError(str(e)) from None
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as e: raise RunError(f"{path} is no readable notebook ({type(e).__name__})") from None
+        if not all(map(is_cell, notebook["cells"])):
+            raise TypeError
+    except InputError as e:
+        raise RunError(str(e)) from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as e:
+        raise RunError(f"{path} is no readable notebook ({type(e).__name__})") from None
     return notebook
 
 
@@ -93,65 +120,110 @@ def comments(source):
 def notebook_parameters(path):
     """`{name: Parameter}` of the notebook at `path`, from its one cell tagged `parameters`. Raises
     `RunError` where there is none, or a default is no plain value."""
-    tagged = [cell for cell in read_notebook(path)["cells"] if "parameters" in (cell.get("metadata") or {}).get("tags", ())]
+    tagged = [
+        cell
+        for cell in read_notebook(path)["cells"]
+        if "parameters" in (cell.get("metadata") or {}).get("tags", ())
+    ]
     source = "".join(tagged[0].get("source", "")) if len(tagged) == 1 else ""
     types = annotated_lines(source)
-    if not types: raise RunError(f"{path} wants one cell tagged 'parameters' that holds only lines such as 'seed: int = 0  # meaning'")
+    if not types:
+        raise RunError(
+            f"{path} wants one cell tagged 'parameters' that holds only lines such as 'seed: int = 0  # "
+            "meaning'"
+        )
     said, declared = comments(source), {}
     for line in ast.parse(source).body:
         name = line.target.id
-        try: default = ast.literal_eval(line.value)
-        except (ValueError, TypeError, SyntaxError): raise RunError(f"{path}: parameter {name!r} has no plain value as its default: write one") from None
-        declared[name] = Parameter(tuple(parameter_types(name, types[name])), default, said.get(line.end_lineno, ""))
+        try:
+            default = ast.literal_eval(line.value)
+        except (ValueError, TypeError, SyntaxError):
+            raise RunError(
+                f"{path}: parameter {name!r} has no plain value as its default: write one"
+            ) from None
+        declared[name] = Parameter(
+            tuple(parameter_types(name, types[name])), default, said.get(line.end_lineno, "")
+        )
     return declared
 
 # %% ../../nbs/sweep/00_spec.ipynb #1b517b85
 def find_file(name):
-    "The existing file `name`: from the working directory, the project root, or beside the package; None where it is in none of them."
+    """The existing file `name`: from the working directory, the project root, or beside the package; None
+    where it is in none of them."""
     bases = (Path.cwd(), project_root(), PACKAGE.parent)
-    return next((path.resolve() for base in bases if base and (path := base / Path(name).expanduser()).is_file()), None)
+    return next(
+        (path.resolve() for base in bases if base and (path := base / Path(name).expanduser()).is_file()),
+        None,
+    )
 
 # %% ../../nbs/sweep/00_spec.ipynb #9d7ebd20
 class StrictLoader(yaml.SafeLoader):
-    "yaml.SafeLoader (no objects, no code) that refuses a key that stands twice in a mapping: YAML would keep the last one without a word."
+    """yaml.SafeLoader (no objects, no code) that refuses a key that stands twice in a mapping: YAML would
+    keep the last one without a word."""
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode): seen.add(key.value)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 # %% ../../nbs/sweep/00_spec.ipynb #a726101a
 SPEC_KEYS = ("name", "notebook", "parameters", "grid", "one_at_a_time", "runs", "seeds")
-MAX_SPEC, MAX_RUNS = 1_000_000, 10_000   # bytes, runs
+MAX_SPEC, MAX_RUNS = 1_000_000, 10_000  # bytes, runs
 
 
 def read_spec(path):
-    """The dict in the YAML file `path`, its shape checked: `name` (default: the file's) and `notebook` are text, `parameters` a mapping, `grid` and
-    `one_at_a_time` mappings of lists, `runs` a list of mappings, `seeds` a list. Raises `RunError` that names the file and the line or key."""
+    """The dict in the YAML file `path`, its shape checked: `name` (default: the file's) and `notebook` are
+    text, `parameters` a mapping, `grid` and `one_at_a_time` mappings of lists, `runs` a list of mappings,
+    `seeds` a list. Raises `RunError` that names the file and the line or key."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_SPEC: raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
-        spec = yaml.load(read_text(path, MAX_SPEC), StrictLoader)   # safe: a SafeLoader
-    except OSError as e: raise RunError(f"the spec {path} cannot be read: {e.strerror}") from None
+        if path.stat().st_size > MAX_SPEC:
+            raise RunError(f"{path} is over {MAX_SPEC:,} bytes: is it a spec?")
+        spec = yaml.load(read_text(path, MAX_SPEC), StrictLoader)  # safe: a SafeLoader
+    except OSError as e:
+        raise RunError(f"the spec {path} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         what = getattr(e, "problem", None) or type(e).__name__
-        raise RunError(f"{path}{f' line {mark.line + 1}' if mark else ''} is no readable YAML: {what}") from None
+        raise RunError(
+            f"{path}{f' line {mark.line + 1}' if mark else ''} is no readable YAML: {what}"
+        ) from None
     if not isinstance(spec, dict) or not all(isinstance(k, str) for k in spec):
         raise RunError(f"{path} wants a mapping with the keys {', '.join(SPEC_KEYS)}")
     for key in spec:
-        if key not in SPEC_KEYS: raise RunError(f"{path}: unknown key {key!r}{nearest(key, SPEC_KEYS)}; known are {', '.join(SPEC_KEYS)}")
+        if key not in SPEC_KEYS:
+            raise RunError(
+                f"{path}: unknown key {key!r}{nearest(key, SPEC_KEYS)}; known are {', '.join(SPEC_KEYS)}"
+            )
     spec = {k: v for k, v in spec.items() if v is not None}
+
     def want(key, test, words):
-        if key in spec and not test(spec[key]): raise RunError(f"{path}: {key} wants {words}")
-    def mapping(v): return isinstance(v, dict) and all(isinstance(k, str) for k in v)
-    for key in ("name", "notebook"): want(key, lambda v: isinstance(v, str), "text (digits in quotation marks)")
+        if key in spec and not test(spec[key]):
+            raise RunError(f"{path}: {key} wants {words}")
+
+    def mapping(v):
+        return isinstance(v, dict) and all(isinstance(k, str) for k in v)
+
+    for key in ("name", "notebook"):
+        want(key, lambda v: isinstance(v, str), "text (digits in quotation marks)")
     want("parameters", mapping, "a mapping of parameters to values")
     for key in ("grid", "one_at_a_time"):
-        want(key, lambda v: mapping(v) and all(isinstance(x, list) and x for x in v.values()), "a mapping of parameters to lists of values")
-    want("runs", lambda v: isinstance(v, list) and v and all(map(mapping, v)), "a list of mappings of parameters to values")
+        want(
+            key,
+            lambda v: mapping(v) and all(isinstance(x, list) and x for x in v.values()),
+            "a mapping of parameters to lists of values",
+        )
+    want(
+        "runs",
+        lambda v: isinstance(v, list) and v and all(map(mapping, v)),
+        "a list of mappings of parameters to values",
+    )
     want("seeds", lambda v: isinstance(v, list) and v, "a list of seeds")
     spec.setdefault("name", path.stem)
     check_name(spec["name"])
@@ -159,97 +231,162 @@ def read_spec(path):
 
 # %% ../../nbs/sweep/00_spec.ipynb #b90b7fb1
 def spec_value(name, types, value):
-    """`value` from YAML as one of the declared `types`: text such as `1e-4` is a number for a numeric parameter, a list of plain values is a comma
-    string for a `str` one. Raises `ParameterError` for all that is not of the type; a bool is never a number."""
+    """`value` from YAML as one of the declared `types`: text such as `1e-4` is a number for a numeric
+    parameter, a list of plain values is a comma string for a `str` one. Raises `ParameterError` for all that
+    is not of the type; a bool is never a number."""
     numeric = {"int", "float"} & set(types)
     if isinstance(value, str) and numeric and "str" not in types:
         text = value.strip()
-        if "int" in types and re.fullmatch(r"[+-]?\d+", text, re.ASCII): value = int(text)
-        elif "float" in types and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII): value = float(text)
-        elif text == "None" and "None" in types: value = None
+        if "int" in types and re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+            value = int(text)
+        elif "float" in types and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII):
+            value = float(text)
+        elif text == "None" and "None" in types:
+            value = None
     if isinstance(value, list) and "str" in types:
         for item in value:
             if isinstance(item, bool) or not isinstance(item, (str, int, float)):
-                raise ParameterError(f"parameter {name!r} wants a list of plain values, but it holds {cut(repr(item), 60)}")
+                raise ParameterError(
+                    f"parameter {name!r} wants a list of plain values, but it holds {cut(repr(item), 60)}"
+                )
         value = ",".join(map(str, value))
-    try: return convert_parameter(name, types, value)
-    except OverflowError: raise ParameterError(f"parameter {name!r} wants a smaller number") from None
+    try:
+        return convert_parameter(name, types, value)
+    except OverflowError:
+        raise ParameterError(f"parameter {name!r} wants a smaller number") from None
     except ParameterError as e:
-        if "str" in types and not isinstance(value, (list, dict)): raise ParameterError(f"{e}; put it in quotation marks") from None
+        if "str" in types and not isinstance(value, (list, dict)):
+            raise ParameterError(f"{e}; put it in quotation marks") from None
         raise
 
 # %% ../../nbs/sweep/00_spec.ipynb #4890e4e5
 def expand(spec):
-    """List of the dicts of parameters that the `spec` sets, a run each, in its order: the product of `grid`; then the fixed values and each value of
-    `one_at_a_time` in their place; then `runs`; each of them with every one of `seeds`. Raises `RunError` over `MAX_RUNS` or for a parameter that
-    is said twice."""
+    """List of the dicts of parameters that the `spec` sets, a run each, in its order: the product of `grid`;
+    then the fixed values and each value of `one_at_a_time` in their place; then `runs`; each of them with
+    every one of `seeds`. Raises `RunError` over `MAX_RUNS` or for a parameter that is said twice."""
     base, grid, single = (spec.get(key, {}) for key in ("parameters", "grid", "one_at_a_time"))
-    if both := set(base) & set(grid): raise RunError(f"{min(both)!r} stands in parameters and in grid: leave one out")
+    if both := set(base) & set(grid):
+        raise RunError(f"{min(both)!r} stands in parameters and in grid: leave one out")
     if "seeds" in spec and any("seed" in part for part in (base, grid, single, *spec.get("runs", ()))):
         raise RunError("seed is set by seeds: take it out of the rest of the spec")
     count = 1
-    for values in (*grid.values(), spec.get("seeds", [0])): count *= len(values)
-    if count > MAX_RUNS or (sum(map(len, single.values())) + len(spec.get("runs", ())) + 1) * len(spec.get("seeds", [0])) > MAX_RUNS:
+    for values in (*grid.values(), spec.get("seeds", [0])):
+        count *= len(values)
+    if (
+        count > MAX_RUNS
+        or (sum(map(len, single.values())) + len(spec.get("runs", ())) + 1) * len(spec.get("seeds", [0]))
+        > MAX_RUNS
+    ):
         raise RunError(f"the spec has more than {MAX_RUNS:,} runs: split it")
     runs = [base | dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
-    if single: runs += [base, *(base | {name: value} for name, values in single.items() for value in values)]
+    if single:
+        runs += [base, *(base | {name: value} for name, values in single.items() for value in values)]
     runs += [base | more for more in spec.get("runs", ())]
-    if not (grid or single or "runs" in spec): runs = [base]
+    if not (grid or single or "runs" in spec):
+        runs = [base]
     return [run | {"seed": seed} for run in runs for seed in spec["seeds"]] if "seeds" in spec else runs
 
 # %% ../../nbs/sweep/00_spec.ipynb #ed640dce
 def check_settings(parameters, processes=None):
-    """Raises what the run itself would raise for `parameters` (a dict of all) of a notebook that takes every setting of `CircuitBreakerConfig`: a
-    value out of range, a layer that a tiny agent or a model in a local folder does not have, a data file that is not there. Returns what the run will tell of
-    its settings (list of sentences). A model that is not on this machine is left to the run. `processes`: how many will
-    share a step (`cbnb.run.settings.check_processes`), None where that is not known yet."""
-    if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters): return []
-    try: config, told = run_settings(parameters)
-    except OSError as e:   # the values at least
-        config, told = get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}), [f"the settings are made when the run starts: {e}"]
-    if processes: check_processes(config, parameters.get("fsdp", False), processes)
-    if parameters.get("teacher_cache"): check_cached(config, parameters.get("fsdp", False))
-    if "probe_steps" in parameters: check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
-    if "max_new_tokens" in parameters: check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
+    """Raises what the run itself would raise for `parameters` (a dict of all) of a notebook that takes every
+    setting of `CircuitBreakerConfig`: a value out of range, a layer that a tiny agent or a model in a local
+    folder does not have, a data file that is not there. Returns what the run will tell of its settings (list
+    of sentences). A model that is not on this machine is left to the run. `processes`: how many will share a
+    step (`cbnb.run.settings.check_processes`), None where that is not known yet."""
+    if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters):
+        return []
+    try:
+        config, told = run_settings(parameters)
+    except OSError as e:  # the values at least
+        config, told = (
+            get_config(PUBLISHED, **{k: v for k, v in parameters.items() if k not in RUN_ONLY}),
+            [f"the settings are made when the run starts: {e}"],
+        )
+    if processes:
+        check_processes(config, parameters.get("fsdp", False), processes)
+    if parameters.get("teacher_cache"):
+        check_cached(config, parameters.get("fsdp", False))
+    if "probe_steps" in parameters:
+        check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
+    if "max_new_tokens" in parameters:
+        check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
         trusted = parameters.get("trust_remote_code", False)
-        try: check_layers(config, model_facts(config.model, trusted).blocks)
-        except OSError: pass   # a folder without a configuration: the run says it
+        try:
+            check_layers(config, model_facts(config.model, trusted).blocks)
+        except OSError:
+            pass  # a folder without a configuration: the run says it
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
-    template_source(parameters.get("chat_template") or ""), template_values(parameters.get("template_variables") or "")
+    (
+        template_source(parameters.get("chat_template") or ""),
+        template_values(parameters.get("template_variables") or ""),
+    )
     return told
 
 # %% ../../nbs/sweep/00_spec.ipynb #30ede181
-FILE_PARAMETERS = ("data", "eval_data", "tools", "model", "teacher", "chat_template", "adapter", "second_adapter")   # paths, or names that are none
+# paths, or names that are none
+FILE_PARAMETERS = (
+    "data",
+    "eval_data",
+    "tools",
+    "model",
+    "teacher",
+    "chat_template",
+    "adapter",
+    "second_adapter",
+)
 
 
-DATA = ("data", "eval_data")   # their parts are entries of `cbnb.data.sources`
+DATA = ("data", "eval_data")  # their parts are entries of `cbnb.data.sources`
 
 
 def named_files(name, value):
-    """The parts of a parameter of `FILE_PARAMETERS` that may be paths: of a comma string, or the one that it is; of data what its entries name; a
-    template's own text is none."""
-    if name == "chat_template": return [] if not value or is_source(value) else [value]
+    """The parts of a parameter of `FILE_PARAMETERS` that may be paths: of a comma string, or the one that it
+    is; of data what its entries name; a template's own text is none."""
+    if name == "chat_template":
+        return [] if not value or is_source(value) else [value]
     parts = listed(value or "")
-    return parts if name not in DATA else [path for part in parts for path in (["tinyagent"] if part == "tinyagent" else map(str, entry_paths(part)))]
+    return (
+        parts
+        if name not in DATA
+        else [
+            path
+            for part in parts
+            for path in (["tinyagent"] if part == "tinyagent" else map(str, entry_paths(part)))
+        ]
+    )
 
 
 def absolute_files(name, value):
-    "`value` with each of its parts that is an existing relative path made absolute: a job need not start where it was submitted."
-    if name in ("teacher_cache", "encoded_cache") and value: return str(Path(value).expanduser().resolve())  # made by the first run
-    if name in DATA and value: return ",".join(part if part == "tinyagent" else absolute_entry(part) for part in listed(value))
-    if name not in FILE_PARAMETERS or not (parts := named_files(name, value)): return value
-    return ",".join(str(Path(part).expanduser().resolve()) if part != "tinyagent" and Path(part).expanduser().exists() else part for part in parts)
+    """`value` with each of its parts that is an existing relative path made absolute: a job need not start
+    where it was submitted."""
+    # made by the first run
+    if name in ("teacher_cache", "encoded_cache") and value:
+        return str(Path(value).expanduser().resolve())
+    if name in DATA and value:
+        return ",".join(part if part == "tinyagent" else absolute_entry(part) for part in listed(value))
+    if name not in FILE_PARAMETERS or not (parts := named_files(name, value)):
+        return value
+    return ",".join(
+        str(Path(part).expanduser().resolve())
+        if part != "tinyagent" and Path(part).expanduser().exists()
+        else part
+        for part in parts
+    )
 
 
 def complete(run, declared):
-    """`(parameters that the spec sets, all parameters without `HOW_STARTED`)` of the dict `run`, converted and checked. Raises `ParameterError`,
-    `ConfigError` or `RunError` with the nearest valid name."""
+    """`(parameters that the spec sets, all parameters without `HOW_STARTED`)` of the dict `run`, converted
+    and checked. Raises `ParameterError`, `ConfigError` or `RunError` with the nearest valid name."""
     values = {}
     for name, value in run.items():
-        if name == "run_dir": raise ParameterError("'run_dir' is chosen by the sweep: leave it out")
-        if name not in declared: raise ParameterError(f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}")
+        if name == "run_dir":
+            raise ParameterError("'run_dir' is chosen by the sweep: leave it out")
+        if name not in declared:
+            raise ParameterError(
+                f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}"
+            )
         values[name] = absolute_files(name, spec_value(name, declared[name].types, value))
     whole = {name: values.get(name, p.default) for name, p in declared.items() if name not in HOW_STARTED}
     refuse_secrets(whole)
@@ -257,23 +394,27 @@ def complete(run, declared):
 
 # %% ../../nbs/sweep/00_spec.ipynb #5ceaec2f
 def runs_of(spec, declared):
-    """`(runs, merged, told)`: a list of `(set, all)` dicts of parameters, each once and checked against the `declared` ones; how many were left out
-    since they equal another; what the runs will tell of their settings, each sentence once. Nothing is written or started. Raises as `complete` and `check_settings` do, with the run's number in front."""
+    """`(runs, merged, told)`: a list of `(set, all)` dicts of parameters, each once and checked against the
+    `declared` ones; how many were left out since they equal another; what the runs will tell of their
+    settings, each sentence once. Nothing is written or started. Raises as `complete` and `check_settings` do,
+    with the run's number in front."""
     unique, expanded, told = {}, expand(spec), {}
     for number, run in enumerate(expanded, 1):
         try:
             values, whole = complete(run, declared)
             key = parameters_hash(whole)
-            if key not in unique: told |= dict.fromkeys(check_settings(whole))
-        except (ParameterError, ConfigError, RunError) as e: raise type(e)(f"run {number} of {len(expanded)}: {e}") from None
+            if key not in unique:
+                told |= dict.fromkeys(check_settings(whole))
+        except (ParameterError, ConfigError, RunError) as e:
+            raise type(e)(f"run {number} of {len(expanded)}: {e}") from None
         unique.setdefault(key, (values, whole))
     return list(unique.values()), len(expanded) - len(unique), list(told)
 
 # %% ../../nbs/sweep/00_spec.ipynb #4c80b6b3
 def content_hash(path, cache):
     """sha256 (hex) of a file or of all files in a folder, by relative name. Files over 64 MiB in a folder
-    (weights) count in part (`cbnb.train.same.file_hash`): reading all of them would take minutes. `cache` is a
-    dict, for one path asked many times. Raises RunError for a file that cannot be read."""
+    (weights) count in part (`cbnb.train.same.file_hash`): reading all of them would take minutes. `cache` is
+    a dict, for one path asked many times. Raises RunError for a file that cannot be read."""
     path = Path(path).resolve()
     if path not in cache:
         total = hashlib.sha256()
@@ -293,25 +434,48 @@ def data_hash(parameters, cache):
         value = parameters.get(name)
         for part in named_files(name, value) if isinstance(value, str) else ():
             path = TINYAGENT if part == "tinyagent" else Path(part)
-            if path.exists(): found.append([name, content_hash(path, cache)])
+            if path.exists():
+                found.append([name, content_hash(path, cache)])
     return parameters_hash({"files": found})
 
 
 def notebook_hash(path):
-    "sha256 (hex) over the code of the notebook at `path`, as a run keeps it (scrubbed): another output or text cell is no other notebook."
-    return parameters_hash({"cells": [scrub("".join(cell.get("source", ""))) for cell in read_notebook(path)["cells"] if cell.get("cell_type") == "code"]})
+    """sha256 (hex) over the code of the notebook at `path`, as a run keeps it (scrubbed): another output or
+    text cell is no other notebook."""
+    return parameters_hash(
+        {
+            "cells": [
+                scrub("".join(cell.get("source", "")))
+                for cell in read_notebook(path)["cells"]
+                if cell.get("cell_type") == "code"
+            ]
+        }
+    )
 
 # %% ../../nbs/sweep/00_spec.ipynb #20d8bf3f
 def run_key(parameters, notebook, code, cache):
-    """`{key, parameters, data, code, notebook}`, 64 hex digits each; `key` is over the other four. `notebook` and `code` are the hashes of the notebook
-    and of the package's source (`cbnb.run.code.source_hash`)."""
-    parts = {"parameters": parameters_hash(parameters), "data": data_hash(parameters, cache), "code": code, "notebook": notebook}
+    """`{key, parameters, data, code, notebook}`, 64 hex digits each; `key` is over the other four. `notebook`
+    and `code` are the hashes of the notebook and of the package's source (`cbnb.run.code.source_hash`)."""
+    parts = {
+        "parameters": parameters_hash(parameters),
+        "data": data_hash(parameters, cache),
+        "code": code,
+        "notebook": notebook,
+    }
     return {"key": parameters_hash(parts), **parts}
 
 # %% ../../nbs/sweep/00_spec.ipynb #e9a3fbae
 def label(values, varied, limit=44):
-    "A folder's name for a run: its `varied` parameters with their values, unsafe characters replaced, cut at `limit`."
-    text = "-".join(f"{name}{values[name]:g}" if isinstance(values[name], float) else f"{name}{values[name]}" for name in varied if name in values) or "run"
+    """A folder's name for a run: its `varied` parameters with their values, unsafe characters replaced, cut
+    at `limit`."""
+    text = (
+        "-".join(
+            f"{name}{values[name]:g}" if isinstance(values[name], float) else f"{name}{values[name]}"
+            for name in varied
+            if name in values
+        )
+        or "run"
+    )
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace("+", ""))[:limit].lstrip(".").rstrip("._-") or "run"
 
 
@@ -322,15 +486,19 @@ def clean_notebook(path):
     cells = zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True)
     for number, (cell, cleaned) in enumerate(cells, 1):
         if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
-            raise RunError(f"{path}: the code of cell {number} holds a secret, or what looks like one, and is "
-                           "copied into each run directory: read it from the environment there")
+            raise RunError(
+                f"{path}: the code of cell {number} holds a secret, or what looks like one, and is "
+                "copied into each run directory: read it from the environment there"
+            )
     return clean
 
 
 @dataclass
 class Sweep:
-    """A spec made ready: `path` of its folder, the `spec`, `notebook` (path), `runs` (dicts with `dir`, `parameters` that the spec sets, `all`
-    parameters, `key`), how many equal ones were `merged`, and what the runs will tell of their settings. Nothing of it is written yet."""
+    """A spec made ready: `path` of its folder, the `spec`, `notebook` (path), `runs` (dicts with `dir`,
+    `parameters` that the spec sets, `all` parameters, `key`), how many equal ones were `merged`, and what the
+    runs will tell of their settings. Nothing of it is written yet."""
+
     path: Path
     spec: dict
     notebook: Path
@@ -340,41 +508,71 @@ class Sweep:
 
 
 def sweep_folder(name):
-    "`<runs>/<name>`, not made yet. Raises `RunError` for an unsafe name or a link that leads out of the runs folder."
+    """`<runs>/<name>`, not made yet. Raises `RunError` for an unsafe name or a link that leads out of the
+    runs folder."""
     path = runs_folder() / check_name(name)
-    if not path.resolve().is_relative_to(runs_folder().resolve()): raise RunError(f"{path} leads out of the runs folder: remove that link")
+    if not path.resolve().is_relative_to(runs_folder().resolve()):
+        raise RunError(f"{path} leads out of the runs folder: remove that link")
     return path
 
 
 def plan_sweep(path):
-    "The `Sweep` of the spec at `path`, all of it checked. Reads only. Raises `RunError`, `ParameterError`, `ConfigError`: a sentence each."
+    """The `Sweep` of the spec at `path`, all of it checked. Reads only. Raises `RunError`, `ParameterError`,
+    `ConfigError`: a sentence each."""
     spec = read_spec(path)
-    if (listing := sweep_folder(spec["name"]) / "sweep.json").exists(): check_output(listing, [path])
+    if (listing := sweep_folder(spec["name"]) / "sweep.json").exists():
+        check_output(listing, [path])
     notebook = find_file(spec.get("notebook", "nbs/train.ipynb"))
-    if notebook is None: raise RunError(f"the notebook {spec.get('notebook', 'nbs/train.ipynb')} is neither here nor in the project: give its path as notebook")
+    if notebook is None:
+        raise RunError(
+            f"the notebook {spec.get('notebook', 'nbs/train.ipynb')} is neither here nor in the project: "
+            "give its path as notebook"
+        )
     runs, merged, told = runs_of(spec, notebook_parameters(notebook))
-    clean_notebook(notebook)   # before anything is written
+    clean_notebook(notebook)  # before anything is written
     code, cells, cache = source_hash(PACKAGE), notebook_hash(notebook), {}
-    varied = [name for name in dict.fromkeys(n for values, _ in runs for n in values) if len({str(whole[name]) for _, whole in runs}) > 1]
-    made = [{"parameters": values, "all": whole, "key": run_key(whole, cells, code, cache)} for values, whole in runs]
-    for run in made: run["dir"] = f"{label(run['parameters'], varied)}-{run['key']['key'][:8]}"
-    if len({run["dir"] for run in made}) < len(made): raise RunError("two runs get the same folder name: change the spec's order of parameters")
+    varied = [
+        name
+        for name in dict.fromkeys(n for values, _ in runs for n in values)
+        if len({str(whole[name]) for _, whole in runs}) > 1
+    ]
+    made = [
+        {"parameters": values, "all": whole, "key": run_key(whole, cells, code, cache)}
+        for values, whole in runs
+    ]
+    for run in made:
+        run["dir"] = f"{label(run['parameters'], varied)}-{run['key']['key'][:8]}"
+    if len({run["dir"] for run in made}) < len(made):
+        raise RunError("two runs get the same folder name: change the spec's order of parameters")
     return Sweep(sweep_folder(spec["name"]), spec, notebook, made, merged, told)
 
 # %% ../../nbs/sweep/00_spec.ipynb #prepared1
 def check_prepared(path):
-    """Raises `RunError` where the prepared run directory `path` is not this user's alone, or its notebook.ipynb or params.json is not what its key.json says.
-    It comes before each execution of that notebook: keys can be computed by anybody."""
+    """Raises `RunError` where the prepared run directory `path` is not this user's alone, or its
+    notebook.ipynb or params.json is not what its key.json says. It comes before each execution of that
+    notebook: keys can be computed by anybody."""
     path, key = Path(path), read_record(Path(path) / "key.json") or {}
     try:
-        for part in (path, path / "notebook.ipynb", path / "params.json"): check_own(part)
-    except NotOwn as e: raise RunError(str(e)) from None
-    except OSError as e: raise RunError(f"{path} is no prepared run ({e.strerror}: {Path(e.filename).name}): move it away, and cbnb ablate prepares it anew") from None
+        for part in (path, path / "notebook.ipynb", path / "params.json"):
+            check_own(part)
+    except NotOwn as e:
+        raise RunError(str(e)) from None
+    except OSError as e:
+        raise RunError(
+            f"{path} is no prepared run ({e.strerror}: {Path(e.filename).name}): move it away, and cbnb "
+            "ablate prepares it anew"
+        ) from None
     parts = {name: key.get(name) for name in ("parameters", "data", "code", "notebook")}
-    found = {"key.json": parameters_hash(parts) == key.get("key") and path.name.endswith(str(key.get("key"))[:8]),
-             "notebook.ipynb": notebook_hash(path / "notebook.ipynb") == key.get("notebook"), "params.json": parameters_hash(read_record(path / "params.json")) == key.get("parameters")}
+    found = {
+        "key.json": parameters_hash(parts) == key.get("key") and path.name.endswith(str(key.get("key"))[:8]),
+        "notebook.ipynb": notebook_hash(path / "notebook.ipynb") == key.get("notebook"),
+        "params.json": parameters_hash(read_record(path / "params.json")) == key.get("parameters"),
+    }
     if wrong := [name for name, fits in found.items() if not fits]:
-        raise RunError(f"{path} holds another {' and '.join(wrong)} than the sweep has put there: move it away, and cbnb ablate prepares it anew")
+        raise RunError(
+            f"{path} holds another {' and '.join(wrong)} than the sweep has put there: move it away, and "
+            "cbnb ablate prepares it anew"
+        )
 
 
 def check_start(path):
@@ -383,21 +581,25 @@ def check_start(path):
     check_prepared(path)
     path = Path(path)
     if data_hash(read_record(path / "params.json"), {}) != read_record(path / "key.json")["data"]:
-        raise RunError(f"data, model or another file that {path / 'params.json'} names changed since the sweep "
-                       "was prepared: put back what was there, or give cbnb ablate the spec again, for runs of "
-                       "what is there now")
+        raise RunError(
+            f"data, model or another file that {path / 'params.json'} names changed since the sweep "
+            "was prepared: put back what was there, or give cbnb ablate the spec again, for runs of "
+            "what is there now"
+        )
 
 # %% ../../nbs/sweep/00_spec.ipynb #341a4862
 def prepare_run(sweep, run, code):
-    """Makes the folder of `run`, mode 0700, whole or not at all, with all it takes to start it: params.json (every declared parameter), notebook.ipynb
-    (a copy), code.json (`code`, a `cbnb.run.code.code_state`), key.json and status.json (queued). Returns its path; one that is there stays. Raises `RunError`
-    where a folder of that name has another key."""
+    """Makes the folder of `run`, mode 0700, whole or not at all, with all it takes to start it: params.json
+    (every declared parameter), notebook.ipynb (a copy), code.json (`code`, a `cbnb.run.code.code_state`),
+    key.json and status.json (queued). Returns its path; one that is there stays. Raises `RunError` where a
+    folder of that name has another key."""
     path = sweep.path / run["dir"]
     if path.exists():
-        if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]: raise RunError(f"{path} is another run's: move it away")
+        if (read_record(path / "key.json") or {}).get("key") != run["key"]["key"]:
+            raise RunError(f"{path} is another run's: move it away")
         check_prepared(path)
         return path
-    part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))   # mode 0700
+    part = Path(tempfile.mkdtemp(prefix=f".{run['dir'][:60]}.", suffix=".part", dir=sweep.path))  # mode 0700
     try:
         write_json(part / "params.json", run["all"])
         write_json(part / "code.json", code)
@@ -412,16 +614,25 @@ def prepare_run(sweep, run, code):
 
 # %% ../../nbs/sweep/00_spec.ipynb #6e82a26a
 def write_sweep(sweep):
-    "Writes sweep.json, which says what the sweep is: `{name, notebook, spec, runs: [{dir, parameters, key}]}`, whole or not at all."
+    """Writes sweep.json, which says what the sweep is: `{name, notebook, spec, runs: [{dir, parameters,
+    key}]}`, whole or not at all."""
     sweep.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    runs = [{"dir": run["dir"], "parameters": run["parameters"], "key": run["key"]["key"]} for run in sweep.runs]
-    write_json(sweep.path / "sweep.json", {"name": sweep.spec["name"], "notebook": str(sweep.notebook), "spec": sweep.spec, "runs": runs})
+    runs = [
+        {"dir": run["dir"], "parameters": run["parameters"], "key": run["key"]["key"]} for run in sweep.runs
+    ]
+    write_json(
+        sweep.path / "sweep.json",
+        {"name": sweep.spec["name"], "notebook": str(sweep.notebook), "spec": sweep.spec, "runs": runs},
+    )
 
 # %% ../../nbs/sweep/00_spec.ipynb #prepared2
 if __name__ == "__main__" and "__file__" in globals():
+
     def check():
-        if len(sys.argv) != 3 or sys.argv[1] != "check": raise RunError("usage: python -m cbnb.sweep.spec check RUN_DIR")
+        if len(sys.argv) != 3 or sys.argv[1] != "check":
+            raise RunError("usage: python -m cbnb.sweep.spec check RUN_DIR")
         check_start(sys.argv[2])
         return 0
+
     safe_output()
     sys.exit(ended(check, "cbnb.sweep.spec", (RunError, OSError), sys.argv))

@@ -13,29 +13,36 @@ from itertools import takewhile
 
 from transformers import TrainerCallback
 
+from ..basics.numbers import floor_limit, format_number
+from ..basics.terminal import error_text, say
 from ..config import CircuitBreakerConfig
 from ..data.streams import COUNTS
 from ..report.figures import as_float
-from ..basics.numbers import floor_limit, format_number
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
-from ..basics.terminal import error_text, say
 from .trainer import TERMS, NonFiniteLossError, log_line
 
 # %% ../../nbs/train/06_alarms.ipynb #bd02f70f
-LEAST = 1e-6    # 1 − loss_reroute below this is float32's own rounding of the loss
-LIFTED = 3      # times the floor: from here on 1 − loss_reroute has left it
+LEAST = 1e-6  # 1 − loss_reroute below this is float32's own rounding of the loss
+LIFTED = 3  # times the floor: from here on 1 − loss_reroute has left it
 
 
 def foretold(rows: list[dict], value, span: float, end: float, least: float) -> float:
-    """What `value(row)` will be at step `end` if it goes on growing (or falling) as over the last `span` steps, by the means of the logarithms of the later and the earlier half of these
-    lines; values below `least` count as that. With fewer than four lines the last value."""
+    """What `value(row)` will be at step `end` if it goes on growing (or falling) as over the last `span`
+    steps, by the means of the logarithms of the later and the earlier half of these lines; values below
+    `least` count as that. With fewer than four lines the last value."""
     last = rows[-1]["step"]
-    recent = [(row["step"], math.log10(max(v, least))) for row in takewhile(lambda row: row["step"] > last - span, reversed(rows))
-              if not math.isnan(v := value(row))][::-1]
-    if len(recent) < 4: return max(value(rows[-1]), least)
+    recent = [
+        (row["step"], math.log10(max(v, least)))
+        for row in takewhile(lambda row: row["step"] > last - span, reversed(rows))
+        if not math.isnan(v := value(row))
+    ][::-1]
+    if len(recent) < 4:
+        return max(value(rows[-1]), least)
     half = len(recent) // 2
-    (x0, y0), (x1, y1) = ([sum(column) / half for column in zip(*part)] for part in (recent[:half], recent[-half:]))
+    (x0, y0), (x1, y1) = (
+        [sum(column) / half for column in zip(*part)] for part in (recent[:half], recent[-half:])
+    )
     return 10 ** min(y1 + (y1 - y0) / (x1 - x0) * (end - x1), 300.0)
 
 
@@ -45,138 +52,215 @@ def turned(row: dict) -> float:
 
 # %% ../../nbs/train/06_alarms.ipynb #8154d7a5
 def forces(row: dict) -> tuple[float, float, str]:
-    "`(pull, hold, holder)` of a diagnosed line: the norm of reroute's gradient, that of retain's and the KL's together, and which of the two is the larger, `retain` or `kl`."
+    """`(pull, hold, holder)` of a diagnosed line: the norm of reroute's gradient, that of retain's and the
+    KL's together, and which of the two is the larger, `retain` or `kl`."""
     pull, retain, kl = (as_float(row.get(f"grad_norm_{name}")) for name in TERMS)
-    retain, kl, cosine = (0.0 if math.isnan(v) else v for v in (retain, kl, as_float(row.get("grad_cos_retain_kl"))))
-    return 0.0 if math.isnan(pull) else pull, math.sqrt(max(retain**2 + kl**2 + 2 * retain * kl * cosine, 0.0)), "retain" if retain >= kl else "kl"
+    retain, kl, cosine = (
+        0.0 if math.isnan(v) else v for v in (retain, kl, as_float(row.get("grad_cos_retain_kl")))
+    )
+    return (
+        0.0 if math.isnan(pull) else pull,
+        math.sqrt(max(retain**2 + kl**2 + 2 * retain * kl * cosine, 0.0)),
+        "retain" if retain >= kl else "kl",
+    )
 
 
 def advice(rows: list[dict]) -> str:
     "What to change in a run that does not open, by the forces of the last diagnosed line."
     row = next((row for row in reversed(rows) if "grad_norm_reroute" in row), None)
-    if row is None: return "lower retain_weight or beta_kl, or raise learning_rate or total_steps"
+    if row is None:
+        return "lower retain_weight or beta_kl, or raise learning_rate or total_steps"
     pull, hold, holder = forces(row)
-    if pull > hold: return "reroute pulls harder than what holds it, but too slowly: raise learning_rate or total_steps"
+    if pull > hold:
+        return "reroute pulls harder than what holds it, but too slowly: raise learning_rate or total_steps"
     weight, term = ("retain_weight", "retain") if holder == "retain" else ("beta_kl", "the KL")
-    return (f"the gradient of {term} holds it, with {format_number(hold / pull) if pull else 'infinitely many'} times the norm of reroute's at step {row['step']}: "
-            f"lower {weight}, or raise learning_rate")
+    return (
+        f"the gradient of {term} holds it, with {format_number(hold / pull) if pull else 'infinitely many'} "
+        f"times the norm of reroute's at step {row['step']}: "
+        f"lower {weight}, or raise learning_rate"
+    )
 
 # %% ../../nbs/train/06_alarms.ipynb #ec4a55fc
 def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
-    """The student's hidden states have not turned away: loss_reroute is above `dead_level` in a line at or after `dead_after` of the steps, and 1 − loss_reroute either has not left the
-    rounding floor or does not grow fast enough to be past 1 − `dead_level` at the last step. Step 1 is never judged: its losses are those of the untouched student."""
-    last, loss, step, end = rows[-1], as_float(rows[-1].get("loss_reroute")), rows[-1]["step"], config.total_steps
-    if step < max(config.dead_after * end, 2) or not loss > config.dead_level: return ""
+    """The student's hidden states have not turned away: loss_reroute is above `dead_level` in a line at or
+    after `dead_after` of the steps, and 1 − loss_reroute either has not left the rounding floor or does not
+    grow fast enough to be past 1 − `dead_level` at the last step. Step 1 is never judged: its losses are
+    those of the untouched student."""
+    last, loss, step, end = (
+        rows[-1],
+        as_float(rows[-1].get("loss_reroute")),
+        rows[-1]["step"],
+        config.total_steps,
+    )
+    if step < max(config.dead_after * end, 2) or not loss > config.dead_level:
+        return ""
     at_floor = LIFTED * floor.get("reroute", 0.0)
     least, goal = max(LEAST, at_floor), 1 - config.dead_level
-    if step < end and turned(last) > least and foretold(rows, turned, max(0.2 * end, 10), end, least) > goal: return ""
-    where = f", where rounding alone puts it ({floor['dtype']})" if at_floor and turned(last) <= at_floor else ""
-    return (f"loss_reroute is {format_number(loss, 4)} at step {step} of {end}, above dead_level {config.dead_level:g}{where}: the breaker has not opened"
-            f"{' and will not in time' if step < end else ''}; {advice(rows)}")
+    if step < end and turned(last) > least and foretold(rows, turned, max(0.2 * end, 10), end, least) > goal:
+        return ""
+    where = (
+        f", where rounding alone puts it ({floor['dtype']})" if at_floor and turned(last) <= at_floor else ""
+    )
+    return (
+        f"loss_reroute is {format_number(loss, 4)} at step {step} of {end}, above dead_level "
+        f"{config.dead_level:g}{where}: the breaker has not opened"
+        f"{' and will not in time' if step < end else ''}; {advice(rows)}"
+    )
 
 # %% ../../nbs/train/06_alarms.ipynb #2c6e01ee
 RECOVERED = 0.1  # of collapse_kl: a KL that ends below this has come back, whatever it has been
 
 
 def typical(rows: list[dict], key: str, span: float) -> float:
-    "The geometric mean of `key` over the last `span` steps (at least the last line); NaN where it was not measured there."
+    """The geometric mean of `key` over the last `span` steps (at least the last line); NaN where it was not
+    measured there."""
     last = rows[-1]["step"]
-    values = [as_float(row.get(key)) for row in takewhile(lambda row: row["step"] > last - span or row is rows[-1], reversed(rows))]
+    values = [
+        as_float(row.get(key))
+        for row in takewhile(lambda row: row["step"] > last - span or row is rows[-1], reversed(rows))
+    ]
     values = [math.log(max(v, 1e-30)) for v in values if not math.isnan(v)]
     return math.exp(sum(values) / len(values)) if values else math.nan
 
 
 def collapsed(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
-    """Benign behaviour is lost. From half of the steps on: loss_kl, the benign KL, is above `collapse_kl` in every line of the last `collapse_for` of the run's steps and does not fall fast
-    enough to end below it. At the last step: its mean over the last twentieth of the steps is above `RECOVERED` of it."""
+    """Benign behaviour is lost. From half of the steps on: loss_kl, the benign KL, is above `collapse_kl` in
+    every line of the last `collapse_for` of the run's steps and does not fall fast enough to end below it. At
+    the last step: its mean over the last twentieth of the steps is above `RECOVERED` of it."""
     last, end, level = rows[-1]["step"], config.total_steps, RECOVERED * config.collapse_kl
     span, kl = config.collapse_for * end, lambda row: as_float(row.get("loss_kl"))
     does = "raise beta_kl, or lower learning_rate or alpha_max"
     if last >= end:
         peak = max((v for row in rows if not math.isnan(v := kl(row))), default=0.0)
         now = typical(rows, "loss_kl", 0.05 * end)
-        if not now > level: return ""
-        return (f"loss_kl ends at {format_number(now)} nats a token, above {RECOVERED:g} of collapse_kl {config.collapse_kl:g} (its highest was {format_number(peak)}): benign behaviour has not come "
-                f"back; {does}")
+        if not now > level:
+            return ""
+        return (
+            f"loss_kl ends at {format_number(now)} nats a token, above {RECOVERED:g} of collapse_kl "
+            f"{config.collapse_kl:g} (its highest was {format_number(peak)}): benign behaviour has not come "
+            f"back; {does}"
+        )
     recent = takewhile(lambda row: row["step"] > last - span, reversed(rows))
-    if last < max(span, end / 2) or not all(kl(row) > config.collapse_kl for row in recent): return ""
-    if (then := foretold(rows, kl, span, end, 1e-30)) <= config.collapse_kl: return ""
-    return (f"loss_kl has been above collapse_kl {config.collapse_kl:g} for {format_number(span)} steps, is {format_number(rows[-1]['loss_kl'])} nats a token at step {last}, and would be "
-            f"{format_number(min(then, kl(rows[-1])), 2)} at the last: benign behaviour is lost; {does}")
+    if last < max(span, end / 2) or not all(kl(row) > config.collapse_kl for row in recent):
+        return ""
+    if (then := foretold(rows, kl, span, end, 1e-30)) <= config.collapse_kl:
+        return ""
+    return (
+        f"loss_kl has been above collapse_kl {config.collapse_kl:g} for {format_number(span)} steps, is "
+        f"{format_number(rows[-1]['loss_kl'])} nats a token at step {last}, and would be "
+        f"{format_number(min(then, kl(rows[-1])), 2)} at the last: benign behaviour is lost; {does}"
+    )
 
 # %% ../../nbs/train/06_alarms.ipynb #99b211c3
 def saturated(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
-    """In two diagnosed lines in a row after the warm-up a term's gradient norm is below `saturated_below` of the weighted term, although the
-    term itself is above 0.001 and above what rounding makes of it: it costs, and teaches nothing."""
-    diagnosed = [row for row in rows[-2 * max(config.diagnose_steps, 1):] if "grad_norm_reroute" in row][-2:]
-    if len(diagnosed) < 2 or diagnosed[-1] is not rows[-1] or diagnosed[0]["step"] <= max(config.warmup_steps, 1): return ""
+    """In two diagnosed lines in a row after the warm-up a term's gradient norm is below `saturated_below` of
+    the weighted term, although the term itself is above 0.001 and above what rounding makes of it: it costs,
+    and teaches nothing."""
+    diagnosed = [row for row in rows[-2 * max(config.diagnose_steps, 1) :] if "grad_norm_reroute" in row][-2:]
+    if (
+        len(diagnosed) < 2
+        or diagnosed[-1] is not rows[-1]
+        or diagnosed[0]["step"] <= max(config.warmup_steps, 1)
+    ):
+        return ""
+
     def flat(row, term):
         weighted, norm = as_float(row.get(f"weighted_{term}")), as_float(row.get(f"grad_norm_{term}"))
-        return weighted > 0 and as_float(row.get(f"loss_{term}")) > max(1e-3, floor_limit(floor.get(term, 0.0))) and norm < config.saturated_below * weighted
+        return (
+            weighted > 0
+            and as_float(row.get(f"loss_{term}")) > max(1e-3, floor_limit(floor.get(term, 0.0)))
+            and norm < config.saturated_below * weighted
+        )
+
     stuck = [term for term in TERMS if all(flat(row, term) for row in diagnosed)]
-    if not stuck: return ""
-    return (f"the gradient of {' and '.join(stuck)} has vanished at step {rows[-1]['step']} while its loss has not "
-            f"(loss_{stuck[0]} {format_number(rows[-1][f'loss_{stuck[0]}'])}): is the adapter in the forward pass, and is dtype precise enough?")
+    if not stuck:
+        return ""
+    return (
+        f"the gradient of {' and '.join(stuck)} has vanished at step {rows[-1]['step']} while its loss has "
+        "not "
+        f"(loss_{stuck[0]} {format_number(rows[-1][f'loss_{stuck[0]}'])}): is the adapter in the forward "
+        "pass, and is dtype precise enough?"
+    )
 
 # %% ../../nbs/train/06_alarms.ipynb #862d4be8
 def silent(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
     "A step had no harmful or no benign target, so that a term was a mean over nothing."
     none = [name for name in COUNTS if rows[-1].get(name) == 0]
-    return f"step {rows[-1]['step']} had no {' and no '.join(name.replace('_', ' ') for name in none)}: look at the masks" if none else ""
+    return (
+        f"step {rows[-1]['step']} had no {' and no '.join(name.replace('_', ' ') for name in none)}: look "
+        "at the masks"
+        if none
+        else ""
+    )
 
 # %% ../../nbs/train/06_alarms.ipynb #144bff0d
 RULES = {rule.__name__: rule for rule in (dead, collapsed, saturated, silent)}
 
 
 def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> list[dict]:
-    """Applies `RULES` to the last of `rows`; returns the alarms that are new and adds them to `alarms`: `{alarm, step, last_step, text}`, the step at which it
-    went off, the newest one at which it still held, and its sentence. An alarm that goes off again only moves its `last_step`."""
+    """Applies `RULES` to the last of `rows`; returns the alarms that are new and adds them to `alarms`:
+    `{alarm, step, last_step, text}`, the step at which it went off, the newest one at which it still held,
+    and its sentence. An alarm that goes off again only moves its `last_step`."""
     known, new = {alarm["alarm"]: alarm for alarm in alarms}, []
     for name, rule in RULES.items():
-        if not (text := rule(rows, config, floor)): continue
-        if name in known: known[name]["last_step"] = rows[-1]["step"]
-        else: new.append({"alarm": name, "step": rows[-1]["step"], "last_step": rows[-1]["step"], "text": text})
+        if not (text := rule(rows, config, floor)):
+            continue
+        if name in known:
+            known[name]["last_step"] = rows[-1]["step"]
+        else:
+            new.append({"alarm": name, "step": rows[-1]["step"], "last_step": rows[-1]["step"], "text": text})
     alarms += new
     return new
 
 
 def find_alarms(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None = None) -> list[dict]:
-    """The alarms of a whole log (lines of metrics.jsonl, in order), as a run with these `rows` and this rounding `floor` (`cbnb.train.floor.rounding_floor`; a run keeps it in status.json) has told
-    them; None is a floor of 0, as in float32."""
+    """The alarms of a whole log (lines of metrics.jsonl, in order), as a run with these `rows` and this
+    rounding `floor` (`cbnb.train.floor.rounding_floor`; a run keeps it in status.json) has told them; None is
+    a floor of 0, as in float32."""
     alarms = []
-    for n in range(1, len(rows) + 1): go_off(alarms, rows[:n], config, floor or {})
+    for n in range(1, len(rows) + 1):
+        go_off(alarms, rows[:n], config, floor or {})
     return alarms
 
 # %% ../../nbs/train/06_alarms.ipynb #82835a70
 class CollapsedError(RuntimeError):
     "Raised at the end of a training that `collapse_stops` has ended; says the alarm's sentence."
+
     __str__ = error_text
 
 
 class Alarms(TrainerCallback):
-    """Applies the rules to every log line of a run and keeps what goes off, with its time, in status.json (`alarms`). A new alarm is told at once: in
-    the terminal or the job's log, and in the cell that trains. A resumed run knows what its log has told before."""
+    """Applies the rules to every log line of a run and keeps what goes off, with its time, in status.json
+    (`alarms`). A new alarm is told at once: in the terminal or the job's log, and in the cell that trains. A
+    resumed run knows what its log has told before."""
 
     def __init__(self, run: Run, config: CircuitBreakerConfig):
         self.run, self.config, self.rows, self.found, self.stopped, self.floor = run, config, [], [], None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero: return
+        if not state.is_world_process_zero:
+            return
         self.rows = read_metrics(self.run.path)
         self.floor = read_status(self.run.path).get("floor") or {}
         self.found = find_alarms(self.rows, self.config, self.floor)
         set_status(self.run, "running", alarms=self.found)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "loss_reroute" not in logs: return
+        if not state.is_world_process_zero or not logs or "loss_reroute" not in logs:
+            return
         self.rows.append(dict(logs))
         before = [alarm["last_step"] for alarm in self.found]
-        for alarm in go_off(self.found, self.rows, self.config, self.floor): self.tell(alarm)
-        if [alarm["last_step"] for alarm in self.found] != before: set_status(self.run, "running", alarms=self.found)
-        gone = next((a for a in self.found if a["alarm"] == "collapsed" and a["last_step"] == logs["step"]), None)
+        for alarm in go_off(self.found, self.rows, self.config, self.floor):
+            self.tell(alarm)
+        if [alarm["last_step"] for alarm in self.found] != before:
+            set_status(self.run, "running", alarms=self.found)
+        gone = next(
+            (a for a in self.found if a["alarm"] == "collapsed" and a["last_step"] == logs["step"]), None
+        )
         if gone and self.config.collapse_stops and logs["step"] < self.config.total_steps:
             self.stopped = gone
-            (self.run.path / "stop").touch()  # as a user would ask: a checkpoint after the next step, by all processes together
+            # as a user would ask: a checkpoint after the next step, by all processes together
+            (self.run.path / "stop").touch()
 
     def tell(self, alarm: dict):
         "Says a new alarm where somebody looks."
@@ -188,11 +272,14 @@ class Alarms(TrainerCallback):
 # %% ../../nbs/train/06_alarms.ipynb #e2e454e4
 @contextmanager
 def watch_alarms(run: Run, config: CircuitBreakerConfig):
-    """`with watch_alarms(run, config) as alarms: train_breaker(..., callbacks=[alarms])`: gives an `Alarms`, whose `found` is for result.json.
+    """`with watch_alarms(run, config) as alarms: train_breaker(..., callbacks=[alarms])`: gives an `Alarms`,
+    whose `found` is for result.json.
 
-    A NonFiniteLossError on its way out becomes the alarm `non_finite`. Raises CollapsedError where `collapse_stops` has ended the training."""
+    A NonFiniteLossError on its way out becomes the alarm `non_finite`. Raises CollapsedError where
+    `collapse_stops` has ended the training."""
     alarms = Alarms(run, config)
-    try: yield alarms
+    try:
+        yield alarms
     except NonFiniteLossError as e:
         step = alarms.rows[-1]["step"] + 1 if alarms.rows else 1
         alarms.found.append({"alarm": "non_finite", "step": step, "last_step": step, "text": str(e)})
@@ -200,5 +287,7 @@ def watch_alarms(run: Run, config: CircuitBreakerConfig):
         set_status(run, "running", alarms=alarms.found)
         raise
     except RunInterrupted:
-        if not alarms.stopped: raise
-    if alarms.stopped: raise CollapsedError(f"stopped by collapse_stops: {alarms.stopped['text']}")
+        if not alarms.stopped:
+            raise
+    if alarms.stopped:
+        raise CollapsedError(f"stopped by collapse_stops: {alarms.stopped['text']}")

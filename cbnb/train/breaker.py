@@ -9,21 +9,22 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..basics.terminal import warn
 from ..config import CircuitBreakerConfig
 from ..step.heads import Head, find_head, head_kl, teacher_logits
 from ..step.model_checks import check_model
 from ..step.models import check_teacher, num_blocks
 from ..step.objectives import Pair, find_objective, token_terms
 from ..step.passes import both_passes, one_pass
-from ..basics.terminal import warn
 
 # %% auto #0
 __all__ = ['at_targets', 'state_pairs', 'CircuitBreaker']
 
 # %% ../../nbs/train/00_breaker.ipynb #c797f154
 def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
-    """`({layer: [M, d]}, [N, d] or None)`: of hidden states [B, S, d] what the terms look at, the tokens of the loss mask, and of the final ones the positions
-    that predict a target (`cbnb.data.streams.pad_rows`)."""
+    """`({layer: [M, d]}, [N, d] or None)`: of hidden states [B, S, d] what the terms look at, the tokens of
+    the loss mask, and of the final ones the positions that predict a target (`cbnb.data.streams.pad_rows`).
+    """
     kept = {layer: h.flatten(0, 1)[rows["token_index"]] for layer, h in hidden.items()}
     return kept, None if last is None else last.flatten(0, 1)[rows["predicting_index"]]
 
@@ -31,32 +32,50 @@ def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
 def state_pairs(found: list) -> dict[int, Pair]:
     "`{layer: Pair}` of a micro-batch from what `CircuitBreaker.states` gives for each of its length groups."
     ours, theirs = ([side[0] for side in sides] for sides in zip(*found))
-    return {layer: Pair(*(torch.cat([hidden[layer] for hidden in side]) for side in (ours, theirs))) for layer in ours[0]}
+    return {
+        layer: Pair(*(torch.cat([hidden[layer] for hidden in side]) for side in (ours, theirs)))
+        for layer in ours[0]
+    }
 
 # %% ../../nbs/train/00_breaker.ipynb #9958aae0
 class CircuitBreaker(nn.Module):
     """Student, teacher and the three terms; what `Trainer` (and DDP or FSDP) wraps.
 
-    `student`: a peft model with the adapter to train. `teacher`: None for the student's own base with the adapter off, or a
-    separate causal language model of the same vocabulary, depth and width (ValueError otherwise), which is frozen here. A model that does not keep to
-    what training takes for granted is a ConfigError (`cbnb.step.model_checks.check_model`). What stands in the way of a
-    saving that `config.savings` asks for is warned of once. `head`: what is known of the student's head, where its weights have no values to check it by (`cbnb.preflight.plan`)."""
+    `student`: a peft model with the adapter to train. `teacher`: None for the student's own base with the
+    adapter off, or a separate causal language model of the same vocabulary, depth and width (ValueError
+    otherwise), which is frozen here. A model that does not keep to what training takes for granted is a
+    ConfigError (`cbnb.step.model_checks.check_model`). What stands in the way of a saving that
+    `config.savings` asks for is warned of once. `head`: what is known of the student's head, where its
+    weights have no values to check it by (`cbnb.preflight.plan`)."""
 
-    def __init__(self, student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Module | None = None, head: Head | None = None):
+    def __init__(
+        self,
+        student: PeftModel,
+        config: CircuitBreakerConfig,
+        teacher: nn.Module | None = None,
+        head: Head | None = None,
+    ):
         super().__init__()
         self.student, self.circuit_breaker_config = student, config
         if teacher is not None:
             check_teacher(student, teacher)
             teacher.eval().requires_grad_(False)
-        if head is None: check_model(student, config, teacher)
+        if head is None:
+            check_model(student, config, teacher)
         self.teacher = teacher
         self.objective = find_objective(config.objective)
         self.head = find_head(student) if head is None else head
         self.teacher_logits = teacher_logits(student, self.head, teacher)
         if "fused_kl" in config.savings and self.teacher_logits is not self.head.logits:
-            warn(f"the KL term goes the general way through the output layer, since {self.head.note or 'the teacher has one of its own'}")
+            warn(
+                "the KL term goes the general way through the output layer, since "
+                f"{self.head.note or 'the teacher has one of its own'}"
+            )
         if "shared_prefix" in config.savings and teacher is None and self.head.norm is None:
-            warn("benign rows run all blocks twice, since no single module stands between the last block and the output layer")
+            warn(
+                "benign rows run all blocks twice, since no single module stands between the last block and "
+                "the output layer"
+            )
 
     def train(self, mode: bool = True):
         "Trains the student; the teacher stays in eval mode whatever is asked."
@@ -66,18 +85,29 @@ class CircuitBreaker(nn.Module):
         return self
 
     def states(self, rows: dict, final: bool, layers=None):
-        """`((hidden, last) of the student, (hidden, last) of the teacher)` at the targets of `rows` (see `at_targets`), `last` if `final`; the teacher's from
-        `rows["teacher"]` where a cache has put them. `layers`: as in `cbnb.step.passes.one_pass`."""
+        """`((hidden, last) of the student, (hidden, last) of the teacher)` at the targets of `rows` (see
+        `at_targets`), `last` if `final`; the teacher's from `rows["teacher"]` where a cache has put them.
+        `layers`: as in `cbnb.step.passes.one_pass`."""
         config = self.circuit_breaker_config
         if cached := rows.get("teacher"):
-            return at_targets(*one_pass(self.student, rows, config, final), rows), (cached["hidden"], cached["last"])
-        return tuple(at_targets(*side, rows) for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers))
+            return at_targets(*one_pass(self.student, rows, config, final), rows), (
+                cached["hidden"],
+                cached["last"],
+            )
+        return tuple(
+            at_targets(*side, rows)
+            for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers)
+        )
 
-    def forward(self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True) -> dict[str, torch.Tensor]:
+    def forward(
+        self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True
+    ) -> dict[str, torch.Tensor]:
         """`{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
 
-        `harmful`, `benign`: padded rows, or a list of such (`cbnb.data.streams.collate`). `denominators`: [3], the tokens of the global batch over which each term
-        is a mean (`cbnb.data.streams.COUNTS`). At `beta_kl = 0` the KL is measured without gradient, and only if `measure_kl`; else there is no `loss_kl`."""
+        `harmful`, `benign`: padded rows, or a list of such (`cbnb.data.streams.collate`). `denominators`:
+        [3], the tokens of the global batch over which each term is a mean (`cbnb.data.streams.COUNTS`). At
+        `beta_kl = 0` the KL is measured without gradient, and only if `measure_kl`; else there is no
+        `loss_kl`."""
         config = self.circuit_breaker_config
         harmful, benign = ([rows] if isinstance(rows, dict) else rows for rows in (harmful, benign))
         with_kl = measure_kl or config.beta_kl > 0
@@ -86,12 +116,34 @@ class CircuitBreaker(nn.Module):
         away = state_pairs([self.states(rows, final=False) for rows in harmful])
         kept = [self.states(rows, final=with_kl, layers=every) for rows in benign]
         held = state_pairs(kept)
-        reroute = sum(token_terms("reroute", self.objective.reroute(away[layer], held[layer], config), len(away[layer].student)).sum() for layer in away)
-        retain = sum(token_terms("retain", self.objective.retain(away.get(layer), held[layer], config), len(held[layer].student)).sum() for layer in held)
-        terms = {"loss_reroute": (reroute / (len(away) * denominators[0].clamp(min=1))).float(), "loss_retain": (retain / (len(held) * denominators[1].clamp(min=1))).float()}
+        reroute = sum(
+            token_terms(
+                "reroute", self.objective.reroute(away[layer], held[layer], config), len(away[layer].student)
+            ).sum()
+            for layer in away
+        )
+        retain = sum(
+            token_terms(
+                "retain",
+                self.objective.retain(away.get(layer), held[layer], config),
+                len(held[layer].student),
+            ).sum()
+            for layer in held
+        )
+        terms = {
+            "loss_reroute": (reroute / (len(away) * denominators[0].clamp(min=1))).float(),
+            "loss_retain": (retain / (len(held) * denominators[1].clamp(min=1))).float(),
+        }
         if with_kl:
             ours, theirs = (torch.cat([side[1] for side in sides]) for sides in zip(*kept))
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
-                kl = head_kl(ours, theirs, self.head, self.teacher_logits, config.kl_temperature, "fused_kl" in config.savings)
+                kl = head_kl(
+                    ours,
+                    theirs,
+                    self.head,
+                    self.teacher_logits,
+                    config.kl_temperature,
+                    "fused_kl" in config.savings,
+                )
             terms["loss_kl"] = (kl.sum() / denominators[2].clamp(min=1)).float()
         return terms

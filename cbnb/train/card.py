@@ -16,13 +16,13 @@ import pandas as pd
 import yaml
 
 import cbnb
-from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
-from ..data.streams import Sample
+from ..basics.jsonfiles import write_owned
 from ..basics.processes import is_first
 from ..basics.reading import read_text
-from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
-from ..basics.jsonfiles import write_owned
 from ..basics.withheld import scrub
+from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
+from ..data.streams import Sample
+from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
 from ..run.settings import KEPT_TEMPLATE, preset_for
 from .same import sample_key
 
@@ -35,64 +35,138 @@ def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:
 
 def markdown_table(frame: pd.DataFrame) -> str:
     "A frame of text as a Markdown table, its index as the first column."
-    rows = [[frame.index.name or "", *frame.columns], ["---"] * (1 + len(frame.columns)), *([index, *row] for index, row in zip(frame.index, frame.itertuples(index=False)))]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows)
+    rows = [
+        [frame.index.name or "", *frame.columns],
+        ["---"] * (1 + len(frame.columns)),
+        *([index, *row] for index, row in zip(frame.index, frame.itertuples(index=False))),
+    ]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+        for row in rows
+    )
 
 
 def template_lines(template: dict | None) -> list[str]:
     "What the card says of the chat template that masks, prompts and answers go by; nothing without one."
-    if template is None: return []
-    variables = ", ".join(f"`{name}={json.dumps(value, ensure_ascii=False)}`" for name, value in template["template_variables"].items())
-    return [f"- chat template: `{KEPT_TEMPLATE}` beside this card (sha256 `{template['sha256'][:16]}`)" + (f" with {variables}" if variables else "")
-            + (f", its date always {template['date']}" if template.get("date") else "")]
+    if template is None:
+        return []
+    variables = ", ".join(
+        f"`{name}={json.dumps(value, ensure_ascii=False)}`"
+        for name, value in template["template_variables"].items()
+    )
+    return [
+        f"- chat template: `{KEPT_TEMPLATE}` beside this card (sha256 `{template['sha256'][:16]}`)"
+        + (f" with {variables}" if variables else "")
+        + (f", its date always {template['date']}" if template.get("date") else "")
+    ]
 
 
 HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 
 
 def figure_text(result: dict) -> str:
-    "What stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's `result`, its notes and alarms."
-    lines = ["", markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))), ""]
-    if notes := all_notes(results_of(result)): lines += [*(f"- {note}" for note in notes), ""]
-    if alarms := alarm_lines(result.get("alarms")): lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
+    """What stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's `result`,
+    its notes and alarms."""
+    lines = [
+        "",
+        markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))),
+        "",
+    ]
+    if notes := all_notes(results_of(result)):
+        lines += [*(f"- {note}" for note in notes), ""]
+    if alarms := alarm_lines(result.get("alarms")):
+        lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
     return "\n".join([*lines, ""])
 
 
-def card_text(config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, samples: tuple[int, int], template: dict | None = None) -> str:
-    """The card as Markdown with a YAML head. `parameters`: the run's; `result`: what its result.json holds; `samples`: how many harmful and benign ones.
-    `template`: what `kept_template` says of the run's. Paths are named by their last part, and what looks like a token is left out."""
-    named = lambda text: ", ".join(part if part.startswith("hf:") else Path(part).name or part for part in str(text).split(",")) if text else ""
+def card_text(
+    config: CircuitBreakerConfig,
+    parameters: dict,
+    result: dict,
+    fingerprint: str,
+    samples: tuple[int, int],
+    template: dict | None = None,
+) -> str:
+    """The card as Markdown with a YAML head. `parameters`: the run's; `result`: what its result.json holds;
+    `samples`: how many harmful and benign ones. `template`: what `kept_template` says of the run's. Paths are
+    named by their last part, and what looks like a token is left out."""
+
+    def named(text):
+        return (
+            ", ".join(
+                part if part.startswith("hf:") else Path(part).name or part for part in str(text).split(",")
+            )
+            if text
+            else ""
+        )
+
     base = config.model if not Path(config.model).exists() else Path(config.model).name
-    head = {"base_model": base, "library_name": "peft", "tags": ["circuit-breaker", "representation-rerouting", "cbnb"]}
+    head = {
+        "base_model": base,
+        "library_name": "peft",
+        "tags": ["circuit-breaker", "representation-rerouting", "cbnb"],
+    }
     meant = preset_for(parameters.get("preset"), config.model, parameters.get("trust_remote_code", False))
     preset = PRESETS.get(meant)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "model"}
-    changed = [name for name, value in settings.items() if preset is not None and value != getattr(preset, name)]
-    table = pd.DataFrame([(name, config_to_dict(config)[name], "changed" if name in changed else "") for name in settings], columns=["setting", "value", "of the preset"]).set_index("setting")
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# Circuit breaker for {base}", "",
-             f"A LoRA adapter that turns harmful hidden states away from those of `{base}` and keeps benign behaviour (objective `{config.objective}`, beta_kl {config.beta_kl:g}). Made by cbnb {cbnb.__version__}, "
-             f"preset `{meant}`.", "", "## Data", "",
-             f"- files: {named(parameters.get('data'))}; held out: {named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
-             f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign (`{config.benign_policy}`)", f"- fingerprint of tokens and masks: `{fingerprint}`",
-             *(f"- {line}" for line in data_notes(result)), *template_lines(template), "",
-             HELD_OUT, figure_text(result) + SETTINGS, "", markdown_table(table), ""]
+    changed = [
+        name for name, value in settings.items() if preset is not None and value != getattr(preset, name)
+    ]
+    table = pd.DataFrame(
+        [(name, config_to_dict(config)[name], "changed" if name in changed else "") for name in settings],
+        columns=["setting", "value", "of the preset"],
+    ).set_index("setting")
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# Circuit breaker for {base}",
+        "",
+        f"A LoRA adapter that turns harmful hidden states away from those of `{base}` and keeps benign "
+        f"behaviour (objective `{config.objective}`, beta_kl {config.beta_kl:g}). Made by cbnb "
+        f"{cbnb.__version__}, "
+        f"preset `{meant}`.",
+        "",
+        "## Data",
+        "",
+        f"- files: {named(parameters.get('data'))}; held out: "
+        f"{named(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
+        f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign "
+        f"(`{config.benign_policy}`)",
+        f"- fingerprint of tokens and masks: `{fingerprint}`",
+        *(f"- {line}" for line in data_notes(result)),
+        *template_lines(template),
+        "",
+        HELD_OUT,
+        figure_text(result) + SETTINGS,
+        "",
+        markdown_table(table),
+        "",
+    ]
     return scrub("\n".join(lines))
 
 
 def write_card(folder: Path, *arguments, template: dict | None = None, **more) -> None:
-    "Writes `card_text` to `README.md` of an adapter's `folder`, in the place of peft's, and the source of `template` beside it; of several processes, the first."
-    if not is_first(): return
-    if template is not None: write_owned(Path(folder) / KEPT_TEMPLATE, template["source"].encode())
+    """Writes `card_text` to `README.md` of an adapter's `folder`, in the place of peft's, and the source of
+    `template` beside it; of several processes, the first."""
+    if not is_first():
+        return
+    if template is not None:
+        write_owned(Path(folder) / KEPT_TEMPLATE, template["source"].encode())
     write_owned(Path(folder) / "README.md", card_text(*arguments, template=template, **more).encode())
 
 # %% ../../nbs/train/07_card.ipynb #1af04496
 def refresh_card(folder: Path, result: dict) -> bool:
-    """Writes the figures of a run's `result` (result.json) anew into the card of its adapter's `folder`; all else stays as it is.
-    False where there is no card with the two headings: somebody has written another one."""
+    """Writes the figures of a run's `result` (result.json) anew into the card of its adapter's `folder`; all
+    else stays as it is. False where there is no card with the two headings: somebody has written another one.
+    """
     path = Path(folder) / "README.md"
-    if not path.is_file(): return False
+    if not path.is_file():
+        return False
     head, found, rest = read_text(path).partition(f"{HELD_OUT}\n")
     _, settings, end = rest.partition(f"\n{SETTINGS}\n")
-    if not (found and settings): return False
+    if not (found and settings):
+        return False
     write_owned(path, (head + found + scrub(figure_text(result)) + settings[1:] + end).encode())
     return True

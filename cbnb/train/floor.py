@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .breaker import CircuitBreaker
 from ..step.heads import find_head
+from .breaker import CircuitBreaker
 
 # %% auto #0
 __all__ = ['BELOW', 'FIXED', 'kept', 'moved', 'mode', 'on_device', 'terms_of', 'rounding_floor', 'fixed', 'fixed_figures']
@@ -21,46 +21,62 @@ __all__ = ['BELOW', 'FIXED', 'kept', 'moved', 'mode', 'on_device', 'terms_of', '
 # %% ../../nbs/train/01_floor.ipynb #3996c5ff
 @contextmanager
 def kept(module: nn.Module):
-    "Inside, the adapter and what else of `module` is trained may be changed; afterwards they, their gradients and the random states are as before."
+    """Inside, the adapter and what else of `module` is trained may be changed; afterwards they, their
+    gradients and the random states are as before."""
     trained = [p for name, p in module.named_parameters() if p.requires_grad or "lora_" in name]
     before = [p.detach().clone() for p in trained]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try: yield
+        try:
+            yield
         finally:
             with torch.no_grad():
-                for p, old in zip(trained, before, strict=True): p.copy_(old)
+                for p, old in zip(trained, before, strict=True):
+                    p.copy_(old)
             module.zero_grad(set_to_none=True)
 
 # %% ../../nbs/train/01_floor.ipynb #070be524
 @contextmanager
 def moved(student: PeftModel, size: float):
-    "Inside, each LoRA B of `student` is normal noise of standard deviation `size`, the same each time; afterwards all is as before."
+    """Inside, each LoRA B of `student` is normal noise of standard deviation `size`, the same each time;
+    afterwards all is as before."""
     with kept(student):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in student.named_parameters():
-                if "lora_B" in name: p.copy_(torch.randn(p.shape, generator=generator) * size)
+                if "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=generator) * size)
         yield
 
 # %% ../../nbs/train/01_floor.ipynb #dd3930d4
 @contextmanager
 def mode(module: nn.Module, training: bool):
-    "Inside, `module` is in training mode, or in evaluation mode; every part of it is then put back as it was."
+    """Inside, `module` is in training mode, or in evaluation mode; every part of it is then put back as it
+    was."""
     before = [(part, part.training) for part in module.modules()]
     module.train(training)
-    try: yield
+    try:
+        yield
     finally:
-        for part, was in before: part.training = was
+        for part, was in before:
+            part.training = was
 
 # %% ../../nbs/train/01_floor.ipynb #d8165bee
 def on_device(batch: dict, device) -> dict:
     "A batch of `cbnb.data.streams.collate` on `device`."
-    move = lambda rows: {name: tensor.to(device) for name, tensor in rows.items()}
-    return {"harmful": move(batch["harmful"]), "benign": move(batch["benign"]), "counts": batch["counts"].to(device, torch.float32)}
+
+    def move(rows):
+        return {name: tensor.to(device) for name, tensor in rows.items()}
+
+    return {
+        "harmful": move(batch["harmful"]),
+        "benign": move(batch["benign"]),
+        "counts": batch["counts"].to(device, torch.float32),
+    }
 
 # %% ../../nbs/train/01_floor.ipynb #12af5155
 def terms_of(breaker: CircuitBreaker, batch: dict) -> dict:
-    "The terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a mean over the batch."
+    """The terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a mean over
+    the batch."""
     return breaker(batch["harmful"], batch["benign"], batch["counts"])
 
 # %% ../../nbs/train/01_floor.ipynb #906a7ee3
@@ -68,18 +84,30 @@ BELOW = 0.01  # standard deviation of the noise in each LoRA B, in units of the 
 
 
 def rounding_floor(student: PeftModel, batch: dict, config) -> dict:
-    """`{"dtype", "reroute", "retain", "kl"}`: what the terms read of a student that differs from its own base by rounding alone.
+    """`{"dtype", "reroute", "retain", "kl"}`: what the terms read of a student that differs from its own base
+    by rounding alone.
 
-    One pass over `batch` (`cbnb.data.streams.collate`, on the student's device) in eval mode, with an adapter of noise that the dtype of the base
-    cannot resolve. `reroute` is 1 − loss_reroute, `retain` and `kl` are loss_retain and loss_kl, in their units, none below 0; a term of which the
-    batch has no target, or that is not finite, is left out. The student and
-    the random states are as before. The floor is the student's, whatever teacher a run has."""
-    dtype = next(p.dtype for name, p in student.named_parameters() if "lora_" not in name and p.dtype in (torch.bfloat16, torch.float16, torch.float32))
-    breaker = CircuitBreaker(student, config, head=find_head(student))  # with its head it has been checked before
+    One pass over `batch` (`cbnb.data.streams.collate`, on the student's device) in eval mode, with an adapter
+    of noise that the dtype of the base cannot resolve. `reroute` is 1 − loss_reroute, `retain` and `kl` are
+    loss_retain and loss_kl, in their units, none below 0; a term of which the batch has no target, or that is
+    not finite, is left out. The student and the random states are as before. The floor is the student's,
+    whatever teacher a run has."""
+    dtype = next(
+        p.dtype
+        for name, p in student.named_parameters()
+        if "lora_" not in name and p.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
+    # with its head it has been checked before
+    breaker = CircuitBreaker(student, config, head=find_head(student))
     with torch.no_grad(), moved(student, BELOW * torch.finfo(dtype).eps):
-        with mode(breaker, False): terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
+        with mode(breaker, False):
+            terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
     found = {"reroute": 1 - terms["loss_reroute"], "retain": terms["loss_retain"], "kl": terms["loss_kl"]}
-    measured = {name: max(value, 0.0) for (name, value), n in zip(found.items(), batch["counts"].tolist(), strict=True) if n and math.isfinite(value)}
+    measured = {
+        name: max(value, 0.0)
+        for (name, value), n in zip(found.items(), batch["counts"].tolist(), strict=True)
+        if n and math.isfinite(value)
+    }
     return {"dtype": str(dtype).removeprefix("torch.")} | measured
 
 # %% ../../nbs/train/01_floor.ipynb #fixedcd1
@@ -93,20 +121,22 @@ def fixed(student: PeftModel, config):
     with kept(student):
         generator = torch.Generator().manual_seed(0)
         first, last = config.lora_layers
-        size = FIXED / (last + 1 - first)**0.5 * config.lora_r**0.5 / config.lora_alpha
+        size = FIXED / (last + 1 - first) ** 0.5 * config.lora_r**0.5 / config.lora_alpha
         with torch.no_grad():
             for name, p in student.named_parameters():
                 kind = next((kind for kind in ("lora_A", "lora_B") if kind in name), None)
-                if not kind: continue
+                if not kind:
+                    continue
                 noise = torch.randn(p.shape, generator=generator)
                 p.copy_(noise * (size if kind == "lora_B" else p.shape[-1] ** -0.5))
         yield
 
 
-def fixed_figures(student: PeftModel, batch: dict, config,
-                  teacher: nn.Module | None = None) -> dict[str, float]:
-    """What the terms read of `batch` (`cbnb.data.streams.collate`, on the student's device), and the norms of their
-    gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`. What is not
+def fixed_figures(
+    student: PeftModel, batch: dict, config, teacher: nn.Module | None = None
+) -> dict[str, float]:
+    """What the terms read of `batch` (`cbnb.data.streams.collate`, on the student's device), and the norms of
+    their gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`. What is not
     finite is left out. The student and the random states are as before."""
     breaker = CircuitBreaker(student, config, teacher, find_head(student))
     with fixed(student, config), mode(breaker, False):
@@ -114,7 +144,8 @@ def fixed_figures(student: PeftModel, batch: dict, config,
         terms = terms_of(breaker, batch)
         found = {name: term.item() for name, term in terms.items()}
         for name, term in terms.items():
-            if not term.requires_grad: continue
+            if not term.requires_grad:
+                continue
             grads = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             norms = [g.float().norm().item() for g in grads if g is not None]
             found[name.replace("loss", "grad_norm")] = math.hypot(*norms)

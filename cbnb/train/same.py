@@ -12,22 +12,22 @@ import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
+from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
 from ..basics.lease import check_lease
-from ..config import CircuitBreakerConfig, config_to_dict, shown
 from ..basics.places import PACKAGE, TINYAGENT
 from ..basics.processes import from_first, world_size
-from ..basics.jsonfiles import read_json, RecordError, regular_file, RunError, write_json
-from ..run.stages import Run, read_status, set_status
+from ..basics.terminal import say
+from ..config import CircuitBreakerConfig, config_to_dict, shown
+from ..data.sources import open_sources
 from ..run.code import source_hash
 from ..run.records import read_record
-from ..data.sources import open_sources
-from ..basics.terminal import say
-from ..transcripts.record import Transcript
+from ..run.stages import Run, read_status, set_status
 from ..transcripts.files import is_hub
+from ..transcripts.record import Transcript
 
 # %% auto #0
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
@@ -38,8 +38,8 @@ __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', '
            'keep_beginning', 'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #same0001
-WHOLE = 64 << 30   # bytes: so much is hashed whole, of several files together
-BLOCK, BLOCKS, HEAD = 64 << 10, 4096, 16 << 20   # bytes, how many, bytes: of each of more than that
+WHOLE = 64 << 30  # bytes: so much is hashed whole, of several files together
+BLOCK, BLOCKS, HEAD = 64 << 10, 4096, 16 << 20  # bytes, how many, bytes: of each of more than that
 
 
 def file_hash(path: Path, whole: bool = True) -> str:
@@ -48,7 +48,8 @@ def file_hash(path: Path, whole: bool = True) -> str:
     that cannot be read."""
     try:
         with regular_file(path) as f:
-            if whole: return hashlib.file_digest(f, "sha256").hexdigest()
+            if whole:
+                return hashlib.file_digest(f, "sha256").hexdigest()
             size = os.fstat(f.fileno()).st_size
             digest = hashlib.sha256(f"{size} ".encode() + f.read(HEAD))
             for i in range(BLOCKS):
@@ -70,16 +71,18 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     most `WHOLE` bytes. A file that nobody has touched since this process hashed it is not read again."""
     about = {path: path.stat() for path in dict.fromkeys(map(Path, paths))}
     whole = sum(found.st_size for found in about.values()) <= WHOLE
+
     def one(path):
-        was = about[path]   # no program sets ctime, the time at which a file's state changed
+        was = about[path]  # no program sets ctime, the time at which a file's state changed
         return hashed(path, whole, (was.st_dev, was.st_ino, was.st_size, was.st_mtime_ns, was.st_ctime_ns))
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(map(str, about), pool.map(one, about)))
 
 # %% ../../nbs/train/02_same.ipynb #same0002
 def data_files(entries: list[str], tools: str = "") -> list[Path]:
-    """The files that the `entries` of data (`cbnb.data.sources.read_entry`) are read from, those of folders and
-    globs too, and the file of `tools`. The tiny agent's own, which a run writes, and data sets of the hub
+    """The files that the `entries` of data (`cbnb.data.sources.read_entry`) are read from, those of folders
+    and globs too, and the file of `tools`. The tiny agent's own, which a run writes, and data sets of the hub
     are in none."""
     readers = open_sources([text for text in entries if text != "tinyagent"])
     found = [path for reader in readers if not is_hub(reader.path) for path, _ in reader.files()]
@@ -89,7 +92,7 @@ def data_files(entries: list[str], tools: str = "") -> list[Path]:
 
 # of a model's folder, beside its weights: settings, code, and tokenizers of any kind
 LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", "*.tiktoken")
-OWN_WORDS = ("tokenizer_config.json", "chat_template.json")   # compared without the template, or not at all
+OWN_WORDS = ("tokenizer_config.json", "chat_template.json")  # compared without the template, or not at all
 
 
 def code_file(objective: str) -> Path | None:
@@ -112,11 +115,16 @@ def weight_files(folder: Path) -> list[Path]:
 def model_folder(name: str) -> Path | None:
     """The folder that the model `name` is loaded from: its own, or the one in the hub's cache; None where
     there is none yet."""
-    if name == "tinyagent": return TINYAGENT
-    if (path := Path(name).expanduser()).is_dir(): return path
+    if name == "tinyagent":
+        return TINYAGENT
+    if (path := Path(name).expanduser()).is_dir():
+        return path
     from huggingface_hub import try_to_load_from_cache
-    try: found = try_to_load_from_cache(name, "config.json")
-    except ValueError: return None   # no name of the hub
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:
+        return None  # no name of the hub
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -137,7 +145,8 @@ def model_hashes(*names: str) -> dict[str, str]:
         found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
         found = [path for path in found if path.name not in OWN_WORDS] + weight_files(folder)
         files |= {f"{name}: {path.name}": path for path in found}
-        if is_cached(name): hashes[f"{name}: revision"] = folder.name
+        if is_cached(name):
+            hashes[f"{name}: revision"] = folder.name
         elif settings := read_json(folder / "tokenizer_config.json"):
             settings.pop("chat_template", None)
             text = json.dumps(settings, sort_keys=True)
@@ -154,15 +163,24 @@ def sample_key(sample) -> str:
 
 
 def samples_hash(samples: Iterable) -> str:
-    """sha256 over tokens and loss masks of `samples` (`cbnb.data.streams.Sample`) in their order, by which steps take
-    them."""
+    """sha256 over tokens and loss masks of `samples` (`cbnb.data.streams.Sample`) in their order, by which
+    steps take them."""
     digest = hashlib.sha256()
-    for sample in samples: digest.update(sample_key(sample).encode())
+    for sample in samples:
+        digest.update(sample_key(sample).encode())
     return digest.hexdigest()
 
 
-ASKED = ("kind", "domain", "injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call",
-         "expected_text")  # of a held-out transcript's meta
+ASKED = (
+    "kind",
+    "domain",
+    "injected_call",
+    "injected_text",
+    "sensitive_tools",
+    "own_tools",
+    "expected_call",
+    "expected_text",
+)  # of a held-out transcript's meta
 
 
 def transcripts_hash(transcripts: Iterable[Transcript]) -> str:
@@ -175,24 +193,38 @@ def transcripts_hash(transcripts: Iterable[Transcript]) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/train/02_same.ipynb #same0004
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "bitsandbytes",
-             "numpy", "jinja2")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "bitsandbytes",
+    "numpy",
+    "jinja2",
+)
 
 
 def versions() -> dict[str, str]:
     "The versions of Python and of those of `LIBRARIES` that are installed."
     found = {"Python": platform.python_version()}
     for name in LIBRARIES:
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
     return found
 
 
 def processor() -> dict[str, str]:
     "What computes: the GPU's name, or the CPU's kind, the widest vectors that torch uses, and its threads."
-    import torch   # seconds
-    if torch.cuda.is_available(): return {"device": f"cuda {torch.cuda.get_device_name()}"}
-    if torch.accelerator.is_available(): return {"device": torch.accelerator.current_accelerator().type}
+    import torch  # seconds
+
+    if torch.cuda.is_available():
+        return {"device": f"cuda {torch.cuda.get_device_name()}"}
+    if torch.accelerator.is_available():
+        return {"device": torch.accelerator.current_accelerator().type}
     kind = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": kind, "threads": str(torch.get_num_threads())}
 
@@ -205,9 +237,14 @@ def surroundings() -> dict[str, str]:
 
 # %% ../../nbs/train/02_same.ipynb #same0005
 MADE_FROM = "made_from.json"
-SECTIONS = {"data": "the data", "objective": "the objective",
-            "samples": "what training and evaluation read of the data", "template": "the chat template",
-            "model": "the model or its tokenizer", "adapter": "the adapter"}
+SECTIONS = {
+    "data": "the data",
+    "objective": "the objective",
+    "samples": "what training and evaluation read of the data",
+    "template": "the chat template",
+    "model": "the model or its tokenizer",
+    "adapter": "the adapter",
+}
 
 
 def goes_on(run: Run) -> bool:
@@ -236,21 +273,26 @@ def made_from(folder: Path) -> dict:
 
 def refuse(folder: Path, section: str, found: list[str]) -> None:
     "Raises RunError for the run in `folder` of which a `section` differs as `found` (`differences`) says."
-    raise RunError(f"{SECTIONS[section]} of the run in {folder} changed since it began ({named(found)}): put "
-                   "back what was there, or give another run_dir for another run")
+    raise RunError(
+        f"{SECTIONS[section]} of the run in {folder} changed since it began ({named(found)}): put "
+        "back what was there, or give another run_dir for another run"
+    )
 
 
 def keep_same(run: Run, section: str, make: Callable[[], dict[str, str]]) -> None:
     """Keeps the hashes that `make()` gives (it is called in the first process alone) as a `section` of what
     the `run` was made from; an attempt that goes on compares them with those that are kept. Raises RunError,
     naming what differs."""
+
     def keep():
-        now, record = make(), made_from(run.path)   # hashing takes minutes
+        now, record = make(), made_from(run.path)  # hashing takes minutes
         check_lease(run.path)
         before = record["same"].get(section) if goes_on(run) else None
         if before is None:
             write_json(run.path / MADE_FROM, record | {"same": record["same"] | {section: now}})
-        elif found := differences(before, now): refuse(run.path, section, found)
+        elif found := differences(before, now):
+            refuse(run.path, section, found)
+
     from_first(keep)
 
 
@@ -259,14 +301,17 @@ def check_checkpoint(run: Run, checkpoint: Path) -> None:
     beside, was made from something else than the `run` is now."""
     now, before = made_from(run.path)["same"], made_from(checkpoint)["same"]
     for section in before.keys() & now:
-        if found := differences(before[section], now[section]): refuse(run.path, section, found)
+        if found := differences(before[section], now[section]):
+            refuse(run.path, section, found)
 
 
 def tell_changes(run: Run, sentences: list[str]) -> None:
     "Prints `sentences` and adds them to the `changes` in status.json, which all attempts of the `run` share."
     status = read_status(run.path)
-    for line in sentences: say(f"note: {line}")
-    if sentences: set_status(run, status["state"], changes=[*(status.get("changes") or ()), *sentences])
+    for line in sentences:
+        say(f"note: {line}")
+    if sentences:
+        set_status(run, status["state"], changes=[*(status.get("changes") or ()), *sentences])
 
 
 def others(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -278,27 +323,35 @@ def others(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, 
 def keep_told(run: Run, now: dict[str, str]) -> None:
     """Keeps `now`, what an attempt of the `run` is made with (`surroundings`), and tells what differs from
     the attempt before (`tell_changes`)."""
+
     def keep():
         record = made_from(run.path)
-        new = [f"attempt {run.attempt} has {name} {new}, and the one before it had {old}"
-               for name, (old, new) in others(record["told"], now).items()]
-        if not record["told"]:   # an older cbnb's
+        new = [
+            f"attempt {run.attempt} has {name} {new}, and the one before it had {old}"
+            for name, (old, new) in others(record["told"], now).items()
+        ]
+        if not record["told"]:  # an older cbnb's
             new = ["what the run was made from was not kept by its earlier attempts, so nothing was compared"]
-        if goes_on(run): tell_changes(run, new)
-        elif read_status(run.path).get("changes"): set_status(run, "running", changes=[])
+        if goes_on(run):
+            tell_changes(run, new)
+        elif read_status(run.path).get("changes"):
+            set_status(run, "running", changes=[])
         write_json(run.path / MADE_FROM, record | {"told": record["told"] | now})
+
     from_first(keep)
 
 
 # share of a figure: kernels for the same arithmetic differ by less, other arithmetic by more
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
-SEEN, TINY = 1e-6, 0.01   # a smaller share is told nobody; figures below count as this one
+SEEN, TINY = 1e-6, 0.01  # a smaller share is told nobody; figures below count as this one
 
 
 def keep_figures(run: Run, now: dict[str, float], dtype: str) -> None:
-    """Keeps `now`, `cbnb.train.floor.fixed_figures` of the first attempt of the `run`, whose base has the `dtype`,
-    with what they were made with; of an attempt that goes on tells what differs from them (`tell_changes`).
-    Raises RunError where that is more than rounding (`ROUNDING`), naming what the run began with."""
+    """Keeps `now`, `cbnb.train.floor.fixed_figures` of the first attempt of the `run`, whose base has the
+    `dtype`, with what they were made with; of an attempt that goes on tells what differs from them
+    (`tell_changes`). Raises RunError where that is more than rounding (`ROUNDING`), naming what the run began
+    with."""
+
     def keep():
         record, made_with = made_from(run.path), surroundings()
         before = record.get("figures") if goes_on(run) else None
@@ -312,17 +365,25 @@ def keep_figures(run: Run, now: dict[str, float], dtype: str) -> None:
         other = others(before["with"], made_with)
         changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
         if max(apart.values(), default=0) > ROUNDING[dtype]:
-            raise RunError(f"what the run in {run.path} goes on with makes other figures of the same weights "
-                           f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
-                           "with, or give another run_dir for another run")
+            raise RunError(
+                f"what the run in {run.path} goes on with makes other figures of the same weights "
+                f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
+                "with, or give another run_dir for another run"
+            )
         if max(apart.values(), default=0) > SEEN:
-            tell_changes(run, [f"attempt {run.attempt} makes other figures of the same weights and rows, "
-                               f"within rounding ({words})"])
+            tell_changes(
+                run,
+                [
+                    f"attempt {run.attempt} makes other figures of the same weights and rows, "
+                    f"within rounding ({words})"
+                ],
+            )
+
     from_first(keep)
 
 
 def changes_of(run: Run) -> dict[str, list[str]]:
-    "`{\"changes\": sentences}` on a `run`'s attempts, for its result.json; empty where nothing changed."
+    '`{"changes": sentences}` on a `run`\'s attempts, for its result.json; empty where nothing changed.'
     said = from_first(lambda: read_status(run.path).get("changes"))
     return {"changes": said} if said else {}
 
@@ -332,39 +393,57 @@ def same_settings(run: Run, config: CircuitBreakerConfig) -> None:
     of `config`: a preset may have changed with the code."""
     before = from_first(lambda: read_record(run.path / "config.json")) if goes_on(run) else None
     now = config_to_dict(config)
-    other = [f"{name} was {shown(old)} and is {shown(now[name])}" for name, old in (before or {}).items()
-             if name in now and now[name] != old]
+    other = [
+        f"{name} was {shown(old)} and is {shown(now[name])}"
+        for name, old in (before or {}).items()
+        if name in now and now[name] != old
+    ]
     if other:
-        raise RunError(f"the settings of the run in {run.path} changed with cbnb's code ({named(other)}): go "
-                       "on with the code that it began with, or give another run_dir for another run")
+        raise RunError(
+            f"the settings of the run in {run.path} changed with cbnb's code ({named(other)}): go "
+            "on with the code that it began with, or give another run_dir for another run"
+        )
 
 # %% ../../nbs/train/02_same.ipynb #same0006
-def keep_beginning(run: Run, entries: list[str], tools: str, models: Iterable[str] = (),
-                   config: CircuitBreakerConfig | None = None) -> None:
+def keep_beginning(
+    run: Run,
+    entries: list[str],
+    tools: str,
+    models: Iterable[str] = (),
+    config: CircuitBreakerConfig | None = None,
+) -> None:
     """Keeps, or compares, what is known of a `run` before its data are read: settings, versions, the files
     of its `entries` of data and `tools` (`data_files`), and that of its objective; and compares `models` that
     are folders. Raises RunError, and what reading them raises."""
-    if config: same_settings(run, config)
+    if config:
+        same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
     own = code_file(config.objective) if config else None
-    if own: keep_same(run, "objective", lambda: file_hashes([own]))
+    if own:
+        keep_same(run, "objective", lambda: file_hashes([own]))
     models = [name for name in models if name]
     # what the hub's cache lacks comes with loading
-    if models and goes_on(run) and not any(map(is_cached, models)): keep_model(run, *models)
+    if models and goes_on(run) and not any(map(is_cached, models)):
+        keep_model(run, *models)
     keep_told(run, surroundings())
 
 
 def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
     """Keeps, or compares, the hash of the held-out transcripts (`transcripts_hash`) and the samples of the
     `streams`. Raises RunError."""
-    def make(): return {"held out": heldout} | {name: samples_hash(found) for name, found in streams.items()}
+
+    def make():
+        return {"held out": heldout} | {name: samples_hash(found) for name, found in streams.items()}
+
     keep_same(run, "samples", make)
 
 
 def keep_template(run: Run, masker) -> None:
-    """Keeps, or compares, the chat template by which an evaluation's `masker` (`cbnb.masking.masker.ChatMasker`)
-    renders, with its variables; a training keeps its own. Raises RunError."""
+    """Keeps, or compares, the chat template by which an evaluation's `masker`
+    (`cbnb.masking.masker.ChatMasker`) renders, with its variables; a training keeps its own. Raises RunError.
+    """
     from cbnb.run.settings import template_of
+
     text = json.dumps([template_of(masker), masker.template_variables], default=str)
     keep_same(run, "template", lambda: {"it": hashlib.sha256(text.encode()).hexdigest()})
 
@@ -377,9 +456,11 @@ def keep_model(run: Run, *names: str) -> None:
 def keep_adapters(run: Run, folders: dict[str, Path | None]) -> None:
     "Keeps, or compares, the weights and settings of the adapters in `folders`, by name. Raises RunError."
     names = ("adapter_config.json", "adapter_model.safetensors")
+
     def make():
         there = {name: folder for name, folder in folders.items() if folder}
         places = {f"{name}: {file}": folder / file for name, folder in there.items() for file in names}
         found = file_hashes(places.values())
         return {label: found[str(path)] for label, path in places.items()}
+
     keep_same(run, "adapter", make)

@@ -25,30 +25,42 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..config import CircuitBreakerConfig
-from ..basics.places import PACKAGE
-from ..data.streams import EmptyStream, Sample, StreamReport, drop_refused, empty_stream, encode_stream, refusals, until_most_fail
 from ..basics.files import named, write_bytes
 from ..basics.lease import check_own
-from ..masking.masker import ChatMasker
+from ..basics.places import PACKAGE
 from ..basics.processes import from_first
 from ..basics.reading import check_regular, read_bytes, read_text
-from .same import versions
-from ..run.sealed import damage, seal, sync
-from ..data.sources import Reading
-from ..masking.templates import MaskError
 from ..basics.terminal import say
+from ..config import CircuitBreakerConfig
+from ..data.sources import Reading
+from cbnb.data.streams import (
+    EmptyStream,
+    Sample,
+    StreamReport,
+    drop_refused,
+    empty_stream,
+    encode_stream,
+    refusals,
+    until_most_fail,
+)
+from ..masking.masker import ChatMasker
+from ..masking.templates import MaskError
+from ..run.sealed import damage, seal, sync
+from .same import versions
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/train/03_store.ipynb #aa129788
 PIECE = 512  # transcripts that a process encodes at a time
 
 
-def encode_piece(transcripts: list[Transcript], masker: ChatMasker, policy, name: str,
-                 how: dict) -> tuple[list[Sample], StreamReport]:
+def encode_piece(
+    transcripts: list[Transcript], masker: ChatMasker, policy, name: str, how: dict
+) -> tuple[list[Sample], StreamReport]:
     "`encode_stream` of a part of a stream, which may be empty; `how`: its other arguments by name."
-    try: return encode_stream(transcripts, masker, policy, name=name, **how)
-    except EmptyStream as e: return [], e.report
+    try:
+        return encode_stream(transcripts, masker, policy, name=name, **how)
+    except EmptyStream as e:
+        return [], e.report
 
 
 def joined(reports: Iterable[StreamReport]) -> StreamReport:
@@ -56,9 +68,12 @@ def joined(reports: Iterable[StreamReport]) -> StreamReport:
     warnings on dropped transcripts (`lost_words`) come first there, the last one before the others."""
     out = StreamReport()
     for r in reports:
-        for key in ("transcripts", "samples", "tokens", "target_tokens"): setattr(out, key, getattr(out, key) + getattr(r, key))
+        for key in ("transcripts", "samples", "tokens", "target_tokens"):
+            setattr(out, key, getattr(out, key) + getattr(r, key))
         lost = r.counts["lost_words"], out.counts["lost_words"]
-        out.warnings = r.warnings[:lost[0]] + out.warnings[:lost[1]] + out.warnings[lost[1]:] + r.warnings[lost[0]:]
+        out.warnings = (
+            r.warnings[: lost[0]] + out.warnings[: lost[1]] + out.warnings[lost[1] :] + r.warnings[lost[0] :]
+        )
         out.counts.update(r.counts)
         out.dropped += r.dropped
     return out
@@ -67,12 +82,13 @@ def joined(reports: Iterable[StreamReport]) -> StreamReport:
 _WORK = None  # in a process of the pool: what encodes a piece, which a fork inherits
 
 
-def _piece(transcripts): return _WORK(transcripts)
+def _piece(transcripts):
+    return _WORK(transcripts)
 
 
 def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int) -> Iterator:
-    """Yields `work` of `PIECE` transcripts after the other, in order, done by so many `processes`, with at most
-    two pieces for each under way. For one process, and where none can be forked, all is done here."""
+    """Yields `work` of `PIECE` transcripts after the other, in order, done by so many `processes`, with at
+    most two pieces for each under way. For one process, and where none can be forked, all is done here."""
     global _WORK
     left = iter(transcripts)
     parts = iter(lambda: list(islice(left, PIECE)), [])
@@ -85,19 +101,32 @@ def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int)
         try:
             for part in parts:
                 waiting.append(pool.submit(_piece, part))
-                if len(waiting) >= 2 * processes: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
+                if len(waiting) >= 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
-            for future in waiting: future.cancel()
+            for future in waiting:
+                future.cancel()
 
 
-def pieces(transcripts: Iterable[Transcript], masker: ChatMasker, policy, name: str = "stream", processes: int = 1,
-           **how) -> Iterator[tuple[list[Sample], StreamReport]]:
+def pieces(
+    transcripts: Iterable[Transcript],
+    masker: ChatMasker,
+    policy,
+    name: str = "stream",
+    processes: int = 1,
+    **how,
+) -> Iterator[tuple[list[Sample], StreamReport]]:
     "Yields `encode_piece` of all transcripts. Raises what `encode_stream` raises for the first bad one."
-    return in_pieces(partial(encode_piece, masker=masker, policy=policy, name=name, how=how), transcripts, processes)
+    return in_pieces(
+        partial(encode_piece, masker=masker, policy=policy, name=name, how=how), transcripts, processes
+    )
 
 # %% ../../nbs/train/03_store.ipynb #663683c8
-SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.uint8()), "transcript": pa.string()})
+SCHEMA = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.uint8()), "transcript": pa.string()}
+)
 
 
 def listed_array(parts: list[np.ndarray], kind) -> pa.ListArray:
@@ -108,33 +137,42 @@ def listed_array(parts: list[np.ndarray], kind) -> pa.ListArray:
 
 def record_batch(samples: list[Sample]) -> pa.RecordBatch:
     "Samples (at least one) as rows of `SCHEMA`."
-    columns = [listed_array([s.input_ids for s in samples], np.int32), listed_array([s.loss_mask for s in samples], np.uint8),
-               pa.array([s.transcript for s in samples], pa.string())]
+    columns = [
+        listed_array([s.input_ids for s in samples], np.int32),
+        listed_array([s.loss_mask for s in samples], np.uint8),
+        pa.array([s.transcript for s in samples], pa.string()),
+    ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 class StoredSamples(Sequence):
-    """The samples of an Arrow file, read where they are asked for: what `PairedStreams` and `collate` take for a
-    list. `input_ids` of a sample is a view of the mapped file and cannot be written to."""
+    """The samples of an Arrow file, read where they are asked for: what `PairedStreams` and `collate` take
+    for a list. `input_ids` of a sample is a view of the mapped file and cannot be written to."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         check_regular(path)
         self.reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.ends = np.cumsum([self.reader.get_batch(i).num_rows for i in range(self.reader.num_record_batches)], dtype=np.int64)
+        self.ends = np.cumsum(
+            [self.reader.get_batch(i).num_rows for i in range(self.reader.num_record_batches)], dtype=np.int64
+        )
 
-    def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self): raise IndexError(i)
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
         i = int(i) % len(self)
         which = bisect_right(self.ends, i)
         batch, row = self.reader.get_batch(which), i - (int(self.ends[which - 1]) if which else 0)
         ids, mask = (batch.column(k)[row].values.to_numpy() for k in (0, 1))
         return Sample(ids, mask.astype(bool), batch.column(2)[row].as_py())
 
-    def __reduce__(self): return StoredSamples, (self.path,)  # a loader's process maps the file itself
+    def __reduce__(self):
+        return StoredSamples, (self.path,)  # a loader's process maps the file itself
 
 # %% ../../nbs/train/03_store.ipynb #c411ecbd
 def write_samples(path: Path, made: Iterable[tuple[list[Sample], StreamReport]]) -> StreamReport:
@@ -142,7 +180,8 @@ def write_samples(path: Path, made: Iterable[tuple[list[Sample], StreamReport]])
     reports = []
     with pa.OSFile(str(path), "wb") as f, pa.ipc.new_file(f, SCHEMA) as writer:
         for samples, report in made:
-            if samples: writer.write_batch(record_batch(samples))
+            if samples:
+                writer.write_batch(record_batch(samples))
             reports.append(report)
     return joined(reports)
 
@@ -150,19 +189,32 @@ def write_samples(path: Path, made: Iterable[tuple[list[Sample], StreamReport]])
 def code_hash() -> str:
     "sha256 of the modules of this package, in order of their names: encoding may change with any of them."
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")): digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + read_bytes(path))
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + read_bytes(path))
     return digest.hexdigest()
 
 
 def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, how: dict) -> str:
-    """32 hex digits over the transcripts in their order, tokenizer, template, what the masker was told, `policy`
-    (a name) and the other settings, `code_hash`, and the `versions` of the libraries that encode."""
+    """32 hex digits over the transcripts in their order, tokenizer, template, what the masker was told,
+    `policy` (a name) and the other settings, `code_hash`, and the `versions` of the libraries that encode."""
     tokenizer = masker.tokenizer
-    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, masker.chat_template, masker.control_modes, masker.adapt,
-            masker.template_variables, tokenizer.special_tokens_map, policy, sorted(how.items()), code_hash(),
-            versions()]
-    digest = hashlib.sha256(json.dumps(told, default=str).encode())  # keys as they stand: a template writes arguments in their order
-    for t in transcripts: digest.update(json.dumps(vars(t), default=str).encode() + b"\n")
+    told = [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        masker.chat_template,
+        masker.control_modes,
+        masker.adapt,
+        masker.template_variables,
+        tokenizer.special_tokens_map,
+        policy,
+        sorted(how.items()),
+        code_hash(),
+        versions(),
+    ]
+    # keys as they stand: a template writes arguments in their order
+    digest = hashlib.sha256(json.dumps(told, default=str).encode())
+    for t in transcripts:
+        digest.update(json.dumps(vars(t), default=str).encode() + b"\n")
     return digest.hexdigest()[:32]
 
 
@@ -172,56 +224,87 @@ def cores() -> int:
 
 # %% ../../nbs/train/03_store.ipynb #f4e61148
 def kept_folder(place: str | Path, name: str, make: Callable) -> Path:
-    """The folder `name` in `place`: found there, or filled by `make(folder)`, whole or not at all. One that is damaged
-    is made anew, which is printed. Raises NotOwn for one that another user owns or can write to, and OSError, which
-    names the place, for a full disk: then nothing is left of it."""
+    """The folder `name` in `place`: found there, or filled by `make(folder)`, whole or not at all. One that
+    is damaged is made anew, which is printed. Raises NotOwn for one that another user owns or can write to,
+    and OSError, which names the place, for a full disk: then nothing is left of it."""
     place = Path(place).expanduser()
     folder = place / name
-    if os.path.lexists(folder): check_own(folder)
+    if os.path.lexists(folder):
+        check_own(folder)
     if folder.exists() and (wrong := damage(folder)):
         say(f"encoded samples: {folder} is made anew, since {wrong}")
         shutil.rmtree(folder)
     if not folder.exists():
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))  # of this process alone: two may make the same
+        # of this process alone: two may make the same
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
         try:
-            with named(unfinished): make(unfinished)
+            with named(unfinished):
+                make(unfinished)
             seal(unfinished)
-            try: unfinished.rename(folder)
+            try:
+                unfinished.rename(folder)
             except OSError:
-                if not folder.exists(): raise  # else another process was first
+                if not folder.exists():
+                    raise  # else another process was first
             sync(place)
-        finally: shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def stored_stream(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker, policy: str, name: str = "stream",
-                  processes: int | None = None, **how) -> tuple[StoredSamples, StreamReport]:
-    """`encode_stream` with its samples in a folder of `place`: found there under their `stream_key`, or made by
-    `processes` (None: one for each core that this process may use).
+def stored_stream(
+    place: str | Path,
+    transcripts: Iterable[Transcript],
+    masker: ChatMasker,
+    policy: str,
+    name: str = "stream",
+    processes: int | None = None,
+    **how,
+) -> tuple[StoredSamples, StreamReport]:
+    """`encode_stream` with its samples in a folder of `place`: found there under their `stream_key`, or made
+    by `processes` (None: one for each core that this process may use).
 
-    `transcripts` are read twice, so no iterator will do (TypeError). `how`: arguments of `encode_stream` by name.
-    Raises what that raises."""
-    if iter(transcripts) is transcripts: raise TypeError("transcripts are read twice, to name the file and to encode: give a list or a reader, no iterator")
-    if not isinstance(policy, str): raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
+    `transcripts` are read twice, so no iterator will do (TypeError). `how`: arguments of `encode_stream` by
+    name. Raises what that raises."""
+    if iter(transcripts) is transcripts:
+        raise TypeError(
+            "transcripts are read twice, to name the file and to encode: give a list or a reader, no iterator"
+        )
+    if not isinstance(policy, str):
+        raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
+
     def make(folder):
         made = pieces(transcripts, masker, policy, name, processes or cores(), **how)
         report = write_samples(folder / "samples.arrow", made)
-        if not report.samples: raise empty_stream(report, name, policy)
+        if not report.samples:
+            raise empty_stream(report, name, policy)
         write_bytes(folder / "report.json", json.dumps(vars(report)).encode())
+
     folder = kept_folder(place, stream_key(transcripts, masker, policy, how), make)
     told = json.loads(read_text(folder / "report.json"))
     return StoredSamples(folder / "samples.arrow"), StreamReport(**told | {"counts": Counter(told["counts"])})
 
 # %% ../../nbs/train/03_store.ipynb #4b1c1dea
-def encode_for(config: CircuitBreakerConfig, name: str, transcripts: Sequence[Transcript], masker: ChatMasker,
-               place: str | Path = "") -> tuple[Sequence[Sample], StreamReport]:
-    """The `name` stream (harmful or benign) of a run with the settings `config`: encoded into memory, or with a
-    folder `place` by all cores and kept there (`stored_stream`). Of several processes the first one encodes.
-    Raises what `encode_stream` raises."""
-    how = {"max_length": config.max_length, "truncation": config.truncation, "split_turns": config.split_turns, "lost_context": config.lost_context}
+def encode_for(
+    config: CircuitBreakerConfig,
+    name: str,
+    transcripts: Sequence[Transcript],
+    masker: ChatMasker,
+    place: str | Path = "",
+) -> tuple[Sequence[Sample], StreamReport]:
+    """The `name` stream (harmful or benign) of a run with the settings `config`: encoded into memory, or with
+    a folder `place` by all cores and kept there (`stored_stream`). Of several processes the first one
+    encodes. Raises what `encode_stream` raises."""
+    how = {
+        "max_length": config.max_length,
+        "truncation": config.truncation,
+        "split_turns": config.split_turns,
+        "lost_context": config.lost_context,
+    }
     policy = getattr(config, f"{name}_policy")
-    if not place: return encode_stream(transcripts, masker, policy, name=name, **how)
+    if not place:
+        return encode_stream(transcripts, masker, policy, name=name, **how)
     return from_first(lambda: stored_stream(place, transcripts, masker, policy, name, **how))
 
 # %% ../../nbs/train/03_store.ipynb #48da976a
@@ -233,24 +316,42 @@ def refused_piece(transcripts: list[Transcript], masker: ChatMasker, split_turns
     return [None if e is None else str(e) for e in refusals(transcripts, masker, split_turns)]
 
 
-def stored_refusals(place: str | Path, transcripts: Iterable[Transcript], masker: ChatMasker,
-                    split_turns: bool = False, processes: int | None = None) -> dict[int, str]:
-    """`{number: why}` of those of `transcripts` for which `cbnb.data.streams.refusals` gives an error: found in a folder
-    of `place`, or made by `processes` (None: one for each core that this process may use).
-    Raises as `until_most_fail`."""
+def stored_refusals(
+    place: str | Path,
+    transcripts: Iterable[Transcript],
+    masker: ChatMasker,
+    split_turns: bool = False,
+    processes: int | None = None,
+) -> dict[int, str]:
+    """`{number: why}` of those of `transcripts` for which `cbnb.data.streams.refusals` gives an error: found
+    in a folder of `place`, or made by `processes` (None: one for each core that this process may use). Raises
+    as `until_most_fail`."""
     work = partial(refused_piece, masker=masker, split_turns=split_turns)
+
     def make(folder):
         parts = in_pieces(work, transcripts, processes or cores())
-        found = {i: said for i, said in enumerate(until_most_fail(chain.from_iterable(parts))) if said is not None}
+        found = {
+            i: said for i, said in enumerate(until_most_fail(chain.from_iterable(parts))) if said is not None
+        }
         write_bytes(folder / "refused.json", json.dumps(found).encode())
-    folder = kept_folder(place, stream_key(transcripts, masker, "refused", {"split_turns": split_turns}), make)
-    return {int(i): said for i, said in json.loads(read_text(folder / "refused.json", MAX_REFUSED_BYTES)).items()}
+
+    folder = kept_folder(
+        place, stream_key(transcripts, masker, "refused", {"split_turns": split_turns}), make
+    )
+    return {
+        int(i): said for i, said in json.loads(read_text(folder / "refused.json", MAX_REFUSED_BYTES)).items()
+    }
 
 
-def kept_for(config: CircuitBreakerConfig, transcripts: Sequence[Transcript], masker: ChatMasker, reading: Reading,
-             place: str | Path = "") -> Sequence[Transcript]:
-    """`cbnb.data.streams.drop_refused` for a run with the settings `config`, with a folder `place` by `stored_refusals`.
-    Of several processes the first one looks there. Raises what `drop_refused` raises."""
+def kept_for(
+    config: CircuitBreakerConfig,
+    transcripts: Sequence[Transcript],
+    masker: ChatMasker,
+    reading: Reading,
+    place: str | Path = "",
+) -> Sequence[Transcript]:
+    """`cbnb.data.streams.drop_refused` for a run with the settings `config`, with a folder `place` by
+    `stored_refusals`. Of several processes the first one looks there. Raises what `drop_refused` raises."""
     if not place or reading.on_error == "raise":
         return drop_refused(transcripts, masker, reading, config.split_turns)
     said = from_first(lambda: stored_refusals(place, transcripts, masker, config.split_turns))

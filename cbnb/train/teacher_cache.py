@@ -23,19 +23,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .same import sample_key
+from ..basics.disk import is_full_disk
+from ..basics.lease import check_own, holding
 from ..basics.numbers import size_words
-from .breaker import at_targets
+from ..basics.processes import gathered
+from ..basics.reading import check_regular
+from ..basics.terminal import say
 from ..config import CircuitBreakerConfig, check_cached
 from ..data.streams import Sample, pad_rows
+from ..run.sealed import damage, seal, sync
 from ..step.models import is_in_parts
 from ..step.passes import teacher_pass
-from ..basics.processes import gathered
-from ..basics.lease import check_own, holding
-from ..basics.reading import check_regular
-from ..basics.disk import is_full_disk
-from ..run.sealed import damage, seal, sync
-from ..basics.terminal import say
+from .breaker import at_targets
+from .same import sample_key
 
 # %% auto #0
 __all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_states', 'token_bytes',
@@ -43,8 +43,9 @@ __all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'Te
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over the configuration, every weight and every buffer that is saved, bit for bit, of a causal language model; an adapter on it
-    does not count. Where processes hold parts of the weights, all have to ask."""
+    """sha256 over the configuration, every weight and every buffer that is saved, bit for bit, of a causal
+    language model; an adapter on it does not count. Where processes hold parts of the weights, all have to
+    ask."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     saved = base.state_dict().keys()  # of the buffers: a router's bias, for one
     held = [*base.named_parameters(), *((name, b) for name, b in base.named_buffers() if name in saved)]
@@ -56,21 +57,37 @@ def weights_hash(model: nn.Module) -> str:
         digest = hashlib.sha256(f"{name} {tuple(p.shape)} {p.dtype} ".encode())
         digest.update(p.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-    with ThreadPoolExecutor() as pool: weights = list(pool.map(one, sorted(named)))
-    if is_in_parts(model): weights = gathered(weights)
-    settings = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
+
+    with ThreadPoolExecutor() as pool:
+        weights = list(pool.map(one, sorted(named)))
+    if is_in_parts(model):
+        weights = gathered(weights)
+    settings = {
+        k: v
+        for k, v in base.config.to_dict().items()
+        if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
     settings["attention"] = base.config._attn_implementation
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def fingerprint(model: nn.Module, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig) -> str:
-    "32 hex digits over the teacher's weights, the target layers, and the tokens and masks of all samples of both streams, whatever their order."
-    parts = [weights_hash(model), sorted(config.target_layers), sorted(map(sample_key, harmful)), sorted(map(sample_key, benign))]
+def fingerprint(
+    model: nn.Module, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig
+) -> str:
+    """32 hex digits over the teacher's weights, the target layers, and the tokens and masks of all samples of
+    both streams, whatever their order."""
+    parts = [
+        weights_hash(model),
+        sorted(config.target_layers),
+        sorted(map(sample_key, harmful)),
+        sorted(map(sample_key, benign)),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #5d961876
 def cache_bytes(harmful: list[Sample], benign: list[Sample], states: int, last: int) -> int:
-    "Bytes of a cache for these samples, where a token's states after the target layers take `states` bytes, and its final one `last` (see `token_bytes`)."
+    """Bytes of a cache for these samples, where a token's states after the target layers take `states` bytes,
+    and its final one `last` (see `token_bytes`)."""
     tokens = sum(int(s.loss_mask.sum()) for s in (*harmful, *benign))
     return tokens * states + sum(int(s.loss_mask[1:].sum()) for s in benign) * last
 
@@ -81,7 +98,8 @@ class TeacherCache:
     def __init__(self, folder: Path):
         self.folder = folder
         paths = sorted(folder.glob("*.safetensors"))
-        for path in paths: check_regular(path)
+        for path in paths:
+            check_regular(path)
         self.files = [safe_open(path, "pt") for path in paths]
         self.places = {}
         for number, file in enumerate(self.files):
@@ -91,47 +109,88 @@ class TeacherCache:
                 token, last = token + tokens, last + lasts
 
     def states(self, samples: list[Sample]) -> dict:
-        """`{"hidden": {layer: [M, d]}, "last": [N, d]}` of padded rows of these samples, in the order of `token_index` and `predicting_index`
-        (`cbnb.data.streams.pad_rows`); N is 0 for harmful samples. Raises KeyError for a sample that is not there."""
+        """`{"hidden": {layer: [M, d]}, "last": [N, d]}` of padded rows of these samples, in the order of
+        `token_index` and `predicting_index` (`cbnb.data.streams.pad_rows`); N is 0 for harmful samples.
+        Raises KeyError for a sample that is not there."""
         places = [self.places[sample_key(s)] for s in samples]
         names = [name for name in self.files[places[0][0]].keys() if name != "last"]
-        hidden = {int(name): torch.cat([self.files[number].get_slice(name)[tokens] for number, tokens, _ in places]) for name in names}
-        ends = [(number, lasts) for number, _, lasts in places if lasts.start < lasts.stop] or [(places[0][0], slice(0, 0))]  # harmful samples have none
-        return {"hidden": hidden, "last": torch.cat([self.files[number].get_slice("last")[lasts] for number, lasts in ends])}
+        hidden = {
+            int(name): torch.cat([self.files[number].get_slice(name)[tokens] for number, tokens, _ in places])
+            for name in names
+        }
+        # harmful samples have none
+        ends = [(number, lasts) for number, _, lasts in places if lasts.start < lasts.stop] or [
+            (places[0][0], slice(0, 0))
+        ]
+        return {
+            "hidden": hidden,
+            "last": torch.cat([self.files[number].get_slice("last")[lasts] for number, lasts in ends]),
+        }
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #dfa904ab
 SHARD = 256 << 20  # bytes of a file
 
 
-def teacher_states(student: PeftModel, teacher: nn.Module | None, samples: list[Sample], config: CircuitBreakerConfig, pad_id: int, final: bool):
-    "`(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; N is 0 without `final`."
+def teacher_states(
+    student: PeftModel,
+    teacher: nn.Module | None,
+    samples: list[Sample],
+    config: CircuitBreakerConfig,
+    pad_id: int,
+    final: bool,
+):
+    """`(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; N is 0 without
+    `final`."""
     rows = {name: tensor.to(student.device) for name, tensor in pad_rows(samples, pad_id).items()}
     hidden, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
     return hidden, last if final else next(iter(hidden.values()))[:0]
 
 
-def token_bytes(student: PeftModel, teacher: nn.Module | None, samples: list[Sample], config: CircuitBreakerConfig, pad_id: int) -> tuple[int, int]:
-    "Bytes that a token's states after the target layers take, those of several residual streams included, and its final state: measured on the shortest sample."
-    hidden, last = teacher_states(student, teacher, [min(samples, key=lambda s: len(s.input_ids))], config, pad_id, True)
+def token_bytes(
+    student: PeftModel,
+    teacher: nn.Module | None,
+    samples: list[Sample],
+    config: CircuitBreakerConfig,
+    pad_id: int,
+) -> tuple[int, int]:
+    """Bytes that a token's states after the target layers take, those of several residual streams included,
+    and its final state: measured on the shortest sample."""
+    hidden, last = teacher_states(
+        student, teacher, [min(samples, key=lambda s: len(s.input_ids))], config, pad_id, True
+    )
     return sum(h.shape[-1] * h.element_size() for h in hidden.values()), last.shape[-1] * last.element_size()
 
 
-def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> None:
+def write_shards(
+    folder: Path,
+    student: PeftModel,
+    harmful: list[Sample],
+    benign: list[Sample],
+    config: CircuitBreakerConfig,
+    pad_id: int,
+    teacher=None,
+) -> None:
     """Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are
     kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."""
     done = set()
     for path in folder.glob("*.safetensors"):
         try:
             check_regular(path)
-            with safe_open(path, "pt") as file: done |= {key for key, *_ in json.loads(file.metadata()["samples"])}
-        except Exception: path.unlink()  # not whole, whatever safetensors calls it
+            with safe_open(path, "pt") as file:
+                done |= {key for key, *_ in json.loads(file.metadata()["samples"])}
+        except Exception:
+            path.unlink()  # not whole, whatever safetensors calls it
     numbers = (n for n in itertools.count() if not (folder / f"{n:05}.safetensors").exists())
     parts, places, size = [], [], 0
 
     def flush():
         nonlocal parts, places, size
-        if not parts: return
-        tensors = {str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous() for layer in parts[0][0]} | {"last": torch.cat([last for _, last in parts if len(last)] or [parts[0][1]]).contiguous()}
+        if not parts:
+            return
+        tensors = {
+            str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous()
+            for layer in parts[0][0]
+        } | {"last": torch.cat([last for _, last in parts if len(last)] or [parts[0][1]]).contiguous()}
         path = folder / f"{next(numbers):05}.safetensors"
         partial = path.with_suffix(".partial")
         try:
@@ -140,7 +199,8 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
             partial.rename(path)
         except Exception as e:  # safetensors has an error of its own
             partial.unlink(missing_ok=True)
-            if is_full_disk(e): raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
+            if is_full_disk(e):
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
             raise
         parts, places, size = [], [], 0
 
@@ -150,37 +210,76 @@ def write_shards(folder: Path, student: PeftModel, harmful: list[Sample], benign
         done |= left.keys()
         order = sorted(left.items(), key=lambda item: len(item[1].input_ids))
         for start in range(0, len(order), config.batch_size):
-            keys, samples = zip(*order[start:start + config.batch_size])
+            keys, samples = zip(*order[start : start + config.batch_size])
             hidden, last = teacher_states(student, teacher, list(samples), config, pad_id, final)
             hidden, last = {layer: h.cpu() for layer, h in hidden.items()}, last.cpu()
             parts.append((hidden, last))
-            places += [(key, int(s.loss_mask.sum()), int(s.loss_mask[1:].sum()) if final else 0) for key, s in zip(keys, samples)]
+            places += [
+                (key, int(s.loss_mask.sum()), int(s.loss_mask[1:].sum()) if final else 0)
+                for key, s in zip(keys, samples)
+            ]
             size += sum(x.numel() * x.element_size() for x in (*hidden.values(), last))
-            if size >= SHARD: flush()
+            if size >= SHARD:
+                flush()
     flush()
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #fa974c54
 CHECKED = 4
 
 
-def differs(cache: TeacherCache, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> str:
-    """What the teacher, run on `CHECKED` samples of each stream, says against its cache, in words; empty within a twentieth of the hidden states' norm, the noise of
-    bfloat16. The samples are drawn anew each time, and by no seed of the run: nobody can know which ones a forged cache would have to get right."""
-    def drawn(stream): return secrets.SystemRandom().sample(range(len(stream)), min(CHECKED, len(stream)))
-    for sample, final in [*((harmful[i], False) for i in drawn(harmful)), *((benign[i], True) for i in drawn(benign))]:
+def differs(
+    cache: TeacherCache,
+    student: PeftModel,
+    harmful: list[Sample],
+    benign: list[Sample],
+    config: CircuitBreakerConfig,
+    pad_id: int,
+    teacher=None,
+) -> str:
+    """What the teacher, run on `CHECKED` samples of each stream, says against its cache, in words; empty
+    within a twentieth of the hidden states' norm, the noise of bfloat16. The samples are drawn anew each
+    time, and by no seed of the run: nobody can know which ones a forged cache would have to get right."""
+
+    def drawn(stream):
+        return secrets.SystemRandom().sample(range(len(stream)), min(CHECKED, len(stream)))
+
+    for sample, final in [
+        *((harmful[i], False) for i in drawn(harmful)),
+        *((benign[i], True) for i in drawn(benign)),
+    ]:
         hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
-        try: kept = cache.states([sample])
-        except KeyError: return f"it does not hold the sample of transcript {sample.transcript}"
-        for mine, theirs in (*((hidden[layer], kept["hidden"].get(layer)) for layer in hidden), *([(last, kept["last"])] if final else [])):
-            if theirs is None or theirs.shape != mine.shape or not (mine.cpu().float() - theirs.float()).norm() <= 0.05 * theirs.float().norm():
+        try:
+            kept = cache.states([sample])
+        except KeyError:
+            return f"it does not hold the sample of transcript {sample.transcript}"
+        for mine, theirs in (
+            *((hidden[layer], kept["hidden"].get(layer)) for layer in hidden),
+            *([(last, kept["last"])] if final else []),
+        ):
+            if (
+                theirs is None
+                or theirs.shape != mine.shape
+                or not (mine.cpu().float() - theirs.float()).norm() <= 0.05 * theirs.float().norm()
+            ):
                 return f"it is not what the teacher gives for transcript {sample.transcript}"
     return ""
 
 
-def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, pad_id: int, teacher=None) -> TeacherCache:
-    """The cache of the teacher (`teacher`, or the student's base) for these samples, from the folder `place`, made there if it is not: with its size and time printed, and
-    by one process while others wait. It is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of some samples (`differs`), and made anew,
-    saying why, where it does not fit. Raises OSError (ENOSPC) where it would have no place, NotOwn for a cache that others can write to, ValueError for weights in parts and for `retain_layers` all."""
+def open_cache(
+    place: str | Path,
+    student: PeftModel,
+    harmful: list[Sample],
+    benign: list[Sample],
+    config: CircuitBreakerConfig,
+    pad_id: int,
+    teacher=None,
+) -> TeacherCache:
+    """The cache of the teacher (`teacher`, or the student's base) for these samples, from the folder `place`,
+    made there if it is not: with its size and time printed, and by one process while others wait. It is
+    looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of
+    some samples (`differs`), and made anew, saying why, where it does not fit. Raises OSError (ENOSPC) where
+    it would have no place, NotOwn for a cache that others can write to, ValueError for weights in parts and
+    for `retain_layers` all."""
     check_cached(config, is_in_parts(student))
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -189,19 +288,35 @@ def open_cache(place: str | Path, student: PeftModel, harmful: list[Sample], ben
     size = cache_bytes(harmful, benign, *token_bytes(student, teacher, benign, config, pad_id))
     with holding(place, f".lock.{os.geteuid()}"):  # users of one place do not wait for each other
         for there in (folder, unfinished):
-            if os.path.lexists(there): check_own(there)
+            if os.path.lexists(there):
+                check_own(there)
         if folder.exists():
             try:
-                wrong = damage(folder) or differs(found := TeacherCache(folder), student, harmful, benign, config, pad_id, teacher)
-            except Exception as e: wrong = f"it cannot be read: {type(e).__name__}: {e}"  # safetensors' own errors included
+                wrong = damage(folder) or differs(
+                    found := TeacherCache(folder), student, harmful, benign, config, pad_id, teacher
+                )
+            # safetensors' own errors included
+            except Exception as e:
+                wrong = f"it cannot be read: {type(e).__name__}: {e}"
             if not wrong:
-                say(f"teacher cache: {size_words(size)}, found in {folder} and checked in {time.monotonic() - began:.0f} s")
+                say(
+                    f"teacher cache: {size_words(size)}, found in {folder} and checked in "
+                    f"{time.monotonic() - began:.0f} s"
+                )
                 return found
             say(f"teacher cache: {folder} is made anew, since {wrong}")
             shutil.rmtree(folder)
         if (free := shutil.disk_usage(place).free) < size * 1.02:
-            raise OSError(errno.ENOSPC, f"the teacher cache needs {size_words(size)}, and {size_words(free)} are free; give another teacher_cache, or none", str(place))
-        say(f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign samples, made in {folder} ...")
+            raise OSError(
+                errno.ENOSPC,
+                f"the teacher cache needs {size_words(size)}, and {size_words(free)} are free; give another "
+                "teacher_cache, or none",
+                str(place),
+            )
+        say(
+            f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign "
+            f"samples, made in {folder} ..."
+        )
         unfinished.mkdir(exist_ok=True, mode=0o700)
         write_shards(unfinished, student, harmful, benign, config, pad_id, teacher)
         seal(unfinished)

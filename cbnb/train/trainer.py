@@ -30,26 +30,25 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from .breaker import CircuitBreaker
-from ..config import CircuitBreakerConfig, coefficients, shares
-from ..data.streams import COUNTS, PairedStreams, Sample, collate
-from .floor import on_device, rounding_floor
+from ..basics.disk import is_full_disk
+from ..basics.jsonfiles import read_json, to_plain, write_owned
 from ..basics.lease import Held, check_lease
-from ..step.models import is_in_parts, write_adapter
-from ..step.objectives import find_objective, term_factors
+from ..basics.numbers import at_floor
 from ..basics.processes import any_of, from_first, world_size
 from ..basics.reading import check_regular, read_bytes
-from ..basics.numbers import at_floor
-from ..run.metrics import append_metrics, log_rows, truncate_metrics
-from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
-from ..run.records import read_record
-from ..basics.jsonfiles import write_owned
-from ..basics.withheld import kernel
-from ..basics.disk import is_full_disk
-from ..basics.jsonfiles import read_json, to_plain
-from .same import MADE_FROM, check_checkpoint, tell_changes
-from ..run.sealed import damage, seal, sync
 from ..basics.terminal import error_text, say, visible, warn
+from ..basics.withheld import kernel
+from ..config import CircuitBreakerConfig, coefficients, shares
+from ..data.streams import COUNTS, PairedStreams, Sample, collate
+from ..run.metrics import append_metrics, log_rows, truncate_metrics
+from ..run.records import read_record
+from ..run.sealed import damage, seal, sync
+from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
+from ..step.models import is_in_parts, write_adapter
+from ..step.objectives import find_objective, term_factors
+from .breaker import CircuitBreaker
+from .floor import on_device, rounding_floor
+from .same import MADE_FROM, check_checkpoint, tell_changes
 
 # %% auto #0
 __all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
@@ -63,34 +62,45 @@ TERMS = ("reroute", "retain", "kl")
 
 
 def term_weights(config: CircuitBreakerConfig, step: int) -> dict[str, float]:
-    """The factor of each term at optimizer step `step` (0 is the first): `loss = Σ weight · term`, for the objective `rr`
-    c_s·reroute + c_r·(retain_weight·retain + beta_kl·kl), the coefficients by `cbnb.config.coefficients`."""
+    """The factor of each term at optimizer step `step` (0 is the first): `loss = Σ weight · term`, for the
+    objective `rr` c_s·reroute + c_r·(retain_weight·retain + beta_kl·kl), the coefficients by
+    `cbnb.config.coefficients`."""
     return term_factors(find_objective(config.objective), config, *coefficients(config, step))
 
 # %% ../../nbs/train/05_trainer.ipynb #1ab06044
 class NonFiniteLossError(RuntimeError):
     "A loss term or the gradient is NaN or infinite; names the step and the term."
+
     __str__ = error_text
 
 
 def check_finite(values: dict[str, torch.Tensor], step: int) -> None:
-    "Raises NonFiniteLossError that names `step` and every entry of `values` (scalar tensors) that is NaN or infinite."
+    """Raises NonFiniteLossError that names `step` and every entry of `values` (scalar tensors) that is NaN or
+    infinite."""
     names = list(values)
-    finite = torch.stack([values[n].detach().float() for n in names]).isfinite().tolist()  # one wait for the device
+    # one wait for the device
+    finite = torch.stack([values[n].detach().float() for n in names]).isfinite().tolist()
     bad = [f"{n} is {values[n].item()}" for n, ok in zip(names, finite) if not ok]
     if bad:
-        raise NonFiniteLossError(f"step {step}: {' and '.join(bad)}; lower learning_rate or alpha_max, or use dtype='float32'. "
-                                 "The last checkpoint, if any, is from before.")
+        raise NonFiniteLossError(
+            f"step {step}: {' and '.join(bad)}; lower learning_rate or alpha_max, or use dtype='float32'. "
+            "The last checkpoint, if any, is from before."
+        )
 
 # %% ../../nbs/train/05_trainer.ipynb #a72396f1
 def term_gradients(terms: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    "The flat gradient [P] of each scalar of `terms` in `parameters`, zeros where a term does not depend on any; the graph is kept."
+    """The flat gradient [P] of each scalar of `terms` in `parameters`, zeros where a term does not depend on
+    any; the graph is kept."""
     zero = sum(p.numel() for p in parameters)
+
     def flat(term):
         if not term.requires_grad:
             return torch.zeros(zero, device=term.device)
-        grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         return torch.cat([g.flatten().float() for g in grads])
+
     return {name: flat(term) for name, term in terms.items()}
 
 
@@ -108,32 +118,41 @@ UNFINISHED = ".unfinished"  # what is being made or removed
 
 
 def disk_is_full(folder: Path) -> bool:
-    "Whether one more megabyte has no place in `folder`. torch does not say so: its writer reports an 'unexpected pos'."
+    """Whether one more megabyte has no place in `folder`. torch does not say so: its writer reports an
+    'unexpected pos'."""
     try:
         with tempfile.TemporaryFile(dir=folder) as f:
             f.write(os.urandom(1_000_000))
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e: return is_full_disk(e)
+    except OSError as e:
+        return is_full_disk(e)
     return False
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     "{step: folder `checkpoint-<step>`} in `folder`, the newest first; nothing without it."
-    found = {int(match[1]): path for path in Path(folder).glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()}
+    found = {
+        int(match[1]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
     return dict(sorted(found.items(), reverse=True))
 
 
 def keep_newest(folder: Path, number: int) -> None:
-    "Removes all but the `number` newest checkpoints in `folder`, each under another name first, and whatever was left there half made or half removed."
+    """Removes all but the `number` newest checkpoints in `folder`, each under another name first, and
+    whatever was left there half made or half removed."""
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    for path in list(checkpoints(folder).values())[number:]: path.rename(folder / UNFINISHED / path.name)
+    for path in list(checkpoints(folder).values())[number:]:
+        path.rename(folder / UNFINISHED / path.name)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 # %% ../../nbs/train/05_trainer.ipynb #4bca51d2
 class CircuitBreakerTrainer(Trainer):
-    """Trainer for a `CircuitBreaker`. It overrides what the objective needs: the order of the data, the three denominators of a global
-    batch, the weighting, the keys of the log, and checkpoints that hold the adapter only and are whole or absent."""
+    """Trainer for a `CircuitBreaker`. It overrides what the objective needs: the order of the data, the three
+    denominators of a global batch, the weighting, the keys of the log, and checkpoints that hold the adapter
+    only and are whole or absent."""
 
     diagnosis_seconds = 0.0  # of this attempt
 
@@ -142,18 +161,29 @@ class CircuitBreakerTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        "The micro-batches of one optimizer step and, in the place of num_items_in_batch, the three denominators of the global batch."
+        """The micro-batches of one optimizer step and, in the place of num_items_in_batch, the three
+        denominators of the global batch."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = sum(batch["counts"] for batch in batches).to(device, torch.float32)
-        self.step_terms, self.step_gradients, self.step_counts = {}, {}, self.accelerator.reduce(counts, "sum")
+        self.step_terms, self.step_gradients, self.step_counts = (
+            {},
+            {},
+            self.accelerator.reduce(counts, "sum"),
+        )
         self.lacks_targets = not self.step_counts.all()
         self.logs_this_step = self.will_log(self.state.global_step + 1)
         return batches, self.step_counts
 
     def will_log(self, step: int) -> bool:
-        "Whether optimizer step `step` (1 is the first) is logged: every `logging_steps`, the first, the last, a diagnosed one, one in which a term has no target."
+        """Whether optimizer step `step` (1 is the first) is logged: every `logging_steps`, the first, the
+        last, a diagnosed one, one in which a term has no target."""
         every = self.args.circuit_breaker_config.diagnose_steps
-        return step in (1, self.state.max_steps) or step % self.args.logging_steps == 0 or bool(every and step % every == 0) or self.lacks_targets
+        return (
+            step in (1, self.state.max_steps)
+            or step % self.args.logging_steps == 0
+            or bool(every and step % every == 0)
+            or self.lacks_targets
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config = self.args.circuit_breaker_config
@@ -184,15 +214,19 @@ class CircuitBreakerTrainer(Trainer):
         return time.monotonic()
 
     def _get_grad_norm(self, model, grad_norm=None):
-        "The gradient norm before clipping; a norm that is not finite stops the run before the weights are touched."
+        """The gradient norm before clipping; a norm that is not finite stops the run before the weights are
+        touched."""
         norm = super()._get_grad_norm(model, grad_norm)
         check_finite({"grad_norm_total": torch.as_tensor(norm)}, self.state.global_step + 1)
         return norm
 
     def log(self, logs, start_time=None):
-        "Replaces Trainer's training log by the keys of metrics.jsonl; a line describes the one step that it names."
+        """Replaces Trainer's training log by the keys of metrics.jsonl; a line describes the one step that it
+        names."""
         if "grad_norm" in logs:
-            if not self.logs_this_step: return  # another's callback has asked for a line: at beta_kl 0 its KL was not measured
+            # another's callback has asked for a line: at beta_kl 0 its KL was not measured
+            if not self.logs_this_step:
+                return
             logs = self.metrics_row(logs)
         super().log(logs, start_time)
 
@@ -203,22 +237,35 @@ class CircuitBreakerTrainer(Trainer):
         weights = term_weights(config, step - 1)
         weighted = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in TERMS}
         c_s, c_r = coefficients(config, step - 1)
-        row = {"step": step, "loss": sum(weighted.values()), **raw, **weighted, "c_s": c_s, "c_r": c_r,
-               "lr": logs["learning_rate"], "grad_norm_total": float(logs["grad_norm"])}
+        row = {
+            "step": step,
+            "loss": sum(weighted.values()),
+            **raw,
+            **weighted,
+            "c_s": c_s,
+            "c_r": c_r,
+            "lr": logs["learning_rate"],
+            "grad_norm_total": float(logs["grad_norm"]),
+        }
         row |= {name: int(n) for name, n in zip(COUNTS, self.step_counts.tolist(), strict=True)}
-        return row | gradient_report({name: self.accelerator.reduce(gradient, "sum") for name, gradient in self.step_gradients.items()})
+        return row | gradient_report(
+            {name: self.accelerator.reduce(gradient, "sum") for name, gradient in self.step_gradients.items()}
+        )
 
     def _save(self, output_dir=None, state_dict=None):
         "Saves the adapter only: the base is frozen and known by name."
-        if not self.args.should_save: return  # Trainer asks every process where the base is kept in parts
+        if not self.args.should_save:
+            return  # Trainer asks every process where the base is kept in parts
         folder = Path(output_dir or self.args.output_dir)
         check_lease(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter(self.accelerator.unwrap_model(self.model).student, folder)
 
     def _save_checkpoint(self, model, trial):
-        """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the disk; then the oldest goes. What fails
-        or is killed before that leaves the earlier ones as they were, and so does a run that another process has taken over meanwhile (`Held`). Raises OSError (ENOSPC) for a full disk, whatever the writer called it."""
+        """Trainer's checkpoint, made in a folder of its own, sealed, and moved to its place when it is on the
+        disk; then the oldest goes. What fails or is killed before that leaves the earlier ones as they were,
+        and so does a run that another process has taken over meanwhile (`Held`). Raises OSError (ENOSPC) for
+        a full disk, whatever the writer called it."""
         place, step = Path(self.args.output_dir), self.state.global_step
         check_lease(place.parent)
         made = place / UNFINISHED / f"checkpoint-{step}"
@@ -227,17 +274,22 @@ class CircuitBreakerTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # until each process has saved its own random state
             if self.args.should_save:
-                if (log := place.parent / "metrics.jsonl").exists(): sync(log)  # a checkpoint stands for the lines before it
-                if (record := place.parent / MADE_FROM).exists(): write_owned(made / MADE_FROM, read_bytes(record))
+                # a checkpoint stands for the lines before it
+                if (log := place.parent / "metrics.jsonl").exists():
+                    sync(log)
+                if (record := place.parent / MADE_FROM).exists():
+                    write_owned(made / MADE_FROM, read_bytes(record))
                 seal(made)
-                check_lease(place.parent)   # saving takes minutes
+                check_lease(place.parent)  # saving takes minutes
                 made.rename(place / made.name)
                 sync(place)
-        except Held: raise   # what is being made there is another process's by now
+        except Held:
+            raise  # what is being made there is another process's by now
         except Exception as e:
             full = is_full_disk(e) or disk_is_full(place)
             shutil.rmtree(made.parent, ignore_errors=True)
-            if full: raise OSError(errno.ENOSPC, f"checkpoint-{step} has no place", str(place)) from e
+            if full:
+                raise OSError(errno.ENOSPC, f"checkpoint-{step} has no place", str(place)) from e
             raise
         finally:
             self.args.output_dir = str(place)
@@ -251,13 +303,18 @@ class CircuitBreakerTrainer(Trainer):
         result = set_peft_model_state_dict(student, load_file(path))
         missing = [k for k in result.missing_keys if "lora_" in k]
         if missing or result.unexpected_keys:
-            raise ValueError(f"{resume_from_checkpoint} does not fit this adapter: {len(missing)} missing and {len(result.unexpected_keys)} "
-                             "unexpected weights; lora_r, lora_layers and lora_modules must be those of the interrupted run.")
+            raise ValueError(
+                f"{resume_from_checkpoint} does not fit this adapter: {len(missing)} missing and "
+                f"{len(result.unexpected_keys)} "
+                "unexpected weights; lora_r, lora_layers and lora_modules must be those of the interrupted "
+                "run."
+            )
 
 # %% ../../nbs/train/05_trainer.ipynb #1b5faf92
 class MetricsLog(TrainerCallback):
-    """Appends every training log line to the run's metrics.jsonl, and says in status.json from which step (`resumed_step`) and since when
-    (`training_started`) this attempt trains: lines that are the same on every machine hold no time."""
+    """Appends every training log line to the run's metrics.jsonl, and says in status.json from which step
+    (`resumed_step`) and since when (`training_started`) this attempt trains: lines that are the same on every
+    machine hold no time."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -273,8 +330,9 @@ class MetricsLog(TrainerCallback):
 
 
 class LogWhatCounts(TrainerCallback):
-    """Logs the last step and every diagnosed one, also where `logging_steps` would pass over them, and saves the last one, also where `save_steps` is
-    0: a run that is ended in its last evaluation goes on with that."""
+    """Logs the last step and every diagnosed one, also where `logging_steps` would pass over them, and saves
+    the last one, also where `save_steps` is 0: a run that is ended in its last evaluation goes on with that.
+    """
 
     def on_step_end(self, args, state, control, **kwargs):
         every, last = args.circuit_breaker_config.diagnose_steps, state.global_step == state.max_steps
@@ -285,7 +343,8 @@ class LogWhatCounts(TrainerCallback):
 
 
 class StopFile(TrainerCallback):
-    "Ends training with a checkpoint, after the step in which the run's file `stop` appears to any of its processes."
+    """Ends training with a checkpoint, after the step in which the run's file `stop` appears to any of its
+    processes."""
 
     def __init__(self, run: Run):
         self.run, self.stopped = run, False
@@ -296,14 +355,20 @@ class StopFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Tells the step, the terms and the time left: a plain line every ten seconds in the terminal or job log and, if `in_cell`, one line in the
-    cell that trains, kept up to date."""
+    """Tells the step, the terms and the time left: a plain line every ten seconds in the terminal or job log
+    and, if `in_cell`, one line in the cell that trains, kept up to date."""
 
     def __init__(self, in_cell: bool, floor: dict | None = None):
         self.in_cell, self.floor = in_cell, floor
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first, self.shown, self.logged, self.handle = time.monotonic(), state.global_step, 0.0, 0.0, None
+        self.began, self.first, self.shown, self.logged, self.handle = (
+            time.monotonic(),
+            state.global_step,
+            0.0,
+            0.0,
+            None,
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "loss_reroute" not in logs:
@@ -320,7 +385,8 @@ class Progress(TrainerCallback):
 
 
 class LiveView(TrainerCallback):
-    "Calls `refresh` after every log line, when it is in metrics.jsonl: for a view of the run that takes the place of `Progress`'s line in the cell."
+    """Calls `refresh` after every log line, when it is in metrics.jsonl: for a view of the run that takes the
+    place of `Progress`'s line in the cell."""
 
     def __init__(self, refresh):
         self.refresh, self.failed = refresh, False
@@ -337,25 +403,32 @@ class LiveView(TrainerCallback):
 
 # %% ../../nbs/train/05_trainer.ipynb #7ba65efc
 def log_line(line: str) -> None:
-    """Prints `line`, made visible, to the terminal or the job's log at once: under papermill that is the stderr that the kernel started with, which ipykernel
-    keeps in this attribute; what goes to its file descriptor now would end in the notebook, too."""
+    """Prints `line`, made visible, to the terminal or the job's log at once: under papermill that is the
+    stderr that the kernel started with, which ipykernel keeps in this attribute; what goes to its file
+    descriptor now would end in the notebook, too."""
     terminal = getattr(sys.stderr, "_original_stdstream_copy", None)
     with suppress(OSError):  # a terminal that is gone must not end a run
-        if terminal is None: say(line, file=sys.__stderr__)
-        else: os.write(terminal, f"{visible(line)}\n".encode())
+        if terminal is None:
+            say(line, file=sys.__stderr__)
+        else:
+            os.write(terminal, f"{visible(line)}\n".encode())
 
 
 def progress_line(row: dict, total_steps: int, seconds_left: float, floor: dict | None = None) -> str:
     "One line of progress from a metrics row, which says what stands at the rounding `floor`."
     noise = at_floor(row, floor)
-    return (f"step {row['step']}/{total_steps}  reroute {row['loss_reroute']:.3f}  retain {row['loss_retain']:.3f}  "
-            f"kl {row['loss_kl']:.2e}  loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
-            + (f"  (rounding alone: {', '.join(noise)})" if noise else ""))
+    return (
+        f"step {row['step']}/{total_steps}  reroute {row['loss_reroute']:.3f}  retain "
+        f"{row['loss_retain']:.3f}  "
+        f"kl {row['loss_kl']:.2e}  loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
+        + (f"  (rounding alone: {', '.join(noise)})" if noise else "")
+    )
 
 
 def show_line(line: str, handle=None):
     "Displays `line` in a notebook, in the place of the last one; returns the handle to pass next time."
     from IPython.display import display
+
     if handle is None:
         return display({"text/plain": line}, raw=True, display_id=True)
     handle.update({"text/plain": line}, raw=True)
@@ -364,26 +437,39 @@ def show_line(line: str, handle=None):
 # %% ../../nbs/train/05_trainer.ipynb #a4c1d2e7
 @contextmanager
 def stop_on_interrupt(run: Run):
-    """Within it the first interrupt (Ctrl-C, the ■ of the notebook), SIGTERM or SIGUSR2 asks for a stop, as the run's file `stop` does: the step is
-    finished and a checkpoint saved. Where a stop is asked for already, an interrupt is a KeyboardInterrupt at once; a scheduler's signals, which
-    come in numbers, are not. Does nothing outside of the main thread, which alone hears signals."""
+    """Within it the first interrupt (Ctrl-C, the ■ of the notebook), SIGTERM or SIGUSR2 asks for a stop, as
+    the run's file `stop` does: the step is finished and a checkpoint saved. Where a stop is asked for
+    already, an interrupt is a KeyboardInterrupt at once; a scheduler's signals, which come in numbers, are
+    not. Does nothing outside of the main thread, which alone hears signals."""
+
     def stop(signum, frame):
         if stop_requested(run):
-            if signum == signal.SIGINT: raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
             return
-        try: (run.path / "stop").touch()
-        except OSError: raise KeyboardInterrupt from None  # it cannot be asked for, so it is not waited for
+        try:
+            (run.path / "stop").touch()
+        except OSError:
+            raise KeyboardInterrupt from None  # it cannot be asked for, so it is not waited for
         with suppress(RuntimeError):  # raised where the signal comes in the middle of another print
-            say("a checkpoint is saved after this step; interrupt again to end at once, without it", file=sys.stderr)
-    with on_signals(stop, (signal.SIGINT, *ENDING)): yield
+            say(
+                "a checkpoint is saved after this step; interrupt again to end at once, without it",
+                file=sys.stderr,
+            )
+
+    with on_signals(stop, (signal.SIGINT, *ENDING)):
+        yield
 
 # %% ../../nbs/train/05_trainer.ipynb #mendlog1
 def log_of(checkpoint: Path) -> dict[int, dict]:
     """`{step: line of metrics.jsonl}` up to a checkpoint, as its trainer_state.json has them; empty where
     it has none."""
     history = (read_json(checkpoint / "trainer_state.json") or {}).get("log_history") or []
-    return {row["step"]: to_plain({k: v for k, v in row.items() if k != "epoch"})
-            for row in history if "loss_reroute" in row}
+    return {
+        row["step"]: to_plain({k: v for k, v in row.items() if k != "epoch"})
+        for row in history
+        if "loss_reroute" in row
+    }
 
 
 def mend_log(run: Run, checkpoint: Path, step: int) -> None:
@@ -396,21 +482,29 @@ def mend_log(run: Run, checkpoint: Path, step: int) -> None:
     wanted = {s for n in every for s in (1, *range(n, step + 1, n))}
     gone = sorted(wanted - (kept.keys() or {row["step"] for row in rows}))
     if gone:
-        line = (f"metrics.jsonl has lost {len(gone)} of its lines up to step {step} (the first: step "
-                f"{gone[0]}), which {checkpoint.name} does not have either")
+        line = (
+            f"metrics.jsonl has lost {len(gone)} of its lines up to step {step} (the first: step "
+            f"{gone[0]}), which {checkpoint.name} does not have either"
+        )
         tell_changes(run, [line] if line not in (read_status(run.path).get("changes") or ()) else [])
-    known = list(dict.fromkeys(key for row in rows for key in row))   # in the order that lines have
+    known = list(dict.fromkeys(key for row in rows for key in row))  # in the order that lines have
     rows = [row for row in rows if row["step"] <= step]
     there = {row["step"]: row for row in rows}
     lost = sorted(kept.keys() - there)
     other = sorted(s for s in there if there[s] != kept.get(s))
-    if not kept or not (lost or other or torn or len(rows) > len(there)): return
-    def ordered(row): return {k: row[k] for k in (*filter(row.__contains__, known), *sorted(row.keys() - known))}
+    if not kept or not (lost or other or torn or len(rows) > len(there)):
+        return
+
+    def ordered(row):
+        return {k: row[k] for k in (*filter(row.__contains__, known), *sorted(row.keys() - known))}
+
     lines = [json.dumps(ordered(kept[s])) + "\n" for s in sorted(kept)]
     write_owned(run.path / "metrics.jsonl", "".join(lines).encode())
     said = [f"lacked {len(lost)} of its {len(kept)} lines (the first: step {lost[0]})"] if lost else []
-    if other: said.append(f"said something else in {len(other)} lines (the first: step {other[0]})")
-    if not said: said = ["held lines that cannot be read or stand twice"]
+    if other:
+        said.append(f"said something else in {len(other)} lines (the first: step {other[0]})")
+    if not said:
+        said = ["held lines that cannot be read or stand twice"]
     back = f"up to step {step} it was put back from {checkpoint.name}"
     tell_changes(run, [f"metrics.jsonl {' and '.join(said)}: {back}"])
 
@@ -419,9 +513,11 @@ KEPT = 2  # checkpoints: the second is for the case that the first is damaged
 
 
 def last_checkpoint(run: Run) -> Path | None:
-    "The newest whole checkpoint of a run, or None. One that is not whole is passed over with a warning that says why."
+    """The newest whole checkpoint of a run, or None. One that is not whole is passed over with a warning that
+    says why."""
     for path in checkpoints(run.path / "checkpoints").values():
-        if not (wrong := damage(path)): return path
+        if not (wrong := damage(path)):
+            return path
         warn(f"{path} is not whole ({wrong}) and is passed over")
     return None
 
@@ -435,7 +531,8 @@ def resume_point(run: Run) -> Path | None:
     folder = run.path / "checkpoints"
     checkpoint = last_checkpoint(run)
     step = next((step for step, path in checkpoints(folder).items() if path == checkpoint), 0)
-    if checkpoint: check_checkpoint(run, checkpoint)
+    if checkpoint:
+        check_checkpoint(run, checkpoint)
     passed = []
     for path in (path for newer, path in checkpoints(folder).items() if newer > step):
         passed.append(f"{path.name} is not whole ({damage(path)})")
@@ -445,53 +542,96 @@ def resume_point(run: Run) -> Path | None:
     told = list(passed)
     if beyond := sum(row["step"] > step for row in log_rows(run.path)[0]):
         told.append(f"{beyond} lines of metrics.jsonl of later steps were dropped and are made again")
-    if checkpoint: mend_log(run, checkpoint, step)
+    if checkpoint:
+        mend_log(run, checkpoint, step)
     truncate_metrics(run, step)
     said = f"{' and '.join(told)}; training goes on from step {step}"
-    if told: say(f"note: {said}")
-    if passed: set_status(run, "running", note=said)
+    if told:
+        say(f"note: {said}")
+    if passed:
+        set_status(run, "running", note=said)
     return checkpoint
 
 
 def check_trackers(config: CircuitBreakerConfig) -> list[str]:
-    "Trainer's `report_to` for a config. Raises RuntimeError, in transformers' words, for a tracker that is not installed."
+    """Trainer's `report_to` for a config. Raises RuntimeError, in transformers' words, for a tracker that is
+    not installed."""
     names = [name for name in config.report_to if name != "none"]
-    for callback in get_reporting_integration_callbacks(names): callback()
+    for callback in get_reporting_integration_callbacks(names):
+        callback()
     return names
 
 
 def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingArguments:
-    "Trainer's arguments for a config; checkpoints go to `folder`. Of several processes each takes its share of the rows (`shares`)."
+    """Trainer's arguments for a config; checkpoints go to `folder`. Of several processes each takes its share
+    of the rows (`shares`)."""
     rows, micro_batches = shares(config, world_size())
-    # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would wait
+    # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would
+    # wait
     beyond = config.beta_kl == 0 and config.lora_layers[1] > max(config.target_layers)
     args = TrainingArguments(
-        output_dir=str(folder), run_name=folder.parent.name, max_steps=config.total_steps, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=micro_batches, ddp_find_unused_parameters=beyond, learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_schedule, warmup_steps=config.warmup_steps, weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm, logging_steps=config.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-        save_strategy="steps" if config.save_steps else "no", save_steps=config.save_steps or 1, save_total_limit=KEPT, seed=config.seed,
-        remove_unused_columns=False, label_names=[], report_to=[name for name in config.report_to if name != "none"], disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available())
+        output_dir=str(folder),
+        run_name=folder.parent.name,
+        max_steps=config.total_steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=micro_batches,
+        ddp_find_unused_parameters=beyond,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 1,
+        save_total_limit=KEPT,
+        seed=config.seed,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to=[name for name in config.report_to if name != "none"],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
     args._n_gpu = min(args.n_gpu, 1)  # one process drives one device: DataParallel cannot split a mixed batch
     args.circuit_breaker_config = config
     return args
 
 # %% ../../nbs/train/05_trainer.ipynb #24d4510a
-def breaker_trainer(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, folder: Path, pad_id: int,
-                    teacher: nn.Module | None = None, callbacks=(), cache=None) -> CircuitBreakerTrainer:
-    "The trainer of `student`'s adapter on the two streams, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run."
+def breaker_trainer(
+    student: PeftModel,
+    harmful: list[Sample],
+    benign: list[Sample],
+    config: CircuitBreakerConfig,
+    folder: Path,
+    pad_id: int,
+    teacher: nn.Module | None = None,
+    callbacks=(),
+    cache=None,
+) -> CircuitBreakerTrainer:
+    """The trainer of `student`'s adapter on the two streams, with checkpoints in `folder`; with a `cache`
+    (`cbnb.train.teacher_cache`) no teacher is run."""
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
     breaker, in_parts = CircuitBreaker(student, config, teacher), is_in_parts(student)
-    # then Trainer leaves the base as it is, and averages the gradient of the adapter, which every process has whole
+    # then Trainer leaves the base as it is, and averages the gradient of the adapter, which every process has
+    # whole
     breaker.is_distributed_loading_by_transformers = in_parts
     # its constructor refuses checkpoints of an optimizer in parts; ours is the adapter's, whole too
     args.save_only_model = in_parts
-    # processes that share weights run the same blocks at the same time, and the number of length groups is each one's own
-    collator = partial(collate, pad_id=pad_id, buckets="buckets" in config.savings and not in_parts, cache=cache)
-    trainer = CircuitBreakerTrainer(model=breaker, args=args, train_dataset=PairedStreams(harmful, benign, length, config.seed), data_collator=collator,
-                                    callbacks=list(callbacks))
+    # processes that share weights run the same blocks at the same time, and the number of length groups is
+    # each one's own
+    collator = partial(
+        collate, pad_id=pad_id, buckets="buckets" in config.savings and not in_parts, cache=cache
+    )
+    trainer = CircuitBreakerTrainer(
+        model=breaker,
+        args=args,
+        train_dataset=PairedStreams(harmful, benign, length, config.seed),
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
     args.save_only_model = False
     trainer.remove_callback(PrinterCallback)
     trainer.loss_is_scaled_for_ga = True  # each term is already a share of the global mean
@@ -499,33 +639,63 @@ def breaker_trainer(student: PeftModel, harmful: list[Sample], benign: list[Samp
 
 
 def measured_floor(trainer: CircuitBreakerTrainer, run: Run, pad_id: int) -> dict:
-    "The rounding floor of the run (`cbnb.train.floor.rounding_floor`) on its first pairs of rows, at most four; kept in status.json, and the same in each of its attempts."
-    if known := from_first(lambda: read_status(run.path).get("floor")): return known
+    """The rounding floor of the run (`cbnb.train.floor.rounding_floor`) on its first pairs of rows, at most
+    four; kept in status.json, and the same in each of its attempts."""
+    if known := from_first(lambda: read_status(run.path).get("floor")):
+        return known
     pairs = [trainer.train_dataset[i] for i in range(min(trainer.args.circuit_breaker_config.batch_size, 4))]
     student = trainer.model.student
-    floor = rounding_floor(student, on_device(collate(pairs, pad_id), student.device), trainer.args.circuit_breaker_config)
+    floor = rounding_floor(
+        student, on_device(collate(pairs, pad_id), student.device), trainer.args.circuit_breaker_config
+    )
     set_status(run, "running", floor=floor)
     return floor
 
 
-def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig, run: Run, pad_id: int,
-                  teacher: nn.Module | None = None, callbacks=(), cache=None) -> bool:
-    """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop file or an interrupt ended it (in the last
-    step too: whoever stopped it wants nothing more of this attempt).
+def train_breaker(
+    student: PeftModel,
+    harmful: list[Sample],
+    benign: list[Sample],
+    config: CircuitBreakerConfig,
+    run: Run,
+    pad_id: int,
+    teacher: nn.Module | None = None,
+    callbacks=(),
+    cache=None,
+) -> bool:
+    """Trains `student`'s adapter in place; True when all `config.total_steps` are done, False when the stop
+    file or an interrupt ended it (in the last step too: whoever stopped it wants nothing more of this
+    attempt).
 
-    Writes metrics.jsonl and checkpoints to `run`, the last one after the last step, and goes on from its last whole checkpoint if it has one (see
-    `resume_point`). With a `cache` (`cbnb.train.teacher_cache`) the teacher's hidden states come from there. The first interrupt asks for a stop too (see `stop_on_interrupt`). status.json gets the seconds that this attempt trained and, of
-    them, those for the gradients by term (`training_seconds`, `diagnosis_seconds`). In a notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
-    NonFiniteLossError for a NaN or infinite term or gradient, OSError for a full disk, ValueError for a student that was trained before and has no checkpoint to go
-    on from: its first step would not be the first."""
+    Writes metrics.jsonl and checkpoints to `run`, the last one after the last step, and goes on from its last
+    whole checkpoint if it has one (see `resume_point`). With a `cache` (`cbnb.train.teacher_cache`) the
+    teacher's hidden states come from there. The first interrupt asks for a stop too (see
+    `stop_on_interrupt`). status.json gets the seconds that this attempt trained and, of them, those for the
+    gradients by term (`training_seconds`, `diagnosis_seconds`). In a notebook a line of progress is shown,
+    unless a `LiveView` among the `callbacks` shows more. Raises NonFiniteLossError for a NaN or infinite term
+    or gradient, OSError for a full disk, ValueError for a student that was trained before and has no
+    checkpoint to go on from: its first step would not be the first."""
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     stop = StopFile(run)
     progress = Progress(in_cell)
-    trainer = breaker_trainer(student, harmful, benign, config, run.path / "checkpoints", pad_id, teacher, [LogWhatCounts(), MetricsLog(run), stop, progress, *callbacks], cache)
+    trainer = breaker_trainer(
+        student,
+        harmful,
+        benign,
+        config,
+        run.path / "checkpoints",
+        pad_id,
+        teacher,
+        [LogWhatCounts(), MetricsLog(run), stop, progress, *callbacks],
+        cache,
+    )
     progress.floor = measured_floor(trainer, run, pad_id)
     checkpoint = from_first(lambda: resume_point(run))
     if checkpoint is None and getattr(student, "was_trained", False):
-        raise ValueError("this student was trained before and the run has no checkpoint to go on from: run the notebook again from the top.")
+        raise ValueError(
+            "this student was trained before and the run has no checkpoint to go on from: run the notebook "
+            "again from the top."
+        )
     student.was_trained = True
     began = time.monotonic()
     with stop_on_interrupt(run):
@@ -535,6 +705,7 @@ def train_breaker(student: PeftModel, harmful: list[Sample], benign: list[Sample
         set_status(run, "running", training_seconds=round(spent, 1), diagnosis_seconds=round(diagnosis, 1))
         say(f"trained for {spent:.0f} s, of which {diagnosis:.1f} s for the gradients by term")
     if trainer.is_world_process_zero():
-        (run.path / "stop").unlink(missing_ok=True)  # done as it asked: left there, it would end the next call after one step
+        # done as it asked: left there, it would end the next call after one step
+        (run.path / "stop").unlink(missing_ok=True)
     student.eval()
     return trainer.state.global_step >= config.total_steps and not stop.stopped

@@ -31,21 +31,36 @@ MAX_UNPACKED_BYTES = 2**30  # and the bytes that any file may
 CHUNK = 2**16  # bytes or characters that are read at a time
 
 # %% ../../nbs/transcripts/03_files.ipynb #25f3fe9a
-BINARY = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-          b"PK\x03\x04": "a ZIP archive",
-          b"PK\x05\x06": "an empty ZIP archive", b"7z\xbc\xaf": "a 7-Zip archive", b"PAR1": "a Parquet file",
-          b"ARROW1": "an Arrow file",
-          b"\xff\xff\xff\xff": "an Arrow stream", b"FEA1": "a Feather V1 file",
-          b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF",
-          b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"\x80\x02": "a pickle",
-          b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
-          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x04\x22\x4d\x18": "LZ4",
-          b"\x89PNG": "a PNG picture"}
+BINARY = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a ZIP archive",
+    b"PK\x05\x06": "an empty ZIP archive",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow stream",
+    b"FEA1": "a Feather V1 file",
+    b"SQLite format 3": "an SQLite database",
+    b"%PDF": "a PDF",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x04\x22\x4d\x18": "LZ4",
+    b"\x89PNG": "a PNG picture",
+}
 
 
 def first_bytes(path, of):
     "The key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the longest one."
-    with open_regular(path) as f: head = f.read(16)
+    with open_regular(path) as f:
+        head = f.read(16)
     return max((start for start in of if head.startswith(start)), key=len, default=None)
 
 # %% ../../nbs/transcripts/03_files.ipynb #6155cf1c
@@ -54,7 +69,8 @@ def open_file(path):
     what is no regular file, and where it unpacks to more than `MAX_UNPACKED` times its size and
     `MAX_UNPACKED_BYTES`."""
     start = first_bytes(path, PACKED)
-    if not start: return read_stream(path)
+    if not start:
+        return read_stream(path)
     most = max(MAX_UNPACKED * check_regular(path).st_size, MAX_UNPACKED_BYTES)
     refuse = f"unpacks to over {most:,} bytes, which no transcripts do; unpack it"
     return io.BufferedReader(Limited(PACKED[start](read_stream(path)), most, refuse), CHUNK)
@@ -66,8 +82,9 @@ def open_text(path):
 
 # %% ../../nbs/transcripts/03_files.ipynb #adef125f
 def read_lines(path):
-    """Yields `(line number, bytes)` of the non-blank lines of `path`, one at a time; a line over `MAX_LINE_BYTES` is cut to one byte more.
-    Raises InputError where a line, or blank ones, go on for over `MAX_GAP_BYTES`."""
+    """Yields `(line number, bytes)` of the non-blank lines of `path`, one at a time; a line over
+    `MAX_LINE_BYTES` is cut to one byte more. Raises InputError where a line, or blank ones, go on for over
+    `MAX_GAP_BYTES`."""
     with open_file(path) as f:
         number = gap = 0
         while line := f.readline(MAX_LINE_BYTES + 1):
@@ -77,142 +94,219 @@ def read_lines(path):
                 end = f.readline(MAX_LINE_BYTES + 1)  # skip the rest of a long line
                 gap += len(end)
             if gap > MAX_GAP_BYTES:
-                words = f"has no line to read in {MAX_GAP_BYTES:,} bytes, up to line {number}; name another file"
+                words = (
+                    f"has no line to read in {MAX_GAP_BYTES:,} bytes, up to line {number}; name another file"
+                )
                 raise InputError(errno.EFBIG, words)
-            if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 gap = 0
                 yield number, line
 
 # %% ../../nbs/transcripts/03_files.ipynb #13378a2d
 def decode_line(line, where):
-    "The JSON object of one `line` (bytes). Raises TranscriptError for a long line, bad UTF-8, bad JSON or another type."
-    need(len(line) <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; split the file or shorten the record")
-    try: record = parse_json(line.decode("utf-8").strip())
-    except UnicodeDecodeError as e: raise TranscriptError(f"{where}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
-    except ValueError as e: raise TranscriptError(f"{where}: {e}; write one whole JSON object a line, or one JSON array") from None
+    """The JSON object of one `line` (bytes). Raises TranscriptError for a long line, bad UTF-8, bad JSON or
+    another type."""
+    need(
+        len(line) <= MAX_LINE_BYTES,
+        where,
+        f"is longer than {MAX_LINE_BYTES} bytes; split the file or shorten the record",
+    )
+    try:
+        record = parse_json(line.decode("utf-8").strip())
+    except UnicodeDecodeError as e:
+        raise TranscriptError(f"{where}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
+    except ValueError as e:
+        raise TranscriptError(
+            f"{where}: {e}; write one whole JSON object a line, or one JSON array"
+        ) from None
     need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
     return record
 
 # %% ../../nbs/transcripts/03_files.ipynb #be363937
-PART_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},:]', re.S)  # see ITEM_TOKEN; also the colon after a key
+# see ITEM_TOKEN; also the colon after a key
+PART_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},:]', re.S)
 
 
 def object_parts(path, name, keys):
-    """Yields `(key, number, text)` of the members of a file that is one JSON object, holding one of them at a time: `number` None, or of a
-    list that is a member called one of `keys` its items by number. Raises TranscriptError as `array_items` does."""
+    """Yields `(key, number, text)` of the members of a file that is one JSON object, holding one of them at a
+    time: `number` None, or of a list that is a member called one of `keys` its items by number. Raises
+    TranscriptError as `array_items` does."""
     with open_text(path) as f:
         text, start, at, depth, key, number, seen = "", 0, 0, 0, None, None, set()
         while True:
             for m in PART_TOKEN.finditer(text, at):
-                if m[1] is not None and m[1] != '"': break  # the rest of this string is still in the file
-                at, token, part = m.end(), m[0], text[start:m.start()].strip()
+                if m[1] is not None and m[1] != '"':
+                    break  # the rest of this string is still in the file
+                at, token, part = m.end(), m[0], text[start : m.start()].strip()
                 here = f"{name}, {key}" + (f"[{number}]" if number is not None else "")
                 if token in "[{":
                     depth += 1
-                    need(depth <= MAX_DEPTH + 2, here, f"lists and objects are nested deeper than {MAX_DEPTH}")
-                    if depth == 1: start = at
-                    elif depth == 2 and token == "[" and key in keys and not part: number, start = 0, at
+                    need(
+                        depth <= MAX_DEPTH + 2, here, f"lists and objects are nested deeper than {MAX_DEPTH}"
+                    )
+                    if depth == 1:
+                        start = at
+                    elif depth == 2 and token == "[" and key in keys and not part:
+                        number, start = 0, at
                 elif token == ":" and depth == 1 and key is None:
                     key, start = parse_json(part), at
-                    need(isinstance(key, str) and key not in seen, f"{name}, {key}", "stands twice in the object, or is no key; keep one")
+                    need(
+                        isinstance(key, str) and key not in seen,
+                        f"{name}, {key}",
+                        "stands twice in the object, or is no key; keep one",
+                    )
                     seen.add(key)
-                elif token in "]}": depth -= 1
+                elif token in "]}":
+                    depth -= 1
                 if number is not None and (depth == 1 and token == "]" or depth == 2 and token == ","):
-                    if part: yield key, number, part
+                    if part:
+                        yield key, number, part
                     need(part or depth == 1 and not number, here, "is empty; write one whole JSON list")
                     number, start = (number + 1 if depth == 2 else None), at
                 elif token == "," and depth == 1 or token == "}" and depth == 0:
-                    if part: yield key, None, part
+                    if part:
+                        yield key, None, part
                     key, start = None, at
                 if depth == 0 and token in "]}":
                     while rest := (text[at:] or f.read(CHUNK)):
-                        need(not rest.strip(), name, "goes on after the object; write one record a line, or one object a file")
+                        need(
+                            not rest.strip(),
+                            name,
+                            "goes on after the object; write one record a line, or one object a file",
+                        )
                         text = ""
                     return
-            need(len(text) - start <= MAX_LINE_BYTES, f"{name}, {key}", f"is longer than {MAX_LINE_BYTES} characters; shorten the record")
+            need(
+                len(text) - start <= MAX_LINE_BYTES,
+                f"{name}, {key}",
+                f"is longer than {MAX_LINE_BYTES} characters; shorten the record",
+            )
             more = f.read(max(CHUNK, len(text) - start))
             need(more, name, "does not end; the object is cut off")
             text, at, start = text[start:] + more, at - start, 0
 
 # %% ../../nbs/transcripts/03_files.ipynb #f957ddfe
 def read_big_object(path, name, keys):
-    """Yields `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a record an item of the list under
-    the one of `keys` that it has, each with all other members. The file is read twice."""
+    """Yields `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a
+    record an item of the list under the one of `keys` that it has, each with all other members. The file is
+    read twice."""
     rest, many, size = {}, None, 0
     for key, number, text in object_parts(path, name, keys):
-        if number is not None: many = many or key
+        if number is not None:
+            many = many or key
         else:
             rest[key], size = parse_json(text), size + len(key) + len(text)
-            need(size <= MAX_LINE_BYTES, name, f"is one JSON object over {MAX_LINE_BYTES} bytes; shorten the record")
+            need(
+                size <= MAX_LINE_BYTES,
+                name,
+                f"is one JSON object over {MAX_LINE_BYTES} bytes; shorten the record",
+            )
     need(many, name, f"is one JSON object over {MAX_LINE_BYTES} bytes; shorten the record")
     for key, number, text in object_parts(path, name, {many}):
-        if number is None: continue
+        if number is None:
+            continue
         where, own = f"{name}, {key}[{number}]", f"{name}:{number + 1}"
-        try: yield where, own, {**rest, key: [parse_json(text)]}
-        except ValueError as e: yield where, own, TranscriptError(f"{where}: {e}; write one list of whole JSON objects")
+        try:
+            yield where, own, {**rest, key: [parse_json(text)]}
+        except ValueError as e:
+            yield where, own, TranscriptError(f"{where}: {e}; write one list of whole JSON objects")
 
 # %% ../../nbs/transcripts/03_files.ipynb #0bfa3cfd
 def read_object(path, name, lists=()):
     """Yields `(where, id, record)` of a file that is one JSON object, as AgentDojo writes its runs.
 
-    It is bounded like a line, by `MAX_LINE_BYTES`; a bigger one is read by `read_big_object` with `lists`. What
-    is wrong with it raises TranscriptError."""
-    with open_file(path) as f: data = f.read(MAX_LINE_BYTES + 1)
+    It is bounded like a line, by `MAX_LINE_BYTES`; a bigger one is read by `read_big_object` with `lists`.
+    What is wrong with it raises TranscriptError."""
+    with open_file(path) as f:
+        data = f.read(MAX_LINE_BYTES + 1)
     try:
-        if len(data) > MAX_LINE_BYTES: yield from read_big_object(path, name, lists)
-        else: yield name, f"{name}:1", parse_json(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as e: raise TranscriptError(f"{name}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
+        if len(data) > MAX_LINE_BYTES:
+            yield from read_big_object(path, name, lists)
+        else:
+            yield name, f"{name}:1", parse_json(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise TranscriptError(f"{name}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
     except ValueError as e:
         advice = "write one record a line, or one object or one array a file"
         raise e if isinstance(e, TranscriptError) else TranscriptError(f"{name}: {e}; {advice}") from None
 
 # %% ../../nbs/transcripts/03_files.ipynb #e1c1e3fd
-ITEM_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},]', re.S)  # group 1 is empty or a backslash where the text ends in a string
+# group 1 is empty or a backslash where the text ends in a string
+ITEM_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},]', re.S)
 
 
 def array_items(path, name):
-    """Yields `(line, text)` of the items of the file's JSON array, holding one item and at most as much again. An item over
-    `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a broken or unfinished array raise TranscriptError."""
+    """Yields `(line, text)` of the items of the file's JSON array, holding one item and at most as much
+    again. An item over `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a broken or unfinished
+    array raise TranscriptError."""
     with open_text(path) as f:
         text, start, at, depth, number = "", 0, 0, 0, 1
         while True:
             for m in ITEM_TOKEN.finditer(text, at):
-                if m[1] is not None and m[1] != '"': break  # the rest of this string is still in the file
+                if m[1] is not None and m[1] != '"':
+                    break  # the rest of this string is still in the file
                 at = m.end()
                 if m[0] in "[{":
                     depth += 1
-                    need(depth <= MAX_DEPTH + 1, f"{name}, record {number}", f"lists and objects are nested deeper than {MAX_DEPTH}")
-                    if depth == 1: start, line = at, 1 + text.count("\n", 0, at)
-                elif m[0] in "]}": depth -= 1
+                    need(
+                        depth <= MAX_DEPTH + 1,
+                        f"{name}, record {number}",
+                        f"lists and objects are nested deeper than {MAX_DEPTH}",
+                    )
+                    if depth == 1:
+                        start, line = at, 1 + text.count("\n", 0, at)
+                elif m[0] in "]}":
+                    depth -= 1
                 if depth == 0 or depth == 1 and m[0] == ",":
-                    item = text[start:m.start()]
-                    if depth or number > 1 or item.strip(): yield line + item[:len(item) - len(item.lstrip())].count("\n"), item.strip()
+                    item = text[start : m.start()]
+                    if depth or number > 1 or item.strip():
+                        yield line + item[: len(item) - len(item.lstrip())].count("\n"), item.strip()
                     line, start, number = line + item.count("\n"), at, number + 1
                 if depth == 0:
-                    need(m[0] == "]", f"{name}, record {number - 1}", "closes the array with another bracket; write one whole JSON array")
+                    need(
+                        m[0] == "]",
+                        f"{name}, record {number - 1}",
+                        "closes the array with another bracket; write one whole JSON array",
+                    )
                     while rest := (text[at:] or f.read(CHUNK)):
                         need(not rest.strip(), name, "goes on after the array; keep one array in a file")
                         text = ""
                     return
-            need(len(text) - start <= MAX_LINE_BYTES, f"{name}, record {number}", f"is longer than {MAX_LINE_BYTES} characters; shorten the record")
-            more = f.read(max(CHUNK, len(text) - start))  # doubling: each character is looked at a few times at most
+            need(
+                len(text) - start <= MAX_LINE_BYTES,
+                f"{name}, record {number}",
+                f"is longer than {MAX_LINE_BYTES} characters; shorten the record",
+            )
+            # doubling: each character is looked at a few times at most
+            more = f.read(max(CHUNK, len(text) - start))
             need(more, f"{name}, record {number}", "does not end; the array is cut off")
             text, at, start = text[start:] + more, at - start, 0
 
 # %% ../../nbs/transcripts/03_files.ipynb #9a17a9ca
 def read_array(path, name):
-    "Yields `(where, id, record or TranscriptError)` of a file that is one JSON array; a broken array raises TranscriptError."
+    """Yields `(where, id, record or TranscriptError)` of a file that is one JSON array; a broken array raises
+    TranscriptError."""
     number = 0
     try:
         for line, text in array_items(path, name):
             number += 1
             where = f"{name}, record {number} (line {line})"
-            try: yield where, f"{name}:{number}", parse_json(text)
-            except TranscriptError: raise
-            except ValueError as e: yield where, f"{name}:{number}", TranscriptError(f"{where}: {e}; write one array of whole JSON objects")
+            try:
+                yield where, f"{name}:{number}", parse_json(text)
+            except TranscriptError:
+                raise
+            except ValueError as e:
+                yield (
+                    where,
+                    f"{name}:{number}",
+                    TranscriptError(f"{where}: {e}; write one array of whole JSON objects"),
+                )
     except UnicodeDecodeError:
-        raise TranscriptError(f"{name}: a byte after record {number} is not UTF-8; save the file as UTF-8") from None
+        raise TranscriptError(
+            f"{name}: a byte after record {number} is not UTF-8; save the file as UTF-8"
+        ) from None
 
 # %% ../../nbs/transcripts/03_files.ipynb #50bbeae6
 def read_text_records(path, name, lists=()):
@@ -221,19 +315,25 @@ def read_text_records(path, name, lists=()):
     first = next(lines, None)
     need(first is not None, name, "is empty; nothing can be read from it")
     line, whole = first[1].strip(), None
-    if line.startswith(b"[") and len(line) <= MAX_LINE_BYTES: whole = read_array
-    if line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":")) and len(line) <= MAX_LINE_BYTES: whole = read_object
+    if line.startswith(b"[") and len(line) <= MAX_LINE_BYTES:
+        whole = read_array
+    if line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":")) and len(line) <= MAX_LINE_BYTES:
+        whole = read_object
     if line.startswith(b"{") and len(line) > MAX_LINE_BYTES:  # one line too long, or the whole file
         second = next(lines, None)
-        if second is None: whole = read_object
-        else: lines = itertools.chain([second], lines)
+        if second is None:
+            whole = read_object
+        else:
+            lines = itertools.chain([second], lines)
     if whole:
         yield from read_object(path, name, lists) if whole is read_object else whole(path, name)
         return
     for number, line in itertools.chain([first], lines):
         where = f"{name}, line {number}"
-        try: yield where, f"{name}:{number}", decode_line(line, where)
-        except TranscriptError as e: yield where, f"{name}:{number}", e
+        try:
+            yield where, f"{name}:{number}", decode_line(line, where)
+        except TranscriptError as e:
+            yield where, f"{name}:{number}", e
 
 # %% ../../nbs/transcripts/03_files.ipynb #1337e2aa
 def read_records(path, name=None, lists=()):
@@ -252,10 +352,15 @@ def read_records(path, name=None, lists=()):
             yield from TABLES[table](path, name)
             return
         kind = None if first_bytes(path, PACKED) else first_bytes(path, BINARY)
-        need(kind is None, name, f"is {BINARY.get(kind)}, which cannot be read; save it as JSONL (UTF-8), one record a line")
+        need(
+            kind is None,
+            name,
+            f"is {BINARY.get(kind)}, which cannot be read; save it as JSONL (UTF-8), one record a line",
+        )
         yield from read_text_records(path, name, lists)
     except (OSError, EOFError, zlib.error) as e:
-        if isinstance(e, InputError): raise TranscriptError(f"{name}: {e.strerror}") from None
+        if isinstance(e, InputError):
+            raise TranscriptError(f"{name}: {e.strerror}") from None
         if isinstance(e, OSError) and e.filename:
             words = f"cannot be opened ({e.strerror}); ask its owner, or leave it out"
             raise TranscriptError(f"{name}: {words}") from None

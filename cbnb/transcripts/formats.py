@@ -16,9 +16,25 @@ from pathlib import Path
 
 from .files import read_records
 from cbnb.transcripts.record import (
-    SYSTEM_KEYS, Transcript, TranscriptError, add_adapted, check_label, check_record_switches, need,
-    need_one_of, parse_json, read_label, read_message, read_message_labels, read_meta, read_spans, read_switch,
-    read_tool_call, read_tools, take_system, take_tools,
+    SYSTEM_KEYS,
+    Transcript,
+    TranscriptError,
+    add_adapted,
+    check_label,
+    check_record_switches,
+    need,
+    need_one_of,
+    parse_json,
+    read_label,
+    read_message,
+    read_message_labels,
+    read_meta,
+    read_spans,
+    read_switch,
+    read_tool_call,
+    read_tools,
+    take_system,
+    take_tools,
 )
 
 # %% ../../nbs/transcripts/04_formats.ipynb #9e0b33aa
@@ -33,6 +49,7 @@ class Format:
     leaves the record out, or "". `before` names more general formats that know its records, too, and
     come after it; `takes` the keys of `MEANING` that it follows. `on_request`: only read where `format`
     names it."""
+
     name: str
     recognises: Callable
     reads: Callable
@@ -67,8 +84,10 @@ def join_records(records, is_part, key):
         return
     parts = []
     for where, default_id, record in itertools.chain([first], records):
-        if isinstance(record, TranscriptError): yield where, default_id, record
-        else: parts.append(record)
+        if isinstance(record, TranscriptError):
+            yield where, default_id, record
+        else:
+            parts.append(record)
     where, default_id, _ = first
     yield where.split(", ")[0], default_id.rpartition(":")[0] or default_id, {key: parts}
 
@@ -78,38 +97,53 @@ def one_by_one(records, key):
     own, with all else of the record."""
     for where, default_id, record in records:
         items = record.get(key) if isinstance(record, dict) else None
-        if not isinstance(items, list) or len(items) < 2: yield where, default_id, record
+        if not isinstance(items, list) or len(items) < 2:
+            yield where, default_id, record
         else:
-            yield from ((f"{where}, {key}[{i}]", f"{default_id}:{i + 1}", {**record, key: [item]}) for i,
-                        item in enumerate(items))
+            yield from (
+                (f"{where}, {key}[{i}]", f"{default_id}:{i + 1}", {**record, key: [item]})
+                for i, item in enumerate(items)
+            )
 
 # %% ../../nbs/transcripts/04_formats.ipynb #dcab57a6
-BARE = ("auto", "openai", "sharegpt", "anthropic", "hermes")  # formats whose messages may stand in a file without a record around
+# formats whose messages may stand in a file without a record around
+BARE = ("auto", "openai", "sharegpt", "anthropic", "hermes")
 
 
 def bare_key(value):
-    """The key under which a record would hold a JSON `value`: `messages` for a chat message, `conversations` for
-    a turn of ShareGPT, "" for anything else."""
-    if not isinstance(value, dict): return ""
-    if {"from", "value"} <= value.keys() and not {"conversations", "messages"} & value.keys(): return "conversations"
+    """The key under which a record would hold a JSON `value`: `messages` for a chat message, `conversations`
+    for a turn of ShareGPT, "" for anything else."""
+    if not isinstance(value, dict):
+        return ""
+    if {"from", "value"} <= value.keys() and not {"conversations", "messages"} & value.keys():
+        return "conversations"
     chat = isinstance(value.get("role"), str) and {"content", "tool_calls"} & value.keys()
-    return "messages" if chat and not {"type", "messages", "conversations", "uuid", "payload", "parts"} & value.keys() else ""
+    return (
+        "messages"
+        if chat and not {"type", "messages", "conversations", "uuid", "payload", "parts"} & value.keys()
+        else ""
+    )
 
 
 def whole_conversations(records):
     """`records` of a file (see `Format.gathers`), where a list of bare messages is one record, and a file of
     them is one, too."""
+
     def record_of(value):
         key = bare_key(value[0]) if isinstance(value, list) and value else ""
         return {key: value} if key else value
+
     records = ((where, default_id, record_of(record)) for where, default_id, record in records)
-    if (first := next(records, None)) is None: return
+    if (first := next(records, None)) is None:
+        return
     yield from join_records(itertools.chain([first], records), bare_key, bare_key(first[2]))
 
 # %% ../../nbs/transcripts/04_formats.ipynb #1021265a
 def gather(records, format, path):
-    "`records` of the file at `path` (see `Format.gathers`) as their `Format` joins, leaves out or takes apart."
-    if format.gathers: records = format.gathers(records, path)
+    """`records` of the file at `path` (see `Format.gathers`) as their `Format` joins, leaves out or takes
+    apart."""
+    if format.gathers:
+        records = format.gathers(records, path)
     return one_by_one(records, format.items) if format.items else records
 
 # %% ../../nbs/transcripts/04_formats.ipynb #43c3578f
@@ -120,39 +154,69 @@ def read_as(path, format, label=None):
     files, equal ids, skipping) is not looked at here."""
     format, name = FORMATS[format], Path(path).name
     records = read_records(path, lists=(format.items,) if format.items else ())
-    if format.name in BARE: records = whole_conversations(records)
+    if format.name in BARE:
+        records = whole_conversations(records)
     found = []
     for where, default_id, record in gather(records, format, path):
-        if isinstance(record, TranscriptError): raise record
+        if isinstance(record, TranscriptError):
+            raise record
         found += format.reads(record, where, default_id, label, name)
     return found
 
 # %% ../../nbs/transcripts/04_formats.ipynb #e18eb105
 def from_openai(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label, source, message_labels,
-    injection_spans, meta."""
+    """A list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label, source,
+    message_labels, injection_spans, meta."""
     check_record_switches(record, where)
     adapted, record = Counter(), dict(record)
-    system, tools, messages = take_system(record, where), take_tools(record, where, adapted), record.get("messages")
-    need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; write a list of messages")
+    system, tools, messages = (
+        take_system(record, where),
+        take_tools(record, where, adapted),
+        record.get("messages"),
+    )
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
     for key, default in (("id", default_id), ("source", source)):
         need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
     messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
-    off = {i: "none" for i, m in enumerate(messages) if m["role"] == "assistant" and not read_switch(m, where)}
+    off = {
+        i: "none" for i, m in enumerate(messages) if m["role"] == "assistant" and not read_switch(m, where)
+    }
     labels = read_message_labels(record.get("message_labels") or {}, messages, f"{where}, message_labels")
-    for i in off: need(labels.get(i, "none") == "none", f"{where}, message_labels['{i}']", "labels a message that is switched off; keep one")
+    for i in off:
+        need(
+            labels.get(i, "none") == "none",
+            f"{where}, message_labels['{i}']",
+            "labels a message that is switched off; keep one",
+        )
     labels = off | labels
     spans = read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans")
     if system:
-        need(messages[0]["role"] != "system", f"{where}, {system[0]}",
-             "stands beside a first message that is a system prompt too; keep one")
-        messages, labels = [{"role": "system", "content": system[1]}, *messages], {i + 1: own for i, own in labels.items()}
-        spans = tuple(replace(s, message=s.message + 1) for s in spans)  # the file counts its messages without this one
+        need(
+            messages[0]["role"] != "system",
+            f"{where}, {system[0]}",
+            "stands beside a first message that is a system prompt too; keep one",
+        )
+        messages, labels = (
+            [{"role": "system", "content": system[1]}, *messages],
+            {i + 1: own for i, own in labels.items()},
+        )
+        # the file counts its messages without this one
+        spans = tuple(replace(s, message=s.message + 1) for s in spans)
         adapted[f"{system[0]} of the record as first message"] += 1
     transcript = Transcript(
-        id=record.get("id", default_id), messages=messages, tools=tools,
-        label=read_label(record.get("label"), label, f"{where}, label"), source=record.get("source", source),
-        message_labels=labels, injection_spans=spans, meta=add_adapted(read_meta(record, where), adapted))
+        id=record.get("id", default_id),
+        messages=messages,
+        tools=tools,
+        label=read_label(record.get("label"), label, f"{where}, label"),
+        source=record.get("source", source),
+        message_labels=labels,
+        injection_spans=spans,
+        meta=add_adapted(read_meta(record, where), adapted),
+    )
     check_label(transcript, record, where)
     return [transcript]
 
@@ -165,36 +229,59 @@ def finish(record, used, messages, where, default_id, label, source, tools=None,
     the keys in `used`; `adapted` counts what was changed. Spans and labels of single messages are
     refused: they count the messages of the source."""
     for key in ("message_labels", "injection_spans"):
-        need(not record.get(key), f"{where}, {key}",
-             "counts messages in another form; leave it out, and add it to what cbnb convert writes")
+        need(
+            not record.get(key),
+            f"{where}, {key}",
+            "counts messages in another form; leave it out, and add it to what cbnb convert writes",
+        )
     rest = {k: v for k, v in record.items() if k not in (*used, "message_labels", "injection_spans")}
-    if type(rest.get("id")) is int: rest["id"] = str(rest["id"])
-    if rest.get("id") is None: rest["id"] = default_id
+    if type(rest.get("id")) is int:
+        rest["id"] = str(rest["id"])
+    if rest.get("id") is None:
+        rest["id"] = default_id
     meta = rest.get("meta") or {}
     need(isinstance(meta, dict), f"{where}, meta", "is no object")
-    return from_openai({**rest, "messages": messages, "tools": tools,
-                        "meta": add_adapted(meta, adapted or {})}, where, default_id, label, source)
+    return from_openai(
+        {**rest, "messages": messages, "tools": tools, "meta": add_adapted(meta, adapted or {})},
+        where,
+        default_id,
+        label,
+        source,
+    )
 
 
 def is_dicts(value):
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
-def dicts_of(value): return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+def dicts_of(value):
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 # %% ../../nbs/transcripts/04_formats.ipynb #6c8b958e
 def or_benign(record, label):
-    "The label to pass on for a record of a set that is known as harmless: `label`, or benign where neither it nor the record says one."
+    """The label to pass on for a record of a set that is known as harmless: `label`, or benign where neither
+    it nor the record says one."""
     return label or ("benign" if record.get("label") is None else None)
 
 # %% ../../nbs/transcripts/04_formats.ipynb #f21a6d21
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "function_call": "assistant", "observation": "tool",
-                  "user": "user", "assistant": "assistant", "tool": "tool"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 def read_turn(turn, where):
-    "One message from a ShareGPT turn `{from, value}`; the value of a `function_call` is the JSON of one call or of a list of calls."
-    need(isinstance(turn, dict), where, f"is {type(turn).__name__}; each turn is an object with from and value")
+    """One message from a ShareGPT turn `{from, value}`; the value of a `function_call` is the JSON of one
+    call or of a list of calls."""
+    need(
+        isinstance(turn, dict), where, f"is {type(turn).__name__}; each turn is an object with from and value"
+    )
     speaker, value = turn.get("from"), turn.get("value")
     need_one_of(speaker, SHAREGPT_ROLES, f"{where}.from")
     both = sorted({"role", "content", "tool_calls", "function_call"} & turn.keys())
@@ -203,34 +290,66 @@ def read_turn(turn, where):
     if speaker != "function_call":
         need(isinstance(value, str), f"{where}.value", f"is {type(value).__name__}; write the text")
         return read_message({**out, "content": value}, where)
-    try: calls = parse_json(value) if isinstance(value, str) else value
-    except ValueError as e: raise TranscriptError(f"{where}.value: {e}; write the call as one JSON object with name and arguments") from None
+    try:
+        calls = parse_json(value) if isinstance(value, str) else value
+    except ValueError as e:
+        raise TranscriptError(
+            f"{where}.value: {e}; write the call as one JSON object with name and arguments"
+        ) from None
     calls = calls if isinstance(calls, list) else [calls]
-    need(calls and all(isinstance(c, dict) and c.keys() <= {"name", "arguments", "id"} for c in calls), f"{where}.value",
-         'is no call; write {"name": ..., "arguments": {...}}')
-    calls = [{"function": {k: v for k, v in c.items() if k != "id"}, **({"id": c["id"]} if "id" in c else {})} for c in calls]
-    return {**read_message({**out, "content": ""}, where),
-            "tool_calls": [read_tool_call(c, f"{where}.value[{i}]") for i, c in enumerate(calls)]}
+    need(
+        calls and all(isinstance(c, dict) and c.keys() <= {"name", "arguments", "id"} for c in calls),
+        f"{where}.value",
+        'is no call; write {"name": ..., "arguments": {...}}',
+    )
+    calls = [
+        {"function": {k: v for k, v in c.items() if k != "id"}, **({"id": c["id"]} if "id" in c else {})}
+        for c in calls
+    ]
+    return {
+        **read_message({**out, "content": ""}, where),
+        "tool_calls": [read_tool_call(c, f"{where}.value[{i}]") for i, c in enumerate(calls)],
+    }
 
 # %% ../../nbs/transcripts/04_formats.ipynb #19fb9c15
 def from_sharegpt(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of a ShareGPT record: conversations, optional system, tools (also as a string of JSON), label.
+    """A list with the one Transcript of a ShareGPT record: conversations, optional system, tools (also as a
+    string of JSON), label.
 
     A tool result right after a single call gets the name of its tool; no call ids are made up."""
     turns, system, number = record.get("conversations"), record.get("system"), record.get("id")
-    need(isinstance(turns, list) and turns, f"{where}, conversations", "is missing or empty; write a list of turns")
+    need(
+        isinstance(turns, list) and turns,
+        f"{where}, conversations",
+        "is missing or empty; write a list of turns",
+    )
     need("messages" not in record, f"{where}, messages", "stands beside conversations; keep one")
-    need(system is None or isinstance(system, str), f"{where}, system", f"is {type(system).__name__}; write a string")
+    need(
+        system is None or isinstance(system, str),
+        f"{where}, system",
+        f"is {type(system).__name__}; write a string",
+    )
     messages = [read_turn(t, f"{where}, conversations[{i}]") for i, t in enumerate(turns)]
     for before, m in zip(messages, messages[1:]):
-        if m["role"] == "tool" and len(calls := before.get("tool_calls", [])) == 1: m.setdefault("name", calls[0]["function"]["name"])
+        if m["role"] == "tool" and len(calls := before.get("tool_calls", [])) == 1:
+            m.setdefault("name", calls[0]["function"]["name"])
     if system:
-        need(messages[0]["role"] != "system", f"{where}, system", "stands beside a first turn that is a system prompt too; keep one")
+        need(
+            messages[0]["role"] != "system",
+            f"{where}, system",
+            "stands beside a first turn that is a system prompt too; keep one",
+        )
         messages.insert(0, {"role": "system", "content": system})
     rest = {k: v for k, v in record.items() if k not in ("conversations", "system")}
-    if number is None or type(number) is int: rest["id"] = default_id if number is None else str(number)
-    return from_openai({**rest, "messages": messages, "tools": read_tools(record.get("tools"), f"{where}, tools")}, where, default_id,
-                       label, source)
+    if number is None or type(number) is int:
+        rest["id"] = default_id if number is None else str(number)
+    return from_openai(
+        {**rest, "messages": messages, "tools": read_tools(record.get("tools"), f"{where}, tools")},
+        where,
+        default_id,
+        label,
+        source,
+    )
 
 # %% ../../nbs/transcripts/04_formats.ipynb #82e64d2d
 add_format(Format("sharegpt", lambda r: "conversations" in r, from_sharegpt, takes=CHAT_KEYS))

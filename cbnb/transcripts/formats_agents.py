@@ -14,71 +14,148 @@ from pathlib import Path
 
 from .files import read_records
 from cbnb.transcripts.formats import (
-    CHAT_KEYS, Format, add_format, chat_with, from_openai, is_dicts, or_benign,
+    CHAT_KEYS,
+    Format,
+    add_format,
+    chat_with,
+    from_openai,
+    is_dicts,
+    or_benign,
 )
 from .injections import find_injections
 from cbnb.transcripts.record import (
-    ROLES, Contradiction, TranscriptError, add_adapted, measured_label, need, need_one_of, read_message,
-    read_tool_call, read_tools,
+    ROLES,
+    Contradiction,
+    TranscriptError,
+    add_adapted,
+    measured_label,
+    need,
+    need_one_of,
+    read_message,
+    read_tool_call,
+    read_tools,
 )
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fb6c7c4b
 def read_blocks(content, where):
-    """`(text, thinking)` of AgentDojo content: null, a string, or blocks `{type, content}`, joined by line feeds as AgentDojo does.
-    Redacted thinking is encrypted and is left out."""
-    if content is None or isinstance(content, str): return content or "", ""
-    need(isinstance(content, list), where, f"is {type(content).__name__}; give a string, null or a list of blocks")
+    """`(text, thinking)` of AgentDojo content: null, a string, or blocks `{type, content}`, joined by line
+    feeds as AgentDojo does. Redacted thinking is encrypted and is left out."""
+    if content is None or isinstance(content, str):
+        return content or "", ""
+    need(
+        isinstance(content, list),
+        where,
+        f"is {type(content).__name__}; give a string, null or a list of blocks",
+    )
     parts = {"text": [], "thinking": [], "redacted_thinking": []}
     for i, block in enumerate(content):
-        need(isinstance(block, dict) and isinstance(block.get("type"), str) and block["type"] in parts
-             and isinstance(block.get("content", 0), str | None), f"{where}[{i}]",
-             'is no block; only {"type": "text", "content": "..."} and thinking blocks can be read')
+        need(
+            isinstance(block, dict)
+            and isinstance(block.get("type"), str)
+            and block["type"] in parts
+            and isinstance(block.get("content", 0), str | None),
+            f"{where}[{i}]",
+            'is no block; only {"type": "text", "content": "..."} and thinking blocks can be read',
+        )
         parts[block["type"]].append(block.get("content") or "")
     return "\n".join(parts["text"]), "\n".join(parts["thinking"])
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #1ca77dbf
 def agentdojo_call(call, where):
     "A tool call in our form from AgentDojo's `{function, args, id}`."
-    need(isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"], f"{where}.function",
-         'is no tool name; write {"function": "name", "args": {...}, "id": ...}')
-    need(isinstance(call.get("args"), dict), f"{where}.args", "is no object; write {} for a call without arguments")
-    need(isinstance(call.get("id"), str | None), f"{where}.id", f"is {type(call.get('id')).__name__}; write a string or null")
+    need(
+        isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
+        f"{where}.function",
+        'is no tool name; write {"function": "name", "args": {...}, "id": ...}',
+    )
+    need(
+        isinstance(call.get("args"), dict),
+        f"{where}.args",
+        "is no object; write {} for a call without arguments",
+    )
+    need(
+        isinstance(call.get("id"), str | None),
+        f"{where}.id",
+        f"is {type(call.get('id')).__name__}; write a string or null",
+    )
     out = {"type": "function", "function": {"name": call["function"], "arguments": call["args"]}}
     return {"id": call["id"], **out} if call.get("id") else out
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #964de239
 def agentdojo_message(message, where):
-    "A message in our form from AgentDojo's. A tool result that failed shows its `error`, which is what the model was shown."
-    need(isinstance(message, dict), where, f"is {type(message).__name__}; each message is an object with role and content")
+    """A message in our form from AgentDojo's. A tool result that failed shows its `error`, which is what the
+    model was shown."""
+    need(
+        isinstance(message, dict),
+        where,
+        f"is {type(message).__name__}; each message is an object with role and content",
+    )
     role, error, call = message.get("role"), message.get("error"), message.get("tool_call")
     need_one_of(role, ROLES, f"{where}.role")
-    need(error is None or isinstance(error, str), f"{where}.error", f"is {type(error).__name__}; write a string or null")
-    need("content" in message, f"{where}.content", "is missing; write a list of blocks, or null beside tool_calls")
+    need(
+        error is None or isinstance(error, str),
+        f"{where}.error",
+        f"is {type(error).__name__}; write a string or null",
+    )
+    need(
+        "content" in message,
+        f"{where}.content",
+        "is missing; write a list of blocks, or null beside tool_calls",
+    )
     text, thinking = read_blocks(message["content"], f"{where}.content")
-    need(not thinking or role == "assistant", f"{where}.content", f"has thinking in a {role} message; only the assistant thinks")
+    need(
+        not thinking or role == "assistant",
+        f"{where}.content",
+        f"has thinking in a {role} message; only the assistant thinks",
+    )
     calls = message.get("tool_calls") or []
     need(isinstance(calls, list), f"{where}.tool_calls", f"is {type(calls).__name__}; write a list of calls")
     rest = {k: v for k, v in message.items() if k not in ("content", "tool_calls", "tool_call", "error")}
-    out = read_message({**rest, "content": error or text, **({"reasoning_content": thinking} if thinking else {})}, where)
-    need(role == "assistant" or not calls, f"{where}.tool_calls", f"stands in a {role} message; only the assistant calls tools")
-    if calls: out["tool_calls"] = [agentdojo_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
-    if call is not None and role == "tool": out["name"] = agentdojo_call(call, f"{where}.tool_call")["function"]["name"]
+    out = read_message(
+        {**rest, "content": error or text, **({"reasoning_content": thinking} if thinking else {})}, where
+    )
+    need(
+        role == "assistant" or not calls,
+        f"{where}.tool_calls",
+        f"stands in a {role} message; only the assistant calls tools",
+    )
+    if calls:
+        out["tool_calls"] = [agentdojo_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    if call is not None and role == "tool":
+        out["name"] = agentdojo_call(call, f"{where}.tool_call")["function"]["name"]
     return out
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #597d1462
 def agentdojo_label(record, where):
-    """Label of an AgentDojo run by its verdict: benign without an injection task or where the attack failed (`security` false), harmful
-    where it reached its goal (`security` true). Raises TranscriptError where the file holds no verdict on that."""
+    """Label of an AgentDojo run by its verdict: benign without an injection task or where the attack failed
+    (`security` false), harmful where it reached its goal (`security` true). Raises TranscriptError where the
+    file holds no verdict on that."""
     task, security = record.get("injection_task_id"), record.get("security")
     advice = "pass label='benign' or label='harmful'"
     if task is None:
-        need(not record["user_task_id"].startswith("injection_task"), f"{where}, user_task_id",
-             f"is an injection task that was given as the user's own request; its file does not say if that is harmful, {advice}")
+        need(
+            not record["user_task_id"].startswith("injection_task"),
+            f"{where}, user_task_id",
+            "is an injection task that was given as the user's own request; its file does not say if that "
+            f"is harmful, {advice}",
+        )
         return "benign"
-    need(isinstance(security, bool), f"{where}, security", f"is {security!r} in a run with an injection; write true or false, or {advice}")
-    need(record.get("error") is None, f"{where}, error", f"is set: the run broke off, and AgentDojo then writes security=true unmeasured; {advice}")
-    need(not str(record.get("attack_type")).endswith("dos"), f"{where}, attack_type",
-         f"is {record.get('attack_type')!r}: in such runs security only says that the user's task failed; {advice}")
+    need(
+        isinstance(security, bool),
+        f"{where}, security",
+        f"is {security!r} in a run with an injection; write true or false, or {advice}",
+    )
+    need(
+        record.get("error") is None,
+        f"{where}, error",
+        f"is set: the run broke off, and AgentDojo then writes security=true unmeasured; {advice}",
+    )
+    need(
+        not str(record.get("attack_type")).endswith("dos"),
+        f"{where}, attack_type",
+        f"is {record.get('attack_type')!r}: in such runs security only says that the user's task failed; "
+        f"{advice}",
+    )
     return measured_label(record)
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0f0f2d97
@@ -91,58 +168,131 @@ def from_agentdojo(record, where, default_id, label=None, source=""):
     schemas, so `tools` is None."""
     messages, injections = record.get("messages"), record.get("injections")
     injections = {} if injections is None else injections
-    need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; a run without messages teaches nothing, drop it")
-    need(isinstance(record.get("user_task_id"), str), f"{where}, user_task_id", "is missing or no string; name the user task")
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; a run without messages teaches nothing, drop it",
+    )
+    need(
+        isinstance(record.get("user_task_id"), str),
+        f"{where}, user_task_id",
+        "is missing or no string; name the user task",
+    )
     for key in ("injection_task_id", "attack_type", "suite_name", "pipeline_name"):
-        need(isinstance(record.get(key), str | None), f"{where}, {key}", f"is {type(record.get(key)).__name__}; write a string or null")
-    need(isinstance(injections, dict) and all(isinstance(v, str) for v in injections.values()), f"{where}, injections",
-         'is no object of texts; write {"vector": "text"}')
-    need(isinstance(record.get("utility"), bool | None), f"{where}, utility", f"is {record.get('utility')!r}; write true, false or null")
-    need(record.get("error") is None or record.get("utility") is not True, f"{where}, utility",
-         "is true beside an error: a run that broke off has not done its task; correct one of them")
+        need(
+            isinstance(record.get(key), str | None),
+            f"{where}, {key}",
+            f"is {type(record.get(key)).__name__}; write a string or null",
+        )
+    need(
+        isinstance(injections, dict) and all(isinstance(v, str) for v in injections.values()),
+        f"{where}, injections",
+        'is no object of texts; write {"vector": "text"}',
+    )
+    need(
+        isinstance(record.get("utility"), bool | None),
+        f"{where}, utility",
+        f"is {record.get('utility')!r}; write true, false or null",
+    )
+    need(
+        record.get("error") is None or record.get("utility") is not True,
+        f"{where}, utility",
+        "is true beside an error: a run that broke off has not done its task; correct one of them",
+    )
     messages = [agentdojo_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
     spans, missing = find_injections(messages, injections)
     own = label or record.get("label") or agentdojo_label(record, where)
     for key in ("injections", "attack_type"):
-        need(label or record.get("injection_task_id") is not None or record.get(key) in (None, {}, "none"), f"{where}, {key}",
-             "is set, but no injection_task_id: what the attack was to reach is not said; add it, or pass label='benign' or label='harmful'")
-    meta = {k: v for k, v in record.items() if k not in ("messages", "label")} | ({"injections_not_found": missing} if missing else {})
-    if label and measured_label(record) not in (None, label): meta["label_given"] = label
+        need(
+            label or record.get("injection_task_id") is not None or record.get(key) in (None, {}, "none"),
+            f"{where}, {key}",
+            "is set, but no injection_task_id: what the attack was to reach is not said; add it, or pass "
+            "label='benign' or label='harmful'",
+        )
+    meta = {k: v for k, v in record.items() if k not in ("messages", "label")} | (
+        {"injections_not_found": missing} if missing else {}
+    )
+    if label and measured_label(record) not in (None, label):
+        meta["label_given"] = label
     if not label and own != (measured_label(record) or own):
-        raise Contradiction(f"{where}, label: is {own}, but security is {str(record['security']).lower()}; correct the label, or read the run "
-                            "by its verdict with relabel='source'", {k: v for k, v in record.items() if k != "label"})
+        raise Contradiction(
+            f"{where}, label: is {own}, but security is {str(record['security']).lower()}; correct the "
+            "label, or read the run "
+            "by its verdict with relabel='source'",
+            {k: v for k, v in record.items() if k != "label"},
+        )
     place = [record.get(k) for k in ("pipeline_name", "suite_name", "user_task_id")]
     place += [record.get("attack_type") or "none", record.get("injection_task_id") or "none"]
-    return from_openai({"id": "/".join(place) if None not in place else default_id, "messages": messages, "label": own,
-                        "injection_spans": spans, "meta": meta}, where, default_id, None, source)
+    return from_openai(
+        {
+            "id": "/".join(place) if None not in place else default_id,
+            "messages": messages,
+            "label": own,
+            "injection_spans": spans,
+            "meta": meta,
+        },
+        where,
+        default_id,
+        None,
+        source,
+    )
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #003b719d
 def agentdojo_leaves_out(record):
     """Why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security` measures
     nothing of an injection task that was given as the user's own request, in attacks that only deny
     service, and in attacked runs that broke off. AgentDojo's benchmark writes all three beside its runs."""
-    if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith("injection_task"):
+    if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith(
+        "injection_task"
+    ):
         return "injection tasks given as the user's request"
-    if str(record.get("attack_type")).endswith("dos"): return "attacks that deny service"
-    if record.get("injection_task_id") is None: return ""
-    return "attacked runs that broke off" if record.get("error") is not None or record.get("security") is None else ""
+    if str(record.get("attack_type")).endswith("dos"):
+        return "attacks that deny service"
+    if record.get("injection_task_id") is None:
+        return ""
+    return (
+        "attacked runs that broke off"
+        if record.get("error") is not None or record.get("security") is None
+        else ""
+    )
 
 
-add_format(Format("agentdojo", chat_with("user_task_id"), from_agentdojo, leaves_out=agentdojo_leaves_out,
-                  before=("openai",)))
+add_format(
+    Format(
+        "agentdojo",
+        chat_with("user_task_id"),
+        from_agentdojo,
+        leaves_out=agentdojo_leaves_out,
+        before=("openai",),
+    )
+)
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0d0f24c3
 def from_tau_bench(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of a tau-bench result (task_id, reward, info, traj, trial); benign unless `label` says otherwise.
-    `meta` keeps all but the messages."""
+    """A list with the one Transcript of a tau-bench result (task_id, reward, info, traj, trial); benign
+    unless `label` says otherwise. `meta` keeps all but the messages."""
     traj = record.get("traj")
-    need(isinstance(traj, list) and traj, f"{where}, traj", "is missing or empty; a run that failed holds no messages, drop it")
+    need(
+        isinstance(traj, list) and traj,
+        f"{where}, traj",
+        "is missing or empty; a run that failed holds no messages, drop it",
+    )
     reward, info = record.get("reward"), record.get("info")
     info = info if isinstance(info, dict) else {}
     need(type(reward) in (int, float, type(None)), f"{where}, reward", f"is {reward!r}; write a number")
-    counted = info["reward_info"].get("reward", reward) if isinstance(info.get("reward_info"), dict) else reward
-    need(reward == counted, f"{where}, reward", f"is {reward}, but info.reward_info.reward is {counted}; correct one of them")
-    need(not reward or not info.get("error"), f"{where}, reward", f"is {reward} beside info.error: a trial that broke off; correct one of them")
+    counted = (
+        info["reward_info"].get("reward", reward) if isinstance(info.get("reward_info"), dict) else reward
+    )
+    need(
+        reward == counted,
+        f"{where}, reward",
+        f"is {reward}, but info.reward_info.reward is {counted}; correct one of them",
+    )
+    need(
+        not reward or not info.get("error"),
+        f"{where}, reward",
+        f"is {reward} beside info.error: a trial that broke off; correct one of them",
+    )
     messages = [read_message(m, f"{where}, traj[{i}]") for i, m in enumerate(traj)]
     need("messages" not in record, f"{where}, messages", "stands beside traj; keep one")
     rest = {k: v for k, v in record.items() if k != "traj"}
@@ -152,69 +302,153 @@ def from_tau_bench(record, where, default_id, label=None, source=""):
 add_format(Format("tau_bench", lambda r: {"task_id", "traj"} <= r.keys(), from_tau_bench, takes=CHAT_KEYS))
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0c5a7330
-JSON_TYPES = {"dict": "object", "HashMap": "object", "Hashtable": "object", "float": "number", "double": "number", "bool": "boolean",
-              "Boolean": "boolean", "list": "array", "tuple": "array", "Array": "array", "ArrayList": "array", "Queue": "array",
-              "Stack": "array", "String": "string", "char": "string", "byte": "integer", "short": "integer", "long": "integer",
-              "int": "integer", "Bigint": "integer"}
+JSON_TYPES = {
+    "dict": "object",
+    "HashMap": "object",
+    "Hashtable": "object",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "Boolean": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "Array": "array",
+    "ArrayList": "array",
+    "Queue": "array",
+    "Stack": "array",
+    "String": "string",
+    "char": "string",
+    "byte": "integer",
+    "short": "integer",
+    "long": "integer",
+    "int": "integer",
+    "Bigint": "integer",
+}
 
 
 def to_json_schema(schema):
-    "A BFCL parameter description as JSON schema: its Python, Java and JavaScript type names become JSON's, `any` means no type."
+    """A BFCL parameter description as JSON schema: its Python, Java and JavaScript type names become JSON's,
+    `any` means no type."""
     out = dict(schema)
     if isinstance(kind := out.get("type"), str):
         out["type"] = JSON_TYPES.get(kind, kind)
-        if kind.lower() == "any": del out["type"]
+        if kind.lower() == "any":
+            del out["type"]
     if isinstance(out.get("properties"), dict):
-        out["properties"] = {k: to_json_schema(v) if isinstance(v, dict) else v for k, v in out["properties"].items()}
+        out["properties"] = {
+            k: to_json_schema(v) if isinstance(v, dict) else v for k, v in out["properties"].items()
+        }
     for key in ("items", "additionalProperties"):
-        if isinstance(out.get(key), dict): out[key] = to_json_schema(out[key])
+        if isinstance(out.get(key), dict):
+            out[key] = to_json_schema(out[key])
     return out
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #2b8cd0fd
 def from_bfcl(record, where, default_id, label=None, source=""):
-    """A list with the one Transcript of a BFCL question (id, question, function); benign unless `label` says otherwise.
+    """A list with the one Transcript of a BFCL question (id, question, function); benign unless `label` says
+    otherwise.
 
-    `question` is a list of turns, each a list of messages, joined here; `meta["turns"]` says how many messages each turn had. `meta` keeps
-    `ground_truth` and every other key. BFCL holds questions only: there is no assistant message, so every mask of it is empty."""
+    `question` is a list of turns, each a list of messages, joined here; `meta["turns"]` says how many
+    messages each turn had. `meta` keeps `ground_truth` and every other key. BFCL holds questions only: there
+    is no assistant message, so every mask of it is empty."""
     question, function = record.get("question"), record.get("function")
-    need(isinstance(question, list) and question, f"{where}, question", "is missing or empty; write a list of turns")
+    need(
+        isinstance(question, list) and question,
+        f"{where}, question",
+        "is missing or empty; write a list of turns",
+    )
     for i, turn in enumerate(question):
-        need(isinstance(turn, list), f"{where}, question[{i}]", f"is {type(turn).__name__}; each turn is a list of messages")
-    messages = [read_message(m, f"{where}, question[{i}][{j}]") for i, turn in enumerate(question) for j, m in enumerate(turn)]
+        need(
+            isinstance(turn, list),
+            f"{where}, question[{i}]",
+            f"is {type(turn).__name__}; each turn is a list of messages",
+        )
+    messages = [
+        read_message(m, f"{where}, question[{i}][{j}]")
+        for i, turn in enumerate(question)
+        for j, m in enumerate(turn)
+    ]
     need(messages, f"{where}, question", "holds no message")
     tools = read_tools([function] if isinstance(function, dict) else function, f"{where}, function") or []
     for i, tool in enumerate(tools):
-        need(isinstance(tool["function"].get("parameters"), dict | None), f"{where}, function[{i}].parameters", "is no object")
-    tools = [{**t, "function": {**t["function"], "parameters": to_json_schema(t["function"].get("parameters") or {})}} for t in tools]
-    meta = {k: v for k, v in record.items() if k not in ("id", "question", "function", "label")} | {"turns": [len(t) for t in question]}
-    return from_openai({**({"id": record["id"]} if record.get("id") is not None else {}), "messages": messages, "tools": tools, "meta": meta,
-                        "label": record.get("label")}, where, default_id, or_benign(record, label), source)
+        need(
+            isinstance(tool["function"].get("parameters"), dict | None),
+            f"{where}, function[{i}].parameters",
+            "is no object",
+        )
+    tools = [
+        {
+            **t,
+            "function": {
+                **t["function"],
+                "parameters": to_json_schema(t["function"].get("parameters") or {}),
+            },
+        }
+        for t in tools
+    ]
+    meta = {k: v for k, v in record.items() if k not in ("id", "question", "function", "label")} | {
+        "turns": [len(t) for t in question]
+    }
+    return from_openai(
+        {
+            **({"id": record["id"]} if record.get("id") is not None else {}),
+            "messages": messages,
+            "tools": tools,
+            "meta": meta,
+            "label": record.get("label"),
+        },
+        where,
+        default_id,
+        or_benign(record, label),
+        source,
+    )
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fe1542eb
 def settled(allowed):
     """One value of those that BFCL's ground truth allows, or None where the parameter may be left out:
     the first, inside objects too."""
-    if not isinstance(allowed, list) or not allowed or allowed[0] == "": return None
+    if not isinstance(allowed, list) or not allowed or allowed[0] == "":
+        return None
+
     def inner(value):
         if isinstance(value, dict):
-            return {k: v for k, options in value.items()
-                    if (v := settled(options) if isinstance(options, list) else options) is not None}
+            return {
+                k: v
+                for k, options in value.items()
+                if (v := settled(options) if isinstance(options, list) else options) is not None
+            }
         return [inner(v) for v in value] if isinstance(value, list) else value
+
     return inner(allowed[0])
 
 
 def answer_of(truth, where):
     """The assistant message of a single-turn ground truth, a list of `{name: {parameter: [allowed
     values]}}`; None for one of another form."""
-    if not is_dicts(truth): return None
-    need(all(len(c) == 1 and isinstance(next(iter(c.values())), dict) for c in truth),
-         f"{where}, ground_truth", "is no list of {name: {parameter: [values]}}")
-    calls = [{"function": {"name": name,
-                           "arguments": {k: v for k, allowed in arguments.items()
-                                         if (v := settled(allowed)) is not None}}}
-             for call in truth for name, arguments in call.items()]
-    return {"role": "assistant", "content": "",
-            "tool_calls": [read_tool_call(c, f"{where}, ground_truth[{i}]") for i, c in enumerate(calls)]}
+    if not is_dicts(truth):
+        return None
+    need(
+        all(len(c) == 1 and isinstance(next(iter(c.values())), dict) for c in truth),
+        f"{where}, ground_truth",
+        "is no list of {name: {parameter: [values]}}",
+    )
+    calls = [
+        {
+            "function": {
+                "name": name,
+                "arguments": {
+                    k: v for k, allowed in arguments.items() if (v := settled(allowed)) is not None
+                },
+            }
+        }
+        for call in truth
+        for name, arguments in call.items()
+    ]
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [read_tool_call(c, f"{where}, ground_truth[{i}]") for i, c in enumerate(calls)],
+    }
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #21e8ca6d
 def join_answers(records, path):
@@ -224,12 +458,17 @@ def join_answers(records, path):
     found = {}
     if file.is_file():
         for _, _, record in read_records(file):
-            if isinstance(record, TranscriptError): raise record
+            if isinstance(record, TranscriptError):
+                raise record
             if isinstance(record, dict) and isinstance(record.get("id"), str):
                 found[record["id"]] = record.get("ground_truth")
     for where, default_id, record in records:
-        known = isinstance(record, dict) and "ground_truth" not in record and isinstance(record.get("id"),
-            str) and record["id"] in found
+        known = (
+            isinstance(record, dict)
+            and "ground_truth" not in record
+            and isinstance(record.get("id"), str)
+            and record["id"] in found
+        )
         yield where, default_id, {**record, "ground_truth": found[record["id"]]} if known else record
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #9d308107
@@ -237,24 +476,36 @@ def from_bfcl_answered(record, where, default_id, label=None, source=""):
     """`from_bfcl`, with the calls of a single-turn `ground_truth` as the assistant's answer: the first value
     that it allows for each parameter. A ground truth of several turns holds no results of tools, so
     those questions stay without an answer, and train nothing."""
-    need("question" in record, f"{where}, question",
-         "is missing: these are BFCL's answers; give the file of the questions, with possible_answer/ beside "
-         "it")
+    need(
+        "question" in record,
+        f"{where}, question",
+        "is missing: these are BFCL's answers; give the file of the questions, with possible_answer/ beside "
+        "it",
+    )
     [t] = from_bfcl(record, where, default_id, label, source)
     answer = answer_of(record.get("ground_truth"), where)
-    if answer is None: return [t]
-    return [replace(t, messages=[*t.messages, answer],
-                    meta=add_adapted(t.meta, Counter({"answer from BFCL's ground truth": 1})))]
+    if answer is None:
+        return [t]
+    return [
+        replace(
+            t,
+            messages=[*t.messages, answer],
+            meta=add_adapted(t.meta, Counter({"answer from BFCL's ground truth": 1})),
+        )
+    ]
 
 
 def is_bfcl(record):
     "Whether a record is a question of BFCL, or an answer to one."
-    return "question" in record and bool({"function",
-                                          "involved_classes"} & record.keys()) or record.keys() == {"id",
-                                              "ground_truth"}
+    return (
+        "question" in record
+        and bool({"function", "involved_classes"} & record.keys())
+        or record.keys() == {"id", "ground_truth"}
+    )
 
 
-def answers_only(record): return "" if "question" in record else "BFCL answers, which their questions take"
+def answers_only(record):
+    return "" if "question" in record else "BFCL answers, which their questions take"
 
 
 add_format(Format("bfcl", is_bfcl, from_bfcl_answered, join_answers, leaves_out=answers_only))

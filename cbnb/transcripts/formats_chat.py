@@ -16,10 +16,24 @@ import re
 from collections import Counter
 
 from cbnb.transcripts.formats import (
-    CHAT_KEYS, Format, add_format, dicts_of, finish, is_dicts, join_records, read_turn,
+    CHAT_KEYS,
+    Format,
+    add_format,
+    dicts_of,
+    finish,
+    is_dicts,
+    join_records,
+    read_turn,
 )
 from cbnb.transcripts.record import (
-    TranscriptError, need, need_one_of, parse_json, read_arguments, read_content, read_message, read_switch,
+    TranscriptError,
+    need,
+    need_one_of,
+    parse_json,
+    read_arguments,
+    read_content,
+    read_message,
+    read_switch,
     read_tool_call,
 )
 
@@ -31,25 +45,38 @@ def anthropic_assistant(message, where, adapted):
         here, kind = f"{where}.content[{i}]", block.get("type")
         if kind == "text":
             texts.append(read_content([block], here.removesuffix(f"[{i}]")))
-            if calls and texts[-1].strip(): adapted["text after a call moved before it"] += 1
+            if calls and texts[-1].strip():
+                adapted["text after a call moved before it"] += 1
         elif kind == "thinking":
-            need(isinstance(block.get("thinking"), str), f"{here}.thinking",
-                 "is no string; write the thoughts")
+            need(
+                isinstance(block.get("thinking"), str), f"{here}.thinking", "is no string; write the thoughts"
+            )
             thoughts.append(block["thinking"])
-        elif kind == "redacted_thinking": adapted["encrypted thinking left out"] += 1
+        elif kind == "redacted_thinking":
+            adapted["encrypted thinking left out"] += 1
         elif kind == "tool_use":
-            call = read_tool_call({"function": {"name": block.get("name"), "arguments": block.get("input")}},
-                                  here)
+            call = read_tool_call(
+                {"function": {"name": block.get("name"), "arguments": block.get("input")}}, here
+            )
             calls.append({**({"id": block["id"]} if isinstance(block.get("id"), str) else {}), **call})
         else:
-            need(False, here, f"is a {kind} block; an assistant's text, thinking and tool_use blocks can be "
-                              f"read")
-    switches = {k: v for k, v in message.items()
-                if k not in ("role", "content", "id", "type", "model", "stop_reason", "stop_sequence",
-                             "usage")}
-    return {**switches, "role": "assistant", "content": "".join(texts),
-            **({"reasoning_content": "\n".join(t for t in thoughts if t)} if any(thoughts) else {}),
-            **({"tool_calls": calls} if calls else {})}
+            need(
+                False,
+                here,
+                f"is a {kind} block; an assistant's text, thinking and tool_use blocks can be read",
+            )
+    switches = {
+        k: v
+        for k, v in message.items()
+        if k not in ("role", "content", "id", "type", "model", "stop_reason", "stop_sequence", "usage")
+    }
+    return {
+        **switches,
+        "role": "assistant",
+        "content": "".join(texts),
+        **({"reasoning_content": "\n".join(t for t in thoughts if t)} if any(thoughts) else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
 
 
 def anthropic_user(message, where, names):
@@ -60,19 +87,33 @@ def anthropic_user(message, where, names):
         here, kind = f"{where}.content[{i}]", block.get("type")
         if kind == "text":
             text = read_content([block], here.removesuffix(f"[{i}]"))
-            if out and out[-1]["role"] == "user": out[-1]["content"] += text
-            else: out.append({"role": "user", "content": text})
+            if out and out[-1]["role"] == "user":
+                out[-1]["content"] += text
+            else:
+                out.append({"role": "user", "content": text})
         elif kind == "tool_result":
             number = block.get("tool_use_id")
-            need(isinstance(number, str) and number, f"{here}.tool_use_id",
-                 "is missing; name the call that this is the result of")
-            out.append({"role": "tool", "tool_call_id": number,
-                        "content": read_content(block.get("content"), f"{here}.content"),
-                        **({"name": names[number]} if number in names else {}),
-                        **({"is_error": True} if block.get("is_error") is True else {})})
-        else: need(False, here, f"is a {kind} block; a user's text and tool_result blocks can be read")
-    return [m for m in out if m["role"] == "tool"
-            or m["content"].strip()] or out or [{"role": "user", "content": ""}]
+            need(
+                isinstance(number, str) and number,
+                f"{here}.tool_use_id",
+                "is missing; name the call that this is the result of",
+            )
+            out.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": number,
+                    "content": read_content(block.get("content"), f"{here}.content"),
+                    **({"name": names[number]} if number in names else {}),
+                    **({"is_error": True} if block.get("is_error") is True else {}),
+                }
+            )
+        else:
+            need(False, here, f"is a {kind} block; a user's text and tool_result blocks can be read")
+    return (
+        [m for m in out if m["role"] == "tool" or m["content"].strip()]
+        or out
+        or [{"role": "user", "content": ""}]
+    )
 
 
 def anthropic_messages(messages, where, adapted):
@@ -80,17 +121,25 @@ def anthropic_messages(messages, where, adapted):
     out, names = [], {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
-        need(isinstance(message, dict), here,
-             f"is {type(message).__name__}; each message is an object with role and content")
+        need(
+            isinstance(message, dict),
+            here,
+            f"is {type(message).__name__}; each message is an object with role and content",
+        )
         need_one_of(message.get("role"), ("user", "assistant", "system"), f"{here}.role")
         content = message.get("content")
-        need(isinstance(content, str) or isinstance(content, list)
-             and all(isinstance(b, dict) for b in content), f"{here}.content",
-             f"is {type(content).__name__}; give a string or a list of blocks")
+        need(
+            isinstance(content, str)
+            or isinstance(content, list)
+            and all(isinstance(b, dict) for b in content),
+            f"{here}.content",
+            f"is {type(content).__name__}; give a string or a list of blocks",
+        )
         read_switch(message, here)
         if message["role"] == "system":
             out.append({"role": "system", "content": read_content(content, f"{here}.content")})
-        elif message["role"] == "user": out += anthropic_user(message, here, names)
+        elif message["role"] == "user":
+            out += anthropic_user(message, here, names)
         else:
             out.append(anthropic_assistant(message, here, adapted))
             names |= {c["id"]: c["function"]["name"] for c in out[-1].get("tool_calls", []) if c.get("id")}
@@ -100,18 +149,28 @@ def anthropic_messages(messages, where, adapted):
 def anthropic_tools(tools, where, adapted):
     """Tools of ours from Anthropic's `{name, description, input_schema}`. Tools that run at Anthropic
     have no schema; they are left out, counted."""
-    if isinstance(tools, str): tools = read_arguments('{"tools": ' + tools + "}", where)["tools"]
-    need(tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), where,
-         "is no list of tools")
+    if isinstance(tools, str):
+        tools = read_arguments('{"tools": ' + tools + "}", where)["tools"]
+    need(
+        tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools),
+        where,
+        "is no list of tools",
+    )
     out = []
     for i, tool in enumerate(tools or []):
         if "input_schema" not in tool and "function" not in tool and "parameters" not in tool:
             adapted["tools without a schema left out"] += 1
             continue
         need(isinstance(tool.get("name", ""), str), f"{where}[{i}].name", "is no string; name the tool")
-        out.append({"name": tool.get("name"),
-                    **({"description": tool["description"]} if "description" in tool else {}),
-                    "parameters": tool["input_schema"]} if "input_schema" in tool else tool)
+        out.append(
+            {
+                "name": tool.get("name"),
+                **({"description": tool["description"]} if "description" in tool else {}),
+                "parameters": tool["input_schema"],
+            }
+            if "input_schema" in tool
+            else tool
+        )
     return out
 
 
@@ -119,25 +178,33 @@ def from_anthropic(record, where, default_id, label=None, source=""):
     """A list with the one Transcript of an Anthropic request or log: `messages` of text and blocks, `system`
     (text or blocks) and `tools`. The label is the record's own or `label`."""
     adapted, messages = Counter(), record.get("messages")
-    need(isinstance(messages, list) and messages, f"{where}, messages",
-         "is missing or empty; write a list of messages")
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
     messages = anthropic_messages(messages, f"{where}, messages", adapted)
     tools = anthropic_tools(record.get("tools"), f"{where}, tools", adapted)
     return finish(record, ("messages", "tools"), messages, where, default_id, label, source, tools, adapted)
 
 
 # and a key that each has
-BLOCKS = {"tool_use": "input", "tool_result": "tool_use_id", "thinking": "thinking",
-          "redacted_thinking": "data"}
+BLOCKS = {
+    "tool_use": "input",
+    "tool_result": "tool_use_id",
+    "thinking": "thinking",
+    "redacted_thinking": "data",
+}
 
 
 def is_anthropic(record):
     "Whether a record has messages with blocks of Anthropic's, or tools with an `input_schema`."
     messages = [m for m in dicts_of(record.get("messages")) if "role" in m]
     blocks = [b for m in messages for b in dicts_of(m.get("content"))]
-    return bool(messages) and (any(isinstance(b.get("type"), str)
-                                   and BLOCKS.get(b["type"], "type of none") in b for b in blocks)
-                               or any("input_schema" in tool for tool in dicts_of(record.get("tools"))))
+    return bool(messages) and (
+        any(isinstance(b.get("type"), str) and BLOCKS.get(b["type"], "type of none") in b for b in blocks)
+        or any("input_schema" in tool for tool in dicts_of(record.get("tools")))
+    )
 
 
 add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",), takes=CHAT_KEYS))
@@ -149,14 +216,23 @@ TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 def item_text(content, where):
     "Text of a Responses item's content: a string, null, or blocks of text, joined; a refusal is the answer."
     # of Codex
-    if isinstance(content, dict) and isinstance(content.get("content"), str): content = content["content"]
-    if content is None or isinstance(content, str): return content or ""
+    if isinstance(content, dict) and isinstance(content.get("content"), str):
+        content = content["content"]
+    if content is None or isinstance(content, str):
+        return content or ""
     need(isinstance(content, list), where, f"is {type(content).__name__}; give a string or a list of blocks")
     for i, block in enumerate(content):
-        need(isinstance(block, dict) and (block.get("type") in TEXTS and isinstance(block.get("text"), str)
-                                          or block.get("type") == "refusal"
-                                          and isinstance(block.get("refusal"), str)), f"{where}[{i}]",
-             f"is no block of text; only {', '.join(TEXTS[:3])} and refusal can be read")
+        need(
+            isinstance(block, dict)
+            and (
+                block.get("type") in TEXTS
+                and isinstance(block.get("text"), str)
+                or block.get("type") == "refusal"
+                and isinstance(block.get("refusal"), str)
+            ),
+            f"{where}[{i}]",
+            f"is no block of text; only {', '.join(TEXTS[:3])} and refusal can be read",
+        )
     return "".join(block["refusal"] if block["type"] == "refusal" else block["text"] for block in content)
 
 
@@ -164,13 +240,18 @@ def item_call(item, where):
     """The call of a `function_call`, `custom_tool_call` (its text is the argument `input`) or
     `local_shell_call` item."""
     name, arguments = item.get("name"), item.get("arguments")
-    if item["type"] == "custom_tool_call": arguments = {"input": item.get("input")}
-    if item["type"] == "local_shell_call": name, arguments = "local_shell", item.get("action")
+    if item["type"] == "custom_tool_call":
+        arguments = {"input": item.get("input")}
+    if item["type"] == "local_shell_call":
+        name, arguments = "local_shell", item.get("action")
     number = item.get("call_id") or item.get("id")
     need(isinstance(number, str | None), f"{where}.call_id", "is no string")
     need(isinstance(name, str) and name, f"{where}.name", "is missing; name the tool")
-    return {**({"id": number} if number else {}), "type": "function",
-            "function": {"name": name, "arguments": read_arguments(arguments, f"{where}.arguments")}}
+    return {
+        **({"id": number} if number else {}),
+        "type": "function",
+        "function": {"name": name, "arguments": read_arguments(arguments, f"{where}.arguments")},
+    }
 
 
 CALL_ITEMS = ("function_call", "custom_tool_call", "local_shell_call")
@@ -188,7 +269,14 @@ def response_messages(items, where, adapted):
         """The open message of the assistant; a new one where it has said `slot` already and no call
         waits for its result."""
         nonlocal turn
-        if turn is None or slot in turn and not turn.get("tool_calls") or slot == "reasoning_content" and turn.get("content") and not turn.get("tool_calls"):
+        if (
+            turn is None
+            or slot in turn
+            and not turn.get("tool_calls")
+            or slot == "reasoning_content"
+            and turn.get("content")
+            and not turn.get("tool_calls")
+        ):
             out.append(turn := {"role": "assistant"})
         return turn
 
@@ -197,25 +285,37 @@ def response_messages(items, where, adapted):
         need(isinstance(item, dict), here, f"is {type(item).__name__}; each item is an object with a type")
         kind = item.get("type") or ("message" if "role" in item else None)
         need(kind in ITEMS, f"{here}.type", f"is {kind!r}; only {', '.join(ITEMS)} can be read")
-        read_switch({"role": "assistant" if kind in (*CALL_ITEMS, "reasoning") else item.get("role"), **item},
-                    here)
+        read_switch(
+            {"role": "assistant" if kind in (*CALL_ITEMS, "reasoning") else item.get("role"), **item}, here
+        )
         if kind == "reasoning":
             if text := item_text(item.get("content"), f"{here}.content"):
-                assistant("reasoning_content")["reasoning_content"] = "\n\n".join(t
-                    for t in (assistant("").get("reasoning_content"), text) if t)
+                assistant("reasoning_content")["reasoning_content"] = "\n\n".join(
+                    t for t in (assistant("").get("reasoning_content"), text) if t
+                )
             else:
-                adapted["summary of reasoning left out" if item.get("summary")
-                        else "encrypted reasoning left out"] += 1
+                adapted[
+                    "summary of reasoning left out" if item.get("summary") else "encrypted reasoning left out"
+                ] += 1
         elif kind in CALL_ITEMS:
             assistant("").setdefault("tool_calls", []).append(call := item_call(item, here))
-            if "id" in call: names[call["id"]] = call["function"]["name"]
+            if "id" in call:
+                names[call["id"]] = call["function"]["name"]
         elif kind in RESULT_ITEMS:
             number = item.get("call_id") or item.get("id")
-            need(isinstance(number, str) and number, f"{here}.call_id",
-                 "is missing; name the call that this is the result of")
-            out.append({"role": "tool", "tool_call_id": number,
-                        "content": item_text(item.get("output"), f"{here}.output"),
-                        **({"name": names[number]} if number in names else {})})
+            need(
+                isinstance(number, str) and number,
+                f"{here}.call_id",
+                "is missing; name the call that this is the result of",
+            )
+            out.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": number,
+                    "content": item_text(item.get("output"), f"{here}.output"),
+                    **({"name": names[number]} if number in names else {}),
+                }
+            )
             turn = None
         else:
             role, text = item.get("role"), item_text(item.get("content"), f"{here}.content")
@@ -224,8 +324,11 @@ def response_messages(items, where, adapted):
                 if "tool_calls" in assistant("content") and text.strip():
                     adapted["text after a call moved before it"] += 1
                 turn["content"] = "\n\n".join(t for t in (turn.get("content"), text) if t)
-                turn |= {k: v for k, v in item.items()
-                         if k not in ("role", "content", "type", "id", "status", "phase")}
+                turn |= {
+                    k: v
+                    for k, v in item.items()
+                    if k not in ("role", "content", "type", "id", "status", "phase")
+                }
             else:
                 out.append({"role": role, "content": text})
                 turn = None
@@ -235,12 +338,18 @@ def response_messages(items, where, adapted):
 def response_tools(tools, where, adapted):
     """Tools of ours from the flat ones of Responses, `{type, name, parameters}`; those that run at
     OpenAI are left out, counted."""
-    need(tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), where,
-         "is no list of tools")
+    need(
+        tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools),
+        where,
+        "is no list of tools",
+    )
     ours = [t for t in tools or [] if t.get("type", "function") in ("function", "custom")]
-    if len(ours) < len(tools or []): adapted["tools without a schema left out"] += len(tools) - len(ours)
-    return [t if "function" in t else {k: v for k, v in t.items() if k not in ("type", "strict", "format")}
-            for t in ours]
+    if len(ours) < len(tools or []):
+        adapted["tools without a schema left out"] += len(tools) - len(ours)
+    return [
+        t if "function" in t else {k: v for k, v in t.items() if k not in ("type", "strict", "format")}
+        for t in ours
+    ]
 
 
 def from_responses(record, where, default_id, label=None, source=""):
@@ -249,48 +358,82 @@ def from_responses(record, where, default_id, label=None, source=""):
     adapted, items = Counter(), []
     for key in ("items", "input", "output"):
         value = record.get(key)
-        if isinstance(value, str) and key == "input": value = [{"role": "user", "content": value}]
-        need(isinstance(value, list | None), f"{where}, {key}",
-             f"is {type(value).__name__}; write a list of items")
+        if isinstance(value, str) and key == "input":
+            value = [{"role": "user", "content": value}]
+        need(
+            isinstance(value, list | None),
+            f"{where}, {key}",
+            f"is {type(value).__name__}; write a list of items",
+        )
         items += [(key, i, item) for i, item in enumerate(value or [])]
     need(items, f"{where}, input", "is missing or empty; write items under input and output, or under items")
-    try: messages = response_messages([item for _, _, item in items], f"{where}, items", adapted)
+    try:
+        messages = response_messages([item for _, _, item in items], f"{where}, items", adapted)
     except TranscriptError as e:  # say where the item stands
         found = re.search(r", items\[(\d+)\]", str(e))
         key, i, _ = items[int(found[1])] if found else ("items", 0, None)
         raise TranscriptError(str(e).replace(found[0], f", {key}[{i}]", 1) if found else str(e)) from None
     orders = record.get("instructions")
     need(isinstance(orders, str | None), f"{where}, instructions", "is no string")
-    if orders: messages.insert(0, {"role": "system", "content": orders})
+    if orders:
+        messages.insert(0, {"role": "system", "content": orders})
     tools = response_tools(record.get("tools"), f"{where}, tools", adapted)
-    return finish(record, ("items", "input", "output", "instructions", "tools"), messages, where, default_id,
-                  label, source, tools, adapted)
+    return finish(
+        record,
+        ("items", "input", "output", "instructions", "tools"),
+        messages,
+        where,
+        default_id,
+        label,
+        source,
+        tools,
+        adapted,
+    )
 
 
 def is_item(record):
     "Whether a record is one item of Responses."
-    return isinstance(record, dict) and record.get("type") in ITEMS and not {"messages", "message",
-        "data"} & record.keys()
+    return (
+        isinstance(record, dict)
+        and record.get("type") in ITEMS
+        and not {"messages", "message", "data"} & record.keys()
+    )
 
 
 def is_responses(record):
     "Whether a record holds items of Responses under items, input or output, or is one."
     lists = [record[k] for k in ("items", "input", "output") if is_dicts(record.get(k))]
-    return "messages" not in record and (is_item(record)
-                                         or any(is_item(i) or "role" in i and "content" in i
-                                                for items in lists for i in items))
+    return "messages" not in record and (
+        is_item(record) or any(is_item(i) or "role" in i and "content" in i for items in lists for i in items)
+    )
 
 
-add_format(Format("responses", is_responses, from_responses, lambda records,
-                  path: join_records(records, is_item, "items"),
-                  takes=(*CHAT_KEYS, "instructions")))
+add_format(
+    Format(
+        "responses",
+        is_responses,
+        from_responses,
+        lambda records, path: join_records(records, is_item, "items"),
+        takes=(*CHAT_KEYS, "instructions"),
+    )
+)
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #655d46aa
-KINDS = {"human": "user", "HumanMessage": "user", "HumanMessageChunk": "user", "ai": "assistant",
-         "AIMessage": "assistant", "AIMessageChunk": "assistant",
-         "system": "system", "SystemMessage": "system", "tool": "tool", "ToolMessage": "tool",
-         "function": "function", "FunctionMessage": "function",
-         "developer": "system"}
+KINDS = {
+    "human": "user",
+    "HumanMessage": "user",
+    "HumanMessageChunk": "user",
+    "ai": "assistant",
+    "AIMessage": "assistant",
+    "AIMessageChunk": "assistant",
+    "system": "system",
+    "SystemMessage": "system",
+    "tool": "tool",
+    "ToolMessage": "tool",
+    "function": "function",
+    "FunctionMessage": "function",
+    "developer": "system",
+}
 
 
 def langchain_parts(message):
@@ -299,56 +442,88 @@ def langchain_parts(message):
     if "lc" in message and isinstance(message.get("kwargs"), dict):
         names = message.get("id")
         return (names[-1] if isinstance(names, list) and names else None), message["kwargs"]
-    if isinstance(message.get("data"), dict): return message.get("type"), message["data"]
+    if isinstance(message.get("data"), dict):
+        return message.get("type"), message["data"]
     return message.get("type"), message
 
 
 def langchain_content(content, where, calls):
     """`(text, thoughts)` of LangChain content: a string, or blocks; those of calls repeat `calls`, which
     the message has elsewhere."""
-    if content is None or isinstance(content, str): return content or "", ""
+    if content is None or isinstance(content, str):
+        return content or "", ""
     need(isinstance(content, list), where, f"is {type(content).__name__}; give a string or a list of blocks")
     texts, thoughts = [], []
     for i, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
-        if isinstance(block, str): texts.append(block)
+        if isinstance(block, str):
+            texts.append(block)
         elif kind in ("text", "output_text") and isinstance(block.get("text"), str):
             texts.append(block["text"])
         elif kind in ("thinking", "reasoning") and isinstance(block.get(kind, ""), str):
             thoughts.append(block.get(kind) or "")
         else:
-            need(calls and kind in ("tool_use", "function_call", "tool_call"), f"{where}[{i}]",
-                 f"is a {kind} block; only text and thoughts can be read")
+            need(
+                calls and kind in ("tool_use", "function_call", "tool_call"),
+                f"{where}[{i}]",
+                f"is a {kind} block; only text and thoughts can be read",
+            )
     return "".join(texts), "\n".join(t for t in thoughts if t)
 
 
 def langchain_message(message, where):
     "The message of ours of a LangChain `message`."
-    need(isinstance(message, dict), where,
-         f"is {type(message).__name__}; each message is an object with a type")
+    need(
+        isinstance(message, dict),
+        where,
+        f"is {type(message).__name__}; each message is an object with a type",
+    )
     kind, fields = langchain_parts(message)
     need_one_of(kind, KINDS, f"{where}.type")
     role, extra = KINDS[kind], fields.get("additional_kwargs") or {}
     need(isinstance(extra, dict), f"{where}.additional_kwargs", "is no object")
-    need(not fields.get("invalid_tool_calls"), f"{where}.invalid_tool_calls",
-         "holds a call that LangChain could not read; drop the conversation")
+    need(
+        not fields.get("invalid_tool_calls"),
+        f"{where}.invalid_tool_calls",
+        "holds a call that LangChain could not read; drop the conversation",
+    )
     calls = fields.get("tool_calls") or []
-    need(isinstance(calls, list) and all(isinstance(c, dict) for c in calls), f"{where}.tool_calls",
-         "is no list of calls")
+    need(
+        isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
+        f"{where}.tool_calls",
+        "is no list of calls",
+    )
     for i, call in enumerate(calls):
-        need("args" in call or "function" in call, f"{where}.tool_calls[{i}].args",
-             "is missing; write {} for a call without arguments")
-    calls = [c if "function" in c
-             else {**({"id": c["id"]} if c.get("id") else {}),
-                   "function": {"name": c.get("name"), "arguments": c["args"]}} for c in calls]
+        need(
+            "args" in call or "function" in call,
+            f"{where}.tool_calls[{i}].args",
+            "is missing; write {} for a call without arguments",
+        )
+    calls = [
+        c
+        if "function" in c
+        else {
+            **({"id": c["id"]} if c.get("id") else {}),
+            "function": {"name": c.get("name"), "arguments": c["args"]},
+        }
+        for c in calls
+    ]
     calls = calls or extra.get("tool_calls") or []
     text, thoughts = langchain_content(fields.get("content"), f"{where}.content", calls)
     thoughts = thoughts or extra.get("reasoning_content") or ""
     kept = ("tool_call_id", "name") if role in ("tool", "function") else ()
-    return {k: v for k, v in {"role": role, "content": text, "tool_calls": calls, "reasoning_content": thoughts,
-                              **({"function_call": extra["function_call"]} if extra.get("function_call")
-                                 and not calls else {}),
-                              **{k: fields.get(k) for k in kept}}.items() if v or k == "content"}
+    return {
+        k: v
+        for k, v in {
+            "role": role,
+            "content": text,
+            "tool_calls": calls,
+            "reasoning_content": thoughts,
+            **({"function_call": extra["function_call"]} if extra.get("function_call") and not calls else {}),
+            **{k: fields.get(k) for k in kept},
+        }.items()
+        if v or k == "content"
+    }
 
 
 def is_langchain(message):
@@ -362,27 +537,53 @@ def is_langchain(message):
 def from_langchain(record, where, default_id, label=None, source=""):
     """A list with the one Transcript of LangChain messages, or of a LangGraph state (`messages`, also under
     `values`). The label is the record's own or `label`."""
-    state = record.get("values") if isinstance(record.get("values"),
-                                               dict) and "messages" not in record else record
+    state = (
+        record.get("values")
+        if isinstance(record.get("values"), dict) and "messages" not in record
+        else record
+    )
     messages = state.get("messages")
-    need(isinstance(messages, list) and messages, f"{where}, messages",
-         "is missing or empty; write a list of messages")
-    messages, adapted = [langchain_message(m, f"{where}, messages[{i}]") for i,
-                         m in enumerate(messages)], Counter()
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
+    messages, adapted = (
+        [langchain_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)],
+        Counter(),
+    )
     messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
-    return finish(record, ("messages", "values"), messages, where, default_id, label, source,
-                  record.get("tools"), adapted)
+    return finish(
+        record,
+        ("messages", "values"),
+        messages,
+        where,
+        default_id,
+        label,
+        source,
+        record.get("tools"),
+        adapted,
+    )
 
 
 def holds_langchain(record):
     "Whether a record is a LangChain message, or holds them as its messages or as those of its values."
     state = record.get("values") if isinstance(record.get("values"), dict) else record
-    return is_langchain(record) or any(is_langchain(m)
-                                       for m in dicts_of(state.get("messages")) + dicts_of(record.get("messages")))
+    return is_langchain(record) or any(
+        is_langchain(m) for m in dicts_of(state.get("messages")) + dicts_of(record.get("messages"))
+    )
 
 
-add_format(Format("langchain", holds_langchain, from_langchain, lambda records,
-                  path: join_records(records, is_langchain, "messages"), before=("openai",), takes=CHAT_KEYS))
+add_format(
+    Format(
+        "langchain",
+        holds_langchain,
+        from_langchain,
+        lambda records, path: join_records(records, is_langchain, "messages"),
+        before=("openai",),
+        takes=CHAT_KEYS,
+    )
+)
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #c1b2d5bb
 CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
@@ -391,15 +592,22 @@ RESULT_TAGS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
 
 def text_call(text, where, adapted):
     "The call that stands in Hermes' tags: a JSON object, or as in some of its sets a Python literal."
-    try: call = parse_json(text.strip())
+    try:
+        call = parse_json(text.strip())
     except ValueError as e:
-        try: call = ast.literal_eval(text.strip())
+        try:
+            call = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            raise TranscriptError(f"{where}: holds a <tool_call> that cannot be read ({e}); write one JSON "
-                                  f"object with name and arguments") from None
+            raise TranscriptError(
+                f"{where}: holds a <tool_call> that cannot be read ({e}); write one JSON "
+                f"object with name and arguments"
+            ) from None
         adapted["call as a Python literal"] += 1
-    need(isinstance(call, dict), where,
-         "holds a <tool_call> that is no object; write one with name and arguments")
+    need(
+        isinstance(call, dict),
+        where,
+        "holds a <tool_call> that is no object; write one with name and arguments",
+    )
     return read_tool_call({"function": {k: v for k, v in call.items() if k in ("name", "arguments")}}, where)
 
 
@@ -411,14 +619,26 @@ def hermes_messages(message, where, adapted):
         calls = [text_call(inner, where, adapted) for inner in CALL_TAGS.findall(text)]
         at = text.index("<tool_call>")
         rest = CALL_TAGS.sub("", text[at:])
-        need(calls and "<tool_call>" not in rest, where,
-             "opens a <tool_call> and does not close it; the answer was cut off, drop it")
-        if rest.strip(): adapted["text after a call moved before it"] += 1
+        need(
+            calls and "<tool_call>" not in rest,
+            where,
+            "opens a <tool_call> and does not close it; the answer was cut off, drop it",
+        )
+        if rest.strip():
+            adapted["text after a call moved before it"] += 1
         adapted["call in the text as tool call"] += len(calls)
-        return [{**message, "content": "\n".join(t for t in (text[:at].rstrip(), rest.strip()) if t),
-                 "tool_calls": calls}]
-    if role in ("tool", "user") and (responses := RESULT_TAGS.findall(text)) and not RESULT_TAGS.sub("",
-        text).strip():
+        return [
+            {
+                **message,
+                "content": "\n".join(t for t in (text[:at].rstrip(), rest.strip()) if t),
+                "tool_calls": calls,
+            }
+        ]
+    if (
+        role in ("tool", "user")
+        and (responses := RESULT_TAGS.findall(text))
+        and not RESULT_TAGS.sub("", text).strip()
+    ):
         return [{**message, "role": "tool", "content": response} for response in responses]
     return [message]
 
@@ -430,20 +650,27 @@ def from_hermes(record, where, default_id, label=None, source=""):
     key, adapted = "conversations" if "conversations" in record else "messages", Counter()
     turns = record.get(key)
     need(isinstance(turns, list) and turns, f"{where}, {key}", "is missing or empty; write a list of turns")
-    messages = [(read_turn if key == "conversations" else read_message)(t, f"{where}, {key}[{i}]") for i,
-                t in enumerate(turns)]
-    messages = [new for i, m in enumerate(messages)
-                for new in hermes_messages(m, f"{where}, {key}[{i}]", adapted)]
+    messages = [
+        (read_turn if key == "conversations" else read_message)(t, f"{where}, {key}[{i}]")
+        for i, t in enumerate(turns)
+    ]
+    messages = [
+        new for i, m in enumerate(messages) for new in hermes_messages(m, f"{where}, {key}[{i}]", adapted)
+    ]
     return finish(record, (key,), messages, where, default_id, label, source, record.get("tools"), adapted)
 
 
 def is_hermes(record):
     """Whether an assistant's text in a record holds a call in tags. A chat with a label of its own is
     ours, and its text is text."""
-    turns = dicts_of(record.get("conversations")) or ([] if "label" in record
-                                                      else dicts_of(record.get("messages")))
-    said = [t.get("value", t.get("content")) for t in turns
-            if t.get("from", t.get("role")) in ("gpt", "assistant")]
+    turns = dicts_of(record.get("conversations")) or (
+        [] if "label" in record else dicts_of(record.get("messages"))
+    )
+    said = [
+        t.get("value", t.get("content"))
+        for t in turns
+        if t.get("from", t.get("role")) in ("gpt", "assistant")
+    ]
     return any(isinstance(text, str) and "<tool_call>" in text for text in said)
 
 
@@ -463,30 +690,51 @@ def alpaca_prompt(record, where):
 def alpaca_history(record, where):
     "Messages of the `history` of an alpaca row, a list of `[question, answer]`, as LLaMA-Factory reads it."
     history = record.get("history") or []
-    need(isinstance(history, list)
-         and all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
-                 for pair in history),
-         f"{where}, history", "is no list of [question, answer]")
-    return [{"role": role, "content": text} for pair in history for role,
-            text in zip(("user", "assistant"), pair)]
+    need(
+        isinstance(history, list)
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+            for pair in history
+        ),
+        f"{where}, history",
+        "is no list of [question, answer]",
+    )
+    return [
+        {"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)
+    ]
 
 
 def from_alpaca(record, where, default_id, label=None, source=""):
     """A list with the one Transcript of an alpaca row (instruction, input, output; system and history as in
     LLaMA-Factory). The label is the record's own or `label`."""
     answer = record.get("output")
-    need(isinstance(answer, str) and answer.strip(), f"{where}, output",
-         "is missing or empty; write the text")
-    messages = [*alpaca_history(record, where), {"role": "user", "content": alpaca_prompt(record, where)},
-                {"role": "assistant", "content": answer}]
-    return finish(record, ("instruction", "input", "output", "history", "tools"), messages, where, default_id,
-                  label, source, record.get("tools"))
+    need(
+        isinstance(answer, str) and answer.strip(), f"{where}, output", "is missing or empty; write the text"
+    )
+    messages = [
+        *alpaca_history(record, where),
+        {"role": "user", "content": alpaca_prompt(record, where)},
+        {"role": "assistant", "content": answer},
+    ]
+    return finish(
+        record,
+        ("instruction", "input", "output", "history", "tools"),
+        messages,
+        where,
+        default_id,
+        label,
+        source,
+        record.get("tools"),
+    )
 
 
 def is_alpaca(record):
     "Whether a record has a text as instruction, one as output, and no messages."
-    return isinstance(record.get("instruction"), str) and isinstance(record.get("output"),
-        str) and not {"messages", "conversations", "chosen"} & record.keys()
+    return (
+        isinstance(record.get("instruction"), str)
+        and isinstance(record.get("output"), str)
+        and not {"messages", "conversations", "chosen"} & record.keys()
+    )
 
 
 add_format(Format("alpaca", is_alpaca, from_alpaca, takes=CHAT_KEYS))
@@ -496,10 +744,15 @@ def transcript_text(text, where):
     """Messages of a dialogue that is one text, `\\n\\nHuman: ...\\n\\nAssistant: ...`, as in Anthropic's
     HH set."""
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
-    need(len(parts) > 1 and not parts[0].strip(), where,
-         "is one text without a prompt; write prompt, or Human: and Assistant: turns")
-    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who,
-            said in zip(parts[1::2], parts[2::2])]
+    need(
+        len(parts) > 1 and not parts[0].strip(),
+        where,
+        "is one text without a prompt; write prompt, or Human: and Assistant: turns",
+    )
+    return [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(parts[1::2], parts[2::2])
+    ]
 
 
 def pair_side(record, key, where):
@@ -507,22 +760,31 @@ def pair_side(record, key, where):
     and then the text or messages under `key`."""
     side, prompt, here = record.get(key), record.get("prompt", record.get("question")), f"{where}, {key}"
     chat = [side] if isinstance(side, dict) else side
-    need(isinstance(side, str) and side.strip() or is_dicts(chat), here,
-         "is missing or empty; write a text or a list of messages")
+    need(
+        isinstance(side, str) and side.strip() or is_dicts(chat),
+        here,
+        "is missing or empty; write a text or a list of messages",
+    )
+
     def read(turns, place):
         return [(read_turn if "from" in t else read_message)(t, f"{place}[{i}]") for i, t in enumerate(turns)]
+
     if is_dicts(record.get("conversations")):
         before = read(record["conversations"], f"{where}, conversations")
-    elif is_dicts(prompt): before = read(prompt, f"{where}, prompt")
-    elif isinstance(prompt, str) and prompt.strip(): before = [{"role": "user", "content": prompt}]
+    elif is_dicts(prompt):
+        before = read(prompt, f"{where}, prompt")
+    elif isinstance(prompt, str) and prompt.strip():
+        before = [{"role": "user", "content": prompt}]
     elif "instruction" in record:
         before = [*alpaca_history(record, where), {"role": "user", "content": alpaca_prompt(record, where)}]
-    else: before = []
+    else:
+        before = []
     if isinstance(side, str):
         return [*before, {"role": "assistant", "content": side}] if before else transcript_text(side, here)
     after = read(chat, here)
     # a whole conversation, which repeats the prompt
-    if any(m["role"] == "user" for m in after) and before: before = []
+    if any(m["role"] == "user" for m in after) and before:
+        before = []
     return [*before, *after]
 
 
@@ -530,20 +792,55 @@ def from_preference(record, where, default_id, label=None, source=""):
     """Two transcripts of a preference pair: what was chosen is benign, what was rejected harmful. Read on
     request only, since most sets prefer by taste. Sides as texts or messages; `prompt`, `instruction` or
     `conversations` before them, `system` and `tools` for both."""
-    need(label is None, where,
-         f"label={label!r} was passed, but a preference pair holds both labels; read it without label=")
-    need("label" not in record, f"{where}, label",
-         "stands in a preference pair, which holds both labels; remove it")
+    need(
+        label is None,
+        where,
+        f"label={label!r} was passed, but a preference pair holds both labels; read it without label=",
+    )
+    need(
+        "label" not in record,
+        f"{where}, label",
+        "stands in a preference pair, which holds both labels; remove it",
+    )
     sides = {key: pair_side(record, key, where) for key in ("chosen", "rejected")}
     need(sides["chosen"] != sides["rejected"], f"{where}, rejected", "is equal to chosen; drop the pair")
-    used = ("chosen", "rejected", "prompt", "question", "instruction", "input", "history", "conversations",
-            "messages", "tools", "id")
+    used = (
+        "chosen",
+        "rejected",
+        "prompt",
+        "question",
+        "instruction",
+        "input",
+        "history",
+        "conversations",
+        "messages",
+        "tools",
+        "id",
+    )
     name = str(record["id"]) if isinstance(record.get("id"), str | int) else default_id
-    return [t for key, own in (("chosen", "benign"), ("rejected", "harmful")) for t in finish(
-        {**record, "id": f"{name}:{key}"}, used[:-1], sides[key], where, f"{default_id}:{key}", own, source,
-        record.get("tools"))]
+    return [
+        t
+        for key, own in (("chosen", "benign"), ("rejected", "harmful"))
+        for t in finish(
+            {**record, "id": f"{name}:{key}"},
+            used[:-1],
+            sides[key],
+            where,
+            f"{default_id}:{key}",
+            own,
+            source,
+            record.get("tools"),
+        )
+    ]
 
 
-add_format(Format("preference", lambda r: {"chosen", "rejected"} <= r.keys(), from_preference,
-                  before=("openai", "sharegpt"),
-                  takes=(*CHAT_KEYS, "chosen", "rejected"), on_request=True))
+add_format(
+    Format(
+        "preference",
+        lambda r: {"chosen", "rejected"} <= r.keys(),
+        from_preference,
+        before=("openai", "sharegpt"),
+        takes=(*CHAT_KEYS, "chosen", "rejected"),
+        on_request=True,
+    )
+)

@@ -14,7 +14,14 @@ from collections import Counter
 
 from ..basics.withheld import cut
 from cbnb.transcripts.formats import (
-    CHAT_KEYS, Format, add_format, dicts_of, finish, is_dicts, join_records, or_benign,
+    CHAT_KEYS,
+    Format,
+    add_format,
+    dicts_of,
+    finish,
+    is_dicts,
+    join_records,
+    or_benign,
 )
 from .formats_agents import agentdojo_label, agentdojo_leaves_out
 from .formats_chat import ITEMS, item_text, response_messages
@@ -25,27 +32,41 @@ def with_attachments(value, attachments, where):
     """`value` with `attachment://` references replaced by what they stand for. Raises TranscriptError
     for one that the log does not hold."""
     if isinstance(value, str) and value.startswith("attachment://"):
-        need(isinstance(text := attachments.get(value.removeprefix("attachment://")), str), where,
-             f"refers to {cut(value, 40)}, which the log does not hold")
+        need(
+            isinstance(text := attachments.get(value.removeprefix("attachment://")), str),
+            where,
+            f"refers to {cut(value, 40)}, which the log does not hold",
+        )
         return text
-    if isinstance(value, list): return [with_attachments(v, attachments, where) for v in value]
-    return {k: with_attachments(v, attachments, where) for k, v in value.items()} if isinstance(value,
-        dict) else value
+    if isinstance(value, list):
+        return [with_attachments(v, attachments, where) for v in value]
+    return (
+        {k: with_attachments(v, attachments, where) for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def inspect_content(content, where, adapted):
     """`(text, thoughts)` of Inspect content: a string, or blocks of text and reasoning. Reasoning that
     the provider hid is left out, counted."""
-    if content is None or isinstance(content, str): return content or "", ""
+    if content is None or isinstance(content, str):
+        return content or "", ""
     need(isinstance(content, list), where, f"is {type(content).__name__}; give a string or a list of blocks")
     texts, thoughts = [], []
     for i, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
-        need(kind in ("text", "reasoning") and isinstance(block.get(kind), str), f"{where}[{i}]",
-             f"is a {kind} block; only text and reasoning can be read")
-        if kind == "text": texts.append(block["text"])
-        elif block.get("redacted"): adapted["encrypted reasoning left out"] += 1
-        else: thoughts.append(block["reasoning"])
+        need(
+            kind in ("text", "reasoning") and isinstance(block.get(kind), str),
+            f"{where}[{i}]",
+            f"is a {kind} block; only text and reasoning can be read",
+        )
+        if kind == "text":
+            texts.append(block["text"])
+        elif block.get("redacted"):
+            adapted["encrypted reasoning left out"] += 1
+        else:
+            thoughts.append(block["reasoning"])
     return "".join(texts), "\n".join(t for t in thoughts if t)
 
 
@@ -53,24 +74,39 @@ def inspect_message(message, where, prefix, adapted):
     """The message of ours of Inspect's. The error of a tool, after `prefix`, is what the model was shown. An
     assistant message of the data set (`source` input), such as an example, gets `weight` 0: the model
     has not written it."""
-    need(isinstance(message, dict), where,
-         f"is {type(message).__name__}; each message is an object with role and content")
+    need(
+        isinstance(message, dict),
+        where,
+        f"is {type(message).__name__}; each message is an object with role and content",
+    )
     role, error = message.get("role"), message.get("error")
     need_one_of(role, ("system", "user", "assistant", "tool"), f"{where}.role")
     text, thoughts = inspect_content(message.get("content"), f"{where}.content", adapted)
     if role == "tool":
         if error is not None:
-            need(isinstance(error, dict) and isinstance(error.get("message"), str), f"{where}.error",
-                 "has no message; write {\"type\": ..., \"message\": ...}")
+            need(
+                isinstance(error, dict) and isinstance(error.get("message"), str),
+                f"{where}.error",
+                'has no message; write {"type": ..., "message": ...}',
+            )
             text = prefix + error["message"]
-        return {"role": role, "content": text,
-                **{ours: message[k] for ours, k in (("tool_call_id", "tool_call_id"), ("name", "function"))
-                   if message.get(k)}}
-    if role != "assistant": return {"role": role, "content": text}
+        return {
+            "role": role,
+            "content": text,
+            **{
+                ours: message[k]
+                for ours, k in (("tool_call_id", "tool_call_id"), ("name", "function"))
+                if message.get(k)
+            },
+        }
+    if role != "assistant":
+        return {"role": role, "content": text}
     out, calls = {"role": role, "content": text}, message.get("tool_calls") or []
     need(isinstance(calls, list), f"{where}.tool_calls", f"is {type(calls).__name__}; write a list of calls")
-    if thoughts: out["reasoning_content"] = thoughts
-    if calls: out["tool_calls"] = [inspect_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    if thoughts:
+        out["reasoning_content"] = thoughts
+    if calls:
+        out["tool_calls"] = [inspect_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
     if message.get("source") == "input":
         out["weight"] = 0
         adapted["assistant message of the data set, not trained"] += 1
@@ -80,14 +116,22 @@ def inspect_message(message, where, prefix, adapted):
 def inspect_call(call, where):
     """A tool call of ours from Inspect's `{id, function, arguments}`; one that could not be parsed is an
     error."""
-    need(isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
-         f"{where}.function",
-         'is no tool name; write {"id": ..., "function": "name", "arguments": {...}}')
-    need(not call.get("parse_error"), f"{where}.parse_error",
-         "says that the model's words were no call; they are not in the log, drop the sample")
-    return {**({"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}),
-            **read_tool_call({"function": {"name": call["function"], "arguments": call.get("arguments")
-                                           or {}}}, where)}
+    need(
+        isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
+        f"{where}.function",
+        'is no tool name; write {"id": ..., "function": "name", "arguments": {...}}',
+    )
+    need(
+        not call.get("parse_error"),
+        f"{where}.parse_error",
+        "says that the model's words were no call; they are not in the log, drop the sample",
+    )
+    return {
+        **({"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}),
+        **read_tool_call(
+            {"function": {"name": call["function"], "arguments": call.get("arguments") or {}}}, where
+        ),
+    }
 
 
 def inspect_tools(sample, where):
@@ -97,8 +141,9 @@ def inspect_tools(sample, where):
     for event in dicts_of(sample.get("events")):
         for tool in dicts_of(event.get("tools")) if event.get("event") == "model" else []:
             if isinstance(tool.get("name"), str):
-                found.setdefault(tool["name"],
-                                 {k: tool[k] for k in ("name", "description", "parameters") if k in tool})
+                found.setdefault(
+                    tool["name"], {k: tool[k] for k in ("name", "description", "parameters") if k in tool}
+                )
     return with_attachments(list(found.values()), sample.get("attachments") or {}, f"{where}, events") or None
 
 
@@ -110,16 +155,26 @@ def inspect_sample(sample, spec, where, default_id, label, source):
     need(isinstance(sample, dict), where, f"is {type(sample).__name__}; each sample is an object")
     adapted, attachments, messages = Counter(), sample.get("attachments") or {}, sample.get("messages")
     need(isinstance(attachments, dict), f"{where}, attachments", "is no object")
-    need(isinstance(messages, list) and messages, f"{where}, messages",
-         "is missing or empty; the sample broke off before it began, drop it")
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; the sample broke off before it began, drop it",
+    )
     # as Inspect's providers write it
     prefix = "" if str(spec.get("model")).startswith("anthropic/") else "Error: "
-    messages = [inspect_message(with_attachments(m, attachments, f"{where}, messages[{i}]"),
-                                f"{where}, messages[{i}]", prefix, adapted)
-                for i, m in enumerate(messages)]
+    messages = [
+        inspect_message(
+            with_attachments(m, attachments, f"{where}, messages[{i}]"),
+            f"{where}, messages[{i}]",
+            prefix,
+            adapted,
+        )
+        for i, m in enumerate(messages)
+    ]
     names = [spec.get("task"), spec.get("model"), sample.get("id"), sample.get("epoch")]
-    meta = {k: v for k, v in zip(("task", "model", "sample_id"), names) if v is not None} | {k: sample[k]
-        for k in KEPT if sample.get(k) is not None}
+    meta = {k: v for k, v in zip(("task", "model", "sample_id"), names) if v is not None} | {
+        k: sample[k] for k in KEPT if sample.get(k) is not None
+    }
     rest = {"id": default_id if None in names else "/".join(map(str, names)), "meta": meta}
     return finish(rest, (), messages, where, default_id, label, source, inspect_tools(sample, where), adapted)
 
@@ -130,17 +185,32 @@ def from_inspect(record, where, default_id, label=None, source=""):
     A log has no label, so `label` must be given."""
     spec, samples = record.get("eval"), record.get("samples")
     need(isinstance(spec, dict), f"{where}, eval", "is no object")
-    need(isinstance(samples, list) and samples, f"{where}, samples",
-         "is missing or empty; the log holds no samples (they may have been left out when it was written)")
+    need(
+        isinstance(samples, list) and samples,
+        f"{where}, samples",
+        "is missing or empty; the log holds no samples (they may have been left out when it was written)",
+    )
     one = len(samples) == 1
-    return [t for i, sample in enumerate(samples) for t in inspect_sample(
-        sample, spec, where if one else f"{where}, samples[{i}]", default_id if one
-        else f"{default_id}:{i + 1}", label, source)]
+    return [
+        t
+        for i, sample in enumerate(samples)
+        for t in inspect_sample(
+            sample,
+            spec,
+            where if one else f"{where}, samples[{i}]",
+            default_id if one else f"{default_id}:{i + 1}",
+            label,
+            source,
+        )
+    ]
 
 
 def is_inspect(record):
-    return isinstance(record.get("eval"), dict) and {"samples",
-                                                     "version"} & record.keys() != set() and "messages" not in record
+    return (
+        isinstance(record.get("eval"), dict)
+        and {"samples", "version"} & record.keys() != set()
+        and "messages" not in record
+    )
 
 
 add_format(Format("inspect", is_inspect, from_inspect, items="samples"))
@@ -154,8 +224,11 @@ def skip_metadata(records, path):
         if isinstance(record, dict) and "messages" not in record and isinstance(record.get("metadata"), dict):
             head = record["metadata"]
         else:
-            yield where, default_id, {**record, "dataset_metadata": head} if isinstance(record,
-                dict) and head else record
+            yield (
+                where,
+                default_id,
+                {**record, "dataset_metadata": head} if isinstance(record, dict) and head else record,
+            )
 
 
 RUN_KEYS = ("suite_name", "user_task_id", "injection_task_id", "attack_type", "security")
@@ -167,8 +240,11 @@ def from_invariant(record, where, default_id, label=None, source=""):
     (`metadata.user_task_id`) its verdict; what such a run says of itself stands in `meta` as it does for
     AgentDojo's own files. Annotations stay in `meta`."""
     messages, facts = record.get("messages"), record.get("metadata") or {}
-    need(isinstance(messages, list) and messages, f"{where}, messages",
-         "is missing or empty; write a list of messages")
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
     need(isinstance(facts, dict), f"{where}, metadata", "is no object")
     if isinstance(facts.get("user_task_id"), str):
         label = label or record.get("label") or agentdojo_label(facts, f"{where}, metadata")
@@ -179,28 +255,41 @@ def from_invariant(record, where, default_id, label=None, source=""):
         if isinstance(call, dict) and isinstance(call.get("function"), str):
             read.setdefault("name", call["function"])
         out.append({k: v for k, v in read.items() if k != "tool_call"})
-    rest = {k: v for k, v in record.items() if k not in ("messages", "label")} | ({"label": record["label"]}
-        if record.get("label") and not label else {})
+    rest = {k: v for k, v in record.items() if k not in ("messages", "label")} | (
+        {"label": record["label"]} if record.get("label") and not label else {}
+    )
     if isinstance(facts.get("user_task_id"), str):
-        rest |= {k: facts[k] for k in RUN_KEYS if k in facts} | ({"utility": facts["success"]} if "success" in facts else {})
+        rest |= {k: facts[k] for k in RUN_KEYS if k in facts} | (
+            {"utility": facts["success"]} if "success" in facts else {}
+        )
     return finish(rest, ("tools",), out, where, default_id, label, source, record.get("tools"), adapted)
 
 
 def is_invariant(record):
     "Whether a record is a trace of an Invariant export, or the line of metadata before them."
     facts = isinstance(record.get("metadata"), dict)
-    if "messages" not in record: return facts and record.keys() <= {"metadata", "id", "name"}
-    return facts and "label" not in record and bool({"index", "annotations",
-                                                     "dataset_metadata"} & record.keys())
+    if "messages" not in record:
+        return facts and record.keys() <= {"metadata", "id", "name"}
+    return (
+        facts and "label" not in record and bool({"index", "annotations", "dataset_metadata"} & record.keys())
+    )
 
 
 def invariant_leaves_out(record):
     return agentdojo_leaves_out(record["metadata"]) if isinstance(record.get("metadata"), dict) else ""
 
 
-add_format(Format("invariant", is_invariant, from_invariant, skip_metadata, before=("openai",),
-                  leaves_out=invariant_leaves_out,
-                  takes=CHAT_KEYS))
+add_format(
+    Format(
+        "invariant",
+        is_invariant,
+        from_invariant,
+        skip_metadata,
+        before=("openai",),
+        leaves_out=invariant_leaves_out,
+        takes=CHAT_KEYS,
+    )
+)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #101f8630
 GREETING = "Hi! How can I help you today?"  # tau2-bench's own first words, which no model wrote
@@ -213,39 +302,57 @@ def tau2_messages(messages, where, adapted):
     out, names = [], {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
-        need(isinstance(message, dict), here,
-             f"is {type(message).__name__}; each message is an object with role and content")
+        need(
+            isinstance(message, dict),
+            here,
+            f"is {type(message).__name__}; each message is an object with role and content",
+        )
         results = message.get("tool_messages")
-        need(isinstance(results, list | None), f"{here}.tool_messages",
-             f"is {type(results).__name__}; write a list of results")
+        need(
+            isinstance(results, list | None),
+            f"{here}.tool_messages",
+            f"is {type(results).__name__}; write a list of results",
+        )
         for j, m in enumerate([message] if results is None else results):
             place = here if results is None else f"{here}.tool_messages[{j}]"
-            need(isinstance(m, dict), place,
-                 f"is {type(m).__name__}; each message is an object with role and content")
+            need(
+                isinstance(m, dict),
+                place,
+                f"is {type(m).__name__}; each message is an object with role and content",
+            )
             role, calls = m.get("role"), m.get("tool_calls") or []
             need_one_of(role, ("system", "user", "assistant", "tool"), f"{place}.role")
-            need(not m.get("is_audio"), f"{place}.is_audio",
-                 "says that the message is sound; only text is read")
-            need(isinstance(calls, list) and all(isinstance(c, dict) for c in calls), f"{place}.tool_calls",
-                 "is no list of calls")
+            need(
+                not m.get("is_audio"),
+                f"{place}.is_audio",
+                "says that the message is sound; only text is read",
+            )
+            need(
+                isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
+                f"{place}.tool_calls",
+                "is no list of calls",
+            )
             if role == "tool" and m.get("requestor") == "user" or role == "user" and calls:
                 adapted["the user's own call or its result left out"] += 1
                 continue
             new = {"role": role, "content": read_content(m.get("content"), f"{place}.content")}
             for k, call in enumerate(calls):
-                read = read_tool_call({"function": {"name": call.get("name"),
-                                                    "arguments": call.get("arguments")}},
-                                                    f"{place}.tool_calls[{k}]")
+                read = read_tool_call(
+                    {"function": {"name": call.get("name"), "arguments": call.get("arguments")}},
+                    f"{place}.tool_calls[{k}]",
+                )
                 number = call.get("id")
-                new.setdefault("tool_calls",
-                               []).append({**({"id": number} if isinstance(number, str) and number else {}),
-                                           **read})
-                if isinstance(number, str): names[number] = read["function"]["name"]
+                new.setdefault("tool_calls", []).append(
+                    {**({"id": number} if isinstance(number, str) and number else {}), **read}
+                )
+                if isinstance(number, str):
+                    names[number] = read["function"]["name"]
             if role == "tool":
                 number = m.get("id")
                 new |= {"tool_call_id": number} if isinstance(number, str) and number else {}
                 new |= {"name": names[number]} if isinstance(number, str) and number in names else {}
-            if role == "assistant" and not out and new["content"] == GREETING: new["weight"] = 0
+            if role == "assistant" and not out and new["content"] == GREETING:
+                new["weight"] = 0
             out.append(new)
     return out
 
@@ -259,37 +366,60 @@ def from_tau2(record, where, default_id, label=None, source=""):
     need(isinstance(info, dict), f"{where}, info", "is no object")
     world = info.get("environment_info") or {}
     need(isinstance(world, dict), f"{where}, info.environment_info", "is no object")
-    need(isinstance(simulations, list) and simulations, f"{where}, simulations",
-         "is missing or empty; the results hold no run")
+    need(
+        isinstance(simulations, list) and simulations,
+        f"{where}, simulations",
+        "is missing or empty; the results hold no run",
+    )
     defs = world.get("tool_defs")
-    if isinstance(defs, dict): defs = list(defs.values())
+    if isinstance(defs, dict):
+        defs = list(defs.values())
     one, out = len(simulations) == 1, []
     for i, run in enumerate(simulations):
-        here, own_id, adapted = where if one else f"{where}, simulations[{i}]", default_id if one else f"{default_id}:{i + 1}", Counter()
+        here, own_id, adapted = (
+            where if one else f"{where}, simulations[{i}]",
+            default_id if one else f"{default_id}:{i + 1}",
+            Counter(),
+        )
         need(isinstance(run, dict), here, f"is {type(run).__name__}; each simulation is an object")
         messages = run.get("messages")
-        need(isinstance(messages, list) and messages, f"{here}, messages",
-             "is missing or empty; the run broke off before it began, drop it")
+        need(
+            isinstance(messages, list) and messages,
+            f"{here}, messages",
+            "is missing or empty; the run broke off before it began, drop it",
+        )
         messages = tau2_messages(messages, f"{here}, messages", adapted)
         need(messages, f"{here}, messages", "holds nothing that the agent saw; drop the run")
         if isinstance(policy := world.get("policy"), str) and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": policy})
             adapted["policy of the domain as system message"] += 1
-        tools = [{"name": t["name"], "description": str(t.get("doc") or ""), "parameters": t["params"]}
-                 for t in dicts_of(defs)
-                 if isinstance(t.get("name"), str) and isinstance(t.get("params"), dict)]
-        meta = {k: v for k, v in run.items()
-                if k not in ("messages", "ticks", "id", "label", "simulations", "info", "tasks")}
-        if isinstance(world.get("domain_name"), str): meta["domain"] = world["domain_name"]
-        rest = {"id": run["id"] if isinstance(run.get("id"), str) else own_id, "meta": meta,
-                **({"label": run["label"]} if run.get("label") is not None else {})}
+        tools = [
+            {"name": t["name"], "description": str(t.get("doc") or ""), "parameters": t["params"]}
+            for t in dicts_of(defs)
+            if isinstance(t.get("name"), str) and isinstance(t.get("params"), dict)
+        ]
+        meta = {
+            k: v
+            for k, v in run.items()
+            if k not in ("messages", "ticks", "id", "label", "simulations", "info", "tasks")
+        }
+        if isinstance(world.get("domain_name"), str):
+            meta["domain"] = world["domain_name"]
+        rest = {
+            "id": run["id"] if isinstance(run.get("id"), str) else own_id,
+            "meta": meta,
+            **({"label": run["label"]} if run.get("label") is not None else {}),
+        }
         out += finish(rest, (), messages, here, own_id, or_benign(rest, label), source, tools, adapted)
     return out
 
 
 def is_tau2(record):
-    return is_dicts(record.get("simulations")) and "info" in record or {"task_id", "messages",
-        "termination_reason"} <= record.keys()
+    return (
+        is_dicts(record.get("simulations"))
+        and "info" in record
+        or {"task_id", "messages", "termination_reason"} <= record.keys()
+    )
 
 
 add_format(Format("tau2_bench", is_tau2, from_tau2, items="simulations", before=("openai",)))
@@ -298,8 +428,9 @@ add_format(Format("tau2_bench", is_tau2, from_tau2, items="simulations", before=
 def thinking_text(blocks):
     """Thoughts in Anthropic's thinking `blocks`, which some agents keep beside the content; '' where
     there are none."""
-    return "\n".join(b["thinking"] for b in dicts_of(blocks) if isinstance(b.get("thinking"), str)
-                     and b["thinking"])
+    return "\n".join(
+        b["thinking"] for b in dicts_of(blocks) if isinstance(b.get("thinking"), str) and b["thinking"]
+    )
 
 
 def from_swe_agent(record, where, default_id, label=None, source=""):
@@ -307,33 +438,52 @@ def from_swe_agent(record, where, default_id, label=None, source=""):
     its first agent. Demonstrations (`is_demo`) get `weight` 0. `meta` keeps `info` and `environment`.
     The label is `label`."""
     history, adapted, out, names = record.get("history"), Counter(), [], {}
-    need(isinstance(history, list) and history, f"{where}, history",
-         "is missing or empty; the run broke off before it began, drop it")
+    need(
+        isinstance(history, list) and history,
+        f"{where}, history",
+        "is missing or empty; the run broke off before it began, drop it",
+    )
     first = next((m.get("agent") for m in dicts_of(history) if m.get("agent")), None)
     for i, message in enumerate(history):
         here = f"{where}, history[{i}]"
-        need(isinstance(message, dict), here,
-             f"is {type(message).__name__}; each message is an object with role and content")
+        need(
+            isinstance(message, dict),
+            here,
+            f"is {type(message).__name__}; each message is an object with role and content",
+        )
         if message.get("agent") not in (None, first):
             adapted["message of another agent left out"] += 1
             continue
         numbers = message.get("tool_call_ids") or []
         need(isinstance(numbers, list), f"{here}.tool_call_ids", "is no list")
         thoughts = thinking_text(message.get("thinking_blocks"))
-        new = {k: message[k] for k in ("role", "content", "tool_calls")
-               if message.get(k) is not None} | ({"reasoning_content": thoughts} if thoughts else {})
+        new = {k: message[k] for k in ("role", "content", "tool_calls") if message.get(k) is not None} | (
+            {"reasoning_content": thoughts} if thoughts else {}
+        )
         if numbers and message.get("role") == "tool":
-            new |= {"tool_call_id": numbers[0],
-                    **({"name": names[numbers[0]]} if str(numbers[0]) in names else {})}
+            new |= {
+                "tool_call_id": numbers[0],
+                **({"name": names[numbers[0]]} if str(numbers[0]) in names else {}),
+            }
         if message.get("is_demo"):
             adapted["message of a demonstration, not trained"] += 1
             new["weight"] = 0
         out.append(read := read_message(new, here))
-        names |= {c["id"]: c["function"]["name"] for c in read.get("tool_calls", [])
-                  if isinstance(c.get("id"), str)}
+        names |= {
+            c["id"]: c["function"]["name"] for c in read.get("tool_calls", []) if isinstance(c.get("id"), str)
+        }
     meta = {k: record[k] for k in ("info", "environment") if record.get(k) is not None}
-    return finish({"meta": meta, **{k: record[k] for k in ("id", "label") if record.get(k) is not None}}, (),
-                  out, where, default_id, label, source, None, adapted)
+    return finish(
+        {"meta": meta, **{k: record[k] for k in ("id", "label") if record.get(k) is not None}},
+        (),
+        out,
+        where,
+        default_id,
+        label,
+        source,
+        None,
+        adapted,
+    )
 
 
 add_format(Format("swe_agent", lambda r: {"trajectory", "history"} <= r.keys(), from_swe_agent))
@@ -344,52 +494,92 @@ def from_mini_swe_agent(record, where, default_id, label=None, source=""):
     `trajectory_format`), of chat messages or of Responses items. `extra` of a message is bookkeeping;
     the `exit` message at the end is not for the model. The label is `label`."""
     messages, adapted, out = record.get("messages"), Counter(), []
-    need(isinstance(messages, list) and all(isinstance(m, dict) for m in messages), f"{where}, messages",
-         "is no list of messages")
+    need(
+        isinstance(messages, list) and all(isinstance(m, dict) for m in messages),
+        f"{where}, messages",
+        "is no list of messages",
+    )
     kept = [m for m in messages if m.get("role") != "exit"]
     need(kept, f"{where}, messages", "is missing or empty; the run broke off before it began, drop it")
-    if len(kept) < len(messages): adapted["exit message left out"] += len(messages) - len(kept)
-    if any(m.get("object") == "response" or isinstance(m.get("type"), str) and m["type"] in ITEMS
-           for m in kept):
-        items = [item for m in kept
-                 for item in (m.get("output") or [] if m.get("object") == "response"
-                              else [{k: v for k, v in m.items() if k != "extra"}])]
+    if len(kept) < len(messages):
+        adapted["exit message left out"] += len(messages) - len(kept)
+    if any(
+        m.get("object") == "response" or isinstance(m.get("type"), str) and m["type"] in ITEMS for m in kept
+    ):
+        items = [
+            item
+            for m in kept
+            for item in (
+                m.get("output") or []
+                if m.get("object") == "response"
+                else [{k: v for k, v in m.items() if k != "extra"}]
+            )
+        ]
         out = response_messages(items, f"{where}, messages", adapted)
     else:
         for i, m in enumerate(kept):
             thoughts = m.get("reasoning_content") or thinking_text(m.get("thinking_blocks"))
-            new = {k: m[k] for k in ("role", "content", "tool_calls", "tool_call_id", "name")
-                   if m.get(k) is not None}
-            out.append(read_message({**new, **({"reasoning_content": thoughts} if thoughts else {})},
-                                    f"{where}, messages[{i}]", adapted))
+            new = {
+                k: m[k]
+                for k in ("role", "content", "tool_calls", "tool_call_id", "name")
+                if m.get(k) is not None
+            }
+            out.append(
+                read_message(
+                    {**new, **({"reasoning_content": thoughts} if thoughts else {})},
+                    f"{where}, messages[{i}]",
+                    adapted,
+                )
+            )
     meta = {k: record[k] for k in ("info", "instance_id") if record.get(k) is not None}
-    return finish({"meta": meta, **{k: record[k] for k in ("id", "label") if record.get(k) is not None}}, (),
-                  out, where, default_id, label, source, None, adapted)
+    return finish(
+        {"meta": meta, **{k: record[k] for k in ("id", "label") if record.get(k) is not None}},
+        (),
+        out,
+        where,
+        default_id,
+        label,
+        source,
+        None,
+        adapted,
+    )
 
 
 def is_mini_swe_agent(record):
     """Whether a record has messages beside the marks of a mini-swe-agent trajectory: its format's name,
     or how it ended."""
     info = record.get("info")
-    return "messages" in record and (str(record.get("trajectory_format")).startswith("mini-swe-agent")
-                                     or isinstance(info, dict)
-                                     and {"exit_status", "submission"} <= info.keys())
+    return "messages" in record and (
+        str(record.get("trajectory_format")).startswith("mini-swe-agent")
+        or isinstance(info, dict)
+        and {"exit_status", "submission"} <= info.keys()
+    )
 
 
 add_format(Format("mini_swe_agent", is_mini_swe_agent, from_mini_swe_agent, before=("openai",)))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #8bc34372
-LEFT_OUT = ("recall", "change_agent_state", "null", "condensation", "condensation_request", "loop_recovery",
-            "agent_state_changed")
+LEFT_OUT = (
+    "recall",
+    "change_agent_state",
+    "null",
+    "condensation",
+    "condensation_request",
+    "loop_recovery",
+    "agent_state_changed",
+)
 
 
 def with_marks(content, marks):
     """A command's output as OpenHands shows it to the model: with prefix, suffix, folder, interpreter
     and exit code of its `marks`."""
-    if not isinstance(marks, dict): return content
+    if not isinstance(marks, dict):
+        return content
     lines = [f"{marks.get('prefix') or ''}{content}{marks.get('suffix') or ''}"]
-    if marks.get("working_dir"): lines.append(f"[Current working directory: {marks['working_dir']}]")
-    if marks.get("py_interpreter_path"): lines.append(f"[Python interpreter: {marks['py_interpreter_path']}]")
+    if marks.get("working_dir"):
+        lines.append(f"[Current working directory: {marks['working_dir']}]")
+    if marks.get("py_interpreter_path"):
+        lines.append(f"[Python interpreter: {marks['py_interpreter_path']}]")
     if marks.get("exit_code", -1) != -1:
         lines.append(f"[Command finished with exit code {marks['exit_code']}]")
     return "\n".join(lines)
@@ -398,13 +588,18 @@ def with_marks(content, marks):
 def openhands_response(link, where):
     "`(response id, assistant message)` of the `model_response` in an event's `tool_call_metadata`."
     response = link.get("model_response")
-    need(isinstance(response, dict) and is_dicts(response.get("choices"))
-         and isinstance(response["choices"][0].get("message"), dict),
-         f"{where}.model_response", "is no answer of a model; what it wrote is not in the file, drop the run")
+    need(
+        isinstance(response, dict)
+        and is_dicts(response.get("choices"))
+        and isinstance(response["choices"][0].get("message"), dict),
+        f"{where}.model_response",
+        "is no answer of a model; what it wrote is not in the file, drop the run",
+    )
     message = response["choices"][0]["message"]
     new = {k: message[k] for k in ("content", "tool_calls", "reasoning_content") if message.get(k)}
-    return response.get("id"), read_message({"role": "assistant", "content": None, **new},
-                                            f"{where}.model_response")
+    return response.get("id"), read_message(
+        {"role": "assistant", "content": None, **new}, f"{where}.model_response"
+    )
 
 
 def openhands_event(event, where, out, seen, adapted):
@@ -412,30 +607,42 @@ def openhands_event(event, where, out, seen, adapted):
     there. Returns tools, where it names them."""
     action, observed, link = event.get("action"), event.get("observation"), event.get("tool_call_metadata")
     args = event.get("args") or {}
-    need(isinstance(args, dict) and isinstance(link, dict | None), where,
-         "has args or tool_call_metadata that are no object")
+    need(
+        isinstance(args, dict) and isinstance(link, dict | None),
+        where,
+        "has args or tool_call_metadata that are no object",
+    )
     if action == "system":
         out.append({"role": "system", "content": read_content(args.get("content"), f"{where}.args.content")})
         return args.get("tools")
     if action == "message":
         need(not args.get("image_urls"), f"{where}.args.image_urls", "holds pictures; only text is read")
         need_one_of(event.get("source"), ("user", "agent"), f"{where}.source")
-        out.append({"role": "user" if event["source"] == "user" else "assistant",
-                    "content": read_content(args.get("content"), f"{where}.args.content")})
+        out.append(
+            {
+                "role": "user" if event["source"] == "user" else "assistant",
+                "content": read_content(args.get("content"), f"{where}.args.content"),
+            }
+        )
     elif observed is not None and link:
         extras = event.get("extras") or {}
         need(isinstance(extras, dict), f"{where}.extras", "is no object")
         text = with_marks(read_content(event.get("content"), f"{where}.content"), extras.get("metadata"))
-        if observed == "error": text += "\n[Error occurred in processing last action]"
+        if observed == "error":
+            text += "\n[Error occurred in processing last action]"
         names = {"tool_call_id": link.get("tool_call_id"), "name": link.get("function_name")}
         out.append({"role": "tool", "content": text, **{k: v for k, v in names.items() if v is not None}})
     elif action is not None and link:
         number, message = openhands_response(link, f"{where}.tool_call_metadata")
-        if number is None or str(number) not in seen: out.append(message)
+        if number is None or str(number) not in seen:
+            out.append(message)
         seen.add(str(number))
     else:
-        need(action in (None, *LEFT_OUT) or event.get("source") != "agent", f"{where}.tool_call_metadata",
-             f"is missing beside the agent's {action}: what the model wrote is not in the file, drop the run")
+        need(
+            action in (None, *LEFT_OUT) or event.get("source") != "agent",
+            f"{where}.tool_call_metadata",
+            f"is missing beside the agent's {action}: what the model wrote is not in the file, drop the run",
+        )
         adapted[f"event {action or observed} left out"] += 1
 
 
@@ -443,44 +650,65 @@ def openhands_kind(event, where, out, seen, adapted):
     """Adds what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as
     `openhands_event` does."""
     kind = event.get("kind")
-    def text(*parts): return "".join(item_text([p] if isinstance(p, dict) else p, where) for p in parts)
+
+    def text(*parts):
+        return "".join(item_text([p] if isinstance(p, dict) else p, where) for p in parts)
+
     if kind == "SystemPromptEvent":
-        out.append({"role": "system",
-                    "content": text(event.get("system_prompt"), event.get("dynamic_context"))})
+        out.append(
+            {"role": "system", "content": text(event.get("system_prompt"), event.get("dynamic_context"))}
+        )
         return event.get("tools")
     if kind == "MessageEvent":
         message = event.get("llm_message")
         need(isinstance(message, dict), f"{where}.llm_message", "is no object")
         need_one_of(message.get("role"), ("user", "assistant", "system"), f"{where}.llm_message.role")
         thoughts = message.get("reasoning_content") or thinking_text(message.get("thinking_blocks"))
-        out.append({"role": message["role"],
-                    "content": text(message.get("content"), event.get("extended_content")),
-                    **({"reasoning_content": thoughts} if thoughts else {})})
+        out.append(
+            {
+                "role": message["role"],
+                "content": text(message.get("content"), event.get("extended_content")),
+                **({"reasoning_content": thoughts} if thoughts else {}),
+            }
+        )
     elif kind == "ActionEvent":
         call, number = event.get("tool_call"), event.get("llm_response_id")
         need(isinstance(call, dict), f"{where}.tool_call", "is no object")
-        read = read_tool_call({"function": {"name": call.get("name"), "arguments": call.get("arguments")}},
-                              f"{where}.tool_call")
+        read = read_tool_call(
+            {"function": {"name": call.get("name"), "arguments": call.get("arguments")}}, f"{where}.tool_call"
+        )
         read = {**({"id": call["id"]} if isinstance(call.get("id"), str) else {}), **read}
         if number is not None and str(number) in seen and out and out[-1].get("tool_calls"):
             out[-1]["tool_calls"].append(read)
         else:
             thoughts = event.get("reasoning_content") or thinking_text(event.get("thinking_blocks"))
-            out.append({"role": "assistant", "content": text(event.get("thought")), "tool_calls": [read],
-                        **({"reasoning_content": thoughts} if thoughts else {})})
+            out.append(
+                {
+                    "role": "assistant",
+                    "content": text(event.get("thought")),
+                    "tool_calls": [read],
+                    **({"reasoning_content": thoughts} if thoughts else {}),
+                }
+            )
         seen.add(str(number))
     elif kind in ("ObservationEvent", "AgentErrorEvent", "UserRejectObservation"):
         seen_by_model, extra = event.get("observation"), event.get("extended_content")
-        if kind == "AgentErrorEvent": said = text(event.get("error"))
-        elif kind == "UserRejectObservation": said = f"Action rejected: {event.get('rejection_reason')}"
+        if kind == "AgentErrorEvent":
+            said = text(event.get("error"))
+        elif kind == "UserRejectObservation":
+            said = f"Action rejected: {event.get('rejection_reason')}"
         else:
             need(isinstance(seen_by_model, dict), f"{where}.observation", "is no object")
             said = with_marks(text(seen_by_model.get("content")), seen_by_model.get("metadata"))
-            said = ("[An error occurred during execution.]\n" if seen_by_model.get("is_error")
-                    else "") + said + text(extra)
+            said = (
+                ("[An error occurred during execution.]\n" if seen_by_model.get("is_error") else "")
+                + said
+                + text(extra)
+            )
         names = {"tool_call_id": event.get("tool_call_id"), "name": event.get("tool_name")}
         out.append({"role": "tool", "content": said, **{k: v for k, v in names.items() if v is not None}})
-    else: adapted[f"event {kind} left out"] += 1
+    else:
+        adapted[f"event {kind} left out"] += 1
 
 
 def from_openhands(record, where, default_id, label=None, source=""):
@@ -490,33 +718,57 @@ def from_openhands(record, where, default_id, label=None, source=""):
     `instruction` under its own name. The label is the record's own or `label`."""
     key = "history" if "history" in record else "events"
     events, adapted, out, seen, tools = record.get(key), Counter(), [], set(), None
-    need(isinstance(events, list) and events, f"{where}, {key}",
-         "is missing or empty; the run broke off before it began, drop it")
+    need(
+        isinstance(events, list) and events,
+        f"{where}, {key}",
+        "is missing or empty; the run broke off before it began, drop it",
+    )
     for i, event in enumerate(events):
         here = f"{where}, {key}[{i}]"
         need(isinstance(event, dict), here, f"is {type(event).__name__}; each event is an object")
-        tools = (openhands_kind if "kind" in event else openhands_event)(event, here, out, seen,
-            adapted) or tools
+        tools = (openhands_kind if "kind" in event else openhands_event)(
+            event, here, out, seen, adapted
+        ) or tools
     need(out, f"{where}, {key}", "holds nothing that the model saw; drop the run")
     need(isinstance(tools, list | None), f"{where}, {key}", "names tools that are no list")
     known = [t for t in tools or [] if isinstance(t, dict) and ("function" in t or "parameters" in t)]
-    if len(known) < len(tools or []): adapted["tools without a schema left out"] += len(tools) - len(known)
-    return finish(record, (key, "tools"), out, where, default_id, label, source, known or record.get("tools"),
-                  adapted)
+    if len(known) < len(tools or []):
+        adapted["tools without a schema left out"] += len(tools) - len(known)
+    return finish(
+        record, (key, "tools"), out, where, default_id, label, source, known or record.get("tools"), adapted
+    )
 
 
 def is_event(record):
     "Whether a JSON value is an event of OpenHands."
-    if not isinstance(record, dict) or "source" not in record: return False
-    return isinstance(record.get("kind"), str) and record["kind"].endswith(("Event", "Observation")) or (
-        isinstance(record.get("action"), str) and "args" in record
-        or isinstance(record.get("observation"), str) and "extras" in record)
+    if not isinstance(record, dict) or "source" not in record:
+        return False
+    return (
+        isinstance(record.get("kind"), str)
+        and record["kind"].endswith(("Event", "Observation"))
+        or (
+            isinstance(record.get("action"), str)
+            and "args" in record
+            or isinstance(record.get("observation"), str)
+            and "extras" in record
+        )
+    )
 
 
 def is_openhands(record):
-    return is_event(record) or "trajectory" not in record and any(is_event(e) for k in ("history", "events")
-        for e in dicts_of(record.get(k)))
+    return (
+        is_event(record)
+        or "trajectory" not in record
+        and any(is_event(e) for k in ("history", "events") for e in dicts_of(record.get(k)))
+    )
 
 
-add_format(Format("openhands", is_openhands, from_openhands, lambda records,
-                  path: join_records(records, is_event, "events"), takes=CHAT_KEYS))
+add_format(
+    Format(
+        "openhands",
+        is_openhands,
+        from_openhands,
+        lambda records, path: join_records(records, is_event, "events"),
+        takes=CHAT_KEYS,
+    )
+)

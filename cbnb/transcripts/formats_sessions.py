@@ -16,14 +16,21 @@ from .record import TranscriptError, need
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #0619577a
 def result_ids(line):
     "The call ids that a `line` of a session answers by tool_result blocks."
-    return {b.get("tool_use_id") for b in dicts_of((line.get("message") or {}).get("content"))
-            if b.get("type") == "tool_result" and isinstance(b.get("tool_use_id"), str)}
+    return {
+        b.get("tool_use_id")
+        for b in dicts_of((line.get("message") or {}).get("content"))
+        if b.get("type") == "tool_result" and isinstance(b.get("tool_use_id"), str)
+    }
 
 
 def call_ids(lines):
     "The ids of the tool_use blocks in `lines` of a session."
-    return {b.get("id") for line in lines for b in dicts_of((line.get("message") or {}).get("content"))
-            if b.get("type") == "tool_use" and isinstance(b.get("id"), str)}
+    return {
+        b.get("id")
+        for line in lines
+        for b in dicts_of((line.get("message") or {}).get("content"))
+        if b.get("type") == "tool_use" and isinstance(b.get("id"), str)
+    }
 
 
 def branches(lines):
@@ -33,6 +40,7 @@ def branches(lines):
     a branch, which is not part of the conversation."""
     parent = {line["uuid"]: line.get("parentUuid") for line in lines}
     root, last = {}, {}
+
     def way(at):
         "The uuids from `at` up to its root, or to one whose root is known; a circle ends where it began."
         found = {}
@@ -40,6 +48,7 @@ def branches(lines):
             found[at] = None
             at = parent[at]
         return list(found), root.get(at)
+
     for line in lines:
         up, known = way(line["uuid"])
         root.update(dict.fromkeys(up, known or (up[-1] if up else None)))
@@ -60,7 +69,8 @@ def joined_blocks(lines):
         number = message.get("id") if kind == "assistant" else None
         if number is not None and number == at and out[-1]["role"] == "assistant":
             out[-1]["content"] = out[-1]["content"] + blocks_of(message)
-        else: out.append({"role": kind, "content": blocks_of(message)})
+        else:
+            out.append({"role": kind, "content": blocks_of(message)})
         at = number
     return out
 
@@ -68,8 +78,13 @@ def joined_blocks(lines):
 def blocks_of(message):
     "The content of a session's `message` as a list of blocks."
     content = message.get("content")
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content if isinstance(content,
-        list) else []
+    return (
+        [{"type": "text", "text": content}]
+        if isinstance(content, str)
+        else content
+        if isinstance(content, list)
+        else []
+    )
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #774a640b
 def one_session(records, key, is_line):
@@ -78,21 +93,36 @@ def one_session(records, key, is_line):
     lines, first = [], None
     for where, default_id, record in records:
         first = first or (where.split(", ")[0], default_id.rpartition(":")[0] or default_id)
-        if isinstance(record, TranscriptError): yield where, default_id, record
+        if isinstance(record, TranscriptError):
+            yield where, default_id, record
         # a session that is one record already
-        elif isinstance(record, dict) and key in record: yield where, default_id, record
+        elif isinstance(record, dict) and key in record:
+            yield where, default_id, record
         elif not is_line(record):
-            yield where, default_id, TranscriptError(f"{where}: is no line of such a session; keep each "
-                                                     f"session in its own file")
-        else: lines.append(record)
-    if lines: yield *first, {key: lines}
+            yield (
+                where,
+                default_id,
+                TranscriptError(f"{where}: is no line of such a session; keep each session in its own file"),
+            )
+        else:
+            lines.append(record)
+    if lines:
+        yield *first, {key: lines}
 
 
 def is_claude_line(record):
     "Whether a record is a line of a Claude Code session."
-    return isinstance(record, dict) and isinstance(record.get("type"), str) and "payload" not in record and (
-        "sessionId" in record or "uuid" in record and "parentUuid" in record
-        or record["type"] in ("summary", "file-history-snapshot"))
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("type"), str)
+        and "payload" not in record
+        and (
+            "sessionId" in record
+            or "uuid" in record
+            and "parentUuid" in record
+            or record["type"] in ("summary", "file-history-snapshot")
+        )
+    )
 
 
 def from_claude_code(record, where, default_id, label=None, source=""):
@@ -100,50 +130,83 @@ def from_claude_code(record, where, default_id, label=None, source=""):
     each part of it after a compaction, and those of sub-agents. Lines that the model did not read or
     write are left out, counted. The label is `label`."""
     lines, kept, adapted = record.get("lines"), [], Counter()
-    need(isinstance(lines, list) and all(isinstance(line, dict) for line in lines), f"{where}, lines",
-         "is no list of lines")
+    need(
+        isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
+        f"{where}, lines",
+        "is no list of lines",
+    )
     for i, line in enumerate(lines):
         here, kind, message = f"{where}, lines[{i}]", line.get("type"), line.get("message")
-        if kind not in ("user", "assistant") or line.get("isApiErrorMessage") or isinstance(message,
-            dict) and message.get("model") == "<synthetic>":
+        if (
+            kind not in ("user", "assistant")
+            or line.get("isApiErrorMessage")
+            or isinstance(message, dict)
+            and message.get("model") == "<synthetic>"
+        ):
             if kind not in ("summary", "file-history-snapshot"):
-                adapted[f"line {kind} left out" if kind not in ("user", "assistant")
-                        else "error of the API left out"] += 1
+                adapted[
+                    f"line {kind} left out"
+                    if kind not in ("user", "assistant")
+                    else "error of the API left out"
+                ] += 1
             # others hang on it
             if isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None):
-                kept.append({"uuid": line["uuid"], "parentUuid": line.get("parentUuid"), "type": "",
-                             "message": {}})
+                kept.append(
+                    {"uuid": line["uuid"], "parentUuid": line.get("parentUuid"), "type": "", "message": {}}
+                )
             continue
-        need(isinstance(message, dict) and isinstance(message.get("content"), str | list), f"{here}.message",
-             "is no object with content")
-        need(isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None),
-             f"{here}.uuid",
-             "and parentUuid are no strings; they say where the line belongs")
+        need(
+            isinstance(message, dict) and isinstance(message.get("content"), str | list),
+            f"{here}.message",
+            "is no object with content",
+        )
+        need(
+            isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None),
+            f"{here}.uuid",
+            "and parentUuid are no strings; they say where the line belongs",
+        )
         kept.append(line)
-    need(len({line["uuid"] for line in kept}) == len(kept), f"{where}, lines",
-         "hold a uuid twice; the session was copied together, keep one of the lines")
+    need(
+        len({line["uuid"] for line in kept}) == len(kept),
+        f"{where}, lines",
+        "hold a uuid twice; the session was copied together, keep one of the lines",
+    )
     out = []
     for branch in branches(kept):
         said = [line for line in branch if line["type"]]
-        if not any(line["type"] == "assistant" for line in said): continue
+        if not any(line["type"] == "assistant" for line in said):
+            continue
         # the whole file's counts stand with its first conversation
         own = Counter(adapted) if not out else Counter()
         messages = anthropic_messages(joined_blocks(said), f"{where}, messages", own)
         first = said[0]
         name = next((str(line["sessionId"]) for line in said if line.get("sessionId")), default_id)
-        kind = "sidechain" if first.get("isSidechain") else "compacted" if any(line.get("isCompactSummary")
-            for line in said[:2]) else "main"
-        meta = {k: first[k] for k in ("cwd", "gitBranch", "version", "sessionId", "agentId")
-                if isinstance(first.get(k), str)} | {"part": kind}
+        kind = (
+            "sidechain"
+            if first.get("isSidechain")
+            else "compacted"
+            if any(line.get("isCompactSummary") for line in said[:2])
+            else "main"
+        )
+        meta = {
+            k: first[k]
+            for k in ("cwd", "gitBranch", "version", "sessionId", "agentId")
+            if isinstance(first.get(k), str)
+        } | {"part": kind}
         own_id = name if kind == "main" and not out else f"{name}:{len(out) + 1}"
         out += finish({"id": own_id, "meta": meta}, (), messages, where, default_id, label, source, None, own)
     need(out, f"{where}, lines", "hold no answer of the assistant; there is nothing to read")
     return out
 
 
-add_format(Format("claude_code", lambda r: is_claude_line(r)
-                  or is_claude_line((dicts_of(r.get("lines")) or [None])[0]), from_claude_code,
-                  lambda records, path: one_session(records, "lines", is_claude_line)))
+add_format(
+    Format(
+        "claude_code",
+        lambda r: is_claude_line(r) or is_claude_line((dicts_of(r.get("lines")) or [None])[0]),
+        from_claude_code,
+        lambda records, path: one_session(records, "lines", is_claude_line),
+    )
+)
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #cf58db0d
 def codex_items(lines):
@@ -152,18 +215,24 @@ def codex_items(lines):
     facts, parts, left = {}, [[]], Counter()
     for line in lines:
         kind, payload = line.get("type"), line.get("payload")
-        if kind == "session_meta" and isinstance(payload, dict): facts = payload
+        if kind == "session_meta" and isinstance(payload, dict):
+            facts = payload
         elif kind == "response_item" and isinstance(payload, dict):
             if payload.get("type") in ("ghost_snapshot", "other", "compaction_trigger"):
                 left[f"item {payload['type']} left out"] += 1
-            else: parts[-1].append(payload)
+            else:
+                parts[-1].append(payload)
         elif kind == "compacted" and isinstance(payload, dict):
             before = payload.get("replacement_history")
-            parts.append(list(before) if isinstance(before, list)
-                         else [{"type": "message", "role": "user",
-                                "content": str(payload.get("message") or "")}])
-        elif is_item(line): parts[-1].append(line)
-        elif "id" in line and "instructions" in line: facts = line  # the first line of an old file
+            parts.append(
+                list(before)
+                if isinstance(before, list)
+                else [{"type": "message", "role": "user", "content": str(payload.get("message") or "")}]
+            )
+        elif is_item(line):
+            parts[-1].append(line)
+        elif "id" in line and "instructions" in line:
+            facts = line  # the first line of an old file
         elif kind not in ("turn_context", "event_msg") and "record_type" not in line:
             left[f"line {kind} left out"] += 1
     return facts, parts, left
@@ -173,40 +242,77 @@ def from_codex(record, where, default_id, label=None, source=""):
     """The Transcripts of a Codex session `{"rollout": [...]}`, gathered from a file: one, and one more after
     each compaction. Instructions that the file holds become the system message. The label is `label`."""
     lines = record.get("rollout")
-    need(isinstance(lines, list) and all(isinstance(line, dict) for line in lines), f"{where}, rollout",
-         "is no list of lines")
+    need(
+        isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
+        f"{where}, rollout",
+        "is no list of lines",
+    )
     facts, parts, left = codex_items(lines)
     orders = facts.get("base_instructions") or facts.get("instructions")
-    if isinstance(orders, dict): orders = orders.get("text")
+    if isinstance(orders, dict):
+        orders = orders.get("text")
     need(isinstance(orders, str | None), f"{where}, rollout, instructions", "is no text")
     name, out = facts["id"] if isinstance(facts.get("id"), str) else default_id, []
     for i, items in enumerate(parts):
         adapted = Counter(left) if not out else Counter()
         messages = response_messages(items, f"{where}, items", adapted)
-        if not any(m["role"] == "assistant" for m in messages): continue
-        if orders: messages.insert(0, {"role": "system", "content": orders})
-        meta = {k: facts[k] for k in ("cwd", "originator", "cli_version", "model_provider", "source")
-                if isinstance(facts.get(k), str)} | {"part": i}
-        out += finish({"id": f"{name}:{i + 1}" if i else name, "meta": meta}, (), messages, where, default_id,
-                      label, source, None, adapted)
+        if not any(m["role"] == "assistant" for m in messages):
+            continue
+        if orders:
+            messages.insert(0, {"role": "system", "content": orders})
+        meta = {
+            k: facts[k]
+            for k in ("cwd", "originator", "cli_version", "model_provider", "source")
+            if isinstance(facts.get(k), str)
+        } | {"part": i}
+        out += finish(
+            {"id": f"{name}:{i + 1}" if i else name, "meta": meta},
+            (),
+            messages,
+            where,
+            default_id,
+            label,
+            source,
+            None,
+            adapted,
+        )
     need(out, f"{where}, rollout", "holds no answer of the assistant; there is nothing to read")
     return out
 
 
 def is_codex_line(record):
     "Whether a record is a line of a Codex session, new or old."
-    if not isinstance(record, dict): return False
-    new = record.get("type") in ("session_meta", "response_item", "event_msg", "turn_context",
-                                 "compacted") and isinstance(record.get("payload"), dict)
-    return new or {"id", "timestamp",
-                   "instructions"} <= record.keys() and "messages" not in record and "output" not in record
+    if not isinstance(record, dict):
+        return False
+    new = record.get("type") in (
+        "session_meta",
+        "response_item",
+        "event_msg",
+        "turn_context",
+        "compacted",
+    ) and isinstance(record.get("payload"), dict)
+    return (
+        new
+        or {"id", "timestamp", "instructions"} <= record.keys()
+        and "messages" not in record
+        and "output" not in record
+    )
 
 
 def codex_part(record):
-    return is_codex_line(record) or is_item(record) or isinstance(record, dict) and ("record_type" in record
-        or "payload" in record)
+    return (
+        is_codex_line(record)
+        or is_item(record)
+        or isinstance(record, dict)
+        and ("record_type" in record or "payload" in record)
+    )
 
 
-add_format(Format("codex", lambda r: is_codex_line(r)
-                  or is_codex_line((dicts_of(r.get("rollout")) or [None])[0]), from_codex,
-                  lambda records, path: one_session(records, "rollout", codex_part)))
+add_format(
+    Format(
+        "codex",
+        lambda r: is_codex_line(r) or is_codex_line((dicts_of(r.get("rollout")) or [None])[0]),
+        from_codex,
+        lambda records, path: one_session(records, "rollout", codex_part),
+    )
+)

@@ -10,61 +10,129 @@ __all__ = ['from_pair', 'from_circuit_breakers', 'from_ultrachat', 'trace_call',
 from .formats import CHAT_KEYS, Format, add_format, chat_with, from_openai, or_benign
 from .formats_agents import agentdojo_label
 from cbnb.transcripts.record import (
-    KNOWN_KEYS, LABELS, Contradiction, Transcript, TranscriptError, measured_label, need, need_one_of,
-    read_arguments, read_message, read_meta, read_spans, read_tool_call, source_run,
+    KNOWN_KEYS,
+    LABELS,
+    Contradiction,
+    Transcript,
+    TranscriptError,
+    measured_label,
+    need,
+    need_one_of,
+    read_arguments,
+    read_message,
+    read_meta,
+    read_spans,
+    read_tool_call,
+    source_run,
 )
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #93a2793b
 def from_pair(prompt, answer, where, key):
     "User and assistant message of a `prompt` and an `answer` (both non-empty strings)."
     for name, text in (("prompt", prompt), (key, answer)):
-        need(isinstance(text, str) and text.strip(), f"{where}, {name}", "is missing or empty; write the text")
+        need(
+            isinstance(text, str) and text.strip(), f"{where}, {name}", "is missing or empty; write the text"
+        )
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #ac986a04
 def from_circuit_breakers(record, where, default_id, label=None, source=""):
-    "Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a refusal) benign."
-    need(label is None, where, f"label={label!r} was passed, but a circuit-breakers row holds both labels; read it without label=")
-    need(record.get("output") != record.get("llama3_output"), f"{where}, llama3_output",
-         "is the text of output, which would be trained as harmful and as benign; drop the row")
+    """Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a
+    refusal) benign."""
+    need(
+        label is None,
+        where,
+        f"label={label!r} was passed, but a circuit-breakers row holds both labels; read it without label=",
+    )
+    need(
+        record.get("output") != record.get("llama3_output"),
+        f"{where}, llama3_output",
+        "is the text of output, which would be trained as harmful and as benign; drop the row",
+    )
     meta = {k: v for k, v in record.items() if k not in ("prompt", "output", "llama3_output")}
-    return [Transcript(f"{default_id}:{own}", from_pair(record.get("prompt"), record.get(key), where, key), None, own, source, meta=meta)
-            for key, own in (("output", "harmful"), ("llama3_output", "benign"))]
+    return [
+        Transcript(
+            f"{default_id}:{own}",
+            from_pair(record.get("prompt"), record.get(key), where, key),
+            None,
+            own,
+            source,
+            meta=meta,
+        )
+        for key, own in (("output", "harmful"), ("llama3_output", "benign"))
+    ]
 
 
-add_format(Format("circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(), from_circuit_breakers))
+add_format(
+    Format(
+        "circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(), from_circuit_breakers
+    )
+)
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #a4b52b3d
 def from_ultrachat(record, where, default_id, label=None, source=""):
-    "A list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless `label` says otherwise."
+    """A list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless `label`
+    says otherwise."""
     messages = record.get("messages") if isinstance(record.get("messages"), list) else []
-    first = next((m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None)
-    return from_openai({k: v for k, v in record.items() if k != "prompt" or v != first}, where, default_id, or_benign(record, label), source)
+    first = next(
+        (m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None
+    )
+    return from_openai(
+        {k: v for k, v in record.items() if k != "prompt" or v != first},
+        where,
+        default_id,
+        or_benign(record, label),
+        source,
+    )
 
 
 add_format(Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("openai",), takes=CHAT_KEYS))
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #4d9bdc37
 def trace_call(call, where):
-    "`(call, notes)` of a trace_v1 tool call: our form, and what only describes it (raw text, schema, expected call), for `meta`."
-    need(isinstance(call, dict) and isinstance(call.get("function"), dict), where, 'is no tool call; write {"function": {"name": ..., "arguments": ...}}')
+    """`(call, notes)` of a trace_v1 tool call: our form, and what only describes it (raw text, schema,
+    expected call), for `meta`."""
+    need(
+        isinstance(call, dict) and isinstance(call.get("function"), dict),
+        where,
+        'is no tool call; write {"function": {"name": ..., "arguments": ...}}',
+    )
     function, known = call["function"], ("name", "arguments")
     raw, arguments = function.get("arguments_json"), function.get("arguments")
-    need(isinstance(raw, str | None), f"{where}.function.arguments_json", f"is {type(raw).__name__}; write a string")
-    if arguments is None and raw is not None: arguments = read_arguments(raw, f"{where}.function.arguments_json")
-    need(arguments is not None, f"{where}.function.arguments", "is missing; write {} for a call without arguments")
+    need(
+        isinstance(raw, str | None),
+        f"{where}.function.arguments_json",
+        f"is {type(raw).__name__}; write a string",
+    )
+    if arguments is None and raw is not None:
+        arguments = read_arguments(raw, f"{where}.function.arguments_json")
+    need(
+        arguments is not None,
+        f"{where}.function.arguments",
+        "is missing; write {} for a call without arguments",
+    )
     number = call.get("call_id", call.get("id"))
     need(isinstance(number, str | None), f"{where}.call_id", f"is {type(number).__name__}; write a string")
     out = read_tool_call({"function": {"name": function.get("name"), "arguments": arguments}}, where)
-    notes = {k: v for k, v in {**function, **call}.items() if k not in (*known, "function", "call_id", "id", "type") and v is not None}
+    notes = {
+        k: v
+        for k, v in {**function, **call}.items()
+        if k not in (*known, "function", "call_id", "id", "type") and v is not None
+    }
     return {**({"id": number} if number else {}), **out}, notes
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #63945dab
 def trace_label(labels, where):
-    """Label by `labels` of a trace: its category. None where it has none, or where it says harmful of an attack that failed."""
+    """Label by `labels` of a trace: its category. None where it has none, or where it says harmful of an
+    attack that failed."""
     category, succeeded = labels.get("category"), labels.get("attack_succeeded")
-    need(isinstance(succeeded, bool | None), f"{where}, labels.attack_succeeded", f"is {type(succeeded).__name__}; write true, false or null")
-    if category is not None: need_one_of(category, LABELS, f"{where}, labels.category")
+    need(
+        isinstance(succeeded, bool | None),
+        f"{where}, labels.attack_succeeded",
+        f"is {type(succeeded).__name__}; write true, false or null",
+    )
+    if category is not None:
+        need_one_of(category, LABELS, f"{where}, labels.category")
     return None if category == "harmful" and succeeded is False else category
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #6a6cd3e5
@@ -73,7 +141,8 @@ def trace_verdict(record, where):
     comes from none or had no attack. Raises TranscriptError for a run whose `security` measured nothing
     (`agentdojo_label`)."""
     run, name = source_run(record)
-    if not isinstance(run.get("user_task_id"), str) or "injection_task_id" not in run: return None
+    if not isinstance(run.get("user_task_id"), str) or "injection_task_id" not in run:
+        return None
     return agentdojo_label(run, f"{where}, {name.rstrip('.')}") and measured_label(run)
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #2f0ea6e6
@@ -82,24 +151,50 @@ def check_trace(record, label, where):
     or the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the
     error's `corrected` record, with the labels of the file as `labels_of_file`."""
     labels = record.get("labels") or {}
-    own, succeeded, outcome = trace_label(labels, where), labels.get("attack_succeeded"), labels.get("security_outcome")
-    try: verdict = trace_verdict(record, where)
+    own, succeeded, outcome = (
+        trace_label(labels, where),
+        labels.get("attack_succeeded"),
+        labels.get("security_outcome"),
+    )
+    try:
+        verdict = trace_verdict(record, where)
     except TranscriptError:
-        if label is None: raise
+        if label is None:
+            raise
         verdict = None
     reached, run = verdict == "harmful", source_run(record)
-    said = f"{run[1]}security is {str(run[0].get('security')).lower()}: AgentDojo measured that the injection {'reached' if reached else 'did not reach'} its goal"
-    faults = [f"labels.attack_succeeded is {str(succeeded).lower()}, but {said}" if verdict and succeeded not in (None, reached) else "",
-              f"labels.category is {own}, but {said}" if verdict and own not in (None, verdict) else "",
-              f"it stands among the {label} ones, but {said}" if verdict and label not in (None, verdict) else "",
-              f"labels.category is harmful, but the attack failed, and {said}" if verdict and not own and labels.get("category") and not label else "",
-              f"labels.category is benign, but labels.attack_succeeded is true" if own == "benign" and succeeded else "",
-              f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(succeeded).lower()}"
-              if (outcome, succeeded) in (("safe", True), ("unsafe", False)) else ""]
-    if not (fault := next(filter(None, faults), None)): return
-    advice = "; read such records by that verdict with relabel='source'" if verdict else "; correct one of them"
-    right = {**labels, "category": verdict, "attack_succeeded": reached} | ({"security_outcome": "unsafe" if reached else "safe"} if outcome else {})
-    raise Contradiction(f"{where}: {fault}{advice}", {**record, "labels": right, "labels_of_file": labels} if verdict else None)
+    said = (
+        f"{run[1]}security is {str(run[0].get('security')).lower()}: AgentDojo measured that the "
+        f"injection {'reached' if reached else 'did not reach'} its goal"
+    )
+    faults = [
+        f"labels.attack_succeeded is {str(succeeded).lower()}, but {said}"
+        if verdict and succeeded not in (None, reached)
+        else "",
+        f"labels.category is {own}, but {said}" if verdict and own not in (None, verdict) else "",
+        f"it stands among the {label} ones, but {said}" if verdict and label not in (None, verdict) else "",
+        f"labels.category is harmful, but the attack failed, and {said}"
+        if verdict and not own and labels.get("category") and not label
+        else "",
+        "labels.category is benign, but labels.attack_succeeded is true"
+        if own == "benign" and succeeded
+        else "",
+        f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(succeeded).lower()}"
+        if (outcome, succeeded) in (("safe", True), ("unsafe", False))
+        else "",
+    ]
+    if not (fault := next(filter(None, faults), None)):
+        return
+    advice = (
+        "; read such records by that verdict with relabel='source'" if verdict else "; correct one of them"
+    )
+    right = {**labels, "category": verdict, "attack_succeeded": reached} | (
+        {"security_outcome": "unsafe" if reached else "safe"} if outcome else {}
+    )
+    raise Contradiction(
+        f"{where}: {fault}{advice}",
+        {**record, "labels": right, "labels_of_file": labels} if verdict else None,
+    )
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #0c67b8bd
 def from_trace_v1(record, where, default_id, label=None, source=""):
@@ -109,43 +204,84 @@ def from_trace_v1(record, where, default_id, label=None, source=""):
     Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes
     the injection span, `thinking` the reasoning, `source` "dataset/subset". `meta` keeps every other key,
     and `call_notes` `[[message, call, notes], ...]`."""
-    messages, labels, hints, origin = (record.get(k) for k in ("messages", "labels", "signal_hints", "source"))
-    need(isinstance(messages, list) and messages, f"{where}, messages", "is missing or empty; write a list of messages")
+    messages, labels, hints, origin = (
+        record.get(k) for k in ("messages", "labels", "signal_hints", "source")
+    )
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
     for key, value in (("labels", labels), ("signal_hints", hints)):
         need(isinstance(value, dict | None), f"{where}, {key}", f"is {type(value).__name__}; write an object")
-    need(isinstance(origin, str | dict | None), f"{where}, source", f"is {type(origin).__name__}; write an object with dataset")
+    need(
+        isinstance(origin, str | dict | None),
+        f"{where}, source",
+        f"is {type(origin).__name__}; write an object with dataset",
+    )
     check_trace(record, label, where)
     own, read, notes = trace_label(labels or {}, where), [], []
-    need(own or label, f"{where}, labels",
-         "says harmful of an attack that failed, or nothing; pass label='benign' or label='harmful' to decide")
+    need(
+        own or label,
+        f"{where}, labels",
+        "says harmful of an attack that failed, or nothing; pass label='benign' or label='harmful' to decide",
+    )
     for i, message in enumerate(messages):
         here = f"{where}, messages[{i}]"
-        need(isinstance(message, dict), here, f"is {type(message).__name__}; each message is an object with role and content")
-        need("thinking" not in message or "reasoning_content" not in message, f"{here}.thinking", "stands beside reasoning_content; keep one")
+        need(
+            isinstance(message, dict),
+            here,
+            f"is {type(message).__name__}; each message is an object with role and content",
+        )
+        need(
+            "thinking" not in message or "reasoning_content" not in message,
+            f"{here}.thinking",
+            "stands beside reasoning_content; keep one",
+        )
         calls = message.get("tool_calls") or []
-        need(isinstance(calls, list), f"{here}.tool_calls", f"is {type(calls).__name__}; write a list of calls")
+        need(
+            isinstance(calls, list), f"{here}.tool_calls", f"is {type(calls).__name__}; write a list of calls"
+        )
         pairs = [trace_call(c, f"{here}.tool_calls[{j}]") for j, c in enumerate(calls)]
         notes += [[i, j, n] for j, (_, n) in enumerate(pairs) if n]
-        read.append(read_message({**{"reasoning_content" if k == "thinking" else k: v for k, v in message.items()},
-                                  "tool_calls": [c for c, _ in pairs]}, here))
+        read.append(
+            read_message(
+                {
+                    **{"reasoning_content" if k == "thinking" else k: v for k, v in message.items()},
+                    "tool_calls": [c for c, _ in pairs],
+                },
+                here,
+            )
+        )
     meta = read_meta(record, where) | ({"call_notes": notes} if notes else {})
     out = {**{k: record[k] for k in KNOWN_KEYS if record.get(k) is not None}, "messages": read, "label": own}
     if isinstance(origin, dict):
         meta["source"] = origin
         out["source"] = "/".join(str(origin[k]) for k in ("dataset", "subset") if origin.get(k)) or source
-    need(not (span := (hints or {}).get("injection_char_span")) or not record.get("injection_spans"), f"{where}, injection_spans",
-         "stands beside signal_hints.injection_char_span; keep one")
+    need(
+        not (span := (hints or {}).get("injection_char_span")) or not record.get("injection_spans"),
+        f"{where}, injection_spans",
+        "stands beside signal_hints.injection_char_span; keep one",
+    )
     if span:
-        need(isinstance(span, dict), f"{where}, signal_hints.injection_char_span", "is no object; write message_index, char_start, char_end")
+        need(
+            isinstance(span, dict),
+            f"{where}, signal_hints.injection_char_span",
+            "is no object; write message_index, char_start, char_end",
+        )
         out["injection_spans"] = [[span.get(k) for k in ("message_index", "char_start", "char_end")]]
         read_spans(out["injection_spans"], read, f"{where}, signal_hints.injection_char_span")
     return from_openai({**out, "meta": meta}, where, default_id, label, source)
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #1dcc78ca
 def is_trace(record):
-    "Whether a record with messages has the marks of a trace_v1: an object as `labels` or `source`, or `signal_hints`."
-    return "messages" in record and (isinstance(record.get("labels"), dict) or isinstance(record.get("source"), dict)
-                                     or "signal_hints" in record)
+    """Whether a record with messages has the marks of a trace_v1: an object as `labels` or `source`, or
+    `signal_hints`."""
+    return "messages" in record and (
+        isinstance(record.get("labels"), dict)
+        or isinstance(record.get("source"), dict)
+        or "signal_hints" in record
+    )
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #fa5adf2c
 def from_rrfa(record, where, default_id, label=None, source=""):
@@ -156,24 +292,41 @@ def from_rrfa(record, where, default_id, label=None, source=""):
     `prompt` and `output`. Plain text has no roles, so it cannot be masked and is refused. A Contradiction
     of samples whose source has a verdict comes with the whole batch corrected, each sample in the list
     where it belongs."""
-    need(label is None, where, f"label={label!r} was passed, but a batch holds both labels; read it without label=")
+    need(
+        label is None,
+        where,
+        f"label={label!r} was passed, but a batch holds both labels; read it without label=",
+    )
     out, first, moved = [], None, {own: [] for own in LABELS}
     for own in LABELS:
         samples = record.get(own, [])
         need(isinstance(samples, list), f"{where}, {own}", "is no list of samples")
         for i, sample in enumerate(samples):
             here = f"{where}, {own}[{i}]"
-            need(isinstance(sample, dict), here, "is no object; give each sample messages, or prompt and output")
+            need(
+                isinstance(sample, dict),
+                here,
+                "is no object; give each sample messages, or prompt and output",
+            )
             if "messages" not in sample:
                 rest = {k: v for k, v in sample.items() if k not in ("prompt", "output")}
-                sample = {**rest, "messages": from_pair(sample.get("prompt"), sample.get("output"), here, "output")}
-            try: out += (from_trace_v1 if is_trace(sample) else from_openai)(sample, here, f"{default_id}:{own}:{i}", own, source)
+                sample = {
+                    **rest,
+                    "messages": from_pair(sample.get("prompt"), sample.get("output"), here, "output"),
+                }
+            try:
+                out += (from_trace_v1 if is_trace(sample) else from_openai)(
+                    sample, here, f"{default_id}:{own}:{i}", own, source
+                )
             except Contradiction as e:
-                if e.corrected is None: raise
+                if e.corrected is None:
+                    raise
                 first, sample = first or e, e.corrected
                 moved[sample.get("label") or sample["labels"]["category"]].append(sample)
-            else: moved[own].append(sample)
-    if first: raise Contradiction(str(first), {**record, **moved})
+            else:
+                moved[own].append(sample)
+    if first:
+        raise Contradiction(str(first), {**record, **moved})
     return out
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .spool import those
-from .record import Transcript, nearest, source_run
 from .reader import SeenKeys
+from .record import Transcript, nearest, source_run
+from .spool import those
 
 # %% auto #0
 __all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'draw_keys', 'Parted',
@@ -27,10 +27,18 @@ HELDOUT_BY = ("suite", "task", "injection", "prompt")
 def prompt_key(transcript: Transcript) -> str:
     """What the last assistant message answers, as one string: equal for two transcripts that ask the same and
     differ in the answer only, or in what no model reads, as numbers of calls and times of messages."""
-    last = max((i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"), default=len(transcript.messages))
+    last = max(
+        (i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"),
+        default=len(transcript.messages),
+    )
+
     def read(message):
         return {k: message[k] for k in ("role", "content", "name", "reasoning_content") if k in message} | {
-            "calls": [[c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())]}
+            "calls": [
+                [c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())
+            ]
+        }
+
     return json.dumps([[read(m) for m in transcript.messages[:last]], transcript.tools], sort_keys=True)
 
 
@@ -45,7 +53,8 @@ def task_keys(transcript: Transcript) -> dict[str, str]:
     origin = meta["source"] if isinstance(meta.get("source"), dict) else {}
     suite = run.get("suite_name") or meta.get("suite_name") or origin.get("subset") or meta.get("suite") or ""
     user, injection = run.get("user_task_id"), run.get("injection_task_id")
-    if str(user).startswith("injection_task"): user, injection = None, user
+    if str(user).startswith("injection_task"):
+        user, injection = None, user
     if not run and "task_id" in meta and {"reward", "termination_reason"} & meta.keys():
         user = meta["task_id"]  # tau-bench, tau2-bench: a task stands in a file once a trial
         suite = suite or meta.get("domain") or ""
@@ -64,11 +73,19 @@ def heldout_kinds(by: str) -> tuple[str, ...]:
     `auto` is task and injection; else names of `HELDOUT_BY`, separated by commas. A suite holds its
     tasks. Equal prompts never are on both sides. Raises ValueError for another name."""
     names = [part.strip() for part in by.split(",") if part.strip()]
-    if names == ["auto"]: return ("task", "injection")
+    if names == ["auto"]:
+        return ("task", "injection")
     for name in names or [by]:
         if name not in HELDOUT_BY:
-            raise ValueError(f"heldout_by is {by!r}: use auto, or {', '.join(HELDOUT_BY)} separated by commas{nearest(name, ('auto', *HELDOUT_BY))}")
-    return ("suite",) if "suite" in names else tuple(name for name in HELDOUT_BY if name in names and name != "prompt")
+            raise ValueError(
+                f"heldout_by is {by!r}: use auto, or {', '.join(HELDOUT_BY)} separated by "
+                f"commas{nearest(name, ('auto', *HELDOUT_BY))}"
+            )
+    return (
+        ("suite",)
+        if "suite" in names
+        else tuple(name for name in HELDOUT_BY if name in names and name != "prompt")
+    )
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #04bcf1e8
 HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
@@ -79,8 +96,10 @@ def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
     Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be spared."""
     n = min(n, count // 5)
     if not n:
-        raise ValueError(f"{count} {name} transcripts are too few to hold some out: give at least 5 of each label in "
-                         "data, or eval_data.")
+        raise ValueError(
+            f"{count} {name} transcripts are too few to hold some out: give at least 5 of each label in "
+            "data, or eval_data."
+        )
     return np.random.default_rng((seed, 2)).permutation(count)[:n]
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #dbfd4787
@@ -98,30 +117,38 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
     for kind in pair:
         known = sorted({keys[kind] for stream in streams for keys in stream if kind in keys})
         orders.append([None, *(known[i] for i in rng.permutation(len(known)))])
-    places = [{key: i for i, key in enumerate(order)} for order in orders]  # 0: a transcript without such a key
+    # 0: a transcript without such a key
+    places = [{key: i for i, key in enumerate(order)} for order in orders]
     held, share, wanted = [], [], []
     for stream in streams:
         count = np.zeros([len(order) for order in orders], np.int64)
-        for keys in stream: count[places[0][keys.get(pair[0])], places[1][keys.get(pair[1])]] += 1
+        for keys in stream:
+            count[places[0][keys.get(pair[0])], places[1][keys.get(pair[1])]] += 1
         count[0, 0] = 0  # without any key: not drawn here
-        if not (total := count.sum()): continue
+        if not (total := count.sum()):
+            continue
         inner = count.copy()
         inner[0], inner[:, 0] = 0, 0
-        touched = (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())  # by the first a keys, by the first b
+        # by the first a keys, by the first b
+        touched = (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())
         a, b = (np.concatenate([[0], part]) for part in touched)
         held.append(count.cumsum(0).cumsum(1))
         share.append((total - a[:, None] - b[None] + inner.cumsum(0).cumsum(1)) / total)
         wanted.append(min(n, total // 5))
-    if not held: return {kind: set() for kind in kinds}
+    if not held:
+        return {kind: set() for kind in kinds}
     least = np.min(share, axis=0)
     for part in (1, 2, 4, 8, 16, 32, 64, None):
         enough = np.all([h >= max(1, w // part if part else 1) for h, w in zip(held, wanted)], axis=0)
         if (good := enough & (least >= 0.5 if part else least > 0)).any():
             a, b = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
-            return {kind: set(order[1:end + 1]) for kind, order, end in zip(kinds, orders, (a, b))}
+            return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, (a, b))}
     named = " and ".join(kinds)
-    raise ValueError(f"no {named} can be held out and leave both streams something to train: there are too few, or all runs share one; "
-                     "give eval_data, or heldout_by prompt")
+    raise ValueError(
+        f"no {named} can be held out and leave both streams something to train: there are too few, or all "
+        "runs share one; "
+        "give eval_data, or heldout_by prompt"
+    )
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #45babd17
 @dataclass
@@ -129,6 +156,7 @@ class Parted:
     """Streams of training, the held-out transcripts of both, the `kinds` of key by which they were parted,
     and `left_out`: `{id: why}` of those that are neither, since they share a kind of key with a
     held-out one, or are more (`spare`) than are held out."""
+
     harmful: Sequence[Transcript]
     benign: Sequence[Transcript]
     held_out: list[Transcript]
@@ -141,11 +169,14 @@ def thin(parted: Parted) -> Parted:
     place)."""
     kinds = (*parted.kinds, "prompt")
     held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
+
     def stays(t):
         keys = keys_of(t)
         cause = next((kind for kind in kinds if (kind, keys.get(kind)) in held), None)
-        if cause: parted.left_out[t.id] = cause
+        if cause:
+            parted.left_out[t.id] = cause
         return cause is None
+
     for name in ("harmful", "benign"):
         stream = getattr(parted, name)
         setattr(parted, name, those(stream, map(stays, stream)))
@@ -155,25 +186,38 @@ def thin(parted: Parted) -> Parted:
 def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
     """Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
     there."""
-    if by.strip() == "auto" or not kinds: return
+    if by.strip() == "auto" or not kinds:
+        return
     known = {kind for stream in streams for t in stream for kind in task_keys(t)}
     for kind in kinds:
-        if kind not in known: raise ValueError(f"heldout_by {by}: no transcript says its {kind} (AgentDojo's runs do in meta); give heldout_by prompt")
+        if kind not in known:
+            raise ValueError(
+                f"heldout_by {by}: no transcript says its {kind} (AgentDojo's runs do in meta); give "
+                "heldout_by prompt"
+            )
 
 
-def part(harmful: Sequence[Transcript], benign: Sequence[Transcript], by: str = "auto", n: int = HELD_OUT,
-         seed: int = 0) -> Parted:
+def part(
+    harmful: Sequence[Transcript],
+    benign: Sequence[Transcript],
+    by: str = "auto",
+    n: int = HELD_OUT,
+    seed: int = 0,
+) -> Parted:
     """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at
     most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key
     is drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared.
     Raises ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
     kinds, streams = heldout_kinds(by), {"harmful": harmful, "benign": benign}
     check_known(streams.values(), by, kinds)
-    for name, stream in streams.items(): hold_out(len(stream), n, seed, name)  # refuses what is too small
+    for name, stream in streams.items():
+        hold_out(len(stream), n, seed, name)  # refuses what is too small
     one = {}  # of equal keys, which there are many of, one dict
+
     def known(t):
         keys = {k: v for k, v in task_keys(t).items() if k in kinds}
         return one.setdefault(tuple(keys.items()), keys)
+
     keys = {name: [known(t) for t in stream] for name, stream in streams.items()}
     drawn = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
     out = Parted([], [], [], kinds)
@@ -181,9 +225,11 @@ def part(harmful: Sequence[Transcript], benign: Sequence[Transcript], by: str = 
         rest = np.flatnonzero([not k for k in keys[name]])
         share = n if len(rest) == len(stream) else round(n * len(rest) / len(stream))
         chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
-        whole = np.flatnonzero([bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys[name]])
+        whole = np.flatnonzero(
+            [bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys[name]]
+        )
         order = np.random.default_rng((seed, 4)).permutation(len(whole))
-        held = np.sort(np.concatenate([chosen, whole[order[:min(n, len(stream) // 5)]]]))
+        held = np.sort(np.concatenate([chosen, whole[order[: min(n, len(stream) // 5)]]]))
         spare = np.setdiff1d(whole, held)
         out.held_out += [stream[i] for i in held]
         out.left_out |= dict.fromkeys((stream[i].id for i in spare), "spare")
@@ -199,22 +245,41 @@ def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[s
     a key, and how many of these share it with training."""
     known, held, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
     for t in training:
-        for kind, key in keys_of(t).items(): known[kind].add(key)
+        for kind, key in keys_of(t).items():
+            known[kind].add(key)
     for kind in HELDOUT_BY:
         keys = [k[kind] for k in held if kind in k]
-        if keys: out[kind] = {"training": known[kind].count, "held_out": len({*keys}), "with": len(keys),
-                              "shared": sum(key in known[kind] for key in keys)}
+        if keys:
+            out[kind] = {
+                "training": known[kind].count,
+                "held_out": len({*keys}),
+                "with": len(keys),
+                "shared": sum(key in known[kind] for key in keys),
+            }
     return out
 
 
-def held_lines(training: Sequence[Transcript], held_out: list[Transcript], left_out: dict[str, str]) -> list[str]:
+def held_lines(
+    training: Sequence[Transcript], held_out: list[Transcript], left_out: dict[str, str]
+) -> list[str]:
     """Sentences for a run: how many are held out and by what, what they still share with training, and what
     was left out of it for that."""
     labels, found = Counter(t.label for t in held_out), shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
-    lines += [f"    {kind}: {f['held_out']} held out, {f['training']} in training; {f['shared']} of {f['with']} held-out "
-              "transcripts share theirs with training" for kind, f in found.items()]
+    lines += [
+        f"    {kind}: {f['held_out']} held out, {f['training']} in training; {f['shared']} of {f['with']} "
+        "held-out "
+        "transcripts share theirs with training"
+        for kind, f in found.items()
+    ]
     why = Counter(left_out.values())
-    if left_out: lines.append(f"    left out of training and of the held-out: {len(left_out)} ("
-                              + ", ".join(f"{n} {'more than are held out' if kind == 'spare' else f'for their {kind}'}" for kind, n in why.most_common()) + ")")
+    if left_out:
+        lines.append(
+            f"    left out of training and of the held-out: {len(left_out)} ("
+            + ", ".join(
+                f"{n} {'more than are held out' if kind == 'spare' else f'for their {kind}'}"
+                for kind, n in why.most_common()
+            )
+            + ")"
+        )
     return lines

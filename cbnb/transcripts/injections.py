@@ -12,17 +12,19 @@ import re
 from array import array
 
 # %% ../../nbs/transcripts/01_injections.ipynb #c61427f5
-ESCAPES = re.compile(r"(?P<pair>\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-                     r"|(?P<code>\\(?:U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}))"
-                     r"|(?P<plain>[^\s\"'\\]+)|\\[\\abtnvfreNLP0_]|[\s\S]")
+ESCAPES = re.compile(
+    r"(?P<pair>\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    r"|(?P<code>\\(?:U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}))"
+    r"|(?P<plain>[^\s\"'\\]+)|\\[\\abtnvfreNLP0_]|[\s\S]"
+)
 
 
 PLAIN = re.compile(r"(?P<plain>[^\s\"'\\]+)")
 
 
 def squeeze(text, escaped=True):
-    """`(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the characters left stood. In `escaped`
-    text, escapes such as `\\u00e9` and `\\n` are undone first."""
+    """`(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the characters
+    left stood. In `escaped` text, escapes such as `\\u00e9` and `\\n` are undone first."""
     bare, starts, ends = [], array("i"), array("i")
     for m in (ESCAPES if escaped else PLAIN).finditer(text):
         if m["plain"]:
@@ -31,7 +33,8 @@ def squeeze(text, escaped=True):
             ends.extend(range(m.start() + 1, m.end() + 1))
         elif m["pair"] or m["code"]:
             char = json.loads(f'"{m["pair"]}"') if m["pair"] else chr(int(m["code"][2:], 16))
-            if char.isspace() or char in "\"'\\": continue
+            if char.isspace() or char in "\"'\\":
+                continue
             bare.append(char)
             starts.append(m.start())
             ends.append(m.end())
@@ -47,15 +50,19 @@ def find_all(text, part):
 
 
 def find_injection(text, injection, squeezed=squeeze):
-    """`[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on) under YAML or JSON escapes. None for a blank
-    one. `squeezed`: a `squeeze` that may remember."""
-    if not injection.strip(): return []
-    if exact := list(find_all(text, injection)): return exact
+    """`[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on) under
+    YAML or JSON escapes. None for a blank one. `squeezed`: a `squeeze` that may remember."""
+    if not injection.strip():
+        return []
+    if exact := list(find_all(text, injection)):
+        return exact
     part = squeeze(injection, escaped=False)[0]
-    if len(part) < 12: return []
+    if len(part) < 12:
+        return []
     for escaped in (True, False):  # YAML escapes nothing in plain and in single-quoted text
         bare, starts, ends = squeezed(text, escaped)
-        if found := [(starts[a], ends[b - 1]) for a, b in find_all(bare, part)]: return found
+        if found := [(starts[a], ends[b - 1]) for a, b in find_all(bare, part)]:
+            return found
     return []
 
 # %% ../../nbs/transcripts/01_injections.ipynb #65b8e292
@@ -63,8 +70,10 @@ def join_spans(found):
     "The spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
     spans = []
     for i, a, b in sorted(found):
-        if spans and spans[-1][0] == i and a < spans[-1][2]: spans[-1][2] = max(spans[-1][2], b)
-        else: spans.append([i, a, b])
+        if spans and spans[-1][0] == i and a < spans[-1][2]:
+            spans[-1][2] = max(spans[-1][2], b)
+        else:
+            spans.append([i, a, b])
     return spans
 
 
@@ -73,10 +82,12 @@ def find_injections(messages, injections, roles=("tool",)):
     overlapping ones as one, and the sorted names of those that stand in none."""
     found, seen = [], set()
     for i, message in enumerate(messages):
-        if message["role"] not in roles: continue
+        if message["role"] not in roles:
+            continue
         squeezed = functools.lru_cache(squeeze)  # of this message, for all injections
         for name, injection in injections.items():
             places = find_injection(message["content"], injection, squeezed)
             found += [[i, a, b] for a, b in places]
-            if places: seen.add(name)
+            if places:
+                seen.add(name)
     return join_spans(found), sorted(injections.keys() - seen)

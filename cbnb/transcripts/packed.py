@@ -23,6 +23,7 @@ from .record import MAX_LINE_BYTES, TranscriptError, need, parse_json
 def open_zst(stream):
     "The Zstandard `stream`, unpacked. What is wrong with it raises OSError when it is read."
     import pyarrow  # late: a command that reads no such file must not wait for it
+
     return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
 
 
@@ -35,19 +36,28 @@ def as_json(value, where):
     for `content`: a column has every key that one of its rows has. Raises TranscriptError for bytes and
     for numbers that JSON has not."""
     if isinstance(value, dict):
-        return {str(k): as_json(v, f"{where}.{k}") for k, v in value.items() if v is not None
-                or k == "content"}
+        return {
+            str(k): as_json(v, f"{where}.{k}") for k, v in value.items() if v is not None or k == "content"
+        }
     if isinstance(value, list | tuple):
         # a map of Arrow's
         if value and all(isinstance(v, tuple) and len(v) == 2 for v in value):
             return as_json(dict(value), where)
         return [as_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, datetime.date | datetime.time): return value.isoformat()
-    if isinstance(value, Decimal): value = float(value)
-    need(not isinstance(value, float) or math.isfinite(value), where,
-         f"is {value}, which is no JSON; leave the value out")
-    need(value is None or isinstance(value, str | int | float), where,
-         f"is {type(value).__name__}; only text, numbers, lists and objects are read")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        value = float(value)
+    need(
+        not isinstance(value, float) or math.isfinite(value),
+        where,
+        f"is {value}, which is no JSON; leave the value out",
+    )
+    need(
+        value is None or isinstance(value, str | int | float),
+        where,
+        f"is {type(value).__name__}; only text, numbers, lists and objects are read",
+    )
     return value
 
 # %% ../../nbs/transcripts/02_packed.ipynb #f69cf12e
@@ -62,14 +72,17 @@ def read_batches(batches, name):
             for row in batch.slice(start, ROWS).to_pylist():
                 number += 1
                 where = f"{name}, row {number}"
-                try: yield where, f"{name}:{number}", as_json(row, where)
-                except TranscriptError as e: yield where, f"{name}:{number}", e
+                try:
+                    yield where, f"{name}:{number}", as_json(row, where)
+                except TranscriptError as e:
+                    yield where, f"{name}:{number}", e
 
 # %% ../../nbs/transcripts/02_packed.ipynb #dabc2e4d
 def read_parquet(path, name):
     """`(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError for
     a damaged one."""
     import pyarrow.parquet
+
     try:
         with open_regular(path) as file, pyarrow.parquet.ParquetFile(file) as table:
             yield from read_batches(table.iter_batches(ROWS), name)
@@ -81,6 +94,7 @@ def read_arrow(path, name):
     """`(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets` keeps
     them. Raises TranscriptError for a damaged one."""
     import pyarrow.ipc
+
     try:
         with open_regular(path) as file, pyarrow.PythonFile(file, "r") as source:
             if source.read(6) == b"ARROW1":
@@ -101,22 +115,29 @@ TABLES = {b"PAR1": read_parquet, b"ARROW1": read_arrow, b"\xff\xff\xff\xff": rea
 def read_member(archive, member, where):
     """JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked. Zstandard
     (method 93, which Inspect writes and Python's zipfile does not read before 3.14) is unpacked here."""
-    need(member.file_size <= MAX_LINE_BYTES, where,
-         f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
+    need(
+        member.file_size <= MAX_LINE_BYTES,
+        where,
+        f"is longer than {MAX_LINE_BYTES} bytes; shorten the record",
+    )
     try:
         if member.compress_type == 93:
             import pyarrow
+
             archive.fp.seek(member.header_offset)
             head = archive.fp.read(30)
             archive.fp.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
             packed = pyarrow.BufferReader(archive.fp.read(member.compress_size))
             data = pyarrow.CompressedInputStream(packed, "zstd").read(MAX_LINE_BYTES + 1)
         else:
-            with archive.open(member) as f: data = f.read(MAX_LINE_BYTES + 1)
+            with archive.open(member) as f:
+                data = f.read(MAX_LINE_BYTES + 1)
         need(len(data) <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
         return parse_json(data.decode("utf-8"))
-    except TranscriptError: raise
-    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:  # zipfile raises NotImplementedError for a compression that it has not
+    except TranscriptError:
+        raise
+    # zipfile raises NotImplementedError for a compression that it has not
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:
         raise TranscriptError(f"{where}: cannot be read ({e}); make or fetch the file again") from None
 
 # %% ../../nbs/transcripts/02_packed.ipynb #73a0e6d8
@@ -124,18 +145,25 @@ def read_archive(path, name):
     """`(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with the
     log's header, as its JSON log has them. Raises TranscriptError for another or a broken archive."""
     with open_regular(path) as file:
-        try: archive = zipfile.ZipFile(file)
+        try:
+            archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError) as e:
-            raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
+            raise TranscriptError(
+                f"{name}: is damaged or cut off ({e}); make or fetch the file again"
+            ) from None
         members = {m.filename: m for m in archive.infolist()}
         head = next((h for h in ("header.json", "_journal/start.json") if h in members), None)
         need(head, name, "is a ZIP archive, but no .eval log of Inspect; unpack it, and read the files in it")
         header = read_member(archive, members[head], f"{name}, {head}")
         need(isinstance(header, dict), f"{name}, {head}", "is no object")
-        for number, (member, info) in enumerate(((m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)), 1):
+        for number, (member, info) in enumerate(
+            ((m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)), 1
+        ):
             where = f"{name}, {member}"
-            try: yield where, f"{name}:{number}", {**header, "samples": [read_member(archive, info, where)]}
-            except TranscriptError as e: yield where, f"{name}:{number}", e
+            try:
+                yield where, f"{name}:{number}", {**header, "samples": [read_member(archive, info, where)]}
+            except TranscriptError as e:
+                yield where, f"{name}:{number}", e
 
 
 TABLES[b"PK\x03\x04"] = read_archive
@@ -149,10 +177,14 @@ def hub_call(path):
     slash; a third part is the configuration (`hf:org/name/config[split]`). Raises TranscriptError for
     another form."""
     found = HUB.fullmatch(str(path))
-    need(found, str(path),
-         "is no data set; write hf:org/name[split], hf:org/name/config[split] or hf:./folder[split]")
+    need(
+        found,
+        str(path),
+        "is no data set; write hf:org/name[split], hf:org/name/config[split] or hf:./folder[split]",
+    )
     name = found["name"]
-    if name.startswith((".", "/")): return (name,), found["split"]
+    if name.startswith((".", "/")):
+        return (name,), found["split"]
     return ("/".join(name.split("/")[:2]), *name.split("/")[2:3]), found["split"]
 
 # %% ../../nbs/transcripts/02_packed.ipynb #dcea374b
@@ -160,22 +192,32 @@ def read_hub(path):
     """`(where, id, record or TranscriptError)` of the rows of `hf:dataset[split]`, streamed by `datasets`,
     which the extra `cbnb[hf]` installs. Raises TranscriptError without it, and for what it cannot load."""
     arguments, split = hub_call(path)
-    try: import datasets
+    try:
+        import datasets
     except ImportError:
-        raise TranscriptError(f"{path}: the library datasets is not installed; pip install 'cbnb[hf]'") from None
+        raise TranscriptError(
+            f"{path}: the library datasets is not installed; pip install 'cbnb[hf]'"
+        ) from None
     folder = Path(arguments[0])
     try:
-        if folder.is_dir(): check_folder(folder)
+        if folder.is_dir():
+            check_folder(folder)
         # what save_to_disk writes
         if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(str(folder))
-            if isinstance(rows, dict): rows = rows[split]
-        else: rows = datasets.load_dataset(*arguments, split=split, streaming="[" not in split)
+            if isinstance(rows, dict):
+                rows = rows[split]
+        else:
+            rows = datasets.load_dataset(*arguments, split=split, streaming="[" not in split)
         for number, row in enumerate(rows, 1):
             where = f"{path}, row {number}"
-            try: yield where, f"{path}:{number}", as_json(row, where)
-            except TranscriptError as e: yield where, f"{path}:{number}", e
-    except (GeneratorExit, TranscriptError): raise
+            try:
+                yield where, f"{path}:{number}", as_json(row, where)
+            except TranscriptError as e:
+                yield where, f"{path}:{number}", e
+    except (GeneratorExit, TranscriptError):
+        raise
     except Exception as e:  # whatever a loader raises for a name it does not know, or no network
-        raise TranscriptError(f"{path}: datasets cannot load it: "
-                              f"{(str(e).splitlines() or [type(e).__name__])[0]}") from None
+        raise TranscriptError(
+            f"{path}: datasets cannot load it: {(str(e).splitlines() or [type(e).__name__])[0]}"
+        ) from None

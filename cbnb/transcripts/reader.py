@@ -16,27 +16,39 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..basics.withheld import cut
 from ..basics.files import new_file
 from ..basics.reading import MAX_ENTRIES
 from ..basics.terminal import visible, warn
+from ..basics.withheld import cut
 from .files import decode_line, is_hub, read_records
 from .formats import BARE, FORMATS, from_openai, gather, whole_conversations
 from cbnb.transcripts.record import (
-    LABELS, Contradiction, TranscriptError, check_meaning, check_record_switches, nearest, need,
+    LABELS,
+    Contradiction,
+    TranscriptError,
+    check_meaning,
+    check_record_switches,
+    nearest,
+    need,
 )
 
 # %% ../../nbs/transcripts/10_reader.ipynb #1258772d
 # the pages of formats, read when first asked
-ROOMS = ("cbnb.transcripts.formats_agents", "cbnb.transcripts.formats_sets", "cbnb.transcripts.formats_chat",
-         "cbnb.transcripts.formats_runs", "cbnb.transcripts.formats_sessions")
+ROOMS = (
+    "cbnb.transcripts.formats_agents",
+    "cbnb.transcripts.formats_sets",
+    "cbnb.transcripts.formats_chat",
+    "cbnb.transcripts.formats_runs",
+    "cbnb.transcripts.formats_sessions",
+)
 
 
 def known_formats():
-    """`FORMATS` with those of all pages. What others added under one of their names before they were loaded is
-    kept."""
+    """`FORMATS` with those of all pages. What others added under one of their names before they were loaded
+    is kept."""
     own = {name: f for name, f in FORMATS.items() if f.reads.__module__ not in ROOMS}
-    for room in ROOMS: importlib.import_module(room)
+    for room in ROOMS:
+        importlib.import_module(room)
     FORMATS.update(own)
     return FORMATS
 
@@ -50,8 +62,11 @@ def detect_format(record, where):
     found = [f for f in found if f.name not in behind]
     if len(found) == 1:
         name = found[0].name
-        need(not found[0].on_request, where,
-             f"looks like {name}, which is read on request only; pass format={name!r}")
+        need(
+            not found[0].on_request,
+            where,
+            f"looks like {name}, which is read on request only; pass format={name!r}",
+        )
         return name
     keys = cut(", ".join(sorted(map(str, record))[:40]), 400) or "(none)"
     fits = " and ".join(f.name for f in found) + " all fit" if found else "no known format has"
@@ -62,15 +77,20 @@ def of_format(records, format, path):
     """Yields `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or
     for "auto" by the first one that can be recognised. The file's format has then gathered them."""
     known = None if format == "auto" else known_formats()[format]
-    if format in BARE: records = whole_conversations(records)
+    if format in BARE:
+        records = whole_conversations(records)
     for item in records:
         where, default_id, record = item
         if known is None and not isinstance(record, TranscriptError):
             try:
-                need(isinstance(record, dict), where,
-                     f"is a JSON {type(record).__name__}; each record is an object")
+                need(
+                    isinstance(record, dict),
+                    where,
+                    f"is a JSON {type(record).__name__}; each record is an object",
+                )
                 known = known_formats()[detect_format(record, where)]
-            except TranscriptError as e: record = e
+            except TranscriptError as e:
+                record = e
         if known is None or isinstance(record, TranscriptError):
             yield where, default_id, record, known
             continue
@@ -80,25 +100,31 @@ def of_format(records, format, path):
 
 # %% ../../nbs/transcripts/10_reader.ipynb #d5e11699
 class SeenKeys:
-    """A set that only knows what was added: 64-bit hashes in one flat table of 16 to 32 bytes a key, where a set of ids takes over 100.
+    """A set that only knows what was added: 64-bit hashes in one flat table of 16 to 32 bytes a key, where a
+    set of ids takes over 100.
 
     Two of n different keys are taken for equal with a chance of about n²/2⁶⁵: 3 in 10⁸ for a million."""
-    def __init__(self): self.table, self.count = array("Q", [0]) * 1024, 0
+
+    def __init__(self):
+        self.table, self.count = array("Q", [0]) * 1024, 0
 
     def place(self, code):
         "Index of `code` in the table, or of the free slot (0) where it belongs."
         last = len(self.table) - 1
         at = code & last
-        while self.table[at] not in (0, code): at = at + 1 & last
+        while self.table[at] not in (0, code):
+            at = at + 1 & last
         return at
 
-    def __contains__(self, key): return self.table[self.place(hash(key) & 2**64 - 1 or 1)] != 0
+    def __contains__(self, key):
+        return self.table[self.place(hash(key) & 2**64 - 1 or 1)] != 0
 
     def add(self, key):
         if 2 * self.count >= len(self.table):
             old, self.table = self.table, array("Q", [0]) * (2 * len(self.table))
             for code in old:
-                if code: self.table[self.place(code)] = code
+                if code:
+                    self.table[self.place(code)] = code
         at = self.place(code := hash(key) & 2**64 - 1 or 1)
         self.count += self.table[at] == 0
         self.table[at] = code
@@ -107,18 +133,30 @@ class SeenKeys:
 MAX_SKIPPED = 1000  # error sentences kept in memory
 MAX_BAD = 10_000  # bad records; more of them end the reading where they are more than the good ones
 MAX_WORDS = 1000  # characters of an error sentence that is kept
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")  # of a folder's files
+# of a folder's files
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")
 
 
 def files_in(folder):
     "Paths of all files under a `folder` that `SUFFIXES` names, in order; hidden ones and links are left out."
     found = list(itertools.islice(folder.rglob("*"), MAX_ENTRIES + 1))
-    need(len(found) <= MAX_ENTRIES, str(folder), f"holds over {MAX_ENTRIES:,} files; name those that are wanted")
-    return [p for p in sorted(found) if p.suffix in SUFFIXES and p.is_file() and not p.is_symlink()
-            and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    need(
+        len(found) <= MAX_ENTRIES,
+        str(folder),
+        f"holds over {MAX_ENTRIES:,} files; name those that are wanted",
+    )
+    return [
+        p
+        for p in sorted(found)
+        if p.suffix in SUFFIXES
+        and p.is_file()
+        and not p.is_symlink()
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    ]
 
 # %% ../../nbs/transcripts/10_reader.ipynb #64a4e192
-class TooManyBad(TranscriptError): "So many bad records that the rest is not read."
+class TooManyBad(TranscriptError):
+    "So many bad records that the rest is not read."
 
 
 class TranscriptReader:
@@ -130,8 +168,15 @@ class TranscriptReader:
     `renamed` that of transcripts whose id stands in another file too, `left_out` that of records by the
     cause for which their format leaves them out of a folder, and `formats` that of records read, by format.
     More than `MAX_BAD` bad records that are more than the good ones raise `TooManyBad`."""
+
     def __init__(self, path, format, label, on_error, relabel=None):
-        self.path, self.format, self.label, self.on_error, self.relabel = Path(path), format, label, on_error, relabel
+        self.path, self.format, self.label, self.on_error, self.relabel = (
+            Path(path),
+            format,
+            label,
+            on_error,
+            relabel,
+        )
         self.start()
 
     @property
@@ -142,43 +187,61 @@ class TranscriptReader:
     def start(self):
         "Sets all counts to zero."
         self.skipped, self.skipped_count, self.repeated, self.renamed, self.relabelled = [], 0, 0, 0, 0
-        self.contradictions, self.record_count, self.left_out, self.formats = Counter(), 0, Counter(), Counter()
+        self.contradictions, self.record_count, self.left_out, self.formats = (
+            Counter(),
+            0,
+            Counter(),
+            Counter(),
+        )
 
     def skip(self, error):
-        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where over
-        `MAX_BAD` records are bad so far, and fewer are good."""
+        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where
+        over `MAX_BAD` records are bad so far, and fewer are good."""
         self.skipped_count += 1
-        if len(str(error)) > MAX_WORDS: error = TranscriptError(f"{cut(error, MAX_WORDS)}…")
-        if len(self.skipped) < MAX_SKIPPED: self.skipped.append(str(error))
+        if len(str(error)) > MAX_WORDS:
+            error = TranscriptError(f"{cut(error, MAX_WORDS)}…")
+        if len(self.skipped) < MAX_SKIPPED:
+            self.skipped.append(str(error))
         good = self.formats.total()
         if self.skipped_count > max(MAX_BAD, good):
-            counts = f"{self.skipped_count:,} of the first {good + self.skipped_count:,} records cannot be read"
-            raise TooManyBad(f"{self.shown_name}: {counts}, so the rest is not looked at; mend them or take them out; "
-                             f"the first: {self.skipped[0]}")
+            counts = (
+                f"{self.skipped_count:,} of the first {good + self.skipped_count:,} records cannot be read"
+            )
+            raise TooManyBad(
+                f"{self.shown_name}: {counts}, so the rest is not looked at; mend them or take them out; "
+                f"the first: {self.skipped[0]}"
+            )
         return error
 
     def convert(self, format, record, where, default_id, name):
         """The transcripts of a `record`; with `relabel`, of the one that its source's verdict has corrected
         where its own fields contradict each other."""
-        try: return format.reads(record, where, default_id, self.label, name)
+        try:
+            return format.reads(record, where, default_id, self.label, name)
         except Contradiction as e:
             self.contradictions[name] += 1
-            if self.relabel is None or e.corrected is None: raise
+            if self.relabel is None or e.corrected is None:
+                raise
             found = format.reads(e.corrected, where, default_id, None, name)
             self.relabelled += 1
             return found
 
     def all_contradictions(self, first):
-        """The TranscriptError that counts the contradictions of all files by reading them again, as far as skipping reads
-        them, and gives the `first`."""
+        """The TranscriptError that counts the contradictions of all files by reading them again, as far as
+        skipping reads them, and gives the `first`."""
         reader, part = copy.copy(self), ""
         reader.on_error, reader.relabel = "skip", None
         try:
-            for _ in TranscriptReader.records(reader, empty=True): pass
-        except TooManyBad: part = "the first "
+            for _ in TranscriptReader.records(reader, empty=True):
+                pass
+        except TooManyBad:
+            part = "the first "
         files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
         more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
-        return TranscriptError(f"{first} ({reader.contradictions.total():,} of {part}{reader.record_count:,} records contradict themselves: {', '.join(files[:5])}{more})")
+        return TranscriptError(
+            f"{first} ({reader.contradictions.total():,} of {part}{reader.record_count:,} records "
+            f"contradict themselves: {', '.join(files[:5])}{more})"
+        )
 
     def drop_repeats(self, found, default_id, seen):
         """`found` without transcripts that stood before in this file, equal in all (but for an id that
@@ -187,93 +250,150 @@ class TranscriptReader:
         new = []
         for t in found:
             content = repr(replace(t, id="") if t.id.startswith(f"{default_id}:") else replace(t, meta={}))
-            if content in seen: self.repeated += 1
-            else: new.append(t)
+            if content in seen:
+                self.repeated += 1
+            else:
+                new.append(t)
             seen.add(content)
         return new
 
     def tell_apart(self, found, default_id, name, ids, contents):
-        """`found` in the file `name` of several, where an id may stand in another one, as that of a task does which two
-        models have run: what is equal there is read once; the id of what is not begins with the file's name. `ids`
-        are those handed on so far, and get these."""
+        """`found` in the file `name` of several, where an id may stand in another one, as that of a task does
+        which two models have run: what is equal there is read once; the id of what is not begins with the
+        file's name. `ids` are those handed on so far, and get these."""
         new = []
         for t in found:
-            own = t.id == default_id or t.id.startswith(f"{default_id}:")  # the reader's, which says where it stands
-            content = None if own else ("of a file", repr(replace(t, source="")))  # `drop_repeats` keeps its own
-            if content and content in contents: self.repeated += 1
+            # the reader's, which says where it stands
+            own = t.id == default_id or t.id.startswith(f"{default_id}:")
+            # `drop_repeats` keeps its own
+            content = None if own else ("of a file", repr(replace(t, source="")))
+            if content and content in contents:
+                self.repeated += 1
             else:
-                if content: contents.add(content)
+                if content:
+                    contents.add(content)
                 self.renamed += t.id in ids
-                while t.id in ids: t = replace(t, id=f"{name}:{t.id}")
+                while t.id in ids:
+                    t = replace(t, id=f"{name}:{t.id}")
                 ids.add(t.id)
                 new.append(t)
         return new
 
     def files(self):
         "`(path, name)` of the one file, or of each of `files_in` a folder."
-        if not self.path.is_dir(): return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
+        if not self.path.is_dir():
+            return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
         return [(p, p.relative_to(self.path).as_posix()) for p in files_in(self.path)]
 
     def read_file(self, path, name, ids, contents):
-        "Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and `contents` remember what stood before."
+        """Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and
+        `contents` remember what stood before."""
         here = ids if path == self.path else SeenKeys()  # the file's own
         lists = {f.items for f in known_formats().values() if f.items}
-        for where, default_id, record, format in of_format(read_records(path, name, lists), self.format, path):
+        for where, default_id, record, format in of_format(
+            read_records(path, name, lists), self.format, path
+        ):
             self.record_count += 1
             try:
-                if isinstance(record, TranscriptError): raise record
-                need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
-                if self.label is None and path != self.path and format.leaves_out and (cause := format.leaves_out(record)):
+                if isinstance(record, TranscriptError):
+                    raise record
+                need(
+                    isinstance(record, dict),
+                    where,
+                    f"is a JSON {type(record).__name__}; each record is an object",
+                )
+                if (
+                    self.label is None
+                    and path != self.path
+                    and format.leaves_out
+                    and (cause := format.leaves_out(record))
+                ):
                     self.left_out[cause] += 1
                     continue
                 check_record_switches(record, where)
                 check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
                 found = self.convert(format, record, where, default_id, name)
-                if format.name in ("rrfa", "trace_v1"): found = self.drop_repeats(found, default_id, contents)
-                need(not (twice := sorted(t.id for t in found if t.id in here)), f"{where}, id", f"{twice} stood before; ids must differ")
-                need(len({t.id for t in found}) == len(found), f"{where}, id", "stands twice in this record; ids must differ")
+                if format.name in ("rrfa", "trace_v1"):
+                    found = self.drop_repeats(found, default_id, contents)
+                need(
+                    not (twice := sorted(t.id for t in found if t.id in here)),
+                    f"{where}, id",
+                    f"{twice} stood before; ids must differ",
+                )
+                need(
+                    len({t.id for t in found}) == len(found),
+                    f"{where}, id",
+                    "stands twice in this record; ids must differ",
+                )
                 self.formats[format.name] += 1
             except TranscriptError as e:
-                if self.on_error == "raise": raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
+                if self.on_error == "raise":
+                    raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
                 yield self.skip(e)
                 continue
-            for t in found: here.add(t.id)
-            if here is not ids: found = self.tell_apart(found, default_id, name, ids, contents)
+            for t in found:
+                here.add(t.id)
+            if here is not ids:
+                found = self.tell_apart(found, default_id, name, ids, contents)
             yield from found
 
     def records(self, empty=False):
-        """Yields each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad record. Raises TranscriptError for a
-        file that is broken as a whole or, unless `empty`, holds no transcript."""
+        """Yields each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad
+        record. Raises TranscriptError for a file that is broken as a whole or, unless `empty`, holds no
+        transcript."""
         self.start()
         ids, contents = SeenKeys(), SeenKeys()
         for path, name in self.files():
-            try: yield from self.read_file(path, name, ids, contents)
-            except TooManyBad: raise
+            try:
+                yield from self.read_file(path, name, ids, contents)
+            except TooManyBad:
+                raise
             except TranscriptError as e:
-                if self.on_error == "raise" or path == self.path: raise
+                if self.on_error == "raise" or path == self.path:
+                    raise
                 yield self.skip(e)  # a broken file among many
-        need(ids.count or empty, self.path.name, f"holds no transcript; {self.skipped[0] if self.skipped else self.nothing()}")
+        need(
+            ids.count or empty,
+            self.path.name,
+            f"holds no transcript; {self.skipped[0] if self.skipped else self.nothing()}",
+        )
 
     def nothing(self):
         "Why there is no record, in words."
         links = sum(p.is_symlink() for p in self.path.rglob("*")) if self.path.is_dir() else 0
         out = ", ".join(f"{n:,} {cause} left out" for cause, n in self.left_out.items())
-        return out or "there are no records" + f", but {links:,} links, which are followed where a glob names them" * bool(links)
+        return (
+            out
+            or "there are no records"
+            + f", but {links:,} links, which are followed where a glob names them" * bool(links)
+        )
 
     def told(self):
         """Sentences on what the last reading did with whole records: those read once and those read by their
         source's verdict, counted."""
-        texts = ((self.repeated, "samples stood before and were read once"),
-                 (self.renamed, "transcripts have an id that stands in another file too; theirs begins with the name of their file"),
-                 (self.relabelled, "records, whose labels contradict the verdict of their source, were read by that verdict"))
+        texts = (
+            (self.repeated, "samples stood before and were read once"),
+            (
+                self.renamed,
+                "transcripts have an id that stands in another file too; theirs begins with the name of "
+                "their file",
+            ),
+            (
+                self.relabelled,
+                "records, whose labels contradict the verdict of their source, were read by that verdict",
+            ),
+        )
         left = [f"{self.shown_name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
         return left + [f"{self.shown_name}: {n:,} {text}" for n, text in texts if n]
 
     def __iter__(self):
         for found in self.records():
-            if not isinstance(found, TranscriptError): yield found
-        if self.skipped: warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}")
-        for text in self.told(): warn(text)
+            if not isinstance(found, TranscriptError):
+                yield found
+        if self.skipped:
+            warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}")
+        for text in self.told():
+            warn(text)
 
 # %% ../../nbs/transcripts/10_reader.ipynb #be9404da
 def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=None):
@@ -281,47 +401,76 @@ def read_transcripts(path, format="auto", label=None, on_error="raise", relabel=
     packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo writes a
     file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
 
-    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of
-    records that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of
-    bad records in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
-    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those whose source
-    measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and array items stream,
-    one at a time. Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
-    for name, value, choices in (("format", format, ("auto", *known_formats())), ("label", label, (None, *LABELS)),
-                                 ("on_error", on_error, ("raise", "skip")), ("relabel", relabel, (None, "source"))):
+    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of records
+    that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of bad records
+    in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
+    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those
+    whose source measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and
+    array items stream, one at a time. Raises TranscriptError with file, line and field; ValueError for a
+    wrong argument."""
+    for name, value, choices in (
+        ("format", format, ("auto", *known_formats())),
+        ("label", label, (None, *LABELS)),
+        ("on_error", on_error, ("raise", "skip")),
+        ("relabel", relabel, (None, "source")),
+    ):
         if value not in choices:
             words = [c for c in choices if c]
-            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(words)}{nearest(value, words)}")
-    if not is_hub(path) and not Path(path).exists(): raise TranscriptError(f"{path}: no such file; give the path of a JSONL or JSON file, or of a folder of them")
+            raise ValueError(
+                f"{name}={value!r} is unknown; use one of {', '.join(words)}{nearest(value, words)}"
+            )
+    if not is_hub(path) and not Path(path).exists():
+        raise TranscriptError(
+            f"{path}: no such file; give the path of a JSONL or JSON file, or of a folder of them"
+        )
     return TranscriptReader(path, format, label, on_error, relabel)
 
 # %% ../../nbs/transcripts/10_reader.ipynb #82b1489b
 def to_record(transcript):
     "The JSON record of a `Transcript`: the OpenAI form, with tool-call arguments as JSON strings."
-    def dumps(arguments): return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    def call(c): return {**c, "function": {**c["function"], "arguments": dumps(c["function"]["arguments"])}}
-    def message(m): return {**m, "tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
-    return {"id": transcript.id, "messages": [message(m) for m in transcript.messages], "tools": transcript.tools,
-            "label": transcript.label,
-            "source": transcript.source, "message_labels": {str(k): v for k, v in transcript.message_labels.items()},
-            "injection_spans": [[s.message, s.start, s.end] for s in transcript.injection_spans], "meta": transcript.meta}
+
+    def dumps(arguments):
+        return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+
+    def call(c):
+        return {**c, "function": {**c["function"], "arguments": dumps(c["function"]["arguments"])}}
+
+    def message(m):
+        return {**m, "tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
+
+    return {
+        "id": transcript.id,
+        "messages": [message(m) for m in transcript.messages],
+        "tools": transcript.tools,
+        "label": transcript.label,
+        "source": transcript.source,
+        "message_labels": {str(k): v for k, v in transcript.message_labels.items()},
+        "injection_spans": [[s.message, s.start, s.end] for s in transcript.injection_spans],
+        "meta": transcript.meta,
+    }
 
 # %% ../../nbs/transcripts/10_reader.ipynb #97863c47
 def write_transcripts(path, transcripts):
     """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back
     equal ones.
 
-    The file appears whole or not at all (`cbnb.basics.files.new_file`, which may raise). Raises TranscriptError
-    for one that would not read back equal."""
+    The file appears whole or not at all (`cbnb.basics.files.new_file`, which may raise). Raises
+    TranscriptError for one that would not read back equal."""
     ids = SeenKeys()
     with new_file(path) as f:
         for t in transcripts:
             where = f"transcript {t.id!r}"
-            try: line = json.dumps(to_record(t), ensure_ascii=False, allow_nan=False)
+            try:
+                line = json.dumps(to_record(t), ensure_ascii=False, allow_nan=False)
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 raise TranscriptError(f"{where}: cannot be written as JSON ({e})") from None
             back = from_openai(decode_line(line.encode("utf-8", "surrogatepass"), where), where, "")
-            need(back == [t], where, "would not read back equal; use strings as keys, lists for sequences and '' for empty content")
+            need(
+                back == [t],
+                where,
+                "would not read back equal; use strings as keys, lists for sequences and '' for empty "
+                "content",
+            )
             need(t.id not in ids, where, "its id stood before; ids must differ within a file")
             ids.add(t.id)
             f.write(f"{line}\n".encode())

@@ -18,18 +18,21 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from ..basics.withheld import cut
 from ..basics.terminal import error_text
+from ..basics.withheld import cut
 
 # %% ../../nbs/transcripts/00_record.ipynb #93090dc5
 class TranscriptError(ValueError):
-    "A record, line or file that cannot be read as a transcript. The text names file, line and field, and says what to do."
+    """A record, line or file that cannot be read as a transcript. The text names file, line and field, and
+    says what to do."""
+
     __str__ = error_text
 
 # %% ../../nbs/transcripts/00_record.ipynb #bac14b87
 @dataclass(frozen=True)
 class InjectionSpan:
     "Characters `[start, end)` of the string content of `messages[message]` that an attacker wrote."
+
     message: int
     start: int
     end: int
@@ -39,10 +42,12 @@ class InjectionSpan:
 class Transcript:
     """One conversation.
 
-    `messages` are in the Hugging Face chat form: `role` is system, user, assistant or tool; `content` is a string; `tool_calls` hold their
-    arguments as a dict; `reasoning_content`, `tool_call_id` and `name` are optional. `tools` are JSON schemas of the tools on offer.
-    `label` is "benign" or "harmful"; `message_labels` overrides it for single messages ("none" switches one off).
-    `meta` holds what evaluation needs: kind, expected_call, injected_call, and any further key of the file."""
+    `messages` are in the Hugging Face chat form: `role` is system, user, assistant or tool; `content` is a
+    string; `tool_calls` hold their arguments as a dict; `reasoning_content`, `tool_call_id` and `name` are
+    optional. `tools` are JSON schemas of the tools on offer. `label` is "benign" or "harmful";
+    `message_labels` overrides it for single messages ("none" switches one off). `meta` holds what evaluation
+    needs: kind, expected_call, injected_call, and any further key of the file."""
+
     id: str
     messages: list
     tools: list | None = None
@@ -53,38 +58,49 @@ class Transcript:
     meta: dict = field(default_factory=dict)
 
 # %% ../../nbs/transcripts/00_record.ipynb #0d25d113
-MAX_LINE_BYTES = 16 * 2**20  # one line of a JSONL file, one item of a JSON array, or a file that is one JSON object
+# one line of a JSONL file, one item of a JSON array, or a file that is one JSON object
+MAX_LINE_BYTES = 16 * 2**20
 MAX_DEPTH = 64  # nested lists and objects in one record
 ROLES = ("system", "user", "assistant", "tool")
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # the names that templates and files have for an assistant's thoughts
+# the names that templates and files have for an assistant's thoughts
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 LABELS = ("benign", "harmful")
 
 # %% ../../nbs/transcripts/00_record.ipynb #7970e5e2
 def json_depth(text):
-    """Deepest nesting of lists and objects in JSON `text`, without parsing it (which could exhaust the stack); an upper bound where it is
-    harmless."""
-    if (brackets := text.count("[") + text.count("{")) <= MAX_DEPTH: return brackets
+    """Deepest nesting of lists and objects in JSON `text`, without parsing it (which could exhaust the
+    stack); an upper bound where it is harmless."""
+    if (brackets := text.count("[") + text.count("{")) <= MAX_DEPTH:
+        return brackets
     depth = deepest = 0
-    for token in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', text, re.S):  # a string may be cut off
-        if token[0] in "[{": deepest = max(deepest, depth := depth + 1)
-        elif token[0] in "]}": depth -= 1
+    # a string may be cut off
+    for token in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', text, re.S):
+        if token[0] in "[{":
+            deepest = max(deepest, depth := depth + 1)
+        elif token[0] in "]}":
+            depth -= 1
     return deepest
 
 # %% ../../nbs/transcripts/00_record.ipynb #a6259185
 def _unique(pairs):
     "The dict of `pairs`; a repeated key is an error, since JSON does not say which one counts."
     seen = dict(pairs)
-    if len(seen) == len(pairs): return seen
+    if len(seen) == len(pairs):
+        return seen
     keys = [k for k, _ in pairs]
-    raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object; keep one")
+    raise ValueError(
+        f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object; keep one"
+    )
 
 
-def _refuse_constant(name): raise ValueError(f"{name} is not JSON; use null")
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not JSON; use null")
 
 
 def _finite(text):
     "A JSON number as float; one that overflows is an error."
-    if math.isfinite(number := float(text)): return number
+    if math.isfinite(number := float(text)):
+        return number
     raise ValueError(f"the number {cut(text, 20)} is too large")
 
 
@@ -92,64 +108,100 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_con
 
 # %% ../../nbs/transcripts/00_record.ipynb #37afebe8
 def check_unicode(value):
-    r"Raises ValueError where `value` holds half of a surrogate pair (`\ud800`), which has no UTF-8 form and breaks tokenizers."
-    try: json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError: raise ValueError("a string holds a lone surrogate (\\ud800-\\udfff); repair the text") from None
+    r"""Raises ValueError where `value` holds half of a surrogate pair (`\ud800`), which has no UTF-8 form and
+    breaks tokenizers."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("a string holds a lone surrogate (\\ud800-\\udfff); repair the text") from None
 
 # %% ../../nbs/transcripts/00_record.ipynb #f01c07f2
 def parse_json(text):
-    """The value of JSON `text`. Raises ValueError (with a sentence) for bad syntax, doubled keys, NaN, depth over `MAX_DEPTH`, lone
-    surrogates."""
-    if json_depth(text) > MAX_DEPTH: raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH}")
-    try: value = DECODER.decode(text)
-    except json.JSONDecodeError as e: raise ValueError(f"bad JSON at character {e.pos + 1}: {e.msg}") from None
-    if re.search(r"\\u[dD][89a-fA-F]", text): check_unicode(value)
+    """The value of JSON `text`. Raises ValueError (with a sentence) for bad syntax, doubled keys, NaN, depth
+    over `MAX_DEPTH`, lone surrogates."""
+    if json_depth(text) > MAX_DEPTH:
+        raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH}")
+    try:
+        value = DECODER.decode(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"bad JSON at character {e.pos + 1}: {e.msg}") from None
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        check_unicode(value)
     return value
 
 # %% ../../nbs/transcripts/00_record.ipynb #dd8df9e5
 def need(ok, where, problem):
     "Raises TranscriptError `where: problem` unless `ok`."
-    if not ok: raise TranscriptError(f"{where}: {problem}")
+    if not ok:
+        raise TranscriptError(f"{where}: {problem}")
 
 # %% ../../nbs/transcripts/00_record.ipynb #c2a99e27
 def nearest(word, choices):
-    "` (did you mean 'x'?)` for the one of `choices` (iterable of str) closest to `word`, or an empty string if none is close."
+    """` (did you mean 'x'?)` for the one of `choices` (iterable of str) closest to `word`, or an empty string
+    if none is close."""
     close = difflib.get_close_matches(str(word), list(choices), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 # %% ../../nbs/transcripts/00_record.ipynb #2145192f
 def need_one_of(value, choices, where):
     "Raises TranscriptError that lists `choices` (strings), and the nearest, unless `value` is one of them."
-    if isinstance(value, str) and value in choices: return
+    if isinstance(value, str) and value in choices:
+        return
     raise TranscriptError(f"{where}: is {value!r}; use one of {', '.join(choices)}{nearest(value, choices)}")
 
 # %% ../../nbs/transcripts/00_record.ipynb #d833fca9
 SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "loss_scale")
-UNCLEAR = ("mask", "masked", "ignore", "train_detail", "training_detail", "train_mask", "label_mask", "weights")
+UNCLEAR = (
+    "mask",
+    "masked",
+    "ignore",
+    "train_detail",
+    "training_detail",
+    "train_mask",
+    "label_mask",
+    "weights",
+)
 RECORD_SWITCHES = (*SWITCHES, *UNCLEAR, "sample_weight", "train_on_inputs", "mask_history")
 
 
 def read_switch(message, where):
     """Whether a message may be trained: False where a key of `SWITCHES` says 0 or false, else True.
 
-    `weight` is OpenAI's (also of unsloth and Together), `train` and `training` are axolotl's, `loss` and `loss_scale` ms-swift's, `loss_mask`
-    is that of RL trainers, 1 where trained. Raises TranscriptError for another value than 0, 1, false and true, for keys that disagree, for
-    a key in `UNCLEAR`, and where words are to be trained that are not the assistant's."""
+    `weight` is OpenAI's (also of unsloth and Together), `train` and `training` are axolotl's, `loss` and
+    `loss_scale` ms-swift's, `loss_mask` is that of RL trainers, 1 where trained. Raises TranscriptError for
+    another value than 0, 1, false and true, for keys that disagree, for a key in `UNCLEAR`, and where words
+    are to be trained that are not the assistant's."""
     for key in UNCLEAR:
-        need(message.get(key) is None, f"{where}.{key}", "cannot be followed: it is not clear which words it trains; write \"weight\": 0 for "
-             "an assistant message that is not to be trained, or remove it")
+        need(
+            message.get(key) is None,
+            f"{where}.{key}",
+            'cannot be followed: it is not clear which words it trains; write "weight": 0 for '
+            "an assistant message that is not to be trained, or remove it",
+        )
     given = {key: message[key] for key in SWITCHES if message.get(key) is not None}
     for key, value in given.items():
-        need(isinstance(value, (bool, int, float)) and value in (0, 1), f"{where}.{key}",
-             f"is {value!r}; only 0 and 1 (or false and true) are known: a message is trained, or it is not")
-        need(not value or message.get("role") == "assistant", f"{where}.{key}",
-             f"asks to train a {message.get('role')} message; only what the assistant says is trained, remove it")
-    need(len({bool(value) for value in given.values()}) < 2, f"{where}.{', '.join(given)}", "say different things; keep one")
+        need(
+            isinstance(value, (bool, int, float)) and value in (0, 1),
+            f"{where}.{key}",
+            f"is {value!r}; only 0 and 1 (or false and true) are known: a message is trained, or it is not",
+        )
+        need(
+            not value or message.get("role") == "assistant",
+            f"{where}.{key}",
+            f"asks to train a {message.get('role')} message; only what the assistant says is trained, "
+            "remove it",
+        )
+    need(
+        len({bool(value) for value in given.values()}) < 2,
+        f"{where}.{', '.join(given)}",
+        "say different things; keep one",
+    )
     return all(given.values())
 
 # %% ../../nbs/transcripts/00_record.ipynb #b8618d1f
 def check_record_switches(record, where):
-    """Raises TranscriptError where a key of the whole `record` weighs it or switches training off: each message has such keys of its own.
+    """Raises TranscriptError where a key of the whole `record` weighs it or switches training off: each
+    message has such keys of its own.
 
     In `training`, an object in RRFA's traces, such keys are looked for, too."""
     for key in RECORD_SWITCHES:
@@ -158,43 +210,89 @@ def check_record_switches(record, where):
             check_record_switches(value, f"{where}, training")
             continue
         plain = key in (*SWITCHES, "sample_weight") and type(value) in (bool, int, float) and value == 1
-        need(value is None or plain, f"{where}, {key}",
-             f"is {value if isinstance(value, (bool, int, float)) else type(value).__name__} for a whole record, which cannot be followed; "
-             "drop the record, or write \"weight\": 0 in its messages")
+        need(
+            value is None or plain,
+            f"{where}, {key}",
+            f"is {value if isinstance(value, (bool, int, float)) else type(value).__name__} for a whole "
+            "record, which cannot be followed; "
+            'drop the record, or write "weight": 0 in its messages',
+        )
 
 # %% ../../nbs/transcripts/00_record.ipynb #a51e601c
 def read_content(content, where):
-    "Message content as a string: null becomes `''`, a list of text blocks is joined; anything else raises TranscriptError."
-    if content is None or isinstance(content, str): return content or ""
-    need(isinstance(content, list), where, f"is {type(content).__name__}; give a string, null or a list of text blocks")
+    """Message content as a string: null becomes `''`, a list of text blocks is joined; anything else raises
+    TranscriptError."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    need(
+        isinstance(content, list),
+        where,
+        f"is {type(content).__name__}; give a string, null or a list of text blocks",
+    )
     for i, block in enumerate(content):
-        need(isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str),
-             f"{where}[{i}]", 'is no text block; only {"type": "text", "text": "..."} can be read')
+        need(
+            isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str),
+            f"{where}[{i}]",
+            'is no text block; only {"type": "text", "text": "..."} can be read',
+        )
         own = [key for key in (*SWITCHES, *UNCLEAR) if block.get(key) is not None]
-        need(not own, f"{where}[{i}].{', '.join(own)}", "is said of a part of a message; it can be said of a whole one only")
+        need(
+            not own,
+            f"{where}[{i}].{', '.join(own)}",
+            "is said of a part of a message; it can be said of a whole one only",
+        )
     return "".join(block["text"] for block in content)
 
 # %% ../../nbs/transcripts/00_record.ipynb #dbc690e8
 def read_arguments(arguments, where):
     "Arguments of a tool call as a dict, decoded first where they are a JSON string (`''` is `{}`)."
     if isinstance(arguments, str):
-        try: arguments = parse_json(arguments) if arguments.strip() else {}
-        except ValueError as e: raise TranscriptError(f"{where}: {e}; write the arguments as one JSON object") from None
-    need(isinstance(arguments, dict), where, f"is {type(arguments).__name__}; write the arguments as one JSON object")
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except ValueError as e:
+            raise TranscriptError(f"{where}: {e}; write the arguments as one JSON object") from None
+    need(
+        isinstance(arguments, dict),
+        where,
+        f"is {type(arguments).__name__}; write the arguments as one JSON object",
+    )
     return arguments
 
 # %% ../../nbs/transcripts/00_record.ipynb #973f1543
 def read_tool_call(call, where):
-    'One tool call as `{"type": "function", "function": {"name", "arguments"}}` (and its other keys, such as id).'
-    need(isinstance(call, dict) and isinstance(call.get("function"), dict), where,
-         'is no tool call; write {"type": "function", "function": {"name": ..., "arguments": ...}}')
+    """One tool call as `{"type": "function", "function": {"name", "arguments"}}` (and its other keys, such as
+    id)."""
+    need(
+        isinstance(call, dict) and isinstance(call.get("function"), dict),
+        where,
+        'is no tool call; write {"type": "function", "function": {"name": ..., "arguments": ...}}',
+    )
     function = call["function"]
-    need(call.get("type", "function") == "function", f"{where}.type", f"is {call.get('type')!r}; only 'function' is known")
-    need(isinstance(function.get("name"), str) and function["name"], f"{where}.function.name", "is missing; name the tool")
-    need("arguments" in function, f"{where}.function.arguments", "is missing; write {} for a call without arguments")
+    need(
+        call.get("type", "function") == "function",
+        f"{where}.type",
+        f"is {call.get('type')!r}; only 'function' is known",
+    )
+    need(
+        isinstance(function.get("name"), str) and function["name"],
+        f"{where}.function.name",
+        "is missing; name the tool",
+    )
+    need(
+        "arguments" in function,
+        f"{where}.function.arguments",
+        "is missing; write {} for a call without arguments",
+    )
     arguments = read_arguments(function["arguments"], f"{where}.function.arguments")
-    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments,
-                                                     **{k: v for k, v in function.items() if k not in ("name", "arguments")}}}
+    return {
+        **call,
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "arguments": arguments,
+            **{k: v for k, v in function.items() if k not in ("name", "arguments")},
+        },
+    }
 
 # %% ../../nbs/transcripts/00_record.ipynb #72efe9a6
 def modernise(message, where, adapted=None):
@@ -202,15 +300,21 @@ def modernise(message, where, adapted=None):
     and role `function` as a tool call and its result. The `error` of a tool result takes the place of the
     content, which is what AgentDojo and its exports showed the model. What was changed is counted by
     name in `adapted` (a Counter, or None)."""
+
     def note(name):
-        if adapted is not None: adapted[name] += 1
+        if adapted is not None:
+            adapted[name] += 1
+
     role, call, error = message.get("role"), message.get("function_call"), message.get("error")
     if role == "developer":
         message = {**message, "role": "system"}
         note("developer message as system message")
     if role == "function":
-        need(isinstance(message.get("name"), str) and message["name"], f"{where}.name",
-             "is missing; name the function whose result this is")
+        need(
+            isinstance(message.get("name"), str) and message["name"],
+            f"{where}.name",
+            "is missing; name the function whose result this is",
+        )
         message = {**message, "role": "tool"}
         note("result of an old function call as tool message")
     if call is not None:
@@ -218,49 +322,89 @@ def modernise(message, where, adapted=None):
         call = read_tool_call({"function": call}, f"{where}.function_call")
         message = {**{k: v for k, v in message.items() if k != "function_call"}, "tool_calls": [call]}
         note("old function_call as tool call")
-    if role == "tool" and isinstance(error, str) and error and ("tool_call" in message
-        or not message.get("content")):
+    if (
+        role == "tool"
+        and isinstance(error, str)
+        and error
+        and ("tool_call" in message or not message.get("content"))
+    ):
         message = {**{k: v for k, v in message.items() if k != "error"}, "content": error}
         note("error of a tool as its result")
     return message
 
 # %% ../../nbs/transcripts/00_record.ipynb #4e9e5b0f
 def read_message(message, where, adapted=None):
-    """One message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template may read them). `adapted`: see
-    `modernise`."""
-    need(isinstance(message, dict), where, f"is {type(message).__name__}; each message is an object with role and content")
+    """One message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template may
+    read them). `adapted`: see `modernise`."""
+    need(
+        isinstance(message, dict),
+        where,
+        f"is {type(message).__name__}; each message is an object with role and content",
+    )
     message = modernise(message, where, adapted)
     role = message.get("role")
     need_one_of(role, ROLES, f"{where}.role")
     calls = message.get("tool_calls") or []
     need(isinstance(calls, list), f"{where}.tool_calls", f"is {type(calls).__name__}; write a list of calls")
-    need(role == "assistant" or not calls, f"{where}.tool_calls", f"stands in a {role} message; only the assistant calls tools")
-    need("content" in message or calls, f"{where}.content", "is missing; write the text, or null beside tool_calls")
+    need(
+        role == "assistant" or not calls,
+        f"{where}.tool_calls",
+        f"stands in a {role} message; only the assistant calls tools",
+    )
+    need(
+        "content" in message or calls,
+        f"{where}.content",
+        "is missing; write the text, or null beside tool_calls",
+    )
     read_switch(message, where)
     for key in (*REASONING_KEYS, "refusal", "tool_call_id", "name"):
-        need(isinstance(message.get(key, ""), str | None), f"{where}.{key}", f"is {type(message.get(key)).__name__}; write a string")
+        need(
+            isinstance(message.get(key, ""), str | None),
+            f"{where}.{key}",
+            f"is {type(message.get(key)).__name__}; write a string",
+        )
     thoughts = {message[key] for key in REASONING_KEYS if message.get(key)}
-    need(len(thoughts) < 2, f"{where}.{', '.join(k for k in REASONING_KEYS if message.get(k))}", "say different things; keep one")
+    need(
+        len(thoughts) < 2,
+        f"{where}.{', '.join(k for k in REASONING_KEYS if message.get(k))}",
+        "say different things; keep one",
+    )
     out = {k: v for k, v in message.items() if v is not None and k not in ("tool_calls", "refusal")}
     out["content"] = read_content(message.get("content"), f"{where}.content")
     if refusal := message.get("refusal"):  # OpenAI writes a refusal in the place of the content
-        need(role == "assistant" and not out["content"], f"{where}.refusal", "stands beside content, or in a message that is not the assistant's; keep one")
+        need(
+            role == "assistant" and not out["content"],
+            f"{where}.refusal",
+            "stands beside content, or in a message that is not the assistant's; keep one",
+        )
         out["content"] = refusal
-    if calls: out["tool_calls"] = [read_tool_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    if calls:
+        out["tool_calls"] = [read_tool_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
     return out
 
 # %% ../../nbs/transcripts/00_record.ipynb #6801072d
 def read_label(own, given, where):
-    "A record's label: its `own`, or `given` where it has none. A contradiction, an unknown label or none at all raises TranscriptError."
-    need(own is not None or given is not None, where, "is missing; add it to each record, or pass label='benign' or label='harmful'")
-    if own is not None: need_one_of(own, LABELS, where)
-    need(own is None or given in (None, own), where, f"says {own!r} but label={given!r} was passed; drop one of them")
+    """A record's label: its `own`, or `given` where it has none. A contradiction, an unknown label or none at
+    all raises TranscriptError."""
+    need(
+        own is not None or given is not None,
+        where,
+        "is missing; add it to each record, or pass label='benign' or label='harmful'",
+    )
+    if own is not None:
+        need_one_of(own, LABELS, where)
+    need(
+        own is None or given in (None, own),
+        where,
+        f"says {own!r} but label={given!r} was passed; drop one of them",
+    )
     return own or given
 
 # %% ../../nbs/transcripts/00_record.ipynb #00a15199
 class Contradiction(TranscriptError):
     """Two fields of one record that cannot both be right about its label. `corrected`: the record with the
     label that its source measured, None where nothing was measured."""
+
     def __init__(self, text, corrected=None):
         super().__init__(text)
         self.corrected = corrected
@@ -281,7 +425,12 @@ def measured_label(run):
     """The label that the `security` of an AgentDojo run measured: harmful where the injection reached its
     goal (true), else benign. None where it measured nothing: without an injection task, after an API
     error, in a denial-of-service attack."""
-    if run.get("injection_task_id") is None or not isinstance(run.get("security"), bool) or run.get("error") is not None: return None
+    if (
+        run.get("injection_task_id") is None
+        or not isinstance(run.get("security"), bool)
+        or run.get("error") is not None
+    ):
+        return None
     return None if str(run.get("attack_type")).endswith("dos") else "harmful" if run["security"] else "benign"
 
 # %% ../../nbs/transcripts/00_record.ipynb #8483a896
@@ -290,8 +439,11 @@ def read_message_labels(labels, messages, where):
     need(isinstance(labels, dict), where, 'is no object; write {"2": "harmful"}')
     out = {}
     for key, label in labels.items():
-        need(re.fullmatch(r"\d{1,9}", str(key)) and int(key) < len(messages), where,
-             f"names message {key!r}; there are {len(messages)}, from 0")
+        need(
+            re.fullmatch(r"\d{1,9}", str(key)) and int(key) < len(messages),
+            where,
+            f"names message {key!r}; there are {len(messages)}, from 0",
+        )
         need_one_of(label, (*LABELS, "none"), f"{where}[{key!r}]")
         need(int(key) not in out, f"{where}[{key!r}]", "names a message that stood before; keep one")
         out[int(key)] = label
@@ -299,33 +451,58 @@ def read_message_labels(labels, messages, where):
 
 # %% ../../nbs/transcripts/00_record.ipynb #6ec45da0
 def read_spans(spans, messages, where):
-    "Injection spans from `[[message, start, end], ...]`; each must lie inside the content of its message and be non-empty."
+    """Injection spans from `[[message, start, end], ...]`; each must lie inside the content of its message
+    and be non-empty."""
     need(isinstance(spans, list), where, "is no list; write [[message, start, end], ...]")
     for i, span in enumerate(spans):
         here = f"{where}[{i}]"
-        need(isinstance(span, list) and len(span) == 3 and all(type(n) is int for n in span), here,
-             "is not [message, start, end] in integers")
+        need(
+            isinstance(span, list) and len(span) == 3 and all(type(n) is int for n in span),
+            here,
+            "is not [message, start, end] in integers",
+        )
         message, start, end = span
-        need(0 <= message < len(messages), here, f"names message {message}; there are {len(messages)}, from 0")
+        need(
+            0 <= message < len(messages), here, f"names message {message}; there are {len(messages)}, from 0"
+        )
         size = len(messages[message]["content"])
-        need(0 <= start < end <= size, here, f"is characters {start} to {end}, but the content of message {message} has {size}")
+        need(
+            0 <= start < end <= size,
+            here,
+            f"is characters {start} to {end}, but the content of message {message} has {size}",
+        )
     return tuple(InjectionSpan(*span) for span in spans)
 
 # %% ../../nbs/transcripts/00_record.ipynb #4fe584ce
 KNOWN_KEYS = ("id", "messages", "tools", "label", "source", "message_labels", "injection_spans", "meta")
 SYSTEM_KEYS = ("system", "system_prompt", "developer")  # a system prompt that stands beside the messages
-MEANING = (*SYSTEM_KEYS, "instructions", "functions", "documents", "chat_template", "chat_template_kwargs", "chosen", "rejected")
+MEANING = (
+    *SYSTEM_KEYS,
+    "instructions",
+    "functions",
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
+    "chosen",
+    "rejected",
+)
 
 
 def check_meaning(record, where):
-    "Raises TranscriptError where `record` holds a key of `MEANING`: one that would change what the model read, so that it is no bookkeeping."
+    """Raises TranscriptError where `record` holds a key of `MEANING`: one that would change what the model
+    read, so that it is no bookkeeping."""
     for key in MEANING:
-        need(not record.get(key), f"{where}, {key}", "changes what the model reads, and this format has no place for it; move it into the "
-             "messages, or into meta where it is a note only")
+        need(
+            not record.get(key),
+            f"{where}, {key}",
+            "changes what the model reads, and this format has no place for it; move it into the "
+            "messages, or into meta where it is a note only",
+        )
 
 
 def read_meta(record, where):
-    "The `meta` object of `record` and its unknown keys beside it; a key that is in both, and one of `MEANING`, is an error."
+    """The `meta` object of `record` and its unknown keys beside it; a key that is in both, and one of
+    `MEANING`, is an error."""
     check_meaning(record, where)
     meta = record.get("meta") or {}
     need(isinstance(meta, dict), f"{where}, meta", "is no object")
@@ -338,10 +515,13 @@ def read_meta(record, where):
 def last_calls(messages):
     "The calls `[{name, arguments}, ...]` of the last assistant message."
     last = next((m for m in reversed(messages) if m["role"] == "assistant"), {})
-    return [{key: call["function"][key] for key in ("name", "arguments")} for call in last.get("tool_calls") or ()]
+    return [
+        {key: call["function"][key] for key in ("name", "arguments")} for call in last.get("tool_calls") or ()
+    ]
 
 # %% ../../nbs/transcripts/00_record.ipynb #b44270a5
-BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")  # of meta kind: transcripts of what is to be kept
+# of meta kind: transcripts of what is to be kept
+BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")
 
 
 def check_label(transcript, record, where):
@@ -351,36 +531,74 @@ def check_label(transcript, record, where):
     label, meta = transcript.label, transcript.meta
     run, name = source_run(meta)
     if (measured := measured_label(run)) not in (None, label) and meta.get("label_given") != label:
-        raise Contradiction(f"{where}, label: is {label}, but {name}security is {str(run['security']).lower()}: AgentDojo measured that the "
-                            f"injection {'reached' if run['security'] else 'did not reach'} its goal; correct the label, or read the record "
-                            f"by that verdict with relabel='source'", {**record, "label": measured})
+        raise Contradiction(
+            f"{where}, label: is {label}, but {name}security is {str(run['security']).lower()}: AgentDojo "
+            "measured that the "
+            f"injection {'reached' if run['security'] else 'did not reach'} its goal; correct the label, or "
+            "read the record "
+            f"by that verdict with relabel='source'",
+            {**record, "label": measured},
+        )
+
     def agree(fine, key, problem):
-        if not fine: raise Contradiction(f"{where}, {key}: {problem}; correct one of them")
-    agree(meta.get("label") in (None, label), "meta.label", f"is {meta.get('label')!r}, but the label beside it is {label}")
-    agree(label == "benign" or meta.get("kind") not in BENIGN_KINDS, "meta.kind", f"is {meta.get('kind')}, but the label is harmful")
-    if not isinstance(call := meta.get("injected_call"), dict): return
+        if not fine:
+            raise Contradiction(f"{where}, {key}: {problem}; correct one of them")
+
+    agree(
+        meta.get("label") in (None, label),
+        "meta.label",
+        f"is {meta.get('label')!r}, but the label beside it is {label}",
+    )
+    agree(
+        label == "benign" or meta.get("kind") not in BENIGN_KINDS,
+        "meta.kind",
+        f"is {meta.get('kind')}, but the label is harmful",
+    )
+    if not isinstance(call := meta.get("injected_call"), dict):
+        return
     call = {key: call.get(key) for key in ("name", "arguments")}
-    agree(label == "harmful" or call not in last_calls(transcript.messages), "meta.injected_call",
-          "is the very call of the last answer, but the label is benign")
+    agree(
+        label == "harmful" or call not in last_calls(transcript.messages),
+        "meta.injected_call",
+        "is the very call of the last answer, but the label is benign",
+    )
     names = {c["function"]["name"] for m in transcript.messages for c in m.get("tool_calls") or ()}
-    agree(label == "benign" or meta.get("injected_text") or not last_calls(transcript.messages) or call["name"] in names,
-          "meta.injected_call", f"calls {call['name']!r}, which no message does, but the label is harmful")
+    agree(
+        label == "benign"
+        or meta.get("injected_text")
+        or not last_calls(transcript.messages)
+        or call["name"] in names,
+        "meta.injected_call",
+        f"calls {call['name']!r}, which no message does, but the label is harmful",
+    )
 
 # %% ../../nbs/transcripts/00_record.ipynb #87c1c234
 def read_tools(tools, where):
-    """The tools on offer as `[{"type": "function", "function": {...}}, ...]` or None: a list, or a string with the JSON of one.
+    """The tools on offer as `[{"type": "function", "function": {...}}, ...]` or None: a list, or a string
+    with the JSON of one.
 
-    A bare schema `{"name", "description", "parameters"}` is wrapped, since chat templates look for `function`."""
+    A bare schema `{"name", "description", "parameters"}` is wrapped, since chat templates look for
+    `function`."""
     if isinstance(tools, str):
-        try: tools = parse_json(tools) if tools.strip() else None
-        except ValueError as e: raise TranscriptError(f"{where}: {e}; write the tools as one JSON list") from None
-    if tools is None: return None
-    need(isinstance(tools, list), where, f"is {type(tools).__name__}; write a list of tools, or a string with the JSON of one")
+        try:
+            tools = parse_json(tools) if tools.strip() else None
+        except ValueError as e:
+            raise TranscriptError(f"{where}: {e}; write the tools as one JSON list") from None
+    if tools is None:
+        return None
+    need(
+        isinstance(tools, list),
+        where,
+        f"is {type(tools).__name__}; write a list of tools, or a string with the JSON of one",
+    )
     for i, tool in enumerate(tools):
         need(isinstance(tool, dict), f"{where}[{i}]", f"is {type(tool).__name__}; each tool is a JSON object")
         schema = tool.get("function", tool)
-        need(isinstance(schema, dict) and isinstance(schema.get("name"), str) and schema["name"], f"{where}[{i}]",
-             'has no name; write {"name": ..., "description": ..., "parameters": ...}')
+        need(
+            isinstance(schema, dict) and isinstance(schema.get("name"), str) and schema["name"],
+            f"{where}[{i}]",
+            'has no name; write {"name": ..., "description": ..., "parameters": ...}',
+        )
     return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
 
 # %% ../../nbs/transcripts/00_record.ipynb #722e26a8
@@ -397,8 +615,9 @@ def take_system(record, where):
     given = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
     given = {key: read_content(value, f"{where}, {key}") for key, value in given.items()}
     given = [(key, text) for key, text in given.items() if text]
-    need(len(given) < 2, f"{where}, {', '.join(key for key, _ in given)}",
-         "are system prompts both; keep one")
+    need(
+        len(given) < 2, f"{where}, {', '.join(key for key, _ in given)}", "are system prompts both; keep one"
+    )
     return given[0] if given else None
 
 
@@ -406,7 +625,8 @@ def take_tools(record, where, adapted):
     """The tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`; also
     OpenAI's old `functions`."""
     tools, functions = record.pop("tools", None), record.pop("functions", None)
-    if not functions: return read_tools(tools, f"{where}, tools")
+    if not functions:
+        return read_tools(tools, f"{where}, tools")
     need(not tools, f"{where}, functions", "stands beside tools; keep one")
     adapted["functions as tools"] += 1
     return read_tools(functions, f"{where}, functions")

@@ -22,13 +22,15 @@ __all__ = ['Spooled', 'spooled', 'those', 'changed']
 
 # %% ../../nbs/transcripts/11_spool.ipynb #6ea6aa70
 class Spooled(Sequence):
-    """Transcripts that are read where they are asked for, by `read` with the numbers in `rows` (int64 [n]). They
-    are counted, indexed, iterated over, joined by `+` and compared as those of a list are; a slice is a
+    """Transcripts that are read where they are asked for, by `read` with the numbers in `rows` (int64 [n]).
+    They are counted, indexed, iterated over, joined by `+` and compared as those of a list are; a slice is a
     `Spooled` too. Each reading gives a new object, so what is changed in one is lost."""
 
-    def __init__(self, read: Callable, rows: np.ndarray): self.read, self.rows = read, rows
+    def __init__(self, read: Callable, rows: np.ndarray):
+        self.read, self.rows = read, rows
 
-    def __len__(self): return len(self.rows)
+    def __len__(self):
+        return len(self.rows)
 
     def __getitem__(self, i):
         return Spooled(self.read, self.rows[i]) if isinstance(i, slice) else self.read(self.rows[i])
@@ -38,26 +40,41 @@ class Spooled(Sequence):
         return Spooled(lambda row: self[row] if row < n else other[row - n], np.arange(n + len(other)))
 
     def __eq__(self, other):
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other))
+        )
 
 # %% ../../nbs/transcripts/11_spool.ipynb #09676aaa
 def spooled(transcripts: Iterable[Transcript]) -> Spooled:
-    """Writes `transcripts` to a temporary file and gives a `Spooled` of them, 16 bytes of memory each. The file
-    has no name: it is gone with the last process that holds it, however that ends. Processes that are forked
-    read it, too. Raises TranscriptError where it cannot be written."""
+    """Writes `transcripts` to a temporary file and gives a `Spooled` of them, 16 bytes of memory each. The
+    file has no name: it is gone with the last process that holds it, however that ends. Processes that are
+    forked read it, too. Raises TranscriptError where it cannot be written."""
     file, ends = tempfile.TemporaryFile(), array("q", [0])
-    def read(row): return pickle.loads(os.pread(file.fileno(), ends[row + 1] - ends[row], ends[row]))
+
+    def read(row):
+        return pickle.loads(os.pread(file.fileno(), ends[row + 1] - ends[row], ends[row]))
+
     weakref.finalize(read, file.close)
+
     @contextlib.contextmanager
     def written():
-        try: yield
+        try:
+            yield
         except OSError as e:
-            with contextlib.suppress(OSError): file.close()  # it would write again
-            raise TranscriptError(f"the transcripts cannot be kept in {tempfile.gettempdir()}: {e.strerror}; make "
-                                  "room there, or name another folder by the environment variable TMPDIR") from None
+            with contextlib.suppress(OSError):
+                file.close()  # it would write again
+            raise TranscriptError(
+                f"the transcripts cannot be kept in {tempfile.gettempdir()}: {e.strerror}; make "
+                "room there, or name another folder by the environment variable TMPDIR"
+            ) from None
+
     for t in transcripts:
-        with written(): ends.append(ends[-1] + file.write(pickle.dumps(t, pickle.HIGHEST_PROTOCOL)))
-    with written(): file.flush()
+        with written():
+            ends.append(ends[-1] + file.write(pickle.dumps(t, pickle.HIGHEST_PROTOCOL)))
+    with written():
+        file.flush()
     return Spooled(read, np.arange(len(ends) - 1))
 
 # %% ../../nbs/transcripts/11_spool.ipynb #6e587d92
@@ -65,11 +82,14 @@ def those(transcripts: Sequence[Transcript], keep: Iterable) -> Sequence[Transcr
     """Those of `transcripts` whose value in `keep` (one each) is true: of a `Spooled` one that reads the same
     file, else a list."""
     if isinstance(transcripts, Spooled):
-        return Spooled(transcripts.read, transcripts.rows[np.fromiter(map(bool, keep), bool, len(transcripts))])
+        return Spooled(
+            transcripts.read, transcripts.rows[np.fromiter(map(bool, keep), bool, len(transcripts))]
+        )
     return [t for t, kept in zip(transcripts, keep, strict=True) if kept]
 
 
 def changed(transcripts: Sequence[Transcript], change: Callable) -> Sequence[Transcript]:
     "`change` of each of `transcripts`: of a `Spooled` made at each reading, else a list."
-    if isinstance(transcripts, Spooled): return Spooled(lambda row: change(transcripts.read(row)), transcripts.rows)
+    if isinstance(transcripts, Spooled):
+        return Spooled(lambda row: change(transcripts.read(row)), transcripts.rows)
     return list(map(change, transcripts))

@@ -23,23 +23,25 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from ..report.figures import STYLES, alarm_lines, as_float, curves, mime_bundle, series
-from ..basics.numbers import duration, format_number
-from ..run.metrics import log_rows
-from ..run.stages import RunInterrupted, read_status, still_running
-from ..run.code import runs_folder
-from ..run.records import read_record
-from ..basics.withheld import kernel
 from ..basics.jsonfiles import RunError
+from ..basics.numbers import duration, format_number
 from ..basics.terminal import say, visible
+from ..basics.withheld import kernel
+from ..report.figures import STYLES, alarm_lines, as_float, curves, mime_bundle, series
+from ..run.code import runs_folder
+from ..run.metrics import log_rows
+from ..run.records import read_record
+from ..run.stages import RunInterrupted, read_status, still_running
 from .views import StaticView, is_live
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #d3a75b84
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run directory said at one moment: its `name`, the dicts of status.json and of config.json (`settings`), the `rows` of metrics.jsonl,
-    when that was last `written` (seconds since 1970, NaN if it is not there), `notes`: sentences about what is missing or asked for, and whether its process
-    is `gone` without a word."""
+    """What a run directory said at one moment: its `name`, the dicts of status.json and of config.json
+    (`settings`), the `rows` of metrics.jsonl, when that was last `written` (seconds since 1970, NaN if it is
+    not there), `notes`: sentences about what is missing or asked for, and whether its process is `gone`
+    without a word."""
+
     name: str
     status: dict
     settings: dict
@@ -50,22 +52,34 @@ class Snapshot:
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #6959c9bf
 def take_snapshot(path) -> Snapshot:
-    "The `Snapshot` of the run directory `path`. Never raises: what cannot be read is empty, and a note says why."
+    """The `Snapshot` of the run directory `path`. Never raises: what cannot be read is empty, and a note says
+    why."""
     path, notes = Path(path), []
+
     def read(function, otherwise):
-        try: return function(path)
-        except (RunError, OSError, ValueError) as e: notes.append(f"{e}.")
+        try:
+            return function(path)
+        except (RunError, OSError, ValueError) as e:
+            notes.append(f"{e}.")
         return otherwise
+
     if not read(Path.is_dir, False):
         missing = f"There is no folder {path}: give a run directory, for example one under {runs_folder()}."
         return Snapshot(path.name, {}, {}, [], math.nan, notes or [missing])
     status = read(read_status, {})
     settings = read(lambda p: read_record(p / "config.json"), None) or {}
     rows, more = log_rows(path)
-    try: written = (path / "metrics.jsonl").stat().st_mtime
-    except OSError: written = math.nan
-    if not status and not notes: notes.append(f"{path} holds no status.json: the run has not begun, or this is no run directory.")
-    if gone := is_gone(path, status): notes.append("Its process has ended without a word; the notebook with the same run_dir goes on from the last checkpoint.")
+    try:
+        written = (path / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        written = math.nan
+    if not status and not notes:
+        notes.append(f"{path} holds no status.json: the run has not begun, or this is no run directory.")
+    if gone := is_gone(path, status):
+        notes.append(
+            "Its process has ended without a word; the notebook with the same run_dir goes on from the last "
+            "checkpoint."
+        )
     elif status.get("state") == "running" and os.path.exists(path / "stop"):
         notes.append("A stop is asked for: training saves a checkpoint after the step under way, and ends.")
     notes += [f"Alarm: {line}" for line in alarm_lines(status.get("alarms"))]
@@ -74,14 +88,20 @@ def take_snapshot(path) -> Snapshot:
 
 
 def is_gone(path: Path, status: dict) -> bool:
-    "Whether a status says running, but the process that wrote it is known to be dead; this very process is not."
-    return status.get("state") == "running" and status.get("pid") != os.getpid() and not still_running(path, status)
+    """Whether a status says running, but the process that wrote it is known to be dead; this very process is
+    not."""
+    return (
+        status.get("state") == "running"
+        and status.get("pid") != os.getpid()
+        and not still_running(path, status)
+    )
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #25337023
 def seconds_a_step(snapshot: Snapshot) -> float:
     "Mean duration of a step in this attempt, in seconds; NaN where the files do not say it."
     status = snapshot.status
-    if not status.get("training_started") or status.get("resumed_step") is None: return math.nan
+    if not status.get("training_started") or status.get("resumed_step") is None:
+        return math.nan
     steps = max((row["step"] for row in snapshot.rows), default=0) - status["resumed_step"]
     seconds = snapshot.written - datetime.fromisoformat(status["training_started"]).timestamp()
     return seconds / steps if steps > 0 and seconds > 0 else math.nan
@@ -101,15 +121,26 @@ def state_text(snapshot: Snapshot) -> str:
 
 
 def headline(snapshot: Snapshot, ended: str = "") -> list[str]:
-    "What the view says first, a text each: the state (or `ended` in its place), the step, the rate, the time left."
+    """What the view says first, a text each: the state (or `ended` in its place), the step, the rate, the
+    time left."""
     status, total, pace = snapshot.status, total_steps(snapshot), seconds_a_step(snapshot)
     step = max((row["step"] for row in snapshot.rows), default=math.nan)
     parts = [ended or state_text(snapshot)]
-    if step >= 0: parts.append(f"step {step:g} of {total:g}" if total > 0 else f"step {step:g}")
-    if pace > 0: parts.append(f"{format_number(pace, 2)} s a step" if pace >= 1 else f"{format_number(1 / pace, 2)} steps a second")
+    if step >= 0:
+        parts.append(f"step {step:g} of {total:g}" if total > 0 else f"step {step:g}")
+    if pace > 0:
+        parts.append(
+            f"{format_number(pace, 2)} s a step"
+            if pace >= 1
+            else f"{format_number(1 / pace, 2)} steps a second"
+        )
     if status.get("state") == "running" and not ended and not snapshot.gone:
-        if pace * (total - step) > 0: parts.append(f"{duration(pace * (total - step))} of training left")
-        if step >= 0 and math.isfinite(snapshot.written): parts.append(f"last line at {datetime.fromtimestamp(snapshot.written, timezone.utc):%H:%M:%S} UTC")
+        if pace * (total - step) > 0:
+            parts.append(f"{duration(pace * (total - step))} of training left")
+        if step >= 0 and math.isfinite(snapshot.written):
+            parts.append(
+                f"last line at {datetime.fromtimestamp(snapshot.written, timezone.utc):%H:%M:%S} UTC"
+            )
     return parts
 
 
@@ -122,16 +153,19 @@ def whereabouts(snapshot: Snapshot) -> str:
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #4beda3d2
 def last_and_change(rows: list[dict], key: str, back: int = 10) -> tuple[float, float]:
-    """The last value of `key` and how far it is from the one `back` steps before it (else the nearest earlier one), NaN where there is none."""
+    """The last value of `key` and how far it is from the one `back` steps before it (else the nearest earlier
+    one), NaN where there is none."""
     steps, values = series(rows, key, gaps=False)
-    if len(values) < 2: return (values[-1] if len(values) else math.nan), math.nan
+    if len(values) < 2:
+        return (values[-1] if len(values) else math.nan), math.nan
     earlier = np.flatnonzero(steps <= steps[-1] - back)
     return values[-1], values[-1] - values[earlier[-1] if len(earlier) else 0]
 
 
 def share(part: float, whole: float) -> str:
     "`part` of `whole` in percent."
-    if not whole > 0 <= part: return "—"
+    if not whole > 0 <= part:
+        return "—"
     return "< 0.1 %" if 0 < part < whole / 1000 else f"{100 * part / whole:.1f} %"
 
 
@@ -140,36 +174,66 @@ def signed(value: float) -> str:
     return f"+{format_number(value, 2)}" if value > 0 else format_number(value, 2)
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #0d035663
-# name of a term in the log: its name in STYLES, what its raw value is, its coefficient, the setting that multiplies it
-TERM_ROWS = {"reroute": ("reroute", "mean relu(cosine)", "c_s", None), "retain": ("retain", "mean L2 distance", "c_r", "retain_weight"),
-             "kl": ("KL", "nats a token", "c_r", "beta_kl")}
-COLUMNS = ("before weighting", "change", "coefficient", "weighted", "share of loss", "gradient norm", "change of norm")
+# name of a term in the log: its name in STYLES, what its raw value is, its coefficient, the setting that
+# multiplies it
+TERM_ROWS = {
+    "reroute": ("reroute", "mean relu(cosine)", "c_s", None),
+    "retain": ("retain", "mean L2 distance", "c_r", "retain_weight"),
+    "kl": ("KL", "nats a token", "c_r", "beta_kl"),
+}
+COLUMNS = (
+    "before weighting",
+    "change",
+    "coefficient",
+    "weighted",
+    "share of loss",
+    "gradient norm",
+    "change of norm",
+)
 
 
 def term_table(snapshot: Snapshot) -> pd.DataFrame:
-    "A row a term and one for the loss, `COLUMNS` of text; the index holds the names of `STYLES`. Missing values are an em dash."
+    """A row a term and one for the loss, `COLUMNS` of text; the index holds the names of `STYLES`. Missing
+    values are an em dash."""
     rows, table = snapshot.rows, {}
     loss = last_and_change(rows, "loss")[0]
     for term, (name, _, coefficient, setting) in TERM_ROWS.items():
         raw, change = last_and_change(rows, f"loss_{term}")
-        weighted, (norm, turn) = last_and_change(rows, f"weighted_{term}")[0], last_and_change(rows, f"grad_norm_{term}")
+        weighted, (norm, turn) = (
+            last_and_change(rows, f"weighted_{term}")[0],
+            last_and_change(rows, f"grad_norm_{term}"),
+        )
         factor = as_float(snapshot.settings.get(setting))
         times = f" × {factor:g}" if not math.isnan(factor) and factor != 1 else ""
-        table[name] = (format_number(raw), signed(change), f"{coefficient} {format_number(last_and_change(rows, coefficient)[0])}{times}",
-                       format_number(weighted), share(weighted, loss), format_number(norm), signed(turn))
+        table[name] = (
+            format_number(raw),
+            signed(change),
+            f"{coefficient} {format_number(last_and_change(rows, coefficient)[0])}{times}",
+            format_number(weighted),
+            share(weighted, loss),
+            format_number(norm),
+            signed(turn),
+        )
     norm, turn = last_and_change(rows, "grad_norm_total")
     table["loss"] = ("", "", "", format_number(loss), "", format_number(norm), signed(turn))
     return pd.DataFrame.from_dict(table, orient="index", columns=list(COLUMNS), dtype=object)
 
 
 def table_note(snapshot: Snapshot) -> str:
-    "How to read the table, with the steps that its gradient norms are from and what the gradient is clipped to."
-    diagnosed, clip = series(snapshot.rows, "grad_norm_reroute", gaps=False)[0], as_float(snapshot.settings.get("max_grad_norm"))
+    """How to read the table, with the steps that its gradient norms are from and what the gradient is clipped
+    to."""
+    diagnosed, clip = (
+        series(snapshot.rows, "grad_norm_reroute", gaps=False)[0],
+        as_float(snapshot.settings.get("max_grad_norm")),
+    )
     rate = last_and_change(snapshot.rows, "lr")[0]
-    return ("Change: against the last row at least ten steps earlier, else the first. c_r is multiplied by retain_weight or beta_kl."
-            + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
-            + (f" The whole gradient is clipped to {format_number(clip)}." if clip > 0 else "")
-            + (f" Learning rate {rate:.3g}." if rate >= 0 else ""))
+    return (
+        "Change: against the last row at least ten steps earlier, else the first. c_r is multiplied by "
+        "retain_weight or beta_kl."
+        + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
+        + (f" The whole gradient is clipped to {format_number(clip)}." if clip > 0 else "")
+        + (f" Learning rate {rate:.3g}." if rate >= 0 else "")
+    )
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #7eb8fe24
 PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string("""
@@ -184,23 +248,42 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, tri
 </tbody></table>
 <p><small>{{ note }}</small></p>
 {% endif %}
-""")
+""")  # noqa: E501
 
 
 def summary_bundle(snapshot: Snapshot, ended: str = "") -> dict:
-    "The first line, the notes and the table as one output: HTML without a script, everything escaped, and plain text."
+    """The first line, the notes and the table as one output: HTML without a script, everything escaped, and
+    plain text."""
     facts, table = [visible(part) for part in headline(snapshot, ended)], term_table(snapshot)
-    notes, units = [visible(note) for note in snapshot.notes], {name: f", {unit}" for name, unit, *_ in TERM_ROWS.values()}
-    lines = [(name, STYLES[name][0], units.get(name, ""), list(row)) for name, row in zip(table.index, table.to_numpy(), strict=True)]
-    html = PAGE.render(facts=facts, where=visible(whereabouts(snapshot)), notes=notes, columns=COLUMNS, table=lines if snapshot.rows else [],
-                       note=table_note(snapshot)).strip()
-    text = [" · ".join(facts), visible(whereabouts(snapshot)), *notes] + ["", table.to_string(), table_note(snapshot)] * bool(snapshot.rows)
+    notes, units = (
+        [visible(note) for note in snapshot.notes],
+        {name: f", {unit}" for name, unit, *_ in TERM_ROWS.values()},
+    )
+    lines = [
+        (name, STYLES[name][0], units.get(name, ""), list(row))
+        for name, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    html = PAGE.render(
+        facts=facts,
+        where=visible(whereabouts(snapshot)),
+        notes=notes,
+        columns=COLUMNS,
+        table=lines if snapshot.rows else [],
+        note=table_note(snapshot),
+    ).strip()
+    text = [" · ".join(facts), visible(whereabouts(snapshot)), *notes] + [
+        "",
+        table.to_string(),
+        table_note(snapshot),
+    ] * bool(snapshot.rows)
     return {"text/html": html, "text/plain": "\n".join(text)}
 
 
 def curves_bundle(snapshot: Snapshot) -> dict:
-    "The curves as one output (see `cbnb.report.figures.mime_bundle`); if they cannot be drawn, the reason: a view must never end a run."
-    try: return mime_bundle(curves(snapshot.rows))
+    """The curves as one output (see `cbnb.report.figures.mime_bundle`); if they cannot be drawn, the reason:
+    a view must never end a run."""
+    try:
+        return mime_bundle(curves(snapshot.rows))
     except Exception as e:
         text = f"The curves cannot be drawn: {visible(' '.join(f'{type(e).__name__}: {e}'.split()))}"
         return {"text/html": f"<p>{escape(text)}</p>", "text/plain": text}
@@ -212,19 +295,23 @@ def picture_bundle(snapshot: Snapshot) -> dict:
 
 
 def bundles(snapshot: Snapshot, ended: str = "") -> list[dict]:
-    "The outputs that show a snapshot, as mime bundles; `ended` says how it ended where the status does not know it yet."
+    """The outputs that show a snapshot, as mime bundles; `ended` says how it ended where the status does not
+    know it yet."""
     return [summary_bundle(snapshot, ended), curves_bundle(snapshot)]
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #5b07070f
 def dashboard(run) -> None:
-    """Shows what the run directory `run` (a path or a `cbnb.run.stages.Run`) says now: state, rate, time left, the terms before and after weighting,
-    coefficients, gradient norms, curves. For any run, wherever it runs or ran; what is missing or torn is told in the view. Outside a notebook
-    the text only."""
+    """Shows what the run directory `run` (a path or a `cbnb.run.stages.Run`) says now: state, rate, time
+    left, the terms before and after weighting, coefficients, gradient norms, curves. For any run, wherever it
+    runs or ran; what is missing or torn is told in the view. Outside a notebook the text only."""
     from IPython.display import display
+
     snapshot = take_snapshot(getattr(run, "path", run))
-    if kernel() is None: say(*summary_bundle(snapshot)["text/plain"].split("\n"))
+    if kernel() is None:
+        say(*summary_bundle(snapshot)["text/plain"].split("\n"))
     else:
-        for bundle in bundles(snapshot): display(bundle, raw=True)
+        for bundle in bundles(snapshot):
+            display(bundle, raw=True)
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #stat0001
 STATIC = """<!DOCTYPE html>
@@ -234,41 +321,62 @@ STATIC = """<!DOCTYPE html>
 <style>:root { color-scheme: light dark; } body { margin: 8px; background: Canvas; color: CanvasText; font: 13px/1.4 system-ui, sans-serif; }
 h1 { font-size: 15px; overflow-wrap: anywhere; } td, th { padding: 2px 10px 2px 0; text-align: right; }</style></head>
 <body><main><h1>{{ title }}</h1>{{ summary|safe }}{{ curves|safe }}</main></body></html>
-"""
+"""  # noqa: E501
 
 
 def static_dashboard(run) -> StaticView:
-    """The dashboard of the run directory `run` (a path or a `cbnb.run.stages.Run`) as it is now, as a `StaticView`: one page whose curves can be zoomed and
-    read off, with all of plotly in it (5 MB), and HTML without scripts."""
+    """The dashboard of the run directory `run` (a path or a `cbnb.run.stages.Run`) as it is now, as a
+    `StaticView`: one page whose curves can be zoomed and read off, with all of plotly in it (5 MB), and HTML
+    without scripts."""
     import plotly.io
+
     snapshot = take_snapshot(getattr(run, "path", run))
-    summary, drawn, title = summary_bundle(snapshot)["text/html"], curves_bundle(snapshot), visible(snapshot.name) or "run"
+    summary, drawn, title = (
+        summary_bundle(snapshot)["text/html"],
+        curves_bundle(snapshot),
+        visible(snapshot.name) or "run",
+    )
+
     def make():
         figure = drawn.get("application/vnd.plotly.v1+json")
-        plot = drawn["text/html"] if figure is None else plotly.io.to_html(figure, config=figure["config"], full_html=False, validate=False)
+        plot = (
+            drawn["text/html"]
+            if figure is None
+            else plotly.io.to_html(figure, config=figure["config"], full_html=False, validate=False)
+        )
         page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(STATIC)
         return page.render(title=title, summary=summary, curves=plot)
+
     return StaticView(make, summary + drawn["text/html"], title, height=950)
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #e83336bb
 @contextmanager
 def stop_button(path):
-    "Shows a button, while the block runs, that makes the file `stop` in the run directory `path`. Nothing where nobody can click."
+    """Shows a button, while the block runs, that makes the file `stop` in the run directory `path`. Nothing
+    where nobody can click."""
     if not is_live():
         yield
         return
     import ipywidgets
     from IPython.display import display
+
     hint = "save a checkpoint after this step and end; the same run_dir goes on from there"
     button = ipywidgets.Button(description="Stop", icon="stop", tooltip=hint)
+
     def stop(_):
-        try: (Path(path) / "stop").touch()
-        except OSError as e: button.description, button.tooltip = "Stop failed", str(e)
-        else: button.description, button.disabled = "Stopping …", True
+        try:
+            (Path(path) / "stop").touch()
+        except OSError as e:
+            button.description, button.tooltip = "Stop failed", str(e)
+        else:
+            button.description, button.disabled = "Stopping …", True
+
     button.on_click(stop)
-    button.comm._reply_subshell_for = lambda data, default: default  # ipykernel 7.4: not in the shell that last spoke, which is busy
+    # ipykernel 7.4: not in the shell that last spoke, which is busy
+    button.comm._reply_subshell_for = lambda data, default: default
     shown = display(button, display_id=True)
-    try: yield
+    try:
+        yield
     finally:
         shown.update({"text/html": "", "text/plain": ""}, raw=True)
         button.close()
@@ -276,54 +384,75 @@ def stop_button(path):
 # %% ../../nbs/widgets/04_dashboard.ipynb #3ef8d85f
 def file_times(path) -> list:
     "What changes when a run goes on: time and size of its files, None for one that is not there."
+
     def seen(file):
-        try: stat = file.stat()
-        except (OSError, ValueError): return None
+        try:
+            stat = file.stat()
+        except (OSError, ValueError):
+            return None
         return stat.st_mtime_ns, stat.st_size
+
     return [seen(Path(path) / name) for name in ("status.json", "config.json", "metrics.jsonl", "stop")]
 
 
 def paced(draw, stamp, every: float = 0.5, clock=time.monotonic):
-    """A function to call as often as one likes: it calls `draw` where `stamp()` has changed, at most once in `every` seconds and for a twentieth
-    of the time."""
+    """A function to call as often as one likes: it calls `draw` where `stamp()` has changed, at most once in
+    `every` seconds and for a twentieth of the time."""
     due, drawn = -math.inf, None
+
     def call() -> None:
         nonlocal due, drawn
         began = clock()
-        if began < due or (now := stamp()) == drawn: return
+        if began < due or (now := stamp()) == drawn:
+            return
         draw()
         due, drawn = began + max(every, 20 * (clock() - began)), now
+
     return call
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #6aaddba5
 @contextmanager
 def live_view(path):
-    """Shows the run directory `path`, with a Stop button above it where somebody can click. Gives two functions: `refresh()` draws what is due,
-    `finish(ended="")` the last state, with curves that can be zoomed. Outside a notebook both print the first line, `refresh` every ten seconds."""
+    """Shows the run directory `path`, with a Stop button above it where somebody can click. Gives two
+    functions: `refresh()` draws what is due, `finish(ended="")` the last state, with curves that can be
+    zoomed. Outside a notebook both print the first line, `refresh` every ten seconds."""
     from IPython.display import display
-    def tell(ended=""): say(" · ".join(headline(take_snapshot(path), ended)))
+
+    def tell(ended=""):
+        say(" · ".join(headline(take_snapshot(path), ended)))
+
     if kernel() is None:
         yield paced(tell, lambda: file_times(path), every=10), tell
         return
     with stop_button(path):
         makers, first = (summary_bundle, picture_bundle), take_snapshot(path)
         handles = [display(make(first), raw=True, display_id=True) for make in makers]
-        def redraw(handle, make): return paced(lambda: handle.update(make(take_snapshot(path)), raw=True), lambda: file_times(path))
+
+        def redraw(handle, make):
+            return paced(lambda: handle.update(make(take_snapshot(path)), raw=True), lambda: file_times(path))
+
         due = [redraw(handle, make) for handle, make in zip(handles, makers, strict=True)]
+
         def refresh():
-            for call in due: call()
+            for call in due:
+                call()
+
         def finish(ended=""):
-            for handle, bundle in zip(handles, bundles(take_snapshot(path), ended), strict=True): handle.update(bundle, raw=True)
+            for handle, bundle in zip(handles, bundles(take_snapshot(path), ended), strict=True):
+                handle.update(bundle, raw=True)
+
         yield refresh, finish
 
 
 @contextmanager
 def live_dashboard(run):
-    """The dashboard of the `cbnb.run.stages.Run` that this cell trains: `with live_dashboard(run) as view: train_breaker(..., callbacks=[view])`.
+    """The dashboard of the `cbnb.run.stages.Run` that this cell trains: `with live_dashboard(run) as view:
+    train_breaker(..., callbacks=[view])`.
 
-    However the block ends, its last state stays in the notebook, without the button. Outside a notebook nothing is shown: there
-    `train_breaker` prints lines of progress."""
+    However the block ends, its last state stays in the notebook, without the button. Outside a notebook
+    nothing is shown: there `train_breaker` prints lines of progress."""
     from cbnb.train.trainer import LiveView  # whoever only looks at a run need not wait for torch
+
     if kernel() is None:
         yield LiveView(lambda: None)
         return
@@ -332,29 +461,45 @@ def live_dashboard(run):
         try:
             yield LiveView(refresh)
             seen = take_snapshot(run.path)
-            if not max((row["step"] for row in seen.rows), default=0) >= total_steps(seen): ended = "training ended"
+            if not max((row["step"] for row in seen.rows), default=0) >= total_steps(seen):
+                ended = "training ended"
         except BaseException as e:
-            kind = "interrupted" if isinstance(e, (KeyboardInterrupt, RunInterrupted)) else f"failed: {type(e).__name__}"
+            kind = (
+                "interrupted"
+                if isinstance(e, (KeyboardInterrupt, RunInterrupted))
+                else f"failed: {type(e).__name__}"
+            )
             ended = f"{kind}: {e}" if str(e) else kind
             raise
         finally:
-            try: finish(ended)
-            except Exception as e: say(f"the view of the run could not be drawn: {type(e).__name__}: {e}")  # the run counts, not its view
+            try:
+                finish(ended)
+            # the run counts, not its view
+            except Exception as e:
+                say(f"the view of the run could not be drawn: {type(e).__name__}: {e}")
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #7d00d125
 def watch(run, seconds: float = 0.5) -> None:
-    """Shows the run directory `run` (a path or a `cbnb.run.stages.Run`) and follows it, looking every `seconds`, until the run ends or the cell is
-    interrupted (which leaves the run alone). Draws only what has changed. The Stop button makes the run's file `stop`."""
+    """Shows the run directory `run` (a path or a `cbnb.run.stages.Run`) and follows it, looking every
+    `seconds`, until the run ends or the cell is interrupted (which leaves the run alone). Draws only what has
+    changed. The Stop button makes the run's file `stop`."""
     path = Path(getattr(run, "path", run))
+
     def over():
-        try: status = read_status(path)
-        except (RunError, OSError): return False  # it may be whole again with the next look; the view says what it is
+        try:
+            status = read_status(path)
+        # it may be whole again with the next look; the view says what it is
+        except (RunError, OSError):
+            return False
         return status.get("state") in ("done", "interrupted", "failed") or is_gone(path, status)
-    if over() or not path.is_dir(): return dashboard(path)
+
+    if over() or not path.is_dir():
+        return dashboard(path)
     with live_view(path) as (refresh, finish):
         try:
             while not over():
                 refresh()
                 time.sleep(seconds)
-        except KeyboardInterrupt: pass
+        except KeyboardInterrupt:
+            pass
         finish()

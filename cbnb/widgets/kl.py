@@ -19,44 +19,61 @@ import anywidget
 import numpy as np
 import traitlets
 
-from ..masking.actions import for_policy
-from ..masking.adapt import adapt
+from ..basics.jsonfiles import RunError
+from ..basics.reading import read_text
 from ..basics.terminal import visible
 from ..config import CircuitBreakerConfig
+from ..data.sources import entry_paths, listed, open_sources, reading_of
 from ..data.streams import encoded_pairs, load_streams
 from cbnb.evaluate.divergence import (
-    Divergence, Side, candidates, check_adapter, compare, diverge, encode_window, load_students, masked_kl, real_rows, share_of_kl, token_table,
-    top_tokens)
+    Divergence,
+    Side,
+    candidates,
+    check_adapter,
+    compare,
+    diverge,
+    encode_window,
+    load_students,
+    masked_kl,
+    real_rows,
+    share_of_kl,
+    token_table,
+    top_tokens,
+)
+from ..masking.actions import for_policy
+from ..masking.adapt import adapt
 from ..masking.encoders import token_bytes
-from ..step.models import load_model
-from ..basics.reading import read_text
-from ..run.stages import read_status
-from ..run.code import project_root, runs_folder
-from ..run.records import read_record
-from ..basics.jsonfiles import RunError
-from ..run.settings import kept_template, make_masker
-from ..data.sources import entry_paths, listed, open_sources, reading_of
 from ..masking.targets import training_row
 from ..masking.templates import MaskError
-from ..transcripts.tinyworld import KINDS, make_transcripts
-from ..transcripts.record import TranscriptError
+from ..run.code import project_root, runs_folder
+from ..run.records import read_record
+from ..run.settings import kept_template, make_masker
+from ..run.stages import read_status
+from ..step.models import load_model
 from ..transcripts.files import is_hub
+from ..transcripts.record import TranscriptError
+from ..transcripts.tinyworld import KINDS, make_transcripts
 from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
 from .views import StaticView, is_live, module, page, shown, source, table_html
 
 # %% ../../nbs/widgets/03_kl.ipynb #d5cdd617
 def candidate_texts(tokenizer, ids):
-    """What each token id is shown as, with its kind as in `cbnb.widgets.strip.strip_tokens`: two lists. An id beyond the tokenizer (a padded
-    vocabulary has some) is shown by its number."""
+    """What each token id is shown as, with its kind as in `cbnb.widgets.strip.strip_tokens`: two lists. An id
+    beyond the tokenizer (a padded vocabulary has some) is shown by its number."""
     added, part, texts, kinds = tokenizer.added_tokens_decoder, partial_bytes(tokenizer), [], []
     by_bytes = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for token in ids:
         raw, name = part(token), tokenizer.convert_ids_to_tokens(token)
-        if by_bytes and name is not None and token not in added: raw = token_bytes(tokenizer, token, added)
-        if token in added: text = shown(added[token].content)
-        elif raw is not None: text = spelled(raw)
-        elif name is None: text = f"id {token}"
-        else: text = shown(name.replace("▁", " "))
+        if by_bytes and name is not None and token not in added:
+            raw = token_bytes(tokenizer, token, added)
+        if token in added:
+            text = shown(added[token].content)
+        elif raw is not None:
+            text = spelled(raw)
+        elif name is None:
+            text = f"id {token}"
+        else:
+            text = shown(name.replace("▁", " "))
         texts.append(text)
         kinds.append(1 if token in added else 2 if part(token) is not None else 0)
     return texts, kinds
@@ -66,35 +83,68 @@ ARRAYS = ("forward", "reverse", "log_p", "log_q", "rest_p", "rest_q", "rest_forw
 
 
 def divergence_state(divergence: Divergence, tokenizer, vocabulary: int) -> dict:
-    """A `Divergence` as the view wants it: its numbers as float64 bytes, `ids` as int32 bytes, and each candidate's text once (`word_ids`, `words`,
-    `word_kinds`). `vocabulary`: the number of logits."""
+    """A `Divergence` as the view wants it: its numbers as float64 bytes, `ids` as int32 bytes, and each
+    candidate's text once (`word_ids`, `words`, `word_kinds`). `vocabulary`: the number of logits."""
     ids = np.unique(divergence.ids[1:]).tolist()
     texts, kinds = candidate_texts(tokenizer, ids)
-    return {"temperature": divergence.temperature, "names": [visible(name) for name in divergence.names], "vocabulary": int(vocabulary),
-            "ids": divergence.ids.astype(np.int32).tobytes(), "word_ids": ids, "words": texts, "word_kinds": kinds,
-            **{name: getattr(divergence, name).astype(np.float64).tobytes() for name in ARRAYS}}
+    return {
+        "temperature": divergence.temperature,
+        "names": [visible(name) for name in divergence.names],
+        "vocabulary": int(vocabulary),
+        "ids": divergence.ids.astype(np.int32).tobytes(),
+        "word_ids": ids,
+        "words": texts,
+        "word_kinds": kinds,
+        **{name: getattr(divergence, name).astype(np.float64).tobytes() for name in ARRAYS},
+    }
 
 
 def layer_state(students: dict[str, Side]) -> dict:
-    "Cosine and L2 distance to the teacher of every student, as float32 bytes [m, L, S], with the number of `blocks` L."
+    """Cosine and L2 distance to the teacher of every student, as float32 bytes [m, L, S], with the number of
+    `blocks` L."""
     sides = [side for side in students.values() if side.cosine is not None]
-    stacked = {name: np.stack([getattr(side, name) for side in sides]) if sides else np.zeros((0, 0, 0)) for name in ("cosine", "distance")}
-    return {"blocks": stacked["cosine"].shape[1], **{name: x.astype(np.float32).tobytes() for name, x in stacked.items()}}
+    stacked = {
+        name: np.stack([getattr(side, name) for side in sides]) if sides else np.zeros((0, 0, 0))
+        for name in ("cosine", "distance")
+    }
+    return {
+        "blocks": stacked["cosine"].shape[1],
+        **{name: x.astype(np.float32).tobytes() for name, x in stacked.items()},
+    }
 
 # %% ../../nbs/widgets/03_kl.ipynb #d7b53b1e
-def kl_state(encoded=None, mask=None, divergence: Divergence | None = None, students: dict[str, Side] | None = None, tokenizer=None,
-             vocabulary: int = 0, mask_name: str = "mask", title: str = "", problem: str = "", beta: float = 0.3) -> dict:
-    """All that the explorer shows, as plain values. `mask` (bool [S]): the targets of the loss, under `mask_name`; `students` may be left out, and
-    then hidden states are; `problem`: a message, shown above. Without `encoded` there is nothing but the message.
+def kl_state(
+    encoded=None,
+    mask=None,
+    divergence: Divergence | None = None,
+    students: dict[str, Side] | None = None,
+    tokenizer=None,
+    vocabulary: int = 0,
+    mask_name: str = "mask",
+    title: str = "",
+    problem: str = "",
+    beta: float = 0.3,
+) -> dict:
+    """All that the explorer shows, as plain values. `mask` (bool [S]): the targets of the loss, under
+    `mask_name`; `students` may be left out, and then hidden states are; `problem`: a message, shown above.
+    Without `encoded` there is nothing but the message.
 
     Raises ValueError where the arrays do not fit the tokens."""
-    if encoded is None: return {"strip": {}, "divergence": {}, "layers": {}, "problem": visible(problem), "beta": float(beta)}
+    if encoded is None:
+        return {"strip": {}, "divergence": {}, "layers": {}, "problem": visible(problem), "beta": float(beta)}
     if len(divergence.ids) != len(encoded.input_ids):
-        raise ValueError(f"the divergence is of {len(divergence.ids)} tokens; the transcript has {len(encoded.input_ids)}")
+        raise ValueError(
+            f"the divergence is of {len(divergence.ids)} tokens; the transcript has {len(encoded.input_ids)}"
+        )
     strip = strip_state(encoded, tokenizer, policies=(), title=title)
     strip |= {"masks": [strip_mask(encoded, mask, mask_name)], "a": visible(mask_name), "view": "heat"}
-    return {"strip": strip, "divergence": divergence_state(divergence, tokenizer, vocabulary), "layers": layer_state(students or {}),
-            "problem": visible(problem), "beta": float(beta)}
+    return {
+        "strip": strip,
+        "divergence": divergence_state(divergence, tokenizer, vocabulary),
+        "layers": layer_state(students or {}),
+        "problem": visible(problem),
+        "beta": float(beta),
+    }
 
 # %% ../../nbs/widgets/03_kl.ipynb #82cc50d0
 def number_text(x):
@@ -103,35 +153,66 @@ def number_text(x):
 
 
 def kl_html(encoded=None, mask=None, divergence=None, tokenizer=None, problem="", n=10, **ignored):
-    """The explorer as HTML tables without scripts or styles: the KL of each student, its share by role, its `n` tokens with the largest KL, and the
-    candidates at the first of them. `ignored`: what else `kl_state` takes."""
-    if encoded is None: return table_html(("view",), [(problem or "no tokens",)])
+    """The explorer as HTML tables without scripts or styles: the KL of each student, its share by role, its
+    `n` tokens with the largest KL, and the candidates at the first of them. `ignored`: what else `kl_state`
+    takes."""
+    if encoded is None:
+        return table_html(("view",), [(problem or "no tokens",)])
     parts = [table_html(("view",), [(problem,)])] if problem else []
     means = masked_kl(divergence, mask)
     rows = [(name, number_text(mean), int(mask[1:].sum())) for name, mean in means.items()]
-    parts.append(table_html(("student", "T²·mean D(teacher‖student), nats", "targets"), rows, f"KL at T = {divergence.temperature:g}"))
+    parts.append(
+        table_html(
+            ("student", "T²·mean D(teacher‖student), nats", "targets"),
+            rows,
+            f"KL at T = {divergence.temperature:g}",
+        )
+    )
     for name in divergence.names:
         table = token_table(encoded, mask, divergence, name)
         shares = share_of_kl(table)
-        rows = [(role, int(r.tokens), f"{100 * r.share:.1f} %", number_text(r["mean"])) for role, r in shares.iterrows()]
-        parts.append(table_html(("role", "tokens", "share of KL", "mean, nats"), rows, f"share of KL, {name}"))
+        rows = [
+            (role, int(r.tokens), f"{100 * r.share:.1f} %", number_text(r["mean"]))
+            for role, r in shares.iterrows()
+        ]
+        parts.append(
+            table_html(("role", "tokens", "share of KL", "mean, nats"), rows, f"share of KL, {name}")
+        )
         top = top_tokens(table, n)
-        rows = [(int(i), shown(r.text).replace("\n", ""), r.role, "in" if r.in_mask else "out", number_text(r.forward)) for i, r in top.iterrows()]
+        rows = [
+            (
+                int(i),
+                shown(r.text).replace("\n", ""),
+                r.role,
+                "in" if r.in_mask else "out",
+                number_text(r.forward),
+            )
+            for i, r in top.iterrows()
+        ]
         parts.append(table_html(("token", "text", "role", "mask", "KL, nats"), rows, f"largest KL, {name}"))
-        if not len(top): continue
-        first = candidates(divergence, int(top.index[0]), name, lambda ids: candidate_texts(tokenizer, ids)[0])
-        rows = [(str(text), *(number_text(x) for x in row)) for text, *row in first[["p", "q", "forward"]].itertuples()]
+        if not len(top):
+            continue
+        first = candidates(
+            divergence, int(top.index[0]), name, lambda ids: candidate_texts(tokenizer, ids)[0]
+        )
+        rows = [
+            (str(text), *(number_text(x) for x in row))
+            for text, *row in first[["p", "q", "forward"]].itertuples()
+        ]
         caption = f"the distribution that predicts token {top.index[0]}, {name}"
         parts.append(table_html(("candidate", "teacher p", f"{name} q", "p·log(p/q)"), rows, caption))
     return "".join(parts)
 
 # %% ../../nbs/widgets/03_kl.ipynb #cb6a4aa4
 class KLExplorer(anywidget.AnyWidget):
-    """The explorer of a state made by `kl_state`. `selected` (a token, -1 for none), `direction` (forward or reverse), `beta`, `temperature` and
-    `chosen` (one of `choices`, the transcripts) may be set here as well as in the browser.
+    """The explorer of a state made by `kl_state`. `selected` (a token, -1 for none), `direction` (forward or
+    reverse), `beta`, `temperature` and `chosen` (one of `choices`, the transcripts) may be set here as well
+    as in the browser.
 
-    `renew(chosen, temperature)` gives the arguments of `kl_state` anew; without it the view stays at its temperature. What it raises is shown in the
-    view. `arguments`: those that the state was made from, for `static`."""
+    `renew(chosen, temperature)` gives the arguments of `kl_state` anew; without it the view stays at its
+    temperature. What it raises is shown in the view. `arguments`: those that the state was made from, for
+    `static`."""
+
     _esm = module("strip.js", "kl.js", render="renderKL")
     _css = source("strip.css", "kl.css")
     strip = traitlets.Dict().tag(sync=True)
@@ -149,23 +230,34 @@ class KLExplorer(anywidget.AnyWidget):
 
     def __init__(self, arguments, renew=None, choices=(), chosen=0):
         state = kl_state(**arguments)
-        super().__init__(**state, temperature=state["divergence"].get("temperature", 1.0), live=renew is not None,
-                         choices=[visible(c) for c in choices], chosen=chosen)
+        super().__init__(
+            **state,
+            temperature=state["divergence"].get("temperature", 1.0),
+            live=renew is not None,
+            choices=[visible(c) for c in choices],
+            chosen=chosen,
+        )
         self.arguments, self.renew = arguments, renew
-        if renew is not None: self.observe(self.recompute, ["temperature", "chosen"])
+        if renew is not None:
+            self.observe(self.recompute, ["temperature", "chosen"])
 
     def recompute(self, change):
-        "Asks `renew` for the state at the chosen transcript and temperature, and shows it, or why there is none."
+        """Asks `renew` for the state at the chosen transcript and temperature, and shows it, or why there is
+        none."""
         try:
             arguments = self.renew(self.chosen, self.temperature)
             state = kl_state(**arguments)
-        except Exception as e:  # whatever it is: shown in the view, since an exception in a callback is seen by nobody
+        # whatever it is: shown in the view, since an exception in a callback is seen by nobody
+        except Exception as e:
             state = {"problem": visible(f"{type(e).__name__}: {e}")}
-        else: self.arguments = arguments
+        else:
+            self.arguments = arguments
         with self.hold_sync():
-            if change.name == "chosen" and "strip" in state: self.selected = -1
+            if change.name == "chosen" and "strip" in state:
+                self.selected = -1
             for name, value in state.items():
-                if name not in ("beta", "strip") or name == "strip" and value != self.strip: setattr(self, name, value)
+                if name not in ("beta", "strip") or name == "strip" and value != self.strip:
+                    setattr(self, name, value)
             self.answer += 1
 
     def static(self):
@@ -177,76 +269,107 @@ class KLExplorer(anywidget.AnyWidget):
 
 
 def static_kl(arguments, selected=-1, direction="forward", beta=None):
-    """The `StaticView` of the explorer with these `arguments` of `kl_state`: all works in it but what needs the model, another temperature or another
-    transcript."""
-    state = kl_state(**arguments) | {"selected": selected, "direction": direction, "choices": [], "chosen": 0, "live": False}
-    if beta is not None: state["beta"] = beta
+    """The `StaticView` of the explorer with these `arguments` of `kl_state`: all works in it but what needs
+    the model, another temperature or another transcript."""
+    state = kl_state(**arguments) | {
+        "selected": selected,
+        "direction": direction,
+        "choices": [],
+        "chosen": 0,
+        "live": False,
+    }
+    if beta is not None:
+        state["beta"] = beta
     title = arguments.get("title") or "KL explorer"
-    def make(): return page(title, ["strip.js", "kl.js"], ["strip.css", "kl.css"], "renderKL", state)
+
+    def make():
+        return page(title, ["strip.js", "kl.js"], ["strip.css", "kl.css"], "renderKL", state)
+
     return StaticView(make, kl_html(**arguments), title, height=1150)
 
 
 class StillExplorer:
-    "An explorer with no front end behind it, shown as a page of its own: `arguments`, `selected` and `direction` as of a `KLExplorer`."
+    """An explorer with no front end behind it, shown as a page of its own: `arguments`, `selected` and
+    `direction` as of a `KLExplorer`."""
+
     def __init__(self, arguments, renew=None, choices=(), chosen=0):
-        self.arguments, self.choices, self.chosen, self.problem = arguments, list(choices), chosen, arguments.get("problem", "")
+        self.arguments, self.choices, self.chosen, self.problem = (
+            arguments,
+            list(choices),
+            chosen,
+            arguments.get("problem", ""),
+        )
         self.selected, self.direction = -1, "forward"
 
     def static(self):
         "The explorer as a `StaticView`."
         return static_kl(self.arguments, self.selected, self.direction)
 
-    def _repr_mimebundle_(self, **kwargs): return view_bundle(self, {})
+    def _repr_mimebundle_(self, **kwargs):
+        return view_bundle(self, {})
 
 
 def kl_explorer(arguments, renew=None, choices=(), chosen=0):
-    "A `KLExplorer` where a front end can show widgets (`cbnb.widgets.views.is_live`), else a `StillExplorer`."
+    """A `KLExplorer` where a front end can show widgets (`cbnb.widgets.views.is_live`), else a
+    `StillExplorer`."""
     return (KLExplorer if is_live() else StillExplorer)(arguments, renew, choices, chosen)
 
 # %% ../../nbs/widgets/03_kl.ipynb #09320c3a
 def newest_run(runs=None):
-    "The folder of the run under `runs` (default: `cbnb.run.code.runs_folder()`) that was last to be done and has an adapter, or None."
+    """The folder of the run under `runs` (default: `cbnb.run.code.runs_folder()`) that was last to be done
+    and has an adapter, or None."""
     found = []
     for path in Path(runs or runs_folder()).glob("**/adapter/adapter_config.json"):
-        with contextlib.suppress(RunError, OSError, ValueError):  # a broken run is not the newest finished one
+        # a broken run is not the newest finished one
+        with contextlib.suppress(RunError, OSError, ValueError):
             status = read_status(path.parent.parent)
-            if status.get("state") == "done": found.append((status.get("updated") or "", path.parent.parent))
+            if status.get("state") == "done":
+                found.append((status.get("updated") or "", path.parent.parent))
     return max(found)[1] if found else None
 
 
 def adapter_and_run(folder):
     "`(folder of the adapter, run directory or None)` for a run directory or for an adapter's own folder."
     folder = Path(folder).expanduser().resolve()
-    if (folder / "adapter").is_dir(): folder = folder / "adapter"
+    if (folder / "adapter").is_dir():
+        folder = folder / "adapter"
     return folder, folder.parent if (folder.parent / "config.json").is_file() else None
 
 
 def run_config(run):
-    "The CircuitBreakerConfig that the run directory `run` was trained with; of None the preset `base`. Raises RunError and ConfigError."
+    """The CircuitBreakerConfig that the run directory `run` was trained with; of None the preset `base`.
+    Raises RunError and ConfigError."""
     said = (read_record(run / "config.json") or {}) if run else {}
-    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}  # another version may have others
+    # another version may have others
+    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}
     return CircuitBreakerConfig(**{name: value for name, value in said.items() if name in known})
 
 # %% ../../nbs/widgets/03_kl.ipynb #5787ae06
 def from_root(text):
-    "The `text` of an entry of data as it is where it names something, else in the project's root: a run that was started there names its files from there."
+    """The `text` of an entry of data as it is where it names something, else in the project's root: a run
+    that was started there names its files from there."""
     return text if entry_paths(text) or is_hub(text) or project_root() is None else project_root() / text
 
 
 def held_out_of(run):
-    """The transcripts that the run directory `run` held out (iterable). Raises ValueError where its parameters name none, TranscriptError where they
-    are gone."""
+    """The transcripts that the run directory `run` held out (iterable). Raises ValueError where its
+    parameters name none, TranscriptError where they are gone."""
     given = read_record(run / "params.json") or {}
     files, eval_files = (listed(given.get(key, "")) for key in ("data", "eval_data"))
-    if given.get("data") == "tinyagent": files, eval_files = [], eval_files or [run / "data" / "eval.jsonl"]
-    if not files and not eval_files: raise ValueError(f"{run}/params.json names no data; give transcript files.")
+    if given.get("data") == "tinyagent":
+        files, eval_files = [], eval_files or [run / "data" / "eval.jsonl"]
+    if not files and not eval_files:
+        raise ValueError(f"{run}/params.json names no data; give transcript files.")
     files, eval_files = ([from_root(path) for path in paths] for paths in (files, eval_files))
-    if eval_files: return each_of(eval_files, reading_of(given))
-    return load_streams(files, heldout_by=given.get("heldout_by", "prompt"), reading=reading_of(given))[2]  # prompt: before there was the setting
+    if eval_files:
+        return each_of(eval_files, reading_of(given))
+    # prompt: before there was the setting
+    return load_streams(files, heldout_by=given.get("heldout_by", "prompt"), reading=reading_of(given))[2]
 
 
 def each_of(texts, reading):
-    "Yields the transcripts of the entries `texts`, as `reading` says (on_error, relabel, tools, adapt), one at a time."
+    """Yields the transcripts of the entries `texts`, as `reading` says (on_error, relabel, tools, adapt), one
+    at a time."""
     for reader in open_sources(texts, reading.on_error, reading.relabel, reading.tools):
         yield from (adapt(t, reading.adapt) for t in reader.records() if not isinstance(t, TranscriptError))
 
@@ -255,92 +378,174 @@ LISTED = 200
 
 
 def transcripts_to_show(data, run, limit=LISTED, **given):
-    """At most `limit` transcripts, and a sentence that says so where there are more, else "": of the entries `data` (separated by commas; read as the run
-    read its own but for what is `given` of `cbnb.data.sources.READING`), of the tiny
-    agent's world (`"tinyagent"`), or, if empty, those that `run` held out. Raises ValueError where there are none."""
-    if data == "tinyagent" or not data and run is None: source = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
-    elif data: source = each_of(listed(data), reading_of((read_record(run / "params.json") or {}) if run else {}, **given))
-    else: source = held_out_of(run)
+    """At most `limit` transcripts, and a sentence that says so where there are more, else "": of the entries
+    `data` (separated by commas; read as the run read its own but for what is `given` of
+    `cbnb.data.sources.READING`), of the tiny agent's world (`"tinyagent"`), or, if empty, those that `run`
+    held out. Raises ValueError where there are none."""
+    if data == "tinyagent" or not data and run is None:
+        source = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
+    elif data:
+        source = each_of(
+            listed(data), reading_of((read_record(run / "params.json") or {}) if run else {}, **given)
+        )
+    else:
+        source = held_out_of(run)
     found = list(itertools.islice(source, limit + 1))
-    if not found: raise ValueError(f"{data or run} holds no transcripts.")
-    return found[:limit], f"The first {limit} transcripts are listed; give the number of a later one." if len(found) > limit else ""
+    if not found:
+        raise ValueError(f"{data or run} holds no transcripts.")
+    return found[:limit], f"The first {limit} transcripts are listed; give the number of a later one." if len(
+        found
+    ) > limit else ""
 
 
 def renewer(student, masker, transcripts, config, teacher=None, k=10, note=""):
-    """A function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for `KLExplorer`, each with the sentence `note`. The
-    final hidden states of the last one chosen are kept, so that another temperature takes no pass."""
+    """A function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for
+    `KLExplorer`, each with the sentence `note`. The final hidden states of the last one chosen are kept, so
+    that another temperature takes no pass."""
     kept = {}
+
     def renew(chosen, temperature):
         if chosen not in kept:
             policy = config.harmful_policy if transcripts[chosen].label == "harmful" else config.benign_policy
-            transcript, = for_policy([transcripts[chosen]], policy)
+            (transcript,) = for_policy([transcripts[chosen]], policy)
             encoded, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
-            said = [note, *left_out(encoded, config, transcript.label), *training_drops(transcript, masker, policy, config)]
+            said = [
+                note,
+                *left_out(encoded, config, transcript.label),
+                *training_drops(transcript, masker, policy, config),
+            ]
             passed = compare(student, encoded.input_ids, teacher)
             kept.clear()
-            about = dict(encoded=encoded, mask=mask, mask_name=policy, title=transcript.id, problem=" ".join(filter(None, said)))
+            about = dict(
+                encoded=encoded,
+                mask=mask,
+                mask_name=policy,
+                title=transcript.id,
+                problem=" ".join(filter(None, said)),
+            )
             kept[chosen] = about, *passed
         about, target, sides = kept[chosen]
         divergence = diverge(target, sides, about["encoded"].input_ids, temperature, k)
         vocabulary = target.head(target.hidden[:1]).shape[1]
-        return {**about, "divergence": divergence, "students": sides, "tokenizer": masker.tokenizer, "vocabulary": vocabulary}
+        return {
+            **about,
+            "divergence": divergence,
+            "students": sides,
+            "tokenizer": masker.tokenizer,
+            "vocabulary": vocabulary,
+        }
+
     return renew
 
 
 def left_out(encoded, config, label):
-    """Sentences on where an `encoded` window is not what the KL term saw in training (list): what was cut off, turns that were samples of their own, a
-    transcript whose `label` keeps it out of the term."""
+    """Sentences on where an `encoded` window is not what the KL term saw in training (list): what was cut
+    off, turns that were samples of their own, a transcript whose `label` keeps it out of the term."""
     start, end, n = int(encoded.offsets[0, 0]), int(encoded.offsets[-1, 1]), len(encoded.text)
-    cut = f"Cut to {len(encoded.input_ids)} tokens, as in training (max_length, {config.truncation}): characters {start} to {end} of {n}."
+    cut = (
+        f"Cut to {len(encoded.input_ids)} tokens, as in training (max_length, {config.truncation}): "
+        f"characters {start} to {end} of {n}."
+    )
     turns = "The run trained one sample a turn (split_turns); here the transcript stands as a whole."
     harmful = "This transcript is harmful: the KL term leaves it out, and its targets are the reroute term's."
     return [cut] * (start > 0 or end < n) + [turns] * config.split_turns + [harmful] * (label == "harmful")
 
 
 def training_drops(transcript, masker, policy, config):
-    """A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its turns, and
-    why; empty where it takes all."""
-    try: turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
-    except MaskError as e: return [f"Training refuses this transcript: {e}."]
-    rows = [training_row(e, transcript, policy, config.max_length, config.truncation, config.lost_context) for e in turns]
+    """A sentence (in a list) that training with `config` takes nothing of a `transcript`, or not all of its
+    turns, and why; empty where it takes all."""
+    try:
+        turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
+    except MaskError as e:
+        return [f"Training refuses this transcript: {e}."]
+    rows = [
+        training_row(e, transcript, policy, config.max_length, config.truncation, config.lost_context)
+        for e in turns
+    ]
     dropped = [row for row in rows if row.dropped]
     what = f"{len(dropped)} of its {len(rows)} turns" if config.split_turns else "this transcript"
     return [f"Training drops {what}: {dropped[0].words}."] if dropped else []
 
 # %% ../../nbs/widgets/03_kl.ipynb #7b822af2
-def load_explorer(adapter, adapter_b="", model="", teacher="", data="", number=1, temperature=None, beta_kl=None, k=10, dtype=None,
-                  control="", trust_remote_code=False, chat_template="", template_variables="", relabel=None, on_error=None, tools=None):
-    """The explorer of a saved adapter, or of two on one base, against the base without adapter or another `teacher`.
+def load_explorer(
+    adapter,
+    adapter_b="",
+    model="",
+    teacher="",
+    data="",
+    number=1,
+    temperature=None,
+    beta_kl=None,
+    k=10,
+    dtype=None,
+    control="",
+    trust_remote_code=False,
+    chat_template="",
+    template_variables="",
+    relabel=None,
+    on_error=None,
+    tools=None,
+):
+    """The explorer of a saved adapter, or of two on one base, against the base without adapter or another
+    `teacher`.
 
-    `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one that the adapter names. `data`: as in
-    `transcripts_to_show`; `number`: the transcript that is shown first, from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl`,
-    `dtype`, `relabel`, `on_error` and `tools` None, and `control`, `chat_template` and `template_variables` empty: the run's.
-    Raises ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
+    `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one
+    that the adapter names. `data`: as in `transcripts_to_show`; `number`: the transcript that is shown first,
+    from 1; `k`: candidates that are kept by name. `temperature`, `beta_kl`, `dtype`, `relabel`, `on_error`
+    and `tools` None, and `control`, `chat_template` and `template_variables` empty: the run's. Raises
+    ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders = {"student": folder} if not adapter_b else {"A": folder, "B": adapter_and_run(adapter_b)[0]}
-    for path in folders.values(): check_adapter(path, trust_remote_code)
+    for path in folders.values():
+        check_adapter(path, trust_remote_code)
     config = run_config(run)
-    model = model or (config.model if run else json.loads(read_text(folder / "adapter_config.json")).get("base_model_name_or_path") or "")
-    if not model: raise ValueError(f"{folder} names no base; give the model that it was trained on.")
-    transcripts, more = transcripts_to_show(data, run, max(LISTED, number), relabel=relabel, on_error=on_error, tools=tools)
-    if not 1 <= number <= len(transcripts): raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
+    model = model or (
+        config.model
+        if run
+        else json.loads(read_text(folder / "adapter_config.json")).get("base_model_name_or_path") or ""
+    )
+    if not model:
+        raise ValueError(f"{folder} names no base; give the model that it was trained on.")
+    transcripts, more = transcripts_to_show(
+        data, run, max(LISTED, number), relabel=relabel, on_error=on_error, tools=tools
+    )
+    if not 1 <= number <= len(transcripts):
+        raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
     given = (read_record(run / "params.json") or {}) if run else {}
     teacher, control = teacher or given.get("teacher", ""), control or given.get("control", "error")
     kept = (kept_template(run) or {}).get("source", "") if run else ""
-    masker, _ = make_masker(model, control, chat_template or kept, template_variables or given.get("template_variables") or "", trust_remote_code,
-                             tool_call_format=given.get("tool_call_format") or "template", adapt=given.get("adapt") or "")
+    masker, _ = make_masker(
+        model,
+        control,
+        chat_template or kept,
+        template_variables or given.get("template_variables") or "",
+        trust_remote_code,
+        tool_call_format=given.get("tool_call_format") or "template",
+        adapt=given.get("adapt") or "",
+    )
     kept_as = dtype or (config.dtype if run else "float32")
-    def whole(name): return load_model(name, kept_as, trust_remote_code=trust_remote_code)
-    students = load_students(whole(model), folders, real_rows(masker, [transcripts[number - 1]]), trust_remote_code)
+
+    def whole(name):
+        return load_model(name, kept_as, trust_remote_code=trust_remote_code)
+
+    students = load_students(
+        whole(model), folders, real_rows(masker, [transcripts[number - 1]]), trust_remote_code
+    )
     renew = renewer(students, masker, transcripts, config, whole(teacher) if teacher else None, k, more)
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
-    return kl_explorer(arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], number - 1)
+    return kl_explorer(
+        arguments, renew, [f"{t.id} ({t.label or 'no label'})" for t in transcripts], number - 1
+    )
 
 
 def open_explorer(adapter, **settings):
     "`load_explorer`, but what cannot be loaded gives an explorer that shows the sentence which says why."
-    try: return load_explorer(adapter, **settings)
-    except (ValueError, OSError, RuntimeError) as e: said = " ".join(str(e).split())
-    except Exception as e: said = f"{adapter} cannot be opened: {type(e).__name__}: {' '.join(str(e).split())}"  # files of another version, or torn
+    try:
+        return load_explorer(adapter, **settings)
+    except (ValueError, OSError, RuntimeError) as e:
+        said = " ".join(str(e).split())
+    # files of another version, or torn
+    except Exception as e:
+        said = f"{adapter} cannot be opened: {type(e).__name__}: {' '.join(str(e).split())}"
     return kl_explorer({"problem": said or f"{adapter} cannot be opened"})

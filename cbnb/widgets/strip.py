@@ -14,31 +14,38 @@ import anywidget
 import numpy as np
 import traitlets
 
+from ..basics.terminal import visible
 from ..masking.audit import token_texts
 from ..masking.encoders import token_bytes
 from ..masking.policies import Encoded, loss_mask, policy_name, reasons
-from ..basics.terminal import visible
 from ..masking.turns import Segment
 from .views import StaticView, is_live, mime_bundle, module, page, shown, source, table_html
 
 # %% ../../nbs/widgets/01_strip.ipynb #1256cd66
 def partial_bytes(tokenizer):
-    """A function that gives for a token id its bytes if they are no whole characters, else None: of byte-level BPE those that are no UTF-8, of
-    byte fallback `<0x80>` to `<0xFF>`."""
+    """A function that gives for a token id its bytes if they are no whole characters, else None: of
+    byte-level BPE those that are no UTF-8, of byte fallback `<0x80>` to `<0xFF>`."""
     by_bytes, added = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder), tokenizer.added_tokens_decoder
+
     def of(token):
-        if token in added: return None
+        if token in added:
+            return None
         raw = token_bytes(tokenizer, token, added) if by_bytes else None
-        if raw is None and (fallback := re.fullmatch("<0x([89A-F][0-9A-F])>", tokenizer.convert_ids_to_tokens(token) or "")):
+        if raw is None and (
+            fallback := re.fullmatch("<0x([89A-F][0-9A-F])>", tokenizer.convert_ids_to_tokens(token) or "")
+        ):
             raw = bytes.fromhex(fallback[1])
         return None if raw is None or is_text(raw) else raw
+
     return of
 
 
 def is_text(raw):
     "Whether bytes are whole characters of UTF-8."
-    try: raw.decode()
-    except UnicodeDecodeError: return False
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
     return True
 
 # %% ../../nbs/widgets/01_strip.ipynb #23b5ce4a
@@ -46,48 +53,64 @@ def spelled(raw):
     "Bytes (of part of a text) with what is no whole character as `<0xE5>`."
     out = []
     while raw:
-        try: return "".join(out) + shown(raw.decode())
+        try:
+            return "".join(out) + shown(raw.decode())
         except UnicodeDecodeError as e:
-            if e.start: out.append(shown(raw[:e.start].decode()))
-            out.append("".join(f"<0x{b:02X}>" for b in raw[e.start:e.end]))
-            raw = raw[e.end:]
+            if e.start:
+                out.append(shown(raw[: e.start].decode()))
+            out.append("".join(f"<0x{b:02X}>" for b in raw[e.start : e.end]))
+            raw = raw[e.end :]
     return "".join(out)
 
 
 def piece_texts(encoded, tokenizer=None):
-    """What each token of `encoded` is shown as (list of str, n), by `cbnb.widgets.views.shown`. With its `tokenizer`, parts of a character are
-    shown as bytes, `<0xE5>`, and the last of them with the character they make, `<0x8F>=司`."""
+    """What each token of `encoded` is shown as (list of str, n), by `cbnb.widgets.views.shown`. With its
+    `tokenizer`, parts of a character are shown as bytes, `<0xE5>`, and the last of them with the character
+    they make, `<0x8F>=司`."""
     pieces = token_texts(encoded)
     seen = {piece: shown(piece) for piece in set(pieces)}
     texts = [seen[piece] for piece in pieces]
-    if tokenizer is None: return texts
+    if tokenizer is None:
+        return texts
     part, known, waiting = partial_bytes(tokenizer), {}, b""
     for i, token in enumerate(encoded.input_ids.tolist()):
-        if token not in known: known[token] = part(token)
+        if token not in known:
+            known[token] = part(token)
         raw = known[token]
         if raw is None:
             waiting = b""
             continue
         waiting += raw
         texts[i] = spelled(raw)
-        if is_text(waiting): texts[i], waiting = f"{texts[i]}={shown(waiting.decode().strip())}", b""
+        if is_text(waiting):
+            texts[i], waiting = f"{texts[i]}={shown(waiting.decode().strip())}", b""
     return texts
 
 # %% ../../nbs/widgets/01_strip.ipynb #01ef9014
 def strip_tokens(encoded, tokenizer=None):
-    """The tokens of `encoded` as the strip wants them: each different text once (`texts`) with its kind (`kinds`, uint8: 0 text, 1 added token, 2 part of
-    a character); by token its text's index (`ids`, uint32), token id (int32), message (int32, -1 outside) and segment (uint8), as bytes; with the
-    `roles` of messages and the names of segments."""
+    """The tokens of `encoded` as the strip wants them: each different text once (`texts`) with its kind
+    (`kinds`, uint8: 0 text, 1 added token, 2 part of a character); by token its text's index (`ids`, uint32),
+    token id (int32), message (int32, -1 outside) and segment (uint8), as bytes; with the `roles` of messages
+    and the names of segments."""
     numbers, kind_of = encoded.input_ids.tolist(), {}
     if tokenizer is not None:
         added, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
         kind_of = {token: 1 if token in added else 2 if part(token) else 0 for token in set(numbers)}
     index = {}
-    ids = [index.setdefault((text, kind_of.get(token, 0)), len(index)) for text, token in zip(piece_texts(encoded, tokenizer), numbers)]
-    return {"texts": [text for text, _ in index], "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
-            "ids": np.array(ids, np.uint32).tobytes(), "token_ids": encoded.input_ids.astype(np.int32).tobytes(),
-            "messages": encoded.message_index.astype(np.int32).tobytes(), "segments": encoded.segments.astype(np.uint8).tobytes(),
-            "roles": [visible(role) for role in encoded.roles], "segment_names": [segment.name.lower().replace("_", " ") for segment in Segment]}
+    ids = [
+        index.setdefault((text, kind_of.get(token, 0)), len(index))
+        for text, token in zip(piece_texts(encoded, tokenizer), numbers)
+    ]
+    return {
+        "texts": [text for text, _ in index],
+        "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
+        "ids": np.array(ids, np.uint32).tobytes(),
+        "token_ids": encoded.input_ids.astype(np.int32).tobytes(),
+        "messages": encoded.message_index.astype(np.int32).tobytes(),
+        "segments": encoded.segments.astype(np.uint8).tobytes(),
+        "roles": [visible(role) for role in encoded.roles],
+        "segment_names": [segment.name.lower().replace("_", " ") for segment in Segment],
+    }
 
 # %% ../../nbs/widgets/01_strip.ipynb #d035d423
 NOTES = {"first_header": "WRONG, for comparison only", "full_sequence": "never right for a KL term"}
@@ -97,14 +120,19 @@ def checked(values, encoded, name, kind):
     "`values` as an array of `kind`; raises ValueError unless there is one for each token of `encoded`."
     values = np.asarray(values)
     if values.shape != encoded.input_ids.shape:
-        raise ValueError(f"{name} has shape {values.shape}; the transcript has {len(encoded.input_ids)} tokens, and each needs one value")
-    if kind is bool and values.dtype != bool: raise ValueError(f"{name} is {values.dtype}; a mask is bool")
+        raise ValueError(
+            f"{name} has shape {values.shape}; the transcript has {len(encoded.input_ids)} tokens, and each "
+            "needs one value"
+        )
+    if kind is bool and values.dtype != bool:
+        raise ValueError(f"{name} is {values.dtype}; a mask is bool")
     return values.astype(kind)
 
 
 def strip_mask(encoded, mask, name=None, label=None):
-    """One mask for the strip. `mask`: a policy's name, a policy (function of an Encoded), or a bool array [n] under a `name`. Of a policy each token
-    carries the sentence that says why it is in or out. Raises MaskError where the policy cannot be applied, ValueError for an array that does not fit."""
+    """One mask for the strip. `mask`: a policy's name, a policy (function of an Encoded), or a bool array [n]
+    under a `name`. Of a policy each token carries the sentence that says why it is in or out. Raises
+    MaskError where the policy cannot be applied, ValueError for an array that does not fit."""
     if isinstance(mask, str) or callable(mask):
         codes, sentences = reasons(encoded, mask, label)
         name = name or policy_name(mask)
@@ -113,54 +141,108 @@ def strip_mask(encoded, mask, name=None, label=None):
         name = name or "mask"
         values = checked(mask, encoded, f"the mask {name!r}", bool)
         codes, sentences = np.zeros(0, np.uint32), []
-    return {"name": visible(name), "note": NOTES.get(name, ""), "values": values.astype(np.uint8).tobytes(),
-            "codes": codes.astype(np.uint32).tobytes(), "sentences": [visible(s) for s in sentences]}
+    return {
+        "name": visible(name),
+        "note": NOTES.get(name, ""),
+        "values": values.astype(np.uint8).tobytes(),
+        "codes": codes.astype(np.uint32).tobytes(),
+        "sentences": [visible(s) for s in sentences],
+    }
 
 
 def strip_heat(encoded, values, name, unit=""):
-    "One row of numbers for the strip: float `values` [n], NaN where there is none. Raises ValueError where they do not fit."
-    return {"name": visible(name), "unit": visible(unit), "values": checked(values, encoded, f"the heat {name!r}", np.float32).tobytes()}
+    """One row of numbers for the strip: float `values` [n], NaN where there is none. Raises ValueError where
+    they do not fit."""
+    return {
+        "name": visible(name),
+        "unit": visible(unit),
+        "values": checked(values, encoded, f"the heat {name!r}", np.float32).tobytes(),
+    }
 
 # %% ../../nbs/widgets/01_strip.ipynb #de51c551
-ROWS, CHARACTERS = 100, 400      # of the script-free form: a notebook keeps it beside every view
+ROWS, CHARACTERS = 100, 400  # of the script-free form: a notebook keeps it beside every view
 
 
 def strip_html(state):
-    """`state` of a strip as an HTML table without scripts or styles: a row for each run of neighbouring tokens of one message that are all in mask A
-    or all out of it. Long ones are shortened and counted."""
+    """`state` of a strip as an HTML table without scripts or styles: a row for each run of neighbouring
+    tokens of one message that are all in mask A or all out of it. Long ones are shortened and counted."""
     tokens, masks = state["tokens"], state["masks"]
     ids, owners = np.frombuffer(tokens["ids"], np.uint32), np.frombuffer(tokens["messages"], np.int32)
-    if not len(ids): return table_html(("view",), [(state["message"] or "no tokens",)])
+    if not len(ids):
+        return table_html(("view",), [(state["message"] or "no tokens",)])
     chosen = next((m for m in masks if m["name"] == state["a"]), None)
     inside = np.zeros(len(ids), np.uint8) if chosen is None else np.frombuffer(chosen["values"], np.uint8)
-    edges = [0, *(np.flatnonzero((np.diff(owners) != 0) | (np.diff(inside.astype(int)) != 0)) + 1).tolist(), len(ids)]
+    edges = [
+        0,
+        *(np.flatnonzero((np.diff(owners) != 0) | (np.diff(inside.astype(int)) != 0)) + 1).tolist(),
+        len(ids),
+    ]
     rows = []
     for start, end in zip(edges[:ROWS], edges[1:]):
         text = "".join(tokens["texts"][k] for k in ids[start:end].tolist()).replace("\n", " ")
-        if len(text) > CHARACTERS: text = f"{text[:CHARACTERS]} … {len(text) - CHARACTERS:,} more characters"
+        if len(text) > CHARACTERS:
+            text = f"{text[:CHARACTERS]} … {len(text) - CHARACTERS:,} more characters"
         owner = int(owners[start])
         who = f"{owner} {tokens['roles'][owner]}" if owner >= 0 else "template"
-        rows.append((f"{start}–{end - 1}", who, *(("in" if inside[start] else "out",) if chosen else ()), text))
-    if len(edges) - 1 > ROWS: rows.append(("…", f"{len(edges) - 1 - ROWS:,} more rows", *(("",) if chosen else ()), ""))
+        rows.append(
+            (f"{start}–{end - 1}", who, *(("in" if inside[start] else "out",) if chosen else ()), text)
+        )
+    if len(edges) - 1 > ROWS:
+        rows.append(("…", f"{len(edges) - 1 - ROWS:,} more rows", *(("",) if chosen else ()), ""))
     caption = f"{len(ids):,} tokens" + (f", {int(inside.sum()):,} in {chosen['name']}" if chosen else "")
     return table_html(("tokens", "message", *((chosen["name"],) if chosen else ()), "text"), rows, caption)
 
 # %% ../../nbs/widgets/01_strip.ipynb #3051b063
-def strip_state(encoded=None, tokenizer=None, policies=("assistant_only",), masks=None, heats=None, label=None, view=None, title="", message=""):
-    """All that a strip shows, as plain values. `policies`: names or functions; `masks`: bool arrays [n] by name; `heats`: float arrays [n] by name, or
-    `(values, unit)`; `label`: count only tokens with it (see `loss_mask`); `view`: mask, difference, heat or text; `message`: shown above.
+def strip_state(
+    encoded=None,
+    tokenizer=None,
+    policies=("assistant_only",),
+    masks=None,
+    heats=None,
+    label=None,
+    view=None,
+    title="",
+    message="",
+):
+    """All that a strip shows, as plain values. `policies`: names or functions; `masks`: bool arrays [n] by
+    name; `heats`: float arrays [n] by name, or `(values, unit)`; `label`: count only tokens with it (see
+    `loss_mask`); `view`: mask, difference, heat or text; `message`: shown above.
 
-    Without `encoded` the strip is empty and only the message is shown. Raises MaskError and ValueError as `strip_mask` and `strip_heat` do."""
-    if encoded is None: encoded, policies = empty_encoded(), ()
-    shades = [strip_mask(encoded, policy, label=label) for policy in policies] + [strip_mask(encoded, m, name) for name, m in (masks or {}).items()]
-    warm = [strip_heat(encoded, *((v[0], name, v[1]) if isinstance(v, tuple) else (v, name))) for name, v in (heats or {}).items()]
-    views = [*(["mask"] if shades else []), *(["difference"] if len(shades) > 1 else []), *(["heat"] if warm else []), "text"]
-    if view is not None and view not in views: raise ValueError(f"view {view!r} is not one of {', '.join(views)}")
+    Without `encoded` the strip is empty and only the message is shown. Raises MaskError and ValueError as
+    `strip_mask` and `strip_heat` do."""
+    if encoded is None:
+        encoded, policies = empty_encoded(), ()
+    shades = [strip_mask(encoded, policy, label=label) for policy in policies] + [
+        strip_mask(encoded, m, name) for name, m in (masks or {}).items()
+    ]
+    warm = [
+        strip_heat(encoded, *((v[0], name, v[1]) if isinstance(v, tuple) else (v, name)))
+        for name, v in (heats or {}).items()
+    ]
+    views = [
+        *(["mask"] if shades else []),
+        *(["difference"] if len(shades) > 1 else []),
+        *(["heat"] if warm else []),
+        "text",
+    ]
+    if view is not None and view not in views:
+        raise ValueError(f"view {view!r} is not one of {', '.join(views)}")
     names = [m["name"] for m in shades]
-    if len(set(names)) < len(names): raise ValueError(f"two masks have one name ({', '.join(names)}); give each its own")
-    return {"tokens": strip_tokens(encoded, tokenizer), "masks": shades, "heats": warm, "view": view or views[0], "a": names[0] if names else "",
-            "b": names[1] if len(names) > 1 else "", "heat": warm[0]["name"] if warm else "", "predicting": False, "selected": -1,
-            "title": visible(title), "message": visible(message)}
+    if len(set(names)) < len(names):
+        raise ValueError(f"two masks have one name ({', '.join(names)}); give each its own")
+    return {
+        "tokens": strip_tokens(encoded, tokenizer),
+        "masks": shades,
+        "heats": warm,
+        "view": view or views[0],
+        "a": names[0] if names else "",
+        "b": names[1] if len(names) > 1 else "",
+        "heat": warm[0]["name"] if warm else "",
+        "predicting": False,
+        "selected": -1,
+        "title": visible(title),
+        "message": visible(message),
+    }
 
 
 def empty_encoded():
@@ -170,8 +252,10 @@ def empty_encoded():
 
 # %% ../../nbs/widgets/01_strip.ipynb #084e211e
 class TokenStrip(anywidget.AnyWidget):
-    """A token strip; `token_strip` makes one. Setting a trait changes what is shown, and only that trait is sent: `view`, `a` and `b` (names of
-    masks), `heat`, `predicting` (mark the position that predicts each token), `selected` (a token, -1 for none; clicks and keys set it too)."""
+    """A token strip; `token_strip` makes one. Setting a trait changes what is shown, and only that trait is
+    sent: `view`, `a` and `b` (names of masks), `heat`, `predicting` (mark the position that predicts each
+    token), `selected` (a token, -1 for none; clicks and keys set it too)."""
+
     _esm = module("strip.js", render="renderStrip")
     _css = source("strip.css")
     tokens = traitlets.Dict().tag(sync=True)
@@ -204,19 +288,25 @@ STATE = ("tokens", "masks", "heats", "view", "a", "b", "heat", "predicting", "se
 def static_strip(state):
     "The `StaticView` of a strip's state."
     title = state["title"] or "token strip"
-    return StaticView(lambda: page(title, ["strip.js"], ["strip.css"], "renderStrip", state), strip_html(state), title)
+    return StaticView(
+        lambda: page(title, ["strip.js"], ["strip.css"], "renderStrip", state), strip_html(state), title
+    )
 
 
 def view_bundle(view, live):
-    "The mime bundle of a widget with a `static()`; `live` is what ipywidgets makes of it, a dict or a pair with metadata."
+    """The mime bundle of a widget with a `static()`; `live` is what ipywidgets makes of it, a dict or a pair
+    with metadata."""
     live, metadata = live if isinstance(live, tuple) else (live or {}, {})
     static = view.static()
     return mime_bundle(live, static, visible(static.title)), metadata
 
 # %% ../../nbs/widgets/01_strip.ipynb #8f36ab9f
 class StillStrip:
-    "A strip with no front end behind it: the attributes and methods of a `TokenStrip`, shown as a page of its own."
-    def __init__(self, **state): self.__dict__.update(state)
+    """A strip with no front end behind it: the attributes and methods of a `TokenStrip`, shown as a page of
+    its own."""
+
+    def __init__(self, **state):
+        self.__dict__.update(state)
 
     def state(self):
         "What is shown, as plain values."
@@ -226,10 +316,12 @@ class StillStrip:
         "The strip as a `StaticView`."
         return static_strip(self.state())
 
-    def _repr_mimebundle_(self, **kwargs): return view_bundle(self, {})
+    def _repr_mimebundle_(self, **kwargs):
+        return view_bundle(self, {})
 
 
 def token_strip(encoded=None, tokenizer=None, policies=("assistant_only",), **given):
-    """A strip of an Encoded: a `TokenStrip` where a front end can show widgets (`cbnb.widgets.views.is_live`), else a `StillStrip`; the arguments and
-    errors are those of `strip_state`."""
+    """A strip of an Encoded: a `TokenStrip` where a front end can show widgets
+    (`cbnb.widgets.views.is_live`), else a `StillStrip`; the arguments and errors are those of `strip_state`.
+    """
     return (TokenStrip if is_live() else StillStrip)(**strip_state(encoded, tokenizer, policies, **given))

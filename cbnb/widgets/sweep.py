@@ -16,22 +16,30 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from ..basics.terminal import visible
 from ..report.figures import WIDTH, curves, newest_notebook, static_svg
 from ..report.sweep import AGAINST, against, by_kind, headline, link_to, text_cell
-from ..run.metrics import log_rows
-from ..basics.terminal import visible
 from ..report.verdicts import CHECKS, Sweep, advice, verdicts
+from ..run.metrics import log_rows
 from .views import is_live
 
 # %% ../../nbs/widgets/05_sweep.ipynb #267b3bdc
 def judged(sweep: Sweep) -> str:
     "Verdicts, advice, runs that are not done and notes of a sweep, as plain text."
     lines = [headline(sweep), ""]
-    for v in verdicts(sweep): lines.append(f"{v.label + ': ' if v.label else ''}{CHECKS[v.check]}: {v.verdict}. {v.why}")
+    for v in verdicts(sweep):
+        lines.append(f"{v.label + ': ' if v.label else ''}{CHECKS[v.check]}: {v.verdict}. {v.why}")
     given = [f"Advice: {a.label + ': ' if a.label else ''}{a.text}" for a in advice(sweep)]
-    lines += ["", *(given or ["Advice: none; nothing in these runs is beyond its margin, or they are void or unclear."])]
+    lines += [
+        "",
+        *(
+            given
+            or ["Advice: none; nothing in these runs is beyond its margin, or they are void or unclear."]
+        ),
+    ]
     rest = sweep.frame[sweep.frame["state"] != "done"]
-    if len(rest): lines.append("")
+    if len(rest):
+        lines.append("")
     for run, state, error in rest[["run", "state", "error"]].itertuples(index=False):
         lines.append(f"Not done: {run}, {state}" + (f": {error}" if isinstance(error, str) else ""))
     return "\n".join(lines + [f"Note: {note}" for note in sweep.notes])
@@ -40,42 +48,81 @@ def judged(sweep: Sweep) -> str:
 def measures(sweep: Sweep) -> list[str]:
     "The measures of a sweep's frame that any run has."
     kinds = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(sweep.frame, key)]
-    known = [*AGAINST, *kinds, "beta_times_kl", "loss_reroute", "loss_retain", "onset_step", "attack_success_lax", "unparseable", "kl_gradient_share",
-             "grad_norm_reroute", "grad_norm_kl", "grad_cos_reroute_kl"]
+    known = [
+        *AGAINST,
+        *kinds,
+        "beta_times_kl",
+        "loss_reroute",
+        "loss_retain",
+        "onset_step",
+        "attack_success_lax",
+        "unparseable",
+        "kl_gradient_share",
+        "grad_norm_reroute",
+        "grad_norm_kl",
+        "grad_cos_reroute_kl",
+    ]
     return [m for m in dict.fromkeys(known) if m in sweep.frame and sweep.frame[m].notna().any()]
 
 
-SHOWN = ("loss_kl", "harmful_cosine", "attack_success", "exact_match_plain", "heldout_kl_in_domain", "heldout_kl_off_domain", "onset_step", "grad_norm_total")
+SHOWN = (
+    "loss_kl",
+    "harmful_cosine",
+    "attack_success",
+    "exact_match_plain",
+    "heldout_kl_in_domain",
+    "heldout_kl_off_domain",
+    "onset_step",
+    "grad_norm_total",
+)
 ROWS_SHOWN = 100
 
 
 def runs_table(sweep: Sweep, frame: pd.DataFrame) -> str:
-    "HTML table (str) of the runs in `frame`, at most `ROWS_SHOWN`, each linked to its report where it has one."
+    """HTML table (str) of the runs in `frame`, at most `ROWS_SHOWN`, each linked to its report where it has
+    one."""
     columns = ["state", *sweep.parameters, *(c for c in SHOWN if c in frame and sweep.frame[c].notna().any())]
+
     def cells(row):
         link, name = link_to(sweep.folders[row["run"]], os.getcwd()), escape(row["run"])
         yield f'<a href="{escape(link)}">{name}</a>' if link else name
-        for c in columns: yield escape(text_cell(row[c], c in sweep.parameters))
+        for c in columns:
+            yield escape(text_cell(row[c], c in sweep.parameters))
+
     head = "".join(f'<th scope="col">{escape(c.replace("_", " "))}</th>' for c in ("run", *columns))
-    body = "".join(f"<tr><td>{'</td><td>'.join(cells(row))}</td></tr>" for row in frame.head(ROWS_SHOWN).to_dict("records"))
+    body = "".join(
+        f"<tr><td>{'</td><td>'.join(cells(row))}</td></tr>"
+        for row in frame.head(ROWS_SHOWN).to_dict("records")
+    )
     more = f"; the first {ROWS_SHOWN} are shown" if len(frame) > ROWS_SHOWN else ""
-    table = f"<table><caption>{len(frame)} of {len(sweep.frame)} runs{more}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = (
+        f"<table><caption>{len(frame)} of {len(sweep.frame)} "
+        f"runs{more}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
     return f'<div style="overflow-x: auto; white-space: nowrap">{table}</div>'
 
 
 def picture(fig) -> str:
     "A figure as an `<img>` that holds its static twin."
     data = base64.b64encode(static_svg(fig).encode()).decode()
-    return f'<img alt="{escape(visible(fig.layout.meta))}" width="{WIDTH}" style="max-width: 100%" src="data:image/svg+xml;base64,{data}">'
+    return (
+        f'<img alt="{escape(visible(fig.layout.meta))}" width="{WIDTH}" style="max-width: 100%" '
+        f'src="data:image/svg+xml;base64,{data}">'
+    )
 
 # %% ../../nbs/widgets/05_sweep.ipynb #3e6a0578
 def run_views(sweep: Sweep, run: str) -> str:
-    "HTML (str) with what can be opened of one run: its report and notebook as links, the dashboard and the KL explorer as commands, and its curves."
+    """HTML (str) with what can be opened of one run: its report and notebook as links, the dashboard and the
+    KL explorer as commands, and its curves."""
     path = sweep.folders[run]
     links = [p for p in (path / "report.html", newest_notebook(path)) if p and os.path.isfile(p)]
-    links = " · ".join(f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(visible(p.name))}</a>' for p in links)
-    commands = [f"from cbnb.widgets.dashboard import dashboard; dashboard({json.dumps(str(path))})",
-                f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}"]
+    links = " · ".join(
+        f'<a href="{escape(quote(os.path.relpath(p)))}">{escape(visible(p.name))}</a>' for p in links
+    )
+    commands = [
+        f"from cbnb.widgets.dashboard import dashboard; dashboard({json.dumps(str(path))})",
+        f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}",
+    ]
     rows, told = log_rows(path)
     drawn = "".join(f"<p>{escape(visible(line))}</p>" for line in told) + picture(curves(rows))
     text = "".join(f"<pre>{escape(visible(command))}</pre>" for command in commands)
@@ -86,20 +133,32 @@ VALUES_OFFERED = 40
 
 
 def filtered(sweep: Sweep, chosen: dict) -> pd.DataFrame:
-    "The rows of the frame whose value of each column in `chosen` is among the values there; an empty choice takes all."
+    """The rows of the frame whose value of each column in `chosen` is among the values there; an empty choice
+    takes all."""
     frame = sweep.frame
     for column, values in chosen.items():
-        if values: frame = frame[frame[column].isin(values)]
+        if values:
+            frame = frame[frame[column].isin(values)]
     return frame
 
 
 def live_box(sweep: Sweep):
-    "The explorer as a widget: filters by state and by each differing parameter, a parameter and a measure to plot, a run to look at."
+    """The explorer as a widget: filters by state and by each differing parameter, a parameter and a measure
+    to plot, a run to look at."""
     import ipywidgets as widgets
+
     columns = ["state", *sweep.parameters]
-    options = {c: sorted(sweep.frame[c].dropna().unique(), key=lambda v: (isinstance(v, str), v))[:VALUES_OFFERED] for c in columns}
-    filters = {c: widgets.SelectMultiple(description=c[:20], options=[(text_cell(v, True), v) for v in values], rows=4)
-               for c, values in options.items() if len(values) > 1}
+    options = {
+        c: sorted(sweep.frame[c].dropna().unique(), key=lambda v: (isinstance(v, str), v))[:VALUES_OFFERED]
+        for c in columns
+    }
+    filters = {
+        c: widgets.SelectMultiple(
+            description=c[:20], options=[(text_cell(v, True), v) for v in values], rows=4
+        )
+        for c, values in options.items()
+        if len(values) > 1
+    }
     parameter = widgets.Dropdown(description="against", options=sweep.parameters)
     measure = widgets.Dropdown(description="measure", options=measures(sweep) or ["loss_kl"])
     run = widgets.Dropdown(description="run", options=["", *sweep.frame["run"]])
@@ -107,24 +166,36 @@ def live_box(sweep: Sweep):
 
     def draw(_=None):
         frame = filtered(sweep, {c: f.value for c, f in filters.items()})
-        table.value, plot.value = runs_table(sweep, frame), picture(against(frame, parameter.value, (measure.value,)))
+        table.value, plot.value = (
+            runs_table(sweep, frame),
+            picture(against(frame, parameter.value, (measure.value,))),
+        )
 
-    def look(_=None): views.value = run_views(sweep, run.value) if run.value else ""
-    for control in (*filters.values(), parameter, measure): control.observe(draw, "value")
+    def look(_=None):
+        views.value = run_views(sweep, run.value) if run.value else ""
+
+    for control in (*filters.values(), parameter, measure):
+        control.observe(draw, "value")
     run.observe(look, "value")
     draw()
-    return widgets.VBox([widgets.HBox(list(filters.values())), table, widgets.HBox([parameter, measure]), plot, run, views])
+    return widgets.VBox(
+        [widgets.HBox(list(filters.values())), table, widgets.HBox([parameter, measure]), plot, run, views]
+    )
 
 
 def explorer_html(sweep: Sweep) -> str:
-    "The same without a kernel, HTML (str) without scripts: the table, and the main measures against each parameter that differs."
+    """The same without a kernel, HTML (str) without scripts: the table, and the main measures against each
+    parameter that differs."""
     differ = [p for p in sweep.parameters if p != "seed" and sweep.frame[p].nunique() > 1]
     return runs_table(sweep, sweep.frame) + "".join(picture(against(sweep.frame, p)) for p in differ[:4])
 
 
 def explore(sweep: Sweep) -> None:
-    "Shows the explorer of a sweep: with filters where somebody sits at a front end, else as tables and pictures that need neither kernel nor script."
+    """Shows the explorer of a sweep: with filters where somebody sits at a front end, else as tables and
+    pictures that need neither kernel nor script."""
     from IPython.display import display
+
     bundle = {"text/html": explorer_html(sweep), "text/plain": headline(sweep)}
-    if is_live(): bundle = live_box(sweep)._repr_mimebundle_() | bundle
+    if is_live():
+        bundle = live_box(sweep)._repr_mimebundle_() | bundle
     display(bundle, raw=True)

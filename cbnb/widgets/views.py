@@ -17,8 +17,8 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from ..basics.terminal import visible
 from ..basics.jsonfiles import write_owned
+from ..basics.terminal import visible
 from ..basics.withheld import kernel
 
 # %% ../../nbs/widgets/00_views.ipynb #be93df71
@@ -26,27 +26,35 @@ SIGNS = {"\n": "↵\n", "\t": "⇥", " ": "·"}
 
 
 def shown(text):
-    """`text` with everything that the eye misses written out: blanks as ·, tabs as ⇥, line ends as ↵ before a real line end, nothing at all
-    as ∅, and control, direction, zero-width and filler characters as escapes."""
+    """`text` with everything that the eye misses written out: blanks as ·, tabs as ⇥, line ends as ↵ before a
+    real line end, nothing at all as ∅, and control, direction, zero-width and filler characters as escapes.
+    """
     return visible(text, SIGNS) if text else "∅"
 
 # %% ../../nbs/widgets/00_views.ipynb #b8f8deac
 def source(*names):
-    "The text of files beside the widgets' modules, one after the other. Raises FileNotFoundError for one that is not there."
+    """The text of files beside the widgets' modules, one after the other. Raises FileNotFoundError for one
+    that is not there."""
     return "\n".join(files("cbnb.widgets").joinpath(name).read_text(encoding="utf-8") for name in names)
 
 
 def module(*names, render):
-    "An ES module (str) for anywidget: the files `names` and, as what the module exports, the function `render` of them."
+    """An ES module (str) for anywidget: the files `names` and, as what the module exports, the function
+    `render` of them."""
     return f"{source(*names)}\nexport default {{ render: {render} }};\n"
 
 # %% ../../nbs/widgets/00_views.ipynb #a7c59521
 def state_json(state):
-    """`state` (what JSON can hold, and bytes) as JSON that may stand inside a script element: bytes become `{"base64": …}`, and no `<` is left, so
-    that no text can end the element."""
+    """`state` (what JSON can hold, and bytes) as JSON that may stand inside a script element: bytes become
+    `{"base64": …}`, and no `<` is left, so that no text can end the element."""
+
     def pack(value):
-        if isinstance(value, (bytes, bytearray, memoryview)): return {"base64": base64.b64encode(value).decode()}
-        raise TypeError(f"a view cannot hold {type(value).__name__}; give bytes, text, numbers, lists and dicts of them")
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return {"base64": base64.b64encode(value).decode()}
+        raise TypeError(
+            f"a view cannot hold {type(value).__name__}; give bytes, text, numbers, lists and dicts of them"
+        )
+
     text = json.dumps(state, default=pack, ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -63,32 +71,45 @@ h1 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 0 0 4px; overflow-wrap: 
 <script>{script}
 {render}({{ model: pageModel(readState(document.getElementById("state").textContent)), el: document.getElementById("view") }});
 </script></body></html>
-"""
+"""  # noqa: E501
 
 
 def page(title, scripts, styles, render, state, body=""):
-    """One self-contained HTML page (str) that shows `state` by the function `render` of the package files `scripts`, and under it the HTML
-    `body`, in which all text is escaped already; nothing is loaded from anywhere, and the page's own policy forbids it."""
-    return PAGE.format(title=escape(visible(title)), style=source(*styles), script=source("page.js", *scripts), render=render, state=state_json(state),
-                       body=body)
+    """One self-contained HTML page (str) that shows `state` by the function `render` of the package files
+    `scripts`, and under it the HTML `body`, in which all text is escaped already; nothing is loaded from
+    anywhere, and the page's own policy forbids it."""
+    return PAGE.format(
+        title=escape(visible(title)),
+        style=source(*styles),
+        script=source("page.js", *scripts),
+        render=render,
+        state=state_json(state),
+        body=body,
+    )
 
 # %% ../../nbs/widgets/00_views.ipynb #ca936563
 @dataclass(frozen=True)
 class StaticView:
-    """A view without a kernel. `html`: one interactive page, made by `make` when it is first asked for; `plain`: HTML without scripts, for where
-    scripts are not allowed; `title`; `height` of its frame in pixels."""
+    """A view without a kernel. `html`: one interactive page, made by `make` when it is first asked for;
+    `plain`: HTML without scripts, for where scripts are not allowed; `title`; `height` of its frame in
+    pixels."""
+
     make: Callable[[], str]
     plain: str
     title: str = "view"
     height: int = 620
 
     @cached_property
-    def html(self): return self.make()
+    def html(self):
+        return self.make()
 
     def _repr_html_(self):
         title = escape(visible(self.title), quote=True)
-        frame = (f'<iframe title="{title}" sandbox="allow-scripts" width="100%" height="{self.height}" style="border:0" '
-                 f'srcdoc="{escape(self.html, quote=True)}"></iframe>')
+        frame = (
+            f'<iframe title="{title}" sandbox="allow-scripts" width="100%" height="{self.height}" '
+            'style="border:0" '
+            f'srcdoc="{escape(self.html, quote=True)}"></iframe>'
+        )
         return f"{frame}<details><summary>{title}, without scripts</summary>{self.plain}</details>"
 
     def save(self, path):
@@ -98,25 +119,39 @@ class StaticView:
 
 # %% ../../nbs/widgets/00_views.ipynb #ed705372
 def is_live():
-    """Whether somebody at a front end sent the cell that is running, so that a widget would have an answer. `CBNB_STATIC=1` says no and
-    `CBNB_STATIC=0` yes; unset, it is whether the front end takes input: papermill, nbconvert and every other nbclient take none. Raises ValueError for
-    another value."""
+    """Whether somebody at a front end sent the cell that is running, so that a widget would have an answer.
+    `CBNB_STATIC=1` says no and `CBNB_STATIC=0` yes; unset, it is whether the front end takes input:
+    papermill, nbconvert and every other nbclient take none. Raises ValueError for another value."""
     said = os.environ.get("CBNB_STATIC", "")
-    if said not in ("", "0", "1"): raise ValueError(f"CBNB_STATIC is {said!r}; use 1 for views without widgets, 0 for widgets, or leave it unset")
-    if said or kernel() is None: return said == "0"
+    if said not in ("", "0", "1"):
+        raise ValueError(
+            f"CBNB_STATIC is {said!r}; use 1 for views without widgets, 0 for widgets, or leave it unset"
+        )
+    if said or kernel() is None:
+        return said == "0"
     return bool(kernel().get_parent().get("content", {}).get("allow_stdin"))
 
 # %% ../../nbs/widgets/00_views.ipynb #9c90ad6e
 def mime_bundle(widget, static, text):
-    """What a notebook stores of a view: of a live one the widget with the script-free HTML of `static` (a `StaticView`) beside it, of another one
-    the page in its frame. `widget`: the mime bundle of ipywidgets; `text`: one line for a terminal."""
-    if not is_live(): return {"text/html": static._repr_html_(), "text/plain": text}
+    """What a notebook stores of a view: of a live one the widget with the script-free HTML of `static` (a
+    `StaticView`) beside it, of another one the page in its frame. `widget`: the mime bundle of ipywidgets;
+    `text`: one line for a terminal."""
+    if not is_live():
+        return {"text/html": static._repr_html_(), "text/plain": text}
     return {**widget, "text/html": static.plain, "text/plain": text}
 
 # %% ../../nbs/widgets/00_views.ipynb #496be537
 def table_html(columns, rows, caption=""):
-    "A script-free HTML table (str) of `rows` (sequences of text or numbers) under `columns`; all text is made visible and escaped."
-    cell = lambda value: escape(visible(value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else str(value)))
+    """A script-free HTML table (str) of `rows` (sequences of text or numbers) under `columns`; all text is
+    made visible and escaped."""
+
+    def cell(value):
+        return escape(
+            visible(
+                value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else str(value)
+            )
+        )
+
     head = "".join(f"<th>{cell(c)}</th>" for c in columns)
     body = "".join(f"<tr>{''.join(f'<td>{cell(v)}</td>' for v in row)}</tr>" for row in rows)
     title = f"<caption>{cell(caption)}</caption>" if caption else ""

@@ -1,8 +1,13 @@
-"""Run by tests/test_wheel.py in an environment that holds only the installed wheel, from a folder outside the repository.
+"""Run by tests/test_wheel.py in an environment that holds only the installed wheel, from a folder outside the
+repository.
 
-usage: train_few_steps.py PACKAGE_FILE...     the package's files that are not modules, relative to the package
+usage: train_few_steps.py PACKAGE_FILE... the package's files that are not modules, relative to the package
 """
-import importlib, pkgutil, sys, tempfile
+
+import importlib
+import pkgutil
+import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,7 +17,8 @@ package = Path(cbnb.__file__).parent
 assert package.is_relative_to(sys.prefix), f"cbnb comes from {package}, not from the installed wheel"
 
 names = [m.name for m in pkgutil.walk_packages(cbnb.__path__, "cbnb.") if not m.name.endswith("__main__")]
-for name in names: importlib.import_module(name)
+for name in names:
+    importlib.import_module(name)
 
 for name in sys.argv[1:]:
     assert files("cbnb").joinpath(name).is_file(), f"the wheel lacks {name}"
@@ -23,11 +29,11 @@ print(f"cbnb {cbnb.__version__}: {len(names)} modules, {len(sys.argv) - 1} data 
 from cbnb.config import get_config
 from cbnb.data.streams import encode_stream, load_streams
 from cbnb.masking.masker import ChatMasker
-from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.run.directory import open_run
 from cbnb.run.metrics import read_metrics
-from cbnb.transcripts.tinyworld import write_data
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.train.trainer import train_breaker
+from cbnb.transcripts.tinyworld import write_data
 
 with tempfile.TemporaryDirectory() as folder:
     world = write_data(f"{folder}/data")
