@@ -1,10 +1,13 @@
-"""Write the files of lock/: exact versions, and the hashes of all files that the package index has of each,
-for pip install --require-hashes.
+"""Write the files of lock/: exact versions, and the hashes of all files that the package index has of
+each, for pip install --require-hashes.
 
-    run.txt what a run needs: settings.ini's requirements, but for torch extras.txt pictures and data sets on
-    top dev.txt what export, tests and docs need on top cuda.txt torch as the index has it, and what it needs
-    on top of run.txt: the CUDA build for Linux, a CPU build for macOS and Windows cpu.txt or the CPU build of
-    torch for Linux, which other places have tools.txt what `make lock` and `make sbom` run
+    run.txt      what a run needs: settings.ini's requirements, but for torch
+    extras.txt   pictures and data sets on top
+    dev.txt      what export, tests and docs need on top
+    cuda.txt     torch as the index has it, and what it needs on top of run.txt: the CUDA build for Linux, a
+                 CPU build for macOS and Windows
+    cpu.txt      or the CPU build of torch for Linux, which other places have
+    tools.txt    what `make lock` and `make sbom` run
 
 Versions are those of constraints.txt; what is not there (other systems, other Pythons, CUDA) stays as it was
 locked, or is the newest that fits. uv resolves for all systems and Pythons at once, with the index of pip's

@@ -1,10 +1,10 @@
 """Pages from the notebooks, without quarto and without a network.
 
-pages.py readme README.md from nbs/index.ipynb pages.py tables the tables of nbs/reference/ and
-nbs/explanation/ from the notebooks that they list pages.py docs a static site of all notebooks and Markdown
-pages in _docs/ pages.py strip remove from the notebooks themselves: widget state (megabytes, and useless
-without its kernel) and what was written
-                   to stderr (progress, warnings with this machine's paths)
+pages.py readme    README.md from nbs/index.ipynb
+pages.py tables    the tables of nbs/reference/ and nbs/explanation/ from the notebooks that they list
+pages.py docs      a static site of all notebooks and Markdown pages in _docs/
+pages.py strip     remove from the notebooks themselves: widget state (megabytes, and useless without its
+                   kernel) and what was written to stderr (progress, warnings with this machine's paths)
 """
 
 import json

@@ -1,14 +1,15 @@
-"""Command lines made from the parsers of `cbnb` and `python -m cbnb.report` themselves, and what must hold
-for each of them.
+"""Command lines made from the parsers of `cbnb` and `python -m cbnb.report` themselves, and what must
+hold for each of them.
 
-usage: fuzz_cli.py [LINES] [SEED] [FIRST] runs LINES (2000) of SEED (0) from number FIRST (0) on and prints
-what does not hold
+usage: fuzz_cli.py [LINES] [SEED] [FIRST]     runs LINES (2000) of SEED (0) from number FIRST (0) on and
+                                              prints what does not hold
 
 A line is known by seed and number alone. It is carried out by `main(argv)` in a forked process that sits in a
 world of its own (files, folders, devices, run directories, specs, each also broken), may write nowhere else,
 and is watched by an audit hook and an alarm. What would train, download, submit or plan is the only thing
 that is not carried out: what papermill would run leaves some files and ends, a plan is one line, the hub is
-offline."""
+offline.
+"""
 
 import argparse
 import contextlib

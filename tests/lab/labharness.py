@@ -1,9 +1,12 @@
 """Open a notebook in a real JupyterLab in headless Chromium, run it, poke it, look at it.
 
     with Lab("nbs") as lab:
-        nb = lab.open("train.ipynb") nb.run_all(timeout=120) # CellError on any error output, unrendered
-        widget or JavaScript error nb.page.locator(".token-strip").click() nb.shot("train.png")
-        lab.assert_offline() # no request left this machine
+        nb = lab.open("train.ipynb")
+        nb.run_all(timeout=120)                    # CellError on any error output, unrendered widget or
+                                                   # JavaScript error
+        nb.page.locator(".token-strip").click()
+        nb.shot("train.png")
+        lab.assert_offline()                       # no request left this machine
 
 `python tests/lab/labharness.py FOLDER NOTEBOOK [SHOT.png]` does the same from a shell.
 """

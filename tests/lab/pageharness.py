@@ -1,12 +1,14 @@
 """Open a standalone page in headless Chromium, without a server; see what went wrong in it and what an
 accessibility check finds.
 
-    def test_view(pages): # the fixture is in conftest.py; elsewhere: with Pages() as pages
-        page = pages.open(html, theme="dark") # HTML text, or the Path of a file; also forced_colors=True,
-        reduced_motion=False page.locator("button").click() # a Playwright page, loaded and 1280 x 1000 frame
-        = pages.framed(html) # the same in <iframe sandbox="allow-scripts" srcdoc=...>; a Playwright frame
-        assert pages.violations(page) == pages.violations(frame) == [] pages.assert_clean() # no console
-        error, uncaught exception or dialog, nothing loaded from outside the page
+    def test_view(pages):                          # the fixture is in conftest.py
+        page = pages.open(html, theme="dark")      # HTML text, or the Path of a file; also forced_colors=True,
+                                                   # reduced_motion=False
+        page.locator("button").click()             # a Playwright page, loaded and 1280 x 1000
+        frame = pages.framed(html)                 # the same in <iframe sandbox="allow-scripts" srcdoc=...>
+        assert pages.violations(page) == pages.violations(frame) == []
+        pages.assert_clean()                       # no console error, uncaught exception or dialog, nothing
+                                                   # loaded from outside the page
 
 What was seen since the last `clear()`: `console`, texts of errors; `outside`, addresses (also other files: a
 standalone page needs none). `python tests/lab/pageharness.py [PAGE.html ...]` fetches axe-core and checks
