@@ -1,8 +1,8 @@
 """A real step in a process of its own, and the most memory that it held, for tests/test_plan.py and
 nbs/bench/plan.ipynb.
 
-usage: plan_peak.py CASE [LENGTH] a key of CASES, and tokens a row in place of its own; prints the peak in
-bytes: what came on top of the imported libraries
+usage: plan_peak.py CASE [LENGTH]     a key of CASES, and tokens per row in place of its own; prints the peak
+                                      in bytes: what came on top of the imported libraries
 """
 
 import os

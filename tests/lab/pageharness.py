@@ -2,8 +2,8 @@
 accessibility check finds.
 
     def test_view(pages):                          # the fixture is in conftest.py
-        page = pages.open(html, theme="dark")      # HTML text, or the Path of a file; also forced_colors=True,
-                                                   # reduced_motion=False
+        page = pages.open(html, theme="dark")      # HTML text, or the Path of a file; also
+                                                   # forced_colors=True, reduced_motion=False
         page.locator("button").click()             # a Playwright page, loaded and 1280 x 1000
         frame = pages.framed(html)                 # the same in <iframe sandbox="allow-scripts" srcdoc=...>
         assert pages.violations(page) == pages.violations(frame) == []
