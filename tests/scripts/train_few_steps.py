@@ -1,7 +1,7 @@
 """Run by tests/test_wheel.py in an environment that holds only the installed wheel, from a folder
 outside the repository.
 
-usage: train_few_steps.py PACKAGE_FILE...     the package's files that are not modules, relative to the package
+usage: train_few_steps.py PACKAGE_FILE...     the package's files that are not modules, relative to it
 """
 
 import importlib

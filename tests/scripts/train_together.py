@@ -1,8 +1,8 @@
-"""Run by tests/test_processes.py, once a process, by torchrun or alone: trainings of the tiny agent that
-several processes make together.
+"""Run by tests/test_processes.py, once per process, by torchrun or alone: trainings of the tiny agent
+that several processes make together.
 
-usage: train_together.py JOBS a JSON list of {"run_dir", "fsdp", "config": overrides, "stop_after": step or
-null, "teacher_cache", "evaluated"}
+usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": overrides,
+                                  "stop_after": step or null, "teacher_cache", "evaluated"}
 """
 
 import json
