@@ -31,7 +31,7 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHON
 
-.PHONY: help preflight train test fuzz bench lab docs readme export tinyagent lock sbom clean
+.PHONY: help preflight train quick lint types test fuzz bench lab docs readme export tinyagent lock sbom clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,16 @@ train: $(VENV)/.user  ## nbs/train.ipynb on the tiny agent; BETA_KL=0.3 and RUN_
 preflight: export OMP_NUM_THREADS ?= 1
 preflight: $(VENV)/.user  ## the review of that run before it is started: nbs/preflight.ipynb on the tiny agent; BETA_KL=0.3 can be set
 	@$(RUN) -m cbnb.cli preflight --beta-kl $(BETA_KL)
+
+quick: $(VENV)/.dev  ## lint, types, and the notebooks and tests that a change since main touches: at most three minutes
+	@$(RUN) .ci/quick.py
+
+lint: $(VENV)/.dev  ## ruff over notebooks, tests and scripts: names, imports, width, format
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy over the exported package
+	@$(VENV)/bin/mypy
 
 test: $(VENV)/.dev  ## nbdev_test over nbs/, then pytest; both run, and either failing fails
 	@rc=0; TMPDIR=$$(.ci/tmp) || exit 1; trap 'rm -rf "$$TMPDIR"' EXIT; export TMPDIR CBNB_TEST_RUNS="$$TMPDIR/runs"; mkdir "$$CBNB_TEST_RUNS"; \
@@ -99,5 +109,5 @@ sbom: $(VENV)/.user $(VENV)/tools/.done  ## sbom.json: what .venv holds, with ve
 	mv sbom.json.part sbom.json
 
 clean:  ## what builds, docs and tests left; keeps .venv and runs/
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis .cache sbom.json
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis .cache .ruff_cache .mypy_cache sbom.json
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
