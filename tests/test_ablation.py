@@ -84,6 +84,7 @@ def until(condition, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_trainings(tmp_path):
     """Two trainings side by side; the same line again is idle; an edited loss runs again; what is in the
     folders."""
@@ -142,6 +143,7 @@ def test_parameters_never_meet_a_shell(tmp_path):
     assert done.returncode == 0 and not (tmp_path / "x").exists(), done.stdout
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_what_the_next_call_goes_on_from(tmp_path):
     spec, sweep = toy(tmp_path, WAIT), tmp_path / "runs" / "toy"
     for signals, wanted in ((1, ["interrupted", "queued"]), (2, ["interrupted", "queued"])):
@@ -173,6 +175,7 @@ def test_interrupt_leaves_what_the_next_call_goes_on_from(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_kernel_has_failed(tmp_path):
     "papermill may take it for a success."
     spec = toy(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "{x: [1]}")
@@ -324,6 +327,7 @@ def test_what_sbatch_refuses_is_not(tmp_path):
     assert load(tmp_path / "runs" / "toy" / "jobs" / "0001.json")["arrays"] == []
 
 
+@pytest.mark.slow
 def test_a_thousand_runs(tmp_path):
     "Answers come in seconds; the bound is generous, the time is printed."
     spec = toy(tmp_path, grid=f"{{x: {[i / 8 for i in range(1000)]}}}")
@@ -350,6 +354,7 @@ def test_a_thousand_runs(tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_train_from_the_command_line(tmp_path):
     "The flags are the notebook's parameters; the exit status is papermill's."
     few = [
@@ -459,6 +464,7 @@ def hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_fetch_fills_a_cache_that_needs_no_network(hub, tmp_path):
     address, asked = hub
     at = {

@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import pytest
+
 from cbnb.data.streams import read_streams
 from cbnb.evaluate.benchmarks import questions
 from cbnb.evaluate.scores import without_question
@@ -249,6 +251,7 @@ def test_the_conflict_between_streams_is_told(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["summary"]["both_streams"] == 3
 
 
+@pytest.mark.slow
 def test_an_audit_holds_no_file_whole(tmp_path):
     "`injected_actions_only` reads the file twice, and holds a transcript at a time in the first reading."
     import gc

@@ -91,6 +91,7 @@ class Forced:
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_in_the_templates_own_tokens_counts(family):
     kind, config, more, make, template = FAMILIES[family]

@@ -134,6 +134,7 @@ def transcripts():
     return harmful, benign
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_architecture_end_to_end(name, tmp_path):
     kind, shape, make_tokenizer, linears = architectures()[name]
@@ -249,6 +250,7 @@ def test_4_bits_without_bitsandbytes_are_one_clear_error(tmp_path):
             load_model("tinyagent", quantize="4bit")
 
 
+@pytest.mark.slow
 def test_4_bits_that_are_two_models_are_refused(tmp_path):
     """On CPUs with AVX-512 bitsandbytes repacks the weights in eval mode; on others, and on a GPU, the same
     check has to pass."""

@@ -369,6 +369,7 @@ def on_a_terminal(*arguments, env):
     return process.wait(), said.decode()
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_and_not_needed(file, capsys):
     path = file(conversation())
     status, coloured = on_a_terminal("masks", path, *TINY, env={})
@@ -378,6 +379,7 @@ def test_colours_are_for_terminals_and_not_needed(file, capsys):
     assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == plain
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(file):
     path = file(*(conversation(f"t{i}") for i in range(3000)))
     result = subprocess.run(
@@ -412,6 +414,7 @@ print("MEASURED", status, (read("VmHWM") - before) // 1024, spent.user + spent.s
 """
 
 
+@pytest.mark.slow
 def test_memory_on_a_long_file(tmp_path):
     """8,000 transcripts: at most 1 GiB over the model libraries, and never more than a few batches of them
     alive."""

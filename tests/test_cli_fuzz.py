@@ -5,12 +5,15 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import fuzz_cli
 from forked import forked
 
 LINES = 120
 
 
+@pytest.mark.slow
 def test_lines_of_every_command():
     """No exception leaves the program, what is refused is one sentence, and nothing is written elsewhere,
     obeyed by a terminal, told whole or waited for."""

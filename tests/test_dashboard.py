@@ -108,6 +108,7 @@ def assert_slow_enough(nb):
     assert len(times) >= 2 and times[-1] - times[0] >= 500 * (len(times) - 1) - 300, times
 
 
+@pytest.mark.slow
 def test_stop_interrupt_and_resume(lab, tmp_path):
     training_notebook(lab.root / "train.ipynb", tmp_path, steps=1000)
     folder = tmp_path / "run"
@@ -191,6 +192,7 @@ def write_run(opened, over):
             return None
 
 
+@pytest.mark.slow
 def test_a_run_elsewhere_is_watched_and_stopped(lab, tmp_path):
     opened, over = open_run({}, name="elsewhere", run_dir=tmp_path / "run"), threading.Event()
     write_json(opened.path / "config.json", {"total_steps": 600, "beta_kl": 0.3})
@@ -238,6 +240,7 @@ def test_a_run_elsewhere_is_watched_and_stopped(lab, tmp_path):
     lab.assert_offline()
 
 
+@pytest.mark.slow
 def test_papermill_leaves_a_view_without_script_or_widget(lab, tmp_path):
     training_notebook(tmp_path / "train.ipynb", tmp_path, steps=3)
     done = run(
@@ -284,6 +287,7 @@ def test_papermill_leaves_a_view_without_script_or_widget(lab, tmp_path):
     lab.outside.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_static_page(pages, tmp_path, theme):
     """A run as one page: the table, curves that answer the mouse, nothing from outside, nothing serious for

@@ -52,6 +52,7 @@ def texts(folder, stage):
     }
 
 
+@pytest.mark.slow
 def test_every_answer_of_a_run_is_kept(run):
     result, lines = load(run / "result.json"), read_lines(run / "answers.jsonl")
     assert len(lines) == 2 * 3 * QUESTIONS and len({line["key"] for line in lines}) == len(lines), (
@@ -72,6 +73,7 @@ def test_every_answer_of_a_run_is_kept(run):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_gives_its_own_figures(run, tmp_path):
     found = evaluated(tmp_path / "again", "-p", "adapter", run, "-p", "second_adapter", "none")
     assert found == {
@@ -81,6 +83,7 @@ def test_a_finished_run_gives_its_own_figures(run, tmp_path):
     assert texts(tmp_path / "again", run.name) == texts(run, "after")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on(run, tmp_path):
     folder, given = tmp_path / "killed", ("-p", "adapter", run / "adapter")
     with ThreadPoolExecutor(1) as pool:
@@ -118,6 +121,7 @@ def test_rescoring_agrees(run, capsys):
     assert main(["evaluate", str(run), "--rescore"]) == 0 and load(run / "result.json") == json.loads(kept)
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_belong_are_told(run, tmp_path):
     """Held-out records that were cut, lines that were added, and an adapter of NaNs: no figure is made of
     them."""
@@ -217,6 +221,7 @@ def test_an_adapter_of_another_base_is_told(run, tmp_path):
     ), done.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
     given = ("-p", "adapter", run, "-p", "temperature", 1.5, "-p", "samples", 2, "-p", "max_new_tokens", 8)
     one, two = (evaluated(tmp_path / name, *given) for name in ("one", "two"))

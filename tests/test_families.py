@@ -93,6 +93,7 @@ def test_the_table_has_every_family():
     assert [line.split(" | ")[0].lstrip("| ") for line in documented()] == ["family", *FAMILIES]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family(name, tmp_path):

@@ -320,6 +320,7 @@ def commands_on_a_full_disk(disk):
     assert cbnb("convert", disk / "in.jsonl", disk / "out.jsonl") == 0 and cbnb("report", sweep) == 0
 
 
+@pytest.mark.slow
 def test_commands_on_a_full_disk(tmp_path):
     done = forked(lambda: commands_on_a_full_disk(tmp_path / "disk"))
     assert done.returncode == 0, done.stdout[-4000:]

@@ -167,6 +167,7 @@ def test_what_could_mean_two_things_is_refused(text, words, tmp_path):
         read(tmp_path, text)
 
 
+@pytest.mark.slow
 def test_many_injections_in_a_long_result_take_little():
     "A long tool result is unfolded once for all injections, in a few bytes a character."
     text = "".join(f'line {i} of "it"\n' for i in range(40_000))
@@ -376,6 +377,7 @@ def check_reader(folder, record, **kwargs):
     assert list(read_transcripts(folder / "back.jsonl")) == found
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(
     record=VALUES | broken(),
@@ -386,6 +388,7 @@ def test_any_json_is_a_transcript_or_our_error(tmp_path_factory, record, format,
     check_reader(tmp_path_factory.getbasetemp(), record, format=format, label=label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_one_change_in_a_good_record(name, tmp_path):
     """Each value of each good record in turn left out or replaced: transcripts or our error, in the format
@@ -847,6 +850,7 @@ def array(file, n, own_id):
         f.write("]\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write, own_id, many", [(jsonl, False, 10000), (jsonl, True, 10000), (array, True, 8000)]
 )
@@ -860,6 +864,7 @@ def test_memory_is_flat(write, own_id, many, tmp_path):
     assert peaks[many] - peaks[1000] < 50 * many and peaks[many] < 2 * 2**20, peaks
 
 
+@pytest.mark.slow
 def test_writing_takes_no_more_memory_than_reading(tmp_path):
     jsonl(tmp_path / "file", 5000, True)
     assert (
@@ -868,6 +873,7 @@ def test_writing_takes_no_more_memory_than_reading(tmp_path):
     assert (tmp_path / "copy").stat().st_size > 4.5 * 2**20
 
 
+@pytest.mark.slow
 def test_skipping_everything_takes_no_memory(tmp_path):
     (file := tmp_path / "bad.jsonl").write_text('{"messages": []}\n' * 10000)
     reader = read_transcripts(file, format="openai", on_error="skip")

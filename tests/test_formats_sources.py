@@ -393,6 +393,7 @@ def test_an_eval_log_of_inspect_is_read_packed_as_it_is(tmp_path):
         assert [(t.id, t.messages, t.tools, t.meta) for t in read(tmp_path / name, label="benign")] == want
 
 
+@pytest.mark.slow
 def test_big_results_are_read_run_by_run(tmp_path, monkeypatch):
     """An object over the bound is read in two passes, in lines or on one line, in bounded memory; a bad
     run is skipped alone."""

@@ -206,6 +206,7 @@ def test_any_set_is_parted_or_refused(rows, by):
     assert {t.label for t in parted.held_out} == {"harmful", "benign"} and parted.harmful and parted.benign
 
 
+@pytest.mark.slow
 def test_a_run_says_what_is_held_out(tmp_path):
     """The notebook's own words; a name that is none is refused before anything is loaded, and the setting is
     among the run's parameters."""

@@ -55,6 +55,7 @@ def execute(notebook, out, engine=None):
     print(told.text)
 
 
+@pytest.mark.slow
 def test_no_clash_of_ports_ends_a_run(notebook, taken):
     out = notebook.parent
     works = [lambda i=i: execute(notebook, out / f"out{i}.ipynb") for i in range(8)]

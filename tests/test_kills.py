@@ -119,6 +119,7 @@ def contents(folder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "work", (evaluation, report, preparation, encoded, teacher), ids=lambda work: work.__name__
 )

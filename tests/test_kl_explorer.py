@@ -113,6 +113,7 @@ def columns(page):
     return np.array(body).T, *page.locator(".kl-detail tfoot tr").evaluate_all(read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7, 6.0])
 def test_the_rows_add_up_to_the_kl_of_the_loss(pages, masker, temperature):
     arguments, teacher, students = case(masker, temperature=temperature)
@@ -366,6 +367,7 @@ def test_nothing_of_a_transcript_is_markup(pages, masker):
     pages.assert_clean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessible(pages, two, theme):
     html = static_kl(two[0], selected=12).html
@@ -381,6 +383,7 @@ def test_accessible(pages, two, theme):
     pages.assert_clean()
 
 
+@pytest.mark.slow
 def test_broken_input_is_told(pages, two):
     page = pages.open(static_kl({"problem": "runs/x has no adapter_config.json"}).html)
     assert (
@@ -454,6 +457,7 @@ def test_many_tokens(pages, masker):
     pages.assert_clean()
 
 
+@pytest.mark.slow
 def test_the_notebook_under_papermill(pages, tmp_path):
     """Two adapters compared, by one command: the output notebook and the page hold the explorer, and no
     widget."""
@@ -490,6 +494,7 @@ def test_the_notebook_under_papermill(pages, tmp_path):
     pages.assert_clean()
 
 
+@pytest.mark.slow
 def test_the_notebook_in_jupyterlab(browser, tmp_path):
     """Run all of explore_kl.ipynb, then ask its kernel for another temperature and another transcript, as a
     reader would."""

@@ -43,6 +43,7 @@ def lab(tmp_path_factory):
         yield lab
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs_in_jupyterlab(lab, tmp_path, name):
     nb = lab.open(name)
@@ -55,6 +56,7 @@ def test_notebook_runs_in_jupyterlab(lab, tmp_path, name):
     )
 
 
+@pytest.mark.slow
 def test_masks_are_explored_by_hand(lab, tmp_path):
     """What a reader does: another transcript, another mask B, the difference and its reasons, a pasted
     record, another policy's tokens, the exports."""
@@ -109,6 +111,7 @@ def test_server_wants_its_token(lab):
         urllib.request.urlopen(f"{lab.url}/api/contents", timeout=10)
 
 
+@pytest.mark.slow
 def test_harness_sees_what_goes_wrong(lab):
     """An error output, a failing script and a request to elsewhere must not pass: else the tests above prove
     nothing."""
@@ -142,6 +145,7 @@ def test_harness_sees_what_goes_wrong(lab):
     lab.outside.clear()
 
 
+@pytest.mark.slow
 def test_site_needs_no_other_machine(lab, tmp_path):
     copy = copy_tree(tmp_path / "cbnb")
     built = run(sys.executable, ".ci/pages.py", "docs", cwd=copy)

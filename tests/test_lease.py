@@ -85,6 +85,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(lease, "RENEWING", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_never_two_at_once(tmp_path, way):
     """Five processes want one lease again and again, and are killed at any moment; whoever is inside when
@@ -455,6 +456,7 @@ def shared():
     shutil.rmtree(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users: run it as root, as CI does")
 @pytest.mark.parametrize("mode", (0o1777, 0o777))
 def test_a_folder_of_two_users(shared, mode):

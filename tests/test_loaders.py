@@ -301,6 +301,7 @@ def test_without_the_flag_no_code_runs(tmp_path, breaker, kind, monkeypatch):
     assert ("settings" in refused) == (kind in ("everything", "the configuration")), refused
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_with_the_flag_it_loads(tmp_path, breaker):
     "All but the processor, which nothing here needs."
@@ -351,6 +352,7 @@ def test_every_command_refuses_in_a_sentence(tmp_path, breaker):
         assert "trust_remote_code: bool = False" in code_cells(NBS / f"{name}.ipynb")[0].source
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_flag(tmp_path):
     folder = plant(tmp_path / "trusted", "everything")
     masks = ("masks", little_data(tmp_path)["data"], "--show", 0)

@@ -513,6 +513,7 @@ def test_the_page_holds_all_tables(pages, page_text):
     pages.assert_clean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("number", [1, 5])
 def test_the_page_is_accessible(pages, theme, number, page_text):
@@ -554,6 +555,7 @@ def test_a_refused_transcript_is_a_message_and_its_messages(pages):
 # --- the run notebook under papermill ---
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_without_a_front_end(tmp_path):
     write_transcripts(tmp_path / "bad.jsonl", BAD)
 

@@ -156,6 +156,7 @@ def test_the_adaptation_is_refused_where_the_template_writes_calls():
         ChatMasker(qwen3(), SMOLLM2, tool_call_format="herms")
 
 
+@pytest.mark.slow
 def test_every_stock_template_that_drops_calls_is_refused_or_adapted():
     """No stock template trains an emptied turn; of those that write no calls most are located with the
     adaptation, and nothing is lost there."""

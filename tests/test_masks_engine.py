@@ -42,6 +42,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEPARATE)
 def test_tiktoken_gives_the_same_as_the_tokenizer(name):
     tokenizer, template, _ = SETUPS[name]

@@ -323,6 +323,7 @@ def wrong(encoded, pieces):
 SEEN = Counter()
 
 
+@pytest.mark.slow
 @fuzz(600)
 @given(STYLES, MESSAGES, st.sampled_from(KINDS))
 def test_never_a_wrong_mask(style, messages, kind):

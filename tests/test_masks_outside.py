@@ -29,6 +29,7 @@ def test_ids_and_masks_equal(encoder):
         assert row.ids == row.transcripts
 
 
+@pytest.mark.slow
 def test_the_table_in_the_notebook_is_what_these_tests_make():
     assert FILE.read_text(encoding="utf-8") == table(), "run: python tests/masks_table.py --write"
 

@@ -9,6 +9,7 @@ import pytest
 from masks_templates import FAMILIES, KINDS, header, outcomes, plain, results, sources, tagged, verdicts
 
 
+@pytest.mark.slow
 def test_these_are_the_77_stock_templates_of_trl_and_axolotl():
     names = {family: [name for of, name in sources() if of == family] for family in FAMILIES}
     assert {family: len(n) for family, n in names.items()} == {"trl": 41, "axolotl": 36, "trl training": 31}

@@ -43,6 +43,7 @@ def template(end):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end, special",
     [
@@ -87,6 +88,7 @@ def test_an_end_of_turn_of_several_tokens_is_trained_whole(end, special, message
     assert "eot_untrained" in [f.kind for f in audited.findings]
 
 
+@pytest.mark.slow
 def test_preflight_names_the_whole_end_of_turn():
     tokenizer = tokenizer_with("<|eot|>", "<|endofturn|>")
     encoded = ChatMasker(tokenizer, template("<|eot|><|endofturn|>")).encode(CHAT)
@@ -97,6 +99,7 @@ def test_preflight_names_the_whole_end_of_turn():
         assert point.verdict == verdict and "turns end with <|eot|><|endofturn|>" in point.text
 
 
+@pytest.mark.slow
 def test_a_closing_tag_before_the_end_is_no_part_of_it():
     tokenizer = tokenizer_with("</say>", "<say>", "<|endofturn|>")
     source = template("</say><|endofturn|>").replace(
@@ -107,6 +110,7 @@ def test_a_closing_tag_before_the_end_is_no_part_of_it():
     assert {encoded.text[t.eot : t.end] for t in encoded.turns} == {"<|endofturn|>"}
 
 
+@pytest.mark.slow
 def test_eos_after_the_last_turn_only_stays_beside_its_end():
     tokenizer = tokenizer_with("<|eot|>", "<|eos|>")
     encoded = ChatMasker(tokenizer, template("<|eot|>{% if loop.last %}<|eos|>{% endif %}")).encode(CHAT)

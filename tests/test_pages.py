@@ -187,6 +187,7 @@ def audited(tmp_path_factory):
     return path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("name", ["report", "audit"])
 def test_pages_are_clean_and_accessible(pages, audited, name, theme):

@@ -15,6 +15,7 @@ from test_families import settings
 SHORTER = {"large vocabulary": (128,), "bfloat16 from block 4": (128,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_planned_memory_is_that_of_a_real_step(case):
     config, shape = given(case, *SHORTER.get(case, ()))
@@ -22,6 +23,7 @@ def test_the_planned_memory_is_that_of_a_real_step(case):
     assert abs(planned / peak - 1) < 0.1, f"{planned / 1e6:.0f} MB planned, {peak / 1e6:.0f} MB held"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ("gpt-oss", "Gemma 3n", "Qwen3-Next", "DeepSeek V4"))
 def test_other_families_are_planned(name):
@@ -70,6 +72,7 @@ def test_no_code_of_a_models_folder_runs_and_none_is_asked_for(tmp_path):
         ), said.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_flags_it_does_not_look_at(tmp_path):
     said = command(
         "plan",

@@ -281,6 +281,7 @@ def test_policies_are_nested_on_random_transcripts(name):
         assert counts["assistant"]["in_mask"] == everything.sum()
 
 
+@pytest.mark.slow
 def test_action_prefixes_under_every_stock_template():
     """Each stretch ends with the tool's name and holds no argument, or the template is refused or drops the
     call with a warning."""

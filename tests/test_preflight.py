@@ -292,6 +292,7 @@ SABOTAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_sabotage_is_caught_by_its_check(name, dtype, data, tmp_path, monkeypatch, capsys):
@@ -305,6 +306,7 @@ def test_sabotage_is_caught_by_its_check(name, dtype, data, tmp_path, monkeypatc
     assert check in refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_the_untouched_setup_has_no_fail(dtype, data, tmp_path, capsys):
     record, refused = review(tmp_path / "run", data, dtype=dtype)
@@ -330,6 +332,7 @@ def test_the_untouched_setup_has_no_fail(dtype, data, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_separate_teacher_and_a_control_and_encoded_transcripts_have_no_fail(data, tmp_path, capsys):
     record, refused = review(
         tmp_path / "run",
@@ -372,6 +375,7 @@ def called(*command, **env):
     )
 
 
+@pytest.mark.slow
 def test_the_batch_script_refuses_a_dead_run_and_its_alarm_goes_off_all_the_same(tmp_path):
     """The dead published setting: refused with a proposal; with SKIP_PREFLIGHT=1 it is made, ends with the
     alarm, and claims nothing."""
@@ -405,6 +409,7 @@ def test_the_batch_script_refuses_a_dead_run_and_its_alarm_goes_off_all_the_same
         assert "dead" in told
 
 
+@pytest.mark.slow
 def test_the_command_passes_a_run_that_the_batch_script_then_makes(tmp_path):
     "`cbnb preflight` in the folder of the run: what has passed there is not looked at again."
     run, given = (

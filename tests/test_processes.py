@@ -101,6 +101,7 @@ def differences(a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("size", SIZES)
 def test_two_processes_make_the_run_of_one(runs, way, size):
@@ -173,6 +174,7 @@ def the_run(folder):
     return next((folder / "runs").glob("*/*/status.json")).parent
 
 
+@pytest.mark.slow
 def test_the_notebook_by_torchrun(tmp_path):
     "With the base in parts; without, two processes make it by srun in tests/test_slurm.py."
     process = launch(tmp_path, NBS / "train.ipynb", "-p", "fsdp", True)
@@ -207,6 +209,7 @@ def test_the_notebook_by_torchrun(tmp_path):
     assert metrics(path)[:3] == before[:3] and load(path / "status.json")["resumed_step"] == 3
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_shared_are_refused_before_anything_is_loaded(tmp_path):
     process = launch(
         tmp_path, NBS / "train.ipynb", "-p", "gradient_accumulation_steps", 1, few={"batch_size": 3}
@@ -239,6 +242,7 @@ RAISES = "raise OSError('the disk of this node is gone')"
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what, word",
     [

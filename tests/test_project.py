@@ -324,6 +324,7 @@ def test_a_torch_that_the_lock_does_not_know_is_refused_in_a_sentence(tmp_path):
     assert [p.name for p in packages.iterdir()] == ["pip"] and not (venv / ".user").exists()
 
 
+@pytest.mark.slow
 def test_make_sbom_lists_what_is_installed_with_licences(tmp_path):
     "In a copy, by the tools of its own lock, of the environment that runs this."
     copy, venv = copy_tree(tmp_path / "cbnb"), Path(sys.prefix)
@@ -348,6 +349,7 @@ def test_changelog_names_the_version():
     assert re.search(rf"^## {re.escape(settings()['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
+@pytest.mark.slow
 def test_package_imports_no_development_library():
     """A user of cbnb must not inherit nbdev's old fastcore, nor need an extra. Import every module in a fresh
     process and look at what came with it."""
@@ -380,6 +382,7 @@ def test_package_data_asks_no_other_machine():
         assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
 
 
+@pytest.mark.slow
 def test_an_editable_install_wins_over_a_folder_of_its_name(tmp_path):
     """In the folder that holds a clone named cbnb, Python finds that clone first: a folder without a module,
     which must not be taken for the package."""
@@ -483,6 +486,7 @@ def small_project(folder, bench=None, **sources):
     return run(sys.executable, ".ci/nbtest.py", cwd=folder)
 
 
+@pytest.mark.slow
 def test_notebook_counts(tmp_path):
     fine = small_project(tmp_path / "fine", a="assert True", b="#| slow\n1/0")
     assert fine.returncode == 0 and "notebooks: 2 passed, 0 failed" in fine.stdout, fine.stdout

@@ -251,6 +251,7 @@ def verdicts():
     return {name: verdict(name) for name in names()}
 
 
+@pytest.mark.slow
 def test_every_template_is_read_or_refused_and_none_is_misread():
     tried, counts = 0, Counter()
     for name in names():  # one after the other: few compiled templates are kept
@@ -302,6 +303,7 @@ def test_a_string_that_may_be_null_is_read_as_text(value):
         assert made == wanted and reader.same(made, wanted, tools), (name, made)
 
 
+@pytest.mark.slow
 def test_a_call_that_lost_its_control_tokens_is_loose():
     readers = read_by("signed")
     assert len(readers) >= 25
@@ -315,6 +317,7 @@ def test_a_call_that_lost_its_control_tokens_is_loose():
         assert made.calls and not answer.calls, (name, answer)
 
 
+@pytest.mark.slow
 def test_what_is_thought_or_follows_the_end_of_the_turn_is_no_call():
     thinking = 0
     for name, reader in read_by().items():

@@ -253,6 +253,7 @@ READ_BY = {
 }
 
 
+@pytest.mark.slow
 def test_damage_of_any_file_is_told_and_hides_nothing(sweep, capsys):
     rng, cases, unsound = random.Random(20), 0, 0
     for live in (False, True):

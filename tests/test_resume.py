@@ -88,6 +88,7 @@ ends = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.lists(ends, min_size=2, max_size=4))
 @example([("kill in save", 4), ("kill in save", 1), ("kill at event", 30), ("kill after", 0)])
@@ -120,6 +121,7 @@ def test_interrupted_at_any_moment(attempt, whole, tmp_path_factory, interruptio
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_full_disk(whole, tmp_path):
     """On small disks of their own: failed with the disk's name, the last checkpoint whole, and the same end
     as ever when there is space again."""

@@ -279,6 +279,7 @@ def test_papermill_with_good_parameters(tmp_path):
     assert (run / "notebook.ipynb").read_text() == (tmp_path / "train.ipynb").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, tags, words",
     [

@@ -85,6 +85,7 @@ def flip(path):
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_data_that_were_written_anew_are_refused(broken_off):
     data = broken_off / "data.jsonl"
     good = data.read_text()

@@ -35,6 +35,7 @@ def deep(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("deep") / "my model", num_hidden_layers=9)
 
 
+@pytest.mark.slow
 def test_five_steps_need_no_warm_up(tmp_path):
     """`-p total_steps 5` alone: the intervals that nobody gave follow, and what was used stands in
     config.json."""
@@ -66,6 +67,7 @@ def test_five_steps_need_no_warm_up(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_model_without_a_preset_gets_settings_of_its_own(tmp_path, deep):
     """Block 3 and 6 of 9 and not block 2, the width's learning rate, and a line that says so; the folder is
     not called tinyagent."""
@@ -83,6 +85,7 @@ def test_a_model_without_a_preset_gets_settings_of_its_own(tmp_path, deep):
     assert load(run / "adapter" / "adapter_config.json")["layers_to_transform"] == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_preset_of_another_model_is_told(tmp_path, deep):
     "By plan, by the sweep before it is submitted, and by the pre-flight."
     planned = cbnb("plan", "--model", deep, runs=tmp_path)
@@ -122,6 +125,7 @@ def test_a_preset_of_another_model_is_told(tmp_path, deep):
     )
 
 
+@pytest.mark.slow
 def test_the_preflight_tells_and_loads_what_the_run_loads(tmp_path, deep):
     from cbnb.transcripts.reader import write_transcripts
     from cbnb.transcripts.tinyworld import KINDS, make_transcripts
@@ -191,6 +195,7 @@ loose = Objective(detached, cosine, held.weights)
 """
 
 
+@pytest.mark.slow
 def test_a_setting_that_ones_own_objective_ignores(tmp_path, monkeypatch):
     """By a run, before it has a directory, and by a sweep before it starts; beta_kl, which every run has, is
     told."""
@@ -253,6 +258,7 @@ def template(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_template(tmp_path, template):
     """Masks, prompts and card go by the given template and variables, and so does the run that goes on after
     the file has changed."""

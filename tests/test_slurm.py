@@ -199,6 +199,7 @@ def test_scripts_are_accepted(slurm):
         assert "to start at" in slurm.say("sbatch", "--test-only", script, check=False), script
 
 
+@pytest.mark.slow
 def test_a_typo_fails_in_seconds(slurm):
     began = time.monotonic()
     (job,) = slurm.ended(slurm.submit("slurm/05_train.sbatch", "-p", "beta_k", 0.3))
@@ -209,6 +210,7 @@ def test_a_typo_fails_in_seconds(slurm):
     )
 
 
+@pytest.mark.slow
 def test_array_of_five(slurm, sweep):
     """Done, but for the one whose kernel was killed: that one failed, whatever papermill's metadata says.
     Each had a GPU of its own."""
@@ -225,6 +227,7 @@ def test_array_of_five(slurm, sweep):
     assert "4 done, 1 failed" in shown and ended[victim]["error"] in shown
 
 
+@pytest.mark.slow
 def test_report_follows_although_a_run_failed(slurm, sweep):
     path = sweep[1]
     slurm.ended(load(path / "jobs" / "0001.json")["report"])
@@ -239,6 +242,7 @@ def test_resubmission_is_idle(slurm, sweep):
     assert slurm.say("squeue", "-h", "-t", "all", "-o", "%i") == before
 
 
+@pytest.mark.slow
 def test_preempted_and_signalled_yet_the_same(slurm, sweep):
     """A training that another partition pushes out, and `scancel --signal` later ends once more, goes on by
     itself and ends like the undisturbed one."""
@@ -285,6 +289,7 @@ def test_preempted_and_signalled_yet_the_same(slurm, sweep):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_nodes_make_one_run(slurm, tmp_path):
     """A process on each of two nodes, signalled on the way: it goes on, by two again, and ends like a run of
     one process."""

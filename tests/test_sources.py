@@ -123,6 +123,7 @@ def broken_file(folder):
     return path
 
 
+@pytest.mark.slow
 def test_skipping_is_told_in_the_run_its_report_and_its_card(tmp_path):
     "By cause, with the share above which it is refused; without on_error the first bad record ends the run."
     data, run = broken_file(tmp_path), tmp_path / "run"
@@ -210,6 +211,7 @@ LEFT = (
 )
 
 
+@pytest.mark.slow
 def test_a_log_folder_trains_and_preflights_as_it_is(tmp_path):
     "What measured nothing is left out and counted, in the run's result and by pre-flight."
     from forked import cells
@@ -578,6 +580,7 @@ def refused(tmp_path):
     return [word for name, value in given.items() for word in ("-p", name, value)]
 
 
+@pytest.mark.slow
 def test_what_the_template_refuses_ends_a_run_with_the_ways_out_or_is_counted(refused, tmp_path):
     stopped = cells(*refused, "-p", "run_dir", tmp_path / "one")
     assert (
@@ -602,6 +605,7 @@ def test_what_the_template_refuses_ends_a_run_with_the_ways_out_or_is_counted(re
     assert again.returncode == 0 and "1 of 13 records skipped" in again.stdout, again.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_preflight_names_the_adaptations_that_help(refused, tmp_path):
     def page(*more):
         return cells(*refused, "-p", "run_dir", tmp_path / "page", *more, notebook=NBS / "preflight.ipynb")

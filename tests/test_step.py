@@ -139,6 +139,7 @@ def compare(student, config, savings, reference, wanted, head=None):
     assert (got - wanted).norm() <= 1e-5 * wanted.norm(), (savings, (got - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "llama4"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_saving_is_exact(family, attention, monkeypatch):
@@ -316,6 +317,7 @@ def test_training_with_the_teacher_cache_is_the_same_and_runs_no_teacher(tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_makes_the_cache_and_the_other_waits(tmp_path):
     import subprocess
     import sys

@@ -291,6 +291,7 @@ def test_many_tokens(pages):
     pages.assert_clean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("view", ["mask", "difference", "heat", "text"])
 def test_accessible(pages, html, view, theme):

@@ -370,6 +370,7 @@ def keyed(sweep):
     return {(v.check, v.label): v.verdict for v in verdicts(sweep)}
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(made_up(), st.randoms(use_true_random=False))
 def test_order_does_not_matter_and_a_failure_never_helps(sweep, rng):
@@ -479,6 +480,7 @@ def messy(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_the_files_are_whole(messy):
     folder, text = messy
     out = folder / "report"
@@ -589,6 +591,7 @@ def test_a_strangers_text_stays_text(messy):
     assert not (folder.parent.parent / "outside").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_page_opens_offline(messy, pages, theme):
     page = pages.open(messy[0] / "report" / "report.html", theme=theme)
@@ -612,6 +615,7 @@ def test_a_dead_sweep_is_void(tmp_path):
     assert "the breaker does not work" in done.stdout and "Advice: none" in done.stdout
 
 
+@pytest.mark.slow
 def test_folders_without_runs_and_places_that_cannot_be_written(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "nowhere"):
@@ -678,6 +682,7 @@ def test_every_measure_has_its_panel(tmp_path):
     assert list(figure.layout.xaxis.ticktext) == ["0", "0.1", "0.3", "0.5", "3"]
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_within_a_minute(tmp_path):
     one = tmp_path / "one"
     specimen_run(one, 0.3, 0)
@@ -695,6 +700,7 @@ def test_a_thousand_runs_within_a_minute(tmp_path):
     assert (tmp_path / "sweep" / "report" / "report.html").stat().st_size < 10_000_000
 
 
+@pytest.mark.slow
 def test_the_notebook_under_papermill(messy, tmp_path):
     folder = shutil.copytree(messy[0], tmp_path / "sweep", ignore=shutil.ignore_patterns("report"))
     done = run(

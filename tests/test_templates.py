@@ -51,6 +51,7 @@ def told():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_there_are_seventy_kinds(told):
     assert len(BOMBS) >= 70 and told["outcomes"].keys() == {*BOMBS, *REFUSALS}
 

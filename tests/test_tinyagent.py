@@ -75,6 +75,7 @@ def test_command_line_wants_a_folder():
     assert run.returncode != 0 and "usage" in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_conversations_by_generation(agent, kind):
     ts = make_transcripts(kind, 128 if kind == "general" else 256, "eval", seed=11)

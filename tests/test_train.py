@@ -79,6 +79,7 @@ def runs(tmp_path_factory):
         return dict(zip(wanted, pool.map(lambda w: train(*w), wanted)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_breaker_opens_and_benign_behaviour_stays(runs, seed):
     result = load(runs[0.3, seed] / "result.json")
@@ -140,6 +141,7 @@ def test_run_directory_is_complete(runs):
         )
 
 
+@pytest.mark.slow
 def test_saved_adapter_evaluates_the_same_by_plain_peft(runs):
     from peft import PeftModel
 
@@ -169,6 +171,7 @@ def begun(folder):
     return metrics(folder)[:20]
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(runs, tmp_path):
     """Only the seed decides: the first 20 steps of a second run are the first one's, bit for bit; another
     seed's are others."""

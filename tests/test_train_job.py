@@ -15,6 +15,7 @@ from helpers import NBS, ROOT, code_cells
 from train_common import few, load, metrics, papermill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cwd, notebook", [(ROOT, "nbs/train.ipynb"), (NBS, "train.ipynb")])
 def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
     secrets = {"HF_TOKEN": "hf_" + "aB3d" * 9, "https_proxy": "http://me:pr0xy-pass@proxy.invalid:3128"}
@@ -48,6 +49,7 @@ def test_from_the_root_and_from_nbs(cwd, notebook, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_users_own_line_leaves_everything_in_the_run_directory(tmp_path):
     """No output path: papermill writes the notebook to stdout (a job's log); two such runs get a directory
     each."""
@@ -94,6 +96,7 @@ def test_a_typo_stops_before_anything_is_loaded(tmp_path):
     assert ended.children_user + ended.children_system - began.children_user - began.children_system < 15
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_teacher_cache_and_encoded_transcripts(tmp_path):
     """The first makes them, the second, with another beta_kl, finds them; what the cache holds at step 1 is
     what a teacher of its own gives, on samples in memory."""
@@ -115,6 +118,7 @@ def test_two_runs_share_a_teacher_cache_and_encoded_transcripts(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_and_finished_run_is_an_error(tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     short = few(tmp_path, total_steps=16, save_steps=5)
@@ -157,6 +161,7 @@ def test_every_setting_is_a_parameter():
     assert all("  # " in line for line in cell.source.splitlines()), "each parameter says what it means"
 
 
+@pytest.mark.slow
 def test_another_model_and_other_formats(tmp_path):
     """A local folder with a random Llama-3.1-shaped model and the real Llama-3 tokenizer, on circuit-breakers
     and UltraChat files, hooks and bfloat16."""

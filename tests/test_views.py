@@ -60,6 +60,7 @@ def executed(folder):
     return folder / "out.ipynb"
 
 
+@pytest.mark.slow
 def test_live(lab, folder):
     write_notebook(folder / "live.ipynb")
     nb = lab.open("live.ipynb")
@@ -90,6 +91,7 @@ def test_live(lab, folder):
     )
 
 
+@pytest.mark.slow
 def test_untrusted_shows_html_without_scripts(lab, folder, executed):
     "What was saved beside a kernel, and what papermill left, opened by somebody who has not run it."
     live = nbformat.read(folder / "live.ipynb", as_version=4)
@@ -105,6 +107,7 @@ def test_untrusted_shows_html_without_scripts(lab, folder, executed):
     lab.assert_offline()
 
 
+@pytest.mark.slow
 def test_after_papermill_a_trusted_notebook_is_interactive(lab, executed):
     lab.trust("out.ipynb")
     nb = lab.open("out.ipynb")

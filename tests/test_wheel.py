@@ -25,6 +25,7 @@ def wheel(tmp_path_factory):
     return next((copy / "dist").glob("cbnb-*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_is_complete(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -37,6 +38,7 @@ def test_wheel_is_complete(wheel):
     assert len(others) == 1 and next(iter(others)).endswith(".dist-info"), f"the wheel would install {others}"
 
 
+@pytest.mark.slow
 def test_installed_wheel_trains(wheel, tmp_path):
     """Into an empty environment, away from the repository: install the wheel, train a few steps with what it
     brings."""

@@ -165,6 +165,7 @@ def ran(tmp_path_factory):
         return folder, said
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_anything_that_a_run_leaves(ran):
     folder, said = ran
     left = [p for p in (folder / "runs").rglob("*") if p.is_file()] + [folder / "plain.ipynb"]
