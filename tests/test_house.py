@@ -1,0 +1,107 @@
+"""What keeps the house open to others: pages that explain what they export, short examples, annotated
+functions. Width, imports and types are the part of `make lint` and `make types`."""
+
+import ast
+import re
+import sys
+
+import pytest
+
+from helpers import NBS, ROOT, default_exp, read
+
+sys.path.insert(0, str(ROOT / ".ci"))
+import pages as site
+
+PAGES = [
+    page for room, *_ in site.ROOMS for page in site.pages_of_room(room) if default_exp(page) is not None
+]
+WORDS = 3  # of prose, per statement that a page exports
+LINES = 25  # of a cell; a single definition may take more
+LONG_FUNCTION = 60
+# pages that do not reach it yet: each line taken out of here is a page brought there
+FEW_WORDS = set()
+LONG_CELLS = set()
+NOT_ANNOTATED = set()
+
+
+def name_of(page):
+    "A page as `room/NN_name`."
+    return str(page.relative_to(NBS).with_suffix(""))
+
+
+def code_of(page):
+    "`(source, exported)` of each code cell of a page, magics left out."
+    for cell in read(page).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            yield cell.source, bool(re.search(r"^#\s*\|\s*export", cell.source, re.M))
+
+
+def tree_of(source):
+    "The syntax tree of a cell; lines of magics stand as `pass`."
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
+
+
+def is_text(node):
+    "Whether a statement is a docstring or another lone string."
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def statements(source):
+    """How many statements Python source has, imports and docstrings left out: lines of code, but a formatter
+    does not change it."""
+    nodes = [node for node in ast.walk(tree_of(source)) if isinstance(node, ast.stmt)]
+    return sum(not isinstance(node, (ast.Import, ast.ImportFrom)) and not is_text(node) for node in nodes)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_explains_what_it_exports(page):
+    words = sum(len(cell.source.split()) for cell in read(page).cells if cell.cell_type == "markdown")
+    exported = sum(statements(source) for source, is_export in code_of(page) if is_export)
+    enough = words >= WORDS * exported
+    assert enough != (name_of(page) in FEW_WORDS), f"{words} words for {exported} statements"
+
+
+def is_definition(source):
+    "Whether a cell is one function or class, with what is imported or decorated."
+    body = [node for node in tree_of(source).body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    return len(body) == 1 and isinstance(body[0], (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_cells_fit_a_screen(page):
+    long = [
+        source.splitlines()[:3]
+        for source, _ in code_of(page)
+        if len(source.splitlines()) > LINES and not is_definition(source)
+    ]
+    assert bool(long) == (name_of(page) in LONG_CELLS), f"{len(long)} of more than {LINES} lines: {long[:3]}"
+
+
+def functions(tree):
+    "Public functions and methods at the top of a module."
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+        yield from (f for f in inner if isinstance(f, ast.FunctionDef) and not f.name.startswith("_"))
+
+
+def is_annotated(function):
+    "Whether all parameters and the return of a function have annotations."
+    args = function.args
+    named = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+    named = [a for a in named if a is not None and a.arg not in ("self", "cls")]
+    return function.returns is not None and all(a.annotation is not None for a in named)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_public_functions_are_annotated(page):
+    path = ROOT / "cbnb" / f"{default_exp(page).replace('.', '/')}.py"
+    bare = [f.name for f in functions(ast.parse(path.read_text(encoding="utf-8"))) if not is_annotated(f)]
+    assert bool(bare) == (name_of(page) in NOT_ANNOTATED), f"without annotations: {' '.join(bare)}"
+
+
+def test_what_is_allowed_is_there():
+    assert (FEW_WORDS | LONG_CELLS | NOT_ANNOTATED) <= {name_of(page) for page in PAGES}
