@@ -62,7 +62,7 @@ def test_import_needs_no_torch():
 
 def test_world_is_the_same_in_every_process():
     code = (
-        "from cbnb.evaluate.tinyagent import *; import hashlib; rows = [make_transcripts(k, 50) for k in "
+        "from cbnb.transcripts.tinyworld import *; import hashlib; rows = [make_transcripts(k, 50) for k in "
         "KINDS]; "
         "print(hashlib.sha256(repr(rows).encode()).hexdigest())"
     )
