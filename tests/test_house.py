@@ -292,8 +292,11 @@ def code_of(page):
 
 
 def tree_of(source):
-    "The syntax tree of a cell; lines of magics stand as `pass`."
-    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
+    "The syntax tree of a cell; where IPython alone can read it, lines of magics stand as `pass`."
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
 
 
 def is_text(node):
