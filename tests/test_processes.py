@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import pytest
 from cbnb.basics.jsonfiles import write_json
 from cbnb.run.metrics import read_lines
 from forked import cells as one_process
+from forked import ended, imported, started
 from helpers import BIN, NBS, ROOT, run
 from train_common import few, load, metrics
 
@@ -27,12 +30,33 @@ SIZES = {"accumulated": (2, 4), "at once": (4, 2), "one micro-batch": (8, 1)}
 EVALUATED = "at once"
 
 
+def make_runs(jobs):
+    "What `python tests/scripts/train_together.py JOBS` does."
+    sys.argv = [str(SCRIPT), json.dumps(jobs)]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def free_port():
+    "A TCP port of this machine that nothing listens on."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def together(processes, jobs, timeout=600):
-    "Runs the jobs of train_together.py one after another by `processes` processes."
-    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, processes]
-    done = run(*launcher, SCRIPT, json.dumps(jobs), cwd=ROOT, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    """Runs the jobs of train_together.py one after another by so many forked processes, which find each other
+    by the variables that torchrun sets; torchrun itself starts the notebook, see `launch`. Returns their
+    output."""
+    imported(NBS / "train.ipynb")
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = (
+        [{}] if processes == 1 else [group | {"RANK": k, "LOCAL_RANK": k} for k in map(str, range(processes))]
+    )
+    begun = [started(lambda: make_runs(jobs), ROOT, os.environ | own) for own in ranks]
+    outcomes = [ended(*one, timeout) for one in begun]
+    for done in outcomes:
+        assert done.returncode == 0, done.stdout[-6000:]
+    return "".join(done.stdout for done in outcomes)
 
 
 def job(folder, name, size, fsdp=False, **more):
