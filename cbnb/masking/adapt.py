@@ -226,7 +226,7 @@ def split_calls(transcript: Transcript) -> tuple[Transcript, int, Any]:
     numbers, old, count = {}, transcript.messages, 0
     spans, at = {s.message for s in transcript.injection_spans}, 0
     while at < len(old):
-        calls, stop = old[at].get("tool_calls") or (), at + 1
+        calls, stop = old[at].get("tool_calls") or [], at + 1
         if len(calls) < 2:
             messages.append(old[at])
             origin.append(at)

@@ -13,6 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# %% auto #0
+__all__ = ['FINDING_KINDS', 'NOTE_KINDS', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX',
+           'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'AUDIT_PAGE', 'Finding', 'trained_ends',
+           'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type', 'value_fault',
+           'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys', 'template_losses',
+           'mask_findings', 'Audited', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
+           'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'MaskRun', 'mask_runs',
+           'shorten', 'in_colour', 'terminal_lines', 'page_cells', 'page_runs', 'audit_page']
+
+# %% ../../nbs/masking/09_audit.ipynb #65291281
 import jinja2
 import numpy as np
 
@@ -38,15 +48,6 @@ from cbnb.transcripts.record import (
 if TYPE_CHECKING:
     from cbnb.masking.masker import ChatMasker
     from cbnb.masking.policies import Encoded
-
-# %% auto #0
-__all__ = ['FINDING_KINDS', 'NOTE_KINDS', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX',
-           'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'AUDIT_PAGE', 'Finding', 'trained_ends',
-           'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type', 'value_fault',
-           'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys', 'template_losses',
-           'mask_findings', 'Audited', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
-           'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'MaskRun', 'mask_runs',
-           'shorten', 'in_colour', 'terminal_lines', 'page_cells', 'page_runs', 'audit_page']
 
 # %% ../../nbs/masking/09_audit.ipynb #6ed69929
 FINDING_KINDS = {
@@ -429,28 +430,27 @@ def audit_one(
 ) -> Audited:
     """Return the `Audited` of one transcript of `file`. `encoded`: its Encoded, or the MaskError that came in
     its place; the window as in `cut_targets`."""
-    mask = None
-    if not isinstance(encoded, MaskError):
-        try:
-            mask = training_mask(encoded, transcript, policy)
-        except MaskError as e:
-            encoded = e
-    if isinstance(encoded, MaskError) or mask is None:
-        findings, encoded = [Finding("no_mask", str(encoded), message_of(str(encoded)))], None
-    else:
+    try:
+        if isinstance(encoded, MaskError):
+            raise encoded
+        mask = training_mask(encoded, transcript, policy)
         findings = mask_findings(encoded, mask, transcript, max_length, side)
-    if mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
+        result = Audited(number, transcript, encoded, mask)
+    except MaskError as e:
+        findings = [Finding("no_mask", str(e), message_of(str(e)))]
+        result = Audited(number, transcript)
+    if result.mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
         text = (
             f"{policy} finds no injection span and trains all that the assistant says, before the attack "
             "too; find spans with cbnb spans, or choose another policy"
         )
         findings.append(Finding("no_injection", text))
-    if mask is not None and (text := actions_line(transcript)):
+    if result.mask is not None and (text := actions_line(transcript)):
         findings.append(Finding("actions", text))
     if text := adapted_line([transcript]):
         findings.append(Finding("adapted", text))
-    at = dict(transcript=transcript.id, number=number, file=file)
-    return Audited(number, transcript, encoded, mask, tuple(replace(f, **at) for f in findings))
+    place: dict[str, Any] = dict(transcript=transcript.id, number=number, file=file)
+    return replace(result, findings=tuple(replace(f, **place) for f in findings))
 
 # %% ../../nbs/masking/09_audit.ipynb #93b6a055
 def apply_comparison(

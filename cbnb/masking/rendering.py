@@ -31,9 +31,9 @@ __all__ = ['MARK_KINDS', 'MARKER', 'MARKED', 'ARGUMENTS_MARK', 'FROZEN_NOW', 'DI
            'MAX_REASON_CHARS', 'LEVELS', 'MAX_MESSAGES', 'CALLS', 'OUT_OF_MEMORY', 'marker', 'read_index', 'read_mark',
            'read_markers', 'wrap', 'Instrument', 'GenerationTag', 'MarkedDict', 'MarkedList', 'MarkedInt',
            'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'frozen_now', 'Sandbox', 'environment', 'Refused',
-           'parse', 'compile_source', 'Inputs', 'inputs_of', 'Trace', 'run_template', 'wrap_call', 'wrap_message',
-           'mark_control', 'trace_template', 'PlainUnpickler', 'unpack', 'answer', 'read_frame', 'frame',
-           'limit_process', 'serve']
+           'parse', 'compile_source', 'Names', 'Inputs', 'inputs_of', 'Trace', 'run_template', 'wrap_call',
+           'wrap_message', 'mark_control', 'trace_template', 'PlainUnpickler', 'unpack', 'answer', 'read_frame',
+           'frame', 'limit_process', 'serve']
 
 # %% ../../nbs/masking/00_rendering.ipynb #483bc791
 MARK_KINDS = ("item", "content", "reasoning", "call", "generation", "arguments", "control")
@@ -124,7 +124,7 @@ class GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         "Return the block as a call of `_mark` with its body."
         lineno = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(
             self.call_method("_mark", [nodes.ContextReference()]), [], [], body
         ).set_lineno(lineno)
@@ -146,7 +146,7 @@ class MarkedList(list):
     _plain: list
     _index: int
 
-
+# %% ../../nbs/masking/00_rendering.ipynb #992fac15
 class MarkedInt(int):
     "An integer that prints itself between marks."
 
@@ -166,7 +166,7 @@ class MarkedFloat(float):
     def __str__(self) -> str:
         return mark_around(self._index, float.__repr__(self))
 
-
+# %% ../../nbs/masking/00_rendering.ipynb #75e1b71c
 MARKED = (MarkedDict, MarkedList, MarkedInt, MarkedFloat)
 ARGUMENTS_MARK = ord(marker("arguments", 0, 0)[1])
 
@@ -342,8 +342,9 @@ def compile_source(source: str, with_marks: bool = False) -> jinja2.Template:
         raise Refused(f"the chat template is not valid: {e}; pass another chat_template") from None
 
 # %% ../../nbs/masking/00_rendering.ipynb #68061998
-class Inputs(jinja2.visitor.NodeVisitor):
-    """Collect in `names` what a template reads before it has certainly set it itself: its inputs.
+class Names(jinja2.visitor.NodeVisitor):
+    """Collect in `names` what a template reads before it has certainly set it itself, in code without
+    branches.
 
     `known` are the names set so far on every path to the node that is visited."""
 
@@ -366,6 +367,10 @@ class Inputs(jinja2.visitor.NodeVisitor):
         else:
             self.known.add(node.name)
 
+# %% ../../nbs/masking/00_rendering.ipynb #9d62634a
+class Inputs(Names):
+    "Collect in `names` the inputs of a template, with a scope for each block."
+
     def visit_If(self, node: nodes.If) -> None:
         "Visit the branches; only what all of them set is known afterwards."
         self.visit(node.test)
@@ -378,7 +383,8 @@ class Inputs(jinja2.visitor.NodeVisitor):
     def visit_For(self, node: nodes.For) -> None:
         "Visit the loop; it may run no pass, so nothing of it is known afterwards."
         self.visit(node.iter)
-        self.scope(node.target, *[node.test] * bool(node.test), *node.body, names=["loop"])
+        condition = [] if node.test is None else [node.test]
+        self.scope(node.target, *condition, *node.body, names=["loop"])
         self.scope(*node.else_)
 
     def visit_Macro(self, node: nodes.Macro) -> None:
@@ -586,13 +592,14 @@ def unpack(data: bytes | bytearray) -> Any:
 # %% ../../nbs/masking/00_rendering.ipynb #ceb64534
 def answer(kind: str, arguments: Iterable[Any]) -> tuple[bool, Any]:
     "Return `(True, what the function for the request `kind` returns)`, or `(False, why it refuses)`."
+    requests: dict[str, Callable[..., Any]] = {
+        "compile": lambda source: bool(compile_source(source)),
+        "inputs": inputs_of,
+        "render": run_template,
+        "trace": trace_template,
+    }
     try:
-        return True, {
-            "compile": lambda source: bool(compile_source(source)),
-            "inputs": inputs_of,
-            "render": run_template,
-            "trace": trace_template,
-        }[kind](*arguments)
+        return True, requests[kind](*arguments)
     except Refused as e:
         return False, str(e)
 

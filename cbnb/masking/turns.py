@@ -28,7 +28,7 @@ __all__ = ['TOOL_SEGMENTS', 'COMPLETION', 'IS_COMPLETION', 'ROLE_SEGMENT', 'RULE
            'prefix_turn', 'generation_turn', 'code', 'paint_turn', 'is_json_of', 'argument_regions', 'paint_calls',
            'role_regions', 'share_turns', 'paint', 'place_tokens', 'check_overlap', 'check_inside', 'closes_prompt',
            'trim_turn', 'find_merged_turn', 'writes_nothing', 'find_headers', 'locate_turn', 'check_turn',
-           'locate_turns', 'turn_ends', 'probe_messages', 'probe_tool', 'probe_turns', 'check_foreign', 'leaves',
+           'locate_turns', 'turn_ends', 'probe_messages', 'probe_tool', 'texts_of_turns', 'check_foreign', 'leaves',
            'call_losses', 'text_losses', 'dropped', 'unseen_tools', 'emptied', 'writes_calls']
 
 # %% ../../nbs/masking/03_turns.ipynb #e5823397
@@ -720,7 +720,7 @@ def probe_tool(about: str) -> dict:
     return {**PROBED_TOOL, "function": {**function, "description": about, "parameters": parameters}}
 
 # %% ../../nbs/masking/03_turns.ipynb #d8e4aa78
-def probe_turns(
+def texts_of_turns(
     template: str, variables: dict | None, headers: Headers, ends: Words, messages: list[dict], tool: dict
 ) -> list[str] | None:
     """Return the texts of the turns of `messages`, with `tool` on offer or, where the template refuses that,
@@ -747,7 +747,7 @@ def check_foreign(template: str, variables: dict | None, headers: Headers, ends:
     tried."""
     for calls, system in itertools.product((False, True), repeat=2):
         one, other = (
-            probe_turns(
+            texts_of_turns(
                 template, variables, headers, ends, probe_messages(words, calls, system), probe_tool(about)
             )
             for words, about in (("abcdefgh", "first"), ("pqrstuvw", "second"))
