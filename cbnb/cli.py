@@ -34,8 +34,8 @@ from .data.convert import check_written
 from .data.sources import open_source
 from .masking.adapt import ADAPTATIONS
 from cbnb.masking.audit import (
-    KINDS,
-    NOTES,
+    FINDING_KINDS,
+    NOTE_KINDS,
     ROLE_HEAD,
     TURN_HEAD,
     Totals,
@@ -188,7 +188,7 @@ def add_masks(commands):
         description="Audit the loss masks of a transcript file: what would training see, and what is wrong "
         "with it.",
         epilog="findings that fail the audit (status 1), each of which --allow takes out:\n"
-        + "\n".join(f"  {kind:<20}{text}" for kind, text in KINDS.items() if kind not in NOTES)
+        + "\n".join(f"  {kind:<20}{text}" for kind, text in FINDING_KINDS.items() if kind not in NOTE_KINDS)
         + "\nstatus 2: bad usage, or a file or model that cannot be read",
     )
     add_reading(p)
@@ -248,7 +248,7 @@ def add_masks(commands):
         action="append",
         default=[],
         metavar="KIND",
-        choices=[k for k in KINDS if k not in NOTES],
+        choices=[k for k in FINDING_KINDS if k not in NOTE_KINDS],
         help="count findings of this kind, but do not fail for them; may be repeated",
     )
     p.add_argument("--limit", type=positive, metavar="N", help="audit the first N transcripts only")

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from cbnb.cli import main
-from cbnb.masking.audit import NOTES, SPOKEN
+from cbnb.masking.audit import NOTE_KINDS, SPOKEN
 from cbnb.masking.policies import assistant_only
 from cbnb.masking.turns import Segment
 from cbnb.transcripts.reader import write_transcripts
@@ -130,7 +130,7 @@ def test_each_defect_fails_and_is_named(file, capsys, monkeypatch, kind, message
     assert main(["masks", path, *TINY, *arguments, "--show", "0"]) == 1
     printed = capsys.readouterr().out
     assert re.search(rf"^{kind}: some\.jsonl, transcript 2 \(broken\): \w", printed, re.M), printed
-    allowed = [a for k in kinds if k not in NOTES for a in ("--allow", k)]
+    allowed = [a for k in kinds if k not in NOTE_KINDS for a in ("--allow", k)]
     assert found(capsys, path, *arguments, *allowed)[:2] == (0, kinds)
 
 

@@ -4,7 +4,7 @@ be asked anything. The oracle is the text as the template's author wrote it, spe
 import numpy as np
 import pytest
 
-from cbnb.masking.audit import audit, check_mask, trained_ends
+from cbnb.masking.audit import audit, mask_findings, trained_ends
 from cbnb.masking.masker import ChatMasker, loss_mask
 from cbnb.masking.policies import end_tokens
 from cbnb.masking.templates import MaskError
@@ -79,10 +79,10 @@ def test_an_end_of_turn_of_several_tokens_is_trained_whole(end, special, message
     assert not any("end-of-turn" in w for w in encoded.warnings)
     # whole: one token of it left out, by a policy or by truncation, fails the audit
     transcript = Transcript("x", messages, TOOLS)
-    assert not [f for f in check_mask(encoded, mask, transcript) if f.kind == "eot_untrained"]
+    assert not [f for f in mask_findings(encoded, mask, transcript) if f.kind == "eot_untrained"]
     for left_out in range(*spans[-1][1:]):
         partly = mask & (np.arange(len(mask)) != left_out)
-        (finding,) = [f for f in check_mask(encoded, partly, transcript) if f.kind == "eot_untrained"]
+        (finding,) = [f for f in mask_findings(encoded, partly, transcript) if f.kind == "eot_untrained"]
         assert finding.messages == (len(messages) - 1,) and not trained_ends(encoded, partly)[-1][3]
     (audited,) = audit([transcript], masker, max_length=spans[-1][2] - 1, side="right")
     assert "eot_untrained" in [f.kind for f in audited.findings]

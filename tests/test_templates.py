@@ -19,11 +19,11 @@ from cbnb.masking import templates
 from cbnb.masking.templates import (
     LEVELS,
     MaskError,
-    ask,
     ask_process,
+    ask_template,
     compile_template,
     render,
-    started,
+    start_process,
     template_inputs,
     trace_render,
     trace_renders,
@@ -111,20 +111,20 @@ def test_of_a_batch_only_the_hostile_one_is_refused():
 def test_a_template_that_has_to_be_ended_again_and_again_is_not_run(monkeypatch):
     monkeypatch.setattr(templates, "MAX_RENDER_SECONDS", 0.05)
     source = BY_NUMBER + "{# ended often #}{% if messages[0].content == '1' %}{{ 9 ** (10 ** 9) }}{% endif %}"
-    said = [str(ask(source, "render", (numbered(1),))[0]) for _ in range(6)]
+    said = [str(ask_template(source, "render", (numbered(1),))[0]) for _ in range(6)]
     assert [s for s in said if "runs for over" in s] == said[:4] and "had to be ended 4 times" in said[
         4
     ] == said[5]
-    assert "had to be ended 4 times" in str(ask(source, "trace", (numbered(2), None, {}, {}))[0])
+    assert "had to be ended 4 times" in str(ask_template(source, "trace", (numbered(2), None, {}, {}))[0])
 
 
 def test_a_good_template_is_not_given_up_for_a_bad_transcript_in_a_thousand(monkeypatch):
-    monkeypatch.setattr(templates, "RENDERS_AN_END", 10)
+    monkeypatch.setattr(templates, "RENDERS_PER_END", 10)
     source = BY_NUMBER + "{# now and then #}"
     for _ in range(4):
         assert [
             isinstance(a, MaskError)
-            for a in ask(source, "render", (numbered(10**10),), *[(numbered(1),)] * 10)
+            for a in ask_template(source, "render", (numbered(10**10),), *[(numbered(1),)] * 10)
         ] == [True] + [False] * 10
     assert templates.tally(source)[1] == 4 and render(source, numbered(1)) == "user x;"
 
@@ -190,7 +190,7 @@ def test_transformers_renders_no_template_of_others(monkeypatch):
 def test_the_process_has_bounds_and_nothing_of_ours(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     templates.end()
-    process = started()
+    process = start_process()
     assert template_inputs("{{ a_first_question }}")  # it has set its bounds
     assert resource.prlimit(process.pid, resource.RLIMIT_AS) == (templates.MAX_RENDER_BYTES,) * 2
     assert (
@@ -222,30 +222,32 @@ def test_threads_share_it():
 
 def test_a_fork_has_its_own():
     render(BY_NUMBER, numbered(1))
-    mine = started().pid
+    mine = start_process().pid
 
     def work():
-        assert render(BY_NUMBER, numbered(2)) == "user xx;" and started().pid != mine
+        assert render(BY_NUMBER, numbered(2)) == "user xx;" and start_process().pid != mine
         print("own")
 
     done = forked(work)
     assert (
-        done.stdout == "own\n" and started().pid == mine and render(BY_NUMBER, numbered(3)) == "user xxx;"
+        done.stdout == "own\n"
+        and start_process().pid == mine
+        and render(BY_NUMBER, numbered(3)) == "user xxx;"
     ), done.stdout
 
 
 def test_a_signal_to_the_job_does_not_end_it():
     render(BY_NUMBER, numbered(1))
-    pid = started().pid
+    pid = start_process().pid
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(pid, number)
-    assert render(BY_NUMBER, numbered(2)) == "user xx;" and started().pid == pid
+    assert render(BY_NUMBER, numbered(2)) == "user xx;" and start_process().pid == pid
     assert os.getpgid(pid) != os.getpgid(0)
 
 
 def test_a_key_pressed_in_between_leaves_no_answer_behind(monkeypatch):
     render(BY_NUMBER, numbered(1))
-    before = started().pid
+    before = start_process().pid
 
     class Pressed:
         def __init__(self):
@@ -261,12 +263,12 @@ def test_a_key_pressed_in_between_leaves_no_answer_behind(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         render(BY_NUMBER, numbered(5))
     monkeypatch.undo()
-    assert render(BY_NUMBER, numbered(2)) == "user xx;" and started().pid != before
+    assert render(BY_NUMBER, numbered(2)) == "user xx;" and start_process().pid != before
 
 
 def test_a_process_that_neither_works_nor_ends_is_killed(monkeypatch):
     render(BY_NUMBER, numbered(1))
-    stopped = started()
+    stopped = start_process()
     os.kill(stopped.pid, signal.SIGSTOP)
     with pytest.raises(TimeoutError):
         templates.exchange(b"", time.monotonic() + 0.1)
@@ -286,19 +288,19 @@ def test_a_process_that_is_killed_costs_no_answer_and_leaves_nothing(monkeypatch
     before = handles()
     for _ in range(3):
         render(BY_NUMBER, numbered(1))
-        os.kill(started().pid, signal.SIGKILL)
+        os.kill(start_process().pid, signal.SIGKILL)
         assert render(BY_NUMBER, numbered(2)) == "user xx;"
     wait, killed = templates.exchange, []
 
     def in_the_middle(data, deadline):
         if not killed:
-            killed.append(started().pid)
+            killed.append(start_process().pid)
             threading.Timer(0.1, os.kill, (killed[0], signal.SIGKILL)).start()
         return wait(data, deadline)
 
     monkeypatch.setattr(templates, "exchange", in_the_middle)
     slow = "{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}{{ messages | length }}"
-    assert ask(slow, "render", *[(ASKED,)] * 8) == ["1"] * 8 and started().pid != killed[0]
+    assert ask_template(slow, "render", *[(ASKED,)] * 8) == ["1"] * 8 and start_process().pid != killed[0]
     templates.end()
     assert handles() == before and not any(tmp_path.iterdir())
     with pytest.raises(ProcessLookupError):
@@ -309,7 +311,7 @@ def test_a_process_that_dies_of_every_request_is_said(monkeypatch):
     wait = templates.exchange
 
     def dying(data, deadline):
-        os.kill(started().pid, signal.SIGKILL)
+        os.kill(start_process().pid, signal.SIGKILL)
         return wait(data, deadline)
 
     monkeypatch.setattr(templates, "exchange", dying)
@@ -326,7 +328,7 @@ def test_a_job_that_was_stopped_for_hours_goes_on(monkeypatch):
         if late:
             return wait(data, deadline)
         late.append(True)
-        os.kill(started().pid, signal.SIGSTOP)
+        os.kill(start_process().pid, signal.SIGSTOP)
         return wait(data, time.monotonic() + 0.1)
 
     monkeypatch.setattr(templates, "exchange", once)
@@ -339,7 +341,7 @@ def test_the_end_of_its_owner_at_work_leaves_none_behind(number):
     which then ends, too."""
     program = (
         "from cbnb.masking import templates\nfrom cbnb.masking.templates import "
-        "*\ntemplates.MAX_RENDER_SECONDS = 0.5\nprint(started().pid, flush=True)\nrender('{{ 9 ** "
+        "*\ntemplates.MAX_RENDER_SECONDS = 0.5\nprint(start_process().pid, flush=True)\nrender('{{ 9 ** "
         "(10 ** 8) }}', [])"
     )
     with subprocess.Popen(
@@ -373,7 +375,7 @@ def gone(pid):
 def test_it_ends_with_its_owner():
     program = (
         "import sys\nfrom cbnb.masking.templates import *\nrender('{{ 1 }}', "
-        "[])\nprint(started().pid, flush=True)\nsys.stdin.read()"
+        "[])\nprint(start_process().pid, flush=True)\nsys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE

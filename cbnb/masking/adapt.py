@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from .templates import MaskError
 from ..transcripts.record import REASONING_KEYS, InjectionSpan, Transcript, nearest
 
+if TYPE_CHECKING:
+    from cbnb.masking.masker import ChatMasker
+
 # %% auto #0
-__all__ = ['ADAPTATIONS', 'LETTERS', 'CONTINUE', 'GAP', 'CHANGES', 'adapt_names', 'moved', 'gathered', 'only_part', 'is_blank',
-           'drop_empty', 'undo_drop_empty', 'short_id', 'fits', 'shorten_ids', 'with_id', 'undo_shorten_ids', 'paired',
-           'call_order', 'split_calls', 'undo_split_calls', 'split_text', 'undo_split_text', 'bridge_answers',
-           'undo_bridge_answers', 'join_users', 'undo_join_users', 'move_system', 'hermes', 'undo_nothing', 'restore',
-           'adapt', 'adapted_counts', 'adapted_line', 'whole', 'needed', 'propose']
+__all__ = ['ADAPTATIONS', 'LETTERS', 'CONTINUE', 'GAP', 'Change', 'Undo', 'CHANGES', 'adapt_names', 'replace_messages',
+           'merge_parts', 'only_part', 'is_blank', 'drop_empty', 'undo_drop_empty', 'short_id', 'is_short_id',
+           'shorten_ids', 'with_id', 'undo_shorten_ids', 'pair_results', 'call_order', 'split_calls',
+           'undo_split_calls', 'split_text', 'undo_split_text', 'bridge_answers', 'undo_bridge_answers', 'join_users',
+           'undo_join_users', 'move_system', 'hermes', 'undo_nothing', 'restore', 'adapt', 'adapted_counts',
+           'adapted_line', 'writes_all', 'reduce_names', 'propose']
 
 # %% ../../nbs/masking/05_adapt.ipynb #16e19c3f
 ADAPTATIONS = {
@@ -32,45 +38,51 @@ ADAPTATIONS = {
     "the system prompt",
 }
 
-
-def adapt_names(value) -> tuple[str, ...]:
-    """The names of adaptations in `value` (a comma string, a list, or nothing), each once, in the order in
-    which they are applied. Raises MaskError for an unknown one."""
-    given = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value or ())
-    for name in given:
+# %% ../../nbs/masking/05_adapt.ipynb #c328a9a7
+def adapt_names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the names of adaptations in `value` (a comma string, a list, or nothing), each once, in the
+    order in which they are applied. Raises MaskError for an unknown one."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value or ())
+    for name in names:
         if name and name not in ADAPTATIONS:
             raise MaskError(
                 f"adapt={name!r} is unknown{nearest(name, ADAPTATIONS)}; use {', '.join(ADAPTATIONS)}, "
                 "separated by commas"
             )
-    return tuple(name for name in ADAPTATIONS if name in given)
+    return tuple(name for name in ADAPTATIONS if name in names)
 
 # %% ../../nbs/masking/05_adapt.ipynb #8ee64347
-def moved(transcript: Transcript, messages: list, origin: list) -> Transcript:
-    "`transcript` with `messages` in the place of its own; its labels and injection spans follow `origin`."
-    first = {}
+def replace_messages(
+    transcript: Transcript, messages: list[dict], origin: Sequence[int | None]
+) -> Transcript:
+    "Return `transcript` with other `messages`; its labels and injection spans follow `origin`."
+    first: dict[int | None, int] = {}
     for new, old in enumerate(origin):
         first.setdefault(old, new)
     labels = {
         new: transcript.message_labels[old]
         for new, old in enumerate(origin)
-        if old in transcript.message_labels
+        if old is not None and old in transcript.message_labels
     }
     spans = tuple(replace(s, message=first[s.message]) for s in transcript.injection_spans)
     return replace(transcript, messages=messages, message_labels=labels, injection_spans=spans)
 
-
-def gathered(transcript: Transcript, origin: list, join) -> Transcript:
-    """The reverse of `moved`: the parts of each old message, a list of `(number, message)`, become one by
-    `join`; messages without an origin are left out."""
-    parts: dict[int, list] = {}
+# %% ../../nbs/masking/05_adapt.ipynb #7ab7528f
+def merge_parts(
+    transcript: Transcript, origin: Sequence[int | None], join: Callable[[list[tuple[int, dict]]], dict]
+) -> Transcript:
+    """Return the transcript as it was before `replace_messages`: the parts of each old message, a list of
+    `(number, message)`, become one by `join`; messages without an origin are left out."""
+    parts: dict[int, list[tuple[int, dict]]] = {}
     for new, old in enumerate(origin):
         if old is not None:
             parts.setdefault(old, []).append((new, transcript.messages[new]))
     labels = {
-        origin[new]: label for new, label in transcript.message_labels.items() if origin[new] is not None
+        old: label for new, label in transcript.message_labels.items() if (old := origin[new]) is not None
     }
-    spans = tuple(replace(s, message=origin[s.message]) for s in transcript.injection_spans)
+    spans = tuple(
+        replace(s, message=old) for s in transcript.injection_spans if (old := origin[s.message]) is not None
+    )
     return replace(
         transcript,
         messages=[join(parts[old]) for old in sorted(parts)],
@@ -78,38 +90,39 @@ def gathered(transcript: Transcript, origin: list, join) -> Transcript:
         injection_spans=spans,
     )
 
-
-def only_part(parts):
+# %% ../../nbs/masking/05_adapt.ipynb #a8decce1
+def only_part(parts: list[tuple[int, dict]]) -> dict:
+    "Return the message that is the only part of its old one."
     return parts[0][1]
 
 # %% ../../nbs/masking/05_adapt.ipynb #4fb63761
 def is_blank(message: dict) -> bool:
-    "Whether a message of the assistant says nothing at all."
-    said = [message.get("content"), *(message.get(key) for key in REASONING_KEYS)]
+    "Return whether `message` is one of the assistant that says nothing at all."
+    texts = [message.get("content"), *(message.get(key) for key in REASONING_KEYS)]
     return (
         message["role"] == "assistant"
         and not message.get("tool_calls")
-        and not any(isinstance(s, str) and s.strip() for s in said)
+        and not any(isinstance(s, str) and s.strip() for s in texts)
     )
 
-
-def drop_empty(transcript: Transcript):
-    "Leaves out blank answers, but the only message there is."
-    kept = [i for i, m in enumerate(transcript.messages) if not is_blank(m)]
-    if not kept:
+# %% ../../nbs/masking/05_adapt.ipynb #8b90ba7a
+def drop_empty(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Leave out blank answers, except where there is no other message."
+    rest = [i for i, m in enumerate(transcript.messages) if not is_blank(m)]
+    if not rest:
         return transcript, 0, None
     gone = {str(i): m for i, m in enumerate(transcript.messages) if is_blank(m)}
     labels = {str(i): transcript.message_labels[i] for i in map(int, gone) if i in transcript.message_labels}
     return (
-        moved(transcript, [transcript.messages[i] for i in kept], kept),
+        replace_messages(transcript, [transcript.messages[i] for i in rest], rest),
         len(gone),
-        {"origin": kept, "gone": gone, "labels": labels},
+        {"origin": rest, "gone": gone, "labels": labels},
     )
 
-
-def undo_drop_empty(transcript: Transcript, record):
-    "Puts the blank answers of `record` back."
-    back = gathered(transcript, record["origin"], only_part)
+# %% ../../nbs/masking/05_adapt.ipynb #a758d1e4
+def undo_drop_empty(transcript: Transcript, record: Any) -> Transcript:
+    "Put the blank answers of `record` back."
+    back = merge_parts(transcript, record["origin"], only_part)
     messages = {
         **dict(zip(record["origin"], back.messages)),
         **{int(i): m for i, m in record["gone"].items()},
@@ -122,49 +135,54 @@ LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def short_id(text: str) -> str:
-    "Nine letters and digits that follow from `text`."
+    "Return nine letters and digits that follow from `text`."
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:12], "big")
     return "".join(LETTERS[number // 62**i % 62] for i in range(9))
 
-
-def fits(id) -> bool:
+# %% ../../nbs/masking/05_adapt.ipynb #824591f5
+def is_short_id(id: Any) -> bool:
+    "Return whether `id` consists of nine letters and digits."
     return isinstance(id, str) and len(id) == 9 and id.isascii() and id.isalnum()
 
-
-def shorten_ids(transcript: Transcript):
-    "Gives nine characters to ids of calls, and of their results, that have another length or are not there."
-    messages, record, waiting = [], [], []
+# %% ../../nbs/masking/05_adapt.ipynb #222982f4
+def shorten_ids(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Give nine characters to ids of calls, and of their results, that have another length or are missing."
+    messages: list[dict] = []
+    record: list[list] = []
+    pending: list[tuple] = []  # (old, new) id of each call that has no result yet
     for i, m in enumerate(transcript.messages):
         if m["role"] == "assistant":
-            waiting = []
+            pending = []
         calls = []
         for k, call in enumerate(m.get("tool_calls") or ()):
             old, new = call.get("id"), call.get("id")
-            if not fits(old) or old in [w[1] for w in waiting]:
+            if not is_short_id(old) or old in [w[1] for w in pending]:
                 new = short_id(f"{i}/{k}/{old}")
                 record.append([i, k, *([old] if "id" in call else [])])
-            waiting.append((old, new))
+            pending.append((old, new))
             calls.append({**call, "id": new})
         if calls:
             m = {**m, "tool_calls": calls}
         if m["role"] == "tool":
             old = m.get("tool_call_id")
-            at = next((n for n, w in enumerate(waiting) if old and w[0] == old), 0)
-            new = waiting.pop(at)[1] if waiting else old if fits(old) else short_id(f"{i}/{old}")
+            at = next((n for n, w in enumerate(pending) if old and w[0] == old), 0)
+            new = old if is_short_id(old) else short_id(f"{i}/{old}")
+            if pending:
+                new = pending.pop(at)[1]
             if new != old:
                 record.append([i, -1, *([old] if "tool_call_id" in m else [])])
             m = {**m, "tool_call_id": new}
         messages.append(m)
     return replace(transcript, messages=messages), len(record), record
 
-
+# %% ../../nbs/masking/05_adapt.ipynb #160264c8
 def with_id(message: dict, key: str, old: list) -> dict:
-    "`message` with the id `old` (a list of it, empty where there was none) under `key`."
+    "Return `message` with the id `old` (a list of it, empty where there was none) under `key`."
     return {**{k: v for k, v in message.items() if k != key}, **({key: old[0]} if old else {})}
 
-
-def undo_shorten_ids(transcript: Transcript, record):
-    "Puts the old ids of `record` back."
+# %% ../../nbs/masking/05_adapt.ipynb #c8daa97a
+def undo_shorten_ids(transcript: Transcript, record: Any) -> Transcript:
+    "Put the old ids of `record` back."
     messages = list(transcript.messages)
     for i, k, *old in record:
         if k < 0:
@@ -176,37 +194,42 @@ def undo_shorten_ids(transcript: Transcript, record):
     return replace(transcript, messages=messages)
 
 # %% ../../nbs/masking/05_adapt.ipynb #b6a1e2f1
-def paired(calls: list, results: list) -> dict[int, int]:
-    """`{place among the results: place among the calls}`: by ids where these tell, else by order; a result
-    over is in none."""
+def pair_results(calls: list[dict], results: list[dict]) -> dict[int, int]:
+    """Return `{place among the results: place among the calls}`, by ids where these are complete and
+    different, else by order. A result without a call is left out."""
     ids = [call.get("id") for call in calls]
     if all(ids) and len({*ids}) == len(ids) and all(m.get("tool_call_id") in ids for m in results):
         return {r: ids.index(m["tool_call_id"]) for r, m in enumerate(results)}
     return {n: n for n in range(min(len(calls), len(results)))}
 
-
-def call_order(calls: list, results: list, injected: list) -> list[tuple[str, int]]:
-    """The turns of parallel `calls`, `("call" or "result", place)`; `injected` (bool) says which `results`
-    hold an injection."""
-    of, out, last = paired(calls, results), [], []
+# %% ../../nbs/masking/05_adapt.ipynb #e9163701
+def call_order(calls: list[dict], results: list[dict], injected: list[bool]) -> list[tuple[str, int]]:
+    """Return the turns of parallel `calls`, a list of `("call" or "result", place)`. `injected`: which of
+    `results` hold an injection."""
+    of = pair_results(calls, results)
+    out: list[tuple[str, int]] = []
+    last = []
     own = {k: [r for r, of_call in of.items() if of_call == k] for k in range(len(calls))}
-    for k, found in own.items():
-        if any(injected[r] for r in found):
+    for k, places in own.items():
+        if any(injected[r] for r in places):
             last.append(k)
         else:
-            out += [("call", k), *(("result", r) for r in found)]
+            out += [("call", k), *(("result", r) for r in places)]
     out += [("call", k) for k in last] + [("result", r) for k in last for r in own[k]]
     return out + [("result", r) for r in range(len(results)) if r not in of]
 
-
-def split_calls(transcript: Transcript):
-    "Gives each of parallel calls a turn; words beside them stay with the first one."
-    messages, origin, numbers, old, count = [], [], {}, transcript.messages, 0
+# %% ../../nbs/masking/05_adapt.ipynb #a8dba326
+def split_calls(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Give each of parallel calls a turn; words beside them stay with the first one."
+    messages: list[dict] = []
+    origin: list[int] = []
+    numbers, old, count = {}, transcript.messages, 0
     spans, at = {s.message for s in transcript.injection_spans}, 0
     while at < len(old):
-        calls, stop = old[at].get("tool_calls") or (), at + 1
+        calls, stop = old[at].get("tool_calls") or [], at + 1
         if len(calls) < 2:
-            messages.append(old[at]), origin.append(at)
+            messages.append(old[at])
+            origin.append(at)
             at = stop
             continue
         while stop < len(old) and old[stop]["role"] == "tool":
@@ -220,87 +243,95 @@ def split_calls(transcript: Transcript):
                 messages.append(old[at + 1 + n])
             origin.append(at if kind == "call" else at + 1 + n)
         at, count = stop, count + 1
-    return moved(transcript, messages, origin), count, {"origin": origin, "numbers": numbers}
+    record = {"origin": origin, "numbers": numbers}
+    return replace_messages(transcript, messages, origin), count, record
 
+# %% ../../nbs/masking/05_adapt.ipynb #7aa08a6b
+def undo_split_calls(transcript: Transcript, record: Any) -> Transcript:
+    "Make the turns of parallel calls one message again."
 
-def undo_split_calls(transcript: Transcript, record):
-    "Makes the turns of parallel calls one message again."
-
-    def join(parts):
+    def join(parts: list[tuple[int, dict]]) -> dict:
         if len(parts) == 1:
             return parts[0][1]
         calls = {record["numbers"][str(new)]: m["tool_calls"][0] for new, m in parts}
         return parts[0][1] | {"tool_calls": [calls[k] for k in sorted(calls)]}
 
-    return gathered(transcript, record["origin"], join)
+    return merge_parts(transcript, record["origin"], join)
 
 # %% ../../nbs/masking/05_adapt.ipynb #a460cf63
-def split_text(transcript: Transcript):
-    "Gives words beside calls a turn of their own; blank ones are left out."
-    messages, origin, blank = [], [], {}
+def split_text(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Give words beside calls a turn of their own; blank ones are left out."
+    messages: list[dict] = []
+    origin: list[int] = []
+    blank = {}
     for i, m in enumerate(transcript.messages):
         text = m.get("content") or ""
-        if not m.get("tool_calls") or not text:
-            messages.append(m), origin.append(i)
-        else:
+        if m.get("tool_calls") and text:
             if text.strip():
-                messages.append({k: v for k, v in m.items() if k != "tool_calls"}), origin.append(i)
+                messages.append({k: v for k, v in m.items() if k != "tool_calls"})
+                origin.append(i)
             else:
                 blank[str(len(messages))] = text
-            bare = {k: v for k, v in m.items() if not text.strip() or k not in REASONING_KEYS}
-            messages.append(bare | {"content": ""}), origin.append(i)
+            m = {k: v for k, v in m.items() if not text.strip() or k not in REASONING_KEYS} | {"content": ""}
+        messages.append(m)
+        origin.append(i)
     count = len(messages) - len(transcript.messages) + len(blank)
-    return moved(transcript, messages, origin), count, {"origin": origin, "blank": blank}
+    return replace_messages(transcript, messages, origin), count, {"origin": origin, "blank": blank}
 
+# %% ../../nbs/masking/05_adapt.ipynb #80179647
+def undo_split_text(transcript: Transcript, record: Any) -> Transcript:
+    "Put the words beside the calls again."
 
-def undo_split_text(transcript: Transcript, record):
-    "Puts the words beside the calls again."
-
-    def join(parts):
+    def join(parts: list[tuple[int, dict]]) -> dict:
         if len(parts) == 2:
             return parts[0][1] | {"tool_calls": parts[1][1]["tool_calls"]}
         new, m = parts[0]
         return m | {"content": record["blank"][str(new)]} if str(new) in record["blank"] else m
 
-    return gathered(transcript, record["origin"], join)
+    return merge_parts(transcript, record["origin"], join)
 
 # %% ../../nbs/masking/05_adapt.ipynb #681a8cf3
 CONTINUE = "Please continue."
 
 
-def bridge_answers(transcript: Transcript):
-    "Puts a user message between two messages of the assistant in a row."
-    messages, origin = [], []
+def bridge_answers(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Put a user message between two messages of the assistant in a row."
+    messages: list[dict] = []
+    origin: list[int | None] = []
     for i, m in enumerate(transcript.messages):
         if messages and m["role"] == messages[-1]["role"] == "assistant":
-            messages.append({"role": "user", "content": CONTINUE}), origin.append(None)
-        messages.append(m), origin.append(i)
-    return moved(transcript, messages, origin), origin.count(None), {"origin": origin}
+            messages.append({"role": "user", "content": CONTINUE})
+            origin.append(None)
+        messages.append(m)
+        origin.append(i)
+    return replace_messages(transcript, messages, origin), origin.count(None), {"origin": origin}
 
-
-def undo_bridge_answers(transcript: Transcript, record):
-    "Takes the user messages out that nobody wrote."
-    return gathered(transcript, record["origin"], only_part)
+# %% ../../nbs/masking/05_adapt.ipynb #1a7db625
+def undo_bridge_answers(transcript: Transcript, record: Any) -> Transcript:
+    "Take the user messages out that nobody wrote."
+    return merge_parts(transcript, record["origin"], only_part)
 
 # %% ../../nbs/masking/05_adapt.ipynb #adf139f5
 GAP = "\n\n"
 
 
-def join_users(transcript: Transcript):
-    "Makes one of user messages in a row that have the same label."
-    messages, parts, places, last = [], [], [], None
+def join_users(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Make one of user messages in a row that have the same label."
+    messages: list[dict] = []
+    parts: list[list[dict]] = []
+    places: list[tuple[int, int]] = []  # of each old message: the new one that it stands in, and where
+    last = None
     for i, m in enumerate(transcript.messages):
-        kind = (
-            (transcript.message_labels.get(i),)
-            if m["role"] == "user" and isinstance(m.get("content"), str)
-            else None
-        )
+        is_text = m["role"] == "user" and isinstance(m.get("content"), str)
+        kind = (transcript.message_labels.get(i),) if is_text else None
         if kind and kind == last:
             places.append((len(messages) - 1, len(messages[-1]["content"]) + len(GAP)))
             messages[-1] = messages[-1] | {"content": messages[-1]["content"] + GAP + m["content"]}
             parts[-1].append(m)
         else:
-            messages.append(m), parts.append([m]), places.append((len(messages) - 1, 0))
+            messages.append(m)
+            parts.append([m])
+            places.append((len(messages) - 1, 0))
         last = kind
     labels = {places[i][0]: label for i, label in transcript.message_labels.items()}
     spans = tuple(
@@ -308,20 +339,18 @@ def join_users(transcript: Transcript):
         for s in transcript.injection_spans
     )
     record = {
-        str(i): [[len(m["content"]), {k: v for k, v in m.items() if k != "content"}] for m in some]
-        for i, some in enumerate(parts)
-        if len(some) > 1
+        str(i): [[len(m["content"]), {k: v for k, v in m.items() if k != "content"}] for m in group]
+        for i, group in enumerate(parts)
+        if len(group) > 1
     }
-    return (
-        replace(transcript, messages=messages, message_labels=labels, injection_spans=spans),
-        len(transcript.messages) - len(messages),
-        record,
-    )
+    new = replace(transcript, messages=messages, message_labels=labels, injection_spans=spans)
+    return new, len(transcript.messages) - len(messages), record
 
-
-def undo_join_users(transcript: Transcript, record):
-    "Parts the joined user messages again."
-    messages, begins = [], []  # begins: of each old message, the new one it stands in and where
+# %% ../../nbs/masking/05_adapt.ipynb #16f40193
+def undo_join_users(transcript: Transcript, record: Any) -> Transcript:
+    "Separate the joined user messages again."
+    messages: list[dict] = []
+    begins: list[tuple[int, int]] = []  # of each old message: the new one that it stands in, and where
     for i, m in enumerate(transcript.messages):
         at = 0
         for length, rest in record.get(str(i), [[len(m.get("content") or ""), None]]):
@@ -334,7 +363,7 @@ def undo_join_users(transcript: Transcript, record):
         if i in transcript.message_labels
     }
 
-    def back(s):
+    def back(s: InjectionSpan) -> InjectionSpan:
         old, at = max((old, at) for old, (i, at) in enumerate(begins) if i == s.message and at <= s.start)
         return InjectionSpan(old, s.start - at, s.end - at)
 
@@ -346,26 +375,31 @@ def undo_join_users(transcript: Transcript, record):
     )
 
 # %% ../../nbs/masking/05_adapt.ipynb #76025972
-def move_system(transcript: Transcript):
-    "Counts a system prompt with a user message after it."
+def move_system(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Count a system prompt with a user message after it."
     roles = [m["role"] for m in transcript.messages[:2]]
     return transcript, int(roles == ["system", "user"]), None
 
-
-def hermes(transcript: Transcript):
-    "Counts the messages with calls, and those with results."
+# %% ../../nbs/masking/05_adapt.ipynb #206674dc
+def hermes(transcript: Transcript) -> tuple[Transcript, int, Any]:
+    "Count the messages with calls, and those with results."
     return (
         transcript,
         sum(bool(m.get("tool_calls")) or m["role"] == "tool" for m in transcript.messages),
         None,
     )
 
-
-def undo_nothing(transcript: Transcript, record):
+# %% ../../nbs/masking/05_adapt.ipynb #5c2af0c7
+def undo_nothing(transcript: Transcript, record: Any) -> Transcript:
+    "Return the transcript itself, which the change left as it is."
     return transcript
 
 
-CHANGES = {  # by name: the change and its reverse
+Change = Callable[[Transcript], tuple[Transcript, int, Any]]
+Undo = Callable[[Transcript, Any], Transcript]
+
+# %% ../../nbs/masking/05_adapt.ipynb #ec868a38
+CHANGES: dict[str, tuple[Change, Undo]] = {  # by name: the change and its reverse
     "drop_empty": (drop_empty, undo_drop_empty),
     "shorten_ids": (shorten_ids, undo_shorten_ids),
     "split_calls": (split_calls, undo_split_calls),
@@ -378,58 +412,57 @@ CHANGES = {  # by name: the change and its reverse
 
 # %% ../../nbs/masking/05_adapt.ipynb #37800563
 def restore(transcript: Transcript) -> Transcript:
-    "The transcript as it was before `adapt`."
+    "Return the transcript as it was before `adapt`."
     for name, record in reversed(transcript.meta.get("adaptations", {}).get("undo", ())):
         transcript = CHANGES[name][1](transcript, record)
     return replace(transcript, meta={k: v for k, v in transcript.meta.items() if k != "adaptations"})
 
-
-def adapt(transcript: Transcript, names) -> Transcript:
-    """`transcript` with the adaptations `names` (as `adapt_names` takes them), itself where none has anything
-    to change. `restore` is the reverse. One that is adapted already is adapted anew. Raises MaskError for an
-    unknown name."""
+# %% ../../nbs/masking/05_adapt.ipynb #1cfb61c2
+def adapt(transcript: Transcript, names: str | Iterable[str] | None) -> Transcript:
+    """Return `transcript` with the adaptations `names` (as `adapt_names` takes them), itself where none has
+    anything to change. `restore` is the reverse. One that is adapted already is restored first. Raises
+    MaskError for an unknown name."""
     if "adaptations" in transcript.meta:
         transcript = restore(transcript)
     counts, undo, out = {}, [], transcript
     for name in adapt_names(names):
-        found, count, record = CHANGES[name][0](out)
+        new, count, record = CHANGES[name][0](out)
         if not count:
             continue
-        out, counts[name] = found, count
+        out, counts[name] = new, count
         undo.append([name, record])
-    return (
-        replace(out, meta=out.meta | {"adaptations": {"counts": counts, "undo": undo}})
-        if counts
-        else transcript
-    )
+    if not counts:
+        return transcript
+    return replace(out, meta=out.meta | {"adaptations": {"counts": counts, "undo": undo}})
 
-
-def adapted_counts(transcripts) -> dict[str, dict[str, int]]:
-    "`{name: {transcripts, changes}}` of what was done to `transcripts`, by the names that changed any."
-    touched, changes = Counter(), Counter()
+# %% ../../nbs/masking/05_adapt.ipynb #a472daa2
+def adapted_counts(transcripts: Iterable[Transcript]) -> dict[str, dict[str, int]]:
+    "Return `{name: {transcripts, changes}}` of the adaptations that changed any of `transcripts`."
+    numbers: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     for t in transcripts:
         counts = t.meta.get("adaptations", {}).get("counts", {})
-        touched.update([*counts])
+        numbers.update([*counts])
         changes.update(counts)
     return {
-        name: {"transcripts": touched[name], "changes": changes[name]}
+        name: {"transcripts": numbers[name], "changes": changes[name]}
         for name in ADAPTATIONS
-        if name in touched
+        if name in numbers
     }
 
-
-def adapted_line(transcripts) -> str:
-    "`adapted_counts` in words; empty where nothing was done."
-    found, n = adapted_counts(transcripts), len(transcripts)
+# %% ../../nbs/masking/05_adapt.ipynb #f0866237
+def adapted_line(transcripts: Sequence[Transcript]) -> str:
+    "Return `adapted_counts` in words; empty where nothing was changed."
+    counts, n = adapted_counts(transcripts), len(transcripts)
     return "; ".join(
         f"{name} in {f['transcripts']} of {n} transcript{'s' * (n > 1)} ({f['changes']} times): "
         f"{ADAPTATIONS[name]}"
-        for name, f in found.items()
+        for name, f in counts.items()
     )
 
 # %% ../../nbs/masking/05_adapt.ipynb #b42f7c23
-def whole(masker, transcript: Transcript) -> bool:
-    "Whether the template of `masker` (a ChatMasker) writes all that the assistant says in a transcript."
+def writes_all(masker: ChatMasker, transcript: Transcript) -> bool:
+    "Return whether the template of `masker` writes all that the assistant says in `transcript`."
     try:
         (encoded,) = masker.encode_batch([transcript])
     except MaskError:
@@ -438,15 +471,17 @@ def whole(masker, transcript: Transcript) -> bool:
         encoded.lost_words or encoded.lost_calls or any("the template drops" in w for w in encoded.warnings)
     )
 
-
-def needed(transcript: Transcript, masker_of) -> tuple[str, ...] | None:
-    """The fewest names of adaptations with which a template writes all of `transcript`, found by leaving out
+# %% ../../nbs/masking/05_adapt.ipynb #b4078c9f
+def reduce_names(
+    transcript: Transcript, masker_of: Callable[[tuple[str, ...]], ChatMasker]
+) -> tuple[str, ...] | None:
+    """Return few names of adaptations with which a template writes all of `transcript`, found by leaving out
     one after the other; None where all of them do not help. `masker_of(names)` gives a ChatMasker, or raises
     MaskError where its template does not take them."""
 
-    def works(names):
+    def works(names: tuple[str, ...]) -> bool:
         try:
-            return whole(masker_of(names), adapt(transcript, names))
+            return writes_all(masker_of(names), adapt(transcript, names))
         except MaskError:
             return False
 
@@ -467,21 +502,23 @@ def needed(transcript: Transcript, masker_of) -> tuple[str, ...] | None:
         return names
     return None
 
-
-def propose(transcripts, masker_of, most: int = 24) -> dict:
-    """`{names, read, of}`: adaptations that would make a template write the `transcripts` in full, and how
-    many of them it then does. At most `most` of them are looked at for the names, and all are read with
-    these."""
+# %% ../../nbs/masking/05_adapt.ipynb #39ba2bc1
+def propose(
+    transcripts: Sequence[Transcript], masker_of: Callable[[tuple[str, ...]], ChatMasker], most: int = 24
+) -> dict:
+    """Return `{names, read, of}`: adaptations that would make a template write the `transcripts` in full, how
+    many of them it then writes, and their number. At most `most` of them are used to find the names, and all
+    are read with these. `masker_of` as in `reduce_names`."""
     kinds: dict[tuple, Transcript] = {}
     for t in transcripts:
         kinds.setdefault(tuple(name for name in CHANGES if CHANGES[name][0](t)[1]), t)
-    found = [names for t in list(kinds.values())[:most] if (names := needed(t, masker_of)) is not None]
-    names = adapt_names([name for some in found for name in some])
+    choices = [reduce_names(t, masker_of) for t in list(kinds.values())[:most]]
+    names = adapt_names([name for choice in choices for name in choice or ()])
     if not names:
         return {"names": (), "read": 0, "of": len(transcripts)}
     masker = masker_of(names)
     return {
         "names": names,
-        "read": sum(whole(masker, adapt(t, names)) for t in transcripts),
+        "read": sum(writes_all(masker, adapt(t, names)) for t in transcripts),
         "of": len(transcripts),
     }

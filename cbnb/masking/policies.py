@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .templates import MaskError
-from .turns import COMPLETION, IS_COMPLETION, RULES, TOOL_SEGMENTS, Rule, Segment, Turn
+from .turns import COMPLETION, IS_COMPLETION, RULE_TEXTS, TOOL_SEGMENTS, Rule, Segment, Turn
 
 # %% ../../nbs/masking/04_policies.ipynb #8b328b7e
 @dataclass(frozen=True)
@@ -490,7 +490,7 @@ def explain(encoded, i, policy="assistant_only", label=None):
         encoded.text[slice(*encoded.offsets[i])],
         sentences[codes[i]].startswith("in: "),
         Segment(encoded.segments[i]),
-        "" if encoded.rules is None else RULES[Rule(encoded.rules[i])],
+        "" if encoded.rules is None else RULE_TEXTS[Rule(encoded.rules[i])],
         message,
         role_of(encoded, message),
         (int(encoded.offsets[first, 0]), int(encoded.offsets[last, 1])),

@@ -23,8 +23,8 @@ from ..data.streams import StreamReport
 from ..evaluate.decoding import stop_tokens
 from ..evaluate.evaluation import benign_by_domain
 from ..masking.actions import trained_calls
-from ..masking.adapt import propose, restore, whole
-from ..masking.audit import NOTES, check_mask, trained_ends
+from ..masking.adapt import propose, restore, writes_all
+from ..masking.audit import NOTE_KINDS, mask_findings, trained_ends
 from ..masking.masker import ChatMasker
 from ..masking.policies import NEED_INJECTION, Encoded
 from ..masking.targets import in_batches, in_turns, training_mask
@@ -44,7 +44,7 @@ def find_window(ids: np.ndarray, encoded: Encoded) -> int | None:
 @dataclass(frozen=True)
 class Laid:
     """One sample on its transcript: `mask` bool [n] over the tokens of `encoded`, `wanted` what the policy
-    says there, `findings` of `cbnb.masking.audit.check_mask`."""
+    says there, `findings` of `cbnb.masking.audit.mask_findings`."""
 
     transcript: Transcript
     encoded: Encoded
@@ -82,7 +82,7 @@ def lay(samples, transcripts, masker: ChatMasker, policy, split_turns: bool = Fa
             encoded,
             mask,
             training_mask(encoded, transcript, policy) & inside,
-            tuple(check_mask(encoded, mask, transcript)),
+            tuple(mask_findings(encoded, mask, transcript)),
         )
         sample = next(left, None)
     while sample is not None:
@@ -109,7 +109,12 @@ WORST = 10  # samples that are shown
 def badness(x: Laid) -> tuple:
     """The order in which samples are shown: first what is found, then masks that are not the policy's, then
     the smallest share of targets."""
-    return (-len([f for f in x.findings if f.kind not in NOTES]), -x.wrong, -len(x.findings), x.mask.mean())
+    return (
+        -len([f for f in x.findings if f.kind not in NOTE_KINDS]),
+        -x.wrong,
+        -len(x.findings),
+        x.mask.mean(),
+    )
 
 
 def segment_counts(segments: np.ndarray) -> np.ndarray:
@@ -147,7 +152,7 @@ def look_at(laid) -> Seen:
         out.laid += 1
         out.tokens += segment_counts(x.encoded.segments)
         out.trained += segment_counts(x.encoded.segments[x.mask])
-        out.kinds.update(f.kind for f in x.findings if f.kind not in NOTES)
+        out.kinds.update(f.kind for f in x.findings if f.kind not in NOTE_KINDS)
         out.first = {f.kind: (x.transcript.id, f.text) for f in x.findings} | out.first
         if x.wrong:
             out.wrong.append((x.transcript.id, x.wrong))
@@ -211,7 +216,7 @@ def adaptation_points(transcripts: Sequence[Transcript], masker: ChatMasker) -> 
     """Does the chat template write all that the assistant says in transcripts as they go into training? Else
     a warning that counts those it does not, with the adaptations that help most."""
     some = transcripts[:: max(1, -(-len(transcripts) // LOOKED_AT))]
-    lost = [t for t in some if not whole(masker, t)]
+    lost = [t for t in some if not writes_all(masker, t)]
     if not lost:
         return [
             Point(

@@ -42,7 +42,7 @@ from cbnb.evaluate.divergence import (
 )
 from ..masking.actions import for_policy
 from ..masking.adapt import adapt
-from ..masking.encoders import token_bytes
+from ..masking.encoders import bytes_of_token
 from ..masking.targets import training_row
 from ..masking.templates import MaskError
 from ..run.code import project_root, runs_folder
@@ -65,7 +65,7 @@ def candidate_texts(tokenizer, ids):
     for token in ids:
         raw, name = part(token), tokenizer.convert_ids_to_tokens(token)
         if by_bytes and name is not None and token not in added:
-            raw = token_bytes(tokenizer, token, added)
+            raw = bytes_of_token(tokenizer, token, added)
         if token in added:
             text = shown(added[token].content)
         elif raw is not None:

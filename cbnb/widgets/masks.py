@@ -32,8 +32,8 @@ from ..basics.files import quoted_cell, write_bytes
 from ..data.sources import Reading, listed, open_source, read_entry
 from ..masking.actions import for_policy
 from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
-from ..masking.audit import KINDS, Finding, check_mask, encode_each, message_of
-from ..masking.audit import NOTES as MINOR
+from ..masking.audit import FINDING_KINDS, Finding, encode_each, mask_findings, message_of
+from ..masking.audit import NOTE_KINDS as MINOR
 from ..masking.masker import CONTROL_MODES
 from cbnb.masking.policies import (
     NEED_COMPARISON,
@@ -171,7 +171,7 @@ def with_audit(shown, encoded, transcript, max_length=None, side="targets"):
         window = truncation_window(shown.values, max_length, side)
         kept[window] = shown.values[window]
     return replace(
-        shown, kept=kept, findings=tuple(check_mask(encoded, shown.values, transcript, max_length, side))
+        shown, kept=kept, findings=tuple(mask_findings(encoded, shown.values, transcript, max_length, side))
     )
 
 # %% ../../nbs/widgets/02_masks.ipynb #3bca974b
@@ -305,7 +305,7 @@ def finding_frame(explored):
     for name, f in explored.findings:
         rows.setdefault((f.kind, f.messages, f.text), []).append(name)
     rows = [
-        (", ".join(names), kind, KINDS[kind], ", ".join(str(i) for i in messages if i >= 0), text)
+        (", ".join(names), kind, FINDING_KINDS[kind], ", ".join(str(i) for i in messages if i >= 0), text)
         for (kind, messages, text), names in rows.items()
     ]
     return pd.DataFrame(rows, columns=["masks", "kind", "means", "messages", "what"])

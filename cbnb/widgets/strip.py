@@ -16,7 +16,7 @@ import traitlets
 
 from ..basics.terminal import visible
 from ..masking.audit import token_texts
-from ..masking.encoders import token_bytes
+from ..masking.encoders import bytes_of_token
 from ..masking.policies import Encoded, loss_mask, policy_name, reasons
 from ..masking.turns import Segment
 from .views import StaticView, is_live, mime_bundle, module, page, shown, source, table_html
@@ -30,7 +30,7 @@ def partial_bytes(tokenizer):
     def of(token):
         if token in added:
             return None
-        raw = token_bytes(tokenizer, token, added) if by_bytes else None
+        raw = bytes_of_token(tokenizer, token, added) if by_bytes else None
         if raw is None and (
             fallback := re.fullmatch("<0x([89A-F][0-9A-F])>", tokenizer.convert_ids_to_tokens(token) or "")
         ):
