@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -183,7 +183,7 @@ def thin(parted: Parted) -> Parted:
     return parted
 
 
-def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
+def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[str, ...]) -> None:
     """Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
     there."""
     if by.strip() == "auto" or not kinds:
