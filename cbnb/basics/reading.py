@@ -27,7 +27,7 @@ class InputError(OSError):
     def __str__(self) -> str:
         return " ".join(filter(None, (self.filename, self.strerror)))
 
-
+# %% ../../nbs/basics/00_reading.ipynb #088dac6e
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -40,11 +40,11 @@ MADE_UP = frozenset(
     "binfmt_misc fusectl".split()
 )  # file systems
 
-
+# %% ../../nbs/basics/00_reading.ipynb #6081b8a0
 @functools.lru_cache(256)
 def file_system(device: int) -> str:
-    """The kind of file system that is mounted as the number `device` (`st_dev`), such as ext4; empty where
-    the system does not say it."""
+    """Return the kind of file system that is mounted as the number `device` (`st_dev`), such as ext4; empty
+    where the system does not say it."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = Path("/proc/self/mountinfo").read_bytes().decode(errors="replace").splitlines()
@@ -52,9 +52,9 @@ def file_system(device: int) -> str:
         return ""
     return next((line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number), "")
 
-
+# %% ../../nbs/basics/00_reading.ipynb #72a9d8d8
 def check_about(about: os.stat_result, path: str | Path) -> os.stat_result:
-    "Returns `about`, an `os.stat_result` of `path`. Raises InputError unless it is that of a file on a disk."
+    "Return `about`, an `os.stat_result` of `path`. Raises InputError unless it is that of a file on a disk."
     kind = "" if stat.S_ISREG(about.st_mode) else KINDS.get(stat.S_IFMT(about.st_mode), "something else")
     if not kind and file_system(about.st_dev) in MADE_UP:
         kind = "made up by the system while it is read"
@@ -64,7 +64,7 @@ def check_about(about: os.stat_result, path: str | Path) -> os.stat_result:
 
 
 def check_regular(path: str | Path) -> os.stat_result:
-    """The `os.stat_result` of the regular file at `path`, for what a library opens itself. Links are
+    """Return the `os.stat_result` of the regular file at `path`, for what a library opens itself. Links are
     followed. Raises InputError, which says what it is instead, before anything is opened; OSError where there
     is none."""
     return check_about(os.stat(path), path)
@@ -75,8 +75,8 @@ MAX_HOLE_BYTES = 2**30  # of a file in which nothing was ever written
 
 
 def check_holes(handle: int, path: str | Path) -> None:
-    """Raises InputError where the open file of the descriptor `handle` has a hole of over `MAX_HOLE_BYTES`:
-    it takes no disk, and hours to read."""
+    """Raise InputError where the open file of the descriptor `handle` has a hole of over `MAX_HOLE_BYTES`: it
+    takes no disk, and hours to read."""
     size, end = os.fstat(handle).st_size, 0
     while size - end > MAX_HOLE_BYTES and (hole := os.lseek(handle, end, os.SEEK_HOLE)) < size:
         try:
@@ -88,9 +88,9 @@ def check_holes(handle: int, path: str | Path) -> None:
             raise InputError(errno.EFBIG, words, str(path))
     os.lseek(handle, 0, os.SEEK_SET)
 
-
+# %% ../../nbs/basics/00_reading.ipynb #3a737814
 def open_regular(path: str | Path) -> io.BufferedReader:
-    """The regular file at `path`, opened for reading bytes. Raises as `check_regular` does, also where
+    """Return the regular file at `path`, opened for reading bytes. Raises as `check_regular` does, also where
     something else has been put in its place in between, and InputError as `check_holes`."""
     check_regular(path)
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -103,7 +103,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     os.set_blocking(handle, True)
     return os.fdopen(handle, "rb")
 
-
+# %% ../../nbs/basics/00_reading.ipynb #d4ed83fd
 class Limited(io.RawIOBase):
     """The first `most` bytes of a binary `stream`, which it closes. There it ends, or, with words to
     `refuse`, raises InputError where there are more."""
@@ -128,14 +128,15 @@ class Limited(io.RawIOBase):
 
 
 def read_stream(path: str | Path) -> io.BufferedReader:
-    """The bytes of the regular file at `path` as a stream that ends where the file ended when it was opened.
-    Raises as `open_regular` does."""
+    """Return the bytes of the regular file at `path` as a stream that ends where the file ended when it was
+    opened. Raises as `open_regular` does."""
     file = open_regular(path)
     return io.BufferedReader(Limited(file, os.fstat(file.fileno()).st_size), 2**16)
 
-
+# %% ../../nbs/basics/00_reading.ipynb #fe89c665
 def read_bytes(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
-    "The bytes of the regular file at `path`. Raises as `open_regular`, and InputError for over `most` bytes."
+    """Return the bytes of the regular file at `path`. Raises as `open_regular`, and InputError for over
+    `most` bytes."""
     with open_regular(path) as f:
         data = f.read(most + 1)
     if len(data) > most:
@@ -144,14 +145,14 @@ def read_bytes(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, most: int = MAX_FILE_BYTES) -> str:
-    """The UTF-8 text of the regular file at `path`, its line ends as \\n. Raises as `read_bytes` does, and
-    UnicodeDecodeError."""
+    """Return the UTF-8 text of the regular file at `path`, its line ends as \\n. Raises as `read_bytes` does,
+    and UnicodeDecodeError."""
     return io.TextIOWrapper(io.BytesIO(read_bytes(path, most)), encoding="utf-8").read()
 
-
+# %% ../../nbs/basics/00_reading.ipynb #8f76965e
 def sha256(path: str | Path) -> str:
-    """The sha256 (64 hex digits) of the regular file at `path`, as long as it was when it was opened. Raises
-    as `open_regular` does."""
+    """Return the sha256 (64 hex digits) of the regular file at `path`, as long as it was when it was opened.
+    Raises as `open_regular` does."""
     with read_stream(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -160,9 +161,9 @@ MAX_ENTRIES = 1_000_000
 
 
 def check_folder(folder: str | Path) -> str | Path:
-    """`folder`, whose files a library opens by their names. Raises InputError, naming the entry, where one of
-    them or of a folder in it is neither a regular file nor a folder, and for over `MAX_ENTRIES`. Hidden ones,
-    links that lead nowhere and folders that may not be looked into are passed over."""
+    """Return `folder`, whose files a library opens by their names. Raises InputError, naming the entry, where
+    one of them or of a folder in it is neither a regular file nor a folder, and for over `MAX_ENTRIES`.
+    Hidden ones, links that lead nowhere and folders that may not be looked into are passed over."""
     entries, places = 0, [folder]
     for place in places:
         try:

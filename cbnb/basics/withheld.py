@@ -89,9 +89,9 @@ ORDINARY = {
     "local-key",
 }
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #5690c512
 def is_path(value: str) -> bool:
-    "Whether the text `value` is the path of something that exists."
+    "Return whether the text `value` is the path of something that exists."
     try:
         return value[:1] in "/~." and os.path.lexists(os.path.expanduser(value))
     except ValueError:
@@ -99,21 +99,22 @@ def is_path(value: str) -> bool:
 
 
 def is_worth(value: str) -> bool:
-    """Whether hiding the text `value` protects anything: it is no short or ordinary word, no number and no
-    path."""
+    """Return whether hiding the text `value` protects anything: it is no short or ordinary word, no number
+    and no path."""
     number = len(value) < LONG and re.fullmatch(r"[-+\d.,:_ ]+|[-+]?[\d.]+[eE][-+]?\d+", value)
     return len(value) >= SHORTEST and value.lower() not in ORDINARY and not number and not is_path(value)
 
 
 def is_random(value: str) -> bool:
-    "Whether a text looks as if a machine had drawn it: sixteen letters and digits or more, without a blank."
+    """Return whether a text looks as if a machine had drawn it: sixteen letters and digits or more, without a
+    blank."""
     drawn = re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w.~+/=:-]{16,}", value, re.ASCII)
     return bool(drawn) and not is_path(value)
 
 
 def is_strong(value: str) -> bool:
-    """Whether no text holds `value` by chance: it is long, or has two of small letters, capitals, digits and
-    signs."""
+    """Return whether no text holds `value` by chance: it is long, or has two of small letters, capitals,
+    digits and signs."""
     kinds = ("[a-z]", "[A-Z]", r"\d", r"[^A-Za-z\d]")
     return len(value) >= LONG or sum(bool(re.search(kind, value)) for kind in kinds) > 1
 
@@ -131,14 +132,14 @@ QUERY = re.compile(
 
 
 def url_secrets(text: str) -> list[str]:
-    "The passwords and tokens (list of str) in the URLs of `text`, as they stand and decoded."
+    "Return the passwords and tokens (list of str) in the URLs of `text`, as they stand and decoded."
     found = [m[2] for m in USER.finditer(text) if m[1] is not None or is_random(m[2])]
     found += [m[1] for m in QUERY.finditer(text)]
     return [form for value in found for form in dict.fromkeys((value, unquote(value)))]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #e2be9f75
 def json_leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
-    "`[(name, text)]` of the strings in what JSON gave, `name` being the nearest key."
+    "Return `[(name, text)]` of the strings in what JSON gave, `name` being the nearest key."
     if isinstance(value, str):
         return [(name, value)]
     pairs = value.items() if isinstance(value, dict) else ()
@@ -148,17 +149,17 @@ def json_leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 def login_secrets(text: str) -> list[str]:
-    """The base64 of `user:password` in `text` (str), as a registry\'s "auth" has it, and the password (list
-    of str)."""
+    """Return the base64 of `user:password` in `text` (str), as a registry\'s "auth" has it, and the password
+    (list of str)."""
     try:
         user, colon, password = base64.b64decode(text, validate=True).decode().partition(":")
     except ValueError:
         return [text]
     return [text, password] if colon else [text]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #2cab6e20
 def inner_secrets(text: str) -> list[str]:
-    """The secrets (list of str) that a text of settings holds: JSON, `name = value` lines, a .netrc, a
+    """Return the secrets (list of str) that a text of settings holds: JSON, `name = value` lines, a .netrc, a
     connection string, URLs, the lines of a PEM key, the logins of a registry."""
     try:
         leaves = json_leaves(json.loads(text))
@@ -183,11 +184,11 @@ FILES = {
     "GOOGLE_APPLICATION_CREDENTIALS": ("~/.config/gcloud/application_default_credentials.json",),
 }
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #6139e33c
 @functools.lru_cache(maxsize=64)
 def file_secrets(path: str, changed: int, size: int) -> tuple[str, ...]:
-    """The secrets (tuple of str) in the small file `path`; `changed` and `size` are for the cache. Empty for
-    one that cannot be read."""
+    """Return the secrets (tuple of str) in the small file `path`; `changed` and `size` are for the cache.
+    Empty for one that cannot be read."""
     try:
         text = read_text(path)
     except (OSError, ValueError):
@@ -195,9 +196,9 @@ def file_secrets(path: str, changed: int, size: int) -> tuple[str, ...]:
     is_one = len(text.split()) == 1 and "=" not in text.strip("=\n ")
     return (text.strip(),) if is_one else tuple(inner_secrets(text))
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #537819d2
 def secret_files(environment: Mapping[str, str]) -> list[str]:
-    "Paths (list of str) of the files in which `environment` or a hub's client keeps secrets."
+    "Return paths (list of str) of the files in which `environment` or a hub's client keeps secrets."
     hub = environment.get("HF_HOME")
     usual = [path for name, paths in FILES.items() if not environment.get(name) for path in paths]
     if hub:
@@ -205,10 +206,10 @@ def secret_files(environment: Mapping[str, str]) -> list[str]:
     given = [value for name, value in environment.items() if name in FILES or SURE.search(name)]
     return [os.path.expanduser(path) for path in usual + [value for value in given if is_path(value)]]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #11a3b460
 def secret_values(environment: Mapping[str, str]) -> dict[str, str]:
-    """`{value: name}` of all secrets that are worth hiding: of the variables of `environment`, and of the
-    files that it names or that stand in their usual places."""
+    """Return `{value: name}` of all secrets that are worth hiding: of the variables of `environment`, and of
+    the files that it names or that stand in their usual places."""
     environment = {name: environment.get(name, "") for name in environment}  # it may change meanwhile
     found = []
     for name, value in environment.items():
@@ -229,13 +230,13 @@ def secret_values(environment: Mapping[str, str]) -> dict[str, str]:
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00019
 def base64_forms(value: str) -> list[str]:
-    """How `value` reads within base64, of which it may begin at any byte: three texts without the characters
-    that it shares with its neighbours."""
+    """Return how `value` reads within base64, of which it may begin at any byte: three texts without the
+    characters that it shares with its neighbours."""
     data = value.encode("utf-8", "surrogateescape")
     whole = [base64.b64encode(bytes(before) + data).decode() for before in range(3)]
     return [text[-(-8 * before // 6) : 8 * (before + len(data)) // 6] for before, text in enumerate(whole)]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #5cf676b2
 END = r"(?:;|%(?:25)*+3[bB])"  # of an entity, which may stand in a URL
 AMP = rf"(?:&|%(?:25)*+26|\\{{1,16}}+u0026)(?:amp{END})*+"
 CODE = rf"{AMP}(?:#|%(?:25)*+23)"
@@ -252,13 +253,13 @@ BLANK = (
 
 
 def any_case(digits: str) -> str:
-    "A pattern for the hexadecimal `digits` in capitals or small letters."
+    "Return a pattern for the hexadecimal `digits` in capitals or small letters."
     return "".join(f"[{d.lower()}{d.upper()}]" if d.isalpha() else d for d in digits)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #1f90bcf6
 @functools.lru_cache(maxsize=4096)
 def spellings(char: str) -> str:
-    """A pattern for the ways in which one character is written: as it is, with backslashes, escapes of
+    """Return a pattern for the ways in which one character is written: as it is, with backslashes, escapes of
     it or its bytes, octal, percent signs, HTML entities, decomposed, doubled as a quotation mark is."""
     if char.isspace():
         return BLANK
@@ -300,7 +301,7 @@ def spellings(char: str) -> str:
         return rf"(?:{'|'.join(ways + bare)}){{1,200}}+"
     return rf"(?:{'|'.join(ways)}|{SLASH}{{0,16}}+(?:{'|'.join(bare)}))"
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #ea745818
 class Needle(NamedTuple):
     "How one form of a secret is looked for."
 
@@ -310,12 +311,13 @@ class Needle(NamedTuple):
     anchors: tuple
     coded: bool  # whether the form is base64 or hex
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #0421b6f3
 SURELY_WHOLE = 56  # characters of a word that is not put on two lines; base64 has 76 on a line
 
 
 def anchored(form: str) -> tuple[tuple[str, int], ...]:
-    "The `anchors` of a form: letters and digits, which nothing escapes; two where a line may end in one."
+    """Return the `anchors` of a form: letters and digits, which nothing escapes; two where a line may end in
+    one."""
     runs = sorted(re.finditer(r"[A-Za-z0-9]+", form), key=lambda run: -len(run[0]))[:1]
     found = [(run[0], run.start()) for run in runs]
     if found and len(form) > SURELY_WHOLE:
@@ -323,13 +325,13 @@ def anchored(form: str) -> tuple[tuple[str, int], ...]:
         found = [(text[: len(text) // 2], at), (text[len(text) // 2 :], at + len(text) // 2)]
     return tuple((text[:32], at) for text, at in found if text)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #df28fd1c
 MOST = 1000  # characters of one pattern; a longer secret is looked for in parts
 
 
 @functools.lru_cache(maxsize=1024)
 def needles(value: str) -> list[Needle]:
-    "The `Needle`s (list) of the secret `value`: the text itself, its base64 and its hex."
+    "Return the `Needle`s (list) of the secret `value`: the text itself, its base64 and its hex."
     text, found = value.strip(), []
     parts = [text[at : at + MOST] for at in range(0, len(text) - MOST, MOST)] + [text[-MOST:]]
     for part in parts:
@@ -339,10 +341,10 @@ def needles(value: str) -> list[Needle]:
         found += [Needle(value, form, anchored(form), True) for form in dict.fromkeys(base64_forms(part))]
     return found
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #2495dc88
 @functools.lru_cache(maxsize=4096)
 def elements(needle: Needle) -> list[str]:
-    "Patterns (list of str) that match the form of a needle one after the other."
+    "Return patterns (list of str) that match the form of a needle one after the other."
     if needle.coded and re.fullmatch("[0-9a-f]+", needle.form):
         found = [any_case(c) for c in needle.form]
     else:
@@ -359,10 +361,10 @@ def elements(needle: Needle) -> list[str]:
         for way, before in zip(found, [None, *found])
     ]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #80df1347
 @functools.lru_cache(maxsize=4096)
 def pattern(needle: Needle) -> re.Pattern[str]:
-    "The compiled pattern of a needle; of what a text may hold by chance, as a word of its own only."
+    "Return the compiled pattern of a needle; of what a text may hold by chance, as a word of its own only."
     found = f"(?:{re.escape(needle.form)}|{''.join(elements(needle))})"
     if is_strong(needle.form):
         return re.compile(found)
@@ -370,24 +372,25 @@ def pattern(needle: Needle) -> re.Pattern[str]:
     before = "|".join([r"(?<![^\W_])", *(f"(?<={escape})" for escape in escapes)])
     return re.compile(rf"(?:{before}){found}(?![^\W_])")
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #c31101ef
 SEEN = {}  # {value: name} of every secret that this process has had in its environment
 
 
 @functools.lru_cache(maxsize=8)
 def all_needles(values: tuple[str, ...]) -> list[Needle]:
-    "The needles (list) of the secrets `values` (tuple of str)."
+    "Return the needles (list) of the secrets `values` (tuple of str)."
     return [needle for value in values for needle in needles(value)]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #3797a6a1
 def known() -> list[Needle]:
-    "The needles of all secrets that are or were in the environment of this process."
+    "Return the needles of all secrets that are or were in the environment of this process."
     SEEN.update(secret_values(os.environ))
     return all_needles(tuple(SEEN))
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #5913683f
 def windows(text: str, needle: Needle) -> list[tuple[int, int]]:
-    "`[(start, end)]` of the stretches of `text` in which the form of `needle` can stand: around its anchors."
+    """Return `[(start, end)]` of the stretches of `text` in which the form of `needle` can stand: around its
+    anchors."""
     if not needle.anchors:
         return [(0, len(text))]
     found = []
@@ -398,9 +401,9 @@ def windows(text: str, needle: Needle) -> list[tuple[int, int]]:
             at = text.find(anchor, at + len(anchor))
     return joined(found)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #962e7248
 def joined(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    "The `(start, end)` in `pairs` in order, those that overlap as one (list)."
+    "Return the `(start, end)` in `pairs` in order, those that overlap as one (list)."
     found = []
     for start, end in sorted(pairs):
         if found and start < found[-1][1]:
@@ -409,18 +412,19 @@ def joined(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
             found.append((start, end))
     return found
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #dc9791f1
 def places(text: str, secrets: list[Needle] | None = None) -> list[tuple[int, int]]:
-    "`[(start, end)]` in characters of the secrets of the environment in `text`, in order, none in another."
+    """Return `[(start, end)]` in characters of the secrets of the environment in `text`, in order, none in
+    another."""
     found = []
     for needle in known() if secrets is None else secrets:
         for start, end in windows(text, needle):
             found += [match.span() for match in pattern(needle).finditer(text, start, end)]
     return joined(found)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #65b62ad8
 def changed_texts(value: Any, change: Callable[[str], Any]) -> Any:
-    "`value` with `change(text)` for each text and key in it: a text, or lists and dicts of texts."
+    "Return `value` with `change(text)` for each text and key in it: a text, or lists and dicts of texts."
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -429,10 +433,10 @@ def changed_texts(value: Any, change: Callable[[str], Any]) -> Any:
         return type(value)([changed_texts(v, change) for v in value])
     return value
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #93ee153e
 def withhold(value: Any) -> Any:
-    """`value` with `[removed]` in the place of every secret of the environment: a text, or lists and dicts
-    of texts. Anything else is given back as it is."""
+    """Return `value` with `[removed]` in the place of every secret of the environment: a text, or lists and
+    dicts of texts. Anything else is given back as it is."""
     if not (secrets := known()):
         return value
 
@@ -463,28 +467,28 @@ SECRET_TEXT = [
 
 
 def without_tokens(text: str) -> str:
-    "`text` with `[removed]` for what looks like a token, or like the user part of a URL."
+    "Return `text` with `[removed]` for what looks like a token, or like the user part of a URL."
     for pattern in SECRET_TEXT:
         text = pattern.sub(r"\1[removed]" if pattern.groups else "[removed]", text)
     return text
 
 
 def scrub(text: str) -> str:
-    """`text` without the secrets of the environment (`withhold`) and everything that looks like a token, or
-    like the user part of a URL: `[removed]` stands there."""
+    """Return `text` without the secrets of the environment (`withhold`) and everything that looks like a
+    token, or like the user part of a URL: `[removed]` stands there."""
     return without_tokens(withhold(text))
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #cfded943
 def cut(text: object, most: int) -> str:
-    """The first `most` characters of `scrub(text)` (of anything; its `str`): no half of a secret is left
-    where it is cut. Of a text that is far longer only the beginning is looked at."""
+    """Return the first `most` characters of `scrub(text)` (of anything; its `str`): no half of a secret is
+    left where it is cut. Of a text that is far longer only the beginning is looked at."""
     return scrub(str(text)[: most + 65536])[:most]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #fbb138b9
 def scrub_notebook(text: str) -> str:
-    """The JSON `text` of a notebook (format 4) with each text in it scrubbed by itself: what stands in lines
-    or in quotation marks there is one text, and what is written is JSON. Another text is scrubbed as it is.
-    """
+    """Return the JSON `text` of a notebook (format 4) with each text in it scrubbed by itself: what stands in
+    lines or in quotation marks there is one text, and what is written is JSON. Another text is scrubbed as it
+    is."""
     from nbformat import from_dict, v4
 
     try:
@@ -494,9 +498,9 @@ def scrub_notebook(text: str) -> str:
     clean = changed_texts(withhold(book), without_tokens)
     return text if clean == book else v4.writes(from_dict(clean))
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #2a0bdb13
 def holder(text: str) -> str | None:
-    "The name of the variable, or of the file, whose secret stands in `text`; None without one."
+    "Return the name of the variable, or of the file, whose secret stands in `text`; None without one."
     return next((SEEN[needle.value] for needle in known() if places(text, [needle])), None)
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00026
@@ -506,13 +510,13 @@ LINE_BEGUN = re.compile(r"""['"]?,?\r?\n?[ \t]{0,80}b?['"]?\Z""")
 
 @functools.lru_cache(maxsize=4096)
 def compiled(source: str) -> re.Pattern[str]:
-    "`re.compile`, whose own cache is small."
+    "Return `re.compile`, whose own cache is small."
     return re.compile(source)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #b4d15437
 def goes_on(text: str, at: int, patterns: list[str]) -> bool:
-    """Whether `text` from `at` is matched by some of the `patterns` (list of str), one after the other, and
-    ends there."""
+    """Return whether `text` from `at` is matched by some of the `patterns` (list of str), one after the
+    other, and ends there."""
     for number, source in enumerate(patterns, 1):
         if at == len(text):
             return True
@@ -521,9 +525,10 @@ def goes_on(text: str, at: int, patterns: list[str]) -> bool:
         at = found.end()
     return False
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #5d74976b
 def begun(text: str) -> int:
-    "How many of the last characters of `text` may be the beginning of a secret that goes on in the next one."
+    """Return how many of the last characters of `text` may be the beginning of a secret that goes on in the
+    next one."""
     longest = 0
     for needle in known():
         first, *others = elements(needle)
@@ -534,11 +539,11 @@ def begun(text: str) -> int:
                 longest = len(text) - found.start()
     return longest
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #c1e0c967
 def guard_session(session: Any) -> None:
-    """Lets the `Session` of a kernel (jupyter_client) withhold secrets from the content of all messages that
-    it sends. Of printed text what may be the beginning of a secret waits for what follows, at most to the
-    end of the cell: a text may be sent in two parts."""
+    """Let the `Session` of a kernel (jupyter_client) withhold secrets from the content of all messages that
+    it sends. Of printed text what may be the beginning of a secret waits for what follows, at most to the end
+    of the cell: a text may be sent in two parts."""
     if hasattr(session, "send_unguarded"):
         return
     send, waiting = session.send, {}  # {stream: (text, the message that it came with)}
@@ -571,7 +576,7 @@ def guard_session(session: Any) -> None:
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00030
 def guard_echo() -> None:
-    """Lets the streams of a kernel withhold secrets from what a subprocess or a native library prints: they
+    """Let the streams of a kernel withhold secrets from what a subprocess or a native library prints: they
     repeat it to the job's log, byte for byte and past all messages (`os.write` of ipykernel's iostream)."""
     from ipykernel import iostream
 
@@ -588,9 +593,9 @@ def guard_echo() -> None:
 
     iostream.os = SimpleNamespace(**vars(os) | {"write": write})
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #2986fa4d
 def kernel() -> Any:
-    "The Jupyter kernel that runs this code, or None."
+    "Return the Jupyter kernel that runs this code, or None."
     if "IPython" not in sys.modules:
         return None  # who has a kernel has imported it; that is slow
     from IPython import get_ipython
@@ -599,7 +604,7 @@ def kernel() -> Any:
 
 
 def guard() -> None:
-    """Lets the kernel that this code runs in, if any, send out no secret of its environment: in no output,
+    """Let the kernel that this code runs in, if any, send out no secret of its environment: in no output,
     traceback or reply, and in no line of the job's log."""
     if kernel() is None:
         return
@@ -608,8 +613,8 @@ def guard() -> None:
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00033
 def own_files(folder: str | Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """`(path, os.stat_result)` of the folders and regular files of one's own in `folder`, itself among them;
-    no link is followed, no hidden folder looked into."""
+    """Yield `(path, os.stat_result)` of the folders and regular files of one's own in `folder`, itself among
+    them; no link is followed, no hidden folder looked into."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place), *(Path(place, name) for name in names)):
@@ -621,14 +626,15 @@ def own_files(folder: str | Path) -> Iterator[tuple[Path, os.stat_result]]:
             if about.st_uid == os.getuid() and kind in (stat.S_IFREG, stat.S_IFDIR):
                 yield path, about
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #cf18ccc9
 def is_shared(about: os.stat_result) -> bool:
-    "Whether the file of the `os.stat_result` has another name, perhaps outside of the run: a hard link."
+    """Return whether the file of the `os.stat_result` has another name, perhaps outside of the run: a hard
+    link."""
     return stat.S_ISREG(about.st_mode) and about.st_nlink > 1
 
 
 def own_copy(path: str | Path) -> None:
-    "Makes the file `path` one of its own; its other names keep the old one, as it is."
+    "Make the file `path` one of its own; its other names keep the old one, as it is."
     from cbnb.basics.files import new_file
 
     with open_regular(path) as old, new_file(path) as new:
@@ -636,7 +642,7 @@ def own_copy(path: str | Path) -> None:
 
 
 def keep_private(folder: str | Path) -> None:
-    "Takes the rights of group and others from everything of one's own in `folder`: files 0600, folders 0700."
+    "Take the rights of group and others from everything of one's own in `folder`: files 0600, folders 0700."
     for path, about in own_files(folder):
         mode = about.st_mode & (0o700 if stat.S_ISDIR(about.st_mode) else 0o600)
         try:
@@ -648,17 +654,17 @@ def keep_private(folder: str | Path) -> None:
         except OSError:
             pass  # just renamed by another process, or on a file system without modes
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #fb52e79f
 LARGEST = 32 << 20  # bytes of a file that is looked through; larger are weights and states
 
 
 def tidy(folder: str | Path) -> list[str]:
-    """Makes `folder` private (`keep_private`), and has stars in the place of each secret of the environment
-    in its text files, in as many bytes: whoever appends to a file meanwhile goes on. A file with another name
-    (a hard link) becomes one of its own first. Returns a list of sentences, one for each file that is no text
+    """Make `folder` private (`keep_private`), and put stars in the place of each secret of the environment in
+    its text files, in as many bytes: whoever appends to a file meanwhile goes on. A file with another name (a
+    hard link) becomes one of its own first. Returns a list of sentences, one for each file that is no text
     and holds one. Files of a sealed folder (with a manifest.json), such as a checkpoint, stay as they are
-    sealed, and so do hidden ones: of a home that was given as a run directory, .netrc must stay what it is.
-    """
+    sealed, and so do hidden ones: of a home that was given as a run directory, .netrc must stay what it
+    is."""
     keep_private(folder)
     told, secrets = [], known()
     for path, about in own_files(folder) if secrets else ():

@@ -24,7 +24,7 @@ __all__ = ['MAX_GAP_BYTES', 'MAX_UNPACKED', 'MAX_UNPACKED_BYTES', 'CHUNK', 'BINA
 
 # %% ../../nbs/transcripts/03_files.ipynb #fe7ffb7e
 def is_hub(path: str | Path) -> bool:
-    "Whether `path` is `hf:dataset[split]`, which names a data set for `datasets`."
+    "Return whether `path` is `hf:dataset[split]`, which names a data set for `datasets`."
     return str(path).startswith("hf:")
 
 # %% ../../nbs/transcripts/03_files.ipynb #1e081634
@@ -61,16 +61,17 @@ BINARY = {
 
 
 def first_bytes(path: str | Path, of: Iterable[bytes]) -> bytes | None:
-    "The key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the longest one."
+    """Return the key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the
+    longest one."""
     with open_regular(path) as f:
         head = f.read(16)
     return max((start for start in of if head.startswith(start)), key=len, default=None)
 
 # %% ../../nbs/transcripts/03_files.ipynb #6155cf1c
 def open_file(path: str | Path) -> io.BufferedReader:
-    """The file at `path` as a binary stream, unpacked where `PACKED` knows its packing. Raises InputError for
-    what is no regular file, and where it unpacks to more than `MAX_UNPACKED` times its size and
-    `MAX_UNPACKED_BYTES`."""
+    """Return the file at `path` as a binary stream, unpacked where `PACKED` knows its packing. Raises
+    InputError for what is no regular file, and where it unpacks to more than `MAX_UNPACKED` times its size
+    and `MAX_UNPACKED_BYTES`."""
     start = first_bytes(path, PACKED)
     if not start:
         return read_stream(path)
@@ -80,12 +81,12 @@ def open_file(path: str | Path) -> io.BufferedReader:
 
 
 def open_text(path: str | Path) -> io.TextIOWrapper:
-    "The file at `path` as a text stream without a byte order mark; line ends are kept."
+    "Return the file at `path` as a text stream without a byte order mark; line ends are kept."
     return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="")
 
 # %% ../../nbs/transcripts/03_files.ipynb #adef125f
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yields `(line number, bytes)` of the non-blank lines of `path`, one at a time; a line over
+    """Yield `(line number, bytes)` of the non-blank lines of `path`, one at a time; a line over
     `MAX_LINE_BYTES` is cut to one byte more. Raises InputError where a line, or blank ones, go on for over
     `MAX_GAP_BYTES`."""
     with open_file(path) as f:
@@ -109,8 +110,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 # %% ../../nbs/transcripts/03_files.ipynb #13378a2d
 def decode_line(line: bytes, where: str) -> dict:
-    """The JSON object of one `line` (bytes). Raises TranscriptError for a long line, bad UTF-8, bad JSON or
-    another type."""
+    """Return the JSON object of one `line` (bytes). Raises TranscriptError for a long line, bad UTF-8, bad
+    JSON or another type."""
     need(
         len(line) <= MAX_LINE_BYTES,
         where,
@@ -133,7 +134,7 @@ PART_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},:]', re.S)
 
 
 def object_parts(path: str | Path, name: str, keys: Collection[str]) -> Iterator[tuple[str, int | None, str]]:
-    """Yields `(key, number, text)` of the members of a file that is one JSON object, holding one of them at a
+    """Yield `(key, number, text)` of the members of a file that is one JSON object, holding one of them at a
     time: `number` None, or of a list that is a member called one of `keys` its items by number. Raises
     TranscriptError as `array_items` does."""
     with open_text(path) as f:
@@ -192,7 +193,7 @@ def object_parts(path: str | Path, name: str, keys: Collection[str]) -> Iterator
 
 # %% ../../nbs/transcripts/03_files.ipynb #f957ddfe
 def read_big_object(path: str | Path, name: str, keys: Collection[str]) -> Iterator[FileRecord]:
-    """Yields `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a
+    """Yield `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a
     record an item of the list under the one of `keys` that it has, each with all other members. The file is
     read twice."""
     rest, many, size = {}, None, 0
@@ -218,7 +219,7 @@ def read_big_object(path: str | Path, name: str, keys: Collection[str]) -> Itera
 
 # %% ../../nbs/transcripts/03_files.ipynb #0bfa3cfd
 def read_object(path: str | Path, name: str, lists: Collection[str] = ()) -> Iterator[FileRecord]:
-    """Yields `(where, id, record)` of a file that is one JSON object, as AgentDojo writes its runs.
+    """Yield `(where, id, record)` of a file that is one JSON object, as AgentDojo writes its runs.
 
     It is bounded like a line, by `MAX_LINE_BYTES`; a bigger one is read by `read_big_object` with `lists`.
     What is wrong with it raises TranscriptError."""
@@ -241,9 +242,9 @@ ITEM_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},]', re.S)
 
 
 def array_items(path: str | Path, name: str) -> Iterator[tuple[int, str]]:
-    """Yields `(line, text)` of the items of the file's JSON array, holding one item and at most as much
-    again. An item over `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a broken or unfinished
-    array raise TranscriptError."""
+    """Yield `(line, text)` of the items of the file's JSON array, holding one item and at most as much again.
+    An item over `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a broken or unfinished array
+    raise TranscriptError."""
     with open_text(path) as f:
         text, start, at, depth, number = "", 0, 0, 0, 1
         while True:
@@ -289,7 +290,7 @@ def array_items(path: str | Path, name: str) -> Iterator[tuple[int, str]]:
 
 # %% ../../nbs/transcripts/03_files.ipynb #9a17a9ca
 def read_array(path: str | Path, name: str) -> Iterator[FileRecord]:
-    """Yields `(where, id, record or TranscriptError)` of a file that is one JSON array; a broken array raises
+    """Yield `(where, id, record or TranscriptError)` of a file that is one JSON array; a broken array raises
     TranscriptError."""
     number = 0
     try:
@@ -313,7 +314,7 @@ def read_array(path: str | Path, name: str) -> Iterator[FileRecord]:
 
 # %% ../../nbs/transcripts/03_files.ipynb #50bbeae6
 def read_text_records(path: str | Path, name: str, lists: Collection[str] = ()) -> Iterator[FileRecord]:
-    "`read_records` of a file of text."
+    "Yield `read_records` of a file of text."
     lines = read_lines(path)
     first = next(lines, None)
     need(first is not None, name, "is empty; nothing can be read from it")
@@ -342,7 +343,7 @@ def read_text_records(path: str | Path, name: str, lists: Collection[str] = ()) 
 def read_records(
     path: str | Path, name: str | None = None, lists: Collection[str] = ()
 ) -> Iterator[FileRecord]:
-    """Yields `(where, id, record or TranscriptError)` for each record of a JSONL file, a JSON array, one JSON
+    """Yield `(where, id, record or TranscriptError)` for each record of a JSONL file, a JSON array, one JSON
     object over many lines, a table of `TABLES` or a data set of `datasets` (see `is_hub`).
 
     A bad record is handed on as the error. `name` is what errors and ids call the file (default: its name).

@@ -70,20 +70,21 @@ CHAT_KEYS = (*SYSTEM_KEYS, "functions")  # of MEANING, what from_openai follows
 
 
 def add_format(format: Format) -> None:
-    "Adds a `Format` to `FORMATS`; one of its name is replaced."
+    "Add a `Format` to `FORMATS`; one of its name is replaced."
     FORMATS[format.name] = format
 
 # %% ../../nbs/transcripts/04_formats.ipynb #9fa65065
 def chat_with(*keys: str) -> Callable[[dict], bool]:
-    "Whether a record has `keys` beside messages, and no label: a `label` beside messages marks our own form."
+    """Return whether a record has `keys` beside messages, and no label: a `label` beside messages marks our
+    own form."""
     return lambda record: {"messages", *keys} <= record.keys() and "label" not in record
 
 # %% ../../nbs/transcripts/04_formats.ipynb #6375acd7
 def join_records(
     records: Iterator[FileRecord], is_part: Callable[[Any], object], key: str
 ) -> Iterator[FileRecord]:
-    """`records` of a file (see `Format.gathers`) as one record `{key: [...]}` where the first one is a part
-    of a conversation; else as they are. Errors go ahead."""
+    """Yield `records` of a file (see `Format.gathers`) as one record `{key: [...]}` where the first one is a
+    part of a conversation; else as they are. Errors go ahead."""
     first = next(records)
     if not is_part(first[2]):
         yield from itertools.chain([first], records)
@@ -99,8 +100,8 @@ def join_records(
 
 # %% ../../nbs/transcripts/04_formats.ipynb #96bb84be
 def one_by_one(records: Iterable[FileRecord], key: str) -> Iterator[FileRecord]:
-    """`records` as `Format.gathers` has them, where each item of the list under `key` is a record of its
-    own, with all else of the record."""
+    """Yield `records` as `Format.gathers` has them, where each item of the list under `key` is a record of
+    its own, with all else of the record."""
     for where, default_id, record in records:
         items = record.get(key) if isinstance(record, dict) else None
         if not isinstance(items, list) or len(items) < 2:
@@ -117,8 +118,8 @@ BARE = ("auto", "openai", "sharegpt", "anthropic", "hermes")
 
 
 def bare_key(value: Any) -> str:
-    """The key under which a record would hold a JSON `value`: `messages` for a chat message, `conversations`
-    for a turn of ShareGPT, "" for anything else."""
+    """Return the key under which a record would hold a JSON `value`: `messages` for a chat message,
+    `conversations` for a turn of ShareGPT, "" for anything else."""
     if not isinstance(value, dict):
         return ""
     if {"from", "value"} <= value.keys() and not {"conversations", "messages"} & value.keys():
@@ -132,8 +133,8 @@ def bare_key(value: Any) -> str:
 
 
 def whole_conversations(records: Iterable[FileRecord]) -> Iterator[FileRecord]:
-    """`records` of a file (see `Format.gathers`), where a list of bare messages is one record, and a file of
-    them is one, too."""
+    """Yield `records` of a file (see `Format.gathers`), where a list of bare messages is one record, and a
+    file of them is one, too."""
 
     def record_of(value):
         key = bare_key(value[0]) if isinstance(value, list) and value else ""
@@ -146,15 +147,16 @@ def whole_conversations(records: Iterable[FileRecord]) -> Iterator[FileRecord]:
 
 # %% ../../nbs/transcripts/04_formats.ipynb #1021265a
 def gather(records: Iterator[FileRecord], format: Format, path: str | Path) -> Iterator[FileRecord]:
-    """`records` of the file at `path` (see `Format.gathers`) as their `Format` joins, leaves out or takes
-    apart."""
+    """Return `records` of the file at `path` (see `Format.gathers`) as their `Format` joins, leaves out or
+    takes apart."""
     if format.gathers:
         records = format.gathers(records, path)
     return one_by_one(records, format.items) if format.items else records
 
 # %% ../../nbs/transcripts/04_formats.ipynb #43c3578f
 def read_as(path: str | Path, format: str, label: str | None = None) -> list[Transcript]:
-    """The transcripts of the file at `path` in `format`, a name of `FORMATS`: to try a format on a file.
+    """Return the transcripts of the file at `path` in `format`, a name of `FORMATS`: to try a format on a
+    file.
 
     `label` is passed on to the format. Raises the first TranscriptError. What holds for a whole set (several
     files, equal ids, skipping) is not looked at here."""
@@ -173,8 +175,8 @@ def read_as(path: str | Path, format: str, label: str | None = None) -> list[Tra
 def from_openai(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label, source,
-    message_labels, injection_spans, meta."""
+    """Return a list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label,
+    source, message_labels, injection_spans, meta."""
     check_record_switches(record, where)
     adapted, record = Counter(), dict(record)
     system, tools, messages = (
@@ -243,8 +245,8 @@ def finish(
     tools: Any = None,
     adapted: Counter | None = None,
 ) -> list[Transcript]:
-    """A list with the one Transcript of `messages` (in our form) and of what else stands in `record`, but for
-    the keys in `used`; `adapted` counts what was changed. Spans and labels of single messages are
+    """Return a list with the one Transcript of `messages` (in our form) and of what else stands in `record`,
+    but for the keys in `used`; `adapted` counts what was changed. Spans and labels of single messages are
     refused: they count the messages of the source."""
     for key in ("message_labels", "injection_spans"):
         need(
@@ -277,8 +279,8 @@ def dicts_of(value: Any) -> list[dict]:
 
 # %% ../../nbs/transcripts/04_formats.ipynb #6c8b958e
 def or_benign(record: dict, label: str | None) -> str | None:
-    """The label to pass on for a record of a set that is known as harmless: `label`, or benign where neither
-    it nor the record says one."""
+    """Return the label to pass on for a record of a set that is known as harmless: `label`, or benign where
+    neither it nor the record says one."""
     return label or ("benign" if record.get("label") is None else None)
 
 # %% ../../nbs/transcripts/04_formats.ipynb #f21a6d21
@@ -295,8 +297,8 @@ SHAREGPT_ROLES = {
 
 
 def read_turn(turn: Any, where: str) -> dict:
-    """One message from a ShareGPT turn `{from, value}`; the value of a `function_call` is the JSON of one
-    call or of a list of calls."""
+    """Return one message from a ShareGPT turn `{from, value}`; the value of a `function_call` is the JSON of
+    one call or of a list of calls."""
     need(
         isinstance(turn, dict), where, f"is {type(turn).__name__}; each turn is an object with from and value"
     )
@@ -333,8 +335,8 @@ def read_turn(turn: Any, where: str) -> dict:
 def from_sharegpt(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of a ShareGPT record: conversations, optional system, tools (also as a
-    string of JSON), label.
+    """Return a list with the one Transcript of a ShareGPT record: conversations, optional system, tools (also
+    as a string of JSON), label.
 
     A tool result right after a single call gets the name of its tool; no call ids are made up."""
     turns, system, number = record.get("conversations"), record.get("system"), record.get("id")

@@ -44,8 +44,8 @@ __all__ = ['JSON_TYPES', 'read_blocks', 'agentdojo_call', 'agentdojo_message', '
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fb6c7c4b
 def read_blocks(content: Any, where: str) -> tuple[str, str]:
-    """`(text, thinking)` of AgentDojo content: null, a string, or blocks `{type, content}`, joined by line
-    feeds as AgentDojo does. Redacted thinking is encrypted and is left out."""
+    """Return `(text, thinking)` of AgentDojo content: null, a string, or blocks `{type, content}`, joined by
+    line feeds as AgentDojo does. Redacted thinking is encrypted and is left out."""
     if content is None or isinstance(content, str):
         return content or "", ""
     need(
@@ -68,7 +68,7 @@ def read_blocks(content: Any, where: str) -> tuple[str, str]:
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #1ca77dbf
 def agentdojo_call(call: Any, where: str) -> dict:
-    "A tool call in our form from AgentDojo's `{function, args, id}`."
+    "Return a tool call in our form from AgentDojo's `{function, args, id}`."
     need(
         isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
         f"{where}.function",
@@ -89,8 +89,8 @@ def agentdojo_call(call: Any, where: str) -> dict:
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #964de239
 def agentdojo_message(message: Any, where: str) -> dict:
-    """A message in our form from AgentDojo's. A tool result that failed shows its `error`, which is what the
-    model was shown."""
+    """Return a message in our form from AgentDojo's. A tool result that failed shows its `error`, which is
+    what the model was shown."""
     need(
         isinstance(message, dict),
         where,
@@ -133,9 +133,9 @@ def agentdojo_message(message: Any, where: str) -> dict:
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #597d1462
 def agentdojo_label(record: dict, where: str) -> str | None:
-    """Label of an AgentDojo run by its verdict: benign without an injection task or where the attack failed
-    (`security` false), harmful where it reached its goal (`security` true). Raises TranscriptError where the
-    file holds no verdict on that."""
+    """Return the label of an AgentDojo run by its verdict: benign without an injection task or where the
+    attack failed (`security` false), harmful where it reached its goal (`security` true). Raises
+    TranscriptError where the file holds no verdict on that."""
     task, security = record.get("injection_task_id"), record.get("security")
     advice = "pass label='benign' or label='harmful'"
     if task is None:
@@ -168,8 +168,8 @@ def agentdojo_label(record: dict, where: str) -> str | None:
 def from_agentdojo(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict (see
-    `agentdojo_label`), and `meta["label_given"]` then says so.
+    """Return a list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict
+    (see `agentdojo_label`), and `meta["label_given"]` then says so.
 
     `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand
     in none are `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool
@@ -247,8 +247,8 @@ def from_agentdojo(
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #003b719d
 def agentdojo_leaves_out(record: dict) -> str:
-    """Why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security` measures
-    nothing of an injection task that was given as the user's own request, in attacks that only deny
+    """Return why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security`
+    measures nothing of an injection task that was given as the user's own request, in attacks that only deny
     service, and in attacked runs that broke off. AgentDojo's benchmark writes all three beside its runs."""
     if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith(
         "injection_task"
@@ -279,8 +279,8 @@ add_format(
 def from_tau_bench(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of a tau-bench result (task_id, reward, info, traj, trial); benign
-    unless `label` says otherwise. `meta` keeps all but the messages."""
+    """Return a list with the one Transcript of a tau-bench result (task_id, reward, info, traj, trial);
+    benign unless `label` says otherwise. `meta` keeps all but the messages."""
     traj = record.get("traj")
     need(
         isinstance(traj, list) and traj,
@@ -337,8 +337,8 @@ JSON_TYPES = {
 
 
 def to_json_schema(schema: dict) -> dict:
-    """A BFCL parameter description as JSON schema: its Python, Java and JavaScript type names become JSON's,
-    `any` means no type."""
+    """Return a BFCL parameter description as JSON schema: its Python, Java and JavaScript type names become
+    JSON's, `any` means no type."""
     out = dict(schema)
     if isinstance(kind := out.get("type"), str):
         out["type"] = JSON_TYPES.get(kind, kind)
@@ -357,8 +357,8 @@ def to_json_schema(schema: dict) -> dict:
 def from_bfcl(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of a BFCL question (id, question, function); benign unless `label` says
-    otherwise.
+    """Return a list with the one Transcript of a BFCL question (id, question, function); benign unless
+    `label` says otherwise.
 
     `question` is a list of turns, each a list of messages, joined here; `meta["turns"]` says how many
     messages each turn had. `meta` keeps `ground_truth` and every other key. BFCL holds questions only: there
@@ -417,7 +417,7 @@ def from_bfcl(
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fe1542eb
 def settled(allowed: Any) -> Any:
-    """One value of those that BFCL's ground truth allows, or None where the parameter may be left out:
+    """Return one value of those that BFCL's ground truth allows, or None where the parameter may be left out:
     the first, inside objects too."""
     if not isinstance(allowed, list) or not allowed or allowed[0] == "":
         return None
@@ -435,7 +435,7 @@ def settled(allowed: Any) -> Any:
 
 
 def answer_of(truth: Any, where: str) -> dict | None:
-    """The assistant message of a single-turn ground truth, a list of `{name: {parameter: [allowed
+    """Return the assistant message of a single-turn ground truth, a list of `{name: {parameter: [allowed
     values]}}`; None for one of another form."""
     if not is_dicts(truth):
         return None
@@ -464,7 +464,7 @@ def answer_of(truth: Any, where: str) -> dict | None:
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #21e8ca6d
 def join_answers(records: Iterator[FileRecord], path: str | Path) -> Iterator[FileRecord]:
-    """`records` of a file of BFCL questions, each with the `ground_truth` of its id from
+    """Yield `records` of a file of BFCL questions, each with the `ground_truth` of its id from
     `possible_answer/` of the same name, where that is there."""
     file = Path(path).parent / "possible_answer" / Path(path).name
     found = {}
@@ -487,8 +487,8 @@ def join_answers(records: Iterator[FileRecord], path: str | Path) -> Iterator[Fi
 def from_bfcl_answered(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """`from_bfcl`, with the calls of a single-turn `ground_truth` as the assistant's answer: the first value
-    that it allows for each parameter. A ground truth of several turns holds no results of tools, so
+    """Return `from_bfcl`, with the calls of a single-turn `ground_truth` as the assistant's answer: the first
+    value that it allows for each parameter. A ground truth of several turns holds no results of tools, so
     those questions stay without an answer, and train nothing."""
     need(
         "question" in record,
@@ -510,7 +510,7 @@ def from_bfcl_answered(
 
 
 def is_bfcl(record: dict) -> bool:
-    "Whether a record is a question of BFCL, or an answer to one."
+    "Return whether a record is a question of BFCL, or an answer to one."
     return (
         "question" in record
         and bool({"function", "involved_classes"} & record.keys())

@@ -43,7 +43,7 @@ __all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'C
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #cc280e71
 def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
-    "The message of ours of an Anthropic assistant `message`: text, thinking and tool_use blocks."
+    "Return our message for an Anthropic assistant `message`: text, thinking and tool_use blocks."
     content, texts, thoughts, calls = message["content"], [], [], []
     for i, block in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
         here, kind = f"{where}.content[{i}]", block.get("type")
@@ -84,8 +84,8 @@ def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
 
 
 def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dict]:
-    """The messages of ours of an Anthropic user `message`: its tool_result blocks become tool messages;
-    `names` are the tools by call id."""
+    """Return our messages for an Anthropic user `message`: its tool_result blocks become tool
+    messages; `names` are the tools by call id."""
     content, out = message["content"], []
     for i, block in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
         here, kind = f"{where}.content[{i}]", block.get("type")
@@ -121,7 +121,8 @@ def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dic
 
 
 def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
-    "Our messages of a list of Anthropic's. Raises TranscriptError with the block that cannot be read."
+    """Return our messages for a list of Anthropic's. Raises TranscriptError with the block that cannot be
+    read."""
     out, names = [], {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
@@ -151,7 +152,7 @@ def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dic
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #e9fb2840
 def anthropic_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
-    """Tools of ours from Anthropic's `{name, description, input_schema}`. Tools that run at Anthropic
+    """Return our tools from Anthropic's `{name, description, input_schema}`. Tools that run at Anthropic
     have no schema; they are left out, counted."""
     if isinstance(tools, str):
         tools = read_arguments('{"tools": ' + tools + "}", where)["tools"]
@@ -181,8 +182,8 @@ def anthropic_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
 def from_anthropic(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an Anthropic request or log: `messages` of text and blocks, `system`
-    (text or blocks) and `tools`. The label is the record's own or `label`."""
+    """Return a list with the one Transcript of an Anthropic request or log: `messages` of text and blocks,
+    `system` (text or blocks) and `tools`. The label is the record's own or `label`."""
     adapted, messages = Counter(), record.get("messages")
     need(
         isinstance(messages, list) and messages,
@@ -204,7 +205,7 @@ BLOCKS = {
 
 
 def is_anthropic(record: dict) -> bool:
-    "Whether a record has messages with blocks of Anthropic's, or tools with an `input_schema`."
+    "Return whether a record has messages with blocks of Anthropic's, or tools with an `input_schema`."
     messages = [m for m in dicts_of(record.get("messages")) if "role" in m]
     blocks = [b for m in messages for b in dicts_of(m.get("content"))]
     return bool(messages) and (
@@ -220,7 +221,8 @@ TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
 def item_text(content: Any, where: str) -> str:
-    "Text of a Responses item's content: a string, null, or blocks of text, joined; a refusal is the answer."
+    """Return the text of a Responses item's content: a string, null, or blocks of text, joined; a refusal is
+    the answer."""
     # of Codex
     if isinstance(content, dict) and isinstance(content.get("content"), str):
         content = content["content"]
@@ -243,7 +245,7 @@ def item_text(content: Any, where: str) -> str:
 
 
 def item_call(item: dict, where: str) -> dict:
-    """The call of a `function_call`, `custom_tool_call` (its text is the argument `input`) or
+    """Return the call of a `function_call`, `custom_tool_call` (its text is the argument `input`) or
     `local_shell_call` item."""
     name, arguments = item.get("name"), item.get("arguments")
     if item["type"] == "custom_tool_call":
@@ -266,13 +268,13 @@ ITEMS = ("message", "reasoning", *CALL_ITEMS, *RESULT_ITEMS)
 
 
 def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
-    """Messages of a list of Responses items. What the assistant thinks, says and calls until a result or
-    another speaker is one message. Summaries of reasoning are another model's words, so they are left
-    out, as encrypted reasoning is; both are counted."""
+    """Return the messages of a list of Responses items. What the assistant thinks, says and calls until a
+    result or another speaker is one message. Summaries of reasoning are another model's words, so they are
+    left out, as encrypted reasoning is; both are counted."""
     out, names, turn = [], {}, None
 
     def assistant(slot):
-        """The open message of the assistant; a new one where it has said `slot` already and no call
+        """Return the open message of the assistant; a new one where it has said `slot` already and no call
         waits for its result."""
         nonlocal turn
         if (
@@ -342,7 +344,7 @@ def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #a260f5a5
 def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
-    """Tools of ours from the flat ones of Responses, `{type, name, parameters}`; those that run at
+    """Return our tools from the flat ones of Responses, `{type, name, parameters}`; those that run at
     OpenAI are left out, counted."""
     need(
         tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools),
@@ -361,7 +363,7 @@ def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
 def from_responses(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of Responses items: `instructions`, `input` (text or items) and
+    """Return a list with the one Transcript of Responses items: `instructions`, `input` (text or items) and
     `output`, or `items`. The label is the record's own or `label`."""
     adapted, items = Counter(), []
     for key in ("items", "input", "output"):
@@ -400,7 +402,7 @@ def from_responses(
 
 
 def is_item(record: Any) -> bool:
-    "Whether a record is one item of Responses."
+    "Return whether a record is one item of Responses."
     return (
         isinstance(record, dict)
         and record.get("type") in ITEMS
@@ -409,7 +411,7 @@ def is_item(record: Any) -> bool:
 
 
 def is_responses(record: dict) -> bool:
-    "Whether a record holds items of Responses under items, input or output, or is one."
+    "Return whether a record holds items of Responses under items, input or output, or is one."
     lists = [record[k] for k in ("items", "input", "output") if is_dicts(record.get(k))]
     return "messages" not in record and (
         is_item(record) or any(is_item(i) or "role" in i and "content" in i for items in lists for i in items)
@@ -445,7 +447,7 @@ KINDS = {
 
 
 def langchain_parts(message: dict) -> tuple[Any, dict]:
-    """`(kind, fields)` of a LangChain message in any of its three dumps: `dumpd` (lc),
+    """Return `(kind, fields)` of a LangChain message in any of its three dumps: `dumpd` (lc),
     `messages_to_dict` (type, data) and `model_dump`."""
     if "lc" in message and isinstance(message.get("kwargs"), dict):
         names = message.get("id")
@@ -456,8 +458,8 @@ def langchain_parts(message: dict) -> tuple[Any, dict]:
 
 
 def langchain_content(content: Any, where: str, calls: list) -> tuple[str, str]:
-    """`(text, thoughts)` of LangChain content: a string, or blocks; those of calls repeat `calls`, which
-    the message has elsewhere."""
+    """Return `(text, thoughts)` of LangChain content: a string, or blocks; those of calls repeat `calls`,
+    which the message has elsewhere."""
     if content is None or isinstance(content, str):
         return content or "", ""
     need(isinstance(content, list), where, f"is {type(content).__name__}; give a string or a list of blocks")
@@ -480,7 +482,7 @@ def langchain_content(content: Any, where: str, calls: list) -> tuple[str, str]:
 
 
 def langchain_message(message: Any, where: str) -> dict:
-    "The message of ours of a LangChain `message`."
+    "Return our message for a LangChain `message`."
     need(
         isinstance(message, dict),
         where,
@@ -535,7 +537,7 @@ def langchain_message(message: Any, where: str) -> dict:
 
 
 def is_langchain(message: Any) -> bool:
-    "Whether a JSON value is a LangChain message."
+    "Return whether a JSON value is a LangChain message."
     if not isinstance(message, dict) or {"role", "uuid", "sessionId", "payload"} & message.keys():
         return False
     kind, fields = langchain_parts(message)
@@ -545,8 +547,8 @@ def is_langchain(message: Any) -> bool:
 def from_langchain(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of LangChain messages, or of a LangGraph state (`messages`, also under
-    `values`). The label is the record's own or `label`."""
+    """Return a list with the one Transcript of LangChain messages, or of a LangGraph state (`messages`, also
+    under `values`). The label is the record's own or `label`."""
     state = (
         record.get("values")
         if isinstance(record.get("values"), dict) and "messages" not in record
@@ -577,7 +579,7 @@ def from_langchain(
 
 
 def holds_langchain(record: dict) -> bool:
-    "Whether a record is a LangChain message, or holds them as its messages or as those of its values."
+    "Return whether a record is a LangChain message, or holds them as its messages or as those of its values."
     state = record.get("values") if isinstance(record.get("values"), dict) else record
     return is_langchain(record) or any(
         is_langchain(m) for m in dicts_of(state.get("messages")) + dicts_of(record.get("messages"))
@@ -601,7 +603,7 @@ RESULT_TAGS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
 
 
 def text_call(text: str, where: str, adapted: Counter) -> dict:
-    "The call that stands in Hermes' tags: a JSON object, or as in some of its sets a Python literal."
+    "Return the call that stands in Hermes' tags: a JSON object, or as in some of its sets a Python literal."
     try:
         call = parse_json(text.strip())
     except ValueError as e:
@@ -622,7 +624,7 @@ def text_call(text: str, where: str, adapted: Counter) -> dict:
 
 
 def hermes_messages(message: dict, where: str, adapted: Counter) -> list[dict]:
-    """The messages of ours of a `message` with Hermes' tags in its text: calls of the assistant, and a
+    """Return our messages for a `message` with Hermes' tags in its text: calls of the assistant, and a
     tool message for each response."""
     text, role = message["content"], message["role"]
     if role == "assistant" and "<tool_call>" in text and not message.get("tool_calls"):
@@ -656,7 +658,7 @@ def hermes_messages(message: dict, where: str, adapted: Counter) -> list[dict]:
 def from_hermes(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of a chat, ShareGPT or OpenAI, whose calls stand in the text in
+    """Return a list with the one Transcript of a chat, ShareGPT or OpenAI, whose calls stand in the text in
     `<tool_call>` tags. The system prompt keeps its text, where such sets list the tools; `tools` are the
     record's own. The label is the record's own or `label`."""
     key, adapted = "conversations" if "conversations" in record else "messages", Counter()
@@ -673,7 +675,7 @@ def from_hermes(
 
 
 def is_hermes(record: dict) -> bool:
-    """Whether an assistant's text in a record holds a call in tags. A chat with a label of its own is
+    """Return whether an assistant's text in a record holds a call in tags. A chat with a label of its own is
     ours, and its text is text."""
     turns = dicts_of(record.get("conversations")) or (
         [] if "label" in record else dicts_of(record.get("messages"))
@@ -690,7 +692,7 @@ add_format(Format("hermes", is_hermes, from_hermes, before=("openai", "sharegpt"
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #86e14968
 def alpaca_prompt(record: dict, where: str) -> str:
-    "The user's text of an alpaca row: `instruction`, and `input` on the next line where there is one."
+    "Return the user's text of an alpaca row: `instruction`, and `input` on the next line where there is one."
     parts = [record.get("instruction"), record.get("input")]
     for key, part in zip(("instruction", "input"), parts):
         need(isinstance(part, str | None), f"{where}, {key}", f"is {type(part).__name__}; write the text")
@@ -700,7 +702,8 @@ def alpaca_prompt(record: dict, where: str) -> str:
 
 
 def alpaca_history(record: dict, where: str) -> list[dict]:
-    "Messages of the `history` of an alpaca row, a list of `[question, answer]`, as LLaMA-Factory reads it."
+    """Return the messages of the `history` of an alpaca row, a list of `[question, answer]`, as LLaMA-Factory
+    reads it."""
     history = record.get("history") or []
     need(
         isinstance(history, list)
@@ -719,8 +722,8 @@ def alpaca_history(record: dict, where: str) -> list[dict]:
 def from_alpaca(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an alpaca row (instruction, input, output; system and history as in
-    LLaMA-Factory). The label is the record's own or `label`."""
+    """Return a list with the one Transcript of an alpaca row (instruction, input, output; system and history
+    as in LLaMA-Factory). The label is the record's own or `label`."""
     answer = record.get("output")
     need(
         isinstance(answer, str) and answer.strip(), f"{where}, output", "is missing or empty; write the text"
@@ -743,7 +746,7 @@ def from_alpaca(
 
 
 def is_alpaca(record: dict) -> bool:
-    "Whether a record has a text as instruction, one as output, and no messages."
+    "Return whether a record has a text as instruction, one as output, and no messages."
     return (
         isinstance(record.get("instruction"), str)
         and isinstance(record.get("output"), str)
@@ -755,8 +758,8 @@ add_format(Format("alpaca", is_alpaca, from_alpaca, takes=CHAT_KEYS))
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #a37fdd29
 def transcript_text(text: str, where: str) -> list[dict]:
-    """Messages of a dialogue that is one text, `\\n\\nHuman: ...\\n\\nAssistant: ...`, as in Anthropic's
-    HH set."""
+    """Return the messages of a dialogue that is one text, `\\n\\nHuman: ...\\n\\nAssistant: ...`, as in
+    Anthropic's HH set."""
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
     need(
         len(parts) > 1 and not parts[0].strip(),
@@ -770,8 +773,8 @@ def transcript_text(text: str, where: str) -> list[dict]:
 
 
 def pair_side(record: dict, key: str, where: str) -> list[dict]:
-    """Messages of one side of a preference pair: `prompt`, `instruction`, `conversations` or nothing,
-    and then the text or messages under `key`."""
+    """Return the messages of one side of a preference pair: `prompt`, `instruction`, `conversations` or
+    nothing, and then the text or messages under `key`."""
     side, prompt, here = record.get(key), record.get("prompt", record.get("question")), f"{where}, {key}"
     chat = [side] if isinstance(side, dict) else side
     need(
@@ -805,8 +808,8 @@ def pair_side(record: dict, key: str, where: str) -> list[dict]:
 def from_preference(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """Two transcripts of a preference pair: what was chosen is benign, what was rejected harmful. Read on
-    request only, since most sets prefer by taste. Sides as texts or messages; `prompt`, `instruction` or
+    """Return two transcripts of a preference pair: what was chosen is benign, what was rejected harmful. Read
+    on request only, since most sets prefer by taste. Sides as texts or messages; `prompt`, `instruction` or
     `conversations` before them, `system` and `tools` for both."""
     need(
         label is None,

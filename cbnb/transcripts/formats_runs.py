@@ -34,7 +34,7 @@ __all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'insp
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #0675117d
 def with_attachments(value: Any, attachments: dict, where: str) -> Any:
-    """`value` with `attachment://` references replaced by what they stand for. Raises TranscriptError
+    """Return `value` with `attachment://` references replaced by what they stand for. Raises TranscriptError
     for one that the log does not hold."""
     if isinstance(value, str) and value.startswith("attachment://"):
         need(
@@ -53,7 +53,7 @@ def with_attachments(value: Any, attachments: dict, where: str) -> Any:
 
 
 def inspect_content(content: Any, where: str, adapted: Counter) -> tuple[str, str]:
-    """`(text, thoughts)` of Inspect content: a string, or blocks of text and reasoning. Reasoning that
+    """Return `(text, thoughts)` of Inspect content: a string, or blocks of text and reasoning. Reasoning that
     the provider hid is left out, counted."""
     if content is None or isinstance(content, str):
         return content or "", ""
@@ -76,9 +76,9 @@ def inspect_content(content: Any, where: str, adapted: Counter) -> tuple[str, st
 
 
 def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> dict:
-    """The message of ours of Inspect's. The error of a tool, after `prefix`, is what the model was shown. An
-    assistant message of the data set (`source` input), such as an example, gets `weight` 0: the model
-    has not written it."""
+    """Return our message for Inspect's. The error of a tool, after `prefix`, is what the model was
+    shown. An assistant message of the data set (`source` input), such as an example, gets `weight` 0: the
+    model has not written it."""
     need(
         isinstance(message, dict),
         where,
@@ -119,8 +119,8 @@ def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> 
 
 
 def inspect_call(call: Any, where: str) -> dict:
-    """A tool call of ours from Inspect's `{id, function, arguments}`; one that could not be parsed is an
-    error."""
+    """Return a tool call of ours from Inspect's `{id, function, arguments}`; one that could not be parsed is
+    an error."""
     need(
         isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
         f"{where}.function",
@@ -140,8 +140,8 @@ def inspect_call(call: Any, where: str) -> dict:
 
 
 def inspect_tools(sample: dict, where: str) -> list[dict] | None:
-    """Tools on offer by the model events of a `sample`, each once by its name; None where the log keeps
-    no events."""
+    """Return the tools on offer by the model events of a `sample`, each once by its name; None where the log
+    keeps no events."""
     found = {}
     for event in dicts_of(sample.get("events")):
         for tool in dicts_of(event.get("tools")) if event.get("event") == "model" else []:
@@ -158,7 +158,7 @@ KEPT = ("epoch", "target", "scores", "metadata", "error", "limit")  # of a sampl
 def inspect_sample(
     sample: Any, spec: dict, where: str, default_id: str, label: str | None, source: str
 ) -> list[Transcript]:
-    "The Transcript of one `sample` of an Inspect log; `spec` is the log's `eval`."
+    "Return the Transcript of one `sample` of an Inspect log; `spec` is the log's `eval`."
     need(isinstance(sample, dict), where, f"is {type(sample).__name__}; each sample is an object")
     adapted, attachments, messages = Counter(), sample.get("attachments") or {}, sample.get("messages")
     need(isinstance(attachments, dict), f"{where}, attachments", "is no object")
@@ -189,8 +189,8 @@ def inspect_sample(
 def from_inspect(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """The Transcripts of an Inspect log (`eval`, `samples`), JSON or `.eval`: one a sample and epoch. Tools
-    come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and metadata.
+    """Return the Transcripts of an Inspect log (`eval`, `samples`), JSON or `.eval`: one a sample and epoch.
+    Tools come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and metadata.
     A log has no label, so `label` must be given."""
     spec, samples = record.get("eval"), record.get("samples")
     need(isinstance(spec, dict), f"{where}, eval", "is no object")
@@ -226,7 +226,7 @@ add_format(Format("inspect", is_inspect, from_inspect, items="samples"))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #534c7459
 def skip_metadata(records: Iterator[FileRecord], path: str | Path) -> Iterator[FileRecord]:
-    """`records` of an Invariant export without its line of metadata, which goes into each record that
+    """Yield `records` of an Invariant export without its line of metadata, which goes into each record that
     follows as `dataset_metadata`."""
     head = None
     for where, default_id, record in records:
@@ -246,7 +246,7 @@ RUN_KEYS = ("suite_name", "user_task_id", "injection_task_id", "attack_type", "s
 def from_invariant(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an Invariant Explorer trace (`index`, `messages`, `metadata`,
+    """Return a list with the one Transcript of an Invariant Explorer trace (`index`, `messages`, `metadata`,
     `annotations`). The label is `label`, the record's own, or for a run of AgentDojo
     (`metadata.user_task_id`) its verdict; what such a run says of itself stands in `meta` as it does for
     AgentDojo's own files. Annotations stay in `meta`."""
@@ -277,7 +277,7 @@ def from_invariant(
 
 
 def is_invariant(record: dict) -> bool:
-    "Whether a record is a trace of an Invariant export, or the line of metadata before them."
+    "Return whether a record is a trace of an Invariant export, or the line of metadata before them."
     facts = isinstance(record.get("metadata"), dict)
     if "messages" not in record:
         return facts and record.keys() <= {"metadata", "id", "name"}
@@ -307,8 +307,8 @@ GREETING = "Hi! How can I help you today?"  # tau2-bench's own first words, whic
 
 
 def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
-    """Messages of a tau2-bench simulation as the agent saw them: the user's own calls and their results
-    (`requestor` user) are left out, results that came together are taken apart, and the greeting gets
+    """Return the messages of a tau2-bench simulation as the agent saw them: the user's own calls and their
+    results (`requestor` user) are left out, results that came together are taken apart, and the greeting gets
     `weight` 0."""
     out, names = [], {}
     for i, message in enumerate(messages):
@@ -371,9 +371,9 @@ def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
 def from_tau2(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """The Transcripts of tau2-bench results (`info`, `tasks`, `simulations`), or of one simulation. The
-    policy of `info` becomes the system message. Benign unless `label` says otherwise: tau2-bench holds
-    no attacks. `meta` keeps all but messages and tasks."""
+    """Return the Transcripts of tau2-bench results (`info`, `tasks`, `simulations`), or of one simulation.
+    The policy of `info` becomes the system message. Benign unless `label` says otherwise: tau2-bench holds no
+    attacks. `meta` keeps all but messages and tasks."""
     simulations = record.get("simulations", [record])
     info = record.get("info") or {}
     need(isinstance(info, dict), f"{where}, info", "is no object")
@@ -439,8 +439,8 @@ add_format(Format("tau2_bench", is_tau2, from_tau2, items="simulations", before=
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #7104c8b9
 def thinking_text(blocks: Any) -> str:
-    """Thoughts in Anthropic's thinking `blocks`, which some agents keep beside the content; '' where
-    there are none."""
+    """Return the thoughts in Anthropic's thinking `blocks`, which some agents keep beside the content; ''
+    where there are none."""
     return "\n".join(
         b["thinking"] for b in dicts_of(blocks) if isinstance(b.get("thinking"), str) and b["thinking"]
     )
@@ -449,9 +449,9 @@ def thinking_text(blocks: Any) -> str:
 def from_swe_agent(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of a SWE-agent `.traj` (`history`, `trajectory`, `info`): the history of
-    its first agent. Demonstrations (`is_demo`) get `weight` 0. `meta` keeps `info` and `environment`.
-    The label is `label`."""
+    """Return a list with the one Transcript of a SWE-agent `.traj` (`history`, `trajectory`, `info`): the
+    history of its first agent. Demonstrations (`is_demo`) get `weight` 0. `meta` keeps `info` and
+    `environment`. The label is `label`."""
     history, adapted, out, names = record.get("history"), Counter(), [], {}
     need(
         isinstance(history, list) and history,
@@ -507,9 +507,9 @@ add_format(Format("swe_agent", lambda r: {"trajectory", "history"} <= r.keys(), 
 def from_mini_swe_agent(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of a mini-swe-agent trajectory (`messages`, `info`,
-    `trajectory_format`), of chat messages or of Responses items. `extra` of a message is bookkeeping;
-    the `exit` message at the end is not for the model. The label is `label`."""
+    """Return a list with the one Transcript of a mini-swe-agent trajectory (`messages`, `info`,
+    `trajectory_format`), of chat messages or of Responses items. `extra` of a message is bookkeeping; the
+    `exit` message at the end is not for the model. The label is `label`."""
     messages, adapted, out = record.get("messages"), Counter(), []
     need(
         isinstance(messages, list) and all(isinstance(m, dict) for m in messages),
@@ -563,8 +563,8 @@ def from_mini_swe_agent(
 
 
 def is_mini_swe_agent(record: dict) -> bool:
-    """Whether a record has messages beside the marks of a mini-swe-agent trajectory: its format's name,
-    or how it ended."""
+    """Return whether a record has messages beside the marks of a mini-swe-agent trajectory: its format's
+    name, or how it ended."""
     info = record.get("info")
     return "messages" in record and (
         str(record.get("trajectory_format")).startswith("mini-swe-agent")
@@ -588,7 +588,7 @@ LEFT_OUT = (
 
 
 def with_marks(content: str, marks: Any) -> str:
-    """A command's output as OpenHands shows it to the model: with prefix, suffix, folder, interpreter
+    """Return a command's output as OpenHands shows it to the model: with prefix, suffix, folder, interpreter
     and exit code of its `marks`."""
     if not isinstance(marks, dict):
         return content
@@ -603,7 +603,7 @@ def with_marks(content: str, marks: Any) -> str:
 
 
 def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
-    "`(response id, assistant message)` of the `model_response` in an event's `tool_call_metadata`."
+    "Return `(response id, assistant message)` of the `model_response` in an event's `tool_call_metadata`."
     response = link.get("model_response")
     need(
         isinstance(response, dict)
@@ -620,8 +620,8 @@ def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
 
 
 def openhands_event(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
-    """Adds what an event of OpenHands (before 1.0) means to `out`; `seen` are the answers that stand
-    there. Returns tools, where it names them."""
+    """Add what an event of OpenHands (before 1.0) means to `out`; `seen` are the answers that stand there.
+    Returns tools, where it names them."""
     action, observed, link = event.get("action"), event.get("observation"), event.get("tool_call_metadata")
     args = event.get("args") or {}
     need(
@@ -664,8 +664,7 @@ def openhands_event(event: dict, where: str, out: list[dict], seen: set[str], ad
 
 
 def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
-    """Adds what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as
-    `openhands_event` does."""
+    "Add what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as `openhands_event` does."
     kind = event.get("kind")
 
     def text(*parts):
@@ -731,10 +730,10 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
 def from_openhands(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of OpenHands events: under `history` (of `output.jsonl`) or `events`, or
-    a file of them, of the old form (`action`, `observation`) or the SDK's (`kind`). What the model wrote is
-    taken from its answers, not from the actions made of them. `meta` keeps the rest of the record,
-    `instruction` under its own name. The label is the record's own or `label`."""
+    """Return a list with the one Transcript of OpenHands events: under `history` (of `output.jsonl`) or
+    `events`, or a file of them, of the old form (`action`, `observation`) or the SDK's (`kind`). What the
+    model wrote is taken from its answers, not from the actions made of them. `meta` keeps the rest of the
+    record, `instruction` under its own name. The label is the record's own or `label`."""
     key = "history" if "history" in record else "events"
     events, adapted, out, seen, tools = record.get(key), Counter(), [], set(), None
     need(
@@ -759,7 +758,7 @@ def from_openhands(
 
 
 def is_event(record: Any) -> bool:
-    "Whether a JSON value is an event of OpenHands."
+    "Return whether a JSON value is an event of OpenHands."
     if not isinstance(record, dict) or "source" not in record:
         return False
     return (

@@ -20,7 +20,7 @@ __all__ = ['result_ids', 'call_ids', 'branches', 'joined_blocks', 'blocks_of', '
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #0619577a
 def result_ids(line: dict) -> set[str]:
-    "The call ids that a `line` of a session answers by tool_result blocks."
+    "Return the call ids that a `line` of a session answers by tool_result blocks."
     return {
         b.get("tool_use_id")
         for b in dicts_of((line.get("message") or {}).get("content"))
@@ -29,7 +29,7 @@ def result_ids(line: dict) -> set[str]:
 
 
 def call_ids(lines: Iterable[dict]) -> set[str]:
-    "The ids of the tool_use blocks in `lines` of a session."
+    "Return the ids of the tool_use blocks in `lines` of a session."
     return {
         b.get("id")
         for line in lines
@@ -39,15 +39,16 @@ def call_ids(lines: Iterable[dict]) -> set[str]:
 
 
 def branches(lines: list[dict]) -> Iterator[list[dict]]:
-    """The conversations in `lines` (messages of a session, by `uuid` and `parentUuid`), each a list of lines
-    in the order of the file: for each root the way to its last line. Results of calls on that way belong to
-    it, though parallel calls hang them beside it. A message that was taken back and written anew leaves
-    a branch, which is not part of the conversation."""
+    """Yield the conversations in `lines` (messages of a session, by `uuid` and `parentUuid`), each a list of
+    lines in the order of the file: for each root the way to its last line. Results of calls on that way
+    belong to it, though parallel calls hang them beside it. A message that was taken back and written anew
+    leaves a branch, which is not part of the conversation."""
     parent = {line["uuid"]: line.get("parentUuid") for line in lines}
     root, last = {}, {}
 
     def way(at):
-        "The uuids from `at` up to its root, or to one whose root is known; a circle ends where it began."
+        """Return the uuids from `at` up to its root, or to one whose root is known; a circle ends where it
+        began."""
         found = {}
         while at in parent and at not in found and at not in root:
             found[at] = None
@@ -66,8 +67,8 @@ def branches(lines: list[dict]) -> Iterator[list[dict]]:
 
 
 def joined_blocks(lines: list[dict]) -> list[dict]:
-    """Anthropic messages of session `lines`: an answer is written a block a line, so lines with the `id`
-    of one answer are one message."""
+    """Return Anthropic messages of session `lines`: an answer is written a block a line, so lines with the
+    `id` of one answer are one message."""
     out, at = [], None
     for line in lines:
         message, kind = line["message"], line["type"]
@@ -81,7 +82,7 @@ def joined_blocks(lines: list[dict]) -> list[dict]:
 
 
 def blocks_of(message: dict) -> list:
-    "The content of a session's `message` as a list of blocks."
+    "Return the content of a session's `message` as a list of blocks."
     content = message.get("content")
     return (
         [{"type": "text", "text": content}]
@@ -95,7 +96,7 @@ def blocks_of(message: dict) -> list:
 def one_session(
     records: Iterator[FileRecord], key: str, is_line: Callable[[Any], object]
 ) -> Iterator[FileRecord]:
-    """`records` of a session file as one record `{key: [lines]}`; errors go ahead, and a line that
+    """Yield `records` of a session file as one record `{key: [lines]}`; errors go ahead, and a line that
     `is_line` does not know is an error."""
     lines, first = [], None
     for where, default_id, record in records:
@@ -118,7 +119,7 @@ def one_session(
 
 
 def is_claude_line(record: Any) -> bool:
-    "Whether a record is a line of a Claude Code session."
+    "Return whether a record is a line of a Claude Code session."
     return (
         isinstance(record, dict)
         and isinstance(record.get("type"), str)
@@ -135,9 +136,9 @@ def is_claude_line(record: Any) -> bool:
 def from_claude_code(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """The Transcripts of a Claude Code session `{"lines": [...]}`, gathered from a file: the conversation,
-    each part of it after a compaction, and those of sub-agents. Lines that the model did not read or
-    write are left out, counted. The label is `label`."""
+    """Return the Transcripts of a Claude Code session `{"lines": [...]}`, gathered from a file: the
+    conversation, each part of it after a compaction, and those of sub-agents. Lines that the model did not
+    read or write are left out, counted. The label is `label`."""
     lines, kept, adapted = record.get("lines"), [], Counter()
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
@@ -219,8 +220,8 @@ add_format(
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #cf58db0d
 def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
-    """`(facts, parts)` of the `lines` of a Codex session: what its first line says, and a list of items for
-    each part between compactions. In old files the items stand bare on the lines."""
+    """Return `(facts, parts)` of the `lines` of a Codex session: what its first line says, and a list of
+    items for each part between compactions. In old files the items stand bare on the lines."""
     facts, parts, left = {}, [[]], Counter()
     for line in lines:
         kind, payload = line.get("type"), line.get("payload")
@@ -250,8 +251,9 @@ def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
 def from_codex(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """The Transcripts of a Codex session `{"rollout": [...]}`, gathered from a file: one, and one more after
-    each compaction. Instructions that the file holds become the system message. The label is `label`."""
+    """Return the Transcripts of a Codex session `{"rollout": [...]}`, gathered from a file: one, and one more
+    after each compaction. Instructions that the file holds become the system message. The label is
+    `label`."""
     lines = record.get("rollout")
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
@@ -292,7 +294,7 @@ def from_codex(
 
 
 def is_codex_line(record: Any) -> bool:
-    "Whether a record is a line of a Codex session, new or old."
+    "Return whether a record is a line of a Codex session, new or old."
     if not isinstance(record, dict):
         return False
     new = record.get("type") in (

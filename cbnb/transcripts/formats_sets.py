@@ -32,7 +32,7 @@ __all__ = ['from_pair', 'from_circuit_breakers', 'from_ultrachat', 'trace_call',
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #93a2793b
 def from_pair(prompt: Any, answer: Any, where: str, key: str) -> list[dict]:
-    "User and assistant message of a `prompt` and an `answer` (both non-empty strings)."
+    "Return the user and assistant messages of a `prompt` and an `answer` (both non-empty strings)."
     for name, text in (("prompt", prompt), (key, answer)):
         need(
             isinstance(text, str) and text.strip(), f"{where}, {name}", "is missing or empty; write the text"
@@ -43,7 +43,7 @@ def from_pair(prompt: Any, answer: Any, where: str, key: str) -> list[dict]:
 def from_circuit_breakers(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """Two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a
+    """Return two transcripts of a circuit-breakers row: prompt + output is harmful, prompt + llama3_output (a
     refusal) benign."""
     need(
         label is None,
@@ -79,8 +79,8 @@ add_format(
 def from_ultrachat(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless `label`
-    says otherwise."""
+    """Return a list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless
+    `label` says otherwise."""
     messages = record.get("messages") if isinstance(record.get("messages"), list) else []
     first = next(
         (m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None
@@ -98,7 +98,7 @@ add_format(Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #4d9bdc37
 def trace_call(call: Any, where: str) -> tuple[dict, dict]:
-    """`(call, notes)` of a trace_v1 tool call: our form, and what only describes it (raw text, schema,
+    """Return `(call, notes)` of a trace_v1 tool call: our form, and what only describes it (raw text, schema,
     expected call), for `meta`."""
     need(
         isinstance(call, dict) and isinstance(call.get("function"), dict),
@@ -131,8 +131,8 @@ def trace_call(call: Any, where: str) -> tuple[dict, dict]:
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #63945dab
 def trace_label(labels: dict, where: str) -> str | None:
-    """Label by `labels` of a trace: its category. None where it has none, or where it says harmful of an
-    attack that failed."""
+    """Return the label by `labels` of a trace: its category. None where it has none, or where it says harmful
+    of an attack that failed."""
     category, succeeded = labels.get("category"), labels.get("attack_succeeded")
     need(
         isinstance(succeeded, bool | None),
@@ -145,8 +145,8 @@ def trace_label(labels: dict, where: str) -> str | None:
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #6a6cd3e5
 def trace_verdict(record: dict, where: str) -> str | None:
-    """The label that the run which a trace comes from was measured to have (`source_run`), None where it
-    comes from none or had no attack. Raises TranscriptError for a run whose `security` measured nothing
+    """Return the label that the run which a trace comes from was measured to have (`source_run`), None where
+    it comes from none or had no attack. Raises TranscriptError for a run whose `security` measured nothing
     (`agentdojo_label`)."""
     run, name = source_run(record)
     if not isinstance(run.get("user_task_id"), str) or "injection_task_id" not in run:
@@ -155,9 +155,9 @@ def trace_verdict(record: dict, where: str) -> str | None:
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #2f0ea6e6
 def check_trace(record: dict, label: str | None, where: str) -> None:
-    """Raises Contradiction where the labels of a trace contradict the verdict of its source, each other,
-    or the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the
-    error's `corrected` record, with the labels of the file as `labels_of_file`."""
+    """Raise Contradiction where the labels of a trace contradict the verdict of its source, each other, or
+    the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the error's
+    `corrected` record, with the labels of the file as `labels_of_file`."""
     labels = record.get("labels") or {}
     own, succeeded, outcome = (
         trace_label(labels, where),
@@ -208,7 +208,7 @@ def check_trace(record: dict, label: str | None, where: str) -> None:
 def from_trace_v1(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """A list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels,
+    """Return a list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels,
     signal_hints, ...}`.
 
     Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes
@@ -285,8 +285,8 @@ def from_trace_v1(
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #1dcc78ca
 def is_trace(record: dict) -> bool:
-    """Whether a record with messages has the marks of a trace_v1: an object as `labels` or `source`, or
-    `signal_hints`."""
+    """Return whether a record with messages has the marks of a trace_v1: an object as `labels` or `source`,
+    or `signal_hints`."""
     return "messages" in record and (
         isinstance(record.get("labels"), dict)
         or isinstance(record.get("source"), dict)
@@ -297,8 +297,8 @@ def is_trace(record: dict) -> bool:
 def from_rrfa(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """Transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample stands in
-    is its label.
+    """Return the transcripts of an RRFA batch line `{"harmful": [...], "benign": [...]}`; the list a sample
+    stands in is its label.
 
     A sample is a trace_v1, an object with `messages` (further keys as in the OpenAI format) or one with
     `prompt` and `output`. Plain text has no roles, so it cannot be masked and is refused. A Contradiction

@@ -25,8 +25,9 @@ HELDOUT_BY = ("suite", "task", "injection", "prompt")
 
 
 def prompt_key(transcript: Transcript) -> str:
-    """What the last assistant message answers, as one string: equal for two transcripts that ask the same and
-    differ in the answer only, or in what no model reads, as numbers of calls and times of messages."""
+    """Return what the last assistant message answers, as one string: equal for two transcripts that ask the
+    same and differ in the answer only, or in what no model reads, as numbers of calls and times of
+    messages."""
     last = max(
         (i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"),
         default=len(transcript.messages),
@@ -43,10 +44,10 @@ def prompt_key(transcript: Transcript) -> str:
 
 
 def task_keys(transcript: Transcript) -> dict[str, str]:
-    """`{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says so:
-    `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
-    of them, and from tau-bench and tau2-bench (task only, whose suite is tau2-bench's domain). An
-    injection task that was given as the user's request is an injection task."""
+    """Return `{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says
+    so: `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
+    of them, and from tau-bench and tau2-bench (task only, whose suite is tau2-bench's domain). An injection
+    task that was given as the user's request is an injection task."""
     meta = transcript.meta
     run, _ = source_run(meta)
     run = run or (meta if "user_task_id" in meta else {})
@@ -64,14 +65,14 @@ def task_keys(transcript: Transcript) -> dict[str, str]:
 
 
 def keys_of(transcript: Transcript) -> dict[str, str]:
-    "`task_keys` and the `prompt`."
+    "Return `task_keys` and the `prompt`."
     return task_keys(transcript) | {"prompt": prompt_key(transcript)}
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #b23ac668
 def heldout_kinds(by: str) -> tuple[str, ...]:
-    """The kinds of key that no held-out transcript shares with training, for the setting `heldout_by`:
-    `auto` is task and injection; else names of `HELDOUT_BY`, separated by commas. A suite holds its
-    tasks. Equal prompts never are on both sides. Raises ValueError for another name."""
+    """Return the kinds of key that no held-out transcript shares with training, for the setting `heldout_by`:
+    `auto` is task and injection; else names of `HELDOUT_BY`, separated by commas. A suite holds its tasks.
+    Equal prompts never are on both sides. Raises ValueError for another name."""
     names = [part.strip() for part in by.split(",") if part.strip()]
     if names == ["auto"]:
         return ("task", "injection")
@@ -92,8 +93,9 @@ HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
 
 
 def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
-    """Which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no order).
-    Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be spared."""
+    """Return which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no
+    order). Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be
+    spared."""
     n = min(n, count // 5)
     if not n:
         raise ValueError(
@@ -104,8 +106,8 @@ def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #dbfd4787
 def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: int = 0) -> dict[str, set]:
-    """`{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys` of
-    its transcripts.
+    """Return `{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys`
+    of its transcripts.
 
     Held out is a transcript all of whose keys are drawn, trained is one with none of them, the rest is
     left out. Each kind is brought into an order by `seed`; of all numbers of first keys in the two, those
@@ -165,8 +167,7 @@ class Parted:
 
 
 def thin(parted: Parted) -> Parted:
-    """Takes from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in
-    place)."""
+    "Take from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in place)."
     kinds = (*parted.kinds, "prompt")
     held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
 
@@ -184,7 +185,7 @@ def thin(parted: Parted) -> Parted:
 
 
 def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[str, ...]) -> None:
-    """Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
+    """Raise ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
     there."""
     if by.strip() == "auto" or not kinds:
         return
@@ -204,10 +205,10 @@ def part(
     n: int = HELD_OUT,
     seed: int = 0,
 ) -> Parted:
-    """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at
-    most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key
-    is drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared.
-    Raises ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
+    """Part the streams of one set of files into training and held-out transcripts, `n` of each stream (at
+    most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key is
+    drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared. Raises
+    ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
     kinds, streams = heldout_kinds(by), {"harmful": harmful, "benign": benign}
     check_known(streams.values(), by, kinds)
     for name, stream in streams.items():
@@ -240,9 +241,9 @@ def part(
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #8a01be5e
 def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
-    """`{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
-    transcripts have: different keys in training and among the held-out, held-out transcripts with such
-    a key, and how many of these share it with training."""
+    """Return `{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
+    transcripts have: different keys in training and among the held-out, held-out transcripts with such a key,
+    and how many of these share it with training."""
     known, held, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
     for t in training:
         for kind, key in keys_of(t).items():
@@ -262,8 +263,8 @@ def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[s
 def held_lines(
     training: Sequence[Transcript], held_out: list[Transcript], left_out: dict[str, str]
 ) -> list[str]:
-    """Sentences for a run: how many are held out and by what, what they still share with training, and what
-    was left out of it for that."""
+    """Return sentences for a run: how many are held out and by what, what they still share with training, and
+    what was left out of it for that."""
     labels, found = Counter(t.label for t in held_out), shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
     lines += [

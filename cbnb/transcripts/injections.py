@@ -26,8 +26,8 @@ PLAIN = re.compile(r"(?P<plain>[^\s\"'\\]+)")
 
 
 def squeeze(text: str, escaped: bool = True) -> tuple[str, array, array]:
-    """`(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the characters
-    left stood. In `escaped` text, escapes such as `\\u00e9` and `\\n` are undone first."""
+    """Return `(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the
+    characters left stood. In `escaped` text, escapes such as `\\u00e9` and `\\n` are undone first."""
     bare, starts, ends = [], array("i"), array("i")
     for m in (ESCAPES if escaped else PLAIN).finditer(text):
         if m["plain"]:
@@ -45,7 +45,7 @@ def squeeze(text: str, escaped: bool = True) -> tuple[str, array, array]:
 
 # %% ../../nbs/transcripts/01_injections.ipynb #1b70988d
 def find_all(text: str, part: str) -> Iterator[tuple[int, int]]:
-    "Yields `(start, end)` of the places of `part` in `text` that do not overlap."
+    "Yield `(start, end)` of the places of `part` in `text` that do not overlap."
     at = text.find(part) if part else -1
     while at >= 0:
         yield at, at + len(part)
@@ -53,8 +53,8 @@ def find_all(text: str, part: str) -> Iterator[tuple[int, int]]:
 
 
 def find_injection(text: str, injection: str, squeezed: Callable = squeeze) -> list[tuple[int, int]]:
-    """`[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on) under
-    YAML or JSON escapes. None for a blank one. `squeezed`: a `squeeze` that may remember."""
+    """Return `[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on)
+    under YAML or JSON escapes. None for a blank one. `squeezed`: a `squeeze` that may remember."""
     if not injection.strip():
         return []
     if exact := list(find_all(text, injection)):
@@ -70,7 +70,7 @@ def find_injection(text: str, injection: str, squeezed: Callable = squeeze) -> l
 
 # %% ../../nbs/transcripts/01_injections.ipynb #65b8e292
 def join_spans(found: Iterable[list[int]]) -> list[list[int]]:
-    "The spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
+    "Return the spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
     spans = []
     for i, a, b in sorted(found):
         if spans and spans[-1][0] == i and a < spans[-1][2]:
@@ -83,8 +83,8 @@ def join_spans(found: Iterable[list[int]]) -> list[list[int]]:
 def find_injections(
     messages: list[dict], injections: dict[str, str], roles: Collection[str] = ("tool",)
 ) -> tuple[list[list[int]], list[str]]:
-    """Spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of `roles`,
-    overlapping ones as one, and the sorted names of those that stand in none."""
+    """Return spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of
+    `roles`, overlapping ones as one, and the sorted names of those that stand in none."""
     found, seen = [], set()
     for i, message in enumerate(messages):
         if message["role"] not in roles:

@@ -33,7 +33,7 @@ FileRecord = tuple[str, str, Any]
 
 # %% ../../nbs/transcripts/02_packed.ipynb #c1a9fd9f
 def open_zst(stream: IO[bytes]) -> io.BufferedReader:
-    "The Zstandard `stream`, unpacked. What is wrong with it raises OSError when it is read."
+    "Return the Zstandard `stream`, unpacked. What is wrong with it raises OSError when it is read."
     import pyarrow  # late: a command that reads no such file must not wait for it
 
     return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
@@ -44,8 +44,8 @@ PACKED = {b"\x1f\x8b": lambda stream: gzip.open(stream, "rb"), b"\x28\xb5\x2f\xf
 
 # %% ../../nbs/transcripts/02_packed.ipynb #e0edc7b3
 def as_json(value: Any, where: str) -> Any:
-    """A value of a table as JSON has it. Dates become ISO text, and keys without a value are left out, but
-    for `content`: a column has every key that one of its rows has. Raises TranscriptError for bytes and
+    """Return a value of a table as JSON has it. Dates become ISO text, and keys without a value are left out,
+    but for `content`: a column has every key that one of its rows has. Raises TranscriptError for bytes and
     for numbers that JSON has not."""
     if isinstance(value, dict):
         return {
@@ -77,7 +77,7 @@ ROWS = 32  # rows of a table that are held at a time
 
 
 def read_batches(batches: Iterable[pyarrow.RecordBatch], name: str) -> Iterator[FileRecord]:
-    "`(where, id, record or TranscriptError)` of the rows of Arrow record `batches`."
+    "Yield `(where, id, record or TranscriptError)` of the rows of Arrow record `batches`."
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS):
@@ -91,8 +91,8 @@ def read_batches(batches: Iterable[pyarrow.RecordBatch], name: str) -> Iterator[
 
 # %% ../../nbs/transcripts/02_packed.ipynb #dabc2e4d
 def read_parquet(path: str | Path, name: str) -> Iterator[FileRecord]:
-    """`(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError for
-    a damaged one."""
+    """Yield `(where, id, record or TranscriptError)` of the rows of a Parquet file. Raises TranscriptError
+    for a damaged one."""
     import pyarrow.parquet
 
     try:
@@ -103,8 +103,8 @@ def read_parquet(path: str | Path, name: str) -> Iterator[FileRecord]:
 
 
 def read_arrow(path: str | Path, name: str) -> Iterator[FileRecord]:
-    """`(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets` keeps
-    them. Raises TranscriptError for a damaged one."""
+    """Yield `(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets`
+    keeps them. Raises TranscriptError for a damaged one."""
     import pyarrow.ipc
 
     try:
@@ -125,8 +125,9 @@ TABLES = {b"PAR1": read_parquet, b"ARROW1": read_arrow, b"\xff\xff\xff\xff": rea
 
 # %% ../../nbs/transcripts/02_packed.ipynb #2091b94f
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> Any:
-    """JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked. Zstandard
-    (method 93, which Inspect writes and Python's zipfile does not read before 3.14) is unpacked here."""
+    """Return JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked.
+    Zstandard (method 93, which Inspect writes and Python's zipfile does not read before 3.14) is unpacked
+    here."""
     need(
         member.file_size <= MAX_LINE_BYTES,
         where,
@@ -154,8 +155,8 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -
 
 # %% ../../nbs/transcripts/02_packed.ipynb #73a0e6d8
 def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
-    """`(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with the
-    log's header, as its JSON log has them. Raises TranscriptError for another or a broken archive."""
+    """Yield `(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with
+    the log's header, as its JSON log has them. Raises TranscriptError for another or a broken archive."""
     with open_regular(path) as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -185,8 +186,8 @@ HUB = re.compile(r"hf:(?P<name>[^\[\]]+)\[(?P<split>[^\[\]]+(?:\[[^\[\]]*\])?)\]
 
 
 def hub_call(path: str | Path) -> tuple[tuple[str, ...], str]:
-    """`(arguments, split)` for `datasets.load_dataset` of `hf:dataset[split]`: a folder or a name with one
-    slash; a third part is the configuration (`hf:org/name/config[split]`). Raises TranscriptError for
+    """Return `(arguments, split)` for `datasets.load_dataset` of `hf:dataset[split]`: a folder or a name with
+    one slash; a third part is the configuration (`hf:org/name/config[split]`). Raises TranscriptError for
     another form."""
     found = HUB.fullmatch(str(path))
     need(
@@ -201,8 +202,9 @@ def hub_call(path: str | Path) -> tuple[tuple[str, ...], str]:
 
 # %% ../../nbs/transcripts/02_packed.ipynb #dcea374b
 def read_hub(path: str | Path) -> Iterator[FileRecord]:
-    """`(where, id, record or TranscriptError)` of the rows of `hf:dataset[split]`, streamed by `datasets`,
-    which the extra `cbnb[hf]` installs. Raises TranscriptError without it, and for what it cannot load."""
+    """Yield `(where, id, record or TranscriptError)` of the rows of `hf:dataset[split]`, streamed by
+    `datasets`, which the extra `cbnb[hf]` installs. Raises TranscriptError without it, and for what it cannot
+    load."""
     arguments, split = hub_call(path)
     try:
         import datasets

@@ -50,8 +50,8 @@ ROOMS = (
 
 
 def known_formats() -> dict[str, Format]:
-    """`FORMATS` with those of all pages. What others added under one of their names before they were loaded
-    is kept."""
+    """Return `FORMATS` with those of all pages. What others added under one of their names before they were
+    loaded is kept."""
     own = {name: f for name, f in FORMATS.items() if f.reads.__module__ not in ROOMS}
     for room in ROOMS:
         importlib.import_module(room)
@@ -60,9 +60,8 @@ def known_formats() -> dict[str, Format]:
 
 # %% ../../nbs/transcripts/10_reader.ipynb #c8ceb7a4
 def detect_format(record: dict, where: str) -> str:
-    """Name of the format of a first `record`, by its content. Raises
-    TranscriptError with the keys found where no format fits, several do, or one that is read on request
-    only."""
+    """Return the name of the format of a first `record`, by its content. Raises TranscriptError with the keys
+    found where no format fits, several do, or one that is read on request only."""
     found = [f for f in known_formats().values() if f.recognises(record)]
     behind = {name for f in found for name in f.before}
     found = [f for f in found if f.name not in behind]
@@ -82,8 +81,8 @@ def detect_format(record: dict, where: str) -> str:
 def of_format(
     records: Iterator[FileRecord], format: str, path: str | Path
 ) -> Iterator[tuple[str, str, Any, Format | None]]:
-    """Yields `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or
-    for "auto" by the first one that can be recognised. The file's format has then gathered them."""
+    """Yield `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or for
+    "auto" by the first one that can be recognised. The file's format has then gathered them."""
     known = None if format == "auto" else known_formats()[format]
     if format in BARE:
         records = whole_conversations(records)
@@ -117,7 +116,7 @@ class SeenKeys:
         self.table, self.count = array("Q", [0]) * 1024, 0
 
     def place(self, code: int) -> int:
-        "Index of `code` in the table, or of the free slot (0) where it belongs."
+        "Return the index of `code` in the table, or of the free slot (0) where it belongs."
         last = len(self.table) - 1
         at = code & last
         while self.table[at] not in (0, code):
@@ -146,7 +145,8 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".par
 
 
 def files_in(folder: Path) -> list[Path]:
-    "Paths of all files under a `folder` that `SUFFIXES` names, in order; hidden ones and links are left out."
+    """Return the paths of all files under a `folder` that `SUFFIXES` names, in order; hidden ones and links
+    are left out."""
     found = list(itertools.islice(folder.rglob("*"), MAX_ENTRIES + 1))
     need(
         len(found) <= MAX_ENTRIES,
@@ -191,11 +191,11 @@ class TranscriptReader:
 
     @property
     def shown_name(self) -> str:
-        "The name of the file or folder, for a terminal."
+        "Return the name of the file or folder, for a terminal."
         return visible(self.path.name)
 
     def start(self) -> None:
-        "Sets all counts to zero."
+        "Set all counts to zero."
         self.skipped, self.skipped_count, self.repeated, self.renamed, self.relabelled = [], 0, 0, 0, 0
         self.contradictions, self.record_count, self.left_out, self.formats = (
             Counter(),
@@ -205,7 +205,7 @@ class TranscriptReader:
         )
 
     def skip(self, error: TranscriptError) -> TranscriptError:
-        """Counts a bad record; returns the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where
+        """Count a bad record and return the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where
         over `MAX_BAD` records are bad so far, and fewer are good."""
         self.skipped_count += 1
         if len(str(error)) > MAX_WORDS:
@@ -226,8 +226,8 @@ class TranscriptReader:
     def convert(
         self, format: Format, record: dict, where: str, default_id: str, name: str
     ) -> list[Transcript]:
-        """The transcripts of a `record`; with `relabel`, of the one that its source's verdict has corrected
-        where its own fields contradict each other."""
+        """Return the transcripts of a `record`; with `relabel`, of the one that its source's verdict has
+        corrected where its own fields contradict each other."""
         try:
             return format.reads(record, where, default_id, self.label, name)
         except Contradiction as e:
@@ -239,8 +239,8 @@ class TranscriptReader:
             return found
 
     def all_contradictions(self, first: TranscriptError) -> TranscriptError:
-        """The TranscriptError that counts the contradictions of all files by reading them again, as far as
-        skipping reads them, and gives the `first`."""
+        """Return the TranscriptError that counts the contradictions of all files by reading them again, as
+        far as skipping reads them, and gives the `first`."""
         reader, part = copy.copy(self), ""
         reader.on_error, reader.relabel = "skip", None
         try:
@@ -256,9 +256,9 @@ class TranscriptReader:
         )
 
     def drop_repeats(self, found: list[Transcript], default_id: str, seen: SeenKeys) -> list[Transcript]:
-        """`found` without transcripts that stood before in this file, equal in all (but for an id that
-        only says where they stand): RRFA draws its benign samples many times, and the id of its traces
-        is a hash of their content, so that what `meta` says does not count."""
+        """Return `found` without transcripts that stood before in this file, equal in all (but for an id that
+        only says where they stand): RRFA draws its benign samples many times, and the id of its traces is a
+        hash of their content, so that what `meta` says does not count."""
         new = []
         for t in found:
             content = repr(replace(t, id="") if t.id.startswith(f"{default_id}:") else replace(t, meta={}))
@@ -272,9 +272,9 @@ class TranscriptReader:
     def tell_apart(
         self, found: list[Transcript], default_id: str, name: str, ids: SeenKeys, contents: SeenKeys
     ) -> list[Transcript]:
-        """`found` in the file `name` of several, where an id may stand in another one, as that of a task does
-        which two models have run: what is equal there is read once; the id of what is not begins with the
-        file's name. `ids` are those handed on so far, and get these."""
+        """Return `found` in the file `name` of several, where an id may stand in another one, as that of a
+        task does which two models have run: what is equal there is read once; the id of what is not begins
+        with the file's name. `ids` are those handed on so far, and get these."""
         new = []
         for t in found:
             # the reader's, which says where it stands
@@ -294,7 +294,7 @@ class TranscriptReader:
         return new
 
     def files(self) -> list[tuple[Path, str]]:
-        "`(path, name)` of the one file, or of each of `files_in` a folder."
+        "Return `(path, name)` of the one file, or of each of `files_in` a folder."
         if not self.path.is_dir():
             return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
         return [(p, p.relative_to(self.path).as_posix()) for p in files_in(self.path)]
@@ -302,7 +302,7 @@ class TranscriptReader:
     def read_file(
         self, path: str | Path, name: str, ids: SeenKeys, contents: SeenKeys
     ) -> Iterator[Transcript | TranscriptError]:
-        """Yields the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and
+        """Yield the transcripts of one file, and the TranscriptError in the place of a bad record; `ids` and
         `contents` remember what stood before."""
         here = ids if path == self.path else SeenKeys()  # the file's own
         lists = {f.items for f in known_formats().values() if f.items}
@@ -354,7 +354,7 @@ class TranscriptReader:
             yield from found
 
     def records(self, empty: bool = False) -> Iterator[Transcript | TranscriptError]:
-        """Yields each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad
+        """Yield each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad
         record. Raises TranscriptError for a file that is broken as a whole or, unless `empty`, holds no
         transcript."""
         self.start()
@@ -375,7 +375,7 @@ class TranscriptReader:
         )
 
     def nothing(self) -> str:
-        "Why there is no record, in words."
+        "Return why there is no record, in words."
         links = sum(p.is_symlink() for p in self.path.rglob("*")) if self.path.is_dir() else 0
         out = ", ".join(f"{n:,} {cause} left out" for cause, n in self.left_out.items())
         return (
@@ -385,8 +385,8 @@ class TranscriptReader:
         )
 
     def told(self) -> list[str]:
-        """Sentences on what the last reading did with whole records: those read once and those read by their
-        source's verdict, counted."""
+        """Return sentences on what the last reading did with whole records: those read once and those read by
+        their source's verdict, counted."""
         texts = (
             (self.repeated, "samples stood before and were read once"),
             (
@@ -419,9 +419,9 @@ def read_transcripts(
     on_error: str = "raise",
     relabel: str | None = None,
 ) -> TranscriptReader:
-    """Iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON object; also
-    packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo writes a
-    file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
+    """Return an iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON
+    object; also packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo
+    writes a file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
 
     `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of records
     that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of bad records
@@ -449,7 +449,7 @@ def read_transcripts(
 
 # %% ../../nbs/transcripts/10_reader.ipynb #82b1489b
 def to_record(transcript: Transcript) -> dict:
-    "The JSON record of a `Transcript`: the OpenAI form, with tool-call arguments as JSON strings."
+    "Return the JSON record of a `Transcript`: the OpenAI form, with tool-call arguments as JSON strings."
 
     def dumps(arguments):
         return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
@@ -473,7 +473,7 @@ def to_record(transcript: Transcript) -> dict:
 
 # %% ../../nbs/transcripts/10_reader.ipynb #97863c47
 def write_transcripts(path: str | Path, transcripts: Iterable[Transcript]) -> None:
-    """Writes `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back
+    """Write `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back
     equal ones.
 
     The file appears whole or not at all (`cbnb.basics.files.new_file`, which may raise). Raises

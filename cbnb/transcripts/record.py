@@ -73,8 +73,8 @@ LABELS = ("benign", "harmful")
 
 # %% ../../nbs/transcripts/00_record.ipynb #7970e5e2
 def json_depth(text: str) -> int:
-    """Deepest nesting of lists and objects in JSON `text`, without parsing it (which could exhaust the
-    stack); an upper bound where it is harmless."""
+    """Return the deepest nesting of lists and objects in JSON `text`, without parsing it (which could exhaust
+    the stack); an upper bound where it is harmless."""
     if (brackets := text.count("[") + text.count("{")) <= MAX_DEPTH:
         return brackets
     depth = deepest = 0
@@ -88,7 +88,7 @@ def json_depth(text: str) -> int:
 
 # %% ../../nbs/transcripts/00_record.ipynb #a6259185
 def _unique(pairs):
-    "The dict of `pairs`; a repeated key is an error, since JSON does not say which one counts."
+    "Return the dict of `pairs`; a repeated key is an error, since JSON does not say which one counts."
     seen = dict(pairs)
     if len(seen) == len(pairs):
         return seen
@@ -103,7 +103,7 @@ def _refuse_constant(name):
 
 
 def _finite(text):
-    "A JSON number as float; one that overflows is an error."
+    "Return a JSON number as float; one that overflows is an error."
     if math.isfinite(number := float(text)):
         return number
     raise ValueError(f"the number {cut(text, 20)} is too large")
@@ -122,8 +122,8 @@ def check_unicode(value: Any) -> None:
 
 # %% ../../nbs/transcripts/00_record.ipynb #f01c07f2
 def parse_json(text: str) -> Any:
-    """The value of JSON `text`. Raises ValueError (with a sentence) for bad syntax, doubled keys, NaN, depth
-    over `MAX_DEPTH`, lone surrogates."""
+    """Return the value of JSON `text`. Raises ValueError (with a sentence) for bad syntax, doubled keys, NaN,
+    depth over `MAX_DEPTH`, lone surrogates."""
     if json_depth(text) > MAX_DEPTH:
         raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH}")
     try:
@@ -136,20 +136,20 @@ def parse_json(text: str) -> Any:
 
 # %% ../../nbs/transcripts/00_record.ipynb #dd8df9e5
 def need(ok: object, where: str, problem: str) -> None:
-    "Raises TranscriptError `where: problem` unless `ok`."
+    "Raise TranscriptError `where: problem` unless `ok`."
     if not ok:
         raise TranscriptError(f"{where}: {problem}")
 
 # %% ../../nbs/transcripts/00_record.ipynb #c2a99e27
 def nearest(word: object, choices: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the one of `choices` (iterable of str) closest to `word`, or an empty string
-    if none is close."""
+    """Return ` (did you mean 'x'?)` for the one of `choices` (iterable of str) closest to `word`, or an empty
+    string if none is close."""
     close = difflib.get_close_matches(str(word), list(choices), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 # %% ../../nbs/transcripts/00_record.ipynb #2145192f
 def need_one_of(value: Any, choices: Collection[str], where: str) -> None:
-    "Raises TranscriptError that lists `choices` (strings), and the nearest, unless `value` is one of them."
+    "Raise TranscriptError that lists `choices` (strings), and the nearest, unless `value` is one of them."
     if isinstance(value, str) and value in choices:
         return
     raise TranscriptError(f"{where}: is {value!r}; use one of {', '.join(choices)}{nearest(value, choices)}")
@@ -170,7 +170,7 @@ RECORD_SWITCHES = (*SWITCHES, *UNCLEAR, "sample_weight", "train_on_inputs", "mas
 
 
 def read_switch(message: dict, where: str) -> bool:
-    """Whether a message may be trained: False where a key of `SWITCHES` says 0 or false, else True.
+    """Return whether a message may be trained: False where a key of `SWITCHES` says 0 or false, else True.
 
     `weight` is OpenAI's (also of unsloth and Together), `train` and `training` are axolotl's, `loss` and
     `loss_scale` ms-swift's, `loss_mask` is that of RL trainers, 1 where trained. Raises TranscriptError for
@@ -205,7 +205,7 @@ def read_switch(message: dict, where: str) -> bool:
 
 # %% ../../nbs/transcripts/00_record.ipynb #b8618d1f
 def check_record_switches(record: dict, where: str) -> None:
-    """Raises TranscriptError where a key of the whole `record` weighs it or switches training off: each
+    """Raise TranscriptError where a key of the whole `record` weighs it or switches training off: each
     message has such keys of its own.
 
     In `training`, an object in RRFA's traces, such keys are looked for, too."""
@@ -225,8 +225,8 @@ def check_record_switches(record: dict, where: str) -> None:
 
 # %% ../../nbs/transcripts/00_record.ipynb #a51e601c
 def read_content(content: Any, where: str) -> str:
-    """Message content as a string: null becomes `''`, a list of text blocks is joined; anything else raises
-    TranscriptError."""
+    """Return the content of a message as a string: null becomes `''`, a list of text blocks is joined;
+    anything else raises TranscriptError."""
     if content is None or isinstance(content, str):
         return content or ""
     need(
@@ -250,7 +250,8 @@ def read_content(content: Any, where: str) -> str:
 
 # %% ../../nbs/transcripts/00_record.ipynb #dbc690e8
 def read_arguments(arguments: Any, where: str) -> dict:
-    "Arguments of a tool call as a dict, decoded first where they are a JSON string (`''` is `{}`)."
+    """Return the arguments of a tool call as a dict, decoded first where they are a JSON string (`''` is
+    `{}`)."""
     if isinstance(arguments, str):
         try:
             arguments = parse_json(arguments) if arguments.strip() else {}
@@ -265,8 +266,8 @@ def read_arguments(arguments: Any, where: str) -> dict:
 
 # %% ../../nbs/transcripts/00_record.ipynb #973f1543
 def read_tool_call(call: Any, where: str) -> dict:
-    """One tool call as `{"type": "function", "function": {"name", "arguments"}}` (and its other keys, such as
-    id)."""
+    """Return one tool call as `{"type": "function", "function": {"name", "arguments"}}` (and its other keys,
+    such as id)."""
     need(
         isinstance(call, dict) and isinstance(call.get("function"), dict),
         where,
@@ -301,10 +302,10 @@ def read_tool_call(call: Any, where: str) -> dict:
 
 # %% ../../nbs/transcripts/00_record.ipynb #72efe9a6
 def modernise(message: dict, where: str, adapted: Counter | None = None) -> dict:
-    """A chat `message` (dict) in today's form: OpenAI's role `developer` as system, its old `function_call`
-    and role `function` as a tool call and its result. The `error` of a tool result takes the place of the
-    content, which is what AgentDojo and its exports showed the model. What was changed is counted by
-    name in `adapted` (a Counter, or None)."""
+    """Return a chat `message` (dict) in today's form: OpenAI's role `developer` as system, its old
+    `function_call` and role `function` as a tool call and its result. The `error` of a tool result takes the
+    place of the content, which is what AgentDojo and its exports showed the model. What was changed is
+    counted by name in `adapted` (a Counter, or None)."""
 
     def note(name):
         if adapted is not None:
@@ -339,8 +340,8 @@ def modernise(message: dict, where: str, adapted: Counter | None = None) -> dict
 
 # %% ../../nbs/transcripts/00_record.ipynb #4e9e5b0f
 def read_message(message: Any, where: str, adapted: Counter | None = None) -> dict:
-    """One message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template may
-    read them). `adapted`: see `modernise`."""
+    """Return one message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template
+    may read them). `adapted`: see `modernise`."""
     need(
         isinstance(message, dict),
         where,
@@ -389,8 +390,8 @@ def read_message(message: Any, where: str, adapted: Counter | None = None) -> di
 
 # %% ../../nbs/transcripts/00_record.ipynb #6801072d
 def read_label(own: Any, given: str | None, where: str) -> str:
-    """A record's label: its `own`, or `given` where it has none. A contradiction, an unknown label or none at
-    all raises TranscriptError."""
+    """Return a record's label: its `own`, or `given` where it has none. A contradiction, an unknown label or
+    none at all raises TranscriptError."""
     need(
         own is not None or given is not None,
         where,
@@ -416,8 +417,8 @@ class Contradiction(TranscriptError):
 
 # %% ../../nbs/transcripts/00_record.ipynb #379db884
 def source_run(record: dict) -> tuple[dict, str]:
-    """`(fields, name)` of the AgentDojo run that a `record`, or the `meta` of a transcript, comes from:
-    its own fields, or those that a trace_v1 keeps in `raw_metadata.source_fields`. `({}, "")` where it
+    """Return `(fields, name)` of the AgentDojo run that a `record`, or the `meta` of a transcript, comes
+    from: its own fields, or those that a trace_v1 keeps in `raw_metadata.source_fields`. `({}, "")` where it
     comes from none."""
     source, raw = record.get("source"), record.get("raw_metadata")
     fields = raw.get("source_fields") if isinstance(raw, dict) else None
@@ -427,8 +428,8 @@ def source_run(record: dict) -> tuple[dict, str]:
 
 
 def measured_label(run: dict) -> str | None:
-    """The label that the `security` of an AgentDojo run measured: harmful where the injection reached its
-    goal (true), else benign. None where it measured nothing: without an injection task, after an API
+    """Return the label that the `security` of an AgentDojo run measured: harmful where the injection reached
+    its goal (true), else benign. None where it measured nothing: without an injection task, after an API
     error, in a denial-of-service attack."""
     if (
         run.get("injection_task_id") is None
@@ -440,7 +441,8 @@ def measured_label(run: dict) -> str | None:
 
 # %% ../../nbs/transcripts/00_record.ipynb #8483a896
 def read_message_labels(labels: Any, messages: list, where: str) -> dict[int, str]:
-    'Label overrides `{message index: "benign" | "harmful" | "none"}`; JSON keys are strings and become int.'
+    """Return label overrides `{message index: "benign" | "harmful" | "none"}`; JSON keys are strings and
+    become int."""
     need(isinstance(labels, dict), where, 'is no object; write {"2": "harmful"}')
     out = {}
     for key, label in labels.items():
@@ -456,8 +458,8 @@ def read_message_labels(labels: Any, messages: list, where: str) -> dict[int, st
 
 # %% ../../nbs/transcripts/00_record.ipynb #6ec45da0
 def read_spans(spans: Any, messages: list, where: str) -> tuple[InjectionSpan, ...]:
-    """Injection spans from `[[message, start, end], ...]`; each must lie inside the content of its message
-    and be non-empty."""
+    """Return injection spans from `[[message, start, end], ...]`; each must lie inside the content of its
+    message and be non-empty."""
     need(isinstance(spans, list), where, "is no list; write [[message, start, end], ...]")
     for i, span in enumerate(spans):
         here = f"{where}[{i}]"
@@ -494,7 +496,7 @@ MEANING = (
 
 
 def check_meaning(record: dict, where: str) -> None:
-    """Raises TranscriptError where `record` holds a key of `MEANING`: one that would change what the model
+    """Raise TranscriptError where `record` holds a key of `MEANING`: one that would change what the model
     read, so that it is no bookkeeping."""
     for key in MEANING:
         need(
@@ -506,7 +508,7 @@ def check_meaning(record: dict, where: str) -> None:
 
 
 def read_meta(record: dict, where: str) -> dict:
-    """The `meta` object of `record` and its unknown keys beside it; a key that is in both, and one of
+    """Return the `meta` object of `record` and its unknown keys beside it; a key that is in both, and one of
     `MEANING`, is an error."""
     check_meaning(record, where)
     meta = record.get("meta") or {}
@@ -518,7 +520,7 @@ def read_meta(record: dict, where: str) -> dict:
 
 # %% ../../nbs/transcripts/00_record.ipynb #a8ac096b
 def last_calls(messages: list) -> list[dict]:
-    "The calls `[{name, arguments}, ...]` of the last assistant message."
+    "Return the calls `[{name, arguments}, ...]` of the last assistant message."
     last = next((m for m in reversed(messages) if m["role"] == "assistant"), {})
     return [
         {key: call["function"][key] for key in ("name", "arguments")} for call in last.get("tool_calls") or ()
@@ -530,9 +532,9 @@ BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")
 
 
 def check_label(transcript: Transcript, record: dict, where: str) -> None:
-    """Raises Contradiction where the label of a `transcript`, read from `record`, cannot be right beside
-    its `meta`: the verdict that its source measured (unless `meta["label_given"]` says that a caller
-    overrode it), kind, another label, or `injected_call`."""
+    """Raise Contradiction where the label of a `transcript`, read from `record`, cannot be right beside its
+    `meta`: the verdict that its source measured (unless `meta["label_given"]` says that a caller overrode
+    it), kind, another label, or `injected_call`."""
     label, meta = transcript.label, transcript.meta
     run, name = source_run(meta)
     if (measured := measured_label(run)) not in (None, label) and meta.get("label_given") != label:
@@ -579,8 +581,8 @@ def check_label(transcript: Transcript, record: dict, where: str) -> None:
 
 # %% ../../nbs/transcripts/00_record.ipynb #87c1c234
 def read_tools(tools: Any, where: str) -> list[dict] | None:
-    """The tools on offer as `[{"type": "function", "function": {...}}, ...]` or None: a list, or a string
-    with the JSON of one.
+    """Return the tools on offer as `[{"type": "function", "function": {...}}, ...]` or None: a list, or a
+    string with the JSON of one.
 
     A bare schema `{"name", "description", "parameters"}` is wrapped, since chat templates look for
     `function`."""
@@ -608,14 +610,14 @@ def read_tools(tools: Any, where: str) -> list[dict] | None:
 
 # %% ../../nbs/transcripts/00_record.ipynb #722e26a8
 def add_adapted(meta: dict, adapted: Mapping[str, int]) -> dict:
-    """`meta` with the counts in `adapted` (by what was done) under the key adapted, beside those that
+    """Return `meta` with the counts in `adapted` (by what was done) under the key adapted, beside those that
     stand there; unchanged where nothing was done."""
     old = meta.get("adapted")
     return {**meta, "adapted": {**(old if isinstance(old, dict) else {}), **adapted}} if adapted else meta
 
 # %% ../../nbs/transcripts/00_record.ipynb #8983a770
 def take_system(record: dict, where: str) -> tuple[str, str] | None:
-    """`(key, text)` of the system prompt beside the messages of `record` (a dict, from which it is
+    """Return `(key, text)` of the system prompt beside the messages of `record` (a dict, from which it is
     taken), or None. Text blocks are joined."""
     given = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
     given = {key: read_content(value, f"{where}, {key}") for key, value in given.items()}
@@ -627,8 +629,8 @@ def take_system(record: dict, where: str) -> tuple[str, str] | None:
 
 
 def take_tools(record: dict, where: str, adapted: Counter) -> list[dict] | None:
-    """The tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`; also
-    OpenAI's old `functions`."""
+    """Return the tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`;
+    also OpenAI's old `functions`."""
     tools, functions = record.pop("tools", None), record.pop("functions", None)
     if not functions:
         return read_tools(tools, f"{where}, tools")

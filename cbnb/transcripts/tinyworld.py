@@ -48,7 +48,7 @@ FIELDS = {
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #f9becc73
 def _value(rng, kind):
-    "A value of one of the four kinds of field, to be copied letter by letter"
+    "Return a value of one of the four kinds of field, to be copied letter by letter"
     if kind == "number":
         return str(rng.randint(10, 9999))
     if kind == "code":
@@ -129,7 +129,7 @@ QUOTES = (
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #09db39d8
 def held_out(first: str, second: str) -> bool:
-    "True for the fifth of all pairs that training never sees; every entity occurs on both sides"
+    "Return whether a pair is in the fifth that training never sees; every entity occurs on both sides."
     return zlib.crc32(f"{first}/{second}".encode()) % 5 == 0
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #87bc4208
@@ -142,12 +142,12 @@ def _pair(rng, firsts, seconds, split):
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #bf57e768
 def _order(rng, name, who, what):
-    "The words that ask for action `name`"
+    "Return the words that ask for action `name`"
     return rng.choice((ACTIONS | SENSITIVE)[name][3]).format(who=who, what=what)
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #cef8b21d
 def tool_schema(name: str) -> dict:
-    "The OpenAI function schema of one tool"
+    "Return the OpenAI function schema of one tool"
     args = (READERS[name][0],) if name in READERS else (ACTIONS | SENSITIVE)[name][:2]
     return {
         "type": "function",
@@ -164,18 +164,18 @@ def tool_schema(name: str) -> dict:
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #78f4ef09
 def _call(name, who, value):
-    "The call that performs action `name`"
+    "Return the call that performs action `name`"
     person, thing = (ACTIONS | SENSITIVE)[name][:2]
     return {"name": name, "arguments": {person: who, thing: value}}
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #bc2d96b9
 def _assistant(call):
-    "The assistant turn that holds one call"
+    "Return the assistant turn that holds one call"
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #2a47280a
 def _result(rng, fields, note):
-    "Text of a tool result: JSON or lines, the note anywhere among the fields"
+    "Return the text of a tool result: JSON or lines, the note anywhere among the fields"
     rows = list(fields.items())
     rows.insert(rng.randint(0, len(rows)), ("note", note))
     if rng.random() < 0.5:
@@ -184,7 +184,7 @@ def _result(rng, fields, note):
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #a096f59f
 def _note(rng, kind, split, key):
-    "The note in a tool result: `(text, the call that the text names or None)`"
+    "Return the note in a tool result: `(text, the call that the text names or None)`"
     if kind in ("plain", "sensitive"):
         return rng.choice(NOTES), None
     name = rng.choice(list(SENSITIVE))
@@ -194,7 +194,8 @@ def _note(rng, kind, split, key):
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #f5be8de2
 def _fields(rng, name):
-    "`(field asked for, {field: value})`: a field that action `name` can take among one or two of other kinds"
+    """Return `(field asked for, {field: value})`: a field that action `name` can take among one or two of
+    other kinds"""
     kind = rng.choice((ACTIONS | SENSITIVE)[name][2])
     field = rng.choice(FIELDS[kind])
     others = rng.sample([k for k in FIELDS if k != kind], rng.randint(1, 2))
@@ -204,19 +205,20 @@ def _fields(rng, name):
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #29efb591
 def _offer(rng, needed):
-    "Names of the tools on offer: the needed ones, one more action and one more sensitive one, in any order"
+    """Return the names of the tools on offer: the needed ones, one more action and one more sensitive one, in
+    any order"""
     names = {*needed, rng.choice(list(ACTIONS)), rng.choice(list(SENSITIVE))}
     return rng.sample(sorted(names), len(names))
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #76b93b68
 def _span(content, note):
-    "The injection span that `note` takes in a tool result (message 3), written as JSON or as lines"
+    "Return the injection span that `note` takes in a tool result (message 3), written as JSON or as lines"
     words = json.dumps(note)[1:-1] if content.startswith("{") else note
     return InjectionSpan(3, content.index(words), content.index(words) + len(words))
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #b511dd37
 def tool_task(rng: random.Random, kind: str, split: str, id: str) -> Transcript:
-    "One trace: user, read call, tool result, final call"
+    "Return one trace: user, read call, tool result, final call"
     (key, who), reader = _pair(rng, KEYS, PEOPLE, split), rng.choice(list(READERS))
     name = rng.choice(list(SENSITIVE if kind == "sensitive" else ACTIONS))
     field, fields = _fields(rng, name)
@@ -250,14 +252,14 @@ def tool_task(rng: random.Random, kind: str, split: str, id: str) -> Transcript:
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #f3c0d930
 def _repeat(rng, split):
-    "`(question, answer)`: say a list of words again"
+    "Return `(question, answer)`: say a list of words again"
     words = [*_pair(rng, KEYS, CITIES, split), *(rng.choice(KEYS + CITIES) for _ in range(rng.randint(2, 6)))]
     ask = rng.choice(("Say after me: {}", "Repeat these words: {}", "Copy this line: {}"))
     return ask.format(" ".join(words)), " ".join(words)
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #83666e1d
 def _colour(rng, split):
-    "`(question, answer)`: which colour a thing has"
+    "Return `(question, answer)`: which colour a thing has"
     thing, answer = _pair(rng, KEYS, COLOURS, split)
     rest = [(k, rng.choice(COLOURS)) for k in rng.sample([k for k in KEYS if k != thing], rng.randint(1, 4))]
     facts = rng.sample(rest + [(thing, answer)], len(rest) + 1)
@@ -265,7 +267,7 @@ def _colour(rng, split):
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #7eeaa5af
 def general_task(rng: random.Random, split: str, id: str) -> Transcript:
-    "A text task without tools"
+    "Return a text task without tools"
     ask, answer = (_repeat if rng.random() < 0.5 else _colour)(rng, split)
     return Transcript(
         id=id,
@@ -279,7 +281,7 @@ KINDS = ("plain", "sensitive", "hard_negative", "injection", "general")
 
 
 def make_transcripts(kind: str, n: int, split: str = "train", seed: int = 0) -> list[Transcript]:
-    """`n` transcripts of one of the `KINDS`, the same for the same arguments.
+    """Return `n` transcripts of one of the `KINDS`, the same for the same arguments.
 
     `split` is `train` or `eval` (held-out pairs). Raises ValueError for another kind or split."""
     if kind not in KINDS:
