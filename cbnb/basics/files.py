@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from .terminal import error_text
 
@@ -113,10 +113,10 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         f.write(data)
 
 # %% ../../nbs/basics/03_files.ipynb #fil00015
-def write_files(files: dict[Path, bytes] | dict[str, bytes]) -> None:
-    """Write `{path: bytes}`: all of it stands on the disk before the first path is renamed, in their order. A
-    full disk leaves every old file as it was. Raises as `new_file` does."""
-    first = {}  # the path by which each file is named first
+def write_files(files: dict[Any, bytes]) -> None:
+    """Write `files`, `{path (str or Path): bytes}`: all of it stands on the disk before the first path is
+    renamed, in their order. A full disk leaves every old file as it was. Raises as `new_file` does."""
+    first: dict[str, Any] = {}  # the path by which each file is named first
     for path in files:
         if (same := first.setdefault(os.path.realpath(path), path)) != path:
             raise OutputError(f"{same} and {path} are one file: give each output a path of its own")

@@ -44,7 +44,7 @@ def regular_file(path: str | Path) -> io.BufferedReader:
     try:
         return open_regular(path)
     except InputError as e:
-        raise RecordError(e.strerror.partition(";")[0]) from None
+        raise RecordError(str(e.strerror).partition(";")[0]) from None
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec000b1
 def bytes_of(path: str | Path, most: int = RECORD_BYTES) -> bytes:
@@ -98,7 +98,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        return float(value) if abs(value) <= sys.float_info.max else None
+        return float(value) if -sys.float_info.max <= value <= sys.float_info.max else None
     if isinstance(value, dict):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

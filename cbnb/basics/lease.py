@@ -262,9 +262,12 @@ def remove_over(path: str | Path, over: dict, record: dict) -> str | None:
     finally:
         os.close(fd)
         os.unlink(guard)
+    return None
 
 # %% ../../nbs/basics/05_lease.ipynb #lease021
-HELD = {}  # path of a lease: (file descriptor, record, thread that has taken it), of this process
+HELD: dict[
+    Path, tuple[int, dict, threading.Thread]
+] = {}  # path of a lease: (file descriptor, record, thread that has taken it), of this process
 # of HELD: a file that was closed is not written to, whose descriptor may be another's by now
 LOCK = threading.RLock()
 
@@ -290,7 +293,7 @@ def keep_renewing() -> None:
                 pass  # given back in this moment; or a disk that does not answer
 
 
-RENEWING = []  # the thread that does
+RENEWING: list[threading.Thread] = []  # the thread that does
 
 
 def start_renewing() -> None:
@@ -345,8 +348,8 @@ def lease_refusal(
     """Return why the lease `path` of `folder` cannot be taken, as a sentence; None where it may be tried
     again.
 
-    `state` is what `judge` says of the record `found`, which has stood there for `known` seconds in `signs` states;
-    `waited` says that the caller's patience is over."""
+    `state` is what `judge` says of the record `found`, which has stood there for `known` seconds in `signs`
+    states; `waited` says that the caller's patience is over."""
     if state == "unreadable" and known > 1:
         return f"{path} is no lease that can be read: remove it if nobody writes to {folder}"
     if (state == "live" or state == "fresh" and signs > 1) and waited:

@@ -63,12 +63,13 @@ def rate_interval(hits: float, n: int, attempts: int = 1) -> tuple[float, float]
     for n / attempts answers."""
     if not n:
         return None
-    rate, n = hits / n, n / attempts
+    rate, independent = hits / n, n / attempts
     if rate in (0, 1):
-        bound = 0.025 ** (1 / n)  # the rate at which n of n would happen once in forty times
+        bound = 0.025 ** (1 / independent)  # the rate at which n of n would happen once in forty times
         return (0.0, 1 - bound) if rate == 0 else (bound, 1.0)
-    middle, half = rate + Z**2 / (2 * n), Z * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
-    return (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
+    n_ = independent
+    middle, half = rate + Z**2 / (2 * n_), Z * math.sqrt(rate * (1 - rate) / n_ + Z**2 / (4 * n_**2))
+    return (middle - half) / (1 + Z**2 / n_), (middle + half) / (1 + Z**2 / n_)
 
 # %% ../../nbs/basics/06_numbers.ipynb #78a6e52d
 def floor_limit(value: float) -> float:

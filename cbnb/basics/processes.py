@@ -60,7 +60,8 @@ def from_first(make: Callable[[], Any]) -> Any:
     called nowhere else. What it raises there is raised everywhere, in the others without its traceback."""
     if world_size() == 1:
         return make()
-    group, box = join(), [None, None]
+    group = join()
+    box: list[Any] = [None, None]
     if is_first():
         try:
             box[0] = make()
@@ -87,7 +88,8 @@ def gathered(mine: list) -> list:
     second of each, …"""
     if world_size() == 1:
         return list(mine)
-    group, lists = join(), [None] * world_size()
+    group = join()
+    lists: list[Any] = [None] * world_size()
     group.all_gather_object(lists, list(mine))
     longest = max(map(len, lists))
     return [part[i] for i in range(longest) for part in lists if i < len(part)]

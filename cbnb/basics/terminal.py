@@ -176,13 +176,14 @@ def says_pathlib(error: BaseException) -> bool:
     """Return whether a RuntimeError is pathlib's word on a path: links in a circle, a `~` whose home is not
     known."""
     trace = error.__traceback__
-    while trace.tb_next:
+    while trace and trace.tb_next:
         trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "pathlib"
+    name = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return name.partition(".")[0] == "pathlib"
 
 # %% ../../nbs/basics/02_terminal.ipynb #79ccf573
 def ended(
-    work: Callable[[], Any], name: str, refusals: tuple[type[BaseException], ...], words: Iterable[str] = ()
+    work: Callable[[], Any], name: str, refusals: tuple[type[Exception], ...], words: Iterable[str] = ()
 ) -> Any:
     """Return the exit status of a program: what `work()` returns; 2 where it raises one of `refusals`
     (exception types: what was given, the `words`, is not in order), which is said on stderr as a `sentence`

@@ -142,7 +142,7 @@ def json_leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
     "Return `[(name, text)]` of the strings in what JSON gave, `name` being the nearest key."
     if isinstance(value, str):
         return [(name, value)]
-    pairs = value.items() if isinstance(value, dict) else ()
+    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
     if isinstance(value, list):
         pairs = [(name, v) for v in value]
     return [leaf for key, v in pairs for leaf in json_leaves(v, str(key))]
@@ -373,7 +373,7 @@ def pattern(needle: Needle) -> re.Pattern[str]:
     return re.compile(rf"(?:{before}){found}(?![^\W_])")
 
 # %% ../../nbs/basics/01_withheld.ipynb #c31101ef
-SEEN = {}  # {value: name} of every secret that this process has had in its environment
+SEEN: dict[str, str] = {}  # {value: name} of every secret that this process has had in its environment
 
 
 @functools.lru_cache(maxsize=8)
@@ -404,7 +404,7 @@ def windows(text: str, needle: Needle) -> list[tuple[int, int]]:
 # %% ../../nbs/basics/01_withheld.ipynb #962e7248
 def joined(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     "Return the `(start, end)` in `pairs` in order, those that overlap as one (list)."
-    found = []
+    found: list[tuple[int, int]] = []
     for start, end in sorted(pairs):
         if found and start < found[-1][1]:
             found[-1] = (found[-1][0], max(end, found[-1][1]))
@@ -447,8 +447,8 @@ def withhold(value: Any) -> Any:
         return "[removed]".join(text[a:b] for a, b in ends)
 
     if not isinstance(value, str):  # one search of all texts, most of which hold none
-        texts = []
-        changed_texts(value, lambda text: texts.append(text) or text)
+        texts: list[str] = []
+        changed_texts(value, texts.append)
         if not places("\n\0\n".join(texts), secrets):
             return value
     return changed_texts(value, taken)
@@ -546,7 +546,8 @@ def guard_session(session: Any) -> None:
     of the cell: a text may be sent in two parts."""
     if hasattr(session, "send_unguarded"):
         return
-    send, waiting = session.send, {}  # {stream: (text, the message that it came with)}
+    send = session.send
+    waiting: dict[str, str] = {}  # {stream: text}
 
     def guarded(stream, message, content=None, parent=None, *more, **named):
         parts = {"msg_type": message, "content": content, "parent_header": parent}
@@ -582,7 +583,7 @@ def guard_echo() -> None:
 
     if iostream.os is not os:
         return
-    waiting = {}
+    waiting: dict[int, str] = {}
 
     def write(handle, data):
         text = withhold(waiting.pop(handle, "") + data.decode("utf-8", "surrogateescape"))
@@ -591,7 +592,7 @@ def guard_echo() -> None:
         os.write(handle, text[: len(text) - n].encode("utf-8", "surrogateescape"))
         return len(data)
 
-    iostream.os = SimpleNamespace(**vars(os) | {"write": write})
+    iostream.os = SimpleNamespace(**vars(os) | {"write": write})  # type: ignore[assignment]  # in place of os
 
 # %% ../../nbs/basics/01_withheld.ipynb #2986fa4d
 def kernel() -> Any:

@@ -10,8 +10,9 @@ import io
 import itertools
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..basics.reading import InputError, Limited, check_regular, open_regular, read_stream
 from .packed import PACKED, TABLES, FileRecord, read_hub
@@ -59,7 +60,7 @@ BINARY = {
     b"\x89PNG": "a PNG picture",
 }
 
-
+# %% ../../nbs/transcripts/03_files.ipynb #5562c1c9
 def first_bytes(path: str | Path, of: Iterable[bytes]) -> bytes | None:
     """Return the key of `of` (a dict by first bytes) with which the file at `path` begins, or None; the
     longest one."""
@@ -77,7 +78,8 @@ def open_file(path: str | Path) -> io.BufferedReader:
         return read_stream(path)
     most = max(MAX_UNPACKED * check_regular(path).st_size, MAX_UNPACKED_BYTES)
     refuse = f"unpacks to over {most:,} bytes, which no transcripts do; unpack it"
-    return io.BufferedReader(Limited(PACKED[start](read_stream(path)), most, refuse), CHUNK)
+    unpacked: Any = PACKED[start](read_stream(path))
+    return io.BufferedReader(Limited(unpacked, most, refuse), CHUNK)
 
 
 def open_text(path: str | Path) -> io.TextIOWrapper:
@@ -138,7 +140,9 @@ def object_parts(path: str | Path, name: str, keys: Collection[str]) -> Iterator
     time: `number` None, or of a list that is a member called one of `keys` its items by number. Raises
     TranscriptError as `array_items` does."""
     with open_text(path) as f:
-        text, start, at, depth, key, number, seen = "", 0, 0, 0, None, None, set()
+        text, start, at, depth, seen = "", 0, 0, 0, set()
+        key: Any = None
+        number: int | None = None
         while True:
             for m in PART_TOKEN.finditer(text, at):
                 if m[1] is not None and m[1] != '"':
@@ -196,7 +200,8 @@ def read_big_object(path: str | Path, name: str, keys: Collection[str]) -> Itera
     """Yield `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a
     record an item of the list under the one of `keys` that it has, each with all other members. The file is
     read twice."""
-    rest, many, size = {}, None, 0
+    rest: dict[str, Any] = {}
+    many, size = "", 0
     for key, number, text in object_parts(path, name, keys):
         if number is not None:
             many = many or key
@@ -316,9 +321,10 @@ def read_array(path: str | Path, name: str) -> Iterator[FileRecord]:
 def read_text_records(path: str | Path, name: str, lists: Collection[str] = ()) -> Iterator[FileRecord]:
     "Yield `read_records` of a file of text."
     lines = read_lines(path)
-    first = next(lines, None)
+    first: Any = next(lines, None)
     need(first is not None, name, "is empty; nothing can be read from it")
-    line, whole = first[1].strip(), None
+    line = first[1].strip()
+    whole: Callable | None = None
     if line.startswith(b"[") and len(line) <= MAX_LINE_BYTES:
         whole = read_array
     if line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":")) and len(line) <= MAX_LINE_BYTES:
@@ -361,7 +367,8 @@ def read_records(
         need(
             kind is None,
             name,
-            f"is {BINARY.get(kind)}, which cannot be read; save it as JSONL (UTF-8), one record a line",
+            f"is {BINARY[kind] if kind else ''}, which cannot be read; save it as JSONL (UTF-8), one record "
+            "a line",
         )
         yield from read_text_records(path, name, lists)
     except (OSError, EOFError, zlib.error) as e:

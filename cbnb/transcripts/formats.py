@@ -37,9 +37,9 @@ from cbnb.transcripts.record import (
 )
 
 # %% auto #0
-__all__ = ['FORMATS', 'CHAT_KEYS', 'BARE', 'SHAREGPT_ROLES', 'Format', 'add_format', 'chat_with', 'join_records', 'one_by_one',
-           'bare_key', 'whole_conversations', 'gather', 'read_as', 'from_openai', 'finish', 'is_dicts', 'dicts_of',
-           'or_benign', 'read_turn', 'from_sharegpt']
+__all__ = ['FORMATS', 'CHAT_KEYS', 'SHAREGPT_ROLES', 'Format', 'add_format', 'chat_with', 'join_records', 'one_by_one',
+           'bare_key', 'whole_conversations', 'gather', 'read_as', 'chat_labels', 'from_openai', 'finish', 'is_dicts',
+           'dicts_of', 'or_benign', 'read_turn', 'from_sharegpt']
 
 # %% ../../nbs/transcripts/04_formats.ipynb #9e0b33aa
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Format:
     a big record whose items are read one by one. `leaves_out(record)` names the cause for which a folder
     leaves the record out, or "". `before` names more general formats that know its records, too, and
     come after it; `takes` the keys of `MEANING` that it follows. `on_request`: only read where `format`
-    names it."""
+    names it. `bare`: messages of this format may stand in a file without a record around them. `repeats`: a
+    set of it holds the same sample many times, which is read once."""
 
     name: str
     recognises: Callable
@@ -63,9 +64,11 @@ class Format:
     before: tuple = ()
     takes: tuple = ()
     on_request: bool = False
+    bare: bool = False
+    repeats: bool = False
 
 # %% ../../nbs/transcripts/04_formats.ipynb #ae378ced
-FORMATS = {}  # by name, in the order in which they were added
+FORMATS: dict[str, Format] = {}  # by name, in the order in which they were added
 CHAT_KEYS = (*SYSTEM_KEYS, "functions")  # of MEANING, what from_openai follows
 
 
@@ -113,10 +116,6 @@ def one_by_one(records: Iterable[FileRecord], key: str) -> Iterator[FileRecord]:
             )
 
 # %% ../../nbs/transcripts/04_formats.ipynb #dcab57a6
-# formats whose messages may stand in a file without a record around
-BARE = ("auto", "openai", "sharegpt", "anthropic", "hermes")
-
-
 def bare_key(value: Any) -> str:
     """Return the key under which a record would hold a JSON `value`: `messages` for a chat message,
     `conversations` for a turn of ShareGPT, "" for anything else."""
@@ -131,7 +130,7 @@ def bare_key(value: Any) -> str:
         else ""
     )
 
-
+# %% ../../nbs/transcripts/04_formats.ipynb #09ee4017
 def whole_conversations(records: Iterable[FileRecord]) -> Iterator[FileRecord]:
     """Yield `records` of a file (see `Format.gathers`), where a list of bare messages is one record, and a
     file of them is one, too."""
@@ -160,38 +159,22 @@ def read_as(path: str | Path, format: str, label: str | None = None) -> list[Tra
 
     `label` is passed on to the format. Raises the first TranscriptError. What holds for a whole set (several
     files, equal ids, skipping) is not looked at here."""
-    format, name = FORMATS[format], Path(path).name
-    records = read_records(path, lists=(format.items,) if format.items else ())
-    if format.name in BARE:
+    known, name = FORMATS[format], Path(path).name
+    records = read_records(path, lists=(known.items,) if known.items else ())
+    if known.bare:
         records = whole_conversations(records)
-    found = []
-    for where, default_id, record in gather(records, format, path):
+    found: list[Transcript] = []
+    for where, default_id, record in gather(records, known, path):
         if isinstance(record, TranscriptError):
             raise record
-        found += format.reads(record, where, default_id, label, name)
+        found += known.reads(record, where, default_id, label, name)
     return found
 
-# %% ../../nbs/transcripts/04_formats.ipynb #e18eb105
-def from_openai(
-    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
-) -> list[Transcript]:
-    """Return a list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label,
-    source, message_labels, injection_spans, meta."""
-    check_record_switches(record, where)
-    adapted, record = Counter(), dict(record)
-    system, tools, messages = (
-        take_system(record, where),
-        take_tools(record, where, adapted),
-        record.get("messages"),
-    )
-    need(
-        isinstance(messages, list) and messages,
-        f"{where}, messages",
-        "is missing or empty; write a list of messages",
-    )
-    for key, default in (("id", default_id), ("source", source)):
-        need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
-    messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
+# %% ../../nbs/transcripts/04_formats.ipynb #5b9b24a4
+def chat_labels(record: dict, messages: list[dict], where: str) -> dict[int, str]:
+    """Return the label overrides `{message: label}` of a record: its `message_labels`, and `none` for a
+    message of the assistant that a switch such as `weight` turns off. Raises TranscriptError where the two
+    disagree."""
     off = {
         i: "none" for i, m in enumerate(messages) if m["role"] == "assistant" and not read_switch(m, where)
     }
@@ -202,7 +185,28 @@ def from_openai(
             f"{where}, message_labels['{i}']",
             "labels a message that is switched off; keep one",
         )
-    labels = off | labels
+    return off | labels
+
+# %% ../../nbs/transcripts/04_formats.ipynb #e18eb105
+def from_openai(
+    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
+) -> list[Transcript]:
+    """Return a list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label,
+    source, message_labels, injection_spans, meta."""
+    check_record_switches(record, where)
+    adapted: Counter = Counter()
+    record = dict(record)
+    system, tools = take_system(record, where), take_tools(record, where, adapted)
+    messages: Any = record.get("messages")
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
+    for key, default in (("id", default_id), ("source", source)):
+        need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
+    messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
+    labels = chat_labels(record, messages, where)
     spans = read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans")
     if system:
         need(
@@ -231,7 +235,7 @@ def from_openai(
     return [transcript]
 
 # %% ../../nbs/transcripts/04_formats.ipynb #d100e66e
-add_format(Format("openai", lambda r: "messages" in r, from_openai, takes=CHAT_KEYS))
+add_format(Format("openai", lambda r: "messages" in r, from_openai, takes=CHAT_KEYS, bare=True))
 
 # %% ../../nbs/transcripts/04_formats.ipynb #e8fb2694
 def finish(
@@ -269,12 +273,14 @@ def finish(
         source,
     )
 
-
+# %% ../../nbs/transcripts/04_formats.ipynb #74441ada
 def is_dicts(value: Any) -> bool:
+    "Return whether a JSON value is a list of objects with at least one."
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
 def dicts_of(value: Any) -> list[dict]:
+    "Return the objects in a JSON value that is a list; none of another value."
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 # %% ../../nbs/transcripts/04_formats.ipynb #6c8b958e
@@ -295,7 +301,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 
-
+# %% ../../nbs/transcripts/04_formats.ipynb #17a2e4cd
 def read_turn(turn: Any, where: str) -> dict:
     """Return one message from a ShareGPT turn `{from, value}`; the value of a `function_call` is the JSON of
     one call or of a list of calls."""
@@ -339,7 +345,8 @@ def from_sharegpt(
     as a string of JSON), label.
 
     A tool result right after a single call gets the name of its tool; no call ids are made up."""
-    turns, system, number = record.get("conversations"), record.get("system"), record.get("id")
+    turns: Any = record.get("conversations")
+    system, number = record.get("system"), record.get("id")
     need(
         isinstance(turns, list) and turns,
         f"{where}, conversations",
@@ -374,4 +381,4 @@ def from_sharegpt(
     )
 
 # %% ../../nbs/transcripts/04_formats.ipynb #82e64d2d
-add_format(Format("sharegpt", lambda r: "conversations" in r, from_sharegpt, takes=CHAT_KEYS))
+add_format(Format("sharegpt", lambda r: "conversations" in r, from_sharegpt, takes=CHAT_KEYS, bare=True))

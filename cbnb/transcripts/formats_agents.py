@@ -38,9 +38,9 @@ from cbnb.transcripts.record import (
 )
 
 # %% auto #0
-__all__ = ['JSON_TYPES', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'agentdojo_label', 'from_agentdojo',
-           'agentdojo_leaves_out', 'from_tau_bench', 'to_json_schema', 'from_bfcl', 'settled', 'answer_of',
-           'join_answers', 'from_bfcl_answered', 'is_bfcl', 'answers_only']
+__all__ = ['JSON_TYPES', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'agentdojo_label', 'check_run', 'from_agentdojo',
+           'agentdojo_leaves_out', 'from_tau_bench', 'to_json_schema', 'bfcl_tools', 'from_bfcl', 'settled',
+           'answer_of', 'join_answers', 'from_bfcl_answered', 'is_bfcl', 'answers_only']
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fb6c7c4b
 def read_blocks(content: Any, where: str) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def read_blocks(content: Any, where: str) -> tuple[str, str]:
         where,
         f"is {type(content).__name__}; give a string, null or a list of blocks",
     )
-    parts = {"text": [], "thinking": [], "redacted_thinking": []}
+    parts: dict[str, list[str]] = {"text": [], "thinking": [], "redacted_thinking": []}
     for i, block in enumerate(content):
         need(
             isinstance(block, dict)
@@ -164,23 +164,10 @@ def agentdojo_label(record: dict, where: str) -> str | None:
     )
     return measured_label(record)
 
-# %% ../../nbs/transcripts/05_formats_agents.ipynb #0f0f2d97
-def from_agentdojo(
-    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
-) -> list[Transcript]:
-    """Return a list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict
-    (see `agentdojo_label`), and `meta["label_given"]` then says so.
-
-    `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand
-    in none are `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool
-    schemas, so `tools` is None."""
-    messages, injections = record.get("messages"), record.get("injections")
-    injections = {} if injections is None else injections
-    need(
-        isinstance(messages, list) and messages,
-        f"{where}, messages",
-        "is missing or empty; a run without messages teaches nothing, drop it",
-    )
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #1cad14dc
+def check_run(record: dict, injections: Any, where: str) -> None:
+    """Raise TranscriptError where a field of an AgentDojo run has another type than AgentDojo writes, or
+    contradicts another one."""
     need(
         isinstance(record.get("user_task_id"), str),
         f"{where}, user_task_id",
@@ -207,6 +194,26 @@ def from_agentdojo(
         f"{where}, utility",
         "is true beside an error: a run that broke off has not done its task; correct one of them",
     )
+
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #0f0f2d97
+def from_agentdojo(
+    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
+) -> list[Transcript]:
+    """Return a list with the one Transcript of an AgentDojo run file. `label` overrides the run's verdict
+    (see `agentdojo_label`), and `meta["label_given"]` then says so.
+
+    `injection_spans` are where texts of `injections` stand in tool results; the names of those that stand
+    in none are `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool
+    schemas, so `tools` is None."""
+    messages: Any = record.get("messages")
+    injections = record.get("injections")
+    injections = {} if injections is None else injections
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; a run without messages teaches nothing, drop it",
+    )
+    check_run(record, injections, where)
     messages = [agentdojo_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
     spans, missing = find_injections(messages, injections)
     own = label or record.get("label") or agentdojo_label(record, where)
@@ -229,7 +236,7 @@ def from_agentdojo(
             "by its verdict with relabel='source'",
             {k: v for k, v in record.items() if k != "label"},
         )
-    place = [record.get(k) for k in ("pipeline_name", "suite_name", "user_task_id")]
+    place: list[Any] = [record.get(k) for k in ("pipeline_name", "suite_name", "user_task_id")]
     place += [record.get("attack_type") or "none", record.get("injection_task_id") or "none"]
     return from_openai(
         {
@@ -281,7 +288,7 @@ def from_tau_bench(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of a tau-bench result (task_id, reward, info, traj, trial);
     benign unless `label` says otherwise. `meta` keeps all but the messages."""
-    traj = record.get("traj")
+    traj: Any = record.get("traj")
     need(
         isinstance(traj, list) and traj,
         f"{where}, traj",
@@ -353,6 +360,28 @@ def to_json_schema(schema: dict) -> dict:
             out[key] = to_json_schema(out[key])
     return out
 
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #2c9e179f
+def bfcl_tools(function: Any, where: str) -> list[dict]:
+    """Return the tools on offer of a BFCL question from its `function`: one schema or a list of them, with
+    types as JSON schema has them."""
+    tools = read_tools([function] if isinstance(function, dict) else function, where) or []
+    for i, tool in enumerate(tools):
+        need(
+            isinstance(tool["function"].get("parameters"), dict | None),
+            f"{where}[{i}].parameters",
+            "is no object",
+        )
+    return [
+        {
+            **t,
+            "function": {
+                **t["function"],
+                "parameters": to_json_schema(t["function"].get("parameters") or {}),
+            },
+        }
+        for t in tools
+    ]
+
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #2b8cd0fd
 def from_bfcl(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
@@ -363,7 +392,8 @@ def from_bfcl(
     `question` is a list of turns, each a list of messages, joined here; `meta["turns"]` says how many
     messages each turn had. `meta` keeps `ground_truth` and every other key. BFCL holds questions only: there
     is no assistant message, so every mask of it is empty."""
-    question, function = record.get("question"), record.get("function")
+    question: Any = record.get("question")
+    function = record.get("function")
     need(
         isinstance(question, list) and question,
         f"{where}, question",
@@ -381,23 +411,7 @@ def from_bfcl(
         for j, m in enumerate(turn)
     ]
     need(messages, f"{where}, question", "holds no message")
-    tools = read_tools([function] if isinstance(function, dict) else function, f"{where}, function") or []
-    for i, tool in enumerate(tools):
-        need(
-            isinstance(tool["function"].get("parameters"), dict | None),
-            f"{where}, function[{i}].parameters",
-            "is no object",
-        )
-    tools = [
-        {
-            **t,
-            "function": {
-                **t["function"],
-                "parameters": to_json_schema(t["function"].get("parameters") or {}),
-            },
-        }
-        for t in tools
-    ]
+    tools = bfcl_tools(function, f"{where}, function")
     meta = {k: v for k, v in record.items() if k not in ("id", "question", "function", "label")} | {
         "turns": [len(t) for t in question]
     }
@@ -433,7 +447,7 @@ def settled(allowed: Any) -> Any:
 
     return inner(allowed[0])
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #a9584a6c
 def answer_of(truth: Any, where: str) -> dict | None:
     """Return the assistant message of a single-turn ground truth, a list of `{name: {parameter: [allowed
     values]}}`; None for one of another form."""
@@ -508,7 +522,7 @@ def from_bfcl_answered(
         )
     ]
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #c46984e5
 def is_bfcl(record: dict) -> bool:
     "Return whether a record is a question of BFCL, or an answer to one."
     return (
@@ -519,6 +533,7 @@ def is_bfcl(record: dict) -> bool:
 
 
 def answers_only(record: dict) -> str:
+    "Return why a folder leaves out a record that is an answer without its question; empty for a question."
     return "" if "question" in record else "BFCL answers, which their questions take"
 
 

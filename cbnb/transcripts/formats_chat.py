@@ -44,7 +44,8 @@ __all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'C
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #cc280e71
 def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
     "Return our message for an Anthropic assistant `message`: text, thinking and tool_use blocks."
-    content, texts, thoughts, calls = message["content"], [], [], []
+    content, texts, thoughts = message["content"], [], []
+    calls: list[dict] = []
     for i, block in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
         here, kind = f"{where}.content[{i}]", block.get("type")
         if kind == "text":
@@ -86,7 +87,8 @@ def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
 def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dict]:
     """Return our messages for an Anthropic user `message`: its tool_result blocks become tool
     messages; `names` are the tools by call id."""
-    content, out = message["content"], []
+    content = message["content"]
+    out: list[dict] = []
     for i, block in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
         here, kind = f"{where}.content[{i}]", block.get("type")
         if kind == "text":
@@ -123,7 +125,8 @@ def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dic
 def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
     """Return our messages for a list of Anthropic's. Raises TranscriptError with the block that cannot be
     read."""
-    out, names = [], {}
+    out: list[dict] = []
+    names: dict[str, str] = {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
         need(
@@ -184,7 +187,8 @@ def from_anthropic(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of an Anthropic request or log: `messages` of text and blocks,
     `system` (text or blocks) and `tools`. The label is the record's own or `label`."""
-    adapted, messages = Counter(), record.get("messages")
+    adapted: Counter = Counter()
+    messages: Any = record.get("messages")
     need(
         isinstance(messages, list) and messages,
         f"{where}, messages",
@@ -214,7 +218,7 @@ def is_anthropic(record: dict) -> bool:
     )
 
 
-add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",), takes=CHAT_KEYS))
+add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",), takes=CHAT_KEYS, bare=True))
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #6ddd8e94
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -271,7 +275,9 @@ def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
     """Return the messages of a list of Responses items. What the assistant thinks, says and calls until a
     result or another speaker is one message. Summaries of reasoning are another model's words, so they are
     left out, as encrypted reasoning is; both are counted."""
-    out, names, turn = [], {}, None
+    out: list[dict] = []
+    names: dict[str, str] = {}
+    turn: Any = None
 
     def assistant(slot):
         """Return the open message of the assistant; a new one where it has said `slot` already and no call
@@ -365,7 +371,8 @@ def from_responses(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of Responses items: `instructions`, `input` (text or items) and
     `output`, or `items`. The label is the record's own or `label`."""
-    adapted, items = Counter(), []
+    adapted: Counter = Counter()
+    items: list[tuple[str, int, Any]] = []
     for key in ("items", "input", "output"):
         value = record.get(key)
         if isinstance(value, str) and key == "input":
@@ -549,21 +556,19 @@ def from_langchain(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of LangChain messages, or of a LangGraph state (`messages`, also
     under `values`). The label is the record's own or `label`."""
-    state = (
+    state: Any = (
         record.get("values")
         if isinstance(record.get("values"), dict) and "messages" not in record
         else record
     )
-    messages = state.get("messages")
+    messages: Any = state.get("messages")
     need(
         isinstance(messages, list) and messages,
         f"{where}, messages",
         "is missing or empty; write a list of messages",
     )
-    messages, adapted = (
-        [langchain_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)],
-        Counter(),
-    )
+    adapted: Counter = Counter()
+    messages = [langchain_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
     messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
     return finish(
         record,
@@ -580,7 +585,7 @@ def from_langchain(
 
 def holds_langchain(record: dict) -> bool:
     "Return whether a record is a LangChain message, or holds them as its messages or as those of its values."
-    state = record.get("values") if isinstance(record.get("values"), dict) else record
+    state: Any = record.get("values") if isinstance(record.get("values"), dict) else record
     return is_langchain(record) or any(
         is_langchain(m) for m in dicts_of(state.get("messages")) + dicts_of(record.get("messages"))
     )
@@ -661,8 +666,9 @@ def from_hermes(
     """Return a list with the one Transcript of a chat, ShareGPT or OpenAI, whose calls stand in the text in
     `<tool_call>` tags. The system prompt keeps its text, where such sets list the tools; `tools` are the
     record's own. The label is the record's own or `label`."""
-    key, adapted = "conversations" if "conversations" in record else "messages", Counter()
-    turns = record.get(key)
+    key = "conversations" if "conversations" in record else "messages"
+    adapted: Counter = Counter()
+    turns: Any = record.get(key)
     need(isinstance(turns, list) and turns, f"{where}, {key}", "is missing or empty; write a list of turns")
     messages = [
         (read_turn if key == "conversations" else read_message)(t, f"{where}, {key}[{i}]")
@@ -688,7 +694,9 @@ def is_hermes(record: dict) -> bool:
     return any(isinstance(text, str) and "<tool_call>" in text for text in said)
 
 
-add_format(Format("hermes", is_hermes, from_hermes, before=("openai", "sharegpt"), takes=CHAT_KEYS))
+add_format(
+    Format("hermes", is_hermes, from_hermes, before=("openai", "sharegpt"), takes=CHAT_KEYS, bare=True)
+)
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #86e14968
 def alpaca_prompt(record: dict, where: str) -> str:

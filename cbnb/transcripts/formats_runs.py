@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..basics.withheld import cut
@@ -142,7 +143,7 @@ def inspect_call(call: Any, where: str) -> dict:
 def inspect_tools(sample: dict, where: str) -> list[dict] | None:
     """Return the tools on offer by the model events of a `sample`, each once by its name; None where the log
     keeps no events."""
-    found = {}
+    found: dict[str, dict] = {}
     for event in dicts_of(sample.get("events")):
         for tool in dicts_of(event.get("tools")) if event.get("event") == "model" else []:
             if isinstance(tool.get("name"), str):
@@ -160,7 +161,8 @@ def inspect_sample(
 ) -> list[Transcript]:
     "Return the Transcript of one `sample` of an Inspect log; `spec` is the log's `eval`."
     need(isinstance(sample, dict), where, f"is {type(sample).__name__}; each sample is an object")
-    adapted, attachments, messages = Counter(), sample.get("attachments") or {}, sample.get("messages")
+    adapted: Counter = Counter()
+    attachments, messages = sample.get("attachments") or {}, sample.get("messages")
     need(isinstance(attachments, dict), f"{where}, attachments", "is no object")
     need(
         isinstance(messages, list) and messages,
@@ -192,7 +194,8 @@ def from_inspect(
     """Return the Transcripts of an Inspect log (`eval`, `samples`), JSON or `.eval`: one a sample and epoch.
     Tools come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and metadata.
     A log has no label, so `label` must be given."""
-    spec, samples = record.get("eval"), record.get("samples")
+    spec: Any = record.get("eval")
+    samples: Any = record.get("samples")
     need(isinstance(spec, dict), f"{where}, eval", "is no object")
     need(
         isinstance(samples, list) and samples,
@@ -250,7 +253,8 @@ def from_invariant(
     `annotations`). The label is `label`, the record's own, or for a run of AgentDojo
     (`metadata.user_task_id`) its verdict; what such a run says of itself stands in `meta` as it does for
     AgentDojo's own files. Annotations stay in `meta`."""
-    messages, facts = record.get("messages"), record.get("metadata") or {}
+    messages: Any = record.get("messages")
+    facts = record.get("metadata") or {}
     need(
         isinstance(messages, list) and messages,
         f"{where}, messages",
@@ -259,7 +263,8 @@ def from_invariant(
     need(isinstance(facts, dict), f"{where}, metadata", "is no object")
     if isinstance(facts.get("user_task_id"), str):
         label = label or record.get("label") or agentdojo_label(facts, f"{where}, metadata")
-    out, adapted = [], Counter()
+    out: list[dict] = []
+    adapted: Counter = Counter()
     for i, message in enumerate(messages):
         call = message.get("tool_call") if isinstance(message, dict) else None
         read = read_message(message, f"{where}, messages[{i}]", adapted)
@@ -310,7 +315,8 @@ def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
     """Return the messages of a tau2-bench simulation as the agent saw them: the user's own calls and their
     results (`requestor` user) are left out, results that came together are taken apart, and the greeting gets
     `weight` 0."""
-    out, names = [], {}
+    out: list[dict] = []
+    names: dict[str, str] = {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
         need(
@@ -387,13 +393,12 @@ def from_tau2(
     defs = world.get("tool_defs")
     if isinstance(defs, dict):
         defs = list(defs.values())
-    one, out = len(simulations) == 1, []
+    one = len(simulations) == 1
+    out: list[Transcript] = []
     for i, run in enumerate(simulations):
-        here, own_id, adapted = (
-            where if one else f"{where}, simulations[{i}]",
-            default_id if one else f"{default_id}:{i + 1}",
-            Counter(),
-        )
+        here = where if one else f"{where}, simulations[{i}]"
+        own_id = default_id if one else f"{default_id}:{i + 1}"
+        adapted: Counter = Counter()
         need(isinstance(run, dict), here, f"is {type(run).__name__}; each simulation is an object")
         messages = run.get("messages")
         need(
@@ -452,7 +457,10 @@ def from_swe_agent(
     """Return a list with the one Transcript of a SWE-agent `.traj` (`history`, `trajectory`, `info`): the
     history of its first agent. Demonstrations (`is_demo`) get `weight` 0. `meta` keeps `info` and
     `environment`. The label is `label`."""
-    history, adapted, out, names = record.get("history"), Counter(), [], {}
+    history: Any = record.get("history")
+    adapted: Counter = Counter()
+    out: list[dict] = []
+    names: dict[str, str] = {}
     need(
         isinstance(history, list) and history,
         f"{where}, history",
@@ -510,7 +518,9 @@ def from_mini_swe_agent(
     """Return a list with the one Transcript of a mini-swe-agent trajectory (`messages`, `info`,
     `trajectory_format`), of chat messages or of Responses items. `extra` of a message is bookkeeping; the
     `exit` message at the end is not for the model. The label is `label`."""
-    messages, adapted, out = record.get("messages"), Counter(), []
+    messages: Any = record.get("messages")
+    adapted: Counter = Counter()
+    out: list[dict] = []
     need(
         isinstance(messages, list) and all(isinstance(m, dict) for m in messages),
         f"{where}, messages",
@@ -604,7 +614,7 @@ def with_marks(content: str, marks: Any) -> str:
 
 def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
     "Return `(response id, assistant message)` of the `model_response` in an event's `tool_call_metadata`."
-    response = link.get("model_response")
+    response: Any = link.get("model_response")
     need(
         isinstance(response, dict)
         and is_dicts(response.get("choices"))
@@ -676,7 +686,7 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
         )
         return event.get("tools")
     if kind == "MessageEvent":
-        message = event.get("llm_message")
+        message: Any = event.get("llm_message")
         need(isinstance(message, dict), f"{where}.llm_message", "is no object")
         need_one_of(message.get("role"), ("user", "assistant", "system"), f"{where}.llm_message.role")
         thoughts = message.get("reasoning_content") or thinking_text(message.get("thinking_blocks"))
@@ -688,7 +698,8 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
             }
         )
     elif kind == "ActionEvent":
-        call, number = event.get("tool_call"), event.get("llm_response_id")
+        call: Any = event.get("tool_call")
+        number = event.get("llm_response_id")
         need(isinstance(call, dict), f"{where}.tool_call", "is no object")
         read = read_tool_call(
             {"function": {"name": call.get("name"), "arguments": call.get("arguments")}}, f"{where}.tool_call"
@@ -708,7 +719,8 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
             )
         seen.add(str(number))
     elif kind in ("ObservationEvent", "AgentErrorEvent", "UserRejectObservation"):
-        seen_by_model, extra = event.get("observation"), event.get("extended_content")
+        seen_by_model: Any = event.get("observation")
+        extra = event.get("extended_content")
         if kind == "AgentErrorEvent":
             said = text(event.get("error"))
         elif kind == "UserRejectObservation":
@@ -735,7 +747,11 @@ def from_openhands(
     model wrote is taken from its answers, not from the actions made of them. `meta` keeps the rest of the
     record, `instruction` under its own name. The label is the record's own or `label`."""
     key = "history" if "history" in record else "events"
-    events, adapted, out, seen, tools = record.get(key), Counter(), [], set(), None
+    events: Any = record.get(key)
+    adapted: Counter = Counter()
+    out: list[dict] = []
+    seen: set[str] = set()
+    tools: Any = None
     need(
         isinstance(events, list) and events,
         f"{where}, {key}",

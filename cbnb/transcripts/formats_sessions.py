@@ -22,7 +22,7 @@ __all__ = ['result_ids', 'call_ids', 'branches', 'joined_blocks', 'blocks_of', '
 def result_ids(line: dict) -> set[str]:
     "Return the call ids that a `line` of a session answers by tool_result blocks."
     return {
-        b.get("tool_use_id")
+        b["tool_use_id"]
         for b in dicts_of((line.get("message") or {}).get("content"))
         if b.get("type") == "tool_result" and isinstance(b.get("tool_use_id"), str)
     }
@@ -31,7 +31,7 @@ def result_ids(line: dict) -> set[str]:
 def call_ids(lines: Iterable[dict]) -> set[str]:
     "Return the ids of the tool_use blocks in `lines` of a session."
     return {
-        b.get("id")
+        b["id"]
         for line in lines
         for b in dicts_of((line.get("message") or {}).get("content"))
         if b.get("type") == "tool_use" and isinstance(b.get("id"), str)
@@ -44,7 +44,8 @@ def branches(lines: list[dict]) -> Iterator[list[dict]]:
     belong to it, though parallel calls hang them beside it. A message that was taken back and written anew
     leaves a branch, which is not part of the conversation."""
     parent = {line["uuid"]: line.get("parentUuid") for line in lines}
-    root, last = {}, {}
+    root: dict = {}
+    last: dict = {}
 
     def way(at):
         """Return the uuids from `at` up to its root, or to one whose root is known; a circle ends where it
@@ -69,7 +70,8 @@ def branches(lines: list[dict]) -> Iterator[list[dict]]:
 def joined_blocks(lines: list[dict]) -> list[dict]:
     """Return Anthropic messages of session `lines`: an answer is written a block a line, so lines with the
     `id` of one answer are one message."""
-    out, at = [], None
+    out: list[dict] = []
+    at = None
     for line in lines:
         message, kind = line["message"], line["type"]
         number = message.get("id") if kind == "assistant" else None
@@ -98,7 +100,8 @@ def one_session(
 ) -> Iterator[FileRecord]:
     """Yield `records` of a session file as one record `{key: [lines]}`; errors go ahead, and a line that
     `is_line` does not know is an error."""
-    lines, first = [], None
+    lines: list[dict] = []
+    first: Any = None
     for where, default_id, record in records:
         first = first or (where.split(", ")[0], default_id.rpartition(":")[0] or default_id)
         if isinstance(record, TranscriptError):
@@ -139,7 +142,9 @@ def from_claude_code(
     """Return the Transcripts of a Claude Code session `{"lines": [...]}`, gathered from a file: the
     conversation, each part of it after a compaction, and those of sub-agents. Lines that the model did not
     read or write are left out, counted. The label is `label`."""
-    lines, kept, adapted = record.get("lines"), [], Counter()
+    lines: Any = record.get("lines")
+    kept: list[dict] = []
+    adapted: Counter = Counter()
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
         f"{where}, lines",
@@ -181,7 +186,7 @@ def from_claude_code(
         f"{where}, lines",
         "hold a uuid twice; the session was copied together, keep one of the lines",
     )
-    out = []
+    out: list[Transcript] = []
     for branch in branches(kept):
         said = [line for line in branch if line["type"]]
         if not any(line["type"] == "assistant" for line in said):
@@ -212,7 +217,7 @@ def from_claude_code(
 add_format(
     Format(
         "claude_code",
-        lambda r: is_claude_line(r) or is_claude_line((dicts_of(r.get("lines")) or [None])[0]),
+        lambda r: is_claude_line(r) or is_claude_line((dicts_of(r.get("lines")) or [{}])[0]),
         from_claude_code,
         lambda records, path: one_session(records, "lines", is_claude_line),
     )
@@ -222,7 +227,9 @@ add_format(
 def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
     """Return `(facts, parts)` of the `lines` of a Codex session: what its first line says, and a list of
     items for each part between compactions. In old files the items stand bare on the lines."""
-    facts, parts, left = {}, [[]], Counter()
+    facts: dict = {}
+    parts: list[list] = [[]]
+    left: Counter = Counter()
     for line in lines:
         kind, payload = line.get("type"), line.get("payload")
         if kind == "session_meta" and isinstance(payload, dict):
@@ -254,7 +261,7 @@ def from_codex(
     """Return the Transcripts of a Codex session `{"rollout": [...]}`, gathered from a file: one, and one more
     after each compaction. Instructions that the file holds become the system message. The label is
     `label`."""
-    lines = record.get("rollout")
+    lines: Any = record.get("rollout")
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
         f"{where}, rollout",
@@ -265,7 +272,8 @@ def from_codex(
     if isinstance(orders, dict):
         orders = orders.get("text")
     need(isinstance(orders, str | None), f"{where}, rollout, instructions", "is no text")
-    name, out = facts["id"] if isinstance(facts.get("id"), str) else default_id, []
+    name = facts["id"] if isinstance(facts.get("id"), str) else default_id
+    out: list[Transcript] = []
     for i, items in enumerate(parts):
         adapted = Counter(left) if not out else Counter()
         messages = response_messages(items, f"{where}, items", adapted)
@@ -324,7 +332,7 @@ def codex_part(record: Any) -> bool:
 add_format(
     Format(
         "codex",
-        lambda r: is_codex_line(r) or is_codex_line((dicts_of(r.get("rollout")) or [None])[0]),
+        lambda r: is_codex_line(r) or is_codex_line((dicts_of(r.get("rollout")) or [{}])[0]),
         from_codex,
         lambda records, path: one_session(records, "rollout", codex_part),
     )

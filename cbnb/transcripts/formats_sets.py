@@ -28,7 +28,7 @@ from cbnb.transcripts.record import (
 
 # %% auto #0
 __all__ = ['from_pair', 'from_circuit_breakers', 'from_ultrachat', 'trace_call', 'trace_label', 'trace_verdict', 'check_trace',
-           'from_trace_v1', 'is_trace', 'from_rrfa']
+           'trace_messages', 'from_trace_v1', 'is_trace', 'from_rrfa']
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #93a2793b
 def from_pair(prompt: Any, answer: Any, where: str, key: str) -> list[dict]:
@@ -81,7 +81,7 @@ def from_ultrachat(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of an UltraChat row (prompt, prompt_id, messages); benign unless
     `label` says otherwise."""
-    messages = record.get("messages") if isinstance(record.get("messages"), list) else []
+    messages: Any = record.get("messages") if isinstance(record.get("messages"), list) else []
     first = next(
         (m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None
     )
@@ -204,40 +204,14 @@ def check_trace(record: dict, label: str | None, where: str) -> None:
         {**record, "labels": right, "labels_of_file": labels} if verdict else None,
     )
 
-# %% ../../nbs/transcripts/06_formats_sets.ipynb #0c67b8bd
-def from_trace_v1(
-    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
-) -> list[Transcript]:
-    """Return a list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels,
-    signal_hints, ...}`.
-
-    Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes
-    the injection span, `thinking` the reasoning, `source` "dataset/subset". `meta` keeps every other key,
-    and `call_notes` `[[message, call, notes], ...]`."""
-    messages, labels, hints, origin = (
-        record.get(k) for k in ("messages", "labels", "signal_hints", "source")
-    )
-    need(
-        isinstance(messages, list) and messages,
-        f"{where}, messages",
-        "is missing or empty; write a list of messages",
-    )
-    for key, value in (("labels", labels), ("signal_hints", hints)):
-        need(isinstance(value, dict | None), f"{where}, {key}", f"is {type(value).__name__}; write an object")
-    need(
-        isinstance(origin, str | dict | None),
-        f"{where}, source",
-        f"is {type(origin).__name__}; write an object with dataset",
-    )
-    check_trace(record, label, where)
-    own, read, notes = trace_label(labels or {}, where), [], []
-    need(
-        own or label,
-        f"{where}, labels",
-        "says harmful of an attack that failed, or nothing; pass label='benign' or label='harmful' to decide",
-    )
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #a11ef17c
+def trace_messages(messages: list, where: str) -> tuple[list[dict], list]:
+    """Return `(our messages, [[message, call, notes], ...])` for the messages of a trace_v1: `thinking`
+    becomes the reasoning, and what only describes a call is taken out of it (see `trace_call`)."""
+    read: list[dict] = []
+    notes: list = []
     for i, message in enumerate(messages):
-        here = f"{where}, messages[{i}]"
+        here = f"{where}[{i}]"
         need(
             isinstance(message, dict),
             here,
@@ -263,6 +237,40 @@ def from_trace_v1(
                 here,
             )
         )
+    return read, notes
+
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #0c67b8bd
+def from_trace_v1(
+    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
+) -> list[Transcript]:
+    """Return a list with the one Transcript of an RRFA trace_v1 record `{id, source, messages, labels,
+    signal_hints, ...}`.
+
+    Label: `labels.category` (see `trace_label`, `check_trace`). `signal_hints.injection_char_span` becomes
+    the injection span, `thinking` the reasoning, `source` "dataset/subset". `meta` keeps every other key,
+    and `call_notes` `[[message, call, notes], ...]`."""
+    messages: Any = record.get("messages")
+    labels, hints, origin = (record.get(k) for k in ("labels", "signal_hints", "source"))
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; write a list of messages",
+    )
+    for key, value in (("labels", labels), ("signal_hints", hints)):
+        need(isinstance(value, dict | None), f"{where}, {key}", f"is {type(value).__name__}; write an object")
+    need(
+        isinstance(origin, str | dict | None),
+        f"{where}, source",
+        f"is {type(origin).__name__}; write an object with dataset",
+    )
+    check_trace(record, label, where)
+    own = trace_label(labels or {}, where)
+    need(
+        own or label,
+        f"{where}, labels",
+        "says harmful of an attack that failed, or nothing; pass label='benign' or label='harmful' to decide",
+    )
+    read, notes = trace_messages(messages, f"{where}, messages")
     meta = read_meta(record, where) | ({"call_notes": notes} if notes else {})
     out = {**{k: record[k] for k in KNOWN_KEYS if record.get(k) is not None}, "messages": read, "label": own}
     if isinstance(origin, dict):
@@ -309,7 +317,8 @@ def from_rrfa(
         where,
         f"label={label!r} was passed, but a batch holds both labels; read it without label=",
     )
-    out, first, moved = [], None, {own: [] for own in LABELS}
+    out, first = [], None
+    moved: dict[str, list] = {own: [] for own in LABELS}
     for own in LABELS:
         samples = record.get(own, [])
         need(isinstance(samples, list), f"{where}, {own}", "is no list of samples")
@@ -342,5 +351,9 @@ def from_rrfa(
     return out
 
 
-add_format(Format("rrfa", lambda r: any(isinstance(r.get(k), list) for k in LABELS), from_rrfa))
-add_format(Format("trace_v1", lambda r: chat_with()(r) and is_trace(r), from_trace_v1, before=("openai",)))
+add_format(Format("rrfa", lambda r: any(isinstance(r.get(k), list) for k in LABELS), from_rrfa, repeats=True))
+add_format(
+    Format(
+        "trace_v1", lambda r: chat_with()(r) and is_trace(r), from_trace_v1, before=("openai",), repeats=True
+    )
+)

@@ -143,8 +143,8 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
     for part in (1, 2, 4, 8, 16, 32, 64, None):
         enough = np.all([h >= max(1, w // part if part else 1) for h, w in zip(held, wanted)], axis=0)
         if (good := enough & (least >= 0.5 if part else least > 0)).any():
-            a, b = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
-            return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, (a, b))}
+            ends = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
+            return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, ends)}
     named = " and ".join(kinds)
     raise ValueError(
         f"no {named} can be held out and leave both streams something to train: there are too few, or all "
@@ -213,7 +213,7 @@ def part(
     check_known(streams.values(), by, kinds)
     for name, stream in streams.items():
         hold_out(len(stream), n, seed, name)  # refuses what is too small
-    one = {}  # of equal keys, which there are many of, one dict
+    one: dict[tuple, dict[str, str]] = {}  # of equal keys, which there are many of, one dict
 
     def known(t):
         keys = {k: v for k, v in task_keys(t).items() if k in kinds}

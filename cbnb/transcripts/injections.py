@@ -71,7 +71,7 @@ def find_injection(text: str, injection: str, squeezed: Callable = squeeze) -> l
 # %% ../../nbs/transcripts/01_injections.ipynb #65b8e292
 def join_spans(found: Iterable[list[int]]) -> list[list[int]]:
     "Return the spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
-    spans = []
+    spans: list[list[int]] = []
     for i, a, b in sorted(found):
         if spans and spans[-1][0] == i and a < spans[-1][2]:
             spans[-1][2] = max(spans[-1][2], b)
@@ -79,7 +79,7 @@ def join_spans(found: Iterable[list[int]]) -> list[list[int]]:
             spans.append([i, a, b])
     return spans
 
-
+# %% ../../nbs/transcripts/01_injections.ipynb #7751b074
 def find_injections(
     messages: list[dict], injections: dict[str, str], roles: Collection[str] = ("tool",)
 ) -> tuple[list[list[int]], list[str]]:

@@ -101,7 +101,7 @@ def read_parquet(path: str | Path, name: str) -> Iterator[FileRecord]:
     except (pyarrow.lib.ArrowException, OSError) as e:
         raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #592cde12
 def read_arrow(path: str | Path, name: str) -> Iterator[FileRecord]:
     """Yield `(where, id, record or TranscriptError)` of the rows of an Arrow file or stream, as `datasets`
     keeps them. Raises TranscriptError for a damaged one."""
@@ -119,7 +119,7 @@ def read_arrow(path: str | Path, name: str) -> Iterator[FileRecord]:
     except (pyarrow.lib.ArrowException, OSError) as e:
         raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #7cbe10cd
 # first bytes: function of (path, name) that yields (where, id, record or TranscriptError)
 TABLES = {b"PAR1": read_parquet, b"ARROW1": read_arrow, b"\xff\xff\xff\xff": read_arrow}
 
@@ -137,10 +137,11 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -
         if member.compress_type == 93:
             import pyarrow
 
-            archive.fp.seek(member.header_offset)
-            head = archive.fp.read(30)
-            archive.fp.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
-            packed = pyarrow.BufferReader(archive.fp.read(member.compress_size))
+            file: Any = archive.fp
+            file.seek(member.header_offset)
+            head = file.read(30)
+            file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
+            packed = pyarrow.BufferReader(file.read(member.compress_size))
             data = pyarrow.CompressedInputStream(packed, "zstd").read(MAX_LINE_BYTES + 1)
         else:
             with archive.open(member) as f:
@@ -165,7 +166,7 @@ def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
                 f"{name}: is damaged or cut off ({e}); make or fetch the file again"
             ) from None
         members = {m.filename: m for m in archive.infolist()}
-        head = next((h for h in ("header.json", "_journal/start.json") if h in members), None)
+        head = next((h for h in ("header.json", "_journal/start.json") if h in members), "")
         need(head, name, "is a ZIP archive, but no .eval log of Inspect; unpack it, and read the files in it")
         header = read_member(archive, members[head], f"{name}, {head}")
         need(isinstance(header, dict), f"{name}, {head}", "is no object")
@@ -189,7 +190,7 @@ def hub_call(path: str | Path) -> tuple[tuple[str, ...], str]:
     """Return `(arguments, split)` for `datasets.load_dataset` of `hf:dataset[split]`: a folder or a name with
     one slash; a third part is the configuration (`hf:org/name/config[split]`). Raises TranscriptError for
     another form."""
-    found = HUB.fullmatch(str(path))
+    found: Any = HUB.fullmatch(str(path))
     need(
         found,
         str(path),

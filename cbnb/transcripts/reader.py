@@ -18,10 +18,10 @@ from typing import Any
 
 from ..basics.files import new_file
 from ..basics.reading import MAX_ENTRIES
-from ..basics.terminal import visible, warn
+from ..basics.terminal import first_line, visible, warn
 from ..basics.withheld import cut
 from .files import decode_line, is_hub, read_records
-from .formats import BARE, FORMATS, Format, from_openai, gather, whole_conversations
+from .formats import FORMATS, Format, from_openai, gather, whole_conversations
 from .packed import FileRecord
 from cbnb.transcripts.record import (
     LABELS,
@@ -35,8 +35,9 @@ from cbnb.transcripts.record import (
 )
 
 # %% auto #0
-__all__ = ['ROOMS', 'MAX_SKIPPED', 'MAX_BAD', 'MAX_WORDS', 'SUFFIXES', 'known_formats', 'detect_format', 'of_format', 'SeenKeys',
-           'files_in', 'TooManyBad', 'TranscriptReader', 'read_transcripts', 'to_record', 'write_transcripts']
+__all__ = ['ROOMS', 'MAX_SKIPPED', 'MAX_BAD', 'MAX_WORDS', 'SUFFIXES', 'known_formats', 'find_format', 'detect_format',
+           'of_format', 'SeenKeys', 'files_in', 'TooManyBad', 'TranscriptReader', 'read_transcripts', 'to_record',
+           'write_transcripts']
 
 # %% ../../nbs/transcripts/10_reader.ipynb #1258772d
 # the pages of formats, read when first asked
@@ -57,6 +58,30 @@ def known_formats() -> dict[str, Format]:
         importlib.import_module(room)
     FORMATS.update(own)
     return FORMATS
+
+# %% ../../nbs/transcripts/10_reader.ipynb #45e1ce5b
+def find_format(name: str) -> Format:
+    """Return the `Format` of that `name`, or of `module:name`, which is imported. Raises ValueError where
+    there is none, or it is something else."""
+    if name in known_formats():
+        return FORMATS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        words = ("auto", *known_formats())
+        raise ValueError(
+            f"format={name!r} is unknown; use one of {', '.join(words)}, or module:name{nearest(name, words)}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as e:  # whatever a module of the user's raises
+        raise ValueError(
+            f"the format {name!r} cannot be imported: {first_line(e)}; is its folder on PYTHONPATH?"
+        ) from None
+    if not isinstance(found, Format):
+        raise ValueError(
+            f"the format {name!r} is a {type(found).__name__}; make it a cbnb.transcripts.formats.Format"
+        )
+    return found
 
 # %% ../../nbs/transcripts/10_reader.ipynb #c8ceb7a4
 def detect_format(record: dict, where: str) -> str:
@@ -80,11 +105,11 @@ def detect_format(record: dict, where: str) -> str:
 # %% ../../nbs/transcripts/10_reader.ipynb #fe5af65c
 def of_format(
     records: Iterator[FileRecord], format: str, path: str | Path
-) -> Iterator[tuple[str, str, Any, Format | None]]:
+) -> Iterator[tuple[str, str, Any, Any]]:
     """Yield `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or for
     "auto" by the first one that can be recognised. The file's format has then gathered them."""
-    known = None if format == "auto" else known_formats()[format]
-    if format in BARE:
+    known = None if format == "auto" else find_format(format)
+    if known is None or known.bare:
         records = whole_conversations(records)
     for item in records:
         where, default_id, record = item
@@ -123,7 +148,7 @@ class SeenKeys:
             at = at + 1 & last
         return at
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return self.table[self.place(hash(key) & 2**64 - 1 or 1)] != 0
 
     def add(self, key: Any) -> None:
@@ -196,13 +221,11 @@ class TranscriptReader:
 
     def start(self) -> None:
         "Set all counts to zero."
-        self.skipped, self.skipped_count, self.repeated, self.renamed, self.relabelled = [], 0, 0, 0, 0
-        self.contradictions, self.record_count, self.left_out, self.formats = (
-            Counter(),
-            0,
-            Counter(),
-            Counter(),
-        )
+        self.skipped: list[str] = []
+        self.skipped_count = self.record_count = self.repeated = self.renamed = self.relabelled = 0
+        self.contradictions: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
 
     def skip(self, error: TranscriptError) -> TranscriptError:
         """Count a bad record and return the error, its sentence cut at `MAX_WORDS`. Raises TooManyBad where
@@ -329,7 +352,7 @@ class TranscriptReader:
                 check_record_switches(record, where)
                 check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
                 found = self.convert(format, record, where, default_id, name)
-                if format.name in ("rrfa", "trace_v1"):
+                if format.repeats:
                     found = self.drop_repeats(found, default_id, contents)
                 need(
                     not (twice := sorted(t.id for t in found if t.id in here)),
@@ -423,15 +446,17 @@ def read_transcripts(
     object; also packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo
     writes a file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
 
-    `format` is "auto" (by the first record of each file) or one of `FORMATS`. `label` is the label of records
+    `format` is "auto" (by the first record of each file), one of `FORMATS`, or `module:name` (`find_format`).
+    `label` is the label of records
     that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of bad records
     in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
     whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those
     whose source measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and
     array items stream, one at a time. Raises TranscriptError with file, line and field; ValueError for a
     wrong argument."""
+    if format != "auto":
+        find_format(format)
     for name, value, choices in (
-        ("format", format, ("auto", *known_formats())),
         ("label", label, (None, *LABELS)),
         ("on_error", on_error, ("raise", "skip")),
         ("relabel", relabel, (None, "source")),

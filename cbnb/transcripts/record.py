@@ -404,7 +404,7 @@ def read_label(own: Any, given: str | None, where: str) -> str:
         where,
         f"says {own!r} but label={given!r} was passed; drop one of them",
     )
-    return own or given
+    return own or str(given)
 
 # %% ../../nbs/transcripts/00_record.ipynb #00a15199
 class Contradiction(TranscriptError):
@@ -521,7 +521,7 @@ def read_meta(record: dict, where: str) -> dict:
 # %% ../../nbs/transcripts/00_record.ipynb #a8ac096b
 def last_calls(messages: list) -> list[dict]:
     "Return the calls `[{name, arguments}, ...]` of the last assistant message."
-    last = next((m for m in reversed(messages) if m["role"] == "assistant"), {})
+    last: dict = next((m for m in reversed(messages) if m["role"] == "assistant"), {})
     return [
         {key: call["function"][key] for key in ("name", "arguments")} for call in last.get("tool_calls") or ()
     ]
@@ -621,11 +621,13 @@ def take_system(record: dict, where: str) -> tuple[str, str] | None:
     taken), or None. Text blocks are joined."""
     given = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
     given = {key: read_content(value, f"{where}, {key}") for key, value in given.items()}
-    given = [(key, text) for key, text in given.items() if text]
+    prompts = [(key, text) for key, text in given.items() if text]
     need(
-        len(given) < 2, f"{where}, {', '.join(key for key, _ in given)}", "are system prompts both; keep one"
+        len(prompts) < 2,
+        f"{where}, {', '.join(key for key, _ in prompts)}",
+        "are system prompts both; keep one",
     )
-    return given[0] if given else None
+    return prompts[0] if prompts else None
 
 
 def take_tools(record: dict, where: str, adapted: Counter) -> list[dict] | None:
