@@ -98,7 +98,8 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        return float(value) if -sys.float_info.max <= value <= sys.float_info.max else None
+        number: Any = value  # a Real of any library
+        return float(number) if abs(number) <= sys.float_info.max else None
     if isinstance(value, dict):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

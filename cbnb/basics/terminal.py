@@ -188,6 +188,7 @@ def ended(
     """Return the exit status of a program: what `work()` returns; 2 where it raises one of `refusals`
     (exception types: what was given, the `words`, is not in order), which is said on stderr as a `sentence`
     behind `name`; 130 after an interrupt, and 141 where nobody reads on (`| head`), both without a word."""
+    caught: tuple[type[Exception], ...] = (*refusals, RuntimeError)
     try:
         try:
             try:
@@ -196,7 +197,7 @@ def ended(
                 sys.stdout.flush()
         except BrokenPipeError:
             raise
-        except (*refusals, RuntimeError) as e:
+        except caught as e:
             if not isinstance(e, refusals) and not says_pathlib(e):
                 raise
             say(f"{name}: {sentence(scrub(str(e)), words)}", file=sys.stderr)

@@ -36,10 +36,11 @@ from cbnb.transcripts.record import (
 # %% auto #0
 __all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'CALL_TAGS', 'RESULT_TAGS', 'anthropic_assistant',
            'anthropic_user', 'anthropic_messages', 'anthropic_tools', 'from_anthropic', 'is_anthropic', 'item_text',
-           'item_call', 'response_messages', 'response_tools', 'from_responses', 'is_item', 'is_responses',
-           'langchain_parts', 'langchain_content', 'langchain_message', 'is_langchain', 'from_langchain',
-           'holds_langchain', 'text_call', 'hermes_messages', 'from_hermes', 'is_hermes', 'alpaca_prompt',
-           'alpaca_history', 'from_alpaca', 'is_alpaca', 'transcript_text', 'pair_side', 'from_preference']
+           'item_call', 'OpenTurn', 'add_thought', 'add_result', 'add_words', 'response_messages', 'response_tools',
+           'from_responses', 'is_item', 'is_responses', 'langchain_parts', 'langchain_content', 'langchain_calls',
+           'langchain_message', 'is_langchain', 'from_langchain', 'holds_langchain', 'text_call', 'hermes_messages',
+           'from_hermes', 'is_hermes', 'alpaca_prompt', 'alpaca_history', 'from_alpaca', 'is_alpaca', 'transcript_text',
+           'pair_side', 'from_preference']
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #cc280e71
 def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
@@ -83,7 +84,7 @@ def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
         **({"tool_calls": calls} if calls else {}),
     }
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #7894648a
 def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dict]:
     """Return our messages for an Anthropic user `message`: its tool_result blocks become tool
     messages; `names` are the tools by call id."""
@@ -121,7 +122,7 @@ def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dic
         or [{"role": "user", "content": ""}]
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #345853dc
 def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
     """Return our messages for a list of Anthropic's. Raises TranscriptError with the block that cannot be
     read."""
@@ -181,7 +182,7 @@ def anthropic_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
         )
     return out
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #e76a57d1
 def from_anthropic(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -198,7 +199,7 @@ def from_anthropic(
     tools = anthropic_tools(record.get("tools"), f"{where}, tools", adapted)
     return finish(record, ("messages", "tools"), messages, where, default_id, label, source, tools, adapted)
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #bbdec3bd
 # and a key that each has
 BLOCKS = {
     "tool_use": "input",
@@ -247,7 +248,7 @@ def item_text(content: Any, where: str) -> str:
         )
     return "".join(block["refusal"] if block["type"] == "refusal" else block["text"] for block in content)
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #57c75033
 def item_call(item: dict, where: str) -> dict:
     """Return the call of a `function_call`, `custom_tool_call` (its text is the argument `input`) or
     `local_shell_call` item."""
@@ -265,24 +266,24 @@ def item_call(item: dict, where: str) -> dict:
         "function": {"name": name, "arguments": read_arguments(arguments, f"{where}.arguments")},
     }
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #9e1dda8e
 CALL_ITEMS = ("function_call", "custom_tool_call", "local_shell_call")
 RESULT_ITEMS = tuple(f"{kind}_output" for kind in CALL_ITEMS)
 ITEMS = ("message", "reasoning", *CALL_ITEMS, *RESULT_ITEMS)
 
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #1fed0341
+class OpenTurn:
+    """The messages `out` that are read so far, and the assistant's message that is still open (None without
+    one)."""
 
-def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
-    """Return the messages of a list of Responses items. What the assistant thinks, says and calls until a
-    result or another speaker is one message. Summaries of reasoning are another model's words, so they are
-    left out, as encrypted reasoning is; both are counted."""
-    out: list[dict] = []
-    names: dict[str, str] = {}
-    turn: Any = None
+    def __init__(self) -> None:
+        self.out: list[dict] = []
+        self.turn: Any = None
 
-    def assistant(slot):
+    def assistant(self, slot: str) -> dict:
         """Return the open message of the assistant; a new one where it has said `slot` already and no call
         waits for its result."""
-        nonlocal turn
+        turn = self.turn
         if (
             turn is None
             or slot in turn
@@ -291,62 +292,84 @@ def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
             and turn.get("content")
             and not turn.get("tool_calls")
         ):
-            out.append(turn := {"role": "assistant"})
+            self.out.append(turn := {"role": "assistant"})
+            self.turn = turn
         return turn
 
+    def add(self, message: dict) -> None:
+        "Add a `message` of another speaker, which closes the assistant's."
+        self.out.append(message)
+        self.turn = None
+
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #5c04e9ed
+def add_thought(turns: OpenTurn, item: dict, where: str, adapted: Counter) -> None:
+    """Add a reasoning `item` to the assistant's message, or count it in `adapted` where its words are not
+    there."""
+    if text := item_text(item.get("content"), f"{where}.content"):
+        turn = turns.assistant("reasoning_content")
+        turn["reasoning_content"] = "\n\n".join(t for t in (turn.get("reasoning_content"), text) if t)
+    else:
+        adapted[
+            "summary of reasoning left out" if item.get("summary") else "encrypted reasoning left out"
+        ] += 1
+
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #9af1d2c7
+def add_result(turns: OpenTurn, item: dict, where: str, names: dict[str, str]) -> None:
+    "Add the result of a call as a tool message; `names` are the tools by call id."
+    number = item.get("call_id") or item.get("id")
+    need(
+        isinstance(number, str) and number,
+        f"{where}.call_id",
+        "is missing; name the call that this is the result of",
+    )
+    turns.add(
+        {
+            "role": "tool",
+            "tool_call_id": number,
+            "content": item_text(item.get("output"), f"{where}.output"),
+            **({"name": names[str(number)]} if number in names else {}),
+        }
+    )
+
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #fbe07332
+def add_words(turns: OpenTurn, item: dict, where: str, adapted: Counter) -> None:
+    "Add a message `item`: to the open message where the assistant speaks, else as a message of its own."
+    role, text = item.get("role"), item_text(item.get("content"), f"{where}.content")
+    need_one_of(role, ("user", "assistant", "system", "developer"), f"{where}.role")
+    if role != "assistant":
+        turns.add({"role": role, "content": text})
+        return
+    turn = turns.assistant("content")
+    if "tool_calls" in turn and text.strip():
+        adapted["text after a call moved before it"] += 1
+    turn["content"] = "\n\n".join(t for t in (turn.get("content"), text) if t)
+    turn |= {k: v for k, v in item.items() if k not in ("role", "content", "type", "id", "status", "phase")}
+
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #a119dd55
+def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
+    """Return our messages for a list of Responses items. Raises TranscriptError with the item that cannot be
+    read."""
+    turns = OpenTurn()
+    names: dict[str, str] = {}
     for i, item in enumerate(items):
         here = f"{where}[{i}]"
         need(isinstance(item, dict), here, f"is {type(item).__name__}; each item is an object with a type")
         kind = item.get("type") or ("message" if "role" in item else None)
         need(kind in ITEMS, f"{here}.type", f"is {kind!r}; only {', '.join(ITEMS)} can be read")
-        read_switch(
-            {"role": "assistant" if kind in (*CALL_ITEMS, "reasoning") else item.get("role"), **item}, here
-        )
+        speaker = "assistant" if kind in (*CALL_ITEMS, "reasoning") else item.get("role")
+        read_switch({"role": speaker, **item}, here)
         if kind == "reasoning":
-            if text := item_text(item.get("content"), f"{here}.content"):
-                assistant("reasoning_content")["reasoning_content"] = "\n\n".join(
-                    t for t in (assistant("").get("reasoning_content"), text) if t
-                )
-            else:
-                adapted[
-                    "summary of reasoning left out" if item.get("summary") else "encrypted reasoning left out"
-                ] += 1
+            add_thought(turns, item, here, adapted)
         elif kind in CALL_ITEMS:
-            assistant("").setdefault("tool_calls", []).append(call := item_call(item, here))
+            call = item_call(item, here)
+            turns.assistant("").setdefault("tool_calls", []).append(call)
             if "id" in call:
                 names[call["id"]] = call["function"]["name"]
         elif kind in RESULT_ITEMS:
-            number = item.get("call_id") or item.get("id")
-            need(
-                isinstance(number, str) and number,
-                f"{here}.call_id",
-                "is missing; name the call that this is the result of",
-            )
-            out.append(
-                {
-                    "role": "tool",
-                    "tool_call_id": number,
-                    "content": item_text(item.get("output"), f"{here}.output"),
-                    **({"name": names[number]} if number in names else {}),
-                }
-            )
-            turn = None
+            add_result(turns, item, here, names)
         else:
-            role, text = item.get("role"), item_text(item.get("content"), f"{here}.content")
-            need_one_of(role, ("user", "assistant", "system", "developer"), f"{here}.role")
-            if role == "assistant":
-                if "tool_calls" in assistant("content") and text.strip():
-                    adapted["text after a call moved before it"] += 1
-                turn["content"] = "\n\n".join(t for t in (turn.get("content"), text) if t)
-                turn |= {
-                    k: v
-                    for k, v in item.items()
-                    if k not in ("role", "content", "type", "id", "status", "phase")
-                }
-            else:
-                out.append({"role": role, "content": text})
-                turn = None
-    return [{"content": "", **m} for m in out]
+            add_words(turns, item, here, adapted)
+    return [{"content": "", **m} for m in turns.out]
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #a260f5a5
 def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
@@ -365,7 +388,7 @@ def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
         for t in ours
     ]
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #3910281b
 def from_responses(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -407,7 +430,7 @@ def from_responses(
         adapted,
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #70edff34
 def is_item(record: Any) -> bool:
     "Return whether a record is one item of Responses."
     return (
@@ -416,7 +439,7 @@ def is_item(record: Any) -> bool:
         and not {"messages", "message", "data"} & record.keys()
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #accb7e25
 def is_responses(record: dict) -> bool:
     "Return whether a record holds items of Responses under items, input or output, or is one."
     lists = [record[k] for k in ("items", "input", "output") if is_dicts(record.get(k))]
@@ -452,7 +475,7 @@ KINDS = {
     "developer": "system",
 }
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #7e5cd4f7
 def langchain_parts(message: dict) -> tuple[Any, dict]:
     """Return `(kind, fields)` of a LangChain message in any of its three dumps: `dumpd` (lc),
     `messages_to_dict` (type, data) and `model_dump`."""
@@ -463,7 +486,7 @@ def langchain_parts(message: dict) -> tuple[Any, dict]:
         return message.get("type"), message["data"]
     return message.get("type"), message
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #a992a06c
 def langchain_content(content: Any, where: str, calls: list) -> tuple[str, str]:
     """Return `(text, thoughts)` of LangChain content: a string, or blocks; those of calls repeat `calls`,
     which the message has elsewhere."""
@@ -487,23 +510,10 @@ def langchain_content(content: Any, where: str, calls: list) -> tuple[str, str]:
             )
     return "".join(texts), "\n".join(t for t in thoughts if t)
 
-
-def langchain_message(message: Any, where: str) -> dict:
-    "Return our message for a LangChain `message`."
-    need(
-        isinstance(message, dict),
-        where,
-        f"is {type(message).__name__}; each message is an object with a type",
-    )
-    kind, fields = langchain_parts(message)
-    need_one_of(kind, KINDS, f"{where}.type")
-    role, extra = KINDS[kind], fields.get("additional_kwargs") or {}
-    need(isinstance(extra, dict), f"{where}.additional_kwargs", "is no object")
-    need(
-        not fields.get("invalid_tool_calls"),
-        f"{where}.invalid_tool_calls",
-        "holds a call that LangChain could not read; drop the conversation",
-    )
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #40831599
+def langchain_calls(fields: dict, extra: dict, where: str) -> list:
+    """Return the calls of a LangChain message, in a form that `read_message` takes: from its `tool_calls`,
+    else from the provider's in `extra`, its `additional_kwargs`."""
     calls = fields.get("tool_calls") or []
     need(
         isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
@@ -525,7 +535,26 @@ def langchain_message(message: Any, where: str) -> dict:
         }
         for c in calls
     ]
-    calls = calls or extra.get("tool_calls") or []
+    return calls or extra.get("tool_calls") or []
+
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #79b30129
+def langchain_message(message: Any, where: str) -> dict:
+    "Return our message for a LangChain `message`."
+    need(
+        isinstance(message, dict),
+        where,
+        f"is {type(message).__name__}; each message is an object with a type",
+    )
+    kind, fields = langchain_parts(message)
+    need_one_of(kind, KINDS, f"{where}.type")
+    role, extra = KINDS[kind], fields.get("additional_kwargs") or {}
+    need(isinstance(extra, dict), f"{where}.additional_kwargs", "is no object")
+    need(
+        not fields.get("invalid_tool_calls"),
+        f"{where}.invalid_tool_calls",
+        "holds a call that LangChain could not read; drop the conversation",
+    )
+    calls = langchain_calls(fields, extra, where)
     text, thoughts = langchain_content(fields.get("content"), f"{where}.content", calls)
     thoughts = thoughts or extra.get("reasoning_content") or ""
     kept = ("tool_call_id", "name") if role in ("tool", "function") else ()
@@ -542,7 +571,7 @@ def langchain_message(message: Any, where: str) -> dict:
         if v or k == "content"
     }
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #2a670bfc
 def is_langchain(message: Any) -> bool:
     "Return whether a JSON value is a LangChain message."
     if not isinstance(message, dict) or {"role", "uuid", "sessionId", "payload"} & message.keys():
@@ -550,7 +579,7 @@ def is_langchain(message: Any) -> bool:
     kind, fields = langchain_parts(message)
     return isinstance(kind, str) and kind in KINDS and "content" in fields
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #04835373
 def from_langchain(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -582,7 +611,7 @@ def from_langchain(
         adapted,
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #af2fb0bd
 def holds_langchain(record: dict) -> bool:
     "Return whether a record is a LangChain message, or holds them as its messages or as those of its values."
     state: Any = record.get("values") if isinstance(record.get("values"), dict) else record
@@ -606,7 +635,7 @@ add_format(
 CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
 RESULT_TAGS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #22f9f0cb
 def text_call(text: str, where: str, adapted: Counter) -> dict:
     "Return the call that stands in Hermes' tags: a JSON object, or as in some of its sets a Python literal."
     try:
@@ -627,7 +656,7 @@ def text_call(text: str, where: str, adapted: Counter) -> dict:
     )
     return read_tool_call({"function": {k: v for k, v in call.items() if k in ("name", "arguments")}}, where)
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #fb4318e8
 def hermes_messages(message: dict, where: str, adapted: Counter) -> list[dict]:
     """Return our messages for a `message` with Hermes' tags in its text: calls of the assistant, and a
     tool message for each response."""
@@ -659,7 +688,7 @@ def hermes_messages(message: dict, where: str, adapted: Counter) -> list[dict]:
         return [{**message, "role": "tool", "content": response} for response in responses]
     return [message]
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #dae38326
 def from_hermes(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -679,7 +708,7 @@ def from_hermes(
     ]
     return finish(record, (key,), messages, where, default_id, label, source, record.get("tools"), adapted)
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #2f9f0895
 def is_hermes(record: dict) -> bool:
     """Return whether an assistant's text in a record holds a call in tags. A chat with a label of its own is
     ours, and its text is text."""
@@ -708,7 +737,7 @@ def alpaca_prompt(record: dict, where: str) -> str:
     need(text.strip(), f"{where}, instruction", "is missing or empty; write the text")
     return text
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #3771ec04
 def alpaca_history(record: dict, where: str) -> list[dict]:
     """Return the messages of the `history` of an alpaca row, a list of `[question, answer]`, as LLaMA-Factory
     reads it."""
@@ -726,7 +755,7 @@ def alpaca_history(record: dict, where: str) -> list[dict]:
         {"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)
     ]
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #f01bbaac
 def from_alpaca(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -752,7 +781,7 @@ def from_alpaca(
         record.get("tools"),
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #eaaa1233
 def is_alpaca(record: dict) -> bool:
     "Return whether a record has a text as instruction, one as output, and no messages."
     return (
@@ -779,7 +808,7 @@ def transcript_text(text: str, where: str) -> list[dict]:
         for who, said in zip(parts[1::2], parts[2::2])
     ]
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #0c8be1a0
 def pair_side(record: dict, key: str, where: str) -> list[dict]:
     """Return the messages of one side of a preference pair: `prompt`, `instruction`, `conversations` or
     nothing, and then the text or messages under `key`."""
@@ -812,7 +841,7 @@ def pair_side(record: dict, key: str, where: str) -> list[dict]:
         before = []
     return [*before, *after]
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #1d89113f
 def from_preference(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
