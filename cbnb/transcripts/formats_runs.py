@@ -29,9 +29,10 @@ from .record import Transcript, need, need_one_of, read_content, read_message, r
 # %% auto #0
 __all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'inspect_content', 'inspect_message', 'inspect_call',
            'inspect_tools', 'inspect_sample', 'from_inspect', 'is_inspect', 'skip_metadata', 'from_invariant',
-           'is_invariant', 'invariant_leaves_out', 'tau2_messages', 'from_tau2', 'is_tau2', 'thinking_text',
-           'from_swe_agent', 'from_mini_swe_agent', 'is_mini_swe_agent', 'with_marks', 'openhands_response',
-           'openhands_event', 'openhands_kind', 'from_openhands', 'is_event', 'is_openhands']
+           'is_invariant', 'invariant_leaves_out', 'check_tau2', 'tau2_message', 'tau2_messages', 'tau2_run',
+           'from_tau2', 'is_tau2', 'thinking_text', 'from_swe_agent', 'from_mini_swe_agent', 'is_mini_swe_agent',
+           'with_marks', 'openhands_response', 'openhands_event', 'openhands_text', 'add_action', 'openhands_output',
+           'openhands_kind', 'from_openhands', 'is_event', 'is_openhands']
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #0675117d
 def with_attachments(value: Any, attachments: dict, where: str) -> Any:
@@ -52,7 +53,7 @@ def with_attachments(value: Any, attachments: dict, where: str) -> Any:
         else value
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #98978c61
 def inspect_content(content: Any, where: str, adapted: Counter) -> tuple[str, str]:
     """Return `(text, thoughts)` of Inspect content: a string, or blocks of text and reasoning. Reasoning that
     the provider hid is left out, counted."""
@@ -75,7 +76,7 @@ def inspect_content(content: Any, where: str, adapted: Counter) -> tuple[str, st
             thoughts.append(block["reasoning"])
     return "".join(texts), "\n".join(t for t in thoughts if t)
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #59624e19
 def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> dict:
     """Return our message for Inspect's. The error of a tool, after `prefix`, is what the model was
     shown. An assistant message of the data set (`source` input), such as an example, gets `weight` 0: the
@@ -118,7 +119,7 @@ def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> 
         adapted["assistant message of the data set, not trained"] += 1
     return out
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #12aca4fc
 def inspect_call(call: Any, where: str) -> dict:
     """Return a tool call of ours from Inspect's `{id, function, arguments}`; one that could not be parsed is
     an error."""
@@ -139,7 +140,7 @@ def inspect_call(call: Any, where: str) -> dict:
         ),
     }
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #96a7c8ba
 def inspect_tools(sample: dict, where: str) -> list[dict] | None:
     """Return the tools on offer by the model events of a `sample`, each once by its name; None where the log
     keeps no events."""
@@ -152,7 +153,7 @@ def inspect_tools(sample: dict, where: str) -> list[dict] | None:
                 )
     return with_attachments(list(found.values()), sample.get("attachments") or {}, f"{where}, events") or None
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #d5fe59d3
 KEPT = ("epoch", "target", "scores", "metadata", "error", "limit")  # of a sample, for meta
 
 
@@ -187,7 +188,7 @@ def inspect_sample(
     rest = {"id": default_id if None in names else "/".join(map(str, names)), "meta": meta}
     return finish(rest, (), messages, where, default_id, label, source, inspect_tools(sample, where), adapted)
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #1909a086
 def from_inspect(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -216,8 +217,9 @@ def from_inspect(
         )
     ]
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #6c778606
 def is_inspect(record: dict) -> bool:
+    "Return whether a record is a log of Inspect: an object `eval` beside samples or a version."
     return (
         isinstance(record.get("eval"), dict)
         and {"samples", "version"} & record.keys() != set()
@@ -242,7 +244,7 @@ def skip_metadata(records: Iterator[FileRecord], path: str | Path) -> Iterator[F
                 {**record, "dataset_metadata": head} if isinstance(record, dict) and head else record,
             )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #59ddcf51
 RUN_KEYS = ("suite_name", "user_task_id", "injection_task_id", "attack_type", "security")
 
 
@@ -280,7 +282,7 @@ def from_invariant(
         )
     return finish(rest, ("tools",), out, where, default_id, label, source, record.get("tools"), adapted)
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #9c820b20
 def is_invariant(record: dict) -> bool:
     "Return whether a record is a trace of an Invariant export, or the line of metadata before them."
     facts = isinstance(record.get("metadata"), dict)
@@ -290,8 +292,9 @@ def is_invariant(record: dict) -> bool:
         facts and "label" not in record and bool({"index", "annotations", "dataset_metadata"} & record.keys())
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #e5bfe0fd
 def invariant_leaves_out(record: dict) -> str:
+    "Return why a folder leaves out a trace of AgentDojo's, as `agentdojo_leaves_out` does; empty for others."
     return agentdojo_leaves_out(record["metadata"]) if isinstance(record.get("metadata"), dict) else ""
 
 
@@ -311,6 +314,48 @@ add_format(
 GREETING = "Hi! How can I help you today?"  # tau2-bench's own first words, which no model wrote
 
 
+def check_tau2(message: Any, where: str) -> None:
+    "Raise TranscriptError where a message of tau2-bench has a field of another type, or is sound."
+    need(
+        isinstance(message, dict),
+        where,
+        f"is {type(message).__name__}; each message is an object with role and content",
+    )
+    need_one_of(message.get("role"), ("system", "user", "assistant", "tool"), f"{where}.role")
+    need(
+        not message.get("is_audio"), f"{where}.is_audio", "says that the message is sound; only text is read"
+    )
+    calls = message.get("tool_calls") or []
+    need(
+        isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
+        f"{where}.tool_calls",
+        "is no list of calls",
+    )
+
+
+def tau2_message(message: dict, where: str, names: dict[str, str]) -> dict:
+    """Return our message for one of tau2-bench; `names` are the tools by call id, to which its calls are
+    added."""
+    role = message["role"]
+    new: dict = {"role": role, "content": read_content(message.get("content"), f"{where}.content")}
+    for k, call in enumerate(message.get("tool_calls") or []):
+        read = read_tool_call(
+            {"function": {"name": call.get("name"), "arguments": call.get("arguments")}},
+            f"{where}.tool_calls[{k}]",
+        )
+        number = call.get("id")
+        new.setdefault("tool_calls", []).append(
+            {**({"id": number} if isinstance(number, str) and number else {}), **read}
+        )
+        if isinstance(number, str):
+            names[number] = read["function"]["name"]
+    if role == "tool":
+        number = message.get("id")
+        new |= {"tool_call_id": number} if isinstance(number, str) and number else {}
+        new |= {"name": names[number]} if isinstance(number, str) and number in names else {}
+    return new
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #f6bf452b
 def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
     """Return the messages of a tau2-bench simulation as the agent saw them: the user's own calls and their
     results (`requestor` user) are left out, results that came together are taken apart, and the greeting gets
@@ -332,48 +377,53 @@ def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
         )
         for j, m in enumerate([message] if results is None else results):
             place = here if results is None else f"{here}.tool_messages[{j}]"
-            need(
-                isinstance(m, dict),
-                place,
-                f"is {type(m).__name__}; each message is an object with role and content",
-            )
-            role, calls = m.get("role"), m.get("tool_calls") or []
-            need_one_of(role, ("system", "user", "assistant", "tool"), f"{place}.role")
-            need(
-                not m.get("is_audio"),
-                f"{place}.is_audio",
-                "says that the message is sound; only text is read",
-            )
-            need(
-                isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
-                f"{place}.tool_calls",
-                "is no list of calls",
-            )
-            if role == "tool" and m.get("requestor") == "user" or role == "user" and calls:
+            check_tau2(m, place)
+            role = m["role"]
+            if role == "tool" and m.get("requestor") == "user" or role == "user" and m.get("tool_calls"):
                 adapted["the user's own call or its result left out"] += 1
                 continue
-            new = {"role": role, "content": read_content(m.get("content"), f"{place}.content")}
-            for k, call in enumerate(calls):
-                read = read_tool_call(
-                    {"function": {"name": call.get("name"), "arguments": call.get("arguments")}},
-                    f"{place}.tool_calls[{k}]",
-                )
-                number = call.get("id")
-                new.setdefault("tool_calls", []).append(
-                    {**({"id": number} if isinstance(number, str) and number else {}), **read}
-                )
-                if isinstance(number, str):
-                    names[number] = read["function"]["name"]
-            if role == "tool":
-                number = m.get("id")
-                new |= {"tool_call_id": number} if isinstance(number, str) and number else {}
-                new |= {"name": names[number]} if isinstance(number, str) and number in names else {}
+            new = tau2_message(m, place, names)
             if role == "assistant" and not out and new["content"] == GREETING:
                 new["weight"] = 0
             out.append(new)
     return out
 
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #1d68bda9
+def tau2_run(
+    run: Any, world: dict, where: str, default_id: str, label: str | None, source: str
+) -> list[Transcript]:
+    "Return a list with the one Transcript of a simulation in the `world` (environment_info) of its results."
+    adapted: Counter = Counter()
+    need(isinstance(run, dict), where, f"is {type(run).__name__}; each simulation is an object")
+    messages = run.get("messages")
+    need(
+        isinstance(messages, list) and messages,
+        f"{where}, messages",
+        "is missing or empty; the run broke off before it began, drop it",
+    )
+    messages = tau2_messages(messages, f"{where}, messages", adapted)
+    need(messages, f"{where}, messages", "holds nothing that the agent saw; drop the run")
+    if isinstance(policy := world.get("policy"), str) and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": policy})
+        adapted["policy of the domain as system message"] += 1
+    defs = world.get("tool_defs")
+    tools = [
+        {"name": t["name"], "description": str(t.get("doc") or ""), "parameters": t["params"]}
+        for t in dicts_of(list(defs.values()) if isinstance(defs, dict) else defs)
+        if isinstance(t.get("name"), str) and isinstance(t.get("params"), dict)
+    ]
+    left = ("messages", "ticks", "id", "label", "simulations", "info", "tasks")
+    meta = {k: v for k, v in run.items() if k not in left}
+    if isinstance(world.get("domain_name"), str):
+        meta["domain"] = world["domain_name"]
+    rest = {
+        "id": run["id"] if isinstance(run.get("id"), str) else default_id,
+        "meta": meta,
+        **({"label": run["label"]} if run.get("label") is not None else {}),
+    }
+    return finish(rest, (), messages, where, default_id, or_benign(rest, label), source, tools, adapted)
 
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #c919a2ff
 def from_tau2(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -390,49 +440,16 @@ def from_tau2(
         f"{where}, simulations",
         "is missing or empty; the results hold no run",
     )
-    defs = world.get("tool_defs")
-    if isinstance(defs, dict):
-        defs = list(defs.values())
     one = len(simulations) == 1
     out: list[Transcript] = []
     for i, run in enumerate(simulations):
         here = where if one else f"{where}, simulations[{i}]"
-        own_id = default_id if one else f"{default_id}:{i + 1}"
-        adapted: Counter = Counter()
-        need(isinstance(run, dict), here, f"is {type(run).__name__}; each simulation is an object")
-        messages = run.get("messages")
-        need(
-            isinstance(messages, list) and messages,
-            f"{here}, messages",
-            "is missing or empty; the run broke off before it began, drop it",
-        )
-        messages = tau2_messages(messages, f"{here}, messages", adapted)
-        need(messages, f"{here}, messages", "holds nothing that the agent saw; drop the run")
-        if isinstance(policy := world.get("policy"), str) and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": policy})
-            adapted["policy of the domain as system message"] += 1
-        tools = [
-            {"name": t["name"], "description": str(t.get("doc") or ""), "parameters": t["params"]}
-            for t in dicts_of(defs)
-            if isinstance(t.get("name"), str) and isinstance(t.get("params"), dict)
-        ]
-        meta = {
-            k: v
-            for k, v in run.items()
-            if k not in ("messages", "ticks", "id", "label", "simulations", "info", "tasks")
-        }
-        if isinstance(world.get("domain_name"), str):
-            meta["domain"] = world["domain_name"]
-        rest = {
-            "id": run["id"] if isinstance(run.get("id"), str) else own_id,
-            "meta": meta,
-            **({"label": run["label"]} if run.get("label") is not None else {}),
-        }
-        out += finish(rest, (), messages, here, own_id, or_benign(rest, label), source, tools, adapted)
+        out += tau2_run(run, world, here, default_id if one else f"{default_id}:{i + 1}", label, source)
     return out
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #811d768e
 def is_tau2(record: dict) -> bool:
+    "Return whether a record holds results of tau2-bench, or is one simulation of it."
     return (
         is_dicts(record.get("simulations"))
         and "info" in record
@@ -450,7 +467,7 @@ def thinking_text(blocks: Any) -> str:
         b["thinking"] for b in dicts_of(blocks) if isinstance(b.get("thinking"), str) and b["thinking"]
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #27dd8387
 def from_swe_agent(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -511,7 +528,7 @@ def from_swe_agent(
 
 add_format(Format("swe_agent", lambda r: {"trajectory", "history"} <= r.keys(), from_swe_agent))
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #8070d1d6
 def from_mini_swe_agent(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -571,7 +588,7 @@ def from_mini_swe_agent(
         adapted,
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #f01b8bd5
 def is_mini_swe_agent(record: dict) -> bool:
     """Return whether a record has messages beside the marks of a mini-swe-agent trajectory: its format's
     name, or how it ended."""
@@ -596,7 +613,7 @@ LEFT_OUT = (
     "agent_state_changed",
 )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #dbbe6545
 def with_marks(content: str, marks: Any) -> str:
     """Return a command's output as OpenHands shows it to the model: with prefix, suffix, folder, interpreter
     and exit code of its `marks`."""
@@ -611,7 +628,7 @@ def with_marks(content: str, marks: Any) -> str:
         lines.append(f"[Command finished with exit code {marks['exit_code']}]")
     return "\n".join(lines)
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #287283cc
 def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
     "Return `(response id, assistant message)` of the `model_response` in an event's `tool_call_metadata`."
     response: Any = link.get("model_response")
@@ -628,7 +645,7 @@ def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
         {"role": "assistant", "content": None, **new}, f"{where}.model_response"
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #1d4c8dff
 def openhands_event(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
     """Add what an event of OpenHands (before 1.0) means to `out`; `seen` are the answers that stand there.
     Returns tools, where it names them."""
@@ -672,18 +689,57 @@ def openhands_event(event: dict, where: str, out: list[dict], seen: set[str], ad
         )
         adapted[f"event {action or observed} left out"] += 1
 
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #86b23b09
+def openhands_text(where: str, *parts: Any) -> str:
+    "Return the text of `parts`, each a block, a list of blocks, a string or None."
+    return "".join(item_text([p] if isinstance(p, dict) else p, where) for p in parts)
 
-def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
-    "Add what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as `openhands_event` does."
-    kind = event.get("kind")
-
-    def text(*parts):
-        return "".join(item_text([p] if isinstance(p, dict) else p, where) for p in parts)
-
-    if kind == "SystemPromptEvent":
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #76b808f2
+def add_action(event: dict, where: str, out: list[dict], seen: set[str]) -> None:
+    "Add the call of an ActionEvent to `out`: to the message of its answer where that stands there (`seen`)."
+    call: Any = event.get("tool_call")
+    number = event.get("llm_response_id")
+    need(isinstance(call, dict), f"{where}.tool_call", "is no object")
+    read = read_tool_call(
+        {"function": {"name": call.get("name"), "arguments": call.get("arguments")}}, f"{where}.tool_call"
+    )
+    read = {**({"id": call["id"]} if isinstance(call.get("id"), str) else {}), **read}
+    if number is not None and str(number) in seen and out and out[-1].get("tool_calls"):
+        out[-1]["tool_calls"].append(read)
+    else:
+        thoughts = event.get("reasoning_content") or thinking_text(event.get("thinking_blocks"))
         out.append(
-            {"role": "system", "content": text(event.get("system_prompt"), event.get("dynamic_context"))}
+            {
+                "role": "assistant",
+                "content": openhands_text(where, event.get("thought")),
+                "tool_calls": [read],
+                **({"reasoning_content": thoughts} if thoughts else {}),
+            }
         )
+    seen.add(str(number))
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #8fa0cdf9
+def openhands_output(event: dict, where: str) -> str:
+    "Return what the model read of an event that answers a call: an output, an error, or a user's refusal."
+    kind = event.get("kind")
+    if kind == "AgentErrorEvent":
+        return openhands_text(where, event.get("error"))
+    if kind == "UserRejectObservation":
+        return f"Action rejected: {event.get('rejection_reason')}"
+    output: Any = event.get("observation")
+    need(isinstance(output, dict), f"{where}.observation", "is no object")
+    text = with_marks(openhands_text(where, output.get("content")), output.get("metadata"))
+    failed = "[An error occurred during execution.]\n" if output.get("is_error") else ""
+    return failed + text + openhands_text(where, event.get("extended_content"))
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #2f4bbafb
+def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
+    """Add what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as `openhands_event`
+    does."""
+    kind = event.get("kind")
+    if kind == "SystemPromptEvent":
+        prompt = openhands_text(where, event.get("system_prompt"), event.get("dynamic_context"))
+        out.append({"role": "system", "content": prompt})
         return event.get("tools")
     if kind == "MessageEvent":
         message: Any = event.get("llm_message")
@@ -693,52 +749,21 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
         out.append(
             {
                 "role": message["role"],
-                "content": text(message.get("content"), event.get("extended_content")),
+                "content": openhands_text(where, message.get("content"), event.get("extended_content")),
                 **({"reasoning_content": thoughts} if thoughts else {}),
             }
         )
     elif kind == "ActionEvent":
-        call: Any = event.get("tool_call")
-        number = event.get("llm_response_id")
-        need(isinstance(call, dict), f"{where}.tool_call", "is no object")
-        read = read_tool_call(
-            {"function": {"name": call.get("name"), "arguments": call.get("arguments")}}, f"{where}.tool_call"
-        )
-        read = {**({"id": call["id"]} if isinstance(call.get("id"), str) else {}), **read}
-        if number is not None and str(number) in seen and out and out[-1].get("tool_calls"):
-            out[-1]["tool_calls"].append(read)
-        else:
-            thoughts = event.get("reasoning_content") or thinking_text(event.get("thinking_blocks"))
-            out.append(
-                {
-                    "role": "assistant",
-                    "content": text(event.get("thought")),
-                    "tool_calls": [read],
-                    **({"reasoning_content": thoughts} if thoughts else {}),
-                }
-            )
-        seen.add(str(number))
+        add_action(event, where, out, seen)
     elif kind in ("ObservationEvent", "AgentErrorEvent", "UserRejectObservation"):
-        seen_by_model: Any = event.get("observation")
-        extra = event.get("extended_content")
-        if kind == "AgentErrorEvent":
-            said = text(event.get("error"))
-        elif kind == "UserRejectObservation":
-            said = f"Action rejected: {event.get('rejection_reason')}"
-        else:
-            need(isinstance(seen_by_model, dict), f"{where}.observation", "is no object")
-            said = with_marks(text(seen_by_model.get("content")), seen_by_model.get("metadata"))
-            said = (
-                ("[An error occurred during execution.]\n" if seen_by_model.get("is_error") else "")
-                + said
-                + text(extra)
-            )
         names = {"tool_call_id": event.get("tool_call_id"), "name": event.get("tool_name")}
-        out.append({"role": "tool", "content": said, **{k: v for k, v in names.items() if v is not None}})
+        text = openhands_output(event, where)
+        out.append({"role": "tool", "content": text, **{k: v for k, v in names.items() if v is not None}})
     else:
         adapted[f"event {kind} left out"] += 1
+    return None
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #7cb1e047
 def from_openhands(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -772,7 +797,7 @@ def from_openhands(
         record, (key, "tools"), out, where, default_id, label, source, known or record.get("tools"), adapted
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #f4717d02
 def is_event(record: Any) -> bool:
     "Return whether a JSON value is an event of OpenHands."
     if not isinstance(record, dict) or "source" not in record:
@@ -788,8 +813,9 @@ def is_event(record: Any) -> bool:
         )
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #a7b69986
 def is_openhands(record: dict) -> bool:
+    "Return whether a record is an event of OpenHands, or holds events."
     return (
         is_event(record)
         or "trajectory" not in record
