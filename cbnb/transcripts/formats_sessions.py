@@ -15,8 +15,8 @@ from .packed import FileRecord
 from .record import Transcript, TranscriptError, need
 
 # %% auto #0
-__all__ = ['result_ids', 'call_ids', 'branches', 'joined_blocks', 'blocks_of', 'one_session', 'is_claude_line',
-           'from_claude_code', 'codex_items', 'from_codex', 'is_codex_line', 'codex_part']
+__all__ = ['result_ids', 'call_ids', 'branches', 'joined_blocks', 'blocks_of', 'one_session', 'is_claude_line', 'claude_lines',
+           'claude_conversation', 'from_claude_code', 'codex_items', 'from_codex', 'is_codex_line', 'codex_part']
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #0619577a
 def result_ids(line: dict) -> set[str]:
@@ -37,7 +37,7 @@ def call_ids(lines: Iterable[dict]) -> set[str]:
         if b.get("type") == "tool_use" and isinstance(b.get("id"), str)
     }
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #3ae8e6ac
 def branches(lines: list[dict]) -> Iterator[list[dict]]:
     """Yield the conversations in `lines` (messages of a session, by `uuid` and `parentUuid`), each a list of
     lines in the order of the file: for each root the way to its last line. Results of calls on that way
@@ -66,7 +66,7 @@ def branches(lines: list[dict]) -> Iterator[list[dict]]:
         calls = call_ids([line for line in lines if line["uuid"] in inside])
         yield [line for line in lines if line["uuid"] in inside or result_ids(line) & calls]
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #78ec462e
 def joined_blocks(lines: list[dict]) -> list[dict]:
     """Return Anthropic messages of session `lines`: an answer is written a block a line, so lines with the
     `id` of one answer are one message."""
@@ -120,7 +120,7 @@ def one_session(
     if lines:
         yield *first, {key: lines}
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #7419549c
 def is_claude_line(record: Any) -> bool:
     "Return whether a record is a line of a Claude Code session."
     return (
@@ -135,23 +135,13 @@ def is_claude_line(record: Any) -> bool:
         )
     )
 
-
-def from_claude_code(
-    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
-) -> list[Transcript]:
-    """Return the Transcripts of a Claude Code session `{"lines": [...]}`, gathered from a file: the
-    conversation, each part of it after a compaction, and those of sub-agents. Lines that the model did not
-    read or write are left out, counted. The label is `label`."""
-    lines: Any = record.get("lines")
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #579d155a
+def claude_lines(lines: list[dict], where: str, adapted: Counter) -> list[dict]:
+    """Return the `lines` of a session that make its chain: what was said, and an empty link with `type` "" in
+    the place of what is left out. Raises TranscriptError for a line that says something and has no place."""
     kept: list[dict] = []
-    adapted: Counter = Counter()
-    need(
-        isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
-        f"{where}, lines",
-        "is no list of lines",
-    )
     for i, line in enumerate(lines):
-        here, kind, message = f"{where}, lines[{i}]", line.get("type"), line.get("message")
+        here, kind, message = f"{where}[{i}]", line.get("type"), line.get("message")
         if (
             kind not in ("user", "assistant")
             or line.get("isApiErrorMessage")
@@ -159,12 +149,8 @@ def from_claude_code(
             and message.get("model") == "<synthetic>"
         ):
             if kind not in ("summary", "file-history-snapshot"):
-                adapted[
-                    f"line {kind} left out"
-                    if kind not in ("user", "assistant")
-                    else "error of the API left out"
-                ] += 1
-            # others hang on it
+                told = kind in ("user", "assistant")
+                adapted["error of the API left out" if told else f"line {kind} left out"] += 1
             if isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None):
                 kept.append(
                     {"uuid": line["uuid"], "parentUuid": line.get("parentUuid"), "type": "", "message": {}}
@@ -181,35 +167,58 @@ def from_claude_code(
             "and parentUuid are no strings; they say where the line belongs",
         )
         kept.append(line)
+    return kept
+
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #7bdd3928
+def claude_conversation(lines: list[dict], default_id: str, number: int) -> dict:
+    """Return the id and notes of the conversation in `lines`, the one of that `number` (from 0) in its
+    session."""
+    first = lines[0]
+    name = next((str(line["sessionId"]) for line in lines if line.get("sessionId")), default_id)
+    kind = (
+        "sidechain"
+        if first.get("isSidechain")
+        else "compacted"
+        if any(line.get("isCompactSummary") for line in lines[:2])
+        else "main"
+    )
+    meta = {
+        k: first[k]
+        for k in ("cwd", "gitBranch", "version", "sessionId", "agentId")
+        if isinstance(first.get(k), str)
+    } | {"part": kind}
+    return {"id": name if kind == "main" and not number else f"{name}:{number + 1}", "meta": meta}
+
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #8ae9d2ca
+def from_claude_code(
+    record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
+) -> list[Transcript]:
+    """Return the Transcripts of a Claude Code session `{"lines": [...]}`, gathered from a file: the
+    conversation, each part of it after a compaction, and those of sub-agents. Lines that the model did not
+    read or write are left out, counted. The label is `label`."""
+    lines: Any = record.get("lines")
+    adapted: Counter = Counter()
     need(
-        len({line["uuid"] for line in kept}) == len(kept),
+        isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
+        f"{where}, lines",
+        "is no list of lines",
+    )
+    chain = claude_lines(lines, f"{where}, lines", adapted)
+    need(
+        len({line["uuid"] for line in chain}) == len(chain),
         f"{where}, lines",
         "hold a uuid twice; the session was copied together, keep one of the lines",
     )
     out: list[Transcript] = []
-    for branch in branches(kept):
+    for branch in branches(chain):
         said = [line for line in branch if line["type"]]
         if not any(line["type"] == "assistant" for line in said):
             continue
         # the whole file's counts stand with its first conversation
         own = Counter(adapted) if not out else Counter()
         messages = anthropic_messages(joined_blocks(said), f"{where}, messages", own)
-        first = said[0]
-        name = next((str(line["sessionId"]) for line in said if line.get("sessionId")), default_id)
-        kind = (
-            "sidechain"
-            if first.get("isSidechain")
-            else "compacted"
-            if any(line.get("isCompactSummary") for line in said[:2])
-            else "main"
-        )
-        meta = {
-            k: first[k]
-            for k in ("cwd", "gitBranch", "version", "sessionId", "agentId")
-            if isinstance(first.get(k), str)
-        } | {"part": kind}
-        own_id = name if kind == "main" and not out else f"{name}:{len(out) + 1}"
-        out += finish({"id": own_id, "meta": meta}, (), messages, where, default_id, label, source, None, own)
+        facts = claude_conversation(said, default_id, len(out))
+        out += finish(facts, (), messages, where, default_id, label, source, None, own)
     need(out, f"{where}, lines", "hold no answer of the assistant; there is nothing to read")
     return out
 
@@ -254,7 +263,7 @@ def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
             left[f"line {kind} left out"] += 1
     return facts, parts, left
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #a7dbf7bd
 def from_codex(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -300,7 +309,7 @@ def from_codex(
     need(out, f"{where}, rollout", "holds no answer of the assistant; there is nothing to read")
     return out
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #ba7068e7
 def is_codex_line(record: Any) -> bool:
     "Return whether a record is a line of a Codex session, new or old."
     if not isinstance(record, dict):
@@ -319,8 +328,10 @@ def is_codex_line(record: Any) -> bool:
         and "output" not in record
     )
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #24a5824b
 def codex_part(record: Any) -> bool:
+    """Return whether a record may stand in a Codex session: a line of it, a bare item, or a record of its
+    state."""
     return (
         is_codex_line(record)
         or is_item(record)

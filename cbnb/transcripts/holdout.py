@@ -17,8 +17,8 @@ from .record import Transcript, nearest, source_run
 from .spool import those
 
 # %% auto #0
-__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'draw_keys', 'Parted',
-           'thin', 'check_known', 'part', 'shared', 'held_lines']
+__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts', 'draw_keys',
+           'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'shared', 'held_lines']
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #10ca06de
 HELDOUT_BY = ("suite", "task", "injection", "prompt")
@@ -42,7 +42,7 @@ def prompt_key(transcript: Transcript) -> str:
 
     return json.dumps([[read(m) for m in transcript.messages[:last]], transcript.tools], sort_keys=True)
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #c58f1725
 def task_keys(transcript: Transcript) -> dict[str, str]:
     """Return `{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says
     so: `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
@@ -105,6 +105,17 @@ def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
     return np.random.default_rng((seed, 2)).permutation(count)[:n]
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #dbfd4787
+def key_counts(stream: list[dict], pair: tuple, orders: list[list]) -> np.ndarray:
+    """Return how many transcripts of a stream have each pair of keys (int64 [keys, keys]), by their places in
+    `orders`; place 0 is that of no such key. Those without any key are not counted."""
+    places = [{key: i for i, key in enumerate(order)} for order in orders]
+    count = np.zeros([len(order) for order in orders], np.int64)
+    for keys in stream:
+        count[places[0][keys.get(pair[0])], places[1][keys.get(pair[1])]] += 1
+    count[0, 0] = 0
+    return count
+
+# %% ../../nbs/transcripts/13_holdout.ipynb #156e9a2c
 def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: int = 0) -> dict[str, set]:
     """Return `{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys`
     of its transcripts.
@@ -115,25 +126,21 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
     stream for training. Where that share is under a half, half of n is asked for, and so on. Raises
     ValueError where not one of each stream can be held out."""
     rng, pair = np.random.default_rng((seed, 3)), (*kinds, None)[:2]
-    orders = []
+    orders: list[list] = []
     for kind in pair:
         known = sorted({keys[kind] for stream in streams for keys in stream if kind in keys})
         orders.append([None, *(known[i] for i in rng.permutation(len(known)))])
-    # 0: a transcript without such a key
-    places = [{key: i for i, key in enumerate(order)} for order in orders]
     held, share, wanted = [], [], []
     for stream in streams:
-        count = np.zeros([len(order) for order in orders], np.int64)
-        for keys in stream:
-            count[places[0][keys.get(pair[0])], places[1][keys.get(pair[1])]] += 1
-        count[0, 0] = 0  # without any key: not drawn here
+        count = key_counts(stream, pair, orders)
         if not (total := count.sum()):
             continue
         inner = count.copy()
         inner[0], inner[:, 0] = 0, 0
         # by the first a keys, by the first b
-        touched = (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())
-        a, b = (np.concatenate([[0], part]) for part in touched)
+        a, b = (
+            np.concatenate([[0], part]) for part in (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())
+        )
         held.append(count.cumsum(0).cumsum(1))
         share.append((total - a[:, None] - b[None] + inner.cumsum(0).cumsum(1)) / total)
         wanted.append(min(n, total // 5))
@@ -145,11 +152,9 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
         if (good := enough & (least >= 0.5 if part else least > 0)).any():
             ends = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
             return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, ends)}
-    named = " and ".join(kinds)
     raise ValueError(
-        f"no {named} can be held out and leave both streams something to train: there are too few, or all "
-        "runs share one; "
-        "give eval_data, or heldout_by prompt"
+        f"no {' and '.join(kinds)} can be held out and leave both streams something to train: there are too "
+        "few, or all runs share one; give eval_data, or heldout_by prompt"
     )
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #45babd17
@@ -165,7 +170,7 @@ class Parted:
     kinds: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #9be0aac8
 def thin(parted: Parted) -> Parted:
     "Take from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in place)."
     kinds = (*parted.kinds, "prompt")
@@ -183,7 +188,7 @@ def thin(parted: Parted) -> Parted:
         setattr(parted, name, those(stream, map(stays, stream)))
     return parted
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #f0a0b0ad
 def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[str, ...]) -> None:
     """Raise ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
     there."""
@@ -197,7 +202,22 @@ def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[s
                 "heldout_by prompt"
             )
 
+# %% ../../nbs/transcripts/13_holdout.ipynb #54637396
+def draw_stream(
+    keys: list[dict[str, str]], drawn: dict[str, set], n: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(held, spare)`: the numbers of the transcripts of one stream that are held out, and of those
+    that are more than `n` (int64). `keys` are their keys, `drawn` the keys to hold out."""
+    size = len(keys)
+    rest = np.flatnonzero([not k for k in keys])
+    share = n if len(rest) == size else round(n * len(rest) / size)
+    chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
+    whole = np.flatnonzero([bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys])
+    order = np.random.default_rng((seed, 4)).permutation(len(whole))
+    held = np.sort(np.concatenate([chosen, whole[order[: min(n, size // 5)]]]))
+    return held, np.setdiff1d(whole, held)
 
+# %% ../../nbs/transcripts/13_holdout.ipynb #e5cf694c
 def part(
     harmful: Sequence[Transcript],
     benign: Sequence[Transcript],
@@ -215,28 +235,20 @@ def part(
         hold_out(len(stream), n, seed, name)  # refuses what is too small
     one: dict[tuple, dict[str, str]] = {}  # of equal keys, which there are many of, one dict
 
-    def known(t):
+    def own_keys(t):
         keys = {k: v for k, v in task_keys(t).items() if k in kinds}
         return one.setdefault(tuple(keys.items()), keys)
 
-    keys = {name: [known(t) for t in stream] for name, stream in streams.items()}
+    keys = {name: [own_keys(t) for t in stream] for name, stream in streams.items()}
     drawn = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
     out = Parted([], [], [], kinds)
     for name, stream in streams.items():
-        rest = np.flatnonzero([not k for k in keys[name]])
-        share = n if len(rest) == len(stream) else round(n * len(rest) / len(stream))
-        chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
-        whole = np.flatnonzero(
-            [bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys[name]]
-        )
-        order = np.random.default_rng((seed, 4)).permutation(len(whole))
-        held = np.sort(np.concatenate([chosen, whole[order[: min(n, len(stream) // 5)]]]))
-        spare = np.setdiff1d(whole, held)
+        held, spare = draw_stream(keys[name], drawn, n, seed)
         out.held_out += [stream[i] for i in held]
         out.left_out |= dict.fromkeys((stream[i].id for i in spare), "spare")
-        kept = np.ones(len(stream), bool)
-        kept[held] = kept[spare] = False
-        setattr(out, name, those(stream, kept))
+        train = np.ones(len(stream), bool)
+        train[held] = train[spare] = False
+        setattr(out, name, those(stream, train))
     return thin(out)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #8a01be5e
@@ -259,7 +271,7 @@ def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[s
             }
     return out
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #6e6e4231
 def held_lines(
     training: Sequence[Transcript], held_out: list[Transcript], left_out: dict[str, str]
 ) -> list[str]:

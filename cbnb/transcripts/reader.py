@@ -36,8 +36,8 @@ from cbnb.transcripts.record import (
 
 # %% auto #0
 __all__ = ['ROOMS', 'MAX_SKIPPED', 'MAX_BAD', 'MAX_WORDS', 'SUFFIXES', 'known_formats', 'find_format', 'detect_format',
-           'of_format', 'SeenKeys', 'files_in', 'TooManyBad', 'TranscriptReader', 'read_transcripts', 'to_record',
-           'write_transcripts']
+           'of_format', 'SeenKeys', 'files_in', 'TooManyBad', 'ReadingCounts', 'RepeatFilter', 'TranscriptReader',
+           'read_transcripts', 'to_record', 'write_transcripts']
 
 # %% ../../nbs/transcripts/10_reader.ipynb #1258772d
 # the pages of formats, read when first asked
@@ -168,7 +168,7 @@ MAX_WORDS = 1000  # characters of an error sentence that is kept
 # of a folder's files
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")
 
-
+# %% ../../nbs/transcripts/10_reader.ipynb #76ebc2dc
 def files_in(folder: Path) -> list[Path]:
     """Return the paths of all files under a `folder` that `SUFFIXES` names, in order; hidden ones and links
     are left out."""
@@ -191,28 +191,11 @@ def files_in(folder: Path) -> list[Path]:
 class TooManyBad(TranscriptError):
     "So many bad records that the rest is not read."
 
+# %% ../../nbs/transcripts/10_reader.ipynb #ef2f942a
+class ReadingCounts:
+    "What the last reading of a `path` has done, in counts; see `TranscriptReader`."
 
-class TranscriptReader:
-    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds
-    the first `MAX_SKIPPED` error sentences of the last one (with `on_error='skip'`), `skipped_count`
-    the number of all, `contradictions` that of records whose fields contradict each other, by file,
-    `relabelled` that of those which were read by their source's verdict, `repeated` that of RRFA
-    samples and traces which stood before and of transcripts of a folder that stand in two of its files,
-    `renamed` that of transcripts whose id stands in another file too, `left_out` that of records by the
-    cause for which their format leaves them out of a folder, and `formats` that of records read, by format.
-    More than `MAX_BAD` bad records that are more than the good ones raise `TooManyBad`."""
-
-    def __init__(
-        self, path: str | Path, format: str, label: str | None, on_error: str, relabel: str | None = None
-    ) -> None:
-        self.path, self.format, self.label, self.on_error, self.relabel = (
-            Path(path),
-            format,
-            label,
-            on_error,
-            relabel,
-        )
-        self.start()
+    path: Path
 
     @property
     def shown_name(self) -> str:
@@ -246,37 +229,37 @@ class TranscriptReader:
             )
         return error
 
-    def convert(
-        self, format: Format, record: dict, where: str, default_id: str, name: str
-    ) -> list[Transcript]:
-        """Return the transcripts of a `record`; with `relabel`, of the one that its source's verdict has
-        corrected where its own fields contradict each other."""
-        try:
-            return format.reads(record, where, default_id, self.label, name)
-        except Contradiction as e:
-            self.contradictions[name] += 1
-            if self.relabel is None or e.corrected is None:
-                raise
-            found = format.reads(e.corrected, where, default_id, None, name)
-            self.relabelled += 1
-            return found
-
-    def all_contradictions(self, first: TranscriptError) -> TranscriptError:
-        """Return the TranscriptError that counts the contradictions of all files by reading them again, as
-        far as skipping reads them, and gives the `first`."""
-        reader, part = copy.copy(self), ""
-        reader.on_error, reader.relabel = "skip", None
-        try:
-            for _ in TranscriptReader.records(reader, empty=True):
-                pass
-        except TooManyBad:
-            part = "the first "
-        files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
-        more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
-        return TranscriptError(
-            f"{first} ({reader.contradictions.total():,} of {part}{reader.record_count:,} records "
-            f"contradict themselves: {', '.join(files[:5])}{more})"
+    def nothing(self) -> str:
+        "Return why there is no record, in words."
+        links = sum(p.is_symlink() for p in self.path.rglob("*")) if self.path.is_dir() else 0
+        out = ", ".join(f"{n:,} {cause} left out" for cause, n in self.left_out.items())
+        return (
+            out
+            or "there are no records"
+            + f", but {links:,} links, which are followed where a glob names them" * bool(links)
         )
+
+    def told(self) -> list[str]:
+        """Return sentences on what the last reading did with whole records: those read once and those read by
+        their source's verdict, counted."""
+        texts = (
+            (self.repeated, "samples stood before and were read once"),
+            (
+                self.renamed,
+                "transcripts have an id that stands in another file too; theirs begins with the name of "
+                "their file",
+            ),
+            (
+                self.relabelled,
+                "records, whose labels contradict the verdict of their source, were read by that verdict",
+            ),
+        )
+        left = [f"{self.shown_name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
+        return left + [f"{self.shown_name}: {n:,} {text}" for n, text in texts if n]
+
+# %% ../../nbs/transcripts/10_reader.ipynb #1c398bd0
+class RepeatFilter(ReadingCounts):
+    "A reading that hands on equal transcripts once, and gives different ones different ids."
 
     def drop_repeats(self, found: list[Transcript], default_id: str, seen: SeenKeys) -> list[Transcript]:
         """Return `found` without transcripts that stood before in this file, equal in all (but for an id that
@@ -316,11 +299,103 @@ class TranscriptReader:
                 new.append(t)
         return new
 
+# %% ../../nbs/transcripts/10_reader.ipynb #bfaaef28
+class TranscriptReader(RepeatFilter):
+    """The transcripts of a file, or of all files of a folder, read anew on each iteration. `skipped` holds
+    the first `MAX_SKIPPED` error sentences of the last one (with `on_error='skip'`), `skipped_count`
+    the number of all, `contradictions` that of records whose fields contradict each other, by file,
+    `relabelled` that of those which were read by their source's verdict, `repeated` that of RRFA
+    samples and traces which stood before and of transcripts of a folder that stand in two of its files,
+    `renamed` that of transcripts whose id stands in another file too, `left_out` that of records by the
+    cause for which their format leaves them out of a folder, and `formats` that of records read, by format.
+    More than `MAX_BAD` bad records that are more than the good ones raise `TooManyBad`."""
+
+    def __init__(
+        self, path: str | Path, format: str, label: str | None, on_error: str, relabel: str | None = None
+    ) -> None:
+        self.path, self.format, self.label, self.on_error, self.relabel = (
+            Path(path),
+            format,
+            label,
+            on_error,
+            relabel,
+        )
+        self.start()
+
+    def convert(
+        self, format: Format, record: dict, where: str, default_id: str, name: str
+    ) -> list[Transcript]:
+        """Return the transcripts of a `record`; with `relabel`, of the one that its source's verdict has
+        corrected where its own fields contradict each other."""
+        try:
+            return format.reads(record, where, default_id, self.label, name)
+        except Contradiction as e:
+            self.contradictions[name] += 1
+            if self.relabel is None or e.corrected is None:
+                raise
+            found = format.reads(e.corrected, where, default_id, None, name)
+            self.relabelled += 1
+            return found
+
+    def all_contradictions(self, first: TranscriptError) -> TranscriptError:
+        """Return the TranscriptError that counts the contradictions of all files by reading them again, as
+        far as skipping reads them, and gives the `first`."""
+        reader, part = copy.copy(self), ""
+        reader.on_error, reader.relabel = "skip", None
+        try:
+            for _ in TranscriptReader.records(reader, empty=True):
+                pass
+        except TooManyBad:
+            part = "the first "
+        files = [f"{name} {n:,}" for name, n in reader.contradictions.items()]
+        more = f" and {len(files) - 5} more files" if len(files) > 5 else ""
+        return TranscriptError(
+            f"{first} ({reader.contradictions.total():,} of {part}{reader.record_count:,} records "
+            f"contradict themselves: {', '.join(files[:5])}{more})"
+        )
+
     def files(self) -> list[tuple[Path, str]]:
         "Return `(path, name)` of the one file, or of each of `files_in` a folder."
         if not self.path.is_dir():
             return [(self.path, str(self.path) if is_hub(self.path) else self.path.name)]
         return [(p, p.relative_to(self.path).as_posix()) for p in files_in(self.path)]
+
+    def read_record(
+        self,
+        record: Any,
+        format: Any,
+        place: tuple[str, str, str],
+        in_folder: bool,
+        ids: SeenKeys,
+        contents: SeenKeys,
+    ) -> list[Transcript] | None:
+        """Return the transcripts of one `record` of a file, whose `place` is (where, id, file); None where
+        its `format` leaves it out of a folder. Raises TranscriptError, also for an id in `ids`."""
+        where, default_id, name = place
+        if isinstance(record, TranscriptError):
+            raise record
+        need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
+        cause = format.leaves_out(record) if in_folder and self.label is None and format.leaves_out else ""
+        if cause:
+            self.left_out[cause] += 1
+            return None
+        check_record_switches(record, where)
+        check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
+        found = self.convert(format, record, where, default_id, name)
+        if format.repeats:
+            found = self.drop_repeats(found, default_id, contents)
+        need(
+            not (twice := sorted(t.id for t in found if t.id in ids)),
+            f"{where}, id",
+            f"{twice} stood before; ids must differ",
+        )
+        need(
+            len({t.id for t in found}) == len(found),
+            f"{where}, id",
+            "stands twice in this record; ids must differ",
+        )
+        self.formats[format.name] += 1
+        return found
 
     def read_file(
         self, path: str | Path, name: str, ids: SeenKeys, contents: SeenKeys
@@ -334,41 +409,14 @@ class TranscriptReader:
         ):
             self.record_count += 1
             try:
-                if isinstance(record, TranscriptError):
-                    raise record
-                need(
-                    isinstance(record, dict),
-                    where,
-                    f"is a JSON {type(record).__name__}; each record is an object",
-                )
-                if (
-                    self.label is None
-                    and path != self.path
-                    and format.leaves_out
-                    and (cause := format.leaves_out(record))
-                ):
-                    self.left_out[cause] += 1
-                    continue
-                check_record_switches(record, where)
-                check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
-                found = self.convert(format, record, where, default_id, name)
-                if format.repeats:
-                    found = self.drop_repeats(found, default_id, contents)
-                need(
-                    not (twice := sorted(t.id for t in found if t.id in here)),
-                    f"{where}, id",
-                    f"{twice} stood before; ids must differ",
-                )
-                need(
-                    len({t.id for t in found}) == len(found),
-                    f"{where}, id",
-                    "stands twice in this record; ids must differ",
-                )
-                self.formats[format.name] += 1
+                place = (where, default_id, name)
+                found = self.read_record(record, format, place, path != self.path, here, contents)
             except TranscriptError as e:
                 if self.on_error == "raise":
                     raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
                 yield self.skip(e)
+                continue
+            if found is None:
                 continue
             for t in found:
                 here.add(t.id)
@@ -396,34 +444,6 @@ class TranscriptReader:
             self.path.name,
             f"holds no transcript; {self.skipped[0] if self.skipped else self.nothing()}",
         )
-
-    def nothing(self) -> str:
-        "Return why there is no record, in words."
-        links = sum(p.is_symlink() for p in self.path.rglob("*")) if self.path.is_dir() else 0
-        out = ", ".join(f"{n:,} {cause} left out" for cause, n in self.left_out.items())
-        return (
-            out
-            or "there are no records"
-            + f", but {links:,} links, which are followed where a glob names them" * bool(links)
-        )
-
-    def told(self) -> list[str]:
-        """Return sentences on what the last reading did with whole records: those read once and those read by
-        their source's verdict, counted."""
-        texts = (
-            (self.repeated, "samples stood before and were read once"),
-            (
-                self.renamed,
-                "transcripts have an id that stands in another file too; theirs begins with the name of "
-                "their file",
-            ),
-            (
-                self.relabelled,
-                "records, whose labels contradict the verdict of their source, were read by that verdict",
-            ),
-        )
-        left = [f"{self.shown_name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
-        return left + [f"{self.shown_name}: {n:,} {text}" for n, text in texts if n]
 
     def __iter__(self) -> Iterator[Transcript]:
         for found in self.records():
