@@ -72,6 +72,7 @@ PARTS = (
         "How-to",
         (
             "howto/data.ipynb",
+            "howto/add_format.ipynb",
             "howto/model.md",
             "howto/cluster.md",
             "howto/report.ipynb",

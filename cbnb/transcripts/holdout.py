@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,16 +17,17 @@ from .record import Transcript, nearest, source_run
 from .spool import those
 
 # %% auto #0
-__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'draw_keys', 'Parted',
-           'thin', 'check_known', 'part', 'shared', 'held_lines']
+__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts', 'draw_keys',
+           'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'shared', 'held_lines']
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #10ca06de
 HELDOUT_BY = ("suite", "task", "injection", "prompt")
 
 
 def prompt_key(transcript: Transcript) -> str:
-    """What the last assistant message answers, as one string: equal for two transcripts that ask the same and
-    differ in the answer only, or in what no model reads, as numbers of calls and times of messages."""
+    """Return what the last assistant message answers, as one string: equal for two transcripts that ask the
+    same and differ in the answer only, or in what no model reads, as numbers of calls and times of
+    messages."""
     last = max(
         (i for i, m in enumerate(transcript.messages) if m["role"] == "assistant"),
         default=len(transcript.messages),
@@ -41,12 +42,12 @@ def prompt_key(transcript: Transcript) -> str:
 
     return json.dumps([[read(m) for m in transcript.messages[:last]], transcript.tools], sort_keys=True)
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #c58f1725
 def task_keys(transcript: Transcript) -> dict[str, str]:
-    """`{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says so:
-    `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
-    of them, and from tau-bench and tau2-bench (task only, whose suite is tau2-bench's domain). An
-    injection task that was given as the user's request is an injection task."""
+    """Return `{kind: key}` of what a transcript shares with others of its benchmark, where its `meta` says
+    so: `suite`, and in it `task` (the user's) and `injection`. Read from AgentDojo's runs, from traces made
+    of them, and from tau-bench and tau2-bench (task only, whose suite is tau2-bench's domain). An injection
+    task that was given as the user's request is an injection task."""
     meta = transcript.meta
     run, _ = source_run(meta)
     run = run or (meta if "user_task_id" in meta else {})
@@ -64,14 +65,14 @@ def task_keys(transcript: Transcript) -> dict[str, str]:
 
 
 def keys_of(transcript: Transcript) -> dict[str, str]:
-    "`task_keys` and the `prompt`."
+    "Return `task_keys` and the `prompt`."
     return task_keys(transcript) | {"prompt": prompt_key(transcript)}
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #b23ac668
 def heldout_kinds(by: str) -> tuple[str, ...]:
-    """The kinds of key that no held-out transcript shares with training, for the setting `heldout_by`:
-    `auto` is task and injection; else names of `HELDOUT_BY`, separated by commas. A suite holds its
-    tasks. Equal prompts never are on both sides. Raises ValueError for another name."""
+    """Return the kinds of key that no held-out transcript shares with training, for the setting `heldout_by`:
+    `auto` is task and injection; else names of `HELDOUT_BY`, separated by commas. A suite holds its tasks.
+    Equal prompts never are on both sides. Raises ValueError for another name."""
     names = [part.strip() for part in by.split(",") if part.strip()]
     if names == ["auto"]:
         return ("task", "injection")
@@ -92,8 +93,9 @@ HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
 
 
 def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
-    """Which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no order).
-    Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be spared."""
+    """Return which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no
+    order). Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be
+    spared."""
     n = min(n, count // 5)
     if not n:
         raise ValueError(
@@ -103,9 +105,20 @@ def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
     return np.random.default_rng((seed, 2)).permutation(count)[:n]
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #dbfd4787
+def key_counts(stream: list[dict], pair: tuple, orders: list[list]) -> np.ndarray:
+    """Return how many transcripts of a stream have each pair of keys (int64 [keys, keys]), by their places in
+    `orders`; place 0 is that of no such key. Those without any key are not counted."""
+    places = [{key: i for i, key in enumerate(order)} for order in orders]
+    count = np.zeros([len(order) for order in orders], np.int64)
+    for keys in stream:
+        count[places[0][keys.get(pair[0])], places[1][keys.get(pair[1])]] += 1
+    count[0, 0] = 0
+    return count
+
+# %% ../../nbs/transcripts/13_holdout.ipynb #156e9a2c
 def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: int = 0) -> dict[str, set]:
-    """`{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys` of
-    its transcripts.
+    """Return `{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys`
+    of its transcripts.
 
     Held out is a transcript all of whose keys are drawn, trained is one with none of them, the rest is
     left out. Each kind is brought into an order by `seed`; of all numbers of first keys in the two, those
@@ -113,25 +126,21 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
     stream for training. Where that share is under a half, half of n is asked for, and so on. Raises
     ValueError where not one of each stream can be held out."""
     rng, pair = np.random.default_rng((seed, 3)), (*kinds, None)[:2]
-    orders = []
+    orders: list[list] = []
     for kind in pair:
         known = sorted({keys[kind] for stream in streams for keys in stream if kind in keys})
         orders.append([None, *(known[i] for i in rng.permutation(len(known)))])
-    # 0: a transcript without such a key
-    places = [{key: i for i, key in enumerate(order)} for order in orders]
     held, share, wanted = [], [], []
     for stream in streams:
-        count = np.zeros([len(order) for order in orders], np.int64)
-        for keys in stream:
-            count[places[0][keys.get(pair[0])], places[1][keys.get(pair[1])]] += 1
-        count[0, 0] = 0  # without any key: not drawn here
+        count = key_counts(stream, pair, orders)
         if not (total := count.sum()):
             continue
         inner = count.copy()
         inner[0], inner[:, 0] = 0, 0
         # by the first a keys, by the first b
-        touched = (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())
-        a, b = (np.concatenate([[0], part]) for part in touched)
+        a, b = (
+            np.concatenate([[0], part]) for part in (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())
+        )
         held.append(count.cumsum(0).cumsum(1))
         share.append((total - a[:, None] - b[None] + inner.cumsum(0).cumsum(1)) / total)
         wanted.append(min(n, total // 5))
@@ -141,13 +150,11 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
     for part in (1, 2, 4, 8, 16, 32, 64, None):
         enough = np.all([h >= max(1, w // part if part else 1) for h, w in zip(held, wanted)], axis=0)
         if (good := enough & (least >= 0.5 if part else least > 0)).any():
-            a, b = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
-            return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, (a, b))}
-    named = " and ".join(kinds)
+            ends = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
+            return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, ends)}
     raise ValueError(
-        f"no {named} can be held out and leave both streams something to train: there are too few, or all "
-        "runs share one; "
-        "give eval_data, or heldout_by prompt"
+        f"no {' and '.join(kinds)} can be held out and leave both streams something to train: there are too "
+        "few, or all runs share one; give eval_data, or heldout_by prompt"
     )
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #45babd17
@@ -163,10 +170,9 @@ class Parted:
     kinds: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #9be0aac8
 def thin(parted: Parted) -> Parted:
-    """Takes from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in
-    place)."""
+    "Take from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in place)."
     kinds = (*parted.kinds, "prompt")
     held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
 
@@ -182,9 +188,9 @@ def thin(parted: Parted) -> Parted:
         setattr(parted, name, those(stream, map(stays, stream)))
     return parted
 
-
-def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
-    """Raises ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
+# %% ../../nbs/transcripts/13_holdout.ipynb #f0a0b0ad
+def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[str, ...]) -> None:
+    """Raise ValueError where `by` names a kind that no transcript of `streams` has; `auto` takes what is
     there."""
     if by.strip() == "auto" or not kinds:
         return
@@ -196,7 +202,22 @@ def check_known(streams, by: str, kinds: tuple[str, ...]) -> None:
                 "heldout_by prompt"
             )
 
+# %% ../../nbs/transcripts/13_holdout.ipynb #54637396
+def draw_stream(
+    keys: list[dict[str, str]], drawn: dict[str, set], n: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(held, spare)`: the numbers of the transcripts of one stream that are held out, and of those
+    that are more than `n` (int64). `keys` are their keys, `drawn` the keys to hold out."""
+    size = len(keys)
+    rest = np.flatnonzero([not k for k in keys])
+    share = n if len(rest) == size else round(n * len(rest) / size)
+    chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
+    whole = np.flatnonzero([bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys])
+    order = np.random.default_rng((seed, 4)).permutation(len(whole))
+    held = np.sort(np.concatenate([chosen, whole[order[: min(n, size // 5)]]]))
+    return held, np.setdiff1d(whole, held)
 
+# %% ../../nbs/transcripts/13_holdout.ipynb #e5cf694c
 def part(
     harmful: Sequence[Transcript],
     benign: Sequence[Transcript],
@@ -204,45 +225,37 @@ def part(
     n: int = HELD_OUT,
     seed: int = 0,
 ) -> Parted:
-    """Parts the streams of one set of files into training and held-out transcripts, `n` of each stream (at
-    most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key
-    is drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared.
-    Raises ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
+    """Part the streams of one set of files into training and held-out transcripts, `n` of each stream (at
+    most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key is
+    drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared. Raises
+    ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
     kinds, streams = heldout_kinds(by), {"harmful": harmful, "benign": benign}
     check_known(streams.values(), by, kinds)
     for name, stream in streams.items():
         hold_out(len(stream), n, seed, name)  # refuses what is too small
-    one = {}  # of equal keys, which there are many of, one dict
+    one: dict[tuple, dict[str, str]] = {}  # of equal keys, which there are many of, one dict
 
-    def known(t):
+    def own_keys(t):
         keys = {k: v for k, v in task_keys(t).items() if k in kinds}
         return one.setdefault(tuple(keys.items()), keys)
 
-    keys = {name: [known(t) for t in stream] for name, stream in streams.items()}
+    keys = {name: [own_keys(t) for t in stream] for name, stream in streams.items()}
     drawn = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
     out = Parted([], [], [], kinds)
     for name, stream in streams.items():
-        rest = np.flatnonzero([not k for k in keys[name]])
-        share = n if len(rest) == len(stream) else round(n * len(rest) / len(stream))
-        chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
-        whole = np.flatnonzero(
-            [bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys[name]]
-        )
-        order = np.random.default_rng((seed, 4)).permutation(len(whole))
-        held = np.sort(np.concatenate([chosen, whole[order[: min(n, len(stream) // 5)]]]))
-        spare = np.setdiff1d(whole, held)
+        held, spare = draw_stream(keys[name], drawn, n, seed)
         out.held_out += [stream[i] for i in held]
         out.left_out |= dict.fromkeys((stream[i].id for i in spare), "spare")
-        kept = np.ones(len(stream), bool)
-        kept[held] = kept[spare] = False
-        setattr(out, name, those(stream, kept))
+        train = np.ones(len(stream), bool)
+        train[held] = train[spare] = False
+        setattr(out, name, those(stream, train))
     return thin(out)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #8a01be5e
 def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
-    """`{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
-    transcripts have: different keys in training and among the held-out, held-out transcripts with such
-    a key, and how many of these share it with training."""
+    """Return `{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
+    transcripts have: different keys in training and among the held-out, held-out transcripts with such a key,
+    and how many of these share it with training."""
     known, held, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
     for t in training:
         for kind, key in keys_of(t).items():
@@ -258,12 +271,12 @@ def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[s
             }
     return out
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #6e6e4231
 def held_lines(
     training: Sequence[Transcript], held_out: list[Transcript], left_out: dict[str, str]
 ) -> list[str]:
-    """Sentences for a run: how many are held out and by what, what they still share with training, and what
-    was left out of it for that."""
+    """Return sentences for a run: how many are held out and by what, what they still share with training, and
+    what was left out of it for that."""
     labels, found = Counter(t.label for t in held_out), shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
     lines += [

@@ -48,7 +48,7 @@ class Spooled(Sequence):
 
 # %% ../../nbs/transcripts/11_spool.ipynb #09676aaa
 def spooled(transcripts: Iterable[Transcript]) -> Spooled:
-    """Writes `transcripts` to a temporary file and gives a `Spooled` of them, 16 bytes of memory each. The
+    """Write `transcripts` to a temporary file and return a `Spooled` of them, 16 bytes of memory each. The
     file has no name: it is gone with the last process that holds it, however that ends. Processes that are
     forked read it, too. Raises TranscriptError where it cannot be written."""
     file, ends = tempfile.TemporaryFile(), array("q", [0])
@@ -79,8 +79,8 @@ def spooled(transcripts: Iterable[Transcript]) -> Spooled:
 
 # %% ../../nbs/transcripts/11_spool.ipynb #6e587d92
 def those(transcripts: Sequence[Transcript], keep: Iterable) -> Sequence[Transcript]:
-    """Those of `transcripts` whose value in `keep` (one each) is true: of a `Spooled` one that reads the same
-    file, else a list."""
+    """Return those of `transcripts` whose value in `keep` (one each) is true: of a `Spooled` one that reads
+    the same file, else a list."""
     if isinstance(transcripts, Spooled):
         return Spooled(
             transcripts.read, transcripts.rows[np.fromiter(map(bool, keep), bool, len(transcripts))]
@@ -89,7 +89,7 @@ def those(transcripts: Sequence[Transcript], keep: Iterable) -> Sequence[Transcr
 
 
 def changed(transcripts: Sequence[Transcript], change: Callable) -> Sequence[Transcript]:
-    "`change` of each of `transcripts`: of a `Spooled` made at each reading, else a list."
+    "Return `change` of each of `transcripts`: of a `Spooled` made at each reading, else a list."
     if isinstance(transcripts, Spooled):
         return Spooled(lambda row: change(transcripts.read(row)), transcripts.rows)
     return list(map(change, transcripts))
