@@ -42,7 +42,7 @@ def main(dtype, part):
     from cbnb.preflight.step_checks import (
         check_detachment,
         check_direction,
-        gradient_points,
+        gradient_findings,
         plain_logits,
         some_pairs,
     )
@@ -74,11 +74,11 @@ def main(dtype, part):
 
     calls = {
         "a training step": step,
-        "direction": lambda: points.extend(make_check("direction", check_direction, breaker, few).points),
+        "direction": lambda: points.extend(make_check("direction", check_direction, breaker, few).findings),
         "detachment": lambda: points.extend(
-            make_check("detachment", check_detachment, breaker, few, plain).points
+            make_check("detachment", check_detachment, breaker, few, plain).findings
         ),
-        "gradients": lambda: points.extend(gradient_points(breaker, few)),
+        "gradients": lambda: points.extend(gradient_findings(breaker, few)),
     }
     seconds, most = watched(calls[part])
     print(

@@ -16,7 +16,7 @@ from cbnb.config import ConfigError, get_config
 from cbnb.data.streams import collate, encode_stream
 from cbnb.evaluate.divergence import load_students, real_rows
 from cbnb.masking.masker import ChatMasker
-from cbnb.preflight.step_checks import check_start, plain_logits, some_pairs
+from cbnb.preflight.step_checks import check_run_start, plain_logits, some_pairs
 from cbnb.step.heads import find_head
 from cbnb.step.models import add_adapter, forward_with_hidden_states, load_model, load_tokenizer
 from cbnb.step.passes import both_passes
@@ -331,14 +331,14 @@ def test_a_run_does_not_begin(name, make, settings, words):
     batch, plain = started("biases" if name == "biases of the base" else "tinyagent")
     config = get_config("tinyagent", **settings)
     with pytest.raises(ConfigError, match=words):
-        check_start(make(), config, batch, plain)
+        check_run_start(make(), config, batch, plain)
 
 
 def test_a_sound_run_begins_and_nothing_is_left_behind():
     batch, plain = started()
     student = add_adapter(base_model(), config := get_config("tinyagent"))
     before, random = {name: p.clone() for name, p in student.named_parameters()}, torch.get_rng_state()
-    check_start(student, config, batch, plain)
+    check_run_start(student, config, batch, plain)
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
     assert all(p.grad is None for p in student.parameters())
     assert torch.equal(random, torch.get_rng_state()) and not student.get_base_model().training

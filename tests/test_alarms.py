@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cbnb.config import get_config
-from cbnb.preflight.probe import outlook, settled
+from cbnb.preflight.probe import outlook, settle
 from cbnb.train.alarms import advice, find_alarms
 
 # Trainings of the tiny agent with the random settings of nbs/bench/alive.ipynb (draws 0 to 15), in float32
@@ -56,7 +56,7 @@ def foretold_by(rows, config, floor):
     first = rows[:40]
     asked = (outlook(first[:n], config, floor) for n in range(1, len(first) + 1))
     sure = next((found for found in asked if found.alive is not None), None)
-    return sure or settled(outlook(first, config, floor), config)
+    return sure or settle(outlook(first, config, floor), config)
 
 
 def opened(rows, config):

@@ -10,11 +10,11 @@ import pytest
 import cbnb.train.breaker
 from cbnb.data.streams import Sample, collate
 from cbnb.preflight.checks import make_check
-from cbnb.preflight.probe import probe_only, probed
+from cbnb.preflight.probe import probe_only, probe_training
 from cbnb.preflight.step_checks import (
     check_detachment,
     check_direction,
-    gradient_points,
+    gradient_findings,
     plain_logits,
     some_pairs,
 )
@@ -58,7 +58,7 @@ def made(request):
 
 def verdict(name, function, *arguments):
     check = make_check(name, function, *arguments)
-    return check.verdict, " · ".join(p.text for p in check.points if p.verdict != "pass")
+    return check.verdict, " · ".join(p.text for p in check.findings if p.verdict != "pass")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -70,7 +70,7 @@ def test_a_sound_model_passes_and_a_reversed_kl_does_not(made, monkeypatch):
         ("detachment", check_detachment, breaker, batch, plain),
     ):
         assert verdict(name, function, *arguments)[0] != "fail", verdict(name, function, *arguments)
-    assert [p.text for p in gradient_points(breaker, batch) if p.verdict == "fail"] == []
+    assert [p.text for p in gradient_findings(breaker, batch) if p.verdict == "fail"] == []
     right = cbnb.train.breaker.head_kl
 
     def reversed_kl(ours, theirs, head, *more):
@@ -86,7 +86,7 @@ def test_the_probe_and_the_alarm_tell_a_breaker_that_opens_from_a_dead_one(made,
     student, config, *_ = made
     config = replace(config, retain_weight=retain_weight)
     harmful, benign = map(list, zip(*pairs(LENGTHS)))
-    found = probe_only(partial(probed, student, harmful * 2, benign * 2, pad_id=0, steps=60), config)
+    found = probe_only(partial(probe_training, student, harmful * 2, benign * 2, pad_id=0, steps=60), config)
     assert found.floor["dtype"] == config.dtype and bool(found.outlook.alive) == alive, found.outlook
     # what was probed, as the log of a run that ends there
     alarms = {

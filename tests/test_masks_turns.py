@@ -8,7 +8,7 @@ from cbnb.masking.audit import audit, mask_findings, trained_ends
 from cbnb.masking.masker import ChatMasker, loss_mask
 from cbnb.masking.policies import end_tokens
 from cbnb.masking.templates import MaskError
-from cbnb.preflight.data_checks import Laid, look_at, template_points
+from cbnb.preflight.data_checks import Placement, survey, template_findings
 from cbnb.transcripts.record import Transcript
 from masks_common import TOOLS, answer, ask, say
 from outside import llama3, qwen3
@@ -93,9 +93,9 @@ def test_preflight_names_the_whole_end_of_turn():
     tokenizer = tokenizer_with("<|eot|>", "<|endofturn|>")
     encoded = ChatMasker(tokenizer, template("<|eot|><|endofturn|>")).encode(CHAT)
     mask = loss_mask(encoded)
-    laid = [Laid(Transcript("x", CHAT), encoded, mask, mask, ())]
+    laid = [Placement(Transcript("x", CHAT), encoded, mask, mask, ())]
     for stops, verdict in (({tokenizer.eos_token_id}, "pass"), ({0}, "fail")):
-        point = template_points("benign", [], look_at(laid), tokenizer, stops)[-1]
+        point = template_findings("benign", [], survey(laid), tokenizer, stops)[-1]
         assert point.verdict == verdict and "turns end with <|eot|><|endofturn|>" in point.text
 
 

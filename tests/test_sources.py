@@ -442,7 +442,7 @@ def test_rows_that_lost_what_they_answer(tmp_path, capsys):
     from cbnb.config import get_config
     from cbnb.data.streams import StreamReport, data_record, encode_stream
     from cbnb.masking.masker import ChatMasker
-    from cbnb.preflight.data_checks import Seen, stream_points
+    from cbnb.preflight.data_checks import Survey, stream_findings
     from cbnb.step.models import load_tokenizer
 
     masker = ChatMasker(load_tokenizer("tinyagent"))
@@ -471,7 +471,7 @@ def test_rows_that_lost_what_they_answer(tmp_path, capsys):
     )
     [point] = [
         p
-        for p in stream_points("harmful", kept, Seen(), report, "post_injection_only")
+        for p in stream_findings("harmful", kept, Survey(), report, "post_injection_only")
         if "raise max_length" in p.text
     ]
     assert point.verdict == "warn" and "1 of 5 transcripts are dropped" in point.text

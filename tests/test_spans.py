@@ -155,12 +155,12 @@ def test_preflight_refuses_above_the_share():
     to it."""
     from cbnb.config import ConfigError, get_config
     from cbnb.data.streams import StreamReport
-    from cbnb.preflight.data_checks import injection_points
+    from cbnb.preflight.data_checks import injection_findings
 
     def verdicts(without, of, **changes):
         report = StreamReport(transcripts=of)
         report.counts["no_injection"] = without
-        return [p.verdict for p in injection_points("harmful", report, get_config("tinyagent", **changes))]
+        return [p.verdict for p in injection_findings("harmful", report, get_config("tinyagent", **changes))]
 
     assert verdicts(0, 10) == ["pass"] and verdicts(1, 10) == ["warn"] and verdicts(2, 10) == ["fail"]
     assert verdicts(1, 10, max_without_injection=0.0) == ["fail"] and verdicts(

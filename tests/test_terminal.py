@@ -185,9 +185,9 @@ def project(tmp_path):
     cells = {
         "train": [f"raise RuntimeError('no such block: {EVIL[:-2].encode('unicode_escape').decode()}')"],
         "preflight": [
-            "from pathlib import Path\nfrom cbnb.preflight.checks import Check, Page, Point\n"
+            "from pathlib import Path\nfrom cbnb.preflight.checks import Check, Finding, Page\n"
             "page = Page(Path(run_dir) / 'preflight.json', {}, {})\n"
-            "page.add(Check('alive', (Point('fail', 'a dead run \\x1b[2J'),)))\npage.close()"
+            "page.add(Check('alive', (Finding('alive', 'fail', 'a dead run \\x1b[2J'),)))\npage.close()"
         ],
     }
     (tmp_path / "nbs").mkdir()
