@@ -37,7 +37,7 @@ __all__ = ['BY_DESIGN', 'WORST', 'INJECTION', 'LOOKED_AT', 'ADAPTATION', 'PART_O
            'ONE_BOS', 'TURN_ENDS', 'SHARED_CALLS', 'SAME_CALLS', 'Stream', 'SHARED_KEYS', 'KINDS_COVERED', 'ONE_KIND',
            'GENERAL_BEYOND', 'GENERAL', 'HELDOUT_KL', 'find_window', 'Placement', 'place_sample', 'place_samples',
            'badness', 'segment_counts', 'Survey', 'survey', 'segment_frame', 'injection_findings', 'reading_findings',
-           'adaptation_findings', 'defect_findings', 'mask_findings', 'loss_findings', 'stream_findings',
+           'adaptation_findings', 'defect_findings', 'placement_findings', 'loss_findings', 'stream_findings',
            'template_findings', 'conflict_findings', 'worst_strips', 'check_masks', 'kind_of', 'heldout_findings',
            'kind_findings', 'divergence_findings', 'check_coverage']
 
@@ -319,7 +319,7 @@ def defect_findings(name: str, found: Survey, policy: str) -> list[Finding]:
     return findings
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #14552f85
-def mask_findings(name: str, samples: Sequence[Sample], found: Survey, policy: str) -> list[Finding]:
+def placement_findings(name: str, samples: Sequence[Sample], found: Survey, policy: str) -> list[Finding]:
     "Return findings on the masks of the `samples` of one stream, which `found` is the survey of."
     empty = [s.transcript for s in samples if not s.loss_mask[1:].any()]
     other = Counter({label: n for label, n in found.labels.items() if label != name})
@@ -411,7 +411,7 @@ def stream_findings(
     name: str, samples: Sequence[Sample], found: Survey, report: StreamReport, policy: str
 ) -> list[Finding]:
     "Return findings on the samples of one stream: their masks, and what was lost on the way to them."
-    return [*mask_findings(name, samples, found, policy), *loss_findings(name, samples, report)]
+    return [*placement_findings(name, samples, found, policy), *loss_findings(name, samples, report)]
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #c044b425
 ONE_BOS = Criterion(
