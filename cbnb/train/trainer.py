@@ -53,7 +53,7 @@ from .same import MADE_FROM, check_checkpoint, tell_changes
 
 # %% auto #0
 __all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
-           'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'BreakerArguments', 'settings_of',
+           'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'BreakerArguments', 'breaker_settings',
            'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
            'progress_line', 'show_line', 'stop_on_interrupt', 'log_of', 'mend_log', 'last_checkpoint', 'resume_point',
            'check_trackers', 'training_arguments', 'breaker_trainer', 'measured_floor', 'train_breaker']
@@ -156,7 +156,7 @@ class BreakerArguments(TrainingArguments):
     circuit_breaker_config: CircuitBreakerConfig
 
 
-def settings_of(args: TrainingArguments) -> CircuitBreakerConfig:
+def breaker_settings(args: TrainingArguments) -> CircuitBreakerConfig:
     "Return the settings that the `args` of a breaker's trainer carry."
     return cast(BreakerArguments, args).circuit_breaker_config
 
@@ -189,7 +189,7 @@ class CircuitBreakerTrainer(Trainer):
     def will_log(self, step: int) -> bool:
         """Whether optimizer step `step` (1 is the first) is logged: every `logging_steps`, the first, the
         last, a diagnosed one, one in which a term has no target."""
-        every = settings_of(self.args).diagnose_steps
+        every = breaker_settings(self.args).diagnose_steps
         return (
             step in (1, self.state.max_steps)
             or step % self.args.logging_steps == 0
@@ -198,7 +198,7 @@ class CircuitBreakerTrainer(Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        config = settings_of(self.args)
+        config = breaker_settings(self.args)
         step = self.state.global_step
         weights = term_weights(config, step)
         # every process backpropagates its share of a global mean and DDP averages gradients, hence the factor
@@ -244,7 +244,7 @@ class CircuitBreakerTrainer(Trainer):
 
     def metrics_row(self, logs: dict) -> dict:
         "The line of metrics.jsonl for the step just made; terms are summed over micro-batches and processes."
-        config, step = settings_of(self.args), self.state.global_step
+        config, step = breaker_settings(self.args), self.state.global_step
         raw = {key: self.accelerator.reduce(value, "sum").item() for key, value in self.step_terms.items()}
         weights = term_weights(config, step - 1)
         weighted = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in TERMS}
@@ -347,7 +347,7 @@ class LogWhatCounts(TrainerCallback):
     """
 
     def on_step_end(self, args, state, control, **kwargs):
-        every, last = settings_of(args).diagnose_steps, state.global_step == state.max_steps
+        every, last = breaker_settings(args).diagnose_steps, state.global_step == state.max_steps
         if last or (every and state.global_step % every == 0):
             control.should_log = True
         if last:
@@ -655,10 +655,10 @@ def measured_floor(trainer: CircuitBreakerTrainer, run: Run, pad_id: int) -> dic
     four; kept in status.json, and the same in each of its attempts."""
     if known := from_first(lambda: read_status(run.path).get("floor")):
         return known
-    pairs = [trainer.train_dataset[i] for i in range(min(settings_of(trainer.args).batch_size, 4))]
+    pairs = [trainer.train_dataset[i] for i in range(min(breaker_settings(trainer.args).batch_size, 4))]
     student = trainer.model.student
     floor = rounding_floor(
-        student, on_device(collate(pairs, pad_id), student.device), settings_of(trainer.args)
+        student, on_device(collate(pairs, pad_id), student.device), breaker_settings(trainer.args)
     )
     set_status(run, "running", floor=floor)
     return floor
