@@ -26,14 +26,14 @@ __all__ = ['INTEGERS', 'plain_logits', 'difference', 'bit_sum', 'Plain', 'as_pla
 # %% ../../nbs/step/08_adapter_checks.ipynb #3715f897
 @torch.no_grad()
 def plain_logits(model: nn.Module, rows: dict) -> torch.Tensor:
-    """The logits [B, S, V] of `model` as it is, called as anyone would, in its own dtype. `rows`: `input_ids`
-    and `attention_mask` [B, S]."""
+    """Return the logits [B, S, V] of `model` as it is, called as anyone would, in its own dtype. `rows`:
+    `input_ids` and `attention_mask` [B, S]."""
     return model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest absolute difference of two tensors of one shape; 0 only for the same bits, infinite where
-    one is not finite."""
+    """Return the largest absolute difference of two tensors of one shape; 0 only for the same bits, infinite
+    where one is not finite."""
     if torch.equal(a, b):
         return 0.0
     found = (a.double() - b.double()).abs().max().item()
@@ -44,14 +44,14 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 def bit_sum(tensor: torch.Tensor) -> int:
-    """The sum of the elements of `tensor`, their bits read as integers: a weight that was changed has another
-    one, whatever its dtype."""
+    """Return the sum of the elements of `tensor`, their bits read as integers: a weight that was changed has
+    another one, whatever its dtype."""
     return tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).item()
 
-
+# %% ../../nbs/step/08_adapter_checks.ipynb #cf6e731d
 @dataclass(frozen=True)
 class Plain:
-    """What a model is before it gets an adapter: its weights by name with the `bit_sum` of each, and its
+    """Hold what a model is before it gets an adapter: its weights by name with the `bit_sum` of each, and its
     `logits` [B, S, V] of `rows`. `noise`: by how much two passes differ, 0 but for kernels that add up in any
     order."""
 
@@ -65,13 +65,13 @@ class Plain:
         return self.rows["attention_mask"].bool()
 
     def off(self, logits: torch.Tensor) -> float:
-        "By how much `logits` of the same rows differ, beyond noise; padding does not count."
+        """Return by how much `logits` of the same rows differ, beyond noise; padding does not count."""
         found = difference(logits[self.seen], self.logits[self.seen])
         return 0.0 if found <= 4 * self.noise else found
 
-
+# %% ../../nbs/step/08_adapter_checks.ipynb #c375e71b
 def as_plain(model: nn.Module, rows: dict) -> Plain:
-    "The `Plain` of a model without an adapter, in the mode it is in."
+    """Return the `Plain` of a model without an adapter, in the mode it is in."""
     logits, again = (plain_logits(model, rows) for _ in range(2))
     seen = rows["attention_mask"].bool()
     weights = {name: (p, bit_sum(p)) for name, p in model.named_parameters()}
@@ -79,7 +79,7 @@ def as_plain(model: nn.Module, rows: dict) -> Plain:
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #d757b5f4
 def check_off(student: PeftModel, plain: Plain, what: str) -> None:
-    """Raises ConfigError where `student` with its adapters off is not the model that `plain` was taken of.
+    """Raise ConfigError where `student` with its adapters off is not the model that `plain` was taken of.
     `what`: the adapter, in words."""
     changed = [name for name, (p, bits) in plain.weights.items() if bit_sum(p) != bits]
     if changed:
@@ -98,8 +98,8 @@ def check_off(student: PeftModel, plain: Plain, what: str) -> None:
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #f4d21bf5
 def check_on(student: PeftModel, plain: Plain, what: str) -> None:
-    """Raises ConfigError where `student` with its active adapter gives the logits of `plain`, or none that
-    are finite, or where the adapter holds NaN."""
+    """Raise ConfigError where `student` with its active adapter gives the logits of `plain`, or none that are
+    finite, or where the adapter holds NaN."""
     own = {n: p for n, p in student.named_parameters() if student.active_adapter in n.split(".")}
     if broken := [name for name, p in own.items() if not p.isfinite().all()]:
         raise ConfigError(
@@ -119,7 +119,7 @@ def check_on(student: PeftModel, plain: Plain, what: str) -> None:
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #56cbd68a
 def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
-    """Raises ConfigError where the adapter in `folder`, of this configuration, has a rank that no matrix of
+    """Raise ConfigError where the adapter in `folder`, of this configuration, has a rank that no matrix of
     `base` can have, or more numbers than `base`, and where it is no part of the model at all, but tokens in
     front of what the model reads."""
     if config.is_prompt_learning:
@@ -147,7 +147,7 @@ def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #17a5136e
 def check_start_of(config: PeftConfig, what: str) -> None:
-    """Raises ConfigError where peft changes a base weight when it makes an adapter with the
+    """Raise ConfigError where peft changes a base weight when it makes an adapter with the
     `init_lora_weights` of `config`."""
     linear = nn.Linear(8, 8)
     before = linear.weight.detach().clone()

@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from .fused_kl import back_product_into, chunk_for, product_into, token_linear_kl
 from .losses import accumulate, token_kl
-from .models import decoder_blocks, find_decoder, teacher_mode, whole
+from .models import base_model, decoder_blocks, find_decoder, teacher_mode, whole
 
 # %% auto #0
-__all__ = ['SCALES', 'WideLinear', 'transforms', 'own_logits', 'Head', 'watched_ends', 'explained', 'plain_linear', 'find_head',
-           'head_kl', 'teacher_logits']
+__all__ = ['SCALES', 'WideLinear', 'transforms', 'own_logits', 'Head', 'watched_ends', 'explained', 'plain_linear',
+           'describe_head', 'find_head', 'head_kl', 'teacher_logits']
 
 # %% ../../nbs/step/06_heads.ipynb #9373577e
 class WideLinear(torch.autograd.Function):
-    "`rows @ weight.T` in float32 (float64 if either is) from inputs of any dtype; `weight` is frozen."
+    """Multiply `rows @ weight.T` in float32 (float64 if either is) from inputs of any dtype; `weight` is
+    frozen."""
 
     @staticmethod
-    def forward(ctx, rows, weight):
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype = rows.dtype
         wide = torch.float64 if torch.float64 in (rows.dtype, weight.dtype) else torch.float32
@@ -38,7 +41,7 @@ class WideLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (weight,) = ctx.saved_tensors
         back_product_into(
             out := torch.empty(len(upstream), weight.shape[1], dtype=upstream.dtype, device=upstream.device),
@@ -47,7 +50,7 @@ class WideLinear(torch.autograd.Function):
         )
         return out.to(ctx.dtype), None
 
-
+# %% ../../nbs/step/06_heads.ipynb #200b1686
 SCALES = (
     "logits_scaling",
     "logit_scale",
@@ -58,21 +61,21 @@ SCALES = (
 )
 
 
-def transforms(model: nn.Module):
-    """Yields `(name, function)` for what a model may do to the product of its output layer: nothing, or a
+def transforms(model: nn.Module) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Yield `(name, function)` for what a model may do to the product of its output layer: nothing, or a
     scale or a soft cap (tanh) by a constant of its configuration."""
     yield "", lambda logits: logits
-    config = model.config.get_text_config()
+    config = base_model(model).config.get_text_config()
     for name in SCALES:
         if isinstance(c := getattr(config, name, None), (int, float)) and c:
             yield name, lambda logits, c=float(c): logits * c
             yield name, lambda logits, c=float(c): logits / c
             yield name, lambda logits, c=float(c): torch.tanh(logits / c) * c
 
-
-def own_logits(causal_lm: nn.Module, hidden: torch.Tensor, output=None) -> torch.Tensor:
-    """The logits [B, S, V] that a model's own code makes of final hidden states [B, S, d], whatever it does
-    behind its decoder; in the model's dtype.
+# %% ../../nbs/step/06_heads.ipynb #ebd72e7b
+def own_logits(causal_lm: PreTrainedModel, hidden: torch.Tensor, output: Any = None) -> torch.Tensor:
+    """Return the logits [B, S, V] that a model's own code makes of final hidden states [B, S, d], whatever it
+    does behind its decoder; in the model's dtype.
 
     `output`: one of the decoder's own outputs, whose other fields that code gets to see; by default that of
     one token."""
@@ -92,21 +95,21 @@ def own_logits(causal_lm: nn.Module, hidden: torch.Tensor, output=None) -> torch
 # %% ../../nbs/step/06_heads.ipynb #97b215ee
 @dataclass(frozen=True)
 class Head:
-    """`norm`: the module between the last block and the output layer, None where that is not one module.
-    `layer`: the output layer, where it is a frozen linear W [V, d] and logits are h Wᵀ and nothing else; None
-    otherwise, and `note` says why in words. `logits`: final hidden states [n, d] → logits [n, V],
-    differentiable, in float32 (float64 if given), or in the model's dtype widened where its own code has to
-    make them."""
+    """Describe what a model does after its last block. `norm`: the module between the last block and the
+    output layer, None where that is not one module. `layer`: the output layer, where it is a frozen linear W
+    [V, d] and logits are h Wᵀ and nothing else; None otherwise, and `note` says why in words. `logits`: final
+    hidden states [n, d] → logits [n, V], differentiable, in float32 (float64 if given), or in the model's
+    dtype widened where its own code has to make them."""
 
     norm: nn.Module | None
     layer: nn.Linear | None
     logits: Callable
     note: str = ""
 
-
-def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, object, nn.Module | None]:
-    """Logits [n, V] of one row, the decoder's output for it, and the direct child of the decoder that made
-    the final hidden states of what the last block put out, None if no single one did."""
+# %% ../../nbs/step/06_heads.ipynb #4dfe0aa8
+def watched_ends(causal_lm: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, Any, nn.Module | None]:
+    """Return the logits [n, V] of one row, the decoder's output for it, and the direct child of the decoder
+    that made the final hidden states of what the last block put out, None if no single one did."""
     decoder, last_block, ends = find_decoder(causal_lm), decoder_blocks(causal_lm)[-1], {}
     watched = [
         decoder,
@@ -131,11 +134,11 @@ def watched_ends(causal_lm: nn.Module, inputs: dict) -> tuple[torch.Tensor, obje
         next((module for module, (got, made) in ends.items() if got is before and made is after), None),
     )
 
-
+# %% ../../nbs/step/06_heads.ipynb #fc5df4f2
 def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> tuple[str, Callable] | None:
-    """Which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer its own
-    `logits` [n, V], to 1e-4 of the largest (in bfloat16 to two roundings); None if none does, or where logits
-    are NaN or infinite."""
+    """Return which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer
+    its own `logits` [n, V], to 1e-4 of the largest (in bfloat16 to two roundings); None if none does, or
+    where logits are NaN or infinite."""
     wanted = logits.float()
     if product.shape != wanted.shape:
         return None
@@ -144,10 +147,10 @@ def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> 
     # −inf logits make both infinite, NaN compares as false
     return errors[min(errors)] if min(errors) <= tolerance < math.inf else None
 
-
+# %% ../../nbs/step/06_heads.ipynb #a8d977ab
 def plain_linear(layer: nn.Module) -> bool:
-    """Whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy, has
-    another type. That FSDP has made it its own does not count."""
+    """Return whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy,
+    has another type. That FSDP has made it its own does not count."""
     kind = next(c for c in type(layer).__mro__ if not issubclass(c, FSDPModule))
     return (
         kind is nn.Linear
@@ -156,15 +159,51 @@ def plain_linear(layer: nn.Module) -> bool:
         and not layer.weight.requires_grad
     )
 
+# %% ../../nbs/step/06_heads.ipynb #9c0a70fc
+def describe_head(
+    causal_lm: PreTrainedModel,
+    norm: nn.Module | None,
+    own: Callable,
+    hidden: torch.Tensor,
+    theirs: torch.Tensor,
+) -> Head:
+    """Return the `Head` of a model whose `own` code makes the logits `theirs` [n, V] of final `hidden` states
+    [n, d]: with its output layer where that alone gives them, with the constant that it applies where one of
+    `transforms` does, and with its own code otherwise."""
+    layer: Any = causal_lm.get_output_embeddings()
 
+    def by_own_code(note):
+        return Head(norm, None, lambda h: accumulate(own(h)), note)
+
+    if not plain_linear(layer):
+        return by_own_code(
+            f"its output layer is {type(layer).__module__.split('.')[0]}'s {type(layer).__name__}, "
+            "which is no frozen, unquantised linear"
+        )
+
+    def product(h):
+        bias = 0 if layer.bias is None else whole(layer.bias).to(torch.float32)
+        return WideLinear.apply(h, whole(layer.weight)) + bias
+
+    if (match := explained(causal_lm, product(hidden), theirs)) is None:
+        return by_own_code("its logits are more than the product of its output layer")
+    name, f = match
+    reasons = ["its output layer has a bias"] if layer.bias is not None else []
+    if name:
+        reasons.append(f"its logits are changed by {name}")
+    if reasons:
+        return Head(norm, None, lambda h: f(product(h)), " and ".join(reasons))
+    return Head(norm, layer, product)
+
+# %% ../../nbs/step/06_heads.ipynb #b8576bed
 @torch.no_grad()
 def find_head(model: nn.Module) -> Head:
-    """The `Head` of a causal language model, with or without an adapter, checked against the logits that the
-    model itself makes of 8 tokens.
+    """Return the `Head` of a causal language model, with or without an adapter, checked against the logits
+    that the model itself makes of 8 tokens.
 
     Raises ValueError where not even its own code behind the decoder gives those again."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    layer, device = causal_lm.get_output_embeddings(), next(causal_lm.parameters()).device
+    causal_lm = base_model(model)
+    device = next(causal_lm.parameters()).device
     inputs = {
         "input_ids": torch.arange(8, device=device)[None] % causal_lm.config.get_text_config().vocab_size,
         "use_cache": False,
@@ -178,64 +217,28 @@ def find_head(model: nn.Module) -> Head:
         def own(h):
             return own_logits(causal_lm, h[None], output)[0]
 
-        # NaN has a word of its own, later
+        # NaN is reported by its own error, later
         if not torch.allclose(own(hidden), theirs, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"the logits of this {type(causal_lm).__name__} are not a function of its final hidden "
                 "states alone, so there is no KL to take from them."
             )
-        if not plain_linear(layer):
-            return Head(
-                norm,
-                None,
-                lambda h: accumulate(own(h)),
-                f"its output layer is {type(layer).__module__.split('.')[0]}'s {type(layer).__name__}, "
-                "which is no frozen, unquantised linear",
-            )
-
-        def product(h):
-            return WideLinear.apply(h, whole(layer.weight)) + (
-                0 if layer.bias is None else whole(layer.bias).to(torch.float32)
-            )
-
-        if (found := explained(causal_lm, product(hidden), theirs)) is None:
-            return Head(
-                norm,
-                None,
-                lambda h: accumulate(own(h)),
-                "its logits are more than the product of its output layer",
-            )
-        name, f = found
-        if name or layer.bias is not None:
-            return Head(
-                norm,
-                None,
-                lambda h: f(product(h)),
-                " and ".join(
-                    w
-                    for w in (
-                        "its output layer has a bias" if layer.bias is not None else "",
-                        f"its logits are changed by {name}" if name else "",
-                    )
-                    if w
-                ),
-            )
-        return Head(norm, layer, product)
+        return describe_head(causal_lm, norm, own, hidden, theirs)
     finally:
         for m in model.modules():
             m.training = m in training
 
 # %% ../../nbs/step/06_heads.ipynb #b6b0c505
 def head_kl(
-    student_hidden,
-    teacher_hidden,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
     head: Head,
     teacher_logits: Callable,
     temperature: float = 1.0,
     fused: bool = True,
 ) -> torch.Tensor:
-    """`T²·D_KL(teacher ‖ student)` of each row of final hidden states [N, d] → [N] in nats, differentiable in
-    the student's (and in what is trained in `head`).
+    """Return `T²·D_KL(teacher ‖ student)` of each row of final hidden states [N, d] → [N] in nats,
+    differentiable in the student's (and in what is trained in `head`).
 
     `teacher_logits`: [n, d] → [n, V]; `head.logits` where student and teacher share their head, and only then
     `head.layer` is used. The general way takes the same chunks of rows, with `cbnb.step.losses.token_kl`
@@ -263,9 +266,9 @@ def head_kl(
 
 # %% ../../nbs/step/06_heads.ipynb #90fe3526
 def teacher_logits(student: PeftModel, head: Head, teacher: nn.Module | None) -> Callable:
-    """What makes the teacher's logits of its final hidden states [n, d]: `head.logits`, the very same
-    function, where the student's frozen output layer serves both; else the student's with the adapter off, or
-    those of a `teacher` of its own."""
+    """Return the function that makes the teacher's logits of its final hidden states [n, d]: `head.logits`,
+    the very same function, where the student's frozen output layer serves both; else the student's with the
+    adapter off, or those of a `teacher` of its own."""
     if teacher is not None:
         return find_head(teacher).logits
     if head.layer is not None:

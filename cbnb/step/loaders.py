@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
@@ -23,6 +25,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
+
+# %% auto #0
+__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config',
+           'read_tokenizer', 'model_class', 'empty_model', 'read_model', 'fetch_adapter', 'read_adapter',
+           'fill_adapter']
+
+# %% ../../nbs/step/03_loaders.ipynb #8cdc79bb
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
@@ -36,15 +45,13 @@ from ..basics.reading import check_folder, check_regular, read_text
 from ..basics.withheld import cut
 from ..config import ConfigError
 
-# %% auto #0
-__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config',
-           'read_tokenizer', 'model_class', 'empty_model', 'read_model', 'fetch_adapter', 'read_adapter',
-           'fill_adapter']
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # %% ../../nbs/step/03_loaders.ipynb #be029762
 def resolve_model(name_or_path: str) -> str:
-    """The folder or hub id that `name_or_path` stands for: `"tinyagent"` is the agent shipped in the package,
-    an existing folder is itself, anything else is a hub id for transformers' own loaders.
+    """Return the folder or hub id that `name_or_path` stands for: `"tinyagent"` is the agent shipped in the
+    package, an existing folder is itself, anything else is a hub id for transformers' own loaders.
 
     Raises FileNotFoundError for what can only be a path (it starts with `/`, `.` or `~`, or has two slashes)
     and does not exist."""
@@ -62,8 +69,8 @@ def resolve_model(name_or_path: str) -> str:
 
 # %% ../../nbs/step/03_loaders.ipynb #67d619eb
 @contextmanager
-def named(name_or_path: str):
-    """Inside, what a loader raises becomes one sentence that begins with the name asked for: an OSError (not
+def named(name_or_path: str) -> Iterator[None]:
+    """Turn what a loader raises inside into one sentence that begins with the name asked for: an OSError (not
     there, not in the cache, no network) stays one, anything else (an architecture that this transformers does
     not know, a damaged tokenizer) becomes a ConfigError; a ConfigError stays as it is."""
     try:
@@ -80,21 +87,23 @@ dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 # %% ../../nbs/step/03_loaders.ipynb #ef31b655
 def mapped(settings: dict, loader: str) -> list[str]:
-    """The classes that `auto_map` of the `settings` in a config.json or tokenizer_config.json names for one
-    of transformers' loaders, such as `AutoConfig`: `file.Class`, with `repository--` in front where the file
-    is not the model's own. Of a tokenizer two may be named."""
+    """Return the classes that `auto_map` of the `settings` in a config.json or tokenizer_config.json names
+    for one of transformers' loaders, such as `AutoConfig`: `file.Class`, with `repository--` in front where
+    the file is not the model's own. Of a tokenizer two may be named."""
     found = settings.get("auto_map") or {}
     if isinstance(found, dict):
         found = found.get(loader)
     return [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
 
-
+# %% ../../nbs/step/03_loaders.ipynb #19b02fd7
 SAY_SO = "give trust_remote_code (--trust-remote-code, -p trust_remote_code True)"
 
 
-def check_code(name: str, what: str, classes: list[str], own, trust_remote_code: bool) -> None:
-    """Raises ConfigError where `what` of the model `name` is code that comes with it, by the `classes` that
-    it names (`mapped`), unless transformers has a class of that name, which are `own` (names), or
+def check_code(
+    name: str, what: str, classes: list[str], own: Iterable[str | None], trust_remote_code: bool
+) -> None:
+    """Raise ConfigError where `what` of the model `name` is code that comes with it, by the `classes` that it
+    names (`mapped`), unless transformers has a class of that name, which are `own` (names), or
     `trust_remote_code` is given."""
     names = [reference.rpartition(".")[2] for reference in classes]
     known = {n.casefold() for n in names} & {n.casefold() for n in own if n}
@@ -111,23 +120,23 @@ def check_code(name: str, what: str, classes: list[str], own, trust_remote_code:
     )
 
 # %% ../../nbs/step/03_loaders.ipynb #ef95e988
-def attention_names(config: PretrainedConfig):
-    """Yields the names of the attention that a configuration and the configurations in it ask for; None where
+def attention_names(config: PretrainedConfig) -> Iterator[str | None]:
+    """Yield the names of the attention that a configuration and the configurations in it ask for; None where
     they ask for none."""
     yield config._attn_implementation
     for part in config.sub_configs:
         if isinstance(sub := getattr(config, part, None), PretrainedConfig):
             yield from attention_names(sub)
 
-
+# %% ../../nbs/step/03_loaders.ipynb #0307fe6f
 def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model `name`, a folder, a hub id or tinyagent. Raises ConfigError for one that
-    is code, unless `trust_remote_code`, for one that asks for attention kernels from a hub, which are code,
-    too, and for what transformers does not know; OSError for one that is not there."""
+    """Return the configuration of the model `name`, a folder, a hub id or tinyagent. Raises ConfigError for
+    one that is code, unless `trust_remote_code`, for one that asks for attention kernels from a hub, which
+    are code, too, and for what transformers does not know; OSError for one that is not there."""
     place = resolve_model(name)
     with named(name):
         settings, _ = PretrainedConfig.get_config_dict(place)
-        own = [CONFIG_MAPPING_NAMES.get(settings.get("model_type"))]
+        own = [CONFIG_MAPPING_NAMES.get(str(settings.get("model_type")))]
     check_code(name, "configuration", mapped(settings, "AutoConfig"), own, trust_remote_code)
     with named(name):
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -142,8 +151,8 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
 
 # %% ../../nbs/step/03_loaders.ipynb #fef394ab
 def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name`, as it is. Raises ConfigError for one that is code, unless `trust_remote_code`,
-    and for what transformers does not know; OSError for one that is not there."""
+    """Return the tokenizer of `name`, as it is. Raises ConfigError for one that is code, unless
+    `trust_remote_code`, and for what transformers does not know; OSError for one that is not there."""
     place = resolve_model(name)
     with named(name):
         classes = mapped(get_tokenizer_config(place), "AutoTokenizer")
@@ -159,16 +168,19 @@ def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 # %% ../../nbs/step/03_loaders.ipynb #696d5645
-def model_class(name: str, config: PretrainedConfig, trust_remote_code: bool = False):
-    """What makes a model of `config`, the configuration of the model `name`: transformers' class for causal
-    language models, or, where it has none for this configuration, that for models of text and images, whose
-    text part is then used. Raises ConfigError for a type that has no such model, and for a model that is
-    code, unless `trust_remote_code`."""
+def model_class(
+    name: str, config: PretrainedConfig, trust_remote_code: bool = False
+) -> type[_BaseAutoModelClass]:
+    """Return what makes a model of `config`, the configuration of the model `name`: transformers' class for
+    causal language models, or, where it has none for this configuration, that for models of text and images,
+    whose text part is then used. Raises ConfigError for a type that has no such model, and for a model that
+    is code, unless `trust_remote_code`."""
+    auto: type[_BaseAutoModelClass]
     auto, known = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto, known = AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    own = known.get(type(config), ())
-    own = [c.__name__ for c in (own if isinstance(own, tuple) else (own,))]
+    classes = known.get(type(config), ())
+    own = [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,)) if c]
     code = mapped({"auto_map": getattr(config, "auto_map", None)}, auto.__name__)
     if not own and not code:
         raise ConfigError(
@@ -178,21 +190,21 @@ def model_class(name: str, config: PretrainedConfig, trust_remote_code: bool = F
     check_code(name, "model", code, own, trust_remote_code)
     return auto
 
-
+# %% ../../nbs/step/03_loaders.ipynb #9afd91ae
 def empty_model(
-    name: str, config: PretrainedConfig, trust_remote_code: bool = False, **more
+    name: str, config: PretrainedConfig, trust_remote_code: bool = False, **more: Any
 ) -> PreTrainedModel:
-    """The model of `config`, the configuration of `name` or a part of it, without weights from anywhere;
-    `more` as `from_config` takes it. Raises as `model_class`."""
+    """Return the model of `config`, the configuration of `name` or a part of it, without weights from
+    anywhere; `more` as `from_config` takes it. Raises as `model_class`."""
     auto = model_class(name, config, trust_remote_code)
     with named(name):
         return auto.from_config(config, trust_remote_code=trust_remote_code, **more)
 
-
-def read_model(name: str, trust_remote_code: bool = False, **more) -> PreTrainedModel:
-    """The model `name` with its weights, from safetensors alone; `more` as `from_pretrained` takes it. Raises
-    ConfigError as `read_config` and `model_class`, and for a folder that is or carries an adapter; OSError
-    for one that is not there."""
+# %% ../../nbs/step/03_loaders.ipynb #131bb5cd
+def read_model(name: str, trust_remote_code: bool = False, **more: Any) -> PreTrainedModel:
+    """Return the model `name` with its weights, from safetensors alone; `more` as `from_pretrained` takes it.
+    Raises ConfigError as `read_config` and `model_class`, and for a folder that is or carries an adapter;
+    OSError for one that is not there."""
     place = resolve_model(name)
     with named(name):
         carried = find_adapter_config_file(place)
@@ -210,11 +222,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def fetch_adapter(name: str) -> Path:
-    """The folder with the two files of the adapter with the hub id `name`, downloaded or from the cache.
-    Raises whatever the hub's client does."""
+    """Return the folder with the two files of the adapter with the hub id `name`, downloaded or from the
+    cache. Raises whatever the hub's client does."""
     return Path(snapshot_download(name, allow_patterns=list(ADAPTER_FILES)))
 
-
+# %% ../../nbs/step/03_loaders.ipynb #8921521d
 def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftConfig:
     """peft's configuration of the adapter in `folder`. Raises ConfigError where it is none that peft knows,
     where it names a module to import, unless `trust_remote_code`, and where it names adapters to load beside
@@ -249,9 +261,9 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
     with named(str(folder)):
         return PeftConfig.from_pretrained(str(folder))
 
-
-def fill_adapter(student: PeftModel, folder: str | Path, name: str):
-    """Loads the weights in `folder` into the adapter `name` of `student`, from safetensors alone; returns
-    which keys were missing and which unexpected."""
+# %% ../../nbs/step/03_loaders.ipynb #126424c7
+def fill_adapter(student: PeftModel, folder: str | Path, name: str) -> Any:
+    """Load the weights in `folder` into the adapter `name` of `student`, from safetensors alone; return
+    peft's record of which keys were missing and which unexpected."""
     check_regular(Path(folder) / ADAPTER_FILES[1])  # else peft takes pickled ones
     return student.load_adapter(folder, name, torch_device=str(student.device))

@@ -13,8 +13,10 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import peft
 import torch
@@ -23,6 +25,17 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+# %% auto #0
+__all__ = ['DTYPES', 'KINDS', 'in_words', 'base_model', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts',
+           'is_in_parts', 'whole', 'in_4_bits', 'check_quantised', 'check_load_options', 'load_model', 'num_blocks',
+           'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks',
+           'check_mode', 'forward_with_hidden_states', 'own_name', 'weight_kind', 'in_blocks', 'uncalled', 'rewritten',
+           'short_names', 'name_problem', 'fits', 'chosen_weights', 'check_start', 'lora_targets', 'largest_rank',
+           'check_rank', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line', 'teacher_mode',
+           'check_teacher', 'write_adapter', 'save_adapter']
+
+# %% ../../nbs/step/04_models.ipynb #3439d197
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,18 +48,10 @@ from ..basics.withheld import cut
 from ..config import CircuitBreakerConfig, ConfigError, check_layers, nearest
 from .loaders import empty_model, read_config, read_model, read_tokenizer
 
-# %% auto #0
-__all__ = ['DTYPES', 'KINDS', 'in_words', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts', 'is_in_parts',
-           'whole', 'in_4_bits', 'check_quantised', 'load_model', 'num_blocks', 'find_decoder', 'blocks_name',
-           'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks', 'forward_with_hidden_states', 'own_name',
-           'weight_kind', 'in_blocks', 'uncalled', 'rewritten', 'short_names', 'name_problem', 'fits', 'lora_targets',
-           'largest_rank', 'check_rank', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line',
-           'teacher_mode', 'check_teacher', 'write_adapter', 'save_adapter']
-
 # %% ../../nbs/step/04_models.ipynb #f6ed28b1
 @contextmanager
-def in_words(what: str):
-    """Inside, what torch, transformers or peft raises becomes one ConfigError that begins with `what` was
+def in_words(what: str) -> Iterator[None]:
+    """Turn what torch, transformers or peft raises inside into one ConfigError that begins with `what` was
     tried; a ConfigError stays as it is."""
     try:
         yield
@@ -55,10 +60,15 @@ def in_words(what: str):
     except Exception as e:
         raise ConfigError(f"{what}: {type(e).__name__}: {cut(' '.join(str(e).split()), 300)}") from e
 
+# %% ../../nbs/step/04_models.ipynb #32c9b0d7
+def base_model(model: nn.Module) -> PreTrainedModel:
+    "Return the causal language model in `model`, which may carry an adapter."
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
 # %% ../../nbs/step/04_models.ipynb #42d04854
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises ValueError where the tokenizer of the model `name` has ids for which an embedding of `rows` rows
-    has none."""
+    """Raise ValueError where the tokenizer of the model `name` has ids for which an embedding of `rows` rows
+    has no row."""
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if beyond:
         raise ValueError(
@@ -67,19 +77,20 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -
             "or give the model rows for them (resize_token_embeddings) and save both."
         )
 
-
+# %% ../../nbs/step/04_models.ipynb #ea11ced8
 def embedding_rows(name: str, trust_remote_code: bool) -> int | None:
-    "How many ids the model `name` embeds, by its configuration; None where there is a tokenizer alone."
+    """Return how many ids the model `name` embeds, by its configuration; None where there is a tokenizer
+    alone."""
     try:
         config = read_config(name, trust_remote_code)
     except Exception:  # whether it is a model at all is load_model's to say
         return None
     return getattr(config.get_text_config(), "vocab_size", None)
 
-
+# %% ../../nbs/step/04_models.ipynb #229b7c68
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a hub id or `"tinyagent"`, with a pad token (the EOS token where it has
-    none: padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
+    """Return the tokenizer of a folder, a hub id or `"tinyagent"`, with a pad token (the EOS token where it
+    has none: padding is masked by position, never by id). HF_HUB_OFFLINE=1 is honoured by transformers.
 
     Raises ValueError for a tokenizer with neither, and for one with more ids than the model's embedding has
     rows, and as `cbnb.step.loaders.read_tokenizer`; OSError for one that is not there."""
@@ -101,10 +112,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
-    """What `from_pretrained` wants so that each process of the run reads its part of every weight and keeps
-    that (FSDP2). A block has all of its weights while it runs, and so has the final norm; transformers' own
-    plan ties that to the output layer, which is not called here (`whole`). Raises ValueError where there is
-    one process."""
+    """Return what `from_pretrained` wants so that each process of the run reads its part of every weight and
+    keeps that (FSDP2). A block has all of its weights while it runs, and so has the final norm; transformers'
+    own plan ties that to the output layer, which is not called here (`whole`). Raises ValueError where there
+    is one process."""
     if world_size() == 1:
         raise ValueError(
             "fsdp shares the weights among several processes, but there is one: start more by torchrun or "
@@ -120,22 +131,21 @@ def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
         )
     }
 
-
+# %% ../../nbs/step/04_models.ipynb #a8c96f1f
 def is_in_parts(model: nn.Module) -> bool:
-    """Whether the base weights of a model, with or without an adapter, are shared among the processes: then
-    all of them have to run it together."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(causal_lm, "is_distributed_loading_by_transformers", False)
+    """Return whether the base weights of a model, with or without an adapter, are shared among the processes:
+    then all of them have to run it together."""
+    return getattr(base_model(model), "is_distributed_loading_by_transformers", False)
 
-
+# %% ../../nbs/step/04_models.ipynb #faaf50b3
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` with the parts that other processes keep, which all have to ask for; `weight` itself where it
-    is in one piece."""
+    """Return `weight` with the parts that other processes keep, which all have to ask for; `weight` itself
+    where it is in one piece."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
-
-def in_4_bits(dtype: str, device) -> dict:
-    """What `from_pretrained` wants to put linear weights into 4 bits (NF4, but for the output layer),
+# %% ../../nbs/step/04_models.ipynb #1177fc08
+def in_4_bits(dtype: str, device: str | torch.device | None) -> dict:
+    """Return what `from_pretrained` wants to put linear weights into 4 bits (NF4, but for the output layer),
     computing in `dtype`. Raises ValueError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -149,12 +159,12 @@ def in_4_bits(dtype: str, device) -> dict:
         "device_map": {"": device},
     }
 
-
+# %% ../../nbs/step/04_models.ipynb #14402dbd
 def check_quantised(model: nn.Module) -> None:
-    """Raises ValueError unless a 4-bit linear of `model` gives in eval mode, which is the teacher's, what it
+    """Raise ValueError unless a 4-bit linear of `model` gives in eval mode, which is the teacher's, what it
     gives in training, and passes the gradient of its product on. On CPUs bitsandbytes repacks the weights for
     inference at the first call in eval mode, and neither holds any more."""
-    linear = copy.deepcopy(
+    linear: Any = copy.deepcopy(
         next(module for module in model.modules() if type(module).__name__ == "Linear4bit")
     )
     x = torch.randn(4, linear.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
@@ -181,7 +191,18 @@ def check_quantised(model: nn.Module) -> None:
             "use a GPU, or quantize none."
         )
 
+# %% ../../nbs/step/04_models.ipynb #2464baa1
+def check_load_options(dtype: str, fsdp: bool, quantize: str) -> None:
+    """Raise ValueError for an unknown `dtype` or `quantize`, and for 4-bit weights that would be kept in
+    parts."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if quantize not in ("none", "4bit"):
+        raise ValueError(f"quantize {quantize!r} is neither none nor 4bit.")
+    if fsdp and quantize == "4bit":
+        raise ValueError("4-bit weights cannot be kept in parts: leave fsdp off, or quantize none.")
 
+# %% ../../nbs/step/04_models.ipynb #91d14b70
 def load_model(
     name_or_path: str,
     dtype: str = "float32",
@@ -190,18 +211,13 @@ def load_model(
     fsdp: bool = False,
     quantize: str = "none",
 ) -> PreTrainedModel:
-    """The frozen base model in eval mode, weights from safetensors only.
+    """Return the frozen base model in eval mode, weights from safetensors only.
 
     `dtype`: a key of `DTYPES`. `device`: a CUDA device when there is one, that of this process among several,
     else the CPU. `fsdp`: see `in_parts`. `quantize`: none, or 4bit (see `in_4_bits`, `check_quantised`).
     Raises ValueError for an unknown dtype, 4 bits that cannot be had, and as `cbnb.step.loaders.read_model`;
     OSError for a model that is not there."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    if quantize not in ("none", "4bit"):
-        raise ValueError(f"quantize {quantize!r} is neither none nor 4bit.")
-    if fsdp and quantize == "4bit":
-        raise ValueError("4-bit weights cannot be kept in parts: leave fsdp off, or quantize none.")
+    check_load_options(dtype, fsdp, quantize)
     if not fsdp:
         join()  # says which GPU is this process's
         device = device or (
@@ -216,7 +232,7 @@ def load_model(
     )
     model = read_model(name_or_path, trust_remote_code, dtype=DTYPES[dtype], **special)
     if not special:
-        model = model.to(device)
+        model = model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides self
     model = model.eval().requires_grad_(False)
     if quantize == "4bit":
         check_quantised(model)
@@ -229,35 +245,33 @@ def load_model(
 
 # %% ../../nbs/step/04_models.ipynb #7edac579
 def num_blocks(model: nn.Module) -> int:
-    """The number of decoder blocks of a causal language model, a multimodal configuration's text part
+    """Return the number of decoder blocks of a causal language model, a multimodal configuration's text part
     included."""
-    return model.config.get_text_config().num_hidden_layers
+    return base_model(model).config.get_text_config().num_hidden_layers
 
-
+# %% ../../nbs/step/04_models.ipynb #b1d8bd48
 def find_decoder(model: nn.Module) -> nn.Module:
-    """The decoder of a causal language model, with or without an adapter: the part below the language-model
-    head that takes token ids and holds the list of blocks. Raises ConfigError where there is no such module.
-    """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Return the decoder of a causal language model, with or without an adapter: the part below the
+    language-model head that takes token ids and holds the list of blocks. Raises ConfigError where there is
+    no such module."""
+    causal_lm = base_model(model)
 
     def fits(m):
-        return (
-            blocks_name(m, num_blocks(causal_lm))
-            and "input_ids" in inspect.signature(type(m).forward).parameters
-        )
+        takes_ids = "input_ids" in inspect.signature(type(m).forward).parameters
+        return takes_ids and blocks_name(m, num_blocks(causal_lm)) is not None
 
-    found = next(filter(fits, causal_lm.get_decoder().modules()), None)
-    if found is None:
+    decoder = next((m for m in causal_lm.get_decoder().modules() if fits(m)), None)
+    if decoder is None:
         raise ConfigError(
             f"no list of {num_blocks(causal_lm)} blocks can be found in this {type(causal_lm).__name__}, so "
             "there is nothing to reroute."
         )
-    return found
+    return decoder
 
-
+# %% ../../nbs/step/04_models.ipynb #520e3131
 def blocks_name(decoder: nn.Module, number: int) -> str | None:
-    """The name of the list of `number` blocks that `decoder` itself holds, such as `layers`; the heaviest of
-    several, None where there is none."""
+    """Return the name of the list of `number` blocks that `decoder` itself holds, such as `layers`; the
+    heaviest of several, None where there is none."""
     lists = [
         (name, child)
         for name, child in decoder.named_children()
@@ -268,17 +282,19 @@ def blocks_name(decoder: nn.Module, number: int) -> str | None:
         return lists[0][0] if lists else None
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
-
+# %% ../../nbs/step/04_models.ipynb #1e1af7dc
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    "The list of decoder blocks of a causal language model, with or without an adapter."
+    """Return the list of decoder blocks of a causal language model, with or without an adapter."""
     decoder = find_decoder(model)
-    return getattr(decoder, blocks_name(decoder, num_blocks(model)))
+    name = blocks_name(decoder, num_blocks(model))
+    assert name is not None  # find_decoder has asked for it
+    return getattr(decoder, name)
 
 # %% ../../nbs/step/04_models.ipynb #15d76d90
-def token_states(output, rows: tuple[int, int]) -> torch.Tensor:
-    """What a block puts out for `rows` [B, S] as one state a token, [B, S, d]. Several residual streams, [B,
-    S, k, d] (hyper-connections, as in DeepSeek V4) or [k, B, S, d] (as in Gemma 3n), are put behind one
-    another: [B, S, k·d].
+def token_states(output: Any, rows: tuple[int, ...]) -> torch.Tensor:
+    """Return what a block puts out for `rows` [B, S] as one state a token, [B, S, d]. Several residual
+    streams, [B, S, k, d] (hyper-connections, as in DeepSeek V4) or [k, B, S, d] (as in Gemma 3n), are put
+    behind one another: [B, S, k·d].
 
     Raises ConfigError for any other shape."""
     hidden = output[0] if isinstance(output, tuple) else output
@@ -292,13 +308,13 @@ def token_states(output, rows: tuple[int, int]) -> torch.Tensor:
         )
     return streams[0].flatten(2)
 
-
+# %% ../../nbs/step/04_models.ipynb #2eb181e6
 @contextmanager
-def block_outputs(model: nn.Module, layers):
-    """Inside, every forward pass fills the yielded dict `{layer: [B, S, d]}` with the output of each block of
-    `layers` (`token_states`), by hooks."""
+def block_outputs(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Capture inside, by hooks, the output of each block of `layers`: every forward pass fills the yielded
+    dict `{layer: [B, S, d]}` (`token_states`)."""
     captured: dict[int, torch.Tensor] = {}
-    rows = []
+    rows: list[tuple[int, ...]] = []
 
     def begin(module, args, kwargs):
         given = next(
@@ -323,43 +339,50 @@ def block_outputs(model: nn.Module, layers):
 
 # %% ../../nbs/step/04_models.ipynb #a1d97f22
 @contextmanager
-def first_blocks(model: nn.Module, number: int | None):
-    """Inside, the decoder of `model` ends after its first `number` blocks (its final norm follows); None
-    leaves all of them."""
+def first_blocks(model: nn.Module, number: int | None) -> Iterator[None]:
+    """End the decoder of `model` inside after its first `number` blocks (its final norm follows); None leaves
+    all of them."""
     decoder, blocks = find_decoder(model), decoder_blocks(model)
     name = blocks_name(decoder, len(blocks))
+    assert name is not None  # find_decoder has asked for it
     try:
         setattr(decoder, name, blocks[:number])
         yield
     finally:
         setattr(decoder, name, blocks)
 
+# %% ../../nbs/step/04_models.ipynb #d944216e
+def check_mode(mode: str, layers: Collection[int], last: int) -> None:
+    """Raise ValueError for an unknown hidden_state_mode, and for `last`, the last block, among the `layers`
+    in mode `hidden_states`."""
+    if mode not in ("hidden_states", "hooks"):
+        raise ValueError(f"hidden_state_mode {mode!r} is neither 'hidden_states' nor 'hooks'.")
+    if mode == "hidden_states" and last in layers:
+        raise ValueError(
+            f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
+            "use hidden_state_mode='hooks' for it."
+        )
 
+# %% ../../nbs/step/04_models.ipynb #3acb74d8
 def forward_with_hidden_states(
     model: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    layers,
+    layers: Collection[int],
     mode: str = "hidden_states",
     blocks: int | None = None,
-):
-    """One forward pass of the decoder → `({layer: [B, S, d]}, final hidden states [B, S, d])`, the latter
-    normed: what the output layer gets.
+) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+    """Run one forward pass of the decoder; return `({layer: [B, S, d]}, final hidden states [B, S, d])`, the
+    latter normed: what the output layer gets.
 
     `input_ids`, `attention_mask`: [B, S] integers. `mode`: `"hidden_states"` asks the model for all of them
     and picks, `"hooks"` keeps only the blocks asked for; the numbers are the same. `blocks`: how many are
     run, None for all; with fewer hooks are used and there are no final hidden states (None). Raises
     ValueError for an unknown mode, and for the last block in mode `hidden_states`, where transformers gives
     the normed state."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    if mode not in ("hidden_states", "hooks"):
-        raise ValueError(f"hidden_state_mode {mode!r} is neither 'hidden_states' nor 'hooks'.")
+    causal_lm = base_model(model)
     last = num_blocks(causal_lm) - 1
-    if mode == "hidden_states" and last in layers:
-        raise ValueError(
-            f"target layer {last} is the last block, whose hidden_states entry has the final norm applied; "
-            "use hidden_state_mode='hooks' for it."
-        )
+    check_mode(mode, layers, last)
     hooks, decoder = mode == "hooks" or blocks is not None, find_decoder(causal_lm)
     with block_outputs(causal_lm, layers if hooks else ()) as captured, first_blocks(causal_lm, blocks):
         output = decoder(
@@ -405,21 +428,21 @@ KINDS = {  # words in the names and classes on the way from a block to a weight;
     "MLP": ("mlp", "ffn", "feed_forward", "feedforward", "fc1", "fc2"),
 }
 
-
+# %% ../../nbs/step/04_models.ipynb #5ffee62f
 def own_name(kind: type, block: type) -> str:
-    """The name of a module's class without the family's name, with which that of its block begins, too: `MLP`
-    of `SeedOssMLP`."""
+    """Return the name of a module's class without the family's name, with which that of its block begins,
+    too: `MLP` of `SeedOssMLP`."""
     shared = os.path.commonprefix([kind.__name__, block.__name__])
     # whole words only
     while shared and kind.__name__[len(shared) : len(shared) + 1].islower():
         shared = shared[:-1]
     return "" if kind is Conv1D else kind.__name__[len(shared) :]  # transformers' Conv1D is a linear
 
-
+# %% ../../nbs/step/04_models.ipynb #713262f3
 def weight_kind(block: nn.Module, path: str) -> str:
-    """Which of `KINDS` the weight at `path` in a block is, told by names and classes on the way, the family's
-    own name last (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block without
-    experts there are no shared ones: they are its MLP."""
+    """Return which of `KINDS` the weight at `path` in a block is, told by names and classes on the way, the
+    family's own name last (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block
+    without experts there are no shared ones: they are its MLP."""
     owner, words, families = block, [], []
     *parts, leaf = path.replace("base_layer.", "").split(".")
     for part in parts:
@@ -442,11 +465,11 @@ def weight_kind(block: nn.Module, path: str) -> str:
     kind = next(found, "other")
     return "MLP" if kind == "shared experts" and not has_experts else kind
 
-
+# %% ../../nbs/step/04_models.ipynb #932a0eab
 def in_blocks(model: nn.Module) -> tuple[dict, dict]:
-    """`({name of a linear: block}, {name of an experts' fused weight: block})` of the decoder's blocks, names
-    as in `model.named_modules()`. A fused weight is one 3-D parameter [experts, in, out] (or out, in) of all
-    experts."""
+    """Return `({name of a linear: block}, {name of an experts' fused weight: block})` of the decoder's
+    blocks, names as in `model.named_modules()`. A fused weight is one 3-D parameter [experts, in, out] (or
+    out, in) of all experts."""
     blocks = decoder_blocks(model)
     place = next(name for name, module in model.named_modules() if module is blocks)
     linears, fused = {}, {}
@@ -460,17 +483,18 @@ def in_blocks(model: nn.Module) -> tuple[dict, dict]:
                         fused[f"{place}.{number}.{path}.{leaf}"] = number
     return linears, fused
 
-
+# %% ../../nbs/step/04_models.ipynb #1166b95b
 @torch.no_grad()
-def uncalled(model: nn.Module) -> set[str]:
-    """The linears of the blocks that a pass over 8 tokens does not call: an adapter there would do nothing
-    and get no gradient. Single experts, which a router may choose another time, are not among them. Empty on
-    the meta device.
+def uncalled(model: PreTrainedModel) -> set[str]:
+    """Return the linears of the blocks that a pass over 8 tokens does not call: an adapter there would do
+    nothing and get no gradient. Single experts, which a router may choose another time, are not among them.
+    Empty on the meta device.
 
     Raises ConfigError where the pass itself fails."""
     if next(model.parameters()).device.type == "meta":
         return set()
-    linears, called = in_blocks(model)[0], set()
+    linears = in_blocks(model)[0]
+    called: set[str] = set()
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
         for name in linears
@@ -486,24 +510,25 @@ def uncalled(model: nn.Module) -> set[str]:
 
 # %% ../../nbs/step/04_models.ipynb #68631c15
 def rewritten(model: nn.Module, name: str) -> bool:
-    """Whether peft takes `name` for that of an expert's weight from before transformers fused them, and
-    adapts the fused ones."""
+    """Return whether peft takes `name` for that of an expert's weight from before transformers fused them,
+    and adapts the fused ones."""
     asked = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(asked, model=model, conversions=None)
     except ValueError:  # it wants the others of a fused weight too
         return True
-    return name not in asked.target_modules
+    return name not in (asked.target_modules or ())
 
-
-def short_names(names) -> list[str]:
-    "The last part of each name, the last two where it is of experts (`experts.down_proj`)."
+# %% ../../nbs/step/04_models.ipynb #fb1d12b6
+def short_names(names: Iterable[str]) -> list[str]:
+    """Return the last part of each name, the last two where it is of experts (`experts.down_proj`)."""
     parts = [name.split(".")[-2:] for name in names]
     return sorted({".".join(p) if "expert" in p[0] else p[-1] for p in parts})
 
-
+# %% ../../nbs/step/04_models.ipynb #be8b6d16
 def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dict) -> ConfigError:
-    "The ConfigError for names of `lora_modules` that no linear and no fused weight of the blocks has."
+    """Return the ConfigError for names of `lora_modules` that no linear and no fused weight of the blocks
+    has."""
     elsewhere = [
         w for w in unknown if any(fits(name, w) for name, _ in model.named_modules() if name not in linears)
     ]
@@ -520,30 +545,33 @@ def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dic
         "list those that are to be adapted"
     )
 
-
+# %% ../../nbs/step/04_models.ipynb #350d7626
 def fits(name: str, wanted: str) -> bool:
-    "Whether a full name ends in the parts of `wanted`, as peft compares them."
+    """Return whether a full name ends in the parts of `wanted`, as peft compares them."""
     return name == wanted or name.endswith("." + wanted)
 
-
-def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[list[str], list[str]]:
-    """`(linears, parameters)` by full name: what the adapter of `config` sits on. A name of
-    `config.lora_modules` stands for every linear of the blocks `config.lora_layers` whose name ends in it;
-    one with `experts.` before it (`experts.down_proj`) also for a fused weight of experts, which peft adapts
-    as a parameter.
+# %% ../../nbs/step/04_models.ipynb #8396960e
+def chosen_weights(
+    model: PreTrainedModel,
+    config: CircuitBreakerConfig,
+    linears: dict[str, int],
+    fused: dict[str, int],
+    idle: set[str],
+) -> list[str]:
+    """Return the full names of the weights in the blocks `config.lora_layers` that `config.lora_modules`
+    names, but for those that no pass calls (`idle`). `linears`, `fused`: as `in_blocks` gives them.
 
     Raises ConfigError for a name that matches nothing, only what is outside of the decoder's blocks, only
-    other blocks, or only linears that are never called; where a target layer stands before the first block
-    that is reached; and for parameters with lora_dropout, which peft cannot apply to them."""
-    (linears, fused), idle, (first, last) = in_blocks(model), uncalled(model), config.lora_layers
-    found = {
+    other blocks, or only linears that are never called."""
+    first, last = config.lora_layers
+    matches = {
         w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if fits(n, w)}
         for w in config.lora_modules
     }
-    if unknown := [w for w, names in found.items() if not names]:
+    if unknown := [w for w, names in matches.items() if not names]:
         raise name_problem(model, unknown, linears, fused)
     chosen = []
-    for wanted, names in found.items():
+    for wanted, names in matches.items():
         here = [name for name, block in names.items() if first <= block <= last]
         if not here:
             raise ConfigError(
@@ -557,42 +585,56 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[
                 "leave it out"
             )
         chosen += [name for name in here if name not in idle]
-    start = min((linears | fused)[name] for name in chosen)
+    return chosen
+
+# %% ../../nbs/step/04_models.ipynb #63af4de6
+def check_start(config: CircuitBreakerConfig, start: int) -> None:
+    "Raise ConfigError where a target layer stands before `start`, the first block that the adapter reaches."
     if start > min(config.target_layers):
         raise ConfigError(
             f"target_layers {min(config.target_layers)} stands before block {start}, the first that has one "
             "of lora_modules, so it never changes: "
-            f"give target layers from {start} on, or add one of the linears that block {first} has to "
-            "lora_modules"
+            f"give target layers from {start} on, or add one of the linears that block "
+            f"{config.lora_layers[0]} has to lora_modules"
         )
-    turned = {
-        leaf
-        for leaf in {name.rpartition(".")[2] for name in chosen if name in linears}
-        if rewritten(model, leaf)
-    }
+
+# %% ../../nbs/step/04_models.ipynb #e6664f8e
+def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[list[str], list[str]]:
+    """Return `(linears, parameters)` by full name: what the adapter of `config` sits on. A name of
+    `config.lora_modules` stands for every linear of the blocks `config.lora_layers` whose name ends in it;
+    one with `experts.` before it (`experts.down_proj`) also for a fused weight of experts, which peft adapts
+    as a parameter.
+
+    Raises ConfigError as `chosen_weights` and `check_start`, and for parameters with lora_dropout, which peft
+    cannot apply to them."""
+    linears, fused = in_blocks(model)
+    chosen = chosen_weights(model, config, linears, fused, uncalled(model))
+    check_start(config, min((linears | fused)[name] for name in chosen))
+    leaves = {name.rpartition(".")[2] for name in chosen if name in linears}
+    as_parameters = {leaf for leaf in leaves if rewritten(model, leaf)}
     parameters = [
         name if name in fused else f"{name}.weight"
         for name in chosen
-        if name in fused or name.rpartition(".")[2] in turned
+        if name in fused or name.rpartition(".")[2] in as_parameters
     ]
     if parameters and config.lora_dropout:
-        told = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))
+        names = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))
         raise ConfigError(
-            f"lora_modules reaches {told} in this model, which peft can adapt as parameters only, and so "
+            f"lora_modules reaches {names} in this model, which peft can adapt as parameters only, and so "
             "without dropout: give lora_dropout 0, or leave them out"
         )
-    return [
-        name for name in dict.fromkeys(chosen) if name in linears and name.rpartition(".")[2] not in turned
-    ], list(dict.fromkeys(parameters))
+    modules = [n for n in dict.fromkeys(chosen) if n in linears and n.rpartition(".")[2] not in as_parameters]
+    return modules, list(dict.fromkeys(parameters))
 
-
-def largest_rank(shapes) -> int:
-    "The largest rank that a matrix of one of the `shapes` can have, whose last two sides count; 0 for none."
+# %% ../../nbs/step/04_models.ipynb #9f1a3d31
+def largest_rank(shapes: Iterable[Sequence[int]]) -> int:
+    """Return the largest rank that a matrix of one of the `shapes` can have, whose last two sides count; 0
+    for none."""
     return max((min(shape[-2:]) for shape in shapes), default=0)
 
-
+# %% ../../nbs/step/04_models.ipynb #0d9bd540
 def check_rank(model: PreTrainedModel, modules: list[str], parameters: list[str], rank: int) -> None:
-    """Raises ConfigError where none of the linears `modules` and the `parameters` (full names) can have
+    """Raise ConfigError where none of the linears `modules` and the `parameters` (full names) can have
     `rank`: LoRA there would only be larger."""
 
     def shape(linear):  # 4 bits are packed
@@ -610,13 +652,13 @@ def check_rank(model: PreTrainedModel, modules: list[str], parameters: list[str]
             f"adapter would be larger than what it changes; give a lora_r far below {largest:,}"
         )
 
-
+# %% ../../nbs/step/04_models.ipynb #f7324887
 def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraConfig:
-    """peft's configuration for what `lora_targets` finds: by name and block number where peft then finds the
-    same, else by full names. Raises ConfigError as that and `check_rank`."""
+    """Return peft's configuration for what `lora_targets` finds: by name and block number where peft then
+    finds the same, else by full names. Raises ConfigError as that and `check_rank`."""
     modules, parameters = lora_targets(model, config)
     check_rank(model, modules, parameters, config.lora_r)
-    same = dict(
+    same: dict[str, Any] = dict(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -637,14 +679,14 @@ def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraCon
 
 # %% ../../nbs/step/04_models.ipynb #d4b9dfb7
 def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
-    """The student: `model` with a fresh LoRA adapter on what `lora_targets` finds in the blocks
+    """Return the student: `model` with a fresh LoRA adapter on what `lora_targets` finds in the blocks
     `config.lora_layers` (first to last, inclusive). The adapter's weights depend on `config.seed` alone and
     start as an exact no-op (B = 0); they are float32 whatever the base's dtype. Raises ConfigError where a
     layer is beyond the model, is the last block in mode `hidden_states`, for what `lora_config` refuses, and
     where peft or transformers cannot do what is asked."""
     check_layers(config, num_blocks(model))
     lora = lora_config(model, config)
-    wanted = {*lora.target_modules, *(lora.target_parameters or ())}
+    wanted = {*(lora.target_modules or ()), *(lora.target_parameters or ())}
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft calls what transformers is about to rename, and says that GPT-2's linears are transposed
         warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out).*")
@@ -661,14 +703,15 @@ def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMod
 
 # %% ../../nbs/step/04_models.ipynb #c31adeec
 def reach(student: PeftModel, config: CircuitBreakerConfig) -> list[dict]:
-    """One record for each block of `config.lora_layers` and kind of weight in it: `{"block", "kind",
+    """Return one record for each block of `config.lora_layers` and kind of weight in it: `{"block", "kind",
     "parameters", "reached"}`, the latter two in numbers of base parameters: how many there are, and how many
     LoRA sits on."""
     first, last = config.lora_layers
     records = []
     for number in range(first, last + 1):
-        block, counts = decoder_blocks(student)[number], {}
-        layers = [m for m in block.modules() if isinstance(m, LoraLayer)]
+        block = decoder_blocks(student)[number]
+        counts: dict[str, list[int]] = {}
+        layers: list[Any] = [m for m in block.modules() if isinstance(m, LoraLayer)]
         adapted = {
             id(m.get_param() if hasattr(m, "get_param") else m.get_base_layer().weight) for m in layers
         }
@@ -685,10 +728,10 @@ def reach(student: PeftModel, config: CircuitBreakerConfig) -> list[dict]:
         ]
     return records
 
-
+# %% ../../nbs/step/04_models.ipynb #bd6110bc
 def reach_shares(records: list[dict]) -> dict[str, float]:
-    """`{kind: share reached}` of the records of `reach`, `all` first; kinds in which there is nothing to
-    reach are left out."""
+    """Return `{kind: share reached}` of the records of `reach`, `all` first; kinds in which there is nothing
+    to reach are left out."""
 
     def share(rows):
         return sum(r["reached"] for r in rows) / sum(r["parameters"] for r in rows)
@@ -698,9 +741,9 @@ def reach_shares(records: list[dict]) -> dict[str, float]:
         k: share(rows) for k in kinds if (rows := [r for r in records if r["kind"] == k])
     }
 
-
+# %% ../../nbs/step/04_models.ipynb #7a6960b4
 def reach_line(records: list[dict]) -> str:
-    "What `reach` found, in one line."
+    """Return in one line what `reach` measured."""
     shares, blocks = reach_shares(records), sorted({r["block"] for r in records})
     bare = [b for b in blocks if not any(r["reached"] for r in records if r["block"] == b)]
     return (
@@ -711,8 +754,8 @@ def reach_line(records: list[dict]) -> str:
 
 # %% ../../nbs/step/04_models.ipynb #a64e3b75
 @contextmanager
-def teacher_mode(student: PeftModel):
-    """Inside, `student` is its own teacher: adapter off, eval mode (no dropout), no gradient. Outside, every
+def teacher_mode(student: PeftModel) -> Iterator[PeftModel]:
+    """Make `student` its own teacher inside: adapter off, eval mode (no dropout), no gradient. Outside, every
     module is as before. The modules are switched one by one: peft's `disable_adapter` also reads the state of
     every layer and sets `requires_grad` twice, at each pass of a teacher. Raises RuntimeError where a release
     of peft does not know the switch."""
@@ -749,9 +792,9 @@ def teacher_mode(student: PeftModel):
 
 # %% ../../nbs/step/04_models.ipynb #9604ec64
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
-    "Raises ValueError unless a separate `teacher` has the student's vocabulary, depth and width."
+    """Raise ValueError unless a separate `teacher` has the student's vocabulary, depth and width."""
     for what in ("vocab_size", "num_hidden_layers", "hidden_size"):
-        ours, theirs = (getattr(m.config.get_text_config(), what) for m in (student, teacher))
+        ours, theirs = (getattr(base_model(m).config.get_text_config(), what) for m in (student, teacher))
         if ours != theirs:
             raise ValueError(
                 f"the teacher's {what} is {theirs}, the student's {ours}; a teacher must have the student's "
@@ -760,17 +803,19 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
 
 # %% ../../nbs/step/04_models.ipynb #9f0e0839
 def write_adapter(student: PeftModel, folder: str | Path) -> None:
-    """Writes the adapter to `folder` as peft does, with whatever else is trained (peft's `modules_to_save`).
+    """Write the adapter to `folder` as peft does, with whatever else is trained (peft's `modules_to_save`).
     Given its weights, peft does not ask for the base's, which other processes may hold parts of, nor a hub
     whether the frozen embeddings belong to it."""
     weights = {
         name: p.detach() for name, p in student.named_parameters() if "lora_" in name or p.requires_grad
     }
-    student.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False, state_dict=weights)
+    student.save_pretrained(
+        str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights
+    )
 
-
+# %% ../../nbs/step/04_models.ipynb #69c66607
 def save_adapter(student: PeftModel, folder: str | Path) -> Path:
-    """Writes the adapter (safetensors and its configuration) to `folder`, which plain
+    """Write the adapter (safetensors and its configuration) to `folder`, which plain
     `peft.PeftModel.from_pretrained` loads. It is written under a temporary name and renamed, in the place of
     an adapter that is already there; of several processes, by the first. Raises `Held` where `folder` is of a
     run that another process has taken over (`cbnb.basics.lease.check_lease`)."""

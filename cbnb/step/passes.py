@@ -5,7 +5,9 @@
 # %% ../../nbs/step/05_passes.ipynb #ecf27a81
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,7 +17,7 @@ from ..config import CircuitBreakerConfig
 from .models import decoder_blocks, forward_with_hidden_states, teacher_mode, token_states
 
 # %% auto #0
-__all__ = ['ADAPTED', 'first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
+__all__ = ['ADAPTED', 'States', 'first_adapted_block', 'block_calls', 'replay', 'one_pass', 'teacher_pass', 'both_passes']
 
 # %% ../../nbs/step/05_passes.ipynb #05bd23c2
 # in names of what LoRA adds, whether trained or not
@@ -23,26 +25,27 @@ ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")
 
 
 def first_adapted_block(student: PeftModel) -> int | None:
-    """The first block in which the adapter, or anything else that is trained, sits: below it student and
-    teacher are one. None where something outside the blocks, the embeddings perhaps, differs."""
+    """Return the first block in which the adapter, or anything else that is trained, sits: below it student
+    and teacher are one. None where something outside the blocks, the embeddings perhaps, differs."""
     where = {
         id(p): block for block, module in enumerate(decoder_blocks(student)) for p in module.parameters()
     }
     differs = [
         p for name, p in student.named_parameters() if p.requires_grad or any(w in name for w in ADAPTED)
     ]
-    blocks = [where.get(id(p)) for p in differs]
-    return None if None in blocks or not blocks else min(blocks)
+    blocks = {where.get(id(p), -1) for p in differs}
+    return None if -1 in blocks or not blocks else min(blocks)
 
-
+# %% ../../nbs/step/05_passes.ipynb #e0a955b8
 @contextmanager
-def block_calls(model: nn.Module, first: int):
-    """Inside, a forward pass fills the yielded dict: `{block: (positional arguments behind the hidden states,
-    keyword arguments)}` for every block from `first` on, and under `"start"` the hidden states that block
-    `first` got, as the model has them: [B, S, d], or several streams of them."""
-    calls = {}
+def block_calls(model: nn.Module, first: int) -> Iterator[dict]:
+    """Record inside how a forward pass calls its blocks: the yielded dict is filled with `{block: (positional
+    arguments behind the hidden states, keyword arguments)}` for every block from `first` on, and under
+    `"start"` with the hidden states that block `first` got, as the model has them: [B, S, d], or several
+    streams of them."""
+    calls: dict[int | str, Any] = {}
 
-    def keep(block):
+    def keep(block: int):
         def hook(module, args, kwargs):
             kwargs = dict(kwargs)
             hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
@@ -63,26 +66,42 @@ def block_calls(model: nn.Module, first: int):
         for handle in handles:
             handle.remove()
 
-
-def replay(model: nn.Module, calls: dict, layers, rows: tuple[int, int], norm: nn.Module | None = None):
-    """Runs the blocks of `calls` (see `block_calls`) again, from its start, as `model` is now → `({layer: [B,
-    S, d]}, final hidden states or None)`.
+# %% ../../nbs/step/05_passes.ipynb #5a47c16e
+def replay(
+    model: nn.Module,
+    calls: dict,
+    layers: Collection[int],
+    rows: tuple[int, int],
+    norm: nn.Module | None = None,
+) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+    """Run the blocks of `calls` (see `block_calls`) again, from its start, as `model` is now; return
+    `({layer: [B, S, d]}, final hidden states or None)`.
 
     `rows`: their shape, (B, S). `norm`: what follows the last block; None where no final hidden states are
     wanted. Layers below the first block are not in the result."""
-    hidden, kept = calls["start"], {}
+    hidden, states = calls["start"], {}
     blocks = decoder_blocks(model)
     for block in sorted(b for b in calls if b != "start"):
         args, kwargs = calls[block]
         output = blocks[block](hidden, *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         if block in layers:
-            kept[block] = token_states(hidden, rows)
-    return kept, None if norm is None else norm(hidden)
+            states[block] = token_states(hidden, rows)
+    return states, None if norm is None else norm(hidden)
 
 # %% ../../nbs/step/05_passes.ipynb #8bb2b5ef
-def one_pass(model: nn.Module, rows: dict, config: CircuitBreakerConfig, final: bool = False, layers=None):
-    """`(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `layers`, by default
+# the states of one pass: {layer: [B, S, d]}, and final hidden states [B, S, d], normed, where they are wanted
+States = tuple[dict[int, torch.Tensor], torch.Tensor | None]
+
+
+def one_pass(
+    model: nn.Module,
+    rows: dict,
+    config: CircuitBreakerConfig,
+    final: bool = False,
+    layers: Collection[int] | None = None,
+) -> States:
+    """Return `(hidden, last)` of one model for padded rows: `{layer: [B, S, d]}` of `layers`, by default
     `config.target_layers`, and, with `final`, the final hidden states [B, S, d], normed. Without it the pass
     ends at the highest of the layers, where `config.savings` has `early_exit`. The last block's output is
     read by a hook whatever `config.hidden_state_mode`, where a caller asks for layers of its own."""
@@ -91,21 +110,21 @@ def one_pass(model: nn.Module, rows: dict, config: CircuitBreakerConfig, final: 
     blocks = None if final or "early_exit" not in config.savings else max(layers) + 1
     return forward_with_hidden_states(model, rows["input_ids"], rows["attention_mask"], layers, mode, blocks)
 
-
+# %% ../../nbs/step/05_passes.ipynb #ceb675b0
 def teacher_pass(
     student: PeftModel,
     teacher: nn.Module | None,
     rows: dict,
     config: CircuitBreakerConfig,
     final: bool = False,
-    layers=None,
-):
-    """`one_pass` of the teacher without gradient: of `teacher`, or of the student with its adapter off where
-    that is None."""
+    layers: Collection[int] | None = None,
+) -> States:
+    """Return `one_pass` of the teacher without gradient: of `teacher`, or of the student with its adapter off
+    where that is None."""
     with teacher_mode(student) if teacher is None else torch.no_grad():
         return one_pass(student if teacher is None else teacher, rows, config, final, layers)
 
-
+# %% ../../nbs/step/05_passes.ipynb #4cf37280
 def both_passes(
     student: PeftModel,
     teacher: nn.Module | None,
@@ -113,14 +132,14 @@ def both_passes(
     config: CircuitBreakerConfig,
     norm: nn.Module | None = None,
     final: bool = False,
-    layers=None,
-):
-    """`((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows, as `one_pass` gives
-    them.
+    layers: Collection[int] | None = None,
+) -> tuple[States, States]:
+    """Return `((hidden, last) of the student, (hidden, last) of the teacher)` for padded rows, as `one_pass`
+    gives them.
 
     `teacher` None is the student with its adapter off. `norm`: the module between the last block and the
     output layer (`cbnb.step.heads`), which a shared prefix needs where `final` is asked for. `layers`: as in
-    `one_pass`. What is left out is said by `config.savings`."""
+    `one_pass`. `config.savings` names what is left out."""
     may_share = teacher is None and "shared_prefix" in config.savings and (norm is not None or not final)
     first = first_adapted_block(student) if may_share else None
     if first is None:

@@ -5,6 +5,8 @@
 # %% ../../nbs/train/00_breaker.ipynb #d8e479d5
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -14,32 +16,63 @@ from ..config import CircuitBreakerConfig
 from ..step.heads import Head, find_head, head_kl, teacher_logits
 from ..step.model_checks import check_model
 from ..step.models import check_teacher, num_blocks
-from ..step.objectives import Pair, find_objective, token_terms
-from ..step.passes import both_passes, one_pass
+from ..step.objectives import Objective, Pair, find_objective, token_terms
+from ..step.passes import States, both_passes, one_pass
 
 # %% auto #0
-__all__ = ['at_targets', 'state_pairs', 'CircuitBreaker']
+__all__ = ['at_targets', 'state_pairs', 'state_terms', 'CircuitBreaker']
 
 # %% ../../nbs/train/00_breaker.ipynb #c797f154
-def at_targets(hidden: dict, last: torch.Tensor | None, rows: dict):
-    """`({layer: [M, d]}, [N, d] or None)`: of hidden states [B, S, d] what the terms look at, the tokens of
-    the loss mask, and of the final ones the positions that predict a target (`cbnb.data.streams.pad_rows`).
-    """
-    kept = {layer: h.flatten(0, 1)[rows["token_index"]] for layer, h in hidden.items()}
-    return kept, None if last is None else last.flatten(0, 1)[rows["predicting_index"]]
+def at_targets(hidden: dict[int, torch.Tensor], last: torch.Tensor | None, rows: dict) -> States:
+    """Return `({layer: [M, d]}, [N, d] or None)`: of hidden states [B, S, d] what the terms look at, the
+    tokens of the loss mask, and of the final ones the positions that predict a target
+    (`cbnb.data.streams.pad_rows`)."""
+    states = {layer: h.flatten(0, 1)[rows["token_index"]] for layer, h in hidden.items()}
+    return states, None if last is None else last.flatten(0, 1)[rows["predicting_index"]]
 
 # %% ../../nbs/train/00_breaker.ipynb #6560565e
-def state_pairs(found: list) -> dict[int, Pair]:
-    "`{layer: Pair}` of a micro-batch from what `CircuitBreaker.states` gives for each of its length groups."
-    ours, theirs = ([side[0] for side in sides] for sides in zip(*found))
+def state_pairs(groups: list[tuple[States, States]]) -> dict[int, Pair]:
+    """Return `{layer: Pair}` of a micro-batch from what `CircuitBreaker.states` gives for each of its length
+    groups."""
+    ours, theirs = ([side[0] for side in sides] for sides in zip(*groups))
     return {
         layer: Pair(*(torch.cat([hidden[layer] for hidden in side]) for side in (ours, theirs)))
         for layer in ours[0]
     }
 
+# %% ../../nbs/train/00_breaker.ipynb #36b8bcc1
+def state_terms(
+    objective: Objective,
+    harmful: dict[int, Pair],
+    benign: dict[int, Pair],
+    denominators: torch.Tensor,
+    config: CircuitBreakerConfig,
+) -> dict[str, torch.Tensor]:
+    """Return `{"loss_reroute", "loss_retain"}`, float32 scalars: the sums of the objective's terms over
+    tokens, each over its layers and its share of `denominators` [3] (see `CircuitBreaker.forward`).
+
+    `harmful`, `benign`: `{layer: Pair}` of a micro-batch; benign layers may be more."""
+    reroute = [
+        token_terms(
+            "reroute", objective.reroute(harmful[layer], benign[layer], config), len(harmful[layer].student)
+        ).sum()
+        for layer in harmful
+    ]
+    retain = [
+        token_terms(
+            "retain", objective.retain(harmful.get(layer), benign[layer], config), len(benign[layer].student)
+        ).sum()
+        for layer in benign
+    ]
+    reroute_count, retain_count = (n.clamp(min=1) for n in denominators[:2])
+    return {
+        "loss_reroute": (sum(reroute[1:], reroute[0]) / (len(reroute) * reroute_count)).float(),
+        "loss_retain": (sum(retain[1:], retain[0]) / (len(retain) * retain_count)).float(),
+    }
+
 # %% ../../nbs/train/00_breaker.ipynb #9958aae0
 class CircuitBreaker(nn.Module):
-    """Student, teacher and the three terms; what `Trainer` (and DDP or FSDP) wraps.
+    """Hold student, teacher and the terms of the loss; this is what `Trainer` (and DDP or FSDP) wraps.
 
     `student`: a peft model with the adapter to train. `teacher`: None for the student's own base with the
     adapter off, or a separate causal language model of the same vocabulary, depth and width (ValueError
@@ -77,32 +110,28 @@ class CircuitBreaker(nn.Module):
                 "the output layer"
             )
 
-    def train(self, mode: bool = True):
-        "Trains the student; the teacher stays in eval mode whatever is asked."
+    def train(self, mode: bool = True) -> CircuitBreaker:
+        """Train the student, or put it in eval mode; the teacher stays in eval mode whatever is asked."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
-    def states(self, rows: dict, final: bool, layers=None):
-        """`((hidden, last) of the student, (hidden, last) of the teacher)` at the targets of `rows` (see
-        `at_targets`), `last` if `final`; the teacher's from `rows["teacher"]` where a cache has put them.
-        `layers`: as in `cbnb.step.passes.one_pass`."""
+    def states(self, rows: dict, final: bool, layers: Collection[int] | None = None) -> tuple[States, States]:
+        """Return `((hidden, last) of the student, (hidden, last) of the teacher)` at the targets of `rows`
+        (see `at_targets`), `last` if `final`; the teacher's from `rows["teacher"]` where a cache has put
+        them. `layers`: as in `cbnb.step.passes.one_pass`."""
         config = self.circuit_breaker_config
         if cached := rows.get("teacher"):
-            return at_targets(*one_pass(self.student, rows, config, final), rows), (
-                cached["hidden"],
-                cached["last"],
-            )
-        return tuple(
-            at_targets(*side, rows)
-            for side in both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers)
-        )
+            ours = at_targets(*one_pass(self.student, rows, config, final), rows)
+            return ours, (cached["hidden"], cached["last"])
+        ours, theirs = both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers)
+        return at_targets(*ours, rows), at_targets(*theirs, rows)
 
     def forward(
         self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True
     ) -> dict[str, torch.Tensor]:
-        """`{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
+        """Return `{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
 
         `harmful`, `benign`: padded rows, or a list of such (`cbnb.data.streams.collate`). `denominators`:
         [3], the tokens of the global batch over which each term is a mean (`cbnb.data.streams.COUNTS`). At
@@ -114,28 +143,10 @@ class CircuitBreaker(nn.Module):
 
         every = range(num_blocks(self.student)) if config.retain_layers == "all" else None
         away = state_pairs([self.states(rows, final=False) for rows in harmful])
-        kept = [self.states(rows, final=with_kl, layers=every) for rows in benign]
-        held = state_pairs(kept)
-        reroute = sum(
-            token_terms(
-                "reroute", self.objective.reroute(away[layer], held[layer], config), len(away[layer].student)
-            ).sum()
-            for layer in away
-        )
-        retain = sum(
-            token_terms(
-                "retain",
-                self.objective.retain(away.get(layer), held[layer], config),
-                len(held[layer].student),
-            ).sum()
-            for layer in held
-        )
-        terms = {
-            "loss_reroute": (reroute / (len(away) * denominators[0].clamp(min=1))).float(),
-            "loss_retain": (retain / (len(held) * denominators[1].clamp(min=1))).float(),
-        }
+        sides = [self.states(rows, final=with_kl, layers=every) for rows in benign]
+        terms = state_terms(self.objective, away, state_pairs(sides), denominators, config)
         if with_kl:
-            ours, theirs = (torch.cat([side[1] for side in sides]) for sides in zip(*kept))
+            ours, theirs = (torch.cat([side[1] for side in group]) for group in zip(*sides))
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
                 kl = head_kl(
                     ours,

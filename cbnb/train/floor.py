@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+from ..config import CircuitBreakerConfig
 from ..step.heads import find_head
 from .breaker import CircuitBreaker
 
@@ -20,9 +22,9 @@ __all__ = ['BELOW', 'FIXED', 'kept', 'moved', 'mode', 'on_device', 'terms_of', '
 
 # %% ../../nbs/train/01_floor.ipynb #3996c5ff
 @contextmanager
-def kept(module: nn.Module):
-    """Inside, the adapter and what else of `module` is trained may be changed; afterwards they, their
-    gradients and the random states are as before."""
+def kept(module: nn.Module) -> Iterator[None]:
+    """Restore, on leaving, the adapter and what else of `module` is trained: inside they may be changed;
+    afterwards they, their gradients and the random states are as before."""
     trained = [p for name, p in module.named_parameters() if p.requires_grad or "lora_" in name]
     before = [p.detach().clone() for p in trained]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -36,8 +38,8 @@ def kept(module: nn.Module):
 
 # %% ../../nbs/train/01_floor.ipynb #070be524
 @contextmanager
-def moved(student: PeftModel, size: float):
-    """Inside, each LoRA B of `student` is normal noise of standard deviation `size`, the same each time;
+def moved(student: PeftModel, size: float) -> Iterator[None]:
+    """Make each LoRA B of `student` normal noise of standard deviation `size` inside, the same each time;
     afterwards all is as before."""
     with kept(student):
         generator = torch.Generator().manual_seed(0)
@@ -49,8 +51,8 @@ def moved(student: PeftModel, size: float):
 
 # %% ../../nbs/train/01_floor.ipynb #dd3930d4
 @contextmanager
-def mode(module: nn.Module, training: bool):
-    """Inside, `module` is in training mode, or in evaluation mode; every part of it is then put back as it
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put `module` in training mode inside, or in evaluation mode; every part of it is then put back as it
     was."""
     before = [(part, part.training) for part in module.modules()]
     module.train(training)
@@ -61,8 +63,8 @@ def mode(module: nn.Module, training: bool):
             part.training = was
 
 # %% ../../nbs/train/01_floor.ipynb #d8165bee
-def on_device(batch: dict, device) -> dict:
-    "A batch of `cbnb.data.streams.collate` on `device`."
+def on_device(batch: dict, device: str | torch.device) -> dict:
+    """Return a batch of `cbnb.data.streams.collate` with its tensors on `device`."""
 
     def move(rows):
         return {name: tensor.to(device) for name, tensor in rows.items()}
@@ -75,17 +77,17 @@ def on_device(batch: dict, device) -> dict:
 
 # %% ../../nbs/train/01_floor.ipynb #12af5155
 def terms_of(breaker: CircuitBreaker, batch: dict) -> dict:
-    """The terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a mean over
-    the batch."""
+    """Return the terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a
+    mean over the batch."""
     return breaker(batch["harmful"], batch["benign"], batch["counts"])
 
 # %% ../../nbs/train/01_floor.ipynb #906a7ee3
 BELOW = 0.01  # standard deviation of the noise in each LoRA B, in units of the dtype's eps
 
 
-def rounding_floor(student: PeftModel, batch: dict, config) -> dict:
-    """`{"dtype", "reroute", "retain", "kl"}`: what the terms read of a student that differs from its own base
-    by rounding alone.
+def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig) -> dict:
+    """Return `{"dtype", "reroute", "retain", "kl"}`: what the terms read of a student that differs from its
+    own base by rounding alone.
 
     One pass over `batch` (`cbnb.data.streams.collate`, on the student's device) in eval mode, with an adapter
     of noise that the dtype of the base cannot resolve. `reroute` is 1 − loss_reroute, `retain` and `kl` are
@@ -102,10 +104,10 @@ def rounding_floor(student: PeftModel, batch: dict, config) -> dict:
     with torch.no_grad(), moved(student, BELOW * torch.finfo(dtype).eps):
         with mode(breaker, False):
             terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
-    found = {"reroute": 1 - terms["loss_reroute"], "retain": terms["loss_retain"], "kl": terms["loss_kl"]}
+    values = {"reroute": 1 - terms["loss_reroute"], "retain": terms["loss_retain"], "kl": terms["loss_kl"]}
     measured = {
         name: max(value, 0.0)
-        for (name, value), n in zip(found.items(), batch["counts"].tolist(), strict=True)
+        for (name, value), n in zip(values.items(), batch["counts"].tolist(), strict=True)
         if n and math.isfinite(value)
     }
     return {"dtype": str(dtype).removeprefix("torch.")} | measured
@@ -115,8 +117,8 @@ FIXED = 1.0  # how far the noise of all blocks together moves what passes throug
 
 
 @contextmanager
-def fixed(student: PeftModel, config):
-    """Inside, the adapter of `student` is noise that is the same anywhere, and far above what a dtype rounds
+def fixed(student: PeftModel, config: CircuitBreakerConfig) -> Iterator[None]:
+    """Make the adapter of `student` noise that is the same anywhere inside, and far above what a dtype rounds
     away; afterwards all is as before."""
     with kept(student):
         generator = torch.Generator().manual_seed(0)
@@ -131,22 +133,22 @@ def fixed(student: PeftModel, config):
                 p.copy_(noise * (size if kind == "lora_B" else p.shape[-1] ** -0.5))
         yield
 
-
+# %% ../../nbs/train/01_floor.ipynb #98824056
 def fixed_figures(
-    student: PeftModel, batch: dict, config, teacher: nn.Module | None = None
+    student: PeftModel, batch: dict, config: CircuitBreakerConfig, teacher: nn.Module | None = None
 ) -> dict[str, float]:
-    """What the terms read of `batch` (`cbnb.data.streams.collate`, on the student's device), and the norms of
-    their gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`. What is not
-    finite is left out. The student and the random states are as before."""
+    """Return what the terms read of `batch` (`cbnb.data.streams.collate`, on the student's device), and the
+    norms of their gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`.
+    What is not finite is left out. The student and the random states are as before."""
     breaker = CircuitBreaker(student, config, teacher, find_head(student))
     with fixed(student, config), mode(breaker, False):
         trained = [p for p in breaker.parameters() if p.requires_grad]
         terms = terms_of(breaker, batch)
-        found = {name: term.item() for name, term in terms.items()}
+        figures = {name: term.item() for name, term in terms.items()}
         for name, term in terms.items():
             if not term.requires_grad:
                 continue
             grads = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             norms = [g.float().norm().item() for g in grads if g is not None]
-            found[name.replace("loss", "grad_norm")] = math.hypot(*norms)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+            figures[name.replace("loss", "grad_norm")] = math.hypot(*norms)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

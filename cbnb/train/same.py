@@ -15,7 +15,17 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+# %% auto #0
+__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
+           'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
+           'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash', 'transcripts_hash', 'versions',
+           'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same',
+           'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'compare_figures', 'keep_figures', 'changes_of',
+           'same_settings', 'keep_beginning', 'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
+
+# %% ../../nbs/train/02_same.ipynb #c405541e
 from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
 from ..basics.lease import check_lease
 from ..basics.places import PACKAGE, TINYAGENT
@@ -29,13 +39,9 @@ from ..run.stages import Run, read_status, set_status
 from ..transcripts.files import is_hub
 from ..transcripts.record import Transcript
 
-# %% auto #0
-__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
-           'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
-           'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash', 'transcripts_hash', 'versions',
-           'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same',
-           'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings',
-           'keep_beginning', 'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
+if TYPE_CHECKING:
+    from cbnb.data.streams import Sample
+    from cbnb.masking.masker import ChatMasker
 
 # %% ../../nbs/train/02_same.ipynb #same0001
 WHOLE = 64 << 30  # bytes: so much is hashed whole, of several files together
@@ -43,9 +49,9 @@ BLOCK, BLOCKS, HEAD = 64 << 10, 4096, 16 << 20  # bytes, how many, bytes: of eac
 
 
 def file_hash(path: Path, whole: bool = True) -> str:
-    """sha256 (64 hex digits) of the file `path`; not `whole`: over its size, its first `HEAD` bytes (of
-    safetensors, which tensors stand where) and `BLOCKS` blocks at even distances. Raises RunError for a file
-    that cannot be read."""
+    """Return sha256 (64 hex digits) of the file `path`; not `whole`: over its size, its first `HEAD` bytes
+    (of safetensors, which tensors stand where) and `BLOCKS` blocks at even distances. Raises RunError for a
+    file that cannot be read."""
     try:
         with regular_file(path) as f:
             if whole:
@@ -59,51 +65,53 @@ def file_hash(path: Path, whole: bool = True) -> str:
     except (RecordError, OSError) as e:
         raise RunError(f"{path}, which the run is made from, cannot be read ({e}): put it back") from None
 
-
+# %% ../../nbs/train/02_same.ipynb #aae6527a
 @cache
 def hashed(path: Path, whole: bool, stamp: tuple) -> str:
-    "`file_hash`, once in a process for a file of the same `stamp`."
+    """Return `file_hash`, computed once per process for a file of the same `stamp`."""
     return file_hash(path, whole)
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """`{path as text: file_hash}` of the files `paths`, several at a time; whole where all together have at
-    most `WHOLE` bytes. A file that nobody has touched since this process hashed it is not read again."""
+    """Return `{path as text: file_hash}` of the files `paths`, several at a time; whole where all together
+    have at most `WHOLE` bytes. A file that nobody has touched since this process hashed it is not read
+    again."""
     about = {path: path.stat() for path in dict.fromkeys(map(Path, paths))}
-    whole = sum(found.st_size for found in about.values()) <= WHOLE
+    whole = sum(stat.st_size for stat in about.values()) <= WHOLE
 
     def one(path):
-        was = about[path]  # no program sets ctime, the time at which a file's state changed
-        return hashed(path, whole, (was.st_dev, was.st_ino, was.st_size, was.st_mtime_ns, was.st_ctime_ns))
+        s = about[path]  # no program sets ctime, the time at which a file's state changed
+        return hashed(path, whole, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(map(str, about), pool.map(one, about)))
 
 # %% ../../nbs/train/02_same.ipynb #same0002
 def data_files(entries: list[str], tools: str = "") -> list[Path]:
-    """The files that the `entries` of data (`cbnb.data.sources.read_entry`) are read from, those of folders
-    and globs too, and the file of `tools`. The tiny agent's own, which a run writes, and data sets of the hub
-    are in none."""
+    """Return the files that the `entries` of data (`cbnb.data.sources.read_entry`) are read from, those of
+    folders and globs too, and the file of `tools`. The tiny agent's own, which a run writes, and data sets of
+    the hub are not among them."""
     readers = open_sources([text for text in entries if text != "tinyagent"])
-    found = [path for reader in readers if not is_hub(reader.path) for path, _ in reader.files()]
-    found += [Path(tools)] if tools not in ("", "installed") else []
-    return [path for path in found if path.is_file()]
+    paths = [path for reader in readers if not is_hub(reader.path) for path, _ in reader.files()]
+    paths += [Path(tools)] if tools not in ("", "installed") else []
+    return [path for path in paths if path.is_file()]
 
-
+# %% ../../nbs/train/02_same.ipynb #fd240c60
 # of a model's folder, beside its weights: settings, code, and tokenizers of any kind
 LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", "*.tiktoken")
 OWN_WORDS = ("tokenizer_config.json", "chat_template.json")  # compared without the template, or not at all
 
 
 def code_file(objective: str) -> Path | None:
-    "The file that an `objective` of the user's own, `module:name`, stands in; None for one of cbnb's."
+    """Return the file that an `objective` of the user's own, `module:name`, stands in; None for one of
+    cbnb's."""
     module, colon, _ = objective.partition(":")
-    found = find_spec(module) if colon else None
-    return Path(found.origin) if found and found.has_location else None
+    spec = find_spec(module) if colon else None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    "The files in the model `folder` that its weights are loaded from."
+    """Return the files in the model `folder` that its weights are loaded from."""
     index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         places = read_json(index).get("weight_map")
@@ -111,10 +119,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [index, *(folder / name for name in names if (folder / name).is_file())]
     return [one] if one.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
-
+# %% ../../nbs/train/02_same.ipynb #82edc4b0
 def model_folder(name: str) -> Path | None:
-    """The folder that the model `name` is loaded from: its own, or the one in the hub's cache; None where
-    there is none yet."""
+    """Return the folder that the model `name` is loaded from: its own, or the one in the hub's cache; None
+    where there is none yet."""
     if name == "tinyagent":
         return TINYAGENT
     if (path := Path(name).expanduser()).is_dir():
@@ -122,55 +130,56 @@ def model_folder(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        path_in_cache = try_to_load_from_cache(name, "config.json")
     except ValueError:
         return None  # no name of the hub
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(path_in_cache).parent if isinstance(path_in_cache, str) else None
 
-
+# %% ../../nbs/train/02_same.ipynb #a60cdff1
 def is_cached(name: str) -> bool:
-    "Whether the model `name` is one of the hub, which is read from its cache."
+    """Return whether the model `name` is one of the hub, which is read from its cache."""
     return name != "tinyagent" and not Path(name).expanduser().is_dir()
 
-
+# %% ../../nbs/train/02_same.ipynb #fe2d5544
 def model_hashes(*names: str) -> dict[str, str]:
-    """Hashes by name of what loading the models `names` reads: configuration, weights, code, and
-    tokenizer. The chat template is none of it, since a run keeps its own. Of the hub's models the revision
-    stands for all but configuration and weights: which of its other files are in the cache differs by
-    machine. Nothing of a model that is not on this machine."""
+    """Return hashes by name of what loading the models `names` reads: configuration, weights, code, and
+    tokenizer. The chat template is not part of it, since a run keeps its own. Of the hub's models the
+    revision stands for all but configuration and weights: which of its other files are in the cache differs
+    by machine. A model that is not on this machine has no hashes."""
     folders = {name: folder for name in names if name and (folder := model_folder(name))}
-    files, hashes = {}, {}
+    files: dict[str, Path] = {}
+    hashes: dict[str, str] = {}
     for name, folder in folders.items():
         patterns = ("config.json",) if is_cached(name) else LOADED
-        found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-        found = [path for path in found if path.name not in OWN_WORDS] + weight_files(folder)
-        files |= {f"{name}: {path.name}": path for path in found}
+        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        paths = [path for path in paths if path.name not in OWN_WORDS] + weight_files(folder)
+        files |= {f"{name}: {path.name}": path for path in paths}
         if is_cached(name):
             hashes[f"{name}: revision"] = folder.name
         elif settings := read_json(folder / "tokenizer_config.json"):
             settings.pop("chat_template", None)
             text = json.dumps(settings, sort_keys=True)
             hashes[f"{name}: tokenizer_config.json"] = hashlib.sha256(text.encode()).hexdigest()
-    found = file_hashes(files.values())
-    return hashes | {label: found[str(path)] for label, path in files.items()}
+    by_path = file_hashes(files.values())
+    return hashes | {label: by_path[str(path)] for label, path in files.items()}
 
 # %% ../../nbs/train/02_same.ipynb #same0003
-def sample_key(sample) -> str:
-    "32 hex digits over the tokens and the loss mask of a sample."
+def sample_key(sample: Sample) -> str:
+    """Return 32 hex digits over the tokens and the loss mask of a sample."""
     digest = hashlib.blake2b(sample.input_ids.tobytes(), digest_size=16)
     digest.update(b"|" + sample.loss_mask.tobytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/train/02_same.ipynb #ee102a88
 def samples_hash(samples: Iterable) -> str:
-    """sha256 over tokens and loss masks of `samples` (`cbnb.data.streams.Sample`) in their order, by which
-    steps take them."""
+    """Return sha256 over tokens and loss masks of `samples` (`cbnb.data.streams.Sample`) in their order, by
+    which steps take them."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample_key(sample).encode())
     return digest.hexdigest()
 
-
+# %% ../../nbs/train/02_same.ipynb #45219210
 ASKED = (
     "kind",
     "domain",
@@ -184,8 +193,8 @@ ASKED = (
 
 
 def transcripts_hash(transcripts: Iterable[Transcript]) -> str:
-    """sha256 over held-out `transcripts` in their order: ids, labels, messages, tools, and what is asked and
-    expected (`ASKED`)."""
+    """Return sha256 over held-out `transcripts` in their order: ids, labels, messages, tools, and what is
+    asked and expected (`ASKED`)."""
     digest = hashlib.sha256()
     for t in transcripts:
         meta = {name: t.meta[name] for name in ASKED if name in t.meta}
@@ -207,30 +216,31 @@ LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    "The versions of Python and of those of `LIBRARIES` that are installed."
-    found = {"Python": platform.python_version()}
+    """Return the versions of Python and of those of `LIBRARIES` that are installed."""
+    numbers = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             pass
-    return found
+    return numbers
 
-
+# %% ../../nbs/train/02_same.ipynb #853d584c
 def processor() -> dict[str, str]:
-    "What computes: the GPU's name, or the CPU's kind, the widest vectors that torch uses, and its threads."
+    """Return what computes: the GPU's name, or the CPU's kind, the widest vectors that torch uses, and its
+    threads."""
     import torch  # seconds
 
     if torch.cuda.is_available():
         return {"device": f"cuda {torch.cuda.get_device_name()}"}
-    if torch.accelerator.is_available():
-        return {"device": torch.accelerator.current_accelerator().type}
+    if torch.accelerator.is_available() and (device := torch.accelerator.current_accelerator()):
+        return {"device": device.type}
     kind = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": kind, "threads": str(torch.get_num_threads())}
 
-
+# %% ../../nbs/train/02_same.ipynb #f124a29c
 def surroundings() -> dict[str, str]:
-    """What a run is made with and may change: `versions`, cbnb's own code by its hash, the number of
+    """Return what a run is made with and may change: `versions`, cbnb's own code by its hash, the number of
     processes, and the `processor`."""
     own = {"cbnb's code": source_hash(PACKAGE)[:12], "processes": str(world_size())}
     return versions() | own | processor()
@@ -248,39 +258,40 @@ SECTIONS = {
 
 
 def goes_on(run: Run) -> bool:
-    "Whether an earlier attempt of the `run` has left what this one goes on from: a checkpoint, or answers."
+    """Return whether an earlier attempt of the `run` has left what this one goes on from: a checkpoint, or
+    answers."""
     return run.attempt > 1 and (run.resumed or (run.path / "answers.jsonl").exists())
 
-
+# %% ../../nbs/train/02_same.ipynb #60677e94
 def differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    "What differs between two dicts of hashes, in words: names that are other ones, new, or gone."
-    other = [f"{name} is another one" for name in now if name in before and now[name] != before[name]]
-    other += [f"{name} is new" for name in now.keys() - before]
-    return other + [f"{name} is gone" for name in before.keys() - now]
+    """Return in words what differs between two dicts of hashes: names that are other ones, new, or gone."""
+    words = [f"{name} is another one" for name in now if name in before and now[name] != before[name]]
+    words += [f"{name} is new" for name in now.keys() - before]
+    return words + [f"{name} is gone" for name in before.keys() - now]
 
 
-def named(found: list[str], most: int = 5) -> str:
-    "The first of many `differences`, sorted, and how many more there are."
-    found = sorted(found)
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+def named(texts: list[str], most: int = 5) -> str:
+    """Return the first of many `differences`, sorted, and how many more there are."""
+    texts = sorted(texts)
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
-
+# %% ../../nbs/train/02_same.ipynb #45c20c52
 def made_from(folder: Path) -> dict:
-    """What stands in made_from.json of the `folder` of a run or a checkpoint: `same` (hashes by section and
-    name) and `told` (texts by name), both empty without it. Raises RunError as `read_record`."""
+    """Return what stands in made_from.json of the `folder` of a run or a checkpoint: `same` (hashes by
+    section and name) and `told` (texts by name), both empty without it. Raises RunError as `read_record`."""
     return read_record(folder / MADE_FROM) or {"same": {}, "told": {}}
 
-
-def refuse(folder: Path, section: str, found: list[str]) -> None:
-    "Raises RunError for the run in `folder` of which a `section` differs as `found` (`differences`) says."
+# %% ../../nbs/train/02_same.ipynb #58e39c09
+def refuse(folder: Path, section: str, changes: list[str]) -> None:
+    """Raise RunError for the run in `folder` of which a `section` differs as `found` (`differences`) says."""
     raise RunError(
-        f"{SECTIONS[section]} of the run in {folder} changed since it began ({named(found)}): put "
+        f"{SECTIONS[section]} of the run in {folder} changed since it began ({named(changes)}): put "
         "back what was there, or give another run_dir for another run"
     )
 
-
+# %% ../../nbs/train/02_same.ipynb #46594930
 def keep_same(run: Run, section: str, make: Callable[[], dict[str, str]]) -> None:
-    """Keeps the hashes that `make()` gives (it is called in the first process alone) as a `section` of what
+    """Keep the hashes that `make()` gives (it is called in the first process alone) as a `section` of what
     the `run` was made from; an attempt that goes on compares them with those that are kept. Raises RunError,
     naming what differs."""
 
@@ -290,38 +301,40 @@ def keep_same(run: Run, section: str, make: Callable[[], dict[str, str]]) -> Non
         before = record["same"].get(section) if goes_on(run) else None
         if before is None:
             write_json(run.path / MADE_FROM, record | {"same": record["same"] | {section: now}})
-        elif found := differences(before, now):
-            refuse(run.path, section, found)
+        elif changes := differences(before, now):
+            refuse(run.path, section, changes)
 
     from_first(keep)
 
-
+# %% ../../nbs/train/02_same.ipynb #dec2d774
 def check_checkpoint(run: Run, checkpoint: Path) -> None:
-    """Raises RunError where the `checkpoint`, which has a copy of the made_from.json that it was saved
-    beside, was made from something else than the `run` is now."""
+    """Raise RunError where the `checkpoint`, which has a copy of the made_from.json that it was saved beside,
+    was made from something else than the `run` is now."""
     now, before = made_from(run.path)["same"], made_from(checkpoint)["same"]
     for section in before.keys() & now:
-        if found := differences(before[section], now[section]):
-            refuse(run.path, section, found)
+        if changes := differences(before[section], now[section]):
+            refuse(run.path, section, changes)
 
-
+# %% ../../nbs/train/02_same.ipynb #b8bdcfa4
 def tell_changes(run: Run, sentences: list[str]) -> None:
-    "Prints `sentences` and adds them to the `changes` in status.json, which all attempts of the `run` share."
+    """Print `sentences` and add them to the `changes` in status.json, which all attempts of the `run`
+    share."""
     status = read_status(run.path)
     for line in sentences:
         say(f"note: {line}")
     if sentences:
         set_status(run, status["state"], changes=[*(status.get("changes") or ()), *sentences])
 
-
+# %% ../../nbs/train/02_same.ipynb #d7ada680
 def others(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
-    "`{name: (what it was, what it is)}` of what differs between two `surroundings`; `none` where it is not."
+    """Return `{name: (what it was, what it is)}` of what differs between two `surroundings`; `none` stands
+    for a missing value."""
     pairs = {name: (before.get(name, "none"), now.get(name, "none")) for name in [*before, *now]}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-
+# %% ../../nbs/train/02_same.ipynb #9ab135b7
 def keep_told(run: Run, now: dict[str, str]) -> None:
-    """Keeps `now`, what an attempt of the `run` is made with (`surroundings`), and tells what differs from
+    """Keep `now`, what an attempt of the `run` is made with (`surroundings`), and report what differs from
     the attempt before (`tell_changes`)."""
 
     def keep():
@@ -340,16 +353,37 @@ def keep_told(run: Run, now: dict[str, str]) -> None:
 
     from_first(keep)
 
-
+# %% ../../nbs/train/02_same.ipynb #c17ce8bc
 # share of a figure: kernels for the same arithmetic differ by less, other arithmetic by more
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 SEEN, TINY = 1e-6, 0.01  # a smaller share is told nobody; figures below count as this one
 
 
+def compare_figures(run: Run, before: dict, now: dict[str, float], made_with: dict, dtype: str) -> None:
+    """Compare `now` with the figures `before` (`values`, and `with` what they were made); report a difference
+    within rounding (`tell_changes`). Raises RunError for one that is more (`ROUNDING`)."""
+    pairs = {name: (old, now.get(name, 0.0)) for name, old in before["values"].items()}
+    apart = {name: abs(old - new) / max(abs(old), abs(new), TINY) for name, (old, new) in pairs.items()}
+    differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()])
+    other = others(before["with"], made_with)
+    changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
+    largest = max(apart.values(), default=0)
+    if largest > ROUNDING[dtype]:
+        raise RunError(
+            f"what the run in {run.path} goes on with makes other figures of the same weights "
+            f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
+            "with, or give another run_dir for another run"
+        )
+    if largest > SEEN:
+        sentence = f"attempt {run.attempt} makes other figures of the same weights and rows"
+        tell_changes(run, [f"{sentence}, within rounding ({words})"])
+
+# %% ../../nbs/train/02_same.ipynb #fa10ff8e
 def keep_figures(run: Run, now: dict[str, float], dtype: str) -> None:
-    """Keeps `now`, `cbnb.train.floor.fixed_figures` of the first attempt of the `run`, whose base has the
-    `dtype`, with what they were made with; of an attempt that goes on tells what differs from them
-    (`tell_changes`). Raises RunError where that is more than rounding (`ROUNDING`), naming what the run began
+    """Keep `now`, `cbnb.train.floor.fixed_figures` of the first attempt of the `run`, whose base has the
+    `dtype`, with what they were made with; an attempt that goes on compares its own with them
+    (`compare_figures`). Raises RunError where they differ by more than rounding, naming what the run began
     with."""
 
     def keep():
@@ -357,39 +391,21 @@ def keep_figures(run: Run, now: dict[str, float], dtype: str) -> None:
         before = record.get("figures") if goes_on(run) else None
         if before is None:
             write_json(run.path / MADE_FROM, record | {"figures": {"values": now, "with": made_with}})
-            return
-        pairs = {name: (old, now.get(name, 0.0)) for name, old in before["values"].items()}
-        apart = {name: abs(old - new) / max(abs(old), abs(new), TINY) for name, (old, new) in pairs.items()}
-        differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()])
-        other = others(before["with"], made_with)
-        changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
-        if max(apart.values(), default=0) > ROUNDING[dtype]:
-            raise RunError(
-                f"what the run in {run.path} goes on with makes other figures of the same weights "
-                f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
-                "with, or give another run_dir for another run"
-            )
-        if max(apart.values(), default=0) > SEEN:
-            tell_changes(
-                run,
-                [
-                    f"attempt {run.attempt} makes other figures of the same weights and rows, "
-                    f"within rounding ({words})"
-                ],
-            )
+        else:
+            compare_figures(run, before, now, made_with, dtype)
 
     from_first(keep)
 
-
+# %% ../../nbs/train/02_same.ipynb #423104ef
 def changes_of(run: Run) -> dict[str, list[str]]:
-    '`{"changes": sentences}` on a `run`\'s attempts, for its result.json; empty where nothing changed.'
-    said = from_first(lambda: read_status(run.path).get("changes"))
-    return {"changes": said} if said else {}
+    """Return `{"changes": sentences}` on the attempts of a `run`, for its result.json; empty where nothing
+    changed."""
+    sentences = from_first(lambda: read_status(run.path).get("changes"))
+    return {"changes": sentences} if sentences else {}
 
-
+# %% ../../nbs/train/02_same.ipynb #bc205b7e
 def same_settings(run: Run, config: CircuitBreakerConfig) -> None:
-    """Raises RunError where the settings of the `run` that goes on, by its config.json, are others than those
+    """Raise RunError where the settings of the `run` that goes on, by its config.json, are others than those
     of `config`: a preset may have changed with the code."""
     before = from_first(lambda: read_record(run.path / "config.json")) if goes_on(run) else None
     now = config_to_dict(config)
@@ -412,9 +428,9 @@ def keep_beginning(
     models: Iterable[str] = (),
     config: CircuitBreakerConfig | None = None,
 ) -> None:
-    """Keeps, or compares, what is known of a `run` before its data are read: settings, versions, the files
-    of its `entries` of data and `tools` (`data_files`), and that of its objective; and compares `models` that
-    are folders. Raises RunError, and what reading them raises."""
+    """Keep, or compare, what is known of a `run` before its data are read: settings, versions, the files of
+    its `entries` of data and `tools` (`data_files`), and that of its objective; and compare `models` that are
+    folders. Raises RunError, and what reading them raises."""
     if config:
         same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
@@ -427,40 +443,40 @@ def keep_beginning(
         keep_model(run, *models)
     keep_told(run, surroundings())
 
-
+# %% ../../nbs/train/02_same.ipynb #6b87a1ff
 def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
-    """Keeps, or compares, the hash of the held-out transcripts (`transcripts_hash`) and the samples of the
+    """Keep, or compare, the hash of the held-out transcripts (`transcripts_hash`) and the samples of the
     `streams`. Raises RunError."""
 
     def make():
-        return {"held out": heldout} | {name: samples_hash(found) for name, found in streams.items()}
+        return {"held out": heldout} | {name: samples_hash(samples) for name, samples in streams.items()}
 
     keep_same(run, "samples", make)
 
-
-def keep_template(run: Run, masker) -> None:
-    """Keeps, or compares, the chat template by which an evaluation's `masker`
-    (`cbnb.masking.masker.ChatMasker`) renders, with its variables; a training keeps its own. Raises RunError.
-    """
+# %% ../../nbs/train/02_same.ipynb #a8610f3a
+def keep_template(run: Run, masker: ChatMasker) -> None:
+    """Keep, or compare, the chat template by which an evaluation's `masker`
+    (`cbnb.masking.masker.ChatMasker`) renders, with its variables; a training keeps its own. Raises
+    RunError."""
     from cbnb.run.settings import template_of
 
     text = json.dumps([template_of(masker), masker.template_variables], default=str)
     keep_same(run, "template", lambda: {"it": hashlib.sha256(text.encode()).hexdigest()})
 
-
+# %% ../../nbs/train/02_same.ipynb #f1d746da
 def keep_model(run: Run, *names: str) -> None:
-    "Keeps, or compares, what loading the models `names` reads (`model_hashes`). Raises RunError."
+    """Keep, or compare, what loading the models `names` reads (`model_hashes`). Raises RunError."""
     keep_same(run, "model", lambda: model_hashes(*names))
 
-
+# %% ../../nbs/train/02_same.ipynb #db12cf49
 def keep_adapters(run: Run, folders: dict[str, Path | None]) -> None:
-    "Keeps, or compares, the weights and settings of the adapters in `folders`, by name. Raises RunError."
+    """Keep, or compare, the weights and settings of the adapters in `folders`, by name. Raises RunError."""
     names = ("adapter_config.json", "adapter_model.safetensors")
 
     def make():
-        there = {name: folder for name, folder in folders.items() if folder}
-        places = {f"{name}: {file}": folder / file for name, folder in there.items() for file in names}
-        found = file_hashes(places.values())
-        return {label: found[str(path)] for label, path in places.items()}
+        known = {name: folder for name, folder in folders.items() if folder}
+        places = {f"{name}: {file}": folder / file for name, folder in known.items() for file in names}
+        by_path = file_hashes(places.values())
+        return {label: by_path[str(path)] for label, path in places.items()}
 
     keep_same(run, "adapter", make)

@@ -15,6 +15,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,6 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+# %% auto #0
+__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_states', 'token_bytes',
+           'finished_keys', 'ShardWriter', 'write_shards', 'same_states', 'differs', 'sound_cache', 'check_room',
+           'open_cache']
+
+# %% ../../nbs/train/04_teacher_cache.ipynb #58139186
 from ..basics.disk import is_full_disk
 from ..basics.lease import check_own, holding
 from ..basics.numbers import size_words
@@ -32,34 +39,30 @@ from ..basics.terminal import say
 from ..config import CircuitBreakerConfig, check_cached
 from ..data.streams import Sample, pad_rows
 from ..run.sealed import damage, seal, sync
-from ..step.models import is_in_parts
+from ..step.models import base_model, is_in_parts
 from ..step.passes import teacher_pass
 from .breaker import at_targets
 from .same import sample_key
 
-# %% auto #0
-__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_states', 'token_bytes',
-           'write_shards', 'differs', 'open_cache']
-
 # %% ../../nbs/train/04_teacher_cache.ipynb #080fe808
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over the configuration, every weight and every buffer that is saved, bit for bit, of a causal
-    language model; an adapter on it does not count. Where processes hold parts of the weights, all have to
-    ask."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Return the sha256 over the configuration, every weight and every buffer that is saved, bit for bit, of
+    a causal language model; an adapter on it does not count. Where processes hold parts of the weights, all
+    have to ask."""
+    base = base_model(model)
     saved = base.state_dict().keys()  # of the buffers: a router's bias, for one
-    held = [*base.named_parameters(), *((name, b) for name, b in base.named_buffers() if name in saved)]
-    named = {name.replace(".base_layer", ""): p for name, p in held if "lora_" not in name}
+    tensors = [*base.named_parameters(), *((name, b) for name, b in base.named_buffers() if name in saved)]
+    by_name = {name.replace(".base_layer", ""): p for name, p in tensors if "lora_" not in name}
 
     def one(name):
-        p = named[name].detach()
+        p = by_name[name].detach()
         p = (p.to_local() if isinstance(p, DTensor) else p).contiguous().cpu()
         digest = hashlib.sha256(f"{name} {tuple(p.shape)} {p.dtype} ".encode())
         digest.update(p.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     with ThreadPoolExecutor() as pool:
-        weights = list(pool.map(one, sorted(named)))
+        weights = list(pool.map(one, sorted(by_name)))
     if is_in_parts(model):
         weights = gathered(weights)
     settings = {
@@ -70,12 +73,12 @@ def weights_hash(model: nn.Module) -> str:
     settings["attention"] = base.config._attn_implementation
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()
 
-
+# %% ../../nbs/train/04_teacher_cache.ipynb #ae4a2041
 def fingerprint(
     model: nn.Module, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig
 ) -> str:
-    """32 hex digits over the teacher's weights, the target layers, and the tokens and masks of all samples of
-    both streams, whatever their order."""
+    """Return 32 hex digits over the teacher's weights, the target layers, and the tokens and masks of all
+    samples of both streams, whatever their order."""
     parts = [
         weights_hash(model),
         sorted(config.target_layers),
@@ -86,14 +89,14 @@ def fingerprint(
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #5d961876
 def cache_bytes(harmful: list[Sample], benign: list[Sample], states: int, last: int) -> int:
-    """Bytes of a cache for these samples, where a token's states after the target layers take `states` bytes,
-    and its final one `last` (see `token_bytes`)."""
+    """Return the bytes of a cache for these samples, where a token's states after the target layers take
+    `states` bytes, and its final one `last` (see `token_bytes`)."""
     tokens = sum(int(s.loss_mask.sum()) for s in (*harmful, *benign))
     return tokens * states + sum(int(s.loss_mask[1:].sum()) for s in benign) * last
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #851cc079
 class TeacherCache:
-    "The states of a sealed cache folder, read from its memory-mapped safetensors as they are asked for."
+    """Read the states of a sealed cache folder from its memory-mapped safetensors as they are asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -109,8 +112,8 @@ class TeacherCache:
                 token, last = token + tokens, last + lasts
 
     def states(self, samples: list[Sample]) -> dict:
-        """`{"hidden": {layer: [M, d]}, "last": [N, d]}` of padded rows of these samples, in the order of
-        `token_index` and `predicting_index` (`cbnb.data.streams.pad_rows`); N is 0 for harmful samples.
+        """Return `{"hidden": {layer: [M, d]}, "last": [N, d]}` of padded rows of these samples, in the order
+        of `token_index` and `predicting_index` (`cbnb.data.streams.pad_rows`); N is 0 for harmful samples.
         Raises KeyError for a sample that is not there."""
         places = [self.places[sample_key(s)] for s in samples]
         names = [name for name in self.files[places[0][0]].keys() if name != "last"]
@@ -138,14 +141,14 @@ def teacher_states(
     config: CircuitBreakerConfig,
     pad_id: int,
     final: bool,
-):
-    """`(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; N is 0 without
-    `final`."""
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Return `(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; N is 0
+    without `final`."""
     rows = {name: tensor.to(student.device) for name, tensor in pad_rows(samples, pad_id).items()}
     hidden, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
-    return hidden, last if final else next(iter(hidden.values()))[:0]
+    return hidden, next(iter(hidden.values()))[:0] if last is None else last
 
-
+# %% ../../nbs/train/04_teacher_cache.ipynb #df424a07
 def token_bytes(
     student: PeftModel,
     teacher: nn.Module | None,
@@ -153,14 +156,72 @@ def token_bytes(
     config: CircuitBreakerConfig,
     pad_id: int,
 ) -> tuple[int, int]:
-    """Bytes that a token's states after the target layers take, those of several residual streams included,
-    and its final state: measured on the shortest sample."""
+    """Return the bytes that a token's states after the target layers take, those of several residual streams
+    included, and those of its final state: measured on the shortest sample."""
     hidden, last = teacher_states(
         student, teacher, [min(samples, key=lambda s: len(s.input_ids))], config, pad_id, True
     )
     return sum(h.shape[-1] * h.element_size() for h in hidden.values()), last.shape[-1] * last.element_size()
 
+# %% ../../nbs/train/04_teacher_cache.ipynb #82d2e758
+def finished_keys(folder: Path) -> set[str]:
+    "Return the keys of the samples in the files of `folder` that are whole; remove the files that are not."
+    keys = set()
+    for path in folder.glob("*.safetensors"):
+        try:
+            check_regular(path)
+            with safe_open(path, "pt") as file:
+                keys |= {key for key, *_ in json.loads(file.metadata()["samples"])}
+        except Exception:
+            path.unlink()  # not whole, whatever safetensors calls it
+    return keys
 
+# %% ../../nbs/train/04_teacher_cache.ipynb #0c5eb0c3
+class ShardWriter:
+    """Collect states of samples and write them to numbered files of about `SHARD` bytes in `folder`.
+
+    Raises OSError (ENOSPC), which names `folder`, for a full disk."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        numbers = itertools.count()
+        self.paths = (p for n in numbers if not (p := folder / f"{n:05}.safetensors").exists())
+        self.parts: list[tuple[dict[int, torch.Tensor], torch.Tensor]] = []
+        self.places: list[tuple[str, int, int]] = []
+        self.size = 0
+
+    def add(
+        self, hidden: dict[int, torch.Tensor], last: torch.Tensor, places: list[tuple[str, int, int]]
+    ) -> None:
+        """Add the states `hidden` {layer: [M, d]} and `last` [N, d] of a batch, with a (key, tokens,
+        positions) of each of its samples; write a file when there is enough for one."""
+        self.parts.append((hidden, last))
+        self.places += places
+        self.size += sum(x.numel() * x.element_size() for x in (*hidden.values(), last))
+        if self.size >= SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        "Write what was added since the last file, under another name first."
+        if not self.parts:
+            return
+        layers, ends = self.parts[0][0], [last for _, last in self.parts if len(last)]
+        tensors = {str(k): torch.cat([hidden[k] for hidden, _ in self.parts]).contiguous() for k in layers}
+        tensors["last"] = torch.cat(ends or [self.parts[0][1]]).contiguous()
+        path = next(self.paths)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata={"samples": json.dumps(self.places)})
+            sync(partial)
+            partial.rename(path)
+        except Exception as e:  # safetensors has an error of its own
+            partial.unlink(missing_ok=True)
+            if is_full_disk(e):
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.folder)) from e
+            raise
+        self.parts, self.places, self.size = [], [], 0
+
+# %% ../../nbs/train/04_teacher_cache.ipynb #af514ea8
 def write_shards(
     folder: Path,
     student: PeftModel,
@@ -168,42 +229,11 @@ def write_shards(
     benign: list[Sample],
     config: CircuitBreakerConfig,
     pad_id: int,
-    teacher=None,
+    teacher: nn.Module | None = None,
 ) -> None:
-    """Writes the files of a cache to `folder`; those that an earlier, interrupted call has finished are
-    kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."""
-    done = set()
-    for path in folder.glob("*.safetensors"):
-        try:
-            check_regular(path)
-            with safe_open(path, "pt") as file:
-                done |= {key for key, *_ in json.loads(file.metadata()["samples"])}
-        except Exception:
-            path.unlink()  # not whole, whatever safetensors calls it
-    numbers = (n for n in itertools.count() if not (folder / f"{n:05}.safetensors").exists())
-    parts, places, size = [], [], 0
-
-    def flush():
-        nonlocal parts, places, size
-        if not parts:
-            return
-        tensors = {
-            str(layer): torch.cat([hidden[layer] for hidden, _ in parts]).contiguous()
-            for layer in parts[0][0]
-        } | {"last": torch.cat([last for _, last in parts if len(last)] or [parts[0][1]]).contiguous()}
-        path = folder / f"{next(numbers):05}.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            save_file(tensors, partial, metadata={"samples": json.dumps(places)})
-            sync(partial)
-            partial.rename(path)
-        except Exception as e:  # safetensors has an error of its own
-            partial.unlink(missing_ok=True)
-            if is_full_disk(e):
-                raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
-            raise
-        parts, places, size = [], [], 0
-
+    """Write the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept.
+    Raises OSError (ENOSPC), which names `folder`, for a full disk."""
+    done, writer = finished_keys(folder), ShardWriter(folder)
     # benign first: a sample of both streams is kept with its final hidden states
     for stream, final in ((benign, True), (harmful, False)):
         left = {key: s for s in stream if (key := sample_key(s)) not in done}
@@ -212,21 +242,25 @@ def write_shards(
         for start in range(0, len(order), config.batch_size):
             keys, samples = zip(*order[start : start + config.batch_size])
             hidden, last = teacher_states(student, teacher, list(samples), config, pad_id, final)
-            hidden, last = {layer: h.cpu() for layer, h in hidden.items()}, last.cpu()
-            parts.append((hidden, last))
-            places += [
+            places = [
                 (key, int(s.loss_mask.sum()), int(s.loss_mask[1:].sum()) if final else 0)
                 for key, s in zip(keys, samples)
             ]
-            size += sum(x.numel() * x.element_size() for x in (*hidden.values(), last))
-            if size >= SHARD:
-                flush()
-    flush()
+            writer.add({layer: h.cpu() for layer, h in hidden.items()}, last.cpu(), places)
+    writer.flush()
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #fa974c54
 CHECKED = 4
 
 
+def same_states(mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
+    "Return whether the cached states `theirs` are those of a fresh pass, to a twentieth of their norm."
+    if theirs is None or theirs.shape != mine.shape:
+        return False
+    distance = (mine.cpu().float() - theirs.float()).norm()
+    return bool(distance <= 0.05 * theirs.float().norm())  # NaN compares as false
+
+# %% ../../nbs/train/04_teacher_cache.ipynb #5b2df1a4
 def differs(
     cache: TeacherCache,
     student: PeftModel,
@@ -234,9 +268,9 @@ def differs(
     benign: list[Sample],
     config: CircuitBreakerConfig,
     pad_id: int,
-    teacher=None,
+    teacher: nn.Module | None = None,
 ) -> str:
-    """What the teacher, run on `CHECKED` samples of each stream, says against its cache, in words; empty
+    """Return what is wrong with a cache, by running the teacher on `CHECKED` samples of each stream; empty
     within a twentieth of the hidden states' norm, the noise of bfloat16. The samples are drawn anew each
     time, and by no seed of the run: nobody can know which ones a forged cache would have to get right."""
 
@@ -249,22 +283,41 @@ def differs(
     ]:
         hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
         try:
-            kept = cache.states([sample])
+            states = cache.states([sample])
         except KeyError:
             return f"it does not hold the sample of transcript {sample.transcript}"
-        for mine, theirs in (
-            *((hidden[layer], kept["hidden"].get(layer)) for layer in hidden),
-            *([(last, kept["last"])] if final else []),
-        ):
-            if (
-                theirs is None
-                or theirs.shape != mine.shape
-                or not (mine.cpu().float() - theirs.float()).norm() <= 0.05 * theirs.float().norm()
-            ):
-                return f"it is not what the teacher gives for transcript {sample.transcript}"
+        pairs = [(hidden[layer], states["hidden"].get(layer)) for layer in hidden]
+        pairs += [(last, states["last"])] if final else []
+        if not all(same_states(mine, theirs) for mine, theirs in pairs):
+            return f"it is not what the teacher gives for transcript {sample.transcript}"
     return ""
 
+# %% ../../nbs/train/04_teacher_cache.ipynb #b0dcc904
+def sound_cache(folder: Path, *arguments: Any) -> tuple[TeacherCache | None, str]:
+    """Return `(cache, "")` of a `folder` that is held against its manifest and against fresh passes
+    (`differs`, with the `arguments` behind its cache), or `(None, what is wrong)`."""
+    try:
+        if fault := damage(folder):
+            return None, fault
+        cache = TeacherCache(folder)
+        fault = differs(cache, *arguments)
+    # safetensors' own errors included
+    except Exception as e:
+        fault = f"it cannot be read: {type(e).__name__}: {e}"
+    return (None, fault) if fault else (cache, "")
 
+# %% ../../nbs/train/04_teacher_cache.ipynb #0ce47d8e
+def check_room(place: Path, size: int) -> None:
+    "Raise OSError (ENOSPC) where a cache of `size` bytes has no room in the folder `place`."
+    if (free := shutil.disk_usage(place).free) < size * 1.02:
+        raise OSError(
+            errno.ENOSPC,
+            f"the teacher cache needs {size_words(size)}, and {size_words(free)} are free; give another "
+            "teacher_cache, or none",
+            str(place),
+        )
+
+# %% ../../nbs/train/04_teacher_cache.ipynb #a320b63b
 def open_cache(
     place: str | Path,
     student: PeftModel,
@@ -272,14 +325,14 @@ def open_cache(
     benign: list[Sample],
     config: CircuitBreakerConfig,
     pad_id: int,
-    teacher=None,
+    teacher: nn.Module | None = None,
 ) -> TeacherCache:
-    """The cache of the teacher (`teacher`, or the student's base) for these samples, from the folder `place`,
-    made there if it is not: with its size and time printed, and by one process while others wait. It is
-    looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass of
-    some samples (`differs`), and made anew, saying why, where it does not fit. Raises OSError (ENOSPC) where
-    it would have no place, NotOwn for a cache that others can write to, ValueError for weights in parts and
-    for `retain_layers` all."""
+    """Return the cache of the teacher (`teacher`, or the student's base) for these samples, from the folder
+    `place`, made there if it is not: with its size and time printed, and by one process while others wait. It
+    is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass
+    of some samples (`differs`), and made anew, saying why, where it does not fit. Raises OSError (ENOSPC)
+    where it would have no place, NotOwn for a cache that others can write to, ValueError for weights in parts
+    and for `retain_layers` all."""
     check_cached(config, is_in_parts(student))
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -291,28 +344,16 @@ def open_cache(
             if os.path.lexists(there):
                 check_own(there)
         if folder.exists():
-            try:
-                wrong = damage(folder) or differs(
-                    found := TeacherCache(folder), student, harmful, benign, config, pad_id, teacher
-                )
-            # safetensors' own errors included
-            except Exception as e:
-                wrong = f"it cannot be read: {type(e).__name__}: {e}"
-            if not wrong:
+            cache, fault = sound_cache(folder, student, harmful, benign, config, pad_id, teacher)
+            if cache:
                 say(
                     f"teacher cache: {size_words(size)}, found in {folder} and checked in "
                     f"{time.monotonic() - began:.0f} s"
                 )
-                return found
-            say(f"teacher cache: {folder} is made anew, since {wrong}")
+                return cache
+            say(f"teacher cache: {folder} is made anew, since {fault}")
             shutil.rmtree(folder)
-        if (free := shutil.disk_usage(place).free) < size * 1.02:
-            raise OSError(
-                errno.ENOSPC,
-                f"the teacher cache needs {size_words(size)}, and {size_words(free)} are free; give another "
-                "teacher_cache, or none",
-                str(place),
-            )
+        check_room(place, size)
         say(
             f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign "
             f"samples, made in {folder} ..."

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -52,10 +53,10 @@ from .same import MADE_FROM, check_checkpoint, tell_changes
 
 # %% auto #0
 __all__ = ['TERMS', 'UNFINISHED', 'KEPT', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
-           'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'CircuitBreakerTrainer', 'MetricsLog',
-           'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line', 'progress_line', 'show_line',
-           'stop_on_interrupt', 'log_of', 'mend_log', 'last_checkpoint', 'resume_point', 'check_trackers',
-           'training_arguments', 'breaker_trainer', 'measured_floor', 'train_breaker']
+           'gradient_report', 'disk_is_full', 'checkpoints', 'keep_newest', 'BreakerArguments', 'breaker_settings',
+           'CircuitBreakerTrainer', 'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'log_line',
+           'progress_line', 'show_line', 'stop_on_interrupt', 'log_of', 'mend_log', 'last_checkpoint', 'resume_point',
+           'check_trackers', 'training_arguments', 'breaker_trainer', 'measured_floor', 'train_breaker']
 
 # %% ../../nbs/train/05_trainer.ipynb #d6c56543
 TERMS = ("reroute", "retain", "kl")
@@ -148,6 +149,17 @@ def keep_newest(folder: Path, number: int) -> None:
         path.rename(folder / UNFINISHED / path.name)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
+# %% ../../nbs/train/05_trainer.ipynb #94b8aa4e
+class BreakerArguments(TrainingArguments):
+    "Carry the settings of a run to trainer and callbacks, which get Trainer's arguments and nothing else."
+
+    circuit_breaker_config: CircuitBreakerConfig
+
+
+def breaker_settings(args: TrainingArguments) -> CircuitBreakerConfig:
+    "Return the settings that the `args` of a breaker's trainer carry."
+    return cast(BreakerArguments, args).circuit_breaker_config
+
 # %% ../../nbs/train/05_trainer.ipynb #4bca51d2
 class CircuitBreakerTrainer(Trainer):
     """Trainer for a `CircuitBreaker`. It overrides what the objective needs: the order of the data, the three
@@ -177,7 +189,7 @@ class CircuitBreakerTrainer(Trainer):
     def will_log(self, step: int) -> bool:
         """Whether optimizer step `step` (1 is the first) is logged: every `logging_steps`, the first, the
         last, a diagnosed one, one in which a term has no target."""
-        every = self.args.circuit_breaker_config.diagnose_steps
+        every = breaker_settings(self.args).diagnose_steps
         return (
             step in (1, self.state.max_steps)
             or step % self.args.logging_steps == 0
@@ -186,7 +198,7 @@ class CircuitBreakerTrainer(Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        config = self.args.circuit_breaker_config
+        config = breaker_settings(self.args)
         step = self.state.global_step
         weights = term_weights(config, step)
         # every process backpropagates its share of a global mean and DDP averages gradients, hence the factor
@@ -232,7 +244,7 @@ class CircuitBreakerTrainer(Trainer):
 
     def metrics_row(self, logs: dict) -> dict:
         "The line of metrics.jsonl for the step just made; terms are summed over micro-batches and processes."
-        config, step = self.args.circuit_breaker_config, self.state.global_step
+        config, step = breaker_settings(self.args), self.state.global_step
         raw = {key: self.accelerator.reduce(value, "sum").item() for key, value in self.step_terms.items()}
         weights = term_weights(config, step - 1)
         weighted = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in TERMS}
@@ -335,7 +347,7 @@ class LogWhatCounts(TrainerCallback):
     """
 
     def on_step_end(self, args, state, control, **kwargs):
-        every, last = args.circuit_breaker_config.diagnose_steps, state.global_step == state.max_steps
+        every, last = breaker_settings(args).diagnose_steps, state.global_step == state.max_steps
         if last or (every and state.global_step % every == 0):
             control.should_log = True
         if last:
@@ -562,14 +574,14 @@ def check_trackers(config: CircuitBreakerConfig) -> list[str]:
     return names
 
 
-def training_arguments(config: CircuitBreakerConfig, folder: Path) -> TrainingArguments:
+def training_arguments(config: CircuitBreakerConfig, folder: Path) -> BreakerArguments:
     """Trainer's arguments for a config; checkpoints go to `folder`. Of several processes each takes its share
     of the rows (`shares`)."""
     rows, micro_batches = shares(config, world_size())
     # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would
     # wait
     beyond = config.beta_kl == 0 and config.lora_layers[1] > max(config.target_layers)
-    args = TrainingArguments(
+    args = BreakerArguments(
         output_dir=str(folder),
         run_name=folder.parent.name,
         max_steps=config.total_steps,
@@ -643,10 +655,10 @@ def measured_floor(trainer: CircuitBreakerTrainer, run: Run, pad_id: int) -> dic
     four; kept in status.json, and the same in each of its attempts."""
     if known := from_first(lambda: read_status(run.path).get("floor")):
         return known
-    pairs = [trainer.train_dataset[i] for i in range(min(trainer.args.circuit_breaker_config.batch_size, 4))]
+    pairs = [trainer.train_dataset[i] for i in range(min(breaker_settings(trainer.args).batch_size, 4))]
     student = trainer.model.student
     floor = rounding_floor(
-        student, on_device(collate(pairs, pad_id), student.device), trainer.args.circuit_breaker_config
+        student, on_device(collate(pairs, pad_id), student.device), breaker_settings(trainer.args)
     )
     set_status(run, "running", floor=floor)
     return floor
