@@ -239,9 +239,9 @@ def room_list(path):
 def declarations():
     "The parameters of each notebook, as `cbnb.config` declares them, and the titles of their groups."
     sys.path.insert(0, str(ROOT))
-    from cbnb.config import GROUPS, PARAMETERS
+    from cbnb.config import GROUPS, NOTEBOOK_PARAMETERS
 
-    return PARAMETERS, GROUPS
+    return NOTEBOOK_PARAMETERS, GROUPS
 
 
 def parameter_lines(declared):

@@ -25,7 +25,7 @@ from .basics.output import safe_output
 from .basics.processes import world_size
 from .basics.terminal import ended, error_text, first_line, say, sentence, visible
 from .basics.withheld import scrub
-from .config import GROUPS, PARAMETERS, RUN_ONLY, ConfigError, notebook_kind, sentences
+from .config import GROUPS, NOTEBOOK_PARAMETERS, RUN_ONLY, ConfigError, notebook_kind, sentences
 from .data.convert import check_written
 from .data.sources import SourceReader, open_source
 from cbnb.masking.audit import (
@@ -66,7 +66,7 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError',
            'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag', 'add_notebook_flags',
            'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate',
            'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser',
-           'run_command', 'carry_out', 'main']
+           'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -161,7 +161,7 @@ def positive(text: str) -> int:
 def declared_help(name: str, notebook: str = "explore_masks") -> str:
     """Return the help of the flag of a parameter, from its declaration for the notebook of that name: what is
     said of it, with its limits, and its default."""
-    declared = PARAMETERS[notebook][name]
+    declared = NOTEBOOK_PARAMETERS[notebook][name]
     default = "" if declared.default in (None, "") else f" (default: {declared.default})"
     return visible(f"{'; '.join(sentences(declared))}{default}").replace("%", "%%")
 
@@ -567,12 +567,12 @@ def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: s
 # %% ../nbs/cli.ipynb #clinbfl1
 def add_notebook_flags(p: argparse.ArgumentParser, name: str) -> None:
     """Add to the parser `p` a flag for each parameter of the notebook `name`: those that are declared
-    (`cbnb.config.PARAMETERS`), and those that only the notebook has, where it is at hand and readable."""
+    (`cbnb.config.NOTEBOOK_PARAMETERS`), and those that it alone has, where it is at hand and readable."""
     flags: list[str] = []
     p.set_defaults(flags=flags)
     notebook = Path(name).stem
     groups = {key: p.add_argument_group(title) for key, title in GROUPS.items()}
-    for declared in PARAMETERS[notebook].values():
+    for declared in NOTEBOOK_PARAMETERS[notebook].values():
         words = declared_help(declared.name, notebook)
         add_declared_flag(groups[declared.group], declared.name, notebook_kind(declared), words, flags)
     try:
@@ -581,7 +581,7 @@ def add_notebook_flags(p: argparse.ArgumentParser, name: str) -> None:
         return
     group = p.add_argument_group(f"Of this {Path(name).name} alone")
     for key, parameter in own.items():
-        if key in PARAMETERS[notebook]:
+        if key in NOTEBOOK_PARAMETERS[notebook]:
             continue
         kind = "|".join(t for t in parameter.types if t != "None")
         default = "" if parameter.default in (None, "") else f" (default: {parameter.default})"
@@ -905,7 +905,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 REFUSALS = (CommandError, RunError, ValueError, OSError)
 
 
-def run_command(args: argparse.Namespace) -> int:
+def run_parsed(args: argparse.Namespace) -> int:
     """Return the exit status of the command that was read as `args` (a Namespace). The error for a full
     disk names the file and its room; without a name it is the output's."""
     try:
@@ -926,7 +926,7 @@ def carry_out(words: Sequence[str]) -> int:
             words,
             f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}",
         )
-    return ended(partial(run_command, args), name, REFUSALS, words)
+    return ended(partial(run_parsed, args), name, REFUSALS, words)
 
 # %% ../nbs/cli.ipynb #climain1
 def main(argv: Sequence[str] | None = None) -> int:

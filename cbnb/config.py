@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJECTIVES', 'PRESETS', 'INTERVALS', 'IDLE',
-           'ENTRIES', 'DATA_PARAMETERS', 'TEMPLATE_PARAMETERS', 'MODEL_PARAMETERS', 'RUN_PARAMETERS',
-           'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN', 'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN',
-           'KL_PARAMETERS', 'MASKS_PARAMETERS', 'REPORT_PARAMETERS', 'PARAMETERS', 'RUN_ONLY', 'ConfigError',
-           'scalar_types', 'type_name', 'wrong_type', 'convert', 'convert_items', 'text_value', 'Declaration',
-           'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type', 'sentences',
-           'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
-           'check_objective_name', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'setting_text', 'get_config',
-           'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding', 'config_to_dict',
-           'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares', 'coefficients']
+           'ENTRIES', 'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS', 'MODEL_PARAMETERS',
+           'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN',
+           'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'REPORT_PARAMETERS',
+           'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type', 'convert_value',
+           'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits', 'notebook_kind',
+           'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup',
+           'check_policies', 'check_objective_name', 'presets', 'intervals', 'check_idle', 'of_no_weight',
+           'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding',
+           'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares', 'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -61,7 +61,7 @@ def wrong_type(
     return error(f"{name} wants {type_name(wanted)}, but {value!r} ({type(value).__name__}) was given{hint}")
 
 # %% ../nbs/config.ipynb #78955d8e
-def convert(
+def convert_value(
     name: str,
     wanted: Any,
     value: object,
@@ -110,7 +110,7 @@ def convert_items(name: str, wanted: Any, value: object) -> tuple[Any, ...]:
             parts = [int(str(part)) for part in parts]
     else:
         parts = value if isinstance(value, (list, tuple)) else [value]
-    items = tuple(convert(name, item, part) for part in parts)
+    items = tuple(convert_value(name, item, part) for part in parts)
     if not items or (last is not Ellipsis and len(items) != 2):
         number = "at least one item" if last is Ellipsis else "two numbers: first,last"
         raise ConfigError(f"{name} wants {number}, but {value!r} was given")
@@ -143,7 +143,7 @@ GROUPS = {
     "view": "View",
 }
 
-
+# %% ../nbs/config.ipynb #declcls1
 @dataclass(frozen=True)
 class Declaration:
     """A parameter as a notebook declares it. `kind`: bool, int, float, str or a tuple type, which a notebook
@@ -438,7 +438,7 @@ class CircuitBreakerConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = convert(f.name, f.type, getattr(self, f.name))
+            value = convert_value(f.name, f.type, getattr(self, f.name))
             check_limits(f.name, value, f.metadata["limits"])
             object.__setattr__(self, f.name, value)
         check_repeated(self)
@@ -722,6 +722,10 @@ DATA_PARAMETERS = (
         unset="auto: task and injection where meta has them, else prompt",
         more="task, injection, suite or prompt, separated by commas",
     ),
+)
+
+# %% ../nbs/config.ipynb #parmda1b
+READING_PARAMETERS = (
     parameter(
         "relabel",
         "",
@@ -808,6 +812,10 @@ MODEL_PARAMETERS = (
         "model",
         "run code that comes with a model; leave it off for models you have not read",
     ),
+)
+
+# %% ../nbs/config.ipynb #parmda3b
+MEMORY_PARAMETERS = (
     parameter(
         "teacher",
         "",
@@ -868,19 +876,21 @@ def setting_declaration(f: dataclasses.Field[Any]) -> Declaration:
     facts = dict(f.metadata)
     return Declaration(f.name, f.type, f.default if facts.pop("stated") else None, **facts)
 
-
+# %% ../nbs/config.ipynb #parmfn03
 TRAIN_PARAMETERS = {
     d.name: d
     for d in (
         *DATA_PARAMETERS,
+        *READING_PARAMETERS,
         *TEMPLATE_PARAMETERS,
         *MODEL_PARAMETERS,
+        *MEMORY_PARAMETERS,
         *RUN_PARAMETERS,
         *map(setting_declaration, dataclasses.fields(CircuitBreakerConfig)),
     )
 }
 
-
+# %% ../nbs/config.ipynb #parmfn04
 def change(name: str, **facts: Any) -> Declaration:
     """Return the declaration of the parameter `name` of train.ipynb with other `facts`."""
     return dataclasses.replace(TRAIN_PARAMETERS[name], **facts)
@@ -904,6 +914,8 @@ PREFLIGHT_PARAMETERS = (
         at_least=10,
     ),
 )
+
+# %% ../nbs/config.ipynb #parmda5b
 AS_RUN = dict(default=None, unset="None: as in the run")
 EVALUATE_PARAMETERS = (
     parameter(
@@ -938,7 +950,8 @@ EVALUATE_PARAMETERS = (
         unset="None: as in the run, or 0.1",
     ),
     change("control", default=None, unset="None: as in the run, or error"),
-    *(change(name, **AS_RUN) for name in ("chat_template", "template_variables")),
+    change("chat_template", **AS_RUN, more=""),
+    change("template_variables", **AS_RUN),
     change(
         "target_layers",
         group="evaluation",
@@ -1015,7 +1028,7 @@ MASKS_PARAMETERS = (
     change("data", meaning="transcripts, separated by commas", unset="tinyagent: a few of its own"),
     change("relabel", unset="empty: such a record is left out, and counted"),
     *map(change, ("tools", "control", "tool_call_format", "adapt")),
-    *(change(name, more="") for name in ("chat_template",)),
+    change("chat_template", more=""),
     change("template_variables"),
     parameter("mask_a", "post_injection_only", "view", "mask A, a policy"),
     parameter(
@@ -1040,6 +1053,8 @@ MASKS_PARAMETERS = (
     change("truncation", default="targets"),
     FIRST_SHOWN,
 )
+
+# %% ../nbs/config.ipynb #parmda7b
 REPORT_PARAMETERS = (
     parameter(
         "sweep",
@@ -1051,7 +1066,7 @@ REPORT_PARAMETERS = (
 )
 
 # %% ../nbs/config.ipynb #parmda08
-PARAMETERS = {
+NOTEBOOK_PARAMETERS = {
     "train": in_groups(*TRAIN_PARAMETERS.values()),
     "preflight": in_groups(*PREFLIGHT_PARAMETERS),
     "evaluate": in_groups(*EVALUATE_PARAMETERS),
@@ -1060,7 +1075,7 @@ PARAMETERS = {
     "explore_masks": in_groups(*MASKS_PARAMETERS),
 }
 RUN_ONLY = tuple(
-    name for name in PARAMETERS["preflight"] if name not in CircuitBreakerConfig.__dataclass_fields__
+    name for name in NOTEBOOK_PARAMETERS["preflight"] if name not in CircuitBreakerConfig.__dataclass_fields__
 )
 
 # %% ../nbs/config.ipynb #a92f9dc7
@@ -1089,7 +1104,7 @@ def layers_from_hidden_states(indices: int | str | Sequence[int]) -> tuple[int, 
     `indices`: an int, a list, a tuple or a comma string. Raises `ConfigError` for 0, which is the embedding,
     and below. The *last* entry of `hidden_states` is taken after the final norm; the block's own output,
     which cbnb uses, is not normed."""
-    numbers = convert("hidden_states index", tuple[int, ...], indices)
+    numbers = convert_value("hidden_states index", tuple[int, ...], indices)
     for i in numbers:
         if i < 1:
             raise ConfigError(

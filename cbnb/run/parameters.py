@@ -21,7 +21,7 @@ from typing import Any
 from ..basics.jsonfiles import to_plain
 from ..basics.terminal import error_text, say, tame_kernel
 from ..basics.withheld import SECRET_NAME, guard, holder, kernel, scrub
-from ..config import convert, nearest
+from ..config import convert_value, nearest
 
 # %% ../../nbs/run/02_parameters.ipynb #04f47923
 class ParameterError(ValueError):
@@ -100,7 +100,7 @@ def parameter_types(name: str, text: str) -> list[str]:
 
 # %% ../../nbs/run/02_parameters.ipynb #de3a8f9f
 def convert_parameter(name: str, types: Sequence[str], value: object) -> Any:
-    """Return `value` as one of `types` (names from `PARAMETER_TYPES`), by `cbnb.config.convert`.
+    """Return `value` as one of `types` (names from `PARAMETER_TYPES`), by `cbnb.config.convert_value`.
 
     papermill makes an int of `10` and `1_0` and a float of `1e-4`, so a `str` parameter (a list of one layer,
     a name of digits) gets its number back as text; `007` arrives as `7`. Raises `ParameterError` for any
@@ -109,7 +109,7 @@ def convert_parameter(name: str, types: Sequence[str], value: object) -> Any:
     hint = "; write '10,20' for a list" if isinstance(value, (list, tuple)) else ""
     if "bool" in types:
         hint = "; write True or False"
-    return convert(f"parameter {name!r}", wanted, value, written=True, error=ParameterError, hint=hint)
+    return convert_value(f"parameter {name!r}", wanted, value, written=True, error=ParameterError, hint=hint)
 
 # %% ../../nbs/run/02_parameters.ipynb #16c334ac
 def refuse_secrets(parameters: Mapping[str, object]) -> None:

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..basics.jsonfiles import RECORD_BYTES, SMALL_BYTES, RecordError, RunError, brief, bytes_of, parsed
-from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert
+from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_value
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 def wants(where, wanted, value):
@@ -233,7 +233,7 @@ def setting(field):
 
     def check(value, where):
         try:
-            check_limits(field.name, convert(field.name, field.type, value), field.metadata["limits"])
+            check_limits(field.name, convert_value(field.name, field.type, value), field.metadata["limits"])
         except ConfigError as e:
             yield str(e)
 
