@@ -187,14 +187,15 @@ def add_reading(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/cli.ipynb #ab71a78b
 def add_template(p: argparse.ArgumentParser) -> None:
     """Add the arguments that say by which template a conversation becomes text."""
-    for flag, known in {
+    template: dict[str, dict[str, Any]] = {
         "trust-remote-code": {"action": argparse.BooleanOptionalAction, "default": False},
         "chat-template": {"metavar": "FILE", "default": ""},
         "template-variables": {"metavar": "NAME=VALUE,...", "default": ""},
         "control": {"choices": CONTROL_MODES, "default": "error"},
         "tool-call-format": {"choices": TOOL_CALL_FORMATS, "default": "template"},
         "adapt": {"metavar": "NAME,...", "default": ""},
-    }.items():
+    }
+    for flag, known in template.items():
         p.add_argument(f"--{flag}", help=declared_help(flag.replace("-", "_")), **known)
 
 # %% ../nbs/cli.ipynb #clishow1
@@ -397,7 +398,8 @@ def run_spans(args: argparse.Namespace) -> int:
     if args.injections:
         texts |= read_injections(args.injections)
     reader = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools)
-    search, examples = Search(), []
+    search = Search()
+    examples: list[int] = []
     if args.out:
         check_written(args.out, reader, args.injections, args.tools)
 

@@ -83,7 +83,8 @@ def convert_value(
         if type(value) in kinds:
             return value
     elif isinstance(value, Real) and (written or {int, float} & set(kinds)):
-        if not abs(value) <= sys.float_info.max:  # true for NaN too
+        size: Any = abs(value)
+        if not size <= sys.float_info.max:  # true for NaN too
             raise error(f"{name} wants a finite number, but {value!r} was given")
         if int in kinds and isinstance(value, Integral):
             return int(value)
@@ -672,11 +673,9 @@ def get_config(preset: str, **overrides: Any) -> CircuitBreakerConfig:
             )
     given = {k: v for k, v in overrides.items() if v is not None}
     steps = given.get("total_steps")
-    short = (
-        intervals(PRESETS[preset], steps)
-        if isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
-        else {}
-    )
+    short: dict[str, int] = {}
+    if isinstance(steps, Integral) and not isinstance(steps, bool) and int(steps) >= 1:
+        short = intervals(PRESETS[preset], int(steps))
     config = dataclasses.replace(PRESETS[preset], **short | given)
     check_idle(config, given)
     return config
@@ -874,7 +873,8 @@ RUN_PARAMETERS = (
 def setting_declaration(f: dataclasses.Field[Any]) -> Declaration:
     """Return the `Declaration` of the setting in the field `f`, as a notebook declares it."""
     facts = dict(f.metadata)
-    return Declaration(f.name, f.type, f.default if facts.pop("stated") else None, **facts)
+    default: Any = f.default if facts.pop("stated") else None
+    return Declaration(f.name, f.type, default, **facts)
 
 # %% ../nbs/config.ipynb #parmfn03
 TRAIN_PARAMETERS = {

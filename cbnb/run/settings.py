@@ -56,7 +56,7 @@ LLAMA_8B = dict(
 )
 
 # %% ../../nbs/run/12_settings.ipynb #setng06b
-SHAPES = {  # as published in the config.json of each
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # as published in the config.json of each
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA_8B),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA_8B),
     "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", LLAMA_8B | dict(vocab_size=32768, sliding_window=None)),
@@ -161,13 +161,16 @@ def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) 
     preset's): tinyagent, the notebooks' default, gives way to the one that names `model`, and to
     `PUBLISHED` for a model of another shape. Raises OSError where a configuration that it takes to know is
     not there."""
-    own = PRESETS[preset].model if preset in PRESETS else None
-    if preset != "tinyagent" or model in (None, own):
+    if preset != "tinyagent" or model is None or model == PRESETS[preset].model:
         return preset
     published = {config.model: name for name, config in PRESETS.items()}
     if model in published:
         return published[model]
-    return preset if model_facts(model, trust_remote_code)[:3] == model_facts(own)[:3] else PUBLISHED
+    return (
+        preset
+        if model_facts(model, trust_remote_code)[:3] == model_facts(PRESETS[preset].model)[:3]
+        else PUBLISHED
+    )
 
 # %% ../../nbs/run/12_settings.ipynb #setng13b
 def settings_of(
@@ -183,7 +186,7 @@ def settings_of(
     given = {k: v for k, v in given.items() if v is not None}
     model, notes = given.get("model"), []
     meant = preset_for(preset, model, trust_remote_code)
-    if meant != preset and PRESETS[meant].model != model:
+    if model is not None and meant != preset and PRESETS[meant].model != model:
         facts = model_facts(model, trust_remote_code)
         settings = derive_settings(facts, given)
         words = ", ".join(
