@@ -90,9 +90,10 @@ docs: $(VENV)/.dev  ## the notebooks and pages as a static site in _docs/, reada
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(RUN) .ci/pages.py readme
 
-export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, tables of the site, README.md: run it before a commit
+export: $(VENV)/.dev  ## modules from notebooks, notebooks cleaned, parameters cells, tables of the site, README.md: run it before a commit
 	$(VENV)/bin/nbdev_export
 	$(RUN) .ci/pages.py strip
+	$(RUN) .ci/pages.py parameters
 	$(VENV)/bin/nbdev_clean
 	$(RUN) .ci/pages.py tables
 	$(RUN) .ci/pages.py readme

@@ -1,10 +1,11 @@
 """Pages from the notebooks, without quarto and without a network.
 
-pages.py readme    README.md from nbs/index.ipynb
-pages.py tables    the tables of nbs/reference/ and nbs/explanation/ from the notebooks that they list
-pages.py docs      a static site of all notebooks and Markdown pages in _docs/
-pages.py strip     remove from the notebooks themselves: widget state (megabytes, and useless without its
-                   kernel) and what was written to stderr (progress, warnings with this machine's paths)
+pages.py readme      README.md from nbs/index.ipynb
+pages.py parameters  the parameters cells of the notebooks from the declarations of cbnb.config
+pages.py tables      the tables of nbs/reference/ and nbs/explanation/ from the notebooks and declarations
+pages.py docs        a static site of all notebooks and Markdown pages in _docs/
+pages.py strip       remove from the notebooks themselves: widget state (megabytes, and useless without its
+                     kernel) and what was written to stderr (progress, warnings with this machine's paths)
 """
 
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit that notebook, not this file. -->\n\n"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+WIDTH = 110  # columns of the parameters cells
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?", re.M)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 
@@ -234,20 +237,79 @@ def room_list(path):
     ]
 
 
-def parameter_table(path):
-    "Rows of the parameters of train.ipynb: name, type, default, meaning."
+def declarations():
+    "The parameters of each notebook, as `cbnb.config` declares them, and the titles of their groups."
     sys.path.insert(0, str(ROOT))
-    from cbnb.sweep.spec import notebook_parameters
+    from cbnb.config import GROUPS, NOTEBOOK_PARAMETERS
 
-    def default(value):
-        return "" if value is None else f"`{value!r}`" if value != "" else "empty"
+    return NOTEBOOK_PARAMETERS, GROUPS
 
-    rows = [
-        f"| `{name}` | {' or '.join(t for t in p.types if t != 'None')} | {default(p.default)} | "
-        f"{p.help.replace('|', chr(92) + '|')} |"
-        for name, p in notebook_parameters(NBS / "train.ipynb").items()
-    ]
-    return ["| name | type | default | |", "|---|---|---|---|", *rows]
+
+def parameter_lines(declared):
+    """The lines of a parameters cell for one parameter: its declaration with as much behind it as fits, and
+    the rest as a comment above. What papermill reads stands behind, so it may hold no equals sign."""
+    from cbnb.config import notebook_type, sentences
+
+    default = declared.default
+    value = json.dumps(default, ensure_ascii=False) if isinstance(default, str) else repr(default)
+    line = f"{declared.name}: {notebook_type(declared)} = {value}  # {declared.meaning}"
+    _, *above = sentences(declared)
+    if len(line) > WIDTH or "=" in declared.meaning:
+        sys.exit(f"the meaning of {declared.name} does not fit behind it, or has an equals sign: {line}")
+    while above and len(f"{line}; {above[0]}") <= WIDTH and "=" not in above[0]:
+        line = f"{line}; {above.pop(0)}"
+    comment = textwrap.wrap(
+        "; ".join(above),
+        WIDTH,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [*comment, line]
+
+
+def parameters_cell(name):
+    "The source of the parameters cell of the notebook `name`: its parameters in their groups."
+    parameters, groups = declarations()
+    blocks = []
+    for group, title in groups.items():
+        lines = [line for d in parameters[name].values() if d.group == group for line in parameter_lines(d)]
+        if lines:
+            blocks.append("\n".join([f"# --- {title} ---", *lines]))
+    return "\n\n".join(blocks)
+
+
+def write_cells():
+    "Write the parameters cell of each notebook that is declared; the cell keeps its id and its tag."
+    for name in declarations()[0]:
+        path = NBS / f"{name}.ipynb"
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        (cell,) = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", ())]
+        source = parameters_cell(name)
+        if "".join(cell["source"]) != source:
+            cell["source"] = source.splitlines(keepends=True)
+            write(path, json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+            print(f"wrote the parameters of {path.relative_to(ROOT)}")
+
+
+def parameter_table(path):
+    "Rows of the parameters of train.ipynb, a table for each group: name, type, default, limits, meaning."
+    parameters, groups = declarations()
+    from cbnb.config import limits_in_words, notebook_kind
+
+    def row(d):
+        default = "" if d.default is None else "empty" if d.default == "" else f"`{d.default!r}`"
+        words = "; ".join(text for text in (d.meaning, d.unset, d.more) if text)
+        cells = (f"`{d.name}`", notebook_kind(d), default, limits_in_words(d.limits), words)
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    lines = []
+    for group, title in groups.items():
+        if rows := [row(d) for d in parameters["train"].values() if d.group == group]:
+            head = ["| name | type | default | limits | |", "|---|---|---|---|---|"]
+            lines += [*([""] if lines else []), f"## {title}", "", *head, *rows]
+    return lines
 
 
 TABLES = {
@@ -455,6 +517,7 @@ if __name__ == "__main__":
         "readme": lambda: write(ROOT / "README.md", readme_text()),
         "docs": docs,
         "strip": strip,
+        "parameters": write_cells,
         "tables": lambda: [write(NBS / name, with_table(name)) for name in TABLES],
     }
     if len(sys.argv) != 2 or sys.argv[1] not in tasks:

@@ -1,6 +1,7 @@
 """What people read first: README, the site's pages and their links, the table of modules, and the order of
 the rooms."""
 
+import argparse
 import ast
 import re
 import sys
@@ -8,6 +9,7 @@ from functools import cache
 
 import pytest
 
+from cbnb.config import NOTEBOOK_PARAMETERS, limits_in_words, notebook_type, sentences
 from helpers import NBS, ROOT, code_cells, default_exp, read
 
 sys.path.insert(0, str(ROOT / ".ci"))
@@ -191,6 +193,39 @@ def test_every_page_has_a_title_and_a_sentence():
 @pytest.mark.parametrize("name", site.TABLES)
 def test_tables_are_made_from_the_notebooks(name):
     assert site.with_table(name) == (NBS / name).read_text(encoding="utf-8"), "make export"
+
+
+@pytest.mark.parametrize("name", NOTEBOOK_PARAMETERS)
+def test_parameters_cells_are_made_from_the_declarations(name):
+    """The cell, what papermill reads of it, and its width: `papermill --help-notebook` lists the name, type,
+    default and meaning of each declaration."""
+    from papermill import inspect_notebook
+
+    (cell,) = [c for c in code_cells(NBS / f"{name}.ipynb") if "parameters" in c.metadata.get("tags", ())]
+    assert cell.source == site.parameters_cell(name), "make export"
+    assert max(map(len, cell.source.splitlines())) <= 110
+    read, declared = inspect_notebook(NBS / f"{name}.ipynb"), NOTEBOOK_PARAMETERS[name]
+    assert list(read) == list(declared)
+    for d in declared.values():
+        p = read[d.name]
+        assert p["inferred_type_name"] == notebook_type(d).strip('"') and p["help"].startswith(d.meaning)
+        assert ast.literal_eval(p["default"]) == d.default
+
+
+def test_all_that_is_declared_stands_in_cell_help_and_table():
+    "Meaning, limits and more of each parameter of a run: no text of its own anywhere."
+    from cbnb.cli import parser
+
+    (commands,) = [a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    flags = {a.dest: a.help.replace("%%", "%") for a in commands.choices["train"]._actions}
+    table = (NBS / "reference/parameters.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` (\|.*)$", table, re.M))
+    assert list(rows) == list(NOTEBOOK_PARAMETERS["train"])
+    for name, d in NOTEBOOK_PARAMETERS["train"].items():
+        words, limits = sentences(d), limits_in_words(d.limits)
+        cell = " ".join(line.removeprefix("# ") for line in site.parameter_lines(d))
+        assert all(text in flags[f"parameter {name}"] and text in cell for text in words), name
+        assert limits in rows[name] and d.meaning in rows[name] and d.more in rows[name], name
 
 
 def test_every_module_stands_once_in_reading_order():

@@ -2,9 +2,12 @@
 papermill, the command, a sweep and the pre-flight."""
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
+from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError, get_config
 from forked import cells
 from forked import command as cbnb
@@ -33,6 +36,43 @@ def random_model(folder, **shape):
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("deep") / "my model", num_hidden_layers=9)
+
+
+def test_every_declared_limit_is_checked():
+    """A setting outside of its limits is refused in the words of its help; what a run has beside its settings
+    is known by one list, that of the declarations."""
+    from cbnb.config import RUN_ONLY, CircuitBreakerConfig, limits_in_words
+    from cbnb.data.sources import READING
+    from cbnb.run.directory import HOW_STARTED
+    from cbnb.sweep.spec import check_settings, notebook_parameters
+
+    limited = [f for f in fields(CircuitBreakerConfig) if f.metadata["limits"]]
+    assert len(limited) > 30
+    for f in limited:
+        limits = f.metadata["limits"]
+        bad = {"at_least": -1, "above": 0, "one_of": "no such name"}
+        (wrong,) = [bad[kind] for kind in limits if kind in bad]
+        value = (wrong, 30) if f.name == "lora_layers" else wrong
+        with pytest.raises(
+            ConfigError, match=f"{f.name} must be (one of )?{re.escape(limits_in_words(limits))}"
+        ):
+            CircuitBreakerConfig(**{f.name: value})
+    assert {*READING, *HOW_STARTED} <= set(RUN_ONLY)
+    given = {
+        n: p.default for n, p in notebook_parameters(NBS / "preflight.ipynb").items() if n not in HOW_STARTED
+    }
+    check_settings(given)
+    wrong = {
+        "max_skipped": 1.1,
+        "on_error": "keep",
+        "max_new_tokens": 0,
+        "temperature": -1.0,
+        "samples": 0,
+        "probe_steps": 9,
+    }
+    for name, value in wrong.items():
+        with pytest.raises((ConfigError, RunError), match=name):
+            check_settings(given | {name: value})
 
 
 @pytest.mark.slow

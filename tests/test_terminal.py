@@ -412,7 +412,7 @@ def test_the_help_of_a_strangers_notebook(tmp_path, monkeypatch):
     "The folder that a command is called in may hold a notebook of anybody's, whose comments are the help."
     (tmp_path / "nbs").mkdir()
     cell = nbformat.v4.new_code_cell(
-        "seed: int = 0  # a number\x1b[2J\u202e", metadata={"tags": ["parameters"]}
+        "seed: int = 0  # of mine\nmine: int = 0  # a number\x1b[2J\u202e", metadata={"tags": ["parameters"]}
     )
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "nbs" / "train.ipynb")
     monkeypatch.chdir(tmp_path)

@@ -103,7 +103,8 @@ def read_entry(text: str | Path) -> Entry:
 
 # %% ../../nbs/data/00_sources.ipynb #joinmods
 def join_modules(suffixes: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    "Return `suffixes`, pairs of sign and word, with the two words of a user's own format, `module:name`, as one."
+    """Return `suffixes`, pairs of sign and word, with the two words of a user's own format, `module:name`, as
+    one."""
     known = {*LABELS, *known_formats()}
     out: list[tuple[str, str]] = []
     for sign, word in suffixes:

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'PAPERMILL_PATHS', 'ParameterError', 'annotated_lines', 'declared_parameters',
            'injected_parameters', 'parameter_types', 'convert_parameter', 'refuse_secrets', 'tell_engine',
-           'strict_parameters', 'parameters_hash']
+           'check_injected', 'strict_parameters', 'parameters_hash']
 
 # %% ../../nbs/run/02_parameters.ipynb #pramim01
 import ast
+import functools
 import hashlib
 import json
+import operator
 import re
-import sys
+from collections.abc import Mapping, MutableMapping, Sequence
 from importlib.metadata import entry_points
-from numbers import Integral, Real
+from typing import Any
 
 from ..basics.jsonfiles import to_plain
 from ..basics.terminal import error_text, say, tame_kernel
 from ..basics.withheld import SECRET_NAME, guard, holder, kernel, scrub
-from ..config import nearest
+from ..config import convert_value, nearest
 
 # %% ../../nbs/run/02_parameters.ipynb #04f47923
 class ParameterError(ValueError):
@@ -29,21 +31,24 @@ class ParameterError(ValueError):
     __str__ = error_text
 
 # %% ../../nbs/run/02_parameters.ipynb #08f7770e
-def annotated_lines(source):
-    """`{name: type as text}` of a cell that holds *only* lines `name: type = default`; an empty dict for any
-    other cell."""
+def annotated_lines(source: str) -> dict[str, str]:
+    """Return `{name: type as text}` of a cell that holds *only* lines `name: type = default`; an empty dict
+    for any other cell."""
     try:
         lines = ast.parse(source).body
     except (SyntaxError, ValueError):
         return {}  # a cell with a magic is no parameters cell
-    if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) for line in lines):
-        return {}
-    return {line.target.id: ast.unparse(line.annotation) for line in lines}
+    types = {}
+    for line in lines:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+            return {}
+        types[line.target.id] = ast.unparse(line.annotation)
+    return types
 
 # %% ../../nbs/run/02_parameters.ipynb #f4c98564
-def declared_parameters(namespace):
-    """`{name: type as text}`: from the last parameters cell in IPython's history (`In` of `namespace`), else
-    from its annotations."""
+def declared_parameters(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """Return `{name: type as text}`: from the last parameters cell in IPython's history (`In` of
+    `namespace`), else from its annotations."""
     for source in reversed(namespace.get("In") or []):
         if lines := annotated_lines(source):
             return lines
@@ -57,8 +62,9 @@ def declared_parameters(namespace):
     }
 
 # %% ../../nbs/run/02_parameters.ipynb #054e437b
-def injected_parameters(namespace):
-    """`(names, position)` of papermill's last injected cell in IPython's history, `([], None)` without one.
+def injected_parameters(namespace: Mapping[str, Any]) -> tuple[list[str], int | None]:
+    """Return `(names, position)` of papermill's last injected cell in IPython's history, `([], None)` without
+    one.
 
     Such a cell starts with `# Parameters` and assigns without annotations."""
     cells = namespace.get("In") or []
@@ -69,14 +75,8 @@ def injected_parameters(namespace):
             lines = ast.parse(cells[position]).body
         except (SyntaxError, ValueError):
             continue
-        names = [
-            t.id
-            for line in lines
-            if isinstance(line, ast.Assign)
-            for t in line.targets
-            if isinstance(t, ast.Name)
-        ]
-        if names:
+        targets = [target for line in lines if isinstance(line, ast.Assign) for target in line.targets]
+        if names := [target.id for target in targets if isinstance(target, ast.Name)]:
             return names, position
     return [], None
 
@@ -84,9 +84,10 @@ def injected_parameters(namespace):
 PARAMETER_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
 
 # %% ../../nbs/run/02_parameters.ipynb #b35e2eb7
-def parameter_types(name, text):
-    """The list of type names in a declaration such as `float | None` or `"Optional[float]"`. Raises
-    `ParameterError` for a type that no command line can give."""
+def parameter_types(name: str, text: str) -> list[str]:
+    """Return the list of type names in a declaration such as `float | None` or `"Optional[float]"`.
+
+    Raises `ParameterError` for a type that no command line can give."""
     text = re.sub(r"^Optional\[(\w+)\]$", r"\1 | None", text.strip("'\""))
     words = [word.strip() for word in text.split("|")]
     if not set(words) <= set(PARAMETER_TYPES):
@@ -98,44 +99,21 @@ def parameter_types(name, text):
     return words
 
 # %% ../../nbs/run/02_parameters.ipynb #de3a8f9f
-def convert_parameter(name, types, value):
-    """`value` as one of `types` (names from `PARAMETER_TYPES`): an int is a float too, a number is a string
-    too, a bool is neither.
+def convert_parameter(name: str, types: Sequence[str], value: object) -> Any:
+    """Return `value` as one of `types` (names from `PARAMETER_TYPES`), by `cbnb.config.convert_value`.
 
     papermill makes an int of `10` and `1_0` and a float of `1e-4`, so a `str` parameter (a list of one layer,
     a name of digits) gets its number back as text; `007` arrives as `7`. Raises `ParameterError` for any
     other type, NaN and infinity."""
-    if value is None and "None" in types:
-        return None
-    if isinstance(value, bool):
-        if "bool" in types:
-            return value
-    elif isinstance(value, Real):
-        if not abs(value) <= sys.float_info.max:
-            raise ParameterError(f"parameter {name!r} wants a finite number, but {value!r} was given")
-        if isinstance(value, Integral) and "int" in types:
-            return int(value)
-        if "float" in types:
-            return float(value)
-        if "str" in types:
-            return str(value)
-    elif isinstance(value, str) and "str" in types:
-        return value
-    hint = (
-        "; write True or False"
-        if "bool" in types
-        else "; write '10,20' for a list"
-        if isinstance(value, (list, tuple))
-        else ""
-    )
-    raise ParameterError(
-        f"parameter {name!r} wants {' or '.join(types)}, but {value!r} ({type(value).__name__}) was "
-        f"given{hint}"
-    )
+    wanted = functools.reduce(operator.or_, (PARAMETER_TYPES[text] for text in types))
+    hint = "; write '10,20' for a list" if isinstance(value, (list, tuple)) else ""
+    if "bool" in types:
+        hint = "; write True or False"
+    return convert_value(f"parameter {name!r}", wanted, value, written=True, error=ParameterError, hint=hint)
 
 # %% ../../nbs/run/02_parameters.ipynb #16c334ac
-def refuse_secrets(parameters):
-    """Raises `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a
+def refuse_secrets(parameters: Mapping[str, object]) -> None:
+    """Raise `ParameterError` when a name in the dict looks like a secret's, or a value like a token or a
     URL with a password, or holds a secret of the environment."""
     for name, value in parameters.items():
         variable = holder(str(value))
@@ -148,8 +126,8 @@ def refuse_secrets(parameters):
             )
 
 # %% ../../nbs/run/02_parameters.ipynb #05f5e5a2
-def tell_engine():
-    """Prints a note where the kernel that runs this was reached by TCP because the environment does not name
+def tell_engine() -> None:
+    """Print a note where the kernel that runs this was reached by TCP because the environment does not name
     cbnb's engine to papermill (`cbnb.run.kernels`), as one that was installed before cbnb had it."""
     reached = getattr(getattr(kernel(), "parent", None), "transport", None)
     if reached == "tcp" and not entry_points(group="papermill.engine", name="cbnb"):
@@ -163,9 +141,26 @@ def tell_engine():
 PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # what papermill --inject-paths adds
 
 
-def strict_parameters(namespace):
-    """`{name: value}` of all declared parameters in `namespace` (`globals()` of a run notebook), each name
-    and value checked.
+def check_injected(namespace: Mapping[str, Any], declared: Mapping[str, str]) -> bool:
+    """Return whether papermill injected values. Raise `ParameterError` for a name among them that is not
+    `declared`, with the nearest valid name, and for values that the defaults overwrote."""
+    injected, position = injected_parameters(namespace)
+    for name in set(injected) - PAPERMILL_PATHS:
+        if name not in declared:
+            raise ParameterError(
+                f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}"
+            )
+    if injected and not any(annotated_lines(source) for source in namespace["In"][:position]):
+        raise ParameterError(
+            "the injected values came first and the defaults overwrote them: tag the cell with the defaults "
+            "'parameters'"
+        )
+    return bool(injected)
+
+# %% ../../nbs/run/02_parameters.ipynb #strict02
+def strict_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
+    """Return `{name: value}` of all declared parameters in `namespace` (`globals()` of a run notebook), each
+    name and value checked.
 
     Converted values (an int given for a float) are also put back into `namespace`, so that both ways of
     reading agree. From here on the kernel, if this runs in one, shows errors, and what libraries log, in
@@ -179,17 +174,7 @@ def strict_parameters(namespace):
             "no parameter is declared: the cell tagged 'parameters' holds only lines such as 'seed: int = 0 "
             " # meaning'"
         )
-    injected, position = injected_parameters(namespace)
-    for name in set(injected) - PAPERMILL_PATHS:
-        if name not in declared:
-            raise ParameterError(
-                f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}"
-            )
-    if injected and not any(annotated_lines(source) for source in namespace["In"][:position]):
-        raise ParameterError(
-            "the injected values came first and the defaults overwrote them: tag the cell with the defaults "
-            "'parameters'"
-        )
+    injected = check_injected(namespace, declared)
     types = {name: parameter_types(name, text) for name, text in declared.items()}
     values = {
         name: convert_parameter(name, types[name], namespace[name]) for name in declared if name in namespace
@@ -204,9 +189,9 @@ def strict_parameters(namespace):
     return values
 
 # %% ../../nbs/run/02_parameters.ipynb #1926126a
-def parameters_hash(parameters):
-    """sha256 (64 hex digits) of the canonical JSON of `parameters`: order and tuple or list do not matter,
-    any value does."""
+def parameters_hash(parameters: Mapping[str, Any]) -> str:
+    """Return the sha256 (64 hex digits) of the canonical JSON of `parameters`: order and tuple or list do
+    not matter, any value does."""
     return hashlib.sha256(
         json.dumps(to_plain(parameters), sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()

@@ -15,12 +15,11 @@ __all__ = ['STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 
 import dataclasses
 import math
 import re
-import typing
 from datetime import datetime
 from pathlib import Path
 
 from ..basics.jsonfiles import RECORD_BYTES, SMALL_BYTES, RecordError, RunError, brief, bytes_of, parsed
-from ..config import CircuitBreakerConfig, ConfigError, check_limits, to_scalar, to_tuple
+from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_value
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 def wants(where, wanted, value):
@@ -231,11 +230,10 @@ STATUS = fields({name: maybe(check) for name, check in SAID.items()} | {"state":
 # %% ../../nbs/run/01_records.ipynb #rec00007
 def setting(field):
     "A check for the value of a setting, a `field` of `CircuitBreakerConfig`: its type and its limits."
-    to = to_tuple if typing.get_origin(field.type) is tuple else to_scalar
 
     def check(value, where):
         try:
-            check_limits(field.name, to(field.name, field.type, value), field.metadata)
+            check_limits(field.name, convert_value(field.name, field.type, value), field.metadata["limits"])
         except ConfigError as e:
             yield str(e)
 

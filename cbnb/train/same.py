@@ -31,7 +31,7 @@ from ..basics.lease import check_lease
 from ..basics.places import PACKAGE, TINYAGENT
 from ..basics.processes import from_first, world_size
 from ..basics.terminal import say
-from ..config import CircuitBreakerConfig, config_to_dict, shown
+from ..config import CircuitBreakerConfig, config_to_dict, setting_text
 from ..data.sources import open_sources
 from ..run.code import source_hash
 from ..run.records import read_record
@@ -410,7 +410,7 @@ def same_settings(run: Run, config: CircuitBreakerConfig) -> None:
     before = from_first(lambda: read_record(run.path / "config.json")) if goes_on(run) else None
     now = config_to_dict(config)
     other = [
-        f"{name} was {shown(old)} and is {shown(now[name])}"
+        f"{name} was {setting_text(old)} and is {setting_text(now[name])}"
         for name, old in (before or {}).items()
         if name in now and now[name] != old
     ]
