@@ -39,6 +39,7 @@ ROOMS = (
         "Transcripts",
         "Read conversations of many formats as one record, and hold some of them out.",
     ),
+    ("testing", "Specimens", "Build small tokenizers, templates and conversations for examples and tests."),
     ("masking", "Masks", "Turn a conversation into tokens, and decide which of them count and why."),
     (
         "config",
@@ -72,6 +73,7 @@ PARTS = (
         "How-to",
         (
             "howto/data.ipynb",
+            "howto/add_policy.ipynb",
             "howto/model.md",
             "howto/cluster.md",
             "howto/report.ipynb",

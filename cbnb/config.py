@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from .basics.terminal import error_text
-from .masking.policies import NEED_INJECTION, TRAINABLE
+from .masking.policies import find_policy, trainable_names
 from .transcripts.record import nearest
 
 # %% ../nbs/config.ipynb #e9da856d
@@ -86,8 +86,8 @@ def to_tuple(name, wanted, value):
 
 # %% ../nbs/config.ipynb #b2e00f72
 def setting(default, meaning, **limits):
-    """A dataclass field with its meaning and its limits: `at_least`, `above`, `at_most`, `below` (numbers) or
-    `one_of` (names)."""
+    """A dataclass field with its meaning and its limits: `at_least`, `above`, `at_most`, `below` (numbers),
+    `one_of` (names) or `policy` (a policy that can be trained)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 # %% ../nbs/config.ipynb #2130f41d
@@ -96,6 +96,8 @@ def allowed(limits):
     words = [
         f"{k.replace('_', ' ')} {limits[k]}" for k in ("at_least", "above", "at_most", "below") if k in limits
     ]
+    if "policy" in limits:
+        words = [", ".join([*trainable_names(), "or module:name"])]
     return " and ".join(words) if words else ", ".join(limits.get("one_of", ()))
 
 # %% ../nbs/config.ipynb #0b8e19cb
@@ -108,14 +110,15 @@ def check_limits(name, value, limits):
         "at_most": lambda v, x: v <= x,
         "below": lambda v, x: v < x,
         "one_of": lambda v, x: v in x,
+        "policy": lambda v, x: ":" in v or v in trainable_names(),
     }
     for v in value if isinstance(value, tuple) else (value,):
         if all(test(v, limits[k]) for k, test in tests.items() if k in limits):
             continue
-        hint = nearest(v, limits["one_of"]) if "one_of" in limits else ""
+        names = trainable_names() if "policy" in limits else limits.get("one_of", ())
         raise ConfigError(
-            f"{name} must be {'one of ' if 'one_of' in limits else ''}{allowed(limits)}, but {v!r} was "
-            f"given{hint}"
+            f"{name} must be {'one of ' if names else ''}{allowed(limits)}, but {v!r} was "
+            f"given{nearest(v, names)}"
         )
 
 # %% ../nbs/config.ipynb #a92f9dc7
@@ -229,10 +232,8 @@ class CircuitBreakerConfig:
     hidden_state_mode: str = setting(
         "hidden_states", "how block outputs are read", one_of=("hidden_states", "hooks")
     )
-    benign_policy: str = setting("assistant_only", "which tokens of benign rows count", one_of=TRAINABLE)
-    harmful_policy: str = setting(
-        "post_injection_only", "which tokens of harmful rows count", one_of=TRAINABLE
-    )
+    benign_policy: str = setting("assistant_only", "which tokens of benign rows count", policy=True)
+    harmful_policy: str = setting("post_injection_only", "which tokens of harmful rows count", policy=True)
     max_without_injection: float = setting(
         0.1,
         "pre-flight fails where a larger share of harmful transcripts has no injection that "
@@ -440,7 +441,7 @@ IDLE = {
         "with collapse_for 1 the run is over before it can be ended: give a lower collapse_for",
     ),
     "max_without_injection": (
-        lambda c: c.harmful_policy not in NEED_INJECTION,
+        lambda c: ":" not in c.harmful_policy and not find_policy(c.harmful_policy).needs_injection,
         "harmful_policy asks for no injection: leave it out, or give post_injection_only",
     ),
     "savings": (

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .policies import NEED_COMPARISON, tool_call
+from .policies import AnyPolicy, find_policy, tool_call
 from .templates import MaskError
 from ..transcripts.holdout import task_keys
 from ..transcripts.record import Transcript
@@ -222,10 +222,10 @@ def actions_line(transcript: Transcript) -> str:
     )
 
 
-def for_policy(transcripts: Sequence[Transcript], policy) -> Sequence[Transcript]:
-    """`transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one of
-    `NEED_COMPARISON`, benign ones as they are. Raises MaskError that names the transcript."""
-    if policy not in NEED_COMPARISON:
+def for_policy(transcripts: Sequence[Transcript], policy: AnyPolicy) -> Sequence[Transcript]:
+    """Return `transcripts` as the `policy` of harmful ones wants them: with `injected_actions` for one that
+    `needs_comparison`, benign ones as they are. Raises MaskError that names the transcript."""
+    if not find_policy(policy).needs_comparison:
         return transcripts
 
     def wanted(t):

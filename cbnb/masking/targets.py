@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from .masker import ChatMasker, loss_mask
-from .policies import NEED_COMPARISON, NEED_INJECTION, Encoded, first_injection, role_of
+from cbnb.masking.policies import (
+    AnyPolicy,
+    Encoded,
+    find_policy,
+    first_injection,
+    policy_name,
+    role_of,
+    stand_in,
+)
 from .templates import MaskError
 from ..transcripts.record import Transcript
 
@@ -26,10 +34,10 @@ def messages_off(transcript: Transcript) -> list[int]:
     return [i for i, label in transcript.message_labels.items() if label != transcript.label]
 
 # %% ../../nbs/masking/07_targets.ipynb #fdeeb3e9
-def lacks_injection(transcript: Transcript, policy) -> bool:
-    """Whether `policy` asks for an injection that the transcript has not, so that `assistant_only` takes its
-    place."""
-    return policy in NEED_INJECTION and not transcript.injection_spans
+def lacks_injection(transcript: Transcript, policy: AnyPolicy) -> bool:
+    """Return whether `policy` asks for an injection that the transcript does not have, so that its `stand_in`
+    takes its place (of `post_injection_only` that is `assistant_only`)."""
+    return find_policy(policy).needs_injection and not transcript.injection_spans
 
 # %% ../../nbs/masking/07_targets.ipynb #20943509
 def check_calls(encoded: Encoded, name: str) -> None:
@@ -43,18 +51,19 @@ def check_calls(encoded: Encoded, name: str) -> None:
         )
 
 
-def training_mask(encoded: Encoded, transcript: Transcript, policy) -> np.ndarray:
-    """Bool [S]: the targets of one encoded transcript. Without an injection `post_injection_only` falls back
-    to `assistant_only`; messages that are labelled otherwise than the transcript are taken out. That an
-    injection parts a transcript is the policy's to say: another one than `post_injection_only` means all of
-    it (for a split by injection under any policy see `cbnb.masking.policies.token_labels`). Raises MaskError
+def training_mask(encoded: Encoded, transcript: Transcript, policy: AnyPolicy) -> np.ndarray:
+    """Return bool [S], the targets of one encoded transcript. Without an injection a policy that asks for one
+    falls back to its `stand_in`; messages that are labelled otherwise than the transcript are taken out. That
+    an injection parts a transcript is the policy's to say: one that does not ask for it means all of it
+    (for a split by injection under any policy see `cbnb.masking.policies.token_labels`). Raises MaskError
     where the policy cannot be applied."""
-    if policy in NEED_COMPARISON and "injected_actions" not in transcript.meta:
+    rule = find_policy(policy)
+    if rule.needs_comparison and "injected_actions" not in transcript.meta:
         raise MaskError(
-            f"whose its actions are was not looked at, which {policy} asks for "
+            f"whose its actions are was not looked at, which {policy_name(policy)} asks for "
             "(cbnb.masking.actions.for_policy); it is for harmful transcripts only"
         )
-    mask = loss_mask(encoded, "assistant_only" if lacks_injection(transcript, policy) else policy)
+    mask = loss_mask(encoded, stand_in(rule) if lacks_injection(transcript, rule) else rule)
     return mask & ~np.isin(encoded.message_index, messages_off(transcript))
 
 # %% ../../nbs/masking/07_targets.ipynb #c4589a82
@@ -119,7 +128,7 @@ class Row:
 def training_row(
     encoded: Encoded,
     transcript: Transcript,
-    policy,
+    policy: AnyPolicy,
     max_length: int = 2048,
     truncation: str = "targets",
     lost_context: str = "drop",

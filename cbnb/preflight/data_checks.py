@@ -26,7 +26,7 @@ from ..masking.actions import trained_calls
 from ..masking.adapt import propose, restore, whole
 from ..masking.audit import NOTES, check_mask, trained_ends
 from ..masking.masker import ChatMasker
-from ..masking.policies import NEED_INJECTION, Encoded
+from ..masking.policies import Encoded, find_policy
 from ..masking.targets import in_batches, in_turns, training_mask
 from ..masking.turns import Segment
 from .checks import Point, judged
@@ -174,7 +174,7 @@ def injection_points(name: str, report: StreamReport, config: CircuitBreakerConf
     """Of the harmful stream: how many transcripts lack the injection that the policy asks for; a fail above
     `max_without_injection`."""
     without, policy = report.counts["no_injection"], getattr(config, f"{name}_policy")
-    if name != "harmful" or policy not in NEED_INJECTION:
+    if name != "harmful" or not find_policy(policy).needs_injection:
         return []
     if not without:
         return [

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LLAMA_8B', 'SHAPES', 'PUBLISHED', 'RUN_ONLY', 'WORDS', 'KEPT_TEMPLATE', 'MAX_TEMPLATE_BYTES', 'Facts', 'model_facts',
-           'derived', 'preset_for', 'settings_of', 'check_processes', 'run_name', 'run_settings', 'check_data',
-           'template_values', 'read_value', 'is_source', 'template_source', 'kept_template', 'keep_template',
-           'template_of', 'has_changed', 'make_masker']
+           'derived', 'preset_for', 'settings_of', 'check_processes', 'run_name', 'check_own_policies', 'run_settings',
+           'check_data', 'template_values', 'read_value', 'is_source', 'template_source', 'kept_template',
+           'keep_template', 'template_of', 'has_changed', 'make_masker']
 
 # %% ../../nbs/run/12_settings.ipynb #setng003
 import hashlib
@@ -22,8 +22,9 @@ from ..basics.reading import read_text
 from ..config import PRESETS, ConfigError, get_config, of_no_weight, shares, shown, to_tuple
 from ..data.sources import READING, check_reading
 from ..masking.masker import ChatMasker
+from ..masking.policies import GENERATED, find_trainable
 from ..masking.rendering import FROZEN_NOW
-from ..masking.templates import MAX_TEMPLATE_CHARS, template_inputs
+from ..masking.templates import MAX_TEMPLATE_CHARS, MaskError, template_inputs
 from .directory import HOW_STARTED
 from .parameters import ParameterError
 from .records import read_record
@@ -232,12 +233,28 @@ RUN_ONLY = (
 )
 
 
+def check_own_policies(config):
+    """Raises ConfigError for a policy `module:name` that cannot be imported, that no run may train with, or,
+    of benign rows, that takes the KL term over words that the model never generates."""
+    for field in ("harmful_policy", "benign_policy"):
+        try:
+            policy = find_trainable(getattr(config, field))
+        except MaskError as e:
+            raise ConfigError(f"{field}: {e}") from None
+        if field == "benign_policy" and config.beta_kl and GENERATED not in policy.conditions:
+            raise ConfigError(
+                f"benign_policy {config.benign_policy} takes the KL term over words that the model never "
+                "generates; begin its conditions with cbnb.masking.policies.GENERATED, or give beta_kl 0"
+            )
+
+
 def run_settings(parameters):
     """`(config, told)` of a run with the dict of all its `parameters`, see `cbnb.run.settings.settings_of`:
     one way for train, pre-flight, plan and sweeps. Raises ConfigError, and OSError where the settings follow
     from the configuration of a model that is not there."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     config, told = settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    check_own_policies(config)
     if config.objective in ("rr", "rr_kl"):
         return config, told
     # needs torch, which all other settings are checked without

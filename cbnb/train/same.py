@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,12 +30,13 @@ from ..transcripts.files import is_hub
 from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
-           'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
-           'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash', 'transcripts_hash', 'versions',
-           'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same',
-           'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'keep_figures', 'changes_of', 'same_settings',
-           'keep_beginning', 'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
+__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'OWN_CODE', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS',
+           'ROUNDING', 'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'own_hashes',
+           'weight_files', 'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash',
+           'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from',
+           'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'keep_figures',
+           'changes_of', 'same_settings', 'keep_beginning', 'keep_samples', 'keep_template', 'keep_model',
+           'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #same0001
 WHOLE = 64 << 30  # bytes: so much is hashed whole, of several files together
@@ -95,11 +96,21 @@ LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", 
 OWN_WORDS = ("tokenizer_config.json", "chat_template.json")  # compared without the template, or not at all
 
 
-def code_file(objective: str) -> Path | None:
-    "The file that an `objective` of the user's own, `module:name`, stands in; None for one of cbnb's."
-    module, colon, _ = objective.partition(":")
+OWN_CODE = ("objective", "harmful_policy", "benign_policy")  # settings that may be module:name
+
+
+def code_file(name: str) -> Path | None:
+    """The file that `name`, an objective or a policy of the user's own written `module:name`, stands in; None
+    for one of cbnb's."""
+    module, colon, _ = name.partition(":")
     found = find_spec(module) if colon else None
     return Path(found.origin) if found and found.has_location else None
+
+
+def own_hashes(name: str | None) -> dict[str, str]:
+    "Return the `file_hashes` of the `code_file` of `name`, empty where it has none."
+    own = code_file(name or "")
+    return file_hashes([own]) if own else {}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -240,6 +251,8 @@ MADE_FROM = "made_from.json"
 SECTIONS = {
     "data": "the data",
     "objective": "the objective",
+    "harmful_policy": "the harmful_policy",
+    "benign_policy": "the benign_policy",
     "samples": "what training and evaluation read of the data",
     "template": "the chat template",
     "model": "the model or its tokenizer",
@@ -413,14 +426,14 @@ def keep_beginning(
     config: CircuitBreakerConfig | None = None,
 ) -> None:
     """Keeps, or compares, what is known of a `run` before its data are read: settings, versions, the files
-    of its `entries` of data and `tools` (`data_files`), and that of its objective; and compares `models` that
+    of its `entries` of data and `tools` (`data_files`), and those of `OWN_CODE`; and compares `models` that
     are folders. Raises RunError, and what reading them raises."""
     if config:
         same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
-    own = code_file(config.objective) if config else None
-    if own:
-        keep_same(run, "objective", lambda: file_hashes([own]))
+    for section in OWN_CODE if config else ():
+        if own_hashes(name := getattr(config, section)):
+            keep_same(run, section, partial(own_hashes, name))
     models = [name for name in models if name]
     # what the hub's cache lacks comes with loading
     if models and goes_on(run) and not any(map(is_cached, models)):

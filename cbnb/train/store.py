@@ -46,7 +46,7 @@ from cbnb.data.streams import (
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 from ..run.sealed import damage, seal, sync
-from .same import versions
+from .same import code_file, file_hash, versions
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/train/03_store.ipynb #aa129788
@@ -196,7 +196,8 @@ def code_hash() -> str:
 
 def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, how: dict) -> str:
     """32 hex digits over the transcripts in their order, tokenizer, template, what the masker was told,
-    `policy` (a name) and the other settings, `code_hash`, and the `versions` of the libraries that encode."""
+    `policy` (a name; of one's own also its file) and the other settings, `code_hash`, and the `versions` of
+    the libraries that encode."""
     tokenizer = masker.tokenizer
     told = [
         tokenizer.backend_tokenizer.to_str(),
@@ -207,6 +208,7 @@ def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy, ho
         masker.template_variables,
         tokenizer.special_tokens_map,
         policy,
+        *([file_hash(own)] if (own := code_file(policy)) else []),
         sorted(how.items()),
         code_hash(),
         versions(),
