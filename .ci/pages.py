@@ -42,6 +42,7 @@ ROOMS = (
         "Transcripts",
         "Read conversations of many formats as one record, and hold some of them out.",
     ),
+    ("testing", "Specimens", "Build small tokenizers, templates and conversations for examples and tests."),
     ("masking", "Masks", "Turn a conversation into tokens, and decide which of them count and why."),
     (
         "config",
@@ -76,6 +77,7 @@ PARTS = (
         (
             "howto/data.ipynb",
             "howto/add_format.ipynb",
+            "howto/add_policy.ipynb",
             "howto/model.md",
             "howto/cluster.md",
             "howto/report.ipynb",

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import shlex
@@ -43,7 +42,7 @@ from cbnb.masking.audit import (
     terminal_lines,
 )
 from .masking.masker import CONTROL_MODES, TOOL_CALL_FORMATS, ChatMasker
-from .masking.policies import POLICIES
+from .masking.policies import POLICIES, find_policy
 from .masking.targets import SIDES
 from .masking.templates import MaskError
 from .run.directory import refusal
@@ -107,33 +106,14 @@ def load_masker(
     return masker
 
 # %% ../nbs/cli.ipynb #0643cae5
-def load_policy(name: str) -> str | Callable[[Any], Any]:
-    """Return a policy by its `name` in `POLICIES` (which is returned) or as `module:function` (a function;
-    what it raises becomes a MaskError). Raises CommandError."""
-    if name in POLICIES:
-        return name
-    module, colon, attribute = name.partition(":")
+def load_policy(name: str) -> str:
+    """Return `name`, that of a policy that is there (`cbnb.masking.policies.find_policy`). Raises
+    CommandError."""
     try:
-        function = getattr(importlib.import_module(module), attribute) if colon else None
-    except (Exception, SystemExit) as e:
-        raise CommandError(
-            f"the policy {name!r} cannot be imported: {first_line(e)}; is its folder on PYTHONPATH?"
-        ) from None
-    if not callable(function):
-        raise CommandError(
-            f"policy {name!r} is unknown; use one of {', '.join(POLICIES)}, or "
-            f"module:function{nearest(name, POLICIES)}"
-        )
-
-    def policy(encoded: Any) -> Any:
-        try:
-            return function(encoded)
-        except MaskError:
-            raise
-        except (Exception, SystemExit) as e:
-            raise MaskError(f"the policy {name} fails with {type(e).__name__}: {e}") from e
-
-    return policy
+        find_policy(name)
+    except MaskError as e:
+        raise CommandError(first_line(e)) from None
+    return name
 
 # %% ../nbs/cli.ipynb #14853bac
 def use_colour(when: str, stream: TextIO) -> bool:
@@ -243,7 +223,7 @@ def add_masks(commands: Commands) -> None:
     p.add_argument(
         "--policy",
         default="assistant_only",
-        help=f"{', '.join(POLICIES)} or module:function (default: %(default)s)",
+        help=f"{', '.join(POLICIES)} or module:name (default: %(default)s)",
     )
     add_template(p)
     p.add_argument(

@@ -30,7 +30,7 @@ from typing import Any
 from .basics.terminal import error_text
 from .masking.adapt import ADAPTATIONS
 from .masking.masker import CONTROL_MODES, TOOL_CALL_FORMATS
-from .masking.policies import NEED_INJECTION, TRAINABLE
+from .masking.policies import find_policy, trainable_names
 from .transcripts.record import LABELS, nearest
 
 # %% ../nbs/config.ipynb #e9da856d
@@ -171,7 +171,8 @@ def setting(
     **limits: Any,
 ) -> Any:
     """Return a dataclass field that is declared: see `Declaration`. `stated`: a notebook states the default.
-    `limits`: `at_least`, `above`, `at_most`, `below` (numbers) or `one_of` (names)."""
+    `limits`: `at_least`, `above`, `at_most`, `below` (numbers), `one_of` (names) or `policy` (True: a policy
+    that can be trained)."""
     words = {"group": group, "meaning": meaning, "unset": unset, "more": more, "stated": stated}
     return field(default=default, metadata=words | {"limits": limits})
 
@@ -179,6 +180,8 @@ def setting(
 def limits_in_words(limits: Mapping[str, Any]) -> str:
     """Return limits in words, such as `at least 0 and below 1`, or the names; empty without limits."""
     bounds = ("at_least", "above", "at_most", "below")
+    if "policy" in limits:
+        return ", ".join([*trainable_names(), "or module:name"])
     words = [f"{bound.replace('_', ' ')} {limits[bound]}" for bound in bounds if bound in limits]
     return " and ".join(words) or ", ".join(limits.get("one_of", ()))
 
@@ -189,6 +192,7 @@ TESTS = {
     "at_most": operator.le,
     "below": operator.lt,
     "one_of": lambda value, names: value in names,
+    "policy": lambda value, _: ":" in value or value in trainable_names(),
 }
 
 
@@ -198,7 +202,7 @@ def check_limits(name: str, value: object, limits: Mapping[str, Any]) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if all(TESTS[kind](item, limit) for kind, limit in limits.items()):
             continue
-        names = limits.get("one_of")
+        names = trainable_names() if "policy" in limits else limits.get("one_of")
         raise ConfigError(
             f"{name} must be {'one of ' if names else ''}{limits_in_words(limits)}, but {item!r} was "
             f"given{nearest(item, names) if names else ''}"
@@ -368,11 +372,9 @@ class CircuitBreakerConfig:
     hidden_state_mode: str = setting(
         "hidden_states", "objective", "how block outputs are read", one_of=("hidden_states", "hooks")
     )
-    benign_policy: str = setting(
-        "assistant_only", "data", "which tokens of benign rows count", one_of=TRAINABLE
-    )
+    benign_policy: str = setting("assistant_only", "data", "which tokens of benign rows count", policy=True)
     harmful_policy: str = setting(
-        "post_injection_only", "data", "which tokens of harmful rows count", one_of=TRAINABLE
+        "post_injection_only", "data", "which tokens of harmful rows count", policy=True
     )
     max_without_injection: float = setting(
         0.1,
@@ -602,7 +604,7 @@ IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
         "with collapse_for 1 the run is over before it can be ended: give a lower collapse_for",
     ),
     "max_without_injection": (
-        lambda c: c.harmful_policy not in NEED_INJECTION,
+        lambda c: ":" not in c.harmful_policy and not find_policy(c.harmful_policy).needs_injection,
         "harmful_policy asks for no injection: leave it out, or give post_injection_only",
     ),
     "savings": (

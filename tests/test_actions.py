@@ -200,12 +200,12 @@ def test_of_an_obeying_run_only_the_attackers_action_is_trained(tmp_path):
 
 
 def test_what_nothing_explains_is_left_out(tmp_path):
-    from cbnb.masking.actions import whose
+    from cbnb.masking.actions import action_origins
 
     runs_of(tmp_path)
     (tmp_path / "obeyed-user_task_1.json").unlink()
     [run] = read_streams([tmp_path])[0]
-    assert [*whose(run).values()] == ["injected", "own", "unexplained", "words"]
+    assert [*action_origins(run).values()] == ["injected", "own", "unexplained", "words"]
 
 
 def test_it_refuses_where_there_is_nothing_to_compare_with(tmp_path, capsys):

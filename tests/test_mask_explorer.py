@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from cbnb.masking.masker import ChatMasker
-from cbnb.masking.policies import NEED_COMPARISON, loss_mask, mask_counts
 from cbnb.masking.policies import POLICIES as ALL_POLICIES
+from cbnb.masking.policies import loss_mask, mask_counts
 from cbnb.masking.targets import training_mask
 from cbnb.step.models import load_tokenizer
 from cbnb.transcripts.reader import read_transcripts, write_transcripts
@@ -42,7 +42,7 @@ from cbnb.widgets.masks import (
 from helpers import NBS, run
 
 # what can be shown of a transcript alone
-POLICIES = [name for name in ALL_POLICIES if name not in NEED_COMPARISON]
+POLICIES = [name for name, policy in ALL_POLICIES.items() if not policy.needs_comparison]
 FIXTURES = Path(__file__).parent / "fixtures"
 BAD = known_bad()
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&"

@@ -2,8 +2,10 @@
 template; and that the reasons and the names of the policies say what the masks do."""
 
 import functools
+import os
 import random
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbnb.config import CircuitBreakerConfig, ConfigError
+from cbnb.basics.jsonfiles import RunError
+from cbnb.config import CircuitBreakerConfig, ConfigError, get_config
 from cbnb.masking.masker import ChatMasker, loss_mask
-from cbnb.masking.policies import POLICIES, TRAINABLE, mask_counts, reasons, token_labels
+from cbnb.masking.policies import POLICIES, find_policy, mask_counts, reasons, token_labels, trainable_names
+from cbnb.masking.targets import training_mask
 from cbnb.masking.templates import MaskError
 from cbnb.masking.turns import Segment
-from cbnb.transcripts.record import InjectionSpan
+from cbnb.run.metrics import read_metrics
+from cbnb.run.settings import check_own_policies
+from cbnb.run.stages import Run
+from cbnb.sweep.spec import data_hash
+from cbnb.train.same import keep_beginning, made_from
+from cbnb.train.store import stream_key
+from cbnb.transcripts.record import InjectionSpan, Transcript
+from forked import cells
+from helpers import NBS
 from masks_common import SETUPS, TOOLS, answer, ask, dumps, masker_for, say, transcript
 from outside import qwen3, trl_template, trl_templates
+from train_common import few, load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -361,11 +374,12 @@ def test_reasons_are_fast_enough_for_a_view():
 def test_no_run_may_train_with_the_first_header_search():
     """The names of a run's policies are those of `masks`; the wrong one is not among them, and the notebook's
     comment names them all."""
-    assert set(POLICIES) - set(TRAINABLE) == {"first_header"}
+    names = trainable_names()
+    assert set(POLICIES) - set(names) == {"first_header"}
     for field in ("benign_policy", "harmful_policy"):
-        with pytest.raises(ConfigError, match=", ".join(TRAINABLE)):
+        with pytest.raises(ConfigError, match=", ".join(names)):
             CircuitBreakerConfig(**{field: "first_header"})
-        for name in TRAINABLE:
+        for name in names:
             assert getattr(CircuitBreakerConfig(beta_kl=0, **{field: name}), field) == name
     with pytest.raises(ConfigError, match="full_sequence"):
         CircuitBreakerConfig(benign_policy="full_sequence")
@@ -374,7 +388,7 @@ def test_no_run_may_train_with_the_first_header_search():
         re.search(rf'"{field}: .*?# (.*?)\\n"', source)[1] for field in ("benign_policy", "harmful_policy")
     )
     named = re.findall(r"\w+_(?:only|sequence|header)", benign + " " + harmful)
-    assert named == list(TRAINABLE), "train.ipynb's comments name the policies"
+    assert named == names, "train.ipynb's comments name the policies"
 
 
 def test_a_call_whose_name_is_not_located_is_refused():
@@ -388,3 +402,123 @@ def test_a_call_whose_name_is_not_located_is_refused():
         MaskError, match=r"message 2 \(assistant\): the names of its tool calls are not located"
     ):
         loss_mask(nameless, "action_prefix_only")
+
+
+# --- a policy of one's own ---
+
+MINE = """
+from cbnb.masking.policies import AFTER_INJECTION, GENERATED, OF_TRAINED_TURN, Condition, Policy
+from cbnb.masking.turns import Segment
+def in_arguments(encoded): return encoded.segments == Segment.TOOL_ARGUMENTS
+ARGUMENTS = Condition(in_arguments, "", "which is no argument")
+arguments = Policy("arguments", (GENERATED, OF_TRAINED_TURN, AFTER_INJECTION, ARGUMENTS), meaning="arguments")
+everything = Policy("everything", (Condition(lambda e: e.segments > 0, "", ""),))
+untrained = Policy("untrained", arguments.conditions, trainable=False)
+broken = Policy("broken", (GENERATED, Condition(lambda e: 1 / 0, "", "")))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    "The module `my_policies` in a folder on the path, of this process and of those that it starts."
+    (tmp_path / "my_policies.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    yield tmp_path / "my_policies.py"
+    sys.modules.pop("my_policies", None)
+
+
+def test_the_table_of_policies_is_what_they_mean():
+    "nbs/reference/policies.md has each policy with its meaning, and what is said of it beside that."
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \|$", (ROOT / "nbs/reference/policies.md").read_text(encoding="utf-8"), re.M
+    )
+    assert [name for name, _ in rows] == list(POLICIES)
+    assert [n for n, words in rows if not words.startswith(POLICIES[n].meaning)] == []
+
+
+def test_ones_own_policy_masks_and_says_why(mine):
+    "The mask is the conjunction, the reasons are those of its conditions, by name and as an object alike."
+    encoded, _, span, _ = encode("llama3.1", label="harmful")
+    own = find_policy("my_policies:arguments")
+    assert own.trainable and own.needs_injection and not own.needs_comparison and own.meaning == "arguments"
+    mask = loss_mask(encoded, "my_policies:arguments")
+    expected = (encoded.segments == Segment.TOOL_ARGUMENTS) & (encoded.message_index > span.message)
+    assert (mask == expected & loss_mask(encoded)).all() and mask.any()
+    codes, sentences = reasons(encoded, "my_policies:arguments")
+    assert [sentences[c].startswith("in: ") for c in codes] == mask.tolist()
+    assert all(s.endswith("; policy my_policies:arguments") for s in sentences)
+    assert any("which is no argument" in s for s in sentences)
+    assert any("not after the injection in message" in s for s in sentences)
+    plain = replace(encoded, injection_spans=())
+    kept = training_mask(plain, Transcript("t", [], label="harmful"), "my_policies:arguments")
+    assert (kept == loss_mask(plain) & (encoded.segments == Segment.TOOL_ARGUMENTS)).all()
+    with pytest.raises(MaskError, match="the policy my_policies:broken fails with ZeroDivisionError"):
+        loss_mask(encoded, "my_policies:broken")
+    for wrong, words in (("my_policies:ARGUMENTS", "is a Condition; give a Policy"), ("x:y", "PYTHONPATH")):
+        with pytest.raises(MaskError, match=words):
+            loss_mask(encoded, wrong)
+
+
+@pytest.mark.parametrize(
+    "field, name, words",
+    [
+        ("harmful_policy", "my_policies:in_arguments", "is a function, or is not trainable"),
+        ("harmful_policy", "my_policies:untrained", "is a function, or is not trainable"),
+        ("harmful_policy", "my_policies:nothing", "cannot be imported"),
+        ("harmful_policy", "no_such_module:arguments", "is its folder on PYTHONPATH"),
+        ("benign_policy", "my_policies:everything", "words that the model never generates"),
+    ],
+)
+def test_what_no_run_may_train_with_is_refused(mine, field, name, words):
+    "In one sentence, with the setting; reading the settings alone imports nothing."
+    config = get_config("tinyagent", **{field: name})
+    assert "my_policies" not in sys.modules
+    with pytest.raises(ConfigError, match=rf"(?s){field}.*{words}"):
+        check_own_policies(config)
+
+
+def test_a_changed_policy_is_another_run(mine):
+    "The key of a sweep's run, the key of its encoded samples, and the run that goes on, see its file."
+    name = "my_policies:arguments"
+    config = get_config("tinyagent", harmful_policy=name)
+    masker, some = masker_for("llama3.1")[0], [Transcript("t", [say("user", "a")], label="harmful")]
+    folder = mine.parent / "run"
+    folder.mkdir()
+
+    def keys():
+        return data_hash({"harmful_policy": name}, {}), stream_key(some, masker, name, {})
+
+    keep_beginning(Run(folder), [], "", (), config)
+    before = keys()
+    assert before == keys() and "harmful_policy" in made_from(folder)["same"]
+    (folder / "answers.jsonl").write_text("")  # so that there is something to go on from
+    keep_beginning(Run(folder, 2), [], "", (), config)
+    mine.write_text(MINE + "# another\n")
+    assert all(a != b for a, b in zip(before, keys()))
+    with pytest.raises(RunError, match="the harmful_policy of the run .*my_policies.py is another one"):
+        keep_beginning(Run(folder, 2), [], "", (), config)
+
+
+def test_a_run_trains_with_ones_own_policy_and_is_evaluated(mine, tmp_path):
+    """Its encoding on disk by worker processes; its evaluation with the same masks, which is refused once the
+    policy has changed."""
+    given = few(
+        tmp_path,
+        total_steps=2,
+        diagnose_steps=0,
+        harmful_policy="my_policies:arguments",
+        encoded_cache=tmp_path / "cache",
+    )
+    run = tmp_path / "run"
+    done = cells(*given, "-p", "run_dir", run)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert load(run / "config.json")["harmful_policy"] == "my_policies:arguments"
+    assert [row["step"] for row in read_metrics(run)][-1] == 2
+    asked = ("-p", "adapter", run, "-p", "max_new_tokens", 2)
+    evaluate = NBS / "evaluate.ipynb"
+    done = cells(*asked, "-p", "run_dir", tmp_path / "one", notebook=evaluate)
+    assert done.returncode == 0, done.stdout[-3000:]
+    mine.write_text(MINE + "# another\n")
+    done = cells(*asked, "-p", "run_dir", tmp_path / "two", notebook=evaluate)
+    assert done.returncode != 0 and "the harmful_policy of" in done.stdout, done.stdout[-3000:]

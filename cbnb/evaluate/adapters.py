@@ -32,12 +32,21 @@ from .scores import check_readable, is_attack, without_question
 from ..masking.masker import ChatMasker
 from ..report.figures import results_of, write_run_report
 from ..run.records import fault, read_record
-from ..run.settings import RUN_ONLY, check_data, make_masker, model_facts, settings_of
+from ..run.settings import RUN_ONLY, check_data, check_own_policies, make_masker, model_facts, settings_of
 from ..run.stages import Run, read_status
 from ..step.loaders import fetch_adapter
 from ..step.models import add_adapter, load_model, num_blocks
 from ..train.card import refresh_card
-from ..train.same import differences, made_from, model_hashes, named, surroundings, tell_changes
+from cbnb.train.same import (
+    OWN_CODE,
+    differences,
+    made_from,
+    model_hashes,
+    named,
+    own_hashes,
+    surroundings,
+    tell_changes,
+)
 from ..transcripts.record import Transcript, TranscriptError
 from ..transcripts.tinyworld import write_data
 
@@ -195,7 +204,9 @@ def settings_for(
     run = first_run(adapters)
     given = {} if target_layers is None else {"target_layers": target_layers}
     if run:
-        return dataclasses.replace(made_with(run.parameters, trust_remote_code), model=name, **given)
+        config = made_with(run.parameters, trust_remote_code)
+        check_own_policies(config)
+        return dataclasses.replace(config, model=name, **given)
     depth = num_blocks(model)
     layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
@@ -255,6 +266,13 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: st
             f"the model of {made.run} changed since it was trained on ({named(found)}): put back "
             "what was there, or give model, to evaluate on it as it is"
         )
+    for name in OWN_CODE[1:]:  # what is measured depends on the policies, not on the objective
+        before = record["same"].get(name, {})
+        if before and sorted(before.values()) != sorted(own_hashes(made.parameters.get(name)).values()):
+            raise RunError(
+                f"the {name} of {made.run}, {made.parameters[name]}, changed since it was trained with: put back "
+                "what was there"
+            )
     own = parameters["eval_data"] in ("", "tinyagent")
     own = own and all(parameters.get(name) is None for name in READING)
     if own and heldout != record["same"].get("samples", {}).get("held out", heldout):

@@ -30,7 +30,7 @@ from ..basics.terminal import visible
 from ..basics.withheld import cut
 from .actions import actions_line, for_policy, own_notes, trained_calls
 from .adapt import adapt, adapted_line
-from .policies import NEED_COMPARISON, POLICIES, end_tokens
+from .policies import end_tokens, find_policy
 from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from .templates import MaskError
 from .turns import COMPLETION, Segment
@@ -480,19 +480,16 @@ def audit(
     """Yield an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held
     whole).
 
-    `policy`: a name in `POLICIES` or a function of an Encoded. `max_length`, `side`: report what
+    `policy`: what `cbnb.masking.policies.find_policy` takes. `max_length`, `side`: report what
     `truncation_window` would cut. Each transcript is adapted as `masker.adapt` says. `limit`: stop after that
     many transcripts. Of a reader made with `on_error="skip"`, each bad record is yielded too, as the finding
     `unreadable`. Raises MaskError for an unknown policy, ValueError for a wrong limit, and what the reader
     raises."""
-    if not callable(policy) and policy not in POLICIES:
-        raise MaskError(
-            f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}, or a function of an Encoded"
-        )
+    rule = find_policy(policy)
     truncation_window(np.ones(1, bool), 1 if max_length is None else max_length, side)
     file, number = Path(getattr(transcripts, "path", "")).name, 0
     note, every = (lambda t: t), transcripts
-    if policy in NEED_COMPARISON:  # read once more: what a task does is known from all of its runs
+    if rule.needs_comparison:  # read once more: what a task does is known from all of its runs
         every = transcripts if isinstance(transcripts, TranscriptReader) else list(transcripts)
         note = own_notes(t for t in each_record(every) if not isinstance(t, TranscriptError))
     stream = each_record(every)

@@ -24,7 +24,7 @@ from ..masking.actions import trained_calls
 from ..masking.adapt import propose, restore, writes_all
 from ..masking.audit import NOTE_KINDS, mask_findings, trained_ends
 from ..masking.masker import ChatMasker
-from ..masking.policies import NEED_INJECTION, Encoded
+from ..masking.policies import Encoded, find_policy
 from ..masking.targets import in_batches, in_turns, training_mask
 from ..masking.turns import Segment
 from .checks import Criterion, Finding, note
@@ -212,7 +212,7 @@ def injection_findings(name: str, report: StreamReport, config: CircuitBreakerCo
     """Return a finding on how many transcripts of the harmful stream lack the injection that the policy asks
     for; a fail above `max_without_injection`. None for another stream or policy."""
     without, policy = report.counts["no_injection"], getattr(config, f"{name}_policy")
-    if name != "harmful" or policy not in NEED_INJECTION:
+    if name != "harmful" or not find_policy(policy).needs_injection:
         return []
     over = without > config.max_without_injection * report.transcripts
     above = f", above max_without_injection {config.max_without_injection:g}" if over else ""
@@ -303,7 +303,8 @@ RIGHT_STREAM = Criterion(
 # %% ../../nbs/preflight/03_data_checks.ipynb #cc43373f
 def defect_findings(name: str, found: Survey, policy: str) -> list[Finding]:
     "Return a finding for each kind of defect of the masks of a stream, or one that there is none."
-    design = BY_DESIGN.get(policy, set())
+    # a policy of one's own may leave the ends of turns out, as cbnb's do that train calls alone
+    design = BY_DESIGN.get(policy, {"eot_untrained"} if ":" in policy else set())
 
     def finding(kind: str, verdict: str) -> Finding:
         where, text = found.first[kind]

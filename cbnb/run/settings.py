@@ -30,8 +30,9 @@ from cbnb.config import (
 )
 from ..data.sources import check_reading
 from ..masking.masker import ChatMasker
+from ..masking.policies import GENERATED, find_trainable
 from ..masking.rendering import FROZEN_NOW
-from ..masking.templates import MAX_TEMPLATE_CHARS, template_inputs
+from ..masking.templates import MAX_TEMPLATE_CHARS, MaskError, template_inputs
 from .parameters import ParameterError
 from .records import read_record
 from ..transcripts.record import TranscriptError
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LLAMA_8B', 'SHAPES', 'PUBLISHED', 'KEPT_TEMPLATE', 'MAX_TEMPLATE_BYTES', 'Facts', 'model_facts', 'derive_settings',
-           'preset_for', 'settings_of', 'check_processes', 'run_name', 'run_settings', 'check_data', 'read_value',
-           'template_values', 'is_source', 'template_source', 'kept_template', 'keep_template', 'template_of',
-           'has_changed', 'masker_notes', 'make_masker']
+           'preset_for', 'settings_of', 'check_processes', 'run_name', 'check_own_policies', 'run_settings',
+           'check_data', 'read_value', 'template_values', 'is_source', 'template_source', 'kept_template',
+           'keep_template', 'template_of', 'has_changed', 'masker_notes', 'make_masker']
 
 # %% ../../nbs/run/12_settings.ipynb #setng006
 LLAMA_8B = dict(
@@ -236,6 +237,21 @@ def run_name(parameters: Mapping[str, Any]) -> str:
     ).lstrip("._-")
     return name[:32].rstrip("._-") or "model"
 
+# %% ../../nbs/run/12_settings.ipynb #ownpol01
+def check_own_policies(config: CircuitBreakerConfig) -> None:
+    """Raise ConfigError for a policy `module:name` that cannot be imported, that no run may train with, or,
+    of benign rows, that takes the KL term over words that the model never generates."""
+    for field in ("harmful_policy", "benign_policy"):
+        try:
+            policy = find_trainable(getattr(config, field))
+        except MaskError as e:
+            raise ConfigError(f"{field}: {e}") from None
+        if field == "benign_policy" and config.beta_kl and GENERATED not in policy.conditions:
+            raise ConfigError(
+                f"benign_policy {config.benign_policy} takes the KL term over words that the model never "
+                "generates; begin its conditions with cbnb.masking.policies.GENERATED, or give beta_kl 0"
+            )
+
 # %% ../../nbs/run/12_settings.ipynb #runonly1
 def run_settings(parameters: Mapping[str, Any]) -> tuple[CircuitBreakerConfig, list[str]]:
     """Return `(config, notes)` of a run with the dict of all its `parameters`, see
@@ -243,6 +259,7 @@ def run_settings(parameters: Mapping[str, Any]) -> tuple[CircuitBreakerConfig, l
     OSError where the settings follow from the configuration of a model that is not there."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     config, notes = settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    check_own_policies(config)
     if config.objective in ("rr", "rr_kl"):
         return config, notes
     # needs torch, which all other settings are checked without

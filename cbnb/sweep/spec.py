@@ -69,7 +69,7 @@ from cbnb.run.settings import (
     template_values,
 )
 from ..run.stages import Run, set_status
-from ..train.same import code_file, file_hash
+from ..train.same import OWN_CODE, code_file, file_hash
 from ..transcripts.holdout import heldout_kinds
 
 # %% ../../nbs/sweep/00_spec.ipynb #8b764ff1
@@ -427,9 +427,12 @@ def content_hash(path, cache):
 # %% ../../nbs/sweep/00_spec.ipynb #76c4e07f
 def data_hash(parameters, cache):
     """sha256 (hex) over the contents of all files and folders that `parameters` name (`FILE_PARAMETERS`), and
-    of the file of an `objective` of the user's own; a hub id counts by its name alone."""
-    own = code_file(parameters.get("objective") or "")
-    found = [["objective", content_hash(own, cache)]] if own else []
+    of the files of the user's own `OWN_CODE`; a hub id counts by its name alone."""
+    found = [
+        [name, content_hash(own, cache)]
+        for name in OWN_CODE
+        if (own := code_file(parameters.get(name) or ""))
+    ]
     for name in FILE_PARAMETERS:
         value = parameters.get(name)
         for part in named_files(name, value) if isinstance(value, str) else ():

@@ -11,19 +11,20 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% auto #0
-__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS', 'ROUNDING',
-           'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'data_files', 'code_file', 'weight_files',
-           'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash', 'transcripts_hash', 'versions',
-           'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from', 'refuse', 'keep_same',
-           'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'compare_figures', 'keep_figures', 'changes_of',
-           'same_settings', 'keep_beginning', 'keep_samples', 'keep_template', 'keep_model', 'keep_adapters']
+__all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'OWN_CODE', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS',
+           'ROUNDING', 'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'own_hashes', 'data_files', 'code_file',
+           'weight_files', 'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash',
+           'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from',
+           'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'compare_figures',
+           'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples', 'keep_template',
+           'keep_model', 'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #c405541e
 from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
@@ -86,6 +87,15 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(map(str, about), pool.map(one, about)))
 
+# %% ../../nbs/train/02_same.ipynb #owncode1
+OWN_CODE = ("objective", "harmful_policy", "benign_policy")  # settings that may be module:name
+
+
+def own_hashes(name: str | None) -> dict[str, str]:
+    "Return the `file_hashes` of the `code_file` of `name`, empty where it has none."
+    own = code_file(name or "")
+    return file_hashes([own]) if own else {}
+
 # %% ../../nbs/train/02_same.ipynb #same0002
 def data_files(entries: list[str], tools: str = "") -> list[Path]:
     """Return the files that the `entries` of data (`cbnb.data.sources.read_entry`) are read from, those of
@@ -102,10 +112,10 @@ LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", 
 OWN_WORDS = ("tokenizer_config.json", "chat_template.json")  # compared without the template, or not at all
 
 
-def code_file(objective: str) -> Path | None:
-    """Return the file that an `objective` of the user's own, `module:name`, stands in; None for one of
-    cbnb's."""
-    module, colon, _ = objective.partition(":")
+def code_file(name: str) -> Path | None:
+    """Return the file that `name`, an objective or a policy of the user's own written `module:name`, stands
+    in; None for one of cbnb's."""
+    module, colon, _ = name.partition(":")
     spec = find_spec(module) if colon else None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
@@ -250,6 +260,8 @@ MADE_FROM = "made_from.json"
 SECTIONS = {
     "data": "the data",
     "objective": "the objective",
+    "harmful_policy": "the harmful_policy",
+    "benign_policy": "the benign_policy",
     "samples": "what training and evaluation read of the data",
     "template": "the chat template",
     "model": "the model or its tokenizer",
@@ -429,14 +441,13 @@ def keep_beginning(
     config: CircuitBreakerConfig | None = None,
 ) -> None:
     """Keep, or compare, what is known of a `run` before its data are read: settings, versions, the files of
-    its `entries` of data and `tools` (`data_files`), and that of its objective; and compare `models` that are
-    folders. Raises RunError, and what reading them raises."""
+    its `entries` of data and `tools` (`data_files`), and those of `OWN_CODE`; and compare `models` that are folders. Raises RunError, and what reading them raises."""
     if config:
         same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
-    own = code_file(config.objective) if config else None
-    if own:
-        keep_same(run, "objective", lambda: file_hashes([own]))
+    for section in OWN_CODE if config else ():
+        if own_hashes(name := getattr(config, section)):
+            keep_same(run, section, partial(own_hashes, name))
     models = [name for name in models if name]
     # what the hub's cache lacks comes with loading
     if models and goes_on(run) and not any(map(is_cached, models)):

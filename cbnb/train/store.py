@@ -50,7 +50,7 @@ from cbnb.data.streams import (
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 from ..run.sealed import damage, seal, sync
-from .same import versions
+from .same import code_file, file_hash, versions
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/train/03_store.ipynb #aa129788
@@ -205,8 +205,8 @@ def code_hash() -> str:
 # %% ../../nbs/train/03_store.ipynb #11caaebd
 def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: Policy, how: dict) -> str:
     """Return 32 hex digits over the transcripts in their order, tokenizer, template, what the masker was
-    told, `policy` (a name) and the other settings, `code_hash`, and the `versions` of the libraries that
-    encode."""
+    told, `policy` (a name; of one's own also its file) and the other settings, `code_hash`, and the
+    `versions` of the libraries that encode."""
     tokenizer = masker.tokenizer
     parts = [
         tokenizer.backend_tokenizer.to_str(),
@@ -217,6 +217,7 @@ def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: Po
         masker.template_variables,
         tokenizer.special_tokens_map,
         policy,
+        *([file_hash(own)] if (own := code_file(policy)) else []),
         sorted(how.items()),
         code_hash(),
         versions(),

@@ -36,14 +36,13 @@ from ..masking.audit import FINDING_KINDS, Finding, encode_each, mask_findings, 
 from ..masking.audit import NOTE_KINDS as MINOR
 from ..masking.masker import CONTROL_MODES
 from cbnb.masking.policies import (
-    NEED_COMPARISON,
     POLICIES,
     after_first_header,
-    apply_policy,
     find_policy,
     loss_mask,
     reasons,
     role_of,
+    stand_in,
     token_labels,
 )
 from ..masking.targets import SIDES, lacks_injection, messages_off, training_mask, truncation_window
@@ -82,20 +81,19 @@ def give_reason(codes, sentences, where, sentence):
 
 # %% ../../nbs/widgets/02_masks.ipynb #8485bccb
 def explained_mask(encoded, transcript, name, policy, label=None):
-    """The `ShownMask` of a `policy` (name or function of an Encoded), called `name`, without findings.
+    """The `ShownMask` of a `policy` (as `find_policy` takes it), called `name`, without findings.
 
     With `label` None it is the mask that training takes (`training_mask`): without a known injection
     `assistant_only` stands in for `post_injection_only`, and messages labelled otherwise than the transcript
     are left out. With `label` benign or harmful it is the policy's tokens with that label (`loss_mask`).
     Raises MaskError where the policy cannot be applied."""
-    if isinstance(policy, str):
-        (transcript,) = for_policy([transcript], policy)
+    (transcript,) = for_policy([transcript], policy)
     absent = lacks_injection(transcript, policy)
-    used = "assistant_only" if absent else policy
+    used = stand_in(policy) if absent else policy
     codes, sentences = reasons(encoded, used, label)
     note = NOTES.get(name, "")
     if absent:
-        note = "no injection is known here: assistant_only stands in, as in training"
+        note = f"no injection is known here: {used.name} stands in, as in training"
         sentences = [f"{s}, in place of {name}" for s in sentences]
     values = loss_mask(encoded, used, label)
     if label is not None:
@@ -106,19 +104,14 @@ def explained_mask(encoded, transcript, name, policy, label=None):
             f"out: message {i} is labelled {transcript.message_labels[i]} and its transcript "
             f"{transcript.label}, so training leaves it out"
         )
-        chosen = apply_policy(find_policy(used), encoded) & ~kept & (encoded.message_index == i)
+        chosen = find_policy(used)(encoded) & ~kept & (encoded.message_index == i)
         codes, sentences = give_reason(codes, sentences, chosen, why)
     return ShownMask(name, kept, codes, tuple(sentences), note)
 
 # %% ../../nbs/widgets/02_masks.ipynb #5cd20137
 def named(policy, name):
-    "`policy` (a function of an Encoded) under another name: reasons carry it."
-
-    def renamed(encoded):
-        return policy(encoded)
-
-    renamed.__name__ = name
-    return renamed
+    "`policy` (as `find_policy` takes it) under another name: reasons carry it. Raises MaskError."
+    return replace(find_policy(policy), name=name)
 
 
 def told(error):
@@ -143,24 +136,24 @@ COLUMNS = (
 
 
 def known_policies(transcript):
-    """The names in `POLICIES` that can be shown of a transcript: those of `NEED_COMPARISON` only where runs
+    """The names in `POLICIES` that can be shown of a transcript: those that compare only where runs
     of its task were read with it (`meta["own_work"]`)."""
     return [
         name
         for name in POLICIES
-        if name not in NEED_COMPARISON or {"own_work", "injected_actions"} & transcript.meta.keys()
+        if not POLICIES[name].needs_comparison or {"own_work", "injected_actions"} & transcript.meta.keys()
     ]
 
 
 def own_policies(policies):
-    """`(name, function)` of a reader's own policies, functions of an Encoded by name. Raises ValueError for a
-    name that is taken."""
+    """`(name, policy)` of a reader's own policies, a dict by name of what `find_policy` takes. Raises
+    ValueError for a name that is taken."""
     for name in policies or {}:
         if name in POLICIES or name in COLUMNS:
             raise ValueError(
                 f"a policy of your own cannot be called {name}, which is taken; choose another name"
             )
-    return [(name, named(policy, name)) for name, policy in (policies or {}).items()]
+    return list((policies or {}).items())
 
 # %% ../../nbs/widgets/02_masks.ipynb #f327503b
 def with_audit(shown, encoded, transcript, max_length=None, side="targets"):
@@ -177,7 +170,7 @@ def with_audit(shown, encoded, transcript, max_length=None, side="targets"):
 # %% ../../nbs/widgets/02_masks.ipynb #3bca974b
 def apply_each(encoded, transcript, policies=None, label=None, max_length=None, side="targets"):
     """`(masks, left out)`: a `ShownMask` with its findings for every policy of `known_policies` and in
-    `policies` (functions of an Encoded by name), and `(name, why)` for each that cannot be applied.
+    `policies` (see `own_policies`), and `(name, why)` for each that cannot be applied.
     `max_length`, `side`: the window of `truncation_window`.
 
     Raises ValueError for a name that is taken, and for a wrong label, `max_length` or `side`."""
@@ -189,7 +182,7 @@ def apply_each(encoded, transcript, policies=None, label=None, max_length=None, 
         try:
             masks.append(
                 with_audit(
-                    explained_mask(encoded, transcript, name, policy, label),
+                    explained_mask(encoded, transcript, name, named(policy, name), label),
                     encoded,
                     transcript,
                     max_length,
@@ -1126,7 +1119,7 @@ def mask_explorer(
     the template does not (`cbnb.run.settings.make_masker`); `adapt`: names of adaptations
     (`cbnb.masking.adapt`); `trust_remote_code`: run code that comes with this model; `a`, `b`: the masks
     shown first; `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation
-    to that many tokens leaves; `control`: see `ChatMasker`; `policies`: your own, functions of an Encoded by
+    to that many tokens leaves; `control`: see `ChatMasker`; `policies`: your own (`find_policy`) by
     name; `number`: the transcript shown first. Nothing of these raises: what is wrong is told in the view."""
     return MaskExplorer(
         transcripts=transcripts,

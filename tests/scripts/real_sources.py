@@ -23,7 +23,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 from cbnb.data.convert import cause_of  # noqa: E402
 from cbnb.data.spans import find_spans  # noqa: E402
 from cbnb.evaluate.benchmarks import own_calls, questions  # noqa: E402
-from cbnb.masking.actions import action_key, actions, first_injected, injected_actions, whose, with_own_work  # noqa: E402
+from cbnb.masking.actions import (  # noqa: E402
+    action_key,
+    action_origins,
+    actions,
+    first_injected,
+    injected_actions,
+    with_own_work,
+)
 from cbnb.masking.adapt import adapt, adapt_names, restore  # noqa: E402
 from cbnb.masking.targets import training_mask  # noqa: E402
 from cbnb.masking.templates import MaskError  # noqa: E402
@@ -154,7 +161,7 @@ def whose_actions(transcripts):
     )
     for t in harmful:
         try:
-            found, changed = whose(t), adapt(t, names)
+            found, changed = action_origins(t), adapt(t, names)
         except MaskError as e:
             refused[cause_of(e)] += 1
             continue
