@@ -414,19 +414,16 @@ def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:
 
 # %% ../../nbs/report/00_figures.ipynb #592fe663
 def spread(positions: list[float], gap: float, size: float) -> list[float]:
-    """`positions` on a line of length `size`, moved as little as needed (least squares) for neighbours to be
-    `gap` apart; same order."""
+    """Move `positions` on a line of length `size` as little as needed (least squares) for neighbours to be
+    `gap` apart; the order stays. Isotonic regression of the positions less what the gaps below them take."""
+    from scipy.optimize import isotonic_regression  # half a second, and most pages have no crowded labels
+
     order = np.argsort(positions, kind="stable")
-    blocks = []  # pool adjacent violators: [sum, count] of positions less what the gaps below them take
-    for rank, i in enumerate(order):
-        blocks.append([positions[i] - rank * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
-    free = [total / count for total, count in blocks for _ in range(count)]
-    free = np.clip(free, 0, max(0, size - (len(free) - 1) * gap))
+    gaps = gap * np.arange(len(positions))
+    free = np.asarray(positions, dtype=float)[order] - gaps
+    free = isotonic_regression(free).x if len(free) else free
     moved = np.empty(len(free))
-    moved[order] = free + gap * np.arange(len(free))
+    moved[order] = np.clip(free, 0, max(0, size - gap * (len(free) - 1))) + gaps
     return moved.tolist()
 
 # %% ../../nbs/report/00_figures.ipynb #0268b94f
