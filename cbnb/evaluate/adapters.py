@@ -10,6 +10,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -52,14 +53,15 @@ from ..transcripts.tinyworld import write_data
 
 # %% auto #0
 __all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run', 'first_parameters',
-           'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'settings_for', 'found_entry',
-           'heldout_files', 'heldout_entries', 'model_names', 'same_as_run', 'reading_for', 'questions_for',
-           'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored', 'rescore']
+           'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted', 'settings_for',
+           'found_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_as_run', 'reading_for',
+           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
+           'rescore']
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #202720c1
 NONE = "none"
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #003559f4
 @dataclass(frozen=True)
 class Adapter:
     """An adapter to evaluate: its short `name`, its `folder` (None: the model as it is), and the parameters
@@ -70,7 +72,7 @@ class Adapter:
     run: Path | None = None
     parameters: dict = dataclasses.field(default_factory=dict)
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #0da2dc78
 def run_parameters(folder: Path, *needed: str) -> dict:
     """The parameters in the params.json of a run directory: those that an evaluation goes by are of their
     types, and the `needed` ones are there. Raises RunError, naming the file and the parameter."""
@@ -82,7 +84,7 @@ def run_parameters(folder: Path, *needed: str) -> dict:
         raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
     return found
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #1ad4b6f7
 def find_adapter(name: str, trust_remote_code: bool = False) -> Adapter:
     """The `Adapter` that `name` is: a finished run's directory, an adapter's folder (that of a run too), a
     hub id, or `none`, the model as it is.
@@ -144,7 +146,7 @@ def run_model(folder: Path) -> str:
         )
     return found["model"]
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #bb41b598
 def made_for(adapter: Adapter) -> str | None:
     """The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names;
     None where neither says one."""
@@ -156,7 +158,7 @@ def made_for(adapter: Adapter) -> str | None:
         else None
     )
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #01618550
 def another_base(adapter: Adapter, name: str) -> dict:
     """`{"made_for": the model that the adapter names, "model": name}` where that is another one than `name`,
     else {}: an adapter fits any model of the same shapes. Two folders are the same model by their path."""
@@ -167,7 +169,7 @@ def another_base(adapter: Adapter, name: str) -> dict:
     alike = one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
     return {} if alike else {"made_for": base, "model": name}
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #878eea16
 def base_name(adapters: list[Adapter], model: str | None = None) -> str:
     """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
     known, or two adapters name two."""
@@ -183,14 +185,26 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
         raise RunError("no model is known: give one as model")
     return found[0]
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #df7d1472
 def made_with(parameters: dict, trust_remote_code: bool = False) -> CircuitBreakerConfig:
     """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not
     imported, and whether code of the model runs is said by who evaluates, not by them."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     return settings_of(parameters["preset"], given, trust_remote_code)[0]
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #trusted1
+def check_trusted(adapter: Adapter, config: CircuitBreakerConfig, trust_remote_code: bool) -> None:
+    """Raise RunError where the run of `adapter` was trained with policies of its own (`module:name`), which
+    measuring has to import, and `trust_remote_code` is off; else ConfigError as `check_own_policies`."""
+    own = [name for name in (config.harmful_policy, config.benign_policy) if ":" in name]
+    if own and not trust_remote_code:
+        raise RunError(
+            f"{adapter.run} was trained with {' and '.join(dict.fromkeys(own))}, code that is imported to measure it: "
+            "give trust_remote_code if the run is yours, or was read"
+        )
+    check_own_policies(config)
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #ad6e0493
 def settings_for(
     adapters: list[Adapter],
     model: nn.Module,
@@ -205,14 +219,14 @@ def settings_for(
     given = {} if target_layers is None else {"target_layers": target_layers}
     if run:
         config = made_with(run.parameters, trust_remote_code)
-        check_own_policies(config)
+        check_trusted(run, config, trust_remote_code)
         return dataclasses.replace(config, model=name, **given)
     depth = num_blocks(model)
     layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
 
-
-def found_entry(text) -> str:
+# %% ../../nbs/evaluate/09_adapters.ipynb #583036a4
+def found_entry(text: str | Path) -> str:
     "The `text` of an entry of data. Raises RunError where it names nothing that is there."
     try:
         read_entry(text)
@@ -220,7 +234,7 @@ def found_entry(text) -> str:
         raise RunError(f"eval_data names {e}") from None
     return str(text)
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #d8f8989e
 def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     """The files `eval_data`, separated by commas, or those of the first adapter's run; an empty list for a
     run that has held out a part of its training data. Raises RunError where there is neither, or a file is
@@ -239,20 +253,20 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
             files = [run.run / "data" / "eval.jsonl"]
     return [found_entry(file) for file in files]
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #325b2196
 def heldout_entries(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     "`heldout_files`, or the data of the first adapter's run, where they are a part of them."
     run = first_parameters(adapters)
     return heldout_files(adapters, eval_data) or listed(run.get("data") or "")
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #1eb60e8f
 def model_names(adapters: list[Adapter], name: str) -> list[str]:
     """The models that an evaluation on the model `name` loads: that one, and the teacher of the first
     adapter's run."""
     run = first_parameters(adapters)
     return [name, run.get("teacher") or ""]
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #6037ab61
 def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: str) -> None:
     """Compares an evaluation with what the first adapter's run was made from (`cbnb.train.same`), in as far
     as the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
@@ -270,8 +284,8 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: st
         before = record["same"].get(name, {})
         if before and sorted(before.values()) != sorted(own_hashes(made.parameters.get(name)).values()):
             raise RunError(
-                f"the {name} of {made.run}, {made.parameters[name]}, changed since it was trained with: put back "
-                "what was there"
+                f"the {name} of {made.run}, {made.parameters[name]}, changed since it was trained with: "
+                "put back what was there"
             )
     own = parameters["eval_data"] in ("", "tinyagent")
     own = own and all(parameters.get(name) is None for name in READING)
@@ -293,13 +307,13 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: st
 
     from_first(tell)
 
-
-def reading_for(adapters: list[Adapter], **given) -> Reading:
+# %% ../../nbs/evaluate/09_adapters.ipynb #be6df6e4
+def reading_for(adapters: list[Adapter], **given: Any) -> Reading:
     """How an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`, else as
     the first adapter's run did."""
     return reading_of(first_parameters(adapters), **given)
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #74a54eba
 def questions_for(
     adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None
 ) -> list[Transcript]:
@@ -315,12 +329,14 @@ def questions_for(
     # prompt: before there was the setting
     return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #98674023
 # parameters that a masker is made by
 MASKING = ("control", "chat_template", "template_variables", "tool_call_format", "adapt")
 
-
-def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given) -> ChatMasker:
+# %% ../../nbs/evaluate/09_adapters.ipynb #16d5edcf
+def masker_for(
+    adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given: Any
+) -> ChatMasker:
     """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept
     there, but for what is `given` and not None (names of `MASKING`)."""
     run = first_run(adapters)
@@ -331,15 +347,15 @@ def masker_for(adapters: list[Adapter], name: str, trust_remote_code: bool = Fal
         0
     ]
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #8925d526
 def asked_model(adapters: list[Adapter], parameters: dict) -> str:
     """`base_name` for the parameters of nbs/evaluate.ipynb; the tiny agent where only its own transcripts are
     asked for."""
     own = parameters["eval_data"] == "tinyagent" and not any(a.run or a.folder for a in adapters)
     return base_name(adapters, parameters["model"] or ("tinyagent" if own else None))
 
-
-def decoding_for(adapters: list[Adapter], **given) -> Decoding:
+# %% ../../nbs/evaluate/09_adapters.ipynb #16240f7d
+def decoding_for(adapters: list[Adapter], **given: Any) -> Decoding:
     "The `Decoding` of an evaluation: what is `given` and not None, else as in the first adapter's run."
     run = first_parameters(adapters)
     fields = ("max_new_tokens", "temperature", "samples", "seed")
@@ -352,7 +368,7 @@ def decoding_for(adapters: list[Adapter], **given) -> Decoding:
         )
     return decoding
 
-
+# %% ../../nbs/evaluate/09_adapters.ipynb #d398bb4d
 def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
     """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded.
     Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
@@ -374,7 +390,7 @@ def evaluate_adapter(
     transcripts: list[Transcript],
     decoding: Decoding,
     reader: AnswerReader,
-    folder,
+    folder: str | Path | None,
     name: str,
     dtype: str | None = None,
     target_layers: str | None = None,
@@ -408,8 +424,8 @@ def rescored(
     masker: ChatMasker,
     reader: AnswerReader,
     prefill: int,
-    stops,
-    where,
+    stops: tuple,
+    where: str | Path,
 ) -> tuple[list, dict]:
     """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
     attempt counting: all that a line says is taken from its token ids, its question and the model's own stop

@@ -441,7 +441,8 @@ def keep_beginning(
     config: CircuitBreakerConfig | None = None,
 ) -> None:
     """Keep, or compare, what is known of a `run` before its data are read: settings, versions, the files of
-    its `entries` of data and `tools` (`data_files`), and those of `OWN_CODE`; and compare `models` that are folders. Raises RunError, and what reading them raises."""
+    its `entries` of data and `tools` (`data_files`), and those of `OWN_CODE`; and compare `models`
+    that are folders. Raises RunError, and what reading them raises."""
     if config:
         same_settings(run, config)
     keep_same(run, "data", lambda: file_hashes(data_files(entries, tools)))
