@@ -517,6 +517,9 @@ def test_a_run_trains_with_ones_own_policy_and_is_evaluated(mine, tmp_path):
     assert [row["step"] for row in read_metrics(run)][-1] == 2
     asked = ("-p", "adapter", run, "-p", "max_new_tokens", 2)
     evaluate = NBS / "evaluate.ipynb"
+    done = cells(*asked, "-p", "run_dir", tmp_path / "none", notebook=evaluate)
+    assert done.returncode != 0 and "give trust_remote_code if the run is yours" in done.stdout
+    asked += ("-p", "trust_remote_code", True)
     done = cells(*asked, "-p", "run_dir", tmp_path / "one", notebook=evaluate)
     assert done.returncode == 0, done.stdout[-3000:]
     mine.write_text(MINE + "# another\n")

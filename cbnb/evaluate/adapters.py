@@ -199,8 +199,8 @@ def check_trusted(adapter: Adapter, config: CircuitBreakerConfig, trust_remote_c
     own = [name for name in (config.harmful_policy, config.benign_policy) if ":" in name]
     if own and not trust_remote_code:
         raise RunError(
-            f"{adapter.run} was trained with {' and '.join(dict.fromkeys(own))}, code that is imported to measure it: "
-            "give trust_remote_code if the run is yours, or was read"
+            f"{adapter.run} was trained with {' and '.join(dict.fromkeys(own))}, code that is imported to "
+            "measure it: give trust_remote_code if the run is yours, or was read"
         )
     check_own_policies(config)
 
