@@ -289,9 +289,13 @@ ORDER = reading_order()
 
 def imported(source):
     """The modules of cbnb, without that name in front, that Python source imports, at the top or inside of
-    functions."""
+    functions; for types alone is not counted."""
     tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))
+    typed = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    left_out = {inner for node in typed for inner in ast.walk(node)}
     for node in ast.walk(tree):
+        if node in left_out:
+            continue
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
@@ -332,7 +336,8 @@ def test_imports_go_to_earlier_pages():
 def test_imports_are_seen():
     source = (
         "import cbnb.cli\nfrom cbnb.run import directory\ndef f():\n    from cbnb.masking.masker "
-        "import ChatMasker\nfrom cbnb import config\n%time x"
+        "import ChatMasker\nfrom cbnb import config\n%time x\n"
+        "if TYPE_CHECKING:\n    from cbnb.widgets import kl"
     )
     assert sorted(imported(source)) == ["cli", "config", "masking.masker", "run.directory"]
 

@@ -28,7 +28,7 @@ from cbnb.train.same import keep_beginning, made_from
 from cbnb.train.store import stream_key
 from cbnb.transcripts.record import InjectionSpan, Transcript
 from forked import cells
-from helpers import NBS
+from helpers import NBS, code_cells
 from masks_common import SETUPS, TOOLS, answer, ask, dumps, masker_for, say, transcript
 from outside import qwen3, trl_template, trl_templates
 from train_common import few, load
@@ -383,12 +383,10 @@ def test_no_run_may_train_with_the_first_header_search():
             assert getattr(CircuitBreakerConfig(beta_kl=0, **{field: name}), field) == name
     with pytest.raises(ConfigError, match="full_sequence"):
         CircuitBreakerConfig(benign_policy="full_sequence")
-    source = (ROOT / "nbs" / "train.ipynb").read_text(encoding="utf-8")
-    benign, harmful = (
-        re.search(rf'"{field}: .*?# (.*?)\\n"', source)[1] for field in ("benign_policy", "harmful_policy")
-    )
-    named = re.findall(r"\w+_(?:only|sequence|header)", benign + " " + harmful)
-    assert named == names, "train.ipynb's comments name the policies"
+    cell = next(c for c in code_cells(NBS / "train.ipynb") if "parameters" in c.metadata.get("tags", ()))
+    comment = cell.source[: cell.source.index("benign_policy:")].rpartition("# assistant_only")
+    named = re.findall(r"\w+_(?:only|sequence|header)", comment[1] + comment[2])
+    assert named == names, "the comment of train.ipynb names the policies"
 
 
 def test_a_call_whose_name_is_not_located_is_refused():

@@ -162,7 +162,11 @@ def plain_python(cell):
     return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.M))
 
 
-@pytest.mark.parametrize("path", run_notebooks(), ids=lambda p: p.name)
+# one's own format, policy or objective is defined in one cell there: that is what they show
+ADD_YOUR_OWN = [p for p in run_notebooks() if p.name.startswith("add_") or p.name == "triplet.ipynb"]
+
+
+@pytest.mark.parametrize("path", [p for p in run_notebooks() if p not in ADD_YOUR_OWN], ids=lambda p: p.name)
 def test_run_notebook_defines_nothing(path):
     "What a run notebook defines lives in __main__: pickles and spawned workers cannot find it."
     for cell in code_cells(path):

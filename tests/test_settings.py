@@ -50,7 +50,7 @@ def test_every_declared_limit_is_checked():
     assert len(limited) > 30
     for f in limited:
         limits = f.metadata["limits"]
-        bad = {"at_least": -1, "above": 0, "one_of": "no such name"}
+        bad = {"at_least": -1, "above": 0, "one_of": "no such name", "policy": "no_such_name"}
         (wrong,) = [bad[kind] for kind in limits if kind in bad]
         value = (wrong, 30) if f.name == "lora_layers" else wrong
         with pytest.raises(
