@@ -507,7 +507,7 @@ def run_status(args: argparse.Namespace) -> int:
     """Carry out `cbnb status`."""
     from cbnb.basics.numbers import duration
     from cbnb.run.code import runs_folder
-    from cbnb.run.status import counted, run_folders, run_rows
+    from cbnb.run.status import count_states, run_folders, run_rows
 
     rows = run_rows([run for folder in args.folders or [runs_folder()] for run in run_folders(folder)])
     if args.json:
@@ -527,7 +527,7 @@ def run_status(args: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*lines)][:-1]
     for line in lines:
         say("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[-1]]))
-    say(counted(rows))
+    say(count_states(rows))
     return 0
 
 # %% ../nbs/cli.ipynb #tra00002

@@ -14,7 +14,7 @@ from cbnb.basics.jsonfiles import RunError
 from cbnb.basics.places import TINYAGENT
 from cbnb.cli import main
 from cbnb.evaluate.adapters import another_base, find_adapters, rescore
-from cbnb.run.metrics import read_lines
+from cbnb.run.metrics import read_json_lines
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.tinyworld import make_transcripts
 from forked import cells
@@ -47,14 +47,14 @@ def evaluated(folder, *given):
 def texts(folder, stage):
     return {
         (line["id"], line["asked"]): line["ids"]
-        for line in read_lines(folder / "answers.jsonl")
+        for line in read_json_lines(folder / "answers.jsonl")
         if line["stage"] == stage
     }
 
 
 @pytest.mark.slow
 def test_every_answer_of_a_run_is_kept(run):
-    result, lines = load(run / "result.json"), read_lines(run / "answers.jsonl")
+    result, lines = load(run / "result.json"), read_json_lines(run / "answers.jsonl")
     assert len(lines) == 2 * 3 * QUESTIONS and len({line["key"] for line in lines}) == len(lines), (
         "before and after: attacks twice, plain tasks once"
     )
@@ -88,7 +88,7 @@ def test_an_evaluation_that_was_killed_goes_on(run, tmp_path):
     folder, given = tmp_path / "killed", ("-p", "adapter", run / "adapter")
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(cells, *given, "-p", "run_dir", folder, notebook=NBS / "evaluate.ipynb")
-        while not ended.done() and len(read_lines(folder / "answers.jsonl")) < 32:
+        while not ended.done() and len(read_json_lines(folder / "answers.jsonl")) < 32:
             time.sleep(0.02)
         os.kill(load(folder / "status.json")["pid"], signal.SIGKILL)
         assert ended.result().returncode != 0
@@ -97,7 +97,7 @@ def test_an_evaluation_that_was_killed_goes_on(run, tmp_path):
     with (folder / "answers.jsonl").open("ab") as file:
         file.write(b'{"key": "tor')
     assert evaluated(folder, *given) == {run.name: load(run / "result.json")["after"]}
-    lines = read_lines(folder / "answers.jsonl")
+    lines = read_json_lines(folder / "answers.jsonl")
     assert (folder / "answers.jsonl").read_bytes().startswith(first[: first.rindex(b"\n") + 1]), (
         "what was answered is not asked again"
     )
@@ -151,7 +151,7 @@ def test_answers_that_do_not_belong_are_told(run, tmp_path):
         UserWarning, match=r"of 3 of \d+ answers the text or the end was not that of their token ids"
     ):
         again = rescore(copy)
-    assert again == load(run / "result.json") and read_lines(copy / "answers.jsonl") == read_lines(
+    assert again == load(run / "result.json") and read_json_lines(copy / "answers.jsonl") == read_json_lines(
         run / "answers.jsonl"
     )
     (copy / "answers.jsonl").write_text(
@@ -230,7 +230,7 @@ def test_sampled_answers_are_recorded_and_repeat(run, tmp_path):
         and one[run.name]["decoding"]["samples"] == 2
         and one[run.name]["n"]["attack"] == 2 * QUESTIONS
     )
-    assert len(read_lines(tmp_path / "one" / "answers.jsonl")) == 2 * 3 * QUESTIONS
+    assert len(read_json_lines(tmp_path / "one" / "answers.jsonl")) == 2 * 3 * QUESTIONS
 
 
 def test_what_cannot_be_evaluated_is_told_at_once(run, capsys, tmp_path):

@@ -337,7 +337,7 @@ def run_on_a_full_disk(disk):
     from cbnb.evaluate.reader import derive_reader
     from cbnb.masking.masker import ChatMasker
     from cbnb.run.directory import open_run
-    from cbnb.run.metrics import read_lines
+    from cbnb.run.metrics import read_json_lines
     from cbnb.run.stages import read_status, stage
     from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
     from cbnb.train import teacher_cache
@@ -392,7 +392,7 @@ def run_on_a_full_disk(disk):
 
     assert fails("evaluation", run.path, lambda: ask(run.path)) <= {"run/answers.jsonl"}
     whole = (run.path / "answers.jsonl").read_bytes()
-    assert whole.endswith(b"\n") and 0 < len(read_lines(run.path / "answers.jsonl")) < 40
+    assert whole.endswith(b"\n") and 0 < len(read_json_lines(run.path / "answers.jsonl")) < 40
     again = ask(run.path)
     assert [line["ids"] for line in again] == [line["ids"] for line in ask(None)]
     assert (run.path / "answers.jsonl").read_bytes().startswith(whole)

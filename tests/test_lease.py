@@ -27,7 +27,7 @@ from cbnb.masking.masker import ChatMasker
 from cbnb.report import figures as report
 from cbnb.run.directory import close_run, open_run
 from cbnb.run.metrics import append_line, append_metrics, truncate_metrics
-from cbnb.run.stages import Run, hold, named_state, read_status, set_status, still_running
+from cbnb.run.stages import Run, hold, process_state, read_status, set_status, still_running
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
 from cbnb.sweep import jobs
 from cbnb.train import same, trainer
@@ -180,7 +180,7 @@ def test_a_number_without_a_start_proves_nothing():
     assert lease.judge(record, 0) == "over"
     for unseen in (record | {"pid_started": None}, lease.identity() | {"token": "a", "pid_started": None}):
         assert (lease.judge(unseen, 0), lease.judge(unseen, lease.EXPIRY + 1)) == ("fresh", "over")
-        assert named_state(unseen) == "fresh" and still_running("/nowhere", unseen)
+        assert process_state(unseen) == "fresh" and still_running("/nowhere", unseen)
     assert not still_running("/nowhere", record) and not still_running("/nowhere", lease.identity())
 
 

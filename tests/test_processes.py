@@ -16,7 +16,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from cbnb.basics.jsonfiles import write_json
-from cbnb.run.metrics import read_lines
+from cbnb.run.metrics import read_json_lines
 from forked import cells as one_process
 from forked import ended, imported, started
 from helpers import BIN, NBS, ROOT, run
@@ -143,7 +143,7 @@ def test_two_processes_answer_as_one(runs, way):
     for key in ("attack_success", "exact_match", "unparseable", "n", "counts", "marker_fidelity"):
         assert one[key] == two[key]
     answers = [
-        {(line["id"], line["asked"]): line["ids"] for line in read_lines(run / "answers.jsonl")}
+        {(line["id"], line["asked"]): line["ids"] for line in read_json_lines(run / "answers.jsonl")}
         for run in made
     ]
     assert answers[0] == answers[1] and len(answers[0]) == 15 and not list(made[1].glob("answers.rank*")), (

@@ -25,10 +25,10 @@ from cbnb.data import sources
 from cbnb.data import streams as data
 from cbnb.masking import templates
 from cbnb.masking.templates import MaskError
-from cbnb.run.execute import read_notebook as read_notebook_text
+from cbnb.run.execute import read_for_papermill as read_notebook_text
 from cbnb.run.settings import template_source
 from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
-from cbnb.sweep.spec import content_hash, read_notebook, read_spec
+from cbnb.sweep.spec import content_hash, read_for_papermill, read_spec
 from cbnb.transcripts import files, reader
 from cbnb.transcripts.reader import MAX_BAD, MAX_SKIPPED, TooManyBad, read_transcripts, write_transcripts
 from cbnb.transcripts.record import TranscriptError
@@ -265,7 +265,7 @@ def test_settings_name_files(kind, tmp_path):
     tries = [
         lambda: template_source(str(bad)),
         lambda: sources.check_reading({"tools": str(bad)}),
-        lambda: read_notebook(bad),
+        lambda: read_for_papermill(bad),
         lambda: read_spec(bad),
         lambda: read_notebook_text(LocalHandler(), bad),
         lambda: content_hash(bad, {}),

@@ -28,7 +28,7 @@ from cbnb.basics.files import OutputError, append_bytes
 from cbnb.basics.terminal import visible
 from cbnb.config import ConfigError
 from cbnb.run.directory import close_run
-from cbnb.run.execute import write_notebook
+from cbnb.run.execute import write_for_papermill
 from cbnb.run.recorder import Book
 from cbnb.run.records import wants
 from cbnb.step.loaders import named
@@ -343,7 +343,7 @@ def test_a_notebook_is_scrubbed_text_by_text(hard, tmp_path):
 
     for value in hard:
         book = executed(value)
-        write_notebook(Handler, nbformat.writes(book), "out.ipynb")
+        write_for_papermill(Handler, nbformat.writes(book), "out.ipynb")
         recorded = Book()
         recorded.notebook = book
         for text in ((tmp_path / "out.ipynb").read_text(), recorded.text()):

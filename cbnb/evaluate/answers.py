@@ -20,7 +20,7 @@ from .reader import AnswerReader
 from .scores import group_of, injected_texts, plain, rates, score
 from ..masking.masker import ChatMasker
 from ..masking.turns import IS_COMPLETION
-from ..run.metrics import append_line, read_lines
+from ..run.metrics import append_line, read_json_lines
 from ..step.models import is_in_parts
 from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript
@@ -160,7 +160,7 @@ def kept_lines(folder) -> dict[str, dict]:
     def take():
         kept = {}
         for file in (path, *sorted(path.parent.glob("answers.rank*.jsonl"))):
-            for line in read_lines(file):
+            for line in read_json_lines(file):
                 if file != path and line["key"] not in kept:
                     append_line(path, line)
                 kept[line["key"]] = line

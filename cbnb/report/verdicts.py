@@ -33,7 +33,7 @@ from ..basics.terminal import visible
 from ..basics.withheld import cut
 from .figures import alarm_lines, as_float, series
 from ..run.directory import check_name
-from ..run.metrics import log_rows, not_rising
+from ..run.metrics import log_rows, order_fault
 from ..run.records import SETTING, fault, read_record
 from ..run.stages import read_status, still_running
 from ..run.status import folders_in
@@ -266,7 +266,7 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
     notes += told
     measures = log_measures(rows, beta) | result_measures(result)
     total = as_float(config.get("total_steps"))
-    if wrong := not_rising(rows) or beyond(rows, total):
+    if wrong := order_fault(rows) or beyond(rows, total):
         notes.append(f"its metrics.jsonl {wrong}, so what is read from the log does not count")
         measures |= dict.fromkeys(LOG_MEASURES, math.nan)
     elif state == "done" and measures["last_step"] < total:

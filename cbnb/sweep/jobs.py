@@ -33,8 +33,8 @@ from ..run.code import code_state
 from ..run.directory import close_run, fresh_folder
 from ..run.parameters import parameters_hash
 from ..run.records import read_record
-from ..run.stages import Run, named_state, now, read_status, set_status, still_running
-from ..run.status import ask, counted, max_array_size, progress_words, queue, read_quietly, run_rows
+from ..run.stages import Run, process_state, now, read_status, set_status, still_running
+from ..run.status import query, count_states, max_array_size, progress_words, queue, read_quietly, run_rows
 from cbnb.sweep.spec import (
     check_settings,
     check_start,
@@ -93,7 +93,7 @@ def kill_run(process, path):
     """Ends a papermill `process` and the kernel of its run directory `path` at once; a run that had begun is
     interrupted then."""
     status = read_quietly(path)[0]
-    if named_state(status) == "live":
+    if process_state(status) == "live":
         try:
             os.kill(status["pid"], signal.SIGKILL)
         except OSError:
@@ -283,8 +283,8 @@ def job_named(name):
         return [int(line) for line in (said or "").splitlines() if line.strip().isdecimal()]
 
     user = str(os.getuid())
-    found = ids(ask("squeue", "-h", "-u", user, "-n", name, "-o", "%F")) or ids(
-        ask("sacct", "-n", "-P", "-X", "-u", user, "-S", "now-1days", "--name", name, "-o", "JobIDRaw")
+    found = ids(query("squeue", "-h", "-u", user, "-n", name, "-o", "%F")) or ids(
+        query("sacct", "-n", "-P", "-X", "-u", user, "-S", "now-1days", "--name", name, "-o", "JobIDRaw")
     )
     return str(max(found)) if found else None
 
