@@ -33,8 +33,8 @@ from ..run.code import code_state
 from ..run.directory import close_run, fresh_folder
 from ..run.parameters import parameters_hash
 from ..run.records import read_record
-from ..run.stages import Run, process_state, now, read_status, set_status, still_running
-from ..run.status import query, count_states, max_array_size, progress_words, queue, read_quietly, run_rows
+from ..run.stages import Run, now, process_state, read_status, set_status, still_running
+from ..run.status import count_states, max_array_size, progress_words, query, queue, read_quietly, run_rows
 from cbnb.sweep.spec import (
     check_settings,
     check_start,
@@ -527,7 +527,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
         rows = sweep_rows(sweep, held=False)
         actions = [action(row, only_missing, retry) for row in rows]
         names = prepare_sweep(sweep, rows, actions)
-        tell(f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(names)} to start")
+        tell(f"{sweep.path}: {len(rows)} runs ({count_states(rows)}), {len(names)} to start")
         for row, what in zip(rows, actions, strict=True):
             if row["state"] == "failed" and what == "leave":
                 tell(f"{row['run']}: failed, {row['note']}; --retry failed starts it again")
@@ -544,7 +544,7 @@ def ablate(spec, local=None, slurm=False, only_missing=False, retry=False, tell=
         ]
         _, interrupted = work(tasks, min(where, len(tasks)), tell)
         rows = sweep_rows(sweep, held=False)
-    tell(f"{counted(rows)}; cbnb report {shlex.quote(str(sweep.path))}")
+    tell(f"{count_states(rows)}; cbnb report {shlex.quote(str(sweep.path))}")
     return 130 if interrupted else int(any(row["state"] != "done" for row in rows))
 
 # %% ../../nbs/sweep/01_jobs.ipynb #1d8ffc36
@@ -561,7 +561,7 @@ def dry_run(spec, local=None, slurm=False, only_missing=False, retry=False, tell
         tell(f"{row['state']:<12} {what:<7} {row['run']}" + (f"  ({row['note']})" if row["note"] else ""))
     todo = [row for row, what in zip(rows, actions, strict=True) if what in ("start", "resume", "retry")]
     tell(
-        f"{sweep.path}: {len(rows)} runs ({counted(rows)}), {len(todo)} to start"
+        f"{sweep.path}: {len(rows)} runs ({count_states(rows)}), {len(todo)} to start"
         + (f", {sweep.merged} equal to another and merged" if sweep.merged else "")
     )
     if not todo:
