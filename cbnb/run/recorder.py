@@ -29,7 +29,7 @@ from ..basics.withheld import scrub_notebook
 from .stages import Run
 
 # %% auto #0
-__all__ = ['SAVE_SECONDS', 'RECORDING', 'ANSWERS', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
+__all__ = ['SAVE_SECONDS', 'RECORDING', 'ANSWERS', 'LAST_CELL', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
            'stop_recording', 'end_recording', 'record_path', 'record_notebook']
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
@@ -158,12 +158,15 @@ class Recording:
 # %% ../../nbs/run/09_recorder.ipynb #2a776d79
 RECORDING: list[Recording] = []  # that of this kernel, or empty
 ANSWERS = 60  # seconds to wait for a kernel's answer, which takes some time on a busy machine
+LAST_CELL = 3  # seconds to wait for the end of the last cell: papermill kills a kernel 5 s after its end
 
 
 def stop_recording() -> None:
     """End the recording of this kernel, if there is one, once all messages so far are written."""
     while RECORDING:
         recording = RECORDING.pop()
+        if recording.thread and recording.last is not None:
+            recording.thread.join(LAST_CELL)  # it ends by itself with that cell
         recording.over.set()
         if recording.thread:
             recording.thread.join(ANSWERS)
