@@ -618,7 +618,10 @@ def run_train(args: argparse.Namespace) -> int:
 
         say(
             *figure_lines(path),
-            *(f"ALARM {line}" for line in alarm_lines(read_record(path / "result.json").get("alarms"))),
+            *(
+                f"ALARM {line}"
+                for line in alarm_lines((read_record(path / "result.json") or {}).get("alarms"))
+            ),
         )
     say(f"run directory: {path}")
     return status

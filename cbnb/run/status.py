@@ -256,7 +256,7 @@ def run_progress(path: Path, status: dict[str, Any]) -> tuple[dict[str, int | No
         spent = (
             datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])
         ).total_seconds()
-        left = max(0, round(spent / made * (total - step)))
+        left = max(0, round(spent / made * (total - (step or 0))))
         if left > TEN_YEARS:
             left = None
     return {"step": step, "total_steps": total, "seconds_left": left}, [*filter(None, (torn, unread))]
@@ -332,7 +332,7 @@ def run_row(path: Path, snapshot: Snapshot) -> dict[str, Any]:
     faults: list[str] = []
     if state in ("running", "interrupted", "lost"):
         steps, faults = run_progress(path, status)
-    row = {"run": path.name, "sweep": path.parent.name, "state": state}
+    row: dict[str, Any] = {"run": path.name, "sweep": path.parent.name, "state": state}
     row |= {"note": "; ".join(filter(None, [note, *faults])), "free": free, **steps}
     row |= {"attempt": status.get("attempt"), "job": job, "node": status.get("node")}
     return row | {"updated": status.get("updated"), "path": str(path)}
