@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from ..config import CircuitBreakerConfig
 from ..data.streams import PairedStreams, Sample, collate
+from ..step.objectives import depth, descent, find_objective
 from ..train.alarms import LEAST, LIFTED, forces
 from ..train.floor import kept, on_device, rounding_floor
 from ..train.trainer import NonFiniteLossError, breaker_trainer
@@ -48,10 +49,10 @@ class Outlook:
     holder: str = "retain"
 
 
-def growth(rows: list[dict], least: float = 1e-8, span: int = 8) -> float:
-    """Growth of log10(1 − loss_reroute) a step over the last `span` steps: the difference of the means of its
-    later and its earlier half. Values below `least` count as that."""
-    recent = [math.log10(max(1 - row["loss_reroute"], least)) for row in rows[-span:]]
+def growth(rows: list[dict], least: float = 1e-8, span: int = 8, start: float = 1.0) -> float:
+    """Growth of log10(start − loss_reroute) a step over the last `span` steps: the difference of the means of
+    its later and its earlier half. Values below `least` count as that."""
+    recent = [math.log10(max(start - row["loss_reroute"], least)) for row in rows[-span:]]
     half = len(recent) // 2
     return (sum(recent[-half:]) - sum(recent[:half])) / half / (len(recent) - half) if half else 0.0
 
@@ -64,15 +65,18 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     grows by a factor a step, is on its way: the growth seen, halved because it slows down, must carry it to 1
     − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning rate,
     is below `LOSES`. Otherwise the answer is open, until `settled`; so it is while the KL stands above
-    `collapse_kl`, since it may come back."""
-    last = rows[-1]
+    `collapse_kl`, since it may come back. A reroute term without a declared range is not judged: the answer
+    stays open, and `turned` is NaN. The scale of another range is that of `cbnb.step.objectives.depth`."""
+    last, term = rows[-1], find_objective(config.objective).term("reroute")
     diagnosed = next((row for row in reversed(rows) if "grad_norm_reroute" in row), None)
-    turned, goal = 1 - last["loss_reroute"], max(1 - config.dead_level, 1e-3)
+    if not depth(term) > 0:
+        return Outlook(None, last["step"], math.nan, math.nan, math.inf)
+    turned, goal = descent(term, last["loss_reroute"]), max(1 - config.dead_level, 1e-3) * depth(term)
     at_floor = LIFTED * (floor or {}).get("reroute", 0.0)
-    least = max(LEAST, at_floor)
+    least = max(LEAST * depth(term), at_floor)
     pull, hold, holder = forces(diagnosed) if diagnosed else (0.0, 0.0, "retain")
     force = pull / hold if hold > 0 else (math.inf if pull > 0 else 0.0)
-    rate = growth(rows, max(1e-8, at_floor))
+    rate = growth(rows, max(1e-8, at_floor), start=term.start)
     left = (
         0.0
         if turned >= goal

@@ -365,10 +365,13 @@ def check_detachment(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor):
         *applied_points(breaker, batch),
     ]
     floor = rounding_floor(breaker.student, batch, breaker.circuit_breaker_config)
+    terms = {term.name: term for term in breaker.objective.terms}
     return (
         [
             *points,
-            Point("pass", f"what rounding alone makes of the terms, the floor of {floor_words(floor)}"),
+            Point(
+                "pass", f"what rounding alone makes of the terms, the floor of {floor_words(floor, terms)}"
+            ),
         ],
         {"floor": floor},
         (),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES', 'MEASURED',
-           'SECONDS', 'SAID', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS', 'READ', 'EVALUATED', 'SHARE', 'TOKENS',
-           'COSINE', 'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'ASKED',
-           'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF',
-           'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain',
-           'whole', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either',
-           'floor', 'setting', 'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
+           'SECONDS', 'TERM', 'SAID', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS', 'READ', 'EVALUATED', 'SHARE',
+           'TOKENS', 'COSINE', 'RATES', 'SHARES', 'COUNTS', 'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT',
+           'ASKED', 'PREFLIGHT', 'KEY', 'CODE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES',
+           'FIGURES_OF', 'MADE_FROM', 'ANSWER', 'STEP', 'VALUE', 'MEASURES', 'RECORDS', 'SMALL', 'wants', 'is_plain',
+           'plain', 'whole', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields',
+           'either', 'floor', 'setting', 'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #recim001
 import dataclasses
@@ -203,6 +203,17 @@ def floor(value, where):
 
 
 SECONDS = number(0, 1e12)
+TERM = fields(
+    {
+        "name": one_of("reroute", "retain", "kl"),
+        "title": LABEL,
+        "unit": text(NAME),
+        **dict.fromkeys(("low", "high", "start"), maybe(number())),
+        "factors": each(LABEL, 4),
+    },
+    "name",
+    "title",
+)
 SAID = {
     "stage": LABEL,
     "error": LINE,
@@ -210,6 +221,7 @@ SAID = {
     "changes": NOTES,
     "alarms": ALARMS,
     "floor": floor,
+    "terms": each(TERM, 3),
     "job": LABEL,
     "node": LABEL,
     "device": LABEL,

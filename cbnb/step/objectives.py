@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import OBJECTIVES, CircuitBreakerConfig, ConfigError
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TERM_NAMES', 'COSINE', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'BUILT_IN', 'SLACK', 'Pair', 'Term',
-           'term_faults', 'depth', 'descent', 'Objective', 'is_terms', 'reroute_cosine', 'retain_distance',
-           'rr_weights', 'rr_kl_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words', 'run_terms',
-           'common_terms', 'unjudged', 'random_pairs', 'idle_settings', 'check_objective', 'token_terms',
-           'range_faults', 'check_terms']
+           'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'reroute_cosine', 'retain_distance',
+           'rr_weights', 'rr_kl_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
+           'built_in_terms', 'run_terms', 'common_terms', 'unjudged', 'random_pairs', 'idle_settings',
+           'check_objective', 'token_terms', 'range_faults', 'check_terms']
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -43,7 +44,8 @@ class Term:
 
     `per_token(harmful, benign, config)` → [M], one number per token of one block: of the harmful ones for
     `reroute`, of the benign ones for `retain`; the KL is computed from logits and has none. `factors`: the
-    coefficients and settings that multiply the term (`describe_terms` finds them). Raises ConfigError."""
+    coefficients and settings that multiply the term (`describe_terms` finds them; None: unknown). Raises
+    ConfigError."""
 
     name: str
     title: str
@@ -52,7 +54,7 @@ class Term:
     high: float | None = None
     start: float | None = None
     per_token: Callable | None = None
-    factors: tuple[str, ...] = ()
+    factors: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if wrong := term_faults(self):
@@ -65,8 +67,10 @@ def term_faults(term: Term) -> str:
         return f"name it {', '.join(TERM_NAMES[:2])} or {TERM_NAMES[2]}, as the log does"
     texts = ((term.title, "title", 1, 24), (term.unit, "unit", 0, 60))
     for text, field, least, most in texts:
-        if not isinstance(text, str) or not least <= len(text.strip()) <= most or "\n" in text:
-            return f"its {field} is {text!r}; give one line of {least} to {most} characters"
+        if not isinstance(text, str) or not least <= len(text.strip()) <= most:
+            return f"its {field} is {text!r}; give {least} to {most} characters"
+        if not text.isprintable() or set(text) & set("<>&"):
+            return f"its {field} is {text!r}; give one line without <, > and &"
     ends = [end for end in (term.low, term.start, term.high) if end is not None]
     if any(isinstance(e, bool) or not isinstance(e, (int, float)) or not math.isfinite(e) for e in ends):
         return "low, start and high must be finite numbers, or None"
@@ -81,6 +85,12 @@ def depth(term: Term) -> float:
 def descent(term: Term, value: float) -> float:
     "Return how far `value` of `term` lies below its start, in its unit; NaN without a declared start."
     return math.nan if term.start is None else term.start - value
+
+
+def departure(term: Term, value: float) -> float:
+    """Return how far `value` of `term` is from its start, in its unit, in the direction that it can go: down
+    for a term that can fall (`depth`), else up; NaN without a declared start."""
+    return descent(term, value) if depth(term) > 0 else -descent(term, value)
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0objc
 @dataclass(frozen=True)
@@ -225,6 +235,12 @@ def term_words(config: CircuitBreakerConfig) -> list[dict]:
     terms = describe_terms(find_objective(config.objective), config).values()
     return [{k: v for k, v in asdict(term).items() if k != "per_token"} for term in terms]
 
+# %% ../../nbs/step/02_objectives.ipynb #obj0blti
+@cache
+def built_in_terms(name: str) -> dict[str, Term]:
+    "Return the terms of the built-in objective `name`, described once."
+    return describe_terms(BUILT_IN[name], CircuitBreakerConfig(objective=name))
+
 # %% ../../nbs/step/02_objectives.ipynb #obj0runt
 def run_terms(objective: str | None = None, words: object = None) -> dict[str, Term]:
     """Return the terms of a run by name, without importing anything of the user's.
@@ -234,14 +250,13 @@ def run_terms(objective: str | None = None, words: object = None) -> dict[str, T
     neutral ones without a range."""
     name = str(objective or "rr")
     try:
-        terms = [Term(**{**w, "factors": tuple(w.get("factors", ()))}) for w in words or ()]
+        terms = [Term(**w | {"factors": tuple(w["factors"] or ())}) for w in words or ()]
         if sorted(term.name for term in terms) == sorted(TERM_NAMES):
             return {term.name: term for term in terms}
-    except (ConfigError, TypeError, AttributeError):
+    except (ConfigError, TypeError, KeyError):
         pass  # edited by hand, or another version's
-    own = BUILT_IN.get(name.removeprefix("cbnb.step.objectives:"))
-    if own:
-        return describe_terms(own, CircuitBreakerConfig(objective=name))
+    if (short := name.removeprefix("cbnb.step.objectives:")) in BUILT_IN:
+        return dict(built_in_terms(short))
     unit = f"as {name} has it"
     neutral = {n: Term(n, f"{n} term", unit if len(unit) <= 60 else "") for n in ("reroute", "retain")}
     return neutral | {"kl": KL}
@@ -261,7 +276,10 @@ def common_terms(runs: list[dict[str, Term]]) -> dict[str, Term]:
 # %% ../../nbs/step/02_objectives.ipynb #obj0unju
 def unjudged(terms: dict[str, Term]) -> list[str]:
     """Return a sentence for each alarm that says nothing of one of the `terms`, since the range that its
-    threshold is about is not declared: `dead` needs low and start of reroute, `saturated` the low of each."""
+    threshold is about is not declared: `dead` needs low and start of reroute, `saturated` the low of each.
+    None for a run that kept no words: what judged it is not known."""
+    if terms["reroute"].factors is None:
+        return []
     notes = []
     if not depth(terms["reroute"]) > 0:
         notes.append(f"not judged: dead, since {terms['reroute'].title} declares no fall from start to low")
@@ -333,7 +351,9 @@ def check_objective(config: CircuitBreakerConfig, given: dict) -> list[str]:
 def token_terms(name: str, values: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return `values`, what an objective's term `name` gives for so many `tokens`. Raises ConfigError unless
     that is one number per token, [tokens]: a mean would be divided by the tokens twice."""
-    shape = list(values.shape) if hasattr(values, "shape") else type(values).__name__
+    import torch
+
+    shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
     if shape != [tokens]:
         raise ConfigError(
             f"the objective's {name} gives {shape} for {tokens} tokens: it has to give one number a token, "
