@@ -141,7 +141,8 @@ def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
     )
     return (
         f"{log_name(term)} is {format_number(loss, 4)} at step {step} of {end}, above "
-        f"{level_words(term, config)}{where}: the breaker has not opened{' and will not in time' if step < end else ''}; "
+        f"{level_words(term, config)}{where}: the breaker has not opened"
+        f"{' and will not in time' if step < end else ''}; "
         f"{advice(rows, describe_terms(find_objective(config.objective), config))}"
     )
 
@@ -262,8 +263,8 @@ def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, f
 
 def find_alarms(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None = None) -> list[dict]:
     """Return the alarms of a whole log (lines of metrics.jsonl, in order), as a run with these `rows` and
-    this rounding `floor` (`cbnb.train.floor.rounding_floor`; a run keeps it in status.json) has told them; None is
-    a floor of 0, as in float32."""
+    this rounding `floor` (`cbnb.train.floor.rounding_floor`; a run keeps it in status.json) has told them;
+    None is a floor of 0, as in float32."""
     alarms = []
     for n in range(1, len(rows) + 1):
         go_off(alarms, rows[:n], config, floor or {})
