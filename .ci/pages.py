@@ -81,6 +81,7 @@ PARTS = (
             "howto/model.md",
             "howto/cluster.md",
             "howto/report.ipynb",
+            "howto/add_objective.ipynb",
             "howto/look.md",
             "howto/wrong.md",
             (

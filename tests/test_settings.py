@@ -3,6 +3,7 @@ papermill, the command, a sweep and the pre-flight."""
 
 import json
 import re
+import sys
 from dataclasses import fields
 
 import pytest
@@ -227,12 +228,33 @@ def test_a_setting_that_would_do_nothing_is_refused(given, words):
 
 MINE = """
 import torch
-from cbnb.step.objectives import Objective, reroute_cosine
+from dataclasses import replace
+from cbnb.step.objectives import COSINE, KL, Objective, Term, reroute_cosine
 def cosine(harmful, benign, config): return 1 - torch.cosine_similarity(*benign, dim=-1)
-held = Objective(reroute_cosine, cosine, lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": 0.0})
 def detached(harmful, benign, config): return reroute_cosine(harmful, benign, config).detach()
-loose = Objective(detached, cosine, held.weights)
+def weights(config, c_s, c_r): return {"reroute": c_s, "retain": c_r, "kl": 0.0}
+stay = Term("retain", "stay", "mean 1 - cosine", 0.0, 2.0, 0.0, cosine)
+held = Objective("held", (COSINE, stay, KL), weights)
+loose = Objective("loose", (replace(COSINE, per_token=detached), stay, KL), weights)
 """
+
+
+def told_in_its_own_words(status):
+    "The run's report, dashboard and card, read where its module cannot be imported."
+    from cbnb.widgets.dashboard import summary_bundle, take_snapshot
+
+    run = status.parent
+    assert "my_losses" not in sys.modules
+    texts = {
+        "report": re.sub("<[^>]*>", " ", (run / "report.html").read_text()),
+        "dashboard": summary_bundle(take_snapshot(run))["text/html"],
+        "card": (run / "adapter" / "README.md").read_text(),
+    }
+    for where, text in texts.items():
+        assert "stay" in text and "mean 1 - cosine" in text and "L2" not in text, where
+    terms = {term["name"]: term["factors"] for term in json.loads(status.read_text())["terms"]}
+    assert terms == {"reroute": ["c_s"], "retain": ["c_r"], "kl": []}, terms
+    assert "measured only" in texts["dashboard"]
 
 
 @pytest.mark.slow
@@ -253,6 +275,7 @@ def test_a_setting_that_ones_own_objective_ignores(tmp_path, monkeypatch):
         done.returncode == 0
         and "note: objective my_losses:held has no KL term: beta_kl 0.3 changes nothing" in done.stdout
     ), done.stdout[-2000:]
+    told_in_its_own_words(*(tmp_path / "runs").glob("**/status.json"))
     loose = [v if v != "my_losses:held" else "my_losses:loose" for v in given]
     early = cells(*loose, "-p", "run_dir", tmp_path / "loose")
     assert (

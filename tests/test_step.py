@@ -470,7 +470,7 @@ def test_retain_over_all_blocks(family, first):
 
 def test_an_objective_of_ones_own_sees_the_states_of_the_whole_micro_batch():
     from cbnb.config import OBJECTIVES
-    from cbnb.step.objectives import Objective
+    from cbnb.step.objectives import KL, Objective, Term
 
     seen = []
 
@@ -485,9 +485,12 @@ def test_an_objective_of_ones_own_sees_the_states_of_the_whole_micro_batch():
         )
         return harmful.student.norm(dim=-1)
 
+    def retain(harmful, benign, config):
+        return benign.student.norm(dim=-1)
+
     OBJECTIVES["seen"] = Objective(
-        reroute,
-        lambda harmful, benign, config: benign.student.norm(dim=-1),
+        "seen",
+        (Term("reroute", "away", per_token=reroute), Term("retain", "held", per_token=retain), KL),
         lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": 0.0},
     )
     try:

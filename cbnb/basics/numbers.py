@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 # %% auto #0
-__all__ = ['Z', 'format_number', 'size_words', 'duration', 'rate_interval', 'floor_limit', 'at_floor']
+__all__ = ['Z', 'STARTS', 'format_number', 'size_words', 'duration', 'rate_interval', 'floor_limit', 'at_floor']
 
 # %% ../../nbs/basics/06_numbers.ipynb #b10e9eed
 def format_number(value: Any, digits: int = 3) -> str:
@@ -81,17 +81,17 @@ def floor_limit(value: float) -> float:
     return next(float(f"{m * power:.0e}") for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
 
 # %% ../../nbs/basics/06_numbers.ipynb #9b312265
-def at_floor(row: dict, floor: dict | None) -> list[str]:
+STARTS = {"reroute": 1.0, "retain": 0.0, "kl": 0.0}  # of the objectives rr and rr_kl
+
+
+def at_floor(row: dict, floor: dict | None, starts: dict[str, float | None] | None = None) -> list[str]:
     """Return those of `reroute`, `retain` and `kl` that stand at the `floor` in a line of metrics.jsonl;
-    nothing without a floor."""
-    figures = {
-        "reroute": lambda: 1 - row["loss_reroute"],
-        "retain": lambda: row["loss_retain"],
-        "kl": lambda: row["loss_kl"],
-    }
+    nothing without a floor. `starts` (None: `STARTS`): what each reads for an untouched student, above 0 for
+    one that falls; a term whose start is None has no floor."""
     return [
         name
-        for name, figure in figures.items()
-        if isinstance(row.get(f"loss_{name}"), (int, float))
-        and figure() < floor_limit((floor or {}).get(name, 0.0))
+        for name, start in (STARTS if starts is None else starts).items()
+        if start is not None
+        and isinstance(value := row.get(f"loss_{name}"), (int, float))
+        and (start - value if start > 0 else value - start) < floor_limit((floor or {}).get(name, 0.0))
     ]

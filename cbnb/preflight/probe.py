@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import CircuitBreakerConfig
 from ..data.streams import PairedStreams, Sample, collate
+from ..step.objectives import depth, descent, find_objective
 from ..train.alarms import LEAST, LIFTED, forces
 from ..train.floor import kept, on_device, rounding_floor
 from ..train.trainer import NonFiniteLossError, breaker_trainer
@@ -52,11 +53,11 @@ class Outlook:
     holder: str = "retain"
 
 # %% ../../nbs/preflight/01_probe.ipynb #b79f38c6
-def growth(rows: list[dict], least: float = 1e-8, span: int = 8) -> float:
-    """Return the growth of log10(1 − loss_reroute) per step over the last `span` log lines `rows`: the
+def growth(rows: list[dict], least: float = 1e-8, span: int = 8, start: float = 1.0) -> float:
+    """Return the growth of log10(start − loss_reroute) per step over the last `span` log lines `rows`: the
     difference of the means of its later and its earlier half. Values below `least` count as that; 0 for a
     single line."""
-    recent = [math.log10(max(1 - row["loss_reroute"], least)) for row in rows[-span:]]
+    recent = [math.log10(max(start - row["loss_reroute"], least)) for row in rows[-span:]]
     half = len(recent) // 2
     return (sum(recent[-half:]) - sum(recent[:half])) / half / (len(recent) - half) if half else 0.0
 
@@ -88,11 +89,18 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     Reroute has won when its force is `WINS` or more and 1 − loss_reroute, which has left the floor and now
     grows by a factor per step, is on its way: the growth seen, halved because it slows down, must carry it to
     1 − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning
-    rate, is below `LOSES`. Otherwise the answer is open, until `settle`."""
-    last, (force, holder) = rows[-1], force_of(rows)
-    turned, goal = 1 - last["loss_reroute"], max(1 - config.dead_level, 1e-3)
+    rate, is below `LOSES`. Otherwise the answer is open, until `settle`. A reroute term without a declared range is
+    not judged: the answer stays open, and `turned` is NaN. The scale of another range is that of
+    `cbnb.step.objectives.depth`."""
+    last, term = rows[-1], find_objective(config.objective).term("reroute")
+    if term.start is None or not depth(term) > 0:
+        return Outlook(None, last["step"], math.nan, math.nan, math.inf)
+    force, holder = force_of(rows)
+    turned = descent(term, last["loss_reroute"])
+    goal = max(1 - config.dead_level, 1e-3) * depth(term)
     at_floor = LIFTED * (floor or {}).get("reroute", 0.0)
-    least, rate = max(LEAST, at_floor), growth(rows, max(1e-8, at_floor))
+    least = max(LEAST * depth(term), at_floor)
+    rate = growth(rows, max(1e-8, at_floor), start=term.start)
     opens_by = last["step"] + steps_left(turned, goal, rate, at_floor)
     warm = last["step"] < config.warmup_steps and last["lr"] > 0
     warming = config.learning_rate / last["lr"] if warm else 1.0

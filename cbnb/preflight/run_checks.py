@@ -24,7 +24,8 @@ from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, mime_bundle
-from ..train.alarms import foretold
+from ..step.objectives import Term, describe_terms, find_objective
+from ..train.alarms import dead_line, foretold
 from ..train.trainer import KEPT, TERMS
 
 if TYPE_CHECKING:
@@ -35,11 +36,18 @@ if TYPE_CHECKING:
     from cbnb.transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'HOLDERS', 'PROPOSAL', 'MEMORY', 'DISK',
-           'TEACHER_CACHE', 'settings_findings', 'schedule_rows', 'gradient_frame', 'gradient_findings',
-           'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding', 'proposal_findings',
-           'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory', 'run_memory',
-           'cache_findings', 'row_lengths', 'check_means']
+__all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'NOT_JUDGED', 'WEIGHED_BY', 'PROPOSAL', 'MEMORY',
+           'DISK', 'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame',
+           'gradient_findings', 'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding',
+           'proposal_findings', 'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory',
+           'run_memory', 'cache_findings', 'row_lengths', 'check_means']
+
+# %% ../../nbs/preflight/04_run_checks.ipynb #factword
+def factor_words(term: Term, config: CircuitBreakerConfig) -> str:
+    """Return what multiplies `term` (`cbnb.step.objectives.describe_terms`), for example `c_r·0.3`; `0` for a
+    term that is measured only."""
+    values = [name if name in ("c_s", "c_r") else f"{getattr(config, name):g}" for name in term.factors or ()]
+    return "·".join(values) or "0"
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #effd7414
 BETA = Criterion(
@@ -86,6 +94,7 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
         "step {}: c_s {:.3g}, c_r {:.3g}".format(s + 1, *coefficients(config, s))
         for s in (0, total // 2, total - 1)
     )
+    terms = describe_terms(find_objective(config.objective), config)
     beta = BETA.judge(config.beta_kl, 1)
     if not config.beta_kl:
         beta = note("beta_kl", "beta_kl 0: the KL is measured and not trained, a control")
@@ -94,8 +103,8 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
         TEMPERATURE.judge(config.kl_temperature, (0.5, 4), square=config.kl_temperature**2),
         note(
             "coefficients",
-            f"coefficients ({config.schedule}) {ahead}; retain is weighted by c_r·{config.retain_weight:g}, "
-            f"KL by c_r·{config.beta_kl:g}",
+            f"coefficients ({config.schedule}) {ahead}; {terms['retain'].title} is weighted by "
+            f"{factor_words(terms['retain'], config)}, KL by {factor_words(terms['kl'], config)}",
         ),
         WARM_UP.judge(config.warmup_steps, 0.3 * total, total=total),
     ]
@@ -123,15 +132,18 @@ def gradient_frame(probe: Probe) -> pd.DataFrame:
     return frame.rename_axis("step")
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #07505863
-def gradient_findings(frame: pd.DataFrame, probe: Probe) -> list[Finding]:
-    "Return a finding on which term of the last row of `gradient_frame` pulls hardest; none for no rows."
+def gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term]) -> list[Finding]:
+    """Return a finding on which of `terms`, by name, pulls hardest in the last row of `gradient_frame`; none
+    for no rows."""
     if not len(frame):
         return []
     norms = frame.iloc[-1, : len(TERMS)]
     largest = str(norms.idxmax()).removeprefix("norm_")
-    shares = ", ".join(f"{t} {format_number(norms[f'norm_{t}'])}" for t in TERMS)
+    titles = {t: terms[t].title.lower() for t in TERMS}
+    shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in TERMS)
     held = largest == "kl" and not probe.outlook.alive
-    return [KL_IS_LARGEST.judge(held, False, step=frame.index[-1], norms=shares, largest=largest)]
+    words = {"step": frame.index[-1], "norms": shares, "largest": titles[largest]}
+    return [KL_IS_LARGEST.judge(held, False, **words)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #6bc70527
 def check_weights(
@@ -141,10 +153,11 @@ def check_weights(
     largest when. `told`: what `cbnb.run.settings.settings_of` has to say about the settings; each sentence is
     a warning."""
     frame, total = gradient_frame(probe), config.total_steps
+    terms = describe_terms(find_objective(config.objective), config)
     findings = [
         *settings_findings(config),
         *(note("settings", line, "warn") for line in told),
-        *gradient_findings(frame, probe),
+        *gradient_findings(frame, probe, terms),
     ]
     places = {"first": 0, "middle": total // 2, "last": total - 1}
     figures = {
@@ -153,7 +166,8 @@ def check_weights(
         "coefficients": {place: coefficients(config, s) for place, s in places.items()},
         "gradients": frame.reset_index().to_dict("list"),
     }
-    return findings, figures, [mime_bundle(curves(schedule_rows(config, probe))), frame.map(format_number)]
+    shown = mime_bundle(curves(schedule_rows(config, probe), terms))
+    return findings, figures, [shown, frame.map(format_number)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #efcfb354
 def round_down(value: float) -> float:
@@ -211,33 +225,39 @@ def torn_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding | None:
 ALIVE = Criterion(
     "the force of reroute over what holds it back",
     "at least",
-    good="{force}: it is foretold to be below {dead_level:g} by about step {opens_by} of {total}",
+    good="{force}: it is foretold to be below {line:g} by about step {opens_by} of {total}",
     bad="{force}{rounding}: a dead run; {why}",
 )
-
-HOLDERS = {  # by the term that holds the most: its name, what it does, the setting that weighs it
-    "kl": ("KL", "the KL pulls harder than reroute can grow", "beta_kl"),
-    "retain": ("retain", "retain pulls harder than reroute can grow", "retain_weight"),
-}
+NOT_JUDGED = (
+    "not judged: {title} declares no fall from start to low, so nothing foretells whether it opens; compare "
+    "the run with one of objective rr"
+)
+WEIGHED_BY = {"kl": "beta_kl", "retain": "retain_weight"}  # by the term that holds the most
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #1e25cc94
 def force_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding:
     "Return the finding on whether reroute leaves the saddle, from the outlook of the probe."
-    found = probe.outlook
-    holder, pulls, _ = HOLDERS[found.holder]
+    found, objective = probe.outlook, find_objective(config.objective)
+    reroute, retain = objective.term("reroute"), objective.term("retain").title
+    line = dead_line(reroute, config)
+    if math.isnan(line):
+        return note("alive", NOT_JUDGED.format(title=reroute.title), "warn")
     force = (
-        f"at step {found.step} of the probe the reroute gradient has {format_number(found.force)} times the "
-        f"norm of what holds it back (retain and KL together; the most is {holder}'s), and "
-        f"loss_reroute is {1 - found.turned:.6g}"
+        f"at step {found.step} of the probe the {reroute.title} gradient has {format_number(found.force)} "
+        f"times the norm of what holds it back ({retain} and KL together; the most is "
+        f"{'KL' if found.holder == 'kl' else retain}'s), and "
+        f"loss_reroute is {(reroute.start or 0.0) - found.turned:.6g}"
     )
+    holder = "the KL" if found.holder == "kl" else retain
+    pulls = f"{holder} pulls harder than {reroute.title} can grow"
     at_floor = found.turned <= floor_limit(probe.floor.get("reroute", 0.0))
     return ALIVE.judge(
         bool(found.alive),
         True,
         force=force,
         rounding=", which is rounding" if at_floor else "",
-        why=pulls if found.force < WINS else "reroute wins, but too late",
-        dead_level=config.dead_level,
+        why=pulls if found.force < WINS else f"{reroute.title} wins, but too late",
+        line=line,
         opens_by=math.ceil(found.opens_by) if math.isfinite(found.opens_by) else "—",
         total=config.total_steps,
     )
@@ -267,7 +287,7 @@ def proposal_findings(
         findings.append(PROPOSAL.judge(lives, True, change=words, opens_by=by))
         if lives:
             return [*findings[:-1], replace(findings[-1], verdict="fail")], change
-    setting = HOLDERS[found.holder][2]
+    setting = WEIGHED_BY[found.holder]
     nothing = f"none of these brings it to life: lower {setting} by more, or look at target_layers and data"
     return [*findings, note("proposals", nothing, "fail")], None
 
@@ -295,6 +315,8 @@ def check_alive(
     if torn := torn_finding(config, probe):
         return [torn], figures, ()
     finding = force_finding(config, probe)
+    if math.isnan(found.turned):
+        return [finding], figures | dict.fromkeys(("force", "turned", "opens_by", "alive")), ()
     if found.alive:
         return [finding], figures, ()
     tried, figures["proposal"] = proposal_findings(config, found, again)

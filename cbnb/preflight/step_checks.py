@@ -431,7 +431,8 @@ def check_detachment(
         *applied_findings(breaker, batch),
     ]
     floor = rounding_floor(breaker.student, batch, breaker.circuit_breaker_config)
-    line = f"what rounding alone makes of the terms, the floor of {floor_words(floor)}"
+    terms = {term.name: term for term in breaker.objective.terms}
+    line = f"what rounding alone makes of the terms, the floor of {floor_words(floor, terms)}"
     return [*findings, note("the rounding floor", line)], {"floor": floor}, ()
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #7289f062

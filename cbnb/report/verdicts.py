@@ -19,7 +19,7 @@ import json
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from ..run.metrics import log_rows, order_fault
 from ..run.records import SETTING, fault, read_record
 from ..run.stages import read_status, still_running
 from ..run.status import folders_in
+from ..step.objectives import Term, common_terms, depth, run_terms
 
 # %% ../../nbs/report/01_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")
@@ -90,7 +91,8 @@ def find_runs(folders, notes: list) -> dict[Path, dict]:
 
 # %% ../../nbs/report/01_verdicts.ipynb #ac9f561b
 END_SHARE = 0.2  # the end of a run is this share of its steps, the last ones
-ONSET_LEVEL = 0.5  # the onset is the first step at which loss_reroute is below this
+# the onset is the first step at which loss_reroute is below this share of the way from its low to its start
+ONSET_LEVEL = 0.5
 
 
 def median(values: np.ndarray) -> float:
@@ -132,8 +134,10 @@ def missing_steps(rows: list[dict], config: dict) -> tuple[int, int]:
     return (missing, next(step for step in steps if step not in there)) if missing else (0, 0)
 
 
-def log_measures(rows: list[dict], beta: float) -> dict[str, float]:
-    """What metrics `rows` say, NaN where they do not.
+def log_measures(rows: list[dict], beta: float, terms: dict[str, Term] | None = None) -> dict[str, float]:
+    """Return what metrics `rows` say, NaN where they do not; `terms` are the run's
+    (`cbnb.step.objectives.run_terms`; by default those of `rr`), and without a declared fall of reroute there
+    is no onset.
 
     `loss_…`: means over the last `END_SHARE` of the steps (`rows_at_end` of them), before weighting, KL in
     nats a token; `beta_times_kl`: that KL times `beta`; `onset_step`; `grad_…`: medians over all rows that
@@ -153,8 +157,10 @@ def log_measures(rows: list[dict], beta: float) -> dict[str, float]:
             found["rows_at_end"] = float(len(end))
     found["beta_times_kl"] = beta * found["loss_kl"]
     steps, values = series(rows, "loss_reroute", gaps=False)
-    if (values < ONSET_LEVEL).any():
-        found["onset_step"] = float(steps[(values < ONSET_LEVEL).argmax()])
+    reroute = (terms or run_terms())["reroute"]
+    level = reroute.low + ONSET_LEVEL * depth(reroute) if depth(reroute) > 0 else math.nan
+    if (values < level).any():
+        found["onset_step"] = float(steps[(values < level).argmax()])
     for key in LOG_MEASURES:
         if key.startswith("grad_"):
             found[key] = median(series(rows, key)[1])
@@ -220,7 +226,8 @@ def beyond(rows: list[dict], total: float) -> str:
 class Sweep:
     """What was read of a sweep: `name`; `frame`, a row a run; `parameters`, the names of those that differ
     (columns of the frame too); `common`, those that are the same in all runs; `folders`, `{run: Path}`;
-    `notes`, a sentence each on what could not be read."""
+    `notes`, a sentence each on what could not be read; `terms`, the loss terms whose words all runs share
+    (`cbnb.step.objectives.common_terms`)."""
 
     name: str
     frame: pd.DataFrame
@@ -228,6 +235,7 @@ class Sweep:
     common: dict
     folders: dict
     notes: list
+    terms: dict = field(default_factory=run_terms)
 
 
 def read_run(path, planned: dict) -> tuple[dict, dict, list]:
@@ -264,7 +272,8 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
     beta = as_float(settings.get("beta_kl"))
     rows, told = log_rows(path)
     notes += told
-    measures = log_measures(rows, beta) | result_measures(result)
+    terms = run_terms(config.get("objective"), status.get("terms"))
+    measures = log_measures(rows, beta, terms) | result_measures(result)
     total = as_float(config.get("total_steps"))
     if wrong := order_fault(rows) or beyond(rows, total):
         notes.append(f"its metrics.jsonl {wrong}, so what is read from the log does not count")
@@ -296,6 +305,7 @@ def read_run(path, planned: dict) -> tuple[dict, dict, list]:
         "beta_kl": beta,
         "seed": as_float(settings.get("seed")),
         "settings": settings,
+        "terms": terms,
         "alarms": float(len(alarms)),
         **measures,
     }
@@ -351,7 +361,9 @@ def read_sweep(folders, name: str = "") -> Sweep:
     }
     differ = [key for key in names if len(texts[key]) > 1 or key in ("beta_kl", "seed")]
     # pandas would refuse a lone surrogate
-    frame = pd.DataFrame([{k: v for k, v in row.items() if k not in ("settings", *TEXTS)} for row in rows])
+    frame = pd.DataFrame(
+        [{k: v for k, v in row.items() if k not in ("settings", "terms", *TEXTS)} for row in rows]
+    )
     for column in TEXTS:
         frame[column] = pd.Series([plain_text(row[column]) for row in rows], dtype=object)
     columns = {
@@ -381,6 +393,7 @@ def read_sweep(folders, name: str = "") -> Sweep:
         common,
         paths,
         list(map(visible, notes)),
+        common_terms([row["terms"] for row in rows]),
     )
 
 # %% ../../nbs/report/01_verdicts.ipynb #677acb06

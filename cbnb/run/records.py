@@ -18,7 +18,7 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 
 # %% auto #0
 __all__ = ['Check', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
-           'ROUNDING_FLOOR', 'SECONDS', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
+           'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
            'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
            'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'STEP',
@@ -216,6 +216,17 @@ def floor(value: Any, where: str) -> Iterator[str]:
 
 # %% ../../nbs/run/01_records.ipynb #62acfc9f
 SECONDS = number(0, 1e12)
+TERM = fields(
+    {
+        "name": one_of("reroute", "retain", "kl"),
+        "title": LABEL,
+        "unit": text(NAME),
+        **dict.fromkeys(("low", "high", "start"), maybe(number())),
+        "factors": each(LABEL, 4),
+    },
+    "name",
+    "title",
+)
 STATUS_FIELDS = {
     "stage": LABEL,
     "error": LINE,
@@ -223,6 +234,7 @@ STATUS_FIELDS = {
     "changes": NOTES,
     "alarms": ALARMS,
     "floor": floor,
+    "terms": each(TERM, 3),
     "job": LABEL,
     "node": LABEL,
     "device": LABEL,

@@ -23,11 +23,12 @@ from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
 from ..data.streams import Sample
 from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
 from ..run.settings import KEPT_TEMPLATE, preset_for
+from ..step.objectives import find_objective
 from .same import sample_key
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'figure_text', 'last_parts',
-           'settings_table', 'data_lines', 'card_text', 'write_card', 'refresh_card']
+           'settings_table', 'data_lines', 'loss_text', 'card_text', 'write_card', 'refresh_card']
 
 # %% ../../nbs/train/07_card.ipynb #5e999a31
 def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:
@@ -116,6 +117,12 @@ def data_lines(
         *(f"- {line}" for line in data_notes(result)),
     ]
 
+# %% ../../nbs/train/07_card.ipynb #cardloss
+def loss_text(config: CircuitBreakerConfig) -> str:
+    "Return the terms of `config`'s objective in their own words, for the card. Raises ConfigError."
+    terms = find_objective(config.objective).terms
+    return "; ".join(f"{term.title}, {term.unit}" if term.unit else term.title for term in terms)
+
 # %% ../../nbs/train/07_card.ipynb #acae5f1f
 def card_text(
     config: CircuitBreakerConfig,
@@ -146,6 +153,8 @@ def card_text(
         f"behaviour (objective `{config.objective}`, beta_kl {config.beta_kl:g}). Made by cbnb "
         f"{cbnb.__version__}, "
         f"preset `{meant}`.",
+        "",
+        f"Its loss: {loss_text(config)}.",
         "",
         "## Data",
         "",

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import CircuitBreakerConfig
 from ..step.heads import find_head
+from ..step.objectives import TERM_NAMES, departure
 from .breaker import CircuitBreaker
 
 # %% auto #0
@@ -90,10 +91,11 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
     own base by rounding alone.
 
     One pass over `batch` (`cbnb.data.streams.collate`, on the student's device) in eval mode, with an adapter
-    of noise that the dtype of the base cannot resolve. `reroute` is 1 − loss_reroute, `retain` and `kl` are
-    loss_retain and loss_kl, in their units, none below 0; a term of which the batch has no target, or that is
-    not finite, is left out. The student and the random states are as before. The floor is the student's,
-    whatever teacher a run has."""
+    of noise that the dtype of the base cannot resolve. Each figure is how far the term is from its declared
+    start (`cbnb.step.objectives.Term`), in its unit and not below 0: for `rr`, `reroute` is 1 − loss_reroute,
+    `retain` and `kl` are loss_retain and loss_kl. A term without a start, of which the batch has no target,
+    or that is not finite, is left out. The student and the random states are as before. The floor is the
+    student's, whatever teacher a run has."""
     dtype = next(
         p.dtype
         for name, p in student.named_parameters()
@@ -104,10 +106,10 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
     with torch.no_grad(), moved(student, BELOW * torch.finfo(dtype).eps):
         with mode(breaker, False):
             terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
-    values = {"reroute": 1 - terms["loss_reroute"], "retain": terms["loss_retain"], "kl": terms["loss_kl"]}
+    values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in TERM_NAMES]
     measured = {
         name: max(value, 0.0)
-        for (name, value), n in zip(values.items(), batch["counts"].tolist(), strict=True)
+        for name, value, n in zip(TERM_NAMES, values, batch["counts"].tolist(), strict=True)
         if n and math.isfinite(value)
     }
     return {"dtype": str(dtype).removeprefix("torch.")} | measured

@@ -46,7 +46,7 @@ from ..run.records import read_record
 from ..run.sealed import damage, seal, sync
 from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
 from ..step.models import is_in_parts, write_adapter
-from ..step.objectives import find_objective, term_factors
+from ..step.objectives import Objective, find_objective, rr, term_factors, term_words
 from .breaker import CircuitBreaker
 from .floor import on_device, rounding_floor
 from .same import MADE_FROM, check_checkpoint, tell_changes
@@ -334,7 +334,10 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             began = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            set_status(self.run, "running", resumed_step=state.global_step, training_started=began)
+            words = term_words(args.circuit_breaker_config)  # for whoever reads the run without its code
+            set_status(
+                self.run, "running", resumed_step=state.global_step, training_started=began, terms=words
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss_reroute" in logs:
@@ -387,7 +390,8 @@ class Progress(TrainerCallback):
             return
         now, last = time.monotonic(), state.global_step == state.max_steps
         left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
-        line = progress_line(logs, state.max_steps, left, self.floor)
+        objective = find_objective(args.circuit_breaker_config.objective)
+        line = progress_line(logs, state.max_steps, left, self.floor, objective)
         if now - self.logged >= 10 or last:
             log_line(line)
             self.logged = now
@@ -426,14 +430,18 @@ def log_line(line: str) -> None:
             os.write(terminal, f"{visible(line)}\n".encode())
 
 
-def progress_line(row: dict, total_steps: int, seconds_left: float, floor: dict | None = None) -> str:
-    "One line of progress from a metrics row, which says what stands at the rounding `floor`."
-    noise = at_floor(row, floor)
+def progress_line(
+    row: dict, total_steps: int, seconds_left: float, floor: dict | None = None, objective: Objective = rr
+) -> str:
+    """Return one line of progress from a metrics row, in the words of the `objective`'s terms; it says what
+    stands at the rounding `floor`."""
+    titles = {name: objective.term(name).title.lower() for name in TERMS}
+    noise = at_floor(row, floor, {name: objective.term(name).start for name in TERMS})
     return (
-        f"step {row['step']}/{total_steps}  reroute {row['loss_reroute']:.3f}  retain "
-        f"{row['loss_retain']:.3f}  "
-        f"kl {row['loss_kl']:.2e}  loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
-        + (f"  (rounding alone: {', '.join(noise)})" if noise else "")
+        f"step {row['step']}/{total_steps}  {titles['reroute']} {row['loss_reroute']:.3f}  "
+        f"{titles['retain']} {row['loss_retain']:.3f}  {titles['kl']} {row['loss_kl']:.2e}  "
+        f"loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
+        + (f"  (rounding alone: {', '.join(titles[name] for name in noise)})" if noise else "")
     )
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from ..basics.terminal import visible
-from ..report.figures import WIDTH, curves, newest_notebook, static_svg
+from ..report.figures import WIDTH, curves, newest_notebook, static_svg, terms_in
 from ..report.sweep import AGAINST, against, by_kind, headline, link_to, text_cell
 from ..report.verdicts import CHECKS, Sweep, advice, verdicts
 from ..run.metrics import log_rows
@@ -124,7 +124,9 @@ def run_views(sweep: Sweep, run: str) -> str:
         f"papermill nbs/explore_kl.ipynb out.ipynb -p adapter {shlex.quote(str(path))}",
     ]
     rows, told = log_rows(path)
-    drawn = "".join(f"<p>{escape(visible(line))}</p>" for line in told) + picture(curves(rows))
+    drawn = "".join(f"<p>{escape(visible(line))}</p>" for line in told) + picture(
+        curves(rows, terms_in(path))
+    )
     text = "".join(f"<pre>{escape(visible(command))}</pre>" for command in commands)
     return f"<p><b>{escape(visible(run))}</b> {links}</p>{text}{drawn}"
 
@@ -168,7 +170,7 @@ def live_box(sweep: Sweep):
         frame = filtered(sweep, {c: f.value for c, f in filters.items()})
         table.value, plot.value = (
             runs_table(sweep, frame),
-            picture(against(frame, parameter.value, (measure.value,))),
+            picture(against(frame, parameter.value, (measure.value,), sweep.terms)),
         )
 
     def look(_=None):
@@ -187,7 +189,9 @@ def explorer_html(sweep: Sweep) -> str:
     """The same without a kernel, HTML (str) without scripts: the table, and the main measures against each
     parameter that differs."""
     differ = [p for p in sweep.parameters if p != "seed" and sweep.frame[p].nunique() > 1]
-    return runs_table(sweep, sweep.frame) + "".join(picture(against(sweep.frame, p)) for p in differ[:4])
+    return runs_table(sweep, sweep.frame) + "".join(
+        picture(against(sweep.frame, p, terms=sweep.terms)) for p in differ[:4]
+    )
 
 
 def explore(sweep: Sweep) -> None:
