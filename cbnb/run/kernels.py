@@ -61,8 +61,7 @@ def socket_folder(bases: Iterable[str | Path]) -> tuple[str, socket.socket] | No
 
 # %% ../../nbs/run/00_kernels.ipynb #58c8e4dc
 def is_stale(folder: str | Path) -> bool:
-    """Return whether `folder` is this user's, older than a minute, and its sign belongs to no living process.
-    """
+    """Return whether `folder` is this user's, older than a minute, and its sign belongs to no living process."""
     try:
         entry = os.lstat(folder)
         is_own = stat.S_ISDIR(entry.st_mode) and entry.st_uid == os.getuid()

@@ -46,8 +46,7 @@ __all__ = ['ENDING', 'process_state', 'still_running', 'hold', 'Run', 'now', 'st
 
 # %% ../../nbs/run/04_stages.ipynb #b2677d40
 def process_state(status: dict[str, Any]) -> str:
-    """Return what `cbnb.basics.lease.judge` says of the process that `status` names, where there is no lease.
-    """
+    """Return what `cbnb.basics.lease.judge` says of the process that `status` names, where there is no lease."""
     return judge({"token": "", **status}, 0)
 
 # %% ../../nbs/run/04_stages.ipynb #b2677da1
@@ -100,8 +99,7 @@ def stop_requested(run: Run) -> bool:
 
 # %% ../../nbs/run/04_stages.ipynb #49467150
 def read_status(path: str | Path) -> dict[str, Any]:
-    """Return the dict in `<path>/status.json`, empty without a file. Raise `RunError` as `read_record` does.
-    """
+    """Return the dict in `<path>/status.json`, empty without a file. Raise `RunError` as `read_record` does."""
     return read_record(Path(path) / "status.json") or {}
 
 # %% ../../nbs/run/04_stages.ipynb #858bc3e6
@@ -201,8 +199,7 @@ def private_umask() -> Iterator[None]:
 
 # %% ../../nbs/run/04_stages.ipynb #76d98cc9
 def record_end(run: Run, error: BaseException, full: RunError | None) -> None:
-    """Write into status.json how the stage ended that raised `error`; `full` is its sentence for a full disk.
-    """
+    """Write into status.json how the stage ended that raised `error`; `full` is its sentence for a full disk."""
     text = cut(" ".join(f"{type(full or error).__name__}: {full or error}".split()), 500)
     is_stop = isinstance(error, (KeyboardInterrupt, RunInterrupted))
     if world_size() > 1:
@@ -220,8 +217,7 @@ def record_end(run: Run, error: BaseException, full: RunError | None) -> None:
 
 # %% ../../nbs/run/04_stages.ipynb #f425a22a
 def raise_interrupted(run: Run, name: str) -> Callable[[int, FrameType | None], None]:
-    """Return a signal handler that requests a stop of `run` and raises `RunInterrupted` in its stage `name`.
-    """
+    """Return a signal handler that requests a stop of `run` and raises `RunInterrupted` in its stage `name`."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         # should something swallow the exception, the next stage or step sees the request
