@@ -869,6 +869,7 @@ def stub(line):
 
     import cbnb.preflight.plan
     import cbnb.sweep.jobs
+    import cbnb.sweep.launch
 
     def start(command, log, threads):
         folder, status = Path(command[4]).parent, line["rng"].choice([0, 1, 1])  # of the executed notebook
@@ -901,7 +902,7 @@ def stub(line):
             write(folder / f"{name}.json", value)
         return subprocess.Popen(["/bin/sh", "-c", f"exit {status}"])
 
-    cbnb.sweep.jobs.start = start
+    cbnb.sweep.jobs.start = cbnb.sweep.launch.start = start
     cbnb.preflight.plan.plan_lines = lambda config, *more: [f"a plan of {config.model}"]
 
 

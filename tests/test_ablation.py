@@ -331,7 +331,7 @@ def test_what_sbatch_refuses_is_not(tmp_path):
 def test_a_thousand_runs(tmp_path):
     "Answers come in seconds; the bound is generous, the time is printed."
     spec = toy(tmp_path, grid=f"{{x: {[i / 8 for i in range(1000)]}}}")
-    from cbnb.sweep.spec import plan_sweep, prepare_run, write_sweep
+    from cbnb.sweep.keys import plan_sweep, prepare_run, write_plan
 
     before = os.environ.get("CBNB_RUNS")
     os.environ["CBNB_RUNS"] = str(tmp_path / "runs")
@@ -339,7 +339,7 @@ def test_a_thousand_runs(tmp_path):
         sweep = plan_sweep(spec)
     finally:
         os.environ.pop("CBNB_RUNS") if before is None else os.environ.update(CBNB_RUNS=before)
-    write_sweep(sweep)
+    write_plan(sweep)
     for run in sweep.runs:
         prepare_run(sweep, run, {"source": "x"})
     for command, words in (

@@ -25,7 +25,7 @@ PACKAGE = Path(cbnb.__file__).parent
 # that is renamed when it is whole or thrown away, to a log, in place, or nowhere
 WRITERS = {
     "basics.files": {"new_file", "append_bytes"},
-    "sweep.jobs": {"start"},
+    "sweep.launch": {"start"},
     "basics.lease": {"made"},
     "step.models": {"write_adapter"},
     "train.teacher_cache": {"write_shards"},

@@ -12,7 +12,7 @@ import pytest
 
 from cbnb.config import get_config
 from cbnb.report import sweep, verdicts
-from cbnb.sweep import spec as ablation
+from cbnb.sweep import keys as ablation
 from cbnb.transcripts.tinyworld import make_transcripts
 from test_lease import NOTEBOOK
 
@@ -55,7 +55,7 @@ def report(agent, folder):
 def preparation(agent, folder):
     os.environ["CBNB_RUNS"] = str(folder)
     found = ablation.plan_sweep(folder.parent / "toy.yaml")
-    ablation.write_sweep(found)
+    ablation.write_plan(found)
     for run in found.runs:
         ablation.prepare_run(found, run, {"source": "x"})
 

@@ -28,7 +28,8 @@ from cbnb.masking.templates import MaskError
 from cbnb.run.execute import read_for_papermill as read_notebook_text
 from cbnb.run.settings import template_source
 from cbnb.step.loaders import read_adapter, read_config, read_tokenizer
-from cbnb.sweep.spec import content_hash, read_for_papermill, read_spec
+from cbnb.sweep.keys import content_hash
+from cbnb.sweep.spec import read_notebook, read_spec
 from cbnb.transcripts import files, reader
 from cbnb.transcripts.reader import MAX_BAD, MAX_SKIPPED, TooManyBad, read_transcripts, write_transcripts
 from cbnb.transcripts.record import TranscriptError
@@ -42,7 +43,7 @@ READERS = {
     "basics.reading": {"open_regular": {"open", "fdopen"}, "file_system": {"read_bytes"}},
     # for writing (tests/test_files.py)
     "basics.files": {"append_bytes": {"open"}, "new_file": {"fdopen"}},
-    "sweep.jobs": {"start": {"open"}},
+    "sweep.launch": {"start": {"open"}},
     "basics.withheld": {"tidy": {"open"}},  # the same
     # never through a link, and never waiting
     "basics.lease": {
@@ -265,7 +266,7 @@ def test_settings_name_files(kind, tmp_path):
     tries = [
         lambda: template_source(str(bad)),
         lambda: sources.check_reading({"tools": str(bad)}),
-        lambda: read_for_papermill(bad),
+        lambda: read_notebook(bad),
         lambda: read_spec(bad),
         lambda: read_notebook_text(LocalHandler(), bad),
         lambda: content_hash(bad, {}),

@@ -30,7 +30,7 @@ from cbnb.run.settings import kept_template
 from cbnb.run.stages import read_status
 from cbnb.run.status import run_folders, run_rows, run_table
 from cbnb.sweep.jobs import action, sweep_rows
-from cbnb.sweep.spec import Sweep
+from cbnb.sweep.keys import SweepPlan
 from cbnb.train.same import made_from
 from cbnb.widgets.dashboard import summary_bundle, take_snapshot
 from cbnb.widgets.kl import newest_run, run_config
@@ -205,7 +205,7 @@ def told_by(sweep):
     """What each reader says: `{reader: (rows of the whole runs, words on the bad one)}`. None may raise,
     but those that are asked for the bad run alone may refuse it, in one sentence."""
     runs, said = [{"dir": run["dir"], "key": {"key": run["key"]}} for run in PLANNED], {}
-    plan = Sweep(sweep, {}, Path("train.ipynb"), runs, 0, [])
+    plan = SweepPlan(sweep, {}, Path("train.ipynb"), runs, 0, [])
     for name, rows in (("status", run_rows(run_folders(sweep.parent))), ("ablate", sweep_rows(plan))):
         assert sorted(row["run"] for row in rows) == list(NAMES)
         assert all(action(row) in ("skip", "leave", "start", "resume") for row in rows)

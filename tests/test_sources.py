@@ -396,7 +396,8 @@ def test_commands_take_the_same_entries(tmp_path, capsys):
 def test_a_sweep_knows_what_its_globs_name(tmp_path, monkeypatch):
     """Relative entries become absolute, with what they say; another content of any matched file is another
     run."""
-    from cbnb.sweep.spec import absolute_files, data_hash
+    from cbnb.sweep.keys import data_hash
+    from cbnb.sweep.spec import absolute_files
 
     monkeypatch.chdir(tmp_path)
     for name in "ab":

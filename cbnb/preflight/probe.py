@@ -89,7 +89,9 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     Reroute has won when its force is `WINS` or more and 1 − loss_reroute, which has left the floor and now
     grows by a factor per step, is on its way: the growth seen, halved because it slows down, must carry it to
     1 − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning
-    rate, is below `LOSES`. Otherwise the answer is open, until `settle`. A reroute term without a declared range is
+    rate, is below `LOSES`. Otherwise the answer is open, until `settle`.
+
+    A reroute term without a declared range is
     not judged: the answer stays open, and `turned` is NaN. The scale of another range is that of
     `cbnb.step.objectives.depth`."""
     last, term = rows[-1], find_objective(config.objective).term("reroute")

@@ -17,7 +17,7 @@ from ..basics.jsonfiles import RECORD_BYTES, SMALL_BYTES, RecordError, RunError,
 from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_value
 
 # %% auto #0
-__all__ = ['Check', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
+__all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
            'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
@@ -27,7 +27,7 @@ __all__ = ['Check', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 
            'setting_check', 'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
-Check = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
+ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
 
 
 def wants(where: str, wanted: str, value: Any) -> str:
@@ -68,7 +68,7 @@ STEPS = 10**9  # more optimizer steps than any run makes
 NAME, PATH, WORDS, PAGE = 300, 5000, 20_000, 4_000_000
 
 
-def whole_number(low: int = 0, high: int = STEPS) -> Check:
+def whole_number(low: int = 0, high: int = STEPS) -> ValueCheck:
     """Return a check for a whole number from `low` to `high`; True and False are not numbers."""
 
     def check(value: Any, where: str) -> Iterator[str]:
@@ -79,7 +79,7 @@ def whole_number(low: int = 0, high: int = STEPS) -> Check:
     return check
 
 # %% ../../nbs/run/01_records.ipynb #2d40b97f
-def number(low: float = -1e300, high: float = 1e300) -> Check:
+def number(low: float = -1e300, high: float = 1e300) -> ValueCheck:
     """Return a check for a number from `low` to `high`; NaN, True and False are not numbers."""
 
     def check(value: Any, where: str) -> Iterator[str]:
@@ -90,7 +90,7 @@ def number(low: float = -1e300, high: float = 1e300) -> Check:
     return check
 
 # %% ../../nbs/run/01_records.ipynb #57cb5db1
-def text(most: int = WORDS, pattern: str | None = None) -> Check:
+def text(most: int = WORDS, pattern: str | None = None) -> ValueCheck:
     """Return a check for text of at most `most` characters that matches the regular expression `pattern` as a
     whole."""
     wanted = f"text of at most {most} characters" + f" like {pattern}" * bool(pattern)
@@ -104,7 +104,7 @@ def text(most: int = WORDS, pattern: str | None = None) -> Check:
     return check
 
 # %% ../../nbs/run/01_records.ipynb #f6aec483
-def one_of(*names: str) -> Check:
+def one_of(*names: str) -> ValueCheck:
     """Return a check for one of the texts `names`."""
 
     def check(value: Any, where: str) -> Iterator[str]:
@@ -133,12 +133,12 @@ def moment(value: Any, where: str) -> Iterator[str]:
         yield wants(where, wanted, value)
 
 # %% ../../nbs/run/01_records.ipynb #rec00005
-def maybe(check: Check) -> Check:
+def maybe(check: ValueCheck) -> ValueCheck:
     """Return a check for null, or for a value that passes `check`."""
     return lambda value, where: iter(()) if value is None else check(value, where)
 
 # %% ../../nbs/run/01_records.ipynb #3a222b13
-def each(check: Check, most: int = 100_000) -> Check:
+def each(check: ValueCheck, most: int = 100_000) -> ValueCheck:
     """Return a check for a list of at most `most` entries that pass `check`."""
 
     def check_value(value: Any, where: str) -> Iterator[str]:
@@ -151,7 +151,7 @@ def each(check: Check, most: int = 100_000) -> Check:
     return check_value
 
 # %% ../../nbs/run/01_records.ipynb #c3c6b0fd
-def mapping(check: Check, most: int = 10_000) -> Check:
+def mapping(check: ValueCheck, most: int = 10_000) -> ValueCheck:
     """Return a check for an object of at most `most` names whose values pass `check`."""
     wanted = f"an object of at most {most} names of at most {PATH} characters"
 
@@ -165,7 +165,7 @@ def mapping(check: Check, most: int = 10_000) -> Check:
     return check_value
 
 # %% ../../nbs/run/01_records.ipynb #93c009cc
-def fields(checks: dict[str, Check], *needed: str) -> Check:
+def fields(checks: dict[str, ValueCheck], *needed: str) -> ValueCheck:
     """Return a check for an object whose fields pass the `checks` of their names.
 
     The fields `needed` must be there. A field without a check may be of another version and only has to be a
@@ -186,7 +186,7 @@ def fields(checks: dict[str, Check], *needed: str) -> Check:
     return check_value
 
 # %% ../../nbs/run/01_records.ipynb #db8ca5ac
-def either(*checks: Check) -> Check:
+def either(*checks: ValueCheck) -> ValueCheck:
     """Return a check for a value that passes one of `checks`; its sentences are those of the last one."""
 
     def check_value(value: Any, where: str) -> Iterator[str]:
@@ -258,7 +258,7 @@ STATUS = fields(
 )
 
 # %% ../../nbs/run/01_records.ipynb #rec00007
-def setting_check(field: dataclasses.Field[Any]) -> Check:
+def setting_check(field: dataclasses.Field[Any]) -> ValueCheck:
     """Return a check for the value of a setting, a `field` of `CircuitBreakerConfig`: its type and limits."""
 
     def check(value: Any, where: str) -> Iterator[str]:
@@ -476,7 +476,7 @@ def metrics_row(row: Any, where: str = "") -> Iterator[str]:
             yield from (VALUE if measured else plain_value)(value, brief(name))
 
 # %% ../../nbs/run/01_records.ipynb #rec00011
-RECORDS: dict[str, Check] = {
+RECORDS: dict[str, ValueCheck] = {
     "status.json": STATUS,
     "params.json": PARAMETERS,
     "evaluated": EVALUATED,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['WAITING', 'TEN_YEARS', 'is_run_folder', 'folders_in', 'run_folders', 'query', 'queue', 'accounting', 'max_array_size',
            'submissions', 'assess_running', 'assess_run', 'last_row', 'planned_steps', 'run_progress', 'read_quietly',
-           'is_held', 'inspect_run', 'Snapshot', 'run_row', 'run_rows', 'count_states', 'run_table', 'progress_words']
+           'is_held', 'inspect_run', 'Overview', 'run_row', 'run_rows', 'count_states', 'run_table', 'progress_words']
 
 # %% ../../nbs/run/08_status.ipynb #12196f1c
 def is_run_folder(path: str | Path) -> bool:
@@ -283,7 +283,7 @@ def inspect_run(path: Path) -> tuple[dict[str, Any], str]:
     return status, error
 
 # %% ../../nbs/run/08_status.ipynb #3551beaf
-class Snapshot:
+class Overview:
     """Hold what is known of the runs at `paths` at one moment: their statuses, submissions and queue entries.
 
     `busy`: whether a process works on their sweep; None looks whether the sweep's lock is held."""
@@ -315,18 +315,18 @@ class Snapshot:
         return ("unreadable", "; ".join(notes), False) if is_unknown else result
 
 # %% ../../nbs/run/08_status.ipynb #2133231a
-def run_row(path: Path, snapshot: Snapshot) -> dict[str, Any]:
+def run_row(path: Path, overview: Overview) -> dict[str, Any]:
     """Return the row of the run at `path`, see `run_rows`."""
-    status, error = snapshot.statuses[path]
-    state, note, free = ("unreadable", error, False) if error else snapshot.assess(path, status)
+    status, error = overview.statuses[path]
+    state, note, free = ("unreadable", error, False) if error else overview.assess(path, status)
     # the queue was asked after the status was read: the run may have ended in between
     if state == "lost":
         status = read_quietly(path)[0] or status
-        state, note, free = snapshot.assess(path, status)
+        state, note, free = overview.assess(path, status)
     if state in ("running", "done") and not note:
         alarms = [f"alarm: {a['alarm']} at step {a.get('step')}" for a in status.get("alarms") or ()]
         note = "; ".join(filter(None, [", ".join(alarms), *(status.get("changes") or ())]))
-    record = snapshot.submission(path) or {}
+    record = overview.submission(path) or {}
     job = status.get("job") or (f"{record['job']}_{record['task']}" if record.get("job") else None)
     steps: dict[str, int | None] = dict.fromkeys(("step", "total_steps", "seconds_left"))
     faults: list[str] = []
@@ -349,8 +349,8 @@ def run_rows(paths: Iterable[str | Path], busy: bool | None = None) -> list[dict
     A run whose files cannot be read is `unreadable`, with the reason as its note, and so is a run that a
     submission which cannot be read may be of: nobody starts it. The other rows are not affected."""
     folders = [Path(path) for path in paths]
-    snapshot = Snapshot(folders, busy)
-    rows = [run_row(path, snapshot) for path in snapshot.statuses]
+    overview = Overview(folders, busy)
+    rows = [run_row(path, overview) for path in overview.statuses]
     ended = accounting([row["job"] for row in rows if row["state"] == "lost" and row["job"]])
     for row in rows:
         if row["state"] == "lost" and row["job"] in ended:
