@@ -54,7 +54,11 @@ def fetch(model: str, revision: str | None = None, cache: str | Path | None = No
         raise FetchError(f"{model} is on this machine already: give it as it is")
     try:
         path = huggingface_hub.snapshot_download(
-            model, revision=revision, cache_dir=cache, allow_patterns=DOWNLOADS, ignore_patterns=WEIGHT_COPIES
+            model,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=list(DOWNLOADS),
+            ignore_patterns=list(WEIGHT_COPIES),
         )
     except (OSError, ValueError, RuntimeError) as e:
         raise FetchError(reason(model, e)) from e

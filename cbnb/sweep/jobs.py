@@ -28,6 +28,7 @@ from ..run.stages import Run, read_status, set_status, still_running
 from ..run.status import count_states, max_array_size, queue, run_rows
 from .keys import SweepPlan, plan_sweep, prepare_run, write_plan
 from cbnb.sweep.launch import (
+    Task,
     array_command,
     array_name,
     batch_script,
@@ -208,7 +209,7 @@ def ablate(
             submit(sweep.path, names, tell)
             return 0
         paths = [sweep.path / name for name in names]
-        tasks = [(path, run_command(path), path / "papermill.log") for path in paths]
+        tasks: list[Task] = [(path, run_command(path), path / "papermill.log") for path in paths]
         _, interrupted = work(tasks, min(where, len(tasks)), tell)
         rows = sweep_rows(sweep, busy=False)
     tell(f"{count_states(rows)}; cbnb report {shlex.quote(str(sweep.path))}")
