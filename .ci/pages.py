@@ -93,7 +93,6 @@ PARTS = (
                     "report.ipynb",
                     "explore_masks.ipynb",
                     "explore_kl.ipynb",
-                    "examples/*.ipynb",
                 ),
             ),
         ),

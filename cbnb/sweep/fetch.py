@@ -53,7 +53,7 @@ def fetch(model: str, revision: str | None = None, cache: str | Path | None = No
     if model == "tinyagent" or Path(model).expanduser().is_dir():
         raise FetchError(f"{model} is on this machine already: give it as it is")
     try:
-        path = huggingface_hub.snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(
             model,
             revision=revision,
             cache_dir=cache,
@@ -62,7 +62,7 @@ def fetch(model: str, revision: str | None = None, cache: str | Path | None = No
         )
     except (OSError, ValueError, RuntimeError) as e:
         raise FetchError(reason(model, e)) from e
-    path = Path(path)
+    path = Path(snapshot)
     for pattern, what in (
         ("config.json", "no config.json: it is no transformers model"),
         ("*.safetensors", "no weights as safetensors: pickled ones are not loaded"),
