@@ -28,7 +28,7 @@ WRITERS = {
     "sweep.launch": {"start"},
     "basics.lease": {"made"},
     "step.models": {"write_adapter"},
-    "train.teacher_cache": {"write_shards"},
+    "train.teacher_cache": {"ShardWriter"},
     "train.store": {"write_samples"},
     "basics.terminal": {"nowhere"},
     "evaluate.tinyagent": {"_save"},
