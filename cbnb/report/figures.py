@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS',
-           'LINES', 'PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words',
+           'LINES', 'LOOK', 'PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words',
            'figures_table', 'results_of', 'result_table', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines',
            'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in',
            'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin',
@@ -630,6 +630,18 @@ def panel(
         )
     return traces, panel_axes(rows, n, limits, log), notes
 
+# %% ../../nbs/report/00_figures.ipynb #figlook1
+LOOK = dict(  # of every figure: ground and text suit light and dark pages
+    template="none",
+    hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")),
+    paper_bgcolor="rgba(0,0,0,0)",
+    plot_bgcolor="rgba(0,0,0,0)",
+    font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
+    modebar=dict(
+        bgcolor="rgba(0,0,0,0)", color=TEXT_COLOUR, activecolor="#56B4E9", remove=["select2d", "lasso2d"]
+    ),
+)
+
 # %% ../../nbs/report/00_figures.ipynb #0fe102d3
 def curves(rows: list[dict], terms: dict[str, Term] | None = None) -> go.Figure:
     """Return six panels over the steps of a run, from rows of metrics.jsonl (missing and null values are
@@ -667,20 +679,10 @@ def curves(rows: list[dict], terms: dict[str, Term] | None = None) -> go.Figure:
             annotations=notes,
             height=HEIGHT,
             margin=MARGIN,
-            template="none",
             uirevision="curves",
             meta=summary(rows, terms),
             hovermode="x unified",
-            hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")),
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
-            modebar=dict(
-                bgcolor="rgba(0,0,0,0)",
-                color=TEXT_COLOUR,
-                activecolor="#56B4E9",
-                remove=["select2d", "lasso2d"],
-            ),
+            **LOOK,
         ),
     )
 

@@ -36,6 +36,7 @@ from ..basics.withheld import withhold
 from cbnb.report.figures import (
     ANSWERED,
     LINE_OF,
+    LOOK,
     MARGIN,
     STYLES,
     TEXT_COLOUR,
@@ -187,19 +188,9 @@ def grid(
             annotations=notes,
             height=inner + margin["t"] + margin["b"],
             margin=margin,
-            template="none",
             meta=summary,
             hovermode="closest",
-            hoverlabel=dict(bgcolor="#333333", bordercolor=TEXT_COLOUR, font=dict(color="#ffffff")),
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font=dict(color=TEXT_COLOUR, size=12, family="system-ui, sans-serif"),
-            modebar=dict(
-                bgcolor="rgba(0,0,0,0)",
-                color=TEXT_COLOUR,
-                activecolor="#56B4E9",
-                remove=["select2d", "lasso2d"],
-            ),
+            **LOOK,
         ),
     )
 

@@ -31,6 +31,7 @@ from cbnb.transcripts.record import (
     add_adapted,
     measured_label,
     need,
+    need_message,
     need_one_of,
     read_message,
     read_tool_call,
@@ -91,11 +92,7 @@ def agentdojo_call(call: Any, where: str) -> dict:
 def agentdojo_message(message: Any, where: str) -> dict:
     """Return a message in our form from AgentDojo's. A tool result that failed shows its `error`, which is
     what the model was shown."""
-    need(
-        isinstance(message, dict),
-        where,
-        f"is {type(message).__name__}; each message is an object with role and content",
-    )
+    need_message(message, where)
     role, error, call = message.get("role"), message.get("error"), message.get("tool_call")
     need_one_of(role, ROLES, f"{where}.role")
     need(

@@ -24,6 +24,7 @@ from cbnb.transcripts.record import (
     Transcript,
     TranscriptError,
     need,
+    need_message,
     need_one_of,
     parse_json,
     read_arguments,
@@ -130,11 +131,7 @@ def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dic
     names: dict[str, str] = {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
-        need(
-            isinstance(message, dict),
-            here,
-            f"is {type(message).__name__}; each message is an object with role and content",
-        )
+        need_message(message, here)
         need_one_of(message.get("role"), ("user", "assistant", "system"), f"{here}.role")
         content = message.get("content")
         need(

@@ -24,7 +24,15 @@ from cbnb.transcripts.formats import (
 from .formats_agents import agentdojo_label, agentdojo_leaves_out
 from .formats_chat import ITEMS, item_text, response_messages
 from .packed import FileRecord
-from .record import Transcript, need, need_one_of, read_content, read_message, read_tool_call
+from cbnb.transcripts.record import (
+    Transcript,
+    need,
+    need_message,
+    need_one_of,
+    read_content,
+    read_message,
+    read_tool_call,
+)
 
 # %% auto #0
 __all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'inspect_content', 'inspect_message', 'inspect_call',
@@ -81,11 +89,7 @@ def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> 
     """Return our message for Inspect's. The error of a tool, after `prefix`, is what the model was
     shown. An assistant message of the data set (`source` input), such as an example, gets `weight` 0: the
     model has not written it."""
-    need(
-        isinstance(message, dict),
-        where,
-        f"is {type(message).__name__}; each message is an object with role and content",
-    )
+    need_message(message, where)
     role, error = message.get("role"), message.get("error")
     need_one_of(role, ("system", "user", "assistant", "tool"), f"{where}.role")
     text, thoughts = inspect_content(message.get("content"), f"{where}.content", adapted)
@@ -316,11 +320,7 @@ GREETING = "Hi! How can I help you today?"  # tau2-bench's own first words, whic
 
 def check_tau2(message: Any, where: str) -> None:
     "Raise TranscriptError where a message of tau2-bench has a field of another type, or is sound."
-    need(
-        isinstance(message, dict),
-        where,
-        f"is {type(message).__name__}; each message is an object with role and content",
-    )
+    need_message(message, where)
     need_one_of(message.get("role"), ("system", "user", "assistant", "tool"), f"{where}.role")
     need(
         not message.get("is_audio"), f"{where}.is_audio", "says that the message is sound; only text is read"
@@ -364,11 +364,7 @@ def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
     names: dict[str, str] = {}
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
-        need(
-            isinstance(message, dict),
-            here,
-            f"is {type(message).__name__}; each message is an object with role and content",
-        )
+        need_message(message, here)
         results = message.get("tool_messages")
         need(
             isinstance(results, list | None),
@@ -486,11 +482,7 @@ def from_swe_agent(
     first = next((m.get("agent") for m in dicts_of(history) if m.get("agent")), None)
     for i, message in enumerate(history):
         here = f"{where}, history[{i}]"
-        need(
-            isinstance(message, dict),
-            here,
-            f"is {type(message).__name__}; each message is an object with role and content",
-        )
+        need_message(message, here)
         if message.get("agent") not in (None, first):
             adapted["message of another agent left out"] += 1
             continue

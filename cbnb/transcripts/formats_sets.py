@@ -17,6 +17,7 @@ from cbnb.transcripts.record import (
     TranscriptError,
     measured_label,
     need,
+    need_message,
     need_one_of,
     read_arguments,
     read_message,
@@ -212,11 +213,7 @@ def trace_messages(messages: list, where: str) -> tuple[list[dict], list]:
     notes: list = []
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
-        need(
-            isinstance(message, dict),
-            here,
-            f"is {type(message).__name__}; each message is an object with role and content",
-        )
+        need_message(message, here)
         need(
             "thinking" not in message or "reasoning_content" not in message,
             f"{here}.thinking",

@@ -22,9 +22,9 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', '
            'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'BENIGN_KINDS', 'TranscriptError',
            'InjectionSpan', 'Transcript', 'json_depth', 'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of',
            'read_switch', 'check_record_switches', 'read_content', 'read_arguments', 'read_tool_call', 'modernise',
-           'read_message', 'read_label', 'Contradiction', 'source_run', 'measured_label', 'read_message_labels',
-           'read_spans', 'check_meaning', 'read_meta', 'last_calls', 'check_label', 'read_tools', 'add_adapted',
-           'take_system', 'take_tools']
+           'need_message', 'read_message', 'read_label', 'Contradiction', 'source_run', 'measured_label',
+           'read_message_labels', 'read_spans', 'check_meaning', 'read_meta', 'last_calls', 'check_label', 'read_tools',
+           'add_adapted', 'take_system', 'take_tools']
 
 # %% ../../nbs/transcripts/00_record.ipynb #93090dc5
 class TranscriptError(ValueError):
@@ -338,15 +338,20 @@ def modernise(message: dict, where: str, adapted: Counter | None = None) -> dict
         note("error of a tool as its result")
     return message
 
-# %% ../../nbs/transcripts/00_record.ipynb #4e9e5b0f
-def read_message(message: Any, where: str, adapted: Counter | None = None) -> dict:
-    """Return one message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template
-    may read them). `adapted`: see `modernise`."""
+# %% ../../nbs/transcripts/00_record.ipynb #needmsg1
+def need_message(message: Any, where: str) -> None:
+    "Raise TranscriptError, naming the place `where`, unless `message` is an object (dict)."
     need(
         isinstance(message, dict),
         where,
         f"is {type(message).__name__}; each message is an object with role and content",
     )
+
+# %% ../../nbs/transcripts/00_record.ipynb #4e9e5b0f
+def read_message(message: Any, where: str, adapted: Counter | None = None) -> dict:
+    """Return one message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template
+    may read them). `adapted`: see `modernise`."""
+    need_message(message, where)
     message = modernise(message, where, adapted)
     role = message.get("role")
     need_one_of(role, ROLES, f"{where}.role")
