@@ -129,18 +129,16 @@ def test_the_door_passes_the_flag():
 TAKES = set(
     "load_model load_tokenizer read_config read_tokenizer read_model empty_model read_adapter check_adapter "
     "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
-    "load_explorer open_explorer mask_explorer plan_lines plan_step advice model_shape beside_text "
-    "settings_of "
-    "preset_for model_facts embedding_rows in_parts made_with settings_for".split()
+    "load_explorer open_explorer mask_explorer plan_lines plan_step change_that_fits model_shape beside_text "
+    "settings_of preset_for model_facts embedding_rows in_parts made_with settings_for model_class "
+    "check_code check_trusted".split()
 )
-OWN = {  # the tiny agent, the presets' models, and other things that are called advice
+OWN = {  # the tiny agent and the presets' models
     "load_model(config.model)",
     "load_model(config.model, config.dtype)",
     "load_tokenizer(config.model)",
     "model_facts(own)",
     "model_facts(PRESETS[PUBLISHED].model)",
-    "advice(sweep)",
-    "advice(rows)",
     "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, "
     "policies={'chatml_header': chatml_header})",
 }

@@ -23,7 +23,7 @@ from cbnb.masking.turns import Segment
 from cbnb.run.metrics import read_metrics
 from cbnb.run.settings import check_own_policies
 from cbnb.run.stages import Run
-from cbnb.sweep.spec import data_hash
+from cbnb.sweep.keys import data_hash
 from cbnb.train.same import keep_beginning, made_from
 from cbnb.train.store import stream_key
 from cbnb.transcripts.record import InjectionSpan, Transcript

@@ -162,16 +162,13 @@ def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) 
     preset's): tinyagent, the notebooks' default, gives way to the one that names `model`, and to
     `PUBLISHED` for a model of another shape. Raises OSError where a configuration that it takes to know is
     not there."""
-    if preset != "tinyagent" or model is None or model == PRESETS[preset].model:
+    own = PRESETS[preset].model
+    if preset != "tinyagent" or model is None or model == own:
         return preset
     published = {config.model: name for name, config in PRESETS.items()}
     if model in published:
         return published[model]
-    return (
-        preset
-        if model_facts(model, trust_remote_code)[:3] == model_facts(PRESETS[preset].model)[:3]
-        else PUBLISHED
-    )
+    return preset if model_facts(model, trust_remote_code)[:3] == model_facts(own)[:3] else PUBLISHED
 
 # %% ../../nbs/run/12_settings.ipynb #setng13b
 def settings_of(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..basics.terminal import visible
 from ..config import OBJECTIVES, CircuitBreakerConfig, ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def term_faults(term: Term) -> str:
     for text, field, least, most in texts:
         if not isinstance(text, str) or not least <= len(text.strip()) <= most:
             return f"its {field} is {text!r}; give {least} to {most} characters"
-        if not text.isprintable() or set(text) & set("<>&"):
+        if visible(text) != text or set(text) & set("<>&"):
             return f"its {field} is {text!r}; give one line without <, > and &"
     ends = [end for end in (term.low, term.start, term.high) if end is not None]
     if any(isinstance(e, bool) or not isinstance(e, (int, float)) or not math.isfinite(e) for e in ends):
