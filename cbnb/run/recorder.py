@@ -80,8 +80,8 @@ SAVE_SECONDS = 30  # between two saves within one cell
 def messages(
     connection: dict[str, Any], over: threading.Event, ready: threading.Event
 ) -> Iterator[dict[str, Any] | None]:
-    """Yield what the kernel with the `connection` information publishes of cells, and None twice a second
-    while it is silent.
+    """Yield what the kernel with the `connection` information publishes of cells, and None when no message
+    waits: after the last one, and twice a second while the kernel is silent.
 
     End when `over` is set and every message is read. Set `ready` when the kernel has greeted its listener:
     from there on no message is missed."""
@@ -97,6 +97,8 @@ def messages(
                     ready.set()
                 if message is None or message["parent_header"].get("msg_type") == "execute_request":
                     yield message
+                if waiting and not socket.poll(0):
+                    yield None
 
 # %% ../../nbs/run/09_recorder.ipynb #8072de0c
 def save(book: Book, path: Path) -> None:
@@ -114,22 +116,25 @@ def follow(
     stream: Iterable[dict[str, Any] | None],
     is_last: Callable[[int | None], bool] = lambda count: False,
 ) -> None:
-    """Put the messages of `stream` into `book` and save it to `path` at the start and end of each cell,
-    and within long ones.
+    """Put the messages of `stream` into `book`, and save it to `path` at the start and end of each cell, once
+    no message waits (None), and within long ones.
 
     End with the cell for whose execution count `is_last` holds."""
-    saved, changed = time.monotonic(), True
+    saved, changed, due = time.monotonic(), True, False
     for message in stream:
-        began = ended = False
+        ended = False
         if message:
             if began := message["msg_type"] == "execute_input":
                 book.execute(message["content"]["code"], message["content"]["execution_count"])
             changed, ended = True, book.output(message)
-        if changed and (began or ended or time.monotonic() - saved > SAVE_SECONDS):
+            due = due or began or ended
+        if changed and (message is None and due or time.monotonic() - saved > SAVE_SECONDS):
             save(book, path)
-            saved, changed = time.monotonic(), False
+            saved, changed, due = time.monotonic(), False, False
         if ended and is_last(book.notebook.cells[-1].execution_count):
-            return
+            break
+    if changed:
+        save(book, path)
 
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
 def cells_so_far(source: Any, executed: list[str]) -> list[str]:
