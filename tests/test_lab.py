@@ -13,6 +13,11 @@ from helpers import NBS, copy_tree, notebooks, run
 from lab.labharness import CHROMIUM, CellError, Lab
 from train_common import little_data
 
+# lines of code, of at most 110 columns, in blocks that are wider than their place
+CUT_OFF = """() => [...document.querySelectorAll(".highlight-ipynb pre, .highlight pre")]
+    .filter(block => block.scrollWidth > block.clientWidth)
+    .map(block => block.innerText)
+    .filter(text => text.split("\\n").every(line => line.length <= 110))"""
 NOTEBOOKS = ["index.ipynb", "train.ipynb", "explore_masks.ipynb"]
 
 if not Path(CHROMIUM).exists():
@@ -170,6 +175,7 @@ def test_site_needs_no_other_machine(lab, tmp_path):
     ]:
         opened = lab.html(page, opened)
         assert opened.locator("h1").count() >= 1, f"{page.relative_to(site)} shows no title"
+        assert opened.evaluate(CUT_OFF) == [], f"{page.relative_to(site)} cuts code off"
     assert len(lively) > 1
     opened.close()
     lab.assert_offline()
