@@ -175,6 +175,7 @@ def test_site_needs_no_other_machine(lab, tmp_path):
     ]:
         opened = lab.html(page, opened)
         assert opened.locator("h1").count() >= 1, f"{page.relative_to(site)} shows no title"
+        opened.set_viewport_size({"width": 1440, "height": 900})
         assert opened.evaluate(CUT_OFF) == [], f"{page.relative_to(site)} cuts code off"
     assert len(lively) > 1
     opened.close()
