@@ -355,7 +355,9 @@ def overlaid(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
         named = [first[text] for text in texts if text in first][:12]
         panels.append(Panel(title, log, traces, limits, (0, last), named=named))
     gap, right = (100, 84) if max(map(len, texts), default=0) <= 6 else (170, 150)
-    summary = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
+    summary = (
+        f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
+    )
     return grid(panels, 2, 210, "step", summary, gap, right)
 
 # %% ../../nbs/report/02_sweep.ipynb #3a7272b6
@@ -707,7 +709,7 @@ def dose_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
         label = f" {group[0].label}." if group[0].label and len(group) == 1 else ""
         more = omission(n, GROUPS_DRAWN, len(parts), "settings are not drawn")
         caption = (
-            f"Dose-response.{label} A faint dot a run; means over paired seeds, with the {LEVEL:.0%} "
+            f"Dose-response.{label} One faint dot per run; means over paired seeds, with the {LEVEL:.0%} "
             f"interval of the difference to beta_kl 0 (none for one seed).{more}"
         )
         figures["dose_response" + (f"_{n}" if n > 1 else "")] = (dose_response(group, sweep.terms), caption)
@@ -739,7 +741,7 @@ def sweep_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
     others = [p for p in sweep.parameters if p not in ("beta_kl", "seed") and 1 < sweep.frame[p].nunique()]
     for n, parameter in enumerate(others[:PARAMETERS_DRAWN], 1):
         more = omission(n, PARAMETERS_DRAWN, len(others), "parameters differ and are not drawn")
-        caption = f"Against {parameter}: a dot a finished run, lines through the means.{more}"
+        caption = f"Against {parameter}: one dot per finished run, lines through the means.{more}"
         figures[f"parameter_{n}"] = (against(sweep.frame, parameter, terms=sweep.terms), caption)
     return figures
 
@@ -753,7 +755,7 @@ def render(svg: str, font: str, zoom: float = 2) -> bytes:
     try:
         import resvg_py
     except ImportError:
-        raise RunError("pictures want resvg_py: pip install 'cbnb[pictures]'") from None
+        raise RunError("PNG pictures need resvg_py: pip install 'cbnb[pictures]'") from None
     picture = resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font)
     return bytes(picture)
 
@@ -773,7 +775,7 @@ def png(fig: go.Figure) -> bytes:
     """Return a figure as PNG, drawn from its `static_svg`. Raise RunError on a machine without a usable font,
     or without resvg_py."""
     if not usable_font():
-        raise RunError(f"pictures want one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
+        raise RunError(f"PNG pictures need one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
     return render(static_svg(fig), usable_font())
 
 # %% ../../nbs/report/02_sweep.ipynb #16e9daa8
@@ -993,7 +995,7 @@ def check_listed(folder: Path, names: Iterable[str]) -> dict[str, str]:
     listed = earlier_files(folder)
     if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
         raise RunError(
-            f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another "
+            f"{folder} holds {foreign[0]}, which no earlier report has listed: move it away, or give another "
             "folder"
         )
     return listed
