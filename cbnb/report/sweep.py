@@ -355,9 +355,7 @@ def overlaid(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
         named = [first[text] for text in texts if text in first][:12]
         panels.append(Panel(title, log, traces, limits, (0, last), named=named))
     gap, right = (100, 84) if max(map(len, texts), default=0) <= 6 else (170, 150)
-    summary = (
-        f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
-    )
+    summary = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
     return grid(panels, 2, 210, "step", summary, gap, right)
 
 # %% ../../nbs/report/02_sweep.ipynb #3a7272b6
