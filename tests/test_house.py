@@ -30,15 +30,12 @@ FEW_WORDS = {
     "masking/06_masker",
     "report/00_figures",
     "report/01_verdicts",
-    "report/02_sweep",
     "sweep/02_launch",
     "sweep/03_jobs",
     "train/05_trainer",
     "widgets/01_strip",
     "widgets/02_masks",
     "widgets/03_kl",
-    "widgets/04_dashboard",
-    "widgets/05_sweep",
 }
 LONG_CELLS = {
     "basics/00_reading",
@@ -72,7 +69,6 @@ LONG_CELLS = {
     "preflight/05_plan",
     "report/00_figures",
     "report/01_verdicts",
-    "report/02_sweep",
     "run/00_kernels",
     "run/01_records",
     "run/04_stages",
@@ -113,8 +109,6 @@ LONG_CELLS = {
     "widgets/01_strip",
     "widgets/02_masks",
     "widgets/03_kl",
-    "widgets/04_dashboard",
-    "widgets/05_sweep",
 }
 NOT_ANNOTATED = {
     "data/03_streams",
@@ -128,14 +122,11 @@ NOT_ANNOTATED = {
     "masking/06_masker",
     "report/00_figures",
     "report/01_verdicts",
-    "report/02_sweep",
     "train/05_trainer",
     "widgets/00_views",
     "widgets/01_strip",
     "widgets/02_masks",
     "widgets/03_kl",
-    "widgets/04_dashboard",
-    "widgets/05_sweep",
 }
 
 

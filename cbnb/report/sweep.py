@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
-           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'grid', 'trace',
-           'overlaid_panels', 'colour_words', 'value_words', 'conditions', 'drawn_runs', 'thinned', 'overlaid',
-           'small_multiples', 'dose_panels', 'by_kind', 'arm', 'groups', 'dose_response', 'measure_title', 'against',
-           'sweep_figures', 'render', 'usable_font', 'png', 'rules', 'headline', 'comparison_cells', 'link_to',
-           'text_cell', 'rate_cell', 'sweep_page', 'earlier_files', 'check_listed', 'write_report_files',
+           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'layout_of_panel',
+           'notes_of_panel', 'grid', 'marker', 'error_bars', 'trace', 'value_words', 'conditions', 'drawn_runs',
+           'thinned', 'line_styles', 'overlaid_panels', 'first_lines', 'overlaid', 'colour_words', 'run_title',
+           'small_multiples', 'dose_panels', 'dose_style', 'by_kind', 'arm', 'groups', 'Dose', 'doses', 'dose_dots',
+           'dose_means', 'dose_panel', 'dose_response', 'measure_title', 'against_traces', 'against_panel', 'against',
+           'omission', 'dose_figures', 'curve_figures', 'sweep_figures', 'render', 'usable_font', 'png', 'rules',
+           'headline', 'text_cell', 'rate_cell', 'comparison_cells', 'link_to', 'verdict_entries', 'page_columns',
+           'run_entries', 'sweep_page', 'earlier_files', 'check_listed', 'listing', 'write_report_files',
            'withheld_frame', 'write_sweep', 'newest_sweep']
 
 # %% ../../nbs/report/02_sweep.ipynb #6a6136ef
@@ -16,10 +19,11 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -33,6 +37,8 @@ from ..basics.numbers import format_number
 from ..basics.reading import sha256
 from ..basics.terminal import visible
 from ..basics.withheld import withhold
+
+# %% ../../nbs/report/02_sweep.ipynb #82745de3
 from cbnb.report.figures import (
     ANSWERED,
     LINE_OF,
@@ -53,6 +59,8 @@ from cbnb.report.figures import (
     term_title,
     thin,
 )
+
+# %% ../../nbs/report/02_sweep.ipynb #e643aa0e
 from cbnb.report.verdicts import (
     ATTACK_MARGIN,
     BENIGN_MARGIN,
@@ -68,7 +76,14 @@ from cbnb.report.verdicts import (
     ONSET_LEVEL,
     ONSET_MARGIN,
     SEEDS,
+)
+
+# %% ../../nbs/report/02_sweep.ipynb #e1dc8d08
+from cbnb.report.verdicts import (
+    Comparison,
+    Stratum,
     Sweep,
+    Verdict,
     advice,
     apart,
     by_seed,
@@ -84,33 +99,83 @@ from ..step.objectives import Term, run_terms
 # %% ../../nbs/report/02_sweep.ipynb #c0862003
 @dataclass(frozen=True)
 class Panel:
-    """A panel of a grid: `title`, `log` axis or not, `traces`, y `limits` as `axis_range` gives them, `x`
-    range, `ticks` `{position: text}` along x (None: whole numbers), `named` traces that get their name at the
-    right."""
+    """Hold one panel of a grid.
+
+    `log`: whether its y axis is logarithmic; `limits`: the range of y as `axis_range` returns it; `x`: the
+    range of x; `ticks`: `{position: text}` along x, None for whole numbers; `named`: those of its `traces`
+    whose names stand at the right."""
 
     title: str
     log: bool
-    traces: list
-    limits: list
-    x: tuple
-    ticks: dict | None = None
-    named: list = ()
+    traces: list[go.Scatter]
+    limits: list[float]
+    x: tuple[float, float]
+    ticks: dict[float, str] | None = None
+    named: Sequence[go.Scatter] = ()
 
-
-def harmless(text, most: int = 200) -> str:
-    "A stranger's `text` for a figure, cut to `most` characters: plotly would read tags in it."
+# %% ../../nbs/report/02_sweep.ipynb #ad5a2c42
+def harmless(text: Any, most: int = 200) -> str:
+    "Return a stranger's `text` for a figure: no tags that plotly would read, at most `most` characters."
     text = visible(text).replace("<", "‹").replace(">", "›")
     return text if len(text) <= most else text[: most - 1] + "…"
 
+# %% ../../nbs/report/02_sweep.ipynb #9b744b7f
+def place(n: int, columns: int, rows: int, wide: float, high: float) -> tuple[list[float], list[float]]:
+    """Return the domains in x and in y of the `n`-th panel (from 0) of a grid.
 
-def place(n: int, columns: int, rows: int, wide: float, high: float) -> tuple[list, list]:
-    "Domains of the `n`-th panel (from 0) of a grid; `wide` and `high` are the gaps in shares of the plot."
+    `wide` and `high` are the gaps between panels, in shares of the plot."""
     column, row = n % columns, n // columns
     width, height = (1 - wide * (columns - 1)) / columns, (1 - high * (rows - 1)) / rows
     left, bottom = column * (width + wide), (rows - 1 - row) * (height + high)
     return [left, min(1.0, left + width)], [max(0.0, bottom), min(1.0, bottom + height)]
 
+# %% ../../nbs/report/02_sweep.ipynb #decdaa6d
+def layout_of_panel(
+    panel: Panel, n: int, domains: tuple[list[float], list[float]], xtitle: str | None
+) -> dict[str, dict[str, Any]]:
+    """Return the layout of both axes of `panel`, the `n`-th of a grid (from 1).
 
+    `domains`: as `place` returns them; `xtitle`: what stands below the panel, None for nothing."""
+    x, y = axis_ids(n)
+    both = dict(
+        gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4, tickcolor=TEXT_COLOUR
+    )
+    xaxis = dict(both, domain=domains[0], anchor=y, range=list(panel.x), nticks=5, showticklabels=True)
+    if panel.ticks is not None:
+        texts = [harmless(text) for text in panel.ticks.values()]
+        xaxis |= dict(tickvals=list(panel.ticks), ticktext=texts)
+    if xtitle is not None:
+        xaxis |= dict(title=dict(text=harmless(xtitle, 60), standoff=4, font=dict(size=12)))
+    yaxis = dict(both, domain=domains[1], anchor=x, range=panel.limits, nticks=5, tickformat="~g")
+    if panel.log:
+        decades = panel.limits[1] - panel.limits[0]
+        yaxis |= dict(type="log", dtick=1 if decades > 2 else "D2")
+    return {"xaxis" + x[1:]: xaxis, "yaxis" + y[1:]: yaxis}
+
+# %% ../../nbs/report/02_sweep.ipynb #8441ff0d
+def notes_of_panel(panel: Panel, n: int, size: float, wide: bool) -> list[dict[str, Any]]:
+    """Return the annotations of `panel`, the `n`-th of a grid (from 1), `size` pixels high: its title, the
+    names of lines, and a remark where nothing was measured; `wide`: whether the title explains triangles."""
+    x, y = (f"{axis} domain" for axis in axis_ids(n))
+    low = any("triangle-down-open" in t.marker.symbol for t in panel.traces if t.customdata is not None)
+    title = dict(
+        text=harmless(panel.title) + (" (▽ below it)" if low and wide else ""),
+        font=dict(size=12),
+        x=0,
+        xref=x,
+        xanchor="left",
+        y=1,
+        yref=y,
+        yanchor="bottom",
+        yshift=4,
+        showarrow=False,
+    )
+    notes = [title, *end_labels(list(panel.named), n, panel.limits, panel.log, size)]
+    if not any(np.isfinite(np.asarray(t.y, dtype=float)).any() for t in panel.traces):
+        notes.append(dict(text="not measured", x=0.5, xref=x, y=0.5, yref=y, showarrow=False))
+    return notes
+
+# %% ../../nbs/report/02_sweep.ipynb #93f218d5
 def grid(
     panels: list[Panel],
     columns: int,
@@ -120,146 +185,140 @@ def grid(
     gap: float = 88,
     right: float = 84,
 ) -> go.Figure:
-    """A figure of `panels`, `columns` a row, each `size` pixels high and `gap` pixels from its neighbour;
-    `right` is the margin for names; `summary` is one sentence for those who cannot see it."""
-    rows = -(-len(panels) // columns)
-    gaps, margin = 56, dict(MARGIN, r=right)
-    inner = rows * size + (rows - 1) * gaps
-    traces, axes, notes = [], {}, []
-    both = dict(
-        gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4, tickcolor=TEXT_COLOUR
-    )
+    """Return a figure of `panels`, `columns` per row, each `size` pixels high.
+
+    `gap`: pixels between neighbours; `right`: the margin for names; `xtitle` stands below the lowest panel of
+    each column; `summary` is one sentence for those who cannot see the figure."""
+    rows, gaps = -(-len(panels) // columns), 56
+    margin = MARGIN | {"r": right}
+    inner, across = rows * size + (rows - 1) * gaps, WIDTH - margin["l"] - margin["r"]
+    axes: dict[str, Any] = {}
+    traces, notes = [], []
     for n, panel in enumerate(panels, 1):
         x, y = axis_ids(n)
-        wide, high = place(n - 1, columns, rows, gap / (WIDTH - margin["l"] - margin["r"]), gaps / inner)
-        ticks = (
-            {}
-            if panel.ticks is None
-            else dict(tickvals=list(panel.ticks), ticktext=[harmless(text) for text in panel.ticks.values()])
-        )
-        lowest = n > len(panels) - columns
-        axes["xaxis" + x[1:]] = dict(
-            both,
-            domain=wide,
-            anchor=y,
-            range=list(panel.x),
-            nticks=5,
-            showticklabels=True,
-            **ticks,
-            title=dict(text=harmless(xtitle, 60), standoff=4, font=dict(size=12)) if lowest else None,
-        )
-        axes["yaxis" + y[1:]] = dict(
-            both, domain=high, anchor=x, range=panel.limits, nticks=5, tickformat="~g"
-        )
-        if panel.log:
-            axes["yaxis" + y[1:]] |= dict(
-                type="log", dtick=1 if panel.limits[1] - panel.limits[0] > 2 else "D2"
-            )
-        traces += [trace.update(xaxis=x, yaxis=y) for trace in panel.traces]
-        low = any("triangle-down-open" in t.marker.symbol for t in panel.traces if t.customdata is not None)
-        corner = dict(
-            x=0,
-            xref=f"{x} domain",
-            xanchor="left",
-            y=1,
-            yref=f"{y} domain",
-            yanchor="bottom",
-            yshift=4,
-            showarrow=False,
-        )
-        notes.append(
-            dict(
-                corner,
-                text=harmless(panel.title) + (" (▽ below it)" if low and columns < 4 else ""),
-                font=dict(size=12),
-            )
-        )
-        notes += end_labels(panel.named, n, panel.limits, panel.log, size)
-        if not any(np.isfinite(np.asarray(t.y, dtype=float)).any() for t in panel.traces):
-            notes.append(
-                dict(
-                    text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False
-                )
-            )
-    return go.Figure(
-        traces,
-        dict(
-            axes,
-            annotations=notes,
-            height=inner + margin["t"] + margin["b"],
-            margin=margin,
-            meta=summary,
-            hovermode="closest",
-            **LOOK,
-        ),
+        domains = place(n - 1, columns, rows, gap / across, gaps / inner)
+        axes |= layout_of_panel(panel, n, domains, xtitle if n > len(panels) - columns else None)
+        traces += [t.update(xaxis=x, yaxis=y) for t in panel.traces]
+        notes += notes_of_panel(panel, n, size, columns < 4)
+    layout: dict[str, Any] = dict(axes, annotations=notes, margin=margin, meta=summary, hovermode="closest")
+    layout["height"] = inner + margin["t"] + margin["b"]
+    return go.Figure(traces, layout | LOOK)
+
+# %% ../../nbs/report/02_sweep.ipynb #d939f2e2
+def marker(low: np.ndarray, size: float, colour: str, faint: float) -> dict[str, Any]:
+    """Return the marker of points: a dot of `size` pixels each, an open triangle where `low` (bool [n]);
+    `faint` is the opacity."""
+    return dict(
+        size=np.where(low, 9, size),
+        symbol=np.where(low, "triangle-down-open", "circle"),
+        color=colour,
+        opacity=faint,
+        line=dict(color=colour, width=np.where(low, 1.5, 0)),
+    )
+
+# %% ../../nbs/report/02_sweep.ipynb #7423a38b
+def error_bars(half: np.ndarray, colour: str) -> dict[str, Any]:
+    "Return the error bars of points, from the lengths `half` [2, n] of their arms, below and above."
+    return dict(
+        type="data", symmetric=False, arrayminus=half[0], array=half[1], color=colour, thickness=1.5, width=4
     )
 
 # %% ../../nbs/report/02_sweep.ipynb #67155341
 def trace(
-    x,
-    y,
-    style,
+    x: Any,
+    y: Any,
+    style: tuple[str, str, float],
     name: str,
-    limits: list,
+    limits: list[float],
     log: bool,
     mode: str = "lines",
     size: float = 5,
     faint: float = 1,
-    half=None,
-    text=None,
+    half: np.ndarray | None = None,
+    text: str | Iterable[str] | None = None,
 ) -> go.Scatter:
-    """Points or a line of `style` (colour, dash, width). What lies below a log axis is an open triangle at
-    its edge, in a mere line a gap; `half` `(below, above)` are the arms of error bars [n], NaN for none;
-    `text` is shown on hover: one for a line, one a point."""
+    """Return points or a line at `x` and `y` [n], in a `style` of colour, dash and width.
+
+    What lies below a log axis is an open triangle at its edge, or a gap in a mere line. `half`: arms of error
+    bars [2, n], NaN for none; `text`: what is shown on hover, one for a line or one per point."""
     x, y = np.asarray(x, dtype=np.float32), np.asarray(y, dtype=float)
-    # just inside: plotly leaves out what lies below by rounding
     edge = 10 ** limits[0] * (1 + 1e-6) if log else -np.inf
-    low = np.isfinite(y) & (y < edge)
-    (colour, dash, width), hover = style, "%{text}" if text is not None else "%{fullData.name}"
+    low, points = np.isfinite(y) & (y < edge), "markers" in mode
+    colour, dash, width = style
+    hover = "%{fullData.name}" if text is None else "%{text}"
     if text is not None:
         text = harmless(text) if isinstance(text, str) else [harmless(run) for run in text]
-    made = go.Scatter(
+    line = go.Scatter(
         x=x,
-        y=np.where(low, edge if "markers" in mode else np.nan, y).astype(np.float32),
+        y=np.where(low, edge if points else np.nan, y).astype(np.float32),
         name=harmless(name),
         mode=mode,
         showlegend=False,
         cliponaxis=False,
         line=dict(color=colour, dash=dash, width=width),
         text=text,
-        hovertemplate=f"%{{y:.3g}}<extra>{hover}</extra>",
+        hovertemplate=f"%{{{'customdata' if points else 'y'}:.3g}}<extra>{hover}</extra>",
     )
-    if "markers" in mode:
-        made.update(
-            customdata=y.astype(np.float32),
-            hovertemplate=f"%{{customdata:.3g}}<extra>{hover}</extra>",
-            marker=dict(
-                size=np.where(low, 9, size),
-                symbol=np.where(low, "triangle-down-open", "circle"),
-                color=colour,
-                opacity=faint,
-                line=dict(color=colour, width=np.where(low, 1.5, 0)),
-            ),
-        )
+    if points:
+        line.update(customdata=y.astype(np.float32), marker=marker(low, size, colour, faint))
     if half is not None and np.isfinite(half).any():
-        made.error_y = dict(
-            type="data",
-            symmetric=False,
-            arrayminus=half[0],
-            array=half[1],
-            color=colour,
-            thickness=1.5,
-            width=4,
-        )
-    return made
+        line.error_y = error_bars(half, colour)
+    return line
 
 # %% ../../nbs/report/02_sweep.ipynb #0fe26c09
 PALETTE = ("#808080", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#9A7D0A")
 DASHES = ("solid", "dash", "dot", "dashdot")
-RUNS_DRAWN = 60  # lines in one panel, or small pictures; with more runs these are taken evenly from the frame
+RUNS_DRAWN = 60  # lines in one panel, or small panels; of more runs, these are taken evenly from the frame
 
+# %% ../../nbs/report/02_sweep.ipynb #66e42ec3
+def value_words(value: Any) -> str:
+    "Return a parameter's value, a number or a text, in at most 12 characters."
+    return f"{value:g}" if isinstance(value, float) else str(value)[:12]
 
-def overlaid_panels(terms: dict[str, Term]) -> tuple:
+# %% ../../nbs/report/02_sweep.ipynb #28b8869d
+def conditions(sweep: Sweep) -> list[str]:
+    """Return a short text per row of the frame: its beta_kl and whatever else tells strata apart, without the
+    seed."""
+    columns = apart(sweep)
+
+    def other(column: str, value: Any) -> str:
+        if column == "kl_temperature":
+            return "" if value == 1 else f", T {value_words(value)}"
+        return f", {column} {value_words(value)}"
+
+    return [
+        ("no beta_kl" if math.isnan(row["beta_kl"]) else f"β {row['beta_kl']:g}")
+        + "".join(other(column, row[column]) for column in columns)
+        for row in sweep.frame[list(dict.fromkeys(["beta_kl", *columns]))].to_dict("records")
+    ]
+
+# %% ../../nbs/report/02_sweep.ipynb #96fb2deb
+def drawn_runs(sweep: Sweep, most: int = RUNS_DRAWN) -> list[tuple[pd.Series, str, list[dict[str, Any]]]]:
+    """Return `(row, condition, rows of metrics.jsonl)` of at most `most` runs that have a log, taken evenly
+    from the frame."""
+    frame, texts = sweep.frame, conditions(sweep)
+    logged = np.flatnonzero(frame["last_step"].notna())
+    if len(logged):
+        logged = logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)]
+    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in logged]
+
+# %% ../../nbs/report/02_sweep.ipynb #c60f6210
+def thinned(rows: list[dict[str, Any]], key: str, columns: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    "Return steps and values of `key` in metrics `rows`, as many points as a panel of `columns` can show."
+    steps, values = series(rows, key)
+    points = thin(columns_of(steps, columns), values)
+    return steps[points], values[points]
+
+# %% ../../nbs/report/02_sweep.ipynb #796bbb30
+def line_styles(texts: Iterable[str]) -> dict[str, tuple[str, str, float]]:
+    "Return a colour, a dash and a width for each of `texts`: all of `PALETTE` first, then the next dash."
+    return {
+        text: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)], 1.2)
+        for i, text in enumerate(texts)
+    }
+
+# %% ../../nbs/report/02_sweep.ipynb #e3054ca8
+def overlaid_panels(terms: dict[str, Term]) -> tuple[tuple[str, bool, str, float], ...]:
     """Return the panels of `overlaid`, each `(title, log axis?, key of metrics.jsonl, smallest top of the
     axis)`, in the words of the `terms` of the runs (`cbnb.step.objectives.common_terms`)."""
     reroute, retain, kl = (terms[name] for name in LINE_OF)
@@ -270,141 +329,71 @@ def overlaid_panels(terms: dict[str, Term]) -> tuple:
         ("gradient norm before clipping; log axis", True, "grad_norm_total", 0.0),
     )
 
+# %% ../../nbs/report/02_sweep.ipynb #49bd42a4
+def first_lines(texts: list[str], traces: list[go.Scatter]) -> dict[str, go.Scatter]:
+    "Return `{condition: trace}`: of the `traces` with each of `texts`, the first that holds a value."
+    pairs = reversed(list(zip(texts, traces, strict=True)))
+    return {text: t for text, t in pairs if np.isfinite(t.y).any()}
 
+# %% ../../nbs/report/02_sweep.ipynb #fbf7d63e
+def overlaid(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
+    """Return the curves of all `drawn` runs (`drawn_runs`) in four panels, one colour per condition.
+
+    `terms`: whose words the titles use (`Sweep.terms`; by default those of `rr`)."""
+    texts = list(dict.fromkeys(text for _, text, _ in drawn))
+    styles = line_styles(texts)
+    last = max((row["last_step"] for row, _, _ in drawn), default=1)
+    panels = []
+    for title, log, key, top in overlaid_panels(terms or run_terms()):
+        lines = [(row["run"], text, *thinned(rows, key)) for row, text, rows in drawn]
+        limits = axis_range(np.concatenate([values for *_, values in lines] or [np.array([])]), log, top)
+        traces = [
+            trace(steps, values, styles[text], harmless(text, 20), limits, log, text=run)
+            for run, text, steps, values in lines
+        ]
+        first = first_lines([text for _, text, _ in drawn], traces)
+        named = [first[text] for text in texts if text in first][:12]
+        panels.append(Panel(title, log, traces, limits, (0, last), named=named))
+    gap, right = (100, 84) if max(map(len, texts), default=0) <= 6 else (170, 150)
+    summary = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
+    return grid(panels, 2, 210, "step", summary, gap, right)
+
+# %% ../../nbs/report/02_sweep.ipynb #3a7272b6
 TOGETHER = ("reroute", "retain", "KL")
 
 
 def colour_words(terms: dict[str, Term]) -> str:
-    "Return the titles of `terms` with the colour and the dash of their lines."
+    "Return the titles of `terms` with the colour and the dash of their lines in `small_multiples`."
     reroute, retain, kl = (terms[name].title for name in LINE_OF)
     return f"{reroute} (orange), {retain} (green, dashed) and {kl} (blue, dotted)"
 
+# %% ../../nbs/report/02_sweep.ipynb #3cd37d31
+def run_title(row: pd.Series, text: str) -> str:
+    "Return what stands above the small panel of a run of the condition `text`; its state, if it is not done."
+    is_done = row["state"] == "done"
+    title = harmless(f"{text}, seed {row['seed']:g}", 28 if is_done else 17)
+    return title if is_done else f"{title} ({row['state']})"
 
-def value_words(value) -> str:
-    "A parameter's value, a number or a text, in at most 12 characters."
-    return f"{value:g}" if isinstance(value, float) else str(value)[:12]
-
-
-def conditions(sweep: Sweep) -> list[str]:
-    """A short text for each row of the frame: its beta_kl and whatever else tells strata apart, without the
-    seed."""
-    columns = apart(sweep)
-
-    def told(c, value):
-        if c == "kl_temperature":
-            return "" if value == 1 else f", T {value_words(value)}"
-        return f", {c} {value_words(value)}"
-
-    return [
-        ("no beta_kl" if math.isnan(row["beta_kl"]) else f"β {row['beta_kl']:g}")
-        + "".join(told(c, row[c]) for c in columns)
-        for row in sweep.frame[list(dict.fromkeys(["beta_kl", *columns]))].to_dict("records")
-    ]
-
-
-def drawn_runs(sweep: Sweep, most: int = RUNS_DRAWN) -> list[tuple[pd.Series, str, list]]:
-    "`(row, condition, rows of metrics.jsonl)` of at most `most` runs that have a log, evenly from the frame."
-    frame, texts = sweep.frame, conditions(sweep)
-    logged = np.flatnonzero(frame["last_step"].notna())
-    chosen = (
-        logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)]
-        if len(logged)
-        else []
-    )
-    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in chosen]
-
-
-def thinned(rows: list[dict], key: str, columns: int = 150) -> tuple[np.ndarray, np.ndarray]:
-    "Steps and values of `key`, as many points as a small panel can show."
-    steps, values = series(rows, key)
-    kept = thin(columns_of(steps, columns), values)
-    return steps[kept], values[kept]
-
-
-def overlaid(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
-    """Return the curves of all drawn runs in four panels, in the words of their `terms` (`Sweep.terms`; by
-    default those of `rr`), a colour each beta_kl (and whatever else is not the seed), named where they end.
-    """
-    texts = list(dict.fromkeys(text for _, text, _ in drawn))
-    styles = {
-        text: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)], 1.2)
-        for i, text in enumerate(texts)
-    }
-    last = max((row["last_step"] for row, _, _ in drawn), default=1)
-    panels = []
-    for title, log, key, top in overlaid_panels(terms or run_terms()):
-        lines = [(row, text, *thinned(rows, key)) for row, text, rows in drawn]
-        limits = axis_range(np.concatenate([values for *_, values in lines] or [np.array([])]), log, top)
-        traces = [
-            trace(steps, values, styles[text], harmless(text, 20), limits, log, text=row["run"])
-            for row, text, steps, values in lines
-        ]
-        first = {
-            text: t
-            for (_, text, _, _), t in reversed(list(zip(lines, traces, strict=True)))
-            if np.isfinite(t.y).any()
-        }
-        panels.append(
-            Panel(title, log, traces, limits, (0, last), named=[first[t] for t in texts if t in first][:12])
-        )
-    short = max(map(len, texts), default=0) <= 6
-    said = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
-    return grid(panels, 2, 210, "step", said, 100 if short else 170, 84 if short else 150)
-
-
+# %% ../../nbs/report/02_sweep.ipynb #33907156
 def small_multiples(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
-    """Return a small panel a run: its three `terms` (`Sweep.terms`; by default those of `rr`) on one log axis
-    that all panels share; four a row."""
-    titles = {LINE_OF[name]: short(term.title, 8) for name, term in (terms or run_terms()).items()}
+    """Return one small panel per run of `drawn` (`drawn_runs`), four per row: its three `terms`
+    (`Sweep.terms`; by default those of `rr`) on one log axis that all panels share."""
+    terms = terms or run_terms()
+    titles = {LINE_OF[name]: short(term.title, 8) for name, term in terms.items()}
     keys = {"reroute": "loss_reroute", "retain": "loss_retain", "KL": "loss_kl"}
     last = max((row["last_step"] for row, _, _ in drawn), default=1)
-    lines = [
-        (row, text, {name: thinned(rows, key, 60) for name, key in keys.items()}) for row, text, rows in drawn
-    ]
-    limits = axis_range(
-        np.concatenate([values for _, _, found in lines for _, values in found.values()] or [np.array([])]),
-        True,
-    )
+    curves = [{name: thinned(rows, key, 60) for name, key in keys.items()} for _, _, rows in drawn]
+    values = [values for lines in curves for _, values in lines.values()]
+    limits = axis_range(np.concatenate(values or [np.array([])]), True)
     panels = []
-    for row, text, found in lines:
-        title = harmless(f"{text}, seed {row['seed']:g}", 28 if row["state"] == "done" else 17) + (
-            "" if row["state"] == "done" else f" ({row['state']})"
-        )
-        panels.append(
-            Panel(
-                title,
-                True,
-                [trace(*found[name], STYLES[name], titles[name], limits, True) for name in TOGETHER],
-                limits,
-                (0, last),
-            )
-        )
-    return grid(
-        panels,
-        4,
-        84,
-        "step",
-        f"{len(drawn)} runs, each with {colour_words(terms or run_terms())} on one log axis",
-        48,
-    )
+    for (row, text, _), lines in zip(drawn, curves, strict=True):
+        traces = [trace(*lines[name], STYLES[name], titles[name], limits, True) for name in TOGETHER]
+        panels.append(Panel(run_title(row, text), True, traces, limits, (0, last)))
+    summary = f"{len(drawn)} runs, each with {colour_words(terms)} on one log axis"
+    return grid(panels, 4, 84, "step", summary, 48)
 
 # %% ../../nbs/report/02_sweep.ipynb #e6baf38e
-# as `dose_panels` returns them, in the words of `rr`
-
-
-def dose_panels(terms: dict[str, Term]) -> tuple:
-    """Return the panels of `dose_response`, each `(title, log axis?, {measure: name of its line} or what the
-    measures' names begin with, smallest top of the axis)`, in the words of the runs' `terms`."""
-    reroute, retain = terms["reroute"].title, terms["retain"].title
-    words = {
-        "onset of reroute, step": f"onset of {reroute}, step",
-        "reroute at the end": f"{reroute} at the end",
-        "retain at the end": f"{retain} at the end",
-    }
-    return tuple((words.get(title, title), *rest) for title, *rest in DOSE)
-
-
-DOSE = (
+DOSE: tuple[tuple[str, bool, str | dict[str, str], float], ...] = (  # as `dose_panels` returns them
     ("raw KL at the end, nats a token; log", True, {"loss_kl": "KL"}, 0.0),
     ("beta_kl·KL; log", True, {"beta_times_kl": "KL"}, 0.0),
     ("held-out KL, nats a token; log", True, "heldout_kl", 0.0),
@@ -435,6 +424,22 @@ DOSE = (
     ),
     ("KL's share of the terms' norms", False, {"kl_gradient_share": "KL"}, 0.1),
 )
+
+# %% ../../nbs/report/02_sweep.ipynb #13b07e41
+def dose_panels(terms: dict[str, Term]) -> tuple[tuple[str, bool, str | dict[str, str], float], ...]:
+    """Return the panels of `dose_response`, in the words of the runs' `terms`.
+
+    Each is `(title, log axis?, {measure: name of its line} or what the measures' names begin with, smallest
+    top of the axis)`."""
+    reroute, retain = terms["reroute"].title, terms["retain"].title
+    words = {
+        "onset of reroute, step": f"onset of {reroute}, step",
+        "reroute at the end": f"{reroute} at the end",
+        "retain at the end": f"{retain} at the end",
+    }
+    return tuple((words.get(title, title), log, lines, top) for title, log, lines, top in DOSE)
+
+# %% ../../nbs/report/02_sweep.ipynb #12bb7930
 LINES = STYLES | {
     "in domain": ("#0072B2", "solid", 1.5),
     "off domain": ("#CC79A7", "dash", 1.5),
@@ -449,27 +454,36 @@ LINES = STYLES | {
     "retain–KL": ("#CC79A7", "dot", 2),
 }
 
+# %% ../../nbs/report/02_sweep.ipynb #1c774549
+def dose_style(name: str, j: int, count: int) -> tuple[str, str, float]:
+    "Return colour, dash and width of the line `name`, the `j`-th of `count`; a line alone is solid."
+    colour, dash, width = LINES.get(name, (PALETTE[j % len(PALETTE)], DASHES[j % len(DASHES)], 1.5))
+    return colour, dash if count > 1 else "solid", width
 
+# %% ../../nbs/report/02_sweep.ipynb #7561101b
 def by_kind(frame: pd.DataFrame, key: str) -> dict[str, str]:
-    "`{column: short name}` of the measures in `frame` that are `key` by kind or domain and were measured."
-    measured = [c for c in frame.columns if c.startswith(f"{key}_") and frame[c].notna().any()]
+    """Return `{column: short name}` of the measures in `frame` that are `key` by kind or by domain, where any
+    run has a value."""
+    columns = [c for c in frame.columns if c.startswith(f"{key}_") and frame[c].notna().any()]
     return {
         c: harmless(c.removeprefix(f"{key}_").replace("_", " ").replace("negative", "neg."), 11)
-        for c in measured
+        for c in columns
     }
 
+# %% ../../nbs/report/02_sweep.ipynb #58d66450
+def arm(runs: pd.DataFrame, control: pd.DataFrame, measure: str, log: bool) -> tuple[float, float, float]:
+    """Return `(centre, below, above)` of `measure` in `runs` at one beta_kl.
 
-def arm(runs, control, measure: str, log: bool) -> tuple[float, float, float]:
-    """`(centre, below, above)` of `measure` in `runs` at one beta_kl: the mean over the seeds that the
-    control has too (a geometric one on a log axis), and the arms of the interval of the paired difference;
-    NaN for arms that cannot be had, the mean over all seeds without a control."""
+    The centre is the mean over the seeds that the `control` has too (over all seeds without a control; a
+    geometric one on a `log` axis); the arms are those of the interval of the paired difference, NaN where
+    there is none."""
     values = by_seed(runs, measure)
     values = values[np.isfinite(values)]
     old = by_seed(control, measure)
     both = values.index.intersection(old.index[np.isfinite(old)])
     paired = values[both] if len(both) else values
     if not len(paired):
-        return (math.nan,) * 3
+        return math.nan, math.nan, math.nan
     positive = log and (paired > 0).all()
     centre = float(np.exp(np.log(paired).mean())) if positive else float(paired.mean())
     if not len(both) or runs.index.equals(control.index) or log and not (positive and (old[both] > 0).all()):
@@ -479,120 +493,108 @@ def arm(runs, control, measure: str, log: bool) -> tuple[float, float, float]:
         return centre, centre * (1 - math.exp(c.low - c.mean)), centre * math.expm1(c.high - c.mean)
     return centre, c.mean - c.low, c.high - c.mean
 
-
-def groups(sweep: Sweep) -> list[list]:
-    """The strata of a sweep, those that differ in `kl_temperature` only together: one dose-response figure
-    each."""
-    columns, found = [c for c in apart(sweep) if c != "kl_temperature"], {}
+# %% ../../nbs/report/02_sweep.ipynb #a42f0803
+def groups(sweep: Sweep) -> list[list[Stratum]]:
+    """Return the strata of a sweep in lists, one dose-response figure each: those that differ in
+    `kl_temperature` only stand together."""
+    columns = [c for c in apart(sweep) if c != "kl_temperature"]
+    parts: dict[tuple[str, ...], list[Stratum]] = {}
     for s in strata(sweep):
         runs = next(iter(s.levels.values()), s.control)
         if len(runs):
-            found.setdefault(tuple(str(runs.iloc[0][c]) for c in columns), []).append(s)
-    return list(found.values())
+            parts.setdefault(tuple(str(runs.iloc[0][c]) for c in columns), []).append(s)
+    return list(parts.values())
 
+# %% ../../nbs/report/02_sweep.ipynb #b3672df7
+@dataclass(frozen=True)
+class Dose:
+    "Hold one place along the axis of a dose-response: the `runs` of `stratum` at `beta`."
 
-def dose_response(group: list, terms: dict[str, Term] | None = None) -> go.Figure:
-    """Return each measure of `dose_panels` against beta_kl: a faint dot a run, the mean over paired seeds
-    with the interval of its difference to beta_kl 0; `terms` as in `overlaid`.
+    stratum: Stratum
+    beta: float
+    runs: pd.DataFrame
 
-    `group`: strata that may share a figure. The axis has the values in order, evenly apart, so that 0 can be
-    there."""
-    places = [
-        (s, beta, runs)
-        for s in group
-        for beta, runs in (({} if s.borrowed else {0.0: s.control}) | s.levels).items()
-        if len(runs)
-    ]
-    warm = len(group) > 1
+    def text(self, warm: bool) -> str:
+        "Return what stands below the place; if `warm`, with a temperature other than 1."
+        temperature = self.runs.iloc[0]["kl_temperature"] if warm else 1
+        return f"{self.beta:g}" + ("" if temperature == 1 else f", T {value_words(temperature)}")
 
-    def temperature(runs):
-        return (
-            f", T {value_words(runs.iloc[0]['kl_temperature'])}"
-            if warm and runs.iloc[0]["kl_temperature"] != 1
-            else ""
-        )
+# %% ../../nbs/report/02_sweep.ipynb #bf4d4e0d
+def doses(group: list[Stratum]) -> list[Dose]:
+    "Return the places along the axis for the strata of `group`: of each its own control, then its levels."
+    levels = [(s, ({} if s.borrowed else {0.0: s.control}) | s.levels) for s in group]
+    return [Dose(s, beta, runs) for s, of in levels for beta, runs in of.items() if len(runs)]
 
-    ticks = {i: f"{beta:g}{temperature(runs)}" for i, (_, beta, runs) in enumerate(places)}
-    everyone, panels = pd.concat([runs for _, _, runs in places]), []
-    for title, log, lines, top in dose_panels(terms or run_terms()):
-        if isinstance(lines, str):
-            lines = by_kind(everyone, lines)
-        columns = [m for m in lines if any(m in runs and runs[m].notna().any() for _, _, runs in places)]
-        everything = np.concatenate(
-            [runs[m].to_numpy(dtype=float) for m in columns for _, _, runs in places] or [np.array([])]
-        )
-        limits = axis_range(everything, log, top)
-        dots, means, named = [], [], []
-        for j, measure in enumerate(columns):
-            colour, dash, width = LINES.get(
-                lines[measure], (PALETTE[j % len(PALETTE)], DASHES[j % len(DASHES)], 1.5)
-            )
-            style, shift = (
-                (colour, dash if len(columns) > 1 else "solid", width),
-                (j - (len(columns) - 1) / 2) * 0.16,
-            )
-            xs = np.concatenate(
-                [
-                    i + shift + 0.05 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
-                    for i, (_, _, runs) in enumerate(places)
-                ]
-            )
-            ys = np.concatenate(
-                [runs.sort_values(["seed", "run"])[measure].to_numpy(dtype=float) for _, _, runs in places]
-            )
-            names = np.concatenate(
-                [runs.sort_values(["seed", "run"])["run"].to_numpy() for _, _, runs in places]
-            )
-            dots.append(trace(xs, ys, style, lines[measure], limits, log, "markers", 5, 0.4, text=names))
-            for s in group:
-                at = [i for i, (t, _, _) in enumerate(places) if t is s]
-                arms = np.array(
-                    [
-                        arm(
-                            places[i][2], s.control, "loss_kl" if measure == "beta_times_kl" else measure, log
-                        )
-                        for i in at
-                    ]
-                )
-                centres = arms[:, 0] * ([places[i][1] for i in at] if measure == "beta_times_kl" else 1)
-                spread = arms[:, 1:].T * ([places[i][1] for i in at] if measure == "beta_times_kl" else 1)
-                means.append(
-                    trace(
-                        np.array(at) + shift,
-                        centres,
-                        style,
-                        lines[measure],
-                        limits,
-                        log,
-                        "lines+markers",
-                        7,
-                        half=spread,
-                    )
-                )
-                if s is group[-1] or not warm:
-                    named.append(means[-1])
-        panels.append(
-            Panel(
-                title,
-                log,
-                dots + means,
-                limits,
-                (-0.5, len(places) - 0.5),
-                ticks,
-                named if len(columns) > 1 else [],
-            )
-        )
-    n = max((len(runs) for _, _, runs in places), default=0)
+# %% ../../nbs/report/02_sweep.ipynb #e6019968
+def dose_dots(places: list[Dose], measure: str, shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, y and the names of the runs for one dot per run, [n] each; all x are moved by `shift`, which
+    keeps the lines of a panel apart."""
+    xs, ys, names = [], [], []
+    for i, dose in enumerate(places):
+        runs = dose.runs.sort_values(["seed", "run"])
+        xs.append(i + shift + 0.05 * (np.arange(len(runs)) - (len(runs) - 1) / 2))
+        ys.append(runs[measure].to_numpy(dtype=float))
+        names.append(runs["run"].to_numpy())
+    return np.concatenate(xs), np.concatenate(ys), np.concatenate(names)
+
+# %% ../../nbs/report/02_sweep.ipynb #0039edfc
+def dose_means(
+    places: list[Dose], stratum: Stratum, measure: str, log: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the positions of `stratum` among `places` [n], the means of `measure` there [n], and the arms of
+    their intervals [2, n], as `arm` has them."""
+    at = [i for i, dose in enumerate(places) if dose.stratum is stratum]
+    is_product = measure == "beta_times_kl"
+    key = "loss_kl" if is_product else measure
+    arms = np.array([arm(places[i].runs, stratum.control, key, log) for i in at])
+    factors = np.array([places[i].beta if is_product else 1.0 for i in at])
+    return np.array(at), arms[:, 0] * factors, arms[:, 1:].T * factors
+
+# %% ../../nbs/report/02_sweep.ipynb #cfe6f64f
+def dose_panel(
+    places: list[Dose],
+    group: list[Stratum],
+    spec: tuple[str, bool, str | dict[str, str], float],
+    ticks: dict[float, str],
+) -> Panel:
+    "Return the panel that `spec` describes (one of `dose_panels`), with `ticks` along x."
+    title, log, of, top = spec
+    lines = by_kind(pd.concat([dose.runs for dose in places]), of) if isinstance(of, str) else of
+    columns = [m for m in lines if any(m in d.runs and d.runs[m].notna().any() for d in places)]
+    values = [dose.runs[m].to_numpy(dtype=float) for m in columns for dose in places]
+    limits = axis_range(np.concatenate(values or [np.array([])]), log, top)
+    dots, means, named = [], [], []
+    for j, measure in enumerate(columns):
+        name, style = lines[measure], dose_style(lines[measure], j, len(columns))
+        shift = (j - (len(columns) - 1) / 2) * 0.16
+        x, y, runs = dose_dots(places, measure, shift)
+        dots.append(trace(x, y, style, name, limits, log, "markers", 5, 0.4, text=runs))
+        for stratum in group:
+            at, centres, arms = dose_means(places, stratum, measure, log)
+            means.append(trace(at + shift, centres, style, name, limits, log, "lines+markers", 7, half=arms))
+        named.append(means[-1])
+    ends = named if len(columns) > 1 else []
+    return Panel(title, log, dots + means, limits, (-0.5, len(places) - 0.5), ticks, ends)
+
+# %% ../../nbs/report/02_sweep.ipynb #1d86f1e6
+def dose_response(group: list[Stratum], terms: dict[str, Term] | None = None) -> go.Figure:
+    """Return each measure of `dose_panels` against beta_kl, over the strata of `group` (one of `groups`).
+
+    A faint dot per run, the mean over paired seeds with the interval of its difference to beta_kl 0; `terms`
+    as in `overlaid`."""
+    places, warm = doses(group), len(group) > 1
+    ticks: dict[float, str] = {i: dose.text(warm) for i, dose in enumerate(places)}
+    panels = [dose_panel(places, group, spec, ticks) for spec in dose_panels(terms or run_terms())]
+    most = max((len(dose.runs) for dose in places), default=0)
     label = f" ({group[0].label})" if group[0].label and not warm else ""
-    room = 8 * sum(len(text) + 1 for text in ticks.values())
-    said = (
-        f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {n} runs a value, means with "
-        f"{LEVEL:.0%} intervals of the paired "
-        "difference to 0"
+    summary = (
+        f"dose-response over beta_kl {', '.join(ticks.values())}{label}: up to {most} runs a value, means "
+        f"with {LEVEL:.0%} intervals of the paired difference to 0"
     )
-    return grid(panels, 3 if room < 190 else 2 if room < 340 else 1, 130, "beta_kl", said, 108)
+    width = 8 * sum(len(text) + 1 for text in ticks.values())
+    return grid(panels, 3 if width < 190 else 2 if width < 340 else 1, 130, "beta_kl", summary, 108)
 
-# %% ../../nbs/report/02_sweep.ipynb #c7b612ee
+# %% ../../nbs/report/02_sweep.ipynb #a7db3c9f
 AGAINST = (
     "loss_kl",
     "heldout_kl_in_domain",
@@ -613,15 +615,58 @@ LOG = (
 )
 PLACES = 12  # values of a parameter along an axis; the rest is left out and counted
 
-
+# %% ../../nbs/report/02_sweep.ipynb #4bd41c56
 def measure_title(measure: str, terms: dict[str, Term]) -> str:
     """Return what stands above a panel of `measure`, a column of a sweep's frame: for a loss term, the title
     that `terms` give it, where it has one of its own."""
     term = terms.get(measure.removeprefix("loss_")) if measure.startswith("loss_") else None
-    own = term is not None and term.title.lower() != term.name
-    return f"{term.title} ({measure})" if own else measure.replace("_", " ")
+    if term is None or term.title.lower() == term.name:
+        return measure.replace("_", " ")
+    return f"{term.title} ({measure})"
 
+# %% ../../nbs/report/02_sweep.ipynb #37f1fabe
+def against_traces(
+    runs: pd.DataFrame,
+    parameter: str,
+    at: dict[Any, int],
+    measure: str,
+    style: tuple[str, str, float],
+    name: str,
+    limits: list[float],
+) -> tuple[go.Scatter, go.Scatter]:
+    """Return a dot per run and a line through the means of `measure`, over the places `at` of the values of
+    `parameter`."""
+    log = measure in LOG
+    x = [at[value] for value in runs[parameter]]
+    dots = trace(x, runs[measure], style, name, limits, log, "markers", 5, 0.5, text=runs["run"])
+    mean = runs.groupby(parameter)[measure].mean()
+    return dots, trace([at[value] for value in mean.index], mean, style, name, limits, log)
 
+# %% ../../nbs/report/02_sweep.ipynb #e5d6334a
+def against_panel(
+    done: pd.DataFrame, parameter: str, values: list, measure: str, terms: dict[str, Term]
+) -> Panel:
+    "Return the panel of `measure` against the `values` of `parameter`, over the finished runs `done`."
+    log, at = measure in LOG, {value: i for i, value in enumerate(values)}
+    limits = axis_range(done[measure].to_numpy(dtype=float), log, 0 if log else 0.1)
+    dots, means = [], []
+    if parameter == "beta_kl":
+        parts = [("", PALETTE[1], done)]
+    else:
+        betas = sorted(done["beta_kl"].dropna().unique())[: len(PALETTE)]
+        parts = [(f"β {b:g}", PALETTE[j], done[done["beta_kl"] == b]) for j, b in enumerate(betas)]
+    for name, colour, runs in parts:
+        dot, mean = against_traces(runs, parameter, at, measure, (colour, "solid", 1.5), name, limits)
+        dots.append(dot)
+        means.append(mean)
+    most = 12 if len(values) < 4 else 5
+    ticks: dict[float, str] = {
+        i: (f"{value:g}" if isinstance(value, float) else str(value))[:most] for value, i in at.items()
+    }
+    title, across = measure_title(measure, terms) + ("; log" if log else ""), max(1, len(values)) - 0.5
+    return Panel(title, log, dots + means, limits, (-0.5, across), ticks, [m for m in means if m.name])
+
+# %% ../../nbs/report/02_sweep.ipynb #c7b612ee
 def against(
     frame: pd.DataFrame,
     parameter: str,
@@ -629,150 +674,106 @@ def against(
     terms: dict[str, Term] | None = None,
 ) -> go.Figure:
     """Return each of `measures` against `parameter` (columns of a sweep's frame) over the runs in `frame`
-    that are done: a dot a run, a line through the means for each beta_kl; `terms` as in `overlaid`.
+    that are done: a dot per run, a line through the means for each beta_kl; `terms` as in `overlaid`.
 
-    The parameter's values stand in order and evenly. Raises KeyError for a column that is not there."""
+    The parameter's values stand in order and evenly. Raise KeyError for a column that is not there."""
     done = frame[(frame["state"] == "done") & frame[parameter].notna()]
     values = sorted(done[parameter].unique())
     more, values = max(0, len(values) - PLACES), values[:PLACES]
-    at = {value: i for i, value in enumerate(values)}
     done = done[done[parameter].isin(values)].sort_values(["seed", "run"])
-    measures = [m for m in measures if m in done]
-    betas = [None] if parameter == "beta_kl" else sorted(done["beta_kl"].dropna().unique())[: len(PALETTE)]
-    panels = []
-    for measure in measures:
-        log = measure in LOG
-        limits = axis_range(done[measure].to_numpy(dtype=float), log, 0 if log else 0.1)
-        dots, means = [], []
-        for j, beta in enumerate(betas):
-            runs = done if beta is None else done[done["beta_kl"] == beta]
-            style = (PALETTE[(j + (beta is None)) % len(PALETTE)], "solid", 1.5)
-            name = "" if beta is None else f"β {beta:g}"
-            dots.append(
-                trace(
-                    [at[v] for v in runs[parameter]],
-                    runs[measure],
-                    style,
-                    name,
-                    limits,
-                    log,
-                    "markers",
-                    5,
-                    0.5,
-                    text=runs["run"],
-                )
-            )
-            mean = runs.groupby(parameter)[measure].mean()
-            means.append(trace([at[v] for v in mean.index], mean, style, name, limits, log))
-        title = measure_title(measure, terms or run_terms()) + ("; log" if log else "")
-        text = {
-            i: (f"{v:g}" if isinstance(v, float) else str(v))[: 12 if len(values) < 4 else 5]
-            for v, i in at.items()
-        }
-        panels.append(
-            Panel(
-                title,
-                log,
-                dots + means,
-                limits,
-                (-0.5, max(1, len(values)) - 0.5),
-                text,
-                [m for m in means if m.name],
-            )
-        )
-    left_out = f"; {more} more values are left out" if more else ""
-    return grid(
-        panels,
-        min(3, len(panels)),
-        150,
-        visible(parameter),
-        f"{len(done)} finished runs against {parameter}{left_out}",
-        96,
-    )
+    panels = [
+        against_panel(done, parameter, values, measure, terms or run_terms())
+        for measure in measures
+        if measure in done
+    ]
+    omission = f"; {more} more values are left out" if more else ""
+    summary = f"{len(done)} finished runs against {parameter}{omission}"
+    return grid(panels, min(3, len(panels)), 150, visible(parameter), summary, 96)
 
-# %% ../../nbs/report/02_sweep.ipynb #5e410400
+# %% ../../nbs/report/02_sweep.ipynb #937a6596
 GROUPS_DRAWN, PARAMETERS_DRAWN = 6, 4
 
+# %% ../../nbs/report/02_sweep.ipynb #4768e6f3
+def omission(n: int, most: int, total: int, words: str) -> str:
+    """Return a sentence such as ` 3 more settings are not drawn.` for the `n`-th figure, if it is the last of
+    `most` and there are more in `total`; else an empty text."""
+    return f" {total - most} more {words}." if n == most < total else ""
 
-def sweep_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
-    """`{file name without its ending: (figure, caption)}`, in reading order; what is left out for want of
-    room, the caption says."""
-    drawn, found = drawn_runs(sweep), {}
-    logged = int(sweep.frame["last_step"].notna().sum())
-    some = f" {len(drawn)} of {logged} runs are drawn." if logged > len(drawn) else ""
-    parts = groups(sweep)
+# %% ../../nbs/report/02_sweep.ipynb #548ad25f
+def dose_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
+    "Return the dose-response figures of a sweep with their captions, one per setting."
+    parts, figures = groups(sweep), {}
     for n, group in enumerate(parts[:GROUPS_DRAWN], 1):
         label = f" {group[0].label}." if group[0].label and len(group) == 1 else ""
-        more = (
-            f" {len(parts) - GROUPS_DRAWN} more settings are not drawn."
-            if n == GROUPS_DRAWN < len(parts)
-            else ""
+        more = omission(n, GROUPS_DRAWN, len(parts), "settings are not drawn")
+        caption = (
+            f"Dose-response.{label} One faint dot per run; means over paired seeds, with the {LEVEL:.0%} "
+            f"interval of the difference to beta_kl 0 (none for one seed).{more}"
         )
-        found["dose_response" + (f"_{n}" if n > 1 else "")] = (
-            dose_response(group, sweep.terms),
-            (
-                f"Dose-response.{label} A faint dot a run; means over paired seeds, with the {LEVEL:.0%} "
-                "interval of the difference to beta_kl 0 "
-                f"(none for one seed).{more}"
-            ),
-        )
-    if drawn:
-        found["curves"] = (
+        figures["dose_response" + (f"_{n}" if n > 1 else "")] = (dose_response(group, sweep.terms), caption)
+    return figures
+
+# %% ../../nbs/report/02_sweep.ipynb #1a616e93
+def curve_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
+    "Return both figures of the logs of a sweep with their captions; none where no run has a log."
+    drawn, logged = drawn_runs(sweep), int(sweep.frame["last_step"].notna().sum())
+    if not drawn:
+        return {}
+    some = f" {len(drawn)} of {logged} runs are drawn." if logged > len(drawn) else ""
+    return {
+        "curves": (
             overlaid(drawn, sweep.terms),
             f"Training curves, overlaid; the terms are before weighting.{some}",
-        )
-        found["runs"] = (
+        ),
+        "runs": (
             small_multiples(drawn, sweep.terms),
             f"Run by run: {colour_words(sweep.terms)}, one log axis for all.{some}",
-        )
+        ),
+    }
+
+# %% ../../nbs/report/02_sweep.ipynb #5e410400
+def sweep_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
+    """Return `{file name without its ending: (figure, caption)}`, in reading order; a caption says how many
+    are left out."""
+    figures = dose_figures(sweep) | curve_figures(sweep)
     others = [p for p in sweep.parameters if p not in ("beta_kl", "seed") and 1 < sweep.frame[p].nunique()]
     for n, parameter in enumerate(others[:PARAMETERS_DRAWN], 1):
-        more = (
-            f" {len(others) - PARAMETERS_DRAWN} more parameters differ and are not drawn."
-            if n == PARAMETERS_DRAWN < len(others)
-            else ""
-        )
-        found[f"parameter_{n}"] = (
-            against(sweep.frame, parameter, terms=sweep.terms),
-            f"Against {parameter}: a dot a finished run, lines through the means.{more}",
-        )
-    return found
+        more = omission(n, PARAMETERS_DRAWN, len(others), "parameters differ and are not drawn")
+        caption = f"Against {parameter}: one dot per finished run, lines through the means.{more}"
+        figures[f"parameter_{n}"] = (against(sweep.frame, parameter, terms=sweep.terms), caption)
+    return figures
 
-# %% ../../nbs/report/02_sweep.ipynb #b1b0b37d
+# %% ../../nbs/report/02_sweep.ipynb #8c20ed95
 FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica", "Roboto", "Open Sans")
 
-
+# %% ../../nbs/report/02_sweep.ipynb #b1b0b37d
 def render(svg: str, font: str, zoom: float = 2) -> bytes:
-    """`svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its sans-serif.
-    Raises RunError without resvg_py."""
+    """Return `svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its
+    sans-serif. Raise RunError without resvg_py."""
     try:
         import resvg_py
     except ImportError:
-        raise RunError("pictures want resvg_py: pip install 'cbnb[pictures]'") from None
-    return bytes(
-        resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font)
-    )
+        raise RunError("PNG pictures need resvg_py: pip install 'cbnb[pictures]'") from None
+    picture = resvg_py.svg_to_bytes(svg_string=svg, zoom=zoom, background="#ffffff", sans_serif_family=font)
+    return bytes(picture)
 
-
+# %% ../../nbs/report/02_sweep.ipynb #08e41ebe
 @cache
 def usable_font() -> str:
-    """The first of `FONTS` that this machine has, or an empty text: a renderer that finds no font leaves all
-    text out and says nothing."""
+    "Return the first of `FONTS` that this machine has, or an empty text."
 
-    def probe(text):
-        return (
-            '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" '
-            f'font-family="sans-serif"><text y="15">{text}</text></svg>'
-        )
+    def probe(text: str) -> str:
+        opening = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" font-family="sans-serif">'
+        return f'{opening}<text y="15">{text}</text></svg>'
 
     return next((font for font in FONTS if render(probe("x"), font) != render(probe(""), font)), "")
 
-
+# %% ../../nbs/report/02_sweep.ipynb #e762f13d
 def png(fig: go.Figure) -> bytes:
-    """A figure as PNG, by its static twin and without a browser. Raises RunError on a machine without a
-    usable font, or without resvg_py."""
+    """Return a figure as PNG, drawn from its `static_svg`. Raise RunError on a machine without a usable font,
+    or without resvg_py."""
     if not usable_font():
-        raise RunError(f"pictures want one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
+        raise RunError(f"PNG pictures need one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
     return render(static_svg(fig), usable_font())
 
 # %% ../../nbs/report/02_sweep.ipynb #16e9daa8
@@ -824,6 +825,8 @@ th:first-child, .text td { text-align: left; white-space: normal; } th:first-chi
 {% endfor %}</tbody></table></div>
 </main></body></html>
 """  # noqa: E501
+
+# %% ../../nbs/report/02_sweep.ipynb #604384cd
 TABLED = (
     "loss_kl",
     "beta_times_kl",
@@ -836,9 +839,9 @@ TABLED = (
     "alarms",
 )
 
-# %% ../../nbs/report/02_sweep.ipynb #c94c84ae
+# %% ../../nbs/report/02_sweep.ipynb #381a390c
 def rules() -> list[str]:
-    "How verdicts and advice are reached, with every threshold, a sentence each."
+    "Return the rules by which verdicts and advice are reached, one sentence each, with every threshold."
     return [
         "Control first: every finished run at beta_kl 0 must have a held-out harmful cosine below "
         f"{CONTROL_COSINE:g}, an attack success of at most "
@@ -869,181 +872,180 @@ def rules() -> list[str]:
         "the control of another.",
     ]
 
-
+# %% ../../nbs/report/02_sweep.ipynb #eda921aa
 def headline(sweep: Sweep) -> str:
-    "How many runs in which state, and in what they differ."
+    "Return a sentence on how many runs are in which state, and one on what they differ in."
     differ = [c for c in dict.fromkeys([*sweep.parameters, *apart(sweep)]) if sweep.frame[c].nunique() > 1]
     states = ", ".join(f"{n} {state}" for state, n in sweep.frame["state"].value_counts().items())
     return f"{len(sweep.frame)} runs: {states}. They differ in {', '.join(differ) or 'nothing'}."
 
+# %% ../../nbs/report/02_sweep.ipynb #a16963ad
+def text_cell(value: Any, exact: bool = False) -> str:
+    """Return a cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all
+    that it takes; an em dash for a missing one."""
+    if value is None or value != value:
+        return "—"
+    if isinstance(value, str):
+        return visible(value)
+    return f"{value:g}" if exact else format_number(value)
 
-def comparison_cells(c) -> list[str]:
-    "A comparison as cells of text."
-    there = "before training" if c.against is None else f"beta_kl {c.against:g}"
+# %% ../../nbs/report/02_sweep.ipynb #1e76b98c
+def rate_cell(row: dict[str, Any], column: str) -> str:
+    """Return a rate of a `row` of the frame with its count and interval
+    (`cbnb.report.figures.interval_words`), such as `0 (0 of 64, up to 0.056)`.
+
+    Any other figure, and a rate without a count, is returned as `text_cell` writes it."""
+    kind = "attack" if column in ANSWERED else ""
+    if column.startswith("exact_match_"):
+        kind = column.removeprefix("exact_match_")
+    rate, n, samples = row[column], row.get(f"n_{kind}", 0), row.get("samples", 1)
+    if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9):
+        return text_cell(rate)
+    attempts = max(1, round(samples)) if samples < n else 1
+    return f"{format_number(rate)} ({interval_words(round(rate * n), round(n), attempts)})"
+
+# %% ../../nbs/report/02_sweep.ipynb #334c3f4e
+def comparison_cells(c: Comparison) -> list[str]:
+    "Return a comparison as cells of text: measure, place, reference, n, both means, and the change."
+    against = "before training" if c.against is None else f"beta_kl {c.against:g}"
     return [
         c.measure.replace("_", " "),
         f"{c.beta:g}",
-        there,
+        against,
         str(c.n),
         format_number(c.reference),
         format_number(c.value),
         span(c),
     ]
 
-
-def link_to(run: Path, folder: Path) -> str:
-    "A relative address from a page in `folder` to what can be opened of a run; empty if there is nothing."
+# %% ../../nbs/report/02_sweep.ipynb #da0eb267
+def link_to(run: Path, folder: str | Path) -> str:
+    "Return a relative address from a page in `folder` to what can be opened of a run; empty for nothing."
     names = [run / "report.html", newest_notebook(run), run / "status.json"]
     return next((quote(os.path.relpath(name, folder)) for name in names if name and os.path.isfile(name)), "")
 
+# %% ../../nbs/report/02_sweep.ipynb #b6592a9c
+def verdict_entries(judged: list[Verdict]) -> list[tuple[str, list[dict[str, Any]]]]:
+    "Return the verdicts `judged` for the page: `(label of a stratum, its checks)`, in the order of strata."
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for v in judged:
+        rows = [comparison_cells(c) for c in v.comparisons]
+        entry = {"title": CHECKS[v.check], "verdict": v.verdict, "why": v.why, "label": v.label, "rows": rows}
+        entries.setdefault(v.label, []).append(entry)
+    return list(entries.items())
 
-def text_cell(value, exact: bool = False) -> str:
-    """A cell of the frame as text, a number with three digits or, if `exact` (a parameter), with all it
-    takes; missing is an em dash."""
-    if value is None or value != value:
-        return "—"
-    return visible(value) if isinstance(value, str) else f"{value:g}" if exact else format_number(value)
+# %% ../../nbs/report/02_sweep.ipynb #f4eeb2f5
+def page_columns(sweep: Sweep) -> list[str]:
+    "Return the columns of the table of all runs: state, parameters, and those of `TABLED` that any run has."
+    frame = sweep.frame
+    kinds = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(frame, key)]
+    measures = [c for c in dict.fromkeys([*TABLED, *kinds]) if c in frame and frame[c].notna().any()]
+    return ["state", *sweep.parameters, *measures]
 
+# %% ../../nbs/report/02_sweep.ipynb #c963339d
+def run_entries(sweep: Sweep, folder: str | Path, columns: list[str]) -> list[tuple[str, str, list[str]]]:
+    "Return `(name, link from `folder`, cells of `columns`)` per run, for the table of all runs."
+    entries = []
+    for row in sweep.frame.to_dict("records"):
+        cells = [text_cell(row[c], True) if c in sweep.parameters else rate_cell(row, c) for c in columns]
+        entries.append((row["run"], link_to(sweep.folders[row["run"]], folder), cells))
+    return entries
 
-def rate_cell(row: dict, column: str) -> str:
-    """A rate of a row of the frame with its count and 95 % interval (`cbnb.report.figures.interval_words`),
-    such as `0 (0 of 64, up to 0.056)`; any other figure, and a rate without a count, as `text_cell` writes
-    it."""
-    kind = (
-        column.removeprefix("exact_match_")
-        if column.startswith("exact_match_")
-        else "attack"
-        if column in ANSWERED
-        else ""
-    )
-    rate, n, samples = row[column], row.get(f"n_{kind}", 0), row.get("samples", 1)
-    if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9):
-        return text_cell(rate)
-    return (
-        f"{format_number(rate)} "
-        f"({interval_words(round(rate * n), round(n), max(1, round(samples)) if samples < n else 1)})"
-    )
+# %% ../../nbs/report/02_sweep.ipynb #c94c84ae
+def sweep_page(sweep: Sweep, folder: str | Path, figures: dict | None = None) -> str:
+    """Return the page of a sweep, script-free and self-contained; its links to the runs hold from `folder`.
 
-
-def sweep_page(sweep: Sweep, folder, figures: dict | None = None) -> str:
-    """The page of a sweep (str), script-free and self-contained; its links to the runs hold from the folder
-    `folder`. All text of runs is escaped."""
-    frame, judged = sweep.frame, verdicts(sweep)
+    `figures` as `sweep_figures` returns them, which is called without them. All text of runs is escaped."""
     figures = sweep_figures(sweep) if figures is None else figures
-    labels = list(dict.fromkeys(v.label for v in judged))
-    shown = [
-        {
-            "title": CHECKS[v.check],
-            "verdict": v.verdict,
-            "why": v.why,
-            "label": v.label,
-            "rows": [comparison_cells(c) for c in v.comparisons],
-        }
-        for v in judged
-    ]
-    more = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(frame, key)]
-    columns = [
-        "state",
-        *sweep.parameters,
-        *(c for c in dict.fromkeys([*TABLED, *more]) if c in frame and frame[c].notna().any()),
-    ]
-    rest = frame[frame["state"] != "done"]
+    rest = sweep.frame[sweep.frame["state"] != "done"][["run", "state", "attempt", "error"]]
+    columns = page_columns(sweep)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(
         title=f"Sweep {sweep.name}",
         headline=headline(sweep),
         advice=advice(sweep),
         rules=rules(),
-        verdicts=[(label, [v for v in shown if v["label"] == label]) for label in labels],
-        unfinished=[
-            [text_cell(v) for v in row]
-            for row in rest[["run", "state", "attempt", "error"]].itertuples(index=False)
-        ],
+        verdicts=verdict_entries(verdicts(sweep)),
+        unfinished=[[text_cell(value) for value in row] for row in rest.itertuples(index=False)],
         notes=sweep.notes[:200],
         figures=[(static_svg(fig), caption) for fig, caption in figures.values()],
         columns=[c.replace("_", " ") for c in columns],
-        runs=[
-            (
-                row["run"],
-                link_to(sweep.folders[row["run"]], Path(folder)),
-                [text_cell(row[c], True) if c in sweep.parameters else rate_cell(row, c) for c in columns],
-            )
-            for row in frame.to_dict("records")
-        ],
+        runs=run_entries(sweep, folder, columns),
         common=[(name, "None" if value is None else value) for name, value in sweep.common.items()],
     )
 
-# %% ../../nbs/report/02_sweep.ipynb #7f2045ad
+# %% ../../nbs/report/02_sweep.ipynb #038880e4
 LISTING = "report.json"
 
 
 def earlier_files(folder: Path) -> dict[str, str]:
-    """`{name: sha256}` of the files that an earlier report has left in `folder`, as its report.json says;
-    empty without one."""
-    listed = (read_json(folder / LISTING) or {}).get("files")
-    if not isinstance(listed, dict):
+    """Return `{name: sha256}` of the files that an earlier report has left in `folder`, as its report.json
+    says; empty without one."""
+    files = (read_json(folder / LISTING) or {}).get("files")
+    if not isinstance(files, dict):
         return {}
-    return {name: str(digest) for name, digest in listed.items() if Path(name).name == name}
+    return {name: str(digest) for name, digest in files.items() if Path(name).name == name}
 
-
-def check_listed(folder: Path, names) -> dict[str, str]:
-    """The `earlier_files` of `folder`. Raises RunError where one of `names` is taken there by a file that no
-    report has listed."""
+# %% ../../nbs/report/02_sweep.ipynb #12952c46
+def check_listed(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the `earlier_files` of `folder`. Raise RunError where one of `names` is taken there by a file
+    that no report has listed."""
     listed = earlier_files(folder)
     if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
         raise RunError(
-            f"{folder} holds {foreign[0]}, which is of no earlier report: move it away, or give another "
+            f"{folder} holds {foreign[0]}, which no earlier report has listed: move it away, or give another "
             "folder"
         )
     return listed
 
+# %% ../../nbs/report/02_sweep.ipynb #eed4fba5
+def listing(digests: dict[str, str]) -> bytes:
+    "Return the content of report.json for files with these `digests`, `{name: sha256}`."
+    return f"{json_text({'files': digests})}\n".encode()
 
+# %% ../../nbs/report/02_sweep.ipynb #7f2045ad
 def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes `files`, `{name: bytes}`, to `folder` in their order, all or none
-    (`cbnb.basics.files.write_files`), with a report.json that lists them. Files that an earlier report has
-    listed and this one has no use for are removed, unless they were changed since. Raises RunError as
-    `check_listed` does."""
+    """Write `files`, `{name: content}`, to `folder` in their order, all or none
+    (`cbnb.basics.files.write_files`), with a report.json that lists them.
+
+    Files that an earlier report has listed and this one has no use for are removed, unless they were changed
+    since. Raise RunError as `check_listed` does."""
     listed = check_listed(folder, files)
-    made = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    contents = {LISTING: listing(listed | digests), **files}
+    write_files({folder / name: data for name, data in contents.items()})
+    old = listed.keys() - digests.keys()
+    for path in (folder / name for name in old):
+        if path.is_file() and not path.is_symlink() and sha256(path) == listed[path.name]:
+            path.unlink()
+    if old:
+        write_bytes(folder / LISTING, listing(digests))
 
-    def listing(names):
-        return f"{json_text({'files': names})}\n".encode()
-
-    write_files({folder / name: data for name, data in {LISTING: listing(listed | made), **files}.items()})
-    for name in listed.keys() - made.keys():
-        old = folder / name
-        if not old.is_file() or old.is_symlink():
-            continue
-        if sha256(old) == listed[name]:
-            old.unlink()
-    if listed.keys() - made.keys():
-        write_bytes(folder / LISTING, listing(made))
-
-
+# %% ../../nbs/report/02_sweep.ipynb #1c638aed
 def withheld_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """A copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file that is no
-    text."""
+    """Return a copy of `frame` without secrets in its texts (`cbnb.basics.withheld.withhold`), for a file
+    that is not text."""
     texts = frame.select_dtypes(exclude="number")
     return frame.assign(
         **{c: pd.Series(withhold(texts[c].tolist()), frame.index, texts[c].dtype) for c in texts}
     )
 
+# %% ../../nbs/report/02_sweep.ipynb #74d32b7d
+def write_sweep(sweep: Sweep, folder: str | Path) -> list[Path]:
+    """Write report.html, runs.csv, runs.parquet and one PNG per figure to `folder`, which is made if need be;
+    return the paths, the page last. Raise RunError as `write_report_files` does.
 
-def write_sweep(sweep: Sweep, folder) -> list[Path]:
-    """Writes report.html, runs.csv, runs.parquet and a PNG a figure to `folder` (made if need be), the page
-    last; returns the paths (see `write_report_files`, which may raise). Text that a spreadsheet would
-    take for a formula is quoted in the CSV. Without a font or resvg_py there are no pictures, and
-    a note on the page says so."""
+    Text that a spreadsheet would take for a formula is quoted in the CSV. Without a font or resvg_py there
+    are no pictures, and a note on the page says so."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # before the figures, which take seconds
     check_listed(folder, ("report.html", "runs.csv", "runs.parquet"))
-    figures, files = sweep_figures(sweep), {}
-    parquet = io.BytesIO()
+    figures, parquet = sweep_figures(sweep), io.BytesIO()
     withheld_frame(sweep.frame).to_parquet(parquet, index=False)
     try:
         files = {f"{name}.png": png(fig) for name, (fig, _) in figures.items()}
     except RunError as e:
+        files = {}
         sweep.notes.append(f"{e}.")
     files["runs.csv"] = withhold(quoted_frame(sweep.frame).to_csv(index=False)).encode()
     files["runs.parquet"] = parquet.getvalue()
@@ -1051,8 +1053,8 @@ def write_sweep(sweep: Sweep, folder) -> list[Path]:
     write_report_files(folder, files)
     return [folder / name for name in files]
 
-
+# %% ../../nbs/report/02_sweep.ipynb #aeff13e2
 def newest_sweep() -> Path | None:
-    "The folder under runs/ with the newest sweep.json, or None."
-    found = [p for p in runs_folder().glob("*/sweep.json") if os.path.isfile(p)]
-    return max(found, key=os.path.getmtime).parent if found else None
+    "Return the folder under runs/ with the newest sweep.json, or None."
+    plans = [p for p in runs_folder().glob("*/sweep.json") if os.path.isfile(p)]
+    return max(plans, key=os.path.getmtime).parent if plans else None
