@@ -96,8 +96,8 @@ class Criterion:
         verdict = "pass" if good else otherwise or self.otherwise
         sentence, advice = (self.good, "") if good else (self.bad, self.advice)
         values = {**words, "measured": measured, "limit": limit}
-        filled = (text.format_map(values) for text in (sentence, advice))
-        return Finding(self.name, verdict, *filled, measured, limit, self.unit)
+        sentence, advice = sentence.format_map(values), advice.format_map(values)
+        return Finding(self.name, verdict, sentence, advice, measured, limit, self.unit)
 
 # %% ../../nbs/preflight/00_checks.ipynb #16a5b721
 def note(name: str, sentence: str, verdict: str = "pass") -> Finding:

@@ -9,6 +9,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -101,7 +102,7 @@ def place_samples(
             sample = next(rest, None)
         if sample is None or sample.transcript != transcript.id:
             continue
-        if placement := place_sample(sample, transcript, encoded, policy):
+        if placement := place_sample(sample, transcript, cast(Encoded, encoded), policy):
             yield placement
             sample = next(rest, None)
     while sample is not None:
@@ -391,7 +392,7 @@ def loss_findings(name: str, samples: Sequence[Sample], report: StreamReport) ->
     c = Counter(report.counts)
     gone, cut_off = c["lost_context"], c["request_cut"] + c["injection_cut"]
     total = len(samples) + c["no_target"] + gone
-    words = {"name": name, "total": total, "transcripts": report.transcripts}
+    words: dict[str, Any] = {"name": name, "total": total, "transcripts": report.transcripts}
     words |= {"cut": c["lost_to_truncation"], "first": next(iter(report.warnings), "")}
     words |= {k: c[k] for k in ("request_cut", "injection_cut")}
 
@@ -532,7 +533,7 @@ def kind_of(transcript: Transcript) -> str:
     tool, and whether tools were there at all."""
     if transcript.meta.get("kind"):
         return str(transcript.meta["kind"])
-    last = next((m for m in reversed(transcript.messages) if m["role"] == "assistant"), {})
+    last: dict[str, Any] = next((m for m in reversed(transcript.messages) if m["role"] == "assistant"), {})
     if last.get("tool_calls"):
         return "tool call"
     tools = any(m["role"] == "tool" for m in transcript.messages)
@@ -558,7 +559,7 @@ def heldout_findings(
     key that `by` (the setting `heldout_by`) keeps apart, a warning for another one but the suite.
     `left_out`: `{id: why}` as `cbnb.data.streams.load_streams` returns it."""
     apart, findings = {*heldout_kinds(by), "prompt"}, []
-    for kind, f in shared(training, heldout).items():
+    for kind, f in shared(training, list(heldout)).items():
         if kind == "suite" and kind not in apart:
             continue
         verdict, asked = ("fail", "") if kind in apart else ("warn", f"; heldout_by {by} asks for it")
@@ -663,7 +664,7 @@ def check_coverage(
     trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a
     probe of `steps` steps; `more`: findings that were made elsewhere (`heldout_findings`). Fails where a kind
     is held out in the benign domain and not trained, or where the probe alone has torn it."""
-    trained, domains = Counter(kind_of(t) for t in benign), benign_by_domain(heldout)
+    trained, domains = Counter(kind_of(t) for t in benign), benign_by_domain(list(heldout))
     held_out = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
     findings = kind_findings(trained, held_out, more) + divergence_findings(divergence, config, steps)
     columns = {f"held out, {d.replace('_', ' ')}": c for d, c in held_out.items()}

@@ -213,8 +213,8 @@ def grouped_products() -> Iterator[None]:
     take bfloat16 alone. Each token meets one expert's matrix, whichever."""
     own = nn.functional.grouped_mm
 
-    def product(rows: torch.Tensor, experts: torch.Tensor, **more: Any) -> torch.Tensor:
-        return own(rows, experts, **more) if experts.dtype == torch.bfloat16 else rows @ experts[0]
+    def product(mat_a: torch.Tensor, mat_b: torch.Tensor, **more: Any) -> torch.Tensor:
+        return own(mat_a, mat_b, **more) if mat_b.dtype == torch.bfloat16 else mat_a @ mat_b[0]
 
     nn.functional.grouped_mm = product
     try:
@@ -279,6 +279,7 @@ def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float
         head = Head(norm, layer, lambda h: h.float() @ layer.weight.float().T)
         breaker = CircuitBreaker(student, config, head=head).train()
         counted = count_pass(breaker, [rows_of(rows, config.max_length, share) for _ in range(2)])
+    vocabulary, width = layer.weight.shape
     return MicroBatch(
         weight_bytes(student, config.quantize),
         max(parameter_bytes(b.parameters()) for b in decoder_blocks(student)),
@@ -286,7 +287,8 @@ def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float
         parameter_bytes(p for p in student.parameters() if p.requires_grad),
         counted.peak,
         counted.products,
-        *layer.weight.shape,
+        vocabulary,
+        width,
         states,
     )
 
@@ -363,8 +365,8 @@ def change_that_fits(
     trust_remote_code: bool = False,
 ) -> str:
     "Return the mildest of `alternatives` that fits into `room` bytes, in words; empty where none does."
-    for words, *changed in alternatives(config, processes, fsdp):
-        if plan_step(*changed, share, trust_remote_code=trust_remote_code).total <= room:
+    for words, other, number, in_parts in alternatives(config, processes, fsdp):
+        if plan_step(other, number, in_parts, share, trust_remote_code=trust_remote_code).total <= room:
             return words
     return ""
 

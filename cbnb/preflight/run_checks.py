@@ -26,9 +26,10 @@ from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, mime_bundle
 from ..step.objectives import Term, describe_terms, find_objective
 from ..train.alarms import dead_line, foretold
-from ..train.trainer import KEPT, TERMS
+from ..train.trainer import KEEP, TERMS
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
     from cbnb.data.streams import Sample
@@ -324,7 +325,7 @@ def check_alive(
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #a49f686a
 def heldout_divergence(
-    student: nn.Module,
+    student: PeftModel,
     masker: ChatMasker,
     heldout: Sequence[Transcript],
     config: CircuitBreakerConfig,
@@ -334,7 +335,9 @@ def heldout_divergence(
     """Return `{domain: {"kl", "top1"}}` of up to `at_most` held-out benign transcripts of each domain, for
     the student as it is now: the KL in nats per token, and the share of targets where teacher and student
     agree. A domain without targets is left out."""
-    chosen = {d: ts[:: max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(heldout).items()}
+    chosen = {
+        d: ts[:: max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(list(heldout)).items()
+    }
     return {
         d: benign_divergence(student, masker, ts, config, teacher, config.batch_size)
         for d, ts in chosen.items()
@@ -440,7 +443,7 @@ def check_means(
     longest, usual = row_lengths(samples)
     memory, total = run_memory(config, probe, student, longest, usual), device_memory()
     adapter = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)
-    disk, free = adapter * (1 + 3 * (KEPT + 1)) + 1000 * config.total_steps, shutil.disk_usage(folder).free
+    disk, free = adapter * (1 + 3 * (KEEP + 1)) + 1000 * config.total_steps, shutil.disk_usage(folder).free
     gpu = torch.cuda.is_available()
     which = f", for the longest rows ({longest} tokens)" if gpu else " (the process up to now)"
     time_needed = (

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ from ..step.passes import both_passes, first_adapted_block
 from ..train.breaker import CircuitBreaker
 from ..train.floor import kept, mode, moved, rounding_floor, terms_of
 from ..train.trainer import TERMS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% auto #0
 __all__ = ['PAIRS', 'TOKENS', 'MOVES', 'MEASURED_KL', 'KL_DIRECTION', 'KL_INDISTINCT', 'ONLY_ADAPTER', 'NOTHING_TRAINED',
@@ -182,7 +186,8 @@ def teacher_in_use(breaker: CircuitBreaker, rows: dict) -> tuple[dict[int, torch
             final=True,
         )[1]
     with mode(breaker, False), teacher_mode(breaker.student) if breaker.teacher is None else nullcontext():
-        return hidden, own_logits(breaker.teacher or breaker.student.get_base_model(), last)
+        teacher = breaker.teacher or breaker.student.get_base_model()
+        return hidden, own_logits(cast("PreTrainedModel", teacher), cast(torch.Tensor, last))
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #28835252
 ONLY_ADAPTER = Criterion(

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..basics.numbers import floor_limit, format_number
 from ..basics.terminal import error_text, say
@@ -20,7 +21,7 @@ from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
 from ..step.objectives import Term, depth, descent, describe_terms, find_objective, run_terms, unjudged
-from .trainer import TERMS, NonFiniteLossError, log_line
+from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
 __all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'RULES', 'foretold', 'name_in_text', 'log_name', 'own_weight', 'level_words', 'forces',
@@ -114,7 +115,9 @@ def advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
 def dead_line(term: Term, config: CircuitBreakerConfig) -> float:
     """Return the value of the reroute `term` at `dead_level` of the way from its low to its start: above it
     the breaker counts as not opened. NaN where the range is not declared. For `rr` it is `dead_level`."""
-    return term.low + config.dead_level * depth(term) if depth(term) > 0 else math.nan
+    if term.low is None or not depth(term) > 0:
+        return math.nan
+    return term.low + config.dead_level * depth(term)
 
 
 def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
@@ -265,7 +268,7 @@ def find_alarms(rows: list[dict], config: CircuitBreakerConfig, floor: dict | No
     """Return the alarms of a whole log (lines of metrics.jsonl, in order), as a run with these `rows` and
     this rounding `floor` (`cbnb.train.floor.rounding_floor`; a run keeps it in status.json) has told them;
     None is a floor of 0, as in float32."""
-    alarms = []
+    alarms: list[dict] = []
     for n in range(1, len(rows) + 1):
         go_off(alarms, rows[:n], config, floor or {})
     return alarms
@@ -284,9 +287,15 @@ class Alarms(TrainerCallback):
     has told before."""
 
     def __init__(self, run: Run, config: CircuitBreakerConfig):
-        self.run, self.config, self.rows, self.found, self.stopped, self.floor = run, config, [], [], None, {}
+        self.run, self.config = run, config
+        self.rows: list[dict] = []
+        self.found: list[dict] = []
+        self.stopped: dict | None = None
+        self.floor: dict = {}
 
-    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self.rows = read_metrics(self.run.path)
@@ -298,9 +307,14 @@ class Alarms(TrainerCallback):
             say(f"note: {line}")
 
     def on_log(
-        self, args: object, state: object, control: object, logs: dict | None = None, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss_reroute" not in logs:
+        if not state.is_world_process_zero or not is_metrics(logs):
             return
         self.rows.append(dict(logs))
         before = [alarm["last_step"] for alarm in self.found]

@@ -81,6 +81,8 @@ class CircuitBreaker(nn.Module):
     `config.savings` asks for is warned of once. `head`: what is known of the student's head, where its
     weights have no values to check it by (`cbnb.preflight.plan`)."""
 
+    is_distributed_loading_by_transformers: bool  # Trainer asks for it, and then leaves the base as it is
+
     def __init__(
         self,
         student: PeftModel,

@@ -124,7 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files in the model `folder` that its weights are loaded from."""
     index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        places = read_json(index).get("weight_map")
+        places = (read_json(index) or {}).get("weight_map")
         names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
         return [index, *(folder / name for name in names if (folder / name).is_file())]
     return [one] if one.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

@@ -203,7 +203,7 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/train/03_store.ipynb #11caaebd
-def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: Policy, how: dict) -> str:
+def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: str, how: dict) -> str:
     """Return 32 hex digits over the transcripts in their order, tokenizer, template, what the masker was
     told, `policy` (a name; of one's own also its file) and the other settings, `code_hash`, and the
     `versions` of the libraries that encode."""
