@@ -61,7 +61,7 @@ def growth(rows: list[dict], least: float = 1e-8, span: int = 8, start: float = 
     half = len(recent) // 2
     return (sum(recent[-half:]) - sum(recent[:half])) / half / (len(recent) - half) if half else 0.0
 
-
+# %% ../../nbs/preflight/01_probe.ipynb #32b13a92
 def steps_left(turned: float, goal: float, rate: float, at_floor: float) -> float:
     """Return how many steps it takes until 1 − loss_reroute, which is `turned`, is `goal`, at half the growth
     `rate`: 0 where it is, infinite where it does not grow or has not left the rounding floor `at_floor`."""
@@ -116,13 +116,13 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     return Outlook(alive, last["step"], force, turned, opens_by, holder)
 
 # %% ../../nbs/preflight/01_probe.ipynb #c55e7781
-def settle(found: Outlook, config: CircuitBreakerConfig) -> Outlook:
+def settle(verdict: Outlook, config: CircuitBreakerConfig) -> Outlook:
     """Return the `Outlook` when no more steps are made: what is still open is alive if it has opened, or if
     reroute is in reach of winning and foretold to open in time."""
-    if found.alive is not None:
-        return found
-    in_time = found.force >= IN_REACH and found.opens_by <= config.total_steps
-    return replace(found, alive=found.opens_by <= found.step or in_time)
+    if verdict.alive is not None:
+        return verdict
+    in_time = verdict.force >= IN_REACH and verdict.opens_by <= config.total_steps
+    return replace(verdict, alive=verdict.opens_by <= verdict.step or in_time)
 
 # %% ../../nbs/preflight/01_probe.ipynb #cf46aa05
 @dataclass(frozen=True)
@@ -182,12 +182,12 @@ class Watch(TrainerCallback):
 
     def probe(self, pairs: int, memory: int, error: str) -> Probe:
         "Return the `Probe` of what was watched."
-        found = Outlook(False, 0, 0.0, 0.0, math.inf)
+        verdict = Outlook(False, 0, 0.0, 0.0, math.inf)
         if self.rows:
-            found = settle(outlook(self.rows, self.config, self.floor), self.config)
+            verdict = settle(outlook(self.rows, self.config, self.floor), self.config)
         later = self.times[1:] or self.times
         seconds = sum(later) / max(len(later), 1)
-        return Probe(self.rows, found, seconds, pairs, memory, error, self.floor)
+        return Probe(self.rows, verdict, seconds, pairs, memory, error, self.floor)
 
 # %% ../../nbs/preflight/01_probe.ipynb #53cf8414
 def probe_config(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -202,7 +202,7 @@ def probe_config(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
         report_to=("none",),
     )
 
-
+# %% ../../nbs/preflight/01_probe.ipynb #98c60fbb
 def peak_memory() -> int:
     "Return the peak bytes of the GPU since its peak was reset, or without a GPU those of the process."
     if torch.cuda.is_available():

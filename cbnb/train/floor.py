@@ -85,7 +85,7 @@ def terms_of(breaker: CircuitBreaker, batch: dict) -> dict:
 # %% ../../nbs/train/01_floor.ipynb #906a7ee3
 BELOW = 0.01  # standard deviation of the noise in each LoRA B, in units of the dtype's eps
 
-
+# %% ../../nbs/train/01_floor.ipynb #bc680d57
 def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig) -> dict:
     """Return `{"dtype", "reroute", "retain", "kl"}`: what the terms read of a student that differs from its
     own base by rounding alone.
@@ -107,12 +107,12 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
         with mode(breaker, False):
             terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
     values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in TERM_NAMES]
-    measured = {
+    floor = {
         name: max(value, 0.0)
         for name, value, n in zip(TERM_NAMES, values, batch["counts"].tolist(), strict=True)
         if n and math.isfinite(value)
     }
-    return {"dtype": str(dtype).removeprefix("torch.")} | measured
+    return {"dtype": str(dtype).removeprefix("torch.")} | floor
 
 # %% ../../nbs/train/01_floor.ipynb #fixedcd1
 FIXED = 1.0  # how far the noise of all blocks together moves what passes through them, about

@@ -92,13 +92,13 @@ _WORK = None  # in a process of the pool: what encodes a piece, which a fork inh
 def _piece(transcripts):
     return _WORK(transcripts)
 
-
+# %% ../../nbs/train/03_store.ipynb #64a954ff
 def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int) -> Iterator:
     """Yield `work` of `PIECE` transcripts after the other, in order, done by so many `processes`, with at
     most two pieces for each under way. For one process, and where none can be forked, all is done here."""
     global _WORK
-    left = iter(transcripts)
-    parts = iter(lambda: list(islice(left, PIECE)), [])
+    rest = iter(transcripts)
+    parts = iter(lambda: list(islice(rest, PIECE)), [])
     if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, parts)
         return
@@ -141,7 +141,7 @@ def listed_array(parts: list[np.ndarray], kind: type[np.generic]) -> pa.ListArra
     ends = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(parts).astype(kind)))
 
-
+# %% ../../nbs/train/03_store.ipynb #96c5a535
 def record_batch(samples: list[Sample]) -> pa.RecordBatch:
     """Return samples (at least one) as rows of `SCHEMA`."""
     columns = [
