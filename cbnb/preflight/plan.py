@@ -210,7 +210,7 @@ def weight_bytes(student: PeftModel, quantize: str) -> int:
 # %% ../../nbs/preflight/05_plan.ipynb #395d9dce
 @contextmanager
 def grouped_products() -> Iterator[None]:
-    """Inside, the products of fused experts have shape and work in every dtype: without storage torch's own
+    """Give, inside, the products of fused experts shape and work in every dtype: without storage torch's own
     take bfloat16 alone. Each token meets one expert's matrix, whichever."""
     own = nn.functional.grouped_mm
 

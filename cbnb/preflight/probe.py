@@ -24,7 +24,7 @@ from ..config import CircuitBreakerConfig
 from ..data.streams import PairedStreams, Sample, collate
 from ..step.objectives import depth, descent, find_objective
 from ..train.alarms import LEAST, LIFTED, forces
-from ..train.floor import kept, on_device, rounding_floor
+from ..train.floor import on_device, restore_weights, rounding_floor
 from ..train.trainer import NonFiniteLossError, breaker_trainer
 
 # %% auto #0
@@ -142,7 +142,7 @@ class Probe:
 
 # %% ../../nbs/preflight/01_probe.ipynb #45f405b2
 class Watch(TrainerCallback):
-    """Keeps the log lines of a probe and how long its steps took, and ends it when the outlook is clear or
+    """Keep the log lines of a probe and how long its steps took, and end it when the outlook is clear or
     `steps` are made. `trainer` is set before training begins."""
 
     trainer: Any = None
@@ -224,7 +224,7 @@ def probe_training(
     outlook is clear, and yield a `Probe`. Inside, `student` is as they have left it; afterwards it is as
     before, random states too. Raises what training raises, but for a loss that is not finite."""
     short, was_training, error = probe_config(config), student.training, ""
-    with kept(student), tempfile.TemporaryDirectory() as folder:
+    with restore_weights(student), tempfile.TemporaryDirectory() as folder:
         streams = PairedStreams(harmful, benign, short.batch_size, config.seed)
         some = [streams[i] for i in range(min(short.batch_size, 4))]
         floor = rounding_floor(student, on_device(collate(some, pad_id), student.device), config)

@@ -52,7 +52,7 @@ from ..step.objectives import Term
 from ..step.passes import both_passes, first_adapted_block
 from ..train.alarms import name_in_text
 from ..train.breaker import CircuitBreaker
-from ..train.floor import kept, mode, moved, rounding_floor, terms_of
+from ..train.floor import add_noise, restore_weights, rounding_floor, set_mode, terms_of
 from ..train.trainer import TERMS
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def definition_of_kl(
 # %% ../../nbs/preflight/02_step_checks.ipynb #b2d73525
 @contextmanager
 def wide_output(model: nn.Module) -> Iterator[None]:
-    """Inside, the output layer of `model` takes its product in float32, whatever its dtype, and all that the
-    model's own code does behind it follows: logits are not rounded to bfloat16. A layer that is not a plain
-    linear (with an adapter, in 4 bits) is left as it is, as `cbnb.step.heads` does."""
+    """Let the output layer of `model`, inside, take its product in float32, whatever its dtype, and all that
+    the model's own code does behind it follows: logits are not rounded to bfloat16. A layer that is not a
+    plain linear (with an adapter, in 4 bits) is left as it is, as `cbnb.step.heads` does."""
     layer = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()  # type: ignore[operator]  # any transformers model
     if not plain_linear(layer):
         yield
@@ -141,11 +141,11 @@ def measure_kl(breaker: CircuitBreaker, batch: dict) -> dict:
     `forward` and `reverse` by their definitions, all in nats per token, the count of `targets`, and the
     `size` of the move, the first of `MOVES` at which the two directions differ, or the last."""
     benign, config = batch["benign"], breaker.circuit_breaker_config
-    with mode(breaker, False):
+    with set_mode(breaker, False):
         with breaker.student.disable_adapter() if breaker.teacher is None else nullcontext():
             teacher = precise_logits(breaker.teacher or breaker.student, benign)
         for size in MOVES:
-            with moved(breaker.student, size):
+            with add_noise(breaker.student, size):
                 ours = precise_logits(breaker.student, benign)
                 forward, reverse, n = definition_of_kl(
                     ours, teacher, benign["loss_mask"], config.kl_temperature
@@ -181,7 +181,7 @@ def check_direction(breaker: CircuitBreaker, batch: dict) -> tuple[list[Finding]
 def teacher_in_use(breaker: CircuitBreaker, rows: dict) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Return `(hidden states of the target layers, logits)` of the teacher, [B, S, d] by block and [B, S, V],
     from the hidden states that the breaker gets of it in training mode."""
-    with mode(breaker, True):
+    with set_mode(breaker, True):
         hidden, last = both_passes(
             breaker.student,
             breaker.teacher,
@@ -190,7 +190,10 @@ def teacher_in_use(breaker: CircuitBreaker, rows: dict) -> tuple[dict[int, torch
             breaker.head.norm,
             final=True,
         )[1]
-    with mode(breaker, False), teacher_mode(breaker.student) if breaker.teacher is None else nullcontext():
+    with (
+        set_mode(breaker, False),
+        teacher_mode(breaker.student) if breaker.teacher is None else nullcontext(),
+    ):
         teacher = breaker.teacher or breaker.student.get_base_model()
         return hidden, own_logits(cast("PreTrainedModel", teacher), cast(torch.Tensor, last))
 
@@ -274,7 +277,7 @@ def untouched_findings(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor
     """Return findings on whether the teacher is the model that gave the logits `plain` [B, S, V], also in
     training mode, and whether a fresh adapter changes nothing."""
     benign, mask = batch["benign"], batch["benign"]["attention_mask"].bool()
-    with mode(breaker, False), torch.no_grad():
+    with set_mode(breaker, False), torch.no_grad():
         context = teacher_mode(breaker.student) if breaker.teacher is None else nullcontext(breaker.teacher)
         with context as teacher:
             again = plain_logits(teacher, benign)
@@ -340,7 +343,7 @@ def nudge(student: PeftModel, size: float) -> None:
 # %% ../../nbs/preflight/02_step_checks.ipynb #7c56f4a2
 def on_and_off(breaker: CircuitBreaker, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
     "Return the student's logits [B, S, V] with the adapter on and with it off, in eval mode."
-    with mode(breaker, False):
+    with set_mode(breaker, False):
         on = plain_logits(breaker.student, rows)
         with teacher_mode(breaker.student):
             return on, plain_logits(breaker.student, rows)
@@ -356,7 +359,7 @@ def one_step_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     the teacher does not move, and no gradient reaches it. Weights and modes are left as they were."""
     rows = batch["benign"]
     mask = rows["attention_mask"].bool()
-    with kept(breaker), mode(breaker, True):
+    with restore_weights(breaker), set_mode(breaker, True):
         hidden, before = teacher_in_use(breaker, rows)
         leaks = sum(t.requires_grad for t in (*hidden.values(), before))
         trained = [p for p in breaker.parameters() if p.requires_grad]
@@ -396,9 +399,9 @@ APPLIED = Criterion(
 def applied_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     "Return a finding on whether a moved adapter changes the hidden states at every target layer."
     rows, config = batch["harmful"], breaker.circuit_breaker_config
-    with mode(breaker, False), moved(breaker.student, 0.05):
+    with set_mode(breaker, False), add_noise(breaker.student, 0.05):
         (ours, _), _ = both_passes(breaker.student, breaker.teacher, rows, config)
-    with mode(breaker, False):
+    with set_mode(breaker, False):
         (fresh, _), _ = both_passes(breaker.student, breaker.teacher, rows, config)
     mask = rows["attention_mask"].bool()
     change = {
@@ -468,7 +471,7 @@ def check_run_start(
     mask = rows["attention_mask"].bool()
     if not plain[mask].isfinite().all():
         return  # weights that hold NaN: training has a word for that
-    with mode(breaker, False), teacher_mode(student):
+    with set_mode(breaker, False), teacher_mode(student):
         first, again = (plain_logits(student, rows) for _ in range(2))
     off, noise = (difference(first[mask], other[mask]) for other in (plain, again))
     base = BASE_AT_START.judge(off, 4 * noise, shown=format_number(off))
@@ -479,9 +482,10 @@ def check_run_start(
 # %% ../../nbs/preflight/02_step_checks.ipynb #894eaf4a
 @contextmanager
 def gradient_tap(breaker: CircuitBreaker) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Inside, every pass of the student that may be differentiated adds to two lists of tensors [B, S, d]:
-    what its first adapted block gets, and, of those that come that far, its final hidden states. The student
-    may start there, from what the teacher's pass has made; the output layer it need not meet at all."""
+    """Let every pass of the student that may be differentiated add, inside, to two lists of tensors [B, S,
+    d]: what its first adapted block gets, and, of those that come that far, its final hidden states. The
+    student may start there, from what the teacher's pass has made; the output layer it need not meet at
+    all."""
     starts: list[torch.Tensor] = []
     lasts: list[torch.Tensor] = []
 
@@ -608,7 +612,7 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     if config.benign_policy != "full_sequence":
         breaker.circuit_breaker_config = replace(config, beta_kl=config.beta_kl or 1.0)
     try:
-        with mode(breaker, False), moved(student, 0.02), gradient_tap(breaker) as (starts, lasts):
+        with set_mode(breaker, False), add_noise(student, 0.02), gradient_tap(breaker) as (starts, lasts):
             terms = terms_of(breaker, batch)
             begins = {name: start_of(student, batch[name]) for name in ("harmful", "benign")}
             streams = [stream_of(hidden, begins, batch) for hidden in starts]
