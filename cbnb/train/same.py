@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 # %% auto #0
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'OWN_CODE', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS',
-           'ROUNDING', 'SEEN', 'TINY', 'file_hash', 'hashed', 'file_hashes', 'own_hashes', 'data_files', 'code_file',
+           'ROUNDING', 'SEEN', 'TINY', 'file_hash', 'hash_once', 'file_hashes', 'own_hashes', 'data_files', 'code_file',
            'weight_files', 'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash',
            'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from',
-           'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'others', 'keep_told', 'compare_figures',
-           'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples', 'keep_template',
-           'keep_model', 'keep_adapters']
+           'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'value_changes', 'keep_surroundings',
+           'compare_figures', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples',
+           'keep_template', 'keep_model', 'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #c405541e
 from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
@@ -68,7 +68,7 @@ def file_hash(path: Path, whole: bool = True) -> str:
 
 # %% ../../nbs/train/02_same.ipynb #aae6527a
 @cache
-def hashed(path: Path, whole: bool, stamp: tuple) -> str:
+def hash_once(path: Path, whole: bool, stamp: tuple) -> str:
     """Return `file_hash`, computed once per process for a file of the same `stamp`."""
     return file_hash(path, whole)
 
@@ -82,7 +82,7 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
 
     def one(path):
         s = about[path]  # no program sets ctime, the time at which a file's state changed
-        return hashed(path, whole, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+        return hash_once(path, whole, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(map(str, about), pool.map(one, about)))
@@ -338,14 +338,14 @@ def tell_changes(run: Run, sentences: list[str]) -> None:
         set_status(run, status["state"], changes=[*(status.get("changes") or ()), *sentences])
 
 # %% ../../nbs/train/02_same.ipynb #d7ada680
-def others(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+def value_changes(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Return `{name: (what it was, what it is)}` of what differs between two `surroundings`; `none` stands
     for a missing value."""
     pairs = {name: (before.get(name, "none"), now.get(name, "none")) for name in [*before, *now]}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 # %% ../../nbs/train/02_same.ipynb #9ab135b7
-def keep_told(run: Run, now: dict[str, str]) -> None:
+def keep_surroundings(run: Run, now: dict[str, str]) -> None:
     """Keep `now`, what an attempt of the `run` is made with (`surroundings`), and report what differs from
     the attempt before (`tell_changes`)."""
 
@@ -353,7 +353,7 @@ def keep_told(run: Run, now: dict[str, str]) -> None:
         record = made_from(run.path)
         new = [
             f"attempt {run.attempt} has {name} {new}, and the one before it had {old}"
-            for name, (old, new) in others(record["told"], now).items()
+            for name, (old, new) in value_changes(record["told"], now).items()
         ]
         if not record["told"]:  # an older cbnb's
             new = ["what the run was made from was not kept by its earlier attempts, so nothing was compared"]
@@ -378,7 +378,7 @@ def compare_figures(run: Run, before: dict, now: dict[str, float], made_with: di
     apart = {name: abs(old - new) / max(abs(old), abs(new), TINY) for name, (old, new) in pairs.items()}
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()])
-    other = others(before["with"], made_with)
+    other = value_changes(before["with"], made_with)
     changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
     largest = max(apart.values(), default=0)
     if largest > ROUNDING[dtype]:
@@ -453,7 +453,7 @@ def keep_beginning(
     # what the hub's cache lacks comes with loading
     if models and goes_on(run) and not any(map(is_cached, models)):
         keep_model(run, *models)
-    keep_told(run, surroundings())
+    keep_surroundings(run, surroundings())
 
 # %% ../../nbs/train/02_same.ipynb #6b87a1ff
 def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
