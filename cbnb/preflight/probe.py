@@ -91,9 +91,8 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     1 − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning
     rate, is below `LOSES`. Otherwise the answer is open, until `settle`.
 
-    A reroute term without a declared range is
-    not judged: the answer stays open, and `turned` is NaN. The scale of another range is that of
-    `cbnb.step.objectives.depth`."""
+    A term without a declared range is not judged: the answer stays open, and `turned` is NaN. The scale of
+    another range is that of `cbnb.step.objectives.depth`."""
     last, term = rows[-1], find_objective(config.objective).term("reroute")
     if term.start is None or not depth(term) > 0:
         return Outlook(None, last["step"], math.nan, math.nan, math.inf)
