@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cbnb.config import get_config
-from cbnb.preflight.probe import outlook, settle
+from cbnb.config import OBJECTIVES, get_config
+from cbnb.preflight.probe import Outlook, Probe, outlook, settle
+from cbnb.preflight.run_checks import check_alive, check_weights
+from cbnb.step.objectives import Objective, rr
 from cbnb.train.alarms import advice, find_alarms
 
 # Trainings of the tiny agent with the random settings of nbs/bench/alive.ipynb (draws 0 to 15), in float32
@@ -184,3 +188,45 @@ def test_the_advice_names_what_holds_it():
     assert "lower retain_weight" in advice(
         [line | {"grad_norm_retain": 5.0}]
     ) and "raise learning_rate" in advice([line | {"grad_norm_kl": 0.01}])
+
+
+def away_and_held():
+    "An objective with terms, a range and weights of its own: no setting weighs what holds it back."
+    terms = (
+        replace(rr.term("reroute"), title="away", unit="margin", low=0.0, high=4.0, start=4.0),
+        replace(rr.term("retain"), title="held", unit="mean angle"),
+        replace(rr.term("kl"), title="divergence"),
+    )
+    return Objective("own", terms, lambda config, c_s, c_r: {"reroute": c_s, "retain": c_r, "kl": c_r})
+
+
+@pytest.mark.parametrize("holder", ["retain", "kl"])
+def test_the_words_of_the_run_checks_are_those_of_the_objective(holder, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "own", away_and_held())
+    config = get_config("tinyagent", objective="own", warmup_steps=150)
+    norms = {"grad_norm_reroute": 1e-3, "grad_norm_retain": 1.0, "grad_norm_kl": 0.5}
+    if holder == "kl":
+        norms["grad_norm_kl"] = 2.0
+    rows = [{"step": n, "loss_reroute": 4.0, "loss_kl": 0.0, **norms} for n in (1, 10)]
+    probe = Probe(rows, Outlook(False, 10, 1e-3, 0.0, math.inf, holder), 0.4, 8, 0)
+    weights, alive = check_weights(config, probe)[0], check_alive(config, probe, lambda other: probe)[0]
+    text = "\n".join(finding.text for finding in [*weights, *alive])
+    title = {"retain": "held", "kl": "divergence"}[holder]
+    assert "what holds it back (held and divergence together; the most is " + title in text, text
+    assert "of the probe the away gradient" in text and "held gains weight" in text
+    assert ("lower the weight of the divergence" in text) == (holder == "kl")
+    words = text.replace("loss_reroute", "").replace(
+        "beta_kl 0.3 (", ""
+    )  # a field, and a setting that is given
+    for word in ("reroute", "retain", "L2", "KL", "beta_kl", "lower retain_weight"):
+        assert word not in words, word
+
+
+def test_an_alarm_advises_no_setting_that_the_objective_does_not_use(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "own", away_and_held())
+    config = get_config("tinyagent", objective="own", total_steps=100)
+    rows = [{"step": n, "loss_reroute": 0.0, "loss_kl": 9.0} for n in range(1, 101)]
+    (alarm,) = find_alarms(rows, config)
+    assert alarm["alarm"] == "collapsed" and "; lower learning_rate or alpha_max" in alarm["text"]
+    (alarm,) = find_alarms(rows, replace(config, objective="rr"))
+    assert "; raise beta_kl, or lower learning_rate or alpha_max" in alarm["text"]

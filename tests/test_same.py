@@ -167,8 +167,8 @@ def test_what_may_change_is_told_and_the_log_is_mended(broken_off):
     words = "attempt 2 makes other figures of the same weights and rows, within rounding (loss_retain was"
     assert changes[-2].startswith(words)
     assert changes[-1] == (
-        "metrics.jsonl lacked 1 of its 2 lines (the first: step 1) and said something else in 1 lines (the "
-        "first: step 2): up to step 2 it was put back from checkpoint-2"
+        "metrics.jsonl lacked 1 of its 2 lines (the first: step 1) and differed in 1 lines (the first: "
+        "step 2): up to step 2 it was restored from checkpoint-2"
     )
     assert "3 lines of metrics.jsonl of later steps were dropped and are made again; training goes on" in said
     assert (run / "metrics.jsonl").read_text().splitlines() == whole, "to the last bit"

@@ -96,8 +96,8 @@ class Criterion:
         verdict = "pass" if good else otherwise or self.otherwise
         sentence, advice = (self.good, "") if good else (self.bad, self.advice)
         values = {**words, "measured": measured, "limit": limit}
-        filled = (text.format_map(values) for text in (sentence, advice))
-        return Finding(self.name, verdict, *filled, measured, limit, self.unit)
+        sentence, advice = sentence.format_map(values), advice.format_map(values)
+        return Finding(self.name, verdict, sentence, advice, measured, limit, self.unit)
 
 # %% ../../nbs/preflight/00_checks.ipynb #16a5b721
 def note(name: str, sentence: str, verdict: str = "pass") -> Finding:
@@ -144,7 +144,7 @@ def failed_check(name: str, error: Exception) -> Check:
     why = cut(" ".join(f"{type(error).__name__}: {error}".split()), 500)
     return Check(name, (Finding(name, UNKNOWN, f"the check could not be made: {why}"),))
 
-
+# %% ../../nbs/preflight/00_checks.ipynb #763f6d57
 def make_check(
     name: str, function: Callable[..., tuple[Iterable[Finding], dict, Iterable]], *arguments: Any
 ) -> Check:
@@ -180,7 +180,7 @@ def check_html(check: Check) -> str:
         points=[(VERDICT_SIGNS[f.severity], visible(f.text)) for f in check.findings],
     ).strip()
 
-
+# %% ../../nbs/preflight/00_checks.ipynb #7b164bd4
 def check_plain_text(check: Check) -> str:
     "Return the same as lines of text for a terminal."
     return "\n".join(
@@ -203,9 +203,9 @@ def show_check(check: Check) -> None:
 def worst_verdict(checks: Iterable[Check]) -> str:
     """Return the worst verdict of `checks`; fail while one of `QUESTIONS` has not been asked, since what was
     not looked at has not passed."""
-    made = list(checks)
-    verdict = max((check.verdict for check in made), key=VERDICTS.index, default="fail")
-    return verdict if {check.name for check in made} == QUESTIONS.keys() else "fail"
+    answers = list(checks)
+    verdict = max((check.verdict for check in answers), key=VERDICTS.index, default="fail")
+    return verdict if {check.name for check in answers} == QUESTIONS.keys() else "fail"
 
 # %% ../../nbs/preflight/00_checks.ipynb #0413ece3
 def preflight_record(
@@ -214,7 +214,7 @@ def preflight_record(
     """Return what preflight.json holds: verdict, checks (name, verdict, points, figures), the parameters and
     settings that were checked, the version, source hash and commit of the `code` (see
     `cbnb.run.code.code_state`), and how many seconds it took."""
-    made = [
+    entries = [
         {
             "name": c.name,
             "verdict": c.verdict,
@@ -225,7 +225,7 @@ def preflight_record(
     ]
     return {
         "verdict": worst_verdict(checks),
-        "checks": made,
+        "checks": entries,
         "parameters": parameters,
         "settings": settings,
         "seconds": round(seconds, 1),
@@ -236,15 +236,15 @@ def preflight_record(
 def summary_text(record: dict) -> str:
     """Return the `preflight_record` in words: every question with its verdict, one line each, with the points
     that are not a pass under it; then what was not checked, and the verdict of all."""
-    made, lines = {check["name"]: check for check in record["checks"]}, []
+    by_name, lines = {check["name"]: check for check in record["checks"]}, []
     for name in QUESTIONS:
-        if name not in made:
+        if name not in by_name:
             lines.append(f"✗ not checked  {name}")
             continue
-        lines.append(f"{VERDICT_SIGNS[made[name]['verdict']]}  {name}")
+        lines.append(f"{VERDICT_SIGNS[by_name[name]['verdict']]}  {name}")
         lines += [
             f"          {VERDICT_SIGNS[p['verdict']]}  {visible(p['text'])}"
-            for p in made[name]["points"]
+            for p in by_name[name]["points"]
             if p["verdict"] != "pass"
         ]
     return "\n".join([*lines, f"pre-flight: {record['verdict']}"])

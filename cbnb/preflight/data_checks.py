@@ -9,11 +9,23 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
+# %% auto #0
+__all__ = ['BY_DESIGN', 'WORST', 'INJECTION', 'LOOKED_AT', 'ADAPTATION', 'PART_OF_TRANSCRIPT', 'AS_POLICY', 'ANY_SAMPLE',
+           'HAS_TARGET', 'RIGHT_STREAM', 'DROPPED', 'CONTEXT_LOST', 'CONTEXT_CUT', 'TARGETS_CUT', 'MASK_WARNINGS',
+           'ONE_BOS', 'TURN_ENDS', 'SHARED_CALLS', 'SAME_CALLS', 'Stream', 'SHARED_KEYS', 'KINDS_COVERED', 'ONE_KIND',
+           'GENERAL_BEYOND', 'GENERAL', 'HELDOUT_KL', 'find_window', 'Placement', 'place_sample', 'place_samples',
+           'badness', 'segment_counts', 'Survey', 'survey', 'segment_frame', 'injection_findings', 'reading_findings',
+           'adaptation_findings', 'defect_findings', 'placement_findings', 'loss_findings', 'stream_findings',
+           'template_findings', 'conflict_findings', 'worst_strips', 'check_masks', 'kind_of', 'heldout_findings',
+           'kind_findings', 'divergence_findings', 'check_coverage']
+
+# %% ../../nbs/preflight/03_data_checks.ipynb #d92db073
 from ..basics.withheld import cut
 from ..config import CircuitBreakerConfig
 from ..data.sources import Reading
@@ -30,16 +42,6 @@ from ..masking.turns import Segment
 from .checks import Criterion, Finding, note
 from ..transcripts.holdout import heldout_kinds, shared
 from ..transcripts.record import Transcript
-
-# %% auto #0
-__all__ = ['BY_DESIGN', 'WORST', 'INJECTION', 'LOOKED_AT', 'ADAPTATION', 'PART_OF_TRANSCRIPT', 'AS_POLICY', 'ANY_SAMPLE',
-           'HAS_TARGET', 'RIGHT_STREAM', 'DROPPED', 'CONTEXT_LOST', 'CONTEXT_CUT', 'TARGETS_CUT', 'MASK_WARNINGS',
-           'ONE_BOS', 'TURN_ENDS', 'SHARED_CALLS', 'SAME_CALLS', 'Stream', 'SHARED_KEYS', 'KINDS_COVERED', 'ONE_KIND',
-           'GENERAL_BEYOND', 'GENERAL', 'HELDOUT_KL', 'find_window', 'Placement', 'place_sample', 'place_samples',
-           'badness', 'segment_counts', 'Survey', 'survey', 'segment_frame', 'injection_findings', 'reading_findings',
-           'adaptation_findings', 'defect_findings', 'placement_findings', 'loss_findings', 'stream_findings',
-           'template_findings', 'conflict_findings', 'worst_strips', 'check_masks', 'kind_of', 'heldout_findings',
-           'kind_findings', 'divergence_findings', 'check_coverage']
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e825abdf
 def find_window(ids: np.ndarray, encoded: Encoded) -> int | None:
@@ -89,19 +91,19 @@ def place_samples(
     """Yield a `Placement` for each of `samples` (in the order of `transcripts`, from which they were made),
     and for one that is no part of its transcript that transcript's id."""
     rest: Iterator[Sample] = iter(samples)
-    gone: set[str] = set()
+    past: set[str] = set()
     last: str | None = None
     sample = next(rest, None)
     for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
         if last is not None and last != transcript.id:
-            gone.add(last)
+            past.add(last)
         last = transcript.id
-        while sample is not None and sample.transcript in gone:
+        while sample is not None and sample.transcript in past:
             yield sample.transcript
             sample = next(rest, None)
         if sample is None or sample.transcript != transcript.id:
             continue
-        if placement := place_sample(sample, transcript, encoded, policy):
+        if placement := place_sample(sample, transcript, cast(Encoded, encoded), policy):
             yield placement
             sample = next(rest, None)
     while sample is not None:
@@ -122,7 +124,7 @@ BY_DESIGN: dict[str, set[str]] = {
 }
 WORST = 10  # samples that are shown
 
-
+# %% ../../nbs/preflight/03_data_checks.ipynb #cb81fcfe
 def badness(x: Placement) -> tuple:
     """Return the key by which samples are shown, the worst first: those with defects, then masks that are not
     the policy's, then the smallest share of targets."""
@@ -133,7 +135,7 @@ def badness(x: Placement) -> tuple:
         x.mask.mean(),
     )
 
-
+# %% ../../nbs/preflight/03_data_checks.ipynb #06afac13
 def segment_counts(segments: np.ndarray) -> np.ndarray:
     "Return how many of `segments`, int [n], are of each `Segment`: int [len(Segment)]."
     return np.bincount(segments, minlength=len(Segment))
@@ -185,13 +187,13 @@ def survey(placements: Iterable[Placement | str]) -> Survey:
             out.add(x)
     return out
 
-
-def segment_frame(found: Survey) -> pd.DataFrame:
+# %% ../../nbs/preflight/03_data_checks.ipynb #d7dfa99b
+def segment_frame(result: Survey) -> pd.DataFrame:
     "Return tokens, and tokens in the mask, by segment: one row each."
     rows = {
-        s.name.lower().replace("_", " "): (int(found.tokens[s]), int(found.trained[s]))
+        s.name.lower().replace("_", " "): (int(result.tokens[s]), int(result.trained[s]))
         for s in Segment
-        if found.tokens[s]
+        if result.tokens[s]
     }
     return pd.DataFrame.from_dict(rows, orient="index", columns=["tokens", "trained"])
 
@@ -301,40 +303,40 @@ RIGHT_STREAM = Criterion(
 )
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #cc43373f
-def defect_findings(name: str, found: Survey, policy: str) -> list[Finding]:
+def defect_findings(name: str, result: Survey, policy: str) -> list[Finding]:
     "Return a finding for each kind of defect of the masks of a stream, or one that there is none."
     # a policy of one's own may leave the ends of turns out, as cbnb's do that train calls alone
     design = BY_DESIGN.get(policy, {"eot_untrained"} if ":" in policy else set())
 
     def finding(kind: str, verdict: str) -> Finding:
-        where, text = found.first[kind]
-        sentence = f"{name}: {kind} in {found.kinds[kind]} samples; {where}: {text}"
-        return Finding(kind, verdict, sentence, "", found.kinds[kind], 0, "samples")
+        where, text = result.first[kind]
+        sentence = f"{name}: {kind} in {result.kinds[kind]} samples; {where}: {text}"
+        return Finding(kind, verdict, sentence, "", result.kinds[kind], 0, "samples")
 
-    fails = sorted(k for k in found.kinds if k not in design and k != "call_schema")
+    fails = sorted(k for k in result.kinds if k not in design and k != "call_schema")
     findings = [finding(kind, "fail") for kind in fails]
     if not fails:
-        findings.append(ANY_SAMPLE.judge(found.placed, name=name))
-    if found.kinds["call_schema"]:
+        findings.append(ANY_SAMPLE.judge(result.placed, name=name))
+    if result.kinds["call_schema"]:
         findings.append(finding("call_schema", "warn"))
     return findings
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #14552f85
-def placement_findings(name: str, samples: Sequence[Sample], found: Survey, policy: str) -> list[Finding]:
-    "Return findings on the masks of the `samples` of one stream, which `found` is the survey of."
+def placement_findings(name: str, samples: Sequence[Sample], result: Survey, policy: str) -> list[Finding]:
+    "Return findings on the masks of the `samples` of one stream, which `result` is the survey of."
     empty = [s.transcript for s in samples if not s.loss_mask[1:].any()]
-    other = Counter({label: n for label, n in found.labels.items() if label != name})
-    wrong, tokens = found.wrong[0] if found.wrong else ("", 0)
-    lost = next(iter(found.lost), "")
+    other = Counter({label: n for label, n in result.labels.items() if label != name})
+    wrong, tokens = result.wrong[0] if result.wrong else ("", 0)
+    lost = next(iter(result.lost), "")
     labels = ", ".join(map(str, other))
     doubts = [
         HAS_TARGET.judge(len(empty), name=name, first=next(iter(empty), "")),
         RIGHT_STREAM.judge(other.total(), name=name, labels=labels),
     ]
     return [
-        PART_OF_TRANSCRIPT.judge(len(found.lost), name=name, samples=len(samples), first=lost),
-        AS_POLICY.judge(len(found.wrong), name=name, policy=policy, first=wrong, tokens=tokens),
-        *defect_findings(name, found, policy),
+        PART_OF_TRANSCRIPT.judge(len(result.lost), name=name, samples=len(samples), first=lost),
+        AS_POLICY.judge(len(result.wrong), name=name, policy=policy, first=wrong, tokens=tokens),
+        *defect_findings(name, result, policy),
         *(doubt for doubt in doubts if doubt.verdict != "pass"),
     ]
 
@@ -389,9 +391,9 @@ MASK_WARNINGS = Criterion(
 def loss_findings(name: str, samples: Sequence[Sample], report: StreamReport) -> list[Finding]:
     "Return findings on what truncation and the policy have cut from one stream; none where they cut nothing."
     c = Counter(report.counts)
-    gone, cut_off = c["lost_context"], c["request_cut"] + c["injection_cut"]
-    total = len(samples) + c["no_target"] + gone
-    words = {"name": name, "total": total, "transcripts": report.transcripts}
+    lost, cut_off = c["lost_context"], c["request_cut"] + c["injection_cut"]
+    total = len(samples) + c["no_target"] + lost
+    words: dict[str, Any] = {"name": name, "total": total, "transcripts": report.transcripts}
     words |= {"cut": c["lost_to_truncation"], "first": next(iter(report.warnings), "")}
     words |= {k: c[k] for k in ("request_cut", "injection_cut")}
 
@@ -400,8 +402,8 @@ def loss_findings(name: str, samples: Sequence[Sample], report: StreamReport) ->
 
     findings = [
         DROPPED.judge(c["no_target"], otherwise=most(c["no_target"]), **words),
-        CONTEXT_LOST.judge(gone, otherwise=most(gone), **words),
-        CONTEXT_CUT.judge(0 if gone else cut_off, **words),
+        CONTEXT_LOST.judge(lost, otherwise=most(lost), **words),
+        CONTEXT_CUT.judge(0 if lost else cut_off, **words),
         TARGETS_CUT.judge(c["targets_cut"], **words),
         MASK_WARNINGS.judge(c["mask_warnings"], **words),
     ]
@@ -409,10 +411,10 @@ def loss_findings(name: str, samples: Sequence[Sample], report: StreamReport) ->
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #b14af767
 def stream_findings(
-    name: str, samples: Sequence[Sample], found: Survey, report: StreamReport, policy: str
+    name: str, samples: Sequence[Sample], result: Survey, report: StreamReport, policy: str
 ) -> list[Finding]:
     "Return findings on the samples of one stream: their masks, and what was lost on the way to them."
-    return [*placement_findings(name, samples, found, policy), *loss_findings(name, samples, report)]
+    return [*placement_findings(name, samples, result, policy), *loss_findings(name, samples, report)]
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #c044b425
 ONE_BOS = Criterion(
@@ -436,7 +438,7 @@ TURN_ENDS = Criterion(
 def template_findings(
     name: str,
     samples: Sequence[Sample],
-    found: Survey,
+    result: Survey,
     tokenizer: PreTrainedTokenizerBase,
     stops: Collection[int],
 ) -> list[Finding]:
@@ -447,9 +449,9 @@ def template_findings(
         starts = ((s.transcript, s.input_ids[:2].tolist()) for s in samples)
         twice = [transcript for transcript, ids in starts if ids == [bos, bos]]
         findings.append(ONE_BOS.judge(len(twice), name=name, first=next(iter(twice), "")))
-    ends = ("".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids, _ in found.ends.most_common(3))
+    ends = ("".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids, _ in result.ends.most_common(3))
     stop_names = (tokenizer.convert_ids_to_tokens(i) for i in sorted(stops))
-    right = any(set(ids) & set(stops) for ids in found.ends)
+    right = any(set(ids) & set(stops) for ids in result.ends)
     words = {"ends": ", ".join(ends) or "none", "stops": ", ".join(map(str, stop_names)) or "none"}
     return [*findings, TURN_ENDS.judge(right, True, name=name, **words)]
 
@@ -480,7 +482,7 @@ def conflict_findings(surveys: dict[str, Survey]) -> list[Finding]:
 # %% ../../nbs/preflight/03_data_checks.ipynb #79d02bd3
 def worst_strips(surveys: Iterable[Survey], masker: ChatMasker, strip: Callable) -> list:
     "Return what `strip` makes of the `WORST` samples of all `surveys`, the worst first."
-    worst = sorted((item for found in surveys for item in found.worst), key=lambda item: item[0])
+    worst = sorted((item for result in surveys for item in result.worst), key=lambda item: item[0])
     return [
         strip(
             x.encoded,
@@ -512,11 +514,11 @@ def check_masks(
     for name, (samples, transcripts, report) in streams.items():
         policy = getattr(config, f"{name}_policy")
         placements = place_samples(samples, transcripts, masker, policy, config.split_turns)
-        surveys[name] = found = survey(placements)
+        surveys[name] = result = survey(placements)
         findings += injection_findings(name, report, config)
-        findings += stream_findings(name, samples, found, report, policy)
-        findings += template_findings(name, samples, found, masker.tokenizer, stops)
-        frames[name] = segment_frame(found)
+        findings += stream_findings(name, samples, result, report, policy)
+        findings += template_findings(name, samples, result, masker.tokenizer, stops)
+        frames[name] = segment_frame(result)
         figures[name] = {
             "samples": len(samples),
             **{k: int(v) for k, v in report.counts.items()},
@@ -532,7 +534,7 @@ def kind_of(transcript: Transcript) -> str:
     tool, and whether tools were there at all."""
     if transcript.meta.get("kind"):
         return str(transcript.meta["kind"])
-    last = next((m for m in reversed(transcript.messages) if m["role"] == "assistant"), {})
+    last: dict[str, Any] = next((m for m in reversed(transcript.messages) if m["role"] == "assistant"), {})
     if last.get("tool_calls"):
         return "tool call"
     tools = any(m["role"] == "tool" for m in transcript.messages)
@@ -558,12 +560,12 @@ def heldout_findings(
     key that `by` (the setting `heldout_by`) keeps apart, a warning for another one but the suite.
     `left_out`: `{id: why}` as `cbnb.data.streams.load_streams` returns it."""
     apart, findings = {*heldout_kinds(by), "prompt"}, []
-    for kind, f in shared(training, heldout).items():
+    for kind, f in shared(training, list(heldout)).items():
         if kind == "suite" and kind not in apart:
             continue
-        verdict, asked = ("fail", "") if kind in apart else ("warn", f"; heldout_by {by} asks for it")
+        verdict, because = ("fail", "") if kind in apart else ("warn", f"; heldout_by {by} asks for it")
         words = {"having": f["with"], "held_out": f["held_out"], "training": f["training"]}
-        findings.append(SHARED_KEYS.judge(f["shared"], otherwise=verdict, kind=kind, asked=asked, **words))
+        findings.append(SHARED_KEYS.judge(f["shared"], otherwise=verdict, kind=kind, asked=because, **words))
     if left_out:
         why = Counter(left_out.values()).most_common()
         causes = (f"{n} {'more than are needed' if k == 'spare' else f'for their {k}'}" for k, n in why)
@@ -644,10 +646,10 @@ HELDOUT_KL = Criterion(
 def divergence_findings(divergence: dict, config: CircuitBreakerConfig, steps: int) -> list[Finding]:
     'Return a finding for each domain of `divergence`, `{domain: {"kl", "top1"}}`, after `steps` steps.'
     findings = []
-    for domain, found in divergence.items():
+    for domain, f in divergence.items():
         verdict = "fail" if config.beta_kl and domain == "in_domain" else "warn"
-        words = {"domain": domain.replace("_", " "), "steps": steps, "top1": found["top1"]}
-        findings.append(HELDOUT_KL.judge(found["kl"], config.collapse_kl, otherwise=verdict, **words))
+        words = {"domain": domain.replace("_", " "), "steps": steps, "top1": f["top1"]}
+        findings.append(HELDOUT_KL.judge(f["kl"], config.collapse_kl, otherwise=verdict, **words))
     return findings
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #3bec8716
@@ -663,7 +665,7 @@ def check_coverage(
     trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a
     probe of `steps` steps; `more`: findings that were made elsewhere (`heldout_findings`). Fails where a kind
     is held out in the benign domain and not trained, or where the probe alone has torn it."""
-    trained, domains = Counter(kind_of(t) for t in benign), benign_by_domain(heldout)
+    trained, domains = Counter(kind_of(t) for t in benign), benign_by_domain(list(heldout))
     held_out = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
     findings = kind_findings(trained, held_out, more) + divergence_findings(divergence, config, steps)
     columns = {f"held out, {d.replace('_', ' ')}": c for d, c in held_out.items()}

@@ -23,6 +23,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, PretrainedConfig
 
+# %% auto #0
+__all__ = ['PEAK', 'REACHED', 'CARDS', 'FITS', 'model_shape', 'parameter_bytes', 'beside_text', 'ByteCount', 'rows_of', 'Shape',
+           'empty_student', 'as_if_on_cpu', 'Plan', 'chunk_bytes', 'weight_bytes', 'grouped_products', 'state_width',
+           'final_norm', 'MicroBatch', 'count_pass', 'run_once', 'plan_step', 'seconds', 'alternatives',
+           'change_that_fits', 'card_finding', 'part_lines', 'plan_lines']
+
+# %% ../../nbs/preflight/05_plan.ipynb #f7666955
 from ..basics.numbers import format_number, size_words
 from ..config import CircuitBreakerConfig, shares
 from .checks import Criterion, Finding
@@ -40,12 +47,6 @@ from cbnb.step.models import (
 )
 from ..train.breaker import CircuitBreaker
 
-# %% auto #0
-__all__ = ['PEAK', 'REACHED', 'CARDS', 'FITS', 'model_shape', 'parameter_bytes', 'beside_text', 'ByteCount', 'rows_of', 'Shape',
-           'empty_student', 'as_if_on_cpu', 'Plan', 'chunk_bytes', 'weight_bytes', 'grouped_products', 'state_width',
-           'final_norm', 'MicroBatch', 'count_pass', 'run_once', 'plan_step', 'seconds', 'alternatives',
-           'change_that_fits', 'card_finding', 'part_lines', 'plan_lines']
-
 # %% ../../nbs/preflight/05_plan.ipynb #ada37d63
 def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return the configuration of a model's text part: of a preset's model as published (`SHAPES`), else of
@@ -56,7 +57,7 @@ def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **settings)
     return read_config(name, trust_remote_code).get_text_config()
 
-
+# %% ../../nbs/preflight/05_plan.ipynb #0554616e
 def parameter_bytes(parameters: Iterable[torch.Tensor]) -> int:
     "Return the bytes of `parameters` in their own dtypes."
     return sum(p.numel() * p.element_size() for p in parameters)
@@ -90,7 +91,7 @@ class ByteCount(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {
+        storages = {
             t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
         }
         out = func(*args, **kwargs or {})
@@ -98,7 +99,7 @@ class ByteCount(TorchDispatchMode):
             self.products += formula(*args, **kwargs or {}, out_val=out)
         for t in tree_leaves(out):
             # else it is a view, perhaps of a weight
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in storages:
                 self.count(t.untyped_storage())
         return out
 
@@ -131,7 +132,7 @@ def rows_of(rows: int, length: int, share: float) -> dict:
         "predicting_index": index,
     }
 
-
+# %% ../../nbs/preflight/05_plan.ipynb #5eea4b2c
 @dataclass(frozen=True)
 class Shape:
     """A model's configuration, which equals another of the same JSON `text`: a plan of the same model need
@@ -149,16 +150,16 @@ def empty_student(config: CircuitBreakerConfig, shape: Shape) -> PeftModel:
         model = empty_model(config.model, own, shape.trust_remote_code, dtype=DTYPES[config.dtype])
         return add_adapter(model.eval().requires_grad_(False), config)
 
-
+# %% ../../nbs/preflight/05_plan.ipynb #6421ace9
 def as_if_on_cpu(module: nn.Module) -> None:
     """Put tensors of the current FakeTensorMode in the place of those on the meta device, whose operations
     would not be those of a real device. Weights that are tied stay one."""
-    made: dict[int, nn.Parameter] = {}
+    twins: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
                 empty = torch.empty(p.shape, dtype=p.dtype)
-                part._parameters[name] = made.setdefault(id(p), nn.Parameter(empty, p.requires_grad))
+                part._parameters[name] = twins.setdefault(id(p), nn.Parameter(empty, p.requires_grad))
         for name, b in part._buffers.items():
             if b is not None:
                 part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
@@ -192,7 +193,7 @@ def chunk_bytes(config: CircuitBreakerConfig, rows: int, share: float, vocabular
     targets = int(rows * config.max_length * share)
     return 2 * 4 * vocabulary * min(chunk_for(vocabulary, torch.device(device)), targets)
 
-
+# %% ../../nbs/preflight/05_plan.ipynb #8e2dda87
 def weight_bytes(student: PeftModel, quantize: str) -> int:
     """Return bytes of the frozen weights; with 4bit those of the blocks' linears take half a byte, and a
     float32 for each 64 of them."""
@@ -209,12 +210,12 @@ def weight_bytes(student: PeftModel, quantize: str) -> int:
 # %% ../../nbs/preflight/05_plan.ipynb #395d9dce
 @contextmanager
 def grouped_products() -> Iterator[None]:
-    """Inside, the products of fused experts have shape and work in every dtype: without storage torch's own
+    """Give, inside, the products of fused experts shape and work in every dtype: without storage torch's own
     take bfloat16 alone. Each token meets one expert's matrix, whichever."""
     own = nn.functional.grouped_mm
 
-    def product(rows: torch.Tensor, experts: torch.Tensor, **more: Any) -> torch.Tensor:
-        return own(rows, experts, **more) if experts.dtype == torch.bfloat16 else rows @ experts[0]
+    def product(mat_a: torch.Tensor, mat_b: torch.Tensor, **more: Any) -> torch.Tensor:
+        return own(mat_a, mat_b, **more) if mat_b.dtype == torch.bfloat16 else mat_a @ mat_b[0]
 
     nn.functional.grouped_mm = product
     try:
@@ -229,7 +230,7 @@ def state_width(student: PeftModel) -> int:
     ids = torch.zeros((1, 4), dtype=torch.long)
     return forward_with_hidden_states(student, ids, torch.ones_like(ids), (0,), "hooks")[0][0].shape[-1]
 
-
+# %% ../../nbs/preflight/05_plan.ipynb #69d4b0aa
 def final_norm(student: PeftModel) -> nn.Module | None:
     "Return what stands between the last block and the output layer, by its name; None where nothing does."
     named = find_decoder(student).named_children()
@@ -258,11 +259,11 @@ def count_pass(breaker: CircuitBreaker, batch: list[dict]) -> ByteCount:
     for p in breaker.student.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    with ByteCount() as counted:
+    with ByteCount() as count:
         terms = breaker(*batch, torch.ones(3))
         sum(terms.values()).backward()
         del terms
-    return counted
+    return count
 
 # %% ../../nbs/preflight/05_plan.ipynb #79cd00c0
 @cache
@@ -278,15 +279,17 @@ def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float
         norm = final_norm(student) if states == layer.weight.shape[-1] else None
         head = Head(norm, layer, lambda h: h.float() @ layer.weight.float().T)
         breaker = CircuitBreaker(student, config, head=head).train()
-        counted = count_pass(breaker, [rows_of(rows, config.max_length, share) for _ in range(2)])
+        count = count_pass(breaker, [rows_of(rows, config.max_length, share) for _ in range(2)])
+    vocabulary, width = layer.weight.shape
     return MicroBatch(
         weight_bytes(student, config.quantize),
         max(parameter_bytes(b.parameters()) for b in decoder_blocks(student)),
         parameter_bytes([layer.weight]),
         parameter_bytes(p for p in student.parameters() if p.requires_grad),
-        counted.peak,
-        counted.products,
-        *layer.weight.shape,
+        count.peak,
+        count.products,
+        vocabulary,
+        width,
         states,
     )
 
@@ -307,9 +310,9 @@ def plan_step(
     # for one micro-batch it makes no difference
     same = replace(config, batch_size=1, gradient_accumulation_steps=1)
     own = shape or model_shape(config.model, trust_remote_code)
-    given = Shape(own, json.dumps(own.to_dict(), sort_keys=True, default=str), trust_remote_code)
+    frozen_shape = Shape(own, json.dumps(own.to_dict(), sort_keys=True, default=str), trust_remote_code)
     with in_words(f"a step of {config.model} cannot be planned"):
-        m = run_once(same, given, rows, share)
+        m = run_once(same, frozen_shape, rows, share)
     here, there = (chunk_bytes(config, rows, share, m.vocabulary, where) for where in ("cpu", device))
     beside = beside_text(config.model, config.dtype, trust_remote_code) if shape is None else 0
     weights = m.weights + beside
@@ -363,8 +366,8 @@ def change_that_fits(
     trust_remote_code: bool = False,
 ) -> str:
     "Return the mildest of `alternatives` that fits into `room` bytes, in words; empty where none does."
-    for words, *changed in alternatives(config, processes, fsdp):
-        if plan_step(*changed, share, trust_remote_code=trust_remote_code).total <= room:
+    for words, other, number, in_parts in alternatives(config, processes, fsdp):
+        if plan_step(other, number, in_parts, share, trust_remote_code=trust_remote_code).total <= room:
             return words
     return ""
 

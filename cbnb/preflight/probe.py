@@ -24,7 +24,7 @@ from ..config import CircuitBreakerConfig
 from ..data.streams import PairedStreams, Sample, collate
 from ..step.objectives import depth, descent, find_objective
 from ..train.alarms import LEAST, LIFTED, forces
-from ..train.floor import kept, on_device, rounding_floor
+from ..train.floor import on_device, restore_weights, rounding_floor
 from ..train.trainer import NonFiniteLossError, breaker_trainer
 
 # %% auto #0
@@ -61,7 +61,7 @@ def growth(rows: list[dict], least: float = 1e-8, span: int = 8, start: float = 
     half = len(recent) // 2
     return (sum(recent[-half:]) - sum(recent[:half])) / half / (len(recent) - half) if half else 0.0
 
-
+# %% ../../nbs/preflight/01_probe.ipynb #32b13a92
 def steps_left(turned: float, goal: float, rate: float, at_floor: float) -> float:
     """Return how many steps it takes until 1 − loss_reroute, which is `turned`, is `goal`, at half the growth
     `rate`: 0 where it is, infinite where it does not grow or has not left the rounding floor `at_floor`."""
@@ -91,9 +91,8 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     1 − `dead_level` within `total_steps`. It has lost when its force, as it would be at the full learning
     rate, is below `LOSES`. Otherwise the answer is open, until `settle`.
 
-    A reroute term without a declared range is
-    not judged: the answer stays open, and `turned` is NaN. The scale of another range is that of
-    `cbnb.step.objectives.depth`."""
+    A term without a declared range is not judged: the answer stays open, and `turned` is NaN. The scale of
+    another range is that of `cbnb.step.objectives.depth`."""
     last, term = rows[-1], find_objective(config.objective).term("reroute")
     if term.start is None or not depth(term) > 0:
         return Outlook(None, last["step"], math.nan, math.nan, math.inf)
@@ -116,13 +115,13 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     return Outlook(alive, last["step"], force, turned, opens_by, holder)
 
 # %% ../../nbs/preflight/01_probe.ipynb #c55e7781
-def settle(found: Outlook, config: CircuitBreakerConfig) -> Outlook:
+def settle(verdict: Outlook, config: CircuitBreakerConfig) -> Outlook:
     """Return the `Outlook` when no more steps are made: what is still open is alive if it has opened, or if
     reroute is in reach of winning and foretold to open in time."""
-    if found.alive is not None:
-        return found
-    in_time = found.force >= IN_REACH and found.opens_by <= config.total_steps
-    return replace(found, alive=found.opens_by <= found.step or in_time)
+    if verdict.alive is not None:
+        return verdict
+    in_time = verdict.force >= IN_REACH and verdict.opens_by <= config.total_steps
+    return replace(verdict, alive=verdict.opens_by <= verdict.step or in_time)
 
 # %% ../../nbs/preflight/01_probe.ipynb #cf46aa05
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Probe:
 
 # %% ../../nbs/preflight/01_probe.ipynb #45f405b2
 class Watch(TrainerCallback):
-    """Keeps the log lines of a probe and how long its steps took, and ends it when the outlook is clear or
+    """Keep the log lines of a probe and how long its steps took, and end it when the outlook is clear or
     `steps` are made. `trainer` is set before training begins."""
 
     trainer: Any = None
@@ -182,12 +181,12 @@ class Watch(TrainerCallback):
 
     def probe(self, pairs: int, memory: int, error: str) -> Probe:
         "Return the `Probe` of what was watched."
-        found = Outlook(False, 0, 0.0, 0.0, math.inf)
+        verdict = Outlook(False, 0, 0.0, 0.0, math.inf)
         if self.rows:
-            found = settle(outlook(self.rows, self.config, self.floor), self.config)
+            verdict = settle(outlook(self.rows, self.config, self.floor), self.config)
         later = self.times[1:] or self.times
         seconds = sum(later) / max(len(later), 1)
-        return Probe(self.rows, found, seconds, pairs, memory, error, self.floor)
+        return Probe(self.rows, verdict, seconds, pairs, memory, error, self.floor)
 
 # %% ../../nbs/preflight/01_probe.ipynb #53cf8414
 def probe_config(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -202,7 +201,7 @@ def probe_config(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
         report_to=("none",),
     )
 
-
+# %% ../../nbs/preflight/01_probe.ipynb #98c60fbb
 def peak_memory() -> int:
     "Return the peak bytes of the GPU since its peak was reset, or without a GPU those of the process."
     if torch.cuda.is_available():
@@ -224,7 +223,7 @@ def probe_training(
     outlook is clear, and yield a `Probe`. Inside, `student` is as they have left it; afterwards it is as
     before, random states too. Raises what training raises, but for a loss that is not finite."""
     short, was_training, error = probe_config(config), student.training, ""
-    with kept(student), tempfile.TemporaryDirectory() as folder:
+    with restore_weights(student), tempfile.TemporaryDirectory() as folder:
         streams = PairedStreams(harmful, benign, short.batch_size, config.seed)
         some = [streams[i] for i in range(min(short.batch_size, 4))]
         floor = rounding_floor(student, on_device(collate(some, pad_id), student.device), config)

@@ -18,6 +18,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+# %% auto #0
+__all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'NOT_JUDGED', 'PROPOSAL', 'MEMORY', 'DISK',
+           'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame', 'gradient_findings',
+           'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding', 'proposal_findings',
+           'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory', 'run_memory',
+           'cache_findings', 'row_lengths', 'check_means']
+
+# %% ../../nbs/preflight/04_run_checks.ipynb #dc927f3a
 from ..basics.numbers import duration, floor_limit, format_number, size_words
 from ..config import CircuitBreakerConfig, coefficients
 from ..evaluate.evaluation import benign_by_domain, benign_divergence
@@ -25,22 +33,16 @@ from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, mime_bundle
 from ..step.objectives import Term, describe_terms, find_objective
-from ..train.alarms import dead_line, foretold
-from ..train.trainer import KEPT, TERMS
+from ..train.alarms import dead_line, foretold, name_in_text, own_weight, weight_words
+from ..train.trainer import KEEP, TERMS
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
     from cbnb.data.streams import Sample
     from cbnb.masking.masker import ChatMasker
     from cbnb.transcripts.record import Transcript
-
-# %% auto #0
-__all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'NOT_JUDGED', 'WEIGHED_BY', 'PROPOSAL', 'MEMORY',
-           'DISK', 'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame',
-           'gradient_findings', 'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding',
-           'proposal_findings', 'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory',
-           'run_memory', 'cache_findings', 'row_lengths', 'check_means']
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #factword
 def factor_words(term: Term, config: CircuitBreakerConfig) -> str:
@@ -70,7 +72,7 @@ WARM_UP = Criterion(
     "at most",
     good="{measured} of {total} steps are warm-up",
     bad="{measured} of {total} steps are warm-up",
-    advice="retain gains weight while the learning rate is still small",
+    advice="{holds} gains weight while the learning rate is still small",
     otherwise="warn",
     unit="steps",
 )
@@ -82,7 +84,7 @@ KL_IS_LARGEST = Criterion(
     good="weighted gradient norms at step {step} of the probe: {norms}; the largest is {largest}'s",
     bad="weighted gradient norms at step {step} of the probe: {norms}; the largest is {largest}'s, and the "
     "breaker has not opened",
-    advice="lower beta_kl",
+    advice="lower {weight}",
     otherwise="warn",
 )
 
@@ -104,9 +106,10 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
         note(
             "coefficients",
             f"coefficients ({config.schedule}) {ahead}; {terms['retain'].title} is weighted by "
-            f"{factor_words(terms['retain'], config)}, KL by {factor_words(terms['kl'], config)}",
+            f"{factor_words(terms['retain'], config)}, {terms['kl'].title} by "
+            f"{factor_words(terms['kl'], config)}",
         ),
-        WARM_UP.judge(config.warmup_steps, 0.3 * total, total=total),
+        WARM_UP.judge(config.warmup_steps, 0.3 * total, total=total, holds=terms["retain"].title),
     ]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #42ed55eb
@@ -120,7 +123,7 @@ def schedule_rows(config: CircuitBreakerConfig, probe: Probe) -> list[dict]:
         for s in steps
     ]
 
-
+# %% ../../nbs/preflight/04_run_checks.ipynb #ca02694f
 def gradient_frame(probe: Probe) -> pd.DataFrame:
     """Return, by diagnosed step of the probe, the gradient norm of each weighted term and the cosine of each
     pair of them; empty where no step was diagnosed."""
@@ -141,22 +144,23 @@ def gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term])
     largest = str(norms.idxmax()).removeprefix("norm_")
     titles = {t: terms[t].title.lower() for t in TERMS}
     shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in TERMS)
-    held = largest == "kl" and not probe.outlook.alive
+    shut = largest == "kl" and not probe.outlook.alive
     words = {"step": frame.index[-1], "norms": shares, "largest": titles[largest]}
-    return [KL_IS_LARGEST.judge(held, False, **words)]
+    words["weight"] = weight_words(terms["kl"])
+    return [KL_IS_LARGEST.judge(shut, False, **words)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #6bc70527
 def check_weights(
-    config: CircuitBreakerConfig, probe: Probe, told: Sequence[str] = ()
+    config: CircuitBreakerConfig, probe: Probe, notes: Sequence[str] = ()
 ) -> tuple[list[Finding], dict, list]:
     """Check whether `beta_kl` is conservative, whether each term gets its turn, and which gradient is the
-    largest when. `told`: what `cbnb.run.settings.settings_of` has to say about the settings; each sentence is
-    a warning."""
+    largest when. `notes`: what `cbnb.run.settings.settings_of` has to say about the settings; each sentence
+    is a warning."""
     frame, total = gradient_frame(probe), config.total_steps
     terms = describe_terms(find_objective(config.objective), config)
     findings = [
         *settings_findings(config),
-        *(note("settings", line, "warn") for line in told),
+        *(note("settings", line, "warn") for line in notes),
         *gradient_findings(frame, probe, terms),
     ]
     places = {"first": 0, "middle": total // 2, "last": total - 1}
@@ -166,8 +170,8 @@ def check_weights(
         "coefficients": {place: coefficients(config, s) for place, s in places.items()},
         "gradients": frame.reset_index().to_dict("list"),
     }
-    shown = mime_bundle(curves(schedule_rows(config, probe), terms))
-    return findings, figures, [shown, frame.map(format_number)]
+    picture = mime_bundle(curves(schedule_rows(config, probe), terms))
+    return findings, figures, [picture, frame.map(format_number)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #efcfb354
 def round_down(value: float) -> float:
@@ -175,19 +179,19 @@ def round_down(value: float) -> float:
     return math.floor(value / (unit := 10.0 ** math.floor(math.log10(value)))) * unit
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #6fe9e50c
-def proposals(config: CircuitBreakerConfig, found: Outlook) -> list[dict]:
+def proposals(config: CircuitBreakerConfig, outlook: Outlook) -> list[dict]:
     """Return changes of settings that may bring a dead run to life, the likeliest first: a smaller weight of
-    the term that holds the most (at least a thousandth of it), a three times higher learning rate, a shorter
-    warm-up, more steps; and the first two together."""
-    ratio = min(max(found.force, 1e-3) / (4 * WINS), 0.5)
-    name = "beta_kl" if found.holder == "kl" else "retain_weight"
-    own = getattr(config, name)
-    weight = {name: round_down(own * ratio)} if own and found.force < 4 * WINS else {}
+    the term that holds the most (at least a thousandth of it) where a setting weighs it, a three times higher
+    learning rate, a shorter warm-up, more steps; and the first two together."""
+    ratio = min(max(outlook.force, 1e-3) / (4 * WINS), 0.5)
+    name = own_weight(describe_terms(find_objective(config.objective), config)[outlook.holder])
+    own = getattr(config, name) if name else 0
+    weight = {name: round_down(own * ratio)} if own and outlook.force < 4 * WINS else {}
     warmup = {"warmup_steps": 5} if config.warmup_steps > 5 else {}
     rate = {"learning_rate": float(f"{3 * config.learning_rate:.2g}")}
-    late = config.total_steps < found.opens_by < 20 * config.total_steps
-    steps = {"total_steps": math.ceil(1.5 * found.opens_by / 10) * 10} if late else {}
-    if found.force < WINS:
+    late = config.total_steps < outlook.opens_by < 20 * config.total_steps
+    steps = {"total_steps": math.ceil(1.5 * outlook.opens_by / 10) * 10} if late else {}
+    if outlook.force < WINS:
         ordered: list[dict[str, Any]] = [weight, rate, warmup, weight | rate if weight else {}]
     else:
         ordered = [steps, rate, weight, warmup]
@@ -232,33 +236,32 @@ NOT_JUDGED = (
     "not judged: {title} declares no fall from start to low, so nothing foretells whether it opens; compare "
     "the run with one of objective rr"
 )
-WEIGHED_BY = {"kl": "beta_kl", "retain": "retain_weight"}  # by the term that holds the most
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #1e25cc94
 def force_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding:
     "Return the finding on whether reroute leaves the saddle, from the outlook of the probe."
-    found, objective = probe.outlook, find_objective(config.objective)
-    reroute, retain = objective.term("reroute"), objective.term("retain").title
+    outlook, objective = probe.outlook, find_objective(config.objective)
+    reroute, holder = objective.term("reroute"), objective.term(outlook.holder)
+    both = f"{objective.term('retain').title} and {objective.term('kl').title} together"
     line = dead_line(reroute, config)
     if math.isnan(line):
         return note("alive", NOT_JUDGED.format(title=reroute.title), "warn")
     force = (
-        f"at step {found.step} of the probe the {reroute.title} gradient has {format_number(found.force)} "
-        f"times the norm of what holds it back ({retain} and KL together; the most is "
-        f"{'KL' if found.holder == 'kl' else retain}'s), and "
-        f"loss_reroute is {(reroute.start or 0.0) - found.turned:.6g}"
+        f"at step {outlook.step} of the probe the {reroute.title} gradient has "
+        f"{format_number(outlook.force)} times the norm of what holds it back ({both}; the most is "
+        f"{holder.title}'s), and "
+        f"loss_reroute is {(reroute.start or 0.0) - outlook.turned:.6g}"
     )
-    holder = "the KL" if found.holder == "kl" else retain
-    pulls = f"{holder} pulls harder than {reroute.title} can grow"
-    at_floor = found.turned <= floor_limit(probe.floor.get("reroute", 0.0))
+    pulls = f"{name_in_text(holder)} pulls harder than {reroute.title} can grow"
+    at_floor = outlook.turned <= floor_limit(probe.floor.get("reroute", 0.0))
     return ALIVE.judge(
-        bool(found.alive),
+        bool(outlook.alive),
         True,
         force=force,
         rounding=", which is rounding" if at_floor else "",
-        why=pulls if found.force < WINS else f"{reroute.title} wins, but too late",
+        why=pulls if outlook.force < WINS else f"{reroute.title} wins, but too late",
         line=line,
-        opens_by=math.ceil(found.opens_by) if math.isfinite(found.opens_by) else "—",
+        opens_by=math.ceil(outlook.opens_by) if math.isfinite(outlook.opens_by) else "—",
         total=config.total_steps,
     )
 
@@ -273,22 +276,25 @@ PROPOSAL = Criterion(
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #e33a9620
 def proposal_findings(
-    config: CircuitBreakerConfig, found: Outlook, again: Callable[[CircuitBreakerConfig], Probe]
+    config: CircuitBreakerConfig, outlook: Outlook, again: Callable[[CircuitBreakerConfig], Probe]
 ) -> tuple[list[Finding], dict | None]:
     """Return findings on the `proposals` that were probed by `again`, and the change that brings the run to
     life; None where none does. A proposal that lives is a fail as well: the run as it stands is dead."""
     findings = []
-    for change in proposals(config, found):
+    for change in proposals(config, outlook):
         words = " and ".join(f"{k} {v:g} instead of {getattr(config, k):g}" for k, v in change.items())
         changed = replace(config, **change)
-        tried = again(changed)
-        lives = bool(tried.outlook.alive) and torn_finding(changed, tried) is None
-        by = math.ceil(tried.outlook.opens_by) if lives else None
+        trial = again(changed)
+        lives = bool(trial.outlook.alive) and torn_finding(changed, trial) is None
+        by = math.ceil(trial.outlook.opens_by) if lives else None
         findings.append(PROPOSAL.judge(lives, True, change=words, opens_by=by))
         if lives:
             return [*findings[:-1], replace(findings[-1], verdict="fail")], change
-    setting = WEIGHED_BY[found.holder]
-    nothing = f"none of these brings it to life: lower {setting} by more, or look at target_layers and data"
+    holder = describe_terms(find_objective(config.objective), config)[outlook.holder]
+    nothing = (
+        f"none of these brings it to life: lower {weight_words(holder)} by more, or look at "
+        "target_layers and data"
+    )
     return [*findings, note("proposals", nothing, "fail")], None
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #81565526
@@ -298,14 +304,14 @@ def check_alive(
     """Check whether reroute leaves the saddle. `again(config)` makes a `Probe` of other settings: of each of
     the `proposals`, until one lives. A probe that ended with a loss that is not finite says nothing about the
     outlook, and is unknown."""
-    found = probe.outlook
+    outlook = probe.outlook
     figures = {
-        "step": found.step,
-        "force": found.force,
-        "holder": found.holder,
-        "turned": found.turned,
-        "opens_by": found.opens_by,
-        "alive": bool(found.alive),
+        "step": outlook.step,
+        "force": outlook.force,
+        "holder": outlook.holder,
+        "turned": outlook.turned,
+        "opens_by": outlook.opens_by,
+        "alive": bool(outlook.alive),
         "floor": probe.floor,
         "proposal": None,
     }
@@ -315,16 +321,16 @@ def check_alive(
     if torn := torn_finding(config, probe):
         return [torn], figures, ()
     finding = force_finding(config, probe)
-    if math.isnan(found.turned):
+    if math.isnan(outlook.turned):
         return [finding], figures | dict.fromkeys(("force", "turned", "opens_by", "alive")), ()
-    if found.alive:
+    if outlook.alive:
         return [finding], figures, ()
-    tried, figures["proposal"] = proposal_findings(config, found, again)
-    return [finding, *tried], figures, ()
+    trial, figures["proposal"] = proposal_findings(config, outlook, again)
+    return [finding, *trial], figures, ()
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #a49f686a
 def heldout_divergence(
-    student: nn.Module,
+    student: PeftModel,
     masker: ChatMasker,
     heldout: Sequence[Transcript],
     config: CircuitBreakerConfig,
@@ -334,10 +340,12 @@ def heldout_divergence(
     """Return `{domain: {"kl", "top1"}}` of up to `at_most` held-out benign transcripts of each domain, for
     the student as it is now: the KL in nats per token, and the share of targets where teacher and student
     agree. A domain without targets is left out."""
-    chosen = {d: ts[:: max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(heldout).items()}
+    by_domain = {
+        d: ts[:: max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(list(heldout)).items()
+    }
     return {
         d: benign_divergence(student, masker, ts, config, teacher, config.batch_size)
-        for d, ts in chosen.items()
+        for d, ts in by_domain.items()
     }
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #7d0391c3
@@ -399,7 +407,7 @@ def device_memory() -> int:
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
+# %% ../../nbs/preflight/04_run_checks.ipynb #f3830892
 def run_memory(
     config: CircuitBreakerConfig, probe: Probe, student: nn.Module, longest: int, usual: float
 ) -> float:
@@ -418,7 +426,7 @@ def cache_findings(cache: tuple[str | Path, float] | None) -> list[Finding]:
     room = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
     return [judge_size(TEACHER_CACHE, size, room, 0.5, 1, place=place)]
 
-
+# %% ../../nbs/preflight/04_run_checks.ipynb #5d6b0099
 def row_lengths(samples: Iterable[Sample]) -> tuple[int, float]:
     "Return `(longest, mean)` length of `samples`, in tokens. Raises ValueError for none."
     counts = Counter(len(s.input_ids) for s in samples)
@@ -440,7 +448,7 @@ def check_means(
     longest, usual = row_lengths(samples)
     memory, total = run_memory(config, probe, student, longest, usual), device_memory()
     adapter = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)
-    disk, free = adapter * (1 + 3 * (KEPT + 1)) + 1000 * config.total_steps, shutil.disk_usage(folder).free
+    disk, free = adapter * (1 + 3 * (KEEP + 1)) + 1000 * config.total_steps, shutil.disk_usage(folder).free
     gpu = torch.cuda.is_available()
     which = f", for the longest rows ({longest} tokens)" if gpu else " (the process up to now)"
     time_needed = (

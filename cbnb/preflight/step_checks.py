@@ -9,34 +9,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-
-from ..basics.numbers import format_number
-from ..config import CircuitBreakerConfig, ConfigError
-from ..data.streams import Sample
-from ..masking.targets import truncation_window
-from .checks import UNKNOWN, Criterion, Finding, note
-from ..report.figures import floor_words
-from ..step.adapter_checks import difference, plain_logits
-from ..step.heads import find_head, own_logits, plain_linear
-from cbnb.step.models import (
-    decoder_blocks,
-    find_decoder,
-    forward_with_hidden_states,
-    reach,
-    reach_line,
-    reach_shares,
-    teacher_mode,
-    token_states,
-)
-from ..step.passes import both_passes, first_adapted_block
-from ..train.breaker import CircuitBreaker
-from ..train.floor import kept, mode, moved, rounding_floor, terms_of
-from ..train.trainer import TERMS
 
 # %% auto #0
 __all__ = ['PAIRS', 'TOKENS', 'MOVES', 'MEASURED_KL', 'KL_DIRECTION', 'KL_INDISTINCT', 'ONLY_ADAPTER', 'NOTHING_TRAINED',
@@ -48,6 +26,37 @@ __all__ = ['PAIRS', 'TOKENS', 'MOVES', 'MEASURED_KL', 'KL_DIRECTION', 'KL_INDIST
            'check_detachment', 'check_run_start', 'gradient_tap', 'start_of', 'same_rows', 'stream_of', 'is_zero',
            'kl_gradient_findings', 'reached_finding', 'gradient_findings', 'padding_findings', 'surprise',
            'surprise_findings']
+
+# %% ../../nbs/preflight/02_step_checks.ipynb #d3ddf630
+from ..basics.numbers import format_number
+from ..config import CircuitBreakerConfig, ConfigError
+from ..data.streams import Sample
+from ..masking.targets import truncation_window
+from .checks import UNKNOWN, Criterion, Finding, note
+from ..report.figures import floor_words
+from ..step.adapter_checks import difference, plain_logits
+from ..step.heads import find_head, own_logits, plain_linear
+
+# %% ../../nbs/preflight/02_step_checks.ipynb #98542219
+from cbnb.step.models import (
+    decoder_blocks,
+    find_decoder,
+    forward_with_hidden_states,
+    reach,
+    reach_line,
+    reach_shares,
+    teacher_mode,
+    token_states,
+)
+from ..step.objectives import Term
+from ..step.passes import both_passes, first_adapted_block
+from ..train.alarms import name_in_text
+from ..train.breaker import CircuitBreaker
+from ..train.floor import add_noise, restore_weights, rounding_floor, set_mode, terms_of
+from ..train.trainer import TERMS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #5980224d
 PAIRS, TOKENS = 2, 128  # pairs of rows, and tokens of a row, that these checks look at
@@ -63,8 +72,8 @@ def some_pairs(harmful: list[Sample], benign: list[Sample]) -> list[tuple[Sample
         return replace(sample, input_ids=sample.input_ids[keep], loss_mask=sample.loss_mask[keep])
 
     n = min(len(harmful), len(benign))
-    chosen = range(0, n, max(1, n // PAIRS))[:PAIRS]
-    return [(cut(harmful[i], place), cut(benign[i], place)) for place, i in enumerate(chosen)]
+    places = range(0, n, max(1, n // PAIRS))[:PAIRS]
+    return [(cut(harmful[i], place), cut(benign[i], place)) for place, i in enumerate(places)]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #523b7b2f
 def definition_of_kl(
@@ -89,9 +98,9 @@ def definition_of_kl(
 # %% ../../nbs/preflight/02_step_checks.ipynb #b2d73525
 @contextmanager
 def wide_output(model: nn.Module) -> Iterator[None]:
-    """Inside, the output layer of `model` takes its product in float32, whatever its dtype, and all that the
-    model's own code does behind it follows: logits are not rounded to bfloat16. A layer that is not a plain
-    linear (with an adapter, in 4 bits) is left as it is, as `cbnb.step.heads` does."""
+    """Let the output layer of `model`, inside, take its product in float32, whatever its dtype, and all that
+    the model's own code does behind it follows: logits are not rounded to bfloat16. A layer that is not a
+    plain linear (with an adapter, in 4 bits) is left as it is, as `cbnb.step.heads` does."""
     layer = (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()  # type: ignore[operator]  # any transformers model
     if not plain_linear(layer):
         yield
@@ -132,20 +141,20 @@ def measure_kl(breaker: CircuitBreaker, batch: dict) -> dict:
     `forward` and `reverse` by their definitions, all in nats per token, the count of `targets`, and the
     `size` of the move, the first of `MOVES` at which the two directions differ, or the last."""
     benign, config = batch["benign"], breaker.circuit_breaker_config
-    with mode(breaker, False):
+    with set_mode(breaker, False):
         with breaker.student.disable_adapter() if breaker.teacher is None else nullcontext():
             teacher = precise_logits(breaker.teacher or breaker.student, benign)
         for size in MOVES:
-            with moved(breaker.student, size):
+            with add_noise(breaker.student, size):
                 ours = precise_logits(breaker.student, benign)
                 forward, reverse, n = definition_of_kl(
                     ours, teacher, benign["loss_mask"], config.kl_temperature
                 )
                 parted = abs(forward - reverse) > 0.05 * max(forward, reverse) and forward > 1e-3
                 if parted or size == MOVES[-1]:
-                    used = terms_of(breaker, batch)["loss_kl"].item()
+                    loss = terms_of(breaker, batch)["loss_kl"].item()
                     break
-    return {"loss_kl": used, "forward": forward, "reverse": reverse, "targets": n, "size": size}
+    return {"loss_kl": loss, "forward": forward, "reverse": reverse, "targets": n, "size": size}
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #643811ed
 @torch.no_grad()
@@ -155,10 +164,10 @@ def check_direction(breaker: CircuitBreaker, batch: dict) -> tuple[list[Finding]
     if not batch["benign"]["loss_mask"][:, 1:].any():
         sentence = "the benign rows have no target, so there is no KL to look at"
         return [Finding("loss_kl", UNKNOWN, sentence)], {}, ()
-    found = measure_kl(breaker, batch)
-    used, forward, reverse = (found[k] for k in ("loss_kl", "forward", "reverse"))
+    kl = measure_kl(breaker, batch)
+    used, forward, reverse = (kl[k] for k in ("loss_kl", "forward", "reverse"))
     figures = {"loss_kl": used, "forward": forward, "reverse": reverse}
-    words = found | {"temperature": breaker.circuit_breaker_config.kl_temperature}
+    words = kl | {"temperature": breaker.circuit_breaker_config.kl_temperature}
     off, margin = abs(used - forward) / max(abs(forward), 1e-30), 1e-3 * max(abs(forward), 1e-30)
     if off < 1e-3 and abs(forward - reverse) < 0.01 * max(forward, reverse):
         doubt = KL_INDISTINCT.format_map(words | {"measured": used})
@@ -172,7 +181,7 @@ def check_direction(breaker: CircuitBreaker, batch: dict) -> tuple[list[Finding]
 def teacher_in_use(breaker: CircuitBreaker, rows: dict) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Return `(hidden states of the target layers, logits)` of the teacher, [B, S, d] by block and [B, S, V],
     from the hidden states that the breaker gets of it in training mode."""
-    with mode(breaker, True):
+    with set_mode(breaker, True):
         hidden, last = both_passes(
             breaker.student,
             breaker.teacher,
@@ -181,8 +190,12 @@ def teacher_in_use(breaker: CircuitBreaker, rows: dict) -> tuple[dict[int, torch
             breaker.head.norm,
             final=True,
         )[1]
-    with mode(breaker, False), teacher_mode(breaker.student) if breaker.teacher is None else nullcontext():
-        return hidden, own_logits(breaker.teacher or breaker.student.get_base_model(), last)
+    with (
+        set_mode(breaker, False),
+        teacher_mode(breaker.student) if breaker.teacher is None else nullcontext(),
+    ):
+        teacher = breaker.teacher or breaker.student.get_base_model()
+        return hidden, own_logits(cast("PreTrainedModel", teacher), cast(torch.Tensor, last))
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #28835252
 ONLY_ADAPTER = Criterion(
@@ -202,7 +215,7 @@ NOTHING_TRAINED = Finding(
     0,
 )
 
-
+# %% ../../nbs/preflight/02_step_checks.ipynb #44548fa7
 def frozen_findings(breaker: CircuitBreaker) -> list[Finding]:
     "Return a finding on whether what the optimizer gets is the adapter, and nothing else."
     trained = {name for name, p in breaker.named_parameters() if p.requires_grad}
@@ -251,7 +264,7 @@ def start_kl(breaker: CircuitBreaker, batch: dict, teacher: nn.Module) -> tuple[
     noise, _, _ = definition_of_kl(other, once, benign["loss_mask"], temperature)
     return terms_of(breaker, batch)["loss_kl"].item(), noise
 
-
+# %% ../../nbs/preflight/02_step_checks.ipynb #df6d7605
 def start_kl_finding(breaker: CircuitBreaker, kl: float, noise: float) -> Finding:
     "Return the finding on the `kl` of the untouched student; `noise` as in `start_kl`."
     if breaker.teacher is None:
@@ -264,7 +277,7 @@ def untouched_findings(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor
     """Return findings on whether the teacher is the model that gave the logits `plain` [B, S, V], also in
     training mode, and whether a fresh adapter changes nothing."""
     benign, mask = batch["benign"], batch["benign"]["attention_mask"].bool()
-    with mode(breaker, False), torch.no_grad():
+    with set_mode(breaker, False), torch.no_grad():
         context = teacher_mode(breaker.student) if breaker.teacher is None else nullcontext(breaker.teacher)
         with context as teacher:
             again = plain_logits(teacher, benign)
@@ -327,10 +340,10 @@ def nudge(student: PeftModel, size: float) -> None:
             if "lora_B" in name:
                 p.add_(torch.randn_like(p) * size)
 
-
+# %% ../../nbs/preflight/02_step_checks.ipynb #7c56f4a2
 def on_and_off(breaker: CircuitBreaker, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
     "Return the student's logits [B, S, V] with the adapter on and with it off, in eval mode."
-    with mode(breaker, False):
+    with set_mode(breaker, False):
         on = plain_logits(breaker.student, rows)
         with teacher_mode(breaker.student):
             return on, plain_logits(breaker.student, rows)
@@ -346,7 +359,7 @@ def one_step_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     the teacher does not move, and no gradient reaches it. Weights and modes are left as they were."""
     rows = batch["benign"]
     mask = rows["attention_mask"].bool()
-    with kept(breaker), mode(breaker, True):
+    with restore_weights(breaker), set_mode(breaker, True):
         hidden, before = teacher_in_use(breaker, rows)
         leaks = sum(t.requires_grad for t in (*hidden.values(), before))
         trained = [p for p in breaker.parameters() if p.requires_grad]
@@ -386,9 +399,9 @@ APPLIED = Criterion(
 def applied_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     "Return a finding on whether a moved adapter changes the hidden states at every target layer."
     rows, config = batch["harmful"], breaker.circuit_breaker_config
-    with mode(breaker, False), moved(breaker.student, 0.05):
+    with set_mode(breaker, False), add_noise(breaker.student, 0.05):
         (ours, _), _ = both_passes(breaker.student, breaker.teacher, rows, config)
-    with mode(breaker, False):
+    with set_mode(breaker, False):
         (fresh, _), _ = both_passes(breaker.student, breaker.teacher, rows, config)
     mask = rows["attention_mask"].bool()
     change = {
@@ -458,7 +471,7 @@ def check_run_start(
     mask = rows["attention_mask"].bool()
     if not plain[mask].isfinite().all():
         return  # weights that hold NaN: training has a word for that
-    with mode(breaker, False), teacher_mode(student):
+    with set_mode(breaker, False), teacher_mode(student):
         first, again = (plain_logits(student, rows) for _ in range(2))
     off, noise = (difference(first[mask], other[mask]) for other in (plain, again))
     base = BASE_AT_START.judge(off, 4 * noise, shown=format_number(off))
@@ -469,9 +482,10 @@ def check_run_start(
 # %% ../../nbs/preflight/02_step_checks.ipynb #894eaf4a
 @contextmanager
 def gradient_tap(breaker: CircuitBreaker) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Inside, every pass of the student that may be differentiated adds to two lists of tensors [B, S, d]:
-    what its first adapted block gets, and, of those that come that far, its final hidden states. The student
-    may start there, from what the teacher's pass has made; the output layer it need not meet at all."""
+    """Let every pass of the student that may be differentiated add, inside, to two lists of tensors [B, S,
+    d]: what its first adapted block gets, and, of those that come that far, its final hidden states. The
+    student may start there, from what the teacher's pass has made; the output layer it need not meet at
+    all."""
     starts: list[torch.Tensor] = []
     lasts: list[torch.Tensor] = []
 
@@ -514,20 +528,20 @@ def start_of(student: PeftModel, rows: dict) -> torch.Tensor:
 def same_rows(hidden: torch.Tensor, start: torch.Tensor, rows: dict) -> bool:
     """Return whether a pass that began with `hidden` [B, S, d] is one over `rows`, which begin with `start`;
     padding does not count."""
-    seen = rows["attention_mask"].bool()
+    real = rows["attention_mask"].bool()
     if hidden.dim() == start.dim() == 4:  # several residual streams
-        hidden, start = (token_states(h, seen.shape) for h in (hidden, start))
+        hidden, start = (token_states(h, real.shape) for h in (hidden, start))
     return hidden.shape == start.shape and torch.allclose(
-        hidden[seen].float(), start[seen].float(), rtol=1e-2, atol=1e-3
+        hidden[real].float(), start[real].float(), rtol=1e-2, atol=1e-3
     )
 
-
+# %% ../../nbs/preflight/02_step_checks.ipynb #cb45a68e
 def stream_of(hidden: torch.Tensor, starts: dict[str, torch.Tensor], batch: dict) -> str:
     "Return which of `starts` (by stream) the pass that began with `hidden` is of, or unknown."
     names = (name for name, start in starts.items() if same_rows(hidden.detach(), start, batch[name]))
     return next(names, "unknown")
 
-
+# %% ../../nbs/preflight/02_step_checks.ipynb #561e0d3a
 def is_zero(gradient: torch.Tensor | None) -> bool:
     "Return whether a gradient is exactly zero, or there is none."
     return gradient is None or not gradient.any().item()
@@ -557,18 +571,18 @@ KL_INSIDE = Criterion(
 def kl_gradient_findings(gradients: Iterable[torch.Tensor | None], rows: dict) -> list[Finding]:
     """Return findings on `gradients` of the KL in final hidden states [B, S, d] (see `gradient_tap`): not
     zero at the positions that predict a target of `rows`, and zero at all others."""
-    wanted = torch.zeros_like(rows["loss_mask"])
-    wanted[:, :-1] = rows["loss_mask"][:, 1:]
+    predicts = torch.zeros_like(rows["loss_mask"])
+    predicts[:, :-1] = rows["loss_mask"][:, 1:]
     inside = outside = 0
     for gradient in gradients:
         if gradient is None or is_zero(gradient):
             continue
         got = gradient.ne(0).any(-1)
-        if got.shape != wanted.shape:
-            sentence = KL_ROWS.format(got=list(got.shape), wanted=list(wanted.shape))
+        if got.shape != predicts.shape:
+            sentence = KL_ROWS.format(got=list(got.shape), wanted=list(predicts.shape))
             return [Finding(KL_OUTSIDE.name, "fail", sentence)]
-        inside, outside = inside + int((got & wanted).sum()), outside + int((got & ~wanted).sum())
-    n = int(wanted.sum())
+        inside, outside = inside + int((got & predicts).sum()), outside + int((got & ~predicts).sum())
+    n = int(predicts.sum())
     return [KL_OUTSIDE.judge(outside, targets=n), KL_INSIDE.judge(inside, n // 2, targets=n)]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #6f4971ce
@@ -582,12 +596,12 @@ OWN_ROWS = Criterion(
 )
 
 
-def reached_finding(term: str, gradients: Sequence[torch.Tensor | None], streams: list[str]) -> Finding:
-    "Return the finding on whether the `gradients` of a term, by pass, stand in the term's own stream alone."
-    own, other = ("harmful", "benign") if term == "reroute" else ("benign", "harmful")
+def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], streams: list[str]) -> Finding:
+    "Return the finding on whether the `gradients` of `term`, by pass, stand in the term's own stream alone."
+    own, other = ("harmful", "benign") if term.name == "reroute" else ("benign", "harmful")
     foreign = {name for g, name in zip(gradients, streams) if not is_zero(g)} - {own}
-    named = other if other in foreign else "other"
-    return OWN_ROWS.judge(len(foreign), term=term, other=other, reached=named)
+    reached = other if other in foreign else "other"
+    return OWN_ROWS.judge(len(foreign), term=name_in_text(term), other=other, reached=reached)
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #992c8220
 def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
@@ -598,7 +612,7 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     if config.benign_policy != "full_sequence":
         breaker.circuit_breaker_config = replace(config, beta_kl=config.beta_kl or 1.0)
     try:
-        with mode(breaker, False), moved(student, 0.02), gradient_tap(breaker) as (starts, lasts):
+        with set_mode(breaker, False), add_noise(student, 0.02), gradient_tap(breaker) as (starts, lasts):
             terms = terms_of(breaker, batch)
             begins = {name: start_of(student, batch[name]) for name in ("harmful", "benign")}
             streams = [stream_of(hidden, begins, batch) for hidden in starts]
@@ -606,10 +620,11 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
                 term = terms[f"loss_{name}"]
                 if not term.requires_grad:
                     continue
-                found = torch.autograd.grad(term, [*starts, *lasts], retain_graph=True, allow_unused=True)
-                findings.append(reached_finding(name, found[: len(starts)], streams))
+                grads = torch.autograd.grad(term, [*starts, *lasts], retain_graph=True, allow_unused=True)
+                words = breaker.objective.term(name)
+                findings.append(reached_finding(words, grads[: len(starts)], streams))
                 if name == "kl":
-                    findings += kl_gradient_findings(found[len(starts) :], batch["benign"])
+                    findings += kl_gradient_findings(grads[len(starts) :], batch["benign"])
     finally:
         breaker.circuit_breaker_config = config
     return findings
@@ -658,5 +673,5 @@ def surprise(logits: torch.Tensor, rows: dict, chosen: torch.Tensor) -> float:
 # %% ../../nbs/preflight/02_step_checks.ipynb #0349f772
 def surprise_findings(plain: torch.Tensor, rows: dict) -> list[Finding]:
     "Return a finding on whether the untrained model, with logits `plain` [B, S, V], expects the targets."
-    found = surprise(plain, rows, rows["loss_mask"])
-    return [SURPRISE.judge(found, SURPRISED, shown=format_number(found))]
+    nats = surprise(plain, rows, rows["loss_mask"])
+    return [SURPRISE.judge(nats, SURPRISED, shown=format_number(nats))]

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..basics.numbers import floor_limit, format_number
 from ..basics.terminal import error_text, say
@@ -20,12 +21,12 @@ from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
 from ..step.objectives import Term, depth, descent, describe_terms, find_objective, run_terms, unjudged
-from .trainer import TERMS, NonFiniteLossError, log_line
+from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
-__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'RULES', 'foretold', 'name_in_text', 'log_name', 'own_weight', 'level_words', 'forces',
-           'advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated', 'silent', 'go_off',
-           'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
+__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'RULES', 'foretold', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
+           'level_words', 'forces', 'advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
+           'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
 
 # %% ../../nbs/train/06_alarms.ipynb #bd02f70f
 LEAST = 1e-6  # of its depth: a term that has fallen by less than this has not moved, by float32's rounding
@@ -55,17 +56,22 @@ def name_in_text(term: Term) -> str:
     "Return how a sentence calls `term`: its title; the KL with its article."
     return f"the {term.title}" if term.name == "kl" else term.title
 
-
+# %% ../../nbs/train/06_alarms.ipynb #91749a3c
 def log_name(term: Term) -> str:
     "Return the field of the log that holds `term`, with its title where that says more."
     return f"loss_{term.name}" + ("" if term.title.lower() == term.name else f" ({term.title})")
 
-
+# %% ../../nbs/train/06_alarms.ipynb #858a7023
 def own_weight(term: Term) -> str:
     "Return the setting that weighs `term`, retain_weight or beta_kl; empty where its objective uses neither."
     return next((name for name in term.factors or () if name in ("retain_weight", "beta_kl")), "")
 
+# %% ../../nbs/train/06_alarms.ipynb #72dde76c
+def weight_words(term: Term) -> str:
+    "Return what a sentence calls the weight of `term`: the setting, or `the weight of` the term."
+    return own_weight(term) or f"the weight of {name_in_text(term)}"
 
+# %% ../../nbs/train/06_alarms.ipynb #81868824
 def level_words(term: Term, config: CircuitBreakerConfig) -> str:
     "Return what `dead_line` is, in words: `dead_level`, of the fall of `term` where that is not from 1 to 0."
     if (term.start, term.low) == (1, 0):
@@ -103,20 +109,21 @@ def advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
     away = name_in_text(terms["reroute"])
     if pull > hold:
         return f"{away} pulls harder than what holds it, but too slowly: raise learning_rate or total_steps"
-    weight = own_weight(terms[holder]) or f"the weight of {name_in_text(terms[holder])}"
     return (
         f"the gradient of {name_in_text(terms[holder])} holds it, with "
         f"{format_number(hold / pull) if pull else 'infinitely many'} times the norm of {away}'s at step "
-        f"{row['step']}: lower {weight}, or raise learning_rate"
+        f"{row['step']}: lower {weight_words(terms[holder])}, or raise learning_rate"
     )
 
 # %% ../../nbs/train/06_alarms.ipynb #ec4a55fc
 def dead_line(term: Term, config: CircuitBreakerConfig) -> float:
     """Return the value of the reroute `term` at `dead_level` of the way from its low to its start: above it
     the breaker counts as not opened. NaN where the range is not declared. For `rr` it is `dead_level`."""
-    return term.low + config.dead_level * depth(term) if depth(term) > 0 else math.nan
+    if term.low is None or not depth(term) > 0:
+        return math.nan
+    return term.low + config.dead_level * depth(term)
 
-
+# %% ../../nbs/train/06_alarms.ipynb #4d63c370
 def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
     """Return the alarm that the student's hidden states have not turned away: loss_reroute is above
     `dead_line` in a line at or after `dead_after` of the steps, and its fall from its start either has not
@@ -161,7 +168,7 @@ def typical(rows: list[dict], key: str, span: float) -> float:
     values = [math.log(max(v, 1e-30)) for v in values if not math.isnan(v)]
     return math.exp(sum(values) / len(values)) if values else math.nan
 
-
+# %% ../../nbs/train/06_alarms.ipynb #a6aef944
 def collapsed(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
     """Return the alarm that benign behaviour is lost. From half of the steps on: loss_kl, the benign KL, is
     above `collapse_kl` in every line of the last `collapse_for` of the run's steps and does not fall fast
@@ -169,7 +176,8 @@ def collapsed(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
     `RECOVERED` of it."""
     last, end, level = rows[-1]["step"], config.total_steps, RECOVERED * config.collapse_kl
     span, kl = config.collapse_for * end, lambda row: as_float(row.get("loss_kl"))
-    does = "raise beta_kl, or lower learning_rate or alpha_max"
+    weight = own_weight(describe_terms(find_objective(config.objective), config)["kl"])
+    does = f"{f'raise {weight}, or ' if weight else ''}lower learning_rate or alpha_max"
     if last >= end:
         peak = max((v for row in rows if not math.isnan(v := kl(row))), default=0.0)
         now = typical(rows, "loss_kl", 0.05 * end)
@@ -260,12 +268,12 @@ def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, f
     alarms += new
     return new
 
-
+# %% ../../nbs/train/06_alarms.ipynb #04d85f8c
 def find_alarms(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None = None) -> list[dict]:
     """Return the alarms of a whole log (lines of metrics.jsonl, in order), as a run with these `rows` and
     this rounding `floor` (`cbnb.train.floor.rounding_floor`; a run keeps it in status.json) has told them;
     None is a floor of 0, as in float32."""
-    alarms = []
+    alarms: list[dict] = []
     for n in range(1, len(rows) + 1):
         go_off(alarms, rows[:n], config, floor or {})
     return alarms
@@ -276,7 +284,7 @@ class CollapsedError(RuntimeError):
 
     __str__ = error_text
 
-
+# %% ../../nbs/train/06_alarms.ipynb #e76d4af4
 class Alarms(TrainerCallback):
     """Apply the rules to every log line of a run and keep what goes off, with its time, in status.json
     (`alarms`). A new alarm is told at once: in the terminal or the job's log, and in the cell that trains.
@@ -284,9 +292,15 @@ class Alarms(TrainerCallback):
     has told before."""
 
     def __init__(self, run: Run, config: CircuitBreakerConfig):
-        self.run, self.config, self.rows, self.found, self.stopped, self.floor = run, config, [], [], None, {}
+        self.run, self.config = run, config
+        self.rows: list[dict] = []
+        self.found: list[dict] = []
+        self.stopped: dict | None = None
+        self.floor: dict = {}
 
-    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self.rows = read_metrics(self.run.path)
@@ -298,9 +312,14 @@ class Alarms(TrainerCallback):
             say(f"note: {line}")
 
     def on_log(
-        self, args: object, state: object, control: object, logs: dict | None = None, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss_reroute" not in logs:
+        if not state.is_world_process_zero or not is_metrics(logs):
             return
         self.rows.append(dict(logs))
         before = [alarm["last_step"] for alarm in self.found]

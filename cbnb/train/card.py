@@ -141,7 +141,7 @@ def card_text(
         "library_name": "peft",
         "tags": ["circuit-breaker", "representation-rerouting", "cbnb"],
     }
-    meant = preset_for(parameters.get("preset"), config.model, parameters.get("trust_remote_code", False))
+    meant = preset_for(parameters["preset"], config.model, parameters.get("trust_remote_code", False))
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).strip(),

@@ -19,11 +19,12 @@ from ..step.objectives import TERM_NAMES, departure
 from .breaker import CircuitBreaker
 
 # %% auto #0
-__all__ = ['BELOW', 'FIXED', 'kept', 'moved', 'mode', 'on_device', 'terms_of', 'rounding_floor', 'fixed', 'fixed_figures']
+__all__ = ['BELOW', 'FIXED', 'restore_weights', 'add_noise', 'set_mode', 'on_device', 'terms_of', 'rounding_floor', 'set_noise',
+           'fixed_figures']
 
 # %% ../../nbs/train/01_floor.ipynb #3996c5ff
 @contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
+def restore_weights(module: nn.Module) -> Iterator[None]:
     """Restore, on leaving, the adapter and what else of `module` is trained: inside they may be changed;
     afterwards they, their gradients and the random states are as before."""
     trained = [p for name, p in module.named_parameters() if p.requires_grad or "lora_" in name]
@@ -39,10 +40,10 @@ def kept(module: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/train/01_floor.ipynb #070be524
 @contextmanager
-def moved(student: PeftModel, size: float) -> Iterator[None]:
+def add_noise(student: PeftModel, size: float) -> Iterator[None]:
     """Make each LoRA B of `student` normal noise of standard deviation `size` inside, the same each time;
     afterwards all is as before."""
-    with kept(student):
+    with restore_weights(student):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in student.named_parameters():
@@ -52,7 +53,7 @@ def moved(student: PeftModel, size: float) -> Iterator[None]:
 
 # %% ../../nbs/train/01_floor.ipynb #dd3930d4
 @contextmanager
-def mode(module: nn.Module, training: bool) -> Iterator[None]:
+def set_mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Put `module` in training mode inside, or in evaluation mode; every part of it is then put back as it
     was."""
     before = [(part, part.training) for part in module.modules()]
@@ -85,7 +86,7 @@ def terms_of(breaker: CircuitBreaker, batch: dict) -> dict:
 # %% ../../nbs/train/01_floor.ipynb #906a7ee3
 BELOW = 0.01  # standard deviation of the noise in each LoRA B, in units of the dtype's eps
 
-
+# %% ../../nbs/train/01_floor.ipynb #bc680d57
 def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig) -> dict:
     """Return `{"dtype", "reroute", "retain", "kl"}`: what the terms read of a student that differs from its
     own base by rounding alone.
@@ -103,26 +104,26 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
     )
     # with its head it has been checked before
     breaker = CircuitBreaker(student, config, head=find_head(student))
-    with torch.no_grad(), moved(student, BELOW * torch.finfo(dtype).eps):
-        with mode(breaker, False):
+    with torch.no_grad(), add_noise(student, BELOW * torch.finfo(dtype).eps):
+        with set_mode(breaker, False):
             terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
     values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in TERM_NAMES]
-    measured = {
+    floor = {
         name: max(value, 0.0)
         for name, value, n in zip(TERM_NAMES, values, batch["counts"].tolist(), strict=True)
         if n and math.isfinite(value)
     }
-    return {"dtype": str(dtype).removeprefix("torch.")} | measured
+    return {"dtype": str(dtype).removeprefix("torch.")} | floor
 
 # %% ../../nbs/train/01_floor.ipynb #fixedcd1
 FIXED = 1.0  # how far the noise of all blocks together moves what passes through them, about
 
 
 @contextmanager
-def fixed(student: PeftModel, config: CircuitBreakerConfig) -> Iterator[None]:
+def set_noise(student: PeftModel, config: CircuitBreakerConfig) -> Iterator[None]:
     """Make the adapter of `student` noise that is the same anywhere inside, and far above what a dtype rounds
     away; afterwards all is as before."""
-    with kept(student):
+    with restore_weights(student):
         generator = torch.Generator().manual_seed(0)
         first, last = config.lora_layers
         size = FIXED / (last + 1 - first) ** 0.5 * config.lora_r**0.5 / config.lora_alpha
@@ -140,10 +141,10 @@ def fixed_figures(
     student: PeftModel, batch: dict, config: CircuitBreakerConfig, teacher: nn.Module | None = None
 ) -> dict[str, float]:
     """Return what the terms read of `batch` (`cbnb.data.streams.collate`, on the student's device), and the
-    norms of their gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of `fixed`.
-    What is not finite is left out. The student and the random states are as before."""
+    norms of their gradients in the adapter (`grad_norm_<term>`), in eval mode with the adapter of
+    `set_noise`. What is not finite is left out. The student and the random states are as before."""
     breaker = CircuitBreaker(student, config, teacher, find_head(student))
-    with fixed(student, config), mode(breaker, False):
+    with set_noise(student, config), set_mode(breaker, False):
         trained = [p for p in breaker.parameters() if p.requires_grad]
         terms = terms_of(breaker, batch)
         figures = {name: term.item() for name, term in terms.items()}

@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 # %% auto #0
-__all__ = ['PIECE', 'Policy', 'SCHEMA', 'MAX_REFUSED_BYTES', 'encode_piece', 'joined', 'in_pieces', 'pieces', 'listed_array',
-           'record_batch', 'StoredSamples', 'write_samples', 'code_hash', 'stream_key', 'cores', 'kept_folder',
+__all__ = ['PIECE', 'Policy', 'SCHEMA', 'MAX_REFUSED_BYTES', 'encode_piece', 'add_reports', 'in_pieces', 'pieces', 'listed_array',
+           'record_batch', 'StoredSamples', 'write_samples', 'code_hash', 'stream_key', 'cores', 'keep_folder',
            'stored_stream', 'encode_for', 'refused_piece', 'stored_refusals', 'kept_for']
 
 # %% ../../nbs/train/03_store.ipynb #2ee0ad76
@@ -69,7 +69,7 @@ def encode_piece(
         return [], e.report
 
 # %% ../../nbs/train/03_store.ipynb #fdd94419
-def joined(reports: Iterable[StreamReport]) -> StreamReport:
+def add_reports(reports: Iterable[StreamReport]) -> StreamReport:
     """Return one report of a stream from those of its pieces, in order: what `encode_stream` reports of all
     of it. Its warnings on dropped transcripts (`lost_words`) come first there, the last one before the
     others."""
@@ -92,13 +92,13 @@ _WORK = None  # in a process of the pool: what encodes a piece, which a fork inh
 def _piece(transcripts):
     return _WORK(transcripts)
 
-
+# %% ../../nbs/train/03_store.ipynb #64a954ff
 def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int) -> Iterator:
     """Yield `work` of `PIECE` transcripts after the other, in order, done by so many `processes`, with at
     most two pieces for each under way. For one process, and where none can be forked, all is done here."""
     global _WORK
-    left = iter(transcripts)
-    parts = iter(lambda: list(islice(left, PIECE)), [])
+    rest = iter(transcripts)
+    parts = iter(lambda: list(islice(rest, PIECE)), [])
     if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, parts)
         return
@@ -141,7 +141,7 @@ def listed_array(parts: list[np.ndarray], kind: type[np.generic]) -> pa.ListArra
     ends = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(parts).astype(kind)))
 
-
+# %% ../../nbs/train/03_store.ipynb #96c5a535
 def record_batch(samples: list[Sample]) -> pa.RecordBatch:
     """Return samples (at least one) as rows of `SCHEMA`."""
     columns = [
@@ -191,7 +191,7 @@ def write_samples(path: Path, made: Iterable[tuple[list[Sample], StreamReport]])
             if samples:
                 writer.write_batch(record_batch(samples))
             reports.append(report)
-    return joined(reports)
+    return add_reports(reports)
 
 # %% ../../nbs/train/03_store.ipynb #37aaa171
 def code_hash() -> str:
@@ -203,7 +203,7 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/train/03_store.ipynb #11caaebd
-def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: Policy, how: dict) -> str:
+def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: str, how: dict) -> str:
     """Return 32 hex digits over the transcripts in their order, tokenizer, template, what the masker was
     told, `policy` (a name; of one's own also its file) and the other settings, `code_hash`, and the
     `versions` of the libraries that encode."""
@@ -234,7 +234,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/train/03_store.ipynb #f4e61148
-def kept_folder(place: str | Path, name: str, make: Callable) -> Path:
+def keep_folder(place: str | Path, name: str, make: Callable) -> Path:
     """Return the folder `name` in `place`: one that is there already, or one filled by `make(folder)`, whole
     or not at all. One that is damaged is made anew, which is printed. Raises NotOwn for one that another user
     owns or can write to, and OSError, which names the place, for a full disk: then nothing is left of it."""
@@ -286,13 +286,13 @@ def stored_stream(
         raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
 
     def make(folder):
-        made = pieces(transcripts, masker, policy, name, processes or cores(), **how)
-        report = write_samples(folder / "samples.arrow", made)
+        encoded = pieces(transcripts, masker, policy, name, processes or cores(), **how)
+        report = write_samples(folder / "samples.arrow", encoded)
         if not report.samples:
             raise empty_stream(report, name, policy)
         write_bytes(folder / "report.json", json.dumps(vars(report)).encode())
 
-    folder = kept_folder(place, stream_key(transcripts, masker, policy, how), make)
+    folder = keep_folder(place, stream_key(transcripts, masker, policy, how), make)
     values = json.loads(read_text(folder / "report.json"))
     report = StreamReport(**values | {"counts": Counter(values["counts"])})
     return StoredSamples(folder / "samples.arrow"), report
@@ -345,7 +345,7 @@ def stored_refusals(
         errors = enumerate(until_most_fail(chain.from_iterable(parts)))
         write_bytes(folder / "refused.json", json.dumps({i: e for i, e in errors if e is not None}).encode())
 
-    folder = kept_folder(
+    folder = keep_folder(
         place, stream_key(transcripts, masker, "refused", {"split_turns": split_turns}), make
     )
     errors = json.loads(read_text(folder / "refused.json", MAX_REFUSED_BYTES))

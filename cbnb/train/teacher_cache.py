@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 # %% auto #0
 __all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_states', 'token_bytes',
-           'finished_keys', 'ShardWriter', 'write_shards', 'same_states', 'differs', 'sound_cache', 'check_room',
+           'finished_keys', 'ShardWriter', 'write_shards', 'same_states', 'differs', 'load_sound_cache', 'check_room',
            'open_cache']
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #58139186
@@ -274,12 +274,12 @@ def differs(
     within a twentieth of the hidden states' norm, the noise of bfloat16. The samples are drawn anew each
     time, and by no seed of the run: nobody can know which ones a forged cache would have to get right."""
 
-    def drawn(stream):
+    def draw_samples(stream):
         return secrets.SystemRandom().sample(range(len(stream)), min(CHECKED, len(stream)))
 
     for sample, final in [
-        *((harmful[i], False) for i in drawn(harmful)),
-        *((benign[i], True) for i in drawn(benign)),
+        *((harmful[i], False) for i in draw_samples(harmful)),
+        *((benign[i], True) for i in draw_samples(benign)),
     ]:
         hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
         try:
@@ -293,7 +293,7 @@ def differs(
     return ""
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #b0dcc904
-def sound_cache(folder: Path, *arguments: Any) -> tuple[TeacherCache | None, str]:
+def load_sound_cache(folder: Path, *arguments: Any) -> tuple[TeacherCache | None, str]:
     """Return `(cache, "")` of a `folder` that is held against its manifest and against fresh passes
     (`differs`, with the `arguments` behind its cache), or `(None, what is wrong)`."""
     try:
@@ -344,7 +344,7 @@ def open_cache(
             if os.path.lexists(there):
                 check_own(there)
         if folder.exists():
-            cache, fault = sound_cache(folder, student, harmful, benign, config, pad_id, teacher)
+            cache, fault = load_sound_cache(folder, student, harmful, benign, config, pad_id, teacher)
             if cache:
                 say(
                     f"teacher cache: {size_words(size)}, found in {folder} and checked in "
