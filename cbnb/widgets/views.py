@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'PAGE', 'shown', 'source', 'module', 'state_json', 'page', 'StaticView', 'is_live', 'mime_bundle',
-           'cell_html', 'table_html']
+           'cell_html', 'table_html', 'tables_html', 'dressed']
 
 # %% ../../nbs/widgets/00_views.ipynb #970ef269
 import base64
@@ -163,3 +163,13 @@ def table_html(columns: Iterable[object], rows: Iterable[Iterable[object]], capt
     body = "".join(f"<tr>{''.join(f'<td>{cell_html(v)}</td>' for v in row)}</tr>" for row in rows)
     title = f"<caption>{cell_html(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../../nbs/widgets/00_views.ipynb #96d3fb86
+def tables_html(*parts: str) -> str:
+    "Return HTML tables as one block, which `tables.css` dresses."
+    return f'<div class="cb-tables">{"".join(parts)}</div>'
+
+# %% ../../nbs/widgets/00_views.ipynb #a9680d94
+def dressed(html: str) -> str:
+    "Return a block of `tables_html` with its style, for where nothing else brings it."
+    return f"<style>{source('tables.css')}</style>{html}"
