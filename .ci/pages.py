@@ -82,6 +82,7 @@ PARTS = (
             "howto/cluster.md",
             "howto/report.ipynb",
             "howto/add_objective.ipynb",
+            "howto/add_view.ipynb",
             "howto/look.md",
             "howto/wrong.md",
             (

@@ -32,8 +32,6 @@ FEW_WORDS = {
     "report/01_verdicts",
     "sweep/02_launch",
     "sweep/03_jobs",
-    "widgets/01_strip",
-    "widgets/02_masks",
     "widgets/03_kl",
 }
 LONG_CELLS = {
@@ -93,9 +91,6 @@ LONG_CELLS = {
     "transcripts/10_reader",
     "transcripts/11_spool",
     "transcripts/12_tinyworld",
-    "widgets/00_views",
-    "widgets/01_strip",
-    "widgets/02_masks",
     "widgets/03_kl",
 }
 NOT_ANNOTATED = {
@@ -110,9 +105,6 @@ NOT_ANNOTATED = {
     "masking/06_masker",
     "report/00_figures",
     "report/01_verdicts",
-    "widgets/00_views",
-    "widgets/01_strip",
-    "widgets/02_masks",
     "widgets/03_kl",
 }
 

@@ -292,7 +292,7 @@ def test_files_appear_whole_and_overwrite_nothing(masker, tmp_path, monkeypatch)
         masks, "write_bytes", lambda path, data: (_ for _ in ()).throw(OSError("no space left"))
     )
     box.rows.click()
-    assert "no space left" in box.said.value
+    assert "no space left" in box.answer.value
 
 
 # --- what comes in ---
@@ -447,7 +447,7 @@ def test_nothing_of_a_transcript_is_markup(monkeypatch):
         explorer.box = None
         explorer._repr_mimebundle_()
         box = explorer.box
-        for html in (box.tables.value, box.note.value, box.said.value):
+        for html in (box.tables.value, box.note.value, box.answer.value):
             assert not re.search("<script|<img", html)
 
 

@@ -4,51 +4,53 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'PAGE', 'shown', 'source', 'module', 'state_json', 'page', 'StaticView', 'is_live', 'mime_bundle',
-           'table_html']
+           'cell_html', 'table_html', 'tables_html', 'dressed']
 
 # %% ../../nbs/widgets/00_views.ipynb #970ef269
 import base64
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from ..basics.jsonfiles import write_owned
 from ..basics.terminal import visible
 from ..basics.withheld import kernel
 
-# %% ../../nbs/widgets/00_views.ipynb #be93df71
+# %% ../../nbs/widgets/00_views.ipynb #4a383689
 SIGNS = {"\n": "↵\n", "\t": "⇥", " ": "·"}
 
-
-def shown(text):
-    """`text` with everything that the eye misses written out: blanks as ·, tabs as ⇥, line ends as ↵ before a
-    real line end, nothing at all as ∅, and control, direction, zero-width and filler characters as escapes.
-    """
+# %% ../../nbs/widgets/00_views.ipynb #00e6e29a
+def shown(text: str) -> str:
+    """Return `text` with everything that the eye misses written out: blanks as ·, tabs as ⇥, line ends as ↵
+    before a real line end, nothing at all as ∅, and control, direction, zero-width and filler characters as
+    escapes."""
     return visible(text, SIGNS) if text else "∅"
 
-# %% ../../nbs/widgets/00_views.ipynb #b8f8deac
-def source(*names):
-    """The text of files beside the widgets' modules, one after the other. Raises FileNotFoundError for one
-    that is not there."""
+# %% ../../nbs/widgets/00_views.ipynb #15006bab
+def source(*names: str) -> str:
+    """Return the text of files beside the widgets' modules, one after the other. Raises FileNotFoundError
+    for one that is not there."""
     return "\n".join(files("cbnb.widgets").joinpath(name).read_text(encoding="utf-8") for name in names)
 
-
-def module(*names, render):
-    """An ES module (str) for anywidget: the files `names` and, as what the module exports, the function
+# %% ../../nbs/widgets/00_views.ipynb #c5d492a4
+def module(*names: str, render: str) -> str:
+    """Return an ES module for anywidget: the files `names` and, as what the module exports, the function
     `render` of them."""
     return f"{source(*names)}\nexport default {{ render: {render} }};\n"
 
 # %% ../../nbs/widgets/00_views.ipynb #a7c59521
-def state_json(state):
-    """`state` (what JSON can hold, and bytes) as JSON that may stand inside a script element: bytes become
-    `{"base64": …}`, and no `<` is left, so that no text can end the element."""
+def state_json(state: dict[str, Any]) -> str:
+    """Return `state` (what JSON can hold, and bytes) as JSON that may stand inside a script element: bytes
+    become `{"base64": …}`, and no `<` is left, so that no text can end the element. Raises TypeError for a
+    value of another type, ValueError for NaN and infinity."""
 
-    def pack(value):
+    def pack(value: object) -> dict[str, str]:
         if isinstance(value, (bytes, bytearray, memoryview)):
             return {"base64": base64.b64encode(value).decode()}
         raise TypeError(
@@ -73,11 +75,18 @@ h1 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 0 0 4px; overflow-wrap: 
 </script></body></html>
 """  # noqa: E501
 
-
-def page(title, scripts, styles, render, state, body=""):
-    """One self-contained HTML page (str) that shows `state` by the function `render` of the package files
+# %% ../../nbs/widgets/00_views.ipynb #7aa43c86
+def page(
+    title: str,
+    scripts: Sequence[str],
+    styles: Sequence[str],
+    render: str,
+    state: dict[str, Any],
+    body: str = "",
+) -> str:
+    """Return one self-contained HTML page that shows `state` by the function `render` of the package files
     `scripts`, and under it the HTML `body`, in which all text is escaped already; nothing is loaded from
-    anywhere, and the page's own policy forbids it."""
+    anywhere, and the page's own policy forbids it. `styles`: package files, too."""
     return PAGE.format(
         title=escape(visible(title)),
         style=source(*styles),
@@ -90,7 +99,7 @@ def page(title, scripts, styles, render, state, body=""):
 # %% ../../nbs/widgets/00_views.ipynb #ca936563
 @dataclass(frozen=True)
 class StaticView:
-    """A view without a kernel. `html`: one interactive page, made by `make` when it is first asked for;
+    """Hold a view without a kernel. `html`: one interactive page, made by `make` when it is first asked for;
     `plain`: HTML without scripts, for where scripts are not allowed; `title`; `height` of its frame in
     pixels."""
 
@@ -100,10 +109,11 @@ class StaticView:
     height: int = 620
 
     @cached_property
-    def html(self):
+    def html(self) -> str:
+        "Return the interactive page."
         return self.make()
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         title = escape(visible(self.title), quote=True)
         frame = (
             f'<iframe title="{title}" sandbox="allow-scripts" width="100%" height="{self.height}" '
@@ -112,47 +122,54 @@ class StaticView:
         )
         return f"{frame}<details><summary>{title}, without scripts</summary>{self.plain}</details>"
 
-    def save(self, path):
-        "Writes the page to `path` under a temporary name, then renames it; returns the path."
+    def save(self, path: str | Path) -> Path:
+        "Write the page to `path` under a temporary name, then rename it; return the path."
         write_owned(path, self.html.encode())
         return Path(path)
 
 # %% ../../nbs/widgets/00_views.ipynb #ed705372
-def is_live():
-    """Whether somebody at a front end sent the cell that is running, so that a widget would have an answer.
-    `CBNB_STATIC=1` says no and `CBNB_STATIC=0` yes; unset, it is whether the front end takes input:
+def is_live() -> bool:
+    """Return whether somebody at a front end sent the cell that is running, so that a widget would have an
+    answer. `CBNB_STATIC=1` says no and `CBNB_STATIC=0` yes; unset, it is whether the front end takes input:
     papermill, nbconvert and every other nbclient take none. Raises ValueError for another value."""
-    said = os.environ.get("CBNB_STATIC", "")
-    if said not in ("", "0", "1"):
+    setting = os.environ.get("CBNB_STATIC", "")
+    if setting not in ("", "0", "1"):
         raise ValueError(
-            f"CBNB_STATIC is {said!r}; use 1 for views without widgets, 0 for widgets, or leave it unset"
+            f"CBNB_STATIC is {setting!r}; use 1 for views without widgets, 0 for widgets, or leave it unset"
         )
-    if said or kernel() is None:
-        return said == "0"
+    if setting or kernel() is None:
+        return setting == "0"
     return bool(kernel().get_parent().get("content", {}).get("allow_stdin"))
 
 # %% ../../nbs/widgets/00_views.ipynb #9c90ad6e
-def mime_bundle(widget, static, text):
-    """What a notebook stores of a view: of a live one the widget with the script-free HTML of `static` (a
-    `StaticView`) beside it, of another one the page in its frame. `widget`: the mime bundle of ipywidgets;
+def mime_bundle(widget: dict[str, Any], static: StaticView, text: str) -> dict[str, Any]:
+    """Return what a notebook stores of a view: of a live one the widget with the script-free HTML of `static`
+    beside it, of another one the page in its frame. `widget`: the mime bundle of ipywidgets;
     `text`: one line for a terminal."""
     if not is_live():
         return {"text/html": static._repr_html_(), "text/plain": text}
     return {**widget, "text/html": static.plain, "text/plain": text}
 
 # %% ../../nbs/widgets/00_views.ipynb #496be537
-def table_html(columns, rows, caption=""):
-    """A script-free HTML table (str) of `rows` (sequences of text or numbers) under `columns`; all text is
+def cell_html(value: object) -> str:
+    "Return a value as the HTML of a table's cell: visible and escaped; thousands of an int are set apart."
+    return escape(visible(f"{value:,}" if isinstance(value, int) else value))
+
+# %% ../../nbs/widgets/00_views.ipynb #3ffd46df
+def table_html(columns: Iterable[object], rows: Iterable[Iterable[object]], caption: str = "") -> str:
+    """Return a script-free HTML table of `rows` (sequences of text or numbers) under `columns`; all text is
     made visible and escaped."""
-
-    def cell(value):
-        return escape(
-            visible(
-                value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else str(value)
-            )
-        )
-
-    head = "".join(f"<th>{cell(c)}</th>" for c in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{cell(v)}</td>' for v in row)}</tr>" for row in rows)
-    title = f"<caption>{cell(caption)}</caption>" if caption else ""
+    head = "".join(f"<th>{cell_html(c)}</th>" for c in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{cell_html(v)}</td>' for v in row)}</tr>" for row in rows)
+    title = f"<caption>{cell_html(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../../nbs/widgets/00_views.ipynb #96d3fb86
+def tables_html(*parts: str) -> str:
+    "Return HTML tables as one block, which `tables.css` dresses."
+    return f'<div class="cb-tables">{"".join(parts)}</div>'
+
+# %% ../../nbs/widgets/00_views.ipynb #a9680d94
+def dressed(html: str) -> str:
+    "Return a block of `tables_html` with its style, for where nothing else brings it."
+    return f"<style>{source('tables.css')}</style>{html}"
