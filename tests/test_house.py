@@ -28,10 +28,6 @@ FEW_WORDS = {
     "evaluate/08_divergence",
     "evaluate/09_adapters",
     "masking/06_masker",
-    "report/00_figures",
-    "report/01_verdicts",
-    "sweep/02_launch",
-    "sweep/03_jobs",
     "widgets/03_kl",
 }
 LONG_CELLS = {
@@ -60,8 +56,6 @@ LONG_CELLS = {
     "masking/06_masker",
     "masking/08_actions",
     "masking/09_audit",
-    "report/00_figures",
-    "report/01_verdicts",
     "run/00_kernels",
     "run/01_records",
     "run/04_stages",
@@ -74,9 +68,6 @@ LONG_CELLS = {
     "step/05_passes",
     "step/06_heads",
     "step/07_model_checks",
-    "sweep/00_spec",
-    "sweep/01_keys",
-    "sweep/03_jobs",
     "testing",
     "transcripts/00_record",
     "transcripts/01_injections",
@@ -103,8 +94,6 @@ NOT_ANNOTATED = {
     "evaluate/08_divergence",
     "evaluate/09_adapters",
     "masking/06_masker",
-    "report/00_figures",
-    "report/01_verdicts",
     "widgets/03_kl",
 }
 

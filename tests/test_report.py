@@ -16,6 +16,7 @@ import pytest
 
 from cbnb.basics.terminal import visible
 from cbnb.report.figures import PANELS, curves, mime_bundle, readable_table, show, static_svg, write_report
+from cbnb.step.objectives import run_terms
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = [
@@ -121,6 +122,16 @@ def test_without_rows_it_says_so():
     svg = static_svg(curves([]))
     no_way_out(svg)
     assert "no metrics yet" in [t.text for t in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_a_run_of_an_own_objective_whose_words_are_lost_is_drawn():
+    "Its status.json was edited or is of an older version: no title says what multiplies its terms."
+    terms = run_terms("mine:own")
+    assert any(term.factors is None for term in terms.values())
+    figure = curves(metrics(9), terms)
+    texts = {note.text for note in figure.layout.annotations}
+    assert "coefficients" in texts and "reroute term: as mine:own has it" in texts
+    ET.fromstring(static_svg(figure))
 
 
 def test_one_bundle_for_every_front_end(monkeypatch):

@@ -169,6 +169,41 @@ def test_an_onset_that_never_comes_is_no_missing_figure():
     assert said(once)[0] == "inconclusive"
 
 
+@pytest.mark.parametrize("runs_without", ["all", "one"])
+def test_an_objective_without_a_range_has_no_onset_and_the_verdict_says_so(tmp_path, runs_without):
+    """An objective of one's own may declare neither start nor low of its reroute term. Then no step is an
+    onset: that is not a pair of seeds that lacks a figure, and not an onset that never came."""
+    folder = write_specimen(tmp_path / "own", betas=(0.0, 0.1, 0.3))
+    configs = sorted(folder.glob("*/config.json"))
+    for path in configs if runs_without == "all" else configs[-1:]:
+        write_json(path, json.loads(path.read_text()) | {"objective": "mine:own"})
+    sweep = read_sweep([folder])
+    reroute, dose, gradients = verdicts(sweep)
+    assert reroute.verdict == "inconclusive" and dose.verdict == gradients.verdict == "supported"
+    assert "the onset, which support wants too, cannot be judged" in reroute.why
+    assert not re.search("no pair of seeds|lacks? a figure|from step|nan|inf", reroute.why)
+    assert all(c.measure != "onset_step" for c in reroute.comparisons)
+    turned = sweep.frame.assign(harmful_cosine=[0.02] * 6 + [0.9, 0.91, 0.92])
+    assert said(replace(sweep, frame=turned))[0] == "refuted", "its cosine can still refute it"
+    if runs_without == "all":
+        done = report(folder)
+        assert done.returncode == 0 and "cannot be judged: give the reroute term" in done.stdout
+
+
+def test_an_objective_of_ones_own_that_declares_its_range_has_an_onset(tmp_path):
+    folder = write_specimen(tmp_path / "own", betas=(0.0, 0.1, 0.3))
+    words = [
+        {"name": name, "title": name, "unit": "", "low": 0.0, "start": start, "factors": []}
+        for name, start in {"reroute": 1.0, "retain": 0.0, "kl": 0.0}.items()
+    ]
+    for run_folder in folder.glob("specimen-*"):
+        for name, more in {"config": {"objective": "mine:own"}, "status": {"terms": words}}.items():
+            path = run_folder / f"{name}.json"
+            write_json(path, json.loads(path.read_text()) | more)
+    sweep = read_sweep([folder])
+    assert sweep.notes == [] and sweep.frame["onset_step"].notna().all() and said(sweep) == ["supported"] * 3
+
+
 def test_inconclusive_by_spread_one_seed_and_unpaired_seeds():
     wide = sweep_of(
         cells(

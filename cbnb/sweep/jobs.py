@@ -16,6 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['STATE_ACTIONS', 'sweep_lock', 'find_other_code', 'sweep_rows', 'action', 'where_to_run', 'prepare_sweep', 'left_runs',
+           'ablate', 'dry_submission', 'dry_run', 'make_run_folder', 'execute_command', 'train', 'preflight']
+
+# %% ../../nbs/sweep/03_jobs.ipynb #0f49aae7
 from ..basics.files import named
 from ..basics.jsonfiles import RunError, write_json
 from ..basics.lease import Held, NotOwn, check_own, give_back, take_lease
@@ -26,6 +31,8 @@ from ..run.directory import fresh_folder
 from ..run.records import read_record
 from ..run.stages import Run, read_status, set_status, still_running
 from ..run.status import count_states, max_array_size, queue, run_rows
+
+# %% ../../nbs/sweep/03_jobs.ipynb #24776a44
 from .keys import SweepPlan, plan_sweep, prepare_run, write_plan
 from cbnb.sweep.launch import (
     Task,
@@ -41,10 +48,6 @@ from cbnb.sweep.launch import (
     work,
 )
 from .spec import check_settings, complete, notebook_parameters
-
-# %% auto #0
-__all__ = ['STATE_ACTIONS', 'sweep_lock', 'find_other_code', 'sweep_rows', 'action', 'where_to_run', 'prepare_sweep', 'left_runs',
-           'ablate', 'dry_submission', 'dry_run', 'make_run_folder', 'execute_command', 'train', 'preflight']
 
 # %% ../../nbs/sweep/03_jobs.ipynb #8d34d7a7
 @contextmanager
@@ -108,7 +111,7 @@ STATE_ACTIONS = {
     "done": "skip",
 }
 
-
+# %% ../../nbs/sweep/03_jobs.ipynb #b43d5162
 def action(row: dict[str, Any], only_missing: bool = False, retry: bool = False) -> str:
     """Return what `cbnb ablate` does to a run that stands as in `row`: start, resume, retry, skip or
     leave.

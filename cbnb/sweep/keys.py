@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['content_hash', 'data_hash', 'notebook_hash', 'run_key', 'label', 'clean_notebook', 'SweepPlan', 'sweep_folder',
+           'varied_names', 'plan_sweep', 'check_prepared', 'check_before_start', 'prepare_run', 'write_plan']
+
+# %% ../../nbs/sweep/01_keys.ipynb #66c2b94a
 from ..basics.files import check_output
 from ..basics.jsonfiles import RunError, write_json, write_owned
 from ..basics.lease import NotOwn, check_own
@@ -39,10 +44,6 @@ from cbnb.sweep.spec import (
     runs_of,
 )
 from ..train.same import OWN_CODE, code_file, file_hash
-
-# %% auto #0
-__all__ = ['content_hash', 'data_hash', 'notebook_hash', 'run_key', 'label', 'clean_notebook', 'SweepPlan', 'sweep_folder',
-           'varied_names', 'plan_sweep', 'check_prepared', 'check_before_start', 'prepare_run', 'write_plan']
 
 # %% ../../nbs/sweep/01_keys.ipynb #4c80b6b3
 def content_hash(path: str | Path, cache: dict[Path, str]) -> str:

@@ -126,7 +126,7 @@ def start(command: list[str], log: Path | None, threads: int) -> subprocess.Pope
 STOPPING = "{} running: they stop with a checkpoint; Ctrl-C again ends them at once, without it"
 Task = tuple[Path, list[str], Path | None]  # run directory, argument list, log file
 
-
+# %% ../../nbs/sweep/02_launch.ipynb #567d980a
 def end_state(path: Path, code: int, is_killed: bool) -> tuple[str, str | None]:
     """Return `(state, error)` of the run at `path` whose process has ended with `code`, and close it.
 

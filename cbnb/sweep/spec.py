@@ -19,6 +19,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'TEXT', 'CHOICE', 'SHAPES', 'FILE_PARAMETERS', 'DATA', 'Parameter', 'is_cell',
+           'read_notebook', 'comments', 'notebook_parameters', 'find_file', 'StrictLoader', 'load_spec', 'is_mapping',
+           'is_choice', 'read_spec', 'spec_value', 'expand', 'check_model_layers', 'check_settings', 'path_parts',
+           'absolute_files', 'complete', 'runs_of']
+
+# %% ../../nbs/sweep/00_spec.ipynb #70fc5021
 import yaml
 
 from ..basics.jsonfiles import RunError
@@ -35,6 +42,8 @@ from cbnb.config import (
     get_config,
     nearest,
 )
+
+# %% ../../nbs/sweep/00_spec.ipynb #215a6371
 from ..data.sources import absolute_entry, entry_paths, listed
 from ..run.code import project_root
 from ..run.directory import HOW_STARTED, check_name
@@ -58,12 +67,6 @@ from cbnb.run.settings import (
     template_values,
 )
 from ..transcripts.holdout import heldout_kinds
-
-# %% auto #0
-__all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'TEXT', 'CHOICE', 'SHAPES', 'FILE_PARAMETERS', 'DATA', 'Parameter', 'is_cell',
-           'read_notebook', 'comments', 'notebook_parameters', 'find_file', 'StrictLoader', 'load_spec', 'is_mapping',
-           'is_choice', 'read_spec', 'spec_value', 'expand', 'check_model_layers', 'check_settings', 'path_parts',
-           'absolute_files', 'complete', 'runs_of']
 
 # %% ../../nbs/sweep/00_spec.ipynb #8b764ff1
 @dataclass(frozen=True)
@@ -198,12 +201,12 @@ def is_mapping(value: Any) -> bool:
     """Return whether `value` is a dict whose keys are text."""
     return isinstance(value, dict) and all(isinstance(k, str) for k in value)
 
-
+# %% ../../nbs/sweep/00_spec.ipynb #716f433a
 def is_choice(value: Any) -> bool:
     """Return whether `value` maps names to lists of at least one value."""
     return is_mapping(value) and all(isinstance(x, list) and x for x in value.values())
 
-
+# %% ../../nbs/sweep/00_spec.ipynb #3aa0dd5f
 TEXT = (lambda v: isinstance(v, str), "text (digits in quotation marks)")
 CHOICE = (is_choice, "a mapping of parameters to lists of values")
 # what each key of a spec holds: a test, and words for it
@@ -351,10 +354,10 @@ FILE_PARAMETERS = (
     "second_adapter",
 )
 
-
+# %% ../../nbs/sweep/00_spec.ipynb #74686253
 DATA = ("data", "eval_data")  # their parts are entries of `cbnb.data.sources`
 
-
+# %% ../../nbs/sweep/00_spec.ipynb #860014fd
 def path_parts(name: str, value: str) -> list[str]:
     """Return the parts of the value of a parameter of `FILE_PARAMETERS` that may be paths.
 
