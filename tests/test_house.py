@@ -35,7 +35,6 @@ FEW_WORDS = {
     "train/05_trainer",
     "widgets/01_strip",
     "widgets/02_masks",
-    "widgets/03_kl",
     "widgets/04_dashboard",
     "widgets/05_sweep",
 }
@@ -110,7 +109,6 @@ LONG_CELLS = {
     "widgets/00_views",
     "widgets/01_strip",
     "widgets/02_masks",
-    "widgets/03_kl",
     "widgets/04_dashboard",
     "widgets/05_sweep",
 }
@@ -130,7 +128,6 @@ NOT_ANNOTATED = {
     "widgets/00_views",
     "widgets/01_strip",
     "widgets/02_masks",
-    "widgets/03_kl",
     "widgets/04_dashboard",
     "widgets/05_sweep",
 }
