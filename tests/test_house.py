@@ -23,12 +23,7 @@ FEW_WORDS = {
     "data/03_streams",
     "evaluate/03_reader",
     "evaluate/04_scores",
-    "evaluate/06_answers",
-    "evaluate/07_evaluation",
-    "evaluate/08_divergence",
-    "evaluate/09_adapters",
     "masking/06_masker",
-    "widgets/03_kl",
 }
 LONG_CELLS = {
     "basics/00_reading",
@@ -44,10 +39,6 @@ LONG_CELLS = {
     "evaluate/03_reader",
     "evaluate/04_scores",
     "evaluate/05_decoding",
-    "evaluate/06_answers",
-    "evaluate/07_evaluation",
-    "evaluate/08_divergence",
-    "evaluate/09_adapters",
     "masking/00_rendering",
     "masking/02_encoders",
     "masking/03_turns",
@@ -82,19 +73,13 @@ LONG_CELLS = {
     "transcripts/10_reader",
     "transcripts/11_spool",
     "transcripts/12_tinyworld",
-    "widgets/03_kl",
 }
 NOT_ANNOTATED = {
     "data/03_streams",
     "evaluate/00_tinyagent",
     "evaluate/01_benchmarks",
     "evaluate/05_decoding",
-    "evaluate/06_answers",
-    "evaluate/07_evaluation",
-    "evaluate/08_divergence",
-    "evaluate/09_adapters",
     "masking/06_masker",
-    "widgets/03_kl",
 }
 
 

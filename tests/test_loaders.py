@@ -131,7 +131,7 @@ TAKES = set(
     "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
     "load_explorer open_explorer mask_explorer plan_lines plan_step change_that_fits model_shape beside_text "
     "settings_of preset_for model_facts embedding_rows in_parts made_with settings_for model_class "
-    "check_code check_trusted".split()
+    "check_code check_trusted attach_adapter masker_of_run rescoring_inputs".split()
 )
 OWN = {  # the tiny agent and the presets' models
     "load_model(config.model)",

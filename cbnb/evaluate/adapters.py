@@ -8,12 +8,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+# %% auto #0
+__all__ = ['NONE', 'MASKING', 'DECODING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run',
+           'first_parameters', 'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted',
+           'settings_for', 'check_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_model',
+           'same_policies', 'tell_versions', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
+           'decoding_for', 'checked', 'evaluate_adapter', 'expected_answers', 'lines_of_question', 'check_complete',
+           'rescore_lines', 'check_rescorable', 'lines_to_rescore', 'rescoring_inputs', 'rescore']
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #8eb2bb6c
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
 from ..basics.places import TINYAGENT
 from ..basics.processes import from_first
@@ -23,6 +33,8 @@ from ..basics.withheld import withhold
 from ..config import CircuitBreakerConfig, get_config
 from ..data.sources import READING, Reading, listed, read_entry, reading_of
 from ..data.streams import load_streams, read_streams
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #32fbcac6
 from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
 from .benchmarks import questions
 from .decoding import Decoding
@@ -38,6 +50,8 @@ from ..run.stages import Run, read_status
 from ..step.loaders import fetch_adapter
 from ..step.models import add_adapter, load_model, num_blocks
 from ..train.card import refresh_card
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #c21fc637
 from cbnb.train.same import (
     OWN_CODE,
     differences,
@@ -51,21 +65,14 @@ from cbnb.train.same import (
 from ..transcripts.record import Transcript, TranscriptError
 from ..transcripts.tinyworld import write_data
 
-# %% auto #0
-__all__ = ['NONE', 'MASKING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run', 'first_parameters',
-           'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted', 'settings_for',
-           'found_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_as_run', 'reading_for',
-           'questions_for', 'masker_for', 'asked_model', 'decoding_for', 'checked', 'evaluate_adapter', 'rescored',
-           'rescore']
-
 # %% ../../nbs/evaluate/09_adapters.ipynb #202720c1
 NONE = "none"
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #003559f4
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter to evaluate: its short `name`, its `folder` (None: the model as it is), and the parameters
-    of the run that made it ({}: none)."""
+    """Name an adapter to evaluate: its short `name`, its `folder` (None: the model as it is), and the
+    parameters of the run that made it ({}: none)."""
 
     name: str
     folder: Path | None = None
@@ -73,21 +80,21 @@ class Adapter:
     parameters: dict = dataclasses.field(default_factory=dict)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #0da2dc78
-def run_parameters(folder: Path, *needed: str) -> dict:
-    """The parameters in the params.json of a run directory: those that an evaluation goes by are of their
-    types, and the `needed` ones are there. Raises RunError, naming the file and the parameter."""
+def run_parameters(folder: Path, *needed: str) -> dict[str, Any]:
+    """Return the parameters in the params.json of a run directory: those that an evaluation goes by are of
+    their types, and the `needed` ones are there. Raises RunError, naming the file and the parameter."""
     path = folder / "params.json"
-    found = read_record(path) or {}
-    missing = (f"it has no {name}" for name in needed if found.get(name) is None)
-    bad = fault("evaluated", found) or next(missing, "")
+    parameters = read_record(path) or {}
+    missing = (f"it has no {name}" for name in needed if parameters.get(name) is None)
+    bad = fault("evaluated", parameters) or next(missing, "")
     if bad:
         raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
-    return found
+    return parameters
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #1ad4b6f7
 def find_adapter(name: str, trust_remote_code: bool = False) -> Adapter:
-    """The `Adapter` that `name` is: a finished run's directory, an adapter's folder (that of a run too), a
-    hub id, or `none`, the model as it is.
+    """Return the `Adapter` that `name` is: a finished run's directory, an adapter's folder (that of a run
+    too), a hub id, or `none`, the model as it is.
 
     Raises RunError, in one sentence, for a run without an adapter and for what is neither there nor on the
     hub; ValueError as `cbnb.evaluate.divergence.check_adapter`."""
@@ -118,38 +125,39 @@ def find_adapter(name: str, trust_remote_code: bool = False) -> Adapter:
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #eb08770d
 def find_adapters(first: str, second: str = "", trust_remote_code: bool = False) -> list[Adapter]:
-    """One or two adapters (`find_adapter`), the `second` only where it is given; two of one name are told
-    apart by a number."""
-    found = [find_adapter(name, trust_remote_code) for name in [first, *([second] if second else [])]]
-    if len({a.name for a in found}) < len(found):
-        found[1] = dataclasses.replace(found[1], name=f"{found[1].name}-2")
-    return found
+    """Return one or two adapters (`find_adapter`), the `second` only where it is given; the second of one
+    name has a number behind it."""
+    adapters = [find_adapter(name, trust_remote_code) for name in [first, *([second] if second else [])]]
+    if len({a.name for a in adapters}) < len(adapters):
+        adapters[1] = dataclasses.replace(adapters[1], name=f"{adapters[1].name}-2")
+    return adapters
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #firstr01
-def first_run(adapters: list[Adapter]) -> Adapter | None:
-    "The first of the `adapters` that a run made, by which an evaluation goes; None where there is none."
-    return next((a for a in adapters if a.run), None)
+def first_run(adapters: list[Adapter]) -> tuple[Path, dict[str, Any]] | None:
+    """Return folder and parameters of the first run that made one of the `adapters`, by which an evaluation
+    goes; None where there is none."""
+    return next(((a.run, a.parameters) for a in adapters if a.run), None)
 
-
-def first_parameters(adapters: list[Adapter]) -> dict:
-    "The parameters of the `first_run`; {} where there is none."
+# %% ../../nbs/evaluate/09_adapters.ipynb #7d5c0f70
+def first_parameters(adapters: list[Adapter]) -> dict[str, Any]:
+    "Return the parameters of the `first_run`; {} where there is none."
     run = first_run(adapters)
-    return run.parameters if run else {}
+    return run[1] if run else {}
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #f8535862
 def run_model(folder: Path) -> str:
-    "The model of the run in `folder`. Raises RunError where its config.json does not say it."
-    found = read_record(folder / "config.json") or {}
-    if not found.get("model"):
+    "Return the model of the run in `folder`. Raises RunError where its config.json does not name it."
+    model = (read_record(folder / "config.json") or {}).get("model")
+    if not model:
         raise RunError(
             f"{folder / 'config.json'} is missing or names no model: give the run's own folder, whole"
         )
-    return found["model"]
+    return model
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #bb41b598
 def made_for(adapter: Adapter) -> str | None:
-    """The model that the `adapter` says it was trained on: its run's, or what its adapter_config.json names;
-    None where neither says one."""
+    """Return the model that the `adapter` says it was trained on: its run's, or what its adapter_config.json
+    names; None where neither names one."""
     if adapter.run:
         return run_model(adapter.run)
     return (
@@ -159,9 +167,10 @@ def made_for(adapter: Adapter) -> str | None:
     )
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #01618550
-def another_base(adapter: Adapter, name: str) -> dict:
-    """`{"made_for": the model that the adapter names, "model": name}` where that is another one than `name`,
-    else {}: an adapter fits any model of the same shapes. Two folders are the same model by their path."""
+def another_base(adapter: Adapter, name: str) -> dict[str, str]:
+    """Return `{"made_for": the model that the adapter names, "model": name}` where that is another one than
+    `name`, else {}: an adapter fits any model of the same shapes. Two folders are the same model by their
+    path."""
     base = made_for(adapter)
     if base is None:
         return {}
@@ -171,35 +180,36 @@ def another_base(adapter: Adapter, name: str) -> dict:
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #878eea16
 def base_name(adapters: list[Adapter], model: str | None = None) -> str:
-    """The model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none is
-    known, or two adapters name two."""
+    """Return the model to evaluate on: `model`, or that of the run or the adapter. Raises RunError where none
+    is known, or two adapters name two."""
     if model:
         return model
-    found = [made_for(a) for a in adapters if a.folder or a.run]
-    if len({*found}) > 1:
+    names = [made_for(a) for a in adapters if a.folder or a.run]
+    if len({*names}) > 1:
         raise RunError(
-            f"the adapters name two models, {' and '.join(map(str, found))}: give the one to evaluate on as "
+            f"the adapters name two models, {' and '.join(map(str, names))}: give the one to evaluate on as "
             "model"
         )
-    if not any(found):
+    if not names or not names[0]:
         raise RunError("no model is known: give one as model")
-    return found[0]
+    return names[0]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #df7d1472
-def made_with(parameters: dict, trust_remote_code: bool = False) -> CircuitBreakerConfig:
-    """The settings of a run with these `parameters`. They may be anyone's: an objective that they name is not
-    imported, and whether code of the model runs is said by who evaluates, not by them."""
+def made_with(parameters: dict[str, Any], trust_remote_code: bool = False) -> CircuitBreakerConfig:
+    """Return the settings of a run with these `parameters`. They may be anyone's: an objective that they name
+    is not imported, and whether code of the model runs is for the one who evaluates to say, not for them."""
     given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     return settings_of(parameters["preset"], given, trust_remote_code)[0]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #trusted1
-def check_trusted(adapter: Adapter, config: CircuitBreakerConfig, trust_remote_code: bool) -> None:
-    """Raise RunError where the run of `adapter` was trained with policies of its own (`module:name`), which
-    measuring has to import, and `trust_remote_code` is off; else ConfigError as `check_own_policies`."""
+def check_trusted(run: Path, config: CircuitBreakerConfig, trust_remote_code: bool) -> None:
+    """Raise RunError where the run in the folder `run` was trained with policies of its own (`module:name`),
+    which measuring has to import, and `trust_remote_code` is off; else ConfigError as
+    `check_own_policies`."""
     own = [name for name in (config.harmful_policy, config.benign_policy) if ":" in name]
     if own and not trust_remote_code:
         raise RunError(
-            f"{adapter.run} was trained with {' and '.join(dict.fromkeys(own))}, code that is imported to "
+            f"{run} was trained with {' and '.join(dict.fromkeys(own))}, code that is imported to "
             "measure it: give trust_remote_code if the run is yours, or was read"
         )
     check_own_policies(config)
@@ -212,22 +222,23 @@ def settings_for(
     target_layers: str | None = None,
     trust_remote_code: bool = False,
 ) -> CircuitBreakerConfig:
-    """The settings of an evaluation: those of the run that made the first adapter which has one. Without a
-    run, the policies and lengths of the preset `base`, with every part of a pass run in full; the harmful
-    cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
+    """Return the settings of an evaluation: those of the run that made the first adapter which has one.
+    Without a run, the policies and lengths of the preset `base`, with every part of a pass run in full; the
+    harmful cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
     run = first_run(adapters)
-    given = {} if target_layers is None else {"target_layers": target_layers}
+    given: dict[str, Any] = {} if target_layers is None else {"target_layers": target_layers}
     if run:
-        config = made_with(run.parameters, trust_remote_code)
-        check_trusted(run, config, trust_remote_code)
+        folder, parameters = run
+        config = made_with(parameters, trust_remote_code)
+        check_trusted(folder, config, trust_remote_code)
         return dataclasses.replace(config, model=name, **given)
     depth = num_blocks(model)
     layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #583036a4
-def found_entry(text: str | Path) -> str:
-    "The `text` of an entry of data. Raises RunError where it names nothing that is there."
+def check_entry(text: str | Path) -> str:
+    "Return the `text` of an entry of data. Raises RunError where it names nothing that is there."
     try:
         read_entry(text)
     except TranscriptError as e:
@@ -236,9 +247,9 @@ def found_entry(text: str | Path) -> str:
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #d8f8989e
 def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
-    """The files `eval_data`, separated by commas, or those of the first adapter's run; an empty list for a
-    run that has held out a part of its training data. Raises RunError where there is neither, or a file is
-    not there."""
+    """Return the files `eval_data`, separated by commas, or those of the first adapter's run; an empty list
+    for a run that has held out a part of its training data. Raises RunError where there is neither, or a file
+    is not there."""
     run = first_run(adapters)
     if eval_data == "tinyagent":  # its own held-out transcripts, which are in no file; a run has its own
         if run is None:
@@ -248,77 +259,101 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     if not files:
         if run is None:
             raise RunError("there are no held-out transcripts: give their files as eval_data")
-        files = listed(run.parameters.get("eval_data") or "")
-        if not files and run.parameters["data"] == "tinyagent":
-            files = [run.run / "data" / "eval.jsonl"]
-    return [found_entry(file) for file in files]
+        folder, parameters = run
+        files = listed(parameters.get("eval_data") or "")
+        if not files and parameters["data"] == "tinyagent":
+            files = [str(folder / "data" / "eval.jsonl")]
+    return [check_entry(file) for file in files]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #325b2196
 def heldout_entries(adapters: list[Adapter], eval_data: str = "") -> list[str]:
-    "`heldout_files`, or the data of the first adapter's run, where they are a part of them."
+    "Return `heldout_files`, or the data of the first adapter's run, where they are a part of them."
     run = first_parameters(adapters)
     return heldout_files(adapters, eval_data) or listed(run.get("data") or "")
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #1eb60e8f
 def model_names(adapters: list[Adapter], name: str) -> list[str]:
-    """The models that an evaluation on the model `name` loads: that one, and the teacher of the first
+    """Return the models that an evaluation on the model `name` loads: that one, and the teacher of the first
     adapter's run."""
     run = first_parameters(adapters)
     return [name, run.get("teacher") or ""]
 
-# %% ../../nbs/evaluate/09_adapters.ipynb #6037ab61
-def same_as_run(run: Run, adapters: list[Adapter], parameters: dict, heldout: str) -> None:
-    """Compares an evaluation with what the first adapter's run was made from (`cbnb.train.same`), in as far
-    as the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
-    whose hash is `heldout`. Tells what it is evaluated with of other versions (`tell_changes` of the `run` of
-    the evaluation). Raises RunError for another model or other transcripts."""
-    made = first_run(adapters)
-    record = made_from(made.run) if made else {"same": {}, "told": {}}
-    before = record["same"].get("model", {}) if not parameters["model"] else {}
-    if before and (found := differences(before, model_hashes(*model_names(adapters, run_model(made.run))))):
+# %% ../../nbs/evaluate/09_adapters.ipynb #f515ef04
+def same_model(folder: Path, adapters: list[Adapter], before: dict[str, str]) -> None:
+    """Raise RunError where the model of the run in `folder` is another one than that with the hashes `before`
+    ({}: not known)."""
+    if not before:
+        return
+    changes = differences(before, model_hashes(*model_names(adapters, run_model(folder))))
+    if changes:
         raise RunError(
-            f"the model of {made.run} changed since it was trained on ({named(found)}): put back "
+            f"the model of {folder} changed since it was trained on ({named(changes)}): put back "
             "what was there, or give model, to evaluate on it as it is"
         )
-    for name in OWN_CODE[1:]:  # what is measured depends on the policies, not on the objective
-        before = record["same"].get(name, {})
-        if before and sorted(before.values()) != sorted(own_hashes(made.parameters.get(name)).values()):
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #e21bc07d
+def same_policies(folder: Path, parameters: dict[str, Any], before: dict[str, dict[str, str]]) -> None:
+    """Raise RunError where a policy of the run in `folder` with these `parameters` stands in a file with
+    another hash than `before` ({setting: hashes})."""
+    for name in OWN_CODE[1:]:
+        hashes = before.get(name, {})
+        if hashes and sorted(hashes.values()) != sorted(own_hashes(parameters.get(name)).values()):
             raise RunError(
-                f"the {name} of {made.run}, {made.parameters[name]}, changed since it was trained with: "
+                f"the {name} of {folder}, {parameters[name]}, changed since it was trained with: "
                 "put back what was there"
             )
-    own = parameters["eval_data"] in ("", "tinyagent")
-    own = own and all(parameters.get(name) is None for name in READING)
-    if own and heldout != record["same"].get("samples", {}).get("held out", heldout):
-        raise RunError(
-            f"the held-out transcripts of {made.run} changed since it was made: put back what was "
-            "there, or give eval_data, to evaluate on them as they are"
-        )
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #bd7b2b11
+def tell_versions(run: Run, before: dict[str, str]) -> None:
+    "Note in the status of the evaluation `run` what it is made with that differs from `before`, by name."
     now = surroundings()
-    told = [
+    notes = [
         f"evaluated with {name} {now[name]}, and the run was made with {old}"
-        for name, old in record["told"].items()
+        for name, old in before.items()
         if now.get(name, old) != old
     ]
 
-    def tell():
+    def tell() -> None:
         known = read_status(run.path).get("changes") or ()
-        tell_changes(run, [line for line in told if line not in known])
+        tell_changes(run, [line for line in notes if line not in known])
 
     from_first(tell)
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #6037ab61
+def same_as_run(run: Run, adapters: list[Adapter], parameters: dict[str, Any], heldout: str) -> None:
+    """Compare an evaluation with what the first adapter's run was made from (`cbnb.train.same`), in as far as
+    the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
+    whose hash is `heldout`. Note what it is evaluated with of other versions (`tell_changes` of the `run` of
+    the evaluation). Raises RunError for another model or other transcripts."""
+    made = first_run(adapters)
+    if made is None:
+        return
+    folder, own = made
+    record = made_from(folder)
+    if not parameters["model"]:
+        same_model(folder, adapters, record["same"].get("model", {}))
+    same_policies(folder, own, record["same"])
+    as_there = parameters["eval_data"] in ("", "tinyagent")
+    as_there = as_there and all(parameters.get(name) is None for name in READING)
+    if as_there and heldout != record["same"].get("samples", {}).get("held out", heldout):
+        raise RunError(
+            f"the held-out transcripts of {folder} changed since it was made: put back what was "
+            "there, or give eval_data, to evaluate on them as they are"
+        )
+    tell_versions(run, record["told"])
+
 # %% ../../nbs/evaluate/09_adapters.ipynb #be6df6e4
 def reading_for(adapters: list[Adapter], **given: Any) -> Reading:
-    """How an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`, else as
-    the first adapter's run did."""
+    """Return how an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`,
+    else as the first adapter's run did."""
     return reading_of(first_parameters(adapters), **given)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #74a54eba
 def questions_for(
     adapters: list[Adapter], eval_data: str = "", reading: Reading | None = None
 ) -> list[Transcript]:
-    """The transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did). Raises
-    what `cbnb.data.streams.read_streams` raises."""
+    """Return the transcripts of `heldout_files`, read by `reading` (None: as the first adapter's run did).
+    Raises what `cbnb.data.streams.read_streams` raises."""
     if eval_data == "tinyagent" and not any(a.run for a in adapters):
         with tempfile.TemporaryDirectory() as folder:
             return [t for stream in read_streams([write_data(Path(folder))["eval"]]) for t in stream]
@@ -337,29 +372,33 @@ MASKING = ("control", "chat_template", "template_variables", "tool_call_format",
 def masker_for(
     adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given: Any
 ) -> ChatMasker:
-    """The masker of the model `name`: as the first adapter's run had it, with the chat template that is kept
-    there, but for what is `given` and not None (names of `MASKING`)."""
+    """Return the masker of the model `name`: as the first adapter's run had it, with the chat template that
+    lies there, but for what is `given` and not None (names of `MASKING`)."""
     run = first_run(adapters)
     given = {k: v for k, v in given.items() if v is not None}
-    known = {k: run.parameters[k] for k in MASKING if run and k in run.parameters} | given
-    kept = run and given.keys() <= {"control"} and (run.run / "chat_template.json").exists()
-    return make_masker(name, trust_remote_code=trust_remote_code, folder=run.run if kept else None, **known)[
-        0
-    ]
+    folder, parameters = run or (None, {})
+    known = {k: parameters[k] for k in MASKING if k in parameters} | given
+    if folder and not (given.keys() <= {"control"} and (folder / "chat_template.json").exists()):
+        folder = None
+    return make_masker(name, trust_remote_code=trust_remote_code, folder=folder, **known)[0]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8925d526
-def asked_model(adapters: list[Adapter], parameters: dict) -> str:
-    """`base_name` for the parameters of nbs/evaluate.ipynb; the tiny agent where only its own transcripts are
-    asked for."""
+def asked_model(adapters: list[Adapter], parameters: dict[str, Any]) -> str:
+    """Return `base_name` for the parameters of nbs/evaluate.ipynb; the tiny agent where only its own
+    transcripts are wanted."""
     own = parameters["eval_data"] == "tinyagent" and not any(a.run or a.folder for a in adapters)
     return base_name(adapters, parameters["model"] or ("tinyagent" if own else None))
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #bba85264
+# parameters that a decoding is made by
+DECODING = ("max_new_tokens", "temperature", "samples", "seed")
+
 # %% ../../nbs/evaluate/09_adapters.ipynb #16240f7d
 def decoding_for(adapters: list[Adapter], **given: Any) -> Decoding:
-    "The `Decoding` of an evaluation: what is `given` and not None, else as in the first adapter's run."
+    """Return the `Decoding` of an evaluation: what is `given` and not None, else as in the first adapter's
+    run."""
     run = first_parameters(adapters)
-    fields = ("max_new_tokens", "temperature", "samples", "seed")
-    known = {k: run[k] for k in fields if k in run} | {k: v for k, v in given.items() if v is not None}
+    known = {k: run[k] for k in DECODING if k in run} | {k: v for k, v in given.items() if v is not None}
     decoding = Decoding(**known)
     if given.get("seed") is not None and not decoding.temperature:
         raise RunError(
@@ -369,18 +408,17 @@ def decoding_for(adapters: list[Adapter], **given: Any) -> Decoding:
     return decoding
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #d398bb4d
-def checked(parameters: dict) -> tuple[list[Adapter], str, Decoding]:
-    """`(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is loaded.
-    Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
+def checked(parameters: dict[str, Any]) -> tuple[list[Adapter], str, Decoding]:
+    """Return `(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is
+    loaded. Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
     trusted = parameters.get("trust_remote_code", False)
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trusted)
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
-    fields = ("max_new_tokens", "temperature", "samples", "seed")
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
-        model_facts(name, trusted)  # code that comes with it is told here
-    return adapters, name, decoding_for(adapters, **{name: parameters[name] for name in fields})
+        model_facts(name, trusted)  # code that comes with it is reported here
+    return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b
 def evaluate_adapter(
@@ -395,15 +433,15 @@ def evaluate_adapter(
     dtype: str | None = None,
     target_layers: str | None = None,
     trust_remote_code: bool = False,
-) -> dict:
-    """The figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model `name`, which
-    is loaded for it; answers are kept in `folder` under the adapter's name."""
+) -> dict[str, Any]:
+    """Return the figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model
+    `name`, which is loaded for it; answers go to `folder` under the adapter's name."""
     run = first_parameters(adapters)
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
     if run:
         made = made_with(run, trust_remote_code)
         settings = {k: v or getattr(made, k) for k, v in settings.items()}
-    load = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
+    load: dict[str, Any] = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers, trust_remote_code)
     if adapter.folder:
@@ -417,64 +455,82 @@ def evaluate_adapter(
         student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name
     ) | another_base(adapter, name)
 
-# %% ../../nbs/evaluate/09_adapters.ipynb #9ea074cf
-def rescored(
-    lines: list[dict],
-    transcripts: list[Transcript],
-    masker: ChatMasker,
-    reader: AnswerReader,
-    prefill: int,
-    stops: tuple,
+# %% ../../nbs/evaluate/09_adapters.ipynb #097b8f69
+def expected_answers(transcripts: list[Transcript]) -> list[tuple[Transcript, str]]:
+    """Return `(question, plain or prefilled)` of every answer that an evaluation of `transcripts` has: each
+    question plain, attacks also prefilled."""
+    asked = [question for t in transcripts for question in questions(t)]
+    attacks = [q for q in asked if q.label == "harmful" and is_attack(q)]
+    return [(q, "plain") for q in asked] + [(q, "prefilled") for q in attacks]
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #ad7c2800
+def lines_of_question(
+    by_attempt: dict[int, dict], question: Transcript, prompt: str, begun: list[int], where: str | Path
+) -> list[dict]:
+    """Return the lines of one `question` in the order of their attempts. Raises RunError, naming `where` they
+    are from, where there is none, or one has another hash of its `prompt` or other ids that the answer was
+    `begun` with."""
+    if not by_attempt:
+        raise RunError(
+            f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts "
+            "are other ones; evaluate again"
+        )
+    lines = [by_attempt[attempt] for attempt in sorted(by_attempt)]
+    if any(line["prompt"]["hash"] != prompt or line["begun"] != begun for line in lines):
+        raise RunError(
+            f"{where}: {question.id} was asked by another prompt than it gives now (another "
+            "transcript or chat template); evaluate again"
+        )
+    return lines
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #cb34abb5
+def check_complete(
+    by_question: dict[tuple[str, str], dict[int, dict]],
+    expected: Collection[tuple[str, str]],
     where: str | Path,
-) -> tuple[list, dict]:
-    """`(the lines made anew, the figures that follow)` of the answers in `lines`, the last one to each
-    attempt counting: all that a line says is taken from its token ids, its question and the model's own stop
-    tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError, naming
-    `where` they are from, where one is missing or was given to another prompt than these transcripts' in
-    this template."""
-    asked = [q for t in transcripts for q in questions(t)]
-    wanted = [(q, False) for q in asked] + [(q, True) for q in asked if q.label == "harmful" and is_attack(q)]
-    by_question, new, altered = {}, [], 0
-    for line in lines:
-        by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
-    for question, forced in wanted:
-        found = by_question.get((question.id, "prefilled" if forced else "plain"), {})
-        if not found:
-            raise RunError(
-                f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts "
-                "are other ones; evaluate again"
-            )
-        prompt, begun = prompt_of(masker, question, prefill if forced else 0)
-        for line in (found[attempt] for attempt in sorted(found)):
-            if line["prompt"]["hash"] != prompt_hash(prompt) or line["begun"] != begun.tolist():
-                raise RunError(
-                    f"{where}: {question.id} was asked by another prompt than it gives now (another "
-                    "transcript or chat template); evaluate again"
-                )
-            new.append(
-                answer_line(
-                    question,
-                    prompt,
-                    begun,
-                    line["ids"],
-                    reader,
-                    stops,
-                    **{k: line[k] for k in ("key", "stage", "asked", "attempt")},
-                )
-            )
-            altered += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
-    spare = by_question.keys() - {(q.id, "prefilled" if forced else "plain") for q, forced in wanted}
-    if extra := sum(len(by_question[key]) for key in spare):
+) -> None:
+    """Raise RunError, naming `where` the lines are from, where there are lines of questions that are not
+    `expected` ((id, plain or prefilled)), or more attempts at one question than at another."""
+    if extra := sum(len(by_question[key]) for key in by_question.keys() - expected):
         raise RunError(
             f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts "
             "are other ones; evaluate again"
         )
-    attempts = {len(found) for found in by_question.values()}
+    attempts = {len(lines) for lines in by_question.values()}
     if len(attempts) > 1:
         raise RunError(
             f"{where} holds {min(attempts)} answers to one question and {max(attempts)} to another: some "
             "are missing, or were added; evaluate again"
         )
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #9ea074cf
+def rescore_lines(
+    lines: list[dict],
+    transcripts: list[Transcript],
+    masker: ChatMasker,
+    reader: AnswerReader,
+    prefill: int,
+    stops: Collection[int],
+    where: str | Path,
+) -> tuple[list[dict], dict[str, Any]]:
+    """Return the lines made anew, and the figures that follow, of the answers in `lines`, the last one to
+    each attempt counting: all that a line says is taken from its token ids, its question and the model's own
+    stop tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError,
+    naming `where` they are from, where one is missing or was given to another prompt than these transcripts'
+    in this template."""
+    by_question: dict[tuple[str, str], dict[int, dict]] = {}
+    for line in lines:
+        by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
+    expected = expected_answers(transcripts)
+    new, altered = [], 0
+    for question, asked in expected:
+        prompt, begun = prompt_of(masker, question, prefill if asked == "prefilled" else 0)
+        own = by_question.get((question.id, asked), {})
+        for line in lines_of_question(own, question, prompt_hash(prompt), begun.tolist(), where):
+            about = {k: line[k] for k in ("key", "stage", "asked", "attempt")}
+            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **about))
+            altered += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
+    check_complete(by_question, {(question.id, asked) for question, asked in expected}, where)
     if altered:
         warn(
             f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token "
@@ -482,15 +538,10 @@ def rescored(
         )
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
 
-
-def rescore(folder, trust_remote_code: bool = False) -> dict:
-    """Makes the figures in the result.json of a run or an evaluation anew from the answers in its
-    answers.jsonl, which are read and scored again, and writes both; report.html and the adapter's card
-    too, where there are such. Nothing is generated. Returns the result. What params.json says of
-    `trust_remote_code` was said by whoever made the run.
-
-    Raises RunError for a folder without result or answers, and as `rescored` does."""
-    folder = Path(folder).expanduser().resolve()
+# %% ../../nbs/evaluate/09_adapters.ipynb #86e565e0
+def check_rescorable(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `(result, parameters)` of the run or the evaluation in `folder`. Raises RunError for a folder
+    without them, and for a result that does not say how its answers were made."""
     result, parameters = (read_record(folder / name) for name in ("result.json", "params.json"))
     if not result or parameters is None:
         raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
@@ -502,40 +553,60 @@ def rescore(folder, trust_remote_code: bool = False) -> dict:
                 f"{folder / 'result.json'} does not say how the answers of {stage} were made and where "
                 "they end: evaluate again"
             )
+    return result, parameters
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #b3c0a1c0
+def lines_to_rescore(folder: Path) -> dict[str, dict]:
+    "Return the `kept_lines` of `folder`. Raises RunError, with the reason, where there are none."
     lines = kept_lines(folder)
-    if not lines:
-        there = (folder / "answers.jsonl").exists()
-        raise RunError(
-            f"{folder} holds "
-            f"{'an answers.jsonl without a whole line' if there else 'no answers.jsonl (an older cbnb wrote none)'}: evaluate it again"  # noqa: E501
-        )
-    if "evaluated" in result:
-        adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust_remote_code)
-        name, transcripts = (
-            asked_model(adapters, parameters),
-            questions_for(
-                adapters,
-                parameters["eval_data"],
-                reading_for(adapters, **{k: parameters.get(k) for k in READING}),
-            ),
-        )
-        given = {k: parameters[k] for k in MASKING if k in parameters}
-    else:
+    if lines:
+        return lines
+    there = (folder / "answers.jsonl").exists()
+    what = "an answers.jsonl without a whole line" if there else "no answers.jsonl (an older cbnb wrote none)"
+    raise RunError(f"{folder} holds {what}: evaluate it again")
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #6da1962f
+def rescoring_inputs(
+    folder: Path, evaluated: bool, parameters: dict[str, Any], trust_remote_code: bool
+) -> tuple[ChatMasker, list[Transcript]]:
+    """Return the masker and the transcripts by which the run in `folder`, or the evaluation where `evaluated`
+    says so, with these `parameters` was asked."""
+    if not evaluated:
         adapters = [Adapter(folder.name, None, folder, parameters)]
-        name, transcripts, given = run_model(folder), questions_for(adapters), {}
-    masker = masker_for(adapters, name, trust_remote_code, **given)
+        name, transcripts = run_model(folder), questions_for(adapters)
+        return masker_for(adapters, name, trust_remote_code), transcripts
+    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust_remote_code)
+    name = asked_model(adapters, parameters)
+    reading = reading_for(adapters, **{k: parameters.get(k) for k in READING})
+    transcripts = questions_for(adapters, parameters["eval_data"], reading)
+    given = {k: parameters[k] for k in MASKING if k in parameters}
+    return masker_for(adapters, name, trust_remote_code, **given), transcripts
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #5573f2c5
+def rescore(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Make the figures in the result.json of a run or an evaluation anew from the answers in its
+    answers.jsonl, which are read and scored again, and write both; report.html and the adapter's card too,
+    where there are such. Nothing is generated. Return the result. What params.json says of
+    `trust_remote_code` was said by whoever made the run.
+
+    Raises RunError for a folder without result or answers, and as `rescore_lines` does."""
+    folder = Path(folder).expanduser().resolve()
+    result, parameters = check_rescorable(folder)
+    lines = lines_to_rescore(folder)
+    masker, transcripts = rescoring_inputs(folder, "evaluated" in result, parameters, trust_remote_code)
     reader = derive_reader(masker)
     check_readable(reader, transcripts)
-    anew = {}
+    anew: dict[str, dict] = {}
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
-        prefill = figures["decoding"]["prefill"]
         stops = {*masker.tokenizer.convert_tokens_to_ids(figures["ends"]["model"])}
-        again, scores = rescored(own, transcripts, masker, reader, prefill, stops, folder / "answers.jsonl")
+        again, scores = rescore_lines(
+            own, transcripts, masker, reader, figures["decoding"]["prefill"], stops, folder / "answers.jsonl"
+        )
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
-    kept = withhold(to_plain(list((lines | anew).values())))
-    write_owned(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+    rows = withhold(to_plain(list((lines | anew).values())))
+    write_owned(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in rows).encode())
     write_json(folder / "result.json", result)
     if "before" in result:
         if (folder / "report.html").exists():

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -26,14 +28,15 @@ from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['WANTED', 'begun_answer', 'prompt_of', 'batches', 'dealt', 'collected', 'model_state', 'batch_key', 'end_sequences',
-           'answer_line', 'prompt_hash', 'kept_lines', 'write_lines', 'answer_questions', 'answer_figures']
+__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'model_state', 'batch_key', 'end_sequences',
+           'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches', 'answer_questions',
+           'answer_figures']
 
 # %% ../../nbs/evaluate/06_answers.ipynb #0b929e41
-def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(all token ids before, the first ids of)` the last assistant message: `tokens` of it, at most half,
-    and fewer where they would say an injected text by themselves. Raises ValueError for a message that has
-    no token."""
+def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(all token ids before, the first ids of)` the last assistant message: `tokens` of it, at most
+    half, and fewer where they would say an injected text by themselves. Raises ValueError for a message that
+    has no token."""
     (encoded,) = masker.encode_batch([transcript])
     own = np.flatnonzero(
         IS_COMPLETION[encoded.segments] & (encoded.message_index == len(transcript.messages) - 1)
@@ -42,19 +45,19 @@ def begun_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tup
         raise ValueError(
             f"the last message of transcript {transcript.id!r} has no token to begin an answer with."
         )
-    start, begun = own[0], min(tokens, len(own) // 2)
+    start, count = own[0], min(tokens, len(own) // 2)
 
-    def says(n):
+    def obeys(n: int) -> bool:
         words = plain(masker.tokenizer.decode(encoded.input_ids[start : start + n]))
         return any(plain(text) in words for text in injected_texts(transcript))
 
-    while begun and says(begun):
-        begun -= 1
-    return encoded.input_ids[:start], encoded.input_ids[start : start + begun]
+    while count and obeys(count):
+        count -= 1
+    return encoded.input_ids[:start], encoded.input_ids[start : start + count]
 
-
+# %% ../../nbs/evaluate/06_answers.ipynb #bdb0b51f
 def prompt_of(masker: ChatMasker, transcript: Transcript, prefill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`(ids of the prompt, ids with which the answer is begun)`, the second empty without `prefill`.
+    """Return `(ids of the prompt, ids with which the answer is begun)`, the second empty without `prefill`.
 
     Raises ValueError for a transcript that does not end in an assistant message."""
     if not transcript.messages or transcript.messages[-1]["role"] != "assistant":
@@ -63,42 +66,49 @@ def prompt_of(masker: ChatMasker, transcript: Transcript, prefill: int = 0) -> t
             "compare with."
         )
     if prefill:
-        return begun_answer(masker, transcript, prefill)
+        return begin_answer(masker, transcript, prefill)
     return masker.prompt_ids(transcript.messages[:-1], tools=transcript.tools), np.zeros(0, np.int32)
 
 # %% ../../nbs/evaluate/06_answers.ipynb #041e8ce7
 def batches(prompts: list[np.ndarray], names: list[str], size: int) -> list[list[int]]:
-    """The numbers of the `prompts` in batches of `size`: sorted by length, then by name, so that the same
-    questions are always answered together, in whatever order they come."""
+    """Return the numbers of the `prompts` in batches of `size`: sorted by length, then by name, so that the
+    same questions are always answered together, in whatever order they come."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), names[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
+# %% ../../nbs/evaluate/06_answers.ipynb #5cf0d429
+def deal(model: nn.Module, batches: Iterable) -> list:
+    """Return those of `batches` that this process has to run: its share, or all of them where the processes
+    hold parts of the weights and run the model together."""
+    return list(batches) if is_in_parts(model) else share_of(list(batches))
 
-def dealt(model: nn.Module, batches) -> list:
-    """Those of `batches` that this process has to run: its share, or all of them where the processes hold
-    parts of the weights and run the model together."""
-    return list(batches) if is_in_parts(model) else share_of(batches)
-
-
-def collected(model: nn.Module, found: list) -> list:
-    "What all processes have `found` in the batches that `dealt` gave them."
-    return found if is_in_parts(model) else gathered(found)
+# %% ../../nbs/evaluate/06_answers.ipynb #6b6f2304
+def collect(model: nn.Module, mine: list) -> list:
+    "Return the results of all processes, of which `mine` are those of the batches that `deal` gave this one."
+    return mine if is_in_parts(model) else gathered(mine)
 
 # %% ../../nbs/evaluate/06_answers.ipynb #02fbd140
 def model_state(model: nn.Module) -> str:
-    """32 hex digits over configuration and weights of a model and over its adapters, bit for bit. Where
-    processes hold parts of the weights, all have to ask, and another number of them gives other digits."""
+    """Return 32 hex digits over configuration and weights of a model and over its adapters, bit for bit.
+    Where processes hold parts of the weights, all have to ask, and another number of them gives other
+    digits."""
     adapter = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if "lora_" in name:
             adapter.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
     return hashlib.sha256(f"{weights_hash(model)} {adapter.hexdigest()}".encode()).hexdigest()[:32]
 
-
+# %% ../../nbs/evaluate/06_answers.ipynb #249802a4
 def batch_key(
-    state: str, stage: str, decoding: Decoding, ends, prefilled: bool, attempt: int, prompts: list[np.ndarray]
+    state: str,
+    stage: str,
+    decoding: Decoding,
+    ends: Sequence[tuple[int, ...]],
+    prefilled: bool,
+    attempt: int,
+    prompts: list[np.ndarray],
 ) -> str:
-    "32 hex digits over all that the answers of one batch depend on."
+    "Return 32 hex digits over all that the answers of one batch depend on."
     digest = hashlib.sha256(json.dumps([state, stage, asdict(decoding), ends, prefilled, attempt]).encode())
     for ids in prompts:
         digest.update(len(ids).to_bytes(4) + np.asarray(ids, np.int32).tobytes())
@@ -108,22 +118,34 @@ def batch_key(
 # of a question's meta
 WANTED = ("injected_call", "injected_text", "sensitive_tools", "own_tools", "expected_call", "expected_text")
 
-
-def end_sequences(reader: AnswerReader, stops) -> tuple:
-    """The sequences of token ids at which an answer ends: those of the template, else each of the model's own
-    stop tokens `stops`."""
+# %% ../../nbs/evaluate/06_answers.ipynb #8f164566
+def end_sequences(reader: AnswerReader, stops: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+    """Return the sequences of token ids at which an answer ends: those of the template, else each of the
+    model's own stop tokens `stops`."""
     return reader.ends or tuple((i,) for i in sorted(stops))
 
+# %% ../../nbs/evaluate/06_answers.ipynb #72af741b
+def prompt_hash(ids: Sequence[int] | np.ndarray) -> str:
+    "Return 16 hex digits over the token ids of a prompt."
+    return hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16]
 
-def answer_line(question: Transcript, prompt, begun, ids, reader: AnswerReader, stops, **where) -> dict:
-    """The line of one answer: `ids` were generated after `prompt` and `begun`, and all else follows from
-    them. `finish`: ended, or length, where there was no end of turn in time; `past_stop`: it goes on behind
-    one of the model's own stop tokens `stops`, at which other programs would have cut it."""
+# %% ../../nbs/evaluate/06_answers.ipynb #327985b3
+def answer_line(
+    question: Transcript,
+    prompt: Sequence[int] | np.ndarray,
+    begun: Sequence[int] | np.ndarray,
+    ids: Sequence[int] | np.ndarray,
+    reader: AnswerReader,
+    stops: Collection[int],
+    **where: Any,
+) -> dict[str, Any]:
+    """Return the line of one answer: `ids` were generated after `prompt` and `begun`, and all else follows
+    from them; `where`: what stands first in it. `finish`: ended, or length, where there was no end of turn in
+    time; `past_stop`: it goes on behind one of the model's own stop tokens `stops`, at which other programs
+    would have cut it."""
     begun, ids = ([int(i) for i in part] for part in (begun, ids))
-    answer, ended = (
-        reader.read([*begun, *ids], question.tools),
-        until_end(begun + ids, end_sequences(reader, stops), len(begun))[1],
-    )
+    answer = reader.read([*begun, *ids], question.tools)
+    _, ended = until_end(begun + ids, end_sequences(reader, stops), len(begun))
     return {
         **where,
         "id": question.id,
@@ -145,38 +167,54 @@ def answer_line(question: Transcript, prompt, begun, ids, reader: AnswerReader, 
         "scores": score(question, answer, reader),
     }
 
-
-def prompt_hash(ids) -> str:
-    "16 hex digits over the token ids of a prompt."
-    return hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16]
-
 # %% ../../nbs/evaluate/06_answers.ipynb #95845b7f
-def kept_lines(folder) -> dict[str, dict]:
-    """`{key: line}` of `folder`/answers.jsonl, in every process; empty without a file. What other processes
-    of an attempt that was killed have left in files of their own is taken in first. Raises RunError, naming
-    file and line, for one that is no answer."""
+def kept_lines(folder: str | Path) -> dict[str, dict]:
+    """Return `{key: line}` of `folder`/answers.jsonl, in every process; empty without a file. What other
+    processes of an attempt that was killed have left in files of their own is taken in first. Raises
+    RunError, naming file and line, for one that is no answer."""
     path = Path(folder) / "answers.jsonl"
 
-    def take():
-        kept = {}
+    def take() -> dict[str, dict]:
+        lines: dict[str, dict] = {}
         for file in (path, *sorted(path.parent.glob("answers.rank*.jsonl"))):
             for line in read_json_lines(file):
-                if file != path and line["key"] not in kept:
+                if file != path and line["key"] not in lines:
                     append_line(path, line)
-                kept[line["key"]] = line
+                lines[line["key"]] = line
             if file != path:
                 file.unlink()
-        return kept
+        return lines
 
     return from_first(take)
 
-
-def write_lines(folder, lines: list[dict]) -> None:
-    "Appends `lines` to the answers file of this process."
+# %% ../../nbs/evaluate/06_answers.ipynb #8d214448
+def write_lines(folder: str | Path, lines: list[dict]) -> None:
+    "Append `lines` to the answers file of this process."
     for line in lines:
         append_line(Path(folder) / ("answers.jsonl" if is_first() else f"answers.rank{rank()}.jsonl"), line)
 
+# %% ../../nbs/evaluate/06_answers.ipynb #3735ff81
+def plan_batches(
+    prompts: list[np.ndarray],
+    names: list[str],
+    decoding: Decoding,
+    key_of: Callable[[list[int], int], str],
+    lines: Collection[str],
+) -> tuple[list[tuple[list[int], int]], dict[tuple[int, int], str]]:
+    """Return each `(batch, attempt)` of which not all keys are among those of the `lines`, and the key of
+    every answer by the number of its question and its attempt. `key_of(batch, attempt)`: `batch_key`."""
+    todo = []
+    keys: dict[tuple[int, int], str] = {}
+    for batch in batches(prompts, names, decoding.batch_size):
+        for attempt in range(decoding.samples):
+            key = key_of(batch, attempt)
+            own = {(i, attempt): f"{key}-{row}" for row, i in enumerate(batch)}
+            if not all(name in lines for name in own.values()):
+                todo.append((batch, attempt))
+            keys |= own
+    return todo, keys
 
+# %% ../../nbs/evaluate/06_answers.ipynb #ebdf3d64
 def answer_questions(
     model: nn.Module,
     masker: ChatMasker,
@@ -184,59 +222,53 @@ def answer_questions(
     transcripts: list[Transcript],
     decoding: Decoding,
     prefilled: bool = False,
-    folder=None,
+    folder: str | Path | None = None,
     stage: str = "",
 ) -> list[dict]:
-    """The `answer_line` of every answer to each question, up to its last assistant message, in their order;
-    of several processes each answers its share, and all get all lines.
+    """Return the `answer_line` of every answer to each question, up to its last assistant message, in their
+    order; of several processes each answers its share, and all get all lines.
 
-    `prefilled`: the answer is begun (`begun_answer`) with `decoding.prefill` tokens. With a `folder` lines
+    `prefilled`: the answer is begun (`begin_answer`) with `decoding.prefill` tokens. With a `folder` lines
     are written to its answers.jsonl as they are made, and batches of which it has all lines, made by the
     same model with the same decoding, are not asked again. Raises ValueError as `prompt_of` does, RunError
     as `kept_lines`."""
     stops = stop_tokens(model, masker.tokenizer)
-    ends, asked = (
-        end_sequences(reader, stops),
-        [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts],
-    )
-    prompts = [np.concatenate(ids).astype(np.int32) for ids in asked]
-    state, kept = (model_state(model), kept_lines(folder)) if folder else ("", {})
-    todo, keys = [], {}
-    for batch in batches(prompts, [t.id for t in transcripts], decoding.batch_size):
-        for attempt in range(decoding.samples):
-            key = batch_key(state, stage, decoding, ends, prefilled, attempt, [prompts[i] for i in batch])
-            keys |= {(i, attempt): f"{key}-{row}" for row, i in enumerate(batch)}
-            if not all(keys[i, attempt] in kept for i in batch):
-                todo.append((batch, attempt))
+    ends = end_sequences(reader, stops)
+    parts = [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts]
+    prompts = [np.concatenate(ids).astype(np.int32) for ids in parts]
+    state, there = (model_state(model), kept_lines(folder)) if folder else ("", {})
 
-    def line_of(i, attempt, ids):
-        where = dict(
-            key=keys[i, attempt], stage=stage, asked="prefilled" if prefilled else "plain", attempt=attempt
-        )
-        return answer_line(transcripts[i], *asked[i], ids, reader, stops, **where)
+    def key_of(batch: list[int], attempt: int) -> str:
+        return batch_key(state, stage, decoding, ends, prefilled, attempt, [prompts[i] for i in batch])
 
+    def line_of(i: int, attempt: int, ids: Sequence[int]) -> dict:
+        asked = "prefilled" if prefilled else "plain"
+        prompt, begun = parts[i]
+        where: dict[str, Any] = dict(key=keys[i, attempt], stage=stage, asked=asked, attempt=attempt)
+        return answer_line(transcripts[i], prompt, begun, ids, reader, stops, **where)
+
+    todo, keys = plan_batches(prompts, [t.id for t in transcripts], decoding, key_of, there)
     model.eval()
     new = []
-    for batch, attempt in dealt(model, todo):
+    for batch, attempt in deal(model, todo):
         seeds = [item_seed(decoding.seed, transcripts[i].id, attempt) for i in batch]
-        made = generate_batch(
-            model, [prompts[i] for i in batch], ends, masker.tokenizer.pad_token_id, decoding, seeds
-        )
-        lines = [line_of(i, attempt, ids) for i, ids in zip(batch, made, strict=True)]
+        pad = masker.tokenizer.pad_token_id
+        answers = generate_batch(model, [prompts[i] for i in batch], ends, pad, decoding, seeds)
+        lines = [line_of(i, attempt, ids) for i, ids in zip(batch, answers, strict=True)]
         new += lines
         if folder and (is_first() or not is_in_parts(model)):
-            write_lines(folder, [line for line in lines if line["key"] not in kept])
-    fresh = {line["key"]: line for line in collected(model, new)}
+            write_lines(folder, [line for line in lines if line["key"] not in there])
+    fresh = {line["key"]: line for line in collect(model, new)}
     if folder:
         kept_lines(folder)  # the others' files into the one
     each = [(i, attempt) for i in range(len(transcripts)) for attempt in range(decoding.samples)]
-    return [fresh.get(keys[at]) or line_of(*at, kept[keys[at]]["ids"]) for at in each]
+    return [fresh.get(keys[at]) or line_of(*at, there[keys[at]]["ids"]) for at in each]
 
 # %% ../../nbs/evaluate/06_answers.ipynb #17b2dbfd
-def answer_figures(lines: list[dict]) -> dict:
-    """The `cbnb.evaluate.scores.rates` of the answers in `lines`; `attack_success_prefill` of those that were
-    begun; and `finish`, how many plain answers ended, how many were cut by their length, and how many went on
-    past one of the model's own stop tokens."""
+def answer_figures(lines: list[dict]) -> dict[str, Any]:
+    """Return the `cbnb.evaluate.scores.rates` of the answers in `lines`; `attack_success_prefill` of those
+    that were begun; and `finish`, how many plain answers ended, how many were cut by their length, and how
+    many went on past one of the model's own stop tokens."""
     asked = {name: [line for line in lines if line["asked"] == name] for name in ("plain", "prefilled")}
     figures, forced = (rates([(line["group"], line["scores"]) for line in part]) for part in asked.values())
     figures["n"]["attack_prefill"] = len(asked["prefilled"])

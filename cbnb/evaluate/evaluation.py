@@ -6,16 +6,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+# %% auto #0
+__all__ = ['heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'describe_decoding', 'question_figures',
+           'evaluate']
+
+# %% ../../nbs/evaluate/07_evaluation.ipynb #a40bcadc
 from ..basics.terminal import warn
 from ..config import CircuitBreakerConfig
 from ..data.streams import encode_stream, pad_rows
-from .answers import answer_figures, answer_questions, collected, dealt
+from .answers import answer_figures, answer_questions, collect, deal
 from .benchmarks import questions
 from .decoding import Decoding, stop_tokens, wide_logits
 from .reader import AnswerReader, derive_reader
@@ -25,12 +33,9 @@ from ..masking.masker import ChatMasker
 from ..step.fused_kl import chunk_for
 from ..step.heads import find_head, teacher_logits
 from ..step.losses import token_kl
+from ..step.models import base_model
 from ..step.passes import both_passes
 from ..transcripts.record import Transcript
-
-# %% auto #0
-__all__ = ['heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'how_answered', 'question_figures',
-           'evaluate']
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #3e929a8c
 def heldout_batches(
@@ -40,8 +45,8 @@ def heldout_batches(
     config: CircuitBreakerConfig,
     label: str,
     batch_size: int,
-):
-    """Yields padded rows (`cbnb.data.streams.pad_rows`) of the transcripts, masked by the policy of `label`
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield padded rows (`cbnb.data.streams.pad_rows`) of the transcripts, masked by the policy of `label`
     (benign or harmful), on the student's device; of several processes each gets its share. Warns of
     transcripts without a target, of targets that were cut off, and of rows that lost what they answer: they
     are not in the figures."""
@@ -59,7 +64,7 @@ def heldout_batches(
     if report.dropped or report.counts["targets_cut"] or report.counts["lost_context"]:
         warn(f"held-out {label}: {report}")
     samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
-    for start in dealt(student, range(0, len(samples), batch_size)):
+    for start in deal(student, range(0, len(samples), batch_size)):
         rows = pad_rows(samples[start : start + batch_size], masker.tokenizer.pad_token_id)
         yield {name: tensor.to(student.device) for name, tensor in rows.items()}
 
@@ -73,8 +78,8 @@ def benign_divergence(
     teacher: nn.Module | None = None,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """`{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions where
-    both prefer the same token, over the targets of `config.benign_policy`, from float32 logits of a few
+    """Return `{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions
+    where both prefer the same token, over the targets of `config.benign_policy`, from float32 logits of a few
     positions at a time."""
     student.eval()
     head = find_head(student)
@@ -83,21 +88,17 @@ def benign_divergence(
     sums = []
     for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size):
         sides = both_passes(student, teacher, rows, config, head.norm, final=True)
+        finals = [last for _, last in sides if last is not None]  # final=True: both are there
         for ours, theirs in zip(
-            *(last.flatten(0, 1)[rows["predicting_index"]].split(size) for _, last in sides)
+            *(last.flatten(0, 1)[rows["predicting_index"]].split(size) for last in finals)
         ):
             ours, theirs = head.logits(ours), of_teacher(theirs)
-            sums.append(
-                (
-                    token_kl(ours, theirs).double().sum().item(),
-                    (ours.argmax(-1) == theirs.argmax(-1)).sum().item(),
-                    len(ours),
-                )
-            )
-    kl, agree, n = map(sum, zip(*collected(student, sums)))
-    return {"kl": kl / n, "top1": agree / n}
+            kl = token_kl(ours, theirs).double().sum().item()
+            sums.append((kl, (ours.argmax(-1) == theirs.argmax(-1)).sum().item(), len(ours)))
+    total, agree, n = map(sum, zip(*collect(student, sums)))
+    return {"kl": total / n, "top1": agree / n}
 
-
+# %% ../../nbs/evaluate/07_evaluation.ipynb #937aae6e
 @torch.no_grad()
 def harmful_cosine(
     student: PeftModel,
@@ -107,38 +108,36 @@ def harmful_cosine(
     teacher: nn.Module | None = None,
     batch_size: int = 16,
 ) -> float:
-    """Mean cosine of student and teacher hidden states over the target layers and the targets of
+    """Return the mean cosine of student and teacher hidden states over the target layers and the targets of
     `config.harmful_policy`: 1 untouched, below 0.1 rerouted."""
     student.eval()
     sums = []
     for rows in heldout_batches(student, masker, transcripts, config, "harmful", batch_size):
         (ours, _), (theirs, _) = both_passes(student, teacher, rows, config)
         for layer in ours:
-            cosine = nn.functional.cosine_similarity(ours[layer].float(), theirs[layer].float(), dim=-1)[
-                rows["loss_mask"]
-            ]
+            cosine = nn.functional.cosine_similarity(ours[layer].float(), theirs[layer].float(), dim=-1)
+            cosine = cosine[rows["loss_mask"]]
             sums.append((cosine.double().sum().item(), len(cosine)))
-    total, n = map(sum, zip(*collected(student, sums)))
+    total, n = map(sum, zip(*collect(student, sums)))
     return total / n
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #8d76d2b9
 def benign_by_domain(transcripts: list[Transcript]) -> dict[str, list[Transcript]]:
-    'The benign ones of `transcripts` by `meta["domain"]`, `in_domain` where none is given.'
-    domains = defaultdict(list)
+    'Return the benign ones of `transcripts` by `meta["domain"]`, `in_domain` where none is given.'
+    domains: dict[str, list[Transcript]] = defaultdict(list)
     for t in transcripts:
         if t.label == "benign":
             domains[t.meta.get("domain", "in_domain")].append(t)
     return domains
 
-
-def how_answered(model: nn.Module, masker: ChatMasker, reader: AnswerReader, decoding: Decoding) -> dict:
-    """What a result records of its answers: the `decoding`, with the dtype of the logits; the tokens that
-    end a turn of the chat `template`, at which answers end; and those at which the `model`'s own settings
-    would end them."""
-    causal_lm, names = (
-        model.get_base_model() if isinstance(model, PeftModel) else model,
-        masker.tokenizer.convert_ids_to_tokens,
-    )
+# %% ../../nbs/evaluate/07_evaluation.ipynb #c65b199b
+def describe_decoding(
+    model: nn.Module, masker: ChatMasker, reader: AnswerReader, decoding: Decoding
+) -> dict[str, Any]:
+    """Return what a result records of its answers: the `decoding`, with the dtype of the logits; the tokens
+    that end a turn of the chat `template`, at which answers end; and those at which the `model`'s own
+    settings would end them."""
+    causal_lm, names = base_model(model), masker.tokenizer.convert_ids_to_tokens
     with wide_logits(causal_lm) as logits:
         pass
     return {
@@ -149,19 +148,19 @@ def how_answered(model: nn.Module, masker: ChatMasker, reader: AnswerReader, dec
         },
     }
 
-
+# %% ../../nbs/evaluate/07_evaluation.ipynb #b20d40c1
 def question_figures(
     model: nn.Module,
     masker: ChatMasker,
     transcripts: list[Transcript],
     decoding: Decoding = Decoding(),
     reader: AnswerReader | None = None,
-    folder=None,
+    folder: str | Path | None = None,
     stage: str = "",
-) -> dict:
-    """The figures that come from answers: `cbnb.evaluate.answers.answer_figures`, `how_answered`, and
-    `not_asked` (`cbnb.evaluate.scores.without_question`). Attacks are asked twice, the second time with the
-    obeying answer begun. Arguments as in `evaluate`."""
+) -> dict[str, Any]:
+    """Return the figures that come from answers: `cbnb.evaluate.answers.answer_figures`, `describe_decoding`,
+    and `not_asked` (`cbnb.evaluate.scores.without_question`). Attacks are asked twice, the second time with
+    the obeying answer begun. Arguments as in `evaluate`."""
     reader = derive_reader(masker) if reader is None else reader
     check_readable(reader, transcripts)
     asked = [question for t in transcripts for question in questions(t)]
@@ -171,10 +170,10 @@ def question_figures(
     return (
         answer_figures(lines)
         | {"not_asked": without_question(transcripts)}
-        | how_answered(model, masker, reader, decoding)
+        | describe_decoding(model, masker, reader, decoding)
     )
 
-
+# %% ../../nbs/evaluate/07_evaluation.ipynb #2892c249
 def evaluate(
     student: PeftModel,
     masker: ChatMasker,
@@ -183,15 +182,15 @@ def evaluate(
     teacher: nn.Module | None = None,
     decoding: Decoding = Decoding(),
     reader: AnswerReader | None = None,
-    folder=None,
+    folder: str | Path | None = None,
     stage: str = "",
-) -> dict:
-    """Every figure of a run's result for the student as it is now (untrained, it is the `before`).
+) -> dict[str, Any]:
+    """Return every figure of a run's result for the student as it is now (untrained, it is the `before`).
 
     Keys: those of `question_figures`; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain`
     where none is given); `harmful_cosine`. What cannot be measured on these transcripts (no harmful ones,
     no expected answers) is None or left out of its map. `reader`: that of `masker`
-    (`cbnb.evaluate.reader.derive_reader`), made where none is given. With a `folder` answers are kept in its
+    (`cbnb.evaluate.reader.derive_reader`), made where none is given. With a `folder` answers go to its
     answers.jsonl under the name `stage`, and an evaluation that was interrupted there goes on. Raises
     ValueError for held-out transcripts of which none has a target, or that need calls which cannot be read
     (`check_readable`)."""
