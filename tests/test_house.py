@@ -21,8 +21,6 @@ LONG_FUNCTION = 60
 # pages that do not reach it yet: each line taken out of here is a page brought there
 FEW_WORDS = {
     "data/03_streams",
-    "evaluate/03_reader",
-    "evaluate/04_scores",
     "evaluate/06_answers",
     "evaluate/07_evaluation",
     "evaluate/08_divergence",
@@ -49,11 +47,6 @@ LONG_CELLS = {
     "config",
     "data/00_sources",
     "data/03_streams",
-    "evaluate/00_tinyagent",
-    "evaluate/01_benchmarks",
-    "evaluate/03_reader",
-    "evaluate/04_scores",
-    "evaluate/05_decoding",
     "evaluate/06_answers",
     "evaluate/07_evaluation",
     "evaluate/08_divergence",
@@ -79,12 +72,6 @@ LONG_CELLS = {
     "run/05_metrics",
     "run/09_recorder",
     "run/12_settings",
-    "step/00_losses",
-    "step/01_fused_kl",
-    "step/02_objectives",
-    "step/05_passes",
-    "step/06_heads",
-    "step/07_model_checks",
     "sweep/00_spec",
     "sweep/01_keys",
     "sweep/03_jobs",
@@ -118,9 +105,6 @@ LONG_CELLS = {
 }
 NOT_ANNOTATED = {
     "data/03_streams",
-    "evaluate/00_tinyagent",
-    "evaluate/01_benchmarks",
-    "evaluate/05_decoding",
     "evaluate/06_answers",
     "evaluate/07_evaluation",
     "evaluate/08_divergence",
