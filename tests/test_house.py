@@ -21,8 +21,6 @@ LONG_FUNCTION = 60
 # pages that do not reach it yet: each line taken out of here is a page brought there
 FEW_WORDS = {
     "data/03_streams",
-    "evaluate/03_reader",
-    "evaluate/04_scores",
     "masking/06_masker",
 }
 LONG_CELLS = {
@@ -34,11 +32,6 @@ LONG_CELLS = {
     "config",
     "data/00_sources",
     "data/03_streams",
-    "evaluate/00_tinyagent",
-    "evaluate/01_benchmarks",
-    "evaluate/03_reader",
-    "evaluate/04_scores",
-    "evaluate/05_decoding",
     "masking/00_rendering",
     "masking/02_encoders",
     "masking/03_turns",
@@ -53,12 +46,6 @@ LONG_CELLS = {
     "run/05_metrics",
     "run/09_recorder",
     "run/12_settings",
-    "step/00_losses",
-    "step/01_fused_kl",
-    "step/02_objectives",
-    "step/05_passes",
-    "step/06_heads",
-    "step/07_model_checks",
     "testing",
     "transcripts/00_record",
     "transcripts/01_injections",
@@ -76,9 +63,6 @@ LONG_CELLS = {
 }
 NOT_ANNOTATED = {
     "data/03_streams",
-    "evaluate/00_tinyagent",
-    "evaluate/01_benchmarks",
-    "evaluate/05_decoding",
     "masking/06_masker",
 }
 

@@ -7,20 +7,21 @@ __all__ = ['call_of', 'cut', 'is_own', 'own_calls', 'attacked', 'solved', 'quest
 
 # %% ../../nbs/evaluate/01_benchmarks.ipynb #751fa4fb
 from dataclasses import replace
+from typing import Any
 
 from ..masking.actions import action_key, actions, first_injected
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/evaluate/01_benchmarks.ipynb #ef2c4f3d
 def call_of(message: dict) -> dict | None:
-    "The one tool call of a message as `{name, arguments}`; None where there is none, or more."
+    "Return the one tool call of a message as `{name, arguments}`; None where there is none, or more."
     calls = message.get("tool_calls") or []
     return {k: calls[0]["function"][k] for k in ("name", "arguments")} if len(calls) == 1 else None
 
-
-def cut(transcript: Transcript, end: int, **meta) -> Transcript:
-    """The transcript up to and including message `end`, as a question of its own, with what is known of the
-    answer."""
+# %% ../../nbs/evaluate/01_benchmarks.ipynb #a045a6b7
+def cut(transcript: Transcript, end: int, **meta: Any) -> Transcript:
+    """Return the transcript up to and including message `end`, as a question of its own, with what is known
+    of the answer."""
     spans = tuple(s for s in transcript.injection_spans if s.message <= end)
     labels = {i: label for i, label in transcript.message_labels.items() if i <= end}
     return replace(
@@ -32,29 +33,29 @@ def cut(transcript: Transcript, end: int, **meta) -> Transcript:
         meta=transcript.meta | meta,
     )
 
-
+# %% ../../nbs/evaluate/01_benchmarks.ipynb #6c07f658
 def is_own(transcript: Transcript, call: dict) -> bool:
-    """Whether the user's own task makes the `call` too: as far as `meta` knows of its work
+    """Return whether the user's own task makes the `call` too: as far as `meta` knows of its work
     (`cbnb.masking.actions`), or as its `expected_call`."""
     own = transcript.meta.get("own_work", {}).get("calls", ())
     return action_key(call) in own or call == transcript.meta.get("expected_call")
 
-
+# %% ../../nbs/evaluate/01_benchmarks.ipynb #1a432c3b
 def own_calls(transcript: Transcript) -> bool:
-    """Whether the injected call of a harmful transcript, the given one or the first action after the injected
-    text, is the user's own work."""
+    """Return whether the injected call of a harmful transcript, the given one or the first action after the
+    injected text, is the user's own work."""
     if call := transcript.meta.get("injected_call"):
         return is_own(transcript, call)
     first = first_injected(transcript)
-    made = next((call for i, _, call in actions(transcript) if first is not None and i > first), None)
-    return made is not None and is_own(transcript, made)
+    action = next((call for i, _, call in actions(transcript) if first is not None and i > first), None)
+    return action is not None and is_own(transcript, action)
 
-
+# %% ../../nbs/evaluate/01_benchmarks.ipynb #4ba4f95f
 def attacked(transcript: Transcript) -> list[Transcript]:
-    """The question of a run that obeyed an injection: its first action after the injected text; nothing
-    where no text or no single call is found, or where that call is the user's own work.
-    `sensitive_tools` are those that the run calls from there on and never before, without the tools of
-    the user's task (`own_tools`)."""
+    """Return the question of a run that obeyed an injection: its first action after the injected text;
+    nothing where no text or no single call is found, or where that call is the user's own work.
+    `sensitive_tools` are those that the run calls from there on and never before, without the tools of the
+    user's task (`own_tools`)."""
     if (first := first_injected(transcript)) is None:
         return []
     names = [{c["function"]["name"] for c in m.get("tool_calls") or ()} for m in transcript.messages]
@@ -81,16 +82,16 @@ def attacked(transcript: Transcript) -> list[Transcript]:
         )
     ]
 
-
+# %% ../../nbs/evaluate/01_benchmarks.ipynb #2308d700
 def solved(transcript: Transcript, kind: str) -> list[Transcript]:
-    "The questions of a run that did its task: each message that calls one tool."
-    found = [(i, call_of(m)) for i, m in enumerate(transcript.messages) if m["role"] == "assistant"]
-    return [cut(transcript, i, expected_call=call, kind=kind) for i, call in found if call]
+    "Return the questions of a run that did its task: each message that calls one tool."
+    actions_at = [(i, call_of(m)) for i, m in enumerate(transcript.messages) if m["role"] == "assistant"]
+    return [cut(transcript, i, expected_call=call, kind=kind) for i, call in actions_at if call]
 
-
+# %% ../../nbs/evaluate/01_benchmarks.ipynb #aa2ffe38
 def questions(transcript: Transcript) -> list[Transcript]:
-    """What can be asked of a held-out transcript: itself where its `meta` knows the answer; the cuts of a run
-    of AgentDojo or tau-bench (see above); else nothing."""
+    """Return what can be asked of a held-out transcript: itself where its `meta` knows the answer; the cuts
+    of a run of AgentDojo or tau-bench (see above); else nothing."""
     meta = transcript.meta
     if {"injected_call", "injected_text", "expected_call", "expected_text"} & meta.keys():
         both = (

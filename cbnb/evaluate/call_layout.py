@@ -19,29 +19,30 @@ from ..masking.templates import MaskError
 
 # %% auto #0
 __all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VALUES', 'PAIR', 'KINDS', 'ESCAPED', 'ANY_NAME',
-           'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'CONVENTIONS', 'sign', 'is_control', 'spell',
+           'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'Parts', 'CONVENTIONS', 'sign', 'is_control', 'spell',
            'shared_atoms', 'pattern', 'Underivable', 'agreed', 'tool', 'saying', 'Probed', 'next_token', 'probe_turns',
            'find', 'name_at', 'json_at', 'literal_at', 'as_object', 'Envelope', 'nested_paths', 'find_envelope',
            'unwrap', 'Nested', 'Pairs', 'pair_parts', 'spelled_at', 'find_nested', 'unescape', 'find_escape',
-           'sort_values', 'find_pairs', 'Layout', 'call_start', 'value_spans', 'find_calls', 'Frame', 'thought_tags',
-           'cut_thought', 'find_thought', 'find_frame', 'no_turn', 'derive_layout']
+           'sort_values', 'find_pairs', 'Layout', 'call_start', 'value_spans', 'envelope_calls', 'value_calls',
+           'find_calls', 'Frame', 'thought_tags', 'cut_thought', 'find_thought', 'find_frame', 'no_turn',
+           'derive_layout']
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #e617b100
 SIGN = "\ufdd0"  # a noncharacter, which no rendered text may hold
 
 
 def sign(masker: ChatMasker, text: str) -> str:
-    "A rendered `text` with `SIGN` before each of its control tokens."
+    "Return a rendered `text` with `SIGN` before each of its control tokens."
     return masker.control.sub(lambda m: SIGN + m[0], text) if masker.control else text
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #c0922a17
 def is_control(masker: ChatMasker, token: int) -> bool:
-    "Whether the id `token` is a control token's."
+    "Return whether the id `token` is a control token's."
     return bool(masker.is_control[min(token, len(masker.is_control) - 1)])
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #da3ba8d4
 def spell(masker: ChatMasker, ids: Iterable[int]) -> str:
-    """The text of token `ids` [n], with `SIGN` before each control token. Ordinary tokens that spell a
+    """Return the text of token `ids` [n], with `SIGN` before each control token. Ordinary tokens that spell a
     control token get none; bytes that are no UTF-8 become U+FFFD."""
     tokenizer = masker.tokenizer
     out: list[str] = []
@@ -50,7 +51,7 @@ def spell(masker: ChatMasker, ids: Iterable[int]) -> str:
     before = tokenizer.encode("a", add_special_tokens=False)[-1:]
     lead = len(tokenizer.decode(before))
 
-    def flush():
+    def flush() -> None:
         if run:
             text = tokenizer.decode(
                 before + run, skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -72,8 +73,8 @@ ATOM = re.compile(SIGN + r"(?:<[^<>]*>|\[[^\[\]]*\]|.)|</?[^<>\s][^<>]*>|\[/?[A-
 
 
 def shared_atoms(one: str, other: str, ends: bool = False) -> str:
-    """The longest beginning (with `ends`: end) that two literals share, cut between tags, words and runs of
-    white space only."""
+    """Return the longest beginning (with `ends`: end) that two literals share, cut between tags, words and
+    runs of white space only."""
     a, b = ATOM.findall(one), ATOM.findall(other)
     if ends:
         a, b = a[::-1], b[::-1]
@@ -104,8 +105,8 @@ WILD = {**dict.fromkeys(IDS, r"[\w.:\-]+"), **dict.fromkeys(NAMES, ANY_NAME), **
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #d525b333
 def pattern(literal: str, digits: bool = False, left: bool = False, right: bool = False) -> str:
-    """A regular expression for a `literal` of a template: the probes' words stand for any id, name or key,
-    and white space may be more or less. Blanks at a `left` or `right` end, where free text stands beside
+    """Return a regular expression for a `literal` of a template: the probes' words stand for any id, name or
+    key, and white space may be more or less. Blanks at a `left` or `right` end, where free text stands beside
     them, count once at most. `digits`: a number may be another one (calls are counted)."""
     words = [re.escape(w) for w in sorted(WILD, key=len, reverse=True)] + [r"\d+"] * digits + [r"\s+"]
     pieces, out = [p for p in re.split("(" + "|".join(words) + ")", literal) if p], []
@@ -127,8 +128,8 @@ class Underivable(ValueError):
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #1acfe1d1
 def agreed(literals: list[str], where: str, left: bool = False) -> str | None:
-    """The expression of `literals` that should be one and the same, but for ids, names and numbers that count
-    the calls; None for no literals. Raises Underivable where they are not."""
+    """Return the expression of `literals` that should be one and the same, but for ids, names and numbers
+    that count the calls; None for no literals. Raises Underivable where they are not."""
     for digits in (False, True):
         if len({pattern(literal, digits) for literal in literals}) == 1:
             return pattern(literals[0], digits, left)
@@ -138,15 +139,15 @@ def agreed(literals: list[str], where: str, left: bool = False) -> str | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #3c1ce9a6
 def tool(name: str, **types: str) -> dict:
-    "The JSON schema of a tool whose arguments have `types`."
+    "Return the JSON schema of a tool whose arguments have `types`."
     properties = {key: {"type": kind, "description": "d"} for key, kind in types.items()}
     parameters = {"type": "object", "properties": properties, "required": []}
     return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #2f78881c
 def saying(*arguments: dict, content: str = "", thought: str | None = None) -> dict:
-    """An assistant message that says `content`, thinks `thought` and calls the tools `NAMES`, one for each
-    dict of `arguments`."""
+    """Return an assistant message that says `content`, thinks `thought` and calls the tools `NAMES`, one for
+    each dict of `arguments`."""
     calls = [
         {"id": i, "type": "function", "function": {"name": n, "arguments": a}}
         for n, i, a in zip(NAMES, IDS, arguments)
@@ -175,19 +176,19 @@ PROBES = {
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dec79674
 @dataclass(frozen=True)
 class Probed:
-    """What a template made of `PROBES`. `bodies`: by probe, the signed text of the turn behind what all of
-    them share with the generation prompt; `given`: what that prompt writes beyond this; `ends`: token ids at
-    which turns end, `inner`: those of them that stand in turns, too; `refused`: why, by probe."""
+    """Hold what a template made of `PROBES`. `bodies`: by probe, the signed text of the turn behind what all
+    of them share with the generation prompt; `given`: what that prompt writes beyond this; `ends`: token ids
+    at which turns end, `inner`: those of them that stand in turns, too; `refused`: why, by probe."""
 
-    bodies: dict
+    bodies: dict[str, str]
     given: str
-    ends: tuple
-    inner: tuple
-    refused: dict
+    ends: tuple[tuple[int, ...], ...]
+    inner: tuple[tuple[int, ...], ...]
+    refused: dict[str, str]
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #16fab307
-def next_token(masker: ChatMasker, message: dict) -> tuple:
-    """The control token (as a tuple of ids) that the template writes first behind a turn without an
+def next_token(masker: ChatMasker, message: dict) -> tuple[int, ...]:
+    """Return the control token (as a tuple of ids) that the template writes first behind a turn without an
     end-of-turn token, empty where there is none."""
     calls = message.get("tool_calls")
     answer = (
@@ -199,26 +200,31 @@ def next_token(masker: ChatMasker, message: dict) -> tuple:
         encoded = masker.encode([*QUESTION, message, answer], tools=TOOLS)
     except MaskError:
         return ()
-    behind = encoded.input_ids[encoded.offsets[:, 0] >= encoded.turns[0].end] if encoded.turns else ()
+    behind = (
+        encoded.input_ids[encoded.offsets[:, 0] >= encoded.turns[0].end]
+        if encoded.turns
+        else encoded.input_ids[:0]
+    )
     return (int(behind[0]),) if len(behind) and is_control(masker, int(behind[0])) else ()
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dd388c31
 def probe_turns(masker: ChatMasker) -> Probed:
-    """Renders `PROBES` as answers to a question, with tools on offer. Raises MaskError where not even the
+    """Render `PROBES` as answers to a question, with tools on offer. Raises MaskError where not even the
     question can be rendered."""
-    prompt, eos = (
-        sign(masker, masker.prompt(QUESTION, tools=TOOLS)),
-        sign(masker, masker.tokenizer.eos_token or ""),
-    )
-    texts, ends, inside, refused = {}, {}, set(), {}
+    prompt = sign(masker, masker.prompt(QUESTION, tools=TOOLS))
+    eos = sign(masker, masker.tokenizer.eos_token or "")
+    texts: dict[str, str] = {}
+    ends: dict[tuple, None] = {}
+    inside: set[int] = set()
+    refusals: dict[str, str] = {}
     for name, message in PROBES.items():
         try:
             encoded = masker.encode([*QUESTION, message], tools=TOOLS)
         except MaskError as e:
-            refused[name] = str(e)
+            refusals[name] = str(e)
             continue
         if not encoded.turns or encoded.turns[-1].message != 1:
-            refused[name] = "it writes no turn for that message"
+            refusals[name] = "it writes no turn for that message"
             continue
         turn, starts = encoded.turns[-1], encoded.offsets[:, 0]
         text = sign(masker, encoded.text[: turn.eot])
@@ -231,27 +237,28 @@ def probe_turns(masker: ChatMasker) -> Probed:
             or next_token(masker, message)
         ] = None
         inside.update(encoded.input_ids[(starts >= turn.body) & (starts < turn.eot)].tolist())
-    cut = min((len(shared_atoms(prompt, text)) for text in texts.values()), default=len(prompt))
-    bodies = {name: text[cut:] for name, text in texts.items()}
+    start = min((len(shared_atoms(prompt, text)) for text in texts.values()), default=len(prompt))
+    bodies = {name: text[start:] for name, text in texts.items()}
     for name, last in (("two", 1), ("none two", 1), ("three", 2)):
         if NAMES[last] not in bodies.get(name, ""):
             bodies.pop(name, None)  # dropped
     inner = tuple(end for end in ends if len(end) == 1 and end[0] in inside)
     return Probed(
-        bodies, prompt[cut:], tuple(end for end in ends if end and end not in inner), inner, refused
+        bodies, prompt[start:], tuple(end for end in ends if end and end not in inner), inner, refusals
     )
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #42a1f015
 def find(text: str, word: str, start: int = 0) -> tuple[int, int]:
-    "The characters at which `word` stands in `text`, from `start` on. Raises Underivable where it does not."
+    """Return the characters at which `word` stands in `text`, from `start` on. Raises Underivable where it
+    does not."""
     if (i := text.find(word, start)) < 0:
         raise Underivable("does not write all of a call")
     return i, i + len(word)
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #da04b7f8
 def name_at(body: str, n: int = 0) -> tuple[int, int]:
-    """The characters of the name of call `n` in `body`: where it is written last before the arguments. Raises
-    Underivable."""
+    """Return the characters of the name of call `n` in `body`: where it is written last before the arguments.
+    Raises Underivable."""
     i = -1
     for name in NAMES[: n + 1]:
         if (i := body.find(name, i + 1)) < 0:
@@ -262,8 +269,8 @@ def name_at(body: str, n: int = 0) -> tuple[int, int]:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #c2ce45df
 def json_at(text: str, i: int) -> tuple[Any, int] | None:
-    """`(value, end)` of the JSON value at character `i` of `text`, blanks before it skipped; None where there
-    is none."""
+    """Return `(value, end)` of the JSON value at character `i` of `text`, blanks before it skipped; None
+    where there is none."""
     while i < len(text) and text[i].isspace():
         i += 1
     try:
@@ -273,8 +280,8 @@ def json_at(text: str, i: int) -> tuple[Any, int] | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #f47ab400
 def literal_at(text: str, i: int) -> tuple[Any, int] | None:
-    """`(value, end)` of the Python dict or list at character `i` of `text`, as `str` writes it; None where
-    there is none."""
+    """Return `(value, end)` of the Python dict or list at character `i` of `text`, as `str` writes it; None
+    where there is none."""
     while i < len(text) and text[i].isspace():
         i += 1
     if text[i : i + 1] not in ("{", "["):
@@ -288,15 +295,16 @@ def literal_at(text: str, i: int) -> tuple[Any, int] | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dc0cd053
 def as_object(value: Any) -> dict | None:
-    "Arguments as a dict: `value` itself, or the object that it holds as JSON text; None for anything else."
+    """Return arguments as a dict: `value` itself, or the object that it holds as JSON text; None for anything
+    else."""
     if isinstance(value, str):
         value = (json_at(value, 0) or (None,))[0]
     return value if isinstance(value, dict) else None
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #4f2d7279
 class Envelope(NamedTuple):
-    """A call as one JSON object: the keys that lead to its `name` and its `arguments`, both empty where the
-    name is its only key. `listed`: all calls together are one JSON list."""
+    """Describe a call as one JSON object: the keys that lead to its `name` and its `arguments`, both empty
+    where the name is its only key. `listed`: all calls together are one JSON list."""
 
     listed: bool
     name: tuple
@@ -304,7 +312,7 @@ class Envelope(NamedTuple):
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #e22bbaa4
 def nested_paths(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    "Yields `(path, value)` for everything in a JSON value."
+    "Yield `(path, value)` for everything in a JSON value."
     yield path, value
     for key, item in (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -313,8 +321,8 @@ def nested_paths(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #7151610d
 def find_envelope(body: str, n: int = 0) -> tuple[Envelope, int, int] | None:
-    """`(Envelope, start, end)` of the outermost JSON value in `body` that holds name and arguments of call
-    `n`; None where there is none."""
+    """Return `(Envelope, start, end)` of the outermost JSON value in `body` that holds name and arguments of
+    call `n`; None where there is none."""
     name, at = NAMES[n], body.find(NAMES[n])
     for m in re.finditer(r"[{\[]", body[: at + 1]):
         value, end = json_at(body, m.start()) or (None, 0)
@@ -322,17 +330,17 @@ def find_envelope(body: str, n: int = 0) -> tuple[Envelope, int, int] | None:
             continue
         for item in value if isinstance(value, list) else [value]:
             names = [path for path, v in nested_paths(item) if v == name]
-            held = [path for path, v in nested_paths(item) if as_object(v) == PAIR]
+            holders = [path for path, v in nested_paths(item) if as_object(v) == PAIR]
             if item == {name: PAIR}:
                 return Envelope(isinstance(value, list), (), ()), m.start(), end
-            if names and held:
-                return Envelope(isinstance(value, list), names[0], held[-1]), m.start(), end
+            if names and holders:
+                return Envelope(isinstance(value, list), names[0], holders[-1]), m.start(), end
     return None
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #3e65f554
 def unwrap(envelope: Envelope, item: Any) -> dict | None:
-    """The call `{name, arguments}` in the JSON value `item`, or None if it holds none. Arguments that are
-    left out are empty."""
+    """Return the call `{name, arguments}` in the JSON value `item`, or None if it holds none. Arguments that
+    are left out are empty."""
     if not isinstance(item, dict):
         return None
     if not envelope.name:
@@ -348,8 +356,8 @@ def unwrap(envelope: Envelope, item: Any) -> dict | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #f634fb9b
 class Nested(NamedTuple):
-    """Literals of a notation of its own: around a `string`; before, between and after the items of an
-    `array`; before, inside of, between and after the entries of an `object`."""
+    """Hold the literals of a notation of its own: around a `string`; before, between and after the items of
+    an `array`; before, inside of, between and after the entries of an `object`."""
 
     string: tuple
     array: tuple
@@ -357,13 +365,13 @@ class Nested(NamedTuple):
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #53616ced
 class Pairs(NamedTuple):
-    """Arguments one by one, as expressions. `first`: from the name to the first key; `equals`: `((from key to
-    value, types of value), …)`; `next`: from a value to the next key; `none`, `none_join`: from the name to
-    the end, and to the next name, without arguments. `quote`: literals around a string, or empty ones;
-    `escape`: how its text is escaped (`json`, `python`, `html`, or not at all); `nested`: see there, or None.
-    """
+    """Describe arguments that stand one by one, as expressions. `first`: from the name to the first key;
+    `equals`: `((from key to value, types of value), …)`; `next`: from a value to the next key; `none`,
+    `none_join`: from the name to the end, and to the next name, without arguments. `quote`: literals around a
+    string, or empty ones; `escape`: how its text is escaped (`json`, `python`, `html`, or not at all);
+    `nested`: see there, or None."""
 
-    first: str | None
+    first: str
     equals: tuple
     quote: tuple
     next: str | None
@@ -374,8 +382,8 @@ class Pairs(NamedTuple):
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #b1974558
 def pair_parts(body: str, n: int = 0) -> tuple[str, str, str, str, int]:
-    """What is written from name to key, key to value, value to key, key to value in call `n` (of `PAIR`), and
-    where its last value ends."""
+    """Return what is written from name to key, key to value, value to key, key to value in call `n` (of
+    `PAIR`), and where its last value ends."""
     name = name_at(body, n)
     key = find(body, KEYS[0], name[1])
     value = find(body, VALUES[0], key[1])
@@ -391,7 +399,8 @@ def pair_parts(body: str, n: int = 0) -> tuple[str, str, str, str, int]:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #22c7a1b2
 def spelled_at(text: str, value: Any) -> tuple[int, int] | None:
-    "The characters of `value` in `text`, as JSON or as Python writes it; None."
+    """Return the characters of `value` in `text`, as JSON or as Python writes it; None where it does not
+    stand there."""
     for word in (
         json.dumps(value, ensure_ascii=False),
         json.dumps(value, separators=(",", ":")),
@@ -403,7 +412,7 @@ def spelled_at(text: str, value: Any) -> tuple[int, int] | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #4d9bcdbf
 def find_nested(array: str, obj: str, quote: tuple) -> Nested:
-    "The `Nested` of the texts of `KINDS`' array and object. Raises Underivable."
+    "Return the `Nested` of the texts of `KINDS`' array and object. Raises Underivable."
     word = f"{quote[0]}zqva{quote[1]}"
     one, two = find(array, "48151"), find(array, word)
     x, a, y, b = find(obj, "zqx"), find(obj, word), find(obj, "zqy"), find(obj, "48151")
@@ -418,8 +427,8 @@ def find_nested(array: str, obj: str, quote: tuple) -> Nested:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #a2a5db79
 def unescape(raw: str, escape: str, quote: str = '"') -> str | None:
-    """The string that was escaped as `raw`, by `escape` (see `Pairs`), between the literals `quote`; None if
-    that is no whole one."""
+    """Return the string that was escaped as `raw`, by `escape` (see `Pairs`), between the literals `quote`;
+    None if that is no whole one."""
     if escape in ("", "html"):
         return html.unescape(raw) if escape else raw
     for mark in (quote, '"', "'"):
@@ -431,8 +440,8 @@ def unescape(raw: str, escape: str, quote: str = '"') -> str | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #769e4ea6
 def find_escape(text: str, what: str) -> str:
-    """How strings are escaped (see `Pairs`), from what is written for `ESCAPED`. Raises Underivable, naming
-    `what` they are, for another way."""
+    """Return how strings are escaped (see `Pairs`), from what is written for `ESCAPED`. Raises Underivable,
+    naming `what` they are, for another way."""
     start, end = text.find("zqva"), text.find("zqvb") + 4
     if start < 0:
         return ""
@@ -447,9 +456,9 @@ def find_escape(text: str, what: str) -> str:
 def sort_values(
     texts: dict[str, str], plain: str, closing: str, equals: str, quote: tuple[str, str]
 ) -> tuple[tuple, Nested | None]:
-    """`((from key to value, types), …)`, the longest first, and the `Nested` or None. `texts`: by type, what
-    is written behind the key of a lone argument; `plain`, `closing`: what stands before and behind a number,
-    `equals`: before a string. Raises Underivable for a type that is not read back."""
+    """Return `((from key to value, types), …)`, the longest first, and the `Nested` or None. `texts`: by
+    type, what is written behind the key of a lone argument; `plain`, `closing`: what stands before and behind
+    a number, `equals`: before a string. Raises Underivable for a type that is not read back."""
     known: dict[str, set[str]] = {plain if quote[0] else equals: {"string"}}
     odd = []
     for kind, text in texts.items():
@@ -469,8 +478,8 @@ def sort_values(
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #d21cdf71
 def find_pairs(bodies: dict[str, str]) -> tuple[Pairs, list[str], str, list[str]]:
-    """`(Pairs, literals from name to first key, literal behind the last value, literals from there to the
-    next name)`. Raises Underivable."""
+    """Return `(Pairs, literals from name to first key, literal behind the last value, literals from there to
+    the next name)`. Raises Underivable."""
     first, equals, between, again, end = pair_parts(bodies["call"])
     if equals != again:
         raise Underivable("writes two arguments of a call in two ways")
@@ -506,99 +515,104 @@ def find_pairs(bodies: dict[str, str]) -> tuple[Pairs, list[str], str, list[str]
     none_join = empty and pattern(empty[name_at(empty)[1] : name_at(empty, 1)[0]], digits=True)
     following = agreed([between[len(quote[1]) :]], "between arguments", left=True)
     pairs = Pairs(
-        agreed(firsts, "before arguments"), sorts, quote, following, none, none_join, nested, escape
+        agreed(firsts, "before arguments") or "", sorts, quote, following, none, none_join, nested, escape
     )
     return pairs, firsts, tail[len(quote[1]) :], joins
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dd2f485f
 @dataclass(frozen=True)
 class Layout:
-    """How a template writes calls. `held`: an `Envelope`, `Pairs`, or how the arguments stand behind the name
-    (`json`, `python`). Expressions: `open`, what stands before the first call (its name, or the JSON that
-    holds it); `mid`, from a name to its arguments; `join`, from there to the next call, None where one call
-    is all; `tail`, behind the last. `marked`: whether a tag or a control token says that a call begins."""
+    """Describe how a template writes calls. `form`: an `Envelope`, `Pairs`, or how the arguments stand behind
+    the name (`json`, `python`). Expressions: `open`, what stands before the first call (its name, or the JSON
+    that holds it); `mid`, from a name to its arguments; `join`, from there to the next call, None where one
+    call is all; `tail`, behind the last. `marked`: whether a tag or a control token says that a call begins.
+    """
 
-    held: Envelope | Pairs | str
+    form: Envelope | Pairs | str
     open: str
     mid: str | None
     join: str | None
-    tail: str | None
+    tail: str
     marked: bool
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #2fdccb03
-def call_start(body: str, wrapped: bool) -> int:
-    "Where the first call of `body` begins: the JSON value that holds it, or its name. Raises Underivable."
+def call_start(body: str, wrapped: bool | None) -> int:
+    """Return where the first call of `body` begins: the JSON value that holds it, or its name. Raises
+    Underivable."""
     if not wrapped:
         return name_at(body)[0]
-    if (found := find_envelope(body)) is None:
+    if (envelope := find_envelope(body)) is None:
         raise Underivable("writes calls beside text or reasoning in another way")
-    return found[1]
+    return envelope[1]
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #6289e067
 def value_spans(
     body: str, count: int, read: Callable[[str, int], tuple[Any, int] | None]
 ) -> list[tuple[int, int, int, int]]:
-    """For each of `count` calls the characters of name and arguments, `(start, end, start, end)`. Raises
-    Underivable."""
+    """Return for each of `count` calls the characters of name and arguments, `(start, end, start, end)`.
+    Raises Underivable."""
     spans = []
     for n in range(count):
         name = name_at(body, n)
         starts = (m.start() for m in re.finditer(r"[{\"]", body) if m.start() >= name[1])
-        found = next(
+        span = next(
             ((i, value[1]) for i in starts if (value := read(body, i)) and as_object(value[0]) == PAIR), None
         )
-        if found is None:
+        if span is None:
             raise Underivable("writes several calls in another way than one")
-        spans.append((*name, *found))
+        spans.append((*name, *span))
     return spans
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #b93f0081
-def find_calls(
-    bodies: dict[str, str],
-) -> tuple[Envelope | Pairs | str, list[str], str | None, str | None, str | None]:
-    "`(held, literals from name to arguments, mid, join, tail)` of a `Layout`. Raises Underivable."
-    counts = [(bodies[name], n) for name, n in (("call", 1), ("two", 2), ("three", 3)) if name in bodies]
-    if found := find_envelope(bodies["call"]):
-        spans = [[find_envelope(body, n) for n in range(count)] for body, count in counts]
-        if any(span is None for row in spans for span in row):
-            raise Underivable("writes several calls in another way than one")
-        tail = agreed([body[row[-1][2] :] for (body, _), row in zip(counts, spans)], "behind calls")
-        joins = [
-            body[one[2] : two[1]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])
-        ]
-        return (
-            found[0],
-            [],
-            "",
-            ("" if len(counts) > 1 else None) if found[0].listed else agreed(joins, "between calls"),
-            tail,
-        )
-    behind = name_at(bodies["call"])[1]
-    for held, read in (("json", json_at), ("python", literal_at)):
-        starts = (m.start() for m in re.finditer(r"[{\"]", bodies["call"]) if m.start() >= behind)
-        if not any((value := read(bodies["call"], i)) and as_object(value[0]) == PAIR for i in starts):
-            continue
-        spans = [value_spans(body, count, read) for body, count in counts]
-        mids = [body[span[1] : span[2]] for (body, _), row in zip(counts, spans) for span in row]
-        joins = [
-            body[one[3] : two[0]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])
-        ]
-        tails = [body[row[-1][3] :] for (body, _), row in zip(counts, spans)]
-        return (
-            held,
-            mids,
-            agreed(mids, "before arguments"),
-            agreed(joins, "between calls"),
-            agreed(tails, "behind calls"),
-        )
-    pairs, firsts, tail, joins = find_pairs(bodies)
+Parts = tuple[Envelope | Pairs | str, list[str], str | None, str | None, str | None]
+
+# %% ../../nbs/evaluate/02_call_layout.ipynb #dc40f4b1
+def envelope_calls(counts: list[tuple[str, int]], envelope: Envelope) -> Parts:
+    """Return the `Parts` of a template whose calls are JSON values. `counts`: the bodies that write calls,
+    each with their number. Raises Underivable."""
+    spans = [[find_envelope(body, n) for n in range(count)] for body, count in counts]
+    ends = [[(span[1], span[2]) for span in row if span is not None] for row in spans]
+    if any(len(row) < count for row, (_, count) in zip(ends, counts)):
+        raise Underivable("writes several calls in another way than one")
+    tail = agreed([body[row[-1][1] :] for (body, _), row in zip(counts, ends)], "behind calls")
+    joins = [body[one[1] : two[0]] for (body, _), row in zip(counts, ends) for one, two in zip(row, row[1:])]
+    if envelope.listed:
+        return envelope, [], "", "" if len(counts) > 1 else None, tail
+    return envelope, [], "", agreed(joins, "between calls"), tail
+
+# %% ../../nbs/evaluate/02_call_layout.ipynb #8c3e0242
+def value_calls(
+    counts: list[tuple[str, int]], notation: str, read: Callable[[str, int], tuple[Any, int] | None]
+) -> Parts:
+    """Return the `Parts` of a template that writes a name and then its arguments as one value, in a
+    `notation` (`json` or `python`) that `read` reads; `counts` as in `envelope_calls`. Raises Underivable."""
+    spans = [value_spans(body, count, read) for body, count in counts]
+    mids = [body[span[1] : span[2]] for (body, _), row in zip(counts, spans) for span in row]
+    joins = [body[one[3] : two[0]] for (body, _), row in zip(counts, spans) for one, two in zip(row, row[1:])]
+    tails = [body[row[-1][3] :] for (body, _), row in zip(counts, spans)]
     return (
-        pairs,
-        firsts,
-        "",
-        agreed(joins, "between calls", left=True),
-        agreed([tail], "behind calls", left=True),
+        notation,
+        mids,
+        agreed(mids, "before arguments"),
+        agreed(joins, "between calls"),
+        agreed(tails, "behind calls"),
     )
+
+# %% ../../nbs/evaluate/02_call_layout.ipynb #eaa7c9ef
+def find_calls(bodies: dict[str, str]) -> Parts:
+    "Return the `Parts` of what the probes' `bodies` write for calls. Raises Underivable."
+    counts = [(bodies[name], n) for name, n in (("call", 1), ("two", 2), ("three", 3)) if name in bodies]
+    if envelope := find_envelope(bodies["call"]):
+        return envelope_calls(counts, envelope[0])
+    behind = name_at(bodies["call"])[1]
+    notations: tuple[tuple[str, Callable], ...] = (("json", json_at), ("python", literal_at))
+    for notation, read in notations:
+        starts = (m.start() for m in re.finditer(r"[{\"]", bodies["call"]) if m.start() >= behind)
+        if any((value := read(bodies["call"], i)) and as_object(value[0]) == PAIR for i in starts):
+            return value_calls(counts, notation, read)
+    pairs, firsts, tail, joins = find_pairs(bodies)
+    join = agreed(joins, "between calls", left=True)
+    return pairs, firsts, "", join, agreed([tail], "behind calls", left=True)
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #8868b2ae
 CONVENTIONS = (
@@ -611,10 +625,10 @@ CONVENTIONS = (
 # %% ../../nbs/evaluate/02_call_layout.ipynb #7b990439
 @dataclass(frozen=True)
 class Frame:
-    """What stands around reasoning and text, as literals. `given`: what the generation prompt has already
-    written of an answer; `thought`: what opens and closes reasoning, None where the template drops it;
-    `before`, `after`: what may stand around text; `behind`: text stands behind the calls; `escape`: how text
-    is escaped (see `Pairs`)."""
+    """Describe what stands around reasoning and text, as literals. `given`: what the generation prompt has
+    already written of an answer; `thought`: what opens and closes reasoning, None where the template drops
+    it; `before`, `after`: what may stand around text; `behind`: text stands behind the calls; `escape`: how
+    text is escaped (see `Pairs`)."""
 
     given: str
     thought: tuple | None
@@ -624,27 +638,23 @@ class Frame:
     escape: str = ""
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #7e53b4ed
-def thought_tags(frame_or_thought: tuple | None) -> list[tuple]:
-    """What may open and close reasoning: the template's own literals, else those of `CONVENTIONS`, as control
-    tokens or not."""
-    return (
-        [frame_or_thought]
-        if frame_or_thought
-        else [(s + a, s + b) for a, b in CONVENTIONS for s in ("", SIGN)]
-    )
+def thought_tags(thought: tuple | None) -> list[tuple]:
+    """Return what may open and close reasoning: the template's own literals, else those of `CONVENTIONS`, as
+    control tokens or not."""
+    return [thought] if thought else [(s + a, s + b) for a, b in CONVENTIONS for s in ("", SIGN)]
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #0e19dc67
 def cut_thought(literal: str, thought: tuple | None) -> str:
-    "`literal` without the empty reasoning, or the end of one, with which it begins."
+    "Return `literal` without the empty reasoning, or the end of one, with which it begins."
     for opening, closing in thought_tags(thought):
-        opened = f"(?:{pattern(opening.strip())})?" if opening.strip() else ""
-        if closing.strip() and (m := re.match(rf"\s*{opened}\s*{pattern(closing.strip())}\s*", literal)):
+        optional = f"(?:{pattern(opening.strip())})?" if opening.strip() else ""
+        if closing.strip() and (m := re.match(rf"\s*{optional}\s*{pattern(closing.strip())}\s*", literal)):
             return literal[m.end() :]
     return literal
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #e364ff78
-def find_thought(bodies: dict, wrapped: bool) -> tuple | None:
-    "What opens and closes reasoning, or None where the template writes none. Raises Underivable."
+def find_thought(bodies: dict[str, str], wrapped: bool) -> tuple | None:
+    "Return what opens and closes reasoning, or None where the template writes none. Raises Underivable."
     of_text, of_call = bodies.get("thought text", ""), bodies.get("thought call", "")
     i = of_call.find(THOUGHT)
     rest = of_call[i + len(THOUGHT) : call_start(of_call, wrapped)] if i >= 0 else None
@@ -671,8 +681,8 @@ def find_thought(bodies: dict, wrapped: bool) -> tuple | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #2f73f623
 def find_frame(probed: Probed, wrapped: bool | None) -> tuple[Frame, str]:
-    """The `Frame`, and the literal before the first call. `wrapped`: whether a JSON value holds calls, None
-    where there are none to be read. Raises Underivable."""
+    """Return the `Frame`, and the literal before the first call. `wrapped`: whether a JSON value holds calls,
+    None where there are none to be read. Raises Underivable."""
     bodies, calls = probed.bodies, wrapped is not None
     if TEXT not in bodies.get("text", ""):
         raise Underivable(no_turn(probed, "text") or "does not write the text of an answer")
@@ -695,32 +705,31 @@ def find_frame(probed: Probed, wrapped: bool | None) -> tuple[Frame, str]:
             start = opening
         else:
             behind = bool(text)
-    parts = [
+    heads, tails = (
         tuple(dict.fromkeys(literal for literal in literals if literal.strip()))
         for literals in (before, after)
-    ]
-    return Frame(
-        probed.given, thought, *parts, behind, find_escape(bodies.get("escaped text", ""), "text")
-    ), start
+    )
+    escape = find_escape(bodies.get("escaped text", ""), "text")
+    return Frame(probed.given, thought, heads, tails, behind, escape), start
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #af3ac7ae
 def no_turn(probed: Probed, name: str) -> str:
-    "Why there is no turn of the probe `name`, empty if there is one."
+    "Return why there is no turn of the probe `name`, empty if there is one."
     return f"gives no turn for it ({probed.refused[name]})" if name in probed.refused else ""
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #102a0689
 def derive_layout(probed: Probed) -> tuple[Layout | None, Frame, str]:
-    """`(layout, frame, why not)` of a template: without a `Layout`, the last says why calls cannot be read.
-    Raises Underivable where not even the text of an answer can be told."""
+    """Return `(layout, frame, why not)` of a template: without a `Layout`, the last says why calls cannot be
+    read. Raises Underivable where not even the text of an answer can be told."""
     try:
         if NAMES[0] not in probed.bodies.get("call", ""):
             raise Underivable(no_turn(probed, "call") or "does not write tool calls")
-        held, literals, mid, join, tail = find_calls(probed.bodies)
-        frame, start = find_frame(probed, isinstance(held, Envelope))
+        form, literals, mid, join, tail = find_calls(probed.bodies)
+        frame, start = find_frame(probed, isinstance(form, Envelope))
         marked = any(
             len(atom) > 2 and atom[0] in SIGN + "<["
             for atom in ATOM.findall(start + (literals[0] if literals else ""))
         )
-        return Layout(held, pattern(start, digits=True), mid, join, tail, marked), frame, ""
+        return Layout(form, pattern(start, digits=True), mid, join, tail or "", marked), frame, ""
     except Underivable as e:
         return None, find_frame(probed, None)[0], str(e)

@@ -10,11 +10,23 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..masking.masker import ChatMasker
+from ..masking.templates import MaskError
+
+# %% auto #0
+__all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 'CHECK_TYPES', 'CHECK_NAMES', 'CHECK_TOOLS',
+           'CHECK_TEXT', 'CHECK', 'BLANKS', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
+           'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
+           'unmarked_calls', 'message_calls', 'parse_response', 'AnswerReader', 'call_message', 'prompt_gap',
+           'has_gaps', 'check_prompts', 'read_back', 'difference', 'check_text', 'call_cases', 'first_difference',
+           'check_calls', 'end_in_words', 'end_fault', 'derive_reader']
+
+# %% ../../nbs/evaluate/03_reader.ipynb #11c537d8
 from cbnb.evaluate.call_layout import (
     ANY_KEY,
     ANY_NAME,
@@ -28,6 +40,10 @@ from cbnb.evaluate.call_layout import (
     Layout,
     Pairs,
     Underivable,
+)
+
+# %% ../../nbs/evaluate/03_reader.ipynb #00e21521
+from cbnb.evaluate.call_layout import (
     as_object,
     derive_layout,
     is_control,
@@ -43,36 +59,28 @@ from cbnb.evaluate.call_layout import (
     unescape,
     unwrap,
 )
-from ..masking.masker import ChatMasker
-from ..masking.templates import MaskError
-
-# %% auto #0
-__all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 'CHECK_TYPES', 'CHECK_NAMES', 'CHECK_TOOLS',
-           'CHECK_TEXT', 'CHECK', 'BLANKS', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
-           'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
-           'unmarked_calls', 'parse_response', 'AnswerReader', 'called', 'prompt_gap', 'has_gaps', 'check_prompts',
-           'read_back', 'difference', 'check_text', 'check_calls', 'worded_end', 'derive_reader']
 
 # %% ../../nbs/evaluate/03_reader.ipynb #429558f8
 @dataclass(frozen=True)
 class Answer:
-    """What was read. `calls`: `[{"name": str, "arguments": dict}]`, in the template's form with its markers.
-    `ended`: the template's end of turn was generated. `loose`: what looks like a call and is not in that
-    form. `markers`: True where calls are, False where all are loose, None where there are none at all.
-    `problem`: why the template would not write this answer; empty if it would."""
+    """Hold what an answer says, thinks and calls. `calls`: `[{"name": str, "arguments": dict}]`, in the
+    template's form with its markers. `ended`: the template's end of turn was generated. `loose`: what looks
+    like a call and is not in that form. `markers`: True where calls are, False where all are loose, None
+    where there are none at all. `problem`: why the template would not write this answer; empty if it would.
+    """
 
     reasoning: str = ""
     text: str = ""
-    calls: list = field(default_factory=list)
+    calls: list[dict] = field(default_factory=list)
     ended: bool = False
     markers: bool | None = None
-    loose: list = field(default_factory=list)
+    loose: list[dict] = field(default_factory=list)
     problem: str = ""
 
 # %% ../../nbs/evaluate/03_reader.ipynb #bcab0b77
 def declared_types(tools: Sequence[dict] | None, name: str) -> dict[str, Any]:
-    """`{argument: its JSON type}` that the schema of the tool `name` declares; empty for a tool that is not
-    among `tools`."""
+    """Return `{argument: its JSON type}` that the schema of the tool `name` declares; empty for a tool that
+    is not among `tools`."""
     for one in tools or ():
         function = one.get("function", one) if isinstance(one, dict) else {}
         if isinstance(function, dict) and function.get("name") == name:
@@ -82,12 +90,12 @@ def declared_types(tools: Sequence[dict] | None, name: str) -> dict[str, Any]:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #63f5db52
 def only_text(kind: Any) -> bool:
-    "Whether a schema's `kind` declares a string, or a string or null."
+    "Return whether a schema's `kind` declares a string, or a string or null."
     return kind == "string" or isinstance(kind, list) and {*kind} - {"null"} == {"string"}
 
 # %% ../../nbs/evaluate/03_reader.ipynb #9c1cfb88
 def value_of(text: str) -> Any:
-    "What `text` is as JSON, or as Python writes a value; the text itself where it is neither."
+    "Return what `text` is as JSON, or as Python writes a value; the text itself where it is neither."
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -97,7 +105,7 @@ def value_of(text: str) -> Any:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #a13fe789
 def clean(value: Any) -> Any:
-    "A JSON value without `SIGN`."
+    "Return a JSON value without `SIGN`."
     if isinstance(value, str):
         return value.replace(SIGN, "")
     if isinstance(value, dict):
@@ -106,7 +114,7 @@ def clean(value: Any) -> Any:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #9614e08d
 def nested_at(text: str, i: int, nested: tuple) -> tuple[Any, int] | None:
-    """`(value, end)` of the value at character `i` of `text` in a notation
+    """Return `(value, end)` of the value at character `i` of `text` in a notation
     `cbnb.evaluate.call_layout.Nested`; None where there is none."""
     (quote, close), array, obj = nested
     if text.startswith(quote, i):
@@ -124,8 +132,8 @@ def nested_at(text: str, i: int, nested: tuple) -> tuple[Any, int] | None:
                 i += len(between)
             key = None
             if inside:
-                key, found, _ = text[i:].partition(inside)
-                if not found:
+                key, separator, _ = text[i:].partition(inside)
+                if not separator:
                     return None
                 i += len(key) + len(inside)
             if (value := nested_at(text, i, nested)) is None:
@@ -138,13 +146,13 @@ def nested_at(text: str, i: int, nested: tuple) -> tuple[Any, int] | None:
 # %% ../../nbs/evaluate/03_reader.ipynb #8518ae87
 CDATA = re.compile(r"<!\[CDATA\[(.*)\]\]>", re.S)  # of XML: text that is not markup
 
-
+# %% ../../nbs/evaluate/03_reader.ipynb #c591b7b6
 class PairReader:
-    "Reads calls whose arguments stand one by one (`cbnb.evaluate.call_layout.Pairs`)."
+    "Read calls whose arguments stand one by one (`cbnb.evaluate.call_layout.Pairs`)."
 
     def __init__(self, layout: Layout):
-        assert isinstance(layout.held, Pairs) and layout.tail is not None
-        p = self.pairs = layout.held
+        assert isinstance(layout.form, Pairs)
+        p = self.pairs = layout.form
         equals = "|".join(expression for expression, _ in p.equals)
         self.equals = [(re.compile(expression), types) for expression, types in p.equals]
         self.key = re.compile(f"(?P<key>{ANY_KEY})(?={equals})")
@@ -165,8 +173,8 @@ class PairReader:
     def call_at(
         self, text: str, i: int, tools: Sequence[dict] | None
     ) -> tuple[dict, int, bool | None] | None:
-        """`(call, end, whether another one follows)` of the call whose name stands at character `i`; None
-        where there is none."""
+        """Return `(call, end, whether another one follows)` of the call whose name stands at character `i`;
+        None where there is none."""
         if not (m := self.name.match(text, i)):
             return None
         call: dict[str, Any] = {"name": m["name"], "arguments": {}}
@@ -180,17 +188,17 @@ class PairReader:
             return None
         i = first.end()
         while (key := self.key.match(text, i)) and (
-            found := self.value_at(text, key.end(), types.get(key["key"]))
+            match := self.value_at(text, key.end(), types.get(key["key"]))
         ):
-            call["arguments"][key["key"]], end = found
+            call["arguments"][key["key"]], end = match
             i = end.end()
             if not end["next"]:
                 return call, i, end.lastgroup == "join"
         return None
 
     def value_at(self, text: str, i: int, kind: Any) -> tuple[Any, re.Match] | None:
-        """`(value, match of what stands behind it)` from what stands between key and value on; `kind`: its
-        declared type, or None."""
+        """Return `(value, match of what stands behind it)` from what stands between key and value on; `kind`:
+        its declared type, or None."""
         for equals, types in self.equals:
             if not (m := equals.match(text, i)):
                 continue
@@ -198,35 +206,35 @@ class PairReader:
             if self.pairs.quote[0]:
                 if "string" in types and text.startswith(self.pairs.quote[0], start):
                     return self.quoted_at(text, start)
-                found = (
+                value = (
                     nested_at(text, start, self.pairs.nested)
                     if self.pairs.nested
                     else json_at(text, start) or literal_at(text, start)
                 )
             else:
-                found = (
+                value = (
                     None
                     if types == {"string"} or only_text(kind)
                     else json_at(text, start) or literal_at(text, start)
                 )
-            if found and not isinstance(found[0], str) and (end := self.ends.match(text, found[1])):
-                return found[0], end
+            if value and not isinstance(value[0], str) and (end := self.ends.match(text, value[1])):
+                return value[0], end
             if (end := self.ends.search(text, start)) is None:
                 return None
             raw = text[start : end.start()]
             if m := CDATA.fullmatch(raw):
                 return m[1], end
-            if (raw := unescape(raw, self.pairs.escape)) is None:
+            if (words := unescape(raw, self.pairs.escape)) is None:
                 return None
-            if isinstance(kind, list) and "null" in kind and raw in ("null", "None"):
+            if isinstance(kind, list) and "null" in kind and words in ("null", "None"):
                 return None, end
-            value = raw if only_text(kind) or types == {"string"} else value_of(raw)
-            return None if self.pairs.quote[0] and isinstance(value, str) else (value, end)
+            plain = words if only_text(kind) or types == {"string"} else value_of(words)
+            return None if self.pairs.quote[0] and isinstance(plain, str) else (plain, end)
         return None
 
     def quoted_at(self, text: str, start: int) -> tuple[str, re.Match] | None:
-        """As `value_at`, for a string in quotes from character `start` on: up to the first quote behind which
-        the format goes on."""
+        """Return as `value_at` does, for a string in quotes from character `start` on: up to the first quote
+        behind which the format goes on."""
         opening, closing = self.pairs.quote
         at = start + len(opening)
         while (at := text.find(closing, at)) >= 0:
@@ -238,73 +246,75 @@ class PairReader:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #d45f8494
 class CallReader:
-    "Reads the calls of a `Layout`."
+    "Read the calls of a `Layout`."
 
     def __init__(self, layout: Layout):
         self.layout, self.open, self.tail = layout, re.compile(layout.open), re.compile(layout.tail)
         self.join = None if layout.join is None else re.compile(layout.join)
-        self.wrapped = isinstance(layout.held, Envelope)
-        self.pairs = PairReader(layout) if isinstance(layout.held, Pairs) else None
+        self.envelope = layout.form if isinstance(layout.form, Envelope) else None
+        self.pairs = PairReader(layout) if isinstance(layout.form, Pairs) else None
         self.name = re.compile(f"(?P<name>{ANY_NAME}){layout.mid}")
 
     def call_at(
         self, text: str, i: int, tools: Sequence[dict] | None
     ) -> tuple[dict, int, bool | None] | None:
-        """`(call, end, whether another one follows)`, as `PairReader.call_at`; the last is None where what
-        stands behind the call has not been read."""
+        """Return `(call, end, whether another one follows)`, as `PairReader.call_at` does; the last is None
+        where what stands behind the call has not been read."""
         if self.pairs:
             return self.pairs.call_at(text, i, tools)
-        if self.wrapped:
+        if self.envelope:
             value, end = json_at(text, i) or (None, i)
-            call = unwrap(self.layout.held, value)
-        else:
-            m = self.name.match(text, i)
-            value, end = (
-                m and (json_at if self.layout.held == "json" else literal_at)(text, m.end()) or (None, i)
-            )
-            call = None if (value := as_object(value)) is None else {"name": m["name"], "arguments": value}
-        return call and (call, end, None)
+            call = unwrap(self.envelope, value)
+            return (call, end, None) if call else None
+        if not (m := self.name.match(text, i)):
+            return None
+        value, end = (json_at if self.layout.form == "json" else literal_at)(text, m.end()) or (None, i)
+        arguments = as_object(value)
+        return None if arguments is None else ({"name": m["name"], "arguments": arguments}, end, None)
 
-    def list_at(self, text: str, i: int) -> tuple[list[dict], int] | None:
-        "`(calls, end)` of a JSON list of calls; None where there is none."
+    def list_at(self, text: str, i: int, envelope: Envelope) -> tuple[list[dict], int] | None:
+        "Return `(calls, end)` of a JSON list of calls; None where there is none."
         value, end = json_at(text, i) or (None, i)
-        calls = [unwrap(self.layout.held, item) for item in value] if isinstance(value, list) else []
-        return (calls, end) if calls and None not in calls and (self.join or len(calls) == 1) else None
+        items = value if isinstance(value, list) else []
+        calls = [call for item in items if (call := unwrap(envelope, item))]
+        if not calls or len(calls) < len(items):
+            return None
+        return (calls, end) if self.join or len(calls) == 1 else None
 
     def calls_at(self, text: str, i: int, tools: Sequence[dict] | None) -> tuple[list[dict], int] | None:
-        """`(calls, end)` of the calls that begin at character `i`, behind what opens them, with what closes
-        them; None where there are none."""
-        if self.wrapped and self.layout.held.listed:
-            if (found := self.list_at(text, i)) is None:
+        """Return `(calls, end)` of the calls that begin at character `i`, behind what opens them, with what
+        closes them; None where there are none."""
+        calls: list[dict] = []
+        if self.envelope and self.envelope.listed:
+            if (items := self.list_at(text, i, self.envelope)) is None:
                 return None
-            calls, i = found
+            calls, i = items
         else:
-            calls, more = [], True
+            more: bool | None = True
             while more:
-                if (found := self.call_at(text, i, tools)) is None:
+                if (match := self.call_at(text, i, tools)) is None:
                     return None
-                call, i, more = found
+                call, i, more = match
                 calls.append(call)
                 if more is False:
                     return calls, i
                 if more is None:
                     m = self.join and self.join.match(text, i)
                     more = bool(m and self.call_at(text, m.end(), tools))
-                    i = m.end() if more else i
+                    i = m.end() if m and more else i
         end = self.tail.match(text, i)
         return (calls, end.end()) if end else None
 
     def next_calls(
         self, text: str, i: int, tools: Sequence[dict] | None
     ) -> tuple[int, list[dict], int] | None:
-        """`(start, calls, end)` of the next calls of `text` from character `i` on; None where there are none.
-        Without a marker, calls are the whole rest of an answer, or they are words."""
-        for m in (
-            self.open.finditer(text, i) if self.layout.marked else filter(None, [self.open.match(text, i)])
-        ):
-            found = self.calls_at(text, m.end(), tools)
-            if found and (self.layout.marked or not text[found[1] :].strip()):
-                return m.start(), *found
+        """Return `(start, calls, end)` of the next calls of `text` from character `i` on; None where there
+        are none. Without a marker, calls are the whole rest of an answer, or they are words."""
+        starts = self.open.finditer(text, i) if self.layout.marked else [self.open.match(text, i)]
+        for m in filter(None, starts):
+            match = self.calls_at(text, m.end(), tools)
+            if match and (self.layout.marked or not text[match[1] :].strip()):
+                return m.start(), *match
         return None
 
 # %% ../../nbs/evaluate/03_reader.ipynb #312b73f1
@@ -314,15 +324,15 @@ HARMONY = re.compile(
 
 
 def recipient_first(text: str) -> str:
-    """Answers of gpt-oss with the recipient of a call where its chat template writes it, before the channel:
-    its models write it behind the channel, and the harmony format allows both (openai-harmony, "Tool calls").
-    """
+    """Return answers of gpt-oss with the recipient of a call where its chat template writes it, before the
+    channel: its models write it behind the channel, and the harmony format allows both (openai-harmony, "Tool
+    calls")."""
     return HARMONY.sub(lambda m: f" to={m[2]}{SIGN}<|channel|>{m[1]} {m[3] or 'json'}", text)
 
 # %% ../../nbs/evaluate/03_reader.ipynb #c3316e4e
 def split_thought(text: str, frame: Frame) -> tuple[str, int | None]:
-    """`(reasoning, where it ends)` at the beginning of `text`; the end is 0 without reasoning, None where
-    reasoning does not end."""
+    """Return `(reasoning, where it ends)` at the beginning of `text`; the end is 0 without reasoning, None
+    where reasoning does not end."""
     for opening, closing in thought_tags(frame.thought):
         opens, closes = (
             re.compile(r"\s*" + pattern(tag.strip()) + tail)
@@ -339,7 +349,7 @@ def split_thought(text: str, frame: Frame) -> tuple[str, int | None]:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #08abe772
 def strip_frame(text: str, frame: Frame) -> str:
-    "`text` without the literals that a template writes before and behind it."
+    "Return `text` without the literals that a template writes before and behind it."
     text = text.strip()
     heads = (re.match(pattern(literal.strip()), text) for literal in frame.before)
     if m := next(filter(None, heads), None):
@@ -357,10 +367,10 @@ LOOSE_NAME, LOOSE_ARGUMENTS = (
 
 # %% ../../nbs/evaluate/03_reader.ipynb #60d325b1
 def loose_calls(text: str) -> list[dict]:
-    """What looks like calls in `text`: JSON objects with a name and arguments under any usual key, whatever
-    stands around them. A guess, for what an answer would have done with its markers; never for what it did.
-    """
-    found, i = [], text.find("{")
+    """Return what looks like calls in `text`: JSON objects with a name and arguments under any usual key,
+    whatever stands around them. A guess, for what an answer would have done with its markers; never for what
+    it did."""
+    calls, i = [], text.find("{")
     while i >= 0:
         value, end = json_at(text, i) or (None, i + 1)
         name = next(
@@ -377,41 +387,62 @@ def loose_calls(text: str) -> list[dict]:
         if name is None or arguments is None:
             end = i + 1  # one may be nested in it
         else:
-            found.append({"name": name, "arguments": arguments})
+            calls.append({"name": name, "arguments": arguments})
         i = text.find("{", end)
-    return found
+    return calls
 
 # %% ../../nbs/evaluate/03_reader.ipynb #8aacfbe2
 def unmarked_calls(text: str, calls: CallReader | None, tools: Sequence[dict] | None) -> list[dict]:
-    """`loose_calls`, and calls of `tools` in the format of `calls` whose opening marker, or whose signs, are
-    missing."""
-    found = loose_calls(text)
-    if calls is None or calls.wrapped:
-        return found
-    plain = Layout(
-        *(part.replace(SIGN, "") if isinstance(part, str) else part for part in vars(calls.layout).values())
-    )
+    """Return `loose_calls`, and calls of `tools` in the format of `calls` whose opening marker, or whose
+    signs, are missing."""
+    loose = loose_calls(text)
+    if calls is None or calls.envelope:
+        return loose
+    parts: dict[str, Any] = {
+        key: part.replace(SIGN, "") for key, part in vars(calls.layout).items() if isinstance(part, str)
+    }
+    plain = CallReader(replace(calls.layout, **parts))
     names = [t.get("function", t).get("name") for t in tools or () if isinstance(t, dict)]
-    for reader, said in ((calls, text), (CallReader(plain), text.replace(SIGN, ""))):
+    for reader, words in ((calls, text), (plain, text.replace(SIGN, ""))):
         places = (
-            m.start() for name in names if name for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", said)
+            m.start()
+            for name in names
+            if name
+            for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", words)
         )
-        more = [call[0] for i in places if (call := reader.call_at(said, i, tools))]
+        more = [call[0] for i in places if (call := reader.call_at(words, i, tools))]
         if more:
-            return found + more
-    return found
+            return loose + more
+    return loose
+
+# %% ../../nbs/evaluate/03_reader.ipynb #63a67292
+def message_calls(message: dict) -> list[dict]:
+    """Return the calls `[{name, arguments}]` of a message that a response template gave; none where one of
+    them is not whole."""
+    entries = message.get("tool_calls") or []
+    entries = dict(enumerate(entries if isinstance(entries, list) else [entries]))
+    parts = {path: value for path, value in nested_paths(entries) if len(path) == 3 and path[1] == "function"}
+    calls = [
+        {
+            "name": parts.get((n, "function", "name")),
+            "arguments": as_object(parts.get((n, "function", "arguments"))),
+        }
+        for n in entries
+    ]
+    complete = all(isinstance(c["name"], str) and c["arguments"] is not None for c in calls)
+    return calls if complete else []
 
 # %% ../../nbs/evaluate/03_reader.ipynb #0fb6fe24
 def parse_response(
     masker: ChatMasker, text: str, prefix: str, tools: Sequence[dict] | None, ended: bool
 ) -> Answer:
-    """The `Answer` that the tokenizer's own response template (`tokenizer.parse_response` of transformers)
-    finds in a signed `text` after the prompt `prefix`. Control tokens that ordinary tokens spell are broken
-    up before, so that they count for nothing."""
-    signed = re.compile(f"{SIGN}?(?:{masker.control.pattern})") if masker.control else None
+    """Return the `Answer` that the tokenizer's own response template (`tokenizer.parse_response` of
+    transformers) finds in a signed `text` after the prompt `prefix`. Control tokens that ordinary tokens
+    spell are broken up before, so that they count for nothing."""
+    marks = re.compile(f"{SIGN}?(?:{masker.control.pattern})") if masker.control else None
     text = (
-        signed.sub(lambda m: m[0][1:] if m[0][0] == SIGN else m[0][0] + SIGN + m[0][1:], text)
-        if signed
+        marks.sub(lambda m: m[0][1:] if m[0][0] == SIGN else m[0][0] + SIGN + m[0][1:], text)
+        if marks
         else text
     )
     try:
@@ -422,22 +453,11 @@ def parse_response(
             ended=ended,
             problem=f"the tokenizer's response template does not parse it ({type(e).__name__}: {e})",
         )
-    found = message.get("tool_calls") or []
-    found = dict(enumerate(found if isinstance(found, list) else [found]))
-    parts = {path: value for path, value in nested_paths(found) if len(path) == 3 and path[1] == "function"}
-    calls = [
-        {
-            "name": parts.get((n, "function", "name")),
-            "arguments": as_object(parts.get((n, "function", "arguments"))),
-        }
-        for n in found
-    ]
-    if not all(isinstance(c["name"], str) and c["arguments"] is not None for c in calls):
-        calls = []
-    thought = message.get("reasoning_content") or message.get("thinking") or ""
+    calls = message_calls(message)
+    reasoning = message.get("reasoning_content") or message.get("thinking") or ""
     loose = [] if calls else clean(loose_calls(text))
     return Answer(
-        clean(thought).strip(),
+        clean(reasoning).strip(),
         clean(message.get("content") or "").strip(),
         clean(calls),
         ended,
@@ -447,14 +467,19 @@ def parse_response(
 
 # %% ../../nbs/evaluate/03_reader.ipynb #0a18d29e
 class AnswerReader:
-    """Reads answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a
+    """Read answers as the chat template of `masker` writes them. `ends`: sequences of token ids that end a
     turn, `inner`: those that do so only where nothing follows; `cannot`: why calls cannot be read, empty if
     they can; `gaps`: whether answers may be asked for with another text than they are trained after
     (`check_prompts`); `prefix`: a prompt, where the tokenizer's response template reads. Made by
     `derive_reader`."""
 
     def __init__(
-        self, masker: ChatMasker, layout: Layout | None, frame: Frame, ends: tuple, inner: tuple = ()
+        self,
+        masker: ChatMasker,
+        layout: Layout | None,
+        frame: Frame,
+        ends: tuple[tuple[int, ...], ...],
+        inner: tuple[tuple[int, ...], ...] = (),
     ):
         self.masker, self.frame, self.ends, self.inner = masker, frame, ends, inner
         self.cannot, self.gaps = "", False
@@ -464,7 +489,7 @@ class AnswerReader:
         self.harmony = "<\\|channel\\|>" in mid and "to=" in opens
 
     def body_ids(self, ids: Iterable[int] | np.ndarray) -> tuple[np.ndarray, bool]:
-        "`(token ids before the first end of turn, whether there is one)` of generated `ids` [n]."
+        "Return `(token ids before the first end of turn, whether there is one)` of generated `ids` [n]."
         ids = np.asarray(ids, np.int64).reshape(-1)
         places = [
             i
@@ -478,15 +503,15 @@ class AnswerReader:
         return ids[: len(ids) - last], last > 0
 
     def read(self, ids: Iterable[int] | np.ndarray, tools: Sequence[dict] | None = None) -> Answer:
-        """The `Answer` in the token ids [n] that were generated after `masker.prompt_ids(…, tools)`. What
-        follows an end of turn is not read. `tools`: the schemas on offer, which tell the types of arguments
-        that a template writes without."""
+        """Return the `Answer` in the token ids [n] that were generated after `masker.prompt_ids(…, tools)`.
+        What follows an end of turn is not read. `tools`: the schemas on offer, which tell the types of
+        arguments that a template writes without."""
         ids, ended = self.body_ids(ids)
         return self.read_text(self.frame.given + spell(self.masker, ids), tools, ended)
 
     def read_text(self, text: str, tools: Sequence[dict] | None = None, ended: bool = False) -> Answer:
-        """As `read`, of a signed text (`cbnb.evaluate.call_layout.spell`) that begins with what the
-        generation prompt has written of the answer."""
+        """Return as `read` does, of a signed text (`cbnb.evaluate.call_layout.spell`) that begins with what
+        the generation prompt has written of the answer."""
         if self.prefix is not None:
             return parse_response(self.masker, text, self.prefix, tools, ended)
         if self.harmony:
@@ -494,14 +519,15 @@ class AnswerReader:
         reasoning, i = split_thought(text, self.frame)
         if i is None:
             return Answer(clean(reasoning), ended=ended, problem="its reasoning does not end")
-        calls, said = [], []
-        while self.calls and (found := self.calls.next_calls(text, i, tools)):
-            start, more, end = found
-            said.append(text[i:start])
+        calls: list[dict] = []
+        pieces: list[str] = []
+        while self.calls and (match := self.calls.next_calls(text, i, tools)):
+            start, more, end = match
+            pieces.append(text[i:start])
             calls += more
             i = end
-        said.append(text[i:])
-        texts = [strip_frame(part, self.frame) for part in said]
+        pieces.append(text[i:])
+        texts = [strip_frame(part, self.frame) for part in pieces]
         problems = [
             f"text stands {where} its calls"
             for where, odd in (("between", texts[1:-1]), ("behind", texts[1:][-1:]))
@@ -516,36 +542,38 @@ class AnswerReader:
         plain = [unescape(part, self.frame.escape) for part in texts]
         if None in plain:
             problems.append("its text is not escaped as the template does it")
-        words = "\n".join(said or raw for said, raw in zip(plain, texts) if said or raw)
+        words = "\n".join(part or raw for part, raw in zip(plain, texts) if part or raw)
         return Answer(
             clean(reasoning), clean(words), clean(calls), ended, markers, loose, "; ".join(problems)
         )
 
     def same(self, call: dict, other: dict, tools: Sequence[dict] | None = None) -> bool:
-        """Whether two calls are one to the template: equal, or written alike (`5` and `"5"`, where no schema
-        of `tools` tells them apart)."""
+        """Return whether two calls are one to the template: equal, or written alike (`5` and `"5"`, where no
+        schema of `tools` tells them apart)."""
         if call == other:
             return True
         if call["name"] != other["name"] or call["arguments"].keys() != other["arguments"].keys():
             return False
         types = declared_types(tools, call["name"])
-        differing = [
+        others = [
             k
             for k, v in call["arguments"].items()
             if v != other["arguments"][k] and not isinstance(v, str) & isinstance(other["arguments"][k], str)
         ]
         # a list of types tells nothing apart
-        if any(isinstance(types.get(k), str) for k in differing):
+        if any(isinstance(types.get(k), str) for k in others):
             return False
         try:
-            one, two = (self.masker.encode([*QUESTION, called(c)], tools=tools).text for c in (call, other))
+            one, two = (
+                self.masker.encode([*QUESTION, call_message(c)], tools=tools).text for c in (call, other)
+            )
         except MaskError:
             return False
         return one == two
 
 # %% ../../nbs/evaluate/03_reader.ipynb #cf360983
-def called(call: dict) -> dict:
-    "An assistant message that makes `call`."
+def call_message(call: dict) -> dict:
+    "Return an assistant message that makes `call`."
     message = saying({})
     message["tool_calls"][0]["function"] = dict(call)
     return message
@@ -561,9 +589,9 @@ CONVERSATION = [
 
 # %% ../../nbs/evaluate/03_reader.ipynb #75cde702
 def prompt_gap(masker: ChatMasker, messages: list[dict], tools: list[dict] | None = None) -> str:
-    """How the prompt for the last of `messages`, an answer, differs from what stands before that answer in
-    the whole transcript, which is what training sees. Empty where the one begins the other, and where the
-    template writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
+    """Return how the prompt for the last of `messages`, an answer, differs from what stands before that
+    answer in the whole transcript, which is what training sees. Empty where the one begins the other, and
+    where the template writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
     encoded = masker.encode(messages, tools)
     if not encoded.turns or encoded.turns[-1].message != len(messages) - 1:
         return ""
@@ -578,7 +606,7 @@ def prompt_gap(masker: ChatMasker, messages: list[dict], tools: list[dict] | Non
 
 # %% ../../nbs/evaluate/03_reader.ipynb #4bb7aa65
 def has_gaps(masker: ChatMasker) -> bool:
-    """Whether one of a few conversations has a `prompt_gap`: with a system message and without, of one
+    """Return whether one of a few conversations has a `prompt_gap`: with a system message and without, of one
     question and of two."""
     for messages in (CONVERSATION, CONVERSATION[1:], [CONVERSATION[0], *CONVERSATION[3:]], CONVERSATION[3:]):
         try:
@@ -590,7 +618,7 @@ def has_gaps(masker: ChatMasker) -> bool:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #52034373
 def check_prompts(reader: AnswerReader, transcripts: Iterable[Any]) -> None:
-    """Raises MaskError for the first of `transcripts` with a `prompt_gap` at its last assistant message: it
+    """Raise MaskError for the first of `transcripts` with a `prompt_gap` at its last assistant message: it
     would be trained after one text and asked for with another. Looks at nothing where `reader.gaps` is False.
     """
     for t in transcripts if reader.gaps else ():
@@ -648,14 +676,12 @@ CHECK = {
 BLANKS = {"zqka": "  Zq two", "zqkb": "Zq two \n"}
 
 # %% ../../nbs/evaluate/03_reader.ipynb #86810757
-def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list]:
-    """`(Answer, what the template drops)` of the assistant `message`, which answers a question with
+def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list[str]]:
+    """Return `(Answer, what the template drops)` of the assistant `message`, which answers a question with
     `CHECK_TOOLS` on offer, as the template writes it, read again. Raises MaskError."""
     masker = reader.masker
-    encoded, prompt = (
-        masker.encode([*QUESTION, message], tools=CHECK_TOOLS),
-        masker.prompt(QUESTION, tools=CHECK_TOOLS),
-    )
+    encoded = masker.encode([*QUESTION, message], tools=CHECK_TOOLS)
+    prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)
     text = encoded.text[len(prompt) - len(reader.frame.given.replace(SIGN, "")) : encoded.turns[-1].end]
     ids, ended = reader.body_ids(masker.texts([text])[0][0])
     return reader.read_text(spell(masker, ids), CHECK_TOOLS, ended), [
@@ -663,17 +689,19 @@ def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list]:
     ]
 
 # %% ../../nbs/evaluate/03_reader.ipynb #b91996d6
-def difference(read: Any, wanted: Any) -> str:
-    "Where what was `read` begins to differ from what was `wanted`, as the end of a sentence."
+def difference(answer: Any, original: Any) -> str:
+    "Return where `answer` begins to differ from the `original`, as the end of a sentence."
     one, two = (
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (read, wanted)
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in (answer, original)
     )
     at = max(len(os.path.commonprefix([one, two])) - 8, 0)
     return f"{two[at : at + 24]!r} comes back as {one[at : at + 24]!r}"
 
 # %% ../../nbs/evaluate/03_reader.ipynb #9d6f4f51
 def check_text(reader: AnswerReader) -> str:
-    "Why text and reasoning that the template writes are not read back as they were; empty if they are."
+    """Return why text and reasoning that the template writes are not read back as they were; empty if they
+    are."""
     for what, message in {
         "text": saying(content=CHECK_TEXT),
         "text behind reasoning": saying(content=CHECK_TEXT, thought=f"Hm. {CHECK_TEXT}"),
@@ -691,10 +719,8 @@ def check_text(reader: AnswerReader) -> str:
     return ""
 
 # %% ../../nbs/evaluate/03_reader.ipynb #b89da6f4
-def check_calls(reader: AnswerReader, parallel: bool) -> str:
-    """Why calls that the template writes are not read back as they were; empty if they are. `parallel`: it
-    writes several in a message. What differs in blanks around a text only is no reason: a template that
-    removes them writes both alike."""
+def call_cases(parallel: bool) -> dict[str, dict]:
+    "Return the messages that `check_calls` tries, by what each is; `parallel`: those with two calls, too."
     cases = {
         "a call with arguments of every type": saying(CHECK),
         "a call without arguments": saying({}),
@@ -702,62 +728,74 @@ def check_calls(reader: AnswerReader, parallel: bool) -> str:
     }
     if parallel:
         cases |= {"two calls": saying(PAIR, CHECK), "two calls, one without arguments": saying({}, PAIR)}
-    cases |= {
-        f"a call of a tool named {name}": called({"name": name, "arguments": PAIR}) for name in CHECK_NAMES
-    } | {"a call with blanks around its arguments": saying(BLANKS)}
-    for what, message in cases.items():
-        wanted = [call["function"] for call in message["tool_calls"]]
+    for name in CHECK_NAMES:
+        cases[f"a call of a tool named {name}"] = call_message({"name": name, "arguments": PAIR})
+    return cases | {"a call with blanks around its arguments": saying(BLANKS)}
+
+# %% ../../nbs/evaluate/03_reader.ipynb #1160c775
+def first_difference(calls: list[dict], originals: list[dict]) -> str:
+    """Return the first name, else the first argument, in which `calls` differ from the `originals`, in
+    parentheses; empty where there is none to name."""
+    pairs = [*zip(calls, originals)]
+    for one, two in pairs:
+        if one["name"] != two["name"]:
+            return f" ({difference(one['name'], two['name'])})"
+    for one, two in pairs:
+        for key, value in two["arguments"].items():
+            if one["arguments"].get(key, ...) != value:
+                return f" (argument {key}: {difference(one['arguments'].get(key, ''), value)})"
+    return ""
+
+# %% ../../nbs/evaluate/03_reader.ipynb #12cfae49
+def check_calls(reader: AnswerReader, parallel: bool) -> str:
+    """Return why calls that the template writes are not read back as they were; empty if they are.
+    `parallel`: it writes several in a message. What differs in blanks around a text only is no reason: a
+    template that removes them writes both alike."""
+    for what, message in call_cases(parallel).items():
+        originals = [call["function"] for call in message["tool_calls"]]
         try:
             answer, drops = read_back(reader, message)
         except MaskError as e:
             # some templates refuse them
-            if any(not call["arguments"] for call in wanted) or message["content"]:
+            if any(not call["arguments"] for call in originals) or message["content"]:
                 continue
             return f"{what} is refused ({e})"
         if message["content"] and drops:
             continue
-        if answer.calls == wanted:
+        if answer.calls == originals:
             if message["content"] in answer.text + answer.reasoning:
                 continue
             return f"text beside a call is not read back: {difference(answer.text, message['content'])}"
-        stripped = (
-            [{**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in wanted]
-            if BLANKS in (c["arguments"] for c in wanted)
-            else None
-        )
-        if answer.calls == stripped:
+        if BLANKS in (c["arguments"] for c in originals) and answer.calls == [
+            {**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in originals
+        ]:
             continue
-        pairs = [
-            (one["arguments"], two["arguments"])
-            for one, two in zip(answer.calls, wanted)
-            if one["name"] == two["name"]
-        ]
-        lost = [
-            f" (argument {key}: {difference(one.get(key, ''), value)})"
-            for one, two in pairs
-            for key, value in two.items()
-            if one.get(key, ...) != value
-        ]
-        names = [
-            f" ({difference(one['name'], two['name'])})"
-            for one, two in zip(answer.calls, wanted)
-            if one["name"] != two["name"]
-        ]
-        return f"{what} is not read back" + "".join([*names, *lost][:1])
+        return f"{what} is not read back{first_difference(answer.calls, originals)}"
     return ""
 
 # %% ../../nbs/evaluate/03_reader.ipynb #5dcb0cbd
-def worded_end(masker: ChatMasker, ends: Iterable[Sequence[int]]) -> str:
-    """The first of the sequences of token ids `ends` that begins with an ordinary token, as text; empty where
-    there is none. A tokenizer merges its first characters with the text before it, so that it is not found
-    among the ids of an answer."""
+def end_in_words(masker: ChatMasker, ends: Iterable[Sequence[int]]) -> str:
+    """Return the first of the sequences of token ids `ends` that begins with an ordinary token, as text;
+    empty where there is none. A tokenizer merges its first characters with the text before it, so that it is
+    not found among the ids of an answer."""
     ordinary = (end for end in ends if not is_control(masker, end[0]))
     return masker.tokenizer.decode(list(next(ordinary, ())))
 
+# %% ../../nbs/evaluate/03_reader.ipynb #a0be7835
+def end_fault(masker: ChatMasker, ends: Iterable[Sequence[int]]) -> str:
+    """Return why turns that end with the token ids `ends` have no end that can be found; empty if they have
+    one."""
+    words = end_in_words(masker, ends)
+    return words and (
+        f"turns end with {words.strip()!r}, which is no control token of this tokenizer and is merged with "
+        "the text before it; "
+        "pass the template that belongs to this tokenizer, or add it as a special token"
+    )
+
 # %% ../../nbs/evaluate/03_reader.ipynb #763f851c
 def derive_reader(masker: ChatMasker) -> AnswerReader:
-    """The `AnswerReader` of a masker's chat template. Where its calls cannot be read back, `cannot` says why
-    in one sentence, and answers are read as text.
+    """Return the `AnswerReader` of a masker's chat template. Where its calls cannot be read back, `cannot`
+    says why in one sentence, and answers are read as text.
 
     Raises MaskError where not even the text of an answer can be told from what stands around it."""
     probed = probe_turns(masker)
@@ -770,20 +808,12 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
     )
     reader = AnswerReader(masker, layout, frame, ends, probed.inner)
     reader.gaps = has_gaps(masker)
-    words = worded_end(masker, (*ends, *probed.inner))
-    merged = words and (
-        f"turns end with {words.strip()!r}, which is no control token of this tokenizer and is merged with "
-        "the text before it; "
-        "pass the template that belongs to this tokenizer, or add it as a special token"
-    )
-    if changed := check_text(reader):
-        raise MaskError(
-            f"no answer can be read: {merged}"
-            if merged
-            else f"no answer can be read: {changed}; pass another chat_template"
-        )
-    if layout and merged:
-        reader.calls, reader.cannot = None, f"tool calls cannot be read: {merged}"
+    fault = end_fault(masker, (*ends, *probed.inner))
+    if problem := check_text(reader):
+        cause = fault or f"{problem}; pass another chat_template"
+        raise MaskError(f"no answer can be read: {cause}")
+    if layout and fault:
+        reader.calls, reader.cannot = None, f"tool calls cannot be read: {fault}"
         return reader
     parallel = "two" in probed.bodies
     if layout and (why := check_calls(reader, parallel)):

@@ -30,23 +30,23 @@ def plain_logits(model: nn.Module, rows: dict) -> torch.Tensor:
     `input_ids` and `attention_mask` [B, S]."""
     return model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
 
-
+# %% ../../nbs/step/08_adapter_checks.ipynb #9140b9b7
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the largest absolute difference of two tensors of one shape; 0 only for the same bits, infinite
     where one is not finite."""
     if torch.equal(a, b):
         return 0.0
-    found = (a.double() - b.double()).abs().max().item()
-    return max(found, 5e-324) if math.isfinite(found) else math.inf
+    largest = (a.double() - b.double()).abs().max().item()
+    return max(largest, 5e-324) if math.isfinite(largest) else math.inf
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #d9d0a7c0
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
-
+# %% ../../nbs/step/08_adapter_checks.ipynb #304cfb20
 def bit_sum(tensor: torch.Tensor) -> int:
     """Return the sum of the elements of `tensor`, their bits read as integers: a weight that was changed has
     another one, whatever its dtype."""
-    return tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).item()
+    return int(tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #cf6e731d
 @dataclass(frozen=True)
@@ -55,37 +55,38 @@ class Plain:
     `logits` [B, S, V] of `rows`. `noise`: by how much two passes differ, 0 but for kernels that add up in any
     order."""
 
-    weights: dict
-    rows: dict
+    weights: dict[str, tuple[nn.Parameter, int]]
+    rows: dict[str, torch.Tensor]
     logits: torch.Tensor
     noise: float
 
     @property
-    def seen(self) -> torch.Tensor:
+    def real(self) -> torch.Tensor:
+        "The tokens that are no padding, bool [B, S]."
         return self.rows["attention_mask"].bool()
 
     def off(self, logits: torch.Tensor) -> float:
         """Return by how much `logits` of the same rows differ, beyond noise; padding does not count."""
-        found = difference(logits[self.seen], self.logits[self.seen])
-        return 0.0 if found <= 4 * self.noise else found
+        largest = difference(logits[self.real], self.logits[self.real])
+        return 0.0 if largest <= 4 * self.noise else largest
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #c375e71b
 def as_plain(model: nn.Module, rows: dict) -> Plain:
     """Return the `Plain` of a model without an adapter, in the mode it is in."""
     logits, again = (plain_logits(model, rows) for _ in range(2))
-    seen = rows["attention_mask"].bool()
+    real = rows["attention_mask"].bool()
     weights = {name: (p, bit_sum(p)) for name, p in model.named_parameters()}
-    return Plain(weights, rows, logits, difference(logits[seen], again[seen]))
+    return Plain(weights, rows, logits, difference(logits[real], again[real]))
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #d757b5f4
 def check_off(student: PeftModel, plain: Plain, what: str) -> None:
     """Raise ConfigError where `student` with its adapters off is not the model that `plain` was taken of.
     `what`: the adapter, in words."""
-    changed = [name for name, (p, bits) in plain.weights.items() if bit_sum(p) != bits]
-    if changed:
+    names = [name for name, (p, bits) in plain.weights.items() if bit_sum(p) != bits]
+    if names:
         raise ConfigError(
-            f"{what} changes {len(changed)} of the base's own weights, the first is "
-            f"{changed[0]}: with the adapter off the model is not the base, and no teacher; "
+            f"{what} changes {len(names)} of the base's own weights, the first is "
+            f"{names[0]}: with the adapter off the model is not the base, and no teacher; "
             "save the adapter without what is trained of the base, as plain LoRA"
         )
     with teacher_mode(student):
@@ -101,19 +102,19 @@ def check_on(student: PeftModel, plain: Plain, what: str) -> None:
     """Raise ConfigError where `student` with its active adapter gives the logits of `plain`, or none that are
     finite, or where the adapter holds NaN."""
     own = {n: p for n, p in student.named_parameters() if student.active_adapter in n.split(".")}
-    if broken := [name for name, p in own.items() if not p.isfinite().all()]:
+    if names := [name for name, p in own.items() if not p.isfinite().all()]:
         raise ConfigError(
-            f"{what} holds NaN or infinite weights, the first is {broken[0]}: its answers "
+            f"{what} holds NaN or infinite weights, the first is {names[0]}: its answers "
             "would be noise, not a breaker's."
         )
     logits = plain_logits(student.get_base_model(), plain.rows)
-    if not logits[plain.seen].isfinite().all() and plain.logits[plain.seen].isfinite().all():
+    if not logits[plain.real].isfinite().all() and plain.logits[plain.real].isfinite().all():
         raise ConfigError(
             f"{what} makes logits that are not finite: its weights are too large for this model"
         )
     if not plain.off(logits):
         raise ConfigError(
-            f"{what} changes nothing: with it the logits of {int(plain.seen.sum())} tokens "
+            f"{what} changes nothing: with it the logits of {int(plain.real.sum())} tokens "
             "are the base's, bit for bit; is its scale or its B 0, or is it untrained?"
         )
 
@@ -129,8 +130,8 @@ def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
         )
     largest = largest_rank(p.shape for p in base.parameters() if p.dim() > 1)
     by_name = getattr(config, "rank_pattern", None) or {}
-    given = [0, getattr(config, "r", 0), getattr(config, "init_r", 0), *by_name.values()]
-    if (rank := max(r for r in given if isinstance(r, int))) > largest:
+    ranks = [0, getattr(config, "r", 0), getattr(config, "init_r", 0), *by_name.values()]
+    if (rank := max(r for r in ranks if isinstance(r, int))) > largest:
         raise ConfigError(
             f"the adapter {folder} has rank {rank:,}, and no matrix of the model can have "
             f"more than {largest:,}: is it for another model?"
@@ -138,10 +139,10 @@ def check_size(base: nn.Module, config: PeftConfig, folder: str | Path) -> None:
     check_regular(path := Path(folder) / ADAPTER_FILES[1])
     with safe_open(path, "pt") as file:
         size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
-    whole = sum(p.numel() for p in base.parameters())
-    if size > whole:
+    total = sum(p.numel() for p in base.parameters())
+    if size > total:
         raise ConfigError(
-            f"the adapter {folder} holds {size:,} numbers, and the whole model {whole:,}: "
+            f"the adapter {folder} holds {size:,} numbers, and the whole model {total:,}: "
             "that is no adapter of this model"
         )
 

@@ -15,22 +15,22 @@ import torch
 from .losses import accumulate, check_mask, check_shapes, predicting_positions
 
 # %% auto #0
-__all__ = ['TILE', 'ROWS', 'widened', 'mixed', 'product_into', 'back_product_into', 'forward_rows', 'reverse_rows', 'chunk_for',
-           'kl_rows', 'FusedRows', 'token_linear_kl', 'fused_linear_kl']
+__all__ = ['TILE', 'ROWS', 'wide_tiles', 'multiplies_wide', 'product_into', 'back_product_into', 'forward_rows', 'reverse_rows',
+           'chunk_for', 'kl_rows', 'FusedRows', 'token_linear_kl', 'fused_linear_kl']
 
 # %% ../../nbs/step/01_fused_kl.ipynb #01e0a7f6
-TILE = 8192  # columns of the vocabulary that are widened at a time
+TILE = 8192  # columns of the vocabulary that are wide_tiles at a time
 
 
-def widened(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+def wide_tiles(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield `(slice, rows of weight in dtype)` over all V rows, a tile at a time; no tile is copied whose
     dtype is right."""
     for start in range(0, len(weight), TILE):
         part = slice(start, min(start + TILE, len(weight)))
         yield part, weight[part].to(dtype)
 
-
-def mixed(a: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
+# %% ../../nbs/step/01_fused_kl.ipynb #f23831b1
+def multiplies_wide(a: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
     """Return whether the device multiplies these 16-bit tensors into the float32 `out` by itself (CUDA, torch
     ≥ 2.8); into float64 it does not."""
     return a.is_cuda and a.dtype == weight.dtype and a.element_size() == 2 and out.dtype == torch.float32
@@ -39,26 +39,26 @@ def mixed(a: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
 def product_into(out: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> None:
     """Set `out` to `rows @ weight.T` in `out`'s dtype, float32 or float64, from inputs of any dtype: rows [n,
     d], weight [V, d], out [n, V]."""
-    if mixed(rows, weight, out):
+    if multiplies_wide(rows, weight, out):
         torch.mm(rows, weight.T, out_dtype=out.dtype, out=out)
     elif weight.dtype == out.dtype:
         torch.mm(rows.to(out.dtype), weight.T, out=out)
     else:
         rows = rows.to(out.dtype)
-        for part, tile in widened(weight, out.dtype):
+        for part, tile in wide_tiles(weight, out.dtype):
             out[:, part] = rows @ tile.T
 
 # %% ../../nbs/step/01_fused_kl.ipynb #60ada18e
 def back_product_into(out: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor) -> None:
     """Set `out` to `gradient @ weight` in `out`'s dtype, float32 or float64: gradient [n, V] in the same,
     weight [V, d] of any dtype, out [n, d]."""
-    if mixed(weight, weight, out):
+    if multiplies_wide(weight, weight, out):
         torch.mm(gradient.to(weight.dtype), weight, out_dtype=out.dtype, out=out)
     elif weight.dtype == out.dtype:
         torch.mm(gradient, weight, out=out)
     else:
         out.zero_()
-        for part, tile in widened(weight, out.dtype):
+        for part, tile in wide_tiles(weight, out.dtype):
             out.addmm_(gradient[:, part], tile)
 
 # %% ../../nbs/step/01_fused_kl.ipynb #8128ca39
@@ -106,20 +106,22 @@ def kl_rows(
     chunk: int,
     with_gradient: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Return `T²·KL` a row, [N] in float32 (float64 if any input is): student, teacher [N, d], weight [V, d],
-    of any floating dtypes.
+    """Return `T²·KL` per row, [N] in float32 (float64 if any input is): student, teacher [N, d], weight [V,
+    d], of any floating dtypes.
 
     With `with_gradient` the result is `(KL, gradient [N, d])` in the same dtype, of each row's KL with
-    respect to that row of `student`: a third product. Uses 2·chunk·V numbers of memory and a few rows
-    more."""
+    respect to that row of `student`: a third product. Uses 2·chunk·V numbers of memory and a few rows more.
+    """
     wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype, weight.dtype) else torch.float32
     narrow = torch.promote_types(student.dtype, teacher.dtype)  # of the two: neither is rounded
     n, at_once = len(student), ROWS if student.device.type == "cpu" else chunk
     kl = torch.empty(n, dtype=wide, device=student.device)
-    gradient = torch.empty(student.shape, dtype=wide, device=student.device) if with_gradient else None
+    gradient: torch.Tensor | None = None
+    if with_gradient:
+        gradient = torch.empty(student.shape, dtype=wide, device=student.device)
     chunk = min(chunk, max(n, 1))
     logits = torch.empty(2 * chunk, len(weight), dtype=wide, device=student.device)
-    with torch.autocast(student.device.type, enabled=False):  # it would round what is widened here
+    with torch.autocast(student.device.type, enabled=False):  # it would round what is wide_tiles here
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             size = rows.stop - rows.start
@@ -135,7 +137,7 @@ def kl_rows(
             if gradient is not None:
                 back_product_into(gradient[rows], ours, weight)
     kl *= temperature**2
-    return (kl, gradient.mul_(temperature)) if with_gradient else kl
+    return kl if gradient is None else (kl, gradient.mul_(temperature))
 
 # %% ../../nbs/step/01_fused_kl.ipynb #b43f1ba3
 class FusedRows(torch.autograd.Function):
@@ -194,8 +196,10 @@ def token_linear_kl(
         reverse=reverse,
         chunk=chunk,
     )
-    wanted = torch.is_grad_enabled() and student_hidden.requires_grad
-    return FusedRows.apply(student_hidden, rows) if wanted else cast(torch.Tensor, rows(student_hidden))
+    differentiable = torch.is_grad_enabled() and student_hidden.requires_grad
+    return (
+        FusedRows.apply(student_hidden, rows) if differentiable else cast(torch.Tensor, rows(student_hidden))
+    )
 
 # %% ../../nbs/step/01_fused_kl.ipynb #7e14b372
 def fused_linear_kl(

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from .fused_kl import back_product_into, chunk_for, product_into, token_linear_kl
 from .losses import accumulate, token_kl
-from .models import base_model, decoder_blocks, find_decoder, teacher_mode, whole
+from .models import base_model, decoder_blocks, find_decoder, full_weight, teacher_mode
 
 # %% auto #0
-__all__ = ['SCALES', 'WideLinear', 'transforms', 'own_logits', 'Head', 'watched_ends', 'explained', 'plain_linear',
+__all__ = ['SCALES', 'WideLinear', 'by_constant', 'transforms', 'own_logits', 'Head', 'trace_ends', 'explained', 'plain_linear',
            'describe_head', 'find_head', 'head_kl', 'teacher_logits']
 
 # %% ../../nbs/step/06_heads.ipynb #9373577e
@@ -60,7 +60,12 @@ SCALES = (
     "softcap",
 )
 
+# %% ../../nbs/step/06_heads.ipynb #7998efdd
+def by_constant(c: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+    "Return what families do to logits with a constant `c`: multiply by it, divide by it, cap by it (tanh)."
+    return lambda logits: logits * c, lambda logits: logits / c, lambda logits: torch.tanh(logits / c) * c
 
+# %% ../../nbs/step/06_heads.ipynb #7f85779d
 def transforms(model: nn.Module) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
     """Yield `(name, function)` for what a model may do to the product of its output layer: nothing, or a
     scale or a soft cap (tanh) by a constant of its configuration."""
@@ -68,9 +73,8 @@ def transforms(model: nn.Module) -> Iterator[tuple[str, Callable[[torch.Tensor],
     config = base_model(model).config.get_text_config()
     for name in SCALES:
         if isinstance(c := getattr(config, name, None), (int, float)) and c:
-            yield name, lambda logits, c=float(c): logits * c
-            yield name, lambda logits, c=float(c): logits / c
-            yield name, lambda logits, c=float(c): torch.tanh(logits / c) * c
+            for function in by_constant(float(c)):
+                yield name, function
 
 # %% ../../nbs/step/06_heads.ipynb #ebd72e7b
 def own_logits(causal_lm: PreTrainedModel, hidden: torch.Tensor, output: Any = None) -> torch.Tensor:
@@ -79,14 +83,14 @@ def own_logits(causal_lm: PreTrainedModel, hidden: torch.Tensor, output: Any = N
 
     `output`: one of the decoder's own outputs, whose other fields that code gets to see; by default that of
     one token."""
-    decoder = find_decoder(causal_lm)
+    decoder: Any = find_decoder(causal_lm)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     if output is None:
         with torch.no_grad():
             output = decoder(input_ids=ids[:1, :1], use_cache=False)
-    ended = copy.copy(output)
-    ended["last_hidden_state"] = hidden
-    decoder.forward = lambda *args, **kwargs: ended
+    final = copy.copy(output)
+    final["last_hidden_state"] = hidden
+    decoder.forward = lambda *args, **kwargs: final
     try:
         return causal_lm(input_ids=ids, use_cache=False).logits
     finally:
@@ -107,31 +111,39 @@ class Head:
     note: str = ""
 
 # %% ../../nbs/step/06_heads.ipynb #4dfe0aa8
-def watched_ends(causal_lm: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, Any, nn.Module | None]:
+def trace_ends(causal_lm: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, Any, nn.Module | None]:
     """Return the logits [n, V] of one row, the decoder's output for it, and the direct child of the decoder
     that made the final hidden states of what the last block put out, None if no single one did."""
-    decoder, last_block, ends = find_decoder(causal_lm), decoder_blocks(causal_lm)[-1], {}
-    watched = [
+    decoder, last_block = find_decoder(causal_lm), decoder_blocks(causal_lm)[-1]
+    ends: dict[nn.Module, Any] = {}
+    modules = [
         decoder,
         last_block,
         *(child for child in decoder.children() if not isinstance(child, nn.ModuleList)),
     ]
 
-    def keep(module, args, output):
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         ends[module] = args[0] if args else None, output
 
-    hooks = [module.register_forward_hook(keep) for module in watched]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         logits = causal_lm(**inputs).logits[0]
     finally:
         for hook in hooks:
             hook.remove()
-    (_, output), (_, put_out) = ends.pop(decoder), ends.pop(last_block)
-    before, after = put_out[0] if isinstance(put_out, tuple) else put_out, output.last_hidden_state
+    (_, output), (_, states) = ends.pop(decoder), ends.pop(last_block)
+    before, after = states[0] if isinstance(states, tuple) else states, output.last_hidden_state
     return (
         logits,
         output,
-        next((module for module, (got, made) in ends.items() if got is before and made is after), None),
+        next(
+            (
+                module
+                for module, (inputs_of, result) in ends.items()
+                if inputs_of is before and result is after
+            ),
+            None,
+        ),
     )
 
 # %% ../../nbs/step/06_heads.ipynb #fc5df4f2
@@ -139,11 +151,11 @@ def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> 
     """Return which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer
     its own `logits` [n, V], to 1e-4 of the largest (in bfloat16 to two roundings); None if none does, or
     where logits are NaN or infinite."""
-    wanted = logits.float()
-    if product.shape != wanted.shape:
+    target = logits.float()
+    if product.shape != target.shape:
         return None
-    errors = {(f(product) - wanted).abs().max().item(): (name, f) for name, f in transforms(model)}
-    tolerance = max(2 * torch.finfo(logits.dtype).eps, 1e-4) * wanted.abs().max().item()
+    errors = {(f(product) - target).abs().max().item(): (name, f) for name, f in transforms(model)}
+    tolerance = max(2 * torch.finfo(logits.dtype).eps, 1e-4) * target.abs().max().item()
     # −inf logits make both infinite, NaN compares as false
     return errors[min(errors)] if min(errors) <= tolerance < math.inf else None
 
@@ -152,12 +164,10 @@ def plain_linear(layer: nn.Module) -> bool:
     """Return whether an output layer is a frozen, unquantised linear: an adapter on it, or a trained copy,
     has another type. That FSDP has made it its own does not count."""
     kind = next(c for c in type(layer).__mro__ if not issubclass(c, FSDPModule))
-    return (
-        kind is nn.Linear
-        and layer.weight.is_floating_point()
-        and layer.weight.element_size() > 1
-        and not layer.weight.requires_grad
-    )
+    if kind is not nn.Linear:
+        return False
+    weight: Any = layer.weight
+    return weight.is_floating_point() and weight.element_size() > 1 and not weight.requires_grad
 
 # %% ../../nbs/step/06_heads.ipynb #9c0a70fc
 def describe_head(
@@ -172,7 +182,7 @@ def describe_head(
     `transforms` does, and with its own code otherwise."""
     layer: Any = causal_lm.get_output_embeddings()
 
-    def by_own_code(note):
+    def by_own_code(note: str) -> Head:
         return Head(norm, None, lambda h: accumulate(own(h)), note)
 
     if not plain_linear(layer):
@@ -181,9 +191,9 @@ def describe_head(
             "which is no frozen, unquantised linear"
         )
 
-    def product(h):
-        bias = 0 if layer.bias is None else whole(layer.bias).to(torch.float32)
-        return WideLinear.apply(h, whole(layer.weight)) + bias
+    def product(h: torch.Tensor) -> torch.Tensor:
+        bias = 0 if layer.bias is None else full_weight(layer.bias).to(torch.float32)
+        return WideLinear.apply(h, full_weight(layer.weight)) + bias
 
     if (match := explained(causal_lm, product(hidden), theirs)) is None:
         return by_own_code("its logits are more than the product of its output layer")
@@ -211,10 +221,10 @@ def find_head(model: nn.Module) -> Head:
     training = {m for m in model.modules() if m.training}
     model.eval()
     try:
-        theirs, output, norm = watched_ends(causal_lm, inputs)
+        theirs, output, norm = trace_ends(causal_lm, inputs)
         hidden = output.last_hidden_state[0]
 
-        def own(h):
+        def own(h: torch.Tensor) -> torch.Tensor:
             return own_logits(causal_lm, h[None], output)[0]
 
         # NaN is reported by its own error, later
@@ -245,9 +255,9 @@ def head_kl(
     under activation checkpointing: one more product by the output layer than the short way, no [N, V] either.
     `fused` False makes all logits at once."""
     if fused and head.layer is not None and teacher_logits is head.logits:
-        return token_linear_kl(student_hidden, teacher_hidden, whole(head.layer.weight), temperature)
+        return token_linear_kl(student_hidden, teacher_hidden, full_weight(head.layer.weight), temperature)
 
-    def some(ours, theirs):
+    def some(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             target = teacher_logits(theirs)
         return token_kl(head.logits(ours), target, temperature)
@@ -274,7 +284,7 @@ def teacher_logits(student: PeftModel, head: Head, teacher: nn.Module | None) ->
     if head.layer is not None:
         return head.logits
 
-    def adapter_off(hidden):
+    def adapter_off(hidden: torch.Tensor) -> torch.Tensor:
         with teacher_mode(student):
             return head.logits(hidden)
 

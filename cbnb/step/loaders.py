@@ -27,7 +27,7 @@ from transformers import (
 )
 
 # %% auto #0
-__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'mapped', 'check_code', 'attention_names', 'read_config',
+__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'auto_classes', 'check_code', 'attention_names', 'read_config',
            'read_tokenizer', 'model_class', 'empty_model', 'read_model', 'fetch_adapter', 'read_adapter',
            'fill_adapter']
 
@@ -86,14 +86,14 @@ def named(name_or_path: str) -> Iterator[None]:
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 # %% ../../nbs/step/03_loaders.ipynb #ef31b655
-def mapped(settings: dict, loader: str) -> list[str]:
+def auto_classes(settings: dict, loader: str) -> list[str]:
     """Return the classes that `auto_map` of the `settings` in a config.json or tokenizer_config.json names
     for one of transformers' loaders, such as `AutoConfig`: `file.Class`, with `repository--` in front where
     the file is not the model's own. Of a tokenizer two may be named."""
-    found = settings.get("auto_map") or {}
-    if isinstance(found, dict):
-        found = found.get(loader)
-    return [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
+    names = settings.get("auto_map") or {}
+    if isinstance(names, dict):
+        names = names.get(loader)
+    return [name for name in (names if isinstance(names, list) else [names]) if isinstance(name, str)]
 
 # %% ../../nbs/step/03_loaders.ipynb #19b02fd7
 SAY_SO = "give trust_remote_code (--trust-remote-code, -p trust_remote_code True)"
@@ -103,11 +103,11 @@ def check_code(
     name: str, what: str, classes: list[str], own: Iterable[str | None], trust_remote_code: bool
 ) -> None:
     """Raise ConfigError where `what` of the model `name` is code that comes with it, by the `classes` that it
-    names (`mapped`), unless transformers has a class of that name, which are `own` (names), or
+    names (`auto_classes`), unless transformers has a class of that name, which are `own` (names), or
     `trust_remote_code` is given."""
     names = [reference.rpartition(".")[2] for reference in classes]
-    known = {n.casefold() for n in names} & {n.casefold() for n in own if n}
-    if trust_remote_code or not names or known:
+    library = {n.casefold() for n in names} & {n.casefold() for n in own if n}
+    if trust_remote_code or not names or library:
         return
     repository, _, path = classes[0].rpartition("--")
     folder, file = resolve_model(name), f"{path.partition('.')[0]}.py"
@@ -137,7 +137,7 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     with named(name):
         settings, _ = PretrainedConfig.get_config_dict(place)
         own = [CONFIG_MAPPING_NAMES.get(str(settings.get("model_type")))]
-    check_code(name, "configuration", mapped(settings, "AutoConfig"), own, trust_remote_code)
+    check_code(name, "configuration", auto_classes(settings, "AutoConfig"), own, trust_remote_code)
     with named(name):
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     kernels = [kernel for kernel in attention_names(config) if "/" in str(kernel)]
@@ -155,7 +155,7 @@ def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     `trust_remote_code`, and for what transformers does not know; OSError for one that is not there."""
     place = resolve_model(name)
     with named(name):
-        classes = mapped(get_tokenizer_config(place), "AutoTokenizer")
+        classes = auto_classes(get_tokenizer_config(place), "AutoTokenizer")
         names = [reference.rpartition(".")[2] for reference in classes]
         own = [name for name in names if tokenizer_class_from_name(name) is not None]
         if classes and not own:
@@ -176,12 +176,12 @@ def model_class(
     whose text part is then used. Raises ConfigError for a type that has no such model, and for a model that
     is code, unless `trust_remote_code`."""
     auto: type[_BaseAutoModelClass]
-    auto, known = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        auto, known = AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    classes = known.get(type(config), ())
+    auto, mapping = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto, mapping = AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    classes = mapping.get(type(config), ())
     own = [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,)) if c]
-    code = mapped({"auto_map": getattr(config, "auto_map", None)}, auto.__name__)
+    code = auto_classes({"auto_map": getattr(config, "auto_map", None)}, auto.__name__)
     if not own and not code:
         raise ConfigError(
             f"{name} cannot be loaded: it is of the type {config.model_type}, of which "
@@ -207,8 +207,8 @@ def read_model(name: str, trust_remote_code: bool = False, **more: Any) -> PreTr
     OSError for one that is not there."""
     place = resolve_model(name)
     with named(name):
-        carried = find_adapter_config_file(place)
-    if carried:
+        adapter = find_adapter_config_file(place)
+    if adapter:
         raise ConfigError(
             f"{name} carries an adapter, which ours would replace: merge it into its base "
             "(peft's merge_and_unload), save that, and give the new folder."
@@ -228,7 +228,7 @@ def fetch_adapter(name: str) -> Path:
 
 # %% ../../nbs/step/03_loaders.ipynb #8921521d
 def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftConfig:
-    """peft's configuration of the adapter in `folder`. Raises ConfigError where it is none that peft knows,
+    """Return peft's configuration of the adapter in `folder`. Raises ConfigError where peft does not know it,
     where it names a module to import, unless `trust_remote_code`, and where it names adapters to load beside
     it."""
     path = Path(folder) / ADAPTER_FILES[0]
@@ -241,8 +241,8 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
         raise ConfigError(f"{path} is no JSON object; save the adapter again.")
     if (kind := str(settings.get("peft_type"))) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ConfigError(f"{path} names the peft_type {cut(repr(kind), 80)}, which peft does not know.")
-    found = settings.get("auto_mapping")
-    library = found.get("parent_library") if isinstance(found, dict) else None
+    mapping = settings.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     core = settings.get("megatron_core", "megatron.core") if settings.get("megatron_config") else None
     modules = {"auto_mapping": library, "megatron_core": core}
     foreign = [

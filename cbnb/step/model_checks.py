@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,8 +22,8 @@ from .models import base_model, find_decoder, forward_with_hidden_states, in_wor
 from .passes import both_passes
 
 # %% auto #0
-__all__ = ['two_rows', 'off', 'tolerance', 'shaken', 'check_causal', 'check_states', 'passed', 'check_saving', 'check_savings',
-           'check_tied', 'check_model', 'check_packing']
+__all__ = ['two_rows', 'off', 'tolerance', 'shaken', 'check_causal', 'check_states', 'states_and_gradients', 'check_saving',
+           'check_savings', 'check_tied', 'check_model', 'check_packing']
 
 # %% ../../nbs/step/07_model_checks.ipynb #e6acfcc7
 def two_rows(model: nn.Module) -> dict:
@@ -44,8 +45,8 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     wide = ours.dtype in (torch.float32, torch.float64)
     ours, theirs = ours.double(), theirs.double()
     each = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)
-    found = each.max() if wide else each.median()
-    return found.item() if found.isfinite() else float("inf")
+    error = each.max() if wide else each.median()
+    return error.item() if error.isfinite() else float("inf")
 
 # %% ../../nbs/step/07_model_checks.ipynb #3e60b33c
 def tolerance(model: nn.Module) -> float:
@@ -57,11 +58,9 @@ def tolerance(model: nn.Module) -> float:
 def shaken(student: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Make the adapter do something inside (a fresh one is a no-op), in training mode without anything drawn
     by chance; yield what is trained, by name. Afterwards all is as before."""
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    before, modes = (
-        {name: p.detach().clone() for name, p in trained.items()},
-        [(m, m.training) for m in student.modules()],
-    )
+    weights = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    modes = [(m, m.training) for m in student.modules()]
     chance = [
         (m, name, value)
         for m in student.modules()
@@ -77,18 +76,18 @@ def shaken(student: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
             for m, name, _ in chance:
                 setattr(m, name, 0.0)
             with torch.no_grad():
-                for p in trained.values():
+                for p in weights.values():
                     p.data.add_((torch.randn(p.shape, generator=generator) * 0.05).to(p.device, p.dtype))
-            yield trained
+            yield weights
         finally:
             with torch.no_grad():
                 # .data: a graph that was made before is still good
-                for name, p in trained.items():
+                for name, p in weights.items():
                     p.data.copy_(before[name])
             for m, name, value in chance:
                 setattr(m, name, value)
-            for m, training in modes:
-                m.training = training
+            for m, mode in modes:
+                m.training = mode
 
 # %% ../../nbs/step/07_model_checks.ipynb #46bc64c3
 @torch.no_grad()
@@ -97,20 +96,21 @@ def check_causal(
 ) -> None:
     """Raise ConfigError where `states` {layer: [2, S, d]} and `last` [2, S, d] of the `rows` depend on later
     tokens, on padding, or on the other row: where a shorter pass gives others."""
-    name, allowed, layers = type(base_model(model)).__name__, tolerance(model), config.target_layers
+    name, limit, layers = type(base_model(model)).__name__, tolerance(model), config.target_layers
     for row, length, why in (
         (slice(0, 2), 8, "on the tokens behind it: the model is not causal"),
         (slice(1, 2), 7, "on padding behind it, or on the other rows of a batch"),
     ):
         part = {key: value[row, :length] for key, value in rows.items()}
         few, end = forward_with_hidden_states(model, **part, layers=layers, mode="hooks")
+        assert end is not None  # all blocks are run
         at = part["attention_mask"].bool()
-        found = max(
+        error = max(
             off(last[row, :length][at], end[at]),
             *(off(states[layer][row, :length][at], few[layer][at]) for layer in layers),
         )
-        if found > allowed:
-            raise ConfigError(f"in this {name} a token's states depend {why} ({found:.0%} off)")
+        if error > limit:
+            raise ConfigError(f"in this {name} a token's states depend {why} ({error:.0%} off)")
 
 # %% ../../nbs/step/07_model_checks.ipynb #b819469f
 @torch.no_grad()
@@ -119,11 +119,11 @@ def check_states(model: nn.Module, config: CircuitBreakerConfig) -> None:
     others than inside of the model, and where the mode `hidden_states` gives others than the blocks put
     out."""
     causal_lm = base_model(model)
-    name, rows, allowed = type(causal_lm).__name__, two_rows(causal_lm), tolerance(causal_lm)
-    layers, seen = config.target_layers, []
+    name, rows, limit = type(causal_lm).__name__, two_rows(causal_lm), tolerance(causal_lm)
+    layers, inside = config.target_layers, []
     states, last = forward_with_hidden_states(model, **rows, layers=layers, mode="hooks")
     hook = find_decoder(causal_lm).register_forward_hook(
-        lambda module, args, output: seen.append(output.last_hidden_state)
+        lambda module, args, output: inside.append(output.last_hidden_state)
     )
     try:
         causal_lm(**rows, use_cache=False)
@@ -131,9 +131,9 @@ def check_states(model: nn.Module, config: CircuitBreakerConfig) -> None:
         hook.remove()
     real = rows["attention_mask"].bool()
     # weights that hold NaN: training ends with its own word at the first step
-    if not last[real].isfinite().all():
+    if last is None or not last[real].isfinite().all():
         return
-    if off(last[real], seen[0][real]) > allowed:
+    if off(last[real], inside[0][real]) > limit:
         raise ConfigError(
             f"the decoder of this {name} gives other states by itself than inside of the model, so what it "
             "is trained on would not be what it says"
@@ -143,7 +143,7 @@ def check_states(model: nn.Module, config: CircuitBreakerConfig) -> None:
         theirs, _ = forward_with_hidden_states(model, **rows, layers=layers)
         if any(
             theirs[layer].shape != states[layer].shape
-            or off(theirs[layer][real], states[layer][real]) > allowed
+            or off(theirs[layer][real], states[layer][real]) > limit
             for layer in layers
         ):
             raise ConfigError(
@@ -152,20 +152,24 @@ def check_states(model: nn.Module, config: CircuitBreakerConfig) -> None:
             )
 
 # %% ../../nbs/step/07_model_checks.ipynb #5f6b63d9
-def passed(
-    student: PeftModel, config: CircuitBreakerConfig, norm: nn.Module | None, final: bool, trained: dict
+def states_and_gradients(
+    student: PeftModel,
+    config: CircuitBreakerConfig,
+    norm: nn.Module | None,
+    final: bool,
+    weights: dict[str, nn.Parameter],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Return `(states, gradients)` of one student's pass over `two_rows`, the latter of the mean square of
     the former in what is trained (None where there is none)."""
     rows = two_rows(student)
     (hidden, last), _ = both_passes(student, None, rows, config, norm, final)
     real = rows["attention_mask"].bool()
-    states = [h[real] for h in (*hidden.values(), *((last,) if final else ()))]
+    states = [h[real] for h in (*hidden.values(), *(() if last is None or not final else (last,)))]
     total = sum(s.float().square().mean() for s in states)
     gradients = (
-        torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+        torch.autograd.grad(total, list(weights.values()), allow_unused=True)
         if total.requires_grad
-        else [None] * len(trained)
+        else [None] * len(weights)
     )
     return [s.detach() for s in states], list(gradients)
 
@@ -176,20 +180,22 @@ def check_saving(
     saving: str,
     norm: nn.Module | None,
     final: bool,
-    trained: dict,
-    plain: tuple[list, list],
+    weights: dict[str, nn.Parameter],
+    plain: tuple[list[torch.Tensor], list[torch.Tensor | None]],
 ) -> None:
     """Raise ConfigError where a pass with one `saving` has other states or gradients than `plain`, those of
-    the pass without any (as `passed` gives them)."""
+    the pass without any (as `states_and_gradients` gives them)."""
     name = type(base_model(student)).__name__
-    reference, wanted = plain
+    reference, truth = plain
     what = (
         f"savings {saving} cannot be had for this {name}, give savings "
         f"{','.join(s for s in config.savings if s != saving) or 'none'}"
     )
     with in_words(what):
-        states, gradients = passed(student, replace(config, savings=(saving,)), norm, final, trained)
-    pairs = [(g, w) for g, w in zip(gradients, wanted) if g is not None or w is not None]
+        states, gradients = states_and_gradients(
+            student, replace(config, savings=(saving,)), norm, final, weights
+        )
+    pairs = [(g, w) for g, w in zip(gradients, truth) if g is not None or w is not None]
     if any((g is None) != (w is None) for g, w in pairs):
         raise ConfigError(f"{what}: gradients get lost")
     if not pairs:
@@ -208,20 +214,22 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
     them, has other states or gradients than a plain one, and where a weight of the adapter gets no gradient
     at all."""
     name, norm = type(student.get_base_model()).__name__, find_head(student).norm
-    asked = [s for s in ("early_exit", "shared_prefix") if s in config.savings]
+    savings = [s for s in ("early_exit", "shared_prefix") if s in config.savings]
     # an adapter on the output layer moves no state
     within = {id(p) for p in find_decoder(student).parameters()}
-    with shaken(student) as trained:
+    with shaken(student) as weights:
         for final in (True, False):
-            reference, wanted = passed(student, replace(config, savings=("none",)), norm, final, trained)
+            reference, truth = states_and_gradients(
+                student, replace(config, savings=("none",)), norm, final, weights
+            )
             if not all(state.isfinite().all() for state in reference):
                 return
             bare = [
                 n
-                for n, g in zip(trained, wanted)
+                for n, g in zip(weights, truth)
                 if g is None
                 and "lora_" in n
-                and id(trained[n]) in within
+                and id(weights[n]) in within
                 and not re.search(r"\.\d+\..*\.\d+\.", n)
             ]
             if final and bare:
@@ -230,8 +238,8 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
                     f"{bare[0]}: it is not applied there; "
                     "leave what it sits on out of lora_modules"
                 )
-            for saving in asked:
-                check_saving(student, config, saving, norm, final, trained, (reference, wanted))
+            for saving in savings:
+                check_saving(student, config, saving, norm, final, weights, (reference, truth))
 
 # %% ../../nbs/step/07_model_checks.ipynb #e4a21a41
 def check_tied(student: PeftModel) -> None:
@@ -271,16 +279,17 @@ def check_model(student: PeftModel, config: CircuitBreakerConfig, teacher: nn.Mo
 # by how much states are off, for models that were asked
 _PACKED: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 
-
+# %% ../../nbs/step/07_model_checks.ipynb #a97d13be
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
     """Raise ConfigError unless `model` gives two samples that are packed in one row
     (`cbnb.data.streams.pack_rows`) the states that each has alone."""
     if model not in _PACKED:
         causal_lm = base_model(model)
-        decoder, ids, n = find_decoder(causal_lm), two_rows(causal_lm)["input_ids"], 7
+        decoder: Any = find_decoder(causal_lm)
+        ids, n = two_rows(causal_lm)["input_ids"], 7
         positions = torch.cat([torch.arange(n), torch.arange(12 - n)]).to(ids.device)[None].expand(2, -1)
-        training = causal_lm.training
+        mode = causal_lm.training
         causal_lm.eval()
         try:
             with in_words(f"rows cannot be packed for this {type(causal_lm).__name__}"):
@@ -289,12 +298,12 @@ def check_packing(model: nn.Module) -> None:
                     decoder(input_ids=part, use_cache=False).last_hidden_state
                     for part in (ids[:, :n], ids[:, n:])
                 ]
-                found = off(packed, torch.cat(alone, dim=1))
-                if found <= tolerance(causal_lm):
-                    found = off(packed[:, n:], alone[1])
+                error = off(packed, torch.cat(alone, dim=1))
+                if error <= tolerance(causal_lm):
+                    error = off(packed[:, n:], alone[1])
         finally:
-            causal_lm.train(training)
-        _PACKED[model] = found
+            causal_lm.train(mode)
+        _PACKED[model] = error
     if not _PACKED[model] <= tolerance(model):
         raise ConfigError(
             f"rows cannot be packed for this {type(model).__name__}: its blocks mix the samples of a row "

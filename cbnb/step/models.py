@@ -28,12 +28,12 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 
 # %% auto #0
 __all__ = ['DTYPES', 'KINDS', 'in_words', 'base_model', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts',
-           'is_in_parts', 'whole', 'in_4_bits', 'check_quantised', 'check_load_options', 'load_model', 'num_blocks',
-           'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs', 'first_blocks',
-           'check_mode', 'forward_with_hidden_states', 'own_name', 'weight_kind', 'in_blocks', 'uncalled', 'rewritten',
-           'short_names', 'name_problem', 'fits', 'chosen_weights', 'check_start', 'lora_targets', 'largest_rank',
-           'check_rank', 'lora_config', 'add_adapter', 'reach', 'reach_shares', 'reach_line', 'teacher_mode',
-           'check_teacher', 'write_adapter', 'save_adapter']
+           'is_in_parts', 'full_weight', 'in_4_bits', 'check_quantised', 'check_load_options', 'load_model',
+           'num_blocks', 'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs',
+           'first_blocks', 'check_mode', 'forward_with_hidden_states', 'own_name', 'weight_kind', 'in_blocks',
+           'idle_linears', 'is_expert_name', 'short_names', 'name_problem', 'ends_in', 'target_weights', 'check_start',
+           'lora_targets', 'largest_rank', 'check_rank', 'lora_config', 'add_adapter', 'reach', 'reach_shares',
+           'reach_line', 'teacher_mode', 'check_teacher', 'write_adapter', 'save_adapter']
 
 # %% ../../nbs/step/04_models.ipynb #3439d197
 from torch import nn
@@ -114,8 +114,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def in_parts(name_or_path: str, trust_remote_code: bool) -> dict:
     """Return what `from_pretrained` wants so that each process of the run reads its part of every weight and
     keeps that (FSDP2). A block has all of its weights while it runs, and so has the final norm; transformers'
-    own plan ties that to the output layer, which is not called here (`whole`). Raises ValueError where there
-    is one process."""
+    own plan ties that to the output layer, which is not called here (`full_weight`). Raises ValueError where
+    there is one process."""
     if world_size() == 1:
         raise ValueError(
             "fsdp shares the weights among several processes, but there is one: start more by torchrun or "
@@ -138,7 +138,7 @@ def is_in_parts(model: nn.Module) -> bool:
     return getattr(base_model(model), "is_distributed_loading_by_transformers", False)
 
 # %% ../../nbs/step/04_models.ipynb #faaf50b3
-def whole(weight: torch.Tensor) -> torch.Tensor:
+def full_weight(weight: torch.Tensor) -> torch.Tensor:
     """Return `weight` with the parts that other processes keep, which all have to ask for; `weight` itself
     where it is in one piece."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -160,7 +160,7 @@ def in_4_bits(dtype: str, device: str | torch.device | None) -> dict:
     }
 
 # %% ../../nbs/step/04_models.ipynb #14402dbd
-def check_quantised(model: nn.Module) -> None:
+def check_quantised(model: PreTrainedModel) -> None:
     """Raise ValueError unless a 4-bit linear of `model` gives in eval mode, which is the teacher's, what it
     gives in training, and passes the gradient of its product on. On CPUs bitsandbytes repacks the weights for
     inference at the first call in eval mode, and neither holds any more."""
@@ -169,21 +169,21 @@ def check_quantised(model: nn.Module) -> None:
     )
     x = torch.randn(4, linear.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
 
-    def trained():
+    def train_product() -> tuple[torch.Tensor, torch.Tensor]:
         y = linear.train()(x)
         return y.detach(), torch.autograd.grad(y.float().sum(), x)[0]
 
     with warnings.catch_warnings():
         # that is what is looked for
         warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")
-        value, gradient = trained()
+        value, gradient = train_product()
         with torch.no_grad():
-            found = [(linear.eval()(x.detach()), value)]
+            pairs = [(linear.eval()(x.detach()), value)]
         try:
-            found += zip(trained(), (value, gradient))
+            pairs += zip(train_product(), (value, gradient))
         except RuntimeError:
-            found.append((torch.zeros_like(value), value))  # no gradient at all
-    off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in found)
+            pairs.append((torch.zeros_like(value), value))  # no gradient at all
+    off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
     if not off < 0.02:
         raise ValueError(
             f"bitsandbytes' 4-bit weights on {model.device.type} are not the same in training and in eval "
@@ -256,11 +256,11 @@ def find_decoder(model: nn.Module) -> nn.Module:
     no such module."""
     causal_lm = base_model(model)
 
-    def fits(m):
+    def is_decoder(m):
         takes_ids = "input_ids" in inspect.signature(type(m).forward).parameters
         return takes_ids and blocks_name(m, num_blocks(causal_lm)) is not None
 
-    decoder = next((m for m in causal_lm.get_decoder().modules() if fits(m)), None)
+    decoder = next((m for m in causal_lm.get_decoder().modules() if is_decoder(m)), None)
     if decoder is None:
         raise ConfigError(
             f"no list of {num_blocks(causal_lm)} blocks can be found in this {type(causal_lm).__name__}, so "
@@ -313,18 +313,18 @@ def token_states(output: Any, rows: tuple[int, ...]) -> torch.Tensor:
 def block_outputs(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Capture inside, by hooks, the output of each block of `layers`: every forward pass fills the yielded
     dict `{layer: [B, S, d]}` (`token_states`)."""
-    captured: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
     rows: list[tuple[int, ...]] = []
 
     def begin(module, args, kwargs):
-        given = next(
+        inputs = next(
             x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None
         )
-        rows[:] = [given.shape[:2]]
+        rows[:] = [inputs.shape[:2]]
 
     def keep(layer):
         def hook(module, args, output):
-            captured[layer] = token_states(output, rows[0])
+            outputs[layer] = token_states(output, rows[0])
 
         return hook
 
@@ -332,7 +332,7 @@ def block_outputs(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int,
     handles = [find_decoder(model).register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
-        yield captured
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -384,7 +384,7 @@ def forward_with_hidden_states(
     last = num_blocks(causal_lm) - 1
     check_mode(mode, layers, last)
     hooks, decoder = mode == "hooks" or blocks is not None, find_decoder(causal_lm)
-    with block_outputs(causal_lm, layers if hooks else ()) as captured, first_blocks(causal_lm, blocks):
+    with block_outputs(causal_lm, layers if hooks else ()) as outputs, first_blocks(causal_lm, blocks):
         output = decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -397,7 +397,7 @@ def forward_with_hidden_states(
             "hidden_state_mode hooks"
         )
     hidden = (
-        captured
+        outputs
         if hooks
         else {layer: token_states(output.hidden_states[layer + 1], input_ids.shape) for layer in layers}
     )
@@ -432,15 +432,15 @@ KINDS = {  # words in the names and classes on the way from a block to a weight;
 def own_name(kind: type, block: type) -> str:
     """Return the name of a module's class without the family's name, with which that of its block begins,
     too: `MLP` of `SeedOssMLP`."""
-    shared = os.path.commonprefix([kind.__name__, block.__name__])
+    prefix = os.path.commonprefix([kind.__name__, block.__name__])
     # whole words only
-    while shared and kind.__name__[len(shared) : len(shared) + 1].islower():
-        shared = shared[:-1]
-    return "" if kind is Conv1D else kind.__name__[len(shared) :]  # transformers' Conv1D is a linear
+    while prefix and kind.__name__[len(prefix) : len(prefix) + 1].islower():
+        prefix = prefix[:-1]
+    return "" if kind is Conv1D else kind.__name__[len(prefix) :]  # transformers' Conv1D is a linear
 
 # %% ../../nbs/step/04_models.ipynb #713262f3
 def weight_kind(block: nn.Module, path: str) -> str:
-    """Return which of `KINDS` the weight at `path` in a block is, told by names and classes on the way, the
+    """Return which of `KINDS` the weight at `path` in a block is, by names and classes on the way, the
     family's own name last (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block
     without experts there are no shared ones: they are its MLP."""
     owner, words, families = block, [], []
@@ -456,13 +456,13 @@ def weight_kind(block: nn.Module, path: str) -> str:
     has_experts = any(name.endswith("experts") and "shared" not in name for name, _ in block.named_modules())
     if has_experts and parts[-1] in ("gate", "wg"):
         return "routers"
-    found = (
+    matches = (
         kind
-        for said in (words, families)
-        for kind, known in KINDS.items()
-        if any(w in word for word in said for w in known)
+        for names in (words, families)
+        for kind, signs in KINDS.items()
+        if any(sign in name for name in names for sign in signs)
     )
-    kind = next(found, "other")
+    kind = next(matches, "other")
     return "MLP" if kind == "shared experts" and not has_experts else kind
 
 # %% ../../nbs/step/04_models.ipynb #932a0eab
@@ -485,7 +485,7 @@ def in_blocks(model: nn.Module) -> tuple[dict, dict]:
 
 # %% ../../nbs/step/04_models.ipynb #1166b95b
 @torch.no_grad()
-def uncalled(model: PreTrainedModel) -> set[str]:
+def idle_linears(model: PreTrainedModel) -> set[str]:
     """Return the linears of the blocks that a pass over 8 tokens does not call: an adapter there would do
     nothing and get no gradient. Single experts, which a router may choose another time, are not among them.
     Empty on the meta device.
@@ -494,9 +494,9 @@ def uncalled(model: PreTrainedModel) -> set[str]:
     if next(model.parameters()).device.type == "meta":
         return set()
     linears = in_blocks(model)[0]
-    called: set[str] = set()
+    calls: set[str] = set()
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.add(name))
         for name in linears
     ]
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
@@ -506,18 +506,18 @@ def uncalled(model: PreTrainedModel) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name for name in linears if name not in called and not re.search(r"\.\d+\..*\.\d+\.", name)}
+    return {name for name in linears if name not in calls and not re.search(r"\.\d+\..*\.\d+\.", name)}
 
 # %% ../../nbs/step/04_models.ipynb #68631c15
-def rewritten(model: nn.Module, name: str) -> bool:
+def is_expert_name(model: nn.Module, name: str) -> bool:
     """Return whether peft takes `name` for that of an expert's weight from before transformers fused them,
     and adapts the fused ones."""
-    asked = LoraConfig(target_modules=[name])
+    config = LoraConfig(target_modules=[name])
     try:
-        convert_peft_config_for_transformers(asked, model=model, conversions=None)
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
     except ValueError:  # it wants the others of a fused weight too
         return True
-    return name not in (asked.target_modules or ())
+    return name not in (config.target_modules or ())
 
 # %% ../../nbs/step/04_models.ipynb #fb1d12b6
 def short_names(names: Iterable[str]) -> list[str]:
@@ -530,9 +530,11 @@ def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dic
     """Return the ConfigError for names of `lora_modules` that no linear and no fused weight of the blocks
     has."""
     elsewhere = [
-        w for w in unknown if any(fits(name, w) for name, _ in model.named_modules() if name not in linears)
+        w
+        for w in unknown
+        if any(ends_in(name, w) for name, _ in model.named_modules() if name not in linears)
     ]
-    listed = ", ".join(map(repr, elsewhere or unknown))
+    names = ", ".join(map(repr, elsewhere or unknown))
     plain = sorted({name.rpartition(".")[2] for name in linears})
     why = (
         "which is no linear of a decoder block, and nothing else can be rerouted"
@@ -541,17 +543,17 @@ def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dic
     )
     experts = f", and its fused experts' weights {', '.join(short_names(fused))}" if fused else ""
     return ConfigError(
-        f"lora_modules holds {listed}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: "
+        f"lora_modules holds {names}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: "
         "list those that are to be adapted"
     )
 
 # %% ../../nbs/step/04_models.ipynb #350d7626
-def fits(name: str, wanted: str) -> bool:
-    """Return whether a full name ends in the parts of `wanted`, as peft compares them."""
-    return name == wanted or name.endswith("." + wanted)
+def ends_in(name: str, end: str) -> bool:
+    """Return whether a full name ends in the parts of `end`, as peft compares them."""
+    return name == end or name.endswith("." + end)
 
 # %% ../../nbs/step/04_models.ipynb #8396960e
-def chosen_weights(
+def target_weights(
     model: PreTrainedModel,
     config: CircuitBreakerConfig,
     linears: dict[str, int],
@@ -565,27 +567,27 @@ def chosen_weights(
     other blocks, or only linears that are never called."""
     first, last = config.lora_layers
     matches = {
-        w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if fits(n, w)}
+        w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if ends_in(n, w)}
         for w in config.lora_modules
     }
     if unknown := [w for w, names in matches.items() if not names]:
         raise name_problem(model, unknown, linears, fused)
-    chosen = []
-    for wanted, names in matches.items():
-        here = [name for name, block in names.items() if first <= block <= last]
+    targets = []
+    for name, names in matches.items():
+        here = [full for full, block in names.items() if first <= block <= last]
         if not here:
             raise ConfigError(
-                f"lora_modules holds {wanted!r}, which only blocks "
+                f"lora_modules holds {name!r}, which only blocks "
                 f"{', '.join(map(str, sorted(set(names.values()))))} have, "
                 f"and lora_layers is {first},{last}: leave it out, or adapt one of those blocks"
             )
         if not set(here) - idle:
             raise ConfigError(
-                f"lora_modules holds {wanted!r}, which no forward pass calls in blocks {first} to {last}: "
+                f"lora_modules holds {name!r}, which no forward pass calls in blocks {first} to {last}: "
                 "leave it out"
             )
-        chosen += [name for name in here if name not in idle]
-    return chosen
+        targets += [full for full in here if full not in idle]
+    return targets
 
 # %% ../../nbs/step/04_models.ipynb #63af4de6
 def check_start(config: CircuitBreakerConfig, start: int) -> None:
@@ -605,25 +607,25 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[
     one with `experts.` before it (`experts.down_proj`) also for a fused weight of experts, which peft adapts
     as a parameter.
 
-    Raises ConfigError as `chosen_weights` and `check_start`, and for parameters with lora_dropout, which peft
+    Raises ConfigError as `target_weights` and `check_start`, and for parameters with lora_dropout, which peft
     cannot apply to them."""
     linears, fused = in_blocks(model)
-    chosen = chosen_weights(model, config, linears, fused, uncalled(model))
-    check_start(config, min((linears | fused)[name] for name in chosen))
-    leaves = {name.rpartition(".")[2] for name in chosen if name in linears}
-    as_parameters = {leaf for leaf in leaves if rewritten(model, leaf)}
+    names = target_weights(model, config, linears, fused, idle_linears(model))
+    check_start(config, min((linears | fused)[name] for name in names))
+    leaves = {name.rpartition(".")[2] for name in names if name in linears}
+    as_parameters = {leaf for leaf in leaves if is_expert_name(model, leaf)}
     parameters = [
         name if name in fused else f"{name}.weight"
-        for name in chosen
+        for name in names
         if name in fused or name.rpartition(".")[2] in as_parameters
     ]
     if parameters and config.lora_dropout:
-        names = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))
+        words = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))
         raise ConfigError(
-            f"lora_modules reaches {names} in this model, which peft can adapt as parameters only, and so "
+            f"lora_modules reaches {words} in this model, which peft can adapt as parameters only, and so "
             "without dropout: give lora_dropout 0, or leave them out"
         )
-    modules = [n for n in dict.fromkeys(chosen) if n in linears and n.rpartition(".")[2] not in as_parameters]
+    modules = [n for n in dict.fromkeys(names) if n in linears and n.rpartition(".")[2] not in as_parameters]
     return modules, list(dict.fromkeys(parameters))
 
 # %% ../../nbs/step/04_models.ipynb #9f1a3d31
@@ -666,7 +668,7 @@ def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraCon
         bias="none",
         target_parameters=parameters or None,
     )
-    names = [w for w in config.lora_modules if any(fits(name, w) for name in modules)]
+    names = [w for w in config.lora_modules if any(ends_in(name, w) for name in modules)]
     decoder, (first, last) = find_decoder(model), config.lora_layers
     short = LoraConfig(
         target_modules=names,
@@ -674,8 +676,8 @@ def lora_config(model: PreTrainedModel, config: CircuitBreakerConfig) -> LoraCon
         layers_pattern=blocks_name(decoder, num_blocks(model)),
         **same,
     )
-    matched = {name for name, _ in model.named_modules() if check_target_module_exists(short, name)}
-    return short if modules and matched == set(modules) else LoraConfig(target_modules=modules, **same)
+    matches = {name for name, _ in model.named_modules() if check_target_module_exists(short, name)}
+    return short if modules and matches == set(modules) else LoraConfig(target_modules=modules, **same)
 
 # %% ../../nbs/step/04_models.ipynb #d4b9dfb7
 def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
@@ -686,13 +688,13 @@ def add_adapter(model: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMod
     where peft or transformers cannot do what is asked."""
     check_layers(config, num_blocks(model))
     lora = lora_config(model, config)
-    wanted = {*(lora.target_modules or ()), *(lora.target_parameters or ())}
+    targets = {*(lora.target_modules or ()), *(lora.target_parameters or ())}
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft calls what transformers is about to rename, and says that GPT-2's linears are transposed
         warnings.filterwarnings("ignore", message=".*(gradient_checkpointing|fan_in_fan_out).*")
         torch.manual_seed(config.seed)
         with in_words(
-            f"peft cannot adapt {', '.join(short_names(n.removesuffix('.weight') for n in wanted))} of this "
+            f"peft cannot adapt {', '.join(short_names(n.removesuffix('.weight') for n in targets))} of this "
             f"{type(model).__name__}"
         ):
             student = get_peft_model(model, lora)
@@ -712,7 +714,7 @@ def reach(student: PeftModel, config: CircuitBreakerConfig) -> list[dict]:
         block = decoder_blocks(student)[number]
         counts: dict[str, list[int]] = {}
         layers: list[Any] = [m for m in block.modules() if isinstance(m, LoraLayer)]
-        adapted = {
+        with_lora = {
             id(m.get_param() if hasattr(m, "get_param") else m.get_base_layer().weight) for m in layers
         }
         for path, p in block.named_parameters():
@@ -722,7 +724,7 @@ def reach(student: PeftModel, config: CircuitBreakerConfig) -> list[dict]:
             size = math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()
             count = counts.setdefault(weight_kind(block, path), [0, 0])
             count[0] += size
-            count[1] += size * (id(p) in adapted)
+            count[1] += size * (id(p) in with_lora)
         records += [
             {"block": number, "kind": kind, "parameters": n, "reached": r} for kind, (n, r) in counts.items()
         ]
@@ -760,25 +762,23 @@ def teacher_mode(student: PeftModel) -> Iterator[PeftModel]:
     every layer and sets `requires_grad` twice, at each pass of a teacher. Raises RuntimeError where a release
     of peft does not know the switch."""
     modules = list(student.modules())
-    training, needed = (
-        [m for m in modules if m.training],
-        [p for p in student.parameters() if p.requires_grad],
-    )
-    adapted = [
+    in_training = [m for m in modules if m.training]
+    differentiable = [p for p in student.parameters() if p.requires_grad]
+    layers: list[Any] = [
         m
         for m in modules
         if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not m.disable_adapters
     ]
 
     def switch(on: bool) -> None:
-        for m in training:
+        for m in in_training:
             m.training = on
-        for m in adapted:
+        for m in layers:
             m._disable_adapters = not on
 
     try:
         switch(False)
-        if not all(m.disable_adapters for m in adapted):
+        if not all(m.disable_adapters for m in layers):
             raise RuntimeError(
                 f"the adapter cannot be switched off in peft {peft.__version__}; install the version of "
                 "constraints.txt"
@@ -787,7 +787,7 @@ def teacher_mode(student: PeftModel) -> Iterator[PeftModel]:
             yield student
     finally:
         switch(True)
-        for p in needed:
+        for p in differentiable:
             p.requires_grad_(True)  # peft's own switch, used inside, would leave it off
 
 # %% ../../nbs/step/04_models.ipynb #9604ec64

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..basics.terminal import visible
 from ..config import OBJECTIVES, CircuitBreakerConfig, ConfigError
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 # %% ../../nbs/step/02_objectives.ipynb #obj0term
 TERM_NAMES = ("reroute", "retain", "kl")
 
-
+# %% ../../nbs/step/02_objectives.ipynb #f76e9e62
 @dataclass(frozen=True)
 class Term:
     """One term of a loss. `name`: what the log calls it, one of `TERM_NAMES`. `title`: a word or two, for
@@ -58,8 +58,8 @@ class Term:
     factors: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        if wrong := term_faults(self):
-            raise ConfigError(f"the term {self.name!r}: {wrong}")
+        if fault := term_faults(self):
+            raise ConfigError(f"the term {self.name!r}: {fault}")
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0falt
 def term_faults(term: Term) -> str:
@@ -82,12 +82,12 @@ def depth(term: Term) -> float:
     "Return how far `term` can fall, start − low, in its unit; NaN where one of them is not declared."
     return math.nan if term.start is None or term.low is None else term.start - term.low
 
-
+# %% ../../nbs/step/02_objectives.ipynb #d4b12ef3
 def descent(term: Term, value: float) -> float:
     "Return how far `value` of `term` lies below its start, in its unit; NaN without a declared start."
     return math.nan if term.start is None else term.start - value
 
-
+# %% ../../nbs/step/02_objectives.ipynb #aa384db6
 def departure(term: Term, value: float) -> float:
     """Return how far `value` of `term` is from its start, in its unit, in the direction that it can go: down
     for a term that can fall (`depth`), else up; NaN without a declared start."""
@@ -121,12 +121,12 @@ class Objective:
     @property
     def reroute(self) -> Callable:
         "The function per harmful token: `(harmful, benign, config)` → [M]."
-        return self.term("reroute").per_token
+        return cast(Callable, self.term("reroute").per_token)
 
     @property
     def retain(self) -> Callable:
         "The function per benign token: `(harmful, benign, config)` → [N]."
-        return self.term("retain").per_token
+        return cast(Callable, self.term("retain").per_token)
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0ists
 def is_terms(value: object) -> bool:
@@ -140,7 +140,7 @@ def reroute_cosine(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) ->
 
     return token_reroute(*harmful)
 
-
+# %% ../../nbs/step/02_objectives.ipynb #20cdc396
 def retain_distance(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) -> torch.Tensor:
     """Return the L2 distance of student and teacher of each benign token, [N], relative to the teacher's norm
     if `config.retain_relative` (Zou et al. 2024, arXiv 2406.04313)."""
@@ -148,7 +148,7 @@ def retain_distance(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) -
 
     return token_retain(*benign, relative=config.retain_relative)
 
-
+# %% ../../nbs/step/02_objectives.ipynb #3b3fc665
 def rr_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
     "Return the factors of c_s·reroute + c_r·(retain_weight·retain + beta_kl·kl)."
     return {"reroute": c_s, "retain": c_r * config.retain_weight, "kl": c_r * config.beta_kl}
@@ -165,7 +165,7 @@ def rr_kl_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[
     "Return the factors of c_s·reroute + c_r·beta_kl·kl; the distance is measured only."
     return rr_weights(config, c_s, c_r) | {"retain": 0.0}
 
-
+# %% ../../nbs/step/02_objectives.ipynb #60b79f5e
 MEASURED = replace(DISTANCE, title="distance", unit="mean norm of difference, measured only")
 rr_kl = Objective("rr_kl", (COSINE, MEASURED, KL), rr_kl_weights)
 BUILT_IN = {"rr": rr, "rr_kl": rr_kl}
@@ -201,8 +201,8 @@ def term_factors(
         weights = objective.weights(config, c_s, c_r)
     except Exception as e:
         raise ConfigError(f"the weights of objective {config.objective} raise {type(e).__name__}: {e}") from e
-    fits = isinstance(weights, dict) and weights.keys() == set(TERM_NAMES)
-    if not fits or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
+    complete = isinstance(weights, dict) and weights.keys() == set(TERM_NAMES)
+    if not complete or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
         raise ConfigError(
             f"the weights of objective {config.objective} are {weights}: give finite numbers for reroute, "
             "retain and kl, and for nothing else"
@@ -216,7 +216,7 @@ def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[s
     `term_factors`."""
     plain = replace(config, retain_weight=1.0, beta_kl=1.0)
     base = term_factors(objective, plain, 1.0, 1.0)
-    changed = {
+    variants = {
         "c_s": term_factors(objective, plain, 2.0, 1.0),
         "c_r": term_factors(objective, plain, 1.0, 2.0),
         "retain_weight": term_factors(objective, replace(plain, retain_weight=2.0), 1.0, 1.0),
@@ -224,13 +224,13 @@ def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[s
     }
     return {
         name: replace(
-            objective.term(name), factors=tuple(k for k, w in changed.items() if w[name] != base[name])
+            objective.term(name), factors=tuple(k for k, w in variants.items() if w[name] != base[name])
         )
         for name in TERM_NAMES
     }
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0word
-def term_words(config: CircuitBreakerConfig) -> list[dict]:
+def term_words(config: CircuitBreakerConfig) -> list[dict[str, Any]]:
     """Return the words, ranges and factors of the terms of `config`'s objective, for status.json: plain dicts
     with the fields of `Term` but its function. Raises ConfigError as `find_objective`."""
     terms = describe_terms(find_objective(config.objective), config).values()
@@ -243,7 +243,7 @@ def built_in_terms(name: str) -> dict[str, Term]:
     return describe_terms(BUILT_IN[name], CircuitBreakerConfig(objective=name))
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0runt
-def run_terms(objective: str | None = None, words: object = None) -> dict[str, Term]:
+def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term]:
     """Return the terms of a run by name, without importing anything of the user's.
 
     `objective`: its name by config.json (None: `rr`, as in runs that had no choice); `words`: what
@@ -331,9 +331,9 @@ def idle_settings(objective: Objective, config: CircuitBreakerConfig) -> list[st
     return [*idle, "retain_relative"] if same else idle
 
 # %% ../../nbs/step/02_objectives.ipynb #e351f39b
-def check_objective(config: CircuitBreakerConfig, given: dict) -> list[str]:
+def check_objective(config: CircuitBreakerConfig, options: dict[str, Any]) -> list[str]:
     """Return a sentence where the objective of `config` ignores `beta_kl`, which every run is given. Raises
-    ConfigError for another setting among those `given` ({name: value}, None: not given) that it ignores."""
+    ConfigError for another setting among the `options` ({name: value}, None: not given) that it ignores."""
     notes = []
     for name in idle_settings(find_objective(config.objective), config):
         if name == "beta_kl":
@@ -341,9 +341,9 @@ def check_objective(config: CircuitBreakerConfig, given: dict) -> list[str]:
                 f"objective {config.objective} has no KL term: beta_kl {config.beta_kl:g} changes nothing, "
                 "the KL is measured only"
             )
-        elif given.get(name) is not None:
+        elif options.get(name) is not None:
             raise ConfigError(
-                f"{name} {given[name]} would do nothing: the objective {config.objective} makes nothing of "
+                f"{name} {options[name]} would do nothing: the objective {config.objective} makes nothing of "
                 "it; leave it out"
             )
     return notes
@@ -357,7 +357,7 @@ def token_terms(name: str, values: torch.Tensor, tokens: int) -> torch.Tensor:
     shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
     if shape != [tokens]:
         raise ConfigError(
-            f"the objective's {name} gives {shape} for {tokens} tokens: it has to give one number a token, "
+            f"the objective's {name} gives {shape} for {tokens} tokens: it has to give one number per token, "
             f"[{tokens}]"
         )
     return values
@@ -365,16 +365,16 @@ def token_terms(name: str, values: torch.Tensor, tokens: int) -> torch.Tensor:
 # %% ../../nbs/step/02_objectives.ipynb #obj0rnge
 SLACK = 1e-3  # a term's own rounding and bounds such as an epsilon under a root
 
-
-def range_faults(term: Term, values: torch.Tensor, untouched: torch.Tensor) -> str:
-    """Return how `values` (of random states) and the mean of `untouched` ones (student = teacher), [M] both,
+# %% ../../nbs/step/02_objectives.ipynb #8cc76b4f
+def range_faults(term: Term, values: torch.Tensor, start_values: torch.Tensor) -> str:
+    """Return how `values` (of random states) and the mean of `start_values` (student = teacher), [M] both,
     contradict the range that `term` declares; empty where they do not."""
     least, most = values.min().item(), values.max().item()
     if term.low is not None and least < term.low - SLACK:
         return f"gives {least:.4g}, below its low {term.low:g}"
     if term.high is not None and most > term.high + SLACK:
         return f"gives {most:.4g}, above its high {term.high:g}"
-    mean = untouched.mean().item()
+    mean = start_values.mean().item()
     if term.start is not None and not abs(mean - term.start) <= SLACK * (1 + abs(term.start)):
         return f"gives {mean:.4g} where student and teacher are equal, but its start is {term.start:g}"
     return ""
@@ -389,12 +389,12 @@ def check_terms(config: CircuitBreakerConfig, width: int) -> None:
     objective, (harmful, benign) = find_objective(config.objective), random_pairs(width)
     weights = term_factors(objective, config, 1.0, 1.0)
     equal = [Pair(pair.teacher, pair.teacher) for pair in (harmful, benign)]
-    for name, tokens in (("reroute", 3), ("retain", 5)):
+    for name, compute, tokens in (("reroute", objective.reroute, 3), ("retain", objective.retain, 5)):
         if not weights[name]:
             continue
-        who, compute = f"the objective {config.objective}: {name}", objective.term(name).per_token
+        who = f"the objective {config.objective}: {name}"
         try:
-            values, untouched = compute(harmful, benign, config), compute(*equal, config)
+            values, start_values = compute(harmful, benign, config), compute(*equal, config)
         except Exception as e:
             raise ConfigError(f"{who} raises {type(e).__name__}: {e}") from e
         values = token_terms(name, values, tokens)
@@ -408,5 +408,5 @@ def check_terms(config: CircuitBreakerConfig, width: int) -> None:
                 f"{who} does not depend on the student's hidden states (is something detached?), so it "
                 "trains nothing"
             )
-        if wrong := range_faults(objective.term(name), values, untouched):
-            raise ConfigError(f"{who} {wrong}: declare another range, or None")
+        if fault := range_faults(objective.term(name), values, start_values):
+            raise ConfigError(f"{who} {fault}: declare another range, or None")

@@ -23,7 +23,7 @@ __all__ = ['ADAPTED', 'States', 'first_adapted_block', 'block_calls', 'replay', 
 # in names of what LoRA adds, whether trained or not
 ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")
 
-
+# %% ../../nbs/step/05_passes.ipynb #def7e851
 def first_adapted_block(student: PeftModel) -> int | None:
     """Return the first block in which the adapter, or anything else that is trained, sits: below it student
     and teacher are one. None where something outside the blocks, the embeddings perhaps, differs."""
@@ -93,7 +93,7 @@ def replay(
 # the states of one pass: {layer: [B, S, d]}, and final hidden states [B, S, d], normed, where they are wanted
 States = tuple[dict[int, torch.Tensor], torch.Tensor | None]
 
-
+# %% ../../nbs/step/05_passes.ipynb #a38d4610
 def one_pass(
     model: nn.Module,
     rows: dict,
