@@ -19,6 +19,14 @@ from typing import Any
 
 import numpy as np
 
+# %% auto #0
+__all__ = ['SUFFIX', 'BLOCK', 'MAX_CAUSES', 'PLACE', 'READING', 'Entry', 'is_glob', 'matches', 'is_there', 'read_entry',
+           'join_modules', 'check_format', 'entry_options', 'read_share', 'absolute_entry', 'entry_paths', 'draw',
+           'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of', 'uses_tools',
+           'fitting_domain', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
+           'count_cause', 'Reading', 'reading_of', 'check_reading', 'listed']
+
+# %% ../../nbs/data/00_sources.ipynb #c7efb7ab
 from ..basics.reading import read_bytes
 from ..masking.adapt import adapt, adapt_names, adapted_counts, adapted_line
 from ..masking.templates import MaskError
@@ -38,13 +46,6 @@ from cbnb.transcripts.record import (
     source_run,
 )
 from ..transcripts.spool import Spooled, spooled
-
-# %% auto #0
-__all__ = ['SUFFIX', 'BLOCK', 'MAX_CAUSES', 'PLACE', 'READING', 'Entry', 'is_glob', 'matches', 'is_there', 'read_entry',
-           'join_modules', 'check_format', 'entry_options', 'read_share', 'absolute_entry', 'entry_paths', 'draw',
-           'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of', 'uses_tools',
-           'fitting_domain', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
-           'count_cause', 'Reading', 'reading_of', 'check_reading', 'listed']
 
 # %% ../../nbs/data/00_sources.ipynb #5bfa8f26
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def read_entry(text: str | Path) -> Entry:
     """Return the `Entry` of a `text` such as `chat.jsonl:benign@0.3`. A path that is there as it is written,
     colons and all, is that path. Raises TranscriptError for a path that is not there, a glob that matches
     nothing, a word that is neither label nor format, and a share outside of (0, 1]."""
-    path, suffixes = str(text), []
+    path = str(text)
+    suffixes: list[tuple[str, str]] = []
     while not is_there(path) and (found := SUFFIX.fullmatch(path)):
         path, suffixes = found[1], [(found[2], found[3]), *suffixes]
     if not is_there(path):
@@ -230,7 +232,7 @@ def read_tool_file(path: str | Path) -> dict[str, list[dict]]:
     return lists
 
 # %% ../../nbs/data/00_sources.ipynb #d3210d40
-def agentdojo_tools(suite: str, version: str | None) -> list[dict] | None:
+def agentdojo_tools(suite: str, version: str | None) -> list[dict[str, Any]] | None:
     """Return the tools of a `suite` of AgentDojo, as its own pipelines show them, from the installed package;
     `version` is the benchmark's (`v1.2.2`), None: the first, since its logs did not say it. None for a
     suite or version that the package does not have."""

@@ -175,9 +175,9 @@ class Policy:
         return np.stack(found)
 
     def __call__(self, encoded: Encoded) -> np.ndarray:
-        return self.parts(encoded).all(axis=0)
+        return np.logical_and.reduce(self.parts(encoded))
 
-
+# %% ../../nbs/masking/04_policies.ipynb #1b024229
 AnyPolicy = str | Policy | Callable[[Encoded], np.ndarray]  # a name, module:name, a policy or a function
 
 # %% ../../nbs/masking/04_policies.ipynb #569700e7
@@ -242,7 +242,7 @@ def shared_end(a: str, b: str) -> int:
     "Return the number of characters at the end of `a` and `b` that are the same."
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b))))
 
-
+# %% ../../nbs/masking/04_policies.ipynb #3e6b175b
 def call_prefix(encoded: Encoded) -> np.ndarray:
     """Tokens of each tool call from the start of its syntax to the end of its tool's name; bool [n]. Raises
     MaskError for a call whose name was not located."""
@@ -371,12 +371,12 @@ def _guarded(holds: Callable[[Encoded], np.ndarray], name: str) -> Callable[[Enc
 
     return guarded
 
-
+# %% ../../nbs/masking/04_policies.ipynb #611d82d3
 def _is_ours(condition: Condition) -> bool:
     "Whether the test of a `condition` is cbnb's own."
     return getattr(condition.holds, "__module__", "").startswith("cbnb.")
 
-
+# %% ../../nbs/masking/04_policies.ipynb #2a1a81d7
 def import_policy(name: str) -> Policy:
     """Return the policy at `name`, written `module:name`: a `Policy`, or a function as a policy of one
     condition, which no run may train with. Raises MaskError where it cannot be imported or is neither."""
@@ -498,12 +498,12 @@ SEGMENT_WORDS = {
     Segment.TOOL_ARGUMENTS: "tool-call arguments",
 }
 
-
+# %% ../../nbs/masking/04_policies.ipynb #0972a376
 def role_of(encoded: Encoded, message: int) -> str:
     "Return the role of a message by its index; empty outside of every message, or where roles are not known."
     return encoded.roles[message] if 0 <= message < len(encoded.roles) else ""
 
-
+# %% ../../nbs/masking/04_policies.ipynb #37faad6f
 def describe(encoded: Encoded, segment: int, message: int, straddles: bool = False) -> str:
     "Return what a token is part of, in words."
     if straddles:
