@@ -20,7 +20,6 @@ LINES = 25  # of a cell; a single definition may take more
 LONG_FUNCTION = 60
 # pages that do not reach it yet: each line taken out of here is a page brought there
 FEW_WORDS = {
-    "data/03_streams",
     "evaluate/03_reader",
     "evaluate/04_scores",
     "evaluate/06_answers",
@@ -46,8 +45,6 @@ LONG_CELLS = {
     "basics/05_lease",
     "cli",
     "config",
-    "data/00_sources",
-    "data/03_streams",
     "evaluate/00_tinyagent",
     "evaluate/01_benchmarks",
     "evaluate/03_reader",
@@ -108,7 +105,6 @@ LONG_CELLS = {
     "widgets/05_sweep",
 }
 NOT_ANNOTATED = {
-    "data/03_streams",
     "evaluate/00_tinyagent",
     "evaluate/01_benchmarks",
     "evaluate/05_decoding",

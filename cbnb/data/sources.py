@@ -131,7 +131,8 @@ def entry_options(suffixes: list[tuple[str, str]], text: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for sign, word in join_modules(suffixes):
         if sign == "@":
-            key, value = "share", read_share(word, text)
+            key = "share"
+            value: Any = read_share(word, text)
         else:
             key, value = "label" if word in LABELS else "format", word
             if ":" in word:
@@ -252,14 +253,15 @@ def agentdojo_tools(suite: str, version: str | None) -> list[dict[str, Any]] | N
 # %% ../../nbs/data/00_sources.ipynb #e9c3f727
 def tau_bench_tools() -> dict[str, tuple[str, list[dict]]]:
     "Return `{domain: (policy, tools)}` of the installed tau-bench."
-    envs, found = importlib.import_module("tau_bench.envs"), {}
+    envs = importlib.import_module("tau_bench.envs")
+    domains: dict[str, tuple[str, list[dict]]] = {}
     for domain in sorted(
         p.name for folder in envs.__path__ for p in Path(folder).iterdir() if (p / "tools").is_dir()
     ):
         tools = importlib.import_module(f"tau_bench.envs.{domain}.tools").ALL_TOOLS
         wiki = importlib.import_module(f"tau_bench.envs.{domain}.wiki").WIKI
-        found[domain] = wiki, read_tools([t.get_info() for t in tools], f"tau_bench, {domain}")
-    return found
+        domains[domain] = wiki, read_tools([t.get_info() for t in tools], f"tau_bench, {domain}") or []
+    return domains
 
 # %% ../../nbs/data/00_sources.ipynb #d4ba5b59
 def called_names(transcript: Transcript) -> set[str]:
@@ -337,7 +339,7 @@ class ToolShelf:
             tools = fitting_domain(transcript, self.load((package,), tau_bench_tools))
         else:
             tools = None
-        return (tools, self.version(package)) if tools else (None, "")
+        return (tools, self.version(package)) if tools and package else (None, "")
 
     def give(self, transcript: Transcript, count: Counter) -> Transcript:
         """Return the transcript with the tools that are known for it, unless it carries some; `count` counts
@@ -432,7 +434,7 @@ def open_source(
     where the entry says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called
     in errors and ids. Raises TranscriptError as `read_entry` and `read_tool_file` do, and for two different
     labels or formats."""
-    entry, settings = read_entry(text), {}
+    entry, settings = read_entry(text), dict[str, Any]()
     for key, given, none in (("label", label, None), ("format", format, "auto")):
         own = getattr(entry, key)
         need(
