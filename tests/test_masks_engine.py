@@ -732,7 +732,7 @@ def test_template_variables_without_effect_are_refused():
         (qwen3(), None, {"tools": []}, "is set for each transcript"),
         (qwen3(), None, {"enable_thinking": {1}}, "JSON"),
         (qwen3(), None, {"enable_thinking": "\ufdd0"}, "noncharacter"),
-        (qwen3(), None, "enable_thinking", "no dict"),
+        (qwen3(), None, "enable_thinking", "not a dict"),
         (llama3(), trl_template("llama3_2"), {"strftime_now": "x"}, "never reads"),
     ):
         with pytest.raises(MaskError, match=f"template_variables.*{told}"):
