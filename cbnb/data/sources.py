@@ -91,8 +91,8 @@ def read_entry(text: str | Path) -> Entry:
     nothing, a word that is neither label nor format, and a share outside of (0, 1]."""
     path = str(text)
     suffixes: list[tuple[str, str]] = []
-    while not is_there(path) and (found := SUFFIX.fullmatch(path)):
-        path, suffixes = found[1], [(found[2], found[3]), *suffixes]
+    while not is_there(path) and (match := SUFFIX.fullmatch(path)):
+        path, suffixes = match[1], [(match[2], match[3]), *suffixes]
     if not is_there(path):
         known = {*LABELS, *known_formats()}
         while suffixes and suffixes[0][0] == ":" and suffixes[0][1] not in known:

@@ -82,11 +82,11 @@ def add_own_work(known: dict[str, Work], t: Transcript) -> None:
     work = known.setdefault(task, Work())
     if is_attack_free(t):
         work.runs.append(t.id)
-    for i, _, made in actions(t):
+    for i, _, action in actions(t):
         if i > end:
             break
-        work.tools.add(made["name"])
-        work.calls.add(action_key(made))
+        work.tools.add(action["name"])
+        work.calls.add(action_key(action))
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own007
 def add_injected_work(known: dict[str, Work], t: Transcript) -> None:
@@ -97,9 +97,9 @@ def add_injected_work(known: dict[str, Work], t: Transcript) -> None:
         return
     work = known.setdefault(keys["injection"], Work())
     work.runs.append(t.id)
-    for _, _, made in actions(t):
-        work.tools.add(made["name"])
-        work.calls.add(action_key(made))
+    for _, _, action in actions(t):
+        work.tools.add(action["name"])
+        work.calls.add(action_key(action))
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own009
 def _listed(known: dict[str, Work]) -> dict[str, dict[str, list[str]]]:
@@ -187,9 +187,9 @@ def action_origins(transcript: Transcript) -> dict[int, str]:
     origins: dict[int, set[str]] = {
         i: set() for i, m in enumerate(transcript.messages) if i > start and m["role"] == "assistant"
     }
-    for i, _, made in actions(transcript):
+    for i, _, action in actions(transcript):
         if i in origins:
-            origins[i].add(origin(transcript, made))
+            origins[i].add(origin(transcript, action))
     return {
         i: "words" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed"
         for i, kinds in origins.items()

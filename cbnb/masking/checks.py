@@ -54,17 +54,20 @@ def is_clean(text: str, control: re.Pattern[str] | None) -> bool:
     return not (control and control.search(text))
 
 # %% ../../nbs/masking/06_checks.ipynb #822a1196
-def describe_flaw(text: str, control: re.Pattern[str] | None) -> str | None:
-    """Return what is wrong with `text`, as the end of a sentence that says what to do, or None where it
-    `is_clean`."""
+def describe_flaw(text: str, where: str, control: re.Pattern[str] | None) -> str | None:
+    """Return a sentence that begins with `where`, and says what is wrong with `text` and what to do; None
+    where it `is_clean`."""
     if m := re.search("[\ud800-\udfff]", text):
-        return f"U+{ord(m[0]):04X}, half of a surrogate pair, which has no UTF-8 form; repair the text"
+        return (
+            f"{where}: holds U+{ord(m[0]):04X}, half of a surrogate pair, which has no UTF-8 form; repair "
+            "the text"
+        )
     if m := NONCHARACTER.search(text):
-        return f"the noncharacter U+{ord(m[0]):04X}, which no text may contain; remove it"
+        return f"{where}: holds the noncharacter U+{ord(m[0]):04X}, which no text may contain; remove it"
     if control and (m := control.search(text)):
         return (
-            f"the control token {m[0]!r}, which the model would read as structure; remove or rewrite it, or "
-            "allow it with control="
+            f"{where}: holds the control token {m[0]!r}, which the model would read as structure; remove or "
+            "rewrite it, or allow it with control="
         )
     return None
 
@@ -82,8 +85,8 @@ def check_strings(value: Any, where: str, control: re.Pattern[str] | None) -> No
     if is_clean("\0".join(texts), control):
         return
     for text in texts:
-        if flaw := describe_flaw(text, control):
-            raise MaskError(f"{where}: holds {flaw}")
+        if flaw := describe_flaw(text, where, control):
+            raise MaskError(flaw)
 
 # %% ../../nbs/masking/06_checks.ipynb #fef1abb5
 def check_messages(
@@ -172,12 +175,12 @@ def check_spans(
     """Return `spans` as a tuple of InjectionSpan. Raises MaskError for one that is not inside the content of
     its message."""
     try:
-        read = tuple(s if isinstance(s, InjectionSpan) else InjectionSpan(*s) for s in spans)
+        triples = tuple(s if isinstance(s, InjectionSpan) else InjectionSpan(*s) for s in spans)
     except TypeError:
         raise MaskError(
             f"injection_spans: {spans!r} is not a list of (message, start, end); give one of these per span"
         ) from None
-    for s in read:
+    for s in triples:
         if not all(type(n) is int for n in (s.message, s.start, s.end)):
             raise MaskError(f"injection span {s}: its numbers are not integers; give characters of a message")
         if not 0 <= s.message < len(messages):
@@ -190,7 +193,7 @@ def check_spans(
                 f"injection span {s}: the content of message {s.message} has {size} characters; give a start "
                 "and a later end in it"
             )
-    return read
+    return triples
 
 # %% ../../nbs/masking/06_checks.ipynb #5f1a94bb
 def check_labels(

@@ -386,8 +386,8 @@ def read_conversation(
 ) -> Conversation:
     "Return `messages` and `tools` as a Conversation. Raises MaskError for what cannot be read."
     modes, other = masker.control_modes
-    found = [m.get("role") for m in messages if isinstance(m, dict)] if is_list(messages) else []
-    roles = {role for role in found if isinstance(role, str) and modes.get(role, other) != "error"}
+    names = [m.get("role") for m in messages if isinstance(m, dict)] if is_list(messages) else []
+    roles = {role for role in names if isinstance(role, str) and modes.get(role, other) != "error"}
     checked = read_messages(messages, masker.control, roles)
     if not (tools is None or is_list(tools)):
         raise MaskError("tools: is not a list; give a list of JSON schemas")

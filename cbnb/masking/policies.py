@@ -143,8 +143,8 @@ class Policy:
     meaning: str = ""
 
     def __post_init__(self) -> None:
-        given = self.conditions
-        object.__setattr__(self, "conditions", tuple(given) if isinstance(given, (list, tuple)) else (given,))
+        own = self.conditions
+        object.__setattr__(self, "conditions", tuple(own) if isinstance(own, (list, tuple)) else (own,))
         if not isinstance(self.name, str) or not self.name:
             raise MaskError(f"a policy cannot be called {self.name!r}; give a name")
         if not self.conditions or not all(isinstance(c, Condition) for c in self.conditions):
@@ -165,14 +165,14 @@ class Policy:
     def parts(self, encoded: Encoded) -> np.ndarray:
         """Return where each condition holds, bool [conditions, n]. Raises MaskError where one gives anything
         but bool [n]."""
-        found = [np.asarray(c.holds(encoded)) for c in self.conditions]
-        for mask in found:
+        masks = [np.asarray(c.holds(encoded)) for c in self.conditions]
+        for mask in masks:
             if mask.dtype != bool or mask.shape != encoded.input_ids.shape:
                 raise MaskError(
                     f"policy {self.name} gave {mask.dtype} {mask.shape}; it must give bool "
                     f"{encoded.input_ids.shape}, one per token"
                 )
-        return np.stack(found)
+        return np.stack(masks)
 
     def __call__(self, encoded: Encoded) -> np.ndarray:
         return np.logical_and.reduce(self.parts(encoded))
@@ -423,12 +423,12 @@ def find_policy(policy: AnyPolicy) -> Policy:
 # %% ../../nbs/masking/04_policies.ipynb #p4own006
 def find_trainable(policy: AnyPolicy) -> Policy:
     "Return `find_policy`. Raises MaskError for a policy that no run may train with."
-    found = find_policy(policy)
-    if found.trainable:
-        return found
+    rule = find_policy(policy)
+    if rule.trainable:
+        return rule
     if isinstance(policy, Policy) or policy in POLICIES:
         raise MaskError(
-            f"policy {found.name} is not trainable; use one of {', '.join(trainable_names())}, or module:name"
+            f"policy {rule.name} is not trainable; use one of {', '.join(trainable_names())}, or module:name"
         )
     raise MaskError(
         f"policy {policy_name(policy)!r} is a function, or is not trainable; make it a "
@@ -439,12 +439,12 @@ def find_trainable(policy: AnyPolicy) -> Policy:
 def stand_in(policy: AnyPolicy) -> Policy:
     """Return what takes the place of `policy` for a transcript without an injection: the policy without the
     conditions that ask for one. Of `post_injection_only` that is `assistant_only`."""
-    found = find_policy(policy)
-    if not found.needs_injection:
-        return found
-    rest = tuple(c for c in found.conditions if c.needs != "injection")
+    rule = find_policy(policy)
+    if not rule.needs_injection:
+        return rule
+    rest = tuple(c for c in rule.conditions if c.needs != "injection")
     known = next((p for p in POLICIES.values() if p.conditions == rest), None)
-    return known or replace(found, name=f"{found.name} without an injection", conditions=rest)
+    return known or replace(rule, name=f"{rule.name} without an injection", conditions=rest)
 
 # %% ../../nbs/masking/04_policies.ipynb #p4lab002
 def has_label(encoded: Encoded, label: str) -> np.ndarray:
@@ -469,11 +469,11 @@ SWITCHED_ON = Condition(
 def labelled(policy: AnyPolicy, label: str | None = None) -> Policy:
     """Return `policy` (`find_policy`) with what holds for every loss mask: the token has the label `label`
     (benign or harmful; None: any), and its message is not switched off."""
-    found, more = find_policy(policy), [SWITCHED_ON]
+    rule, more = find_policy(policy), [SWITCHED_ON]
     if label is not None:
         holds = lambda encoded: has_label(encoded, label)  # noqa: E731
         more.insert(0, Condition(holds, f"labelled {label}", f"not labelled {label}"))
-    return replace(found, name=policy_name(policy), conditions=(*found.conditions, *more))
+    return replace(rule, name=policy_name(policy), conditions=(*rule.conditions, *more))
 
 
 def loss_mask(encoded: Encoded, policy: AnyPolicy = "assistant_only", label: str | None = None) -> np.ndarray:

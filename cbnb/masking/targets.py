@@ -161,8 +161,8 @@ def in_batches(
     """Yield `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. With
     `errors` "raise" or "return" MaskErrors are raised, or stand in the place of `encoded`, as
     `ChatMasker.encode_batch` does."""
-    left = iter(transcripts)
-    while some := list(itertools.islice(left, size)):
+    rest = iter(transcripts)
+    while some := list(itertools.islice(rest, size)):
         yield from zip(some, masker.encode_batch(some, errors), strict=True)
 
 # %% ../../nbs/masking/08_targets.ipynb #1547d6e1
