@@ -20,8 +20,6 @@ LINES = 25  # of a cell; a single definition may take more
 LONG_FUNCTION = 60
 # pages that do not reach it yet: each line taken out of here is a page brought there
 FEW_WORDS = {
-    "data/03_streams",
-    "masking/06_masker",
 }
 LONG_CELLS = {
     "basics/00_reading",
@@ -30,16 +28,6 @@ LONG_CELLS = {
     "basics/05_lease",
     "cli",
     "config",
-    "data/00_sources",
-    "data/03_streams",
-    "masking/00_rendering",
-    "masking/02_encoders",
-    "masking/03_turns",
-    "masking/04_policies",
-    "masking/05_adapt",
-    "masking/06_masker",
-    "masking/08_actions",
-    "masking/09_audit",
     "run/00_kernels",
     "run/01_records",
     "run/04_stages",
@@ -62,8 +50,6 @@ LONG_CELLS = {
     "transcripts/12_tinyworld",
 }
 NOT_ANNOTATED = {
-    "data/03_streams",
-    "masking/06_masker",
 }
 
 

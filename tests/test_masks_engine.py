@@ -583,13 +583,13 @@ def test_rules_agree_with_segments(name):
             dict(messages=[say("assistant", "a", reasoning_content="\udfff")]),
             "message 0 .assistant.: .*surrogate",
         ),
-        (dict(messages=[say("assistant", "a", tool_calls=3)]), "tool_calls are no list"),
+        (dict(messages=[say("assistant", "a", tool_calls=3)]), "tool_calls are not a list"),
         (
             dict(messages=[say("assistant", "", tool_calls=[ask("f", x=float("nan"))])]),
             "cannot be written as JSON",
         ),
         (dict(messages=[say("assistant", "", tool_calls=[ask("f", x={1, 2})])]), "cannot be written as JSON"),
-        (dict(messages=[say("user", "Hi")], tools=3), "tools: is no list"),
+        (dict(messages=[say("user", "Hi")], tools=3), "tools: is not a list"),
         *(
             (dict(messages=[say("user", "Hello")], injection_spans=spans), "injection.span")
             for spans in (
@@ -732,7 +732,7 @@ def test_template_variables_without_effect_are_refused():
         (qwen3(), None, {"tools": []}, "is set for each transcript"),
         (qwen3(), None, {"enable_thinking": {1}}, "JSON"),
         (qwen3(), None, {"enable_thinking": "\ufdd0"}, "noncharacter"),
-        (qwen3(), None, "enable_thinking", "no dict"),
+        (qwen3(), None, "enable_thinking", "not a dict"),
         (llama3(), trl_template("llama3_2"), {"strftime_now": "x"}, "never reads"),
     ):
         with pytest.raises(MaskError, match=f"template_variables.*{told}"):

@@ -19,6 +19,14 @@ from typing import Any
 
 import numpy as np
 
+# %% auto #0
+__all__ = ['SUFFIX', 'BLOCK', 'MAX_CAUSES', 'PLACE', 'READING', 'Entry', 'is_glob', 'matches', 'is_there', 'read_entry',
+           'join_modules', 'check_format', 'entry_options', 'read_share', 'absolute_entry', 'entry_paths', 'draw',
+           'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of', 'uses_tools',
+           'fitting_domain', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
+           'count_cause', 'Reading', 'reading_of', 'check_reading', 'listed']
+
+# %% ../../nbs/data/00_sources.ipynb #c7efb7ab
 from ..basics.reading import read_bytes
 from ..masking.adapt import adapt, adapt_names, adapted_counts, adapted_line
 from ..masking.templates import MaskError
@@ -38,13 +46,6 @@ from cbnb.transcripts.record import (
     source_run,
 )
 from ..transcripts.spool import Spooled, spooled
-
-# %% auto #0
-__all__ = ['SUFFIX', 'BLOCK', 'MAX_CAUSES', 'PLACE', 'READING', 'Entry', 'is_glob', 'matches', 'is_there', 'read_entry',
-           'join_modules', 'check_format', 'entry_options', 'read_share', 'absolute_entry', 'entry_paths', 'draw',
-           'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of', 'uses_tools',
-           'fitting_domain', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
-           'count_cause', 'Reading', 'reading_of', 'check_reading', 'listed']
 
 # %% ../../nbs/data/00_sources.ipynb #5bfa8f26
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ def read_entry(text: str | Path) -> Entry:
     """Return the `Entry` of a `text` such as `chat.jsonl:benign@0.3`. A path that is there as it is written,
     colons and all, is that path. Raises TranscriptError for a path that is not there, a glob that matches
     nothing, a word that is neither label nor format, and a share outside of (0, 1]."""
-    path, suffixes = str(text), []
-    while not is_there(path) and (found := SUFFIX.fullmatch(path)):
-        path, suffixes = found[1], [(found[2], found[3]), *suffixes]
+    path = str(text)
+    suffixes: list[tuple[str, str]] = []
+    while not is_there(path) and (match := SUFFIX.fullmatch(path)):
+        path, suffixes = match[1], [(match[2], match[3]), *suffixes]
     if not is_there(path):
         known = {*LABELS, *known_formats()}
         while suffixes and suffixes[0][0] == ":" and suffixes[0][1] not in known:
@@ -129,7 +131,8 @@ def entry_options(suffixes: list[tuple[str, str]], text: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for sign, word in join_modules(suffixes):
         if sign == "@":
-            key, value = "share", read_share(word, text)
+            key = "share"
+            value: Any = read_share(word, text)
         else:
             key, value = "label" if word in LABELS else "format", word
             if ":" in word:
@@ -230,7 +233,7 @@ def read_tool_file(path: str | Path) -> dict[str, list[dict]]:
     return lists
 
 # %% ../../nbs/data/00_sources.ipynb #d3210d40
-def agentdojo_tools(suite: str, version: str | None) -> list[dict] | None:
+def agentdojo_tools(suite: str, version: str | None) -> list[dict[str, Any]] | None:
     """Return the tools of a `suite` of AgentDojo, as its own pipelines show them, from the installed package;
     `version` is the benchmark's (`v1.2.2`), None: the first, since its logs did not say it. None for a
     suite or version that the package does not have."""
@@ -250,14 +253,15 @@ def agentdojo_tools(suite: str, version: str | None) -> list[dict] | None:
 # %% ../../nbs/data/00_sources.ipynb #e9c3f727
 def tau_bench_tools() -> dict[str, tuple[str, list[dict]]]:
     "Return `{domain: (policy, tools)}` of the installed tau-bench."
-    envs, found = importlib.import_module("tau_bench.envs"), {}
+    envs = importlib.import_module("tau_bench.envs")
+    domains: dict[str, tuple[str, list[dict]]] = {}
     for domain in sorted(
         p.name for folder in envs.__path__ for p in Path(folder).iterdir() if (p / "tools").is_dir()
     ):
         tools = importlib.import_module(f"tau_bench.envs.{domain}.tools").ALL_TOOLS
         wiki = importlib.import_module(f"tau_bench.envs.{domain}.wiki").WIKI
-        found[domain] = wiki, read_tools([t.get_info() for t in tools], f"tau_bench, {domain}")
-    return found
+        domains[domain] = wiki, read_tools([t.get_info() for t in tools], f"tau_bench, {domain}") or []
+    return domains
 
 # %% ../../nbs/data/00_sources.ipynb #d4ba5b59
 def called_names(transcript: Transcript) -> set[str]:
@@ -335,7 +339,7 @@ class ToolShelf:
             tools = fitting_domain(transcript, self.load((package,), tau_bench_tools))
         else:
             tools = None
-        return (tools, self.version(package)) if tools else (None, "")
+        return (tools, self.version(package)) if tools and package else (None, "")
 
     def give(self, transcript: Transcript, count: Counter) -> Transcript:
         """Return the transcript with the tools that are known for it, unless it carries some; `count` counts
@@ -430,7 +434,7 @@ def open_source(
     where the entry says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called
     in errors and ids. Raises TranscriptError as `read_entry` and `read_tool_file` do, and for two different
     labels or formats."""
-    entry, settings = read_entry(text), {}
+    entry, settings = read_entry(text), dict[str, Any]()
     for key, given, none in (("label", label, None), ("format", format, "auto")):
         own = getattr(entry, key)
         need(

@@ -10,17 +10,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+# %% auto #0
+__all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
+           'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused', 'empty_stream',
+           'count_transcript', 'count_cut', 'count_row', 'encode_stream', 'data_record', 'PairedStreams', 'pad_rows',
+           'pack_rows', 'length_groups', 'collate']
+
+# %% ../../nbs/data/03_streams.ipynb #03bbe013
 from ..basics.terminal import error_text
 from .sources import Reading
 from ..masking.actions import with_own_work
 from ..masking.masker import ChatMasker
+from ..masking.policies import AnyPolicy, Encoded
 from cbnb.masking.targets import (
+    Row,
     check_calls,
     in_batches,
     in_turns,
@@ -29,7 +39,9 @@ from cbnb.masking.targets import (
     training_mask,
     training_row,
 )
-from ..masking.templates import MaskError
+from ..masking.templates import MaskError, take_result
+
+# %% ../../nbs/data/03_streams.ipynb #01fb75bc
 from ..step.losses import predicting_positions
 from ..step.model_checks import check_packing
 from ..transcripts.holdout import Parted, heldout_kinds, part, thin
@@ -37,21 +49,20 @@ from ..transcripts.reader import MAX_BAD
 from ..transcripts.record import Transcript, TranscriptError
 from ..transcripts.spool import Spooled, those
 
-# %% auto #0
-__all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused', 'empty_stream',
-           'encode_stream', 'data_record', 'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
+if TYPE_CHECKING:
+    from cbnb.train.teacher_cache import TeacherCache
 
 # %% ../../nbs/data/03_streams.ipynb #d93b8694
 def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spooled, Spooled]:
-    """Reads all `entries` (paths, or texts as `cbnb.data.sources.read_entry` takes them) as `reading` says,
-    which counts what it did, and parts the transcripts by label: `(harmful, benign)`, both in one temporary
+    """Read all `entries` (paths, or texts as `cbnb.data.sources.read_entry` takes them) as `reading` says,
+    which counts what it did, and return the transcripts by label: `(harmful, benign)`, both in one temporary
     file (`cbnb.transcripts.spool`). What is known of the user's own work is noted in harmful runs
     (`cbnb.masking.actions.with_own_work`). Raises TranscriptError as `Reading.read` does."""
     transcripts = with_own_work((reading or Reading()).read(entries))
     labels = [intern(t.label) for t in transcripts]
     harmful, benign = (
-        those(transcripts, (label == name for label in labels)) for name in ("harmful", "benign")
+        cast(Spooled, those(transcripts, (label == name for label in labels)))
+        for name in ("harmful", "benign")
     )
     return harmful, benign
 
@@ -59,8 +70,8 @@ def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spo
 def load_streams(
     files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto", reading: Reading | None = None
 ) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
-    """`(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts, and
-    `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
+    """Return `(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts,
+    and `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
     names (`cbnb.transcripts.holdout.heldout_kinds`), or its prompt.
 
     Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
@@ -69,21 +80,18 @@ def load_streams(
     reading = reading or Reading()
     kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, reading)
     if eval_files:
-        parted = thin(
-            Parted(
-                harmful, benign, [t for stream in read_streams(eval_files, reading) for t in stream], kinds
-            )
-        )
+        heldout = [t for stream in read_streams(eval_files, reading) for t in stream]
+        split = thin(Parted(harmful, benign, heldout, kinds))
     else:
-        parted = part(harmful, benign, heldout_by)
+        split = part(harmful, benign, heldout_by)
     for name, before in (("harmful", harmful), ("benign", benign)):
-        if before and not getattr(parted, name):
+        if before and not getattr(split, name):
             raise ValueError(
                 f"all {len(before)} {name} transcripts share their {' or '.join((*kinds, 'prompt'))} with "
-                "held-out ones, so none is left to "
-                "train: give other eval_data, or heldout_by prompt"
+                "held-out ones, so none is left to train: give other eval_data, or heldout_by prompt"
             )
-    return parted.harmful, parted.benign, parted.held_out, parted.left_out
+    streams = cast(Spooled, split.harmful), cast(Spooled, split.benign)
+    return *streams, split.held_out, split.left_out
 
 # %% ../../nbs/data/03_streams.ipynb #ca59b33b
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Sample:
     loss_mask: np.ndarray
     transcript: str  # the transcript's id, so that a bad sample can be traced to its line
 
-
+# %% ../../nbs/data/03_streams.ipynb #1acbbd0e
 @dataclass
 class StreamReport:
     "What happened to the transcripts of one stream on the way to samples."
@@ -111,9 +119,9 @@ class StreamReport:
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
 
     def losses(self) -> list[str]:
-        "Sentences on transcripts (or turns) that were dropped, and on what truncation has cut off."
+        "Return sentences on transcripts (or turns) that were dropped, and on what truncation has cut off."
         c = self.counts
-        found = [
+        rows = [
             (
                 c["lost_context"],
                 f"dropped: truncation cuts off the user's request ({c['request_cut']}) or the injected "
@@ -133,13 +141,12 @@ class StreamReport:
             ),
             (c["lost_words"], "dropped: the chat template writes nothing of an answer"),
         ]
-        return [f"{n} of {self.transcripts} {text}" for n, text in found if n]
+        return [f"{n} of {self.transcripts} {text}" for n, text in rows if n]
 
-    def __str__(self):
+    def __str__(self) -> str:
         extra = "".join(f", {name.replace('_', ' ')} {n}" for name, n in self.counts.items() if n)
-        notes = [f"\n    {i}: dropped, it has no target" for i in self.dropped] + [
-            f"\n    {w}" for w in self.warnings
-        ]
+        notes = [f"\n    {i}: dropped, it has no target" for i in self.dropped]
+        notes += [f"\n    {w}" for w in self.warnings]
         more = f"\n    and {len(notes) - 5} more of this kind" if len(notes) > 5 else ""
         return (
             f"{self.samples} samples of {self.transcripts} transcripts, {self.target_tokens} of "
@@ -147,8 +154,10 @@ class StreamReport:
         )
 
 # %% ../../nbs/data/03_streams.ipynb #152b6bed
-def encode_transcript(transcript: Transcript, masker: ChatMasker, policy):
-    "`(encoded, training mask)` of one transcript, to look at."
+def encode_transcript(
+    transcript: Transcript, masker: ChatMasker, policy: AnyPolicy
+) -> tuple[Encoded, np.ndarray]:
+    "Return `(encoded, training mask)` of one transcript, to look at."
     (encoded,) = masker.encode_batch([transcript])
     return encoded, training_mask(encoded, transcript, policy)
 
@@ -162,7 +171,7 @@ class EmptyStream(ValueError):
         super().__init__(text)
         self.report = report
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return EmptyStream, (str(self), self.report)  # from one process to another
 
 # %% ../../nbs/data/03_streams.ipynb #8a7c7990
@@ -171,25 +180,29 @@ WAY_OUT = (
     "on_error=skip leaves them out, counted"
 )
 
-
-def encoded_pairs(transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False):
-    """Yields `(transcript, encoded)`, of each turn with `split_turns`. Raises MaskError, with the ways out,
+# %% ../../nbs/data/03_streams.ipynb #c26a6c54
+def encoded_pairs(
+    transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False
+) -> Iterator[tuple[Transcript, Encoded]]:
+    """Yield `(transcript, encoded)`, of each turn with `split_turns`. Raises MaskError, with the ways out,
     for a transcript that the chat template refuses or of whose tool calls it writes none."""
-    pairs = (in_turns if split_turns else in_batches)(transcripts, masker)
+    pairs: Iterator[tuple[Transcript, Encoded | MaskError]]
+    pairs = in_turns(transcripts, masker) if split_turns else in_batches(transcripts, masker)
     while True:
         try:
             if (pair := next(pairs, None)) is None:
                 return
-            check_calls(pair[1], pair[0].id)
+            transcript, encoded = pair[0], take_result(pair[1])
+            check_calls(encoded, transcript.id)
         except MaskError as e:
             raise MaskError(f"{e}; {WAY_OUT}") from None
-        yield pair
+        yield transcript, encoded
 
-
+# %% ../../nbs/data/03_streams.ipynb #663e610d
 def refusals(
     transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False
 ) -> Iterator[MaskError | None]:
-    """Yields for each of `transcripts` the MaskError that `encoded_pairs` raises, without the ways out, or
+    """Yield for each of `transcripts` the MaskError that `encoded_pairs` raises, without the ways out, or
     None."""
     for t, encoded in in_batches(transcripts, masker, errors="return"):
         try:
@@ -203,12 +216,12 @@ def refusals(
         else:
             yield None
 
-
-def until_most_fail(found: Iterable) -> Iterator:
-    """Yields `found`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of
+# %% ../../nbs/data/03_streams.ipynb #f5508b87
+def until_most_fail(errors: Iterable) -> Iterator:
+    """Yield `errors`, an error or None for each transcript. Raises TranscriptError where over `MAX_BAD` of
     them are errors so far, and fewer are None: the rest would take hours, and be no better."""
     bad, first = 0, None
-    for number, error in enumerate(found, 1):
+    for number, error in enumerate(errors, 1):
         yield error
         if error is None:
             continue
@@ -220,58 +233,95 @@ def until_most_fail(found: Iterable) -> Iterator:
                 f"mend them, or give another chat_template; the first: {first}"
             )
 
-
+# %% ../../nbs/data/03_streams.ipynb #4e12957d
 def drop_refused(
     transcripts: Sequence[Transcript],
     masker: ChatMasker,
     reading: Reading,
     split_turns: bool = False,
-    found: Iterable | None = None,
+    errors: Iterable | None = None,
 ) -> Sequence[Transcript]:
-    """Without those for which `encoded_pairs` raises, where the `on_error` of `reading` is skip: they are
-    counted there by cause. With `on_error` raise all of them, unread. `found`: the `refusals`, where they are
-    known. Raises TranscriptError where more than `max_skipped` of the records are left out by now, and as
-    `until_most_fail`."""
+    """Return `transcripts` without those for which `encoded_pairs` raises, where the `on_error` of `reading`
+    is skip: they are counted there by cause. With `on_error` raise all of them, unread. `errors`: the
+    `refusals`, where they are known. Raises TranscriptError where more than `max_skipped` of the records are
+    left out by now, and as `until_most_fail`."""
     if reading.on_error == "raise":
         return transcripts
 
-    def fits(error):
+    def fits(error: MaskError | None) -> bool:
         if error is not None:
             reading.refuse(error)
         return error is None
 
-    found = refusals(transcripts, masker, split_turns) if found is None else found
-    kept = those(transcripts, map(fits, until_most_fail(found)))
+    errors = refusals(transcripts, masker, split_turns) if errors is None else errors
+    rest = those(transcripts, map(fits, until_most_fail(errors)))
     reading.check_share("the chat template refuses transcripts")
-    return kept
+    return rest
 
 # %% ../../nbs/data/03_streams.ipynb #3d6255f1
-def empty_stream(report: StreamReport, name: str, policy) -> EmptyStream:
-    "The error for a stream of which `report` counts no sample."
+def empty_stream(report: StreamReport, name: str, policy: AnyPolicy) -> EmptyStream:
+    "Return the error for a stream of which `report` counts no sample."
+    c = report.counts
     return EmptyStream(
         f"the {name} stream is empty: {report.transcripts} transcripts were read, "
-        f"{report.counts['no_target']} of them "
-        f"have no target under policy {policy!r} ({report.counts['lost_to_truncation']} of these lost it to "
-        "truncation), "
-        f"{report.counts['lost_words']} have an answer of which the chat template writes nothing, "
-        f"{report.counts['lost_context']} lost the user's request or the injected message to truncation; "
+        f"{c['no_target']} of them have no target under policy {policy!r} ({c['lost_to_truncation']} of "
+        f"these lost it to truncation), {c['lost_words']} have an answer of which the chat template writes "
+        f"nothing, {c['lost_context']} lost the user's request or the injected message to truncation; "
         "check the file, its labels, the policy and max_length.",
         report,
     )
 
 # %% ../../nbs/data/03_streams.ipynb #3cb8c73c
+def count_transcript(report: StreamReport, transcript: Transcript, policy: AnyPolicy) -> None:
+    "Count in `report` a transcript, and what can be said of it without its tokens."
+    report.transcripts += 1
+    report.counts["no_injection"] += lacks_injection(transcript, policy)
+    report.counts["messages_off"] += len(messages_off(transcript))
+    for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items():
+        report.counts[f"{kind}_after_injection"] += n
+
+# %% ../../nbs/data/03_streams.ipynb #54293e06
+def count_cut(report: StreamReport, row: Row) -> None:
+    "Count in `report` what truncation has excess from a row: tokens, targets, and what it answers."
+    excess = len(row.mask) - (row.keep.stop - row.keep.start)
+    if excess > 0:
+        report.counts["truncated"] += 1
+        report.counts["tokens_cut"] += excess
+        report.counts["targets_cut"] += int(row.mask.sum() - row.mask[row.keep].sum())
+        report.counts.update(f"{what}_cut" for what in row.gone)
+
+# %% ../../nbs/data/03_streams.ipynb #cbe2b374
+def count_row(report: StreamReport, row: Row, transcript: Transcript, encoded: Encoded) -> None:
+    "Count in `report` the warnings of one row, what truncation took from it, and why it becomes no sample."
+    name = transcript.id
+    report.counts["mask_warnings"] += len(encoded.warnings)
+    report.warnings += [f"{name}: {w}" for w in encoded.warnings]
+    if row.dropped == "lost_words":
+        report.counts["lost_words"] += 1
+        report.warnings.insert(0, f"{name}: dropped, {row.words}")
+        return
+    count_cut(report, row)
+    if row.dropped == "lost_context":
+        report.counts["lost_context"] += 1
+        report.warnings.append(f"{name}: dropped, {row.words}")
+    if row.dropped == "no_target":
+        report.counts["no_target"] += 1
+        report.counts["lost_to_truncation"] += bool(row.mask[1:].any())
+        report.dropped.append(name if encoded.turn is None else f"{name} (turn of message {encoded.turn})")
+
+# %% ../../nbs/data/03_streams.ipynb #7e569066
 def encode_stream(
     transcripts: Iterable[Transcript],
     masker: ChatMasker,
-    policy,
+    policy: AnyPolicy,
     max_length: int = 2048,
     name: str = "stream",
     truncation: str = "targets",
     split_turns: bool = False,
     lost_context: str = "drop",
 ) -> tuple[list[Sample], StreamReport]:
-    """Encodes every transcript (or, with `split_turns`, every assistant turn of it with all before it), masks
-    it by `policy`, truncates it to `max_length` tokens at its `truncation` end (`truncation_window`).
+    """Encode every transcript (or, with `split_turns`, every assistant turn of it with all before it), mask
+    it by `policy`, truncate it to `max_length` tokens at its `truncation` end (`truncation_window`).
 
     A transcript without an injection falls back from `post_injection_only` to `assistant_only` and is counted
     (`no_injection`); one without any target is dropped and counted (`no_target`), also if it was truncation
@@ -280,43 +330,20 @@ def encode_stream(
     `injection_cut`: `cbnb.masking.targets.cut_context`; together `lost_context`), unless `lost_context` is
     `"keep"`. Raises MaskError where a turn cannot be located or the template writes no tool calls
     (`drop_refused` leaves such transcripts out before), EmptyStream where nothing is left of the stream."""
-    samples, report, last = [], StreamReport(), None
+    samples: list[Sample] = []
+    report, last = StreamReport(), None
     for transcript, encoded in encoded_pairs(transcripts, masker, split_turns):
         if transcript is not last:
-            report.transcripts += 1
-            report.counts["no_injection"] += lacks_injection(transcript, policy)
-            report.counts["messages_off"] += len(messages_off(transcript))
-            for kind, n in transcript.meta.get("injected_actions", {}).get("messages", {}).items():
-                report.counts[f"{kind}_after_injection"] += n
+            count_transcript(report, transcript, policy)
         last = transcript
         try:
             row = training_row(encoded, transcript, policy, max_length, truncation, lost_context)
         except MaskError as e:
             raise MaskError(f"transcript {transcript.id}: {e}") from None
-        report.counts["mask_warnings"] += len(encoded.warnings)
-        report.warnings += [f"{transcript.id}: {w}" for w in encoded.warnings]
-        if row.dropped == "lost_words":
-            report.counts["lost_words"] += 1
-            report.warnings.insert(0, f"{transcript.id}: dropped, {row.words}")
+        count_row(report, row, transcript, encoded)
+        if row.dropped:
             continue
-        mask, keep = row.mask, row.keep
-        if (cut := len(mask) - (keep.stop - keep.start)) > 0:
-            report.counts["truncated"] += 1
-            report.counts["tokens_cut"] += cut
-            report.counts["targets_cut"] += int(mask.sum() - mask[keep].sum())
-            report.counts.update(f"{what}_cut" for what in row.gone)
-        if row.dropped == "lost_context":
-            report.counts["lost_context"] += 1
-            report.warnings.append(f"{transcript.id}: dropped, {row.words}")
-            continue
-        if row.dropped == "no_target":
-            report.counts["no_target"] += 1
-            report.counts["lost_to_truncation"] += bool(mask[1:].any())
-            report.dropped.append(
-                transcript.id if encoded.turn is None else f"{transcript.id} (turn of message {encoded.turn})"
-            )
-            continue
-        samples.append(Sample(encoded.input_ids[keep], mask[keep], transcript.id))
+        samples.append(Sample(encoded.input_ids[row.keep], row.mask[row.keep], transcript.id))
         report.tokens += len(samples[-1].input_ids)
         report.target_tokens += int(samples[-1].loss_mask.sum())
     report.samples = len(samples)
@@ -326,8 +353,9 @@ def encode_stream(
 
 # %% ../../nbs/data/03_streams.ipynb #a664fd51
 def data_record(reading: Reading, harmful: StreamReport, benign: StreamReport) -> dict:
-    """What result.json keeps under `data`: the record of the `reading` (`cbnb.data.sources.Reading.record`),
-    counts by stream, and `notes`, the sentences on both, which stand in a run's notes, report and card."""
+    """Return what result.json keeps under `data`: the record of the `reading`
+    (`cbnb.data.sources.Reading.record`), counts by stream, and `notes`, the sentences on both, which stand in
+    a run's notes, report and card."""
     reports = {"harmful": harmful, "benign": benign}
     counts = {
         name: {
@@ -339,23 +367,16 @@ def data_record(reading: Reading, harmful: StreamReport, benign: StreamReport) -
         | {k: int(n) for k, n in r.counts.items() if n}
         for name, r in reports.items()
     }
-    return (
-        reading.record()
-        | counts
-        | {
-            "notes": [
-                *reading.lines(),
-                *(f"{name}: {line}" for name, r in reports.items() for line in r.losses()),
-            ]
-        }
-    )
+    losses = [f"{name}: {line}" for name, r in reports.items() for line in r.losses()]
+    return reading.record() | counts | {"notes": [*reading.lines(), *losses]}
 
 # %% ../../nbs/data/03_streams.ipynb #27bed859
 @lru_cache(maxsize=8)
 def _permutation(n: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
+    "Return the order of `n` samples in an epoch; int64 [n]. The last eight are remembered."
     return np.random.default_rng((*seed, epoch)).permutation(n)
 
-
+# %% ../../nbs/data/03_streams.ipynb #cfed31fb
 class PairedStreams(Dataset):
     """Item i is the pair (i-th harmful sample, i-th benign sample). Each stream is reshuffled, by its own
     seed, every time it has been gone through, so a stream of any length serves any number of items, and item
@@ -364,22 +385,23 @@ class PairedStreams(Dataset):
     def __init__(self, harmful: list[Sample], benign: list[Sample], length: int, seed: int = 0):
         self.streams, self.length, self.seed = (harmful, benign), length, seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> tuple[Sample, Sample]:
         if not 0 <= i < self.length:
             raise IndexError(i)
-        return tuple(
+        harmful, benign = (
             samples[_permutation(len(samples), i // len(samples), (self.seed, which))[i % len(samples)]]
             for which, samples in enumerate(self.streams)
         )
+        return harmful, benign
 
 # %% ../../nbs/data/03_streams.ipynb #4cedca66
 def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """`input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at the
-    `side` end (right or left); padding is known by position, so a pad token that is also a real one does no
-    harm. Raises ValueError for no samples or another side.
+    """Return `input_ids` int64 [B, S], `attention_mask` int64 [B, S] and `loss_mask` bool [B, S], padded at
+    the `side` end (right or left); padding is known by position, so a pad token that is also a real one does
+    no harm. Raises ValueError for no samples or another side.
 
     Where the terms look is given as indices into the flattened rows [B·S]: `token_index` int64 [M], the
     tokens of the mask, and `predicting_index` int64 [N], the positions that predict one
@@ -411,8 +433,8 @@ def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[st
 
 # %% ../../nbs/data/03_streams.ipynb #81a84d70
 def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Samples one after the other in rows of `length` tokens, in order, a new row where the next one does not
-    fit.
+    """Return samples one after the other in rows of `length` tokens, in order, a new row where the next one
+    does not fit.
 
     `input_ids`, `position_ids` (from 0 in every sample) and `sequence` (index of the sample, -1 for padding)
     int64 [R, length]; `loss_mask` bool [R, length], without the first token of each sample: the token before
@@ -421,7 +443,8 @@ def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module)
     ConfigError where the blocks of `model`, which is to run the rows, mix the samples of one
     (`cbnb.step.model_checks.check_packing`)."""
     check_packing(model)
-    rows, used = [[]], 0
+    rows: list[list[int]] = [[]]
+    used = 0
     for i, s in enumerate(samples):
         if len(s.input_ids) > length:
             raise ValueError(
@@ -452,16 +475,14 @@ def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module)
         out["position_ids"][r, at:] = torch.arange(length - at)
     return out
 
-# %% ../../nbs/data/03_streams.ipynb #4aa55c5e
+# %% ../../nbs/data/03_streams.ipynb #fb3743fa
 COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets")
-
-
 PASS = 512  # tokens of padding that are worth a pass of their own
 
-
+# %% ../../nbs/data/03_streams.ipynb #143bfd17
 def length_groups(lengths: list[int]) -> list[list[int]]:
-    """Row numbers in groups of like length, such that the tokens of all groups, each padded to its longest
-    row, and `PASS` for every group are fewest (dynamic programming over the sorted lengths)."""
+    """Return row numbers in groups of like length, such that the tokens of all groups, each padded to its
+    longest row, and `PASS` for every group are fewest (dynamic programming over the sorted lengths)."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     best, begins = [0], [0]
     for stop in range(1, len(order) + 1):
@@ -476,32 +497,28 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
         stop = begins[stop]
     return groups[::-1]
 
-
-def collate(pairs: list[tuple[Sample, Sample]], pad_id: int, buckets: bool = False, cache=None) -> dict:
-    """The mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the tokens over
-    which each term of this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0 counts for
-    the first two only: nothing predicts it.
+# %% ../../nbs/data/03_streams.ipynb #4aa55c5e
+def collate(
+    pairs: list[tuple[Sample, Sample]], pad_id: int, buckets: bool = False, cache: TeacherCache | None = None
+) -> dict[str, Any]:
+    """Return the mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the
+    tokens over which each term of this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0
+    counts for the first two only: nothing predicts it.
 
     With `buckets`, `harmful` and `benign` are lists of such rows, one for each of `length_groups`. With a
     `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under `"teacher"`."""
 
-    def rows_of(samples):
+    def rows_of(samples: list[Sample]) -> dict[str, Any]:
         rows = pad_rows(samples, pad_id)
         return rows if cache is None else rows | {"teacher": cache.states(samples)}
 
-    batch = {}
+    batch: dict[str, Any] = {}
     for name, samples in zip(("harmful", "benign"), map(list, zip(*pairs))):
-        batch[name] = (
-            [
-                rows_of([samples[i] for i in group])
-                for group in length_groups([len(s.input_ids) for s in samples])
-            ]
-            if buckets
-            else rows_of(samples)
-        )
+        if buckets:
+            groups = length_groups([len(s.input_ids) for s in samples])
+            batch[name] = [rows_of([samples[i] for i in group]) for group in groups]
+        else:
+            batch[name] = rows_of(samples)
     harmful, benign = zip(*((h.loss_mask, b.loss_mask) for h, b in pairs))
-    return batch | {
-        "counts": torch.tensor(
-            [sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)]
-        )
-    }
+    counts = [sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)]
+    return batch | {"counts": torch.tensor(counts)}

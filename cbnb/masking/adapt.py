@@ -314,7 +314,7 @@ def undo_bridge_answers(transcript: Transcript, record: Any) -> Transcript:
 # %% ../../nbs/masking/05_adapt.ipynb #adf139f5
 GAP = "\n\n"
 
-
+# %% ../../nbs/masking/05_adapt.ipynb #f5f14687
 def join_users(transcript: Transcript) -> tuple[Transcript, int, Any]:
     "Make one of user messages in a row that have the same label."
     messages: list[dict] = []

@@ -363,7 +363,7 @@ class QuotingEncoder(SlowEncoder):
 ENCODERS = ("auto", "tokenizers", "tiktoken")
 AUTO_CHARS = 2**21  # after so many characters it pays to build the tiktoken encoding
 
-
+# %% ../../nbs/masking/02_encoders.ipynb #0d8766d4
 class TextEncoder(QuotingEncoder):
     """Ids and character spans of texts, by tiktoken where that can be used; no BOS is added.
 

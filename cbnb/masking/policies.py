@@ -143,8 +143,8 @@ class Policy:
     meaning: str = ""
 
     def __post_init__(self) -> None:
-        given = self.conditions
-        object.__setattr__(self, "conditions", tuple(given) if isinstance(given, (list, tuple)) else (given,))
+        own = self.conditions
+        object.__setattr__(self, "conditions", tuple(own) if isinstance(own, (list, tuple)) else (own,))
         if not isinstance(self.name, str) or not self.name:
             raise MaskError(f"a policy cannot be called {self.name!r}; give a name")
         if not self.conditions or not all(isinstance(c, Condition) for c in self.conditions):
@@ -165,19 +165,19 @@ class Policy:
     def parts(self, encoded: Encoded) -> np.ndarray:
         """Return where each condition holds, bool [conditions, n]. Raises MaskError where one gives anything
         but bool [n]."""
-        found = [np.asarray(c.holds(encoded)) for c in self.conditions]
-        for mask in found:
+        masks = [np.asarray(c.holds(encoded)) for c in self.conditions]
+        for mask in masks:
             if mask.dtype != bool or mask.shape != encoded.input_ids.shape:
                 raise MaskError(
                     f"policy {self.name} gave {mask.dtype} {mask.shape}; it must give bool "
                     f"{encoded.input_ids.shape}, one per token"
                 )
-        return np.stack(found)
+        return np.stack(masks)
 
     def __call__(self, encoded: Encoded) -> np.ndarray:
-        return self.parts(encoded).all(axis=0)
+        return np.logical_and.reduce(self.parts(encoded))
 
-
+# %% ../../nbs/masking/04_policies.ipynb #1b024229
 AnyPolicy = str | Policy | Callable[[Encoded], np.ndarray]  # a name, module:name, a policy or a function
 
 # %% ../../nbs/masking/04_policies.ipynb #569700e7
@@ -242,7 +242,7 @@ def shared_end(a: str, b: str) -> int:
     "Return the number of characters at the end of `a` and `b` that are the same."
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b))))
 
-
+# %% ../../nbs/masking/04_policies.ipynb #3e6b175b
 def call_prefix(encoded: Encoded) -> np.ndarray:
     """Tokens of each tool call from the start of its syntax to the end of its tool's name; bool [n]. Raises
     MaskError for a call whose name was not located."""
@@ -371,12 +371,12 @@ def _guarded(holds: Callable[[Encoded], np.ndarray], name: str) -> Callable[[Enc
 
     return guarded
 
-
+# %% ../../nbs/masking/04_policies.ipynb #611d82d3
 def _is_ours(condition: Condition) -> bool:
     "Whether the test of a `condition` is cbnb's own."
     return getattr(condition.holds, "__module__", "").startswith("cbnb.")
 
-
+# %% ../../nbs/masking/04_policies.ipynb #2a1a81d7
 def import_policy(name: str) -> Policy:
     """Return the policy at `name`, written `module:name`: a `Policy`, or a function as a policy of one
     condition, which no run may train with. Raises MaskError where it cannot be imported or is neither."""
@@ -423,12 +423,12 @@ def find_policy(policy: AnyPolicy) -> Policy:
 # %% ../../nbs/masking/04_policies.ipynb #p4own006
 def find_trainable(policy: AnyPolicy) -> Policy:
     "Return `find_policy`. Raises MaskError for a policy that no run may train with."
-    found = find_policy(policy)
-    if found.trainable:
-        return found
+    rule = find_policy(policy)
+    if rule.trainable:
+        return rule
     if isinstance(policy, Policy) or policy in POLICIES:
         raise MaskError(
-            f"policy {found.name} is not trainable; use one of {', '.join(trainable_names())}, or module:name"
+            f"policy {rule.name} is not trainable; use one of {', '.join(trainable_names())}, or module:name"
         )
     raise MaskError(
         f"policy {policy_name(policy)!r} is a function, or is not trainable; make it a "
@@ -439,12 +439,12 @@ def find_trainable(policy: AnyPolicy) -> Policy:
 def stand_in(policy: AnyPolicy) -> Policy:
     """Return what takes the place of `policy` for a transcript without an injection: the policy without the
     conditions that ask for one. Of `post_injection_only` that is `assistant_only`."""
-    found = find_policy(policy)
-    if not found.needs_injection:
-        return found
-    rest = tuple(c for c in found.conditions if c.needs != "injection")
+    rule = find_policy(policy)
+    if not rule.needs_injection:
+        return rule
+    rest = tuple(c for c in rule.conditions if c.needs != "injection")
     known = next((p for p in POLICIES.values() if p.conditions == rest), None)
-    return known or replace(found, name=f"{found.name} without an injection", conditions=rest)
+    return known or replace(rule, name=f"{rule.name} without an injection", conditions=rest)
 
 # %% ../../nbs/masking/04_policies.ipynb #p4lab002
 def has_label(encoded: Encoded, label: str) -> np.ndarray:
@@ -469,11 +469,11 @@ SWITCHED_ON = Condition(
 def labelled(policy: AnyPolicy, label: str | None = None) -> Policy:
     """Return `policy` (`find_policy`) with what holds for every loss mask: the token has the label `label`
     (benign or harmful; None: any), and its message is not switched off."""
-    found, more = find_policy(policy), [SWITCHED_ON]
+    rule, more = find_policy(policy), [SWITCHED_ON]
     if label is not None:
         holds = lambda encoded: has_label(encoded, label)  # noqa: E731
         more.insert(0, Condition(holds, f"labelled {label}", f"not labelled {label}"))
-    return replace(found, name=policy_name(policy), conditions=(*found.conditions, *more))
+    return replace(rule, name=policy_name(policy), conditions=(*rule.conditions, *more))
 
 
 def loss_mask(encoded: Encoded, policy: AnyPolicy = "assistant_only", label: str | None = None) -> np.ndarray:
@@ -498,12 +498,12 @@ SEGMENT_WORDS = {
     Segment.TOOL_ARGUMENTS: "tool-call arguments",
 }
 
-
+# %% ../../nbs/masking/04_policies.ipynb #0972a376
 def role_of(encoded: Encoded, message: int) -> str:
     "Return the role of a message by its index; empty outside of every message, or where roles are not known."
     return encoded.roles[message] if 0 <= message < len(encoded.roles) else ""
 
-
+# %% ../../nbs/masking/04_policies.ipynb #37faad6f
 def describe(encoded: Encoded, segment: int, message: int, straddles: bool = False) -> str:
     "Return what a token is part of, in words."
     if straddles:

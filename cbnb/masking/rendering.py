@@ -455,7 +455,7 @@ class Trace:
 MAX_TEXT_CHARS = 2**23  # of a rendered transcript
 MAX_REASON_CHARS = 500
 
-
+# %% ../../nbs/masking/00_rendering.ipynb #a2839dca
 def run_template(
     source: str,
     messages: list[dict],

@@ -25,7 +25,7 @@ from typing import IO, Any
 __all__ = ['MAX_TEMPLATE_CHARS', 'MAX_RENDER_SECONDS', 'MAX_RENDER_BYTES', 'MAX_FRAME_BYTES', 'PROGRAM', 'PROCESS',
            'PROCESS_LOCK', 'MOST_ENDS', 'RENDERS_PER_END', 'NONCHARACTER', 'MARKED_KEYS', 'KNOWN_ROLES', 'MaskError',
            'pipes', 'start_process', 'end', 'forget_process', 'Ended', 'exchange', 'why_ended', 'ask_process', 'tally',
-           'refuse_source', 'ask_template', 'asked', 'compile_template', 'template_inputs', 'render',
+           'refuse_source', 'ask_template', 'take_result', 'compile_template', 'template_inputs', 'render',
            'has_noncharacter', 'Traced', 'read_trace', 'trace_renders', 'trace_render']
 
 # %% ../../nbs/masking/01_templates.ipynb #20489fff
@@ -246,7 +246,7 @@ def ask_template(source: str, kind: str, *arguments: tuple) -> list:
     return [value if fine else MaskError(value) for fine, value in answers]
 
 # %% ../../nbs/masking/01_templates.ipynb #8ad0eaa6
-def asked(answer: Any) -> Any:
+def take_result(answer: Any) -> Any:
     "Return `answer`, one of those of `ask_template`. Raises it if it is a MaskError."
     if isinstance(answer, MaskError):
         raise answer
@@ -257,7 +257,7 @@ def asked(answer: Any) -> Any:
 def compile_template(source: str) -> str:
     """Return the Jinja template `source` itself, once the process has compiled it. Raises MaskError if it is
     too long, too slow or not valid."""
-    asked(*ask_template(source, "compile", ()))
+    take_result(*ask_template(source, "compile", ()))
     return source
 
 # %% ../../nbs/masking/01_templates.ipynb #335c8382
@@ -265,7 +265,7 @@ def compile_template(source: str) -> str:
 def template_inputs(source: str) -> frozenset[str]:
     """Return the names that the chat template `source` reads and does not set itself: messages, tools, a
     variable or a function given to it. Raises MaskError as `compile_template` does."""
-    return frozenset(asked(*ask_template(source, "inputs", ())))
+    return frozenset(take_result(*ask_template(source, "inputs", ())))
 
 # %% ../../nbs/masking/01_templates.ipynb #d4cac517
 def render(
@@ -277,7 +277,7 @@ def render(
 ) -> str:
     """Return the text of `messages` by the template `source`. `variables`: special tokens and other variables
     of the template, by name. Raises MaskError where the template refuses or exceeds its bounds."""
-    return asked(*ask_template(source, "render", (messages, tools, variables, generation_prompt)))
+    return take_result(*ask_template(source, "render", (messages, tools, variables, generation_prompt)))
 
 # %% ../../nbs/masking/01_templates.ipynb #add1dac6
 NONCHARACTER = re.compile(
@@ -370,7 +370,7 @@ def trace_renders(source: str, items: Iterable[tuple]) -> list[Traced | MaskErro
 
     def read(answer: Any) -> Traced | MaskError:
         try:
-            return read_trace(*asked(answer))
+            return read_trace(*take_result(answer))
         except MaskError as e:
             return e
 
@@ -390,4 +390,6 @@ def trace_render(
     """Return the Traced of `messages` by the template `source`: `cbnb.masking.rendering.trace_template`, run
     in the process. Raises MaskError where the template refuses, exceeds its bounds or writes a
     noncharacter."""
-    return asked(*trace_renders(source, [(messages, tools, variables, control, allowed, generation_prompt)]))
+    return take_result(
+        *trace_renders(source, [(messages, tools, variables, control, allowed, generation_prompt)])
+    )

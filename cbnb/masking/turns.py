@@ -29,7 +29,7 @@ __all__ = ['TOOL_SEGMENTS', 'COMPLETION', 'IS_COMPLETION', 'ROLE_SEGMENT', 'RULE
            'role_regions', 'share_turns', 'paint', 'place_tokens', 'check_overlap', 'check_inside', 'closes_prompt',
            'trim_turn', 'find_merged_turn', 'writes_nothing', 'find_headers', 'locate_turn', 'check_turn',
            'locate_turns', 'turn_ends', 'probe_messages', 'probe_tool', 'texts_of_turns', 'check_foreign', 'leaves',
-           'call_losses', 'text_losses', 'dropped', 'unseen_tools', 'emptied', 'writes_calls']
+           'call_losses', 'text_losses', 'drop_notes', 'unseen_tools', 'silent_messages', 'writes_calls']
 
 # %% ../../nbs/masking/03_turns.ipynb #e5823397
 class Segment(IntEnum):
@@ -624,7 +624,7 @@ def check_turn(
 # %% ../../nbs/masking/03_turns.ipynb #a8b88888
 MAX_LOCATE_SECONDS = 30
 
-
+# %% ../../nbs/masking/03_turns.ipynb #4553b911
 def locate_turns(
     traced: Traced,
     messages: list[dict],
@@ -806,7 +806,7 @@ def text_losses(traced: Traced, index: int, message: dict) -> list[str]:
     return lost
 
 # %% ../../nbs/masking/03_turns.ipynb #8a78f213
-def dropped(traced: Traced, messages: Sequence[dict], turns: Sequence[Turn]) -> list[str]:
+def drop_notes(traced: Traced, messages: Sequence[dict], turns: Sequence[Turn]) -> list[str]:
     """Return sentences about content, reasoning and tool calls that are missing in the text; calls count
     inside `turns` only."""
     out, bounds, level = [], sorted((t.body, t.eot) for t in turns), traced.level or ()
@@ -840,7 +840,7 @@ def unseen_tools(traced: Traced, tools: Sequence[Any] | None) -> list[str]:
     return ["tools: the template writes none of them, so the model is not told of them"]
 
 # %% ../../nbs/masking/03_turns.ipynb #60f1230b
-def emptied(
+def silent_messages(
     traced: Traced, messages: Sequence[dict], turns: Sequence[Turn]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return `(words, calls)`, two tuples of message indices: assistant messages of which the template writes
