@@ -199,8 +199,8 @@ def from_inspect(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
     """Return the Transcripts of an Inspect log (`eval`, `samples`), JSON or `.eval`, one per sample and
-    epoch. Tools come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and metadata.
-    A log has no label, so `label` must be given."""
+    epoch. Tools come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and
+    metadata. A log has no label, so `label` must be given."""
     spec: Any = record.get("eval")
     samples: Any = record.get("samples")
     need(isinstance(spec, dict), f"{where}, eval", "is not an object; write one JSON object")

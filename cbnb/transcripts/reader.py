@@ -274,8 +274,8 @@ class RepeatFilter(ReadingCounts):
         self, transcripts: list[Transcript], default_id: str, name: str, ids: SeenKeys, contents: SeenKeys
     ) -> list[Transcript]:
         """Return `transcripts` of the file `name`, one of several. An id may stand in another file too, as
-        that of a task that two models have run: what is equal there is read once; the id of what is not begins
-        with the file's name. `ids` are those of all files so far, to which these are added."""
+        that of a task that two models have run: what is equal there is read once; the id of what is not
+        begins with the file's name. `ids` are those of all files so far, to which these are added."""
         new = []
         for t in transcripts:
             # an id of the reader's says where it stands, and `drop_repeats` has compared these

@@ -454,7 +454,7 @@ def read_message_labels(labels: Any, messages: list, where: str) -> dict[int, st
             f"names message {key!r}; there are {len(messages)}, from 0",
         )
         need_one_of(label, (*LABELS, "none"), f"{where}[{key!r}]")
-        need(int(key) not in out, f"{where}[{key!r}]", "names a message a second time; keep one")
+        need(int(key) not in out, f"{where}[{key!r}]", "names a message that stood before; keep one")
         out[int(key)] = label
     return out
 
