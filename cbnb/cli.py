@@ -145,8 +145,8 @@ def positive(text: str) -> int:
 
 # %% ../nbs/cli.ipynb #clihelp1
 def declared_help(name: str, notebook: str = "explore_masks") -> str:
-    """Return the help of the flag of a parameter, from its declaration for the notebook of that name: the words
-    on it, with its limits, and its default."""
+    """Return the help of the flag of a parameter, from its declaration for the notebook of that name: the
+    words on it, with its limits, and its default."""
     declared = NOTEBOOK_PARAMETERS[notebook][name]
     default = "" if declared.default in (None, "") else f" (default: {declared.default})"
     return visible(f"{'; '.join(sentences(declared))}{default}").replace("%", "%%")

@@ -195,5 +195,18 @@ def test_public_functions_are_annotated(page):
     assert bool(bare) == (name_of(page) in NOT_ANNOTATED), f"without annotations: {' '.join(bare)}"
 
 
+NO_DOCSTRING = {"widgets/02_masks"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_functions_and_classes_have_docstrings(page):
+    "Seen once: a docstring in parentheses, which Python takes for an expression without effect."
+    path = ROOT / "cbnb" / f"{default_exp(page).replace('.', '/')}.py"
+    top = ast.parse(path.read_text(encoding="utf-8")).body
+    nodes = [node for node in top if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    bare = [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert not bare or name_of(page) in NO_DOCSTRING, f"without a docstring: {' '.join(bare)}"
+
+
 def test_what_is_allowed_is_there():
     assert (FEW_WORDS | LONG_CELLS | NOT_ANNOTATED) <= {name_of(page) for page in PAGES}

@@ -57,9 +57,9 @@ MAYBE = re.compile(
 SHORTEST, LONG = 8, 20
 ORDINARY = frozenset(
     """password passwort passw0rd password1 password123 changeme change-me change_me changeit disabled
-    required optional anonymous undefined localhost external internal keychain development production placeholder
-    dummy-key no-key-required sk-no-key-required not-needed unlimited your-api-key your_api_key example-key
-    test-key local-key""".split()
+    required optional anonymous undefined localhost external internal keychain development
+    production placeholder dummy-key no-key-required sk-no-key-required not-needed unlimited your-
+    api-key your_api_key example-key test-key local-key""".split()
 )
 
 # %% ../../nbs/basics/01_withheld.ipynb #5690c512

@@ -192,7 +192,7 @@ def record_path(run: Run) -> Path:
 
 # %% ../../nbs/run/09_recorder.ipynb #536307d9
 def start_book(run: Run) -> Book:
-    "Return the `Book` of `run` with the cells of its notebook that this kernel has executed, without outputs."
+    "Return the `Book` of `run` with the cells of its notebook that this kernel has executed so far."
     copy = run.path / "notebook.ipynb"
     source = nbformat.reads(read_text(copy), as_version=4) if copy.exists() else None
     book = Book(source)

@@ -201,8 +201,8 @@ def shape_notes(preset: str, model: str, trust_remote_code: bool) -> list[str]:
         return []
     return [
         f"the preset {preset} is for {published} ({fit}), and {model} is another model ({facts}): its "
-        "layers, rank and learning rate were not made for it; leave preset out, and they follow from the model's "
-        "depth and width"
+        "layers, rank and learning rate were not made for it; leave preset out, and they follow from the "
+        "model's depth and width"
     ]
 
 # %% ../../nbs/run/12_settings.ipynb #setng13b
