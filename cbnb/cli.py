@@ -16,6 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
+# %% auto #0
+__all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
+           'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
+           'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans', 'run_spans', 'add_convert',
+           'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
+           'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
+           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
+           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+
+# %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
 from .basics.disk import full_disk_words, is_full_disk
 from .basics.files import write_bytes
@@ -27,6 +37,8 @@ from .basics.withheld import scrub
 from .config import GROUPS, NOTEBOOK_PARAMETERS, RUN_ONLY, ConfigError, notebook_kind, sentences
 from .data.convert import check_written
 from .data.sources import SourceReader, open_source
+
+# %% ../nbs/cli.ipynb #9d563504
 from cbnb.masking.audit import (
     FINDING_KINDS,
     NOTE_KINDS,
@@ -41,6 +53,8 @@ from cbnb.masking.audit import (
     record,
     terminal_lines,
 )
+
+# %% ../nbs/cli.ipynb #8e1a68b9
 from .masking.masker import CONTROL_MODES, TOOL_CALL_FORMATS, ChatMasker
 from .masking.policies import POLICIES, find_policy
 from .masking.targets import SIDES
@@ -53,19 +67,11 @@ from .sweep.spec import find_file, notebook_parameters
 from .transcripts.reader import known_formats
 from .transcripts.record import LABELS, TranscriptError, nearest
 
+# %% ../nbs/cli.ipynb #e59548e1
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 Item = TypeVar("Item")
-
-# %% auto #0
-__all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
-           'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
-           'audit_file', 'run_masks', 'closing_lines', 'add_spans', 'run_spans', 'add_convert', 'run_convert',
-           'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag', 'add_notebook_flags',
-           'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate',
-           'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser',
-           'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #e46fef61
 class CommandError(Exception):
@@ -134,13 +140,13 @@ def with_progress(items: Iterable[Item], unit: str) -> Iterable[Item]:
 def positive(text: str) -> int:
     """Return `text` as an int of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 # %% ../nbs/cli.ipynb #clihelp1
 def declared_help(name: str, notebook: str = "explore_masks") -> str:
-    """Return the help of the flag of a parameter, from its declaration for the notebook of that name: what is
-    said of it, with its limits, and its default."""
+    """Return the help of the flag of a parameter, from its declaration for the notebook of that name: the
+    words on it, with its limits, and its default."""
     declared = NOTEBOOK_PARAMETERS[notebook][name]
     default = "" if declared.default in (None, "") else f" (default: {declared.default})"
     return visible(f"{'; '.join(sentences(declared))}{default}").replace("%", "%%")
@@ -175,8 +181,8 @@ def add_template(p: argparse.ArgumentParser) -> None:
         "tool-call-format": {"choices": TOOL_CALL_FORMATS, "default": "template"},
         "adapt": {"metavar": "NAME,...", "default": ""},
     }
-    for flag, known in template.items():
-        p.add_argument(f"--{flag}", help=declared_help(flag.replace("-", "_")), **known)
+    for flag, options in template.items():
+        p.add_argument(f"--{flag}", help=declared_help(flag.replace("-", "_")), **options)
 
 # %% ../nbs/cli.ipynb #clishow1
 def add_shown(p: argparse.ArgumentParser) -> None:
@@ -196,7 +202,9 @@ def add_shown(p: argparse.ArgumentParser) -> None:
         help="NO_COLOR is honoured (default: %(default)s)",
     )
     p.add_argument(
-        "--json", action="store_true", help="print a JSON object a line: each transcript, then the summary"
+        "--json",
+        action="store_true",
+        help="print one JSON object per line: each transcript, then the summary",
     )
     p.add_argument("--html", metavar="OUT", help="also write a self-contained page")
 
@@ -249,7 +257,7 @@ def add_masks(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #87f37074
 LISTED_FINDINGS = 20  # findings of one kind that are printed or kept for the page
 
-
+# %% ../nbs/cli.ipynb #0e41b0fb
 def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[Audited]]:
     """Return `(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before
     anything is read."""
@@ -296,11 +304,8 @@ def run_masks(args: argparse.Namespace) -> int:
             counts[finding.kind] += 1
     for text in reader.told():
         say(f"note: {text}", file=sys.stderr)
-    more = [
-        f"{kind}: {n - LISTED_FINDINGS:,} more; --json lists all"
-        for kind, n in counts.items()
-        if n > LISTED_FINDINGS
-    ]
+    rest = {kind: n - LISTED_FINDINGS for kind, n in counts.items() if n > LISTED_FINDINGS}
+    more = [f"{kind}: {n:,} more; --json lists all" for kind, n in rest.items()]
     if args.json:
         print(json.dumps({"summary": totals.summary()}))
     else:
@@ -319,19 +324,9 @@ def closing_lines(totals: Totals, findings: Sequence[Finding], more: Sequence[st
         yield from [*format_table(head, rows), ""]
     yield totals.verdict()
 
-# %% ../nbs/cli.ipynb #a13a78c1
-def add_spans(commands: Commands) -> None:
-    """Add the arguments of `cbnb spans`."""
-    p = commands.add_parser(
-        "spans",
-        help="find where injections stand in a transcript file",
-        description="Find where injections stand in transcripts that do not say so, show them, and write "
-        "them. AgentDojo "
-        "runs say it themselves; transcripts that have spans keep them.",
-        epilog="status 0: every harmful transcript has a span; 1: some have none; 2: a file cannot be read "
-        "or written",
-    )
-    add_reading(p)
+# %% ../nbs/cli.ipynb #1da78147
+def add_search(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what to look for, and in which messages."""
     p.add_argument(
         "--text",
         action="append",
@@ -355,6 +350,20 @@ def add_spans(commands: Commands) -> None:
         choices=("tool", "user", "system"),
         help="messages to look in; may be repeated (default: tool)",
     )
+
+# %% ../nbs/cli.ipynb #a13a78c1
+def add_spans(commands: Commands) -> None:
+    """Add the arguments of `cbnb spans`."""
+    p = commands.add_parser(
+        "spans",
+        help="find where injections stand in a transcript file",
+        description="Find where injections stand in transcripts that do not say so, show them, and write "
+        "them. AgentDojo runs say it themselves; transcripts that have spans keep them.",
+        epilog="status 0: every harmful transcript has a span; 1: some have none; 2: a file cannot be read "
+        "or written",
+    )
+    add_reading(p)
+    add_search(p)
     p.add_argument(
         "--show",
         type=int,
@@ -442,14 +451,12 @@ def add_ablate(commands: Commands) -> None:
         help="start the runs of a sweep that are not done yet",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Start the runs of a sweep that are not done yet: here, or by SLURM. New, interrupted "
-        "and lost runs start or go on, done ones "
-        "are\nskipped, queued and running ones are left alone, failed ones are listed.",
+        "and lost runs start or go on, done ones are\nskipped, queued and running "
+        "ones are left alone, failed ones are listed.",
         epilog="SPEC.yaml has the keys name, notebook (default nbs/train.ipynb), parameters (fixed), grid "
-        "(lists; their product), one_at_a_time "
-        "(lists\naround the fixed values), runs (listed) and seeds.\n\n"
+        "(lists; their product), one_at_a_time (lists\naround the fixed values), runs (listed) and seeds.\n\n"
         "status 0: submitted, or all done; 1: a local run is not done; 2: the spec or SLURM is not in "
-        "order, nothing was started; "
-        "130: interrupted",
+        "order, nothing was started; 130: interrupted",
     )
     p.add_argument("spec", metavar="SPEC.yaml")
     where = p.add_mutually_exclusive_group()
@@ -499,7 +506,7 @@ def add_status(commands: Commands) -> None:
         nargs="*",
         help="a sweep, a run directory, or a folder of them (default: the runs folder)",
     )
-    p.add_argument("--json", action="store_true", help="print a JSON object a run a line")
+    p.add_argument("--json", action="store_true", help="print one JSON object per run, each on a line")
     p.set_defaults(run=run_status)
 
 # %% ../nbs/cli.ipynb #clirn003
@@ -517,10 +524,10 @@ def run_status(args: argparse.Namespace) -> int:
 
     def columns(row: dict[str, Any]) -> list[str]:
         steps = f"{row['step']}/{row['total_steps'] or '?'}" if row["step"] is not None else ""
-        left = f"{duration(row['seconds_left'])} left" if row["seconds_left"] is not None else ""
+        rest = f"{duration(row['seconds_left'])} left" if row["seconds_left"] is not None else ""
         return [
             sentence(text)
-            for text in (row["state"], steps, left, f"{row['sweep']}/{row['run']}", row["note"])
+            for text in (row["state"], steps, rest, f"{row['sweep']}/{row['run']}", row["note"])
         ]
 
     lines = [columns(row) for row in rows]
@@ -534,15 +541,15 @@ def run_status(args: argparse.Namespace) -> int:
 def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: str, flags: list[str]) -> None:
     """Add the flag of the parameter `name` to a group, of the type `kind` and with the help `words`, and its
     spellings to `flags`."""
-    known: dict[str, Any] = {"metavar": kind.upper()}
+    options: dict[str, Any] = {"metavar": kind.upper()}
     if kind == "bool":
-        known = {"action": argparse.BooleanOptionalAction}
+        options = {"action": argparse.BooleanOptionalAction}
     flag = p.add_argument(
         f"--{name.replace('_', '-')}",
         dest=f"parameter {name}",
         default=argparse.SUPPRESS,
         help=words,
-        **known,
+        **options,
     )
     flags.extend(flag.option_strings)
 
@@ -588,7 +595,7 @@ def notebook_call(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, 
 
 # %% ../nbs/cli.ipynb #cliaddtr
 def add_train(commands: Commands) -> None:
-    """Add the arguments of `cbnb train`: a flag a parameter of nbs/train.ipynb."""
+    """Add the arguments of `cbnb train`: one flag per parameter of nbs/train.ipynb."""
     p = commands.add_parser(
         "train",
         help="one run of nbs/train.ipynb",
@@ -608,28 +615,23 @@ def run_train(args: argparse.Namespace) -> int:
 
     if world_size() > 1:
         raise CommandError(
-            "cbnb train starts one process: let torchrun or srun start papermill itself, once a process "
+            "cbnb train starts one process: let torchrun or srun start papermill itself, once per process "
             "(nbs/howto/model.md, slurm/05_train_multi.sbatch)"
         )
-    notebook, given = notebook_call(args, "nbs/train.ipynb")
-    path, status = train(notebook, given)
+    notebook, parameters = notebook_call(args, "nbs/train.ipynb")
+    path, status = train(notebook, parameters)
     if (path / "result.json").exists():
         from cbnb.report.figures import alarm_lines, figure_lines
 
-        say(
-            *figure_lines(path),
-            *(
-                f"ALARM {line}"
-                for line in alarm_lines((read_record(path / "result.json") or {}).get("alarms"))
-            ),
-        )
+        alarms = alarm_lines((read_record(path / "result.json") or {}).get("alarms"))
+        say(*figure_lines(path), *(f"ALARM {line}" for line in alarms))
     say(f"run directory: {path}")
     return status
 
 # %% ../nbs/cli.ipynb #pfl00002
 def add_preflight(commands: Commands) -> None:
-    """Add the arguments of `cbnb preflight`: a flag a parameter of nbs/preflight.ipynb, which are those of
-    `cbnb train` and the probe's length."""
+    """Add the arguments of `cbnb preflight`: one flag per parameter of nbs/preflight.ipynb, which are those
+    of `cbnb train` and the probe's length."""
     p = commands.add_parser(
         "preflight",
         help="the review of a run before it is started",
@@ -660,16 +662,15 @@ def run_preflight(args: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #4b0fc5a3
 def add_evaluate(commands: Commands) -> None:
-    """Add the arguments of `cbnb evaluate`: one or two adapters, and a flag a parameter of
-    nbs/evaluate.ipynb."""
+    """Add the arguments of `cbnb evaluate`: one or two adapters, and one flag per parameter
+    of nbs/evaluate.ipynb."""
     p = commands.add_parser(
         "evaluate",
         help="an adapter on held-out files, without training",
         allow_abbrev=False,
         description="Evaluate one adapter, or two beside each other: papermill runs nbs/evaluate.ipynb. A "
-        "finished run's "
-        "directory gives that run's figures again. Every answer is kept; the same --run-dir goes on with an "
-        "evaluation that was interrupted.",
+        "finished run's directory gives that run's figures again. Every answer is kept; the same --run-dir "
+        "goes on with an evaluation that was interrupted.",
         epilog="exit status of papermill: 0 when all is evaluated; 2: a value is not in order, nothing was "
         "started",
     )
@@ -694,29 +695,28 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from cbnb.report.figures import figure_lines
     from cbnb.sweep.jobs import train
 
-    notebook, given = notebook_call(args, "nbs/evaluate.ipynb")
+    notebook, parameters = notebook_call(args, "nbs/evaluate.ipynb")
     if len(args.adapters) > 2:
         raise CommandError(f"{len(args.adapters)} adapters were given; two can be set beside each other")
     if args.rescore:
         from cbnb.evaluate.adapters import rescore
 
-        if len(args.adapters) != 1 or given.keys() - {"trust_remote_code"}:
+        if len(args.adapters) != 1 or parameters.keys() - {"trust_remote_code"}:
             raise CommandError("--rescore wants one run directory and nothing else")
-        rescore(args.adapters[0], **given)
+        rescore(args.adapters[0], **parameters)
         path, status = Path(args.adapters[0]), 0
     else:
         from cbnb.evaluate.adapters import checked
         from cbnb.sweep.spec import complete
 
         # an adapter is named: its run's, or files
-        given = {"eval_data": ""} | given | dict(zip(("adapter", "second_adapter"), args.adapters))
+        parameters = {"eval_data": ""} | parameters | dict(zip(("adapter", "second_adapter"), args.adapters))
+        own = {k: v for k, v in parameters.items() if k != "run_dir"}
         try:
-            checked(
-                complete({k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook))[1]
-            )
+            checked(complete(own, notebook_parameters(notebook))[1])
         except ValueError as e:
-            raise CommandError(str(e)) from None  # an adapter that is none
-        path, status = train(notebook, given)
+            raise CommandError(str(e)) from None  # an adapter that cannot be one
+        path, status = train(notebook, parameters)
     if figures := figure_lines(path):
         say(*figures)
     say(f"run directory: {path}")
@@ -748,14 +748,14 @@ def add_plan(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #clirn006
 NOT_PLANNED = {*RUN_ONLY, "seed"} - {"preset", "teacher", "trust_remote_code", "fsdp"}
 
-
+# %% ../nbs/cli.ipynb #e2a54a59
 def run_plan(args: argparse.Namespace) -> int:
     """Carry out `cbnb plan`."""
     from cbnb.run.settings import check_processes, run_settings
     from cbnb.sweep.spec import complete
 
-    notebook, given = notebook_call(args, "nbs/train.ipynb")
-    values, whole = complete(given, notebook_parameters(notebook))
+    notebook, own = notebook_call(args, "nbs/train.ipynb")
+    values, whole = complete(own, notebook_parameters(notebook))
     if whole.get("teacher"):
         raise CommandError(
             "a teacher of its own is not planned for: leave --teacher out, and add its weights to the plan"
@@ -765,10 +765,10 @@ def run_plan(args: argparse.Namespace) -> int:
             f"--target-share wants a number above 0 and at most 1, but {args.target_share} was given"
         )
     config, notes = run_settings(whole)
-    if unread := [name for name in given if name in NOT_PLANNED]:
+    if idle := [name for name in own if name in NOT_PLANNED]:
         notes = [
             *notes,
-            f"{', '.join(unread)} changes nothing in a plan, which looks at no data and no template",
+            f"{', '.join(idle)} changes nothing in a plan, which looks at no data and no template",
         ]
     check_processes(config, values.get("fsdp", False), args.gpus)
     for line in notes:
@@ -889,7 +889,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 # ValueError: what cbnb refuses, ConfigError and MaskError among it
 REFUSALS = (CommandError, RunError, ValueError, OSError)
 
-
+# %% ../nbs/cli.ipynb #fd6b126a
 def run_parsed(args: argparse.Namespace) -> int:
     """Return the exit status of the command that was read as `args` (a Namespace). The error for a full
     disk names the file and its room; without a name it is the output's."""

@@ -41,44 +41,44 @@ class ConfigError(ValueError):
     __str__ = error_text
 
 # %% ../nbs/config.ipynb #0896eeca
-def scalar_types(wanted: Any) -> tuple[type, ...]:
-    """Return the types that `wanted` allows: of one type itself, of a union such as `float | None` each."""
-    return typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+def scalar_types(kind: Any) -> tuple[type, ...]:
+    """Return the types that `kind` allows: of one type itself, of a union such as `float | None` each."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
-
-def type_name(wanted: Any) -> str:
+# %% ../nbs/config.ipynb #6ada5238
+def type_name(kind: Any) -> str:
     """Return what a message calls a type: `int`, `float or None`, `tuple of int`, …"""
-    if typing.get_origin(wanted) is tuple:
-        item, last = typing.get_args(wanted)
+    if typing.get_origin(kind) is tuple:
+        item, last = typing.get_args(kind)
         return f"tuple of {'' if last is Ellipsis else 'two '}{item.__name__}"
-    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in scalar_types(wanted))
+    return " or ".join("None" if each is type(None) else each.__name__ for each in scalar_types(kind))
 
 # %% ../nbs/config.ipynb #444c8d65
 def wrong_type(
-    name: str, wanted: Any, value: object, error: type[ValueError] = ConfigError, hint: str = ""
+    name: str, kind: Any, value: object, error: type[ValueError] = ConfigError, hint: str = ""
 ) -> ValueError:
     """Return the `error` for a value of the wrong type: it names the parameter, the type and the value."""
-    return error(f"{name} wants {type_name(wanted)}, but {value!r} ({type(value).__name__}) was given{hint}")
+    return error(f"{name} wants {type_name(kind)}, but {value!r} ({type(value).__name__}) was given{hint}")
 
 # %% ../nbs/config.ipynb #78955d8e
 def convert_value(
     name: str,
-    wanted: Any,
+    kind: Any,
     value: object,
     *,
     written: bool = False,
     error: type[ValueError] = ConfigError,
     hint: str = "",
 ) -> Any:
-    """Return `value` as `wanted`: bool, int, float, str, None, a union or a tuple type of them.
+    """Return `value` as `kind`: bool, int, float, str, None, a union or a tuple type of them.
 
     An int is a float too; a bool is never a number; text is never parsed as a scalar. `written`: the value
     comes from papermill or YAML, so a number stands for the text it was written as, and text may be empty.
     Raises `error`, with `hint` at its end, for any other type; NaN, infinity and larger numbers are refused.
     """
-    if typing.get_origin(wanted) is tuple:
-        return convert_items(name, wanted, value)
-    kinds = scalar_types(wanted)
+    if typing.get_origin(kind) is tuple:
+        return convert_items(name, kind, value)
+    kinds = scalar_types(kind)
     if value is None or isinstance(value, bool):
         if type(value) in kinds:
             return value
@@ -94,20 +94,20 @@ def convert_value(
             return str(value)
     elif isinstance(value, str) and str in kinds and (written or value.strip()):
         return value
-    raise wrong_type(name, wanted, value, error, hint)
+    raise wrong_type(name, kind, value, error, hint)
 
 # %% ../nbs/config.ipynb #5148d1ae
-def convert_items(name: str, wanted: Any, value: object) -> tuple[Any, ...]:
-    """Return `value` as the tuple type `wanted`: a list, a tuple, one item, or a comma string such as
+def convert_items(name: str, kind: Any, value: object) -> tuple[Any, ...]:
+    """Return `value` as the tuple type `kind`: a list, a tuple, one item, or a comma string such as
     `"10,20"`.
 
     Raises `ConfigError` for an empty tuple, a wrong item or a wrong number of items."""
-    item, last = typing.get_args(wanted)
+    item, last = typing.get_args(kind)
     if isinstance(value, str):
         parts: Iterable[object] = [part.strip() for part in value.split(",")]
         if item is int:
             if not all(part.isascii() and part.isdigit() for part in map(str, parts)):
-                raise wrong_type(name, wanted, ",".join(map(str, parts)))
+                raise wrong_type(name, kind, ",".join(map(str, parts)))
             parts = [int(str(part)) for part in parts]
     else:
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -120,7 +120,7 @@ def convert_items(name: str, wanted: Any, value: object) -> tuple[Any, ...]:
 # %% ../nbs/config.ipynb #textfn01
 LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
-
+# %% ../nbs/config.ipynb #6853b76e
 def text_value(text: str) -> bool | int | float | str | None:
     """Return what a bare text stands for where no type is declared: a word of `LITERALS`, a number as JSON
     writes it, or the text itself."""
@@ -195,7 +195,7 @@ TESTS = {
     "policy": lambda value, _: ":" in value or value in trainable_names(),
 }
 
-
+# %% ../nbs/config.ipynb #0f557caa
 def check_limits(name: str, value: object, limits: Mapping[str, Any]) -> None:
     """Raise `ConfigError` when `value` (every item of a tuple) breaks `limits`; the message says the allowed
     range or the nearest name."""
@@ -214,16 +214,16 @@ def notebook_kind(declaration: Declaration) -> str:
     scalar = declaration.kind in (bool, int, float)
     return declaration.kind.__name__ if scalar else "str"
 
-
+# %% ../nbs/config.ipynb #02fa1fae
 def notebook_type(declaration: Declaration) -> str:
     """Return the type as a parameters cell writes it; in quotation marks where the default is None, which is
     the form that papermill reads."""
     kind = notebook_kind(declaration)
     return f'"Optional[{kind}]"' if declaration.default is None else kind
 
-
+# %% ../nbs/config.ipynb #45e915ee
 def sentences(declaration: Declaration) -> list[str]:
-    """Return what is said of a parameter: its meaning, what its default stands for, its limits, and more."""
+    """Return the words on a parameter: its meaning, what its default stands for, its limits, and more."""
     limits = limits_in_words(declaration.limits)
     if "one_of" in declaration.limits:
         limits = f"one of {limits}"
@@ -253,6 +253,7 @@ TRACKERS = (
 # %% ../nbs/config.ipynb #savings1
 SAVINGS = ("early_exit", "shared_prefix", "fused_kl", "buckets")
 
+# %% ../nbs/config.ipynb #1807b8ab
 # a name → "module:attribute", or a cbnb.step.objectives.Objective that a notebook has put there
 OBJECTIVES = {"rr": "cbnb.step.objectives:rr", "rr_kl": "cbnb.step.objectives:rr_kl"}
 
@@ -294,16 +295,27 @@ class CircuitBreakerConfig:
         "rr",
         "objective",
         "rr, rr_kl, or module:name of your own",
-        more="rr_kl has the KL in the place of the L2 retain term",
+        more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term alone",
     )
-    retain_weight: float = setting(1.0, "objective", "weight of the L2 retain term", at_least=0)
+    retain_weight: float = setting(
+        1.0,
+        "objective",
+        "weight of the objective's retain term",
+        more="rr: an L2 distance of hidden states; rr_kl has none",
+        at_least=0,
+    )
     retain_layers: str = setting(
         "targets",
         "objective",
-        "blocks of the L2 retain term: the target layers, or all",
+        "blocks that the retain term reads: the target layers, or all",
         one_of=("targets", "all"),
     )
-    retain_relative: bool = setting(False, "objective", "divide the L2 retain distance by the teacher's norm")
+    retain_relative: bool = setting(
+        False,
+        "objective",
+        "divide the distance of the retain term by the teacher's norm",
+        more="for rr, and for an objective of your own that reads it",
+    )
     beta_kl: float = setting(
         0.3,
         "objective",
@@ -460,8 +472,7 @@ def check_layer_order(config: CircuitBreakerConfig) -> None:
     if min(config.target_layers) < first:
         raise ConfigError(
             f"target_layers must be at least {first}, the first LoRA layer (a block before it never "
-            "changes), "
-            f"but {min(config.target_layers)} was given"
+            f"changes), but {min(config.target_layers)} was given"
         )
 
 # %% ../nbs/config.ipynb #695a650a
@@ -492,8 +503,7 @@ def check_policies(config: CircuitBreakerConfig) -> None:
     if config.beta_kl and config.benign_policy == "full_sequence":
         raise ConfigError(
             "benign_policy full_sequence takes the KL term over words that the model never generates "
-            "(users', tools', headers); "
-            "choose another benign_policy, or beta_kl 0 for the retain term alone"
+            "(users', tools', headers); choose another benign_policy, or beta_kl 0 for the retain term alone"
         )
 
 # %% ../nbs/config.ipynb #objctv01
@@ -564,7 +574,7 @@ PRESETS = presets()
 # %% ../nbs/config.ipynb #intrvl02
 INTERVALS = ("warmup_steps", "logging_steps", "save_steps", "diagnose_steps")
 
-
+# %% ../nbs/config.ipynb #811e2a9f
 def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
     """Return `{name: steps}` of `INTERVALS` for a run of `total_steps`, at least 1.
 
@@ -581,15 +591,15 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
     "retain_weight": (
         lambda c: c.objective == "rr_kl" and c.retain_weight,
-        "objective rr_kl has no L2 retain term: leave it out, or give objective rr",
+        "objective rr_kl has no retain term: leave it out, or give objective rr",
     ),
     "retain_layers": (
         lambda c: c.objective == "rr_kl",
-        "objective rr_kl has no L2 retain term: leave it out, or give objective rr",
+        "objective rr_kl has no retain term: leave it out, or give objective rr",
     ),
     "retain_relative": (
         lambda c: c.objective == "rr_kl",
-        "objective rr_kl has no L2 retain term: leave it out, or give objective rr",
+        "objective rr_kl has no retain term: leave it out, or give objective rr",
     ),
     "saturated_below": (
         lambda c: not c.diagnose_steps,
@@ -618,10 +628,10 @@ IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
 }
 
 # %% ../nbs/config.ipynb #idlefn02
-def check_idle(config: CircuitBreakerConfig, given: Iterable[str]) -> None:
-    """Raise `ConfigError` for a setting among the names `given` that changes nothing in a run of `config`
+def check_idle(config: CircuitBreakerConfig, names: Iterable[str]) -> None:
+    """Raise `ConfigError` for a setting among the names `names` that changes nothing in a run of `config`
     (see `IDLE`); `objective`, which is at fault for some, is never one."""
-    for name in given:
+    for name in names:
         if name not in IDLE:
             continue
         idle, why = IDLE[name]
@@ -629,20 +639,20 @@ def check_idle(config: CircuitBreakerConfig, given: Iterable[str]) -> None:
             raise ConfigError(f"{name} {setting_text(getattr(config, name))} would do nothing: {why}")
 
 # %% ../nbs/config.ipynb #idlefn03
-def of_no_weight(config: CircuitBreakerConfig, given: Iterable[str]) -> Iterator[str]:
-    """Yield sentences on the settings among the names `given` that a run of `config` never reaches, or that
+def of_no_weight(config: CircuitBreakerConfig, names: Iterable[str]) -> Iterator[str]:
+    """Yield sentences on the settings among the names `names` that a run of `config` never reaches, or that
     change what it measures and nothing that is trained."""
     for name in ("logging_steps", "save_steps", "diagnose_steps"):
-        if name in given and getattr(config, name) > config.total_steps:
+        if name in names and getattr(config, name) > config.total_steps:
             yield f"{name} {getattr(config, name)} is never reached: the run has {config.total_steps} steps"
-    if not config.beta_kl and config.kl_temperature != 1 and "kl_temperature" in given:
+    if not config.beta_kl and config.kl_temperature != 1 and "kl_temperature" in names:
         yield (
             f"kl_temperature {config.kl_temperature:g} changes the measured KL only: at beta_kl 0 it is "
             "not trained"
         )
     if not config.retain_weight:
         for name in ("retain_layers", "retain_relative"):
-            if name in given:
+            if name in names:
                 yield (
                     f"{name} {setting_text(getattr(config, name))} changes the measured retain distance "
                     "only: retain_weight is 0"
@@ -661,7 +671,7 @@ def get_config(preset: str, **overrides: Any) -> CircuitBreakerConfig:
     alone, and the `intervals` follow `total_steps`.
 
     Raises `ConfigError` for an unknown preset or field (with the nearest valid name), a wrong type (with the
-    wanted type and what was given), a value out of range (with the allowed range), and a value that would do
+    type and the value), a value out of range (with the allowed range), and a value that would do
     nothing (`check_idle`)."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(
@@ -673,13 +683,13 @@ def get_config(preset: str, **overrides: Any) -> CircuitBreakerConfig:
             raise ConfigError(
                 f"unknown setting {name!r}{nearest(name, names) or '; known are ' + ', '.join(names)}"
             )
-    given = {k: v for k, v in overrides.items() if v is not None}
-    steps = given.get("total_steps")
+    values = {k: v for k, v in overrides.items() if v is not None}
+    steps = values.get("total_steps")
     short: dict[str, int] = {}
     if isinstance(steps, Integral) and not isinstance(steps, bool) and int(steps) >= 1:
         short = intervals(PRESETS[preset], int(steps))
-    config = dataclasses.replace(PRESETS[preset], **short | given)
-    check_idle(config, given)
+    config = dataclasses.replace(PRESETS[preset], **short | values)
+    check_idle(config, values)
     return config
 
 # %% ../nbs/config.ipynb #parmfn01
@@ -694,11 +704,13 @@ def parameter(
     kind: Any = None,
     **limits: Any,
 ) -> Declaration:
-    """Return the `Declaration` of a parameter that is no setting; `kind` is for a default of None."""
+    """Return the `Declaration` of a parameter that is not a setting; `kind` is for a default of None."""
     return Declaration(name, kind or type(default), default, group, meaning, unset, more, limits)
 
 # %% ../nbs/config.ipynb #parmda01
 ENTRIES = "files, folders, globs or hf:dataset[split], each with :label, :format and @share if need be"
+
+# %% ../nbs/config.ipynb #fc088d21
 DATA_PARAMETERS = (
     parameter(
         "data",
@@ -897,7 +909,7 @@ def change(name: str, **facts: Any) -> Declaration:
     """Return the declaration of the parameter `name` of train.ipynb with other `facts`."""
     return dataclasses.replace(TRAIN_PARAMETERS[name], **facts)
 
-
+# %% ../nbs/config.ipynb #41e8f751
 def in_groups(*declarations: Declaration) -> dict[str, Declaration]:
     """Return `{name: declaration}` in the order of `GROUPS`, and in a group in the order given; of two with
     one name the later."""
@@ -919,6 +931,8 @@ PREFLIGHT_PARAMETERS = (
 
 # %% ../nbs/config.ipynb #parmda5b
 AS_RUN = dict(default=None, unset="None: as in the run")
+
+# %% ../nbs/config.ipynb #6ec4f0d1
 EVALUATE_PARAMETERS = (
     parameter(
         "adapter",
@@ -971,7 +985,11 @@ EVALUATE_PARAMETERS = (
 
 # %% ../nbs/config.ipynb #parmda06
 FIRST_SHOWN = parameter("number", 1, "view", "the transcript shown first, from 1")
+
+# %% ../nbs/config.ipynb #7c356a6d
 OF_RUN = dict(default="", unset="empty: as in the run", more="")
+
+# %% ../nbs/config.ipynb #f6c7e46f
 KL_PARAMETERS = (
     parameter(
         "adapter",
@@ -1076,6 +1094,8 @@ NOTEBOOK_PARAMETERS = {
     "explore_kl": in_groups(*KL_PARAMETERS),
     "explore_masks": in_groups(*MASKS_PARAMETERS),
 }
+
+# %% ../nbs/config.ipynb #2f72c6a6
 RUN_ONLY = tuple(
     name for name in NOTEBOOK_PARAMETERS["preflight"] if name not in CircuitBreakerConfig.__dataclass_fields__
 )
@@ -1084,8 +1104,8 @@ RUN_ONLY = tuple(
 def check_decoding(max_new_tokens: int, temperature: float, samples: int) -> None:
     """Raise `ConfigError` for an evaluation that cannot be meant: no new token, a temperature below 0, no
     sample, or several greedy answers to one question, which are all alike."""
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples}
-    for name, value in given.items():
+    values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples}
+    for name, value in values.items():
         check_limits(name, value, TRAIN_PARAMETERS[name].limits)
     if samples > 1 and not temperature:
         raise ConfigError(
@@ -1124,8 +1144,7 @@ def check_layers(config: CircuitBreakerConfig, num_layers: int) -> None:
     if config.hidden_state_mode == "hidden_states" and num_layers - 1 in config.target_layers:
         raise ConfigError(
             f"target_layers {num_layers - 1} is the last block, whose hidden_states entry has the final "
-            "norm applied; "
-            "use hidden_state_mode='hooks' for it"
+            "norm applied; use hidden_state_mode='hooks' for it"
         )
 
 # %% ../nbs/config.ipynb #60a9149e
@@ -1152,7 +1171,7 @@ def shares(config: CircuitBreakerConfig, processes: int) -> tuple[int, int]:
     if whole % processes:
         raise ConfigError(
             f"batch_size {config.batch_size} times gradient_accumulation_steps "
-            f"{config.gradient_accumulation_steps} gives {whole} rows a step, which {processes} "
+            f"{config.gradient_accumulation_steps} gives {whole} rows per step, which {processes} "
             "processes cannot share evenly; give a batch_size that they can"
         )
     own = whole // processes

@@ -19,7 +19,7 @@ def msg(role: str, text: str, **more: object) -> dict:
     "Return a message of `role` with the content `text` and `more` fields, such as `tool_calls`."
     return {"role": role, "content": text, **more}
 
-
+# %% ../nbs/testing.ipynb #9a501f8e
 def call(name: str, **arguments: object) -> dict:
     "Return a call of the tool `name`, as it stands in the `tool_calls` of an assistant message."
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -72,7 +72,7 @@ VOCABULARY = (
     "read_mail pay"
 )
 
-
+# %% ../nbs/testing.ipynb #7f4fdd04
 def toy_tokenizer(
     template: str = LLAMA_LIKE,
     special: list[str] | None = None,
@@ -100,7 +100,7 @@ def toy_tokenizer(
         tokenizer_object=core, bos_token=bos, eos_token=eos, chat_template=template
     )
 
-
+# %% ../nbs/testing.ipynb #778a5866
 def chatml_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
     "Return `toy_tokenizer` with the special tokens of `CHATML` and `AGENT`, and without a BOS token."
     return toy_tokenizer(template, CHATML_SPECIAL, None, "<|im_end|>")

@@ -34,7 +34,7 @@ def test_the_fuzz_finds_what_it_looks_for():
     assert (
         fuzz_cli.faults(["status"], 0, "fine\n", "")
         == []
-        == fuzz_cli.faults(["status", "x"], 2, "", "cbnb status: x is no folder\n")
+        == fuzz_cli.faults(["status", "x"], 2, "", "cbnb status: x is not a folder\n")
     )
     long = "a b " * 100
     for argv, status, out, err in (

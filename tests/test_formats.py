@@ -1047,5 +1047,5 @@ def test_words_of_others_are_not_trained_whoever_asks():
         with pytest.raises(TranscriptError, match=f"asks to train a {role} message"):
             read_message({"role": role, "content": "x", "train": True}, "m")
         assert read_message({"role": role, "content": "x", "train": False}, "m")
-    with pytest.raises(TranscriptError, match="of a part of a message"):
+    with pytest.raises(TranscriptError, match="switches a part of a message"):
         read_message({"role": "assistant", "content": [{"type": "text", "text": "x", "weight": 0}]}, "m")

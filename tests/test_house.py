@@ -22,32 +22,6 @@ LONG_FUNCTION = 60
 FEW_WORDS = {
 }
 LONG_CELLS = {
-    "basics/00_reading",
-    "basics/01_withheld",
-    "basics/04_processes",
-    "basics/05_lease",
-    "cli",
-    "config",
-    "run/00_kernels",
-    "run/01_records",
-    "run/04_stages",
-    "run/05_metrics",
-    "run/09_recorder",
-    "run/12_settings",
-    "testing",
-    "transcripts/00_record",
-    "transcripts/01_injections",
-    "transcripts/02_packed",
-    "transcripts/03_files",
-    "transcripts/04_formats",
-    "transcripts/05_formats_agents",
-    "transcripts/06_formats_sets",
-    "transcripts/07_formats_chat",
-    "transcripts/08_formats_runs",
-    "transcripts/09_formats_sessions",
-    "transcripts/10_reader",
-    "transcripts/11_spool",
-    "transcripts/12_tinyworld",
 }
 NOT_ANNOTATED = {
 }

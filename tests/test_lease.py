@@ -213,7 +213,7 @@ def test_a_lease_of_wrong_fields_is_told(tmp_path, bad, monkeypatch):
     assert "run" in out.getvalue()
     clock = iter(range(1000))
     monkeypatch.setattr(lease.time, "monotonic", lambda: next(clock))  # a second a look
-    with pytest.raises(lease.Held, match="no lease that can be read"):
+    with pytest.raises(lease.Held, match="not a lease that can be read"):
         lease.take_lease(run)
 
 
@@ -502,7 +502,7 @@ def test_a_folder_of_two_users(shared, mode):
         (mine_at / name).unlink(missing_ok=True)
         (mine_at / name).symlink_to(shared / "precious")
         said = as_user(victim, lambda: lease.take_lease(mine_at, name), shared / "runs")
-        assert "Held" in said or "no lease that can be read" in said, said
+        assert "Held" in said or "not a lease that can be read" in said, said
     (mine_at / "metrics.jsonl").symlink_to(shared / "precious")
     assert "metrics.jsonl is a link" in as_user(
         victim, lambda: append_line(mine_at / "metrics.jsonl", {"step": 1}), shared / "runs"

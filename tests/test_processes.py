@@ -243,7 +243,7 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_is_loaded(tmp_pa
     said = process.communicate(timeout=200)[0]
     assert (
         process.returncode
-        and "3 rows a step, which 2 processes cannot share evenly" in said
+        and "3 rows per step, which 2 processes cannot share evenly" in said
         and not (tmp_path / "runs").exists()
     )
 

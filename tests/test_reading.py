@@ -476,3 +476,18 @@ def test_a_template_that_refuses_all_is_not_asked_a_million_times(monkeypatch, t
         data.drop_refused(
             make_transcripts("plain", 20), None, sources.Reading(on_error="skip", max_skipped=1.0, records=20)
         )
+
+
+def test_a_big_object_is_cut_only_where_its_members_end(tmp_path, monkeypatch):
+    "Cutting the open member at each of its tokens took hours for a member of some megabytes."
+    (path := tmp_path / "log.json").write_text(
+        '{"log": [' + ", ".join(["[1]"] * 5000) + '], "runs": [{}, {}]}'
+    )
+    cuts, item = [], files.OpenText.item
+    monkeypatch.setattr(files.OpenText, "item", lambda text: cuts.append(1) or item(text))
+    assert [part[:2] for part in files.object_parts(path, "log.json", {"runs"})] == [
+        ("log", None),
+        ("runs", 0),
+        ("runs", 1),
+    ]
+    assert len(cuts) < 10

@@ -32,23 +32,20 @@ def is_full_disk(error: BaseException | None) -> bool:
 def full_disk_words(path: str | Path, error: BaseException | None = None) -> str:
     """Return one sentence that names the folder `path`, or the one of the file that the exception `error`
     names, the disk that it lies on and how much of that is free, and says what to do."""
-    named = Path(getattr(error, "filename", None) or path)
-    path = next(folder for folder in (named, *named.parents) if folder.is_dir()).resolve()
-    disk, usage = (
-        next(folder for folder in (path, *path.parents) if folder.is_mount()),
-        shutil.disk_usage(path),
-    )
+    place = Path(getattr(error, "filename", None) or path)
+    path = next(folder for folder in (place, *place.parents) if folder.is_dir()).resolve()
+    disk = next(folder for folder in (path, *path.parents) if folder.is_mount())
+    usage = shutil.disk_usage(path)
     return (
         f"No space left on device: the disk mounted at {disk}, where {path} lies, is full or your quota is "
-        f"used up ({usage.free / 1e6:.1f} of "
-        f"{usage.total / 1e6:.0f} MB are free); free some and start it again (a run: with the same run_dir), "
-        "or give another place"
+        f"used up ({usage.free / 1e6:.1f} of {usage.total / 1e6:.0f} MB are free); free some and "
+        "start it again (a run: with the same run_dir), or give another place"
     )
 
 # %% ../../nbs/basics/08_disk.ipynb #full0004
 RESERVED = 256_000
 
-
+# %% ../../nbs/basics/08_disk.ipynb #b162c0ef
 def reserve(path: str | Path) -> None:
     """Set `RESERVED` bytes of the disk aside in the run directory `path`, as the file `.reserve`. They are
     random: a file system that compresses would keep nothing for zeros."""

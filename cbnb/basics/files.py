@@ -48,21 +48,20 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"{path} lies in no folder; make it first")
     try:
-        found = path.lstat()
+        about = path.lstat()
     except FileNotFoundError:
-        found = None
-    if found and not stat.S_ISREG(found.st_mode):
-        kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+        about = None
+    if about and not stat.S_ISREG(about.st_mode):
+        kind = KINDS.get(stat.S_IFMT(about.st_mode), "not a regular file")
         instead = f"the file that it leads to: {path.resolve()}" if kind == "a link" else "a file"
         raise OutputError(f"{path} is {kind}; name {instead}")
     for other in map(Path, inputs):
         if not os.path.exists(other):
-            continue  # perhaps no path: a template's text, a hub's id
-        same = found and path.samefile(other)
+            continue  # perhaps not a path: a template's text, a hub's id
+        same = about and path.samefile(other)
         inside = other.is_dir() and path.resolve().is_relative_to(other.resolve())
-        linked = found and found.st_nlink > 1 and other.is_dir()
-        linked = linked and any(path.samefile(p) for p in other.rglob("*") if p.is_file())
-        if same or inside or linked:
+        has_names = about and about.st_nlink > 1 and other.is_dir()
+        if same or inside or has_names and any(path.samefile(p) for p in other.rglob("*") if p.is_file()):
             raise OutputError(f"{path} is what is read, or lies in it ({other}); name another file")
 
 # %% ../../nbs/basics/03_files.ipynb #fil00011
@@ -121,8 +120,8 @@ def write_files(files: dict[Any, bytes]) -> None:
         if (same := first.setdefault(os.path.realpath(path), path)) != path:
             raise OutputError(f"{same} and {path} are one file: give each output a path of its own")
     with ExitStack() as stack:  # it ends with what was entered first
-        opened = {path: stack.enter_context(new_file(path)) for path in reversed(files)}
-        for path, f in opened.items():
+        handles = {path: stack.enter_context(new_file(path)) for path in reversed(files)}
+        for path, f in handles.items():
             with named(path):
                 f.write(files[path])
                 f.flush()
@@ -132,7 +131,7 @@ def write_files(files: dict[Any, bytes]) -> None:
 def append_bytes(path: str | Path, data: bytes) -> None:
     """Append `data` to the file `path`, made with mode 0600 where it is not there: all of it, or on a full
     disk nothing. A last line without an end, left by a process that was killed, is cut off first. Raises
-    OutputError for a path that is no regular file or has a second name (a hard link), OSError, which names
+    OutputError for a path that is not a regular file or has a second name (a hard link), OSError, which names
     `path`, for a full disk."""
     if os.path.lexists(path):
         check_output(path)  # a pipe without a reader would hang
@@ -161,18 +160,18 @@ FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 SPLIT = re.compile("([;\t]\\s*)(?=[=+@＝＋－＠-])")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
-
+# %% ../../nbs/basics/03_files.ipynb #50f5c4d9
 def quoted_cell(text: str) -> str:
     """Return `text` with a ' before it where a spreadsheet would take it for a formula; a number, with a sign
     too, stays one. So does what follows a ; or a tab, at which other spreadsheets split."""
     text = text[:1] + SPLIT.sub(r"\1'", text[1:])
     return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
-
+# %% ../../nbs/basics/03_files.ipynb #29aba711
 def quoted_frame(frame: pd.DataFrame) -> pd.DataFrame:
     "Return a copy of a pandas frame whose text, that of its head too, went through `quoted_cell`."
 
-    def quoted(value):
+    def quote(value: Any) -> Any:
         return quoted_cell(value) if isinstance(value, str) else value
 
-    return frame.map(quoted).rename(columns=quoted)
+    return frame.map(quote).rename(columns=quote)

@@ -22,15 +22,15 @@ from .terminal import error_text
 from .withheld import cut, withhold
 
 # %% auto #0
-__all__ = ['RECORD_BYTES', 'SMALL_BYTES', 'LOG_BYTES', 'RecordError', 'regular_file', 'bytes_of', 'brief', 'once', 'parsed',
-           'to_plain', 'json_text', 'write_owned', 'write_json', 'RunError', 'read_json', 'holds']
+__all__ = ['RECORD_BYTES', 'SMALL_BYTES', 'LOG_BYTES', 'RecordError', 'regular_file', 'bytes_of', 'brief', 'unique_keys',
+           'parse_bytes', 'to_plain', 'json_text', 'write_owned', 'write_json', 'RunError', 'read_json', 'holds']
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec00001
 RECORD_BYTES = 64 << 20  # of a JSON file; the largest, the plan of ten thousand runs, has a few MB
 SMALL_BYTES = 4 << 20  # of one that every run has: a list of runs reads thousands of them
 LOG_BYTES = 1 << 30  # of a file of lines: over a million of metrics.jsonl
 
-
+# %% ../../nbs/basics/07_jsonfiles.ipynb #cd0752f6
 class RecordError(ValueError):
     "A file that is not what it has to be; the message goes on from the file's name."
 
@@ -63,21 +63,21 @@ def brief(text: str, most: int = 60) -> str:
     field."""
     return text if len(text) <= most else cut(text, most)
 
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+# %% ../../nbs/basics/07_jsonfiles.ipynb #90296d3a
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the dict of the `(key, value)` `pairs` of a JSON object. Raises RecordError for a key that
     stands twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise RecordError(f"names {brief(repr(next(key for key in keys if keys.count(key) > 1)))} twice")
-    return found
+    return value
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #rec000a6
-def parsed(data: bytes) -> Any:
+def parse_bytes(data: bytes) -> Any:
     "Return the value of the JSON in `data` (bytes, UTF-8). Raises RecordError."
     try:
-        return json.loads(data.decode(), object_pairs_hook=once)
+        return json.loads(data.decode(), object_pairs_hook=unique_keys)
     except RecordError:
         raise
     except RecursionError:
@@ -125,7 +125,7 @@ def write_owned(path: str | Path, data: bytes) -> None:
     check_lease(Path(path).parent)
     write_bytes(path, data)
 
-
+# %% ../../nbs/basics/07_jsonfiles.ipynb #06ff95ee
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as JSON (see `json_text`), without secrets (`cbnb.basics.withheld.withhold`),
     as `write_owned` does."""
@@ -151,7 +151,7 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as e:
         raise RunError(f"{path} is not readable as JSON ({cut(e, 200)}): move it away or repair it") from None
     if not isinstance(value, dict):
-        raise RunError(f"{path} holds no JSON object: move it away or repair it")
+        raise RunError(f"{path} does not hold a JSON object: move it away or repair it")
     return value
 
 # %% ../../nbs/basics/07_jsonfiles.ipynb #7eb976bb

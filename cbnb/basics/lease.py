@@ -24,9 +24,10 @@ from .terminal import error_text, say
 # %% auto #0
 __all__ = ['BEAT', 'EXPIRY', 'MAX_LEASE', 'MAX_PID', 'TEXTS', 'HELD', 'LOCK', 'RENEWING', 'process_start', 'boot', 'sees_itself',
            'namespace', 'identity', 'judge', 'lease_of', 'file_clock', 'dated_lease', 'read_lease', 'token_at',
-           'text_of', 'made', 'claim', 'Held', 'remove_over', 'renew', 'keep_renewing', 'start_renewing', 'forget',
-           'lease_path', 'whose', 'is_mine', 'taken_by', 'lease_refusal', 'take_lease', 'give_back', 'give_all_back',
-           'check_lease', 'lease_state', 'holding', 'NotOwn', 'check_own', 'owner_here']
+           'text_of', 'make_new', 'claim', 'Held', 'clear_guard', 'remove_over', 'renew', 'keep_renewing',
+           'start_renewing', 'forget', 'lease_path', 'whose', 'is_mine', 'holder_thread', 'lease_refusal',
+           'wait_for_lease', 'take_lease', 'give_back', 'give_all_back', 'check_lease', 'lease_state', 'holding',
+           'NotOwn', 'owner_here', 'check_own']
 
 # %% ../../nbs/basics/05_lease.ipynb #lease006
 def process_start(pid: Any) -> str | None:
@@ -46,7 +47,7 @@ def boot() -> str | None:
     except OSError:
         return None
 
-
+# %% ../../nbs/basics/05_lease.ipynb #575cd715
 def sees_itself() -> bool:
     """Return whether /proc has this process under its own number: not in a namespace of processes that looks
     at the /proc of another."""
@@ -55,17 +56,16 @@ def sees_itself() -> bool:
     except OSError:
         return False
 
-
+# %% ../../nbs/basics/05_lease.ipynb #2784f4bf
 def namespace() -> str | None:
     """Return `boot:namespace` of this process: the machine's `boot` and the namespace in which its process
     number holds; None where the system does not say, or process numbers cannot be looked up
     (`sees_itself`)."""
+    own_boot = boot()
+    if not own_boot or not sees_itself():
+        return None
     try:
-        return (
-            f"{started}:{os.stat('/proc/self/ns/pid').st_ino}"
-            if (started := boot()) and sees_itself()
-            else None
-        )
+        return f"{own_boot}:{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return None
 
@@ -88,7 +88,7 @@ def identity() -> dict[str, Any]:
 # %% ../../nbs/basics/05_lease.ipynb #lease009
 BEAT, EXPIRY = 10.0, 120.0  # seconds between two renewals, and without one until a lease is over
 
-
+# %% ../../nbs/basics/05_lease.ipynb #23202be3
 def judge(record: dict, age: float) -> str:
     """Return whether the holder of a lease with this `record` (dict), renewed `age` seconds ago, is there:
     `live` (its process is seen), `over` (it is seen to be gone, or the lease has expired), `fresh` (its
@@ -96,8 +96,8 @@ def judge(record: dict, age: float) -> str:
     me = identity()
     if not isinstance(record.get("token"), str):
         return "unreadable"
-    seen = record.get("pid_started") and me["pid_started"] and me["namespace"]
-    if seen and all(record.get(key) == me[key] for key in ("namespace", "node")):
+    is_visible = record.get("pid_started") and me["pid_started"] and me["namespace"]
+    if is_visible and all(record.get(key) == me[key] for key in ("namespace", "node")):
         return "live" if process_start(record.get("pid")) == record["pid_started"] else "over"
     restarts = record.get("slurm_restarts")
     if (
@@ -114,11 +114,11 @@ MAX_LEASE = 4096  # bytes
 MAX_PID = 2**31
 TEXTS = ("node", "namespace", "job", "pid_started")  # fields that are text or None
 
-
+# %% ../../nbs/basics/05_lease.ipynb #061f2b44
 def lease_of(data: bytes) -> dict:
-    """Return the record (dict) that the bytes `data` of a lease hold, empty for what is none: a JSON object
-    with a text as token, a whole number from 1 to `MAX_PID` as pid, text or None in `TEXTS`, whole numbers
-    else."""
+    """Return the record (dict) that the bytes `data` of a lease hold, empty for anything else than a JSON
+    object with a text as token, a whole number from 1 to `MAX_PID` as pid, text or None in `TEXTS`, whole
+    numbers else."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
@@ -145,7 +145,7 @@ def file_clock(folder: str | Path) -> float:
 # %% ../../nbs/basics/05_lease.ipynb #5a54727a
 def dated_lease(path: str | Path) -> tuple[dict | None, float | None]:
     """Return `(record, time of the last renewal)` of the lease `path`: the record is None without one, and
-    empty for what cannot be read or is none; the time is None for what is no file."""
+    empty for what cannot be read or is not a lease; the time is None for what is not a file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -163,14 +163,14 @@ def dated_lease(path: str | Path) -> tuple[dict | None, float | None]:
     finally:
         os.close(fd)
 
-
+# %% ../../nbs/basics/05_lease.ipynb #63bb99a6
 def read_lease(path: str | Path) -> tuple[dict | None, float]:
     """Return `(record, age in seconds)` of the lease `path`, as `dated_lease` reads it; the age takes a file
     to be made."""
     record, renewed = dated_lease(path)
     return record, 0.0 if renewed is None else max(0.0, file_clock(Path(path).parent) - renewed)
 
-
+# %% ../../nbs/basics/05_lease.ipynb #f9c0efe1
 def token_at(path: str | Path) -> str | None:
     """Return the token of the lease `path`, None without one: read at each line that a run writes, so nothing
     is made for it."""
@@ -182,7 +182,7 @@ def text_of(record: dict) -> bytes:
     return json.dumps(record | {"beat": f"{record['beat']:012}"}).encode() + b"\n"
 
 # %% ../../nbs/basics/05_lease.ipynb #e5a4e591
-def made(path: str | Path, record: dict) -> int:
+def make_new(path: str | Path, record: dict) -> int:
     """Make the file `path`, which must not be there, with the dict `record`, on the disk; returns its file
     descriptor. A file that cannot be written is removed again."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -199,7 +199,7 @@ def made(path: str | Path, record: dict) -> int:
 def claim(path: str | Path, record: dict) -> int | None:
     """Make the lease `path` with the dict `record`; returns its file descriptor, or None where a file is
     there already."""
-    fd = made(own := f"{path}.{record['token']}", record)
+    fd = make_new(own := f"{path}.{record['token']}", record)
     try:
         os.link(own, path)
         return fd
@@ -213,7 +213,7 @@ def claim(path: str | Path, record: dict) -> int | None:
     finally:
         os.unlink(own)
     try:
-        return made(path, record)
+        return make_new(path, record)
     except FileExistsError:
         return None
 
@@ -223,39 +223,47 @@ class Held(RuntimeError):
 
     __str__ = error_text
 
+# %% ../../nbs/basics/05_lease.ipynb #efd47843
+def clear_guard(path: str | Path, guard: str, record: dict) -> str | None:
+    """Return the token of the `guard` of the lease `path` while its process may live, else None. A guard
+    that is over is moved aside first; `record`: of this process. Raises `Held` for one that is not a regular
+    file."""
+    aside = f"{path}.{record['token']}.aside"
+    other, age = read_lease(guard)
+    try:
+        is_file = stat.S_ISREG(os.lstat(guard).st_mode)
+    except FileNotFoundError:
+        return None
+    if not is_file:
+        raise Held(
+            f"{guard} is not a file that a process of cbnb has made, and nothing takes {path} while it is "
+            "there: remove it"
+        )
+    if other is None:
+        return None
+    if judge(other, age) != "over" and age <= EXPIRY:
+        return other.get("token", "")
+    try:
+        os.rename(guard, aside)
+    except FileNotFoundError:
+        return None
+    try:
+        if token_at(aside) != other.get("token"):
+            os.link(aside, guard)
+    except OSError:
+        pass  # another has taken a guard by now
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return None
+
 # %% ../../nbs/basics/05_lease.ipynb #78cc273d
 def remove_over(path: str | Path, over: dict, record: dict) -> str | None:
     """Remove the lease `path` if it is still the one with the dict `over`, which is over; `record`: of this
-    process. Where another does the same it returns at once, with the token of that one's guard (empty for one
-    that cannot be read), else None. Raises `Held` for a guard that is no regular file."""
-    guard, aside = f"{path}.over", f"{path}.{record['token']}.aside"
+    process. Where another does the same, return at once the token of that one's guard (empty for one that
+    cannot be read), else None. Raises `Held` for a guard that is not a regular file."""
+    guard = f"{path}.over"
     if (fd := claim(guard, record)) is None:
-        found, age = read_lease(guard)
-        try:
-            regular = stat.S_ISREG(os.lstat(guard).st_mode)
-        except FileNotFoundError:
-            return None
-        if not regular:
-            raise Held(
-                f"{guard} is no file that a process of cbnb has made, and nothing takes {path} while it is "
-                "there: remove it"
-            )
-        if found is None:
-            return None
-        if judge(found, age) != "over" and age <= EXPIRY:
-            return found.get("token", "")
-        try:
-            os.rename(guard, aside)
-        except FileNotFoundError:
-            return None
-        try:
-            if token_at(aside) != found.get("token"):
-                os.link(aside, guard)
-        except OSError:
-            pass  # another has taken a guard by now
-        finally:
-            Path(aside).unlink(missing_ok=True)
-        return None
+        return clear_guard(path, guard, record)
     try:
         if token_at(path) == over["token"]:
             os.unlink(path)
@@ -271,7 +279,7 @@ HELD: dict[
 # of HELD: a file that was closed is not written to, whose descriptor may be another's by now
 LOCK = threading.RLock()
 
-
+# %% ../../nbs/basics/05_lease.ipynb #bb71c87b
 def renew(path: Path) -> None:
     "Renew the lease `path` of this process."
     with LOCK:
@@ -292,7 +300,7 @@ def keep_renewing() -> None:
             except (OSError, KeyError):
                 pass  # given back in this moment; or a disk that does not answer
 
-
+# %% ../../nbs/basics/05_lease.ipynb #8b350543
 RENEWING: list[threading.Thread] = []  # the thread that does
 
 
@@ -320,7 +328,7 @@ def lease_path(folder: str | Path, name: str = ".lease") -> Path:
     "Return the absolute path of the lease `name` of `folder`."
     return Path(folder).absolute() / name
 
-
+# %% ../../nbs/basics/05_lease.ipynb #ccbcd2e7
 def whose(record: dict | None) -> str:
     "Return the holder of a lease, in words."
     if not record:
@@ -331,81 +339,84 @@ def whose(record: dict | None) -> str:
 # %% ../../nbs/basics/05_lease.ipynb #007f360d
 def is_mine(path: Path) -> bool:
     "Return whether this process holds the lease `path`, and nobody has taken its place."
-    held = HELD.get(path)
-    return held is not None and token_at(path) == held[1]["token"]
+    entry = HELD.get(path)
+    return entry is not None and token_at(path) == entry[1]["token"]
 
-
-def taken_by(path: Path) -> threading.Thread | None:
+# %% ../../nbs/basics/05_lease.ipynb #ab22e297
+def holder_thread(path: Path) -> threading.Thread | None:
     """Return the thread of this process that has taken the lease `path`; None where this process does not
     hold it."""
-    held = HELD.get(path)
-    return held[2] if held and is_mine(path) else None
+    entry = HELD.get(path)
+    return entry[2] if entry and is_mine(path) else None
 
 # %% ../../nbs/basics/05_lease.ipynb #e99bfc9a
 def lease_refusal(
-    path: Path, folder: str | Path, state: str, found: dict, known: float, waited: bool, signs: int
+    path: Path, folder: str | Path, state: str, record: dict, age: float, is_late: bool, signs: int
 ) -> str | None:
     """Return why the lease `path` of `folder` cannot be taken, as a sentence; None where it may be tried
     again.
 
-    `state` is what `judge` says of the record `found`, which has stood there for `known` seconds in `signs`
-    states; `waited` says that the caller's patience is over."""
-    if state == "unreadable" and known > 1:
-        return f"{path} is no lease that can be read: remove it if nobody writes to {folder}"
-    if (state == "live" or state == "fresh" and signs > 1) and waited:
+    `state` is what `judge` says of the `record`, which has stood there for `age` seconds, the last of `signs`
+    states that were met; `is_late` says that the caller has waited for as long as it would."""
+    if state == "unreadable" and age > 1:
+        return f"{path} is not a lease that can be read: remove it if nobody writes to {folder}"
+    if (state == "live" or state == "fresh" and signs > 1) and is_late:
         return (
-            f"{folder} is in use by a process on {whose(found)}: wait for it; where it is gone, its "
+            f"{folder} is in use by a process on {whose(record)}: wait for it; where it is gone, its "
             f"lease is over {EXPIRY:.0f} seconds after its last renewal"
         )
     return None
 
 # %% ../../nbs/basics/05_lease.ipynb #b2706436
-def take_lease(
-    folder: str | Path, name: str = ".lease", wait: float = 0.0, tell: Callable[[str], object] | None = say
-) -> None:
-    """Take the lease `name` of `folder` for this process. Raises `Held` where it is held for over `wait`
-    seconds, or something is in its place, or in that of its guard, that is no lease.
-
-    Where that one can neither be seen nor is expired, it is watched for a sign of life, for up to `EXPIRY`
-    seconds, and `tell` is called with a sentence on that. Raises OSError where the file cannot be made."""
-    path = lease_path(folder, name)
-    record, began, seen, since, signs = (
-        identity() | {"token": secrets.token_hex(16), "beat": 0},
-        time.monotonic(),
-        None,
-        0.0,
-        0,
-    )
-    guard, met = None, 0.0  # of another that removes the lease, and since when
+def wait_for_lease(
+    path: Path, record: dict, folder: str | Path, wait: float, tell: Callable[[str], object] | None
+) -> int:
+    """Make the lease `path` of `folder` with the `record` of this process as soon as it is free, and return
+    its file descriptor. `wait`, `tell` and what it raises: see `take_lease`."""
+    start, sign, since, signs = time.monotonic(), None, 0.0, 0
+    guard, guard_since = None, 0.0  # of another that removes the lease, and since when
     while (fd := claim(path, record)) is None:
-        found, age = read_lease(path)
-        if found is None:
+        other, age = read_lease(path)
+        if other is None:
             continue  # given back in this moment
-        state, here = "live" if is_mine(path) else judge(found, age), time.monotonic()  # another thread's
-        if (sign := (found.get("token"), found.get("beat"))) != seen:
-            seen, since, signs = sign, here, signs + 1
-        if state == "fresh" and here - since > EXPIRY:
+        state, now = "live" if is_mine(path) else judge(other, age), time.monotonic()  # another thread's
+        if (latest := (other.get("token"), other.get("beat"))) != sign:
+            sign, since, signs = latest, now, signs + 1
+        if state == "fresh" and now - since > EXPIRY:
             state = "over"
         if state == "over":
-            if (other := remove_over(path, found, record)) != guard:
-                guard, met = other, here
-            if guard is not None and here - met > EXPIRY + 1:
+            if (token := remove_over(path, other, record)) != guard:
+                guard, guard_since = token, now
+            if guard is not None and now - guard_since > EXPIRY + 1:
                 raise Held(
                     f"{path}.over, by which a process removes a lease that is over, stays: remove it if "
                     f"nobody writes to {folder}"
                 )
             time.sleep(0.001)  # another may be at it
             continue
-        waited = here - began >= wait
-        if words := lease_refusal(path, folder, state, found, here - since, waited, signs):
+        if words := lease_refusal(path, folder, state, other, now - since, now - start >= wait, signs):
             raise Held(words)
         if state == "fresh" and tell:
             tell(
                 f"{folder}: waiting up to {EXPIRY:.0f} s for a sign of life of the process on "
-                f"{whose(found)}, which holds it and cannot be seen from here"
+                f"{whose(other)}, which holds it and cannot be seen from here"
             )
             tell = None
         time.sleep(min(0.1, EXPIRY / 10))
+    return fd
+
+# %% ../../nbs/basics/05_lease.ipynb #edb3a230
+def take_lease(
+    folder: str | Path, name: str = ".lease", wait: float = 0.0, tell: Callable[[str], object] | None = say
+) -> None:
+    """Take the lease `name` of `folder` for this process. Raises `Held` where it is held for over `wait`
+    seconds, or something is in its place, or in that of its guard, that is not a lease.
+
+    Where its holder can neither be seen nor has expired, it is watched for a sign of life, for up to `EXPIRY`
+    seconds, and `tell` is called with a sentence on that. Raises OSError where the file cannot be made."""
+    path = lease_path(folder, name)
+    record = identity() | {"token": secrets.token_hex(16), "beat": 0}
+    fd = wait_for_lease(path, record, folder, wait, tell)
     with LOCK:
         if path in HELD:
             os.close(HELD[path][0])  # one that was lost
@@ -423,7 +434,7 @@ def give_back(folder: str | Path, name: str = ".lease") -> None:
             path.unlink(missing_ok=True)
         os.close(HELD.pop(path)[0])
 
-
+# %% ../../nbs/basics/05_lease.ipynb #d521da38
 @atexit.register
 def give_all_back() -> None:
     """Give back what this process still holds at its end, but for run directories: a run whose process has
@@ -438,13 +449,13 @@ def check_lease(folder: str | Path, name: str = ".lease") -> None:
     process has taken its place since; does nothing for one that it never took."""
     path = lease_path(folder, name)
     for place in (path.parent, *path.parent.parents) if HELD else ():
-        if (lost := place / name) in HELD and not is_mine(lost):
+        if (path := place / name) in HELD and not is_mine(path):
             raise Held(
-                f"{place} was taken over by a process on {whose(dated_lease(lost)[0])}, since this one had "
+                f"{place} was taken over by a process on {whose(dated_lease(path)[0])}, since this one had "
                 "not renewed its lease: nothing more is written there"
             )
 
-
+# %% ../../nbs/basics/05_lease.ipynb #753344fb
 def lease_state(folder: str | Path, name: str = ".lease") -> str | None:
     """Return who holds the lease of `folder`: None without one, else `mine`, or what `judge` says. Never
     waits: `fresh` is one whose process cannot be seen from here and that has not expired."""
@@ -474,6 +485,15 @@ class NotOwn(RuntimeError):
 
     __str__ = error_text
 
+# %% ../../nbs/basics/05_lease.ipynb #1d504caf
+def owner_here(folder: str | Path) -> int | None:
+    "Return the user id that a file of this process gets in `folder`; None where it can make none."
+    try:
+        with tempfile.TemporaryFile(dir=folder) as f:
+            return os.fstat(f.fileno()).st_uid
+    except OSError:
+        return None
+
 # %% ../../nbs/basics/05_lease.ipynb #a852f3b8
 def check_own(folder: str | Path) -> None:
     """Raise `NotOwn` for a `folder` (or a file) that is a link, belongs to another user, or that its group or
@@ -488,12 +508,3 @@ def check_own(folder: str | Path) -> None:
             f"others can write to {folder}: look what is in it, then take that away (chmod go-w), or give "
             "another folder"
         )
-
-
-def owner_here(folder: str | Path) -> int | None:
-    "Return the user id that a file of this process gets in `folder`; None where it can make none."
-    try:
-        with tempfile.TemporaryFile(dir=folder) as f:
-            return os.fstat(f.fileno()).st_uid
-    except OSError:
-        return None

@@ -39,16 +39,16 @@ def in_plain(error: UnicodeError) -> tuple[str, int]:
     Python escapes. An error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    shown = (
+    texts = (
         PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode()
         for c in error.object[error.start : error.end]
     )
-    return "".join(shown), error.end
+    return "".join(texts), error.end
 
 # %% ../../nbs/basics/09_output.ipynb #plainoa3
 codecs.register_error("cbnb_plain", in_plain)
 
-
+# %% ../../nbs/basics/09_output.ipynb #aea11d40
 def safe_output() -> None:
     """Let stdout and stderr of this process write `in_plain` what their encoding has not
     (PYTHONIOENCODING=ascii, a Latin-1 locale), in place of an error. Libraries write nothing that a terminal

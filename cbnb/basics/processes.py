@@ -11,20 +11,20 @@ from datetime import timedelta
 from typing import Any
 
 # %% auto #0
-__all__ = ['WAIT', 'rank', 'world_size', 'is_first', 'join', 'from_first', 'any_of', 'gathered', 'share_of']
+__all__ = ['WAIT', 'world_size', 'rank', 'is_first', 'join', 'from_first', 'any_of', 'share_of', 'gathered']
+
+# %% ../../nbs/basics/04_processes.ipynb #ce7b0797
+def world_size() -> int:
+    """Return how many processes make this run together, as `torchrun` and slurm/rank.sh say it in the
+    environment (`WORLD_SIZE`); 1 without them."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 # %% ../../nbs/basics/04_processes.ipynb #dc317a5c
 def rank() -> int:
     "Return the number of this process among those of its run, from 0; 0 where it is alone."
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
-
-def world_size() -> int:
-    """Return how many processes make this run together, as `torchrun` and slurm/rank.sh say it in the
-    environment (`WORLD_SIZE`); 1 without them."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
+# %% ../../nbs/basics/04_processes.ipynb #453b0329
 def is_first() -> bool:
     "Return whether this process keeps the run directory: the one that is alone, or rank 0."
     return rank() == 0
@@ -43,12 +43,12 @@ def join() -> Any:
     if not torch.distributed.is_initialized():
         from accelerate import PartialState
 
-        missing = [
+        unset = [
             name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
         ]
-        if missing:
+        if unset:
             raise RuntimeError(
-                f"WORLD_SIZE is {world_size()}, but {' and '.join(missing)} not set: start the processes by "
+                f"WORLD_SIZE is {world_size()}, but {' and '.join(unset)} not set: start the processes by "
                 "torchrun or slurm/rank.sh, or unset WORLD_SIZE"
             )
         PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
@@ -79,10 +79,15 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 # %% ../../nbs/basics/04_processes.ipynb #142b0656
 def any_of(flag: bool) -> bool:
-    "Return whether `flag` is true in any process; every process has to ask."
+    "Return whether `flag` is true in any process; every process has to call this."
     return flag if world_size() == 1 else any(gathered([flag]))
 
+# %% ../../nbs/basics/04_processes.ipynb #7d28b92e
+def share_of(items: list) -> list:
+    "Return the `items` of this process, dealt out in turn; all of them where it is alone."
+    return list(items)[rank() :: world_size()]
 
+# %% ../../nbs/basics/04_processes.ipynb #a66bd7fa
 def gathered(mine: list) -> list:
     """Return the lists of all processes in one, in turn as `share_of` deals them out: the first of each, the
     second of each, …"""
@@ -93,8 +98,3 @@ def gathered(mine: list) -> list:
     group.all_gather_object(lists, list(mine))
     longest = max(map(len, lists))
     return [part[i] for i in range(longest) for part in lists if i < len(part)]
-
-
-def share_of(items: list) -> list:
-    "Return the `items` of this process, dealt out in turn; all of them where it is alone."
-    return list(items)[rank() :: world_size()]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 # %% auto #0
-__all__ = ['KINDS', 'MADE_UP', 'MAX_FILE_BYTES', 'MAX_HOLE_BYTES', 'MAX_ENTRIES', 'InputError', 'file_system', 'check_about',
+__all__ = ['KINDS', 'VIRTUAL', 'MAX_FILE_BYTES', 'MAX_HOLE_BYTES', 'MAX_ENTRIES', 'InputError', 'file_system', 'check_about',
            'check_regular', 'check_holes', 'open_regular', 'Limited', 'read_stream', 'read_bytes', 'read_text',
            'sha256', 'check_folder']
 
@@ -35,7 +35,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-MADE_UP = frozenset(
+VIRTUAL = frozenset(
     "proc sysfs cgroup cgroup2 debugfs tracefs securityfs configfs pstore bpf efivarfs "
     "binfmt_misc fusectl".split()
 )  # file systems
@@ -56,13 +56,13 @@ def file_system(device: int) -> str:
 def check_about(about: os.stat_result, path: str | Path) -> os.stat_result:
     "Return `about`, an `os.stat_result` of `path`. Raises InputError unless it is that of a file on a disk."
     kind = "" if stat.S_ISREG(about.st_mode) else KINDS.get(stat.S_IFMT(about.st_mode), "something else")
-    if not kind and file_system(about.st_dev) in MADE_UP:
+    if not kind and file_system(about.st_dev) in VIRTUAL:
         kind = "made up by the system while it is read"
     if kind:
         raise InputError(errno.EINVAL, f"is {kind}, no regular file; name a regular file", str(path))
     return about
 
-
+# %% ../../nbs/basics/00_reading.ipynb #09123dd3
 def check_regular(path: str | Path) -> os.stat_result:
     """Return the `os.stat_result` of the regular file at `path`, for what a library opens itself. Links are
     followed. Raises InputError, which says what it is instead, before anything is opened; OSError where there
@@ -73,7 +73,7 @@ def check_regular(path: str | Path) -> os.stat_result:
 MAX_FILE_BYTES = 2**28  # of a file that is read as a whole: settings, a notebook, a template
 MAX_HOLE_BYTES = 2**30  # of a file in which nothing was ever written
 
-
+# %% ../../nbs/basics/00_reading.ipynb #9973ae0d
 def check_holes(handle: int, path: str | Path) -> None:
     """Raise InputError where the open file of the descriptor `handle` has a hole of over `MAX_HOLE_BYTES`: it
     takes no disk, and hours to read."""
@@ -109,24 +109,24 @@ class Limited(io.RawIOBase):
     `refuse`, raises InputError where there are more."""
 
     def __init__(self, stream: IO[bytes], most: int, refuse: str = "") -> None:
-        self.stream, self.left, self.refuse = stream, most, refuse
+        self.stream, self.rest, self.refuse = stream, most, refuse
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        got = self.stream.read(min(len(buffer), self.left))
-        if not self.left and self.refuse and self.stream.read(1):
+        data = self.stream.read(min(len(buffer), self.rest))
+        if not self.rest and self.refuse and self.stream.read(1):
             raise InputError(errno.EFBIG, self.refuse)
-        self.left -= len(got)
-        buffer[: len(got)] = got
-        return len(got)
+        self.rest -= len(data)
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         self.stream.close()
         super().close()
 
-
+# %% ../../nbs/basics/00_reading.ipynb #e3140d49
 def read_stream(path: str | Path) -> io.BufferedReader:
     """Return the bytes of the regular file at `path` as a stream that ends where the file ended when it was
     opened. Raises as `open_regular` does."""
@@ -143,7 +143,7 @@ def read_bytes(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
         raise InputError(errno.EFBIG, f"has over {most:,} bytes; name another file", str(path))
     return data
 
-
+# %% ../../nbs/basics/00_reading.ipynb #7ce6df0e
 def read_text(path: str | Path, most: int = MAX_FILE_BYTES) -> str:
     """Return the UTF-8 text of the regular file at `path`, its line ends as \\n. Raises as `read_bytes` does,
     and UnicodeDecodeError."""
@@ -159,7 +159,7 @@ def sha256(path: str | Path) -> str:
 # %% ../../nbs/basics/00_reading.ipynb #2a4588ca
 MAX_ENTRIES = 1_000_000
 
-
+# %% ../../nbs/basics/00_reading.ipynb #df0edb98
 def check_folder(folder: str | Path) -> str | Path:
     """Return `folder`, whose files a library opens by their names. Raises InputError, naming the entry, where
     one of them or of a folder in it is neither a regular file nor a folder, and for over `MAX_ENTRIES`.
@@ -167,11 +167,11 @@ def check_folder(folder: str | Path) -> str | Path:
     entries, places = 0, [folder]
     for place in places:
         try:
-            found = os.scandir(place)
+            scan = os.scandir(place)
         except PermissionError:
             continue
-        with found:
-            for entry in found:
+        with scan:
+            for entry in scan:
                 if (entries := entries + 1) > MAX_ENTRIES:
                     words = f"holds over {MAX_ENTRIES:,} files; name another folder"
                     raise InputError(errno.EFBIG, words, str(folder))

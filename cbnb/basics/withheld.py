@@ -26,11 +26,11 @@ from .reading import open_regular, read_bytes, read_text
 # %% auto #0
 __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNER', 'USER', 'QUERY', 'FILES', 'END', 'AMP',
            'CODE', 'SLASH', 'ESCAPE', 'NEXT_LINE', 'WRAPPED', 'BLANK', 'SURELY_WHOLE', 'MOST', 'SEEN', 'STARTS',
-           'SECRET_TEXT', 'ESCAPE_BEGUN', 'LINE_BEGUN', 'LARGEST', 'is_path', 'is_worth', 'is_random', 'is_strong',
+           'SECRET_TEXT', 'OPEN_ESCAPE', 'OPEN_LINE', 'LARGEST', 'is_path', 'is_worth', 'is_random', 'is_strong',
            'url_secrets', 'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files',
-           'secret_values', 'base64_forms', 'any_case', 'spellings', 'Needle', 'anchored', 'needles', 'elements',
-           'pattern', 'all_needles', 'known', 'windows', 'joined', 'places', 'changed_texts', 'withhold',
-           'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compiled', 'goes_on', 'begun',
+           'secret_values', 'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements',
+           'pattern', 'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts', 'withhold',
+           'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'goes_on', 'open_tail',
            'guard_session', 'guard_echo', 'kernel', 'guard', 'own_files', 'is_shared', 'own_copy', 'keep_private',
            'tidy']
 
@@ -55,39 +55,12 @@ MAYBE = re.compile(
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00011
 SHORTEST, LONG = 8, 20
-ORDINARY = {
-    "password",
-    "passwort",
-    "passw0rd",
-    "password1",
-    "password123",
-    "changeme",
-    "change-me",
-    "change_me",
-    "changeit",
-    "disabled",
-    "required",
-    "optional",
-    "anonymous",
-    "undefined",
-    "localhost",
-    "external",
-    "internal",
-    "keychain",
-    "development",
-    "production",
-    "placeholder",
-    "dummy-key",
-    "no-key-required",
-    "sk-no-key-required",
-    "not-needed",
-    "unlimited",
-    "your-api-key",
-    "your_api_key",
-    "example-key",
-    "test-key",
-    "local-key",
-}
+ORDINARY = frozenset(
+    """password passwort passw0rd password1 password123 changeme change-me change_me changeit disabled
+    required optional anonymous undefined localhost external internal keychain development
+    production placeholder dummy-key no-key-required sk-no-key-required not-needed unlimited your-
+    api-key your_api_key example-key test-key local-key""".split()
+)
 
 # %% ../../nbs/basics/01_withheld.ipynb #5690c512
 def is_path(value: str) -> bool:
@@ -97,21 +70,21 @@ def is_path(value: str) -> bool:
     except ValueError:
         return False  # a zero byte
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #4728b4c5
 def is_worth(value: str) -> bool:
-    """Return whether hiding the text `value` protects anything: it is no short or ordinary word, no number
-    and no path."""
+    """Return whether hiding the text `value` protects anything: it is not a short or ordinary word, a number
+    or a path."""
     number = len(value) < LONG and re.fullmatch(r"[-+\d.,:_ ]+|[-+]?[\d.]+[eE][-+]?\d+", value)
     return len(value) >= SHORTEST and value.lower() not in ORDINARY and not number and not is_path(value)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #9eeda9ad
 def is_random(value: str) -> bool:
     """Return whether a text looks as if a machine had drawn it: sixteen letters and digits or more, without a
     blank."""
-    drawn = re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w.~+/=:-]{16,}", value, re.ASCII)
-    return bool(drawn) and not is_path(value)
+    match = re.fullmatch(r"(?=.*\d)(?=.*[A-Za-z])[\w.~+/=:-]{16,}", value, re.ASCII)
+    return bool(match) and not is_path(value)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #707b7cc7
 def is_strong(value: str) -> bool:
     """Return whether no text holds `value` by chance: it is long, or has two of small letters, capitals,
     digits and signs."""
@@ -130,12 +103,12 @@ QUERY = re.compile(
     r"[?&](?:\w*token|sig|signature|key|api_?key|auth|password|secret)=([^&\s\"'#]+)", re.IGNORECASE
 )
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #ff0cdfc3
 def url_secrets(text: str) -> list[str]:
     "Return the passwords and tokens (list of str) in the URLs of `text`, as they stand and decoded."
-    found = [m[2] for m in USER.finditer(text) if m[1] is not None or is_random(m[2])]
-    found += [m[1] for m in QUERY.finditer(text)]
-    return [form for value in found for form in dict.fromkeys((value, unquote(value)))]
+    values = [m[2] for m in USER.finditer(text) if m[1] is not None or is_random(m[2])]
+    values += [m[1] for m in QUERY.finditer(text)]
+    return [form for value in values for form in dict.fromkeys((value, unquote(value)))]
 
 # %% ../../nbs/basics/01_withheld.ipynb #e2be9f75
 def json_leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
@@ -147,10 +120,10 @@ def json_leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
         pairs = [(name, v) for v in value]
     return [leaf for key, v in pairs for leaf in json_leaves(v, str(key))]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #48f10fe1
 def login_secrets(text: str) -> list[str]:
-    """Return the base64 of `user:password` in `text` (str), as a registry\'s "auth" has it, and the password
-    (list of str)."""
+    """Return the base64 of `user:password` in `text` (str), as the "auth" of a registry has it, and the
+    password (list of str)."""
     try:
         user, colon, password = base64.b64decode(text, validate=True).decode().partition(":")
     except ValueError:
@@ -164,15 +137,15 @@ def inner_secrets(text: str) -> list[str]:
     try:
         leaves = json_leaves(json.loads(text))
     except (ValueError, RecursionError):
-        found = [m[1] for m in INNER.finditer(text)]
+        values = [m[1] for m in INNER.finditer(text)]
     else:
-        found = [v for name, v in leaves if INNER.match(f"{name}=x")]
-        found += [
+        values = [v for name, v in leaves if INNER.match(f"{name}=x")]
+        values += [
             v for name, login in leaves if name.strip("_").lower() == "auth" for v in login_secrets(login)
         ]
-    keys = [value for value in (text, *found) if value.lstrip().startswith("-----BEGIN")]
+    keys = [value for value in (text, *values) if value.lstrip().startswith("-----BEGIN")]
     lines = [line.strip() for key in keys for line in key.splitlines() if not line.startswith("-----")]
-    return [*found, *lines, *url_secrets(text)]
+    return [*values, *lines, *url_secrets(text)]
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00015
 # where a file of secrets is while no variable of this name says it
@@ -186,8 +159,8 @@ FILES = {
 
 # %% ../../nbs/basics/01_withheld.ipynb #6139e33c
 @functools.lru_cache(maxsize=64)
-def file_secrets(path: str, changed: int, size: int) -> tuple[str, ...]:
-    """Return the secrets (tuple of str) in the small file `path`; `changed` and `size` are for the cache.
+def file_secrets(path: str, time: int, size: int) -> tuple[str, ...]:
+    """Return the secrets (tuple of str) in the small file `path`; its `time` and `size` are for the cache.
     Empty for one that cannot be read."""
     try:
         text = read_text(path)
@@ -203,30 +176,30 @@ def secret_files(environment: Mapping[str, str]) -> list[str]:
     usual = [path for name, paths in FILES.items() if not environment.get(name) for path in paths]
     if hub:
         usual += [f"{hub}/token", f"{hub}/stored_tokens"]
-    given = [value for name, value in environment.items() if name in FILES or SURE.search(name)]
-    return [os.path.expanduser(path) for path in usual + [value for value in given if is_path(value)]]
+    values = [value for name, value in environment.items() if name in FILES or SURE.search(name)]
+    return [os.path.expanduser(path) for path in usual + [value for value in values if is_path(value)]]
 
 # %% ../../nbs/basics/01_withheld.ipynb #11a3b460
 def secret_values(environment: Mapping[str, str]) -> dict[str, str]:
     """Return `{value: name}` of all secrets that are worth hiding: of the variables of `environment`, and of
     the files that it names or that stand in their usual places."""
     environment = {name: environment.get(name, "") for name in environment}  # it may change meanwhile
-    found = []
+    pairs = []
     for name, value in environment.items():
         if SURE.search(name):
-            found += [(v, name) for v in (value, value.strip(), *inner_secrets(value))]
+            pairs += [(v, name) for v in (value, value.strip(), *inner_secrets(value))]
         elif MAYBE.search(name):
-            found += [(v, name) for v in (*inner_secrets(value), *([value] if is_random(value) else []))]
+            pairs += [(v, name) for v in (*inner_secrets(value), *([value] if is_random(value) else []))]
         if "://" in value:
-            found += [(v, name) for v in url_secrets(value)]
+            pairs += [(v, name) for v in url_secrets(value)]
     for path in secret_files(environment):
         try:
             is_small = stat.S_ISREG((about := os.stat(path)).st_mode) and about.st_size <= 65536
         except (OSError, ValueError):
             continue
         if is_small:
-            found += [(v, path) for v in file_secrets(path, about.st_mtime_ns, about.st_size)]
-    return {value: name for value, name in reversed(found) if is_worth(value)}
+            pairs += [(v, path) for v in file_secrets(path, about.st_mtime_ns, about.st_size)]
+    return {value: name for value, name in reversed(pairs) if is_worth(value)}
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00019
 def base64_forms(value: str) -> list[str]:
@@ -251,7 +224,7 @@ BLANK = (
     r"){1,200}+"
 )
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #ef3163b4
 def any_case(digits: str) -> str:
     "Return a pattern for the hexadecimal `digits` in capitals or small letters."
     return "".join(f"[{d.lower()}{d.upper()}]" if d.isalpha() else d for d in digits)
@@ -314,78 +287,89 @@ class Needle(NamedTuple):
 # %% ../../nbs/basics/01_withheld.ipynb #0421b6f3
 SURELY_WHOLE = 56  # characters of a word that is not put on two lines; base64 has 76 on a line
 
-
-def anchored(form: str) -> tuple[tuple[str, int], ...]:
+# %% ../../nbs/basics/01_withheld.ipynb #fb71bcb2
+def find_anchors(form: str) -> tuple[tuple[str, int], ...]:
     """Return the `anchors` of a form: letters and digits, which nothing escapes; two where a line may end in
     one."""
     runs = sorted(re.finditer(r"[A-Za-z0-9]+", form), key=lambda run: -len(run[0]))[:1]
-    found = [(run[0], run.start()) for run in runs]
-    if found and len(form) > SURELY_WHOLE:
-        text, at = found[0]
-        found = [(text[: len(text) // 2], at), (text[len(text) // 2 :], at + len(text) // 2)]
-    return tuple((text[:32], at) for text, at in found if text)
+    places = [(run[0], run.start()) for run in runs]
+    if places and len(form) > SURELY_WHOLE:
+        text, at = places[0]
+        places = [(text[: len(text) // 2], at), (text[len(text) // 2 :], at + len(text) // 2)]
+    return tuple((text[:32], at) for text, at in places if text)
 
 # %% ../../nbs/basics/01_withheld.ipynb #df28fd1c
 MOST = 1000  # characters of one pattern; a longer secret is looked for in parts
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #79f1cb6e
 @functools.lru_cache(maxsize=1024)
 def needles(value: str) -> list[Needle]:
     "Return the `Needle`s (list) of the secret `value`: the text itself, its base64 and its hex."
-    text, found = value.strip(), []
+    text, out = value.strip(), []
     parts = [text[at : at + MOST] for at in range(0, len(text) - MOST, MOST)] + [text[-MOST:]]
     for part in parts:
         code = part.encode("utf-8", "surrogateescape").hex()
         both = tuple((text, 0) for text in dict.fromkeys((code[:32], code[:32].upper())))
-        found += [Needle(value, part, anchored(part), False), Needle(value, code, both, True)]
-        found += [Needle(value, form, anchored(form), True) for form in dict.fromkeys(base64_forms(part))]
-    return found
+        out += [Needle(value, part, find_anchors(part), False), Needle(value, code, both, True)]
+        out += [Needle(value, form, find_anchors(form), True) for form in dict.fromkeys(base64_forms(part))]
+    return out
 
 # %% ../../nbs/basics/01_withheld.ipynb #2495dc88
 @functools.lru_cache(maxsize=4096)
 def elements(needle: Needle) -> list[str]:
     "Return patterns (list of str) that match the form of a needle one after the other."
     if needle.coded and re.fullmatch("[0-9a-f]+", needle.form):
-        found = [any_case(c) for c in needle.form]
+        ways = [any_case(c) for c in needle.form]
     else:
-        found = [spellings(c) for c in needle.form]
+        ways = [spellings(c) for c in needle.form]
     if needle.coded:
         other = {"+": "-", "/": "_"}
-        found = [f"(?:{other[c]}|{way})" if c in other else way for c, way in zip(needle.form, found)]
+        ways = [f"(?:{other[c]}|{way})" if c in other else way for c, way in zip(needle.form, ways)]
     runs = (BLANK, spellings("\\"))  # they match any number
-    found = [way for way, before in zip(found, [None, *found]) if way != before or way not in runs]
+    ways = [way for way, before in zip(ways, [None, *ways]) if way != before or way not in runs]
     if len(needle.form) <= SURELY_WHOLE:
-        return found
+        return ways
     return [
         way if way in runs or before in runs or before is None else WRAPPED + way
-        for way, before in zip(found, [None, *found])
+        for way, before in zip(ways, [None, *ways])
     ]
 
 # %% ../../nbs/basics/01_withheld.ipynb #80df1347
 @functools.lru_cache(maxsize=4096)
 def pattern(needle: Needle) -> re.Pattern[str]:
     "Return the compiled pattern of a needle; of what a text may hold by chance, as a word of its own only."
-    found = f"(?:{re.escape(needle.form)}|{''.join(elements(needle))})"
+    form = f"(?:{re.escape(needle.form)}|{''.join(elements(needle))})"
     if is_strong(needle.form):
-        return re.compile(found)
+        return re.compile(form)
     escapes = (r"\\[nrt]", r"%[0-9A-Fa-f]{2}", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}")
     before = "|".join([r"(?<![^\W_])", *(f"(?<={escape})" for escape in escapes)])
-    return re.compile(rf"(?:{before}){found}(?![^\W_])")
+    return re.compile(rf"(?:{before}){form}(?![^\W_])")
 
 # %% ../../nbs/basics/01_withheld.ipynb #c31101ef
 SEEN: dict[str, str] = {}  # {value: name} of every secret that this process has had in its environment
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #38074abf
 @functools.lru_cache(maxsize=8)
 def all_needles(values: tuple[str, ...]) -> list[Needle]:
     "Return the needles (list) of the secrets `values` (tuple of str)."
     return [needle for value in values for needle in needles(value)]
 
 # %% ../../nbs/basics/01_withheld.ipynb #3797a6a1
-def known() -> list[Needle]:
+def current_needles() -> list[Needle]:
     "Return the needles of all secrets that are or were in the environment of this process."
     SEEN.update(secret_values(os.environ))
     return all_needles(tuple(SEEN))
+
+# %% ../../nbs/basics/01_withheld.ipynb #962e7248
+def merge_spans(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    "Return the `(start, end)` in `pairs` in order, those that overlap as one (list)."
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted(pairs):
+        if spans and start < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return spans
 
 # %% ../../nbs/basics/01_withheld.ipynb #5913683f
 def windows(text: str, needle: Needle) -> list[tuple[int, int]]:
@@ -393,65 +377,54 @@ def windows(text: str, needle: Needle) -> list[tuple[int, int]]:
     anchors."""
     if not needle.anchors:
         return [(0, len(text))]
-    found = []
+    spans = []
     for anchor, before in needle.anchors:
         at = text.find(anchor)
         while at >= 0:
-            found.append((max(0, at - 12 * before - 100), at + 12 * (len(needle.form) - before) + 100))
+            spans.append((max(0, at - 12 * before - 100), at + 12 * (len(needle.form) - before) + 100))
             at = text.find(anchor, at + len(anchor))
-    return joined(found)
-
-# %% ../../nbs/basics/01_withheld.ipynb #962e7248
-def joined(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    "Return the `(start, end)` in `pairs` in order, those that overlap as one (list)."
-    found: list[tuple[int, int]] = []
-    for start, end in sorted(pairs):
-        if found and start < found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
-    return found
+    return merge_spans(spans)
 
 # %% ../../nbs/basics/01_withheld.ipynb #dc9791f1
 def places(text: str, secrets: list[Needle] | None = None) -> list[tuple[int, int]]:
     """Return `[(start, end)]` in characters of the secrets of the environment in `text`, in order, none in
     another."""
-    found = []
-    for needle in known() if secrets is None else secrets:
+    spans = []
+    for needle in current_needles() if secrets is None else secrets:
         for start, end in windows(text, needle):
-            found += [match.span() for match in pattern(needle).finditer(text, start, end)]
-    return joined(found)
+            spans += [match.span() for match in pattern(needle).finditer(text, start, end)]
+    return merge_spans(spans)
 
 # %% ../../nbs/basics/01_withheld.ipynb #65b62ad8
-def changed_texts(value: Any, change: Callable[[str], Any]) -> Any:
+def change_texts(value: Any, change: Callable[[str], Any]) -> Any:
     "Return `value` with `change(text)` for each text and key in it: a text, or lists and dicts of texts."
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {changed_texts(k, change): changed_texts(v, change) for k, v in value.items()}
+        return {change_texts(k, change): change_texts(v, change) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([changed_texts(v, change) for v in value])
+        return type(value)([change_texts(v, change) for v in value])
     return value
 
 # %% ../../nbs/basics/01_withheld.ipynb #93ee153e
 def withhold(value: Any) -> Any:
     """Return `value` with `[removed]` in the place of every secret of the environment: a text, or lists and
     dicts of texts. Anything else is given back as it is."""
-    if not (secrets := known()):
+    if not (secrets := current_needles()):
         return value
 
-    def taken(text):
-        if len(text) < SHORTEST or not (found := places(text, secrets)):
+    def without(text: str) -> str:
+        if len(text) < SHORTEST or not (spans := places(text, secrets)):
             return text
-        ends = zip([0, *(end for _, end in found)], [*(start for start, _ in found), len(text)])
+        ends = zip([0, *(end for _, end in spans)], [*(start for start, _ in spans), len(text)])
         return "[removed]".join(text[a:b] for a, b in ends)
 
     if not isinstance(value, str):  # one search of all texts, most of which hold none
         texts: list[str] = []
-        changed_texts(value, texts.append)
+        change_texts(value, texts.append)
         if not places("\n\0\n".join(texts), secrets):
             return value
-    return changed_texts(value, taken)
+    return change_texts(value, without)
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00022
 STARTS = ("hf_", "api_org_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "sk-", "AKIA")
@@ -465,14 +438,14 @@ SECRET_TEXT = [
     )
 ]
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #5d6fa385
 def without_tokens(text: str) -> str:
     "Return `text` with `[removed]` for what looks like a token, or like the user part of a URL."
     for pattern in SECRET_TEXT:
         text = pattern.sub(r"\1[removed]" if pattern.groups else "[removed]", text)
     return text
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #fabd8a51
 def scrub(text: str) -> str:
     """Return `text` without the secrets of the environment (`withhold`) and everything that looks like a
     token, or like the user part of a URL: `[removed]` stands there."""
@@ -495,21 +468,21 @@ def scrub_notebook(text: str) -> str:
         book = v4.reads(text)
     except (ValueError, AttributeError, TypeError):
         return scrub(text)
-    clean = changed_texts(withhold(book), without_tokens)
+    clean = change_texts(withhold(book), without_tokens)
     return text if clean == book else v4.writes(from_dict(clean))
 
 # %% ../../nbs/basics/01_withheld.ipynb #2a0bdb13
 def holder(text: str) -> str | None:
     "Return the name of the variable, or of the file, whose secret stands in `text`; None without one."
-    return next((SEEN[needle.value] for needle in known() if places(text, [needle])), None)
+    return next((SEEN[needle.value] for needle in current_needles() if places(text, [needle])), None)
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00026
-ESCAPE_BEGUN = re.compile(r"[\\%&][\w\\%&;#]{0,24}\Z")
-LINE_BEGUN = re.compile(r"""['"]?,?\r?\n?[ \t]{0,80}b?['"]?\Z""")
+OPEN_ESCAPE = re.compile(r"[\\%&][\w\\%&;#]{0,24}\Z")
+OPEN_LINE = re.compile(r"""['"]?,?\r?\n?[ \t]{0,80}b?['"]?\Z""")
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #eafdbda9
 @functools.lru_cache(maxsize=4096)
-def compiled(source: str) -> re.Pattern[str]:
+def compile_pattern(source: str) -> re.Pattern[str]:
     "Return `re.compile`, whose own cache is small."
     return re.compile(source)
 
@@ -520,23 +493,23 @@ def goes_on(text: str, at: int, patterns: list[str]) -> bool:
     for number, source in enumerate(patterns, 1):
         if at == len(text):
             return True
-        if not (found := compiled(source).match(text, at)):
-            return bool(ESCAPE_BEGUN.match(text, at) or number > 3 and LINE_BEGUN.match(text, at))
-        at = found.end()
+        if not (match := compile_pattern(source).match(text, at)):
+            return bool(OPEN_ESCAPE.match(text, at) or number > 3 and OPEN_LINE.match(text, at))
+        at = match.end()
     return False
 
 # %% ../../nbs/basics/01_withheld.ipynb #5d74976b
-def begun(text: str) -> int:
+def open_tail(text: str) -> int:
     """Return how many of the last characters of `text` may be the beginning of a secret that goes on in the
     next one."""
     longest = 0
-    for needle in known():
+    for needle in current_needles():
         first, *others = elements(needle)
-        for found in compiled(first).finditer(text, max(0, len(text) - 6 * len(needle.form) - 60)):
-            if len(text) - found.start() <= longest:
+        for match in compile_pattern(first).finditer(text, max(0, len(text) - 6 * len(needle.form) - 60)):
+            if len(text) - match.start() <= longest:
                 break
-            if goes_on(text, found.end(), others):
-                longest = len(text) - found.start()
+            if goes_on(text, match.end(), others):
+                longest = len(text) - match.start()
     return longest
 
 # %% ../../nbs/basics/01_withheld.ipynb #c1e0c967
@@ -557,12 +530,12 @@ def guard_session(session: Any) -> None:
         if kind == "status" and content.get("execution_state") == "idle":
             for name, rest in list(waiting.items()):
                 del waiting[name]
-                content_left = {"name": name, "text": rest}
-                send(stream, "stream", content_left, parts["parent_header"], ident=f"stream.{name}".encode())
-        if isinstance(content, dict) and known():
+                last = {"name": name, "text": rest}
+                send(stream, "stream", last, parts["parent_header"], ident=f"stream.{name}".encode())
+        if isinstance(content, dict) and current_needles():
             if kind == "stream":
                 text = withhold(waiting.pop(content["name"], "") + content["text"])
-                if n := begun(text):
+                if n := open_tail(text):
                     waiting[content["name"]] = text[-n:]
                 if not (text := text[: len(text) - n]):
                     return parts
@@ -587,7 +560,7 @@ def guard_echo() -> None:
 
     def write(handle, data):
         text = withhold(waiting.pop(handle, "") + data.decode("utf-8", "surrogateescape"))
-        if n := begun(text):
+        if n := open_tail(text):
             waiting[handle] = text[-n:]
         os.write(handle, text[: len(text) - n].encode("utf-8", "surrogateescape"))
         return len(data)
@@ -603,7 +576,7 @@ def kernel() -> Any:
 
     return getattr(get_ipython(), "kernel", None)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #38ee053e
 def guard() -> None:
     """Let the kernel that this code runs in, if any, send out no secret of its environment: in no output,
     traceback or reply, and in no line of the job's log."""
@@ -633,7 +606,7 @@ def is_shared(about: os.stat_result) -> bool:
     link."""
     return stat.S_ISREG(about.st_mode) and about.st_nlink > 1
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #b3ed6702
 def own_copy(path: str | Path) -> None:
     "Make the file `path` one of its own; its other names keep the old one, as it is."
     from cbnb.basics.files import new_file
@@ -641,7 +614,7 @@ def own_copy(path: str | Path) -> None:
     with open_regular(path) as old, new_file(path) as new:
         shutil.copyfileobj(old, new)
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #92a37673
 def keep_private(folder: str | Path) -> None:
     "Take the rights of group and others from everything of one's own in `folder`: files 0600, folders 0700."
     for path, about in own_files(folder):
@@ -658,33 +631,34 @@ def keep_private(folder: str | Path) -> None:
 # %% ../../nbs/basics/01_withheld.ipynb #fb52e79f
 LARGEST = 32 << 20  # bytes of a file that is looked through; larger are weights and states
 
-
+# %% ../../nbs/basics/01_withheld.ipynb #dcd89df1
 def tidy(folder: str | Path) -> list[str]:
     """Make `folder` private (`keep_private`), and put stars in the place of each secret of the environment in
     its text files, in as many bytes: whoever appends to a file meanwhile goes on. A file with another name (a
-    hard link) becomes one of its own first. Returns a list of sentences, one for each file that is no text
+    hard link) becomes one of its own first. Returns a list of sentences, one for each file that is not text
     and holds one. Files of a sealed folder (with a manifest.json), such as a checkpoint, stay as they are
     sealed, and so do hidden ones: of a home that was given as a run directory, .netrc must stay what it
     is."""
     keep_private(folder)
-    told, secrets = [], known()
+    notes, secrets = [], current_needles()
     for path, about in own_files(folder) if secrets else ():
         if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST:
             continue
         if (path.parent / "manifest.json").exists():
             continue
         try:
-            if not (found := places((data := read_bytes(path)).decode("utf-8", "surrogateescape"), secrets)):
+            data = read_bytes(path)
+            if not (spans := places(data.decode("utf-8", "surrogateescape"), secrets)):
                 continue
             text = data.decode()
             if is_shared(about):
                 own_copy(path)
             with open(path, "r+b") as f:
-                for start, end in found:
+                for start, end in spans:
                     f.seek(len(text[:start].encode()))
                     f.write(b"*" * len(text[start:end].encode()))
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError):
-            told.append(f"{path} holds the value of a secret variable and is no text: delete it")
-    return told
+            notes.append(f"{path} holds the value of a secret variable and is not text: delete it")
+    return notes

@@ -34,8 +34,10 @@ def runs_folder() -> Path:
 
     It is the environment's `CBNB_RUNS`, else `runs` in the project root, else `runs` in the working
     directory."""
-    given = os.environ.get("CBNB_RUNS")
-    return Path(given).expanduser().resolve() if given else (project_root() or Path.cwd().resolve()) / "runs"
+    folder = os.environ.get("CBNB_RUNS")
+    return (
+        Path(folder).expanduser().resolve() if folder else (project_root() or Path.cwd().resolve()) / "runs"
+    )
 
 # %% ../../nbs/run/03_code.ipynb #090ecfdd
 def git(folder: str | Path, *arguments: str, limit: int = 1_000_000) -> str | None:
@@ -105,9 +107,9 @@ def find_notebook(name: str) -> Path | None:
     JupyterLab names it in `JPY_SESSION_NAME`. Child processes inherit that variable, so the notebook must
     also hold the cell that is running. Otherwise the notebook is `name`.ipynb in the working directory, the
     project root or beside the package, or in the folder nbs/ of one of them."""
-    given = Path(os.environ.get("JPY_SESSION_NAME", ""))
-    if given.suffix == ".ipynb" and given.is_file() and holds_running_cell(given):
-        return given
+    session = Path(os.environ.get("JPY_SESSION_NAME", ""))
+    if session.suffix == ".ipynb" and session.is_file() and holds_running_cell(session):
+        return session
     folders = [
         folder
         for base in (Path.cwd(), project_root(), PACKAGE.parent)

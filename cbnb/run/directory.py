@@ -15,7 +15,7 @@ from typing import Any
 
 from ..basics.disk import full_disk_words, is_full_disk, reserve
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
-from ..basics.lease import NotOwn, check_own, give_back, identity, lease_path, lease_state, taken_by
+from ..basics.lease import NotOwn, check_own, give_back, holder_thread, identity, lease_path, lease_state
 from ..basics.processes import from_first, world_size
 from ..basics.reading import read_bytes
 from ..basics.withheld import cut, scrub, tidy
@@ -80,7 +80,7 @@ def is_unused(path: str | Path) -> bool:
 # %% ../../nbs/run/06_directory.ipynb #ba191635
 HOW_STARTED = ("run_dir", "fsdp")  # parameters that say where and how a run is made, not what it is
 
-
+# %% ../../nbs/run/06_directory.ipynb #96356cbe
 def check_same_parameters(path: str | Path, parameters: dict[str, Any]) -> None:
     """Raise `RunError`, naming what differs, when `<path>/params.json` exists and is not `parameters`."""
     old = read_record(Path(path) / "params.json")
@@ -206,7 +206,7 @@ ATTEMPT_FIELDS = (
     "diagnosis_seconds",
 )
 
-
+# %% ../../nbs/run/06_directory.ipynb #cbba7a60
 def begin_attempt(run: Run, parameters: dict[str, Any], notebook: str) -> None:
     """Write what opens the attempt `run`: parameters, code, notebook, and a status without earlier attempts'
     fields."""
@@ -230,7 +230,7 @@ def open_directory(
     refuse_secrets(parameters)
     check_name(name)
     path = make_folder(parameters, name, run_dir)
-    holder, is_taken = taken_by(lease_path(path)), False
+    holder, took_lease = holder_thread(lease_path(path)), False
     if holder and holder is not threading.current_thread():
         raise RunError(
             f"{path} is open in another thread of this process: wait until that run has ended, or give "
@@ -241,11 +241,11 @@ def open_directory(
         next_attempt(path, parameters)  # a run that cannot go on is refused with nothing written
         if not holder:
             hold(path)
-            is_taken = True
+            took_lease = True
         run = next_attempt(path, parameters)  # as its last holder has left it
         begin_attempt(run, parameters, notebook or name)
     except BaseException as e:
-        if is_taken:
+        if took_lease:
             give_back(path)
         if isinstance(e, NotOwn):
             raise RunError(str(e)) from None

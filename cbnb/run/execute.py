@@ -80,19 +80,21 @@ def run_outcome(work: Callable[[], Any]) -> tuple[int, str]:
     return 0, ""
 
 # %% ../../nbs/run/11_execute.ipynb #exe00012
-def execute(notebook: str | Path, out: str | Path, given: str | Path, run_dir: str | Path = "") -> int:
-    """Run `notebook` with the parameters in the JSON file `given`, save it as `out`, and return the exit
+def execute(notebook: str | Path, out: str | Path, parameters: str | Path, run_dir: str | Path = "") -> int:
+    """Run `notebook` with the parameters in the JSON file `parameters`, save it as `out`, and return the exit
     status.
 
     The sentence of `run_outcome` goes into the status.json of `run_dir` where the run itself has not
-    written one, or without a `run_dir` into a file `error` beside `given`. For a process of its own
+    written one, or without a `run_dir` into a file `error` beside `parameters`. For a process of its own
     (`prepare`)."""
     prepare()
-    status, why = run_outcome(lambda: execute_notebook(notebook, out, read_json(given), progress_bar=True))
+    status, why = run_outcome(
+        lambda: execute_notebook(notebook, out, read_json(parameters), progress_bar=True)
+    )
     if status and run_dir:
         close_run(run_dir, status, why)
     elif status:
-        write_bytes(Path(given).with_name("error"), why.encode())
+        write_bytes(Path(parameters).with_name("error"), why.encode())
     return status
 
 # %% ../../nbs/run/11_execute.ipynb #exe00008

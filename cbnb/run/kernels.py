@@ -38,7 +38,7 @@ def folder_prefix() -> str:
 # the socket that says that a folder is in use; a kernel's own are kernel-ipc-1 to kernel-ipc-5
 SOCKET_SIGN = "kernel-ipc-0"
 
-
+# %% ../../nbs/run/00_kernels.ipynb #a8362446
 def socket_folder(bases: Iterable[str | Path]) -> tuple[str, socket.socket] | None:
     """Make a private folder (mode 0700) for a kernel's sockets below the first usable path of `bases`.
 
@@ -61,11 +61,8 @@ def socket_folder(bases: Iterable[str | Path]) -> tuple[str, socket.socket] | No
 
 # %% ../../nbs/run/00_kernels.ipynb #58c8e4dc
 def is_stale(folder: str | Path) -> bool:
-    (
-        """""Return whether `folder` is this user's, older than a minute, and its sign belongs to no living
+    """Return whether `folder` is this user's, older than a minute, and its sign belongs to no living
     process."""
-        ""
-    )
     try:
         entry = os.lstat(folder)
         is_own = stat.S_ISDIR(entry.st_mode) and entry.st_uid == os.getuid()
@@ -93,7 +90,7 @@ TCP_NOTE = (
     "short path on a local disk"
 )
 
-
+# %% ../../nbs/run/00_kernels.ipynb #b143299f
 @contextmanager
 def socket_config() -> Iterator[Config]:
     """Yield the traitlets `Config` of a kernel that is reached by unix sockets.

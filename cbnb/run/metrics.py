@@ -105,7 +105,7 @@ def order_fault(rows: list[dict[str, Any]]) -> str:
 # %% ../../nbs/run/05_metrics.ipynb #2c25b842
 MAX_BAD_LINES = 10_000  # lines that cannot be read
 
-
+# %% ../../nbs/run/05_metrics.ipynb #2b89d059
 def log_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return `(rows, sentences)` of metrics.jsonl in the run directory `path`: its good lines, and what to
     say of the others.

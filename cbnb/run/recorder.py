@@ -30,7 +30,7 @@ from .stages import Run
 
 # %% auto #0
 __all__ = ['SAVE_SECONDS', 'RECORDING', 'ANSWERS', 'LAST_CELL', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
-           'stop_recording', 'end_recording', 'record_path', 'record_notebook']
+           'stop_recording', 'end_recording', 'record_path', 'start_book', 'record_notebook']
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
 class Book:
@@ -57,7 +57,7 @@ class Book:
         """Put an output `message` of the kernel into the last cell; return whether it marks the end of the
         cell."""
         cell, kind, content = self.notebook.cells[-1], message["msg_type"], message["content"]
-        display = (content.get("transient") or {}).get("display_id")
+        display = str((content.get("transient") or {}).get("display_id") or "")
         if kind == "update_display_data":
             for old in self.displays.get(display, ()):
                 old.update(data=content["data"], metadata=content["metadata"])
@@ -76,7 +76,7 @@ class Book:
 # %% ../../nbs/run/09_recorder.ipynb #609f940c
 SAVE_SECONDS = 30  # between two saves within one cell
 
-
+# %% ../../nbs/run/09_recorder.ipynb #343b7089
 def messages(
     connection: dict[str, Any], over: threading.Event, ready: threading.Event
 ) -> Iterator[dict[str, Any] | None]:
@@ -87,7 +87,7 @@ def messages(
     from there on no message is missed."""
     with zmq.Context() as context:
         client = BlockingKernelClient(context=context)  # knows every transport, encrypted ones too
-        client.load_connection_info(connection)
+        client.load_connection_info(connection)  # type: ignore[arg-type]  # of jupyter's own TypedDict
         with client.connect_iopub() as socket:
             socket.linger = 0
             socket.subscribe(uuid.uuid4().hex)  # only a topic that nobody else listens to is greeted
@@ -120,20 +120,20 @@ def follow(
     no message waits (None), and within long ones.
 
     End with the cell for whose execution count `is_last` holds."""
-    saved, changed, due = time.monotonic(), True, False
+    last_save, has_news, due = time.monotonic(), True, False
     for message in stream:
-        ended = False
+        is_end = False
         if message:
-            if began := message["msg_type"] == "execute_input":
+            if is_start := message["msg_type"] == "execute_input":
                 book.execute(message["content"]["code"], message["content"]["execution_count"])
-            changed, ended = True, book.output(message)
-            due = due or began or ended
-        if changed and (message is None and due or time.monotonic() - saved > SAVE_SECONDS):
+            has_news, is_end = True, book.output(message)
+            due = due or is_start or is_end
+        if has_news and (message is None and due or time.monotonic() - last_save > SAVE_SECONDS):
             save(book, path)
-            saved, changed, due = time.monotonic(), False, False
-        if ended and is_last(book.notebook.cells[-1].execution_count):
+            last_save, has_news, due = time.monotonic(), False, False
+        if is_end and is_last(book.notebook.cells[-1].execution_count):
             break
-    if changed:
+    if has_news:
         save(book, path)
 
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
@@ -165,7 +165,7 @@ RECORDING: list[Recording] = []  # that of this kernel, or empty
 ANSWERS = 60  # seconds to wait for a kernel's answer, which takes some time on a busy machine
 LAST_CELL = 3  # seconds to wait for the end of the last cell: papermill kills a kernel 5 s after its end
 
-
+# %% ../../nbs/run/09_recorder.ipynb #83496ca8
 def stop_recording() -> None:
     """End the recording of this kernel, if there is one, once all messages so far are written."""
     while RECORDING:
@@ -182,13 +182,23 @@ def end_recording() -> None:
     for recording in RECORDING:
         recording.last = len(get_ipython().user_ns["In"]) - 1
 
-
-atexit.register(stop_recording)  # the kernel publishes the end of the last cell after that cell
+# %% ../../nbs/run/09_recorder.ipynb #f42a5cc0
+atexit.register(stop_recording)
 
 # %% ../../nbs/run/09_recorder.ipynb #f88664e0
 def record_path(run: Run) -> Path:
     """Return the path of the notebook that this process records for `run`."""
     return run.path / (f"out.{run.attempt}.ipynb" if is_first() else f"out.{run.attempt}.rank{rank()}.ipynb")
+
+# %% ../../nbs/run/09_recorder.ipynb #536307d9
+def start_book(run: Run) -> Book:
+    "Return the `Book` of `run` with the cells of its notebook that this kernel has executed so far."
+    copy = run.path / "notebook.ipynb"
+    source = nbformat.reads(read_text(copy), as_version=4) if copy.exists() else None
+    book = Book(source)
+    for code in cells_so_far(source, get_ipython().user_ns["In"][1:]):
+        book.execute(code)
+    return book
 
 # %% ../../nbs/run/09_recorder.ipynb #26ee201a
 def record_notebook(run: Run) -> Path | None:
@@ -202,17 +212,13 @@ def record_notebook(run: Run) -> Path | None:
     return None where the kernel does not answer."""
     path = record_path(run)
     try:
-        connection = get_connection_info(unpack=True)
+        connection: Any = get_connection_info(unpack=True)
     except RuntimeError:
         return None  # no kernel
     stop_recording()
     if path.exists():
         return None
-    copy = run.path / "notebook.ipynb"
-    source = nbformat.reads(read_text(copy), as_version=4) if copy.exists() else None
-    book, recording, ready = Book(source), Recording(), threading.Event()
-    for code in cells_so_far(source, get_ipython().user_ns["In"][1:]):
-        book.execute(code)
+    book, recording, ready = start_book(run), Recording(), threading.Event()
     save(book, path)  # the first one is slow
 
     def listen() -> None:

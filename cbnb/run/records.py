@@ -13,7 +13,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..basics.jsonfiles import RECORD_BYTES, SMALL_BYTES, RecordError, RunError, brief, bytes_of, parsed
+from cbnb.basics.jsonfiles import (
+    RECORD_BYTES,
+    SMALL_BYTES,
+    RecordError,
+    RunError,
+    brief,
+    bytes_of,
+    parse_bytes,
+)
 from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_value
 
 # %% auto #0
@@ -30,10 +38,10 @@ __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LI
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
 
 
-def wants(where: str, wanted: str, value: Any) -> str:
-    """Return the sentence for a `value` at `where` that is not what is `wanted`."""
-    shown = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or brief(repr(value))
-    return f"{where or 'it'} wants {wanted}, but {shown} is there"
+def wants(where: str, rule: str, value: Any) -> str:
+    """Return the sentence for a `value` at `where` that breaks the `rule`, such as "a whole number"."""
+    words = {dict: "an object", list: "a list", type(None): "nothing"}.get(type(value)) or brief(repr(value))
+    return f"{where or 'it'} wants {rule}, but {words} is there"
 
 # %% ../../nbs/run/01_records.ipynb #1554ee9d
 def is_plain(value: Any) -> bool:
@@ -93,13 +101,13 @@ def number(low: float = -1e300, high: float = 1e300) -> ValueCheck:
 def text(most: int = WORDS, pattern: str | None = None) -> ValueCheck:
     """Return a check for text of at most `most` characters that matches the regular expression `pattern` as a
     whole."""
-    wanted = f"text of at most {most} characters" + f" like {pattern}" * bool(pattern)
+    rule = f"text of at most {most} characters" + f" like {pattern}" * bool(pattern)
 
     def check(value: Any, where: str) -> Iterator[str]:
         fits = isinstance(value, str) and len(value) <= most
         if fits and (not pattern or re.fullmatch(pattern, value)):
             return
-        yield wants(where, wanted, value)
+        yield wants(where, rule, value)
 
     return check
 
@@ -128,9 +136,9 @@ def moment(value: Any, where: str) -> Iterator[str]:
         fits = 2000 <= time.year < 2200 and time.tzinfo is not None
     except (TypeError, ValueError):
         fits = False
-    wanted = "a time of the years 2000 to 2199 with its offset, such as 2026-01-31T12:00:00+00:00"
+    rule = "a time of the years 2000 to 2199 with its offset, such as 2026-01-31T12:00:00+00:00"
     if not fits:
-        yield wants(where, wanted, value)
+        yield wants(where, rule, value)
 
 # %% ../../nbs/run/01_records.ipynb #rec00005
 def maybe(check: ValueCheck) -> ValueCheck:
@@ -153,11 +161,11 @@ def each(check: ValueCheck, most: int = 100_000) -> ValueCheck:
 # %% ../../nbs/run/01_records.ipynb #c3c6b0fd
 def mapping(check: ValueCheck, most: int = 10_000) -> ValueCheck:
     """Return a check for an object of at most `most` names whose values pass `check`."""
-    wanted = f"an object of at most {most} names of at most {PATH} characters"
+    rule = f"an object of at most {most} names of at most {PATH} characters"
 
     def check_value(value: Any, where: str) -> Iterator[str]:
         if not isinstance(value, dict) or len(value) > most or not all(len(name) <= PATH for name in value):
-            yield wants(where, wanted, value)
+            yield wants(where, rule, value)
             return
         for name, entry in value.items():
             yield from check(entry, f"{where}.{brief(name)!r}".lstrip("."))
@@ -208,7 +216,7 @@ ALARM = fields(
 ALARMS, NOTES = each(ALARM, 1000), each(LINE, 10_000)
 ROUNDING_FLOOR = fields({"dtype": LABEL, "reroute": number(), "retain": number(), "kl": number()}, "dtype")
 
-
+# %% ../../nbs/run/01_records.ipynb #e1133c9f
 def floor(value: Any, where: str) -> Iterator[str]:
     """Check a rounding floor, which is empty where none was measured."""
     if value not in (None, {}):
@@ -227,6 +235,8 @@ TERM = fields(
     "name",
     "title",
 )
+
+# %% ../../nbs/run/01_records.ipynb #2b6a7769
 STATUS_FIELDS = {
     "stage": LABEL,
     "error": LINE,
@@ -273,7 +283,7 @@ def setting_check(field: dataclasses.Field[Any]) -> ValueCheck:
 SETTING = {field.name: setting_check(field) for field in dataclasses.fields(CircuitBreakerConfig)}
 SETTINGS = fields(SETTING)
 
-
+# %% ../../nbs/run/01_records.ipynb #cda4cc8b
 def settings(value: Any, where: str) -> Iterator[str]:
     """Check a config.json: each setting by its type and limits, and a countable number of steps."""
     yield from SETTINGS(value, where)
@@ -321,7 +331,7 @@ EVALUATED = fields(
 # %% ../../nbs/run/01_records.ipynb #rec00008
 SHARE = number(0, 1)
 
-
+# %% ../../nbs/run/01_records.ipynb #cad03bfe
 def count(value: Any, where: str) -> Iterator[str]:
     """Check `[hits, answers]`: two whole numbers, the first not above the second."""
     pair = isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
@@ -394,6 +404,8 @@ POINT = fields({"verdict": VERDICT, "text": LINE}, "verdict", "text")
 CHECK_RESULT = fields(
     {"name": LABEL, "verdict": VERDICT, "points": each(POINT, 10_000)}, "name", "verdict", "points"
 )
+
+# %% ../../nbs/run/01_records.ipynb #b70a1a4b
 PREFLIGHT = fields(
     {
         "verdict": VERDICT,
@@ -425,6 +437,8 @@ CODE_STATE = fields(
 PLAN = fields(
     {"name": LABEL, "notebook": LINE, "spec": plain_value, "runs": each(plain_value, 100_000)}, "runs"
 )
+
+# %% ../../nbs/run/01_records.ipynb #88b63fb7
 ARRAY = fields(
     {"name": LABEL, "job": maybe(text(NAME, r"\w+")), "offset": whole_number(), "runs": each(LABEL)},
     "name",
@@ -460,7 +474,7 @@ ANSWER = {
 STEP, VALUE = whole_number(), number()
 MEASURE_PREFIXES = ("loss", "weighted_", "grad_", "c_")
 
-
+# %% ../../nbs/run/01_records.ipynb #cd36d985
 def metrics_row(row: Any, where: str = "") -> Iterator[str]:
     """Check a line of metrics.jsonl.
 
@@ -472,8 +486,8 @@ def metrics_row(row: Any, where: str = "") -> Iterator[str]:
         for name, value in row.items():
             if type(value) is float and -1e300 < value < 1e300 or value is None:
                 continue  # the common case, without a call
-            measured = name.startswith(MEASURE_PREFIXES) or name == "lr"
-            yield from (VALUE if measured else plain_value)(value, brief(name))
+            is_measure = name.startswith(MEASURE_PREFIXES) or name == "lr"
+            yield from (VALUE if is_measure else plain_value)(value, brief(name))
 
 # %% ../../nbs/run/01_records.ipynb #rec00011
 RECORDS: dict[str, ValueCheck] = {
@@ -504,9 +518,9 @@ def fault(kind: str, value: Any) -> str:
 def record_of(data: bytes, kind: str) -> dict[str, Any]:
     """Return the JSON object in `data`, checked as the `kind` among `RECORDS`. Raise `RecordError` for
     anything else."""
-    value = parsed(data)
+    value = parse_bytes(data)
     if not isinstance(value, dict):
-        raise RecordError("holds no JSON object")
+        raise RecordError("does not hold a JSON object")
     if words := fault(kind, value):
         raise RecordError(f"is not in order ({words})")
     return value
@@ -514,7 +528,7 @@ def record_of(data: bytes, kind: str) -> dict[str, Any]:
 # %% ../../nbs/run/01_records.ipynb #recrd000
 SMALL = ("status.json", "params.json", "key.json")
 
-
+# %% ../../nbs/run/01_records.ipynb #8ade7df8
 def read_record(path: str | Path, kind: str | None = None) -> dict[str, Any] | None:
     """Return the dict in the JSON file `path` of a run directory or a sweep, checked; None without such a
     file.

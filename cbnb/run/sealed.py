@@ -17,7 +17,7 @@ __all__ = ['MANIFEST', 'sync', 'seal', 'damage']
 # %% ../../nbs/run/10_sealed.ipynb #82c5a02a
 MANIFEST = "manifest.json"
 
-
+# %% ../../nbs/run/10_sealed.ipynb #e1cdfd41
 def sync(path: Path) -> None:
     """Return once the file `path`, or the entries of the folder `path`, are on the disk and not only in
     memory."""

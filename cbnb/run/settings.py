@@ -12,6 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+# %% auto #0
+__all__ = ['LLAMA_8B', 'SHAPES', 'PUBLISHED', 'KEPT_TEMPLATE', 'MAX_TEMPLATE_BYTES', 'Facts', 'model_facts', 'derive_settings',
+           'preset_for', 'settings_by_rule', 'shape_notes', 'settings_of', 'check_processes', 'run_name',
+           'check_own_policies', 'run_settings', 'check_data', 'read_value', 'template_values', 'is_source',
+           'template_source', 'kept_template', 'template_of', 'keep_template', 'has_changed', 'masker_notes',
+           'make_masker']
+
+# %% ../../nbs/run/12_settings.ipynb #1b06c686
 from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
 from ..basics.places import TINYAGENT
 from ..basics.processes import is_first
@@ -37,14 +45,9 @@ from .parameters import ParameterError
 from .records import read_record
 from ..transcripts.record import TranscriptError
 
+# %% ../../nbs/run/12_settings.ipynb #6a07fb93
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# %% auto #0
-__all__ = ['LLAMA_8B', 'SHAPES', 'PUBLISHED', 'KEPT_TEMPLATE', 'MAX_TEMPLATE_BYTES', 'Facts', 'model_facts', 'derive_settings',
-           'preset_for', 'settings_of', 'check_processes', 'run_name', 'check_own_policies', 'run_settings',
-           'check_data', 'read_value', 'template_values', 'is_source', 'template_source', 'kept_template',
-           'keep_template', 'template_of', 'has_changed', 'masker_notes', 'make_masker']
 
 # %% ../../nbs/run/12_settings.ipynb #setng006
 LLAMA_8B = dict(
@@ -123,13 +126,13 @@ def model_facts(name: str, trust_remote_code: bool = False) -> Facts:
 # %% ../../nbs/run/12_settings.ipynb #setng010
 PUBLISHED = "llama-3-8b"
 
-
-def derive_settings(facts: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings `given` (by name, none of them None) with those that follow from a model's
+# %% ../../nbs/run/12_settings.ipynb #8e5c1985
+def derive_settings(facts: Facts, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings `own` (by name, none of them None) with those that follow from a model's
     `Facts`. Raises ConfigError for a model without blocks or of one block where its hidden states are read
-    in the mode `hidden_states`, and for layers that are no numbers."""
+    in the mode `hidden_states`, and for layers that are not numbers."""
     base, (_, depth, width, _) = PRESETS[PUBLISHED], model_facts(PRESETS[PUBLISHED].model)
-    last = facts.blocks - (1 if given.get("hidden_state_mode") == "hooks" else 2)
+    last = facts.blocks - (1 if own.get("hidden_state_mode") == "hooks" else 2)
     if facts.blocks < 1:
         raise ConfigError(
             f"the model's configuration names {facts.blocks} blocks: there is nothing to reroute"
@@ -139,13 +142,13 @@ def derive_settings(facts: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
             "the model has one block, whose entry in hidden_states has the final norm applied: give "
             "hidden_state_mode hooks"
         )
-    layers = given.get("lora_layers", (0, last))
+    layers = own.get("lora_layers", (0, last))
     first = convert_items("lora_layers", tuple[int, int], layers)[0]
     targets = tuple(
         sorted({min(max(round(facts.blocks * layer / depth), first), last) for layer in base.target_layers})
     )
-    targets = convert_items("target_layers", tuple[int, ...], given.get("target_layers", targets))
-    rank = given.get("lora_r", min(base.lora_r, max(1, facts.width // 16)))
+    targets = convert_items("target_layers", tuple[int, ...], own.get("target_layers", targets))
+    rank = own.get("lora_r", min(base.lora_r, max(1, facts.width // 16)))
     settings = {
         "target_layers": targets,
         "lora_layers": (0, max(targets)),
@@ -154,7 +157,7 @@ def derive_settings(facts: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate": float(f"{min(1e-3, base.learning_rate * width / facts.width):.1e}"),
         "max_length": min(base.max_length, facts.longest or base.max_length),
     }
-    return settings | dict(given)
+    return settings | dict(own)
 
 # %% ../../nbs/run/12_settings.ipynb #setng013
 def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) -> str:
@@ -170,50 +173,61 @@ def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) 
         return published[model]
     return preset if model_facts(model, trust_remote_code)[:3] == model_facts(own)[:3] else PUBLISHED
 
+# %% ../../nbs/run/12_settings.ipynb #52cd95f4
+def settings_by_rule(
+    model: str, own: Mapping[str, Any], trust_remote_code: bool
+) -> tuple[CircuitBreakerConfig, str]:
+    """Return the configuration that follows from the shape of `model` and the settings `own`, and a note
+    that says which settings follow. Raises as `model_facts` and `derive_settings` do."""
+    facts = model_facts(model, trust_remote_code)
+    settings = derive_settings(facts, own)
+    words = ", ".join(f"{name} {setting_text(value)}" for name, value in settings.items() if name not in own)
+    note = (
+        f"no preset is for {model} ({facts}): {words} follow from its depth and width, all else is the "
+        f"preset {PUBLISHED}'s; the pre-flight measures whether retain_weight and alpha_max fit"
+    )
+    return get_config(PUBLISHED, **settings), note
+
+# %% ../../nbs/run/12_settings.ipynb #0894c0c6
+def shape_notes(preset: str, model: str, trust_remote_code: bool) -> list[str]:
+    """Return a sentence where `model` is of another shape than the model of `preset`, or where its shape
+    cannot be read; else an empty list."""
+    published = PRESETS[preset].model
+    try:
+        facts, fit = model_facts(model, trust_remote_code), model_facts(published)
+    except OSError as e:
+        return [f"whether the preset {preset} fits {model} was not looked at: {e}"]
+    if facts[:3] == fit[:3]:
+        return []
+    return [
+        f"the preset {preset} is for {published} ({fit}), and {model} is another model ({facts}): its "
+        "layers, rank and learning rate were not made for it; leave preset out, and they follow from the "
+        "model's depth and width"
+    ]
+
 # %% ../../nbs/run/12_settings.ipynb #setng13b
 def settings_of(
-    preset: str, given: Mapping[str, Any], trust_remote_code: bool = False
+    preset: str, values: Mapping[str, Any], trust_remote_code: bool = False
 ) -> tuple[CircuitBreakerConfig, list[str]]:
-    """Return `(config, notes)`: the configuration of the settings `given` by name (None: not given) on the
-    `preset`, and sentences for whoever starts the run.
+    """Return `(config, notes)`: the configuration of the settings `values` by name (None: the preset's) on
+    the `preset`, and sentences for whoever starts the run.
 
     `preset` tinyagent, the notebooks' default, is the tiny agent's: for a model of another shape the
     settings are those of the preset that names it, else `derive_settings`. Any other preset holds for any
     model; where that is of another shape than the preset's, a note says so. Raises ConfigError as
     `get_config` does, and OSError where the settings follow from a configuration that is not there."""
-    given = {k: v for k, v in given.items() if v is not None}
-    model, notes = given.get("model"), []
-    meant = preset_for(preset, model, trust_remote_code)
-    if model is not None and meant != preset and PRESETS[meant].model != model:
-        facts = model_facts(model, trust_remote_code)
-        settings = derive_settings(facts, given)
-        words = ", ".join(
-            f"{name} {setting_text(value)}" for name, value in settings.items() if name not in given
-        )
-        notes.append(
-            f"no preset is for {model} ({facts}): {words} follow from its depth and width, all else is the "
-            f"preset {PUBLISHED}'s; "
-            "the pre-flight measures whether retain_weight and alpha_max fit"
-        )
-        config = get_config(PUBLISHED, **settings)
-        return config, [*notes, *of_no_weight(config, given)]
-    if meant != preset:
-        notes.append(f"the settings are those of the preset {meant}, which is {model}'s")
-    preset = meant
-    config = get_config(preset, **given)
-    if model not in (None, own := PRESETS[preset].model):
-        try:
-            facts, wanted = model_facts(model, trust_remote_code), model_facts(own)
-        except OSError as e:
-            notes.append(f"whether the preset {preset} fits {model} was not looked at: {e}")
-        else:
-            if facts[:3] != wanted[:3]:
-                notes.append(
-                    f"the preset {preset} is for {own} ({wanted}), and {model} is another model ({facts}): "
-                    "its layers, rank and learning rate "
-                    "were not made for it; leave preset out, and they follow from the model's depth and width"
-                )
-    return config, [*notes, *of_no_weight(config, given)]
+    own = {k: v for k, v in values.items() if v is not None}
+    model, notes = own.get("model"), []
+    name = preset_for(preset, model, trust_remote_code)
+    if model is not None and name != preset and PRESETS[name].model != model:
+        config, note = settings_by_rule(model, own, trust_remote_code)
+        return config, [note, *of_no_weight(config, own)]
+    if name != preset:
+        notes.append(f"the settings are those of the preset {name}, which is {model}'s")
+    config = get_config(name, **own)
+    if model not in (None, PRESETS[name].model):
+        notes += shape_notes(name, str(model), trust_remote_code)
+    return config, [*notes, *of_no_weight(config, own)]
 
 # %% ../../nbs/run/12_settings.ipynb #setng016
 def check_processes(config: CircuitBreakerConfig, fsdp: bool, processes: int) -> None:
@@ -254,22 +268,22 @@ def run_settings(parameters: Mapping[str, Any]) -> tuple[CircuitBreakerConfig, l
     """Return `(config, notes)` of a run with the dict of all its `parameters`, see
     `cbnb.run.settings.settings_of`: one way for train, pre-flight, plan and sweeps. Raises ConfigError, and
     OSError where the settings follow from the configuration of a model that is not there."""
-    given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
-    config, notes = settings_of(parameters["preset"], given, parameters.get("trust_remote_code", False))
+    values = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
+    config, notes = settings_of(parameters["preset"], values, parameters.get("trust_remote_code", False))
     check_own_policies(config)
     if config.objective in ("rr", "rr_kl"):
         return config, notes
     # needs torch, which all other settings are checked without
     from cbnb.step.objectives import check_objective
 
-    return config, [*notes, *check_objective(config, given)]
+    return config, [*notes, *check_objective(config, values)]
 
 # %% ../../nbs/run/12_settings.ipynb #runonly3
 def check_data(parameters: Mapping[str, Any]) -> None:
     """Raise RunError for data settings among the dict `parameters` that cannot be
     (`cbnb.data.sources.check_reading`)."""
     try:
-        check_reading(parameters)
+        check_reading(dict(parameters))
     except TranscriptError as e:
         raise RunError(str(e)) from None
 
@@ -280,7 +294,7 @@ def read_value(name: str, text: str) -> bool | int | float | str | None:
         try:
             return json.loads(text)
         except ValueError as e:
-            raise ParameterError(f"template_variables: {name} holds no text that can be read: {e}") from None
+            raise ParameterError(f"template_variables: {name} holds text that cannot be read: {e}") from None
     if not text:
         raise ParameterError(f'template_variables: {name} has no value; write {name}="" for an empty text')
     return text_value(text)
@@ -294,7 +308,7 @@ def template_values(text: str) -> dict[str, Any]:
         try:
             return json.loads(text)
         except ValueError as e:
-            raise ParameterError(f"template_variables is no JSON object: {e}") from None
+            raise ParameterError(f"template_variables is not a JSON object: {e}") from None
     values, place = {}, re.compile(r'\s*([A-Za-z]\w*)\s*=\s*("(?:[^"\\]|\\.)*"|[^,"]*?)\s*(?:,|$)')
     at = 0
     while at < len(text) and text[at:].strip():
@@ -315,12 +329,12 @@ KEPT_TEMPLATE = "chat_template.jinja"
 
 MAX_TEMPLATE_BYTES = 4 * MAX_TEMPLATE_CHARS  # UTF-8
 
-
+# %% ../../nbs/run/12_settings.ipynb #98fd5434
 def is_source(text: str) -> bool:
     """Return whether `chat_template` is a template's text, which holds a Jinja tag, and not a path."""
     return "{%" in text or "{{" in text
 
-
+# %% ../../nbs/run/12_settings.ipynb #bf74cd4b
 def template_source(text: str) -> str | None:
     """Return the Jinja source of the parameter `chat_template`: a file's content, or the text itself; None
     for an empty one. Raises ParameterError for a file that cannot be read."""
@@ -354,6 +368,12 @@ def kept_template(folder: str | Path) -> dict[str, Any] | None:
         )
     return about | {"source": source}
 
+# %% ../../nbs/run/12_settings.ipynb #9fb62f36
+def template_of(masker: ChatMasker) -> str:
+    """Return the Jinja source that a ChatMasker renders by; where its tokenizer has several, that for
+    tools."""
+    return masker.tokenizer.get_chat_template(masker.chat_template, [{}])
+
 # %% ../../nbs/run/12_settings.ipynb #tmpltf06
 def keep_template(folder: str | Path, masker: ChatMasker) -> None:
     """Write the template of `masker` to the run directory `folder` as `KEPT_TEMPLATE`, with its hash,
@@ -368,12 +388,6 @@ def keep_template(folder: str | Path, masker: ChatMasker) -> None:
             "date": f"{FROZEN_NOW:%Y-%m-%d}" if "strftime_now" in template_inputs(source) else None,
         },
     )
-
-
-def template_of(masker: ChatMasker) -> str:
-    """Return the Jinja source that a ChatMasker renders by; where its tokenizer has several, that for
-    tools."""
-    return masker.tokenizer.get_chat_template(masker.chat_template, [{}])
 
 # %% ../../nbs/run/12_settings.ipynb #tmpltf07
 def has_changed(tokenizer: PreTrainedTokenizerBase, source: str, chat_template: str) -> bool:
@@ -429,21 +443,21 @@ def make_masker(
     from cbnb.step.models import load_tokenizer  # seconds: transformers and torch
 
     tokenizer = load_tokenizer(str(model), trust_remote_code) if isinstance(model, (str, Path)) else model
-    kept = kept_template(folder) if folder is not None else None
+    own = kept_template(folder) if folder is not None else None
     masker = ChatMasker(
         tokenizer,
-        kept["source"] if kept else template_source(chat_template),
+        own["source"] if own else template_source(chat_template),
         control,
         template_variables=template_values(template_variables),
         tool_call_format=tool_call_format,
         adapt=adapt,
     )
     notes = []
-    if folder is not None and kept and has_changed(tokenizer, kept["source"], chat_template):
+    if folder is not None and own and has_changed(tokenizer, own["source"], chat_template):
         name = "the chat template" if not chat_template or is_source(chat_template) else chat_template
         notes.append(
             f"{name} has changed since the run began: the run's own is used ({Path(folder) / KEPT_TEMPLATE})"
         )
-    if folder is not None and kept is None and is_first():
+    if folder is not None and own is None and is_first():
         keep_template(folder, masker)
     return masker, [*notes, *masker_notes(masker)]

@@ -16,6 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# %% auto #0
+__all__ = ['ENDING', 'process_state', 'still_running', 'hold', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
+           'write_status', 'on_signals', 'RunInterrupted', 'crash_hint', 'first_error', 'private_umask', 'record_end',
+           'raise_interrupted', 'stage']
+
+# %% ../../nbs/run/04_stages.ipynb #58988f3a
 from ..basics.disk import full_disk_words, is_full_disk, release
 from ..basics.jsonfiles import RunError, write_json
 from cbnb.basics.lease import (
@@ -39,18 +45,10 @@ from ..basics.withheld import cut, guard, tidy
 from ..config import nearest
 from .records import STATES, read_record
 
-# %% auto #0
-__all__ = ['ENDING', 'process_state', 'still_running', 'hold', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
-           'write_status', 'on_signals', 'RunInterrupted', 'crash_hint', 'first_error', 'private_umask', 'record_end',
-           'raise_interrupted', 'stage']
-
 # %% ../../nbs/run/04_stages.ipynb #b2677d40
 def process_state(status: dict[str, Any]) -> str:
-    (
-        """""Return what `cbnb.basics.lease.judge` says of the process that `status` names, where there is no
+    """Return what `cbnb.basics.lease.judge` says of the process that `status` names, where there is no
     lease."""
-        ""
-    )
     return judge({"token": "", **status}, 0)
 
 # %% ../../nbs/run/04_stages.ipynb #b2677da1
@@ -103,11 +101,8 @@ def stop_requested(run: Run) -> bool:
 
 # %% ../../nbs/run/04_stages.ipynb #49467150
 def read_status(path: str | Path) -> dict[str, Any]:
-    (
-        """""Return the dict in `<path>/status.json`, empty without a file. Raise `RunError` as `read_record`
+    """Return the dict in `<path>/status.json`, empty without a file. Raise `RunError` as `read_record`
     does."""
-        ""
-    )
     return read_record(Path(path) / "status.json") or {}
 
 # %% ../../nbs/run/04_stages.ipynb #858bc3e6
@@ -135,8 +130,8 @@ def write_status(run: Run, state: str, fields: dict[str, Any]) -> None:
     """Do what `set_status` says, in whichever process calls it."""
     check_lease(run.path)
     status = {**read_status(run.path), "state": state, **fields, "updated": now()}
-    if state not in ("queued", "running") and (left := tidy(run.path)):
-        status["note"] = "; ".join(filter(None, [status.get("note"), *left]))
+    if state not in ("queued", "running") and (remains := tidy(run.path)):
+        status["note"] = "; ".join(filter(None, [status.get("note"), *remains]))
     try:
         write_json(run.path / "status.json", status)
     except OSError as e:
@@ -152,7 +147,7 @@ def write_status(run: Run, state: str, fields: dict[str, Any]) -> None:
 # %% ../../nbs/run/04_stages.ipynb #signal01
 ENDING = (signal.SIGTERM, signal.SIGUSR2)  # a scheduler's "end soon"; NCCL uses SIGUSR1
 
-
+# %% ../../nbs/run/04_stages.ipynb #3606d57f
 @contextmanager
 def on_signals(act: Any, signals: tuple[signal.Signals, ...] = ENDING) -> Iterator[None]:
     """Let the `signals` call the handler `act` within the `with` block, then restore the old handlers.
@@ -207,11 +202,8 @@ def private_umask() -> Iterator[None]:
 
 # %% ../../nbs/run/04_stages.ipynb #76d98cc9
 def record_end(run: Run, error: BaseException, full: RunError | None) -> None:
-    (
-        """""Write into status.json how the stage ended that raised `error`; `full` is its sentence for a full
+    """Write into status.json how the stage ended that raised `error`; `full` is its sentence for a full
     disk."""
-        ""
-    )
     text = cut(" ".join(f"{type(full or error).__name__}: {full or error}".split()), 500)
     is_stop = isinstance(error, (KeyboardInterrupt, RunInterrupted))
     if world_size() > 1:
@@ -229,11 +221,8 @@ def record_end(run: Run, error: BaseException, full: RunError | None) -> None:
 
 # %% ../../nbs/run/04_stages.ipynb #f425a22a
 def raise_interrupted(run: Run, name: str) -> Callable[[int, FrameType | None], None]:
-    (
-        """""Return a signal handler that requests a stop of `run` and raises `RunInterrupted` in its stage
+    """Return a signal handler that requests a stop of `run` and raises `RunInterrupted` in its stage
     `name`."""
-        ""
-    )
 
     def handle(number: int, frame: FrameType | None) -> None:
         # should something swallow the exception, the next stage or step sees the request

@@ -57,7 +57,7 @@ def run_folders(folder: str | Path) -> list[Path]:
     `runs/` holds sweeps and dates, which hold runs. Raise `RunError` unless `folder` is a folder."""
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise RunError(f"{folder} is no folder: give a run directory, a sweep, or the runs folder")
+        raise RunError(f"{folder} is not a folder: give a run directory, a sweep, or the runs folder")
 
     def inside(path: Path, below: Callable[[Path], list[Path]]) -> list[Path]:
         if is_run_folder(path) or (children := folders_in(path)) is None:
@@ -73,7 +73,7 @@ def run_folders(folder: str | Path) -> list[Path]:
 def query(*command: str, seconds: float = 10) -> str | None:
     """Return what `command` prints; None where it is missing, fails, or does not answer within `seconds`."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -83,7 +83,7 @@ def query(*command: str, seconds: float = 10) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None
 
 # %% ../../nbs/run/08_status.ipynb #3ac6c841
 def queue() -> dict[str, dict[str, str]] | None:
@@ -242,7 +242,7 @@ def planned_steps(path: Path) -> tuple[int | None, str]:
 # %% ../../nbs/run/08_status.ipynb #4efea9d9
 TEN_YEARS = 315_360_000  # seconds
 
-
+# %% ../../nbs/run/08_status.ipynb #877d2372
 def run_progress(path: Path, status: dict[str, Any]) -> tuple[dict[str, int | None], list[str]]:
     """Return `({step, total_steps, seconds_left}, sentences)` of a run: each None where it is not known,
     and what could not be read.
@@ -250,16 +250,14 @@ def run_progress(path: Path, status: dict[str, Any]) -> tuple[dict[str, int | No
     The time left is estimated from the steps of this attempt; one of over ten years counts as not known."""
     row, torn = last_row(path)
     (total, unread), step = planned_steps(path), row.get("step")
-    left: int | None = None
-    made = (step or 0) - (status.get("resumed_step") or 0)
-    if status.get("state") == "running" and total and made > 0 and status.get("training_started"):
-        spent = (
-            datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])
-        ).total_seconds()
-        left = max(0, round(spent / made * (total - (step or 0))))
-        if left > TEN_YEARS:
-            left = None
-    return {"step": step, "total_steps": total, "seconds_left": left}, [*filter(None, (torn, unread))]
+    seconds: int | None = None
+    own_steps = (step or 0) - (status.get("resumed_step") or 0)
+    if status.get("state") == "running" and total and own_steps > 0 and status.get("training_started"):
+        elapsed = datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])
+        seconds = max(0, round(elapsed.total_seconds() / own_steps * (total - (step or 0))))
+        if seconds > TEN_YEARS:
+            seconds = None
+    return {"step": step, "total_steps": total, "seconds_left": seconds}, [*filter(None, (torn, unread))]
 
 # %% ../../nbs/run/08_status.ipynb #c166415c
 def read_quietly(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -351,10 +349,10 @@ def run_rows(paths: Iterable[str | Path], busy: bool | None = None) -> list[dict
     folders = [Path(path) for path in paths]
     overview = Overview(folders, busy)
     rows = [run_row(path, overview) for path in overview.statuses]
-    ended = accounting([row["job"] for row in rows if row["state"] == "lost" and row["job"]])
+    ends = accounting([row["job"] for row in rows if row["state"] == "lost" and row["job"]])
     for row in rows:
-        if row["state"] == "lost" and row["job"] in ended:
-            row["note"] += f"; sacct says {ended[row['job']]}"
+        if row["state"] == "lost" and row["job"] in ends:
+            row["note"] += f"; sacct says {ends[row['job']]}"
     return rows
 
 # %% ../../nbs/run/08_status.ipynb #1a7f78b7

@@ -20,8 +20,9 @@ from .record import MAX_DEPTH, MAX_LINE_BYTES, TranscriptError, need, parse_json
 
 # %% auto #0
 __all__ = ['MAX_GAP_BYTES', 'MAX_UNPACKED', 'MAX_UNPACKED_BYTES', 'CHUNK', 'BINARY', 'PART_TOKEN', 'ITEM_TOKEN', 'is_hub',
-           'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line', 'object_parts', 'read_big_object',
-           'read_object', 'array_items', 'read_array', 'read_text_records', 'read_records']
+           'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line', 'OpenText', 'object_key',
+           'object_parts', 'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records',
+           'read_records']
 
 # %% ../../nbs/transcripts/03_files.ipynb #fe7ffb7e
 def is_hub(path: str | Path) -> bool:
@@ -71,7 +72,7 @@ def first_bytes(path: str | Path, of: Iterable[bytes]) -> bytes | None:
 # %% ../../nbs/transcripts/03_files.ipynb #6155cf1c
 def open_file(path: str | Path) -> io.BufferedReader:
     """Return the file at `path` as a binary stream, unpacked where `PACKED` knows its packing. Raises
-    InputError for what is no regular file, and where it unpacks to more than `MAX_UNPACKED` times its size
+    InputError for what is not a regular file, and where it unpacks to more than `MAX_UNPACKED` times its size
     and `MAX_UNPACKED_BYTES`."""
     start = first_bytes(path, PACKED)
     if not start:
@@ -81,7 +82,7 @@ def open_file(path: str | Path) -> io.BufferedReader:
     unpacked: Any = PACKED[start](read_stream(path))
     return io.BufferedReader(Limited(unpacked, most, refuse), CHUNK)
 
-
+# %% ../../nbs/transcripts/03_files.ipynb #9e7b22e0
 def open_text(path: str | Path) -> io.TextIOWrapper:
     "Return the file at `path` as a text stream without a byte order mark; line ends are kept."
     return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="")
@@ -125,80 +126,118 @@ def decode_line(line: bytes, where: str) -> dict:
         raise TranscriptError(f"{where}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
     except ValueError as e:
         raise TranscriptError(
-            f"{where}: {e}; write one whole JSON object a line, or one JSON array"
+            f"{where}: {e}; write one whole JSON object per line, or one JSON array"
         ) from None
     need(isinstance(record, dict), where, f"is a JSON {type(record).__name__}; each record is an object")
     return record
 
+# %% ../../nbs/transcripts/03_files.ipynb #990d221d
+class OpenText:
+    """A text stream that is read token by token: `text` holds the item that is still open, from `start` on,
+    and `end` to `at` is the last token."""
+
+    def __init__(self, stream: io.TextIOBase) -> None:
+        self.stream, self.text = stream, ""
+        self.start = self.end = self.at = 0
+
+    def tokens(self, pattern: re.Pattern) -> Iterator[str]:
+        """Yield the tokens in what is held of the text. Group 1 of `pattern` is empty or a backslash where
+        the text ends in a string, whose rest is still in the file."""
+        for m in pattern.finditer(self.text, self.at):
+            if m[1] is not None and m[1] != '"':
+                return
+            self.end, self.at = m.span()
+            yield m[0]
+
+    def item(self) -> str:
+        "Return the open item up to the last token."
+        return self.text[self.start : self.end]
+
+    def close_item(self) -> None:
+        "Let the next item begin after the last token."
+        self.start = self.at
+
+    def read_more(self, where: str, name: str, kind: str) -> None:
+        """Read on. Raises TranscriptError with the place `where` of an item over `MAX_LINE_BYTES` characters,
+        and with `name` and `kind` of a text that ends."""
+        size = len(self.text) - self.start
+        need(size <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} characters; shorten the record")
+        more = self.stream.read(max(CHUNK, size))
+        need(more, name, f"does not end; the {kind} is cut off")
+        self.text, self.at, self.start = self.text[self.start :] + more, self.at - self.start, 0
+
+    def need_end(self, name: str, problem: str) -> None:
+        "Raise TranscriptError `name: problem` where anything but white space follows the last token."
+        rest = self.text[self.at :]
+        while rest := (rest or self.stream.read(CHUNK)):
+            need(not rest.strip(), name, problem)
+            rest = ""
+
 # %% ../../nbs/transcripts/03_files.ipynb #be363937
-# see ITEM_TOKEN; also the colon after a key
+def object_key(text: OpenText, name: str, keys: set[str]) -> str:
+    """Return the key of a member whose colon is the last token of `text`, and add it to `keys`, those of the
+    object so far. Raises TranscriptError for another value and for a key that stands there."""
+    key = parse_json(text.item().strip())
+    need(
+        isinstance(key, str) and key not in keys,
+        f"{name}, {key}",
+        "stands twice in the object, or is not a key; keep one",
+    )
+    keys.add(key)
+    text.close_item()
+    return key
+
+# %% ../../nbs/transcripts/03_files.ipynb #cfad7d12
+# the tokens of an object: strings, brackets, commas, and the colon after a key
 PART_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},:]', re.S)
 
-
+# %% ../../nbs/transcripts/03_files.ipynb #4580d4a3
 def object_parts(path: str | Path, name: str, keys: Collection[str]) -> Iterator[tuple[str, int | None, str]]:
     """Yield `(key, number, text)` of the members of a file that is one JSON object, holding one of them at a
-    time: `number` None, or of a list that is a member called one of `keys` its items by number. Raises
-    TranscriptError as `array_items` does."""
+    time. `number` is None, but a list that is the member of one of `keys` is yielded item by item, with their
+    numbers. Raises TranscriptError as `array_items` does."""
     with open_text(path) as f:
-        text, start, at, depth, seen = "", 0, 0, 0, set()
-        key: Any = None
+        text, depth = OpenText(f), 0
+        key: str | None = None
         number: int | None = None
+        members: set[str] = set()
         while True:
-            for m in PART_TOKEN.finditer(text, at):
-                if m[1] is not None and m[1] != '"':
-                    break  # the rest of this string is still in the file
-                at, token, part = m.end(), m[0], text[start : m.start()].strip()
+            for token in text.tokens(PART_TOKEN):
                 here = f"{name}, {key}" + (f"[{number}]" if number is not None else "")
                 if token in "[{":
                     depth += 1
                     need(
                         depth <= MAX_DEPTH + 2, here, f"lists and objects are nested deeper than {MAX_DEPTH}"
                     )
-                    if depth == 1:
-                        start = at
-                    elif depth == 2 and token == "[" and key in keys and not part:
-                        number, start = 0, at
+                    in_list = depth == 2 and token == "[" and key in keys and not text.item().strip()
+                    if in_list or depth == 1:
+                        number = 0 if in_list else number
+                        text.close_item()
                 elif token == ":" and depth == 1 and key is None:
-                    key, start = parse_json(part), at
-                    need(
-                        isinstance(key, str) and key not in seen,
-                        f"{name}, {key}",
-                        "stands twice in the object, or is no key; keep one",
-                    )
-                    seen.add(key)
+                    key = object_key(text, name, members)
                 elif token in "]}":
                     depth -= 1
                 if number is not None and (depth == 1 and token == "]" or depth == 2 and token == ","):
-                    if part:
-                        yield key, number, part
+                    if part := text.item().strip():
+                        yield str(key), number, part
                     need(part or depth == 1 and not number, here, "is empty; write one whole JSON list")
-                    number, start = (number + 1 if depth == 2 else None), at
+                    number = number + 1 if depth == 2 else None
+                    text.close_item()
                 elif token == "," and depth == 1 or token == "}" and depth == 0:
-                    if part:
-                        yield key, None, part
-                    key, start = None, at
+                    if part := text.item().strip():
+                        yield str(key), None, part
+                    key = None
+                    text.close_item()
                 if depth == 0 and token in "]}":
-                    while rest := (text[at:] or f.read(CHUNK)):
-                        need(
-                            not rest.strip(),
-                            name,
-                            "goes on after the object; write one record a line, or one object a file",
-                        )
-                        text = ""
+                    advice = "write one record per line, or one object per file"
+                    text.need_end(name, f"goes on after the object; {advice}")
                     return
-            need(
-                len(text) - start <= MAX_LINE_BYTES,
-                f"{name}, {key}",
-                f"is longer than {MAX_LINE_BYTES} characters; shorten the record",
-            )
-            more = f.read(max(CHUNK, len(text) - start))
-            need(more, name, "does not end; the object is cut off")
-            text, at, start = text[start:] + more, at - start, 0
+            text.read_more(f"{name}, {key}", name, "object")
 
 # %% ../../nbs/transcripts/03_files.ipynb #f957ddfe
 def read_big_object(path: str | Path, name: str, keys: Collection[str]) -> Iterator[FileRecord]:
-    """Yield `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: a
-    record an item of the list under the one of `keys` that it has, each with all other members. The file is
+    """Yield `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: one
+    record per item of the list under the one of `keys` that it has, each with all other members. The file is
     read twice."""
     rest: dict[str, Any] = {}
     many, size = "", 0
@@ -238,60 +277,48 @@ def read_object(path: str | Path, name: str, lists: Collection[str] = ()) -> Ite
     except UnicodeDecodeError as e:
         raise TranscriptError(f"{name}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
     except ValueError as e:
-        advice = "write one record a line, or one object or one array a file"
+        advice = "write one record per line, or one object or one array per file"
         raise e if isinstance(e, TranscriptError) else TranscriptError(f"{name}: {e}; {advice}") from None
 
 # %% ../../nbs/transcripts/03_files.ipynb #e1c1e3fd
-# group 1 is empty or a backslash where the text ends in a string
+# the tokens of an array
 ITEM_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},]', re.S)
 
-
+# %% ../../nbs/transcripts/03_files.ipynb #63125cd3
 def array_items(path: str | Path, name: str) -> Iterator[tuple[int, str]]:
     """Yield `(line, text)` of the items of the file's JSON array, holding one item and at most as much again.
-    An item over `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a broken or unfinished array
-    raise TranscriptError."""
+    Raises TranscriptError for an item over `MAX_LINE_BYTES` characters, one deeper than `MAX_DEPTH`, and a
+    broken or unfinished array."""
     with open_text(path) as f:
-        text, start, at, depth, number = "", 0, 0, 0, 1
+        text, depth, number, line = OpenText(f), 0, 1, 1
         while True:
-            for m in ITEM_TOKEN.finditer(text, at):
-                if m[1] is not None and m[1] != '"':
-                    break  # the rest of this string is still in the file
-                at = m.end()
-                if m[0] in "[{":
+            here = f"{name}, record {number}"
+            for token in text.tokens(ITEM_TOKEN):
+                if token in "[{":
                     depth += 1
                     need(
-                        depth <= MAX_DEPTH + 1,
-                        f"{name}, record {number}",
-                        f"lists and objects are nested deeper than {MAX_DEPTH}",
+                        depth <= MAX_DEPTH + 1, here, f"lists and objects are nested deeper than {MAX_DEPTH}"
                     )
                     if depth == 1:
-                        start, line = at, 1 + text.count("\n", 0, at)
-                elif m[0] in "]}":
+                        line = 1 + text.text.count("\n", 0, text.at)
+                        text.close_item()
+                elif token in "]}":
                     depth -= 1
-                if depth == 0 or depth == 1 and m[0] == ",":
-                    item = text[start : m.start()]
+                if depth == 0 or depth == 1 and token == ",":
+                    item = text.item()
                     if depth or number > 1 or item.strip():
                         yield line + item[: len(item) - len(item.lstrip())].count("\n"), item.strip()
-                    line, start, number = line + item.count("\n"), at, number + 1
+                    line += item.count("\n")
+                    text.close_item()
+                    if depth == 0:
+                        problem = "closes the array with another bracket; write one whole JSON array"
+                        need(token == "]", here, problem)
+                    number += 1
+                    here = f"{name}, record {number}"
                 if depth == 0:
-                    need(
-                        m[0] == "]",
-                        f"{name}, record {number - 1}",
-                        "closes the array with another bracket; write one whole JSON array",
-                    )
-                    while rest := (text[at:] or f.read(CHUNK)):
-                        need(not rest.strip(), name, "goes on after the array; keep one array in a file")
-                        text = ""
+                    text.need_end(name, "goes on after the array; keep one array in a file")
                     return
-            need(
-                len(text) - start <= MAX_LINE_BYTES,
-                f"{name}, record {number}",
-                f"is longer than {MAX_LINE_BYTES} characters; shorten the record",
-            )
-            # doubling: each character is looked at a few times at most
-            more = f.read(max(CHUNK, len(text) - start))
-            need(more, f"{name}, record {number}", "does not end; the array is cut off")
-            text, at, start = text[start:] + more, at - start, 0
+            text.read_more(here, here, "array")
 
 # %% ../../nbs/transcripts/03_files.ipynb #9a17a9ca
 def read_array(path: str | Path, name: str) -> Iterator[FileRecord]:

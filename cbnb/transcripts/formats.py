@@ -12,6 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['FORMATS', 'CHAT_KEYS', 'SHAREGPT_ROLES', 'Format', 'add_format', 'chat_with', 'join_records', 'one_by_one',
+           'bare_key', 'whole_conversations', 'gather', 'read_as', 'chat_labels', 'put_first', 'from_openai', 'finish',
+           'is_dicts', 'dicts_of', 'or_benign', 'read_turn', 'from_sharegpt']
+
+# %% ../../nbs/transcripts/04_formats.ipynb #2487b17e
 from .files import read_records
 from .packed import FileRecord
 from cbnb.transcripts.record import (
@@ -36,11 +42,6 @@ from cbnb.transcripts.record import (
     take_tools,
 )
 
-# %% auto #0
-__all__ = ['FORMATS', 'CHAT_KEYS', 'SHAREGPT_ROLES', 'Format', 'add_format', 'chat_with', 'join_records', 'one_by_one',
-           'bare_key', 'whole_conversations', 'gather', 'read_as', 'chat_labels', 'from_openai', 'finish', 'is_dicts',
-           'dicts_of', 'or_benign', 'read_turn', 'from_sharegpt']
-
 # %% ../../nbs/transcripts/04_formats.ipynb #9e0b33aa
 @dataclass(frozen=True)
 class Format:
@@ -50,7 +51,7 @@ class Format:
     `gathers(records, path)` joins or leaves out records of a file first, where one of them is not one
     conversation: from and to an iterator of `(where, id, record or TranscriptError)`. `items` names a list in
     a big record whose items are read one by one. `leaves_out(record)` names the cause for which a folder
-    leaves the record out, or "". `before` names more general formats that know its records, too, and
+    leaves the record out, or "". `before` names more general formats that recognise its records, too, and
     come after it; `takes` the keys of `MEANING` that it follows. `on_request`: only read where `format`
     names it. `bare`: messages of this format may stand in a file without a record around them. `repeats`: a
     set of it holds the same sample many times, which is read once."""
@@ -71,7 +72,7 @@ class Format:
 FORMATS: dict[str, Format] = {}  # by name, in the order in which they were added
 CHAT_KEYS = (*SYSTEM_KEYS, "functions")  # of MEANING, what from_openai follows
 
-
+# %% ../../nbs/transcripts/04_formats.ipynb #04ffb7b8
 def add_format(format: Format) -> None:
     "Add a `Format` to `FORMATS`; one of its name is replaced."
     FORMATS[format.name] = format
@@ -87,7 +88,7 @@ def join_records(
     records: Iterator[FileRecord], is_part: Callable[[Any], object], key: str
 ) -> Iterator[FileRecord]:
     """Yield `records` of a file (see `Format.gathers`) as one record `{key: [...]}` where the first one is a
-    part of a conversation; else as they are. Errors go ahead."""
+    part of a conversation; else as they are. Errors come first."""
     first = next(records)
     if not is_part(first[2]):
         yield from itertools.chain([first], records)
@@ -158,17 +159,17 @@ def read_as(path: str | Path, format: str, label: str | None = None) -> list[Tra
     file.
 
     `label` is passed on to the format. Raises the first TranscriptError. What holds for a whole set (several
-    files, equal ids, skipping) is not looked at here."""
-    known, name = FORMATS[format], Path(path).name
-    records = read_records(path, lists=(known.items,) if known.items else ())
-    if known.bare:
+    files, equal ids, skipping) is the reader's, not checked here."""
+    form, name = FORMATS[format], Path(path).name
+    records = read_records(path, lists=(form.items,) if form.items else ())
+    if form.bare:
         records = whole_conversations(records)
-    found: list[Transcript] = []
-    for where, default_id, record in gather(records, known, path):
+    transcripts: list[Transcript] = []
+    for where, default_id, record in gather(records, form, path):
         if isinstance(record, TranscriptError):
             raise record
-        found += known.reads(record, where, default_id, label, name)
-    return found
+        transcripts += form.reads(record, where, default_id, label, name)
+    return transcripts
 
 # %% ../../nbs/transcripts/04_formats.ipynb #5b9b24a4
 def chat_labels(record: dict, messages: list[dict], where: str) -> dict[int, str]:
@@ -187,6 +188,23 @@ def chat_labels(record: dict, messages: list[dict], where: str) -> dict[int, str
         )
     return off | labels
 
+# %% ../../nbs/transcripts/04_formats.ipynb #98dc2b2c
+def put_first(
+    system: tuple[str, str], messages: list[dict], labels: dict[int, str], spans: tuple, where: str
+) -> tuple[list[dict], dict[int, str], tuple]:
+    """Return `(messages, labels, spans)` with the prompt of `system`, (key, text), as the first message. The
+    file counts its messages without this one, so labels and spans move by one."""
+    need(
+        messages[0]["role"] != "system",
+        f"{where}, {system[0]}",
+        "stands beside a first message that is a system prompt too; keep one",
+    )
+    return (
+        [{"role": "system", "content": system[1]}, *messages],
+        {i + 1: label for i, label in labels.items()},
+        tuple(replace(span, message=span.message + 1) for span in spans),
+    )
+
 # %% ../../nbs/transcripts/04_formats.ipynb #e18eb105
 def from_openai(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
@@ -204,22 +222,16 @@ def from_openai(
         "is missing or empty; write a list of messages",
     )
     for key, default in (("id", default_id), ("source", source)):
-        need(isinstance(record.get(key, default), str), f"{where}, {key}", "is no string")
+        need(
+            isinstance(record.get(key, default), str),
+            f"{where}, {key}",
+            "is not a string; write it in quotes",
+        )
     messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
     labels = chat_labels(record, messages, where)
     spans = read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans")
     if system:
-        need(
-            messages[0]["role"] != "system",
-            f"{where}, {system[0]}",
-            "stands beside a first message that is a system prompt too; keep one",
-        )
-        messages, labels = (
-            [{"role": "system", "content": system[1]}, *messages],
-            {i + 1: own for i, own in labels.items()},
-        )
-        # the file counts its messages without this one
-        spans = tuple(replace(s, message=s.message + 1) for s in spans)
+        messages, labels, spans = put_first(system, messages, labels, spans, where)
         adapted[f"{system[0]} of the record as first message"] += 1
     transcript = Transcript(
         id=record.get("id", default_id),
@@ -264,7 +276,7 @@ def finish(
     if rest.get("id") is None:
         rest["id"] = default_id
     meta = rest.get("meta") or {}
-    need(isinstance(meta, dict), f"{where}, meta", "is no object")
+    need(isinstance(meta, dict), f"{where}, meta", "is not an object; write one JSON object")
     return from_openai(
         {**rest, "messages": messages, "tools": tools, "meta": add_adapted(meta, adapted or {})},
         where,
@@ -278,7 +290,7 @@ def is_dicts(value: Any) -> bool:
     "Return whether a JSON value is a list of objects with at least one."
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
-
+# %% ../../nbs/transcripts/04_formats.ipynb #b7825cc5
 def dicts_of(value: Any) -> list[dict]:
     "Return the objects in a JSON value that is a list; none of another value."
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
@@ -326,7 +338,7 @@ def read_turn(turn: Any, where: str) -> dict:
     need(
         calls and all(isinstance(c, dict) and c.keys() <= {"name", "arguments", "id"} for c in calls),
         f"{where}.value",
-        'is no call; write {"name": ..., "arguments": {...}}',
+        'is not a call; write {"name": ..., "arguments": {...}}',
     )
     calls = [
         {"function": {k: v for k, v in c.items() if k != "id"}, **({"id": c["id"]} if "id" in c else {})}

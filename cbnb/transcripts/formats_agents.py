@@ -11,6 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['JSON_TYPES', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'agentdojo_label', 'check_run', 'run_path',
+           'settle_run_label', 'from_agentdojo', 'agentdojo_leaves_out', 'from_tau_bench', 'to_json_schema',
+           'bfcl_tools', 'from_bfcl', 'settled', 'answer_of', 'join_answers', 'from_bfcl_answered', 'is_bfcl',
+           'answers_only']
+
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #0af08dd8
 from .files import read_records
 from cbnb.transcripts.formats import (
     CHAT_KEYS,
@@ -21,6 +28,8 @@ from cbnb.transcripts.formats import (
     is_dicts,
     or_benign,
 )
+
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #90b3dedf
 from .injections import find_injections
 from .packed import FileRecord
 from cbnb.transcripts.record import (
@@ -38,15 +47,10 @@ from cbnb.transcripts.record import (
     read_tools,
 )
 
-# %% auto #0
-__all__ = ['JSON_TYPES', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'agentdojo_label', 'check_run', 'from_agentdojo',
-           'agentdojo_leaves_out', 'from_tau_bench', 'to_json_schema', 'bfcl_tools', 'from_bfcl', 'settled',
-           'answer_of', 'join_answers', 'from_bfcl_answered', 'is_bfcl', 'answers_only']
-
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fb6c7c4b
 def read_blocks(content: Any, where: str) -> tuple[str, str]:
-    """Return `(text, thinking)` of AgentDojo content: null, a string, or blocks `{type, content}`, joined by
-    line feeds as AgentDojo does. Redacted thinking is encrypted and is left out."""
+    """Return `(text, thinking)` of AgentDojo content: null, a string, or blocks `{type, content}`, which are
+    joined by line feeds as AgentDojo does. Redacted thinking is encrypted and is left out."""
     if content is None or isinstance(content, str):
         return content or "", ""
     need(
@@ -62,7 +66,7 @@ def read_blocks(content: Any, where: str) -> tuple[str, str]:
             and block["type"] in parts
             and isinstance(block.get("content", 0), str | None),
             f"{where}[{i}]",
-            'is no block; only {"type": "text", "content": "..."} and thinking blocks can be read',
+            'is not a block; only {"type": "text", "content": "..."} and thinking blocks can be read',
         )
         parts[block["type"]].append(block.get("content") or "")
     return "\n".join(parts["text"]), "\n".join(parts["thinking"])
@@ -73,12 +77,12 @@ def agentdojo_call(call: Any, where: str) -> dict:
     need(
         isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
         f"{where}.function",
-        'is no tool name; write {"function": "name", "args": {...}, "id": ...}',
+        'is not a tool name; write {"function": "name", "args": {...}, "id": ...}',
     )
     need(
         isinstance(call.get("args"), dict),
         f"{where}.args",
-        "is no object; write {} for a call without arguments",
+        "is not an object; write {} for a call without arguments",
     )
     need(
         isinstance(call.get("id"), str | None),
@@ -139,7 +143,7 @@ def agentdojo_label(record: dict, where: str) -> str | None:
         need(
             not record["user_task_id"].startswith("injection_task"),
             f"{where}, user_task_id",
-            "is an injection task that was given as the user's own request; its file does not say if that "
+            "is an injection task as the user's own request; its file does not say if that "
             f"is harmful, {advice}",
         )
         return "benign"
@@ -179,7 +183,7 @@ def check_run(record: dict, injections: Any, where: str) -> None:
     need(
         isinstance(injections, dict) and all(isinstance(v, str) for v in injections.values()),
         f"{where}, injections",
-        'is no object of texts; write {"vector": "text"}',
+        'is not an object of texts; write {"vector": "text"}',
     )
     need(
         isinstance(record.get("utility"), bool | None),
@@ -192,6 +196,33 @@ def check_run(record: dict, injections: Any, where: str) -> None:
         "is true beside an error: a run that broke off has not done its task; correct one of them",
     )
 
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #d79a71ac
+def run_path(record: dict) -> str | None:
+    "Return the path of an AgentDojo run, `model/suite/user task/attack/injection task`, or None."
+    place: list[Any] = [record.get(k) for k in ("pipeline_name", "suite_name", "user_task_id")]
+    place += [record.get("attack_type") or "none", record.get("injection_task_id") or "none"]
+    return None if None in place else "/".join(place)
+
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #be9939fa
+def settle_run_label(record: dict, label: str | None, where: str) -> str | None:
+    """Return the label of an AgentDojo run: `label`, the record's own, or its verdict. Raises TranscriptError
+    for an attack without an injection task, and Contradiction for an own label against the verdict."""
+    own = label or record.get("label") or agentdojo_label(record, where)
+    for key in ("injections", "attack_type"):
+        need(
+            label or record.get("injection_task_id") is not None or record.get(key) in (None, {}, "none"),
+            f"{where}, {key}",
+            "is set, but no injection_task_id: what the attack was to reach is not said; add it, or pass "
+            "label='benign' or label='harmful'",
+        )
+    if not label and own != (measured_label(record) or own):
+        raise Contradiction(
+            f"{where}, label: is {own}, but security is {str(record['security']).lower()}; correct the "
+            "label, or read the run by its verdict with relabel='source'",
+            {k: v for k, v in record.items() if k != "label"},
+        )
+    return own
+
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0f0f2d97
 def from_agentdojo(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
@@ -203,8 +234,7 @@ def from_agentdojo(
     in none are `meta["injections_not_found"]`. `meta` keeps every other key. Run files hold no tool
     schemas, so `tools` is None."""
     messages: Any = record.get("messages")
-    injections = record.get("injections")
-    injections = {} if injections is None else injections
+    injections = {} if record.get("injections") is None else record["injections"]
     need(
         isinstance(messages, list) and messages,
         f"{where}, messages",
@@ -212,63 +242,36 @@ def from_agentdojo(
     )
     check_run(record, injections, where)
     messages = [agentdojo_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
-    spans, missing = find_injections(messages, injections)
-    own = label or record.get("label") or agentdojo_label(record, where)
-    for key in ("injections", "attack_type"):
-        need(
-            label or record.get("injection_task_id") is not None or record.get(key) in (None, {}, "none"),
-            f"{where}, {key}",
-            "is set, but no injection_task_id: what the attack was to reach is not said; add it, or pass "
-            "label='benign' or label='harmful'",
-        )
-    meta = {k: v for k, v in record.items() if k not in ("messages", "label")} | (
-        {"injections_not_found": missing} if missing else {}
-    )
+    spans, absent = find_injections(messages, injections)
+    own = settle_run_label(record, label, where)
+    meta = {k: v for k, v in record.items() if k not in ("messages", "label")}
+    if absent:
+        meta["injections_not_found"] = absent
     if label and measured_label(record) not in (None, label):
         meta["label_given"] = label
-    if not label and own != (measured_label(record) or own):
-        raise Contradiction(
-            f"{where}, label: is {own}, but security is {str(record['security']).lower()}; correct the "
-            "label, or read the run "
-            "by its verdict with relabel='source'",
-            {k: v for k, v in record.items() if k != "label"},
-        )
-    place: list[Any] = [record.get(k) for k in ("pipeline_name", "suite_name", "user_task_id")]
-    place += [record.get("attack_type") or "none", record.get("injection_task_id") or "none"]
-    return from_openai(
-        {
-            "id": "/".join(place) if None not in place else default_id,
-            "messages": messages,
-            "label": own,
-            "injection_spans": spans,
-            "meta": meta,
-        },
-        where,
-        default_id,
-        None,
-        source,
-    )
+    run = {
+        "id": run_path(record) or default_id,
+        "messages": messages,
+        "label": own,
+        "injection_spans": spans,
+        "meta": meta,
+    }
+    return from_openai(run, where, default_id, None, source)
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #003b719d
 def agentdojo_leaves_out(record: dict) -> str:
     """Return why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security`
     measures nothing of an injection task that was given as the user's own request, in attacks that only deny
     service, and in attacked runs that broke off. AgentDojo's benchmark writes all three beside its runs."""
-    if record.get("injection_task_id") is None and str(record.get("user_task_id")).startswith(
-        "injection_task"
-    ):
+    injected = record.get("injection_task_id") is not None
+    if not injected and str(record.get("user_task_id")).startswith("injection_task"):
         return "injection tasks given as the user's request"
     if str(record.get("attack_type")).endswith("dos"):
         return "attacks that deny service"
-    if record.get("injection_task_id") is None:
-        return ""
-    return (
-        "attacked runs that broke off"
-        if record.get("error") is not None or record.get("security") is None
-        else ""
-    )
+    broke_off = record.get("error") is not None or record.get("security") is None
+    return "attacked runs that broke off" if injected and broke_off else ""
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #59908b85
 add_format(
     Format(
         "agentdojo",
@@ -312,7 +315,7 @@ def from_tau_bench(
     rest = {k: v for k, v in record.items() if k != "traj"}
     return from_openai({**rest, "messages": messages}, where, default_id, or_benign(record, label), source)
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #d39bd675
 add_format(Format("tau_bench", lambda r: {"task_id", "traj"} <= r.keys(), from_tau_bench, takes=CHAT_KEYS))
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0c5a7330
@@ -339,7 +342,7 @@ JSON_TYPES = {
     "Bigint": "integer",
 }
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #81f3865b
 def to_json_schema(schema: dict) -> dict:
     """Return a BFCL parameter description as JSON schema: its Python, Java and JavaScript type names become
     JSON's, `any` means no type."""
@@ -366,7 +369,7 @@ def bfcl_tools(function: Any, where: str) -> list[dict]:
         need(
             isinstance(tool["function"].get("parameters"), dict | None),
             f"{where}[{i}].parameters",
-            "is no object",
+            "is not an object; write one JSON object",
         )
     return [
         {
@@ -407,7 +410,7 @@ def from_bfcl(
         for i, turn in enumerate(question)
         for j, m in enumerate(turn)
     ]
-    need(messages, f"{where}, question", "holds no message")
+    need(messages, f"{where}, question", "holds no message; write a list of turns")
     tools = bfcl_tools(function, f"{where}, function")
     meta = {k: v for k, v in record.items() if k not in ("id", "question", "function", "label")} | {
         "turns": [len(t) for t in question]
@@ -453,7 +456,7 @@ def answer_of(truth: Any, where: str) -> dict | None:
     need(
         all(len(c) == 1 and isinstance(next(iter(c.values())), dict) for c in truth),
         f"{where}, ground_truth",
-        "is no list of {name: {parameter: [values]}}",
+        "is not a list of {name: {parameter: [values]}}; write the calls so",
     )
     calls = [
         {
@@ -478,21 +481,18 @@ def join_answers(records: Iterator[FileRecord], path: str | Path) -> Iterator[Fi
     """Yield `records` of a file of BFCL questions, each with the `ground_truth` of its id from
     `possible_answer/` of the same name, where that is there."""
     file = Path(path).parent / "possible_answer" / Path(path).name
-    found = {}
+    truths = {}
     if file.is_file():
         for _, _, record in read_records(file):
             if isinstance(record, TranscriptError):
                 raise record
             if isinstance(record, dict) and isinstance(record.get("id"), str):
-                found[record["id"]] = record.get("ground_truth")
+                truths[record["id"]] = record.get("ground_truth")
     for where, default_id, record in records:
-        known = (
-            isinstance(record, dict)
-            and "ground_truth" not in record
-            and isinstance(record.get("id"), str)
-            and record["id"] in found
-        )
-        yield where, default_id, {**record, "ground_truth": found[record["id"]]} if known else record
+        number = record.get("id") if isinstance(record, dict) and "ground_truth" not in record else None
+        if isinstance(number, str) and number in truths:
+            record = {**record, "ground_truth": truths[number]}
+        yield where, default_id, record
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #9d308107
 def from_bfcl_answered(
@@ -528,10 +528,10 @@ def is_bfcl(record: dict) -> bool:
         or record.keys() == {"id", "ground_truth"}
     )
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #4200540a
 def answers_only(record: dict) -> str:
     "Return why a folder leaves out a record that is an answer without its question; empty for a question."
     return "" if "question" in record else "BFCL answers, which their questions take"
 
-
+# %% ../../nbs/transcripts/05_formats_agents.ipynb #422aef01
 add_format(Format("bfcl", is_bfcl, from_bfcl_answered, join_answers, leaves_out=answers_only))

@@ -10,6 +10,16 @@ import re
 from collections import Counter
 from typing import Any
 
+# %% auto #0
+__all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'CALL_TAGS', 'RESULT_TAGS', 'PAIR_KEYS',
+           'anthropic_assistant', 'anthropic_user', 'anthropic_messages', 'anthropic_tools', 'from_anthropic',
+           'is_anthropic', 'item_text', 'item_call', 'OpenTurn', 'add_thought', 'add_result', 'add_words',
+           'response_messages', 'response_tools', 'from_responses', 'is_item', 'is_responses', 'langchain_parts',
+           'langchain_content', 'langchain_calls', 'langchain_message', 'is_langchain', 'from_langchain',
+           'holds_langchain', 'text_call', 'hermes_messages', 'from_hermes', 'is_hermes', 'alpaca_prompt',
+           'alpaca_history', 'from_alpaca', 'is_alpaca', 'transcript_text', 'pair_side', 'from_preference']
+
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #4be43b87
 from cbnb.transcripts.formats import (
     CHAT_KEYS,
     Format,
@@ -34,15 +44,6 @@ from cbnb.transcripts.record import (
     read_tool_call,
 )
 
-# %% auto #0
-__all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'CALL_TAGS', 'RESULT_TAGS', 'anthropic_assistant',
-           'anthropic_user', 'anthropic_messages', 'anthropic_tools', 'from_anthropic', 'is_anthropic', 'item_text',
-           'item_call', 'OpenTurn', 'add_thought', 'add_result', 'add_words', 'response_messages', 'response_tools',
-           'from_responses', 'is_item', 'is_responses', 'langchain_parts', 'langchain_content', 'langchain_calls',
-           'langchain_message', 'is_langchain', 'from_langchain', 'holds_langchain', 'text_call', 'hermes_messages',
-           'from_hermes', 'is_hermes', 'alpaca_prompt', 'alpaca_history', 'from_alpaca', 'is_alpaca', 'transcript_text',
-           'pair_side', 'from_preference']
-
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #cc280e71
 def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
     "Return our message for an Anthropic assistant `message`: text, thinking and tool_use blocks."
@@ -56,7 +57,9 @@ def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
                 adapted["text after a call moved before it"] += 1
         elif kind == "thinking":
             need(
-                isinstance(block.get("thinking"), str), f"{here}.thinking", "is no string; write the thoughts"
+                isinstance(block.get("thinking"), str),
+                f"{here}.thinking",
+                "is not a string; write the thoughts",
             )
             thoughts.append(block["thinking"])
         elif kind == "redacted_thinking":
@@ -160,14 +163,14 @@ def anthropic_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
     need(
         tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools),
         where,
-        "is no list of tools",
+        "is not a list of tools; write one JSON list",
     )
     out = []
     for i, tool in enumerate(tools or []):
         if "input_schema" not in tool and "function" not in tool and "parameters" not in tool:
             adapted["tools without a schema left out"] += 1
             continue
-        need(isinstance(tool.get("name", ""), str), f"{where}[{i}].name", "is no string; name the tool")
+        need(isinstance(tool.get("name", ""), str), f"{where}[{i}].name", "is not a string; name the tool")
         out.append(
             {
                 "name": tool.get("name"),
@@ -205,7 +208,7 @@ BLOCKS = {
     "redacted_thinking": "data",
 }
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #f5ceac96
 def is_anthropic(record: dict) -> bool:
     "Return whether a record has messages with blocks of Anthropic's, or tools with an `input_schema`."
     messages = [m for m in dicts_of(record.get("messages")) if "role" in m]
@@ -215,17 +218,16 @@ def is_anthropic(record: dict) -> bool:
         or any("input_schema" in tool for tool in dicts_of(record.get("tools")))
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #1ddcbf6e
 add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",), takes=CHAT_KEYS, bare=True))
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #6ddd8e94
 TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #e0d93042
 def item_text(content: Any, where: str) -> str:
     """Return the text of a Responses item's content: a string, null, or blocks of text, joined; a refusal is
     the answer."""
-    # of Codex
     if isinstance(content, dict) and isinstance(content.get("content"), str):
         content = content["content"]
     if content is None or isinstance(content, str):
@@ -241,7 +243,7 @@ def item_text(content: Any, where: str) -> str:
                 and isinstance(block.get("refusal"), str)
             ),
             f"{where}[{i}]",
-            f"is no block of text; only {', '.join(TEXTS[:3])} and refusal can be read",
+            f"is not a block of text; only {', '.join(TEXTS[:3])} and refusal can be read",
         )
     return "".join(block["refusal"] if block["type"] == "refusal" else block["text"] for block in content)
 
@@ -255,7 +257,7 @@ def item_call(item: dict, where: str) -> dict:
     if item["type"] == "local_shell_call":
         name, arguments = "local_shell", item.get("action")
     number = item.get("call_id") or item.get("id")
-    need(isinstance(number, str | None), f"{where}.call_id", "is no string")
+    need(isinstance(number, str | None), f"{where}.call_id", "is not a string; write text in quotes")
     need(isinstance(name, str) and name, f"{where}.name", "is missing; name the tool")
     return {
         **({"id": number} if number else {}),
@@ -375,7 +377,7 @@ def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
     need(
         tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools),
         where,
-        "is no list of tools",
+        "is not a list of tools; write one JSON list",
     )
     ours = [t for t in tools or [] if t.get("type", "function") in ("function", "custom")]
     if len(ours) < len(tools or []):
@@ -407,11 +409,11 @@ def from_responses(
     try:
         messages = response_messages([item for _, _, item in items], f"{where}, items", adapted)
     except TranscriptError as e:  # say where the item stands
-        found = re.search(r", items\[(\d+)\]", str(e))
-        key, i, _ = items[int(found[1])] if found else ("items", 0, None)
-        raise TranscriptError(str(e).replace(found[0], f", {key}[{i}]", 1) if found else str(e)) from None
+        match = re.search(r", items\[(\d+)\]", str(e))
+        key, i, _ = items[int(match[1])] if match else ("items", 0, None)
+        raise TranscriptError(str(e).replace(match[0], f", {key}[{i}]", 1) if match else str(e)) from None
     orders = record.get("instructions")
-    need(isinstance(orders, str | None), f"{where}, instructions", "is no string")
+    need(isinstance(orders, str | None), f"{where}, instructions", "is not a string; write text in quotes")
     if orders:
         messages.insert(0, {"role": "system", "content": orders})
     tools = response_tools(record.get("tools"), f"{where}, tools", adapted)
@@ -444,7 +446,7 @@ def is_responses(record: dict) -> bool:
         is_item(record) or any(is_item(i) or "role" in i and "content" in i for items in lists for i in items)
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #b5ddefc9
 add_format(
     Format(
         "responses",
@@ -515,7 +517,7 @@ def langchain_calls(fields: dict, extra: dict, where: str) -> list:
     need(
         isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
         f"{where}.tool_calls",
-        "is no list of calls",
+        "is not a list of calls; write one JSON list",
     )
     for i, call in enumerate(calls):
         need(
@@ -545,7 +547,7 @@ def langchain_message(message: Any, where: str) -> dict:
     kind, fields = langchain_parts(message)
     need_one_of(kind, KINDS, f"{where}.type")
     role, extra = KINDS[kind], fields.get("additional_kwargs") or {}
-    need(isinstance(extra, dict), f"{where}.additional_kwargs", "is no object")
+    need(isinstance(extra, dict), f"{where}.additional_kwargs", "is not an object; write one JSON object")
     need(
         not fields.get("invalid_tool_calls"),
         f"{where}.invalid_tool_calls",
@@ -554,7 +556,7 @@ def langchain_message(message: Any, where: str) -> dict:
     calls = langchain_calls(fields, extra, where)
     text, thoughts = langchain_content(fields.get("content"), f"{where}.content", calls)
     thoughts = thoughts or extra.get("reasoning_content") or ""
-    kept = ("tool_call_id", "name") if role in ("tool", "function") else ()
+    names = ("tool_call_id", "name") if role in ("tool", "function") else ()
     return {
         k: v
         for k, v in {
@@ -563,7 +565,7 @@ def langchain_message(message: Any, where: str) -> dict:
             "tool_calls": calls,
             "reasoning_content": thoughts,
             **({"function_call": extra["function_call"]} if extra.get("function_call") and not calls else {}),
-            **{k: fields.get(k) for k in kept},
+            **{k: fields.get(k) for k in names},
         }.items()
         if v or k == "content"
     }
@@ -616,7 +618,7 @@ def holds_langchain(record: dict) -> bool:
         is_langchain(m) for m in dicts_of(state.get("messages")) + dicts_of(record.get("messages"))
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #31e1b4a4
 add_format(
     Format(
         "langchain",
@@ -634,7 +636,7 @@ RESULT_TAGS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #22f9f0cb
 def text_call(text: str, where: str, adapted: Counter) -> dict:
-    "Return the call that stands in Hermes' tags: a JSON object, or as in some of its sets a Python literal."
+    "Return the call in the `text` of Hermes' tags: a JSON object, in some of its sets a Python literal."
     try:
         call = parse_json(text.strip())
     except ValueError as e:
@@ -649,7 +651,7 @@ def text_call(text: str, where: str, adapted: Counter) -> dict:
     need(
         isinstance(call, dict),
         where,
-        "holds a <tool_call> that is no object; write one with name and arguments",
+        "holds a <tool_call> that is not an object; write one with name and arguments",
     )
     return read_tool_call({"function": {k: v for k, v in call.items() if k in ("name", "arguments")}}, where)
 
@@ -708,18 +710,18 @@ def from_hermes(
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #2f9f0895
 def is_hermes(record: dict) -> bool:
     """Return whether an assistant's text in a record holds a call in tags. A chat with a label of its own is
-    ours, and its text is text."""
+    ours, and tags in it are words."""
     turns = dicts_of(record.get("conversations")) or (
         [] if "label" in record else dicts_of(record.get("messages"))
     )
-    said = [
+    answers = [
         t.get("value", t.get("content"))
         for t in turns
         if t.get("from", t.get("role")) in ("gpt", "assistant")
     ]
-    return any(isinstance(text, str) and "<tool_call>" in text for text in said)
+    return any(isinstance(text, str) and "<tool_call>" in text for text in answers)
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #941a16fd
 add_format(
     Format("hermes", is_hermes, from_hermes, before=("openai", "sharegpt"), takes=CHAT_KEYS, bare=True)
 )
@@ -746,7 +748,7 @@ def alpaca_history(record: dict, where: str) -> list[dict]:
             for pair in history
         ),
         f"{where}, history",
-        "is no list of [question, answer]",
+        "is not a list of [question, answer]; write one pair per earlier turn",
     )
     return [
         {"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)
@@ -787,7 +789,7 @@ def is_alpaca(record: dict) -> bool:
         and not {"messages", "conversations", "chosen"} & record.keys()
     )
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #bf9d90c9
 add_format(Format("alpaca", is_alpaca, from_alpaca, takes=CHAT_KEYS))
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #a37fdd29
@@ -801,8 +803,8 @@ def transcript_text(text: str, where: str) -> list[dict]:
         "is one text without a prompt; write prompt, or Human: and Assistant: turns",
     )
     return [
-        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-        for who, said in zip(parts[1::2], parts[2::2])
+        {"role": "user" if speaker == "Human" else "assistant", "content": words.strip()}
+        for speaker, words in zip(parts[1::2], parts[2::2])
     ]
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #0c8be1a0
@@ -838,6 +840,21 @@ def pair_side(record: dict, key: str, where: str) -> list[dict]:
         before = []
     return [*before, *after]
 
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #1b4b8aab
+# of a pair, what its sides are made of
+PAIR_KEYS = (
+    "chosen",
+    "rejected",
+    "prompt",
+    "question",
+    "instruction",
+    "input",
+    "history",
+    "conversations",
+    "messages",
+    "tools",
+)
+
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #1d89113f
 def from_preference(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
@@ -857,36 +874,14 @@ def from_preference(
     )
     sides = {key: pair_side(record, key, where) for key in ("chosen", "rejected")}
     need(sides["chosen"] != sides["rejected"], f"{where}, rejected", "is equal to chosen; drop the pair")
-    used = (
-        "chosen",
-        "rejected",
-        "prompt",
-        "question",
-        "instruction",
-        "input",
-        "history",
-        "conversations",
-        "messages",
-        "tools",
-        "id",
-    )
     name = str(record["id"]) if isinstance(record.get("id"), str | int) else default_id
-    return [
-        t
-        for key, own in (("chosen", "benign"), ("rejected", "harmful"))
-        for t in finish(
-            {**record, "id": f"{name}:{key}"},
-            used[:-1],
-            sides[key],
-            where,
-            f"{default_id}:{key}",
-            own,
-            source,
-            record.get("tools"),
-        )
-    ]
+    out: list[Transcript] = []
+    for key, own in (("chosen", "benign"), ("rejected", "harmful")):
+        side, place = {**record, "id": f"{name}:{key}"}, f"{default_id}:{key}"
+        out += finish(side, PAIR_KEYS, sides[key], where, place, own, source, record.get("tools"))
+    return out
 
-
+# %% ../../nbs/transcripts/07_formats_chat.ipynb #161095bb
 add_format(
     Format(
         "preference",

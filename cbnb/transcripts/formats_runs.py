@@ -10,6 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['SAMPLE_KEYS', 'RUN_KEYS', 'GREETING', 'BOOKKEEPING', 'with_attachments', 'inspect_content', 'inspect_message',
+           'inspect_call', 'inspect_tools', 'inspect_sample', 'from_inspect', 'is_inspect', 'skip_metadata',
+           'from_invariant', 'is_invariant', 'invariant_leaves_out', 'check_tau2', 'tau2_message', 'tau2_messages',
+           'tau2_run', 'from_tau2', 'is_tau2', 'thinking_text', 'swe_agent_messages', 'agent_run', 'from_swe_agent',
+           'mini_swe_agent_items', 'mini_swe_agent_message', 'from_mini_swe_agent', 'is_mini_swe_agent', 'with_marks',
+           'openhands_response', 'openhands_event', 'openhands_text', 'add_action', 'openhands_output',
+           'openhands_kind', 'from_openhands', 'is_event', 'is_openhands']
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #c3158deb
 from ..basics.withheld import cut
 from cbnb.transcripts.formats import (
     CHAT_KEYS,
@@ -33,14 +43,6 @@ from cbnb.transcripts.record import (
     read_message,
     read_tool_call,
 )
-
-# %% auto #0
-__all__ = ['KEPT', 'RUN_KEYS', 'GREETING', 'LEFT_OUT', 'with_attachments', 'inspect_content', 'inspect_message', 'inspect_call',
-           'inspect_tools', 'inspect_sample', 'from_inspect', 'is_inspect', 'skip_metadata', 'from_invariant',
-           'is_invariant', 'invariant_leaves_out', 'check_tau2', 'tau2_message', 'tau2_messages', 'tau2_run',
-           'from_tau2', 'is_tau2', 'thinking_text', 'from_swe_agent', 'from_mini_swe_agent', 'is_mini_swe_agent',
-           'with_marks', 'openhands_response', 'openhands_event', 'openhands_text', 'add_action', 'openhands_output',
-           'openhands_kind', 'from_openhands', 'is_event', 'is_openhands']
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #0675117d
 def with_attachments(value: Any, attachments: dict, where: str) -> Any:
@@ -130,7 +132,7 @@ def inspect_call(call: Any, where: str) -> dict:
     need(
         isinstance(call, dict) and isinstance(call.get("function"), str) and call["function"],
         f"{where}.function",
-        'is no tool name; write {"id": ..., "function": "name", "arguments": {...}}',
+        'is not a tool name; write {"id": ..., "function": "name", "arguments": {...}}',
     )
     need(
         not call.get("parse_error"),
@@ -148,19 +150,19 @@ def inspect_call(call: Any, where: str) -> dict:
 def inspect_tools(sample: dict, where: str) -> list[dict] | None:
     """Return the tools on offer by the model events of a `sample`, each once by its name; None where the log
     keeps no events."""
-    found: dict[str, dict] = {}
+    tools: dict[str, dict] = {}
     for event in dicts_of(sample.get("events")):
         for tool in dicts_of(event.get("tools")) if event.get("event") == "model" else []:
             if isinstance(tool.get("name"), str):
-                found.setdefault(
+                tools.setdefault(
                     tool["name"], {k: tool[k] for k in ("name", "description", "parameters") if k in tool}
                 )
-    return with_attachments(list(found.values()), sample.get("attachments") or {}, f"{where}, events") or None
+    return with_attachments(list(tools.values()), sample.get("attachments") or {}, f"{where}, events") or None
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #d5fe59d3
-KEPT = ("epoch", "target", "scores", "metadata", "error", "limit")  # of a sample, for meta
+SAMPLE_KEYS = ("epoch", "target", "scores", "metadata", "error", "limit")  # of a sample, for meta
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #12372c9f
 def inspect_sample(
     sample: Any, spec: dict, where: str, default_id: str, label: str | None, source: str
 ) -> list[Transcript]:
@@ -168,7 +170,7 @@ def inspect_sample(
     need(isinstance(sample, dict), where, f"is {type(sample).__name__}; each sample is an object")
     adapted: Counter = Counter()
     attachments, messages = sample.get("attachments") or {}, sample.get("messages")
-    need(isinstance(attachments, dict), f"{where}, attachments", "is no object")
+    need(isinstance(attachments, dict), f"{where}, attachments", "is not an object; write one JSON object")
     need(
         isinstance(messages, list) and messages,
         f"{where}, messages",
@@ -187,7 +189,7 @@ def inspect_sample(
     ]
     names = [spec.get("task"), spec.get("model"), sample.get("id"), sample.get("epoch")]
     meta = {k: v for k, v in zip(("task", "model", "sample_id"), names) if v is not None} | {
-        k: sample[k] for k in KEPT if sample.get(k) is not None
+        k: sample[k] for k in SAMPLE_KEYS if sample.get(k) is not None
     }
     rest = {"id": default_id if None in names else "/".join(map(str, names)), "meta": meta}
     return finish(rest, (), messages, where, default_id, label, source, inspect_tools(sample, where), adapted)
@@ -196,12 +198,12 @@ def inspect_sample(
 def from_inspect(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
-    """Return the Transcripts of an Inspect log (`eval`, `samples`), JSON or `.eval`: one a sample and epoch.
-    Tools come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and metadata.
-    A log has no label, so `label` must be given."""
+    """Return the Transcripts of an Inspect log (`eval`, `samples`), JSON or `.eval`, one per sample and
+    epoch. Tools come from the model events. `meta` keeps task, model, sample id, epoch, target, scores and
+    metadata. A log has no label, so `label` must be given."""
     spec: Any = record.get("eval")
     samples: Any = record.get("samples")
-    need(isinstance(spec, dict), f"{where}, eval", "is no object")
+    need(isinstance(spec, dict), f"{where}, eval", "is not an object; write one JSON object")
     need(
         isinstance(samples, list) and samples,
         f"{where}, samples",
@@ -230,7 +232,7 @@ def is_inspect(record: dict) -> bool:
         and "messages" not in record
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #437fdbb0
 add_format(Format("inspect", is_inspect, from_inspect, items="samples"))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #534c7459
@@ -251,7 +253,7 @@ def skip_metadata(records: Iterator[FileRecord], path: str | Path) -> Iterator[F
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #59ddcf51
 RUN_KEYS = ("suite_name", "user_task_id", "injection_task_id", "attack_type", "security")
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #cf9626cf
 def from_invariant(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -266,17 +268,17 @@ def from_invariant(
         f"{where}, messages",
         "is missing or empty; write a list of messages",
     )
-    need(isinstance(facts, dict), f"{where}, metadata", "is no object")
+    need(isinstance(facts, dict), f"{where}, metadata", "is not an object; write one JSON object")
     if isinstance(facts.get("user_task_id"), str):
         label = label or record.get("label") or agentdojo_label(facts, f"{where}, metadata")
     out: list[dict] = []
     adapted: Counter = Counter()
     for i, message in enumerate(messages):
         call = message.get("tool_call") if isinstance(message, dict) else None
-        read = read_message(message, f"{where}, messages[{i}]", adapted)
+        new = read_message(message, f"{where}, messages[{i}]", adapted)
         if isinstance(call, dict) and isinstance(call.get("function"), str):
-            read.setdefault("name", call["function"])
-        out.append({k: v for k, v in read.items() if k != "tool_call"})
+            new.setdefault("name", call["function"])
+        out.append({k: v for k, v in new.items() if k != "tool_call"})
     rest = {k: v for k, v in record.items() if k not in ("messages", "label")} | (
         {"label": record["label"]} if record.get("label") and not label else {}
     )
@@ -301,7 +303,7 @@ def invariant_leaves_out(record: dict) -> str:
     "Return why a folder leaves out a trace of AgentDojo's, as `agentdojo_leaves_out` does; empty for others."
     return agentdojo_leaves_out(record["metadata"]) if isinstance(record.get("metadata"), dict) else ""
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #367b7944
 add_format(
     Format(
         "invariant",
@@ -317,7 +319,7 @@ add_format(
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #101f8630
 GREETING = "Hi! How can I help you today?"  # tau2-bench's own first words, which no model wrote
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #b0fc0aae
 def check_tau2(message: Any, where: str) -> None:
     "Raise TranscriptError where a message of tau2-bench has a field of another type, or is sound."
     need_message(message, where)
@@ -329,26 +331,23 @@ def check_tau2(message: Any, where: str) -> None:
     need(
         isinstance(calls, list) and all(isinstance(c, dict) for c in calls),
         f"{where}.tool_calls",
-        "is no list of calls",
+        "is not a list of calls; write one JSON list",
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #4f3b468e
 def tau2_message(message: dict, where: str, names: dict[str, str]) -> dict:
     """Return our message for one of tau2-bench; `names` are the tools by call id, to which its calls are
     added."""
     role = message["role"]
     new: dict = {"role": role, "content": read_content(message.get("content"), f"{where}.content")}
     for k, call in enumerate(message.get("tool_calls") or []):
-        read = read_tool_call(
-            {"function": {"name": call.get("name"), "arguments": call.get("arguments")}},
-            f"{where}.tool_calls[{k}]",
-        )
-        number = call.get("id")
+        function = {"name": call.get("name"), "arguments": call.get("arguments")}
+        own, number = read_tool_call({"function": function}, f"{where}.tool_calls[{k}]"), call.get("id")
         new.setdefault("tool_calls", []).append(
-            {**({"id": number} if isinstance(number, str) and number else {}), **read}
+            {**({"id": number} if isinstance(number, str) and number else {}), **own}
         )
         if isinstance(number, str):
-            names[number] = read["function"]["name"]
+            names[number] = own["function"]["name"]
     if role == "tool":
         number = message.get("id")
         new |= {"tool_call_id": number} if isinstance(number, str) and number else {}
@@ -408,8 +407,8 @@ def tau2_run(
         for t in dicts_of(list(defs.values()) if isinstance(defs, dict) else defs)
         if isinstance(t.get("name"), str) and isinstance(t.get("params"), dict)
     ]
-    left = ("messages", "ticks", "id", "label", "simulations", "info", "tasks")
-    meta = {k: v for k, v in run.items() if k not in left}
+    bookkeeping = ("messages", "ticks", "id", "label", "simulations", "info", "tasks")
+    meta = {k: v for k, v in run.items() if k not in bookkeeping}
     if isinstance(world.get("domain_name"), str):
         meta["domain"] = world["domain_name"]
     rest = {
@@ -428,9 +427,11 @@ def from_tau2(
     attacks. `meta` keeps all but messages and tasks."""
     simulations = record.get("simulations", [record])
     info = record.get("info") or {}
-    need(isinstance(info, dict), f"{where}, info", "is no object")
+    need(isinstance(info, dict), f"{where}, info", "is not an object; write one JSON object")
     world = info.get("environment_info") or {}
-    need(isinstance(world, dict), f"{where}, info.environment_info", "is no object")
+    need(
+        isinstance(world, dict), f"{where}, info.environment_info", "is not an object; write one JSON object"
+    )
     need(
         isinstance(simulations, list) and simulations,
         f"{where}, simulations",
@@ -452,7 +453,7 @@ def is_tau2(record: dict) -> bool:
         or {"task_id", "messages", "termination_reason"} <= record.keys()
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #2a1eea74
 add_format(Format("tau2_bench", is_tau2, from_tau2, items="simulations", before=("openai",)))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #7104c8b9
@@ -464,6 +465,42 @@ def thinking_text(blocks: Any) -> str:
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #27dd8387
+def swe_agent_messages(history: list, where: str, adapted: Counter) -> list[dict]:
+    """Return our messages for the `history` of a SWE-agent run: those of its first agent. Demonstrations
+    (`is_demo`) get `weight` 0. What was left out or changed is counted in `adapted`."""
+    out: list[dict] = []
+    names: dict[str, str] = {}
+    first = next((m.get("agent") for m in dicts_of(history) if m.get("agent")), None)
+    for i, message in enumerate(history):
+        here = f"{where}[{i}]"
+        need_message(message, here)
+        if message.get("agent") not in (None, first):
+            adapted["message of another agent left out"] += 1
+            continue
+        numbers = message.get("tool_call_ids") or []
+        need(isinstance(numbers, list), f"{here}.tool_call_ids", "is not a list; write one JSON list")
+        new = {k: message[k] for k in ("role", "content", "tool_calls") if message.get(k) is not None}
+        if thoughts := thinking_text(message.get("thinking_blocks")):
+            new["reasoning_content"] = thoughts
+        if numbers and message.get("role") == "tool":
+            new["tool_call_id"] = numbers[0]
+            if str(numbers[0]) in names:
+                new["name"] = names[numbers[0]]
+        if message.get("is_demo"):
+            adapted["message of a demonstration, not trained"] += 1
+            new["weight"] = 0
+        out.append(read_message(new, here))
+        calls = [c for c in out[-1].get("tool_calls", []) if isinstance(c.get("id"), str)]
+        names |= {c["id"]: c["function"]["name"] for c in calls}
+    return out
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #a135e51c
+def agent_run(record: dict, keys: tuple[str, ...]) -> dict:
+    "Return what a run has beside its messages: its id and label, and `keys` as its notes."
+    own = {k: record[k] for k in ("id", "label") if record.get(k) is not None}
+    return own | {"meta": {k: record[k] for k in keys if record.get(k) is not None}}
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #4d9900d6
 def from_swe_agent(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -472,55 +509,42 @@ def from_swe_agent(
     `environment`. The label is `label`."""
     history: Any = record.get("history")
     adapted: Counter = Counter()
-    out: list[dict] = []
-    names: dict[str, str] = {}
     need(
         isinstance(history, list) and history,
         f"{where}, history",
         "is missing or empty; the run broke off before it began, drop it",
     )
-    first = next((m.get("agent") for m in dicts_of(history) if m.get("agent")), None)
-    for i, message in enumerate(history):
-        here = f"{where}, history[{i}]"
-        need_message(message, here)
-        if message.get("agent") not in (None, first):
-            adapted["message of another agent left out"] += 1
-            continue
-        numbers = message.get("tool_call_ids") or []
-        need(isinstance(numbers, list), f"{here}.tool_call_ids", "is no list")
-        thoughts = thinking_text(message.get("thinking_blocks"))
-        new = {k: message[k] for k in ("role", "content", "tool_calls") if message.get(k) is not None} | (
-            {"reasoning_content": thoughts} if thoughts else {}
-        )
-        if numbers and message.get("role") == "tool":
-            new |= {
-                "tool_call_id": numbers[0],
-                **({"name": names[numbers[0]]} if str(numbers[0]) in names else {}),
-            }
-        if message.get("is_demo"):
-            adapted["message of a demonstration, not trained"] += 1
-            new["weight"] = 0
-        out.append(read := read_message(new, here))
-        names |= {
-            c["id"]: c["function"]["name"] for c in read.get("tool_calls", []) if isinstance(c.get("id"), str)
-        }
-    meta = {k: record[k] for k in ("info", "environment") if record.get(k) is not None}
-    return finish(
-        {"meta": meta, **{k: record[k] for k in ("id", "label") if record.get(k) is not None}},
-        (),
-        out,
-        where,
-        default_id,
-        label,
-        source,
-        None,
-        adapted,
-    )
+    messages = swe_agent_messages(history, f"{where}, history", adapted)
+    run = agent_run(record, ("info", "environment"))
+    return finish(run, (), messages, where, default_id, label, source, None, adapted)
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #b71b6e22
 add_format(Format("swe_agent", lambda r: {"trajectory", "history"} <= r.keys(), from_swe_agent))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #8070d1d6
+def mini_swe_agent_items(messages: list[dict]) -> list | None:
+    "Return the Responses items in `messages` of a mini-swe-agent trajectory; None for chat messages."
+
+    def is_response(m):
+        return m.get("object") == "response"
+
+    if not any(is_response(m) or isinstance(m.get("type"), str) and m["type"] in ITEMS for m in messages):
+        return None
+    items: list = []
+    for m in messages:
+        items += m.get("output") or [] if is_response(m) else [{k: v for k, v in m.items() if k != "extra"}]
+    return items
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #de184918
+def mini_swe_agent_message(message: dict, where: str, adapted: Counter) -> dict:
+    "Return our message for a chat `message` of mini-swe-agent. Its `extra` is bookkeeping."
+    keys = ("role", "content", "tool_calls", "tool_call_id", "name")
+    new = {k: message[k] for k in keys if message.get(k) is not None}
+    if thoughts := message.get("reasoning_content") or thinking_text(message.get("thinking_blocks")):
+        new["reasoning_content"] = thoughts
+    return read_message(new, where, adapted)
+
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #c332434b
 def from_mini_swe_agent(
     record: dict, where: str, default_id: str, label: str | None = None, source: str = ""
 ) -> list[Transcript]:
@@ -529,56 +553,22 @@ def from_mini_swe_agent(
     `exit` message at the end is not for the model. The label is `label`."""
     messages: Any = record.get("messages")
     adapted: Counter = Counter()
-    out: list[dict] = []
     need(
         isinstance(messages, list) and all(isinstance(m, dict) for m in messages),
         f"{where}, messages",
-        "is no list of messages",
+        "is not a list of messages; write one JSON list",
     )
-    kept = [m for m in messages if m.get("role") != "exit"]
-    need(kept, f"{where}, messages", "is missing or empty; the run broke off before it began, drop it")
-    if len(kept) < len(messages):
-        adapted["exit message left out"] += len(messages) - len(kept)
-    if any(
-        m.get("object") == "response" or isinstance(m.get("type"), str) and m["type"] in ITEMS for m in kept
-    ):
-        items = [
-            item
-            for m in kept
-            for item in (
-                m.get("output") or []
-                if m.get("object") == "response"
-                else [{k: v for k, v in m.items() if k != "extra"}]
-            )
-        ]
-        out = response_messages(items, f"{where}, messages", adapted)
+    own = [m for m in messages if m.get("role") != "exit"]
+    need(own, f"{where}, messages", "is missing or empty; the run broke off before it began, drop it")
+    if len(own) < len(messages):
+        adapted["exit message left out"] += len(messages) - len(own)
+    here = f"{where}, messages"
+    if (items := mini_swe_agent_items(own)) is not None:
+        out = response_messages(items, here, adapted)
     else:
-        for i, m in enumerate(kept):
-            thoughts = m.get("reasoning_content") or thinking_text(m.get("thinking_blocks"))
-            new = {
-                k: m[k]
-                for k in ("role", "content", "tool_calls", "tool_call_id", "name")
-                if m.get(k) is not None
-            }
-            out.append(
-                read_message(
-                    {**new, **({"reasoning_content": thoughts} if thoughts else {})},
-                    f"{where}, messages[{i}]",
-                    adapted,
-                )
-            )
-    meta = {k: record[k] for k in ("info", "instance_id") if record.get(k) is not None}
-    return finish(
-        {"meta": meta, **{k: record[k] for k in ("id", "label") if record.get(k) is not None}},
-        (),
-        out,
-        where,
-        default_id,
-        label,
-        source,
-        None,
-        adapted,
-    )
+        out = [mini_swe_agent_message(m, f"{here}[{i}]", adapted) for i, m in enumerate(own)]
+    run = agent_run(record, ("info", "instance_id"))
+    return finish(run, (), out, where, default_id, label, source, None, adapted)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #f01b8bd5
 def is_mini_swe_agent(record: dict) -> bool:
@@ -591,11 +581,11 @@ def is_mini_swe_agent(record: dict) -> bool:
         and {"exit_status", "submission"} <= info.keys()
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #ef69bbff
 add_format(Format("mini_swe_agent", is_mini_swe_agent, from_mini_swe_agent, before=("openai",)))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #8bc34372
-LEFT_OUT = (
+BOOKKEEPING = (
     "recall",
     "change_agent_state",
     "null",
@@ -638,15 +628,15 @@ def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #1d4c8dff
-def openhands_event(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
-    """Add what an event of OpenHands (before 1.0) means to `out`; `seen` are the answers that stand there.
-    Returns tools, where it names them."""
-    action, observed, link = event.get("action"), event.get("observation"), event.get("tool_call_metadata")
+def openhands_event(event: dict, where: str, out: list[dict], answers: set[str], adapted: Counter) -> Any:
+    """Add what an event of OpenHands (before 1.0) means to `out`; `answers` are the ids of those
+    that stand there. Return tools, where it names them."""
+    action, observation, link = event.get("action"), event.get("observation"), event.get("tool_call_metadata")
     args = event.get("args") or {}
     need(
         isinstance(args, dict) and isinstance(link, dict | None),
         where,
-        "has args or tool_call_metadata that are no object",
+        "has args or tool_call_metadata that are not objects; drop the run",
     )
     if action == "system":
         out.append({"role": "system", "content": read_content(args.get("content"), f"{where}.args.content")})
@@ -660,26 +650,26 @@ def openhands_event(event: dict, where: str, out: list[dict], seen: set[str], ad
                 "content": read_content(args.get("content"), f"{where}.args.content"),
             }
         )
-    elif observed is not None and link:
+    elif observation is not None and link:
         extras = event.get("extras") or {}
-        need(isinstance(extras, dict), f"{where}.extras", "is no object")
+        need(isinstance(extras, dict), f"{where}.extras", "is not an object; write one JSON object")
         text = with_marks(read_content(event.get("content"), f"{where}.content"), extras.get("metadata"))
-        if observed == "error":
+        if observation == "error":
             text += "\n[Error occurred in processing last action]"
         names = {"tool_call_id": link.get("tool_call_id"), "name": link.get("function_name")}
         out.append({"role": "tool", "content": text, **{k: v for k, v in names.items() if v is not None}})
     elif action is not None and link:
         number, message = openhands_response(link, f"{where}.tool_call_metadata")
-        if number is None or str(number) not in seen:
+        if number is None or str(number) not in answers:
             out.append(message)
-        seen.add(str(number))
+        answers.add(str(number))
     else:
         need(
-            action in (None, *LEFT_OUT) or event.get("source") != "agent",
+            action in (None, *BOOKKEEPING) or event.get("source") != "agent",
             f"{where}.tool_call_metadata",
             f"is missing beside the agent's {action}: what the model wrote is not in the file, drop the run",
         )
-        adapted[f"event {action or observed} left out"] += 1
+        adapted[f"event {action or observation} left out"] += 1
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #86b23b09
 def openhands_text(where: str, *parts: Any) -> str:
@@ -687,28 +677,27 @@ def openhands_text(where: str, *parts: Any) -> str:
     return "".join(item_text([p] if isinstance(p, dict) else p, where) for p in parts)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #76b808f2
-def add_action(event: dict, where: str, out: list[dict], seen: set[str]) -> None:
-    "Add the call of an ActionEvent to `out`: to the message of its answer where that stands there (`seen`)."
+def add_action(event: dict, where: str, out: list[dict], answers: set[str]) -> None:
+    "Add the call of an ActionEvent to `out`: to the message of its answer where that is one of `answers`."
     call: Any = event.get("tool_call")
     number = event.get("llm_response_id")
-    need(isinstance(call, dict), f"{where}.tool_call", "is no object")
-    read = read_tool_call(
-        {"function": {"name": call.get("name"), "arguments": call.get("arguments")}}, f"{where}.tool_call"
-    )
-    read = {**({"id": call["id"]} if isinstance(call.get("id"), str) else {}), **read}
-    if number is not None and str(number) in seen and out and out[-1].get("tool_calls"):
-        out[-1]["tool_calls"].append(read)
+    need(isinstance(call, dict), f"{where}.tool_call", "is not an object; write one JSON object")
+    function = {"name": call.get("name"), "arguments": call.get("arguments")}
+    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    own |= read_tool_call({"function": function}, f"{where}.tool_call")
+    if number is not None and str(number) in answers and out and out[-1].get("tool_calls"):
+        out[-1]["tool_calls"].append(own)
     else:
         thoughts = event.get("reasoning_content") or thinking_text(event.get("thinking_blocks"))
         out.append(
             {
                 "role": "assistant",
                 "content": openhands_text(where, event.get("thought")),
-                "tool_calls": [read],
+                "tool_calls": [own],
                 **({"reasoning_content": thoughts} if thoughts else {}),
             }
         )
-    seen.add(str(number))
+    answers.add(str(number))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #8fa0cdf9
 def openhands_output(event: dict, where: str) -> str:
@@ -719,13 +708,13 @@ def openhands_output(event: dict, where: str) -> str:
     if kind == "UserRejectObservation":
         return f"Action rejected: {event.get('rejection_reason')}"
     output: Any = event.get("observation")
-    need(isinstance(output, dict), f"{where}.observation", "is no object")
+    need(isinstance(output, dict), f"{where}.observation", "is not an object; write one JSON object")
     text = with_marks(openhands_text(where, output.get("content")), output.get("metadata"))
     failed = "[An error occurred during execution.]\n" if output.get("is_error") else ""
     return failed + text + openhands_text(where, event.get("extended_content"))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #2f4bbafb
-def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], adapted: Counter) -> Any:
+def openhands_kind(event: dict, where: str, out: list[dict], answers: set[str], adapted: Counter) -> Any:
     """Add what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as `openhands_event`
     does."""
     kind = event.get("kind")
@@ -735,7 +724,7 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
         return event.get("tools")
     if kind == "MessageEvent":
         message: Any = event.get("llm_message")
-        need(isinstance(message, dict), f"{where}.llm_message", "is no object")
+        need(isinstance(message, dict), f"{where}.llm_message", "is not an object; write one JSON object")
         need_one_of(message.get("role"), ("user", "assistant", "system"), f"{where}.llm_message.role")
         thoughts = message.get("reasoning_content") or thinking_text(message.get("thinking_blocks"))
         out.append(
@@ -746,7 +735,7 @@ def openhands_kind(event: dict, where: str, out: list[dict], seen: set[str], ada
             }
         )
     elif kind == "ActionEvent":
-        add_action(event, where, out, seen)
+        add_action(event, where, out, answers)
     elif kind in ("ObservationEvent", "AgentErrorEvent", "UserRejectObservation"):
         names = {"tool_call_id": event.get("tool_call_id"), "name": event.get("tool_name")}
         text = openhands_output(event, where)
@@ -767,7 +756,7 @@ def from_openhands(
     events: Any = record.get(key)
     adapted: Counter = Counter()
     out: list[dict] = []
-    seen: set[str] = set()
+    answers: set[str] = set()
     tools: Any = None
     need(
         isinstance(events, list) and events,
@@ -778,15 +767,19 @@ def from_openhands(
         here = f"{where}, {key}[{i}]"
         need(isinstance(event, dict), here, f"is {type(event).__name__}; each event is an object")
         tools = (openhands_kind if "kind" in event else openhands_event)(
-            event, here, out, seen, adapted
+            event, here, out, answers, adapted
         ) or tools
     need(out, f"{where}, {key}", "holds nothing that the model saw; drop the run")
-    need(isinstance(tools, list | None), f"{where}, {key}", "names tools that are no list")
-    known = [t for t in tools or [] if isinstance(t, dict) and ("function" in t or "parameters" in t)]
-    if len(known) < len(tools or []):
-        adapted["tools without a schema left out"] += len(tools) - len(known)
+    need(
+        isinstance(tools, list | None),
+        f"{where}, {key}",
+        "names tools that are not a list; write one JSON list",
+    )
+    schemas = [t for t in tools or [] if isinstance(t, dict) and ("function" in t or "parameters" in t)]
+    if len(schemas) < len(tools or []):
+        adapted["tools without a schema left out"] += len(tools) - len(schemas)
     return finish(
-        record, (key, "tools"), out, where, default_id, label, source, known or record.get("tools"), adapted
+        record, (key, "tools"), out, where, default_id, label, source, schemas or record.get("tools"), adapted
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #f4717d02
@@ -814,7 +807,7 @@ def is_openhands(record: dict) -> bool:
         and any(is_event(e) for k in ("history", "events") for e in dicts_of(record.get(k)))
     )
 
-
+# %% ../../nbs/transcripts/08_formats_runs.ipynb #2004425d
 add_format(
     Format(
         "openhands",

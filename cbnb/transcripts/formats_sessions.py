@@ -15,7 +15,7 @@ from .packed import FileRecord
 from .record import Transcript, TranscriptError, need
 
 # %% auto #0
-__all__ = ['result_ids', 'call_ids', 'branches', 'joined_blocks', 'blocks_of', 'one_session', 'is_claude_line', 'claude_lines',
+__all__ = ['result_ids', 'call_ids', 'branches', 'blocks_of', 'join_blocks', 'one_session', 'is_claude_line', 'claude_lines',
            'claude_conversation', 'from_claude_code', 'codex_items', 'from_codex', 'is_codex_line', 'codex_part']
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #0619577a
@@ -27,7 +27,7 @@ def result_ids(line: dict) -> set[str]:
         if b.get("type") == "tool_result" and isinstance(b.get("tool_use_id"), str)
     }
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #3f62c889
 def call_ids(lines: Iterable[dict]) -> set[str]:
     "Return the ids of the tool_use blocks in `lines` of a session."
     return {
@@ -48,17 +48,17 @@ def branches(lines: list[dict]) -> Iterator[list[dict]]:
     last: dict = {}
 
     def way(at):
-        """Return the uuids from `at` up to its root, or to one whose root is known; a circle ends where it
+        """Return the uuids from `at` up to its root, or to one whose root is recorded; a circle ends where it
         began."""
-        found = {}
-        while at in parent and at not in found and at not in root:
-            found[at] = None
+        up = {}
+        while at in parent and at not in up and at not in root:
+            up[at] = None
             at = parent[at]
-        return list(found), root.get(at)
+        return list(up), root.get(at)
 
     for line in lines:
-        up, known = way(line["uuid"])
-        root.update(dict.fromkeys(up, known or (up[-1] if up else None)))
+        up, end = way(line["uuid"])
+        root.update(dict.fromkeys(up, end or (up[-1] if up else None)))
         last[root[line["uuid"]]] = line["uuid"]
     root.clear()
     for leaf in last.values():
@@ -66,10 +66,18 @@ def branches(lines: list[dict]) -> Iterator[list[dict]]:
         calls = call_ids([line for line in lines if line["uuid"] in inside])
         yield [line for line in lines if line["uuid"] in inside or result_ids(line) & calls]
 
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #443a303b
+def blocks_of(message: dict) -> list:
+    "Return the content of a session's `message` as a list of blocks, empty for another type."
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content if isinstance(content, list) else []
+
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #78ec462e
-def joined_blocks(lines: list[dict]) -> list[dict]:
-    """Return Anthropic messages of session `lines`: an answer is written a block a line, so lines with the
-    `id` of one answer are one message."""
+def join_blocks(lines: list[dict]) -> list[dict]:
+    """Return Anthropic messages of session `lines`: an answer is written one block per line, so lines with
+    the `id` of one answer are one message."""
     out: list[dict] = []
     at = None
     for line in lines:
@@ -81,18 +89,6 @@ def joined_blocks(lines: list[dict]) -> list[dict]:
             out.append({"role": kind, "content": blocks_of(message)})
         at = number
     return out
-
-
-def blocks_of(message: dict) -> list:
-    "Return the content of a session's `message` as a list of blocks."
-    content = message.get("content")
-    return (
-        [{"type": "text", "text": content}]
-        if isinstance(content, str)
-        else content
-        if isinstance(content, list)
-        else []
-    )
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #774a640b
 def one_session(
@@ -113,7 +109,9 @@ def one_session(
             yield (
                 where,
                 default_id,
-                TranscriptError(f"{where}: is no line of such a session; keep each session in its own file"),
+                TranscriptError(
+                    f"{where}: is not a line of such a session; keep each session in its own file"
+                ),
             )
         else:
             lines.append(record)
@@ -139,7 +137,7 @@ def is_claude_line(record: Any) -> bool:
 def claude_lines(lines: list[dict], where: str, adapted: Counter) -> list[dict]:
     """Return the `lines` of a session that make its chain: what was said, and an empty link with `type` "" in
     the place of what is left out. Raises TranscriptError for a line that says something and has no place."""
-    kept: list[dict] = []
+    chain: list[dict] = []
     for i, line in enumerate(lines):
         here, kind, message = f"{where}[{i}]", line.get("type"), line.get("message")
         if (
@@ -149,25 +147,25 @@ def claude_lines(lines: list[dict], where: str, adapted: Counter) -> list[dict]:
             and message.get("model") == "<synthetic>"
         ):
             if kind not in ("summary", "file-history-snapshot"):
-                told = kind in ("user", "assistant")
-                adapted["error of the API left out" if told else f"line {kind} left out"] += 1
+                is_error = kind in ("user", "assistant")
+                adapted["error of the API left out" if is_error else f"line {kind} left out"] += 1
             if isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None):
-                kept.append(
+                chain.append(
                     {"uuid": line["uuid"], "parentUuid": line.get("parentUuid"), "type": "", "message": {}}
                 )
             continue
         need(
             isinstance(message, dict) and isinstance(message.get("content"), str | list),
             f"{here}.message",
-            "is no object with content",
+            "is not an object with content; take the line out",
         )
         need(
             isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None),
             f"{here}.uuid",
-            "and parentUuid are no strings; they say where the line belongs",
+            "and parentUuid are not strings; they say where the line belongs",
         )
-        kept.append(line)
-    return kept
+        chain.append(line)
+    return chain
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #7bdd3928
 def claude_conversation(lines: list[dict], default_id: str, number: int) -> dict:
@@ -201,28 +199,28 @@ def from_claude_code(
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
         f"{where}, lines",
-        "is no list of lines",
+        "is not a list of lines; give the session file as it was written",
     )
     chain = claude_lines(lines, f"{where}, lines", adapted)
     need(
         len({line["uuid"] for line in chain}) == len(chain),
         f"{where}, lines",
-        "hold a uuid twice; the session was copied together, keep one of the lines",
+        "hold a uuid twice; two copies of the session stand in the file, keep one of them",
     )
     out: list[Transcript] = []
     for branch in branches(chain):
-        said = [line for line in branch if line["type"]]
-        if not any(line["type"] == "assistant" for line in said):
+        turns = [line for line in branch if line["type"]]
+        if not any(line["type"] == "assistant" for line in turns):
             continue
         # the whole file's counts stand with its first conversation
         own = Counter(adapted) if not out else Counter()
-        messages = anthropic_messages(joined_blocks(said), f"{where}, messages", own)
-        facts = claude_conversation(said, default_id, len(out))
+        messages = anthropic_messages(join_blocks(turns), f"{where}, messages", own)
+        facts = claude_conversation(turns, default_id, len(out))
         out += finish(facts, (), messages, where, default_id, label, source, None, own)
     need(out, f"{where}, lines", "hold no answer of the assistant; there is nothing to read")
     return out
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #45092c7c
 add_format(
     Format(
         "claude_code",
@@ -238,14 +236,14 @@ def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
     items for each part between compactions. In old files the items stand bare on the lines."""
     facts: dict = {}
     parts: list[list] = [[]]
-    left: Counter = Counter()
+    adapted: Counter = Counter()
     for line in lines:
         kind, payload = line.get("type"), line.get("payload")
         if kind == "session_meta" and isinstance(payload, dict):
             facts = payload
         elif kind == "response_item" and isinstance(payload, dict):
             if payload.get("type") in ("ghost_snapshot", "other", "compaction_trigger"):
-                left[f"item {payload['type']} left out"] += 1
+                adapted[f"item {payload['type']} left out"] += 1
             else:
                 parts[-1].append(payload)
         elif kind == "compacted" and isinstance(payload, dict):
@@ -260,8 +258,8 @@ def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
         elif "id" in line and "instructions" in line:
             facts = line  # the first line of an old file
         elif kind not in ("turn_context", "event_msg") and "record_type" not in line:
-            left[f"line {kind} left out"] += 1
-    return facts, parts, left
+            adapted[f"line {kind} left out"] += 1
+    return facts, parts, adapted
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #a7dbf7bd
 def from_codex(
@@ -274,17 +272,17 @@ def from_codex(
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
         f"{where}, rollout",
-        "is no list of lines",
+        "is not a list of lines; give the session file as it was written",
     )
-    facts, parts, left = codex_items(lines)
+    facts, parts, counts = codex_items(lines)
     orders = facts.get("base_instructions") or facts.get("instructions")
     if isinstance(orders, dict):
         orders = orders.get("text")
-    need(isinstance(orders, str | None), f"{where}, rollout, instructions", "is no text")
+    need(isinstance(orders, str | None), f"{where}, rollout, instructions", "is not text; write a string")
     name = facts["id"] if isinstance(facts.get("id"), str) else default_id
     out: list[Transcript] = []
     for i, items in enumerate(parts):
-        adapted = Counter(left) if not out else Counter()
+        adapted = Counter(counts) if not out else Counter()
         messages = response_messages(items, f"{where}, items", adapted)
         if not any(m["role"] == "assistant" for m in messages):
             continue
@@ -339,7 +337,7 @@ def codex_part(record: Any) -> bool:
         and ("record_type" in record or "payload" in record)
     )
 
-
+# %% ../../nbs/transcripts/09_formats_sessions.ipynb #52cd9678
 add_format(
     Format(
         "codex",

@@ -28,8 +28,9 @@ from cbnb.transcripts.record import (
 )
 
 # %% auto #0
-__all__ = ['from_pair', 'from_circuit_breakers', 'from_ultrachat', 'trace_call', 'trace_label', 'trace_verdict', 'check_trace',
-           'trace_messages', 'from_trace_v1', 'is_trace', 'from_rrfa']
+__all__ = ['from_pair', 'from_circuit_breakers', 'from_ultrachat', 'trace_call', 'trace_label', 'trace_verdict', 'label_conflict',
+           'verdict_conflict', 'check_trace', 'trace_messages', 'trace_span', 'from_trace_v1', 'is_trace',
+           'batch_sample', 'from_rrfa']
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #93a2793b
 def from_pair(prompt: Any, answer: Any, where: str, key: str) -> list[dict]:
@@ -69,7 +70,7 @@ def from_circuit_breakers(
         for key, own in (("output", "harmful"), ("llama3_output", "benign"))
     ]
 
-
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #aa277776
 add_format(
     Format(
         "circuit_breakers", lambda r: {"prompt", "output", "llama3_output"} <= r.keys(), from_circuit_breakers
@@ -94,7 +95,7 @@ def from_ultrachat(
         source,
     )
 
-
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #9b85cea8
 add_format(Format("ultrachat", chat_with("prompt_id"), from_ultrachat, before=("openai",), takes=CHAT_KEYS))
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #4d9bdc37
@@ -104,9 +105,9 @@ def trace_call(call: Any, where: str) -> tuple[dict, dict]:
     need(
         isinstance(call, dict) and isinstance(call.get("function"), dict),
         where,
-        'is no tool call; write {"function": {"name": ..., "arguments": ...}}',
+        'is not a tool call; write {"function": {"name": ..., "arguments": ...}}',
     )
-    function, known = call["function"], ("name", "arguments")
+    function = call["function"]
     raw, arguments = function.get("arguments_json"), function.get("arguments")
     need(
         isinstance(raw, str | None),
@@ -126,7 +127,7 @@ def trace_call(call: Any, where: str) -> tuple[dict, dict]:
     notes = {
         k: v
         for k, v in {**function, **call}.items()
-        if k not in (*known, "function", "call_id", "id", "type") and v is not None
+        if k not in ("name", "arguments", "function", "call_id", "id", "type") and v is not None
     }
     return {**({"id": number} if number else {}), **out}, notes
 
@@ -154,62 +155,73 @@ def trace_verdict(record: dict, where: str) -> str | None:
         return None
     return agentdojo_label(run, f"{where}, {name.rstrip('.')}") and measured_label(run)
 
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #8f10b094
+def label_conflict(labels: dict, category: str | None) -> str:
+    "Return in words where `labels` of a trace of that `category` contradict each other, or ''."
+    succeeded, outcome = labels.get("attack_succeeded"), labels.get("security_outcome")
+    if category == "benign" and succeeded:
+        return "labels.category is benign, but labels.attack_succeeded is true"
+    if (outcome, succeeded) in (("safe", True), ("unsafe", False)):
+        return (
+            f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(succeeded).lower()}"
+        )
+    return ""
+
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #92694127
+def verdict_conflict(record: dict, category: str | None, label: str | None, verdict: str) -> str:
+    """Return in words where the labels of a trace, its `category` (`trace_label`) or the `label` of its list
+    contradict the `verdict` of its run or each other, or ''."""
+    labels, (run, name) = record.get("labels") or {}, source_run(record)
+    succeeded, reached = labels.get("attack_succeeded"), verdict == "harmful"
+    security = (
+        f"{name}security is {str(run.get('security')).lower()}: AgentDojo measured that the "
+        f"injection {'reached' if reached else 'did not reach'} its goal"
+    )
+    if succeeded not in (None, reached):
+        return f"labels.attack_succeeded is {str(succeeded).lower()}, but {security}"
+    if category not in (None, verdict):
+        return f"labels.category is {category}, but {security}"
+    if label not in (None, verdict):
+        return f"it stands among the {label} ones, but {security}"
+    if not category and labels.get("category") and not label:
+        return f"labels.category is harmful, but the attack failed, and {security}"
+    return label_conflict(labels, category)
+
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #2f0ea6e6
 def check_trace(record: dict, label: str | None, where: str) -> None:
     """Raise Contradiction where the labels of a trace contradict the verdict of its source, each other, or
     the `label` (a str or None) of the list in which it stands. A verdict settles it: it is in the error's
     `corrected` record, with the labels of the file as `labels_of_file`."""
     labels = record.get("labels") or {}
-    own, succeeded, outcome = (
-        trace_label(labels, where),
-        labels.get("attack_succeeded"),
-        labels.get("security_outcome"),
-    )
+    category = trace_label(labels, where)
     try:
         verdict = trace_verdict(record, where)
     except TranscriptError:
         if label is None:
             raise
         verdict = None
-    reached, run = verdict == "harmful", source_run(record)
-    said = (
-        f"{run[1]}security is {str(run[0].get('security')).lower()}: AgentDojo measured that the "
-        f"injection {'reached' if reached else 'did not reach'} its goal"
-    )
-    faults = [
-        f"labels.attack_succeeded is {str(succeeded).lower()}, but {said}"
-        if verdict and succeeded not in (None, reached)
-        else "",
-        f"labels.category is {own}, but {said}" if verdict and own not in (None, verdict) else "",
-        f"it stands among the {label} ones, but {said}" if verdict and label not in (None, verdict) else "",
-        f"labels.category is harmful, but the attack failed, and {said}"
-        if verdict and not own and labels.get("category") and not label
-        else "",
-        "labels.category is benign, but labels.attack_succeeded is true"
-        if own == "benign" and succeeded
-        else "",
-        f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(succeeded).lower()}"
-        if (outcome, succeeded) in (("safe", True), ("unsafe", False))
-        else "",
-    ]
-    if not (fault := next(filter(None, faults), None)):
+    if verdict:
+        problem = verdict_conflict(record, category, label, verdict)
+    else:
+        problem = label_conflict(labels, category)
+    if not problem:
         return
-    advice = (
-        "; read such records by that verdict with relabel='source'" if verdict else "; correct one of them"
-    )
-    right = {**labels, "category": verdict, "attack_succeeded": reached} | (
-        {"security_outcome": "unsafe" if reached else "safe"} if outcome else {}
-    )
+    if not verdict:
+        raise Contradiction(f"{where}: {problem}; correct one of them")
+    reached = verdict == "harmful"
+    right = {**labels, "category": verdict, "attack_succeeded": reached}
+    if labels.get("security_outcome"):
+        right["security_outcome"] = "unsafe" if reached else "safe"
     raise Contradiction(
-        f"{where}: {fault}{advice}",
-        {**record, "labels": right, "labels_of_file": labels} if verdict else None,
+        f"{where}: {problem}; read such records by that verdict with relabel='source'",
+        {**record, "labels": right, "labels_of_file": labels},
     )
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #a11ef17c
 def trace_messages(messages: list, where: str) -> tuple[list[dict], list]:
     """Return `(our messages, [[message, call, notes], ...])` for the messages of a trace_v1: `thinking`
     becomes the reasoning, and what only describes a call is taken out of it (see `trace_call`)."""
-    read: list[dict] = []
+    out: list[dict] = []
     notes: list = []
     for i, message in enumerate(messages):
         here = f"{where}[{i}]"
@@ -225,7 +237,7 @@ def trace_messages(messages: list, where: str) -> tuple[list[dict], list]:
         )
         pairs = [trace_call(c, f"{here}.tool_calls[{j}]") for j, c in enumerate(calls)]
         notes += [[i, j, n] for j, (_, n) in enumerate(pairs) if n]
-        read.append(
+        out.append(
             read_message(
                 {
                     **{"reasoning_content" if k == "thinking" else k: v for k, v in message.items()},
@@ -234,7 +246,15 @@ def trace_messages(messages: list, where: str) -> tuple[list[dict], list]:
                 here,
             )
         )
-    return read, notes
+    return out, notes
+
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #7394e1b6
+def trace_span(span: Any, messages: list[dict], where: str) -> list:
+    "Return `[message, start, end]` of an `injection_char_span` of a trace; it must lie inside its message."
+    need(isinstance(span, dict), where, "is not an object; write message_index, char_start, char_end")
+    place = [span.get(k) for k in ("message_index", "char_start", "char_end")]
+    read_spans([place], messages, where)
+    return place
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #0c67b8bd
 def from_trace_v1(
@@ -267,25 +287,20 @@ def from_trace_v1(
         f"{where}, labels",
         "says harmful of an attack that failed, or nothing; pass label='benign' or label='harmful' to decide",
     )
-    read, notes = trace_messages(messages, f"{where}, messages")
+    messages, notes = trace_messages(messages, f"{where}, messages")
     meta = read_meta(record, where) | ({"call_notes": notes} if notes else {})
-    out = {**{k: record[k] for k in KNOWN_KEYS if record.get(k) is not None}, "messages": read, "label": own}
+    out = {k: record[k] for k in KNOWN_KEYS if record.get(k) is not None}
+    out |= {"messages": messages, "label": own}
     if isinstance(origin, dict):
         meta["source"] = origin
         out["source"] = "/".join(str(origin[k]) for k in ("dataset", "subset") if origin.get(k)) or source
-    need(
-        not (span := (hints or {}).get("injection_char_span")) or not record.get("injection_spans"),
-        f"{where}, injection_spans",
-        "stands beside signal_hints.injection_char_span; keep one",
-    )
-    if span:
+    if span := (hints or {}).get("injection_char_span"):
         need(
-            isinstance(span, dict),
-            f"{where}, signal_hints.injection_char_span",
-            "is no object; write message_index, char_start, char_end",
+            not record.get("injection_spans"),
+            f"{where}, injection_spans",
+            "stands beside signal_hints.injection_char_span; keep one",
         )
-        out["injection_spans"] = [[span.get(k) for k in ("message_index", "char_start", "char_end")]]
-        read_spans(out["injection_spans"], read, f"{where}, signal_hints.injection_char_span")
+        out["injection_spans"] = [trace_span(span, messages, f"{where}, signal_hints.injection_char_span")]
     return from_openai({**out, "meta": meta}, where, default_id, label, source)
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #1dcc78ca
@@ -297,6 +312,15 @@ def is_trace(record: dict) -> bool:
         or isinstance(record.get("source"), dict)
         or "signal_hints" in record
     )
+
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #2833523c
+def batch_sample(sample: Any, where: str) -> dict:
+    "Return a `sample` of a batch with `messages`; its `prompt` and `output` become two of them."
+    need(isinstance(sample, dict), where, "is not an object; give each sample messages, or prompt and output")
+    if "messages" in sample:
+        return sample
+    rest = {k: v for k, v in sample.items() if k not in ("prompt", "output")}
+    return rest | {"messages": from_pair(sample.get("prompt"), sample.get("output"), where, "output")}
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #fa5adf2c
 def from_rrfa(
@@ -315,39 +339,27 @@ def from_rrfa(
         f"label={label!r} was passed, but a batch holds both labels; read it without label=",
     )
     out, first = [], None
-    moved: dict[str, list] = {own: [] for own in LABELS}
+    batch: dict[str, list] = {own: [] for own in LABELS}  # with each sample where it belongs
     for own in LABELS:
         samples = record.get(own, [])
-        need(isinstance(samples, list), f"{where}, {own}", "is no list of samples")
-        for i, sample in enumerate(samples):
+        need(isinstance(samples, list), f"{where}, {own}", "is not a list of samples")
+        for i, value in enumerate(samples):
             here = f"{where}, {own}[{i}]"
-            need(
-                isinstance(sample, dict),
-                here,
-                "is no object; give each sample messages, or prompt and output",
-            )
-            if "messages" not in sample:
-                rest = {k: v for k, v in sample.items() if k not in ("prompt", "output")}
-                sample = {
-                    **rest,
-                    "messages": from_pair(sample.get("prompt"), sample.get("output"), here, "output"),
-                }
+            sample = batch_sample(value, here)
+            read = from_trace_v1 if is_trace(sample) else from_openai
             try:
-                out += (from_trace_v1 if is_trace(sample) else from_openai)(
-                    sample, here, f"{default_id}:{own}:{i}", own, source
-                )
+                out += read(sample, here, f"{default_id}:{own}:{i}", own, source)
+                batch[own].append(sample)
             except Contradiction as e:
                 if e.corrected is None:
                     raise
-                first, sample = first or e, e.corrected
-                moved[sample.get("label") or sample["labels"]["category"]].append(sample)
-            else:
-                moved[own].append(sample)
+                first = first or e
+                batch[e.corrected.get("label") or e.corrected["labels"]["category"]].append(e.corrected)
     if first:
-        raise Contradiction(str(first), {**record, **moved})
+        raise Contradiction(str(first), {**record, **batch})
     return out
 
-
+# %% ../../nbs/transcripts/06_formats_sets.ipynb #5408d180
 add_format(Format("rrfa", lambda r: any(isinstance(r.get(k), list) for k in LABELS), from_rrfa, repeats=True))
 add_format(
     Format(

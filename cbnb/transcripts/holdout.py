@@ -17,8 +17,8 @@ from .record import Transcript, nearest, source_run
 from .spool import those
 
 # %% auto #0
-__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts', 'draw_keys',
-           'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'shared', 'held_lines']
+__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts',
+           'count_choices', 'draw_keys', 'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'shared', 'held_lines']
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #10ca06de
 HELDOUT_BY = ("suite", "task", "injection", "prompt")
@@ -33,14 +33,12 @@ def prompt_key(transcript: Transcript) -> str:
         default=len(transcript.messages),
     )
 
-    def read(message):
-        return {k: message[k] for k in ("role", "content", "name", "reasoning_content") if k in message} | {
-            "calls": [
-                [c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())
-            ]
-        }
+    def words(message: dict) -> dict:
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        parts = {k: message[k] for k in ("role", "content", "name", "reasoning_content") if k in message}
+        return parts | {"calls": [[f["name"], f["arguments"]] for f in functions]}
 
-    return json.dumps([[read(m) for m in transcript.messages[:last]], transcript.tools], sort_keys=True)
+    return json.dumps([[words(m) for m in transcript.messages[:last]], transcript.tools], sort_keys=True)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #c58f1725
 def task_keys(transcript: Transcript) -> dict[str, str]:
@@ -59,11 +57,11 @@ def task_keys(transcript: Transcript) -> dict[str, str]:
     if not run and "task_id" in meta and {"reward", "termination_reason"} & meta.keys():
         user = meta["task_id"]  # tau-bench, tau2-bench: a task stands in a file once a trial
         suite = suite or meta.get("domain") or ""
-    found = {"task": user, "injection": injection}
-    keys = {kind: f"{suite}/{key}" for kind, key in found.items() if key is not None}
+    numbers = {"task": user, "injection": injection}
+    keys = {kind: f"{suite}/{key}" for kind, key in numbers.items() if key is not None}
     return keys | ({"suite": str(suite)} if suite and keys else {})
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #a3a1fee1
 def keys_of(transcript: Transcript) -> dict[str, str]:
     "Return `task_keys` and the `prompt`."
     return task_keys(transcript) | {"prompt": prompt_key(transcript)}
@@ -89,9 +87,9 @@ def heldout_kinds(by: str) -> tuple[str, ...]:
     )
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #04bcf1e8
-HELD_OUT = 64  # transcripts of each stream; a fifth of it is the most
+HELD_OUT = 64  # transcripts of each stream, unless a run says otherwise
 
-
+# %% ../../nbs/transcripts/13_holdout.ipynb #90236fd6
 def hold_out(count: int, n: int, seed: int = 0, name: str = "") -> np.ndarray:
     """Return which n of `count` transcripts are held out, at most a fifth, drawn by `seed` (int64 [n], in no
     order). Raises ValueError, saying the `name` of the stream, for fewer than five, of which none could be
@@ -116,6 +114,19 @@ def key_counts(stream: list[dict], pair: tuple, orders: list[list]) -> np.ndarra
     return count
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #156e9a2c
+def count_choices(count: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return `(size, share, goal)` for a stream with `count` transcripts per pair of keys (`key_counts`):
+    transcripts that are held out, and the share that stays for training, where the first a keys of the first
+    kind and the first b of the second are held out (both [keys, keys], by a and b), and how many are to be
+    held out: `n`, at most a fifth."""
+    total, inner = count.sum(), count.copy()
+    inner[0], inner[:, 0] = 0, 0
+    # by the first a keys, by the first b
+    a, b = (np.concatenate([[0], part]) for part in (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum()))
+    share = (total - a[:, None] - b[None] + inner.cumsum(0).cumsum(1)) / total
+    return count.cumsum(0).cumsum(1), share, min(n, total // 5)
+
+# %% ../../nbs/transcripts/13_holdout.ipynb #9de09be6
 def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: int = 0) -> dict[str, set]:
     """Return `{kind: keys}` to hold out, for one or two `kinds`. `streams`: for each stream the `task_keys`
     of its transcripts.
@@ -128,28 +139,17 @@ def draw_keys(streams: list[list[dict]], kinds: tuple[str, ...], n: int, seed: i
     rng, pair = np.random.default_rng((seed, 3)), (*kinds, None)[:2]
     orders: list[list] = []
     for kind in pair:
-        known = sorted({keys[kind] for stream in streams for keys in stream if kind in keys})
-        orders.append([None, *(known[i] for i in rng.permutation(len(known)))])
-    held, share, wanted = [], [], []
-    for stream in streams:
-        count = key_counts(stream, pair, orders)
-        if not (total := count.sum()):
-            continue
-        inner = count.copy()
-        inner[0], inner[:, 0] = 0, 0
-        # by the first a keys, by the first b
-        a, b = (
-            np.concatenate([[0], part]) for part in (count[1:].sum(1).cumsum(), count[:, 1:].sum(0).cumsum())
-        )
-        held.append(count.cumsum(0).cumsum(1))
-        share.append((total - a[:, None] - b[None] + inner.cumsum(0).cumsum(1)) / total)
-        wanted.append(min(n, total // 5))
-    if not held:
+        values = sorted({keys[kind] for stream in streams for keys in stream if kind in keys})
+        orders.append([None, *(values[i] for i in rng.permutation(len(values)))])
+    counts = [key_counts(stream, pair, orders) for stream in streams]
+    choices = [count_choices(count, n) for count in counts if count.sum()]
+    if not choices:
         return {kind: set() for kind in kinds}
-    least = np.min(share, axis=0)
+    least = np.min([share for _, share, _ in choices], axis=0)
     for part in (1, 2, 4, 8, 16, 32, 64, None):
-        enough = np.all([h >= max(1, w // part if part else 1) for h, w in zip(held, wanted)], axis=0)
-        if (good := enough & (least >= 0.5 if part else least > 0)).any():
+        sizes = [size >= max(1, goal // part if part else 1) for size, _, goal in choices]
+        good = np.all(sizes, axis=0) & (least >= 0.5 if part else least > 0)
+        if good.any():
             ends = np.unravel_index(np.argmax(np.where(good, least, -1)), least.shape)
             return {kind: set(order[1 : end + 1]) for kind, order, end in zip(kinds, orders, ends)}
     raise ValueError(
@@ -172,13 +172,13 @@ class Parted:
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #9be0aac8
 def thin(parted: Parted) -> Parted:
-    "Take from training what shares a key of its `kinds`, or a prompt, with a held-out transcript (in place)."
+    "Remove from training, in place, what shares a key of `kinds` or a prompt with a held-out transcript."
     kinds = (*parted.kinds, "prompt")
-    held = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
+    taboo = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
 
-    def stays(t):
+    def stays(t: Transcript) -> bool:
         keys = keys_of(t)
-        cause = next((kind for kind in kinds if (kind, keys.get(kind)) in held), None)
+        cause = next((kind for kind in kinds if (kind, keys.get(kind)) in taboo), None)
         if cause:
             parted.left_out[t.id] = cause
         return cause is None
@@ -194,9 +194,9 @@ def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[s
     there."""
     if by.strip() == "auto" or not kinds:
         return
-    known = {kind for stream in streams for t in stream for kind in task_keys(t)}
+    present = {kind for stream in streams for t in stream for kind in task_keys(t)}
     for kind in kinds:
-        if kind not in known:
+        if kind not in present:
             raise ValueError(
                 f"heldout_by {by}: no transcript says its {kind} (AgentDojo's runs do in meta); give "
                 "heldout_by prompt"
@@ -204,18 +204,18 @@ def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[s
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #54637396
 def draw_stream(
-    keys: list[dict[str, str]], drawn: dict[str, set], n: int, seed: int
+    keys: list[dict[str, str]], draw: dict[str, set], n: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `(held, spare)`: the numbers of the transcripts of one stream that are held out, and of those
-    that are more than `n` (int64). `keys` are their keys, `drawn` the keys to hold out."""
+    """Return `(rows, spare)`: the numbers of the transcripts of one stream that are held out, and of those
+    that are more than `n` (int64). `keys` are their keys, `draw` the keys to hold out."""
     size = len(keys)
     rest = np.flatnonzero([not k for k in keys])
     share = n if len(rest) == size else round(n * len(rest) / size)
-    chosen = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
-    whole = np.flatnonzero([bool(k) and all(key in drawn[kind] for kind, key in k.items()) for k in keys])
+    alone = rest[hold_out(len(rest), share, seed)] if len(rest) >= 5 and share else rest[:0]
+    whole = np.flatnonzero([bool(k) and all(key in draw[kind] for kind, key in k.items()) for k in keys])
     order = np.random.default_rng((seed, 4)).permutation(len(whole))
-    held = np.sort(np.concatenate([chosen, whole[order[: min(n, size // 5)]]]))
-    return held, np.setdiff1d(whole, held)
+    rows = np.sort(np.concatenate([alone, whole[order[: min(n, size // 5)]]]))
+    return rows, np.setdiff1d(whole, rows)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #e5cf694c
 def part(
@@ -225,7 +225,7 @@ def part(
     n: int = HELD_OUT,
     seed: int = 0,
 ) -> Parted:
-    """Part the streams of one set of files into training and held-out transcripts, `n` of each stream (at
+    """Divide the streams of one set of files into training and held-out transcripts, `n` of each stream (at
     most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key is
     drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared. Raises
     ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
@@ -235,19 +235,19 @@ def part(
         hold_out(len(stream), n, seed, name)  # refuses what is too small
     one: dict[tuple, dict[str, str]] = {}  # of equal keys, which there are many of, one dict
 
-    def own_keys(t):
+    def own_keys(t: Transcript) -> dict[str, str]:
         keys = {k: v for k, v in task_keys(t).items() if k in kinds}
         return one.setdefault(tuple(keys.items()), keys)
 
     keys = {name: [own_keys(t) for t in stream] for name, stream in streams.items()}
-    drawn = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
+    draw = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
     out = Parted([], [], [], kinds)
     for name, stream in streams.items():
-        held, spare = draw_stream(keys[name], drawn, n, seed)
-        out.held_out += [stream[i] for i in held]
+        rows, spare = draw_stream(keys[name], draw, n, seed)
+        out.held_out += [stream[i] for i in rows]
         out.left_out |= dict.fromkeys((stream[i].id for i in spare), "spare")
         train = np.ones(len(stream), bool)
-        train[held] = train[spare] = False
+        train[rows] = train[spare] = False
         setattr(out, name, those(stream, train))
     return thin(out)
 
@@ -256,18 +256,18 @@ def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[s
     """Return `{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
     transcripts have: different keys in training and among the held-out, held-out transcripts with such a key,
     and how many of these share it with training."""
-    known, held, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
+    trained, others, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
     for t in training:
         for kind, key in keys_of(t).items():
-            known[kind].add(key)
+            trained[kind].add(key)
     for kind in HELDOUT_BY:
-        keys = [k[kind] for k in held if kind in k]
+        keys = [k[kind] for k in others if kind in k]
         if keys:
             out[kind] = {
-                "training": known[kind].count,
+                "training": trained[kind].count,
                 "held_out": len({*keys}),
                 "with": len(keys),
-                "shared": sum(key in known[kind] for key in keys),
+                "shared": sum(key in trained[kind] for key in keys),
             }
     return out
 
@@ -277,13 +277,12 @@ def held_lines(
 ) -> list[str]:
     """Return sentences for a run: how many are held out and by what, what they still share with training, and
     what was left out of it for that."""
-    labels, found = Counter(t.label for t in held_out), shared(training, held_out)
+    labels, figures = Counter(t.label for t in held_out), shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
     lines += [
         f"    {kind}: {f['held_out']} held out, {f['training']} in training; {f['shared']} of {f['with']} "
-        "held-out "
-        "transcripts share theirs with training"
-        for kind, f in found.items()
+        "held-out transcripts share theirs with training"
+        for kind, f in figures.items()
     ]
     why = Counter(left_out.values())
     if left_out:

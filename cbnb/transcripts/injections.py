@@ -21,10 +21,10 @@ ESCAPES = re.compile(
     r"|(?P<plain>[^\s\"'\\]+)|\\[\\abtnvfreNLP0_]|[\s\S]"
 )
 
-
+# %% ../../nbs/transcripts/01_injections.ipynb #a3170daf
 PLAIN = re.compile(r"(?P<plain>[^\s\"'\\]+)")
 
-
+# %% ../../nbs/transcripts/01_injections.ipynb #030d4dc1
 def squeeze(text: str, escaped: bool = True) -> tuple[str, array, array]:
     """Return `(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the
     characters left stood. In `escaped` text, escapes such as `\\u00e9` and `\\n` are undone first."""
@@ -51,7 +51,7 @@ def find_all(text: str, part: str) -> Iterator[tuple[int, int]]:
         yield at, at + len(part)
         at = text.find(part, at + len(part))
 
-
+# %% ../../nbs/transcripts/01_injections.ipynb #0b843b14
 def find_injection(text: str, injection: str, squeezed: Callable = squeeze) -> list[tuple[int, int]]:
     """Return `[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on)
     under YAML or JSON escapes. None for a blank one. `squeezed`: a `squeeze` that may remember."""
@@ -64,15 +64,15 @@ def find_injection(text: str, injection: str, squeezed: Callable = squeeze) -> l
         return []
     for escaped in (True, False):  # YAML escapes nothing in plain and in single-quoted text
         bare, starts, ends = squeezed(text, escaped)
-        if found := [(starts[a], ends[b - 1]) for a, b in find_all(bare, part)]:
-            return found
+        if places := [(starts[a], ends[b - 1]) for a, b in find_all(bare, part)]:
+            return places
     return []
 
 # %% ../../nbs/transcripts/01_injections.ipynb #65b8e292
-def join_spans(found: Iterable[list[int]]) -> list[list[int]]:
-    "Return the spans `[[message, start, end], ...]` of `found` in order, overlapping ones as one."
+def join_spans(places: Iterable[list[int]]) -> list[list[int]]:
+    "Return the spans `[[message, start, end], ...]` of `places` in order, overlapping ones as one."
     spans: list[list[int]] = []
-    for i, a, b in sorted(found):
+    for i, a, b in sorted(places):
         if spans and spans[-1][0] == i and a < spans[-1][2]:
             spans[-1][2] = max(spans[-1][2], b)
         else:
@@ -85,14 +85,15 @@ def find_injections(
 ) -> tuple[list[list[int]], list[str]]:
     """Return spans `[[message, start, end], ...]` of the texts of `injections` (by name) in messages of
     `roles`, overlapping ones as one, and the sorted names of those that stand in none."""
-    found, seen = [], set()
+    spans: list[list[int]] = []
+    matches = set()
     for i, message in enumerate(messages):
         if message["role"] not in roles:
             continue
         squeezed = functools.lru_cache(squeeze)  # of this message, for all injections
         for name, injection in injections.items():
             places = find_injection(message["content"], injection, squeezed)
-            found += [[i, a, b] for a, b in places]
+            spans += [[i, a, b] for a, b in places]
             if places:
-                seen.add(name)
-    return join_spans(found), sorted(injections.keys() - seen)
+                matches.add(name)
+    return join_spans(spans), sorted(injections.keys() - matches)

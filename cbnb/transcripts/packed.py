@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['FileRecord', 'PACKED', 'ROWS', 'TABLES', 'HUB', 'open_zst', 'as_json', 'read_batches', 'read_parquet', 'read_arrow',
-           'read_member', 'read_archive', 'hub_call', 'read_hub']
+__all__ = ['FileRecord', 'PACKED', 'ROWS', 'TABLES', 'ZSTANDARD', 'HUB', 'open_zst', 'as_json', 'read_batches', 'read_parquet',
+           'read_arrow', 'unpack_zst_member', 'read_member', 'read_archive', 'hub_call', 'read_hub']
 
 # %% ../../nbs/transcripts/02_packed.ipynb #4154c272
 # where a record stands in its file, the id that it gets where it has none, and what stands there: a record
@@ -33,20 +33,20 @@ FileRecord = tuple[str, str, Any]
 
 # %% ../../nbs/transcripts/02_packed.ipynb #c1a9fd9f
 def open_zst(stream: IO[bytes]) -> io.BufferedReader:
-    "Return the Zstandard `stream`, unpacked. What is wrong with it raises OSError when it is read."
+    "Return the Zstandard `stream`, unpacked. A damaged one raises OSError where it is read."
     import pyarrow  # late: a command that reads no such file must not wait for it
 
     return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #797a1304
 # first bytes: function of a binary stream of the file that gives a stream of the bytes that were packed
 PACKED = {b"\x1f\x8b": lambda stream: gzip.open(stream, "rb"), b"\x28\xb5\x2f\xfd": open_zst}
 
 # %% ../../nbs/transcripts/02_packed.ipynb #e0edc7b3
 def as_json(value: Any, where: str) -> Any:
-    """Return a value of a table as JSON has it. Dates become ISO text, and keys without a value are left out,
-    but for `content`: a column has every key that one of its rows has. Raises TranscriptError for bytes and
-    for numbers that JSON has not."""
+    """Return a value of a table as JSON has it. Dates become ISO text. Keys without a value are left out, but
+    for `content`, since a column has every key that one of its rows has. Raises TranscriptError for bytes and
+    for NaN and infinities."""
     if isinstance(value, dict):
         return {
             str(k): as_json(v, f"{where}.{k}") for k, v in value.items() if v is not None or k == "content"
@@ -63,7 +63,7 @@ def as_json(value: Any, where: str) -> Any:
     need(
         not isinstance(value, float) or math.isfinite(value),
         where,
-        f"is {value}, which is no JSON; leave the value out",
+        f"is {value}, which is not JSON; leave the value out",
     )
     need(
         value is None or isinstance(value, str | int | float),
@@ -123,26 +123,34 @@ def read_arrow(path: str | Path, name: str) -> Iterator[FileRecord]:
 # first bytes: function of (path, name) that yields (where, id, record or TranscriptError)
 TABLES = {b"PAR1": read_parquet, b"ARROW1": read_arrow, b"\xff\xff\xff\xff": read_arrow}
 
+# %% ../../nbs/transcripts/02_packed.ipynb #cb5245ff
+ZSTANDARD = 93  # compression method of ZIP
+
+
+def unpack_zst_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Return the first `MAX_LINE_BYTES` + 1 unpacked bytes of a `member` of a ZIP `archive` that is packed by
+    Zstandard."""
+    import pyarrow
+
+    file: Any = archive.fp
+    file.seek(member.header_offset)
+    head = file.read(30)
+    file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
+    packed = pyarrow.BufferReader(file.read(member.compress_size))
+    return pyarrow.CompressedInputStream(packed, "zstd").read(MAX_LINE_BYTES + 1)
+
 # %% ../../nbs/transcripts/02_packed.ipynb #2091b94f
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> Any:
-    """Return JSON value of a `member` (ZipInfo) of a ZIP `archive`, bounded by `MAX_LINE_BYTES` unpacked.
-    Zstandard (method 93, which Inspect writes and Python's zipfile does not read before 3.14) is unpacked
-    here."""
+    """Return the JSON value of a `member` of a ZIP `archive`, of at most `MAX_LINE_BYTES` unpacked. Raises
+    TranscriptError for a longer or damaged one, and one that is not JSON."""
     need(
         member.file_size <= MAX_LINE_BYTES,
         where,
         f"is longer than {MAX_LINE_BYTES} bytes; shorten the record",
     )
     try:
-        if member.compress_type == 93:
-            import pyarrow
-
-            file: Any = archive.fp
-            file.seek(member.header_offset)
-            head = file.read(30)
-            file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
-            packed = pyarrow.BufferReader(file.read(member.compress_size))
-            data = pyarrow.CompressedInputStream(packed, "zstd").read(MAX_LINE_BYTES + 1)
+        if member.compress_type == ZSTANDARD:
+            data = unpack_zst_member(archive, member)
         else:
             with archive.open(member) as f:
                 data = f.read(MAX_LINE_BYTES + 1)
@@ -150,7 +158,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -
         return parse_json(data.decode("utf-8"))
     except TranscriptError:
         raise
-    # zipfile raises NotImplementedError for a compression that it has not
+    # zipfile raises NotImplementedError for a compression that it does not know
     except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:
         raise TranscriptError(f"{where}: cannot be read ({e}); make or fetch the file again") from None
 
@@ -167,9 +175,13 @@ def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
             ) from None
         members = {m.filename: m for m in archive.infolist()}
         head = next((h for h in ("header.json", "_journal/start.json") if h in members), "")
-        need(head, name, "is a ZIP archive, but no .eval log of Inspect; unpack it, and read the files in it")
+        need(
+            head,
+            name,
+            "is a ZIP archive, but not an .eval log of Inspect; unpack it, and read the files in it",
+        )
         header = read_member(archive, members[head], f"{name}, {head}")
-        need(isinstance(header, dict), f"{name}, {head}", "is no object")
+        need(isinstance(header, dict), f"{name}, {head}", "is not an object; write one JSON object")
         for number, (member, info) in enumerate(
             ((m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)), 1
         ):
@@ -179,27 +191,27 @@ def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
             except TranscriptError as e:
                 yield where, f"{name}:{number}", e
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #20a8156b
 TABLES[b"PK\x03\x04"] = read_archive
 
 # %% ../../nbs/transcripts/02_packed.ipynb #2d4321c9
 HUB = re.compile(r"hf:(?P<name>[^\[\]]+)\[(?P<split>[^\[\]]+(?:\[[^\[\]]*\])?)\]")
 
-
+# %% ../../nbs/transcripts/02_packed.ipynb #052934c6
 def hub_call(path: str | Path) -> tuple[tuple[str, ...], str]:
     """Return `(arguments, split)` for `datasets.load_dataset` of `hf:dataset[split]`: a folder or a name with
     one slash; a third part is the configuration (`hf:org/name/config[split]`). Raises TranscriptError for
     another form."""
-    found: Any = HUB.fullmatch(str(path))
+    match: Any = HUB.fullmatch(str(path))
     need(
-        found,
+        match,
         str(path),
-        "is no data set; write hf:org/name[split], hf:org/name/config[split] or hf:./folder[split]",
+        "is not a data set; write hf:org/name[split], hf:org/name/config[split] or hf:./folder[split]",
     )
-    name = found["name"]
+    name = match["name"]
     if name.startswith((".", "/")):
-        return (name,), found["split"]
-    return ("/".join(name.split("/")[:2]), *name.split("/")[2:3]), found["split"]
+        return (name,), match["split"]
+    return ("/".join(name.split("/")[:2]), *name.split("/")[2:3]), match["split"]
 
 # %% ../../nbs/transcripts/02_packed.ipynb #dcea374b
 def read_hub(path: str | Path) -> Iterator[FileRecord]:
@@ -219,7 +231,7 @@ def read_hub(path: str | Path) -> Iterator[FileRecord]:
             check_folder(folder)
         # what save_to_disk writes
         if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(str(folder))
+            rows: Any = datasets.load_from_disk(str(folder))
             if isinstance(rows, dict):
                 rows = rows[split]
         else:

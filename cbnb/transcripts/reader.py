@@ -16,6 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['ROOMS', 'MAX_SKIPPED', 'MAX_BAD', 'MAX_WORDS', 'SUFFIXES', 'READING_TEXTS', 'known_formats', 'find_format',
+           'detect_format', 'of_format', 'SeenKeys', 'files_in', 'TooManyBad', 'ReadingCounts', 'RepeatFilter',
+           'TranscriptReader', 'read_transcripts', 'to_record', 'write_transcripts']
+
+# %% ../../nbs/transcripts/10_reader.ipynb #a5f11ba8
 from ..basics.files import new_file
 from ..basics.reading import MAX_ENTRIES
 from ..basics.terminal import first_line, visible, warn
@@ -34,11 +40,6 @@ from cbnb.transcripts.record import (
     need,
 )
 
-# %% auto #0
-__all__ = ['ROOMS', 'MAX_SKIPPED', 'MAX_BAD', 'MAX_WORDS', 'SUFFIXES', 'known_formats', 'find_format', 'detect_format',
-           'of_format', 'SeenKeys', 'files_in', 'TooManyBad', 'ReadingCounts', 'RepeatFilter', 'TranscriptReader',
-           'read_transcripts', 'to_record', 'write_transcripts']
-
 # %% ../../nbs/transcripts/10_reader.ipynb #1258772d
 # the pages of formats, read when first asked
 ROOMS = (
@@ -49,10 +50,10 @@ ROOMS = (
     "cbnb.transcripts.formats_sessions",
 )
 
-
+# %% ../../nbs/transcripts/10_reader.ipynb #c0f54384
 def known_formats() -> dict[str, Format]:
     """Return `FORMATS` with those of all pages. What others added under one of their names before they were
-    loaded is kept."""
+    loaded stays."""
     own = {name: f for name, f in FORMATS.items() if f.reads.__module__ not in ROOMS}
     for room in ROOMS:
         importlib.import_module(room)
@@ -72,34 +73,34 @@ def find_format(name: str) -> Format:
             f"format={name!r} is unknown; use one of {', '.join(words)}, or module:name{nearest(name, words)}"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        form = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as e:  # whatever a module of the user's raises
         raise ValueError(
             f"the format {name!r} cannot be imported: {first_line(e)}; is its folder on PYTHONPATH?"
         ) from None
-    if not isinstance(found, Format):
+    if not isinstance(form, Format):
         raise ValueError(
-            f"the format {name!r} is a {type(found).__name__}; make it a cbnb.transcripts.formats.Format"
+            f"the format {name!r} is a {type(form).__name__}; make it a cbnb.transcripts.formats.Format"
         )
-    return found
+    return form
 
 # %% ../../nbs/transcripts/10_reader.ipynb #c8ceb7a4
 def detect_format(record: dict, where: str) -> str:
     """Return the name of the format of a first `record`, by its content. Raises TranscriptError with the keys
-    found where no format fits, several do, or one that is read on request only."""
-    found = [f for f in known_formats().values() if f.recognises(record)]
-    behind = {name for f in found for name in f.before}
-    found = [f for f in found if f.name not in behind]
-    if len(found) == 1:
-        name = found[0].name
+    of the record where no format fits, several do, or one that is read on request only."""
+    matches = [f for f in known_formats().values() if f.recognises(record)]
+    behind = {name for f in matches for name in f.before}
+    matches = [f for f in matches if f.name not in behind]
+    if len(matches) == 1:
+        name = matches[0].name
         need(
-            not found[0].on_request,
+            not matches[0].on_request,
             where,
             f"looks like {name}, which is read on request only; pass format={name!r}",
         )
         return name
     keys = cut(", ".join(sorted(map(str, record))[:40]), 400) or "(none)"
-    fits = " and ".join(f.name for f in found) + " all fit" if found else "no known format has"
+    fits = " and ".join(f.name for f in matches) + " all fit" if matches else "no known format has"
     raise TranscriptError(f"{where}: {fits} the keys {keys}; pass format= one of {', '.join(FORMATS)}")
 
 # %% ../../nbs/transcripts/10_reader.ipynb #fe5af65c
@@ -108,32 +109,32 @@ def of_format(
 ) -> Iterator[tuple[str, str, Any, Any]]:
     """Yield `(where, id, record or TranscriptError, Format)` of a file's records: by `format`, a name, or for
     "auto" by the first one that can be recognised. The file's format has then gathered them."""
-    known = None if format == "auto" else find_format(format)
-    if known is None or known.bare:
+    form = None if format == "auto" else find_format(format)
+    if form is None or form.bare:
         records = whole_conversations(records)
     for item in records:
         where, default_id, record = item
-        if known is None and not isinstance(record, TranscriptError):
+        if form is None and not isinstance(record, TranscriptError):
             try:
                 need(
                     isinstance(record, dict),
                     where,
                     f"is a JSON {type(record).__name__}; each record is an object",
                 )
-                known = known_formats()[detect_format(record, where)]
+                form = known_formats()[detect_format(record, where)]
             except TranscriptError as e:
                 record = e
-        if known is None or isinstance(record, TranscriptError):
-            yield where, default_id, record, known
+        if form is None or isinstance(record, TranscriptError):
+            yield where, default_id, record, form
             continue
         rest = itertools.chain([item], records)
-        yield from ((*gathered, known) for gathered in gather(rest, known, path))
+        yield from ((*gathered, form) for gathered in gather(rest, form, path))
         return
 
 # %% ../../nbs/transcripts/10_reader.ipynb #d5e11699
 class SeenKeys:
-    """A set that only knows what was added: 64-bit hashes in one flat table of 16 to 32 bytes a key, where a
-    set of ids takes over 100.
+    """A set that can only tell what it holds: 64-bit hashes in one flat table of 16 to 32 bytes per key,
+    where a set of ids takes over 100.
 
     Two of n different keys are taken for equal with a chance of about n²/2⁶⁵: 3 in 10⁸ for a million."""
 
@@ -164,7 +165,7 @@ class SeenKeys:
 # %% ../../nbs/transcripts/10_reader.ipynb #97b02704
 MAX_SKIPPED = 1000  # error sentences kept in memory
 MAX_BAD = 10_000  # bad records; more of them end the reading where they are more than the good ones
-MAX_WORDS = 1000  # characters of an error sentence that is kept
+MAX_WORDS = 1000  # characters of an error sentence
 # of a folder's files
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".parquet", ".arrow")
 
@@ -172,15 +173,11 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".eval", ".traj", ".gz", ".zst", ".par
 def files_in(folder: Path) -> list[Path]:
     """Return the paths of all files under a `folder` that `SUFFIXES` names, in order; hidden ones and links
     are left out."""
-    found = list(itertools.islice(folder.rglob("*"), MAX_ENTRIES + 1))
-    need(
-        len(found) <= MAX_ENTRIES,
-        str(folder),
-        f"holds over {MAX_ENTRIES:,} files; name those that are wanted",
-    )
+    paths = list(itertools.islice(folder.rglob("*"), MAX_ENTRIES + 1))
+    need(len(paths) <= MAX_ENTRIES, str(folder), f"holds over {MAX_ENTRIES:,} files; name a folder in it")
     return [
         p
-        for p in sorted(found)
+        for p in sorted(paths)
         if p.suffix in SUFFIXES
         and p.is_file()
         and not p.is_symlink()
@@ -191,9 +188,16 @@ def files_in(folder: Path) -> list[Path]:
 class TooManyBad(TranscriptError):
     "So many bad records that the rest is not read."
 
+# %% ../../nbs/transcripts/10_reader.ipynb #236ddf54
+READING_TEXTS = (
+    "samples stood before and were read once",
+    "transcripts have an id that stands in another file too; theirs begins with the name of their file",
+    "records, whose labels contradict the verdict of their source, were read by that verdict",
+)
+
 # %% ../../nbs/transcripts/10_reader.ipynb #ef2f942a
 class ReadingCounts:
-    "What the last reading of a `path` has done, in counts; see `TranscriptReader`."
+    "Counts of what the last reading of a `path` has done; see `TranscriptReader`."
 
     path: Path
 
@@ -230,7 +234,7 @@ class ReadingCounts:
         return error
 
     def nothing(self) -> str:
-        "Return why there is no record, in words."
+        "Return in words why there are no records."
         links = sum(p.is_symlink() for p in self.path.rglob("*")) if self.path.is_dir() else 0
         out = ", ".join(f"{n:,} {cause} left out" for cause, n in self.left_out.items())
         return (
@@ -240,52 +244,42 @@ class ReadingCounts:
         )
 
     def told(self) -> list[str]:
-        """Return sentences on what the last reading did with whole records: those read once and those read by
-        their source's verdict, counted."""
-        texts = (
-            (self.repeated, "samples stood before and were read once"),
-            (
-                self.renamed,
-                "transcripts have an id that stands in another file too; theirs begins with the name of "
-                "their file",
-            ),
-            (
-                self.relabelled,
-                "records, whose labels contradict the verdict of their source, were read by that verdict",
-            ),
-        )
-        left = [f"{self.shown_name}: {n:,} {cause} left out" for cause, n in self.left_out.items()]
-        return left + [f"{self.shown_name}: {n:,} {text}" for n, text in texts if n]
+        """Return sentences on what the last reading did with whole records: those left out, those read once
+        and those read by their source's verdict, counted."""
+        counts = [(n, f"{cause} left out") for cause, n in self.left_out.items()]
+        counts += zip((self.repeated, self.renamed, self.relabelled), READING_TEXTS)
+        return [f"{self.shown_name}: {n:,} {text}" for n, text in counts if n]
 
 # %% ../../nbs/transcripts/10_reader.ipynb #1c398bd0
 class RepeatFilter(ReadingCounts):
-    "A reading that hands on equal transcripts once, and gives different ones different ids."
+    "A reading that yields equal transcripts once, and gives different ones different ids."
 
-    def drop_repeats(self, found: list[Transcript], default_id: str, seen: SeenKeys) -> list[Transcript]:
-        """Return `found` without transcripts that stood before in this file, equal in all (but for an id that
+    def drop_repeats(
+        self, transcripts: list[Transcript], default_id: str, contents: SeenKeys
+    ) -> list[Transcript]:
+        """Return `transcripts` without those that stood before in this file, equal in all (but for an id that
         only says where they stand): RRFA draws its benign samples many times, and the id of its traces is a
         hash of their content, so that what `meta` says does not count."""
         new = []
-        for t in found:
+        for t in transcripts:
             content = repr(replace(t, id="") if t.id.startswith(f"{default_id}:") else replace(t, meta={}))
-            if content in seen:
+            if content in contents:
                 self.repeated += 1
             else:
                 new.append(t)
-            seen.add(content)
+            contents.add(content)
         return new
 
     def tell_apart(
-        self, found: list[Transcript], default_id: str, name: str, ids: SeenKeys, contents: SeenKeys
+        self, transcripts: list[Transcript], default_id: str, name: str, ids: SeenKeys, contents: SeenKeys
     ) -> list[Transcript]:
-        """Return `found` in the file `name` of several, where an id may stand in another one, as that of a
-        task does which two models have run: what is equal there is read once; the id of what is not begins
-        with the file's name. `ids` are those handed on so far, and get these."""
+        """Return `transcripts` of the file `name`, one of several. An id may stand in another file too, as
+        that of a task that two models have run: what is equal there is read once; the id of what is not
+        begins with the file's name. `ids` are those of all files so far, to which these are added."""
         new = []
-        for t in found:
-            # the reader's, which says where it stands
+        for t in transcripts:
+            # an id of the reader's says where it stands, and `drop_repeats` has compared these
             own = t.id == default_id or t.id.startswith(f"{default_id}:")
-            # `drop_repeats` keeps its own
             content = None if own else ("of a file", repr(replace(t, source="")))
             if content and content in contents:
                 self.repeated += 1
@@ -313,13 +307,8 @@ class TranscriptReader(RepeatFilter):
     def __init__(
         self, path: str | Path, format: str, label: str | None, on_error: str, relabel: str | None = None
     ) -> None:
-        self.path, self.format, self.label, self.on_error, self.relabel = (
-            Path(path),
-            format,
-            label,
-            on_error,
-            relabel,
-        )
+        self.path, self.format, self.label = Path(path), format, label
+        self.on_error, self.relabel = on_error, relabel
         self.start()
 
     def convert(
@@ -333,9 +322,9 @@ class TranscriptReader(RepeatFilter):
             self.contradictions[name] += 1
             if self.relabel is None or e.corrected is None:
                 raise
-            found = format.reads(e.corrected, where, default_id, None, name)
+            transcripts = format.reads(e.corrected, where, default_id, None, name)
             self.relabelled += 1
-            return found
+            return transcripts
 
     def all_contradictions(self, first: TranscriptError) -> TranscriptError:
         """Return the TranscriptError that counts the contradictions of all files by reading them again, as
@@ -381,21 +370,21 @@ class TranscriptReader(RepeatFilter):
             return None
         check_record_switches(record, where)
         check_meaning({k: v for k, v in record.items() if k not in format.takes}, where)
-        found = self.convert(format, record, where, default_id, name)
+        transcripts = self.convert(format, record, where, default_id, name)
         if format.repeats:
-            found = self.drop_repeats(found, default_id, contents)
+            transcripts = self.drop_repeats(transcripts, default_id, contents)
         need(
-            not (twice := sorted(t.id for t in found if t.id in ids)),
+            not (twice := sorted(t.id for t in transcripts if t.id in ids)),
             f"{where}, id",
             f"{twice} stood before; ids must differ",
         )
         need(
-            len({t.id for t in found}) == len(found),
+            len({t.id for t in transcripts}) == len(transcripts),
             f"{where}, id",
             "stands twice in this record; ids must differ",
         )
         self.formats[format.name] += 1
-        return found
+        return transcripts
 
     def read_file(
         self, path: str | Path, name: str, ids: SeenKeys, contents: SeenKeys
@@ -410,19 +399,19 @@ class TranscriptReader(RepeatFilter):
             self.record_count += 1
             try:
                 place = (where, default_id, name)
-                found = self.read_record(record, format, place, path != self.path, here, contents)
+                transcripts = self.read_record(record, format, place, path != self.path, here, contents)
             except TranscriptError as e:
                 if self.on_error == "raise":
                     raise (self.all_contradictions(e) if isinstance(e, Contradiction) else e) from None
                 yield self.skip(e)
                 continue
-            if found is None:
+            if transcripts is None:
                 continue
-            for t in found:
+            for t in transcripts:
                 here.add(t.id)
             if here is not ids:
-                found = self.tell_apart(found, default_id, name, ids, contents)
-            yield from found
+                transcripts = self.tell_apart(transcripts, default_id, name, ids, contents)
+            yield from transcripts
 
     def records(self, empty: bool = False) -> Iterator[Transcript | TranscriptError]:
         """Yield each transcript and, with `on_error='skip'`, the TranscriptError in the place of each bad
@@ -446,9 +435,9 @@ class TranscriptReader(RepeatFilter):
         )
 
     def __iter__(self) -> Iterator[Transcript]:
-        for found in self.records():
-            if not isinstance(found, TranscriptError):
-                yield found
+        for item in self.records():
+            if not isinstance(item, TranscriptError):
+                yield item
         if self.skipped:
             warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}")
         for text in self.told():
@@ -464,16 +453,15 @@ def read_transcripts(
 ) -> TranscriptReader:
     """Return an iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON
     object; also packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo
-    writes a file a run), or of `hf:dataset[split]`; see `TranscriptReader`.
+    writes one file per run), or of `hf:dataset[split]`; see `TranscriptReader`.
 
-    `format` is "auto" (by the first record of each file), one of `FORMATS`, or `module:name` (`find_format`).
-    `label` is the label of records
-    that carry none (of all runs of AgentDojo). `on_error="skip"` collects the error sentences of bad records
-    in `.skipped` and warns at the end; more than `MAX_BAD` of them, and more than are good, end it. A record
-    whose fields contradict each other is an error that counts all of them; `relabel="source"` reads those
-    whose source measured a verdict by that, counts them in `.relabelled` and warns at the end. Lines and
-    array items stream, one at a time. Raises TranscriptError with file, line and field; ValueError for a
-    wrong argument."""
+    `format` is "auto" (by the first record of each file), one of `FORMATS`, or `module:name`
+    (`find_format`). `label` is the label of records that carry none (of all runs of AgentDojo).
+    `on_error="skip"` collects the error sentences of bad records in `.skipped` and warns at the end; more
+    than `MAX_BAD` of them, and more than are good, end it. A record whose fields contradict each other is
+    an error that counts all of them; `relabel="source"` reads those whose source measured a verdict by
+    that, counts them in `.relabelled` and warns at the end. Lines and array items stream, one at a time.
+    Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
     if format != "auto":
         find_format(format)
     for name, value, choices in (
@@ -518,7 +506,7 @@ def to_record(transcript: Transcript) -> dict:
 
 # %% ../../nbs/transcripts/10_reader.ipynb #97863c47
 def write_transcripts(path: str | Path, transcripts: Iterable[Transcript]) -> None:
-    """Write `transcripts` as OpenAI chat JSONL, one record a line, so that `read_transcripts` gives back
+    """Write `transcripts` as OpenAI chat JSONL, one record per line, so that `read_transcripts` gives back
     equal ones.
 
     The file appears whole or not at all (`cbnb.basics.files.new_file`, which may raise). Raises

@@ -23,8 +23,8 @@ __all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', '
            'InjectionSpan', 'Transcript', 'json_depth', 'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of',
            'read_switch', 'check_record_switches', 'read_content', 'read_arguments', 'read_tool_call', 'modernise',
            'need_message', 'read_message', 'read_label', 'Contradiction', 'source_run', 'measured_label',
-           'read_message_labels', 'read_spans', 'check_meaning', 'read_meta', 'last_calls', 'check_label', 'read_tools',
-           'add_adapted', 'take_system', 'take_tools']
+           'read_message_labels', 'read_spans', 'check_meaning', 'read_meta', 'last_calls', 'need_agreement',
+           'check_injected_call', 'check_label', 'read_tools', 'add_adapted', 'take_system', 'take_tools']
 
 # %% ../../nbs/transcripts/00_record.ipynb #93090dc5
 class TranscriptError(ValueError):
@@ -87,22 +87,23 @@ def json_depth(text: str) -> int:
     return deepest
 
 # %% ../../nbs/transcripts/00_record.ipynb #a6259185
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "Return the dict of `pairs`; a repeated key is an error, since JSON does not say which one counts."
-    seen = dict(pairs)
-    if len(seen) == len(pairs):
-        return seen
+    unique = dict(pairs)
+    if len(unique) == len(pairs):
+        return unique
     keys = [k for k, _ in pairs]
     raise ValueError(
         f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object; keep one"
     )
 
-
-def _refuse_constant(name):
+# %% ../../nbs/transcripts/00_record.ipynb #6f9302f0
+def _refuse_constant(name: str) -> None:
+    "Raise ValueError: NaN and infinities, which Python writes, are not in JSON."
     raise ValueError(f"{name} is not JSON; use null")
 
-
-def _finite(text):
+# %% ../../nbs/transcripts/00_record.ipynb #32a0e384
+def _finite(text: str) -> float:
     "Return a JSON number as float; one that overflows is an error."
     if math.isfinite(number := float(text)):
         return number
@@ -168,14 +169,12 @@ UNCLEAR = (
 )
 RECORD_SWITCHES = (*SWITCHES, *UNCLEAR, "sample_weight", "train_on_inputs", "mask_history")
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #2c61f712
 def read_switch(message: dict, where: str) -> bool:
     """Return whether a message may be trained: False where a key of `SWITCHES` says 0 or false, else True.
 
-    `weight` is OpenAI's (also of unsloth and Together), `train` and `training` are axolotl's, `loss` and
-    `loss_scale` ms-swift's, `loss_mask` is that of RL trainers, 1 where trained. Raises TranscriptError for
-    another value than 0, 1, false and true, for keys that disagree, for a key in `UNCLEAR`, and where words
-    are to be trained that are not the assistant's."""
+    Raises TranscriptError for another value than 0, 1, false and true, for keys that disagree, for a key in
+    `UNCLEAR`, and where a message that is not the assistant's is to be trained."""
     for key in UNCLEAR:
         need(
             message.get(key) is None,
@@ -183,8 +182,8 @@ def read_switch(message: dict, where: str) -> bool:
             'cannot be followed: it is not clear which words it trains; write "weight": 0 for '
             "an assistant message that is not to be trained, or remove it",
         )
-    given = {key: message[key] for key in SWITCHES if message.get(key) is not None}
-    for key, value in given.items():
+    values = {key: message[key] for key in SWITCHES if message.get(key) is not None}
+    for key, value in values.items():
         need(
             isinstance(value, (bool, int, float)) and value in (0, 1),
             f"{where}.{key}",
@@ -197,11 +196,11 @@ def read_switch(message: dict, where: str) -> bool:
             "remove it",
         )
     need(
-        len({bool(value) for value in given.values()}) < 2,
-        f"{where}.{', '.join(given)}",
+        len({bool(value) for value in values.values()}) < 2,
+        f"{where}.{', '.join(values)}",
         "say different things; keep one",
     )
-    return all(given.values())
+    return all(values.values())
 
 # %% ../../nbs/transcripts/00_record.ipynb #b8618d1f
 def check_record_switches(record: dict, where: str) -> None:
@@ -238,13 +237,13 @@ def read_content(content: Any, where: str) -> str:
         need(
             isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str),
             f"{where}[{i}]",
-            'is no text block; only {"type": "text", "text": "..."} can be read',
+            'is not a text block; only {"type": "text", "text": "..."} can be read',
         )
         own = [key for key in (*SWITCHES, *UNCLEAR) if block.get(key) is not None]
         need(
             not own,
             f"{where}[{i}].{', '.join(own)}",
-            "is said of a part of a message; it can be said of a whole one only",
+            "switches a part of a message; put it on the whole message",
         )
     return "".join(block["text"] for block in content)
 
@@ -271,7 +270,7 @@ def read_tool_call(call: Any, where: str) -> dict:
     need(
         isinstance(call, dict) and isinstance(call.get("function"), dict),
         where,
-        'is no tool call; write {"type": "function", "function": {"name": ..., "arguments": ...}}',
+        'is not a tool call; write {"type": "function", "function": {"name": ..., "arguments": ...}}',
     )
     function = call["function"]
     need(
@@ -394,22 +393,22 @@ def read_message(message: Any, where: str, adapted: Counter | None = None) -> di
     return out
 
 # %% ../../nbs/transcripts/00_record.ipynb #6801072d
-def read_label(own: Any, given: str | None, where: str) -> str:
-    """Return a record's label: its `own`, or `given` where it has none. A contradiction, an unknown label or
+def read_label(own: Any, label: str | None, where: str) -> str:
+    """Return a record's label: its `own`, or `label` where it has none. A contradiction, an unknown label or
     none at all raises TranscriptError."""
     need(
-        own is not None or given is not None,
+        own is not None or label is not None,
         where,
         "is missing; add it to each record, or pass label='benign' or label='harmful'",
     )
     if own is not None:
         need_one_of(own, LABELS, where)
     need(
-        own is None or given in (None, own),
+        own is None or label in (None, own),
         where,
-        f"says {own!r} but label={given!r} was passed; drop one of them",
+        f"is {own!r}, but label={label!r} was passed; drop one of them",
     )
-    return own or str(given)
+    return own or str(label)
 
 # %% ../../nbs/transcripts/00_record.ipynb #00a15199
 class Contradiction(TranscriptError):
@@ -431,24 +430,22 @@ def source_run(record: dict) -> tuple[dict, str]:
         return (fields, "raw_metadata.source_fields.") if "security" in fields else ({}, "")
     return (record, "") if {"user_task_id", "injection_task_id", "security"} <= record.keys() else ({}, "")
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #aee1bc8f
 def measured_label(run: dict) -> str | None:
     """Return the label that the `security` of an AgentDojo run measured: harmful where the injection reached
     its goal (true), else benign. None where it measured nothing: without an injection task, after an API
     error, in a denial-of-service attack."""
-    if (
-        run.get("injection_task_id") is None
-        or not isinstance(run.get("security"), bool)
-        or run.get("error") is not None
-    ):
+    if run.get("injection_task_id") is None or run.get("error") is not None:
         return None
-    return None if str(run.get("attack_type")).endswith("dos") else "harmful" if run["security"] else "benign"
+    if not isinstance(run.get("security"), bool) or str(run.get("attack_type")).endswith("dos"):
+        return None
+    return "harmful" if run["security"] else "benign"
 
 # %% ../../nbs/transcripts/00_record.ipynb #8483a896
 def read_message_labels(labels: Any, messages: list, where: str) -> dict[int, str]:
     """Return label overrides `{message index: "benign" | "harmful" | "none"}`; JSON keys are strings and
     become int."""
-    need(isinstance(labels, dict), where, 'is no object; write {"2": "harmful"}')
+    need(isinstance(labels, dict), where, 'is not an object; write {"2": "harmful"}')
     out = {}
     for key, label in labels.items():
         need(
@@ -465,13 +462,13 @@ def read_message_labels(labels: Any, messages: list, where: str) -> dict[int, st
 def read_spans(spans: Any, messages: list, where: str) -> tuple[InjectionSpan, ...]:
     """Return injection spans from `[[message, start, end], ...]`; each must lie inside the content of its
     message and be non-empty."""
-    need(isinstance(spans, list), where, "is no list; write [[message, start, end], ...]")
+    need(isinstance(spans, list), where, "is not a list; write [[message, start, end], ...]")
     for i, span in enumerate(spans):
         here = f"{where}[{i}]"
         need(
             isinstance(span, list) and len(span) == 3 and all(type(n) is int for n in span),
             here,
-            "is not [message, start, end] in integers",
+            "is not [message, start, end] in integers; write three whole numbers",
         )
         message, start, end = span
         need(
@@ -499,10 +496,10 @@ MEANING = (
     "rejected",
 )
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #41dd0afa
 def check_meaning(record: dict, where: str) -> None:
     """Raise TranscriptError where `record` holds a key of `MEANING`: one that would change what the model
-    read, so that it is no bookkeeping."""
+    read, so that it is not bookkeeping."""
     for key in MEANING:
         need(
             not record.get(key),
@@ -511,13 +508,13 @@ def check_meaning(record: dict, where: str) -> None:
             "messages, or into meta where it is a note only",
         )
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #b5d6412a
 def read_meta(record: dict, where: str) -> dict:
     """Return the `meta` object of `record` and its unknown keys beside it; a key that is in both, and one of
     `MEANING`, is an error."""
     check_meaning(record, where)
     meta = record.get("meta") or {}
-    need(isinstance(meta, dict), f"{where}, meta", "is no object")
+    need(isinstance(meta, dict), f"{where}, meta", "is not an object; write one JSON object")
     extra = {k: v for k, v in record.items() if k not in KNOWN_KEYS}
     both = sorted(meta.keys() & extra.keys())
     need(not both, f"{where}, {', '.join(both)}", "stands in the record and in its meta; keep one")
@@ -535,54 +532,56 @@ def last_calls(messages: list) -> list[dict]:
 # of meta kind: transcripts of what is to be kept
 BENIGN_KINDS = ("plain", "sensitive", "hard_negative", "general")
 
+# %% ../../nbs/transcripts/00_record.ipynb #7c4fdc67
+def need_agreement(ok: object, where: str, problem: str) -> None:
+    "Raise Contradiction `where: problem; correct one of them` unless `ok`."
+    if not ok:
+        raise Contradiction(f"{where}: {problem}; correct one of them")
 
-def check_label(transcript: Transcript, record: dict, where: str) -> None:
-    """Raise Contradiction where the label of a `transcript`, read from `record`, cannot be right beside its
-    `meta`: the verdict that its source measured (unless `meta["label_given"]` says that a caller overrode
-    it), kind, another label, or `injected_call`."""
-    label, meta = transcript.label, transcript.meta
-    run, name = source_run(meta)
-    if (measured := measured_label(run)) not in (None, label) and meta.get("label_given") != label:
-        raise Contradiction(
-            f"{where}, label: is {label}, but {name}security is {str(run['security']).lower()}: AgentDojo "
-            "measured that the "
-            f"injection {'reached' if run['security'] else 'did not reach'} its goal; correct the label, or "
-            "read the record "
-            f"by that verdict with relabel='source'",
-            {**record, "label": measured},
-        )
-
-    def agree(fine, key, problem):
-        if not fine:
-            raise Contradiction(f"{where}, {key}: {problem}; correct one of them")
-
-    agree(
-        meta.get("label") in (None, label),
-        "meta.label",
-        f"is {meta.get('label')!r}, but the label beside it is {label}",
-    )
-    agree(
-        label == "benign" or meta.get("kind") not in BENIGN_KINDS,
-        "meta.kind",
-        f"is {meta.get('kind')}, but the label is harmful",
-    )
-    if not isinstance(call := meta.get("injected_call"), dict):
-        return
-    call = {key: call.get(key) for key in ("name", "arguments")}
-    agree(
-        label == "harmful" or call not in last_calls(transcript.messages),
-        "meta.injected_call",
+# %% ../../nbs/transcripts/00_record.ipynb #7c98386e
+def check_injected_call(transcript: Transcript, injected: dict, where: str) -> None:
+    """Raise Contradiction where a benign `transcript` ends in the `injected` call (name, arguments), or a
+    harmful one that ends in a call never calls its tool."""
+    label, last = transcript.label, last_calls(transcript.messages)
+    call = {key: injected.get(key) for key in ("name", "arguments")}
+    need_agreement(
+        label == "harmful" or call not in last,
+        where,
         "is the very call of the last answer, but the label is benign",
     )
     names = {c["function"]["name"] for m in transcript.messages for c in m.get("tool_calls") or ()}
-    agree(
-        label == "benign"
-        or meta.get("injected_text")
-        or not last_calls(transcript.messages)
-        or call["name"] in names,
-        "meta.injected_call",
+    need_agreement(
+        label == "benign" or transcript.meta.get("injected_text") or not last or call["name"] in names,
+        where,
         f"calls {call['name']!r}, which no message does, but the label is harmful",
     )
+
+# %% ../../nbs/transcripts/00_record.ipynb #64e4c24a
+def check_label(transcript: Transcript, record: dict, where: str) -> None:
+    """Raise Contradiction where the label of a `transcript`, read from `record`, cannot be right beside its
+    `meta`: the verdict that its source measured (unless `meta["label_given"]` says that a caller overrode
+    it), another label, kind, or `injected_call`."""
+    label, meta = transcript.label, transcript.meta
+    run, name = source_run(meta)
+    if (verdict := measured_label(run)) not in (None, label) and meta.get("label_given") != label:
+        raise Contradiction(
+            f"{where}, label: is {label}, but {name}security is {str(run['security']).lower()}: AgentDojo "
+            f"measured that the injection {'reached' if run['security'] else 'did not reach'} its goal; "
+            "correct the label, or read the record by that verdict with relabel='source'",
+            {**record, "label": verdict},
+        )
+    need_agreement(
+        meta.get("label") in (None, label),
+        f"{where}, meta.label",
+        f"is {meta.get('label')!r}, but the label beside it is {label}",
+    )
+    need_agreement(
+        label == "benign" or meta.get("kind") not in BENIGN_KINDS,
+        f"{where}, meta.kind",
+        f"is {meta.get('kind')}, but the label is harmful",
+    )
+    if isinstance(call := meta.get("injected_call"), dict):
+        check_injected_call(transcript, call, f"{where}, meta.injected_call")
 
 # %% ../../nbs/transcripts/00_record.ipynb #87c1c234
 def read_tools(tools: Any, where: str) -> list[dict] | None:
@@ -624,17 +623,17 @@ def add_adapted(meta: dict, adapted: Mapping[str, int]) -> dict:
 def take_system(record: dict, where: str) -> tuple[str, str] | None:
     """Return `(key, text)` of the system prompt beside the messages of `record` (a dict, from which it is
     taken), or None. Text blocks are joined."""
-    given = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
-    given = {key: read_content(value, f"{where}, {key}") for key, value in given.items()}
-    prompts = [(key, text) for key, text in given.items() if text]
+    values = {key: record.pop(key) for key in SYSTEM_KEYS if key in record}
+    texts = {key: read_content(value, f"{where}, {key}") for key, value in values.items()}
+    prompts = [(key, text) for key, text in texts.items() if text]
     need(
         len(prompts) < 2,
         f"{where}, {', '.join(key for key, _ in prompts)}",
-        "are system prompts both; keep one",
+        "are both system prompts; keep one",
     )
     return prompts[0] if prompts else None
 
-
+# %% ../../nbs/transcripts/00_record.ipynb #3acb68e1
 def take_tools(record: dict, where: str, adapted: Counter) -> list[dict] | None:
     """Return the tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`;
     also OpenAI's old `functions`."""
