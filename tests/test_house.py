@@ -19,12 +19,9 @@ WORDS = 3  # of prose, per statement that a page exports
 LINES = 25  # of a cell; a single definition may take more
 LONG_FUNCTION = 60
 # pages that do not reach it yet: each line taken out of here is a page brought there
-FEW_WORDS = {
-}
-LONG_CELLS = {
-}
-NOT_ANNOTATED = {
-}
+FEW_WORDS = {}
+LONG_CELLS = {}
+NOT_ANNOTATED = {}
 
 
 def name_of(page):
@@ -107,6 +104,19 @@ def test_public_functions_are_annotated(page):
     path = ROOT / "cbnb" / f"{default_exp(page).replace('.', '/')}.py"
     bare = [f.name for f in functions(ast.parse(path.read_text(encoding="utf-8"))) if not is_annotated(f)]
     assert bool(bare) == (name_of(page) in NOT_ANNOTATED), f"without annotations: {' '.join(bare)}"
+
+
+NO_DOCSTRING = {"widgets/02_masks"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_functions_and_classes_have_docstrings(page):
+    "Seen once: a docstring in parentheses, which Python takes for an expression without effect."
+    path = ROOT / "cbnb" / f"{default_exp(page).replace('.', '/')}.py"
+    top = ast.parse(path.read_text(encoding="utf-8")).body
+    nodes = [node for node in top if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    bare = [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert not bare or name_of(page) in NO_DOCSTRING, f"without a docstring: {' '.join(bare)}"
 
 
 def test_what_is_allowed_is_there():
