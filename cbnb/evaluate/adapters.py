@@ -325,10 +325,10 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict[str, Any], h
     the `parameters` of nbs/evaluate.ipynb leave that to the run: its model, and its held-out transcripts,
     whose hash is `heldout`. Note what it is evaluated with of other versions (`tell_changes` of the `run` of
     the evaluation). Raises RunError for another model or other transcripts."""
-    made = first_run(adapters)
-    if made is None:
+    first = first_run(adapters)
+    if first is None:
         return
-    folder, own = made
+    folder, own = first
     record = made_from(folder)
     if not parameters["model"]:
         same_model(folder, adapters, record["same"].get("model", {}))
@@ -439,8 +439,8 @@ def evaluate_adapter(
     run = first_parameters(adapters)
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
     if run:
-        made = made_with(run, trust_remote_code)
-        settings = {k: v or getattr(made, k) for k, v in settings.items()}
+        own = made_with(run, trust_remote_code)
+        settings = {k: v or getattr(own, k) for k, v in settings.items()}
     load: dict[str, Any] = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
     base = load_model(name, **load)
     config = settings_for(adapters, base, name, target_layers, trust_remote_code)

@@ -413,17 +413,19 @@ def read_transcripts_of(texts: Sequence[str], reading: Reading) -> Iterator[Tran
 def held_out_of(run: Path) -> Iterable[Transcript]:
     """Return the transcripts that the run directory `run` held out. Raises ValueError where its parameters
     name none, TranscriptError where they are gone."""
-    given = read_record(run / "params.json") or {}
-    files, eval_files = (listed(given.get(key, "")) for key in ("data", "eval_data"))
-    if given.get("data") == "tinyagent":
+    parameters = read_record(run / "params.json") or {}
+    files, eval_files = (listed(parameters.get(key, "")) for key in ("data", "eval_data"))
+    if parameters.get("data") == "tinyagent":
         files, eval_files = [], eval_files or [str(run / "data" / "eval.jsonl")]
     if not files and not eval_files:
         raise ValueError(f"{run}/params.json names no data; give transcript files.")
     files, eval_files = ([from_root(path) for path in paths] for paths in (files, eval_files))
     if eval_files:
-        return read_transcripts_of(eval_files, reading_of(given))
+        return read_transcripts_of(eval_files, reading_of(parameters))
     # prompt: before there was the setting
-    return load_streams(files, heldout_by=given.get("heldout_by", "prompt"), reading=reading_of(given))[2]
+    return load_streams(
+        files, heldout_by=parameters.get("heldout_by", "prompt"), reading=reading_of(parameters)
+    )[2]
 
 # %% ../../nbs/widgets/03_kl.ipynb #4ca18361
 LIST_LENGTH = 200
@@ -571,16 +573,16 @@ def masker_of_run(
 ) -> ChatMasker:
     """Return the masker of `model` as the directory `run` had it, but for what is given. Raises what
     `make_masker` raises."""
-    given = (read_record(run / "params.json") or {}) if run else {}
+    parameters = (read_record(run / "params.json") or {}) if run else {}
     template = (kept_template(run) or {}).get("source", "") if run else ""
     return make_masker(
         model,
-        control or given.get("control", "error"),
+        control or parameters.get("control", "error"),
         chat_template or template,
-        template_variables or given.get("template_variables") or "",
+        template_variables or parameters.get("template_variables") or "",
         trust_remote_code,
-        tool_call_format=given.get("tool_call_format") or "template",
-        adapt=given.get("adapt") or "",
+        tool_call_format=parameters.get("tool_call_format") or "template",
+        adapt=parameters.get("adapt") or "",
     )[0]
 
 # %% ../../nbs/widgets/03_kl.ipynb #7b822af2
