@@ -19,7 +19,7 @@ __all__ = ['TILE', 'ROWS', 'wide_tiles', 'multiplies_wide', 'product_into', 'bac
            'chunk_for', 'kl_rows', 'FusedRows', 'token_linear_kl', 'fused_linear_kl']
 
 # %% ../../nbs/step/01_fused_kl.ipynb #01e0a7f6
-TILE = 8192  # columns of the vocabulary that are wide_tiles at a time
+TILE = 8192  # columns of the vocabulary that are widened at a time
 
 
 def wide_tiles(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -121,7 +121,7 @@ def kl_rows(
         gradient = torch.empty(student.shape, dtype=wide, device=student.device)
     chunk = min(chunk, max(n, 1))
     logits = torch.empty(2 * chunk, len(weight), dtype=wide, device=student.device)
-    with torch.autocast(student.device.type, enabled=False):  # it would round what is wide_tiles here
+    with torch.autocast(student.device.type, enabled=False):  # it would round what is widened here
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             size = rows.stop - rows.start

@@ -292,7 +292,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 # %% ../../nbs/step/04_models.ipynb #15d76d90
 def token_states(output: Any, rows: tuple[int, ...]) -> torch.Tensor:
-    """Return what a block puts out for `rows` [B, S] as one state a token, [B, S, d]. Several residual
+    """Return what a block puts out for `rows` [B, S] as one state per token, [B, S, d]. Several residual
     streams, [B, S, k, d] (hyper-connections, as in DeepSeek V4) or [k, B, S, d] (as in Gemma 3n), are put
     behind one another: [B, S, k·d].
 
