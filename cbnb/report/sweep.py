@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
            'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'layout_of_panel',
            'notes_of_panel', 'grid', 'marker', 'error_bars', 'trace', 'value_words', 'conditions', 'drawn_runs',
-           'thinned', 'line_styles', 'overlaid_panels', 'first_lines', 'overlaid', 'colour_words', 'run_title',
+           'thin_series', 'line_styles', 'overlaid_panels', 'first_lines', 'overlaid', 'colour_words', 'run_title',
            'small_multiples', 'dose_panels', 'dose_style', 'by_kind', 'arm', 'groups', 'Dose', 'doses', 'dose_dots',
            'dose_means', 'dose_panel', 'dose_response', 'measure_title', 'against_traces', 'against_panel', 'against',
            'omission', 'dose_figures', 'curve_figures', 'sweep_figures', 'render', 'usable_font', 'png', 'rules',
@@ -297,13 +297,13 @@ def drawn_runs(sweep: Sweep, most: int = RUNS_DRAWN) -> list[tuple[pd.Series, st
     """Return `(row, condition, rows of metrics.jsonl)` of at most `most` runs that have a log, taken evenly
     from the frame."""
     frame, texts = sweep.frame, conditions(sweep)
-    logged = np.flatnonzero(frame["last_step"].notna())
-    if len(logged):
-        logged = logged[np.linspace(0, len(logged) - 1, min(most, len(logged))).round().astype(int)]
-    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in logged]
+    with_log = np.flatnonzero(frame["last_step"].notna())
+    if len(with_log):
+        with_log = with_log[np.linspace(0, len(with_log) - 1, min(most, len(with_log))).round().astype(int)]
+    return [(frame.iloc[i], texts[i], log_rows(sweep.folders[frame.iloc[i]["run"]])[0]) for i in with_log]
 
 # %% ../../nbs/report/02_sweep.ipynb #c60f6210
-def thinned(rows: list[dict[str, Any]], key: str, columns: int = 150) -> tuple[np.ndarray, np.ndarray]:
+def thin_series(rows: list[dict[str, Any]], key: str, columns: int = 150) -> tuple[np.ndarray, np.ndarray]:
     "Return steps and values of `key` in metrics `rows`, as many points as a panel of `columns` can show."
     steps, values = series(rows, key)
     points = thin(columns_of(steps, columns), values)
@@ -336,26 +336,26 @@ def first_lines(texts: list[str], traces: list[go.Scatter]) -> dict[str, go.Scat
     return {text: t for text, t in pairs if np.isfinite(t.y).any()}
 
 # %% ../../nbs/report/02_sweep.ipynb #fbf7d63e
-def overlaid(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
-    """Return the curves of all `drawn` runs (`drawn_runs`) in four panels, one colour per condition.
+def overlaid(runs: list, terms: dict[str, Term] | None = None) -> go.Figure:
+    """Return the curves of all `runs` (`drawn_runs`) in four panels, one colour per condition.
 
     `terms`: whose words the titles use (`Sweep.terms`; by default those of `rr`)."""
-    texts = list(dict.fromkeys(text for _, text, _ in drawn))
+    texts = list(dict.fromkeys(text for _, text, _ in runs))
     styles = line_styles(texts)
-    last = max((row["last_step"] for row, _, _ in drawn), default=1)
+    last = max((row["last_step"] for row, _, _ in runs), default=1)
     panels = []
     for title, log, key, top in overlaid_panels(terms or run_terms()):
-        lines = [(row["run"], text, *thinned(rows, key)) for row, text, rows in drawn]
+        lines = [(row["run"], text, *thin_series(rows, key)) for row, text, rows in runs]
         limits = axis_range(np.concatenate([values for *_, values in lines] or [np.array([])]), log, top)
         traces = [
             trace(steps, values, styles[text], harmless(text, 20), limits, log, text=run)
             for run, text, steps, values in lines
         ]
-        first = first_lines([text for _, text, _ in drawn], traces)
+        first = first_lines([text for _, text, _ in runs], traces)
         named = [first[text] for text in texts if text in first][:12]
         panels.append(Panel(title, log, traces, limits, (0, last), named=named))
     gap, right = (100, 84) if max(map(len, texts), default=0) <= 6 else (170, 150)
-    summary = f"curves of {len(drawn)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
+    summary = f"curves of {len(runs)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
     return grid(panels, 2, 210, "step", summary, gap, right)
 
 # %% ../../nbs/report/02_sweep.ipynb #3a7272b6
@@ -375,21 +375,21 @@ def run_title(row: pd.Series, text: str) -> str:
     return title if is_done else f"{title} ({row['state']})"
 
 # %% ../../nbs/report/02_sweep.ipynb #33907156
-def small_multiples(drawn: list, terms: dict[str, Term] | None = None) -> go.Figure:
-    """Return one small panel per run of `drawn` (`drawn_runs`), four per row: its three `terms`
+def small_multiples(runs: list, terms: dict[str, Term] | None = None) -> go.Figure:
+    """Return one small panel per run of `runs` (`drawn_runs`), four per row: its three `terms`
     (`Sweep.terms`; by default those of `rr`) on one log axis that all panels share."""
     terms = terms or run_terms()
     titles = {LINE_OF[name]: short(term.title, 8) for name, term in terms.items()}
     keys = {"reroute": "loss_reroute", "retain": "loss_retain", "KL": "loss_kl"}
-    last = max((row["last_step"] for row, _, _ in drawn), default=1)
-    curves = [{name: thinned(rows, key, 60) for name, key in keys.items()} for _, _, rows in drawn]
+    last = max((row["last_step"] for row, _, _ in runs), default=1)
+    curves = [{name: thin_series(rows, key, 60) for name, key in keys.items()} for _, _, rows in runs]
     values = [values for lines in curves for _, values in lines.values()]
     limits = axis_range(np.concatenate(values or [np.array([])]), True)
     panels = []
-    for (row, text, _), lines in zip(drawn, curves, strict=True):
+    for (row, text, _), lines in zip(runs, curves, strict=True):
         traces = [trace(*lines[name], STYLES[name], titles[name], limits, True) for name in TOGETHER]
         panels.append(Panel(run_title(row, text), True, traces, limits, (0, last)))
-    summary = f"{len(drawn)} runs, each with {colour_words(terms)} on one log axis"
+    summary = f"{len(runs)} runs, each with {colour_words(terms)} on one log axis"
     return grid(panels, 4, 84, "step", summary, 48)
 
 # %% ../../nbs/report/02_sweep.ipynb #e6baf38e
@@ -716,17 +716,17 @@ def dose_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
 # %% ../../nbs/report/02_sweep.ipynb #1a616e93
 def curve_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
     "Return both figures of the logs of a sweep with their captions; none where no run has a log."
-    drawn, logged = drawn_runs(sweep), int(sweep.frame["last_step"].notna().sum())
-    if not drawn:
+    runs, count = drawn_runs(sweep), int(sweep.frame["last_step"].notna().sum())
+    if not runs:
         return {}
-    some = f" {len(drawn)} of {logged} runs are drawn." if logged > len(drawn) else ""
+    some = f" {len(runs)} of {count} runs are drawn." if count > len(runs) else ""
     return {
         "curves": (
-            overlaid(drawn, sweep.terms),
+            overlaid(runs, sweep.terms),
             f"Training curves, overlaid; the terms are before weighting.{some}",
         ),
         "runs": (
-            small_multiples(drawn, sweep.terms),
+            small_multiples(runs, sweep.terms),
             f"Run by run: {colour_words(sweep.terms)}, one log axis for all.{some}",
         ),
     }
@@ -990,13 +990,13 @@ def earlier_files(folder: Path) -> dict[str, str]:
 def check_listed(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the `earlier_files` of `folder`. Raise RunError where one of `names` is taken there by a file
     that no report has listed."""
-    listed = earlier_files(folder)
-    if foreign := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
+    earlier = earlier_files(folder)
+    if foreign := [name for name in names if name not in earlier and os.path.lexists(folder / name)]:
         raise RunError(
             f"{folder} holds {foreign[0]}, which no earlier report has listed: move it away, or give another "
             "folder"
         )
-    return listed
+    return earlier
 
 # %% ../../nbs/report/02_sweep.ipynb #eed4fba5
 def listing(digests: dict[str, str]) -> bytes:
@@ -1010,13 +1010,13 @@ def write_report_files(folder: Path, files: dict[str, bytes]) -> None:
 
     Files that an earlier report has listed and this one has no use for are removed, unless they were changed
     since. Raise RunError as `check_listed` does."""
-    listed = check_listed(folder, files)
+    earlier = check_listed(folder, files)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    contents = {LISTING: listing(listed | digests), **files}
+    contents = {LISTING: listing(earlier | digests), **files}
     write_files({folder / name: data for name, data in contents.items()})
-    old = listed.keys() - digests.keys()
+    old = earlier.keys() - digests.keys()
     for path in (folder / name for name in old):
-        if path.is_file() and not path.is_symlink() and sha256(path) == listed[path.name]:
+        if path.is_file() and not path.is_symlink() and sha256(path) == earlier[path.name]:
             path.unlink()
     if old:
         write_bytes(folder / LISTING, listing(digests))

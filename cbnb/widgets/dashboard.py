@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PAGE', 'STATIC', 'Snapshot', 'is_gone', 'state_note', 'take_snapshot', 'seconds_per_step', 'total_steps',
-           'state_text', 'headline', 'whereabouts', 'last_and_change', 'share', 'signed', 'terms_of', 'factor_text',
-           'term_cells', 'term_table', 'table_note', 'table_lines', 'summary_bundle', 'curves_bundle', 'picture_bundle',
-           'bundles', 'directory_of', 'dashboard', 'static_dashboard', 'stop_button', 'file_times', 'paced',
-           'live_view', 'failure_text', 'live_dashboard', 'is_over', 'watch']
+           'state_text', 'headline', 'whereabouts', 'last_and_change', 'share', 'change_text', 'terms_of',
+           'factor_text', 'term_cells', 'term_table', 'table_note', 'table_lines', 'summary_bundle', 'curves_bundle',
+           'picture_bundle', 'bundles', 'directory_of', 'dashboard', 'static_dashboard', 'stop_button', 'file_times',
+           'limit_pace', 'live_view', 'failure_text', 'live_dashboard', 'is_over', 'watch']
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #82ff0a07
 import json
@@ -179,7 +179,7 @@ def share(part: float, whole: float) -> str:
     return "< 0.1 %" if 0 < part < whole / 1000 else f"{100 * part / whole:.1f} %"
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #b0f8c9ab
-def signed(value: float) -> str:
+def change_text(value: float) -> str:
     "Return a change as `format_number` writes it, with a plus or minus in front."
     return f"+{format_number(value, 2)}" if value > 0 else format_number(value, 2)
 
@@ -219,12 +219,12 @@ def term_cells(snapshot: Snapshot, term: Term, loss: float) -> tuple[str, ...]:
     norm, turn = last_and_change(snapshot.rows, f"grad_norm_{term.name}")
     return (
         format_number(value),
-        signed(change),
+        change_text(change),
         factor_text(snapshot, term),
         format_number(weighted),
         share(weighted, loss),
         format_number(norm),
-        signed(turn),
+        change_text(turn),
     )
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #0d035663
@@ -234,7 +234,7 @@ def term_table(snapshot: Snapshot) -> pd.DataFrame:
     terms, loss = terms_of(snapshot), last_and_change(snapshot.rows, "loss")[0]
     lines = [term_cells(snapshot, term, loss) for term in terms.values()]
     norm, turn = last_and_change(snapshot.rows, "grad_norm_total")
-    lines.append(("", "", "", format_number(loss), "", format_number(norm), signed(turn)))
+    lines.append(("", "", "", format_number(loss), "", format_number(norm), change_text(turn)))
     index = [*(term.title for term in terms.values()), "loss"]
     return pd.DataFrame(lines, index=index, columns=list(COLUMNS), dtype=object)
 
@@ -417,7 +417,7 @@ def file_times(path: str | Path) -> list[tuple[int, int] | None]:
     return [stamp(Path(path) / name) for name in ("status.json", "config.json", "metrics.jsonl", "stop")]
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #3ef8d85f
-def paced(
+def limit_pace(
     draw: Callable[[], object],
     stamp: Callable[[], object],
     every: float = 0.5,
@@ -450,14 +450,16 @@ def live_view(path: str | Path) -> Iterator[tuple[Callable[[], None], Callable[.
         say(" · ".join(headline(take_snapshot(path), ended)))
 
     if kernel() is None:
-        yield paced(tell, lambda: file_times(path), every=10), tell
+        yield limit_pace(tell, lambda: file_times(path), every=10), tell
         return
     with stop_button(path):
         makers, first = (summary_bundle, picture_bundle), take_snapshot(path)
         handles = [display(make(first), raw=True, display_id=True) for make in makers]
 
         def redraw(handle: Any, make: Callable[[Snapshot], dict[str, Any]]) -> Callable[[], None]:
-            return paced(lambda: handle.update(make(take_snapshot(path)), raw=True), lambda: file_times(path))
+            return limit_pace(
+                lambda: handle.update(make(take_snapshot(path)), raw=True), lambda: file_times(path)
+            )
 
         due = [redraw(handle, make) for handle, make in zip(handles, makers, strict=True)]
 

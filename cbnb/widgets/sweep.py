@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'ROWS_SHOWN', 'VALUES_OFFERED', 'judged', 'measures', 'table_cells', 'runs_table', 'picture', 'run_views',
-           'filtered', 'filter_boxes', 'live_box', 'explorer_html', 'explore']
+           'filter_runs', 'filter_boxes', 'live_box', 'explorer_html', 'explore']
 
 # %% ../../nbs/widgets/05_sweep.ipynb #3997854a
 import base64
@@ -132,7 +132,7 @@ def run_views(sweep: Sweep, run: str) -> str:
 VALUES_OFFERED = 40
 
 # %% ../../nbs/widgets/05_sweep.ipynb #4f353627
-def filtered(sweep: Sweep, choice: dict[str, tuple]) -> pd.DataFrame:
+def filter_runs(sweep: Sweep, choice: dict[str, tuple]) -> pd.DataFrame:
     """Return the rows of the frame whose value of each column in `choice` is among the values there; an empty
     choice takes all."""
     frame = sweep.frame
@@ -168,7 +168,7 @@ def live_box(sweep: Sweep) -> "ipywidgets.VBox":
     table, plot, views = widgets.HTML(), widgets.HTML(), widgets.HTML()
 
     def draw(_: Any = None) -> None:
-        frame = filtered(sweep, {c: box.value for c, box in filters.items()})
+        frame = filter_runs(sweep, {c: box.value for c, box in filters.items()})
         table.value = runs_table(sweep, frame)
         plot.value = picture(against(frame, parameter.value, (measure.value,), sweep.terms))
 
