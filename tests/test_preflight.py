@@ -272,7 +272,11 @@ SABOTAGE = {
     "mask all zero": ("masks", "could not be made", masks_by(lambda encoded, mask: mask & False)),
     "mask on padding": ("masks", "padding is in the loss mask", mask_on_padding),
     "masks of other samples": ("masks", "masks are not what assistant_only says", samples_shuffled),
-    "harmful rows in the KL": ("masks", "the gradient of the KL reaches harmful rows", harmful_rows_in_the_kl),
+    "harmful rows in the KL": (
+        "masks",
+        "the gradient of the KL reaches harmful rows",
+        harmful_rows_in_the_kl,
+    ),
     "double BOS": ("masks", "begin with two BOS tokens", double_bos),
     "unshifted mask": ("masks", "is the mask shifted by one", unshifted_mask),
     "wrong chat template": (
