@@ -33,7 +33,7 @@ from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, mime_bundle
 from ..step.objectives import Term, describe_terms, find_objective
-from ..train.alarms import dead_line, foretold, name_in_text, own_weight, weight_words
+from ..train.alarms import dead_line, foretell, name_in_text, own_weight, weight_words
 from ..train.trainer import KEEP, TERMS
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def torn_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding | None:
         return as_float(row.get("loss_kl"))
 
     last, step = kl(probe.rows[-1]), probe.rows[-1]["step"]
-    ahead = foretold(probe.rows, kl, step / 2, 2 * step, 1e-30)
+    ahead = foretell(probe.rows, kl, step / 2, 2 * step, 1e-30)
     if last > config.collapse_kl and not ahead <= config.collapse_kl:
         verdict = "fail" if config.beta_kl else "warn"
         shown = format_number(last)

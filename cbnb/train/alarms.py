@@ -24,7 +24,7 @@ from ..step.objectives import Term, depth, descent, describe_terms, find_objecti
 from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
-__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'RULES', 'foretold', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
+__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
            'level_words', 'forces', 'advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
            'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
 
@@ -33,7 +33,7 @@ LEAST = 1e-6  # of its depth: a term that has fallen by less than this has not m
 LIFTED = 3  # times the floor: from here on the fall of reroute has left it
 
 
-def foretold(rows: list[dict], value: Callable, span: float, end: float, least: float) -> float:
+def foretell(rows: list[dict], value: Callable, span: float, end: float, least: float) -> float:
     """Return what `value(row)` will be at step `end` if it goes on growing (or falling) as over the last
     `span` steps, by the means of the logarithms of the later and the earlier half of these lines; values
     below `least` count as that. With fewer than four lines the last value."""
@@ -139,7 +139,7 @@ def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
 
     at_floor = LIFTED * floor.get("reroute", 0.0)
     least, goal = max(LEAST * depth(term), at_floor), (1 - config.dead_level) * depth(term)
-    if step < end and fall(rows[-1]) > least and foretold(rows, fall, max(0.2 * end, 10), end, least) > goal:
+    if step < end and fall(rows[-1]) > least and foretell(rows, fall, max(0.2 * end, 10), end, least) > goal:
         return ""
     where = (
         f", where rounding alone puts it ({floor['dtype']})"
@@ -191,7 +191,7 @@ def collapsed(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
     recent = takewhile(lambda row: row["step"] > last - span, reversed(rows))
     if last < max(span, end / 2) or not all(kl(row) > config.collapse_kl for row in recent):
         return ""
-    if (then := foretold(rows, kl, span, end, 1e-30)) <= config.collapse_kl:
+    if (then := foretell(rows, kl, span, end, 1e-30)) <= config.collapse_kl:
         return ""
     return (
         f"loss_kl has been above collapse_kl {config.collapse_kl:g} for {format_number(span)} steps, is "
