@@ -26,7 +26,7 @@ PACKAGE = Path(cbnb.__file__).parent
 WRITERS = {
     "basics.files": {"new_file", "append_bytes"},
     "sweep.launch": {"start"},
-    "basics.lease": {"made"},
+    "basics.lease": {"make_new"},
     "step.models": {"write_adapter"},
     "train.teacher_cache": {"ShardWriter"},
     "train.store": {"write_samples"},

@@ -48,7 +48,7 @@ READERS = {
     # never through a link, and never waiting
     "basics.lease": {
         "dated_lease": {"open"},
-        "made": {"open"},
+        "make_new": {"open"},
         "boot": {"read_text"},
         "process_start": {"read_text"},
     },  # of /proc
