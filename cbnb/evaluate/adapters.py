@@ -599,7 +599,7 @@ def rescore(folder: str | Path, trust_remote_code: bool = False) -> dict[str, An
     anew: dict[str, dict] = {}
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
-        stops = {*masker.tokenizer.convert_tokens_to_ids(figures["ends"]["model"])}
+        stops = {masker.tokenizer.convert_tokens_to_ids(token) for token in figures["ends"]["model"]}
         again, scores = rescore_lines(
             own, transcripts, masker, reader, figures["decoding"]["prefill"], stops, folder / "answers.jsonl"
         )

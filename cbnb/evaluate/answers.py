@@ -48,7 +48,7 @@ def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tup
     start, count = own[0], min(tokens, len(own) // 2)
 
     def obeys(n: int) -> bool:
-        words = plain(masker.tokenizer.decode(encoded.input_ids[start : start + n]))
+        words = plain(str(masker.tokenizer.decode(encoded.input_ids[start : start + n])))
         return any(plain(text) in words for text in injected_texts(transcript))
 
     while count and obeys(count):

@@ -53,8 +53,8 @@ def spell(masker: ChatMasker, ids: Iterable[int]) -> str:
 
     def flush() -> None:
         if run:
-            text = tokenizer.decode(
-                before + run, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            text = str(
+                tokenizer.decode(before + run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             )
             out.append(text[lead:].replace(SIGN, "\ufffd"))
         run.clear()
@@ -62,7 +62,7 @@ def spell(masker: ChatMasker, ids: Iterable[int]) -> str:
     for i in map(int, ids):
         if is_control(masker, i):
             flush()
-            out.append(SIGN + tokenizer.convert_ids_to_tokens(i))
+            out.append(SIGN + str(tokenizer.convert_ids_to_tokens(i)))
         else:
             run.append(i)
     flush()

@@ -446,7 +446,9 @@ def parse_response(
         else text
     )
     try:
-        message = masker.tokenizer.parse_response(text, prefix=prefix, tools=tools)
+        message = masker.tokenizer.parse_response(
+            text, prefix=prefix, tools=None if tools is None else list(tools)
+        )
     except Exception as e:  # whatever a foreign pattern raises
         return Answer(
             text=clean(text),
@@ -565,7 +567,8 @@ class AnswerReader:
             return False
         try:
             one, two = (
-                self.masker.encode([*QUESTION, call_message(c)], tools=tools).text for c in (call, other)
+                self.masker.encode([*QUESTION, call_message(c)], tools=tools and list(tools)).text
+                for c in (call, other)
             )
         except MaskError:
             return False
@@ -779,7 +782,7 @@ def end_in_words(masker: ChatMasker, ends: Iterable[Sequence[int]]) -> str:
     empty where there is none. A tokenizer merges its first characters with the text before it, so that it is
     not found among the ids of an answer."""
     ordinary = (end for end in ends if not is_control(masker, end[0]))
-    return masker.tokenizer.decode(list(next(ordinary, ())))
+    return str(masker.tokenizer.decode(list(next(ordinary, ()))))
 
 # %% ../../nbs/evaluate/03_reader.ipynb #a0be7835
 def end_fault(masker: ChatMasker, ends: Iterable[Sequence[int]]) -> str:

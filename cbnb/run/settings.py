@@ -445,7 +445,7 @@ def make_masker(
     tokenizer = load_tokenizer(str(model), trust_remote_code) if isinstance(model, (str, Path)) else model
     own = kept_template(folder) if folder is not None else None
     masker = ChatMasker(
-        tokenizer,
+        tokenizer,  # type: ignore[arg-type]  # a slow tokenizer is refused there
         own["source"] if own else template_source(chat_template),
         control,
         template_variables=template_values(template_variables),

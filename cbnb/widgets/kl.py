@@ -148,7 +148,7 @@ def kl_state(
     Raises ValueError where the arrays do not fit the tokens."""
     if encoded is None:
         return {"strip": {}, "divergence": {}, "layers": {}, "problem": visible(problem), "beta": float(beta)}
-    assert divergence is not None and tokenizer is not None
+    assert mask is not None and divergence is not None and tokenizer is not None
     if len(divergence.ids) != len(encoded.input_ids):
         raise ValueError(
             f"the divergence is of {len(divergence.ids)} tokens; the transcript has {len(encoded.input_ids)}"
