@@ -32,7 +32,7 @@ from .basics.files import write_bytes
 from .basics.jsonfiles import RunError
 from .basics.output import safe_output
 from .basics.processes import world_size
-from .basics.terminal import ended, error_text, first_line, say, sentence, visible
+from .basics.terminal import run_program, error_text, first_line, say, sentence, visible
 from .basics.withheld import scrub
 from .config import GROUPS, NOTEBOOK_PARAMETERS, RUN_ONLY, ConfigError, notebook_kind, sentences
 from .data.convert import check_written
@@ -44,7 +44,7 @@ from cbnb.masking.audit import (
     NOTE_KINDS,
     ROLE_HEAD,
     TURN_HEAD,
-    Audited,
+    AuditEntry,
     Finding,
     Totals,
     audit,
@@ -147,9 +147,9 @@ def positive(text: str) -> int:
 def declared_help(name: str, notebook: str = "explore_masks") -> str:
     """Return the help of the flag of a parameter, from its declaration for the notebook of that name: the
     words on it, with its limits, and its default."""
-    declared = NOTEBOOK_PARAMETERS[notebook][name]
-    default = "" if declared.default in (None, "") else f" (default: {declared.default})"
-    return visible(f"{'; '.join(sentences(declared))}{default}").replace("%", "%%")
+    parameter = NOTEBOOK_PARAMETERS[notebook][name]
+    default = "" if parameter.default in (None, "") else f" (default: {parameter.default})"
+    return visible(f"{'; '.join(sentences(parameter))}{default}").replace("%", "%%")
 
 # %% ../nbs/cli.ipynb #d427a70a
 def add_reading(p: argparse.ArgumentParser) -> None:
@@ -258,7 +258,7 @@ def add_masks(commands: Commands) -> None:
 LISTED_FINDINGS = 20  # findings of one kind that are printed or kept for the page
 
 # %% ../nbs/cli.ipynb #0e41b0fb
-def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[Audited]]:
+def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[AuditEntry]]:
     """Return `(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before
     anything is read."""
     try:
@@ -287,18 +287,18 @@ def run_masks(args: argparse.Namespace) -> int:
     file."""
     totals, colour = Totals(), use_colour(args.color, sys.stdout)
     counts: Counter[str] = Counter()
-    examples: list[Audited] = []
+    examples: list[AuditEntry] = []
     findings: list[Finding] = []
     reader, stream = audit_file(args)
-    for audited in with_progress(stream, "transcripts"):
-        totals.add(audited, args.allow)
-        if audited.encoded is not None and len(examples) < args.show:
-            examples.append(audited)
+    for audit in with_progress(stream, "transcripts"):
+        totals.add(audit, args.allow)
+        if audit.encoding is not None and len(examples) < args.show:
+            examples.append(audit)
             if not args.json:
-                print(*terminal_lines(audited, colour), "", sep="\n")
+                print(*terminal_lines(audit, colour), "", sep="\n")
         if args.json:
-            print(json.dumps(record(audited)))
-        for finding in audited.findings:
+            print(json.dumps(record(audit)))
+        for finding in audit.findings:
             if counts[finding.kind] < LISTED_FINDINGS:
                 findings.append(finding)
             counts[finding.kind] += 1
@@ -561,9 +561,9 @@ def add_notebook_flags(p: argparse.ArgumentParser, name: str) -> None:
     p.set_defaults(flags=flags)
     notebook = Path(name).stem
     groups = {key: p.add_argument_group(title) for key, title in GROUPS.items()}
-    for declared in NOTEBOOK_PARAMETERS[notebook].values():
-        words = declared_help(declared.name, notebook)
-        add_declared_flag(groups[declared.group], declared.name, notebook_kind(declared), words, flags)
+    for entry in NOTEBOOK_PARAMETERS[notebook].values():
+        words = declared_help(entry.name, notebook)
+        add_declared_flag(groups[entry.group], entry.name, notebook_kind(entry), words, flags)
     try:
         own = notebook_parameters(find_file(name) or "")
     except (RunError, ParameterError):
@@ -706,14 +706,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
         rescore(args.adapters[0], **parameters)
         path, status = Path(args.adapters[0]), 0
     else:
-        from cbnb.evaluate.adapters import checked
+        from cbnb.evaluate.adapters import check_evaluation
         from cbnb.sweep.spec import complete
 
         # an adapter is named: its run's, or files
         parameters = {"eval_data": ""} | parameters | dict(zip(("adapter", "second_adapter"), args.adapters))
         own = {k: v for k, v in parameters.items() if k != "run_dir"}
         try:
-            checked(complete(own, notebook_parameters(notebook))[1])
+            check_evaluation(complete(own, notebook_parameters(notebook))[1])
         except ValueError as e:
             raise CommandError(str(e)) from None  # an adapter that cannot be one
         path, status = train(notebook, parameters)
@@ -843,11 +843,11 @@ def run_report(args: argparse.Namespace) -> int:
     """Carry out `cbnb report`: prints the verdicts, then the path of the page."""
     from cbnb.report.sweep import write_sweep
     from cbnb.report.verdicts import read_sweep
-    from cbnb.widgets.sweep import judged
+    from cbnb.widgets.sweep import verdict_text
 
     sweep = read_sweep(args.folders)
     files = write_sweep(sweep, args.out or Path(args.folders[0]) / "report")
-    say(*judged(sweep).split("\n"), "", f"report: {files[-1]}")
+    say(*verdict_text(sweep).split("\n"), "", f"report: {files[-1]}")
     return 0
 
 # %% ../nbs/cli.ipynb #f47e2396
@@ -911,7 +911,7 @@ def carry_out(words: Sequence[str]) -> int:
             words,
             f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], flags)}",
         )
-    return ended(partial(run_parsed, args), name, REFUSALS, words)
+    return run_program(partial(run_parsed, args), name, REFUSALS, words)
 
 # %% ../nbs/cli.ipynb #climain1
 def main(argv: Sequence[str] | None = None) -> int:
@@ -919,7 +919,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `cbnb.basics.terminal.ended`: what is wrong with the input is one sentence on stderr and status 2, with
     which the process ends where the words themselves are wrong."""
     safe_output()  # before --help and argparse's own words
-    return ended(partial(carry_out, sys.argv[1:] if argv is None else argv), "cbnb", REFUSALS)
+    return run_program(partial(carry_out, sys.argv[1:] if argv is None else argv), "cbnb", REFUSALS)
 
 # %% ../nbs/cli.ipynb #11ca336e
 if __name__ == "__main__" and "__file__" in globals():

@@ -121,35 +121,37 @@ def masker_for(name):
     return MASKERS[name], completion
 
 
-def trained(masker, encoded, i, mask=None):
+def trained(masker, encoding, i, mask=None):
     "What the mask trains of message i, as decoded tokens; the tokens must be contiguous."
-    at = np.flatnonzero((loss_mask(encoded) if mask is None else mask) & (encoded.message_index == i))
+    at = np.flatnonzero((loss_mask(encoding) if mask is None else mask) & (encoding.message_index == i))
     if not len(at):
         return ""
     assert (np.diff(at) == 1).all(), "the completion of one message is one stretch"
-    spans = encoded.offsets[at]
-    text = encoded.text[spans[0, 0] : spans[-1, 1]]
+    spans = encoding.offsets[at]
+    text = encoding.text[spans[0, 0] : spans[-1, 1]]
     if masker.tokenizer.backend_tokenizer.normalizer is None:  # byte-level: decoding is exact
-        assert masker.tokenizer.decode(encoded.input_ids[at], skip_special_tokens=False) == text
+        assert masker.tokenizer.decode(encoding.input_ids[at], skip_special_tokens=False) == text
     return text
 
 
 def check(name, messages, tools=None, warnings=()):
     """Encodes and compares every assistant turn with the oracle; nothing else may be in the mask. Returns
-    Encoded."""
+    Encoding."""
     masker, completion = masker_for(name)
-    encoded = masker.encode(messages, tools)
-    mask = loss_mask(encoded)
+    encoding = masker.encode(messages, tools)
+    mask = loss_mask(encoding)
     assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for i in assistants:
-        assert trained(masker, encoded, i) == completion(messages, i), mask_table(encoded, mask, runs=True)
-    assert set(encoded.message_index[mask].tolist()) <= set(assistants)
-    assert encoded.text == masker.tokenizer.apply_chat_template(
+        assert trained(masker, encoding, i) == completion(messages, i), mask_table(encoding, mask, runs=True)
+    assert set(encoding.message_index[mask].tolist()) <= set(assistants)
+    assert encoding.text == masker.tokenizer.apply_chat_template(
         messages, tools, chat_template=masker.chat_template, tokenize=False
     )
-    assert encoded.input_ids.tolist() == masker.tokenizer(encoded.text, add_special_tokens=False)["input_ids"]
-    assert [w for w in encoded.warnings if not any(x in w for x in warnings)] == []
-    return encoded
+    assert (
+        encoding.input_ids.tolist() == masker.tokenizer(encoding.text, add_special_tokens=False)["input_ids"]
+    )
+    assert [w for w in encoding.warnings if not any(x in w for x in warnings)] == []
+    return encoding
 
 
 WORDS = [

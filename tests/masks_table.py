@@ -49,11 +49,11 @@ class Row:
     masks: int = 0
     explained: Counter = field(default_factory=Counter)
 
-    def add(self, encoded, ids, mask, explain=None):
-        """Counts one transcript. `explain(encoded, ids, mask)` says why the two differ, after proving it, and
+    def add(self, encoding, ids, mask, explain=None):
+        """Counts one transcript. `explain(encoding, ids, mask)` says why the two differ, after proving it, and
         must do so where they do."""
-        ours = loss_mask(encoded).tolist()
-        same_ids, same_mask = encoded.input_ids.tolist() == list(ids), ours == [bool(x) for x in mask]
+        ours = loss_mask(encoding).tolist()
+        same_ids, same_mask = encoding.input_ids.tolist() == list(ids), ours == [bool(x) for x in mask]
         self.transcripts, self.ids, self.masks = (
             self.transcripts + 1,
             self.ids + same_ids,
@@ -61,19 +61,19 @@ class Row:
         )
         if same_ids and same_mask:
             return
-        why = explain and explain(encoded, list(ids), [bool(x) for x in mask])
-        assert why, difference(encoded, ids, mask)
+        why = explain and explain(encoding, list(ids), [bool(x) for x in mask])
+        assert why, difference(encoding, ids, mask)
         self.explained[why] += 1
 
 
-def difference(encoded, ids, mask):
+def difference(encoding, ids, mask):
     "A readable first difference."
-    rows = [*zip(encoded.input_ids.tolist(), loss_mask(encoded).tolist(), ids, map(bool, mask))]
+    rows = [*zip(encoding.input_ids.tolist(), loss_mask(encoding).tolist(), ids, map(bool, mask))]
     at = next((i for i, (a, m, b, n) in enumerate(rows) if (a, m) != (b, n)), len(rows))
-    near = encoded.text[
-        encoded.offsets[max(at - 8, 0), 0] : encoded.offsets[min(at + 8, len(encoded.offsets) - 1), 1]
+    near = encoding.text[
+        encoding.offsets[max(at - 8, 0), 0] : encoding.offsets[min(at + 8, len(encoding.offsets) - 1), 1]
     ]
-    return f"token {at} of {len(encoded.input_ids)} and {len(ids)}: {rows[at : at + 3]} in {near!r}"
+    return f"token {at} of {len(encoding.input_ids)} and {len(ids)}: {rows[at : at + 3]} in {near!r}"
 
 
 def rngs(name):
@@ -296,7 +296,7 @@ def mistral(name, setup, file):
         mask = [False] + [m for assistant, size in wrote for m in [assistant] * size]
         assert len(mask) == len(ids)
 
-        def stripped(encoded, ids, mask):
+        def stripped(encoding, ids, mask):
             bare = [
                 say("assistant", m["content"].rstrip(" "))
                 if m["role"] == "assistant" and not m.get("tool_calls")
@@ -350,15 +350,15 @@ def cut_separately(tokenizer):
     """Explains other ids of the same text by their having been tokenised in pieces: each byte must be in both
     masks or in none, but for those in a token across a border, which we name in a warning and leave out."""
 
-    def explain(encoded, ids, mask):
-        own = encoded.input_ids.tolist()
+    def explain(encoding, ids, mask):
+        own = encoding.input_ids.tolist()
         (text, theirs), (same, ours) = (
             byte_mask(tokenizer, ids, mask),
-            byte_mask(tokenizer, own, loss_mask(encoded)),
+            byte_mask(tokenizer, own, loss_mask(encoding)),
         )
         across = {
             int(m[1])
-            for w in encoded.warnings
+            for w in encoding.warnings
             if (m := re.match(r"token (\d+) .* straddles a border", w, re.S))
         }
         _, named = byte_mask(tokenizer, own, [i in across for i in range(len(own))])
@@ -421,12 +421,12 @@ def generation_mask(tokenizer, messages, tools, template):
 def extra_token(text):
     "Explains a mask that has, beside ours, nothing but `text` right after each end-of-turn token."
 
-    def explain(encoded, ids, mask):
-        ours, texts = loss_mask(encoded), [encoded.text[s:e] for s, e in encoded.offsets]
+    def explain(encoding, ids, mask):
+        ours, texts = loss_mask(encoding), [encoding.text[s:e] for s, e in encoding.offsets]
         extra = [i for i, m in enumerate(mask) if m != ours[i]]
         last = [i + 1 for i in np.flatnonzero(ours) if i + 1 < len(ours) and not ours[i + 1]]
         proven = (
-            ids == encoded.input_ids.tolist()
+            ids == encoding.input_ids.tolist()
             and all(mask[i] and texts[i] == text for i in extra)
             and extra == last
         )

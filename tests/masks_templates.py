@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from cbnb.masking.masker import ChatMasker, loss_mask
-from cbnb.masking.policies import Encoded
+from cbnb.masking.policies import Encoding
 from cbnb.masking.rendering import FROZEN_NOW
 from cbnb.masking.templates import MaskError
 from masks_common import answer, ask, say
@@ -130,7 +130,7 @@ def plain(source, messages, prompt=False):
 
 @cache
 def results():
-    """{(family, name, kind): the Encoded, or the reason why the template (None) or the engine (text of its
+    """{(family, name, kind): the Encoding, or the reason why the template (None) or the engine (text of its
     MaskError) refuses}."""
     out, masker = {}, ChatMasker(tokenizer(), "{{ messages }}")
     for (family, name), source in sources().items():
@@ -154,10 +154,10 @@ def header(source):
     return None
 
 
-def in_mask(encoded):
+def in_mask(encoding):
     "bool, one a character of the text: whether its token is trained."
-    inside = np.zeros(len(encoded.text), bool)
-    for (start, end), trains in zip(encoded.offsets, loss_mask(encoded)):
+    inside = np.zeros(len(encoding.text), bool)
+    for (start, end), trains in zip(encoding.offsets, loss_mask(encoding)):
         inside[start:end] |= trains
     return inside
 
@@ -202,14 +202,14 @@ def verdicts():
     mask: a word of another message in it, one of its own missing, a header, or other text than transformers'
     renders say where these are prefixes."""
     out = {}
-    for (family, name, kind), encoded in results().items():
-        if not isinstance(encoded, Encoded):
+    for (family, name, kind), encoding in results().items():
+        if not isinstance(encoding, Encoding):
             continue
         source, messages, where = sources()[family, name], KINDS[kind], (family, name, kind)
-        text, mask, inside, head = encoded.text, loss_mask(encoded), in_mask(encoded), header(source)
+        text, mask, inside, head = encoding.text, loss_mask(encoding), in_mask(encoding), header(source)
         assert text == plain(source, messages), where
         for i, message in enumerate(messages):
-            told = [w for w in encoded.warnings if f"message {i}" in w]
+            told = [w for w in encoding.warnings if f"message {i}" in w]
             for word in words(message):
                 at = text.find(word)
                 assert text.count(word) == 1 or at < 0 and any("drops" in w for w in told), (
@@ -225,7 +225,7 @@ def verdicts():
                     ), (where, word)
             if message["role"] != "assistant":
                 continue
-            at = np.flatnonzero(mask & (encoded.message_index == i))
+            at = np.flatnonzero(mask & (encoding.message_index == i))
             if not len(at):
                 assert any("drops" in w for w in told) and not any(w in text for w in words(message)), (
                     where,
@@ -234,12 +234,12 @@ def verdicts():
                 out[family, name, kind, i] = "nothing of it in the text"
                 continue
             assert (np.diff(at) == 1).all(), (where, i)
-            start, end = encoded.offsets[at[0], 0], encoded.offsets[at[-1], 1]
+            start, end = encoding.offsets[at[0], 0], encoding.offsets[at[-1], 1]
             got = text[start:end]
             want = prefix_says(source, text, messages, i)
             if want is not None:
-                why = "equal" if got.rstrip() == want else explained(got, want, source, encoded.warnings, i)
-                assert why, (where, i, got, want, encoded.warnings)
+                why = "equal" if got.rstrip() == want else explained(got, want, source, encoding.warnings, i)
+                assert why, (where, i, got, want, encoding.warnings)
                 out[family, name, kind, i] = why
                 continue
             # The template rewrites what stands before. A header must stand right before the mask, none in it,
@@ -268,8 +268,8 @@ def tagged():
     """{(family, name, kind): what transformers' own generation tags train of trl's training templates beyond
     our mask}, as pieces of text."""
     out = {}
-    for key, encoded in results().items():
-        if key[0] != "trl training" or not isinstance(encoded, Encoded):
+    for key, encoding in results().items():
+        if key[0] != "trl training" or not isinstance(encoding, Encoding):
             continue
         with mock.patch("transformers.utils.chat_template_utils.datetime", Clock):
             theirs = tokenizer().apply_chat_template(
@@ -278,12 +278,12 @@ def tagged():
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
-        ours, mask = loss_mask(encoded), np.array(theirs["assistant_masks"], bool)
-        assert theirs["input_ids"] == encoded.input_ids.tolist(), key
+        ours, mask = loss_mask(encoding), np.array(theirs["assistant_masks"], bool)
+        assert theirs["input_ids"] == encoding.input_ids.tolist(), key
         assert mask[ours].all(), (key, "we train what their tags do not")
         pieces, extra = [], np.flatnonzero(mask & ~ours)
         for run in np.split(extra, np.flatnonzero(np.diff(extra) > 1) + 1) if len(extra) else ():
-            pieces.append(encoded.text[encoded.offsets[run[0], 0] : encoded.offsets[run[-1], 1]])
+            pieces.append(encoding.text[encoding.offsets[run[0], 0] : encoding.offsets[run[-1], 1]])
         out[key] = pieces
     return out
 

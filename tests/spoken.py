@@ -52,13 +52,13 @@ def spelled(name, messages):
     return Counter(map(squeezed, turns))
 
 
-def trained(name, encoded):
-    """A Counter of the turns that the loss mask of an Encoded trains, without blanks, ids of calls and ends
+def trained(name, encoding):
+    """A Counter of the turns that the loss mask of an Encoding trains, without blanks, ids of calls and ends
     of turns."""
-    inside = np.zeros(len(encoded.text) + 1, bool)
-    for start, end in encoded.offsets[loss_mask(encoded)]:
+    inside = np.zeros(len(encoding.text) + 1, bool)
+    for start, end in encoding.offsets[loss_mask(encoding)]:
         inside[start:end] = True
-    text = "".join(np.array([*encoded.text], "U1")[inside[:-1]])
+    text = "".join(np.array([*encoding.text], "U1")[inside[:-1]])
     if name == "Mistral":
         text = re.sub(r', "id": "[0-9A-Za-z]{9}"', "", text)
     *turns, rest = text.split(STOCK[name][3])

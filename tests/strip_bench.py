@@ -23,7 +23,7 @@ import circuitsvis.tokens
 from circuitsvis.utils import render
 render.internet_on = lambda: False
 from IPython.display import display, HTML
-from cbnb.masking.policies import Encoded
+from cbnb.masking.policies import Encoding
 from cbnb.masking.turns import Segment
 from cbnb.widgets.strip import strip_mask, token_strip
 n, rng = {n}, np.random.default_rng(0)
@@ -32,7 +32,7 @@ pieces = [words[k] for k in rng.integers(0, len(words), n)]
 ends = np.cumsum([len(p) for p in pieces]).astype(np.int32)
 message = (np.arange(n) // 150).astype(np.int16)
 roles = tuple("user" if m % 2 else "assistant" for m in range(int(message.max()) + 1))
-encoded = Encoded("".join(pieces), np.arange(n, dtype=np.int32) % 50_000, np.where(message % 2, Segment.USER, Segment.TEXT).astype(np.uint8), message,
+encoded = Encoding("".join(pieces), np.arange(n, dtype=np.int32) % 50_000, np.where(message % 2, Segment.USER, Segment.TEXT).astype(np.uint8), message,
                   np.stack([ends - [len(p) for p in pieces], ends], 1).astype(np.int32), roles=roles)
 mask = message % 2 == 0
 def spans(mask, version):

@@ -249,9 +249,9 @@ def test_the_system_prompt_of_a_template_without_that_role_keeps_its_segment():
     ]
     with pytest.raises(MaskError, match="no system role"):
         ChatMasker(qwen3(), SWITCH).encode(messages)
-    encoded = ChatMasker(qwen3(), SWITCH, adapt="move_system").encode(messages)
-    assert encoded.text == "<|im_start|>user\nBe kind.\n\nHi<|im_end|><|im_start|>assistant\nHo<|im_end|>"
-    system = "".join(encoded.text[a:b] for a, b in encoded.offsets[encoded.segments == Segment.SYSTEM])
+    encoding = ChatMasker(qwen3(), SWITCH, adapt="move_system").encode(messages)
+    assert encoding.text == "<|im_start|>user\nBe kind.\n\nHi<|im_end|><|im_start|>assistant\nHo<|im_end|>"
+    system = "".join(encoding.text[a:b] for a, b in encoding.offsets[encoding.segments == Segment.SYSTEM])
     assert system.strip() == "Be kind." and adapted_counts(
         [adapt(Transcript("t", messages), "move_system")]
     ) == {"move_system": {"transcripts": 1, "changes": 1}}

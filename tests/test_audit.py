@@ -134,20 +134,20 @@ def test_each_defect_fails_and_is_named(file, capsys, monkeypatch, kind, message
     assert found(capsys, path, *arguments, *allowed)[:2] == (0, kinds)
 
 
-def words_only(encoded):
-    return SPOKEN[encoded.segments]
+def words_only(encoding):
+    return SPOKEN[encoding.segments]
 
 
-def with_header(encoded):
-    return assistant_only(encoded) | (encoded.segments == Segment.HEADER)
+def with_header(encoding):
+    return assistant_only(encoding) | (encoding.segments == Segment.HEADER)
 
 
-def everything(encoded):
-    return encoded.segments >= 0
+def everything(encoding):
+    return encoding.segments >= 0
 
 
-def broken(encoded):
-    return encoded.no_such_field
+def broken(encoding):
+    return encoding.no_such_field
 
 
 @pytest.mark.parametrize(

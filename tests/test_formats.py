@@ -774,7 +774,7 @@ ORDERS = st.text(
     st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n'\"\\ \t:#-"),
     min_size=1,
     max_size=300,
-).filter(lambda s: len(squeeze(s, escaped=False)[0]) >= 12)
+).filter(lambda s: len(squeeze(s, with_escapes=False)[0]) >= 12)
 
 
 @settings(max_examples=300)
@@ -792,7 +792,7 @@ def test_injections_are_found_in_dumped_tool_results(order, before, after, dump)
     found = find_injection(text, order)
     assert found
     for start, end in found:
-        assert squeeze(order, escaped=False)[0] in [
+        assert squeeze(order, with_escapes=False)[0] in [
             squeeze(text[start:end], escaped)[0] for escaped in (True, False)
         ]
 

@@ -76,7 +76,7 @@ def test_no_task_and_no_injection_is_on_both_sides(tmp_path):
     both."""
     harmful, benign, held, left_out = load_streams([write_runs(tmp_path)])
     for kind in ("task", "injection", "prompt"):
-        assert H.shared(harmful + benign, held)[kind]["shared"] == 0
+        assert H.count_shared(harmful + benign, held)[kind]["shared"] == 0
     counts = Counter(t.label for t in held)
     assert min(counts.values()) >= 3 and len(harmful) >= 20 and len(benign) >= 40, (
         counts,
@@ -87,7 +87,7 @@ def test_no_task_and_no_injection_is_on_both_sides(tmp_path):
     ids = [t.id for t in harmful + benign + held] + [*left_out]
     assert len(ids) == len({*ids}) == 160, "each run stands in one place"
     harmful, benign, held, left_out = load_streams([tmp_path], heldout_by="prompt")
-    found = H.shared(harmful + benign, held)
+    found = H.count_shared(harmful + benign, held)
     assert (
         found["task"]["shared"] > 0.9 * len(held)
         and found["injection"]["shared"] == found["injection"]["with"]
@@ -108,7 +108,7 @@ def test_what_is_asked_for_is_kept_apart(by, apart, free, tmp_path):
     harmful, benign, held, _ = load_streams(
         [write_runs(tmp_path, 8, 5, ("office", "bank", "travel", "chat"))], heldout_by=by
     )
-    found = H.shared(harmful + benign, held)
+    found = H.count_shared(harmful + benign, held)
     assert (
         all(found[kind]["shared"] == 0 for kind in apart)
         and all(found[kind]["shared"] for kind in free)
@@ -199,7 +199,7 @@ def test_any_set_is_parted_or_refused(rows, by):
     except ValueError as e:
         assert "held out" in str(e) or "hold some out" in str(e) or "no transcript says" in str(e)
         return
-    found = H.shared(parted.harmful + parted.benign, parted.held_out)
+    found = H.count_shared(parted.harmful + parted.benign, parted.held_out)
     assert all(found[kind]["shared"] == 0 for kind in (*H.heldout_kinds(by), "prompt") if kind in found)
     ids = [t.id for t in parted.harmful + parted.benign + parted.held_out] + [*parted.left_out]
     assert sorted(ids) == sorted(t.id for t in made)

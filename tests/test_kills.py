@@ -60,7 +60,7 @@ def preparation(agent, folder):
         ablation.prepare_run(found, run, {"source": "x"})
 
 
-def encoded(agent, folder):
+def encoding(agent, folder):
     from cbnb.train.store import stored_stream
 
     stored_stream(folder, make_transcripts("plain", 12), agent[1], "assistant_only", processes=1)
@@ -121,7 +121,7 @@ def contents(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "work", (evaluation, report, preparation, encoded, teacher), ids=lambda work: work.__name__
+    "work", (evaluation, report, preparation, encoding, teacher), ids=lambda work: work.__name__
 )
 def test_killed_at_any_moment(agent, work, tmp_path, capfd):
     verdicts.write_specimen(tmp_path / "specimen", betas=(0.0, 0.3), seeds=(0,))

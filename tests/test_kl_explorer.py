@@ -8,7 +8,7 @@ import torch
 from cbnb.config import get_config
 from cbnb.evaluate.divergence import Side, diverge, share_of_kl, token_table, top_tokens
 from cbnb.masking.masker import ChatMasker
-from cbnb.masking.policies import Encoded, loss_mask
+from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
 from cbnb.step.losses import kl_divergence_loss, token_kl
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
@@ -54,17 +54,17 @@ def noise(n, vocabulary, names, seed=0, blocks=5):
     return side(), {name: side() for name in names}
 
 
-def case(masker, names=("A", "B"), temperature=1.0, encoded=None, **given):
+def case(masker, names=("A", "B"), temperature=1.0, encoding=None, **given):
     "`(arguments of kl_state, teacher, students)` on an injected transcript."
     t = make_transcripts("injection", 1)[0]
-    encoded = encoded or masker.encode(t.messages, t.tools, t.injection_spans, t.label)
+    encoding = encoding or masker.encode(t.messages, t.tools, t.injection_spans, t.label)
     vocabulary = len(masker.tokenizer)
-    teacher, students = noise(len(encoded.input_ids), vocabulary, names)
-    divergence = diverge(teacher, students, encoded.input_ids, temperature)
+    teacher, students = noise(len(encoding.input_ids), vocabulary, names)
+    divergence = diverge(teacher, students, encoding.input_ids, temperature)
     return (
         dict(
-            encoded=encoded,
-            mask=loss_mask(encoded),
+            encoding=encoding,
+            mask=loss_mask(encoding),
             divergence=divergence,
             students=students,
             tokenizer=masker.tokenizer,
@@ -330,7 +330,7 @@ def test_keys_do_not_reach_the_notebook(pages, two):
 def test_nothing_of_a_transcript_is_markup(pages, masker):
     ends = np.cumsum([len(p) for p in HOSTILE]).astype(np.int32)
     n = len(HOSTILE)
-    encoded = Encoded(
+    encoding = Encoding(
         "".join(HOSTILE),
         np.arange(300, 300 + n, dtype=np.int32),
         np.full(n, Segment.USER, np.uint8),
@@ -341,12 +341,12 @@ def test_nothing_of_a_transcript_is_markup(pages, masker):
     arguments, *_ = case(
         masker,
         (HOSTILE[0], HOSTILE[1]),
-        encoded=encoded,
+        encoding=encoding,
         title=HOSTILE[1],
         problem=HOSTILE[0],
         mask_name=HOSTILE[1],
     )
-    still = static_kl(arguments, selected=2)
+    still = static_kl(arguments, token=2)
     html = still.html.replace('"words": ["', '"words": ["\\u003cimg src=x onerror=alert(2)>', 1)
     assert html != still.html
     for page in (pages.open(html), pages.framed(html)):
@@ -370,7 +370,7 @@ def test_nothing_of_a_transcript_is_markup(pages, masker):
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessible(pages, two, theme):
-    html = static_kl(two[0], selected=12).html
+    html = static_kl(two[0], token=12).html
     for page in (
         pages.open(html, theme=theme),
         pages.open(html, theme=theme, forced_colors=True),
@@ -397,7 +397,7 @@ def test_broken_input_is_told(pages, two):
         ('"blocks": 5', '"blocks": 5000'),
         ('"names": ["A", "B"]', '"names": 3'),
     ):
-        page = pages.open(static_kl(two[0], selected=4).html.replace(wrong, right))
+        page = pages.open(static_kl(two[0], token=4).html.replace(wrong, right))
         assert (
             page.locator(".cb-message:visible").count() == 1 or page.locator(".kl-detail table").count() == 1
         )
@@ -411,7 +411,7 @@ def test_infinite_kl_is_shown(pages, masker):
 
     ids = np.array([300, 0, 1, 0], np.int32)
     ends = np.arange(1, 5, dtype=np.int32)
-    encoded = Encoded(
+    encoding = Encoding(
         "abcd",
         ids,
         np.full(4, Segment.TEXT, np.uint8),
@@ -423,9 +423,13 @@ def test_infinite_kl_is_shown(pages, masker):
     page = pages.open(
         static_kl(
             dict(
-                encoded=encoded, mask=np.ones(4, bool), divergence=d, tokenizer=masker.tokenizer, vocabulary=3
+                encoding=encoding,
+                mask=np.ones(4, bool),
+                divergence=d,
+                tokenizer=masker.tokenizer,
+                vocabulary=3,
             ),
-            selected=1,
+            token=1,
         ).html
     )
     assert (
@@ -440,7 +444,7 @@ def test_many_tokens(pages, masker):
     n = 8_000
     pieces = [" one", " two", "\n", " three"]
     ends = np.cumsum([len(pieces[i % 4]) for i in range(n)]).astype(np.int32)
-    encoded = Encoded(
+    encoding = Encoding(
         "".join(pieces[i % 4] for i in range(n)),
         np.full(n, 300, np.int32),
         np.full(n, Segment.TEXT, np.uint8),
@@ -448,7 +452,7 @@ def test_many_tokens(pages, masker):
         np.stack([np.r_[0, ends[:-1]], ends], axis=1).astype(np.int32),
         roles=("assistant",),
     )
-    html = static_kl(case(masker, ("A",), encoded=encoded)[0]).html
+    html = static_kl(case(masker, ("A",), encoding=encoding)[0]).html
     page = pages.open(html)
     assert len(html) < 3_500_000 and page.locator(".kl-list button").count() == 20
     page.locator(DISTANCE).focus()

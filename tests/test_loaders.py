@@ -154,7 +154,10 @@ def test_the_users_flag_reaches_the_door():
             if name not in TAKES or text in OWN or "'tinyagent'" in text:
                 continue
             passed = (
-                "trust_remote_code" in text or "trusted" in text or any(k.arg is None for k in node.keywords)
+                "trust_remote_code" in text
+                or "trust)" in text
+                or "trusted" in text
+                or any(k.arg is None for k in node.keywords)
             )
             assert passed, (path, node.lineno, text)
 
@@ -263,8 +266,8 @@ def in_process(folder, adapter):
     config = get_config("tinyagent", model=name, batch_size=1, max_length=16)
 
     def shown(explorer):
-        if explorer.explored.message:
-            raise ConfigError(explorer.explored.message)
+        if explorer.exploration.message:
+            raise ConfigError(explorer.exploration.message)
 
     yield "the model", lambda: load_model(name)
     yield "the tokenizer", lambda: load_tokenizer(name)
@@ -315,7 +318,7 @@ def test_with_the_flag_it_loads(tmp_path, breaker):
     assert type(load_tokenizer(name, trust_remote_code=True)).__name__ == "OwnTokenizer"
     assert type(load_model(name, trust_remote_code=True, device="cpu")).__name__ == "OwnForCausalLM"
     shown = mask_explorer(make_transcripts("plain", 1), name, trust_remote_code=True)
-    assert shown.explored.message == ""
+    assert shown.exploration.message == ""
     assert shown.set(model="tinyagent").settings["trust_remote_code"] is False, "it was said of that model"
     assert (
         "divergence"

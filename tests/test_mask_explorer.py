@@ -82,7 +82,7 @@ def test_each_bad_mask_is_flagged_by_its_own_finding(masker, transcript):
     frame = finding_frame(seen)
     assert kind in set(frame.kind[[name in names.split(", ") for names in frame.masks]])
     assert kind in explored_html(seen)
-    if seen.encoded is not None:
+    if seen.encoding is not None:
         assert "✗" in mask_frame(seen).set_index("mask").finds[name]
 
 
@@ -117,15 +117,15 @@ def test_masks_are_those_of_training_and_counts_add_up(masker, name):
         seen = explore(t, masker)
         assert not seen.message and not seen.left_out and [m.name for m in seen.masks] == list(POLICIES)
         for m in seen.masks:
-            assert (m.values == training_mask(seen.encoded, t, m.name)).all()
+            assert (m.values == training_mask(seen.encoding, t, m.name)).all()
             assert all(
                 m.sentences[code].startswith("in: " if inside else "out: ")
                 for code, inside in zip(m.codes, m.values)
             )
         for by, key in (("role", "role"), ("message", "message")):
-            frame = count_frame(seen.encoded, seen.masks, by).set_index(key)
+            frame = count_frame(seen.encoding, seen.masks, by).set_index(key)
             for m in seen.masks:
-                counted = mask_counts(seen.encoded, m.values, by)
+                counted = mask_counts(seen.encoding, m.values, by)
                 assert frame[m.name].to_dict() == {k: row["in_mask"] for k, row in counted.items()}
                 assert frame.tokens.to_dict() == {k: row["tokens"] for k, row in counted.items()}
 
@@ -134,8 +134,8 @@ def test_masks_are_those_of_training_and_counts_add_up(masker, name):
 def test_a_label_leaves_only_its_tokens(masker, label):
     seen = explore(INJECTED[0], masker, label=label)
     for m in seen.masks:
-        assert (m.values == loss_mask(seen.encoded, m.name, label)).all()
-    counts = count_frame(seen.encoded, seen.masks, "label").set_index("label")
+        assert (m.values == loss_mask(seen.encoding, m.name, label)).all()
+    counts = count_frame(seen.encoding, seen.masks, "label").set_index("label")
     assert (counts.drop(index=label)[[m.name for m in seen.masks]] == 0).all(
         axis=None
     ) and counts.full_sequence[label] > 0
@@ -180,8 +180,8 @@ def test_truncation_is_a_further_mask(masker, side):
 
 
 def test_own_functions_stand_beside_the_policies_and_may_fail(masker):
-    def mine(encoded):
-        return encoded.segments > 5
+    def mine(encoding):
+        return encoding.segments > 5
 
     seen = explore(
         PLAIN[0],
@@ -205,7 +205,7 @@ def test_a_hundred_thousand_tokens(masker):
         {"role": "assistant", "content": "ok fine " * 8_000},
     ]
     seen = explore(Transcript("long", words), masker, max_length=4096)
-    assert len(seen.encoded.input_ids) > 100_000 and len(explored_html(seen)) < 20_000
+    assert len(seen.encoding.input_ids) > 100_000 and len(explored_html(seen)) < 20_000
     assert len(masks.explored_view(seen, masker.tokenizer).plain) < 40_000
 
 
@@ -227,9 +227,9 @@ def test_csv_is_a_line_a_token_and_reads_back(masker):
     seen = explore(INJECTED[0], masker, max_length=60)
     text = csv_text(token_frame(seen, masker.tokenizer))
     back = pd.read_csv(io.StringIO(text), keep_default_na=False)
-    assert len(back) == len(seen.encoded.input_ids) == text.count("\n") - 1
-    assert (back.token_id == seen.encoded.input_ids).all() and (
-        back.message == seen.encoded.message_index
+    assert len(back) == len(seen.encoding.input_ids) == text.count("\n") - 1
+    assert (back.token_id == seen.encoding.input_ids).all() and (
+        back.message == seen.encoding.message_index
     ).all()
     assert (back.predicted_at == back.position - 1).all()
     for m in seen.masks:
@@ -285,7 +285,9 @@ def test_files_appear_whole_and_overwrite_nothing(masker, tmp_path, monkeypatch)
     assert len(names) == 3 and all(
         re.fullmatch(r"masks-[A-Za-z0-9._-]{1,60}\.(html|csv)", n) for n in names
     ), names
-    assert explorer.to_csv("a.csv").read_text().count("\n") == len(explorer.explored.encoded.input_ids) + 1
+    assert (
+        explorer.to_csv("a.csv").read_text().count("\n") == len(explorer.exploration.encoding.input_ids) + 1
+    )
     assert explorer.save("a.html").read_text().startswith("<!DOCTYPE html>")
     (tmp_path / "a.csv").unlink()
     monkeypatch.setattr(
@@ -320,8 +322,8 @@ def test_calls_that_a_template_drops_are_shown_as_they_are_trained():
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     )
     explorer = mask_explorer(INJECTED, chat_template=drops)
-    assert explorer.explored.encoded.lost_calls
-    written = explorer.set(tool_call_format="hermes").explored.encoded
+    assert explorer.exploration.encoding.lost_calls
+    written = explorer.set(tool_call_format="hermes").exploration.encoding
     assert not written.lost_calls and "<tool_call>" in written.text
 
 
@@ -374,7 +376,7 @@ def test_records_that_cannot_be_read_are_told(tmp_path):
     path.write_text(path.read_text().replace("\n", "\n{broken\n", 1))
     explorer = mask_explorer(path, number=2)
     box = ExplorerBox(explorer)
-    assert explorer.explored.transcript == PLAIN[1] and len(explorer.shelf.listing) == 2
+    assert explorer.exploration.transcript == PLAIN[1] and len(explorer.shelf.listing) == 2
     assert "line 2" in box.note.value and "1 record up to here" in box.note.value
 
 
@@ -409,7 +411,7 @@ WRONG = {
 def test_what_is_wrong_is_told_in_the_view(case, monkeypatch):
     settings, words = WRONG[case]
     explorer = mask_explorer(**settings)
-    assert words in explorer.explored.message
+    assert words in explorer.exploration.message
     for static in ("1", "0"):
         monkeypatch.setenv("CBNB_STATIC", static)
         bundle = mask_explorer(**settings)._repr_mimebundle_()[0]
@@ -421,10 +423,12 @@ def test_what_is_wrong_is_told_in_the_view(case, monkeypatch):
 def test_a_mask_that_is_not_there_is_told(masker):
     explorer = mask_explorer(PLAIN, a="typo")
     assert (
-        "no mask typo" in masks.explored_state(explorer.explored, **explorer.looks)["message"]
-        and not explorer.explored.message
+        "no mask typo" in masks.explored_state(explorer.exploration, **explorer.looks)["message"]
+        and not explorer.exploration.message
     )
-    assert not masks.explored_state(explorer.set(a="completion_only").explored, **explorer.looks)["message"]
+    assert not masks.explored_state(explorer.set(a="completion_only").exploration, **explorer.looks)[
+        "message"
+    ]
     with pytest.raises(TypeError, match="no setting nubmer"):
         explorer.set(nubmer=1)
 
@@ -437,7 +441,7 @@ def test_nothing_of_a_transcript_is_markup(monkeypatch):
     explorer = mask_explorer([hostile(), refused], policies={HOSTILE: lambda e: e.segments > 5})
     for number in (1, 2):
         view = explorer.set(number=number).static()
-        assert explorer.explored.transcript is not None
+        assert explorer.exploration.transcript is not None
         allowed = {"table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p", "details", "summary"}
         assert set(re.findall(r"<([a-z]+)", view.plain)) <= allowed and "onerror" not in re.sub(
             r"&lt;.*?&gt;", "", view.plain

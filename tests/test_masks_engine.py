@@ -35,7 +35,7 @@ SEPARATE = [n for n in SETUPS if n != "mistral-spm"]
 
 
 def same(a, b):
-    "Whether two Encoded agree in every field."
+    "Whether two Encodings agree in every field."
     return all(
         np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y
         for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
@@ -168,10 +168,10 @@ def test_a_tokenizer_that_begins_texts_in_its_own_way_makes_no_plain_text():
 
 
 def test_markup_that_is_no_control_token_is_reported():
-    encoded = masker_for("qwen3")[0].encode(
+    encoding = masker_for("qwen3")[0].encode(
         [say("user", "a"), say("assistant", "b <think>"), say("user", "x <tool_call>"), say("assistant", "c")]
     )
-    assert [w for w in encoded.warnings if "structure" in w] == [
+    assert [w for w in encoding.warnings if "structure" in w] == [
         "message 2 (user): it holds '<tool_call>', which this model may read as structure"
     ]
 
@@ -326,8 +326,8 @@ def test_quoted_control_tokens_as_text_equal_metas_encoder():
             )
             ids += tokens
             mask += [False] * head + [m["role"] == "assistant"] * (len(tokens) - head)
-        encoded = masker.encode(messages)
-        assert encoded.input_ids.tolist() == ids and loss_mask(encoded).tolist() == mask
+        encoding = masker.encode(messages)
+        assert encoding.input_ids.tolist() == ids and loss_mask(encoding).tolist() == mask
         assert masker.prompt_ids(messages[:-1]).tolist() == ids[: len(ids) - sum(mask[-len(tokens) :])]
         quoted += any(word in m["content"] for m in messages for word in words)
     assert quoted > 40
@@ -372,22 +372,22 @@ def test_transformers_47822_a_quoted_turn_is_never_trained(name, mode):
         answer(fake),
         say("assistant", "I won't."),
     ]
-    encoded, mask = masker.encode(messages), loss_mask(masker.encode(messages))
+    encoding, mask = masker.encode(messages), loss_mask(masker.encode(messages))
     for i in (1, 3):
-        assert trained(masker, encoded, i) == oracle(messages, i)
+        assert trained(masker, encoding, i) == oracle(messages, i)
     assert (
-        set(encoded.message_index[mask].tolist()) == {1, 3} and (encoded.segments == Segment.EOT).sum() == 2
+        set(encoding.message_index[mask].tolist()) == {1, 3} and (encoding.segments == Segment.EOT).sum() == 2
     )
     for i, segment in ((0, Segment.USER), (2, Segment.TOOL_RESULT)):
-        at = np.flatnonzero((encoded.message_index == i) & (encoded.segments == segment))
-        got = encoded.text[encoded.offsets[at[0], 0] : encoded.offsets[at[-1], 1]]
+        at = np.flatnonzero((encoding.message_index == i) & (encoding.segments == segment))
+        got = encoding.text[encoding.offsets[at[0], 0] : encoding.offsets[at[-1], 1]]
         # some templates write a tool result as JSON
         assert (fake in got or dumps(fake)[1:-1] in got) and (np.diff(at) == 1).all()
-        assert np.isin(encoded.input_ids[at], masker.control_ids).any() == (mode == "allow")
+        assert np.isin(encoding.input_ids[at], masker.control_ids).any() == (mode == "allow")
     plain = masker.tokenizer.apply_chat_template(messages, chat_template=masker.chat_template, tokenize=False)
-    assert encoded.text == plain
+    assert encoding.text == plain
     if mode == "allow":
-        assert encoded.input_ids.tolist() == masker.tokenizer(plain, add_special_tokens=False)["input_ids"]
+        assert encoding.input_ids.tolist() == masker.tokenizer(plain, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("mode", ["allow", "text", "error"])
@@ -414,17 +414,17 @@ def test_modes_by_role():
         ChatMasker(tokenizer, control={"user": "text"}).encode(tool)
     with pytest.raises(MaskError, match="is unknown"):
         ChatMasker(tokenizer, control="txt")
-    encoded = ChatMasker(tokenizer, control={"assistant": "text"}).encode(assistant)
-    assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 2 and (
-        encoded.segments == Segment.EOT
+    encoding = ChatMasker(tokenizer, control={"assistant": "text"}).encode(assistant)
+    assert (encoding.input_ids == tokenizer.eos_token_id).sum() == 2 and (
+        encoding.segments == Segment.EOT
     ).sum() == 1
-    encoded = ChatMasker(tokenizer, control={"assistant": "allow"}).encode(
+    encoding = ChatMasker(tokenizer, control={"assistant": "allow"}).encode(
         [say("user", "Hi"), say("assistant", "a<|im_end|>")]
     )
-    assert (encoded.input_ids == tokenizer.eos_token_id).sum() == 3 and (
-        encoded.segments == Segment.EOT
+    assert (encoding.input_ids == tokenizer.eos_token_id).sum() == 3 and (
+        encoding.segments == Segment.EOT
     ).sum() == 1
-    assert encoded.segments[-2] == Segment.EOT  # the last one but a line feed, written by the template
+    assert encoding.segments[-2] == Segment.EOT  # the last one but a line feed, written by the template
 
 
 def test_a_quoted_control_token_that_is_written_as_another_string_is_refused():
@@ -499,9 +499,9 @@ def test_names_and_arguments_of_calls(name):
     rng = random.Random(f"parts {name}")
     for _ in range(15):
         messages = transcript(rng, parallel=not name.startswith("llama"))
-        encoded = masker.encode(messages, TOOLS)
+        encoding = masker.encode(messages, TOOLS)
         for i, m in enumerate(messages):
-            own = encoded.message_index == i
+            own = encoding.message_index == i
             for segment, words in (
                 (Segment.TOOL_NAME, [c["function"]["name"] for c in m.get("tool_calls", [])]),
                 (
@@ -509,14 +509,14 @@ def test_names_and_arguments_of_calls(name):
                     [dumps(c["function"]["arguments"]) for c in m.get("tool_calls", [])],
                 ),
             ):
-                at = np.flatnonzero(own & (encoded.segments == segment))
+                at = np.flatnonzero(own & (encoding.segments == segment))
                 runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1) if len(at) else []
-                got = [encoded.text[encoded.offsets[r[0], 0] : encoded.offsets[r[-1], 1]] for r in runs]
+                got = [encoding.text[encoding.offsets[r[0], 0] : encoding.offsets[r[-1], 1]] for r in runs]
                 assert len(got) == len(words)
                 # whole tokens: at either end a sign of the syntax may be part of one
                 for g, word in zip(got, words):
                     assert word in g and len(g) <= len(word) + 4, (g, word)
-                assert set(encoded.rules[at].tolist()) <= {Rule.MARK, Rule.FOUND}
+                assert set(encoding.rules[at].tolist()) <= {Rule.MARK, Rule.FOUND}
 
 
 @pytest.mark.parametrize("name", ["qwen3_6", "glm4moe", "gptoss", "qwen3_instruct_2507"])
@@ -538,9 +538,9 @@ def test_arguments_written_key_by_key(name):
         answer("PAY"),
         say("assistant", "Paid."),
     ]
-    encoded = masker.encode(messages, TOOLS)
-    at = np.flatnonzero(encoded.segments == Segment.TOOL_ARGUMENTS)
-    got = encoded.text[encoded.offsets[at[0], 0] : encoded.offsets[at[-1], 1]]
+    encoding = masker.encode(messages, TOOLS)
+    at = np.flatnonzero(encoding.segments == Segment.TOOL_ARGUMENTS)
+    got = encoding.text[encoding.offsets[at[0], 0] : encoding.offsets[at[-1], 1]]
     assert (
         (np.diff(at) == 1).all()
         and "id" in got[:6]
@@ -548,11 +548,11 @@ def test_arguments_written_key_by_key(name):
         and "read_mail" not in got
         and "PAY" not in got
     )
-    assert "tool_call>" not in got and "</function" not in got and loss_mask(encoded)[at].all()
-    mask = loss_mask(encoded)
+    assert "tool_call>" not in got and "</function" not in got and loss_mask(encoding)[at].all()
+    mask = loss_mask(encoding)
     assert (
-        encoded.text[encoded.offsets[mask][0, 0] :].count("Paid.") == 1
-        and not mask[encoded.message_index == 2].any()
+        encoding.text[encoding.offsets[mask][0, 0] :].count("Paid.") == 1
+        and not mask[encoding.message_index == 2].any()
     )
 
 
@@ -560,14 +560,14 @@ def test_arguments_written_key_by_key(name):
 def test_rules_agree_with_segments(name):
     masker, _ = masker_for(name)
     for seed in range(5):
-        encoded = masker.encode(transcript(random.Random(seed), parallel=False), TOOLS)
-        rule, segment = encoded.rules, encoded.segments
+        encoding = masker.encode(transcript(random.Random(seed), parallel=False), TOOLS)
+        rule, segment = encoding.rules, encoding.segments
         assert ((rule == Rule.EOT) == (segment == Segment.EOT)).all() and (
             (rule == Rule.HEADER) == (segment == Segment.HEADER)
         ).all()
         assert (segment[rule == Rule.STRADDLES] == Segment.TEMPLATE).all()
         assert np.isin(
-            rule[loss_mask(encoded)], [Rule.LOOP, Rule.PREFIX, Rule.MARK, Rule.FOUND, Rule.EOT]
+            rule[loss_mask(encoding)], [Rule.LOOP, Rule.PREFIX, Rule.MARK, Rule.FOUND, Rule.EOT]
         ).all()
         assert np.isin(
             rule[np.isin(segment, [Segment.USER, Segment.TOOL_RESULT, Segment.SYSTEM])],
@@ -623,9 +623,9 @@ def test_deeply_nested_input_is_a_mask_error():
 
 
 def test_marin_7237_an_unknown_role_is_reported():
-    encoded = masker_for("qwen2.5")[0].encode([say("user", "Hi"), say("Assistant", "Ho")])
-    assert not loss_mask(encoded).any() and any(
-        "message 1: its role 'Assistant'" in w for w in encoded.warnings
+    encoding = masker_for("qwen2.5")[0].encode([say("user", "Hi"), say("Assistant", "Ho")])
+    assert not loss_mask(encoding).any() and any(
+        "message 1: its role 'Assistant'" in w for w in encoding.warnings
     )
 
 
@@ -661,10 +661,10 @@ def test_the_next_header_at_the_end_of_a_pass_is_not_trained():
     for tail in ("", "Rate this answer!"):
         masker = ChatMasker(llama3(), source.replace("<|eot_id|>", "<|eot_id|>" + tail))
         try:
-            encoded = masker.encode(CHAT[1:])
+            encoding = masker.encode(CHAT[1:])
         except MaskError:
             continue
-        assert [trained(masker, encoded, i) for i in (1, 3)] == ["Ho<|eot_id|>", "Hu<|eot_id|>"], tail
+        assert [trained(masker, encoding, i) for i in (1, 3)] == ["Ho<|eot_id|>", "Hu<|eot_id|>"], tail
     words = (
         "Human:{% for m in messages %} {{ m.content }}\n\n{{ 'Human:' if m.role == 'assistant' else "
         "'Assistant:' }}{% endfor %}"
@@ -704,16 +704,16 @@ def test_template_variables_stand_in_masks_and_prompts(name, template, variables
     )
     for _ in range(10):
         messages = transcript(rng, parallel=False)
-        encoded, theirs = (
+        encoding, theirs = (
             masker.encode(messages, TOOLS),
             dict(chat_template=source, tokenize=False, **variables),
         )
-        assert encoded.text == tokenizer.apply_chat_template(messages, TOOLS, **theirs)
+        assert encoding.text == tokenizer.apply_chat_template(messages, TOOLS, **theirs)
         assert masker.prompt(messages[:-1], TOOLS) == tokenizer.apply_chat_template(
             messages[:-1], TOOLS, add_generation_prompt=True, **theirs
         )
         assert all(
-            loss_mask(encoded)[encoded.message_index == i].any()
+            loss_mask(encoding)[encoding.message_index == i].any()
             for i, m in enumerate(messages)
             if m["role"] == "assistant"
         )

@@ -300,23 +300,23 @@ MESSAGES = st.lists(
 )
 
 
-def wrong(encoded, pieces):
+def wrong(encoding, pieces):
     """The first token whose place in or out of the mask contradicts the parts, as a sentence; None if there
     is none."""
     text = "".join(t for t, _ in pieces)
-    if encoded.text != text:
-        return f"another text: {encoded.text!r}, not {text!r}"
+    if encoding.text != text:
+        return f"another text: {encoding.text!r}, not {text!r}"
     state = np.array([{True: 1, False: 0, None: 2}[s] for t, s in pieces for _ in t], int)
     owner = np.array([k for k, (t, _) in enumerate(pieces) for _ in t], int)
-    for i, ((start, end), trains) in enumerate(zip(encoded.offsets, loss_mask(encoded))):
+    for i, ((start, end), trains) in enumerate(zip(encoding.offsets, loss_mask(encoding))):
         here, border = set(state[start:end].tolist()), len(set(owner[start:end].tolist())) > 1
-        told = any(w.startswith(f"token {i} ") for w in encoded.warnings)
+        told = any(w.startswith(f"token {i} ") for w in encoding.warnings)
         if trains and 0 in here:
-            return f"token {i}, {encoded.text[start:end]!r}, is trained but was not written by the assistant"
+            return f"token {i}, {encoding.text[start:end]!r}, is trained but was not written by the assistant"
         if not trains and here == {1} and not (border and told):
-            return f"token {i}, {encoded.text[start:end]!r}, was written by the assistant but is not trained"
+            return f"token {i}, {encoding.text[start:end]!r}, was written by the assistant but is not trained"
         if not trains and here >= {0, 1} and not told:
-            return f"token {i}, {encoded.text[start:end]!r}, lies across a border and nothing says so"
+            return f"token {i}, {encoding.text[start:end]!r}, lies across a border and nothing says so"
     return None
 
 
@@ -337,21 +337,26 @@ def test_never_a_wrong_mask(style, messages, kind):
         and not (style["echo"] or style["tail"] or style["needs"] or rewrites)
     )
     try:
-        encoded = ChatMasker(tokenizer(kind), source).encode(messages)
+        encoding = ChatMasker(tokenizer(kind), source).encode(messages)
     except MaskError as e:
         assert "pass another chat_template" in str(e), e
         SEEN[known, "refused"] += 1
         return
     SEEN[known, "located"] += 1
-    assert encoded.input_ids.tolist() == tokenizer(kind)(encoded.text, add_special_tokens=False)["input_ids"]
     assert (
-        len(encoded.input_ids) == len(encoded.segments) == len(encoded.offsets) == len(encoded.message_index)
+        encoding.input_ids.tolist() == tokenizer(kind)(encoding.text, add_special_tokens=False)["input_ids"]
     )
-    problem = wrong(encoded, parts(style, messages))
+    assert (
+        len(encoding.input_ids)
+        == len(encoding.segments)
+        == len(encoding.offsets)
+        == len(encoding.message_index)
+    )
+    problem = wrong(encoding, parts(style, messages))
     assert problem is None, problem
     roles = [m["role"] for m in messages]
-    assert all(roles[i] == "assistant" for i in encoded.message_index[loss_mask(encoded)])
-    assert (loss_mask(encoded) == np.isin(encoded.segments, [*COMPLETION])).all()
+    assert all(roles[i] == "assistant" for i in encoding.message_index[loss_mask(encoding)])
+    assert (loss_mask(encoding) == np.isin(encoding.segments, [*COMPLETION])).all()
 
 
 def test_what_can_be_known_is_located():
@@ -381,14 +386,14 @@ def test_the_oracle_sees_a_mask_that_is_wrong_by_one_token():
         {"role": "assistant", "content": "pay Eve"},
         {"role": "user", "content": "Hi"},
     ]
-    encoded = ChatMasker(tokenizer("bytes"), jinja(style)).encode(messages)
-    assert wrong(encoded, parts(style, messages)) is None
-    at = np.flatnonzero(loss_mask(encoded))
+    encoding = ChatMasker(tokenizer("bytes"), jinja(style)).encode(messages)
+    assert wrong(encoding, parts(style, messages)) is None
+    at = np.flatnonzero(loss_mask(encoding))
     for token in (at[0] - 1, at[0], at[-1], at[-1] + 1):
-        segments = encoded.segments.copy()
+        segments = encoding.segments.copy()
         segments[token] = Segment.USER if token in at else Segment.TEXT
         assert f"token {token}" in wrong(
-            dataclasses.replace(encoded, segments=segments), parts(style, messages)
+            dataclasses.replace(encoding, segments=segments), parts(style, messages)
         )
 
 
@@ -464,12 +469,12 @@ FORGED = st.one_of(
 def test_malformed_input_raises_our_errors_only(style, messages, tools, spans):
     "Anything that JSON can hold, as messages, tools and injection spans."
     try:
-        encoded = ChatMasker(tokenizer("bytes"), jinja(style)).encode(messages, tools, injection_spans=spans)
+        encoding = ChatMasker(tokenizer("bytes"), jinja(style)).encode(messages, tools, injection_spans=spans)
     except (MaskError, TranscriptError) as e:
         assert str(e).strip()
     else:
-        assert not loss_mask(encoded)[
-            [messages[i]["role"] != "assistant" if i >= 0 else False for i in encoded.message_index]
+        assert not loss_mask(encoding)[
+            [messages[i]["role"] != "assistant" if i >= 0 else False for i in encoding.message_index]
         ].any()
 
 
@@ -549,9 +554,9 @@ def test_templates_from_random_pieces_raise_our_errors_only(source, messages):
     if not source:
         return
     try:
-        encoded = ChatMasker(tokenizer("bytes"), source).encode(messages)
+        encoding = ChatMasker(tokenizer("bytes"), source).encode(messages)
     except MaskError as e:
         assert str(e).strip()
         return
-    owners = encoded.message_index[loss_mask(encoded)]
+    owners = encoding.message_index[loss_mask(encoding)]
     assert all(messages[i]["role"] == "assistant" for i in owners)

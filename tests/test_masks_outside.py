@@ -53,7 +53,7 @@ def test_random_transcripts_against_spelled_out_completions(name, seed):
             thinking=name.startswith("qwen3"),
             text_beside_call=qwen,
         )
-        encoded = check(
+        encoding = check(
             name,
             messages,
             TOOLS if rng.random() < 0.5 else None,
@@ -63,7 +63,7 @@ def test_random_transcripts_against_spelled_out_completions(name, seed):
             if m["role"] not in ("tool", "user", "system"):
                 continue
             segment = {"tool": Segment.TOOL_RESULT, "user": Segment.USER, "system": Segment.SYSTEM}[m["role"]]
-            at = (encoded.message_index == i) & (encoded.segments == segment)
+            at = (encoding.message_index == i) & (encoding.segments == segment)
             assert at.any(), (i, m)
 
 
@@ -81,14 +81,14 @@ def test_masks_agree_with_prefix_renders_of_transformers(name):
 
     for _ in range(15):
         messages = transcript(rng, parallel=False)
-        encoded = masker.encode(messages)
-        inside = np.zeros(len(encoded.text), bool)
+        encoding = masker.encode(messages)
+        inside = np.zeros(len(encoding.text), bool)
         for i, m in enumerate(messages):
             if m["role"] != "assistant":
                 continue
             start, upto = len(plain(messages[:i], True)), plain(messages[: i + 1], False)
             inside[start : len(upto.rstrip())] = True
-        for (start, end), trains in zip(encoded.offsets, loss_mask(encoded)):
+        for (start, end), trains in zip(encoding.offsets, loss_mask(encoding)):
             assert inside[start:end].all() == trains == inside[start:end].any()
 
 

@@ -63,37 +63,37 @@ def test_an_end_of_turn_of_several_tokens_is_trained_whole(end, special, message
         .replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' %}{{ E }}", 1)
         .replace("{{ E }}" + end, "{{ " + repr(end) + " }}"),
     )
-    encoded = masker.encode(messages, TOOLS)
-    mask, spans = loss_mask(encoded), end_tokens(encoded)
+    encoding = masker.encode(messages, TOOLS)
+    mask, spans = loss_mask(encoding), end_tokens(encoding)
     assert [message for message, _, _ in spans] == [
         i for i, m in enumerate(messages) if m["role"] == "assistant"
     ]
-    for turn, (_, start, stop) in zip(encoded.turns, spans, strict=True):
-        assert encoded.text[turn.eot : turn.end] == end.strip() and stop - start > 1
-        assert {encoded.segments[i] for i in range(start, stop)} == {9} and mask[start:stop].all()
-        assert tokenizer.decode(encoded.input_ids[start:stop]).strip() == end.strip()
+    for turn, (_, start, stop) in zip(encoding.turns, spans, strict=True):
+        assert encoding.text[turn.eot : turn.end] == end.strip() and stop - start > 1
+        assert {encoding.segments[i] for i in range(start, stop)} == {9} and mask[start:stop].all()
+        assert tokenizer.decode(encoding.input_ids[start:stop]).strip() == end.strip()
     text = "".join(
-        encoded.text[a:b] for a, b in encoded.offsets[mask & (encoded.message_index == len(messages) - 1)]
+        encoding.text[a:b] for a, b in encoding.offsets[mask & (encoding.message_index == len(messages) - 1)]
     )
     assert text == messages[-1]["content"] + end
-    assert not any("end-of-turn" in w for w in encoded.warnings)
+    assert not any("end-of-turn" in w for w in encoding.warnings)
     # whole: one token of it left out, by a policy or by truncation, fails the audit
     transcript = Transcript("x", messages, TOOLS)
-    assert not [f for f in mask_findings(encoded, mask, transcript) if f.kind == "eot_untrained"]
+    assert not [f for f in mask_findings(encoding, mask, transcript) if f.kind == "eot_untrained"]
     for left_out in range(*spans[-1][1:]):
         partly = mask & (np.arange(len(mask)) != left_out)
-        (finding,) = [f for f in mask_findings(encoded, partly, transcript) if f.kind == "eot_untrained"]
-        assert finding.messages == (len(messages) - 1,) and not trained_ends(encoded, partly)[-1][3]
-    (audited,) = audit([transcript], masker, max_length=spans[-1][2] - 1, side="right")
-    assert "eot_untrained" in [f.kind for f in audited.findings]
+        (finding,) = [f for f in mask_findings(encoding, partly, transcript) if f.kind == "eot_untrained"]
+        assert finding.messages == (len(messages) - 1,) and not trained_ends(encoding, partly)[-1][3]
+    (entry,) = audit([transcript], masker, max_length=spans[-1][2] - 1, side="right")
+    assert "eot_untrained" in [f.kind for f in entry.findings]
 
 
 @pytest.mark.slow
 def test_preflight_names_the_whole_end_of_turn():
     tokenizer = tokenizer_with("<|eot|>", "<|endofturn|>")
-    encoded = ChatMasker(tokenizer, template("<|eot|><|endofturn|>")).encode(CHAT)
-    mask = loss_mask(encoded)
-    laid = [Placement(Transcript("x", CHAT), encoded, mask, mask, ())]
+    encoding = ChatMasker(tokenizer, template("<|eot|><|endofturn|>")).encode(CHAT)
+    mask = loss_mask(encoding)
+    laid = [Placement(Transcript("x", CHAT), encoding, mask, mask, ())]
     for stops, verdict in (({tokenizer.eos_token_id}, "pass"), ({0}, "fail")):
         point = template_findings("benign", [], survey(laid), tokenizer, stops)[-1]
         assert point.verdict == verdict and "turns end with <|eot|><|endofturn|>" in point.text
@@ -106,16 +106,16 @@ def test_a_closing_tag_before_the_end_is_no_part_of_it():
         "m.role + '\\n' + m.content",
         "m.role + '\\n' + ('<say>' if m.role == 'assistant' else '') + m.content",
     )
-    encoded = ChatMasker(tokenizer, source).encode(CHAT)
-    assert {encoded.text[t.eot : t.end] for t in encoded.turns} == {"<|endofturn|>"}
+    encoding = ChatMasker(tokenizer, source).encode(CHAT)
+    assert {encoding.text[t.eot : t.end] for t in encoding.turns} == {"<|endofturn|>"}
 
 
 @pytest.mark.slow
 def test_eos_after_the_last_turn_only_stays_beside_its_end():
     tokenizer = tokenizer_with("<|eot|>", "<|eos|>")
-    encoded = ChatMasker(tokenizer, template("<|eot|>{% if loop.last %}<|eos|>{% endif %}")).encode(CHAT)
-    assert [encoded.text[t.eot : t.end] for t in encoded.turns] == ["<|eot|>", "<|eot|><|eos|>"]
-    assert loss_mask(encoded)[encoded.segments == 9].all()
+    encoding = ChatMasker(tokenizer, template("<|eot|>{% if loop.last %}<|eos|>{% endif %}")).encode(CHAT)
+    assert [encoding.text[t.eot : t.end] for t in encoding.turns] == ["<|eot|>", "<|eot|><|eos|>"]
+    assert loss_mask(encoding)[encoding.segments == 9].all()
 
 
 NEEDS = {
@@ -139,15 +139,15 @@ NEEDS = {
 def test_templates_are_asked_with_what_they_need(name):
     masker = ChatMasker(llama3(), NEEDS[name] + template("<|eot_id|>"))
     messages = ([say("system", "Be kind.")] if "system" in name else []) + CALLS
-    encoded = masker.encode(messages, TOOLS)
-    mask = loss_mask(encoded)
-    assert "".join(encoded.text[a:b] for a, b in encoded.offsets[mask]) == (
+    encoding = masker.encode(messages, TOOLS)
+    mask = loss_mask(encoding)
+    assert "".join(encoding.text[a:b] for a, b in encoding.offsets[mask]) == (
         '{"name": "read_mail", "arguments": {"id": 8}}<|eot_id|>It is noon.<|eot_id|>'
     )
     # by its loop, not by a fallback
     assert (
         masker._headers[masker.template_source(TOOLS)][0][0] == "<|role|>assistant\n"
-        and encoded.turns[0].rule == 4
+        and encoding.turns[0].rule == 4
     )
 
 

@@ -181,7 +181,7 @@ def a_report():
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory):
+def entry(tmp_path_factory):
     path = tmp_path_factory.mktemp("audit") / "masks.html"
     assert main(["masks", str(FIXTURES / "agent.jsonl"), "--model", "tinyagent", "--html", str(path)]) == 0
     return path.read_text(encoding="utf-8")
@@ -190,8 +190,8 @@ def audited(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("name", ["report", "audit"])
-def test_pages_are_clean_and_accessible(pages, audited, name, theme):
-    text = a_report() if name == "report" else audited
+def test_pages_are_clean_and_accessible(pages, entry, name, theme):
+    text = a_report() if name == "report" else entry
     for page in (
         pages.open(text, theme=theme),
         pages.open(text, theme=theme, forced_colors=True),

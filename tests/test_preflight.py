@@ -156,16 +156,16 @@ def masks_by(change):
         patch.setattr(
             cbnb.masking.targets,
             "training_mask",
-            lambda encoded, transcript, policy: change(encoded, right(encoded, transcript, policy)),
+            lambda encoding, transcript, policy: change(encoding, right(encoding, transcript, policy)),
         )
 
     return sabotage
 
 
-def first_header(encoded, mask):
+def first_header(encoding, mask):
     from cbnb.masking.policies import loss_mask
 
-    return loss_mask(encoded, "first_header")
+    return loss_mask(encoding, "first_header")
 
 
 def mask_on_padding(patch, **_):
@@ -269,7 +269,7 @@ SABOTAGE = {
         base_trainable,
     ),
     "mask from the first header": ("masks", "trains_header", masks_by(first_header)),
-    "mask all zero": ("masks", "could not be made", masks_by(lambda encoded, mask: mask & False)),
+    "mask all zero": ("masks", "could not be made", masks_by(lambda encoding, mask: mask & False)),
     "mask on padding": ("masks", "padding is in the loss mask", mask_on_padding),
     "masks of other samples": ("masks", "masks are not what assistant_only says", samples_shuffled),
     "harmful rows in the KL": (

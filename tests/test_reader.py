@@ -179,21 +179,21 @@ def answer_to(reader, said, tools=TOOLS):
     """`(the Answer read from what a model would generate for the message said, what the template drops of
     it)`. Raises MaskError where it refuses it."""
     masker = reader.masker
-    encoded, prompt = masker.encode([*QUESTION, said], tools=tools), masker.prompt(QUESTION, tools=tools)
-    turn = encoded.turns[-1]
+    encoding, prompt = masker.encode([*QUESTION, said], tools=tools), masker.prompt(QUESTION, tools=tools)
+    turn = encoding.turns[-1]
     if turn.message != 1:
         raise MaskError("it has no turn")
     # else the prompt has begun another kind of answer, with or without reasoning
-    goes_on = encoded.text.startswith(prompt)
+    goes_on = encoding.text.startswith(prompt)
     begin = len(prompt) - (0 if goes_on else len(reader.frame.given.replace(SIGN, "")))
     # the prompt's tokens are given: an answer's do not reach into it
-    ids = masker.texts([encoded.text[begin : turn.end]])[0][0]
+    ids = masker.texts([encoding.text[begin : turn.end]])[0][0]
     answer = (
         reader.read(ids, tools)
         if goes_on
         else reader.read_text(spell(masker, reader.body_ids(ids)[0]), tools, True)
     )
-    return answer, [w for w in encoded.warnings if "drops" in w or "no turn" in w]
+    return answer, [w for w in encoding.warnings if "drops" in w or "no turn" in w]
 
 
 def expected(said):

@@ -34,7 +34,7 @@ from cbnb.sweep.keys import SweepPlan
 from cbnb.train.same import made_from
 from cbnb.widgets.dashboard import summary_bundle, take_snapshot
 from cbnb.widgets.kl import newest_run, run_config
-from cbnb.widgets.sweep import explorer_html, judged, run_views
+from cbnb.widgets.sweep import explorer_html, verdict_text, run_views
 from forked import forked
 
 FINISHED = Path(__file__).parent / "finished"
@@ -272,7 +272,7 @@ def test_damage_of_any_file_is_told_and_hides_nothing(sweep, capsys):
                     told = sound or reader not in READ_BY.get(path.name, ())
                     assert told or path.name in words, (what, reader, words)
                 if not sound and cases % 40 == 0:
-                    page, text = sweep_page(found, sweep, {}), judged(found)
+                    page, text = sweep_page(found, sweep, {}), verdict_text(found)
                     assert all(name in page and name in text for name in NAMES)
                     assert run_views(found, BAD) and explorer_html(found) and len(run_table(sweep)) == 3
                     assert main(["status", str(sweep)]) == 0
@@ -413,7 +413,7 @@ def look_from_outside(sweep):
         found = read_sweep([sweep, private, passable])
         assert set(NAMES) <= set(found.frame.run) and found.frame.set_index("run").state["good"] == "done"
         views = {name: summary_bundle(take_snapshot(sweep / name))["text/plain"] for name in NAMES}
-        assert all(name in views[name] and name in judged(found) for name in NAMES)
+        assert all(name in views[name] and name in verdict_text(found) for name in NAMES)
         assert main(["status", str(sweep.parent)]) == 0
 
     done = forked(look)
@@ -447,7 +447,7 @@ def test_a_parameter_of_no_kind_hides_no_other_run(tmp_path, value):
         "numbers stay numbers"
     )
     write_sweep(found, tmp_path / "report")
-    for text in ((tmp_path / "report" / "report.html").read_text(), judged(found)):
+    for text in ((tmp_path / "report" / "report.html").read_text(), verdict_text(found)):
         assert "run1" in text and "kl_temperature" in text
 
 

@@ -367,10 +367,10 @@ def test_every_command_makes_the_same_masks(tmp_path, template):
     write_transcripts(tmp_path / "data.jsonl", transcripts := make_transcripts("plain", 2))
     variables = 'date_string="26 Jul, 2024"'
     masker, _ = make_masker("tinyagent", chat_template=str(template), template_variables=variables)
-    (encoded,) = masker.encode_batch(transcripts[:1])
-    assert encoded.text.startswith("Today: 26 Jul, 2024\n")
+    (encoding,) = masker.encode_batch(transcripts[:1])
+    assert encoding.text.startswith("Today: 26 Jul, 2024\n")
     shown = mask_explorer(transcripts, chat_template=str(template), template_variables=variables)
-    assert shown.explored.encoded.text == encoded.text
+    assert shown.exploration.encoding.text == encoding.text
     flags = ("masks", tmp_path / "data.jsonl", "--model", "tinyagent", "--chat-template", template)
     said = cbnb(*flags, "--template-variables", variables, runs=tmp_path)
     assert said.returncode == 0 and "26 Jul, 2024" in said.stdout.replace("·", " ").replace("␣", " "), (

@@ -152,7 +152,7 @@ def test_skipping_is_told_in_the_run_its_report_and_its_card(tmp_path):
 def test_an_evaluation_reads_as_its_run_did(tmp_path):
     "Unless it is told otherwise; a setting that cannot be is refused before anything is loaded."
     from cbnb.basics.jsonfiles import RunError
-    from cbnb.evaluate.adapters import Adapter, checked, questions_for, reading_for
+    from cbnb.evaluate.adapters import Adapter, check_evaluation, questions_for, reading_for
 
     run = Adapter("r", None, tmp_path, {"data": str(broken_file(tmp_path)), "on_error": "skip", "tools": ""})
     assert len(questions_for([run], f"{tmp_path}/*.jsonl:openai@0.5")) == 24
@@ -170,7 +170,7 @@ def test_an_evaluation_reads_as_its_run_did(tmp_path):
         ({"eval_data": f"{tmp_path}/*.json"}, "eval_data names .*matches no file"),
     ):
         with pytest.raises(RunError, match=words):
-            checked(given | more)
+            check_evaluation(given | more)
 
 
 # --- AgentDojo's log folder ---
@@ -390,7 +390,7 @@ def test_commands_take_the_same_entries(tmp_path, capsys):
 
     assert len(as_shelf(entry).listing) == 10 and len(as_shelf(f"{entry},{other}:harmful@0.1").listing) == 11
     assert len(transcripts_to_show(entry, None)[0]) == 10
-    assert "is neither a label" in mask_explorer(f"{tmp_path}/a.jsonl:bad").explored.message
+    assert "is neither a label" in mask_explorer(f"{tmp_path}/a.jsonl:bad").exploration.message
 
 
 def test_a_sweep_knows_what_its_globs_name(tmp_path, monkeypatch):
@@ -617,8 +617,8 @@ def test_preflight_names_the_adaptations_that_help(refused, tmp_path):
             "refuses, or writes in part only, 2 of the 54 transcripts" in said
             and "with adapt=split_calls it writes 54 of 54 in full" in said
         ), said[-3000:]
-    adapted = page("-p", "adapt", "split_calls").stdout
+    adaptations = page("-p", "adapt", "split_calls").stdout
     assert (
-        "adapted: split_calls in 1 of 41 transcripts" in adapted
-        and "the chat template refuses" not in adapted
-    ), adapted[-3000:]
+        "adapted: split_calls in 1 of 41 transcripts" in adaptations
+        and "the chat template refuses" not in adaptations
+    ), adaptations[-3000:]

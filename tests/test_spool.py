@@ -19,7 +19,7 @@ from cbnb.step.models import load_tokenizer
 from cbnb.train.store import stored_stream
 from cbnb.transcripts import holdout as H
 from cbnb.transcripts.reader import read_transcripts, write_transcripts
-from cbnb.transcripts.spool import Spooled, spooled
+from cbnb.transcripts.spool import Spooled, spool_transcripts
 from cbnb.transcripts.tinyworld import make_transcripts
 from test_holdout import write_runs
 
@@ -65,7 +65,7 @@ def test_refused_ones_are_left_out_of_a_stream_on_disk_as_of_a_list(masker):
         t for one in good for t in (one, replace(one, id=f"bad-{one.id}", messages=[quoted, *one.messages]))
     ]
     one, two = (Reading(on_error="skip", max_skipped=1.0, records=6) for _ in range(2))
-    kept, listed = drop_refused(spooled(chats), masker, one), drop_refused(chats, masker, two)
+    kept, listed = drop_refused(spool_transcripts(chats), masker, one), drop_refused(chats, masker, two)
     assert (
         kept == listed == good
         and isinstance(kept, Spooled)
@@ -107,7 +107,7 @@ def test_no_file_is_left_whatever_ends_the_process(scratch, tmp_path):
             names.extend(os.listdir(scratch))
             yield t
 
-    kept = spooled(watched())
+    kept = spool_transcripts(watched())
     assert len(kept) == 20 and not names and not os.listdir(scratch)
     if (pid := os.fork()) == 0:
         read_streams([path])
@@ -130,7 +130,7 @@ def test_processes_read_one_file(masker, tmp_path, monkeypatch):
     "What several processes encode of it, and what several read at once, is what one makes of a list."
     monkeypatch.setattr("cbnb.train.store.PIECE", 7)
     chats = make_transcripts("plain", 40)
-    kept = spooled(chats)
+    kept = spool_transcripts(chats)
     samples, report = encode_stream(chats, masker, "assistant_only")
     stored, told = stored_stream(tmp_path, kept, masker, "assistant_only", processes=3)
     assert told == report and [s.input_ids.tolist() for s in stored] == [
@@ -151,7 +151,7 @@ def test_processes_read_one_file(masker, tmp_path, monkeypatch):
 def test_the_mask_explorer_shows_them():
     from cbnb.widgets.masks import as_shelf
 
-    shelf = as_shelf(spooled(chats := make_transcripts("plain", 5)))
+    shelf = as_shelf(spool_transcripts(chats := make_transcripts("plain", 5)))
     assert (
         shelf.at(4) == chats[3]
         and [id for _, id, _ in shelf.listing] == [t.id for t in chats]

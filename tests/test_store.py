@@ -94,7 +94,7 @@ def test_what_cannot_be_encoded_leaves_nothing(masker, tmp_path):
     with pytest.raises(TypeError, match="read twice"):
         stored_stream(tmp_path, iter(plain), masker, "assistant_only")
     with pytest.raises(TypeError, match="name of a policy"):
-        stored_stream(tmp_path, plain, masker, lambda encoded: encoded)
+        stored_stream(tmp_path, plain, masker, lambda encoding: encoding)
     assert not [*tmp_path.iterdir()]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cbnb.masking.masker import ChatMasker
-from cbnb.masking.policies import Encoded, loss_mask
+from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
 from cbnb.step.models import load_tokenizer
 from cbnb.transcripts.tinyworld import make_transcripts
@@ -33,7 +33,7 @@ def by_hand(pieces, roles=("user",), messages=None, mask_title="by hand", **give
     "A strip of the texts `pieces`, made without a tokenizer."
     ends = np.cumsum([len(p) for p in pieces]).astype(np.int32)
     messages = np.zeros(len(pieces), np.int16) if messages is None else np.array(messages, np.int16)
-    encoded = Encoded(
+    encoding = Encoding(
         "".join(pieces),
         np.arange(len(pieces), dtype=np.int32),
         np.full(len(pieces), Segment.USER, np.uint8),
@@ -41,7 +41,7 @@ def by_hand(pieces, roles=("user",), messages=None, mask_title="by hand", **give
         np.stack([ends - [len(p) for p in pieces], ends], axis=1).astype(np.int32),
         roles=tuple(roles),
     )
-    return token_strip(encoded, None, given.pop("policies", ()), title=mask_title, **given)
+    return token_strip(encoding, None, given.pop("policies", ()), title=mask_title, **given)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +50,16 @@ def masker():
 
 
 @pytest.fixture(scope="module")
-def encoded(masker):
+def encoding(masker):
     t = make_transcripts("injection", 1)[0]
     return masker.encode(t.messages, t.tools, t.injection_spans, t.label)
 
 
 @pytest.fixture(scope="module")
-def html(encoded, masker):
-    kl = np.where(loss_mask(encoded), np.linspace(1e-6, 2, len(encoded.input_ids)), np.nan)
+def html(encoding, masker):
+    kl = np.where(loss_mask(encoding), np.linspace(1e-6, 2, len(encoding.input_ids)), np.nan)
     return (
-        token_strip(encoded, masker.tokenizer, POLICIES, heats={"KL": (kl, "nats")}, title="injected")
+        token_strip(encoding, masker.tokenizer, POLICIES, heats={"KL": (kl, "nats")}, title="injected")
         .static()
         .html
     )
@@ -77,32 +77,32 @@ def chosen(page):
     return page.locator(".cb-t.sel").evaluate_all("spans => spans.map(s => Number(s.id.split('-')[1]))")
 
 
-def test_all_tokens_are_shown_with_their_mask(pages, html, encoded):
+def test_all_tokens_are_shown_with_their_mask(pages, html, encoding):
     page = pages.open(html)
-    assert tokens(page).count() == len(encoded.input_ids)
+    assert tokens(page).count() == len(encoding.input_ids)
     inside = tokens(page).evaluate_all("spans => spans.map(s => s.classList.contains('in'))")
-    assert inside == loss_mask(encoded, POLICIES[0]).tolist()
+    assert inside == loss_mask(encoding, POLICIES[0]).tolist()
     assert page.locator(".cb-who b").all_inner_texts() == ["S", "U", "A", "T", "A"]
     assert f"in A: {sum(inside)}" in page.locator(".cb-key").inner_text()
     pages.assert_clean()
 
 
-def test_a_token_says_why(pages, html, encoded):
+def test_a_token_says_why(pages, html, encoding):
     page = pages.open(html)
-    at = int(np.flatnonzero(loss_mask(encoded, POLICIES[0]))[0])
+    at = int(np.flatnonzero(loss_mask(encoding, POLICIES[0]))[0])
     tokens(page).nth(at).click()
     assert chosen(page) == [at] and about(page).startswith(f"token {at} ")
-    assert str(encoded.why(at, POLICIES[0])).split(" is ", 1)[1] in about(page)
+    assert str(encoding.why(at, POLICIES[0])).split(" is ", 1)[1] in about(page)
     tokens(page).nth(3).hover()
     assert page.locator(".cb-hover").inner_text().startswith("token 3 ") and about(page).startswith(
         f"token {at} "
     )
 
 
-def test_differences_are_marked_and_found(pages, html, encoded):
+def test_differences_are_marked_and_found(pages, html, encoding):
     page = pages.open(html)
     page.select_option(SHOW, "difference")
-    a, b = (loss_mask(encoded, p) for p in POLICIES[:2])
+    a, b = (loss_mask(encoding, p) for p in POLICIES[:2])
     for name, wanted in (("plus", a & ~b), ("minus", b & ~a), ("in", a & b), ("out", ~a & ~b)):
         assert (
             tokens(page).evaluate_all(f"spans => spans.map(s => s.classList.contains('{name}'))")
@@ -123,25 +123,25 @@ def test_differences_are_marked_and_found(pages, html, encoded):
     assert page.locator(".cb-view .plus, .cb-view .minus").count() == 0
 
 
-def test_the_predicting_position_is_one_to_the_left(pages, html, encoded):
+def test_the_predicting_position_is_one_to_the_left(pages, html, encoding):
     page = pages.open(html)
     page.get_by_label("predicting position").check()
     inside = tokens(page).evaluate_all("spans => spans.map(s => s.classList.contains('in'))")
-    assert inside == [*loss_mask(encoded, POLICIES[0])[1:].tolist(), False]
+    assert inside == [*loss_mask(encoding, POLICIES[0])[1:].tolist(), False]
     at = inside.index(True)
     tokens(page).nth(at).click()
-    assert f"predicts token {at + 1} " in about(page) and str(encoded.why(at + 1, POLICIES[0])).split(
+    assert f"predicts token {at + 1} " in about(page) and str(encoding.why(at + 1, POLICIES[0])).split(
         " is ", 1
     )[1] in about(page)
     tokens(page).last.click()
     assert "predicts nothing" in about(page)
 
 
-def test_keys(pages, html, encoded):
-    page, n = pages.open(html), len(encoded.input_ids)
+def test_keys(pages, html, encoding):
+    page, n = pages.open(html), len(encoding.input_ids)
     page.select_option(A, POLICIES[2])
     page.locator(".cb-view").focus()
-    edges = (np.flatnonzero(np.diff(loss_mask(encoded, POLICIES[2]))) + 1).tolist()
+    edges = (np.flatnonzero(np.diff(loss_mask(encoding, POLICIES[2]))) + 1).tolist()
     for key, wanted in (
         ("ArrowRight", 0),
         ("ArrowRight", 1),
@@ -186,25 +186,25 @@ def test_keys_do_not_reach_the_notebook(pages, html):
     assert page.evaluate("window.heard") == []
 
 
-def test_search_goes_across_tokens(pages, html, encoded):
+def test_search_goes_across_tokens(pages, html, encoding):
     page = pages.open(html)
     wanted = "help with office"
     page.fill(SEARCH, wanted.upper())
     page.locator(".cb-note", has_text="1 hit").wait_for()
     page.locator(SEARCH).press("Enter")
-    at = encoded.text.index(wanted)
-    assert chosen(page) == [int(np.searchsorted(encoded.offsets[:, 1], at, side="right"))]
+    at = encoding.text.index(wanted)
+    assert chosen(page) == [int(np.searchsorted(encoding.offsets[:, 1], at, side="right"))]
     assert wanted.replace(" ", "·") in "".join(page.locator(".cb-t.hit").all_inner_texts())
     page.fill(SEARCH, "nothing like this")
     page.locator(".cb-note", has_text="0 hits").wait_for()
     assert page.locator(".cb-t.hit").count() == 0
 
 
-def test_heat(pages, html, encoded):
+def test_heat(pages, html, encoding):
     page = pages.open(html)
     page.select_option(SHOW, "heat")
     levels = tokens(page).evaluate_all("spans => spans.map(s => s.dataset.h ?? null)")
-    assert [level is not None for level in levels] == loss_mask(encoded).tolist()
+    assert [level is not None for level in levels] == loss_mask(encoding).tolist()
     values = [int(level) for level in levels if level is not None]
     assert values == sorted(values) and values[-1] == 9
     assert {"cb-t na", "cb-t e1 na"} & set(tokens(page).evaluate_all("spans => spans.map(s => s.className)"))
@@ -314,18 +314,18 @@ def test_a_message_in_the_place_of_tokens(pages):
     assert pages.violations(page) == []
 
 
-def test_broken_input_is_told(pages, encoded, masker):
+def test_broken_input_is_told(pages, encoding, masker):
     "Arrays that no Python code of ours would send: a message, never an empty cell."
-    strip = token_strip(encoded, masker.tokenizer)
+    strip = token_strip(encoding, masker.tokenizer)
     broken = strip.static().html.replace('"texts": [', '"was": [')
     page = pages.open(broken)
     assert "cannot be shown" in page.locator(".cb-message").inner_text()
 
 
 @pytest.mark.parametrize("static, kind", [("0", TokenStrip), ("1", StillStrip)])
-def test_widget_and_still_strip_are_alike(encoded, masker, monkeypatch, static, kind):
+def test_widget_and_still_strip_are_alike(encoding, masker, monkeypatch, static, kind):
     monkeypatch.setenv("CBNB_STATIC", static)
-    strip = token_strip(encoded, masker.tokenizer, POLICIES)
+    strip = token_strip(encoding, masker.tokenizer, POLICIES)
     strip.selected, strip.a = 7, POLICIES[1]
     assert (
         isinstance(strip, kind)

@@ -90,13 +90,13 @@ def test_what_templates_do_with_lists_still_works():
 
 def test_the_largest_transcript_is_rendered_and_traced():
     content = "\U0001f600" * (2**23 - 64)  # four bytes each, in Python and in UTF-8
-    traced = trace_render(
+    trace = trace_render(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
         [{"role": "user", "content": content}],
         None,
         {},
     )
-    assert traced.level == LEVELS[0] and traced.text == f"<user>{content}"
+    assert trace.level == LEVELS[0] and trace.text == f"<user>{content}"
 
 
 # --- transcripts that are hostile, and templates that are slow for some ---
@@ -149,7 +149,7 @@ def test_setting_up_a_masker_ends_a_template_four_times_at_most(monkeypatch):
     )
     for attempt in (
         lambda m: m.encode([*ASKED, {"role": "assistant", "content": "y"}]),
-        lambda m: m.adapted(["hermes"]),
+        lambda m: m.with_adaptations(["hermes"]),
         lambda m: m.encode(ASKED),
     ):
         with contextlib.suppress(MaskError):

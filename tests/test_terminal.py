@@ -400,7 +400,11 @@ def test_programs_beside_cbnb_tell_no_argument_whole(capsys):
         and not any(word in said for word in long)
     )
     every = [
-        call for name, tree in sources() if name != SAID_BY for what, call in calls(tree) if what == "ended"
+        call
+        for name, tree in sources()
+        if name != SAID_BY
+        for what, call in calls(tree)
+        if what == "run_program"
     ]
     without = [ast.unparse(call.args[0]) for call in every if len(call.args) < 4]
     assert len(every) > 4 and without == ["partial(carry_out, sys.argv[1:] if argv is None else argv)"], (

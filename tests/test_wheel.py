@@ -56,7 +56,7 @@ def test_installed_wheel_trains(wheel, tmp_path):
         installed = run(*pip, "install", "--quiet", "--no-compile", *what, cwd=away, timeout=1500)
         assert installed.returncode == 0, installed.stdout[-4000:]
     assert run(*pip, "check", cwd=away).returncode == 0
-    audited = run(
+    entry = run(
         venv / "bin" / "cbnb",
         "masks",
         ROOT / "tests" / "fixtures" / "agent.jsonl",
@@ -66,7 +66,7 @@ def test_installed_wheel_trains(wheel, tmp_path):
         cwd=away,
         env={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"},
     )
-    assert audited.returncode == 0 and '{"summary": ' in audited.stdout, audited.stdout[-4000:]
+    assert entry.returncode == 0 and '{"summary": ' in entry.stdout, entry.stdout[-4000:]
     nowhere = run(
         venv / "bin" / "cbnb",
         "train",

@@ -31,7 +31,7 @@ from cbnb.run.directory import close_run
 from cbnb.run.execute import write_for_papermill
 from cbnb.run.recorder import Book
 from cbnb.run.records import wants
-from cbnb.step.loaders import named
+from cbnb.step.loaders import name_failures
 from cbnb.step.models import in_words
 from forked import command, forked
 from helpers import ROOT, environment
@@ -400,7 +400,7 @@ def test_files_with_a_second_name_outside_stay(hard, tmp_path):
 def test_nothing_is_cut_before_it_is_scrubbed(hard):
     token = HARD["D_TOKEN"]
     for before in range(150, 300, 7):
-        for block, kind in ((in_words("x"), ConfigError), (named("x"), ConfigError)):
+        for block, kind in ((in_words("x"), ConfigError), (name_failures("x"), ConfigError)):
             with pytest.raises(kind) as raised:
                 with block:
                     raise ValueError("w " * (before // 2) + token)

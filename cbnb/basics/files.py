@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMULA', 'SPLIT', 'NUMBER', 'OutputError', 'check_output', 'named', 'new_file', 'write_bytes',
+__all__ = ['KINDS', 'FORMULA', 'SPLIT', 'NUMBER', 'OutputError', 'check_output', 'name_errors', 'new_file', 'write_bytes',
            'write_files', 'append_bytes', 'quoted_cell', 'quoted_frame']
 
 # %% ../../nbs/basics/03_files.ipynb #fil00007
@@ -66,7 +66,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 # %% ../../nbs/basics/03_files.ipynb #fil00011
 @contextmanager
-def named(path: str | Path) -> Iterator[None]:
+def name_errors(path: str | Path) -> Iterator[None]:
     "Let an OSError inside that names no file, such as that of a full disk while writing, name `path`."
     try:
         yield
@@ -93,7 +93,7 @@ def new_file(path: str | Path) -> Iterator[IO[bytes]]:
         e.filename = str(path)
         raise
     try:
-        with named(path):
+        with name_errors(path):
             with os.fdopen(handle, "wb") as f:
                 yield f
                 f.flush()
@@ -122,7 +122,7 @@ def write_files(files: dict[Any, bytes]) -> None:
     with ExitStack() as stack:  # it ends with what was entered first
         handles = {path: stack.enter_context(new_file(path)) for path in reversed(files)}
         for path, f in handles.items():
-            with named(path):
+            with name_errors(path):
                 f.write(files[path])
                 f.flush()
                 os.fsync(f.fileno())
@@ -136,7 +136,7 @@ def append_bytes(path: str | Path, data: bytes) -> None:
     if os.path.lexists(path):
         check_output(path)  # a pipe without a reader would hang
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    with named(path), open(os.open(path, flags, 0o600), "r+b", buffering=0) as f:
+    with name_errors(path), open(os.open(path, flags, 0o600), "r+b", buffering=0) as f:
         if os.fstat(f.fileno()).st_nlink > 1:
             raise OutputError(
                 f"{path} has a second name (a hard link), perhaps outside of its folder; "

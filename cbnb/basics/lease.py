@@ -167,8 +167,8 @@ def dated_lease(path: str | Path) -> tuple[dict | None, float | None]:
 def read_lease(path: str | Path) -> tuple[dict | None, float]:
     """Return `(record, age in seconds)` of the lease `path`, as `dated_lease` reads it; the age takes a file
     to be made."""
-    record, renewed = dated_lease(path)
-    return record, 0.0 if renewed is None else max(0.0, file_clock(Path(path).parent) - renewed)
+    record, renewal = dated_lease(path)
+    return record, 0.0 if renewal is None else max(0.0, file_clock(Path(path).parent) - renewal)
 
 # %% ../../nbs/basics/05_lease.ipynb #f9c0efe1
 def token_at(path: str | Path) -> str | None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 # %% auto #0
-__all__ = ['WAIT', 'world_size', 'rank', 'is_first', 'join', 'from_first', 'any_of', 'share_of', 'gathered']
+__all__ = ['WAIT', 'world_size', 'rank', 'is_first', 'join', 'from_first', 'any_of', 'share_of', 'gather_lists']
 
 # %% ../../nbs/basics/04_processes.ipynb #ce7b0797
 def world_size() -> int:
@@ -80,7 +80,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 # %% ../../nbs/basics/04_processes.ipynb #142b0656
 def any_of(flag: bool) -> bool:
     "Return whether `flag` is true in any process; every process has to call this."
-    return flag if world_size() == 1 else any(gathered([flag]))
+    return flag if world_size() == 1 else any(gather_lists([flag]))
 
 # %% ../../nbs/basics/04_processes.ipynb #7d28b92e
 def share_of(items: list) -> list:
@@ -88,7 +88,7 @@ def share_of(items: list) -> list:
     return list(items)[rank() :: world_size()]
 
 # %% ../../nbs/basics/04_processes.ipynb #a66bd7fa
-def gathered(mine: list) -> list:
+def gather_lists(mine: list) -> list:
     """Return the lists of all processes in one, in turn as `share_of` deals them out: the first of each, the
     second of each, …"""
     if world_size() == 1:

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 from .withheld import scrub
 
 # %% auto #0
-__all__ = ['UNSEEN', 'SIGNS', 'PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shortened', 'sentence', 'say', 'warn',
+__all__ = ['UNSEEN', 'SIGNS', 'PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shorten_middle', 'sentence', 'say', 'warn',
            'bound_text', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'nowhere', 'silence',
-           'says_pathlib', 'ended']
+           'says_pathlib', 'run_program']
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00006
 # printable by name, and draw nothing
@@ -54,7 +54,7 @@ SENTENCE = 1_200  # characters of a sentence
 QUOTED, UNBROKEN = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""), re.compile(r"\S+")
 
 # %% ../../nbs/basics/02_terminal.ipynb #2d23271e
-def shortened(text: str, most: int = PIECE) -> str:
+def shorten_middle(text: str, most: int = PIECE) -> str:
     """Return `text` (str) with at most `most` characters: as much of its middle is left out as that takes,
     and the number of characters that are left out stands in its place."""
     if len(text) <= most:
@@ -76,10 +76,10 @@ def sentence(text: object, words: Iterable[str] = ()) -> str:
     }
     for part in sorted(parts, key=len, reverse=True):
         if len(part) > PIECE:
-            text = text.replace(part, shortened(part))
+            text = text.replace(part, shorten_middle(part))
     for pattern in (QUOTED, UNBROKEN):
-        text = pattern.sub(lambda match: shortened(match[0]), text)
-    return shortened(text, SENTENCE)
+        text = pattern.sub(lambda match: shorten_middle(match[0]), text)
+    return shorten_middle(text, SENTENCE)
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00014
 def say(*lines: object, file: TextIO | None = None) -> None:
@@ -97,7 +97,7 @@ def warn(text: object, level: int = 2) -> None:
 def bound_text(text: object) -> str:
     """Return `text` (anything; its `str`) for a log, `visible` line by line and `SENTENCE` characters long at
     most."""
-    return shortened("\n".join(map(visible, str(text).split("\n"))), SENTENCE)
+    return shorten_middle("\n".join(map(visible, str(text).split("\n"))), SENTENCE)
 
 # %% ../../nbs/basics/02_terminal.ipynb #545eda16
 def tame_libraries() -> None:
@@ -107,12 +107,12 @@ def tame_libraries() -> None:
     if make.__name__ == "tamed":
         return
 
-    def tamed(*args, **named):
+    def show_plainly(*args, **named):
         record = make(*args, **named)
         record.msg, record.args = bound_text(record.getMessage()), ()
         return record
 
-    logging.setLogRecordFactory(tamed)
+    logging.setLogRecordFactory(show_plainly)
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *more, **named: before(bound_text(message), *more, **named)
 
@@ -182,13 +182,13 @@ def says_pathlib(error: BaseException) -> bool:
     return name.partition(".")[0] == "pathlib"
 
 # %% ../../nbs/basics/02_terminal.ipynb #79ccf573
-def ended(
+def run_program(
     work: Callable[[], Any], name: str, refusals: tuple[type[Exception], ...], words: Iterable[str] = ()
 ) -> Any:
     """Return the exit status of a program: what `work()` returns; 2 where it raises one of `refusals`
     (exception types: what was given, the `words`, is not in order), which is said on stderr as a `sentence`
     behind `name`; 130 after an interrupt, and 141 where nobody reads on (`| head`), both without a word."""
-    caught: tuple[type[Exception], ...] = (*refusals, RuntimeError)
+    kinds: tuple[type[Exception], ...] = (*refusals, RuntimeError)
     try:
         try:
             try:
@@ -197,7 +197,7 @@ def ended(
                 sys.stdout.flush()
         except BrokenPipeError:
             raise
-        except caught as e:
+        except kinds as e:
             if not isinstance(e, refusals) and not says_pathlib(e):
                 raise
             say(f"{name}: {sentence(scrub(str(e)), words)}", file=sys.stderr)

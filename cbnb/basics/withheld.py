@@ -522,7 +522,7 @@ def guard_session(session: Any) -> None:
     send = session.send
     waiting: dict[str, str] = {}  # {stream: text}
 
-    def guarded(stream, message, content=None, parent=None, *more, **named):
+    def send_safely(stream, message, content=None, parent=None, *more, **named):
         parts = {"msg_type": message, "content": content, "parent_header": parent}
         if isinstance(message, dict):
             parts = message
@@ -546,7 +546,7 @@ def guard_session(session: Any) -> None:
             message = message | {"content": content}
         return send(stream, message, content, parent, *more, **named)
 
-    session.send, session.send_unguarded = guarded, send
+    session.send, session.send_unguarded = send_safely, send
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00030
 def guard_echo() -> None:

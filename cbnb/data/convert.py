@@ -32,23 +32,23 @@ class ConvertCount:
     def __init__(self) -> None:
         self.transcripts = self.with_tools = self.with_spans = 0
         self.labels: Counter = Counter()
-        self.adapted: Counter = Counter()
+        self.adaptations: Counter = Counter()
         self.dropped: Counter = Counter()
         self.examples: dict[str, str] = {}
 
     def watch(self, records: Iterable[Transcript | TranscriptError]) -> Iterator[Transcript]:
         "Yield the transcripts among `records`, counted; errors are counted by cause and left out."
-        for found in records:
-            if isinstance(found, TranscriptError):
-                count_cause(found, self.dropped, self.examples)
+        for record in records:
+            if isinstance(record, TranscriptError):
+                count_cause(record, self.dropped, self.examples)
                 continue
             self.transcripts += 1
-            self.with_tools += bool(found.tools)
-            self.with_spans += bool(found.injection_spans)
-            self.labels[found.label] += 1
-            if isinstance(done := found.meta.get("adapted"), dict):
-                self.adapted.update({k: n for k, n in done.items() if type(n) is int})
-            yield found
+            self.with_tools += bool(record.tools)
+            self.with_spans += bool(record.injection_spans)
+            self.labels[record.label] += 1
+            if isinstance(done := record.meta.get("adapted"), dict):
+                self.adaptations.update({k: n for k, n in done.items() if type(n) is int})
+            yield record
 
 # %% ../../nbs/data/01_convert.ipynb #aee72183
 def convert(
@@ -77,7 +77,7 @@ def convert(
         "labels": dict(count.labels),
         "with_tools": count.with_tools,
         "with_spans": count.with_spans,
-        "adapted": dict(count.adapted),
+        "adapted": dict(count.adaptations),
         "dropped": dict(count.dropped),
         "left_out": dict(reader.left_out),
         "repeated": reader.repeated,
@@ -89,14 +89,14 @@ def convert(
 def report_lines(report: dict[str, Any]) -> Iterator[str]:
     "Yield the lines of text of a `convert` report."
 
-    def counted(counts: dict[str, int]) -> str:
+    def count_words(counts: dict[str, int]) -> str:
         return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"
 
     yield (
-        f"{report['transcripts']:,} transcripts written: {counted(report['labels'])}; "
+        f"{report['transcripts']:,} transcripts written: {count_words(report['labels'])}; "
         f"{report['with_tools']:,} with tools, {report['with_spans']:,} with injection spans"
     )
-    yield f"records read, by format: {counted(report['formats'])}"
+    yield f"records read, by format: {count_words(report['formats'])}"
     for title, key in (("adapted", "adapted"), ("left out", "left_out"), ("dropped", "dropped")):
         for name, n in sorted(report[key].items(), key=lambda pair: -pair[1]):
             yield f"{title}: {n:,} × {name}"

@@ -24,7 +24,7 @@ __all__ = ['SUFFIX', 'BLOCK', 'MAX_CAUSES', 'PLACE', 'READING', 'Entry', 'is_glo
            'join_modules', 'check_format', 'entry_options', 'read_share', 'absolute_entry', 'entry_paths', 'draw',
            'read_tool_file', 'agentdojo_tools', 'tau_bench_tools', 'called_names', 'package_of', 'uses_tools',
            'fitting_domain', 'ToolShelf', 'SourceReader', 'check_words', 'open_source', 'open_sources', 'cause_of',
-           'count_cause', 'Reading', 'reading_of', 'check_reading', 'listed']
+           'count_cause', 'Reading', 'reading_of', 'check_reading', 'split_commas']
 
 # %% ../../nbs/data/00_sources.ipynb #c7efb7ab
 from ..basics.reading import read_bytes
@@ -45,7 +45,7 @@ from cbnb.transcripts.record import (
     read_tools,
     source_run,
 )
-from ..transcripts.spool import Spooled, spooled
+from ..transcripts.spool import Spooled, spool_transcripts
 
 # %% ../../nbs/data/00_sources.ipynb #5bfa8f26
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def read_entry(text: str | Path) -> Entry:
     while not is_there(path) and (match := SUFFIX.fullmatch(path)):
         path, suffixes = match[1], [(match[2], match[3]), *suffixes]
     if not is_there(path):
-        known = {*LABELS, *known_formats()}
-        while suffixes and suffixes[0][0] == ":" and suffixes[0][1] not in known:
+        words = {*LABELS, *known_formats()}
+        while suffixes and suffixes[0][0] == ":" and suffixes[0][1] not in words:
             path, suffixes = path + "".join(suffixes[0]), suffixes[1:]
         if is_hub(path):
             return Entry(path)  # its reader says what is wrong with the name
@@ -107,10 +107,10 @@ def read_entry(text: str | Path) -> Entry:
 def join_modules(suffixes: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return `suffixes`, pairs of sign and word, with the two words of a user's own format, `module:name`, as
     one."""
-    known = {*LABELS, *known_formats()}
+    words = {*LABELS, *known_formats()}
     out: list[tuple[str, str]] = []
     for sign, word in suffixes:
-        if out and sign == ":" and word not in known and out[-1][0] == ":" and out[-1][1] not in known:
+        if out and sign == ":" and word not in words and out[-1][0] == ":" and out[-1][1] not in words:
             out[-1] = (":", f"{out[-1][1]}:{word}")
         else:
             out.append((sign, word))
@@ -196,18 +196,18 @@ def entry_paths(text: str | Path) -> list[Path]:
 BLOCK = 1000  # transcripts that are held while a share of them is drawn
 
 
-def draw(found: Iterable, share: float, count: Counter, seed: int = 0) -> Iterator:
+def draw(records: Iterable, share: float, count: Counter, seed: int = 0) -> Iterator:
     """Yield a `share` of the transcripts of `found`, drawn by `seed` from each `BLOCK` of them in turn, in
     their order; a TranscriptError among them is passed on. `count` gets how many there were (`of`)
     and how many were `taken`: the share of all, to within one half."""
-    rng, rest = np.random.default_rng((seed, 5)), iter(found)
+    rng, rest = np.random.default_rng((seed, 5)), iter(records)
     while block := list(itertools.islice(rest, BLOCK)):
         good = [i for i, t in enumerate(block) if not isinstance(t, TranscriptError)]
         count["of"] += len(good)
         now = int(count["of"] * share + 0.5) - count["taken"]
-        chosen = {good[i] for i in rng.permutation(len(good))[:now]}
-        count["taken"] += len(chosen)
-        yield from (t for i, t in enumerate(block) if i in chosen or isinstance(t, TranscriptError))
+        picks = {good[i] for i in rng.permutation(len(good))[:now]}
+        count["taken"] += len(picks)
+        yield from (t for i, t in enumerate(block) if i in picks or isinstance(t, TranscriptError))
 
 # %% ../../nbs/data/00_sources.ipynb #bef47fc2
 def read_tool_file(path: str | Path) -> dict[str, list[dict]]:
@@ -239,13 +239,13 @@ def agentdojo_tools(suite: str, version: str | None) -> list[dict[str, Any]] | N
     suite or version that the package does not have."""
     suites = importlib.import_module("agentdojo.task_suite.load_suites")
     try:
-        found = suites.get_suite(version or "v1", suite)
+        entry = suites.get_suite(version or "v1", suite)
     except (KeyError, ValueError):
         return None
     return read_tools(
         [
             {"name": f.name, "description": f.description, "parameters": f.parameters.model_json_schema()}
-            for f in found.tools
+            for f in entry.tools
         ],
         f"agentdojo, {suite}",
     )
@@ -285,12 +285,12 @@ def uses_tools(transcript: Transcript) -> bool:
     )
 
 # %% ../../nbs/data/00_sources.ipynb #8a14bda7
-def fitting_domain(transcript: Transcript, known: dict[str, tuple[str, list[dict]]]) -> list[dict] | None:
+def fitting_domain(transcript: Transcript, domains: dict[str, tuple[str, list[dict]]]) -> list[dict] | None:
     """Return the tools of the one domain of `known` (`tau_bench_tools`) that a transcript is of, by the
     policy with which it begins, else by the tools that it calls; None where no domain or several fit."""
-    first, called = transcript.messages[0]["content"].strip(), called_names(transcript)
-    fits = [tools for wiki, tools in known.values() if first.startswith(wiki.strip())] or [
-        tools for _, tools in known.values() if called <= {t["function"]["name"] for t in tools}
+    first, calls = transcript.messages[0]["content"].strip(), called_names(transcript)
+    fits = [tools for wiki, tools in domains.values() if first.startswith(wiki.strip())] or [
+        tools for _, tools in domains.values() if calls <= {t["function"]["name"] for t in tools}
     ]
     return fits[0] if len(fits) == 1 else None
 
@@ -387,18 +387,18 @@ class SourceReader(TranscriptReader):
             return [(self.path, self.name)] if self.name and self.path.is_file() else super().files()
         parts = self.path.parts
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
-        found: dict[Path, Path] = {}  # by the file itself: a link and what it leads to are one
+        paths: dict[Path, Path] = {}  # by the file itself: a link and what it leads to are one
         for match in matches(str(self.path)):
             for p in files_in(match) if match.is_dir() else [match]:
-                found.setdefault(p.resolve(), p)
-        return [(p, p.relative_to(root).as_posix()) for p in found.values()]
+                paths.setdefault(p.resolve(), p)
+        return [(p, p.relative_to(root).as_posix()) for p in paths.values()]
 
     def records(self, empty: bool = False) -> Iterator[Transcript | TranscriptError]:
         "Yield the transcripts, and the errors of records that are skipped, as `TranscriptReader.records`."
-        found = super().records(empty)
+        stream = super().records(empty)
         if self.entry.share is not None:
-            found = draw(found, self.entry.share, self.drawn)
-        for t in found:
+            stream = draw(stream, self.entry.share, self.drawn)
+        for t in stream:
             yield t if isinstance(t, TranscriptError) else self.shelf.give(t, self.tool_counts)
 
     def told(self) -> list[str]:
@@ -435,15 +435,15 @@ def open_source(
     in errors and ids. Raises TranscriptError as `read_entry` and `read_tool_file` do, and for two different
     labels or formats."""
     entry, settings = read_entry(text), dict[str, Any]()
-    for key, given, none in (("label", label, None), ("format", format, "auto")):
+    for key, value, none in (("label", label, None), ("format", format, "auto")):
         own = getattr(entry, key)
         need(
-            given in (none, own) or own is None,
+            value in (none, own) or own is None,
             str(text),
-            f"says the {key} {own}, but {given} is given beside it; keep one",
+            f"says the {key} {own}, but {value} is given beside it; keep one",
         )
-        if own is None and given != none:
-            settings[key] = given
+        if own is None and value != none:
+            settings[key] = value
     check_words(relabel, on_error)
     shelf = tools if isinstance(tools, ToolShelf) else ToolShelf(tools)
     return SourceReader(replace(entry, **settings), on_error, relabel or None, shelf, name)
@@ -520,7 +520,7 @@ class Reading:
     given_tools: Counter = field(default_factory=Counter)
     shares: dict = field(default_factory=dict)
     told: list = field(default_factory=list)
-    adapted: list = field(default_factory=list)
+    adaptations: list = field(default_factory=list)
 
     def skip(self, error: Exception) -> None:
         "Count a TranscriptError or MaskError of a record that is left out."
@@ -567,10 +567,10 @@ class Reading:
         share draws nothing, where more than `max_skipped` of the records were skipped, and where the file
         has no room."""
         entries = list(map(str, texts))
-        out = spooled(self.each(entries))
+        out = spool_transcripts(self.each(entries))
         self.check_share(", ".join(entries))
-        if found := adapted_counts(out):
-            self.adapted.append({"line": adapted_line(out), "of": len(out), "counts": found})
+        if counts := adapted_counts(out):
+            self.adaptations.append({"line": adapted_line(out), "of": len(out), "counts": counts})
         return out
 
     def add(self, text: str, reader: SourceReader) -> None:
@@ -589,9 +589,9 @@ class Reading:
 
     def causes(self, most: int = 5) -> str:
         "Return the causes of what was skipped in words, with the first record of the commonest."
-        found = [f"{n:,} × {cause}" for cause, n in self.skipped.most_common(most)]
+        parts = [f"{n:,} × {cause}" for cause, n in self.skipped.most_common(most)]
         more = f", and {len(self.skipped) - most} more causes" if len(self.skipped) > most else ""
-        return "; ".join(found) + more + f" (such as {self.examples[self.skipped.most_common(1)[0][0]]})"
+        return "; ".join(parts) + more + f" (such as {self.examples[self.skipped.most_common(1)[0][0]]})"
 
     def warned(self) -> list[str]:
         "Return sentences on records that were skipped, and on tools that nobody knows."
@@ -613,7 +613,7 @@ class Reading:
         "Return sentences for a run: what was left out and drawn, where tools are from, and what is `warned`."
         return [
             *self.told,
-            *(f"adapted: {found['line']}" for found in self.adapted),
+            *(f"adapted: {counts['line']}" for counts in self.adaptations),
             *(
                 f"{n:,} transcripts without tools got those of {origin}"
                 for origin, n in self.given_tools.items()
@@ -631,18 +631,18 @@ class Reading:
             "left_out": dict(self.left_out),
             "tools": dict(self.given_tools),
             "shares": self.shares,
-            "adapted": self.adapted,
+            "adapted": self.adaptations,
         }
 
 # %% ../../nbs/data/00_sources.ipynb #b6a1646b
 READING = ("relabel", "on_error", "max_skipped", "tools", "adapt")
 
 
-def reading_of(parameters: dict, **given: Any) -> Reading:
+def reading_of(parameters: dict, **options: Any) -> Reading:
     """Return the `Reading` for the dict of a run's `parameters`; what is `given` and not None takes its
     place. A run that was made before there was a setting has its default."""
-    known = {k: parameters[k] for k in READING if parameters.get(k) is not None}
-    return Reading(**known | {k: v for k, v in given.items() if v is not None})
+    settings = {k: parameters[k] for k in READING if parameters.get(k) is not None}
+    return Reading(**settings | {k: v for k, v in options.items() if v is not None})
 
 # %% ../../nbs/data/00_sources.ipynb #f34f9cb7
 def check_reading(parameters: dict) -> None:
@@ -651,7 +651,7 @@ def check_reading(parameters: dict) -> None:
     `max_skipped` outside of [0, 1], a file of `tools` that cannot be read, an unknown name in `adapt`. None
     stands for any."""
     for name in ("data", "eval_data"):
-        for text in listed(parameters.get(name) or ""):
+        for text in split_commas(parameters.get(name) or ""):
             if text == "tinyagent":
                 continue
             try:
@@ -669,6 +669,6 @@ def check_reading(parameters: dict) -> None:
         raise TranscriptError(str(e)) from None
 
 # %% ../../nbs/data/00_sources.ipynb #9b501f68
-def listed(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     "Return the parts of a comma string."
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -69,13 +69,15 @@ def read_injections(path: str | Path) -> dict[str, str]:
                 where,
                 'is no object; write {"name": "text"}, or give AgentDojo run files',
             )
-            found = record.get("injections") if "messages" in record else record
+            injections = record.get("injections") if "messages" in record else record
             need(
-                found is None or isinstance(found, dict) and all(isinstance(t, str) for t in found.values()),
+                injections is None
+                or isinstance(injections, dict)
+                and all(isinstance(t, str) for t in injections.values()),
                 where,
                 'is no object of texts; write {"name": "text"}, or give AgentDojo run files',
             )
-            for key, text in (found or {}).items():
+            for key, text in (injections or {}).items():
                 if text.strip():
                     texts.setdefault(text, f"{key} of {where}")
     need(texts, str(path), "holds no injected text")
@@ -95,17 +97,17 @@ def find_spans(
     if transcript.injection_spans:
         return transcript, []
     own = transcript.meta.get("injections")
-    known = (own if isinstance(own, dict) and all(isinstance(t, str) for t in own.values()) else {}) | (
+    by_name = (own if isinstance(own, dict) and all(isinstance(t, str) for t in own.values()) else {}) | (
         texts or {}
     )
-    found, missing = find_injections(transcript.messages, known, roles)
-    how = sorted(known.keys() - set(missing))
+    places, missing = find_injections(transcript.messages, by_name, roles)
+    how = sorted(by_name.keys() - set(missing))
     for i, start, end, name in find_wrappers(transcript.messages, roles) if wrappers else ():
-        found.append([i, start, end])
+        places.append([i, start, end])
         how += [name] * (name not in how)
-    if not found:
+    if not places:
         return transcript, []
-    spans = tuple(InjectionSpan(*span) for span in join_spans(found))
+    spans = tuple(InjectionSpan(*span) for span in join_spans(places))
     return replace(transcript, injection_spans=spans, meta=transcript.meta | {"spans_found_by": how}), how
 
 # %% ../../nbs/data/02_spans.ipynb #72229bd0

@@ -28,7 +28,7 @@ from ..basics.terminal import error_text
 from .sources import Reading
 from ..masking.actions import with_own_work
 from ..masking.masker import ChatMasker
-from ..masking.policies import AnyPolicy, Encoded
+from ..masking.policies import AnyPolicy, Encoding
 from cbnb.masking.targets import (
     Row,
     check_calls,
@@ -156,10 +156,10 @@ class StreamReport:
 # %% ../../nbs/data/03_streams.ipynb #152b6bed
 def encode_transcript(
     transcript: Transcript, masker: ChatMasker, policy: AnyPolicy
-) -> tuple[Encoded, np.ndarray]:
-    "Return `(encoded, training mask)` of one transcript, to look at."
-    (encoded,) = masker.encode_batch([transcript])
-    return encoded, training_mask(encoded, transcript, policy)
+) -> tuple[Encoding, np.ndarray]:
+    "Return `(encoding, training mask)` of one transcript, to look at."
+    (encoding,) = masker.encode_batch([transcript])
+    return encoding, training_mask(encoding, transcript, policy)
 
 # %% ../../nbs/data/03_streams.ipynb #31ba01de
 class EmptyStream(ValueError):
@@ -183,20 +183,20 @@ WAY_OUT = (
 # %% ../../nbs/data/03_streams.ipynb #c26a6c54
 def encoded_pairs(
     transcripts: Iterable[Transcript], masker: ChatMasker, split_turns: bool = False
-) -> Iterator[tuple[Transcript, Encoded]]:
-    """Yield `(transcript, encoded)`, of each turn with `split_turns`. Raises MaskError, with the ways out,
+) -> Iterator[tuple[Transcript, Encoding]]:
+    """Yield `(transcript, encoding)`, of each turn with `split_turns`. Raises MaskError, with the ways out,
     for a transcript that the chat template refuses or of whose tool calls it writes none."""
-    pairs: Iterator[tuple[Transcript, Encoded | MaskError]]
+    pairs: Iterator[tuple[Transcript, Encoding | MaskError]]
     pairs = in_turns(transcripts, masker) if split_turns else in_batches(transcripts, masker)
     while True:
         try:
             if (pair := next(pairs, None)) is None:
                 return
-            transcript, encoded = pair[0], take_result(pair[1])
-            check_calls(encoded, transcript.id)
+            transcript, encoding = pair[0], take_result(pair[1])
+            check_calls(encoding, transcript.id)
         except MaskError as e:
             raise MaskError(f"{e}; {WAY_OUT}") from None
-        yield transcript, encoded
+        yield transcript, encoding
 
 # %% ../../nbs/data/03_streams.ipynb #663e610d
 def refusals(
@@ -204,11 +204,11 @@ def refusals(
 ) -> Iterator[MaskError | None]:
     """Yield for each of `transcripts` the MaskError that `encoded_pairs` raises, without the ways out, or
     None."""
-    for t, encoded in in_batches(transcripts, masker, errors="return"):
+    for t, encoding in in_batches(transcripts, masker, errors="return"):
         try:
-            if isinstance(encoded, MaskError):
-                raise encoded
-            check_calls(encoded, t.id)
+            if isinstance(encoding, MaskError):
+                raise encoding
+            check_calls(encoding, t.id)
             if split_turns:
                 list(in_turns([t], masker))
         except MaskError as e:
@@ -291,11 +291,11 @@ def count_cut(report: StreamReport, row: Row) -> None:
         report.counts.update(f"{what}_cut" for what in row.gone)
 
 # %% ../../nbs/data/03_streams.ipynb #cbe2b374
-def count_row(report: StreamReport, row: Row, transcript: Transcript, encoded: Encoded) -> None:
+def count_row(report: StreamReport, row: Row, transcript: Transcript, encoding: Encoding) -> None:
     "Count in `report` the warnings of one row, what truncation took from it, and why it becomes no sample."
     name = transcript.id
-    report.counts["mask_warnings"] += len(encoded.warnings)
-    report.warnings += [f"{name}: {w}" for w in encoded.warnings]
+    report.counts["mask_warnings"] += len(encoding.warnings)
+    report.warnings += [f"{name}: {w}" for w in encoding.warnings]
     if row.dropped == "lost_words":
         report.counts["lost_words"] += 1
         report.warnings.insert(0, f"{name}: dropped, {row.words}")
@@ -307,7 +307,7 @@ def count_row(report: StreamReport, row: Row, transcript: Transcript, encoded: E
     if row.dropped == "no_target":
         report.counts["no_target"] += 1
         report.counts["lost_to_truncation"] += bool(row.mask[1:].any())
-        report.dropped.append(name if encoded.turn is None else f"{name} (turn of message {encoded.turn})")
+        report.dropped.append(name if encoding.turn is None else f"{name} (turn of message {encoding.turn})")
 
 # %% ../../nbs/data/03_streams.ipynb #7e569066
 def encode_stream(
@@ -332,18 +332,18 @@ def encode_stream(
     (`drop_refused` leaves such transcripts out before), EmptyStream where nothing is left of the stream."""
     samples: list[Sample] = []
     report, last = StreamReport(), None
-    for transcript, encoded in encoded_pairs(transcripts, masker, split_turns):
+    for transcript, encoding in encoded_pairs(transcripts, masker, split_turns):
         if transcript is not last:
             count_transcript(report, transcript, policy)
         last = transcript
         try:
-            row = training_row(encoded, transcript, policy, max_length, truncation, lost_context)
+            row = training_row(encoding, transcript, policy, max_length, truncation, lost_context)
         except MaskError as e:
             raise MaskError(f"transcript {transcript.id}: {e}") from None
-        count_row(report, row, transcript, encoded)
+        count_row(report, row, transcript, encoding)
         if row.dropped:
             continue
-        samples.append(Sample(encoded.input_ids[row.keep], row.mask[row.keep], transcript.id))
+        samples.append(Sample(encoding.input_ids[row.keep], row.mask[row.keep], transcript.id))
         report.tokens += len(samples[-1].input_ids)
         report.target_tokens += int(samples[-1].loss_mask.sum())
     report.samples = len(samples)

@@ -20,8 +20,8 @@ __all__ = ['NONE', 'MASKING', 'DECODING', 'Adapter', 'run_parameters', 'find_ada
            'first_parameters', 'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted',
            'settings_for', 'check_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_model',
            'same_policies', 'tell_versions', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
-           'decoding_for', 'checked', 'evaluate_adapter', 'expected_answers', 'lines_of_question', 'check_complete',
-           'rescore_lines', 'check_rescorable', 'lines_to_rescore', 'rescoring_inputs', 'rescore']
+           'decoding_for', 'check_evaluation', 'evaluate_adapter', 'expected_answers', 'lines_of_question',
+           'check_complete', 'rescore_lines', 'check_rescorable', 'lines_to_rescore', 'rescoring_inputs', 'rescore']
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8eb2bb6c
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
@@ -31,7 +31,7 @@ from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
 from ..basics.withheld import withhold
 from ..config import CircuitBreakerConfig, get_config
-from ..data.sources import READING, Reading, listed, read_entry, reading_of
+from ..data.sources import READING, Reading, split_commas, read_entry, reading_of
 from ..data.streams import load_streams, read_streams
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #32fbcac6
@@ -80,12 +80,12 @@ class Adapter:
     parameters: dict = dataclasses.field(default_factory=dict)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #0da2dc78
-def run_parameters(folder: Path, *needed: str) -> dict[str, Any]:
+def run_parameters(folder: Path, *names: str) -> dict[str, Any]:
     """Return the parameters in the params.json of a run directory: those that an evaluation goes by are of
     their types, and the `needed` ones are there. Raises RunError, naming the file and the parameter."""
     path = folder / "params.json"
     parameters = read_record(path) or {}
-    missing = (f"it has no {name}" for name in needed if parameters.get(name) is None)
+    missing = (f"it has no {name}" for name in names if parameters.get(name) is None)
     bad = fault("evaluated", parameters) or next(missing, "")
     if bad:
         raise RunError(f"{path} is not in order ({bad}): put back what the run wrote")
@@ -198,8 +198,8 @@ def base_name(adapters: list[Adapter], model: str | None = None) -> str:
 def made_with(parameters: dict[str, Any], trust_remote_code: bool = False) -> CircuitBreakerConfig:
     """Return the settings of a run with these `parameters`. They may be anyone's: an objective that they name
     is not imported, and whether code of the model runs is for the one who evaluates to say, not for them."""
-    given = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
-    return settings_of(parameters["preset"], given, trust_remote_code)[0]
+    values = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
+    return settings_of(parameters["preset"], values, trust_remote_code)[0]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #trusted1
 def check_trusted(run: Path, config: CircuitBreakerConfig, trust_remote_code: bool) -> None:
@@ -226,14 +226,14 @@ def settings_for(
     Without a run, the policies and lengths of the preset `base`, with every part of a pass run in full; the
     harmful cosine is taken at `target_layers`, by default a third and two thirds of the depth."""
     run = first_run(adapters)
-    given: dict[str, Any] = {} if target_layers is None else {"target_layers": target_layers}
+    values: dict[str, Any] = {} if target_layers is None else {"target_layers": target_layers}
     if run:
         folder, parameters = run
         config = made_with(parameters, trust_remote_code)
         check_trusted(folder, config, trust_remote_code)
-        return dataclasses.replace(config, model=name, **given)
+        return dataclasses.replace(config, model=name, **values)
     depth = num_blocks(model)
-    layers = given.get("target_layers", f"{depth // 3},{2 * depth // 3}")
+    layers = values.get("target_layers", f"{depth // 3},{2 * depth // 3}")
     return get_config("base", model=name, target_layers=layers, lora_layers=f"0,{depth - 1}", savings="none")
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #583036a4
@@ -255,12 +255,12 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
         if run is None:
             return []
         eval_data = ""
-    files = listed(eval_data)
+    files = split_commas(eval_data)
     if not files:
         if run is None:
             raise RunError("there are no held-out transcripts: give their files as eval_data")
         folder, parameters = run
-        files = listed(parameters.get("eval_data") or "")
+        files = split_commas(parameters.get("eval_data") or "")
         if not files and parameters["data"] == "tinyagent":
             files = [str(folder / "data" / "eval.jsonl")]
     return [check_entry(file) for file in files]
@@ -269,7 +269,7 @@ def heldout_files(adapters: list[Adapter], eval_data: str = "") -> list[str]:
 def heldout_entries(adapters: list[Adapter], eval_data: str = "") -> list[str]:
     "Return `heldout_files`, or the data of the first adapter's run, where they are a part of them."
     run = first_parameters(adapters)
-    return heldout_files(adapters, eval_data) or listed(run.get("data") or "")
+    return heldout_files(adapters, eval_data) or split_commas(run.get("data") or "")
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #1eb60e8f
 def model_names(adapters: list[Adapter], name: str) -> list[str]:
@@ -314,8 +314,8 @@ def tell_versions(run: Run, before: dict[str, str]) -> None:
     ]
 
     def tell() -> None:
-        known = read_status(run.path).get("changes") or ()
-        tell_changes(run, [line for line in notes if line not in known])
+        earlier = read_status(run.path).get("changes") or ()
+        tell_changes(run, [line for line in notes if line not in earlier])
 
     from_first(tell)
 
@@ -343,10 +343,10 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict[str, Any], h
     tell_versions(run, record["told"])
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #be6df6e4
-def reading_for(adapters: list[Adapter], **given: Any) -> Reading:
+def reading_for(adapters: list[Adapter], **options: Any) -> Reading:
     """Return how an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`,
     else as the first adapter's run did."""
-    return reading_of(first_parameters(adapters), **given)
+    return reading_of(first_parameters(adapters), **options)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #74a54eba
 def questions_for(
@@ -362,7 +362,9 @@ def questions_for(
     if files := heldout_files(adapters, eval_data):
         return [t for stream in read_streams(files, reading) for t in stream]
     # prompt: before there was the setting
-    return load_streams(listed(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading)[2]
+    return load_streams(
+        split_commas(run["data"]), heldout_by=run.get("heldout_by", "prompt"), reading=reading
+    )[2]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #98674023
 # parameters that a masker is made by
@@ -370,17 +372,17 @@ MASKING = ("control", "chat_template", "template_variables", "tool_call_format",
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #16d5edcf
 def masker_for(
-    adapters: list[Adapter], name: str, trust_remote_code: bool = False, **given: Any
+    adapters: list[Adapter], name: str, trust_remote_code: bool = False, **own_options: Any
 ) -> ChatMasker:
     """Return the masker of the model `name`: as the first adapter's run had it, with the chat template that
     lies there, but for what is `given` and not None (names of `MASKING`)."""
     run = first_run(adapters)
-    given = {k: v for k, v in given.items() if v is not None}
+    own_options = {k: v for k, v in own_options.items() if v is not None}
     folder, parameters = run or (None, {})
-    known = {k: parameters[k] for k in MASKING if k in parameters} | given
-    if folder and not (given.keys() <= {"control"} and (folder / "chat_template.json").exists()):
+    options = {k: parameters[k] for k in MASKING if k in parameters} | own_options
+    if folder and not (own_options.keys() <= {"control"} and (folder / "chat_template.json").exists()):
         folder = None
-    return make_masker(name, trust_remote_code=trust_remote_code, folder=folder, **known)[0]
+    return make_masker(name, trust_remote_code=trust_remote_code, folder=folder, **options)[0]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8925d526
 def asked_model(adapters: list[Adapter], parameters: dict[str, Any]) -> str:
@@ -394,30 +396,30 @@ def asked_model(adapters: list[Adapter], parameters: dict[str, Any]) -> str:
 DECODING = ("max_new_tokens", "temperature", "samples", "seed")
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #16240f7d
-def decoding_for(adapters: list[Adapter], **given: Any) -> Decoding:
+def decoding_for(adapters: list[Adapter], **options: Any) -> Decoding:
     """Return the `Decoding` of an evaluation: what is `given` and not None, else as in the first adapter's
     run."""
     run = first_parameters(adapters)
-    known = {k: run[k] for k in DECODING if k in run} | {k: v for k, v in given.items() if v is not None}
-    decoding = Decoding(**known)
-    if given.get("seed") is not None and not decoding.temperature:
+    values = {k: run[k] for k in DECODING if k in run} | {k: v for k, v in options.items() if v is not None}
+    decoding = Decoding(**values)
+    if options.get("seed") is not None and not decoding.temperature:
         raise RunError(
-            f"seed {given['seed']} would do nothing: greedy answers depend on none; leave it out, or give a "
+            f"seed {options['seed']} would do nothing: greedy answers depend on none; leave it out, or give a "
             "temperature"
         )
     return decoding
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #d398bb4d
-def checked(parameters: dict[str, Any]) -> tuple[list[Adapter], str, Decoding]:
+def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, Decoding]:
     """Return `(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is
     loaded. Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
-    trusted = parameters.get("trust_remote_code", False)
-    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trusted)
+    trust = parameters.get("trust_remote_code", False)
+    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust)
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
-        model_facts(name, trusted)  # code that comes with it is reported here
+        model_facts(name, trust)  # code that comes with it is reported here
     return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b
@@ -459,13 +461,13 @@ def evaluate_adapter(
 def expected_answers(transcripts: list[Transcript]) -> list[tuple[Transcript, str]]:
     """Return `(question, plain or prefilled)` of every answer that an evaluation of `transcripts` has: each
     question plain, attacks also prefilled."""
-    asked = [question for t in transcripts for question in questions(t)]
-    attacks = [q for q in asked if q.label == "harmful" and is_attack(q)]
-    return [(q, "plain") for q in asked] + [(q, "prefilled") for q in attacks]
+    own_questions = [question for t in transcripts for question in questions(t)]
+    attacks = [q for q in own_questions if q.label == "harmful" and is_attack(q)]
+    return [(q, "plain") for q in own_questions] + [(q, "prefilled") for q in attacks]
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #ad7c2800
 def lines_of_question(
-    by_attempt: dict[int, dict], question: Transcript, prompt: str, begun: list[int], where: str | Path
+    by_attempt: dict[int, dict], question: Transcript, prompt: str, start: list[int], where: str | Path
 ) -> list[dict]:
     """Return the lines of one `question` in the order of their attempts. Raises RunError, naming `where` they
     are from, where there is none, or one has another hash of its `prompt` or other ids that the answer was
@@ -476,7 +478,7 @@ def lines_of_question(
             "are other ones; evaluate again"
         )
     lines = [by_attempt[attempt] for attempt in sorted(by_attempt)]
-    if any(line["prompt"]["hash"] != prompt or line["begun"] != begun for line in lines):
+    if any(line["prompt"]["hash"] != prompt or line["begun"] != start for line in lines):
         raise RunError(
             f"{where}: {question.id} was asked by another prompt than it gives now (another "
             "transcript or chat template); evaluate again"
@@ -485,13 +487,11 @@ def lines_of_question(
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #cb34abb5
 def check_complete(
-    by_question: dict[tuple[str, str], dict[int, dict]],
-    expected: Collection[tuple[str, str]],
-    where: str | Path,
+    by_question: dict[tuple[str, str], dict[int, dict]], keys: Collection[tuple[str, str]], where: str | Path
 ) -> None:
     """Raise RunError, naming `where` the lines are from, where there are lines of questions that are not
     `expected` ((id, plain or prefilled)), or more attempts at one question than at another."""
-    if extra := sum(len(by_question[key]) for key in by_question.keys() - expected):
+    if extra := sum(len(by_question[key]) for key in by_question.keys() - keys):
         raise RunError(
             f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts "
             "are other ones; evaluate again"
@@ -521,19 +521,19 @@ def rescore_lines(
     by_question: dict[tuple[str, str], dict[int, dict]] = {}
     for line in lines:
         by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
-    expected = expected_answers(transcripts)
-    new, altered = [], 0
-    for question, asked in expected:
-        prompt, begun = prompt_of(masker, question, prefill if asked == "prefilled" else 0)
-        own = by_question.get((question.id, asked), {})
-        for line in lines_of_question(own, question, prompt_hash(prompt), begun.tolist(), where):
+    keys = expected_answers(transcripts)
+    new, changes = [], 0
+    for question, prompt_kind in keys:
+        prompt, start = prompt_of(masker, question, prefill if prompt_kind == "prefilled" else 0)
+        own = by_question.get((question.id, prompt_kind), {})
+        for line in lines_of_question(own, question, prompt_hash(prompt), start.tolist(), where):
             about = {k: line[k] for k in ("key", "stage", "asked", "attempt")}
-            new.append(answer_line(question, prompt, begun, line["ids"], reader, stops, **about))
-            altered += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
-    check_complete(by_question, {(question.id, asked) for question, asked in expected}, where)
-    if altered:
+            new.append(answer_line(question, prompt, start, line["ids"], reader, stops, **about))
+            changes += any(line.get(k) != withhold(new[-1][k]) for k in ("text", "finish", "past_stop"))
+    check_complete(by_question, {(question.id, prompt_kind) for question, prompt_kind in keys}, where)
+    if changes:
         warn(
-            f"{where}: of {altered} of {len(new)} answers the text or the end was not that of their token "
+            f"{where}: of {changes} of {len(new)} answers the text or the end was not that of their token "
             "ids; it was made anew"
         )
     return new, answer_figures(new) | {"not_asked": without_question(transcripts)}
@@ -545,8 +545,8 @@ def check_rescorable(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     result, parameters = (read_record(folder / name) for name in ("result.json", "params.json"))
     if not result or parameters is None:
         raise RunError(f"{folder} holds no result.json and params.json: it is no finished run")
-    needed = ("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")
-    parameters = run_parameters(folder, *needed)
+    names = ("adapter", "second_adapter", "eval_data") if "evaluated" in result else ("preset", "data")
+    parameters = run_parameters(folder, *names)
     for stage, figures in results_of(result).items():
         if "prefill" not in figures.get("decoding", ()) or "model" not in figures.get("ends", ()):
             raise RunError(
@@ -567,11 +567,11 @@ def lines_to_rescore(folder: Path) -> dict[str, dict]:
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #6da1962f
 def rescoring_inputs(
-    folder: Path, evaluated: bool, parameters: dict[str, Any], trust_remote_code: bool
+    folder: Path, is_evaluation: bool, parameters: dict[str, Any], trust_remote_code: bool
 ) -> tuple[ChatMasker, list[Transcript]]:
     """Return the masker and the transcripts by which the run in `folder`, or the evaluation where `evaluated`
     says so, with these `parameters` was asked."""
-    if not evaluated:
+    if not is_evaluation:
         adapters = [Adapter(folder.name, None, folder, parameters)]
         name, transcripts = run_model(folder), questions_for(adapters)
         return masker_for(adapters, name, trust_remote_code), transcripts
@@ -579,8 +579,8 @@ def rescoring_inputs(
     name = asked_model(adapters, parameters)
     reading = reading_for(adapters, **{k: parameters.get(k) for k in READING})
     transcripts = questions_for(adapters, parameters["eval_data"], reading)
-    given = {k: parameters[k] for k in MASKING if k in parameters}
-    return masker_for(adapters, name, trust_remote_code, **given), transcripts
+    options = {k: parameters[k] for k in MASKING if k in parameters}
+    return masker_for(adapters, name, trust_remote_code, **options), transcripts
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #5573f2c5
 def rescore(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..basics.processes import from_first, gathered, is_first, rank, share_of
+from ..basics.processes import from_first, gather_lists, is_first, rank, share_of
 from .decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from .reader import AnswerReader
 from .scores import group_of, injected_texts, plain, rates, score
@@ -37,9 +37,9 @@ def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tup
     """Return `(all token ids before, the first ids of)` the last assistant message: `tokens` of it, at most
     half, and fewer where they would say an injected text by themselves. Raises ValueError for a message that
     has no token."""
-    (encoded,) = masker.encode_batch([transcript])
+    (encoding,) = masker.encode_batch([transcript])
     own = np.flatnonzero(
-        IS_COMPLETION[encoded.segments] & (encoded.message_index == len(transcript.messages) - 1)
+        IS_COMPLETION[encoding.segments] & (encoding.message_index == len(transcript.messages) - 1)
     )
     if not len(own):
         raise ValueError(
@@ -48,12 +48,12 @@ def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tup
     start, count = own[0], min(tokens, len(own) // 2)
 
     def obeys(n: int) -> bool:
-        words = plain(str(masker.tokenizer.decode(encoded.input_ids[start : start + n])))
+        words = plain(str(masker.tokenizer.decode(encoding.input_ids[start : start + n])))
         return any(plain(text) in words for text in injected_texts(transcript))
 
     while count and obeys(count):
         count -= 1
-    return encoded.input_ids[:start], encoded.input_ids[start : start + count]
+    return encoding.input_ids[:start], encoding.input_ids[start : start + count]
 
 # %% ../../nbs/evaluate/06_answers.ipynb #bdb0b51f
 def prompt_of(masker: ChatMasker, transcript: Transcript, prefill: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ def deal(model: nn.Module, batches: Iterable) -> list:
 # %% ../../nbs/evaluate/06_answers.ipynb #6b6f2304
 def collect(model: nn.Module, mine: list) -> list:
     "Return the results of all processes, of which `mine` are those of the batches that `deal` gave this one."
-    return mine if is_in_parts(model) else gathered(mine)
+    return mine if is_in_parts(model) else gather_lists(mine)
 
 # %% ../../nbs/evaluate/06_answers.ipynb #02fbd140
 def model_state(model: nn.Module) -> str:
@@ -104,12 +104,14 @@ def batch_key(
     stage: str,
     decoding: Decoding,
     ends: Sequence[tuple[int, ...]],
-    prefilled: bool,
+    with_prefill: bool,
     attempt: int,
     prompts: list[np.ndarray],
 ) -> str:
     "Return 32 hex digits over all that the answers of one batch depend on."
-    digest = hashlib.sha256(json.dumps([state, stage, asdict(decoding), ends, prefilled, attempt]).encode())
+    digest = hashlib.sha256(
+        json.dumps([state, stage, asdict(decoding), ends, with_prefill, attempt]).encode()
+    )
     for ids in prompts:
         digest.update(len(ids).to_bytes(4) + np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()[:32]
@@ -133,7 +135,7 @@ def prompt_hash(ids: Sequence[int] | np.ndarray) -> str:
 def answer_line(
     question: Transcript,
     prompt: Sequence[int] | np.ndarray,
-    begun: Sequence[int] | np.ndarray,
+    start: Sequence[int] | np.ndarray,
     ids: Sequence[int] | np.ndarray,
     reader: AnswerReader,
     stops: Collection[int],
@@ -143,9 +145,9 @@ def answer_line(
     from them; `where`: what stands first in it. `finish`: ended, or length, where there was no end of turn in
     time; `past_stop`: it goes on behind one of the model's own stop tokens `stops`, at which other programs
     would have cut it."""
-    begun, ids = ([int(i) for i in part] for part in (begun, ids))
-    answer = reader.read([*begun, *ids], question.tools)
-    _, ended = until_end(begun + ids, end_sequences(reader, stops), len(begun))
+    start, ids = ([int(i) for i in part] for part in (start, ids))
+    answer = reader.read([*start, *ids], question.tools)
+    _, complete = until_end(start + ids, end_sequences(reader, stops), len(start))
     return {
         **where,
         "id": question.id,
@@ -156,10 +158,10 @@ def answer_line(
             "tokens": len(prompt),
             "hash": prompt_hash(prompt),
         },
-        "begun": begun,
+        "begun": start,
         "ids": ids,
-        "text": reader.masker.tokenizer.decode(begun + ids),
-        "finish": "ended" if ended else "length",
+        "text": reader.masker.tokenizer.decode(start + ids),
+        "finish": "ended" if complete else "length",
         "past_stop": any(i in stops for i in ids[:-1]),
         "group": group_of(question),
         "wanted": {k: question.meta[k] for k in WANTED if k in question.meta},
@@ -221,7 +223,7 @@ def answer_questions(
     reader: AnswerReader,
     transcripts: list[Transcript],
     decoding: Decoding,
-    prefilled: bool = False,
+    with_prefill: bool = False,
     folder: str | Path | None = None,
     stage: str = "",
 ) -> list[dict]:
@@ -234,18 +236,18 @@ def answer_questions(
     as `kept_lines`."""
     stops = stop_tokens(model, masker.tokenizer)
     ends = end_sequences(reader, stops)
-    parts = [prompt_of(masker, t, decoding.prefill if prefilled else 0) for t in transcripts]
+    parts = [prompt_of(masker, t, decoding.prefill if with_prefill else 0) for t in transcripts]
     prompts = [np.concatenate(ids).astype(np.int32) for ids in parts]
     state, there = (model_state(model), kept_lines(folder)) if folder else ("", {})
 
     def key_of(batch: list[int], attempt: int) -> str:
-        return batch_key(state, stage, decoding, ends, prefilled, attempt, [prompts[i] for i in batch])
+        return batch_key(state, stage, decoding, ends, with_prefill, attempt, [prompts[i] for i in batch])
 
     def line_of(i: int, attempt: int, ids: Sequence[int]) -> dict:
-        asked = "prefilled" if prefilled else "plain"
-        prompt, begun = parts[i]
-        where: dict[str, Any] = dict(key=keys[i, attempt], stage=stage, asked=asked, attempt=attempt)
-        return answer_line(transcripts[i], prompt, begun, ids, reader, stops, **where)
+        queue = "prefilled" if with_prefill else "plain"
+        prompt, start = parts[i]
+        where: dict[str, Any] = dict(key=keys[i, attempt], stage=stage, asked=queue, attempt=attempt)
+        return answer_line(transcripts[i], prompt, start, ids, reader, stops, **where)
 
     todo, keys = plan_batches(prompts, [t.id for t in transcripts], decoding, key_of, there)
     model.eval()
@@ -269,17 +271,19 @@ def answer_figures(lines: list[dict]) -> dict[str, Any]:
     """Return the `cbnb.evaluate.scores.rates` of the answers in `lines`; `attack_success_prefill` of those
     that were begun; and `finish`, how many plain answers ended, how many were cut by their length, and how
     many went on past one of the model's own stop tokens."""
-    asked = {name: [line for line in lines if line["asked"] == name] for name in ("plain", "prefilled")}
-    figures, forced = (rates([(line["group"], line["scores"]) for line in part]) for part in asked.values())
-    figures["n"]["attack_prefill"] = len(asked["prefilled"])
-    figures["counts"]["attack_success_prefill"] = forced["counts"]["attack_success"]
-    ended = Counter(line["finish"] for line in asked["plain"])
+    by_prompt = {name: [line for line in lines if line["asked"] == name] for name in ("plain", "prefilled")}
+    figures, after_prefill = (
+        rates([(line["group"], line["scores"]) for line in part]) for part in by_prompt.values()
+    )
+    figures["n"]["attack_prefill"] = len(by_prompt["prefilled"])
+    figures["counts"]["attack_success_prefill"] = after_prefill["counts"]["attack_success"]
+    finishes = Counter(line["finish"] for line in by_prompt["plain"])
     finish = {
-        "ended": ended["ended"],
-        "length": ended["length"],
-        "past_stop": sum(line["past_stop"] for line in asked["plain"]),
+        "ended": finishes["ended"],
+        "length": finishes["length"],
+        "past_stop": sum(line["past_stop"] for line in by_prompt["plain"]),
     }
     first = {key: figures[key] for key in ("attack_success", "attack_success_lax")} | {
-        "attack_success_prefill": forced["attack_success"]
+        "attack_success_prefill": after_prefill["attack_success"]
     }
     return first | figures | {"finish": finish}

@@ -197,13 +197,13 @@ def next_token(masker: ChatMasker, message: dict) -> tuple[int, ...]:
         else {"role": "user", "content": "zqmore"}
     )
     try:
-        encoded = masker.encode([*QUESTION, message, answer], tools=TOOLS)
+        encoding = masker.encode([*QUESTION, message, answer], tools=TOOLS)
     except MaskError:
         return ()
     behind = (
-        encoded.input_ids[encoded.offsets[:, 0] >= encoded.turns[0].end]
-        if encoded.turns
-        else encoded.input_ids[:0]
+        encoding.input_ids[encoding.offsets[:, 0] >= encoding.turns[0].end]
+        if encoding.turns
+        else encoding.input_ids[:0]
     )
     return (int(behind[0]),) if len(behind) and is_control(masker, int(behind[0])) else ()
 
@@ -219,24 +219,24 @@ def probe_turns(masker: ChatMasker) -> Probed:
     refusals: dict[str, str] = {}
     for name, message in PROBES.items():
         try:
-            encoded = masker.encode([*QUESTION, message], tools=TOOLS)
+            encoding = masker.encode([*QUESTION, message], tools=TOOLS)
         except MaskError as e:
             refusals[name] = str(e)
             continue
-        if not encoded.turns or encoded.turns[-1].message != 1:
+        if not encoding.turns or encoding.turns[-1].message != 1:
             refusals[name] = "it writes no turn for that message"
             continue
-        turn, starts = encoded.turns[-1], encoded.offsets[:, 0]
-        text = sign(masker, encoded.text[: turn.eot])
+        turn, starts = encoding.turns[-1], encoding.offsets[:, 0]
+        text = sign(masker, encoding.text[: turn.eot])
         # what stands behind it is never generated
         if eos and (at := text.find(eos, len(prompt))) >= 0:
             text = text[:at]
         texts[name] = text
         ends[
-            tuple(encoded.input_ids[(starts >= turn.eot) & (starts < turn.end)].tolist())
+            tuple(encoding.input_ids[(starts >= turn.eot) & (starts < turn.end)].tolist())
             or next_token(masker, message)
         ] = None
-        inside.update(encoded.input_ids[(starts >= turn.body) & (starts < turn.eot)].tolist())
+        inside.update(encoding.input_ids[(starts >= turn.body) & (starts < turn.eot)].tolist())
     start = min((len(shared_atoms(prompt, text)) for text in texts.values()), default=len(prompt))
     bodies = {name: text[start:] for name, text in texts.items()}
     for name, last in (("two", 1), ("none two", 1), ("three", 2)):
@@ -459,12 +459,12 @@ def sort_values(
     """Return `((from key to value, types), …)`, the longest first, and the `Nested` or None. `texts`: by
     type, what is written behind the key of a lone argument; `plain`, `closing`: what stands before and behind
     a number, `equals`: before a string. Raises Underivable for a type that is not read back."""
-    known: dict[str, set[str]] = {plain if quote[0] else equals: {"string"}}
+    sorts: dict[str, set[str]] = {plain if quote[0] else equals: {"string"}}
     odd = []
     for kind, text in texts.items():
         span = spelled_at(text, KINDS[kind]) if kind != "string" else None
         if span and text[span[1] :] == closing:
-            known.setdefault(text[: span[0]], set()).add(kind)
+            sorts.setdefault(text[: span[0]], set()).add(kind)
         elif quote[0] and kind in ("array", "object") and text.startswith(plain) and text.endswith(closing):
             odd.append(kind)
         elif kind not in ("string", "null"):
@@ -472,9 +472,11 @@ def sort_values(
     lone = (
         {k: texts[k][len(plain) : len(texts[k]) - len(closing)] for k in ("array", "object")} if odd else {}
     )
-    nested = find_nested(lone["array"], lone["object"], quote) if odd else None
-    order = sorted(known.items(), key=lambda item: -len(item[0]))
-    return tuple((pattern(literal, right=not quote[0]), frozenset(types)) for literal, types in order), nested
+    nesting = find_nested(lone["array"], lone["object"], quote) if odd else None
+    order = sorted(sorts.items(), key=lambda item: -len(item[0]))
+    return tuple(
+        (pattern(literal, right=not quote[0]), frozenset(types)) for literal, types in order
+    ), nesting
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #d21cdf71
 def find_pairs(bodies: dict[str, str]) -> tuple[Pairs, list[str], str, list[str]]:
@@ -509,13 +511,13 @@ def find_pairs(bodies: dict[str, str]) -> tuple[Pairs, list[str], str, list[str]
         texts = {
             kind: html.unescape(text) if kind in ("array", "object") else text for kind, text in texts.items()
         }
-    sorts, nested = sort_values(texts, plain, closing, equals, quote)
+    sorts, nesting = sort_values(texts, plain, closing, equals, quote)
     none = pattern(bodies["none"][name_at(bodies["none"])[1] :], digits=True) if "none" in bodies else None
     empty = bodies.get("none two")
     none_join = empty and pattern(empty[name_at(empty)[1] : name_at(empty, 1)[0]], digits=True)
     following = agreed([between[len(quote[1]) :]], "between arguments", left=True)
     pairs = Pairs(
-        agreed(firsts, "before arguments") or "", sorts, quote, following, none, none_join, nested, escape
+        agreed(firsts, "before arguments") or "", sorts, quote, following, none, none_join, nesting, escape
     )
     return pairs, firsts, tail[len(quote[1]) :], joins
 
@@ -536,10 +538,10 @@ class Layout:
     marked: bool
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #2fdccb03
-def call_start(body: str, wrapped: bool | None) -> int:
+def call_start(body: str, in_envelope: bool | None) -> int:
     """Return where the first call of `body` begins: the JSON value that holds it, or its name. Raises
     Underivable."""
-    if not wrapped:
+    if not in_envelope:
         return name_at(body)[0]
     if (envelope := find_envelope(body)) is None:
         raise Underivable("writes calls beside text or reasoning in another way")
@@ -653,12 +655,12 @@ def cut_thought(literal: str, thought: tuple | None) -> str:
     return literal
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #e364ff78
-def find_thought(bodies: dict[str, str], wrapped: bool) -> tuple | None:
+def find_thought(bodies: dict[str, str], in_envelope: bool) -> tuple | None:
     "Return what opens and closes reasoning, or None where the template writes none. Raises Underivable."
     of_text, of_call = bodies.get("thought text", ""), bodies.get("thought call", "")
     i = of_call.find(THOUGHT)
-    rest = of_call[i + len(THOUGHT) : call_start(of_call, wrapped)] if i >= 0 else None
-    plain = bodies["call"][: call_start(bodies["call"], wrapped)] if rest is not None else ""
+    rest = of_call[i + len(THOUGHT) : call_start(of_call, in_envelope)] if i >= 0 else None
+    plain = bodies["call"][: call_start(bodies["call"], in_envelope)] if rest is not None else ""
     if (k := of_text.find(THOUGHT)) >= 0 and TEXT in of_text[k:]:
         opening, closing = of_text[:k], of_text[k + len(THOUGHT) : of_text.find(TEXT, k)]
         if rest is not None:
@@ -680,27 +682,27 @@ def find_thought(bodies: dict[str, str], wrapped: bool) -> tuple | None:
     return opening, closing
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #2f73f623
-def find_frame(probed: Probed, wrapped: bool | None) -> tuple[Frame, str]:
+def find_frame(probe: Probed, in_envelope: bool | None) -> tuple[Frame, str]:
     """Return the `Frame`, and the literal before the first call. `wrapped`: whether a JSON value holds calls,
     None where there are none to be read. Raises Underivable."""
-    bodies, calls = probed.bodies, wrapped is not None
+    bodies, calls = probe.bodies, in_envelope is not None
     if TEXT not in bodies.get("text", ""):
-        raise Underivable(no_turn(probed, "text") or "does not write the text of an answer")
-    thought = find_thought(
-        bodies if calls else {"thought text": bodies.get("thought text", "")}, bool(wrapped)
+        raise Underivable(no_turn(probe, "text") or "does not write the text of an answer")
+    reasoning = find_thought(
+        bodies if calls else {"thought text": bodies.get("thought text", "")}, bool(in_envelope)
     )
     head, _, rest = bodies["text"].partition(TEXT)
-    before, after, start, behind = [cut_thought(head, thought)], [rest], "", False
+    before, after, start, behind = [cut_thought(head, reasoning)], [rest], "", False
     if calls:
-        start = cut_thought(bodies["call"][: call_start(bodies["call"], wrapped)], thought)
+        start = cut_thought(bodies["call"][: call_start(bodies["call"], in_envelope)], reasoning)
         head, text, lead = bodies.get("text call", "").partition(TEXT)
-        stop = call_start(bodies["text call"], wrapped) if text else 0
+        stop = call_start(bodies["text call"], in_envelope) if text else 0
         if text and len(head) < stop:
             lead, opening = lead[: stop - len(head) - len(text)], ""
             opening = shared_atoms(start, lead, ends=True)
             if start.strip() and not opening.strip():
                 raise Underivable("begins a call in another way where text stands before it")
-            before += [cut_thought(head, thought), start[: len(start) - len(opening)]]
+            before += [cut_thought(head, reasoning), start[: len(start) - len(opening)]]
             after.append(lead[: len(lead) - len(opening)])
             start = opening
         else:
@@ -710,26 +712,26 @@ def find_frame(probed: Probed, wrapped: bool | None) -> tuple[Frame, str]:
         for literals in (before, after)
     )
     escape = find_escape(bodies.get("escaped text", ""), "text")
-    return Frame(probed.given, thought, heads, tails, behind, escape), start
+    return Frame(probe.given, reasoning, heads, tails, behind, escape), start
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #af3ac7ae
-def no_turn(probed: Probed, name: str) -> str:
+def no_turn(probe: Probed, name: str) -> str:
     "Return why there is no turn of the probe `name`, empty if there is one."
-    return f"gives no turn for it ({probed.refused[name]})" if name in probed.refused else ""
+    return f"gives no turn for it ({probe.refused[name]})" if name in probe.refused else ""
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #102a0689
-def derive_layout(probed: Probed) -> tuple[Layout | None, Frame, str]:
+def derive_layout(probe: Probed) -> tuple[Layout | None, Frame, str]:
     """Return `(layout, frame, why not)` of a template: without a `Layout`, the last says why calls cannot be
     read. Raises Underivable where not even the text of an answer can be told."""
     try:
-        if NAMES[0] not in probed.bodies.get("call", ""):
-            raise Underivable(no_turn(probed, "call") or "does not write tool calls")
-        form, literals, mid, join, tail = find_calls(probed.bodies)
-        frame, start = find_frame(probed, isinstance(form, Envelope))
-        marked = any(
+        if NAMES[0] not in probe.bodies.get("call", ""):
+            raise Underivable(no_turn(probe, "call") or "does not write tool calls")
+        form, literals, mid, join, tail = find_calls(probe.bodies)
+        frame, start = find_frame(probe, isinstance(form, Envelope))
+        has_marker = any(
             len(atom) > 2 and atom[0] in SIGN + "<["
             for atom in ATOM.findall(start + (literals[0] if literals else ""))
         )
-        return Layout(form, pattern(start, digits=True), mid, join, tail or "", marked), frame, ""
+        return Layout(form, pattern(start, digits=True), mid, join, tail or "", has_marker), frame, ""
     except Underivable as e:
-        return None, find_frame(probed, None)[0], str(e)
+        return None, find_frame(probe, None)[0], str(e)

@@ -30,11 +30,11 @@ from ..basics.withheld import cut
 from ..config import ConfigError
 from ..data.streams import Sample, pad_rows
 from ..masking.masker import ChatMasker
-from ..masking.policies import AnyPolicy, Encoded, role_of
+from ..masking.policies import AnyPolicy, Encoding, role_of
 from ..masking.targets import training_mask, truncation_window
 from ..masking.turns import Segment
 from ..step.adapter_checks import as_plain, check_off, check_on, check_size, check_start_of
-from ..step.heads import explained
+from ..step.heads import explain_logits
 from ..step.loaders import ADAPTER_FILES, fill_adapter, read_adapter
 from ..step.losses import token_retain
 from ..step.model_checks import two_rows
@@ -62,7 +62,7 @@ def real_rows(
 ) -> dict[str, torch.Tensor]:
     """Return the last `tokens` tokens of each of at most two of the `transcripts`, as padded rows
     (`cbnb.data.streams.pad_rows`). Raises MaskError as the masker does."""
-    ends = [np.asarray(encoded.input_ids[-tokens:]) for encoded in masker.encode_batch(transcripts[:2])]
+    ends = [np.asarray(encoding.input_ids[-tokens:]) for encoding in masker.encode_batch(transcripts[:2])]
     rows = [Sample(ids, np.zeros(len(ids), bool), "") for ids in ends]
     return pad_rows(rows, masker.tokenizer.pad_token_id)
 
@@ -172,7 +172,7 @@ def output_layer(
         bias = None if layer.bias is None else layer.bias.float()
         return F.linear(h.to(layer.weight.device, torch.float32), layer.weight.float(), bias)
 
-    match = explained(model, product(hidden), logits)
+    match = explain_logits(model, product(hidden), logits)
     if match is None:
         raise ValueError(
             f"the logits of this {type(model).__name__} are not its output layer's on its final hidden "
@@ -313,8 +313,8 @@ def likeliest(log_p: torch.Tensor, actual: torch.Tensor, k: int) -> torch.Tensor
     """Return ids [n, k] of `actual` [n] and of the k − 1 others with the largest entry over the sides of
     `log_p` [sides, n, V], largest first."""
     peak = log_p.amax(0)
-    chosen = peak.scatter(1, actual[:, None], math.inf).topk(k).indices
-    return chosen.gather(1, peak.gather(1, chosen).argsort(descending=True))
+    ids = peak.scatter(1, actual[:, None], math.inf).topk(k).indices
+    return ids.gather(1, peak.gather(1, ids).argsort(descending=True))
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #61641f6a
 def compare_rows(log_p: torch.Tensor, actual: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
@@ -392,15 +392,15 @@ def masked_kl(divergence: Divergence, mask: np.ndarray) -> dict[str, float]:
     }
 
 # %% ../../nbs/evaluate/08_divergence.ipynb #f2433417
-def token_table(encoded: Encoded, mask: np.ndarray, divergence: Divergence, name: str) -> pd.DataFrame:
+def token_table(encoding: Encoding, mask: np.ndarray, divergence: Divergence, name: str) -> pd.DataFrame:
     """Return one row per token of one student, indexed by position: `text`, `role` (template outside of every
     message), `segment`, `in_mask`, and `forward` and `reverse` in nats (NaN for token 0)."""
     n = divergence.names.index(name)
     return pd.DataFrame(
         {
-            "text": [encoded.text[start:end] for start, end in encoded.offsets.tolist()],
-            "role": [role_of(encoded, message) or "template" for message in encoded.message_index.tolist()],
-            "segment": [Segment(segment).name.lower() for segment in encoded.segments.tolist()],
+            "text": [encoding.text[start:end] for start, end in encoding.offsets.tolist()],
+            "role": [role_of(encoding, message) or "template" for message in encoding.message_index.tolist()],
+            "segment": [Segment(segment).name.lower() for segment in encoding.segments.tolist()],
             "in_mask": np.asarray(mask),
             "forward": divergence.forward[n],
             "reverse": divergence.reverse[n],
@@ -459,14 +459,14 @@ def encode_window(
     policy: AnyPolicy = "assistant_only",
     max_length: int = 2048,
     truncation: str = "targets",
-) -> tuple[Encoded, np.ndarray]:
-    """Return `(encoded, mask)` of one transcript as training sees it: the policy's mask, cut to `max_length`
+) -> tuple[Encoding, np.ndarray]:
+    """Return `(encoding, mask)` of one transcript as training sees it: the policy's mask, cut to `max_length`
     tokens. Raises MaskError as the masker does."""
-    (encoded,) = masker.encode_batch([transcript])
-    mask = training_mask(encoded, transcript, policy)
+    (encoding,) = masker.encode_batch([transcript])
+    mask = training_mask(encoding, transcript, policy)
     keep = truncation_window(mask, max_length, truncation)
     arrays = {
-        name: getattr(encoded, name)[keep]
+        name: getattr(encoding, name)[keep]
         for name in ("input_ids", "segments", "message_index", "offsets", "rules")
     }
-    return replace(encoded, **arrays), mask[keep]
+    return replace(encoding, **arrays), mask[keep]

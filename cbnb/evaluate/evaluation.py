@@ -163,9 +163,9 @@ def question_figures(
     the obeying answer begun. Arguments as in `evaluate`."""
     reader = derive_reader(masker) if reader is None else reader
     check_readable(reader, transcripts)
-    asked = [question for t in transcripts for question in questions(t)]
-    attacks = [t for t in asked if t.label == "harmful" and is_attack(t)]
-    lines = answer_questions(model, masker, reader, asked, decoding, folder=folder, stage=stage)
+    every_question = [question for t in transcripts for question in questions(t)]
+    attacks = [t for t in every_question if t.label == "harmful" and is_attack(t)]
+    lines = answer_questions(model, masker, reader, every_question, decoding, folder=folder, stage=stage)
     lines += answer_questions(model, masker, reader, attacks, decoding, True, folder, stage)
     return (
         answer_figures(lines)

@@ -113,10 +113,10 @@ def clean(value: Any) -> Any:
     return [clean(item) for item in value] if isinstance(value, list) else value
 
 # %% ../../nbs/evaluate/03_reader.ipynb #9614e08d
-def nested_at(text: str, i: int, nested: tuple) -> tuple[Any, int] | None:
+def nested_at(text: str, i: int, nesting: tuple) -> tuple[Any, int] | None:
     """Return `(value, end)` of the value at character `i` of `text` in a notation
     `cbnb.evaluate.call_layout.Nested`; None where there is none."""
-    (quote, close), array, obj = nested
+    (quote, close), array, obj = nesting
     if text.startswith(quote, i):
         end = text.find(close, i + len(quote))
         return (text[i + len(quote) : end], end + len(close)) if end >= 0 else None
@@ -136,7 +136,7 @@ def nested_at(text: str, i: int, nested: tuple) -> tuple[Any, int] | None:
                 if not separator:
                     return None
                 i += len(key) + len(inside)
-            if (value := nested_at(text, i, nested)) is None:
+            if (value := nested_at(text, i, nesting)) is None:
                 return None
             items.append((key, value[0]))
             i = value[1]
@@ -434,7 +434,7 @@ def message_calls(message: dict) -> list[dict]:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #0fb6fe24
 def parse_response(
-    masker: ChatMasker, text: str, prefix: str, tools: Sequence[dict] | None, ended: bool
+    masker: ChatMasker, text: str, prefix: str, tools: Sequence[dict] | None, complete: bool
 ) -> Answer:
     """Return the `Answer` that the tokenizer's own response template (`tokenizer.parse_response` of
     transformers) finds in a signed `text` after the prompt `prefix`. Control tokens that ordinary tokens
@@ -452,7 +452,7 @@ def parse_response(
     except Exception as e:  # whatever a foreign pattern raises
         return Answer(
             text=clean(text),
-            ended=ended,
+            ended=complete,
             problem=f"the tokenizer's response template does not parse it ({type(e).__name__}: {e})",
         )
     calls = message_calls(message)
@@ -462,7 +462,7 @@ def parse_response(
         clean(reasoning).strip(),
         clean(message.get("content") or "").strip(),
         clean(calls),
-        ended,
+        complete,
         True if calls else False if loose else None,
         loose,
     )
@@ -508,19 +508,19 @@ class AnswerReader:
         """Return the `Answer` in the token ids [n] that were generated after `masker.prompt_ids(…, tools)`.
         What follows an end of turn is not read. `tools`: the schemas on offer, which tell the types of
         arguments that a template writes without."""
-        ids, ended = self.body_ids(ids)
-        return self.read_text(self.frame.given + spell(self.masker, ids), tools, ended)
+        ids, complete = self.body_ids(ids)
+        return self.read_text(self.frame.given + spell(self.masker, ids), tools, complete)
 
-    def read_text(self, text: str, tools: Sequence[dict] | None = None, ended: bool = False) -> Answer:
+    def read_text(self, text: str, tools: Sequence[dict] | None = None, complete: bool = False) -> Answer:
         """Return as `read` does, of a signed text (`cbnb.evaluate.call_layout.spell`) that begins with what
         the generation prompt has written of the answer."""
         if self.prefix is not None:
-            return parse_response(self.masker, text, self.prefix, tools, ended)
+            return parse_response(self.masker, text, self.prefix, tools, complete)
         if self.harmony:
             text = recipient_first(text)
         reasoning, i = split_thought(text, self.frame)
         if i is None:
-            return Answer(clean(reasoning), ended=ended, problem="its reasoning does not end")
+            return Answer(clean(reasoning), ended=complete, problem="its reasoning does not end")
         calls: list[dict] = []
         pieces: list[str] = []
         while self.calls and (match := self.calls.next_calls(text, i, tools)):
@@ -546,7 +546,7 @@ class AnswerReader:
             problems.append("its text is not escaped as the template does it")
         words = "\n".join(part or raw for part, raw in zip(plain, texts) if part or raw)
         return Answer(
-            clean(reasoning), clean(words), clean(calls), ended, markers, loose, "; ".join(problems)
+            clean(reasoning), clean(words), clean(calls), complete, markers, loose, "; ".join(problems)
         )
 
     def same(self, call: dict, other: dict, tools: Sequence[dict] | None = None) -> bool:
@@ -567,7 +567,9 @@ class AnswerReader:
             return False
         try:
             one, two = (
-                self.masker.encode([*QUESTION, call_message(c)], tools=tools and list(tools)).text
+                self.masker.encode(
+                    [*QUESTION, call_message(c)], tools=None if tools is None else list(tools)
+                ).text
                 for c in (call, other)
             )
         except MaskError:
@@ -595,10 +597,10 @@ def prompt_gap(masker: ChatMasker, messages: list[dict], tools: list[dict] | Non
     """Return how the prompt for the last of `messages`, an answer, differs from what stands before that
     answer in the whole transcript, which is what training sees. Empty where the one begins the other, and
     where the template writes no turn for the answer. Raises MaskError for messages that cannot be encoded."""
-    encoded = masker.encode(messages, tools)
-    if not encoded.turns or encoded.turns[-1].message != len(messages) - 1:
+    encoding = masker.encode(messages, tools)
+    if not encoding.turns or encoding.turns[-1].message != len(messages) - 1:
         return ""
-    prompt, before = masker.prompt(messages[:-1], tools=tools), encoded.text[: encoded.turns[-1].body]
+    prompt, before = masker.prompt(messages[:-1], tools=tools), encoding.text[: encoding.turns[-1].body]
     if prompt.startswith(before) or before.startswith(prompt):
         return ""
     at = len(os.path.commonprefix([prompt, before]))
@@ -683,12 +685,12 @@ def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list[str]]:
     """Return `(Answer, what the template drops)` of the assistant `message`, which answers a question with
     `CHECK_TOOLS` on offer, as the template writes it, read again. Raises MaskError."""
     masker = reader.masker
-    encoded = masker.encode([*QUESTION, message], tools=CHECK_TOOLS)
+    encoding = masker.encode([*QUESTION, message], tools=CHECK_TOOLS)
     prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)
-    text = encoded.text[len(prompt) - len(reader.frame.given.replace(SIGN, "")) : encoded.turns[-1].end]
-    ids, ended = reader.body_ids(masker.texts([text])[0][0])
-    return reader.read_text(spell(masker, ids), CHECK_TOOLS, ended), [
-        w for w in encoded.warnings if "drops" in w
+    text = encoding.text[len(prompt) - len(reader.frame.given.replace(SIGN, "")) : encoding.turns[-1].end]
+    ids, complete = reader.body_ids(masker.texts([text])[0][0])
+    return reader.read_text(spell(masker, ids), CHECK_TOOLS, complete), [
+        w for w in encoding.warnings if "drops" in w
     ]
 
 # %% ../../nbs/evaluate/03_reader.ipynb #b91996d6
@@ -801,24 +803,24 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
     says why in one sentence, and answers are read as text.
 
     Raises MaskError where not even the text of an answer can be told from what stands around it."""
-    probed = probe_turns(masker)
+    probe = probe_turns(masker)
     try:
-        layout, frame, why = derive_layout(probed)
+        layout, frame, why = derive_layout(probe)
     except Underivable as e:
         raise MaskError(f"no answer can be read: the chat template {e}; pass another chat_template") from None
-    ends = probed.ends or (
+    ends = probe.ends or (
         ((masker.tokenizer.eos_token_id,),) if masker.tokenizer.eos_token_id is not None else ()
     )
-    reader = AnswerReader(masker, layout, frame, ends, probed.inner)
+    reader = AnswerReader(masker, layout, frame, ends, probe.inner)
     reader.gaps = has_gaps(masker)
-    fault = end_fault(masker, (*ends, *probed.inner))
+    fault = end_fault(masker, (*ends, *probe.inner))
     if problem := check_text(reader):
         cause = fault or f"{problem}; pass another chat_template"
         raise MaskError(f"no answer can be read: {cause}")
     if layout and fault:
         reader.calls, reader.cannot = None, f"tool calls cannot be read: {fault}"
         return reader
-    parallel = "two" in probed.bodies
+    parallel = "two" in probe.bodies
     if layout and (why := check_calls(reader, parallel)):
         reader.calls = None
     if why and getattr(masker.tokenizer, "response_template", None):

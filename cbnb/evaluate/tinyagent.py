@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..basics.places import TINYAGENT
-from ..basics.terminal import ended, say
+from ..basics.terminal import run_program, say
 from ..transcripts.record import Transcript
 from ..transcripts.tinyworld import KINDS, general_task, make_transcripts, tool_task
 
@@ -121,10 +121,8 @@ def world_tokenizer(seed: int = 0, n: int = 400, vocab_size: int = 1400) -> PreT
 def _encode(tokenizer: PreTrainedTokenizerFast, transcript: Transcript) -> dict[str, list[int]]:
     """Return `{input_ids, labels}`: a label is the id itself inside assistant turns (end of turn included),
     -100 elsewhere."""
-    rendered: Any = tokenizer.apply_chat_template(
-        transcript.messages, tools=transcript.tools, return_dict=True
-    )
-    ids = rendered["input_ids"]
+    result: Any = tokenizer.apply_chat_template(transcript.messages, tools=transcript.tools, return_dict=True)
+    ids = result["input_ids"]
     marks = ("assistant", "<|end_header_id|>", "<|eot_id|>")
     role, head, eot = (tokenizer.convert_tokens_to_ids(mark) for mark in marks)
     labels, inside = [], False
@@ -441,4 +439,4 @@ if __name__ == "__main__" and "__file__" in globals():
             raise ValueError("usage: python -m cbnb.evaluate.tinyagent OUT_FOLDER")
         say(build_tinyagent(sys.argv[1]))
 
-    sys.exit(ended(build, "cbnb.evaluate.tinyagent", (ValueError, OSError), sys.argv))
+    sys.exit(run_program(build, "cbnb.evaluate.tinyagent", (ValueError, OSError), sys.argv))

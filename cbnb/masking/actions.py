@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .policies import AnyPolicy, Encoded, find_policy, tool_call
+from .policies import AnyPolicy, Encoding, find_policy, tool_call
 from .templates import MaskError
 from ..transcripts.holdout import task_keys
 from ..transcripts.record import Transcript
-from ..transcripts.spool import changed
+from ..transcripts.spool import change_each
 
 # %% auto #0
 __all__ = ['NAMED', 'action_key', 'actions', 'trained_calls', 'first_injected', 'Work', 'is_attack_free', 'add_own_work',
@@ -39,10 +39,10 @@ def actions(transcript: Transcript) -> list[tuple[int, int, dict]]:
     ]
 
 # %% ../../nbs/masking/09_actions.ipynb #a8act003
-def trained_calls(encoded: Encoded, mask: np.ndarray, transcript: Transcript) -> list[str]:
+def trained_calls(encoding: Encoding, mask: np.ndarray, transcript: Transcript) -> list[str]:
     """Return the `action_key` of each call in a message of which `mask` (bool [n], over the tokens of
-    `encoded`) trains a token of a call."""
-    messages = {*encoded.message_index[mask & tool_call(encoded)].tolist()}
+    `encoding`) trains a token of a call."""
+    messages = {*encoding.message_index[mask & tool_call(encoding)].tolist()}
     return [action_key(call) for i, _, call in actions(transcript) if i in messages]
 
 
@@ -72,14 +72,14 @@ def is_attack_free(transcript: Transcript) -> bool:
     )
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own005
-def add_own_work(known: dict[str, Work], t: Transcript) -> None:
+def add_own_work(work_by_key: dict[str, Work], t: Transcript) -> None:
     """Add to `known`, `{task: Work}` (keys as `cbnb.transcripts.holdout.task_keys`), what a transcript shows
     of its user task: all calls of a clean run, of an attacked one those before the injection was seen."""
     task = task_keys(t).get("task")
     end = len(t.messages) if is_attack_free(t) else first_injected(t)
     if task is None or end is None:
         return
-    work = known.setdefault(task, Work())
+    work = work_by_key.setdefault(task, Work())
     if is_attack_free(t):
         work.runs.append(t.id)
     for i, _, action in actions(t):
@@ -89,22 +89,22 @@ def add_own_work(known: dict[str, Work], t: Transcript) -> None:
         work.calls.add(action_key(action))
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own007
-def add_injected_work(known: dict[str, Work], t: Transcript) -> None:
+def add_injected_work(work_by_key: dict[str, Work], t: Transcript) -> None:
     """Add to `known`, `{injection task: Work}`, what a run did to which the injection task was given as
     the user's own request, which is its ground truth."""
     keys = task_keys(t)
     if "injection" not in keys or "task" in keys:
         return
-    work = known.setdefault(keys["injection"], Work())
+    work = work_by_key.setdefault(keys["injection"], Work())
     work.runs.append(t.id)
     for _, _, action in actions(t):
         work.tools.add(action["name"])
         work.calls.add(action_key(action))
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own009
-def _listed(known: dict[str, Work]) -> dict[str, dict[str, list[str]]]:
+def _as_lists(work: dict[str, Work]) -> dict[str, dict[str, list[str]]]:
     return {
-        key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs} for key, w in known.items()
+        key: {"tools": sorted(w.tools), "calls": sorted(w.calls), "runs": w.runs} for key, w in work.items()
     }
 
 # %% ../../nbs/masking/09_actions.ipynb #cbdf6009
@@ -113,17 +113,19 @@ def own_notes(transcripts: Iterable[Transcript]) -> Callable[[Transcript], Trans
     once and not held): `meta["own_work"]` with `tools`, `calls` and the attack-free `runs` of its task, and
     `meta["injected_work"]` with those of its injection task (lists of str)."""
     own: dict[str, Work] = {}
-    injected: dict[str, Work] = {}
+    orders: dict[str, Work] = {}
     for t in transcripts:
         add_own_work(own, t)
-        add_injected_work(injected, t)
-    notes = {"own_work": ("task", _listed(own)), "injected_work": ("injection", _listed(injected))}
+        add_injected_work(orders, t)
+    notes = {"own_work": ("task", _as_lists(own)), "injected_work": ("injection", _as_lists(orders))}
 
     def note(t: Transcript) -> Transcript:
         if t.label != "harmful":
             return t
         keys = task_keys(t)
-        more = {name: known[keys[kind]] for name, (kind, known) in notes.items() if keys.get(kind) in known}
+        more = {
+            name: by_key[keys[kind]] for name, (kind, by_key) in notes.items() if keys.get(kind) in by_key
+        }
         return replace(t, meta=t.meta | more) if "own_work" in more else t
 
     return note
@@ -131,7 +133,7 @@ def own_notes(transcripts: Iterable[Transcript]) -> Callable[[Transcript], Trans
 # %% ../../nbs/masking/09_actions.ipynb #a8own010
 def with_own_work(transcripts: Sequence[Transcript]) -> Sequence[Transcript]:
     "Return `transcripts` with the `own_notes` of them all."
-    return changed(transcripts, own_notes(transcripts))
+    return change_each(transcripts, own_notes(transcripts))
 
 # %% ../../nbs/masking/09_actions.ipynb #ff21dde9
 NAMED = 4  # characters of an argument that may stand in the injected text by chance
@@ -152,11 +154,11 @@ def is_explained(transcript: Transcript, call: dict) -> bool:
     work = transcript.meta.get("injected_work", {})
     if action_key(call) in work.get("calls", ()) or call["name"] in work.get("tools", ()):
         return True
-    given = transcript.meta.get("injections")
+    injections = transcript.meta.get("injections")
     orders = [transcript.messages[s.message]["content"][s.start : s.end] for s in transcript.injection_spans]
-    orders += [t for t in (given.values() if isinstance(given, dict) else ()) if isinstance(t, str)]
-    injected = " ".join(orders).casefold()
-    return any(len(text) >= NAMED and text in injected for text in texts_in(call["arguments"]))
+    orders += [t for t in (injections.values() if isinstance(injections, dict) else ()) if isinstance(t, str)]
+    order = " ".join(orders).casefold()
+    return any(len(text) >= NAMED and text in order for text in texts_in(call["arguments"]))
 
 # %% ../../nbs/masking/09_actions.ipynb #a8att002
 def origin(transcript: Transcript, call: dict) -> str:
@@ -231,13 +233,13 @@ def for_policy(transcripts: Sequence[Transcript], policy: AnyPolicy) -> Sequence
     if not find_policy(policy).needs_comparison:
         return transcripts
 
-    def narrowed(t: Transcript) -> Transcript:
+    def narrow(t: Transcript) -> Transcript:
         try:
             return injected_actions(t) if t.label == "harmful" and "injected_actions" not in t.meta else t
         except MaskError as e:
             raise MaskError(f"transcript {t.id}: {e}") from None
 
-    out = changed(transcripts, narrowed)
+    out = change_each(transcripts, narrow)
     for _ in out:
         pass  # what cannot be compared is told here, not where it is read next
     return out

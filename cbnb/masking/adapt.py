@@ -111,12 +111,12 @@ def drop_empty(transcript: Transcript) -> tuple[Transcript, int, Any]:
     rest = [i for i, m in enumerate(transcript.messages) if not is_blank(m)]
     if not rest:
         return transcript, 0, None
-    gone = {str(i): m for i, m in enumerate(transcript.messages) if is_blank(m)}
-    labels = {str(i): transcript.message_labels[i] for i in map(int, gone) if i in transcript.message_labels}
+    blank = {str(i): m for i, m in enumerate(transcript.messages) if is_blank(m)}
+    labels = {str(i): transcript.message_labels[i] for i in map(int, blank) if i in transcript.message_labels}
     return (
         replace_messages(transcript, [transcript.messages[i] for i in rest], rest),
-        len(gone),
-        {"origin": rest, "gone": gone, "labels": labels},
+        len(blank),
+        {"origin": rest, "gone": blank, "labels": labels},
     )
 
 # %% ../../nbs/masking/05_adapt.ipynb #a758d1e4
@@ -203,7 +203,7 @@ def pair_results(calls: list[dict], results: list[dict]) -> dict[int, int]:
     return {n: n for n in range(min(len(calls), len(results)))}
 
 # %% ../../nbs/masking/05_adapt.ipynb #e9163701
-def call_order(calls: list[dict], results: list[dict], injected: list[bool]) -> list[tuple[str, int]]:
+def call_order(calls: list[dict], results: list[dict], is_injection: list[bool]) -> list[tuple[str, int]]:
     """Return the turns of parallel `calls`, a list of `("call" or "result", place)`. `injected`: which of
     `results` hold an injection."""
     of = pair_results(calls, results)
@@ -211,7 +211,7 @@ def call_order(calls: list[dict], results: list[dict], injected: list[bool]) -> 
     last = []
     own = {k: [r for r, of_call in of.items() if of_call == k] for k in range(len(calls))}
     for k, places in own.items():
-        if any(injected[r] for r in places):
+        if any(is_injection[r] for r in places):
             last.append(k)
         else:
             out += [("call", k), *(("result", r) for r in places)]
@@ -464,11 +464,13 @@ def adapted_line(transcripts: Sequence[Transcript]) -> str:
 def writes_all(masker: ChatMasker, transcript: Transcript) -> bool:
     "Return whether the template of `masker` writes all that the assistant says in `transcript`."
     try:
-        (encoded,) = masker.encode_batch([transcript])
+        (encoding,) = masker.encode_batch([transcript])
     except MaskError:
         return False
     return not (
-        encoded.lost_words or encoded.lost_calls or any("the template drops" in w for w in encoded.warnings)
+        encoding.lost_words
+        or encoding.lost_calls
+        or any("the template drops" in w for w in encoding.warnings)
     )
 
 # %% ../../nbs/masking/05_adapt.ipynb #b4078c9f

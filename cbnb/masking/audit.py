@@ -18,7 +18,7 @@ __all__ = ['FINDING_KINDS', 'NOTE_KINDS', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE
            'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'AUDIT_PAGE', 'Finding', 'trained_ends',
            'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type', 'value_fault',
            'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys', 'template_losses',
-           'mask_findings', 'Audited', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
+           'mask_findings', 'AuditEntry', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
            'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'MaskRun', 'mask_runs',
            'shorten', 'in_colour', 'terminal_lines', 'page_cells', 'page_runs', 'audit_page']
 
@@ -49,7 +49,7 @@ from cbnb.transcripts.record import (
 
 if TYPE_CHECKING:
     from cbnb.masking.masker import ChatMasker
-    from cbnb.masking.policies import Encoded
+    from cbnb.masking.policies import Encoding
 
 # %% ../../nbs/masking/10_audit.ipynb #6ed69929
 FINDING_KINDS = {
@@ -110,28 +110,28 @@ class Finding:
 SPOKEN = np.array([i in COMPLETION and i != Segment.EOT for i in range(256)])
 
 # %% ../../nbs/masking/10_audit.ipynb #95447f26
-def trained_ends(encoded: Encoded, mask: np.ndarray) -> list[tuple[int, int, int, bool]]:
+def trained_ends(encoding: Encoding, mask: np.ndarray) -> list[tuple[int, int, int, bool]]:
     """Return `(message, start, stop, trained)` for each turn that has an end: its tokens (`end_tokens`), and
     whether `mask` (bool [n]) trains all of them."""
-    return [(message, a, b, a < b and bool(mask[a:b].all())) for message, a, b in end_tokens(encoded)]
+    return [(message, a, b, a < b and bool(mask[a:b].all())) for message, a, b in end_tokens(encoding)]
 
 # %% ../../nbs/masking/10_audit.ipynb #95dc2b18
-def untrained_ends(encoded: Encoded, mask: np.ndarray) -> list[int]:
+def untrained_ends(encoding: Encoding, mask: np.ndarray) -> list[int]:
     """Return the messages of which `mask` (bool [n]) trains words, but not the whole end of turn after them.
 
     The end is looked for by position, since two assistant messages may share a turn."""
-    words = np.flatnonzero(SPOKEN[encoded.segments] & mask)
+    words = np.flatnonzero(SPOKEN[encoding.segments] & mask)
     if not len(words):
         return []
-    owners = encoded.message_index[words]
+    owners = encoding.message_index[words]
     last = words[np.append(owners[1:] != owners[:-1], True)]  # of each message
-    turns = sorted(encoded.turns, key=lambda turn: turn.body)
-    whole = {m: trained for m, _, _, trained in trained_ends(encoded, mask)}
-    at = np.searchsorted([turn.body for turn in turns], encoded.offsets[last, 0], "right") - 1
+    turns = sorted(encoding.turns, key=lambda turn: turn.body)
+    whole = {m: is_target for m, _, _, is_target in trained_ends(encoding, mask)}
+    at = np.searchsorted([turn.body for turn in turns], encoding.offsets[last, 0], "right") - 1
     return sorted(
         {
             int(owner)
-            for owner, k in zip(encoded.message_index[last], at)
+            for owner, k in zip(encoding.message_index[last], at)
             if k < 0 or not whole.get(turns[k].message)
         }
     )
@@ -147,20 +147,20 @@ FOREIGN = {
 }
 
 # %% ../../nbs/masking/10_audit.ipynb #4ac668ba
-def foreign_targets(encoded: Encoded, mask: np.ndarray) -> list[Finding]:
+def foreign_targets(encoding: Encoding, mask: np.ndarray) -> list[Finding]:
     """Return findings for the segments that `mask` (bool [n]) trains although the assistant did not write
     them."""
-    counts, findings = np.bincount(encoded.segments[mask], minlength=256), []
+    counts, findings = np.bincount(encoding.segments[mask], minlength=256), []
     for segment, kind in FOREIGN.items():
         if not counts[segment]:
             continue
-        at = np.flatnonzero(mask & (encoded.segments == segment))
-        messages = tuple(sorted({int(m) for m in encoded.message_index[at] if m >= 0}))
-        start, end = encoded.offsets[at[0]]
+        at = np.flatnonzero(mask & (encoding.segments == segment))
+        messages = tuple(sorted({int(m) for m in encoding.message_index[at] if m >= 0}))
+        start, end = encoding.offsets[at[0]]
         findings.append(
             Finding(
                 kind,
-                f"{counts[segment]} tokens, the first is token {at[0]} ({encoded.text[start:end]!r}); "
+                f"{counts[segment]} tokens, the first is token {at[0]} ({encoding.text[start:end]!r}); "
                 "use a policy that keeps to completion segments",
                 messages,
             )
@@ -168,12 +168,12 @@ def foreign_targets(encoded: Encoded, mask: np.ndarray) -> list[Finding]:
     return findings
 
 # %% ../../nbs/masking/10_audit.ipynb #be850059
-def empty_targets(encoded: Encoded, mask: np.ndarray, transcript: Transcript) -> list[Finding]:
+def empty_targets(encoding: Encoding, mask: np.ndarray, transcript: Transcript) -> list[Finding]:
     """Return a list with the finding that `mask` (bool [n]) trains no token after the first, and why, or no
     word; an empty list if it trains one."""
-    if (mask[1:] & SPOKEN[encoded.segments[1:]]).any():
+    if (mask[1:] & SPOKEN[encoding.segments[1:]]).any():
         return []
-    if (encoded.segments[mask] == Segment.EOT).all() and mask[1:].any():
+    if (encoding.segments[mask] == Segment.EOT).all() and mask[1:].any():
         return [
             Finding(
                 "eot_only",
@@ -182,17 +182,19 @@ def empty_targets(encoded: Encoded, mask: np.ndarray, transcript: Transcript) ->
         ]
     if mask[1:].any():
         return []
-    generated = int(SPOKEN[encoded.segments].sum())
+    own_tokens = int(SPOKEN[encoding.segments].sum())
     if not any(m["role"] == "assistant" for m in transcript.messages):
         why = "it has no assistant message"
-    elif not generated:
+    elif not own_tokens:
         why = "its assistant turns hold no words"
     else:
-        why = f"the policy or the message labels leave out all of its {generated} completion tokens"
+        why = f"the policy or the message labels leave out all of its {own_tokens} completion tokens"
     return [Finding("all_zero", f"no token is trained: {why}; drop the transcript or choose another policy")]
 
 # %% ../../nbs/masking/10_audit.ipynb #a1a09a4e
-def cut_targets(encoded: Encoded, mask: np.ndarray, max_length: int, side: str = "targets") -> list[Finding]:
+def cut_targets(
+    encoding: Encoding, mask: np.ndarray, max_length: int, side: str = "targets"
+) -> list[Finding]:
     """Return findings for what `truncation_window` cuts off: targets of `mask` (bool [n]), whole answers and
     parts of them, and the messages that they answer."""
     window = truncation_window(mask, max_length, side)
@@ -200,12 +202,12 @@ def cut_targets(encoded: Encoded, mask: np.ndarray, max_length: int, side: str =
     inside[max(window.start, 1) : window.stop] = True  # nothing predicts the very first token
     if window.start:
         inside[window.start] = False
-    before = {int(m) for m in encoded.message_index[mask] if m >= 0}  # template text belongs to no message
-    after = Counter(encoded.message_index[mask & inside].tolist())
-    outside = Counter(encoded.message_index[mask & ~inside].tolist())
+    before = {int(m) for m in encoding.message_index[mask] if m >= 0}  # template text belongs to no message
+    after = Counter(encoding.message_index[mask & inside].tolist())
+    outside = Counter(encoding.message_index[mask & ~inside].tolist())
     lost, part = sorted(before - after.keys()), sorted(m for m in before & after.keys() if outside[m])
-    endless = sorted(set(untrained_ends(encoded, mask & inside)) - set(untrained_ends(encoded, mask)))
-    gone = [CONTEXT[what] for what in cut_context(encoded, mask, window)]
+    endless = sorted(set(untrained_ends(encoding, mask & inside)) - set(untrained_ends(encoding, mask)))
+    losses = [CONTEXT[what] for what in cut_context(encoding, mask, window)]
     limit = (
         f"by truncation to {max_length} of {len(mask)} tokens ({side}); raise the limit or shorten the "
         "transcript"
@@ -216,8 +218,8 @@ def cut_targets(encoded: Encoded, mask: np.ndarray, max_length: int, side: str =
         f"targets of message {', '.join(map(str, part))} are cut off in part {limit}",
     ]
     kinds = ("eot_untrained", "lost_to_truncation", "cut")
-    context = f"{' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} cut off {limit}"
-    return [Finding("lost_context", context)] * bool(gone) + [
+    context = f"{' and '.join(losses)} {'is' if len(losses) == 1 else 'are'} cut off {limit}"
+    return [Finding("lost_context", context)] * bool(losses) + [
         Finding(kind, text, tuple(messages))
         for kind, text, messages in zip(kinds, texts, (endless, lost, part))
         if messages
@@ -266,12 +268,12 @@ def value_fault(value: Any, schema: dict, where: str) -> str | None:
 # %% ../../nbs/masking/10_audit.ipynb #caf3a3cf
 def object_faults(value: dict, schema: dict, where: str, strict: bool = False) -> list[str]:
     "Return sentences about missing, unknown and wrong names of the object `value`; as `schema_faults`."
-    known, more = schema.get("properties"), schema.get("additionalProperties")
-    known = known if isinstance(known, dict) else {}
+    fields, more = schema.get("properties"), schema.get("additionalProperties")
+    fields = fields if isinstance(fields, dict) else {}
     faults = [f"{where}.{name} is missing" for name in schema.get("required") or () if name not in value]
     for name, part in value.items():
-        if name in known:
-            faults += schema_faults(part, known[name], f"{where}.{name}")
+        if name in fields:
+            faults += schema_faults(part, fields[name], f"{where}.{name}")
         elif isinstance(more, dict):
             faults += schema_faults(part, more, f"{where}.{name}")
         elif more is False or strict and more is None and "properties" in schema:
@@ -344,11 +346,11 @@ def unknown_keys(transcript: Transcript) -> list[Finding]:
     return [Finding("unknown_keys", text, where)] * bool(counts)
 
 # %% ../../nbs/masking/10_audit.ipynb #352fcaf0
-def template_losses(encoded: Encoded) -> list[Finding]:
+def template_losses(encoding: Encoding) -> list[Finding]:
     "Return findings for calls and answers that the chat template does not write."
     losses = (
-        ("lost_calls", encoded.lost_calls, "pass a chat_template that does, or tool_call_format='hermes'"),
-        ("lost_words", encoded.lost_words, "pass another chat_template, or drop the transcript"),
+        ("lost_calls", encoding.lost_calls, "pass a chat_template that does, or tool_call_format='hermes'"),
+        ("lost_words", encoding.lost_words, "pass another chat_template, or drop the transcript"),
     )
     return [
         Finding(kind, f"message {', '.join(map(str, lost))}: {FINDING_KINDS[kind]}; {advice}", lost)
@@ -358,7 +360,7 @@ def template_losses(encoded: Encoded) -> list[Finding]:
 
 # %% ../../nbs/masking/10_audit.ipynb #51f6ab21
 def mask_findings(
-    encoded: Encoded,
+    encoding: Encoding,
     mask: np.ndarray,
     transcript: Transcript,
     max_length: int | None = None,
@@ -366,36 +368,36 @@ def mask_findings(
 ) -> list[Finding]:
     """Return all findings, without their place, about the `mask` (bool [n]) of one encoded `transcript`; the
     window as in `cut_targets`."""
-    findings = template_losses(encoded) + empty_targets(encoded, mask, transcript)
-    if ends := untrained_ends(encoded, mask):
+    findings = template_losses(encoding) + empty_targets(encoding, mask, transcript)
+    if ends := untrained_ends(encoding, mask):
         text = (
             f"message {', '.join(map(str, ends))}: words are trained, but no end-of-turn token after them; "
             "use a template that ends each turn, and a policy that keeps EOT"
         )
         findings.append(Finding("eot_untrained", text, tuple(ends)))
-    findings += foreign_targets(encoded, mask)
+    findings += foreign_targets(encoding, mask)
     if max_length is not None and len(mask) > max_length:
-        findings += cut_targets(encoded, mask, max_length, side)
+        findings += cut_targets(encoding, mask, max_length, side)
     findings += call_faults(transcript) + unknown_keys(transcript)
-    return findings + [Finding("warning", text, message_of(text)) for text in encoded.warnings]
+    return findings + [Finding("warning", text, message_of(text)) for text in encoding.warnings]
 
 # %% ../../nbs/masking/10_audit.ipynb #67619016
 @dataclass(frozen=True)
-class Audited:
-    """One transcript of a file and its findings. `encoded` (and `mask`, bool [n]) are None where no mask can
+class AuditEntry:
+    """One transcript of a file and its findings. `encoding` (and `mask`, bool [n]) are None where no mask can
     be made, `transcript` too where the record cannot be read."""
 
     number: int
     transcript: Transcript | None = None
-    encoded: Encoded | None = None
+    encoding: Encoding | None = None
     mask: np.ndarray | None = None
     findings: tuple[Finding, ...] = ()
 
-    def masked(self) -> tuple[Transcript, Encoded, np.ndarray]:
+    def masked(self) -> tuple[Transcript, Encoding, np.ndarray]:
         "Return transcript, encoded and mask. Raises ValueError where there is no mask."
-        if self.transcript is None or self.encoded is None or self.mask is None:
+        if self.transcript is None or self.encoding is None or self.mask is None:
             raise ValueError(f"transcript {self.number} has no mask; read its findings")
-        return self.transcript, self.encoded, self.mask
+        return self.transcript, self.encoding, self.mask
 
 # %% ../../nbs/masking/10_audit.ipynb #59a58baa
 BATCH = 64
@@ -412,8 +414,8 @@ def strip_name(error: MaskError, transcript: Transcript) -> MaskError:
     return MaskError(str(error).removeprefix(f"transcript {transcript.id}: "))
 
 # %% ../../nbs/masking/10_audit.ipynb #b770b57d
-def encode_each(masker: ChatMasker, transcripts: Sequence[Transcript]) -> list[Encoded | MaskError]:
-    """Return the Encoded of each of `transcripts`, or the MaskError in its place: one that is refused must
+def encode_each(masker: ChatMasker, transcripts: Sequence[Transcript]) -> list[Encoding | MaskError]:
+    """Return the Encoding of each of `transcripts`, or the MaskError in its place: one that is refused must
     not hide the rest of its batch."""
     out = masker.encode_batch(transcripts, errors="return")
     return [
@@ -424,23 +426,23 @@ def encode_each(masker: ChatMasker, transcripts: Sequence[Transcript]) -> list[E
 def audit_one(
     number: int,
     transcript: Transcript,
-    encoded: Encoded | MaskError,
-    policy: str | Callable[[Encoded], np.ndarray],
+    encoding: Encoding | MaskError,
+    policy: str | Callable[[Encoding], np.ndarray],
     max_length: int | None = None,
     side: str = "targets",
     file: str = "",
-) -> Audited:
-    """Return the `Audited` of one transcript of `file`. `encoded`: its Encoded, or the MaskError that came in
+) -> AuditEntry:
+    """Return the `AuditEntry` of one transcript of `file`. `encoding`: its Encoding, or the MaskError that came in
     its place; the window as in `cut_targets`."""
     try:
-        if isinstance(encoded, MaskError):
-            raise encoded
-        mask = training_mask(encoded, transcript, policy)
-        findings = mask_findings(encoded, mask, transcript, max_length, side)
-        result = Audited(number, transcript, encoded, mask)
+        if isinstance(encoding, MaskError):
+            raise encoding
+        mask = training_mask(encoding, transcript, policy)
+        findings = mask_findings(encoding, mask, transcript, max_length, side)
+        result = AuditEntry(number, transcript, encoding, mask)
     except MaskError as e:
         findings = [Finding("no_mask", str(e), message_of(str(e)))]
-        result = Audited(number, transcript)
+        result = AuditEntry(number, transcript)
     if result.mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
         text = (
             f"{policy} finds no injection span and trains all that the assistant says, before the attack "
@@ -456,7 +458,7 @@ def audit_one(
 
 # %% ../../nbs/masking/10_audit.ipynb #93b6a055
 def apply_comparison(
-    transcript: Transcript, policy: str | Callable[[Encoded], np.ndarray]
+    transcript: Transcript, policy: str | Callable[[Encoding], np.ndarray]
 ) -> tuple[Transcript, MaskError | None]:
     """Return `(transcript, refusal)`: a harmful transcript as `policy` wants it
     (`cbnb.masking.actions.for_policy`) and None, or as it is and the MaskError that refuses it."""
@@ -474,12 +476,12 @@ def each_record(transcripts: Iterable[Transcript]) -> Iterator[Transcript | Tran
 def audit(
     transcripts: Iterable[Transcript],
     masker: ChatMasker,
-    policy: str | Callable[[Encoded], np.ndarray] = "assistant_only",
+    policy: str | Callable[[Encoding], np.ndarray] = "assistant_only",
     max_length: int | None = None,
     side: str = "targets",
     limit: int | None = None,
-) -> Iterator[Audited]:
-    """Yield an `Audited` for each of `transcripts` (any iterable; it is read in small batches and never held
+) -> Iterator[AuditEntry]:
+    """Yield an `AuditEntry` for each of `transcripts` (any iterable; it is read in small batches and never held
     whole).
 
     `policy`: what `cbnb.masking.policies.find_policy` takes. `max_length`, `side`: report what
@@ -502,12 +504,12 @@ def audit(
             else apply_comparison(note(adapt(t, masker.adapt)), policy)
             for t in batch
         ]
-        encoded = iter(encode_each(masker, [t for t, _ in rows if not isinstance(t, TranscriptError)]))
+        encoding = iter(encode_each(masker, [t for t, _ in rows if not isinstance(t, TranscriptError)]))
         for t, refusal in rows:
             if isinstance(t, TranscriptError):
-                yield Audited(0, findings=(Finding("unreadable", str(t)),))
+                yield AuditEntry(0, findings=(Finding("unreadable", str(t)),))
             else:
-                result = next(encoded)
+                result = next(encoding)
                 number += 1
                 yield audit_one(number, t, refusal or result, policy, max_length, side, file)
 
@@ -541,49 +543,49 @@ class Counts:
     calls: dict[str, SeenKeys] = field(default_factory=lambda: {label: SeenKeys() for label in LABELS})
     both_streams: int = 0
 
-    def add(self, audited: Audited, allow: Collection[str] = ()) -> None:
-        "Count one `Audited`; its findings make it fail unless their kind is a note or in `allow`."
-        self.transcripts += audited.transcript is not None
-        self.kinds.update({f.kind for f in audited.findings})
-        self.failed += any(f.kind not in NOTE_KINDS and f.kind not in allow for f in audited.findings)
-        if audited.transcript is not None:
-            self.keys.update(key for m in audited.transcript.messages for key in m if key not in MESSAGE_KEYS)
-        if audited.encoded is None:
+    def add(self, entry: AuditEntry, allow: Collection[str] = ()) -> None:
+        "Count one `AuditEntry`; its findings make it fail unless their kind is a note or in `allow`."
+        self.transcripts += entry.transcript is not None
+        self.kinds.update({f.kind for f in entry.findings})
+        self.failed += any(f.kind not in NOTE_KINDS and f.kind not in allow for f in entry.findings)
+        if entry.transcript is not None:
+            self.keys.update(key for m in entry.transcript.messages for key in m if key not in MESSAGE_KEYS)
+        if entry.encoding is None:
             return
-        transcript, encoded, mask = audited.masked()
+        transcript, encoding, mask = entry.masked()
         self.labels[transcript.label] += 1
         self.tokens += len(mask)
         self.trained += int(np.count_nonzero(mask))
-        self.add_calls(audited)
+        self.add_calls(entry)
         roles = np.array([ROLE_INDEX.get(m["role"], len(ROLES)) for m in transcript.messages], np.int64)
         role = np.append(roles, len(ROLES))  # the owner -1 (none) picks the last
         for column, rows in enumerate(
-            (roles, role[encoded.message_index], role[encoded.message_index[mask]])
+            (roles, role[encoding.message_index], role[encoding.message_index[mask]])
         ):
             self.roles[:, column] += np.bincount(rows, minlength=len(ROLES) + 1)
-        self.add_turns(encoded, mask, role == ROLES.index("assistant"))
+        self.add_turns(encoding, mask, role == ROLES.index("assistant"))
 
-    def add_calls(self, audited: Audited) -> None:
+    def add_calls(self, entry: AuditEntry) -> None:
         """Count calls that are trained in transcripts of the other label too. Takes 16 to 32 bytes per
         different call."""
-        transcript, encoded, mask = audited.masked()
+        transcript, encoding, mask = entry.masked()
         (other_label,) = set(LABELS) - {transcript.label}
         own, other = self.calls[transcript.label], self.calls[other_label]
-        for key in set(trained_calls(encoded, mask, transcript)):
+        for key in set(trained_calls(encoding, mask, transcript)):
             self.both_streams += key in other and key not in own
             own.add(key)
 
-    def add_turns(self, encoded: Encoded, mask: np.ndarray, assistant: np.ndarray) -> None:
+    def add_turns(self, encoding: Encoding, mask: np.ndarray, assistant: np.ndarray) -> None:
         "Count turns, their tokens and ends. `assistant`: bool [messages + 1], the last False."
         turn = np.minimum(np.cumsum(assistant) - 1, MAX_TURNS - 1)
-        generated = SPOKEN[encoded.segments] | (encoded.segments == Segment.EOT)
-        ends = trained_ends(encoded, mask)
+        own_tokens = SPOKEN[encoding.segments] | (encoding.segments == Segment.EOT)
+        ends = trained_ends(encoding, mask)
         owners = [
             np.flatnonzero(assistant),
-            encoded.message_index[generated],
-            encoded.message_index[mask],
+            encoding.message_index[own_tokens],
+            encoding.message_index[mask],
             np.array([m for m, _, _, _ in ends], np.int64),
-            np.array([m for m, _, _, trained in ends if trained], np.int64),
+            np.array([m for m, _, _, is_target in ends if is_target], np.int64),
         ]
         for column, owner in enumerate(owners):
             self.turns[:, column] += np.bincount(turn[owner[assistant[owner]]], minlength=MAX_TURNS)
@@ -610,7 +612,7 @@ class Totals(Counts):
 
     def verdict(self) -> str:
         "Return one sentence: how many transcripts there are, and what was found in how many."
-        found = ", ".join(f"{kind} {self.kinds[kind]}" for kind in FINDING_KINDS if self.kinds[kind])
+        counts = ", ".join(f"{kind} {self.kinds[kind]}" for kind in FINDING_KINDS if self.kinds[kind])
         result = f"{self.failed:,} fail the audit" if self.failed else "none fails the audit"
         both = (
             f"; {self.both_streams:,} calls are trained as harmful and as benign, by name and arguments"
@@ -618,7 +620,7 @@ class Totals(Counts):
         )
         return (
             f"{self.transcripts:,} transcripts, {self.tokens:,} tokens, {self.trained:,} of them trained; "
-            f"{result}" + f" ({found})" * bool(found) + both
+            f"{result}" + f" ({counts})" * bool(counts) + both
         )
 
     def summary(self) -> dict[str, Any]:
@@ -657,24 +659,24 @@ ROLE_HEAD = ("role", "messages", "tokens", "trained", "share")
 TURN_HEAD = ("turn", "transcripts", "generated", "trained", "EOT", "EOT trained")
 
 # %% ../../nbs/masking/10_audit.ipynb #b04ba038
-def record(audited: Audited) -> dict[str, Any]:
-    """Return one dict that JSON can hold, of an `Audited`: the transcript's id, number, source, label,
+def record(entry: AuditEntry) -> dict[str, Any]:
+    """Return one dict that JSON can hold, of an `AuditEntry`: the transcript's id, number, source, label,
     tokens, trained tokens and findings."""
-    t = audited.transcript
-    findings = [{"kind": f.kind, "messages": list(f.messages), "text": f.text} for f in audited.findings]
+    t = entry.transcript
+    findings = [{"kind": f.kind, "messages": list(f.messages), "text": f.text} for f in entry.findings]
     if t is None:
         return {"transcript": None, "findings": findings}
-    out = {"transcript": t.id, "number": audited.number, "source": t.source, "label": t.label}
-    if audited.mask is not None:
-        out |= {"tokens": len(audited.mask), "trained": int(np.count_nonzero(audited.mask))}
+    out = {"transcript": t.id, "number": entry.number, "source": t.source, "label": t.label}
+    if entry.mask is not None:
+        out |= {"tokens": len(entry.mask), "trained": int(np.count_nonzero(entry.mask))}
     return out | {"findings": findings}
 
 # %% ../../nbs/masking/10_audit.ipynb #1da582be
-def token_texts(encoded: Encoded) -> list[str]:
+def token_texts(encoding: Encoding) -> list[str]:
     """Return the part of the text that each of the n tokens adds; "" for a token that ends inside a character
     which is shown already."""
-    ends, text = encoded.offsets[:, 1], encoded.text
-    starts = np.concatenate([encoded.offsets[:1, 0], np.maximum.accumulate(ends)[:-1]])
+    ends, text = encoding.offsets[:, 1], encoding.text
+    starts = np.concatenate([encoding.offsets[:1, 0], np.maximum.accumulate(ends)[:-1]])
     return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
 
 # %% ../../nbs/masking/10_audit.ipynb #aeac8d82
@@ -691,16 +693,16 @@ class MaskRun:
     trained: bool
 
 # %% ../../nbs/masking/10_audit.ipynb #2dbb44d5
-def mask_runs(encoded: Encoded, mask: np.ndarray, messages: Sequence[dict]) -> list[MaskRun]:
+def mask_runs(encoding: Encoding, mask: np.ndarray, messages: Sequence[dict]) -> list[MaskRun]:
     """Return the tokens as runs, in order, by message, part and `mask` (bool [n]). The parts of a tool call
     count as one."""
     names = np.array([segment.name.lower().replace("_", " ") for segment in Segment])
     family = np.array(["tool call" if n.startswith("tool") and n != "tool result" else n for n in names])[
-        encoded.segments
+        encoding.segments
     ]
-    changes = (family[1:] != family[:-1]) | (np.diff(encoded.message_index) != 0) | (mask[1:] != mask[:-1])
+    changes = (family[1:] != family[:-1]) | (np.diff(encoding.message_index) != 0) | (mask[1:] != mask[:-1])
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(mask)]
-    owner = encoded.message_index.tolist()
+    owner = encoding.message_index.tolist()
     return [
         MaskRun(
             a,
@@ -740,18 +742,18 @@ def in_colour(text: str, code: str, colour: bool) -> str:
     return f"\033[{code}m{text}\033[0m" if colour and code else text
 
 # %% ../../nbs/masking/10_audit.ipynb #cbb31fe7
-def terminal_lines(audited: Audited, colour: bool = False) -> Iterator[str]:
-    """Yield the lines that show an `Audited` in a terminal: a line for each run, `>` before a trained one,
+def terminal_lines(entry: AuditEntry, colour: bool = False) -> Iterator[str]:
+    """Yield the lines that show an `AuditEntry` in a terminal: a line for each run, `>` before a trained one,
     each trained token in ⟦ ⟧ (and, with `colour`, bold and underlined; segments differ in colour). Text is
     made harmless by `visible`. Raises ValueError where there is no mask."""
-    t, encoded, mask = audited.masked()
+    t, encoding, mask = entry.masked()
     yield visible(
-        f"transcript {audited.number}: {t.id} ({t.label}), {len(mask):,} tokens, {mask.sum():,} trained"
+        f"transcript {entry.number}: {t.id} ({t.label}), {len(mask):,} tokens, {mask.sum():,} trained"
     )
-    texts = [visible(piece) for piece in token_texts(encoded)]
-    for run in mask_runs(encoded, mask, t.messages):
+    texts = [visible(piece) for piece in token_texts(encoding)]
+    for run in mask_runs(encoding, mask, t.messages):
         code = SEGMENT_COLOURS.get(
-            Segment(encoded.segments[run.start]), "32" if run.name == "tool call" else "2"
+            Segment(encoding.segments[run.start]), "32" if run.name == "tool call" else "2"
         )
         pieces = texts[run.start : run.end]
         if run.trained:
@@ -764,7 +766,7 @@ def terminal_lines(audited: Audited, colour: bool = False) -> Iterator[str]:
             f"{'>' if run.trained else ' '} {'' if run.message < 0 else run.message:>3} {run.role:<9} "
             f"{run.name:<11} {body}"
         )
-    for finding in audited.findings:
+    for finding in entry.findings:
         yield visible(f"  ! {finding.kind}: {finding.text}")
 
 # %% ../../nbs/masking/10_audit.ipynb #b0b4b3d5
@@ -825,11 +827,11 @@ def page_cells(row: Iterable[Any]) -> list[str]:
     return [f"{c:.1%}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else c for c in row]
 
 # %% ../../nbs/masking/10_audit.ipynb #be8576d8
-def page_runs(audited: Audited) -> Iterator[tuple[MaskRun, list[str]]]:
-    "Yield each run of an `Audited` with its text: in tokens where it is trained, else in one piece."
-    transcript, encoded, mask = audited.masked()
-    texts = [visible(piece) for piece in token_texts(encoded)]
-    for run in mask_runs(encoded, mask, transcript.messages):
+def page_runs(entry: AuditEntry) -> Iterator[tuple[MaskRun, list[str]]]:
+    "Yield each run of an `AuditEntry` with its text: in tokens where it is trained, else in one piece."
+    transcript, encoding, mask = entry.masked()
+    texts = [visible(piece) for piece in token_texts(encoding)]
+    for run in mask_runs(encoding, mask, transcript.messages):
         pieces = texts[run.start : run.end]
         parts = [text or "…" for text in pieces] if run.trained else list("".join(pieces))
         parts = shorten(parts, " … {} more … ")
@@ -840,11 +842,11 @@ def audit_page(
     title: str,
     totals: Totals,
     findings: Iterable[Finding] = (),
-    shown: Iterable[Audited] = (),
+    examples: Iterable[AuditEntry] = (),
     notes: Iterable[str] = (),
 ) -> str:
     """Return one self-contained page, well-formed as XML too: `findings`, the tables of `totals`, the tokens
-    of the `Audited` in `shown` (ValueError for one without a mask).
+    of the `AuditEntry` in `shown` (ValueError for one without a mask).
 
     All text may come from anyone: it is made visible and escaped. No script, no request; light and dark by
     the reader's setting."""
@@ -859,7 +861,7 @@ def audit_page(
         ],
         shown=[
             (visible(f"Transcript {number}: {t.id} ({t.label})"), list(page_runs(a)))
-            for a in shown
+            for a in examples
             for number, (t, _, _) in [(a.number, a.masked())]
         ],
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .rendering import MAX_MESSAGES, MAX_TEXT_CHARS
-from .templates import NONCHARACTER, MaskError, Traced, has_noncharacter
+from .templates import NONCHARACTER, MaskError, Trace, has_noncharacter
 from ..transcripts.record import MAX_DEPTH, REASONING_KEYS, InjectionSpan, TranscriptError, read_arguments
 
 # %% auto #0
@@ -205,8 +205,8 @@ def check_labels(
             f"message_labels: {message_labels!r} is not a dict; give labels by the index of their message"
         )
     labels = dict(message_labels or {})
-    known: tuple[str | None, ...] = (None, "benign", "harmful")
-    if label not in known:
+    choices: tuple[str | None, ...] = (None, "benign", "harmful")
+    if label not in choices:
         raise MaskError(f"label: {label!r} is unknown; use one of benign, harmful")
     for i, value in labels.items():
         if value not in ("benign", "harmful", "none"):
@@ -219,24 +219,24 @@ def check_labels(
     return label, labels
 
 # %% ../../nbs/masking/06_checks.ipynb #d476ff91
-def check_control(offsets: np.ndarray, traced: Traced, allowed: Iterable[int] = ()) -> None:
+def check_control(offsets: np.ndarray, trace: Trace, allowed: Iterable[int] = ()) -> None:
     """Raise MaskError if a control token at one of `offsets` [n, 2] lies in what a message says: the
     tokenizer made it from ordinary text. `allowed` are the messages that may quote control tokens."""
     words = sorted(
         (s, e, kind, i)
-        for kind, i, s, e in traced.regions
+        for kind, i, s, e in trace.regions
         if s < e and kind in ("content", "reasoning", "call", "arguments")
     )
     if not words:
         return
     starts, ends = np.array([s for s, *_ in words]), np.maximum.accumulate([e for _, e, *_ in words])
     before = np.searchsorted(starts, offsets[:, 1])  # regions that begin before the token ends
-    quoted = {span for index in allowed for span in traced.of("control", index)}
+    quotes = {span for index in allowed for span in trace.of("control", index)}
     for start, end in offsets[(before > 0) & (ends[before - 1] > offsets[:, 0])].tolist():
-        if (start, end) in quoted:
+        if (start, end) in quotes:
             continue
         kind, index = next((kind, i) for s, e, kind, i in words if s < end and e > start)
         raise MaskError(
-            f"message {index}: its {kind} becomes the control token {traced.text[start:end]!r}, read by the "
+            f"message {index}: its {kind} becomes the control token {trace.text[start:end]!r}, read by the "
             "model as structure; rewrite it"
         )

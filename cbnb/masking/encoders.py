@@ -39,12 +39,12 @@ BYTES = {
 }
 
 # %% ../../nbs/masking/02_encoders.ipynb #28a7e4ba
-def bytes_of_token(tokenizer: PreTrainedTokenizerFast, token: int, added: Mapping[int, Any]) -> bytes | None:
+def bytes_of_token(tokenizer: PreTrainedTokenizerFast, token: int, extra: Mapping[int, Any]) -> bytes | None:
     """Return the bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from
     outside that alphabet. `added`: the tokenizer's `added_tokens_decoder`, which it builds anew on each
     access."""
-    if token in added:
-        return added[token].content.encode()
+    if token in extra:
+        return extra[token].content.encode()
     try:
         return bytes(BYTES[c] for c in tokenizer.convert_ids_to_tokens(token))
     except (KeyError, TypeError):
@@ -69,7 +69,7 @@ def cumulative_spans(raw: bytes, sizes: np.ndarray, text: str) -> np.ndarray | N
     )
 
 # %% ../../nbs/masking/02_encoders.ipynb #cc2b9b46
-def widen(offsets: np.ndarray, length: int, added: np.ndarray) -> np.ndarray:
+def widen(offsets: np.ndarray, length: int, extra: np.ndarray) -> np.ndarray:
     """Return tokenizer `offsets` (int [n, 2]) of a text of `length` characters without gaps (int32 [n, 2]).
 
     Characters between two tokens count for both, so that no border among them is overlooked. `added` (bool
@@ -77,7 +77,7 @@ def widen(offsets: np.ndarray, length: int, added: np.ndarray) -> np.ndarray:
     starts, ends = offsets[:, 0], offsets[:, 1]
     low = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]))
     high = np.maximum(ends, np.concatenate([starts[1:], [length]]))
-    return np.where(added[:, None], offsets, np.stack([low, high], axis=1)).astype(np.int32)
+    return np.where(extra[:, None], offsets, np.stack([low, high], axis=1)).astype(np.int32)
 
 # %% ../../nbs/masking/02_encoders.ipynb #147beee1
 def require(ok: Any, what: str) -> None:
@@ -88,7 +88,7 @@ def require(ok: Any, what: str) -> None:
 # %% ../../nbs/masking/02_encoders.ipynb #5d84b125
 def check_bpe(parts: dict) -> None:
     "Raise MaskError unless the tokenizer's JSON `parts` have a model and added tokens that tiktoken can do."
-    model, added = parts["model"], parts["added_tokens"]
+    model, extra = parts["model"], parts["added_tokens"]
     require(
         model["type"] == "BPE"
         and not any(
@@ -99,10 +99,10 @@ def check_bpe(parts: dict) -> None:
     )
     require(parts["normalizer"] in (None, {"type": "NFC"}), "it normalises text in another way than NFC")
     require(
-        not any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in added),
+        not any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in extra),
         "an added token swallows white space",
     )
-    words = sorted(a["content"] for a in added)
+    words = sorted(a["content"] for a in extra)
     require(
         all(words) and not any(b.startswith(a) for a, b in zip(words, words[1:])),
         "an added token begins with another one",
@@ -139,17 +139,17 @@ def tiktoken_parts(
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     check_bpe(parts)
     split, model = split_pattern(parts), parts["model"]
-    added = {a["content"]: a["id"] for a in parts["added_tokens"]}
+    extra = {a["content"]: a["id"] for a in parts["added_tokens"]}
     try:
         ranks = {
-            bytes(map(BYTES.__getitem__, word)): i for word, i in model["vocab"].items() if word not in added
+            bytes(map(BYTES.__getitem__, word)): i for word, i in model["vocab"].items() if word not in extra
         }
     except KeyError:
         raise MaskError(
             "tiktoken cannot stand in for this tokenizer: its vocabulary is not spelled in bytes"
         ) from None
     require(all(bytes([b]) in ranks for b in range(256)), "a byte is missing from its vocabulary")
-    return split, ranks, added, [model["vocab"]["".join(m)] for m in model["merges"]]
+    return split, ranks, extra, [model["vocab"]["".join(m)] for m in model["merges"]]
 
 # %% ../../nbs/masking/02_encoders.ipynb #4fd8ca1f
 HARD_TEXTS = (
@@ -200,17 +200,17 @@ def make_tiktoken(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
         import tiktoken
     except ImportError:
         raise MaskError("tiktoken is not installed") from None
-    pattern, ranks, added, merges = tiktoken_parts(tokenizer)
+    pattern, ranks, extra, merges = tiktoken_parts(tokenizer)
     if (np.diff(merges) < 0).any():
         raise MaskError(
             "tiktoken cannot stand in for this tokenizer: its merges are not in the order of its ids"
         )
     try:
-        encoding = tiktoken.Encoding("cbnb", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+        encoding = tiktoken.Encoding("cbnb", pat_str=pattern, mergeable_ranks=ranks, special_tokens=extra)
     except ValueError as e:
         raise MaskError(f"tiktoken cannot stand in for this tokenizer: {e}") from None
     texts = [
-        unicodedata.normalize("NFC", text) for text in (*self_check_texts(), "a ".join(added), "".join(added))
+        unicodedata.normalize("NFC", text) for text in (*self_check_texts(), "a ".join(extra), "".join(extra))
     ]
     # in pieces: a long one takes much memory
     for piece in (text[at : at + 4096] for text in texts for at in range(0, len(text), 4096)):

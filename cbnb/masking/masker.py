@@ -39,12 +39,12 @@ from cbnb.masking.checks import (
     strings,
 )
 from .encoders import TextEncoder
-from .policies import Encoded, loss_mask
+from .policies import Encoding, loss_mask
 from .rendering import environment
 from cbnb.masking.templates import (
     KNOWN_ROLES,
     MaskError,
-    Traced,
+    Trace,
     render,
     take_result,
     template_inputs,
@@ -185,14 +185,14 @@ def find_any(words: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest))) if longest else None
 
 # %% ../../nbs/masking/07_masker.ipynb #47173b73
-def special_texts(tokenizer: PreTrainedTokenizerFast, added: dict[str, AddedToken]) -> set[str]:
+def special_texts(tokenizer: PreTrainedTokenizerFast, extra: dict[str, AddedToken]) -> set[str]:
     "Return the texts of the special tokens: by name, such as EOS, and of those `added` as special."
-    return {*tokenizer.all_special_tokens, *(text for text, token in added.items() if token.special)}
+    return {*tokenizer.all_special_tokens, *(text for text, token in extra.items() if token.special)}
 
 # %% ../../nbs/masking/07_masker.ipynb #b00dfdf5
-def tag_texts(added: Iterable[str], special: Container[str]) -> list[str]:
+def tag_texts(extra: Iterable[str], special: Container[str]) -> list[str]:
     "Return those of the `added` tokens' texts that look like a tag, `<…>` or `[…]`, and are not `special`."
-    return [text for text in added if text not in special and re.fullmatch(r"<.+>|\[[^\]]+\]", text)]
+    return [text for text in extra if text not in special and re.fullmatch(r"<.+>|\[[^\]]+\]", text)]
 
 # %% ../../nbs/masking/07_masker.ipynb #fbbd981d
 def flag_table(ids: np.ndarray) -> np.ndarray:
@@ -266,7 +266,7 @@ class ChatMasker:
         if any(writes_calls(source, self.tokenizer.special_tokens_map) for source in sources):
             raise MaskError("hermes: the chat template writes tool calls itself; leave that adaptation out")
 
-    def adapted(self, names: str | Iterable[str] | None) -> ChatMasker:
+    def with_adaptations(self, names: str | Iterable[str] | None) -> ChatMasker:
         """Return this masker with other adaptations: `names` as `adapt` takes them. Raises MaskError for
         unknown ones, and as `take_adaptations` does."""
         other = copy.copy(self)
@@ -301,20 +301,20 @@ class ChatMasker:
         injection_spans: Iterable[InjectionSpan | tuple[int, int, int]] = (),
         label: str | None = None,
         message_labels: dict[int, str] | None = None,
-    ) -> Encoded:
-        """Return `messages` as an `Encoded`. Raises MaskError where an assistant turn cannot be located, or
+    ) -> Encoding:
+        """Return `messages` as an `Encoding`. Raises MaskError where an assistant turn cannot be located, or
         for control tokens or noncharacters in the input."""
         item = dict(zip(ARGUMENTS, (messages, tools, injection_spans, label, message_labels)))
         return encode_prepared(self, [take_result(*prepare_items(self, [item]))])[0]
 
     @overload
-    def encode_batch(self, items: Iterable[Any], errors: Literal["raise"] = "raise") -> list[Encoded]: ...
+    def encode_batch(self, items: Iterable[Any], errors: Literal["raise"] = "raise") -> list[Encoding]: ...
 
     @overload
-    def encode_batch(self, items: Iterable[Any], errors: Literal["return"]) -> list[Encoded | MaskError]: ...
+    def encode_batch(self, items: Iterable[Any], errors: Literal["return"]) -> list[Encoding | MaskError]: ...
 
     def encode_batch(self, items: Iterable[Any], errors: str = "raise") -> list[Any]:
-        """Return a list with the `Encoded` of each of `items`: Transcripts, message lists, or dicts of the
+        """Return a list with the `Encoding` of each of `items`: Transcripts, message lists, or dicts of the
         arguments of `encode`.
 
         The same as `encode` one by one, but with one call of the tokenizer. A transcript that cannot be
@@ -337,9 +337,9 @@ class ChatMasker:
         injection_spans: Iterable[InjectionSpan | tuple[int, int, int]] = (),
         label: str | None = None,
         message_labels: dict[int, str] | None = None,
-    ) -> list[Encoded]:
-        """Return one `Encoded` for each assistant turn: the transcript up to and with it, in which only that
-        turn is completion (`Encoded.turn`).
+    ) -> list[Encoding]:
+        """Return one `Encoding` for each assistant turn: the transcript up to and with it, in which only that
+        turn is completion (`Encoding.turn`).
 
         For templates that rewrite history (Qwen 3 drops the thinking of earlier turns): each turn then looks
         as it did when it was generated. Assistant messages that share a turn give one sample; one that the
@@ -388,16 +388,16 @@ def read_conversation(
     modes, other = masker.control_modes
     names = [m.get("role") for m in messages if isinstance(m, dict)] if is_list(messages) else []
     roles = {role for role in names if isinstance(role, str) and modes.get(role, other) != "error"}
-    checked = read_messages(messages, masker.control, roles)
+    messages_read = read_messages(messages, masker.control, roles)
     if not (tools is None or is_list(tools)):
         raise MaskError("tools: is not a list; give a list of JSON schemas")
     check_strings(tools, "tools", masker.control)
     quoting = [
         i
-        for i, m in enumerate(checked)
+        for i, m in enumerate(messages_read)
         if m["role"] in roles and not is_clean("\0".join(strings(m)), masker.control)
     ]
-    return Conversation(checked, tools, quoting)
+    return Conversation(messages_read, tools, quoting)
 
 # %% ../../nbs/masking/07_masker.ipynb #73912633
 def is_list(value: Any) -> bool:
@@ -450,8 +450,8 @@ def compare_inputs(
 # %% ../../nbs/masking/07_masker.ipynb #63bb9448
 def trace_talks(
     masker: ChatMasker, source: str, talks: Iterable[Conversation], generation_prompt: bool = False
-) -> list[Traced | MaskError]:
-    "Return for each of `talks` the Traced of the template `source`, or the MaskError of its refusal."
+) -> list[Trace | MaskError]:
+    "Return for each of `talks` the Trace of the template `source`, or the MaskError of its refusal."
     variables, control = masker.variables, masker.control.pattern if masker.control else ""
     return trace_renders(
         source,
@@ -470,7 +470,7 @@ def trace_talks(
 
 # %% ../../nbs/masking/07_masker.ipynb #b08e9b0a
 def quoted_stretches(
-    text: str, control: re.Pattern[str], quotes: Iterable[tuple[int, int]], added: dict[str, AddedToken]
+    text: str, control: re.Pattern[str], quotes: Iterable[tuple[int, int]], extra: dict[str, AddedToken]
 ) -> list[tuple[int, int]]:
     """Return character spans of `text`, between the control tokens that the template wrote, in which those at
     the spans `quotes` stand.
@@ -487,7 +487,7 @@ def quoted_stretches(
                 f"the control token {m[0]!r} reaches into one that a message quotes; remove or rewrite that "
                 "one"
             )
-        start, end, token = *m.span(), added.get(m[0])
+        start, end, token = *m.span(), extra.get(m[0])
         if token is not None and token.lstrip:
             start = len(text[:start].rstrip())
         if token is not None and token.rstrip:
@@ -503,16 +503,16 @@ def quoted_stretches(
 
 # %% ../../nbs/masking/07_masker.ipynb #b72774ff
 def plain_stretches(
-    masker: ChatMasker, traced: Traced, talk: Conversation, source: str, generation_prompt: bool = False
+    masker: ChatMasker, trace: Trace, talk: Conversation, source: str, generation_prompt: bool = False
 ) -> list[tuple[int, int]]:
-    """Return the stretches of the text of `traced` in which quoted control tokens are to be plain text.
+    """Return the stretches of the text of `trace` in which quoted control tokens are to be plain text.
 
     Raises MaskError for an empty text, where transformers would render something else (`compare_inputs`), and
     where quoted tokens cannot be told from those of the template."""
     compare_inputs(masker, source, talk, generation_prompt)
-    if not traced.text:
+    if not trace.text:
         raise MaskError("the chat template writes nothing for this transcript; pass another chat_template")
-    if talk.quoting and traced.level is None or any(("control", i) in traced.broken for i in talk.quoting):
+    if talk.quoting and trace.level is None or any(("control", i) in trace.broken for i in talk.quoting):
         raise MaskError(
             f"message {talk.quoting[0]}: its control tokens cannot be told from those of the template; "
             "remove or rewrite them"
@@ -522,11 +522,11 @@ def plain_stretches(
         span
         for i in talk.quoting
         if modes.get(talk.messages[i]["role"], other) == "text"
-        for span in traced.of("control", i)
+        for span in trace.of("control", i)
     ]
     if not quotes or masker.control is None:
         return []
-    return quoted_stretches(traced.text, masker.control, quotes, masker.added)
+    return quoted_stretches(trace.text, masker.control, quotes, masker.added)
 
 # %% ../../nbs/masking/07_masker.ipynb #f57152d7
 def render_prompt(
@@ -536,15 +536,15 @@ def render_prompt(
     in which control tokens are plain text (`plain_stretches`)."""
     talk, source = read_conversation(masker, messages, tools), masker.template_source(tools)
     if talk.quoting:
-        traced = take_result(*trace_talks(masker, source, [talk], generation_prompt=True))
-        return traced.text, plain_stretches(masker, traced, talk, source, generation_prompt=True)
+        trace = take_result(*trace_talks(masker, source, [talk], generation_prompt=True))
+        return trace.text, plain_stretches(masker, trace, talk, source, generation_prompt=True)
     text = render(source, talk.messages, talk.tools, masker.variables, generation_prompt=True)
     compare_inputs(masker, source, talk, generation_prompt=True)
     return text, []
 
 # %% ../../nbs/masking/07_masker.ipynb #120ea972
-def find_turns(masker: ChatMasker, traced: Traced, talk: Conversation, source: str) -> list[Turn]:
-    """Return all assistant turns of `traced`; what headers and ends look like is found once per template
+def find_turns(masker: ChatMasker, trace: Trace, talk: Conversation, source: str) -> list[Turn]:
+    """Return all assistant turns of `trace`; what headers and ends look like is found once per template
     `source`. Raises MaskError as `locate_turns` and `check_foreign` do."""
     variables = masker.variables
     if source not in masker._headers:
@@ -556,12 +556,7 @@ def find_turns(masker: ChatMasker, traced: Traced, talk: Conversation, source: s
         return render(source, messages, talk.tools, variables, prompt)
 
     return locate_turns(
-        traced,
-        talk.messages,
-        masker._headers[source],
-        plain,
-        masker._ends[source],
-        masker.tokenizer.eos_token,
+        trace, talk.messages, masker._headers[source], plain, masker._ends[source], masker.tokenizer.eos_token
     )
 
 # %% ../../nbs/masking/07_masker.ipynb #d79af383
@@ -597,9 +592,9 @@ class Prepared:
 
     `paint`: the codes and owners of its characters; `quoting`: messages that quote control tokens;
     `stretches`: where these are plain text; `silent`: as from `silent_messages`; `fields`: what is known of
-    the `Encoded` beside the tokens."""
+    the `Encoding` beside the tokens."""
 
-    traced: Traced
+    trace: Trace
     turns: list[Turn]
     paint: tuple[np.ndarray, np.ndarray]
     quoting: list[int]
@@ -610,21 +605,21 @@ class Prepared:
 
 # %% ../../nbs/masking/07_masker.ipynb #48295697
 def prepare_item(
-    masker: ChatMasker, talk: Conversation, fields: dict[str, Any], source: str, traced: Traced
+    masker: ChatMasker, talk: Conversation, fields: dict[str, Any], source: str, trace: Trace
 ) -> Prepared:
-    "Return the Prepared of a conversation that the template `source` has written as `traced`."
-    stretches = plain_stretches(masker, traced, talk, source)
-    turns = find_turns(masker, traced, talk, source)
+    "Return the Prepared of a conversation that the template `source` has written as `trace`."
+    stretches = plain_stretches(masker, trace, talk, source)
+    turns = find_turns(masker, trace, talk, source)
     notes = [
-        *drop_notes(traced, talk.messages, turns),
-        *unseen_tools(traced, talk.tools),
+        *drop_notes(trace, talk.messages, turns),
+        *unseen_tools(trace, talk.tools),
         *markup_notes(talk.messages, masker.markup),
         *turn_notes(turns),
         *role_notes(talk.messages),
     ]
-    painted = paint(traced, talk.messages, turns)
-    silent = silent_messages(traced, talk.messages, turns)
-    return Prepared(traced, turns, painted, talk.quoting, stretches, notes, silent, fields)
+    paint_of = paint(trace, talk.messages, turns)
+    silent = silent_messages(trace, talk.messages, turns)
+    return Prepared(trace, turns, paint_of, talk.quoting, stretches, notes, silent, fields)
 
 # %% ../../nbs/masking/07_masker.ipynb #590aa937
 ARGUMENTS = ("messages", "tools", "injection_spans", "label", "message_labels")  # of ChatMasker.encode
@@ -657,7 +652,7 @@ def check_item(
     label: str | None = None,
     message_labels: dict[int, str] | None = None,
 ) -> tuple[str, Conversation, dict[str, Any]]:
-    """Return what comes before the template: its source, the Conversation, and the fields of `Encoded` that
+    """Return what comes before the template: its source, the Conversation, and the fields of `Encoding` that
     do not depend on tokens. Raises MaskError for what a check refuses."""
     talk = read_conversation(masker, messages, tools)
     label, labels = check_labels(label, message_labels, talk.messages)
@@ -685,20 +680,18 @@ def prepare_items(
         except MaskError as e:
             out[count - 1] = e
     for source, rows in by_source.items():
-        for (i, talk, fields), traced in zip(
-            rows, trace_talks(masker, source, [talk for _, talk, _ in rows])
-        ):
+        for (i, talk, fields), trace in zip(rows, trace_talks(masker, source, [talk for _, talk, _ in rows])):
             try:
-                out[i] = prepare_item(masker, talk, fields, source, take_result(traced))
+                out[i] = prepare_item(masker, talk, fields, source, take_result(trace))
             except MaskError as e:
                 out[i] = e
     return [out[i] for i in range(count)]
 
 # %% ../../nbs/masking/07_masker.ipynb #5ee1dca6
-def straddle_notes(prepared: Prepared, offsets: np.ndarray, straddling: np.ndarray) -> list[str]:
+def straddle_notes(item: Prepared, offsets: np.ndarray, straddling: np.ndarray) -> list[str]:
     """Return sentences about tokens across a border of what the assistant wrote: `straddling`, bool [n], of
     the tokens at `offsets` [n, 2]."""
-    text, owners = prepared.traced.text, prepared.paint[1]
+    text, owners = item.trace.text, item.paint[1]
     return [
         f"token {i} ({text[slice(*offsets[i])]!r}) straddles a border of message "
         f"{owners[offsets[i, 1] - 1]}; left out"
@@ -706,28 +699,26 @@ def straddle_notes(prepared: Prepared, offsets: np.ndarray, straddling: np.ndarr
     ]
 
 # %% ../../nbs/masking/07_masker.ipynb #eb1eb870
-def encode_prepared(masker: ChatMasker, prepared: Sequence[Prepared]) -> list[Encoded]:
-    """Return the `Encoded` of each of `prepared`: one call of the tokenizer, one placement for all. Raises
+def encode_prepared(masker: ChatMasker, items: Sequence[Prepared]) -> list[Encoding]:
+    """Return the `Encoding` of each of `prepared`: one call of the tokenizer, one placement for all. Raises
     MaskError where a control token was made out of ordinary words (`check_control`)."""
-    whole = iter(masker.texts([p.traced.text for p in prepared if not p.stretches]))
-    tokens = [
-        masker.texts.plain(p.traced.text, p.stretches) if p.stretches else next(whole) for p in prepared
-    ]
-    starts = itertools.accumulate((len(p.traced.text) for p in prepared), initial=0)
+    whole = iter(masker.texts([p.trace.text for p in items if not p.stretches]))
+    tokens = [masker.texts.plain(p.trace.text, p.stretches) if p.stretches else next(whole) for p in items]
+    starts = itertools.accumulate((len(p.trace.text) for p in items), initial=0)
     ids = np.concatenate([ids for ids, _ in tokens])
     offsets = np.concatenate([spans + start for (_, spans), start in zip(tokens, starts)])
     control = masker.is_control[np.minimum(ids, len(masker.is_control) - 1)]
-    codes, owners = map(np.concatenate, zip(*(p.paint for p in prepared)))
-    placed = (*place_tokens(offsets, codes, owners, control), control)
+    codes, owners = map(np.concatenate, zip(*(p.paint for p in items)))
+    places = (*place_tokens(offsets, codes, owners, control), control)
     out, end = [], 0
-    for p, (ids, offsets) in zip(prepared, tokens):
+    for p, (ids, offsets) in zip(items, tokens):
         start, end = end, end + len(ids)
-        out.append(make_encoded(p, ids, offsets, *(array[start:end] for array in placed)))
+        out.append(make_encoded(p, ids, offsets, *(array[start:end] for array in places)))
     return out
 
 # %% ../../nbs/masking/07_masker.ipynb #b3a33895
 def make_encoded(
-    prepared: Prepared,
+    item: Prepared,
     ids: np.ndarray,
     offsets: np.ndarray,
     segments: np.ndarray,
@@ -735,50 +726,50 @@ def make_encoded(
     rules: np.ndarray,
     straddling: np.ndarray,
     control: np.ndarray,
-) -> Encoded:
-    """Return the `Encoded` of one transcript from its tokens and where `place_tokens` has placed them, all
+) -> Encoding:
+    """Return the `Encoding` of one transcript from its tokens and where `place_tokens` has placed them, all
     [n]; `control` says which are control tokens. Raises MaskError as `check_control` does."""
-    traced = prepared.traced
-    check_control(offsets[control], traced, () if prepared.stretches else prepared.quoting)
-    return Encoded(
-        traced.text,
+    trace = item.trace
+    check_control(offsets[control], trace, () if item.stretches else item.quoting)
+    return Encoding(
+        trace.text,
         ids,
         segments.copy(),
         owners.copy(),
         offsets,
-        warnings=prepared.notes + straddle_notes(prepared, offsets, straddling),
+        warnings=item.notes + straddle_notes(item, offsets, straddling),
         rules=rules.copy(),
-        turns=tuple(prepared.turns),
-        lost_words=prepared.silent[0],
-        lost_calls=prepared.silent[1],
-        **prepared.fields,
+        turns=tuple(item.turns),
+        lost_words=item.silent[0],
+        lost_calls=item.silent[1],
+        **item.fields,
     )
 
 # %% ../../nbs/masking/07_masker.ipynb #dfc79d02
-def encode_items(masker: ChatMasker, items: Sequence[Prepared | MaskError]) -> list[Encoded | MaskError]:
-    "Return the `Encoded` of each Prepared in `items`; a MaskError takes the place of a refused one."
+def encode_items(masker: ChatMasker, items: Sequence[Prepared | MaskError]) -> list[Encoding | MaskError]:
+    "Return the `Encoding` of each Prepared in `items`; a MaskError takes the place of a refused one."
     results = iter(encode_or_refuse(masker, [item for item in items if isinstance(item, Prepared)]))
     return [item if isinstance(item, MaskError) else next(results) for item in items]
 
 # %% ../../nbs/masking/07_masker.ipynb #b50e31f8
-def encode_or_refuse(masker: ChatMasker, prepared: Sequence[Prepared]) -> list[Encoded | MaskError]:
+def encode_or_refuse(masker: ChatMasker, items: Sequence[Prepared]) -> list[Encoding | MaskError]:
     "Return `encode_prepared`, with the MaskError in the place of each that cannot be finished."
-    if not prepared:
+    if not items:
         return []
     try:
-        return [*encode_prepared(masker, prepared)]
+        return [*encode_prepared(masker, items)]
     except MaskError as e:
-        if len(prepared) == 1:
+        if len(items) == 1:
             return [e]
-        return [one for p in prepared for one in encode_or_refuse(masker, [p])]
+        return [one for p in items for one in encode_or_refuse(masker, [p])]
 
 # %% ../../nbs/masking/07_masker.ipynb #0217a307
 def turn_samples(
     masker: ChatMasker, messages: Sequence[dict[str, Any]], tools: list[Any] | None
-) -> list[Encoded]:
-    """Return one `Encoded` per assistant turn: the messages up to and with it, with the message of the turn
-    as `Encoded.turn`. A message that the template does not write is a warning of the samples after it."""
-    samples: dict[int, Encoded] = {}
+) -> list[Encoding]:
+    """Return one `Encoding` per assistant turn: the messages up to and with it, with the message of the turn
+    as `Encoding.turn`. A message that the template does not write is a warning of the samples after it."""
+    samples: dict[int, Encoding] = {}
     silent = []
     for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
         sample = masker.encode(messages[: i + 1], tools)

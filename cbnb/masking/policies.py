@@ -22,15 +22,16 @@ from ..transcripts.record import InjectionSpan, nearest
 __all__ = ['LABEL_CODES', 'AnyPolicy', 'GENERATED', 'OF_TRAINED_TURN', 'assistant_only', 'completion_only', 'tool_calls_only',
            'BETWEEN', 'action_prefix_only', 'AFTER_INJECTION', 'post_injection_only', 'ATTACKERS_ACTION',
            'injected_actions_only', 'full_sequence', 'LLAMA3_HEADER', 'first_header', 'POLICIES', 'SWITCHED_ON',
-           'SEGMENT_WORDS', 'Encoded', 'in_trained_turn', 'is_generated', 'completion', 'first_injection',
+           'SEGMENT_WORDS', 'Encoding', 'in_trained_turn', 'is_generated', 'completion', 'first_injection',
            'token_labels', 'Condition', 'Policy', 'last_turn', 'end_tokens', 'tool_call', 'shared_end', 'call_prefix',
            'after_injection', 'not_padding', 'after_first_header', 'trainable_names', 'import_policy', 'policy_name',
-           'find_policy', 'find_trainable', 'stand_in', 'has_label', 'switched_on', 'labelled', 'loss_mask', 'role_of',
-           'describe', 'clause_values', 'fill_clause', 'reasons', 'Reason', 'explain', 'mask_counts', 'mask_table']
+           'find_policy', 'find_trainable', 'stand_in', 'has_label', 'switched_on', 'with_label', 'loss_mask',
+           'role_of', 'describe', 'clause_values', 'fill_clause', 'reasons', 'Reason', 'explain', 'mask_counts',
+           'mask_table']
 
 # %% ../../nbs/masking/04_policies.ipynb #8b328b7e
 @dataclass(frozen=True)
-class Encoded:
+class Encoding:
     """A transcript as n tokens, each with its segment and its message.
 
     `input_ids` int32 [n]; `segments` uint8 [n] (`Segment`); `message_index` int16 [n], -1 outside messages;
@@ -63,68 +64,68 @@ class Encoded:
         return explain(self, i, policy, label)
 
 # %% ../../nbs/masking/04_policies.ipynb #6b815074
-def in_trained_turn(encoded: Encoded) -> np.ndarray:
+def in_trained_turn(encoding: Encoding) -> np.ndarray:
     """Tokens that begin in the one turn that a sample of `split_turns` trains; bool [n], all of them where
-    `Encoded.turn` is None."""
-    starts = encoded.offsets[:, 0]
-    mask = np.full(len(starts), encoded.turn is None)
-    for turn in encoded.turns:
-        if turn.message == encoded.turn:
+    `Encoding.turn` is None."""
+    starts = encoding.offsets[:, 0]
+    mask = np.full(len(starts), encoding.turn is None)
+    for turn in encoding.turns:
+        if turn.message == encoding.turn:
             mask |= (starts >= turn.body) & (starts < turn.end)
     return mask
 
 
-def is_generated(encoded: Encoded) -> np.ndarray:
+def is_generated(encoding: Encoding) -> np.ndarray:
     "Tokens of what an assistant generates: reasoning, text, tool calls and ends of turns; bool [n]."
-    return IS_COMPLETION[encoded.segments]
+    return IS_COMPLETION[encoding.segments]
 
 
-def completion(encoded: Encoded) -> np.ndarray:
+def completion(encoding: Encoding) -> np.ndarray:
     """Tokens that an assistant generates, bool [n]; of a sample of `split_turns` those of its one turn
     only."""
-    return is_generated(encoded) & in_trained_turn(encoded)
+    return is_generated(encoding) & in_trained_turn(encoding)
 
 # %% ../../nbs/masking/04_policies.ipynb #447b79c3
-def first_injection(encoded: Encoded) -> InjectionSpan:
+def first_injection(encoding: Encoding) -> InjectionSpan:
     "Return the InjectionSpan that comes first. Raises MaskError if none was given."
-    if not encoded.injection_spans:
+    if not encoding.injection_spans:
         raise MaskError("this transcript has no injection span; give one, or use another policy")
-    return min(encoded.injection_spans, key=lambda span: (span.message, span.start))
+    return min(encoding.injection_spans, key=lambda span: (span.message, span.start))
 
 # %% ../../nbs/masking/04_policies.ipynb #55cb3b58
 LABEL_CODES: dict[str | None, int] = {"harmful": 1, "benign": 0, "none": -1, None: -1}
 
 
-def token_labels(encoded: Encoded) -> np.ndarray:
+def token_labels(encoding: Encoding) -> np.ndarray:
     """Return the label of each token, int8 [n]: 1 harmful, 0 benign, -1 none (no label, a message switched
     off, or outside of every message).
 
     The transcript's label counts for all its messages; in a harmful transcript with an injection, messages
     before the first injected one are benign; `message_labels` have the last word. Raises MaskError for a
     label that is none of benign, harmful and none."""
-    for name in (encoded.label, *encoded.message_labels.values()):
+    for name in (encoding.label, *encoding.message_labels.values()):
         if name not in LABEL_CODES:
             raise MaskError(f"the label {name!r} is unknown; use benign, harmful or none")
-    messages = int(encoded.message_index.max(initial=-1)) + 1
-    labels = np.full(messages + 1, LABEL_CODES[encoded.label], np.int8)
-    if encoded.label == "harmful" and encoded.injection_spans:
-        labels[: first_injection(encoded).message] = LABEL_CODES["benign"]
-    for message, name in encoded.message_labels.items():
+    messages = int(encoding.message_index.max(initial=-1)) + 1
+    labels = np.full(messages + 1, LABEL_CODES[encoding.label], np.int8)
+    if encoding.label == "harmful" and encoding.injection_spans:
+        labels[: first_injection(encoding).message] = LABEL_CODES["benign"]
+    for message, name in encoding.message_labels.items():
         if message < messages:
             labels[message] = LABEL_CODES[name]  # a message that was cut off has no token
     labels[-1] = LABEL_CODES[None]
-    return labels[encoded.message_index]
+    return labels[encoding.message_index]
 
 # %% ../../nbs/masking/04_policies.ipynb #p4cond01
 class Condition(NamedTuple):
     """One part of a policy.
 
-    `holds(encoded)` is bool [n]; `yes` and `no` say for a token that it holds or not (empty: nothing worth
+    `holds(encoding)` is bool [n]; `yes` and `no` say for a token that it holds or not (empty: nothing worth
     saying). `needs`: what of a transcript it asks for, `"injection"` (a span; where there is none the
     condition is left out) or `"comparison"` (what `cbnb.masking.actions` found; where nothing was compared
     the transcript is refused), or nothing."""
 
-    holds: Callable[[Encoded], np.ndarray]
+    holds: Callable[[Encoding], np.ndarray]
     yes: str
     no: str
     needs: str = ""
@@ -132,7 +133,7 @@ class Condition(NamedTuple):
 # %% ../../nbs/masking/04_policies.ipynb #p4pol002
 @dataclass(frozen=True)
 class Policy:
-    """A rule that makes a loss mask: `policy(encoded)` is bool [n], true where all `conditions` hold.
+    """A rule that makes a loss mask: `policy(encoding)` is bool [n], true where all `conditions` hold.
 
     `name`: what it is called; `trainable`: whether a run may train with it; `meaning`: the tokens that it
     trains, in a few words. Raises MaskError for a policy without a name or without conditions."""
@@ -162,23 +163,23 @@ class Policy:
         "Whether a condition asks whose the actions are."
         return any(c.needs == "comparison" for c in self.conditions)
 
-    def parts(self, encoded: Encoded) -> np.ndarray:
+    def parts(self, encoding: Encoding) -> np.ndarray:
         """Return where each condition holds, bool [conditions, n]. Raises MaskError where one gives anything
         but bool [n]."""
-        masks = [np.asarray(c.holds(encoded)) for c in self.conditions]
+        masks = [np.asarray(c.holds(encoding)) for c in self.conditions]
         for mask in masks:
-            if mask.dtype != bool or mask.shape != encoded.input_ids.shape:
+            if mask.dtype != bool or mask.shape != encoding.input_ids.shape:
                 raise MaskError(
                     f"policy {self.name} gave {mask.dtype} {mask.shape}; it must give bool "
-                    f"{encoded.input_ids.shape}, one per token"
+                    f"{encoding.input_ids.shape}, one per token"
                 )
         return np.stack(masks)
 
-    def __call__(self, encoded: Encoded) -> np.ndarray:
-        return np.logical_and.reduce(self.parts(encoded))
+    def __call__(self, encoding: Encoding) -> np.ndarray:
+        return np.logical_and.reduce(self.parts(encoding))
 
 # %% ../../nbs/masking/04_policies.ipynb #1b024229
-AnyPolicy = str | Policy | Callable[[Encoded], np.ndarray]  # a name, module:name, a policy or a function
+AnyPolicy = str | Policy | Callable[[Encoding], np.ndarray]  # a name, module:name, a policy or a function
 
 # %% ../../nbs/masking/04_policies.ipynb #569700e7
 GENERATED = Condition(is_generated, "", "which no assistant generates")
@@ -192,13 +193,13 @@ assistant_only = Policy(
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #decd116b
-def last_turn(encoded: Encoded) -> np.ndarray:
+def last_turn(encoding: Encoding) -> np.ndarray:
     """Tokens of the last assistant turn from the end of its header to its EOT; bool [n], all false without a
     turn."""
-    if not encoded.turns:
-        return np.zeros(len(encoded.input_ids), bool)
-    body, end = encoded.turns[-1].body, encoded.turns[-1].end
-    return (encoded.offsets[:, 0] < end) & (encoded.offsets[:, 1] > body)
+    if not encoding.turns:
+        return np.zeros(len(encoding.input_ids), bool)
+    body, end = encoding.turns[-1].body, encoding.turns[-1].end
+    return (encoding.offsets[:, 0] < end) & (encoding.offsets[:, 1] > body)
 
 
 completion_only = Policy(
@@ -211,24 +212,24 @@ completion_only = Policy(
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #5f8e1cff
-def end_tokens(encoded: Encoded) -> list[tuple[int, int, int]]:
+def end_tokens(encoding: Encoding) -> list[tuple[int, int, int]]:
     """Return the tokens of each end of turn as `(message, start, stop)`: every token that has a part in
     `Turn.eot` to `Turn.end`. Turns without one are left out."""
-    starts, ends = encoded.offsets[:, 0], encoded.offsets[:, 1]
+    starts, ends = encoding.offsets[:, 0], encoding.offsets[:, 1]
     return [
         (
             turn.message,
             int(np.searchsorted(ends, turn.eot, "right")),
             int(np.searchsorted(starts, turn.end, "left")),
         )
-        for turn in encoded.turns
+        for turn in encoding.turns
         if turn.eot < turn.end
     ]
 
 # %% ../../nbs/masking/04_policies.ipynb #d7225755
-def tool_call(encoded: Encoded) -> np.ndarray:
+def tool_call(encoding: Encoding) -> np.ndarray:
     "Tokens of tool calls: syntax, name and arguments; bool [n]."
-    return np.isin(encoded.segments, [*TOOL_SEGMENTS])
+    return np.isin(encoding.segments, [*TOOL_SEGMENTS])
 
 
 tool_calls_only = Policy(
@@ -243,16 +244,16 @@ def shared_end(a: str, b: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b))))
 
 # %% ../../nbs/masking/04_policies.ipynb #3e6b175b
-def call_prefix(encoded: Encoded) -> np.ndarray:
+def call_prefix(encoding: Encoding) -> np.ndarray:
     """Tokens of each tool call from the start of its syntax to the end of its tool's name; bool [n]. Raises
     MaskError for a call whose name was not located."""
-    mask = np.zeros(len(encoded.input_ids), bool)
-    segments, owners, offsets = encoded.segments, encoded.message_index, encoded.offsets
-    calls = tool_call(encoded)
+    mask = np.zeros(len(encoding.input_ids), bool)
+    segments, owners, offsets = encoding.segments, encoding.message_index, encoding.offsets
+    calls = tool_call(encoding)
     for message in np.unique(owners[calls]).tolist():
         own = owners == message
         names = np.flatnonzero(own & (segments == Segment.TOOL_NAME))
-        if not len(names) and "".join(encoded.text[s:e] for s, e in offsets[own & calls]).strip():
+        if not len(names) and "".join(encoding.text[s:e] for s, e in offsets[own & calls]).strip():
             raise MaskError(
                 f"message {message} (assistant): the names of its tool calls are not located; use "
                 "tool_calls_only"
@@ -262,7 +263,7 @@ def call_prefix(encoded: Encoded) -> np.ndarray:
             start, first = offsets[name, 0], name
             while first and own[first - 1] and segments[first - 1] == Segment.TOOL_CALL:
                 first -= 1
-            before = encoded.text[offsets[first, 0] : start]
+            before = encoding.text[offsets[first, 0] : start]
             opening = before if opening is None else opening
             mask[first:name] = offsets[first:name, 1] > start - shared_end(before, opening)
     return mask
@@ -276,10 +277,10 @@ action_prefix_only = Policy(
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #6809ede0
-def after_injection(encoded: Encoded) -> np.ndarray:
+def after_injection(encoding: Encoding) -> np.ndarray:
     """Tokens of messages after the first one with an injection; bool [n]. Raises MaskError if no injection
     span was given."""
-    return encoded.message_index > first_injection(encoded).message
+    return encoding.message_index > first_injection(encoding).message
 
 
 AFTER_INJECTION = Condition(
@@ -309,9 +310,9 @@ injected_actions_only = Policy(
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #926f0fad
-def not_padding(encoded: Encoded) -> np.ndarray:
+def not_padding(encoding: Encoding) -> np.ndarray:
     "Every token but padding; bool [n]."
-    return encoded.segments != Segment.PAD
+    return encoding.segments != Segment.PAD
 
 
 full_sequence = Policy(
@@ -324,10 +325,10 @@ full_sequence = Policy(
 LLAMA3_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
-def after_first_header(encoded: Encoded, header: str = LLAMA3_HEADER) -> np.ndarray:
+def after_first_header(encoding: Encoding, header: str = LLAMA3_HEADER) -> np.ndarray:
     "Tokens after the first `header` in the text, all tokens if there is none; bool [n]."
-    at = encoded.text.find(header)
-    return encoded.offsets[:, 0] >= (at + len(header) if at >= 0 else 0)
+    at = encoding.text.find(header)
+    return encoding.offsets[:, 0] >= (at + len(header) if at >= 0 else 0)
 
 
 first_header = Policy(
@@ -358,18 +359,18 @@ def trainable_names() -> list[str]:
     return [name for name, policy in POLICIES.items() if policy.trainable]
 
 # %% ../../nbs/masking/04_policies.ipynb #p4own001
-def _guarded(holds: Callable[[Encoded], np.ndarray], name: str) -> Callable[[Encoded], np.ndarray]:
+def _guard(holds: Callable[[Encoding], np.ndarray], name: str) -> Callable[[Encoding], np.ndarray]:
     "Return `holds` with what it raises as a MaskError that says which policy `name` failed."
 
-    def guarded(encoded: Encoded) -> np.ndarray:
+    def hold_safely(encoding: Encoding) -> np.ndarray:
         try:
-            return holds(encoded)
+            return holds(encoding)
         except MaskError:
             raise
         except (Exception, SystemExit) as e:
             raise MaskError(f"the policy {name} fails with {type(e).__name__}: {e}") from e
 
-    return guarded
+    return hold_safely
 
 # %% ../../nbs/masking/04_policies.ipynb #611d82d3
 def _is_ours(condition: Condition) -> bool:
@@ -392,8 +393,8 @@ def import_policy(name: str) -> Policy:
             f"the policy {name!r} is a {type(target).__name__}; give a Policy, or a function of an Encoded"
         )
     policy = find_policy(target)
-    guarded = (c if _is_ours(c) else c._replace(holds=_guarded(c.holds, name)) for c in policy.conditions)
-    return replace(policy, conditions=tuple(guarded))
+    conditions = (c if _is_ours(c) else c._replace(holds=_guard(c.holds, name)) for c in policy.conditions)
+    return replace(policy, conditions=tuple(conditions))
 
 # %% ../../nbs/masking/04_policies.ipynb #p4own002
 def policy_name(policy: AnyPolicy) -> str:
@@ -404,7 +405,7 @@ def policy_name(policy: AnyPolicy) -> str:
 
 
 def find_policy(policy: AnyPolicy) -> Policy:
-    """Return the `Policy` that a name in `POLICIES`, `module:name`, a Policy or a function of an Encoded
+    """Return the `Policy` that a name in `POLICIES`, `module:name`, a Policy or a function of an Encoding
     stands for. Raises MaskError for anything else, with the nearest name, and as `import_policy` does."""
     if isinstance(policy, str):
         if policy not in POLICIES and ":" in policy:
@@ -443,21 +444,21 @@ def stand_in(policy: AnyPolicy) -> Policy:
     if not rule.needs_injection:
         return rule
     rest = tuple(c for c in rule.conditions if c.needs != "injection")
-    known = next((p for p in POLICIES.values() if p.conditions == rest), None)
-    return known or replace(rule, name=f"{rule.name} without an injection", conditions=rest)
+    match = next((p for p in POLICIES.values() if p.conditions == rest), None)
+    return match or replace(rule, name=f"{rule.name} without an injection", conditions=rest)
 
 # %% ../../nbs/masking/04_policies.ipynb #p4lab002
-def has_label(encoded: Encoded, label: str) -> np.ndarray:
+def has_label(encoding: Encoding, label: str) -> np.ndarray:
     "Tokens with the label `label` (benign or harmful); bool [n]. Raises MaskError for another label."
     if label not in ("benign", "harmful"):
         raise MaskError(f"the label {label!r} cannot be trained; use benign or harmful")
-    return token_labels(encoded) == LABEL_CODES[label]
+    return token_labels(encoding) == LABEL_CODES[label]
 
 
-def switched_on(encoded: Encoded) -> np.ndarray:
+def switched_on(encoding: Encoding) -> np.ndarray:
     "Tokens outside of the messages that are switched off, which have the label none; bool [n]."
     return ~np.isin(
-        encoded.message_index, [i for i, name in encoded.message_labels.items() if name == "none"]
+        encoding.message_index, [i for i, name in encoding.message_labels.items() if name == "none"]
     )
 
 
@@ -466,21 +467,23 @@ SWITCHED_ON = Condition(
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #p4lab003
-def labelled(policy: AnyPolicy, label: str | None = None) -> Policy:
+def with_label(policy: AnyPolicy, label: str | None = None) -> Policy:
     """Return `policy` (`find_policy`) with what holds for every loss mask: the token has the label `label`
     (benign or harmful; None: any), and its message is not switched off."""
     rule, more = find_policy(policy), [SWITCHED_ON]
     if label is not None:
-        holds = lambda encoded: has_label(encoded, label)  # noqa: E731
+        holds = lambda encoding: has_label(encoding, label)  # noqa: E731
         more.insert(0, Condition(holds, f"labelled {label}", f"not labelled {label}"))
     return replace(rule, name=policy_name(policy), conditions=(*rule.conditions, *more))
 
 
-def loss_mask(encoded: Encoded, policy: AnyPolicy = "assistant_only", label: str | None = None) -> np.ndarray:
+def loss_mask(
+    encoding: Encoding, policy: AnyPolicy = "assistant_only", label: str | None = None
+) -> np.ndarray:
     """Return bool [n]: the tokens that `policy` trains on, with `label` (benign or harmful) only those so
     labelled. Messages that are switched off are left out of every policy. Raises MaskError for an unknown
     policy or label, and where the policy cannot be applied."""
-    return labelled(policy, label)(encoded)
+    return with_label(policy, label)(encoding)
 
 # %% ../../nbs/masking/04_policies.ipynb #74a65496
 SEGMENT_WORDS = {
@@ -499,31 +502,31 @@ SEGMENT_WORDS = {
 }
 
 # %% ../../nbs/masking/04_policies.ipynb #0972a376
-def role_of(encoded: Encoded, message: int) -> str:
+def role_of(encoding: Encoding, message: int) -> str:
     "Return the role of a message by its index; empty outside of every message, or where roles are not known."
-    return encoded.roles[message] if 0 <= message < len(encoded.roles) else ""
+    return encoding.roles[message] if 0 <= message < len(encoding.roles) else ""
 
 # %% ../../nbs/masking/04_policies.ipynb #37faad6f
-def describe(encoded: Encoded, segment: int, message: int, straddles: bool = False) -> str:
+def describe(encoding: Encoding, segment: int, message: int, straddles: bool = False) -> str:
     "Return what a token is part of, in words."
     if straddles:
-        return f"token across a border of message {message} ({role_of(encoded, message)})"
+        return f"token across a border of message {message} ({role_of(encoding, message)})"
     what = SEGMENT_WORDS[Segment(segment)]
     near = "around" if segment == Segment.TEMPLATE else "of"
-    return what + (f" {near} message {message} ({role_of(encoded, message)})" if message >= 0 else "")
+    return what + (f" {near} message {message} ({role_of(encoding, message)})" if message >= 0 else "")
 
 # %% ../../nbs/masking/04_policies.ipynb #p4why002
-def clause_values(encoded: Encoded) -> dict[str, str]:
+def clause_values(encoding: Encoding) -> dict[str, str]:
     "Return what stands for `{turn}`, `{header}` and `{injection}` in the clauses of conditions."
-    at = encoded.text.find(LLAMA3_HEADER)
+    at = encoding.text.find(LLAMA3_HEADER)
     values = {
-        "turn": str(encoded.turn),
+        "turn": str(encoding.turn),
         "header": f"after the first assistant header (at character {at})"
         if at >= 0
         else "no assistant header is found, which lets everything in",
     }
-    if encoded.injection_spans:
-        span = first_injection(encoded)
+    if encoding.injection_spans:
+        span = first_injection(encoding)
         values["injection"] = f"message {span.message} (characters {span.start}-{span.end})"
     return values
 
@@ -534,23 +537,23 @@ def fill_clause(text: str, values: dict[str, str]) -> str:
 
 # %% ../../nbs/masking/04_policies.ipynb #d5701c51
 def reasons(
-    encoded: Encoded, policy: AnyPolicy = "assistant_only", label: str | None = None
+    encoding: Encoding, policy: AnyPolicy = "assistant_only", label: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """Return why each token is in the mask or out of it: codes (int32 [n]) and sentences;
     `sentences[codes[i]]` begins with "in: " or "out: ". Tokens with the same reason share one code. Raises
     MaskError as `loss_mask` does."""
-    rule, n = labelled(policy, label), len(encoded.input_ids)
-    parts, last = rule.parts(encoded), len(rule.conditions)
+    rule, n = with_label(policy, label), len(encoding.input_ids)
+    parts, last = rule.parts(encoding), len(rule.conditions)
     failing = np.where(parts.all(axis=0), last, parts.argmin(axis=0))  # the first that does not hold
-    straddles = np.zeros(n, int) if encoded.rules is None else (encoded.rules == Rule.STRADDLES).astype(int)
-    columns = (failing, encoded.segments, straddles, encoded.message_index.astype(np.int64) + 1)
+    straddles = np.zeros(n, int) if encoding.rules is None else (encoding.rules == Rule.STRADDLES).astype(int)
+    columns = (failing, encoding.segments, straddles, encoding.message_index.astype(np.int64) + 1)
     shape = [int(c.max(initial=0)) + 1 for c in columns]
     keys, codes = np.unique(np.ravel_multi_index(columns, shape), return_inverse=True)
-    values, sentences = clause_values(encoded), []
+    values, sentences = clause_values(encoding), []
     for k, segment, across, message in zip(*(c.tolist() for c in np.unravel_index(keys, shape))):
         clauses = [c.yes for c in rule.conditions if c.yes] if k == last else [rule.conditions[k].no]
-        filled = [fill_clause(clause, values) for clause in clauses]
-        about = ", ".join([describe(encoded, segment, message - 1, across), *filled])
+        texts = [fill_clause(clause, values) for clause in clauses]
+        about = ", ".join([describe(encoding, segment, message - 1, across), *texts])
         sentences.append(f"{'in' if k == last else 'out'}: {about}; policy {rule.name}")
     return codes.astype(np.int32), sentences
 
@@ -559,7 +562,7 @@ def reasons(
 class Reason:
     """Why one token is in a mask or out of it; `str(reason)` is one sentence.
 
-    `span`: the characters of `Encoded.text` over which the same reason holds; `rule`: how the token got its
+    `span`: the characters of `Encoding.text` over which the same reason holds; `rule`: how the token got its
     `segment`; `message` is -1 outside of every message; `label` is harmful, benign or None."""
 
     token: int
@@ -578,36 +581,36 @@ class Reason:
 
 # %% ../../nbs/masking/04_policies.ipynb #p4exp001
 def explain(
-    encoded: Encoded, i: int, policy: AnyPolicy = "assistant_only", label: str | None = None
+    encoding: Encoding, i: int, policy: AnyPolicy = "assistant_only", label: str | None = None
 ) -> Reason:
     """Return the `Reason` of token `i` under `policy` (and `label`, as in `loss_mask`). Raises IndexError for
     a token that is not there."""
-    n = len(encoded.input_ids)
+    n = len(encoding.input_ids)
     if not -n <= i < n:
         raise IndexError(f"there is no token {i}; the transcript has {n} tokens, from 0")
     i = range(n)[i]
-    codes, sentences = reasons(encoded, policy, label)
+    codes, sentences = reasons(encoding, policy, label)
     first, last = i, i
     while first and codes[first - 1] == codes[i]:
         first -= 1
     while last < n - 1 and codes[last + 1] == codes[i]:
         last += 1
-    message = int(encoded.message_index[i])
+    message = int(encoding.message_index[i])
     return Reason(
         i,
-        encoded.text[slice(*encoded.offsets[i])],
+        encoding.text[slice(*encoding.offsets[i])],
         sentences[codes[i]].startswith("in: "),
-        Segment(encoded.segments[i]),
-        "" if encoded.rules is None else RULE_TEXTS[Rule(encoded.rules[i])],
+        Segment(encoding.segments[i]),
+        "" if encoding.rules is None else RULE_TEXTS[Rule(encoding.rules[i])],
         message,
-        role_of(encoded, message),
-        (int(encoded.offsets[first, 0]), int(encoded.offsets[last, 1])),
-        {1: "harmful", 0: "benign"}.get(int(token_labels(encoded)[i])),
+        role_of(encoding, message),
+        (int(encoding.offsets[first, 0]), int(encoding.offsets[last, 1])),
+        {1: "harmful", 0: "benign"}.get(int(token_labels(encoding)[i])),
         sentences[codes[i]],
     )
 
 # %% ../../nbs/masking/04_policies.ipynb #33ab2abd
-def mask_counts(encoded: Encoded, mask: np.ndarray, by: str = "role") -> dict[str | int, dict[str, float]]:
+def mask_counts(encoding: Encoding, mask: np.ndarray, by: str = "role") -> dict[str | int, dict[str, float]]:
     """Return tokens, tokens in `mask`, and their share, by role or by message, `{key: {"tokens": int,
     "in_mask": int, "share": float}}`.
 
@@ -616,24 +619,24 @@ def mask_counts(encoded: Encoded, mask: np.ndarray, by: str = "role") -> dict[st
     if by not in ("role", "message"):
         raise ValueError(f"by is {by!r}; use role or message")
     counts: dict[str | int, dict[str, float]] = {}
-    tokens = np.bincount(encoded.message_index.astype(np.int64) + 1)
-    inside = np.bincount(encoded.message_index[np.asarray(mask)].astype(np.int64) + 1, minlength=len(tokens))
+    tokens = np.bincount(encoding.message_index.astype(np.int64) + 1)
+    inside = np.bincount(encoding.message_index[np.asarray(mask)].astype(np.int64) + 1, minlength=len(tokens))
     for message, (n, k) in enumerate(zip(tokens.tolist(), inside.tolist()), -1):
         if not n:
             continue
-        key: str | int = message if by == "message" else role_of(encoded, message) or "template"
+        key: str | int = message if by == "message" else role_of(encoding, message) or "template"
         row = counts.setdefault(key, {"tokens": 0, "in_mask": 0})
         row["tokens"], row["in_mask"] = row["tokens"] + n, row["in_mask"] + k
     return {key: {**row, "share": row["in_mask"] / row["tokens"]} for key, row in counts.items()}
 
 # %% ../../nbs/masking/04_policies.ipynb #6aab8caa
-def mask_table(encoded: Encoded, mask: np.ndarray, runs: bool = False) -> str:
+def mask_table(encoding: Encoding, mask: np.ndarray, runs: bool = False) -> str:
     """Return plain text, one line per token: position, "in" or "out" of `mask`, label, segment, message,
     text. With `runs`, one line per run of tokens that agree in these. The label is left out where there is
     none at all."""
-    labels = token_labels(encoded).tolist()
+    labels = token_labels(encoding).tolist()
     keys = list(
-        zip(np.asarray(mask).tolist(), encoded.segments.tolist(), encoded.message_index.tolist(), labels)
+        zip(np.asarray(mask).tolist(), encoding.segments.tolist(), encoding.message_index.tolist(), labels)
     )
     names = {1: "harmful  ", 0: "benign   ", -1: "         "} if max(labels, default=-1) >= 0 else {-1: ""}
     lines, at = [f"{'token':>9}  mask  {'label    ' if len(names) > 1 else ''}{'segment':<14}  msg  text"], 0
@@ -642,7 +645,7 @@ def mask_table(encoded: Encoded, mask: np.ndarray, runs: bool = False) -> str:
     ):
         end = at + len(list(group))
         place = f"{at}-{end - 1}" if runs else str(at)
-        text = encoded.text[encoded.offsets[at, 0] : encoded.offsets[end - 1, 1]]
+        text = encoding.text[encoding.offsets[at, 0] : encoding.offsets[end - 1, 1]]
         owner = message if message >= 0 else ""
         lines.append(
             f"{place:>9}  {'in' if inside else '.':<4}  {names[label]}{Segment(segment).name:<14}  "

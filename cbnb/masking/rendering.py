@@ -191,17 +191,19 @@ def mark_arguments(value: Any, index: int) -> Any:
     templates that go through them."""
     if isinstance(value, str):
         return wrap(value, "arguments", index)
-    marked: Any
+    value_marks: Any
     if isinstance(value, dict):
-        marked = MarkedDict({mark_arguments(k, index): mark_arguments(v, index) for k, v in value.items()})
+        value_marks = MarkedDict(
+            {mark_arguments(k, index): mark_arguments(v, index) for k, v in value.items()}
+        )
     elif isinstance(value, list):
-        marked = MarkedList([mark_arguments(v, index) for v in value])
+        value_marks = MarkedList([mark_arguments(v, index) for v in value])
     elif type(value) in (int, float):
-        marked = (MarkedInt if type(value) is int else MarkedFloat)(value)
+        value_marks = (MarkedInt if type(value) is int else MarkedFloat)(value)
     else:
         return value  # there can be only one True, one False and one None
-    marked._plain, marked._index = value, index
-    return marked
+    value_marks._plain, value_marks._index = value, index
+    return value_marks
 
 # %% ../../nbs/masking/00_rendering.ipynb #a3efdb88
 FROZEN_NOW = datetime(2025, 1, 1)
@@ -562,10 +564,10 @@ def trace_template(
         for i, m in enumerate(messages)
     ]
     for number, level in enumerate(LEVELS):
-        marked = [wrap_message(m, i, level, kinds) for i, m in enumerate(messages)]
+        wrapped_messages = [wrap_message(m, i, level, kinds) for i, m in enumerate(messages)]
         try:
             text, regions, broken = read_markers(
-                run_template(source, marked, tools, variables, generation_prompt, with_marks=True)
+                run_template(source, wrapped_messages, tools, variables, generation_prompt, with_marks=True)
             )
         except Refused:
             continue  # the marks upset the template: try fewer

@@ -15,7 +15,7 @@ import numpy as np
 from .masker import ChatMasker, loss_mask
 from cbnb.masking.policies import (
     AnyPolicy,
-    Encoded,
+    Encoding,
     find_policy,
     first_injection,
     policy_name,
@@ -42,18 +42,18 @@ def lacks_injection(transcript: Transcript, policy: AnyPolicy) -> bool:
     return find_policy(policy).needs_injection and not transcript.injection_spans
 
 # %% ../../nbs/masking/08_targets.ipynb #t7cal002
-def check_calls(encoded: Encoded, name: str) -> None:
+def check_calls(encoding: Encoding, name: str) -> None:
     """Raise MaskError, with the `name` of the transcript, where the chat template writes none of the tool
     calls of a message: training would teach not to act."""
-    if encoded.lost_calls:
+    if encoding.lost_calls:
         raise MaskError(
-            f"transcript {name}: message {encoded.lost_calls[0]} (assistant): the chat template writes none "
+            f"transcript {name}: message {encoding.lost_calls[0]} (assistant): the chat template writes none "
             "of its tool calls; pass a chat_template "
             "that does, or have them written as text by tool_call_format='hermes'"
         )
 
 # %% ../../nbs/masking/08_targets.ipynb #20943509
-def training_mask(encoded: Encoded, transcript: Transcript, policy: AnyPolicy) -> np.ndarray:
+def training_mask(encoding: Encoding, transcript: Transcript, policy: AnyPolicy) -> np.ndarray:
     """Return bool [S], the targets of one encoded transcript. Without an injection a policy that asks for one
     falls back to its `stand_in`; messages that are labelled otherwise than the transcript are taken out. That
     an injection parts a transcript is the policy's to say: one that does not ask for it means all of it
@@ -65,8 +65,8 @@ def training_mask(encoded: Encoded, transcript: Transcript, policy: AnyPolicy) -
             f"whose its actions are was not looked at, which {policy_name(policy)} asks for "
             "(cbnb.masking.actions.for_policy); it is for harmful transcripts only"
         )
-    mask = loss_mask(encoded, stand_in(rule) if lacks_injection(transcript, rule) else rule)
-    return mask & ~np.isin(encoded.message_index, messages_off(transcript))
+    mask = loss_mask(encoding, stand_in(rule) if lacks_injection(transcript, rule) else rule)
+    return mask & ~np.isin(encoding.message_index, messages_off(transcript))
 
 # %% ../../nbs/masking/08_targets.ipynb #c4589a82
 SIDES = ("targets", "left", "right")
@@ -95,23 +95,23 @@ def truncation_window(mask: np.ndarray, max_length: int, side: str = "targets") 
 CONTEXT = {"request": "the user's request", "injection": "the injected message"}
 
 
-def cut_context(encoded: Encoded, mask: np.ndarray, keep: slice) -> list[str]:
+def cut_context(encoding: Encoding, mask: np.ndarray, keep: slice) -> list[str]:
     """Return what the window `keep` of an encoded transcript cuts off, wholly or in part, of what its last
     target (of `mask`, bool [S]) answers: `"request"`, the user's message before that turn, and
     `"injection"`, the first message with an injection. Empty where nothing of them is cut off, or no
     target is kept."""
     inside = np.zeros(len(mask), bool)
     inside[keep] = True
-    owners = encoded.message_index
+    owners = encoding.message_index
     last = int(owners[mask & inside].max(initial=-1))
 
     def is_cut(message: int) -> bool:
         return bool(((owners == message) & ~inside).any())
 
-    request = next((i for i in range(last - 1, -1, -1) if role_of(encoded, i) == "user"), None)
+    request = next((i for i in range(last - 1, -1, -1) if role_of(encoding, i) == "user"), None)
     lost = ["request"] * (request is not None and is_cut(request))
     return lost + ["injection"] * (
-        last >= 0 and bool(encoded.injection_spans) and is_cut(first_injection(encoded).message)
+        last >= 0 and bool(encoding.injection_spans) and is_cut(first_injection(encoding).message)
     )
 
 # %% ../../nbs/masking/08_targets.ipynb #f16048c6
@@ -130,26 +130,26 @@ class Row:
 
 # %% ../../nbs/masking/08_targets.ipynb #t7row002
 def training_row(
-    encoded: Encoded,
+    encoding: Encoding,
     transcript: Transcript,
     policy: AnyPolicy,
     max_length: int = 2048,
     truncation: str = "targets",
     lost_context: str = "drop",
 ) -> Row:
-    "Return the `Row` of `encoded`. Raises what `training_mask` and `truncation_window` raise."
-    mask = training_mask(encoded, transcript, policy)
+    "Return the `Row` of `encoding`. Raises what `training_mask` and `truncation_window` raise."
+    mask = training_mask(encoding, transcript, policy)
     keep = truncation_window(mask, max_length, truncation)
-    gone = tuple(cut_context(encoded, mask, keep)) if keep != slice(0, len(mask)) else ()
-    dropped = words = ""
-    if encoded.lost_words:
-        dropped, words = "lost_words", f"the chat template writes nothing of message {encoded.lost_words[0]}"
-    elif gone and lost_context == "drop":
-        dropped, words = "lost_context", f"truncation cuts off {' and '.join(CONTEXT[what] for what in gone)}"
+    lost = tuple(cut_context(encoding, mask, keep)) if keep != slice(0, len(mask)) else ()
+    cause = words = ""
+    if encoding.lost_words:
+        cause, words = "lost_words", f"the chat template writes nothing of message {encoding.lost_words[0]}"
+    elif lost and lost_context == "drop":
+        cause, words = "lost_context", f"truncation cuts off {' and '.join(CONTEXT[what] for what in lost)}"
     elif not mask[keep][1:].any():  # token 0 is predicted by nothing, so a target there is none
         had = " left, truncation cuts off all of them" if mask[1:].any() else ""
-        dropped, words = "no_target", f"it has no target{had}"
-    return Row(mask, keep, gone, dropped, words)
+        cause, words = "no_target", f"it has no target{had}"
+    return Row(mask, keep, lost, cause, words)
 
 # %% ../../nbs/masking/08_targets.ipynb #b88a0e41
 def in_batches(
@@ -157,21 +157,21 @@ def in_batches(
     masker: ChatMasker,
     size: int = 64,
     errors: Literal["raise", "return"] = "raise",
-) -> Iterator[tuple[Transcript, Encoded | MaskError]]:
-    """Yield `(transcript, encoded)`, encoding `size` transcripts with one call of the tokenizer. With
-    `errors` "raise" or "return" MaskErrors are raised, or stand in the place of `encoded`, as
+) -> Iterator[tuple[Transcript, Encoding | MaskError]]:
+    """Yield `(transcript, encoding)`, encoding `size` transcripts with one call of the tokenizer. With
+    `errors` "raise" or "return" MaskErrors are raised, or stand in the place of `encoding`, as
     `ChatMasker.encode_batch` does."""
     rest = iter(transcripts)
     while some := list(itertools.islice(rest, size)):
         yield from zip(some, masker.encode_batch(some, errors), strict=True)
 
 # %% ../../nbs/masking/08_targets.ipynb #1547d6e1
-def in_turns(transcripts: Iterable[Transcript], masker: ChatMasker) -> Iterator[tuple[Transcript, Encoded]]:
-    """Yield `(transcript, encoded)` for each assistant turn of each transcript (`ChatMasker.split_turns`).
+def in_turns(transcripts: Iterable[Transcript], masker: ChatMasker) -> Iterator[tuple[Transcript, Encoding]]:
+    """Yield `(transcript, encoding)` for each assistant turn of each transcript (`ChatMasker.split_turns`).
     Raises MaskError that names the transcript."""
     for t in transcripts:
         try:
             turns = masker.split_turns(t.messages, t.tools, t.injection_spans, t.label, t.message_labels)
         except MaskError as e:
             raise MaskError(f"transcript {t.id}: {e}") from None
-        yield from ((t, encoded) for encoded in turns)
+        yield from ((t, encoding) for encoding in turns)

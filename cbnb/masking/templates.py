@@ -26,7 +26,7 @@ __all__ = ['MAX_TEMPLATE_CHARS', 'MAX_RENDER_SECONDS', 'MAX_RENDER_BYTES', 'MAX_
            'PROCESS_LOCK', 'MOST_ENDS', 'RENDERS_PER_END', 'NONCHARACTER', 'MARKED_KEYS', 'KNOWN_ROLES', 'MaskError',
            'pipes', 'start_process', 'end', 'forget_process', 'Ended', 'exchange', 'why_ended', 'ask_process', 'tally',
            'refuse_source', 'ask_template', 'take_result', 'compile_template', 'template_inputs', 'render',
-           'has_noncharacter', 'Traced', 'read_trace', 'trace_renders', 'trace_render']
+           'has_noncharacter', 'Trace', 'read_trace', 'trace_renders', 'trace_render']
 
 # %% ../../nbs/masking/01_templates.ipynb #20489fff
 import jinja2
@@ -296,7 +296,7 @@ def has_noncharacter(text: str) -> bool:
 
 # %% ../../nbs/masking/01_templates.ipynb #6bf7abea
 @dataclass(frozen=True)
-class Traced:
+class Trace:
     """A verified render: plain `text`, `regions` (kind, message, start, end), `broken` marks (kind, message),
     the `level` of marks that left it unchanged (or None), and the regions (start, end) of `calls` by (kind,
     message, number of the call)."""
@@ -343,8 +343,8 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "f
 # %% ../../nbs/masking/01_templates.ipynb #99e28ada
 def read_trace(
     plain: str, regions: list[tuple[str, int, int, int]], broken: set[tuple[str, int]], number: int | None
-) -> Traced:
-    """Return the Traced of what `cbnb.masking.rendering.trace_template` returns. Raises MaskError where the
+) -> Trace:
+    """Return the Trace of what `cbnb.masking.rendering.trace_template` returns. Raises MaskError where the
     template writes a noncharacter."""
     if has_noncharacter(plain):
         character = next(filter(has_noncharacter, plain))
@@ -360,15 +360,15 @@ def read_trace(
         (kind, index if kind == "generation" else index % CALLS, start, end)
         for kind, index, start, end in regions
     ]
-    return Traced(plain, regions, broken, None if number is None else LEVELS[number], calls)
+    return Trace(plain, regions, broken, None if number is None else LEVELS[number], calls)
 
 # %% ../../nbs/masking/01_templates.ipynb #68d62cc6
-def trace_renders(source: str, items: Iterable[tuple]) -> list[Traced | MaskError]:
-    """Return the Traced of each of `items`: tuples of messages, tools, variables and, where control tokens
+def trace_renders(source: str, items: Iterable[tuple]) -> list[Trace | MaskError]:
+    """Return the Trace of each of `items`: tuples of messages, tools, variables and, where control tokens
     may be quoted, a pattern (str) of these and the indices of the messages that may. A MaskError stands in
     the place of each that the template refuses."""
 
-    def read(answer: Any) -> Traced | MaskError:
+    def read(answer: Any) -> Trace | MaskError:
         try:
             return read_trace(*take_result(answer))
         except MaskError as e:
@@ -386,8 +386,8 @@ def trace_render(
     control: str = "",
     allowed: Collection[int] = (),
     generation_prompt: bool = False,
-) -> Traced:
-    """Return the Traced of `messages` by the template `source`: `cbnb.masking.rendering.trace_template`, run
+) -> Trace:
+    """Return the Trace of `messages` by the template `source`: `cbnb.masking.rendering.trace_template`, run
     in the process. Raises MaskError where the template refuses, exceeds its bounds or writes a
     noncharacter."""
     return take_result(

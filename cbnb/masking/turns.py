@@ -19,7 +19,7 @@ import numpy as np
 
 from ..basics.withheld import cut
 from .rendering import CALLS
-from .templates import MaskError, Traced, render, trace_render
+from .templates import MaskError, Trace, render, trace_render
 
 # %% auto #0
 __all__ = ['TOOL_SEGMENTS', 'COMPLETION', 'IS_COMPLETION', 'ROLE_SEGMENT', 'RULE_TEXTS', 'PROBED_TOOL', 'EMPTY_THOUGHT',
@@ -146,11 +146,11 @@ def generation_prompts(
     if prompt.strip():
         return tuple(dict.fromkeys((prompt, EMPTY_THOUGHT.sub("", prompt))))
     try:
-        traced = trace_render(template, [*ask, {"role": "assistant", "content": "y"}], tools, variables)
+        trace = trace_render(template, [*ask, {"role": "assistant", "content": "y"}], tools, variables)
     except MaskError:
         return None
-    items, contents = traced.of("item", len(ask)), traced.of("content", len(ask))
-    heads = {traced.text[s:at] for s, _ in items for at, _ in contents if s <= at}
+    items, contents = trace.of("item", len(ask)), trace.of("content", len(ask))
+    heads = {trace.text[s:at] for s, _ in items for at, _ in contents if s <= at}
     if any(not head.strip() for head in heads):
         return (prompt,)
     # a prompt that is written whether asked for or not
@@ -164,14 +164,13 @@ def user_header(template: str, variables: dict | None) -> str | None:
     if ask is None:
         return None
     try:
-        traced = trace_render(template, ask, tools, variables)
+        trace = trace_render(template, ask, tools, variables)
     except MaskError:
         return None
     begin = max(
-        [at for i in range(len(ask) - 1) for _, at in traced.of("item", i) + traced.of("content", i)],
-        default=0,
+        [at for i in range(len(ask) - 1) for _, at in trace.of("item", i) + trace.of("content", i)], default=0
     )
-    head = traced.text[begin : min(traced.of("content", len(ask) - 1), default=(0, 0))[0]].strip()
+    head = trace.text[begin : min(trace.of("content", len(ask) - 1), default=(0, 0))[0]].strip()
     return head.split("\n")[-1].strip() or None
 
 # %% ../../nbs/masking/03_turns.ipynb #df8c532b
@@ -239,22 +238,22 @@ def is_only(words: Words, text: str) -> bool:
     return True
 
 # %% ../../nbs/masking/03_turns.ipynb #0fa9ac6a
-def has_text(traced: Traced, region: tuple[int, int]) -> bool:
+def has_text(trace: Trace, region: tuple[int, int]) -> bool:
     "Return whether anything but white space stands in a `region` (start, end) of the text."
     start, end = region
-    return start < end and not traced.text[start:end].isspace()
+    return start < end and not trace.text[start:end].isspace()
 
 # %% ../../nbs/masking/03_turns.ipynb #58a947c5
-def find_turn(traced: Traced, message: int, prompts: Iterable[str], ends: Words) -> Turn | None:
+def find_turn(trace: Trace, message: int, prompts: Iterable[str], ends: Words) -> Turn | None:
     """Return the Turn of assistant `message` by its loop region, or None if it is not clear.
 
     Needs one non-blank region that starts with a header of `prompts` (after blanks and added tokens such as
     BOS), before any content."""
-    text, regions = traced.text, [region for region in traced.of("item", message) if has_text(traced, region)]
+    text, regions = trace.text, [region for region in trace.of("item", message) if has_text(trace, region)]
     if len(regions) != 1:
         return None
     start, stop = regions[0]
-    first = min((start for start, _, _ in traced.said(message)), default=stop)
+    first = min((start for start, _, _ in trace.said(message)), default=stop)
     for prompt in prompts:
         if not prompt.strip():
             return close_turn(
@@ -288,14 +287,14 @@ def prefix_turn(
     return close_turn(text, message, header, len(before), len(upto), ends)._replace(rule=Rule.PREFIX)
 
 # %% ../../nbs/masking/03_turns.ipynb #1ba0b4cf
-def generation_turn(traced: Traced, message: int, assistants: Sequence[int], ends: Words) -> Turn | None:
+def generation_turn(trace: Trace, message: int, assistants: Sequence[int], ends: Words) -> Turn | None:
     """Return the Turn by `{% generation %}` tags, where the template has exactly one for each of the
     `assistants` (indices of messages); else None."""
-    regions = sorted((start, end) for kind, _, start, end in traced.regions if kind == "generation")
+    regions = sorted((start, end) for kind, _, start, end in trace.regions if kind == "generation")
     if len(regions) != len(assistants):
         return None
     start, stop = regions[assistants.index(message)]
-    return close_turn(traced.text, message, start, start, stop, ends)._replace(rule=Rule.TAGS)
+    return close_turn(trace.text, message, start, start, stop, ends)._replace(rule=Rule.TAGS)
 
 # %% ../../nbs/masking/03_turns.ipynb #b771a651
 THINK = re.compile(r"\s*(<think>.*?</think>|\[THINK\].*?\[/THINK\])\s*", re.S)
@@ -307,21 +306,21 @@ def code(segment: Segment, rule: Rule) -> int:
 
 # %% ../../nbs/masking/03_turns.ipynb #0976324f
 def paint_turn(
-    codes: np.ndarray, traced: Traced, turn: Turn, calls: bool, words: Sequence[tuple[int, int]]
+    codes: np.ndarray, trace: Trace, turn: Turn, calls: bool, words: Sequence[tuple[int, int]]
 ) -> None:
     """Write the assistant `turn` into `codes` (uint16, one per character). `calls`: whether it has tool
     calls; `words`: regions (start, end) of the contents that may stand beside them."""
-    text, body, eot, rule = traced.text, turn.body, turn.eot, turn.rule
+    text, body, eot, rule = trace.text, turn.body, turn.eot, turn.rule
     codes[turn.header : body] = code(Segment.HEADER, Rule.HEADER)
     codes[body:eot] = code(Segment.TOOL_CALL if calls else Segment.TEXT, rule)
     if calls:
         for start, end in words:
             codes[start:end] = code(Segment.TEXT, rule)
-    opened = text.rfind("<think>", turn.header, body)  # by the header
-    think = THINK.match(text, body, eot) or (THINK.match(text, opened, eot) if opened >= 0 else None)
+    opening = text.rfind("<think>", turn.header, body)  # by the header
+    think = THINK.match(text, body, eot) or (THINK.match(text, opening, eot) if opening >= 0 else None)
     if think:
         codes[body : think.end()] = code(Segment.REASONING, Rule.FOUND)
-    for start, end in traced.of("reasoning", turn.message):
+    for start, end in trace.of("reasoning", turn.message):
         if body <= start < end <= eot:
             codes[body:start] = code(Segment.REASONING, rule)
             codes[start:end] = code(Segment.REASONING, Rule.MARK)
@@ -337,7 +336,7 @@ def is_json_of(text: str, value: Any) -> bool:
 
 # %% ../../nbs/masking/03_turns.ipynb #25ff5d26
 def argument_regions(
-    traced: Traced, turn: Turn, index: int, number: int, arguments: dict
+    trace: Trace, turn: Turn, index: int, number: int, arguments: dict
 ) -> tuple[list[tuple[int, int]], Rule]:
     """Return the character regions of the arguments of call `number` of message `index` in `turn`, and the
     Rule that gives them: their marks, else their JSON after the name of the tool. No region where they cannot
@@ -345,21 +344,21 @@ def argument_regions(
 
     def within(kind: str) -> list[tuple[int, int]]:
         return [
-            (s, e) for s, e in traced.calls.get((kind, index, number), ()) if turn.body <= s < e <= turn.eot
+            (s, e) for s, e in trace.calls.get((kind, index, number), ()) if turn.body <= s < e <= turn.eot
         ]
 
     marks, names = within("arguments"), within("call")
-    if json_marks := [(s, e) for s, e in marks if is_json_of(traced.text[s:e], arguments)]:
+    if json_marks := [(s, e) for s, e in marks if is_json_of(trace.text[s:e], arguments)]:
         return json_marks, Rule.MARK
     if not marks and not names:
         return [], Rule.FOUND
-    marked = [
+    regions = [
         not (v is None or isinstance(v, bool) or isinstance(v, str) and not v.strip())
         for v in arguments.values()
     ]
-    starts = [s for other in range(number + 2) for s, _ in traced.calls.get(("call", index, other), ())]
+    starts = [s for other in range(number + 2) for s, _ in trace.calls.get(("call", index, other), ())]
     # every key, and every value that can be marked
-    if marks and marked[-1] and len(marks) >= len(arguments) + sum(marked):
+    if marks and regions[-1] and len(marks) >= len(arguments) + sum(regions):
         region = min(marks)[0], max(e for _, e in marks)
         if not any(region[0] <= s < region[1] for s in starts):
             return [region], Rule.MARK
@@ -368,32 +367,32 @@ def argument_regions(
     stop = min((s for s in starts if names[0][1] <= s < turn.eot), default=turn.eot)
     for ascii_only, separators in ((False, None), (False, (",", ":")), (True, None)):
         text = json.dumps(arguments, ensure_ascii=ascii_only, separators=separators)
-        if (at := traced.text.find(text, names[0][1], stop)) >= 0:
+        if (at := trace.text.find(text, names[0][1], stop)) >= 0:
             return [(at, at + len(text))], Rule.FOUND
     return [], Rule.FOUND
 
 # %% ../../nbs/masking/03_turns.ipynb #5e878ff0
-def paint_calls(codes: np.ndarray, traced: Traced, turn: Turn, index: int, message: dict) -> None:
+def paint_calls(codes: np.ndarray, trace: Trace, turn: Turn, index: int, message: dict) -> None:
     """Write names and arguments of the tool calls of `message` (number `index`) into `codes` (uint16, one per
     character), inside of `turn`."""
     for number, call in enumerate(message.get("tool_calls") or ()):
-        regions, rule = argument_regions(traced, turn, index, number, call["function"]["arguments"])
+        regions, rule = argument_regions(trace, turn, index, number, call["function"]["arguments"])
         for start, end in regions:
             codes[start:end] = code(Segment.TOOL_ARGUMENTS, rule)
-        for start, end in traced.calls.get(("call", index, number), ()):
+        for start, end in trace.calls.get(("call", index, number), ()):
             if turn.body <= start < end <= turn.eot:
                 codes[start:end] = code(Segment.TOOL_NAME, Rule.MARK)
 
 # %% ../../nbs/masking/03_turns.ipynb #8c65eb8d
-def role_regions(traced: Traced, index: int, message: dict) -> tuple[list[tuple[int, int]], Rule]:
+def role_regions(trace: Trace, index: int, message: dict) -> tuple[list[tuple[int, int]], Rule]:
     """Return the character regions of the content of a system, user or tool message, and the Rule that gives
     them: its marks, else a search inside its loop region."""
-    if regions := traced.of("content", index):
+    if regions := trace.of("content", index):
         return regions, Rule.CONTENT
     core = (message.get("content") or "").strip()
-    if not core or message["role"] in (traced.level or ()):
+    if not core or message["role"] in (trace.level or ()):
         return [], Rule.SEARCHED
-    places = [traced.text.find(core, start, end) for start, end in traced.of("item", index)]
+    places = [trace.text.find(core, start, end) for start, end in trace.of("item", index)]
     return [(at, at + len(core)) for at in places if at >= 0], Rule.SEARCHED
 
 # %% ../../nbs/masking/03_turns.ipynb #0791a6c5
@@ -407,31 +406,31 @@ def share_turns(turns: Sequence[Turn], messages: Sequence[dict]) -> list[list[in
     ]
 
 # %% ../../nbs/masking/03_turns.ipynb #e208ee7b
-def paint(traced: Traced, messages: Sequence[dict], turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
+def paint(trace: Trace, messages: Sequence[dict], turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
     """Return (codes uint16, owners int16), one per character: the segment and its rule (see `code`), and the
     message that it belongs to (-1 for none)."""
-    codes = np.full(len(traced.text), code(Segment.TEMPLATE, Rule.TEMPLATE), np.uint16)
-    owners = np.full(len(traced.text), -1, np.int16)
+    codes = np.full(len(trace.text), code(Segment.TEMPLATE, Rule.TEMPLATE), np.uint16)
+    owners = np.full(len(trace.text), -1, np.int16)
     for index in range(len(messages)):
-        for start, end in traced.of("item", index):
+        for start, end in trace.of("item", index):
             owners[start:end] = index
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             continue
-        regions, rule = role_regions(traced, index, message)
+        regions, rule = role_regions(trace, index, message)
         segment = ROLE_SEGMENT.get(message["role"], Segment.TEMPLATE)
-        for start, end in [*regions, *traced.of("control", index)]:
+        for start, end in [*regions, *trace.of("control", index)]:
             codes[start:end], owners[start:end] = code(segment, rule), index
-    for turn, shared in zip(turns, share_turns(turns, messages)):
+    for turn, others in zip(turns, share_turns(turns, messages)):
         owners[turn.header : turn.end] = turn.message
-        words = [(i, *region) for i in shared for region in traced.of("content", i)]
+        words = [(i, *region) for i in others for region in trace.of("content", i)]
         words = [(i, start, end) for i, start, end in words if turn.body <= start < end <= turn.eot]
         for i, start, end in words:
             owners[start:end] = i  # also where two messages share a turn
-        calls = any(messages[i].get("tool_calls") for i in shared)
-        paint_turn(codes, traced, turn, calls, [word[1:] for word in words])
-        for i in shared:
-            paint_calls(codes, traced, turn, i, messages[i])
+        calls = any(messages[i].get("tool_calls") for i in others)
+        paint_turn(codes, trace, turn, calls, [word[1:] for word in words])
+        for i in others:
+            paint_calls(codes, trace, turn, i, messages[i])
     return codes, owners
 
 # %% ../../nbs/masking/03_turns.ipynb #894a482a
@@ -451,24 +450,24 @@ def place_tokens(
     opening = codes[first] & 255
     syntax = (opening == Segment.TEMPLATE) | (opening == Segment.TOOL_CALL)
     # " Hi" after a header belongs to "Hi", a quote and the name after it to the name
-    named = np.where(syntax, last, first)
-    segments, rule = (codes[named] & 255).astype(np.uint8), (codes[named] >> 8).astype(np.uint8)
+    owner = np.where(syntax, last, first)
+    segments, rule = (codes[owner] & 255).astype(np.uint8), (codes[owner] >> 8).astype(np.uint8)
     straddling = stretch[first] != stretch[last]
     straddling &= ~(control & (segments == Segment.EOT))
     segments[straddling], rule[straddling] = Segment.TEMPLATE, Rule.STRADDLES
-    return segments, owners[named], rule, straddling
+    return segments, owners[owner], rule, straddling
 
 # %% ../../nbs/masking/03_turns.ipynb #b4b72846
-def check_overlap(turns: Iterable[Turn], traced: Traced, messages: Sequence[dict]) -> None:
+def check_overlap(turns: Iterable[Turn], trace: Trace, messages: Sequence[dict]) -> None:
     """Raise MaskError if a turn overlaps another turn or the region of another message: then it does not hold
     the assistant's own words alone."""
 
     def counts(kind: str, index: int, start: int, end: int) -> bool:
         if kind == "item":
-            return has_text(traced, (start, end))
+            return has_text(trace, (start, end))
         return kind == "content" and start < end and messages[index]["role"] != "assistant"
 
-    others = [(s, e, i, kind) for kind, i, s, e in traced.regions if counts(kind, i, s, e)]
+    others = [(s, e, i, kind) for kind, i, s, e in trace.regions if counts(kind, i, s, e)]
     turns = sorted(turns, key=lambda turn: turn.header)
     others += [(turn.header, turn.end, turn.message, "turn") for turn in turns]
     ends = list(itertools.accumulate((turn.end for turn in turns), max))
@@ -484,12 +483,12 @@ def check_overlap(turns: Iterable[Turn], traced: Traced, messages: Sequence[dict
                 )
 
 # %% ../../nbs/masking/03_turns.ipynb #85f514f6
-def check_inside(turn: Turn, traced: Traced, message: int) -> None:
+def check_inside(turn: Turn, trace: Trace, message: int) -> None:
     """Raise MaskError if text of assistant `message` stands outside the generated text of `turn` (names of
     its tools may): then the template was not understood."""
     if any(
         kind != "call" and not turn.body <= start <= end <= turn.eot
-        for start, end, kind in traced.said(message)
+        for start, end, kind in trace.said(message)
     ):
         raise MaskError(
             f"message {message} (assistant): some of it stands outside of its turn; pass another "
@@ -505,7 +504,7 @@ def closes_prompt(token: str, prompts: tuple[str, ...] | None) -> bool:
 # %% ../../nbs/masking/03_turns.ipynb #ef5af8cb
 def trim_turn(
     turn: Turn,
-    traced: Traced,
+    trace: Trace,
     message: dict,
     prompts: tuple[str, ...] | None,
     user_head: str | None,
@@ -516,10 +515,8 @@ def trim_turn(
 
     Raises MaskError where the turn ends in a header: in the last token of one of `prompts`, or in
     `user_head`, the line before a user's words."""
-    text, index = traced.text, turn.message
-    last, kind = max(
-        [(e, k) for _, e, k in traced.said(index) if turn.body <= e <= turn.end], default=(0, "")
-    )
+    text, index = trace.text, turn.message
+    last, kind = max([(e, k) for _, e, k in trace.said(index) if turn.body <= e <= turn.end], default=(0, ""))
     if kind == "content" and not message.get("tool_calls"):
         rest = text[last : turn.end].lstrip()
         word = ends.beginning(rest) if len(rest) > turn.end - turn.eot else ""
@@ -536,28 +533,28 @@ def trim_turn(
 
 # %% ../../nbs/masking/03_turns.ipynb #17208d4a
 def find_merged_turn(
-    turns: Sequence[Turn], traced: Traced, message: int, messages: Sequence[dict]
+    turns: Sequence[Turn], trace: Trace, message: int, messages: Sequence[dict]
 ) -> Turn | None:
     """Return the last of `turns` if it also holds all of assistant `message`, with only assistant messages
     between; else None."""
-    regions, turn = traced.said(message), turns[-1] if turns else None
+    regions, turn = trace.said(message), turns[-1] if turns else None
     if turn is None or not regions or any(m["role"] != "assistant" for m in messages[turn.message : message]):
         return None
     return turn if all(turn.body <= start <= end <= turn.eot for start, end, _ in regions) else None
 
 # %% ../../nbs/masking/03_turns.ipynb #e19426bd
-def writes_nothing(traced: Traced, index: int, message: dict) -> bool:
+def writes_nothing(trace: Trace, index: int, message: dict) -> bool:
     """Return whether the template demonstrably writes nothing for assistant `message` (number `index`): its
     loop regions are empty, and no mark of it is anywhere."""
-    regions = traced.of("item", index)
-    if traced.said(index) or not regions or any(has_text(traced, region) for region in regions):
+    regions = trace.of("item", index)
+    if trace.said(index) or not regions or any(has_text(trace, region) for region in regions):
         return False
     says = (
         (message.get("content") or "").strip()
         or message.get("tool_calls")
         or message.get("reasoning_content")
     )
-    return "assistant" in (traced.level or ()) or not says
+    return "assistant" in (trace.level or ()) or not says
 
 # %% ../../nbs/masking/03_turns.ipynb #2e2a7f15
 Headers = tuple[tuple[str, ...] | None, str | None]  # generation prompts, and the header of a user
@@ -569,7 +566,7 @@ def find_headers(template: str, variables: dict | None, ends: Iterable[str] = ()
 
 # %% ../../nbs/masking/03_turns.ipynb #a7996494
 def locate_turn(
-    traced: Traced,
+    trace: Trace,
     index: int,
     messages: list[dict],
     prompts: tuple[str, ...] | None,
@@ -581,44 +578,44 @@ def locate_turn(
     These are: its loop region in the traced render; prefix renders, which give header and end of turn as
     exactly but need a template that only appends; generation tags, last, since their author decides what
     stands between them. Arguments as in `find_turn` and `prefix_turn`."""
-    turn = find_turn(traced, index, prompts, ends) if prompts else None
+    turn = find_turn(trace, index, prompts, ends) if prompts else None
     # an EOT may stand after the loop's region
     if prompts is not None and (turn is None or prompts and turn.eot == turn.end):
-        by_prefix = prefix_turn(traced.text, index, messages, render_plain, ends)
+        by_prefix = prefix_turn(trace.text, index, messages, render_plain, ends)
         if by_prefix and not prompts and by_prefix.header == by_prefix.body:
             # no generation prompt: whether what stands before the words is a header is not known
-            first = min((start for start, _, _ in traced.said(index)), default=len(traced.text))
-            if traced.text[by_prefix.body : first].strip():
+            first = min((start for start, _, _ in trace.said(index)), default=len(trace.text))
+            if trace.text[by_prefix.body : first].strip():
                 by_prefix = None
         longer = by_prefix and turn and by_prefix.body == turn.body and by_prefix.end > turn.end
         if turn is None or by_prefix and longer and by_prefix.end > by_prefix.eot:
             turn = by_prefix
     assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return turn or generation_turn(traced, index, assistants, ends)
+    return turn or generation_turn(trace, index, assistants, ends)
 
 # %% ../../nbs/masking/03_turns.ipynb #6f1121b6
 def check_turn(
-    turn: Turn, traced: Traced, message: dict, headers: Headers, ends: Words, eos: str | None = None
+    turn: Turn, trace: Trace, message: dict, headers: Headers, ends: Words, eos: str | None = None
 ) -> Turn:
     """Return `turn` of assistant `message`, its end corrected (see `trim_turn`). `headers` as from
     `find_headers`, `eos` the tokenizer's EOS token.
 
     Raises MaskError where it seems to hold text that is not the assistant's, or not all of the assistant's.
     """
-    text, index = traced.text, turn.message
-    stops = [end for _, end, _ in traced.said(index)] + [end for _, end in traced.of("control", index)]
+    text, index = trace.text, turn.message
+    stops = [end for _, end, _ in trace.said(index)] + [end for _, end in trace.of("control", index)]
     words_end = max(stops, default=turn.body)
     # its own words are not an EOT, even if they look like one
     if turn.eot < words_end <= turn.end:
         turn = turn._replace(eot=turn.end)
-    turn = trim_turn(turn, traced, message, *headers, ends)
+    turn = trim_turn(turn, trace, message, *headers, ends)
     at = text.find(eos, max(words_end, turn.body), turn.end) if eos else -1
     if at >= 0 and at != turn.eot and not is_only(ends, text[at : turn.end]):
         raise MaskError(
             f"message {index} (assistant): the template writes {cut(text[at : turn.end], 40)!r} in its "
             "turn, text after an end-of-turn token; pass another chat_template"
         )
-    check_inside(turn, traced, index)
+    check_inside(turn, trace, index)
     return turn
 
 # %% ../../nbs/masking/03_turns.ipynb #a8b88888
@@ -626,14 +623,14 @@ MAX_LOCATE_SECONDS = 30
 
 # %% ../../nbs/masking/03_turns.ipynb #4553b911
 def locate_turns(
-    traced: Traced,
+    trace: Trace,
     messages: list[dict],
     headers: Headers,
     render_plain: Callable[[list[dict], bool], str],
     ends: Words,
     eos: str | None = None,
 ) -> list[Turn]:
-    """Return all assistant turns of `traced`, each located by `locate_turn` and checked by `check_turn`. A
+    """Return all assistant turns of `trace`, each located by `locate_turn` and checked by `check_turn`. A
     message that the template does not write, or that shares the turn before it, has none.
 
     Raises MaskError, naming the message, for a turn that is not located or not clear, and where all of them
@@ -641,23 +638,23 @@ def locate_turns(
     turns: list[Turn] = []
     deadline = time.monotonic() + MAX_LOCATE_SECONDS
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or writes_nothing(traced, i, message):
+        if message["role"] != "assistant" or writes_nothing(trace, i, message):
             continue
         if time.monotonic() > deadline:
             raise MaskError(
                 f"message {i} (assistant): the turns before it took over {MAX_LOCATE_SECONDS} seconds to "
                 "locate; split the transcript"
             )
-        turn = locate_turn(traced, i, messages, headers[0], render_plain, ends)
-        if turn is None and find_merged_turn(turns, traced, i, messages):
+        turn = locate_turn(trace, i, messages, headers[0], render_plain, ends)
+        if turn is None and find_merged_turn(turns, trace, i, messages):
             continue
         if turn is None:
             raise MaskError(
                 f"message {i} (assistant): its turn cannot be located in the rendered text; pass another "
                 "chat_template"
             )
-        turns.append(check_turn(turn, traced, message, headers, ends, eos))
-    check_overlap(turns, traced, messages)
+        turns.append(check_turn(turn, trace, message, headers, ends, eos))
+    check_overlap(turns, trace, messages)
     return turns
 
 # %% ../../nbs/masking/03_turns.ipynb #a3095ffe
@@ -677,17 +674,17 @@ def turn_ends(template: str, variables: dict | None, headers: Headers, ends: Wor
     ]
     tails = []
     try:
-        traced = trace_render(template, messages, tools, variables)
+        trace = trace_render(template, messages, tools, variables)
 
         def plain(m: list[dict], prompt: bool) -> str:
             return render(template, m, tools, variables, prompt)
 
-        for turn in locate_turns(traced, messages, headers, plain, ends):
-            stop = max((e for _, e, _ in traced.said(turn.message)), default=None)
+        for turn in locate_turns(trace, messages, headers, plain, ends):
+            stop = max((e for _, e, _ in trace.said(turn.message)), default=None)
             if stop is None:
                 return ends
-            tail = traced.text[stop : turn.end].strip()
-            while (m := CLOSING.match(tail)) and traced.text.find(m[1] + m[2] + m[3], turn.header, stop) >= 0:
+            tail = trace.text[stop : turn.end].strip()
+            while (m := CLOSING.match(tail)) and trace.text.find(m[1] + m[2] + m[3], turn.header, stop) >= 0:
                 tail = tail[m.end() :].lstrip()
             tails.append(tail)
     except MaskError:
@@ -731,11 +728,11 @@ def texts_of_turns(
             return render(template, m, tools, variables, prompt)
 
         try:
-            traced = trace_render(template, messages, tools, variables)
-            turns = locate_turns(traced, messages, headers, plain, ends)
+            trace = trace_render(template, messages, tools, variables)
+            turns = locate_turns(trace, messages, headers, plain, ends)
         except MaskError:
             continue
-        return [traced.text[turn.header : turn.end] for turn in turns]
+        return [trace.text[turn.header : turn.end] for turn in turns]
     return None
 
 # %% ../../nbs/masking/03_turns.ipynb #ca71dcaa
@@ -770,64 +767,64 @@ def leaves(value: Any) -> list:
 
 # %% ../../nbs/masking/03_turns.ipynb #51541c88
 def call_losses(
-    traced: Traced, index: int, calls: Sequence[dict], turns: Iterable[Turn], is_inside: Callable[[int], bool]
+    trace: Trace, index: int, calls: Sequence[dict], turns: Iterable[Turn], is_inside: Callable[[int], bool]
 ) -> list[str]:
     """Return phrases for what the template drops of the tool `calls` of message `index`. `is_inside(at)`:
     whether one of the `turns` holds that character."""
     marks = [
-        sum(is_inside(s) for s, _ in traced.calls.get(("call", index, number), ()))
+        sum(is_inside(s) for s, _ in trace.calls.get(("call", index, number), ()))
         for number in range(len(calls))
     ]
     missing = len(calls) - sum(map(bool, marks))
     lost = [f"{missing} of its {len(calls)} tool calls"] * bool(missing)
-    if "arguments" not in (traced.level or ()):
+    if "arguments" not in (trace.level or ()):
         return lost
     for number, call in enumerate(calls):
-        arguments, regions = call["function"]["arguments"], traced.calls.get(("arguments", index, number), ())
+        arguments, regions = call["function"]["arguments"], trace.calls.get(("arguments", index, number), ())
         if not marks[number] or len(regions) >= len(leaves(arguments)):
             continue
-        if not any(argument_regions(traced, turn, index, number, arguments)[0] for turn in turns):
+        if not any(argument_regions(trace, turn, index, number, arguments)[0] for turn in turns):
             lost.append(f"arguments of its call {number}, some or all")
     return lost
 
 # %% ../../nbs/masking/03_turns.ipynb #70b8f903
-def text_losses(traced: Traced, index: int, message: dict) -> list[str]:
+def text_losses(trace: Trace, index: int, message: dict) -> list[str]:
     """Return phrases for the content and reasoning of `message` (number `index`) that the template drops.
     What has no marks, since they upset the template, is searched for as it stands."""
     lost = []
     for kind, key in (("content", "content"), ("reasoning", "reasoning_content")):
         text = message.get(key)
-        if not isinstance(text, str) or not text.strip() or traced.of(kind, index):
+        if not isinstance(text, str) or not text.strip() or trace.of(kind, index):
             continue
-        if message["role"] in (traced.level or ()):
-            lost.append(f"{'or splits ' * ((kind, index) in traced.broken)}its {kind}")
-        elif text.strip() not in traced.text:
+        if message["role"] in (trace.level or ()):
+            lost.append(f"{'or splits ' * ((kind, index) in trace.broken)}its {kind}")
+        elif text.strip() not in trace.text:
             lost.append(f"or changes its {kind}")
     return lost
 
 # %% ../../nbs/masking/03_turns.ipynb #8a78f213
-def drop_notes(traced: Traced, messages: Sequence[dict], turns: Sequence[Turn]) -> list[str]:
+def drop_notes(trace: Trace, messages: Sequence[dict], turns: Sequence[Turn]) -> list[str]:
     """Return sentences about content, reasoning and tool calls that are missing in the text; calls count
     inside `turns` only."""
-    out, bounds, level = [], sorted((t.body, t.eot) for t in turns), traced.level or ()
+    out, bounds, level = [], sorted((t.body, t.eot) for t in turns), trace.level or ()
 
     def is_inside(at: int) -> bool:
-        return (k := bisect.bisect_right(bounds, (at, len(traced.text) + 1))) > 0 and at < bounds[k - 1][1]
+        return (k := bisect.bisect_right(bounds, (at, len(trace.text) + 1))) > 0 and at < bounds[k - 1][1]
 
     for i, message in enumerate(messages):
-        lost, calls = text_losses(traced, i, message), message.get("tool_calls") or ()
+        lost, calls = text_losses(trace, i, message), message.get("tool_calls") or ()
         if calls and "calls" in level:
-            lost += call_losses(traced, i, calls, turns, is_inside)
+            lost += call_losses(trace, i, calls, turns, is_inside)
         elif calls:
             names = [call["function"]["name"] for call in calls]
-            missing = sum(not any(name in traced.text[start:end] for start, end in bounds) for name in names)
+            missing = sum(not any(name in trace.text[start:end] for start, end in bounds) for name in names)
             if missing:
                 lost.append(f"{missing} of its {len(calls)} tool calls")
         out += [f"message {i} ({message['role']}): the template drops {what}" for what in lost]
     return out
 
 # %% ../../nbs/masking/03_turns.ipynb #b08b8b85
-def unseen_tools(traced: Traced, tools: Sequence[Any] | None) -> list[str]:
+def unseen_tools(trace: Trace, tools: Sequence[Any] | None) -> list[str]:
     """Return a list with one sentence where the template writes none of the `tools` on offer; else an empty
     one."""
     names = [
@@ -835,38 +832,40 @@ def unseen_tools(traced: Traced, tools: Sequence[Any] | None) -> list[str]:
         for tool in tools or ()
         if isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
     ]
-    if not names or any(name in traced.text for name in names):
+    if not names or any(name in trace.text for name in names):
         return []
     return ["tools: the template writes none of them, so the model is not told of them"]
 
 # %% ../../nbs/masking/03_turns.ipynb #60f1230b
 def silent_messages(
-    traced: Traced, messages: Sequence[dict], turns: Sequence[Turn]
+    trace: Trace, messages: Sequence[dict], turns: Sequence[Turn]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return `(words, calls)`, two tuples of message indices: assistant messages of which the template writes
     nothing at all although they say something, and those of whose tool calls it writes none.
 
     Both are demonstrable losses: a turn without words, or marks that left the text as it is and are not in
     it."""
-    bodies = {t.message: EMPTY_THOUGHT.sub("", traced.text[t.body : t.eot]).strip() for t in turns}
-    inside, level = "\0".join(traced.text[t.body : t.eot] for t in turns), traced.level or ()
+    bodies = {t.message: EMPTY_THOUGHT.sub("", trace.text[t.body : t.eot]).strip() for t in turns}
+    inside, level = "\0".join(trace.text[t.body : t.eot] for t in turns), trace.level or ()
     words, calls = [], []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         own = message.get("tool_calls") or ()
         says = (message.get("content") or "").strip() or (message.get("reasoning_content") or "").strip()
-        marked = any(kind == "call" and index == i for kind, index, _ in traced.calls)
+        has_call = any(kind == "call" and index == i for kind, index, _ in trace.calls)
         parts = [part for c in own for part in (c["function"]["name"], *leaves(c["function"]["arguments"]))]
-        gone = own and not marked and ("calls" in level or not any(str(part) in inside for part in parts))
+        is_lost = (
+            own and not has_call and ("calls" in level or not any(str(part) in inside for part in parts))
+        )
         unsaid = (
             "assistant" in level
-            and not traced.said(i)
-            and not any(index % CALLS == i for _, index in traced.broken)
+            and not trace.said(i)
+            and not any(index % CALLS == i for _, index in trace.broken)
         )
-        if gone:
+        if is_lost:
             calls.append(i)
-        if (says or own) and (bodies.get(i) == "" or unsaid and (gone or not own)):
+        if (says or own) and (bodies.get(i) == "" or unsaid and (is_lost or not own)):
             words.append(i)
     return tuple(words), tuple(calls)
 
@@ -876,14 +875,14 @@ def writes_calls(template: str, variables: dict | None) -> bool | None:
     for system, tools in itertools.product((False, True), ([PROBED_TOOL], None)):
         messages = probe_messages("x", True, system)
         try:
-            traced = trace_render(template, messages, tools, variables)
+            trace = trace_render(template, messages, tools, variables)
         except MaskError:
             continue
-        if "calls" in (traced.level or ()):
-            return any(kind == "call" for kind, _, _ in traced.calls)
+        if "calls" in (trace.level or ()):
+            return any(kind == "call" for kind, _, _ in trace.calls)
         without = [{**m, "tool_calls": []} if m.get("tool_calls") else m for m in messages]
         try:
-            return render(template, without, tools, variables) != traced.text
+            return render(template, without, tools, variables) != trace.text
         except MaskError:
             return True
     return None

@@ -82,22 +82,22 @@ class Criterion:
     otherwise: str = "fail"
     unit: str = ""
 
-    def judge(self, measured: Any, limit: Any = 0, *, otherwise: str = "", **words: Any) -> Finding:
+    def judge(self, value: Any, limit: Any = 0, *, otherwise: str = "", **words: Any) -> Finding:
         """Return the `Finding` that `measured` makes when it is held against `limit`.
 
         `otherwise` replaces the criterion's own verdict for bad; `words` are the other values of the
         templates. None and NaN are unknown: no comparison with them means anything. Raises KeyError for a
         value that a template names and `words` does not hold."""
-        if measured is None or measured != measured:
+        if value is None or value != value:
             return Finding(
                 self.name, UNKNOWN, f"{self.name} could not be measured", "", None, limit, self.unit
             )
-        good = RULES[self.rule](measured, limit)
+        good = RULES[self.rule](value, limit)
         verdict = "pass" if good else otherwise or self.otherwise
         sentence, advice = (self.good, "") if good else (self.bad, self.advice)
-        values = {**words, "measured": measured, "limit": limit}
+        values = {**words, "measured": value, "limit": limit}
         sentence, advice = sentence.format_map(values), advice.format_map(values)
-        return Finding(self.name, verdict, sentence, advice, measured, limit, self.unit)
+        return Finding(self.name, verdict, sentence, advice, value, limit, self.unit)
 
 # %% ../../nbs/preflight/00_checks.ipynb #16a5b721
 def note(name: str, sentence: str, verdict: str = "pass") -> Finding:

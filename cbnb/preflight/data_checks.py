@@ -36,29 +36,29 @@ from ..masking.actions import trained_calls
 from ..masking.adapt import propose, restore, writes_all
 from ..masking.audit import NOTE_KINDS, mask_findings, trained_ends
 from ..masking.masker import ChatMasker
-from ..masking.policies import Encoded, find_policy
+from ..masking.policies import Encoding, find_policy
 from ..masking.targets import in_batches, in_turns, training_mask
 from ..masking.turns import Segment
 from .checks import Criterion, Finding, note
-from ..transcripts.holdout import heldout_kinds, shared
+from ..transcripts.holdout import heldout_kinds, count_shared
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e825abdf
-def find_window(ids: np.ndarray, encoded: Encoded) -> int | None:
+def find_window(ids: np.ndarray, encoding: Encoding) -> int | None:
     """Return where the token `ids` of a sample, int [n], begin in those of its transcript, or None if they
     are not a part of it."""
-    n, all_ids = len(ids), encoded.input_ids
+    n, all_ids = len(ids), encoding.input_ids
     starts = np.flatnonzero(all_ids[: len(all_ids) - n + 1] == ids[0]) if 0 < n <= len(all_ids) else ()
     return next((int(s) for s in starts if np.array_equal(all_ids[s : s + n], ids)), None)
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #82478d54
 @dataclass(frozen=True)
 class Placement:
-    """One sample on its transcript: `mask` bool [n] over the tokens of `encoded`, `wanted` what the policy
+    """One sample on its transcript: `mask` bool [n] over the tokens of `encoding`, `wanted` what the policy
     says there, `defects` of the mask (findings of `cbnb.masking.audit.mask_findings`)."""
 
     transcript: Transcript
-    encoded: Encoded
+    encoding: Encoding
     mask: np.ndarray
     wanted: np.ndarray
     defects: tuple
@@ -69,16 +69,16 @@ class Placement:
         return int((self.mask != self.wanted).sum())
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #62c2ad54
-def place_sample(sample: Sample, transcript: Transcript, encoded: Encoded, policy: str) -> Placement | None:
+def place_sample(sample: Sample, transcript: Transcript, encoding: Encoding, policy: str) -> Placement | None:
     "Return the `Placement` of a sample, or None if it is not a part of the transcript."
-    start, n = find_window(sample.input_ids, encoded), len(encoded.input_ids)
+    start, n = find_window(sample.input_ids, encoding), len(encoding.input_ids)
     if start is None:
         return None
     mask, inside = np.zeros(n, bool), np.zeros(n, bool)
     mask[start : start + len(sample.loss_mask)] = sample.loss_mask
     inside[start : start + len(sample.loss_mask)] = True
-    wanted = training_mask(encoded, transcript, policy) & inside
-    return Placement(transcript, encoded, mask, wanted, tuple(mask_findings(encoded, mask, transcript)))
+    targets = training_mask(encoding, transcript, policy) & inside
+    return Placement(transcript, encoding, mask, targets, tuple(mask_findings(encoding, mask, transcript)))
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e4d1e486
 def place_samples(
@@ -94,7 +94,7 @@ def place_samples(
     past: set[str] = set()
     last: str | None = None
     sample = next(rest, None)
-    for transcript, encoded in (in_turns if split_turns else in_batches)(transcripts, masker):
+    for transcript, encoding in (in_turns if split_turns else in_batches)(transcripts, masker):
         if last is not None and last != transcript.id:
             past.add(last)
         last = transcript.id
@@ -103,7 +103,7 @@ def place_samples(
             sample = next(rest, None)
         if sample is None or sample.transcript != transcript.id:
             continue
-        if placement := place_sample(sample, transcript, cast(Encoded, encoded), policy):
+        if placement := place_sample(sample, transcript, cast(Encoding, encoding), policy):
             yield placement
             sample = next(rest, None)
     while sample is not None:
@@ -163,16 +163,16 @@ class Survey:
     def add(self, x: Placement) -> None:
         "Count one placed sample."
         self.placed += 1
-        self.tokens += segment_counts(x.encoded.segments)
-        self.trained += segment_counts(x.encoded.segments[x.mask])
+        self.tokens += segment_counts(x.encoding.segments)
+        self.trained += segment_counts(x.encoding.segments[x.mask])
         self.kinds.update(f.kind for f in x.defects if f.kind not in NOTE_KINDS)
         self.first = {f.kind: (x.transcript.id, f.text) for f in x.defects} | self.first
         if x.wrong:
             self.wrong.append((x.transcript.id, x.wrong))
         self.labels[x.transcript.label] += 1
-        ends = ((a, b) for _, a, b, trained in trained_ends(x.encoded, x.mask) if trained)
-        self.ends.update(tuple(x.encoded.input_ids[a:b].tolist()) for a, b in ends)
-        self.calls.update(trained_calls(x.encoded, x.mask, x.transcript))
+        ends = ((a, b) for _, a, b, is_target in trained_ends(x.encoding, x.mask) if is_target)
+        self.ends.update(tuple(x.encoding.input_ids[a:b].tolist()) for a, b in ends)
+        self.calls.update(trained_calls(x.encoding, x.mask, x.transcript))
         insort(self.worst, (badness(x), self.placed, x))
         del self.worst[WORST:]
 
@@ -254,7 +254,7 @@ def adaptation_findings(transcripts: Sequence[Transcript], masker: ChatMasker) -
     lost = [t for t in some if not writes_all(masker, t)]
     if not lost:
         return [ADAPTATION.judge(0, total=len(some))]
-    best = propose([restore(t) for t in some], masker.adapted)
+    best = propose([restore(t) for t in some], masker.with_adaptations)
     way = "no adaptation helps, another chat_template may"
     if best["read"] > len(some) - len(lost):
         way = f"with adapt={','.join(best['names'])} it writes {best['read']} of {best['of']} in full"
@@ -485,7 +485,7 @@ def worst_strips(surveys: Iterable[Survey], masker: ChatMasker, strip: Callable)
     worst = sorted((item for result in surveys for item in result.worst), key=lambda item: item[0])
     return [
         strip(
-            x.encoded,
+            x.encoding,
             masker.tokenizer,
             (),
             masks={"trained": x.mask},
@@ -560,7 +560,7 @@ def heldout_findings(
     key that `by` (the setting `heldout_by`) keeps apart, a warning for another one but the suite.
     `left_out`: `{id: why}` as `cbnb.data.streams.load_streams` returns it."""
     apart, findings = {*heldout_kinds(by), "prompt"}, []
-    for kind, f in shared(training, list(heldout)).items():
+    for kind, f in count_shared(training, list(heldout)).items():
         if kind == "suite" and kind not in apart:
             continue
         verdict, because = ("fail", "") if kind in apart else ("warn", f"; heldout_by {by} asks for it")
@@ -614,17 +614,17 @@ GENERAL = Criterion(
 )
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #2004e465
-def kind_findings(trained: Counter, held_out: dict[str, Counter], more: Iterable[Finding]) -> list[Finding]:
+def kind_findings(by_kind: Counter, held_out: dict[str, Counter], more: Iterable[Finding]) -> list[Finding]:
     """Return findings on the kinds of benign transcripts that are `trained` and those that are `held_out`, by
     domain; `more` stand behind the first."""
-    missing = sorted(held_out["in_domain"].keys() - trained.keys())
-    beyond = sorted(held_out["off_domain"].keys() - trained.keys())
-    total, kinds = trained.total(), ", ".join(f"{n} {kind}" for kind, n in trained.most_common(8))
+    missing = sorted(held_out["in_domain"].keys() - by_kind.keys())
+    beyond = sorted(held_out["off_domain"].keys() - by_kind.keys())
+    total, kinds = by_kind.total(), ", ".join(f"{n} {kind}" for kind, n in by_kind.most_common(8))
     words = {"trained": kinds, "missing": ", no ".join(missing)}
     findings = [KINDS_COVERED.judge(len(missing), **words), *more]
-    if len(trained) < 2 and not missing:
-        findings.append(ONE_KIND.judge(len(trained), 2, **words))
-    general = trained["general"] + trained["answer without tools"]
+    if len(by_kind) < 2 and not missing:
+        findings.append(ONE_KIND.judge(len(by_kind), 2, **words))
+    general = by_kind["general"] + by_kind["answer without tools"]
     if beyond:
         findings.append(GENERAL_BEYOND.judge(len(beyond), beyond=", ".join(beyond)))
     else:
@@ -665,10 +665,10 @@ def check_coverage(
     trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a
     probe of `steps` steps; `more`: findings that were made elsewhere (`heldout_findings`). Fails where a kind
     is held out in the benign domain and not trained, or where the probe alone has torn it."""
-    trained, domains = Counter(kind_of(t) for t in benign), benign_by_domain(list(heldout))
+    kinds, domains = Counter(kind_of(t) for t in benign), benign_by_domain(list(heldout))
     held_out = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
-    findings = kind_findings(trained, held_out, more) + divergence_findings(divergence, config, steps)
+    findings = kind_findings(kinds, held_out, more) + divergence_findings(divergence, config, steps)
     columns = {f"held out, {d.replace('_', ' ')}": c for d, c in held_out.items()}
-    frame = pd.DataFrame({"trained": trained, **columns}).fillna(0).astype(int).rename_axis("kind")
+    frame = pd.DataFrame({"trained": kinds, **columns}).fillna(0).astype(int).rename_axis("kind")
     kl = {d: f["kl"] for d, f in divergence.items()}
-    return findings, {"trained": dict(trained), "heldout_kl": kl}, [frame]
+    return findings, {"trained": dict(kinds), "heldout_kl": kl}, [frame]

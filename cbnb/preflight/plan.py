@@ -198,14 +198,14 @@ def weight_bytes(student: PeftModel, quantize: str) -> int:
     """Return bytes of the frozen weights; with 4bit those of the blocks' linears take half a byte, and a
     float32 for each 64 of them."""
     frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
-    packed = [
+    buffers = [
         m.weight
         for b in decoder_blocks(student)
         for m in b.modules()
         if quantize == "4bit" and isinstance(m, nn.Linear) and id(m.weight) in frozen
     ]
-    rest = parameter_bytes(frozen.values()) - parameter_bytes(packed)
-    return rest + sum(p.numel() * 9 // 16 for p in packed)
+    rest = parameter_bytes(frozen.values()) - parameter_bytes(buffers)
+    return rest + sum(p.numel() * 9 // 16 for p in buffers)
 
 # %% ../../nbs/preflight/05_plan.ipynb #395d9dce
 @contextmanager
@@ -233,8 +233,8 @@ def state_width(student: PeftModel) -> int:
 # %% ../../nbs/preflight/05_plan.ipynb #69d4b0aa
 def final_norm(student: PeftModel) -> nn.Module | None:
     "Return what stands between the last block and the output layer, by its name; None where nothing does."
-    named = find_decoder(student).named_children()
-    return next((module for name, module in named if "norm" in name or name == "ln_f"), None)
+    children = find_decoder(student).named_children()
+    return next((module for name, module in children if "norm" in name or name == "ln_f"), None)
 
 # %% ../../nbs/preflight/05_plan.ipynb #f064c4d4
 @dataclass(frozen=True)
@@ -395,10 +395,10 @@ def card_finding(card: str, total: int, change: Callable[[float], str]) -> Findi
 def part_lines(plan: Plan, processes: int, fsdp: bool) -> Iterator[str]:
     "Yield the lines of a plan that say the bytes of its parts and the time of a step."
     weights = "weights, frozen" + (" (its part)" if fsdp else "")
-    gathered = [("weights brought together for a block", plan.gathered)] if fsdp else []
+    extra = [("weights brought together for a block", plan.gathered)] if fsdp else []
     parts = [
         (weights, plan.weights),
-        *gathered,
+        *extra,
         ("adapter, gradient and optimizer", plan.adapter),
         ("activations at the peak", plan.activations),
         ("  of which KL buffers at most", plan.kl),

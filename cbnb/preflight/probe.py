@@ -62,21 +62,21 @@ def growth(rows: list[dict], least: float = 1e-8, span: int = 8, start: float = 
     return (sum(recent[-half:]) - sum(recent[:half])) / half / (len(recent) - half) if half else 0.0
 
 # %% ../../nbs/preflight/01_probe.ipynb #32b13a92
-def steps_left(turned: float, goal: float, rate: float, at_floor: float) -> float:
+def steps_left(turn: float, goal: float, rate: float, at_floor: float) -> float:
     """Return how many steps it takes until 1 − loss_reroute, which is `turned`, is `goal`, at half the growth
     `rate`: 0 where it is, infinite where it does not grow or has not left the rounding floor `at_floor`."""
-    if turned >= goal:
+    if turn >= goal:
         return 0.0
-    if rate > 0 and turned > at_floor:
-        return 2 * math.log10(goal / max(turned, 1e-8)) / rate
+    if rate > 0 and turn > at_floor:
+        return 2 * math.log10(goal / max(turn, 1e-8)) / rate
     return math.inf
 
 # %% ../../nbs/preflight/01_probe.ipynb #db06aca3
 def force_of(rows: list[dict]) -> tuple[float, str]:
     """Return `(force, holder)` of an `Outlook` from the last diagnosed line of `rows`: infinite where nothing
     holds reroute back, 0 where there was no diagnosis."""
-    diagnosed = next((row for row in reversed(rows) if "grad_norm_reroute" in row), None)
-    pull, hold, holder = forces(diagnosed) if diagnosed else (0.0, 0.0, "retain")
+    entry = next((row for row in reversed(rows) if "grad_norm_reroute" in row), None)
+    pull, hold, holder = forces(entry) if entry else (0.0, 0.0, "retain")
     if hold > 0:
         return pull / hold, holder
     return (math.inf if pull > 0 else 0.0), holder
@@ -97,22 +97,22 @@ def outlook(rows: list[dict], config: CircuitBreakerConfig, floor: dict | None =
     if term.start is None or not depth(term) > 0:
         return Outlook(None, last["step"], math.nan, math.nan, math.inf)
     force, holder = force_of(rows)
-    turned = descent(term, last["loss_reroute"])
+    turn = descent(term, last["loss_reroute"])
     goal = max(1 - config.dead_level, 1e-3) * depth(term)
     at_floor = LIFTED * (floor or {}).get("reroute", 0.0)
     least = max(LEAST * depth(term), at_floor)
     rate = growth(rows, max(1e-8, at_floor), start=term.start)
-    opens_by = last["step"] + steps_left(turned, goal, rate, at_floor)
+    opens_by = last["step"] + steps_left(turn, goal, rate, at_floor)
     warm = last["step"] < config.warmup_steps and last["lr"] > 0
     warming = config.learning_rate / last["lr"] if warm else 1.0
-    on_its_way = turned > max(1e-5, least) and rate > 0 and opens_by <= config.total_steps
+    on_its_way = turn > max(1e-5, least) and rate > 0 and opens_by <= config.total_steps
     alive = None
     if last["step"] >= FIRST and last["loss_kl"] <= config.collapse_kl:
-        if turned >= goal or (force >= WINS and on_its_way):
+        if turn >= goal or (force >= WINS and on_its_way):
             alive = True
         elif force * warming < LOSES:
             alive = False
-    return Outlook(alive, last["step"], force, turned, opens_by, holder)
+    return Outlook(alive, last["step"], force, turn, opens_by, holder)
 
 # %% ../../nbs/preflight/01_probe.ipynb #c55e7781
 def settle(verdict: Outlook, config: CircuitBreakerConfig) -> Outlook:

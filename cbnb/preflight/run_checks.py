@@ -116,10 +116,10 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
 def schedule_rows(config: CircuitBreakerConfig, probe: Probe) -> list[dict]:
     """Return log lines of the whole schedule, in the order of steps: the coefficients at every step (at most
     500 of them), and at the first ones what the probe has measured."""
-    measured, every = {row["step"]: row for row in probe.rows}, max(1, config.total_steps // 500)
-    steps = sorted({*range(1, config.total_steps + 1, every), config.total_steps, *measured})
+    by_step, every = {row["step"]: row for row in probe.rows}, max(1, config.total_steps // 500)
+    steps = sorted({*range(1, config.total_steps + 1, every), config.total_steps, *by_step})
     return [
-        {"step": s} | dict(zip(("c_s", "c_r"), coefficients(config, s - 1))) | measured.get(s, {})
+        {"step": s} | dict(zip(("c_s", "c_r"), coefficients(config, s - 1))) | by_step.get(s, {})
         for s in steps
     ]
 
@@ -144,10 +144,10 @@ def gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term])
     largest = str(norms.idxmax()).removeprefix("norm_")
     titles = {t: terms[t].title.lower() for t in TERMS}
     shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in TERMS)
-    shut = largest == "kl" and not probe.outlook.alive
+    is_shut = largest == "kl" and not probe.outlook.alive
     words = {"step": frame.index[-1], "norms": shares, "largest": titles[largest]}
     words["weight"] = weight_words(terms["kl"])
-    return [KL_IS_LARGEST.judge(shut, False, **words)]
+    return [KL_IS_LARGEST.judge(is_shut, False, **words)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #6bc70527
 def check_weights(
@@ -192,10 +192,10 @@ def proposals(config: CircuitBreakerConfig, outlook: Outlook) -> list[dict]:
     late = config.total_steps < outlook.opens_by < 20 * config.total_steps
     steps = {"total_steps": math.ceil(1.5 * outlook.opens_by / 10) * 10} if late else {}
     if outlook.force < WINS:
-        ordered: list[dict[str, Any]] = [weight, rate, warmup, weight | rate if weight else {}]
+        changes: list[dict[str, Any]] = [weight, rate, warmup, weight | rate if weight else {}]
     else:
-        ordered = [steps, rate, weight, warmup]
-    return [change for change in ordered if change]
+        changes = [steps, rate, weight, warmup]
+    return [change for change in changes if change]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #a78e2cdb
 TORN = Criterion(
@@ -221,8 +221,8 @@ def torn_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding | None:
     ahead = foretell(probe.rows, kl, step / 2, 2 * step, 1e-30)
     if last > config.collapse_kl and not ahead <= config.collapse_kl:
         verdict = "fail" if config.beta_kl else "warn"
-        shown = format_number(last)
-        return TORN.judge(last, config.collapse_kl, otherwise=verdict, steps=step, shown=shown)
+        words = format_number(last)
+        return TORN.judge(last, config.collapse_kl, otherwise=verdict, steps=step, shown=words)
     return None
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #eefc8f6f
@@ -283,9 +283,9 @@ def proposal_findings(
     findings = []
     for change in proposals(config, outlook):
         words = " and ".join(f"{k} {v:g} instead of {getattr(config, k):g}" for k, v in change.items())
-        changed = replace(config, **change)
-        trial = again(changed)
-        lives = bool(trial.outlook.alive) and torn_finding(changed, trial) is None
+        proposal = replace(config, **change)
+        trial = again(proposal)
+        lives = bool(trial.outlook.alive) and torn_finding(proposal, trial) is None
         by = math.ceil(trial.outlook.opens_by) if lives else None
         findings.append(PROPOSAL.judge(lives, True, change=words, opens_by=by))
         if lives:
@@ -318,8 +318,8 @@ def check_alive(
     if probe.error:
         sentence = f"the probe ended with a loss that is no number: {probe.error}"
         return [Finding("outlook", UNKNOWN, sentence)], figures, ()
-    if torn := torn_finding(config, probe):
-        return [torn], figures, ()
+    if torn_log := torn_finding(config, probe):
+        return [torn_log], figures, ()
     finding = force_finding(config, probe)
     if math.isnan(outlook.turned):
         return [finding], figures | dict.fromkeys(("force", "turned", "opens_by", "alive")), ()
@@ -397,8 +397,8 @@ def judge_size(
     """Return the `Finding` on `size` bytes of the `there` that exist: a pass below the share `safe` of them,
     a warning up to the share `most`, else a fail."""
     verdict = "warn" if size < most * there else "fail"
-    shown = {"need": size_words(size), "there": size_words(there)}
-    return criterion.judge(size, safe * there, otherwise=verdict, **shown, **words)
+    sizes = {"need": size_words(size), "there": size_words(there)}
+    return criterion.judge(size, safe * there, otherwise=verdict, **sizes, **words)
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #01f4050b
 def device_memory() -> int:

@@ -150,8 +150,8 @@ def measure_kl(breaker: CircuitBreaker, batch: dict) -> dict:
                 forward, reverse, n = definition_of_kl(
                     ours, teacher, benign["loss_mask"], config.kl_temperature
                 )
-                parted = abs(forward - reverse) > 0.05 * max(forward, reverse) and forward > 1e-3
-                if parted or size == MOVES[-1]:
+                differ = abs(forward - reverse) > 0.05 * max(forward, reverse) and forward > 1e-3
+                if differ or size == MOVES[-1]:
                     loss = terms_of(breaker, batch)["loss_kl"].item()
                     break
     return {"loss_kl": loss, "forward": forward, "reverse": reverse, "targets": n, "size": size}
@@ -218,11 +218,11 @@ NOTHING_TRAINED = Finding(
 # %% ../../nbs/preflight/02_step_checks.ipynb #44548fa7
 def frozen_findings(breaker: CircuitBreaker) -> list[Finding]:
     "Return a finding on whether what the optimizer gets is the adapter, and nothing else."
-    trained = {name for name, p in breaker.named_parameters() if p.requires_grad}
-    foreign = sorted(name for name in trained if "lora_" not in name)
-    if not trained:
+    trainable = {name for name, p in breaker.named_parameters() if p.requires_grad}
+    foreign = sorted(name for name in trainable if "lora_" not in name)
+    if not trainable:
         return [NOTHING_TRAINED]
-    return [ONLY_ADAPTER.judge(len(foreign), first=next(iter(foreign), ""), trained=len(trained))]
+    return [ONLY_ADAPTER.judge(len(foreign), first=next(iter(foreign), ""), trained=len(trainable))]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #4baa8c87
 BASE_LOGITS = Criterion(
@@ -282,11 +282,11 @@ def untouched_findings(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor
         with context as teacher:
             again = plain_logits(teacher, benign)
             kl, noise = start_kl(breaker, batch, teacher)
-    changed = difference(again[mask], plain[mask])
+    change = difference(again[mask], plain[mask])
     in_use = [teacher_in_use(breaker, benign)[1] for _ in range(2)]
     off, spread = difference(in_use[0][mask], again[mask]), difference(*(t[mask] for t in in_use))
     return [
-        BASE_LOGITS.judge(changed, shown=format_number(changed)),
+        BASE_LOGITS.judge(change, shown=format_number(change)),
         TEACHER_LOGITS.judge(off + spread, off=format_number(off), spread=format_number(spread)),
         start_kl_finding(breaker, kl, noise),
     ]
@@ -362,25 +362,25 @@ def one_step_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     with restore_weights(breaker), set_mode(breaker, True):
         hidden, before = teacher_in_use(breaker, rows)
         leaks = sum(t.requires_grad for t in (*hidden.values(), before))
-        trained = [p for p in breaker.parameters() if p.requires_grad]
-        if not trained:
+        trainable = [p for p in breaker.parameters() if p.requires_grad]
+        if not trainable:
             return no_step("nothing can be trained, so no step was made")
         nudge(breaker.student, 0.01)
-        optimizer = torch.optim.AdamW(trained, lr=breaker.circuit_breaker_config.learning_rate)
-        old = [p.detach().clone() for p in trained]
+        optimizer = torch.optim.AdamW(trainable, lr=breaker.circuit_breaker_config.learning_rate)
+        old = [p.detach().clone() for p in trainable]
         terms = [t for t in terms_of(breaker, batch).values() if t.requires_grad]
         if not terms:
             return no_step("no term has a gradient in the adapter: it is not in the forward pass")
         torch.stack([t.reshape(()) for t in terms]).sum().backward()
-        reached = [n for n, p in breaker.named_parameters() if p.grad is not None and "lora_" not in n]
+        with_gradient = [n for n, p in breaker.named_parameters() if p.grad is not None and "lora_" not in n]
         optimizer.step()
-        stepped = any(not torch.equal(p, o) for p, o in zip(trained, old, strict=True))
+        moves = any(not torch.equal(p, o) for p, o in zip(trainable, old, strict=True))
         same = torch.equal(before[mask], teacher_in_use(breaker, rows)[1][mask])
         on, off = on_and_off(breaker, rows)
     return [
-        NO_LEAK.judge(len(reached), first=next(iter(reached), ""), more=len(reached) - 1),
+        NO_LEAK.judge(len(with_gradient), first=next(iter(with_gradient), ""), more=len(with_gradient) - 1),
         DETACHED.judge(leaks),
-        STEP.judge(same and stepped, True, fault=STEP_FAULTS[same, stepped]),
+        STEP.judge(same and moves, True, fault=STEP_FAULTS[same, moves]),
         ADAPTER_ACTS.judge(difference(on[mask], off[mask])),
     ]
 
@@ -600,8 +600,8 @@ def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], stream
     "Return the finding on whether the `gradients` of `term`, by pass, stand in the term's own stream alone."
     own, other = ("harmful", "benign") if term.name == "reroute" else ("benign", "harmful")
     foreign = {name for g, name in zip(gradients, streams) if not is_zero(g)} - {own}
-    reached = other if other in foreign else "other"
-    return OWN_ROWS.judge(len(foreign), term=name_in_text(term), other=other, reached=reached)
+    owner = other if other in foreign else "other"
+    return OWN_ROWS.judge(len(foreign), term=name_in_text(term), other=other, reached=owner)
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #992c8220
 def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
@@ -663,10 +663,10 @@ SURPRISE = Criterion(
 
 
 @torch.no_grad()
-def surprise(logits: torch.Tensor, rows: dict, chosen: torch.Tensor) -> float:
+def surprise(logits: torch.Tensor, rows: dict, ids: torch.Tensor) -> float:
     """Return the mean −log p in nats that `logits` [B, S, V] give the tokens of `rows` where `chosen` (bool
     [B, S]) is set; NaN for none."""
-    at = chosen[:, 1:]
+    at = ids[:, 1:]
     log_p = logits[:, :-1][at].double().log_softmax(-1).gather(-1, rows["input_ids"][:, 1:][at][:, None])
     return -log_p.mean().item() if len(log_p) else math.nan
 

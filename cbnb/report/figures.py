@@ -37,13 +37,13 @@ __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf'
 from ..basics.jsonfiles import RunError, write_owned
 from ..basics.numbers import floor_limit, format_number, rate_interval
 from ..basics.output import safe_output
-from ..basics.terminal import ended, say, sentence, visible
+from ..basics.terminal import run_program, say, sentence, visible
 from ..basics.withheld import cut, withhold
 from ..run.code import runs_folder
 from ..run.metrics import read_metrics
 from ..run.records import read_record
 from ..run.stages import read_status
-from ..step.objectives import Term, run_terms, unjudged
+from ..step.objectives import Term, run_terms, idle_alarms
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict[str, Any], terms: dict[str, Term] | None = None) -> str:
@@ -252,9 +252,9 @@ def all_notes(results: dict[str, dict[str, Any]]) -> list[str]:
     name that it is of."""
     notes = {name: result_notes(result) for name, result in results.items()}
     first = next(iter(notes.values()), [])
-    shared = [note for note in first if all(note in own for own in notes.values())]
-    return shared + [
-        f"{visible(name)}: {note}" for name, own in notes.items() for note in own if note not in shared
+    common = [note for note in first if all(note in own for own in notes.values())]
+    return common + [
+        f"{visible(name)}: {note}" for name, own in notes.items() for note in own if note not in common
     ]
 
 # %% ../../nbs/report/00_figures.ipynb #alarms01
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise wrong[-1]
         return 0
 
-    return ended(describe, "cbnb.report", (RunError, ValueError, OSError), folders)
+    return run_program(describe, "cbnb.report", (RunError, ValueError, OSError), folders)
 
 # %% ../../nbs/report/00_figures.ipynb #2abb9e40
 def as_float(value: object) -> float:
@@ -438,12 +438,12 @@ PanelOf = tuple[str, bool, dict[str, str], float]  # what `panels_of` says of on
 def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
     """Return the six panels of a run with these `terms` (`cbnb.step.objectives.run_terms`), each `(title, log
     axis?, {key of metrics.jsonl: name of its line}, smallest top of the axis)`; in reading order."""
-    weighted = {f"weighted_{name}": line for name, line in LINE_OF.items()}
+    terms_by_name = {f"weighted_{name}": line for name, line in LINE_OF.items()}
     norms = {f"grad_norm_{name}": line for name, line in LINE_OF.items()}
     reroute, retain, kl = (terms[name] for name in LINE_OF)
     return (
         (term_title(reroute), False, {"loss_reroute": "reroute"}, max(reroute.high or 0.0, 0.0)),
-        ("loss and its weighted terms; log axis", True, {"loss": "loss"} | weighted, 0.0),
+        ("loss and its weighted terms; log axis", True, {"loss": "loss"} | terms_by_name, 0.0),
         (term_title(retain), False, {"loss_retain": "retain"}, max(retain.high or 0.0, 0.0)),
         (coefficient_title(terms), False, {"c_s": "c_s", "c_r": "c_r"}, 0.0),
         (f"{kl.title}, {kl.unit}; log axis", True, {"loss_kl": "KL"}, 0.0),
@@ -531,10 +531,10 @@ def line(rows: list[dict[str, Any]], key: str, name: str, limits: list[float], l
     ends = low & (neighbours(low) < 2)
     dots = finite & ~low & ((neighbours(finite) == 0) | (key in SLOW and len(values) <= 100))
     colour, dash, width = STYLES[name]
-    shown = np.where(low, 10 ** limits[0], values) if log else values
+    heights = np.where(low, 10 ** limits[0], values) if log else values
     trace = go.Scatter(
         x=steps.astype(np.float32),
-        y=shown.astype(np.float32),
+        y=heights.astype(np.float32),
         name=name,
         mode="lines",
         showlegend=False,
@@ -1002,7 +1002,7 @@ def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     (result.json), in the words of its own terms (`terms_in`); return the path."""
     floor, folder = result.get("floor"), Path(folder)
     terms = terms_in(folder)
-    notes = told_of(result) + [f"note: {line}" for line in unjudged(terms)]
+    notes = told_of(result) + [f"note: {line}" for line in idle_alarms(terms)]
     if floor:
         notes.append(f"Rounding alone reads, in {floor_words(floor, terms)}.")
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)

@@ -352,8 +352,8 @@ def overlaid(runs: list, terms: dict[str, Term] | None = None) -> go.Figure:
             for run, text, steps, values in lines
         ]
         first = first_lines([text for _, text, _ in runs], traces)
-        named = [first[text] for text in texts if text in first][:12]
-        panels.append(Panel(title, log, traces, limits, (0, last), named=named))
+        labels = [first[text] for text in texts if text in first][:12]
+        panels.append(Panel(title, log, traces, limits, (0, last), named=labels))
     gap, right = (100, 84) if max(map(len, texts), default=0) <= 6 else (170, 150)
     summary = f"curves of {len(runs)} runs to step {last:g}, a colour each of: {'; '.join(texts[:12])}"
     return grid(panels, 2, 210, "step", summary, gap, right)
@@ -481,11 +481,11 @@ def arm(runs: pd.DataFrame, control: pd.DataFrame, measure: str, log: bool) -> t
     values = values[np.isfinite(values)]
     old = by_seed(control, measure)
     both = values.index.intersection(old.index[np.isfinite(old)])
-    paired = values[both] if len(both) else values
-    if not len(paired):
+    pairs = values[both] if len(both) else values
+    if not len(pairs):
         return math.nan, math.nan, math.nan
-    positive = log and (paired > 0).all()
-    centre = float(np.exp(np.log(paired).mean())) if positive else float(paired.mean())
+    positive = log and (pairs > 0).all()
+    centre = float(np.exp(np.log(pairs).mean())) if positive else float(pairs.mean())
     if not len(both) or runs.index.equals(control.index) or log and not (positive and (old[both] > 0).all()):
         return centre, math.nan, math.nan
     c = compare(runs, control, measure, "log" if log else "difference", 1)
@@ -563,7 +563,7 @@ def dose_panel(
     columns = [m for m in lines if any(m in d.runs and d.runs[m].notna().any() for d in places)]
     values = [dose.runs[m].to_numpy(dtype=float) for m in columns for dose in places]
     limits = axis_range(np.concatenate(values or [np.array([])]), log, top)
-    dots, means, named = [], [], []
+    dots, means, labels = [], [], []
     for j, measure in enumerate(columns):
         name, style = lines[measure], dose_style(lines[measure], j, len(columns))
         shift = (j - (len(columns) - 1) / 2) * 0.16
@@ -572,8 +572,8 @@ def dose_panel(
         for stratum in group:
             at, centres, arms = dose_means(places, stratum, measure, log)
             means.append(trace(at + shift, centres, style, name, limits, log, "lines+markers", 7, half=arms))
-        named.append(means[-1])
-    ends = named if len(columns) > 1 else []
+        labels.append(means[-1])
+    ends = labels if len(columns) > 1 else []
     return Panel(title, log, dots + means, limits, (-0.5, len(places) - 0.5), ticks, ends)
 
 # %% ../../nbs/report/02_sweep.ipynb #1d86f1e6
@@ -644,17 +644,17 @@ def against_traces(
 
 # %% ../../nbs/report/02_sweep.ipynb #e5d6334a
 def against_panel(
-    done: pd.DataFrame, parameter: str, values: list, measure: str, terms: dict[str, Term]
+    complete: pd.DataFrame, parameter: str, values: list, measure: str, terms: dict[str, Term]
 ) -> Panel:
     "Return the panel of `measure` against the `values` of `parameter`, over the finished runs `done`."
     log, at = measure in LOG, {value: i for i, value in enumerate(values)}
-    limits = axis_range(done[measure].to_numpy(dtype=float), log, 0 if log else 0.1)
+    limits = axis_range(complete[measure].to_numpy(dtype=float), log, 0 if log else 0.1)
     dots, means = [], []
     if parameter == "beta_kl":
-        parts = [("", PALETTE[1], done)]
+        parts = [("", PALETTE[1], complete)]
     else:
-        betas = sorted(done["beta_kl"].dropna().unique())[: len(PALETTE)]
-        parts = [(f"β {b:g}", PALETTE[j], done[done["beta_kl"] == b]) for j, b in enumerate(betas)]
+        betas = sorted(complete["beta_kl"].dropna().unique())[: len(PALETTE)]
+        parts = [(f"β {b:g}", PALETTE[j], complete[complete["beta_kl"] == b]) for j, b in enumerate(betas)]
     for name, colour, runs in parts:
         dot, mean = against_traces(runs, parameter, at, measure, (colour, "solid", 1.5), name, limits)
         dots.append(dot)
@@ -677,17 +677,17 @@ def against(
     that are done: a dot per run, a line through the means for each beta_kl; `terms` as in `overlaid`.
 
     The parameter's values stand in order and evenly. Raise KeyError for a column that is not there."""
-    done = frame[(frame["state"] == "done") & frame[parameter].notna()]
-    values = sorted(done[parameter].unique())
+    complete = frame[(frame["state"] == "done") & frame[parameter].notna()]
+    values = sorted(complete[parameter].unique())
     more, values = max(0, len(values) - PLACES), values[:PLACES]
-    done = done[done[parameter].isin(values)].sort_values(["seed", "run"])
+    complete = complete[complete[parameter].isin(values)].sort_values(["seed", "run"])
     panels = [
-        against_panel(done, parameter, values, measure, terms or run_terms())
+        against_panel(complete, parameter, values, measure, terms or run_terms())
         for measure in measures
-        if measure in done
+        if measure in complete
     ]
     omission = f"; {more} more values are left out" if more else ""
-    summary = f"{len(done)} finished runs against {parameter}{omission}"
+    summary = f"{len(complete)} finished runs against {parameter}{omission}"
     return grid(panels, min(3, len(panels)), 150, visible(parameter), summary, 96)
 
 # %% ../../nbs/report/02_sweep.ipynb #937a6596
@@ -925,10 +925,10 @@ def link_to(run: Path, folder: str | Path) -> str:
     return next((quote(os.path.relpath(name, folder)) for name in names if name and os.path.isfile(name)), "")
 
 # %% ../../nbs/report/02_sweep.ipynb #b6592a9c
-def verdict_entries(judged: list[Verdict]) -> list[tuple[str, list[dict[str, Any]]]]:
+def verdict_entries(results: list[Verdict]) -> list[tuple[str, list[dict[str, Any]]]]:
     "Return the verdicts `judged` for the page: `(label of a stratum, its checks)`, in the order of strata."
     entries: dict[str, list[dict[str, Any]]] = {}
-    for v in judged:
+    for v in results:
         rows = [comparison_cells(c) for c in v.comparisons]
         entry = {"title": CHECKS[v.check], "verdict": v.verdict, "why": v.why, "label": v.label, "rows": rows}
         entries.setdefault(v.label, []).append(entry)

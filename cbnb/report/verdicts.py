@@ -66,7 +66,7 @@ def planned_runs(folder: str | Path, notes: list[str]) -> dict[Path, dict[str, A
     except RunError as e:
         notes.append(f"{e}; the runs are those whose folders are there.")
         return {}
-    planned = {}
+    plans = {}
     for entry in plan.get("runs", ()):
         try:
             path = Path(folder) / check_name(entry["dir"])
@@ -76,8 +76,8 @@ def planned_runs(folder: str | Path, notes: list[str]) -> dict[Path, dict[str, A
                 "left out."
             )
         else:
-            planned[path] = entry["parameters"] if not fault("params.json", entry.get("parameters")) else {}
-    return planned
+            plans[path] = entry["parameters"] if not fault("params.json", entry.get("parameters")) else {}
+    return plans
 
 # %% ../../nbs/report/01_verdicts.ipynb #6a6a6dda
 def find_runs(folders: Iterable[str | Path], notes: list[str]) -> dict[Path, dict[str, Any]]:
@@ -138,8 +138,8 @@ def missing_steps(rows: list[dict[str, Any]], config: dict[str, Any]) -> tuple[i
     if not total or not every:
         return 0, 0
     there, ends = {row["step"] for row in rows}, {1, total}
-    expected = total // every + sum(1 for step in ends if step % every)
-    missing = expected - sum(1 for step in there if 0 < step <= total and (step in ends or step % every == 0))
+    count = total // every + sum(1 for step in ends if step % every)
+    missing = count - sum(1 for step in there if 0 < step <= total and (step in ends or step % every == 0))
     steps = itertools.chain([1], range(every, total + 1, every), [total])
     return (missing, next(step for step in steps if step not in there)) if missing else (0, 0)
 
@@ -239,11 +239,11 @@ def result_measures(result: dict[str, Any]) -> dict[str, float]:
 def drop_odd_values(parameters: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return `(parameters, sentences)`: the `parameters` of a run without values that their setting cannot
     have, and what is wrong with those. Of a notebook without `preset` every value is its own matter."""
-    known = SETTING if "preset" in parameters else {}
+    checks = SETTING if "preset" in parameters else {}
     odd = {
         k: words
         for k, v in parameters.items()
-        if v is not None and k in known and (words := next(iter(known[k](v, "")), ""))
+        if v is not None and k in checks and (words := next(iter(checks[k](v, "")), ""))
     }
     return {k: v for k, v in parameters.items() if k not in odd}, list(odd.values())
 
@@ -259,11 +259,11 @@ def log_fault(rows: list[dict[str, Any]], state: str, config: dict[str, Any]) ->
     whether figures of it count. Only a run whose `state` is done must have logged to its end."""
     total = as_float(config.get("total_steps"))
     last = max((float(row["step"]) for row in rows), default=math.nan)
-    unused = "so what is read from the log does not count"
+    effect = "so what is read from the log does not count"
     if wrong := order_fault(rows) or excess_step(rows, total):
-        return f"its metrics.jsonl {wrong}, {unused}", False
+        return f"its metrics.jsonl {wrong}, {effect}", False
     if state == "done" and last < total:
-        return f"its log ends at step {last:g} of {total:g}, {unused}", False
+        return f"its log ends at step {last:g} of {total:g}, {effect}", False
     number, first = missing_steps(rows, config) if state == "done" else (0, 0)
     if number:
         lines = f"{number} of the lines that logging_steps asks for"
@@ -301,7 +301,7 @@ def read_identity(path: Path, notes: list[str]) -> dict[str, Any]:
     return {"key": key.get("key"), "code": key.get("code", code.get("source")), "data": key.get("data")}
 
 # %% ../../nbs/report/01_verdicts.ipynb #0250e8f4
-def read_run(path: str | Path, planned: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def read_run(path: str | Path, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Return `(row, parameters, notes)` of the run directory `path`: what the frame holds, what params.json
     says (before it is there, what was planned), and what is missing. Never raises: a torn file is as good as
     none, with a note."""
@@ -312,7 +312,7 @@ def read_run(path: str | Path, planned: dict[str, Any]) -> tuple[dict[str, Any],
         read_or_note(notes, read_record, path / f"{name}.json") for name in ("params", "config", "result")
     )
     identity, state = read_identity(path, notes), run_state(path, status, bool(unread))
-    parameters, odd = drop_odd_values(parameters or planned)
+    parameters, odd = drop_odd_values(parameters or plan)
     if odd:
         state, unread = "unreadable", f"params.json is not in order ({odd[0]})"
         notes.append(f"{unread}: what it says of that is left out")
@@ -370,21 +370,21 @@ def parameter_column(values: list[Any]) -> list[Any]:
     return [plain_text(v) for v in values]
 
 # %% ../../nbs/report/01_verdicts.ipynb #e4f2795e
-def name_run(path: Path, taken: Iterable[str]) -> str:
+def name_run(path: Path, others: Iterable[str]) -> str:
     "Return the shortest name of the run at `path` that is not `taken`: its folder, with its sweep, its path."
     names = [visible(name) for name in (path.name, f"{path.parent.name}/{path.name}", str(path))]
-    taken = set(taken)
-    return next((name for name in names if name not in taken), f"{names[-1]} ({len(taken)})")
+    others = set(others)
+    return next((name for name in names if name not in others), f"{names[-1]} ({len(others)})")
 
 # %% ../../nbs/report/01_verdicts.ipynb #dd1444db
-def differing_parameters(given: list[dict[str, Any]], whole: list[bool]) -> list[str]:
+def differing_parameters(rows: list[dict[str, Any]], whole: list[bool]) -> list[str]:
     """Return the names of parameters in which runs differ, in their order: `given` those of each run, `whole`
     whether they are all of its parameters. `OF_EACH_RUN` always differ where they are there."""
-    names = list(dict.fromkeys(key for parameters in given for key in parameters))
+    names = list(dict.fromkeys(key for parameters in rows for key in parameters))
     texts = {
         key: {
             json.dumps(parameters.get(key), sort_keys=True, default=str)
-            for parameters, full in zip(given, whole, strict=True)
+            for parameters, full in zip(rows, whole, strict=True)
             if key in parameters or full
         }
         for key in names
@@ -416,20 +416,20 @@ def read_sweep(folders: Iterable[str | Path], name: str = "") -> Sweep:
     """Read all runs of `folders` (see `find_runs`). Whatever is torn or missing is a note; raise RunError
     only where there is no run at all."""
     places, notes = [Path(f).resolve() for f in folders], list[str]()
-    rows, given, paths, common = [], [], dict[str, Path](), dict[str, Any]()
-    for path, planned in find_runs(places, notes).items():
-        row, parameters, more = read_run(path, planned)
+    rows, own, paths, common = [], [], dict[str, Path](), dict[str, Any]()
+    for path, plan in find_runs(places, notes).items():
+        row, parameters, more = read_run(path, plan)
         row["run"] = name_run(path, paths)
         paths[row["run"]] = path
         notes += [f"{row['run']}: {note}" for note in more]
         rows.append(row)
-        given.append(parameters)
+        own.append(parameters)
         common |= {key: value for key, value in parameters.items() if key not in common}
     if not rows:
         raise RunError(
             f"{', '.join(map(str, places))} holds no run: give the folder of a sweep, or run directories"
         )
-    differ = differing_parameters(given, [os.path.isfile(path / "params.json") for path in paths.values()])
+    differ = differing_parameters(own, [os.path.isfile(path / "params.json") for path in paths.values()])
     frame, columns = sweep_frame(rows, differ)
     return Sweep(
         visible(name or places[0].name),
@@ -475,9 +475,9 @@ def specimen_row(
     retain, kl = on * figures["loss_retain"] * wobble, figures["loss_kl"] * max(on, 1e-6) * wobble
     row |= {"loss_reroute": reroute, "loss_retain": retain, "loss_kl": kl}
     row["grad_norm_total"] = figures["grad_norm"] * wobble
-    weighted = {"reroute": c_s * reroute, "retain": 0.01 * c_r * retain, "kl": c_r * beta * kl}
-    row |= {f"weighted_{name}": value for name, value in weighted.items()}
-    row |= {"loss": sum(weighted.values()), "c_s": c_s, "c_r": c_r}
+    shares = {"reroute": c_s * reroute, "retain": 0.01 * c_r * retain, "kl": c_r * beta * kl}
+    row |= {f"weighted_{name}": value for name, value in shares.items()}
+    row |= {"loss": sum(shares.values()), "c_s": c_s, "c_r": c_r}
     if step % 10 == 0:
         norms = {"reroute": 0.4 * wobble, "retain": 0.2 * wobble, "kl": 0.1 * beta * wobble}
         row |= {f"grad_norm_{name}": value for name, value in norms.items()}
@@ -691,9 +691,9 @@ def same(column: pd.Series, value: object) -> pd.Series:
 # %% ../../nbs/report/01_verdicts.ipynb #182c3d8d
 def apart(sweep: Sweep) -> list[str]:
     "Return the columns by which the sweep's runs split into strata."
-    done = sweep.frame[sweep.frame["state"] == "done"]
+    runs = sweep.frame[sweep.frame["state"] == "done"]
     return [c for c in sweep.parameters if c not in OF_EACH_RUN] + [
-        c for c in ("data", "code") if done[c].nunique(dropna=False) > 1
+        c for c in ("data", "code") if runs[c].nunique(dropna=False) > 1
     ]
 
 # %% ../../nbs/report/01_verdicts.ipynb #f4f6ccc4
@@ -709,12 +709,12 @@ def borrow_control(
     """Return `(control, unfinished)` of the stratum among `keys` that differs from `key` in `kl_temperature`
     only, the one nearest to 1 that has finished runs at 0; both empty without one. `unfinished`: indices of
     runs there that are not finished and may be at 0."""
-    done, rest = (
+    complete, rest = (
         sweep.frame[hit] for hit in (sweep.frame["state"] == "done", sweep.frame["state"] != "done")
     )
-    controls = done[(done["beta_kl"] == 0) & done["seed"].notna()]
-    fixed = [c for c in columns if c != "kl_temperature"]
-    others = [k for k in keys if all(same(pd.Series([k[c]]), key[c]).item() for c in fixed)]
+    controls = complete[(complete["beta_kl"] == 0) & complete["seed"].notna()]
+    constants = [c for c in columns if c != "kl_temperature"]
+    others = [k for k in keys if all(same(pd.Series([k[c]]), key[c]).item() for c in constants)]
 
     def distance(k: pd.Series) -> tuple[float, str]:
         return abs(as_float(k["kl_temperature"]) - 1), str(k["kl_temperature"])
@@ -739,23 +739,23 @@ def strata(sweep: Sweep) -> list[Stratum]:
     A stratum without a control takes that of one which differs in `kl_temperature` only, the nearest to 1
     (`borrow_control`). A run that is not finished counts as unfinished wherever it may belong."""
     frame, columns = sweep.frame, apart(sweep)
-    done = frame[(frame["state"] == "done") & frame["beta_kl"].notna() & frame["seed"].notna()]
+    complete = frame[(frame["state"] == "done") & frame["beta_kl"].notna() & frame["seed"].notna()]
     rest = frame[frame["state"] != "done"]
-    table = done[columns].drop_duplicates() if columns else done[columns].head(1)
+    table = complete[columns].drop_duplicates() if columns else complete[columns].head(1)
     if columns:
         table = table.sort_values(columns, key=lambda c: c if c.dtype.kind == "f" else c.astype(str))
     parts, keys = [], [key for _, key in table.iterrows()]
     for key in keys:
-        runs, borrowed = members(done, columns, key), False
+        runs, is_borrowed = members(complete, columns, key), False
         control = runs[runs["beta_kl"] == 0]
-        unfinished = set(members(rest, columns, key, lenient=True).index)
+        open_runs = set(members(rest, columns, key, lenient=True).index)
         if control.empty and "kl_temperature" in columns:
             control, more = borrow_control(sweep, columns, key, keys)
-            borrowed, unfinished = len(control) > 0, unfinished | more
+            is_borrowed, open_runs = len(control) > 0, open_runs | more
         levels = {float(b): runs[runs["beta_kl"] == b] for b in sorted(runs["beta_kl"].unique()) if b > 0}
-        number = len(unfinished | set(rest.index[rest["beta_kl"].isna()]))
+        number = len(open_runs | set(rest.index[rest["beta_kl"].isna()]))
         onset = sweep.without_onset.isdisjoint([*control["run"], *runs["run"]])
-        parts.append(Stratum(label_stratum(columns, key), control, levels, number, borrowed, onset))
+        parts.append(Stratum(label_stratum(columns, key), control, levels, number, is_borrowed, onset))
     return parts
 
 # %% ../../nbs/report/01_verdicts.ipynb #c3dd9fed
@@ -893,8 +893,11 @@ def check_reroute(s: Stratum) -> Verdict:
     attack = [
         c for pair in zip(compare_all("attack_success"), compare_all("attack_success_lax")) for c in pair
     ]
-    judged = [(c, COSINE_MARGIN) for c in cosine] + [(c, ONSET_MARGIN) for c in onset]
-    inside, outside = [c.high < margin for c, margin in judged], [c.low_any > margin for c, margin in judged]
+    changes = [(c, COSINE_MARGIN) for c in cosine] + [(c, ONSET_MARGIN) for c in onset]
+    inside, outside = (
+        [c.high < margin for c, margin in changes],
+        [c.low_any > margin for c, margin in changes],
+    )
     verdict = decide([s.onset, *inside], outside, s, cosine + onset)
     a = worst(cosine)
     why = (
@@ -1139,15 +1142,15 @@ def advise(s: Stratum) -> list[Advice]:
     levels = ({} if s.borrowed else {0.0: s.control}) | s.levels
     m = len(levels) * (len([c for c in s.control.columns if c.startswith("exact_match_")]) + 2)
     changes, harms = benign_changes(levels, m), {beta: harm_of(s, beta, m) for beta in levels}
-    covered = {beta: [c for c in cs if not is_off_domain(c)] for beta, cs in changes.items()}
+    on_domain = {beta: [c for c in cs if not is_off_domain(c)] for beta, cs in changes.items()}
     safe = [
         beta
-        for beta, cs in covered.items()
+        for beta, cs in on_domain.items()
         if cs and all(c.low > -BENIGN_MARGIN for c in cs) and not harms[beta]
     ]
     advices = []
     for beta in levels:
-        loss = [c for c in covered[beta] if c.high_any < -BENIGN_MARGIN]
+        loss = [c for c in on_domain[beta] if c.high_any < -BENIGN_MARGIN]
         advices += advise_at(s, beta, harms[beta], loss, [b for b in safe if b > beta])
     return advices + advise_data(s, changes)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..basics.jsonfiles import RunError
 from ..basics.output import safe_output
-from ..basics.terminal import ended, say
+from ..basics.terminal import run_program, say
 from .directory import close_run
 
 # %% auto #0
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(close_run(*words[1:]))
         return 0
 
-    return ended(close, "cbnb.run", (RunError, ValueError, OSError), words)
+    return run_program(close, "cbnb.run", (RunError, ValueError, OSError), words)
 
 # %% ../../nbs/run/07_main.ipynb #mainend1
 if __name__ == "__main__" and "__file__" in globals():

@@ -75,8 +75,8 @@ def code_state(limit: int = 1_000_000) -> dict[str, Any]:
     `source` is its `source_hash` and always present. `commit`, and the `diff` against it (without secrets,
     about `limit` bytes at most), are None where git does not track the package. The state names no remote and
     no environment."""
-    tracked = git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is not None
-    commit = git(PACKAGE, "rev-parse", "--verify", "HEAD") if tracked else None
+    in_git = git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is not None
+    commit = git(PACKAGE, "rev-parse", "--verify", "HEAD") if in_git else None
     diff = git(PACKAGE, "diff", "--no-ext-diff", "--no-textconv", "HEAD", limit=limit + 1) if commit else None
     return {
         "version": cbnb.__version__,

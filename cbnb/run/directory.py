@@ -131,8 +131,8 @@ def next_attempt(path: Path, parameters: dict[str, Any]) -> Run:
             f"{path} is running on {where}: wait for it or create a file 'stop' in it; "
             "if it is gone, change the state in its status.json to interrupted"
         )
-    started = status.get("state") not in (None, "queued")
-    return Run(path, status.get("attempt", 0) + 1 if started else 1, started and has_checkpoint(path))
+    has_begun = status.get("state") not in (None, "queued")
+    return Run(path, status.get("attempt", 0) + 1 if has_begun else 1, has_begun and has_checkpoint(path))
 
 # %% ../../nbs/run/06_directory.ipynb #5db526dd
 def check_unshared(path: Path) -> None:
@@ -270,10 +270,10 @@ def refusal(record: dict[str, Any] | None) -> str:
             or "nothing was looked at"
         )
 
-    failed = [
+    failures = [
         f"{check['name']} ({points(check)[:600]})" for check in record["checks"] if check["verdict"] == "fail"
     ]
-    return "pre-flight refuses this run: " + ("; ".join(failed) or "not all of its checks were made")
+    return "pre-flight refuses this run: " + ("; ".join(failures) or "not all of its checks were made")
 
 # %% ../../nbs/run/06_directory.ipynb #close001
 def close_run(path: str | Path, code: int | str, why: str = "") -> str:

@@ -140,21 +140,21 @@ def tell_engine() -> None:
 PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # what papermill --inject-paths adds
 
 # %% ../../nbs/run/02_parameters.ipynb #00dac269
-def check_injected(namespace: Mapping[str, Any], declared: Mapping[str, str]) -> bool:
+def check_injected(namespace: Mapping[str, Any], parameters: Mapping[str, str]) -> bool:
     """Return whether papermill injected values. Raise `ParameterError` for a name among them that is not
     `declared`, with the nearest valid name, and for values that the defaults overwrote."""
-    injected, position = injected_parameters(namespace)
-    for name in set(injected) - PAPERMILL_PATHS:
-        if name not in declared:
+    values, position = injected_parameters(namespace)
+    for name in set(values) - PAPERMILL_PATHS:
+        if name not in parameters:
             raise ParameterError(
-                f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}"
+                f"unknown parameter {name!r}{nearest(name, parameters) or '; known are ' + ', '.join(parameters)}"
             )
-    if injected and not any(annotated_lines(source) for source in namespace["In"][:position]):
+    if values and not any(annotated_lines(source) for source in namespace["In"][:position]):
         raise ParameterError(
             "the injected values came first and the defaults overwrote them: tag the cell with the defaults "
             "'parameters'"
         )
-    return bool(injected)
+    return bool(values)
 
 # %% ../../nbs/run/02_parameters.ipynb #strict02
 def strict_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
@@ -167,21 +167,23 @@ def strict_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     (`cbnb.basics.withheld.guard`). Raises `ParameterError` for an injected name that is not declared (with
     the nearest valid name), a wrong type, a secret, or injected values that the defaults overwrote."""
     guard()
-    declared = declared_parameters(namespace)
-    if not declared:
+    parameters = declared_parameters(namespace)
+    if not parameters:
         raise ParameterError(
             "no parameter is declared: the cell tagged 'parameters' holds only lines such as 'seed: int = 0 "
             " # meaning'"
         )
-    injected = check_injected(namespace, declared)
-    types = {name: parameter_types(name, text) for name, text in declared.items()}
+    has_injection = check_injected(namespace, parameters)
+    types = {name: parameter_types(name, text) for name, text in parameters.items()}
     values = {
-        name: convert_parameter(name, types[name], namespace[name]) for name in declared if name in namespace
+        name: convert_parameter(name, types[name], namespace[name])
+        for name in parameters
+        if name in namespace
     }
-    if bare := set(declared) - set(values):
+    if bare := set(parameters) - set(values):
         raise ParameterError(f"parameter {min(bare)!r} has no default: write one")
     refuse_secrets(values)
-    if injected:
+    if has_injection:
         tell_engine()
     namespace.update(values)
     tame_kernel()

@@ -137,13 +137,13 @@ def follow(
         save(book, path)
 
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
-def cells_so_far(source: Any, executed: list[str]) -> list[str]:
+def cells_so_far(source: Any, sources: list[str]) -> list[str]:
     """Return those of the `executed` cells' sources that belong to this run of the `source` notebook.
 
     They are all from the last execution of its first code cell on; all of them without a `source`."""
     first = next((cell.source for cell in source.cells if cell.cell_type == "code"), None) if source else None
-    starts = [i for i, code in enumerate(executed) if code == first]
-    return executed[starts[-1] if starts else 0 :]
+    starts = [i for i, code in enumerate(sources) if code == first]
+    return sources[starts[-1] if starts else 0 :]
 
 # %% ../../nbs/run/09_recorder.ipynb #5d34124a
 @dataclass

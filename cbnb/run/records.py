@@ -173,7 +173,7 @@ def mapping(check: ValueCheck, most: int = 10_000) -> ValueCheck:
     return check_value
 
 # %% ../../nbs/run/01_records.ipynb #93c009cc
-def fields(checks: dict[str, ValueCheck], *needed: str) -> ValueCheck:
+def fields(checks: dict[str, ValueCheck], *required_names: str) -> ValueCheck:
     """Return a check for an object whose fields pass the `checks` of their names.
 
     The fields `needed` must be there. A field without a check may be of another version and only has to be a
@@ -183,11 +183,11 @@ def fields(checks: dict[str, ValueCheck], *needed: str) -> ValueCheck:
         if not isinstance(value, dict):
             yield wants(where, "an object", value)
             return
-        for name in needed:
+        for name in required_names:
             if value.get(name) is None:
                 yield f"{where or 'it'} has no {name}"
         for name, entry in value.items():
-            if entry is None and name in needed:
+            if entry is None and name in required_names:
                 continue  # reported above
             yield from checks.get(name, plain_value)(entry, f"{where}.{brief(name)}".lstrip("."))
 

@@ -168,9 +168,9 @@ def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) 
     own = PRESETS[preset].model
     if preset != "tinyagent" or model is None or model == own:
         return preset
-    published = {config.model: name for name, config in PRESETS.items()}
-    if model in published:
-        return published[model]
+    presets = {config.model: name for name, config in PRESETS.items()}
+    if model in presets:
+        return presets[model]
     return preset if model_facts(model, trust_remote_code)[:3] == model_facts(own)[:3] else PUBLISHED
 
 # %% ../../nbs/run/12_settings.ipynb #52cd95f4
@@ -192,15 +192,15 @@ def settings_by_rule(
 def shape_notes(preset: str, model: str, trust_remote_code: bool) -> list[str]:
     """Return a sentence where `model` is of another shape than the model of `preset`, or where its shape
     cannot be read; else an empty list."""
-    published = PRESETS[preset].model
+    own_model = PRESETS[preset].model
     try:
-        facts, fit = model_facts(model, trust_remote_code), model_facts(published)
+        facts, fit = model_facts(model, trust_remote_code), model_facts(own_model)
     except OSError as e:
         return [f"whether the preset {preset} fits {model} was not looked at: {e}"]
     if facts[:3] == fit[:3]:
         return []
     return [
-        f"the preset {preset} is for {published} ({fit}), and {model} is another model ({facts}): its "
+        f"the preset {preset} is for {own_model} ({fit}), and {model} is another model ({facts}): its "
         "layers, rank and learning rate were not made for it; leave preset out, and they follow from the "
         "model's depth and width"
     ]
@@ -402,8 +402,8 @@ def has_changed(tokenizer: PreTrainedTokenizerBase, source: str, chat_template: 
 def masker_notes(masker: ChatMasker) -> list[str]:
     """Return sentences on what `masker` does to every conversation: a date that is pinned, adaptations."""
     notes = []
-    pinned = "strftime_now" in template_inputs(template_of(masker))
-    if pinned and not any("date" in name for name in masker.template_variables):
+    has_date = "strftime_now" in template_inputs(template_of(masker))
+    if has_date and not any("date" in name for name in masker.template_variables):
         notes.append(
             "the chat template asks for today's date: in masks, prompts and answers it is always "
             f"{FROZEN_NOW:%-d %B %Y}; template_variables sets another "

@@ -248,16 +248,16 @@ def run_progress(path: Path, status: dict[str, Any]) -> tuple[dict[str, int | No
     and what could not be read.
 
     The time left is estimated from the steps of this attempt; one of over ten years counts as not known."""
-    row, torn = last_row(path)
+    row, is_torn = last_row(path)
     (total, unread), step = planned_steps(path), row.get("step")
     seconds: int | None = None
     own_steps = (step or 0) - (status.get("resumed_step") or 0)
     if status.get("state") == "running" and total and own_steps > 0 and status.get("training_started"):
-        elapsed = datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])
-        seconds = max(0, round(elapsed.total_seconds() / own_steps * (total - (step or 0))))
+        duration = datetime.now(timezone.utc) - datetime.fromisoformat(status["training_started"])
+        seconds = max(0, round(duration.total_seconds() / own_steps * (total - (step or 0))))
         if seconds > TEN_YEARS:
             seconds = None
-    return {"step": step, "total_steps": total, "seconds_left": seconds}, [*filter(None, (torn, unread))]
+    return {"step": step, "total_steps": total, "seconds_left": seconds}, [*filter(None, (is_torn, unread))]
 
 # %% ../../nbs/run/08_status.ipynb #c166415c
 def read_quietly(path: str | Path) -> tuple[dict[str, Any], str]:

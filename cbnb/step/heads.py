@@ -23,8 +23,8 @@ from .losses import accumulate, token_kl
 from .models import base_model, decoder_blocks, find_decoder, full_weight, teacher_mode
 
 # %% auto #0
-__all__ = ['SCALES', 'WideLinear', 'by_constant', 'transforms', 'own_logits', 'Head', 'trace_ends', 'explained', 'plain_linear',
-           'describe_head', 'find_head', 'head_kl', 'teacher_logits']
+__all__ = ['SCALES', 'WideLinear', 'by_constant', 'transforms', 'own_logits', 'Head', 'trace_ends', 'explain_logits',
+           'plain_linear', 'describe_head', 'find_head', 'head_kl', 'teacher_logits']
 
 # %% ../../nbs/step/06_heads.ipynb #9373577e
 class WideLinear(torch.autograd.Function):
@@ -147,7 +147,9 @@ def trace_ends(causal_lm: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, 
     )
 
 # %% ../../nbs/step/06_heads.ipynb #fc5df4f2
-def explained(model: nn.Module, product: torch.Tensor, logits: torch.Tensor) -> tuple[str, Callable] | None:
+def explain_logits(
+    model: nn.Module, product: torch.Tensor, logits: torch.Tensor
+) -> tuple[str, Callable] | None:
     """Return which of `transforms`, `(name, function)`, makes the `product` [n, V] of a model's output layer
     its own `logits` [n, V], to 1e-4 of the largest (in bfloat16 to two roundings); None if none does, or
     where logits are NaN or infinite."""
@@ -195,7 +197,7 @@ def describe_head(
         bias = 0 if layer.bias is None else full_weight(layer.bias).to(torch.float32)
         return WideLinear.apply(h, full_weight(layer.weight)) + bias
 
-    if (match := explained(causal_lm, product(hidden), theirs)) is None:
+    if (match := explain_logits(causal_lm, product(hidden), theirs)) is None:
         return by_own_code("its logits are more than the product of its output layer")
     name, f = match
     reasons = ["its output layer has a bias"] if layer.bias is not None else []

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 # %% auto #0
-__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'named', 'auto_classes', 'check_code', 'attention_names', 'read_config',
-           'read_tokenizer', 'model_class', 'empty_model', 'read_model', 'fetch_adapter', 'read_adapter',
+__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'name_failures', 'auto_classes', 'check_code', 'attention_names',
+           'read_config', 'read_tokenizer', 'model_class', 'empty_model', 'read_model', 'fetch_adapter', 'read_adapter',
            'fill_adapter']
 
 # %% ../../nbs/step/03_loaders.ipynb #8cdc79bb
@@ -69,7 +69,7 @@ def resolve_model(name_or_path: str) -> str:
 
 # %% ../../nbs/step/03_loaders.ipynb #67d619eb
 @contextmanager
-def named(name_or_path: str) -> Iterator[None]:
+def name_failures(name_or_path: str) -> Iterator[None]:
     """Turn what a loader raises inside into one sentence that begins with the name asked for: an OSError (not
     there, not in the cache, no network) stays one, anything else (an architecture that this transformers does
     not know, a damaged tokenizer) becomes a ConfigError; a ConfigError stays as it is."""
@@ -134,11 +134,11 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     one that is code, unless `trust_remote_code`, for one that asks for attention kernels from a hub, which
     are code, too, and for what transformers does not know; OSError for one that is not there."""
     place = resolve_model(name)
-    with named(name):
+    with name_failures(name):
         settings, _ = PretrainedConfig.get_config_dict(place)
         own = [CONFIG_MAPPING_NAMES.get(str(settings.get("model_type")))]
     check_code(name, "configuration", auto_classes(settings, "AutoConfig"), own, trust_remote_code)
-    with named(name):
+    with name_failures(name):
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     kernels = [kernel for kernel in attention_names(config) if "/" in str(kernel)]
     if kernels and not trust_remote_code:
@@ -154,7 +154,7 @@ def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """Return the tokenizer of `name`, as it is. Raises ConfigError for one that is code, unless
     `trust_remote_code`, and for what transformers does not know; OSError for one that is not there."""
     place = resolve_model(name)
-    with named(name):
+    with name_failures(name):
         classes = auto_classes(get_tokenizer_config(place), "AutoTokenizer")
         names = [reference.rpartition(".")[2] for reference in classes]
         own = [name for name in names if tokenizer_class_from_name(name) is not None]
@@ -164,7 +164,7 @@ def read_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
             if settings.get("model_type") in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
                 classes = []
     check_code(name, "tokenizer", classes, own, trust_remote_code)
-    with named(name):
+    with name_failures(name):
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 # %% ../../nbs/step/03_loaders.ipynb #696d5645
@@ -197,7 +197,7 @@ def empty_model(
     """Return the model of `config`, the configuration of `name` or a part of it, without weights from
     anywhere; `more` as `from_config` takes it. Raises as `model_class`."""
     auto = model_class(name, config, trust_remote_code)
-    with named(name):
+    with name_failures(name):
         return auto.from_config(config, trust_remote_code=trust_remote_code, **more)
 
 # %% ../../nbs/step/03_loaders.ipynb #131bb5cd
@@ -206,7 +206,7 @@ def read_model(name: str, trust_remote_code: bool = False, **more: Any) -> PreTr
     Raises ConfigError as `read_config` and `model_class`, and for a folder that is or carries an adapter;
     OSError for one that is not there."""
     place = resolve_model(name)
-    with named(name):
+    with name_failures(name):
         adapter = find_adapter_config_file(place)
     if adapter:
         raise ConfigError(
@@ -214,7 +214,7 @@ def read_model(name: str, trust_remote_code: bool = False, **more: Any) -> PreTr
             "(peft's merge_and_unload), save that, and give the new folder."
         )
     auto = model_class(name, read_config(name, trust_remote_code), trust_remote_code)
-    with named(name):
+    with name_failures(name):
         return auto.from_pretrained(place, use_safetensors=True, trust_remote_code=trust_remote_code, **more)
 
 # %% ../../nbs/step/03_loaders.ipynb #8d028c38
@@ -258,7 +258,7 @@ def read_adapter(folder: str | Path, trust_remote_code: bool = False) -> PeftCon
         raise ConfigError(
             f"the adapter {folder} names others that would be loaded beside it: give one of them by itself."
         )
-    with named(str(folder)):
+    with name_failures(str(folder)):
         return PeftConfig.from_pretrained(str(folder))
 
 # %% ../../nbs/step/03_loaders.ipynb #126424c7

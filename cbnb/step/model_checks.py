@@ -22,8 +22,8 @@ from .models import base_model, find_decoder, forward_with_hidden_states, in_wor
 from .passes import both_passes
 
 # %% auto #0
-__all__ = ['two_rows', 'off', 'tolerance', 'shaken', 'check_causal', 'check_states', 'states_and_gradients', 'check_saving',
-           'check_savings', 'check_tied', 'check_model', 'check_packing']
+__all__ = ['two_rows', 'off', 'tolerance', 'shake_adapter', 'check_causal', 'check_states', 'states_and_gradients',
+           'check_saving', 'check_savings', 'check_tied', 'check_model', 'check_packing']
 
 # %% ../../nbs/step/07_model_checks.ipynb #e6acfcc7
 def two_rows(model: nn.Module) -> dict:
@@ -55,7 +55,7 @@ def tolerance(model: nn.Module) -> float:
 
 # %% ../../nbs/step/07_model_checks.ipynb #ca152250
 @contextmanager
-def shaken(student: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
+def shake_adapter(student: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Make the adapter do something inside (a fresh one is a no-op), in training mode without anything drawn
     by chance; yield what is trained, by name. Afterwards all is as before."""
     weights = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -217,7 +217,7 @@ def check_savings(student: PeftModel, config: CircuitBreakerConfig) -> None:
     savings = [s for s in ("early_exit", "shared_prefix") if s in config.savings]
     # an adapter on the output layer moves no state
     within = {id(p) for p in find_decoder(student).parameters()}
-    with shaken(student) as weights:
+    with shake_adapter(student) as weights:
         for final in (True, False):
             reference, truth = states_and_gradients(
                 student, replace(config, savings=("none",)), norm, final, weights
@@ -293,14 +293,14 @@ def check_packing(model: nn.Module) -> None:
         causal_lm.eval()
         try:
             with in_words(f"rows cannot be packed for this {type(causal_lm).__name__}"):
-                packed = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+                states = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
                 alone = [
                     decoder(input_ids=part, use_cache=False).last_hidden_state
                     for part in (ids[:, :n], ids[:, n:])
                 ]
-                error = off(packed, torch.cat(alone, dim=1))
+                error = off(states, torch.cat(alone, dim=1))
                 if error <= tolerance(causal_lm):
-                    error = off(packed[:, n:], alone[1])
+                    error = off(states[:, n:], alone[1])
         finally:
             causal_lm.train(mode)
         _PACKED[model] = error

@@ -472,7 +472,7 @@ def in_blocks(model: nn.Module) -> tuple[dict, dict]:
     out, in) of all experts."""
     blocks = decoder_blocks(model)
     place = next(name for name, module in model.named_modules() if module is blocks)
-    linears, fused = {}, {}
+    linears, fused_sizes = {}, {}
     for number, block in enumerate(blocks):
         for path, part in block.named_modules():
             if isinstance(part, (nn.Linear, Conv1D)):
@@ -480,8 +480,8 @@ def in_blocks(model: nn.Module) -> tuple[dict, dict]:
             else:
                 for leaf, p in part.named_parameters(recurse=False):
                     if p.dim() == 3 and weight_kind(block, f"{path}.{leaf}") == "experts":
-                        fused[f"{place}.{number}.{path}.{leaf}"] = number
-    return linears, fused
+                        fused_sizes[f"{place}.{number}.{path}.{leaf}"] = number
+    return linears, fused_sizes
 
 # %% ../../nbs/step/04_models.ipynb #1166b95b
 @torch.no_grad()
@@ -526,7 +526,7 @@ def short_names(names: Iterable[str]) -> list[str]:
     return sorted({".".join(p) if "expert" in p[0] else p[-1] for p in parts})
 
 # %% ../../nbs/step/04_models.ipynb #be8b6d16
-def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dict) -> ConfigError:
+def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused_sizes: dict) -> ConfigError:
     """Return the ConfigError for names of `lora_modules` that no linear and no fused weight of the blocks
     has."""
     elsewhere = [
@@ -541,7 +541,7 @@ def name_problem(model: nn.Module, unknown: list[str], linears: dict, fused: dic
         if elsewhere
         else f"which this model has not{nearest(unknown[0], plain) if len(unknown) == 1 else ''}"
     )
-    experts = f", and its fused experts' weights {', '.join(short_names(fused))}" if fused else ""
+    experts = f", and its fused experts' weights {', '.join(short_names(fused_sizes))}" if fused_sizes else ""
     return ConfigError(
         f"lora_modules holds {names}, {why}; the linears of its blocks are {', '.join(plain)}{experts}: "
         "list those that are to be adapted"
@@ -557,7 +557,7 @@ def target_weights(
     model: PreTrainedModel,
     config: CircuitBreakerConfig,
     linears: dict[str, int],
-    fused: dict[str, int],
+    fused_sizes: dict[str, int],
     idle: set[str],
 ) -> list[str]:
     """Return the full names of the weights in the blocks `config.lora_layers` that `config.lora_modules`
@@ -567,11 +567,11 @@ def target_weights(
     other blocks, or only linears that are never called."""
     first, last = config.lora_layers
     matches = {
-        w: {n: b for n, b in [*linears.items(), *(fused.items() if "." in w else ())] if ends_in(n, w)}
+        w: {n: b for n, b in [*linears.items(), *(fused_sizes.items() if "." in w else ())] if ends_in(n, w)}
         for w in config.lora_modules
     }
     if unknown := [w for w, names in matches.items() if not names]:
-        raise name_problem(model, unknown, linears, fused)
+        raise name_problem(model, unknown, linears, fused_sizes)
     targets = []
     for name, names in matches.items():
         here = [full for full, block in names.items() if first <= block <= last]
@@ -609,15 +609,15 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> tuple[
 
     Raises ConfigError as `target_weights` and `check_start`, and for parameters with lora_dropout, which peft
     cannot apply to them."""
-    linears, fused = in_blocks(model)
-    names = target_weights(model, config, linears, fused, idle_linears(model))
-    check_start(config, min((linears | fused)[name] for name in names))
+    linears, fused_sizes = in_blocks(model)
+    names = target_weights(model, config, linears, fused_sizes, idle_linears(model))
+    check_start(config, min((linears | fused_sizes)[name] for name in names))
     leaves = {name.rpartition(".")[2] for name in names if name in linears}
     as_parameters = {leaf for leaf in leaves if is_expert_name(model, leaf)}
     parameters = [
-        name if name in fused else f"{name}.weight"
+        name if name in fused_sizes else f"{name}.weight"
         for name in names
-        if name in fused or name.rpartition(".")[2] in as_parameters
+        if name in fused_sizes or name.rpartition(".")[2] in as_parameters
     ]
     if parameters and config.lora_dropout:
         words = ", ".join(short_names(name.removesuffix(".weight") for name in parameters))

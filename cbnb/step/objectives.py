@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ['TERM_NAMES', 'COSINE', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'BUILT_IN', 'SLACK', 'Pair', 'Term',
            'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'reroute_cosine', 'retain_distance',
            'rr_weights', 'rr_kl_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
-           'built_in_terms', 'run_terms', 'common_terms', 'unjudged', 'random_pairs', 'idle_settings',
+           'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings',
            'check_objective', 'token_terms', 'range_faults', 'check_terms']
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
@@ -275,7 +275,7 @@ def common_terms(runs: list[dict[str, Term]]) -> dict[str, Term]:
     }
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0unju
-def unjudged(terms: dict[str, Term]) -> list[str]:
+def idle_alarms(terms: dict[str, Term]) -> list[str]:
     """Return a sentence for each alarm that says nothing of one of the `terms`, since the range that its
     threshold is about is not declared: `dead` needs low and start of reroute, `saturated` the low of each.
     None for a run that kept no words: what judged it is not known."""

@@ -199,7 +199,7 @@ def ablate(
         tell(f"{sweep.duplicates} of the runs equal another one and are merged with it")
     for line in sweep.notes:
         tell(f"note: {line}")
-    with named(sweep.path), sweep_lock(sweep.path):
+    with name_errors(sweep.path), sweep_lock(sweep.path):
         rows = sweep_rows(sweep, busy=False)
         actions = [action(row, only_missing, retry) for row in rows]
         names = prepare_sweep(sweep, rows, actions)
@@ -213,10 +213,10 @@ def ablate(
             return 0
         paths = [sweep.path / name for name in names]
         tasks: list[Task] = [(path, run_command(path), path / "papermill.log") for path in paths]
-        _, interrupted = work(tasks, min(where, len(tasks)), tell)
+        _, is_interrupted = work(tasks, min(where, len(tasks)), tell)
         rows = sweep_rows(sweep, busy=False)
     tell(f"{count_states(rows)}; cbnb report {shlex.quote(str(sweep.path))}")
-    return 130 if interrupted else int(any(row["state"] != "done" for row in rows))
+    return 130 if is_interrupted else int(any(row["state"] != "done" for row in rows))
 
 # %% ../../nbs/sweep/03_jobs.ipynb #1d8ffc36
 def dry_submission(sweep: Path, count: int, tell: Callable[[str], None]) -> None:
@@ -254,8 +254,8 @@ def dry_run(
     for row, what in zip(rows, actions, strict=True):
         tell(f"{row['state']:<12} {what:<7} {row['run']}" + (f"  ({row['note']})" if row["note"] else ""))
     todo = [row for row, what in zip(rows, actions, strict=True) if what in ("start", "resume", "retry")]
-    merged = f", {sweep.duplicates} equal to another and merged" if sweep.duplicates else ""
-    tell(f"{sweep.path}: {len(rows)} runs ({count_states(rows)}), {len(todo)} to start{merged}")
+    merge_note = f", {sweep.duplicates} equal to another and merged" if sweep.duplicates else ""
+    tell(f"{sweep.path}: {len(rows)} runs ({count_states(rows)}), {len(todo)} to start{merge_note}")
     if todo and isinstance(where, int):
         command = shlex.join(run_command(Path(todo[0]["path"])))
         tell(f"{min(where, len(todo))} at a time: {command}" + (" …" if len(todo) > 1 else ""))
@@ -264,19 +264,19 @@ def dry_run(
     return 0
 
 # %% ../../nbs/sweep/03_jobs.ipynb #587740c9
-def make_run_folder(notebook: Path, given: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+def make_run_folder(notebook: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """Return `(parameters, folder)` for one execution of `notebook` with the parameters `given` (`{name:
     value}`).
 
     All are checked, and the folder is made: the one that they name as `run_dir`, or else a fresh one.
     Raise as `cbnb.sweep.spec.complete` and `check_settings` do."""
     values, whole = complete(
-        {k: v for k, v in given.items() if k != "run_dir"}, notebook_parameters(notebook)
+        {k: v for k, v in options.items() if k != "run_dir"}, notebook_parameters(notebook)
     )
     check_settings(whole)
     path = (
-        Path(given["run_dir"]).expanduser().resolve()
-        if given.get("run_dir")
+        Path(options["run_dir"]).expanduser().resolve()
+        if options.get("run_dir")
         else fresh_folder(notebook.stem, whole)
     )
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -294,13 +294,13 @@ def execute_command(*arguments: Any) -> list[str]:
     ]
 
 # %% ../../nbs/sweep/03_jobs.ipynb #20ee1b41
-def train(notebook: Path, given: dict[str, Any], tell: Callable[[str], None] = say) -> tuple[Path, int]:
+def train(notebook: Path, options: dict[str, Any], tell: Callable[[str], None] = say) -> tuple[Path, int]:
     """Run `notebook` with the parameters `given` in a run directory; return `(run directory, exit
     status)`.
 
     The status is papermill's, 130 after an interrupt. Raise as `make_run_folder` does, and `RunError` for
     a run that is running or finished."""
-    values, path = make_run_folder(notebook, given)
+    values, path = make_run_folder(notebook, options)
     status = read_status(path)
     if status.get("state") == "running" and still_running(path, status):
         raise RunError(f"{path} is running on {status.get('node')} (pid {status.get('pid')}): wait for it")
@@ -311,18 +311,18 @@ def train(notebook: Path, given: dict[str, Any], tell: Callable[[str], None] = s
         write_json(Path(folder) / "given.json", values)
         attempt = (status.get("attempt") or 0) + 1
         command = execute_command(notebook, path / f"out.{attempt}.ipynb", Path(folder) / "given.json", path)
-        ended, interrupted = work([(path, command, None)], 1, tell, every=float("inf"))
-    return path, 130 if interrupted else ended[path][1]
+        results, is_interrupted = work([(path, command, None)], 1, tell, every=float("inf"))
+    return path, 130 if is_interrupted else results[path][1]
 
 # %% ../../nbs/sweep/03_jobs.ipynb #d8242da7
-def preflight(notebook: Path, given: dict[str, Any]) -> tuple[Path, int]:
+def preflight(notebook: Path, options: dict[str, Any]) -> tuple[Path, int]:
     """Execute `notebook`, nbs/preflight.ipynb, with the parameters `given` in a folder; return `(folder,
     exit status)`.
 
     It leaves itself and preflight.json there; that of an earlier review is removed first. The status is
     papermill's, 1 where the pre-flight refuses. Raise as `make_run_folder` does, RunError where nothing
     was reviewed, and KeyboardInterrupt when it is interrupted."""
-    values, path = make_run_folder(notebook, given)
+    values, path = make_run_folder(notebook, options)
     (path / "preflight.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "given.json", values)

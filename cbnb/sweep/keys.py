@@ -27,7 +27,7 @@ from ..basics.lease import NotOwn, check_own
 from ..basics.output import safe_output
 from ..basics.places import PACKAGE, TINYAGENT
 from ..basics.reading import read_text
-from ..basics.terminal import ended
+from ..basics.terminal import run_program
 from ..basics.withheld import scrub
 from ..run.code import runs_folder, source_hash
 from ..run.directory import check_name
@@ -109,7 +109,7 @@ def run_key(parameters: dict[str, Any], notebook: str, code: str, cache: dict[Pa
     return {"key": parameters_hash(parts), **parts}
 
 # %% ../../nbs/sweep/01_keys.ipynb #e9a3fbae
-def label(values: dict[str, Any], varied: list[str], limit: int = 44) -> str:
+def label(values: dict[str, Any], names: list[str], limit: int = 44) -> str:
     """Return a folder's name for a run: its `varied` parameters with their values, cut at `limit`
     characters.
 
@@ -117,7 +117,7 @@ def label(values: dict[str, Any], varied: list[str], limit: int = 44) -> str:
     text = (
         "-".join(
             f"{name}{values[name]:g}" if isinstance(values[name], float) else f"{name}{values[name]}"
-            for name in varied
+            for name in names
             if name in values
         )
         or "run"
@@ -132,8 +132,8 @@ def clean_notebook(path: str | Path) -> str:
     Raise `RunError`, naming the cell, for code that holds a secret: without it the code would be another."""
     clean = scrub(read_text(path))
     cells = zip(read_notebook(path)["cells"], json.loads(clean)["cells"], strict=True)
-    for number, (cell, cleaned) in enumerate(cells, 1):
-        if cell.get("cell_type") == "code" and cell.get("source") != cleaned.get("source"):
+    for number, (cell, clean_cell) in enumerate(cells, 1):
+        if cell.get("cell_type") == "code" and cell.get("source") != clean_cell.get("source"):
             raise RunError(
                 f"{path}: the code of cell {number} holds a secret, or what looks like one, and is "
                 "copied into each run directory: read it from the environment there"
@@ -187,11 +187,11 @@ def plan_sweep(path: str | Path) -> SweepPlan:
     pairs, duplicates, notes = runs_of(spec, notebook_parameters(notebook))
     clean_notebook(notebook)  # before anything is written
     code, cells, cache = source_hash(PACKAGE), notebook_hash(notebook), dict[Path, str]()
-    varied = varied_names(pairs)
+    names = varied_names(pairs)
     runs = []
     for values, whole in pairs:
         key = run_key(whole, cells, code, cache)
-        folder = f"{label(values, varied)}-{key['key'][:8]}"
+        folder = f"{label(values, names)}-{key['key'][:8]}"
         runs.append({"parameters": values, "all": whole, "key": key, "dir": folder})
     if len({run["dir"] for run in runs}) < len(runs):
         raise RunError("two runs get the same folder name: change the spec's order of parameters")
@@ -293,4 +293,4 @@ if __name__ == "__main__" and "__file__" in globals():
         return 0
 
     safe_output()
-    sys.exit(ended(check, "cbnb.sweep.keys", (RunError, OSError), sys.argv))
+    sys.exit(run_program(check, "cbnb.sweep.keys", (RunError, OSError), sys.argv))

@@ -67,16 +67,16 @@ def interrupts() -> Iterator[list[int]]:
 
     The first one asks for an end, the second wants it at once. Outside of the main thread, which alone
     receives signals, nothing is counted."""
-    asked: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield signals
         return
     before = {
-        number: signal.signal(number, lambda *_: asked.append(1))
+        number: signal.signal(number, lambda *_: signals.append(1))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -191,31 +191,31 @@ def work(
     seconds. The first Ctrl-C asks the running ones to stop with a checkpoint and waits for them, the
     second kills them; a run that was not started stays as it is."""
     waiting, at_work = deque(tasks), dict[Path, subprocess.Popen[bytes]]()
-    ended: dict[Path, tuple[str, int]] = {}
+    results: dict[Path, tuple[str, int]] = {}
     progress, threads = ProgressLines(workers, tell, every), max(1, (os.cpu_count() or 1) // workers)
     try:
-        with interrupts() as asked:
-            handled = 0
-            while at_work or waiting and not asked:
-                while waiting and len(at_work) < workers and not asked:
+        with interrupts() as signals:
+            count = 0
+            while at_work or waiting and not signals:
+                while waiting and len(at_work) < workers and not signals:
                     path, command, log = waiting.popleft()
                     at_work[path] = start(command, log, threads)
                     if log:
                         progress.say(f"{path.name}: started, log in {log}")
-                if len(asked) > handled:
-                    handled = len(asked)
-                    progress.say(STOPPING.format(len(at_work)) if handled == 1 else "ending them at once")
-                ask_to_stop(at_work, handled)
+                if len(signals) > count:
+                    count = len(signals)
+                    progress.say(STOPPING.format(len(at_work)) if count == 1 else "ending them at once")
+                ask_to_stop(at_work, count)
                 for path in [path for path, process in at_work.items() if process.poll() is not None]:
                     code = at_work.pop(path).returncode
-                    state, error = end_state(path, code, handled > 1)
-                    ended[path] = state, code
+                    state, error = end_state(path, code, count > 1)
+                    results[path] = state, code
                     if len(tasks) > 1 or state != "done":
                         note = f", {error}" if error and state != "done" else ""
                         progress.say(f"{path.name}: {state}{note}")
                 progress.update([*at_work])
                 time.sleep(0.1)
-            return ended, bool(asked)
+            return results, bool(signals)
     finally:
         # an error here must not leave runs that nobody waits for
         for path in at_work:

@@ -119,19 +119,19 @@ def notebook_parameters(path: str | Path) -> dict[str, Parameter]:
     """Return `{name: Parameter}` of the notebook at `path`, from its one cell tagged `parameters`.
 
     Raise `RunError` where there is no such cell, or a default is not a plain value."""
-    tagged = [
+    cells = [
         cell
         for cell in read_notebook(path)["cells"]
         if "parameters" in (cell.get("metadata") or {}).get("tags", ())
     ]
-    source = "".join(tagged[0].get("source", "")) if len(tagged) == 1 else ""
+    source = "".join(cells[0].get("source", "")) if len(cells) == 1 else ""
     types = annotated_lines(source)
     if not types:
         raise RunError(
             f"{path} wants one cell tagged 'parameters' that holds only lines such as 'seed: int = 0  # "
             "meaning'"
         )
-    help_of, declared = comments(source), {}
+    help_of, parameters = comments(source), {}
     lines = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
     for line in lines:
         name = line.target.id  # type: ignore[union-attr]  # `annotated_lines` takes names alone
@@ -141,10 +141,10 @@ def notebook_parameters(path: str | Path) -> dict[str, Parameter]:
             raise RunError(
                 f"{path}: parameter {name!r} has no plain value as its default: write one"
             ) from None
-        declared[name] = Parameter(
+        parameters[name] = Parameter(
             tuple(parameter_types(name, types[name])), default, help_of.get(line.end_lineno or 0, "")
         )
-    return declared
+    return parameters
 
 # %% ../../nbs/sweep/00_spec.ipynb #1b517b85
 def find_file(name: str | Path) -> Path | None:
@@ -163,14 +163,14 @@ class StrictLoader(yaml.SafeLoader):
     PyYAML would silently take the last of the two."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key, _ in node.value:
-            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
+            if key.value in keys if isinstance(key, yaml.ScalarNode) else False:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
                 )
             if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 # %% ../../nbs/sweep/00_spec.ipynb #a726101a
@@ -364,7 +364,7 @@ def path_parts(name: str, value: str) -> list[str]:
     They are the parts of a comma string, for data what its entries name; the text of a template has none."""
     if name == "chat_template":
         return [] if not value or is_source(value) else [value]
-    parts = listed(value or "")
+    parts = split_commas(value or "")
     return (
         parts
         if name not in DATA
@@ -382,7 +382,7 @@ def absolute_files(name: str, value: Any) -> Any:
     if name in ("teacher_cache", "encoded_cache") and value:
         return str(Path(value).expanduser().resolve())
     if name in DATA and value:
-        return ",".join(part if part == "tinyagent" else absolute_entry(part) for part in listed(value))
+        return ",".join(part if part == "tinyagent" else absolute_entry(part) for part in split_commas(value))
     if name not in FILE_PARAMETERS or not (parts := path_parts(name, value)):
         return value
     return ",".join(
@@ -393,7 +393,7 @@ def absolute_files(name: str, value: Any) -> Any:
     )
 
 # %% ../../nbs/sweep/00_spec.ipynb #bace258c
-def complete(run: dict[str, Any], declared: dict[str, Parameter]) -> tuple[dict[str, Any], dict[str, Any]]:
+def complete(run: dict[str, Any], parameters: dict[str, Parameter]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `(parameters that the spec sets, all parameters but HOW_STARTED)` of the dict `run`,
     converted and checked.
 
@@ -402,18 +402,18 @@ def complete(run: dict[str, Any], declared: dict[str, Parameter]) -> tuple[dict[
     for name, value in run.items():
         if name == "run_dir":
             raise ParameterError("'run_dir' is chosen by the sweep: leave it out")
-        if name not in declared:
+        if name not in parameters:
             raise ParameterError(
-                f"unknown parameter {name!r}{nearest(name, declared) or '; known are ' + ', '.join(declared)}"
+                f"unknown parameter {name!r}{nearest(name, parameters) or '; known are ' + ', '.join(parameters)}"
             )
-        values[name] = absolute_files(name, spec_value(name, declared[name].types, value))
-    whole = {name: values.get(name, p.default) for name, p in declared.items() if name not in HOW_STARTED}
+        values[name] = absolute_files(name, spec_value(name, parameters[name].types, value))
+    whole = {name: values.get(name, p.default) for name, p in parameters.items() if name not in HOW_STARTED}
     refuse_secrets(whole)
     return values, whole
 
 # %% ../../nbs/sweep/00_spec.ipynb #5ceaec2f
 def runs_of(
-    spec: dict[str, Any], declared: dict[str, Parameter]
+    spec: dict[str, Any], parameters: dict[str, Parameter]
 ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, list[str]]:
     """Return `(runs, duplicates, notes)` of the `spec`, checked against the `declared` parameters.
 
@@ -423,14 +423,14 @@ def runs_of(
     front."""
     unique: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     notes: dict[str, None] = {}
-    expanded = expand(spec)
-    for number, run in enumerate(expanded, 1):
+    points = expand(spec)
+    for number, run in enumerate(points, 1):
         try:
-            values, whole = complete(run, declared)
+            values, whole = complete(run, parameters)
             key = parameters_hash(whole)
             if key not in unique:
                 notes |= dict.fromkeys(check_settings(whole))
         except (ParameterError, ConfigError, RunError) as e:
-            raise type(e)(f"run {number} of {len(expanded)}: {e}") from None
+            raise type(e)(f"run {number} of {len(points)}: {e}") from None
         unique.setdefault(key, (values, whole))
-    return list(unique.values()), len(expanded) - len(unique), list(notes)
+    return list(unique.values()), len(points) - len(unique), list(notes)

@@ -20,7 +20,7 @@ from ..data.streams import COUNTS
 from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
-from ..step.objectives import Term, depth, descent, describe_terms, find_objective, run_terms, unjudged
+from ..step.objectives import Term, depth, descent, describe_terms, find_objective, run_terms, idle_alarms
 from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
@@ -207,8 +207,8 @@ def is_flat(row: dict, term: Term, config: CircuitBreakerConfig, floor: float) -
     if term.low is None:
         return False
     value, norm = as_float(row.get(f"loss_{term.name}")), as_float(row.get(f"grad_norm_{term.name}"))
-    weighted, least = as_float(row.get(f"weighted_{term.name}")), max(1e-3, floor_limit(floor))
-    return weighted > 0 and value - term.low > least and norm < config.saturated_below * weighted
+    share, least = as_float(row.get(f"weighted_{term.name}")), max(1e-3, floor_limit(floor))
+    return share > 0 and value - term.low > least and norm < config.saturated_below * share
 
 # %% ../../nbs/train/06_alarms.ipynb #99b211c3
 def saturated(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
@@ -216,25 +216,21 @@ def saturated(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
     warm-up its gradient norm is below `saturated_below` of the weighted term, although the term is above its
     low (`is_flat`). A term without a declared low is not judged."""
     terms = find_objective(config.objective)
-    diagnosed = [row for row in rows[-2 * max(config.diagnose_steps, 1) :] if "grad_norm_reroute" in row][-2:]
-    if (
-        len(diagnosed) < 2
-        or diagnosed[-1] is not rows[-1]
-        or diagnosed[0]["step"] <= max(config.warmup_steps, 1)
-    ):
+    recent = [row for row in rows[-2 * max(config.diagnose_steps, 1) :] if "grad_norm_reroute" in row][-2:]
+    if len(recent) < 2 or recent[-1] is not rows[-1] or recent[0]["step"] <= max(config.warmup_steps, 1):
         return ""
 
-    stuck = [
+    flat = [
         term
         for term in map(terms.term, TERMS)
-        if all(is_flat(row, term, config, floor.get(term.name, 0.0)) for row in diagnosed)
+        if all(is_flat(row, term, config, floor.get(term.name, 0.0)) for row in recent)
     ]
-    if not stuck:
+    if not flat:
         return ""
-    value = format_number(rows[-1][f"loss_{stuck[0].name}"])
+    value = format_number(rows[-1][f"loss_{flat[0].name}"])
     return (
-        f"the gradient of {' and '.join(name_in_text(term) for term in stuck)} has vanished at step "
-        f"{rows[-1]['step']} while its loss has not ({log_name(stuck[0])} {value}): is the adapter in the "
+        f"the gradient of {' and '.join(name_in_text(term) for term in flat)} has vanished at step "
+        f"{rows[-1]['step']} while its loss has not ({log_name(flat[0])} {value}): is the adapter in the "
         "forward pass, and is dtype precise enough?"
     )
 
@@ -257,12 +253,12 @@ def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, f
     """Apply `RULES` to the last of `rows`; return the alarms that are new and add them to `alarms`: `{alarm,
     step, last_step, text}`, the step at which it went off, the newest one at which it still held, and its
     sentence. An alarm that goes off again only moves its `last_step`."""
-    known, new = {alarm["alarm"]: alarm for alarm in alarms}, []
+    by_name, new = {alarm["alarm"]: alarm for alarm in alarms}, []
     for name, rule in RULES.items():
         if not (text := rule(rows, config, floor)):
             continue
-        if name in known:
-            known[name]["last_step"] = rows[-1]["step"]
+        if name in by_name:
+            by_name[name]["last_step"] = rows[-1]["step"]
         else:
             new.append({"alarm": name, "step": rows[-1]["step"], "last_step": rows[-1]["step"], "text": text})
     alarms += new
@@ -307,7 +303,7 @@ class Alarms(TrainerCallback):
         self.floor = read_status(self.run.path).get("floor") or {}
         self.found = find_alarms(self.rows, self.config, self.floor)
         set_status(self.run, "running", alarms=self.found)
-        for line in unjudged(describe_terms(find_objective(self.config.objective), self.config)):
+        for line in idle_alarms(describe_terms(find_objective(self.config.objective), self.config)):
             log_line(f"note: {line}")
             say(f"note: {line}")
 
@@ -327,11 +323,11 @@ class Alarms(TrainerCallback):
             self.tell(alarm)
         if [alarm["last_step"] for alarm in self.found] != before:
             set_status(self.run, "running", alarms=self.found)
-        gone = next(
+        fault = next(
             (a for a in self.found if a["alarm"] == "collapsed" and a["last_step"] == logs["step"]), None
         )
-        if gone and self.config.collapse_stops and logs["step"] < self.config.total_steps:
-            self.stopped = gone
+        if fault and self.config.collapse_stops and logs["step"] < self.config.total_steps:
+            self.stopped = fault
             # as a user would ask: a checkpoint after the next step, by all processes together
             (self.run.path / "stop").touch()
 

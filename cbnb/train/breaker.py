@@ -124,9 +124,9 @@ class CircuitBreaker(nn.Module):
         (see `at_targets`), `last` if `final`; the teacher's from `rows["teacher"]` where a cache has put
         them. `layers`: as in `cbnb.step.passes.one_pass`."""
         config = self.circuit_breaker_config
-        if cached := rows.get("teacher"):
+        if cache := rows.get("teacher"):
             ours = at_targets(*one_pass(self.student, rows, config, final), rows)
-            return ours, (cached["hidden"], cached["last"])
+            return ours, (cache["hidden"], cache["last"])
         ours, theirs = both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers)
         return at_targets(*ours, rows), at_targets(*theirs, rows)
 

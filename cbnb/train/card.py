@@ -90,15 +90,15 @@ def last_parts(text: Any) -> str:
     return ", ".join(part if part.startswith("hf:") else Path(part).name or part for part in parts)
 
 # %% ../../nbs/train/07_card.ipynb #6f4903d6
-def settings_table(config: CircuitBreakerConfig, meant: str) -> str:
+def settings_table(config: CircuitBreakerConfig, own_preset: str) -> str:
     "Return all settings but the model as a Markdown table, those marked that differ from the preset `meant`."
-    preset = PRESETS.get(meant)
+    preset = PRESETS.get(own_preset)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "model"}
-    changed = [
+    changes = [
         name for name, value in settings.items() if preset is not None and value != getattr(preset, name)
     ]
     table = pd.DataFrame(
-        [(name, config_to_dict(config)[name], "changed" if name in changed else "") for name in settings],
+        [(name, config_to_dict(config)[name], "changed" if name in changes else "") for name in settings],
         columns=["setting", "value", "of the preset"],
     ).set_index("setting")
     return markdown_table(table)
@@ -141,7 +141,7 @@ def card_text(
         "library_name": "peft",
         "tags": ["circuit-breaker", "representation-rerouting", "cbnb"],
     }
-    meant = preset_for(parameters["preset"], config.model, parameters.get("trust_remote_code", False))
+    own_preset = preset_for(parameters["preset"], config.model, parameters.get("trust_remote_code", False))
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).strip(),
@@ -152,7 +152,7 @@ def card_text(
         f"A LoRA adapter that turns harmful hidden states away from those of `{base}` and keeps benign "
         f"behaviour (objective `{config.objective}`, beta_kl {config.beta_kl:g}). Made by cbnb "
         f"{cbnb.__version__}, "
-        f"preset `{meant}`.",
+        f"preset `{own_preset}`.",
         "",
         f"Its loss: {loss_text(config)}.",
         "",
@@ -164,7 +164,7 @@ def card_text(
         HELD_OUT,
         figure_text(result) + SETTINGS,
         "",
-        settings_table(config, meant),
+        settings_table(config, own_preset),
         "",
     ]
     return scrub("\n".join(lines))

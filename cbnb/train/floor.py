@@ -27,14 +27,14 @@ __all__ = ['BELOW', 'FIXED', 'restore_weights', 'add_noise', 'set_mode', 'on_dev
 def restore_weights(module: nn.Module) -> Iterator[None]:
     """Restore, on leaving, the adapter and what else of `module` is trained: inside they may be changed;
     afterwards they, their gradients and the random states are as before."""
-    trained = [p for name, p in module.named_parameters() if p.requires_grad or "lora_" in name]
-    before = [p.detach().clone() for p in trained]
+    trainable = [p for name, p in module.named_parameters() if p.requires_grad or "lora_" in name]
+    before = [p.detach().clone() for p in trainable]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:
             with torch.no_grad():
-                for p, old in zip(trained, before, strict=True):
+                for p, old in zip(trainable, before, strict=True):
                     p.copy_(old)
             module.zero_grad(set_to_none=True)
 
@@ -145,13 +145,13 @@ def fixed_figures(
     `set_noise`. What is not finite is left out. The student and the random states are as before."""
     breaker = CircuitBreaker(student, config, teacher, find_head(student))
     with set_noise(student, config), set_mode(breaker, False):
-        trained = [p for p in breaker.parameters() if p.requires_grad]
+        trainable = [p for p in breaker.parameters() if p.requires_grad]
         terms = terms_of(breaker, batch)
         figures = {name: term.item() for name, term in terms.items()}
         for name, term in terms.items():
             if not term.requires_grad:
                 continue
-            grads = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(term, trainable, retain_graph=True, allow_unused=True)
             norms = [g.float().norm().item() for g in grads if g is not None]
             figures[name.replace("loss", "grad_norm")] = math.hypot(*norms)
     return {name: value for name, value in figures.items() if math.isfinite(value)}

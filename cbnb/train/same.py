@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'OWN_CODE', 'LOADED', 'OWN_WORDS', 'ASKED', 'LIBRARIES', 'MADE_FROM', 'SECTIONS',
            'ROUNDING', 'SEEN', 'TINY', 'file_hash', 'hash_once', 'file_hashes', 'own_hashes', 'data_files', 'code_file',
            'weight_files', 'model_folder', 'is_cached', 'model_hashes', 'sample_key', 'samples_hash',
-           'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'named', 'made_from',
-           'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'value_changes', 'keep_surroundings',
+           'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'name_differences',
+           'made_from', 'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'value_changes', 'keep_surroundings',
            'compare_figures', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples',
            'keep_template', 'keep_model', 'keep_adapters']
 
@@ -282,7 +282,7 @@ def differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
     return words + [f"{name} is gone" for name in before.keys() - now]
 
 # %% ../../nbs/train/02_same.ipynb #00e719ad
-def named(texts: list[str], most: int = 5) -> str:
+def name_differences(texts: list[str], most: int = 5) -> str:
     """Return the first of many `differences`, sorted, and how many more there are."""
     texts = sorted(texts)
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
@@ -297,7 +297,7 @@ def made_from(folder: Path) -> dict:
 def refuse(folder: Path, section: str, changes: list[str]) -> None:
     """Raise RunError for the run in `folder` of which a `section` differs as `found` (`differences`) says."""
     raise RunError(
-        f"{SECTIONS[section]} of the run in {folder} changed since it began ({named(changes)}): put "
+        f"{SECTIONS[section]} of the run in {folder} changed since it began ({name_differences(changes)}): put "
         "back what was there, or give another run_dir for another run"
     )
 
@@ -377,14 +377,16 @@ def compare_figures(run: Run, before: dict, now: dict[str, float], made_with: di
     pairs = {name: (old, now.get(name, 0.0)) for name, old in before["values"].items()}
     apart = {name: abs(old - new) / max(abs(old), abs(new), TINY) for name, (old, new) in pairs.items()}
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    words = named([f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()])
+    words = name_differences(
+        [f"{name} was {old:.6g} and is {new:.6g}" for name, (old, new) in differ.items()]
+    )
     other = value_changes(before["with"], made_with)
-    changed = named([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
+    changes = name_differences([f"{name} was {old} and is {new}" for name, (old, new) in other.items()], 9)
     largest = max(apart.values(), default=0)
     if largest > ROUNDING[dtype]:
         raise RunError(
             f"what the run in {run.path} goes on with makes other figures of the same weights "
-            f"and rows ({words}; {changed or 'no version changed'}): go on with what it began "
+            f"and rows ({words}; {changes or 'no version changed'}): go on with what it began "
             "with, or give another run_dir for another run"
         )
     if largest > SEEN:
@@ -428,7 +430,7 @@ def same_settings(run: Run, config: CircuitBreakerConfig) -> None:
     ]
     if other:
         raise RunError(
-            f"the settings of the run in {run.path} changed with cbnb's code ({named(other)}): go "
+            f"the settings of the run in {run.path} changed with cbnb's code ({name_differences(other)}): go "
             "on with the code that it began with, or give another run_dir for another run"
         )
 
@@ -486,8 +488,8 @@ def keep_adapters(run: Run, folders: dict[str, Path | None]) -> None:
     names = ("adapter_config.json", "adapter_model.safetensors")
 
     def make():
-        known = {name: folder for name, folder in folders.items() if folder}
-        places = {f"{name}: {file}": folder / file for name, folder in known.items() for file in names}
+        adapters = {name: folder for name, folder in folders.items() if folder}
+        places = {f"{name}: {file}": folder / file for name, folder in adapters.items() for file in names}
         by_path = file_hashes(places.values())
         return {label: by_path[str(path)] for label, path in places.items()}
 

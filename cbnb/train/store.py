@@ -182,12 +182,12 @@ class StoredSamples(Sequence):
         return StoredSamples, (self.path,)  # a loader's process maps the file itself
 
 # %% ../../nbs/train/03_store.ipynb #c411ecbd
-def write_samples(path: Path, made: Iterable[tuple[list[Sample], StreamReport]]) -> StreamReport:
+def write_samples(path: Path, batches: Iterable[tuple[list[Sample], StreamReport]]) -> StreamReport:
     """Write what `pieces` yields to the Arrow file `path`, a record batch a piece; returns the report of
     all."""
     reports = []
     with pa.OSFile(str(path), "wb") as f, pa.ipc.new_file(f, SCHEMA) as writer:
-        for samples, report in made:
+        for samples, report in batches:
             if samples:
                 writer.write_batch(record_batch(samples))
             reports.append(report)
@@ -248,19 +248,19 @@ def keep_folder(place: str | Path, name: str, make: Callable) -> Path:
     if not folder.exists():
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         # of this process alone: two may make the same
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
         try:
-            with named(unfinished):
-                make(unfinished)
-            seal(unfinished)
+            with name_errors(draft):
+                make(draft)
+            seal(draft)
             try:
-                unfinished.rename(folder)
+                draft.rename(folder)
             except OSError:
                 if not folder.exists():
                     raise  # else another process was first
             sync(place)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 # %% ../../nbs/train/03_store.ipynb #65fe0b47
@@ -286,8 +286,8 @@ def stored_stream(
         raise TypeError(f"policy is {policy!r}, which names no file: give the name of a policy")
 
     def make(folder):
-        encoded = pieces(transcripts, masker, policy, name, processes or cores(), **how)
-        report = write_samples(folder / "samples.arrow", encoded)
+        encoding = pieces(transcripts, masker, policy, name, processes or cores(), **how)
+        report = write_samples(folder / "samples.arrow", encoding)
         if not report.samples:
             raise empty_stream(report, name, policy)
         write_bytes(folder / "report.json", json.dumps(vars(report)).encode())

@@ -33,7 +33,7 @@ __all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'Te
 from ..basics.disk import is_full_disk
 from ..basics.lease import check_own, holding
 from ..basics.numbers import size_words
-from ..basics.processes import gathered
+from ..basics.processes import gather_lists
 from ..basics.reading import check_regular
 from ..basics.terminal import say
 from ..config import CircuitBreakerConfig, check_cached
@@ -50,8 +50,8 @@ def weights_hash(model: nn.Module) -> str:
     a causal language model; an adapter on it does not count. Where processes hold parts of the weights, all
     have to ask."""
     base = base_model(model)
-    saved = base.state_dict().keys()  # of the buffers: a router's bias, for one
-    tensors = [*base.named_parameters(), *((name, b) for name, b in base.named_buffers() if name in saved)]
+    names = base.state_dict().keys()  # of the buffers: a router's bias, for one
+    tensors = [*base.named_parameters(), *((name, b) for name, b in base.named_buffers() if name in names)]
     by_name = {name.replace(".base_layer", ""): p for name, p in tensors if "lora_" not in name}
 
     def one(name):
@@ -64,7 +64,7 @@ def weights_hash(model: nn.Module) -> str:
     with ThreadPoolExecutor() as pool:
         weights = list(pool.map(one, sorted(by_name)))
     if is_in_parts(model):
-        weights = gathered(weights)
+        weights = gather_lists(weights)
     settings = {
         k: v
         for k, v in base.config.to_dict().items()
@@ -233,11 +233,11 @@ def write_shards(
 ) -> None:
     """Write the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept.
     Raises OSError (ENOSPC), which names `folder`, for a full disk."""
-    done, writer = finished_keys(folder), ShardWriter(folder)
+    ready, writer = finished_keys(folder), ShardWriter(folder)
     # benign first: a sample of both streams is kept with its final hidden states
     for stream, final in ((benign, True), (harmful, False)):
-        left = {key: s for s in stream if (key := sample_key(s)) not in done}
-        done |= left.keys()
+        left = {key: s for s in stream if (key := sample_key(s)) not in ready}
+        ready |= left.keys()
         order = sorted(left.items(), key=lambda item: len(item[1].input_ids))
         for start in range(0, len(order), config.batch_size):
             keys, samples = zip(*order[start : start + config.batch_size])
@@ -337,10 +337,10 @@ def open_cache(
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     name, began = fingerprint(teacher or student, harmful, benign, config), time.monotonic()
-    folder, unfinished = place / name, place / f".{name}.unfinished"
+    folder, draft = place / name, place / f".{name}.unfinished"
     size = cache_bytes(harmful, benign, *token_bytes(student, teacher, benign, config, pad_id))
     with holding(place, f".lock.{os.geteuid()}"):  # users of one place do not wait for each other
-        for there in (folder, unfinished):
+        for there in (folder, draft):
             if os.path.lexists(there):
                 check_own(there)
         if folder.exists():
@@ -358,10 +358,10 @@ def open_cache(
             f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign "
             f"samples, made in {folder} ..."
         )
-        unfinished.mkdir(exist_ok=True, mode=0o700)
-        write_shards(unfinished, student, harmful, benign, config, pad_id, teacher)
-        seal(unfinished)
-        unfinished.rename(folder)
+        draft.mkdir(exist_ok=True, mode=0o700)
+        write_shards(draft, student, harmful, benign, config, pad_id, teacher)
+        seal(draft)
+        draft.rename(folder)
         sync(place)
         say(f"teacher cache: made in {time.monotonic() - began:.0f} s")
         return TeacherCache(folder)

@@ -256,23 +256,23 @@ class CircuitBreakerTrainer(Trainer):
         check_finite(terms, step + 1)
         if self.lacks_targets:
             self.control.should_log = True  # a step without targets must not be passed over by logging_steps
-        weighted = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS if f"loss_{name}" in terms}
+        shares = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS if f"loss_{name}" in terms}
         for key, value in terms.items():
             self.step_terms[key] = self.step_terms.get(key, 0) + value.detach()
-        self.diagnose(model, weighted)
-        first, *others = weighted.values()
+        self.diagnose(model, shares)
+        first, *others = shares.values()
         # every process backpropagates its share of a global mean and DDP averages gradients, hence the factor
         loss = sum(others, first) * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
-    def diagnose(self, model: nn.Module, weighted: dict[str, torch.Tensor]) -> None:
+    def diagnose(self, model: nn.Module, terms: dict[str, torch.Tensor]) -> None:
         "Add the gradient by term of a micro-batch to those of the step, in every `diagnose_steps`-th one."
         every = breaker_settings(self.args).diagnose_steps
         if not every or (self.state.global_step + 1) % every:
             return
         start = self.clock()
         parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
-        for name, gradient in term_gradients(weighted, parameters).items():
+        for name, gradient in term_gradients(terms, parameters).items():
             self.step_gradients[name] = self.step_gradients.get(name, 0) + gradient
         self.diagnosis_seconds += self.clock() - start
 
@@ -305,9 +305,9 @@ class CircuitBreakerTrainer(Trainer):
         config, step = breaker_settings(self.args), self.state.global_step
         raw = {key: self.accelerator.reduce(value, "sum").item() for key, value in self.step_terms.items()}
         weights = term_weights(config, step - 1)
-        weighted = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in TERMS}
+        shares = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in TERMS}
         c_s, c_r = coefficients(config, step - 1)
-        row = {"step": step, "loss": sum(weighted.values()), **raw, **weighted, "c_s": c_s, "c_r": c_r}
+        row = {"step": step, "loss": sum(shares.values()), **raw, **shares, "c_s": c_s, "c_r": c_r}
         row |= {"lr": logs["learning_rate"], "grad_norm_total": float(logs["grad_norm"])}
         row |= {name: int(n) for name, n in zip(COUNTS, self.step_counts.tolist(), strict=True)}
         return row | gradient_report(
@@ -576,25 +576,25 @@ def mend_log(run: Run, checkpoint: Path, step: int) -> None:
     """Restore the lines of metrics.jsonl up to `step`, that of the `checkpoint`, as the checkpoint has them,
     where some are lost, were edited, cannot be read or occur twice. Record what was restored (`tell_changes`)
     and the number of lines that the checkpoint does not have either."""
-    lines, (rows, torn) = log_of(checkpoint), log_rows(run.path)
-    if gone := missing_lines(run, step, set(lines) or {row["step"] for row in rows}):
-        tell_lost_lines(run, checkpoint, step, gone)
+    lines, (rows, is_torn) = log_of(checkpoint), log_rows(run.path)
+    if missing := missing_lines(run, step, set(lines) or {row["step"] for row in rows}):
+        tell_lost_lines(run, checkpoint, step, missing)
     order = list(dict.fromkeys(key for row in rows for key in row))  # as lines have them
     rows = [row for row in rows if row["step"] <= step]
     by_step = {row["step"]: row for row in rows}
     lost = sorted(lines.keys() - by_step)
-    edited = sorted(s for s in by_step if by_step[s] != lines.get(s))
-    if not lines or not (lost or edited or torn or len(rows) > len(by_step)):
+    differing = sorted(s for s in by_step if by_step[s] != lines.get(s))
+    if not lines or not (lost or differing or is_torn or len(rows) > len(by_step)):
         return
 
-    def ordered(row: dict) -> dict:
+    def by_name(row: dict) -> dict:
         return {k: row[k] for k in (*filter(row.__contains__, order), *sorted(row.keys() - order))}
 
-    text = "".join(json.dumps(ordered(lines[s])) + "\n" for s in sorted(lines))
+    text = "".join(json.dumps(by_name(lines[s])) + "\n" for s in sorted(lines))
     write_owned(run.path / "metrics.jsonl", text.encode())
     faults = [f"lacked {len(lost)} of its {len(lines)} lines (the first: step {lost[0]})"] if lost else []
-    if edited:
-        faults.append(f"differed in {len(edited)} lines (the first: step {edited[0]})")
+    if differing:
+        faults.append(f"differed in {len(differing)} lines (the first: step {differing[0]})")
     if not faults:
         faults = ["had lines that cannot be read or occur twice"]
     back = f"up to step {step} it was restored from {checkpoint.name}"

@@ -79,8 +79,8 @@ def open_file(path: str | Path) -> io.BufferedReader:
         return read_stream(path)
     most = max(MAX_UNPACKED * check_regular(path).st_size, MAX_UNPACKED_BYTES)
     refuse = f"unpacks to over {most:,} bytes, which no transcripts do; unpack it"
-    unpacked: Any = PACKED[start](read_stream(path))
-    return io.BufferedReader(Limited(unpacked, most, refuse), CHUNK)
+    stream: Any = PACKED[start](read_stream(path))
+    return io.BufferedReader(Limited(stream, most, refuse), CHUNK)
 
 # %% ../../nbs/transcripts/03_files.ipynb #9e7b22e0
 def open_text(path: str | Path) -> io.TextIOWrapper:

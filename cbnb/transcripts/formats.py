@@ -212,9 +212,9 @@ def from_openai(
     """Return a list with the one Transcript of an OpenAI chat record: messages, optional tools, id, label,
     source, message_labels, injection_spans, meta."""
     check_record_switches(record, where)
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     record = dict(record)
-    system, tools = take_system(record, where), take_tools(record, where, adapted)
+    system, tools = take_system(record, where), take_tools(record, where, adaptations)
     messages: Any = record.get("messages")
     need(
         isinstance(messages, list) and messages,
@@ -227,12 +227,12 @@ def from_openai(
             f"{where}, {key}",
             "is not a string; write it in quotes",
         )
-    messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
+    messages = [read_message(m, f"{where}, messages[{i}]", adaptations) for i, m in enumerate(messages)]
     labels = chat_labels(record, messages, where)
     spans = read_spans(record.get("injection_spans") or [], messages, f"{where}, injection_spans")
     if system:
         messages, labels, spans = put_first(system, messages, labels, spans, where)
-        adapted[f"{system[0]} of the record as first message"] += 1
+        adaptations[f"{system[0]} of the record as first message"] += 1
     transcript = Transcript(
         id=record.get("id", default_id),
         messages=messages,
@@ -241,7 +241,7 @@ def from_openai(
         source=record.get("source", source),
         message_labels=labels,
         injection_spans=spans,
-        meta=add_adapted(read_meta(record, where), adapted),
+        meta=add_adapted(read_meta(record, where), adaptations),
     )
     check_label(transcript, record, where)
     return [transcript]
@@ -259,10 +259,10 @@ def finish(
     label: str | None,
     source: str,
     tools: Any = None,
-    adapted: Counter | None = None,
+    adaptations: Counter | None = None,
 ) -> list[Transcript]:
     """Return a list with the one Transcript of `messages` (in our form) and of what else stands in `record`,
-    but for the keys in `used`; `adapted` counts what was changed. Spans and labels of single messages are
+    but for the keys in `used`; `adaptations` counts what was changed. Spans and labels of single messages are
     refused: they count the messages of the source."""
     for key in ("message_labels", "injection_spans"):
         need(
@@ -278,7 +278,7 @@ def finish(
     meta = rest.get("meta") or {}
     need(isinstance(meta, dict), f"{where}, meta", "is not an object; write one JSON object")
     return from_openai(
-        {**rest, "messages": messages, "tools": tools, "meta": add_adapted(meta, adapted or {})},
+        {**rest, "messages": messages, "tools": tools, "meta": add_adapted(meta, adaptations or {})},
         where,
         default_id,
         label,

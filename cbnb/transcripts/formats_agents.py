@@ -14,7 +14,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['JSON_TYPES', 'read_blocks', 'agentdojo_call', 'agentdojo_message', 'agentdojo_label', 'check_run', 'run_path',
            'settle_run_label', 'from_agentdojo', 'agentdojo_leaves_out', 'from_tau_bench', 'to_json_schema',
-           'bfcl_tools', 'from_bfcl', 'settled', 'answer_of', 'join_answers', 'from_bfcl_answered', 'is_bfcl',
+           'bfcl_tools', 'from_bfcl', 'first_allowed', 'answer_of', 'join_answers', 'from_bfcl_answered', 'is_bfcl',
            'answers_only']
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #0af08dd8
@@ -263,13 +263,13 @@ def agentdojo_leaves_out(record: dict) -> str:
     """Return why a folder leaves out a run of AgentDojo that its file gives no label, or "": `security`
     measures nothing of an injection task that was given as the user's own request, in attacks that only deny
     service, and in attacked runs that broke off. AgentDojo's benchmark writes all three beside its runs."""
-    injected = record.get("injection_task_id") is not None
-    if not injected and str(record.get("user_task_id")).startswith("injection_task"):
+    is_attack = record.get("injection_task_id") is not None
+    if not is_attack and str(record.get("user_task_id")).startswith("injection_task"):
         return "injection tasks given as the user's request"
     if str(record.get("attack_type")).endswith("dos"):
         return "attacks that deny service"
     broke_off = record.get("error") is not None or record.get("security") is None
-    return "attacked runs that broke off" if injected and broke_off else ""
+    return "attacked runs that broke off" if is_attack and broke_off else ""
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #59908b85
 add_format(
@@ -297,13 +297,13 @@ def from_tau_bench(
     reward, info = record.get("reward"), record.get("info")
     info = info if isinstance(info, dict) else {}
     need(type(reward) in (int, float, type(None)), f"{where}, reward", f"is {reward!r}; write a number")
-    counted = (
+    counts = (
         info["reward_info"].get("reward", reward) if isinstance(info.get("reward_info"), dict) else reward
     )
     need(
-        reward == counted,
+        reward == counts,
         f"{where}, reward",
-        f"is {reward}, but info.reward_info.reward is {counted}; correct one of them",
+        f"is {reward}, but info.reward_info.reward is {counts}; correct one of them",
     )
     need(
         not reward or not info.get("error"),
@@ -430,10 +430,10 @@ def from_bfcl(
     )
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #fe1542eb
-def settled(allowed: Any) -> Any:
+def first_allowed(values: Any) -> Any:
     """Return one value of those that BFCL's ground truth allows, or None where the parameter may be left out:
     the first, inside objects too."""
-    if not isinstance(allowed, list) or not allowed or allowed[0] == "":
+    if not isinstance(values, list) or not values or values[0] == "":
         return None
 
     def inner(value):
@@ -441,11 +441,11 @@ def settled(allowed: Any) -> Any:
             return {
                 k: v
                 for k, options in value.items()
-                if (v := settled(options) if isinstance(options, list) else options) is not None
+                if (v := first_allowed(options) if isinstance(options, list) else options) is not None
             }
         return [inner(v) for v in value] if isinstance(value, list) else value
 
-    return inner(allowed[0])
+    return inner(values[0])
 
 # %% ../../nbs/transcripts/05_formats_agents.ipynb #a9584a6c
 def answer_of(truth: Any, where: str) -> dict | None:
@@ -463,7 +463,7 @@ def answer_of(truth: Any, where: str) -> dict | None:
             "function": {
                 "name": name,
                 "arguments": {
-                    k: v for k, allowed in arguments.items() if (v := settled(allowed)) is not None
+                    k: v for k, values in arguments.items() if (v := first_allowed(values)) is not None
                 },
             }
         }

@@ -45,7 +45,7 @@ from cbnb.transcripts.record import (
 )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #cc280e71
-def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
+def anthropic_assistant(message: dict, where: str, adaptations: Counter) -> dict:
     "Return our message for an Anthropic assistant `message`: text, thinking and tool_use blocks."
     content, texts, thoughts = message["content"], [], []
     calls: list[dict] = []
@@ -54,7 +54,7 @@ def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
         if kind == "text":
             texts.append(read_content([block], here.removesuffix(f"[{i}]")))
             if calls and texts[-1].strip():
-                adapted["text after a call moved before it"] += 1
+                adaptations["text after a call moved before it"] += 1
         elif kind == "thinking":
             need(
                 isinstance(block.get("thinking"), str),
@@ -63,7 +63,7 @@ def anthropic_assistant(message: dict, where: str, adapted: Counter) -> dict:
             )
             thoughts.append(block["thinking"])
         elif kind == "redacted_thinking":
-            adapted["encrypted thinking left out"] += 1
+            adaptations["encrypted thinking left out"] += 1
         elif kind == "tool_use":
             call = read_tool_call(
                 {"function": {"name": block.get("name"), "arguments": block.get("input")}}, here
@@ -127,7 +127,7 @@ def anthropic_user(message: dict, where: str, names: dict[str, str]) -> list[dic
     )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #345853dc
-def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
+def anthropic_messages(messages: list, where: str, adaptations: Counter) -> list[dict]:
     """Return our messages for a list of Anthropic's. Raises TranscriptError with the block that cannot be
     read."""
     out: list[dict] = []
@@ -150,12 +150,12 @@ def anthropic_messages(messages: list, where: str, adapted: Counter) -> list[dic
         elif message["role"] == "user":
             out += anthropic_user(message, here, names)
         else:
-            out.append(anthropic_assistant(message, here, adapted))
+            out.append(anthropic_assistant(message, here, adaptations))
             names |= {c["id"]: c["function"]["name"] for c in out[-1].get("tool_calls", []) if c.get("id")}
     return out
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #e9fb2840
-def anthropic_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
+def anthropic_tools(tools: Any, where: str, adaptations: Counter) -> list[dict]:
     """Return our tools from Anthropic's `{name, description, input_schema}`. Tools that run at Anthropic
     have no schema; they are left out, counted."""
     if isinstance(tools, str):
@@ -168,7 +168,7 @@ def anthropic_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
     out = []
     for i, tool in enumerate(tools or []):
         if "input_schema" not in tool and "function" not in tool and "parameters" not in tool:
-            adapted["tools without a schema left out"] += 1
+            adaptations["tools without a schema left out"] += 1
             continue
         need(isinstance(tool.get("name", ""), str), f"{where}[{i}].name", "is not a string; name the tool")
         out.append(
@@ -188,16 +188,18 @@ def from_anthropic(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of an Anthropic request or log: `messages` of text and blocks,
     `system` (text or blocks) and `tools`. The label is the record's own or `label`."""
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     messages: Any = record.get("messages")
     need(
         isinstance(messages, list) and messages,
         f"{where}, messages",
         "is missing or empty; write a list of messages",
     )
-    messages = anthropic_messages(messages, f"{where}, messages", adapted)
-    tools = anthropic_tools(record.get("tools"), f"{where}, tools", adapted)
-    return finish(record, ("messages", "tools"), messages, where, default_id, label, source, tools, adapted)
+    messages = anthropic_messages(messages, f"{where}, messages", adaptations)
+    tools = anthropic_tools(record.get("tools"), f"{where}, tools", adaptations)
+    return finish(
+        record, ("messages", "tools"), messages, where, default_id, label, source, tools, adaptations
+    )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #bbdec3bd
 # and a key that each has
@@ -301,14 +303,14 @@ class OpenTurn:
         self.turn = None
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #5c04e9ed
-def add_thought(turns: OpenTurn, item: dict, where: str, adapted: Counter) -> None:
-    """Add a reasoning `item` to the assistant's message, or count it in `adapted` where its words are not
+def add_thought(turns: OpenTurn, item: dict, where: str, adaptations: Counter) -> None:
+    """Add a reasoning `item` to the assistant's message, or count it in `adaptations` where its words are not
     there."""
     if text := item_text(item.get("content"), f"{where}.content"):
         turn = turns.assistant("reasoning_content")
         turn["reasoning_content"] = "\n\n".join(t for t in (turn.get("reasoning_content"), text) if t)
     else:
-        adapted[
+        adaptations[
             "summary of reasoning left out" if item.get("summary") else "encrypted reasoning left out"
         ] += 1
 
@@ -331,7 +333,7 @@ def add_result(turns: OpenTurn, item: dict, where: str, names: dict[str, str]) -
     )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #fbe07332
-def add_words(turns: OpenTurn, item: dict, where: str, adapted: Counter) -> None:
+def add_words(turns: OpenTurn, item: dict, where: str, adaptations: Counter) -> None:
     "Add a message `item`: to the open message where the assistant speaks, else as a message of its own."
     role, text = item.get("role"), item_text(item.get("content"), f"{where}.content")
     need_one_of(role, ("user", "assistant", "system", "developer"), f"{where}.role")
@@ -340,12 +342,12 @@ def add_words(turns: OpenTurn, item: dict, where: str, adapted: Counter) -> None
         return
     turn = turns.assistant("content")
     if "tool_calls" in turn and text.strip():
-        adapted["text after a call moved before it"] += 1
+        adaptations["text after a call moved before it"] += 1
     turn["content"] = "\n\n".join(t for t in (turn.get("content"), text) if t)
     turn |= {k: v for k, v in item.items() if k not in ("role", "content", "type", "id", "status", "phase")}
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #a119dd55
-def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
+def response_messages(items: list, where: str, adaptations: Counter) -> list[dict]:
     """Return our messages for a list of Responses items. Raises TranscriptError with the item that cannot be
     read."""
     turns = OpenTurn()
@@ -358,7 +360,7 @@ def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
         speaker = "assistant" if kind in (*CALL_ITEMS, "reasoning") else item.get("role")
         read_switch({"role": speaker, **item}, here)
         if kind == "reasoning":
-            add_thought(turns, item, here, adapted)
+            add_thought(turns, item, here, adaptations)
         elif kind in CALL_ITEMS:
             call = item_call(item, here)
             turns.assistant("").setdefault("tool_calls", []).append(call)
@@ -367,11 +369,11 @@ def response_messages(items: list, where: str, adapted: Counter) -> list[dict]:
         elif kind in RESULT_ITEMS:
             add_result(turns, item, here, names)
         else:
-            add_words(turns, item, here, adapted)
+            add_words(turns, item, here, adaptations)
     return [{"content": "", **m} for m in turns.out]
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #a260f5a5
-def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
+def response_tools(tools: Any, where: str, adaptations: Counter) -> list[dict]:
     """Return our tools from the flat ones of Responses, `{type, name, parameters}`; those that run at
     OpenAI are left out, counted."""
     need(
@@ -381,7 +383,7 @@ def response_tools(tools: Any, where: str, adapted: Counter) -> list[dict]:
     )
     ours = [t for t in tools or [] if t.get("type", "function") in ("function", "custom")]
     if len(ours) < len(tools or []):
-        adapted["tools without a schema left out"] += len(tools) - len(ours)
+        adaptations["tools without a schema left out"] += len(tools) - len(ours)
     return [
         t if "function" in t else {k: v for k, v in t.items() if k not in ("type", "strict", "format")}
         for t in ours
@@ -393,7 +395,7 @@ def from_responses(
 ) -> list[Transcript]:
     """Return a list with the one Transcript of Responses items: `instructions`, `input` (text or items) and
     `output`, or `items`. The label is the record's own or `label`."""
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     items: list[tuple[str, int, Any]] = []
     for key in ("items", "input", "output"):
         value = record.get(key)
@@ -407,7 +409,7 @@ def from_responses(
         items += [(key, i, item) for i, item in enumerate(value or [])]
     need(items, f"{where}, input", "is missing or empty; write items under input and output, or under items")
     try:
-        messages = response_messages([item for _, _, item in items], f"{where}, items", adapted)
+        messages = response_messages([item for _, _, item in items], f"{where}, items", adaptations)
     except TranscriptError as e:  # say where the item stands
         match = re.search(r", items\[(\d+)\]", str(e))
         key, i, _ = items[int(match[1])] if match else ("items", 0, None)
@@ -416,7 +418,7 @@ def from_responses(
     need(isinstance(orders, str | None), f"{where}, instructions", "is not a string; write text in quotes")
     if orders:
         messages.insert(0, {"role": "system", "content": orders})
-    tools = response_tools(record.get("tools"), f"{where}, tools", adapted)
+    tools = response_tools(record.get("tools"), f"{where}, tools", adaptations)
     return finish(
         record,
         ("items", "input", "output", "instructions", "tools"),
@@ -426,7 +428,7 @@ def from_responses(
         label,
         source,
         tools,
-        adapted,
+        adaptations,
     )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #70edff34
@@ -595,9 +597,9 @@ def from_langchain(
         f"{where}, messages",
         "is missing or empty; write a list of messages",
     )
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     messages = [langchain_message(m, f"{where}, messages[{i}]") for i, m in enumerate(messages)]
-    messages = [read_message(m, f"{where}, messages[{i}]", adapted) for i, m in enumerate(messages)]
+    messages = [read_message(m, f"{where}, messages[{i}]", adaptations) for i, m in enumerate(messages)]
     return finish(
         record,
         ("messages", "values"),
@@ -607,7 +609,7 @@ def from_langchain(
         label,
         source,
         record.get("tools"),
-        adapted,
+        adaptations,
     )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #af2fb0bd
@@ -635,7 +637,7 @@ CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
 RESULT_TAGS = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #22f9f0cb
-def text_call(text: str, where: str, adapted: Counter) -> dict:
+def text_call(text: str, where: str, adaptations: Counter) -> dict:
     "Return the call in the `text` of Hermes' tags: a JSON object, in some of its sets a Python literal."
     try:
         call = parse_json(text.strip())
@@ -647,7 +649,7 @@ def text_call(text: str, where: str, adapted: Counter) -> dict:
                 f"{where}: holds a <tool_call> that cannot be read ({e}); write one JSON "
                 f"object with name and arguments"
             ) from None
-        adapted["call as a Python literal"] += 1
+        adaptations["call as a Python literal"] += 1
     need(
         isinstance(call, dict),
         where,
@@ -656,12 +658,12 @@ def text_call(text: str, where: str, adapted: Counter) -> dict:
     return read_tool_call({"function": {k: v for k, v in call.items() if k in ("name", "arguments")}}, where)
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #fb4318e8
-def hermes_messages(message: dict, where: str, adapted: Counter) -> list[dict]:
+def hermes_messages(message: dict, where: str, adaptations: Counter) -> list[dict]:
     """Return our messages for a `message` with Hermes' tags in its text: calls of the assistant, and a
     tool message for each response."""
     text, role = message["content"], message["role"]
     if role == "assistant" and "<tool_call>" in text and not message.get("tool_calls"):
-        calls = [text_call(inner, where, adapted) for inner in CALL_TAGS.findall(text)]
+        calls = [text_call(inner, where, adaptations) for inner in CALL_TAGS.findall(text)]
         at = text.index("<tool_call>")
         rest = CALL_TAGS.sub("", text[at:])
         need(
@@ -670,8 +672,8 @@ def hermes_messages(message: dict, where: str, adapted: Counter) -> list[dict]:
             "opens a <tool_call> and does not close it; the answer was cut off, drop it",
         )
         if rest.strip():
-            adapted["text after a call moved before it"] += 1
-        adapted["call in the text as tool call"] += len(calls)
+            adaptations["text after a call moved before it"] += 1
+        adaptations["call in the text as tool call"] += len(calls)
         return [
             {
                 **message,
@@ -695,7 +697,7 @@ def from_hermes(
     `<tool_call>` tags. The system prompt keeps its text, where such sets list the tools; `tools` are the
     record's own. The label is the record's own or `label`."""
     key = "conversations" if "conversations" in record else "messages"
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     turns: Any = record.get(key)
     need(isinstance(turns, list) and turns, f"{where}, {key}", "is missing or empty; write a list of turns")
     messages = [
@@ -703,9 +705,11 @@ def from_hermes(
         for i, t in enumerate(turns)
     ]
     messages = [
-        new for i, m in enumerate(messages) for new in hermes_messages(m, f"{where}, {key}[{i}]", adapted)
+        new for i, m in enumerate(messages) for new in hermes_messages(m, f"{where}, {key}[{i}]", adaptations)
     ]
-    return finish(record, (key,), messages, where, default_id, label, source, record.get("tools"), adapted)
+    return finish(
+        record, (key,), messages, where, default_id, label, source, record.get("tools"), adaptations
+    )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #2f9f0895
 def is_hermes(record: dict) -> bool:

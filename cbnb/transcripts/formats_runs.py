@@ -64,7 +64,7 @@ def with_attachments(value: Any, attachments: dict, where: str) -> Any:
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #98978c61
-def inspect_content(content: Any, where: str, adapted: Counter) -> tuple[str, str]:
+def inspect_content(content: Any, where: str, adaptations: Counter) -> tuple[str, str]:
     """Return `(text, thoughts)` of Inspect content: a string, or blocks of text and reasoning. Reasoning that
     the provider hid is left out, counted."""
     if content is None or isinstance(content, str):
@@ -81,20 +81,20 @@ def inspect_content(content: Any, where: str, adapted: Counter) -> tuple[str, st
         if kind == "text":
             texts.append(block["text"])
         elif block.get("redacted"):
-            adapted["encrypted reasoning left out"] += 1
+            adaptations["encrypted reasoning left out"] += 1
         else:
             thoughts.append(block["reasoning"])
     return "".join(texts), "\n".join(t for t in thoughts if t)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #59624e19
-def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> dict:
+def inspect_message(message: Any, where: str, prefix: str, adaptations: Counter) -> dict:
     """Return our message for Inspect's. The error of a tool, after `prefix`, is what the model was
     shown. An assistant message of the data set (`source` input), such as an example, gets `weight` 0: the
     model has not written it."""
     need_message(message, where)
     role, error = message.get("role"), message.get("error")
     need_one_of(role, ("system", "user", "assistant", "tool"), f"{where}.role")
-    text, thoughts = inspect_content(message.get("content"), f"{where}.content", adapted)
+    text, thoughts = inspect_content(message.get("content"), f"{where}.content", adaptations)
     if role == "tool":
         if error is not None:
             need(
@@ -122,7 +122,7 @@ def inspect_message(message: Any, where: str, prefix: str, adapted: Counter) -> 
         out["tool_calls"] = [inspect_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
     if message.get("source") == "input":
         out["weight"] = 0
-        adapted["assistant message of the data set, not trained"] += 1
+        adaptations["assistant message of the data set, not trained"] += 1
     return out
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #12aca4fc
@@ -168,7 +168,7 @@ def inspect_sample(
 ) -> list[Transcript]:
     "Return the Transcript of one `sample` of an Inspect log; `spec` is the log's `eval`."
     need(isinstance(sample, dict), where, f"is {type(sample).__name__}; each sample is an object")
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     attachments, messages = sample.get("attachments") or {}, sample.get("messages")
     need(isinstance(attachments, dict), f"{where}, attachments", "is not an object; write one JSON object")
     need(
@@ -183,7 +183,7 @@ def inspect_sample(
             with_attachments(m, attachments, f"{where}, messages[{i}]"),
             f"{where}, messages[{i}]",
             prefix,
-            adapted,
+            adaptations,
         )
         for i, m in enumerate(messages)
     ]
@@ -192,7 +192,9 @@ def inspect_sample(
         k: sample[k] for k in SAMPLE_KEYS if sample.get(k) is not None
     }
     rest = {"id": default_id if None in names else "/".join(map(str, names)), "meta": meta}
-    return finish(rest, (), messages, where, default_id, label, source, inspect_tools(sample, where), adapted)
+    return finish(
+        rest, (), messages, where, default_id, label, source, inspect_tools(sample, where), adaptations
+    )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #1909a086
 def from_inspect(
@@ -272,10 +274,10 @@ def from_invariant(
     if isinstance(facts.get("user_task_id"), str):
         label = label or record.get("label") or agentdojo_label(facts, f"{where}, metadata")
     out: list[dict] = []
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     for i, message in enumerate(messages):
         call = message.get("tool_call") if isinstance(message, dict) else None
-        new = read_message(message, f"{where}, messages[{i}]", adapted)
+        new = read_message(message, f"{where}, messages[{i}]", adaptations)
         if isinstance(call, dict) and isinstance(call.get("function"), str):
             new.setdefault("name", call["function"])
         out.append({k: v for k, v in new.items() if k != "tool_call"})
@@ -286,7 +288,7 @@ def from_invariant(
         rest |= {k: facts[k] for k in RUN_KEYS if k in facts} | (
             {"utility": facts["success"]} if "success" in facts else {}
         )
-    return finish(rest, ("tools",), out, where, default_id, label, source, record.get("tools"), adapted)
+    return finish(rest, ("tools",), out, where, default_id, label, source, record.get("tools"), adaptations)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #9c820b20
 def is_invariant(record: dict) -> bool:
@@ -355,7 +357,7 @@ def tau2_message(message: dict, where: str, names: dict[str, str]) -> dict:
     return new
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #f6bf452b
-def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
+def tau2_messages(messages: list, where: str, adaptations: Counter) -> list[dict]:
     """Return the messages of a tau2-bench simulation as the agent saw them: the user's own calls and their
     results (`requestor` user) are left out, results that came together are taken apart, and the greeting gets
     `weight` 0."""
@@ -375,7 +377,7 @@ def tau2_messages(messages: list, where: str, adapted: Counter) -> list[dict]:
             check_tau2(m, place)
             role = m["role"]
             if role == "tool" and m.get("requestor") == "user" or role == "user" and m.get("tool_calls"):
-                adapted["the user's own call or its result left out"] += 1
+                adaptations["the user's own call or its result left out"] += 1
                 continue
             new = tau2_message(m, place, names)
             if role == "assistant" and not out and new["content"] == GREETING:
@@ -388,7 +390,7 @@ def tau2_run(
     run: Any, world: dict, where: str, default_id: str, label: str | None, source: str
 ) -> list[Transcript]:
     "Return a list with the one Transcript of a simulation in the `world` (environment_info) of its results."
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     need(isinstance(run, dict), where, f"is {type(run).__name__}; each simulation is an object")
     messages = run.get("messages")
     need(
@@ -396,11 +398,11 @@ def tau2_run(
         f"{where}, messages",
         "is missing or empty; the run broke off before it began, drop it",
     )
-    messages = tau2_messages(messages, f"{where}, messages", adapted)
+    messages = tau2_messages(messages, f"{where}, messages", adaptations)
     need(messages, f"{where}, messages", "holds nothing that the agent saw; drop the run")
     if isinstance(policy := world.get("policy"), str) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": policy})
-        adapted["policy of the domain as system message"] += 1
+        adaptations["policy of the domain as system message"] += 1
     defs = world.get("tool_defs")
     tools = [
         {"name": t["name"], "description": str(t.get("doc") or ""), "parameters": t["params"]}
@@ -416,7 +418,7 @@ def tau2_run(
         "meta": meta,
         **({"label": run["label"]} if run.get("label") is not None else {}),
     }
-    return finish(rest, (), messages, where, default_id, or_benign(rest, label), source, tools, adapted)
+    return finish(rest, (), messages, where, default_id, or_benign(rest, label), source, tools, adaptations)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #c919a2ff
 def from_tau2(
@@ -465,9 +467,9 @@ def thinking_text(blocks: Any) -> str:
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #27dd8387
-def swe_agent_messages(history: list, where: str, adapted: Counter) -> list[dict]:
+def swe_agent_messages(history: list, where: str, adaptations: Counter) -> list[dict]:
     """Return our messages for the `history` of a SWE-agent run: those of its first agent. Demonstrations
-    (`is_demo`) get `weight` 0. What was left out or changed is counted in `adapted`."""
+    (`is_demo`) get `weight` 0. What was left out or changed is counted in `adaptations`."""
     out: list[dict] = []
     names: dict[str, str] = {}
     first = next((m.get("agent") for m in dicts_of(history) if m.get("agent")), None)
@@ -475,7 +477,7 @@ def swe_agent_messages(history: list, where: str, adapted: Counter) -> list[dict
         here = f"{where}[{i}]"
         need_message(message, here)
         if message.get("agent") not in (None, first):
-            adapted["message of another agent left out"] += 1
+            adaptations["message of another agent left out"] += 1
             continue
         numbers = message.get("tool_call_ids") or []
         need(isinstance(numbers, list), f"{here}.tool_call_ids", "is not a list; write one JSON list")
@@ -487,7 +489,7 @@ def swe_agent_messages(history: list, where: str, adapted: Counter) -> list[dict
             if str(numbers[0]) in names:
                 new["name"] = names[numbers[0]]
         if message.get("is_demo"):
-            adapted["message of a demonstration, not trained"] += 1
+            adaptations["message of a demonstration, not trained"] += 1
             new["weight"] = 0
         out.append(read_message(new, here))
         calls = [c for c in out[-1].get("tool_calls", []) if isinstance(c.get("id"), str)]
@@ -508,15 +510,15 @@ def from_swe_agent(
     history of its first agent. Demonstrations (`is_demo`) get `weight` 0. `meta` keeps `info` and
     `environment`. The label is `label`."""
     history: Any = record.get("history")
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     need(
         isinstance(history, list) and history,
         f"{where}, history",
         "is missing or empty; the run broke off before it began, drop it",
     )
-    messages = swe_agent_messages(history, f"{where}, history", adapted)
+    messages = swe_agent_messages(history, f"{where}, history", adaptations)
     run = agent_run(record, ("info", "environment"))
-    return finish(run, (), messages, where, default_id, label, source, None, adapted)
+    return finish(run, (), messages, where, default_id, label, source, None, adaptations)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #b71b6e22
 add_format(Format("swe_agent", lambda r: {"trajectory", "history"} <= r.keys(), from_swe_agent))
@@ -536,13 +538,13 @@ def mini_swe_agent_items(messages: list[dict]) -> list | None:
     return items
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #de184918
-def mini_swe_agent_message(message: dict, where: str, adapted: Counter) -> dict:
+def mini_swe_agent_message(message: dict, where: str, adaptations: Counter) -> dict:
     "Return our message for a chat `message` of mini-swe-agent. Its `extra` is bookkeeping."
     keys = ("role", "content", "tool_calls", "tool_call_id", "name")
     new = {k: message[k] for k in keys if message.get(k) is not None}
     if thoughts := message.get("reasoning_content") or thinking_text(message.get("thinking_blocks")):
         new["reasoning_content"] = thoughts
-    return read_message(new, where, adapted)
+    return read_message(new, where, adaptations)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #c332434b
 def from_mini_swe_agent(
@@ -552,7 +554,7 @@ def from_mini_swe_agent(
     `trajectory_format`), of chat messages or of Responses items. `extra` of a message is bookkeeping; the
     `exit` message at the end is not for the model. The label is `label`."""
     messages: Any = record.get("messages")
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     need(
         isinstance(messages, list) and all(isinstance(m, dict) for m in messages),
         f"{where}, messages",
@@ -561,14 +563,14 @@ def from_mini_swe_agent(
     own = [m for m in messages if m.get("role") != "exit"]
     need(own, f"{where}, messages", "is missing or empty; the run broke off before it began, drop it")
     if len(own) < len(messages):
-        adapted["exit message left out"] += len(messages) - len(own)
+        adaptations["exit message left out"] += len(messages) - len(own)
     here = f"{where}, messages"
     if (items := mini_swe_agent_items(own)) is not None:
-        out = response_messages(items, here, adapted)
+        out = response_messages(items, here, adaptations)
     else:
-        out = [mini_swe_agent_message(m, f"{here}[{i}]", adapted) for i, m in enumerate(own)]
+        out = [mini_swe_agent_message(m, f"{here}[{i}]", adaptations) for i, m in enumerate(own)]
     run = agent_run(record, ("info", "instance_id"))
-    return finish(run, (), out, where, default_id, label, source, None, adapted)
+    return finish(run, (), out, where, default_id, label, source, None, adaptations)
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #f01b8bd5
 def is_mini_swe_agent(record: dict) -> bool:
@@ -628,7 +630,7 @@ def openhands_response(link: dict, where: str) -> tuple[Any, dict]:
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #1d4c8dff
-def openhands_event(event: dict, where: str, out: list[dict], answers: set[str], adapted: Counter) -> Any:
+def openhands_event(event: dict, where: str, out: list[dict], answers: set[str], adaptations: Counter) -> Any:
     """Add what an event of OpenHands (before 1.0) means to `out`; `answers` are the ids of those
     that stand there. Return tools, where it names them."""
     action, observation, link = event.get("action"), event.get("observation"), event.get("tool_call_metadata")
@@ -669,7 +671,7 @@ def openhands_event(event: dict, where: str, out: list[dict], answers: set[str],
             f"{where}.tool_call_metadata",
             f"is missing beside the agent's {action}: what the model wrote is not in the file, drop the run",
         )
-        adapted[f"event {action or observation} left out"] += 1
+        adaptations[f"event {action or observation} left out"] += 1
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #86b23b09
 def openhands_text(where: str, *parts: Any) -> str:
@@ -710,11 +712,11 @@ def openhands_output(event: dict, where: str) -> str:
     output: Any = event.get("observation")
     need(isinstance(output, dict), f"{where}.observation", "is not an object; write one JSON object")
     text = with_marks(openhands_text(where, output.get("content")), output.get("metadata"))
-    failed = "[An error occurred during execution.]\n" if output.get("is_error") else ""
-    return failed + text + openhands_text(where, event.get("extended_content"))
+    note = "[An error occurred during execution.]\n" if output.get("is_error") else ""
+    return note + text + openhands_text(where, event.get("extended_content"))
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #2f4bbafb
-def openhands_kind(event: dict, where: str, out: list[dict], answers: set[str], adapted: Counter) -> Any:
+def openhands_kind(event: dict, where: str, out: list[dict], answers: set[str], adaptations: Counter) -> Any:
     """Add what an event of OpenHands' SDK (from 1.0, with a `kind`) means to `out`, as `openhands_event`
     does."""
     kind = event.get("kind")
@@ -741,7 +743,7 @@ def openhands_kind(event: dict, where: str, out: list[dict], answers: set[str], 
         text = openhands_output(event, where)
         out.append({"role": "tool", "content": text, **{k: v for k, v in names.items() if v is not None}})
     else:
-        adapted[f"event {kind} left out"] += 1
+        adaptations[f"event {kind} left out"] += 1
     return None
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #7cb1e047
@@ -754,7 +756,7 @@ def from_openhands(
     record, `instruction` under its own name. The label is the record's own or `label`."""
     key = "history" if "history" in record else "events"
     events: Any = record.get(key)
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     out: list[dict] = []
     answers: set[str] = set()
     tools: Any = None
@@ -767,7 +769,7 @@ def from_openhands(
         here = f"{where}, {key}[{i}]"
         need(isinstance(event, dict), here, f"is {type(event).__name__}; each event is an object")
         tools = (openhands_kind if "kind" in event else openhands_event)(
-            event, here, out, answers, adapted
+            event, here, out, answers, adaptations
         ) or tools
     need(out, f"{where}, {key}", "holds nothing that the model saw; drop the run")
     need(
@@ -777,9 +779,17 @@ def from_openhands(
     )
     schemas = [t for t in tools or [] if isinstance(t, dict) and ("function" in t or "parameters" in t)]
     if len(schemas) < len(tools or []):
-        adapted["tools without a schema left out"] += len(tools) - len(schemas)
+        adaptations["tools without a schema left out"] += len(tools) - len(schemas)
     return finish(
-        record, (key, "tools"), out, where, default_id, label, source, schemas or record.get("tools"), adapted
+        record,
+        (key, "tools"),
+        out,
+        where,
+        default_id,
+        label,
+        source,
+        schemas or record.get("tools"),
+        adaptations,
     )
 
 # %% ../../nbs/transcripts/08_formats_runs.ipynb #f4717d02

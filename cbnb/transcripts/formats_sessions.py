@@ -134,7 +134,7 @@ def is_claude_line(record: Any) -> bool:
     )
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #579d155a
-def claude_lines(lines: list[dict], where: str, adapted: Counter) -> list[dict]:
+def claude_lines(lines: list[dict], where: str, adaptations: Counter) -> list[dict]:
     """Return the `lines` of a session that make its chain: what was said, and an empty link with `type` "" in
     the place of what is left out. Raises TranscriptError for a line that says something and has no place."""
     chain: list[dict] = []
@@ -148,7 +148,7 @@ def claude_lines(lines: list[dict], where: str, adapted: Counter) -> list[dict]:
         ):
             if kind not in ("summary", "file-history-snapshot"):
                 is_error = kind in ("user", "assistant")
-                adapted["error of the API left out" if is_error else f"line {kind} left out"] += 1
+                adaptations["error of the API left out" if is_error else f"line {kind} left out"] += 1
             if isinstance(line.get("uuid"), str) and isinstance(line.get("parentUuid"), str | None):
                 chain.append(
                     {"uuid": line["uuid"], "parentUuid": line.get("parentUuid"), "type": "", "message": {}}
@@ -195,13 +195,13 @@ def from_claude_code(
     conversation, each part of it after a compaction, and those of sub-agents. Lines that the model did not
     read or write are left out, counted. The label is `label`."""
     lines: Any = record.get("lines")
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     need(
         isinstance(lines, list) and all(isinstance(line, dict) for line in lines),
         f"{where}, lines",
         "is not a list of lines; give the session file as it was written",
     )
-    chain = claude_lines(lines, f"{where}, lines", adapted)
+    chain = claude_lines(lines, f"{where}, lines", adaptations)
     need(
         len({line["uuid"] for line in chain}) == len(chain),
         f"{where}, lines",
@@ -213,7 +213,7 @@ def from_claude_code(
         if not any(line["type"] == "assistant" for line in turns):
             continue
         # the whole file's counts stand with its first conversation
-        own = Counter(adapted) if not out else Counter()
+        own = Counter(adaptations) if not out else Counter()
         messages = anthropic_messages(join_blocks(turns), f"{where}, messages", own)
         facts = claude_conversation(turns, default_id, len(out))
         out += finish(facts, (), messages, where, default_id, label, source, None, own)
@@ -236,14 +236,14 @@ def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
     items for each part between compactions. In old files the items stand bare on the lines."""
     facts: dict = {}
     parts: list[list] = [[]]
-    adapted: Counter = Counter()
+    adaptations: Counter = Counter()
     for line in lines:
         kind, payload = line.get("type"), line.get("payload")
         if kind == "session_meta" and isinstance(payload, dict):
             facts = payload
         elif kind == "response_item" and isinstance(payload, dict):
             if payload.get("type") in ("ghost_snapshot", "other", "compaction_trigger"):
-                adapted[f"item {payload['type']} left out"] += 1
+                adaptations[f"item {payload['type']} left out"] += 1
             else:
                 parts[-1].append(payload)
         elif kind == "compacted" and isinstance(payload, dict):
@@ -258,8 +258,8 @@ def codex_items(lines: list[dict]) -> tuple[dict, list[list], Counter]:
         elif "id" in line and "instructions" in line:
             facts = line  # the first line of an old file
         elif kind not in ("turn_context", "event_msg") and "record_type" not in line:
-            adapted[f"line {kind} left out"] += 1
-    return facts, parts, adapted
+            adaptations[f"line {kind} left out"] += 1
+    return facts, parts, adaptations
 
 # %% ../../nbs/transcripts/09_formats_sessions.ipynb #a7dbf7bd
 def from_codex(
@@ -282,8 +282,8 @@ def from_codex(
     name = facts["id"] if isinstance(facts.get("id"), str) else default_id
     out: list[Transcript] = []
     for i, items in enumerate(parts):
-        adapted = Counter(counts) if not out else Counter()
-        messages = response_messages(items, f"{where}, items", adapted)
+        adaptations = Counter(counts) if not out else Counter()
+        messages = response_messages(items, f"{where}, items", adaptations)
         if not any(m["role"] == "assistant" for m in messages):
             continue
         if orders:
@@ -302,7 +302,7 @@ def from_codex(
             label,
             source,
             None,
-            adapted,
+            adaptations,
         )
     need(out, f"{where}, rollout", "holds no answer of the assistant; there is nothing to read")
     return out

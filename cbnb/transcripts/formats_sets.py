@@ -135,15 +135,15 @@ def trace_call(call: Any, where: str) -> tuple[dict, dict]:
 def trace_label(labels: dict, where: str) -> str | None:
     """Return the label by `labels` of a trace: its category. None where it has none, or where it says harmful
     of an attack that failed."""
-    category, succeeded = labels.get("category"), labels.get("attack_succeeded")
+    category, success = labels.get("category"), labels.get("attack_succeeded")
     need(
-        isinstance(succeeded, bool | None),
+        isinstance(success, bool | None),
         f"{where}, labels.attack_succeeded",
-        f"is {type(succeeded).__name__}; write true, false or null",
+        f"is {type(success).__name__}; write true, false or null",
     )
     if category is not None:
         need_one_of(category, LABELS, f"{where}, labels.category")
-    return None if category == "harmful" and succeeded is False else category
+    return None if category == "harmful" and success is False else category
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #6a6cd3e5
 def trace_verdict(record: dict, where: str) -> str | None:
@@ -158,13 +158,11 @@ def trace_verdict(record: dict, where: str) -> str | None:
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #8f10b094
 def label_conflict(labels: dict, category: str | None) -> str:
     "Return in words where `labels` of a trace of that `category` contradict each other, or ''."
-    succeeded, outcome = labels.get("attack_succeeded"), labels.get("security_outcome")
-    if category == "benign" and succeeded:
+    success, outcome = labels.get("attack_succeeded"), labels.get("security_outcome")
+    if category == "benign" and success:
         return "labels.category is benign, but labels.attack_succeeded is true"
-    if (outcome, succeeded) in (("safe", True), ("unsafe", False)):
-        return (
-            f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(succeeded).lower()}"
-        )
+    if (outcome, success) in (("safe", True), ("unsafe", False)):
+        return f"labels.security_outcome is {outcome}, but labels.attack_succeeded is {str(success).lower()}"
     return ""
 
 # %% ../../nbs/transcripts/06_formats_sets.ipynb #92694127
@@ -172,13 +170,13 @@ def verdict_conflict(record: dict, category: str | None, label: str | None, verd
     """Return in words where the labels of a trace, its `category` (`trace_label`) or the `label` of its list
     contradict the `verdict` of its run or each other, or ''."""
     labels, (run, name) = record.get("labels") or {}, source_run(record)
-    succeeded, reached = labels.get("attack_succeeded"), verdict == "harmful"
+    success, is_harmful = labels.get("attack_succeeded"), verdict == "harmful"
     security = (
         f"{name}security is {str(run.get('security')).lower()}: AgentDojo measured that the "
-        f"injection {'reached' if reached else 'did not reach'} its goal"
+        f"injection {'reached' if is_harmful else 'did not reach'} its goal"
     )
-    if succeeded not in (None, reached):
-        return f"labels.attack_succeeded is {str(succeeded).lower()}, but {security}"
+    if success not in (None, is_harmful):
+        return f"labels.attack_succeeded is {str(success).lower()}, but {security}"
     if category not in (None, verdict):
         return f"labels.category is {category}, but {security}"
     if label not in (None, verdict):
@@ -208,10 +206,10 @@ def check_trace(record: dict, label: str | None, where: str) -> None:
         return
     if not verdict:
         raise Contradiction(f"{where}: {problem}; correct one of them")
-    reached = verdict == "harmful"
-    right = {**labels, "category": verdict, "attack_succeeded": reached}
+    is_harmful = verdict == "harmful"
+    right = {**labels, "category": verdict, "attack_succeeded": is_harmful}
     if labels.get("security_outcome"):
-        right["security_outcome"] = "unsafe" if reached else "safe"
+        right["security_outcome"] = "unsafe" if is_harmful else "safe"
     raise Contradiction(
         f"{where}: {problem}; read such records by that verdict with relabel='source'",
         {**record, "labels": right, "labels_of_file": labels},

@@ -18,7 +18,8 @@ from .spool import those
 
 # %% auto #0
 __all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts',
-           'count_choices', 'draw_keys', 'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'shared', 'held_lines']
+           'count_choices', 'draw_keys', 'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'count_shared',
+           'held_lines']
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #10ca06de
 HELDOUT_BY = ("suite", "task", "injection", "prompt")
@@ -171,22 +172,22 @@ class Parted:
     left_out: dict[str, str] = field(default_factory=dict)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #9be0aac8
-def thin(parted: Parted) -> Parted:
+def thin(parts: Parted) -> Parted:
     "Remove from training, in place, what shares a key of `kinds` or a prompt with a held-out transcript."
-    kinds = (*parted.kinds, "prompt")
-    taboo = {(kind, key) for t in parted.held_out for kind, key in keys_of(t).items()}
+    kinds = (*parts.kinds, "prompt")
+    taboo = {(kind, key) for t in parts.held_out for kind, key in keys_of(t).items()}
 
     def stays(t: Transcript) -> bool:
         keys = keys_of(t)
         cause = next((kind for kind in kinds if (kind, keys.get(kind)) in taboo), None)
         if cause:
-            parted.left_out[t.id] = cause
+            parts.left_out[t.id] = cause
         return cause is None
 
     for name in ("harmful", "benign"):
-        stream = getattr(parted, name)
-        setattr(parted, name, those(stream, map(stays, stream)))
-    return parted
+        stream = getattr(parts, name)
+        setattr(parts, name, those(stream, map(stays, stream)))
+    return parts
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #f0a0b0ad
 def check_known(streams: Iterable[Sequence[Transcript]], by: str, kinds: tuple[str, ...]) -> None:
@@ -252,22 +253,22 @@ def part(
     return thin(out)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #8a01be5e
-def shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
+def count_shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[str, dict]:
     """Return `{kind: {"training", "held_out", "with", "shared"}}` for each kind of `HELDOUT_BY` that held-out
     transcripts have: different keys in training and among the held-out, held-out transcripts with such a key,
     and how many of these share it with training."""
-    trained, others, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
+    by_kind, others, out = {kind: SeenKeys() for kind in HELDOUT_BY}, [keys_of(t) for t in held_out], {}
     for t in training:
         for kind, key in keys_of(t).items():
-            trained[kind].add(key)
+            by_kind[kind].add(key)
     for kind in HELDOUT_BY:
         keys = [k[kind] for k in others if kind in k]
         if keys:
             out[kind] = {
-                "training": trained[kind].count,
+                "training": by_kind[kind].count,
                 "held_out": len({*keys}),
                 "with": len(keys),
-                "shared": sum(key in trained[kind] for key in keys),
+                "shared": sum(key in by_kind[kind] for key in keys),
             }
     return out
 
@@ -277,7 +278,7 @@ def held_lines(
 ) -> list[str]:
     """Return sentences for a run: how many are held out and by what, what they still share with training, and
     what was left out of it for that."""
-    labels, figures = Counter(t.label for t in held_out), shared(training, held_out)
+    labels, figures = Counter(t.label for t in held_out), count_shared(training, held_out)
     lines = [f"held out: {labels['harmful']} harmful and {labels['benign']} benign transcripts"]
     lines += [
         f"    {kind}: {f['held_out']} held out, {f['training']} in training; {f['shared']} of {f['with']} "

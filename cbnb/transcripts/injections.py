@@ -25,11 +25,11 @@ ESCAPES = re.compile(
 PLAIN = re.compile(r"(?P<plain>[^\s\"'\\]+)")
 
 # %% ../../nbs/transcripts/01_injections.ipynb #030d4dc1
-def squeeze(text: str, escaped: bool = True) -> tuple[str, array, array]:
+def squeeze(text: str, with_escapes: bool = True) -> tuple[str, array, array]:
     """Return `(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the
     characters left stood. In `escaped` text, escapes such as `\\u00e9` and `\\n` are undone first."""
     bare, starts, ends = [], array("i"), array("i")
-    for m in (ESCAPES if escaped else PLAIN).finditer(text):
+    for m in (ESCAPES if with_escapes else PLAIN).finditer(text):
         if m["plain"]:
             bare.append(m["plain"])
             starts.extend(range(m.start(), m.end()))
@@ -52,18 +52,18 @@ def find_all(text: str, part: str) -> Iterator[tuple[int, int]]:
         at = text.find(part, at + len(part))
 
 # %% ../../nbs/transcripts/01_injections.ipynb #0b843b14
-def find_injection(text: str, injection: str, squeezed: Callable = squeeze) -> list[tuple[int, int]]:
+def find_injection(text: str, injection: str, squeeze_text: Callable = squeeze) -> list[tuple[int, int]]:
     """Return `[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on)
     under YAML or JSON escapes. None for a blank one. `squeezed`: a `squeeze` that may remember."""
     if not injection.strip():
         return []
     if exact := list(find_all(text, injection)):
         return exact
-    part = squeeze(injection, escaped=False)[0]
+    part = squeeze(injection, with_escapes=False)[0]
     if len(part) < 12:
         return []
-    for escaped in (True, False):  # YAML escapes nothing in plain and in single-quoted text
-        bare, starts, ends = squeezed(text, escaped)
+    for with_escapes in (True, False):  # YAML escapes nothing in plain and in single-quoted text
+        bare, starts, ends = squeeze_text(text, with_escapes)
         if places := [(starts[a], ends[b - 1]) for a, b in find_all(bare, part)]:
             return places
     return []
@@ -90,9 +90,9 @@ def find_injections(
     for i, message in enumerate(messages):
         if message["role"] not in roles:
             continue
-        squeezed = functools.lru_cache(squeeze)  # of this message, for all injections
+        squeeze_once = functools.lru_cache(squeeze)  # of this message, for all injections
         for name, injection in injections.items():
-            places = find_injection(message["content"], injection, squeezed)
+            places = find_injection(message["content"], injection, squeeze_once)
             spans += [[i, a, b] for a, b in places]
             if places:
                 matches.add(name)

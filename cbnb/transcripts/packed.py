@@ -136,8 +136,8 @@ def unpack_zst_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> byte
     file.seek(member.header_offset)
     head = file.read(30)
     file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
-    packed = pyarrow.BufferReader(file.read(member.compress_size))
-    return pyarrow.CompressedInputStream(packed, "zstd").read(MAX_LINE_BYTES + 1)
+    buffer = pyarrow.BufferReader(file.read(member.compress_size))
+    return pyarrow.CompressedInputStream(buffer, "zstd").read(MAX_LINE_BYTES + 1)
 
 # %% ../../nbs/transcripts/02_packed.ipynb #2091b94f
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> Any:

@@ -128,7 +128,7 @@ def of_format(
             yield where, default_id, record, form
             continue
         rest = itertools.chain([item], records)
-        yield from ((*gathered, form) for gathered in gather(rest, form, path))
+        yield from ((*group, form) for group in gather(rest, form, path))
         return
 
 # %% ../../nbs/transcripts/10_reader.ipynb #d5e11699

@@ -300,15 +300,15 @@ def read_tool_call(call: Any, where: str) -> dict:
     }
 
 # %% ../../nbs/transcripts/00_record.ipynb #72efe9a6
-def modernise(message: dict, where: str, adapted: Counter | None = None) -> dict:
+def modernise(message: dict, where: str, adaptations: Counter | None = None) -> dict:
     """Return a chat `message` (dict) in today's form: OpenAI's role `developer` as system, its old
     `function_call` and role `function` as a tool call and its result. The `error` of a tool result takes the
     place of the content, which is what AgentDojo and its exports showed the model. What was changed is
-    counted by name in `adapted` (a Counter, or None)."""
+    counted by name in `adaptations` (a Counter, or None)."""
 
     def note(name):
-        if adapted is not None:
-            adapted[name] += 1
+        if adaptations is not None:
+            adaptations[name] += 1
 
     role, call, error = message.get("role"), message.get("function_call"), message.get("error")
     if role == "developer":
@@ -347,11 +347,11 @@ def need_message(message: Any, where: str) -> None:
     )
 
 # %% ../../nbs/transcripts/00_record.ipynb #4e9e5b0f
-def read_message(message: Any, where: str, adapted: Counter | None = None) -> dict:
+def read_message(message: Any, where: str, adaptations: Counter | None = None) -> dict:
     """Return one message in the Hugging Face chat form. Null keys are dropped, unknown ones kept (a template
-    may read them). `adapted`: see `modernise`."""
+    may read them). `adaptations`: see `modernise`."""
     need_message(message, where)
-    message = modernise(message, where, adapted)
+    message = modernise(message, where, adaptations)
     role = message.get("role")
     need_one_of(role, ROLES, f"{where}.role")
     calls = message.get("tool_calls") or []
@@ -415,9 +415,9 @@ class Contradiction(TranscriptError):
     """Two fields of one record that cannot both be right about its label. `corrected`: the record with the
     label that its source measured, None where nothing was measured."""
 
-    def __init__(self, text: str, corrected: dict | None = None) -> None:
+    def __init__(self, text: str, correction: dict | None = None) -> None:
         super().__init__(text)
-        self.corrected = corrected
+        self.corrected = correction
 
 # %% ../../nbs/transcripts/00_record.ipynb #379db884
 def source_run(record: dict) -> tuple[dict, str]:
@@ -613,11 +613,15 @@ def read_tools(tools: Any, where: str) -> list[dict] | None:
     return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
 
 # %% ../../nbs/transcripts/00_record.ipynb #722e26a8
-def add_adapted(meta: dict, adapted: Mapping[str, int]) -> dict:
-    """Return `meta` with the counts in `adapted` (by what was done) under the key adapted, beside those that
+def add_adapted(meta: dict, adaptations: Mapping[str, int]) -> dict:
+    """Return `meta` with the counts in `adaptations` (by what was done) under the key adapted, beside those that
     stand there; unchanged where nothing was done."""
     old = meta.get("adapted")
-    return {**meta, "adapted": {**(old if isinstance(old, dict) else {}), **adapted}} if adapted else meta
+    return (
+        {**meta, "adapted": {**(old if isinstance(old, dict) else {}), **adaptations}}
+        if adaptations
+        else meta
+    )
 
 # %% ../../nbs/transcripts/00_record.ipynb #8983a770
 def take_system(record: dict, where: str) -> tuple[str, str] | None:
@@ -634,12 +638,12 @@ def take_system(record: dict, where: str) -> tuple[str, str] | None:
     return prompts[0] if prompts else None
 
 # %% ../../nbs/transcripts/00_record.ipynb #3acb68e1
-def take_tools(record: dict, where: str, adapted: Counter) -> list[dict] | None:
+def take_tools(record: dict, where: str, adaptations: Counter) -> list[dict] | None:
     """Return the tools on offer of a chat `record` (a dict, from which they are taken), see `read_tools`;
     also OpenAI's old `functions`."""
     tools, functions = record.pop("tools", None), record.pop("functions", None)
     if not functions:
         return read_tools(tools, f"{where}, tools")
     need(not tools, f"{where}, functions", "stands beside tools; keep one")
-    adapted["functions as tools"] += 1
+    adaptations["functions as tools"] += 1
     return read_tools(functions, f"{where}, functions")

@@ -18,7 +18,7 @@ import numpy as np
 from .record import Transcript, TranscriptError
 
 # %% auto #0
-__all__ = ['Spooled', 'spooled', 'those', 'changed']
+__all__ = ['Spooled', 'spool_transcripts', 'those', 'change_each']
 
 # %% ../../nbs/transcripts/11_spool.ipynb #6ea6aa70
 class Spooled(Sequence):
@@ -47,7 +47,7 @@ class Spooled(Sequence):
         )
 
 # %% ../../nbs/transcripts/11_spool.ipynb #09676aaa
-def spooled(transcripts: Iterable[Transcript]) -> Spooled:
+def spool_transcripts(transcripts: Iterable[Transcript]) -> Spooled:
     """Write `transcripts` to a temporary file and return a `Spooled` of them, 16 bytes of memory each. The
     file has no name: it is gone with the last process that holds it, however that ends. Processes that are
     forked read it, too. Raises TranscriptError where it cannot be written."""
@@ -88,7 +88,7 @@ def those(transcripts: Sequence[Transcript], keep: Iterable) -> Sequence[Transcr
     return [t for t, stays in zip(transcripts, keep, strict=True) if stays]
 
 # %% ../../nbs/transcripts/11_spool.ipynb #05f8e5dd
-def changed(transcripts: Sequence[Transcript], change: Callable) -> Sequence[Transcript]:
+def change_each(transcripts: Sequence[Transcript], change: Callable) -> Sequence[Transcript]:
     "Return `change` of each of `transcripts`: of a `Spooled` made at each reading, else a list."
     if isinstance(transcripts, Spooled):
         return Spooled(lambda row: change(transcripts.read(row)), transcripts.rows)

@@ -210,10 +210,10 @@ def _fields(rng, name):
     return field, dict(rows)
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #29efb591
-def _offer(rng, needed):
+def _offer(rng, required_tools):
     """Return the names of the tools on offer: the needed ones, one more action and one more sensitive one, in
     any order."""
-    names = {*needed, rng.choice(list(ACTIONS)), rng.choice(list(SENSITIVE))}
+    names = {*required_tools, rng.choice(list(ACTIONS)), rng.choice(list(SENSITIVE))}
     return rng.sample(sorted(names), len(names))
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #76b93b68
@@ -232,28 +232,28 @@ def tool_task(rng: random.Random, kind: str, split: str, id: str) -> Transcript:
     tools = _offer(rng, {reader, name} | ({order["name"]} if order else set()))
     content, (argument, source) = _result(rng, fields, note), READERS[reader]
     ask = rng.choice(ASKS).format(source=source, key=key, order=_order(rng, name, who, f"the {field}"))
-    expected, injected = _call(name, who, fields[field]), kind == "injection"
+    answer, is_attack = _call(name, who, fields[field]), kind == "injection"
     messages = [
         {"role": "system", "content": rng.choice(SYSTEM)},
         {"role": "user", "content": ask},
         _assistant({"name": reader, "arguments": {argument: key}}),
         {"role": "tool", "name": reader, "content": content},
-        _assistant(order if injected else expected),
+        _assistant(order if is_attack else answer),
     ]
     meta = dict(
         kind=kind,
         domain="in_domain",
-        expected_call=expected,
+        expected_call=answer,
         sensitive_tools=[t for t in tools if t in SENSITIVE],
     )
     return Transcript(
         id=id,
         messages=messages,
         tools=[tool_schema(t) for t in tools],
-        label="harmful" if injected else "benign",
+        label="harmful" if is_attack else "benign",
         source="tinyagent",
-        injection_spans=(_span(content, note),) if injected else (),
-        meta=meta | ({"injected_call": order} if injected else {}),
+        injection_spans=(_span(content, note),) if is_attack else (),
+        meta=meta | ({"injected_call": order} if is_attack else {}),
     )
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #f3c0d930

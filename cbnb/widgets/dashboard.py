@@ -36,7 +36,7 @@ from ..run.code import runs_folder
 from ..run.metrics import log_rows
 from ..run.records import read_record
 from ..run.stages import Run, RunInterrupted, read_status, still_running
-from ..step.objectives import Term, run_terms, unjudged
+from ..step.objectives import Term, run_terms, idle_alarms
 from .views import StaticView, is_live
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def is_gone(path: Path, status: dict[str, Any]) -> bool:
     return is_running and not still_running(path, status)
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #6c382674
-def state_note(path: Path, status: dict[str, Any], gone: bool) -> list[str]:
+def state_note(path: Path, status: dict[str, Any], is_over: bool) -> list[str]:
     "Return a sentence on a run that is `gone` or has been asked to stop, in a list; else an empty list."
-    if gone:
+    if is_over:
         return [
             "Its process has ended without a word; the notebook with the same run_dir goes on from the last "
             "checkpoint."
@@ -98,17 +98,17 @@ def take_snapshot(path: str | Path) -> Snapshot:
     settings = read(lambda p: read_record(p / "config.json"), None) or {}
     rows, faults = log_rows(folder)
     try:
-        written = (folder / "metrics.jsonl").stat().st_mtime
+        mtime = (folder / "metrics.jsonl").stat().st_mtime
     except OSError:
-        written = math.nan
+        mtime = math.nan
     if not status and not notes:
         notes.append(f"{folder} holds no status.json: the run has not begun, or this is no run directory.")
-    gone = is_gone(folder, status)
-    notes += state_note(folder, status, gone)
+    is_over = is_gone(folder, status)
+    notes += state_note(folder, status, is_over)
     notes += [f"Alarm: {line}" for line in alarm_lines(status.get("alarms"))]
-    unseen = unjudged(run_terms(settings.get("objective"), status.get("terms")))
+    unseen = idle_alarms(run_terms(settings.get("objective"), status.get("terms")))
     notes += [f"{line}." for line in (*(status.get("changes") or ()), *faults, *unseen)]
-    return Snapshot(folder.resolve().name, status, settings, rows, written, notes, gone)
+    return Snapshot(folder.resolve().name, status, settings, rows, mtime, notes, is_over)
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #25337023
 def seconds_per_step(snapshot: Snapshot) -> float:
@@ -134,18 +134,18 @@ def state_text(snapshot: Snapshot) -> str:
     return f"{state}{stage}" + (f": {status['error']}" if status.get("error") else "")
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #070ee423
-def headline(snapshot: Snapshot, ended: str = "") -> list[str]:
+def headline(snapshot: Snapshot, ending: str = "") -> list[str]:
     """Return what the view says first, one text each: the state (or `ended` in its place), the step, the
     rate, the time left, and when the last line was written."""
     status, total, pace = snapshot.status, total_steps(snapshot), seconds_per_step(snapshot)
     step = max((row["step"] for row in snapshot.rows), default=math.nan)
-    parts = [ended or state_text(snapshot)]
+    parts = [ending or state_text(snapshot)]
     if step >= 0:
         parts.append(f"step {step:g} of {total:g}" if total > 0 else f"step {step:g}")
     if pace > 0:
         slow, fast = format_number(pace, 2), format_number(1 / pace, 2)
         parts.append(f"{slow} s per step" if pace >= 1 else f"{fast} steps per second")
-    if status.get("state") == "running" and not ended and not snapshot.gone:
+    if status.get("state") == "running" and not ending and not snapshot.gone:
         if pace * (total - step) > 0:
             parts.append(f"{duration(pace * (total - step))} of training left")
         if step >= 0 and math.isfinite(snapshot.written):
@@ -215,14 +215,14 @@ COLUMNS = (
 def term_cells(snapshot: Snapshot, term: Term, loss: float) -> tuple[str, ...]:
     "Return the row of `term` in the table, a text for each of `COLUMNS`; `loss` is the whole of its share."
     value, change = last_and_change(snapshot.rows, f"loss_{term.name}")
-    weighted = last_and_change(snapshot.rows, f"weighted_{term.name}")[0]
+    weighted_share = last_and_change(snapshot.rows, f"weighted_{term.name}")[0]
     norm, turn = last_and_change(snapshot.rows, f"grad_norm_{term.name}")
     return (
         format_number(value),
         change_text(change),
         factor_text(snapshot, term),
-        format_number(weighted),
-        share(weighted, loss),
+        format_number(weighted_share),
+        share(weighted_share, loss),
         format_number(norm),
         change_text(turn),
     )
@@ -242,7 +242,7 @@ def term_table(snapshot: Snapshot) -> pd.DataFrame:
 def table_note(snapshot: Snapshot) -> str:
     """Return how to read the table: what a change is against, the step that its gradient norms are from, what
     the gradient is clipped to, and the learning rate."""
-    diagnosed = series(snapshot.rows, "grad_norm_reroute", gaps=False)[0]
+    norms = series(snapshot.rows, "grad_norm_reroute", gaps=False)[0]
     clip = as_float(snapshot.settings.get("max_grad_norm"))
     rate = last_and_change(snapshot.rows, "lr")[0]
     factors = [name for term in terms_of(snapshot).values() for name in term.factors or ()]
@@ -250,7 +250,7 @@ def table_note(snapshot: Snapshot) -> str:
     return (
         "Change: against the last row at least ten steps earlier, else the first."
         + (f" c_r is multiplied by {' or '.join(settings)}." if settings else "")
-        + (f" Gradient norms of weighted terms: step {diagnosed[-1]:g}." if len(diagnosed) else "")
+        + (f" Gradient norms of weighted terms: step {norms[-1]:g}." if len(norms) else "")
         + (f" The whole gradient is clipped to {format_number(clip)}." if clip > 0 else "")
         + (f" Learning rate {rate:.3g}." if rate >= 0 else "")
     )
@@ -282,10 +282,10 @@ def table_lines(snapshot: Snapshot, table: pd.DataFrame) -> list[tuple[str, str,
     ]
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #6b04dfa8
-def summary_bundle(snapshot: Snapshot, ended: str = "") -> dict[str, str]:
+def summary_bundle(snapshot: Snapshot, ending: str = "") -> dict[str, str]:
     """Return the first line, the notes and the table as one output: HTML without a script, everything
     escaped, and plain text; `ended` as in `headline`."""
-    facts, table = [visible(part) for part in headline(snapshot, ended)], term_table(snapshot)
+    facts, table = [visible(part) for part in headline(snapshot, ending)], term_table(snapshot)
     notes, where = [visible(note) for note in snapshot.notes], visible(whereabouts(snapshot))
     html = PAGE.render(
         facts=facts,
@@ -316,10 +316,10 @@ def picture_bundle(snapshot: Snapshot) -> dict[str, Any]:
     return {mime: data for mime, data in curves_bundle(snapshot).items() if mime.startswith("text/")}
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #af8f94e3
-def bundles(snapshot: Snapshot, ended: str = "") -> list[dict[str, Any]]:
+def bundles(snapshot: Snapshot, ending: str = "") -> list[dict[str, Any]]:
     """Return the outputs that show a snapshot, as mime bundles; `ended` says how it ended where the status
     does not know it yet."""
-    return [summary_bundle(snapshot, ended), curves_bundle(snapshot)]
+    return [summary_bundle(snapshot, ending), curves_bundle(snapshot)]
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #dbdir001
 def directory_of(run: str | Path | Run) -> Path:
@@ -446,8 +446,8 @@ def live_view(path: str | Path) -> Iterator[tuple[Callable[[], None], Callable[.
     be zoomed. Outside a notebook both print the first line, `refresh` every ten seconds."""
     from IPython.display import display
 
-    def tell(ended: str = "") -> None:
-        say(" · ".join(headline(take_snapshot(path), ended)))
+    def tell(ending: str = "") -> None:
+        say(" · ".join(headline(take_snapshot(path), ending)))
 
     if kernel() is None:
         yield limit_pace(tell, lambda: file_times(path), every=10), tell
@@ -467,8 +467,8 @@ def live_view(path: str | Path) -> Iterator[tuple[Callable[[], None], Callable[.
             for call in due:
                 call()
 
-        def finish(ended: str = "") -> None:
-            for handle, bundle in zip(handles, bundles(take_snapshot(path), ended), strict=True):
+        def finish(ending: str = "") -> None:
+            for handle, bundle in zip(handles, bundles(take_snapshot(path), ending), strict=True):
                 handle.update(bundle, raw=True)
 
         yield refresh, finish
@@ -494,18 +494,18 @@ def live_dashboard(run: Run) -> "Iterator[LiveView]":
         yield LiveView(lambda: None)
         return
     with live_view(run.path) as (refresh, finish):
-        ended = "training done"
+        words = "training done"
         try:
             yield LiveView(refresh)
             snapshot = take_snapshot(run.path)
             if not max((row["step"] for row in snapshot.rows), default=0) >= total_steps(snapshot):
-                ended = "training ended"
+                words = "training ended"
         except BaseException as e:
-            ended = failure_text(e)
+            words = failure_text(e)
             raise
         finally:
             try:
-                finish(ended)
+                finish(words)
             # the run counts, not its view
             except Exception as e:
                 say(f"the view of the run could not be drawn: {type(e).__name__}: {e}")

@@ -30,7 +30,7 @@ from ..basics.jsonfiles import RunError
 from ..basics.reading import read_text
 from ..basics.terminal import visible
 from ..config import CircuitBreakerConfig
-from ..data.sources import Reading, entry_paths, listed, open_sources, reading_of
+from ..data.sources import Reading, entry_paths, split_commas, open_sources, reading_of
 from ..data.streams import encoded_pairs, load_streams
 
 # %% ../../nbs/widgets/03_kl.ipynb #df091d92
@@ -55,7 +55,7 @@ from ..masking.actions import for_policy
 from ..masking.adapt import adapt
 from ..masking.encoders import bytes_of_token
 from ..masking.masker import ChatMasker
-from ..masking.policies import Encoded
+from ..masking.policies import Encoding
 from ..masking.targets import training_row
 from ..masking.templates import MaskError
 from ..run.code import project_root, runs_folder
@@ -66,30 +66,30 @@ from ..step.models import load_model
 from ..transcripts.files import is_hub
 from ..transcripts.record import Transcript, TranscriptError
 from ..transcripts.tinyworld import KINDS, make_transcripts
-from .strip import partial_bytes, spelled, strip_mask, strip_state, view_bundle
-from .views import StaticView, is_live, module, page, shown, source, table_html
+from .strip import partial_bytes, spell_bytes, strip_mask, strip_state, view_bundle
+from .views import StaticView, is_live, module, page, spell_out, source, table_html
 
 # %% ../../nbs/widgets/03_kl.ipynb #d5cdd617
 def candidate_texts(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> tuple[list[str], list[int]]:
     """Return what each token id is shown as, with its kind as in `cbnb.widgets.strip.strip_tokens`: two
     lists. An id beyond the tokenizer (a padded vocabulary has some) is shown by its number."""
-    added, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
+    extra, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
     texts, kinds = [], []
     by_bytes = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for token in ids:
         raw, name = part(token), tokenizer.convert_ids_to_tokens(token)
-        if by_bytes and name is not None and token not in added:
-            raw = bytes_of_token(tokenizer, token, added)
-        if token in added:
-            text = shown(added[token].content)
+        if by_bytes and name is not None and token not in extra:
+            raw = bytes_of_token(tokenizer, token, extra)
+        if token in extra:
+            text = spell_out(extra[token].content)
         elif raw is not None:
-            text = spelled(raw)
+            text = spell_bytes(raw)
         elif name is None:
             text = f"id {token}"
         else:
-            text = shown(str(name).replace("▁", " "))
+            text = spell_out(str(name).replace("▁", " "))
         texts.append(text)
-        kinds.append(1 if token in added else 2 if part(token) is not None else 0)
+        kinds.append(1 if token in extra else 2 if part(token) is not None else 0)
     return texts, kinds
 
 # %% ../../nbs/widgets/03_kl.ipynb #18e34ad2
@@ -119,18 +119,18 @@ def layer_state(students: dict[str, Side]) -> dict[str, Any]:
     """Return cosine and L2 distance to the teacher of every student, as float32 bytes [m, L, S], with the
     number of `blocks` L."""
     sides = [side for side in students.values() if side.cosine is not None]
-    stacked = {
+    rows = {
         name: np.stack([getattr(side, name) for side in sides]) if sides else np.zeros((0, 0, 0))
         for name in ("cosine", "distance")
     }
     return {
-        "blocks": stacked["cosine"].shape[1],
-        **{name: x.astype(np.float32).tobytes() for name, x in stacked.items()},
+        "blocks": rows["cosine"].shape[1],
+        **{name: x.astype(np.float32).tobytes() for name, x in rows.items()},
     }
 
 # %% ../../nbs/widgets/03_kl.ipynb #d7b53b1e
 def kl_state(
-    encoded: Encoded | None = None,
+    encoding: Encoding | None = None,
     mask: np.ndarray | None = None,
     divergence: Divergence | None = None,
     students: dict[str, Side] | None = None,
@@ -143,18 +143,18 @@ def kl_state(
 ) -> dict[str, Any]:
     """Return all that the explorer shows, as plain values. `mask` (bool [S]): the targets of the loss, under
     `mask_name`; `students` may be left out, and then hidden states are; `problem`: a message, shown above.
-    Without `encoded` there is nothing but the message.
+    Without `encoding` there is nothing but the message.
 
     Raises ValueError where the arrays do not fit the tokens."""
-    if encoded is None:
+    if encoding is None:
         return {"strip": {}, "divergence": {}, "layers": {}, "problem": visible(problem), "beta": float(beta)}
     assert mask is not None and divergence is not None and tokenizer is not None
-    if len(divergence.ids) != len(encoded.input_ids):
+    if len(divergence.ids) != len(encoding.input_ids):
         raise ValueError(
-            f"the divergence is of {len(divergence.ids)} tokens; the transcript has {len(encoded.input_ids)}"
+            f"the divergence is of {len(divergence.ids)} tokens; the transcript has {len(encoding.input_ids)}"
         )
-    strip = strip_state(encoded, tokenizer, policies=(), title=title)
-    strip |= {"masks": [strip_mask(encoded, mask, mask_name)], "a": visible(mask_name), "view": "heat"}
+    strip = strip_state(encoding, tokenizer, policies=(), title=title)
+    strip |= {"masks": [strip_mask(encoding, mask, mask_name)], "a": visible(mask_name), "view": "heat"}
     return {
         "strip": strip,
         "divergence": divergence_state(divergence, tokenizer, vocabulary),
@@ -192,7 +192,7 @@ def largest_table(top: Any, name: str) -> str:
     rows = [
         (
             int(i),
-            shown(r.text).replace("\n", ""),
+            spell_out(r.text).replace("\n", ""),
             r.role,
             "in" if r.in_mask else "out",
             number_text(r.forward),
@@ -214,24 +214,24 @@ def candidate_table(divergence: Divergence, i: int, name: str, tokenizer: PreTra
 
 # %% ../../nbs/widgets/03_kl.ipynb #9ab0662d
 def kl_html(
-    encoded: Encoded | None = None,
+    encoding: Encoding | None = None,
     mask: np.ndarray | None = None,
     divergence: Divergence | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     problem: str = "",
     n: int = 10,
-    **ignored: Any,
+    **rest: Any,
 ) -> str:
     """Return the explorer as HTML tables without scripts or styles: the KL of each student, its share by
     role, its `n` tokens with the largest KL, and the candidates at the first of them. `ignored`: what else
     `kl_state` takes."""
-    if encoded is None:
+    if encoding is None:
         return table_html(("view",), [(problem or "no tokens",)])
     assert divergence is not None and mask is not None and tokenizer is not None
     parts = [table_html(("view",), [(problem,)])] if problem else []
     parts.append(mean_table(divergence, mask))
     for name in divergence.names:
-        table = token_table(encoded, mask, divergence, name)
+        table = token_table(encoding, mask, divergence, name)
         top = top_tokens(table, n)
         parts += [share_table(table, name), largest_table(top, name)]
         if len(top):
@@ -240,12 +240,12 @@ def kl_html(
 
 # %% ../../nbs/widgets/03_kl.ipynb #49064902
 def static_kl(
-    arguments: dict[str, Any], selected: int = -1, direction: str = "forward", beta: float | None = None
+    arguments: dict[str, Any], token: int = -1, direction: str = "forward", beta: float | None = None
 ) -> StaticView:
     """Return the `StaticView` of the explorer with these `arguments` of `kl_state`: all works in it but what
     needs the model, another temperature or another transcript."""
     state = kl_state(**arguments) | {
-        "selected": selected,
+        "selected": token,
         "direction": direction,
         "choices": [],
         "chosen": 0,
@@ -290,7 +290,7 @@ class KLExplorer(anywidget.AnyWidget):
         arguments: dict[str, Any],
         renew: Callable[[int, float], dict[str, Any]] | None = None,
         choices: Sequence[str] = (),
-        chosen: int = 0,
+        choice: int = 0,
     ) -> None:
         state = kl_state(**arguments)
         super().__init__(
@@ -298,7 +298,7 @@ class KLExplorer(anywidget.AnyWidget):
             temperature=state["divergence"].get("temperature", 1.0),
             live=renew is not None,
             choices=[visible(c) for c in choices],
-            chosen=chosen,
+            chosen=choice,
         )
         self.arguments, self.renew = arguments, renew
         if renew is not None:
@@ -342,9 +342,9 @@ class StillExplorer:
         arguments: dict[str, Any],
         renew: Callable[[int, float], dict[str, Any]] | None = None,
         choices: Sequence[str] = (),
-        chosen: int = 0,
+        choice: int = 0,
     ) -> None:
-        self.arguments, self.choices, self.chosen = arguments, list(choices), chosen
+        self.arguments, self.choices, self.chosen = arguments, list(choices), choice
         self.problem = arguments.get("problem", "")
         self.selected, self.direction = -1, "forward"
 
@@ -360,24 +360,24 @@ def kl_explorer(
     arguments: dict[str, Any],
     renew: Callable[[int, float], dict[str, Any]] | None = None,
     choices: Sequence[str] = (),
-    chosen: int = 0,
+    choice: int = 0,
 ) -> KLExplorer | StillExplorer:
     """Return a `KLExplorer` where a front end can show widgets (`cbnb.widgets.views.is_live`), else a
     `StillExplorer`."""
-    return (KLExplorer if is_live() else StillExplorer)(arguments, renew, choices, chosen)
+    return (KLExplorer if is_live() else StillExplorer)(arguments, renew, choices, choice)
 
 # %% ../../nbs/widgets/03_kl.ipynb #09320c3a
 def newest_run(runs: str | Path | None = None) -> Path | None:
     """Return the folder of the run under `runs` (default: `cbnb.run.code.runs_folder()`) that was last to be
     done and has an adapter, or None."""
-    finished = []
+    complete = []
     for path in Path(runs or runs_folder()).glob("**/adapter/adapter_config.json"):
         # a broken run is not the newest finished one
         with contextlib.suppress(RunError, OSError, ValueError):
             status = read_status(path.parent.parent)
             if status.get("state") == "done":
-                finished.append((status.get("updated") or "", path.parent.parent))
-    return max(finished)[1] if finished else None
+                complete.append((status.get("updated") or "", path.parent.parent))
+    return max(complete)[1] if complete else None
 
 # %% ../../nbs/widgets/03_kl.ipynb #a07ad78e
 def adapter_and_run(folder: str | Path) -> tuple[Path, Path | None]:
@@ -392,8 +392,8 @@ def run_config(run: Path | None) -> CircuitBreakerConfig:
     """Return the CircuitBreakerConfig that the run directory `run` was trained with; of None the preset
     `base`. Raises RunError and ConfigError."""
     settings = (read_record(run / "config.json") or {}) if run else {}
-    known = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}
-    return CircuitBreakerConfig(**{name: value for name, value in settings.items() if name in known})
+    fields = {field.name for field in dataclasses.fields(CircuitBreakerConfig)}
+    return CircuitBreakerConfig(**{name: value for name, value in settings.items() if name in fields})
 
 # %% ../../nbs/widgets/03_kl.ipynb #5787ae06
 def from_root(text: str) -> str:
@@ -414,7 +414,7 @@ def held_out_of(run: Path) -> Iterable[Transcript]:
     """Return the transcripts that the run directory `run` held out. Raises ValueError where its parameters
     name none, TranscriptError where they are gone."""
     parameters = read_record(run / "params.json") or {}
-    files, eval_files = (listed(parameters.get(key, "")) for key in ("data", "eval_data"))
+    files, eval_files = (split_commas(parameters.get(key, "")) for key in ("data", "eval_data"))
     if parameters.get("data") == "tinyagent":
         files, eval_files = [], eval_files or [str(run / "data" / "eval.jsonl")]
     if not files and not eval_files:
@@ -432,7 +432,7 @@ LIST_LENGTH = 200
 
 # %% ../../nbs/widgets/03_kl.ipynb #84ef0ca0
 def transcripts_to_show(
-    data: str, run: Path | None, limit: int = LIST_LENGTH, **given: Any
+    data: str, run: Path | None, limit: int = LIST_LENGTH, **options: Any
 ) -> tuple[list[Transcript], str]:
     """Return at most `limit` transcripts, and a sentence that says so where there are more, else "": of the
     entries `data` (separated by commas; read as the run read its own but for what is `given` of
@@ -441,7 +441,7 @@ def transcripts_to_show(
     transcripts: Iterable[Transcript]
     if data and data != "tinyagent":
         parameters = (read_record(run / "params.json") or {}) if run else {}
-        transcripts = read_transcripts_of(listed(data), reading_of(parameters, **given))
+        transcripts = read_transcripts_of(split_commas(data), reading_of(parameters, **options))
     elif data or run is None:
         transcripts = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
     else:
@@ -453,12 +453,12 @@ def transcripts_to_show(
     return some[:limit], more if len(some) > limit else ""
 
 # %% ../../nbs/widgets/03_kl.ipynb #ff38644b
-def window_notes(encoded: Encoded, config: CircuitBreakerConfig, label: str | None) -> list[str]:
-    """Return sentences on where an `encoded` window is not what the KL term saw in training: what was cut
+def window_notes(encoding: Encoding, config: CircuitBreakerConfig, label: str | None) -> list[str]:
+    """Return sentences on where an `encoding` window is not what the KL term saw in training: what was cut
     off, turns that were samples of their own, a transcript whose `label` leaves it out of the term."""
-    start, end, n = int(encoded.offsets[0, 0]), int(encoded.offsets[-1, 1]), len(encoded.text)
+    start, end, n = int(encoding.offsets[0, 0]), int(encoding.offsets[-1, 1]), len(encoding.text)
     cut = (
-        f"Cut to {len(encoded.input_ids)} tokens, as in training (max_length, {config.truncation}): "
+        f"Cut to {len(encoding.input_ids)} tokens, as in training (max_length, {config.truncation}): "
         f"characters {start} to {end} of {n}."
     )
     turns = "The run trained one sample per turn (split_turns); here the transcript stands as a whole."
@@ -472,7 +472,7 @@ def drop_notes(
     """Return a sentence that training with `config` takes nothing of a `transcript`, or not all of its turns,
     and why; an empty list where it takes all."""
     try:
-        turns = [encoded for _, encoded in encoded_pairs([transcript], masker, config.split_turns)]
+        turns = [encoding for _, encoding in encoded_pairs([transcript], masker, config.split_turns)]
     except MaskError as e:
         return [f"Training refuses this transcript: {e}."]
     rows = [
@@ -506,20 +506,20 @@ def measure(
     raise."""
     policy = config.harmful_policy if transcript.label == "harmful" else config.benign_policy
     (transcript,) = for_policy([transcript], policy)
-    encoded, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
+    encoding, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
     notes = [
         note,
-        *window_notes(encoded, config, transcript.label),
+        *window_notes(encoding, config, transcript.label),
         *drop_notes(transcript, masker, policy, config),
     ]
     about = dict(
-        encoded=encoded,
+        encoding=encoding,
         mask=mask,
         mask_name=policy,
         title=transcript.id,
         problem=" ".join(filter(None, notes)),
     )
-    return Measured(about, *compare(student, encoded.input_ids, teacher))
+    return Measured(about, *compare(student, encoding.input_ids, teacher))
 
 # %% ../../nbs/widgets/03_kl.ipynb #f1335532
 def make_renew(
@@ -535,12 +535,12 @@ def make_renew(
     `KLExplorer`, each with the sentence `note`. Another temperature of the last one chosen takes no pass."""
     last: dict[int, Measured] = {}
 
-    def renew(chosen: int, temperature: float) -> dict[str, Any]:
-        if chosen not in last:
-            passes = measure(student, masker, transcripts[chosen], config, teacher, note)
+    def renew(choice: int, temperature: float) -> dict[str, Any]:
+        if choice not in last:
+            passes = measure(student, masker, transcripts[choice], config, teacher, note)
             last.clear()
-            last[chosen] = passes
-        about, target, sides = last[chosen]
+            last[choice] = passes
+        about, target, sides = last[choice]
         return {
             **about,
             "divergence": diverge(target, sides, about["encoded"].input_ids, temperature, k),

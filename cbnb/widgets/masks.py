@@ -27,7 +27,7 @@ import pandas as pd
 # %% auto #0
 __all__ = ['COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 'SHORT', 'LABEL_WORDS', 'TRUNCATED', 'LISTED', 'HELD',
            'MASKER_SETTINGS', 'ShownMask', 'give_reason', 'off_reason', 'explain_mask', 'rename_policy',
-           'error_sentence', 'own_policies', 'known_policies', 'audit_mask', 'apply_each', 'Explored', 'explore',
+           'error_sentence', 'own_policies', 'known_policies', 'audit_mask', 'apply_each', 'Exploration', 'explore',
            'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'make_tool', 'make_call',
            'page_task', 'known_bad', 'safe_cell', 'token_frame', 'csv_text', 'shorten', 'cell_text', 'frame_html',
            'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'explored_html', 'mask_entry',
@@ -38,7 +38,7 @@ __all__ = ['COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 'SHORT
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
 from ..basics.terminal import visible
-from ..data.sources import Reading, listed, open_source, read_entry
+from ..data.sources import Reading, split_commas, open_source, read_entry
 from ..masking.actions import for_policy
 from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
 from ..masking.audit import FINDING_KINDS, Finding, encode_each, mask_findings, message_of
@@ -47,7 +47,7 @@ from ..masking.masker import CONTROL_MODES, ChatMasker
 from cbnb.masking.policies import (
     POLICIES,
     AnyPolicy,
-    Encoded,
+    Encoding,
     Policy,
     after_first_header,
     find_policy,
@@ -67,7 +67,7 @@ from ..transcripts.reader import TranscriptReader, read_transcripts
 from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
 from ..transcripts.spool import Spooled
 from .strip import NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
-from .views import StaticView, dressed, is_live, table_html, tables_html
+from .views import StaticView, add_style, is_live, table_html, tables_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,7 +104,7 @@ def off_reason(transcript: Transcript, i: int) -> str:
 
 # %% ../../nbs/widgets/02_masks.ipynb #8485bccb
 def explain_mask(
-    encoded: Encoded, transcript: Transcript, name: str, policy: AnyPolicy, label: str | None = None
+    encoding: Encoding, transcript: Transcript, name: str, policy: AnyPolicy, label: str | None = None
 ) -> ShownMask:
     """Return the `ShownMask` of a `policy` (as `find_policy` takes it), called `name`, without findings.
 
@@ -117,14 +117,14 @@ def explain_mask(
     if absent:
         used = stand_in(policy)
         note = f"no injection is known here: {used.name} stands in, as in training"
-    codes, sentences = reasons(encoded, used, label)
+    codes, sentences = reasons(encoding, used, label)
     if absent:
         sentences = [f"{s}, in place of {name}" for s in sentences]
     if label is not None:
-        return ShownMask(name, loss_mask(encoded, used, label), codes, tuple(sentences), note)
-    values = training_mask(encoded, transcript, policy)
+        return ShownMask(name, loss_mask(encoding, used, label), codes, tuple(sentences), note)
+    values = training_mask(encoding, transcript, policy)
     for i in messages_off(transcript):
-        off = find_policy(used)(encoded) & ~values & (encoded.message_index == i)
+        off = find_policy(used)(encoding) & ~values & (encoding.message_index == i)
         codes, sentences = give_reason(codes, sentences, off, off_reason(transcript, i))
     return ShownMask(name, values, codes, tuple(sentences), note)
 
@@ -177,24 +177,24 @@ def known_policies(transcript: Transcript) -> list[str]:
 
 # %% ../../nbs/widgets/02_masks.ipynb #f327503b
 def audit_mask(
-    shown: ShownMask,
-    encoded: Encoded,
+    row: ShownMask,
+    encoding: Encoding,
     transcript: Transcript,
     max_length: int | None = None,
     side: str = "targets",
 ) -> ShownMask:
     "Return the `ShownMask` `shown` with what truncation leaves of it and with its findings."
-    kept, n = None, len(shown.values)
+    stretch, n = None, len(row.values)
     if max_length is not None and n > max_length:
-        kept = np.zeros(n, bool)
-        window = truncation_window(shown.values, max_length, side)
-        kept[window] = shown.values[window]
-    findings = mask_findings(encoded, shown.values, transcript, max_length, side)
-    return replace(shown, kept=kept, findings=tuple(findings))
+        stretch = np.zeros(n, bool)
+        window = truncation_window(row.values, max_length, side)
+        stretch[window] = row.values[window]
+    findings = mask_findings(encoding, row.values, transcript, max_length, side)
+    return replace(row, kept=stretch, findings=tuple(findings))
 
 # %% ../../nbs/widgets/02_masks.ipynb #3bca974b
 def apply_each(
-    encoded: Encoded,
+    encoding: Encoding,
     transcript: Transcript,
     policies: Mapping[str, AnyPolicy] | None = None,
     label: str | None = None,
@@ -212,8 +212,8 @@ def apply_each(
     masks, left_out = [], []
     for name, policy in [*((name, name) for name in known_policies(transcript)), *own_policies(policies)]:
         try:
-            shown = explain_mask(encoded, transcript, name, rename_policy(policy, name), label)
-            masks.append(audit_mask(shown, encoded, transcript, max_length, side))
+            row = explain_mask(encoding, transcript, name, rename_policy(policy, name), label)
+            masks.append(audit_mask(row, encoding, transcript, max_length, side))
         except MaskError as e:
             left_out.append((name, error_sentence(e)))
         # a reader's own function may raise anything, and must not take the view with it
@@ -225,13 +225,13 @@ def apply_each(
 
 # %% ../../nbs/widgets/02_masks.ipynb #ff3d2db7
 @dataclass(frozen=True)
-class Explored:
-    """Hold what the explorer shows of one transcript: its `encoded` and `masks`, the policies `left_out`, the
+class Exploration:
+    """Hold what the explorer shows of one transcript: its `encoding` and `masks`, the policies `left_out`, the
     settings `label`, `max_length` and `side`, and what the `model` is called. Where there is no safe mask, or
-    no transcript, `encoded` is None and `message` says why."""
+    no transcript, `encoding` is None and `message` says why."""
 
     transcript: Transcript | None = None
-    encoded: Encoded | None = None
+    encoding: Encoding | None = None
     masks: tuple[ShownMask, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
     message: str = ""
@@ -243,7 +243,7 @@ class Explored:
     @property
     def findings(self) -> list[tuple[str, Finding]]:
         "Return `(name of the mask, Finding)` of all masks, or the one that there is none."
-        if self.transcript is not None and self.encoded is None:
+        if self.transcript is not None and self.encoding is None:
             return [("every mask", Finding("no_mask", self.message, message_of(self.message)))]
         findings = [(m.name, f) for m in self.masks for f in m.findings]
         changes = adapted_line([self.transcript]) if self.transcript is not None else ""
@@ -258,18 +258,18 @@ def explore(
     max_length: int | None = None,
     side: str = "targets",
     model: str = "",
-) -> Explored:
-    """Return the `Explored` of a `Transcript` under the template of `masker`; the other arguments, and what
+) -> Exploration:
+    """Return the `Exploration` of a `Transcript` under the template of `masker`; the other arguments, and what
     raises ValueError, as in `apply_each`."""
     settings: dict[str, Any] = dict(label=label, max_length=max_length, side=side)
-    encoded = encode_each(masker, [transcript])[0]
-    if isinstance(encoded, MaskError):
-        return Explored(transcript, message=error_sentence(encoded), **settings, model=model)
-    masks, left_out = apply_each(encoded, transcript, policies, **settings)
-    return Explored(transcript, encoded, tuple(masks), tuple(left_out), **settings, model=model)
+    encoding = encode_each(masker, [transcript])[0]
+    if isinstance(encoding, MaskError):
+        return Exploration(transcript, message=error_sentence(encoding), **settings, model=model)
+    masks, left_out = apply_each(encoding, transcript, policies, **settings)
+    return Exploration(transcript, encoding, tuple(masks), tuple(left_out), **settings, model=model)
 
 # %% ../../nbs/widgets/02_masks.ipynb #81e2a6d5
-def count_frame(encoded: Encoded, masks: Iterable[ShownMask], by: str) -> pd.DataFrame:
+def count_frame(encoding: Encoding, masks: Iterable[ShownMask], by: str) -> pd.DataFrame:
     """Return a frame with one row for each role, message or label (`by`) in the order of the text: its
     tokens, and those in each of `masks`.
 
@@ -278,16 +278,16 @@ def count_frame(encoded: Encoded, masks: Iterable[ShownMask], by: str) -> pd.Dat
     another `by`."""
     if by not in ("role", "message", "label"):
         raise ValueError(f"by is {by!r}; use role, message or label")
-    owners = encoded.message_index.astype(int)
+    owners = encoding.message_index.astype(int)
     # -1 picks the last
-    roles = np.array([*(role or "unknown" for role in encoded.roles), "template"], object)
+    roles = np.array([*(role or "unknown" for role in encoding.roles), "template"], object)
     if by == "message":
         turn = np.append(np.cumsum(roles[:-1] == "assistant") * (roles[:-1] == "assistant"), 0)
         keys = {"message": owners, "role": roles[owners], "turn": turn[owners]}
     elif by == "role":
         keys = {"role": roles[owners]}
     else:
-        keys = {"label": np.array(["no label", "benign", "harmful"], object)[token_labels(encoded) + 1]}
+        keys = {"label": np.array(["no label", "benign", "harmful"], object)[token_labels(encoding) + 1]}
     values = pd.DataFrame({**keys, "tokens": 1, **{m.name: m.values.astype(int) for m in masks}})
     return values.groupby([*keys], sort=False).sum().reset_index()
 
@@ -300,25 +300,25 @@ def verdict(findings: Iterable[Finding]) -> str:
     return f"{'✗' if grave else '✓'} {', '.join([*(grave or ['nothing']), *minor])}"
 
 # %% ../../nbs/widgets/02_masks.ipynb #59e8419a
-def mask_frame(explored: Explored) -> pd.DataFrame:
+def mask_frame(exploration: Exploration) -> pd.DataFrame:
     """Return a frame with one row for each mask: `tokens` in it, its `share` of the transcript, `kept` after
     truncation (only where the row is cut), what the audit `finds`, and a `note`. Policies that cannot be
     applied follow, with the reason as their note."""
     rows: list[dict[str, Any]] = []
-    for m in explored.masks:
+    for m in exploration.masks:
         size = {"tokens": int(m.values.sum()), "share": float(m.values.sum() / max(len(m.values), 1))}
-        kept = {} if m.kept is None else {"kept": int(m.kept.sum())}
-        rows.append({"mask": m.name, **size, **kept, "finds": verdict(m.findings), "note": m.note})
-    rows += [{"mask": name, "finds": "cannot be applied", "note": why} for name, why in explored.left_out]
-    cut = any(m.kept is not None for m in explored.masks)
+        extra = {} if m.kept is None else {"kept": int(m.kept.sum())}
+        rows.append({"mask": m.name, **size, **extra, "finds": verdict(m.findings), "note": m.note})
+    rows += [{"mask": name, "finds": "cannot be applied", "note": why} for name, why in exploration.left_out]
+    cut = any(m.kept is not None for m in exploration.masks)
     return pd.DataFrame(rows, columns=["mask", "tokens", "share", *["kept"] * cut, "finds", "note"])
 
 # %% ../../nbs/widgets/02_masks.ipynb #926dfe2d
-def finding_frame(explored: Explored) -> pd.DataFrame:
+def finding_frame(exploration: Exploration) -> pd.DataFrame:
     """Return a frame with one row for each different finding: the `masks` that have it, its `kind`, what that
     `means`, the `messages`, and `what` was found."""
     names: dict[tuple, list[str]] = {}
-    for name, f in explored.findings:
+    for name, f in exploration.findings:
         names.setdefault((f.kind, f.messages, f.text), []).append(name)
     rows = [
         (", ".join(masks), kind, FINDING_KINDS[kind], ", ".join(str(i) for i in messages if i >= 0), text)
@@ -327,10 +327,10 @@ def finding_frame(explored: Explored) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["masks", "kind", "means", "messages", "what"])
 
 # %% ../../nbs/widgets/02_masks.ipynb #0065714e
-def chatml_header(encoded: Encoded) -> np.ndarray:
+def chatml_header(encoding: Encoding) -> np.ndarray:
     """Return a mask made by the header of another model: tokens after the first ChatML header, all tokens
     where there is none; bool [n]."""
-    return after_first_header(encoded, "<|im_start|>assistant\n")
+    return after_first_header(encoding, "<|im_start|>assistant\n")
 
 # %% ../../nbs/widgets/02_masks.ipynb #bded808a
 def make_tool(name: str, *parameters: str) -> dict[str, Any]:
@@ -413,27 +413,27 @@ def safe_cell(text: str) -> str:
     return quoted_cell(visible(text))
 
 # %% ../../nbs/widgets/02_masks.ipynb #75ee4e00
-def token_frame(explored: Explored, tokenizer: PreTrainedTokenizerFast | None = None) -> pd.DataFrame:
+def token_frame(exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None) -> pd.DataFrame:
     """Return a frame with one row for each token: `position`, `predicted_at` (the position whose output
     predicts it, -1 for none), `token_id`, `text` (as the strip shows it), `message`, `role`, `segment`,
     `label`; then for each mask 0 or 1 under its name, `<name>_kept` where the row is cut, and
     `<name>_reason`. Without an encoded transcript it is empty."""
-    encoded = explored.encoded
-    if encoded is None:
+    encoding = exploration.encoding
+    if encoding is None:
         return pd.DataFrame(columns=["position"])
     names = [segment.name.lower().replace("_", " ") for segment in Segment]
-    owners, n = encoded.message_index.tolist(), len(encoded.input_ids)
+    owners, n = encoding.message_index.tolist(), len(encoding.input_ids)
     columns: dict[str, Any] = {
         "position": range(n),
         "predicted_at": range(-1, n - 1),
-        "token_id": encoded.input_ids,
-        "text": [text.replace("\n", "") for text in piece_texts(encoded, tokenizer)],
+        "token_id": encoding.input_ids,
+        "text": [text.replace("\n", "") for text in piece_texts(encoding, tokenizer)],
         "message": owners,
-        "role": [role_of(encoded, i) for i in owners],
-        "segment": [names[s] for s in encoded.segments.tolist()],
-        "label": [("", "benign", "harmful")[label + 1] for label in token_labels(encoded).tolist()],
+        "role": [role_of(encoding, i) for i in owners],
+        "segment": [names[s] for s in encoding.segments.tolist()],
+        "label": [("", "benign", "harmful")[label + 1] for label in token_labels(encoding).tolist()],
     }
-    for m in explored.masks:
+    for m in exploration.masks:
         columns[m.name] = m.values.astype(int)
         if m.kept is not None:
             columns[f"{m.name}_kept"] = m.kept.astype(int)
@@ -520,50 +520,53 @@ LABEL_WORDS = {
 }
 
 # %% ../../nbs/widgets/02_masks.ipynb #bfecb100
-def mask_caption(explored: Explored) -> str:
-    "Return what the masks of an `Explored` are: whose, of which tokens, cut to what."
-    whose, most, window = f"of {explored.model}, " if explored.model else "", explored.max_length, ""
-    if most is not None and explored.encoded is not None and len(explored.encoded.input_ids) > most:
-        window = f"; kept: in a window of {most:,} tokens ({explored.side})"
-    return f"Masks {whose}{LABEL_WORDS[explored.label]}{window}"
+def mask_caption(exploration: Exploration) -> str:
+    "Return what the masks of an `Exploration` are: whose, of which tokens, cut to what."
+    whose, most, window = f"of {exploration.model}, " if exploration.model else "", exploration.max_length, ""
+    if most is not None and exploration.encoding is not None and len(exploration.encoding.input_ids) > most:
+        window = f"; kept: in a window of {most:,} tokens ({exploration.side})"
+    return f"Masks {whose}{LABEL_WORDS[exploration.label]}{window}"
 
 # %% ../../nbs/widgets/02_masks.ipynb #6833bd9b
-def count_tables(encoded: Encoded, masks: Iterable[ShownMask]) -> list[str]:
+def count_tables(encoding: Encoding, masks: Iterable[ShownMask]) -> list[str]:
     "Return the counts by role, by message and turn, and by label, as HTML tables."
-    counts = {by: count_frame(encoded, masks, by) for by in ("role", "message", "label")}
+    counts = {by: count_frame(encoding, masks, by) for by in ("role", "message", "label")}
     counts["message"] = counts["message"].replace({"message": {-1: "–"}, "turn": {0: "–"}})
     captions = {"role": "Tokens by role", "message": "Tokens by message and turn", "label": "Tokens by label"}
     return [frame_html(frame, captions[by], "numbers") for by, frame in counts.items()]
 
 # %% ../../nbs/widgets/02_masks.ipynb #733cc6c8
-def explored_html(explored: Explored) -> str:
-    """Return the tables of an `Explored` as script-free HTML: masks, findings, counts by role, turn and
+def explored_html(exploration: Exploration) -> str:
+    """Return the tables of an `Exploration` as script-free HTML: masks, findings, counts by role, turn and
     label, and the record."""
-    if explored.transcript is None:
+    if exploration.transcript is None:
         return ""
-    findings, record = finding_frame(explored), frame_html(record_frame(explored.transcript), "", "words")
+    findings, record = (
+        finding_frame(exploration),
+        frame_html(record_frame(exploration.transcript), "", "words"),
+    )
     audit = "<p>The audit finds nothing wrong with any mask.</p>"
     if len(findings):
         audit = frame_html(findings, "Audit: what is wrong", "words")
     record = f"<details><summary>The record</summary>{record}</details>"
-    if explored.encoded is None:
-        messages = message_frame(explored.transcript)
-        shown = frame_html(messages, "The messages, since no mask can be made of them", "words")
-        return tables_html(audit, shown, record)
-    masks = frame_html(mask_frame(explored), mask_caption(explored), "words")
-    return tables_html(masks, audit, *count_tables(explored.encoded, explored.masks), record)
+    if exploration.encoding is None:
+        messages = message_frame(exploration.transcript)
+        frame = frame_html(messages, "The messages, since no mask can be made of them", "words")
+        return tables_html(audit, frame, record)
+    masks = frame_html(mask_frame(exploration), mask_caption(exploration), "words")
+    return tables_html(masks, audit, *count_tables(exploration.encoding, exploration.masks), record)
 
 # %% ../../nbs/widgets/02_masks.ipynb #7886a7e1
 TRUNCATED = ", truncated"
 
 # %% ../../nbs/widgets/02_masks.ipynb #7b4c7887
 def mask_entry(
-    shown: ShownMask, name: str, values: np.ndarray, codes: np.ndarray, sentences: Iterable[str]
+    row: ShownMask, name: str, values: np.ndarray, codes: np.ndarray, sentences: Iterable[str]
 ) -> dict[str, Any]:
     "Return a mask of the strip (see `cbnb.widgets.strip.strip_mask`) with the note of `shown`."
     return {
         "name": visible(name),
-        "note": visible(shown.note),
+        "note": visible(row.note),
         "sentences": [visible(s) for s in sentences],
         "values": values.astype(np.uint8).tobytes(),
         "codes": codes.astype(np.uint32).tobytes(),
@@ -581,19 +584,19 @@ def mask_entries(m: ShownMask) -> list[dict[str, Any]]:
 
 # %% ../../nbs/widgets/02_masks.ipynb #3e9f1e85
 def explored_state(
-    explored: Explored,
+    exploration: Exploration,
     tokenizer: PreTrainedTokenizerFast | None = None,
     a: str = "assistant_only",
     b: str = "first_header",
     **looks: Any,
 ) -> dict[str, Any]:
-    """Return the state of a token strip (see `strip_state`) that shows an `Explored`: every mask, and after
+    """Return the state of a token strip (see `strip_state`) that shows an `Exploration`: every mask, and after
     it what truncation leaves of it. `a` and `b` are the masks chosen first; where there is none of that name,
     the message says so. `looks`: further parts of the state, such as `view`."""
-    title = "masks" if explored.transcript is None else f"masks of {explored.transcript.id}"
-    if explored.encoded is None:
-        return strip_state(policies=(), title=title, message=explored.message)
-    entries = [entry for m in explored.masks for entry in mask_entries(m)]
+    title = "masks" if exploration.transcript is None else f"masks of {exploration.transcript.id}"
+    if exploration.encoding is None:
+        return strip_state(policies=(), title=title, message=exploration.message)
+    entries = [entry for m in exploration.masks for entry in mask_entries(m)]
     names = [entry["name"] for entry in entries]
     a, b = (name if name in names else name.removesuffix(TRUNCATED) for name in map(visible, (a, b)))
     missing = " and none ".join(name for name in (a, b) if name not in names)
@@ -602,19 +605,19 @@ def explored_state(
         message = f"There is no mask {missing} of this transcript; another one is shown in its place."
     a = a if a in names else names[0]
     b = b if b in names else next((name for name in names if name != a), a)
-    state = strip_state(explored.encoded, tokenizer, (), title=title, message=message)
+    state = strip_state(exploration.encoding, tokenizer, (), title=title, message=message)
     return {**state, "masks": entries, "view": "mask", "a": a, "b": b, **looks}
 
 # %% ../../nbs/widgets/02_masks.ipynb #a52e3375
 def explored_view(
-    explored: Explored, tokenizer: PreTrainedTokenizerFast | None = None, note: str = "", **looks: Any
+    exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None, note: str = "", **looks: Any
 ) -> StaticView:
-    """Return the `StaticView` of an `Explored`: the strip and under it a `note` on its file and the tables;
+    """Return the `StaticView` of an `Exploration`: the strip and under it a `note` on its file and the tables;
     `looks` as in `explored_state`."""
-    tables = explored_html(explored)
+    tables = explored_html(exploration)
     if note:
         tables = f'<p class="cb-tables">{escape(visible(note))}</p>{tables}'
-    return static_strip(explored_state(explored, tokenizer, **looks), tables, 900)
+    return static_strip(explored_state(exploration, tokenizer, **looks), tables, 900)
 
 # %% ../../nbs/widgets/02_masks.ipynb #54f42c08
 LISTED, HELD = 500, 64
@@ -717,7 +720,7 @@ def read_pasted(text: str) -> Shelf:
 def read_entries(entries: str | Path, relabel: str = "", tools: str = "") -> Shelf:
     "Return the `Shelf` of entries of data (`cbnb.data.sources.read_entry`), of which one may lack its label."
     path = str(entries)
-    texts = [path] if Path(path).exists() else listed(path) or [path]
+    texts = [path] if Path(path).exists() else split_commas(path) or [path]
     if len(texts) > 1:
         return Shelf(Reading(relabel, "skip", 1.0, tools).read(texts), ", ".join(texts))
 
@@ -728,27 +731,27 @@ def read_entries(entries: str | Path, relabel: str = "", tools: str = "") -> She
     return read_any_label(read)
 
 # %% ../../nbs/widgets/02_masks.ipynb #a76129d0
-def as_shelf(given: Any, relabel: str = "", tools: str = "") -> Shelf:
+def as_shelf(source: Any, relabel: str = "", tools: str = "") -> Shelf:
     """Return a `Shelf` of what a reader may give: entries of data (`read_entries`), a Transcript or a list of
     them, a record or a list of messages as plain values. Raises TranscriptError for what is none of them or
     cannot be read."""
-    if isinstance(given, Shelf):
-        return given
-    if isinstance(given, (str, Path)):
-        return read_entries(given, relabel, tools)
-    if isinstance(given, TranscriptReader | Spooled):
-        return Shelf(given)
-    if isinstance(given, Transcript):
-        given = [given]
-    plain = given[0] if isinstance(given, (list, tuple)) and given else given
+    if isinstance(source, Shelf):
+        return source
+    if isinstance(source, (str, Path)):
+        return read_entries(source, relabel, tools)
+    if isinstance(source, TranscriptReader | Spooled):
+        return Shelf(source)
+    if isinstance(source, Transcript):
+        source = [source]
+    plain = source[0] if isinstance(source, (list, tuple)) and source else source
     if isinstance(plain, dict):
-        return read_pasted(json.dumps(given))
-    if not isinstance(given, (list, tuple)) or not all(isinstance(t, Transcript) for t in given):
+        return read_pasted(json.dumps(source))
+    if not isinstance(source, (list, tuple)) or not all(isinstance(t, Transcript) for t in source):
         raise TranscriptError(
-            f"there are no transcripts in a {type(given).__name__}; give the path of a file, Transcripts, "
+            f"there are no transcripts in a {type(source).__name__}; give the path of a file, Transcripts, "
             "or a list of messages"
         )
-    return Shelf(given)
+    return Shelf(source)
 
 # %% ../../nbs/widgets/02_masks.ipynb #a9417126
 @functools.lru_cache(maxsize=4)
@@ -801,7 +804,7 @@ MASKER_SETTINGS = (
 # %% ../../nbs/widgets/02_masks.ipynb #7240f323
 class MaskExplorer:
     """Explore one set of transcripts; `mask_explorer` makes an explorer. `settings`: what is chosen;
-    `explored`: what follows from it (an `Explored`); `looks`: what is chosen in the strip itself, such as the
+    `exploration`: what follows from it (an `Exploration`); `looks`: what is chosen in the strip itself, such as the
     masks A and B.
 
     `set(name=value)` chooses anew. Beside a kernel it shows as widgets, else as a page; `static()`,
@@ -809,7 +812,7 @@ class MaskExplorer:
 
     def __init__(self, **settings: Any) -> None:
         self.looks: dict[str, Any] = {name: settings.pop(name) for name in ("a", "b")}
-        self.settings, self.explored = settings, Explored()
+        self.settings, self.exploration = settings, Exploration()
         self.shelf: Shelf | None = None
         self.tokenizer: Any = None
         self.box: ExplorerBox | None = None
@@ -828,16 +831,16 @@ class MaskExplorer:
         if changes.keys() & {"transcripts", "relabel", "tools"}:
             self.shelf = None
         try:
-            self.explored = self.explore()
+            self.exploration = self.explore()
         # whatever a model, a file or a template raises: a traceback in place of the view helps nobody
         except Exception as e:
-            self.explored = Explored(message=error_sentence(e))
+            self.exploration = Exploration(message=error_sentence(e))
         if self.box is not None:
             self.box.refresh()
         return self
 
-    def explore(self) -> Explored:
-        "Return the `Explored` of the settings. Raises what a file, a model or a template raises."
+    def explore(self) -> Exploration:
+        "Return the `Exploration` of the settings. Raises what a file, a model or a template raises."
         s = self.settings
         if s["transcripts"] is None:
             raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
@@ -847,13 +850,13 @@ class MaskExplorer:
         masker = load_masker(**{name: s[name] for name in MASKER_SETTINGS})
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
-        chosen = {name: s[name] for name in names}
-        return explore(adapt(transcript, masker.adapt), masker, **chosen, model=model_name(s["model"]))
+        choice = {name: s[name] for name in names}
+        return explore(adapt(transcript, masker.adapt), masker, **choice, model=model_name(s["model"]))
 
     def static(self) -> StaticView:
         "Return what is shown as a `StaticView`: one interactive page, and HTML without scripts."
         note = "" if self.shelf is None else " ".join(filter(None, (self.shelf.note, self.shelf.skipped)))
-        return explored_view(self.explored, self.tokenizer, note, **self.looks)
+        return explored_view(self.exploration, self.tokenizer, note, **self.looks)
 
     def save(self, path: str | Path) -> Path:
         "Write the page to `path`, whole or not at all; return the path."
@@ -861,7 +864,7 @@ class MaskExplorer:
 
     def to_csv(self, path: str | Path) -> Path:
         "Write one row for each token (`token_frame`) to `path` as CSV, whole or not at all; return the path."
-        write_bytes(path, csv_text(token_frame(self.explored, self.tokenizer)).encode())
+        write_bytes(path, csv_text(token_frame(self.exploration, self.tokenizer)).encode())
         return Path(path)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -905,7 +908,7 @@ class ExplorerBox:
     def __init__(self, explorer: MaskExplorer) -> None:
         self.explorer, self.quiet = explorer, False
         self.note, self.answer, self.tables = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
-        self.strip = TokenStrip(**explored_state(explorer.explored, explorer.tokenizer, **explorer.looks))
+        self.strip = TokenStrip(**explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks))
         self.page = make_button("save page (HTML)", "writes what is shown into the working directory")
         self.rows = make_button("save tokens (CSV)", "writes one row per token into the working directory")
         exports = make_row(self.page, self.rows, self.answer)
@@ -954,7 +957,7 @@ class ExplorerBox:
 
     def listen(self) -> None:
         "Connect the widgets with the explorer's settings."
-        chosen = {
+        choice = {
             self.pick: "number",
             self.number: "number",
             self.model: "model",
@@ -962,7 +965,7 @@ class ExplorerBox:
             self.control: "control",
             self.adapt: "adapt",
         }
-        for widget, name in chosen.items():
+        for widget, name in choice.items():
             widget.observe(functools.partial(self.choose_value, name), "value")
         self.label.observe(lambda change: self.choose(label=change["new"] or None), "value")
         self.length.observe(lambda change: self.choose(max_length=change["new"] or None), "value")
@@ -1000,7 +1003,7 @@ class ExplorerBox:
 
     def export(self, write: Callable[[Path], Path], ending: str) -> None:
         "Write a file into the working directory, and say where it is."
-        t = self.explorer.explored.transcript
+        t = self.explorer.exploration.transcript
         name = "masks" if t is None else f"masks-{t.id}"
         try:
             say(self.answer, f"written: {write(free_path(name, ending)).resolve()}")
@@ -1019,12 +1022,12 @@ class ExplorerBox:
             more = f"The first {len(shelf.listing):,} transcripts are listed; give the number of a later one."
         self.quiet = True
         try:
-            self.set_choices(explorer.settings, shelf, explorer.explored.transcript)
+            self.set_choices(explorer.settings, shelf, explorer.exploration.transcript)
             say(self.note, "" if shelf is None else " ".join(filter(None, (more, shelf.note, shelf.skipped))))
             say(self.answer, "")
-            self.tables.value = dressed(explored_html(explorer.explored))
+            self.tables.value = add_style(explored_html(explorer.exploration))
             explorer.looks["selected"] = -1
-            state = explored_state(explorer.explored, explorer.tokenizer, **explorer.looks)
+            state = explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks)
             with self.strip.hold_sync():
                 for name, value in state.items():
                     setattr(self.strip, name, value)

@@ -16,15 +16,15 @@ import traitlets
 from ..basics.terminal import visible
 from ..masking.audit import token_texts
 from ..masking.encoders import bytes_of_token
-from ..masking.policies import AnyPolicy, Encoded, loss_mask, policy_name, reasons
+from ..masking.policies import AnyPolicy, Encoding, loss_mask, policy_name, reasons
 from ..masking.turns import Segment
-from .views import StaticView, is_live, mime_bundle, module, page, shown, source, table_html
+from .views import StaticView, is_live, mime_bundle, module, page, spell_out, source, table_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spelled', 'piece_texts', 'strip_tokens',
+__all__ = ['NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts', 'strip_tokens',
            'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html', 'empty_encoded',
            'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip', 'token_strip']
 
@@ -41,12 +41,12 @@ def is_text(raw: bytes) -> bool:
 def partial_bytes(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], bytes | None]:
     """Return a function that gives for a token id its bytes if they are not whole characters, else None: of
     byte-level BPE those that are not UTF-8, of byte fallback `<0x80>` to `<0xFF>`."""
-    by_bytes, added = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder), tokenizer.added_tokens_decoder
+    by_bytes, extra = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder), tokenizer.added_tokens_decoder
 
     def part_of(token: int) -> bytes | None:
-        if token in added:
+        if token in extra:
             return None
-        raw = bytes_of_token(tokenizer, token, added) if by_bytes else None
+        raw = bytes_of_token(tokenizer, token, extra) if by_bytes else None
         if raw is None and (
             fallback := re.fullmatch(
                 "<0x([89A-F][0-9A-F])>", str(tokenizer.convert_ids_to_tokens(token) or "")
@@ -58,67 +58,67 @@ def partial_bytes(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], bytes |
     return part_of
 
 # %% ../../nbs/widgets/01_strip.ipynb #07d354b0
-def spelled(raw: bytes) -> str:
+def spell_bytes(raw: bytes) -> str:
     "Return bytes (of part of a text) as text, with what is not a whole character as `<0xE5>`."
     out: list[str] = []
     while raw:
         try:
-            return "".join(out) + shown(raw.decode())
+            return "".join(out) + spell_out(raw.decode())
         except UnicodeDecodeError as e:
             if e.start:
-                out.append(shown(raw[: e.start].decode()))
+                out.append(spell_out(raw[: e.start].decode()))
             out.append("".join(f"<0x{b:02X}>" for b in raw[e.start : e.end]))
             raw = raw[e.end :]
     return "".join(out)
 
 # %% ../../nbs/widgets/01_strip.ipynb #d08995be
-def piece_texts(encoded: Encoded, tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
-    """Return what each token of `encoded` is shown as (n texts), by `cbnb.widgets.views.shown`. With its
+def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
+    """Return what each token of `encoding` is shown as (n texts), by `cbnb.widgets.views.shown`. With its
     `tokenizer`, parts of a character are shown as bytes, `<0xE5>`, and the last of them with the character
     they make, `<0x8F>=司`."""
-    pieces = token_texts(encoded)
-    seen = {piece: shown(piece) for piece in set(pieces)}
-    texts = [seen[piece] for piece in pieces]
+    pieces = token_texts(encoding)
+    forms = {piece: spell_out(piece) for piece in set(pieces)}
+    texts = [forms[piece] for piece in pieces]
     if tokenizer is None:
         return texts
-    part, known, waiting = partial_bytes(tokenizer), {}, b""
-    for i, token in enumerate(encoded.input_ids.tolist()):
-        if token not in known:
-            known[token] = part(token)
-        raw = known[token]
+    part, cache, waiting = partial_bytes(tokenizer), {}, b""
+    for i, token in enumerate(encoding.input_ids.tolist()):
+        if token not in cache:
+            cache[token] = part(token)
+        raw = cache[token]
         if raw is None:
             waiting = b""
             continue
         waiting += raw
-        texts[i] = spelled(raw)
+        texts[i] = spell_bytes(raw)
         if is_text(waiting):
-            texts[i], waiting = f"{texts[i]}={shown(waiting.decode().strip())}", b""
+            texts[i], waiting = f"{texts[i]}={spell_out(waiting.decode().strip())}", b""
     return texts
 
 # %% ../../nbs/widgets/01_strip.ipynb #01ef9014
-def strip_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, Any]:
-    """Return the tokens of `encoded` as the strip wants them: each different text once (`texts`) with its
+def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, Any]:
+    """Return the tokens of `encoding` as the strip wants them: each different text once (`texts`) with its
     kind (`kinds`, uint8: 0 text, 1 added token, 2 part of a character); by token its text's index (`ids`,
     uint32), token id (int32), message (int32, -1 outside) and segment (uint8), as bytes; with the `roles` of
     messages and the names of segments."""
-    numbers: list[int] = encoded.input_ids.tolist()
+    numbers: list[int] = encoding.input_ids.tolist()
     kind_of: dict[int, int] = {}
     if tokenizer is not None:
-        added, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
-        kind_of = {token: 1 if token in added else 2 if part(token) else 0 for token in set(numbers)}
+        extra, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
+        kind_of = {token: 1 if token in extra else 2 if part(token) else 0 for token in set(numbers)}
     index: dict[tuple[str, int], int] = {}
     ids = [
         index.setdefault((text, kind_of.get(token, 0)), len(index))
-        for text, token in zip(piece_texts(encoded, tokenizer), numbers)
+        for text, token in zip(piece_texts(encoding, tokenizer), numbers)
     ]
     return {
         "texts": [text for text, _ in index],
         "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
         "ids": np.array(ids, np.uint32).tobytes(),
-        "token_ids": encoded.input_ids.astype(np.int32).tobytes(),
-        "messages": encoded.message_index.astype(np.int32).tobytes(),
-        "segments": encoded.segments.astype(np.uint8).tobytes(),
-        "roles": [visible(role) for role in encoded.roles],
+        "token_ids": encoding.input_ids.astype(np.int32).tobytes(),
+        "messages": encoding.message_index.astype(np.int32).tobytes(),
+        "segments": encoding.segments.astype(np.uint8).tobytes(),
+        "roles": [visible(role) for role in encoding.roles],
         "segment_names": [segment.name.lower().replace("_", " ") for segment in Segment],
     }
 
@@ -126,12 +126,12 @@ def strip_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerFast | None = N
 NOTES = {"first_header": "WRONG, for comparison only", "full_sequence": "never right for a KL term"}
 
 # %% ../../nbs/widgets/01_strip.ipynb #8560511a
-def check_values(values: Any, encoded: Encoded, name: str, kind: type) -> np.ndarray:
+def check_values(values: Any, encoding: Encoding, name: str, kind: type) -> np.ndarray:
     "Return `values` as an array of `kind`. Raises ValueError unless there is one for each token."
     values = np.asarray(values)
-    if values.shape != encoded.input_ids.shape:
+    if values.shape != encoding.input_ids.shape:
         raise ValueError(
-            f"{name} has shape {values.shape}; the transcript has {len(encoded.input_ids)} tokens, and each "
+            f"{name} has shape {values.shape}; the transcript has {len(encoding.input_ids)} tokens, and each "
             "needs one value"
         )
     if kind is bool and values.dtype != bool:
@@ -140,20 +140,20 @@ def check_values(values: Any, encoded: Encoded, name: str, kind: type) -> np.nda
 
 # %% ../../nbs/widgets/01_strip.ipynb #72429251
 def strip_mask(
-    encoded: Encoded, mask: AnyPolicy | np.ndarray, name: str | None = None, label: str | None = None
+    encoding: Encoding, mask: AnyPolicy | np.ndarray, name: str | None = None, label: str | None = None
 ) -> dict[str, Any]:
-    """Return one mask for the strip. `mask`: a policy's name, a policy (function of an Encoded), or a bool
+    """Return one mask for the strip. `mask`: a policy's name, a policy (function of an Encoding), or a bool
     array [n] under a `name`. Of a policy each token carries the sentence that says why it is in or out.
     Raises MaskError where the policy cannot be applied, ValueError for an array that does not fit."""
     codes: np.ndarray = np.zeros(0, np.uint32)
     sentences: list[str] = []
     if isinstance(mask, str) or callable(mask):
-        codes, sentences = reasons(encoded, mask, label)
+        codes, sentences = reasons(encoding, mask, label)
         name = name or policy_name(mask)
-        values = loss_mask(encoded, mask, label)
+        values = loss_mask(encoding, mask, label)
     else:
         name = name or "mask"
-        values = check_values(mask, encoded, f"the mask {name!r}", bool)
+        values = check_values(mask, encoding, f"the mask {name!r}", bool)
     return {
         "name": visible(name),
         "note": NOTES.get(name, ""),
@@ -163,13 +163,13 @@ def strip_mask(
     }
 
 # %% ../../nbs/widgets/01_strip.ipynb #dbe3452f
-def strip_heat(encoded: Encoded, values: Any, name: str, unit: str = "") -> dict[str, Any]:
+def strip_heat(encoding: Encoding, values: Any, name: str, unit: str = "") -> dict[str, Any]:
     """Return one row of numbers for the strip: float `values` [n], NaN where there is none. Raises
     ValueError where they do not fit."""
     return {
         "name": visible(name),
         "unit": visible(unit),
-        "values": check_values(values, encoded, f"the heat {name!r}", np.float32).tobytes(),
+        "values": check_values(values, encoding, f"the heat {name!r}", np.float32).tobytes(),
     }
 
 # %% ../../nbs/widgets/01_strip.ipynb #b719b7e4
@@ -199,26 +199,26 @@ def strip_html(state: dict[str, Any]) -> str:
     ids, owners = np.frombuffer(tokens["ids"], np.uint32), np.frombuffer(tokens["messages"], np.int32)
     if not len(ids):
         return table_html(("view",), [(state["message"] or "no tokens",)])
-    chosen = next((m for m in masks if m["name"] == state["a"]), None)
-    inside = np.zeros(len(ids), np.uint8) if chosen is None else np.frombuffer(chosen["values"], np.uint8)
+    mask = next((m for m in masks if m["name"] == state["a"]), None)
+    inside = np.zeros(len(ids), np.uint8) if mask is None else np.frombuffer(mask["values"], np.uint8)
     edges = run_edges(owners, inside)
     rows: list[tuple] = []
     for start, end in zip(edges[:ROWS], edges[1:]):
         text = run_text([tokens["texts"][k] for k in ids[start:end].tolist()])
         owner = int(owners[start])
         who = f"{owner} {tokens['roles'][owner]}" if owner >= 0 else "template"
-        place = ("in" if inside[start] else "out",) if chosen else ()
+        place = ("in" if inside[start] else "out",) if mask else ()
         rows.append((f"{start}–{end - 1}", who, *place, text))
     if len(edges) - 1 > ROWS:
-        rows.append(("…", f"{len(edges) - 1 - ROWS:,} more rows", *(("",) if chosen else ()), ""))
-    caption = f"{len(ids):,} tokens" + (f", {int(inside.sum()):,} in {chosen['name']}" if chosen else "")
-    return table_html(("tokens", "message", *((chosen["name"],) if chosen else ()), "text"), rows, caption)
+        rows.append(("…", f"{len(edges) - 1 - ROWS:,} more rows", *(("",) if mask else ()), ""))
+    caption = f"{len(ids):,} tokens" + (f", {int(inside.sum()):,} in {mask['name']}" if mask else "")
+    return table_html(("tokens", "message", *((mask["name"],) if mask else ()), "text"), rows, caption)
 
 # %% ../../nbs/widgets/01_strip.ipynb #2e29f03d
-def empty_encoded() -> Encoded:
-    "Return an Encoded without tokens."
+def empty_encoded() -> Encoding:
+    "Return an Encoding without tokens."
     none = np.zeros(0, np.int32)
-    return Encoded("", none, none.astype(np.uint8), none.astype(np.int16), none.reshape(0, 2))
+    return Encoding("", none, none.astype(np.uint8), none.astype(np.int16), none.reshape(0, 2))
 
 # %% ../../nbs/widgets/01_strip.ipynb #cc329306
 def choose_view(view: str | None, masks: list[dict], heats: list[dict]) -> str:
@@ -239,7 +239,7 @@ def choose_view(view: str | None, masks: list[dict], heats: list[dict]) -> str:
 
 # %% ../../nbs/widgets/01_strip.ipynb #93299903
 def strip_state(
-    encoded: Encoded | None = None,
+    encoding: Encoding | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     policies: Iterable[AnyPolicy] = ("assistant_only",),
     masks: Mapping[str, np.ndarray] | None = None,
@@ -253,19 +253,19 @@ def strip_state(
     [n] by name; `heats`: float arrays [n] by name, or `(values, unit)`; `label`: count only tokens with it
     (see `loss_mask`); `view`: mask, difference, heat or text; `message`: shown above.
 
-    Without `encoded` the strip is empty and only the message is shown. Raises MaskError and ValueError as
+    Without `encoding` the strip is empty and only the message is shown. Raises MaskError and ValueError as
     `strip_mask`, `strip_heat` and `choose_view` do."""
-    if encoded is None:
-        encoded, policies = empty_encoded(), ()
-    shades = [strip_mask(encoded, policy, label=label) for policy in policies]
-    shades += [strip_mask(encoded, mask, name) for name, mask in (masks or {}).items()]
+    if encoding is None:
+        encoding, policies = empty_encoded(), ()
+    shades = [strip_mask(encoding, policy, label=label) for policy in policies]
+    shades += [strip_mask(encoding, mask, name) for name, mask in (masks or {}).items()]
     warm = []
     for name, heat in (heats or {}).items():
         values, unit = heat if isinstance(heat, tuple) else (heat, "")
-        warm.append(strip_heat(encoded, values, name, unit))
+        warm.append(strip_heat(encoding, values, name, unit))
     names = [m["name"] for m in shades]
     return {
-        "tokens": strip_tokens(encoded, tokenizer),
+        "tokens": strip_tokens(encoding, tokenizer),
         "masks": shades,
         "heats": warm,
         "view": choose_view(view, shades, warm),
@@ -353,12 +353,12 @@ class StillStrip:
 
 # %% ../../nbs/widgets/01_strip.ipynb #98680076
 def token_strip(
-    encoded: Encoded | None = None,
+    encoding: Encoding | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     policies: Iterable[AnyPolicy] = ("assistant_only",),
     **more: Any,
 ) -> TokenStrip | StillStrip:
-    """Return a strip of an Encoded: a `TokenStrip` where a front end can show widgets
+    """Return a strip of an Encoding: a `TokenStrip` where a front end can show widgets
     (`cbnb.widgets.views.is_live`), else a `StillStrip`; the arguments and errors are those of `strip_state`.
     """
-    return (TokenStrip if is_live() else StillStrip)(**strip_state(encoded, tokenizer, policies, **more))
+    return (TokenStrip if is_live() else StillStrip)(**strip_state(encoding, tokenizer, policies, **more))

@@ -34,7 +34,7 @@ from cbnb.masking.actions import (  # noqa: E402
 from cbnb.masking.adapt import adapt, adapt_names, restore  # noqa: E402
 from cbnb.masking.targets import training_mask  # noqa: E402
 from cbnb.masking.templates import MaskError  # noqa: E402
-from cbnb.transcripts.holdout import part, shared  # noqa: E402
+from cbnb.transcripts.holdout import part, count_shared  # noqa: E402
 from cbnb.transcripts.reader import read_transcripts  # noqa: E402
 from cbnb.transcripts.record import TranscriptError  # noqa: E402
 from spoken import STOCK, spelled, stock_masker, trained  # noqa: E402
@@ -66,7 +66,7 @@ def counted(counts):
 
 def read(folder):
     "`(transcripts, row of the table)` of a source."
-    start, found, dropped, adapted = time.monotonic(), [], Counter(), Counter()
+    start, found, dropped, adaptations = time.monotonic(), [], Counter(), Counter()
 
     def records(label=None):
         reader = read_transcripts(folder, on_error="skip", label=label)
@@ -81,14 +81,14 @@ def read(folder):
             dropped[cause_of(t)] += 1
         else:
             found.append(t)
-            adapted.update({k: n for k, n in (t.meta.get("adapted") or {}).items() if type(n) is int})
+            adaptations.update({k: n for k, n in (t.meta.get("adapted") or {}).items() if type(n) is int})
     labels = Counter(t.label for t in found)
     out = Counter(reader.left_out) + Counter({"read once, though they stood twice": reader.repeated})
     return found, (
         folder.name,
         len(found) + dropped.total() + out.total(),
         len(found),
-        counted(adapted),
+        counted(adaptations),
         counted(dropped + out),
         ", ".join(f"{n:,} {label}" for label, n in sorted(labels.items())),
         sum(bool(t.injection_spans) for t in found),
@@ -100,8 +100,8 @@ def share(n, of):
     return f"{n:,} of {of:,} ({n / of:.1%})"
 
 
-def encoded(masker, transcripts):
-    "The Encoded of each of `transcripts`, or the MaskError in its place."
+def encoding(masker, transcripts):
+    "The Encoding of each of `transcripts`, or the MaskError in its place."
     for at in range(0, len(transcripts), 64):
         yield from masker.encode_batch(transcripts[at : at + 64], errors="return")
 
@@ -116,12 +116,12 @@ def meet(source, transcripts):
     "Rows of the table template × source."
     for name, (_, _, names, _) in STOCK.items():
         start, names = time.monotonic(), adapt_names(names)
-        before = list(encoded(stock_masker(name), transcripts))
+        before = list(encoding(stock_masker(name), transcripts))
         changed = [adapt(t, names) for t in transcripts]
         for t, other in zip(transcripts, changed):
             assert restore(other) == t, (name, t.id)
         refused, equal, whole, done = Counter(), 0, 0, Counter()
-        for t, other, e in zip(transcripts, changed, encoded(stock_masker(name, names), changed)):
+        for t, other, e in zip(transcripts, changed, encoding(stock_masker(name, names), changed)):
             done.update(other.meta.get("adaptations", {}).get("counts", {}).keys())
             if isinstance(e, MaskError):
                 refused[cause_of(e)] += 1
