@@ -32,7 +32,7 @@ from .basics.files import write_bytes
 from .basics.jsonfiles import RunError
 from .basics.output import safe_output
 from .basics.processes import world_size
-from .basics.terminal import run_program, error_text, first_line, say, sentence, visible
+from .basics.terminal import error_text, first_line, run_program, say, sentence, visible
 from .basics.withheld import scrub
 from .config import GROUPS, NOTEBOOK_PARAMETERS, RUN_ONLY, ConfigError, notebook_kind, sentences
 from .data.convert import check_written
@@ -290,15 +290,15 @@ def run_masks(args: argparse.Namespace) -> int:
     examples: list[AuditEntry] = []
     findings: list[Finding] = []
     reader, stream = audit_file(args)
-    for audit in with_progress(stream, "transcripts"):
-        totals.add(audit, args.allow)
-        if audit.encoding is not None and len(examples) < args.show:
-            examples.append(audit)
+    for item in with_progress(stream, "transcripts"):
+        totals.add(item, args.allow)
+        if item.encoding is not None and len(examples) < args.show:
+            examples.append(item)
             if not args.json:
-                print(*terminal_lines(audit, colour), "", sep="\n")
+                print(*terminal_lines(item, colour), "", sep="\n")
         if args.json:
-            print(json.dumps(record(audit)))
-        for finding in audit.findings:
+            print(json.dumps(record(item)))
+        for finding in item.findings:
             if counts[finding.kind] < LISTED_FINDINGS:
                 findings.append(finding)
             counts[finding.kind] += 1

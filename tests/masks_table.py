@@ -50,8 +50,8 @@ class Row:
     explained: Counter = field(default_factory=Counter)
 
     def add(self, encoding, ids, mask, explain=None):
-        """Counts one transcript. `explain(encoding, ids, mask)` says why the two differ, after proving it, and
-        must do so where they do."""
+        """Counts one transcript. `explain(encoding, ids, mask)` says why the two differ, after proving it,
+        and must do so where they do."""
         ours = loss_mask(encoding).tolist()
         same_ids, same_mask = encoding.input_ids.tolist() == list(ids), ours == [bool(x) for x in mask]
         self.transcripts, self.ids, self.masks = (

@@ -140,7 +140,7 @@ WANTED = {
 
 
 def encode(name, **kwargs):
-    "`(encoding, messages, span, parts of a message)` of the transcript that the template of `name` can write."
+    "`(encoding, messages, span, parts of a message)` of what the template of `name` can write."
     options, parts = CASES[name]
     messages, span = agent(**options)
     return (

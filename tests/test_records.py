@@ -34,7 +34,7 @@ from cbnb.sweep.keys import SweepPlan
 from cbnb.train.same import made_from
 from cbnb.widgets.dashboard import summary_bundle, take_snapshot
 from cbnb.widgets.kl import newest_run, run_config
-from cbnb.widgets.sweep import explorer_html, verdict_text, run_views
+from cbnb.widgets.sweep import explorer_html, run_views, verdict_text
 from forked import forked
 
 FINISHED = Path(__file__).parent / "finished"

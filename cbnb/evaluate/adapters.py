@@ -31,7 +31,7 @@ from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
 from ..basics.withheld import withhold
 from ..config import CircuitBreakerConfig, get_config
-from ..data.sources import READING, Reading, split_commas, read_entry, reading_of
+from ..data.sources import READING, Reading, read_entry, reading_of, split_commas
 from ..data.streams import load_streams, read_streams
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #32fbcac6
@@ -57,7 +57,7 @@ from cbnb.train.same import (
     differences,
     made_from,
     model_hashes,
-    named,
+    name_differences,
     own_hashes,
     surroundings,
     tell_changes,
@@ -287,7 +287,7 @@ def same_model(folder: Path, adapters: list[Adapter], before: dict[str, str]) ->
     changes = differences(before, model_hashes(*model_names(adapters, run_model(folder))))
     if changes:
         raise RunError(
-            f"the model of {folder} changed since it was trained on ({named(changes)}): put back "
+            f"the model of {folder} changed since it was trained on ({name_differences(changes)}): put back "
             "what was there, or give model, to evaluate on it as it is"
         )
 
@@ -404,8 +404,8 @@ def decoding_for(adapters: list[Adapter], **options: Any) -> Decoding:
     decoding = Decoding(**values)
     if options.get("seed") is not None and not decoding.temperature:
         raise RunError(
-            f"seed {options['seed']} would do nothing: greedy answers depend on none; leave it out, or give a "
-            "temperature"
+            f"seed {options['seed']} would do nothing: greedy answers depend on none; leave it out, or give "
+            "a temperature"
         )
     return decoding
 
@@ -599,7 +599,7 @@ def rescore(folder: str | Path, trust_remote_code: bool = False) -> dict[str, An
     anew: dict[str, dict] = {}
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
-        stops = {masker.tokenizer.convert_tokens_to_ids(token) for token in figures["ends"]["model"]}
+        stops = {int(masker.tokenizer.convert_tokens_to_ids(token)) for token in figures["ends"]["model"]}  # type: ignore[arg-type]  # of one token
         again, scores = rescore_lines(
             own, transcripts, masker, reader, figures["decoding"]["prefill"], stops, folder / "answers.jsonl"
         )

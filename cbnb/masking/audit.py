@@ -432,8 +432,8 @@ def audit_one(
     side: str = "targets",
     file: str = "",
 ) -> AuditEntry:
-    """Return the `AuditEntry` of one transcript of `file`. `encoding`: its Encoding, or the MaskError that came in
-    its place; the window as in `cut_targets`."""
+    """Return the `AuditEntry` of one transcript of `file`. `encoding`: its Encoding, or the MaskError that
+    came in its place; the window as in `cut_targets`."""
     try:
         if isinstance(encoding, MaskError):
             raise encoding
@@ -481,8 +481,8 @@ def audit(
     side: str = "targets",
     limit: int | None = None,
 ) -> Iterator[AuditEntry]:
-    """Yield an `AuditEntry` for each of `transcripts` (any iterable; it is read in small batches and never held
-    whole).
+    """Yield an `AuditEntry` for each of `transcripts` (any iterable; it is read in small batches and never
+    held whole).
 
     `policy`: what `cbnb.masking.policies.find_policy` takes. `max_length`, `side`: report what
     `truncation_window` would cut. Each transcript is adapted as `masker.adapt` says. `limit`: stop after that

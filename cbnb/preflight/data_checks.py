@@ -40,7 +40,7 @@ from ..masking.policies import Encoding, find_policy
 from ..masking.targets import in_batches, in_turns, training_mask
 from ..masking.turns import Segment
 from .checks import Criterion, Finding, note
-from ..transcripts.holdout import heldout_kinds, count_shared
+from ..transcripts.holdout import count_shared, heldout_kinds
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e825abdf

@@ -43,7 +43,7 @@ from ..run.code import runs_folder
 from ..run.metrics import read_metrics
 from ..run.records import read_record
 from ..run.stages import read_status
-from ..step.objectives import Term, run_terms, idle_alarms
+from ..step.objectives import Term, idle_alarms, run_terms
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict[str, Any], terms: dict[str, Term] | None = None) -> str:

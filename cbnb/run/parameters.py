@@ -147,7 +147,8 @@ def check_injected(namespace: Mapping[str, Any], parameters: Mapping[str, str]) 
     for name in set(values) - PAPERMILL_PATHS:
         if name not in parameters:
             raise ParameterError(
-                f"unknown parameter {name!r}{nearest(name, parameters) or '; known are ' + ', '.join(parameters)}"
+                f"unknown parameter {name!r}"
+                f"{nearest(name, parameters) or '; known are ' + ', '.join(parameters)}"
             )
     if values and not any(annotated_lines(source) for source in namespace["In"][:position]):
         raise ParameterError(

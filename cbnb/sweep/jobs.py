@@ -21,7 +21,7 @@ __all__ = ['STATE_ACTIONS', 'sweep_lock', 'find_other_code', 'sweep_rows', 'acti
            'ablate', 'dry_submission', 'dry_run', 'make_run_folder', 'execute_command', 'train', 'preflight']
 
 # %% ../../nbs/sweep/03_jobs.ipynb #0f49aae7
-from ..basics.files import named
+from ..basics.files import name_errors
 from ..basics.jsonfiles import RunError, write_json
 from ..basics.lease import Held, NotOwn, check_own, give_back, take_lease
 from ..basics.reading import read_text

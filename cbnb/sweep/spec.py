@@ -44,7 +44,7 @@ from cbnb.config import (
 )
 
 # %% ../../nbs/sweep/00_spec.ipynb #215a6371
-from ..data.sources import absolute_entry, entry_paths, listed
+from ..data.sources import absolute_entry, entry_paths, split_commas
 from ..run.code import project_root
 from ..run.directory import HOW_STARTED, check_name
 from cbnb.run.parameters import (
@@ -404,7 +404,8 @@ def complete(run: dict[str, Any], parameters: dict[str, Parameter]) -> tuple[dic
             raise ParameterError("'run_dir' is chosen by the sweep: leave it out")
         if name not in parameters:
             raise ParameterError(
-                f"unknown parameter {name!r}{nearest(name, parameters) or '; known are ' + ', '.join(parameters)}"
+                f"unknown parameter {name!r}"
+                f"{nearest(name, parameters) or '; known are ' + ', '.join(parameters)}"
             )
         values[name] = absolute_files(name, spec_value(name, parameters[name].types, value))
     whole = {name: values.get(name, p.default) for name, p in parameters.items() if name not in HOW_STARTED}

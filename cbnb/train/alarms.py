@@ -20,7 +20,7 @@ from ..data.streams import COUNTS
 from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
-from ..step.objectives import Term, depth, descent, describe_terms, find_objective, run_terms, idle_alarms
+from ..step.objectives import Term, depth, descent, describe_terms, find_objective, idle_alarms, run_terms
 from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0

@@ -297,8 +297,8 @@ def made_from(folder: Path) -> dict:
 def refuse(folder: Path, section: str, changes: list[str]) -> None:
     """Raise RunError for the run in `folder` of which a `section` differs as `found` (`differences`) says."""
     raise RunError(
-        f"{SECTIONS[section]} of the run in {folder} changed since it began ({name_differences(changes)}): put "
-        "back what was there, or give another run_dir for another run"
+        f"{SECTIONS[section]} of the run in {folder} changed since it began ({name_differences(changes)}): "
+        "put back what was there, or give another run_dir for another run"
     )
 
 # %% ../../nbs/train/02_same.ipynb #46594930

@@ -29,7 +29,7 @@ __all__ = ['PIECE', 'Policy', 'SCHEMA', 'MAX_REFUSED_BYTES', 'encode_piece', 'ad
            'stored_stream', 'encode_for', 'refused_piece', 'stored_refusals', 'kept_for']
 
 # %% ../../nbs/train/03_store.ipynb #2ee0ad76
-from ..basics.files import named, write_bytes
+from ..basics.files import name_errors, write_bytes
 from ..basics.lease import check_own
 from ..basics.places import PACKAGE
 from ..basics.processes import from_first

@@ -614,8 +614,8 @@ def read_tools(tools: Any, where: str) -> list[dict] | None:
 
 # %% ../../nbs/transcripts/00_record.ipynb #722e26a8
 def add_adapted(meta: dict, adaptations: Mapping[str, int]) -> dict:
-    """Return `meta` with the counts in `adaptations` (by what was done) under the key adapted, beside those that
-    stand there; unchanged where nothing was done."""
+    """Return `meta` with the counts in `adaptations` (by what was done) under the key adapted, beside those
+    that stand there; unchanged where nothing was done."""
     old = meta.get("adapted")
     return (
         {**meta, "adapted": {**(old if isinstance(old, dict) else {}), **adaptations}}

@@ -36,7 +36,7 @@ from ..run.code import runs_folder
 from ..run.metrics import log_rows
 from ..run.records import read_record
 from ..run.stages import Run, RunInterrupted, read_status, still_running
-from ..step.objectives import Term, run_terms, idle_alarms
+from ..step.objectives import Term, idle_alarms, run_terms
 from .views import StaticView, is_live
 
 if TYPE_CHECKING:

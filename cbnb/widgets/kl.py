@@ -30,7 +30,7 @@ from ..basics.jsonfiles import RunError
 from ..basics.reading import read_text
 from ..basics.terminal import visible
 from ..config import CircuitBreakerConfig
-from ..data.sources import Reading, entry_paths, split_commas, open_sources, reading_of
+from ..data.sources import Reading, entry_paths, open_sources, reading_of, split_commas
 from ..data.streams import encoded_pairs, load_streams
 
 # %% ../../nbs/widgets/03_kl.ipynb #df091d92
@@ -67,7 +67,7 @@ from ..transcripts.files import is_hub
 from ..transcripts.record import Transcript, TranscriptError
 from ..transcripts.tinyworld import KINDS, make_transcripts
 from .strip import partial_bytes, spell_bytes, strip_mask, strip_state, view_bundle
-from .views import StaticView, is_live, module, page, spell_out, source, table_html
+from .views import StaticView, is_live, module, page, source, spell_out, table_html
 
 # %% ../../nbs/widgets/03_kl.ipynb #d5cdd617
 def candidate_texts(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> tuple[list[str], list[int]]:

@@ -38,7 +38,7 @@ __all__ = ['COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 'SHORT
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
 from ..basics.terminal import visible
-from ..data.sources import Reading, split_commas, open_source, read_entry
+from ..data.sources import Reading, open_source, read_entry, split_commas
 from ..masking.actions import for_policy
 from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
 from ..masking.audit import FINDING_KINDS, Finding, encode_each, mask_findings, message_of
@@ -226,9 +226,9 @@ def apply_each(
 # %% ../../nbs/widgets/02_masks.ipynb #ff3d2db7
 @dataclass(frozen=True)
 class Exploration:
-    """Hold what the explorer shows of one transcript: its `encoding` and `masks`, the policies `left_out`, the
-    settings `label`, `max_length` and `side`, and what the `model` is called. Where there is no safe mask, or
-    no transcript, `encoding` is None and `message` says why."""
+    """Hold what the explorer shows of one transcript: its `encoding` and `masks`, the policies `left_out`,
+    the settings `label`, `max_length` and `side`, and what the `model` is called. Where there is no safe
+    mask, or no transcript, `encoding` is None and `message` says why."""
 
     transcript: Transcript | None = None
     encoding: Encoding | None = None
@@ -259,8 +259,8 @@ def explore(
     side: str = "targets",
     model: str = "",
 ) -> Exploration:
-    """Return the `Exploration` of a `Transcript` under the template of `masker`; the other arguments, and what
-    raises ValueError, as in `apply_each`."""
+    """Return the `Exploration` of a `Transcript` under the template of `masker`; the other arguments, and
+    what raises ValueError, as in `apply_each`."""
     settings: dict[str, Any] = dict(label=label, max_length=max_length, side=side)
     encoding = encode_each(masker, [transcript])[0]
     if isinstance(encoding, MaskError):
@@ -590,9 +590,9 @@ def explored_state(
     b: str = "first_header",
     **looks: Any,
 ) -> dict[str, Any]:
-    """Return the state of a token strip (see `strip_state`) that shows an `Exploration`: every mask, and after
-    it what truncation leaves of it. `a` and `b` are the masks chosen first; where there is none of that name,
-    the message says so. `looks`: further parts of the state, such as `view`."""
+    """Return the state of a token strip (see `strip_state`) that shows an `Exploration`: every mask, and
+    after it what truncation leaves of it. `a` and `b` are the masks chosen first; where there is none of that
+    name, the message says so. `looks`: further parts of the state, such as `view`."""
     title = "masks" if exploration.transcript is None else f"masks of {exploration.transcript.id}"
     if exploration.encoding is None:
         return strip_state(policies=(), title=title, message=exploration.message)
@@ -612,8 +612,8 @@ def explored_state(
 def explored_view(
     exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None, note: str = "", **looks: Any
 ) -> StaticView:
-    """Return the `StaticView` of an `Exploration`: the strip and under it a `note` on its file and the tables;
-    `looks` as in `explored_state`."""
+    """Return the `StaticView` of an `Exploration`: the strip and under it a `note` on its file and the
+    tables; `looks` as in `explored_state`."""
     tables = explored_html(exploration)
     if note:
         tables = f'<p class="cb-tables">{escape(visible(note))}</p>{tables}'
@@ -804,8 +804,8 @@ MASKER_SETTINGS = (
 # %% ../../nbs/widgets/02_masks.ipynb #7240f323
 class MaskExplorer:
     """Explore one set of transcripts; `mask_explorer` makes an explorer. `settings`: what is chosen;
-    `exploration`: what follows from it (an `Exploration`); `looks`: what is chosen in the strip itself, such as the
-    masks A and B.
+    `exploration`: what follows from it (an `Exploration`); `looks`: what is chosen in the strip itself, such
+    as the masks A and B.
 
     `set(name=value)` chooses anew. Beside a kernel it shows as widgets, else as a page; `static()`,
     `save(path)` and `to_csv(path)` give what is shown as a page, a file of it, and its tokens as rows."""
@@ -819,8 +819,8 @@ class MaskExplorer:
         self.set(**settings)
 
     def set(self, **changes: Any) -> MaskExplorer:
-        """Change settings (the arguments of `mask_explorer`) and show what follows; return the explorer.
-        What cannot be shown is said in the view. Raises TypeError for a setting that there is not."""
+        """Change settings (the arguments of `mask_explorer`) and show what follows; return the explorer. What
+        cannot be shown is said in the view. Raises TypeError for a setting that there is not."""
         self.looks |= {name: changes.pop(name) for name in ("a", "b") if name in changes}
         if unknown := changes.keys() - self.settings.keys():
             raise TypeError(f"there is no setting {min(unknown)}; use {', '.join(self.settings)}, a or b")

@@ -18,7 +18,7 @@ from ..masking.audit import token_texts
 from ..masking.encoders import bytes_of_token
 from ..masking.policies import AnyPolicy, Encoding, loss_mask, policy_name, reasons
 from ..masking.turns import Segment
-from .views import StaticView, is_live, mime_bundle, module, page, spell_out, source, table_html
+from .views import StaticView, is_live, mime_bundle, module, page, source, spell_out, table_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

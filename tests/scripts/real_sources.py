@@ -34,7 +34,7 @@ from cbnb.masking.actions import (  # noqa: E402
 from cbnb.masking.adapt import adapt, adapt_names, restore  # noqa: E402
 from cbnb.masking.targets import training_mask  # noqa: E402
 from cbnb.masking.templates import MaskError  # noqa: E402
-from cbnb.transcripts.holdout import part, count_shared  # noqa: E402
+from cbnb.transcripts.holdout import count_shared, part  # noqa: E402
 from cbnb.transcripts.reader import read_transcripts  # noqa: E402
 from cbnb.transcripts.record import TranscriptError  # noqa: E402
 from spoken import STOCK, spelled, stock_masker, trained  # noqa: E402
@@ -217,7 +217,7 @@ def whose_actions(transcripts):
     )
     lines = [
         f"{f['shared']} of {f['with']} share their {kind}"
-        for kind, f in shared(parted.harmful + parted.benign, parted.held_out).items()
+        for kind, f in count_shared(parted.harmful + parted.benign, parted.held_out).items()
         if kind != "suite"
     ]
     yield (
@@ -226,7 +226,7 @@ def whose_actions(transcripts):
     )
     assert not any(
         f["shared"]
-        for kind, f in shared(parted.harmful + parted.benign, parted.held_out).items()
+        for kind, f in count_shared(parted.harmful + parted.benign, parted.held_out).items()
         if kind in ("task", "injection", "prompt")
     )
 
