@@ -4,7 +4,10 @@ functions. Width, imports and types are the part of `make lint` and `make types`
 import ast
 import re
 import sys
+from collections import Counter
+from pathlib import Path
 
+import fastcore
 import pytest
 
 from helpers import NBS, ROOT, default_exp, read
@@ -121,3 +124,40 @@ def test_functions_fit_a_screen(page):
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONG_FUNCTION
     ]
     assert not long, f"functions of more than {LONG_FUNCTION} lines: {', '.join(long)}"
+
+
+PARTICIPLES = set(
+    "told found kept said made seen given known held taken shown written begun done gone met sent meant left "
+    "drawn chosen bought brought built caught driven fallen felt forgotten grown heard hidden lost paid "
+    "risen spoken spent stolen stuck taught thrown torn understood woken won worn".split()
+)
+NOUNS = {"seed", "need", "feed", "speed", "thought"}
+
+
+def bound_names(tree):
+    "Every name that functions, classes, parameters and assignments of a module bind, as often as they do."
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def participles(folder):
+    "Participles among the names that the modules below `folder` bind, and all of these names."
+    names = [
+        name.strip("_")
+        for path in folder.rglob("*.py")
+        if not path.name.startswith("_")
+        for name in bound_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    ends = re.compile(r"[a-z]{2,}[^e]ed")
+    return [n for n in names if n not in NOUNS and (n in PARTICIPLES or ends.fullmatch(n))], names
+
+
+def test_participles_are_as_rare_as_in_fastcore():
+    "`found` and `kept` say how a value came about, not what it is; a noun does."
+    (ours, names), (theirs, all_of_theirs) = map(participles, (ROOT / "cbnb", Path(fastcore.__file__).parent))
+    assert len(ours) / len(names) <= len(theirs) / len(all_of_theirs), Counter(ours).most_common(20)

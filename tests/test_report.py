@@ -192,7 +192,7 @@ def test_the_page_holds_the_numbers_and_replaces_the_old_one(tmp_path):
     rows = ET.parse(path).getroot().findall("body/table")[0].findall("tbody/tr")
     assert [["".join(cell.itertext()) for cell in row] for row in rows] == [
         ["attack success", "1", "0.0123", "80", "share"],
-        ["held-out KL, in domain", "0", "3.10e−4", "—", "nats a token"],
+        ["held-out KL, in domain", "0", "3.10e−4", "—", "nats per token"],
         ["exact match, plain", "—", "0.500", "12", "share"],
     ]
     assert path.stat().st_size < 100_000 and "prefers-color-scheme: dark" in path.read_text(encoding="utf-8")

@@ -635,8 +635,8 @@ def kind_findings(by_kind: Counter, held_out: dict[str, Counter], more: Iterable
 HELDOUT_KL = Criterion(
     "held-out KL after the probe",
     "at most",
-    good="held-out KL {domain} after {steps} steps: {measured:.2g} nats a token, top-1 agreement {top1:.3f}",
-    bad="held-out KL {domain} after {steps} steps: {measured:.2g} nats a token, top-1 agreement {top1:.3f}",
+    good="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, top-1 agreement {top1:.3f}",
+    bad="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, top-1 agreement {top1:.3f}",
     advice="above collapse_kl {limit:g} within a few steps; lower learning_rate",
     otherwise="warn",
     unit="nats per token",

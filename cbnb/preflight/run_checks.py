@@ -202,7 +202,7 @@ TORN = Criterion(
     "the benign KL after the probe",
     "at most",
     good="the benign KL is {measured:g} nats per token",
-    bad="the first {steps} steps drive the benign KL to {shown} nats a token, above collapse_kl {limit:g}, "
+    bad="the first {steps} steps drive the benign KL to {shown} nats per token, above collapse_kl {limit:g}, "
     "and it does not come back soon",
     advice="lower learning_rate, by ten to begin with",
     unit="nats per token",

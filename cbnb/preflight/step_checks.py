@@ -242,9 +242,9 @@ TEACHER_LOGITS = Criterion(
 KL_AT_START = Criterion(
     "the KL of the untouched student",
     "at most",
-    good="KL of the untouched student: {kl:.2g} nats a token; the noise of the dtype, by padding alone, is "
+    good="KL of the untouched student: {kl:.2g} nats per token; the noise of the dtype, by padding alone, is "
     "{noise:.2g}",
-    bad="KL of the untouched student: {kl:.2g} nats a token; the noise of the dtype, by padding alone, is "
+    bad="KL of the untouched student: {kl:.2g} nats per token; the noise of the dtype, by padding alone, is "
     "{noise:.2g}",
     advice="the student is not the teacher's copy at the start",
     unit="nats per token",
@@ -270,7 +270,7 @@ def start_kl_finding(breaker: CircuitBreaker, kl: float, noise: float) -> Findin
     if breaker.teacher is None:
         return KL_AT_START.judge(abs(kl), max(abs(noise), 1e-6), kl=kl, noise=noise)
     name = "the teacher is a model of its own: the untouched student's KL to it"
-    return note("the KL of the untouched student", f"{name} is {kl:.3g} nats a token")
+    return note("the KL of the untouched student", f"{name} is {kl:.3g} nats per token")
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #aaedcc64
 def untouched_findings(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor) -> list[Finding]:
@@ -654,8 +654,8 @@ SURPRISED = 4.0  # nats per token, a probability of 2 %
 SURPRISE = Criterion(
     "the untrained model's surprise at the benign targets",
     "below",
-    good="the untrained model's surprise at the benign targets is {shown} nats a token",
-    bad="the untrained model's surprise at the benign targets is {shown} nats a token",
+    good="the untrained model's surprise at the benign targets is {shown} nats per token",
+    bad="the untrained model's surprise at the benign targets is {shown} nats per token",
     advice="it does not know this text; is this its chat template?",
     otherwise="warn",
     unit="nats per token",

@@ -81,7 +81,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "exact_match": ("exact match", "share"),
     "marker_fidelity": ("marker fidelity", "share"),
     "harmful_cosine": ("harmful cosine", "cosine"),
-    "heldout_kl": ("held-out KL", "nats a token"),
+    "heldout_kl": ("held-out KL", "nats per token"),
     "heldout_top1": ("held-out top-1 agreement", "share"),
 }
 

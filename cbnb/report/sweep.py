@@ -394,9 +394,9 @@ def small_multiples(runs: list, terms: dict[str, Term] | None = None) -> go.Figu
 
 # %% ../../nbs/report/02_sweep.ipynb #e6baf38e
 DOSE: tuple[tuple[str, bool, str | dict[str, str], float], ...] = (  # as `dose_panels` returns them
-    ("raw KL at the end, nats a token; log", True, {"loss_kl": "KL"}, 0.0),
+    ("raw KL at the end, nats per token; log", True, {"loss_kl": "KL"}, 0.0),
     ("beta_kl·KL; log", True, {"beta_times_kl": "KL"}, 0.0),
-    ("held-out KL, nats a token; log", True, "heldout_kl", 0.0),
+    ("held-out KL, nats per token; log", True, "heldout_kl", 0.0),
     ("held-out top-1 agreement", False, "heldout_top1", 1.0),
     ("exact match by kind", False, "exact_match", 1.0),
     ("held-out harmful cosine", False, {"harmful_cosine": "reroute"}, 1.0),

@@ -981,7 +981,7 @@ def check_dose(s: Stratum) -> Verdict:
     verdict = kl if kl == hump else "refuted" if "refuted" in (kl, hump) else "inconclusive"
     up, drop = worst(falls), min(humps, key=lambda c: (upper_end(c), c.beta))
     why = (
-        f"From beta_kl {total.against:g} to {total.beta:g} raw KL goes from {from_to(total)} nats a token "
+        f"From beta_kl {total.against:g} to {total.beta:g} raw KL goes from {from_to(total)} nats per token "
         f"({span(total)}), least steeply from {up.against:g} to {up.beta:g} ({span(up)}): {kl}. beta_kl·KL "
         f"falls most from {drop.against:g} to {drop.beta:g}, {from_to(drop)} ({span(drop)}): hump {hump}."
     )

@@ -156,7 +156,7 @@ def rr_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str
 # %% ../../nbs/step/02_objectives.ipynb #obj0rrrr
 COSINE = Term("reroute", "reroute", "mean relu(cosine)", 0.0, 1.0, 1.0, reroute_cosine)
 DISTANCE = Term("retain", "retain", "mean L2 distance", 0.0, None, 0.0, retain_distance)
-KL = Term("kl", "KL", "nats a token", 0.0, None, 0.0)
+KL = Term("kl", "KL", "nats per token", 0.0, None, 0.0)
 
 rr = Objective("rr", (COSINE, DISTANCE, KL), rr_weights)
 

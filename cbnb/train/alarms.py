@@ -184,7 +184,7 @@ def collapsed(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
         if not now > level:
             return ""
         return (
-            f"loss_kl ends at {format_number(now)} nats a token, above {RECOVERED:g} of collapse_kl "
+            f"loss_kl ends at {format_number(now)} nats per token, above {RECOVERED:g} of collapse_kl "
             f"{config.collapse_kl:g} (its highest was {format_number(peak)}): benign behaviour has not come "
             f"back; {does}"
         )
@@ -195,7 +195,7 @@ def collapsed(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
         return ""
     return (
         f"loss_kl has been above collapse_kl {config.collapse_kl:g} for {format_number(span)} steps, is "
-        f"{format_number(rows[-1]['loss_kl'])} nats a token at step {last}, and would be "
+        f"{format_number(rows[-1]['loss_kl'])} nats per token at step {last}, and would be "
         f"{format_number(min(then, kl(rows[-1])), 2)} at the last: benign behaviour is lost; {does}"
     )
 

@@ -157,7 +157,7 @@ function createShares(choose) {
   const again = () => update(now), by = choiceOf("share by", [["role", "role"], ["part", "part of a turn"]], again);
   const over = choiceOf("tokens counted", [["all", "all tokens"], ["mask", "masked targets"]], again);
   const scroll = scrolling("share of KL"), list = node("ol", { class: "kl-list" });
-  const unit = node("span", { class: "cb-note" }, "mean: nats a token");
+  const unit = node("span", { class: "cb-note" }, "mean: nats per token");
   const bar = node("div", { class: "cb-bar" }, node("label", {}, "by ", by), node("label", {}, "over ", over), unit);
   const shares = section("shares", "Share of KL", bar, scroll);
   const top = section("top", "Largest KL", list);
