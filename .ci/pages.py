@@ -5,7 +5,7 @@ pages.py parameters  the parameters cells of the notebooks from the declarations
 pages.py tables      the tables of nbs/reference/ and nbs/explanation/ from the notebooks and declarations
 pages.py docs        a static site of all notebooks and Markdown pages in _docs/
 pages.py strip       remove from the notebooks themselves: widget state (megabytes, and useless without its
-                     kernel) and what was written to stderr (progress, warnings with this machine's paths)
+                     kernel), progress bars, and what was written to stderr (with this machine's paths)
 """
 
 import json
@@ -26,6 +26,7 @@ NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit that notebook, not
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDTH = 110  # columns of the parameters cells
 DIRECTIVE = re.compile(r"^#\s*\|.*\n?", re.M)
+BAR = re.compile(r"\d+%\|.*\| \d+/\d+ \[")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 
 
@@ -497,14 +498,19 @@ def docs():
     print(f"{len(list(SITE.rglob('*.html')))} pages; open {SITE.relative_to(ROOT)}/index.html")
 
 
+def is_progress(output):
+    "Whether an output is a progress bar of tqdm, as plain text or beside a widget."
+    return bool(BAR.search("".join(output.get("data", {}).get("text/plain", ""))))
+
+
 def strip():
-    """Remove widget state and the views that need it from every notebook: nbdev_clean keeps both. Text or
-    HTML beside a view stays."""
+    """Remove widget state, the views that need it, and progress bars from every notebook: nbdev_clean keeps
+    all of them. Text or HTML beside a view stays."""
     for path in notebooks():
         nb = json.loads(path.read_text(encoding="utf-8"))
         found = nb["metadata"].pop("widgets", None)
         for cell in nb["cells"]:
-            shown = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+            shown = [o for o in cell.get("outputs", []) if o.get("name") != "stderr" and not is_progress(o)]
             found = found or len(shown) < len(cell.get("outputs", []))
             for output in shown:
                 found = output.get("data", {}).pop(WIDGET_VIEW, None) or found

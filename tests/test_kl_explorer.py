@@ -189,7 +189,7 @@ def test_the_list_of_the_largest_jumps(pages, two):
         )
 
     def wanted(name, way, inside=False):
-        table = token_table(arguments["encoded"], arguments["mask"], arguments["divergence"], name)
+        table = token_table(arguments["encoding"], arguments["mask"], arguments["divergence"], name)
         return top_tokens(table[table["in_mask"]] if inside else table, 20, way).index.tolist()
 
     assert listed() == wanted("A", "forward")
@@ -234,7 +234,7 @@ def test_shares(pages, two, by, over, way):
     )
     tables = []
     for name in ("A", "B"):
-        table = token_table(arguments["encoded"], arguments["mask"], arguments["divergence"], name)
+        table = token_table(arguments["encoding"], arguments["mask"], arguments["divergence"], name)
         tables.append(
             share_of_kl(
                 table[table["in_mask"]] if over == "mask" else table, "segment" if by == "part" else by, way

@@ -138,6 +138,7 @@ OWN = {  # the tiny agent and the presets' models
     "load_model(config.model, config.dtype)",
     "load_tokenizer(config.model)",
     "model_facts(own)",
+    "model_facts(own_model)",
     "model_facts(PRESETS[PUBLISHED].model)",
     "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, "
     "policies={'chatml_header': chatml_header})",
