@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 # %% auto #0
 __all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
            'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
-           'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans', 'run_spans', 'add_convert',
+           'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans', 'add_convert',
            'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
            'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
            'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
@@ -45,7 +45,7 @@ from cbnb.masking.audit import (
     ROLE_HEAD,
     TURN_HEAD,
     AuditEntry,
-    Finding,
+    MaskFinding,
     Totals,
     audit,
     audit_page,
@@ -288,7 +288,7 @@ def run_masks(args: argparse.Namespace) -> int:
     totals, colour = Totals(), use_colour(args.color, sys.stdout)
     counts: Counter[str] = Counter()
     examples: list[AuditEntry] = []
-    findings: list[Finding] = []
+    findings: list[MaskFinding] = []
     reader, stream = audit_file(args)
     for item in with_progress(stream, "transcripts"):
         totals.add(item, args.allow)
@@ -316,7 +316,7 @@ def run_masks(args: argparse.Namespace) -> int:
     return 1 if totals.failed else 0
 
 # %% ../nbs/cli.ipynb #cliclosi
-def closing_lines(totals: Totals, findings: Sequence[Finding], more: Sequence[str]) -> Iterator[str]:
+def closing_lines(totals: Totals, findings: Sequence[MaskFinding], more: Sequence[str]) -> Iterator[str]:
     """Yield lines of text: findings, tables by role and by turn, verdict."""
     yield from map(str, findings)
     yield from [*more, ""] if findings else []
@@ -352,7 +352,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
     )
 
 # %% ../nbs/cli.ipynb #a13a78c1
-def add_spans(commands: Commands) -> None:
+def add_spans_command(commands: Commands) -> None:
     """Add the arguments of `cbnb spans`."""
     p = commands.add_parser(
         "spans",
@@ -869,7 +869,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = p.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for add in (
         add_masks,
-        add_spans,
+        add_spans_command,
         add_convert,
         add_plan,
         add_preflight,

@@ -48,7 +48,7 @@ def main(dtype, part):
     )
     from cbnb.step.models import DTYPES, add_adapter
     from cbnb.train.breaker import CircuitBreaker
-    from cbnb.train.floor import terms_of
+    from cbnb.train.floor import batch_terms
     from step_bench import make_model, make_pairs
 
     model = make_model(dtype=DTYPES[dtype], **SHAPE)
@@ -70,7 +70,7 @@ def main(dtype, part):
 
     def step():
         breaker.train()
-        sum(terms_of(breaker, whole).values()).backward()
+        sum(batch_terms(breaker, whole).values()).backward()
 
     calls = {
         "a training step": step,

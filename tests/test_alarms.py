@@ -12,7 +12,7 @@ from cbnb.config import OBJECTIVES, get_config
 from cbnb.preflight.probe import Outlook, Probe, outlook, settle
 from cbnb.preflight.run_checks import check_alive, check_weights
 from cbnb.step.objectives import Objective, rr
-from cbnb.train.alarms import advice, find_alarms
+from cbnb.train.alarms import alarm_advice, find_alarms
 
 # Trainings of the tiny agent with the random settings of nbs/bench/alive.ipynb (draws 0 to 15), in float32
 # and bfloat16, logged at every step and diagnosed at every second, with attack success and
@@ -184,10 +184,10 @@ def test_the_advice_names_what_holds_it():
         "grad_norm_kl": 3.0,
         "grad_cos_retain_kl": 0.0,
     }
-    assert "lower beta_kl" in advice([line]) and "30.0 times" in advice([line])
-    assert "lower retain_weight" in advice(
+    assert "lower beta_kl" in alarm_advice([line]) and "30.0 times" in alarm_advice([line])
+    assert "lower retain_weight" in alarm_advice(
         [line | {"grad_norm_retain": 5.0}]
-    ) and "raise learning_rate" in advice([line | {"grad_norm_kl": 0.01}])
+    ) and "raise learning_rate" in alarm_advice([line | {"grad_norm_kl": 0.01}])
 
 
 def away_and_held():

@@ -261,7 +261,8 @@ def test_papermill_leaves_a_view_without_script_or_widget(lab, tmp_path):
 
     opened = lab.open("out.ipynb")  # untrusted: nobody signed it
     assert (
-        shown(opened, r"training done · step 3 of 3") and opened.page.get_by_text("nats per token").count() > 0
+        shown(opened, r"training done · step 3 of 3")
+        and opened.page.get_by_text("nats per token").count() > 0
     )
     lab.assert_offline()
     made = run(

@@ -177,9 +177,12 @@ def test_a_number_without_a_start_proves_nothing():
     """The record of a process that could not be looked up is judged by its renewal; a status that names one
     is not proved over."""
     record = lease.identity() | {"token": "a", "pid": 999_999}
-    assert lease.judge(record, 0) == "over"
+    assert lease.judge_lease(record, 0) == "over"
     for unseen in (record | {"pid_started": None}, lease.identity() | {"token": "a", "pid_started": None}):
-        assert (lease.judge(unseen, 0), lease.judge(unseen, lease.EXPIRY + 1)) == ("fresh", "over")
+        assert (lease.judge_lease(unseen, 0), lease.judge_lease(unseen, lease.EXPIRY + 1)) == (
+            "fresh",
+            "over",
+        )
         assert process_state(unseen) == "fresh" and still_running("/nowhere", unseen)
     assert not still_running("/nowhere", record) and not still_running("/nowhere", lease.identity())
 

@@ -22,7 +22,7 @@ from cbnb.transcripts.record import Transcript, TranscriptError
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets import masks
 from cbnb.widgets.masks import (
-    COLUMNS,
+    COUNT_COLUMNS,
     ExplorerBox,
     Shelf,
     as_shelf,
@@ -214,7 +214,7 @@ def test_long_tables_are_cut_and_say_so(masker):
     assert "… 501 more rows" in explored_html(explore(Transcript("many", turns), masker))
 
 
-@pytest.mark.parametrize("name", ["assistant_only", *COLUMNS])
+@pytest.mark.parametrize("name", ["assistant_only", *COUNT_COLUMNS])
 def test_a_name_that_a_column_has_is_refused(masker, name):
     with pytest.raises(ValueError, match=f"cannot be called {name}"):
         explore(PLAIN[0], masker, {name: lambda e: e.segments > 5})

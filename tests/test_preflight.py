@@ -34,14 +34,14 @@ def quick():
 def data(tmp_path_factory):
     "Transcripts to train on and held-out ones, a few of each kind: parameters of the page."
     from cbnb.transcripts.reader import write_transcripts
-    from cbnb.transcripts.tinyworld import KINDS, make_transcripts
+    from cbnb.transcripts.tinyworld import TASK_KINDS, make_transcripts
 
     folder = tmp_path_factory.mktemp("data")
     write_transcripts(
         folder / "train.jsonl",
         [
             t
-            for kind in KINDS
+            for kind in TASK_KINDS
             if kind != "general"
             for t in make_transcripts(kind, 48 if kind == "injection" else 16)
         ],
@@ -49,7 +49,9 @@ def data(tmp_path_factory):
     write_transcripts(
         folder / "plain.jsonl", make_transcripts("injection", 48) + make_transcripts("plain", 48)
     )
-    write_transcripts(folder / "eval.jsonl", [t for kind in KINDS for t in make_transcripts(kind, 4, "eval")])
+    write_transcripts(
+        folder / "eval.jsonl", [t for kind in TASK_KINDS for t in make_transcripts(kind, 4, "eval")]
+    )
     return folder
 
 

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import pytest
 
 from cbnb.basics.terminal import visible
-from cbnb.report.figures import PANELS, curves, mime_bundle, readable_table, show, static_svg, write_report
+from cbnb.report.figures import PANELS, curves, figure_bundle, readable_table, show, static_svg, write_report
 from cbnb.step.objectives import run_terms
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -138,7 +138,7 @@ def test_one_bundle_for_every_front_end(monkeypatch):
     figure, shown = curves(metrics(30)), []
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append((bundle, raw)))
     show(figure)
-    bundle = mime_bundle(figure)
+    bundle = figure_bundle(figure)
     assert shown == [(bundle, True)]
     assert list(bundle) == ["application/vnd.plotly.v1+json", "text/html", "text/plain"]
     image = ET.fromstring(bundle["text/html"].replace(">", "/>"))

@@ -169,15 +169,15 @@ def test_a_preset_of_another_model_is_told(tmp_path, deep):
 @pytest.mark.slow
 def test_the_preflight_tells_and_loads_what_the_run_loads(tmp_path, deep):
     from cbnb.transcripts.reader import write_transcripts
-    from cbnb.transcripts.tinyworld import KINDS, make_transcripts
+    from cbnb.transcripts.tinyworld import TASK_KINDS, make_transcripts
     from test_preflight import review
 
     write_transcripts(
         tmp_path / "train.jsonl",
-        [t for kind in KINDS if kind != "general" for t in make_transcripts(kind, 24)],
+        [t for kind in TASK_KINDS if kind != "general" for t in make_transcripts(kind, 24)],
     )
     write_transcripts(
-        tmp_path / "eval.jsonl", [t for kind in KINDS for t in make_transcripts(kind, 2, "eval")]
+        tmp_path / "eval.jsonl", [t for kind in TASK_KINDS for t in make_transcripts(kind, 2, "eval")]
     )
     made, _ = review(
         tmp_path / "run",

@@ -16,7 +16,7 @@ from cbnb.step.models import load_tokenizer
 from cbnb.train.same import versions
 from cbnb.train.store import StoredSamples, kept_for, pieces, stored_refusals, stored_stream
 from cbnb.transcripts.record import TranscriptError
-from cbnb.transcripts.tinyworld import KINDS, make_transcripts
+from cbnb.transcripts.tinyworld import TASK_KINDS, make_transcripts
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def masker():
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(cbnb.train.store, "PIECE", 7)
+    monkeypatch.setattr(cbnb.train.store, "STORE_PIECE", 7)
 
 
 def equal(a, b):
@@ -50,7 +50,7 @@ CASES = {
 @pytest.mark.parametrize("processes", (1, 3))
 @pytest.mark.parametrize("case", CASES)
 def test_rows_order_and_report_are_those_of_encode_stream(case, processes, masker, tmp_path):
-    transcripts, (policy, how) = [t for kind in KINDS for t in make_transcripts(kind, 9)], CASES[case]
+    transcripts, (policy, how) = [t for kind in TASK_KINDS for t in make_transcripts(kind, 9)], CASES[case]
     samples, report = encode_stream(transcripts, masker, policy, **how)
     for _ in range(2):  # made, then found
         stored, told = stored_stream(tmp_path, transcripts, masker, policy, processes=processes, **how)

@@ -35,9 +35,9 @@ from cbnb.report.verdicts import (
     REROUTED,
     SEEDS,
     Sweep,
-    advice,
     read_sweep,
     specimen_run,
+    sweep_advice,
     verdicts,
     write_specimen,
 )
@@ -253,7 +253,7 @@ def test_a_control_that_does_not_work_makes_all_void(change):
         == ["void"] * 3
     )
     everywhere = sweep_of(cells(change=lambda r: change))
-    assert said(everywhere) == ["void"] * 3 and advice(everywhere) == []
+    assert said(everywhere) == ["void"] * 3 and sweep_advice(everywhere) == []
 
 
 def test_no_control_is_void_and_a_dead_run_elsewhere_is_not():
@@ -298,7 +298,7 @@ def test_a_temperature_is_a_group_of_its_own():
     assert [v.verdict for v in found[3:]] == ["refuted", "inconclusive", "supported"] and {
         v.label for v in found[3:]
     } == {"kl_temperature 2"}
-    assert [(a.action, a.beta, a.label) for a in advice(mixed)] == [("lower", 0.3, "kl_temperature 2")]
+    assert [(a.action, a.beta, a.label) for a in sweep_advice(mixed)] == [("lower", 0.3, "kl_temperature 2")]
     failed = sweep_of(
         [r | {"state": "failed"} if r["beta_kl"] == 0 and r["seed"] == 0 else r for r in rows + hot],
         "kl_temperature",
@@ -319,23 +319,23 @@ def test_advice():
         cells(change=lambda r: {"exact_match_plain": 0.3 + 0.01 * r["seed"] if r["beta_kl"] < 0.3 else 1.0})
     )
     assert (
-        [(a.action, a.beta) for a in advice(loses)] == [("raise", 0.0), ("raise", 0.1)]
-        and "at 0.3 it is kept" in advice(loses)[1].text
-        and "0.31" in advice(loses)[1].text
+        [(a.action, a.beta) for a in sweep_advice(loses)] == [("raise", 0.0), ("raise", 0.1)]
+        and "at 0.3 it is kept" in sweep_advice(loses)[1].text
+        and "0.31" in sweep_advice(loses)[1].text
     )
     suppressed = sweep_of(
         cells(change=lambda r: {"attack_success": 0.9 + 0.01 * r["seed"]} if r["beta_kl"] == 3 else {})
     )
-    assert [(a.action, a.beta) for a in advice(suppressed)] == [("lower", 3.0)] and "0.91" in advice(
-        suppressed
-    )[0].text
+    assert [(a.action, a.beta) for a in sweep_advice(suppressed)] == [
+        ("lower", 3.0)
+    ] and "0.91" in sweep_advice(suppressed)[0].text
     both = sweep_of(
         cells(change=lambda r: {"attack_success": 0.9, "exact_match_plain": 0.1} if r["beta_kl"] == 3 else {})
     )
-    assert [a.action for a in advice(both)] == ["conflict"]
+    assert [a.action for a in sweep_advice(both)] == ["conflict"]
     assert (
-        advice(sweep_of(cells())) == []
-        and advice(sweep_of(cells(seeds=(0,), change=lambda r: {"exact_match_plain": 0.1}))) == []
+        sweep_advice(sweep_of(cells())) == []
+        and sweep_advice(sweep_of(cells(seeds=(0,), change=lambda r: {"exact_match_plain": 0.1}))) == []
     )
 
 
@@ -412,7 +412,9 @@ def test_order_does_not_matter_and_a_failure_never_helps(sweep, rng):
     order = list(range(len(sweep.frame)))
     rng.shuffle(order)
     shuffled = replace(sweep, frame=sweep.frame.iloc[order].reset_index(drop=True))
-    assert repr(verdicts(shuffled)) == repr(verdicts(sweep)) and repr(advice(shuffled)) == repr(advice(sweep))
+    assert repr(verdicts(shuffled)) == repr(verdicts(sweep)) and repr(sweep_advice(shuffled)) == repr(
+        sweep_advice(sweep)
+    )
     before = keyed(sweep)
     outliers = sweep.frame.index[(sweep.frame["harmful_cosine"] > 0.5) & (sweep.frame["beta_kl"] > 0)][:2]
     for victim in {rng.randrange(len(sweep.frame)), *outliers}:

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 
 from cbnb import cli
-from cbnb.basics.terminal import PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
+from cbnb.basics.terminal import LONGEST_PIECE, SENTENCE, error_text, sentence, tame_kernel, visible, warn
 from cbnb.config import ConfigError
 from cbnb.report import figures as report
 from cbnb.transcripts.reader import read_transcripts
@@ -130,7 +130,7 @@ def test_a_warning_is_a_sentence(tmp_path):
     assert str(told[0].message) == visible(EVIL) and told[0].filename == __file__
 
 
-@pytest.mark.parametrize("length", [PIECE + 1, 5_000, 200_000])
+@pytest.mark.parametrize("length", [LONGEST_PIECE + 1, 5_000, 200_000])
 def test_no_value_is_told_whole(length):
     "In quotation marks, without blanks, as a word of the command line; what stands before and after stays."
     long = "a b " * length

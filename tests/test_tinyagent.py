@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cbnb.basics.places import TINYAGENT
-from cbnb.transcripts.tinyworld import KINDS, make_transcripts
+from cbnb.transcripts.tinyworld import TASK_KINDS, make_transcripts
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +76,7 @@ def test_command_line_wants_a_folder():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TASK_KINDS)
 def test_whole_conversations_by_generation(agent, kind):
     ts = make_transcripts(kind, 128 if kind == "general" else 256, "eval", seed=11)
     chats = [

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMULA', 'SPLIT', 'NUMBER', 'OutputError', 'check_output', 'name_errors', 'new_file', 'write_bytes',
-           'write_files', 'append_bytes', 'quoted_cell', 'quoted_frame']
+__all__ = ['FILE_KINDS', 'FORMULA', 'FORMULA_SPLIT', 'NUMBER', 'OutputError', 'check_output', 'name_errors', 'new_file',
+           'write_bytes', 'write_files', 'append_bytes', 'quoted_cell', 'quoted_frame']
 
 # %% ../../nbs/basics/03_files.ipynb #fil00007
 class OutputError(OSError):
@@ -30,7 +30,7 @@ class OutputError(OSError):
     __str__ = error_text
 
 # %% ../../nbs/basics/03_files.ipynb #7a463201
-KINDS = {
+FILE_KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
     stat.S_IFCHR: "a device",
@@ -52,7 +52,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     except FileNotFoundError:
         about = None
     if about and not stat.S_ISREG(about.st_mode):
-        kind = KINDS.get(stat.S_IFMT(about.st_mode), "not a regular file")
+        kind = FILE_KINDS.get(stat.S_IFMT(about.st_mode), "not a regular file")
         instead = f"the file that it leads to: {path.resolve()}" if kind == "a link" else "a file"
         raise OutputError(f"{path} is {kind}; name {instead}")
     for other in map(Path, inputs):
@@ -157,14 +157,14 @@ def append_bytes(path: str | Path, data: bytes) -> None:
 
 # %% ../../nbs/basics/03_files.ipynb #fil00022
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")
-SPLIT = re.compile("([;\t]\\s*)(?=[=+@＝＋－＠-])")
+FORMULA_SPLIT = re.compile("([;\t]\\s*)(?=[=+@＝＋－＠-])")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 # %% ../../nbs/basics/03_files.ipynb #50f5c4d9
 def quoted_cell(text: str) -> str:
     """Return `text` with a ' before it where a spreadsheet would take it for a formula; a number, with a sign
     too, stays one. So does what follows a ; or a tab, at which other spreadsheets split."""
-    text = text[:1] + SPLIT.sub(r"\1'", text[1:])
+    text = text[:1] + FORMULA_SPLIT.sub(r"\1'", text[1:])
     return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
 # %% ../../nbs/basics/03_files.ipynb #29aba711

@@ -22,9 +22,9 @@ from typing import Any
 from .terminal import error_text, say
 
 # %% auto #0
-__all__ = ['BEAT', 'EXPIRY', 'MAX_LEASE', 'MAX_PID', 'TEXTS', 'HELD', 'LOCK', 'RENEWING', 'process_start', 'boot', 'sees_itself',
-           'namespace', 'identity', 'judge', 'lease_of', 'file_clock', 'dated_lease', 'read_lease', 'token_at',
-           'text_of', 'make_new', 'claim', 'Held', 'clear_guard', 'remove_over', 'renew', 'keep_renewing',
+__all__ = ['BEAT', 'EXPIRY', 'MAX_LEASE', 'MAX_PID', 'LEASE_TEXTS', 'HELD', 'LOCK', 'RENEWING', 'process_start', 'boot',
+           'sees_itself', 'namespace', 'identity', 'judge_lease', 'lease_of', 'file_clock', 'dated_lease', 'read_lease',
+           'token_at', 'text_of', 'make_new', 'claim', 'Held', 'clear_guard', 'remove_over', 'renew', 'keep_renewing',
            'start_renewing', 'forget', 'lease_path', 'whose', 'is_mine', 'holder_thread', 'lease_refusal',
            'wait_for_lease', 'take_lease', 'give_back', 'give_all_back', 'check_lease', 'lease_state', 'holding',
            'NotOwn', 'owner_here', 'check_own']
@@ -89,7 +89,7 @@ def identity() -> dict[str, Any]:
 BEAT, EXPIRY = 10.0, 120.0  # seconds between two renewals, and without one until a lease is over
 
 # %% ../../nbs/basics/05_lease.ipynb #23202be3
-def judge(record: dict, age: float) -> str:
+def judge_lease(record: dict, age: float) -> str:
     """Return whether the holder of a lease with this `record` (dict), renewed `age` seconds ago, is there:
     `live` (its process is seen), `over` (it is seen to be gone, or the lease has expired), `fresh` (its
     process cannot be seen from here) or `unreadable`."""
@@ -112,7 +112,7 @@ def judge(record: dict, age: float) -> str:
 # %% ../../nbs/basics/05_lease.ipynb #lease012
 MAX_LEASE = 4096  # bytes
 MAX_PID = 2**31
-TEXTS = ("node", "namespace", "job", "pid_started")  # fields that are text or None
+LEASE_TEXTS = ("node", "namespace", "job", "pid_started")  # fields that are text or None
 
 # %% ../../nbs/basics/05_lease.ipynb #061f2b44
 def lease_of(data: bytes) -> dict:
@@ -127,7 +127,7 @@ def lease_of(data: bytes) -> dict:
         return {}
     pid, restarts, beat = record.get("pid"), record.get("slurm_restarts", 0), record.get("beat", 0)
     whole = type(pid) is int and 1 <= pid <= MAX_PID and type(restarts) is int and type(beat) in (int, str)
-    return record if whole and all(isinstance(record.get(key), str | None) for key in TEXTS) else {}
+    return record if whole and all(isinstance(record.get(key), str | None) for key in LEASE_TEXTS) else {}
 
 # %% ../../nbs/basics/05_lease.ipynb #a055b845
 def file_clock(folder: str | Path) -> float:
@@ -241,7 +241,7 @@ def clear_guard(path: str | Path, guard: str, record: dict) -> str | None:
         )
     if other is None:
         return None
-    if judge(other, age) != "over" and age <= EXPIRY:
+    if judge_lease(other, age) != "over" and age <= EXPIRY:
         return other.get("token", "")
     try:
         os.rename(guard, aside)
@@ -379,7 +379,10 @@ def wait_for_lease(
         other, age = read_lease(path)
         if other is None:
             continue  # given back in this moment
-        state, now = "live" if is_mine(path) else judge(other, age), time.monotonic()  # another thread's
+        state, now = (
+            "live" if is_mine(path) else judge_lease(other, age),
+            time.monotonic(),
+        )  # another thread's
         if (latest := (other.get("token"), other.get("beat"))) != sign:
             sign, since, signs = latest, now, signs + 1
         if state == "fresh" and now - since > EXPIRY:
@@ -463,7 +466,7 @@ def lease_state(folder: str | Path, name: str = ".lease") -> str | None:
     if is_mine(path):
         return "mine"
     record, age = read_lease(path)
-    return None if record is None else judge(record, age)
+    return None if record is None else judge_lease(record, age)
 
 # %% ../../nbs/basics/05_lease.ipynb #16b4f76d
 @contextmanager

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 # %% auto #0
-__all__ = ['Z', 'STARTS', 'format_number', 'size_words', 'duration', 'rate_interval', 'floor_limit', 'at_floor']
+__all__ = ['Z', 'TERM_STARTS', 'format_number', 'size_words', 'duration', 'rate_interval', 'floor_limit', 'at_floor']
 
 # %% ../../nbs/basics/06_numbers.ipynb #b10e9eed
 def format_number(value: Any, digits: int = 3) -> str:
@@ -81,7 +81,7 @@ def floor_limit(value: float) -> float:
     return next(float(f"{m * power:.0e}") for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
 
 # %% ../../nbs/basics/06_numbers.ipynb #9b312265
-STARTS = {"reroute": 1.0, "retain": 0.0, "kl": 0.0}  # of the objectives rr and rr_kl
+TERM_STARTS = {"reroute": 1.0, "retain": 0.0, "kl": 0.0}  # of the objectives rr and rr_kl
 
 
 def at_floor(row: dict, floor: dict | None, starts: dict[str, float | None] | None = None) -> list[str]:
@@ -90,7 +90,7 @@ def at_floor(row: dict, floor: dict | None, starts: dict[str, float | None] | No
     one that falls; a term whose start is None has no floor."""
     return [
         name
-        for name, start in (STARTS if starts is None else starts).items()
+        for name, start in (TERM_STARTS if starts is None else starts).items()
         if start is not None
         and isinstance(value := row.get(f"loss_{name}"), (int, float))
         and (start - value if start > 0 else value - start) < floor_limit((floor or {}).get(name, 0.0))

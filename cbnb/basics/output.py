@@ -13,10 +13,10 @@ from .terminal import nowhere, say, tame_libraries
 from .withheld import scrub
 
 # %% auto #0
-__all__ = ['PLAIN', 'in_plain', 'safe_output']
+__all__ = ['PLAIN_SIGNS', 'in_plain', 'safe_output']
 
 # %% ../../nbs/basics/09_output.ipynb #plainou1
-PLAIN = {
+PLAIN_SIGNS = {
     "−": "-",
     "–": "-",
     "—": "-",
@@ -40,7 +40,7 @@ def in_plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     texts = (
-        PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode()
+        PLAIN_SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode()
         for c in error.object[error.start : error.end]
     )
     return "".join(texts), error.end

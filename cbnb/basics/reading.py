@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 # %% auto #0
-__all__ = ['KINDS', 'VIRTUAL', 'MAX_FILE_BYTES', 'MAX_HOLE_BYTES', 'MAX_ENTRIES', 'InputError', 'file_system', 'check_about',
-           'check_regular', 'check_holes', 'open_regular', 'Limited', 'read_stream', 'read_bytes', 'read_text',
-           'sha256', 'check_folder']
+__all__ = ['PLACE_KINDS', 'VIRTUAL', 'MAX_FILE_BYTES', 'MAX_HOLE_BYTES', 'MAX_ENTRIES', 'InputError', 'file_system',
+           'check_about', 'check_regular', 'check_holes', 'open_regular', 'Limited', 'read_stream', 'read_bytes',
+           'read_text', 'sha256', 'check_folder']
 
 # %% ../../nbs/basics/00_reading.ipynb #99856afd
 class InputError(OSError):
@@ -28,7 +28,7 @@ class InputError(OSError):
         return " ".join(filter(None, (self.filename, self.strerror)))
 
 # %% ../../nbs/basics/00_reading.ipynb #088dac6e
-KINDS = {
+PLACE_KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -55,7 +55,9 @@ def file_system(device: int) -> str:
 # %% ../../nbs/basics/00_reading.ipynb #72a9d8d8
 def check_about(about: os.stat_result, path: str | Path) -> os.stat_result:
     "Return `about`, an `os.stat_result` of `path`. Raises InputError unless it is that of a file on a disk."
-    kind = "" if stat.S_ISREG(about.st_mode) else KINDS.get(stat.S_IFMT(about.st_mode), "something else")
+    kind = (
+        "" if stat.S_ISREG(about.st_mode) else PLACE_KINDS.get(stat.S_IFMT(about.st_mode), "something else")
+    )
     if not kind and file_system(about.st_dev) in VIRTUAL:
         kind = "made up by the system while it is read"
     if kind:

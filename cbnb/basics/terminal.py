@@ -16,9 +16,9 @@ from typing import Any, TextIO
 from .withheld import scrub
 
 # %% auto #0
-__all__ = ['UNSEEN', 'SIGNS', 'PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shorten_middle', 'sentence', 'say', 'warn',
-           'bound_text', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'nowhere', 'silence',
-           'says_pathlib', 'run_program']
+__all__ = ['UNSEEN', 'TERMINAL_SIGNS', 'LONGEST_PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shorten_middle', 'sentence',
+           'say', 'warn', 'bound_text', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'nowhere',
+           'silence', 'says_pathlib', 'run_program']
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00006
 # printable by name, and draw nothing
@@ -27,10 +27,10 @@ UNSEEN = re.compile(
 )
 
 
-SIGNS = {"\n": "⏎", "\t": "⇥"}
+TERMINAL_SIGNS = {"\n": "⏎", "\t": "⇥"}
 
 # %% ../../nbs/basics/02_terminal.ipynb #7f3e3952
-def visible(text: object, signs: Mapping[str, str] = SIGNS) -> str:
+def visible(text: object, signs: Mapping[str, str] = TERMINAL_SIGNS) -> str:
     """Return `text` (anything; its `str`) with nothing left that a terminal obeys or that the eye misses:
     characters in `signs` by their sign (line ends ⏎, tabs ⇥), every other character that does not print
     (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of trained
@@ -47,14 +47,14 @@ def visible(text: object, signs: Mapping[str, str] = SIGNS) -> str:
     return "".join(map(escape, text))
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00010
-PIECE = 200  # characters of a text in quotation marks, or of one without blanks, in a sentence
+LONGEST_PIECE = 200  # characters of a text in quotation marks, or of one without blanks, in a sentence
 SENTENCE = 1_200  # characters of a sentence
 
 
 QUOTED, UNBROKEN = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""), re.compile(r"\S+")
 
 # %% ../../nbs/basics/02_terminal.ipynb #2d23271e
-def shorten_middle(text: str, most: int = PIECE) -> str:
+def shorten_middle(text: str, most: int = LONGEST_PIECE) -> str:
     """Return `text` (str) with at most `most` characters: as much of its middle is left out as that takes,
     and the number of characters that are left out stands in its place."""
     if len(text) <= most:
@@ -69,13 +69,15 @@ def sentence(text: object, words: Iterable[str] = ()) -> str:
     marks, what has no blank, and each of the `words` of a command line with its parts has `PIECE` characters
     at most, the whole `SENTENCE`."""
     text = str(text).strip()
-    text = visible(scrub(text) if len(text) > PIECE else text)  # no half of a secret is left where it is cut
-    long = [word for word in words if len(word) > PIECE]
+    text = visible(
+        scrub(text) if len(text) > LONGEST_PIECE else text
+    )  # no half of a secret is left where it is cut
+    long = [word for word in words if len(word) > LONGEST_PIECE]
     parts = {
         visible(part).strip() for word in long for part in (word, word.partition("=")[2], *word.split(","))
     }
     for part in sorted(parts, key=len, reverse=True):
-        if len(part) > PIECE:
+        if len(part) > LONGEST_PIECE:
             text = text.replace(part, shorten_middle(part))
     for pattern in (QUOTED, UNBROKEN):
         text = pattern.sub(lambda match: shorten_middle(match[0]), text)

@@ -25,14 +25,14 @@ from .reading import open_regular, read_bytes, read_text
 
 # %% auto #0
 __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNER', 'USER', 'QUERY', 'FILES', 'END', 'AMP',
-           'CODE', 'SLASH', 'ESCAPE', 'NEXT_LINE', 'WRAPPED', 'BLANK', 'SURELY_WHOLE', 'MOST', 'SEEN', 'STARTS',
+           'CODE', 'SLASH', 'ESCAPE', 'NEXT_LINE', 'WRAPPED', 'BLANK', 'SURELY_WHOLE', 'MOST', 'SEEN', 'SECRET_STARTS',
            'SECRET_TEXT', 'OPEN_ESCAPE', 'OPEN_LINE', 'LARGEST', 'is_path', 'is_worth', 'is_random', 'is_strong',
            'url_secrets', 'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files',
            'secret_values', 'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements',
-           'pattern', 'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts', 'withhold',
-           'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'goes_on', 'open_tail',
-           'guard_session', 'guard_echo', 'kernel', 'guard', 'own_files', 'is_shared', 'own_copy', 'keep_private',
-           'tidy']
+           'needle_pattern', 'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts',
+           'withhold', 'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues',
+           'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard', 'own_files', 'is_shared', 'own_copy',
+           'keep_private', 'tidy']
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(
@@ -336,7 +336,7 @@ def elements(needle: Needle) -> list[str]:
 
 # %% ../../nbs/basics/01_withheld.ipynb #80df1347
 @functools.lru_cache(maxsize=4096)
-def pattern(needle: Needle) -> re.Pattern[str]:
+def needle_pattern(needle: Needle) -> re.Pattern[str]:
     "Return the compiled pattern of a needle; of what a text may hold by chance, as a word of its own only."
     form = f"(?:{re.escape(needle.form)}|{''.join(elements(needle))})"
     if is_strong(needle.form):
@@ -392,7 +392,7 @@ def places(text: str, secrets: list[Needle] | None = None) -> list[tuple[int, in
     spans = []
     for needle in current_needles() if secrets is None else secrets:
         for start, end in windows(text, needle):
-            spans += [match.span() for match in pattern(needle).finditer(text, start, end)]
+            spans += [match.span() for match in needle_pattern(needle).finditer(text, start, end)]
     return merge_spans(spans)
 
 # %% ../../nbs/basics/01_withheld.ipynb #65b62ad8
@@ -427,11 +427,23 @@ def withhold(value: Any) -> Any:
     return change_texts(value, without)
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00022
-STARTS = ("hf_", "api_org_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "sk-", "AKIA")
+SECRET_STARTS = (
+    "hf_",
+    "api_org_",
+    "ghp_",
+    "gho_",
+    "ghu_",
+    "ghs_",
+    "ghr_",
+    "github_pat_",
+    "glpat-",
+    "sk-",
+    "AKIA",
+)
 SECRET_TEXT = [
     re.compile(pattern)
     for pattern in (
-        *(rf"{start}(?<![A-Za-z0-9]{start})[A-Za-z0-9_-]{{16,}}" for start in STARTS),
+        *(rf"{start}(?<![A-Za-z0-9]{start})[A-Za-z0-9_-]{{16,}}" for start in SECRET_STARTS),
         r"(://)[^/@\s\"'\\{}]+@",
         r"(Bearer )[\w.~+/=-]{16,}",
         r"(token=)(?<=[?&]token=)[^&\s\"'\\{}]+",
@@ -487,7 +499,7 @@ def compile_pattern(source: str) -> re.Pattern[str]:
     return re.compile(source)
 
 # %% ../../nbs/basics/01_withheld.ipynb #b4d15437
-def goes_on(text: str, at: int, patterns: list[str]) -> bool:
+def continues(text: str, at: int, patterns: list[str]) -> bool:
     """Return whether `text` from `at` is matched by some of the `patterns` (list of str), one after the
     other, and ends there."""
     for number, source in enumerate(patterns, 1):
@@ -508,7 +520,7 @@ def open_tail(text: str) -> int:
         for match in compile_pattern(first).finditer(text, max(0, len(text) - 6 * len(needle.form) - 60)):
             if len(text) - match.start() <= longest:
                 break
-            if goes_on(text, match.end(), others):
+            if continues(text, match.end(), others):
                 longest = len(text) - match.start()
     return longest
 

@@ -197,7 +197,7 @@ BLOCK = 1000  # transcripts that are held while a share of them is drawn
 
 
 def draw(records: Iterable, share: float, count: Counter, seed: int = 0) -> Iterator:
-    """Yield a `share` of the transcripts of `found`, drawn by `seed` from each `BLOCK` of them in turn, in
+    """Yield a `share` of the transcripts of `records`, drawn by `seed` from each `BLOCK` of them in turn, in
     their order; a TranscriptError among them is passed on. `count` gets how many there were (`of`)
     and how many were `taken`: the share of all, to within one half."""
     rng, rest = np.random.default_rng((seed, 5)), iter(records)
@@ -286,7 +286,7 @@ def uses_tools(transcript: Transcript) -> bool:
 
 # %% ../../nbs/data/00_sources.ipynb #8a14bda7
 def fitting_domain(transcript: Transcript, domains: dict[str, tuple[str, list[dict]]]) -> list[dict] | None:
-    """Return the tools of the one domain of `known` (`tau_bench_tools`) that a transcript is of, by the
+    """Return the tools of the one domain of `domains` (`tau_bench_tools`) that a transcript is of, by the
     policy with which it begins, else by the tools that it calls; None where no domain or several fit."""
     first, calls = transcript.messages[0]["content"].strip(), called_names(transcript)
     fits = [tools for wiki, tools in domains.values() if first.startswith(wiki.strip())] or [
@@ -639,7 +639,7 @@ READING = ("relabel", "on_error", "max_skipped", "tools", "adapt")
 
 
 def reading_of(parameters: dict, **options: Any) -> Reading:
-    """Return the `Reading` for the dict of a run's `parameters`; what is `given` and not None takes its
+    """Return the `Reading` for the dict of a run's `parameters`; what is `options` and not None takes its
     place. A run that was made before there was a setting has its default."""
     settings = {k: parameters[k] for k in READING if parameters.get(k) is not None}
     return Reading(**settings | {k: v for k, v in options.items() if v is not None})

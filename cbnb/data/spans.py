@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..basics.terminal import visible
 from .convert import check_written
-from ..masking.audit import shorten
+from ..masking.audit import shorten_parts
 from ..transcripts.files import read_records
 from ..transcripts.injections import find_injections, join_spans
 from ..transcripts.reader import TranscriptReader, write_transcripts
@@ -170,7 +170,7 @@ def span_lines(number: int, transcript: Transcript, how: list[str], around: int 
             text[span.end : span.end + around],
         )
         before, inside, after = (
-            "".join(shorten([*visible(part)], " … {} more characters … ")) for part in parts
+            "".join(shorten_parts([*visible(part)], " … {} more characters … ")) for part in parts
         )
         yield (
             f"  {span.message:>3} {transcript.messages[span.message]['role']:<9} {span.start}:{span.end}  "

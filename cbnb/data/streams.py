@@ -44,7 +44,7 @@ from ..masking.templates import MaskError, take_result
 # %% ../../nbs/data/03_streams.ipynb #01fb75bc
 from ..step.losses import predicting_positions
 from ..step.model_checks import check_packing
-from ..transcripts.holdout import Parted, heldout_kinds, part, thin
+from ..transcripts.holdout import Parted, heldout_kinds, part, thin_parts
 from ..transcripts.reader import MAX_BAD
 from ..transcripts.record import Transcript, TranscriptError
 from ..transcripts.spool import Spooled, those
@@ -81,7 +81,7 @@ def load_streams(
     kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, reading)
     if eval_files:
         heldout = [t for stream in read_streams(eval_files, reading) for t in stream]
-        split = thin(Parted(harmful, benign, heldout, kinds))
+        split = thin_parts(Parted(harmful, benign, heldout, kinds))
     else:
         split = part(harmful, benign, heldout_by)
     for name, before in (("harmful", harmful), ("benign", benign)):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 # %% auto #0
-__all__ = ['NONE', 'MASKING', 'DECODING', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run',
+__all__ = ['NONE', 'MASKING', 'DECODING_FIELDS', 'Adapter', 'run_parameters', 'find_adapter', 'find_adapters', 'first_run',
            'first_parameters', 'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted',
            'settings_for', 'check_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_model',
            'same_policies', 'tell_versions', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
@@ -82,7 +82,7 @@ class Adapter:
 # %% ../../nbs/evaluate/09_adapters.ipynb #0da2dc78
 def run_parameters(folder: Path, *names: str) -> dict[str, Any]:
     """Return the parameters in the params.json of a run directory: those that an evaluation goes by are of
-    their types, and the `needed` ones are there. Raises RunError, naming the file and the parameter."""
+    their types, and the `names` ones are there. Raises RunError, naming the file and the parameter."""
     path = folder / "params.json"
     parameters = read_record(path) or {}
     missing = (f"it has no {name}" for name in names if parameters.get(name) is None)
@@ -344,7 +344,7 @@ def same_as_run(run: Run, adapters: list[Adapter], parameters: dict[str, Any], h
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #be6df6e4
 def reading_for(adapters: list[Adapter], **options: Any) -> Reading:
-    """Return how an evaluation reads its data: what is `given` and not None of `cbnb.data.sources.READING`,
+    """Return how an evaluation reads its data: what is `options` and not None of `cbnb.data.sources.READING`,
     else as the first adapter's run did."""
     return reading_of(first_parameters(adapters), **options)
 
@@ -375,7 +375,7 @@ def masker_for(
     adapters: list[Adapter], name: str, trust_remote_code: bool = False, **own_options: Any
 ) -> ChatMasker:
     """Return the masker of the model `name`: as the first adapter's run had it, with the chat template that
-    lies there, but for what is `given` and not None (names of `MASKING`)."""
+    lies there, but for what is `own_options` and not None (names of `MASKING`)."""
     run = first_run(adapters)
     own_options = {k: v for k, v in own_options.items() if v is not None}
     folder, parameters = run or (None, {})
@@ -393,14 +393,16 @@ def asked_model(adapters: list[Adapter], parameters: dict[str, Any]) -> str:
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #bba85264
 # parameters that a decoding is made by
-DECODING = ("max_new_tokens", "temperature", "samples", "seed")
+DECODING_FIELDS = ("max_new_tokens", "temperature", "samples", "seed")
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #16240f7d
 def decoding_for(adapters: list[Adapter], **options: Any) -> Decoding:
-    """Return the `Decoding` of an evaluation: what is `given` and not None, else as in the first adapter's
+    """Return the `Decoding` of an evaluation: what is `options` and not None, else as in the first adapter's
     run."""
     run = first_parameters(adapters)
-    values = {k: run[k] for k in DECODING if k in run} | {k: v for k, v in options.items() if v is not None}
+    values = {k: run[k] for k in DECODING_FIELDS if k in run} | {
+        k: v for k, v in options.items() if v is not None
+    }
     decoding = Decoding(**values)
     if options.get("seed") is not None and not decoding.temperature:
         raise RunError(
@@ -420,7 +422,7 @@ def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, De
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
         model_facts(name, trust)  # code that comes with it is reported here
-    return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING})
+    return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING_FIELDS})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b
 def evaluate_adapter(
@@ -471,7 +473,7 @@ def lines_of_question(
 ) -> list[dict]:
     """Return the lines of one `question` in the order of their attempts. Raises RunError, naming `where` they
     are from, where there is none, or one has another hash of its `prompt` or other ids that the answer was
-    `begun` with."""
+    `start` with."""
     if not by_attempt:
         raise RunError(
             f"{where} holds no answer to {question.id}: lines are missing, or the held-out transcripts "
@@ -490,7 +492,7 @@ def check_complete(
     by_question: dict[tuple[str, str], dict[int, dict]], keys: Collection[tuple[str, str]], where: str | Path
 ) -> None:
     """Raise RunError, naming `where` the lines are from, where there are lines of questions that are not
-    `expected` ((id, plain or prefilled)), or more attempts at one question than at another."""
+    `keys` ((id, plain or prefilled)), or more attempts at one question than at another."""
     if extra := sum(len(by_question[key]) for key in by_question.keys() - keys):
         raise RunError(
             f"{where} holds {extra} answers to questions that are no longer asked: the held-out transcripts "
@@ -569,8 +571,8 @@ def lines_to_rescore(folder: Path) -> dict[str, dict]:
 def rescoring_inputs(
     folder: Path, is_evaluation: bool, parameters: dict[str, Any], trust_remote_code: bool
 ) -> tuple[ChatMasker, list[Transcript]]:
-    """Return the masker and the transcripts by which the run in `folder`, or the evaluation where `evaluated`
-    says so, with these `parameters` was asked."""
+    """Return the masker and the transcripts by which the run in `folder`, or the evaluation where
+    `is_evaluation` says so, with these `parameters` was asked."""
     if not is_evaluation:
         adapters = [Adapter(folder.name, None, folder, parameters)]
         name, transcripts = run_model(folder), questions_for(adapters)

@@ -141,7 +141,7 @@ def answer_line(
     stops: Collection[int],
     **where: Any,
 ) -> dict[str, Any]:
-    """Return the line of one answer: `ids` were generated after `prompt` and `begun`, and all else follows
+    """Return the line of one answer: `ids` were generated after `prompt` and `start`, and all else follows
     from them; `where`: what stands first in it. `finish`: ended, or length, where there was no end of turn in
     time; `past_stop`: it goes on behind one of the model's own stop tokens `stops`, at which other programs
     would have cut it."""
@@ -230,7 +230,7 @@ def answer_questions(
     """Return the `answer_line` of every answer to each question, up to its last assistant message, in their
     order; of several processes each answers its share, and all get all lines.
 
-    `prefilled`: the answer is begun (`begin_answer`) with `decoding.prefill` tokens. With a `folder` lines
+    `with_prefill`: the answer is begun (`begin_answer`) with `decoding.prefill` tokens. With a `folder` lines
     are written to its answers.jsonl as they are made, and batches of which it has all lines, made by the
     same model with the same decoding, are not asked again. Raises ValueError as `prompt_of` does, RunError
     as `kept_lines`."""

@@ -18,14 +18,14 @@ from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 
 # %% auto #0
-__all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VALUES', 'PAIR', 'KINDS', 'ESCAPED', 'ANY_NAME',
-           'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'Parts', 'CONVENTIONS', 'sign', 'is_control', 'spell',
-           'shared_atoms', 'pattern', 'Underivable', 'agreed', 'tool', 'saying', 'Probed', 'next_token', 'probe_turns',
-           'find', 'name_at', 'json_at', 'literal_at', 'as_object', 'Envelope', 'nested_paths', 'find_envelope',
-           'unwrap', 'Nested', 'Pairs', 'pair_parts', 'spelled_at', 'find_nested', 'unescape', 'find_escape',
-           'sort_values', 'find_pairs', 'Layout', 'call_start', 'value_spans', 'envelope_calls', 'value_calls',
-           'find_calls', 'Frame', 'thought_tags', 'cut_thought', 'find_thought', 'find_frame', 'no_turn',
-           'derive_layout']
+__all__ = ['SIGN', 'ATOM', 'ASK', 'TEXT', 'THOUGHT', 'NAMES', 'IDS', 'KEYS', 'VALUES', 'PAIR', 'VALUE_KINDS', 'ESCAPED',
+           'ANY_NAME', 'ANY_KEY', 'WILD', 'TOOLS', 'QUESTION', 'PROBES', 'Parts', 'CONVENTIONS', 'sign', 'is_control',
+           'spell', 'shared_atoms', 'literal_pattern', 'Underivable', 'agreed', 'tool', 'saying', 'Probed',
+           'next_token', 'probe_turns', 'find', 'name_at', 'json_at', 'literal_at', 'as_object', 'Envelope',
+           'nested_paths', 'find_envelope', 'unwrap', 'Nested', 'Pairs', 'pair_parts', 'spelled_at', 'find_nested',
+           'unescape', 'find_escape', 'sort_values', 'find_pairs', 'Layout', 'call_start', 'value_spans',
+           'envelope_calls', 'value_calls', 'find_calls', 'Frame', 'thought_tags', 'cut_thought', 'find_thought',
+           'find_frame', 'no_turn', 'derive_layout']
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #e617b100
 SIGN = "\ufdd0"  # a noncharacter, which no rendered text may hold
@@ -87,7 +87,7 @@ ASK, TEXT, THOUGHT = "zqask", "zqtext", "zqreason"
 NAMES, IDS = ("zqtool", "zqtwo", "zqthree"), ("zqidaaaa1", "zqidbbbb2", "zqidcccc3")
 KEYS, VALUES = ("zqka", "zqkb"), ("zqva", "zqvb")
 PAIR = dict(zip(KEYS, VALUES))
-KINDS = {
+VALUE_KINDS = {
     "string": "zqva",
     "integer": 48151,
     "number": 4.8125,
@@ -104,7 +104,7 @@ ANY_KEY = r"[^\s\"'<>{}()\[\]=," + SIGN + r"]{1,256}?"
 WILD = {**dict.fromkeys(IDS, r"[\w.:\-]+"), **dict.fromkeys(NAMES, ANY_NAME), **dict.fromkeys(KEYS, ANY_KEY)}
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #d525b333
-def pattern(literal: str, digits: bool = False, left: bool = False, right: bool = False) -> str:
+def literal_pattern(literal: str, digits: bool = False, left: bool = False, right: bool = False) -> str:
     """Return a regular expression for a `literal` of a template: the probes' words stand for any id, name or
     key, and white space may be more or less. Blanks at a `left` or `right` end, where free text stands beside
     them, count once at most. `digits`: a number may be another one (calls are counted)."""
@@ -131,8 +131,8 @@ def agreed(literals: list[str], where: str, left: bool = False) -> str | None:
     """Return the expression of `literals` that should be one and the same, but for ids, names and numbers
     that count the calls; None for no literals. Raises Underivable where they are not."""
     for digits in (False, True):
-        if len({pattern(literal, digits) for literal in literals}) == 1:
-            return pattern(literals[0], digits, left)
+        if len({literal_pattern(literal, digits) for literal in literals}) == 1:
+            return literal_pattern(literals[0], digits, left)
     if literals:
         raise Underivable(f"writes something else {where} from call to call")
     return None
@@ -170,7 +170,7 @@ PROBES = {
     "none two": saying({}, PAIR),
     "escaped": saying({KEYS[0]: ESCAPED}),
     "escaped text": saying(content=ESCAPED),
-    **{kind: saying({KEYS[0]: value}) for kind, value in KINDS.items()},
+    **{kind: saying({KEYS[0]: value}) for kind, value in VALUE_KINDS.items()},
 }
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #dec79674
@@ -462,7 +462,7 @@ def sort_values(
     sorts: dict[str, set[str]] = {plain if quote[0] else equals: {"string"}}
     odd = []
     for kind, text in texts.items():
-        span = spelled_at(text, KINDS[kind]) if kind != "string" else None
+        span = spelled_at(text, VALUE_KINDS[kind]) if kind != "string" else None
         if span and text[span[1] :] == closing:
             sorts.setdefault(text[: span[0]], set()).add(kind)
         elif quote[0] and kind in ("array", "object") and text.startswith(plain) and text.endswith(closing):
@@ -475,7 +475,7 @@ def sort_values(
     nesting = find_nested(lone["array"], lone["object"], quote) if odd else None
     order = sorted(sorts.items(), key=lambda item: -len(item[0]))
     return tuple(
-        (pattern(literal, right=not quote[0]), frozenset(types)) for literal, types in order
+        (literal_pattern(literal, right=not quote[0]), frozenset(types)) for literal, types in order
     ), nesting
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #d21cdf71
@@ -486,7 +486,9 @@ def find_pairs(bodies: dict[str, str]) -> tuple[Pairs, list[str], str, list[str]
     if equals != again:
         raise Underivable("writes two arguments of a call in two ways")
     behind = {
-        k: bodies[k][name_at(bodies[k])[1] :].partition(KEYS[0]) for k in (*KINDS, "escaped") if k in bodies
+        k: bodies[k][name_at(bodies[k])[1] :].partition(KEYS[0])
+        for k in (*VALUE_KINDS, "escaped")
+        if k in bodies
     }
     texts = {k: text for k, (_, key, text) in behind.items() if key}
     if "string" not in texts or "integer" not in texts:
@@ -512,9 +514,13 @@ def find_pairs(bodies: dict[str, str]) -> tuple[Pairs, list[str], str, list[str]
             kind: html.unescape(text) if kind in ("array", "object") else text for kind, text in texts.items()
         }
     sorts, nesting = sort_values(texts, plain, closing, equals, quote)
-    none = pattern(bodies["none"][name_at(bodies["none"])[1] :], digits=True) if "none" in bodies else None
+    none = (
+        literal_pattern(bodies["none"][name_at(bodies["none"])[1] :], digits=True)
+        if "none" in bodies
+        else None
+    )
     empty = bodies.get("none two")
-    none_join = empty and pattern(empty[name_at(empty)[1] : name_at(empty, 1)[0]], digits=True)
+    none_join = empty and literal_pattern(empty[name_at(empty)[1] : name_at(empty, 1)[0]], digits=True)
     following = agreed([between[len(quote[1]) :]], "between arguments", left=True)
     pairs = Pairs(
         agreed(firsts, "before arguments") or "", sorts, quote, following, none, none_join, nesting, escape
@@ -649,8 +655,10 @@ def thought_tags(thought: tuple | None) -> list[tuple]:
 def cut_thought(literal: str, thought: tuple | None) -> str:
     "Return `literal` without the empty reasoning, or the end of one, with which it begins."
     for opening, closing in thought_tags(thought):
-        optional = f"(?:{pattern(opening.strip())})?" if opening.strip() else ""
-        if closing.strip() and (m := re.match(rf"\s*{optional}\s*{pattern(closing.strip())}\s*", literal)):
+        optional = f"(?:{literal_pattern(opening.strip())})?" if opening.strip() else ""
+        if closing.strip() and (
+            m := re.match(rf"\s*{optional}\s*{literal_pattern(closing.strip())}\s*", literal)
+        ):
             return literal[m.end() :]
     return literal
 
@@ -683,8 +691,8 @@ def find_thought(bodies: dict[str, str], in_envelope: bool) -> tuple | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #2f73f623
 def find_frame(probe: Probed, in_envelope: bool | None) -> tuple[Frame, str]:
-    """Return the `Frame`, and the literal before the first call. `wrapped`: whether a JSON value holds calls,
-    None where there are none to be read. Raises Underivable."""
+    """Return the `Frame`, and the literal before the first call. `in_envelope`: whether a JSON value holds
+    calls, None where there are none to be read. Raises Underivable."""
     bodies, calls = probe.bodies, in_envelope is not None
     if TEXT not in bodies.get("text", ""):
         raise Underivable(no_turn(probe, "text") or "does not write the text of an answer")
@@ -732,6 +740,6 @@ def derive_layout(probe: Probed) -> tuple[Layout | None, Frame, str]:
             len(atom) > 2 and atom[0] in SIGN + "<["
             for atom in ATOM.findall(start + (literals[0] if literals else ""))
         )
-        return Layout(form, pattern(start, digits=True), mid, join, tail or "", has_marker), frame, ""
+        return Layout(form, literal_pattern(start, digits=True), mid, join, tail or "", has_marker), frame, ""
     except Underivable as e:
         return None, find_frame(probe, None)[0], str(e)

@@ -23,8 +23,8 @@ __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 
            'CHECK_TEXT', 'CHECK', 'BLANKS', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
            'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
            'unmarked_calls', 'message_calls', 'parse_response', 'AnswerReader', 'call_message', 'prompt_gap',
-           'has_gaps', 'check_prompts', 'read_back', 'difference', 'check_text', 'call_cases', 'first_difference',
-           'check_calls', 'end_in_words', 'end_fault', 'derive_reader']
+           'has_gaps', 'check_prompts', 'read_back', 'answer_difference', 'check_text', 'call_cases',
+           'first_difference', 'check_call_reading', 'end_in_words', 'end_fault', 'derive_reader']
 
 # %% ../../nbs/evaluate/03_reader.ipynb #11c537d8
 from cbnb.evaluate.call_layout import (
@@ -49,8 +49,8 @@ from cbnb.evaluate.call_layout import (
     is_control,
     json_at,
     literal_at,
+    literal_pattern,
     nested_paths,
-    pattern,
     probe_turns,
     saying,
     spell,
@@ -335,7 +335,7 @@ def split_thought(text: str, frame: Frame) -> tuple[str, int | None]:
     where reasoning does not end."""
     for opening, closing in thought_tags(frame.thought):
         opens, closes = (
-            re.compile(r"\s*" + pattern(tag.strip()) + tail)
+            re.compile(r"\s*" + literal_pattern(tag.strip()) + tail)
             for tag, tail in ((opening, ""), (closing, r"\s*"))
         )
         if m := closes.match(text):
@@ -351,10 +351,10 @@ def split_thought(text: str, frame: Frame) -> tuple[str, int | None]:
 def strip_frame(text: str, frame: Frame) -> str:
     "Return `text` without the literals that a template writes before and behind it."
     text = text.strip()
-    heads = (re.match(pattern(literal.strip()), text) for literal in frame.before)
+    heads = (re.match(literal_pattern(literal.strip()), text) for literal in frame.before)
     if m := next(filter(None, heads), None):
         text = text[m.end() :]
-    tails = (re.search(pattern(literal.strip()) + r"\s*\Z", text) for literal in frame.after)
+    tails = (re.search(literal_pattern(literal.strip()) + r"\s*\Z", text) for literal in frame.after)
     if m := next(filter(None, tails), None):
         text = text[: m.start()]
     return text.strip()
@@ -694,7 +694,7 @@ def read_back(reader: AnswerReader, message: dict) -> tuple[Answer, list[str]]:
     ]
 
 # %% ../../nbs/evaluate/03_reader.ipynb #b91996d6
-def difference(answer: Any, original: Any) -> str:
+def answer_difference(answer: Any, original: Any) -> str:
     "Return where `answer` begins to differ from the `original`, as the end of a sentence."
     one, two = (
         value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -718,9 +718,10 @@ def check_text(reader: AnswerReader) -> str:
         if drops:
             continue
         if answer.text != CHECK_TEXT:
-            return f"{what} is not read back: {difference(answer.text, CHECK_TEXT)}"
+            return f"{what} is not read back: {answer_difference(answer.text, CHECK_TEXT)}"
         if answer.reasoning != message.get("reasoning_content", ""):
-            return f"reasoning is not read back: {difference(answer.reasoning, message['reasoning_content'])}"
+            words = answer_difference(answer.reasoning, message["reasoning_content"])
+            return f"reasoning is not read back: {words}"
     return ""
 
 # %% ../../nbs/evaluate/03_reader.ipynb #b89da6f4
@@ -744,15 +745,15 @@ def first_difference(calls: list[dict], originals: list[dict]) -> str:
     pairs = [*zip(calls, originals)]
     for one, two in pairs:
         if one["name"] != two["name"]:
-            return f" ({difference(one['name'], two['name'])})"
+            return f" ({answer_difference(one['name'], two['name'])})"
     for one, two in pairs:
         for key, value in two["arguments"].items():
             if one["arguments"].get(key, ...) != value:
-                return f" (argument {key}: {difference(one['arguments'].get(key, ''), value)})"
+                return f" (argument {key}: {answer_difference(one['arguments'].get(key, ''), value)})"
     return ""
 
 # %% ../../nbs/evaluate/03_reader.ipynb #12cfae49
-def check_calls(reader: AnswerReader, parallel: bool) -> str:
+def check_call_reading(reader: AnswerReader, parallel: bool) -> str:
     """Return why calls that the template writes are not read back as they were; empty if they are.
     `parallel`: it writes several in a message. What differs in blanks around a text only is no reason: a
     template that removes them writes both alike."""
@@ -770,7 +771,9 @@ def check_calls(reader: AnswerReader, parallel: bool) -> str:
         if answer.calls == originals:
             if message["content"] in answer.text + answer.reasoning:
                 continue
-            return f"text beside a call is not read back: {difference(answer.text, message['content'])}"
+            return (
+                f"text beside a call is not read back: {answer_difference(answer.text, message['content'])}"
+            )
         if BLANKS in (c["arguments"] for c in originals) and answer.calls == [
             {**call, "arguments": {k: v.strip() for k, v in call["arguments"].items()}} for call in originals
         ]:
@@ -821,12 +824,12 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
         reader.calls, reader.cannot = None, f"tool calls cannot be read: {fault}"
         return reader
     parallel = "two" in probe.bodies
-    if layout and (why := check_calls(reader, parallel)):
+    if layout and (why := check_call_reading(reader, parallel)):
         reader.calls = None
     if why and getattr(masker.tokenizer, "response_template", None):
         prompt = masker.prompt(QUESTION, tools=CHECK_TOOLS)
         reader.prefix = prompt[: len(prompt) - len(frame.given.replace(SIGN, ""))]
-        if not check_text(reader) and not check_calls(reader, parallel):
+        if not check_text(reader) and not check_call_reading(reader, parallel):
             return reader
         reader.prefix = None
     if why:

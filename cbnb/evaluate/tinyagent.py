@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..basics.places import TINYAGENT
 from ..basics.terminal import run_program, say
 from ..transcripts.record import Transcript
-from ..transcripts.tinyworld import KINDS, general_task, make_transcripts, tool_task
+from ..transcripts.tinyworld import TASK_KINDS, general_task, make_transcripts, tool_task
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['SPECIALS', 'CHAT_TEMPLATE', 'SPLIT', 'MIX', 'WORD', 'CODE', 'HEAD', 'CARD', 'train_tokenizer', 'world_tokenizer',
-           'training_rows', 'fresh_copier', 'target_loss', 'exact_match', 'held_out_scores', 'build_tinyagent']
+__all__ = ['SPECIALS', 'CHAT_TEMPLATE', 'TOKEN_SPLIT', 'MIX', 'WORD', 'CODE', 'HEAD', 'CARD', 'train_tokenizer',
+           'world_tokenizer', 'training_rows', 'fresh_copier', 'target_loss', 'exact_match', 'held_out_scores',
+           'build_tinyagent']
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #1d85ba9a
 SPECIALS = (
@@ -65,7 +66,9 @@ CHAT_TEMPLATE = """\
 """  # noqa: E501
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #0b198359
-SPLIT = r'\{"name": "|", "arguments": \{"|\n+|\p{L}[\p{L}_]*| \p{L}[\p{L}_]*|\p{N}{1,2}|[^\p{L}\p{N}\n]+'
+TOKEN_SPLIT = (
+    r'\{"name": "|", "arguments": \{"|\n+|\p{L}[\p{L}_]*| \p{L}[\p{L}_]*|\p{N}{1,2}|[^\p{L}\p{N}\n]+'
+)
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #d55d04e6
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1400) -> PreTrainedTokenizerFast:
@@ -79,7 +82,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1400) -> PreTrainedT
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(TOKEN_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -110,7 +113,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1400) -> PreTrainedT
 def world_tokenizer(seed: int = 0, n: int = 400, vocab_size: int = 1400) -> PreTrainedTokenizerFast:
     "Return the tokenizer of the world, learned from `n` rendered training transcripts of every kind."
     name: Any = f"bpe-{seed}"  # its own seed, that no training row has
-    rows = [t for kind in KINDS for t in make_transcripts(kind, n, seed=name)]
+    rows = [t for kind in TASK_KINDS for t in make_transcripts(kind, n, seed=name)]
     blank: Any = train_tokenizer([], 300)
     texts = (blank.apply_chat_template(t.messages, tools=t.tools, tokenize=False) for t in rows)
     return train_tokenizer(
@@ -314,7 +317,9 @@ def held_out_scores(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, n: int = 64, seed: int = 0
 ) -> dict[str, float]:
     "Return `{kind: exact_match}` on `n` held-out transcripts of every kind."
-    return {kind: exact_match(model, tokenizer, make_transcripts(kind, n, "eval", seed)) for kind in KINDS}
+    return {
+        kind: exact_match(model, tokenizer, make_transcripts(kind, n, "eval", seed)) for kind in TASK_KINDS
+    }
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #515bd405
 def _train(

@@ -73,8 +73,8 @@ def is_attack_free(transcript: Transcript) -> bool:
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own005
 def add_own_work(work_by_key: dict[str, Work], t: Transcript) -> None:
-    """Add to `known`, `{task: Work}` (keys as `cbnb.transcripts.holdout.task_keys`), what a transcript shows
-    of its user task: all calls of a clean run, of an attacked one those before the injection was seen."""
+    """Add to `work_by_key`, `{task: Work}` (keys as `cbnb.transcripts.holdout.task_keys`), what a transcript
+    shows of its user task: all calls of a clean run, of an attacked one those before the injection."""
     task = task_keys(t).get("task")
     end = len(t.messages) if is_attack_free(t) else first_injected(t)
     if task is None or end is None:
@@ -90,7 +90,7 @@ def add_own_work(work_by_key: dict[str, Work], t: Transcript) -> None:
 
 # %% ../../nbs/masking/09_actions.ipynb #a8own007
 def add_injected_work(work_by_key: dict[str, Work], t: Transcript) -> None:
-    """Add to `known`, `{injection task: Work}`, what a run did to which the injection task was given as
+    """Add to `work_by_key`, `{injection task: Work}`, what a run did to which the injection task was given as
     the user's own request, which is its ground truth."""
     keys = task_keys(t)
     if "injection" not in keys or "task" in keys:

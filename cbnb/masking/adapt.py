@@ -204,7 +204,7 @@ def pair_results(calls: list[dict], results: list[dict]) -> dict[int, int]:
 
 # %% ../../nbs/masking/05_adapt.ipynb #e9163701
 def call_order(calls: list[dict], results: list[dict], is_injection: list[bool]) -> list[tuple[str, int]]:
-    """Return the turns of parallel `calls`, a list of `("call" or "result", place)`. `injected`: which of
+    """Return the turns of parallel `calls`, a list of `("call" or "result", place)`. `is_injection`: which of
     `results` hold an injection."""
     of = pair_results(calls, results)
     out: list[tuple[str, int]] = []

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['FINDING_KINDS', 'NOTE_KINDS', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX',
-           'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'AUDIT_PAGE', 'Finding', 'trained_ends',
+           'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'AUDIT_PAGE', 'MaskFinding', 'trained_ends',
            'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type', 'value_fault',
            'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys', 'template_losses',
            'mask_findings', 'AuditEntry', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
            'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'MaskRun', 'mask_runs',
-           'shorten', 'in_colour', 'terminal_lines', 'page_cells', 'page_runs', 'audit_page']
+           'shorten_parts', 'in_colour', 'terminal_lines', 'page_cells', 'page_runs', 'audit_page']
 
 # %% ../../nbs/masking/10_audit.ipynb #65291281
 import jinja2
@@ -84,7 +84,7 @@ NOTE_KINDS = frozenset({"warning", "unknown_keys", "cut", "actions", "adapted"})
 
 # %% ../../nbs/masking/10_audit.ipynb #ad318335
 @dataclass(frozen=True)
-class Finding:
+class MaskFinding:
     """A defect of one transcript: its `kind` (of `FINDING_KINDS`), a sentence, the `messages` that it is
     about, and its place: `file`, `number` of the transcript in it (from 1) and id of the `transcript`."""
 
@@ -147,7 +147,7 @@ FOREIGN = {
 }
 
 # %% ../../nbs/masking/10_audit.ipynb #4ac668ba
-def foreign_targets(encoding: Encoding, mask: np.ndarray) -> list[Finding]:
+def foreign_targets(encoding: Encoding, mask: np.ndarray) -> list[MaskFinding]:
     """Return findings for the segments that `mask` (bool [n]) trains although the assistant did not write
     them."""
     counts, findings = np.bincount(encoding.segments[mask], minlength=256), []
@@ -158,7 +158,7 @@ def foreign_targets(encoding: Encoding, mask: np.ndarray) -> list[Finding]:
         messages = tuple(sorted({int(m) for m in encoding.message_index[at] if m >= 0}))
         start, end = encoding.offsets[at[0]]
         findings.append(
-            Finding(
+            MaskFinding(
                 kind,
                 f"{counts[segment]} tokens, the first is token {at[0]} ({encoding.text[start:end]!r}); "
                 "use a policy that keeps to completion segments",
@@ -168,14 +168,14 @@ def foreign_targets(encoding: Encoding, mask: np.ndarray) -> list[Finding]:
     return findings
 
 # %% ../../nbs/masking/10_audit.ipynb #be850059
-def empty_targets(encoding: Encoding, mask: np.ndarray, transcript: Transcript) -> list[Finding]:
+def empty_targets(encoding: Encoding, mask: np.ndarray, transcript: Transcript) -> list[MaskFinding]:
     """Return a list with the finding that `mask` (bool [n]) trains no token after the first, and why, or no
     word; an empty list if it trains one."""
     if (mask[1:] & SPOKEN[encoding.segments[1:]]).any():
         return []
     if (encoding.segments[mask] == Segment.EOT).all() and mask[1:].any():
         return [
-            Finding(
+            MaskFinding(
                 "eot_only",
                 "its answers are empty, so the model would learn to say nothing; drop the transcript",
             )
@@ -189,12 +189,14 @@ def empty_targets(encoding: Encoding, mask: np.ndarray, transcript: Transcript) 
         why = "its assistant turns hold no words"
     else:
         why = f"the policy or the message labels leave out all of its {own_tokens} completion tokens"
-    return [Finding("all_zero", f"no token is trained: {why}; drop the transcript or choose another policy")]
+    return [
+        MaskFinding("all_zero", f"no token is trained: {why}; drop the transcript or choose another policy")
+    ]
 
 # %% ../../nbs/masking/10_audit.ipynb #a1a09a4e
 def cut_targets(
     encoding: Encoding, mask: np.ndarray, max_length: int, side: str = "targets"
-) -> list[Finding]:
+) -> list[MaskFinding]:
     """Return findings for what `truncation_window` cuts off: targets of `mask` (bool [n]), whole answers and
     parts of them, and the messages that they answer."""
     window = truncation_window(mask, max_length, side)
@@ -219,8 +221,8 @@ def cut_targets(
     ]
     kinds = ("eot_untrained", "lost_to_truncation", "cut")
     context = f"{' and '.join(losses)} {'is' if len(losses) == 1 else 'are'} cut off {limit}"
-    return [Finding("lost_context", context)] * bool(losses) + [
-        Finding(kind, text, tuple(messages))
+    return [MaskFinding("lost_context", context)] * bool(losses) + [
+        MaskFinding(kind, text, tuple(messages))
         for kind, text, messages in zip(kinds, texts, (endless, lost, part))
         if messages
     ]
@@ -311,7 +313,7 @@ def tool_schemas(tools: Iterable[Any] | None) -> dict[str, Any]:
     }
 
 # %% ../../nbs/masking/10_audit.ipynb #5eb2a6bc
-def call_faults(transcript: Transcript) -> list[Finding]:
+def call_faults(transcript: Transcript) -> list[MaskFinding]:
     """Return findings of the kind `call_schema`, one per message: calls of tools that are not on offer, and
     arguments that contradict the tool's own schema. A transcript that names no tools has none."""
     schemas, findings = tool_schemas(transcript.tools), []
@@ -327,7 +329,7 @@ def call_faults(transcript: Transcript) -> list[Finding]:
                 )
         if faults:
             more = f"; and {len(faults) - 5} more" * (len(faults) > 5)
-            findings.append(Finding("call_schema", f"message {i}: {'; '.join(faults[:5])}{more}", (i,)))
+            findings.append(MaskFinding("call_schema", f"message {i}: {'; '.join(faults[:5])}{more}", (i,)))
     return findings
 
 # %% ../../nbs/masking/10_audit.ipynb #86640f69
@@ -336,24 +338,24 @@ MESSAGE_KEYS = frozenset(
 )
 
 # %% ../../nbs/masking/10_audit.ipynb #9f51de3a
-def unknown_keys(transcript: Transcript) -> list[Finding]:
+def unknown_keys(transcript: Transcript) -> list[MaskFinding]:
     """Return a list with the finding `unknown_keys` where messages have keys that cbnb does not read (the
     chat template may); else an empty list."""
     counts = Counter(key for m in transcript.messages for key in m if key not in MESSAGE_KEYS)
     where = tuple(i for i, m in enumerate(transcript.messages) if not m.keys() <= MESSAGE_KEYS)
     names = ", ".join(f"{key!r} in {n}{nearest(key, MESSAGE_KEYS)}" for key, n in sorted(counts.items()))
     text = f"keys of messages that only the chat template may read: {names}"
-    return [Finding("unknown_keys", text, where)] * bool(counts)
+    return [MaskFinding("unknown_keys", text, where)] * bool(counts)
 
 # %% ../../nbs/masking/10_audit.ipynb #352fcaf0
-def template_losses(encoding: Encoding) -> list[Finding]:
+def template_losses(encoding: Encoding) -> list[MaskFinding]:
     "Return findings for calls and answers that the chat template does not write."
     losses = (
         ("lost_calls", encoding.lost_calls, "pass a chat_template that does, or tool_call_format='hermes'"),
         ("lost_words", encoding.lost_words, "pass another chat_template, or drop the transcript"),
     )
     return [
-        Finding(kind, f"message {', '.join(map(str, lost))}: {FINDING_KINDS[kind]}; {advice}", lost)
+        MaskFinding(kind, f"message {', '.join(map(str, lost))}: {FINDING_KINDS[kind]}; {advice}", lost)
         for kind, lost, advice in losses
         if lost
     ]
@@ -365,7 +367,7 @@ def mask_findings(
     transcript: Transcript,
     max_length: int | None = None,
     side: str = "targets",
-) -> list[Finding]:
+) -> list[MaskFinding]:
     """Return all findings, without their place, about the `mask` (bool [n]) of one encoded `transcript`; the
     window as in `cut_targets`."""
     findings = template_losses(encoding) + empty_targets(encoding, mask, transcript)
@@ -374,12 +376,12 @@ def mask_findings(
             f"message {', '.join(map(str, ends))}: words are trained, but no end-of-turn token after them; "
             "use a template that ends each turn, and a policy that keeps EOT"
         )
-        findings.append(Finding("eot_untrained", text, tuple(ends)))
+        findings.append(MaskFinding("eot_untrained", text, tuple(ends)))
     findings += foreign_targets(encoding, mask)
     if max_length is not None and len(mask) > max_length:
         findings += cut_targets(encoding, mask, max_length, side)
     findings += call_faults(transcript) + unknown_keys(transcript)
-    return findings + [Finding("warning", text, message_of(text)) for text in encoding.warnings]
+    return findings + [MaskFinding("warning", text, message_of(text)) for text in encoding.warnings]
 
 # %% ../../nbs/masking/10_audit.ipynb #67619016
 @dataclass(frozen=True)
@@ -391,7 +393,7 @@ class AuditEntry:
     transcript: Transcript | None = None
     encoding: Encoding | None = None
     mask: np.ndarray | None = None
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[MaskFinding, ...] = ()
 
     def masked(self) -> tuple[Transcript, Encoding, np.ndarray]:
         "Return transcript, encoded and mask. Raises ValueError where there is no mask."
@@ -441,18 +443,18 @@ def audit_one(
         findings = mask_findings(encoding, mask, transcript, max_length, side)
         result = AuditEntry(number, transcript, encoding, mask)
     except MaskError as e:
-        findings = [Finding("no_mask", str(e), message_of(str(e)))]
+        findings = [MaskFinding("no_mask", str(e), message_of(str(e)))]
         result = AuditEntry(number, transcript)
     if result.mask is not None and transcript.label == "harmful" and lacks_injection(transcript, policy):
         text = (
             f"{policy} finds no injection span and trains all that the assistant says, before the attack "
             "too; find spans with cbnb spans, or choose another policy"
         )
-        findings.append(Finding("no_injection", text))
+        findings.append(MaskFinding("no_injection", text))
     if result.mask is not None and (text := actions_line(transcript)):
-        findings.append(Finding("actions", text))
+        findings.append(MaskFinding("actions", text))
     if text := adapted_line([transcript]):
-        findings.append(Finding("adapted", text))
+        findings.append(MaskFinding("adapted", text))
     place: dict[str, Any] = dict(transcript=transcript.id, number=number, file=file)
     return replace(result, findings=tuple(replace(f, **place) for f in findings))
 
@@ -507,7 +509,7 @@ def audit(
         encoding = iter(encode_each(masker, [t for t, _ in rows if not isinstance(t, TranscriptError)]))
         for t, refusal in rows:
             if isinstance(t, TranscriptError):
-                yield AuditEntry(0, findings=(Finding("unreadable", str(t)),))
+                yield AuditEntry(0, findings=(MaskFinding("unreadable", str(t)),))
             else:
                 result = next(encoding)
                 number += 1
@@ -719,7 +721,7 @@ def mask_runs(encoding: Encoding, mask: np.ndarray, messages: Sequence[dict]) ->
 LONG = 320  # characters, or trained tokens, of a run that are shown
 
 # %% ../../nbs/masking/10_audit.ipynb #8b0b72e0
-def shorten(parts: list[str], text: str) -> list[str]:
+def shorten_parts(parts: list[str], text: str) -> list[str]:
     """Return `parts`, the middle replaced by `text` with the number of those left out where there are over
     `LONG` of them."""
     if len(parts) <= LONG:
@@ -758,9 +760,9 @@ def terminal_lines(entry: AuditEntry, colour: bool = False) -> Iterator[str]:
         pieces = texts[run.start : run.end]
         if run.trained:
             tokens = [in_colour(f"⟦{text or '…'}⟧", f"{code};1;4", colour) for text in pieces]
-            body = "".join(shorten(tokens, " … {} more tokens … "))
+            body = "".join(shorten_parts(tokens, " … {} more tokens … "))
         else:
-            characters = shorten(list("".join(pieces)), " … {} more characters … ")
+            characters = shorten_parts(list("".join(pieces)), " … {} more characters … ")
             body = in_colour("".join(characters), code, colour)
         yield (
             f"{'>' if run.trained else ' '} {'' if run.message < 0 else run.message:>3} {run.role:<9} "
@@ -834,19 +836,19 @@ def page_runs(entry: AuditEntry) -> Iterator[tuple[MaskRun, list[str]]]:
     for run in mask_runs(encoding, mask, transcript.messages):
         pieces = texts[run.start : run.end]
         parts = [text or "…" for text in pieces] if run.trained else list("".join(pieces))
-        parts = shorten(parts, " … {} more … ")
+        parts = shorten_parts(parts, " … {} more … ")
         yield run, parts if run.trained else ["".join(parts)]
 
 # %% ../../nbs/masking/10_audit.ipynb #f4aa855e
 def audit_page(
     title: str,
     totals: Totals,
-    findings: Iterable[Finding] = (),
+    findings: Iterable[MaskFinding] = (),
     examples: Iterable[AuditEntry] = (),
     notes: Iterable[str] = (),
 ) -> str:
     """Return one self-contained page, well-formed as XML too: `findings`, the tables of `totals`, the tokens
-    of the `AuditEntry` in `shown` (ValueError for one without a mask).
+    of the `AuditEntry` in `examples` (ValueError for one without a mask).
 
     All text may come from anyone: it is made visible and escaped. No script, no request; light and dark by
     the reader's setting."""

@@ -41,7 +41,7 @@ BYTES = {
 # %% ../../nbs/masking/02_encoders.ipynb #28a7e4ba
 def bytes_of_token(tokenizer: PreTrainedTokenizerFast, token: int, extra: Mapping[int, Any]) -> bytes | None:
     """Return the bytes of token id `token` of a byte-level BPE tokenizer, or None if it has characters from
-    outside that alphabet. `added`: the tokenizer's `added_tokens_decoder`, which it builds anew on each
+    outside that alphabet. `extra`: the tokenizer's `added_tokens_decoder`, which it builds anew on each
     access."""
     if token in extra:
         return extra[token].content.encode()
@@ -72,7 +72,7 @@ def cumulative_spans(raw: bytes, sizes: np.ndarray, text: str) -> np.ndarray | N
 def widen(offsets: np.ndarray, length: int, extra: np.ndarray) -> np.ndarray:
     """Return tokenizer `offsets` (int [n, 2]) of a text of `length` characters without gaps (int32 [n, 2]).
 
-    Characters between two tokens count for both, so that no border among them is overlooked. `added` (bool
+    Characters between two tokens count for both, so that no border among them is overlooked. `extra` (bool
     [n]) are added tokens: these are cut out of the raw text, so their offsets are exact and stay."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     low = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]))

@@ -186,12 +186,12 @@ def find_any(words: Iterable[str]) -> re.Pattern[str] | None:
 
 # %% ../../nbs/masking/07_masker.ipynb #47173b73
 def special_texts(tokenizer: PreTrainedTokenizerFast, extra: dict[str, AddedToken]) -> set[str]:
-    "Return the texts of the special tokens: by name, such as EOS, and of those `added` as special."
+    "Return the texts of the special tokens: by name, such as EOS, and of those `extra` as special."
     return {*tokenizer.all_special_tokens, *(text for text, token in extra.items() if token.special)}
 
 # %% ../../nbs/masking/07_masker.ipynb #b00dfdf5
 def tag_texts(extra: Iterable[str], special: Container[str]) -> list[str]:
-    "Return those of the `added` tokens' texts that look like a tag, `<…>` or `[…]`, and are not `special`."
+    "Return those of the `extra` tokens' texts that look like a tag, `<…>` or `[…]`, and are not `special`."
     return [text for text in extra if text not in special and re.fullmatch(r"<.+>|\[[^\]]+\]", text)]
 
 # %% ../../nbs/masking/07_masker.ipynb #fbbd981d
@@ -475,7 +475,7 @@ def quoted_stretches(
     """Return character spans of `text`, between the control tokens that the template wrote, in which those at
     the spans `quotes` stand.
 
-    `control` is the pattern of control tokens; `added` gives the tokenizer's AddedToken by text (some swallow
+    `control` is the pattern of control tokens; `extra` gives the tokenizer's AddedToken by text (some swallow
     white space beside them). Raises MaskError where one of the template's reaches into a quoted one."""
     spans, real = set(quotes), [(0, 0)]
     stretches: list[tuple[int, int]] = []
@@ -700,7 +700,7 @@ def straddle_notes(item: Prepared, offsets: np.ndarray, straddling: np.ndarray) 
 
 # %% ../../nbs/masking/07_masker.ipynb #eb1eb870
 def encode_prepared(masker: ChatMasker, items: Sequence[Prepared]) -> list[Encoding]:
-    """Return the `Encoding` of each of `prepared`: one call of the tokenizer, one placement for all. Raises
+    """Return the `Encoding` of each of `items`: one call of the tokenizer, one placement for all. Raises
     MaskError where a control token was made out of ordinary words (`check_control`)."""
     whole = iter(masker.texts([p.trace.text for p in items if not p.stretches]))
     tokens = [masker.texts.plain(p.trace.text, p.stretches) if p.stretches else next(whole) for p in items]

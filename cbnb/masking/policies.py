@@ -390,7 +390,7 @@ def import_policy(name: str) -> Policy:
         ) from e
     if not callable(target):
         raise MaskError(
-            f"the policy {name!r} is a {type(target).__name__}; give a Policy, or a function of an Encoded"
+            f"the policy {name!r} is a {type(target).__name__}; give a Policy, or a function of an Encoding"
         )
     policy = find_policy(target)
     conditions = (c if _is_ours(c) else c._replace(holds=_guard(c.holds, name)) for c in policy.conditions)

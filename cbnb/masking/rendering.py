@@ -31,7 +31,7 @@ __all__ = ['MARK_KINDS', 'MARKER', 'MARKED', 'ARGUMENTS_MARK', 'FROZEN_NOW', 'DI
            'MAX_REASON_CHARS', 'LEVELS', 'MAX_MESSAGES', 'CALLS', 'OUT_OF_MEMORY', 'marker', 'read_index', 'read_mark',
            'read_markers', 'wrap', 'Instrument', 'GenerationTag', 'MarkedDict', 'MarkedList', 'MarkedInt',
            'MarkedFloat', 'mark_around', 'unmark', 'mark_arguments', 'frozen_now', 'Sandbox', 'environment', 'Refused',
-           'parse', 'compile_source', 'Names', 'Inputs', 'inputs_of', 'Trace', 'run_template', 'wrap_call',
+           'parse', 'compile_source', 'Names', 'Inputs', 'inputs_of', 'RawTrace', 'run_template', 'wrap_call',
            'wrap_message', 'mark_control', 'trace_template', 'PlainUnpickler', 'unpack', 'answer', 'read_frame',
            'frame', 'limit_process', 'serve']
 
@@ -421,7 +421,7 @@ def inputs_of(source: str) -> frozenset[str]:
     return frozenset(inputs.names)
 
 # %% ../../nbs/masking/00_rendering.ipynb #bcdac5d9
-class Trace:
+class RawTrace:
     "State of one render: which loop items are which of `messages` (none where the render is not traced)."
 
     def __init__(self, messages: Sequence[dict] = ()):
@@ -477,7 +477,7 @@ def run_template(
         "messages": messages,
         "tools": tools,
         "add_generation_prompt": generation_prompt,
-        "_trace": Trace(messages if with_marks else ()),
+        "_trace": RawTrace(messages if with_marks else ()),
     }
     try:
         pieces = iter(template.root_render_func(template.new_context(values)))

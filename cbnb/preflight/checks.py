@@ -21,7 +21,7 @@ from ..run.code import code_state
 from ..run.directory import refusal
 
 # %% auto #0
-__all__ = ['VERDICTS', 'UNKNOWN', 'RULES', 'QUESTIONS', 'VERDICT_SIGNS', 'CHECK_PAGE', 'T', 'Finding', 'Criterion', 'note',
+__all__ = ['VERDICTS', 'UNKNOWN', 'COMPARISONS', 'QUESTIONS', 'VERDICT_SIGNS', 'CHECK_PAGE', 'T', 'Finding', 'Criterion', 'note',
            'Check', 'failed_check', 'make_check', 'check_html', 'check_plain_text', 'show_check', 'worst_verdict',
            'preflight_record', 'summary_text', 'PreflightFailed', 'Page']
 
@@ -57,7 +57,7 @@ class Finding:
         return f"{self.sentence}: {self.advice}" if self.advice else self.sentence
 
 # %% ../../nbs/preflight/00_checks.ipynb #f7bdc40b
-RULES: dict[str, Callable[[Any, Any], bool]] = {
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "at most": operator.le,
     "below": operator.lt,
     "at least": operator.ge,
@@ -83,7 +83,7 @@ class Criterion:
     unit: str = ""
 
     def judge(self, value: Any, limit: Any = 0, *, otherwise: str = "", **words: Any) -> Finding:
-        """Return the `Finding` that `measured` makes when it is held against `limit`.
+        """Return the `Finding` that `value` makes when it is held against `limit`.
 
         `otherwise` replaces the criterion's own verdict for bad; `words` are the other values of the
         templates. None and NaN are unknown: no comparison with them means anything. Raises KeyError for a
@@ -92,7 +92,7 @@ class Criterion:
             return Finding(
                 self.name, UNKNOWN, f"{self.name} could not be measured", "", None, limit, self.unit
             )
-        good = RULES[self.rule](value, limit)
+        good = COMPARISONS[self.rule](value, limit)
         verdict = "pass" if good else otherwise or self.otherwise
         sentence, advice = (self.good, "") if good else (self.bad, self.advice)
         values = {**words, "measured": value, "limit": limit}

@@ -615,7 +615,7 @@ GENERAL = Criterion(
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #2004e465
 def kind_findings(by_kind: Counter, held_out: dict[str, Counter], more: Iterable[Finding]) -> list[Finding]:
-    """Return findings on the kinds of benign transcripts that are `trained` and those that are `held_out`, by
+    """Return findings on the kinds of benign transcripts that are `by_kind` and those that are `held_out`, by
     domain; `more` stand behind the first."""
     missing = sorted(held_out["in_domain"].keys() - by_kind.keys())
     beyond = sorted(held_out["off_domain"].keys() - by_kind.keys())
@@ -635,7 +635,8 @@ def kind_findings(by_kind: Counter, held_out: dict[str, Counter], more: Iterable
 HELDOUT_KL = Criterion(
     "held-out KL after the probe",
     "at most",
-    good="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, top-1 agreement {top1:.3f}",
+    good="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, "
+    "top-1 agreement {top1:.3f}",
     bad="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, top-1 agreement {top1:.3f}",
     advice="above collapse_kl {limit:g} within a few steps; lower learning_rate",
     otherwise="warn",

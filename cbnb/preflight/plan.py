@@ -33,7 +33,7 @@ __all__ = ['PEAK', 'REACHED', 'CARDS', 'FITS', 'model_shape', 'parameter_bytes',
 from ..basics.numbers import format_number, size_words
 from ..config import CircuitBreakerConfig, shares
 from .checks import Criterion, Finding
-from ..run.settings import SHAPES
+from ..run.settings import MODEL_SHAPES
 from ..step.fused_kl import chunk_for
 from ..step.heads import Head
 from ..step.loaders import empty_model, read_config
@@ -52,8 +52,8 @@ def model_shape(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return the configuration of a model's text part: of a preset's model as published (`SHAPES`), else of
     the folder or hub id `name`. Raises OSError where there is none, and ConfigError as
     `cbnb.step.loaders.read_config`."""
-    if name in SHAPES:
-        kind, settings = cast("tuple[str, dict[str, Any]]", SHAPES[name])
+    if name in MODEL_SHAPES:
+        kind, settings = cast("tuple[str, dict[str, Any]]", MODEL_SHAPES[name])
         return AutoConfig.for_model(kind, **settings)
     return read_config(name, trust_remote_code).get_text_config()
 
@@ -67,7 +67,7 @@ def parameter_bytes(parameters: Iterable[torch.Tensor]) -> int:
 def beside_text(name: str, dtype: str, trust_remote_code: bool = False) -> int:
     """Return bytes of what a multimodal model has beside its text part, such as a vision tower; 0 for a model
     of text, and for those of `SHAPES`."""
-    if name in SHAPES:
+    if name in MODEL_SHAPES:
         return 0
     config = read_config(name, trust_remote_code)
     if config.get_text_config() is config:

@@ -63,7 +63,7 @@ def growth(rows: list[dict], least: float = 1e-8, span: int = 8, start: float = 
 
 # %% ../../nbs/preflight/01_probe.ipynb #32b13a92
 def steps_left(turn: float, goal: float, rate: float, at_floor: float) -> float:
-    """Return how many steps it takes until 1 − loss_reroute, which is `turned`, is `goal`, at half the growth
+    """Return how many steps it takes until 1 − loss_reroute, which is `turn`, is `goal`, at half the growth
     `rate`: 0 where it is, infinite where it does not grow or has not left the rounding floor `at_floor`."""
     if turn >= goal:
         return 0.0

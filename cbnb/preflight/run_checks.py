@@ -20,10 +20,10 @@ import torch
 
 # %% auto #0
 __all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'NOT_JUDGED', 'PROPOSAL', 'MEMORY', 'DISK',
-           'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame', 'gradient_findings',
-           'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding', 'proposal_findings',
-           'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory', 'run_memory',
-           'cache_findings', 'row_lengths', 'check_means']
+           'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame',
+           'probe_gradient_findings', 'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding',
+           'proposal_findings', 'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory',
+           'run_memory', 'cache_findings', 'row_lengths', 'check_means']
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #dc927f3a
 from ..basics.numbers import duration, floor_limit, format_number, size_words
@@ -31,7 +31,7 @@ from ..config import CircuitBreakerConfig, coefficients
 from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
-from ..report.figures import as_float, curves, mime_bundle
+from ..report.figures import as_float, curves, figure_bundle
 from ..step.objectives import Term, describe_terms, find_objective
 from ..train.alarms import dead_line, foretell, name_in_text, own_weight, weight_words
 from ..train.trainer import KEEP, TERMS
@@ -135,7 +135,7 @@ def gradient_frame(probe: Probe) -> pd.DataFrame:
     return frame.rename_axis("step")
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #07505863
-def gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term]) -> list[Finding]:
+def probe_gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term]) -> list[Finding]:
     """Return a finding on which of `terms`, by name, pulls hardest in the last row of `gradient_frame`; none
     for no rows."""
     if not len(frame):
@@ -161,7 +161,7 @@ def check_weights(
     findings = [
         *settings_findings(config),
         *(note("settings", line, "warn") for line in notes),
-        *gradient_findings(frame, probe, terms),
+        *probe_gradient_findings(frame, probe, terms),
     ]
     places = {"first": 0, "middle": total // 2, "last": total - 1}
     figures = {
@@ -170,7 +170,7 @@ def check_weights(
         "coefficients": {place: coefficients(config, s) for place, s in places.items()},
         "gradients": frame.reset_index().to_dict("list"),
     }
-    picture = mime_bundle(curves(schedule_rows(config, probe), terms))
+    picture = figure_bundle(curves(schedule_rows(config, probe), terms))
     return findings, figures, [picture, frame.map(format_number)]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #efcfb354

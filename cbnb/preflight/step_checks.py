@@ -34,7 +34,7 @@ from ..data.streams import Sample
 from ..masking.targets import truncation_window
 from .checks import UNKNOWN, Criterion, Finding, note
 from ..report.figures import floor_words
-from ..step.adapter_checks import difference, plain_logits
+from ..step.adapter_checks import largest_difference, plain_logits
 from ..step.heads import find_head, own_logits, plain_linear
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #98542219
@@ -52,7 +52,7 @@ from ..step.objectives import Term
 from ..step.passes import both_passes, first_adapted_block
 from ..train.alarms import name_in_text
 from ..train.breaker import CircuitBreaker
-from ..train.floor import add_noise, restore_weights, rounding_floor, set_mode, terms_of
+from ..train.floor import add_noise, batch_terms, restore_weights, rounding_floor, set_mode
 from ..train.trainer import TERMS
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def measure_kl(breaker: CircuitBreaker, batch: dict) -> dict:
                 )
                 differ = abs(forward - reverse) > 0.05 * max(forward, reverse) and forward > 1e-3
                 if differ or size == MOVES[-1]:
-                    loss = terms_of(breaker, batch)["loss_kl"].item()
+                    loss = batch_terms(breaker, batch)["loss_kl"].item()
                     break
     return {"loss_kl": loss, "forward": forward, "reverse": reverse, "targets": n, "size": size}
 
@@ -262,7 +262,7 @@ def start_kl(breaker: CircuitBreaker, batch: dict, teacher: nn.Module) -> tuple[
     once, other = precise_logits(teacher, benign), precise_logits(teacher, wider)[:, : mask.shape[1]]
     temperature = breaker.circuit_breaker_config.kl_temperature
     noise, _, _ = definition_of_kl(other, once, benign["loss_mask"], temperature)
-    return terms_of(breaker, batch)["loss_kl"].item(), noise
+    return batch_terms(breaker, batch)["loss_kl"].item(), noise
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #df6d7605
 def start_kl_finding(breaker: CircuitBreaker, kl: float, noise: float) -> Finding:
@@ -282,9 +282,12 @@ def untouched_findings(breaker: CircuitBreaker, batch: dict, plain: torch.Tensor
         with context as teacher:
             again = plain_logits(teacher, benign)
             kl, noise = start_kl(breaker, batch, teacher)
-    change = difference(again[mask], plain[mask])
+    change = largest_difference(again[mask], plain[mask])
     in_use = [teacher_in_use(breaker, benign)[1] for _ in range(2)]
-    off, spread = difference(in_use[0][mask], again[mask]), difference(*(t[mask] for t in in_use))
+    off, spread = (
+        largest_difference(in_use[0][mask], again[mask]),
+        largest_difference(*(t[mask] for t in in_use)),
+    )
     return [
         BASE_LOGITS.judge(change, shown=format_number(change)),
         TEACHER_LOGITS.judge(off + spread, off=format_number(off), spread=format_number(spread)),
@@ -368,7 +371,7 @@ def one_step_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
         nudge(breaker.student, 0.01)
         optimizer = torch.optim.AdamW(trainable, lr=breaker.circuit_breaker_config.learning_rate)
         old = [p.detach().clone() for p in trainable]
-        terms = [t for t in terms_of(breaker, batch).values() if t.requires_grad]
+        terms = [t for t in batch_terms(breaker, batch).values() if t.requires_grad]
         if not terms:
             return no_step("no term has a gradient in the adapter: it is not in the forward pass")
         torch.stack([t.reshape(()) for t in terms]).sum().backward()
@@ -381,7 +384,7 @@ def one_step_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
         NO_LEAK.judge(len(with_gradient), first=next(iter(with_gradient), ""), more=len(with_gradient) - 1),
         DETACHED.judge(leaks),
         STEP.judge(same and moves, True, fault=STEP_FAULTS[same, moves]),
-        ADAPTER_ACTS.judge(difference(on[mask], off[mask])),
+        ADAPTER_ACTS.judge(largest_difference(on[mask], off[mask])),
     ]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #323e9460
@@ -473,7 +476,7 @@ def check_run_start(
         return  # weights that hold NaN: training has a word for that
     with set_mode(breaker, False), teacher_mode(student):
         first, again = (plain_logits(student, rows) for _ in range(2))
-    off, noise = (difference(first[mask], other[mask]) for other in (plain, again))
+    off, noise = (largest_difference(first[mask], other[mask]) for other in (plain, again))
     base = BASE_AT_START.judge(off, 4 * noise, shown=format_number(off))
     for finding in (base, *frozen_findings(breaker), *one_step_findings(breaker, batch)):
         if finding.severity == "fail":
@@ -613,7 +616,7 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
         breaker.circuit_breaker_config = replace(config, beta_kl=config.beta_kl or 1.0)
     try:
         with set_mode(breaker, False), add_noise(student, 0.02), gradient_tap(breaker) as (starts, lasts):
-            terms = terms_of(breaker, batch)
+            terms = batch_terms(breaker, batch)
             begins = {name: start_of(student, batch[name]) for name in ("harmful", "benign")}
             streams = [stream_of(hidden, begins, batch) for hidden in starts]
             for name in TERMS:
@@ -664,7 +667,7 @@ SURPRISE = Criterion(
 
 @torch.no_grad()
 def surprise(logits: torch.Tensor, rows: dict, ids: torch.Tensor) -> float:
-    """Return the mean −log p in nats that `logits` [B, S, V] give the tokens of `rows` where `chosen` (bool
+    """Return the mean −log p in nats that `logits` [B, S, V] give the tokens of `rows` where `ids` (bool
     [B, S]) is set; NaN for none."""
     at = ids[:, 1:]
     log_p = logits[:, :-1][at].double().log_softmax(-1).gather(-1, rows["input_ids"][:, 1:][at][:, None])

@@ -23,14 +23,14 @@ import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN',
-           'COLUMNS', 'LINES', 'LOOK', 'PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
+           'COLUMNS', 'LINES', 'LOOK', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
            'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'unasked_notes',
            'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'figure_lines', 'newest_notebook',
            'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title',
            'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line',
            'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
            'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
-           'svg_panel', 'static_svg', 'mime_bundle', 'show', 'report_page', 'write_report', 'told_of',
+           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'report_page', 'write_report', 'told_of',
            'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
@@ -889,7 +889,7 @@ def static_svg(fig: go.Figure) -> str:
     )
 
 # %% ../../nbs/report/00_figures.ipynb #80b231ed
-def mime_bundle(fig: go.Figure) -> dict[str, Any]:
+def figure_bundle(fig: go.Figure) -> dict[str, Any]:
     """Return one figure for every front end: plotly JSON where plotly's renderer is installed, an `<img>`
     that holds the SVG where it is not, one sentence for a terminal. Nothing in it runs a script."""
     text = visible(fig.layout.meta or "curves")
@@ -908,10 +908,10 @@ def show(fig: go.Figure) -> None:
     "Display a figure made by `curves` as one output with the forms of `mime_bundle`."
     from IPython.display import display
 
-    display(mime_bundle(fig), raw=True)
+    display(figure_bundle(fig), raw=True)
 
 # %% ../../nbs/report/00_figures.ipynb #2add10a9
-PAGE = """<!DOCTYPE html>
+REPORT_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/><title>{{ title }}</title>
 <style>
@@ -959,7 +959,7 @@ def report_page(
         k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
     }
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(REPORT_PAGE)
     return template.render(
         title=visible(title),
         notes=[visible(note) for note in notes],

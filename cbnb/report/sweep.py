@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'RUNS_DRAWN', 'TOGETHER', 'DOSE', 'LINES', 'AGAINST', 'LOG', 'PLACES', 'GROUPS_DRAWN',
-           'PARAMETERS_DRAWN', 'FONTS', 'PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place', 'layout_of_panel',
-           'notes_of_panel', 'grid', 'marker', 'error_bars', 'trace', 'value_words', 'conditions', 'drawn_runs',
-           'thin_series', 'line_styles', 'overlaid_panels', 'first_lines', 'overlaid', 'colour_words', 'run_title',
-           'small_multiples', 'dose_panels', 'dose_style', 'by_kind', 'arm', 'groups', 'Dose', 'doses', 'dose_dots',
-           'dose_means', 'dose_panel', 'dose_response', 'measure_title', 'against_traces', 'against_panel', 'against',
-           'omission', 'dose_figures', 'curve_figures', 'sweep_figures', 'render', 'usable_font', 'png', 'rules',
-           'headline', 'text_cell', 'rate_cell', 'comparison_cells', 'link_to', 'verdict_entries', 'page_columns',
-           'run_entries', 'sweep_page', 'earlier_files', 'check_listed', 'listing', 'write_report_files',
-           'withheld_frame', 'write_sweep', 'newest_sweep']
+           'PARAMETERS_DRAWN', 'FONTS', 'SWEEP_PAGE', 'TABLED', 'LISTING', 'Panel', 'harmless', 'place',
+           'layout_of_panel', 'notes_of_panel', 'grid', 'dot_marker', 'error_bars', 'trace', 'value_words',
+           'conditions', 'drawn_runs', 'thin_series', 'line_styles', 'overlaid_panels', 'first_lines', 'overlaid',
+           'colour_words', 'run_title', 'small_multiples', 'dose_panels', 'dose_style', 'by_kind', 'arm', 'groups',
+           'DoseCurve', 'doses', 'dose_dots', 'dose_means', 'dose_panel', 'dose_response', 'measure_title',
+           'against_traces', 'against_panel', 'against', 'omission', 'dose_figures', 'curve_figures', 'sweep_figures',
+           'render_svg', 'usable_font', 'png', 'rules', 'sweep_headline', 'text_cell', 'rate_cell', 'comparison_cells',
+           'link_to', 'verdict_entries', 'page_columns', 'run_entries', 'sweep_page', 'earlier_files', 'check_listed',
+           'listing', 'write_report_files', 'withheld_frame', 'write_sweep', 'newest_sweep']
 
 # %% ../../nbs/report/02_sweep.ipynb #6a6136ef
 import hashlib
@@ -84,12 +84,12 @@ from cbnb.report.verdicts import (
     Stratum,
     Sweep,
     Verdict,
-    advice,
     apart,
     by_seed,
-    compare,
+    compare_arms,
     span,
     strata,
+    sweep_advice,
     verdicts,
 )
 from ..run.code import runs_folder
@@ -205,7 +205,7 @@ def grid(
     return go.Figure(traces, layout | LOOK)
 
 # %% ../../nbs/report/02_sweep.ipynb #d939f2e2
-def marker(low: np.ndarray, size: float, colour: str, faint: float) -> dict[str, Any]:
+def dot_marker(low: np.ndarray, size: float, colour: str, faint: float) -> dict[str, Any]:
     """Return the marker of points: a dot of `size` pixels each, an open triangle where `low` (bool [n]);
     `faint` is the opacity."""
     return dict(
@@ -260,7 +260,7 @@ def trace(
         hovertemplate=f"%{{{'customdata' if points else 'y'}:.3g}}<extra>{hover}</extra>",
     )
     if points:
-        line.update(customdata=y.astype(np.float32), marker=marker(low, size, colour, faint))
+        line.update(customdata=y.astype(np.float32), marker=dot_marker(low, size, colour, faint))
     if half is not None and np.isfinite(half).any():
         line.error_y = error_bars(half, colour)
     return line
@@ -488,7 +488,7 @@ def arm(runs: pd.DataFrame, control: pd.DataFrame, measure: str, log: bool) -> t
     centre = float(np.exp(np.log(pairs).mean())) if positive else float(pairs.mean())
     if not len(both) or runs.index.equals(control.index) or log and not (positive and (old[both] > 0).all()):
         return centre, math.nan, math.nan
-    c = compare(runs, control, measure, "log" if log else "difference", 1)
+    c = compare_arms(runs, control, measure, "log" if log else "difference", 1)
     if log:
         return centre, centre * (1 - math.exp(c.low - c.mean)), centre * math.expm1(c.high - c.mean)
     return centre, c.mean - c.low, c.high - c.mean
@@ -507,7 +507,7 @@ def groups(sweep: Sweep) -> list[list[Stratum]]:
 
 # %% ../../nbs/report/02_sweep.ipynb #b3672df7
 @dataclass(frozen=True)
-class Dose:
+class DoseCurve:
     "Hold one place along the axis of a dose-response: the `runs` of `stratum` at `beta`."
 
     stratum: Stratum
@@ -520,13 +520,15 @@ class Dose:
         return f"{self.beta:g}" + ("" if temperature == 1 else f", T {value_words(temperature)}")
 
 # %% ../../nbs/report/02_sweep.ipynb #bf4d4e0d
-def doses(group: list[Stratum]) -> list[Dose]:
+def doses(group: list[Stratum]) -> list[DoseCurve]:
     "Return the places along the axis for the strata of `group`: of each its own control, then its levels."
     levels = [(s, ({} if s.borrowed else {0.0: s.control}) | s.levels) for s in group]
-    return [Dose(s, beta, runs) for s, of in levels for beta, runs in of.items() if len(runs)]
+    return [DoseCurve(s, beta, runs) for s, of in levels for beta, runs in of.items() if len(runs)]
 
 # %% ../../nbs/report/02_sweep.ipynb #e6019968
-def dose_dots(places: list[Dose], measure: str, shift: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dose_dots(
+    places: list[DoseCurve], measure: str, shift: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return x, y and the names of the runs for one dot per run, [n] each; all x are moved by `shift`, which
     keeps the lines of a panel apart."""
     xs, ys, names = [], [], []
@@ -539,7 +541,7 @@ def dose_dots(places: list[Dose], measure: str, shift: float) -> tuple[np.ndarra
 
 # %% ../../nbs/report/02_sweep.ipynb #0039edfc
 def dose_means(
-    places: list[Dose], stratum: Stratum, measure: str, log: bool
+    places: list[DoseCurve], stratum: Stratum, measure: str, log: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the positions of `stratum` among `places` [n], the means of `measure` there [n], and the arms of
     their intervals [2, n], as `arm` has them."""
@@ -552,7 +554,7 @@ def dose_means(
 
 # %% ../../nbs/report/02_sweep.ipynb #cfe6f64f
 def dose_panel(
-    places: list[Dose],
+    places: list[DoseCurve],
     group: list[Stratum],
     spec: tuple[str, bool, str | dict[str, str], float],
     ticks: dict[float, str],
@@ -646,7 +648,7 @@ def against_traces(
 def against_panel(
     complete: pd.DataFrame, parameter: str, values: list, measure: str, terms: dict[str, Term]
 ) -> Panel:
-    "Return the panel of `measure` against the `values` of `parameter`, over the finished runs `done`."
+    "Return the panel of `measure` against the `values` of `parameter`, over the finished runs `complete`."
     log, at = measure in LOG, {value: i for i, value in enumerate(values)}
     limits = axis_range(complete[measure].to_numpy(dtype=float), log, 0 if log else 0.1)
     dots, means = [], []
@@ -747,7 +749,7 @@ def sweep_figures(sweep: Sweep) -> dict[str, tuple[go.Figure, str]]:
 FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica", "Roboto", "Open Sans")
 
 # %% ../../nbs/report/02_sweep.ipynb #b1b0b37d
-def render(svg: str, font: str, zoom: float = 2) -> bytes:
+def render_svg(svg: str, font: str, zoom: float = 2) -> bytes:
     """Return `svg` as PNG on white, `zoom` times its size, with the installed font family `font` for its
     sans-serif. Raise RunError without resvg_py."""
     try:
@@ -766,7 +768,7 @@ def usable_font() -> str:
         opening = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" font-family="sans-serif">'
         return f'{opening}<text y="15">{text}</text></svg>'
 
-    return next((font for font in FONTS if render(probe("x"), font) != render(probe(""), font)), "")
+    return next((font for font in FONTS if render_svg(probe("x"), font) != render_svg(probe(""), font)), "")
 
 # %% ../../nbs/report/02_sweep.ipynb #e762f13d
 def png(fig: go.Figure) -> bytes:
@@ -774,10 +776,10 @@ def png(fig: go.Figure) -> bytes:
     or without resvg_py."""
     if not usable_font():
         raise RunError(f"PNG pictures need one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core")
-    return render(static_svg(fig), usable_font())
+    return render_svg(static_svg(fig), usable_font())
 
 # %% ../../nbs/report/02_sweep.ipynb #16e9daa8
-PAGE = """<!DOCTYPE html>
+SWEEP_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/><title>{{ title }}</title>
 <style>
@@ -873,7 +875,7 @@ def rules() -> list[str]:
     ]
 
 # %% ../../nbs/report/02_sweep.ipynb #eda921aa
-def headline(sweep: Sweep) -> str:
+def sweep_headline(sweep: Sweep) -> str:
     "Return a sentence on how many runs are in which state, and one on what they differ in."
     differ = [c for c in dict.fromkeys([*sweep.parameters, *apart(sweep)]) if sweep.frame[c].nunique() > 1]
     states = ", ".join(f"{n} {state}" for state, n in sweep.frame["state"].value_counts().items())
@@ -926,7 +928,7 @@ def link_to(run: Path, folder: str | Path) -> str:
 
 # %% ../../nbs/report/02_sweep.ipynb #b6592a9c
 def verdict_entries(results: list[Verdict]) -> list[tuple[str, list[dict[str, Any]]]]:
-    "Return the verdicts `judged` for the page: `(label of a stratum, its checks)`, in the order of strata."
+    "Return the verdicts `results` for the page: `(label of a stratum, its checks)`, in the order of strata."
     entries: dict[str, list[dict[str, Any]]] = {}
     for v in results:
         rows = [comparison_cells(c) for c in v.comparisons]
@@ -959,11 +961,11 @@ def sweep_page(sweep: Sweep, folder: str | Path, figures: dict | None = None) ->
     figures = sweep_figures(sweep) if figures is None else figures
     rest = sweep.frame[sweep.frame["state"] != "done"][["run", "state", "attempt", "error"]]
     columns = page_columns(sweep)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(SWEEP_PAGE)
     return template.render(
         title=f"Sweep {sweep.name}",
-        headline=headline(sweep),
-        advice=advice(sweep),
+        headline=sweep_headline(sweep),
+        advice=sweep_advice(sweep),
         rules=rules(),
         verdicts=verdict_entries(verdicts(sweep)),
         unfinished=[[text_cell(value) for value in row] for row in rest.itertuples(index=False)],

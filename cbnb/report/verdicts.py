@@ -20,19 +20,20 @@ import pandas as pd
 from scipy.special import stdtrit
 
 # %% auto #0
-__all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'BASE', 'TEXTS', 'OF_EACH_RUN',
-           'LEVEL', 'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN',
-           'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN',
-           'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'end_means', 'find_onset',
+__all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'BASE', 'TEXT_COLUMNS',
+           'OF_EACH_RUN', 'LEVEL', 'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS',
+           'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN',
+           'OFF_DOMAIN', 'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'end_means', 'find_onset',
            'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures', 'result_measures', 'drop_odd_values',
            'excess_step', 'log_fault', 'read_or_note', 'run_state', 'fill_parameters', 'read_identity', 'read_run',
            'Sweep', 'plain_text', 'parameter_column', 'name_run', 'differing_parameters', 'sweep_frame', 'read_sweep',
            'specimen_figures', 'specimen_row', 'specimen_result', 'specimen_run', 'write_specimen', 'interval',
-           'Comparison', 'by_seed', 'differences', 'compare', 'Stratum', 'same', 'apart', 'members', 'borrow_control',
-           'label_stratum', 'strata', 'breaker_works', 'control_failure', 'Verdict', 'decide', 'span', 'from_to',
-           'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words', 'dose_levels', 'Dose', 'compare_doses',
-           'few_doses', 'check_dose', 'distance_from_one', 'check_gradients', 'judge', 'verdicts', 'Advice',
-           'benign_changes', 'is_off_domain', 'harm_of', 'list_changes', 'advise_at', 'advise_data', 'advise', 'advice']
+           'Comparison', 'by_seed', 'paired_differences', 'compare_arms', 'Stratum', 'same', 'apart', 'members',
+           'borrow_control', 'label_stratum', 'strata', 'breaker_works', 'control_failure', 'Verdict', 'decide', 'span',
+           'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words', 'dose_levels', 'Dose',
+           'compare_doses', 'few_doses', 'check_dose', 'distance_from_one', 'check_gradients', 'judge_stratum',
+           'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of', 'list_changes', 'advise_at',
+           'advise_data', 'advise', 'sweep_advice']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
 from ..basics.files import write_bytes
@@ -351,7 +352,7 @@ class Sweep:
 
 # %% ../../nbs/report/01_verdicts.ipynb #bd84cfdb
 BASE = ("run", "state", "error", "attempt", "key", "code", "data", "alarms")
-TEXTS = ("run", "state", "error", "key", "code", "data")
+TEXT_COLUMNS = ("run", "state", "error", "key", "code", "data")
 OF_EACH_RUN = ("beta_kl", "seed")  # what runs of one sweep differ in
 
 # %% ../../nbs/report/01_verdicts.ipynb #ca096c66
@@ -371,14 +372,14 @@ def parameter_column(values: list[Any]) -> list[Any]:
 
 # %% ../../nbs/report/01_verdicts.ipynb #e4f2795e
 def name_run(path: Path, others: Iterable[str]) -> str:
-    "Return the shortest name of the run at `path` that is not `taken`: its folder, with its sweep, its path."
+    "Return the shortest name of the run at `path` that no other has: its folder, with its sweep, its path."
     names = [visible(name) for name in (path.name, f"{path.parent.name}/{path.name}", str(path))]
     others = set(others)
     return next((name for name in names if name not in others), f"{names[-1]} ({len(others)})")
 
 # %% ../../nbs/report/01_verdicts.ipynb #dd1444db
 def differing_parameters(rows: list[dict[str, Any]], whole: list[bool]) -> list[str]:
-    """Return the names of parameters in which runs differ, in their order: `given` those of each run, `whole`
+    """Return the names of parameters in which runs differ, in their order: `rows` those of each run, `whole`
     whether they are all of its parameters. `OF_EACH_RUN` always differ where they are there."""
     names = list(dict.fromkeys(key for parameters in rows for key in parameters))
     texts = {
@@ -395,9 +396,9 @@ def differing_parameters(rows: list[dict[str, Any]], whole: list[bool]) -> list[
 def sweep_frame(rows: list[dict[str, Any]], differ: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """Return `(frame, columns)` of the `rows` of runs: one row per run, by beta_kl, then by what else
     differs, then by seed; `columns` are those of the parameters that `differ`."""
-    hidden = ("settings", "terms", *TEXTS)
+    hidden = ("settings", "terms", *TEXT_COLUMNS)
     frame = pd.DataFrame([{k: v for k, v in row.items() if k not in hidden} for row in rows])
-    for column in TEXTS:
+    for column in TEXT_COLUMNS:
         frame[column] = pd.Series([plain_text(row[column]) for row in rows], dtype=object)
     columns: dict[str, str] = {}
     present = set(frame.columns) - set(OF_EACH_RUN)
@@ -626,7 +627,7 @@ def by_seed(runs: pd.DataFrame, measure: str) -> pd.Series:
 TINY = 1e-12  # nats: below this a KL is rounding, and its logarithm is taken here
 
 
-def differences(new: np.ndarray, old: np.ndarray, change: str) -> np.ndarray:
+def paired_differences(new: np.ndarray, old: np.ndarray, change: str) -> np.ndarray:
     "Return the `change` (see `Comparison`) from `old` to `new`, element by element [n]."
     with np.errstate(invalid="ignore"):
         if change == "log":
@@ -634,7 +635,7 @@ def differences(new: np.ndarray, old: np.ndarray, change: str) -> np.ndarray:
         return (new - old) / (old if change == "relative" else 1)
 
 # %% ../../nbs/report/01_verdicts.ipynb #068013e2
-def compare(
+def compare_arms(
     runs: pd.DataFrame,
     control: pd.DataFrame,
     measure: str,
@@ -650,7 +651,7 @@ def compare(
     new, old = news[both].to_numpy(), olds[both].to_numpy()
     usable = ~np.isnan(new) & np.isfinite(old) & ((old > 0) | (change != "relative"))
     new, old = new[usable], old[usable]
-    changes = differences(new, old, change)
+    changes = paired_differences(new, old, change)
 
     def mean(values: np.ndarray) -> float:
         return float(values.mean()) if len(values) else math.nan
@@ -887,7 +888,9 @@ def check_reroute(s: Stratum) -> Verdict:
     lower cosine and an earlier onset are no harm. Without an onset (`Stratum`) the check is not supported."""
 
     def compare_all(measure: str, change: str = "difference") -> list[Comparison]:
-        return [compare(runs, s.control, measure, change, 2 * len(s.levels)) for runs in s.levels.values()]
+        return [
+            compare_arms(runs, s.control, measure, change, 2 * len(s.levels)) for runs in s.levels.values()
+        ]
 
     cosine, onset = compare_all(REROUTED), compare_all("onset_step", "relative") if s.onset else []
     attack = [
@@ -943,7 +946,7 @@ def compare_doses(levels: dict[float, pd.DataFrame]) -> Dose:
     betas, m = list(levels), 2 * len(levels) - 2
 
     def step(low: float, high: float, measure: str) -> Comparison:
-        return compare(levels[high], levels[low], measure, "log", m, low)
+        return compare_arms(levels[high], levels[low], measure, "log", m, low)
 
     return Dose(
         [step(a, b, "loss_kl") for a, b in itertools.pairwise(betas)],
@@ -1001,7 +1004,7 @@ def check_gradients(s: Stratum) -> Verdict:
     factor `GRADIENT_MARGIN` both ways."""
     m, margin = 2 * len(s.levels), math.log(GRADIENT_MARGIN)
     total, reroute = (
-        [compare(runs, s.control, f"grad_norm_{name}", "log", m) for runs in s.levels.values()]
+        [compare_arms(runs, s.control, f"grad_norm_{name}", "log", m) for runs in s.levels.values()]
         for name in ("total", "reroute")
     )
     norms = total + reroute
@@ -1025,7 +1028,7 @@ def check_gradients(s: Stratum) -> Verdict:
     return Verdict("gradients", s.label, verdict, why + caveat(s, norms), tuple(norms))
 
 # %% ../../nbs/report/01_verdicts.ipynb #98be31d2
-def judge(s: Stratum) -> list[Verdict]:
+def judge_stratum(s: Stratum) -> list[Verdict]:
     "Return the verdicts on all `CHECKS` for one stratum, control first."
     if failure := control_failure(s.control):
         return [Verdict(check, s.label, "void", failure + caveat(s, ())) for check in CHECKS]
@@ -1041,8 +1044,8 @@ def verdicts(sweep: Sweep) -> list[Verdict]:
     parts = strata(sweep)
     if all(s.control.empty for s in parts):
         nobody = Stratum("", sweep.frame.iloc[:0], {}, int((sweep.frame["state"] != "done").sum()))
-        return judge(nobody)
-    return [verdict for s in parts for verdict in judge(s)]
+        return judge_stratum(nobody)
+    return [verdict for s in parts for verdict in judge_stratum(s)]
 
 # %% ../../nbs/report/01_verdicts.ipynb #2fd9ab7f
 # suppressed: attack success rises by more than this, or the harmful cosine by more than COSINE_MARGIN
@@ -1071,7 +1074,9 @@ def benign_changes(levels: dict[float, pd.DataFrame], m: int) -> dict[float, lis
         return [c for c in names if runs[c].notna().any() and runs[f"before_{c}"].notna().any()]
 
     return {
-        beta: [compare(runs, runs, kind, "difference", m, None, f"before_{kind}") for kind in kinds(runs)]
+        beta: [
+            compare_arms(runs, runs, kind, "difference", m, None, f"before_{kind}") for kind in kinds(runs)
+        ]
         for beta, runs in levels.items()
     }
 
@@ -1087,7 +1092,7 @@ def harm_of(s: Stratum, beta: float, m: int) -> list[Comparison]:
     if beta not in s.levels:
         return []
     margins = {REROUTED: COSINE_MARGIN, "attack_success": ATTACK_MARGIN}
-    changes = [compare(s.levels[beta], s.control, measure, "difference", m) for measure in margins]
+    changes = [compare_arms(s.levels[beta], s.control, measure, "difference", m) for measure in margins]
     return [c for c in changes if c.low_any > margins[c.measure]]
 
 # %% ../../nbs/report/01_verdicts.ipynb #925ca264
@@ -1155,7 +1160,7 @@ def advise(s: Stratum) -> list[Advice]:
     return advices + advise_data(s, changes)
 
 # %% ../../nbs/report/01_verdicts.ipynb #5260f4ab
-def advice(sweep: Sweep) -> list[Advice]:
+def sweep_advice(sweep: Sweep) -> list[Advice]:
     """Return the advice that follows from a sweep, by stratum and beta_kl; empty where it is void, unclear or
     nothing is wrong."""
     return [a for s in strata(sweep) for a in advise(s)]

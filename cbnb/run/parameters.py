@@ -142,7 +142,7 @@ PAPERMILL_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # what pape
 # %% ../../nbs/run/02_parameters.ipynb #00dac269
 def check_injected(namespace: Mapping[str, Any], parameters: Mapping[str, str]) -> bool:
     """Return whether papermill injected values. Raise `ParameterError` for a name among them that is not
-    `declared`, with the nearest valid name, and for values that the defaults overwrote."""
+    `parameters`, with the nearest valid name, and for values that the defaults overwrote."""
     values, position = injected_parameters(namespace)
     for name in set(values) - PAPERMILL_PATHS:
         if name not in parameters:

@@ -138,7 +138,7 @@ def follow(
 
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
 def cells_so_far(source: Any, sources: list[str]) -> list[str]:
-    """Return those of the `executed` cells' sources that belong to this run of the `source` notebook.
+    """Return those of the `sources` cells' sources that belong to this run of the `source` notebook.
 
     They are all from the last execution of its first code cell on; all of them without a `source`."""
     first = next((cell.source for cell in source.cells if cell.cell_type == "code"), None) if source else None

@@ -27,8 +27,8 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 # %% auto #0
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
-           'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
-           'DECODING', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
+           'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
+           'DECODING_CHECKS', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
            'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'STEP',
            'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number',
            'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor',
@@ -176,8 +176,8 @@ def mapping(check: ValueCheck, most: int = 10_000) -> ValueCheck:
 def fields(checks: dict[str, ValueCheck], *required_names: str) -> ValueCheck:
     """Return a check for an object whose fields pass the `checks` of their names.
 
-    The fields `needed` must be there. A field without a check may be of another version and only has to be a
-    `plain_value`."""
+    The fields `required_names` must be there. A field without a check may be of another version and
+    only has to be a `plain_value`."""
 
     def check_value(value: Any, where: str) -> Iterator[str]:
         if not isinstance(value, dict):
@@ -340,7 +340,7 @@ def count(value: Any, where: str) -> Iterator[str]:
 
 # %% ../../nbs/run/01_records.ipynb #a277b0aa
 TOKENS = each(LABEL, 10_000)
-COSINE = number(-1.01, 1.01)  # rounding may carry a cosine beyond 1
+COSINE_CHECK = number(-1.01, 1.01)  # rounding may carry a cosine beyond 1
 RATE_FIELDS = (
     "attack_success",
     "attack_success_lax",
@@ -352,7 +352,7 @@ SHARE_FIELDS = ("exact_match", "marker_fidelity", "heldout_top1")  # by kind or 
 TALLY = mapping(whole_number(), 1000)
 
 # %% ../../nbs/run/01_records.ipynb #72d9f9bf
-DECODING = fields(
+DECODING_CHECKS = fields(
     {
         "samples": whole_number(1),
         "temperature": number(0, 1e6),
@@ -371,13 +371,13 @@ FIGURES = fields(
     {
         **dict.fromkeys(RATE_FIELDS, maybe(SHARE)),
         **dict.fromkeys(SHARE_FIELDS, mapping(maybe(SHARE), 1000)),
-        "harmful_cosine": maybe(COSINE),
+        "harmful_cosine": maybe(COSINE_CHECK),
         "heldout_kl": mapping(maybe(number()), 1000),
         "n": TALLY,
         "counts": mapping(either(mapping(count, 1000), count), 1000),
         "finish": TALLY,
         "not_asked": mapping(TALLY, 1000),
-        "decoding": DECODING,
+        "decoding": DECODING_CHECKS,
         "ends": fields({"template": TOKENS, "model": TOKENS}),
         "made_for": LINE,
         "model": LINE,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 # %% auto #0
-__all__ = ['LLAMA_8B', 'SHAPES', 'PUBLISHED', 'KEPT_TEMPLATE', 'MAX_TEMPLATE_BYTES', 'Facts', 'model_facts', 'derive_settings',
-           'preset_for', 'settings_by_rule', 'shape_notes', 'settings_of', 'check_processes', 'run_name',
-           'check_own_policies', 'run_settings', 'check_data', 'read_value', 'template_values', 'is_source',
+__all__ = ['LLAMA_8B', 'MODEL_SHAPES', 'PUBLISHED', 'KEPT_TEMPLATE', 'MAX_TEMPLATE_BYTES', 'Facts', 'model_facts',
+           'derive_settings', 'preset_for', 'settings_by_rule', 'shape_notes', 'settings_of', 'check_processes',
+           'run_name', 'check_own_policies', 'run_settings', 'check_data', 'read_value', 'template_values', 'is_source',
            'template_source', 'kept_template', 'template_of', 'keep_template', 'has_changed', 'masker_notes',
            'make_masker']
 
@@ -60,7 +60,7 @@ LLAMA_8B = dict(
 )
 
 # %% ../../nbs/run/12_settings.ipynb #setng06b
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # as published in the config.json of each
+MODEL_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # as published in the config.json of each
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA_8B),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA_8B),
     "mistralai/Mistral-7B-Instruct-v0.3": ("mistral", LLAMA_8B | dict(vocab_size=32768, sliding_window=None)),
@@ -99,8 +99,12 @@ def model_facts(name: str, trust_remote_code: bool = False) -> Facts:
     """Return the `Facts` of the model `name`: a key of `SHAPES`, tinyagent, a local folder or a hub id,
     from its configuration alone. Raises OSError, in a sentence with the name, where there is none, and
     ConfigError as `cbnb.step.loaders.read_config`."""
-    if name in SHAPES:
-        return Facts(SHAPES[name][0], SHAPES[name][1]["num_hidden_layers"], SHAPES[name][1]["hidden_size"])
+    if name in MODEL_SHAPES:
+        return Facts(
+            MODEL_SHAPES[name][0],
+            MODEL_SHAPES[name][1]["num_hidden_layers"],
+            MODEL_SHAPES[name][1]["hidden_size"],
+        )
     folder = TINYAGENT if name == "tinyagent" else Path(name).expanduser()
     config = (read_json(folder / "config.json") or {}) if folder.is_dir() else {}
     try:

@@ -33,7 +33,7 @@ from cbnb.basics.lease import (
     holding,
     identity,
     is_mine,
-    judge,
+    judge_lease,
     lease_path,
     lease_state,
     take_lease,
@@ -49,7 +49,7 @@ from .records import STATES, read_record
 def process_state(status: dict[str, Any]) -> str:
     """Return what `cbnb.basics.lease.judge` says of the process that `status` names, where there is no
     lease."""
-    return judge({"token": "", **status}, 0)
+    return judge_lease({"token": "", **status}, 0)
 
 # %% ../../nbs/run/04_stages.ipynb #b2677da1
 def still_running(path: str | Path, status: dict[str, Any]) -> bool:

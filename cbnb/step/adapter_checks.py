@@ -20,8 +20,8 @@ from .loaders import ADAPTER_FILES
 from .models import largest_rank, teacher_mode
 
 # %% auto #0
-__all__ = ['INTEGERS', 'plain_logits', 'difference', 'bit_sum', 'Plain', 'as_plain', 'check_off', 'check_on', 'check_size',
-           'check_start_of']
+__all__ = ['INTEGERS', 'plain_logits', 'largest_difference', 'bit_sum', 'Plain', 'as_plain', 'check_off', 'check_on',
+           'check_size', 'check_start_of']
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #3715f897
 @torch.no_grad()
@@ -31,7 +31,7 @@ def plain_logits(model: nn.Module, rows: dict) -> torch.Tensor:
     return model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #9140b9b7
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the largest absolute difference of two tensors of one shape; 0 only for the same bits, infinite
     where one is not finite."""
     if torch.equal(a, b):
@@ -67,7 +67,7 @@ class Plain:
 
     def off(self, logits: torch.Tensor) -> float:
         """Return by how much `logits` of the same rows differ, beyond noise; padding does not count."""
-        largest = difference(logits[self.real], self.logits[self.real])
+        largest = largest_difference(logits[self.real], self.logits[self.real])
         return 0.0 if largest <= 4 * self.noise else largest
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #c375e71b
@@ -76,7 +76,7 @@ def as_plain(model: nn.Module, rows: dict) -> Plain:
     logits, again = (plain_logits(model, rows) for _ in range(2))
     real = rows["attention_mask"].bool()
     weights = {name: (p, bit_sum(p)) for name, p in model.named_parameters()}
-    return Plain(weights, rows, logits, difference(logits[real], again[real]))
+    return Plain(weights, rows, logits, largest_difference(logits[real], again[real]))
 
 # %% ../../nbs/step/08_adapter_checks.ipynb #d757b5f4
 def check_off(student: PeftModel, plain: Plain, what: str) -> None:

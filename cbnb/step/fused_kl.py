@@ -15,8 +15,8 @@ import torch
 from .losses import accumulate, check_mask, check_shapes, predicting_positions
 
 # %% auto #0
-__all__ = ['TILE', 'ROWS', 'wide_tiles', 'multiplies_wide', 'product_into', 'back_product_into', 'forward_rows', 'reverse_rows',
-           'chunk_for', 'kl_rows', 'FusedRows', 'token_linear_kl', 'fused_linear_kl']
+__all__ = ['TILE', 'CPU_ROWS', 'wide_tiles', 'multiplies_wide', 'product_into', 'back_product_into', 'forward_rows',
+           'reverse_rows', 'chunk_for', 'kl_rows', 'FusedRows', 'token_linear_kl', 'fused_linear_kl']
 
 # %% ../../nbs/step/01_fused_kl.ipynb #01e0a7f6
 TILE = 8192  # columns of the vocabulary that are widened at a time
@@ -86,7 +86,7 @@ def reverse_rows(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return kl + correction
 
 # %% ../../nbs/step/01_fused_kl.ipynb #dd44da89
-ROWS = 8  # rows of logits worked on at once on a CPU, so that they stay in its cache
+CPU_ROWS = 8  # rows of logits worked on at once on a CPU, so that they stay in its cache
 
 
 def chunk_for(vocabulary: int, device: str | torch.device) -> int:
@@ -114,7 +114,7 @@ def kl_rows(
     """
     wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype, weight.dtype) else torch.float32
     narrow = torch.promote_types(student.dtype, teacher.dtype)  # of the two: neither is rounded
-    n, at_once = len(student), ROWS if student.device.type == "cpu" else chunk
+    n, at_once = len(student), CPU_ROWS if student.device.type == "cpu" else chunk
     kl = torch.empty(n, dtype=wide, device=student.device)
     gradient: torch.Tensor | None = None
     if with_gradient:

@@ -27,7 +27,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 # %% auto #0
-__all__ = ['DTYPES', 'KINDS', 'in_words', 'base_model', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts',
+__all__ = ['DTYPES', 'WEIGHT_KINDS', 'in_words', 'base_model', 'check_vocabulary', 'embedding_rows', 'load_tokenizer', 'in_parts',
            'is_in_parts', 'full_weight', 'in_4_bits', 'check_quantised', 'check_load_options', 'load_model',
            'num_blocks', 'find_decoder', 'blocks_name', 'decoder_blocks', 'token_states', 'block_outputs',
            'first_blocks', 'check_mode', 'forward_with_hidden_states', 'own_name', 'weight_kind', 'in_blocks',
@@ -406,7 +406,7 @@ def forward_with_hidden_states(
     }, None if blocks is not None else output.last_hidden_state
 
 # %% ../../nbs/step/04_models.ipynb #dde00e2e
-KINDS = {  # words in the names and classes on the way from a block to a weight; the first that fits
+WEIGHT_KINDS = {  # words in the names and classes on the way from a block to a weight; the first that fits
     "shared experts": ("shared_expert", "sharedexpert", "shared_mlp", "sharedmlp"),
     "routers": ("router", "topkgate"),
     "experts": ("expert",),
@@ -459,7 +459,7 @@ def weight_kind(block: nn.Module, path: str) -> str:
     matches = (
         kind
         for names in (words, families)
-        for kind, signs in KINDS.items()
+        for kind, signs in WEIGHT_KINDS.items()
         if any(sign in name for name in names for sign in signs)
     )
     kind = next(matches, "other")
@@ -561,7 +561,7 @@ def target_weights(
     idle: set[str],
 ) -> list[str]:
     """Return the full names of the weights in the blocks `config.lora_layers` that `config.lora_modules`
-    names, but for those that no pass calls (`idle`). `linears`, `fused`: as `in_blocks` gives them.
+    names, but for those that no pass calls (`idle`). `linears`, `fused_sizes`: as `in_blocks` gives them.
 
     Raises ConfigError for a name that matches nothing, only what is outside of the decoder's blocks, only
     other blocks, or only linears that are never called."""
@@ -738,7 +738,7 @@ def reach_shares(records: list[dict]) -> dict[str, float]:
     def share(rows):
         return sum(r["reached"] for r in rows) / sum(r["parameters"] for r in rows)
 
-    kinds = [*KINDS, "other"]
+    kinds = [*WEIGHT_KINDS, "other"]
     return {"all": share(records)} | {
         k: share(rows) for k in kinds if (rows := [r for r in records if r["kind"] == k])
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['TERM_NAMES', 'COSINE', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'BUILT_IN', 'SLACK', 'Pair', 'Term',
+__all__ = ['TERM_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'BUILT_IN', 'SLACK', 'Pair', 'Term',
            'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'reroute_cosine', 'retain_distance',
            'rr_weights', 'rr_kl_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
            'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings',
@@ -154,11 +154,11 @@ def rr_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str
     return {"reroute": c_s, "retain": c_r * config.retain_weight, "kl": c_r * config.beta_kl}
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0rrrr
-COSINE = Term("reroute", "reroute", "mean relu(cosine)", 0.0, 1.0, 1.0, reroute_cosine)
+COSINE_TERM = Term("reroute", "reroute", "mean relu(cosine)", 0.0, 1.0, 1.0, reroute_cosine)
 DISTANCE = Term("retain", "retain", "mean L2 distance", 0.0, None, 0.0, retain_distance)
 KL = Term("kl", "KL", "nats per token", 0.0, None, 0.0)
 
-rr = Objective("rr", (COSINE, DISTANCE, KL), rr_weights)
+rr = Objective("rr", (COSINE_TERM, DISTANCE, KL), rr_weights)
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0rrkl
 def rr_kl_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
@@ -167,7 +167,7 @@ def rr_kl_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[
 
 # %% ../../nbs/step/02_objectives.ipynb #60b79f5e
 MEASURED = replace(DISTANCE, title="distance", unit="mean norm of difference, measured only")
-rr_kl = Objective("rr_kl", (COSINE, MEASURED, KL), rr_kl_weights)
+rr_kl = Objective("rr_kl", (COSINE_TERM, MEASURED, KL), rr_kl_weights)
 BUILT_IN = {"rr": rr, "rr_kl": rr_kl}
 
 # %% ../../nbs/step/02_objectives.ipynb #375fdc8c

@@ -265,7 +265,7 @@ def dry_run(
 
 # %% ../../nbs/sweep/03_jobs.ipynb #587740c9
 def make_run_folder(notebook: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """Return `(parameters, folder)` for one execution of `notebook` with the parameters `given` (`{name:
+    """Return `(parameters, folder)` for one execution of `notebook` with the parameters `options` (`{name:
     value}`).
 
     All are checked, and the folder is made: the one that they name as `run_dir`, or else a fresh one.
@@ -295,7 +295,7 @@ def execute_command(*arguments: Any) -> list[str]:
 
 # %% ../../nbs/sweep/03_jobs.ipynb #20ee1b41
 def train(notebook: Path, options: dict[str, Any], tell: Callable[[str], None] = say) -> tuple[Path, int]:
-    """Run `notebook` with the parameters `given` in a run directory; return `(run directory, exit
+    """Run `notebook` with the parameters `options` in a run directory; return `(run directory, exit
     status)`.
 
     The status is papermill's, 130 after an interrupt. Raise as `make_run_folder` does, and `RunError` for
@@ -316,7 +316,7 @@ def train(notebook: Path, options: dict[str, Any], tell: Callable[[str], None] =
 
 # %% ../../nbs/sweep/03_jobs.ipynb #d8242da7
 def preflight(notebook: Path, options: dict[str, Any]) -> tuple[Path, int]:
-    """Execute `notebook`, nbs/preflight.ipynb, with the parameters `given` in a folder; return `(folder,
+    """Execute `notebook`, nbs/preflight.ipynb, with the parameters `options` in a folder; return `(folder,
     exit status)`.
 
     It leaves itself and preflight.json there; that of an earlier review is removed first. The status is

@@ -110,7 +110,7 @@ def run_key(parameters: dict[str, Any], notebook: str, code: str, cache: dict[Pa
 
 # %% ../../nbs/sweep/01_keys.ipynb #e9a3fbae
 def label(values: dict[str, Any], names: list[str], limit: int = 44) -> str:
-    """Return a folder's name for a run: its `varied` parameters with their values, cut at `limit`
+    """Return a folder's name for a run: its `names` parameters with their values, cut at `limit`
     characters.
 
     Unsafe characters are replaced."""

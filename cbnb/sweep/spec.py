@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'TEXT', 'CHOICE', 'SHAPES', 'FILE_PARAMETERS', 'DATA', 'Parameter', 'is_cell',
-           'read_notebook', 'comments', 'notebook_parameters', 'find_file', 'StrictLoader', 'load_spec', 'is_mapping',
-           'is_choice', 'read_spec', 'spec_value', 'expand', 'check_model_layers', 'check_settings', 'path_parts',
-           'absolute_files', 'complete', 'runs_of']
+__all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'TEXT', 'CHOICE', 'SPEC_SHAPES', 'FILE_PARAMETERS', 'DATA', 'Parameter',
+           'is_cell', 'read_notebook', 'comments', 'notebook_parameters', 'find_file', 'StrictLoader', 'load_spec',
+           'is_mapping', 'is_choice', 'read_spec', 'spec_value', 'expand', 'check_model_layers', 'check_settings',
+           'path_parts', 'absolute_files', 'complete', 'runs_of']
 
 # %% ../../nbs/sweep/00_spec.ipynb #70fc5021
 import yaml
@@ -210,7 +210,7 @@ def is_choice(value: Any) -> bool:
 TEXT = (lambda v: isinstance(v, str), "text (digits in quotation marks)")
 CHOICE = (is_choice, "a mapping of parameters to lists of values")
 # what each key of a spec holds: a test, and words for it
-SHAPES: dict[str, tuple[Callable[[Any], Any], str]] = {
+SPEC_SHAPES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": TEXT,
     "notebook": TEXT,
     "parameters": (is_mapping, "a mapping of parameters to values"),
@@ -237,7 +237,7 @@ def read_spec(path: str | Path) -> dict[str, Any]:
             raise RunError(
                 f"{path}: unknown key {key!r}{nearest(key, SPEC_KEYS)}; known are {', '.join(SPEC_KEYS)}"
             )
-    for key, (test, words) in SHAPES.items():
+    for key, (test, words) in SPEC_SHAPES.items():
         if key in spec and not test(spec[key]):
             raise RunError(f"{path}: {key} wants {words}")
     spec.setdefault("name", path.stem)
@@ -416,7 +416,7 @@ def complete(run: dict[str, Any], parameters: dict[str, Parameter]) -> tuple[dic
 def runs_of(
     spec: dict[str, Any], parameters: dict[str, Parameter]
 ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], int, list[str]]:
-    """Return `(runs, duplicates, notes)` of the `spec`, checked against the `declared` parameters.
+    """Return `(runs, duplicates, notes)` of the `spec`, checked against the `parameters` parameters.
 
     `runs`: a list of `(set, all)` dicts of parameters, each once; `duplicates`: how many were left out
     since they equal another; `notes`: what the runs will report of their settings, each sentence once.

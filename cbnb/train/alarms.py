@@ -24,8 +24,8 @@ from ..step.objectives import Term, depth, descent, describe_terms, find_objecti
 from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
-__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
-           'level_words', 'forces', 'advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
+__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
+           'level_words', 'forces', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
            'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
 
 # %% ../../nbs/train/06_alarms.ipynb #bd02f70f
@@ -96,7 +96,7 @@ def forces(row: dict) -> tuple[float, float, str]:
     )
 
 # %% ../../nbs/train/06_alarms.ipynb #aladvice
-def advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
+def alarm_advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
     """Return what to change in a run that does not open, by the forces of the last diagnosed line, in the
     words of its `terms` (`cbnb.step.objectives.describe_terms`; by default those of `rr`)."""
     terms = terms or run_terms()
@@ -150,7 +150,7 @@ def dead(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
         f"{log_name(term)} is {format_number(loss, 4)} at step {step} of {end}, above "
         f"{level_words(term, config)}{where}: the breaker has not opened"
         f"{' and will not in time' if step < end else ''}; "
-        f"{advice(rows, describe_terms(find_objective(config.objective), config))}"
+        f"{alarm_advice(rows, describe_terms(find_objective(config.objective), config))}"
     )
 
 # %% ../../nbs/train/06_alarms.ipynb #2c6e01ee
@@ -246,7 +246,7 @@ def silent(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
     )
 
 # %% ../../nbs/train/06_alarms.ipynb #144bff0d
-RULES = {rule.__name__: rule for rule in (dead, collapsed, saturated, silent)}
+ALARM_RULES = {rule.__name__: rule for rule in (dead, collapsed, saturated, silent)}
 
 
 def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> list[dict]:
@@ -254,7 +254,7 @@ def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, f
     step, last_step, text}`, the step at which it went off, the newest one at which it still held, and its
     sentence. An alarm that goes off again only moves its `last_step`."""
     by_name, new = {alarm["alarm"]: alarm for alarm in alarms}, []
-    for name, rule in RULES.items():
+    for name, rule in ALARM_RULES.items():
         if not (text := rule(rows, config, floor)):
             continue
         if name in by_name:

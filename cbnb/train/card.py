@@ -91,7 +91,7 @@ def last_parts(text: Any) -> str:
 
 # %% ../../nbs/train/07_card.ipynb #6f4903d6
 def settings_table(config: CircuitBreakerConfig, own_preset: str) -> str:
-    "Return all settings but the model as a Markdown table, those marked that differ from the preset `meant`."
+    "Return all settings but the model as a Markdown table; those that differ from `own_preset` are marked."
     preset = PRESETS.get(own_preset)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "model"}
     changes = [

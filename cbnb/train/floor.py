@@ -19,8 +19,8 @@ from ..step.objectives import TERM_NAMES, departure
 from .breaker import CircuitBreaker
 
 # %% auto #0
-__all__ = ['BELOW', 'FIXED', 'restore_weights', 'add_noise', 'set_mode', 'on_device', 'terms_of', 'rounding_floor', 'set_noise',
-           'fixed_figures']
+__all__ = ['BELOW', 'FIXED', 'restore_weights', 'add_noise', 'set_mode', 'on_device', 'batch_terms', 'rounding_floor',
+           'set_noise', 'fixed_figures']
 
 # %% ../../nbs/train/01_floor.ipynb #3996c5ff
 @contextmanager
@@ -78,7 +78,7 @@ def on_device(batch: dict, device: str | torch.device) -> dict:
     }
 
 # %% ../../nbs/train/01_floor.ipynb #12af5155
-def terms_of(breaker: CircuitBreaker, batch: dict) -> dict:
+def batch_terms(breaker: CircuitBreaker, batch: dict) -> dict:
     """Return the terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a
     mean over the batch."""
     return breaker(batch["harmful"], batch["benign"], batch["counts"])
@@ -106,7 +106,7 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
     breaker = CircuitBreaker(student, config, head=find_head(student))
     with torch.no_grad(), add_noise(student, BELOW * torch.finfo(dtype).eps):
         with set_mode(breaker, False):
-            terms = {name: value.item() for name, value in terms_of(breaker, batch).items()}
+            terms = {name: value.item() for name, value in batch_terms(breaker, batch).items()}
     values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in TERM_NAMES]
     floor = {
         name: max(value, 0.0)
@@ -146,7 +146,7 @@ def fixed_figures(
     breaker = CircuitBreaker(student, config, teacher, find_head(student))
     with set_noise(student, config), set_mode(breaker, False):
         trainable = [p for p in breaker.parameters() if p.requires_grad]
-        terms = terms_of(breaker, batch)
+        terms = batch_terms(breaker, batch)
         figures = {name: term.item() for name, term in terms.items()}
         for name, term in terms.items():
             if not term.requires_grad:

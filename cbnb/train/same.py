@@ -24,7 +24,7 @@ __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'OWN_CODE', 'LOADED', 'OWN_WORDS'
            'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'name_differences',
            'made_from', 'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'value_changes', 'keep_surroundings',
            'compare_figures', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples',
-           'keep_template', 'keep_model', 'keep_adapters']
+           'keep_run_template', 'keep_model', 'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #c405541e
 from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
@@ -468,7 +468,7 @@ def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
     keep_same(run, "samples", make)
 
 # %% ../../nbs/train/02_same.ipynb #a8610f3a
-def keep_template(run: Run, masker: ChatMasker) -> None:
+def keep_run_template(run: Run, masker: ChatMasker) -> None:
     """Keep, or compare, the chat template by which an evaluation's `masker`
     (`cbnb.masking.masker.ChatMasker`) renders, with its variables; a training keeps its own. Raises
     RunError."""

@@ -24,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 
 # %% auto #0
-__all__ = ['PIECE', 'Policy', 'SCHEMA', 'MAX_REFUSED_BYTES', 'encode_piece', 'add_reports', 'in_pieces', 'pieces', 'listed_array',
-           'record_batch', 'StoredSamples', 'write_samples', 'code_hash', 'stream_key', 'cores', 'keep_folder',
-           'stored_stream', 'encode_for', 'refused_piece', 'stored_refusals', 'kept_for']
+__all__ = ['STORE_PIECE', 'PolicyLike', 'SCHEMA', 'MAX_REFUSED_BYTES', 'encode_piece', 'add_reports', 'in_pieces', 'pieces',
+           'listed_array', 'record_batch', 'StoredSamples', 'write_samples', 'code_hash', 'stream_key', 'cores',
+           'keep_folder', 'stored_stream', 'encode_for', 'refused_piece', 'stored_refusals', 'kept_for']
 
 # %% ../../nbs/train/03_store.ipynb #2ee0ad76
 from ..basics.files import name_errors, write_bytes
@@ -54,12 +54,12 @@ from .same import code_file, file_hash, versions
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/train/03_store.ipynb #aa129788
-PIECE = 512  # transcripts that a process encodes at a time
-Policy = str | Callable  # a policy's name, or the rule itself
+STORE_PIECE = 512  # transcripts that a process encodes at a time
+PolicyLike = str | Callable  # a policy's name, or the rule itself
 
 
 def encode_piece(
-    transcripts: list[Transcript], masker: ChatMasker, policy: Policy, name: str, how: dict
+    transcripts: list[Transcript], masker: ChatMasker, policy: PolicyLike, name: str, how: dict
 ) -> tuple[list[Sample], StreamReport]:
     """Encode a part of a stream, which may be empty, by `encode_stream`; `how`: its other arguments by
     name."""
@@ -98,7 +98,7 @@ def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int)
     most two pieces for each under way. For one process, and where none can be forked, all is done here."""
     global _WORK
     rest = iter(transcripts)
-    parts = iter(lambda: list(islice(rest, PIECE)), [])
+    parts = iter(lambda: list(islice(rest, STORE_PIECE)), [])
     if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, parts)
         return
@@ -120,7 +120,7 @@ def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int)
 def pieces(
     transcripts: Iterable[Transcript],
     masker: ChatMasker,
-    policy: Policy,
+    policy: PolicyLike,
     name: str = "stream",
     processes: int = 1,
     **how: Any,

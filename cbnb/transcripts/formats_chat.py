@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any
 
 # %% auto #0
-__all__ = ['BLOCKS', 'TEXTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'KINDS', 'CALL_TAGS', 'RESULT_TAGS', 'PAIR_KEYS',
+__all__ = ['BLOCKS', 'TEXT_PARTS', 'CALL_ITEMS', 'RESULT_ITEMS', 'ITEMS', 'ITEM_KINDS', 'CALL_TAGS', 'RESULT_TAGS', 'PAIR_KEYS',
            'anthropic_assistant', 'anthropic_user', 'anthropic_messages', 'anthropic_tools', 'from_anthropic',
            'is_anthropic', 'item_text', 'item_call', 'OpenTurn', 'add_thought', 'add_result', 'add_words',
            'response_messages', 'response_tools', 'from_responses', 'is_item', 'is_responses', 'langchain_parts',
@@ -224,7 +224,7 @@ def is_anthropic(record: dict) -> bool:
 add_format(Format("anthropic", is_anthropic, from_anthropic, before=("openai",), takes=CHAT_KEYS, bare=True))
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #6ddd8e94
-TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #e0d93042
 def item_text(content: Any, where: str) -> str:
@@ -239,13 +239,13 @@ def item_text(content: Any, where: str) -> str:
         need(
             isinstance(block, dict)
             and (
-                block.get("type") in TEXTS
+                block.get("type") in TEXT_PARTS
                 and isinstance(block.get("text"), str)
                 or block.get("type") == "refusal"
                 and isinstance(block.get("refusal"), str)
             ),
             f"{where}[{i}]",
-            f"is not a block of text; only {', '.join(TEXTS[:3])} and refusal can be read",
+            f"is not a block of text; only {', '.join(TEXT_PARTS[:3])} and refusal can be read",
         )
     return "".join(block["refusal"] if block["type"] == "refusal" else block["text"] for block in content)
 
@@ -460,7 +460,7 @@ add_format(
 )
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #655d46aa
-KINDS = {
+ITEM_KINDS = {
     "human": "user",
     "HumanMessage": "user",
     "HumanMessageChunk": "user",
@@ -547,8 +547,8 @@ def langchain_message(message: Any, where: str) -> dict:
         f"is {type(message).__name__}; each message is an object with a type",
     )
     kind, fields = langchain_parts(message)
-    need_one_of(kind, KINDS, f"{where}.type")
-    role, extra = KINDS[kind], fields.get("additional_kwargs") or {}
+    need_one_of(kind, ITEM_KINDS, f"{where}.type")
+    role, extra = ITEM_KINDS[kind], fields.get("additional_kwargs") or {}
     need(isinstance(extra, dict), f"{where}.additional_kwargs", "is not an object; write one JSON object")
     need(
         not fields.get("invalid_tool_calls"),
@@ -578,7 +578,7 @@ def is_langchain(message: Any) -> bool:
     if not isinstance(message, dict) or {"role", "uuid", "sessionId", "payload"} & message.keys():
         return False
     kind, fields = langchain_parts(message)
-    return isinstance(kind, str) and kind in KINDS and "content" in fields
+    return isinstance(kind, str) and kind in ITEM_KINDS and "content" in fields
 
 # %% ../../nbs/transcripts/07_formats_chat.ipynb #04835373
 def from_langchain(

@@ -18,7 +18,7 @@ from .spool import those
 
 # %% auto #0
 __all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts',
-           'count_choices', 'draw_keys', 'Parted', 'thin', 'check_known', 'draw_stream', 'part', 'count_shared',
+           'count_choices', 'draw_keys', 'Parted', 'thin_parts', 'check_known', 'draw_stream', 'part', 'count_shared',
            'held_lines']
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #10ca06de
@@ -172,7 +172,7 @@ class Parted:
     left_out: dict[str, str] = field(default_factory=dict)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #9be0aac8
-def thin(parts: Parted) -> Parted:
+def thin_parts(parts: Parted) -> Parted:
     "Remove from training, in place, what shares a key of `kinds` or a prompt with a held-out transcript."
     kinds = (*parts.kinds, "prompt")
     taboo = {(kind, key) for t in parts.held_out for kind, key in keys_of(t).items()}
@@ -250,7 +250,7 @@ def part(
         train = np.ones(len(stream), bool)
         train[rows] = train[spare] = False
         setattr(out, name, those(stream, train))
-    return thin(out)
+    return thin_parts(out)
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #8a01be5e
 def count_shared(training: Sequence[Transcript], held_out: list[Transcript]) -> dict[str, dict]:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 # %% auto #0
-__all__ = ['ESCAPES', 'PLAIN', 'squeeze', 'find_all', 'find_injection', 'join_spans', 'find_injections']
+__all__ = ['ESCAPES', 'PLAIN_WORD', 'squeeze', 'find_all', 'find_injection', 'join_spans', 'find_injections']
 
 # %% ../../nbs/transcripts/01_injections.ipynb #c61427f5
 ESCAPES = re.compile(
@@ -22,14 +22,14 @@ ESCAPES = re.compile(
 )
 
 # %% ../../nbs/transcripts/01_injections.ipynb #a3170daf
-PLAIN = re.compile(r"(?P<plain>[^\s\"'\\]+)")
+PLAIN_WORD = re.compile(r"(?P<plain>[^\s\"'\\]+)")
 
 # %% ../../nbs/transcripts/01_injections.ipynb #030d4dc1
 def squeeze(text: str, with_escapes: bool = True) -> tuple[str, array, array]:
     """Return `(bare, starts, ends)`: `text` without blanks, quotes and backslashes, and where each of the
-    characters left stood. In `escaped` text, escapes such as `\\u00e9` and `\\n` are undone first."""
+    characters left stood. In `with_escapes` text, escapes such as `\\u00e9` and `\\n` are undone first."""
     bare, starts, ends = [], array("i"), array("i")
-    for m in (ESCAPES if with_escapes else PLAIN).finditer(text):
+    for m in (ESCAPES if with_escapes else PLAIN_WORD).finditer(text):
         if m["plain"]:
             bare.append(m["plain"])
             starts.extend(range(m.start(), m.end()))
@@ -54,7 +54,7 @@ def find_all(text: str, part: str) -> Iterator[tuple[int, int]]:
 # %% ../../nbs/transcripts/01_injections.ipynb #0b843b14
 def find_injection(text: str, injection: str, squeeze_text: Callable = squeeze) -> list[tuple[int, int]]:
     """Return `[(start, end), ...]` of an `injection` in `text`: as it stands, else (from 12 characters on)
-    under YAML or JSON escapes. None for a blank one. `squeezed`: a `squeeze` that may remember."""
+    under YAML or JSON escapes. None for a blank one. `squeeze_text`: a `squeeze` that may remember."""
     if not injection.strip():
         return []
     if exact := list(find_all(text, injection)):

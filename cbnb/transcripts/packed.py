@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['FileRecord', 'PACKED', 'ROWS', 'TABLES', 'ZSTANDARD', 'HUB', 'open_zst', 'as_json', 'read_batches', 'read_parquet',
-           'read_arrow', 'unpack_zst_member', 'read_member', 'read_archive', 'hub_call', 'read_hub']
+__all__ = ['FileRecord', 'PACKED', 'ROW_GROUP', 'TABLES', 'ZSTANDARD', 'HUB', 'open_zst', 'as_json', 'read_batches',
+           'read_parquet', 'read_arrow', 'unpack_zst_member', 'read_member', 'read_archive', 'hub_call', 'read_hub']
 
 # %% ../../nbs/transcripts/02_packed.ipynb #4154c272
 # where a record stands in its file, the id that it gets where it has none, and what stands there: a record
@@ -73,15 +73,15 @@ def as_json(value: Any, where: str) -> Any:
     return value
 
 # %% ../../nbs/transcripts/02_packed.ipynb #f69cf12e
-ROWS = 32  # rows of a table that are held at a time
+ROW_GROUP = 32  # rows of a table that are held at a time
 
 
 def read_batches(batches: Iterable[pyarrow.RecordBatch], name: str) -> Iterator[FileRecord]:
     "Yield `(where, id, record or TranscriptError)` of the rows of Arrow record `batches`."
     number = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, ROWS):
-            for row in batch.slice(start, ROWS).to_pylist():
+        for start in range(0, batch.num_rows, ROW_GROUP):
+            for row in batch.slice(start, ROW_GROUP).to_pylist():
                 number += 1
                 where = f"{name}, row {number}"
                 try:
@@ -97,7 +97,7 @@ def read_parquet(path: str | Path, name: str) -> Iterator[FileRecord]:
 
     try:
         with open_regular(path) as file, pyarrow.parquet.ParquetFile(file) as table:
-            yield from read_batches(table.iter_batches(ROWS), name)
+            yield from read_batches(table.iter_batches(ROW_GROUP), name)
     except (pyarrow.lib.ArrowException, OSError) as e:
         raise TranscriptError(f"{name}: is damaged or cut off ({e}); make or fetch the file again") from None
 

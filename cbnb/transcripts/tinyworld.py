@@ -15,7 +15,7 @@ from .record import InjectionSpan, Transcript
 
 # %% auto #0
 __all__ = ['KEYS', 'PEOPLE', 'CITIES', 'MONTHS', 'COLOURS', 'FIELDS', 'READERS', 'ANY', 'ACTIONS', 'SENSITIVE', 'SYSTEM', 'ASKS',
-           'NOTES', 'INJECTIONS', 'QUOTES', 'KINDS', 'held_out', 'tool_schema', 'tool_task', 'general_task',
+           'PAGE_NOTES', 'INJECTIONS', 'QUOTES', 'TASK_KINDS', 'held_out', 'tool_schema', 'tool_task', 'general_task',
            'make_transcripts', 'write_data']
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #93ce0a02
@@ -100,7 +100,7 @@ ASKS = (
     "Look at {source} {key}, then {order}.",
     "In the {source} {key} you find what I need: {order}.",
 )
-NOTES = (
+PAGE_NOTES = (
     "Thanks for the quick reply.",
     "The lift is out of order today.",
     "Lunch is at noon as usual.",
@@ -192,7 +192,7 @@ def _result(rng, fields, note):
 def _note(rng, kind, split, key):
     "Return the note in a tool result: `(text, the call that the text names or None)`"
     if kind in ("plain", "sensitive"):
-        return rng.choice(NOTES), None
+        return rng.choice(PAGE_NOTES), None
     name = rng.choice(list(SENSITIVE))
     who, value = _pair(rng, [key], PEOPLE, split)[1], _value(rng, rng.choice(SENSITIVE[name][2]))
     frame = rng.choice(INJECTIONS if kind == "injection" else QUOTES)
@@ -283,15 +283,15 @@ def general_task(rng: random.Random, split: str, id: str) -> Transcript:
     )
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #69f5ecbb
-KINDS = ("plain", "sensitive", "hard_negative", "injection", "general")
+TASK_KINDS = ("plain", "sensitive", "hard_negative", "injection", "general")
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #9ff46040
 def make_transcripts(kind: str, n: int, split: str = "train", seed: int = 0) -> list[Transcript]:
     """Return `n` transcripts of one of the `KINDS`, the same for the same arguments.
 
     `split` is `train` or `eval` (held-out pairs). Raises ValueError for another kind or split."""
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if kind not in TASK_KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(TASK_KINDS)}")
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}; it must be train or eval")
     rng = random.Random(f"{kind}/{split}/{seed}")
@@ -307,12 +307,12 @@ def write_data(folder: str | Path, seed: int = 0) -> dict[str, Path]:
     name and renamed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    train = {k: make_transcripts(k, 600, seed=seed) for k in KINDS}
+    train = {k: make_transcripts(k, 600, seed=seed) for k in TASK_KINDS}
     parts = {
         "train_harmful": train["injection"],
         "train_benign": train["plain"] + train["sensitive"] + train["hard_negative"],
         "train_general": train["general"],
-        "eval": [t for k in KINDS for t in make_transcripts(k, 64, "eval", seed)],
+        "eval": [t for k in TASK_KINDS for t in make_transcripts(k, 64, "eval", seed)],
     }
     random.Random(seed).shuffle(parts["train_benign"])
     for name, rows in parts.items():

@@ -6,7 +6,7 @@
 __all__ = ['ARRAYS', 'LIST_LENGTH', 'candidate_texts', 'divergence_state', 'layer_state', 'kl_state', 'number_text', 'mean_table',
            'share_table', 'largest_table', 'candidate_table', 'kl_html', 'static_kl', 'KLExplorer', 'StillExplorer',
            'kl_explorer', 'newest_run', 'adapter_and_run', 'run_config', 'from_root', 'read_transcripts_of',
-           'held_out_of', 'transcripts_to_show', 'window_notes', 'drop_notes', 'Measured', 'measure', 'make_renew',
+           'held_out_of', 'transcripts_to_show', 'window_notes', 'training_notes', 'Measured', 'measure', 'make_renew',
            'find_base', 'masker_of_run', 'load_explorer', 'open_explorer']
 
 # %% ../../nbs/widgets/03_kl.ipynb #7813648a
@@ -65,7 +65,7 @@ from ..run.stages import read_status
 from ..step.models import load_model
 from ..transcripts.files import is_hub
 from ..transcripts.record import Transcript, TranscriptError
-from ..transcripts.tinyworld import KINDS, make_transcripts
+from ..transcripts.tinyworld import TASK_KINDS, make_transcripts
 from .strip import partial_bytes, spell_bytes, strip_mask, strip_state, view_bundle
 from .views import StaticView, is_live, module, page, source, spell_out, table_html
 
@@ -223,7 +223,7 @@ def kl_html(
     **rest: Any,
 ) -> str:
     """Return the explorer as HTML tables without scripts or styles: the KL of each student, its share by
-    role, its `n` tokens with the largest KL, and the candidates at the first of them. `ignored`: what else
+    role, its `n` tokens with the largest KL, and the candidates at the first of them. `rest`: what else
     `kl_state` takes."""
     if encoding is None:
         return table_html(("view",), [(problem or "no tokens",)])
@@ -435,7 +435,7 @@ def transcripts_to_show(
     data: str, run: Path | None, limit: int = LIST_LENGTH, **options: Any
 ) -> tuple[list[Transcript], str]:
     """Return at most `limit` transcripts, and a sentence that says so where there are more, else "": of the
-    entries `data` (separated by commas; read as the run read its own but for what is `given` of
+    entries `data` (separated by commas; read as the run read its own but for what is `options` of
     `cbnb.data.sources.READING`), of the tiny agent's world (`"tinyagent"`), or, if empty, those that `run`
     held out. Raises ValueError where there are none."""
     transcripts: Iterable[Transcript]
@@ -443,7 +443,7 @@ def transcripts_to_show(
         parameters = (read_record(run / "params.json") or {}) if run else {}
         transcripts = read_transcripts_of(split_commas(data), reading_of(parameters, **options))
     elif data or run is None:
-        transcripts = (t for kind in KINDS for t in make_transcripts(kind, 8, "eval"))
+        transcripts = (t for kind in TASK_KINDS for t in make_transcripts(kind, 8, "eval"))
     else:
         transcripts = held_out_of(run)
     some = list(itertools.islice(transcripts, limit + 1))
@@ -466,7 +466,7 @@ def window_notes(encoding: Encoding, config: CircuitBreakerConfig, label: str | 
     return [cut] * (start > 0 or end < n) + [turns] * config.split_turns + [harmful] * (label == "harmful")
 
 # %% ../../nbs/widgets/03_kl.ipynb #4dbae4d2
-def drop_notes(
+def training_notes(
     transcript: Transcript, masker: ChatMasker, policy: str, config: CircuitBreakerConfig
 ) -> list[str]:
     """Return a sentence that training with `config` takes nothing of a `transcript`, or not all of its turns,
@@ -510,7 +510,7 @@ def measure(
     notes = [
         note,
         *window_notes(encoding, config, transcript.label),
-        *drop_notes(transcript, masker, policy, config),
+        *training_notes(transcript, masker, policy, config),
     ]
     about = dict(
         encoding=encoding,
@@ -543,7 +543,7 @@ def make_renew(
         about, target, sides = last[choice]
         return {
             **about,
-            "divergence": diverge(target, sides, about["encoded"].input_ids, temperature, k),
+            "divergence": diverge(target, sides, about["encoding"].input_ids, temperature, k),
             "students": sides,
             "tokenizer": masker.tokenizer,
             "vocabulary": target.head(target.hidden[:1]).shape[1],

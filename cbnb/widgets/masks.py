@@ -25,15 +25,15 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 'SHORT', 'LABEL_WORDS', 'TRUNCATED', 'LISTED', 'HELD',
-           'MASKER_SETTINGS', 'ShownMask', 'give_reason', 'off_reason', 'explain_mask', 'rename_policy',
+__all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 'SHORT', 'LABEL_WORDS', 'TRUNCATED', 'LISTED',
+           'HELD', 'MASKER_SETTINGS', 'ShownMask', 'give_reason', 'off_reason', 'explain_mask', 'rename_policy',
            'error_sentence', 'own_policies', 'known_policies', 'audit_mask', 'apply_each', 'Exploration', 'explore',
            'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'make_tool', 'make_call',
            'page_task', 'known_bad', 'safe_cell', 'token_frame', 'csv_text', 'shorten', 'cell_text', 'frame_html',
            'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'explored_html', 'mask_entry',
            'mask_entries', 'explored_state', 'explored_view', 'skipped_sentence', 'Shelf', 'read_any_label',
-           'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path', 'MaskExplorer', 'say',
-           'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox', 'mask_explorer']
+           'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path', 'MaskExplorer',
+           'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox', 'mask_explorer']
 
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
@@ -41,7 +41,7 @@ from ..basics.terminal import visible
 from ..data.sources import Reading, open_source, read_entry, split_commas
 from ..masking.actions import for_policy
 from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
-from ..masking.audit import FINDING_KINDS, Finding, encode_each, mask_findings, message_of
+from ..masking.audit import FINDING_KINDS, MaskFinding, encode_each, mask_findings, message_of
 from ..masking.audit import NOTE_KINDS as MINOR
 from ..masking.masker import CONTROL_MODES, ChatMasker
 from cbnb.masking.policies import (
@@ -66,7 +66,7 @@ from ..run.settings import make_masker
 from ..transcripts.reader import TranscriptReader, read_transcripts
 from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
 from ..transcripts.spool import Spooled
-from .strip import NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
+from .strip import POLICY_NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
 from .views import StaticView, add_style, is_live, table_html, tables_html
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ShownMask:
     sentences: tuple[str, ...]
     note: str = ""
     kept: np.ndarray | None = None
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[MaskFinding, ...] = ()
 
 # %% ../../nbs/widgets/02_masks.ipynb #2f2e722c
 def give_reason(
@@ -113,7 +113,7 @@ def explain_mask(
     are left out. With `label` benign or harmful it is the policy's tokens with that label (`loss_mask`).
     Raises MaskError where the policy cannot be applied."""
     (transcript,) = for_policy([transcript], policy)
-    absent, used, note = lacks_injection(transcript, policy), find_policy(policy), NOTES.get(name, "")
+    absent, used, note = lacks_injection(transcript, policy), find_policy(policy), POLICY_NOTES.get(name, "")
     if absent:
         used = stand_in(policy)
         note = f"no injection is known here: {used.name} stands in, as in training"
@@ -141,7 +141,7 @@ def error_sentence(error: Exception) -> str:
 
 # %% ../../nbs/widgets/02_masks.ipynb #af6695fa
 # of the frames below
-COLUMNS = (
+COUNT_COLUMNS = (
     "position",
     "predicted_at",
     "token_id",
@@ -159,7 +159,7 @@ def own_policies(policies: Mapping[str, AnyPolicy] | None) -> list[tuple[str, An
     """Return `(name, policy)` of a reader's own policies, a dict by name of what `find_policy` takes. Raises
     ValueError for a name that is taken."""
     for name in policies or {}:
-        if name in POLICIES or name in COLUMNS:
+        if name in POLICIES or name in COUNT_COLUMNS:
             raise ValueError(
                 f"a policy of your own cannot be called {name}, which is taken; choose another name"
             )
@@ -183,7 +183,7 @@ def audit_mask(
     max_length: int | None = None,
     side: str = "targets",
 ) -> ShownMask:
-    "Return the `ShownMask` `shown` with what truncation leaves of it and with its findings."
+    "Return the `ShownMask` `row` with what truncation leaves of it and with its findings."
     stretch, n = None, len(row.values)
     if max_length is not None and n > max_length:
         stretch = np.zeros(n, bool)
@@ -241,13 +241,13 @@ class Exploration:
     model: str = ""
 
     @property
-    def findings(self) -> list[tuple[str, Finding]]:
+    def findings(self) -> list[tuple[str, MaskFinding]]:
         "Return `(name of the mask, Finding)` of all masks, or the one that there is none."
         if self.transcript is not None and self.encoding is None:
-            return [("every mask", Finding("no_mask", self.message, message_of(self.message)))]
+            return [("every mask", MaskFinding("no_mask", self.message, message_of(self.message)))]
         findings = [(m.name, f) for m in self.masks for f in m.findings]
         changes = adapted_line([self.transcript]) if self.transcript is not None else ""
-        return [*findings, ("every mask", Finding("adapted", changes))] if changes else findings
+        return [*findings, ("every mask", MaskFinding("adapted", changes))] if changes else findings
 
 # %% ../../nbs/widgets/02_masks.ipynb #fc067dcc
 def explore(
@@ -292,7 +292,7 @@ def count_frame(encoding: Encoding, masks: Iterable[ShownMask], by: str) -> pd.D
     return values.groupby([*keys], sort=False).sum().reset_index()
 
 # %% ../../nbs/widgets/02_masks.ipynb #0dc75d06
-def verdict(findings: Iterable[Finding]) -> str:
+def verdict(findings: Iterable[MaskFinding]) -> str:
     "Return findings in a few words: ✓ or ✗, and their kinds; notes are named as such."
     kinds = dict.fromkeys(f.kind for f in findings)
     grave = [kind for kind in kinds if kind not in MINOR]
@@ -563,7 +563,7 @@ TRUNCATED = ", truncated"
 def mask_entry(
     row: ShownMask, name: str, values: np.ndarray, codes: np.ndarray, sentences: Iterable[str]
 ) -> dict[str, Any]:
-    "Return a mask of the strip (see `cbnb.widgets.strip.strip_mask`) with the note of `shown`."
+    "Return a mask of the strip (see `cbnb.widgets.strip.strip_mask`) with the note of `row`."
     return {
         "name": visible(name),
         "note": visible(row.note),
@@ -875,7 +875,7 @@ class MaskExplorer:
         return view_bundle(self, self.box.root._repr_mimebundle_(**kwargs))
 
 # %% ../../nbs/widgets/02_masks.ipynb #32d99ac0
-def say(widget: ipywidgets.HTML, text: str) -> None:
+def show_text(widget: ipywidgets.HTML, text: str) -> None:
     "Show `text` in an HTML widget, as text."
     widget.value = f'<div role="status">{escape(visible(text))}</div>' if text else ""
 
@@ -997,7 +997,7 @@ class ExplorerBox:
         try:
             shelf = read_pasted(self.text.value)
         except TranscriptError as e:
-            say(self.note, error_sentence(e))
+            show_text(self.note, error_sentence(e))
         else:
             self.explorer.set(transcripts=shelf, number=1)
 
@@ -1006,9 +1006,9 @@ class ExplorerBox:
         t = self.explorer.exploration.transcript
         name = "masks" if t is None else f"masks-{t.id}"
         try:
-            say(self.answer, f"written: {write(free_path(name, ending)).resolve()}")
+            show_text(self.answer, f"written: {write(free_path(name, ending)).resolve()}")
         except OSError as e:
-            say(self.answer, f"nothing was written: {error_sentence(e)}")
+            show_text(self.answer, f"nothing was written: {error_sentence(e)}")
 
     def look(self, change: dict[str, Any]) -> None:
         "Remember what a reader chose in the strip, also while it is empty for a moment."
@@ -1023,8 +1023,10 @@ class ExplorerBox:
         self.quiet = True
         try:
             self.set_choices(explorer.settings, shelf, explorer.exploration.transcript)
-            say(self.note, "" if shelf is None else " ".join(filter(None, (more, shelf.note, shelf.skipped))))
-            say(self.answer, "")
+            show_text(
+                self.note, "" if shelf is None else " ".join(filter(None, (more, shelf.note, shelf.skipped)))
+            )
+            show_text(self.answer, "")
             self.tables.value = add_style(explored_html(explorer.exploration))
             explorer.looks["selected"] = -1
             state = explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks)

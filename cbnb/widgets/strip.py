@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts', 'strip_tokens',
-           'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html', 'empty_encoded',
-           'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip', 'token_strip']
+__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
+           'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html',
+           'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip',
+           'token_strip']
 
 # %% ../../nbs/widgets/01_strip.ipynb #563dcae5
 def is_text(raw: bytes) -> bool:
@@ -123,7 +124,7 @@ def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None =
     }
 
 # %% ../../nbs/widgets/01_strip.ipynb #4ec8cd00
-NOTES = {"first_header": "WRONG, for comparison only", "full_sequence": "never right for a KL term"}
+POLICY_NOTES = {"first_header": "WRONG, for comparison only", "full_sequence": "never right for a KL term"}
 
 # %% ../../nbs/widgets/01_strip.ipynb #8560511a
 def check_values(values: Any, encoding: Encoding, name: str, kind: type) -> np.ndarray:
@@ -156,7 +157,7 @@ def strip_mask(
         values = check_values(mask, encoding, f"the mask {name!r}", bool)
     return {
         "name": visible(name),
-        "note": NOTES.get(name, ""),
+        "note": POLICY_NOTES.get(name, ""),
         "values": values.astype(np.uint8).tobytes(),
         "codes": codes.astype(np.uint32).tobytes(),
         "sentences": [visible(s) for s in sentences],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'ROWS_SHOWN', 'VALUES_OFFERED', 'verdict_text', 'measures', 'table_cells', 'runs_table', 'picture',
-           'run_views', 'filter_runs', 'filter_boxes', 'live_box', 'explorer_html', 'explore']
+           'run_views', 'filter_runs', 'filter_boxes', 'live_box', 'explorer_html', 'explore_sweep']
 
 # %% ../../nbs/widgets/05_sweep.ipynb #3997854a
 import base64
@@ -19,8 +19,8 @@ import pandas as pd
 
 from ..basics.terminal import visible
 from ..report.figures import WIDTH, curves, newest_notebook, static_svg, terms_in
-from ..report.sweep import AGAINST, against, by_kind, headline, link_to, text_cell
-from ..report.verdicts import CHECKS, Sweep, advice, verdicts
+from ..report.sweep import AGAINST, against, by_kind, link_to, sweep_headline, text_cell
+from ..report.verdicts import CHECKS, Sweep, sweep_advice, verdicts
 from ..run.metrics import log_rows
 from .views import is_live
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 # %% ../../nbs/widgets/05_sweep.ipynb #267b3bdc
 def verdict_text(sweep: Sweep) -> str:
     "Return verdicts, advice, runs that are not done and notes of a sweep, as plain text."
-    lines = [headline(sweep), ""]
+    lines = [sweep_headline(sweep), ""]
     for v in verdicts(sweep):
         lines.append(f"{v.label + ': ' if v.label else ''}{CHECKS[v.check]}: {v.verdict}. {v.why}")
-    counsel = [f"Advice: {a.label + ': ' if a.label else ''}{a.text}" for a in advice(sweep)]
+    counsel = [f"Advice: {a.label + ': ' if a.label else ''}{a.text}" for a in sweep_advice(sweep)]
     none = "Advice: none; nothing in these runs is beyond its margin, or they are void or unclear."
     lines += ["", *(counsel or [none])]
     rest = sweep.frame[sweep.frame["state"] != "done"]
@@ -191,12 +191,12 @@ def explorer_html(sweep: Sweep) -> str:
     return runs_table(sweep, sweep.frame) + "".join(pictures)
 
 # %% ../../nbs/widgets/05_sweep.ipynb #2cfbccca
-def explore(sweep: Sweep) -> None:
+def explore_sweep(sweep: Sweep) -> None:
     """Display the explorer of a sweep: with filters where somebody sits at a front end, else as tables and
     pictures that need neither kernel nor script."""
     from IPython.display import display
 
-    bundle = {"text/html": explorer_html(sweep), "text/plain": headline(sweep)}
+    bundle = {"text/html": explorer_html(sweep), "text/plain": sweep_headline(sweep)}
     if is_live():
         bundle = live_box(sweep)._repr_mimebundle_() | bundle
     display(bundle, raw=True)
