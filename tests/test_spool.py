@@ -128,7 +128,7 @@ def test_no_file_is_left_whatever_ends_the_process(scratch, tmp_path):
 
 def test_processes_read_one_file(masker, tmp_path, monkeypatch):
     "What several processes encode of it, and what several read at once, is what one makes of a list."
-    monkeypatch.setattr("cbnb.train.store.PIECE", 7)
+    monkeypatch.setattr("cbnb.train.store.STORE_PIECE", 7)
     chats = make_transcripts("plain", 40)
     kept = spool_transcripts(chats)
     samples, report = encode_stream(chats, masker, "assistant_only")

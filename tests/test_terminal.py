@@ -85,7 +85,7 @@ def test_an_exit_says_nothing_by_itself():
         and not isinstance(call.args[0], ast.Call)
         and not isinstance(getattr(call.args[0], "value", 0), int)
     ]
-    assert not found, f"raise it in what cbnb.basics.terminal.ended carries out: {found}"
+    assert not found, f"raise it in what cbnb.basics.terminal.run_program carries out: {found}"
 
 
 def test_one_function_makes_visible():

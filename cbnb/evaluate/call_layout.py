@@ -412,7 +412,7 @@ def spelled_at(text: str, value: Any) -> tuple[int, int] | None:
 
 # %% ../../nbs/evaluate/02_call_layout.ipynb #4d9bcdbf
 def find_nested(array: str, obj: str, quote: tuple) -> Nested:
-    "Return the `Nested` of the texts of `KINDS`' array and object. Raises Underivable."
+    "Return the `Nested` of the texts of `VALUE_KINDS`' array and object. Raises Underivable."
     word = f"{quote[0]}zqva{quote[1]}"
     one, two = find(array, "48151"), find(array, word)
     x, a, y, b = find(obj, "zqx"), find(obj, word), find(obj, "zqy"), find(obj, "48151")

@@ -905,7 +905,7 @@ def figure_bundle(fig: go.Figure) -> dict[str, Any]:
 
 # %% ../../nbs/report/00_figures.ipynb #159f1775
 def show(fig: go.Figure) -> None:
-    "Display a figure made by `curves` as one output with the forms of `mime_bundle`."
+    "Display a figure made by `curves` as one output with the forms of `figure_bundle`."
     from IPython.display import display
 
     display(figure_bundle(fig), raw=True)

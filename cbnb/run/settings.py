@@ -96,7 +96,7 @@ class Facts(NamedTuple):
 
 # %% ../../nbs/run/12_settings.ipynb #setng07b
 def model_facts(name: str, trust_remote_code: bool = False) -> Facts:
-    """Return the `Facts` of the model `name`: a key of `SHAPES`, tinyagent, a local folder or a hub id,
+    """Return the `Facts` of the model `name`: a key of `MODEL_SHAPES`, tinyagent, a local folder or a hub id,
     from its configuration alone. Raises OSError, in a sentence with the name, where there is none, and
     ConfigError as `cbnb.step.loaders.read_config`."""
     if name in MODEL_SHAPES:

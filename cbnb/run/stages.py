@@ -47,7 +47,7 @@ from .records import STATES, read_record
 
 # %% ../../nbs/run/04_stages.ipynb #b2677d40
 def process_state(status: dict[str, Any]) -> str:
-    """Return what `cbnb.basics.lease.judge` says of the process that `status` names, where there is no
+    """Return what `cbnb.basics.lease.judge_lease` says of the process that `status` names, where there is no
     lease."""
     return judge_lease({"token": "", **status}, 0)
 
@@ -56,7 +56,7 @@ def still_running(path: str | Path, status: dict[str, Any]) -> bool:
     """Return whether another process may still write to the run directory `path`, whose status is `status`.
 
     The lease decides; where somebody has removed it, the process that `status` names. Only a proof that the
-    process has ended counts as no (`cbnb.basics.lease.judge`)."""
+    process has ended counts as no (`cbnb.basics.lease.judge_lease`)."""
     state, me = lease_state(path), identity()
     same = all(status.get(key) == me[key] for key in ("node", "namespace", "pid", "pid_started"))
     if state is None and me["pid_started"] and same:

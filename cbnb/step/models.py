@@ -440,7 +440,7 @@ def own_name(kind: type, block: type) -> str:
 
 # %% ../../nbs/step/04_models.ipynb #713262f3
 def weight_kind(block: nn.Module, path: str) -> str:
-    """Return which of `KINDS` the weight at `path` in a block is, by names and classes on the way, the
+    """Return which of `WEIGHT_KINDS` the weight at `path` in a block is, by names and classes on the way, the
     family's own name last (`FalconMambaMixer`); `other` for norms, biases and whatever else. In a block
     without experts there are no shared ones: they are its MLP."""
     owner, words, families = block, [], []

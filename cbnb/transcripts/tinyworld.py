@@ -287,7 +287,7 @@ TASK_KINDS = ("plain", "sensitive", "hard_negative", "injection", "general")
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #9ff46040
 def make_transcripts(kind: str, n: int, split: str = "train", seed: int = 0) -> list[Transcript]:
-    """Return `n` transcripts of one of the `KINDS`, the same for the same arguments.
+    """Return `n` transcripts of one of the `TASK_KINDS`, the same for the same arguments.
 
     `split` is `train` or `eval` (held-out pairs). Raises ValueError for another kind or split."""
     if kind not in TASK_KINDS:

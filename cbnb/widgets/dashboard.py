@@ -213,7 +213,7 @@ TERM_COLUMNS = (
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #892c157f
 def term_cells(snapshot: Snapshot, term: Term, loss: float) -> tuple[str, ...]:
-    "Return the row of `term` in the table, a text for each of `COLUMNS`; `loss` is the whole of its share."
+    "Return the row of `term` in the table, a text for each of `TERM_COLUMNS`; `loss` is the whole of its share."
     value, change = last_and_change(snapshot.rows, f"loss_{term.name}")
     weighted_share = last_and_change(snapshot.rows, f"weighted_{term.name}")[0]
     norm, turn = last_and_change(snapshot.rows, f"grad_norm_{term.name}")
@@ -229,7 +229,7 @@ def term_cells(snapshot: Snapshot, term: Term, loss: float) -> tuple[str, ...]:
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #0d035663
 def term_table(snapshot: Snapshot) -> pd.DataFrame:
-    """Return one row per term and one for the loss, `COLUMNS` of text; the index holds the titles of the
+    """Return one row per term and one for the loss, `TERM_COLUMNS` of text; the index holds the titles of the
     run's terms. Missing values are an em dash."""
     terms, loss = terms_of(snapshot), last_and_change(snapshot.rows, "loss")[0]
     lines = [term_cells(snapshot, term, loss) for term in terms.values()]
@@ -304,7 +304,7 @@ def summary_bundle(snapshot: Snapshot, ending: str = "") -> dict[str, str]:
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #107b51dd
 def curves_bundle(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the curves as one output (see `cbnb.report.figures.mime_bundle`); if they cannot be drawn, the
+    """Return the curves as one output (see `cbnb.report.figures.figure_bundle`); if they cannot be drawn, the
     reason: a view must never end a run."""
     try:
         return figure_bundle(curves(snapshot.rows, terms_of(snapshot)))

@@ -502,7 +502,7 @@ def measure(
     note: str = "",
 ) -> Measured:
     """Return the `Measured` of one `transcript` under the policy and the window of `config`, with `note` and
-    the sentences of `window_notes` and `drop_notes` as its problem. Raises what `encode_window` and `compare`
+    the sentences of `window_notes` and `training_notes` as its problem. Raises what `encode_window` and `compare`
     raise."""
     policy = config.harmful_policy if transcript.label == "harmful" else config.benign_policy
     (transcript,) = for_policy([transcript], policy)

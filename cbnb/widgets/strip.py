@@ -74,7 +74,7 @@ def spell_bytes(raw: bytes) -> str:
 
 # %% ../../nbs/widgets/01_strip.ipynb #d08995be
 def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
-    """Return what each token of `encoding` is shown as (n texts), by `cbnb.widgets.views.shown`. With its
+    """Return what each token of `encoding` is shown as (n texts), by `cbnb.widgets.views.spell_out`. With its
     `tokenizer`, parts of a character are shown as bytes, `<0xE5>`, and the last of them with the character
     they make, `<0x8F>=司`."""
     pieces = token_texts(encoding)
