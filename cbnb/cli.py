@@ -916,8 +916,8 @@ def carry_out(words: Sequence[str]) -> int:
 # %% ../nbs/cli.ipynb #climain1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the program's arguments) and return its exit status, see
-    `cbnb.basics.terminal.run_program`: what is wrong with the input is one sentence on stderr and status 2, with
-    which the process ends where the words themselves are wrong."""
+    `cbnb.basics.terminal.run_program`: what is wrong with the input is one sentence on stderr and status 2,
+    with which the process ends where the words themselves are wrong."""
     safe_output()  # before --help and argparse's own words
     return run_program(partial(carry_out, sys.argv[1:] if argv is None else argv), "cbnb", REFUSALS)
 

@@ -117,8 +117,8 @@ LEASE_TEXTS = ("node", "namespace", "job", "pid_started")  # fields that are tex
 # %% ../../nbs/basics/05_lease.ipynb #061f2b44
 def lease_of(data: bytes) -> dict:
     """Return the record (dict) that the bytes `data` of a lease hold, empty for anything else than a JSON
-    object with a text as token, a whole number from 1 to `MAX_PID` as pid, text or None in `LEASE_TEXTS`, whole
-    numbers else."""
+    object with a text as token, a whole number from 1 to `MAX_PID` as pid, text or None in `LEASE_TEXTS`,
+    whole numbers else."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
@@ -356,8 +356,8 @@ def lease_refusal(
     """Return why the lease `path` of `folder` cannot be taken, as a sentence; None where it may be tried
     again.
 
-    `state` is what `judge_lease` says of the `record`, which has stood there for `age` seconds, the last of `signs`
-    states that were met; `is_late` says that the caller has waited for as long as it would."""
+    `state` is what `judge_lease` says of the `record`, which has stood there for `age` seconds, the last of
+    `signs` states that were met; `is_late` says that the caller has waited for as long as it would."""
     if state == "unreadable" and age > 1:
         return f"{path} is not a lease that can be read: remove it if nobody writes to {folder}"
     if (state == "live" or state == "fresh" and signs > 1) and is_late:
@@ -460,8 +460,8 @@ def check_lease(folder: str | Path, name: str = ".lease") -> None:
 
 # %% ../../nbs/basics/05_lease.ipynb #753344fb
 def lease_state(folder: str | Path, name: str = ".lease") -> str | None:
-    """Return who holds the lease of `folder`: None without one, else `mine`, or what `judge_lease` says. Never
-    waits: `fresh` is one whose process cannot be seen from here and that has not expired."""
+    """Return who holds the lease of `folder`: None without one, else `mine`, or what `judge_lease` says.
+    Never waits: `fresh` is one whose process cannot be seen from here and that has not expired."""
     path = lease_path(folder, name)
     if is_mine(path):
         return "mine"

@@ -86,8 +86,8 @@ TERM_STARTS = {"reroute": 1.0, "retain": 0.0, "kl": 0.0}  # of the objectives rr
 
 def at_floor(row: dict, floor: dict | None, starts: dict[str, float | None] | None = None) -> list[str]:
     """Return those of `reroute`, `retain` and `kl` that stand at the `floor` in a line of metrics.jsonl;
-    nothing without a floor. `starts` (None: `TERM_STARTS`): what each reads for an untouched student, above 0 for
-    one that falls; a term whose start is None has no floor."""
+    nothing without a floor. `starts` (None: `TERM_STARTS`): what each reads for an untouched student, above 0
+    for one that falls; a term whose start is None has no floor."""
     return [
         name
         for name, start in (TERM_STARTS if starts is None else starts).items()

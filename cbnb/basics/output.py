@@ -35,8 +35,8 @@ PLAIN_SIGNS = {
 
 # %% ../../nbs/basics/09_output.ipynb #147f7626
 def in_plain(error: UnicodeError) -> tuple[str, int]:
-    """Return what is written for characters that an output cannot show: those of `PLAIN_SIGNS` in ASCII, others as
-    Python escapes. An error handler of codecs."""
+    """Return what is written for characters that an output cannot show: those of `PLAIN_SIGNS` in ASCII,
+    others as Python escapes. An error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     texts = (

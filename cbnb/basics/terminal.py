@@ -66,8 +66,8 @@ def shorten_middle(text: str, most: int = LONGEST_PIECE) -> str:
 # %% ../../nbs/basics/02_terminal.ipynb #4de8e0b4
 def sentence(text: object, words: Iterable[str] = ()) -> str:
     """Return `text` (anything; its `str`) as one line that is `visible` and bounded: what stands in quotation
-    marks, what has no blank, and each of the `words` of a command line with its parts has `LONGEST_PIECE` characters
-    at most, the whole `SENTENCE`."""
+    marks, what has no blank, and each of the `words` of a command line with its parts has `LONGEST_PIECE`
+    characters at most, the whole `SENTENCE`."""
     text = str(text).strip()
     text = visible(
         scrub(text) if len(text) > LONGEST_PIECE else text

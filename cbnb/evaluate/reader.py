@@ -726,7 +726,8 @@ def check_text(reader: AnswerReader) -> str:
 
 # %% ../../nbs/evaluate/03_reader.ipynb #b89da6f4
 def call_cases(parallel: bool) -> dict[str, dict]:
-    "Return the messages that `check_call_reading` tries, by what each is; `parallel`: those with two calls, too."
+    """Return the messages that `check_call_reading` tries, by what each is; `parallel`: those with two
+    calls, too."""
     cases = {
         "a call with arguments of every type": saying(CHECK),
         "a call without arguments": saying({}),

@@ -71,8 +71,8 @@ class Criterion:
     """The rule and the words of one finding.
 
     `name`: what is measured, in `unit`; `rule`: how a good measurement stands to the limit, a key of
-    `COMPARISONS`; `good` and `bad`: the sentence for either case; `advice`: what follows `bad`; `otherwise`: the
-    verdict of a bad measurement."""
+    `COMPARISONS`; `good` and `bad`: the sentence for either case; `advice`: what follows `bad`; `otherwise`:
+    the verdict of a bad measurement."""
 
     name: str
     rule: str

@@ -250,9 +250,9 @@ ALARM_RULES = {rule.__name__: rule for rule in (dead, collapsed, saturated, sile
 
 
 def go_off(alarms: list[dict], rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> list[dict]:
-    """Apply `ALARM_RULES` to the last of `rows`; return the alarms that are new and add them to `alarms`: `{alarm,
-    step, last_step, text}`, the step at which it went off, the newest one at which it still held, and its
-    sentence. An alarm that goes off again only moves its `last_step`."""
+    """Apply `ALARM_RULES` to the last of `rows`; return the alarms that are new and add them to `alarms`:
+    `{alarm, step, last_step, text}`, the step at which it went off, the newest one at which it still held,
+    and its sentence. An alarm that goes off again only moves its `last_step`."""
     by_name, new = {alarm["alarm"]: alarm for alarm in alarms}, []
     for name, rule in ALARM_RULES.items():
         if not (text := rule(rows, config, floor)):

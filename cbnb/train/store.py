@@ -94,8 +94,8 @@ def _piece(transcripts):
 
 # %% ../../nbs/train/03_store.ipynb #64a954ff
 def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int) -> Iterator:
-    """Yield `work` of `STORE_PIECE` transcripts after the other, in order, done by so many `processes`, with at
-    most two pieces for each under way. For one process, and where none can be forked, all is done here."""
+    """Yield `work` of `STORE_PIECE` transcripts after the other, in order, done by so many `processes`, with
+    at most two pieces for each under way. For one process, and where none can be forked, all is done here."""
     global _WORK
     rest = iter(transcripts)
     parts = iter(lambda: list(islice(rest, STORE_PIECE)), [])

@@ -213,7 +213,8 @@ TERM_COLUMNS = (
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #892c157f
 def term_cells(snapshot: Snapshot, term: Term, loss: float) -> tuple[str, ...]:
-    "Return the row of `term` in the table, a text for each of `TERM_COLUMNS`; `loss` is the whole of its share."
+    """Return the row of `term` in the table, a text for each of `TERM_COLUMNS`; `loss` is the whole of its
+    share."""
     value, change = last_and_change(snapshot.rows, f"loss_{term.name}")
     weighted_share = last_and_change(snapshot.rows, f"weighted_{term.name}")[0]
     norm, turn = last_and_change(snapshot.rows, f"grad_norm_{term.name}")

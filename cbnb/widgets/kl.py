@@ -502,8 +502,8 @@ def measure(
     note: str = "",
 ) -> Measured:
     """Return the `Measured` of one `transcript` under the policy and the window of `config`, with `note` and
-    the sentences of `window_notes` and `training_notes` as its problem. Raises what `encode_window` and `compare`
-    raise."""
+    the sentences of `window_notes` and `training_notes` as its problem. Raises what `encode_window` and
+    `compare` raise."""
     policy = config.harmful_policy if transcript.label == "harmful" else config.benign_policy
     (transcript,) = for_policy([transcript], policy)
     encoding, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
