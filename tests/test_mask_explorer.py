@@ -402,7 +402,10 @@ WRONG = {
         dict(transcripts=PLAIN, policies={"assistant_only": len}),
         "cannot be called assistant_only",
     ),
-    "role": (dict(transcripts=[Transcript("a", [{"role": None, "content": 1}])]), "no object with a role"),
+    "role": (
+        dict(transcripts=[Transcript("a", [{"role": None, "content": 1}])]),
+        "not an object with a role",
+    ),
     "empty": (dict(transcripts=[]), "no transcript 1"),
 }
 

@@ -29,8 +29,9 @@ from ..basics.withheld import scrub_notebook
 from .stages import Run
 
 # %% auto #0
-__all__ = ['SAVE_SECONDS', 'RECORDING', 'ANSWERS', 'LAST_CELL', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
-           'stop_recording', 'end_recording', 'record_path', 'start_book', 'record_notebook']
+__all__ = ['SAVE_SECONDS', 'RECORDING', 'ANSWERS', 'LAST_CELL', 'Book', 'messages', 'save', 'follow', 'note_quiet',
+           'cells_so_far', 'Recording', 'stop_recording', 'end_recording', 'record_path', 'start_book',
+           'record_notebook']
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
 class Book:
@@ -136,6 +137,19 @@ def follow(
     if has_news:
         save(book, path)
 
+# %% ../../nbs/run/09_recorder.ipynb #05cb5c30
+def note_quiet(
+    stream: Iterable[dict[str, Any] | None], quiet: threading.Event
+) -> Iterator[dict[str, Any] | None]:
+    """Yield the messages of `stream`; `quiet` is set when those before a None have been dealt with, and
+    cleared with the next message."""
+    for message in stream:
+        if message is not None:
+            quiet.clear()
+        yield message
+        if message is None:
+            quiet.set()
+
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
 def cells_so_far(source: Any, sources: list[str]) -> list[str]:
     """Return those of the `sources` cells' sources that belong to this run of the `source` notebook.
@@ -148,11 +162,12 @@ def cells_so_far(source: Any, sources: list[str]) -> list[str]:
 # %% ../../nbs/run/09_recorder.ipynb #5d34124a
 @dataclass
 class Recording:
-    """Hold a recording under way: its `thread`, the event `over` that ends it, and the execution count of its
-    `last` cell, once that is known."""
+    """Hold a recording under way: its `thread`, the event `over` that ends it, the event `quiet` that is set
+    when all messages so far are written, and the execution count of its `last` cell, once that is known."""
 
     thread: threading.Thread | None = None
     over: threading.Event = field(default_factory=threading.Event)
+    quiet: threading.Event = field(default_factory=threading.Event)
     last: int | None = None
 
     def is_last(self, count: int | None) -> bool:
@@ -178,9 +193,13 @@ def stop_recording() -> None:
 
 # %% ../../nbs/run/09_recorder.ipynb #ab23e2be
 def end_recording() -> None:
-    """End the recording of this kernel, if there is one, with the end of the cell that calls this."""
+    """End the recording of this kernel, if there is one, with the end of the cell that calls this. Return
+    when all that came before is written."""
     for recording in RECORDING:
         recording.last = len(get_ipython().user_ns["In"]) - 1
+        recording.quiet.clear()
+        if recording.thread and recording.thread.is_alive():
+            recording.quiet.wait(ANSWERS)
 
 # %% ../../nbs/run/09_recorder.ipynb #f42a5cc0
 atexit.register(stop_recording)
@@ -222,7 +241,8 @@ def record_notebook(run: Run) -> Path | None:
     save(book, path)  # the first one is slow
 
     def listen() -> None:
-        follow(book, path, messages(connection, recording.over, ready), recording.is_last)
+        stream = note_quiet(messages(connection, recording.over, ready), recording.quiet)
+        follow(book, path, stream, recording.is_last)
 
     recording.thread = threading.Thread(target=listen, daemon=True)
     recording.thread.start()

@@ -365,12 +365,12 @@ def keep_surroundings(run: Run, now: dict[str, str]) -> None:
 
     from_first(keep)
 
-# %% ../../nbs/train/02_same.ipynb #c17ce8bc
+# %% ../../nbs/train/02_same.ipynb #9d82b927
 # share of a figure: kernels for the same arithmetic differ by less, other arithmetic by more
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 SEEN, TINY = 1e-6, 0.01  # a smaller share is told nobody; figures below count as this one
 
-
+# %% ../../nbs/train/02_same.ipynb #c17ce8bc
 def compare_figures(run: Run, before: dict, now: dict[str, float], made_with: dict, dtype: str) -> None:
     """Compare `now` with the figures `before` (`values`, and `with` what they were made); report a difference
     within rounding (`tell_changes`). Raises RunError for one that is more (`ROUNDING`)."""

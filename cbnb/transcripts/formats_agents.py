@@ -143,7 +143,7 @@ def agentdojo_label(record: dict, where: str) -> str | None:
         need(
             not record["user_task_id"].startswith("injection_task"),
             f"{where}, user_task_id",
-            "is an injection task as the user's own request; its file does not say if that "
+            "is an injection task, given as the user's own request; its file does not say if that "
             f"is harmful, {advice}",
         )
         return "benign"
