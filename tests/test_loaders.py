@@ -138,7 +138,6 @@ OWN = {  # the tiny agent and the presets' models
     "load_model(config.model, config.dtype)",
     "load_tokenizer(config.model)",
     "model_facts(own)",
-    "model_facts(own_model)",
     "model_facts(PRESETS[PUBLISHED].model)",
     "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, "
     "policies={'chatml_header': chatml_header})",
@@ -155,10 +154,7 @@ def test_the_users_flag_reaches_the_door():
             if name not in TAKES or text in OWN or "'tinyagent'" in text:
                 continue
             passed = (
-                "trust_remote_code" in text
-                or "trust)" in text
-                or "trusted" in text
-                or any(k.arg is None for k in node.keywords)
+                "trust_remote_code" in text or "trusted" in text or any(k.arg is None for k in node.keywords)
             )
             assert passed, (path, node.lineno, text)
 

@@ -415,13 +415,13 @@ def decoding_for(adapters: list[Adapter], **options: Any) -> Decoding:
 def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, Decoding]:
     """Return `(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is
     loaded. Raises RunError, ValueError or ConfigError, in one sentence, for what cannot be evaluated."""
-    trust = parameters.get("trust_remote_code", False)
-    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust)
+    trust_remote_code = parameters.get("trust_remote_code", False)
+    adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust_remote_code)
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
-        model_facts(name, trust)  # code that comes with it is reported here
+        model_facts(name, trust_remote_code)  # code that comes with it is reported here
     return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING_FIELDS})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b

@@ -196,15 +196,15 @@ def settings_by_rule(
 def shape_notes(preset: str, model: str, trust_remote_code: bool) -> list[str]:
     """Return a sentence where `model` is of another shape than the model of `preset`, or where its shape
     cannot be read; else an empty list."""
-    own_model = PRESETS[preset].model
+    own = PRESETS[preset].model
     try:
-        facts, fit = model_facts(model, trust_remote_code), model_facts(own_model)
+        facts, fit = model_facts(model, trust_remote_code), model_facts(own)
     except OSError as e:
         return [f"whether the preset {preset} fits {model} was not looked at: {e}"]
     if facts[:3] == fit[:3]:
         return []
     return [
-        f"the preset {preset} is for {own_model} ({fit}), and {model} is another model ({facts}): its "
+        f"the preset {preset} is for {own} ({fit}), and {model} is another model ({facts}): its "
         "layers, rank and learning rate were not made for it; leave preset out, and they follow from the "
         "model's depth and width"
     ]
