@@ -229,13 +229,13 @@ def test_a_setting_that_would_do_nothing_is_refused(given, words):
 MINE = """
 import torch
 from dataclasses import replace
-from cbnb.step.objectives import COSINE, KL, Objective, Term, reroute_cosine
+from cbnb.step.objectives import COSINE_TERM, KL, Objective, Term, reroute_cosine
 def cosine(harmful, benign, config): return 1 - torch.cosine_similarity(*benign, dim=-1)
 def detached(harmful, benign, config): return reroute_cosine(harmful, benign, config).detach()
 def weights(config, c_s, c_r): return {"reroute": c_s, "retain": c_r, "kl": 0.0}
 stay = Term("retain", "stay", "mean 1 - cosine", 0.0, 2.0, 0.0, cosine)
-held = Objective("held", (COSINE, stay, KL), weights)
-loose = Objective("loose", (replace(COSINE, per_token=detached), stay, KL), weights)
+held = Objective("held", (COSINE_TERM, stay, KL), weights)
+loose = Objective("loose", (replace(COSINE_TERM, per_token=detached), stay, KL), weights)
 """
 
 

@@ -62,8 +62,8 @@ def test_import_needs_no_torch():
 
 def test_world_is_the_same_in_every_process():
     code = (
-        "from cbnb.transcripts.tinyworld import *; import hashlib; rows = [make_transcripts(k, 50) for k in "
-        "KINDS]; "
+        "from cbnb.transcripts.tinyworld import *; import hashlib; "
+        "rows = [make_transcripts(k, 50) for k in TASK_KINDS]; "
         "print(hashlib.sha256(repr(rows).encode()).hexdigest())"
     )
     first, second = (python("-c", code, PYTHONHASHSEED=seed) for seed in ("1", "2"))
