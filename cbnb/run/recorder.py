@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import threading
 import time
 import uuid
@@ -29,8 +30,8 @@ from ..basics.withheld import scrub_notebook
 from .stages import Run
 
 # %% auto #0
-__all__ = ['SAVE_SECONDS', 'RECORDING', 'ANSWERS', 'LAST_CELL', 'Book', 'messages', 'save', 'follow', 'note_quiet',
-           'cells_so_far', 'Recording', 'stop_recording', 'end_recording', 'record_path', 'start_book',
+__all__ = ['SAVE_SECONDS', 'MARK', 'RECORDING', 'ANSWERS', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
+           'wait_until_written', 'stop_recording', 'end_recording', 'finish_cell', 'record_path', 'start_book',
            'record_notebook']
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
@@ -110,45 +111,36 @@ def save(book: Book, path: Path) -> None:
     except OSError:
         pass
 
+# %% ../../nbs/run/09_recorder.ipynb #fd6559ad
+MARK = "cbnb_mark"  # in the metadata of a status message, which every front end passes over
+
 # %% ../../nbs/run/09_recorder.ipynb #014ef133
 def follow(
     book: Book,
     path: Path,
     stream: Iterable[dict[str, Any] | None],
-    is_last: Callable[[int | None], bool] = lambda count: False,
+    on_mark: Callable[[str], None] = lambda mark: None,
 ) -> None:
-    """Put the messages of `stream` into `book`, and save it to `path` at the start and end of each cell, once
-    no message waits (None), and within long ones.
-
-    End with the cell for whose execution count `is_last` holds."""
+    """Put the messages of `stream` into `book`, and save it to `path`: at a mark, at the start of a cell as
+    soon as no message waits (None), and within long cells. Call `on_mark` with each mark, when all before it
+    is saved."""
     last_save, has_news, due = time.monotonic(), True, False
     for message in stream:
-        is_end = False
-        if message:
-            if is_start := message["msg_type"] == "execute_input":
+        mark = message and message.get("metadata", {}).get(MARK)
+        if message and not mark:
+            if message["msg_type"] == "execute_input":
                 book.execute(message["content"]["code"], message["content"]["execution_count"])
-            has_news, is_end = True, book.output(message)
-            due = due or is_start or is_end
-        if has_news and (message is None and due or time.monotonic() - last_save > SAVE_SECONDS):
+                due = True
+            due = book.output(message) or due
+            has_news = True
+        waits_no_longer = mark or message is None and due or time.monotonic() - last_save > SAVE_SECONDS
+        if has_news and waits_no_longer:
             save(book, path)
             last_save, has_news, due = time.monotonic(), False, False
-        if is_end and is_last(book.notebook.cells[-1].execution_count):
-            break
+        if mark:
+            on_mark(mark)
     if has_news:
         save(book, path)
-
-# %% ../../nbs/run/09_recorder.ipynb #05cb5c30
-def note_quiet(
-    stream: Iterable[dict[str, Any] | None], quiet: threading.Event
-) -> Iterator[dict[str, Any] | None]:
-    """Yield the messages of `stream`; `quiet` is set when those before a None have been dealt with, and
-    cleared with the next message."""
-    for message in stream:
-        if message is not None:
-            quiet.clear()
-        yield message
-        if message is None:
-            quiet.set()
 
 # %% ../../nbs/run/09_recorder.ipynb #f76dc132
 def cells_so_far(source: Any, sources: list[str]) -> list[str]:
@@ -162,46 +154,60 @@ def cells_so_far(source: Any, sources: list[str]) -> list[str]:
 # %% ../../nbs/run/09_recorder.ipynb #5d34124a
 @dataclass
 class Recording:
-    """Hold a recording under way: its `thread`, the event `over` that ends it, the event `quiet` that is set
-    when all messages so far are written, and the execution count of its `last` cell, once that is known."""
+    """Hold a recording under way: its `thread`, the event `over` that ends it, the events of the `marks` that
+    a cell waits for, and whether it `ends_here`, with the cell that is executed now."""
 
     thread: threading.Thread | None = None
     over: threading.Event = field(default_factory=threading.Event)
-    quiet: threading.Event = field(default_factory=threading.Event)
-    last: int | None = None
+    marks: dict[str, threading.Event] = field(default_factory=dict)
+    ends_here: bool = False
 
-    def is_last(self, count: int | None) -> bool:
-        """Return whether the recording ends with the cell of this execution count; None is a cell that
-        began before it."""
-        return self.last is not None and count is not None and count >= self.last
+    def note_mark(self, mark: str) -> None:
+        """Let the cell that waits for `mark` go on."""
+        if event := self.marks.pop(mark, None):
+            event.set()
 
 # %% ../../nbs/run/09_recorder.ipynb #2a776d79
 RECORDING: list[Recording] = []  # that of this kernel, or empty
 ANSWERS = 60  # seconds to wait for a kernel's answer, which takes some time on a busy machine
-LAST_CELL = 3  # seconds to wait for the end of the last cell: papermill kills a kernel 5 s after its end
 
-# %% ../../nbs/run/09_recorder.ipynb #83496ca8
+# %% ../../nbs/run/09_recorder.ipynb #952e5738
+def wait_until_written(recording: Recording) -> None:
+    """Return when all that this kernel has published so far is in the file of `recording`."""
+    kernel, mark = get_ipython().kernel, uuid.uuid4().hex
+    event = recording.marks[mark] = threading.Event()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kernel.send_response(kernel.iopub_socket, "status", {"execution_state": "busy"}, metadata={MARK: mark})
+    end = time.monotonic() + ANSWERS
+    while recording.thread and recording.thread.is_alive() and time.monotonic() < end:
+        if event.wait(0.2):
+            return
+
+# %% ../../nbs/run/09_recorder.ipynb #3db0cc7f
 def stop_recording() -> None:
     """End the recording of this kernel, if there is one, once all messages so far are written."""
     while RECORDING:
         recording = RECORDING.pop()
-        if recording.thread and recording.last is not None:
-            recording.thread.join(LAST_CELL)  # it ends by itself with that cell
         recording.over.set()
         if recording.thread:
             recording.thread.join(ANSWERS)
 
-# %% ../../nbs/run/09_recorder.ipynb #ab23e2be
+# %% ../../nbs/run/09_recorder.ipynb #4a40c1c4
 def end_recording() -> None:
-    """End the recording of this kernel, if there is one, with the end of the cell that calls this. Return
-    when all that came before is written."""
+    """End the recording of this kernel, if there is one, with the end of the cell that calls this."""
     for recording in RECORDING:
-        recording.last = len(get_ipython().user_ns["In"]) - 1
-        recording.quiet.clear()
-        if recording.thread and recording.thread.is_alive():
-            recording.quiet.wait(ANSWERS)
+        recording.ends_here = True
 
-# %% ../../nbs/run/09_recorder.ipynb #f42a5cc0
+# %% ../../nbs/run/09_recorder.ipynb #d8848563
+def finish_cell(result: Any = None) -> None:
+    """Wait until the cell that has just been executed is written; end the recording that ends with it."""
+    for recording in list(RECORDING):
+        wait_until_written(recording)
+        if recording.ends_here:
+            stop_recording()
+
+# %% ../../nbs/run/09_recorder.ipynb #efe4a4ad
 atexit.register(stop_recording)
 
 # %% ../../nbs/run/09_recorder.ipynb #f88664e0
@@ -241,13 +247,15 @@ def record_notebook(run: Run) -> Path | None:
     save(book, path)  # the first one is slow
 
     def listen() -> None:
-        stream = note_quiet(messages(connection, recording.over, ready), recording.quiet)
-        follow(book, path, stream, recording.is_last)
+        follow(book, path, messages(connection, recording.over, ready), recording.note_mark)
 
     recording.thread = threading.Thread(target=listen, daemon=True)
     recording.thread.start()
     RECORDING.append(recording)
     if ready.wait(ANSWERS):
+        events = get_ipython().events
+        if finish_cell not in events.callbacks["post_run_cell"]:
+            events.register("post_run_cell", finish_cell)
         return path
     stop_recording()
     warn(f"the kernel does not tell what it executes, so {path} goes no further")
