@@ -22,17 +22,18 @@ from IPython import get_ipython
 from jupyter_client import BlockingKernelClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
+# %% auto #0
+__all__ = ['SAVE_SECONDS', 'MARK', 'RECORDING', 'ANSWERS', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
+           'wait_until_written', 'stop_recording', 'end_recording', 'finish_cell', 'record_path', 'start_book',
+           'record_notebook']
+
+# %% ../../nbs/run/09_recorder.ipynb #a579d275
 from ..basics.jsonfiles import write_owned
 from ..basics.processes import is_first, rank
 from ..basics.reading import read_text
 from ..basics.terminal import warn
 from ..basics.withheld import scrub_notebook
 from .stages import Run
-
-# %% auto #0
-__all__ = ['SAVE_SECONDS', 'MARK', 'RECORDING', 'ANSWERS', 'Book', 'messages', 'save', 'follow', 'cells_so_far', 'Recording',
-           'wait_until_written', 'stop_recording', 'end_recording', 'finish_cell', 'record_path', 'start_book',
-           'record_notebook']
 
 # %% ../../nbs/run/09_recorder.ipynb #bbd7c942
 class Book:
