@@ -18,7 +18,7 @@ import pages as site
 FENCE = re.compile(r"```.*?```", re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # Imports of a later page that are still there: {page: modules}. An entry that is mended is taken out.
-KNOWN = {"basics/01_withheld": ["basics.files"]}
+KNOWN: dict[str, list[str]] = {}
 
 
 # --- README ---

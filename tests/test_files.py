@@ -33,7 +33,7 @@ WRITERS = {
     "basics.terminal": {"nowhere"},
     "evaluate.tinyagent": {"_save"},
     "widgets.masks": {"read_pasted"},
-    "basics.withheld": {"tidy"},
+    "basics.private": {"tidy"},
 }
 # of any object, given a path; and of these modules
 WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "OSFile", "to_csv", "dump"}

@@ -44,7 +44,7 @@ READERS = {
     # for writing (tests/test_files.py)
     "basics.files": {"append_bytes": {"open"}, "new_file": {"fdopen"}},
     "sweep.launch": {"start": {"open"}},
-    "basics.withheld": {"tidy": {"open"}},  # the same
+    "basics.private": {"tidy": {"open"}},  # the same
     # never through a link, and never waiting
     "basics.lease": {
         "dated_lease": {"open"},

@@ -23,7 +23,7 @@ import yaml
 from jupyter_client.session import Session
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from cbnb.basics import withheld
+from cbnb.basics import private, withheld
 from cbnb.basics.files import OutputError, append_bytes
 from cbnb.basics.terminal import visible
 from cbnb.config import ConfigError
@@ -384,7 +384,7 @@ def test_files_with_a_second_name_outside_stay(hard, tmp_path):
     outside.chmod(0o644)
     os.link(outside, run / "copy.txt")
     os.link(outside, run / "other.txt")
-    assert withheld.tidy(run) == []
+    assert private.tidy(run) == []
     assert outside.read_text() == f"A={HARD['B_TOKEN']}" and stat.S_IMODE(outside.stat().st_mode) == 0o644
     for name in ("copy.txt", "other.txt"):
         assert (

@@ -10,29 +10,27 @@ import functools
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html.entities import codepoint2name
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from .reading import open_regular, read_bytes, read_text
+from .reading import read_text
 
 # %% auto #0
 __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNER', 'USER', 'QUERY', 'FILES', 'END', 'AMP',
            'CODE', 'SLASH', 'ESCAPE', 'NEXT_LINE', 'WRAPPED', 'BLANK', 'SURELY_WHOLE', 'MOST', 'SEEN', 'SECRET_STARTS',
-           'SECRET_TEXT', 'OPEN_ESCAPE', 'OPEN_LINE', 'LARGEST', 'is_path', 'is_worth', 'is_random', 'is_strong',
-           'url_secrets', 'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files',
-           'secret_values', 'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements',
-           'needle_pattern', 'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts',
-           'withhold', 'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues',
-           'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard', 'own_files', 'is_shared', 'own_copy',
-           'keep_private', 'tidy']
+           'SECRET_TEXT', 'OPEN_ESCAPE', 'OPEN_LINE', 'is_path', 'is_worth', 'is_random', 'is_strong', 'url_secrets',
+           'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files', 'secret_values',
+           'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements', 'needle_pattern',
+           'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts', 'withhold',
+           'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues', 'open_tail',
+           'guard_session', 'guard_echo', 'kernel', 'guard']
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(
@@ -596,81 +594,3 @@ def guard() -> None:
         return
     guard_session(kernel().session)
     guard_echo()
-
-# %% ../../nbs/basics/01_withheld.ipynb #whd00033
-def own_files(folder: str | Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield `(path, os.stat_result)` of the folders and regular files of one's own in `folder`, itself among
-    them; no link is followed, no hidden folder looked into."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(place), *(Path(place, name) for name in names)):
-            try:
-                about = path.lstat()
-            except FileNotFoundError:
-                continue  # a temporary file that has just been renamed
-            kind = stat.S_IFMT(about.st_mode)
-            if about.st_uid == os.getuid() and kind in (stat.S_IFREG, stat.S_IFDIR):
-                yield path, about
-
-# %% ../../nbs/basics/01_withheld.ipynb #cf18ccc9
-def is_shared(about: os.stat_result) -> bool:
-    """Return whether the file of the `os.stat_result` has another name, perhaps outside of the run: a hard
-    link."""
-    return stat.S_ISREG(about.st_mode) and about.st_nlink > 1
-
-# %% ../../nbs/basics/01_withheld.ipynb #b3ed6702
-def own_copy(path: str | Path) -> None:
-    "Make the file `path` one of its own; its other names keep the old one, as it is."
-    from cbnb.basics.files import new_file
-
-    with open_regular(path) as old, new_file(path) as new:
-        shutil.copyfileobj(old, new)
-
-# %% ../../nbs/basics/01_withheld.ipynb #92a37673
-def keep_private(folder: str | Path) -> None:
-    "Take the rights of group and others from everything of one's own in `folder`: files 0600, folders 0700."
-    for path, about in own_files(folder):
-        mode = about.st_mode & (0o700 if stat.S_ISDIR(about.st_mode) else 0o600)
-        try:
-            if stat.S_IMODE(about.st_mode) == mode:
-                continue
-            if is_shared(about):
-                own_copy(path)
-            path.chmod(mode)
-        except OSError:
-            pass  # just renamed by another process, or on a file system without modes
-
-# %% ../../nbs/basics/01_withheld.ipynb #fb52e79f
-LARGEST = 32 << 20  # bytes of a file that is looked through; larger are weights and states
-
-# %% ../../nbs/basics/01_withheld.ipynb #dcd89df1
-def tidy(folder: str | Path) -> list[str]:
-    """Make `folder` private (`keep_private`), and put stars in the place of each secret of the environment in
-    its text files, in as many bytes: whoever appends to a file meanwhile goes on. A file with another name (a
-    hard link) becomes one of its own first. Returns a list of sentences, one for each file that is not text
-    and holds one. Files of a sealed folder (with a manifest.json), such as a checkpoint, stay as they are
-    sealed, and so do hidden ones: of a home that was given as a run directory, .netrc must stay what it
-    is."""
-    keep_private(folder)
-    notes, secrets = [], current_needles()
-    for path, about in own_files(folder) if secrets else ():
-        if not stat.S_ISREG(about.st_mode) or path.name.startswith(".") or about.st_size > LARGEST:
-            continue
-        if (path.parent / "manifest.json").exists():
-            continue
-        try:
-            data = read_bytes(path)
-            if not (spans := places(data.decode("utf-8", "surrogateescape"), secrets)):
-                continue
-            text = data.decode()
-            if is_shared(about):
-                own_copy(path)
-            with open(path, "r+b") as f:
-                for start, end in spans:
-                    f.seek(len(text[:start].encode()))
-                    f.write(b"*" * len(text[start:end].encode()))
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError):
-            notes.append(f"{path} holds the value of a secret variable and is not text: delete it")
-    return notes

@@ -13,12 +13,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..basics.private import tidy
+
 from ..basics.disk import full_disk_words, is_full_disk, reserve
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
 from ..basics.lease import NotOwn, check_own, give_back, holder_thread, identity, lease_path, lease_state
 from ..basics.processes import from_first, world_size
 from ..basics.reading import read_bytes
-from ..basics.withheld import cut, scrub, tidy
+from ..basics.withheld import cut, scrub
 from .code import code_state, find_notebook, runs_folder
 from .metrics import truncate_metrics
 from .parameters import parameters_hash, refuse_secrets
@@ -281,7 +283,7 @@ def close_run(path: str | Path, code: int | str, why: str = "") -> str:
 
     A run that still calls itself queued or running, or that was never opened, is marked failed, for the
     reason `why` if one is known. A run that another process works on stays *running*. The directory is tidied
-    (`cbnb.basics.withheld.tidy`). Nothing is changed in a folder that is not a run directory."""
+    (`cbnb.basics.private.tidy`). Nothing is changed in a folder that is not a run directory."""
     status, path = read_status(path), Path(path)
     is_run = status or (path / "params.json").exists() or not path.exists() or is_unused(path)
     # it belongs to another attempt, which this one gave way to

@@ -22,6 +22,8 @@ __all__ = ['ENDING', 'process_state', 'still_running', 'hold', 'Run', 'now', 'st
            'raise_interrupted', 'stage']
 
 # %% ../../nbs/run/04_stages.ipynb #58988f3a
+from ..basics.private import tidy
+
 from ..basics.disk import full_disk_words, is_full_disk, release
 from ..basics.jsonfiles import RunError, write_json
 from cbnb.basics.lease import (
@@ -41,7 +43,7 @@ from cbnb.basics.lease import (
 )
 from ..basics.processes import any_of, is_first, rank, world_size
 from ..basics.terminal import error_text
-from ..basics.withheld import cut, guard, tidy
+from ..basics.withheld import cut, guard
 from ..config import nearest
 from .records import STATES, read_record
 
@@ -114,7 +116,7 @@ def set_status(run: Run, state: str, **fields: Any) -> None:
 
     Of several processes (`cbnb.basics.processes`) the first one writes; the others write only that they have
     `failed`. A state that ends an attempt is written on a full disk too, in the space that `open_run` has
-    reserved. With it the run directory is tidied (`cbnb.basics.withheld.tidy`); what could not be tidied
+    reserved. With it the run directory is tidied (`cbnb.basics.private.tidy`); what could not be tidied
     becomes a `note`. Raise `ValueError` for an unknown state, `OSError` where the file cannot be written."""
     if state not in STATES:
         raise ValueError(
