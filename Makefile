@@ -14,8 +14,8 @@ PYTHON ?=
 # which benchmarks make bench runs, and papermill's arguments for them; with arguments the result is runs/bench-NAME.ipynb
 BENCH ?= $(wildcard nbs/bench/*.ipynb)
 BENCH_ARGS ?=
-# how pytest runs: in two processes, all tests of a file in the same one, since they share what is slow to make; the order is tests/conftest.py's
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# how pytest runs: in three processes, since many tests wait for what they start; all tests of a file in the same one, since they share what is slow to make; the order is tests/conftest.py's
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 # how many command lines make fuzz tries, and of which seed
 LINES ?= 2000

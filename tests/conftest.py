@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """The long files first, so that two processes, which take a file each as it comes, end at about the same
+    """The long files first, so that the processes, which take a file each as it comes, end at about the same
     time."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
