@@ -302,7 +302,9 @@ def lose(folder):
         "pid": os.getppid(),
         "pid_started": lease.process_start(os.getppid()),
     }
-    (folder / ".lease").write_text(json.dumps(record))
+    # a file of its own, as a real one is: the heartbeat of this process may be writing to the old one
+    (folder / ".lease.new").write_text(json.dumps(record))
+    os.replace(folder / ".lease.new", folder / ".lease")
 
 
 def contents(folder):
