@@ -80,7 +80,8 @@ def reply_message(answer: Answer, turn: int = 0) -> dict:
 # %% ../../nbs/agent/00_model.ipynb #e49e9e78
 def same_prefix(masker: ChatMasker, messages: list[dict], tools: list[dict] | None, ids: np.ndarray) -> str:
     """Return how the prompt `ids` [n] differ from the tokens that training has before an answer to
-    `messages`; empty where they are the same. Tokens that begin before the answer and end inside it are not compared.
+    `messages`; empty where they are the same. Tokens that begin before the answer and end inside it are not
+    compared.
 
     Raises MaskError for messages that cannot be encoded."""
     encoding = masker.encode([*messages, saying(content=TEXT)], tools)
