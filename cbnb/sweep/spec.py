@@ -37,6 +37,7 @@ from cbnb.config import (
     ConfigError,
     check_cached,
     check_decoding,
+    check_loop,
     check_layers,
     check_limits,
     get_config,
@@ -334,6 +335,8 @@ def check_settings(parameters: dict[str, Any], processes: int | None = None) -> 
         check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
     if "max_new_tokens" in parameters:
         check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
+    if "eval_loop" in parameters:
+        check_loop(parameters["eval_loop"])
     check_model_layers(config, parameters)
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
