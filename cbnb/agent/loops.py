@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .agentdojo_counts import parse_dojo, play_agentdojo
 from .model import Agent
 from .tinylive import play_tiny, tiny_count
 from ..basics.processes import is_first
@@ -34,7 +35,7 @@ class Loop(NamedTuple):
     play: Callable[[Agent, str, str | Path | None, str, Callable[[int, int], None] | None], dict[str, Any]]
 
 # %% ../../nbs/agent/09_loops.ipynb #507a06a2
-LOOPS: dict[str, Loop] = {"tiny": Loop(tiny_count, play_tiny)}
+LOOPS: dict[str, Loop] = {"tiny": Loop(tiny_count, play_tiny), "agentdojo": Loop(parse_dojo, play_agentdojo)}
 
 # %% ../../nbs/agent/09_loops.ipynb #87deb538
 def find_loop(eval_loop: str) -> tuple[Loop, str] | None:
