@@ -85,6 +85,7 @@ PARTS = (
             "howto/report.ipynb",
             "howto/add_objective.ipynb",
             "howto/add_view.ipynb",
+            "howto/agentdojo.md",
             "howto/look.md",
             "howto/wrong.md",
             (

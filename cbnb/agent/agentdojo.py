@@ -271,7 +271,7 @@ def pipeline_name(agent: Agent, title: str, steps: int = MAX_STEPS, version: str
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     return f"local-{re.sub(r'[^A-Za-z0-9._-]+', '_', title)[:80]}-{digest}"
 
-# %% ../../nbs/agent/05_agentdojo.ipynb #d7e95ea1
+# %% ../../nbs/agent/05_agentdojo.ipynb #b5eea61a
 def check_template(agent: Agent, tools: list[dict[str, Any]], limit: int = 0) -> None:
     """Raise MaskError where the chat template of `agent` cannot write AgentDojo's conversations: a system
     message, the user's words, a call of the first of `tools`, and its result; and ConfigError where its calls
@@ -293,5 +293,5 @@ def check_template(agent: Agent, tools: list[dict[str, Any]], limit: int = 0) ->
     if limit and len(ids) + agent.decoding.max_new_tokens > limit:
         raise ConfigError(
             f"AgentDojo's system message and tools are {len(ids)} tokens and an answer may have "
-            f"{agent.decoding.max_new_tokens}, but the model was made for {limit}; take one with a longer context"
+            f"{agent.decoding.max_new_tokens}, but the model was made for {limit}; take a longer one"
         )
