@@ -132,7 +132,7 @@ def judge_both(suite_name, attack, tasks, behaviour, folder, threads=8, version=
         name = f"{suite_name}/{task.user}/{task.attack}/{task.injection}"
         replay.scripts[name] = script_of(calls, agent.GROUND_TRUTH_OUTPUT)
     results = run_tasks(bench, list(theirs), threads)
-    assert not results.unmeasured, results.unmeasured
+    assert not results.problems, results.problems
     ours = {e.task: (e.utility, e.security) for e in results.episodes}
     strange = [e for e in results.episodes if e.outcome != "ended"]
     assert not strange, strange[0]

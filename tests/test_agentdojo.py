@@ -142,11 +142,11 @@ def test_episodes_that_wait_generate_together_and_are_not_run_twice(model, tmp_p
     kwargs = {"users": ["user_task_0", "user_task_1", "user_task_2"], "injections": ["injection_task_0"]}
     told = []
     first = run_suite(agent, "banking", "direct", tmp_path, "tiny", tell=lambda *n: told.append(n), **kwargs)
-    assert first.played == len(first.episodes) == 7 and told[-1] == (7, 7)
+    assert first.fresh == len(first.episodes) == 7 and told[-1] == (7, 7)
     files = {f: f.read_bytes() for f in tmp_path.rglob("*.json")}
     assert len(files) == 7 and not [f for f in tmp_path.rglob("*") if f.is_file() and f not in files]
     second = run_suite(agent, "banking", "direct", tmp_path, "tiny", **kwargs)
-    assert second.played == 0 and second.episodes == first.episodes
+    assert second.fresh == 0 and second.episodes == first.episodes
     # an episode that did not end, as AgentDojo leaves one, is run again; the others are not
     path = first.episodes[0].path
     record = json.loads(path.read_text())
@@ -331,7 +331,7 @@ def test_a_check_that_raises_measures_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(bench.suite.user_tasks["user_task_0"]), "utility", fail)
     results = run_tasks(bench, [Task("user_task_0"), Task("user_task_1")], 2)
-    assert len(results.episodes) == 1 and "user_task_0" in results.unmeasured[0]
+    assert len(results.episodes) == 1 and "user_task_0" in results.problems[0]
     counts = agentdojo_counts.count_results(results)
     assert counts["unmeasured"] == [1, 2] and counts["utility"][1] == 1
     assert not bench.path(Task("user_task_0")).exists()

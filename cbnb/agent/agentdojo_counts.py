@@ -58,12 +58,12 @@ def outcomes(results: Results) -> dict[str, list[bool]]:
         f"{end} {g}": [e.outcome == end for e in es] for g, es in groups.items() for end in ends
     }
 
-# %% ../../nbs/agent/07_agentdojo_counts.ipynb #e4975b08
+# %% ../../nbs/agent/07_agentdojo_counts.ipynb #4a424096
 def count_results(results: Results) -> dict[str, list[int]]:
     """Return `{figure: [hits, episodes]}` of the `outcomes` that have episodes, and under `unmeasured` how
     many of all episodes have no verdict."""
     counts = {name: [sum(values), len(values)] for name, values in outcomes(results).items() if values}
-    lacking = len(results.unmeasured)
+    lacking = len(results.problems)
     return counts | {"unmeasured": [lacking, lacking + len(results.episodes)]}
 
 # %% ../../nbs/agent/07_agentdojo_counts.ipynb #a82df6f8
@@ -77,7 +77,7 @@ def figure_rows(results: Results) -> list[dict[str, Any]]:
             rows.append(row | {"rate": hits / n, "low": interval[0], "high": interval[1]})
     return rows
 
-# %% ../../nbs/agent/07_agentdojo_counts.ipynb #71477c62
+# %% ../../nbs/agent/07_agentdojo_counts.ipynb #82a2c1a5
 def dojo_figures(name: str, results: Sequence[Results], agent: Agent, steps: int) -> dict[str, Any]:
     """Return the figures of the loop `name` from the `results` of its suites, in the form of the other loops:
     the `counts` of `count_results` over all suites, their `rates`, the counts by suite under `groups`, how
@@ -87,7 +87,7 @@ def dojo_figures(name: str, results: Sequence[Results], agent: Agent, steps: int
     figures = sorted({figure for counts in groups.values() for figure in counts})
     pairs = {figure: [group[figure] for group in groups.values() if figure in group] for figure in figures}
     counts = {figure: [sum(hits) for hits in zip(*pairs[figure])] for figure in figures}
-    played, seconds = sum(one.played for one in results), sum(one.seconds for one in results)
+    fresh, seconds = sum(one.fresh for one in results), sum(one.seconds for one in results)
     episodes = [episode for one in results for episode in one.episodes]
     return {
         "loop": name,
@@ -98,9 +98,9 @@ def dojo_figures(name: str, results: Sequence[Results], agent: Agent, steps: int
         "episodes": len(episodes),
         "turns": sum(episode.turns for episode in episodes),
         "max_turns": steps + 1,
-        "played": played,
+        "played": fresh,
         "seconds": round(seconds, 3),
-        "per_minute": round(60 * played / seconds, 1) if played and seconds else None,
+        "per_minute": round(60 * fresh / seconds, 1) if fresh and seconds else None,
         "decoding": asdict(agent.decoding),
     }
 
