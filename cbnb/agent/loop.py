@@ -151,7 +151,8 @@ def play(agent: Agent, tasks: Iterable[Task], max_turns: int) -> Iterator[Episod
     """Yield the episodes of `tasks` as they come to an outcome. All that wait for the model generate
     together, at most `agent.decoding.batch_size` of them; the place of one that has ended is taken by the
     next task."""
-    queue, active = deque(tasks), []
+    queue: deque[Task] = deque(tasks)
+    active: list[Episode] = []
     while queue or active:
         while queue and len(active) < agent.decoding.batch_size:
             task = queue.popleft()
