@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+# %% auto #0
+__all__ = ['World', 'Task', 'Episode', 'is_unreadable', 'answer_call', 'take_reply', 'try_prompt', 'play', 'find_spans',
+           'episode_line', 'episode_key', 'play_tasks', 'count_checks', 'loop_figures']
+
+# %% ../../nbs/agent/01_loop.ipynb #8b89554f
 from .model import Agent, Reply, Request, answer_prompts, prompt_for
 from ..basics.jsonfiles import to_plain
 from ..basics.processes import is_first
@@ -39,11 +44,7 @@ from ..step.models import is_in_parts
 from ..transcripts.reader import to_record
 from ..transcripts.record import InjectionSpan, Transcript
 
-# %% auto #0
-__all__ = ['World', 'Task', 'Episode', 'is_unreadable', 'answer_call', 'take_reply', 'try_prompt', 'play', 'find_spans',
-           'episode_line', 'episode_key', 'play_tasks', 'count_checks', 'loop_figures']
-
-# %% ../../nbs/agent/01_loop.ipynb #1ad64336
+# %% ../../nbs/agent/01_loop.ipynb #13c99522
 @dataclass(frozen=True)
 class World:
     """The world of one episode. `run(call)`: what a tool answers to a call (`{"name", "arguments"}`), as
@@ -55,7 +56,7 @@ class World:
     is_over: Callable[[], bool]
     checks: Callable[[list[dict], str], dict[str, bool]]
 
-# %% ../../nbs/agent/01_loop.ipynb #f4f897da
+# %% ../../nbs/agent/01_loop.ipynb #4591801c
 @dataclass(frozen=True)
 class Task:
     """A task that is set to an agent. `id`; `messages`: the system's and the user's; `tools`: the schemas on
@@ -73,7 +74,7 @@ class Task:
     injected: tuple[str, ...] = ()
     meta: dict = field(default_factory=dict)
 
-# %% ../../nbs/agent/01_loop.ipynb #62a48c18
+# %% ../../nbs/agent/01_loop.ipynb #a93ad301
 @dataclass
 class Episode:
     """A task under way: its `world`, the `messages` so far, the `replies`, and how it came to its `outcome`,
@@ -88,7 +89,7 @@ class Episode:
     outcome: str = ""
     why: str = ""
 
-# %% ../../nbs/agent/01_loop.ipynb #91b526c3
+# %% ../../nbs/agent/01_loop.ipynb #925244a3
 def is_unreadable(reply: Reply, masker: ChatMasker) -> bool:
     """Return whether nothing can be done with a `reply`: it has no call that can be read, and it was cut,
     holds what looks like a call, is in a form that the template does not write, or has a control token or a
@@ -99,7 +100,7 @@ def is_unreadable(reply: Reply, masker: ChatMasker) -> bool:
         not reply.complete or answer.loose or answer.problem or any(p.search(answer.text) for p in marks)
     )
 
-# %% ../../nbs/agent/01_loop.ipynb #cd2d7a93
+# %% ../../nbs/agent/01_loop.ipynb #315ec79c
 def answer_call(world: World, call: dict) -> str:
     """Return what the tool answers to a `call`; where it raises, the words of the error, for the model."""
     try:
@@ -107,7 +108,7 @@ def answer_call(world: World, call: dict) -> str:
     except Exception as e:  # whatever a tool raises is its answer, and no end of the run
         return f"Error: {type(e).__name__}: {first_line(e)}"
 
-# %% ../../nbs/agent/01_loop.ipynb #e7b182b3
+# %% ../../nbs/agent/01_loop.ipynb #372b6673
 def take_reply(episode: Episode, reply: Reply, masker: ChatMasker, max_turns: int) -> None:
     """Add a `reply` to an `episode`, carry out its calls in order, and set the `outcome` where the episode
     has come to one."""
@@ -132,7 +133,7 @@ def take_reply(episode: Episode, reply: Reply, masker: ChatMasker, max_turns: in
     elif len(episode.replies) >= max_turns:
         episode.outcome = "timeout"
 
-# %% ../../nbs/agent/01_loop.ipynb #39272e7f
+# %% ../../nbs/agent/01_loop.ipynb #525a8ad1
 def try_prompt(agent: Agent, episode: Episode) -> tuple[Request, np.ndarray] | None:
     """Return the request for the next turn of an `episode` with its prompt ids, which are those of training
     (`cbnb.agent.model.check_prompt_ids`); None, and the outcome `refused`, where the masker refuses a
@@ -146,12 +147,13 @@ def try_prompt(agent: Agent, episode: Episode) -> tuple[Request, np.ndarray] | N
         episode.outcome, episode.why = "refused", first_line(e)
         return None
 
-# %% ../../nbs/agent/01_loop.ipynb #eff5ee52
+# %% ../../nbs/agent/01_loop.ipynb #fcf43a1b
 def play(agent: Agent, tasks: Iterable[Task], max_turns: int) -> Iterator[Episode]:
     """Yield the episodes of `tasks` as they come to an outcome. All that wait for the model generate
     together, at most `agent.decoding.batch_size` of them; the place of one that has ended is taken by the
     next task."""
-    queue, active = deque(tasks), []
+    queue: deque[Task] = deque(tasks)
+    active: list[Episode] = []
     while queue or active:
         while queue and len(active) < agent.decoding.batch_size:
             task = queue.popleft()
@@ -164,7 +166,7 @@ def play(agent: Agent, tasks: Iterable[Task], max_turns: int) -> Iterator[Episod
         yield from (e for e in active if e.outcome)
         active = [e for e in active if not e.outcome]
 
-# %% ../../nbs/agent/01_loop.ipynb #afcac80b
+# %% ../../nbs/agent/01_loop.ipynb #06f022cf
 def find_spans(messages: Sequence[dict], texts: Iterable[str]) -> tuple[InjectionSpan, ...]:
     """Return where `texts` of an attacker stand in what tools have answered, as they are or as JSON writes
     them, by message and place; overlapping ones are one."""
@@ -190,7 +192,7 @@ def find_spans(messages: Sequence[dict], texts: Iterable[str]) -> tuple[Injectio
             spans.append(InjectionSpan(i, start, end))
     return tuple(spans)
 
-# %% ../../nbs/agent/01_loop.ipynb #155dbcef
+# %% ../../nbs/agent/01_loop.ipynb #a4fc4122
 def episode_line(episode: Episode, key: str, stage: str) -> dict[str, Any]:
     """Return the line of episodes.jsonl of a finished `episode`: a transcript that
     `cbnb.transcripts.reader.read_transcripts` reads, without secrets, harmful where the attack has succeeded.
@@ -222,7 +224,7 @@ def episode_line(episode: Episode, key: str, stage: str) -> dict[str, Any]:
     )
     return {"key": key, "stage": stage} | to_record(transcript)
 
-# %% ../../nbs/agent/01_loop.ipynb #8a6cefa4
+# %% ../../nbs/agent/01_loop.ipynb #a5faeec8
 def episode_key(
     state: str, stage: str, agent: Agent, ends: Sequence[Sequence[int]], max_turns: int, task: Task
 ) -> str:
@@ -243,7 +245,7 @@ def episode_key(
     parts += [task.injected, to_plain(task.meta), prompt_hash(prompt)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-# %% ../../nbs/agent/01_loop.ipynb #197ab61c
+# %% ../../nbs/agent/01_loop.ipynb #8288a421
 def play_tasks(
     agent: Agent,
     tasks: Sequence[Task],
@@ -277,7 +279,7 @@ def play_tasks(
         kept_lines(folder, "episodes")  # the others' files into the one
     return [fresh.get(keys[t.id]) or there[keys[t.id]] for t in tasks], len(fresh), seconds
 
-# %% ../../nbs/agent/01_loop.ipynb #f756bf8c
+# %% ../../nbs/agent/01_loop.ipynb #5f126a52
 def count_checks(lines: Iterable[dict]) -> dict[str, list[int]]:
     """Return `{figure: [hits, episodes]}` over the `lines`: the checks of each, and how it ended, `timeout`,
     `unreadable` and `refused`, by group."""
@@ -293,7 +295,7 @@ def count_checks(lines: Iterable[dict]) -> dict[str, list[int]]:
             counts[name] = [hits + bool(hit), n + 1]
     return dict(sorted(counts.items()))
 
-# %% ../../nbs/agent/01_loop.ipynb #1f1b1294
+# %% ../../nbs/agent/01_loop.ipynb #e246374f
 def loop_figures(
     name: str, lines: Sequence[dict], played: int, seconds: float, agent: Agent, max_turns: int
 ) -> dict[str, Any]:

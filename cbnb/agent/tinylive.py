@@ -140,8 +140,8 @@ def tiny_tasks(n: int = TASKS, seed: int = 0) -> list[Task]:
 
 # %% ../../nbs/agent/02_tinylive.ipynb #7b29191d
 def tiny_count(argument: str) -> int:
-    """Return how many tasks of a kind the loop `tiny` or `tiny:N` has. Raises ConfigError for what is no whole
-    number from 1 on."""
+    """Return how many tasks of a kind the loop `tiny` or `tiny:N` has. Raises ConfigError where it is not
+    a whole number from 1 on."""
     if not argument:
         return TASKS
     if not argument.isascii() or not argument.isdecimal() or not 1 <= int(argument[:9]) <= 100_000:

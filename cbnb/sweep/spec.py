@@ -37,9 +37,9 @@ from cbnb.config import (
     ConfigError,
     check_cached,
     check_decoding,
-    check_loop,
     check_layers,
     check_limits,
+    check_loop,
     get_config,
     nearest,
 )
