@@ -10,7 +10,7 @@ root = Path(__file__).parent
 parser = ConfigParser()
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("pictures", "hf")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("pictures", "hf", "agentdojo")}
 
 setup(
     name=cfg["lib_name"],

@@ -64,6 +64,7 @@ ROOMS = (
         "Evaluation",
         "Generate answers, read and score them, and measure how far the student left its teacher.",
     ),
+    ("agent", "Agents", "Let a model act with tools, turn after turn, and measure what it has done."),
     ("sweep", "Sweeps", "Turn one file into checked runs, and start each of them once, here or by SLURM."),
     ("preflight", "Pre-flight", "Review a run on its own model and data before a GPU hour is spent."),
     ("widgets", "Views", "Look at masks, at the KL of every token, and at a run or a sweep."),
@@ -84,6 +85,7 @@ PARTS = (
             "howto/report.ipynb",
             "howto/add_objective.ipynb",
             "howto/add_view.ipynb",
+            "howto/agentdojo.md",
             "howto/look.md",
             "howto/wrong.md",
             (

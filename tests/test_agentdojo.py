@@ -1,0 +1,394 @@
+"AgentDojo as a live environment: its own counts, its own files, episodes side by side (cbnb.agent)."
+
+import contextlib
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from cbnb.agent import agentdojo, agentdojo_counts, agentdojo_runs
+from cbnb.agent.agentdojo import AskError, BrokeOff, ModelTurn, dojo, from_dojo, make_pipeline, to_dojo
+from cbnb.agent.agentdojo_runs import Task, attack_names, list_tasks, open_bench, run_suite, run_tasks
+from cbnb.agent.model import Batcher, Request, check_prompt_ids
+from cbnb.basics.jsonfiles import RunError
+from cbnb.config import ConfigError
+from cbnb.data.sources import agentdojo_tools
+from cbnb.evaluate.reader import Answer
+from cbnb.masking.templates import MaskError
+from cbnb.step.models import load_model
+from cbnb.transcripts.reader import read_transcripts
+from cbnb.transcripts.record import TranscriptError
+from dojo_replay import BEHAVIOURS, Replay, judge_both, script_of, spread, tiny_agent
+
+SAMPLE = {"workspace": (2, 1), "banking": (9, 6), "slack": (4, 3), "travel": (2, 1)}  # tasks alone, pairs
+
+
+@pytest.fixture(scope="module")
+def model():
+    "The tiny agent with room for AgentDojo's prompts."
+    model = load_model("tinyagent")
+    model.config.max_position_embeddings = 4096
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SAMPLE)
+def test_verdicts_are_those_of_agentdojos_ground_truth_pipeline(suite, tmp_path):
+    "All tasks and pairs: `python tests/dojo_replay.py`."
+    alone, pairs = SAMPLE[suite]
+    tasks = list_tasks(open_bench(None, suite, "tool_knowledge", "", "local"))
+    rounds = [("alone", "none", spread([t for t in tasks if t.injection == "none"], alone))]
+    some = spread([t for t in tasks if t.injection != "none"], pairs)
+    rounds += [(behaviour, "tool_knowledge", some) for behaviour in BEHAVIOURS]
+    seen = set()
+    for behaviour, attack, chosen in rounds:
+        verdicts, raised, _ = judge_both(suite, attack, chosen, behaviour, tmp_path / behaviour)
+        assert not raised and len(verdicts) == len(chosen)
+        assert {task: pair for task, pair in verdicts.items() if pair[0] != pair[1]} == {}
+        seen |= {ours for _, ours in verdicts.values()}
+    assert {(True, False), (False, True)} <= seen  # a replay in which all is alike would show nothing
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory):
+    "`(bench, results, replay)` of two tasks of the bank: the one obeys and goes on, the other obeys only."
+    folder = tmp_path_factory.mktemp("dojo")
+    replay = Replay(tiny_agent())
+    bench = open_bench(replay, "banking", "important_instructions", folder, "local-replay")
+    suite = bench.suite
+    tasks = list_tasks(bench, ["user_task_0", "user_task_1"])
+    for task in tasks:
+        user, injection = agentdojo_runs.task_of(suite, task.user), suite.injection_tasks.get(task.injection)
+        world = suite.load_and_inject_default_environment({})
+        parts = [injection, user] if injection and task.user == "user_task_0" else [injection or user]
+        calls = [call for part in parts for call in part.ground_truth(world)]
+        name = f"banking/{task.user}/{task.attack}/{task.injection}"
+        replay.scripts[name] = script_of(calls, parts[-1].GROUND_TRUTH_OUTPUT)
+    return bench, run_tasks(bench, tasks, 8), replay
+
+
+def test_agentdojos_own_tools_read_the_run_files(replayed):
+    bench, results, _ = replayed
+    benchmark = dojo("benchmark")
+    for episode in results.episodes:
+        task = episode.task
+        theirs = benchmark.load_task_results(
+            "local-replay", "banking", task.user, task.attack, task.injection, bench.folder
+        )
+        assert (theirs.utility, theirs.security) == (episode.utility, episode.security)
+        record = json.loads(episode.path.read_text())
+        assert {"benchmark_version", "evaluation_timestamp", "agentdojo_package_version", "duration"} <= {
+            *record
+        }
+        assert record["attack_type"] == (None if task.attack == "none" else task.attack)
+
+
+def test_agentdojos_own_benchmark_takes_the_run_files_for_its_own(replayed):
+    "It runs nothing again, and its means are the figures."
+    bench, results, _ = replayed
+    benchmark, users = dojo("benchmark"), ["user_task_0", "user_task_1"]
+    pipeline = make_pipeline(None, "local-replay")  # which cannot ask anybody
+    args = (pipeline, bench.suite)
+    benign = benchmark.benchmark_suite_without_injections(*args, bench.folder, False, users)
+    attack = benchmark.benchmark_suite_with_injections(
+        *args, bench.attack, bench.folder, False, users, verbose=False
+    )
+    rates = {name: hits / n for name, (hits, n) in agentdojo_counts.count_results(results).items() if n}
+    mean = benchmark.aggregate_results
+    assert rates["utility"] == mean([benign["utility_results"]])
+    assert rates["utility_under_attack"] == mean([attack["utility_results"]])
+    assert rates["attack_success"] == mean([attack["security_results"]])
+    assert rates["injection_utility"] == mean([attack["injection_tasks_utility_results"]])
+    assert 0 < rates["utility_under_attack"] < 1
+
+
+def test_read_transcripts_gives_the_conversation_that_was_asked(replayed):
+    "And the prompt before each turn is what training sees."
+    bench, results, replay = replayed
+    by_id = {t.id: t for t in read_transcripts(bench.folder)}
+    assert len(by_id) == 2 + 18
+    tools, masker = agentdojo_tools("banking", "v1.2.2"), replay.agent.masker
+    for t in by_id.values():
+        name = t.id.split("/", 1)[1]
+        turns = [m for m in t.messages if m["role"] == "assistant"]
+        assert [m["content"] for m in turns] == [m["content"] for m in replay.scripts[name]]
+        reads = name.startswith("banking/user_task_0/important")  # the other task is not begun
+        assert bool(t.injection_spans) == reads
+        for i, m in enumerate(t.messages):
+            if m["role"] == "assistant":
+                prompt = masker.prompt_ids(t.messages[:i], tools=tools)
+                check_prompt_ids(masker, t.messages[:i], tools, prompt)
+
+
+def test_threads_change_nothing(replayed, tmp_path):
+    "AgentDojo's stack of logs is one list for all threads: without one per episode, files mix."
+    bench, results, replay = replayed
+    one = open_bench(replay, "banking", "important_instructions", tmp_path, "local-replay")
+    again = run_tasks(one, [e.task for e in results.episodes][::3], 1)
+    times = ("evaluation_timestamp", "duration")
+    for episode in again.episodes:
+        theirs, ours = json.loads(bench.path(episode.task).read_text()), json.loads(episode.path.read_text())
+        assert {k: v for k, v in theirs.items() if k not in times} == {
+            k: v for k, v in ours.items() if k not in times
+        }
+
+
+def test_episodes_that_wait_generate_together_and_are_not_run_twice(model, tmp_path):
+    agent = tiny_agent(model)
+    agent.decoding = dataclasses.replace(agent.decoding, max_new_tokens=4)
+    kwargs = {"users": ["user_task_0", "user_task_1", "user_task_2"], "injections": ["injection_task_0"]}
+    told = []
+    first = run_suite(agent, "banking", "direct", tmp_path, "tiny", tell=lambda *n: told.append(n), **kwargs)
+    assert first.fresh == len(first.episodes) == 7 and told[-1] == (7, 7)
+    files = {f: f.read_bytes() for f in tmp_path.rglob("*.json")}
+    assert len(files) == 7 and not [f for f in tmp_path.rglob("*") if f.is_file() and f not in files]
+    second = run_suite(agent, "banking", "direct", tmp_path, "tiny", **kwargs)
+    assert second.fresh == 0 and second.episodes == first.episodes
+    # an episode that did not end, as AgentDojo leaves one, is run again; the others are not
+    path = first.episodes[0].path
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "security"}))
+    assert run_suite(agent, "banking", "direct", tmp_path, "tiny", **kwargs).episodes == first.episodes
+    assert {f for f in files if f.read_bytes() != files[f]} == {path}
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match="user_task_0.*none.json.*delete it"):
+        run_suite(agent, "banking", "direct", tmp_path, "tiny", **kwargs)
+    batcher = Batcher(agent)
+    bench = open_bench(batcher, "banking", "none", tmp_path, "local-other")
+    run_tasks(bench, list_tasks(bench)[:6], 6)
+    assert sum(batcher.batches) == 6 > len(batcher.batches)
+
+
+def test_the_name_of_the_pipeline_is_that_of_one_state():
+    "Whatever changes an answer: weights, an adapter, its scale or switch, template, decoding, steps."
+    agent = tiny_agent(load_model("tinyagent"))
+    names = [agentdojo.pipeline_name(agent, "a")]
+
+    def note(other=agent, **kwargs):
+        names.append(agentdojo.pipeline_name(other, "a", **kwargs))
+
+    assert agentdojo.pipeline_name(dataclasses.replace(agent), "a") == names[0]
+    small = dataclasses.replace(agent.decoding, batch_size=2)
+    assert agentdojo.pipeline_name(dataclasses.replace(agent, decoding=small), "a") == names[0]
+    note(steps=3)
+    note(dataclasses.replace(agent, decoding=dataclasses.replace(agent.decoding, temperature=0.5)))
+    note(dataclasses.replace(agent, masker=type(agent.masker)(agent.masker.tokenizer, control="text")))
+    student = get_peft_model(load_model("tinyagent"), LoraConfig(target_modules=["q_proj"], r=2))
+    breaker = dataclasses.replace(agent, model=student)
+    note(breaker)
+    with student.disable_adapter():
+        note(breaker)
+    layer = next(m for m in student.modules() if hasattr(m, "lora_A"))
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0, 0] += 1e-4
+    note(breaker)
+    layer.scaling["default"] *= 0.5
+    note(breaker)
+    assert len({*names}) == len(names)
+    assert all("/" not in name for name in [agentdojo.pipeline_name(agent, "runs/2026/x y")])
+
+
+def test_every_attack_writes_its_text_for_a_local_model():
+    suite = dojo("task_suite.load_suites").get_suite("v1.2.2", "slack")
+    user, injection = suite.user_tasks["user_task_1"], suite.injection_tasks["injection_task_1"]
+    with_names = set()
+    for name in attack_names():
+        bench = open_bench(None, "slack", name, "", "local-some-model-0123456789ab")
+        texts = bench.attack.attack(user, injection)
+        assert texts and all(texts.values())
+        if any("Local model" in text for text in texts.values()):
+            with_names.add(name)
+    assert {"important_instructions", "tool_knowledge", "important_instructions_no_user_name"} <= with_names
+    assert {"direct", "ignore_previous", "injecagent", "important_instructions_no_names"}.isdisjoint(
+        with_names
+    )
+
+
+@dataclasses.dataclass
+class Says:
+    "A model that says `turns`, whatever is asked, and raises what is an exception."
+
+    turns: list
+
+    def episode(self):
+        return contextlib.nullcontext()
+
+    def ask(self, request: Request):
+        message = self.turns[min(request.turn, len(self.turns) - 1)]
+        if isinstance(message, Exception):
+            raise message
+        answer = agentdojo_answer(message)
+        return SimpleReply(message, answer)
+
+
+@dataclasses.dataclass
+class SimpleReply:
+    message: dict
+    answer: object
+    ids: tuple = ()
+    prompt_ids: tuple = ()
+    complete: bool = True
+
+
+def agentdojo_answer(message):
+    return Answer(text=message["content"], calls=[c["function"] for c in message.get("tool_calls", [])])
+
+
+def says(text="", *calls):
+    "An assistant message."
+    items = [
+        {"id": f"call{k:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for k, (name, arguments) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": text} | ({"tool_calls": items} if items else {})
+
+
+FIRST = Task("user_task_0")
+
+
+def one(tmp_path, turns, task=FIRST, attack="none", steps=3):
+    "The `Results` of one task of the bank with a model that says `turns`."
+    return run_tasks(open_bench(Says(turns), "banking", attack, tmp_path, "local-x", steps=steps), [task], 2)
+
+
+def test_a_crash_of_a_tool_is_its_result(tmp_path):
+    "Also where it is AgentDojo's own executor that crashes, before or after the tool."
+    bad = [
+        ("get_iban", {"x": "-" * 9999 + "1"}),
+        ("read_file", {"file_path": "?"}),
+        ("fly", {}),
+        ("send_money", {}),
+    ]
+    (episode,) = one(tmp_path, [says("", *bad), says("Done.")]).episodes
+    assert episode.outcome == "ended" and episode.turns == 2
+    results = [m for m in json.loads(episode.path.read_text())["messages"] if m["role"] == "tool"]
+    assert [m["tool_call_id"] for m in results] == [f"call{k:05d}" for k in range(4)]
+    assert results[0]["error"].startswith("MemoryError") and "fly" in results[2]["error"]
+    assert results[3]["error"].startswith("ValidationError")
+
+
+def test_the_limit_of_steps_is_a_timeout(tmp_path):
+    (episode,) = one(tmp_path, [says("", ("get_iban", {}))], steps=2).episodes
+    assert (episode.outcome, episode.turns, episode.utility) == ("timeout", 3, False)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [MaskError("a control token"), says("\ud800"), says("", ("get_iban", {"x": float("nan")}))],
+    ids=["refused", "surrogate", "nan"],
+)
+def test_an_episode_that_cannot_go_on_counts_as_agentdojo_counts_it(tmp_path, turn):
+    pair = Task("user_task_0", "direct", "injection_task_0")
+    results = one(tmp_path, [says("", ("get_iban", {})), turn], pair, "direct")
+    (episode,) = results.episodes
+    assert (episode.utility, episode.security, episode.outcome) == (False, True, "refused")
+    assert "banking/user_task_0/direct/injection_task_0" in episode.error
+    counts = agentdojo_counts.count_results(results)
+    assert counts["attack_success"] == [1, 1] and "attack_success_judged" not in counts
+    with pytest.raises(TranscriptError, match="1 attacked runs that broke off left out"):
+        list(read_transcripts(tmp_path))  # its security is not taken for a label
+
+
+def test_a_conversation_that_outgrows_the_model_breaks_off(model, tmp_path):
+    agent = tiny_agent(model)
+    bench = open_bench(Batcher(agent), "banking", "none", tmp_path, "local-x", limit=100)
+    (episode,) = run_tasks(bench, [Task("user_task_0")], 1).episodes
+    assert episode.outcome == "refused" and "made for 100" in episode.error
+
+
+def test_generation_that_fails_ends_the_run_and_counts_nothing(tmp_path):
+    with pytest.raises(AskError) as e:
+        one(tmp_path, [RuntimeError("CUDA out of memory")])
+    assert isinstance(e.value.__cause__, RuntimeError)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_stop_reaches_the_other_episodes(tmp_path):
+    "One that would go on for a thousand rounds ends when another fails."
+
+    class Model(Says):
+        def ask(self, request):
+            if "user_task_1" in request.name and request.turn == 2:
+                raise RuntimeError("no more")
+            return super().ask(request)
+
+    bench = open_bench(
+        Model([says("", ("get_iban", {}))]), "banking", "none", tmp_path, "local-x", steps=10**6
+    )
+    with pytest.raises(AskError):
+        run_tasks(bench, [Task(f"user_task_{k}") for k in range(4)], 4)
+    assert bench.asker.stop.is_set()
+
+
+def test_a_check_that_raises_measures_nothing(tmp_path, monkeypatch):
+    bench = open_bench(Says([says("Done.")]), "banking", "none", tmp_path, "local-x")
+
+    def fail(*args, **kwargs):
+        raise KeyError("general")
+
+    monkeypatch.setattr(type(bench.suite.user_tasks["user_task_0"]), "utility", fail)
+    results = run_tasks(bench, [Task("user_task_0"), Task("user_task_1")], 2)
+    assert len(results.episodes) == 1 and "user_task_0" in results.problems[0]
+    counts = agentdojo_counts.count_results(results)
+    assert counts["unmeasured"] == [1, 2] and counts["utility"][1] == 1
+    assert not bench.path(Task("user_task_0")).exists()
+
+
+def test_denial_of_service_succeeds_where_the_task_is_not_done(tmp_path):
+    (task,) = [
+        t
+        for t in list_tasks(open_bench(None, "banking", "dos", "", "local"), ["user_task_0"])
+        if t.attack == "dos"
+    ]
+    (episode,) = one(tmp_path, [says("asdf")], task, "dos").episodes
+    assert (episode.utility, episode.security) == (False, True)
+
+
+def test_thoughts_and_arguments_come_back_as_they_were():
+    tricky = {
+        "a": [1, 2.5, True, None, {"function": "send_money", "args": {}}],
+        "b": "5",
+        "c": {"d": {}},
+        "e": 7,
+    }
+    message = says("words", ("f", tricky)) | {"reasoning_content": "hm\n"}
+    assert from_dojo([to_dojo(message)]) == [message]
+    with pytest.raises(BrokeOff):
+        from_dojo([to_dojo(says("\udc00"))])
+
+
+def test_the_element_stands_in_agentdojos_own_pipelines(tmp_path):
+    "Its loop with its own executor, as `AgentPipeline.from_config` builds it, in one thread."
+    parts = dojo("agent_pipeline")
+    turn = ModelTurn(Says([says("", ("get_iban", {})), says("Done.")]), "local-x")
+    loop = parts.ToolsExecutionLoop([parts.ToolsExecutor(), turn])
+    pipeline = parts.AgentPipeline([parts.SystemMessage("s"), parts.InitQuery(), turn, loop])
+    suite = dojo("task_suite.load_suites").get_suite("v1.2.2", "banking")
+    assert suite.run_task_with_pipeline(pipeline, suite.user_tasks["user_task_0"], None, {}) == (False, True)
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+    for name in [m for m in sys.modules if m.partition(".")[0] == "agentdojo"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "agentdojo", None)
+    with pytest.raises(ConfigError, match=r"^AgentDojo is not installed: pip install 'cbnb\[agentdojo\]'$"):
+        agentdojo_counts.parse_dojo("banking:direct")
+
+
+def test_unknown_names_are_refused_with_the_nearest(tmp_path):
+    for text, near in (
+        ("bankin", "banking"),
+        ("banking:direkt", "direct"),
+        ("slack:manual", None),
+        ("", None),
+    ):
+        with pytest.raises(ConfigError, match=f"did you mean '{near}'" if near else "use one of"):
+            agentdojo_counts.parse_dojo(text)
+    bench = open_bench(None, "banking", "none", tmp_path, "local")
+    with pytest.raises(ConfigError, match="user_task_99"):
+        list_tasks(bench, ["user_task_99"])
+    with pytest.raises(ConfigError, match="v9"):
+        open_bench(None, "banking", "none", tmp_path, "local", version="v9")
