@@ -11,13 +11,14 @@ import io
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..basics.reading import check_folder, open_regular
-from .record import MAX_LINE_BYTES, TranscriptError, need, parse_json
+from .record import LOG_DECODER, MAX_LINE_BYTES, TranscriptError, need, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -129,7 +130,7 @@ ZSTANDARD = 93  # compression method of ZIP
 
 def unpack_zst_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     """Return the first `MAX_LINE_BYTES` + 1 unpacked bytes of a `member` of a ZIP `archive` that is packed by
-    Zstandard."""
+    Zstandard. Raises zipfile.BadZipFile where they are not those that were packed."""
     import pyarrow
 
     file: Any = archive.fp
@@ -137,14 +138,17 @@ def unpack_zst_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> byte
     head = file.read(30)
     file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
     buffer = pyarrow.BufferReader(file.read(member.compress_size))
-    return pyarrow.CompressedInputStream(buffer, "zstd").read(MAX_LINE_BYTES + 1)
+    data = pyarrow.CompressedInputStream(buffer, "zstd").read(MAX_LINE_BYTES + 1)
+    if len(data) <= MAX_LINE_BYTES and zlib.crc32(data) != member.CRC:
+        raise zipfile.BadZipFile(f"bad checksum of {member.filename!r}")
+    return data
 
 # %% ../../nbs/transcripts/02_packed.ipynb #2091b94f
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> Any:
     """Return the JSON value of a `member` of a ZIP `archive`, of at most `MAX_LINE_BYTES` unpacked. Raises
     TranscriptError for a longer or damaged one, and one that is not JSON."""
     need(
-        member.file_size <= MAX_LINE_BYTES,
+        max(member.file_size, member.compress_size) <= MAX_LINE_BYTES,
         where,
         f"is longer than {MAX_LINE_BYTES} bytes; shorten the record",
     )
@@ -155,7 +159,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -
             with archive.open(member) as f:
                 data = f.read(MAX_LINE_BYTES + 1)
         need(len(data) <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
-        return parse_json(data.decode("utf-8"))
+        return parse_json(data.decode("utf-8"), LOG_DECODER)
     except TranscriptError:
         raise
     # zipfile raises NotImplementedError for a compression that it does not know
