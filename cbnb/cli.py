@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 # %% auto #0
 __all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
            'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
-           'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans', 'add_convert',
-           'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
+           'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans',
+           'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
            'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
            'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
            'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
@@ -64,6 +64,7 @@ from .run.parameters import ParameterError
 from .run.records import read_record
 from .run.settings import make_masker
 from .sweep.spec import find_file, notebook_parameters
+from .transcripts.marks import mark_by
 from .transcripts.reader import known_formats
 from .transcripts.record import LABELS, TranscriptError, nearest
 
@@ -169,6 +170,20 @@ def add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--relabel", choices=("source",), help=declared_help("relabel"))
     p.add_argument("--tools", metavar="FILE", default="", help=declared_help("tools"))
+    for flag, kind, other in (("harmful", "harmful", "benign"), ("benign", "benign", "harmful")):
+        p.add_argument(
+            f"--{flag}-if",
+            metavar="RULE",
+            default="",
+            help=f"records whose notes keep to it are {kind}, such as scores.world.attack=1; the others are "
+            f"{other} where no other rule is given",
+        )
+    p.add_argument(
+        "--injected",
+        metavar="FIELD,...",
+        default="",
+        help="notes that hold the attacker's text, such as metadata.injection: it is marked where it stands",
+    )
 
 # %% ../nbs/cli.ipynb #ab71a78b
 def add_template(p: argparse.ArgumentParser) -> None:
@@ -257,14 +272,28 @@ def add_masks(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #87f37074
 LISTED_FINDINGS = 20  # findings of one kind that are printed or kept for the page
 
+# %% ../nbs/cli.ipynb #90d4b3ad
+def source_of(args: argparse.Namespace, on_error: str) -> SourceReader:
+    """Return the reader of the file that `add_reading` names, by its words. Raises CommandError for what
+    cannot be read so."""
+    try:
+        return open_source(
+            args.file,
+            args.format,
+            args.label,
+            on_error,
+            args.relabel,
+            args.tools,
+            marks=mark_by(args.harmful_if, args.benign_if, args.injected),
+        )
+    except TranscriptError as e:
+        raise CommandError(str(e)) from None
+
 # %% ../nbs/cli.ipynb #0e41b0fb
 def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[AuditEntry]]:
     """Return `(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before
     anything is read."""
-    try:
-        reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
-    except TranscriptError as e:
-        raise CommandError(str(e)) from None
+    reader = source_of(args, "skip")
     policy = load_policy(args.policy)
     if args.html:
         check_written(Path(args.html), reader, args.tools, args.chat_template, args.model)
@@ -386,7 +415,7 @@ def run_spans(args: argparse.Namespace) -> int:
         raise CommandError("--text is empty; give the words that were injected")
     if args.injections:
         texts |= read_injections(args.injections)
-    reader = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools)
+    reader = source_of(args, "raise")
     search = Search()
     examples: list[int] = []
     if args.out:
@@ -436,6 +465,7 @@ def run_convert(args: argparse.Namespace) -> int:
         lambda items: with_progress(items, "transcripts"),
         args.relabel,
         args.tools,
+        mark_by(args.harmful_if, args.benign_if, args.injected),
     )
     if args.json:
         print(json.dumps(report))
