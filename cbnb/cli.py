@@ -22,8 +22,8 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError',
            'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans',
            'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
            'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
-           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
-           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_plan', 'run_plan', 'add_fetch',
+           'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -752,6 +752,32 @@ def run_evaluate(args: argparse.Namespace) -> int:
     say(f"run directory: {path}")
     return status
 
+# %% ../nbs/cli.ipynb #302095d5
+def add_inspect_log(commands: Commands) -> None:
+    """Add the arguments of `cbnb inspect-log`."""
+    p = commands.add_parser(
+        "inspect-log",
+        help="the answers of a run as logs that inspect view opens",
+        description="Write every answer of a run or an evaluation, with its scores, as logs of Inspect: one "
+        "per stage or adapter. Only the tokenizer is loaded. Wants the extra cbnb[inspect].",
+        epilog="status 2: the folder holds no answers, its data has changed, or Inspect is not installed",
+    )
+    p.add_argument("run", metavar="RUN", help="the directory of a run, or of an evaluation")
+    p.add_argument("--out", metavar="DIR", help="folder to write to (default: inspect/ in RUN)")
+    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
+    p.set_defaults(run=run_inspect_log)
+
+# %% ../nbs/cli.ipynb #cc1fc999
+def run_inspect_log(args: argparse.Namespace) -> int:
+    """Carry out `cbnb inspect-log`: prints the paths of the logs, and how to look at them."""
+    try:
+        from cbnb.agent.inspect_logs import write_inspect_logs
+    except ImportError as e:
+        raise CommandError(first_line(e)) from None
+    paths = write_inspect_logs(args.run, args.out, args.trust_remote_code)
+    say(*paths, f"inspect view --log-dir {shlex.quote(str(paths[0].parent))}")
+    return 0
+
 # %% ../nbs/cli.ipynb #plan0101
 def add_plan(commands: Commands) -> None:
     """Add the arguments of `cbnb plan`: those of `cbnb train`, and the number of GPUs."""
@@ -905,6 +931,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_preflight,
         add_train,
         add_evaluate,
+        add_inspect_log,
         add_ablate,
         add_status,
         add_report,

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import cbnb.agent.inspect_provider  # noqa: F401  # its error where Inspect is missing
+from .inspect_provider import tool_schema  # first: its error where Inspect is missing
 
 # %% auto #0
-__all__ = ['logged_message', 'logged_tools', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics', 'answers_log',
+__all__ = ['logged_message', 'logged_tool', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics', 'answers_log',
            'answer_pairs', 'stage_models', 'run_logs', 'write_inspect_logs']
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #22f4dc6e
@@ -52,7 +52,6 @@ from inspect_ai.tool import ToolCall, ToolInfo, ToolParams
 # %% ../../nbs/agent/21_inspect_logs.ipynb #99d9e252
 import cbnb
 from ..basics.files import write_files
-from ..basics.jsonfiles import RunError
 from ..basics.numbers import rate_interval
 from ..basics.withheld import withhold
 from cbnb.evaluate.adapters import (
@@ -94,25 +93,15 @@ def logged_message(message: dict[str, Any], source: str | None = "input") -> Cha
     return ChatMessageAssistant(content=content, tool_calls=calls or None, source=source)
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #4cf1392f
-def logged_tools(question: Transcript) -> list[ToolInfo]:
-    "Return the tools of a `question` as Inspect has them. Raises RunError for a schema that it cannot hold."
-    tools = []
-    for tool in question.tools or ():
-        function = tool["function"]
-        schema = {"type": "object", "properties": {}} | (function.get("parameters") or {})
-        try:
-            params = ToolParams.model_validate({"additionalProperties": None} | schema)
-        except ValueError as e:
-            why = str(e).splitlines()[0]
-            raise RunError(
-                f"{question.id}: Inspect has no place for the schema of {function['name']} ({why})"
-            ) from None
-        if lost := schema.keys() - ToolParams.model_fields.keys():
-            words = ", ".join(sorted(lost))
-            raise RunError(f"{question.id}: Inspect drops {words} of the tool {function['name']}")
-        description = function.get("description") or ""
-        tools.append(ToolInfo(name=function["name"], description=description, parameters=params))
-    return tools
+def logged_tool(tool: dict[str, Any]) -> ToolInfo:
+    "Return a `tool` on offer as Inspect has it, as far as it has a place for its schema."
+    function = tool["function"]
+    schema = {"properties": {}, "additionalProperties": None} | (function.get("parameters") or {})
+    try:
+        params = ToolParams.model_validate(schema)
+    except ValueError:
+        params = ToolParams()
+    return ToolInfo(name=function["name"], description=function.get("description") or "", parameters=params)
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #001449bc
 def answer_output(line: dict[str, Any], model: str) -> ModelOutput:
@@ -136,6 +125,8 @@ def answer_metadata(question: Transcript, line: dict[str, Any]) -> dict[str, Any
     "Return what an evaluation knows of the answer in `line` to a `question`."
     spans = [question.messages[s.message]["content"][s.start : s.end] for s in question.injection_spans]
     about = {k: line[k] for k in ("label", "kind", "group", "asked", "finish", "text")}
+    exact = [tool_schema(logged_tool(t)) for t in question.tools or ()] == (question.tools or [])
+    about |= {} if exact else {"tools": question.tools}
     return about | {"question": question.id, "wanted": line["wanted"], "injection": spans}
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #4acff7ab
@@ -148,7 +139,7 @@ def answer_sample(
     event = ModelEvent(
         model=model,
         input=start,
-        tools=logged_tools(question),
+        tools=[logged_tool(t) for t in question.tools or ()],
         tool_choice="auto",
         config=config,
         output=output,
