@@ -762,7 +762,7 @@ def add_inspect_log(commands: Commands) -> None:
         "per stage or adapter. Only the tokenizer is loaded. Wants the extra cbnb[inspect].",
         epilog="status 2: the folder holds no answers, its data has changed, or Inspect is not installed",
     )
-    p.add_argument("run", metavar="RUN", help="the directory of a run, or of an evaluation")
+    p.add_argument("folder", metavar="RUN", help="the directory of a run, or of an evaluation")
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: inspect/ in RUN)")
     p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
     p.set_defaults(run=run_inspect_log)
@@ -774,7 +774,7 @@ def run_inspect_log(args: argparse.Namespace) -> int:
         from cbnb.agent.inspect_logs import write_inspect_logs
     except ImportError as e:
         raise CommandError(first_line(e)) from None
-    paths = write_inspect_logs(args.run, args.out, args.trust_remote_code)
+    paths = write_inspect_logs(args.folder, args.out, args.trust_remote_code)
     say(*paths, f"inspect view --log-dir {shlex.quote(str(paths[0].parent))}")
     return 0
 
