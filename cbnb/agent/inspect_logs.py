@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .inspect_provider import tool_schema  # first: its error where Inspect is missing
 
@@ -45,6 +45,7 @@ from inspect_ai.model import (
     GenerateConfig,
     ModelOutput,
     ModelUsage,
+    StopReason,
 )
 from inspect_ai.scorer import Score
 from inspect_ai.tool import ToolCall, ToolInfo, ToolParams
@@ -71,15 +72,15 @@ from ..report.figures import results_of
 from ..transcripts.record import REASONING_KEYS, Transcript
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #979e968d
-def logged_message(message: dict[str, Any], source: str | None = "input") -> ChatMessage:
+def logged_message(message: dict[str, Any], source: Literal["input", "generate"] = "input") -> ChatMessage:
     "Return Inspect's message for ours; `source`: input, or generate for what the model wrote."
     text, thought = message["content"], next((message[k] for k in REASONING_KEYS if message.get(k)), "")
     content: str | list[Content] = text
     if thought:
         content = [ContentReasoning(reasoning=thought), ContentText(text=text)]
     if message["role"] == "tool":
-        names = {"tool_call_id": message.get("tool_call_id"), "function": message.get("name")}
-        return ChatMessageTool(content=content, **names)
+        name, at = message.get("name"), message.get("tool_call_id")
+        return ChatMessageTool(content=content, tool_call_id=at, function=name)
     if message["role"] != "assistant":
         return (ChatMessageSystem if message["role"] == "system" else ChatMessageUser)(content=content)
     calls = [
@@ -112,7 +113,9 @@ def answer_output(line: dict[str, Any], model: str) -> ModelOutput:
     about = {k: read[k] for k in ("problem", "markers", "loose") if read[k] not in ("", None, [])}
     said: Any = logged_message(message, "generate")
     said.model, said.metadata = model, about or None
-    reason = "max_tokens" if line["finish"] == "length" else "tool_calls" if read["calls"] else "stop"
+    reason: StopReason = (
+        "max_tokens" if line["finish"] == "length" else "tool_calls" if read["calls"] else "stop"
+    )
     asked, wrote = line["prompt"]["tokens"], len(line["ids"])
     return ModelOutput(
         model=model,

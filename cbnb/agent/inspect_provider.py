@@ -245,7 +245,11 @@ def check_config(config: GenerateConfig) -> None:
 def decoding_of(config: GenerateConfig, default: Decoding) -> Decoding:
     "Return the decoding for `config`; `default` holds where it says nothing. Raises as `check_config` does."
     check_config(config)
-    values = {"max_new_tokens": config.max_tokens, "temperature": config.temperature, "seed": config.seed}
+    values: dict[str, Any] = {
+        "max_new_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "seed": config.seed,
+    }
     decoding = dataclasses.replace(default, **{k: v for k, v in values.items() if v is not None})
     if config.seed is not None and not decoding.temperature:
         warn_once(f"the seed {config.seed} does nothing: greedy answers depend on none; give a temperature")
@@ -338,7 +342,8 @@ class CbnbAPI(ModelAPI):
         self.student = load_student(model_name, **model_args)
         # of its own: a fast tokenizer is not to be used by two threads
         self.tokenizer = copy.deepcopy(self.student.agent.masker.tokenizer)
-        text = self.student.agent.model.config.get_text_config()
+        model: Any = self.student.agent.model
+        text = model.config.get_text_config()
         self.longest = getattr(text, "max_position_embeddings", None)
 
     async def generate(

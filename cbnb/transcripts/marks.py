@@ -99,11 +99,11 @@ class Marks:
 # %% ../../nbs/transcripts/14_marks.ipynb #c754ea90
 def make_marks(harmful_if: str = "", benign_if: str = "", injected: str = "") -> Marks:
     "Return the `Marks` that three texts say. Raises TranscriptError as `read_rule`."
-    rules = [
+    harmful, benign = (
         read_rule(text, name) if text else None
         for name, text in (("harmful_if", harmful_if), ("benign_if", benign_if))
-    ]
-    return Marks(*rules, injected)
+    )
+    return Marks(harmful, benign, injected)
 
 # %% ../../nbs/transcripts/14_marks.ipynb #eca12e50
 def label_by(marks: Marks, meta: dict[str, Any], where: str) -> str | None:
