@@ -179,7 +179,7 @@ def add_reading(p: argparse.ArgumentParser) -> None:
             f"{other} where no other rule is given",
         )
     p.add_argument(
-        "--injected",
+        "--injection",
         metavar="FIELD,...",
         default="",
         help="notes that hold the attacker's text, such as metadata.injection: it is marked where it stands",
@@ -284,7 +284,7 @@ def source_of(args: argparse.Namespace, on_error: str) -> SourceReader:
             on_error,
             args.relabel,
             args.tools,
-            marks=mark_by(args.harmful_if, args.benign_if, args.injected),
+            marks=mark_by(args.harmful_if, args.benign_if, args.injection),
         )
     except TranscriptError as e:
         raise CommandError(str(e)) from None
@@ -465,7 +465,7 @@ def run_convert(args: argparse.Namespace) -> int:
         lambda items: with_progress(items, "transcripts"),
         args.relabel,
         args.tools,
-        mark_by(args.harmful_if, args.benign_if, args.injected),
+        mark_by(args.harmful_if, args.benign_if, args.injection),
     )
     if args.json:
         print(json.dumps(report))

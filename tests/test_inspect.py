@@ -297,7 +297,7 @@ def test_the_prompt_of_every_turn_is_the_one_of_training(attacked):
 
 
 def test_a_log_is_read_masked_and_audited(attacked, capsys):
-    words = ["--harmful-if", "scores.world.attack=1", "--injected", "metadata.injection"]
+    words = ["--harmful-if", "scores.world.attack=1", "--injection", "metadata.injection"]
     common = ["--model", "tinyagent", "--policy", "post_injection_only", "--json"]
     assert main(["masks", attacked.location, *words, *common]) == 0
     *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
@@ -447,7 +447,7 @@ def test_json_and_eval_logs_are_read_alike(attacked, tmp_path):
             (t.messages, t.tools, t.label, t.injection_spans, t.meta["scores"])
             for t in read_transcripts(p, marks=by)
         ]
-        for by in [mark_by("scores.world.attack=1", injected="metadata.injection")]
+        for by in [mark_by("scores.world.attack=1", injection="metadata.injection")]
         for p in (tmp_path / "a.json", tmp_path / "b.eval")
     )
     assert first == second and len(first) == 6
@@ -560,7 +560,7 @@ def test_an_evaluation_is_a_log_that_inspect_reads(finished, capsys):
             for group, (hits, n) in (counts if isinstance(counts, dict) else {"": counts}).items():
                 made = figures.get(f"{name}/{group}" if group else name)
                 assert made is None if not n else (made["hits"].value, made["n"].value) == (hits, n)
-        by = mark_by("metadata.label=harmful", injected="metadata.injection")
+        by = mark_by("metadata.label=harmful", injection="metadata.injection")
         for t in read_transcripts(finished / "inspect" / f"{stage}.eval", marks=by):
             one = originals[t.meta["metadata"]["question"]]
             assert (t.label, t.injection_spans, t.tools) == (one.label, one.injection_spans, one.tools)

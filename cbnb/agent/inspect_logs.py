@@ -32,6 +32,8 @@ from inspect_ai.log import (
     EvalStats,
     write_eval_log,
 )
+
+# %% ../../nbs/agent/21_inspect_logs.ipynb #a177a44c
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
@@ -111,16 +113,16 @@ def answer_output(line: dict[str, Any], model: str) -> ModelOutput:
     message = {"role": "assistant", "content": read["text"], "reasoning_content": read["reasoning"]}
     message["tool_calls"] = [{"function": call} for call in read["calls"]]
     about = {k: read[k] for k in ("problem", "markers", "loose") if read[k] not in ("", None, [])}
-    said: Any = logged_message(message, "generate")
-    said.model, said.metadata = model, about or None
+    turn: Any = logged_message(message, "generate")
+    turn.model, turn.metadata = model, about or None
     reason: StopReason = (
         "max_tokens" if line["finish"] == "length" else "tool_calls" if read["calls"] else "stop"
     )
-    asked, wrote = line["prompt"]["tokens"], len(line["ids"])
+    tokens, wrote = line["prompt"]["tokens"], len(line["ids"])
     return ModelOutput(
         model=model,
-        choices=[ChatCompletionChoice(message=said, stop_reason=reason)],
-        usage=ModelUsage(input_tokens=asked, output_tokens=wrote, total_tokens=asked + wrote),
+        choices=[ChatCompletionChoice(message=turn, stop_reason=reason)],
+        usage=ModelUsage(input_tokens=tokens, output_tokens=wrote, total_tokens=tokens + wrote),
     )
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #6fb684da
@@ -230,8 +232,8 @@ def answer_pairs(
     for question, kind in keys:
         prompt, start = prompt_of(masker, question, prefill if kind == "prefilled" else 0)
         own = by_question.get((question.id, kind), {})
-        asked = lines_of_question(own, question, prompt_hash(prompt), start.tolist(), where)
-        pairs += [(question, line) for line in asked]
+        answers = lines_of_question(own, question, prompt_hash(prompt), start.tolist(), where)
+        pairs += [(question, line) for line in answers]
     check_complete(by_question, {(question.id, kind) for question, kind in keys}, where)
     return pairs
 

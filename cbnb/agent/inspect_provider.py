@@ -68,12 +68,12 @@ def split_name(name: str) -> tuple[str, str]:
 @dataclass
 class Student:
     """A loaded model that answers: its `agent`, the `batcher` of the requests that run, how many there are
-    (`running`), and how often each turn of a sample was asked (`asked`)."""
+    (`running`), and how often each turn of a sample was asked (`counts`)."""
 
     agent: Agent
     batcher: Batcher | None = None
     running: int = 0
-    asked: Counter = field(default_factory=Counter)
+    counts: Counter = field(default_factory=Counter)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
 # %% ../../nbs/agent/20_inspect.ipynb #795787fa
@@ -282,8 +282,8 @@ def episode_name(student: Student, turn: int) -> str:
         name, run = "no sample", ""
     else:
         name, run = f"{active.sample.id}/{active.epoch}", str(active.id)
-    student.asked[run, name, turn] += 1
-    again = student.asked[run, name, turn] - 1
+    student.counts[run, name, turn] += 1
+    again = student.counts[run, name, turn] - 1
     return f"{name}/again {again}" if again else name
 
 # %% ../../nbs/agent/20_inspect.ipynb #896d544b
@@ -308,7 +308,7 @@ def model_output(
         for c in message.get("tool_calls", ())
     ]
     about = {"problem": answer.problem, "markers": answer.markers, "loose": answer.loose}
-    said = ChatMessageAssistant(
+    turn = ChatMessageAssistant(
         content=content,
         tool_calls=calls or None,
         model=name,
@@ -318,7 +318,7 @@ def model_output(
     read, wrote = len(reply.prompt_ids), len(reply.ids)
     return ModelOutput(
         model=name,
-        choices=[ChatCompletionChoice(message=said, stop_reason=stop_reason(reply, longest))],
+        choices=[ChatCompletionChoice(message=turn, stop_reason=stop_reason(reply, longest))],
         usage=ModelUsage(input_tokens=read, output_tokens=wrote, total_tokens=read + wrote),
         time=seconds,
     )
