@@ -144,7 +144,7 @@ def schemas():
     "The tools as the provider puts them on offer."
     defs = (ToolDef(t) for t in (read_page(), save_note()))
     infos = (ToolInfo(name=d.name, description=d.description, parameters=d.parameters) for d in defs)
-    return [provider.tool_schema(info) for info in infos]
+    return [provider.schema_of(info) for info in infos]
 
 
 def written(reader, i):
@@ -202,7 +202,7 @@ def second_turn(api):
         return "fails"
     own = api.tokenizer.apply_chat_template(
         [provider.chat_message(m) for m in messages],
-        tools=[provider.tool_schema(t) for t in infos],
+        tools=[provider.schema_of(t) for t in infos],
         tokenize=False,
         add_generation_prompt=True,
     )
@@ -269,7 +269,7 @@ def adapter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     "The log of the tiny agent under attack, two tool turns each."
-    return evaluated(tiny_world(n=6), "cbnb/tinyagent", tmp_path_factory.mktemp("logs"))
+    return evaluated(tiny_world(n=4), "cbnb/tinyagent", tmp_path_factory.mktemp("logs"))
 
 
 def means(log):
@@ -279,7 +279,7 @@ def means(log):
 def test_the_tiny_agent_acts_in_a_task(attacked, adapter, tmp_path):
     "It obeys the injected order; with an adapter that breaks it, it makes no call that can be read."
     assert not errors(attacked) and means(attacked) == {"utility": 0, "attack": 1, "call": 1}
-    broken = evaluated(tiny_world(n=6), f"cbnb/tinyagent@{adapter}", tmp_path)
+    broken = evaluated(tiny_world(n=2), f"cbnb/tinyagent@{adapter}", tmp_path, max_tokens=24)
     assert not errors(broken) and means(broken)["attack"] == 0 == means(broken)["utility"]
     assert broken.eval.model == f"cbnb/tinyagent@{adapter}"
 
@@ -301,8 +301,8 @@ def test_a_log_is_read_masked_and_audited(attacked, capsys):
     common = ["--model", "tinyagent", "--policy", "post_injection_only", "--json"]
     assert main(["masks", attacked.location, *words, *common]) == 0
     *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert len(rows) == 6 and all(r["label"] == "harmful" and r["trained"] for r in rows), rows[0]
-    assert main(["spans", attacked.location, *words]) == 0 and "6 had spans" in capsys.readouterr().out
+    assert len(rows) == 4 and all(r["label"] == "harmful" and r["trained"] for r in rows), rows[0]
+    assert main(["spans", attacked.location, *words]) == 0 and "4 had spans" in capsys.readouterr().out
 
 
 BAD_NAMES = {
@@ -386,14 +386,14 @@ def test_a_choice_that_is_not_forced_is_told_once(caplog):
 
 def test_sampling_is_seeded_by_sample_epoch_and_turn(tmp_path):
     "The same seed gives the same answers, whatever stands in the batch; epochs differ."
-    settings = dict(temperature=3.0, max_tokens=12, seed=5)
+    settings = dict(temperature=3.0, max_tokens=8, seed=5)
 
     def answers(log):
         return {
             (s.id, s.epoch): s.messages[2].model_dump(include={"content", "tool_calls"}) for s in log.samples
         }
 
-    both = answers(evaluated(tiny_world(n=3), "cbnb/tinyagent", tmp_path, epochs=2, **settings))
+    both = answers(evaluated(tiny_world(n=2), "cbnb/tinyagent", tmp_path, epochs=2, **settings))
     alone = answers(evaluated(tiny_world(n=1), "cbnb/tinyagent", tmp_path, **settings))
     assert alone.items() <= both.items(), (alone, both)
     ids = {name for name, _ in both}
@@ -450,7 +450,7 @@ def test_json_and_eval_logs_are_read_alike(attacked, tmp_path):
         for by in [mark_by("scores.world.attack=1", injection="metadata.injection")]
         for p in (tmp_path / "a.json", tmp_path / "b.eval")
     )
-    assert first == second and len(first) == 6
+    assert first == second and len(first) == 4
     for messages, _, label, (span,), _ in first:
         assert label == "harmful" and messages[span.message]["role"] == "tool"
 
@@ -458,7 +458,7 @@ def test_json_and_eval_logs_are_read_alike(attacked, tmp_path):
 def test_logs_are_read_without_inspect(attacked):
     def work():
         sys.modules["inspect_ai"] = None
-        assert len(list(read_transcripts(attacked.location, label="harmful"))) == 6
+        assert len(list(read_transcripts(attacked.location, label="harmful"))) == 4
 
     assert forked(work).returncode == 0
 
@@ -490,7 +490,7 @@ def test_damaged_logs_are_one_sentence(attacked, tmp_path):
             assert str(e).startswith("d.eval") and "\n" not in str(e), e
         else:
             # a bit of the archive's own notes, such as a date, changes nothing
-            assert len(good) + reader.skipped_count == 6
+            assert len(good) + reader.skipped_count == 4
 
 
 def test_a_score_that_is_no_number_costs_its_own_sample(attacked, tmp_path):
@@ -502,7 +502,7 @@ def test_a_score_that_is_no_number_costs_its_own_sample(attacked, tmp_path):
     file = rewritten(attacked.location, tmp_path / "n.eval", change)
     reader = read_transcripts(file, on_error="skip", marks=mark_by("scores.world.attack=1"))
     good = [t for t in reader.records() if not isinstance(t, TranscriptError)]
-    assert len(good) == 5 and "scores.world.attack: is missing" in reader.skipped[0]
+    assert len(good) == 3 and "scores.world.attack: is missing" in reader.skipped[0]
 
 
 def test_a_big_log_is_read_in_bounded_memory(attacked, tmp_path):
@@ -516,10 +516,10 @@ def test_a_big_log_is_read_in_bounded_memory(attacked, tmp_path):
             samples = [m for name, m in members.items() if name.startswith("samples/")]
             for n in range(times):
                 for s in samples:
-                    one = s | {"id": f"{s['id']}-{n}", "store": {"filler": "x" * 200_000}}
+                    one = s | {"id": f"{s['id']}-{n}", "store": {"filler": "x" * 100_000}}
                     out.writestr(f"samples/{one['id']}_epoch_1.json", json.dumps(one))
         tracemalloc.start()
-        assert sum(1 for _ in read_transcripts(file, label="harmful")) == 6 * times
+        assert sum(1 for _ in read_transcripts(file, label="harmful")) == 4 * times
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] + 2**20, peaks

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from .inspect_provider import tool_schema  # first: its error where Inspect is missing
+from .inspect_provider import schema_of  # first: its error where Inspect is missing
 
 # %% auto #0
 __all__ = ['logged_message', 'logged_tool', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics', 'answers_log',
@@ -130,7 +130,7 @@ def answer_metadata(question: Transcript, line: dict[str, Any]) -> dict[str, Any
     "Return what an evaluation knows of the answer in `line` to a `question`."
     spans = [question.messages[s.message]["content"][s.start : s.end] for s in question.injection_spans]
     about = {k: line[k] for k in ("label", "kind", "group", "asked", "finish", "text")}
-    exact = [tool_schema(logged_tool(t)) for t in question.tools or ()] == (question.tools or [])
+    exact = [schema_of(logged_tool(t)) for t in question.tools or ()] == (question.tools or [])
     about |= {} if exact else {"tools": question.tools}
     return about | {"question": question.id, "wanted": line["wanted"], "injection": spans}
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['LOGGER', 'OPTIONS', 'FOLLOWED', 'INSPECTS', 'NEUTRAL', 'split_name', 'Student', 'ask_student', 'check_options',
-           'load_student', 'content_parts', 'chat_message', 'tool_schema', 'check_config', 'decoding_of', 'warn_once',
+           'load_student', 'content_parts', 'chat_message', 'schema_of', 'check_config', 'decoding_of', 'warn_once',
            'check_tools', 'episode_name', 'stop_reason', 'model_output', 'CbnbAPI']
 
 # %% ../../nbs/agent/20_inspect.ipynb #d765c094
@@ -205,7 +205,7 @@ def chat_message(message: ChatMessage) -> dict[str, Any]:
     return out
 
 # %% ../../nbs/agent/20_inspect.ipynb #51c6d950
-def tool_schema(tool: ToolInfo) -> dict[str, Any]:
+def schema_of(tool: ToolInfo) -> dict[str, Any]:
     "Return the schema of a `tool` as chat templates have it."
     parameters = tool.parameters.model_dump(exclude_none=True)
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
@@ -356,7 +356,7 @@ class CbnbAPI(ModelAPI):
         decoding = decoding_of(config, student.agent.decoding)
         check_tools(tools, tool_choice, student.agent.reader.cannot)
         turn = sum(m.role == "assistant" for m in input)
-        messages, schemas = [chat_message(m) for m in input], [tool_schema(t) for t in tools]
+        messages, schemas = [chat_message(m) for m in input], [schema_of(t) for t in tools]
         request = Request(messages, schemas or None, episode_name(student, turn), turn)
         ask = functools.partial(ask_student, student, request, decoding)
         start = anyio.current_time()

@@ -11,7 +11,7 @@ from typing import Any
 import cbnb.agent.inspect_provider  # noqa: F401  # its error where Inspect is missing; and the provider is known with it
 
 # %% auto #0
-__all__ = ['sample_of', 'make_tool', 'act', 'calls_of', 'world', 'tiny_world']
+__all__ = ['sample_of', 'canned_tool', 'act', 'calls_of', 'world', 'tiny_world']
 
 # %% ../../nbs/agent/22_inspect_task.ipynb #9419b745
 from inspect_ai import Task, task
@@ -40,7 +40,7 @@ def sample_of(transcript: Transcript) -> Sample:
     return Sample(input=start, id=transcript.id, target=json.dumps(call) if call else "", metadata=metadata)
 
 # %% ../../nbs/agent/22_inspect_task.ipynb #971dfae0
-def make_tool(schema: dict[str, Any], results: dict[str, str]) -> Tool:
+def canned_tool(schema: dict[str, Any], results: dict[str, str]) -> Tool:
     "Return the tool of a `schema`, which answers with what `results` has under its name."
     function = schema["function"]
 
@@ -57,7 +57,7 @@ def act(turns: int = 2) -> Solver:
     "Return the solver that lets the model act for at most so many `turns`, each followed by its tools."
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
-        state.tools = [make_tool(t, state.metadata["results"]) for t in state.metadata["tools"]]
+        state.tools = [canned_tool(t, state.metadata["results"]) for t in state.metadata["tools"]]
         for _ in range(turns):
             state = await generate(state, tool_calls="single")
             if not state.output.message.tool_calls:

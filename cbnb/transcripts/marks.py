@@ -18,12 +18,12 @@ from .injections import find_injections
 from .record import InjectionSpan, Transcript, check_label, measured_label, need, source_run
 
 # %% auto #0
-__all__ = ['RULE', 'Rule', 'read_rule', 'note_at', 'holds', 'Marks', 'make_marks', 'label_by', 'note_texts', 'with_spans',
+__all__ = ['RULE', 'NoteRule', 'read_rule', 'note_at', 'keeps_to', 'Marks', 'make_marks', 'label_by', 'note_texts', 'with_spans',
            'read_marked', 'mark_by']
 
 # %% ../../nbs/transcripts/14_marks.ipynb #5e477127
 @dataclass(frozen=True)
-class Rule:
+class NoteRule:
     "A comparison of the note at `path` (`scores.world.attack`) by `sign` with a JSON `value`."
 
     path: str
@@ -39,8 +39,8 @@ class Rule:
 RULE = re.compile(r"\s*([^<>=!]+?)\s*(>=|<=|!=|=|<|>)\s*(.+?)\s*")
 
 
-def read_rule(text: str, name: str) -> Rule:
-    "Return the `Rule` in a `text`, the setting `name`. Raises TranscriptError for another form."
+def read_rule(text: str, name: str) -> NoteRule:
+    "Return the `NoteRule` in a `text`, the setting `name`. Raises TranscriptError for another form."
     match: Any = RULE.fullmatch(text)
     need(match, name, f"is {text!r}; write FIELD=VALUE, such as scores.world.attack=1, or with != >= <= > <")
     path, sign, word = match.groups()
@@ -50,7 +50,7 @@ def read_rule(text: str, name: str) -> Rule:
         value = word
     number = isinstance(value, int | float) and math.isfinite(value)
     need(number or sign in ("=", "!="), name, f"compares with {word!r} by {sign}; give a number")
-    return Rule(path, sign, value)
+    return NoteRule(path, sign, value)
 
 # %% ../../nbs/transcripts/14_marks.ipynb #ae2513ba
 def note_at(notes: Any, path: str) -> Any:
@@ -66,7 +66,7 @@ def note_at(notes: Any, path: str) -> Any:
     return note_at(notes["value"], path) if isinstance(notes.get("value"), dict) else None
 
 # %% ../../nbs/transcripts/14_marks.ipynb #00de9b51
-def holds(rule: Rule, meta: dict[str, Any], where: str) -> bool:
+def keeps_to(rule: NoteRule, meta: dict[str, Any], where: str) -> bool:
     "Return whether the notes `meta` keep to `rule`. Raises TranscriptError where the note is not comparable."
     note, value, here = note_at(meta, rule.path), rule.value, f"{where}, meta.{rule.path}"
     parts = ", ".join(map(str, note)) if isinstance(note, dict) else ""
@@ -92,8 +92,8 @@ class Marks:
     """What a user says of records that do not say it: when one is harmful, when benign, and the `injection`
     paths of notes (comma-separated) that hold the attacker's text."""
 
-    harmful_if: Rule | None = None
-    benign_if: Rule | None = None
+    harmful_if: NoteRule | None = None
+    benign_if: NoteRule | None = None
     injection: str = ""
 
 # %% ../../nbs/transcripts/14_marks.ipynb #c754ea90
@@ -108,8 +108,8 @@ def make_marks(harmful_if: str = "", benign_if: str = "", injection: str = "") -
 # %% ../../nbs/transcripts/14_marks.ipynb #eca12e50
 def label_by(marks: Marks, meta: dict[str, Any], where: str) -> str | None:
     """Return the label that the rules of `marks` give to the notes `meta`, or None where neither of two
-    holds. Raises TranscriptError where both do, and as `holds`."""
-    harmful, benign = (rule and holds(rule, meta, where) for rule in (marks.harmful_if, marks.benign_if))
+    holds. Raises TranscriptError where both do, and as `keeps_to`."""
+    harmful, benign = (rule and keeps_to(rule, meta, where) for rule in (marks.harmful_if, marks.benign_if))
     need(
         not (harmful and benign),
         f"{where}, meta",

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FileRecord', 'PACKED', 'ROW_GROUP', 'TABLES', 'ZSTANDARD', 'HUB', 'open_zst', 'as_json', 'read_batches',
-           'read_parquet', 'read_arrow', 'unpack_zst_member', 'read_member', 'read_archive', 'hub_call', 'read_hub']
+           'read_parquet', 'read_arrow', 'unpack_zst_member', 'read_member', 'missing_samples', 'read_archive',
+           'hub_call', 'read_hub']
 
 # %% ../../nbs/transcripts/02_packed.ipynb #4154c272
 # where a record stands in its file, the id that it gets where it has none, and what stands there: a record
@@ -166,6 +167,14 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -
     except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:
         raise TranscriptError(f"{where}: cannot be read ({e}); make or fetch the file again") from None
 
+# %% ../../nbs/transcripts/02_packed.ipynb #bd40ca51
+def missing_samples(header: dict[str, Any], count: int) -> int:
+    """Return how many samples the `header` of a log that ended well counts beside the `count` that are there;
+    0 where it counts none, or the log broke off."""
+    results = header.get("results")
+    whole = results.get("completed_samples") if isinstance(results, dict) else None
+    return max(whole - count, 0) if header.get("status") == "success" and type(whole) is int else 0
+
 # %% ../../nbs/transcripts/02_packed.ipynb #73a0e6d8
 def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
     """Yield `(where, id, record or TranscriptError)` of the samples of Inspect's `.eval` archive, each with
@@ -186,14 +195,16 @@ def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
         )
         header = read_member(archive, members[head], f"{name}, {head}")
         need(isinstance(header, dict), f"{name}, {head}", "is not an object; write one JSON object")
-        for number, (member, info) in enumerate(
-            ((m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)), 1
-        ):
+        samples = [(m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)]
+        for number, (member, info) in enumerate(samples, 1):
             where = f"{name}, {member}"
             try:
                 yield where, f"{name}:{number}", {**header, "samples": [read_member(archive, info, where)]}
             except TranscriptError as e:
                 yield where, f"{name}:{number}", e
+        if lack := missing_samples(header, len(samples)):
+            words = f"lacks {lack:,} of the samples that it counts; make or fetch the file again"
+            yield name, f"{name}:{len(samples) + 1}", TranscriptError(f"{name}: {words}")
 
 # %% ../../nbs/transcripts/02_packed.ipynb #20a8156b
 TABLES[b"PK\x03\x04"] = read_archive
