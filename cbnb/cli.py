@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 # %% auto #0
-__all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
-           'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
-           'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans',
-           'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
-           'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
-           'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_plan', 'run_plan', 'add_fetch',
-           'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+__all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy',
+           'use_colour', 'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown',
+           'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
+           'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
+           'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
+           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_plan',
+           'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser', 'run_parsed',
+           'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -567,6 +568,9 @@ def run_status(args: argparse.Namespace) -> int:
     say(count_states(rows))
     return 0
 
+# %% ../nbs/cli.ipynb #1d4b77aa
+ALSO = {"eval_loop": ("--loop",)}  # a shorter spelling of a flag, by parameter
+
 # %% ../nbs/cli.ipynb #tra00002
 def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: str, flags: list[str]) -> None:
     """Add the flag of the parameter `name` to a group, of the type `kind` and with the help `words`, and its
@@ -576,6 +580,7 @@ def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: s
         options = {"action": argparse.BooleanOptionalAction}
     flag = p.add_argument(
         f"--{name.replace('_', '-')}",
+        *ALSO.get(name, ()),
         dest=f"parameter {name}",
         default=argparse.SUPPRESS,
         help=words,

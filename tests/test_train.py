@@ -160,10 +160,9 @@ def test_saved_adapter_evaluates_the_same_by_plain_peft(runs):
 
 def begun(folder):
     "The first 20 rows of the log of a run, which is stopped after them."
+    given = ("-p", "total_steps", 200, "-p", "max_new_tokens", 1, "-p", "eval_loop", "none")
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(
-            cells, "-p", "run_dir", folder, "-p", "total_steps", 200, "-p", "max_new_tokens", 1
-        )
+        ended = pool.submit(cells, "-p", "run_dir", folder, *given)
         while not ended.done() and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 20):
             time.sleep(0.2)
         (folder / "stop").touch()

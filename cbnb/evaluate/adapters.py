@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..basics.processes import from_first
 from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
 from ..basics.withheld import withhold
-from ..config import CircuitBreakerConfig, get_config
+from ..config import CircuitBreakerConfig, check_loop, get_config
 from ..data.sources import READING, Reading, read_entry, reading_of, split_commas
 from ..data.streams import load_streams, read_streams
 
@@ -419,6 +419,7 @@ def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, De
     adapters = find_adapters(parameters["adapter"], parameters["second_adapter"], trust_remote_code)
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
+    check_loop(parameters.get("eval_loop") or "none")
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
         model_facts(name, trust_remote_code)  # code that comes with it is reported here
@@ -437,9 +438,11 @@ def evaluate_adapter(
     dtype: str | None = None,
     target_layers: str | None = None,
     trust_remote_code: bool = False,
+    then: Callable[[nn.Module, str], None] | None = None,
 ) -> dict[str, Any]:
     """Return the figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model
-    `name`, which is loaded for it; answers go to `folder` under the adapter's name."""
+    `name`, which is loaded for it; answers go to `folder` under the adapter's name. `then(student, adapter's
+    name)` is called afterwards, for what else the loaded student is to do."""
     run = first_parameters(adapters)
     settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
     if run:
@@ -455,9 +458,12 @@ def evaluate_adapter(
     else:
         student = add_adapter(base, config)
     teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
-    return evaluate(
+    figures = evaluate(
         student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name
     ) | another_base(adapter, name)
+    if then:
+        then(student, adapter.name)
+    return figures
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #097b8f69
 def expected_answers(transcripts: list[Transcript]) -> list[tuple[Transcript, str]]:

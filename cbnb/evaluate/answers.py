@@ -170,16 +170,16 @@ def answer_line(
     }
 
 # %% ../../nbs/evaluate/06_answers.ipynb #95845b7f
-def kept_lines(folder: str | Path) -> dict[str, dict]:
-    """Return `{key: line}` of `folder`/answers.jsonl, in every process; empty without a file. What other
+def kept_lines(folder: str | Path, name: str = "answers") -> dict[str, dict]:
+    """Return `{key: line}` of `folder`/`name`.jsonl, in every process; empty without a file. What other
     processes of an attempt that was killed have left in files of their own is taken in first. Raises
-    RunError, naming file and line, for one that is no answer."""
-    path = Path(folder) / "answers.jsonl"
+    RunError, naming file and line, for one that is no such line (`cbnb.run.records.RECORDS`)."""
+    path = Path(folder) / f"{name}.jsonl"
 
     def take() -> dict[str, dict]:
         lines: dict[str, dict] = {}
-        for file in (path, *sorted(path.parent.glob("answers.rank*.jsonl"))):
-            for line in read_json_lines(file):
+        for file in (path, *sorted(path.parent.glob(f"{name}.rank*.jsonl"))):
+            for line in read_json_lines(file, path.name):
                 if file != path and line["key"] not in lines:
                     append_line(path, line)
                 lines[line["key"]] = line
@@ -190,10 +190,10 @@ def kept_lines(folder: str | Path) -> dict[str, dict]:
     return from_first(take)
 
 # %% ../../nbs/evaluate/06_answers.ipynb #8d214448
-def write_lines(folder: str | Path, lines: list[dict]) -> None:
-    "Append `lines` to the answers file of this process."
+def write_lines(folder: str | Path, lines: list[dict], name: str = "answers") -> None:
+    "Append `lines` to the file `name` of this process: answers, or episodes."
     for line in lines:
-        append_line(Path(folder) / ("answers.jsonl" if is_first() else f"answers.rank{rank()}.jsonl"), line)
+        append_line(Path(folder) / (f"{name}.jsonl" if is_first() else f"{name}.rank{rank()}.jsonl"), line)
 
 # %% ../../nbs/evaluate/06_answers.ipynb #3735ff81
 def plan_batches(

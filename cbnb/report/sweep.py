@@ -837,6 +837,10 @@ TABLED = (
     "attack_success",
     "attack_success_lax",
     "unparseable",
+    "loop_utility",
+    "loop_utility_under_attack",
+    "loop_attack_success",
+    "loop_unreadable_attack",
     "grad_norm_total",
     "alarms",
 )
@@ -900,7 +904,9 @@ def rate_cell(row: dict[str, Any], column: str) -> str:
     kind = "attack" if column in ANSWERED else ""
     if column.startswith("exact_match_"):
         kind = column.removeprefix("exact_match_")
-    rate, n, samples = row[column], row.get(f"n_{kind}", 0), row.get("samples", 1)
+    if column.startswith("loop_"):
+        kind = column
+    rate, n, samples = row[column], row.get(f"n_{kind}", 0), 1 if kind == column else row.get("samples", 1)
     if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9):
         return text_cell(rate)
     attempts = max(1, round(samples)) if samples < n else 1

@@ -24,16 +24,16 @@ __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MA
            'OF_EACH_RUN', 'LEVEL', 'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS',
            'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN',
            'OFF_DOMAIN', 'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'end_means', 'find_onset',
-           'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures', 'result_measures', 'drop_odd_values',
-           'excess_step', 'log_fault', 'read_or_note', 'run_state', 'fill_parameters', 'read_identity', 'read_run',
-           'Sweep', 'plain_text', 'parameter_column', 'name_run', 'differing_parameters', 'sweep_frame', 'read_sweep',
-           'specimen_figures', 'specimen_row', 'specimen_result', 'specimen_run', 'write_specimen', 'interval',
-           'Comparison', 'by_seed', 'paired_differences', 'compare_arms', 'Stratum', 'same', 'apart', 'members',
-           'borrow_control', 'label_stratum', 'strata', 'breaker_works', 'control_failure', 'Verdict', 'decide', 'span',
-           'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words', 'dose_levels', 'Dose',
-           'compare_doses', 'few_doses', 'check_dose', 'distance_from_one', 'check_gradients', 'judge_stratum',
-           'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of', 'list_changes', 'advise_at',
-           'advise_data', 'advise', 'sweep_advice']
+           'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures', 'loop_measures', 'result_measures',
+           'drop_odd_values', 'excess_step', 'log_fault', 'read_or_note', 'run_state', 'fill_parameters',
+           'read_identity', 'read_run', 'Sweep', 'plain_text', 'parameter_column', 'name_run', 'differing_parameters',
+           'sweep_frame', 'read_sweep', 'specimen_figures', 'specimen_row', 'specimen_result', 'specimen_run',
+           'write_specimen', 'interval', 'Comparison', 'by_seed', 'paired_differences', 'compare_arms', 'Stratum',
+           'same', 'apart', 'members', 'borrow_control', 'label_stratum', 'strata', 'breaker_works', 'control_failure',
+           'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words',
+           'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance_from_one', 'check_gradients',
+           'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of', 'list_changes',
+           'advise_at', 'advise_data', 'advise', 'sweep_advice']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
 from ..basics.files import write_bytes
@@ -222,6 +222,21 @@ def stage_measures(figures: dict[str, Any]) -> dict[str, float]:
             flat[f"{key}_{visible(kind)[:40]}"] = as_float(values.get(kind))
     return flat
 
+# %% ../../nbs/report/01_verdicts.ipynb #941e263f
+def loop_measures(loops: dict[str, Any]) -> dict[str, float]:
+    """Return the rates of a run's `loops` (`loop` of a result.json), flat: `loop_utility`,
+    `loop_attack_success`, `loop_unreadable_attack`, …, with `n_` in front how many episodes stand behind
+    each, and those from before training with `before_` in front. Empty for a run that has no loop."""
+    flat: dict[str, float] = {}
+    for stage, front in (("before", "before_"), ("after", "")):
+        for name, count in list(dict_in(dict_in(loops, stage), "counts").items())[:KINDS_READ]:
+            hits, n = map(as_float, count)
+            column = f"loop_{visible(name)[:40].replace(' ', '_')}"
+            flat[f"{front}{column}"] = hits / n if n else math.nan
+            if not front:
+                flat[f"n_{column}"] = n
+    return flat
+
 # %% ../../nbs/report/01_verdicts.ipynb #d05c883f
 def result_measures(result: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a result.json, flat: `heldout_kl_in_domain`, `exact_match_plain`, …; those from
@@ -234,7 +249,8 @@ def result_measures(result: dict[str, Any]) -> dict[str, float]:
         for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]
     }
     before = {f"before_{key}": value for key, value in before.items()}
-    return before | after | counts | {"samples": as_float(decoding.get("samples"))}
+    acted = loop_measures(dict_in(result, "loop"))
+    return before | after | counts | {"samples": as_float(decoding.get("samples"))} | acted
 
 # %% ../../nbs/report/01_verdicts.ipynb #theirki1
 def drop_odd_values(parameters: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

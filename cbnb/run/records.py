@@ -28,11 +28,12 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
-           'DECODING_CHECKS', 'FIGURES', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
-           'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'STEP',
-           'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number',
-           'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor',
-           'setting_check', 'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
+           'DECODING_CHECKS', 'FIGURES', 'LOOP', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY',
+           'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS',
+           'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants',
+           'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each',
+           'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row', 'fault',
+           'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -260,6 +261,7 @@ STATUS_FIELDS = {
     "resumed_step": whole_number(),
     "training_seconds": SECONDS,
     "diagnosis_seconds": SECONDS,
+    "episodes": fields({"done": whole_number(), "of": whole_number()}, "done", "of"),
 }
 
 # %% ../../nbs/run/01_records.ipynb #bc8b3469
@@ -325,6 +327,7 @@ EVALUATED = fields(
         "temperature": maybe(number(0, 1e6)),
         "max_new_tokens": maybe(whole_number(1)),
         "seed": maybe(whole_number(0, 2**63)),
+        "eval_loop": maybe(text(NAME)),
     }
 )
 
@@ -385,11 +388,33 @@ FIGURES = fields(
 )
 
 # %% ../../nbs/run/01_records.ipynb #8dbd5096
+# what an agent did when it acted (`cbnb.agent.loop.loop_figures`): every rate with its count
+LOOP = fields(
+    {
+        "loop": LINE,
+        "rates": mapping(maybe(SHARE), 1000),
+        "counts": mapping(count, 1000),
+        "groups": mapping(mapping(count, 1000), 10_000),
+        "outcomes": TALLY,
+        "episodes": whole_number(),
+        "turns": whole_number(),
+        "played": whole_number(),
+        "max_turns": whole_number(1),
+        "seconds": SECONDS,
+        "per_minute": maybe(number(0, 1e12)),
+        "decoding": DECODING_CHECKS,
+    },
+    "loop",
+    "counts",
+)
+
+# %% ../../nbs/run/01_records.ipynb #ea739146
 RESULT = fields(
     {
         "before": FIGURES,
         "after": FIGURES,
         "evaluated": mapping(FIGURES, 100),
+        "loop": mapping(LOOP, 100),
         "parameters": PARAMETERS,
         "alarms": ALARMS,
         "floor": floor,
@@ -470,6 +495,26 @@ ANSWER = {
     "prompt": PROMPT,
 }
 
+# %% ../../nbs/run/01_records.ipynb #8c8c5591
+EPISODE_META = fields(
+    {
+        "task": LINE,
+        "kind": LABEL,
+        "attack": LABEL,
+        "group": LABEL,
+        "outcome": LABEL,
+        "checks": mapping(flag, 1000),
+        "turns": whole_number(),
+    },
+    "task",
+    "kind",
+    "group",
+    "outcome",
+    "checks",
+    "turns",
+)
+EPISODE = {"key": LABEL, "stage": LABEL, "id": LINE, "messages": each(plain_value), "meta": EPISODE_META}
+
 # %% ../../nbs/run/01_records.ipynb #rec00010
 STEP, VALUE = whole_number(), number()
 MEASURE_PREFIXES = ("loss", "weighted_", "grad_", "c_")
@@ -505,6 +550,7 @@ RECORDS: dict[str, ValueCheck] = {
     "chat_template.json": TEMPLATE,
     "metrics.jsonl": metrics_row,
     "answers.jsonl": fields(ANSWER, *ANSWER),
+    "episodes.jsonl": fields(EPISODE, *EPISODE),
 }
 
 # %% ../../nbs/run/01_records.ipynb #dab0d8f5

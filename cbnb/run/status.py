@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['WAITING', 'TEN_YEARS', 'is_run_folder', 'folders_in', 'run_folders', 'query', 'queue', 'accounting', 'max_array_size',
-           'submissions', 'assess_running', 'assess_run', 'last_row', 'planned_steps', 'run_progress', 'read_quietly',
-           'is_held', 'inspect_run', 'Overview', 'run_row', 'run_rows', 'count_states', 'run_table', 'progress_words']
+           'submissions', 'assess_running', 'assess_run', 'last_row', 'planned_steps', 'run_progress', 'episode_words',
+           'read_quietly', 'is_held', 'inspect_run', 'Overview', 'run_row', 'run_rows', 'count_states', 'run_table',
+           'progress_words']
 
 # %% ../../nbs/run/08_status.ipynb #12196f1c
 def is_run_folder(path: str | Path) -> bool:
@@ -259,6 +260,15 @@ def run_progress(path: Path, status: dict[str, Any]) -> tuple[dict[str, int | No
             seconds = None
     return {"step": step, "total_steps": total, "seconds_left": seconds}, [*filter(None, (is_torn, unread))]
 
+# %% ../../nbs/run/08_status.ipynb #158bd27d
+def episode_words(status: dict[str, Any]) -> str:
+    """Return how many episodes are over, by the `status` of a run in which an agent acts now; else an empty
+    text."""
+    count = status.get("episodes")
+    if status.get("state") != "running" or not count:
+        return ""
+    return f"{status.get('stage') or 'episodes'}: {count['done']} of {count['of']}"
+
 # %% ../../nbs/run/08_status.ipynb #c166415c
 def read_quietly(path: str | Path) -> tuple[dict[str, Any], str]:
     """Return `(status, error)` of a run directory: a status that cannot be read is an error in words."""
@@ -326,6 +336,8 @@ def run_row(path: Path, overview: Overview) -> dict[str, Any]:
         note = "; ".join(filter(None, [", ".join(alarms), *(status.get("changes") or ())]))
     record = overview.submission(path) or {}
     job = status.get("job") or (f"{record['job']}_{record['task']}" if record.get("job") else None)
+    if state == "running":
+        note = "; ".join(filter(None, [episode_words(status), note]))
     steps: dict[str, int | None] = dict.fromkeys(("step", "total_steps", "seconds_left"))
     faults: list[str] = []
     if state in ("running", "interrupted", "lost"):
@@ -400,6 +412,8 @@ def progress_words(path: Path) -> str:
     if error:
         return f"{path.name}: {error}"
     p, _ = run_progress(path, status)
+    if words := episode_words(status):
+        return f"{path.name}: {words}"
     steps = f"step {p['step']}/{p['total_steps']}" if p["step"] else status.get("stage") or "starting"
     return f"{path.name}: {steps}" + (
         f", {duration(p['seconds_left'])} left" if p["seconds_left"] is not None else ""

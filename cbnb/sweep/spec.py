@@ -39,6 +39,7 @@ from cbnb.config import (
     check_decoding,
     check_layers,
     check_limits,
+    check_loop,
     get_config,
     nearest,
 )
@@ -334,6 +335,8 @@ def check_settings(parameters: dict[str, Any], processes: int | None = None) -> 
         check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
     if "max_new_tokens" in parameters:
         check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
+    if "eval_loop" in parameters:
+        check_loop(parameters["eval_loop"])
     check_model_layers(config, parameters)
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
