@@ -10,7 +10,7 @@ root = Path(__file__).parent
 parser = ConfigParser()
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("pictures", "hf", "agentdojo")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("pictures", "hf", "agentdojo", "inspect")}
 
 setup(
     name=cfg["lib_name"],
@@ -29,6 +29,7 @@ setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "papermill.engine": cfg["papermill_engines"].split(),
+        "inspect_ai": cfg["inspect_entry_points"].split(),
     },
     # "" makes an editable install an entry on sys.path. Without it setuptools installs an import hook, which
     # comes after sys.path: a folder that is

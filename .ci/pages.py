@@ -81,6 +81,7 @@ PARTS = (
             "howto/add_format.ipynb",
             "howto/add_policy.ipynb",
             "howto/model.md",
+            "howto/inspect.md",
             "howto/cluster.md",
             "howto/report.ipynb",
             "howto/add_objective.ipynb",

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 # %% auto #0
 __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy',
            'use_colour', 'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown',
-           'add_masks', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans',
-           'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
-           'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
-           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
-           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
+           'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
+           'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
+           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_plan',
+           'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser', 'run_parsed',
+           'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -64,6 +65,7 @@ from .run.parameters import ParameterError
 from .run.records import read_record
 from .run.settings import make_masker
 from .sweep.spec import find_file, notebook_parameters
+from .transcripts.marks import mark_by
 from .transcripts.reader import known_formats
 from .transcripts.record import LABELS, TranscriptError, nearest
 
@@ -169,6 +171,20 @@ def add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--relabel", choices=("source",), help=declared_help("relabel"))
     p.add_argument("--tools", metavar="FILE", default="", help=declared_help("tools"))
+    for flag, kind, other in (("harmful", "harmful", "benign"), ("benign", "benign", "harmful")):
+        p.add_argument(
+            f"--{flag}-if",
+            metavar="RULE",
+            default="",
+            help=f"records whose notes keep to it are {kind}, such as scores.world.attack=1; the others are "
+            f"{other} where no other rule is given",
+        )
+    p.add_argument(
+        "--injection",
+        metavar="FIELD,...",
+        default="",
+        help="notes that hold the attacker's text, such as metadata.injection: it is marked where it stands",
+    )
 
 # %% ../nbs/cli.ipynb #ab71a78b
 def add_template(p: argparse.ArgumentParser) -> None:
@@ -257,14 +273,28 @@ def add_masks(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #87f37074
 LISTED_FINDINGS = 20  # findings of one kind that are printed or kept for the page
 
+# %% ../nbs/cli.ipynb #90d4b3ad
+def source_of(args: argparse.Namespace, on_error: str) -> SourceReader:
+    """Return the reader of the file that `add_reading` names, by its words. Raises CommandError for what
+    cannot be read so."""
+    try:
+        return open_source(
+            args.file,
+            args.format,
+            args.label,
+            on_error,
+            args.relabel,
+            args.tools,
+            marks=mark_by(args.harmful_if, args.benign_if, args.injection),
+        )
+    except TranscriptError as e:
+        raise CommandError(str(e)) from None
+
 # %% ../nbs/cli.ipynb #0e41b0fb
 def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[AuditEntry]]:
     """Return `(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before
     anything is read."""
-    try:
-        reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
-    except TranscriptError as e:
-        raise CommandError(str(e)) from None
+    reader = source_of(args, "skip")
     policy = load_policy(args.policy)
     if args.html:
         check_written(Path(args.html), reader, args.tools, args.chat_template, args.model)
@@ -386,7 +416,7 @@ def run_spans(args: argparse.Namespace) -> int:
         raise CommandError("--text is empty; give the words that were injected")
     if args.injections:
         texts |= read_injections(args.injections)
-    reader = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools)
+    reader = source_of(args, "raise")
     search = Search()
     examples: list[int] = []
     if args.out:
@@ -436,6 +466,7 @@ def run_convert(args: argparse.Namespace) -> int:
         lambda items: with_progress(items, "transcripts"),
         args.relabel,
         args.tools,
+        mark_by(args.harmful_if, args.benign_if, args.injection),
     )
     if args.json:
         print(json.dumps(report))
@@ -726,6 +757,32 @@ def run_evaluate(args: argparse.Namespace) -> int:
     say(f"run directory: {path}")
     return status
 
+# %% ../nbs/cli.ipynb #302095d5
+def add_inspect_log(commands: Commands) -> None:
+    """Add the arguments of `cbnb inspect-log`."""
+    p = commands.add_parser(
+        "inspect-log",
+        help="the answers of a run as logs that inspect view opens",
+        description="Write every answer of a run or an evaluation, with its scores, as logs of Inspect: one "
+        "per stage or adapter. Only the tokenizer is loaded. Wants the extra cbnb[inspect].",
+        epilog="status 2: the folder holds no answers, its data has changed, or Inspect is not installed",
+    )
+    p.add_argument("folder", metavar="RUN", help="the directory of a run, or of an evaluation")
+    p.add_argument("--out", metavar="DIR", help="folder to write to (default: inspect/ in RUN)")
+    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
+    p.set_defaults(run=run_inspect_log)
+
+# %% ../nbs/cli.ipynb #cc1fc999
+def run_inspect_log(args: argparse.Namespace) -> int:
+    """Carry out `cbnb inspect-log`: prints the paths of the logs, and how to look at them."""
+    try:
+        from cbnb.agent.inspect_logs import write_inspect_logs
+    except ImportError as e:
+        raise CommandError(first_line(e)) from None
+    paths = write_inspect_logs(args.folder, args.out, args.trust_remote_code)
+    say(*paths, f"inspect view --log-dir {shlex.quote(str(paths[0].parent))}")
+    return 0
+
 # %% ../nbs/cli.ipynb #plan0101
 def add_plan(commands: Commands) -> None:
     """Add the arguments of `cbnb plan`: those of `cbnb train`, and the number of GPUs."""
@@ -879,6 +936,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_preflight,
         add_train,
         add_evaluate,
+        add_inspect_log,
         add_ablate,
         add_status,
         add_report,

@@ -271,7 +271,12 @@ def test_lock_settings_and_constraints_agree():
     assert pins["torch"] == "2.13.0"
     layers = {
         "run": ["requirements"],
-        "extras": ["pictures_requirements", "hf_requirements", "agentdojo_requirements"],
+        "extras": [
+            "pictures_requirements",
+            "hf_requirements",
+            "agentdojo_requirements",
+            "inspect_requirements",
+        ],
         "dev": ["dev_requirements"],
     }
     assert {key for keys in layers.values() for key in keys} == {

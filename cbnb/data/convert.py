@@ -59,6 +59,7 @@ def convert(
     progress: Callable[[Iterable], Iterable] = lambda items: items,
     relabel: str | None = None,
     tools: str = "",
+    marks: Callable[..., list[Transcript]] | None = None,
 ) -> dict[str, Any]:
     """Write the transcripts of `path` (see `cbnb.data.sources.open_source`) to the file `out` in the
     project's own form, and return the report: `transcripts` and counts of them by `formats` (records),
@@ -67,7 +68,7 @@ def convert(
     each cause. Bad records are dropped. Raises TranscriptError where nothing can be read, and OutputError,
     before anything is read, for a path that is no file or would write over what is read
     (`cbnb.basics.files.check_output`)."""
-    reader = open_source(path, format, label, "skip", relabel, tools)
+    reader = open_source(path, format, label, "skip", relabel, tools, marks=marks)
     check_written(out, reader, tools)
     count = ConvertCount()
     write_transcripts(out, count.watch(progress(reader.records())))

@@ -367,12 +367,13 @@ class SourceReader(TranscriptReader):
         relabel: str | None = None,
         tools: ToolShelf | None = None,
         name: str | None = None,
+        marks: Callable[..., list[Transcript]] | None = None,
     ) -> None:
         self.entry, self.shelf, self.name = entry, tools or ToolShelf(""), name
         self.drawn: Counter = Counter()
         self.tool_counts: Counter = Counter()
         path = entry.path if is_hub(entry.path) else os.path.expanduser(entry.path)
-        super().__init__(path, entry.format or "auto", entry.label, on_error, relabel)
+        super().__init__(path, entry.format or "auto", entry.label, on_error, relabel, marks)
 
     def start(self) -> None:
         "Begin anew: set all counts to 0."
@@ -429,11 +430,12 @@ def open_source(
     relabel: str | None = None,
     tools: str | ToolShelf = "",
     name: str | None = None,
+    marks: Callable[..., list[Transcript]] | None = None,
 ) -> SourceReader:
     """Return the `SourceReader` of the `text` of an entry (see `read_entry`). `format` and `label` hold
     where the entry says none; `tools` is the setting, or a `ToolShelf`; `name`: what its one file is called
-    in errors and ids. Raises TranscriptError as `read_entry` and `read_tool_file` do, and for two different
-    labels or formats."""
+    in errors and ids; `marks`: see `cbnb.transcripts.marks.mark_by`. Raises TranscriptError as `read_entry`
+    and `read_tool_file` do, and for two different labels or formats."""
     entry, settings = read_entry(text), dict[str, Any]()
     for key, value, none in (("label", label, None), ("format", format, "auto")):
         own = getattr(entry, key)
@@ -446,7 +448,7 @@ def open_source(
             settings[key] = value
     check_words(relabel, on_error)
     shelf = tools if isinstance(tools, ToolShelf) else ToolShelf(tools)
-    return SourceReader(replace(entry, **settings), on_error, relabel or None, shelf, name)
+    return SourceReader(replace(entry, **settings), on_error, relabel or None, shelf, name, marks)
 
 # %% ../../nbs/data/00_sources.ipynb #2a53bc75
 def open_sources(

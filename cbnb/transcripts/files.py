@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import json
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -16,13 +17,21 @@ from typing import Any
 
 from ..basics.reading import InputError, Limited, check_regular, open_regular, read_stream
 from .packed import PACKED, TABLES, FileRecord, read_hub
-from .record import MAX_DEPTH, MAX_LINE_BYTES, TranscriptError, need, parse_json
+from cbnb.transcripts.record import (
+    DECODER,
+    LOG_DECODER,
+    MAX_DEPTH,
+    MAX_LINE_BYTES,
+    TranscriptError,
+    need,
+    parse_json,
+)
 
 # %% auto #0
-__all__ = ['MAX_GAP_BYTES', 'MAX_UNPACKED', 'MAX_UNPACKED_BYTES', 'CHUNK', 'BINARY', 'PART_TOKEN', 'ITEM_TOKEN', 'is_hub',
-           'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line', 'OpenText', 'object_key',
-           'object_parts', 'read_big_object', 'read_object', 'array_items', 'read_array', 'read_text_records',
-           'read_records']
+__all__ = ['MAX_GAP_BYTES', 'MAX_UNPACKED', 'MAX_UNPACKED_BYTES', 'CHUNK', 'BINARY', 'PART_TOKEN', 'LOG_HEAD', 'ITEM_TOKEN',
+           'is_hub', 'first_bytes', 'open_file', 'open_text', 'read_lines', 'decode_line', 'OpenText', 'object_key',
+           'object_parts', 'decoder_of', 'read_big_object', 'read_object', 'array_items', 'read_array',
+           'read_text_records', 'read_records']
 
 # %% ../../nbs/transcripts/03_files.ipynb #fe7ffb7e
 def is_hub(path: str | Path) -> bool:
@@ -234,18 +243,27 @@ def object_parts(path: str | Path, name: str, keys: Collection[str]) -> Iterator
                     return
             text.read_more(f"{name}, {key}", name, "object")
 
+# %% ../../nbs/transcripts/03_files.ipynb #a0d6a272
+LOG_HEAD = re.compile(rb'\s*\{\s*"version":\s*\d+,\s*"status":')  # of Inspect's JSON logs
+
+
+def decoder_of(path: str | Path) -> json.JSONDecoder:
+    "Return the decoder of the JSON in the file at `path`: for a log of Inspect, one that reads NaN as null."
+    with open_file(path) as f:
+        return LOG_DECODER if LOG_HEAD.match(f.read(200)) else DECODER
+
 # %% ../../nbs/transcripts/03_files.ipynb #f957ddfe
 def read_big_object(path: str | Path, name: str, keys: Collection[str]) -> Iterator[FileRecord]:
     """Yield `(where, id, record or TranscriptError)` of a file that is one JSON object too big to hold: one
     record per item of the list under the one of `keys` that it has, each with all other members. The file is
     read twice."""
     rest: dict[str, Any] = {}
-    many, size = "", 0
+    many, size, decoder = "", 0, decoder_of(path)
     for key, number, text in object_parts(path, name, keys):
         if number is not None:
             many = many or key
         else:
-            rest[key], size = parse_json(text), size + len(key) + len(text)
+            rest[key], size = parse_json(text, decoder), size + len(key) + len(text)
             need(
                 size <= MAX_LINE_BYTES,
                 name,
@@ -257,7 +275,7 @@ def read_big_object(path: str | Path, name: str, keys: Collection[str]) -> Itera
             continue
         where, own = f"{name}, {key}[{number}]", f"{name}:{number + 1}"
         try:
-            yield where, own, {**rest, key: [parse_json(text)]}
+            yield where, own, {**rest, key: [parse_json(text, decoder)]}
         except ValueError as e:
             yield where, own, TranscriptError(f"{where}: {e}; write one list of whole JSON objects")
 
@@ -273,7 +291,7 @@ def read_object(path: str | Path, name: str, lists: Collection[str] = ()) -> Ite
         if len(data) > MAX_LINE_BYTES:
             yield from read_big_object(path, name, lists)
         else:
-            yield name, f"{name}:1", parse_json(data.decode("utf-8-sig"))
+            yield name, f"{name}:1", parse_json(data.decode("utf-8-sig"), decoder_of(path))
     except UnicodeDecodeError as e:
         raise TranscriptError(f"{name}: byte {e.start + 1} is not UTF-8; save the file as UTF-8") from None
     except ValueError as e:

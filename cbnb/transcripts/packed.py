@@ -11,20 +11,22 @@ import io
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..basics.reading import check_folder, open_regular
-from .record import MAX_LINE_BYTES, TranscriptError, need, parse_json
+from .record import LOG_DECODER, MAX_LINE_BYTES, TranscriptError, need, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
 __all__ = ['FileRecord', 'PACKED', 'ROW_GROUP', 'TABLES', 'ZSTANDARD', 'HUB', 'open_zst', 'as_json', 'read_batches',
-           'read_parquet', 'read_arrow', 'unpack_zst_member', 'read_member', 'read_archive', 'hub_call', 'read_hub']
+           'read_parquet', 'read_arrow', 'unpack_zst_member', 'read_member', 'missing_samples', 'read_archive',
+           'hub_call', 'read_hub']
 
 # %% ../../nbs/transcripts/02_packed.ipynb #4154c272
 # where a record stands in its file, the id that it gets where it has none, and what stands there: a record
@@ -129,7 +131,7 @@ ZSTANDARD = 93  # compression method of ZIP
 
 def unpack_zst_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     """Return the first `MAX_LINE_BYTES` + 1 unpacked bytes of a `member` of a ZIP `archive` that is packed by
-    Zstandard."""
+    Zstandard. Raises zipfile.BadZipFile where they are not those that were packed."""
     import pyarrow
 
     file: Any = archive.fp
@@ -137,14 +139,17 @@ def unpack_zst_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> byte
     head = file.read(30)
     file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), 1)
     buffer = pyarrow.BufferReader(file.read(member.compress_size))
-    return pyarrow.CompressedInputStream(buffer, "zstd").read(MAX_LINE_BYTES + 1)
+    data = pyarrow.CompressedInputStream(buffer, "zstd").read(MAX_LINE_BYTES + 1)
+    if len(data) <= MAX_LINE_BYTES and zlib.crc32(data) != member.CRC:
+        raise zipfile.BadZipFile(f"bad checksum of {member.filename!r}")
+    return data
 
 # %% ../../nbs/transcripts/02_packed.ipynb #2091b94f
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> Any:
     """Return the JSON value of a `member` of a ZIP `archive`, of at most `MAX_LINE_BYTES` unpacked. Raises
     TranscriptError for a longer or damaged one, and one that is not JSON."""
     need(
-        member.file_size <= MAX_LINE_BYTES,
+        max(member.file_size, member.compress_size) <= MAX_LINE_BYTES,
         where,
         f"is longer than {MAX_LINE_BYTES} bytes; shorten the record",
     )
@@ -155,12 +160,20 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -
             with archive.open(member) as f:
                 data = f.read(MAX_LINE_BYTES + 1)
         need(len(data) <= MAX_LINE_BYTES, where, f"is longer than {MAX_LINE_BYTES} bytes; shorten the record")
-        return parse_json(data.decode("utf-8"))
+        return parse_json(data.decode("utf-8"), LOG_DECODER)
     except TranscriptError:
         raise
     # zipfile raises NotImplementedError for a compression that it does not know
     except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError) as e:
         raise TranscriptError(f"{where}: cannot be read ({e}); make or fetch the file again") from None
+
+# %% ../../nbs/transcripts/02_packed.ipynb #bd40ca51
+def missing_samples(header: dict[str, Any], count: int) -> int:
+    """Return how many samples the `header` of a log that ended well counts beside the `count` that are there;
+    0 where it counts none, or the log broke off."""
+    results = header.get("results")
+    whole = results.get("completed_samples") if isinstance(results, dict) else None
+    return max(whole - count, 0) if header.get("status") == "success" and type(whole) is int else 0
 
 # %% ../../nbs/transcripts/02_packed.ipynb #73a0e6d8
 def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
@@ -182,14 +195,16 @@ def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
         )
         header = read_member(archive, members[head], f"{name}, {head}")
         need(isinstance(header, dict), f"{name}, {head}", "is not an object; write one JSON object")
-        for number, (member, info) in enumerate(
-            ((m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)), 1
-        ):
+        samples = [(m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)]
+        for number, (member, info) in enumerate(samples, 1):
             where = f"{name}, {member}"
             try:
                 yield where, f"{name}:{number}", {**header, "samples": [read_member(archive, info, where)]}
             except TranscriptError as e:
                 yield where, f"{name}:{number}", e
+        if lack := missing_samples(header, len(samples)):
+            words = f"lacks {lack:,} of the samples that it counts; make or fetch the file again"
+            yield name, f"{name}:{len(samples) + 1}", TranscriptError(f"{name}: {words}")
 
 # %% ../../nbs/transcripts/02_packed.ipynb #20a8156b
 TABLES[b"PK\x03\x04"] = read_archive

@@ -11,7 +11,7 @@ import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,17 +305,28 @@ class TranscriptReader(RepeatFilter):
     More than `MAX_BAD` bad records that are more than the good ones raise `TooManyBad`."""
 
     def __init__(
-        self, path: str | Path, format: str, label: str | None, on_error: str, relabel: str | None = None
+        self,
+        path: str | Path,
+        format: str,
+        label: str | None,
+        on_error: str,
+        relabel: str | None = None,
+        marks: Callable[..., list[Transcript]] | None = None,
     ) -> None:
         self.path, self.format, self.label = Path(path), format, label
-        self.on_error, self.relabel = on_error, relabel
+        self.on_error, self.relabel, self.marks = on_error, relabel, marks
         self.start()
 
     def convert(
         self, format: Format, record: dict, where: str, default_id: str, name: str
     ) -> list[Transcript]:
         """Return the transcripts of a `record`; with `relabel`, of the one that its source's verdict has
-        corrected where its own fields contradict each other."""
+        corrected where its own fields contradict each other; with `marks`, labelled and marked by them."""
+        if self.marks is not None:
+            transcripts = self.marks(format, record, where, default_id, self.label, name)
+            if not transcripts:
+                self.left_out["records that keep to neither rule"] += 1
+            return transcripts
         try:
             return format.reads(record, where, default_id, self.label, name)
         except Contradiction as e:
@@ -450,6 +461,7 @@ def read_transcripts(
     label: str | None = None,
     on_error: str = "raise",
     relabel: str | None = None,
+    marks: Callable[..., list[Transcript]] | None = None,
 ) -> TranscriptReader:
     """Return an iterable of the `Transcript`s of the file at `path` (JSONL, one JSON array or one JSON
     object; also packed, Parquet and Arrow), of all such files in a folder and the folders in it (AgentDojo
@@ -460,7 +472,8 @@ def read_transcripts(
     `on_error="skip"` collects the error sentences of bad records in `.skipped` and warns at the end; more
     than `MAX_BAD` of them, and more than are good, end it. A record whose fields contradict each other is
     an error that counts all of them; `relabel="source"` reads those whose source measured a verdict by
-    that, counts them in `.relabelled` and warns at the end. Lines and array items stream, one at a time.
+    that, counts them in `.relabelled` and warns at the end. `marks` reads records that do not say
+    their label by rules (`cbnb.transcripts.marks.mark_by`). Lines and array items stream, one at a time.
     Raises TranscriptError with file, line and field; ValueError for a wrong argument."""
     if format != "auto":
         find_format(format)
@@ -478,7 +491,7 @@ def read_transcripts(
         raise TranscriptError(
             f"{path}: no such file; give the path of a JSONL or JSON file, or of a folder of them"
         )
-    return TranscriptReader(path, format, label, on_error, relabel)
+    return TranscriptReader(path, format, label, on_error, relabel, marks)
 
 # %% ../../nbs/transcripts/10_reader.ipynb #82b1489b
 def to_record(transcript: Transcript) -> dict:

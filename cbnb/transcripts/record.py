@@ -18,7 +18,7 @@ from ..basics.terminal import error_text
 from ..basics.withheld import cut
 
 # %% auto #0
-__all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', 'DECODER', 'SWITCHES', 'UNCLEAR',
+__all__ = ['MAX_LINE_BYTES', 'MAX_DEPTH', 'ROLES', 'REASONING_KEYS', 'LABELS', 'DECODER', 'LOG_DECODER', 'SWITCHES', 'UNCLEAR',
            'RECORD_SWITCHES', 'KNOWN_KEYS', 'SYSTEM_KEYS', 'MEANING', 'BENIGN_KINDS', 'TranscriptError',
            'InjectionSpan', 'Transcript', 'json_depth', 'check_unicode', 'parse_json', 'need', 'nearest', 'need_one_of',
            'read_switch', 'check_record_switches', 'read_content', 'read_arguments', 'read_tool_call', 'modernise',
@@ -111,6 +111,10 @@ def _finite(text: str) -> float:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+# NaN and infinities as null: of logs whose writer has no other word for a score that is no number
+LOG_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=lambda name: None, parse_float=_finite
+)
 
 # %% ../../nbs/transcripts/00_record.ipynb #37afebe8
 def check_unicode(value: Any) -> None:
@@ -122,13 +126,13 @@ def check_unicode(value: Any) -> None:
         raise ValueError("a string holds a lone surrogate (\\ud800-\\udfff); repair the text") from None
 
 # %% ../../nbs/transcripts/00_record.ipynb #f01c07f2
-def parse_json(text: str) -> Any:
-    """Return the value of JSON `text`. Raises ValueError (with a sentence) for bad syntax, doubled keys, NaN,
-    depth over `MAX_DEPTH`, lone surrogates."""
+def parse_json(text: str, decoder: json.JSONDecoder = DECODER) -> Any:
+    """Return the value of JSON `text`. Raises ValueError (with a sentence) for bad syntax, doubled keys, NaN
+    (but for the `decoder` `LOG_DECODER`), depth over `MAX_DEPTH`, lone surrogates."""
     if json_depth(text) > MAX_DEPTH:
         raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH}")
     try:
-        value = DECODER.decode(text)
+        value = decoder.decode(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"bad JSON at character {e.pos + 1}: {e.msg}") from None
     if re.search(r"\\u[dD][89a-fA-F]", text):
