@@ -95,6 +95,7 @@ PARTS = (
                     "report.ipynb",
                     "explore_masks.ipynb",
                     "explore_kl.ipynb",
+                    "explore_answers.ipynb",
                 ),
             ),
         ),

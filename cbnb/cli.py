@@ -22,8 +22,8 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError',
            'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans', 'add_convert',
            'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
            'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
-           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
-           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report',
+           'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -705,6 +705,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
             raise CommandError("--rescore wants one run directory and nothing else")
         rescore(args.adapters[0], **parameters)
         path, status = Path(args.adapters[0]), 0
+        if (path / "answers.html").exists():
+            say(*answer_pages([args.adapters[0]]))
     else:
         from cbnb.evaluate.adapters import check_evaluation
         from cbnb.sweep.spec import complete
@@ -826,7 +828,8 @@ def add_report(commands: Commands) -> None:
         "report",
         help="verdicts, advice and figures of a sweep",
         description="Write the report of a sweep: one page that opens offline, "
-        "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed.",
+        "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed. A run "
+        "directory that is named gets answers.html: every answer, before and after.",
         epilog="status 2: there is no run in the folders, or nothing can be written",
     )
     p.add_argument(
@@ -838,16 +841,42 @@ def add_report(commands: Commands) -> None:
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: report/ in the first SWEEP)")
     p.set_defaults(run=run_report)
 
+# %% ../nbs/cli.ipynb #8c522e47
+def answer_pages(folders: Iterable[str], out: str | None = None) -> list[str]:
+    """Write the page of answers of each run directory among `folders`, into it or to the folder `out`; return
+    a line on each. One that cannot be written is told in its line."""
+    runs = [
+        run
+        for run in map(Path, folders)
+        if any((run / n).is_file() for n in ("answers.jsonl", "episodes.jsonl"))
+    ]
+    if not runs:
+        return []
+    from cbnb.widgets.answers import write_answers
+
+    lines = []
+    for run in runs:
+        path = Path(out or run) / (
+            f"{run.resolve().name}-answers.html" if out and len(runs) > 1 else "answers.html"
+        )
+        try:
+            lines.append(f"answers: {write_answers(run, path=path)}")
+        except (RunError, ValueError, OSError) as e:
+            lines.append(f"answers: none of {run}, {sentence(e)}")
+    return lines
+
 # %% ../nbs/cli.ipynb #clirn008
 def run_report(args: argparse.Namespace) -> int:
-    """Carry out `cbnb report`: prints the verdicts, then the path of the page."""
+    """Carry out `cbnb report`: prints the verdicts, then the path of the page, and of the page of answers of
+    each run directory that was named."""
     from cbnb.report.sweep import write_sweep
     from cbnb.report.verdicts import read_sweep
     from cbnb.widgets.sweep import verdict_text
 
     sweep = read_sweep(args.folders)
     files = write_sweep(sweep, args.out or Path(args.folders[0]) / "report")
-    say(*verdict_text(sweep).split("\n"), "", f"report: {files[-1]}")
+    pages = answer_pages(args.folders, args.out)
+    say(*verdict_text(sweep).split("\n"), "", *pages, f"report: {files[-1]}")
     return 0
 
 # %% ../nbs/cli.ipynb #f47e2396

@@ -6,13 +6,14 @@
 __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJECTIVES', 'PRESETS', 'INTERVALS', 'IDLE',
            'ENTRIES', 'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS', 'MODEL_PARAMETERS',
            'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN',
-           'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'REPORT_PARAMETERS',
-           'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type', 'convert_value',
-           'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits', 'notebook_kind',
-           'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup',
-           'check_policies', 'check_objective_name', 'presets', 'intervals', 'check_idle', 'of_no_weight',
-           'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding',
-           'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares', 'coefficients']
+           'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'ANSWERS_PARAMETERS',
+           'REPORT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'ConfigError', 'scalar_types', 'type_name',
+           'wrong_type', 'convert_value', 'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words',
+           'check_limits', 'notebook_kind', 'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order',
+           'check_repeated', 'check_warmup', 'check_policies', 'check_objective_name', 'presets', 'intervals',
+           'check_idle', 'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change',
+           'in_groups', 'check_decoding', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached',
+           'shares', 'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -1074,6 +1075,24 @@ MASKS_PARAMETERS = (
     FIRST_SHOWN,
 )
 
+# %% ../nbs/config.ipynb #22338495
+ANSWERS_PARAMETERS = (
+    parameter(
+        "run",
+        "",
+        "model",
+        "folder of a run or of an evaluation, with answers.jsonl or episodes.jsonl",
+        unset="empty: the newest finished run",
+    ),
+    change("model", default="", meaning="whose tokenizer", unset="empty: the run's"),
+    change("trust_remote_code"),
+    parameter("number", 1, "view", "the case shown first, whose tokens and KL stand below, from 1"),
+    parameter(
+        "stage", "", "view", "the side whose action that is, such as before or after", unset="empty: the last"
+    ),
+    parameter("page", "", "view", "also write the reader to this file, one HTML page without a kernel"),
+)
+
 # %% ../nbs/config.ipynb #parmda7b
 REPORT_PARAMETERS = (
     parameter(
@@ -1093,6 +1112,7 @@ NOTEBOOK_PARAMETERS = {
     "report": in_groups(*REPORT_PARAMETERS),
     "explore_kl": in_groups(*KL_PARAMETERS),
     "explore_masks": in_groups(*MASKS_PARAMETERS),
+    "explore_answers": in_groups(*ANSWERS_PARAMETERS),
 }
 
 # %% ../nbs/config.ipynb #2f72c6a6

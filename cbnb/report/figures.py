@@ -314,7 +314,7 @@ def describe_run(path: str | Path) -> str:
         lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
     if alarms := alarm_lines((result or status).get("alarms")):
         lines += [*(f"ALARM {line}" for line in alarms), ""]
-    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
+    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "answers.html", path / "adapter"]
     return "\n".join(lines + [visible(f"{f.name}: {f}") for f in files if f.exists()])
 
 # %% ../../nbs/report/00_figures.ipynb #rep00001
@@ -926,7 +926,8 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
-<h2>Held-out results, before and after</h2>
+{% if answers %}<p><a href="{{ answers }}">Every answer, before and after beside each other</a></p>
+{% endif %}<h2>Held-out results, before and after</h2>
 <table><thead><tr><th scope="col">measure</th>{% for c in columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
@@ -948,12 +949,13 @@ def report_page(
     notes: Iterable[str] = (),
     floor: dict[str, Any] | None = None,
     terms: dict[str, Term] | None = None,
+    answers: str = "",
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
     parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`).
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
-    as by `readable_table`, with the rounding `floor`."""
+    as by `readable_table`, with the rounding `floor`; `answers` is the page of all answers, a link (empty: none)."""
     text = readable_table(table, floor)
     values = {
         k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
@@ -962,6 +964,7 @@ def report_page(
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(REPORT_PAGE)
     return template.render(
         title=visible(title),
+        answers=answers,
         notes=[visible(note) for note in notes],
         columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
@@ -979,13 +982,14 @@ def write_report(
     notes: Iterable[str] = (),
     floor: dict[str, Any] | None = None,
     terms: dict[str, Term] | None = None,
+    answers: str = "",
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
     `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`."""
-    page = report_page(title, rows, table, parameters, notes, floor, terms)
+    page = report_page(title, rows, table, parameters, notes, floor, terms, answers)
     write_owned(path, withhold(page).encode())
     return Path(path)
 
@@ -999,13 +1003,14 @@ def told_of(result: dict[str, Any]) -> list[str]:
 # %% ../../nbs/report/00_figures.ipynb #94dc0734
 def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     """Write report.html into the run directory `folder`, from its metrics.jsonl and its `result`
-    (result.json), in the words of its own terms (`terms_in`); return the path."""
+    (result.json), in the words of its own terms (`terms_in`), with a link to answers.html where that lies
+    beside it; return the path."""
     floor, folder = result.get("floor"), Path(folder)
     terms = terms_in(folder)
     notes = told_of(result) + [f"note: {line}" for line in idle_alarms(terms)]
     if floor:
         notes.append(f"Rounding alone reads, in {floor_words(floor, terms)}.")
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
-    return write_report(
-        folder / "report.html", folder.name, rows, table, result["parameters"], notes, floor, terms
-    )
+    answers = "answers.html" if (folder / "answers.html").is_file() else ""
+    told = (folder.name, rows, table, result["parameters"], notes, floor, terms, answers)
+    return write_report(folder / "report.html", *told)

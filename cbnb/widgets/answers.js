@@ -85,20 +85,23 @@ function createAnswers(el, model) {
     node("div", { class: "an-body" }, list, about), keys, status);
   el.append(root);
 
-  const present = new Set(cases.flatMap((c) => [c.change, ...c.actions.flatMap((a) => a?.outcomes ?? [])]));
-  // What each case is counted as: its outcomes by stage, and whether it changed.
-  const outcomesAt = (c, s) => c.actions[s]?.outcomes ?? [];
-  const holds = (c, word) => word in CHANGES ? c.change === word
-    : filter.side < 0 ? stages.some((_, s) => outcomesAt(c, s).includes(word)) : outcomesAt(c, filter.side).includes(word);
-  const moveOf = (c) => [0, last].map((s) => outcomesAt(c, s).join(", ") || "–");
-  const passes = (k, without = "") => {
-    const c = cases[k];
-    if (matches && !matches[k]) return false;
-    for (const field of FIELDS) if (field !== without && filter[field] !== null && c[field] !== filter[field]) return false;
-    if (without !== "outcome" && filter.outcome && !holds(c, filter.outcome)) return false;
-    if (without !== "move" && filter.move) { const [from, to] = moveOf(c); if (from !== filter.move[0] || to !== filter.move[1]) return false; }
-    return true;
-  };
+  // What each case is counted as: its outcomes by stage, whether it changed, and its move from the first outcome to the last.
+  const outcomesAt = (c, s) => c.actions[s]?.outcomes ?? [], present = new Set(cases.flatMap((c) => stages.flatMap((_, s) => outcomesAt(c, s))));
+  const ordered = [...data.outcomes.filter((word) => present.has(word)), ...[...present].filter((word) => !data.outcomes.includes(word)).sort(),
+    ...Object.keys(CHANGES).filter((word) => cases.some((c) => c.change === word))];
+  const moveOf = cases.map((c) => [0, last].map((s) => outcomesAt(c, s).join(", ") || "–").join("\n"));
+  const wordsOf = (c) => filter.side < 0 ? [...new Set(stages.flatMap((_, s) => outcomesAt(c, s)))] : outcomesAt(c, filter.side);
+  const holds = (c, word) => word in CHANGES ? c.change === word : wordsOf(c).includes(word);
+
+  // The filters that keep case `k` out, at most two of them.
+  function against(k) {
+    const c = cases[k], found = [];
+    if (matches && !matches[k]) found.push("search");
+    for (const field of FIELDS) if (filter[field] !== null && c[field] !== filter[field]) { found.push(field); if (found.length > 1) return found; }
+    if (filter.outcome && !holds(c, filter.outcome)) found.push("outcome");
+    if (filter.move && moveOf[k] !== filter.move) found.push("move");
+    return found;
+  }
 
   function reset() {
     for (const field of FIELDS) filter[field] = null;
@@ -122,33 +125,28 @@ function createAnswers(el, model) {
     refilter();
   }
 
+  // What is left, and what of each choice is left by all other filters: one look at every case.
   function refilter() {
-    const chosen = shown[place];
+    const chosen = shown[place], words = new Map(ordered.map((word) => [word, 0])), moved = new Map(), fields = Object.fromEntries(FIELDS.map((field) => [field, new Map()]));
+    const add = (map, key) => map.set(key, (map.get(key) ?? 0) + 1);
     shown = [];
-    for (let k = 0; k < cases.length; k++) if (passes(k)) shown.push(k);
-    const at = shown.indexOf(chosen);
+    for (let k = 0; k < cases.length; k++) {
+      const c = cases[k], found = against(k), counts = (name) => !found.length || found.length === 1 && found[0] === name;
+      if (!found.length) shown.push(k);
+      if (found.length > 1) continue;
+      if (counts("outcome")) { for (const word of wordsOf(c)) add(words, word); if (c.change) add(words, c.change); }
+      if (counts("move")) add(moved, moveOf[k]);
+      for (const field of FIELDS) if (counts(field)) add(fields[field], c[field]);
+    }
     rows.style.height = `${shown.length * ROW}px`;
     count.textContent = shown.length === cases.length ? plural(cases.length, "case") : `${many(shown.length)} of ${plural(cases.length, "case")}`;
     place = -1;
-    controls();
+    controls(words, moved, fields);
+    const at = chosen === undefined ? -1 : shown.indexOf(chosen);
     choose(at >= 0 ? at : shown.length ? 0 : -1);
   }
 
-  // Chips, pickers and the table of moves, each counted over what all other filters leave.
-  function controls() {
-    const words = new Map(), moved = new Map(), fields = Object.fromEntries(FIELDS.map((field) => [field, new Map()]));
-    const add = (map, key) => map.set(key, (map.get(key) ?? 0) + 1);
-    for (const word of data.outcomes) if (present.has(word)) words.set(word, 0);
-    for (let k = 0; k < cases.length; k++) {
-      const c = cases[k];
-      if (passes(k, "outcome")) {
-        const own = filter.side < 0 ? new Set(stages.flatMap((_, s) => outcomesAt(c, s))) : outcomesAt(c, filter.side);
-        for (const word of own) add(words, word);
-        if (c.change) add(words, c.change);
-      }
-      if (passes(k, "move")) add(moved, moveOf(c).join("\n"));
-      for (const field of FIELDS) if (passes(k, field)) add(fields[field], c[field]);
-    }
+  function controls(words, moved, fields) {
     chips.replaceChildren(...[...words].map(([word, n]) => node("button", {
       type: "button", class: `an-chip o-${slug(word)}`, "aria-pressed": String(filter.outcome === word), "data-word": word, title: meanings[word] ?? CHANGES[word] ?? null,
       onclick: () => { filter.outcome = filter.outcome === word ? null : word; refilter(); refocus("data-word", word); } }, `${word} `, node("b", {}, many(n)))));
@@ -163,13 +161,12 @@ function createAnswers(el, model) {
   function refocus(name, value) { [...root.querySelectorAll(`[${name}]`)].find((found) => found.getAttribute(name) === value)?.focus(); }
 
   function table(moved) {
-    const pairs = [...moved].map(([key, n]) => [...key.split("\n"), n]), order = (i) => [...new Set(pairs.map((p) => p[i]))].sort();
-    const at = (from, to) => pairs.find((p) => p[0] === from && p[1] === to)?.[2] ?? 0;
+    const pairs = [...moved.keys()].map((key) => key.split("\n")), order = (i) => [...new Set(pairs.map((p) => p[i]))].sort();
     const cell = (from, to) => {
-      const n = at(from, to), on = filter.move?.[0] === from && filter.move?.[1] === to;
+      const key = `${from}\n${to}`, n = moved.get(key), on = filter.move === key;
       if (!n) return node("td", {}, "0");
-      const act = () => { filter.move = on ? null : [from, to]; refilter(); refocus("data-move", `${from}\n${to}`); };
-      return node("td", {}, node("button", { type: "button", "aria-pressed": String(on), "data-move": `${from}\n${to}`, onclick: act, title: `${from} → ${to}` }, many(n)));
+      const act = () => { filter.move = on ? null : key; refilter(); refocus("data-move", key); };
+      return node("td", {}, node("button", { type: "button", "aria-pressed": String(on), "data-move": key, onclick: act, title: `${from} → ${to}` }, many(n)));
     };
     const tos = order(1);
     moves.replaceChildren(node("table", {}, node("thead", {}, node("tr", {}, node("th", { scope: "col" }, `${stages[0]} ↓ ${stages[last]} →`), ...tos.map((to) => node("th", { scope: "col" }, to)))),
@@ -335,8 +332,8 @@ function createAnswers(el, model) {
   model.on("change:answer", answered);
   model.on("change:chosen", chose);
   const first = model.get("chosen");
-  refilterAt(first);
-  function refilterAt(k) { refilter(); choose(Math.max(0, shown.indexOf(k))); }
+  refilter();
+  choose(Math.max(0, shown.indexOf(first)));
   if (!model.get("live") && window.top === window) list.focus({ preventScroll: true });
   return () => {
     resized.disconnect(); clearTimeout(timer); cancelAnimationFrame(drawn); cancelAnimationFrame(told);

@@ -23,13 +23,13 @@ import traitlets
 __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACTERS', 'WANTED_WORDS', 'QUIET', 'TABLE_CASES',
            'TABLE_TEXT', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message', 'answer_facts',
            'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'episode_outcomes', 'common_start',
-           'episode_facts', 'episode_cases', 'asked_of', 'run_questions', 'read_cases', 'spell_lines', 'utf16_length',
-           'mark_text', 'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order',
-           'stages_of', 'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'cases_table', 'answers_html',
-           'answers_view', 'open_command', 'write_answers', 'action_token', 'masker_settings', 'adapter_of',
-           'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
+           'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions', 'read_cases', 'spell_lines',
+           'utf16_length', 'mark_text', 'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words',
+           'case_order', 'stages_of', 'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'cases_table',
+           'answers_html', 'answers_view', 'open_command', 'write_answers', 'action_token', 'masker_settings',
+           'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
-# %% ../../nbs/widgets/06_answers.ipynb #993a557e
+# %% ../../nbs/widgets/06_answers.ipynb #1a077f34
 from ..basics.jsonfiles import RunError, write_owned
 from ..basics.terminal import sentence, visible
 from ..basics.withheld import withhold
@@ -44,20 +44,10 @@ from ..run.records import read_record
 from ..run.settings import kept_template
 from ..transcripts.holdout import task_keys
 from ..transcripts.reader import read_transcripts
-from ..transcripts.record import InjectionSpan, Transcript, TranscriptError
-from .kl import KLExplorer, StillExplorer, explorer_parts, kl_explorer, run_config
+from ..transcripts.record import Transcript, TranscriptError
+from .kl import KLExplorer, StillExplorer, explorer_parts, run_config
 from .masks import ExplorerBox, MaskExplorer, mask_explorer, show_text, skipped_sentence
-from cbnb.widgets.views import (
-    StaticView,
-    add_style,
-    is_live,
-    mime_bundle,
-    module,
-    page,
-    source,
-    table_html,
-    tables_html,
-)
+from .views import StaticView, is_live, mime_bundle, module, page, source, table_html, tables_html
 
 # %% ../../nbs/widgets/06_answers.ipynb #add32369
 # word: what it means
@@ -116,10 +106,10 @@ class Case:
     whole: bool = True
     wanted: Mapping[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/widgets/06_answers.ipynb #d7e65e17
+# %% ../../nbs/widgets/06_answers.ipynb #339363bf
 def change_of(case: Case) -> str:
-    """Return `changed` where the last stage of a `case` has other outcomes than the first, `reworded` where it
-    has the same in other words, else an empty text; empty too where there is one stage only."""
+    """Return `changed` where the last stage of a `case` has other outcomes than the first, `reworded` where
+    it has the same in other words, else an empty text; empty too where there is one stage only."""
     if len(case.actions) < 2:
         return ""
     first, *_, last = case.actions.values()
@@ -128,7 +118,7 @@ def change_of(case: Case) -> str:
     own = [(a.ids, a.raw, a.transcript.messages[a.start :]) for a in (first, last)]
     return "" if own[0] == own[1] else "reworded"
 
-# %% ../../nbs/widgets/06_answers.ipynb #045957dc
+# %% ../../nbs/widgets/06_answers.ipynb #59937ecf
 def part_of(line: Mapping[str, Any], name: str, kind: type) -> Any:
     """Return `line[name]` of a line of answers.jsonl. Raises RunError, naming answer and field, where it is
     not there or not of the `kind`."""
@@ -136,14 +126,14 @@ def part_of(line: Mapping[str, Any], name: str, kind: type) -> Any:
     if isinstance(value, kind):
         return value
     raise RunError(
-        f"answers.jsonl, answer {line.get('id')!r} of {line.get('stage')!r}: {name} is {type(value).__name__}; make "
-        "the lines anew by cbnb evaluate RUN --rescore"
+        f"answers.jsonl, answer {line.get('id')!r} of {line.get('stage')!r}: {name} is "
+        f"{type(value).__name__}; make the lines anew by cbnb evaluate RUN --rescore"
     )
 
-# %% ../../nbs/widgets/06_answers.ipynb #1f8efe73
+# %% ../../nbs/widgets/06_answers.ipynb #147db678
 def answer_message(read: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Return the assistant's message that an answer is, by what was `read` of it (`cbnb.evaluate.reader.Answer`
-    as a dict); the whole `text` where nothing could be read."""
+    """Return the assistant's message that an answer is, by what was `read` of it (as a dict:
+    `cbnb.evaluate.reader.Answer`); the whole `text` where nothing could be read."""
     content, calls, thoughts = (read.get(name) or "" for name in ("text", "calls", "reasoning"))
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
@@ -201,7 +191,7 @@ def question_place(t: Transcript) -> tuple[str, str, str]:
     attack = meta.get("attack") or meta.get("attack_type") or meta.get("attack_name") or ""
     return tuple(str(v) for v in (meta.get("kind") or "", suite, attack))  # type: ignore[return-value]
 
-# %% ../../nbs/widgets/06_answers.ipynb #fc36bdd5
+# %% ../../nbs/widgets/06_answers.ipynb #982acda5
 def answer_cases(
     lines: Iterable[Mapping[str, Any]], transcripts: Sequence[Transcript] = ()
 ) -> tuple[list[Case], list[str]]:
@@ -210,8 +200,9 @@ def answer_cases(
     not used. Of two lines of one stage the later counts. Raises RunError as `answer_action` does."""
     by_id = {t.id: (number, t) for number, t in enumerate(transcripts)}
     groups: dict[tuple, dict[str, Mapping[str, Any]]] = {}
-    total = 0
-    for total, line in enumerate(lines, 1):
+    older = 0
+    for line in lines:
+        older += line["stage"] in groups.get((line["id"], line["asked"], line["attempt"]), {})
         groups.setdefault((line["id"], line["asked"], line["attempt"]), {})[line["stage"]] = line
     stages = list(dict.fromkeys(stage for group in groups.values() for stage in group))
     rows = []
@@ -239,7 +230,7 @@ def answer_cases(
         )
         rows.append(((number, asked != "plain", attempt), case))
     rows.sort(key=lambda row: row[0])
-    return [case for _, case in rows], missing_notes(rows, total - sum(map(len, groups.values())))
+    return [case for _, case in rows], missing_notes(rows, older)
 
 # %% ../../nbs/widgets/06_answers.ipynb #69b966b9
 def missing_notes(rows: Sequence[tuple[Any, Case]], older: int) -> list[str]:
@@ -301,7 +292,13 @@ def episode_facts(transcript: Transcript) -> dict[str, str]:
     }
     return {"turns": str(turns)} | rest
 
-# %% ../../nbs/widgets/06_answers.ipynb #553e76ab
+# %% ../../nbs/widgets/06_answers.ipynb #77f4c202
+def episode_name(transcript: Transcript) -> str:
+    "Return what the case of an episode is called: its tasks, or its id where its `meta` names none."
+    names = ("task", "user_task", "user_task_id", "injection_task", "injection_task_id")
+    return " · ".join(str(transcript.meta[k]) for k in names if transcript.meta.get(k)) or transcript.id
+
+# %% ../../nbs/widgets/06_answers.ipynb #6a11d235
 def episode_cases(transcripts: Iterable[Transcript]) -> list[Case]:
     """Return a `Case` for each task among `transcripts` of episodes, in their order, with the episodes of all
     stages (`meta["stage"]`; `episode` where it says none). Of several episodes of one task and stage the
@@ -330,15 +327,15 @@ def episode_cases(transcripts: Iterable[Transcript]) -> list[Case]:
             k: first.meta[k] for k in ("injected_call", "injected_text", "expected_call") if k in first.meta
         }
         place = (kind, suite, attack, "live", first.label)
-        rows.append(Case(first.id, "episode", actions, *place, wanted=wanted))
+        rows.append(Case(episode_name(first), "episode", actions, *place, wanted=wanted))
     return rows
 
-# %% ../../nbs/widgets/06_answers.ipynb #3d4fda22
+# %% ../../nbs/widgets/06_answers.ipynb #1ceec8f0
 def asked_of(transcripts: Iterable[Transcript]) -> list[Transcript]:
     "Return the questions that an evaluation asks of held-out `transcripts`, in their order."
     return [question for t in transcripts for question in questions(t)]
 
-# %% ../../nbs/widgets/06_answers.ipynb #4560a868
+# %% ../../nbs/widgets/06_answers.ipynb #284c0a9d
 def run_questions(folder: Path) -> list[Transcript]:
     """Return the questions that the run or the evaluation in `folder` was asked, in the order of its data.
     Raises RunError, TranscriptError and OSError for data that is not there."""
@@ -352,7 +349,7 @@ def run_questions(folder: Path) -> list[Transcript]:
         transcripts = questions_for(adapters, reading=reading_of(parameters))
     return asked_of(transcripts)
 
-# %% ../../nbs/widgets/06_answers.ipynb #c40f308d
+# %% ../../nbs/widgets/06_answers.ipynb #fd758096
 def read_cases(
     folder: str | Path, transcripts: Sequence[Transcript] | None = None
 ) -> tuple[list[Case], list[str]]:
@@ -385,26 +382,26 @@ def read_cases(
             notes.append(skipped_sentence(reader))
     return cases, notes
 
-# %% ../../nbs/widgets/06_answers.ipynb #38bc2628
+# %% ../../nbs/widgets/06_answers.ipynb #512129dc
 LONGEST_TEXT = 20_000  # characters of one message
 MOST_CASES, MOST_CHARACTERS = 6_000, 12_000_000  # of a view
 
-# %% ../../nbs/widgets/06_answers.ipynb #954862f9
+# %% ../../nbs/widgets/06_answers.ipynb #7b1fba2f
 def spell_lines(text: str) -> str:
     """Return `text` with what the eye misses as escapes and tabs as ⇥; blanks and line ends stay."""
     # by line: most lines need nothing, and then `visible` gives them back at once
     return "\n".join(visible(line, {"\t": "⇥"}) for line in text.split("\n"))
 
-# %% ../../nbs/widgets/06_answers.ipynb #afa43251
+# %% ../../nbs/widgets/06_answers.ipynb #a7d5f02d
 def utf16_length(text: str) -> int:
     "Return the length of `text` as a browser counts it."
     return len(text.encode("utf-16-le")) // 2
 
-# %% ../../nbs/widgets/06_answers.ipynb #d6c506e4
+# %% ../../nbs/widgets/06_answers.ipynb #b2117ee7
 def mark_text(text: str, spans: Iterable[tuple[int, int]] = ()) -> tuple[str, list[list[int]]]:
     """Return `text` as it is shown, and where `spans` (characters `[start, end)` of it) stand in that, as a
-    browser counts. Texts of more than `LONGEST_TEXT` characters are cut behind the last span, and what is left
-    out is counted."""
+    browser counts. Texts of more than `LONGEST_TEXT` characters are cut behind the last span, and what is
+    left out is counted."""
     out, marks, at, size = [], [], 0, 0
     for start, end in sorted(spans):
         start, end = max(at, start), min(max(at, end), len(text))
@@ -421,7 +418,7 @@ def mark_text(text: str, spans: Iterable[tuple[int, int]] = ()) -> tuple[str, li
         out.append(f" … {len(text) - most:,} more characters")
     return "".join(out), marks
 
-# %% ../../nbs/widgets/06_answers.ipynb #58e9e429
+# %% ../../nbs/widgets/06_answers.ipynb #fd91901a
 def call_text(call: Mapping[str, Any]) -> str:
     "Return a tool call as one line: the tool's name and its arguments as JSON by name."
     function = call.get("function", call)
@@ -431,7 +428,7 @@ def call_text(call: Mapping[str, Any]) -> str:
     given = (f"{k}={json.dumps(v, ensure_ascii=False, default=str)}" for k, v in arguments.items())
     return f"{function.get('name')}({', '.join(given)})"
 
-# %% ../../nbs/widgets/06_answers.ipynb #ba5ef9a3
+# %% ../../nbs/widgets/06_answers.ipynb #9870499d
 def message_parts(
     transcript: Transcript, start: int, end: int, add: Callable[[str], int]
 ) -> list[dict[str, Any]]:
@@ -457,7 +454,7 @@ def message_parts(
                 parts.append(part)
     return parts
 
-# %% ../../nbs/widgets/06_answers.ipynb #f9dd683b
+# %% ../../nbs/widgets/06_answers.ipynb #d831255d
 WANTED_WORDS = {
     "injected_call": "injected order",
     "injected_text": "injected text",
@@ -467,7 +464,7 @@ WANTED_WORDS = {
     "own_tools": "tools of the user's task",
 }
 
-# %% ../../nbs/widgets/06_answers.ipynb #9497e34a
+# %% ../../nbs/widgets/06_answers.ipynb #b7e9b611
 def wanted_rows(wanted: Mapping[str, Any], add: Callable[[str], int]) -> list[list[Any]]:
     "Return `[name, text]` of what a question knows of its answer, each text as `add` gives it."
     rows = []
@@ -479,12 +476,12 @@ def wanted_rows(wanted: Mapping[str, Any], add: Callable[[str], int]) -> list[li
         rows.append([WANTED_WORDS.get(name, visible(name)), add(mark_text(" · ".join(texts))[0])])
     return rows
 
-# %% ../../nbs/widgets/06_answers.ipynb #51bc4b35
+# %% ../../nbs/widgets/06_answers.ipynb #d387a88e
 def case_state(
     case: Case, number: int, stages: Sequence[str], add: Callable[[str], int], share: Callable
 ) -> dict:
-    """Return a case as plain values: `add` gives the number of a text, `share` that of a context. `number`: of
-    the case, from 1."""
+    """Return a case as plain values: `add` gives the number of a text, `share` that of a context. `number`:
+    of the case, from 1."""
     actions = []
     for stage in stages:
         a = case.actions.get(stage)
@@ -507,18 +504,18 @@ def case_state(
     own = {"number": number, "change": change_of(case), "context": share(context) if context else -1}
     return {**about, **own, "wanted": wanted_rows(case.wanted, add), "actions": actions}
 
-# %% ../../nbs/widgets/06_answers.ipynb #4ca9d603
+# %% ../../nbs/widgets/06_answers.ipynb #74e15305
 def last_words(message: Mapping[str, Any]) -> str:
-    "Return what a message of the assistant says or calls, in one line; an empty text for one of another role."
+    "Return what a message of the assistant says or calls, in one line; empty for one of another role."
     if message["role"] != "assistant":
         return ""
     calls = " ".join(call_text(c) for c in message.get("tool_calls") or ())
     return calls or str(message.get("content") or "")
 
-# %% ../../nbs/widgets/06_answers.ipynb #7b3ee8b7
+# %% ../../nbs/widgets/06_answers.ipynb #26e2d4c8
 QUIET = {"right", "resisted", "not scored", "utility"}  # outcomes of which nobody needs to see each
 
-# %% ../../nbs/widgets/06_answers.ipynb #f6730378
+# %% ../../nbs/widgets/06_answers.ipynb #2a4a7392
 def case_order(cases: Sequence[Case]) -> list[int]:
     "Return the numbers of `cases` from 0, those first that changed or whose last action is not a quiet one."
 
@@ -529,14 +526,14 @@ def case_order(cases: Sequence[Case]) -> list[int]:
     quiet = [is_quiet(case) for case in cases]
     return sorted(range(len(cases)), key=lambda i: quiet[i])
 
-# %% ../../nbs/widgets/06_answers.ipynb #2bff948a
+# %% ../../nbs/widgets/06_answers.ipynb #ed9e0511
 def stages_of(cases: Iterable[Case]) -> list[str]:
     "Return the stages of `cases` in the order in which they occur; `before` and `after` in this order."
     stages = dict.fromkeys(stage for case in cases for stage in case.actions)
     first = [stage for stage in ("before", "after") if stage in stages]
     return [*first, *(stage for stage in stages if stage not in first)]
 
-# %% ../../nbs/widgets/06_answers.ipynb #c569aad2
+# %% ../../nbs/widgets/06_answers.ipynb #db801503
 def left_out_note(cases: Sequence[Case], numbers: Iterable[int]) -> str:
     "Return a sentence on the `cases` that are not among `numbers` (from 0), by outcome; empty for none."
     rest = {*range(len(cases))} - {*numbers}
@@ -544,7 +541,7 @@ def left_out_note(cases: Sequence[Case], numbers: Iterable[int]) -> str:
     words = ", ".join(f"{n:,} {word}" for word, n in counts.most_common())
     return f"{len(rest):,} of {len(cases):,} cases are left out of this page: {words}." if rest else ""
 
-# %% ../../nbs/widgets/06_answers.ipynb #9bf5f576
+# %% ../../nbs/widgets/06_answers.ipynb #94d06466
 def answers_state(
     cases: Sequence[Case],
     title: str = "",
@@ -594,10 +591,10 @@ def answers_state(
         "measures": measures,
     }
 
-# %% ../../nbs/widgets/06_answers.ipynb #243a325f
+# %% ../../nbs/widgets/06_answers.ipynb #be279c8b
 TABLE_CASES, TABLE_TEXT = 60, 160
 
-# %% ../../nbs/widgets/06_answers.ipynb #47966b83
+# %% ../../nbs/widgets/06_answers.ipynb #7194ab9b
 def outcome_table(cases: Sequence[Case]) -> str:
     "Return how many actions of each stage have each outcome, as an HTML table."
     stages = stages_of(cases)
@@ -607,7 +604,7 @@ def outcome_table(cases: Sequence[Case]) -> str:
     totals = ("actions", *(sum(s in c.actions for c in cases) for s in stages))
     return table_html(("outcome", *stages), [*rows, totals], "Actions by outcome")
 
-# %% ../../nbs/widgets/06_answers.ipynb #7c24e7ea
+# %% ../../nbs/widgets/06_answers.ipynb #eb3235ee
 def move_table(cases: Sequence[Case]) -> str:
     "Return which outcome of the first stage became which of the last, as an HTML table; empty for one stage."
     stages = stages_of(cases)
@@ -619,7 +616,7 @@ def move_table(cases: Sequence[Case]) -> str:
     rows = [(*move, n) for move, n in moves.most_common(TABLE_CASES)]
     return table_html((*ends, "cases"), rows, f"What became of each outcome, {ends[0]} to {ends[1]}")
 
-# %% ../../nbs/widgets/06_answers.ipynb #486bf179
+# %% ../../nbs/widgets/06_answers.ipynb #b51f8f0d
 def cases_table(cases: Sequence[Case]) -> str:
     "Return the first cases as an HTML table, changed ones first: where they are from, and what was done."
     stages, rows = stages_of(cases), []
@@ -637,7 +634,7 @@ def cases_table(cases: Sequence[Case]) -> str:
         rows.append((f"… {len(cases) - TABLE_CASES:,} more", "", *("" for _ in stages)))
     return table_html(("case", "from", *stages), rows, "Cases, those first that changed")
 
-# %% ../../nbs/widgets/06_answers.ipynb #91cc46f9
+# %% ../../nbs/widgets/06_answers.ipynb #b232d561
 def answers_html(cases: Sequence[Case], notes: Iterable[str] = ()) -> str:
     "Return cases as HTML tables without scripts, under a table of the `notes`."
     parts = [table_html(("note",), [(note,) for note in notes])] if notes else []
@@ -646,7 +643,7 @@ def answers_html(cases: Sequence[Case], notes: Iterable[str] = ()) -> str:
         parts.append(f'<div class="words">{moves}</div>')
     return tables_html(*parts, f'<div class="words">{cases_table(cases)}</div>')
 
-# %% ../../nbs/widgets/06_answers.ipynb #cc1fe4ad
+# %% ../../nbs/widgets/06_answers.ipynb #f5dc8337
 def answers_view(
     cases: Sequence[Case], title: str = "", notes: Sequence[str] = (), chosen: int = 0, **bounds: Any
 ) -> StaticView:
@@ -665,30 +662,33 @@ def answers_view(
 
     return StaticView(make, tables, name, 860)
 
-# %% ../../nbs/widgets/06_answers.ipynb #7d6ae867
+# %% ../../nbs/widgets/06_answers.ipynb #9e82e619
 def open_command(folder: Path) -> str:
     "Return the line that opens the tokens, masks and KL of a case of the run in `folder`."
     run = shlex.quote(os.path.relpath(folder))
     return f"papermill nbs/explore_answers.ipynb out.ipynb -p run {run} -p number {{number}}"
 
-# %% ../../nbs/widgets/06_answers.ipynb #037a1228
-def write_answers(folder: str | Path, transcripts: Sequence[Transcript] | None = None) -> Path:
-    """Write answers.html into the run directory `folder`, whole or not at all; return its path. `transcripts`
-    and what is raised as in `read_cases`."""
+# %% ../../nbs/widgets/06_answers.ipynb #f30427d6
+def write_answers(
+    folder: str | Path, transcripts: Sequence[Transcript] | None = None, path: str | Path | None = None
+) -> Path:
+    """Write the page of the run directory `folder` to `path`, by default answers.html in it, whole or not at
+    all; return the path. `transcripts` and what is raised as in `read_cases`."""
     folder = Path(folder).expanduser()
     cases, notes = read_cases(folder, transcripts)
     title = f"{folder.resolve().name}: answers and episodes"
     view = answers_view(cases, title, notes, command=open_command(folder))
-    write_owned(folder / "answers.html", withhold(view.html).encode())
-    return folder / "answers.html"
+    target = Path(path or folder / "answers.html")
+    write_owned(target, withhold(view.html).encode())
+    return target
 
-# %% ../../nbs/widgets/06_answers.ipynb #b1ccf142
+# %% ../../nbs/widgets/06_answers.ipynb #d786f2ed
 def action_token(encoding: Encoding, start: int) -> int:
     "Return the first token of an `encoding` that a model wrote in message `start` or later; -1 for none."
     own = IS_COMPLETION[encoding.segments] & (encoding.message_index >= start)
     return int(np.flatnonzero(own)[0]) if own.any() else -1
 
-# %% ../../nbs/widgets/06_answers.ipynb #8a6ac5dc
+# %% ../../nbs/widgets/06_answers.ipynb #a9fa2e7c
 def masker_settings(run: Path | None, label: str) -> dict[str, Any]:
     """Return the settings of `mask_explorer` by which the `run` made its masks: model, template, control,
     adaptations, and as mask A the policy of transcripts with this `label`."""
@@ -708,7 +708,7 @@ def masker_settings(run: Path | None, label: str) -> dict[str, Any]:
     template = (kept_template(run) or {}).get("source") or parameters.get("chat_template") or None
     return {"model": model, "chat_template": template, **policy, **options}
 
-# %% ../../nbs/widgets/06_answers.ipynb #e6c2c3e6
+# %% ../../nbs/widgets/06_answers.ipynb #cdd0d978
 def adapter_of(run: Path, stage: str) -> str:
     """Return the adapter whose KL an action of `stage` is measured by: the run's own, or of an evaluation the
     one of that name, else the first. Raises RunError where there is none."""
@@ -721,7 +721,7 @@ def adapter_of(run: Path, stage: str) -> str:
     chosen = next((a for a in adapters if a.name == stage), adapters[0])
     return str(chosen.run or chosen.folder)
 
-# %% ../../nbs/widgets/06_answers.ipynb #e5b01c3c
+# %% ../../nbs/widgets/06_answers.ipynb #07d22aec
 class ActionList(anywidget.AnyWidget):
     """Show a state of `answers_state` in a widget. `chosen`: the case that is shown, its place in the state;
     `ask`: what the reader asks for; `answer`: the sentence under the view."""
@@ -734,7 +734,7 @@ class ActionList(anywidget.AnyWidget):
     ask = traitlets.Dict().tag(sync=True)
     answer = traitlets.Unicode("").tag(sync=True)
 
-# %% ../../nbs/widgets/06_answers.ipynb #fe59e99b
+# %% ../../nbs/widgets/06_answers.ipynb #1294020a
 class ActionExplorer:
     """Explore the actions of `cases`; `explore_answers` makes an explorer. `number` and `stage`: the case and
     the side that `masks()` and `kl()` take, unless they are told others; `run`: the directory by whose
@@ -756,7 +756,7 @@ class ActionExplorer:
             number,
             stage,
         )
-        self.settings, self.view = settings, None
+        self.settings = {name: value for name, value in settings.items() if value is not None}
         self.title = f"{run.resolve().name}: answers and episodes" if run else "answers and episodes"
         self.measured: dict[str, tuple[KLExplorer, list[Transcript]]] = {}
         self.box: Any = None
@@ -829,7 +829,7 @@ class ActionExplorer:
         live, metadata = live if isinstance(live, tuple) else (live or {}, {})
         return mime_bundle(live, static, visible(static.title)), metadata
 
-# %% ../../nbs/widgets/06_answers.ipynb #6942d2e1
+# %% ../../nbs/widgets/06_answers.ipynb #a4e69f0e
 class ActionBox:
     "Hold the widgets of an `ActionExplorer`: the list, and below it the explorer that was asked for."
 
@@ -872,7 +872,7 @@ class ActionBox:
         explorer.box.strip.selected = selected
         return explorer.box.root
 
-# %% ../../nbs/widgets/06_answers.ipynb #30b53d0a
+# %% ../../nbs/widgets/06_answers.ipynb #f1fa6b2f
 def explore_answers(run: Any, number: int = 1, stage: str = "", **settings: Any) -> ActionExplorer:
     """Return an `ActionExplorer` of a run directory `run`, or of transcripts of episodes (a list of them, or
     what `read_transcripts` returns). `number`: the case that is shown first, from 1; `stage`: whose action
