@@ -955,7 +955,8 @@ def report_page(
     parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`).
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
-    as by `readable_table`, with the rounding `floor`; `answers` is the page of all answers, a link (empty: none)."""
+    as by `readable_table`, with the rounding `floor`; `answers` links the page of all
+    answers (empty: none)."""
     text = readable_table(table, floor)
     values = {
         k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)

@@ -224,7 +224,7 @@ function createAnswers(el, model) {
     const c = cases[shown[place]];
     const facts = [["source", c.source], ["suite", c.suite], ["kind", c.kind], ["attack", c.attack], ["label", c.label], ["asked", c.asked], ["change", c.change]].filter(([, text]) => text);
     about.append(node("div", { class: "an-head" }, node("h2", {}, c.id), ...facts.map(([name, text]) => node("span", { class: "an-fact" }, node("span", { class: "cb-note" }, `${name} `), text))));
-    if (c.wanted.length) about.append(node("dl", { class: "an-wanted" }, ...c.wanted.flatMap(([name, t]) => [node("dt", {}, name), node("dd", {}, markedText(texts[t], [], query))])));
+    if (c.wanted.length) about.append(node("div", { class: "an-wanted" }, ...c.wanted.flatMap(([name, t]) => [node("span", { class: "cb-note" }, name), node("span", { class: "an-text" }, markedText(texts[t], [], query))])));
     const acts = node("div", { class: "an-sides" }, ...stages.map((_, s) => actionOf(c, s)));
     const asked = c.context < 0 ? node("p", { class: "cb-note" }, "What was asked is not here: the transcript was not found when this view was made.")
       : node("section", { class: "an-context" }, node("h3", {}, c.source === "episode" ? "common to all" : "what was asked"), ...contexts[c.context].map((part) => partOf(part, true)));
