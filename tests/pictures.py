@@ -28,7 +28,7 @@ def kl(page):
 
 
 def answers(page):
-    page.locator(".cb-answers .an-chip[data-word=unreadable]").first.click()
+    page.locator(".cb-answers .an-chip[data-word=changed]").first.click()
     page.locator(".cb-answers .an-list").first.focus()
 
 

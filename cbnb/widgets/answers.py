@@ -142,7 +142,7 @@ def part_of(line: Mapping[str, Any], name: str, kind: type) -> Any:
 def answer_message(read: Mapping[str, Any], text: str) -> dict[str, Any]:
     """Return the assistant's message that an answer is, by what was `read` of it (as a dict:
     `cbnb.evaluate.reader.Answer`); the whole `text` where nothing could be read."""
-    content, calls, thoughts = (read.get(name) or "" for name in ("text", "calls", "reasoning"))
+    content, thoughts, calls = read.get("text") or "", read.get("reasoning") or "", read.get("calls") or []
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
         message["tool_calls"] = [
@@ -179,7 +179,7 @@ def answer_action(line: Mapping[str, Any], question: Transcript | None = None) -
         or not isinstance(c.get("arguments"), dict)
         for c in calls
     ):
-        part_of(line | {"read": None}, "read", dict)
+        part_of({**line, "read": None}, "read", dict)
     name, message = f"{line['id']} ({line['stage']})", answer_message(read, text)
     if question is None:
         label = "harmful" if line.get("label") == "harmful" else "benign"
@@ -254,7 +254,7 @@ def missing_notes(rows: Sequence[tuple[Any, Case]], older: int) -> list[str]:
     ]
 
 # %% ../../nbs/widgets/06_answers.ipynb #5c784042
-TASK_NAMES = (
+TASK_NAMES: tuple[str, ...] = (
     "suite",
     "suite_name",
     "kind",
@@ -449,7 +449,8 @@ def message_parts(
         spans = [(s.start, s.end) for s in transcript.injection_spans if s.message == i]
         role = m["role"]
         who = f"{i} {role} {m.get('name') or ''}".strip()
-        rows = [("reasoning", f"{who}, thinking", m.get("reasoning_content") or "", ())]
+        rows: list[tuple[str, str, Any, Sequence[tuple[int, int]]]] = []
+        rows.append(("reasoning", f"{who}, thinking", m.get("reasoning_content") or "", ()))
         rows.append(("text", who, m.get("content") or "", spans))
         rows += [("call", f"{who}, call", call_text(c), ()) for c in m.get("tool_calls") or ()]
         if not any(text for _, _, text, _ in rows):
@@ -491,7 +492,7 @@ def case_state(
 ) -> dict:
     """Return a case as plain values: `add` gives the number of a text, `share` that of a context. `number`:
     of the case, from 1."""
-    actions = []
+    actions: list[dict[str, Any] | None] = []
     for stage in stages:
         a = case.actions.get(stage)
         if a is None:
@@ -582,7 +583,7 @@ def answers_state(
             kept_contexts.append(context)
         return contexts[key]
 
-    stages, rows = stages_of(cases), {}
+    stages, rows = stages_of(cases), dict[int, dict]()
     for i in case_order(cases):
         if len(rows) >= most or size >= characters:
             break
@@ -818,6 +819,7 @@ class ActionExplorer:
         model = str(self.settings.get("model") or "")
         transcripts = [a.transcript]
         if adapter in self.measured:
+            explorer: KLExplorer | StillExplorer
             explorer, transcripts = self.measured[adapter]
             transcripts.append(a.transcript)
             explorer.choices = [visible(t.id) for t in transcripts]
