@@ -1013,5 +1013,5 @@ def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
         notes.append(f"Rounding alone reads, in {floor_words(floor, terms)}.")
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
     answers = "answers.html" if (folder / "answers.html").is_file() else ""
-    told = (folder.name, rows, table, result["parameters"], notes, floor, terms, answers)
-    return write_report(folder / "report.html", *told)
+    parts = (folder.name, rows, table, result["parameters"], notes, floor, terms, answers)
+    return write_report(folder / "report.html", *parts)

@@ -209,7 +209,7 @@ function createAnswers(el, model) {
       if (top < list.scrollTop) list.scrollTop = top;
       else if (top + ROW > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW - list.clientHeight;
       list.setAttribute("aria-activedescendant", `${id}-${place}`);
-      if (model.get("chosen") !== shown[place]) { model.set("chosen", shown[place]); model.save_changes(); }
+      if (model.get("place") !== shown[place]) { model.set("place", shown[place]); model.save_changes(); }
     } else list.removeAttribute("aria-activedescendant");
     drawRows();
     if (!told) told = requestAnimationFrame(() => { told = 0; describe(end); });
@@ -324,20 +324,20 @@ function createAnswers(el, model) {
     if (asks && status.textContent) status.scrollIntoView({ block: "start" });
   };
   const chose = () => {
-    const k = model.get("chosen");
+    const k = model.get("place");
     if (k === shown[place]) return;
     if (!shown.includes(k)) reset();
     choose(shown.indexOf(k));
   };
   model.on("change:answer", answered);
-  model.on("change:chosen", chose);
-  const first = model.get("chosen");
+  model.on("change:place", chose);
+  const first = model.get("place");
   refilter();
   choose(Math.max(0, shown.indexOf(first)));
   if (!model.get("live") && window.top === window) list.focus({ preventScroll: true });
   return () => {
     resized.disconnect(); clearTimeout(timer); cancelAnimationFrame(drawn); cancelAnimationFrame(told);
-    model.off("change:answer", answered); model.off("change:chosen", chose);
+    model.off("change:answer", answered); model.off("change:place", chose);
     root.remove();
   };
 }

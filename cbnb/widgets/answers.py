@@ -45,6 +45,8 @@ from cbnb.evaluate.adapters import (
     run_parameters,
 )
 from ..evaluate.benchmarks import questions
+
+# %% ../../nbs/widgets/06_answers.ipynb #ans0imp2
 from ..masking.policies import Encoding
 from ..masking.turns import IS_COMPLETION
 from ..run.metrics import read_json_lines
@@ -100,7 +102,8 @@ class Action:
 @dataclass(frozen=True)
 class Case:
     """Hold one question or one episode with the `actions` by stage, in the order of the stages. `origin`:
-    answer or episode; `asked`: plain, prefilled or live; `whole`: whether what was asked is known; `wanted`:
+    answer or episode; `way` of asking: plain, prefilled or
+    live; `whole`: whether what was asked is known; `wanted`:
     what the question knows of its answer, by name."""
 
     id: str
@@ -109,7 +112,7 @@ class Case:
     kind: str = ""
     suite: str = ""
     attack: str = ""
-    asked: str = ""
+    way: str = ""
     label: str = ""
     whole: bool = True
     wanted: Mapping[str, Any] = field(default_factory=dict)
@@ -183,13 +186,13 @@ def answer_action(line: Mapping[str, Any], question: Transcript | None = None) -
     name, message = f"{line['id']} ({line['stage']})", answer_message(read, text)
     if question is None:
         label = "harmful" if line.get("label") == "harmful" else "benign"
-        return_to = Transcript(name, [message], label=label)
+        whole = Transcript(name, [message], label=label)
     else:
         labels = {i: v for i, v in question.message_labels.items() if i < len(question.messages) - 1}
         messages = [*question.messages[:-1], message]
-        return_to = replace(question, id=name, messages=messages, message_labels=labels)
-    start = len(return_to.messages) - 1
-    return Action(return_to, start, outcome_words(scores), text, tuple(line["ids"]), answer_facts(line))
+        whole = replace(question, id=name, messages=messages, message_labels=labels)
+    start = len(whole.messages) - 1
+    return Action(whole, start, outcome_words(scores), text, tuple(line["ids"]), answer_facts(line))
 
 # %% ../../nbs/widgets/06_answers.ipynb #cf0e70c4
 def question_place(t: Transcript) -> tuple[str, str, str]:
@@ -214,7 +217,7 @@ def answer_cases(
         groups.setdefault((line["id"], line["asked"], line["attempt"]), {})[line["stage"]] = line
     stages = list(dict.fromkeys(stage for group in groups.values() for stage in group))
     rows = []
-    for (name, asked, attempt), group in groups.items():
+    for (name, way, attempt), group in groups.items():
         number, question = by_id.get(name, (len(by_id), None))
         first = next(iter(group.values()))
         if (
@@ -231,12 +234,12 @@ def answer_cases(
             kind=kind or str(first.get("kind") or first.get("group") or ""),
             suite=suite,
             attack=attack,
-            asked=asked,
+            way=way,
             label=str(first.get("label") or ""),
             whole=question is not None,
             wanted=first.get("wanted") or {},
         )
-        rows.append(((number, asked != "plain", attempt), case))
+        rows.append(((number, way != "plain", attempt), case))
     rows.sort(key=lambda row: row[0])
     return [case for _, case in rows], missing_notes(rows, older)
 
@@ -316,8 +319,8 @@ def episode_cases(transcripts: Iterable[Transcript]) -> list[Case]:
     for t in transcripts:
         stage = str(t.meta.get("stage") or "episode")
         stages[stage] = None
-        named = {k: json.dumps(t.meta[k], sort_keys=True, default=str) for k in TASK_NAMES if k in t.meta}
-        task = tuple(named.items()) if named.keys() - {"kind", "seed", "attempt"} else (t.id,)
+        names = {k: json.dumps(t.meta[k], sort_keys=True, default=str) for k in TASK_NAMES if k in t.meta}
+        task = tuple(names.items()) if names.keys() - {"kind", "seed", "attempt"} else (t.id,)
         number = 0
         while stage in groups.setdefault((task, number), {}):
             number += 1
@@ -375,11 +378,11 @@ def read_cases(
     notes: list[str] = []
     if lines:
         try:
-            asked = run_questions(folder) if transcripts is None else asked_of(transcripts)
+            asks = run_questions(folder) if transcripts is None else asked_of(transcripts)
         except (RunError, ValueError, OSError) as e:
-            asked, why = [], sentence(e)
+            asks, why = [], sentence(e)
             notes.append(f"What was asked cannot be read: {why}")
-        cases, more = answer_cases(lines, asked)
+        cases, more = answer_cases(lines, asks)
         notes += more
     if path.exists():
         try:
@@ -434,8 +437,8 @@ def call_text(call: Mapping[str, Any]) -> str:
     arguments = function.get("arguments")
     if not isinstance(arguments, dict):
         return f"{function.get('name')}({json.dumps(arguments, ensure_ascii=False, default=str)})"
-    given = (f"{k}={json.dumps(v, ensure_ascii=False, default=str)}" for k, v in arguments.items())
-    return f"{function.get('name')}({', '.join(given)})"
+    words = (f"{k}={json.dumps(v, ensure_ascii=False, default=str)}" for k, v in arguments.items())
+    return f"{function.get('name')}({', '.join(words)})"
 
 # %% ../../nbs/widgets/06_answers.ipynb #9870499d
 def message_parts(
@@ -509,8 +512,11 @@ def case_state(
         )
     first = next(iter(case.actions.values()))
     context = message_parts(first.transcript, 0, first.start, add) if first.start else []
-    words = ("id", "kind", "suite", "attack", "asked", "label")
-    about = {name: visible(getattr(case, name)) for name in words} | {"source": case.origin}
+    words = ("id", "kind", "suite", "attack", "label")
+    about = {name: visible(getattr(case, name)) for name in words} | {
+        "source": case.origin,
+        "asked": visible(case.way),
+    }
     own = {"number": number, "change": change_of(case), "context": share(context) if context else -1}
     return {**about, **own, "wanted": wanted_rows(case.wanted, add), "actions": actions}
 
@@ -632,7 +638,7 @@ def cases_table(cases: Sequence[Case]) -> str:
     stages, rows = stages_of(cases), []
     for i in case_order(cases)[:TABLE_CASES]:
         c = cases[i]
-        place = " · ".join(filter(None, (c.suite, c.kind, c.attack, c.asked)))
+        place = " · ".join(filter(None, (c.suite, c.kind, c.attack, c.way)))
         cells = []
         for stage in stages:
             a = c.actions.get(stage)
@@ -658,11 +664,11 @@ def answers_view(
     cases: Sequence[Case],
     title: str = "",
     notes: Sequence[str] = (),
-    chosen: int = 0,
+    first: int = 0,
     data: dict[str, Any] | None = None,
     **bounds: Any,
 ) -> StaticView:
-    """Return the `StaticView` of cases; `chosen`: the number of the one shown first, from 0; `data`: their
+    """Return the `StaticView` of cases; `first`: the number of the one shown first, from 0; `data`: their
     `answers_state`, where it is at hand; `bounds`: what else that takes. Raises ConfigError as that does."""
     if not cases:
         answers_state(cases)
@@ -673,8 +679,8 @@ def answers_view(
     def make() -> str:
         own = data or answers_state(cases, title, notes, **bounds)
         numbers = [c["number"] for c in own["cases"]]
-        place = numbers.index(chosen + 1) if chosen + 1 in numbers else 0
-        state = {"data": own, "chosen": place, "live": False, "answer": ""}
+        place = numbers.index(first + 1) if first + 1 in numbers else 0
+        state = {"data": own, "place": place, "live": False, "answer": ""}
         styles = ["strip.css", "tables.css", "answers.css"]
         return page(name, ["strip.js", "answers.js"], styles, "renderAnswers", state, folded)
 
@@ -743,18 +749,18 @@ def adapter_of(run: Path, stage: str) -> str:
     if not parameters.get("adapter"):
         raise RunError(f"{run} holds no adapter; the KL of an action needs one")
     adapters = find_adapters(parameters["adapter"], parameters.get("second_adapter") or "")
-    chosen = next((a for a in adapters if a.name == stage), adapters[0])
-    return str(chosen.run or chosen.folder)
+    match = next((a for a in adapters if a.name == stage), adapters[0])
+    return str(match.run or match.folder)
 
 # %% ../../nbs/widgets/06_answers.ipynb #fd86c72b
 class ActionList(anywidget.AnyWidget):
-    """Show a state of `answers_state` in a widget. `chosen`: the case that is shown, its place in the state;
+    """Show a state of `answers_state` in a widget. `place`: that of the case which is shown, in the state;
     `ask`: what the reader asks for; `answer`: the sentence under the view."""
 
     _esm = module("strip.js", "answers.js", render="renderAnswers")
     _css = source("strip.css", "answers.css")
     data = traitlets.Dict().tag(sync=True)
-    chosen = traitlets.Int(0).tag(sync=True)
+    place = traitlets.Int(0).tag(sync=True)
     live = traitlets.Bool(True).tag(sync=True)
     ask = traitlets.Dict().tag(sync=True)
     answer = traitlets.Unicode("").tag(sync=True)
@@ -863,8 +869,8 @@ class ActionBox:
     def __init__(self, explorer: ActionExplorer) -> None:
         self.explorer = explorer
         numbers = [c["number"] for c in explorer.data["cases"]]
-        chosen = numbers.index(explorer.number) if explorer.number in numbers else 0
-        self.list, self.below = ActionList(data=explorer.data, chosen=chosen), ipywidgets.VBox()
+        place = numbers.index(explorer.number) if explorer.number in numbers else 0
+        self.list, self.below = ActionList(data=explorer.data, place=place), ipywidgets.VBox()
         self.heading = ipywidgets.HTML()
         self.root = ipywidgets.VBox([self.list, self.heading, self.below])
         self.list.observe(self.open, "ask")
