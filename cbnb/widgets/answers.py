@@ -347,12 +347,13 @@ def asked_of(transcripts: Iterable[Transcript]) -> list[Transcript]:
     return [question for t in transcripts for question in questions(t)]
 
 # %% ../../nbs/widgets/06_answers.ipynb #464d98a9
-def run_questions(folder: Path) -> list[Transcript]:
+def run_questions(folder: Path, trust_remote_code: bool = False) -> list[Transcript]:
     """Return the questions that the run or the evaluation in `folder` was asked, in the order of its data.
     Raises RunError, TranscriptError and OSError for data that is not there."""
     if "adapter" in (read_record(folder / "params.json") or {}):  # of evaluate.ipynb
         parameters = run_parameters(folder, "adapter", "second_adapter", "eval_data")
-        adapters = find_adapters(parameters["adapter"], parameters.get("second_adapter") or "")
+        second = parameters.get("second_adapter") or ""
+        adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
         reading = reading_for(adapters, **{k: parameters.get(k) for k in READING})
         transcripts = questions_for(adapters, parameters.get("eval_data") or "", reading)
     else:
@@ -363,11 +364,12 @@ def run_questions(folder: Path) -> list[Transcript]:
 
 # %% ../../nbs/widgets/06_answers.ipynb #8eff8771
 def read_cases(
-    folder: str | Path, transcripts: Sequence[Transcript] | None = None
+    folder: str | Path, transcripts: Sequence[Transcript] | None = None, trust_remote_code: bool = False
 ) -> tuple[list[Case], list[str]]:
     """Return the cases of a run directory, of its answers.jsonl and its episodes.jsonl, and sentences on what
-    is not shown. `transcripts`: those that the run held out, if they are at hand; None reads them. Raises
-    RunError for a folder that has neither file, and for a line that is not in order."""
+    is not shown. `transcripts`: those that the run held out, if they are at hand; None reads them, by
+    adapters whose code may run where `trust_remote_code` says so. Raises RunError for a folder that has
+    neither file, and for a line that is not in order."""
     folder = Path(folder).expanduser()
     lines, path = read_json_lines(folder / "answers.jsonl"), folder / "episodes.jsonl"
     if not lines and not path.exists():
@@ -378,7 +380,9 @@ def read_cases(
     notes: list[str] = []
     if lines:
         try:
-            asks = run_questions(folder) if transcripts is None else asked_of(transcripts)
+            asks = (
+                asked_of(transcripts) if transcripts is not None else run_questions(folder, trust_remote_code)
+            )
         except (RunError, ValueError, OSError) as e:
             asks, why = [], sentence(e)
             notes.append(f"What was asked cannot be read: {why}")
@@ -713,14 +717,15 @@ def action_token(encoding: Encoding, start: int) -> int:
     return int(np.flatnonzero(own)[0]) if own.any() else -1
 
 # %% ../../nbs/widgets/06_answers.ipynb #a9fa2e7c
-def masker_settings(run: Path | None, label: str) -> dict[str, Any]:
+def masker_settings(run: Path | None, label: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return the settings of `mask_explorer` by which the `run` made its masks: model, template, control,
     adaptations, and as mask A the policy of transcripts with this `label`."""
     if run is None:
         return {}
     parameters = read_record(run / "params.json") or {}
     if "adapter" in parameters:
-        adapters = find_adapters(parameters["adapter"], parameters.get("second_adapter") or "")
+        second = parameters.get("second_adapter") or ""
+        adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
         model = asked_model(adapters, parameters)
         policy = {}
     else:
@@ -740,7 +745,7 @@ def has_adapter(run: Path | None) -> bool:
     return (run / "adapter").is_dir() or bool((read_record(run / "params.json") or {}).get("adapter"))
 
 # %% ../../nbs/widgets/06_answers.ipynb #cf94e729
-def adapter_of(run: Path, stage: str) -> str:
+def adapter_of(run: Path, stage: str, trust_remote_code: bool = False) -> str:
     """Return the adapter whose KL an action of `stage` is measured by: the run's own, or of an evaluation the
     one of that name, else the first. Raises RunError where there is none."""
     if (run / "adapter").is_dir():
@@ -748,7 +753,8 @@ def adapter_of(run: Path, stage: str) -> str:
     parameters = read_record(run / "params.json") or {}
     if not parameters.get("adapter"):
         raise RunError(f"{run} holds no adapter; the KL of an action needs one")
-    adapters = find_adapters(parameters["adapter"], parameters.get("second_adapter") or "")
+    second = parameters.get("second_adapter") or ""
+    adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
     match = next((a for a in adapters if a.name == stage), adapters[0])
     return str(match.run or match.folder)
 
@@ -806,7 +812,8 @@ class ActionExplorer:
     def masks(self, number: int | None = None, stage: str = "") -> MaskExplorer:
         "Return the mask explorer at an action (as in `action`), with its first token chosen."
         a = self.action(number, stage)
-        own = masker_settings(self.run, a.transcript.label) | self.settings
+        consent = bool(self.settings.get("trust_remote_code"))
+        own = masker_settings(self.run, a.transcript.label, consent) | self.settings
         explorer = mask_explorer([a.transcript], **own)
         if explorer.exploration.encoding is not None:
             explorer.looks["selected"] = action_token(explorer.exploration.encoding, a.start)
@@ -821,7 +828,8 @@ class ActionExplorer:
             raise RunError(
                 "there is no run whose adapter the KL could be measured by; give the folder of one"
             )
-        adapter, consent = adapter_of(self.run, stage), bool(self.settings.get("trust_remote_code"))
+        consent = bool(self.settings.get("trust_remote_code"))
+        adapter = adapter_of(self.run, stage, consent)
         model = str(self.settings.get("model") or "")
         transcripts = [a.transcript]
         if adapter in self.measured:
@@ -914,6 +922,7 @@ def explore_answers(run: Any, number: int = 1, stage: str = "", **settings: Any)
     Raises RunError as `read_cases` does, ConfigError for a case or a stage that there is not."""
     if isinstance(run, (str, Path)):
         folder = Path(run).expanduser()
-        cases, notes = read_cases(folder)
+        consent = bool(settings.get("trust_remote_code"))
+        cases, notes = read_cases(folder, trust_remote_code=consent)
         return ActionExplorer(cases, folder, notes, number, stage, **settings)
     return ActionExplorer(episode_cases(run), None, (), number, stage, **settings)
