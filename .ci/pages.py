@@ -67,7 +67,11 @@ ROOMS = (
     ("agent", "Agents", "Let a model act with tools, turn after turn, and measure what it has done."),
     ("sweep", "Sweeps", "Turn one file into checked runs, and start each of them once, here or by SLURM."),
     ("preflight", "Pre-flight", "Review a run on its own model and data before a GPU hour is spent."),
-    ("widgets", "Views", "Look at masks, at the KL of every token, and at a run or a sweep."),
+    (
+        "widgets",
+        "Views",
+        "Look at masks, at the KL of every token, at every answer, and at a run or a sweep.",
+    ),
     ("cli", "Command line", "Offer the same functions as commands."),
 )
 # The parts of the site. An entry is a page or a pattern of pages below nbs/, or (title, entries). The rooms
@@ -98,6 +102,7 @@ PARTS = (
                     "report.ipynb",
                     "explore_masks.ipynb",
                     "explore_kl.ipynb",
+                    "explore_answers.ipynb",
                 ),
             ),
         ),

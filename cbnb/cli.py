@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 # %% auto #0
-__all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy',
-           'use_colour', 'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown',
-           'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
-           'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
-           'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_plan',
-           'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser', 'run_parsed',
-           'carry_out', 'main']
+__all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
+           'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
+           'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans', 'add_convert',
+           'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
+           'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
+           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report',
+           'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -65,7 +64,6 @@ from .run.parameters import ParameterError
 from .run.records import read_record
 from .run.settings import make_masker
 from .sweep.spec import find_file, notebook_parameters
-from .transcripts.marks import mark_by
 from .transcripts.reader import known_formats
 from .transcripts.record import LABELS, TranscriptError, nearest
 
@@ -171,20 +169,6 @@ def add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--relabel", choices=("source",), help=declared_help("relabel"))
     p.add_argument("--tools", metavar="FILE", default="", help=declared_help("tools"))
-    for flag, kind, other in (("harmful", "harmful", "benign"), ("benign", "benign", "harmful")):
-        p.add_argument(
-            f"--{flag}-if",
-            metavar="RULE",
-            default="",
-            help=f"records whose notes keep to it are {kind}, such as scores.world.attack=1; the others are "
-            f"{other} where no other rule is given",
-        )
-    p.add_argument(
-        "--injection",
-        metavar="FIELD,...",
-        default="",
-        help="notes that hold the attacker's text, such as metadata.injection: it is marked where it stands",
-    )
 
 # %% ../nbs/cli.ipynb #ab71a78b
 def add_template(p: argparse.ArgumentParser) -> None:
@@ -273,28 +257,14 @@ def add_masks(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #87f37074
 LISTED_FINDINGS = 20  # findings of one kind that are printed or kept for the page
 
-# %% ../nbs/cli.ipynb #90d4b3ad
-def source_of(args: argparse.Namespace, on_error: str) -> SourceReader:
-    """Return the reader of the file that `add_reading` names, by its words. Raises CommandError for what
-    cannot be read so."""
-    try:
-        return open_source(
-            args.file,
-            args.format,
-            args.label,
-            on_error,
-            args.relabel,
-            args.tools,
-            marks=mark_by(args.harmful_if, args.benign_if, args.injection),
-        )
-    except TranscriptError as e:
-        raise CommandError(str(e)) from None
-
 # %% ../nbs/cli.ipynb #0e41b0fb
 def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[AuditEntry]]:
     """Return `(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before
     anything is read."""
-    reader = source_of(args, "skip")
+    try:
+        reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
+    except TranscriptError as e:
+        raise CommandError(str(e)) from None
     policy = load_policy(args.policy)
     if args.html:
         check_written(Path(args.html), reader, args.tools, args.chat_template, args.model)
@@ -416,7 +386,7 @@ def run_spans(args: argparse.Namespace) -> int:
         raise CommandError("--text is empty; give the words that were injected")
     if args.injections:
         texts |= read_injections(args.injections)
-    reader = source_of(args, "raise")
+    reader = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools)
     search = Search()
     examples: list[int] = []
     if args.out:
@@ -466,7 +436,6 @@ def run_convert(args: argparse.Namespace) -> int:
         lambda items: with_progress(items, "transcripts"),
         args.relabel,
         args.tools,
-        mark_by(args.harmful_if, args.benign_if, args.injection),
     )
     if args.json:
         print(json.dumps(report))
@@ -568,9 +537,6 @@ def run_status(args: argparse.Namespace) -> int:
     say(count_states(rows))
     return 0
 
-# %% ../nbs/cli.ipynb #1d4b77aa
-ALSO = {"eval_loop": ("--loop",)}  # a shorter spelling of a flag, by parameter
-
 # %% ../nbs/cli.ipynb #tra00002
 def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: str, flags: list[str]) -> None:
     """Add the flag of the parameter `name` to a group, of the type `kind` and with the help `words`, and its
@@ -580,7 +546,6 @@ def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: s
         options = {"action": argparse.BooleanOptionalAction}
     flag = p.add_argument(
         f"--{name.replace('_', '-')}",
-        *ALSO.get(name, ()),
         dest=f"parameter {name}",
         default=argparse.SUPPRESS,
         help=words,
@@ -740,6 +705,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
             raise CommandError("--rescore wants one run directory and nothing else")
         rescore(args.adapters[0], **parameters)
         path, status = Path(args.adapters[0]), 0
+        if (path / "answers.html").exists():
+            say(*answer_pages([args.adapters[0]]))
     else:
         from cbnb.evaluate.adapters import check_evaluation
         from cbnb.sweep.spec import complete
@@ -756,32 +723,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         say(*figures)
     say(f"run directory: {path}")
     return status
-
-# %% ../nbs/cli.ipynb #302095d5
-def add_inspect_log(commands: Commands) -> None:
-    """Add the arguments of `cbnb inspect-log`."""
-    p = commands.add_parser(
-        "inspect-log",
-        help="the answers of a run as logs that inspect view opens",
-        description="Write every answer of a run or an evaluation, with its scores, as logs of Inspect: one "
-        "per stage or adapter. Only the tokenizer is loaded. Wants the extra cbnb[inspect].",
-        epilog="status 2: the folder holds no answers, its data has changed, or Inspect is not installed",
-    )
-    p.add_argument("folder", metavar="RUN", help="the directory of a run, or of an evaluation")
-    p.add_argument("--out", metavar="DIR", help="folder to write to (default: inspect/ in RUN)")
-    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
-    p.set_defaults(run=run_inspect_log)
-
-# %% ../nbs/cli.ipynb #cc1fc999
-def run_inspect_log(args: argparse.Namespace) -> int:
-    """Carry out `cbnb inspect-log`: prints the paths of the logs, and how to look at them."""
-    try:
-        from cbnb.agent.inspect_logs import write_inspect_logs
-    except ImportError as e:
-        raise CommandError(first_line(e)) from None
-    paths = write_inspect_logs(args.folder, args.out, args.trust_remote_code)
-    say(*paths, f"inspect view --log-dir {shlex.quote(str(paths[0].parent))}")
-    return 0
 
 # %% ../nbs/cli.ipynb #plan0101
 def add_plan(commands: Commands) -> None:
@@ -887,7 +828,8 @@ def add_report(commands: Commands) -> None:
         "report",
         help="verdicts, advice and figures of a sweep",
         description="Write the report of a sweep: one page that opens offline, "
-        "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed.",
+        "pictures, and the frame of all runs as CSV and Parquet. Runs that failed are listed. A run "
+        "directory that is named gets answers.html: every answer, before and after.",
         epilog="status 2: there is no run in the folders, or nothing can be written",
     )
     p.add_argument(
@@ -899,16 +841,42 @@ def add_report(commands: Commands) -> None:
     p.add_argument("--out", metavar="DIR", help="folder to write to (default: report/ in the first SWEEP)")
     p.set_defaults(run=run_report)
 
+# %% ../nbs/cli.ipynb #8c522e47
+def answer_pages(folders: Iterable[str], out: str | None = None) -> list[str]:
+    """Write the page of answers of each run directory among `folders`, into it or to the folder `out`; return
+    a line on each. One that cannot be written is told in its line."""
+    runs = [
+        run
+        for run in map(Path, folders)
+        if any((run / n).is_file() for n in ("answers.jsonl", "episodes.jsonl"))
+    ]
+    if not runs:
+        return []
+    from cbnb.widgets.answers import write_answers
+
+    lines = []
+    for run in runs:
+        path = Path(out or run) / (
+            f"{run.resolve().name}-answers.html" if out and len(runs) > 1 else "answers.html"
+        )
+        try:
+            lines.append(f"answers: {write_answers(run, path=path)}")
+        except (RunError, ValueError, OSError) as e:
+            lines.append(f"answers: none of {run}, {sentence(e)}")
+    return lines
+
 # %% ../nbs/cli.ipynb #clirn008
 def run_report(args: argparse.Namespace) -> int:
-    """Carry out `cbnb report`: prints the verdicts, then the path of the page."""
+    """Carry out `cbnb report`: prints the verdicts, then the path of the page, and of the page of answers of
+    each run directory that was named."""
     from cbnb.report.sweep import write_sweep
     from cbnb.report.verdicts import read_sweep
     from cbnb.widgets.sweep import verdict_text
 
     sweep = read_sweep(args.folders)
     files = write_sweep(sweep, args.out or Path(args.folders[0]) / "report")
-    say(*verdict_text(sweep).split("\n"), "", f"report: {files[-1]}")
+    pages = answer_pages(args.folders, args.out)
+    say(*verdict_text(sweep).split("\n"), "", *pages, f"report: {files[-1]}")
     return 0
 
 # %% ../nbs/cli.ipynb #f47e2396
@@ -936,7 +904,6 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_preflight,
         add_train,
         add_evaluate,
-        add_inspect_log,
         add_ablate,
         add_status,
         add_report,

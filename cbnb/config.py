@@ -6,14 +6,14 @@
 __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJECTIVES', 'PRESETS', 'INTERVALS', 'IDLE',
            'ENTRIES', 'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS', 'MODEL_PARAMETERS',
            'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN',
-           'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'REPORT_PARAMETERS',
-           'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'LOOP_NAMES', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type',
-           'convert_value', 'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits',
-           'notebook_kind', 'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated',
-           'check_warmup', 'check_policies', 'check_objective_name', 'presets', 'intervals', 'check_idle',
-           'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change', 'in_groups',
-           'check_decoding', 'split_loop', 'check_loop', 'config_to_dict', 'layers_from_hidden_states', 'check_layers',
-           'check_cached', 'shares', 'coefficients']
+           'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'ANSWERS_PARAMETERS',
+           'REPORT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'ConfigError', 'scalar_types', 'type_name',
+           'wrong_type', 'convert_value', 'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words',
+           'check_limits', 'notebook_kind', 'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order',
+           'check_repeated', 'check_warmup', 'check_policies', 'check_objective_name', 'presets', 'intervals',
+           'check_idle', 'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change',
+           'in_groups', 'check_decoding', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached',
+           'shares', 'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -876,14 +876,6 @@ RUN_PARAMETERS = (
         at_least=1,
     ),
     parameter(
-        "eval_loop",
-        "auto",
-        "evaluation",
-        "world in which the model acts with tools, before and after",
-        more="none, tiny, tiny:N (N tasks of a kind), or agentdojo:SUITE:ATTACK",
-        unset="auto: tiny for the tiny agent on its own data, else none",
-    ),
-    parameter(
         "run_dir",
         "",
         "run",
@@ -987,12 +979,6 @@ EVALUATE_PARAMETERS = (
     change("temperature", default=None, unset="None: as in the run, or 0"),
     change("samples", default=None, unset="None: as in the run, or 1"),
     change(
-        "eval_loop",
-        default=None,
-        meaning="world in which the model acts with tools",
-        unset="None: as in the run, or none",
-    ),
-    change(
         "seed", group="evaluation", default=None, meaning="seed of sampling", unset="None: the run's, or 0"
     ),
     change("run_dir", meaning="where answers and figures go; an interrupted evaluation's folder goes on"),
@@ -1089,6 +1075,24 @@ MASKS_PARAMETERS = (
     FIRST_SHOWN,
 )
 
+# %% ../nbs/config.ipynb #22338495
+ANSWERS_PARAMETERS = (
+    parameter(
+        "run",
+        "",
+        "model",
+        "folder of a run or of an evaluation, with answers.jsonl or episodes.jsonl",
+        unset="empty: the newest finished run",
+    ),
+    change("model", default="", meaning="whose tokenizer", unset="empty: the run's"),
+    change("trust_remote_code"),
+    parameter("number", 1, "view", "the case shown first, whose tokens and KL stand below, from 1"),
+    parameter(
+        "stage", "", "view", "the side whose action that is, such as before or after", unset="empty: the last"
+    ),
+    parameter("page", "", "view", "also write the reader to this file, one HTML page without a kernel"),
+)
+
 # %% ../nbs/config.ipynb #parmda7b
 REPORT_PARAMETERS = (
     parameter(
@@ -1108,6 +1112,7 @@ NOTEBOOK_PARAMETERS = {
     "report": in_groups(*REPORT_PARAMETERS),
     "explore_kl": in_groups(*KL_PARAMETERS),
     "explore_masks": in_groups(*MASKS_PARAMETERS),
+    "explore_answers": in_groups(*ANSWERS_PARAMETERS),
 }
 
 # %% ../nbs/config.ipynb #2f72c6a6
@@ -1127,28 +1132,6 @@ def check_decoding(max_new_tokens: int, temperature: float, samples: int) -> Non
             f"samples is {samples}, but greedy answers to one question are all alike: "
             "give a temperature above 0, or samples 1"
         )
-
-# %% ../nbs/config.ipynb #1284e1fd
-LOOP_NAMES = ("auto", "none", "tiny", "agentdojo")
-
-# %% ../nbs/config.ipynb #da046591
-def split_loop(eval_loop: str) -> tuple[str, str]:
-    """Return name and argument of an `eval_loop` such as `tiny:16`; the argument is empty where there is
-    none."""
-    name, _, argument = eval_loop.partition(":")
-    return name, argument
-
-# %% ../nbs/config.ipynb #02c39fa8
-def check_loop(eval_loop: str) -> None:
-    """Raise `ConfigError`, with the nearest, for an `eval_loop` whose name is not in `LOOP_NAMES`, and for
-    an argument of a name that takes none."""
-    name, argument = split_loop(eval_loop)
-    if name not in LOOP_NAMES:
-        raise ConfigError(
-            f"eval_loop is {eval_loop!r}{nearest(name, LOOP_NAMES)}; use one of {', '.join(LOOP_NAMES)}"
-        )
-    if name in ("auto", "none") and ":" in eval_loop:
-        raise ConfigError(f"eval_loop is {eval_loop!r}, but {name} takes nothing after it; write {name}")
 
 # %% ../nbs/config.ipynb #2537e3d2
 def config_to_dict(config: CircuitBreakerConfig) -> dict[str, Any]:

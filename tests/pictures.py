@@ -27,6 +27,11 @@ def kl(page):
         page.keyboard.press("b")
 
 
+def answers(page):
+    page.locator(".cb-answers .an-chip[data-word=changed]").first.click()
+    page.locator(".cb-answers .an-list").first.focus()
+
+
 def train(page):
     pass
 
@@ -35,6 +40,7 @@ def train(page):
 PICTURES = {
     "explore_masks": (masks, ".cb-strip"),
     "explore_kl": (kl, ".cb-strip"),
+    "explore_answers": (answers, ".cb-answers"),
     "train": (train, ".jp-RenderedHTMLCommon:has-text('weighted')"),
 }
 

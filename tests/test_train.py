@@ -130,6 +130,7 @@ def test_run_directory_is_complete(runs):
             "answers.jsonl",
             *recorded,
             "report.html",
+            "answers.html",
             "adapter/adapter_model.safetensors",
             "adapter/adapter_config.json",
         ):

@@ -22,16 +22,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH',
-           'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table',
-           'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
-           'dict_counts', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
-           'data_notes', 'alarm_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float', 'series',
-           'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread',
-           'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves',
-           'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line',
-           'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show', 'report_page',
-           'write_report', 'told_of', 'write_run_report']
+__all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN',
+           'COLUMNS', 'LINES', 'LOOK', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
+           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'unasked_notes',
+           'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'figure_lines', 'newest_notebook',
+           'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title',
+           'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line',
+           'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
+           'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
+           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'report_page', 'write_report', 'told_of',
+           'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -187,62 +187,6 @@ def result_table(before: dict[str, Any], after: dict[str, Any]) -> pd.DataFrame:
     "Return the `figures_table` of a run: before and after."
     return figures_table({"before": before, "after": after})
 
-# %% ../../nbs/report/00_figures.ipynb #5409d1ed
-LOOP_FIGURES = (
-    "utility",
-    "utility_under_attack",
-    "attack_success",
-    "attack_success_lax",
-    "safe_stop",
-    "timeout",
-    "unreadable",
-    "refused",
-)
-
-# %% ../../nbs/report/00_figures.ipynb #9086f183
-def loop_table(loops: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Return the figures of `loops` (`loop` of a result.json, by name) as text: one row per figure that was
-    measured, a column each with its rate, then one with its count and 95 % interval."""
-
-    def place(name: str) -> tuple[int, str]:
-        first = name.partition(" ")[0]
-        return (LOOP_FIGURES.index(first) if first in LOOP_FIGURES else len(LOOP_FIGURES), name)
-
-    counts = {name: dict_counts(figures) for name, figures in loops.items()}
-    rows = sorted({row for own in counts.values() for row in own}, key=place)
-    columns: dict[str, list[str]] = {}
-    for name, own in counts.items():
-        columns[visible(name)] = [format_number(own[r][0] / own[r][1]) if r in own else "—" for r in rows]
-        columns[visible(f"{name}, 95 %")] = [interval_words(*own[r]) if r in own else "" for r in rows]
-    titles = [visible(", ".join(part.replace("_", " ") for part in row.split(" ", 1))) for row in rows]
-    return pd.DataFrame(columns, index=titles, dtype=object)
-
-# %% ../../nbs/report/00_figures.ipynb #138b4471
-def dict_counts(figures: dict[str, Any]) -> dict[str, list[int]]:
-    "Return the counts `[hits, episodes]` in the `figures` of a loop behind which there is an episode."
-    return {name: value for name, value in figures.get("counts", {}).items() if value[1]}
-
-# %% ../../nbs/report/00_figures.ipynb #d9db0495
-def loop_notes(loops: dict[str, dict[str, Any]]) -> list[str]:
-    "Return one sentence per entry of `loops`: which world, how many episodes, how long, and how fast."
-    notes = []
-    for name, figures in loops.items():
-        speed = figures.get("per_minute")
-        rate = f", {format_number(speed)} episodes per minute" if speed else ""
-        notes.append(
-            f"{name}: {figures.get('episodes', 0)} episodes in the world {figures['loop']}, "
-            f"{figures.get('turns', 0)} turns, at most {figures.get('max_turns', '—')} each{rate}"
-        )
-    return [visible(note) for note in notes]
-
-# %% ../../nbs/report/00_figures.ipynb #b9663eab
-def loop_lines(result: dict[str, Any]) -> list[str]:
-    "Return the `loop_table` and the `loop_notes` of a `result` as lines for a terminal; none without a loop."
-    loops = result.get("loop") or {}
-    if not loops or not len(table := loop_table(loops)):
-        return []
-    return ["", "acting with tools", *table.to_string().split("\n"), *loop_notes(loops)]
-
 # %% ../../nbs/report/00_figures.ipynb #b24d8a01
 def unasked_notes(asked: dict[str, Any]) -> list[str]:
     "Return which kinds a figure says nothing of, a sentence each, by `asked` (`not_asked` of a result)."
@@ -341,12 +285,7 @@ def figure_lines(path: str | Path) -> list[str]:
     if not (results := results_of(result)):
         return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
-    return [
-        *table.split("\n"),
-        *loop_lines(result),
-        "",
-        *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)]),
-    ]
+    return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
 
 # %% ../../nbs/report/00_figures.ipynb #d1baa636
 def newest_notebook(path: Path) -> Path | None:
@@ -375,7 +314,7 @@ def describe_run(path: str | Path) -> str:
         lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
     if alarms := alarm_lines((result or status).get("alarms")):
         lines += [*(f"ALARM {line}" for line in alarms), ""]
-    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "adapter"]
+    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "answers.html", path / "adapter"]
     return "\n".join(lines + [visible(f"{f.name}: {f}") for f in files if f.exists()])
 
 # %% ../../nbs/report/00_figures.ipynb #rep00001
@@ -987,16 +926,12 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
-<h2>Held-out results, before and after</h2>
+{% if answers %}<p><a href="{{ answers }}">Every answer, before and after beside each other</a></p>
+{% endif %}<h2>Held-out results, before and after</h2>
 <table><thead><tr><th scope="col">measure</th>{% for c in columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-{% if loop_lines %}<h2>Acting with tools</h2>
-{% for note in loop_notes %}<p>{{ note }}</p>{% endfor %}
-<table><thead><tr><th scope="col">measure</th>{% for c in loop_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
-{% for name, cells in loop_lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>
-{% endif %}<h2>Training curves</h2>
+<h2>Training curves</h2>
 {{ svg|safe }}
 <h2>Parameters</h2>
 <table class="text"><tbody>
@@ -1014,15 +949,15 @@ def report_page(
     notes: Iterable[str] = (),
     floor: dict[str, Any] | None = None,
     terms: dict[str, Term] | None = None,
-    loops: dict[str, dict[str, Any]] | None = None,
+    answers: str = "",
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
-    parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`), and where there
-    are `loops` (of result.json) what the model did when it acted.
+    parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`).
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
-    as by `readable_table`, with the rounding `floor`."""
-    text, acted = readable_table(table, floor), loop_table(loops or {})
+    as by `readable_table`, with the rounding `floor`; `answers` links the page of all
+    answers (empty: none)."""
+    text = readable_table(table, floor)
     values = {
         k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
@@ -1030,12 +965,10 @@ def report_page(
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(REPORT_PAGE)
     return template.render(
         title=visible(title),
+        answers=answers,
         notes=[visible(note) for note in notes],
         columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
-        loop_columns=list(acted.columns),
-        loop_lines=list(zip(acted.index, acted.values.tolist(), strict=True)),
-        loop_notes=loop_notes(loops or {}),
         svg=static_svg(curves(rows, terms)),
         parameters=[(visible(k), visible(v)) for k, v in values.items()],
     )
@@ -1050,15 +983,14 @@ def write_report(
     notes: Iterable[str] = (),
     floor: dict[str, Any] | None = None,
     terms: dict[str, Term] | None = None,
-    loops: dict[str, dict[str, Any]] | None = None,
+    answers: str = "",
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
-    `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`,
-    `loops` as in `report_page`."""
-    page = report_page(title, rows, table, parameters, notes, floor, terms, loops)
+    `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`."""
+    page = report_page(title, rows, table, parameters, notes, floor, terms, answers)
     write_owned(path, withhold(page).encode())
     return Path(path)
 
@@ -1072,12 +1004,14 @@ def told_of(result: dict[str, Any]) -> list[str]:
 # %% ../../nbs/report/00_figures.ipynb #94dc0734
 def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     """Write report.html into the run directory `folder`, from its metrics.jsonl and its `result`
-    (result.json), in the words of its own terms (`terms_in`); return the path."""
+    (result.json), in the words of its own terms (`terms_in`), with a link to answers.html where that lies
+    beside it; return the path."""
     floor, folder = result.get("floor"), Path(folder)
     terms = terms_in(folder)
     notes = told_of(result) + [f"note: {line}" for line in idle_alarms(terms)]
     if floor:
         notes.append(f"Rounding alone reads, in {floor_words(floor, terms)}.")
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
-    page, loops = folder / "report.html", result.get("loop")
-    return write_report(page, folder.name, rows, table, result["parameters"], notes, floor, terms, loops)
+    answers = "answers.html" if (folder / "answers.html").is_file() else ""
+    parts = (folder.name, rows, table, result["parameters"], notes, floor, terms, answers)
+    return write_report(folder / "report.html", *parts)

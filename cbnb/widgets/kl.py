@@ -7,7 +7,7 @@ __all__ = ['ARRAYS', 'LIST_LENGTH', 'candidate_texts', 'divergence_state', 'laye
            'share_table', 'largest_table', 'candidate_table', 'kl_html', 'static_kl', 'KLExplorer', 'StillExplorer',
            'kl_explorer', 'newest_run', 'adapter_and_run', 'run_config', 'from_root', 'read_transcripts_of',
            'held_out_of', 'transcripts_to_show', 'window_notes', 'training_notes', 'Measured', 'measure', 'make_renew',
-           'find_base', 'masker_of_run', 'load_explorer', 'open_explorer']
+           'find_base', 'masker_of_run', 'explorer_parts', 'load_explorer', 'open_explorer']
 
 # %% ../../nbs/widgets/03_kl.ipynb #7813648a
 import contextlib
@@ -586,7 +586,7 @@ def masker_of_run(
     )[0]
 
 # %% ../../nbs/widgets/03_kl.ipynb #7b822af2
-def load_explorer(
+def explorer_parts(
     adapter: str | Path,
     adapter_b: str | Path = "",
     model: str = "",
@@ -604,15 +604,17 @@ def load_explorer(
     relabel: str | None = None,
     on_error: str | None = None,
     tools: str | None = None,
-) -> KLExplorer | StillExplorer:
-    """Return the explorer of a saved adapter, or of two on one base, against the base without adapter or
-    another `teacher`.
+    transcripts: list[Transcript] | None = None,
+) -> tuple[dict[str, Any], Callable[[int, float], dict[str, Any]], list[str], int]:
+    """Return the arguments of `kl_explorer` for a saved adapter, or for two on one base, against the base
+    without adapter or another `teacher`.
 
     `adapter`, `adapter_b`: folders of adapters or of runs. `model`: the base; empty: the run's, or the one
-    that the adapter names. `data`: as in `transcripts_to_show`; `number`: the transcript that is shown first,
-    from 1; `k`: candidates that are listed by name. `temperature`, `beta_kl`, `dtype`, `relabel`, `on_error`
-    and `tools` None, and `control`, `chat_template` and `template_variables` empty: the run's. Raises
-    ValueError and OSError, in one sentence, for what cannot be loaded or does not fit."""
+    that the adapter names. `data`: as in `transcripts_to_show`; `transcripts`: a list in the place of `data`,
+    which may grow; `number`: the transcript that is shown first, from 1; `k`: candidates that are listed by
+    name. `temperature`, `beta_kl`, `dtype`, `relabel`, `on_error` and `tools` None, and `control`,
+    `chat_template` and `template_variables` empty: the run's. Raises ValueError and OSError, in one sentence,
+    for what cannot be loaded or does not fit."""
     folder, run = adapter_and_run(adapter)
     folders: dict[str, str | Path] = {"student": folder}
     if adapter_b:
@@ -621,9 +623,12 @@ def load_explorer(
         check_adapter(path, trust_remote_code)
     config = run_config(run)
     model = find_base(model, folder, run, config)
-    transcripts, more = transcripts_to_show(
-        data, run, max(LIST_LENGTH, number), relabel=relabel, on_error=on_error, tools=tools
-    )
+    more = ""
+    if transcripts is None:
+        most = max(LIST_LENGTH, number)
+        transcripts, more = transcripts_to_show(
+            data, run, most, relabel=relabel, on_error=on_error, tools=tools
+        )
     if not 1 <= number <= len(transcripts):
         raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
     if run and not teacher:
@@ -638,7 +643,15 @@ def load_explorer(
     arguments = renew(number - 1, config.kl_temperature if temperature is None else temperature)
     arguments["beta"] = config.beta_kl if beta_kl is None else beta_kl
     choices = [f"{t.id} ({t.label or 'no label'})" for t in transcripts]
-    return kl_explorer(arguments, renew, choices, number - 1)
+    return arguments, renew, choices, number - 1
+
+# %% ../../nbs/widgets/03_kl.ipynb #c11d4748
+def load_explorer(
+    adapter: str | Path, trust_remote_code: bool = False, **settings: Any
+) -> KLExplorer | StillExplorer:
+    """Return the `kl_explorer` of a saved `adapter` or of two; the `settings`, and what is raised, as in
+    `explorer_parts`."""
+    return kl_explorer(*explorer_parts(adapter, trust_remote_code=trust_remote_code, **settings))
 
 # %% ../../nbs/widgets/03_kl.ipynb #190be535
 def open_explorer(adapter: str | Path, **settings: Any) -> KLExplorer | StillExplorer:

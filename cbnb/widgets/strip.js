@@ -113,6 +113,7 @@ function findText(tokens, query) {
 function createStrip(el, model) {
   const id = `cb${++strips}`;
   let tokens, masks, heats, blocks, hits = [], hit = new Set(), shown = -1, timer = 0, mapped = 0, base = null;
+  let waiting = false;      // to scroll to the chosen token, until the strip is in the page
   let ahead = 0;      // 1 where the position that predicts a token is marked in its place
 
   const view = node("div", { class: "cb-view", role: "listbox", tabindex: 0 });
@@ -341,6 +342,7 @@ function createStrip(el, model) {
       const block = blockOf(shown);
       fill(block);
       view.setAttribute("aria-activedescendant", `${id}-${shown}`);
+      waiting = scroll && !view.clientHeight;
       if (scroll) intoView(block.spans[shown - block.start]);
     }
     describe();
@@ -494,6 +496,7 @@ function createStrip(el, model) {
   const resized = new ResizeObserver(([entry]) => {
     const width = entry.contentRect.width;
     if (width && Math.abs(width - viewWidth) > 0.1 * viewWidth) { viewWidth = width; estimate(); }
+    if (waiting && view.clientHeight && shown >= 0) show(shown);
     frame();
   });
   resized.observe(view);
