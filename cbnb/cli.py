@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -22,8 +23,8 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError',
            'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans', 'add_convert',
            'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
            'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
-           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'run_report',
-           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'add_evaluate', 'run_evaluate', 'add_chat', 'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch',
+           'run_fetch', 'add_report', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -722,6 +723,74 @@ def run_evaluate(args: argparse.Namespace) -> int:
     say(f"run directory: {path}")
     return status
 
+# %% ../nbs/cli.ipynb #547b637a
+def add_chat(commands: Commands) -> None:
+    """Add the arguments of `cbnb chat`."""
+    p = commands.add_parser(
+        "chat",
+        help="ask a breaker and its base a question of your own",
+        allow_abbrev=False,
+        description="Ask base and breaker the same prompt and print both answers, as text and as they are "
+        "read. In a terminal a conversation; otherwise one question, all of the standard input, and end.",
+        epilog="commands of the conversation are listed by /help; status 2: it cannot be asked",
+    )
+    p.add_argument(
+        "adapter", metavar="ADAPTER", help="a run's directory, an adapter's folder, a hub id, or none"
+    )
+    for name in ("model", "dtype", "control"):
+        p.add_argument(f"--{name}", metavar="NAME", help=declared_help(name, "chat"))
+    p.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help=declared_help("trust_remote_code", "chat"),
+    )
+    add_prompt(p)
+    p.set_defaults(run=run_chat)
+
+# %% ../nbs/cli.ipynb #0782b54b
+def add_prompt(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what a conversation begins with, and how answers are made."""
+    p.add_argument(
+        "--from", dest="file", metavar="FILE", help="begin with a transcript, up to its last answer"
+    )
+    p.add_argument("--number", type=positive, default=1, metavar="N", help="which one (default: %(default)s)")
+    words = {
+        "system": "the system message",
+        "tools": "tools on offer: a list of JSON schemas, or a file of one",
+        "prefill": "begin every answer with this text",
+        "scale": "scale of the breaker's adapter (default: 1, as it was trained)",
+        "sample": "sample: temperature and seed, such as '0.7 1' (default: greedy)",
+        "max": "longest answer in tokens (default: 128)",
+    }
+    for name, text in words.items():
+        p.add_argument(f"--{name}", metavar=name.upper(), help=text)
+
+# %% ../nbs/cli.ipynb #117ae40d
+def run_chat(args: argparse.Namespace) -> int:
+    """Carry out `cbnb chat`: a conversation in a terminal, one question and its answers elsewhere."""
+    from cbnb.widgets.chat import COMMANDS, Session, answer_session, ask_once, open_chat, start_from, talk
+
+    session = Session(open_chat(args.adapter, args.model, args.dtype, args.trust_remote_code, args.control))
+    if args.file:
+        transcript, session.messages = start_from(args.file, args.number)
+        session.tools = transcript.tools
+    for name in ("system", "tools", "prefill", "scale", "sample", "max"):
+        if (text := getattr(args, name)) is not None:
+            COMMANDS[name](session, text)
+    if not sys.stdin.isatty():
+        say(*ask_once(session, sys.stdin.read()))
+        return 0
+    who = f"{session.chat.name} on {session.chat.model}" if session.chat.trained else session.chat.model
+    say(f"{who}; /help lists the commands, /quit ends")
+    if args.file:
+        say(*answer_session(session))
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401  # input() then has arrows and a history
+
+    talk(session, input, say)
+    return 0
+
 # %% ../nbs/cli.ipynb #plan0101
 def add_plan(commands: Commands) -> None:
     """Add the arguments of `cbnb plan`: those of `cbnb train`, and the number of GPUs."""
@@ -875,6 +944,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_preflight,
         add_train,
         add_evaluate,
+        add_chat,
         add_ablate,
         add_status,
         add_report,

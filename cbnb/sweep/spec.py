@@ -41,6 +41,7 @@ from cbnb.config import (
     check_limits,
     get_config,
     nearest,
+    parse_scales,
 )
 
 # %% ../../nbs/sweep/00_spec.ipynb #215a6371
@@ -334,6 +335,7 @@ def check_settings(parameters: dict[str, Any], processes: int | None = None) -> 
         check_limits("probe_steps", parameters["probe_steps"], {"at_least": 10})
     if "max_new_tokens" in parameters:
         check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
+    parse_scales(parameters.get("eval_scales") or "")
     check_model_layers(config, parameters)
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
