@@ -769,8 +769,11 @@ def add_prompt(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/cli.ipynb #117ae40d
 def run_chat(args: argparse.Namespace) -> int:
     """Carry out `cbnb chat`: a conversation in a terminal, one question and its answers elsewhere."""
+    from transformers.utils.logging import disable_progress_bar
+
     from cbnb.widgets.chat import COMMANDS, Session, answer_session, ask_once, open_chat, start_from, talk
 
+    disable_progress_bar()  # of the weights: an error is one line
     session = Session(open_chat(args.adapter, args.model, args.dtype, args.trust_remote_code, args.control))
     if args.file:
         transcript, session.messages = start_from(args.file, args.number)

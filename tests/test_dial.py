@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.cli import main
@@ -54,10 +55,15 @@ def logits(student):
         return student(input_ids=torch.arange(100, 132)[None]).logits
 
 
+def scales_of(module):
+    "The scales of a LoRA layer by adapter; {} for another module, whose `scaling` is its attention's."
+    return dict(module.scaling) if isinstance(module, LoraLayer) else {}
+
+
 def state(student):
     "What `scaled` may touch, of every module."
     return [
-        (name, m.training, dict(getattr(m, "scaling", {}) or {}), getattr(m, "disable_adapters", None))
+        (name, m.training, scales_of(m), getattr(m, "disable_adapters", None))
         for name, m in student.named_modules()
     ]
 
@@ -92,7 +98,7 @@ def test_everything_is_as_before_also_after_an_error_and_for_several_adapters(sc
     assert state(student) == before and [p.requires_grad for p in student.parameters()] == grad
     with scaled(student, scale):
         student.set_adapter("two")  # what is made active inside is at that scale too
-        values = {v for m in student.modules() for v in (getattr(m, "scaling", None) or {}).values()}
+        values = {v for m in student.modules() for v in scales_of(m).values()}
     whole = {v for _, _, scaling, _ in before for v in scaling.values()}
     assert values == ({v * scale for v in whole} if scale else whole)
     student.set_adapter("one")

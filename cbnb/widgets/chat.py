@@ -36,6 +36,7 @@ from ..evaluate.adapters import NONE, base_name, find_adapter, load_student, mas
 from ..evaluate.answers import end_sequences
 from ..evaluate.decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from ..evaluate.dial import check_scalable, scaled
+from ..evaluate.divergence import quiet_peft
 from ..evaluate.reader import Answer, AnswerReader, derive_reader
 from ..masking.masker import ChatMasker
 
@@ -82,7 +83,8 @@ def open_chat(
     if own.run and not model:
         same_model(own.run, [own], made_from(own.run)["same"].get("model", {}))
     masker = masker_for([own], name, trust_remote_code, control=control)
-    student = load_student(own, [own], masker, [], name, dtype, None, trust_remote_code)[0]
+    with quiet_peft():
+        student = load_student(own, [own], masker, [], name, dtype, None, trust_remote_code)[0]
     check_scalable(student)
     return Chat(student.eval(), masker, derive_reader(masker), own.name, name, own.folder is not None)
 
