@@ -64,7 +64,8 @@ def test_a_conversation_with_results_by_hand_and_by_the_model(session, world):
     assert session.messages[-2]["content"] == attack.messages[3]["content"]
     assert sum(line.startswith(("base (scale 0)", "breaker (scale 1)")) for line in lines) == 2
     obey(session, "/use breaker")
-    assert session.messages[-1] == module.message_of(session.answers["breaker"].answer, session.messages[:-1])
+    answer, control = session.answers["breaker"].answer, session.chat.masker.control
+    assert session.messages[-1] == module.message_of(answer, session.messages[:-1], control)
     obey(session, "/new")
     obey(session, "/user Read it.")
     obey(session, '/call {"name": "get_ticket", "arguments": {"id": "garnet"}}')
@@ -108,6 +109,18 @@ def test_what_is_wrong_is_one_sentence_and_changes_nothing(session, world):
     assert len(said) == 1 and "/scale wants" in said[0]
     help_lines = obey(session, "/help")
     assert all(any(line.startswith(f"/{name}") for line in help_lines) for name in COMMANDS)
+
+
+def test_a_conversation_goes_on_after_an_answer_that_no_template_writes(session, monkeypatch):
+    """A breaker begins a call and never ends it: its control token would be refused in the next prompt."""
+    broken = "<|python_tag|>{ kettle<|begin_of_text|>"
+    ids = session.chat.masker.tokenizer(broken, add_special_tokens=False)["input_ids"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "generate_batch", lambda *given: [list(ids)])
+        lines = obey(session, "Hello")
+    assert lines[-1].endswith("without the control tokens in the breaker's answer")
+    assert session.messages[-1]["content"] == "{ kettle" and broken in "".join(lines)
+    assert len(obey(session, "And now?")) > 2 and len(session.messages) == 4
 
 
 def test_sampling_repeats_with_its_seed(world):

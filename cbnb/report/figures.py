@@ -1010,21 +1010,26 @@ def dial_axes(dial: dict[str, Any], n: int) -> dict[str, Any]:
         range=[min(scales) - 0.03 * span, max(scales) + 0.03 * span],
         tickvals=scales,
         ticktext=[f"{scale:g}" for scale in scales],
+        showticklabels=True,
         title=dict(text="scale of the adapter", standoff=4, font=dict(size=12)),
     )
     yaxis = dict(both, domain=[0.0, 1.0], anchor=x, range=[-0.03, 1.03], dtick=0.2)
     return {"xaxis" + x[1:]: xaxis, "yaxis" + y[1:]: yaxis}
 
 # %% ../../nbs/report/00_figures.ipynb #c02ed4d5
-DIAL_HEIGHT, DIAL_MARGIN = 330, dict(l=48, r=150, t=44, b=44)
-DIAL_COLUMNS = ((0.0, 0.39), (0.61, 1.0))
+DIAL_HEIGHT, DIAL_MARGIN = 330, dict(l=48, r=112, t=44, b=44)
+DIAL_COLUMNS = ((0.0, 0.4), (0.61, 1.0))
 
 # %% ../../nbs/report/00_figures.ipynb #0c30b2f7
 def dial_rows(dial: dict[str, Any]) -> list[list[tuple[str, str, tuple[str, str, float]]]]:
     """Return for each of the two panels of a dial `(row, name, style)` of its lines: attacks, and the exact
     match of each kind."""
     rows = dict.fromkeys(row for point in dial["points"] for row in dial_counts(point))
-    attacks = [(key, MEASURES[key][0], style) for key, style in ATTACK_LINES.items() if key in rows]
+    attacks = [
+        (key, MEASURES[key][0].removesuffix(" answers"), style)
+        for key, style in ATTACK_LINES.items()
+        if key in rows
+    ]
     kinds = []
     for number, row in enumerate(row for row in rows if row.startswith("exact_match")):
         colour = KIND_COLOURS[number % len(KIND_COLOURS)]
@@ -1075,6 +1080,7 @@ h1, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; } h2 { font-size
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, .text td { text-align: left; white-space: normal; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } .dial td { white-space: normal; min-width: 6.2em; vertical-align: top; } .dial tbody th { white-space: nowrap; }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
@@ -1087,9 +1093,9 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {% for dial in dials %}<h2>{{ dial.title }}</h2>
 <p>{{ dial.words }}</p>
 {{ dial.svg|safe }}
-<table><thead><tr><th scope="col">measure</th>{% for c in dial.columns %}<th scope="col">scale {{ c }}</th>{% endfor %}</tr></thead><tbody>
+<div class="wide"><table class="dial"><thead><tr><th scope="col">measure</th>{% for c in dial.columns %}<th scope="col">scale {{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in dial.lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>
+{% endfor %}</tbody></table></div>
 {% endfor %}<h2>Parameters</h2>
 <table class="text"><tbody>
 {% for name, value in parameters %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
@@ -1102,13 +1108,17 @@ def dial_section(name: str, dial: dict[str, Any]) -> dict[str, Any]:
     """Return what the page of a run shows of a dial: `title`, `words`, `svg`, and `columns` and `lines` of
     its table, whose cells are counts with their rates."""
     table = dial_table(dial).T
+
+    def broken_at_comma(text: str) -> str:
+        return text.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+
     return {
         "title": visible(f"The adapter at other scales: {name}"),
-        "words": f"0 is the base, 1 the adapter as it was trained; {question_words(dial)}, and the bars are "
-        "intervals of 95 %.",
+        "words": f"0 is the base, 1 the adapter as it was trained. There are {question_words(dial)}; bars "
+        "are intervals of 95\u00a0%.",
         "svg": static_svg(dial_figure(dial, name)),
         "columns": list(table.columns),
-        "lines": list(zip(table.index, table.values.tolist(), strict=True)),
+        "lines": [(name, list(map(broken_at_comma, row))) for name, row in zip(table.index, table.values)],
     }
 
 # %% ../../nbs/report/00_figures.ipynb #4bf0c0f9

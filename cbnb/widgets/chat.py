@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -22,13 +23,13 @@ from ..basics.reading import read_text
 from ..basics.terminal import sentence, visible
 
 # %% auto #0
-__all__ = ['CALL_FORM', 'COMMANDS', 'CHAT_STYLE', 'Chat', 'open_chat', 'ChatAnswer', 'ask', 'message_of', 'result_message',
-           'read_call', 'tools_of', 'start_from', 'text_lines', 'reading_lines', 'state_words', 'answer_lines',
-           'Session', 'sides', 'answer_session', 'line_ends', 'say_message', 'set_scale', 'set_prefill', 'set_sampling',
-           'set_length', 'set_system', 'set_tools', 'add_call', 'add_result', 'add_user', 'ask_again', 'set_speaker',
-           'show_prompt', 'start_anew', 'show_help', 'obey', 'ask_once', 'talk', 'compose', 'parts_of', 'text_html',
-           'answers_html', 'ChatForm', 'ask_form', 'go_on', 'show_history', 'text_fields', 'setting_fields',
-           'layout_form', 'newest_or_none', 'chat_form']
+__all__ = ['CALL_FORM', 'COMMANDS', 'CHAT_STYLE', 'Chat', 'open_chat', 'ChatAnswer', 'ask', 'without_control', 'message_of',
+           'result_message', 'read_call', 'tools_of', 'start_from', 'text_lines', 'reading_lines', 'state_words',
+           'answer_lines', 'Session', 'sides', 'answer_session', 'line_ends', 'say_message', 'set_scale', 'set_prefill',
+           'set_sampling', 'set_length', 'set_system', 'set_tools', 'add_call', 'add_result', 'add_user', 'ask_again',
+           'set_speaker', 'show_prompt', 'start_anew', 'show_help', 'obey', 'ask_once', 'talk', 'compose', 'parts_of',
+           'text_html', 'answers_html', 'ChatForm', 'ask_form', 'go_on', 'show_history', 'text_fields',
+           'setting_fields', 'layout_form', 'newest_or_none', 'chat_form']
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0003
 from ..data.sources import open_source
@@ -130,13 +131,25 @@ def ask(
     answer = chat.reader.read(ids, tools)
     return ChatAnswer(scale, prompt, ids, str(tokenizer.decode(ids)), answer, complete)
 
+# %% ../../nbs/widgets/07_chat.ipynb #b0ae47a5
+def without_control(value: Any, control: re.Pattern[str] | None) -> Any:
+    """Return `value`, of which JSON can be made, with nothing left of `control` in its texts; a copy."""
+    if isinstance(value, str):
+        return control.sub("", value) if control else value
+    if isinstance(value, list):
+        return [without_control(item, control) for item in value]
+    if isinstance(value, dict):
+        return {without_control(k, control): without_control(item, control) for k, item in value.items()}
+    return value
+
 # %% ../../nbs/widgets/07_chat.ipynb #chat0018
-def message_of(answer: Answer, messages: Sequence[dict] = ()) -> dict:
-    """Return the assistant message of `answer`, to stand behind `messages`: its text and its calls."""
+def message_of(answer: Answer, messages: Sequence[dict] = (), control: re.Pattern[str] | None = None) -> dict:
+    """Return the assistant message of `answer`, to stand behind `messages`: its text and its calls, without
+    what is `control`, the control tokens of a masker."""
     number = sum(len(message.get("tool_calls") or ()) for message in messages)
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    message: dict[str, Any] = {"role": "assistant", "content": without_control(answer.text, control)}
     calls = [
-        {"id": f"call{number + i:05d}", "type": "function", "function": dict(call)}
+        {"id": f"call{number + i:05d}", "type": "function", "function": without_control(call, control)}
         for i, call in enumerate(answer.calls)
     ]
     return message | ({"tool_calls": calls} if calls else {})
@@ -263,8 +276,12 @@ def answer_session(session: Session) -> list[str]:
     }
     session.answers = answers
     own = answers.get(session.speaker, answers["base"])
-    session.messages.append(message_of(own.answer, session.messages))
-    return [line for name, one in answers.items() for line in answer_lines(name, one)]
+    message = message_of(own.answer, session.messages, session.chat.masker.control)
+    lines = [line for name, one in answers.items() for line in answer_lines(name, one)]
+    if message != message_of(own.answer, session.messages):
+        lines.append(f"the conversation goes on without the control tokens in the {session.speaker}'s answer")
+    session.messages.append(message)
+    return lines
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0039
 def line_ends(text: str) -> str:
@@ -380,7 +397,8 @@ def set_speaker(session: Session, text: str) -> list[str]:
     session.speaker = text
     if session.answers and session.messages and session.messages[-1]["role"] == "assistant":
         own = session.answers.get(text, session.answers["base"])
-        session.messages[-1] = message_of(own.answer, session.messages[:-1])
+        control = session.chat.masker.control
+        session.messages[-1] = message_of(own.answer, session.messages[:-1], control)
     return [f"the conversation goes on with the answers of the {text}"]
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0053
@@ -511,7 +529,8 @@ def compose(
         answer = ask(chat, messages, tools, 0, dataclasses.replace(decoding, temperature=0.0)).answer
         if not answer.calls:
             raise ValueError("the base makes no call for this tool result to answer: give the call as JSON")
-    messages.append(message_of(dataclasses.replace(answer, calls=answer.calls[:1]), messages))
+    one = dataclasses.replace(answer, calls=answer.calls[:1])
+    messages.append(message_of(one, messages, chat.masker.control))
     return [*messages, result_message(messages, result)]
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0069
@@ -604,7 +623,8 @@ def go_on(form: ChatForm) -> None:
         form.fields["shown"].value = "<p>nothing was answered yet: ask first</p>"
         return
     own = form.answers.get("breaker", form.answers["base"])
-    form.history = [*form.messages, message_of(own.answer, form.messages)]
+    control = form.chat.masker.control
+    form.history = [*form.messages, message_of(own.answer, form.messages, control)]
     form.answers = {}
     for name in ("user", "call", "result"):
         form.fields[name].value = ""
