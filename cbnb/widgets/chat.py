@@ -550,13 +550,13 @@ def parts_of(messages: Sequence[dict]) -> dict[str, Any]:
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0072
 CHAT_STYLE = (
-    "<style>.cb-chat { display: flex; gap: 16px; align-items: flex-start; } "
+    "<style>.cb-chat { display: flex; gap: 16px; align-items: flex-start; margin: 4px 0; } "
     ".cb-chat > div { flex: 1 1 0; min-width: 0; border: 1px solid rgba(128,128,128,.4); border-radius: 4px; "
     "padding: 6px 10px; } .cb-chat h4 { margin: 0 0 2px; font-size: 13px; } "
     ".cb-chat p { margin: 2px 0; font-size: 12px; line-height: 1.4; overflow-wrap: anywhere; } "
-    ".cb-chat pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; line-height: 1.4; "
-    "margin: 4px 0; padding: 4px 6px; background: rgba(128,128,128,.1); color: inherit; } "
-    ".cb-chat .cut { color: #D55E00; }</style>"
+    ".cb-chat pre { white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal; font-size: 12px; "
+    "line-height: 1.4; max-height: 300px; overflow-y: auto; margin: 4px 0; padding: 4px 6px; "
+    "background: rgba(128,128,128,.1); color: inherit; } .cb-chat .cut { color: #D55E00; }</style>"
 )
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0073
@@ -574,8 +574,8 @@ def answers_html(answers: dict[str, ChatAnswer], prompt: str = "") -> str:
         state = f"<p{'' if one.complete else ' class=cut'}>{escape(state_words(one))}</p>"
         head = f"<h4>{escape(visible(name))}, scale {one.scale:g}</h4>"
         columns.append(f"<div>{head}{state}{text_html(one.text)}{calls}</div>")
-    below = f"<details open><summary>the prompt</summary>{text_html(prompt)}</details>" if prompt else ""
-    return f'{CHAT_STYLE}<div class="cb-chat">{"".join(columns)}</div>{below}'
+    below = f'<div class="cb-chat"><div><h4>the prompt</h4>{text_html(prompt)}</div></div>'
+    return f'{CHAT_STYLE}<div class="cb-chat">{"".join(columns)}</div>{below if prompt else ""}'
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0077
 @dataclass
@@ -676,7 +676,7 @@ def setting_fields() -> dict[str, Any]:
             0, min=0, max=2**32 - 1, description="seed", style=style, layout=small
         ),
         "longest": widgets.BoundedIntText(
-            128, min=1, max=100_000, description="longest", style=style, layout=small
+            128, min=1, max=100_000, description="most tokens", style=style, layout=small
         ),
         "prompt": widgets.Checkbox(
             False, description="show the prompt", indent=False, layout=widgets.Layout(width="160px")
