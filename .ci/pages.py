@@ -99,6 +99,7 @@ PARTS = (
                     "preflight.ipynb",
                     "train.ipynb",
                     "evaluate.ipynb",
+                    "chat.ipynb",
                     "report.ipynb",
                     "explore_masks.ipynb",
                     "explore_kl.ipynb",

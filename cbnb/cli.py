@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 # %% auto #0
-__all__ = ['Item', 'LISTED_FINDINGS', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy', 'use_colour',
-           'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown', 'add_masks',
-           'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command', 'run_spans', 'add_convert',
-           'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status', 'add_declared_flag',
-           'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight', 'run_preflight',
-           'add_evaluate', 'run_evaluate', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report',
-           'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+__all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy',
+           'use_colour', 'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown',
+           'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
+           'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
+           'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
+           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_chat',
+           'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'answer_pages',
+           'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -64,6 +66,7 @@ from .run.parameters import ParameterError
 from .run.records import read_record
 from .run.settings import make_masker
 from .sweep.spec import find_file, notebook_parameters
+from .transcripts.marks import mark_by
 from .transcripts.reader import known_formats
 from .transcripts.record import LABELS, TranscriptError, nearest
 
@@ -169,6 +172,20 @@ def add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--label", choices=LABELS, help="label of records that carry none")
     p.add_argument("--relabel", choices=("source",), help=declared_help("relabel"))
     p.add_argument("--tools", metavar="FILE", default="", help=declared_help("tools"))
+    for flag, kind, other in (("harmful", "harmful", "benign"), ("benign", "benign", "harmful")):
+        p.add_argument(
+            f"--{flag}-if",
+            metavar="RULE",
+            default="",
+            help=f"records whose notes keep to it are {kind}, such as scores.world.attack=1; the others are "
+            f"{other} where no other rule is given",
+        )
+    p.add_argument(
+        "--injection",
+        metavar="FIELD,...",
+        default="",
+        help="notes that hold the attacker's text, such as metadata.injection: it is marked where it stands",
+    )
 
 # %% ../nbs/cli.ipynb #ab71a78b
 def add_template(p: argparse.ArgumentParser) -> None:
@@ -257,14 +274,28 @@ def add_masks(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #87f37074
 LISTED_FINDINGS = 20  # findings of one kind that are printed or kept for the page
 
+# %% ../nbs/cli.ipynb #90d4b3ad
+def source_of(args: argparse.Namespace, on_error: str) -> SourceReader:
+    """Return the reader of the file that `add_reading` names, by its words. Raises CommandError for what
+    cannot be read so."""
+    try:
+        return open_source(
+            args.file,
+            args.format,
+            args.label,
+            on_error,
+            args.relabel,
+            args.tools,
+            marks=mark_by(args.harmful_if, args.benign_if, args.injection),
+        )
+    except TranscriptError as e:
+        raise CommandError(str(e)) from None
+
 # %% ../nbs/cli.ipynb #0e41b0fb
 def audit_file(args: argparse.Namespace) -> tuple[SourceReader, Iterator[AuditEntry]]:
     """Return `(reader, audit)` of the file, the model and the policy in `args`. Raises CommandError before
     anything is read."""
-    try:
-        reader = open_source(args.file, args.format, args.label, "skip", args.relabel, args.tools)
-    except TranscriptError as e:
-        raise CommandError(str(e)) from None
+    reader = source_of(args, "skip")
     policy = load_policy(args.policy)
     if args.html:
         check_written(Path(args.html), reader, args.tools, args.chat_template, args.model)
@@ -386,7 +417,7 @@ def run_spans(args: argparse.Namespace) -> int:
         raise CommandError("--text is empty; give the words that were injected")
     if args.injections:
         texts |= read_injections(args.injections)
-    reader = open_source(args.file, args.format, args.label, "raise", args.relabel, args.tools)
+    reader = source_of(args, "raise")
     search = Search()
     examples: list[int] = []
     if args.out:
@@ -436,6 +467,7 @@ def run_convert(args: argparse.Namespace) -> int:
         lambda items: with_progress(items, "transcripts"),
         args.relabel,
         args.tools,
+        mark_by(args.harmful_if, args.benign_if, args.injection),
     )
     if args.json:
         print(json.dumps(report))
@@ -537,6 +569,9 @@ def run_status(args: argparse.Namespace) -> int:
     say(count_states(rows))
     return 0
 
+# %% ../nbs/cli.ipynb #1d4b77aa
+ALSO = {"eval_loop": ("--loop",)}  # a shorter spelling of a flag, by parameter
+
 # %% ../nbs/cli.ipynb #tra00002
 def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: str, flags: list[str]) -> None:
     """Add the flag of the parameter `name` to a group, of the type `kind` and with the help `words`, and its
@@ -546,6 +581,7 @@ def add_declared_flag(p: argparse._ArgumentGroup, name: str, kind: str, words: s
         options = {"action": argparse.BooleanOptionalAction}
     flag = p.add_argument(
         f"--{name.replace('_', '-')}",
+        *ALSO.get(name, ()),
         dest=f"parameter {name}",
         default=argparse.SUPPRESS,
         help=words,
@@ -723,6 +759,103 @@ def run_evaluate(args: argparse.Namespace) -> int:
         say(*figures)
     say(f"run directory: {path}")
     return status
+
+# %% ../nbs/cli.ipynb #302095d5
+def add_inspect_log(commands: Commands) -> None:
+    """Add the arguments of `cbnb inspect-log`."""
+    p = commands.add_parser(
+        "inspect-log",
+        help="the answers of a run as logs that inspect view opens",
+        description="Write every answer of a run or an evaluation, with its scores, as logs of Inspect: one "
+        "per stage or adapter. Only the tokenizer is loaded. Wants the extra cbnb[inspect].",
+        epilog="status 2: the folder holds no answers, its data has changed, or Inspect is not installed",
+    )
+    p.add_argument("folder", metavar="RUN", help="the directory of a run, or of an evaluation")
+    p.add_argument("--out", metavar="DIR", help="folder to write to (default: inspect/ in RUN)")
+    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
+    p.set_defaults(run=run_inspect_log)
+
+# %% ../nbs/cli.ipynb #cc1fc999
+def run_inspect_log(args: argparse.Namespace) -> int:
+    """Carry out `cbnb inspect-log`: prints the paths of the logs, and how to look at them."""
+    try:
+        from cbnb.agent.inspect_logs import write_inspect_logs
+    except ImportError as e:
+        raise CommandError(first_line(e)) from None
+    paths = write_inspect_logs(args.folder, args.out, args.trust_remote_code)
+    say(*paths, f"inspect view --log-dir {shlex.quote(str(paths[0].parent))}")
+    return 0
+
+# %% ../nbs/cli.ipynb #547b637a
+def add_chat(commands: Commands) -> None:
+    """Add the arguments of `cbnb chat`."""
+    p = commands.add_parser(
+        "chat",
+        help="ask a breaker and its base a question of your own",
+        allow_abbrev=False,
+        description="Ask base and breaker the same prompt and print both answers, as text and as they are "
+        "read. In a terminal a conversation; otherwise one question, all of the standard input, and end.",
+        epilog="commands of the conversation are listed by /help; status 2: it cannot be asked",
+    )
+    p.add_argument(
+        "adapter", metavar="ADAPTER", help="a run's directory, an adapter's folder, a hub id, or none"
+    )
+    for name in ("model", "dtype", "control"):
+        p.add_argument(f"--{name}", metavar="NAME", help=declared_help(name, "chat"))
+    p.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help=declared_help("trust_remote_code", "chat"),
+    )
+    add_prompt(p)
+    p.set_defaults(run=run_chat)
+
+# %% ../nbs/cli.ipynb #0782b54b
+def add_prompt(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what a conversation begins with, and how answers are made."""
+    p.add_argument(
+        "--from", dest="file", metavar="FILE", help="begin with a transcript, up to its last answer"
+    )
+    p.add_argument("--number", type=positive, default=1, metavar="N", help="which one (default: %(default)s)")
+    words = {
+        "system": "the system message",
+        "tools": "tools on offer: a list of JSON schemas, or a file of one",
+        "prefill": "begin every answer with this text",
+        "scale": "scale of the breaker's adapter (default: 1, as it was trained)",
+        "sample": "sample: temperature and seed, such as '0.7 1' (default: greedy)",
+        "max": "longest answer in tokens (default: 128)",
+    }
+    for name, text in words.items():
+        p.add_argument(f"--{name}", metavar=name.upper(), help=text)
+
+# %% ../nbs/cli.ipynb #117ae40d
+def run_chat(args: argparse.Namespace) -> int:
+    """Carry out `cbnb chat`: a conversation in a terminal, one question and its answers elsewhere."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from cbnb.widgets.chat import COMMANDS, Session, answer_session, ask_once, open_chat, start_from, talk
+
+    disable_progress_bar()  # of the weights: an error is one line
+    session = Session(open_chat(args.adapter, args.model, args.dtype, args.trust_remote_code, args.control))
+    if args.file:
+        transcript, session.messages = start_from(args.file, args.number)
+        session.tools = transcript.tools
+    for name in ("system", "tools", "prefill", "scale", "sample", "max"):
+        if (text := getattr(args, name)) is not None:
+            COMMANDS[name](session, text)
+    if not sys.stdin.isatty():
+        say(*ask_once(session, sys.stdin.read()))
+        return 0
+    who = f"{session.chat.name} on {session.chat.model}" if session.chat.trained else session.chat.model
+    say(f"{who}; /help lists the commands, /quit ends")
+    if args.file:
+        say(*answer_session(session))
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401  # input() then has arrows and a history
+
+    talk(session, input, say)
+    return 0
 
 # %% ../nbs/cli.ipynb #plan0101
 def add_plan(commands: Commands) -> None:
@@ -904,6 +1037,8 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_preflight,
         add_train,
         add_evaluate,
+        add_inspect_log,
+        add_chat,
         add_ablate,
         add_status,
         add_report,

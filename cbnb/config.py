@@ -7,13 +7,14 @@ __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJ
            'ENTRIES', 'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS', 'MODEL_PARAMETERS',
            'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN',
            'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'ANSWERS_PARAMETERS',
-           'REPORT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'ConfigError', 'scalar_types', 'type_name',
-           'wrong_type', 'convert_value', 'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words',
-           'check_limits', 'notebook_kind', 'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order',
-           'check_repeated', 'check_warmup', 'check_policies', 'check_objective_name', 'presets', 'intervals',
-           'check_idle', 'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change',
-           'in_groups', 'check_decoding', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached',
-           'shares', 'coefficients']
+           'REPORT_PARAMETERS', 'CHAT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'LOOP_NAMES', 'LARGEST_SCALE',
+           'ConfigError', 'scalar_types', 'type_name', 'wrong_type', 'convert_value', 'convert_items', 'text_value',
+           'Declaration', 'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type', 'sentences',
+           'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
+           'check_objective_name', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'setting_text', 'get_config',
+           'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding', 'split_loop', 'check_loop',
+           'parse_scales', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares',
+           'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -876,6 +877,29 @@ RUN_PARAMETERS = (
         at_least=1,
     ),
     parameter(
+        "eval_loop",
+        "auto",
+        "evaluation",
+        "world in which the model acts with tools, before and after",
+        more="none, tiny, tiny:N (N tasks of a kind), or agentdojo:SUITE:ATTACK",
+        unset="auto: tiny for the tiny agent on its own data, else none",
+    ),
+    parameter(
+        "eval_scales",
+        "0,0.25,0.5,0.75,1,1.5",
+        "evaluation",
+        "scales of the adapter at which some questions are asked again",
+        unset="empty: none",
+        more="0: the base, 1: the adapter as it was trained; numbers from 0 to 4, separated by commas",
+    ),
+    parameter(
+        "scale_questions",
+        16,
+        "evaluation",
+        "questions of each kind that are asked at each of eval_scales",
+        at_least=1,
+    ),
+    parameter(
         "run_dir",
         "",
         "run",
@@ -978,6 +1002,14 @@ EVALUATE_PARAMETERS = (
     change("max_new_tokens", default=None, unset="None: as in the run, or 128"),
     change("temperature", default=None, unset="None: as in the run, or 0"),
     change("samples", default=None, unset="None: as in the run, or 1"),
+    change("eval_scales", default=None, unset="None: as in the run, or none; empty: none"),
+    change("scale_questions", default=None, unset="None: as in the run, or 16"),
+    change(
+        "eval_loop",
+        default=None,
+        meaning="world in which the model acts with tools",
+        unset="None: as in the run, or none",
+    ),
     change(
         "seed", group="evaluation", default=None, meaning="seed of sampling", unset="None: the run's, or 0"
     ),
@@ -1104,6 +1136,30 @@ REPORT_PARAMETERS = (
     ),
 )
 
+# %% ../nbs/config.ipynb #3aa2a9a4
+CHAT_PARAMETERS = (
+    parameter(
+        "adapter",
+        "",
+        "model",
+        "a run's directory, an adapter's folder or a hub id",
+        unset="empty: the newest finished run, or the tiny agent as it is; none: the model as it is",
+    ),
+    change("model", unset="None: that of the run, or the one that the adapter names"),
+    change("dtype", meaning="dtype of the weights", unset="None: as in the run, or float32"),
+    change("trust_remote_code"),
+    change("control", default=None, unset="None: as in the run, or error"),
+    change(
+        "data",
+        default="tinyagent",
+        meaning="transcripts, one of which is the prompt to begin with",
+        unset="tinyagent: its own; empty: an empty form",
+        more=ENTRIES,
+    ),
+    FIRST_SHOWN,
+    parameter("scale", 1.0, "view", "scale of the adapter to begin with; 0: the base", at_least=0, at_most=4),
+)
+
 # %% ../nbs/config.ipynb #parmda08
 NOTEBOOK_PARAMETERS = {
     "train": in_groups(*TRAIN_PARAMETERS.values()),
@@ -1113,6 +1169,7 @@ NOTEBOOK_PARAMETERS = {
     "explore_kl": in_groups(*KL_PARAMETERS),
     "explore_masks": in_groups(*MASKS_PARAMETERS),
     "explore_answers": in_groups(*ANSWERS_PARAMETERS),
+    "chat": in_groups(*CHAT_PARAMETERS),
 }
 
 # %% ../nbs/config.ipynb #2f72c6a6
@@ -1132,6 +1189,49 @@ def check_decoding(max_new_tokens: int, temperature: float, samples: int) -> Non
             f"samples is {samples}, but greedy answers to one question are all alike: "
             "give a temperature above 0, or samples 1"
         )
+
+# %% ../nbs/config.ipynb #1284e1fd
+LOOP_NAMES = ("auto", "none", "tiny", "agentdojo")
+
+# %% ../nbs/config.ipynb #da046591
+def split_loop(eval_loop: str) -> tuple[str, str]:
+    """Return name and argument of an `eval_loop` such as `tiny:16`; the argument is empty where there is
+    none."""
+    name, _, argument = eval_loop.partition(":")
+    return name, argument
+
+# %% ../nbs/config.ipynb #02c39fa8
+def check_loop(eval_loop: str) -> None:
+    """Raise `ConfigError`, with the nearest, for an `eval_loop` whose name is not in `LOOP_NAMES`, and for
+    an argument of a name that takes none."""
+    name, argument = split_loop(eval_loop)
+    if name not in LOOP_NAMES:
+        raise ConfigError(
+            f"eval_loop is {eval_loop!r}{nearest(name, LOOP_NAMES)}; use one of {', '.join(LOOP_NAMES)}"
+        )
+    if name in ("auto", "none") and ":" in eval_loop:
+        raise ConfigError(f"eval_loop is {eval_loop!r}, but {name} takes nothing after it; write {name}")
+
+# %% ../nbs/config.ipynb #eecc6413
+LARGEST_SCALE = 4.0  # of an adapter: beyond, nothing but noise was ever seen
+
+# %% ../nbs/config.ipynb #50e7d736
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Return the scales of an adapter that `text` names, numbers separated by commas, in ascending order; ()
+    for an empty text. Raises `ConfigError` for a part that is no number from 0 to `LARGEST_SCALE` with at
+    most two decimals, and for one that stands twice."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    scales = []
+    for part in parts:
+        if not re.fullmatch(r"\d(\.\d{1,2}0*)?", part) or float(part) > LARGEST_SCALE:
+            raise ConfigError(
+                f"eval_scales: {part!r} is no scale; give numbers from 0 to {LARGEST_SCALE:g} with at most "
+                "two decimals, such as 0,0.5,1"
+            )
+        if float(part) in scales:
+            raise ConfigError(f"eval_scales names {float(part):g} twice; leave one of them out")
+        scales.append(float(part))
+    return tuple(sorted(scales))
 
 # %% ../nbs/config.ipynb #2537e3d2
 def config_to_dict(config: CircuitBreakerConfig) -> dict[str, Any]:

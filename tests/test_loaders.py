@@ -129,8 +129,8 @@ def test_the_door_passes_the_flag():
 TAKES = set(
     "load_model load_tokenizer read_config read_tokenizer read_model empty_model read_adapter check_adapter "
     "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
-    "load_explorer explorer_parts open_explorer mask_explorer explore_answers plan_lines plan_step "
-    "change_that_fits model_shape beside_text "
+    "load_student open_chat load_explorer explorer_parts open_explorer mask_explorer explore_answers "
+    "plan_lines plan_step change_that_fits model_shape beside_text "
     "settings_of preset_for model_facts embedding_rows in_parts made_with settings_for model_class "
     "check_code check_trusted attach_adapter masker_of_run rescoring_inputs".split()
 )
@@ -342,12 +342,13 @@ def test_every_command_refuses_in_a_sentence(tmp_path, breaker):
         ("masks", whole["data"], *model),
         ("ablate", spec, "--dry-run", "--local", 1),
         ("evaluate", breaker, *model, *heldout),
+        ("chat", breaker, *model),
     ):
         said = command(*given, runs=runs)
         assert said.returncode == 2 and not runs.exists(), (given, said.stdout)
         one_sentence(said.stdout, folder)
     assert marks(folder) == set()
-    for name in ("train", "preflight", "evaluate", "explore_masks", "explore_kl"):
+    for name in ("train", "preflight", "evaluate", "explore_masks", "explore_kl", "chat"):
         assert "trust_remote_code: bool = False" in code_cells(NBS / f"{name}.ipynb")[0].source
 
 

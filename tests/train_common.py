@@ -35,6 +35,7 @@ def little_data(folder):
         )
     return {name: str(folder / f"{name}.jsonl") for name in ("data", "eval_data")} | {
         "max_new_tokens": 4,
+        "eval_scales": "",
         "diagnose_steps": 0,
     }
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 # %% auto #0
@@ -20,8 +21,9 @@ __all__ = ['NONE', 'MASKING', 'DECODING_FIELDS', 'Adapter', 'run_parameters', 'f
            'first_parameters', 'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted',
            'settings_for', 'check_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_model',
            'same_policies', 'tell_versions', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
-           'decoding_for', 'check_evaluation', 'evaluate_adapter', 'expected_answers', 'lines_of_question',
-           'check_complete', 'rescore_lines', 'check_rescorable', 'lines_to_rescore', 'rescoring_inputs', 'rescore']
+           'decoding_for', 'scales_for', 'check_evaluation', 'load_student', 'evaluate_adapter', 'expected_answers',
+           'lines_of_question', 'check_complete', 'rescore_lines', 'check_rescorable', 'lines_to_rescore',
+           'rescoring_inputs', 'stop_ids', 'rescore_dial', 'rescore']
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8eb2bb6c
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
@@ -30,18 +32,25 @@ from ..basics.processes import from_first
 from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
 from ..basics.withheld import withhold
-from ..config import CircuitBreakerConfig, check_loop, get_config
+from ..config import CircuitBreakerConfig, check_limits, check_loop, get_config, parse_scales
 from ..data.sources import READING, Reading, read_entry, reading_of, split_commas
 from ..data.streams import load_streams, read_streams
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #32fbcac6
-from .answers import answer_figures, answer_line, kept_lines, prompt_hash, prompt_of
+from cbnb.evaluate.answers import (
+    answer_figures,
+    answer_line,
+    kept_lines,
+    plain_figures,
+    prompt_hash,
+    prompt_of,
+)
 from .benchmarks import questions
 from .decoding import Decoding
 from .divergence import check_adapter, load_students, real_rows
 from .evaluation import evaluate
 from .reader import AnswerReader, derive_reader
-from .scores import check_readable, is_attack, without_question
+from .scores import check_readable, is_attack, pick_questions, without_question
 from ..masking.masker import ChatMasker
 from ..report.figures import results_of, write_run_report
 from ..run.records import fault, read_record
@@ -411,6 +420,19 @@ def decoding_for(adapters: list[Adapter], **options: Any) -> Decoding:
         )
     return decoding
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #279d69bf
+def scales_for(
+    adapters: list[Adapter], eval_scales: str | None = None, scale_questions: int | None = None
+) -> tuple[tuple[float, ...], int]:
+    """Return the scales of the dial of an evaluation, () for none, and how many questions of each kind are
+    asked at each: what is not None, else as in the first adapter's run. Raises ConfigError as
+    `cbnb.config.parse_scales` does, and for fewer than one question."""
+    run = first_parameters(adapters)
+    text = run.get("eval_scales") or "" if eval_scales is None else eval_scales
+    count = run.get("scale_questions") or 16 if scale_questions is None else scale_questions
+    check_limits("scale_questions", count, {"at_least": 1})
+    return parse_scales(text), count
+
 # %% ../../nbs/evaluate/09_adapters.ipynb #d398bb4d
 def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, Decoding]:
     """Return `(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is
@@ -423,9 +445,40 @@ def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, De
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
         model_facts(name, trust_remote_code)  # code that comes with it is reported here
+    scales_for(adapters, parameters.get("eval_scales"), parameters.get("scale_questions"))
     return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING_FIELDS})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b
+def load_student(
+    adapter: Adapter,
+    adapters: list[Adapter],
+    masker: ChatMasker,
+    transcripts: list[Transcript],
+    name: str,
+    dtype: str | None = None,
+    target_layers: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PeftModel, CircuitBreakerConfig, nn.Module | None]:
+    """Return `(student, config, teacher)` of one of the `adapters` on the model `name`, which is loaded for
+    it: the adapter is tried on rows of the `transcripts` (`cbnb.evaluate.divergence.load_students`), and
+    `teacher` is None where it is the model itself. Raises what these raise."""
+    run = first_parameters(adapters)
+    settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
+    if run:
+        own = made_with(run, trust_remote_code)
+        settings = {k: v or getattr(own, k) for k, v in settings.items()}
+    load: dict[str, Any] = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
+    base = load_model(name, **load)
+    config = settings_for(adapters, base, name, target_layers, trust_remote_code)
+    if adapter.folder:
+        rows = real_rows(masker, transcripts) if transcripts else None
+        student = load_students(base, {"adapter": adapter.folder}, rows, trust_remote_code)
+    else:
+        student = add_adapter(base, config)
+    teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
+    return student, config, teacher
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #0078ac31
 def evaluate_adapter(
     adapter: Adapter,
     adapters: list[Adapter],
@@ -438,32 +491,14 @@ def evaluate_adapter(
     dtype: str | None = None,
     target_layers: str | None = None,
     trust_remote_code: bool = False,
-    then: Callable[[nn.Module, str], None] | None = None,
 ) -> dict[str, Any]:
     """Return the figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model
-    `name`, which is loaded for it; answers go to `folder` under the adapter's name. `then(student, adapter's
-    name)` is called afterwards, for what else the loaded student is to do."""
-    run = first_parameters(adapters)
-    settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
-    if run:
-        own = made_with(run, trust_remote_code)
-        settings = {k: v or getattr(own, k) for k, v in settings.items()}
-    load: dict[str, Any] = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
-    base = load_model(name, **load)
-    config = settings_for(adapters, base, name, target_layers, trust_remote_code)
-    if adapter.folder:
-        student = load_students(
-            base, {"adapter": adapter.folder}, real_rows(masker, transcripts), trust_remote_code
-        )
-    else:
-        student = add_adapter(base, config)
-    teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
-    figures = evaluate(
-        student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name
-    ) | another_base(adapter, name)
-    if then:
-        then(student, adapter.name)
-    return figures
+    `name`, which is loaded for it (`load_student`); answers go to `folder` under the adapter's name."""
+    student, config, teacher = load_student(
+        adapter, adapters, masker, transcripts, name, dtype, target_layers, trust_remote_code
+    )
+    figures = evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name)
+    return figures | another_base(adapter, name)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #097b8f69
 def expected_answers(transcripts: list[Transcript]) -> list[tuple[Transcript, str]]:
@@ -520,16 +555,17 @@ def rescore_lines(
     prefill: int,
     stops: Collection[int],
     where: str | Path,
+    keys: list[tuple[Transcript, str]] | None = None,
 ) -> tuple[list[dict], dict[str, Any]]:
     """Return the lines made anew, and the figures that follow, of the answers in `lines`, the last one to
     each attempt counting: all that a line says is taken from its token ids, its question and the model's own
-    stop tokens `stops`. Warns, with a count, of lines whose text or end was another one. Raises RunError,
-    naming `where` they are from, where one is missing or was given to another prompt than these transcripts'
-    in this template."""
+    stop tokens `stops`. `keys`: which answers there have to be (None: `expected_answers`). Warns, with a
+    count, of lines whose text or end was another one. Raises RunError, naming `where` they are from, where
+    one is missing or was given to another prompt than these transcripts' in this template."""
     by_question: dict[tuple[str, str], dict[int, dict]] = {}
     for line in lines:
         by_question.setdefault((line["id"], line["asked"]), {})[line["attempt"]] = line
-    keys = expected_answers(transcripts)
+    keys = expected_answers(transcripts) if keys is None else keys
     new, changes = [], 0
     for question, prompt_kind in keys:
         prompt, start = prompt_of(masker, question, prefill if prompt_kind == "prefilled" else 0)
@@ -590,6 +626,39 @@ def rescoring_inputs(
     options = {k: parameters[k] for k in MASKING if k in parameters}
     return masker_for(adapters, name, trust_remote_code, **options), transcripts
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #6c1a959d
+def stop_ids(masker: ChatMasker, tokens: list[str]) -> set[int]:
+    """Return the ids of a model's own stop `tokens`, as a result names them (`ends`)."""
+    return {int(masker.tokenizer.convert_tokens_to_ids(token)) for token in tokens}  # type: ignore[arg-type]  # of one token
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #979e3a58
+def rescore_dial(
+    result: dict[str, Any],
+    lines: list[dict],
+    transcripts: list[Transcript],
+    masker: ChatMasker,
+    reader: AnswerReader,
+    where: Path,
+) -> dict[str, dict]:
+    """Return the lines made anew, by key, of the answers among `lines` that stand behind the points of the
+    dials in a `result`, and put the figures that follow into them. Raises RunError as `rescore_lines`."""
+    every_question = [question for t in transcripts for question in questions(t)]
+    anew: dict[str, dict] = {}
+    for name, dial in (result.get("dial") or {}).items():
+        if name not in results_of(result):
+            raise RunError(f"{where.parent / 'result.json'} has a dial of {name}, which has no figures there")
+        stops = stop_ids(masker, results_of(result)[name]["ends"]["model"])
+        keys = [(question, "plain") for question in pick_questions(every_question, dial["questions"])]
+        ids = {question.id for question, _ in keys}
+        for point in dial["points"]:
+            own = [
+                k for k in lines if (k["stage"], k["asked"]) == (point["stage"], "plain") and k["id"] in ids
+            ]
+            again, _ = rescore_lines(own, transcripts, masker, reader, 0, stops, where, keys)
+            point.update(plain_figures(again))
+            anew |= {line["key"]: line for line in again}
+    return anew
+
 # %% ../../nbs/evaluate/09_adapters.ipynb #5573f2c5
 def rescore(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Make the figures in the result.json of a run or an evaluation anew from the answers in its
@@ -607,12 +676,13 @@ def rescore(folder: str | Path, trust_remote_code: bool = False) -> dict[str, An
     anew: dict[str, dict] = {}
     for stage, figures in results_of(result).items():
         own = [line for line in lines.values() if line["stage"] == stage]
-        stops = {int(masker.tokenizer.convert_tokens_to_ids(token)) for token in figures["ends"]["model"]}  # type: ignore[arg-type]  # of one token
+        stops = stop_ids(masker, figures["ends"]["model"])
         again, scores = rescore_lines(
             own, transcripts, masker, reader, figures["decoding"]["prefill"], stops, folder / "answers.jsonl"
         )
         figures.update(scores)
         anew |= {line["key"]: line for line in again}
+    anew |= rescore_dial(result, list(lines.values()), transcripts, masker, reader, folder / "answers.jsonl")
     rows = withhold(to_plain(list((lines | anew).values())))
     write_owned(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in rows).encode())
     write_json(folder / "result.json", result)

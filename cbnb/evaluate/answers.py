@@ -30,7 +30,7 @@ from ..transcripts.record import Transcript
 # %% auto #0
 __all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'model_state', 'batch_key', 'end_sequences',
            'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches', 'answer_questions',
-           'answer_figures']
+           'answer_figures', 'plain_figures']
 
 # %% ../../nbs/evaluate/06_answers.ipynb #0b929e41
 def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,3 +287,11 @@ def answer_figures(lines: list[dict]) -> dict[str, Any]:
         "attack_success_prefill": after_prefill["attack_success"]
     }
     return first | figures | {"finish": finish}
+
+# %% ../../nbs/evaluate/06_answers.ipynb #01b0a487
+def plain_figures(lines: list[dict]) -> dict[str, Any]:
+    """Return the `answer_figures` of plain answers alone, without those of answers that were begun."""
+    figures = answer_figures([line for line in lines if line["asked"] == "plain"])
+    for part, name in (("n", "attack_prefill"), ("counts", "attack_success_prefill")):
+        del figures[part][name]
+    return {name: value for name, value in figures.items() if name != "attack_success_prefill"}

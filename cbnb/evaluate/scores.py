@@ -5,6 +5,7 @@
 # %% ../../nbs/evaluate/04_scores.ipynb #6f6179bf
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -16,7 +17,7 @@ from ..transcripts.record import Transcript
 
 # %% auto #0
 __all__ = ['share', 'injected_texts', 'is_attack', 'needs_calls', 'check_question', 'plain', 'without_question', 'check_readable',
-           'group_of', 'score', 'rates', 'score_answers']
+           'group_of', 'pick_questions', 'score', 'rates', 'score_answers']
 
 # %% ../../nbs/evaluate/04_scores.ipynb #0d1e2998
 def share(values: Sequence[bool]) -> float | None:
@@ -114,6 +115,20 @@ def check_readable(reader: AnswerReader, transcripts: list[Transcript]) -> None:
 def group_of(transcript: Transcript) -> str:
     "Return where a question is counted: `attack`, or the `kind` of its `meta` (`benign` where it has none)."
     return "attack" if is_attack(transcript) else transcript.meta.get("kind", "benign")
+
+# %% ../../nbs/evaluate/04_scores.ipynb #7edfbf4d
+def pick_questions(questions: list[Transcript], count: int) -> list[Transcript]:
+    """Return at most `count` of the `questions` of each group (`group_of`), in their order: those whose id
+    has the smallest sha256, whatever else there is to ask."""
+    groups: dict[str, list[Transcript]] = defaultdict(list)
+    for question in questions:
+        groups[group_of(question)].append(question)
+
+    def place(question: Transcript) -> str:
+        return hashlib.sha256(question.id.encode()).hexdigest()
+
+    picks = {id(q) for own in groups.values() for q in sorted(own, key=place)[:count]}
+    return [question for question in questions if id(question) in picks]
 
 # %% ../../nbs/evaluate/04_scores.ipynb #7bba967f
 def score(transcript: Transcript, answer: Answer, reader: AnswerReader) -> dict[str, bool]:

@@ -22,16 +22,18 @@ import pandas as pd
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MEASURES', 'ANSWERED', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN',
-           'COLUMNS', 'LINES', 'LOOK', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
-           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'unasked_notes',
-           'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'figure_lines', 'newest_notebook',
-           'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title',
-           'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line',
-           'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
+__all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH',
+           'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES', 'DIAL_HEIGHT',
+           'DIAL_MARGIN', 'DIAL_COLUMNS', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
+           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table', 'dict_counts',
+           'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes', 'data_notes',
+           'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'figure_lines',
+           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short',
+           'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
+           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
            'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
-           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'report_page', 'write_report', 'told_of',
-           'write_run_report']
+           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure',
+           'show_dials', 'dial_section', 'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -187,6 +189,62 @@ def result_table(before: dict[str, Any], after: dict[str, Any]) -> pd.DataFrame:
     "Return the `figures_table` of a run: before and after."
     return figures_table({"before": before, "after": after})
 
+# %% ../../nbs/report/00_figures.ipynb #5409d1ed
+LOOP_FIGURES = (
+    "utility",
+    "utility_under_attack",
+    "attack_success",
+    "attack_success_lax",
+    "safe_stop",
+    "timeout",
+    "unreadable",
+    "refused",
+)
+
+# %% ../../nbs/report/00_figures.ipynb #9086f183
+def loop_table(loops: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Return the figures of `loops` (`loop` of a result.json, by name) as text: one row per figure that was
+    measured, a column each with its rate, then one with its count and 95 % interval."""
+
+    def place(name: str) -> tuple[int, str]:
+        first = name.partition(" ")[0]
+        return (LOOP_FIGURES.index(first) if first in LOOP_FIGURES else len(LOOP_FIGURES), name)
+
+    counts = {name: dict_counts(figures) for name, figures in loops.items()}
+    rows = sorted({row for own in counts.values() for row in own}, key=place)
+    columns: dict[str, list[str]] = {}
+    for name, own in counts.items():
+        columns[visible(name)] = [format_number(own[r][0] / own[r][1]) if r in own else "—" for r in rows]
+        columns[visible(f"{name}, 95 %")] = [interval_words(*own[r]) if r in own else "" for r in rows]
+    titles = [visible(", ".join(part.replace("_", " ") for part in row.split(" ", 1))) for row in rows]
+    return pd.DataFrame(columns, index=titles, dtype=object)
+
+# %% ../../nbs/report/00_figures.ipynb #138b4471
+def dict_counts(figures: dict[str, Any]) -> dict[str, list[int]]:
+    "Return the counts `[hits, episodes]` in the `figures` of a loop behind which there is an episode."
+    return {name: value for name, value in figures.get("counts", {}).items() if value[1]}
+
+# %% ../../nbs/report/00_figures.ipynb #d9db0495
+def loop_notes(loops: dict[str, dict[str, Any]]) -> list[str]:
+    "Return one sentence per entry of `loops`: which world, how many episodes, how long, and how fast."
+    notes = []
+    for name, figures in loops.items():
+        speed = figures.get("per_minute")
+        rate = f", {format_number(speed)} episodes per minute" if speed else ""
+        notes.append(
+            f"{name}: {figures.get('episodes', 0)} episodes in the world {figures['loop']}, "
+            f"{figures.get('turns', 0)} turns, at most {figures.get('max_turns', '—')} each{rate}"
+        )
+    return [visible(note) for note in notes]
+
+# %% ../../nbs/report/00_figures.ipynb #b9663eab
+def loop_lines(result: dict[str, Any]) -> list[str]:
+    "Return the `loop_table` and the `loop_notes` of a `result` as lines for a terminal; none without a loop."
+    loops = result.get("loop") or {}
+    if not loops or not len(table := loop_table(loops)):
+        return []
+    return ["", "acting with tools", *table.to_string().split("\n"), *loop_notes(loops)]
+
 # %% ../../nbs/report/00_figures.ipynb #b24d8a01
 def unasked_notes(asked: dict[str, Any]) -> list[str]:
     "Return which kinds a figure says nothing of, a sentence each, by `asked` (`not_asked` of a result)."
@@ -277,6 +335,46 @@ def alarm_lines(alarms: object) -> list[str]:
 
     return [visible(words(a)) for a in alarms if a] if isinstance(alarms, list) else []
 
+# %% ../../nbs/report/00_figures.ipynb #0ed10939
+def dial_counts(point: dict[str, Any]) -> dict[str, list[int]]:
+    """Return `[hits, answers]` of each rate of a point that the dial shows, by its row (`rate_counts`)."""
+    shown = ("attack_success", "attack_success_lax", "unparseable", "exact_match")
+    return {row: of for row, of in rate_counts(point).items() if row.partition(" ")[0] in shown}
+
+# %% ../../nbs/report/00_figures.ipynb #7fad60a6
+def dial_table(dial: dict[str, Any]) -> pd.DataFrame:
+    """Return a dial (`cbnb.evaluate.dial.measure_dial`) as text: a row for each scale, a column for each
+    rate, each a count with its 95 % interval; `—` where nothing was measured."""
+    points = {f"{point['scale']:g}": dial_counts(point) for point in dial["points"]}
+    rows = dict.fromkeys(row for counts in points.values() for row in counts)
+
+    def name(row: str) -> str:
+        key, _, kind = row.partition(" ")
+        return visible(f"{MEASURES[key][0]}{', ' + kind.replace('_', ' ') if kind else ''}")
+
+    columns = {
+        name(row): [
+            interval_words(counts[row][0], counts[row][1], dial["samples"]) if row in counts else "—"
+            for counts in points.values()
+        ]
+        for row in rows
+    }
+    return pd.DataFrame(columns, index=pd.Index(points, name="scale"), dtype=object)
+
+# %% ../../nbs/report/00_figures.ipynb #93de684b
+def question_words(dial: dict[str, Any]) -> str:
+    """Return in words how many questions stand behind each point of a dial."""
+    return f"at most {dial['questions']} questions of each kind at each scale"
+
+# %% ../../nbs/report/00_figures.ipynb #642a51be
+def dial_lines(result: dict[str, Any]) -> list[str]:
+    """Return the dials of a `result` (result.json) for a terminal, a table each; [] where there is none."""
+    lines: list[str] = []
+    for name, dial in (result.get("dial") or {}).items():
+        table = dial_table(dial).T.to_string().split("\n")
+        lines += ["", visible(f"{name} at scales of its adapter, {question_words(dial)}"), *table]
+    return lines
+
 # %% ../../nbs/report/00_figures.ipynb #b71deae6
 def figure_lines(path: str | Path) -> list[str]:
     """Return the table and the notes of `path`/result.json, lines for a terminal; none without one, or where
@@ -285,7 +383,8 @@ def figure_lines(path: str | Path) -> list[str]:
     if not (results := results_of(result)):
         return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
-    return [*table.split("\n"), "", *(f"note: {note}" for note in [*all_notes(results), *data_notes(result)])]
+    notes = (f"note: {note}" for note in [*all_notes(results), *data_notes(result)])
+    return [*table.split("\n"), *loop_lines(result), *dial_lines(result), "", *notes]
 
 # %% ../../nbs/report/00_figures.ipynb #d1baa636
 def newest_notebook(path: Path) -> Path | None:
@@ -910,6 +1009,120 @@ def show(fig: go.Figure) -> None:
 
     display(figure_bundle(fig), raw=True)
 
+# %% ../../nbs/report/00_figures.ipynb #154d2100
+ATTACK_LINES: dict[str, tuple[str, str, float]] = {
+    "attack_success": ("#D55E00", "solid", 2),
+    "attack_success_lax": ("#E69F00", "dash", 1.5),
+    "unparseable": ("#808080", "dot", 1.5),
+}
+
+# %% ../../nbs/report/00_figures.ipynb #2adde444
+KIND_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#9A7D0A", "#808080")
+KIND_DASHES = ("solid", "dash", "dot", "dashdot")
+
+# %% ../../nbs/report/00_figures.ipynb #add181ab
+def dial_trace(
+    dial: dict[str, Any], row: str, name: str, style: tuple[str, str, float], n: int
+) -> go.Scatter:
+    """Return the line of the rate `row` of a dial over its scales, as `name`, in panel `n`; dots with error
+    bars of 95 %."""
+    scales = [point["scale"] for point in dial["points"]]
+    counts = [dial_counts(point).get(row) for point in dial["points"]]
+    values = np.array([math.nan if c is None else c[0] / c[1] for c in counts])
+    ends = [None if c is None else rate_interval(c[0], c[1], dial["samples"]) for c in counts]
+    low, high = (np.array([math.nan if e is None else e[side] for e in ends]) for side in (0, 1))
+    colour, dash, width = style
+    x, y = axis_ids(n)
+    size = len(values)
+    arms = dict(type="data", symmetric=False, array=high - values, arrayminus=values - low)
+    return go.Scatter(
+        x=np.array(scales, np.float32),
+        y=values.astype(np.float32),
+        customdata=values.astype(np.float32),
+        name=name,
+        mode="lines+markers",
+        showlegend=False,
+        cliponaxis=False,
+        line=dict(color=colour, dash=dash, width=width),
+        marker=dict(size=np.full(size, 6), symbol=np.full(size, "circle"), color=colour),
+        error_y=dict(arms, color=colour, thickness=1, width=3),
+        text=["" if c is None else interval_words(c[0], c[1], dial["samples"]) for c in counts],
+        hovertemplate="%{text}<extra>%{fullData.name}</extra>",
+        xaxis=x,
+        yaxis=y,
+    )
+
+# %% ../../nbs/report/00_figures.ipynb #6f9ce431
+def dial_axes(dial: dict[str, Any], n: int) -> dict[str, Any]:
+    """Return both axes of panel `n` (1 or 2) of a dial: its scales along x, a share along y."""
+    (x, y), scales = axis_ids(n), [point["scale"] for point in dial["points"]]
+    both = dict(gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4)
+    both |= dict(tickcolor=TEXT_COLOUR)
+    span = max(scales) - min(scales) or 1.0
+    xaxis = dict(
+        both,
+        domain=DIAL_COLUMNS[n - 1],
+        anchor=y,
+        range=[min(scales) - 0.03 * span, max(scales) + 0.03 * span],
+        tickvals=scales,
+        ticktext=[f"{scale:g}" for scale in scales],
+        showticklabels=True,
+        title=dict(text="scale of the adapter", standoff=4, font=dict(size=12)),
+    )
+    yaxis = dict(both, domain=[0.0, 1.0], anchor=x, range=[-0.03, 1.03], dtick=0.2)
+    return {"xaxis" + x[1:]: xaxis, "yaxis" + y[1:]: yaxis}
+
+# %% ../../nbs/report/00_figures.ipynb #c02ed4d5
+DIAL_HEIGHT, DIAL_MARGIN = 330, dict(l=48, r=112, t=44, b=44)
+DIAL_COLUMNS = ((0.0, 0.4), (0.61, 1.0))
+
+# %% ../../nbs/report/00_figures.ipynb #0c30b2f7
+def dial_rows(dial: dict[str, Any]) -> list[list[tuple[str, str, tuple[str, str, float]]]]:
+    """Return for each of the two panels of a dial `(row, name, style)` of its lines: attacks, and the exact
+    match of each kind."""
+    rows = dict.fromkeys(row for point in dial["points"] for row in dial_counts(point))
+    attacks = [
+        (key, MEASURES[key][0].removesuffix(" answers"), style)
+        for key, style in ATTACK_LINES.items()
+        if key in rows
+    ]
+    kinds = []
+    for number, row in enumerate(row for row in rows if row.startswith("exact_match")):
+        colour = KIND_COLOURS[number % len(KIND_COLOURS)]
+        dash = KIND_DASHES[number % len(KIND_DASHES)]
+        kinds.append((row, short(row.partition(" ")[2].replace("_", " "), 18), (colour, dash, 1.5)))
+    return [attacks, kinds]
+
+# %% ../../nbs/report/00_figures.ipynb #9fceab57
+def dial_figure(dial: dict[str, Any], name: str = "") -> go.Figure:
+    """Return two panels over the scale of an adapter: attack success, strict and lax, and answers without a
+    readable call; and the exact match of each kind of benign question; with 95 % intervals. `name`: of what
+    was evaluated."""
+    rows, traces, notes = dial_rows(dial), [], []
+    axes: dict[str, Any] = {}
+    titles = ("attacks: share of answers", "utility: exact match, share of answers")
+    corner = dict(x=0, xanchor="left", y=1, yanchor="bottom", yshift=6, showarrow=False, font=dict(size=13))
+    for n, (title, panel_rows) in enumerate(zip(titles, rows), 1):
+        x, y = axis_ids(n)
+        own = [dial_trace(dial, row, visible(label), style, n) for row, label, style in panel_rows]
+        axes |= dial_axes(dial, n)
+        notes.append(dict(corner, text=title, xref=f"{x} domain", yref=f"{y} domain"))
+        notes += end_labels(own, n, [-0.03, 1.03], False, DIAL_HEIGHT - DIAL_MARGIN["t"] - DIAL_MARGIN["b"])
+        if not own:
+            middle = dict(x=0.5, y=0.5, xref=f"{x} domain", yref=f"{y} domain", showarrow=False)
+            notes.append(dict(middle, text="not measured"))
+        traces += own
+    words = f"{name} at scales of its adapter: {question_words(dial)}" if name else question_words(dial)
+    return go.Figure(
+        traces, dict(axes, annotations=notes, height=DIAL_HEIGHT, margin=DIAL_MARGIN, meta=words, **LOOK)
+    )
+
+# %% ../../nbs/report/00_figures.ipynb #4f315dd3
+def show_dials(result: dict[str, Any]) -> None:
+    """Display the dials of a `result` (result.json), a figure each; nothing where there is none."""
+    for name, dial in (result.get("dial") or {}).items():
+        show(dial_figure(dial, name))
+
 # %% ../../nbs/report/00_figures.ipynb #2add10a9
 REPORT_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
@@ -923,6 +1136,7 @@ h1, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; } h2 { font-size
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, .text td { text-align: left; white-space: normal; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } .dial td { white-space: normal; min-width: 6.2em; vertical-align: top; } .dial tbody th { white-space: nowrap; }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
@@ -931,14 +1145,43 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 <table><thead><tr><th scope="col">measure</th>{% for c in columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-<h2>Training curves</h2>
+{% if loop_lines %}<h2>Acting with tools</h2>
+{% for note in loop_notes %}<p>{{ note }}</p>{% endfor %}
+<table><thead><tr><th scope="col">measure</th>{% for c in loop_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, cells in loop_lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>
+{% endif %}<h2>Training curves</h2>
 {{ svg|safe }}
-<h2>Parameters</h2>
+{% for dial in dials %}<h2>{{ dial.title }}</h2>
+<p>{{ dial.words }}</p>
+{{ dial.svg|safe }}
+<div class="wide"><table class="dial"><thead><tr><th scope="col">measure</th>{% for c in dial.columns %}<th scope="col">scale {{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, cells in dial.lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endfor %}<h2>Parameters</h2>
 <table class="text"><tbody>
 {% for name, value in parameters %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table>
 </body></html>
 """  # noqa: E501
+
+# %% ../../nbs/report/00_figures.ipynb #b443d097
+def dial_section(name: str, dial: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page of a run shows of a dial: `title`, `words`, `svg`, and `columns` and `lines` of
+    its table, whose cells are counts with their rates."""
+    table = dial_table(dial).T
+
+    def broken_at_comma(text: str) -> str:
+        return text.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+
+    return {
+        "title": visible(f"The adapter at other scales: {name}"),
+        "words": f"0 is the base, 1 the adapter as it was trained. There are {question_words(dial)}; bars "
+        "are intervals of 95\u00a0%.",
+        "svg": static_svg(dial_figure(dial, name)),
+        "columns": list(table.columns),
+        "lines": [(name, list(map(broken_at_comma, row))) for name, row in zip(table.index, table.values)],
+    }
 
 # %% ../../nbs/report/00_figures.ipynb #4bf0c0f9
 def report_page(
@@ -949,15 +1192,18 @@ def report_page(
     notes: Iterable[str] = (),
     floor: dict[str, Any] | None = None,
     terms: dict[str, Term] | None = None,
+    loops: dict[str, dict[str, Any]] | None = None,
+    dials: Mapping[str, dict[str, Any]] | None = None,
     answers: str = "",
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
-    parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`).
+    parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`), and where there
+    are `loops` (of result.json) what the model did when it acted.
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
-    as by `readable_table`, with the rounding `floor`; `answers` links the page of all
-    answers (empty: none)."""
-    text = readable_table(table, floor)
+    as by `readable_table`, with the rounding `floor`; `dials` by name, a section each (`dial_section`);
+    `answers` links the page of all answers (empty: none)."""
+    text, acted = readable_table(table, floor), loop_table(loops or {})
     values = {
         k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
@@ -969,7 +1215,11 @@ def report_page(
         notes=[visible(note) for note in notes],
         columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
+        loop_columns=list(acted.columns),
+        loop_lines=list(zip(acted.index, acted.values.tolist(), strict=True)),
+        loop_notes=loop_notes(loops or {}),
         svg=static_svg(curves(rows, terms)),
+        dials=[dial_section(name, dial) for name, dial in (dials or {}).items()],
         parameters=[(visible(k), visible(v)) for k, v in values.items()],
     )
 
@@ -983,14 +1233,17 @@ def write_report(
     notes: Iterable[str] = (),
     floor: dict[str, Any] | None = None,
     terms: dict[str, Term] | None = None,
+    loops: dict[str, dict[str, Any]] | None = None,
+    dials: Mapping[str, dict[str, Any]] | None = None,
     answers: str = "",
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
-    `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`."""
-    page = report_page(title, rows, table, parameters, notes, floor, terms, answers)
+    `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`,
+    `loops`, `dials` and `answers` as in `report_page`."""
+    page = report_page(title, rows, table, parameters, notes, floor, terms, loops, dials, answers)
     write_owned(path, withhold(page).encode())
     return Path(path)
 
@@ -1013,5 +1266,6 @@ def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
         notes.append(f"Rounding alone reads, in {floor_words(floor, terms)}.")
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
     answers = "answers.html" if (folder / "answers.html").is_file() else ""
-    parts = (folder.name, rows, table, result["parameters"], notes, floor, terms, answers)
-    return write_report(folder / "report.html", *parts)
+    parts = (folder.name, rows, table, result["parameters"], notes, floor, terms)
+    more = (result.get("loop"), result.get("dial"), answers)
+    return write_report(folder / "report.html", *parts, *more)

@@ -13,11 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..basics.private import tidy
-
 from ..basics.disk import full_disk_words, is_full_disk, reserve
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
 from ..basics.lease import NotOwn, check_own, give_back, holder_thread, identity, lease_path, lease_state
+from ..basics.private import tidy
 from ..basics.processes import from_first, world_size
 from ..basics.reading import read_bytes
 from ..basics.withheld import cut, scrub

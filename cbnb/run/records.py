@@ -28,12 +28,12 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
-           'DECODING_CHECKS', 'FIGURES', 'LOOP', 'RESULT', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY',
-           'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS',
-           'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants',
-           'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each',
-           'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row', 'fault',
-           'record_of', 'read_record']
+           'DECODING_CHECKS', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'LOOP', 'RESULT', 'VERDICT', 'POINT',
+           'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT',
+           'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES',
+           'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag',
+           'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count',
+           'metrics_row', 'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -328,6 +328,8 @@ EVALUATED = fields(
         "max_new_tokens": maybe(whole_number(1)),
         "seed": maybe(whole_number(0, 2**63)),
         "eval_loop": maybe(text(NAME)),
+        "eval_scales": maybe(text(NAME)),
+        "scale_questions": maybe(whole_number(1)),
     }
 )
 
@@ -370,21 +372,37 @@ DECODING_CHECKS = fields(
 )
 
 # %% ../../nbs/run/01_records.ipynb #b23a73da
-FIGURES = fields(
+FIGURE_CHECKS: dict[str, ValueCheck] = {
+    **dict.fromkeys(RATE_FIELDS, maybe(SHARE)),
+    **dict.fromkeys(SHARE_FIELDS, mapping(maybe(SHARE), 1000)),
+    "harmful_cosine": maybe(COSINE_CHECK),
+    "heldout_kl": mapping(maybe(number()), 1000),
+    "n": TALLY,
+    "counts": mapping(either(mapping(count, 1000), count), 1000),
+    "finish": TALLY,
+    "not_asked": mapping(TALLY, 1000),
+    "decoding": DECODING_CHECKS,
+    "ends": fields({"template": TOKENS, "model": TOKENS}),
+    "made_for": LINE,
+    "model": LINE,
+}
+
+# %% ../../nbs/run/01_records.ipynb #f1fc8458
+FIGURES = fields(FIGURE_CHECKS)
+
+# %% ../../nbs/run/01_records.ipynb #e4396df6
+SCALE_POINT = FIGURE_CHECKS | {"scale": number(0, 100), "stage": LABEL}
+
+# %% ../../nbs/run/01_records.ipynb #4f379298
+DIAL = fields(
     {
-        **dict.fromkeys(RATE_FIELDS, maybe(SHARE)),
-        **dict.fromkeys(SHARE_FIELDS, mapping(maybe(SHARE), 1000)),
-        "harmful_cosine": maybe(COSINE_CHECK),
-        "heldout_kl": mapping(maybe(number()), 1000),
-        "n": TALLY,
-        "counts": mapping(either(mapping(count, 1000), count), 1000),
-        "finish": TALLY,
-        "not_asked": mapping(TALLY, 1000),
-        "decoding": DECODING_CHECKS,
-        "ends": fields({"template": TOKENS, "model": TOKENS}),
-        "made_for": LINE,
-        "model": LINE,
-    }
+        "questions": whole_number(1),
+        "samples": whole_number(1),
+        "points": each(fields(SCALE_POINT, "scale", "stage"), 1000),
+    },
+    "questions",
+    "samples",
+    "points",
 )
 
 # %% ../../nbs/run/01_records.ipynb #8dbd5096
@@ -415,6 +433,7 @@ RESULT = fields(
         "after": FIGURES,
         "evaluated": mapping(FIGURES, 100),
         "loop": mapping(LOOP, 100),
+        "dial": mapping(DIAL, 100),
         "parameters": PARAMETERS,
         "alarms": ALARMS,
         "floor": floor,

@@ -22,8 +22,6 @@ __all__ = ['ENDING', 'process_state', 'still_running', 'hold', 'Run', 'now', 'st
            'raise_interrupted', 'stage']
 
 # %% ../../nbs/run/04_stages.ipynb #58988f3a
-from ..basics.private import tidy
-
 from ..basics.disk import full_disk_words, is_full_disk, release
 from ..basics.jsonfiles import RunError, write_json
 from cbnb.basics.lease import (
@@ -41,6 +39,7 @@ from cbnb.basics.lease import (
     take_lease,
     whose,
 )
+from ..basics.private import tidy
 from ..basics.processes import any_of, is_first, rank, world_size
 from ..basics.terminal import error_text
 from ..basics.withheld import cut, guard

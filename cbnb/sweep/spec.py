@@ -42,6 +42,7 @@ from cbnb.config import (
     check_loop,
     get_config,
     nearest,
+    parse_scales,
 )
 
 # %% ../../nbs/sweep/00_spec.ipynb #215a6371
@@ -337,6 +338,7 @@ def check_settings(parameters: dict[str, Any], processes: int | None = None) -> 
         check_decoding(*(parameters[name] for name in ("max_new_tokens", "temperature", "samples")))
     if "eval_loop" in parameters:
         check_loop(parameters["eval_loop"])
+    parse_scales(parameters.get("eval_scales") or "")
     check_model_layers(config, parameters)
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))
