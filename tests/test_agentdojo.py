@@ -12,12 +12,14 @@ from peft import LoraConfig, get_peft_model
 from cbnb.agent import agentdojo, agentdojo_counts, agentdojo_runs
 from cbnb.agent.agentdojo import AskError, BrokeOff, ModelTurn, dojo, from_dojo, make_pipeline, to_dojo
 from cbnb.agent.agentdojo_runs import Task, attack_names, list_tasks, open_bench, run_suite, run_tasks
+from cbnb.agent.loops import find_loop
 from cbnb.agent.model import Batcher, Request, check_prompt_ids
 from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError
 from cbnb.data.sources import agentdojo_tools
 from cbnb.evaluate.reader import Answer
 from cbnb.masking.templates import MaskError
+from cbnb.run.records import LOOP
 from cbnb.step.models import load_model
 from cbnb.transcripts.reader import read_transcripts
 from cbnb.transcripts.record import TranscriptError
@@ -160,6 +162,25 @@ def test_episodes_that_wait_generate_together_and_are_not_run_twice(model, tmp_p
     bench = open_bench(batcher, "banking", "none", tmp_path, "local-other")
     run_tasks(bench, list_tasks(bench)[:6], 6)
     assert sum(batcher.batches) == 6 > len(batcher.batches)
+
+
+def test_a_run_plays_it_by_name_and_its_result_takes_the_figures(model, tmp_path, monkeypatch):
+    agent = tiny_agent(model)
+    agent.decoding = dataclasses.replace(agent.decoding, max_new_tokens=4)
+    monkeypatch.setattr(
+        agentdojo_runs, "list_tasks", lambda *_: [Task("user_task_0"), Task("injection_task_1")]
+    )
+    loop, argument = find_loop("agentdojo:slack")
+    counts = []
+    figures = loop.play(agent, argument, tmp_path, "before", lambda *n: counts.append(n))
+    assert list(LOOP(json.loads(json.dumps(figures)), "loop")) == []
+    assert figures["counts"]["utility"][1] == figures["counts"]["injection_utility"][1] == 1
+    assert (figures["loop"], figures["played"], counts[-1]) == ("agentdojo:slack", 2, (2, 2))
+    assert len(list((tmp_path / "agentdojo").glob("local-before-*/slack/*/none/none.json"))) == 2
+    again = loop.play(agent, argument, tmp_path, "before", None)
+    assert again["played"] == 0 and again["counts"] == figures["counts"]
+    with pytest.raises(ConfigError, match="did you mean 'slack'"):
+        find_loop("agentdojo:slak")
 
 
 def test_the_name_of_the_pipeline_is_that_of_one_state():
