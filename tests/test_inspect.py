@@ -173,7 +173,8 @@ def scripted(monkeypatch, reader, script):
         return [list(script[tuple(ids.tolist())]) for ids in prompts]
 
     monkeypatch.setattr(cbnb.agent.model, "generate_batch", generate_batch)
-    monkeypatch.setattr(provider, "load_student", lambda name, **options: provider.Student(agent))
+    student = provider.Student(agent)
+    monkeypatch.setattr(provider, "shared_student", lambda name, **options: student)
     return get_model("cbnb/scripted", memoize=False)
 
 
@@ -332,6 +333,17 @@ def test_another_base_is_told(adapter, tmp_path, caplog):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     provider.load_student(f"tinyagent@{tmp_path / 'a'}")
     assert "was trained on org/other" in caplog.text
+
+
+def test_weights_are_loaded_once(monkeypatch, tmp_path):
+    "Also for another configuration, and where Inspect looks up the model's name."
+    loads = []
+    load = provider.load_student
+    monkeypatch.setattr(provider, "load_student", lambda *a, **k: loads.append(a) or load(*a, **k))
+    provider.STUDENTS.clear()
+    for n in (2, 3):
+        evaluated(tiny_world(n=1), "cbnb/tinyagent", tmp_path, max_tokens=n, model_args={"batch_size": 4})
+    assert loads == [("tinyagent",)]
 
 
 # --- what a task asks for

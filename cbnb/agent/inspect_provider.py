@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # %% auto #0
-__all__ = ['LOGGER', 'OPTIONS', 'FOLLOWED', 'INSPECTS', 'NEUTRAL', 'split_name', 'Student', 'ask_student', 'check_options',
-           'load_student', 'content_parts', 'chat_message', 'schema_of', 'check_config', 'decoding_of', 'warn_once',
-           'check_tools', 'episode_name', 'stop_reason', 'model_output', 'CbnbAPI']
+__all__ = ['LOGGER', 'OPTIONS', 'STUDENTS', 'FOLLOWED', 'INSPECTS', 'NEUTRAL', 'split_name', 'Student', 'ask_student',
+           'check_options', 'load_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of',
+           'check_config', 'decoding_of', 'warn_once', 'check_tools', 'episode_name', 'stop_reason', 'model_output',
+           'CbnbAPI']
 
 # %% ../../nbs/agent/20_inspect.ipynb #d765c094
 try:
@@ -45,6 +47,7 @@ from inspect_ai.model import (
     StopReason,
     modelapi,
 )
+from inspect_ai.model._model_info import MODEL_INFO_LOOKUP_API_KEY
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from ..basics.jsonfiles import RunError
@@ -171,6 +174,17 @@ def load_student(name: str, **options: Any) -> Student:
     if size := options.get("batch_size"):
         decoding = dataclasses.replace(decoding, batch_size=size)
     return Student(Agent(model, masker, derive_reader(masker), decoding))
+
+# %% ../../nbs/agent/20_inspect.ipynb #f9d7c236
+STUDENTS: weakref.WeakValueDictionary[tuple, Student] = weakref.WeakValueDictionary()
+
+
+def shared_student(name: str, **options: Any) -> Student:
+    "Return `load_student`, or the student of this name and these options that is in use. Raises as it does."
+    key = (name, *sorted(options.items()))
+    student = STUDENTS.get(key) or load_student(name, **options)
+    STUDENTS[key] = student
+    return student
 
 # %% ../../nbs/agent/20_inspect.ipynb #7f690a96
 def content_parts(content: str | list[Content], role: str) -> tuple[str, str]:
@@ -338,8 +352,10 @@ class CbnbAPI(ModelAPI):
         **model_args: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
+        if api_key == MODEL_INFO_LOOKUP_API_KEY:  # Inspect asks for the model's names: nothing is loaded
+            return
         check_config(config)
-        self.student = load_student(model_name, **model_args)
+        self.student = shared_student(model_name, **model_args)
         # of its own: a fast tokenizer is not to be used by two threads
         self.tokenizer = copy.deepcopy(self.student.agent.masker.tokenizer)
         model: Any = self.student.agent.model
