@@ -391,7 +391,7 @@ def read_cases(
     if path.exists():
         try:
             reader = read_transcripts(path, on_error="skip")
-            cases += episode_cases(reader)
+            cases += episode_cases(t for t in reader.records() if isinstance(t, Transcript))
         except TranscriptError as e:
             raise RunError(f"{sentence(e)}") from None
         if reader.skipped_count:
