@@ -740,6 +740,7 @@ NEEDED = {
     "preflight": [],
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],
+    "chat": ["none", "--model", "tinyagent", "--from", "good.jsonl"],
     "ablate": ["good.yaml", "--dry-run"],
     "status": ["runs"],
     "report": ["runs"],
