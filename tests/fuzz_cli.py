@@ -1133,6 +1133,7 @@ def run_lines(seed, numbers, at_once=AT_ONCE):
     import cbnb.evaluate.adapters
     import cbnb.preflight.plan
     import cbnb.sweep.fetch
+    import cbnb.widgets.chat
     import cbnb.widgets.sweep  # noqa: F401
     from cbnb.cli import load_masker
 
