@@ -740,6 +740,7 @@ NEEDED = {
     "preflight": [],
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],
+    "chat": ["none", "--model", "tinyagent", "--from", "good.jsonl"],
     "ablate": ["good.yaml", "--dry-run"],
     "status": ["runs"],
     "report": ["runs"],
@@ -1132,6 +1133,7 @@ def run_lines(seed, numbers, at_once=AT_ONCE):
     import cbnb.evaluate.adapters
     import cbnb.preflight.plan
     import cbnb.sweep.fetch
+    import cbnb.widgets.chat
     import cbnb.widgets.sweep  # noqa: F401
     from cbnb.cli import load_masker
 
