@@ -158,8 +158,8 @@ def answer_message(read: Mapping[str, Any], text: str) -> dict[str, Any]:
 # %% ../../nbs/widgets/06_answers.ipynb #72248466
 def answer_facts(line: Mapping[str, Any]) -> dict[str, str]:
     "Return how an answer ended and what else its line says, text by name."
-    read, begun = line["read"], len(line["begun"])
-    lengths = f"{len(line['ids'])}" + (f", after {begun} that were there already" if begun else "")
+    read, opening = line["read"], len(line["begun"])
+    lengths = f"{len(line['ids'])}" + (f", after {opening} that were there already" if opening else "")
     facts = {
         "tokens": lengths,
         "end": "cut by its length" if line.get("finish") == "length" else str(line.get("finish", "")),
@@ -506,11 +506,11 @@ def case_state(
             actions.append(None)
             continue
         parts = message_parts(a.transcript, a.start, len(a.transcript.messages), add)
-        said = a.raw or next(
+        last = a.raw or next(
             (p for p in map(last_words, reversed(a.transcript.messages[a.start :])) if p), ""
         )
         facts = [[visible(name), mark_text(text)[0]] for name, text in a.facts.items()]
-        raw = add(mark_text(said)[0])
+        raw = add(mark_text(last)[0])
         actions.append(
             {"outcomes": [visible(w) for w in a.outcomes], "parts": parts, "raw": raw, "facts": facts}
         )
@@ -647,8 +647,8 @@ def cases_table(cases: Sequence[Case]) -> str:
         for stage in stages:
             a = c.actions.get(stage)
             own = a.transcript.messages[a.start :] if a else []
-            said = "" if a is None else a.raw or next(filter(None, map(last_words, reversed(own))), "")
-            cells.append(f"{', '.join(a.outcomes)}: {said[:TABLE_TEXT]}" if a else "–")
+            last = "" if a is None else a.raw or next(filter(None, map(last_words, reversed(own))), "")
+            cells.append(f"{', '.join(a.outcomes)}: {last[:TABLE_TEXT]}" if a else "–")
         rows.append((c.id, place, *cells))
     if len(cases) > TABLE_CASES:
         rows.append((f"… {len(cases) - TABLE_CASES:,} more", "", *("" for _ in stages)))
