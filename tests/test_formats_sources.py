@@ -8,6 +8,7 @@ import time
 import tracemalloc
 import warnings
 import zipfile
+import zlib
 
 import pyarrow
 import pyarrow.ipc
@@ -359,7 +360,7 @@ def zstd_member(name, value):
         f.write(data)
     small, n = out.getvalue().to_pybytes(), name.encode()
     sizes = len(small).to_bytes(4, "little") + len(data).to_bytes(4, "little") + len(n).to_bytes(2, "little")
-    fields = b"\x3f\0\0\0\x5d\0" + b"\0" * 4 + b"\0" * 4 + sizes
+    fields = b"\x3f\0\0\0\x5d\0" + b"\0" * 4 + zlib.crc32(data).to_bytes(4, "little") + sizes
     local = b"PK\x03\x04" + fields + b"\0\0" + n + small
     central = b"PK\x01\x02\x3f\0" + fields + b"\0" * 16 + n
     return local, central

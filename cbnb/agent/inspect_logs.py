@@ -56,6 +56,7 @@ from inspect_ai.tool import ToolCall, ToolInfo, ToolParams
 import cbnb
 from ..basics.files import write_files
 from ..basics.numbers import rate_interval
+from ..basics.reading import read_bytes
 from ..basics.withheld import withhold
 from cbnb.evaluate.adapters import (
     asked_model,
@@ -281,6 +282,6 @@ def write_inspect_logs(
         for stage, log in logs:
             path = Path(place, f"{stage}.eval")
             write_eval_log(EvalLog.model_validate(withhold(log.model_dump(mode="json"))), path)
-            files[out / path.name] = path.read_bytes()
+            files[out / path.name] = read_bytes(path)
         write_files(files)
     return list(files)

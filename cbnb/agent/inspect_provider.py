@@ -47,6 +47,8 @@ from inspect_ai.model import (
     StopReason,
     modelapi,
 )
+
+# %% ../../nbs/agent/20_inspect.ipynb #ef000290
 from inspect_ai.model._model_info import MODEL_INFO_LOOKUP_API_KEY
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
