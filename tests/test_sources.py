@@ -284,10 +284,20 @@ def installed(tmp_path, monkeypatch):
             },
         },
     )
+    (tmp_path / "site" / "agentdojo-0.0.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: agentdojo\nVersion: 0.0\n"
+    (tmp_path / "site" / "agentdojo-0.0.dist-info" / "METADATA").write_text(about)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    real = forget_packages()  # the real AgentDojo, which another test may have imported
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("agentdojo", "tau_bench")]:
-        del sys.modules[name]
+    forget_packages()
+    sys.modules.update(real)
+
+
+def forget_packages():
+    "Take AgentDojo and tau-bench out of what is imported; returns them."
+    names = [name for name in sys.modules if name.partition(".")[0] in ("agentdojo", "tau_bench")]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def test_tools_of_installed_packages(tmp_path, installed):
@@ -297,12 +307,12 @@ def test_tools_of_installed_packages(tmp_path, installed):
     reading = S.Reading(tools="installed")
     found = reading.read([tmp_path / "logs"])
     assert {t.tools[0]["function"]["name"] for t in found} == {"read_mail"} and reading.given_tools == {
-        "agentdojo": 6
+        "agentdojo 0.0": 6
     }
     assert all(
         t.tools[0]["function"]["parameters"]["properties"] == {"n": {"type": "integer"}} for t in found
     )
-    assert "6 transcripts without tools got those of agentdojo" in reading.lines() and not reading.warned()
+    assert "6 transcripts without tools got those of agentdojo 0.0" in reading.lines() and not reading.warned()
     (run,) = json.loads((FIXTURES / "tau_bench.json").read_text())[:1]
 
     def trial(n, *messages):
