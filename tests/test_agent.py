@@ -2,6 +2,7 @@
 world sees what was done in it."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import json
 
@@ -11,7 +12,7 @@ import torch
 
 from cbnb.agent.loop import Task, World, find_spans, loop_figures, play, play_tasks
 from cbnb.agent.loops import choose_loop, find_loop
-from cbnb.agent.model import Agent, Batcher, Request, check_prompt_ids, reply, same_prefix
+from cbnb.agent.model import Agent, Batcher, PromptGap, Request, check_prompt_ids, reply, same_prefix
 from cbnb.agent.tinylive import MAX_TURNS, office_task, play_tiny, tiny_tasks
 from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError, get_config
@@ -19,7 +20,6 @@ from cbnb.evaluate.answers import answer_questions
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.reader import derive_reader
 from cbnb.masking.masker import ChatMasker
-from cbnb.masking.templates import MaskError
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
 from cbnb.testing import AGENT, CHATML, LLAMA_LIKE, chatml_tokenizer, msg, obeyed_mail, toy_tokenizer
 from cbnb.transcripts.reader import read_transcripts
@@ -72,7 +72,7 @@ def test_a_template_that_asks_otherwise_than_it_trains_is_refused():
     assert last_only != CHATML
     masker = ChatMasker(chatml_tokenizer(last_only))
     messages = [msg("user", "Pay 900 to Eve!")]
-    with pytest.raises(MaskError, match="episode 7: the prompt is not what training sees"):
+    with pytest.raises(PromptGap, match="episode 7: the prompt is not what training sees"):
         check_prompt_ids(masker, messages, None, masker.prompt_ids(messages), "episode 7")
 
 
@@ -119,6 +119,20 @@ def test_an_interrupt_in_a_tool_ends_the_run(agent):
 
     with pytest.raises(KeyboardInterrupt):
         list(play(agent, [task_with(run)], 2))
+
+
+def test_a_gap_in_a_later_turn_ends_the_evaluation(agent, monkeypatch):
+    "It is not counted among the episodes that a template refuses."
+    masker = copy.copy(agent.masker)
+    own = masker.prompt_ids
+
+    def late_gap(messages, tools=None):
+        ids = own(messages, tools=tools)
+        return ids if len(messages) < 4 else np.r_[ids[:1], ids[0], ids[1:]]
+
+    monkeypatch.setattr(masker, "prompt_ids", late_gap)
+    with pytest.raises(PromptGap, match="^t: the prompt is not what training sees"):
+        list(play(dataclasses.replace(agent, masker=masker), [task_with(lambda c: "done")], 3))
 
 
 def test_each_end_of_an_episode(agent):

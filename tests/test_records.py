@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -344,7 +345,19 @@ LINES = (
     ("metrics.jsonl", {"step": True}, "step"),
     ("answers.jsonl", {"ids": [1, True]}, "ids[1]"),
     ("answers.jsonl", {"attempt": -1}, "attempt"),
+    ("episodes.jsonl", {"meta": {"task": "a", "kind": "plain"}}, "group"),
+    ("episodes.jsonl", {"messages": "none"}, "messages"),
 )
+META = {
+    "task": "a",
+    "kind": "plain",
+    "group": "benign",
+    "outcome": "over",
+    "checks": {"utility": True},
+    "turns": 2,
+}
+EPISODE = {"key": "k", "stage": "before", "id": "before/a", "messages": [], "meta": META}
+READS = {"metrics.jsonl": read_metrics, "answers.jsonl": kept_lines}
 
 
 def test_what_no_run_writes_is_refused_by_its_reader(sweep):
@@ -361,8 +374,10 @@ def test_what_no_run_writes_is_refused_by_its_reader(sweep):
                     read_record(path)
                 assert field in str(e.value) and str(e.value).count("\n") == 0 and len(str(e.value)) < 600
         path.write_text(json.dumps(good))
+    (sweep / BAD / "episodes.jsonl").write_text(json.dumps(EPISODE) + "\n")
+    assert kept_lines(sweep / BAD, "episodes") == {"k": EPISODE}
     for file, line, field in LINES:
-        path, read = sweep / BAD / file, read_metrics if file == "metrics.jsonl" else kept_lines
+        path, read = sweep / BAD / file, READS.get(file, partial(kept_lines, name="episodes"))
         data = path.read_text()
         lines = data.splitlines()
         path.write_text(data + json.dumps(json.loads(lines[-1]) | line) + "\n")
@@ -371,7 +386,8 @@ def test_what_no_run_writes_is_refused_by_its_reader(sweep):
             read(path.parent)
         assert field in str(e.value)
         path.write_text(data)
-    assert set(WRONG) | {"metrics.jsonl", "answers.jsonl", "sweep.json", "jobs", "evaluated"} >= set(RECORDS)
+    (sweep / BAD / "episodes.jsonl").unlink()
+    assert set(WRONG) | {file for file, *_ in LINES} | {"sweep.json", "jobs", "evaluated"} >= set(RECORDS)
 
 
 def test_a_submission_that_cannot_be_read_starts_nothing(sweep):

@@ -20,8 +20,8 @@ import numpy as np
 __all__ = ['World', 'Task', 'Episode', 'is_unreadable', 'answer_call', 'take_reply', 'try_prompt', 'play', 'find_spans',
            'episode_line', 'episode_key', 'play_tasks', 'count_checks', 'loop_figures']
 
-# %% ../../nbs/agent/01_loop.ipynb #8b89554f
-from .model import Agent, Reply, Request, answer_prompts, prompt_for
+# %% ../../nbs/agent/01_loop.ipynb #47e60036
+from .model import Agent, PromptGap, Reply, Request, answer_prompts, prompt_for
 from ..basics.jsonfiles import to_plain
 from ..basics.processes import is_first
 from ..basics.terminal import first_line
@@ -137,10 +137,13 @@ def take_reply(episode: Episode, reply: Reply, masker: ChatMasker, max_turns: in
 def try_prompt(agent: Agent, episode: Episode) -> tuple[Request, np.ndarray] | None:
     """Return the request for the next turn of an `episode` with its prompt ids, which are those of training
     (`cbnb.agent.model.check_prompt_ids`); None, and the outcome `refused`, where the masker refuses a
-    message. Raises MaskError where the very first prompt is refused: no episode would be possible."""
+    message. Raises PromptGap where they are not, and MaskError where the very first prompt is refused: no
+    episode would be possible."""
     request = Request(episode.messages, episode.task.tools, episode.task.id, len(episode.replies))
     try:
         return request, prompt_for(agent, request)
+    except PromptGap:
+        raise
     except MaskError as e:
         if not episode.replies:
             raise MaskError(f"task {episode.task.id}: {e}") from None

@@ -23,8 +23,8 @@ from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 
 # %% auto #0
-__all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'check_prompt_ids', 'prompt_for', 'read_reply',
-           'answer_prompts', 'reply', 'Batcher']
+__all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'PromptGap', 'check_prompt_ids', 'prompt_for',
+           'read_reply', 'answer_prompts', 'reply', 'Batcher']
 
 # %% ../../nbs/agent/00_model.ipynb #d30388af
 @dataclass(frozen=True)
@@ -99,19 +99,23 @@ def same_prefix(masker: ChatMasker, messages: list[dict], tools: list[dict] | No
     )
     return f"token {at} and what follows is {ours!r}, where training has {theirs!r}"
 
-# %% ../../nbs/agent/00_model.ipynb #55442dcd
+# %% ../../nbs/agent/00_model.ipynb #3eca03f7
+class PromptGap(MaskError):
+    "A prompt that is not what training has before the turn: figures behind it would be of another model."
+
+# %% ../../nbs/agent/00_model.ipynb #8420bacb
 def check_prompt_ids(
     masker: ChatMasker, messages: list[dict], tools: list[dict] | None, ids: np.ndarray, name: str = "prompt"
 ) -> None:
-    """Raise MaskError, naming the episode `name`, where the prompt `ids` [n] for an answer to `messages` are
-    not those that training has before it (`same_prefix`)."""
+    """Raise PromptGap, naming the episode `name`, where the prompt `ids` [n] for an answer to `messages` are
+    not those that training has before it (`same_prefix`, which may raise MaskError)."""
     if why := same_prefix(masker, messages, tools, ids):
-        raise MaskError(
+        raise PromptGap(
             f"{name}: the prompt is not what training sees before this turn ({why}); pass the chat_template "
             "and adapt that the adapter was trained with"
         )
 
-# %% ../../nbs/agent/00_model.ipynb #476deff8
+# %% ../../nbs/agent/00_model.ipynb #afbeb16e
 def prompt_for(agent: Agent, request: Request) -> np.ndarray:
     """Return the prompt ids (int32 [n]) of a `request`. Raises ValueError where the last message is not of a
     user or a tool, and MaskError as `check_prompt_ids` does."""
@@ -124,13 +128,13 @@ def prompt_for(agent: Agent, request: Request) -> np.ndarray:
     check_prompt_ids(agent.masker, request.messages, request.tools, ids, request.name)
     return ids
 
-# %% ../../nbs/agent/00_model.ipynb #056d0fc7
+# %% ../../nbs/agent/00_model.ipynb #003a28df
 def read_reply(agent: Agent, request: Request, prompt: np.ndarray, ids: list[int], complete: bool) -> Reply:
     "Return the `Reply` that the generated `ids` after the ids `prompt` are to a `request`."
     answer = agent.reader.read(ids, request.tools)
     return Reply(reply_message(answer, request.turn), answer, ids, prompt, complete)
 
-# %% ../../nbs/agent/00_model.ipynb #c5aeab19
+# %% ../../nbs/agent/00_model.ipynb #f53ef207
 def answer_prompts(agent: Agent, requests: Sequence[Request], prompts: Sequence[np.ndarray]) -> list[Reply]:
     """Return the replies to `requests`, whose `prompts` are known, generated as one batch with padding on the
     left, in the order given."""
@@ -144,12 +148,12 @@ def answer_prompts(agent: Agent, requests: Sequence[Request], prompts: Sequence[
         for r, prompt, ids in zip(requests, prompts, rows, strict=True)
     ]
 
-# %% ../../nbs/agent/00_model.ipynb #851caf9a
+# %% ../../nbs/agent/00_model.ipynb #0adaa279
 def reply(agent: Agent, requests: list[Request]) -> list[Reply]:
     """Return the replies to `requests`, in order, generated as one batch. Raises as `prompt_for` does."""
     return answer_prompts(agent, requests, [prompt_for(agent, r) for r in requests]) if requests else []
 
-# %% ../../nbs/agent/00_model.ipynb #7a6be81d
+# %% ../../nbs/agent/00_model.ipynb #771d79c1
 @dataclass
 class _Ticket:
     "A request that waits, its prompt, and what came of it."
@@ -158,7 +162,7 @@ class _Ticket:
     prompt: np.ndarray
     result: Reply | BaseException | None = None
 
-# %% ../../nbs/agent/00_model.ipynb #61858d0c
+# %% ../../nbs/agent/00_model.ipynb #50664fff
 @dataclass
 class Batcher:
     """Answer the requests of many threads with one `agent`, at most its `decoding.batch_size` together.
