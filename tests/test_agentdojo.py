@@ -13,7 +13,7 @@ from cbnb.agent import agentdojo, agentdojo_counts, agentdojo_runs
 from cbnb.agent.agentdojo import AskError, BrokeOff, ModelTurn, dojo, from_dojo, make_pipeline, to_dojo
 from cbnb.agent.agentdojo_runs import Task, attack_names, list_tasks, open_bench, run_suite, run_tasks
 from cbnb.agent.loops import find_loop
-from cbnb.agent.model import Batcher, Request, check_prompt_ids
+from cbnb.agent.model import Batcher, PromptGap, Request, check_prompt_ids
 from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError
 from cbnb.data.sources import agentdojo_tools
@@ -320,10 +320,12 @@ def test_a_conversation_that_outgrows_the_model_breaks_off(model, tmp_path):
     assert episode.outcome == "refused" and "made for 100" in episode.error
 
 
-def test_generation_that_fails_ends_the_run_and_counts_nothing(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), PromptGap("another template")])
+def test_what_no_episode_can_help_ends_the_run_and_counts_nothing(tmp_path, error):
+    "Generation that fails, and a prompt that is not what training sees."
     with pytest.raises(AskError) as e:
-        one(tmp_path, [RuntimeError("CUDA out of memory")])
-    assert isinstance(e.value.__cause__, RuntimeError)
+        one(tmp_path, [error])
+    assert e.value.__cause__ is error
     assert not list(tmp_path.rglob("*.json"))
 
 
