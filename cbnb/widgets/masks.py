@@ -766,9 +766,10 @@ def load_masker(
 ) -> ChatMasker:
     """Return the `ChatMasker` that `cbnb.run.settings.make_masker` makes of a model's name or of a tokenizer;
     the last few are kept. `control` by role is a tuple of pairs. Raises what that raises."""
+    by_role: Any = dict(control) if isinstance(control, tuple) else control
     return make_masker(
         model,
-        dict(control) if isinstance(control, tuple) else control,
+        by_role,
         chat_template or "",
         template_variables,
         trust_remote_code,
