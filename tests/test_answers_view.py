@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cbnb.basics.jsonfiles import RunError
@@ -166,6 +166,7 @@ def test_what_is_not_in_order_is_refused_and_what_is_gone_is_told(tmp_path):
 
 
 @given(st.text(max_size=30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=3))
+@example("🙂🙂\u202e bad\n", [(4, 7), (0, 1)])
 def test_marks_hold_what_was_injected(text, spans):
     shown, marks = mark_text(text, spans)
     inside = {i for start, end in spans for i in range(start, min(end, len(text)))}
