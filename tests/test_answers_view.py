@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cbnb.basics.jsonfiles import RunError
@@ -166,6 +166,7 @@ def test_what_is_not_in_order_is_refused_and_what_is_gone_is_told(tmp_path):
 
 
 @given(st.text(max_size=30), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=3))
+@example("🙂🙂\u202e bad\n", [(4, 7), (0, 1)])
 def test_marks_hold_what_was_injected(text, spans):
     shown, marks = mark_text(text, spans)
     inside = {i for start, end in spans for i in range(start, min(end, len(text)))}
@@ -232,6 +233,7 @@ def test_report_of_a_run_writes_the_page_and_changes_nothing(tmp_path, capsys):
 
 def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     transcripts, lines = data(2)
+    lines[3] = line_of(transcripts[1], "after", 1, words='<|python_tag|>{"name": "send_m')
     run = run_folder(tmp_path / "run", transcripts, lines)
     student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
     torch.manual_seed(0)
@@ -245,6 +247,7 @@ def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     token = masks.looks["selected"]
     assert masks.exploration.encoding.message_index[token] == explorer.action().start == 4
     assert masks.looks["a"] == "post_injection_only" and masks.exploration.masks[0].values.sum() > 5
+    assert masks.settings["control"] == "error"
     box = ActionBox(explorer)
     for n, number in enumerate((1, 2), 1):
         box.list.ask = {"n": n, "what": "kl", "number": number, "stage": "before"}
@@ -257,6 +260,16 @@ def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
             encoding.message_index[kl.selected - 1] == 4 and kl.arguments["students"]["student"].cosine.size
         )
     assert len(kl.choices) == 2  # one model for both
+    # what the model began and did not end has tokens, too: the case that a reader asks about first
+    assert transcripts[1].id in explorer.cases[1].id and explorer.action(2, "after").outcomes == (
+        "unreadable",
+    )
+    broken = explorer.masks(2, "after")
+    first = broken.exploration.encoding.input_ids[broken.looks["selected"]]
+    assert (
+        broken.settings["control"]["tool"] == "error" and broken.tokenizer.decode([first]) == "<|python_tag|>"
+    )
+    assert explorer.kl(2, "after", live=True).selected == broken.looks["selected"]
     box.list.ask = {"n": 3, "what": "masks", "number": 9, "stage": "after"}
     assert "there is no case 9" in box.list.answer
 

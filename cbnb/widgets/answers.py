@@ -795,7 +795,7 @@ class ActionExplorer:
         )
         self.settings = {name: value for name, value in settings.items() if value is not None}
         self.title = f"{run.resolve().name}: answers and episodes" if run else "answers and episodes"
-        self.measured: dict[str, tuple[KLExplorer, list[Transcript]]] = {}
+        self.measured: dict[tuple[str, str], tuple[KLExplorer, list[Transcript]]] = {}
         self.box: Any = None
         self.action(number, stage)
 
@@ -810,11 +810,17 @@ class ActionExplorer:
         return actions[stage] if stage else [*actions.values()][-1]
 
     def masks(self, number: int | None = None, stage: str = "") -> MaskExplorer:
-        "Return the mask explorer at an action (as in `action`), with its first token chosen."
+        """Return the mask explorer at an action (as in `action`), with its first token chosen. Control tokens
+        that nothing could be read of are allowed, as the model wrote them as tokens."""
         a = self.action(number, stage)
         consent = bool(self.settings.get("trust_remote_code"))
         own = masker_settings(self.run, a.transcript.label, consent) | self.settings
         explorer = mask_explorer([a.transcript], **own)
+        if explorer.exploration.encoding is None:
+            word = own.get("control", "error")
+            by_role = {"assistant": "allow", **{role: word for role in ("system", "user", "tool")}}
+            allowed = mask_explorer([a.transcript], **{**own, "control": by_role})
+            explorer = explorer if allowed.exploration.encoding is None else allowed
         if explorer.exploration.encoding is not None:
             explorer.looks["selected"] = action_token(explorer.exploration.encoding, a.start)
         return explorer
@@ -830,19 +836,21 @@ class ActionExplorer:
             )
         consent = bool(self.settings.get("trust_remote_code"))
         adapter = adapter_of(self.run, stage, consent)
-        model = str(self.settings.get("model") or "")
+        model, control = str(self.settings.get("model") or ""), self.masks(number, stage).settings["control"]
         transcripts = [a.transcript]
-        if adapter in self.measured:
+        key = adapter, json.dumps(control)
+        if key in self.measured:
             explorer: KLExplorer | StillExplorer
-            explorer, transcripts = self.measured[adapter]
+            explorer, transcripts = self.measured[key]
             transcripts.append(a.transcript)
             explorer.choices = [visible(t.id) for t in transcripts]
             explorer.chosen = len(transcripts) - 1
         else:
-            parts = explorer_parts(adapter, model=model, transcripts=transcripts, trust_remote_code=consent)
+            options: dict[str, Any] = dict(model=model, control=control, transcripts=transcripts)
+            parts = explorer_parts(adapter, trust_remote_code=consent, **options)
             explorer = KLExplorer(*parts) if (is_live() if live is None else live) else StillExplorer(*parts)
             if isinstance(explorer, KLExplorer):
-                self.measured[adapter] = explorer, transcripts
+                self.measured[key] = explorer, transcripts
         encoding = explorer.arguments.get("encoding")
         explorer.selected = -1 if encoding is None else action_token(encoding, a.start)
         return explorer

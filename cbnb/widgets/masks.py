@@ -758,17 +758,18 @@ def as_shelf(source: Any, relabel: str = "", tools: str = "") -> Shelf:
 def load_masker(
     model: Any,
     chat_template: str | None = None,
-    control: str = "error",
+    control: Any = "error",
     template_variables: str = "",
     tool_call_format: str = "template",
     adapt: str = "",
     trust_remote_code: bool = False,
 ) -> ChatMasker:
     """Return the `ChatMasker` that `cbnb.run.settings.make_masker` makes of a model's name or of a tokenizer;
-    the last few are kept. Raises what that raises."""
+    the last few are kept. `control` by role is a tuple of pairs. Raises what that raises."""
+    by_role: Any = dict(control) if isinstance(control, tuple) else control
     return make_masker(
         model,
-        control,
+        by_role,
         chat_template or "",
         template_variables,
         trust_remote_code,
@@ -847,7 +848,8 @@ class MaskExplorer:
         if self.shelf is None:
             self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
         transcript = self.shelf.at(s["number"])
-        masker = load_masker(**{name: s[name] for name in MASKER_SETTINGS})
+        by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
+        masker = load_masker(**{name: s[name] for name in MASKER_SETTINGS} | {"control": by_role})
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
         choice = {name: s[name] for name in names}
