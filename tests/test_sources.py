@@ -312,7 +312,9 @@ def test_tools_of_installed_packages(tmp_path, installed):
     assert all(
         t.tools[0]["function"]["parameters"]["properties"] == {"n": {"type": "integer"}} for t in found
     )
-    assert "6 transcripts without tools got those of agentdojo 0.0" in reading.lines() and not reading.warned()
+    assert (
+        "6 transcripts without tools got those of agentdojo 0.0" in reading.lines() and not reading.warned()
+    )
     (run,) = json.loads((FIXTURES / "tau_bench.json").read_text())[:1]
 
     def trial(n, *messages):

@@ -37,6 +37,7 @@ from cbnb.agent.agentdojo import (
 from .model import Agent, Batcher, Reply, Request
 from ..basics.files import write_bytes
 from ..basics.jsonfiles import RecordError, RunError, bytes_of, parse_bytes
+from ..basics.reading import read_bytes
 from ..basics.terminal import first_line
 from ..basics.withheld import withhold
 from ..config import ConfigError
@@ -173,8 +174,8 @@ def open_bench(
         )
     asker = Asker(batcher)
     pipeline = make_pipeline(asker, name, steps, limit, adapt)
-    load = dojo("attacks").load_attack
-    attacker = None if attack == "none" else load(attack, suites[suite], pipeline)
+    make_attack = dojo("attacks").load_attack
+    attacker = None if attack == "none" else make_attack(attack, suites[suite], pipeline)
     return Bench(suites[suite], pipeline, attacker, Path(folder), version, asker)
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #da73b351
@@ -262,7 +263,7 @@ def run_episode(bench: Bench, task: Task, scratch: str) -> None:
 def keep_file(path: Path, scratch: Path) -> None:
     "Write the one file below `scratch` to `path`, whole, and without secrets of the environment."
     (file,) = scratch.rglob("*.json")
-    data = file.read_bytes()
+    data = read_bytes(file)
     record = json.loads(data)
     clean = withhold(record)
     path.parent.mkdir(parents=True, exist_ok=True)

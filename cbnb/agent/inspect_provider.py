@@ -155,23 +155,25 @@ def load_student(name: str, **options: Any) -> Student:
     from cbnb.step.models import load_model
 
     check_options(options)
-    trust = options.get("trust_remote_code", False)
+    trust_remote_code = options.get("trust_remote_code", False)
     base, adapter_name = split_name(name)
-    adapter = find_adapter(adapter_name, trust)
+    adapter = find_adapter(adapter_name, trust_remote_code)
     base = base_name([adapter], base or None)
     if Path(base).expanduser().is_dir():
-        model_facts(base, trust)  # code that comes with it is refused here
+        model_facts(base, trust_remote_code)  # code that comes with it is refused here
     if other := another_base(adapter, base):
         LOGGER.warning(
             f"the adapter {adapter_name} was trained on {other['made_for']}, and is asked on {base}"
         )
-    masker = masker_for([adapter], base, trust, **{k: options[k] for k in MASKING if k in options})
-    own = made_with(adapter.parameters, trust) if adapter.run else None
+    masker = masker_for(
+        [adapter], base, trust_remote_code, **{k: options[k] for k in MASKING if k in options}
+    )
+    own = made_with(adapter.parameters, trust_remote_code) if adapter.run else None
     load = {k: getattr(own, k) for k in ("dtype", "quantize") if own and getattr(own, k)}
     load |= {"dtype": options["dtype"]} if "dtype" in options else {}
-    model: Any = load_model(base, trust_remote_code=trust, **load)
+    model: Any = load_model(base, trust_remote_code=trust_remote_code, **load)
     if adapter.folder:
-        model = load_students(model, {"adapter": adapter.folder}, trust_remote_code=trust)
+        model = load_students(model, {"adapter": adapter.folder}, trust_remote_code=trust_remote_code)
     decoding = decoding_for([adapter])
     if size := options.get("batch_size"):
         decoding = dataclasses.replace(decoding, batch_size=size)
