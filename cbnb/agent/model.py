@@ -24,7 +24,7 @@ from ..masking.templates import MaskError
 
 # %% auto #0
 __all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'PromptGap', 'check_prompt_ids', 'prompt_for',
-           'read_reply', 'answer_prompts', 'reply', 'Batcher']
+           'read_reply', 'generate_turns', 'answer_prompts', 'reply', 'Batcher']
 
 # %% ../../nbs/agent/00_model.ipynb #d30388af
 @dataclass(frozen=True)
@@ -134,18 +134,26 @@ def read_reply(agent: Agent, request: Request, prompt: np.ndarray, ids: list[int
     answer = agent.reader.read(ids, request.tools)
     return Reply(reply_message(answer, request.turn), answer, ids, prompt, complete)
 
-# %% ../../nbs/agent/00_model.ipynb #f53ef207
-def answer_prompts(agent: Agent, requests: Sequence[Request], prompts: Sequence[np.ndarray]) -> list[Reply]:
-    """Return the replies to `requests`, whose `prompts` are known, generated as one batch with padding on the
-    left, in the order given."""
+# %% ../../nbs/agent/00_model.ipynb #b878aea6
+def generate_turns(
+    agent: Agent, requests: Sequence[Request], prompts: Sequence[np.ndarray]
+) -> list[tuple[list[int], bool]]:
+    """Return `(ids, complete)` of each turn that `requests`, whose `prompts` are known, are answered with:
+    one batch with padding on the left, in the order given."""
     tokenizer, decoding = agent.masker.tokenizer, agent.decoding
     ends = end_sequences(agent.reader, stop_tokens(agent.model, tokenizer))
     seeds = [item_seed(decoding.seed, f"{r.name}/{r.turn}", 0) for r in requests]
     agent.model.eval()
     rows = generate_batch(agent.model, list(prompts), ends, tokenizer.pad_token_id, decoding, seeds)
+    return [(ids, until_end(ids, ends)[1]) for ids in rows]
+
+# %% ../../nbs/agent/00_model.ipynb #f53ef207
+def answer_prompts(agent: Agent, requests: Sequence[Request], prompts: Sequence[np.ndarray]) -> list[Reply]:
+    """Return the replies to `requests`, whose `prompts` are known, generated as one batch."""
+    turns = generate_turns(agent, requests, prompts)
     return [
-        read_reply(agent, r, prompt, ids, until_end(ids, ends)[1])
-        for r, prompt, ids in zip(requests, prompts, rows, strict=True)
+        read_reply(agent, request, prompt, ids, complete)
+        for request, prompt, (ids, complete) in zip(requests, prompts, turns, strict=True)
     ]
 
 # %% ../../nbs/agent/00_model.ipynb #0adaa279
@@ -225,7 +233,12 @@ class Batcher:
         "Generate the replies of a `batch`, and wake all who wait."
         results: Sequence[Reply | BaseException]
         try:
-            results = answer_prompts(self.agent, [t.request for t in batch], [t.prompt for t in batch])
+            turns = generate_turns(self.agent, [t.request for t in batch], [t.prompt for t in batch])
+            with self._changed:
+                results = [
+                    read_reply(self.agent, t.request, t.prompt, ids, complete)
+                    for t, (ids, complete) in zip(batch, turns, strict=True)
+                ]
         except BaseException as e:
             results = [e] * len(batch)
         with self._changed:
