@@ -46,7 +46,7 @@ class Replay:
     def episode(self):
         return contextlib.nullcontext()
 
-    def ask(self, request):
+    def ask(self, request, check=None):
         script = self.scripts[request.name]
         message, masker = script[request.turn], self.agent.masker
         with self.lock:

@@ -286,3 +286,19 @@ def test_a_run_plays_before_and_after_and_its_evaluation_gives_the_same(tmp_path
     assert figures["counts"] == result["loop"]["after"]["counts"]
     none = cells("-p", "run_dir", tmp_path / "none", *few(tmp_path, eval_loop="tinny"))
     assert none.returncode and "eval_loop is 'tinny'" in none.stdout and not (tmp_path / "none").exists()
+
+
+def test_an_adapter_at_another_scale_is_another_model(tmp_path, agent):
+    "Answers that are there are those of the adapter as it was set then."
+    from cbnb.config import get_config
+    from cbnb.evaluate.answers import adapter_settings, model_state
+    from cbnb.evaluate.dial import scaled
+    from cbnb.step.models import add_adapter, load_model
+
+    student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
+    assert adapter_settings(student) == []
+    states = [model_state(student)]
+    for scale in (0.5, 0):
+        with scaled(student, scale):
+            states.append(model_state(student))
+    assert len(set(states)) == 3 and model_state(student) == states[0]

@@ -237,7 +237,7 @@ class Says:
     def episode(self):
         return contextlib.nullcontext()
 
-    def ask(self, request: Request):
+    def ask(self, request: Request, check=None):
         message = self.turns[min(request.turn, len(self.turns) - 1)]
         if isinstance(message, Exception):
             raise message
@@ -315,8 +315,10 @@ def test_an_episode_that_cannot_go_on_counts_as_agentdojo_counts_it(tmp_path, tu
 
 def test_a_conversation_that_outgrows_the_model_breaks_off(model, tmp_path):
     agent = tiny_agent(model)
-    bench = open_bench(Batcher(agent), "banking", "none", tmp_path, "local-x", limit=100)
+    batcher = Batcher(agent)
+    bench = open_bench(batcher, "banking", "none", tmp_path, "local-x", limit=100)
     (episode,) = run_tasks(bench, [Task("user_task_0")], 1).episodes
+    assert batcher.batches == [], "a prompt that is too long is not generated"
     assert episode.outcome == "refused" and "made for 100" in episode.error
 
 

@@ -220,3 +220,22 @@ def test_the_form_asks_what_stands_in_it(world):
     assert "the call is no JSON" in form.fields["shown"].value
     still = form._repr_mimebundle_()
     assert "text/html" in still and "widget-view" not in json.dumps(list(still))
+
+
+def test_a_model_that_fails_at_one_question_can_be_asked_another(session, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+
+    said, inputs = [], iter(["Hello", "/quit"])
+    monkeypatch.setattr(module, "generate_batch", fails)
+    module.talk(session, lambda prompt: next(inputs), lambda *lines: said.extend(lines))
+    assert said == ["CUDA out of memory"] and session.messages == []
+
+
+def test_another_speaker_changes_no_call_that_was_written_by_hand(session):
+    obey(session, "Hello")
+    obey(session, "/user Read the ticket garnet.")
+    obey(session, '/call {"name": "get_ticket", "arguments": {"id": "garnet"}}')
+    before = list(session.messages)
+    obey(session, "/use base")
+    assert session.messages == before

@@ -319,10 +319,29 @@ def test_a_student_that_is_not_there_is_named(name):
         get_model(name, memoize=False)
 
 
-@pytest.mark.parametrize("option", [{"adapt": 3}, {"bath_size": 8}, {"trust_remote_code": 1}])
+@pytest.mark.parametrize(
+    "option", [{"adapt": 3}, {"bath_size": 8}, {"trust_remote_code": 1}, {"batch_size": 0}]
+)
 def test_a_model_argument_is_followed_or_refused(option):
     with pytest.raises(RunError, match=f"model argument {next(iter(option))}"):
         get_model("cbnb/tinyagent", memoize=False, **option)
+
+
+def test_values_with_commas_are_one_text():
+    "As Inspect's own command line reads -M adapt=split_calls,split_text: as a list."
+    student = get_model("cbnb/tinyagent", memoize=False, adapt=["split_calls", "split_text"]).api.student
+    assert list(student.agent.masker.adapt) == ["split_calls", "split_text"]
+
+
+def test_a_stage_of_any_name_stays_in_the_folder(monkeypatch, tmp_path, attacked):
+    from cbnb.agent import inspect_logs
+
+    names = [str(tmp_path / "outside" / "owned"), "../../owned", "a/b", "a b"]
+    stages = [(name, attacked) for name in names]
+    monkeypatch.setattr(inspect_logs, "run_logs", lambda *a: stages)
+    paths = inspect_logs.write_inspect_logs(tmp_path / "run", tmp_path / "out")
+    assert len({*paths}) == 4 and all(p.parent == tmp_path / "out" and p.is_file() for p in paths)
+    assert not list(tmp_path.rglob("owned.eval"))
 
 
 def test_another_base_is_told(adapter, tmp_path, caplog):
@@ -603,3 +622,10 @@ def test_without_the_extra_one_sentence_says_how_to_install_it(finished):
 def test_the_package_tells_inspect_where_the_provider_is():
     [entry] = [e for e in entry_points(group="inspect_ai") if e.name == "cbnb"]
     assert entry.load().tiny_world is tiny_world
+
+
+@pytest.mark.parametrize("rule", ["outcome==jailbroken", "outcome=>1", "outcome!=!x", "outcome<" + "9" * 400])
+def test_a_rule_that_would_never_hold_is_refused(rule):
+    "Else every record would be benign."
+    with pytest.raises(TranscriptError, match="harmful_if"):
+        mark_by(rule)

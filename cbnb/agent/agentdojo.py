@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import numpy as np
 
 from .model import Agent, PromptGap, Reply, Request, prompt_for
 from ..config import ConfigError
@@ -26,8 +26,8 @@ from ..transcripts.record import Transcript, TranscriptError, parse_json, read_t
 
 # %% auto #0
 __all__ = ['SUITES', 'VERSION', 'MAX_STEPS', 'dojo', 'BrokeOff', 'file_messages', 'from_dojo', 'to_dojo', 'tool_schemas',
-           'episode_name', 'adapt_messages', 'note_turn', 'ModelTurn', 'AskError', 'ask', 'ToolTurn', 'failure_of',
-           'system_message', 'make_pipeline', 'adapter_settings', 'asking_state', 'pipeline_name', 'check_template']
+           'episode_name', 'adapt_messages', 'note_turn', 'ModelTurn', 'AskError', 'too_long', 'ask', 'ToolTurn',
+           'failure_of', 'system_message', 'make_pipeline', 'asking_state', 'pipeline_name', 'check_template']
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #a33db909
 SUITES = ("workspace", "banking", "slack", "travel")
@@ -153,15 +153,11 @@ class ModelTurn:
         name = episode_name(query)
         turn = sum(message["role"] == "assistant" for message in messages)
         tools = self.tools_of(runtime)
-        reply = ask(
-            self.asker, Request(adapt_messages(from_dojo(messages, name), self.adapt), tools, name, turn)
-        )
+        request = Request(adapt_messages(from_dojo(messages, name), self.adapt), tools, name, turn)
+        reply = ask(self.asker, request, self.limit)
         length = len(reply.prompt_ids) + len(reply.ids)
         if self.limit and length > self.limit:
-            raise BrokeOff(
-                f"{name}: turn {turn} ends at token {length}, and the model was made for {self.limit}; take "
-                "a model with a longer context"
-            )
+            raise BrokeOff(too_long(name, turn, length, self.limit))
         message = to_dojo(reply.message)
         from_dojo([message], name)
         note_turn(reply)
@@ -171,12 +167,29 @@ class ModelTurn:
 class AskError(RuntimeError):
     """Generation failed: of no episode's making, so the run ends. The cause is its `__cause__`."""
 
+# %% ../../nbs/agent/05_agentdojo.ipynb #d23f112d
+def too_long(name: str, turn: int, length: int, limit: int) -> str:
+    """Return the sentence on turn number `turn` of the episode `name`, which ends at token `length` where the
+    model was made for `limit`."""
+    return (
+        f"{name}: turn {turn} ends at token {length}, and the model was made for {limit}; take a model with "
+        "a longer context"
+    )
+
 # %% ../../nbs/agent/05_agentdojo.ipynb #615a20c1
-def ask(asker: Any, request: Request) -> Reply:
+def ask(asker: Any, request: Request, limit: int = 0) -> Reply:
     """Return the reply of `asker` to `request`. Raises BrokeOff where the conversation cannot be a prompt
-    (MaskError), and AskError from whatever else comes of it, also where the prompt is not training's."""
+    (MaskError), or is one of `limit` tokens or more (0: any length), and AskError from whatever else comes of
+    it, also where the prompt is not training's."""
+
+    def check(prompt: np.ndarray) -> None:
+        if limit and len(prompt) >= limit:
+            raise BrokeOff(too_long(request.name, request.turn, len(prompt), limit))
+
     try:
-        return asker.ask(request)
+        return asker.ask(request, check)
+    except BrokeOff:
+        raise
     except PromptGap as e:
         raise AskError(str(e)) from e
     except MaskError as e:
@@ -242,18 +255,6 @@ def make_pipeline(
     pipeline.name = name
     return pipeline
 
-# %% ../../nbs/agent/05_agentdojo.ipynb #48c84b7d
-def adapter_settings(model: nn.Module) -> list[str]:
-    """Return how the adapters of `model` are set, layer by layer: their scales, which are active, whether any
-    is, which are merged."""
-    names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
-    return [
-        f"{where}.{name}={getattr(module, name, None)!r}"
-        for where, module in model.named_modules()
-        if hasattr(module, "lora_A")
-        for name in names
-    ]
-
 # %% ../../nbs/agent/05_agentdojo.ipynb #5700ce35
 def asking_state(agent: Agent) -> list[str]:
     """Return what decides an answer besides the weights: the templates with and without tools, their
@@ -271,7 +272,7 @@ def asking_state(agent: Agent) -> list[str]:
 def pipeline_name(agent: Agent, title: str, steps: int = MAX_STEPS, version: str = VERSION) -> str:
     """Return the name of the pipeline of `agent`: `local-TITLE-HASH`, where the hash (12 hex digits) is over
     the state of the model, how it is asked, the system message, `steps` and the benchmark's `version`."""
-    state = [model_state(agent.model), *adapter_settings(agent.model), *asking_state(agent)]
+    state = [model_state(agent.model), *asking_state(agent)]
     parts = [*state, system_message(), str(steps), version]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     return f"local-{re.sub(r'[^A-Za-z0-9._-]+', '_', title)[:80]}-{digest}"

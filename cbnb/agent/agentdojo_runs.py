@@ -116,11 +116,11 @@ class Asker:
     batcher: Any
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def ask(self, request: Request) -> Reply:
-        "Return the reply of the batcher to `request`."
+    def ask(self, request: Request, check: Callable[[Any], None] = lambda prompt: None) -> Reply:
+        "Return the reply of the batcher to `request`, whose prompt ids `check` may refuse."
         if self.stop.is_set():
             raise AskError(f"{request.name}: the run was stopped")
-        return self.batcher.ask(request)
+        return self.batcher.ask(request, check)
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #93bade3b
 @dataclass

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from .inspect_provider import schema_of  # first: its error where Inspect is mis
 
 # %% auto #0
 __all__ = ['logged_message', 'logged_tool', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics', 'answers_log',
-           'answer_pairs', 'stage_models', 'run_logs', 'write_inspect_logs']
+           'answer_pairs', 'stage_models', 'run_logs', 'log_name', 'write_inspect_logs']
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #22f4dc6e
 from inspect_ai.event import ModelEvent
@@ -267,6 +268,15 @@ def run_logs(folder: Path, trust_remote_code: bool = False) -> Iterator[tuple[st
         pairs = answer_pairs(own, transcripts, masker, prefill, folder / "answers.jsonl")
         yield stage, answers_log(pairs, stage, models[stage], figures, when)
 
+# %% ../../nbs/agent/21_inspect_logs.ipynb #470c8ade
+def log_name(stage: str, others: Iterable[Path] = ()) -> str:
+    """Return the file name of the log of a `stage`, another one than those of `others`: its letters, digits,
+    dots and dashes, and lines for all else."""
+    name = re.sub(r"[^\w.-]+", "_", stage).lstrip(".")[:100] or "stage"
+    names = {other.name for other in others}
+    tries = (f"{name}.eval", *(f"{name}-{n}.eval" for n in range(2, len(names) + 3)))
+    return next(text for text in tries if text not in names)
+
 # %% ../../nbs/agent/21_inspect_logs.ipynb #f2d9e94d
 def write_inspect_logs(
     folder: str | Path, out: str | Path | None = None, trust_remote_code: bool = False
@@ -278,10 +288,10 @@ def write_inspect_logs(
     logs = list(run_logs(folder, trust_remote_code))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
-        files = {}
-        for stage, log in logs:
-            path = Path(place, f"{stage}.eval")
+        files: dict[Path, bytes] = {}
+        for number, (stage, log) in enumerate(logs):
+            path = Path(place, f"{number}.eval")  # a stage may have any name
             write_eval_log(EvalLog.model_validate(withhold(log.model_dump(mode="json"))), path)
-            files[out / path.name] = read_bytes(path)
+            files[out / log_name(stage, files)] = read_bytes(path)
         write_files(files)
     return list(files)

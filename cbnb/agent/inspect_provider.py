@@ -131,6 +131,8 @@ def check_options(options: dict[str, Any]) -> None:
                 f"the model argument {name} is {value!r}; write it as {OPTIONS[name].__name__}, such as "
                 f"-M {name}={'true' if OPTIONS[name] is bool else 8 if OPTIONS[name] is int else 'word'}"
             )
+        if name == "batch_size" and isinstance(value, int) and value < 1:
+            raise RunError(f"the model argument batch_size is {value}; give a whole number from 1 on")
 
 # %% ../../nbs/agent/20_inspect.ipynb #d89909b6
 def load_student(name: str, **options: Any) -> Student:
@@ -185,6 +187,11 @@ STUDENTS: weakref.WeakValueDictionary[tuple, Student] = weakref.WeakValueDiction
 
 def shared_student(name: str, **options: Any) -> Student:
     "Return `load_student`, or the student of this name and these options that is in use. Raises as it does."
+    options = {  # Inspect makes a list of a value with commas
+        k: ",".join(v) if isinstance(v, list) and all(isinstance(word, str) for word in v) else v
+        for k, v in options.items()
+    }
+    check_options(options)
     key = (name, *sorted(options.items()))
     student = STUDENTS.get(key) or load_student(name, **options)
     STUDENTS[key] = student

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,11 +199,13 @@ class Batcher:
                 self._running -= 1
                 self._changed.notify_all()
 
-    def ask(self, request: Request) -> Reply:
-        """Return the reply to `request` once a batch with it is done. Raises as `prompt_for` does, which
-        concerns this thread only, and what generation raises, in every thread of the batch."""
+    def ask(self, request: Request, check: Callable[[np.ndarray], None] = lambda prompt: None) -> Reply:
+        """Return the reply to `request` once a batch with it is done. Raises as `prompt_for` does and what
+        `check(prompt ids)` raises, which concerns this thread only, and what generation raises, in every
+        thread of the batch."""
         with self._changed:  # a fast tokenizer is not to be used by two threads
             ticket = _Ticket(request, prompt_for(self.agent, request))
+            check(ticket.prompt)
             self._queue.append(ticket)
             self._last = time.monotonic()
             self._changed.notify_all()

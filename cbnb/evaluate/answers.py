@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..basics.processes import from_first, gather_lists, is_first, rank, share_of
@@ -28,9 +29,9 @@ from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'model_state', 'batch_key', 'end_sequences',
-           'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches', 'answer_questions',
-           'answer_figures', 'plain_figures']
+__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'adapter_settings', 'model_state', 'batch_key',
+           'end_sequences', 'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches',
+           'answer_questions', 'answer_figures', 'plain_figures']
 
 # %% ../../nbs/evaluate/06_answers.ipynb #0b929e41
 def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,16 +88,34 @@ def collect(model: nn.Module, mine: list) -> list:
     "Return the results of all processes, of which `mine` are those of the batches that `deal` gave this one."
     return mine if is_in_parts(model) else gather_lists(mine)
 
+# %% ../../nbs/evaluate/06_answers.ipynb #093cc337
+def adapter_settings(model: nn.Module) -> list[str]:
+    """Return how the adapters of `model` are set, layer by layer, where that is not as they were trained:
+    switched off, merged, at another scale, or some of several active."""
+    settings = []
+    for where, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        own = {
+            name: layer.lora_alpha[name] / (rank**0.5 if layer.use_rslora.get(name) else rank)
+            for name, rank in layer.r.items()
+        }
+        if layer.disable_adapters or layer.merged or layer.scaling != own or len(own) > 1:
+            state = (layer.disable_adapters, layer.merged_adapters, layer.scaling, layer.active_adapters)
+            settings.append(f"{where} {state}")
+    return settings
+
 # %% ../../nbs/evaluate/06_answers.ipynb #02fbd140
 def model_state(model: nn.Module) -> str:
-    """Return 32 hex digits over configuration and weights of a model and over its adapters, bit for bit.
-    Where processes hold parts of the weights, all have to ask, and another number of them gives other
-    digits."""
+    """Return 32 hex digits over configuration and weights of a model and over its adapters, bit for bit, and
+    over how these are set where that is not as they were trained (`adapter_settings`). Where processes hold
+    parts of the weights, all have to ask, and another number of them gives other digits."""
     adapter = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if "lora_" in name:
             adapter.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
-    return hashlib.sha256(f"{weights_hash(model)} {adapter.hexdigest()}".encode()).hexdigest()[:32]
+    words = " ".join([weights_hash(model), adapter.hexdigest(), *adapter_settings(model)])
+    return hashlib.sha256(words.encode()).hexdigest()[:32]
 
 # %% ../../nbs/evaluate/06_answers.ipynb #249802a4
 def batch_key(

@@ -44,11 +44,12 @@ def read_rule(text: str, name: str) -> NoteRule:
     match: Any = RULE.fullmatch(text)
     need(match, name, f"is {text!r}; write FIELD=VALUE, such as scores.world.attack=1, or with != >= <= > <")
     path, sign, word = match.groups()
+    need(word[0] not in "=<>!", name, f"is {text!r}, with two signs; write one, such as FIELD=VALUE")
     try:
         value = json.loads(word)
-    except ValueError:
-        value = word
-    number = isinstance(value, int | float) and math.isfinite(value)
+        number = isinstance(value, int | float) and math.isfinite(value)
+    except (ValueError, OverflowError):  # a word; a whole number that no float holds
+        value, number = word, False
     need(number or sign in ("=", "!="), name, f"compares with {word!r} by {sign}; give a number")
     return NoteRule(path, sign, value)
 

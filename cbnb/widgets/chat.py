@@ -23,12 +23,12 @@ from ..basics.reading import read_text
 from ..basics.terminal import sentence, visible
 
 # %% auto #0
-__all__ = ['CALL_FORM', 'COMMANDS', 'CHAT_STYLE', 'Chat', 'open_chat', 'ChatAnswer', 'ask', 'without_control', 'message_of',
-           'result_message', 'read_call', 'tools_of', 'start_from', 'text_lines', 'reading_lines', 'state_words',
-           'answer_lines', 'Session', 'sides', 'answer_session', 'line_ends', 'say_message', 'set_scale', 'set_prefill',
-           'set_sampling', 'set_length', 'set_system', 'set_tools', 'add_call', 'add_result', 'add_user', 'ask_again',
-           'set_speaker', 'show_prompt', 'start_anew', 'show_help', 'obey', 'ask_once', 'talk', 'compose', 'parts_of',
-           'text_html', 'answers_html', 'ChatForm', 'ask_form', 'go_on', 'show_history', 'text_fields',
+__all__ = ['CALL_FORM', 'COMMANDS', 'FAILURES', 'CHAT_STYLE', 'Chat', 'open_chat', 'ChatAnswer', 'ask', 'without_control',
+           'message_of', 'result_message', 'read_call', 'tools_of', 'start_from', 'text_lines', 'reading_lines',
+           'state_words', 'answer_lines', 'Session', 'sides', 'answer_session', 'line_ends', 'say_message', 'set_scale',
+           'set_prefill', 'set_sampling', 'set_length', 'set_system', 'set_tools', 'add_call', 'add_result', 'add_user',
+           'ask_again', 'set_speaker', 'show_prompt', 'start_anew', 'show_help', 'obey', 'ask_once', 'talk', 'compose',
+           'parts_of', 'text_html', 'answers_html', 'ChatForm', 'ask_form', 'go_on', 'show_history', 'text_fields',
            'setting_fields', 'layout_form', 'newest_or_none', 'chat_form']
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0003
@@ -395,10 +395,12 @@ def set_speaker(session: Session, text: str) -> list[str]:
     if text not in ("base", "breaker"):
         raise ValueError(f"/use wants base or breaker, and {text!r} is neither")
     session.speaker = text
-    if session.answers and session.messages and session.messages[-1]["role"] == "assistant":
-        own = session.answers.get(text, session.answers["base"])
-        control = session.chat.masker.control
-        session.messages[-1] = message_of(own.answer, session.messages[:-1], control)
+    before, control = session.messages[:-1], session.chat.masker.control
+    answers = {
+        name: message_of(own.answer, before, control) for name, own in session.answers.items()
+    }  # of the question before the last message; a call that was written by hand is none of them
+    if session.messages and session.messages[-1] in answers.values():
+        session.messages[-1] = answers.get(text, answers["base"])
     return [f"the conversation goes on with the answers of the {text}"]
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0053
@@ -485,6 +487,9 @@ def ask_once(session: Session, text: str) -> list[str]:
         )
     return out
 
+# %% ../../nbs/widgets/07_chat.ipynb #fd34063d
+FAILURES = (ValueError, RuntimeError, OSError, IndexError)  # of a question: the conversation goes on
+
 # %% ../../nbs/widgets/07_chat.ipynb #chat0065
 def talk(session: Session, read: Callable[[str], str], say: Callable[..., None]) -> None:
     """Carry on a conversation: `read(prompt)` gives a line, and raises EOFError at the end; `say` prints
@@ -497,7 +502,7 @@ def talk(session: Session, read: Callable[[str], str], say: Callable[..., None])
         except KeyboardInterrupt:
             say("", "interrupted; /quit ends")
             continue
-        except (ValueError, RunError, OSError) as e:
+        except FAILURES as e:
             say(sentence(e))
             continue
         if lines is None:
@@ -612,7 +617,7 @@ def ask_form(form: ChatForm) -> None:
         }
         prompt = form.chat.masker.prompt(form.messages, tools=tools) if fields["prompt"] else ""
         form.fields["shown"].value = answers_html(form.answers, prompt)
-    except (ValueError, RunError, OSError) as e:
+    except FAILURES as e:
         form.fields["shown"].value = f"<p>{escape(sentence(e))}</p>"
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0079
