@@ -15,6 +15,7 @@ from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import ConfigError, config_to_dict, get_config
 from cbnb.evaluate.answers import answer_figures
+from cbnb.evaluate.dial import dial_stage
 from cbnb.step.models import add_adapter, load_model, save_adapter
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.record import Transcript
@@ -199,6 +200,35 @@ def test_hostile_texts_stay_text():
     for html in (view.html, view.plain):
         assert not re.search(r"<img|https?://|[\u202e\u200b\u2028\x1b\ud83d]", html)
     assert view.html.count("<script") == 2 and "<script" not in view.plain
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("own", [["before", "after"], ["noise", "dial 2.00"]], ids=["run", "evaluation"])
+def test_a_dial_is_no_stage_of_a_run(tmp_path, finished, own):
+    "An adapter may have the name of a point: then result.json tells which answers are whose."
+    if not finished and "dial 2.00" in own:
+        own = ["noise", "other"]
+    prefix = "" if "after" in own else "noise "
+    transcripts, lines = data(2)
+    lines = [line | {"stage": own[line["stage"] == "after"]} for line in lines]
+    stages = [dial_stage(scale, prefix) for scale in (0, 0.5, 1.5)]
+    dials = [line_of(t, stage, i) for stage in stages for i, t in enumerate(transcripts)]
+    run = run_folder(tmp_path / "run", transcripts, [*lines, *dials])
+    if finished:
+        figures = {stage: {} for stage in own}
+        points = [{"scale": n, "stage": stage} for n, stage in enumerate([*stages, own[-1]])]
+        result = figures if "after" in own else {"evaluated": figures}
+        dial = {"questions": 2, "samples": 1, "points": points}
+        (run / "result.json").write_text(json.dumps(result | {"dial": {own[0]: dial}}))
+    cases, notes = read_cases(run)
+    assert [[*case.actions] for case in cases] == [own] * len(transcripts)
+    assert [change_of(case) for case in cases] == [*map(change_of, answer_cases(lines, transcripts)[0])]
+    n = 3 * len(transcripts)
+    assert notes == [f"{n} answers at 3 scales of a dial are left out; the report of the run shows them."]
+    explorer = explore_answers(run)
+    assert (
+        explorer.action().transcript.id.endswith(f"({own[-1]})") and "at 3 scales" in explorer.data["message"]
+    )
 
 
 def test_episodes_of_two_stages_meet(tmp_path):

@@ -24,11 +24,12 @@ import traitlets
 __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACTERS', 'WANTED_WORDS', 'QUIET', 'TABLE_CASES',
            'TABLE_TEXT', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message', 'answer_facts',
            'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'episode_outcomes', 'common_start',
-           'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions', 'read_cases', 'spell_lines',
-           'utf16_length', 'mark_text', 'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words',
-           'case_order', 'stages_of', 'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'cases_table',
-           'answers_html', 'answers_view', 'open_command', 'write_answers', 'action_token', 'masker_settings',
-           'has_adapter', 'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
+           'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions', 'without_dial', 'read_cases',
+           'spell_lines', 'utf16_length', 'mark_text', 'call_text', 'message_parts', 'wanted_rows', 'case_state',
+           'last_words', 'case_order', 'stages_of', 'left_out_note', 'answers_state', 'outcome_table', 'move_table',
+           'cases_table', 'answers_html', 'answers_view', 'open_command', 'write_answers', 'action_token',
+           'masker_settings', 'has_adapter', 'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox',
+           'explore_answers']
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
 from ..basics.jsonfiles import RunError, write_owned
@@ -45,10 +46,12 @@ from cbnb.evaluate.adapters import (
     run_parameters,
 )
 from ..evaluate.benchmarks import questions
+from ..evaluate.dial import is_dial_stage
 
 # %% ../../nbs/widgets/06_answers.ipynb #ans0imp2
 from ..masking.policies import Encoding
 from ..masking.turns import IS_COMPLETION
+from ..report.figures import results_of
 from ..run.metrics import read_json_lines
 from ..run.records import read_record
 from ..run.settings import kept_template
@@ -362,6 +365,32 @@ def run_questions(folder: Path, trust_remote_code: bool = False) -> list[Transcr
         transcripts = questions_for(adapters, reading=reading_of(parameters))
     return asked_of(transcripts)
 
+# %% ../../nbs/widgets/06_answers.ipynb #b57c7b55
+def without_dial(folder: Path, lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the `lines` of answers.jsonl that are not points of a dial (`cbnb.evaluate.dial`), and sentences
+    on those that are: by what the result.json in `folder` says, without one by the form of their stage."""
+    notes: list[str] = []
+    try:
+        result = read_record(folder / "result.json") or {}
+    except RunError as e:
+        result = {}
+        notes.append(
+            f"Which answers are points of a dial is told by the names of their stages: {sentence(e)}"
+        )
+    points = {point["stage"] for dial in (result.get("dial") or {}).values() for point in dial["points"]}
+    own = results_of(result).keys()
+    rest = [
+        line
+        for line in lines
+        if line["stage"] in own or not (line["stage"] in points or is_dial_stage(line["stage"]))
+    ]
+    if n := len(lines) - len(rest):
+        scales = len({line["stage"] for line in lines} - {line["stage"] for line in rest})
+        notes.append(
+            f"{n:,} answers at {scales:,} scales of a dial are left out; the report of the run shows them."
+        )
+    return rest, notes
+
 # %% ../../nbs/widgets/06_answers.ipynb #8eff8771
 def read_cases(
     folder: str | Path, transcripts: Sequence[Transcript] | None = None, trust_remote_code: bool = False
@@ -379,6 +408,7 @@ def read_cases(
     cases: list[Case] = []
     notes: list[str] = []
     if lines:
+        lines, notes = without_dial(folder, lines)
         try:
             asks = (
                 asked_of(transcripts) if transcripts is not None else run_questions(folder, trust_remote_code)
