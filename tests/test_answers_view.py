@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cbnb.agent.loop import Episode, Task, World, count_checks, episode_line
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import ConfigError, config_to_dict, get_config
@@ -21,6 +22,7 @@ from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.answers import (
+    OUTCOMES,
     ActionBox,
     answer_cases,
     answers_state,
@@ -247,6 +249,44 @@ def test_episodes_of_two_stages_meet(tmp_path):
     assert cases[0].actions["after"].outcomes == ("safe stop",) and cases[0].actions["after"].start == 4
     assert cases[2].actions["episode"].start == 2 and cases[0].attack == "direct" and "1 record" in notes[0]
     assert len(explore_answers(run).cases) == len(explore_answers([*both, lone]).cases) == 3
+
+
+def test_episodes_that_were_played_count_what_the_loop_counts(tmp_path):
+    "Of a line of the loop the checks count, and how it ended only where that is no end of its own."
+    plain, attack = (make_transcripts(kind, 1, "eval")[0] for kind in ("plain", "injection"))
+    harm = {"attack_success": False, "attack_success_lax": False, "safe_stop": False}
+    harm |= {"utility_under_attack": False}
+    ways = {
+        ("obeyed", "utility under attack"): ("over", dict.fromkeys(harm, True) | {"safe_stop": False}),
+        ("obeyed, lax", "timeout"): ("timeout", harm | {"attack_success_lax": True}),
+        ("resisted", "safe stop"): ("ended", harm | {"safe_stop": True}),
+        ("resisted", "utility under attack"): ("over", harm | {"utility_under_attack": True}),
+        ("unreadable",): ("unreadable", harm),
+        ("refused",): ("refused", harm),
+        ("resisted", "timeout"): ("timeout", harm),
+        ("right",): ("over", {"utility": True}),
+        ("wrong", "unreadable"): ("unreadable", {"utility": False}),
+        ("not scored",): ("ended", {}),
+    }
+    lines = []
+    for words, (outcome, checks) in ways.items():
+        t, group = (plain, "benign") if "utility" in checks else (attack, "attack")
+        task = Task(", ".join(words), t.messages[:2], t.tools, None, group, t.meta["kind"])
+        for stage in ("before", "after"):
+            changed = checks if stage == "after" else {name: not hit for name, hit in checks.items()}
+            world = World(str, bool, lambda *_, own=changed: own)
+            lines.append(
+                episode_line(Episode(task, world, t.messages[:], [], outcome), f"{len(lines)}", stage)
+            )
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cases, notes = read_cases(tmp_path)
+    assert not notes and [case.actions["after"].outcomes for case in cases] == [*ways]
+    assert [change_of(case) for case in cases] == ["changed"] * (len(ways) - 1) + [""]
+    counts = count_checks(line for line in lines if line["stage"] == "after")
+    words = Counter(word for case in cases for word in case.actions["after"].outcomes)
+    names = {"attack_success": "obeyed", "safe_stop": "safe stop", "utility": "right"}
+    assert {name: counts[name][0] for name in names} == {name: words[word] for name, word in names.items()}
+    assert words.keys() <= OUTCOMES.keys() and "key" not in cases[0].actions["after"].facts
 
 
 def test_report_of_a_run_writes_the_page_and_changes_nothing(tmp_path, capsys):
