@@ -15,21 +15,26 @@ from cbnb.agent.loop import Episode, Task, World, count_checks, episode_line
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import ConfigError, config_to_dict, get_config
+from cbnb.evaluate.adapters import MASKING, find_adapters, masker_for
 from cbnb.evaluate.answers import answer_figures
 from cbnb.evaluate.dial import dial_stage
-from cbnb.step.models import add_adapter, load_model, save_adapter
+from cbnb.masking.masker import ChatMasker
+from cbnb.run.settings import keep_template, make_masker, template_of
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.answers import (
     OUTCOMES,
     ActionBox,
+    adapter_of,
     answer_cases,
     answers_state,
     answers_view,
     change_of,
     episode_cases,
     explore_answers,
+    has_adapter,
     mark_text,
     read_cases,
     spell_lines,
@@ -103,6 +108,17 @@ def run_folder(folder, transcripts, lines, episodes=()):
     if episodes:
         write_transcripts(folder / "episodes.jsonl", episodes)
     return folder
+
+
+def noisy():
+    "The tiny agent with noise in the place of a trained adapter."
+    student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return student
 
 
 def episodes_of(t, *outcomes, number=0):
@@ -305,13 +321,7 @@ def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     transcripts, lines = data(2)
     lines[3] = line_of(transcripts[1], "after", 1, words='<|python_tag|>{"name": "send_m')
     run = run_folder(tmp_path / "run", transcripts, lines)
-    student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
-    save_adapter(student, run / "adapter")
+    save_adapter(noisy(), run / "adapter")
     explorer = explore_answers(run, 1, "before")
     masks = explorer.masks()
     token = masks.looks["selected"]
@@ -342,6 +352,63 @@ def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     assert explorer.kl(2, "after", live=True).selected == broken.looks["selected"]
     box.list.ask = {"n": 3, "what": "masks", "number": 9, "stage": "after"}
     assert "there is no case 9" in box.list.answer
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    "An evaluation of two runs' adapters, a and b, whose params.json leaves how to mask to the run of a."
+    transcripts, lines = data(1)
+    student = noisy()
+    for name in ("a", "b"):
+        source = run_folder(tmp_path / name, transcripts, lines)
+        save_adapter(student, source / "adapter")
+        given = json.loads((source / "params.json").read_text()) | {
+            "control": "allow",
+            "adapt": "split_calls",
+        }
+        (source / "params.json").write_text(json.dumps(given))
+        keep_template(source, ChatMasker(load_tokenizer("tinyagent")))
+    lines = [line | {"stage": "ab"[line["stage"] == "after"]} for line in lines]
+    folder = run_folder(tmp_path / "run", transcripts, lines)
+    given = {"adapter": str(tmp_path / "a"), "second_adapter": str(tmp_path / "b"), "model": ""}
+    given |= {"eval_data": str(folder / "eval.jsonl")} | dict.fromkeys(MASKING)
+    (folder / "params.json").write_text(json.dumps(given))
+    return folder, given
+
+
+def test_the_kl_is_that_of_the_adapter_that_acted(evaluation):
+    folder, given = evaluation
+    explorer = explore_answers(folder)
+    for number, stage, name in ((None, "", "b"), (2, "", "b"), (None, "a", "a"), (None, "b", "b")):
+        kl = explorer.kl(number, stage, live=True)
+        (adapter, _), _ = next(item for item in explorer.measured.items() if item[1][0] is kl)
+        assert Path(adapter).name == name
+        assert explorer.action(number, stage).transcript.id.endswith(f"({name})")
+    (folder / "params.json").write_text(json.dumps(given | {"adapter": "none"}))
+    lines = (folder / "answers.jsonl").read_text().replace('"stage": "a"', '"stage": "none"')
+    (folder / "answers.jsonl").write_text(lines)
+    explorer = explore_answers(folder, stage="none")
+    with pytest.raises(RunError, match="none is no adapter that .* evaluates; .* one that is: b$"):
+        explorer.kl()
+    assert explorer.data["measures"] and Path(adapter_of(folder, "b")).name == "b"
+    (folder / "params.json").write_text(json.dumps(given | {"adapter": "none", "second_adapter": ""}))
+    assert not has_adapter(folder)
+
+
+def test_the_masks_of_an_evaluation_are_made_as_the_evaluation_made_its_own(evaluation):
+    folder, given = evaluation
+    template = load_tokenizer("tinyagent").chat_template + "{# another one #}"
+    other = {"chat_template": template, "control": "error", "adapt": ""}
+    for own in ({}, {"control": "error"}, other):
+        (folder / "params.json").write_text(json.dumps(given | own))
+        adapters = find_adapters(given["adapter"], given["second_adapter"])
+        masker = masker_for(adapters, "tinyagent", **{k: (given | own)[k] for k in MASKING})
+        settings = explore_answers(folder).masks().settings
+        made = make_masker(**{k: settings[k] or "" for k in ("model", *MASKING)})[0]
+        assert template_of(made) == template_of(masker) and (made.adapt, made.control_modes) == (
+            masker.adapt,
+            masker.control_modes,
+        )
 
 
 # --- in a browser ---

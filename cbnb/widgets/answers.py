@@ -28,8 +28,8 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
            'without_dial', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'call_text', 'message_parts',
            'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of', 'left_out_note', 'answers_state',
            'outcome_table', 'move_table', 'cases_table', 'answers_html', 'answers_view', 'open_command',
-           'write_answers', 'action_token', 'masker_settings', 'has_adapter', 'adapter_of', 'ActionList',
-           'ActionExplorer', 'ActionBox', 'explore_answers']
+           'write_answers', 'action_token', 'evaluation_settings', 'masker_settings', 'has_adapter', 'adapter_of',
+           'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
 from ..basics.jsonfiles import RunError, write_owned
@@ -38,9 +38,12 @@ from ..basics.withheld import withhold
 from ..config import ConfigError
 from ..data.sources import READING, reading_of
 from cbnb.evaluate.adapters import (
+    MASKING,
+    NONE,
     Adapter,
     asked_model,
     find_adapters,
+    first_run,
     questions_for,
     reading_for,
     run_parameters,
@@ -762,6 +765,21 @@ def action_token(encoding: Encoding, start: int) -> int:
     own = IS_COMPLETION[encoding.segments] & (encoding.message_index >= start)
     return int(np.flatnonzero(own)[0]) if own.any() else -1
 
+# %% ../../nbs/widgets/06_answers.ipynb #8668151b
+def evaluation_settings(parameters: Mapping[str, Any], trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the settings of `mask_explorer` by which an evaluation with these `parameters` made its masks:
+    of each that is None those of the first adapter's run, as `cbnb.evaluate.adapters.masker_for` takes
+    them."""
+    second = parameters.get("second_adapter") or ""
+    adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
+    folder, own = first_run(adapters) or (None, {})
+    given = {name: parameters[name] for name in MASKING if parameters.get(name) is not None}
+    options = {name: own[name] for name in MASKING if name in own} | given
+    if folder and given.keys() <= {"control"} and (kept := kept_template(folder)):
+        options["chat_template"] = kept["source"]
+    model = asked_model(adapters, dict(parameters))
+    return {"model": model} | {name: value for name, value in options.items() if value}
+
 # %% ../../nbs/widgets/06_answers.ipynb #a9fa2e7c
 def masker_settings(run: Path | None, label: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return the settings of `mask_explorer` by which the `run` made its masks: model, template, control,
@@ -770,30 +788,27 @@ def masker_settings(run: Path | None, label: str, trust_remote_code: bool = Fals
         return {}
     parameters = read_record(run / "params.json") or {}
     if "adapter" in parameters:
-        second = parameters.get("second_adapter") or ""
-        adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
-        model = asked_model(adapters, parameters)
-        policy = {}
-    else:
-        config = run_config(run)
-        model = config.model
-        policy = {"a": config.harmful_policy if label == "harmful" else config.benign_policy}
-    names = ("control", "template_variables", "tool_call_format", "adapt")
-    options = {name: parameters[name] for name in names if parameters.get(name)}
-    template = (kept_template(run) or {}).get("source") or parameters.get("chat_template") or None
-    return {"model": model, "chat_template": template, **policy, **options}
+        return evaluation_settings(parameters, trust_remote_code)
+    config = run_config(run)
+    policy = {"a": config.harmful_policy if label == "harmful" else config.benign_policy}
+    options = {name: parameters[name] for name in MASKING if parameters.get(name)}
+    if kept := kept_template(run):
+        options["chat_template"] = kept["source"]
+    return {"model": config.model, **policy, **options}
 
 # %% ../../nbs/widgets/06_answers.ipynb #4fcabf42
 def has_adapter(run: Path | None) -> bool:
     "Return whether the KL of an action of `run` can be asked for: it has an adapter, or evaluates one."
     if run is None:
         return False
-    return (run / "adapter").is_dir() or bool((read_record(run / "params.json") or {}).get("adapter"))
+    parameters = read_record(run / "params.json") or {}
+    names = {parameters.get(name) or NONE for name in ("adapter", "second_adapter")}
+    return (run / "adapter").is_dir() or names != {NONE}
 
 # %% ../../nbs/widgets/06_answers.ipynb #cf94e729
 def adapter_of(run: Path, stage: str, trust_remote_code: bool = False) -> str:
     """Return the adapter whose KL an action of `stage` is measured by: the run's own, or of an evaluation the
-    one of that name, else the first. Raises RunError where there is none."""
+    one of that name. Raises RunError where there is none."""
     if (run / "adapter").is_dir():
         return str(run)
     parameters = read_record(run / "params.json") or {}
@@ -801,7 +816,10 @@ def adapter_of(run: Path, stage: str, trust_remote_code: bool = False) -> str:
         raise RunError(f"{run} holds no adapter; the KL of an action needs one")
     second = parameters.get("second_adapter") or ""
     adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
-    match = next((a for a in adapters if a.name == stage), adapters[0])
+    match = next((a for a in adapters if a.name == stage and a.folder), None)
+    if match is None:
+        names = ", ".join(a.name for a in adapters if a.folder) or "there is none here"
+        raise RunError(f"{stage} is no adapter that {run} evaluates; ask for the KL of one that is: {names}")
     return str(match.run or match.folder)
 
 # %% ../../nbs/widgets/06_answers.ipynb #fd86c72b
@@ -845,15 +863,20 @@ class ActionExplorer:
         self.box: Any = None
         self.action(number, stage)
 
-    def action(self, number: int | None = None, stage: str = "") -> Action:
-        "Return the action of a case (from 1) at a stage, by default the last. Raises ConfigError for none."
+    def stage_of(self, number: int | None = None, stage: str = "") -> str:
+        "Return the stage of an action (as in `action`). Raises ConfigError for none."
         number, stage = self.number if number is None else number, stage or self.stage
         if not 1 <= number <= len(self.cases):
             raise ConfigError(f"there is no case {number}; there are {len(self.cases):,}, counted from 1")
         actions = self.cases[number - 1].actions
         if stage and stage not in actions:
             raise ConfigError(f"case {number} has no stage {stage!r}; use one of {', '.join(actions)}")
-        return actions[stage] if stage else [*actions.values()][-1]
+        return stage or [*actions][-1]
+
+    def action(self, number: int | None = None, stage: str = "") -> Action:
+        "Return the action of a case (from 1) at a stage, by default the last. Raises ConfigError for none."
+        stage = self.stage_of(number, stage)
+        return self.cases[(self.number if number is None else number) - 1].actions[stage]
 
     def masks(self, number: int | None = None, stage: str = "") -> MaskExplorer:
         """Return the mask explorer at an action (as in `action`), with its first token chosen. Control tokens
@@ -875,14 +898,16 @@ class ActionExplorer:
         """Return the KL explorer at an action (as in `action`), with its first token chosen; as a widget
         where `live`, by default `is_live()`, says so. Raises RunError without an adapter, and what loading
         raises."""
-        a, stage = self.action(number, stage), stage or self.stage
+        stage = self.stage_of(number, stage)
+        a = self.action(number, stage)
         if self.run is None:
             raise RunError(
                 "there is no run whose adapter the KL could be measured by; give the folder of one"
             )
         consent = bool(self.settings.get("trust_remote_code"))
         adapter = adapter_of(self.run, stage, consent)
-        model, control = str(self.settings.get("model") or ""), self.masks(number, stage).settings["control"]
+        own = self.masks(number, stage).settings
+        control = own["control"]
         transcripts = [a.transcript]
         key = adapter, json.dumps(control)
         if key in self.measured:
@@ -892,8 +917,13 @@ class ActionExplorer:
             explorer.choices = [visible(t.id) for t in transcripts]
             explorer.chosen = len(transcripts) - 1
         else:
-            options: dict[str, Any] = dict(model=model, control=control, transcripts=transcripts)
-            parts = explorer_parts(adapter, trust_remote_code=consent, **options)
+            # of an evaluation the model and template that it asked by, which need not be the adapter's run's
+            names = () if (self.run / "adapter").is_dir() else ("chat_template", "template_variables")
+            options = {name: own[name] or "" for name in names} | dict(
+                control=control, transcripts=transcripts
+            )
+            model = str(own["model"] if names else self.settings.get("model") or "")
+            parts = explorer_parts(adapter, model=model, trust_remote_code=consent, **options)
             explorer = KLExplorer(*parts) if (is_live() if live is None else live) else StillExplorer(*parts)
             if isinstance(explorer, KLExplorer):
                 self.measured[key] = explorer, transcripts
