@@ -32,9 +32,8 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
            'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
-from ..basics.jsonfiles import RunError, write_owned
+from ..basics.jsonfiles import RunError
 from ..basics.terminal import sentence, visible
-from ..basics.withheld import withhold
 from ..config import ConfigError
 from ..data.sources import READING, reading_of
 from cbnb.evaluate.adapters import (
@@ -755,9 +754,7 @@ def write_answers(
     cases, notes = read_cases(folder, transcripts)
     title = f"{folder.resolve().name}: answers and episodes"
     view = answers_view(cases, title, notes, command=open_command(folder))
-    target = Path(path or folder / "answers.html")
-    write_owned(target, withhold(view.html).encode())
-    return target
+    return view.save(path or folder / "answers.html")
 
 # %% ../../nbs/widgets/06_answers.ipynb #d786f2ed
 def action_token(encoding: Encoding, start: int) -> int:
