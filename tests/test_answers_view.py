@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -40,6 +41,8 @@ from cbnb.widgets.answers import (
     spell_lines,
 )
 from cbnb.widgets.kl import KLExplorer
+from cbnb.widgets.masks import token_frame
+from cbnb.widgets.strip import strip_tokens
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -317,6 +320,23 @@ def test_report_of_a_run_writes_the_page_and_changes_nothing(tmp_path, capsys):
     assert "answers: none of" in capsys.readouterr().out and not (tmp_path / "out/answers.html").exists()
 
 
+def test_rescoring_makes_the_page_of_answers_anew_where_there_is_one(tmp_path, monkeypatch):
+    "The report links it, and it would have the outcomes of before."
+    transcripts, lines = data(1)
+    run = run_folder(tmp_path / "run", transcripts, lines)
+
+    def rescore(folder, **given):
+        again = [line | {"text": f"anew {line['text']}"} for line in lines]
+        (Path(folder) / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again))
+
+    monkeypatch.setattr("cbnb.evaluate.adapters.rescore", rescore)
+    page = run / "answers.html"
+    assert main(["evaluate", str(run), "--rescore"]) == 0 and not page.exists()
+    page.write_text("old outcomes")
+    assert main(["evaluate", str(run), "--rescore"]) == 0
+    assert "old outcomes" not in page.read_text() and "anew " in page.read_text()
+
+
 def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     transcripts, lines = data(2)
     lines[3] = line_of(transcripts[1], "after", 1, words='<|python_tag|>{"name": "send_m')
@@ -409,6 +429,26 @@ def test_the_masks_of_an_evaluation_are_made_as_the_evaluation_made_its_own(eval
             masker.adapt,
             masker.control_modes,
         )
+
+
+def test_no_page_of_an_explorer_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
+    "Neither whole nor in tokens, in a page as in a table."
+    secret = "9f2c7be01d4a8836aa"
+    monkeypatch.setenv("EXAMPLE_API_KEY", secret)
+    transcripts, lines = data(1)
+    lines[1] = line_of(transcripts[0], "after", 0, words=f"The key is {secret}.")
+    run = run_folder(tmp_path / "run", transcripts, lines)
+    save_adapter(noisy(), run / "adapter")
+    explorer = explore_answers(run)
+    masks, kl = explorer.masks(), explorer.kl(live=False)
+    for number, view in enumerate((explorer, masks, kl.static())):
+        text = view.save(tmp_path / f"{number}.html").read_text()
+        assert secret not in text and text.count("[removed]") > 0, number
+    tokens = strip_tokens(masks.exploration.encoding, masks.tokenizer)
+    shown = "".join(tokens["texts"][k] for k in np.frombuffer(tokens["ids"], np.uint32))
+    frame = token_frame(masks.exploration, masks.tokenizer)
+    for text in (shown, "".join(frame["text"]), masks.tokenizer.decode(frame["token_id"].clip(0))):
+        assert "key" in text and not re.search("9f|7b|883", text.replace("·", " ")), text
 
 
 # --- in a browser ---
