@@ -424,8 +424,8 @@ def safe_cell(text: str) -> str:
 def token_frame(exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None) -> pd.DataFrame:
     """Return a frame with one row for each token: `position`, `predicted_at` (the position whose output
     predicts it, -1 for none), `token_id` (-1 of a secret's), `text` (as the strip shows it), `message`,
-    `role`, `segment`, `label`; then for each mask 0 or 1 under its name, `<name>_kept` where the row is cut, and
-    `<name>_reason`. Without an encoded transcript it is empty."""
+    `role`, `segment`, `label`; then for each mask 0 or 1 under its name, `<name>_kept` where the row is
+    cut, and `<name>_reason`. Without an encoded transcript it is empty."""
     encoding = exploration.encoding
     if encoding is None:
         return pd.DataFrame(columns=["position"])
