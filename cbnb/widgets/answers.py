@@ -770,10 +770,10 @@ def evaluation_settings(parameters: Mapping[str, Any], trust_remote_code: bool =
     second = parameters.get("second_adapter") or ""
     adapters = find_adapters(parameters["adapter"], second, trust_remote_code)
     folder, own = first_run(adapters) or (None, {})
-    given = {name: parameters[name] for name in MASKING if parameters.get(name) is not None}
-    options = {name: own[name] for name in MASKING if name in own} | given
-    if folder and given.keys() <= {"control"} and (kept := kept_template(folder)):
-        options["chat_template"] = kept["source"]
+    values = {name: parameters[name] for name in MASKING if parameters.get(name) is not None}
+    options = {name: own[name] for name in MASKING if name in own} | values
+    if folder and values.keys() <= {"control"} and (template := kept_template(folder)):
+        options["chat_template"] = template["source"]
     model = asked_model(adapters, dict(parameters))
     return {"model": model} | {name: value for name, value in options.items() if value}
 
@@ -789,8 +789,8 @@ def masker_settings(run: Path | None, label: str, trust_remote_code: bool = Fals
     config = run_config(run)
     policy = {"a": config.harmful_policy if label == "harmful" else config.benign_policy}
     options = {name: parameters[name] for name in MASKING if parameters.get(name)}
-    if kept := kept_template(run):
-        options["chat_template"] = kept["source"]
+    if template := kept_template(run):
+        options["chat_template"] = template["source"]
     return {"model": config.model, **policy, **options}
 
 # %% ../../nbs/widgets/06_answers.ipynb #4fcabf42
@@ -916,9 +916,8 @@ class ActionExplorer:
         else:
             # of an evaluation the model and template that it asked by, which need not be the adapter's run's
             names = () if (self.run / "adapter").is_dir() else ("chat_template", "template_variables")
-            options = {name: own[name] or "" for name in names} | dict(
-                control=control, transcripts=transcripts
-            )
+            options: dict[str, Any] = {name: own[name] or "" for name in names}
+            options |= dict(control=control, transcripts=transcripts)
             model = str(own["model"] if names else self.settings.get("model") or "")
             parts = explorer_parts(adapter, model=model, trust_remote_code=consent, **options)
             explorer = KLExplorer(*parts) if (is_live() if live is None else live) else StillExplorer(*parts)

@@ -90,9 +90,9 @@ def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = 
     forms = {piece: spell_out(piece) for piece in set(pieces)}
     texts = [forms[piece] for piece in pieces]
     part, cache, waiting = partial_bytes(tokenizer) if tokenizer else None, {}, b""
-    for i, token in enumerate(encoding.input_ids.tolist() if part else ()):
+    for i, token in enumerate(encoding.input_ids.tolist()):
         if token not in cache:
-            cache[token] = part(token)
+            cache[token] = part(token) if part else None
         raw = cache[token]
         if raw is None:
             waiting = b""
@@ -101,7 +101,7 @@ def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = 
         texts[i] = spell_bytes(raw)
         if is_text(waiting):
             texts[i], waiting = f"{texts[i]}={spell_out(waiting.decode().strip())}", b""
-    return ["[removed]" if hidden else text for text, hidden in zip(texts, secret_tokens(encoding))]
+    return ["[removed]" if secret else text for text, secret in zip(texts, secret_tokens(encoding))]
 
 # %% ../../nbs/widgets/01_strip.ipynb #01ef9014
 def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None =
     kind (`kinds`, uint8: 0 text, 1 added token, 2 part of a character); by token its text's index (`ids`,
     uint32), token id (int32, -1 of a secret's), message (int32, -1 outside) and segment (uint8), as bytes;
     with the `roles` of messages and the names of segments."""
-    hidden = np.where(secret_tokens(encoding), -1, encoding.input_ids).astype(np.int32)
-    numbers: list[int] = hidden.tolist()
+    token_ids = np.where(secret_tokens(encoding), -1, encoding.input_ids).astype(np.int32)
+    numbers: list[int] = token_ids.tolist()
     kind_of: dict[int, int] = {}
     if tokenizer is not None:
         extra, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
@@ -124,7 +124,7 @@ def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None =
         "texts": [text for text, _ in index],
         "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
         "ids": np.array(ids, np.uint32).tobytes(),
-        "token_ids": hidden.tobytes(),
+        "token_ids": token_ids.tobytes(),
         "messages": encoding.message_index.astype(np.int32).tobytes(),
         "segments": encoding.segments.astype(np.uint8).tobytes(),
         "roles": [visible(role) for role in encoding.roles],
