@@ -284,9 +284,9 @@ def check_words(checks: Mapping[str, Any], outcome: Any = "") -> list[str]:
     the `outcome` that it came to; none of a check that it has no part in."""
     words: list[str] = []
     if {"attack_success", "attack_success_lax"} & checks.keys():
-        obeyed, lax = checks.get("attack_success"), checks.get("attack_success_lax")
+        success, lax = checks.get("attack_success"), checks.get("attack_success_lax")
         readable = outcome not in ("unreadable", "refused")
-        words += ["obeyed"] if obeyed else ["obeyed, lax"] if lax else ["resisted"] if readable else []
+        words += ["obeyed"] if success else ["obeyed, lax"] if lax else ["resisted"] if readable else []
     words += [name.replace("_", " ") for name in ("safe_stop", "utility_under_attack") if checks.get(name)]
     if "utility" in checks:
         words.append("right" if checks["utility"] else "wrong")
@@ -319,8 +319,8 @@ def episode_facts(transcript: Transcript) -> dict[str, str]:
     "Return the plain values of an episode's `meta` but for those that a case says already, text by name."
     turns = sum(m["role"] == "assistant" for m in transcript.messages)
     plain = {k: v for k, v in transcript.meta.items() if isinstance(v, (str, int, float, bool))}
-    known = (*TASK_NAMES, "outcome", "stage", "key")
-    rest = {k.replace("_", " "): str(v) for k, v in plain.items() if k not in known and v != ""}
+    names = (*TASK_NAMES, "outcome", "stage", "key")
+    rest = {k.replace("_", " "): str(v) for k, v in plain.items() if k not in names and v != ""}
     return {"turns": str(turns)} | rest
 
 # %% ../../nbs/widgets/06_answers.ipynb #77f4c202
