@@ -6,32 +6,43 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cbnb.agent.loop import Episode, Task, World, count_checks, episode_line
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import ConfigError, config_to_dict, get_config
+from cbnb.evaluate.adapters import MASKING, find_adapters, masker_for
 from cbnb.evaluate.answers import answer_figures
-from cbnb.step.models import add_adapter, load_model, save_adapter
+from cbnb.evaluate.dial import dial_stage
+from cbnb.masking.masker import ChatMasker
+from cbnb.run.settings import keep_template, make_masker, template_of
+from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.answers import (
+    OUTCOMES,
     ActionBox,
+    adapter_of,
     answer_cases,
     answers_state,
     answers_view,
     change_of,
     episode_cases,
     explore_answers,
+    has_adapter,
     mark_text,
     read_cases,
     spell_lines,
 )
 from cbnb.widgets.kl import KLExplorer
+from cbnb.widgets.masks import token_frame
+from cbnb.widgets.strip import strip_tokens
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -100,6 +111,17 @@ def run_folder(folder, transcripts, lines, episodes=()):
     if episodes:
         write_transcripts(folder / "episodes.jsonl", episodes)
     return folder
+
+
+def noisy():
+    "The tiny agent with noise in the place of a trained adapter."
+    student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return student
 
 
 def episodes_of(t, *outcomes, number=0):
@@ -201,6 +223,35 @@ def test_hostile_texts_stay_text():
     assert view.html.count("<script") == 2 and "<script" not in view.plain
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("own", [["before", "after"], ["noise", "dial 2.00"]], ids=["run", "evaluation"])
+def test_a_dial_is_no_stage_of_a_run(tmp_path, finished, own):
+    "An adapter may have the name of a point: then result.json tells which answers are whose."
+    if not finished and "dial 2.00" in own:
+        own = ["noise", "other"]
+    prefix = "" if "after" in own else "noise "
+    transcripts, lines = data(2)
+    lines = [line | {"stage": own[line["stage"] == "after"]} for line in lines]
+    stages = [dial_stage(scale, prefix) for scale in (0, 0.5, 1.5)]
+    dials = [line_of(t, stage, i) for stage in stages for i, t in enumerate(transcripts)]
+    run = run_folder(tmp_path / "run", transcripts, [*lines, *dials])
+    if finished:
+        figures = {stage: {} for stage in own}
+        points = [{"scale": n, "stage": stage} for n, stage in enumerate([*stages, own[-1]])]
+        result = figures if "after" in own else {"evaluated": figures}
+        dial = {"questions": 2, "samples": 1, "points": points}
+        (run / "result.json").write_text(json.dumps(result | {"dial": {own[0]: dial}}))
+    cases, notes = read_cases(run)
+    assert [[*case.actions] for case in cases] == [own] * len(transcripts)
+    assert [change_of(case) for case in cases] == [*map(change_of, answer_cases(lines, transcripts)[0])]
+    n = 3 * len(transcripts)
+    assert notes == [f"{n} answers at 3 scales of a dial are left out; the report of the run shows them."]
+    explorer = explore_answers(run)
+    assert (
+        explorer.action().transcript.id.endswith(f"({own[-1]})") and "at 3 scales" in explorer.data["message"]
+    )
+
+
 def test_episodes_of_two_stages_meet(tmp_path):
     t = make_transcripts("injection", 1, "eval")[0]
     both = [
@@ -219,6 +270,44 @@ def test_episodes_of_two_stages_meet(tmp_path):
     assert len(explore_answers(run).cases) == len(explore_answers([*both, lone]).cases) == 3
 
 
+def test_episodes_that_were_played_count_what_the_loop_counts(tmp_path):
+    "Of a line of the loop the checks count, and how it ended only where that is no end of its own."
+    plain, attack = (make_transcripts(kind, 1, "eval")[0] for kind in ("plain", "injection"))
+    harm = {"attack_success": False, "attack_success_lax": False, "safe_stop": False}
+    harm |= {"utility_under_attack": False}
+    ways = {
+        ("obeyed", "utility under attack"): ("over", dict.fromkeys(harm, True) | {"safe_stop": False}),
+        ("obeyed, lax", "timeout"): ("timeout", harm | {"attack_success_lax": True}),
+        ("resisted", "safe stop"): ("ended", harm | {"safe_stop": True}),
+        ("resisted", "utility under attack"): ("over", harm | {"utility_under_attack": True}),
+        ("unreadable",): ("unreadable", harm),
+        ("refused",): ("refused", harm),
+        ("resisted", "timeout"): ("timeout", harm),
+        ("right",): ("over", {"utility": True}),
+        ("wrong", "unreadable"): ("unreadable", {"utility": False}),
+        ("not scored",): ("ended", {}),
+    }
+    lines = []
+    for words, (outcome, checks) in ways.items():
+        t, group = (plain, "benign") if "utility" in checks else (attack, "attack")
+        task = Task(", ".join(words), t.messages[:2], t.tools, None, group, t.meta["kind"])
+        for stage in ("before", "after"):
+            changed = checks if stage == "after" else {name: not hit for name, hit in checks.items()}
+            world = World(str, bool, lambda *_, own=changed: own)
+            lines.append(
+                episode_line(Episode(task, world, t.messages[:], [], outcome), f"{len(lines)}", stage)
+            )
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cases, notes = read_cases(tmp_path)
+    assert not notes and [case.actions["after"].outcomes for case in cases] == [*ways]
+    assert [change_of(case) for case in cases] == ["changed"] * (len(ways) - 1) + [""]
+    counts = count_checks(line for line in lines if line["stage"] == "after")
+    words = Counter(word for case in cases for word in case.actions["after"].outcomes)
+    names = {"attack_success": "obeyed", "safe_stop": "safe stop", "utility": "right"}
+    assert {name: counts[name][0] for name in names} == {name: words[word] for name, word in names.items()}
+    assert words.keys() <= OUTCOMES.keys() and "key" not in cases[0].actions["after"].facts
+
+
 def test_report_of_a_run_writes_the_page_and_changes_nothing(tmp_path, capsys):
     run = run_folder(tmp_path / "run", *data(2))
     before = {p.name: p.read_bytes() for p in run.iterdir()}
@@ -231,17 +320,28 @@ def test_report_of_a_run_writes_the_page_and_changes_nothing(tmp_path, capsys):
     assert "answers: none of" in capsys.readouterr().out and not (tmp_path / "out/answers.html").exists()
 
 
+def test_rescoring_makes_the_page_of_answers_anew_where_there_is_one(tmp_path, monkeypatch):
+    "The report links it, and it would have the outcomes of before."
+    transcripts, lines = data(1)
+    run = run_folder(tmp_path / "run", transcripts, lines)
+
+    def rescore(folder, **given):
+        again = [line | {"text": f"anew {line['text']}"} for line in lines]
+        (Path(folder) / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again))
+
+    monkeypatch.setattr("cbnb.evaluate.adapters.rescore", rescore)
+    page = run / "answers.html"
+    assert main(["evaluate", str(run), "--rescore"]) == 0 and not page.exists()
+    page.write_text("old outcomes")
+    assert main(["evaluate", str(run), "--rescore"]) == 0
+    assert "old outcomes" not in page.read_text() and "anew " in page.read_text()
+
+
 def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     transcripts, lines = data(2)
     lines[3] = line_of(transcripts[1], "after", 1, words='<|python_tag|>{"name": "send_m')
     run = run_folder(tmp_path / "run", transcripts, lines)
-    student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
-    save_adapter(student, run / "adapter")
+    save_adapter(noisy(), run / "adapter")
     explorer = explore_answers(run, 1, "before")
     masks = explorer.masks()
     token = masks.looks["selected"]
@@ -272,6 +372,83 @@ def test_from_an_action_to_its_tokens_and_its_kl(tmp_path):
     assert explorer.kl(2, "after", live=True).selected == broken.looks["selected"]
     box.list.ask = {"n": 3, "what": "masks", "number": 9, "stage": "after"}
     assert "there is no case 9" in box.list.answer
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    "An evaluation of two runs' adapters, a and b, whose params.json leaves how to mask to the run of a."
+    transcripts, lines = data(1)
+    student = noisy()
+    for name in ("a", "b"):
+        source = run_folder(tmp_path / name, transcripts, lines)
+        save_adapter(student, source / "adapter")
+        given = json.loads((source / "params.json").read_text()) | {
+            "control": "allow",
+            "adapt": "split_calls",
+        }
+        (source / "params.json").write_text(json.dumps(given))
+        keep_template(source, ChatMasker(load_tokenizer("tinyagent")))
+    lines = [line | {"stage": "ab"[line["stage"] == "after"]} for line in lines]
+    folder = run_folder(tmp_path / "run", transcripts, lines)
+    given = {"adapter": str(tmp_path / "a"), "second_adapter": str(tmp_path / "b"), "model": ""}
+    given |= {"eval_data": str(folder / "eval.jsonl")} | dict.fromkeys(MASKING)
+    (folder / "params.json").write_text(json.dumps(given))
+    return folder, given
+
+
+def test_the_kl_is_that_of_the_adapter_that_acted(evaluation):
+    folder, given = evaluation
+    explorer = explore_answers(folder)
+    for number, stage, name in ((None, "", "b"), (2, "", "b"), (None, "a", "a"), (None, "b", "b")):
+        kl = explorer.kl(number, stage, live=True)
+        (adapter, _), _ = next(item for item in explorer.measured.items() if item[1][0] is kl)
+        assert Path(adapter).name == name
+        assert explorer.action(number, stage).transcript.id.endswith(f"({name})")
+    (folder / "params.json").write_text(json.dumps(given | {"adapter": "none"}))
+    lines = (folder / "answers.jsonl").read_text().replace('"stage": "a"', '"stage": "none"')
+    (folder / "answers.jsonl").write_text(lines)
+    explorer = explore_answers(folder, stage="none")
+    with pytest.raises(RunError, match="none is no adapter that .* evaluates; .* one that is: b$"):
+        explorer.kl()
+    assert explorer.data["measures"] and Path(adapter_of(folder, "b")).name == "b"
+    (folder / "params.json").write_text(json.dumps(given | {"adapter": "none", "second_adapter": ""}))
+    assert not has_adapter(folder)
+
+
+def test_the_masks_of_an_evaluation_are_made_as_the_evaluation_made_its_own(evaluation):
+    folder, given = evaluation
+    template = load_tokenizer("tinyagent").chat_template + "{# another one #}"
+    other = {"chat_template": template, "control": "error", "adapt": ""}
+    for own in ({}, {"control": "error"}, other):
+        (folder / "params.json").write_text(json.dumps(given | own))
+        adapters = find_adapters(given["adapter"], given["second_adapter"])
+        masker = masker_for(adapters, "tinyagent", **{k: (given | own)[k] for k in MASKING})
+        settings = explore_answers(folder).masks().settings
+        made = make_masker(**{k: settings[k] or "" for k in ("model", *MASKING)})[0]
+        assert template_of(made) == template_of(masker) and (made.adapt, made.control_modes) == (
+            masker.adapt,
+            masker.control_modes,
+        )
+
+
+def test_no_page_of_an_explorer_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
+    "Neither whole nor in tokens, in a page as in a table."
+    secret = "9f2c7be01d4a8836aa"
+    monkeypatch.setenv("EXAMPLE_API_KEY", secret)
+    transcripts, lines = data(1)
+    lines[1] = line_of(transcripts[0], "after", 0, words=f"The key is {secret}.")
+    run = run_folder(tmp_path / "run", transcripts, lines)
+    save_adapter(noisy(), run / "adapter")
+    explorer = explore_answers(run)
+    masks, kl = explorer.masks(), explorer.kl(live=False)
+    for number, view in enumerate((explorer, masks, kl.static())):
+        text = view.save(tmp_path / f"{number}.html").read_text()
+        assert secret not in text and text.count("[removed]") > 0, number
+    tokens = strip_tokens(masks.exploration.encoding, masks.tokenizer)
+    shown = "".join(tokens["texts"][k] for k in np.frombuffer(tokens["ids"], np.uint32))
+    frame = token_frame(masks.exploration, masks.tokenizer)
+    for text in (shown, "".join(frame["text"]), masks.tokenizer.decode(frame["token_id"].clip(0))):
+        assert "key" in text and not re.search("9f|7b|883", text.replace("·", " ")), text
 
 
 # --- in a browser ---

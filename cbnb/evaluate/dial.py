@@ -5,6 +5,7 @@
 # %% ../../nbs/evaluate/10_dial.ipynb #dial0002
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..step.models import teacher_mode
 from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['SCALABLE', 'check_scalable', 'scaled', 'dial_stage', 'answers_at', 'measure_dial', 'with_dial']
+__all__ = ['SCALABLE', 'check_scalable', 'scaled', 'dial_stage', 'is_dial_stage', 'answers_at', 'measure_dial', 'with_dial']
 
 # %% ../../nbs/evaluate/10_dial.ipynb #dial0005
 SCALABLE = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # parts of a weight's name
@@ -73,6 +74,12 @@ def scaled(student: PeftModel, scale: float) -> Iterator[PeftModel]:
 def dial_stage(scale: float, prefix: str = "") -> str:
     """Return the name under which the answers at `scale` are kept in answers.jsonl, such as `dial 0.50`."""
     return f"{prefix}dial {scale:.2f}"
+
+# %% ../../nbs/evaluate/10_dial.ipynb #ef418e81
+def is_dial_stage(stage: str) -> bool:
+    """Return whether `stage` has the form that `dial_stage` gives, whatever the scale and the prefix. At
+    scale 1 a dial has the evaluation's own stage, which has another form."""
+    return re.fullmatch(r"(?:.+ )?dial \d+\.\d\d", stage, re.DOTALL) is not None
 
 # %% ../../nbs/evaluate/10_dial.ipynb #dial0020
 def answers_at(

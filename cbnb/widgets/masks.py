@@ -66,7 +66,15 @@ from ..run.settings import make_masker
 from ..transcripts.reader import TranscriptReader, read_transcripts
 from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
 from ..transcripts.spool import Spooled
-from .strip import POLICY_NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
+from cbnb.widgets.strip import (
+    POLICY_NOTES,
+    TokenStrip,
+    piece_texts,
+    secret_tokens,
+    static_strip,
+    strip_state,
+    view_bundle,
+)
 from .views import StaticView, add_style, is_live, table_html, tables_html
 
 if TYPE_CHECKING:
@@ -415,9 +423,9 @@ def safe_cell(text: str) -> str:
 # %% ../../nbs/widgets/02_masks.ipynb #75ee4e00
 def token_frame(exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None) -> pd.DataFrame:
     """Return a frame with one row for each token: `position`, `predicted_at` (the position whose output
-    predicts it, -1 for none), `token_id`, `text` (as the strip shows it), `message`, `role`, `segment`,
-    `label`; then for each mask 0 or 1 under its name, `<name>_kept` where the row is cut, and
-    `<name>_reason`. Without an encoded transcript it is empty."""
+    predicts it, -1 for none), `token_id` (-1 of a secret's), `text` (as the strip shows it), `message`,
+    `role`, `segment`, `label`; then for each mask 0 or 1 under its name, `<name>_kept` where the row is
+    cut, and `<name>_reason`. Without an encoded transcript it is empty."""
     encoding = exploration.encoding
     if encoding is None:
         return pd.DataFrame(columns=["position"])
@@ -426,7 +434,7 @@ def token_frame(exploration: Exploration, tokenizer: PreTrainedTokenizerFast | N
     columns: dict[str, Any] = {
         "position": range(n),
         "predicted_at": range(-1, n - 1),
-        "token_id": encoding.input_ids,
+        "token_id": np.where(secret_tokens(encoding), -1, encoding.input_ids),
         "text": [text.replace("\n", "") for text in piece_texts(encoding, tokenizer)],
         "message": owners,
         "role": [role_of(encoding, i) for i in owners],

@@ -14,6 +14,7 @@ import numpy as np
 import traitlets
 
 from ..basics.terminal import visible
+from ..basics.withheld import places
 from ..masking.audit import token_texts
 from ..masking.encoders import bytes_of_token
 from ..masking.policies import AnyPolicy, Encoding, loss_mask, policy_name, reasons
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
-           'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html',
-           'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip',
-           'token_strip']
+__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'secret_tokens',
+           'piece_texts', 'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text',
+           'strip_html', 'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip',
+           'StillStrip', 'token_strip']
 
 # %% ../../nbs/widgets/01_strip.ipynb #563dcae5
 def is_text(raw: bytes) -> bool:
@@ -72,20 +73,26 @@ def spell_bytes(raw: bytes) -> str:
             raw = raw[e.end :]
     return "".join(out)
 
+# %% ../../nbs/widgets/01_strip.ipynb #8a3550d7
+def secret_tokens(encoding: Encoding) -> np.ndarray:
+    "Return which tokens of `encoding` hold a part of a secret of the environment (bool [n])."
+    secret = np.zeros(len(encoding.input_ids), bool)
+    for start, end in places(encoding.text):
+        secret |= (encoding.offsets[:, 0] < end) & (encoding.offsets[:, 1] > start)
+    return secret
+
 # %% ../../nbs/widgets/01_strip.ipynb #d08995be
 def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
     """Return what each token of `encoding` is shown as (n texts), by `cbnb.widgets.views.spell_out`. With its
     `tokenizer`, parts of a character are shown as bytes, `<0xE5>`, and the last of them with the character
-    they make, `<0x8F>=司`."""
+    they make, `<0x8F>=司`. Tokens of a secret of the environment are `[removed]`."""
     pieces = token_texts(encoding)
     forms = {piece: spell_out(piece) for piece in set(pieces)}
     texts = [forms[piece] for piece in pieces]
-    if tokenizer is None:
-        return texts
-    part, cache, waiting = partial_bytes(tokenizer), {}, b""
+    part, cache, waiting = partial_bytes(tokenizer) if tokenizer else None, {}, b""
     for i, token in enumerate(encoding.input_ids.tolist()):
         if token not in cache:
-            cache[token] = part(token)
+            cache[token] = part(token) if part else None
         raw = cache[token]
         if raw is None:
             waiting = b""
@@ -94,19 +101,20 @@ def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = 
         texts[i] = spell_bytes(raw)
         if is_text(waiting):
             texts[i], waiting = f"{texts[i]}={spell_out(waiting.decode().strip())}", b""
-    return texts
+    return ["[removed]" if secret else text for text, secret in zip(texts, secret_tokens(encoding))]
 
 # %% ../../nbs/widgets/01_strip.ipynb #01ef9014
 def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, Any]:
     """Return the tokens of `encoding` as the strip wants them: each different text once (`texts`) with its
     kind (`kinds`, uint8: 0 text, 1 added token, 2 part of a character); by token its text's index (`ids`,
-    uint32), token id (int32), message (int32, -1 outside) and segment (uint8), as bytes; with the `roles` of
-    messages and the names of segments."""
-    numbers: list[int] = encoding.input_ids.tolist()
+    uint32), token id (int32, -1 of a secret's), message (int32, -1 outside) and segment (uint8), as bytes;
+    with the `roles` of messages and the names of segments."""
+    token_ids = np.where(secret_tokens(encoding), -1, encoding.input_ids).astype(np.int32)
+    numbers: list[int] = token_ids.tolist()
     kind_of: dict[int, int] = {}
     if tokenizer is not None:
         extra, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
-        kind_of = {token: 1 if token in extra else 2 if part(token) else 0 for token in set(numbers)}
+        kind_of = {token: 1 if token in extra else 2 if part(token) else 0 for token in {*numbers} - {-1}}
     index: dict[tuple[str, int], int] = {}
     ids = [
         index.setdefault((text, kind_of.get(token, 0)), len(index))
@@ -116,7 +124,7 @@ def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None =
         "texts": [text for text, _ in index],
         "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
         "ids": np.array(ids, np.uint32).tobytes(),
-        "token_ids": encoding.input_ids.astype(np.int32).tobytes(),
+        "token_ids": token_ids.tobytes(),
         "messages": encoding.message_index.astype(np.int32).tobytes(),
         "segments": encoding.segments.astype(np.uint8).tobytes(),
         "roles": [visible(role) for role in encoding.roles],

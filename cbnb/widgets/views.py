@@ -20,7 +20,7 @@ from typing import Any
 
 from ..basics.jsonfiles import write_owned
 from ..basics.terminal import visible
-from ..basics.withheld import kernel
+from ..basics.withheld import kernel, withhold
 
 # %% ../../nbs/widgets/00_views.ipynb #4a383689
 VIEW_SIGNS = {"\n": "↵\n", "\t": "⇥", " ": "·"}
@@ -123,8 +123,9 @@ class StaticView:
         return f"{frame}<details><summary>{title}, without scripts</summary>{self.plain}</details>"
 
     def save(self, path: str | Path) -> Path:
-        "Write the page to `path` under a temporary name, then rename it; return the path."
-        write_owned(path, self.html.encode())
+        """Write the page to `path` under a temporary name, then rename it, without the secrets of the
+        environment (`withhold`); return the path."""
+        write_owned(path, withhold(self.html).encode())
         return Path(path)
 
 # %% ../../nbs/widgets/00_views.ipynb #ed705372
