@@ -115,7 +115,7 @@ def test_run_directory_is_complete(runs):
         result, rows, status = load(folder / "result.json"), metrics(folder), load(folder / "status.json")
         assert status["state"] == "done" and status["error"] is None
         assert (
-            set(result) - {"loop"} == {"before", "after", "parameters", "alarms", "floor", "data"}
+            set(result) - {"loop"} == {"before", "after", "dial", "parameters", "alarms", "floor", "data"}
             and ("loop" in result) == (beta > 0)
             and set(result["before"]) == set(result["after"]) == FIGURES
         )

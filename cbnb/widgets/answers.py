@@ -25,11 +25,11 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
            'TABLE_TEXT', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message', 'answer_facts',
            'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'check_words', 'episode_outcomes',
            'common_start', 'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions',
-           'without_dial', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'call_text', 'message_parts',
-           'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of', 'left_out_note', 'answers_state',
-           'outcome_table', 'move_table', 'cases_table', 'answers_html', 'answers_view', 'open_command',
-           'write_answers', 'action_token', 'evaluation_settings', 'masker_settings', 'has_adapter', 'adapter_of',
-           'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
+           'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'call_text',
+           'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of', 'left_out_note',
+           'answers_state', 'outcome_table', 'move_table', 'cases_table', 'answers_html', 'answers_view',
+           'open_command', 'write_answers', 'action_token', 'evaluation_settings', 'masker_settings', 'has_adapter',
+           'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
 from ..basics.jsonfiles import RunError
@@ -408,6 +408,13 @@ def without_dial(folder: Path, lines: Sequence[dict[str, Any]]) -> tuple[list[di
         )
     return rest, notes
 
+# %% ../../nbs/widgets/06_answers.ipynb #82482b2a
+def has_cases(folder: str | Path) -> bool:
+    """Return whether the run directory `folder` holds an answer or an episode: a run whose held-out data ask
+    nothing has none."""
+    folder = Path(folder).expanduser()
+    return (folder / "answers.jsonl").is_file() or (folder / "episodes.jsonl").is_file()
+
 # %% ../../nbs/widgets/06_answers.ipynb #8eff8771
 def read_cases(
     folder: str | Path, transcripts: Sequence[Transcript] | None = None, trust_remote_code: bool = False
@@ -417,11 +424,11 @@ def read_cases(
     adapters whose code may run where `trust_remote_code` says so. Raises RunError for a folder that has
     neither file, and for a line that is not in order."""
     folder = Path(folder).expanduser()
-    lines, path = read_json_lines(folder / "answers.jsonl"), folder / "episodes.jsonl"
-    if not lines and not path.exists():
+    if not has_cases(folder):
         raise RunError(
             f"{folder} holds no answers.jsonl and no episodes.jsonl; give the folder of a finished run"
         )
+    lines, path = read_json_lines(folder / "answers.jsonl"), folder / "episodes.jsonl"
     cases: list[Case] = []
     notes: list[str] = []
     if lines:

@@ -17,8 +17,14 @@ package = Path(cbnb.__file__).parent
 assert package.is_relative_to(sys.prefix), f"cbnb comes from {package}, not from the installed wheel"
 
 names = [m.name for m in pkgutil.walk_packages(cbnb.__path__, "cbnb.") if not m.name.endswith("__main__")]
+extras = set()
 for name in names:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as e:  # only what an extra is for, which the sentence names
+        assert "is not installed; pip install 'cbnb[" in str(e), (name, e)
+        extras.add(name)
+assert {name.rpartition(".")[2].partition("_")[0] for name in extras} == {"inspect"}, extras
 
 for name in sys.argv[1:]:
     assert files("cbnb").joinpath(name).is_file(), f"the wheel lacks {name}"
