@@ -741,6 +741,7 @@ NEEDED = {
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],
     "chat": ["none", "--model", "tinyagent", "--from", "good.jsonl"],
+    "inspect-log": ["runs"],
     "ablate": ["good.yaml", "--dry-run"],
     "status": ["runs"],
     "report": ["runs"],
