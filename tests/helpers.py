@@ -13,6 +13,16 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 BIN = Path(sys.executable).parent
+# texts of a stranger that must not run, hide or colour anything in a page or a terminal
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "\u202egnol",
+    "\x1b[31m",
+    "a\u200bb",
+    "&lt;b&gt;",
+]
 NOT_SOURCE = (
     ".git",
     ".venv",

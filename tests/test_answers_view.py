@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import helpers
 from cbnb.agent.loop import Episode, Task, World, count_checks, episode_line
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
@@ -44,17 +45,7 @@ from cbnb.widgets.kl import KLExplorer
 from cbnb.widgets.masks import token_frame
 from cbnb.widgets.strip import strip_tokens
 
-HOSTILE = [
-    "<img src=x onerror=alert(1)>",
-    "</script><script>alert(1)</script>",
-    "<!--",
-    "\u202egnol",
-    "\x1b[31m",
-    "a\u200bb",
-    "&lt;b&gt;",
-    "\u2028",
-    "\ud83d",
-]
+HOSTILE = [*helpers.HOSTILE, "\u2028", "\ud83d"]
 KINDS = ("injection", "plain", "general")
 
 

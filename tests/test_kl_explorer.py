@@ -14,18 +14,9 @@ from cbnb.step.losses import kl_divergence_loss, token_kl
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.transcripts.tinyworld import make_transcripts
 from cbnb.widgets.kl import KLExplorer, static_kl
-from helpers import BIN, NBS, ROOT, copy_tree, read, run
+from helpers import BIN, HOSTILE, NBS, ROOT, copy_tree, read, run
 from lab.labharness import Lab
 
-HOSTILE = [
-    "<img src=x onerror=alert(1)>",
-    "</script><script>alert(1)</script>",
-    "<!--",
-    "\u202egnol",
-    "\x1b[31m",
-    "a\u200bb",
-    "&lt;b&gt;",
-]
 DIRECTION, BY, OVER = (
     "[aria-label='direction of the KL']",
     "[aria-label='share by']",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import helpers
 from cbnb.masking.masker import ChatMasker
 from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
@@ -17,16 +18,7 @@ SHOW, A, B, SEARCH = (
     "[aria-label='mask B']",
     "[aria-label='search in the text']",
 )
-HOSTILE = [
-    "<img src=x onerror=alert(1)>",
-    "</script><script>alert(1)</script>",
-    "<!--",
-    "\u202egnol",
-    "\x1b[31m",
-    "a\u200bb",
-    "&lt;b&gt;",
-    "\\u003c",
-]
+HOSTILE = [*helpers.HOSTILE, "\\u003c"]
 
 
 def by_hand(pieces, roles=("user",), messages=None, mask_title="by hand", **given):

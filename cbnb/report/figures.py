@@ -25,12 +25,12 @@ import plotly.graph_objects as go
 __all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH',
            'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES', 'DIAL_HEIGHT',
            'DIAL_MARGIN', 'DIAL_COLUMNS', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
-           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table', 'dict_counts',
-           'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes', 'data_notes',
-           'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'figure_lines',
-           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short',
-           'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
-           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
+           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table', 'loop_notes',
+           'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines',
+           'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'figure_lines', 'newest_notebook',
+           'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title',
+           'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line',
+           'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
            'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
            'svg_panel', 'static_svg', 'figure_bundle', 'show', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure',
            'show_dials', 'dial_section', 'report_page', 'write_report', 'told_of', 'write_run_report']
@@ -210,7 +210,7 @@ def loop_table(loops: dict[str, dict[str, Any]]) -> pd.DataFrame:
         first = name.partition(" ")[0]
         return (LOOP_FIGURES.index(first) if first in LOOP_FIGURES else len(LOOP_FIGURES), name)
 
-    counts = {name: dict_counts(figures) for name, figures in loops.items()}
+    counts = {name: rate_counts(figures) for name, figures in loops.items()}
     rows = sorted({row for own in counts.values() for row in own}, key=place)
     columns: dict[str, list[str]] = {}
     for name, own in counts.items():
@@ -218,11 +218,6 @@ def loop_table(loops: dict[str, dict[str, Any]]) -> pd.DataFrame:
         columns[visible(f"{name}, 95 %")] = [interval_words(*own[r]) if r in own else "" for r in rows]
     titles = [visible(", ".join(part.replace("_", " ") for part in row.split(" ", 1))) for row in rows]
     return pd.DataFrame(columns, index=titles, dtype=object)
-
-# %% ../../nbs/report/00_figures.ipynb #138b4471
-def dict_counts(figures: dict[str, Any]) -> dict[str, list[int]]:
-    "Return the counts `[hits, episodes]` in the `figures` of a loop behind which there is an episode."
-    return {name: value for name, value in figures.get("counts", {}).items() if value[1]}
 
 # %% ../../nbs/report/00_figures.ipynb #d9db0495
 def loop_notes(loops: dict[str, dict[str, Any]]) -> list[str]:
