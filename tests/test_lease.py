@@ -338,6 +338,28 @@ def test_all_writers_ask(tmp_path):
     lease.give_back(tmp_path)
 
 
+def test_a_lease_that_is_given_back_in_this_moment_is_not_lost(tmp_path):
+    "Between the removal of its file and the end of `give_back`, another thread that asks waits."
+    lease.take_lease(tmp_path)
+    path, refusals = lease.lease_path(tmp_path), []
+
+    def ask():
+        try:
+            lease.check_lease(tmp_path)
+        except lease.Held as e:
+            refusals.append(e)
+
+    asker = threading.Thread(target=ask)
+    with lease.LOCK:
+        path.unlink()
+        asker.start()
+        asker.join(0.3)
+        assert asker.is_alive(), "it waits"
+        lease.give_back(tmp_path)
+    asker.join()
+    assert refusals == [] and path not in lease.HELD
+
+
 def test_a_checkpoint_of_a_lost_run(tmp_path, monkeypatch):
     """The run is taken over while its second checkpoint is saved: that one gets no name, and no older one
     goes."""

@@ -341,7 +341,9 @@ def test_tools_of_installed_packages(tmp_path, installed):
 
 def test_tools_of_a_package_that_is_not_there(tmp_path, monkeypatch):
     "Asked for, it is an error that says what to do; not asked for, its lack is told."
-    monkeypatch.setitem(sys.modules, "agentdojo", None)
+    # its modules too, where an earlier test of this process has imported them
+    for name in ["agentdojo", *(name for name in sys.modules if name.startswith("agentdojo."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     write_runs(tmp_path / "logs", 2, 2)
     with pytest.raises(TranscriptError, match="agentdojo is not installed here"):
         S.Reading(tools="installed").read([tmp_path / "logs"])

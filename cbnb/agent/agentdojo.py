@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .model import Agent, PromptGap, Reply, Request, prompt_for
+from ..basics.terminal import error_text
 from ..config import ConfigError
 from ..evaluate.answers import model_state
 from ..masking.adapt import adapt
@@ -48,6 +49,8 @@ def dojo(module: str) -> Any:
 class BrokeOff(RuntimeError):
     """An episode that cannot go on, though nothing is wrong with the run: its conversation cannot be written
     as a prompt, or it has outgrown the model."""
+
+    __str__ = error_text
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #0b038d93
 def file_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
@@ -166,6 +169,8 @@ class ModelTurn:
 # %% ../../nbs/agent/05_agentdojo.ipynb #af04a761
 class AskError(RuntimeError):
     """Generation failed: of no episode's making, so the run ends. The cause is its `__cause__`."""
+
+    __str__ = error_text
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #d23f112d
 def too_long(name: str, turn: int, length: int, limit: int) -> str:

@@ -452,7 +452,11 @@ def check_lease(folder: str | Path, name: str = ".lease") -> None:
     process has taken its place since; does nothing for one that it never took."""
     path = lease_path(folder, name)
     for place in (path.parent, *path.parent.parents) if HELD else ():
-        if (path := place / name) in HELD and not is_mine(path):
+        if (path := place / name) not in HELD or is_mine(path):
+            continue
+        with LOCK:  # another thread may be giving it back in this moment
+            is_lost = path in HELD and not is_mine(path)
+        if is_lost:
             raise Held(
                 f"{place} was taken over by a process on {whose(dated_lease(path)[0])}, since this one had "
                 "not renewed its lease: nothing more is written there"
