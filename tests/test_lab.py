@@ -1,10 +1,15 @@
 """Notebooks in a real JupyterLab in headless Chromium, cut off from every other machine; and the site of make
 docs in the same browser."""
 
+import json
+import os
 import re
+import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +20,7 @@ from cbnb.step.models import save_adapter
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.tinyworld import make_transcripts
 from helpers import HOSTILE, NBS, copy_tree, notebooks, run
-from lab.labharness import CHROMIUM, CellError, Lab
+from lab.labharness import CHROMIUM, CellError, Lab, free_port
 from test_answers_view import data, episodes_of, noisy, run_folder
 from train_common import little_data
 
@@ -263,6 +268,10 @@ def test_a_prompt_is_tried_in_the_form(lab, acted, tmp_path):
     assert "total: 3" in cell.inner_text() and result.input_value() == ""
     for what in ("img", "script"):
         assert cell.locator(what).count() == 0, what
+    # nothing is squeezed in a narrow window
+    nb.page.set_viewport_size({"width": 1000, "height": 800})
+    widths = cell.locator(".noUi-target").evaluate_all("all => all.map(e => e.getBoundingClientRect().width)")
+    assert len(widths) == 2 and min(widths) > 80, widths
     nb.shot(tmp_path / "chat.png")
     nb.check()
     lab.assert_offline()
@@ -271,6 +280,35 @@ def test_a_prompt_is_tried_in_the_form(lab, acted, tmp_path):
 def test_server_wants_its_token(lab):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{lab.url}/api/contents", timeout=10)
+
+
+@pytest.mark.slow
+def test_make_lab_asks_for_no_news(lab, tmp_path):
+    "A box that asks whether news may be fetched is the first thing that a newcomer would see."
+    port, token = free_port(), "a" * 40
+    arguments = f"--no-browser --ServerApp.port={port} --ServerApp.port_retries=0"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER")}
+    env |= {"JUPYTER_TOKEN": token, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    # the environment is the one that runs this: nothing is installed
+    made = ["make", "lab", f"VENV={sys.prefix}", f"LAB_ARGS={arguments}", "-o", f"{sys.prefix}/.user"]
+    log = open(tmp_path / "log", "w")
+    server = subprocess.Popen(
+        made, cwd=lab.root.parent, env=env, stdout=log, stderr=log, start_new_session=True
+    )
+    name = "@jupyterlab/apputils-extension:notification"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            with suppress(OSError):
+                url = f"http://127.0.0.1:{port}/lab/api/settings/{name}?token={token}"
+                said = json.loads(urllib.request.urlopen(url, timeout=5).read())
+                break
+            time.sleep(0.1)
+    finally:
+        Lab.stop_server(server)
+        log.close()
+    asked = said["schema"]["properties"]
+    assert asked["fetchNews"]["default"] == "false" and asked["checkForUpdates"]["default"] is False
 
 
 @pytest.mark.slow
