@@ -251,6 +251,7 @@ def test_maps_choose_tokens_and_blocks(pages, two):
     def value(box):
         return page.locator(box).get_attribute("aria-valuetext")
 
+    page.locator(COSINE + " canvas").scroll_into_view_if_needed()
     box = page.locator(COSINE + " canvas").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 40.5 / n, box["y"] + box["height"] * 0.5 / 5)
     assert chosen(page) == [40] and value(COSINE).startswith("block 4, token 40 ")

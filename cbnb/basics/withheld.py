@@ -29,8 +29,8 @@ __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNE
            'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files', 'secret_values',
            'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements', 'needle_pattern',
            'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts', 'withhold',
-           'without_tokens', 'scrub', 'scrubbed_places', 'cut', 'scrub_notebook', 'holder', 'compile_pattern',
-           'continues', 'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard']
+           'without_tokens', 'scrub', 'scrub_places', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues',
+           'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard']
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(
@@ -462,7 +462,7 @@ def scrub(text: str) -> str:
     return without_tokens(withhold(text))
 
 # %% ../../nbs/basics/01_withheld.ipynb #c3d4b1a1
-def scrubbed_places(text: str) -> list[tuple[int, int]]:
+def scrub_places(text: str) -> list[tuple[int, int]]:
     "Return `[(start, end)]` in characters of what `scrub` removes from `text`, in order, none in another."
     spans = places(text)
     for pattern in SECRET_TEXT:

@@ -25,7 +25,7 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
            'TABLE_TEXT', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message', 'answer_facts',
            'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'check_words', 'episode_outcomes',
            'common_start', 'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions',
-           'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'moved_marks',
+           'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'shift_marks',
            'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of',
            'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'cases_table', 'answers_html',
            'answers_view', 'open_command', 'write_answers', 'action_token', 'evaluation_settings', 'masker_settings',
@@ -504,21 +504,21 @@ def mark_text(text: str, spans: Iterable[tuple[int, int]] = ()) -> tuple[str, li
     return "".join(out), marks
 
 # %% ../../nbs/widgets/06_answers.ipynb #f6a7e4d1
-def moved_marks(text: str, marks: Sequence[Sequence[int]]) -> list[list[int]]:
+def shift_marks(text: str, marks: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return where `marks` of `text` (as a browser counts) stand once each secret of the environment in it is
     `[removed]` (`withhold`)."""
-    hidden = [(utf16_length(text[:start]), utf16_length(text[:end])) for start, end in places(text)]
+    secrets = [(utf16_length(text[:start]), utf16_length(text[:end])) for start, end in places(text)]
     size = len("[removed]")
 
-    def moved(at: int, inside: int) -> int:
+    def shift_edge(at: int, inside: int) -> int:
         shift = 0
-        for start, end in hidden:
+        for start, end in secrets:
             if start < at < end:
                 return start + shift + inside
             shift += size - (end - start) if at >= end else 0
         return at + shift
 
-    return [[moved(start, 0), moved(end, size)] for start, end in marks]
+    return [[shift_edge(start, 0), shift_edge(end, size)] for start, end in marks]
 
 # %% ../../nbs/widgets/06_answers.ipynb #fd91901a
 def call_text(call: Mapping[str, Any]) -> str:
@@ -689,7 +689,7 @@ def answers_state(
     if (clean := withhold(words)) != words:
         for parts in [*kept_contexts, *(a["parts"] for c in rows.values() for a in c["actions"] if a)]:
             for part in parts:
-                part["marks"] = moved_marks(words[part["text"]], part["marks"])
+                part["marks"] = shift_marks(words[part["text"]], part["marks"])
     return {
         "title": visible(title),
         "message": visible(" ".join([*notes, left_out_note(cases, rows)]).strip()),

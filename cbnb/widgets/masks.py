@@ -51,6 +51,8 @@ from cbnb.masking.audit import (
     secret_tokens,
 )
 from ..masking.audit import NOTE_KINDS as MINOR
+
+# %% ../../nbs/widgets/02_masks.ipynb #488ae3be
 from ..masking.masker import CONTROL_MODES, ChatMasker
 from cbnb.masking.policies import (
     POLICIES,

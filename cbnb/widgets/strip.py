@@ -13,6 +13,13 @@ import anywidget
 import numpy as np
 import traitlets
 
+# %% auto #0
+__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
+           'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html',
+           'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip',
+           'token_strip']
+
+# %% ../../nbs/widgets/01_strip.ipynb #80711b61
 from ..basics.terminal import visible
 from ..masking.audit import secret_tokens, token_texts
 from ..masking.encoders import bytes_of_token
@@ -32,12 +39,6 @@ from cbnb.widgets.views import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# %% auto #0
-__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
-           'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html',
-           'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip',
-           'token_strip']
 
 # %% ../../nbs/widgets/01_strip.ipynb #563dcae5
 def is_text(raw: bytes) -> bool:
