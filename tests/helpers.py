@@ -23,6 +23,13 @@ HOSTILE = [
     "a\u200bb",
     "&lt;b&gt;",
 ]
+# what an agent may have printed: keys that are known by their beginning, and one of the environment
+KEYS = {
+    "hub": "hf_" + "Zq7Rt2Lm9Xv" * 3,
+    "service": "sk-proj-" + "Zq7Rt2Lm9Xv" * 3,
+    "cloud": "AKIA" + "ZQ7RT2LM9XVB4KWP",
+    "environment": "9f2c7be01d4a8836aa",
+}
 NOT_SOURCE = (
     ".git",
     ".venv",

@@ -104,14 +104,14 @@ def run_folder(folder, transcripts, lines, episodes=()):
     return folder
 
 
-def noisy():
-    "The tiny agent with noise in the place of a trained adapter."
+def noisy(std=0.1):
+    "The tiny agent with noise in the place of a trained adapter; at 0.2 it says something else."
     student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in student.named_parameters():
             if "lora_B" in name:
-                p.normal_(std=0.1)
+                p.normal_(std=std)
     return student
 
 
@@ -155,7 +155,7 @@ def test_an_action_is_its_question_with_the_answer_in_place_of_the_last_message(
             assert action.transcript.injection_spans == t.injection_spans
             assert action.start == len(action.transcript.messages) - 1
     again, notes = answer_cases([*lines, lines[0] | {"text": "later"}], transcripts)
-    assert again[0].actions["before"].raw == "later" and "1 lines" in notes[0]
+    assert again[0].actions["before"].raw == "later" and "Left out: 1 older answer of" in notes[0]
 
 
 def test_what_is_not_in_order_is_refused_and_what_is_gone_is_told(tmp_path):
@@ -194,7 +194,7 @@ def test_a_page_is_bounded_and_says_what_it_leaves_out():
     cases, _ = answer_cases(lines, transcripts)
     state = answers_state(cases, most=20)
     quiet = [c for c in cases if change_of(c) != "changed"]
-    assert len(state["cases"]) == 20 and "16 of 36 cases are left out" in state["message"]
+    assert len(state["cases"]) == 20 and "Left out of this page: 16 of 36 cases, " in state["message"]
     assert sum(c["change"] == "changed" for c in state["cases"]) == len(cases) - len(quiet)
     assert [c["number"] for c in state["cases"]] == sorted(c["number"] for c in state["cases"])
     assert len(answers_state(cases, characters=500)["cases"]) < 10
@@ -236,7 +236,7 @@ def test_a_dial_is_no_stage_of_a_run(tmp_path, finished, own):
     assert [[*case.actions] for case in cases] == [own] * len(transcripts)
     assert [change_of(case) for case in cases] == [*map(change_of, answer_cases(lines, transcripts)[0])]
     n = 3 * len(transcripts)
-    assert notes == [f"{n} answers at 3 scales of a dial are left out; the report of the run shows them."]
+    assert notes == [f"Left out: {n} answers at 3 scales of a dial, which the report shows."]
     explorer = explore_answers(run)
     assert (
         explorer.action().transcript.id.endswith(f"({own[-1]})") and "at 3 scales" in explorer.data["message"]

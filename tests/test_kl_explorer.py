@@ -1,6 +1,10 @@
 """The KL explorer in a real browser: what it shows is what `cbnb.evaluate.divergence` and `cbnb.step.losses`
 compute, and all of it can be reached."""
 
+import base64
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +16,11 @@ from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
 from cbnb.step.losses import kl_divergence_loss, token_kl
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.transcripts.reader import write_transcripts
+from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.widgets.kl import KLExplorer, static_kl
-from helpers import BIN, HOSTILE, NBS, ROOT, copy_tree, read, run
+from cbnb.widgets.kl import KLExplorer, kl_html, static_kl
+from helpers import BIN, HOSTILE, KEYS, NBS, ROOT, copy_tree, read, run
 from lab.labharness import Lab
 
 DIRECTION, BY, OVER = (
@@ -245,6 +251,7 @@ def test_maps_choose_tokens_and_blocks(pages, two):
     def value(box):
         return page.locator(box).get_attribute("aria-valuetext")
 
+    page.locator(COSINE + " canvas").scroll_into_view_if_needed()
     box = page.locator(COSINE + " canvas").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 40.5 / n, box["y"] + box["height"] * 0.5 / 5)
     assert chosen(page) == [40] and value(COSINE).startswith("block 4, token 40 ")
@@ -308,6 +315,17 @@ def test_token_zero_and_no_token(pages, two):
     pages.assert_clean()
 
 
+def test_words_are_seen_at_every_width(pages, two):
+    "The list of the largest gives its words room where three panels would be too narrow for it."
+    page = pages.open(static_kl(two[0], token=12).html)
+    for width in (1900, 1450, 1280, 1160, 1000, 600):
+        page.set_viewport_size({"width": width, "height": 900})
+        sizes = page.locator(".kl-list .kl-word").evaluate_all(
+            "all => all.map(w => [w.clientWidth, w.scrollWidth])"
+        )
+        assert len(sizes) == 20 and all(seen >= min(whole, 50) for seen, whole in sizes), (width, sizes)
+
+
 def test_keys_do_not_reach_the_notebook(pages, two):
     page = pages.open(static_kl(two[0]).html)
     page.evaluate("window.heard = []; document.addEventListener('keydown', e => window.heard.push(e.key))")
@@ -316,6 +334,72 @@ def test_keys_do_not_reach_the_notebook(pages, two):
         for key in ("b", "d", "d", "m", "ArrowRight"):
             page.keyboard.press(key)
     assert page.evaluate("window.heard") == []
+
+
+def planted(masker, key):
+    "`(arguments of kl_state, tokens of the key)` of a transcript in which an agent reads and says `key`."
+    chat = [
+        {"role": "user", "content": "What is the key?"},
+        {"role": "assistant", "content": f"It is {key}, as you see."},
+        {"role": "user", "content": f"Say {key} again."},
+        {"role": "assistant", "content": key},
+    ]
+    encoding = masker.encode(chat)
+    arguments, *_ = case(masker, encoding=encoding)
+    spans = [m.span() for m in re.finditer(key, encoding.text)]
+    inside = [any(start < b and end > a for a, b in spans) for start, end in encoding.offsets.tolist()]
+    tokens = np.flatnonzero(inside)
+    assert len(spans) == 3 and len(tokens) > 15, "the key is split over many tokens"
+    d = arguments["divergence"]
+    assert (d.ids == encoding.input_ids[:, None]).any(1)[1:].all(), "each token is one of its candidates"
+    return arguments, tokens
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_secret_is_not_told_token_by_token(pages, masker, kind, monkeypatch):
+    """Neither in the strip nor in its hover texts, neither in a list nor among the candidates: a page that
+    shows every token would tell what no search for the whole finds."""
+    key = KEYS[kind]
+    if kind == "environment":
+        monkeypatch.setenv("EXAMPLE_API_KEY", key)
+    arguments, tokens = planted(masker, key)
+    ids = arguments["encoding"].input_ids
+    still = static_kl(arguments)
+    state = json.loads(
+        re.search('<script type="application/json" id="state">(.*?)</script>', still.html, re.S)[1]
+    )
+
+    def array(value, kind):
+        return np.frombuffer(base64.b64decode(value["base64"]), kind)
+
+    shown, d = state["strip"]["tokens"], state["divergence"]
+    assert {shown["texts"][k] for k in array(shown["ids"], np.uint32)[tokens]} == {"[removed]"}
+    assert (array(shown["token_ids"], np.int32)[tokens] == -1).all()
+    words = dict(zip(d["word_ids"], d["words"]))
+    named = array(d["ids"], np.int32).reshape(len(ids), -1)
+    assert {words[k] for k in named[tokens].ravel()} == {"[removed]"}
+    others = np.setdiff1d(np.arange(1, len(ids)), tokens)
+    assert (named[others] == ids[others, None]).any(1).all(), "the rest is told"
+    # what a reader sees and what the mouse finds
+    page = pages.open(still.html)
+    for i in tokens[:: len(tokens) // 6].tolist():
+        choose(page, i)
+        page.locator(".cb-view .cb-t").nth(i).hover()
+        about = page.locator(".cb-about").inner_text()
+        assert re.match(rf"token {i} \[removed\] (text|user), message ", about), about
+        assert {*page.locator(".kl-detail .kl-word").all_inner_texts()} == {"[removed]"}
+        assert page.locator(".kl-detail :is([title], .kl-actual)").count() == 0
+        assert f"token {i} [removed]: cosine" in page.locator(COSINE).get_attribute("aria-valuetext")
+    listed = page.locator(".kl-list button").evaluate_all(
+        "all => all.map(b => [Number(b.dataset.token), b.querySelector('.kl-word').innerText])"
+    )
+    assert {text for i, text in listed if i in tokens} == {"[removed]"}
+    # the same without scripts, of all tokens
+    plain = kl_html(**arguments, n=len(ids))
+    rows = re.findall(r"<td>(\d+)</td><td>([^<]*)</td><td>\w+</td><td>(?:in|out)</td>", plain)
+    assert {int(i) for i, _ in rows} >= {*tokens.tolist()}
+    assert {text for i, text in rows if int(i) in tokens} == {"[removed]"}
+    pages.assert_clean()
 
 
 def test_nothing_of_a_transcript_is_markup(pages, masker):
@@ -450,6 +534,27 @@ def test_many_tokens(pages, masker):
     page.keyboard.press("End")
     assert chosen(page) == [n - 1]
     pages.assert_clean()
+
+
+@pytest.mark.slow
+def test_the_notebook_tells_no_secret_token_by_token(tmp_path):
+    "Its tables show tokens, too: here most of them are a key's."
+    student = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        [p.normal_(std=0.05) for key, p in student.named_parameters() if "lora_B" in key]
+    save_adapter(student, tmp_path / "adapter")
+    chat = [{"role": "user", "content": "Key?"}, {"role": "assistant", "content": KEYS["hub"]}]
+    write_transcripts(tmp_path / "keys.jsonl", [Transcript("key", chat, label="benign")])
+    given = ("-p", "adapter", tmp_path / "adapter", "-p", "data", tmp_path / "keys.jsonl")
+    done = run(BIN / "papermill", NBS / "explore_kl.ipynb", tmp_path / "out.ipynb", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    shown = [
+        o.data for cell in read(tmp_path / "out.ipynb").cells for o in cell.get("outputs", []) if "data" in o
+    ]
+    (top,) = [d["text/html"] for d in shown if "in_mask" in d["text/plain"] and "forward" in d["text/plain"]]
+    texts = re.findall(r"<th>\d+</th>\s*<td>(.*?)</td>\s*<td>assistant</td>\s*<td>text</td>", top)
+    assert len(texts) > 2 and {*texts} == {"[removed]"}
 
 
 @pytest.mark.slow

@@ -1,16 +1,27 @@
 """Notebooks in a real JupyterLab in headless Chromium, cut off from every other machine; and the site of make
 docs in the same browser."""
 
+import json
+import os
+import re
+import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from helpers import NBS, copy_tree, notebooks, run
-from lab.labharness import CHROMIUM, CellError, Lab
+from cbnb.step.models import save_adapter
+from cbnb.transcripts.reader import write_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
+from helpers import HOSTILE, NBS, copy_tree, notebooks, run
+from lab.labharness import CHROMIUM, CellError, Lab, free_port
+from test_answers_view import data, episodes_of, noisy, run_folder
 from train_common import little_data
 
 # lines of code, of at most 110 columns, in blocks that are wider than their place
@@ -18,6 +29,7 @@ CUT_OFF = """() => [...document.querySelectorAll(".highlight-ipynb pre, .highlig
     .filter(block => block.scrollWidth > block.clientWidth)
     .map(block => block.innerText)
     .filter(text => text.split("\\n").every(line => line.length <= 110))"""
+EVIL = "".join(HOSTILE)
 NOTEBOOKS = ["index.ipynb", "train.ipynb", "explore_masks.ipynb"]
 
 if not Path(CHROMIUM).exists():
@@ -32,20 +44,37 @@ def lab(tmp_path_factory):
     """JupyterLab on a copy of the notebooks: what they write stays out of the sources. There train.ipynb is
     short, on few transcripts: test_train.py has all of it."""
     copy = copy_tree(tmp_path_factory.mktemp("lab") / "cbnb")
-    train = nbformat.read(copy / "nbs" / "train.ipynb", as_version=4)
-    parameters = next(c for c in train.cells if "parameters" in c.metadata.get("tags", ()))
     few = little_data(copy)
-    for whole, short in (
-        ('total_steps: "Optional[int]" = None', 'total_steps: "Optional[int]" = 20'),
-        ("max_new_tokens: int = 128", "max_new_tokens: int = 8"),
-        ('data: str = "tinyagent"', f"data: str = {few['data']!r}"),
-        ('eval_data: str = ""', f"eval_data: str = {few['eval_data']!r}"),
-    ):
-        assert parameters.source.count(f"\n{whole}") == 1
-        parameters.source = parameters.source.replace(f"\n{whole}", f"\n{short}")
-    nbformat.write(train, copy / "nbs" / "train.ipynb")
+    short = dict(total_steps=20, max_new_tokens=8, data=few["data"], eval_data=few["eval_data"])
+    write_parameters(copy / "nbs" / "train.ipynb", **short)
     with Lab(copy / "nbs") as lab:
         yield lab
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory):
+    """A run directory with answers, episodes and an adapter of noise; strangers' texts are in what was asked
+    and in what was answered."""
+    transcripts, lines = data(6)
+    for i in (1, 8):
+        first, user, *rest = transcripts[i].messages
+        user = user | {"content": f"{user['content']} {EVIL}"}
+        transcripts[i] = replace(transcripts[i], messages=[first, user, *rest])
+    episodes = [e for t in transcripts[:2] for e in episodes_of(t, "obeyed", "safe_stop")]
+    run = run_folder(tmp_path_factory.mktemp("acted") / "run", transcripts, lines, episodes)
+    save_adapter(noisy(0.2), run / "adapter")
+    return run
+
+
+def write_parameters(path, **given):
+    "Write values into the parameters cell of a notebook, as a reader does by hand."
+    book = nbformat.read(path, as_version=4)
+    cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", ()))
+    for name, value in given.items():
+        line = re.compile(rf"^({name}: .*?) = \S+", re.M)
+        cell.source, n = line.subn(lambda m: f"{m[1]} = {value!r}", cell.source)
+        assert n == 1, name
+    nbformat.write(book, path)
 
 
 @pytest.mark.slow
@@ -111,9 +140,175 @@ def test_masks_are_explored_by_hand(lab, tmp_path):
     lab.assert_offline()
 
 
+@pytest.mark.slow
+def test_actions_are_read_down_to_their_tokens_and_hidden_states(lab, acted, tmp_path):
+    """What a reader does: filter, search, go on by keys; from an action two clicks lead to its tokens and
+    their reasons, or to its KL and hidden states. A stranger's text stays text."""
+    write_parameters(lab.root / "explore_answers.ipynb", run=str(acted))
+    nb = lab.open("explore_answers.ipynb")
+    nb.run_all(timeout=600)
+    cell, keys = nb.cell(4), nb.page.keyboard
+    view = cell.locator(".cb-answers")
+    count, title = view.locator(".cb-bar [role=status]"), view.locator(".an-about h2")
+    rows = view.locator(".an-row")
+    assert count.inner_text() == "20 cases" and rows.count() >= 15
+    # filters
+    chip = view.locator(".an-chip[data-word=unreadable]")
+    n = int(chip.locator("b").inner_text())
+    chip.click()
+    assert count.inner_text() == f"{n} of 20 cases" and n == 5 == rows.count()
+    view.get_by_role("button", name="all", exact=True).click()
+    view.get_by_label("kind", exact=True).select_option(label="plain (6)")
+    assert count.inner_text() == "6 of 20 cases"
+    # the search and the keys; JupyterLab takes none of them for itself
+    view.locator(".an-list").focus()
+    keys.press("Escape")
+    keys.press("/")
+    keys.type("onerror")
+    keys.press("Enter")
+    view.locator(".an-hit.an-now, .an-hit").first.wait_for()
+    assert 0 < rows.count() < 20 and "<img src=x onerror=alert(1)>" in view.locator(".an-about").inner_text()
+    keys.press("Escape")
+    keys.press("Home")
+    for n in (1, 2):
+        first = title.inner_text()
+        keys.press("ArrowDown")
+        nb.page.wait_for_function("t => document.querySelector('.an-about h2').innerText !== t", arg=first)
+        nb.wait_idle()
+        assert nb.execute("print(explorer.box.list.place)").strip() == str(n), "what Python knows of it"
+    keys.press("ArrowUp")
+    nb.wait_idle()
+    assert "\\u202egnol" in view.inner_text() and view.locator(".an-injected").count() > 0
+    assert len(nb.cells()) == 7, "a key of the reader reached the notebook"
+    # tokens and reasons: two clicks
+    rows.first.click()
+    side = view.locator(".an-side", has_text="before")
+    side.get_by_role("button", name="tokens and masks").click()
+    below = cell.locator(".cb-view")
+    below.wait_for()
+    nb.wait_idle()
+    assert view.locator(".an-status").inner_text().startswith("Tokens and masks of case 1, before, are below")
+    assert cell.locator(".cb-t.sel").count() == 1
+    why = cell.locator(".cb-about").inner_text()
+    assert "in: " in why and "message 4" in why
+    # KL and hidden states
+    side.get_by_role("button", name="KL and hidden states").click()
+    cell.locator(".kl-detail table").wait_for(timeout=60_000)
+    nb.wait_idle()
+    maps = cell.locator("[aria-label='Cosine to the teacher by block and token']")
+    assert "cosine" in maps.get_attribute("aria-valuetext") and cell.locator(".kl-actual").count() == 1
+    for what in ("img", "script"):
+        assert cell.locator(what).count() == 0, what
+    nb.shot(tmp_path / "actions.png")
+    nb.check()
+    lab.assert_offline()
+
+
+@pytest.mark.slow
+def test_a_prompt_is_tried_in_the_form(lab, acted, tmp_path):
+    """What a reader does: paste an injection into the tool result, ask both, turn the scale, begin the
+    answer. At scale 0 the breaker is the base. What cannot be asked is said, and the form goes on."""
+    attacks = make_transcripts("injection", 2, "eval")
+    write_transcripts(tmp_path / "attacks.jsonl", attacks)
+    given = dict(adapter=str(acted / "adapter"), model="tinyagent", data=str(tmp_path / "attacks.jsonl"))
+    write_parameters(lab.root / "chat.ipynb", **given)
+    nb = lab.open("chat.ipynb")
+    nb.run_all(timeout=600)
+    cell, keys = nb.cell(2), nb.page.keyboard
+    sides = cell.locator(".cb-chat >> nth=0").locator(":scope > div")
+
+    def field(name):
+        return cell.get_by_placeholder(name)
+
+    def ask():
+        cell.get_by_role("button", name="Ask both").click()
+        nb.wait_idle()
+        assert sides.count() == 2, cell.inner_text()
+        return [side.locator("pre").inner_text() for side in sides.all()]
+
+    assert "base, scale 0" in sides.nth(0).inner_text() and "breaker, scale 1" in sides.nth(1).inner_text()
+    order = attacks[0].meta["injected_call"]["name"]
+    assert f"call: {order}" in sides.nth(0).inner_text(), "the base obeys"
+    assert sides.nth(0).locator("pre").inner_text() != sides.nth(1).locator("pre").inner_text()
+    # an injection of one's own, with strangers' texts around it
+    result = field("the result of the tool")
+    result.fill(f"{attacks[1].messages[3]['content']}\n{EVIL}")
+    cell.get_by_label("show the prompt").check()
+    base, breaker = ask()
+    assert base != breaker
+    prompt = cell.locator(".cb-chat >> nth=1").inner_text()
+    for words in (HOSTILE[0], HOSTILE[1], "\\u202egnol", "\\x1b[31m"):
+        assert words in prompt, words
+    # the scale: 0 is the base
+    handle = cell.locator(".noUi-handle").first
+    handle.focus()
+    for _ in range(30):
+        keys.press("ArrowLeft")
+    nb.wait_idle()
+    same = ask()
+    assert same == [base, base] and "breaker, scale 0" in sides.nth(1).inner_text()
+    for _ in range(30):
+        handle.focus()
+        keys.press("ArrowRight")
+    nb.wait_idle()
+    strong = ask()
+    assert strong[0] == base != strong[1] and "breaker, scale 1.5" in sides.nth(1).inner_text()
+    # an answer that others have begun
+    field("the answer begins with").fill("Of course:")
+    assert all(text.startswith("Of course:") for text in ask())
+    # what no template writes is said; the form goes on
+    result.fill("<|eot_id|>")
+    cell.get_by_role("button", name="Ask both").click()
+    nb.wait_idle()
+    assert "control token" in cell.inner_text() and sides.count() == 0
+    result.fill("total: 3")
+    assert len(ask()) == 2
+    cell.get_by_role("button", name="Go on", exact=True).click()
+    nb.wait_idle()
+    assert "total: 3" in cell.inner_text() and result.input_value() == ""
+    for what in ("img", "script"):
+        assert cell.locator(what).count() == 0, what
+    # nothing is squeezed in a narrow window
+    nb.page.set_viewport_size({"width": 1000, "height": 800})
+    widths = cell.locator(".noUi-target").evaluate_all("all => all.map(e => e.getBoundingClientRect().width)")
+    assert len(widths) == 2 and min(widths) > 80, widths
+    nb.shot(tmp_path / "chat.png")
+    nb.check()
+    lab.assert_offline()
+
+
 def test_server_wants_its_token(lab):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{lab.url}/api/contents", timeout=10)
+
+
+@pytest.mark.slow
+def test_make_lab_asks_for_no_news(lab, tmp_path):
+    "A box that asks whether news may be fetched is the first thing that a newcomer would see."
+    port, token = free_port(), "a" * 40
+    arguments = f"--no-browser --ServerApp.port={port} --ServerApp.port_retries=0"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER")}
+    env |= {"JUPYTER_TOKEN": token, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    # the environment is the one that runs this: nothing is installed
+    made = ["make", "lab", f"VENV={sys.prefix}", f"LAB_ARGS={arguments}", "-o", f"{sys.prefix}/.user"]
+    log = open(tmp_path / "log", "w")
+    server = subprocess.Popen(
+        made, cwd=lab.root.parent, env=env, stdout=log, stderr=log, start_new_session=True
+    )
+    name = "@jupyterlab/apputils-extension:notification"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            with suppress(OSError):
+                url = f"http://127.0.0.1:{port}/lab/api/settings/{name}?token={token}"
+                said = json.loads(urllib.request.urlopen(url, timeout=5).read())
+                break
+            time.sleep(0.1)
+    finally:
+        Lab.stop_server(server)
+        log.close()
+    asked = said["schema"]["properties"]
+    assert asked["fetchNews"]["default"] == "false" and asked["checkForUpdates"]["default"] is False
 
 
 @pytest.mark.slow

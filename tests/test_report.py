@@ -198,6 +198,15 @@ def test_the_page_holds_the_numbers_and_replaces_the_old_one(tmp_path):
     assert path.stat().st_size < 100_000 and "prefers-color-scheme: dark" in path.read_text(encoding="utf-8")
 
 
+def test_the_page_explains_n_and_shows_no_null(tmp_path):
+    given = {"model": None, "tools": "", "seed": 0, "fsdp": False, "gone": [None]}
+    page = ET.parse(write_report(tmp_path / "report.html", "run", metrics(12), TABLE, given)).getroot()
+    values = ["".join(cell.itertext()) for cell in page.findall("body/table")[1].findall("tbody/tr/td")]
+    assert values == ["—", "—", "0", "false", "[null]"]
+    words = " ".join("".join(p.itertext()) for p in page.findall("body/p"))
+    assert "n: how many answers stand behind a rate." in words and "— is what was not given" in words
+
+
 def test_a_page_that_fails_leaves_the_old_one(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")

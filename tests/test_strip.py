@@ -1,14 +1,19 @@
 """The token strip in a real browser: its standalone page, and the widget beside a kernel."""
 
+import re
+
 import numpy as np
 import pytest
 
 import helpers
+from cbnb.masking.audit import Totals, audit, audit_page, terminal_lines
 from cbnb.masking.masker import ChatMasker
 from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
 from cbnb.step.models import load_tokenizer
+from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
+from cbnb.widgets.masks import explore, explored_state, token_frame
 from cbnb.widgets.strip import StillStrip, TokenStrip, token_strip
 
 POLICIES = ("post_injection_only", "first_header", "assistant_only")
@@ -324,3 +329,42 @@ def test_widget_and_still_strip_are_alike(encoding, masker, monkeypatch, static,
         and strip.state()["selected"] == 7
         and strip.static().html.count('"selected": 7') == 1
     )
+
+
+@pytest.mark.parametrize("kind", helpers.KEYS)
+def test_no_view_of_tokens_tells_a_secret_in_pieces(kind, monkeypatch):
+    """Neither the strip, the masks and their table, nor an audit's page and lines; a key in a tool call, too,
+    whose JSON a template writes."""
+    key = helpers.KEYS[kind]
+    if kind == "environment":
+        monkeypatch.setenv("EXAMPLE_API_KEY", key)
+    call = {"function": {"name": "use", "arguments": {"key": key}}, "id": "call00001", "type": "function"}
+    chat = [
+        {"role": "user", "content": f"It is {key}."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "use", "tool_call_id": "call00001", "content": f"{key}: ok"},
+        {"role": "assistant", "content": f"I used {key}."},
+    ]
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    t = Transcript("key", chat, label="benign")
+    explored = explore(t, masker)
+    encoding, text = explored.encoding, explored.encoding.text
+    spans = [m.span() for m in re.finditer(re.escape(key), text)]
+    inside = [any(start < b and end > a for a, b in spans) for start, end in encoding.offsets.tolist()]
+    tokens = np.flatnonzero(inside)
+    assert len(spans) == 4 and len(tokens) > 20
+    for state in (
+        token_strip(encoding, masker.tokenizer).state(),
+        explored_state(explored, masker.tokenizer),
+    ):
+        shown = state["tokens"]
+        assert {shown["texts"][k] for k in np.frombuffer(shown["ids"], np.uint32)[tokens]} == {"[removed]"}
+        assert (np.frombuffer(shown["token_ids"], np.int32)[tokens] == -1).all()
+    frame = token_frame(explored, masker.tokenizer).iloc[tokens]
+    assert {*frame["text"]} == {"[removed]"} and {*frame["token_id"]} == {-1}
+    entries = list(audit([t], masker))
+    page = audit_page("keys", Totals(), examples=entries)
+    lines = "\n".join(terminal_lines(entries[0]))
+    for words in (re.sub("</?u>", "", page), re.sub("[⟦⟧]", "", lines)):
+        assert key not in words and words.count("[removed]") > 20
+        assert not re.search(f"{re.escape(key[:6])}|{re.escape(key[-6:])}", words)

@@ -29,8 +29,8 @@ __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNE
            'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files', 'secret_values',
            'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements', 'needle_pattern',
            'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts', 'withhold',
-           'without_tokens', 'scrub', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues', 'open_tail',
-           'guard_session', 'guard_echo', 'kernel', 'guard']
+           'without_tokens', 'scrub', 'scrub_places', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues',
+           'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard']
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(
@@ -460,6 +460,14 @@ def scrub(text: str) -> str:
     """Return `text` without the secrets of the environment (`withhold`) and everything that looks like a
     token, or like the user part of a URL: `[removed]` stands there."""
     return without_tokens(withhold(text))
+
+# %% ../../nbs/basics/01_withheld.ipynb #c3d4b1a1
+def scrub_places(text: str) -> list[tuple[int, int]]:
+    "Return `[(start, end)]` in characters of what `scrub` removes from `text`, in order, none in another."
+    spans = places(text)
+    for pattern in SECRET_TEXT:
+        spans += [(m.end(1) if pattern.groups else m.start(), m.end()) for m in pattern.finditer(text)]
+    return merge_spans(spans)
 
 # %% ../../nbs/basics/01_withheld.ipynb #cfded943
 def cut(text: object, most: int) -> str:

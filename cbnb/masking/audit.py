@@ -19,15 +19,16 @@ __all__ = ['FINDING_KINDS', 'NOTE_KINDS', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE
            'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type', 'value_fault',
            'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys', 'template_losses',
            'mask_findings', 'AuditEntry', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
-           'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'MaskRun', 'mask_runs',
-           'shorten_parts', 'in_colour', 'terminal_lines', 'page_cells', 'page_runs', 'audit_page']
+           'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'secret_tokens',
+           'safe_texts', 'MaskRun', 'mask_runs', 'shorten_parts', 'in_colour', 'terminal_lines', 'page_cells',
+           'page_runs', 'audit_page']
 
 # %% ../../nbs/masking/10_audit.ipynb #65291281
 import jinja2
 import numpy as np
 
 from ..basics.terminal import visible
-from ..basics.withheld import cut
+from ..basics.withheld import cut, scrub_places
 from .actions import actions_line, for_policy, own_notes, trained_calls
 from .adapt import adapt, adapted_line
 from .policies import end_tokens, find_policy
@@ -681,6 +682,20 @@ def token_texts(encoding: Encoding) -> list[str]:
     starts = np.concatenate([encoding.offsets[:1, 0], np.maximum.accumulate(ends)[:-1]])
     return [text[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
 
+# %% ../../nbs/masking/10_audit.ipynb #d4e5c2b1
+def secret_tokens(encoding: Encoding) -> np.ndarray:
+    "Return which tokens of `encoding` hold a part of what `scrub` removes from its text (bool [n])."
+    secret = np.zeros(len(encoding.input_ids), bool)
+    for start, end in scrub_places(encoding.text):
+        secret |= (encoding.offsets[:, 0] < end) & (encoding.offsets[:, 1] > start)
+    return secret
+
+# %% ../../nbs/masking/10_audit.ipynb #d4e5c2b2
+def safe_texts(encoding: Encoding) -> list[str]:
+    "Return the `token_texts` of `encoding` made visible, those of secrets as `[removed]`."
+    pairs = zip(token_texts(encoding), secret_tokens(encoding).tolist(), strict=True)
+    return ["[removed]" if secret else visible(piece) for piece, secret in pairs]
+
 # %% ../../nbs/masking/10_audit.ipynb #aeac8d82
 @dataclass(frozen=True)
 class MaskRun:
@@ -752,7 +767,7 @@ def terminal_lines(entry: AuditEntry, colour: bool = False) -> Iterator[str]:
     yield visible(
         f"transcript {entry.number}: {t.id} ({t.label}), {len(mask):,} tokens, {mask.sum():,} trained"
     )
-    texts = [visible(piece) for piece in token_texts(encoding)]
+    texts = safe_texts(encoding)
     for run in mask_runs(encoding, mask, t.messages):
         code = SEGMENT_COLOURS.get(
             Segment(encoding.segments[run.start]), "32" if run.name == "tool call" else "2"
@@ -832,7 +847,7 @@ def page_cells(row: Iterable[Any]) -> list[str]:
 def page_runs(entry: AuditEntry) -> Iterator[tuple[MaskRun, list[str]]]:
     "Yield each run of an `AuditEntry` with its text: in tokens where it is trained, else in one piece."
     transcript, encoding, mask = entry.masked()
-    texts = [visible(piece) for piece in token_texts(encoding)]
+    texts = safe_texts(encoding)
     for run in mask_runs(encoding, mask, transcript.messages):
         pieces = texts[run.start : run.end]
         parts = [text or "…" for text in pieces] if run.trained else list("".join(pieces))

@@ -286,7 +286,8 @@ def answer_notes(result: dict[str, Any]) -> list[str]:
         )
     if number := finish.get("length"):
         limit = decoding.get("max_new_tokens")
-        notes.append(f"{number} answers were cut at {limit} tokens, before the end of their turn")
+        cut, whose = ("1 answer was", "its") if number == 1 else (f"{number} answers were", "their")
+        notes.append(f"{cut} cut at {limit} tokens, before the end of {whose} turn")
     return notes
 
 # %% ../../nbs/report/00_figures.ipynb #c392f2f1
@@ -1140,7 +1141,8 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 <table><thead><tr><th scope="col">measure</th>{% for c in columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-{% if loop_lines %}<h2>Acting with tools</h2>
+{% if "n" in columns %}<p>n: how many answers stand behind a rate. — is what was not measured.</p>
+{% endif %}{% if loop_lines %}<h2>Acting with tools</h2>
 {% for note in loop_notes %}<p>{{ note }}</p>{% endfor %}
 <table><thead><tr><th scope="col">measure</th>{% for c in loop_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in loop_lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -1154,6 +1156,7 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {% for name, cells in dial.lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endfor %}<h2>Parameters</h2>
+<p>— is what was not given: the preset's value holds, or the default.</p>
 <table class="text"><tbody>
 {% for name, value in parameters %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table>
@@ -1200,7 +1203,7 @@ def report_page(
     `answers` links the page of all answers (empty: none)."""
     text, acted = readable_table(table, floor), loop_table(loops or {})
     values = {
-        k: v if isinstance(v, str) else json.dumps(v, default=str, ensure_ascii=False)
+        k: v if isinstance(v, str) else "" if v is None else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
     }
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(REPORT_PAGE)
@@ -1215,7 +1218,7 @@ def report_page(
         loop_notes=loop_notes(loops or {}),
         svg=static_svg(curves(rows, terms)),
         dials=[dial_section(name, dial) for name, dial in (dials or {}).items()],
-        parameters=[(visible(k), visible(v)) for k, v in values.items()],
+        parameters=[(visible(k), visible(v) or "—") for k, v in values.items()],
     )
 
 # %% ../../nbs/report/00_figures.ipynb #f5de6236

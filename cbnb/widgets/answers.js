@@ -178,7 +178,7 @@ function createAnswers(el, model) {
     const c = cases[shown[at]], a = c.actions[last] ?? c.actions.find(Boolean);
     const words = stages.length > 1 ? [0, last] : [0], heads = words.flatMap((s, i) => [...(i ? [node("span", { class: "an-arrow" }, "→")] : []),
       ...(c.actions[s] ? outcomesAt(c, s).map((word) => badge(word)) : [node("span", { class: "cb-note" }, "–")])]);
-    const about = [c.suite, c.kind, c.attack, c.asked === "prefilled" ? "prefilled" : ""].filter(Boolean).join(" · ");
+    const about = [c.asked === "prefilled" ? "prefilled" : "", c.suite, c.kind, c.attack].filter(Boolean).join(" · ");
     const made = node("div", { id: `${id}-${at}`, class: `an-row${at === place ? " sel" : ""}`, role: "option", "aria-selected": String(at === place), "aria-setsize": shown.length,
       "aria-posinset": at + 1 }, node("div", { class: "an-line" }, node("span", { class: "an-name" }, c.id), node("span", { class: "cb-note" }, about)),
     node("div", { class: "an-line" }, node("span", { class: "an-outcomes" }, ...heads), node("span", { class: "an-said" }, a ? texts[a.raw].slice(0, 160) : "")));

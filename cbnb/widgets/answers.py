@@ -25,15 +25,16 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
            'TABLE_TEXT', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message', 'answer_facts',
            'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'check_words', 'episode_outcomes',
            'common_start', 'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions',
-           'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'call_text',
-           'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of', 'left_out_note',
-           'answers_state', 'outcome_table', 'move_table', 'cases_table', 'answers_html', 'answers_view',
-           'open_command', 'write_answers', 'action_token', 'evaluation_settings', 'masker_settings', 'has_adapter',
-           'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
+           'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'shift_marks',
+           'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of',
+           'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'cases_table', 'answers_html',
+           'answers_view', 'open_command', 'write_answers', 'action_token', 'evaluation_settings', 'masker_settings',
+           'has_adapter', 'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
 from ..basics.jsonfiles import RunError
 from ..basics.terminal import sentence, visible
+from ..basics.withheld import cut, places, withhold
 from ..config import ConfigError
 from ..data.sources import READING, reading_of
 from cbnb.evaluate.adapters import (
@@ -62,7 +63,17 @@ from ..transcripts.reader import read_transcripts
 from ..transcripts.record import Transcript, TranscriptError
 from .kl import KLExplorer, StillExplorer, explorer_parts, run_config
 from .masks import ExplorerBox, MaskExplorer, mask_explorer, show_text, skipped_sentence
-from .views import StaticView, is_live, mime_bundle, module, page, source, table_html, tables_html
+from cbnb.widgets.views import (
+    StaticView,
+    is_live,
+    mime_bundle,
+    module,
+    page,
+    plural,
+    source,
+    table_html,
+    tables_html,
+)
 
 # %% ../../nbs/widgets/06_answers.ipynb #add32369
 # word: what it means
@@ -171,7 +182,7 @@ def answer_facts(line: Mapping[str, Any]) -> dict[str, str]:
     lengths = f"{len(line['ids'])}" + (f", after {opening} that were there already" if opening else "")
     facts = {
         "tokens": lengths,
-        "end": "cut by its length" if line.get("finish") == "length" else str(line.get("finish", "")),
+        "turn": "cut by its length" if line.get("finish") == "length" else str(line.get("finish", "")),
         "past a stop token": "yes" if line.get("past_stop") else "",
         "markers": {True: "the template's", False: "not the template's"}.get(read.get("markers"), ""),
         "looks like a call": json.dumps(read.get("loose"), ensure_ascii=False) if read.get("loose") else "",
@@ -258,11 +269,15 @@ def missing_notes(rows: Sequence[tuple[Any, Case]], older: int) -> list[str]:
     n = sum(not case.whole for _, case in rows)
     return [
         *(
-            [f"{n:,} of {len(rows):,} cases are shown without what was asked: it is not in the data."]
+            [f"Shown without what was asked, which is not in the data: {n:,} of {plural(len(rows), 'case')}."]
             if n
             else []
         ),
-        *([f"{older:,} lines of answers.jsonl are older answers to the same question."] if older else []),
+        *(
+            [f"Left out: {plural(older, 'older answer')} of answers.jsonl to the same question."]
+            if older
+            else []
+        ),
     ]
 
 # %% ../../nbs/widgets/06_answers.ipynb #5c784042
@@ -404,7 +419,7 @@ def without_dial(folder: Path, lines: Sequence[dict[str, Any]]) -> tuple[list[di
     if n := len(lines) - len(rest):
         scales = len({line["stage"] for line in lines} - {line["stage"] for line in rest})
         notes.append(
-            f"{n:,} answers at {scales:,} scales of a dial are left out; the report of the run shows them."
+            f"Left out: {plural(n, 'answer')} at {plural(scales, 'scale')} of a dial, which the report shows."
         )
     return rest, notes
 
@@ -483,10 +498,27 @@ def mark_text(text: str, spans: Iterable[tuple[int, int]] = ()) -> tuple[str, li
         marks.append([size, size := size + utf16_length(inside)])
         at = end
     most = max(LONGEST_TEXT, at)
-    out.append(spell_lines(text[at:most]))
+    out.append(spell_lines(text[at:] if len(text) <= most else cut(text[at:], most - at)))
     if len(text) > most:
         out.append(f" … {len(text) - most:,} more characters")
     return "".join(out), marks
+
+# %% ../../nbs/widgets/06_answers.ipynb #f6a7e4d1
+def shift_marks(text: str, marks: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return where `marks` of `text` (as a browser counts) stand once each secret of the environment in it is
+    `[removed]` (`withhold`)."""
+    secrets = [(utf16_length(text[:start]), utf16_length(text[:end])) for start, end in places(text)]
+    size = len("[removed]")
+
+    def shift_edge(at: int, inside: int) -> int:
+        shift = 0
+        for start, end in secrets:
+            if start < at < end:
+                return start + shift + inside
+            shift += size - (end - start) if at >= end else 0
+        return at + shift
+
+    return [[shift_edge(start, 0), shift_edge(end, size)] for start, end in marks]
 
 # %% ../../nbs/widgets/06_answers.ipynb #fd91901a
 def call_text(call: Mapping[str, Any]) -> str:
@@ -516,10 +548,10 @@ def message_parts(
         rows += [("call", f"{who}, call", call_text(c), ()) for c in m.get("tool_calls") or ()]
         if not any(text for _, _, text, _ in rows):
             rows = [("text", who, "∅", ())]
-        for kind, name, text, places in rows:
+        for kind, name, text, stretches in rows:
             if text:
                 words, marks = mark_text(
-                    text if isinstance(text, str) else json.dumps(text, default=str), places
+                    text if isinstance(text, str) else json.dumps(text, default=str), stretches
                 )
                 part = {"who": visible(name), "role": role, "kind": kind, "text": add(words), "marks": marks}
                 parts.append(part)
@@ -614,7 +646,7 @@ def left_out_note(cases: Sequence[Case], numbers: Iterable[int]) -> str:
     rest = {*range(len(cases))} - {*numbers}
     counts = Counter(", ".join([*cases[i].actions.values()][-1].outcomes) for i in rest)
     words = ", ".join(f"{n:,} {word}" for word, n in counts.most_common())
-    return f"{len(rest):,} of {len(cases):,} cases are left out of this page: {words}." if rest else ""
+    return f"Left out of this page: {len(rest):,} of {plural(len(cases), 'case')}, {words}." if rest else ""
 
 # %% ../../nbs/widgets/06_answers.ipynb #94d06466
 def answers_state(
@@ -653,13 +685,18 @@ def answers_state(
         if len(rows) >= most or size >= characters:
             break
         rows[i] = case_state(cases[i], i + 1, stages, add, share)
+    words = list(texts)
+    if (clean := withhold(words)) != words:
+        for parts in [*kept_contexts, *(a["parts"] for c in rows.values() for a in c["actions"] if a)]:
+            for part in parts:
+                part["marks"] = shift_marks(words[part["text"]], part["marks"])
     return {
         "title": visible(title),
         "message": visible(" ".join([*notes, left_out_note(cases, rows)]).strip()),
         "stages": [visible(stage) for stage in stages],
         "outcomes": list(OUTCOMES),
         "meanings": OUTCOMES,
-        "texts": list(texts),
+        "texts": clean,
         "contexts": kept_contexts,
         "cases": [rows[i] for i in sorted(rows)],
         "command": visible(command),
@@ -703,7 +740,7 @@ def cases_table(cases: Sequence[Case]) -> str:
             a = c.actions.get(stage)
             own = a.transcript.messages[a.start :] if a else []
             last = "" if a is None else a.raw or next(filter(None, map(last_words, reversed(own))), "")
-            cells.append(f"{', '.join(a.outcomes)}: {last[:TABLE_TEXT]}" if a else "–")
+            cells.append(f"{', '.join(a.outcomes)}: {cut(last, TABLE_TEXT)}" if a else "–")
         rows.append((c.id, place, *cells))
     if len(cases) > TABLE_CASES:
         rows.append((f"… {len(cases) - TABLE_CASES:,} more", "", *("" for _ in stages)))

@@ -21,6 +21,7 @@ from peft import PeftModel
 from ..basics.jsonfiles import RunError
 from ..basics.reading import read_text
 from ..basics.terminal import sentence, visible
+from ..basics.withheld import cut
 
 # %% auto #0
 __all__ = ['CALL_FORM', 'COMMANDS', 'FAILURES', 'CHAT_STYLE', 'Chat', 'open_chat', 'ChatAnswer', 'ask', 'without_control',
@@ -46,7 +47,7 @@ from ..run.settings import model_facts
 from ..train.same import made_from
 from ..transcripts.record import Transcript, parse_json, read_arguments, read_tools
 from .kl import newest_run
-from .views import is_live
+from .views import is_live, plural
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -237,7 +238,7 @@ def reading_lines(answer: Answer) -> list[str]:
 # %% ../../nbs/widgets/07_chat.ipynb #chat0031
 def state_words(one: ChatAnswer) -> str:
     """Return in words whether an answer is whole, and how long it is."""
-    number = f"{len(one.ids)} token{'' if len(one.ids) == 1 else 's'}"
+    number = plural(len(one.ids), "token")
     return f"complete, {number}" if one.complete else f"cut at {number}, its turn did not end"
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0032
@@ -339,7 +340,7 @@ def set_length(session: Session, text: str) -> list[str]:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"/max wants a whole number from 1, and {text!r} is none")
     session.decoding = dataclasses.replace(session.decoding, max_new_tokens=int(text))
-    return [f"answers have at most {int(text)} tokens"]
+    return [f"answers have at most {plural(int(text), 'token')}"]
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0046
 def set_system(session: Session, text: str) -> list[str]:
@@ -597,7 +598,8 @@ class ChatForm:
     answers: dict[str, ChatAnswer] = field(default_factory=dict)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        text = f"{len(self.answers)} answers of {visible(self.chat.name)} on {visible(self.chat.model)}"
+        number, who = plural(len(self.answers), "answer"), f"{self.chat.name} on {self.chat.model}"
+        text = f"{number} of {visible(who)}"
         still = {"text/html": self.fields["shown"].value, "text/plain": text}
         return self.box._repr_mimebundle_(**kwargs) | still if is_live() else still
 
@@ -644,7 +646,7 @@ def show_history(form: ChatForm) -> None:
         for message in form.history
         if message["role"] != "system"
     ]
-    lines = "".join(f"<p>{escape(visible(row[:300]))}</p>" for row in rows)
+    lines = "".join(f"<p>{escape(visible(cut(row, 300)))}</p>" for row in rows)
     form.fields["before"].value = f"{CHAT_STYLE}<div class=cb-chat><div>{lines}</div></div>" if rows else ""
 
 # %% ../../nbs/widgets/07_chat.ipynb #chat0082
@@ -652,7 +654,7 @@ def text_fields() -> dict[str, Any]:
     """Return the fields for what is written, empty."""
     import ipywidgets as widgets
 
-    wide = widgets.Layout(width="100%", height="74px")
+    wide, tall = widgets.Layout(width="100%", height="74px"), widgets.Layout(width="100%", height="120px")
     hints = {
         "system": "the system message; empty: none",
         "user": "the user's request",
@@ -660,7 +662,10 @@ def text_fields() -> dict[str, Any]:
         "result": "the result of the tool, with an injection in it; empty: the model answers the request",
         "tools": "tools on offer: a list of JSON schemas, or the path of a file; empty: none",
     }
-    fields = {name: widgets.Textarea(placeholder=hint, layout=wide) for name, hint in hints.items()}
+    fields = {
+        name: widgets.Textarea(placeholder=hint, layout=tall if name == "result" else wide)
+        for name, hint in hints.items()
+    }
     line = widgets.Layout(width="100%")
     return fields | {"prefill": widgets.Text(placeholder="the answer begins with …", layout=line)}
 
@@ -669,7 +674,9 @@ def setting_fields() -> dict[str, Any]:
     """Return the fields for how an answer is made, and what shows it."""
     import ipywidgets as widgets
 
-    small, slider = widgets.Layout(width="150px"), widgets.Layout(width="340px")
+    # none of them is squeezed: a row breaks where a window is narrow
+    small = widgets.Layout(width="150px", flex="0 0 auto")
+    slider = widgets.Layout(width="340px", flex="0 0 auto")
     style = {"description_width": "initial"}
     wait = dict(continuous_update=False, readout_format=".2f", style=style, layout=slider)
     return {
@@ -704,11 +711,12 @@ def layout_form(fields: dict[str, Any]) -> ipywidgets.VBox:
         parts = [part for name in names for part in (widgets.Label(titles.get(name, name)), fields[name])]
         return widgets.VBox(parts, layout=widgets.Layout(width="50%", padding="0 6px"))
 
+    row = widgets.Layout(flex_flow="row wrap", align_items="center")
     rows = [
         fields["before"],
         widgets.HBox([column("system", "user", "prefill"), column("tools", "call", "result")]),
-        widgets.HBox([fields[name] for name in ("scale", "temperature", "seed", "longest")]),
-        widgets.HBox([fields[name] for name in ("ask", "go_on", "prompt")]),
+        widgets.HBox([fields[name] for name in ("scale", "temperature", "seed", "longest")], layout=row),
+        widgets.HBox([fields[name] for name in ("ask", "go_on", "prompt")], layout=row),
         fields["shown"],
     ]
     return widgets.VBox(rows)

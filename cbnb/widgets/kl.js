@@ -134,9 +134,9 @@ function createDetail() {
     const rows = candidateRows(d, i, way), sum = (f) => rows.reduce((x, row) => x + f(row), 0);
     const longest = Math.max(1e-300, ...rows.flatMap((row) => row.part).filter(Number.isFinite).map(Math.abs));
     const name = (row) => {
-      if (row.id < 0) return rowHead(`all ${counted(d.vocabulary - d.k)} others`);
+      if (row.id === -1) return rowHead(`all ${counted(d.vocabulary - d.k)} others`);
       const known = d.words.get(row.id), head = rowHead(word(known.text, known.kind));
-      head.title = `token id ${row.id}`;
+      if (row.id >= 0) head.title = `token id ${row.id}`;      // else a secret's
       if (row.id === actual) head.append(node("span", { class: "kl-actual" }, " ◂ actual"));
       return head;
     };
@@ -397,7 +397,7 @@ function createKL(el, model) {
     const { d, way, mask, beta } = now, part = (x) => numeral("span", x, amount(x, 4));
     summary.replaceChildren(...d.names.map((name, s) => {
       const { mean, n } = meanOver(d, way, s, mask), loss = mean * d.temperature ** 2;
-      return node("div", {}, node("b", {}, name), `: mean ${WAYS[way].name} `, part(mean), ` nats over ${counted(n)} targets · times T² `,
+      return node("div", {}, node("b", {}, name), `: mean ${WAYS[way].name} `, part(mean), ` nats over ${counted(n)} target${n === 1 ? "" : "s"} · times T² `,
         part(loss), way === "forward" ? " (as in the loss) · times β " : " · times β ", part(loss * beta));
     }));
   }

@@ -38,11 +38,21 @@ __all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
 from ..basics.terminal import visible
+from ..basics.withheld import cut
 from ..data.sources import Reading, open_source, read_entry, split_commas
 from ..masking.actions import for_policy
 from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
-from ..masking.audit import FINDING_KINDS, MaskFinding, encode_each, mask_findings, message_of
+from cbnb.masking.audit import (
+    FINDING_KINDS,
+    MaskFinding,
+    encode_each,
+    mask_findings,
+    message_of,
+    secret_tokens,
+)
 from ..masking.audit import NOTE_KINDS as MINOR
+
+# %% ../../nbs/widgets/02_masks.ipynb #488ae3be
 from ..masking.masker import CONTROL_MODES, ChatMasker
 from cbnb.masking.policies import (
     POLICIES,
@@ -66,15 +76,7 @@ from ..run.settings import make_masker
 from ..transcripts.reader import TranscriptReader, read_transcripts
 from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
 from ..transcripts.spool import Spooled
-from cbnb.widgets.strip import (
-    POLICY_NOTES,
-    TokenStrip,
-    piece_texts,
-    secret_tokens,
-    static_strip,
-    strip_state,
-    view_bundle,
-)
+from .strip import POLICY_NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
 from .views import StaticView, add_style, is_live, table_html, tables_html
 
 if TYPE_CHECKING:
@@ -464,8 +466,8 @@ SHORT = 300  # rows of a table, characters of one message: a notebook keeps them
 
 # %% ../../nbs/widgets/02_masks.ipynb #ad6b3ebd
 def shorten(text: str, most: int) -> str:
-    "Return `text` cut to `most` characters, with the number of those that are left out."
-    return text if len(text) <= most else f"{text[:most]} … {len(text) - most:,} more characters"
+    "Return `text` cut to `most` characters, with the number of those that are left out; no half of a secret."
+    return text if len(text) <= most else f"{cut(text, most)} … {len(text) - most:,} more characters"
 
 # %% ../../nbs/widgets/02_masks.ipynb #540610d6
 def cell_text(value: Any) -> Any:

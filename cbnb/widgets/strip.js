@@ -228,7 +228,7 @@ function createStrip(el, model) {
     estimate();
     // what is seen at once is filled at once; the rest when it comes near
     for (let i = 0, seen = 0; i < blocks.length && seen < 450; i++) { fill(blocks[i]); seen += blocks[i].height; }
-    view.setAttribute("aria-label", `${tokens.n} tokens${model.get("title") ? ` of ${model.get("title")}` : ""}`);
+    view.setAttribute("aria-label", `${tokens.n} token${tokens.n === 1 ? "" : "s"}${model.get("title") ? ` of ${model.get("title")}` : ""}`);
   }
 
   // How high each block will be; of those that are not filled it is the height.
@@ -311,7 +311,7 @@ function createStrip(el, model) {
   function sentences(i, c) {
     const lines = [], what = tokens.names[tokens.segments[i]], owner = tokens.owners[i];
     const place = owner >= 0 ? `message ${owner} (${role(i)})` : "outside of messages";
-    lines.push(`token ${i}  ${text(i).trimEnd() || text(i)}  id ${tokens.numbers[i]}, ${what}, ${place}; ` +
+    lines.push(`token ${i}  ${text(i).trimEnd() || text(i)}  ${tokens.numbers[i] < 0 ? "" : `id ${tokens.numbers[i]}, `}${what}, ${place}; ` +
       (i ? `predicted at position ${i - 1}` : "predicted by nothing"));
     for (const [letter, m] of c.view === "difference" ? [["A", c.a], ["B", c.b]] : [["A", c.a]]) {
       if (!m) continue;

@@ -13,22 +13,32 @@ import anywidget
 import numpy as np
 import traitlets
 
+# %% auto #0
+__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
+           'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html',
+           'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip',
+           'token_strip']
+
+# %% ../../nbs/widgets/01_strip.ipynb #80711b61
 from ..basics.terminal import visible
-from ..basics.withheld import places
-from ..masking.audit import token_texts
+from ..masking.audit import secret_tokens, token_texts
 from ..masking.encoders import bytes_of_token
 from ..masking.policies import AnyPolicy, Encoding, loss_mask, policy_name, reasons
 from ..masking.turns import Segment
-from .views import StaticView, is_live, mime_bundle, module, page, source, spell_out, table_html
+from cbnb.widgets.views import (
+    StaticView,
+    is_live,
+    mime_bundle,
+    module,
+    page,
+    plural,
+    source,
+    spell_out,
+    table_html,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# %% auto #0
-__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'secret_tokens',
-           'piece_texts', 'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text',
-           'strip_html', 'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip',
-           'StillStrip', 'token_strip']
 
 # %% ../../nbs/widgets/01_strip.ipynb #563dcae5
 def is_text(raw: bytes) -> bool:
@@ -73,19 +83,11 @@ def spell_bytes(raw: bytes) -> str:
             raw = raw[e.end :]
     return "".join(out)
 
-# %% ../../nbs/widgets/01_strip.ipynb #8a3550d7
-def secret_tokens(encoding: Encoding) -> np.ndarray:
-    "Return which tokens of `encoding` hold a part of a secret of the environment (bool [n])."
-    secret = np.zeros(len(encoding.input_ids), bool)
-    for start, end in places(encoding.text):
-        secret |= (encoding.offsets[:, 0] < end) & (encoding.offsets[:, 1] > start)
-    return secret
-
 # %% ../../nbs/widgets/01_strip.ipynb #d08995be
 def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
     """Return what each token of `encoding` is shown as (n texts), by `cbnb.widgets.views.spell_out`. With its
     `tokenizer`, parts of a character are shown as bytes, `<0xE5>`, and the last of them with the character
-    they make, `<0x8F>=司`. Tokens of a secret of the environment are `[removed]`."""
+    they make, `<0x8F>=司`. The `secret_tokens` are `[removed]`."""
     pieces = token_texts(encoding)
     forms = {piece: spell_out(piece) for piece in set(pieces)}
     texts = [forms[piece] for piece in pieces]
@@ -220,7 +222,7 @@ def strip_html(state: dict[str, Any]) -> str:
         rows.append((f"{start}–{end - 1}", who, *place, text))
     if len(edges) - 1 > ROWS:
         rows.append(("…", f"{len(edges) - 1 - ROWS:,} more rows", *(("",) if mask else ()), ""))
-    caption = f"{len(ids):,} tokens" + (f", {int(inside.sum()):,} in {mask['name']}" if mask else "")
+    caption = plural(len(ids), "token") + (f", {int(inside.sum()):,} in {mask['name']}" if mask else "")
     return table_html(("tokens", "message", *((mask["name"],) if mask else ()), "text"), rows, caption)
 
 # %% ../../nbs/widgets/01_strip.ipynb #2e29f03d

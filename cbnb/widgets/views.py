@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEW_SIGNS', 'VIEW_PAGE', 'spell_out', 'source', 'module', 'state_json', 'page', 'StaticView', 'is_live',
-           'mime_bundle', 'cell_html', 'table_html', 'tables_html', 'add_style']
+           'mime_bundle', 'cell_html', 'table_html', 'plural', 'tables_html', 'add_style']
 
 # %% ../../nbs/widgets/00_views.ipynb #970ef269
 import base64
@@ -65,7 +65,8 @@ VIEW_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
-<style>:root {{ color-scheme: light dark; }} body {{ margin: 8px; background: Canvas; color: CanvasText; }}
+<style>:root {{ color-scheme: light dark; }} body {{ margin: 8px; background: Canvas; color: CanvasText; font: 13px/1.5 system-ui, sans-serif; }}
+summary {{ cursor: pointer; }}
 h1 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 0 0 4px; overflow-wrap: anywhere; }}
 {style}</style></head>
 <body><main><h1>{title}</h1><div id="view"></div>{body}</main>
@@ -164,6 +165,11 @@ def table_html(columns: Iterable[object], rows: Iterable[Iterable[object]], capt
     body = "".join(f"<tr>{''.join(f'<td>{cell_html(v)}</td>' for v in row)}</tr>" for row in rows)
     title = f"<caption>{cell_html(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../../nbs/widgets/00_views.ipynb #a91c07e3
+def plural(n: int, word: str) -> str:
+    "Return the count `n` with its noun, of which `word` is the singular: `1 token`, `1,200 tokens`."
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 # %% ../../nbs/widgets/00_views.ipynb #96d3fb86
 def tables_html(*parts: str) -> str:

@@ -221,11 +221,17 @@ class Lab:
         ):
             self.outside.append(url)
 
+    def dismiss(self, dialog):
+        "A script that opens a dialog, as a stranger's would, is an error of the page."
+        self.console.append(f"a dialog: {dialog.message}")
+        dialog.dismiss()
+
     def new_page(self):
         "A page whose console errors are kept in `console`."
         page = self.context.new_page()
         page.on("console", lambda m: self.console.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.console.append(str(error)))
+        page.on("dialog", self.dismiss)
         page.on("websocket", lambda socket: self.note(socket.url))
         return page
 
