@@ -37,6 +37,7 @@ from cbnb.transcripts.record import TranscriptError
 from dojo_replay import BEHAVIOURS, Replay, judge_both, script_of, spread, tiny_agent
 from forked import ended, started
 from helpers import free_port
+from train_common import little_data
 
 SAMPLE = {"workspace": (2, 1), "banking": (9, 6), "slack": (4, 3), "travel": (2, 1)}  # tasks alone, pairs
 
@@ -525,19 +526,11 @@ def test_a_stop_in_the_middle_of_episodes_leaves_an_interrupted_run_that_goes_on
 def test_the_command_ends_with_130_and_goes_on(tmp_path):
     from cbnb.cli import main
 
-    folder = tmp_path / "run"
-    words = [
-        "evaluate",
-        "none",
-        "--model",
-        "tinyagent",
-        "--loop",
-        "agentdojo:banking:direct",
-        "--max-new-tokens",
-    ]
-    words += ["8", "--run-dir", str(folder)]
+    folder, data = tmp_path / "run", little_data(tmp_path)["eval_data"]
+    words = ["evaluate", "none", "--model", "tinyagent", "--eval-data", data, "--max-new-tokens", "8"]
+    words += ["--loop", "agentdojo:banking:direct", "--run-dir", str(folder)]
     pid, said = started(lambda: main(words))
-    wait_for(lambda: run_files(folder), 200)
+    wait_for(lambda: run_files(folder), 400)
     os.kill(pid, signal.SIGTERM)
     done = ended(pid, said, 200)
     kept = run_files(folder)
@@ -627,8 +620,8 @@ def test_a_stop_or_a_failure_of_one_process_ends_all(model, tmp_path, loop, how)
     ]
     status = read_status(folder)
     assert status["state"] == {"SIGTERM": "interrupted", "error": "failed"}[how]
-    # of the process that writes it: it was told by the other one
-    assert {"SIGTERM": "by SIGTERM" if loop != "tiny:16" else "stopped in", "error": "no memory"}[how] in (
-        status["error"]
+    # a process hears of the signal from the other one, or sees the file that its handler has made
+    assert any(
+        text in status["error"] for text in {"error": ["no memory"]}.get(how, ["by SIGTERM", "stopped in"])
     )
     assert len(run_files(folder)) < len(PAIRS)
