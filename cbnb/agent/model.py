@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..basics.terminal import error_text
@@ -27,7 +28,8 @@ from ..transcripts.record import Transcript
 
 # %% auto #0
 __all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'PromptGap', 'check_prompt_ids', 'adapt_messages',
-           'prompt_for', 'is_readable', 'read_reply', 'generate_turns', 'answer_prompts', 'reply', 'Closed', 'Batcher']
+           'prompt_for', 'is_readable', 'read_reply', 'own_gpu', 'generate_turns', 'answer_prompts', 'reply', 'Closed',
+           'Batcher']
 
 # %% ../../nbs/agent/00_model.ipynb #d30388af
 @dataclass(frozen=True)
@@ -155,6 +157,13 @@ def read_reply(agent: Agent, request: Request, prompt: np.ndarray, ids: list[int
     message, readable = reply_message(answer, request.turn), is_readable(answer, complete, agent.masker)
     return Reply(message, answer, ids, prompt, complete, readable)
 
+# %% ../../nbs/agent/00_model.ipynb #5b1f0a0a
+def own_gpu(model: nn.Module) -> AbstractContextManager[Any]:
+    "Return a context in which the GPU of this thread is that of the `model`; nothing on a CPU."
+    device = getattr(model, "device", None)
+    is_cuda = isinstance(device, torch.device) and device.type == "cuda"
+    return torch.cuda.device(device) if is_cuda else nullcontext()
+
 # %% ../../nbs/agent/00_model.ipynb #b878aea6
 def generate_turns(
     agent: Agent, requests: Sequence[Request], prompts: Sequence[np.ndarray]
@@ -165,7 +174,8 @@ def generate_turns(
     ends = end_sequences(agent.reader, stop_tokens(agent.model, tokenizer))
     seeds = [item_seed(decoding.seed, f"{r.name}/{r.turn}", 0) for r in requests]
     agent.model.eval()
-    rows = generate_batch(agent.model, list(prompts), ends, tokenizer.pad_token_id, decoding, seeds)
+    with own_gpu(agent.model):
+        rows = generate_batch(agent.model, list(prompts), ends, tokenizer.pad_token_id, decoding, seeds)
     return [(ids, until_end(ids, ends)[1]) for ids in rows]
 
 # %% ../../nbs/agent/00_model.ipynb #f53ef207
