@@ -22,7 +22,7 @@ from torch import nn
 # %% auto #0
 __all__ = ['OUTCOMES', 'BEAT', 'Task', 'task_name', 'Episode', 'outcome_of', 'read_episode', 'Bench', 'attack_names',
            'open_bench', 'pick', 'list_tasks', 'task_of', 'judge', 'run_episode', 'keep_file', 'run_task', 'Results',
-           'kept_signals', 'meeting', 'run_share', 'run_tasks', 'positions_of', 'run_suite']
+           'hold_signals', 'meeting', 'run_share', 'run_tasks', 'positions_of', 'run_suite']
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #e48b38eb
 from cbnb.agent.agentdojo import (
@@ -292,7 +292,7 @@ class Results:
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #5b1f0c02
 @contextmanager
-def kept_signals() -> Iterator[Callable[[], None]]:
+def hold_signals() -> Iterator[Callable[[], None]]:
     """Keep SIGTERM, SIGUSR2 and SIGINT (Ctrl-C) within the `with` block; the function that it gives passes
     those that have come to the handlers that stood before, which may raise. What has come last is passed at
     the end of the block, unless that raises. A signal without a handler of its own is left alone."""
@@ -349,7 +349,7 @@ def run_share(
     process, once the turns that are under way have come to their end."""
     outcomes: dict[Task, Episode | str] = {}
     error: BaseException | None = None
-    with meeting() as meet, kept_signals() as deliver, ThreadPoolExecutor(max(1, threads)) as pool:
+    with meeting() as meet, hold_signals() as deliver, ThreadPoolExecutor(max(1, threads)) as pool:
         running = {pool.submit(run_task, bench, task): task for task in tasks}
         try:
             while True:
@@ -380,14 +380,14 @@ def run_tasks(
     least, with the number of episodes that have ended, and of all; what it raises stops the run. Raises as
     `run_share`, and RunError for a damaged file."""
     start = time.monotonic()
-    found = from_first(lambda: {t: e for t in tasks if (e := read_episode(bench.path(t), t))})
-    todo = [task for task in tasks if task not in found]
+    there = from_first(lambda: {t: e for t in tasks if (e := read_episode(bench.path(t), t))})
+    todo = [task for task in tasks if task not in there]
 
     def count(done: int) -> None:
         if tell:
-            tell(len(found) + done, len(tasks))
+            tell(len(there) + done, len(tasks))
 
-    outcomes = found | run_share(bench, share_of(todo), threads, count)
+    outcomes = there | run_share(bench, share_of(todo), threads, count)
     results = Results(bench.suite.name, bench.attack.name if bench.attack else "none")
     for task in tasks:
         if isinstance(outcome := outcomes[task], str):

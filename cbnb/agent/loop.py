@@ -342,14 +342,14 @@ def loop_figures(
     `played` now, in which `seconds`, which is how many `per_minute`."""
     counts = count_checks(lines)
     kinds = sorted({line["meta"]["kind"] for line in lines})
-    refused = [line["meta"] for line in lines if line["meta"]["outcome"] == "refused"]
+    ends = [line["meta"] for line in lines if line["meta"]["outcome"] == "refused"]
     return {
         "loop": name,
         "rates": {key: share([True] * hits + [False] * (n - hits)) for key, (hits, n) in counts.items()},
         "counts": counts,
         "groups": {k: count_checks(line for line in lines if line["meta"]["kind"] == k) for k in kinds},
         "outcomes": dict(sorted(Counter(line["meta"]["outcome"] for line in lines).items())),
-        "reasons": count_reasons((meta["outcome"], meta["task"], meta["why"]) for meta in refused),
+        "reasons": count_reasons((meta["outcome"], meta["task"], meta["why"]) for meta in ends),
         "episodes": len(lines),
         "turns": sum(line["meta"]["turns"] for line in lines),
         "max_turns": max_turns,

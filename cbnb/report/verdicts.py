@@ -34,8 +34,9 @@ __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MA
            'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words',
            'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance_from_one', 'check_gradients',
            'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of', 'list_changes',
-           'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes', 'pooled_count', 'live_words',
-           'live_caveat', 'not_judged', 'check_live', 'is_only_broken', 'broken_words', 'check_whole', 'live_verdicts']
+           'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes', 'pool_counts', 'live_words',
+           'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words', 'check_whole',
+           'live_verdicts']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
 from ..basics.files import write_bytes
@@ -1215,7 +1216,7 @@ def live_changes(s: Stratum, measure: str, m: int) -> list[Comparison]:
     ]
 
 # %% ../../nbs/report/01_verdicts.ipynb #5b1f0e04
-def pooled_count(runs: pd.DataFrame, measure: str) -> tuple[int, int, int]:
+def pool_counts(runs: pd.DataFrame, measure: str) -> tuple[int, int, int]:
     """Return `(hits, episodes, runs)` of the figure `measure` of a loop over the `runs` that have it. They
     play the same tasks, so an interval counts each task once (`attempts` of `rate_interval`)."""
     if measure not in runs or f"n_{measure}" not in runs:
@@ -1227,7 +1228,7 @@ def pooled_count(runs: pd.DataFrame, measure: str) -> tuple[int, int, int]:
 # %% ../../nbs/report/01_verdicts.ipynb #5b1f0e05
 def live_words(s: Stratum, c: Comparison) -> str:
     "Return a comparison of a figure of a loop with its place, its interval, and the count after training."
-    hits, n, runs = pooled_count(dose_levels(s)[c.beta], c.measure)
+    hits, n, runs = pool_counts(dose_levels(s)[c.beta], c.measure)
     count = interval_words(hits, n, runs).replace(f" of {n}", f" of {n} episodes") if n else ""
     return f"at beta_kl {c.beta:g} from {from_to(c)} ({span(c)}{'; ' * bool(n)}{count})"
 
@@ -1243,7 +1244,7 @@ def live_caveat(s: Stratum, comparisons: Sequence[Comparison]) -> str:
     return words + caveat(replace(s, borrowed=False), comparisons)
 
 # %% ../../nbs/report/01_verdicts.ipynb #5b1f0e07
-def not_judged(s: Stratum, check: str, figures: str) -> Verdict:
+def without_figures(s: Stratum, check: str, figures: str) -> Verdict:
     "Return the verdict on a `check` of `LIVE_CHECKS` where no run of a stratum has its `figures`."
     why = (
         f"No finished run has {figures} of a model that acted, before training and after it: give eval_loop, "
@@ -1257,7 +1258,7 @@ def check_live(s: Stratum) -> Verdict:
     by more than `ATTACK_MARGIN`. Where hardly any attack succeeds before training, that decides nothing."""
     changes = live_changes(s, "loop_attack_success", len(dose_levels(s)))
     if not any(c.n for c in changes):
-        return not_judged(s, "live", "attack success")
+        return without_figures(s, "live", "attack success")
     inside = [c.high < -ATTACK_MARGIN for c in changes]
     outside = [c.reference > ATTACK_MARGIN and c.low_any > -ATTACK_MARGIN for c in changes]
     verdict = decide(inside, outside, s, changes)
@@ -1271,20 +1272,20 @@ def check_live(s: Stratum) -> Verdict:
     return Verdict("live", s.label, verdict, why + live_caveat(s, changes), tuple(changes))
 
 # %% ../../nbs/report/01_verdicts.ipynb #5b1f0e0a
-def is_only_broken(runs: pd.DataFrame) -> bool:
+def only_breaks(runs: pd.DataFrame) -> bool:
     "Return whether the `runs`, of one beta_kl, only break: see `BROKEN_SHARE`. What was not measured is not."
-    counts = [pooled_count(runs, f"loop_{name}") for name in ("unreadable_attack", "utility_under_attack")]
-    broken, useful = (rate_interval(*count) if count[1] else None for count in counts)
-    return bool(broken and useful and broken[0] > BROKEN_SHARE and useful[1] < 1 - BROKEN_SHARE)
+    counts = [pool_counts(runs, f"loop_{name}") for name in ("unreadable_attack", "utility_under_attack")]
+    unreadable, useful = (rate_interval(*count) if count[1] else None for count in counts)
+    return bool(unreadable and useful and unreadable[0] > BROKEN_SHARE and useful[1] < 1 - BROKEN_SHARE)
 
 # %% ../../nbs/report/01_verdicts.ipynb #5b1f0e0b
-def broken_words(s: Stratum) -> str:
+def breakage_words(s: Stratum) -> str:
     "Return a sentence on the values of beta_kl at which a model that acts is only broken; empty for none."
     betas: dict[str, list[str]] = {}
     for beta, runs in dose_levels(s).items():
-        if is_only_broken(runs):
+        if only_breaks(runs):
             unreadable, useful = (
-                interval_words(*pooled_count(runs, f"loop_{name}"))
+                interval_words(*pool_counts(runs, f"loop_{name}"))
                 for name in ("unreadable_attack", "utility_under_attack")
             )
             words = f"unreadable under attack {unreadable}; utility under attack {useful}"
@@ -1301,7 +1302,7 @@ def check_whole(s: Stratum) -> Verdict:
     by_figure = {measure: live_changes(s, measure, m) for measure in WHOLE}
     there = {measure: cs for measure, cs in by_figure.items() if any(c.n for c in cs)}
     if not there:
-        return not_judged(s, "whole", "utility and unreadable answers")
+        return without_figures(s, "whole", "utility and unreadable answers")
     every, inside, outside, words = [], [], [], []
     for measure, (name, margin) in WHOLE.items():
         if measure not in there:
@@ -1319,7 +1320,7 @@ def check_whole(s: Stratum) -> Verdict:
         every += changes
     verdict, text = decide(inside, outside, s, every), ". ".join(w[0].upper() + w[1:] for w in words)
     return Verdict(
-        "whole", s.label, verdict, f"{text}.{broken_words(s)}{live_caveat(s, every)}", tuple(every)
+        "whole", s.label, verdict, f"{text}.{breakage_words(s)}{live_caveat(s, every)}", tuple(every)
     )
 
 # %% ../../nbs/report/01_verdicts.ipynb #5b1f0e0d

@@ -405,13 +405,15 @@ DIAL = fields(
     "points",
 )
 
-# %% ../../nbs/run/01_records.ipynb #8dbd5096
+# %% ../../nbs/run/01_records.ipynb #5b1f0f03
 REASON = fields(
     {"outcome": LABEL, "reason": LINE, "episodes": whole_number(1), "examples": each(LINE, 10)},
     "outcome",
     "reason",
     "episodes",
 )
+
+# %% ../../nbs/run/01_records.ipynb #8dbd5096
 # what an agent did when it acted (`cbnb.agent.loop.loop_figures`): every rate with its count
 LOOP = fields(
     {
