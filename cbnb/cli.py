@@ -708,7 +708,7 @@ def add_evaluate(commands: Commands) -> None:
         "finished run's directory gives that run's figures again. Every answer is kept; the same --run-dir "
         "goes on with an evaluation that was interrupted.",
         epilog="exit status of papermill: 0 when all is evaluated; 2: a value is not in order, nothing was "
-        "started",
+        "started; 130: interrupted",
     )
     p.add_argument(
         "adapters",

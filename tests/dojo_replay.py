@@ -46,6 +46,9 @@ class Replay:
     def episode(self):
         return contextlib.nullcontext()
 
+    def close(self):
+        pass
+
     def ask(self, request, check=None):
         script = self.scripts[request.name]
         message, masker = script[request.turn], self.agent.masker

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -90,6 +91,13 @@ def run(*command, cwd, env=None, timeout=600):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def free_port():
+    "A TCP port of this machine that nothing listens on."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def notebooks(nbs=NBS):

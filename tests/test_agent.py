@@ -10,19 +10,33 @@ import numpy as np
 import pytest
 import torch
 
+from cbnb.agent import model as agent_model
 from cbnb.agent.loop import Task, World, find_spans, loop_figures, play, play_tasks
-from cbnb.agent.loops import choose_loop, find_loop
-from cbnb.agent.model import Agent, Batcher, PromptGap, Request, check_prompt_ids, reply, same_prefix
+from cbnb.agent.loops import choose_loop, find_loop, loop_player
+from cbnb.agent.model import (
+    Agent,
+    Batcher,
+    PromptGap,
+    Request,
+    check_prompt_ids,
+    prompt_for,
+    reply,
+    same_prefix,
+)
 from cbnb.agent.tinylive import MAX_TURNS, office_task, play_tiny, tiny_tasks
 from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError, get_config
 from cbnb.evaluate.answers import answer_questions
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.reader import derive_reader
+from cbnb.masking.adapt import adapt
 from cbnb.masking.masker import ChatMasker
+from cbnb.run.directory import open_run
+from cbnb.run.stages import RunInterrupted, read_status, stage
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
 from cbnb.testing import AGENT, CHATML, LLAMA_LIKE, chatml_tokenizer, msg, obeyed_mail, toy_tokenizer
 from cbnb.transcripts.reader import read_transcripts
+from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
 from forked import cells
 from helpers import NBS
@@ -62,6 +76,34 @@ def test_every_prompt_is_what_training_has_before_the_turn(template):
         assert masker.encode(messages[: n + 1]).text.startswith(masker.prompt(messages[:n]))
         for wrong in (ids[:-1], ids[1:], np.r_[ids[:2], ids[3:]]):
             assert same_prefix(masker, messages[:n], None, wrong)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["", "split_calls", "split_text", "split_calls,split_text,bridge_answers", "hermes", "move_system"],
+)
+def test_a_prompt_is_adapted_as_the_transcripts_that_are_trained(names):
+    "Words beside two calls, as an agent may write them, are asked on as training has them."
+    masker = ChatMasker(
+        chatml_tokenizer(CHATML if names in ("hermes", "move_system") else AGENT), adapt=names
+    )
+    calls = [
+        {"id": f"call0000{k}", "type": "function", "function": {"name": "read", "arguments": {"n": k}}}
+        for k in (0, 1)
+    ]
+    results = [
+        msg("tool", f"result {k}", name="read", tool_call_id=call["id"]) for k, call in enumerate(calls)
+    ]
+    start = [msg("system", "You help."), msg("user", "Read both.")]
+    messages = [*start, msg("assistant", "I read.", tool_calls=calls), *results]
+    whole = adapt(Transcript("t", [*messages, msg("assistant", "Done.")]), masker.adapt)
+    (encoding,) = masker.encode_batch([whole])
+    ids = prompt_for(Agent(None, masker, None), Request(messages, None, "episode"))
+    assert ids.tolist() == encoding.input_ids[: len(ids)].tolist()
+    left = masker.tokenizer.decode(encoding.input_ids[len(ids) :])
+    assert left.startswith("Done.")
+    if "split" in names:
+        assert ids.tolist() != masker.prompt_ids(messages).tolist(), "unadapted it would be another prompt"
 
 
 def test_a_template_that_asks_otherwise_than_it_trains_is_refused():
@@ -196,6 +238,36 @@ def test_a_killed_evaluation_goes_on_and_plays_nothing_twice(agent, tmp_path):
 
 
 # --- the tiny world
+
+
+def test_the_file_stop_ends_episodes_and_the_run_goes_on(agent, tmp_path, monkeypatch):
+    run, generate, batches = (
+        open_run({"test": "stop"}, run_dir=tmp_path / "run"),
+        agent_model.generate_batch,
+        [],
+    )
+
+    def stop_in_third(*args):
+        batches.append(1)
+        if len(batches) == 3:
+            (run.path / "stop").touch()
+        return generate(*args)
+
+    monkeypatch.setattr(agent_model, "generate_batch", stop_in_third)
+    decoding, results = Decoding(batch_size=4), {}
+    with (
+        pytest.raises(RunInterrupted, match="stopped in the stage 'episodes before'"),
+        stage(run, "evaluation"),
+    ):
+        loop_player(run, "tiny:4", agent.masker, agent.reader, decoding)(agent.model, "before", results)
+    assert read_status(run.path)["state"] == "interrupted" and not (run.path / "stop").exists()
+    kept = (run.path / "episodes.jsonl").read_text()
+    assert len(batches) == 4 and len(kept.splitlines()) < 16
+    run = open_run({"test": "stop"}, run_dir=run.path)
+    with stage(run, "evaluation"):
+        loop_player(run, "tiny:4", agent.masker, agent.reader, decoding)(agent.model, "before", results)
+    assert results["before"]["played"] == 16 - len(kept.splitlines())
+    assert (run.path / "episodes.jsonl").read_text().startswith(kept)
 
 
 def test_live_and_by_answers_the_untouched_agent_is_the_same(agent):

@@ -2,28 +2,42 @@
 
 import contextlib
 import dataclasses
+import html
 import json
+import os
+import signal
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
+import cbnb.agent.model
 from cbnb.agent import agentdojo, agentdojo_counts, agentdojo_runs
 from cbnb.agent.agentdojo import AskError, BrokeOff, ModelTurn, dojo, from_dojo, make_pipeline, to_dojo
 from cbnb.agent.agentdojo_runs import Task, attack_names, list_tasks, open_bench, run_suite, run_tasks
-from cbnb.agent.loops import find_loop
-from cbnb.agent.model import Batcher, PromptGap, Request, check_prompt_ids
+from cbnb.agent.loops import find_loop, loop_player
+from cbnb.agent.model import Batcher, Closed, PromptGap, Request, check_prompt_ids
+from cbnb.basics import processes
 from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError
 from cbnb.data.sources import agentdojo_tools
 from cbnb.evaluate.reader import Answer
 from cbnb.masking.templates import MaskError
+from cbnb.report.figures import figures_table, loop_lines, report_page
+from cbnb.run.directory import open_run
 from cbnb.run.records import LOOP
+from cbnb.run.stages import RunInterrupted, read_status, set_status, stage
 from cbnb.step.models import load_model
 from cbnb.transcripts.reader import read_transcripts
 from cbnb.transcripts.record import TranscriptError
 from dojo_replay import BEHAVIOURS, Replay, judge_both, script_of, spread, tiny_agent
+from forked import ended, started
+from helpers import free_port
+from train_common import little_data
 
 SAMPLE = {"workspace": (2, 1), "banking": (9, 6), "slack": (4, 3), "travel": (2, 1)}  # tasks alone, pairs
 
@@ -234,10 +248,17 @@ class Says:
 
     turns: list
 
+    closed: bool = False
+
     def episode(self):
         return contextlib.nullcontext()
 
+    def close(self):
+        self.closed = True
+
     def ask(self, request: Request, check=None):
+        if self.closed:
+            raise Closed(request.name)
         message = self.turns[min(request.turn, len(self.turns) - 1)]
         if isinstance(message, Exception):
             raise message
@@ -252,6 +273,7 @@ class SimpleReply:
     ids: tuple = ()
     prompt_ids: tuple = ()
     complete: bool = True
+    readable: bool = True
 
 
 def agentdojo_answer(message):
@@ -335,7 +357,7 @@ def test_a_stop_reaches_the_other_episodes(tmp_path):
     "One that would go on for a thousand rounds ends when another fails."
 
     class Model(Says):
-        def ask(self, request):
+        def ask(self, request, check=None):
             if "user_task_1" in request.name and request.turn == 2:
                 raise RuntimeError("no more")
             return super().ask(request)
@@ -345,7 +367,7 @@ def test_a_stop_reaches_the_other_episodes(tmp_path):
     )
     with pytest.raises(AskError):
         run_tasks(bench, [Task(f"user_task_{k}") for k in range(4)], 4)
-    assert bench.asker.stop.is_set()
+    assert bench.batcher.closed
 
 
 def test_a_check_that_raises_measures_nothing(tmp_path, monkeypatch):
@@ -356,9 +378,16 @@ def test_a_check_that_raises_measures_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(bench.suite.user_tasks["user_task_0"]), "utility", fail)
     results = run_tasks(bench, [Task("user_task_0"), Task("user_task_1")], 2)
-    assert len(results.episodes) == 1 and "user_task_0" in results.problems[0]
+    lacking = {"banking/user_task_0/none/none": "AgentDojo raised KeyError: 'general'"}
+    assert len(results.episodes) == 1 and results.problems == lacking
     counts = agentdojo_counts.count_results(results)
     assert counts["unmeasured"] == [1, 2] and counts["utility"][1] == 1
+    figures = agentdojo_counts.dojo_figures("agentdojo:banking", [results], tiny_agent(), 15)
+    assert list(LOOP(figures, "loop")) == []
+    why = "1 episode unmeasured: AgentDojo raised KeyError: 'general' (banking/user_task_0/none/none)"
+    assert f"after: {why}" in loop_lines({"loop": {"after": figures}})
+    page = report_page("title", [], figures_table({}), {}, loops={"after": figures})
+    assert html.escape(f"after: {why}", quote=False) in html.unescape(page)
     assert not bench.path(Task("user_task_0")).exists()
 
 
@@ -417,3 +446,182 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         list_tasks(bench, ["user_task_99"])
     with pytest.raises(ConfigError, match="v9"):
         open_bench(None, "banking", "none", tmp_path, "local", version="v9")
+
+
+# --- a stop, and several processes
+
+
+def play_in_run(folder, model, tasks, sleep=0.0, batch_size=4, loop="agentdojo:banking:direct"):
+    """What a run does with `tasks` of the bank, or those of another `loop`, in the run directory `folder`,
+    each batch `sleep` seconds longer; in a process of its own. Prints what the loop returns."""
+    generate = cbnb.agent.model.generate_batch
+
+    def slowly(*args):
+        time.sleep(sleep)
+        return generate(*args)
+
+    cbnb.agent.model.generate_batch = slowly
+    agentdojo_runs.list_tasks = lambda *_: tasks
+    agent = tiny_agent(model)
+    decoding = dataclasses.replace(agent.decoding, max_new_tokens=4, batch_size=batch_size)
+    run, results = open_run({"test": "dojo"}, run_dir=folder), {}
+    with stage(run, "evaluation"):
+        play = loop_player(run, loop, agent.masker, agent.reader, decoding)
+        play(agent.model, "none", results)
+    set_status(run, "done")
+    print(json.dumps(results["none"]))
+
+
+def run_files(folder):
+    "`{path: bytes}` of AgentDojo's run files in a run directory."
+    return {p: p.read_bytes() for p in (folder / "agentdojo").rglob("*.json")}
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+PAIRS = [Task(f"user_task_{k}", "direct", f"injection_task_{i}") for k in range(4) for i in range(6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR2", "SIGINT", "stop"])
+def test_a_stop_in_the_middle_of_episodes_leaves_an_interrupted_run_that_goes_on(model, tmp_path, how):
+    "Within the time of one turn, and what is finished is not run again."
+    folder = tmp_path / "run"
+    pid, said = started(lambda: play_in_run(folder, model, PAIRS, sleep=1.0))
+    wait_for(lambda: len(run_files(folder)) >= 4)
+    before = len(run_files(folder))
+    if how == "stop":
+        (folder / "stop").touch()
+    else:
+        os.kill(pid, signal.Signals[how])
+    asked = time.monotonic()
+    done = ended(pid, said, 60)
+    assert time.monotonic() - asked < 15, "two turns and the end of a process"
+    assert (
+        done.returncode == 1 and ("KeyboardInterrupt" if how == "SIGINT" else "RunInterrupted") in done.stdout
+    )
+    kept = run_files(folder)
+    # four episodes at most end with the turns under way, and four before the stop is seen
+    assert before <= len(kept) <= before + 8 < len(PAIRS)
+    status = read_status(folder)
+    assert status["state"] == "interrupted" and not (folder / "stop").exists()
+    assert {"SIGINT": "KeyboardInterrupt", "stop": "stopped in the stage 'episodes none'"}.get(
+        how, f"ended by {how}"
+    ) in status["error"]
+    again = ended(*started(lambda: play_in_run(folder, model, PAIRS)))
+    assert again.returncode == 0, again.stdout[-4000:]
+    figures = json.loads(again.stdout.splitlines()[-1])
+    assert figures["played"] == len(PAIRS) - len(kept) and figures["episodes"] == len(PAIRS)
+    after = run_files(folder)
+    assert len(after) == len(PAIRS) and {p: after[p] for p in kept} == kept
+    assert read_status(folder)["state"] == "done"
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_130_and_goes_on(tmp_path):
+    from cbnb.cli import main
+
+    folder, data = tmp_path / "run", little_data(tmp_path)["eval_data"]
+    words = ["evaluate", "none", "--model", "tinyagent", "--eval-data", data, "--max-new-tokens", "8"]
+    words += ["--loop", "agentdojo:banking:direct", "--run-dir", str(folder)]
+    pid, said = started(lambda: main(words))
+    wait_for(lambda: run_files(folder), 400)
+    os.kill(pid, signal.SIGTERM)
+    done = ended(pid, said, 200)
+    kept = run_files(folder)
+    assert done.returncode == 130, done.stdout[-4000:]
+    assert read_status(folder)["state"] == "interrupted" and len(kept) < 169
+    again = ended(*started(lambda: main(words)))
+    assert again.returncode == 0, again.stdout[-4000:]
+    figures = json.loads((folder / "result.json").read_text())["loop"]["none"]
+    assert figures["played"] == 169 - len(kept) and figures["episodes"] == 169
+    # the tiny agent's context is short, and why episodes broke off is said
+    assert (
+        figures["reasons"][0]["outcome"] == "refused" and "was made for N" in figures["reasons"][0]["reason"]
+    )
+    assert "episodes refused: turn N ends at token N" in again.stdout
+
+
+def in_processes(number, work, between=lambda pids: None, timeout=200):
+    """What `number` forked processes print that find each other as those of torchrun do: each runs
+    `work(rank)`; `between(their pids)` is called while they do."""
+    group = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def begin(k):
+        AcceleratorState._reset_state(reset_partial_state=True)  # that of the process which was forked
+        torch.set_num_threads(1)
+        work(k)
+
+    begun = [
+        started(lambda k=k: begin(k), env=os.environ | group | {"RANK": str(k), "LOCAL_RANK": str(k)})
+        for k in range(number)
+    ]
+    between([pid for pid, _ in begun])
+    return [ended(*one, timeout) for one in begun]
+
+
+@pytest.mark.slow
+def test_processes_share_the_episodes_and_wait_longer_than_their_group_would(model, tmp_path):
+    "The one is done at once, and the other takes twice the time after which a process gives up waiting."
+    tasks = PAIRS[:12]
+    alone = ended(*started(lambda: play_in_run(tmp_path / "alone", model, tasks)))
+    (expected,) = [json.loads(line) for line in alone.stdout.splitlines() if line.startswith("{")]
+
+    def work(rank):
+        processes.WAIT = agentdojo_runs.WAIT = timedelta(seconds=20)
+        play_in_run(tmp_path / "two", model, tasks, sleep=[8.0, 0.0][rank], batch_size=1)
+
+    start = time.monotonic()
+    both = in_processes(2, work)
+    assert [done.returncode for done in both] == [0, 0], both[0].stdout[-3000:] + both[1].stdout[-3000:]
+    assert time.monotonic() - start > 40
+    for done in both:
+        (figures,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        same = ("counts", "groups", "outcomes", "reasons", "turns", "played", "episodes")
+        assert {key: figures[key] for key in same} == {key: expected[key] for key in same}
+    assert len(run_files(tmp_path / "two")) == len(tasks) and read_status(tmp_path / "two")["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loop, how",
+    [("agentdojo:banking:direct", "SIGTERM"), ("agentdojo:banking:direct", "error"), ("tiny:16", "SIGTERM")],
+)
+def test_a_stop_or_a_failure_of_one_process_ends_all(model, tmp_path, loop, how):
+    folder = tmp_path / "run"
+
+    def work(rank):
+        if how == "error" and rank == 1:
+            agentdojo_runs.run_task = fail
+        play_in_run(folder, model, PAIRS, sleep=1.0, loop=loop)
+
+    def begun():
+        return (folder / "episodes.jsonl").exists() if loop == "tiny:16" else run_files(folder)
+
+    def fail(bench, task):
+        raise AskError("no memory")
+
+    def between(pids):
+        if how == "SIGTERM":
+            wait_for(begun)
+            os.kill(pids[1], signal.SIGTERM)
+
+    start = time.monotonic()
+    both = in_processes(2, work, between)
+    assert time.monotonic() - start < 60
+    word = {"SIGTERM": RunInterrupted, "error": AskError}[how].__name__
+    assert all(done.returncode == 1 and word in done.stdout for done in both), [
+        d.stdout[-2000:] for d in both
+    ]
+    status = read_status(folder)
+    assert status["state"] == {"SIGTERM": "interrupted", "error": "failed"}[how]
+    # a process hears of the signal from the other one, or sees the file that its handler has made
+    assert any(
+        text in status["error"] for text in {"error": ["no memory"]}.get(how, ["by SIGTERM", "stopped in"])
+    )
+    assert len(run_files(folder)) < len(PAIRS)

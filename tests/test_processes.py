@@ -5,7 +5,6 @@ import math
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from cbnb.basics.jsonfiles import write_json
 from cbnb.run.metrics import read_json_lines
 from forked import cells as one_process
 from forked import ended, imported, started
-from helpers import BIN, NBS, ROOT, run
+from helpers import BIN, NBS, ROOT, free_port, run
 from train_common import few, load, metrics
 
 SCRIPT = ROOT / "tests" / "scripts" / "train_together.py"
@@ -36,13 +35,6 @@ def make_runs(jobs):
     AcceleratorState._reset_state(reset_partial_state=True)  # that of the process which was forked
     sys.argv = [str(SCRIPT), json.dumps(jobs)]
     runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def free_port():
-    "A TCP port of this machine that nothing listens on."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def together(processes, jobs, timeout=600):

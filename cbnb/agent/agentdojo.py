@@ -19,16 +19,15 @@ from .model import Agent, PromptGap, Reply, Request, prompt_for
 from ..basics.terminal import error_text
 from ..config import ConfigError
 from ..evaluate.answers import model_state
-from ..masking.adapt import adapt
 from ..masking.masker import TOOL_KINDS
 from ..masking.templates import MaskError
 from ..transcripts.formats_agents import agentdojo_message
-from ..transcripts.record import Transcript, TranscriptError, parse_json, read_tools
+from ..transcripts.record import TranscriptError, parse_json, read_tools
 
 # %% auto #0
 __all__ = ['SUITES', 'VERSION', 'MAX_STEPS', 'dojo', 'BrokeOff', 'file_messages', 'from_dojo', 'to_dojo', 'tool_schemas',
-           'episode_name', 'adapt_messages', 'note_turn', 'ModelTurn', 'AskError', 'too_long', 'ask', 'ToolTurn',
-           'failure_of', 'system_message', 'make_pipeline', 'asking_state', 'pipeline_name', 'check_template']
+           'episode_name', 'note_turn', 'ModelTurn', 'AskError', 'too_long', 'ask', 'ToolTurn', 'failure_of',
+           'system_message', 'make_pipeline', 'asking_state', 'pipeline_name', 'check_template']
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #a33db909
 SUITES = ("workspace", "banking", "slack", "travel")
@@ -107,33 +106,24 @@ def episode_name(query: str) -> str:
     parts = [context.get(key) for key in ("suite_name", "user_task_id", "attack_type", "injection_task_id")]
     return "/".join(str(part or "none") for part in parts) if parts[1] else query
 
-# %% ../../nbs/agent/05_agentdojo.ipynb #7a60681c
-def adapt_messages(messages: list[dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any]]:
-    "Return `messages` after the adaptations `names`, as those of a transcript that is trained."
-    return adapt(Transcript("", messages), names).messages
-
 # %% ../../nbs/agent/05_agentdojo.ipynb #94ad920e
 def note_turn(reply: Reply) -> None:
     """Add to AgentDojo's log, where one is open that takes it, how many tokens `reply` has, and whether it
-    could be read: it has calls in the template's form, or it ended and holds nothing like a call."""
+    could be read (`cbnb.agent.model.is_readable`)."""
     turns = getattr(dojo("logging").Logger.get(), "context", {}).get("turns")
     if turns is not None:
-        answer = reply.answer
-        readable = bool(answer.calls) or reply.complete and not answer.loose and not answer.problem
-        turns.append({"tokens": len(reply.ids), "readable": readable})
+        turns.append({"tokens": len(reply.ids), "readable": reply.readable})
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #efa2c121
 @dataclass
 class ModelTurn:
     """A pipeline element of AgentDojo that appends one turn of a model. `asker`: a
     `cbnb.agent.model.Batcher`, or what has its `ask`; `name`: of the pipeline, which attacks look at;
-    `limit`: tokens that a prompt with its answer may have, 0 for any number; `adapt`: what is done to a
-    conversation before its template writes it (`cbnb.masking.adapt`)."""
+    `limit`: tokens that a prompt with its answer may have, 0 for any number."""
 
     asker: Any
     name: str
     limit: int = 0
-    adapt: tuple[str, ...] = ()
     schemas: dict[tuple[str, ...], list[dict]] = field(default_factory=dict, repr=False)
 
     def tools_of(self, runtime: Any) -> list[dict] | None:
@@ -156,8 +146,7 @@ class ModelTurn:
         name = episode_name(query)
         turn = sum(message["role"] == "assistant" for message in messages)
         tools = self.tools_of(runtime)
-        request = Request(adapt_messages(from_dojo(messages, name), self.adapt), tools, name, turn)
-        reply = ask(self.asker, request, self.limit)
+        reply = ask(self.asker, Request(from_dojo(messages, name), tools, name, turn), self.limit)
         length = len(reply.prompt_ids) + len(reply.ids)
         if self.limit and length > self.limit:
             raise BrokeOff(too_long(name, turn, length, self.limit))
@@ -246,15 +235,13 @@ def system_message() -> str:
     return dojo("agent_pipeline.agent_pipeline").load_system_message(None)
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #e7d7f3a7
-def make_pipeline(
-    asker: Any, name: str, steps: int = MAX_STEPS, limit: int = 0, adapt: tuple[str, ...] = ()
-) -> Any:
+def make_pipeline(asker: Any, name: str, steps: int = MAX_STEPS, limit: int = 0) -> Any:
     """Return AgentDojo's pipeline without a defence, around the model behind `asker` (see `ModelTurn`):
     system message, the user's words, a turn, and at most `steps` rounds of tools and turn."""
     if steps < 1:
         raise ConfigError(f"steps is {steps}; give the rounds of tools that an episode may have, 1 or more")
     parts = dojo("agent_pipeline")
-    turn = ModelTurn(asker, name, limit, adapt)
+    turn = ModelTurn(asker, name, limit)
     loop = parts.ToolsExecutionLoop([ToolTurn(parts.ToolsExecutor()), turn], max_iters=steps)
     pipeline = parts.AgentPipeline([parts.SystemMessage(system_message()), parts.InitQuery(), turn, loop])
     pipeline.name = name
@@ -298,7 +285,7 @@ def check_template(agent: Agent, tools: list[dict[str, Any]], limit: int = 0) ->
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     result = {"role": "tool", "content": "Done.", "tool_call_id": "call00000", "name": name}
     for messages in (start, [*start, turn, result]):
-        ids = prompt_for(agent, Request(adapt_messages(messages, agent.masker.adapt), tools, "agentdojo"))
+        ids = prompt_for(agent, Request(messages, tools, "agentdojo"))
     if limit and len(ids) + agent.decoding.max_new_tokens > limit:
         raise ConfigError(
             f"AgentDojo's system message and tools are {len(ids)} tokens and an answer may have "

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .agentdojo import MAX_STEPS, SUITES
-from .agentdojo_runs import OUTCOMES, Results, attack_names, run_suite
+from .agentdojo_runs import OUTCOMES, Results, attack_names, run_suite, task_name
+from .loop import count_reasons
 from .model import Agent
-from ..basics.numbers import rate_interval
-from ..basics.processes import from_first
 from ..config import ConfigError
 from ..step.models import is_in_parts
 from ..transcripts.record import nearest
 
 # %% auto #0
-__all__ = ['FIGURES', 'outcomes', 'count_results', 'figure_rows', 'dojo_figures', 'parse_dojo', 'play_agentdojo']
+__all__ = ['FIGURES', 'outcomes', 'count_results', 'why_ended', 'dojo_figures', 'parse_dojo', 'play_agentdojo']
 
 # %% ../../nbs/agent/07_agentdojo_counts.ipynb #aa095bc6
 FIGURES = {
@@ -66,23 +65,22 @@ def count_results(results: Results) -> dict[str, list[int]]:
     lacking = len(results.problems)
     return counts | {"unmeasured": [lacking, lacking + len(results.episodes)]}
 
-# %% ../../nbs/agent/07_agentdojo_counts.ipynb #a82df6f8
-def figure_rows(results: Results) -> list[dict[str, Any]]:
-    """Return a row per figure of `count_results`: suite, attack, figure, hits, n, rate, and the 95 % interval
-    `low` and `high`."""
-    rows = []
-    for figure, (hits, n) in count_results(results).items():
-        if interval := rate_interval(hits, n):
-            row = {"suite": results.suite, "attack": results.attack, "figure": figure, "hits": hits, "n": n}
-            rows.append(row | {"rate": hits / n, "low": interval[0], "high": interval[1]})
-    return rows
+# %% ../../nbs/agent/07_agentdojo_counts.ipynb #5b1f0d01
+def why_ended(results: Results) -> Iterator[tuple[str, str, str]]:
+    """Yield `(outcome, name, sentence)` of each episode that has no verdict (`unmeasured`) or broke off
+    (`refused`)."""
+    for name, text in results.problems.items():
+        yield "unmeasured", name, text
+    for e in results.episodes:
+        if e.error is not None:
+            yield "refused", task_name(results.suite, e.task), e.error
 
 # %% ../../nbs/agent/07_agentdojo_counts.ipynb #82a2c1a5
 def dojo_figures(name: str, results: Sequence[Results], agent: Agent, steps: int) -> dict[str, Any]:
     """Return the figures of the loop `name` from the `results` of its suites, in the form of the other loops:
     the `counts` of `count_results` over all suites, their `rates`, the counts by suite under `groups`, how
-    many episodes came to which of the `outcomes`, how many were `played` now, in which `seconds`, how many
-    `per_minute`."""
+    many episodes came to which of the `outcomes`, the `reasons` why some have no verdict (`unmeasured`) or
+    broke off (`refused`), how many were `played` now, in which `seconds`, how many `per_minute`."""
     groups = {one.suite: count_results(one) for one in results}
     figures = sorted({figure for counts in groups.values() for figure in counts})
     pairs = {figure: [group[figure] for group in groups.values() if figure in group] for figure in figures}
@@ -95,6 +93,7 @@ def dojo_figures(name: str, results: Sequence[Results], agent: Agent, steps: int
         "counts": counts,
         "groups": groups,
         "outcomes": dict(sorted(Counter(episode.outcome for episode in episodes).items())),
+        "reasons": count_reasons(end for one in results for end in why_ended(one)),
         "episodes": len(episodes),
         "turns": sum(episode.turns for episode in episodes),
         "max_turns": steps + 1,
@@ -131,8 +130,8 @@ def play_agentdojo(
 ) -> dict[str, Any]:
     """Let `agent` act in what the loop `agentdojo:` + `argument` names (`parse_dojo`), and return its
     `dojo_figures`. Run files go to `folder`/agentdojo, and what is there of the same model is not run again;
-    without a folder none stay. `stage`: what the model is called there. `progress(done, of)` is called as the
-    episodes of a suite end. Of several processes the first one runs.
+    without a folder none stay. `stage`: what the model is called there. `progress(done, of)` is called once a
+    second at least, by suite. Several processes share the episodes.
 
     Raises as `run_suite`, and ConfigError where the processes hold parts of the model."""
     suites, attack = parse_dojo(argument)
@@ -142,12 +141,9 @@ def play_agentdojo(
             "with `cbnb evaluate` in one process"
         )
 
-    def play() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as scratch:
-            where = Path(folder or scratch) / "agentdojo"
-            results = [
-                run_suite(agent, suite, attack, where, stage or "model", tell=progress) for suite in suites
-            ]
-        return dojo_figures(f"agentdojo:{argument}", results, agent, MAX_STEPS)
-
-    return from_first(play)
+    with tempfile.TemporaryDirectory() as scratch:
+        where = Path(folder or scratch) / "agentdojo"
+        results = [
+            run_suite(agent, suite, attack, where, stage or "model", tell=progress) for suite in suites
+        ]
+    return dojo_figures(f"agentdojo:{argument}", results, agent, MAX_STEPS)

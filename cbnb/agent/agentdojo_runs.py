@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
 
 # %% auto #0
-__all__ = ['OUTCOMES', 'Task', 'Episode', 'outcome_of', 'read_episode', 'Asker', 'Bench', 'attack_names', 'open_bench', 'pick',
-           'list_tasks', 'task_of', 'judge', 'run_episode', 'keep_file', 'run_task', 'Results', 'run_tasks',
-           'positions_of', 'run_suite']
+__all__ = ['OUTCOMES', 'BEAT', 'Task', 'task_name', 'Episode', 'outcome_of', 'read_episode', 'Bench', 'attack_names',
+           'open_bench', 'pick', 'list_tasks', 'task_of', 'judge', 'run_episode', 'keep_file', 'run_task', 'Results',
+           'hold_signals', 'meeting', 'run_share', 'run_tasks', 'positions_of', 'run_suite']
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #e48b38eb
 from cbnb.agent.agentdojo import (
@@ -34,13 +36,15 @@ from cbnb.agent.agentdojo import (
     pipeline_name,
     tool_schemas,
 )
-from .model import Agent, Batcher, Reply, Request
+from .model import Agent, Batcher
 from ..basics.files import write_bytes
 from ..basics.jsonfiles import RecordError, RunError, bytes_of, parse_bytes
+from ..basics.processes import WAIT, from_first, join, share_of, world_size
 from ..basics.reading import read_bytes
 from ..basics.terminal import first_line
 from ..basics.withheld import withhold
 from ..config import ConfigError
+from ..run.stages import ENDING, on_signals
 from ..transcripts.record import nearest
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #24cfd7e8
@@ -52,6 +56,11 @@ class Task:
     user: str
     attack: str = "none"
     injection: str = "none"
+
+# %% ../../nbs/agent/06_agentdojo_runs.ipynb #5b1f0c08
+def task_name(suite: str, task: Task) -> str:
+    "Return the name of the episode of a `task`, as `cbnb.agent.agentdojo.episode_name` has it."
+    return f"{suite}/{task.user}/{task.attack}/{task.injection}"
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #1d5c6c86
 OUTCOMES = {
@@ -108,33 +117,19 @@ def read_episode(path: Path, task: Task) -> Episode | None:
     turns = [message for message in record["messages"] if message.get("role") == "assistant"]
     return Episode(task, utility, security, record.get("error"), outcome_of(record), len(turns), path)
 
-# %% ../../nbs/agent/06_agentdojo_runs.ipynb #5ea0f12f
-@dataclass
-class Asker:
-    "A `batcher` with a `stop`: once it is set, an episode that asks for its next turn gets AskError."
-
-    batcher: Any
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def ask(self, request: Request, check: Callable[[Any], None] = lambda prompt: None) -> Reply:
-        "Return the reply of the batcher to `request`, whose prompt ids `check` may refuse."
-        if self.stop.is_set():
-            raise AskError(f"{request.name}: the run was stopped")
-        return self.batcher.ask(request, check)
-
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #93bade3b
 @dataclass
 class Bench:
     """A `suite` of AgentDojo and the `pipeline` that runs in it; `attack`: one of its attacks, or None;
-    `folder`: where its run files go, by the name of the pipeline; `version`: of the benchmark; `asker`: who
-    gives the pipeline its turns."""
+    `folder`: where its run files go, by the name of the pipeline; `batcher`: who gives the pipeline its
+    turns; `version`: of the benchmark."""
 
     suite: Any
     pipeline: Any
     attack: Any
     folder: Path
+    batcher: Any
     version: str = VERSION
-    asker: Asker = field(default_factory=lambda: Asker(None))
 
     def path(self, task: Task) -> Path:
         "Return the run file of a `task`, where AgentDojo's own tools look for it."
@@ -156,11 +151,10 @@ def open_bench(
     name: str,
     steps: int = MAX_STEPS,
     limit: int = 0,
-    adapt: tuple[str, ...] = (),
     version: str = VERSION,
 ) -> Bench:
     """Return the `Bench` of a `suite` and an `attack`, each by its name ("none": no attack), for the model
-    behind `batcher`. `name`: of the pipeline; `steps`, `limit`, `adapt`: see `make_pipeline`. Raises
+    behind `batcher`. `name`: of the pipeline; `steps`, `limit`: see `make_pipeline`. Raises
     ConfigError, with the nearest name, for a suite, an attack or a benchmark `version` that AgentDojo does
     not have."""
     suites = dojo("task_suite.load_suites").get_suites(version)
@@ -172,11 +166,10 @@ def open_bench(
         raise ConfigError(
             f"the attack {attack!r} is unknown{nearest(attack, names)}; use one of {', '.join(names)}"
         )
-    asker = Asker(batcher)
-    pipeline = make_pipeline(asker, name, steps, limit, adapt)
+    pipeline = make_pipeline(batcher, name, steps, limit)
     make_attack = dojo("attacks").load_attack
     attacker = None if attack == "none" else make_attack(attack, suites[suite], pipeline)
-    return Bench(suites[suite], pipeline, attacker, Path(folder), version, asker)
+    return Bench(suites[suite], pipeline, attacker, Path(folder), batcher, version)
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #da73b351
 def pick(names: Iterable[str] | None, known: Iterable[str], what: str) -> list[str]:
@@ -271,64 +264,137 @@ def keep_file(path: Path, scratch: Path) -> None:
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #9b135901
 def run_task(bench: Bench, task: Task) -> Episode | str:
-    """Return the episode of a `task`: from its file where there is one, else by running it. A sentence where
-    AgentDojo's check raised, which measures nothing. Raises AskError where the model could not be asked,
-    and RunError for a damaged file."""
-    path = bench.path(task)
-    if episode := read_episode(path, task):
-        return episode
-    with tempfile.TemporaryDirectory() as scratch, bench.asker.batcher.episode():
+    """Return the episode of a `task` by running it; a sentence with the reason where AgentDojo's check
+    raised, which measures nothing. Raises AskError where the model could not be asked."""
+    with tempfile.TemporaryDirectory() as scratch, bench.batcher.episode():
         try:
             run_episode(bench, task, scratch)
         except (AskError, OSError):
             raise
         except Exception as e:
-            return f"{task.user}, {task.attack}, {task.injection}: not measured ({first_line(e)})"
-    episode = read_episode(path, task)
+            return f"AgentDojo raised {type(e).__name__}: {first_line(e)}"
+    episode = read_episode(bench.path(task), task)
     assert episode is not None
     return episode
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #f6acc32f
 @dataclass
 class Results:
-    """The `episodes` of a suite and an attack that have a verdict, and in `problems` a sentence for each that
-    has none. `is_dos`: whether the attack only denies service; `fresh`: how many were run now, in how many
-    `seconds`."""
+    """The `episodes` of a suite and an attack that have a verdict, and in `problems` by name
+    (`task_name`) why each of the others has none. `fresh`: how many were run now, in how many `seconds`."""
 
     suite: str
     attack: str
     episodes: list[Episode] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    is_dos: bool = False
+    problems: dict[str, str] = field(default_factory=dict)
     fresh: int = 0
     seconds: float = 0.0
+
+# %% ../../nbs/agent/06_agentdojo_runs.ipynb #5b1f0c02
+@contextmanager
+def hold_signals() -> Iterator[Callable[[], None]]:
+    """Keep SIGTERM, SIGUSR2 and SIGINT (Ctrl-C) within the `with` block; the function that it gives passes
+    those that have come to the handlers that stood before, which may raise. What has come last is passed at
+    the end of the block, unless that raises. A signal without a handler of its own is left alone."""
+    came: list[tuple[int, FrameType | None]] = []
+    before = {
+        number: handler
+        for number in (*ENDING, signal.SIGINT)
+        if callable(handler := signal.getsignal(number))
+    }
+
+    def deliver() -> None:
+        while came:
+            number, frame = came.pop(0)
+            before[signal.Signals(number)](number, frame)
+
+    with on_signals(lambda number, frame: came.append((number, frame)), tuple(before)):
+        yield deliver
+    deliver()
+
+# %% ../../nbs/agent/06_agentdojo_runs.ipynb #5b1f0c05
+BEAT = 1.0  # seconds between two meetings of the processes, and two looks at a stop, at most
+
+
+@contextmanager
+def meeting() -> Iterator[Callable[[Any], list[Any]]]:
+    """Give a function to which each process of a run passes a value (anything that pickle knows), and which
+    returns the values of all of them, in their order, once all have come. It goes over the network and not
+    through the GPUs, whose work it does not hold up."""
+    group = join()
+    if group is None:
+        yield lambda value: [value]
+        return
+    own = group.new_group(backend="gloo", timeout=WAIT)
+
+    def meet(value: Any) -> list[Any]:
+        values = [None] * world_size()
+        group.all_gather_object(values, value, group=own)
+        return values
+
+    try:
+        yield meet
+    finally:
+        group.destroy_process_group(own)
+
+# %% ../../nbs/agent/06_agentdojo_runs.ipynb #5b1f0c06
+def run_share(
+    bench: Bench, tasks: Sequence[Task], threads: int, tell: Callable[[int], Any]
+) -> dict[Task, Episode | str]:
+    """Run `tasks`, the share of this process, in that many `threads`; return what came of the tasks of all
+    processes (`run_task`), once all of them have ended. `tell` is called in each process, once in `BEAT`
+    seconds at least, with the number of episodes that have ended in all of them.
+
+    What an episode raises, what `tell` raises and what the handler of a signal raises ends the run in every
+    process, once the turns that are under way have come to their end."""
+    outcomes: dict[Task, Episode | str] = {}
+    error: BaseException | None = None
+    with meeting() as meet, hold_signals() as deliver, ThreadPoolExecutor(max(1, threads)) as pool:
+        running = {pool.submit(run_task, bench, task): task for task in tasks}
+        try:
+            while True:
+                beats = meet((len(outcomes), bool(running), error))
+                if errors := [e for _, _, e in beats if e is not None]:
+                    raise error or errors[0]
+                if not any(is_running for _, is_running, _ in beats):
+                    return {task: one for part in meet(outcomes) for task, one in part.items()}
+                others = sum(number for number, _, _ in beats) - len(outcomes)
+                try:
+                    for future in wait(running, BEAT, FIRST_COMPLETED).done:
+                        outcomes[running.pop(future)] = future.result()
+                    deliver()
+                    tell(len(outcomes) + others)
+                except BaseException as e:
+                    error = e
+        except BaseException:
+            bench.batcher.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #18aa4c98
 def run_tasks(
     bench: Bench, tasks: Sequence[Task], threads: int, tell: Callable[[int, int], Any] | None = None
 ) -> Results:
-    """Return the `Results` of `tasks`, in their order, run in that many `threads`. `tell` is called in this
-    thread with the number of episodes that have ended, and of all. Raises what one of them raises, once the
-    others have come to the end of their turn."""
+    """Return the `Results` of `tasks`, in their order: those that have a run file are read, the others are
+    run, in that many `threads` of each process. `tell` is called in this thread, once in `BEAT` seconds at
+    least, with the number of episodes that have ended, and of all; what it raises stops the run. Raises as
+    `run_share`, and RunError for a damaged file."""
+    start = time.monotonic()
+    there = from_first(lambda: {t: e for t in tasks if (e := read_episode(bench.path(t), t))})
+    todo = [task for task in tasks if task not in there]
+
+    def count(done: int) -> None:
+        if tell:
+            tell(len(there) + done, len(tasks))
+
+    outcomes = there | run_share(bench, share_of(todo), threads, count)
     results = Results(bench.suite.name, bench.attack.name if bench.attack else "none")
-    results.is_dos = bool(bench.attack and bench.attack.is_dos_attack)
-    start, before = time.monotonic(), {task for task in tasks if bench.path(task).exists()}
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        futures = [pool.submit(run_task, bench, task) for task in tasks]
-        try:
-            for n, future in enumerate(as_completed(futures), 1):
-                future.result()
-                if tell:
-                    tell(n, len(tasks))
-        except BaseException:
-            bench.asker.stop.set()
-            raise
-    for outcome in (future.result() for future in futures):
-        if isinstance(outcome, str):
-            results.problems.append(outcome)
+    for task in tasks:
+        if isinstance(outcome := outcomes[task], str):
+            results.problems[task_name(results.suite, task)] = outcome
         else:
             results.episodes.append(outcome)
-    results.fresh, results.seconds = len(set(tasks) - before), time.monotonic() - start
+    results.fresh, results.seconds = len(todo), time.monotonic() - start
     return results
 
 # %% ../../nbs/agent/06_agentdojo_runs.ipynb #0a12db4b
@@ -353,13 +419,13 @@ def run_suite(
     """Run a `suite` of AgentDojo with an `attack` ("none": without) for `agent`, as many episodes at a time
     as its batches have rows, and return the `Results`. Run files go to `folder`; what is there of the same
     model is not run again (`title` is the readable part of its name: `pipeline_name`). `users`, `injections`:
-    tasks by id (`list_tasks`); `steps`: rounds of tools in an episode. `tell`: see `run_tasks`.
+    tasks by id (`list_tasks`); `steps`: rounds of tools in an episode. `tell`: see `run_tasks`. Several
+    processes, each with the whole model, share the episodes.
 
     Raises ConfigError for unknown names, and where AgentDojo is not installed; MaskError where the chat
     template does not fit (`check_template`)."""
-    name, batcher = pipeline_name(agent, title, steps), Batcher(agent)
-    limit, changes = positions_of(agent.model), agent.masker.adapt
-    bench = open_bench(batcher, suite, attack, folder, name, steps, limit, changes)
+    name, limit = from_first(lambda: pipeline_name(agent, title, steps)), positions_of(agent.model)
+    bench = open_bench(Batcher(agent), suite, attack, folder, name, steps, limit)
     tasks = list_tasks(bench, users, injections)
     check_template(agent, tool_schemas(bench.suite.tools), limit)
     return run_tasks(bench, tasks, agent.decoding.batch_size, tell)

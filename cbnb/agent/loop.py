@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['World', 'Task', 'Episode', 'is_unreadable', 'answer_call', 'take_reply', 'try_prompt', 'play', 'find_spans',
-           'episode_line', 'episode_key', 'play_tasks', 'count_checks', 'loop_figures']
+__all__ = ['EXAMPLES', 'World', 'Task', 'Episode', 'answer_call', 'take_reply', 'try_prompt', 'play', 'find_spans',
+           'episode_line', 'first_prompt', 'episode_key', 'play_tasks', 'count_checks', 'count_reasons', 'loop_figures']
 
 # %% ../../nbs/agent/01_loop.ipynb #47e60036
-from .model import Agent, PromptGap, Reply, Request, answer_prompts, prompt_for
+from .model import Agent, PromptGap, Reply, Request, adapt_messages, answer_prompts, prompt_for
 from ..basics.jsonfiles import to_plain
-from ..basics.processes import is_first
-from ..basics.terminal import first_line
+from ..basics.processes import any_of, is_first
+from ..basics.terminal import first_line, sentence
 from ..basics.withheld import withhold
 from cbnb.evaluate.answers import (
     collect,
@@ -36,10 +37,9 @@ from cbnb.evaluate.answers import (
     write_lines,
 )
 from ..evaluate.decoding import stop_tokens
-from ..evaluate.reader import Answer
 from ..evaluate.scores import share
-from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
+from ..run.stages import RunInterrupted
 from ..step.models import is_in_parts
 from ..transcripts.reader import to_record
 from ..transcripts.record import InjectionSpan, Transcript
@@ -89,17 +89,6 @@ class Episode:
     outcome: str = ""
     why: str = ""
 
-# %% ../../nbs/agent/01_loop.ipynb #925244a3
-def is_unreadable(reply: Reply, masker: ChatMasker) -> bool:
-    """Return whether nothing can be done with a `reply`: it has no call that can be read, and it was cut,
-    holds what looks like a call, is in a form that the template does not write, or has a control token or a
-    tag of the `masker` among its words."""
-    answer: Answer = reply.answer
-    marks = [pattern for pattern in (masker.control, masker.markup) if pattern]
-    return not answer.calls and bool(
-        not reply.complete or answer.loose or answer.problem or any(p.search(answer.text) for p in marks)
-    )
-
 # %% ../../nbs/agent/01_loop.ipynb #315ec79c
 def answer_call(world: World, call: dict) -> str:
     """Return what the tool answers to a `call`; where it raises, the words of the error, for the model."""
@@ -109,12 +98,12 @@ def answer_call(world: World, call: dict) -> str:
         return f"Error: {type(e).__name__}: {first_line(e)}"
 
 # %% ../../nbs/agent/01_loop.ipynb #372b6673
-def take_reply(episode: Episode, reply: Reply, masker: ChatMasker, max_turns: int) -> None:
+def take_reply(episode: Episode, reply: Reply, max_turns: int) -> None:
     """Add a `reply` to an `episode`, carry out its calls in order, and set the `outcome` where the episode
     has come to one."""
     episode.replies.append(reply)
     episode.messages.append(reply.message)
-    if is_unreadable(reply, masker):
+    if not reply.readable:
         episode.outcome = "unreadable"
         return
     for call in reply.message.get("tool_calls", ()):
@@ -134,14 +123,16 @@ def take_reply(episode: Episode, reply: Reply, masker: ChatMasker, max_turns: in
         episode.outcome = "timeout"
 
 # %% ../../nbs/agent/01_loop.ipynb #525a8ad1
-def try_prompt(agent: Agent, episode: Episode) -> tuple[Request, np.ndarray] | None:
+def try_prompt(
+    agent: Agent, episode: Episode, first: np.ndarray | None = None
+) -> tuple[Request, np.ndarray] | None:
     """Return the request for the next turn of an `episode` with its prompt ids, which are those of training
     (`cbnb.agent.model.check_prompt_ids`); None, and the outcome `refused`, where the masker refuses a
-    message. Raises PromptGap where they are not, and MaskError where the very first prompt is refused: no
-    episode would be possible."""
+    message. `first`: the ids of the first prompt, where they are known. Raises PromptGap where they are not
+    those of training, and MaskError where the very first prompt is refused: no episode would be possible."""
     request = Request(episode.messages, episode.task.tools, episode.task.id, len(episode.replies))
     try:
-        return request, prompt_for(agent, request)
+        return request, prompt_for(agent, request, None if episode.replies else first)
     except PromptGap:
         raise
     except MaskError as e:
@@ -151,21 +142,23 @@ def try_prompt(agent: Agent, episode: Episode) -> tuple[Request, np.ndarray] | N
         return None
 
 # %% ../../nbs/agent/01_loop.ipynb #fcf43a1b
-def play(agent: Agent, tasks: Iterable[Task], max_turns: int) -> Iterator[Episode]:
+def play(
+    agent: Agent, tasks: Iterable[Task], max_turns: int, firsts: Mapping[str, np.ndarray] | None = None
+) -> Iterator[Episode]:
     """Yield the episodes of `tasks` as they come to an outcome. All that wait for the model generate
     together, at most `agent.decoding.batch_size` of them; the place of one that has ended is taken by the
-    next task."""
-    queue: deque[Task] = deque(tasks)
+    next task. `firsts`: the ids of first prompts (`first_prompt`) by task, where they are known."""
+    queue, firsts = deque(tasks), firsts or {}
     active: list[Episode] = []
     while queue or active:
         while queue and len(active) < agent.decoding.batch_size:
             task = queue.popleft()
             active.append(Episode(task, task.begin(), list(task.messages)))
-        asks = [(e, ask) for e in active if (ask := try_prompt(agent, e))]
+        asks = [(e, ask) for e in active if (ask := try_prompt(agent, e, firsts.get(e.task.id)))]
         if asks:
             requests, prompts = zip(*(ask for _, ask in asks))
             for (episode, _), reply in zip(asks, answer_prompts(agent, requests, prompts)):
-                take_reply(episode, reply, agent.masker, max_turns)
+                take_reply(episode, reply, max_turns)
         yield from (e for e in active if e.outcome)
         active = [e for e in active if not e.outcome]
 
@@ -227,12 +220,28 @@ def episode_line(episode: Episode, key: str, stage: str) -> dict[str, Any]:
     )
     return {"key": key, "stage": stage} | to_record(transcript)
 
+# %% ../../nbs/agent/01_loop.ipynb #5b1f0b01
+def first_prompt(agent: Agent, task: Task) -> np.ndarray:
+    """Return the ids (int32 [n]) of the first prompt of a `task`. Raises MaskError, naming the task, where it
+    cannot be written."""
+    try:
+        return agent.masker.prompt_ids(adapt_messages(agent.masker, task.messages), tools=task.tools)
+    except MaskError as e:
+        raise MaskError(f"task {task.id}: {e}") from None
+
 # %% ../../nbs/agent/01_loop.ipynb #a5faeec8
 def episode_key(
-    state: str, stage: str, agent: Agent, ends: Sequence[Sequence[int]], max_turns: int, task: Task
+    state: str,
+    stage: str,
+    agent: Agent,
+    ends: Sequence[Sequence[int]],
+    max_turns: int,
+    task: Task,
+    first: np.ndarray,
 ) -> str:
     """Return 32 hex digits over all that an episode of `task` depends on: the `state` of the model
-    (`cbnb.evaluate.answers.model_state`), the decoding, the `ends` of a turn, the prompt, and the limit."""
+    (`cbnb.evaluate.answers.model_state`), the decoding, the `ends` of a turn, the ids of the `first` prompt,
+    and the limit."""
     parts = [
         state,
         stage,
@@ -244,8 +253,7 @@ def episode_key(
         task.kind,
         task.attack,
     ]
-    prompt = agent.masker.prompt_ids(task.messages, tools=task.tools)
-    parts += [task.injected, to_plain(task.meta), prompt_hash(prompt)]
+    parts += [task.injected, to_plain(task.meta), prompt_hash(first)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 # %% ../../nbs/agent/01_loop.ipynb #8288a421
@@ -261,21 +269,29 @@ def play_tasks(
     order; of several processes each plays its share, and all get all lines.
 
     With a `folder` lines are written to its episodes.jsonl as episodes end, and those that are there, of the
-    same model and decoding, are not played again. `progress(done, of)` is called as they end. Raises
-    ValueError for two tasks of one id, RunError as `cbnb.evaluate.answers.kept_lines`."""
+    same model and decoding, are not played again. `progress(done, of)` is called as they end; where it
+    raises RunInterrupted in one process, all come to a stop. Raises ValueError for two tasks of one id,
+    RunError as `cbnb.evaluate.answers.kept_lines`."""
     if twice := [task for task, n in Counter(t.id for t in tasks).items() if n > 1]:
         raise ValueError(f"the task {twice[0]} is set twice; ids must differ")
     ends = end_sequences(agent.reader, stop_tokens(agent.model, agent.masker.tokenizer))
     state, there = (model_state(agent.model), kept_lines(folder, "episodes")) if folder else ("", {})
-    keys = {t.id: episode_key(state, stage, agent, ends, max_turns, t) for t in tasks}
+    firsts = {t.id: first_prompt(agent, t) for t in tasks}
+    keys = {t.id: episode_key(state, stage, agent, ends, max_turns, t, firsts[t.id]) for t in tasks}
     todo = deal(agent.model, [t for t in tasks if keys[t.id] not in there])
     writes, new, start = is_first() or not is_in_parts(agent.model), [], time.monotonic()
-    for episode in play(agent, todo, max_turns):
-        new.append(withhold(episode_line(episode, keys[episode.task.id], stage)))
-        if folder and writes:
-            write_lines(folder, new[-1:], "episodes")
-        if progress:
-            progress(len(tasks) - len(todo) + len(new), len(tasks))
+    stop: RunInterrupted | None = None
+    try:
+        for episode in play(agent, todo, max_turns, firsts):
+            new.append(withhold(episode_line(episode, keys[episode.task.id], stage)))
+            if folder and writes:
+                write_lines(folder, new[-1:], "episodes")
+            if progress:
+                progress(len(tasks) - len(todo) + len(new), len(tasks))
+    except RunInterrupted as e:
+        stop = e
+    if stop if is_in_parts(agent.model) else any_of(stop is not None):
+        raise stop or RunInterrupted("another process of this run was asked to stop")
     seconds = time.monotonic() - start
     fresh = {line["key"]: line for line in collect(agent.model, new)}
     if folder:
@@ -298,22 +314,42 @@ def count_checks(lines: Iterable[dict]) -> dict[str, list[int]]:
             counts[name] = [hits + bool(hit), n + 1]
     return dict(sorted(counts.items()))
 
+# %% ../../nbs/agent/01_loop.ipynb #5b1f0b02
+EXAMPLES = 3  # names of episodes that stand with a reason
+
+
+def count_reasons(ends: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """Return why episodes came to their end, from the `(outcome, name, sentence)` of each: by `outcome` and
+    `reason` how many `episodes`, with the names of the first `EXAMPLES` of them, most frequent first. Numbers
+    in a reason, and the name of the episode in front of it, make no other reason."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for outcome, name, text in ends:
+        reason = re.sub(r"\d+", "N", text.removeprefix(f"{name}: "))
+        names.setdefault((outcome, sentence(reason)), []).append(sentence(name))
+    rows = sorted(names.items(), key=lambda row: (-len(row[1]), row[0]))
+    return [
+        {"outcome": outcome, "reason": reason, "episodes": len(part), "examples": part[:EXAMPLES]}
+        for (outcome, reason), part in rows
+    ]
+
 # %% ../../nbs/agent/01_loop.ipynb #e246374f
 def loop_figures(
     name: str, lines: Sequence[dict], played: int, seconds: float, agent: Agent, max_turns: int
 ) -> dict[str, Any]:
     """Return the figures of the loop `name` from the `lines` of its episodes: `rates` (None where nothing was
     measured), the `counts` `[hits, episodes]` behind each, the same by kind of task under `groups`, how many
-    came to which of the `outcomes`; and how many were `played` now, in which `seconds`, which is how many
-    `per_minute`."""
+    came to which of the `outcomes`, with the `reasons` of refused ones (`count_reasons`); and how many were
+    `played` now, in which `seconds`, which is how many `per_minute`."""
     counts = count_checks(lines)
     kinds = sorted({line["meta"]["kind"] for line in lines})
+    ends = [line["meta"] for line in lines if line["meta"]["outcome"] == "refused"]
     return {
         "loop": name,
         "rates": {key: share([True] * hits + [False] * (n - hits)) for key, (hits, n) in counts.items()},
         "counts": counts,
         "groups": {k: count_checks(line for line in lines if line["meta"]["kind"] == k) for k in kinds},
         "outcomes": dict(sorted(Counter(line["meta"]["outcome"] for line in lines).items())),
+        "reasons": count_reasons((meta["outcome"], meta["task"], meta["why"]) for meta in ends),
         "episodes": len(lines),
         "turns": sum(line["meta"]["turns"] for line in lines),
         "max_turns": max_turns,

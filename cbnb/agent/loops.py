@@ -15,12 +15,13 @@ from torch import nn
 from .agentdojo_counts import parse_dojo, play_agentdojo
 from .model import Agent
 from .tinylive import play_tiny, tiny_count
-from ..basics.processes import is_first
+from ..basics.processes import any_of, is_first
 from ..config import ConfigError, check_loop, split_loop
 from ..evaluate.decoding import Decoding
 from ..evaluate.reader import AnswerReader
 from ..masking.masker import ChatMasker
-from ..run.stages import Run, read_status, set_status
+from ..run.stages import Run, RunInterrupted, read_status, set_status, stop_requested
+from ..step.models import is_in_parts
 
 # %% auto #0
 __all__ = ['LOOPS', 'Loop', 'find_loop', 'choose_loop', 'episode_counter', 'loop_player']
@@ -63,13 +64,21 @@ def choose_loop(eval_loop: str | None, model: str, data: str, eval_data: str) ->
     return eval_loop or "none"
 
 # %% ../../nbs/agent/09_loops.ipynb #3f38685d
-def episode_counter(run: Run, name: str, seconds: float = 1.0) -> Callable[[int, int], None]:
+def episode_counter(
+    run: Run, name: str, agree: Callable[[bool], bool] = bool, seconds: float = 1.0
+) -> Callable[[int, int], None]:
     """Return a function that writes how many episodes are `done` `of` how many into status.json of `run`,
-    with the stage `name`, at most once in so many `seconds`."""
+    with the stage `name`, at most once in so many `seconds`; and that raises RunInterrupted once the run has
+    a file `stop`. `agree`: `cbnb.basics.processes.any_of` where all processes call it alike and have to stop
+    at the same call."""
     last = 0.0
 
     def count(done: int, of: int) -> None:
         nonlocal last
+        if agree(stop_requested(run)):
+            raise RunInterrupted(
+                f"stopped in the stage {name!r}; -p run_dir {run.path} goes on from what is saved"
+            )
         if is_first() and time.monotonic() - last >= seconds:
             last = time.monotonic()
             set_status(run, "running", stage=name, episodes={"done": done, "of": of})
@@ -83,9 +92,9 @@ def loop_player(
     """Return a function `play(model, stage, results)` that lets a model act in the world `eval_loop` and puts
     the figures into `results` under the name `stage`; with `none` it does nothing.
 
-    Episodes go to episodes.jsonl of the `run`, from which an interrupted evaluation goes on; while they run
-    its status has the stage `episodes` with that name, and afterwards the one from before. Raises ConfigError
-    as `find_loop`."""
+    Episodes go to files of the `run`, from which an interrupted evaluation goes on; while they run its status
+    has the stage `episodes` with that name, and afterwards the one from before. A file `stop` ends it with
+    RunInterrupted, as signals end any stage. Raises ConfigError as `find_loop`."""
     choice = find_loop(eval_loop)
 
     def play(model: nn.Module, stage: str, results: dict[str, dict]) -> None:
@@ -95,7 +104,8 @@ def loop_player(
         before, name = read_status(run.path), f"episodes {stage}"
         set_status(run, "running", stage=name, episodes=None)
         agent = Agent(model, masker, reader, decoding)
-        results[stage] = loop.play(agent, argument, run.path, stage, episode_counter(run, name))
+        count = episode_counter(run, name, any_of if is_in_parts(model) else bool)
+        results[stage] = loop.play(agent, argument, run.path, stage, count)
         set_status(run, "running", stage=before.get("stage"), episodes=None)
 
     return play

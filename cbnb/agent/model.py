@@ -8,23 +8,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from ..basics.terminal import error_text
 from ..evaluate.answers import end_sequences
 from ..evaluate.call_layout import TEXT, saying
 from ..evaluate.decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from ..evaluate.reader import Answer, AnswerReader
+from ..masking.adapt import adapt
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
+from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'PromptGap', 'check_prompt_ids', 'prompt_for',
-           'read_reply', 'generate_turns', 'answer_prompts', 'reply', 'Batcher']
+__all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'PromptGap', 'check_prompt_ids', 'adapt_messages',
+           'prompt_for', 'is_readable', 'read_reply', 'own_gpu', 'generate_turns', 'answer_prompts', 'reply', 'Closed',
+           'Batcher']
 
 # %% ../../nbs/agent/00_model.ipynb #d30388af
 @dataclass(frozen=True)
@@ -43,13 +48,15 @@ class Request:
 class Reply:
     """The turn that came back. `message`: the assistant message as a transcript keeps it, its calls with ids;
     `answer`: what was read in it; `ids`: the model's own tokens; `prompt_ids` int32 [n]: the tokens it was
-    generated after; `complete`: the turn ended, and was not cut at `max_new_tokens`."""
+    generated after; `complete`: the turn ended, and was not cut at `max_new_tokens`; `readable`: see
+    `is_readable`."""
 
     message: dict
     answer: Answer
     ids: list[int]
     prompt_ids: np.ndarray
     complete: bool
+    readable: bool
 
 # %% ../../nbs/agent/00_model.ipynb #8d65c796
 @dataclass
@@ -115,24 +122,47 @@ def check_prompt_ids(
             "and adapt that the adapter was trained with"
         )
 
+# %% ../../nbs/agent/00_model.ipynb #5b1f0a03
+def adapt_messages(masker: ChatMasker, messages: list[dict]) -> list[dict]:
+    "Return `messages` after the adaptations of the `masker`, as those of a transcript that is trained."
+    return adapt(Transcript("", messages), masker.adapt).messages
+
 # %% ../../nbs/agent/00_model.ipynb #afbeb16e
-def prompt_for(agent: Agent, request: Request) -> np.ndarray:
-    """Return the prompt ids (int32 [n]) of a `request`. Raises ValueError where the last message is not of a
-    user or a tool, and MaskError as `check_prompt_ids` does."""
+def prompt_for(agent: Agent, request: Request, ids: np.ndarray | None = None) -> np.ndarray:
+    """Return the prompt ids (int32 [n]) of a `request`; `ids`: where they are known. Raises ValueError where
+    the last message is not of a user or a tool, and MaskError as `check_prompt_ids` does."""
     role = request.messages[-1]["role"] if request.messages else "missing"
     if role not in ("user", "tool"):
         raise ValueError(
             f"{request.name}: the last message is {role}; a turn is asked for after one of user or tool."
         )
-    ids = agent.masker.prompt_ids(request.messages, tools=request.tools)
-    check_prompt_ids(agent.masker, request.messages, request.tools, ids, request.name)
+    messages = adapt_messages(agent.masker, request.messages)
+    ids = agent.masker.prompt_ids(messages, tools=request.tools) if ids is None else ids
+    check_prompt_ids(agent.masker, messages, request.tools, ids, request.name)
     return ids
+
+# %% ../../nbs/agent/00_model.ipynb #5b1f0a01
+def is_readable(answer: Answer, complete: bool, masker: ChatMasker) -> bool:
+    """Return whether something can be done with an `answer`: it has a call that can be read; or it is
+    `complete`, holds nothing that looks like a call, is in a form that the template writes, and has no
+    control token and no tag of the `masker` among its words."""
+    marks = [pattern for pattern in (masker.control, masker.markup) if pattern]
+    words = complete and not (answer.loose or answer.problem or any(p.search(answer.text) for p in marks))
+    return bool(answer.calls) or words
 
 # %% ../../nbs/agent/00_model.ipynb #003a28df
 def read_reply(agent: Agent, request: Request, prompt: np.ndarray, ids: list[int], complete: bool) -> Reply:
     "Return the `Reply` that the generated `ids` after the ids `prompt` are to a `request`."
     answer = agent.reader.read(ids, request.tools)
-    return Reply(reply_message(answer, request.turn), answer, ids, prompt, complete)
+    message, readable = reply_message(answer, request.turn), is_readable(answer, complete, agent.masker)
+    return Reply(message, answer, ids, prompt, complete, readable)
+
+# %% ../../nbs/agent/00_model.ipynb #5b1f0a0a
+def own_gpu(model: nn.Module) -> AbstractContextManager[Any]:
+    "Return a context in which the GPU of this thread is that of the `model`; nothing on a CPU."
+    device = getattr(model, "device", None)
+    is_cuda = isinstance(device, torch.device) and device.type == "cuda"
+    return torch.cuda.device(device) if is_cuda else nullcontext()
 
 # %% ../../nbs/agent/00_model.ipynb #b878aea6
 def generate_turns(
@@ -144,7 +174,8 @@ def generate_turns(
     ends = end_sequences(agent.reader, stop_tokens(agent.model, tokenizer))
     seeds = [item_seed(decoding.seed, f"{r.name}/{r.turn}", 0) for r in requests]
     agent.model.eval()
-    rows = generate_batch(agent.model, list(prompts), ends, tokenizer.pad_token_id, decoding, seeds)
+    with own_gpu(agent.model):
+        rows = generate_batch(agent.model, list(prompts), ends, tokenizer.pad_token_id, decoding, seeds)
     return [(ids, until_end(ids, ends)[1]) for ids in rows]
 
 # %% ../../nbs/agent/00_model.ipynb #f53ef207
@@ -170,19 +201,27 @@ class _Ticket:
     prompt: np.ndarray
     result: Reply | BaseException | None = None
 
+# %% ../../nbs/agent/00_model.ipynb #5b1f0a05
+class Closed(RuntimeError):
+    "A turn that is not answered, since the run was stopped."
+
+    __str__ = error_text
+
 # %% ../../nbs/agent/00_model.ipynb #50664fff
 @dataclass
 class Batcher:
     """Answer the requests of many threads with one `agent`, at most its `decoding.batch_size` together.
 
     A batch begins when as many wait as there are running episodes (`episode`), when it is full, or when for
-    `wait` seconds nobody has come. `batches`: the size of every batch so far."""
+    `wait` seconds nobody has come. `batches`: the size of every batch so far. After `close` nobody is
+    answered any more."""
 
     agent: Agent
     wait: float = 0.05
     batches: list[int] = field(default_factory=list)
     _running: int = 0
     _busy: bool = False
+    _closed: bool = False
     _last: float = 0.0
     _queue: list[_Ticket] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -199,11 +238,22 @@ class Batcher:
                 self._running -= 1
                 self._changed.notify_all()
 
+    def close(self) -> None:
+        "Let all who wait, and all who ask from now on, get `Closed`; a batch under way is finished."
+        with self._changed:
+            self._closed = True
+            for ticket in self._queue:
+                ticket.result = Closed(f"{ticket.request.name}: the run was stopped")
+            self._queue.clear()
+            self._changed.notify_all()
+
     def ask(self, request: Request, check: Callable[[np.ndarray], None] = lambda prompt: None) -> Reply:
         """Return the reply to `request` once a batch with it is done. Raises as `prompt_for` does and what
-        `check(prompt ids)` raises, which concerns this thread only, and what generation raises, in every
-        thread of the batch."""
+        `check(prompt ids)` raises, which concerns this thread only, what generation raises, in every thread
+        of the batch, and Closed after `close`."""
         with self._changed:  # a fast tokenizer is not to be used by two threads
+            if self._closed:
+                raise Closed(f"{request.name}: the run was stopped")
             ticket = _Ticket(request, prompt_for(self.agent, request))
             check(ticket.prompt)
             self._queue.append(ticket)

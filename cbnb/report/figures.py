@@ -22,15 +22,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW', 'WIDTH',
-           'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES', 'DIAL_HEIGHT',
-           'DIAL_MARGIN', 'DIAL_COLUMNS', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
-           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table', 'loop_notes',
-           'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines',
-           'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'figure_lines', 'newest_notebook',
-           'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title',
-           'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line',
-           'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
+__all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW',
+           'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES',
+           'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table',
+           'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
+           'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
+           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'figure_lines',
+           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short',
+           'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
+           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
            'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
            'svg_panel', 'static_svg', 'figure_bundle', 'show', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure',
            'show_dials', 'dial_section', 'report_page', 'write_report', 'told_of', 'write_run_report']
@@ -219,9 +219,30 @@ def loop_table(loops: dict[str, dict[str, Any]]) -> pd.DataFrame:
     titles = [visible(", ".join(part.replace("_", " ") for part in row.split(" ", 1))) for row in rows]
     return pd.DataFrame(columns, index=titles, dtype=object)
 
+# %% ../../nbs/report/00_figures.ipynb #5b1f0f01
+REASONS = 5  # reasons for a count that are shown; all of them are in result.json
+
+
+def reason_lines(reasons: list[dict[str, Any]]) -> list[str]:
+    "Return the `REASONS` most frequent of the `reasons` of a loop as sentences, and how many are left."
+    lines = []
+    for row in reasons[:REASONS]:
+        names = row.get("examples") or []
+        more = ", …" if len(names) < row["episodes"] else ""
+        words = f" ({', '.join(names)}{more})" if names else ""
+        plural = "s" * (row["episodes"] != 1)
+        lines.append(f"{row['episodes']} episode{plural} {row['outcome']}: {row['reason']}{words}")
+    if rest := reasons[REASONS:]:
+        number = sum(row["episodes"] for row in rest)
+        lines.append(
+            f"{number} more for {len(rest)} other reason{'s' * (len(rest) > 1)} (result.json, reasons)"
+        )
+    return lines
+
 # %% ../../nbs/report/00_figures.ipynb #d9db0495
 def loop_notes(loops: dict[str, dict[str, Any]]) -> list[str]:
-    "Return one sentence per entry of `loops`: which world, how many episodes, how long, and how fast."
+    """Return sentences on each entry of `loops`: which world, how many episodes, how long, and how fast; then
+    why episodes have no verdict or broke off, the `REASONS` most frequent reasons."""
     notes = []
     for name, figures in loops.items():
         speed = figures.get("per_minute")
@@ -230,6 +251,7 @@ def loop_notes(loops: dict[str, dict[str, Any]]) -> list[str]:
             f"{name}: {figures.get('episodes', 0)} episodes in the world {figures['loop']}, "
             f"{figures.get('turns', 0)} turns, at most {figures.get('max_turns', '—')} each{rate}"
         )
+        notes += [f"{name}: {line}" for line in reason_lines(figures.get("reasons") or [])]
     return [visible(note) for note in notes]
 
 # %% ../../nbs/report/00_figures.ipynb #b9663eab

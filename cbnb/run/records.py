@@ -28,12 +28,12 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
-           'DECODING_CHECKS', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'LOOP', 'RESULT', 'VERDICT', 'POINT',
-           'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT',
-           'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES',
-           'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag',
-           'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count',
-           'metrics_row', 'fault', 'record_of', 'read_record']
+           'DECODING_CHECKS', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'REASON', 'LOOP', 'RESULT', 'VERDICT',
+           'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS',
+           'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE',
+           'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number', 'number', 'text',
+           'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting_check',
+           'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -405,6 +405,14 @@ DIAL = fields(
     "points",
 )
 
+# %% ../../nbs/run/01_records.ipynb #5b1f0f03
+REASON = fields(
+    {"outcome": LABEL, "reason": LINE, "episodes": whole_number(1), "examples": each(LINE, 10)},
+    "outcome",
+    "reason",
+    "episodes",
+)
+
 # %% ../../nbs/run/01_records.ipynb #8dbd5096
 # what an agent did when it acted (`cbnb.agent.loop.loop_figures`): every rate with its count
 LOOP = fields(
@@ -414,6 +422,7 @@ LOOP = fields(
         "counts": mapping(count, 1000),
         "groups": mapping(mapping(count, 1000), 10_000),
         "outcomes": TALLY,
+        "reasons": each(REASON, 10_000),
         "episodes": whole_number(),
         "turns": whole_number(),
         "played": whole_number(),
