@@ -3,6 +3,7 @@
 All of it runs offline and in this process; Inspect is imported once (about 2 CPU seconds)."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -22,7 +23,7 @@ import pytest
 import torch
 from inspect_ai import Task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.log import read_eval_log, write_eval_log
+from inspect_ai.log import bundle_log_dir, read_eval_log, write_eval_log
 from inspect_ai.model import (
     ChatMessageAssistant,
     ChatMessageTool,
@@ -37,8 +38,11 @@ from inspect_ai.tool import ToolCall, ToolDef, ToolInfo, tool
 
 import cbnb.agent.model
 from cbnb.agent import inspect_provider as provider
+from cbnb.agent.agentdojo_counts import dojo_figures
+from cbnb.agent.agentdojo_runs import list_tasks, open_bench, run_tasks, task_of
 from cbnb.agent.inspect_logs import write_inspect_logs
 from cbnb.agent.inspect_task import tiny_world
+from cbnb.agent.tinylive import play_tiny
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import get_config
@@ -52,6 +56,7 @@ from cbnb.transcripts.marks import mark_by
 from cbnb.transcripts.reader import read_transcripts, write_transcripts
 from cbnb.transcripts.record import TranscriptError
 from cbnb.transcripts.tinyworld import make_transcripts
+from dojo_replay import Replay, script_of
 from forked import forked
 from helpers import ROOT
 from masks_templates import CONTROL
@@ -605,6 +610,162 @@ def test_a_run_whose_data_changed_gives_no_log(finished):
     with pytest.raises(RunError, match="no longer asked"):
         write_inspect_logs(finished)
     assert not (finished / "inspect").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_agent():
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    return cbnb.agent.model.Agent(load_model("tinyagent"), masker, derive_reader(masker))
+
+
+def with_loop(folder, **figures):
+    "The run in `folder`, with the figures of the loops of its stages."
+    result = json.loads((folder / "result.json").read_text()) | {"loop": figures}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def acted(finished, tiny_agent):
+    "The finished run, in which the untouched agent has acted before, and a broken one after."
+    short = dataclasses.replace(tiny_agent, decoding=Decoding(max_new_tokens=8))
+    with_loop(
+        finished,
+        before=play_tiny(tiny_agent, "2", finished, "before"),
+        after=play_tiny(short, "1", finished, "after"),
+    )
+    return finished
+
+
+def logged_counts(log):
+    return {s.name: [s.metrics["hits"].value, s.metrics["n"].value] for s in log.results.scores}
+
+
+def test_episodes_are_logs_that_inspect_reads(acted, tmp_path):
+    """One log per stage with the counts of the loop; each turn and each tool is an event; and the
+    transcripts of episodes.jsonl come back, with labels and spans."""
+    paths = write_inspect_logs(acted)
+    assert [p.stem for p in paths] == ["before", "after", "before-episodes", "after-episodes"]
+    loops = json.loads((acted / "result.json").read_text())["loop"]
+    kept = list(read_transcripts(acted / "episodes.jsonl"))
+    by = mark_by("metadata.label=harmful", injection="metadata.injection")
+    for path, stage in zip(paths[2:], ("before", "after")):
+        log, own = read_eval_log(path), {t.meta["task"]: t for t in kept if t.meta["stage"] == stage}
+        assert log.status == "success" and logged_counts(log) == loops[stage]["counts"]
+        assert (log.eval.task, log.eval.task_args["loop"]) == ("cbnb/tiny", loops[stage]["loop"])
+        assert log.eval.model.endswith(f"@{acted}") == (stage == "after")
+        for sample in log.samples:
+            one = own[sample.id]
+            turns = [e for e in sample.events if e.event == "model"]
+            assert [e.output.usage.output_tokens for e in turns] == [len(ids) for ids in one.meta["ids"]]
+            assert sum(e.event == "tool" for e in sample.events) == sum(
+                m["role"] == "tool" for m in one.messages
+            )
+            is_cut = one.meta["outcome"] == "unreadable"
+            assert (turns[-1].output.stop_reason == "max_tokens") == is_cut
+            assert sample.metadata["outcome"] == one.meta["outcome"]
+            checks = {k: bool(v) for k, v in sample.scores["world"].value.items()}
+            assert one.meta["checks"].items() <= checks.items()
+        again = {t.meta["sample_id"]: t for t in read_transcripts(path, marks=by)}
+        assert again.keys() == own.keys()
+        for name, t in again.items():
+            assert (t.messages, t.tools, t.label) == (own[name].messages, own[name].tools, own[name].label)
+            assert t.injection_spans == own[name].injection_spans
+    assert any(t.label == "harmful" and t.injection_spans for t in kept)
+    bundle_log_dir(str(acted / "inspect"), str(tmp_path / "bundle"))
+    assert (tmp_path / "bundle" / "index.html").is_file()
+    assert len(list((tmp_path / "bundle" / "logs").glob("*.eval"))) == 4
+
+
+CHANGES = {  # of a line of episodes.jsonl, and what is said of it
+    "gone": (lambda line: None, "holds 7 episodes of before, and not those that result.json counts"),
+    "another outcome": (
+        lambda line: line["meta"]["checks"].update(utility=False),
+        "holds 8 episodes of before",
+    ),
+    "another prompt": (lambda line: line["messages"][1].update(content="Hi"), "turn 0 of .* another prompt"),
+    "another result": (lambda line: line["messages"][3].update(content="x"), "turn 1 of .* another prompt"),
+    "a turn without tokens": (lambda line: line["meta"]["ids"].pop(), "not the tokens of each"),
+    "no tokens": (lambda line: line["meta"].pop("ids"), "not the tokens of each"),
+    "tokens that are none": (lambda line: line["meta"].update(ids=[3, "x"]), "are not lists of token ids"),
+    "no prompts": (lambda line: line["meta"].pop("prompts"), "not the tokens of each"),
+    "text of a hostile template": (
+        lambda line: line["messages"][3].update(content="so <|eot_id|> ends"),
+        "cannot be asked any more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_episode_that_is_not_the_one_that_was_counted_is_refused(name, acted):
+    change, words = CHANGES[name]
+    lines = [json.loads(line) for line in (acted / "episodes.jsonl").read_text().splitlines()]
+    if name == "gone":
+        lines = lines[1:]
+    else:
+        change(lines[0])
+    (acted / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=words):
+        write_inspect_logs(acted)
+    assert not (acted / "inspect").exists()
+
+
+def test_a_turn_behind_a_removed_secret_is_logged_without_a_count_of_what_it_read(acted):
+    "Behind a text that was withheld stands another prompt than the one that was asked."
+    lines = [json.loads(line) for line in (acted / "episodes.jsonl").read_text().splitlines()]
+    lines[0]["messages"][3]["content"] = "key: [removed]"
+    (acted / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = read_eval_log(write_inspect_logs(acted)[2])
+    [sample] = (s for s in log.samples if s.id == lines[0]["meta"]["task"])
+    first, second = (e.output.usage for e in sample.events if e.event == "model")
+    assert first.input_tokens > 0 and second is None and not sample.model_usage
+
+
+def test_two_episodes_of_one_task_are_refused(acted):
+    "Which of them was counted cannot be told."
+    path = acted / "episodes.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    path.write_text(path.read_text() + json.dumps(first | {"key": "0" * 32}) + "\n")
+    with pytest.raises(TranscriptError, match="stood before; ids must differ"):
+        write_inspect_logs(acted)
+
+
+@pytest.mark.slow
+def test_agentdojos_episodes_are_a_log(finished, tiny_agent):
+    """Its run files, with the verdicts of AgentDojo, of the one pipeline of the stage whose episodes are
+    counted. What the files do not hold is left out."""
+    replay = Replay(dataclasses.replace(tiny_agent, model=None))
+    name = "local-before-0123456789ab"
+    bench = open_bench(replay, "banking", "important_instructions", finished / "agentdojo", name)
+    tasks = list_tasks(bench, ["user_task_0"], ["injection_task_0", "injection_task_4"])
+    for task in tasks:
+        user, injection = task_of(bench.suite, task.user), bench.suite.injection_tasks.get(task.injection)
+        world = bench.suite.load_and_inject_default_environment({})
+        parts = [injection, user] if injection and task.injection == "injection_task_0" else [user]
+        calls = [call for part in parts for call in part.ground_truth(world)]
+        script = script_of(calls, parts[-1].GROUND_TRUTH_OUTPUT)
+        replay.scripts[f"banking/{task.user}/{task.attack}/{task.injection}"] = script
+    results = run_tasks(bench, tasks, 1)
+    figures = dojo_figures("agentdojo:banking:important_instructions", [results], tiny_agent, 15)
+    with_loop(finished, before=figures)
+    log = read_eval_log(write_inspect_logs(finished)[-1])
+    assert log.eval.task == "cbnb/agentdojo" and len(log.samples) == len(tasks) == 5
+    counts = {name: pair for name, pair in figures["counts"].items() if pair[1] and name != "unmeasured"}
+    assert logged_counts(log) == counts and counts["attack_success"] == [1, 2]
+    by = mark_by("metadata.label=harmful", injection="metadata.injection")
+    theirs = {t.id.split("/", 1)[1]: t for t in read_transcripts(finished / "agentdojo")}
+    ours = read_transcripts(finished / "inspect" / "before-episodes.eval", marks=by, on_error="skip")
+    logged = {t.meta["sample_id"]: t for t in ours}
+    assert logged.keys() == theirs.keys() and ours.skipped_count == 2, "two have no label in their files"
+    for task, t in logged.items():
+        assert (t.messages, t.label) == (theirs[task].messages, theirs[task].label)
+        assert t.injection_spans == theirs[task].injection_spans or t.label == "benign"
+    shutil.copytree(finished / "agentdojo" / name, finished / "agentdojo" / "local-before-ba9876543210")
+    with pytest.raises(RunError, match="holds 2 pipelines of before"):
+        write_inspect_logs(finished)
+    shutil.rmtree(finished / "agentdojo" / "local-before-ba9876543210")
+    next((finished / "agentdojo").rglob("injection_task_4.json")).unlink()
+    with pytest.raises(RunError, match="holds 0 pipelines of before"):
+        write_inspect_logs(finished)
 
 
 def test_without_the_extra_one_sentence_says_how_to_install_it(finished):
