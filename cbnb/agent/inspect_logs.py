@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from .inspect_provider import schema_of  # first: its error where Inspect is missing
+from .inspect_provider import schema_of, tool_info  # first: its error where Inspect is missing
 
 # %% auto #0
-__all__ = ['logged_message', 'logged_tool', 'inexact_tools', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics',
+__all__ = ['logged_message', 'inexact_tools', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics',
            'logged_config', 'stage_log', 'answers_log', 'Acted', 'turn_output', 'episode_events', 'episode_sample',
            'turn_prompts', 'acted_of', 'tiny_episodes', 'dojo_acted', 'pipeline_episodes', 'measured', 'dojo_episodes',
            'episodes_log', 'answer_pairs', 'stage_models', 'run_logs', 'log_name', 'write_inspect_logs']
@@ -54,7 +54,7 @@ from inspect_ai.model import (
     StopReason,
 )
 from inspect_ai.scorer import Score
-from inspect_ai.tool import ToolCall, ToolInfo, ToolParams
+from inspect_ai.tool import ToolCall
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #99d9e252
 import cbnb
@@ -112,21 +112,10 @@ def logged_message(message: dict[str, Any], source: Literal["input", "generate"]
     ]
     return ChatMessageAssistant(content=content, tool_calls=calls or None, source=source)
 
-# %% ../../nbs/agent/21_inspect_logs.ipynb #4cf1392f
-def logged_tool(tool: dict[str, Any]) -> ToolInfo:
-    "Return a `tool` on offer as Inspect has it, as far as it has a place for its schema."
-    function = tool["function"]
-    schema = {"properties": {}, "additionalProperties": None} | (function.get("parameters") or {})
-    try:
-        params = ToolParams.model_validate(schema)
-    except ValueError:
-        params = ToolParams()
-    return ToolInfo(name=function["name"], description=function.get("description") or "", parameters=params)
-
 # %% ../../nbs/agent/21_inspect_logs.ipynb #a1e0c3d2
 def inexact_tools(tools: list[dict[str, Any]] | None) -> dict[str, Any]:
     'Return `{"tools": tools}` where Inspect\'s schemas lose a word of them, else {}.'
-    exact = [schema_of(logged_tool(t)) for t in tools or ()] == (tools or [])
+    exact = [schema_of(tool_info(t)) for t in tools or ()] == (tools or [])
     return {} if exact else {"tools": tools}
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #001449bc
@@ -166,7 +155,7 @@ def answer_sample(
     event = ModelEvent(
         model=model,
         input=start,
-        tools=[logged_tool(t) for t in question.tools or ()],
+        tools=[tool_info(t) for t in question.tools or ()],
         tool_choice="auto",
         config=config,
         output=output,
@@ -303,7 +292,7 @@ def episode_events(
     events: list[Event] = []
     calls: dict[str, ToolCall] = {}
     turns = iter(zip(acted.read, acted.wrote, acted.cut))
-    tools = [logged_tool(tool) for tool in acted.tools or ()]
+    tools = [tool_info(tool) for tool in acted.tools or ()]
     for i, message in enumerate(messages):
         if isinstance(message, ChatMessageAssistant):
             message.model = model

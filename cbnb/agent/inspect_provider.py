@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['LOGGER', 'OPTIONS', 'STUDENTS', 'FOLLOWED', 'INSPECTS', 'NEUTRAL', 'split_name', 'Student', 'ask_student',
-           'check_options', 'load_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of',
+           'check_options', 'load_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of', 'tool_info',
            'check_config', 'decoding_of', 'warn_once', 'check_tools', 'episode_name', 'stop_reason', 'model_output',
            'CbnbAPI']
 
@@ -50,7 +50,7 @@ from inspect_ai.model import (
 
 # %% ../../nbs/agent/20_inspect.ipynb #ef000290
 from inspect_ai.model._model_info import MODEL_INFO_LOOKUP_API_KEY
-from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
+from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo, ToolParams
 
 from ..basics.jsonfiles import RunError
 
@@ -236,6 +236,17 @@ def schema_of(tool: ToolInfo) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
 
+# %% ../../nbs/agent/20_inspect.ipynb #f0d81b3e
+def tool_info(tool: dict[str, Any]) -> ToolInfo:
+    "Return a `tool` on offer as Inspect has it, as far as it has a place for its schema."
+    function = tool["function"]
+    schema = {"properties": {}, "additionalProperties": None} | (function.get("parameters") or {})
+    try:
+        params = ToolParams.model_validate(schema)
+    except ValueError:
+        params = ToolParams()
+    return ToolInfo(name=function["name"], description=function.get("description") or "", parameters=params)
+
 # %% ../../nbs/agent/20_inspect.ipynb #abab1588
 FOLLOWED = ("max_tokens", "temperature", "seed")
 # what Inspect does itself, or what concerns a connection that there is none of
@@ -321,9 +332,14 @@ def stop_reason(reply: Reply, longest: int | None) -> StopReason:
 
 # %% ../../nbs/agent/20_inspect.ipynb #7fcbef67
 def model_output(
-    reply: Reply, name: str, longest: int | None = None, seconds: float | None = None
+    reply: Reply,
+    name: str,
+    longest: int | None = None,
+    seconds: float | None = None,
+    unreadable: bool = False,
 ) -> ModelOutput:
-    "Return Inspect's output for a `reply` of the model `name`; see `stop_reason` for `longest`."
+    """Return Inspect's output for a `reply` of the model `name`; see `stop_reason` for `longest`, and
+    `cbnb.agent.loop.is_unreadable` for `unreadable`."""
     message, answer = reply.message, reply.answer
     content: str | list[Content] = message["content"]
     if reasoning := message.get("reasoning_content"):
@@ -332,7 +348,12 @@ def model_output(
         ToolCall(id=c["id"], function=c["function"]["name"], arguments=c["function"]["arguments"])
         for c in message.get("tool_calls", ())
     ]
-    about = {"problem": answer.problem, "markers": answer.markers, "loose": answer.loose}
+    about = {
+        "problem": answer.problem,
+        "markers": answer.markers,
+        "loose": answer.loose,
+        "unreadable": unreadable or None,
+    }
     turn = ChatMessageAssistant(
         content=content,
         tool_calls=calls or None,
@@ -377,6 +398,7 @@ class CbnbAPI(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> tuple[ModelOutput, ModelCall]:
         "Return the model's turn after `input`, and what it read and wrote."
+        from cbnb.agent.loop import is_unreadable
         from cbnb.agent.model import Request
 
         student = self.student
@@ -389,7 +411,8 @@ class CbnbAPI(ModelAPI):
         start = anyio.current_time()
         reply = await anyio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         prompt, words = (self.tokenizer.decode(ids) for ids in (reply.prompt_ids, reply.ids))
-        output = model_output(reply, self.model_name, self.longest, anyio.current_time() - start)
+        seconds, unreadable = anyio.current_time() - start, is_unreadable(reply, student.agent.masker)
+        output = model_output(reply, self.model_name, self.longest, seconds, unreadable)
         about = {
             "prompt": prompt,
             "decoding": dataclasses.asdict(decoding),
