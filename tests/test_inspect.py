@@ -47,6 +47,7 @@ from cbnb.agent.tinylive import MAX_TURNS, play_tiny, tiny_tasks
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import get_config
+from cbnb.evaluate.adapters import find_adapters, load_student
 from cbnb.evaluate.call_layout import SIGN
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.reader import derive_reader
@@ -258,6 +259,27 @@ def test_what_a_template_cannot_say_is_refused_by_name(monkeypatch, tmp_path):
     assert second_turn(own_provider(reader.masker, "gemma4")) == TEMPLATES["gemma4"][1]
 
 
+def test_why_gemma_4_cannot_be_used():
+    "What its page says: one turn for call, result and answer; words beside a call behind its result."
+    tokenizer = stock_masker("gemma4").tokenizer
+
+    def written_by(messages, prompt):
+        text = tokenizer.apply_chat_template(
+            messages, tools=schemas(), tokenize=False, add_generation_prompt=prompt
+        )
+        return text[text.rindex("<|turn>") :]
+
+    call = '<|tool_call>call:read_page{title:<|"|>Zqx<|"|>}<tool_call|>'
+    answer = '<|tool_response>response:read_page{value:<|"|>The total is 42.<|"|>}<tool_response|>'
+    start = "<|turn>model\n" + call
+    assert written_by(TALK[:2], False) == start + "<|tool_response>"
+    assert written_by(TALK[:3], True) == start + answer
+    last = {"role": "assistant", "content": "It is 42."}
+    assert written_by([*TALK[:3], last], False) == start + answer + "It is 42.<turn|>\n"
+    spoken = [TALK[0], TALK[1] | {"content": "I look."}, TALK[2]]
+    assert written_by(spoken, True) == start + answer + "I look.<turn|>\n"
+
+
 # --- a real student: the tiny agent, with and without an adapter
 
 
@@ -430,15 +452,34 @@ def test_another_base_is_told(adapter, tmp_path, caplog):
     }
     shutil.copytree(adapter, tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    provider.load_student(f"tinyagent@{tmp_path / 'a'}")
+    provider.open_student(f"tinyagent@{tmp_path / 'a'}")
     assert "was trained on org/other" in caplog.text
+
+
+def test_inspect_and_an_evaluation_load_the_same_student(adapter):
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    asked = make_transcripts("plain", 2)
+    (own,) = find_adapters(str(adapter))
+    student, _, teacher = load_student(own, [own], masker, asked, "tinyagent")
+    ours = provider.open_student(f"tinyagent@{adapter}").agent.model
+    assert teacher is None and type(ours) is type(student)
+    theirs = student.state_dict()
+    assert theirs.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+    (bare,) = find_adapters("none")
+    fresh = load_student(bare, [bare], masker, asked, "tinyagent")[0]
+    ids = torch.arange(20, 40)[None]
+    base = provider.open_student("tinyagent").agent.model
+    assert not hasattr(base, "peft_config") and hasattr(fresh, "peft_config")
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits)
 
 
 def test_weights_are_loaded_once(monkeypatch, tmp_path):
     "Also for another configuration, and where Inspect looks up the model's name."
     loads = []
-    load = provider.load_student
-    monkeypatch.setattr(provider, "load_student", lambda *a, **k: loads.append(a) or load(*a, **k))
+    load = provider.open_student
+    monkeypatch.setattr(provider, "open_student", lambda *a, **k: loads.append(a) or load(*a, **k))
     provider.STUDENTS.clear()
     for n in (2, 3):
         evaluated(tiny_world(n=1), "cbnb/tinyagent", tmp_path, max_tokens=n, model_args={"batch_size": 4})
@@ -524,7 +565,7 @@ def test_an_answer_that_is_cut_says_so(tmp_path):
 
 
 def test_two_decodings_never_run_at_once(monkeypatch):
-    student = provider.load_student("tinyagent")
+    student = provider.open_student("tinyagent")
     running, together = set(), []
 
     def generate_batch(model, prompts, ends, pad, decoding, seeds):

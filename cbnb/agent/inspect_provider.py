@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['LOGGER', 'OPTIONS', 'STUDENTS', 'FOLLOWED', 'INSPECTS', 'NEUTRAL', 'split_name', 'Student', 'ask_student',
-           'check_options', 'load_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of', 'tool_info',
+           'check_options', 'open_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of', 'tool_info',
            'check_config', 'decoding_of', 'warn_once', 'check_tools', 'episode_name', 'stop_reason', 'model_output',
            'CbnbAPI']
 
@@ -135,12 +135,11 @@ def check_options(options: dict[str, Any]) -> None:
             raise RunError(f"the model argument batch_size is {value}; give a whole number from 1 on")
 
 # %% ../../nbs/agent/20_inspect.ipynb #d89909b6
-def load_student(name: str, **options: Any) -> Student:
+def open_student(name: str, **options: Any) -> Student:
     """Return the `Student` that the model `name` (see `split_name`) is, with `options` of `OPTIONS`.
 
     Raises RunError, ValueError, ConfigError or MaskError, in one sentence, as
-    `cbnb.evaluate.adapters.find_adapter`, `base_name`, `masker_for` and
-    `cbnb.evaluate.divergence.load_students` do."""
+    `cbnb.evaluate.adapters.find_adapter`, `base_name`, `masker_for` and `load_model_of` do."""
     from cbnb.agent.model import Agent
     from cbnb.evaluate.adapters import (
         MASKING,
@@ -148,13 +147,11 @@ def load_student(name: str, **options: Any) -> Student:
         base_name,
         decoding_for,
         find_adapter,
-        made_with,
+        load_model_of,
         masker_for,
     )
-    from cbnb.evaluate.divergence import load_students
     from cbnb.evaluate.reader import derive_reader
     from cbnb.run.settings import model_facts
-    from cbnb.step.models import load_model
 
     check_options(options)
     trust_remote_code = options.get("trust_remote_code", False)
@@ -170,12 +167,7 @@ def load_student(name: str, **options: Any) -> Student:
     masker = masker_for(
         [adapter], base, trust_remote_code, **{k: options[k] for k in MASKING if k in options}
     )
-    own = made_with(adapter.parameters, trust_remote_code) if adapter.run else None
-    load = {k: getattr(own, k) for k in ("dtype", "quantize") if own and getattr(own, k)}
-    load |= {"dtype": options["dtype"]} if "dtype" in options else {}
-    model: Any = load_model(base, trust_remote_code=trust_remote_code, **load)
-    if adapter.folder:
-        model = load_students(model, {"adapter": adapter.folder}, trust_remote_code=trust_remote_code)
+    model = load_model_of(adapter, [adapter], base, options.get("dtype"), trust_remote_code)
     decoding = decoding_for([adapter])
     if size := options.get("batch_size"):
         decoding = dataclasses.replace(decoding, batch_size=size)
@@ -186,14 +178,14 @@ STUDENTS: weakref.WeakValueDictionary[tuple, Student] = weakref.WeakValueDiction
 
 
 def shared_student(name: str, **options: Any) -> Student:
-    "Return `load_student`, or the student of this name and these options that is in use. Raises as it does."
+    "Return `open_student`, or the student of this name and these options that is in use. Raises as it does."
     options = {  # Inspect makes a list of a value with commas
         k: ",".join(v) if isinstance(v, list) and all(isinstance(word, str) for word in v) else v
         for k, v in options.items()
     }
     check_options(options)
     key = (name, *sorted(options.items()))
-    student = STUDENTS.get(key) or load_student(name, **options)
+    student = STUDENTS.get(key) or open_student(name, **options)
     STUDENTS[key] = student
     return student
 
@@ -373,7 +365,7 @@ def model_output(
 @modelapi(name="cbnb")
 class CbnbAPI(ModelAPI):
     """A base, or a base with an adapter, as a model of Inspect. `model_name`: see `split_name`; `model_args`:
-    see `OPTIONS`. Raises as `load_student` and `check_config` do."""
+    see `OPTIONS`. Raises as `open_student` and `check_config` do."""
 
     def __init__(
         self,
