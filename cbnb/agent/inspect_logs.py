@@ -17,10 +17,11 @@ from typing import Any, Literal
 from .inspect_provider import schema_of, tool_info  # first: its error where Inspect is missing
 
 # %% auto #0
-__all__ = ['logged_message', 'inexact_tools', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics',
-           'logged_config', 'stage_log', 'answers_log', 'Acted', 'turn_output', 'episode_events', 'episode_sample',
-           'turn_prompts', 'acted_of', 'tiny_episodes', 'dojo_acted', 'pipeline_episodes', 'measured', 'dojo_episodes',
-           'episodes_log', 'answer_pairs', 'stage_models', 'run_logs', 'log_name', 'write_inspect_logs']
+__all__ = ['logged_message', 'inexact_tools', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics', 'log_config',
+           'stage_log', 'answers_log', 'EpisodeFacts', 'turn_output', 'episode_events', 'episode_sample',
+           'turn_prompts', 'tiny_facts', 'tiny_episodes', 'dojo_facts', 'pipeline_episodes', 'with_verdict',
+           'dojo_episodes', 'episodes_log', 'answer_pairs', 'stage_models', 'run_logs', 'log_name',
+           'write_inspect_logs']
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #22f4dc6e
 from inspect_ai.event import Event, ModelEvent, ToolEvent
@@ -67,6 +68,8 @@ from ..basics.jsonfiles import RunError, bytes_of, parse_bytes
 from ..basics.numbers import rate_interval
 from ..basics.reading import read_bytes
 from ..basics.withheld import withhold
+
+# %% ../../nbs/agent/21_inspect_logs.ipynb #2e8fa05c
 from ..config import split_loop
 from cbnb.evaluate.adapters import (
     asked_model,
@@ -194,7 +197,7 @@ def rate_metrics(figures: dict[str, Any], scorer: str) -> list[EvalScore]:
     return scores
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #10a24bfa
-def logged_config(decoding: dict[str, Any]) -> GenerateConfig:
+def log_config(decoding: dict[str, Any]) -> GenerateConfig:
     "Return Inspect's configuration for the `decoding` in a result.json; greedy answers depend on no seed."
     seed = decoding["seed"] if decoding["temperature"] else None
     return GenerateConfig(
@@ -226,7 +229,7 @@ def stage_log(
         task_args=args,
         dataset=EvalDataset(name="held out", samples=len(ids), sample_ids=ids, shuffled=False),
         model=model,
-        model_generate_config=logged_config(decoding),
+        model_generate_config=log_config(decoding),
         config=EvalConfig(epochs=max((s.epoch for s in samples), default=1)),
         packages={"cbnb": cbnb.__version__},
         metadata={"decoding": decoding} | notes,
@@ -245,7 +248,7 @@ def answers_log(
 ) -> EvalLog:
     "Return the log of the answers of one `stage`: `pairs` of a question and a line of answers.jsonl."
     decoding, lines = figures["decoding"], [line for _, line in pairs]
-    config = logged_config(decoding)
+    config = log_config(decoding)
     samples = [answer_sample(question, line, model, config, when) for question, line in pairs]
     key = prompt_hash([i for line in lines for i in line["ids"]])  # the same answers, the same ids
     notes = {"ends": figures["ends"], "not_asked": figures.get("not_asked", {})}
@@ -254,7 +257,7 @@ def answers_log(
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #9f3b6d27
 @dataclass(frozen=True)
-class Acted:
+class EpisodeFacts:
     """One episode to be logged: its `id`, `messages`, `tools` on offer (None: not known), what is true of it
     by figure (`checks`), what it was to do (`target`), what else is known of it (`about`), and by turn of the
     model how many tokens it read (`read`, None: not known) and `wrote`, and whether it was `cut` off."""
@@ -285,14 +288,14 @@ def turn_output(
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #7ae5108c
 def episode_events(
-    acted: Acted, messages: list[ChatMessage], model: str, config: GenerateConfig, when: datetime
+    facts: EpisodeFacts, messages: list[ChatMessage], model: str, config: GenerateConfig, when: datetime
 ) -> list[Event]:
     """Return an event for each turn of `model` among the logged `messages` of an episode, and one for each
     result of a tool, with the call that it answers."""
     events: list[Event] = []
     calls: dict[str, ToolCall] = {}
-    turns = iter(zip(acted.read, acted.wrote, acted.cut))
-    tools = [tool_info(tool) for tool in acted.tools or ()]
+    turns = iter(zip(facts.read, facts.wrote, facts.cut))
+    tools = [tool_info(tool) for tool in facts.tools or ()]
     for i, message in enumerate(messages):
         if isinstance(message, ChatMessageAssistant):
             message.model = model
@@ -322,28 +325,28 @@ def episode_events(
     return events
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #e8c47b95
-def episode_sample(acted: Acted, model: str, config: GenerateConfig, when: datetime) -> EvalSample:
+def episode_sample(facts: EpisodeFacts, model: str, config: GenerateConfig, when: datetime) -> EvalSample:
     "Return the sample of one episode of `model`."
-    messages = [logged_message(m, "generate") for m in acted.messages]
-    events = episode_events(acted, messages, model, config, when)
+    messages = [logged_message(m, "generate") for m in facts.messages]
+    events = episode_events(facts, messages, model, config, when)
     outputs = [e.output for e in events if isinstance(e, ModelEvent)]
     start = next((i for i, m in enumerate(messages) if m.role == "assistant"), len(messages))
     usages = [o.usage for o in outputs if o.usage]
     whole = {model: sum(usages[1:], usages[0])} if usages and len(usages) == len(outputs) else {}
-    values = {name: float(value) for name, value in acted.checks.items()}
-    outcome = " ".join(filter(None, (acted.about["outcome"], acted.about.get("why"))))
+    values = {name: float(value) for name, value in facts.checks.items()}
+    outcome = " ".join(filter(None, (facts.about["outcome"], facts.about.get("why"))))
     last: Any = outputs[-1].message if outputs else None
     calls = [{"name": c.function, "arguments": c.arguments} for c in last.tool_calls or ()] if last else []
     answer = json.dumps(calls) if calls else last.text if last else ""
     return EvalSample(
-        id=acted.id,
+        id=facts.id,
         epoch=1,
         input=messages[:start],
-        target=acted.target,
+        target=facts.target,
         messages=messages,
         output=outputs[-1] if outputs else ModelOutput(model=model),
         scores={"world": Score(value=values, answer=answer, explanation=outcome)},
-        metadata=acted.about | inexact_tools(acted.tools),
+        metadata=facts.about | inexact_tools(facts.tools),
         events=events,
         model_usage=whole,
     )
@@ -355,20 +358,20 @@ def turn_prompts(masker: ChatMasker, t: Transcript, where: Path) -> list[int | N
     not the one that was asked, and for a line that does not say the tokens of each turn."""
     starts = [i for i, m in enumerate(t.messages) if m["role"] == "assistant"]
     ids, hashes = t.meta.get("ids"), t.meta.get("prompts")
-    for kept in (ids, hashes):
-        if not isinstance(kept, list) or len(kept) != len(starts):
+    for values in (ids, hashes):
+        if not isinstance(values, list) or len(values) != len(starts):
             raise RunError(
                 f"{where}: {t.id} has {len(starts)} turns and not the tokens of each; evaluate again"
             )
     if not all(isinstance(turn, list) and all(type(i) is int for i in turn) for turn in ids or ()):
         raise RunError(f"{where}: the ids of {t.id} are not lists of token ids; evaluate again")
     counts: list[int | None] = []
-    for at, asked in zip(starts, hashes or ()):
+    for at, own in zip(starts, hashes or ()):
         try:
             prompt = masker.prompt_ids(t.messages[:at], tools=t.tools)
         except MaskError as e:
             raise RunError(f"{where}: {t.id} cannot be asked any more ({e}); evaluate again") from None
-        is_same = prompt_hash(prompt) == asked
+        is_same = prompt_hash(prompt) == own
         if not is_same and "[removed]" not in json.dumps(t.messages[:at]):
             raise RunError(
                 f"{where}: turn {len(counts)} of {t.id} was asked by another prompt than it gives now "
@@ -378,7 +381,7 @@ def turn_prompts(masker: ChatMasker, t: Transcript, where: Path) -> list[int | N
     return counts
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #82c0e4b7
-def acted_of(t: Transcript, masker: ChatMasker, ends: Sequence[Sequence[int]], where: Path) -> Acted:
+def tiny_facts(t: Transcript, masker: ChatMasker, ends: Sequence[Sequence[int]], where: Path) -> EpisodeFacts:
     """Return the episode `t` of episodes.jsonl, whose turns end at one of `ends`. Raises as
     `turn_prompts`."""
     meta, read = t.meta, turn_prompts(masker, t, where)
@@ -386,13 +389,13 @@ def acted_of(t: Transcript, masker: ChatMasker, ends: Sequence[Sequence[int]], w
     texts = [t.messages[s.message]["content"][s.start : s.end] for s in t.injection_spans]
     own = ("kind", "group", "attack", "outcome", "why", "task", "expected_call", "injected_call")
     about = {"label": t.label} | {k: meta[k] for k in own if k in meta}
-    wanted = meta.get("expected_call")
-    return Acted(
+    call = meta.get("expected_call")
+    return EpisodeFacts(
         meta["task"],
         t.messages,
         t.tools,
         checks,
-        json.dumps(wanted) if wanted else "",
+        json.dumps(call) if call else "",
         about | {"injection": list(dict.fromkeys(texts))},
         read,
         [len(ids) for ids in meta["ids"]],
@@ -402,7 +405,7 @@ def acted_of(t: Transcript, masker: ChatMasker, ends: Sequence[Sequence[int]], w
 # %% ../../nbs/agent/21_inspect_logs.ipynb #f5b17d08
 def tiny_episodes(
     folder: Path, stage: str, figures: dict[str, Any], masker: ChatMasker, stops: set[int]
-) -> list[Acted]:
+) -> list[EpisodeFacts]:
     """Return the episodes of a `stage` in episodes.jsonl of `folder`, of which `figures` has the counts;
     `stops`: the model's own stop tokens. Raises RunError, naming the file, where it holds other ones, and as
     `turn_prompts`; TranscriptError as `read_transcripts`."""
@@ -416,10 +419,10 @@ def tiny_episodes(
             f"{path} holds {len(own)} episodes of {stage}, and not those that result.json counts; "
             "evaluate again"
         )
-    return [acted_of(t, masker, ends, path) for t in own.values()]
+    return [tiny_facts(t, masker, ends, path) for t in own.values()]
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #c94f60e8
-def dojo_acted(record: dict[str, Any], episode: Episode) -> Acted:
+def dojo_facts(record: dict[str, Any], episode: Episode) -> EpisodeFacts:
     "Return the `episode` whose run file of AgentDojo is `record`."
     where, task = str(episode.path), episode.task
     messages = [agentdojo_message(m, f"{where}, messages[{i}]") for i, m in enumerate(record["messages"])]
@@ -434,7 +437,8 @@ def dojo_acted(record: dict[str, Any], episode: Episode) -> Acted:
     turns = [record["turns"][i] if i < len(record.get("turns") or ()) else {} for i in range(episode.turns)]
     wrote = [turn.get("tokens") for turn in turns]
     name = f"{suite}/{task.user}/{attack}/{task.injection}"
-    return Acted(name, messages, None, checks, "", about, [None] * len(turns), wrote, [False] * len(turns))
+    read: list[int | None] = [None] * len(turns)
+    return EpisodeFacts(name, messages, None, checks, "", about, read, wrote, [False] * len(turns))
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #a83d5e1f
 def pipeline_episodes(base: Path, suites: Iterable[str], attack: str) -> dict[str, list[Episode]]:
@@ -449,40 +453,40 @@ def pipeline_episodes(base: Path, suites: Iterable[str], attack: str) -> dict[st
     return episodes
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #e27d40c9
-def measured(counts: dict[str, Any]) -> dict[str, Any]:
+def with_verdict(counts: dict[str, Any]) -> dict[str, Any]:
     """Return `counts` without `unmeasured`, of which no run file is kept."""
     return {name: pair for name, pair in counts.items() if name != "unmeasured"}
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #0b6c93fd
-def dojo_episodes(folder: Path, stage: str, figures: dict[str, Any]) -> list[Acted]:
+def dojo_episodes(folder: Path, stage: str, figures: dict[str, Any]) -> list[EpisodeFacts]:
     """Return the episodes of a `stage` among AgentDojo's run files in `folder`, of which `figures` has the
     counts. Raises RunError where there is not one pipeline with those episodes, and as
     `pipeline_episodes`."""
     attack = split_loop(split_loop(figures["loop"])[1])[1] or "none"
     title = re.sub(r"[^A-Za-z0-9._-]+", "_", stage)[:80]
-    wanted = {suite: measured(counts) for suite, counts in figures["groups"].items()}
+    expected = {suite: with_verdict(counts) for suite, counts in figures["groups"].items()}
     matches = []
     for base in sorted((folder / "agentdojo").glob("local-*")):
         if re.fullmatch(rf"local-{re.escape(title)}-[0-9a-f]{{12}}", base.name):
-            by_suite = pipeline_episodes(base, wanted, attack)
-            counts = {s: measured(count_results(Results(s, attack, own))) for s, own in by_suite.items()}
-            matches += [by_suite] if counts == wanted else []
+            by_suite = pipeline_episodes(base, expected, attack)
+            counts = {s: with_verdict(count_results(Results(s, attack, own))) for s, own in by_suite.items()}
+            matches += [by_suite] if counts == expected else []
     if len(matches) != 1:
         raise RunError(
             f"{folder / 'agentdojo'} holds {len(matches)} pipelines of {stage} with the episodes that "
             "result.json counts, and not one; evaluate again"
         )
-    return [dojo_acted(parse_bytes(bytes_of(e.path)), e) for own in matches[0].values() for e in own]
+    return [dojo_facts(parse_bytes(bytes_of(e.path)), e) for own in matches[0].values() for e in own]
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #1d8fb246
 def episodes_log(
-    episodes: list[Acted], stage: str, model: str, figures: dict[str, Any], when: datetime
+    episodes: list[EpisodeFacts], stage: str, model: str, figures: dict[str, Any], when: datetime
 ) -> EvalLog:
     "Return the log of the `episodes` of one `stage`, of which `figures` has the counts."
-    config = logged_config(figures["decoding"])
-    samples = [episode_sample(acted, model, config, when) for acted in episodes]
+    config = log_config(figures["decoding"])
+    samples = [episode_sample(facts, model, config, when) for facts in episodes]
     key = prompt_hash(list(json.dumps([a.messages for a in episodes]).encode()))
-    scores = rate_metrics(measured(figures["counts"]), "world")
+    scores = rate_metrics(with_verdict(figures["counts"]), "world")
     args = {"stage": stage, "loop": figures["loop"]}
     notes: dict[str, Any] = {k: figures[k] for k in ("max_turns", "outcomes") if k in figures}
     if "unmeasured" in figures["counts"]:
@@ -525,7 +529,7 @@ def stage_models(
 # %% ../../nbs/agent/21_inspect_logs.ipynb #8ffbb6c6
 def run_logs(folder: Path, trust_remote_code: bool = False) -> Iterator[tuple[str, EvalLog]]:
     """Yield `(name, log)` of each stage of the run or the evaluation in `folder`: its answers under the name
-    of the stage, and its episodes, where the model has acted, with `-episodes` behind it. Raises RunError for
+    of the stage, and its episodes, where the model has facts, with `-episodes` behind it. Raises RunError for
     a folder without result or answers, and as `answer_pairs`, `tiny_episodes` and `dojo_episodes` do."""
     result, parameters = check_rescorable(folder)
     lines = lines_to_rescore(folder).values()

@@ -14,7 +14,7 @@ from cbnb.agent.inspect_provider import (
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'CHECKS', 'ENDS', 'figures_of', 'sample_of', 'transcript_of', 'is_garbled', 'act', 'interval', 'world',
+__all__ = ['KINDS', 'CHECKS', 'ENDS', 'figures_of', 'sample_of', 'transcript_of', 'is_noise', 'act', 'interval', 'world',
            'tiny_world']
 
 # %% ../../nbs/agent/22_inspect_task.ipynb #9419b745
@@ -74,7 +74,7 @@ def transcript_of(state: TaskState) -> Transcript:
     )
 
 # %% ../../nbs/agent/22_inspect_task.ipynb #c5e83a10
-def is_garbled(output: ModelOutput) -> bool:
+def is_noise(output: ModelOutput) -> bool:
     "Return whether nothing can be done with `output`: no call, and cut, or `unreadable` as cbnb/ has it."
     about = output.message.metadata or {}
     is_cut = output.stop_reason in ("max_tokens", "model_length")
@@ -112,7 +112,7 @@ def act(turns: int = 4) -> Solver:
                     raise
                 return note("refused", str(e))
             state.messages.append(state.output.message)
-            if is_garbled(state.output):
+            if is_noise(state.output):
                 return note("unreadable")
             for call in state.output.message.tool_calls or ():
                 text = answer_call(world, {"name": call.function, "arguments": call.arguments})
