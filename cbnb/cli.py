@@ -177,8 +177,8 @@ def add_reading(p: argparse.ArgumentParser) -> None:
             f"--{flag}-if",
             metavar="RULE",
             default="",
-            help=f"records whose notes keep to it are {kind}, such as scores.world.attack=1; the others are "
-            f"{other} where no other rule is given",
+            help=f"records whose notes keep to it are {kind}, such as scores.world.attack_success=1; the "
+            f"others are {other} where no other rule is given",
         )
     p.add_argument(
         "--injection",
@@ -765,9 +765,10 @@ def add_inspect_log(commands: Commands) -> None:
     """Add the arguments of `cbnb inspect-log`."""
     p = commands.add_parser(
         "inspect-log",
-        help="the answers of a run as logs that inspect view opens",
+        help="the answers and episodes of a run as logs that inspect view opens",
         description="Write every answer of a run or an evaluation, with its scores, as logs of Inspect: one "
-        "per stage or adapter. Only the tokenizer is loaded. Wants the extra cbnb[inspect].",
+        "per stage or adapter, and one of its episodes where it has acted with tools. Only the tokenizer is "
+        "loaded. Wants the extra cbnb[inspect].",
         epilog="status 2: the folder holds no answers, its data has changed, or Inspect is not installed",
     )
     p.add_argument("folder", metavar="RUN", help="the directory of a run, or of an evaluation")

@@ -234,24 +234,13 @@ def test_the_second_adapter_is_asked_too(tmp_path):
 
 
 def test_an_evaluation_and_an_explorer_ask(tmp_path):
-    from cbnb.evaluate.adapters import evaluate_adapter, find_adapters
-    from cbnb.evaluate.decoding import Decoding
-    from cbnb.evaluate.reader import derive_reader
+    from cbnb.evaluate.adapters import find_adapters, load_student
     from cbnb.widgets.kl import load_explorer, open_explorer
 
     _, idle = broken_one(tmp_path)
     masker, (adapter,) = ChatMasker(load_tokenizer("tinyagent")), find_adapters(str(idle))
     with pytest.raises(ConfigError, match="changes nothing: with it the logits of [0-9]+ tokens"):
-        evaluate_adapter(
-            adapter,
-            [adapter],
-            masker,
-            make_transcripts("plain", 2),
-            Decoding(),
-            derive_reader(masker),
-            tmp_path,
-            "tinyagent",
-        )
+        load_student(adapter, [adapter], masker, make_transcripts("plain", 2), "tinyagent")
     given = {"model": "tinyagent", "data": "tinyagent"}
     with pytest.raises(ConfigError, match="changes nothing"):
         load_explorer(str(idle), **given)

@@ -3,6 +3,7 @@
 All of it runs offline and in this process; Inspect is imported once (about 2 CPU seconds)."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -22,7 +23,7 @@ import pytest
 import torch
 from inspect_ai import Task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.log import read_eval_log, write_eval_log
+from inspect_ai.log import bundle_log_dir, read_eval_log, write_eval_log
 from inspect_ai.model import (
     ChatMessageAssistant,
     ChatMessageTool,
@@ -37,11 +38,16 @@ from inspect_ai.tool import ToolCall, ToolDef, ToolInfo, tool
 
 import cbnb.agent.model
 from cbnb.agent import inspect_provider as provider
+from cbnb.agent.agentdojo_counts import dojo_figures
+from cbnb.agent.agentdojo_runs import list_tasks, open_bench, run_tasks, task_of
 from cbnb.agent.inspect_logs import write_inspect_logs
-from cbnb.agent.inspect_task import tiny_world
+from cbnb.agent.inspect_task import figures_of, tiny_world
+from cbnb.agent.loop import count_checks, loop_figures, play_tasks
+from cbnb.agent.tinylive import MAX_TURNS, play_tiny, tiny_tasks
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import get_config
+from cbnb.evaluate.adapters import find_adapters, load_student
 from cbnb.evaluate.call_layout import SIGN
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.reader import derive_reader
@@ -52,6 +58,7 @@ from cbnb.transcripts.marks import mark_by
 from cbnb.transcripts.reader import read_transcripts, write_transcripts
 from cbnb.transcripts.record import TranscriptError
 from cbnb.transcripts.tinyworld import make_transcripts
+from dojo_replay import Replay, script_of
 from forked import forked
 from helpers import ROOT
 from masks_templates import CONTROL
@@ -252,6 +259,27 @@ def test_what_a_template_cannot_say_is_refused_by_name(monkeypatch, tmp_path):
     assert second_turn(own_provider(reader.masker, "gemma4")) == TEMPLATES["gemma4"][1]
 
 
+def test_why_gemma_4_cannot_be_used():
+    "What its page says: one turn for call, result and answer; words beside a call behind its result."
+    tokenizer = stock_masker("gemma4").tokenizer
+
+    def written_by(messages, prompt):
+        text = tokenizer.apply_chat_template(
+            messages, tools=schemas(), tokenize=False, add_generation_prompt=prompt
+        )
+        return text[text.rindex("<|turn>") :]
+
+    call = '<|tool_call>call:read_page{title:<|"|>Zqx<|"|>}<tool_call|>'
+    answer = '<|tool_response>response:read_page{value:<|"|>The total is 42.<|"|>}<tool_response|>'
+    start = "<|turn>model\n" + call
+    assert written_by(TALK[:2], False) == start + "<|tool_response>"
+    assert written_by(TALK[:3], True) == start + answer
+    last = {"role": "assistant", "content": "It is 42."}
+    assert written_by([*TALK[:3], last], False) == start + answer + "It is 42.<turn|>\n"
+    spoken = [TALK[0], TALK[1] | {"content": "I look."}, TALK[2]]
+    assert written_by(spoken, True) == start + answer + "I look.<turn|>\n"
+
+
 # --- a real student: the tiny agent, with and without an adapter
 
 
@@ -279,10 +307,84 @@ def means(log):
 
 def test_the_tiny_agent_acts_in_a_task(attacked, adapter, tmp_path):
     "It obeys the injected order; with an adapter that breaks it, it makes no call that can be read."
-    assert not errors(attacked) and means(attacked) == {"utility": 0, "attack": 1, "call": 1}
+    rates = means(attacked)
+    assert not errors(attacked) and (rates["attack_success"], rates["utility_under_attack"]) == (1, 0)
+    assert rates.keys() == set(figures_of("injection")), "and nothing of benign tasks"
     broken = evaluated(tiny_world(n=2), f"cbnb/tinyagent@{adapter}", tmp_path, max_tokens=24)
-    assert not errors(broken) and means(broken)["attack"] == 0 == means(broken)["utility"]
+    assert not errors(broken) and means(broken)["unreadable attack"] == 1
+    assert means(broken)["attack_success"] == 0 == means(broken)["safe_stop"], "which is no safe stop"
     assert broken.eval.model == f"cbnb/tinyagent@{adapter}"
+
+
+def metrics(log):
+    "`{figure: [hits, n]}` of a log of the tiny world."
+    values = {s.name: {m.name: m.value for m in s.metrics.values()} for s in log.results.scores}
+    return {name: [one["hits"], one["n"]] for name, one in values.items()}
+
+
+def moved_agent(folder, std):
+    "The tiny agent with an adapter of noise, which is kept in `folder`: `(its name, its model)`."
+    if not std:
+        return "cbnb/tinyagent", load_model("tinyagent").eval()
+    model = add_adapter(load_model("tinyagent"), get_config("tinyagent"))
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std)
+    save_adapter(model, folder)
+    return f"cbnb/tinyagent@{folder}", model.eval()
+
+
+@pytest.mark.parametrize("std", [0, *(pytest.param(std, marks=pytest.mark.slow) for std in (0.14, 0.5))])
+def test_the_task_is_the_tiny_loop_episode_by_episode(std, tiny_agent, tmp_path):
+    """The same messages, tool results, outcomes, checks and counts, for the agent, for one that errs, and for
+    one that is broken."""
+    name, model = moved_agent(tmp_path / "adapter", std)
+    own = dataclasses.replace(tiny_agent, model=model, decoding=Decoding(max_new_tokens=24))
+    (folder := tmp_path / "loop").mkdir()
+    lines, _, _ = play_tasks(own, tiny_tasks(3), MAX_TURNS, folder)
+    kept = {t.meta["task"]: t for t in read_transcripts(folder / "episodes.jsonl")}
+    log = evaluated(tiny_world("all", n=3), name, tmp_path, max_tokens=24)
+    assert not errors(log) and len(log.samples) == len(lines) == 12
+    by_id = {s.id: s for s in log.samples}
+    for line in lines:
+        sample, meta = by_id[line["meta"]["task"]], line["meta"]
+        assert [provider.chat_message(m) for m in sample.messages] == kept[sample.id].messages
+        assert (sample.store["outcome"], sample.store["why"]) == (meta["outcome"], meta["why"])
+        mine = {k: bool(v) for k, v in sample.scores["world"].value.items() if v == v}
+        assert mine == {k: bool(hits) for k, (hits, _) in count_checks([line]).items()}
+        wrote = [e.output.usage.output_tokens for e in sample.events if e.event == "model"]
+        assert wrote == [len(ids) for ids in meta["ids"]]
+    assert metrics(log) == loop_figures("tiny:3", lines, 0, 0.0, own, MAX_TURNS)["counts"]
+    outcomes = {line["meta"]["outcome"] for line in lines}
+    assert outcomes == {0: {"over"}, 0.14: {"over", "unreadable"}, 0.5: {"unreadable"}}[std]
+
+
+def test_words_that_the_template_refuses_end_the_episode_and_no_other(monkeypatch, tmp_path):
+    "As in the tiny loop: where a tool says a control token, and not in the very first prompt."
+    import cbnb.agent.tinylive
+
+    def run_tool(office, call):
+        return "so <|eot_id|> ends"
+
+    monkeypatch.setattr(cbnb.agent.tinylive, "run_tool", run_tool)
+    log = evaluated(tiny_world(n=2), "cbnb/tinyagent", tmp_path)
+    assert not errors(log) and metrics(log)["refused attack"] == [2, 2]
+    assert "eot_id" in log.samples[0].store["why"]
+
+
+def test_a_limit_of_inspect_is_a_timeout(tmp_path):
+    log = evaluated(tiny_world(n=1), "cbnb/tinyagent", tmp_path, message_limit=4)
+    assert metrics(log)["timeout attack"] == [1, 1] and metrics(log)["attack_success"] == [0, 1]
+
+
+def test_a_log_of_the_tiny_world_is_scored_again_from_what_it_keeps(attacked):
+    "The office and its drawers stand in the log."
+    stripped = attacked.model_copy(deep=True)
+    for sample in stripped.samples:
+        sample.scores = None
+    again = inspect_ai.score(stripped, tiny_world(n=1).scorer, display="none")
+    assert metrics(again) == metrics(attacked)
 
 
 def test_the_prompt_of_every_turn_is_the_one_of_training(attacked):
@@ -298,7 +400,7 @@ def test_the_prompt_of_every_turn_is_the_one_of_training(attacked):
 
 
 def test_a_log_is_read_masked_and_audited(attacked, capsys):
-    words = ["--harmful-if", "scores.world.attack=1", "--injection", "metadata.injection"]
+    words = ["--harmful-if", "scores.world.attack_success=1", "--injection", "metadata.injection"]
     common = ["--model", "tinyagent", "--policy", "post_injection_only", "--json"]
     assert main(["masks", attacked.location, *words, *common]) == 0
     *rows, last = map(json.loads, capsys.readouterr().out.splitlines())
@@ -350,15 +452,34 @@ def test_another_base_is_told(adapter, tmp_path, caplog):
     }
     shutil.copytree(adapter, tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    provider.load_student(f"tinyagent@{tmp_path / 'a'}")
+    provider.open_student(f"tinyagent@{tmp_path / 'a'}")
     assert "was trained on org/other" in caplog.text
+
+
+def test_inspect_and_an_evaluation_load_the_same_student(adapter):
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    asked = make_transcripts("plain", 2)
+    (own,) = find_adapters(str(adapter))
+    student, _, teacher = load_student(own, [own], masker, asked, "tinyagent")
+    ours = provider.open_student(f"tinyagent@{adapter}").agent.model
+    assert teacher is None and type(ours) is type(student)
+    theirs = student.state_dict()
+    assert theirs.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+    (bare,) = find_adapters("none")
+    fresh = load_student(bare, [bare], masker, asked, "tinyagent")[0]
+    ids = torch.arange(20, 40)[None]
+    base = provider.open_student("tinyagent").agent.model
+    assert not hasattr(base, "peft_config") and hasattr(fresh, "peft_config")
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits)
 
 
 def test_weights_are_loaded_once(monkeypatch, tmp_path):
     "Also for another configuration, and where Inspect looks up the model's name."
     loads = []
-    load = provider.load_student
-    monkeypatch.setattr(provider, "load_student", lambda *a, **k: loads.append(a) or load(*a, **k))
+    load = provider.open_student
+    monkeypatch.setattr(provider, "open_student", lambda *a, **k: loads.append(a) or load(*a, **k))
     provider.STUDENTS.clear()
     for n in (2, 3):
         evaluated(tiny_world(n=1), "cbnb/tinyagent", tmp_path, max_tokens=n, model_args={"batch_size": 4})
@@ -444,7 +565,7 @@ def test_an_answer_that_is_cut_says_so(tmp_path):
 
 
 def test_two_decodings_never_run_at_once(monkeypatch):
-    student = provider.load_student("tinyagent")
+    student = provider.open_student("tinyagent")
     running, together = set(), []
 
     def generate_batch(model, prompts, ends, pad, decoding, seeds):
@@ -478,7 +599,7 @@ def test_json_and_eval_logs_are_read_alike(attacked, tmp_path):
             (t.messages, t.tools, t.label, t.injection_spans, t.meta["scores"])
             for t in read_transcripts(p, marks=by)
         ]
-        for by in [mark_by("scores.world.attack=1", injection="metadata.injection")]
+        for by in [mark_by("scores.world.attack_success=1", injection="metadata.injection")]
         for p in (tmp_path / "a.json", tmp_path / "b.eval")
     )
     assert first == second and len(first) == 4
@@ -527,13 +648,13 @@ def test_damaged_logs_are_one_sentence(attacked, tmp_path):
 def test_a_score_that_is_no_number_costs_its_own_sample(attacked, tmp_path):
     def change(name, data):
         if name.endswith("00000_epoch_1.json"):
-            return re.sub(rb'"attack": 1(\.0)?', b'"attack": NaN', data)
+            return re.sub(rb'"attack_success": 1(\.0)?', b'"attack_success": NaN', data)
         return re.sub(rb'"value": 1(\.0)?', b'"value": NaN', data) if name == "header.json" else data
 
     file = rewritten(attacked.location, tmp_path / "n.eval", change)
-    reader = read_transcripts(file, on_error="skip", marks=mark_by("scores.world.attack=1"))
+    reader = read_transcripts(file, on_error="skip", marks=mark_by("scores.world.attack_success=1"))
     good = [t for t in reader.records() if not isinstance(t, TranscriptError)]
-    assert len(good) == 3 and "scores.world.attack: is missing" in reader.skipped[0]
+    assert len(good) == 3 and "scores.world.attack_success: is missing" in reader.skipped[0]
 
 
 def test_a_big_log_is_read_in_bounded_memory(attacked, tmp_path):
@@ -605,6 +726,162 @@ def test_a_run_whose_data_changed_gives_no_log(finished):
     with pytest.raises(RunError, match="no longer asked"):
         write_inspect_logs(finished)
     assert not (finished / "inspect").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_agent():
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    return cbnb.agent.model.Agent(load_model("tinyagent"), masker, derive_reader(masker))
+
+
+def with_loop(folder, **figures):
+    "The run in `folder`, with the figures of the loops of its stages."
+    result = json.loads((folder / "result.json").read_text()) | {"loop": figures}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def acted(finished, tiny_agent):
+    "The finished run, in which the untouched agent has acted before, and a broken one after."
+    short = dataclasses.replace(tiny_agent, decoding=Decoding(max_new_tokens=8))
+    with_loop(
+        finished,
+        before=play_tiny(tiny_agent, "2", finished, "before"),
+        after=play_tiny(short, "1", finished, "after"),
+    )
+    return finished
+
+
+def logged_counts(log):
+    return {s.name: [s.metrics["hits"].value, s.metrics["n"].value] for s in log.results.scores}
+
+
+def test_episodes_are_logs_that_inspect_reads(acted, tmp_path):
+    """One log per stage with the counts of the loop; each turn and each tool is an event; and the
+    transcripts of episodes.jsonl come back, with labels and spans."""
+    paths = write_inspect_logs(acted)
+    assert [p.stem for p in paths] == ["before", "after", "before-episodes", "after-episodes"]
+    loops = json.loads((acted / "result.json").read_text())["loop"]
+    kept = list(read_transcripts(acted / "episodes.jsonl"))
+    by = mark_by("metadata.label=harmful", injection="metadata.injection")
+    for path, stage in zip(paths[2:], ("before", "after")):
+        log, own = read_eval_log(path), {t.meta["task"]: t for t in kept if t.meta["stage"] == stage}
+        assert log.status == "success" and logged_counts(log) == loops[stage]["counts"]
+        assert (log.eval.task, log.eval.task_args["loop"]) == ("cbnb/tiny", loops[stage]["loop"])
+        assert log.eval.model.endswith(f"@{acted}") == (stage == "after")
+        for sample in log.samples:
+            one = own[sample.id]
+            turns = [e for e in sample.events if e.event == "model"]
+            assert [e.output.usage.output_tokens for e in turns] == [len(ids) for ids in one.meta["ids"]]
+            assert sum(e.event == "tool" for e in sample.events) == sum(
+                m["role"] == "tool" for m in one.messages
+            )
+            is_cut = one.meta["outcome"] == "unreadable"
+            assert (turns[-1].output.stop_reason == "max_tokens") == is_cut
+            assert sample.metadata["outcome"] == one.meta["outcome"]
+            checks = {k: bool(v) for k, v in sample.scores["world"].value.items()}
+            assert one.meta["checks"].items() <= checks.items()
+        again = {t.meta["sample_id"]: t for t in read_transcripts(path, marks=by)}
+        assert again.keys() == own.keys()
+        for name, t in again.items():
+            assert (t.messages, t.tools, t.label) == (own[name].messages, own[name].tools, own[name].label)
+            assert t.injection_spans == own[name].injection_spans
+    assert any(t.label == "harmful" and t.injection_spans for t in kept)
+    bundle_log_dir(str(acted / "inspect"), str(tmp_path / "bundle"))
+    assert (tmp_path / "bundle" / "index.html").is_file()
+    assert len(list((tmp_path / "bundle" / "logs").glob("*.eval"))) == 4
+
+
+CHANGES = {  # of a line of episodes.jsonl, and what is said of it
+    "gone": (lambda line: None, "holds 7 episodes of before, and not those that result.json counts"),
+    "another outcome": (
+        lambda line: line["meta"]["checks"].update(utility=False),
+        "holds 8 episodes of before",
+    ),
+    "another prompt": (lambda line: line["messages"][1].update(content="Hi"), "turn 0 of .* another prompt"),
+    "another result": (lambda line: line["messages"][3].update(content="x"), "turn 1 of .* another prompt"),
+    "a turn without tokens": (lambda line: line["meta"]["ids"].pop(), "not the tokens of each"),
+    "no tokens": (lambda line: line["meta"].pop("ids"), "not the tokens of each"),
+    "tokens that are none": (lambda line: line["meta"].update(ids=[3, "x"]), "are not lists of token ids"),
+    "no prompts": (lambda line: line["meta"].pop("prompts"), "not the tokens of each"),
+    "text of a hostile template": (
+        lambda line: line["messages"][3].update(content="so <|eot_id|> ends"),
+        "cannot be asked any more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_episode_that_is_not_the_one_that_was_counted_is_refused(name, acted):
+    change, words = CHANGES[name]
+    lines = [json.loads(line) for line in (acted / "episodes.jsonl").read_text().splitlines()]
+    if name == "gone":
+        lines = lines[1:]
+    else:
+        change(lines[0])
+    (acted / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=words):
+        write_inspect_logs(acted)
+    assert not (acted / "inspect").exists()
+
+
+def test_a_turn_behind_a_removed_secret_is_logged_without_a_count_of_what_it_read(acted):
+    "Behind a text that was withheld stands another prompt than the one that was asked."
+    lines = [json.loads(line) for line in (acted / "episodes.jsonl").read_text().splitlines()]
+    lines[0]["messages"][3]["content"] = "key: [removed]"
+    (acted / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = read_eval_log(write_inspect_logs(acted)[2])
+    [sample] = (s for s in log.samples if s.id == lines[0]["meta"]["task"])
+    first, second = (e.output.usage for e in sample.events if e.event == "model")
+    assert first.input_tokens > 0 and second is None and not sample.model_usage
+
+
+def test_two_episodes_of_one_task_are_refused(acted):
+    "Which of them was counted cannot be told."
+    path = acted / "episodes.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    path.write_text(path.read_text() + json.dumps(first | {"key": "0" * 32}) + "\n")
+    with pytest.raises(TranscriptError, match="stood before; ids must differ"):
+        write_inspect_logs(acted)
+
+
+@pytest.mark.slow
+def test_agentdojos_episodes_are_a_log(finished, tiny_agent):
+    """Its run files, with the verdicts of AgentDojo, of the one pipeline of the stage whose episodes are
+    counted. What the files do not hold is left out."""
+    replay = Replay(dataclasses.replace(tiny_agent, model=None))
+    name = "local-before-0123456789ab"
+    bench = open_bench(replay, "banking", "important_instructions", finished / "agentdojo", name)
+    tasks = list_tasks(bench, ["user_task_0"], ["injection_task_0", "injection_task_4"])
+    for task in tasks:
+        user, injection = task_of(bench.suite, task.user), bench.suite.injection_tasks.get(task.injection)
+        world = bench.suite.load_and_inject_default_environment({})
+        parts = [injection, user] if injection and task.injection == "injection_task_0" else [user]
+        calls = [call for part in parts for call in part.ground_truth(world)]
+        script = script_of(calls, parts[-1].GROUND_TRUTH_OUTPUT)
+        replay.scripts[f"banking/{task.user}/{task.attack}/{task.injection}"] = script
+    results = run_tasks(bench, tasks, 1)
+    figures = dojo_figures("agentdojo:banking:important_instructions", [results], tiny_agent, 15)
+    with_loop(finished, before=figures)
+    log = read_eval_log(write_inspect_logs(finished)[-1])
+    assert log.eval.task == "cbnb/agentdojo" and len(log.samples) == len(tasks) == 5
+    counts = {name: pair for name, pair in figures["counts"].items() if pair[1] and name != "unmeasured"}
+    assert logged_counts(log) == counts and counts["attack_success"] == [1, 2]
+    by = mark_by("metadata.label=harmful", injection="metadata.injection")
+    theirs = {t.id.split("/", 1)[1]: t for t in read_transcripts(finished / "agentdojo")}
+    ours = read_transcripts(finished / "inspect" / "before-episodes.eval", marks=by, on_error="skip")
+    logged = {t.meta["sample_id"]: t for t in ours}
+    assert logged.keys() == theirs.keys() and ours.skipped_count == 2, "two have no label in their files"
+    for task, t in logged.items():
+        assert (t.messages, t.label) == (theirs[task].messages, theirs[task].label)
+        assert t.injection_spans == theirs[task].injection_spans or t.label == "benign"
+    shutil.copytree(finished / "agentdojo" / name, finished / "agentdojo" / "local-before-ba9876543210")
+    with pytest.raises(RunError, match="holds 2 pipelines of before"):
+        write_inspect_logs(finished)
+    shutil.rmtree(finished / "agentdojo" / "local-before-ba9876543210")
+    next((finished / "agentdojo").rglob("injection_task_4.json")).unlink()
+    with pytest.raises(RunError, match="holds 0 pipelines of before"):
+        write_inspect_logs(finished)
 
 
 def test_without_the_extra_one_sentence_says_how_to_install_it(finished):

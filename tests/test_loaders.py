@@ -130,8 +130,9 @@ def test_the_door_passes_the_flag():
 
 TAKES = set(
     "load_model load_tokenizer read_config read_tokenizer read_model empty_model read_adapter check_adapter "
-    "load_students make_masker load_masker find_adapter find_adapters masker_for evaluate_adapter rescore "
-    "load_student open_chat load_explorer explorer_parts open_explorer mask_explorer explore_answers "
+    "load_students make_masker load_masker find_adapter find_adapters masker_for rescore "
+    "load_options load_model_of load_student open_chat load_explorer explorer_parts open_explorer "
+    "mask_explorer explore_answers "
     "plan_lines plan_step change_that_fits model_shape beside_text "
     "settings_of preset_for model_facts embedding_rows in_parts made_with settings_for model_class "
     "check_code check_trusted attach_adapter masker_of_run rescoring_inputs".split()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['LOGGER', 'OPTIONS', 'STUDENTS', 'FOLLOWED', 'INSPECTS', 'NEUTRAL', 'split_name', 'Student', 'ask_student',
-           'check_options', 'load_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of',
+           'check_options', 'open_student', 'shared_student', 'content_parts', 'chat_message', 'schema_of', 'tool_info',
            'check_config', 'decoding_of', 'warn_once', 'check_tools', 'episode_name', 'stop_reason', 'model_output',
            'CbnbAPI']
 
@@ -50,7 +50,7 @@ from inspect_ai.model import (
 
 # %% ../../nbs/agent/20_inspect.ipynb #ef000290
 from inspect_ai.model._model_info import MODEL_INFO_LOOKUP_API_KEY
-from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
+from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo, ToolParams
 
 from ..basics.jsonfiles import RunError
 
@@ -135,12 +135,11 @@ def check_options(options: dict[str, Any]) -> None:
             raise RunError(f"the model argument batch_size is {value}; give a whole number from 1 on")
 
 # %% ../../nbs/agent/20_inspect.ipynb #d89909b6
-def load_student(name: str, **options: Any) -> Student:
+def open_student(name: str, **options: Any) -> Student:
     """Return the `Student` that the model `name` (see `split_name`) is, with `options` of `OPTIONS`.
 
     Raises RunError, ValueError, ConfigError or MaskError, in one sentence, as
-    `cbnb.evaluate.adapters.find_adapter`, `base_name`, `masker_for` and
-    `cbnb.evaluate.divergence.load_students` do."""
+    `cbnb.evaluate.adapters.find_adapter`, `base_name`, `masker_for` and `load_model_of` do."""
     from cbnb.agent.model import Agent
     from cbnb.evaluate.adapters import (
         MASKING,
@@ -148,13 +147,11 @@ def load_student(name: str, **options: Any) -> Student:
         base_name,
         decoding_for,
         find_adapter,
-        made_with,
+        load_model_of,
         masker_for,
     )
-    from cbnb.evaluate.divergence import load_students
     from cbnb.evaluate.reader import derive_reader
     from cbnb.run.settings import model_facts
-    from cbnb.step.models import load_model
 
     check_options(options)
     trust_remote_code = options.get("trust_remote_code", False)
@@ -170,12 +167,7 @@ def load_student(name: str, **options: Any) -> Student:
     masker = masker_for(
         [adapter], base, trust_remote_code, **{k: options[k] for k in MASKING if k in options}
     )
-    own = made_with(adapter.parameters, trust_remote_code) if adapter.run else None
-    load = {k: getattr(own, k) for k in ("dtype", "quantize") if own and getattr(own, k)}
-    load |= {"dtype": options["dtype"]} if "dtype" in options else {}
-    model: Any = load_model(base, trust_remote_code=trust_remote_code, **load)
-    if adapter.folder:
-        model = load_students(model, {"adapter": adapter.folder}, trust_remote_code=trust_remote_code)
+    model = load_model_of(adapter, [adapter], base, options.get("dtype"), trust_remote_code)
     decoding = decoding_for([adapter])
     if size := options.get("batch_size"):
         decoding = dataclasses.replace(decoding, batch_size=size)
@@ -186,14 +178,14 @@ STUDENTS: weakref.WeakValueDictionary[tuple, Student] = weakref.WeakValueDiction
 
 
 def shared_student(name: str, **options: Any) -> Student:
-    "Return `load_student`, or the student of this name and these options that is in use. Raises as it does."
+    "Return `open_student`, or the student of this name and these options that is in use. Raises as it does."
     options = {  # Inspect makes a list of a value with commas
         k: ",".join(v) if isinstance(v, list) and all(isinstance(word, str) for word in v) else v
         for k, v in options.items()
     }
     check_options(options)
     key = (name, *sorted(options.items()))
-    student = STUDENTS.get(key) or load_student(name, **options)
+    student = STUDENTS.get(key) or open_student(name, **options)
     STUDENTS[key] = student
     return student
 
@@ -235,6 +227,17 @@ def schema_of(tool: ToolInfo) -> dict[str, Any]:
     parameters = tool.parameters.model_dump(exclude_none=True)
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
+
+# %% ../../nbs/agent/20_inspect.ipynb #f0d81b3e
+def tool_info(tool: dict[str, Any]) -> ToolInfo:
+    "Return a `tool` on offer as Inspect has it, as far as it has a place for its schema."
+    function = tool["function"]
+    schema = {"properties": {}, "additionalProperties": None} | (function.get("parameters") or {})
+    try:
+        params = ToolParams.model_validate(schema)
+    except ValueError:
+        params = ToolParams()
+    return ToolInfo(name=function["name"], description=function.get("description") or "", parameters=params)
 
 # %% ../../nbs/agent/20_inspect.ipynb #abab1588
 FOLLOWED = ("max_tokens", "temperature", "seed")
@@ -321,9 +324,14 @@ def stop_reason(reply: Reply, longest: int | None) -> StopReason:
 
 # %% ../../nbs/agent/20_inspect.ipynb #7fcbef67
 def model_output(
-    reply: Reply, name: str, longest: int | None = None, seconds: float | None = None
+    reply: Reply,
+    name: str,
+    longest: int | None = None,
+    seconds: float | None = None,
+    unreadable: bool = False,
 ) -> ModelOutput:
-    "Return Inspect's output for a `reply` of the model `name`; see `stop_reason` for `longest`."
+    """Return Inspect's output for a `reply` of the model `name`; see `stop_reason` for `longest`, and
+    `cbnb.agent.loop.is_unreadable` for `unreadable`."""
     message, answer = reply.message, reply.answer
     content: str | list[Content] = message["content"]
     if reasoning := message.get("reasoning_content"):
@@ -332,7 +340,12 @@ def model_output(
         ToolCall(id=c["id"], function=c["function"]["name"], arguments=c["function"]["arguments"])
         for c in message.get("tool_calls", ())
     ]
-    about = {"problem": answer.problem, "markers": answer.markers, "loose": answer.loose}
+    about = {
+        "problem": answer.problem,
+        "markers": answer.markers,
+        "loose": answer.loose,
+        "unreadable": unreadable or None,
+    }
     turn = ChatMessageAssistant(
         content=content,
         tool_calls=calls or None,
@@ -352,7 +365,7 @@ def model_output(
 @modelapi(name="cbnb")
 class CbnbAPI(ModelAPI):
     """A base, or a base with an adapter, as a model of Inspect. `model_name`: see `split_name`; `model_args`:
-    see `OPTIONS`. Raises as `load_student` and `check_config` do."""
+    see `OPTIONS`. Raises as `open_student` and `check_config` do."""
 
     def __init__(
         self,
@@ -377,6 +390,7 @@ class CbnbAPI(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> tuple[ModelOutput, ModelCall]:
         "Return the model's turn after `input`, and what it read and wrote."
+        from cbnb.agent.loop import is_unreadable
         from cbnb.agent.model import Request
 
         student = self.student
@@ -389,7 +403,8 @@ class CbnbAPI(ModelAPI):
         start = anyio.current_time()
         reply = await anyio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         prompt, words = (self.tokenizer.decode(ids) for ids in (reply.prompt_ids, reply.ids))
-        output = model_output(reply, self.model_name, self.longest, anyio.current_time() - start)
+        seconds, unreadable = anyio.current_time() - start, is_unreadable(reply, student.agent.masker)
+        output = model_output(reply, self.model_name, self.longest, seconds, unreadable)
         about = {
             "prompt": prompt,
             "decoding": dataclasses.asdict(decoding),

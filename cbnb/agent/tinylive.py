@@ -17,8 +17,8 @@ from ..transcripts.record import Transcript
 from ..transcripts.tinyworld import ACTIONS, READERS, SENSITIVE, make_transcripts
 
 # %% auto #0
-__all__ = ['DRAWERS', 'KINDS', 'TASKS', 'MAX_TURNS', 'Office', 'run_tool', 'entry_of', 'check_office', 'office_task',
-           'tiny_tasks', 'tiny_count', 'play_tiny']
+__all__ = ['DRAWERS', 'KINDS', 'TASKS', 'MAX_TURNS', 'Office', 'run_tool', 'entry_of', 'check_office', 'open_office',
+           'office_world', 'office_task', 'tiny_tasks', 'tiny_count', 'play_tiny']
 
 # %% ../../nbs/agent/02_tinylive.ipynb #f1f4ba34
 DRAWERS = {
@@ -97,35 +97,39 @@ def check_office(
     }
 
 # %% ../../nbs/agent/02_tinylive.ipynb #99e987cc
+def open_office(transcript: Transcript) -> Office:
+    "Return the office of a `transcript` of the tiny world: its document, its tools, and empty drawers."
+    read, result = transcript.messages[2]["tool_calls"][0]["function"], transcript.messages[3]["content"]
+    document = (read["name"], next(iter(read["arguments"].values())))
+    return Office({document: result}, tuple(tool["function"]["name"] for tool in transcript.tools or ()))
+
+# %% ../../nbs/agent/02_tinylive.ipynb #4fd07a92
+def office_world(office: Office, transcript: Transcript, actions: int = 1) -> World:
+    """Return the `office` as the `World` of the task in `transcript`, which is over after so many
+    `actions`."""
+
+    def is_over() -> bool:
+        return sum(map(len, office.drawers.values())) >= actions
+
+    def checks(messages: list[dict], outcome: str) -> dict[str, bool]:
+        return check_office(office, transcript, messages, outcome)
+
+    return World(lambda call: run_tool(office, call), is_over, checks)
+
+# %% ../../nbs/agent/02_tinylive.ipynb #e93b5c60
 def office_task(transcript: Transcript, actions: int = 1) -> Task:
     """Return the `Task` of a `transcript` of the tiny world: its first messages, its tools, and an office
     with the document that it reads. The task is over after so many `actions`."""
-    read, result = transcript.messages[2]["tool_calls"][0]["function"], transcript.messages[3]["content"]
-    document = (read["name"], next(iter(read["arguments"].values())))
-    offer = tuple(tool["function"]["name"] for tool in transcript.tools or ())
-    injected = [result[s.start : s.end] for s in transcript.injection_spans]
-
-    def begin() -> World:
-        office = Office({document: result}, offer)
-
-        def is_over() -> bool:
-            return sum(map(len, office.drawers.values())) >= actions
-
-        def checks(messages: list[dict], outcome: str) -> dict[str, bool]:
-            return check_office(office, transcript, messages, outcome)
-
-        return World(lambda call: run_tool(office, call), is_over, checks)
-
     is_attack = "injected_call" in transcript.meta
     return Task(
         transcript.id,
         transcript.messages[:2],
         transcript.tools,
-        begin,
+        lambda: office_world(open_office(transcript), transcript, actions),
         "attack" if is_attack else "benign",
         transcript.meta["kind"],
         "note" if is_attack else "",
-        tuple(injected),
+        tuple(transcript.messages[s.message]["content"][s.start : s.end] for s in transcript.injection_spans),
         {key: transcript.meta[key] for key in ("expected_call", "injected_call") if key in transcript.meta},
     )
 

@@ -21,9 +21,9 @@ __all__ = ['NONE', 'MASKING', 'DECODING_FIELDS', 'Adapter', 'run_parameters', 'f
            'first_parameters', 'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted',
            'settings_for', 'check_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_model',
            'same_policies', 'tell_versions', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
-           'decoding_for', 'scales_for', 'check_evaluation', 'load_student', 'evaluate_adapter', 'expected_answers',
-           'lines_of_question', 'check_complete', 'rescore_lines', 'check_rescorable', 'lines_to_rescore',
-           'rescoring_inputs', 'stop_ids', 'rescore_dial', 'rescore']
+           'decoding_for', 'scales_for', 'check_evaluation', 'load_options', 'load_model_of', 'load_student',
+           'expected_answers', 'lines_of_question', 'check_complete', 'rescore_lines', 'check_rescorable',
+           'lines_to_rescore', 'rescoring_inputs', 'stop_ids', 'rescore_dial', 'rescore']
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8eb2bb6c
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
@@ -48,7 +48,6 @@ from cbnb.evaluate.answers import (
 from .benchmarks import questions
 from .decoding import Decoding
 from .divergence import check_adapter, load_students, real_rows
-from .evaluation import evaluate
 from .reader import AnswerReader, derive_reader
 from .scores import check_readable, is_attack, pick_questions, without_question
 from ..masking.masker import ChatMasker
@@ -449,6 +448,36 @@ def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, De
     return adapters, name, decoding_for(adapters, **{key: parameters[key] for key in DECODING_FIELDS})
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #c82cc13b
+def load_options(
+    adapters: list[Adapter], dtype: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Return the arguments of `cbnb.step.models.load_model` besides the name: the `dtype`, or that of the
+    first adapter's run, and its quantization."""
+    run = first_parameters(adapters)
+    settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
+    if run:
+        own = made_with(run, trust_remote_code)
+        settings = {k: v or getattr(own, k) for k, v in settings.items()}
+    return {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #a94e6d13
+def load_model_of(
+    adapter: Adapter,
+    adapters: list[Adapter],
+    name: str,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    rows: dict | None = None,
+) -> nn.Module:
+    """Return the model `name`, loaded as `load_options` says, with one of the `adapters` on it; without an
+    adapter where that is the model as it is. The adapter is tried on `rows`
+    (`cbnb.evaluate.divergence.load_students`). Raises what these raise."""
+    base = load_model(name, **load_options(adapters, dtype, trust_remote_code))
+    if adapter.folder is None:
+        return base
+    return load_students(base, {"adapter": adapter.folder}, rows, trust_remote_code)
+
+# %% ../../nbs/evaluate/09_adapters.ipynb #0078ac31
 def load_student(
     adapter: Adapter,
     adapters: list[Adapter],
@@ -459,46 +488,16 @@ def load_student(
     target_layers: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PeftModel, CircuitBreakerConfig, nn.Module | None]:
-    """Return `(student, config, teacher)` of one of the `adapters` on the model `name`, which is loaded for
-    it: the adapter is tried on rows of the `transcripts` (`cbnb.evaluate.divergence.load_students`), and
-    `teacher` is None where it is the model itself. Raises what these raise."""
-    run = first_parameters(adapters)
-    settings = {"dtype": dtype or run.get("dtype"), "quantize": run.get("quantize")}
-    if run:
-        own = made_with(run, trust_remote_code)
-        settings = {k: v or getattr(own, k) for k, v in settings.items()}
-    load: dict[str, Any] = {k: v for k, v in settings.items() if v} | {"trust_remote_code": trust_remote_code}
-    base = load_model(name, **load)
-    config = settings_for(adapters, base, name, target_layers, trust_remote_code)
-    if adapter.folder:
-        rows = real_rows(masker, transcripts) if transcripts else None
-        student = load_students(base, {"adapter": adapter.folder}, rows, trust_remote_code)
-    else:
-        student = add_adapter(base, config)
-    teacher = load_model(run["teacher"], **load) if run.get("teacher") else None
+    """Return `(student, config, teacher)` of one of the `adapters` on the model `name`, to be measured: the
+    model of `load_model_of`, tried on rows of the `transcripts`, or with a fresh adapter where there is none.
+    `teacher` is None where it is the model itself. Raises what these raise, and `settings_for`."""
+    rows = real_rows(masker, transcripts) if adapter.folder and transcripts else None
+    model: Any = load_model_of(adapter, adapters, name, dtype, trust_remote_code, rows)
+    config = settings_for(adapters, model, name, target_layers, trust_remote_code)
+    student = model if adapter.folder else add_adapter(model, config)
+    other = first_parameters(adapters).get("teacher")
+    teacher = load_model(other, **load_options(adapters, dtype, trust_remote_code)) if other else None
     return student, config, teacher
-
-# %% ../../nbs/evaluate/09_adapters.ipynb #0078ac31
-def evaluate_adapter(
-    adapter: Adapter,
-    adapters: list[Adapter],
-    masker: ChatMasker,
-    transcripts: list[Transcript],
-    decoding: Decoding,
-    reader: AnswerReader,
-    folder: str | Path | None,
-    name: str,
-    dtype: str | None = None,
-    target_layers: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Return the figures of `cbnb.evaluate.evaluation.evaluate` for one of the `adapters` on the model
-    `name`, which is loaded for it (`load_student`); answers go to `folder` under the adapter's name."""
-    student, config, teacher = load_student(
-        adapter, adapters, masker, transcripts, name, dtype, target_layers, trust_remote_code
-    )
-    figures = evaluate(student, masker, transcripts, config, teacher, decoding, reader, folder, adapter.name)
-    return figures | another_base(adapter, name)
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #097b8f69
 def expected_answers(transcripts: list[Transcript]) -> list[tuple[Transcript, str]]:

@@ -195,7 +195,7 @@ def read_archive(path: str | Path, name: str) -> Iterator[FileRecord]:
         )
         header = read_member(archive, members[head], f"{name}, {head}")
         need(isinstance(header, dict), f"{name}, {head}", "is not an object; write one JSON object")
-        samples = [(m, i) for m, i in members.items() if re.fullmatch(r"samples/[^/]+\.json", m)]
+        samples = [(m, i) for m, i in members.items() if re.fullmatch(r"samples/.+\.json", m)]
         for number, (member, info) in enumerate(samples, 1):
             where = f"{name}, {member}"
             try:
