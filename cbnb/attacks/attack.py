@@ -22,6 +22,7 @@ from .sample import sample_attack
 from .soft import BATCH, soft_attack
 from .span import AttackItem, attack_items
 from ..basics.jsonfiles import RunError, write_json
+from ..config import check_limits
 from ..data.sources import split_commas
 from ..data.streams import load_streams, read_streams
 
@@ -246,6 +247,7 @@ def attack_run(
     attacks/answers.jsonl; an attack that was interrupted goes on. Raises RunError, ValueError or ConfigError, in one
     sentence, for what cannot be attacked."""
     names = named_attacks(attacks)
+    check_limits("seed", seed, {"at_least": 0, "at_most": 2**32 - 1})
     own, folder = check_attack(adapter, out, trust_remote_code)
     name = base_name([own], model)
     if own.run and not model:
