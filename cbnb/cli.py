@@ -792,12 +792,12 @@ def add_attack(commands: Commands) -> None:
     p = commands.add_parser(
         "attack",
         help="attacks that adapt to a breaker, with a control",
-        description="Attack a breaker by soft prompts, token suffixes, begun answers, many samples, forged turns "
-        "and repeated orders, inside the injected text of held-out items. A claim is made only where "
-        "the same attack broke a weak control. Results go to attacks.json, answers to attacks/; the same command "
-        "goes on with what was interrupted.",
-        epilog="status 0: the attacks were carried out, and none has broken the breaker; 1: one has; 2: it cannot "
-        "be attacked",
+        description="Attack a breaker by soft prompts, token suffixes, begun answers, many samples, forged "
+        "turns and repeated orders, inside the injected text of held-out items. A claim is made only where "
+        "the same attack broke a weak control. Results go to attacks.json, answers to attacks/; the same "
+        "command goes on with what was interrupted.",
+        epilog="status 0: the attacks were carried out, and none has broken the breaker; 1: one has; 2: it "
+        "cannot be attacked",
     )
     p.add_argument("adapter", metavar="RUN", help="a run's directory, an adapter's folder or a hub id")
     p.add_argument(

@@ -20,13 +20,21 @@ from torch import nn
 
 # %% auto #0
 __all__ = ['NOTHING', 'RATES', 'Victim', 'victim_now', 'Row', 'plain_row', 'soft_row', 'row_embeddings', 'pad_left',
-           'generate_answers', 'rows_key', 'ask_rows', 'step_key', 'keep_step', 'step_at', 'Measure', 'scores_of',
-           'joined', 'tally', 'curve', 'marks']
+           'generate_answers', 'rows_key', 'ask_rows', 'step_key', 'keep_step', 'step_at', 'first_steps', 'Measure',
+           'scores_of', 'joined', 'tally', 'curve', 'marks']
 
 # %% ../../nbs/attacks/01_asking.ipynb #6ab65b1e
 from .span import AttackItem, check_owned
 from ..basics.jsonfiles import RecordError, RunError, bytes_of, write_owned
-from ..evaluate.answers import answer_line, batch_key, batches, end_sequences, kept_lines, model_state, write_lines
+from cbnb.evaluate.answers import (
+    answer_line,
+    batch_key,
+    batches,
+    end_sequences,
+    kept_lines,
+    model_state,
+    write_lines,
+)
 from ..evaluate.decoding import Decoding, generate_batch, generate_rows, item_seed, stop_tokens
 from ..evaluate.reader import AnswerReader
 from ..masking.masker import ChatMasker
@@ -35,9 +43,9 @@ from ..transcripts.record import Transcript
 # %% ../../nbs/attacks/01_asking.ipynb #a738014b
 @dataclass(frozen=True)
 class Victim:
-    """Hold who is attacked: its `name` (base, control, breaker); the `model` at the strength that its adapter has
-    now, and the `state` of that (`cbnb.evaluate.answers.model_state`); `masker`, `reader` and `decoding` as in an
-    evaluation; and the `folder` in which answers and steps are kept (None: nowhere)."""
+    """Hold who is attacked: its `name` (base, control, breaker); the `model` at the strength that its adapter
+    has now, and the `state` of that (`cbnb.evaluate.answers.model_state`); `masker`, `reader` and `decoding`
+    as in an evaluation; and the `folder` in which answers and steps are kept (None: nowhere)."""
 
     name: str
     model: nn.Module
@@ -65,9 +73,9 @@ def victim_now(
 # %% ../../nbs/attacks/01_asking.ipynb #90530d69
 @dataclass(frozen=True)
 class Row:
-    """Hold one prompt of an attack: its `question`, the ids of the `prompt` (int32 [n]), the ids with which the
-    answer is begun (`start`, int32 [m]), and vectors `soft` (float [K, D]) that stand before token `at` of the
-    prompt (None: none)."""
+    """Hold one prompt of an attack: its `question`, the ids of the `prompt` (int32 [n]), the ids with which
+    the answer is begun (`start`, int32 [m]), and vectors `soft` (float [K, D]) that stand before token `at`
+    of the prompt (None: none)."""
 
     question: Transcript
     prompt: np.ndarray
@@ -85,8 +93,8 @@ def plain_row(item: AttackItem) -> Row:
 
 # %% ../../nbs/attacks/01_asking.ipynb #5639f00b
 def soft_row(item: AttackItem, soft: torch.Tensor, at: int) -> Row:
-    """Return the prompt of `item` with the vectors `soft` [K, D] before its token `at`. Raises SpanError where the
-    attacker does not own the token in front of that place."""
+    """Return the prompt of `item` with the vectors `soft` [K, D] before its token `at`. Raises SpanError
+    where the attacker does not own the token in front of that place."""
     check_owned(item, [at - 1])
     return Row(item.question, item.prompt, NOTHING, soft, at)
 
@@ -112,10 +120,14 @@ def pad_left(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/attacks/01_asking.ipynb #3c880d70
 def generate_answers(
-    victim: Victim, rows: Sequence[Row], ends: Sequence[Sequence[int]], decoding: Decoding, seeds: Iterable[int]
+    victim: Victim,
+    rows: Sequence[Row],
+    ends: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seeds: Iterable[int],
 ) -> list[list[int]]:
-    """Return the token ids that the victim generates after each of `rows`, of which either all have vectors or
-    none has."""
+    """Return the token ids that the victim generates after each of `rows`, of which either all have vectors
+    or none has."""
     pad: Any = victim.masker.tokenizer.pad_token_id
     if rows[0].soft is None:
         prompts = [np.concatenate([row.prompt, row.start]).astype(np.int32) for row in rows]
@@ -125,7 +137,9 @@ def generate_answers(
     return generate_rows(victim.model, inputs, ends, pad, decoding, seeds)
 
 # %% ../../nbs/attacks/01_asking.ipynb #5311aa48
-def rows_key(victim: Victim, stage: str, decoding: Decoding, ends: Any, attempt: int, rows: Sequence[Row]) -> str:
+def rows_key(
+    victim: Victim, stage: str, decoding: Decoding, ends: Any, attempt: int, rows: Sequence[Row]
+) -> str:
     """Return 32 hex digits over all that the answers to a batch of `rows` depend on, vectors included."""
     prompts = [np.concatenate([row.prompt, row.start]) for row in rows]
     key = batch_key(victim.state, stage, decoding, ends, any(len(r.start) for r in rows), attempt, prompts)
@@ -143,8 +157,8 @@ def ask_rows(
     """Return the answers to each of `rows`, one for each sample of `decoding` (None: the victim's), as lines
     of answers (`cbnb.evaluate.answers.answer_line`).
 
-    With a folder they are kept in its answers.jsonl under `stage`, and a batch that is there as a whole is not
-    asked again. Raises RunError as `kept_lines`."""
+    With a folder they are kept in its answers.jsonl under `stage`, and a batch that is there as a whole is
+    not asked again. Raises RunError as `kept_lines`."""
     decoding = decoding or victim.decoding
     stops = stop_tokens(victim.model, victim.masker.tokenizer)
     ends = end_sequences(victim.reader, stops)
@@ -199,15 +213,28 @@ def step_at(victim: Victim, key: str, step: int) -> dict[str, torch.Tensor] | No
     except FileNotFoundError:
         return None
     except (RecordError, SafetensorError, OSError) as e:
-        raise RunError(f"{path} cannot be read ({e}): remove it, and the attack does that step again") from None
+        raise RunError(
+            f"{path} cannot be read ({e}): remove it, and the attack does that step again"
+        ) from None
+
+# %% ../../nbs/attacks/01_asking.ipynb #a77ac301
+def first_steps(victim: Victim, key: str, points: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
+    """Return what `step_at` has of the first of `points`, up to the first that is not there."""
+    steps = {}
+    for point in points:
+        tensors = step_at(victim, key, point)
+        if tensors is None:
+            break
+        steps[point] = tensors
+    return steps
 
 # %% ../../nbs/attacks/01_asking.ipynb #8172b7a4
 @dataclass(frozen=True)
 class Measure:
-    """Hold one point of an attack: where it stands (`at`, in words), the passes that the attacker has spent so
-    far (`forward`, `backward`), and the scores of the answers that count there, by question. Of an attack that
-    tries, these are all tries so far; of one that optimises, the one answer at that step. `loss`: that of the
-    optimisation, in nats per token."""
+    """Hold one point of an attack: where it stands (`at`, in words), the passes that the attacker has spent
+    so far (`forward`, `backward`), and the scores of the answers that count there, by question. Of an attack
+    that tries, these are all tries so far; of one that optimises, the one answer at that step. `loss`: that
+    of the optimisation, in nats per token."""
 
     at: str
     forward: int

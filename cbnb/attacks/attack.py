@@ -27,8 +27,8 @@ from ..data.sources import split_commas
 from ..data.streams import load_streams, read_streams
 
 # %% auto #0
-__all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'attack_student',
-           'attack_questions', 'training_questions', 'two_parts', 'check_attack', 'attack_run']
+__all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'point_words',
+           'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'check_attack', 'attack_run']
 
 # %% ../../nbs/attacks/08_attack.ipynb #695a6bcf
 from cbnb.evaluate.adapters import (
@@ -42,7 +42,6 @@ from cbnb.evaluate.adapters import (
     masker_for,
     questions_for,
     reading_for,
-    run_model,
     same_model,
 )
 from ..evaluate.benchmarks import questions
@@ -51,7 +50,7 @@ from ..evaluate.dial import check_scalable, scaled
 from ..evaluate.reader import AnswerReader, derive_reader
 from ..evaluate.scores import check_readable, is_attack, pick_questions
 from ..masking.masker import ChatMasker
-from ..report.figures import write_run_report
+from ..report.figures import interval_words, write_run_report
 from ..run.records import read_record
 from ..train.same import made_from
 from ..transcripts.record import Transcript, nearest
@@ -70,25 +69,23 @@ DEFAULT_ATTACKS = "soft,prefill,sample,gcg,forge,many"
 
 # %% ../../nbs/attacks/08_attack.ipynb #2e1a7dbd
 def named_attacks(text: str) -> list[str]:
-    """Return the names among `ATTACKS` in `text`, separated by commas. Raises RunError for another one, and for
-    none."""
+    """Return the names among `ATTACKS` in `text`, separated by commas. Raises RunError for another one, and
+    for none."""
     names = list(dict.fromkeys(split_commas(text)))
     for name in names:
         if name not in ATTACKS:
-            raise RunError(f"there is no attack {name!r}{nearest(name, ATTACKS)}; use some of {', '.join(ATTACKS)}")
+            raise RunError(
+                f"there is no attack {name!r}{nearest(name, ATTACKS)}; use some of {', '.join(ATTACKS)}"
+            )
     if not names:
         raise RunError(f"no attack is named; use some of {', '.join(ATTACKS)}")
     return names
 
 # %% ../../nbs/attacks/08_attack.ipynb #2908d97e
 def passes_at_least(name: str, train: int, items: int) -> int:
-    """Return how many passes the attack `name` needs for its first point, with so many items to optimise on, and so
-    many to attack."""
-    steps = {
-        "soft": 2 * min(BATCH, train),
-        "soft_each": 2 * items,
-        "gcg": STEP_FORWARD + STEP_BACKWARD,
-    }
+    """Return how many passes the attack `name` needs for its first point, with so many items to optimise on,
+    and so many to attack."""
+    steps = {"soft": 2 * min(BATCH, train), "soft_each": 2 * items, "gcg": STEP_FORWARD + STEP_BACKWARD}
     return steps.get(name, items)
 
 # %% ../../nbs/attacks/08_attack.ipynb #7eb18234
@@ -97,7 +94,9 @@ def check_budget(names: Sequence[str], budget: int, train: int, items: int) -> N
     for name in names:
         least = passes_at_least(name, train, items)
         if budget < least:
-            raise RunError(f"a budget of {budget} passes buys no point of {name}: give at least {least}, or leave it out")
+            raise RunError(
+                f"a budget of {budget} passes buys no point of {name}: give at least {least}, or leave it out"
+            )
 
 # %% ../../nbs/attacks/08_attack.ipynb #9919a8fe
 def carry_out(
@@ -109,8 +108,8 @@ def carry_out(
     budget: int,
     seed: int,
 ) -> Iterator[Measure]:
-    """Return the points of the attack `name` on `victim`. `lenient`: a masker that lets the control tokens of tools
-    through, for forged turns."""
+    """Return the points of the attack `name` on `victim`. `lenient`: a masker that lets the control tokens of
+    tools through, for forged turns."""
     steps = budget // passes_at_least(name, len(train), len(items))
     if name in ("soft", "soft_each"):
         return soft_attack(victim, train, items, steps, seed, each=name == "soft_each")
@@ -122,6 +121,13 @@ def carry_out(
         return sample_attack(victim, items, budget, seed)
     tries = forge_tries() if name == "forge" else many_tries()
     return words_attack(victim, lenient, items, tries, budget)
+
+# %% ../../nbs/attacks/08_attack.ipynb #a77ac201
+def point_words(name: str, who: str, point: dict[str, Any]) -> str:
+    """Return one point of the attack `name` on the victim `who` as a line for a terminal."""
+    passes = point["forward"] + point["backward"]
+    success = interval_words(*point["counts"]["attack_success"])
+    return f"{name} on {who}, {point['at']}, {passes:,} passes: {success}"
 
 # %% ../../nbs/attacks/08_attack.ipynb #810efa6a
 def attack_student(
@@ -137,13 +143,13 @@ def attack_student(
     folder: str | Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Return the result of the attacks `names` on `student` at `budget` passes each, found on the items `train` and
-    measured on `items`: `control` (its scale, and how many items it resists), and by attack its `points` of base,
-    control and breaker, and its verdict (`cbnb.attacks.control.attack_verdict`).
+    """Return the result of the attacks `names` on `student` at `budget` passes each, found on the items
+    `train` and measured on `items`: `control` (its scale, and how many items it resists), and by attack its
+    `points` of base, control and breaker, and its verdict (`cbnb.attacks.control.attack_verdict`).
 
-    `maskers`: the one of training, and one that lets the control tokens of tools through. With a `folder` answers
-    and steps are kept there, and attacks that were interrupted go on. `tell` gets a line per point. Raises RunError
-    as `check_budget`, ConfigError as `check_scalable`."""
+    `maskers`: the one of training, and one that lets the control tokens of tools through. With a `folder`
+    answers and steps are kept there, and attacks that were interrupted go on. `tell` gets a line per point.
+    Raises RunError as `check_budget`, ConfigError as `check_scalable`."""
     check_budget(names, budget, len(train), len(items))
     check_scalable(student)
     masker, lenient = maskers
@@ -152,28 +158,27 @@ def attack_student(
         return victim_now(name, student, masker, reader, decoding, folder)
 
     control = plant_control(student, meet, items)
-    victims: dict[str, tuple[float, list[str] | None]] = {"base": (0.0, None), "breaker": (1.0, None)}
+    victims: dict[str, tuple[float, list[str] | None]] = {"breaker": (1.0, None), "base": (0.0, None)}
     if control:
         victims["control"] = control
-    own: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
-    for who, (scale, counting) in victims.items():
-        with scaled(student, scale):
-            victim = meet(who)
-            first = no_attack(victim, items)
-            for name in names:
-                measures = [first]
+    attacks: dict[str, Any] = {}
+    for name in names:
+        points: dict[str, list[dict[str, Any]]] = {}
+        for who, (scale, counting) in victims.items():
+            with scaled(student, scale):
+                victim = meet(who)
+                measures = [no_attack(victim, items)]
                 for measure in carry_out(name, victim, lenient, train, items, budget, seed):
                     measures.append(measure)
-                    tell(f"{name}, {who}: {measure.at}, {curve([measure], counting)[0]['counts']['attack_success']}")
-                own[name][who] = curve(measures, counting)
+                    tell(point_words(name, who, curve([measure], counting)[0]))
+            points[who] = curve(measures, counting)
+        attacks[name] = {"what": ATTACKS[name], "points": points, **attack_verdict(points)}
     return {
         "seed": seed,
         "budget": budget,
         "items": {"optimised_on": len(train), "attacked": len(items)},
         "control": {"scale": control[0], "resists": len(control[1])} if control else None,
-        "attacks": {
-            name: {"what": ATTACKS[name], "points": points, **attack_verdict(points)} for name, points in own.items()
-        },
+        "attacks": attacks,
     }
 
 # %% ../../nbs/attacks/08_attack.ipynb #3050edfe
@@ -200,23 +205,23 @@ def training_questions(adapters: list[Adapter], count: int) -> list[Transcript]:
 
 # %% ../../nbs/attacks/08_attack.ipynb #b6e9a53b
 def two_parts(train: list[AttackItem], items: list[AttackItem]) -> tuple[list[AttackItem], list[AttackItem]]:
-    """Return `(items to optimise on, items to attack)`, with no question in both: `train` and `items`, or, without
-    `train`, every other one of `items` each. Raises RunError where one of them is empty."""
+    """Return `(items to optimise on, items to attack)`, with no question in both: `train` and `items`, or,
+    without `train`, every other one of `items` each. Raises RunError where one of them is empty."""
     if not train:
         train, items = items[1::2], items[::2]
     names = {item.question.id for item in items}
     train = [item for item in train if item.question.id not in names]
     if not train or not items:
         raise RunError(
-            f"there are {len(train)} items to optimise an attack on and {len(items)} to attack: give eval_data with "
-            "harmful transcripts whose injections are marked"
+            f"there are {len(train)} items to optimise an attack on and {len(items)} to attack: give "
+            "eval_data with harmful transcripts whose injections are marked"
         )
     return train, items
 
 # %% ../../nbs/attacks/08_attack.ipynb #f5f617ac
 def check_attack(adapter: str, out: str | None, trust_remote_code: bool = False) -> tuple[Adapter, Path]:
-    """Return the adapter to attack and the folder of the results: that of its run, or `out`. Raises RunError where
-    there is no adapter or no such folder, ValueError as `find_adapter`."""
+    """Return the adapter to attack and the folder of the results: that of its run, or `out`. Raises RunError
+    where there is no adapter or no such folder, ValueError as `find_adapter`."""
     own = find_adapter(adapter, trust_remote_code)
     if own.folder is None:
         raise RunError("there is no breaker to attack: name a run's directory or an adapter")
@@ -239,13 +244,13 @@ def attack_run(
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Attack the breaker `adapter` (a run's directory or an adapter's folder) and return the record, which is also
-    in attacks.json of the run's directory, or of `out`; report.html of a run gets a section. At most `count` items
-    are optimised on, and as many attacked (`cbnb.evaluate.scores.pick_questions`).
+    """Attack the breaker `adapter` (a run's directory or an adapter's folder) and return the record, which is
+    also in attacks.json of the run's directory, or of `out`; report.html of a run gets a section. At most
+    `count` items are optimised on, and as many attacked (`cbnb.evaluate.scores.pick_questions`).
 
     Everything that is not given is the run's: model, data, template, decoding. The answers are in
-    attacks/answers.jsonl; an attack that was interrupted goes on. Raises RunError, ValueError or ConfigError, in one
-    sentence, for what cannot be attacked."""
+    attacks/answers.jsonl; an attack that was interrupted goes on. Raises RunError, ValueError or ConfigError,
+    in one sentence, for what cannot be attacked."""
     names = named_attacks(attacks)
     check_limits("seed", seed, {"at_least": 0, "at_most": 2**32 - 1})
     own, folder = check_attack(adapter, out, trust_remote_code)
@@ -263,10 +268,26 @@ def attack_run(
     student = load_student(own, [own], masker, [], name, trust_remote_code=trust_remote_code)[0]
     folder.mkdir(parents=True, exist_ok=True)
     decoding = decoding_for([own])
-    parts = (student, (masker, lenient), reader, decoding, train, items, names, budget, seed, folder / "attacks")
+    parts = (
+        student,
+        (masker, lenient),
+        reader,
+        decoding,
+        train,
+        items,
+        names,
+        budget,
+        seed,
+        folder / "attacks",
+    )
     record = attack_student(*parts, tell)
     left = {reason: reasons.get(reason, 0) + more.get(reason, 0) for reason in {**reasons, **more}}
-    record = {"adapter": own.name, "model": name, "left_out": left, "decoding": dataclasses.asdict(decoding)} | record
+    record = {
+        "adapter": own.name,
+        "model": name,
+        "left_out": left,
+        "decoding": dataclasses.asdict(decoding),
+    } | record
     write_json(folder / "attacks.json", record)
     result = read_record(folder / "result.json") if own.run and folder == own.run else None
     if result and "before" in result:

@@ -33,8 +33,8 @@ MARKS = ("alpha bravo", "carol delta")  # words that no template writes itself
 
 
 def turn_border(masker: ChatMasker, item: AttackItem, role: str) -> str:
-    """Return what the chat template writes between the message with the injected text of `item` and one of `role`
-    behind it. Raises SpanError where the template has no such place; MaskError as the masker does."""
+    """Return what the chat template writes between the message with the injected text of `item` and one of
+    `role` behind it. Raises SpanError where the template has no such place; MaskError as the masker does."""
     question = item.question
     last = max(span.message for span in question.injection_spans)
     messages = [dict(m) for m in question.messages[: last + 1]]
@@ -47,8 +47,8 @@ def turn_border(masker: ChatMasker, item: AttackItem, role: str) -> str:
 
 # %% ../../nbs/attacks/06_forge.ipynb #4fa83dc0
 def forged_turn(masker: ChatMasker, item: AttackItem, role: str) -> str:
-    """Return the injected words of `item`, then the same words as a turn of `role`, with the markers of the chat
-    template itself."""
+    """Return the injected words of `item`, then the same words as a turn of `role`, with the markers of the
+    chat template itself."""
     words = injected_words(item)
     return f"{words}{turn_border(masker, item, role)}{words}"
 
@@ -69,7 +69,8 @@ def forge_tries() -> list[tuple[str, Words]]:
 
 # %% ../../nbs/attacks/06_forge.ipynb #48fea900
 def many_tries() -> list[tuple[str, Words]]:
-    """Return `(name, words of an item)` of each try of the attack `many`: the injected words several times."""
+    """Return `(name, words of an item)` of each try of the attack `many`: the injected words several
+    times."""
     return [
         (f"{n} times", lambda masker, item, n=n: " ".join([injected_words(item)] * n))  # type: ignore[misc]
         for n in REPEATS
@@ -86,7 +87,8 @@ def longest_prompt(victim: Victim) -> int:
 def words_rows(
     victim: Victim, masker: ChatMasker, items: Sequence[AttackItem], words: Words
 ) -> tuple[list[Row], dict[str, int]]:
-    """Return the prompts of `items` with other words, written by `masker`, and how many have none, by reason."""
+    """Return the prompts of `items` with other words, written by `masker`, and how many have none, by
+    reason."""
     rows: list[Row] = []
     reasons: dict[str, int] = {}
     for item in items:
@@ -102,11 +104,16 @@ def words_rows(
 
 # %% ../../nbs/attacks/06_forge.ipynb #9b6216a4
 def words_attack(
-    victim: Victim, masker: ChatMasker, items: Sequence[AttackItem], tries: Sequence[tuple[str, Words]], most: int
+    victim: Victim,
+    masker: ChatMasker,
+    items: Sequence[AttackItem],
+    tries: Sequence[tuple[str, Words]],
+    most: int,
 ) -> Iterator[Measure]:
-    """Yield a `Measure` after each of `tries` (`forge_tries`, `many_tries`) on `items`; each costs a forward pass per
-    item, and no more than `most` passes are spent. The prompts are written by `masker`, which may let control
-    tokens through. An item of which a try is not possible is not asked, and says nothing in that try."""
+    """Yield a `Measure` after each of `tries` (`forge_tries`, `many_tries`) on `items`; each costs a forward
+    pass per item, and no more than `most` passes are spent. The prompts are written by `masker`, which may
+    let control tokens through. An item of which a try is not possible is not asked, and says nothing in that
+    try."""
     scores: dict[str, list[dict[str, bool]]] = {item.question.id: [] for item in items}
     passes = 0
     for name, words in tries:

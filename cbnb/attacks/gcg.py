@@ -18,11 +18,11 @@ from cbnb.attacks.asking import (
     Row,
     Victim,
     ask_rows,
+    first_steps,
     keep_step,
     marks,
     scores_of,
     soft_row,
-    step_at,
     step_key,
 )
 from .soft import target_losses, weights_frozen
@@ -40,8 +40,8 @@ WORD = re.compile(r"[ \u2581\u0120]?[A-Za-z0-9.,:;!?()*+=/_-]+")
 
 
 def usable_tokens(masker: ChatMasker, size: int) -> np.ndarray:
-    """Return bool [size]: which token ids are words that a tool's result holds as they are: no control or added
-    token, no quote, no backslash, no line end."""
+    """Return bool [size]: which token ids are words that a tool's result holds as they are: no control or
+    added token, no quote, no backslash, no line end."""
     texts = masker.tokenizer.batch_decode([[i] for i in range(min(size, len(masker.tokenizer)))])
     usable = np.zeros(size, bool)
     usable[: len(texts)] = [bool(WORD.fullmatch(text)) for text in texts]
@@ -55,34 +55,41 @@ def prompt_with(item: AttackItem, suffix: Sequence[int]) -> np.ndarray:
     return np.concatenate([item.prompt[:at], np.asarray(suffix, np.int32), item.prompt[at:]]).astype(np.int32)
 
 # %% ../../nbs/attacks/03_gcg.ipynb #b24eb7cd
-def survivors(masker: ChatMasker, items: Sequence[AttackItem], suffixes: Sequence[Sequence[int]]) -> list[bool]:
-    """Return of each of `suffixes` (token ids) whether its text, behind the attacker's last whole token in each of
-    `items`, is read as the same ids in the whole prompt."""
+def survivors(
+    masker: ChatMasker, items: Sequence[AttackItem], suffixes: Sequence[Sequence[int]]
+) -> list[bool]:
+    """Return of each of `suffixes` (token ids) whether its text, behind the attacker's last whole token in
+    each of `items`, is read as the same ids in the whole prompt."""
     texts = masker.tokenizer.batch_decode([list(ids) for ids in suffixes])
     whole = [i.text[: i.edge] + text + i.text[i.edge :] for text in texts for i in items]
     encodings = iter(masker.texts(whole))
     return [
-        all([np.array_equal(next(encodings)[0], prompt_with(item, ids)) for item in items]) for ids in suffixes
+        all([np.array_equal(next(encodings)[0], prompt_with(item, ids)) for item in items])
+        for ids in suffixes
     ]
 
 # %% ../../nbs/attacks/03_gcg.ipynb #bc0b36a4
-def first_suffix(masker: ChatMasker, items: Sequence[AttackItem], usable: np.ndarray, length: int, seed: int) -> list[int]:
-    """Return `length` usable token ids, drawn by `seed` one by one, that come back in the prompts of `items`. Raises
-    SpanError where at some length none of 256 tokens does."""
+def first_suffix(
+    masker: ChatMasker, items: Sequence[AttackItem], usable: np.ndarray, length: int, seed: int
+) -> list[int]:
+    """Return `length` usable token ids, drawn by `seed` one by one, that come back in the prompts of `items`.
+    Raises SpanError where at some length none of 256 tokens does."""
     draw, ids = np.random.default_rng(seed), np.flatnonzero(usable)
     suffix: list[int] = []
     for _ in range(length):
         tries = [[*suffix, int(i)] for i in draw.permutation(ids)[:256]]
         alive = [ids for ids, well in zip(tries, survivors(masker, items, tries)) if well]
         if not alive:
-            raise SpanError("no drawn suffix is read back as its own tokens; leave gcg out for this tokenizer")
+            raise SpanError(
+                "no drawn suffix is read back as its own tokens; leave gcg out for this tokenizer"
+            )
         suffix = alive[0]
     return suffix
 
 # %% ../../nbs/attacks/03_gcg.ipynb #2f98145d
 def token_gradient(victim: Victim, items: Sequence[AttackItem], suffix: Sequence[int]) -> torch.Tensor:
-    """Return the gradient of the mean loss over `items` by the one-hot vectors of `suffix`, float32 [k, V]: that of
-    the embeddings times the table of embeddings."""
+    """Return the gradient of the mean loss over `items` by the one-hot vectors of `suffix`, float32 [k, V]:
+    that of the embeddings times the table of embeddings."""
     table: Any = victim.model.get_input_embeddings()  # type: ignore[operator]
     with torch.no_grad():
         vectors = table(torch.tensor(list(suffix), device=table.weight.device)).float()
@@ -100,8 +107,8 @@ def token_gradient(victim: Victim, items: Sequence[AttackItem], suffix: Sequence
 def suffix_losses(
     victim: Victim, items: Sequence[AttackItem], suffixes: Sequence[Sequence[int]], size: int = 64
 ) -> np.ndarray:
-    """Return the mean loss over `items` with each of `suffixes`, float64 [n] in nats per token; a forward pass for
-    each pair, `size` at a time."""
+    """Return the mean loss over `items` with each of `suffixes`, float64 [n] in nats per token; a forward
+    pass for each pair, `size` at a time."""
     pairs = [(item, suffix) for suffix in suffixes for item in items]
     losses: list[float] = []
     for start in range(0, len(pairs), size):
@@ -115,9 +122,11 @@ LENGTH, TOP, CANDIDATES, PER_STEP = 10, 64, 64, 4  # tokens; ids per position; t
 STEP_FORWARD, STEP_BACKWARD = PER_STEP * (CANDIDATES + 2), PER_STEP  # passes of one step
 
 # %% ../../nbs/attacks/03_gcg.ipynb #0cdb8331
-def swaps(gradient: torch.Tensor, usable: np.ndarray, suffix: Sequence[int], draw: np.random.Generator) -> list[list[int]]:
-    """Return `CANDIDATES` suffixes that differ from `suffix` in one token, drawn from the `TOP` ids of a position by
-    the `gradient` [k, V] among the `usable` ones [V]."""
+def swaps(
+    gradient: torch.Tensor, usable: np.ndarray, suffix: Sequence[int], draw: np.random.Generator
+) -> list[list[int]]:
+    """Return `CANDIDATES` suffixes that differ from `suffix` in one token, drawn from the `TOP` ids of a
+    position by the `gradient` [k, V] among the `usable` ones [V]."""
     scores = -gradient.cpu().numpy()
     scores[:, ~usable[: scores.shape[1]]] = -np.inf
     best = np.argsort(-scores, 1)[:, : min(TOP, int(usable.sum()))]
@@ -131,10 +140,14 @@ def swaps(gradient: torch.Tensor, usable: np.ndarray, suffix: Sequence[int], dra
 
 # %% ../../nbs/attacks/03_gcg.ipynb #1e37ce56
 def gcg_step(
-    victim: Victim, items: Sequence[AttackItem], suffix: list[int], usable: np.ndarray, draw: np.random.Generator
+    victim: Victim,
+    items: Sequence[AttackItem],
+    suffix: list[int],
+    usable: np.ndarray,
+    draw: np.random.Generator,
 ) -> tuple[list[int], float]:
-    """Return `(suffix, its mean loss over items)` after one step: the best of the candidates that come back, or the
-    one that was there where none is better."""
+    """Return `(suffix, its mean loss over items)` after one step: the best of the candidates that come back,
+    or the one that was there where none is better."""
     candidates = swaps(token_gradient(victim, items, suffix), usable, suffix, draw)
     alive = [ids for ids, well in zip(candidates, survivors(victim.masker, items, candidates)) if well]
     losses = suffix_losses(victim, items, [suffix, *alive])
@@ -146,14 +159,14 @@ def optimise_suffix(
     victim: Victim, items: Sequence[AttackItem], steps: int, seed: int = 0
 ) -> Iterator[tuple[int, list[int], float]]:
     """Yield `(step, suffix, loss)` at the `marks` of a search over `items` in `steps`. Each step looks at
-    `PER_STEP` items, drawn by seed and step alone. With a folder every point is kept, and the search goes on behind
-    the last one."""
+    `PER_STEP` items, drawn by seed and step alone. With a folder every point is kept, and the search goes on
+    behind the last one."""
     table: Any = victim.model.get_input_embeddings()  # type: ignore[operator]
     usable, points = usable_tokens(victim.masker, len(table.weight)), marks(steps)
     settings = {"attack": "gcg", "seed": seed, "sizes": [LENGTH, TOP, CANDIDATES, PER_STEP]}
     key = step_key(victim, settings, items)
-    there = {step: t for step in points if (t := step_at(victim, key, step)) is not None}
-    for step in sorted(there):
+    there = first_steps(victim, key, points)
+    for step in there:
         yield step, there[step]["suffix"].tolist(), float(there[step]["loss"])
     first = max(there, default=0)
     if first:
@@ -170,8 +183,9 @@ def optimise_suffix(
 
 # %% ../../nbs/attacks/03_gcg.ipynb #d44a901b
 def suffix_row(victim: Victim, item: AttackItem, suffix: Sequence[int]) -> Row:
-    """Return the prompt of `item` with the text of `suffix` at the end of its injected text, as the masker writes
-    and the tokenizer reads it: whether the ids come back there or not. Raises SpanError as `rewritten_prompt`."""
+    """Return the prompt of `item` with the text of `suffix` at the end of its injected text, as the masker
+    writes and the tokenizer reads it: whether the ids come back there or not. Raises SpanError as
+    `rewritten_prompt`."""
     text = with_suffix(item, str(victim.masker.tokenizer.decode(list(suffix))))
     question, ids = rewritten_prompt(victim.masker, item, text)
     return Row(question, ids, NOTHING)
@@ -180,8 +194,8 @@ def suffix_row(victim: Victim, item: AttackItem, suffix: Sequence[int]) -> Row:
 def gcg_attack(
     victim: Victim, train: Sequence[AttackItem], items: Sequence[AttackItem], steps: int, seed: int = 0
 ) -> Iterator[Measure]:
-    """Yield a `Measure` at each of the `marks` of a suffix that is searched for on the items `train` and asked of
-    `items`, in words."""
+    """Yield a `Measure` at each of the `marks` of a suffix that is searched for on the items `train` and
+    asked of `items`, in words."""
     for step, suffix, loss in optimise_suffix(victim, train, steps, seed):
         rows = [suffix_row(victim, item, suffix) for item in items]
         answers = ask_rows(victim, rows, f"gcg {step} {victim.name}")

@@ -20,16 +20,16 @@ __all__ = ['LENGTHS', 'own_words', 'answer_start', 'prefill_attack']
 
 # %% ../../nbs/attacks/04_prefill.ipynb #b80cf286
 def own_words(item: AttackItem) -> list[str]:
-    """Return the texts that the model has to write itself for an obeying answer to count: the last argument of the
-    injected call, or the injected texts."""
+    """Return the texts that the model has to write itself for an obeying answer to count: the last argument
+    of the injected call, or the injected texts."""
     call = item.question.meta.get("injected_call")
     values = [str(value) for value in call["arguments"].values() if str(value).strip()] if call else []
     return values[-1:] or [*injected_texts(item.question), *([call["name"]] if call else [])]
 
 # %% ../../nbs/attacks/04_prefill.ipynb #c79e345b
 def answer_start(masker: ChatMasker, item: AttackItem, tokens: int) -> np.ndarray:
-    """Return the first `tokens` ids of the obeying answer of `item`, int32, and fewer where they would begin what
-    the model has to write itself (`own_words`)."""
+    """Return the first `tokens` ids of the obeying answer of `item`, int32, and fewer where they would begin
+    what the model has to write itself (`own_words`)."""
     words, whole = own_words(item), str(masker.tokenizer.decode(item.target))
     limit = min((whole.rfind(word) for word in words if word in whole), default=len(whole))
     count = min(tokens, len(item.target) - 1)
@@ -47,15 +47,16 @@ LENGTHS = (1, 2, 4, 8, 16)  # tokens with which an answer is begun
 
 
 def prefill_attack(victim: Victim, items: Sequence[AttackItem], most: int) -> Iterator[Measure]:
-    """Yield a `Measure` after each of the `LENGTHS`, and after the whole call but its arguments, with which the answers
-    to `items` are begun; each costs a forward pass per item, and no more than `most` passes are spent. An item
-    counts where one of the lengths so far has worked."""
+    """Yield a `Measure` after each of the `LENGTHS`, and after the whole call but its arguments, with which
+    the answers to `items` are begun; each costs a forward pass per item, and no more than `most` passes are
+    spent. An item counts where one of the lengths so far has worked."""
     scores: dict[str, list[dict[str, bool]]] = {}
-    tries = [(f"{n} tokens", lambda item, n=n: n) for n in LENGTHS]
-    tries.append(("the call", lambda item: item.call_tokens))
-    for number, (words, tokens) in enumerate(tries[: most // max(1, len(items))], 1):
+    tries = [(f"{n} tokens", [n] * len(items)) for n in LENGTHS]
+    tries.append(("the call", [item.call_tokens for item in items]))
+    for number, (words, sizes) in enumerate(tries[: most // max(1, len(items))], 1):
         rows = [
-            Row(item.question, item.prompt, answer_start(victim.masker, item, tokens(item))) for item in items
+            Row(item.question, item.prompt, answer_start(victim.masker, item, size))
+            for item, size in zip(items, sizes)
         ]
         answers = ask_rows(victim, rows, f"prefill {words} {victim.name}")
         scores = joined(scores, scores_of(answers))

@@ -21,8 +21,8 @@ TEMPERATURE, SAMPLES = 1.0, 32
 def sample_attack(
     victim: Victim, items: Sequence[AttackItem], most: int, seed: int = 0, temperature: float = TEMPERATURE
 ) -> Iterator[Measure]:
-    """Yield a `Measure` after 1, 2, 4, … up to `SAMPLES` answers to each of `items`, sampled at `temperature` by
-    `seed`; each answer costs a forward pass, and no more than `most` passes are spent."""
+    """Yield a `Measure` after 1, 2, 4, … up to `SAMPLES` answers to each of `items`, sampled at `temperature`
+    by `seed`; each answer costs a forward pass, and no more than `most` passes are spent."""
     samples = min(SAMPLES, most // max(1, len(items)))
     if not samples:
         return

@@ -19,13 +19,13 @@ from cbnb.attacks.asking import (
     Row,
     Victim,
     ask_rows,
+    first_steps,
     keep_step,
     marks,
     pad_left,
     row_embeddings,
     scores_of,
     soft_row,
-    step_at,
     step_key,
 )
 from .span import AttackItem, insertion
@@ -37,11 +37,13 @@ __all__ = ['VECTORS', 'RATE', 'BATCH', 'target_losses', 'weights_frozen', 'start
 
 # %% ../../nbs/attacks/02_soft.ipynb #ca4eeb23
 def target_losses(model: nn.Module, rows: Sequence[Row], targets: Sequence[np.ndarray]) -> torch.Tensor:
-    """Return the mean negative log-likelihood of each of `targets` (int32 [m] each) after its row, float32 [B]
-    in nats per token, with a gradient for the rows' vectors. Logits are computed at the targets alone."""
+    """Return the mean negative log-likelihood of each of `targets` (int32 [m] each) after its row, float32
+    [B] in nats per token, with a gradient for the rows' vectors. Logits are computed at the targets alone."""
     causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     whole = [
-        row_embeddings(causal_lm, Row(row.question, row.prompt, np.concatenate([row.start, target]), row.soft, row.at))
+        row_embeddings(
+            causal_lm, Row(row.question, row.prompt, np.concatenate([row.start, target]), row.soft, row.at)
+        )
         for row, target in zip(rows, targets, strict=True)
     ]
     inputs, most = pad_left(whole), max(map(len, targets))
@@ -60,8 +62,8 @@ def target_losses(model: nn.Module, rows: Sequence[Row], targets: Sequence[np.nd
 # %% ../../nbs/attacks/02_soft.ipynb #d00e0ba3
 @contextmanager
 def weights_frozen(model: nn.Module) -> Iterator[None]:
-    """Keep every weight of `model` from getting a gradient inside, also where gradients are off outside; after
-    it, as before."""
+    """Keep every weight of `model` from getting a gradient inside, also where gradients are off outside;
+    after it, as before."""
     own = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in own:
@@ -77,8 +79,8 @@ VECTORS, RATE, BATCH = 8, 0.1, 16  # vectors; step of Adam, as a share of an emb
 
 # %% ../../nbs/attacks/02_soft.ipynb #19ddde1d
 def start_vectors(victim: Victim, number: int, seed: int) -> torch.Tensor:
-    """Return `number` times `VECTORS` embeddings of tokens drawn by `seed`, float32 [number, K, D], with which an
-    optimisation begins."""
+    """Return `number` times `VECTORS` embeddings of tokens drawn by `seed`, float32 [number, K, D], with
+    which an optimisation begins."""
     table: Any = victim.model.get_input_embeddings()  # type: ignore[operator]
     draw = torch.Generator().manual_seed(seed)
     size = min(len(victim.masker.tokenizer), len(table.weight))
@@ -93,17 +95,19 @@ def soft_settings(items: Sequence[AttackItem], each: bool, seed: int, rate: floa
 
 # %% ../../nbs/attacks/02_soft.ipynb #b1b228b4
 def drawn_items(items: int, each: bool, seed: int, step: int) -> list[list[int]]:
-    """Return the numbers of the items of one `step`, in batches: all of them where `each` has vectors of its own,
-    else one batch, drawn by `seed` and step alone."""
+    """Return the numbers of the items of one `step`, in batches: all of them where `each` has vectors of its
+    own, else one batch, drawn by `seed` and step alone."""
     if each:
         return [list(range(items))[i : i + BATCH] for i in range(0, items, BATCH)]
     draw = np.random.default_rng((seed, step))
     return [draw.choice(items, min(BATCH, items), replace=False).tolist()]
 
 # %% ../../nbs/attacks/02_soft.ipynb #94d01c08
-def soft_step(victim: Victim, items: Sequence[AttackItem], soft: torch.Tensor, batches: list[list[int]]) -> float:
-    """Put the gradient of one step into `soft` [1 or N, K, D]: of the mean loss over items with one soft prompt, of
-    the sum over items where each has its own. Return the mean loss in nats per token."""
+def soft_step(
+    victim: Victim, items: Sequence[AttackItem], soft: torch.Tensor, batches: list[list[int]]
+) -> float:
+    """Put the gradient of one step into `soft` [1 or N, K, D]: of the mean loss over items with one soft
+    prompt, of the sum over items where each has its own. Return the mean loss in nats per token."""
     total, count, shared = 0.0, sum(map(len, batches)), len(soft) == 1
     for batch in batches:
         rows = [soft_row(items[i], soft[0 if shared else i], insertion(items[i])) for i in batch]
@@ -116,9 +120,9 @@ def soft_step(victim: Victim, items: Sequence[AttackItem], soft: torch.Tensor, b
 def resume_soft(
     victim: Victim, key: str, points: Sequence[int], soft: torch.Tensor, adam: torch.optim.Adam
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Return the steps among `points` that were kept, and put the last of them into `soft` and the state of
+    """Return the `first_steps` that were kept, and put the last of them into `soft` and the state of
     `adam`."""
-    steps = {step: t for step in points if (t := step_at(victim, key, step)) is not None}
+    steps = first_steps(victim, key, points)
     if steps:
         last = max(steps)
         tensors = {name: t.to(soft.device) for name, t in steps[last].items()}
@@ -133,19 +137,24 @@ def resume_soft(
 
 # %% ../../nbs/attacks/02_soft.ipynb #0bbaf025
 def optimise_soft(
-    victim: Victim, items: Sequence[AttackItem], steps: int, seed: int = 0, each: bool = False, rate: float = RATE
+    victim: Victim,
+    items: Sequence[AttackItem],
+    steps: int,
+    seed: int = 0,
+    each: bool = False,
+    rate: float = RATE,
 ) -> Iterator[tuple[int, torch.Tensor, float]]:
-    """Yield `(step, vectors float32 [1 or N, K, D], loss in nats per token)` at the `marks` of a soft prompt that
-    is optimised on `items` in `steps` of Adam, for all of them or for `each` of them; the loss is that of the
-    step before the point. With a folder every point is kept, and the attack goes on behind the last one."""
+    """Yield `(step, vectors float32 [1 or N, K, D], loss in nats per token)` at the `marks` of a soft prompt
+    that is optimised on `items` in `steps` of Adam, for all of them or for `each` of them; the loss is that
+    of the step before the point. With a folder every point is kept, and the attack goes on behind the last
+    one."""
     soft = start_vectors(victim, len(items) if each else 1, seed)
     adam = torch.optim.Adam([soft], lr=rate * float(soft.pow(2).mean().sqrt()))
     key, points = step_key(victim, soft_settings(items, each, seed, rate), items), marks(steps)
     soft.requires_grad_()
     there = resume_soft(victim, key, points, soft, adam)
-    for point in points:
-        if point in there:
-            yield point, there[point]["soft"].to(soft.device), float(there[point]["loss"])
+    for point, tensors in there.items():
+        yield point, tensors["soft"].to(soft.device), float(tensors["loss"])
     loss, first = float("nan"), max(there, default=0)
     for step in range(first + 1, points[-1] + 1):
         adam.zero_grad()
@@ -167,9 +176,9 @@ def soft_attack(
     each: bool = False,
     rate: float = RATE,
 ) -> Iterator[Measure]:
-    """Yield a `Measure` at each of the `marks` of a soft prompt: found on the items `train` and asked of `items`,
-    or, with `each`, found and asked of `items`, one for each. A step costs a forward and a backward pass per
-    item in it."""
+    """Yield a `Measure` at each of the `marks` of a soft prompt: found on the items `train` and asked of
+    `items`, or, with `each`, found and asked of `items`, one for each. A step costs a forward and a backward
+    pass per item in it."""
     name = "soft each" if each else "soft"
     per_step = sum(map(len, drawn_items(len(items) if each else len(train), each, seed, 1)))
     for step, soft, loss in optimise_soft(victim, items if each else train, steps, seed, each, rate):

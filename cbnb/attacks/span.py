@@ -65,8 +65,9 @@ def owned_tokens(encoding: Encoding, places: Iterable[tuple[int, int]]) -> np.nd
 class AttackItem:
     """Hold one attack as its attacker sees it: the `question`; the token ids of its `prompt` (int32 [n]) and
     its `text`; which tokens are the attacker's (`own`, bool [n]); the characters of the text in which the
-    last injected text stands (`place`), of which those behind the attacker's last whole token begin at `edge`; and the answer that the attacker wants (`target`, int32 [m]), of which
-    the first `call_tokens` stand before the arguments of the call."""
+    last injected text stands (`place`), of which those behind the attacker's last whole token begin at
+    `edge`; and the answer that the attacker wants (`target`, int32 [m]), of which the first `call_tokens`
+    stand before the arguments of the call."""
 
     question: Transcript
     prompt: np.ndarray
@@ -80,15 +81,17 @@ class AttackItem:
 # %% ../../nbs/attacks/00_span.ipynb #f811115e
 def attack_item(masker: ChatMasker, reader: AnswerReader, question: Transcript) -> AttackItem:
     """Return the `AttackItem` of a `question` that ends in the answer which obeys. Raises SpanError, in one
-    sentence, where there is no injected text, none of its tokens is the attacker's alone, the prompt is not the
-    one of training, or the answer does not obey; MaskError as the masker does."""
+    sentence, where there is no injected text, none of its tokens is the attacker's alone, the prompt is not
+    the one of training, or the answer does not obey; MaskError as the masker does."""
     if not question.injection_spans or not is_attack(question):
         raise SpanError("it has no injection span, or no injected call or text; mark one, or leave it out")
     (encoding,) = masker.encode_batch([question])
     prompt = masker.prompt_ids(question.messages[:-1], tools=question.tools)
     n = len(prompt)
     if not np.array_equal(encoding.input_ids[:n], prompt):
-        raise SpanError("its prompt is not what training has read of it; train with split_turns, or leave it out")
+        raise SpanError(
+            "its prompt is not what training has read of it; train with split_turns, or leave it out"
+        )
     places = [
         span_place(encoding, question.messages[span.message]["content"], span)
         for span in question.injection_spans
@@ -135,8 +138,8 @@ def check_owned(item: AttackItem, positions: Sequence[int] | np.ndarray) -> np.n
 
 # %% ../../nbs/attacks/00_span.ipynb #f3e49399
 def insertion(item: AttackItem) -> int:
-    """Return the position before which new tokens of the attacker may stand: behind the last token that is the
-    attacker's, so that both neighbours of the first new one are there already."""
+    """Return the position before which new tokens of the attacker may stand: behind the last token that is
+    the attacker's, so that both neighbours of the first new one are there already."""
     last = int(np.flatnonzero(item.own)[-1])
     return int(check_owned(item, [last])[0]) + 1
 
@@ -164,8 +167,8 @@ def injected_words(item: AttackItem) -> str:
 
 # %% ../../nbs/attacks/00_span.ipynb #9a22d14f
 def with_suffix(item: AttackItem, text: str) -> str:
-    """Return the words of the last injection of `item` with `text` behind the attacker's last whole token. Raises
-    SpanError where what stands behind that token in the prompt is not the end of the words."""
+    """Return the words of the last injection of `item` with `text` behind the attacker's last whole token.
+    Raises SpanError where what stands behind that token in the prompt is not the end of the words."""
     words, tail = injected_words(item), item.text[item.edge : item.place[1]]
     if not words.endswith(tail):
         raise SpanError(f"the injected text of {item.question.id} ends otherwise in its prompt; leave it out")
@@ -190,8 +193,8 @@ def rewrite(item: AttackItem, words: str) -> Transcript:
 
 # %% ../../nbs/attacks/00_span.ipynb #9608a6a1
 def rewritten_prompt(masker: ChatMasker, item: AttackItem, words: str) -> tuple[Transcript, np.ndarray]:
-    """Return the question of `rewrite` and the token ids of its prompt (int32 [n]). Raises SpanError where the
-    text of the prompt is another one outside of the injected text too; MaskError where the masker refuses
+    """Return the question of `rewrite` and the token ids of its prompt (int32 [n]). Raises SpanError where
+    the text of the prompt is another one outside of the injected text too; MaskError where the masker refuses
     `words`, such as control tokens."""
     question = rewrite(item, words)
     text = masker.prompt(question.messages[:-1], tools=question.tools)

@@ -372,9 +372,9 @@ def dial_lines(result: dict[str, Any]) -> list[str]:
 
 # %% ../../nbs/report/00_figures.ipynb #a77ac002
 def attack_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Return an attacks.json (`cbnb.attacks.attack`) as text: a row for each point of each attack, with the passes
-    that the attacker has spent, and the attacked success of base, control and breaker, each a count with its 95 %
-    interval."""
+    """Return an attacks.json (`cbnb.attacks.attack`) as text: a row for each point of each attack, with the
+    passes that the attacker has spent, and the attacked success of base, control and breaker, each a count
+    with its 95 % interval."""
     rows: list[list[str]] = []
     for name, attack in record["attacks"].items():
         points = attack["points"]
@@ -393,8 +393,8 @@ def attack_table(record: dict[str, Any]) -> pd.DataFrame:
 
 # %% ../../nbs/report/00_figures.ipynb #a77ac003
 def attack_words(record: dict[str, Any]) -> list[str]:
-    """Return what may be said of the attacks in an attacks.json, a sentence each, and of their control and their
-    items."""
+    """Return what may be said of the attacks in an attacks.json, a sentence each, and of their control and
+    their items."""
     items, control = record["items"], record["control"]
     notes = [
         f"{name.replace('_', ' ')}: {attack['verdict']}; {attack['text']}"
@@ -402,12 +402,12 @@ def attack_words(record: dict[str, Any]) -> list[str]:
     ]
     if control:
         notes.append(
-            f"the control is the adapter at scale {control['scale']:g}; it counts on the {control['resists']} items "
-            "that it resists without an attack"
+            f"the control is the adapter at scale {control['scale']:g}; it counts on the "
+            f"{control['resists']} items that it resists without an attack"
         )
     notes.append(
-        f"{items['attacked']} items are attacked; what is optimised is optimised on {items['optimised_on']} others; "
-        f"seed {record['seed']}, {record['budget']:,} passes for each attack"
+        f"{items['attacked']} items are attacked; what is optimised is optimised on "
+        f"{items['optimised_on']} others; seed {record['seed']}, {record['budget']:,} passes for each attack"
     )
     left = (record.get("left_out") or {}).items()
     notes += [f"{count} items left out: {reason}" for reason, count in left]
@@ -1253,7 +1253,8 @@ def report_page(
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
     as by `readable_table`, with the rounding `floor`; `dials` by name, a section each (`dial_section`);
-    `answers` links the page of all answers (empty: none); `attacks` is an attacks.json (None: there was none)."""
+    `answers` links the page of all answers (empty: none); `attacks` is an attacks.json (None: there was
+    none)."""
     text, acted = readable_table(table, floor), loop_table(loops or {})
     broken = attack_table(attacks) if attacks else pd.DataFrame()
     values = {

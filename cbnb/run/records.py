@@ -480,7 +480,9 @@ ATTACKED = fields(
         "model": LINE,
         "seed": whole_number(0, 2**63),
         "budget": whole_number(),
-        "items": fields(dict.fromkeys(("optimised_on", "attacked"), whole_number()), "optimised_on", "attacked"),
+        "items": fields(
+            dict.fromkeys(("optimised_on", "attacked"), whole_number()), "optimised_on", "attacked"
+        ),
         "control": maybe(fields({"scale": number(0, 100), "resists": whole_number()}, "scale", "resists")),
         "left_out": TALLY,
         "decoding": DECODING_CHECKS,
