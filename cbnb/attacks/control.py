@@ -41,7 +41,7 @@ def plant_control(
     """Return `(scale, questions that it resists)` of the control: the smallest of `SCALES` at which the
     adapter on `student` resists at least half of `items`, and `LEAST`; None where there is none.
     `meet(name)`: the student as a victim, as it is now."""
-    for scale in SCALES:
+    for scale in SCALES if len(items) >= LEAST else ():
         with scaled(student, scale):
             names = resisted(no_attack(meet("control"), items))
         if 2 * len(names) >= len(items) and len(names) >= LEAST:

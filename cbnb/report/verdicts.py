@@ -240,8 +240,8 @@ def loop_measures(loops: dict[str, Any]) -> dict[str, float]:
 # %% ../../nbs/report/01_verdicts.ipynb #a77ac402
 def attack_measures(record: dict[str, Any]) -> dict[str, float]:
     """Return attacked success by attack of an attacks.json (`cbnb.attacks.attack`), flat: `attacked_soft`,
-    the highest of its curve, NaN where the verdict is void, with `n_` in front how many items stand behind it.
-    Empty for a run that nobody attacked."""
+    the highest of its curve, NaN where the verdict is void, with `n_` in front how many items stand behind
+    it. Empty for a run that nobody attacked."""
     flat: dict[str, float] = {}
     for name, attack in list(dict_in(record, "attacks").items())[:KINDS_READ]:
         counts = [point["counts"]["attack_success"] for point in attack["points"].get("breaker", ())]
