@@ -28,7 +28,8 @@ from ..data.streams import load_streams, read_streams
 
 # %% auto #0
 __all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'point_words',
-           'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'check_attack', 'attack_run']
+           'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'check_attack', 'write_attacks',
+           'attack_run']
 
 # %% ../../nbs/attacks/08_attack.ipynb #695a6bcf
 from cbnb.evaluate.adapters import (
@@ -231,6 +232,14 @@ def check_attack(adapter: str, out: str | None, trust_remote_code: bool = False)
     parameters = own.parameters | {"teacher": ""} if own.parameters else {}
     return dataclasses.replace(own, parameters=parameters), Path(out or own.run or "")
 
+# %% ../../nbs/attacks/08_attack.ipynb #a77ac603
+def write_attacks(folder: Path, record: dict[str, Any]) -> None:
+    """Write `record` to attacks.json in `folder`, and report.html anew where that is a run's directory."""
+    write_json(folder / "attacks.json", record)
+    result = read_record(folder / "result.json")
+    if result and "before" in result:
+        write_run_report(folder, result)
+
 # %% ../../nbs/attacks/08_attack.ipynb #c7f294fb
 def attack_run(
     adapter: str,
@@ -288,8 +297,5 @@ def attack_run(
         "left_out": left,
         "decoding": dataclasses.asdict(decoding),
     } | record
-    write_json(folder / "attacks.json", record)
-    result = read_record(folder / "result.json") if own.run and folder == own.run else None
-    if result and "before" in result:
-        write_run_report(folder, result)
+    write_attacks(folder, record)
     return record

@@ -12,6 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+# %% auto #0
+__all__ = ['WORD', 'LENGTH', 'TOP', 'CANDIDATES', 'PER_STEP', 'STEP_FORWARD', 'STEP_BACKWARD', 'usable_tokens', 'prompt_with',
+           'survivors', 'first_suffix', 'token_gradient', 'suffix_losses', 'swaps', 'gcg_step', 'optimise_suffix',
+           'suffix_row', 'gcg_attack']
+
+# %% ../../nbs/attacks/03_gcg.ipynb #a77ac602
 from cbnb.attacks.asking import (
     NOTHING,
     Measure,
@@ -28,11 +34,6 @@ from cbnb.attacks.asking import (
 from .soft import target_losses, weights_frozen
 from .span import AttackItem, SpanError, insertion, rewritten_prompt, with_suffix
 from ..masking.masker import ChatMasker
-
-# %% auto #0
-__all__ = ['WORD', 'LENGTH', 'TOP', 'CANDIDATES', 'PER_STEP', 'STEP_FORWARD', 'STEP_BACKWARD', 'usable_tokens', 'prompt_with',
-           'survivors', 'first_suffix', 'token_gradient', 'suffix_losses', 'swaps', 'gcg_step', 'optimise_suffix',
-           'suffix_row', 'gcg_attack']
 
 # %% ../../nbs/attacks/03_gcg.ipynb #ebaa59be
 # what JSON, YAML and plain text write alike

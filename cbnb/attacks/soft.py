@@ -14,6 +14,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+# %% auto #0
+__all__ = ['VECTORS', 'RATE', 'BATCH', 'target_losses', 'weights_frozen', 'start_vectors', 'soft_settings', 'drawn_items',
+           'soft_step', 'resume_soft', 'optimise_soft', 'soft_attack']
+
+# %% ../../nbs/attacks/02_soft.ipynb #a77ac601
 from cbnb.attacks.asking import (
     Measure,
     Row,
@@ -30,10 +35,6 @@ from cbnb.attacks.asking import (
 )
 from .span import AttackItem, insertion
 from ..evaluate.decoding import wide_logits
-
-# %% auto #0
-__all__ = ['VECTORS', 'RATE', 'BATCH', 'target_losses', 'weights_frozen', 'start_vectors', 'soft_settings', 'drawn_items',
-           'soft_step', 'resume_soft', 'optimise_soft', 'soft_attack']
 
 # %% ../../nbs/attacks/02_soft.ipynb #ca4eeb23
 def target_losses(model: nn.Module, rows: Sequence[Row], targets: Sequence[np.ndarray]) -> torch.Tensor:
