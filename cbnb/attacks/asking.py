@@ -21,7 +21,7 @@ from torch import nn
 # %% auto #0
 __all__ = ['NOTHING', 'RATES', 'Victim', 'victim_now', 'Row', 'plain_row', 'soft_row', 'row_embeddings', 'pad_left',
            'generate_answers', 'rows_key', 'ask_rows', 'step_key', 'keep_step', 'step_at', 'first_steps', 'Measure',
-           'scores_of', 'joined', 'tally', 'curve', 'marks']
+           'scores_of', 'more_tries', 'tally', 'curve', 'marks']
 
 # %% ../../nbs/attacks/01_asking.ipynb #6ab65b1e
 from .span import AttackItem, check_owned
@@ -248,7 +248,7 @@ def scores_of(answers: Iterable[list[dict[str, Any]]]) -> dict[str, list[dict[st
     return {lines[0]["id"]: [line["scores"] for line in lines] for lines in answers}
 
 # %% ../../nbs/attacks/01_asking.ipynb #896860cb
-def joined(
+def more_tries(
     before: dict[str, list[dict[str, bool]]], now: dict[str, list[dict[str, bool]]]
 ) -> dict[str, list[dict[str, bool]]]:
     """Return the scores of tries so far: those `before` and those `now`, by question."""

@@ -290,11 +290,11 @@ def attack_run(
         folder / "attacks",
     )
     record = attack_student(*parts, tell)
-    left = {reason: reasons.get(reason, 0) + more.get(reason, 0) for reason in {**reasons, **more}}
+    losses = {reason: reasons.get(reason, 0) + more.get(reason, 0) for reason in {**reasons, **more}}
     record = {
         "adapter": own.name,
         "model": name,
-        "left_out": left,
+        "left_out": losses,
         "decoding": dataclasses.asdict(decoding),
     } | record
     write_attacks(folder, record)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .asking import NOTHING, Measure, Row, Victim, ask_rows, joined, scores_of
+from .asking import NOTHING, Measure, Row, Victim, ask_rows, more_tries, scores_of
 from .span import AttackItem, SpanError, injected_words, rewritten_prompt
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
@@ -122,6 +122,6 @@ def words_attack(
             return
         passes += len(rows)
         if rows:
-            scores = joined(scores, scores_of(ask_rows(victim, rows, f"words {name} {victim.name}")))
+            scores = more_tries(scores, scores_of(ask_rows(victim, rows, f"words {name} {victim.name}")))
         notes = "".join(f"; {count} not possible: {reason}" for reason, count in reasons.items())
         yield Measure(f"{name}{notes}", passes, 0, scores)

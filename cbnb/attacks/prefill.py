@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .asking import Measure, Row, Victim, ask_rows, joined, scores_of
+from .asking import Measure, Row, Victim, ask_rows, more_tries, scores_of
 from .span import AttackItem
 from ..evaluate.scores import injected_texts, plain
 from ..masking.masker import ChatMasker
@@ -59,5 +59,5 @@ def prefill_attack(victim: Victim, items: Sequence[AttackItem], most: int) -> It
             for item, size in zip(items, sizes)
         ]
         answers = ask_rows(victim, rows, f"prefill {words} {victim.name}")
-        scores = joined(scores, scores_of(answers))
+        scores = more_tries(scores, scores_of(answers))
         yield Measure(words, number * len(items), 0, scores)

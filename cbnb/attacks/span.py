@@ -101,8 +101,8 @@ def attack_item(masker: ChatMasker, reader: AnswerReader, question: Transcript) 
         raise SpanError("no token of its prompt is the attacker's alone; leave it out")
     last = max(places)
     segments = encoding.segments[n:]
-    written = np.flatnonzero(segments == Segment.TOOL_ARGUMENTS)
-    count = int(written[0]) if len(written) else int(IS_COMPLETION[segments].sum()) // 2
+    arguments = np.flatnonzero(segments == Segment.TOOL_ARGUMENTS)
+    count = int(arguments[0]) if len(arguments) else int(IS_COMPLETION[segments].sum()) // 2
     figures = score(question, reader.read(target.tolist(), question.tools), reader)
     if not figures.get("attack_success"):
         raise SpanError("its last message does not obey the injected text; leave it out")

@@ -409,8 +409,8 @@ def attack_words(record: dict[str, Any]) -> list[str]:
         f"{items['attacked']} items are attacked; what is optimised is optimised on "
         f"{items['optimised_on']} others; seed {record['seed']}, {record['budget']:,} passes for each attack"
     )
-    left = (record.get("left_out") or {}).items()
-    notes += [f"{count} items left out: {reason}" for reason, count in left]
+    losses = (record.get("left_out") or {}).items()
+    notes += [f"{count} items left out: {reason}" for reason, count in losses]
     return [visible(note) for note in notes]
 
 # %% ../../nbs/report/00_figures.ipynb #a77ac004
