@@ -65,6 +65,11 @@ ROOMS = (
         "Generate answers, read and score them, and measure how far the student left its teacher.",
     ),
     ("agent", "Agents", "Let a model act with tools, turn after turn, and measure what it has done."),
+    (
+        "attacks",
+        "Attacks",
+        "Attack a breaker where an attacker may, count what that costs, and say only what a control allows.",
+    ),
     ("sweep", "Sweeps", "Turn one file into checked runs, and start each of them once, here or by SLURM."),
     ("preflight", "Pre-flight", "Review a run on its own model and data before a GPU hour is spent."),
     (
@@ -91,6 +96,7 @@ PARTS = (
             "howto/add_objective.ipynb",
             "howto/add_view.ipynb",
             "howto/agentdojo.md",
+            "howto/attack.md",
             "howto/look.md",
             "howto/wrong.md",
             (

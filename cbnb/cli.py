@@ -23,9 +23,9 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'Comman
            'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
            'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
            'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_chat',
-           'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'answer_pages',
-           'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_attack',
+           'run_attack', 'add_chat', 'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch',
+           'add_report', 'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -787,6 +787,65 @@ def run_inspect_log(args: argparse.Namespace) -> int:
     say(*paths, f"inspect view --log-dir {shlex.quote(str(paths[0].parent))}")
     return 0
 
+# %% ../nbs/cli.ipynb #a77ac102
+def add_attack(commands: Commands) -> None:
+    """Add the arguments of `cbnb attack`."""
+    p = commands.add_parser(
+        "attack",
+        help="attacks that adapt to a breaker, with a control",
+        description="Attack a breaker by soft prompts, token suffixes, begun answers, many samples, forged "
+        "turns and repeated orders, inside the injected text of held-out items. A claim is made only where "
+        "the same attack broke a weak control. Results go to attacks.json, answers to attacks/; the same "
+        "command goes on with what was interrupted.",
+        epilog="status 0: the attacks were carried out, and none has broken the breaker; 1: one has; 2: it "
+        "cannot be attacked",
+    )
+    p.add_argument("adapter", metavar="RUN", help="a run's directory, an adapter's folder or a hub id")
+    p.add_argument(
+        "--attacks",
+        metavar="NAME,...",
+        help="some of soft, soft_each, gcg, prefill, sample, forge, many (default: all but soft_each)",
+    )
+    words = {
+        "budget": (6400, "passes that each attack may spend, forward and backward"),
+        "items": (64, "most items that are attacked, and most that are optimised on"),
+    }
+    for name, (default, text) in words.items():
+        p.add_argument(
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws (default: %(default)s)")
+    p.add_argument("--eval-data", metavar="FILE,...", default="", help=declared_help("eval_data", "evaluate"))
+    p.add_argument("--model", metavar="NAME", help=declared_help("model", "evaluate"))
+    p.add_argument("--out", metavar="DIR", help="folder of the results (default: RUN)")
+    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
+    p.set_defaults(run=run_attack)
+
+# %% ../nbs/cli.ipynb #a77ac104
+def run_attack(args: argparse.Namespace) -> int:
+    """Carry out `cbnb attack`: a line per point while it runs, then the table and what may be said."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from cbnb.attacks.attack import DEFAULT_ATTACKS, attack_run
+    from cbnb.report.figures import attack_lines
+
+    disable_progress_bar()  # of the weights: an error is one line
+    record = attack_run(
+        args.adapter,
+        DEFAULT_ATTACKS if args.attacks is None else args.attacks,
+        args.budget,
+        args.items,
+        args.seed,
+        args.eval_data,
+        args.model,
+        args.out,
+        args.trust_remote_code,
+        lambda line: say(line, file=sys.stderr),
+    )
+    say(*attack_lines(record))
+    say(f"results: {Path(args.out or args.adapter) / 'attacks.json'}")
+    return 1 if any(attack["verdict"] == "refuted" for attack in record["attacks"].values()) else 0
+
 # %% ../nbs/cli.ipynb #547b637a
 def add_chat(commands: Commands) -> None:
     """Add the arguments of `cbnb chat`."""
@@ -1039,6 +1098,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_train,
         add_evaluate,
         add_inspect_log,
+        add_attack,
         add_chat,
         add_ablate,
         add_status,

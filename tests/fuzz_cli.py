@@ -742,6 +742,7 @@ NEEDED = {
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],
     "chat": ["none", "--model", "tinyagent", "--from", "good.jsonl"],
     "inspect-log": ["runs"],
+    "attack": ["runs/good"],
     "ablate": ["good.yaml", "--dry-run"],
     "status": ["runs"],
     "report": ["runs"],

@@ -331,7 +331,7 @@ def model_output(
     unreadable: bool = False,
 ) -> ModelOutput:
     """Return Inspect's output for a `reply` of the model `name`; see `stop_reason` for `longest`, and
-    `cbnb.agent.loop.is_unreadable` for `unreadable`."""
+    not `Reply.readable` for `unreadable`."""
     message, answer = reply.message, reply.answer
     content: str | list[Content] = message["content"]
     if reasoning := message.get("reasoning_content"):
@@ -390,7 +390,6 @@ class CbnbAPI(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> tuple[ModelOutput, ModelCall]:
         "Return the model's turn after `input`, and what it read and wrote."
-        from cbnb.agent.loop import is_unreadable
         from cbnb.agent.model import Request
 
         student = self.student
@@ -403,7 +402,7 @@ class CbnbAPI(ModelAPI):
         start = anyio.current_time()
         reply = await anyio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
         prompt, words = (self.tokenizer.decode(ids) for ids in (reply.prompt_ids, reply.ids))
-        seconds, unreadable = anyio.current_time() - start, is_unreadable(reply, student.agent.masker)
+        seconds, unreadable = anyio.current_time() - start, not reply.readable
         output = model_output(reply, self.model_name, self.longest, seconds, unreadable)
         about = {
             "prompt": prompt,

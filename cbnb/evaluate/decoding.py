@@ -30,7 +30,7 @@ from ..step.models import full_weight
 
 # %% auto #0
 __all__ = ['Decoding', 'stop_tokens', 'until_end', 'TurnEnds', 'wide_logits', 'item_seed', 'ItemNoise', 'generation_settings',
-           'generate_batch']
+           'generate_rows', 'generate_batch']
 
 # %% ../../nbs/evaluate/05_decoding.ipynb #d101c298
 @dataclass(frozen=True)
@@ -145,8 +145,37 @@ def generation_settings(max_new_tokens: int, pad_id: int) -> GenerationConfig:
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad_id, use_cache=True
     )
 
-# %% ../../nbs/evaluate/05_decoding.ipynb #8683586f
+# %% ../../nbs/evaluate/05_decoding.ipynb #b7c1d204
 @torch.no_grad()
+def generate_rows(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    ends: Sequence[Sequence[int]],
+    pad_id: int,
+    decoding: Decoding,
+    seeds: Iterable[int] = (),
+) -> list[list[int]]:
+    """Return what `generate_batch` returns, for rows that are padded on the left already: `inputs` holds
+    `attention_mask` [B, S] and either `input_ids` [B, S] or `inputs_embeds` [B, S, D]."""
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inputs = {name: tensor.to(causal_lm.device) for name, tensor in inputs.items()}
+    noise = [ItemNoise(seeds, decoding.temperature)] if decoding.temperature else []
+    columns = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # embeddings are not given back
+    # what is None in ours is taken from it
+    theirs, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
+    try:
+        with wide_logits(causal_lm):
+            out = causal_lm.generate(
+                **inputs,
+                generation_config=generation_settings(decoding.max_new_tokens, pad_id),
+                logits_processor=noise,
+                stopping_criteria=[TurnEnds(ends, columns)],
+            )
+    finally:
+        causal_lm.generation_config = theirs
+    return [until_end(row, ends)[0] for row in out[:, columns:].tolist()]
+
+# %% ../../nbs/evaluate/05_decoding.ipynb #8683586f
 def generate_batch(
     model: nn.Module,
     prompts: list[np.ndarray],
@@ -158,21 +187,6 @@ def generate_batch(
     """Return the token ids that `model`, with or without an adapter, generates after each of `prompts` (token
     ids), padded on the left: up to and with the first of the sequences `ends`, or `decoding.max_new_tokens`
     of them. With a temperature, `seeds` are those of the rows (`item_seed`)."""
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     rows = pad_rows([Sample(ids, np.zeros(len(ids), bool), "") for ids in prompts], pad_id, side="left")
-    ids, mask = (rows[name].to(causal_lm.device) for name in ("input_ids", "attention_mask"))
-    noise = [ItemNoise(seeds, decoding.temperature)] if decoding.temperature else []
-    # what is None in ours is taken from it
-    theirs, causal_lm.generation_config = causal_lm.generation_config, GenerationConfig()
-    try:
-        with wide_logits(causal_lm):
-            out = causal_lm.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=generation_settings(decoding.max_new_tokens, pad_id),
-                logits_processor=noise,
-                stopping_criteria=[TurnEnds(ends, ids.shape[1])],
-            )
-    finally:
-        causal_lm.generation_config = theirs
-    return [until_end(row, ends)[0] for row in out[:, ids.shape[1] :].tolist()]
+    inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    return generate_rows(model, inputs, ends, pad_id, decoding, seeds)

@@ -27,13 +27,14 @@ __all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_CO
            'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table',
            'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
            'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
-           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'figure_lines',
-           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short',
-           'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
-           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
-           'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
-           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure',
-           'show_dials', 'dial_section', 'report_page', 'write_report', 'told_of', 'write_run_report']
+           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'attack_table',
+           'attack_words', 'attack_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float',
+           'series', 'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range',
+           'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
+           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots',
+           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show',
+           'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'dial_section', 'report_page',
+           'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -392,6 +393,56 @@ def dial_lines(result: dict[str, Any]) -> list[str]:
         table = dial_table(dial).T.to_string().split("\n")
         lines += ["", visible(f"{name} at scales of its adapter, {question_words(dial)}"), *table]
     return lines
+
+# %% ../../nbs/report/00_figures.ipynb #a77ac002
+def attack_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Return an attacks.json (`cbnb.attacks.attack`) as text: a row for each point of each attack, with the
+    passes that the attacker has spent, and the attacked success of base, control and breaker, each a count
+    with its 95 % interval."""
+    rows: list[list[str]] = []
+    for name, attack in record["attacks"].items():
+        points = attack["points"]
+        for i, point in enumerate(points.get("breaker", ())):
+            spent = point["forward"] + point["backward"]
+
+            def words(who: str, rate: str = "attack_success", i: int = i, points: Any = points) -> str:
+                own = points.get(who, ())
+                return interval_words(*own[i]["counts"][rate]) if i < len(own) else "—"
+
+            figures = [words("base"), words("control"), words("breaker")]
+            figures += [words("breaker", "attack_success_lax"), words("breaker", "unparseable")]
+            rows.append([visible(name.replace("_", " ")), visible(point["at"]), f"{spent:,}", *figures])
+    columns = ["attack", "at", "passes", "base", "control", "breaker", "breaker, lax", "breaker, unparseable"]
+    return pd.DataFrame(rows, columns=columns, dtype=object)
+
+# %% ../../nbs/report/00_figures.ipynb #a77ac003
+def attack_words(record: dict[str, Any]) -> list[str]:
+    """Return what may be said of the attacks in an attacks.json, a sentence each, and of their control and
+    their items."""
+    items, control = record["items"], record["control"]
+    notes = [
+        f"{name.replace('_', ' ')}: {attack['verdict']}; {attack['text']}"
+        for name, attack in record["attacks"].items()
+    ]
+    if control:
+        notes.append(
+            f"the control is the adapter at scale {control['scale']:g}; it counts on the "
+            f"{control['resists']} items that it resists without an attack"
+        )
+    notes.append(
+        f"{items['attacked']} items are attacked; what is optimised is optimised on "
+        f"{items['optimised_on']} others; seed {record['seed']}, {record['budget']:,} passes for each attack"
+    )
+    losses = (record.get("left_out") or {}).items()
+    notes += [f"{count} items left out: {reason}" for reason, count in losses]
+    return [visible(note) for note in notes]
+
+# %% ../../nbs/report/00_figures.ipynb #a77ac004
+def attack_lines(record: dict[str, Any] | None) -> list[str]:
+    """Return an attacks.json for a terminal: its table and its words; [] for None."""
+    if not record:
+        return []
+    return [*attack_table(record).to_string(index=False).split("\n"), "", *attack_words(record)]
 
 # %% ../../nbs/report/00_figures.ipynb #b71deae6
 def figure_lines(path: str | Path) -> list[str]:
@@ -1171,6 +1222,11 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {% endfor %}</tbody></table>
 {% endif %}<h2>Training curves</h2>
 {{ svg|safe }}
+{% if attack_rows %}<h2>Attacked</h2>
+{% for note in attack_notes %}<p>{{ note }}</p>{% endfor %}
+<div class="wide"><table class="dial"><thead><tr>{% for c in attack_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for cells in attack_rows %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
 {% for dial in dials %}<h2>{{ dial.title }}</h2>
 <p>{{ dial.words }}</p>
 {{ dial.svg|safe }}
@@ -1215,6 +1271,7 @@ def report_page(
     loops: dict[str, dict[str, Any]] | None = None,
     dials: Mapping[str, dict[str, Any]] | None = None,
     answers: str = "",
+    attacks: dict[str, Any] | None = None,
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
     parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`), and where there
@@ -1222,8 +1279,10 @@ def report_page(
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
     as by `readable_table`, with the rounding `floor`; `dials` by name, a section each (`dial_section`);
-    `answers` links the page of all answers (empty: none)."""
+    `answers` links the page of all answers (empty: none); `attacks` is an attacks.json (None: there was
+    none)."""
     text, acted = readable_table(table, floor), loop_table(loops or {})
+    broken = attack_table(attacks) if attacks else pd.DataFrame()
     values = {
         k: v if isinstance(v, str) else "" if v is None else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
@@ -1240,6 +1299,9 @@ def report_page(
         loop_notes=loop_notes(loops or {}),
         svg=static_svg(curves(rows, terms)),
         dials=[dial_section(name, dial) for name, dial in (dials or {}).items()],
+        attack_columns=list(broken.columns),
+        attack_rows=broken.values.tolist(),
+        attack_notes=attack_words(attacks) if attacks else [],
         parameters=[(visible(k), visible(v) or "—") for k, v in values.items()],
     )
 
@@ -1256,14 +1318,15 @@ def write_report(
     loops: dict[str, dict[str, Any]] | None = None,
     dials: Mapping[str, dict[str, Any]] | None = None,
     answers: str = "",
+    attacks: dict[str, Any] | None = None,
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
     `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`,
-    `loops`, `dials` and `answers` as in `report_page`."""
-    page = report_page(title, rows, table, parameters, notes, floor, terms, loops, dials, answers)
+    `loops`, `dials`, `answers` and `attacks` as in `report_page`."""
+    page = report_page(title, rows, table, parameters, notes, floor, terms, loops, dials, answers, attacks)
     write_owned(path, withhold(page).encode())
     return Path(path)
 
@@ -1277,8 +1340,8 @@ def told_of(result: dict[str, Any]) -> list[str]:
 # %% ../../nbs/report/00_figures.ipynb #94dc0734
 def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     """Write report.html into the run directory `folder`, from its metrics.jsonl and its `result`
-    (result.json), in the words of its own terms (`terms_in`), with a link to answers.html where that lies
-    beside it; return the path."""
+    (result.json), in the words of its own terms (`terms_in`), with a link to answers.html and a section on
+    attacks.json where these lie beside it; return the path."""
     floor, folder = result.get("floor"), Path(folder)
     terms = terms_in(folder)
     notes = told_of(result) + [f"note: {line}" for line in idle_alarms(terms)]
@@ -1287,5 +1350,5 @@ def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
     answers = "answers.html" if (folder / "answers.html").is_file() else ""
     parts = (folder.name, rows, table, result["parameters"], notes, floor, terms)
-    more = (result.get("loop"), result.get("dial"), answers)
+    more = (result.get("loop"), result.get("dial"), answers, read_record(folder / "attacks.json"))
     return write_report(folder / "report.html", *parts, *more)

@@ -912,7 +912,7 @@ def rate_cell(row: dict[str, Any], column: str) -> str:
     kind = "attack" if column in ANSWERED else ""
     if column.startswith("exact_match_"):
         kind = column.removeprefix("exact_match_")
-    if column.startswith("loop_"):
+    if column.startswith(("loop_", "attacked_")):
         kind = column
     rate, n, samples = row[column], row.get(f"n_{kind}", 0), 1 if kind == column else row.get("samples", 1)
     if not (kind and 0 <= rate <= 1 and 1 <= n < 1e9):

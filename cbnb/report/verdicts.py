@@ -25,17 +25,17 @@ __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MA
            'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS',
            'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN', 'LIVE_CHECKS', 'TITLES', 'UNREADABLE_MARGIN', 'BROKEN_SHARE',
            'WHOLE', 'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'end_means', 'find_onset',
-           'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures', 'loop_measures', 'result_measures',
-           'drop_odd_values', 'excess_step', 'log_fault', 'read_or_note', 'run_state', 'fill_parameters',
-           'read_identity', 'read_run', 'Sweep', 'plain_text', 'parameter_column', 'name_run', 'differing_parameters',
-           'sweep_frame', 'read_sweep', 'specimen_figures', 'specimen_row', 'specimen_result', 'specimen_run',
-           'write_specimen', 'interval', 'Comparison', 'by_seed', 'paired_differences', 'compare_arms', 'Stratum',
-           'same', 'apart', 'members', 'borrow_control', 'label_stratum', 'strata', 'breaker_works', 'control_failure',
-           'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words',
-           'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance_from_one', 'check_gradients',
-           'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of', 'list_changes',
-           'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes', 'pool_counts', 'live_words',
-           'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words', 'check_whole',
+           'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures', 'loop_measures', 'attack_measures',
+           'result_measures', 'drop_odd_values', 'excess_step', 'log_fault', 'read_or_note', 'run_state',
+           'fill_parameters', 'read_identity', 'read_run', 'Sweep', 'plain_text', 'parameter_column', 'name_run',
+           'differing_parameters', 'sweep_frame', 'read_sweep', 'specimen_figures', 'specimen_row', 'specimen_result',
+           'specimen_run', 'write_specimen', 'interval', 'Comparison', 'by_seed', 'paired_differences', 'compare_arms',
+           'Stratum', 'same', 'apart', 'members', 'borrow_control', 'label_stratum', 'strata', 'breaker_works',
+           'control_failure', 'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute',
+           'onset_words', 'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance_from_one',
+           'check_gradients', 'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of',
+           'list_changes', 'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes', 'pool_counts',
+           'live_words', 'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words', 'check_whole',
            'live_verdicts']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
@@ -245,6 +245,20 @@ def loop_measures(loops: dict[str, Any]) -> dict[str, float]:
                 flat[f"n_{column}"] = n
     return flat
 
+# %% ../../nbs/report/01_verdicts.ipynb #a77ac402
+def attack_measures(record: dict[str, Any]) -> dict[str, float]:
+    """Return attacked success by attack of an attacks.json (`cbnb.attacks.attack`), flat: `attacked_soft`,
+    the highest of its curve, NaN where the verdict is void, with `n_` in front how many items stand behind
+    it. Empty for a run that nobody attacked."""
+    flat: dict[str, float] = {}
+    for name, attack in list(dict_in(record, "attacks").items())[:KINDS_READ]:
+        counts = [point["counts"]["attack_success"] for point in attack["points"].get("breaker", ())]
+        rates = [(hits / n, n) for hits, n in counts if n]
+        best, n = max(rates, default=(math.nan, 0))
+        flat[f"attacked_{visible(name)[:40]}"] = math.nan if attack["verdict"] == "void" else best
+        flat[f"n_attacked_{visible(name)[:40]}"] = float(n)
+    return flat
+
 # %% ../../nbs/report/01_verdicts.ipynb #d05c883f
 def result_measures(result: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a result.json, flat: `heldout_kl_in_domain`, `exact_match_plain`, …; those from
@@ -354,7 +368,8 @@ def read_run(path: str | Path, plan: dict[str, Any]) -> tuple[dict[str, Any], di
     row |= {"attempt": as_float(status.get("attempt")), **identity, "beta_kl": beta}
     row |= {"seed": as_float(settings.get("seed")), "settings": settings, "terms": terms}
     row |= {"alarms": float(len(alarms)), **log_measures(rows if usable else [], beta, terms)}
-    return row | result_measures(result), parameters, notes
+    attacks = attack_measures(read_or_note(notes, read_record, path / "attacks.json"))
+    return row | result_measures(result) | attacks, parameters, notes
 
 # %% ../../nbs/report/01_verdicts.ipynb #57750e02
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
-           'DECODING_CHECKS', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'REASON', 'LOOP', 'RESULT', 'VERDICT',
-           'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS',
-           'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE',
-           'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number', 'number', 'text',
-           'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting_check',
-           'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
+           'DECODING_CHECKS', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'REASON', 'LOOP', 'RESULT',
+           'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK', 'ATTACKED', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY',
+           'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS',
+           'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants',
+           'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each',
+           'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row', 'fault',
+           'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -451,6 +452,57 @@ RESULT = fields(
     }
 )
 
+# %% ../../nbs/run/01_records.ipynb #a77ac011
+# what `cbnb attack` has found (`cbnb.attacks.attack`): every point of a curve with its counts and its cost
+ATTACK_RATES = ("attack_success", "attack_success_lax", "unparseable")
+ATTACK_POINT = fields(
+    {
+        "at": LINE,
+        "forward": whole_number(0, 2**62),
+        "backward": whole_number(0, 2**62),
+        "loss": maybe(number()),
+        "counts": fields(dict.fromkeys(ATTACK_RATES, count), *ATTACK_RATES),
+    },
+    "at",
+    "forward",
+    "backward",
+    "counts",
+)
+
+# %% ../../nbs/run/01_records.ipynb #a77ac012
+ATTACK = fields(
+    {
+        "what": LINE,
+        "verdict": one_of("supported", "refuted", "inconclusive", "void"),
+        "text": LINE,
+        "points": mapping(each(ATTACK_POINT, 1000), 10),
+    },
+    "verdict",
+    "text",
+    "points",
+)
+
+# %% ../../nbs/run/01_records.ipynb #a77ac013
+ATTACKED = fields(
+    {
+        "adapter": LINE,
+        "model": LINE,
+        "seed": whole_number(0, 2**63),
+        "budget": whole_number(),
+        "items": fields(
+            dict.fromkeys(("optimised_on", "attacked"), whole_number()), "optimised_on", "attacked"
+        ),
+        "control": maybe(fields({"scale": number(0, 100), "resists": whole_number()}, "scale", "resists")),
+        "left_out": TALLY,
+        "decoding": DECODING_CHECKS,
+        "attacks": mapping(ATTACK, 100),
+    },
+    "seed",
+    "budget",
+    "items",
+    "attacks",
+)
+
 # %% ../../nbs/run/01_records.ipynb #rec00009
 VERDICT = one_of("pass", "warn", "fail")
 POINT = fields({"verdict": VERDICT, "text": LINE}, "verdict", "text")
@@ -577,6 +629,7 @@ RECORDS: dict[str, ValueCheck] = {
     "made_from.json": ORIGINS,
     "chat_template.json": TEMPLATE,
     "metrics.jsonl": metrics_row,
+    "attacks.json": ATTACKED,
     "answers.jsonl": fields(ANSWER, *ANSWER),
     "episodes.jsonl": fields(EPISODE, *EPISODE),
 }
