@@ -480,7 +480,7 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "reroute": ("#D55E00", "solid", 1.5),
     "retain": ("#009E73", "dash", 1.5),
     "KL": ("#0072B2", "dot", 2),
-    "twin KL": ("#E69F00", "longdash", 1.5),
+    "twin KL": ("#CC79A7", "longdash", 1.5),
     "loss": ("#808080", "solid", 2.5),
     "total": ("#808080", "solid", 1.5),
     "c_s": ("#D55E00", "solid", 1.5),

@@ -55,7 +55,7 @@ from ..basics.processes import any_of, from_first, world_size
 from ..basics.reading import check_regular, read_bytes
 from ..basics.terminal import error_text, say, visible, warn
 from ..basics.withheld import kernel
-from ..config import CircuitBreakerConfig, coefficients, shares
+from ..config import CircuitBreakerConfig, ConfigError, coefficients, shares
 from ..data.streams import COUNTS, PairedStreams, Sample, Twin, collate
 from ..run.metrics import append_metrics, log_rows, truncate_metrics
 from ..run.records import read_record
@@ -713,7 +713,11 @@ def breaker_trainer(
     twins: Sequence[Twin] | None = None,
 ) -> CircuitBreakerTrainer:
     """Return the trainer of `student`'s adapter on the two streams, and the `twins` of an objective with a
-    twin term, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run."""
+    twin term, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run.
+    Raises ConfigError for twins without such a term, and for such a term without twins."""
+    if find_objective(config.objective).has_twin != (twins is not None):
+        fault = "has a twin term, and no twins were" if twins is None else "has no twin term, and twins were"
+        raise ConfigError(f"the objective {config.objective} {fault} given (cbnb.data.twins)")
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
     breaker, in_parts = CircuitBreaker(student, config, teacher), is_in_parts(student)
