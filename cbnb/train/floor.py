@@ -80,7 +80,8 @@ def on_device(batch: dict, device: str | torch.device) -> dict:
 def batch_terms(breaker: CircuitBreaker, batch: dict) -> dict:
     """Return the terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a
     mean over the batch."""
-    return breaker(batch["harmful"], batch["benign"], batch["counts"], twin=batch.get("twin"))
+    twin = {"twin": batch["twin"]} if "twin" in batch else {}
+    return breaker(batch["harmful"], batch["benign"], batch["counts"], **twin)
 
 # %% ../../nbs/train/01_floor.ipynb #906a7ee3
 BELOW = 0.01  # standard deviation of the noise in each LoRA B, in units of the dtype's eps

@@ -254,8 +254,9 @@ class CircuitBreakerTrainer(Trainer):
         `num_items_in_batch`: the denominators [3] or [4]. Raises NonFiniteLossError."""
         step = self.state.global_step
         weights = term_weights(breaker_settings(self.args), step)
+        twin = {"twin": inputs["twin"]} if "twin" in inputs else {}
         streams = inputs["harmful"], inputs["benign"]
-        terms = model(*streams, num_items_in_batch, self.logs_this_step, inputs.get("twin"))
+        terms = model(*streams, num_items_in_batch, self.logs_this_step, **twin)
         check_finite(terms, step + 1)
         if self.lacks_targets:
             self.control.should_log = True  # a step without targets must not be passed over by logging_steps
