@@ -177,7 +177,7 @@ def test_adapter_weights_that_no_term_reaches(runs):
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_share_the_twins(runs, way):
     worst, key = differences(runs / "one with twins", runs / f"{way} with twins")
-    assert worst < 1e-5, key
+    assert worst < 1e-4, key
     assert all(row["twin_targets"] and row["loss_twin"] > 0 for row in metrics(runs / f"{way} with twins"))
 
 
