@@ -23,8 +23,8 @@ from ..transcripts.record import InjectionSpan, Transcript
 
 # %% auto #0
 __all__ = ['ORIGINS', 'Done', 'ATTACK_NOTES', 'action_place', 'cut_out', 'clean_messages', 'calling', 'expected_message',
-           'done_before', 'next_messages', 'Draft', 'with_action', 'draft_twin', 'draft_twins', 'no_twins', 'pair_rows',
-           'draft_rows', 'encoded_sides', 'encode_twins', 'twin_table']
+           'done_before', 'next_messages', 'Draft', 'with_action', 'both_sides', 'is_blank', 'draft_twin',
+           'draft_twins', 'no_twins', 'pair_rows', 'draft_rows', 'encoded_sides', 'encode_twins', 'twin_table']
 
 # %% ../../nbs/data/04_twins.ipynb #twin0005
 def action_place(transcript: Transcript) -> int | None:
@@ -103,8 +103,8 @@ def next_messages(transcripts: Iterable[Transcript]) -> dict[Done, dict]:
     messages: dict[Done, dict] = {}
     for t in filter(is_attack_free, transcripts):
         for i, message in enumerate(t.messages):
-            if message["role"] == "assistant" and (done := done_before(t, i)):
-                messages.setdefault(done, message)
+            if message["role"] == "assistant" and (key := done_before(t, i)):
+                messages.setdefault(key, message)
     return messages
 
 # %% ../../nbs/data/04_twins.ipynb #twin0017
@@ -120,42 +120,51 @@ class Draft:
 # %% ../../nbs/data/04_twins.ipynb #twin0018
 def with_action(draft: Draft, message: dict, origin: str) -> Draft:
     """Return `draft` with another last `message`, which comes from `origin`."""
-    injected, clean = (
-        replace(t, messages=[*t.messages[:-1], message]) for t in (draft.injected, draft.clean)
-    )
-    return Draft(injected, clean, origin)
+    attack, clean = (replace(t, messages=[*t.messages[:-1], message]) for t in (draft.injected, draft.clean))
+    return Draft(attack, clean, origin)
 
 # %% ../../nbs/data/04_twins.ipynb #twin0019
 ATTACK_NOTES = ("injected_call", "injected_text")  # of a meta; the twin has none
 
 
-def draft_twin(transcript: Transcript, messages: dict[Done, dict]) -> Draft | str:
-    """Return the `Draft` of a harmful transcript, or why it has none, a name of
-    `cbnb.data.streams.TWIN_DROPS`. `messages`: `next_messages`. Raises as `expected_message`."""
-    place = action_place(transcript)
-    if place is None:
-        return "no_turn" if transcript.injection_spans else "no_span"
+def both_sides(transcript: Transcript, place: int) -> Draft:
+    """Return the `Draft` of a harmful transcript that still ends in its own message `place`. Labels, spans
+    and notes are those of a benign transcript, but for the spans of the attacked side."""
     before = clean_messages(transcript, place)
-    injected = {span.message for span in transcript.injection_spans if span.message < place}
-    if any(before[i]["role"] == "user" and not before[i]["content"].strip() for i in injected):
-        return "nothing_left"
     off = {i: "none" for i, message in enumerate(before) if message["role"] == "assistant"}
+    meta = {key: value for key, value in transcript.meta.items() if key not in ATTACK_NOTES}
     clean = replace(
         transcript,
         messages=[*before, transcript.messages[place]],
         label="benign",
         message_labels=off,
         injection_spans=(),
-        meta={key: value for key, value in transcript.meta.items() if key not in ATTACK_NOTES},
+        meta=meta,
     )
     spans = tuple(span for span in transcript.injection_spans if span.message < place)
-    attacked = replace(clean, messages=transcript.messages[: place + 1], injection_spans=spans)
-    draft, done = Draft(attacked, clean), done_before(clean, place)
+    attack = replace(clean, messages=transcript.messages[: place + 1], injection_spans=spans)
+    return Draft(attack, clean)
+
+# %% ../../nbs/data/04_twins.ipynb #twin0219
+def is_blank(draft: Draft) -> bool:
+    """Return whether nothing is left of a user's message once the injected characters are gone."""
+    messages = (draft.clean.messages[span.message] for span in draft.injected.injection_spans)
+    return any(m["role"] == "user" and not m["content"].strip() for m in messages)
+
+# %% ../../nbs/data/04_twins.ipynb #twin0319
+def draft_twin(transcript: Transcript, messages: dict[Done, dict]) -> Draft | str:
+    """Return the `Draft` of a harmful transcript, or why it has none, a name of
+    `cbnb.data.streams.TWIN_DROPS`. `messages`: `next_messages`. Raises as `expected_message`."""
+    place = action_place(transcript)
+    if place is None:
+        return "no_turn" if transcript.injection_spans else "no_span"
+    draft = both_sides(transcript, place)
+    if is_blank(draft):
+        return "nothing_left"
     if message := expected_message(transcript, place):
         return with_action(draft, message, "expected_call")
-    if done in messages:
-        return with_action(draft, messages[done], "benign_run")
-    return draft
+    key = done_before(draft.clean, place)
+    return with_action(draft, messages[key], "benign_run") if key in messages else draft
 
 # %% ../../nbs/data/04_twins.ipynb #twin0021
 def draft_twins(
@@ -190,14 +199,14 @@ def no_twins(report: StreamReport) -> EmptyStream:
 def pair_rows(encodings: tuple[Encoding, Encoding], draft: Draft, rows: tuple[Row, Row]) -> Twin | None:
     """Return the `Twin` of the two `rows` of a draft (injected, clean); None where the tokens that count are
     not the same."""
-    injected, clean = (
+    attack, clean = (
         Sample(encoding.input_ids[row.keep], row.mask[row.keep], draft.clean.id)
         for encoding, row in zip(encodings, rows)
     )
-    same = injected.loss_mask[0] == clean.loss_mask[0] and np.array_equal(
-        injected.input_ids[injected.loss_mask], clean.input_ids[clean.loss_mask]
+    same = attack.loss_mask[0] == clean.loss_mask[0] and np.array_equal(
+        attack.input_ids[attack.loss_mask], clean.input_ids[clean.loss_mask]
     )
-    return Twin(injected, clean) if same else None
+    return Twin(attack, clean) if same else None
 
 # %% ../../nbs/data/04_twins.ipynb #twin0127
 def draft_rows(
@@ -207,12 +216,12 @@ def draft_rows(
     names the transcript."""
     how = config.benign_policy, config.max_length, config.truncation, config.lost_context
     try:
-        injected, clean = (
+        attack, clean = (
             training_row(encoding, t, *how) for encoding, t in zip(encodings, (draft.injected, draft.clean))
         )
     except MaskError as e:
         raise MaskError(f"the twin of transcript {draft.clean.id}: {e}") from None
-    return injected, clean
+    return attack, clean
 
 # %% ../../nbs/data/04_twins.ipynb #twin0028
 def encoded_sides(
@@ -247,10 +256,10 @@ def encode_twins(
             report.warnings.append(f"{draft.clean.id}: dropped, {encodings}")
             continue
         rows = draft_rows(encodings, draft, config)
-        if dropped := next((row for row in rows if row.dropped), None):
-            counts[dropped.dropped] += 1
-            counts.update(f"{what}_cut" for what in dropped.gone)
-            report.warnings.append(f"{draft.clean.id}: dropped, {dropped.words}")
+        if loss := next((row for row in rows if row.dropped), None):
+            counts[loss.dropped] += 1
+            counts.update(f"{what}_cut" for what in loss.gone)
+            report.warnings.append(f"{draft.clean.id}: dropped, {loss.words}")
         elif twin := pair_rows(encodings, draft, rows):
             twins.append(twin)
             counts[draft.origin] += 1

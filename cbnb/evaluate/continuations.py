@@ -64,13 +64,13 @@ def written_drafts(
     language model, generates after the clean prompt; what cannot be read is left out and
     counted in `report` (`unread`). `decoding` is made greedy, one answer each. With a `folder` the answers
     are kept in its answers.jsonl. Raises as `cbnb.evaluate.answers.answer_questions`."""
-    asked = [draft.clean for draft in drafts if not draft.origin]
-    if not asked:
+    questions = [draft.clean for draft in drafts if not draft.origin]
+    if not questions:
         return list(drafts)
     if folder is not None:
         from_first(lambda: Path(folder).mkdir(mode=0o700, exist_ok=True))
     greedy = Decoding(decoding.max_new_tokens, seed=decoding.seed, batch_size=decoding.batch_size)
-    lines = iter(answer_questions(teacher, masker, reader, asked, greedy, folder=folder, stage="twin"))
+    lines = iter(answer_questions(teacher, masker, reader, questions, greedy, folder=folder, stage="twin"))
     out = []
     for draft in drafts:
         if not draft.origin:

@@ -20,6 +20,14 @@ from ..data.streams import COUNTS
 from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
+from .trainer import NonFiniteLossError, is_metrics, log_line
+
+# %% auto #0
+__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
+           'level_words', 'forces', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
+           'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
+
+# %% ../../nbs/train/06_alarms.ipynb #tw6imp01
 from cbnb.step.objectives import (
     TERM_NAMES,
     WEIGHT_SETTINGS,
@@ -31,12 +39,6 @@ from cbnb.step.objectives import (
     idle_alarms,
     run_terms,
 )
-from .trainer import NonFiniteLossError, is_metrics, log_line
-
-# %% auto #0
-__all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
-           'level_words', 'forces', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
-           'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
 
 # %% ../../nbs/train/06_alarms.ipynb #bd02f70f
 LEAST = 1e-6  # of its depth: a term that has fallen by less than this has not moved, by float32's rounding

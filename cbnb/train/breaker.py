@@ -134,8 +134,8 @@ class CircuitBreaker(nn.Module):
         """Return the KL of each row of final hidden states [N, d] of student and teacher, as
         `cbnb.step.heads.head_kl`."""
         config = self.circuit_breaker_config
-        fused = "fused_kl" in config.savings
-        return head_kl(ours, theirs, self.head, self.teacher_logits, config.kl_temperature, fused)
+        how = config.kl_temperature, "fused_kl" in config.savings
+        return head_kl(ours, theirs, self.head, self.teacher_logits, *how)
 
     def twin_kl(self, twins: list[dict]) -> torch.Tensor:
         """Return the KL of each target [N] of `twins` (`cbnb.data.streams.collate`): of the student on the
