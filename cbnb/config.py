@@ -604,7 +604,8 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
 # %% ../nbs/config.ipynb #idle0002
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
     "beta_twin": (
-        lambda c: c.objective in ("rr", "rr_kl"),
+        # its default stands in the config.json of every run
+        lambda c: c.objective in ("rr", "rr_kl") and c.beta_twin != 1,
         "objective rr and rr_kl have no twin term: leave it out, or give objective rr_twin",
     ),
     "retain_weight": (
