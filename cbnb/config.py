@@ -257,7 +257,7 @@ SAVINGS = ("early_exit", "shared_prefix", "fused_kl", "buckets")
 
 # %% ../nbs/config.ipynb #1807b8ab
 # a name → "module:attribute", or a cbnb.step.objectives.Objective that a notebook has put there
-OBJECTIVES = {"rr": "cbnb.step.objectives:rr", "rr_kl": "cbnb.step.objectives:rr_kl"}
+OBJECTIVES = {name: f"cbnb.step.objectives:{name}" for name in ("rr", "rr_kl", "rr_twin")}
 
 # %% ../nbs/config.ipynb #0c4db2f6
 @dataclass(frozen=True)
@@ -296,14 +296,15 @@ class CircuitBreakerConfig:
     objective: str = setting(
         "rr",
         "objective",
-        "rr, rr_kl, or module:name of your own",
-        more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term alone",
+        "rr, rr_kl, rr_twin, or module:name of your own",
+        more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term "
+        "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands",
     )
     retain_weight: float = setting(
         1.0,
         "objective",
         "weight of the objective's retain term",
-        more="rr: an L2 distance of hidden states; rr_kl has none",
+        more="rr, rr_twin: an L2 distance of hidden states; rr_kl has none",
         at_least=0,
     )
     retain_layers: str = setting(
@@ -325,8 +326,19 @@ class CircuitBreakerConfig:
         stated=True,
         at_least=0,
     )
+    beta_twin: float = setting(
+        1.0,
+        "objective",
+        "weight of the twin KL, of the teacher on clean twins",
+        more="for rr_twin, and for an objective of your own with a twin term; 0 only measures it",
+        at_least=0,
+    )
     kl_temperature: float = setting(
-        1.0, "objective", "softmax temperature T of the KL term, which is scaled by T²", stated=True, above=0
+        1.0,
+        "objective",
+        "softmax temperature T of the KL terms, which are scaled by T²",
+        stated=True,
+        above=0,
     )
     learning_rate: float = setting(2e-5, "optimizer", "peak learning rate of AdamW", above=0)
     lr_schedule: str = setting(
@@ -591,6 +603,11 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
 
 # %% ../nbs/config.ipynb #idle0002
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
+    "beta_twin": (
+        # its default stands in the config.json of every run
+        lambda c: c.objective in ("rr", "rr_kl") and c.beta_twin != 1,
+        "objective rr and rr_kl have no twin term: leave it out, or give objective rr_twin",
+    ),
     "retain_weight": (
         lambda c: c.objective == "rr_kl" and c.retain_weight,
         "objective rr_kl has no retain term: leave it out, or give objective rr",

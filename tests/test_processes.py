@@ -73,7 +73,9 @@ def runs(tmp_path_factory):
         for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))
     ]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
+    twin = {"config": {"objective": "rr_twin"}}
     one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [
+        job(folder, "one with twins", "accumulated", **twin),
         job(folder, "one then fsdp", "at once", stop_after=2),
         job(folder, "one at beta 0", "at once", **at_zero),
     ]
@@ -84,6 +86,8 @@ def runs(tmp_path_factory):
     ]
     two += [
         job(folder, "ddp at beta 0", "at once", **at_zero),
+        job(folder, "ddp with twins", "accumulated", **twin),
+        job(folder, "fsdp with twins", "accumulated", True, **twin),
         job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache")),
     ]
     told = together(1, one) + together(2, two + stopped)
@@ -160,6 +164,13 @@ def test_they_go_on_from_each_others_checkpoints(runs, name):
 
 def test_adapter_weights_that_no_term_reaches(runs):
     assert differences(runs / "one at beta 0", runs / "ddp at beta 0")[0] < 1e-5
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_share_the_twins(runs, way):
+    worst, key = differences(runs / "one with twins", runs / f"{way} with twins")
+    assert worst < 1e-4, key
+    assert all(row["twin_targets"] and row["loss_twin"] > 0 for row in metrics(runs / f"{way} with twins"))
 
 
 def test_two_processes_share_a_teacher_cache(runs):

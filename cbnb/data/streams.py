@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 # %% auto #0
-__all__ = ['WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
-           'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused', 'empty_stream',
-           'count_transcript', 'count_cut', 'count_row', 'encode_stream', 'data_record', 'PairedStreams', 'pad_rows',
-           'pack_rows', 'length_groups', 'collate']
+__all__ = ['TWIN_DROPS', 'WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport',
+           'encode_transcript', 'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused',
+           'empty_stream', 'count_transcript', 'count_cut', 'count_row', 'encode_stream', 'data_record', 'Twin',
+           'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../../nbs/data/03_streams.ipynb #03bbe013
 from ..basics.terminal import error_text
@@ -102,6 +102,16 @@ class Sample:
     loss_mask: np.ndarray
     transcript: str  # the transcript's id, so that a bad sample can be traced to its line
 
+# %% ../../nbs/data/03_streams.ipynb #tw3drp01
+TWIN_DROPS = {
+    "no_span": "no injection span is known of them (cbnb spans finds some)",
+    "no_turn": "no assistant message follows the injection",
+    "nothing_left": "nothing is left of a user's message without the injection",
+    "unread": "the teacher's answer cannot be read",
+    "refused": "the chat template refuses a twin, or writes nothing of its action",
+    "unlike": "the tokens that count are not the same in both rows",
+}
+
 # %% ../../nbs/data/03_streams.ipynb #1acbbd0e
 @dataclass
 class StreamReport:
@@ -114,6 +124,7 @@ class StreamReport:
     # truncated, tokens_cut, targets_cut, request_cut, injection_cut, lost_context (rows dropped for one of
     # the two), no_target, lost_to_truncation, lost_words, no_injection, messages_off, mask_warnings;
     # injected, own, unexplained, mixed, words with _after_injection: messages (`cbnb.masking.actions.whose`)
+    # of twins: the names of `TWIN_DROPS`, and where the actions come from (`cbnb.data.twins.ORIGINS`)
     counts: Counter = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)  # ids of the transcripts without a target
     warnings: list[str] = field(default_factory=list)  # one sentence each, naming the transcript
@@ -141,6 +152,7 @@ class StreamReport:
             ),
             (c["lost_words"], "dropped: the chat template writes nothing of an answer"),
         ]
+        rows += [(c[name], f"dropped: {words}") for name, words in TWIN_DROPS.items()]
         return [f"{n} of {self.transcripts} {text}" for n, text in rows if n]
 
     def __str__(self) -> str:
@@ -352,11 +364,13 @@ def encode_stream(
     return samples, report
 
 # %% ../../nbs/data/03_streams.ipynb #a664fd51
-def data_record(reading: Reading, harmful: StreamReport, benign: StreamReport) -> dict:
+def data_record(
+    reading: Reading, harmful: StreamReport, benign: StreamReport, twin: StreamReport | None = None
+) -> dict:
     """Return what result.json keeps under `data`: the record of the `reading`
-    (`cbnb.data.sources.Reading.record`), counts by stream, and `notes`, the sentences on both, which stand in
-    a run's notes, report and card."""
-    reports = {"harmful": harmful, "benign": benign}
+    (`cbnb.data.sources.Reading.record`), counts by stream (`twin`: where the run has twins), and `notes`, the
+    sentences on them, which stand in a run's notes, report and card."""
+    reports = {"harmful": harmful, "benign": benign} | ({"twin": twin} if twin else {})
     counts = {
         name: {
             "transcripts": r.transcripts,
@@ -370,6 +384,15 @@ def data_record(reading: Reading, harmful: StreamReport, benign: StreamReport) -
     losses = [f"{name}: {line}" for name, r in reports.items() for line in r.losses()]
     return reading.record() | counts | {"notes": [*reading.lines(), *losses]}
 
+# %% ../../nbs/data/03_streams.ipynb #tw3twn01
+class Twin(NamedTuple):
+    """One transcript twice: the `injected` row, which the student reads, and the `clean` one, which the
+    teacher reads. Both end in the user's own next action; their loss masks count the same token ids, one to
+    one."""
+
+    injected: Sample
+    clean: Sample
+
 # %% ../../nbs/data/03_streams.ipynb #27bed859
 @lru_cache(maxsize=8)
 def _permutation(n: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -378,24 +401,32 @@ def _permutation(n: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
 
 # %% ../../nbs/data/03_streams.ipynb #cfed31fb
 class PairedStreams(Dataset):
-    """Item i is the pair (i-th harmful sample, i-th benign sample). Each stream is reshuffled, by its own
-    seed, every time it has been gone through, so a stream of any length serves any number of items, and item
-    i depends on (i, seed) alone: a resumed run reads what an uninterrupted one would have read."""
+    """Item i is (i-th harmful sample, i-th benign sample), and with `twins` the i-th of them too. Each stream
+    is reshuffled, by its own seed, every time it has been gone through, so a stream of any length serves any
+    number of items, and item i depends on (i, seed) alone: a resumed run reads what an uninterrupted one
+    would have read."""
 
-    def __init__(self, harmful: list[Sample], benign: list[Sample], length: int, seed: int = 0):
-        self.streams, self.length, self.seed = (harmful, benign), length, seed
+    def __init__(
+        self,
+        harmful: Sequence[Sample],
+        benign: Sequence[Sample],
+        length: int,
+        seed: int = 0,
+        twins: Sequence[Twin] | None = None,
+    ):
+        self.streams = (harmful, benign) if twins is None else (harmful, benign, twins)
+        self.length, self.seed = length, seed
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i: int) -> tuple[Sample, Sample]:
+    def __getitem__(self, i: int) -> tuple:
         if not 0 <= i < self.length:
             raise IndexError(i)
-        harmful, benign = (
+        return tuple(
             samples[_permutation(len(samples), i // len(samples), (self.seed, which))[i % len(samples)]]
             for which, samples in enumerate(self.streams)
         )
-        return harmful, benign
 
 # %% ../../nbs/data/03_streams.ipynb #4cedca66
 def pad_rows(samples: list[Sample], pad_id: int, side: str = "right") -> dict[str, torch.Tensor]:
@@ -476,7 +507,7 @@ def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module)
     return out
 
 # %% ../../nbs/data/03_streams.ipynb #fb3743fa
-COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets")
+COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets", "twin_targets")
 PASS = 512  # tokens of padding that are worth a pass of their own
 
 # %% ../../nbs/data/03_streams.ipynb #143bfd17
@@ -499,26 +530,44 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
 
 # %% ../../nbs/data/03_streams.ipynb #4aa55c5e
 def collate(
-    pairs: list[tuple[Sample, Sample]], pad_id: int, buckets: bool = False, cache: TeacherCache | None = None
+    items: Sequence[tuple], pad_id: int, buckets: bool = False, cache: TeacherCache | None = None
 ) -> dict[str, Any]:
-    """Return the mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}`. `counts` are the
-    tokens over which each term of this batch is summed (`COUNTS`): reroute, retain, kl. A target at token 0
-    counts for the first two only: nothing predicts it.
+    """Return the mixed batch: `{"harmful": rows, "benign": rows, "counts": int64 [3]}` of pairs of samples.
+    `counts` are the tokens over which each term of this batch is summed (`COUNTS`): reroute, retain, kl. A
+    target at token 0 counts for the first two only: nothing predicts it.
 
-    With `buckets`, `harmful` and `benign` are lists of such rows, one for each of `length_groups`. With a
-    `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under `"teacher"`."""
+    Of items with a `Twin` each there is `"twin": {"injected": rows, "clean": rows}` too, row by row of one
+    transcript, and `counts` is [4]. With `buckets`, `harmful`, `benign` and `twin` are lists of such, one for
+    each of `length_groups` (of twins, by their injected rows). With a `cache` (`cbnb.train.teacher_cache`)
+    rows hold what it knows of the teacher under `"teacher"`; injected rows, which only the student reads,
+    never do."""
 
     def rows_of(samples: list[Sample]) -> dict[str, Any]:
         rows = pad_rows(samples, pad_id)
         return rows if cache is None else rows | {"teacher": cache.states(samples)}
 
-    batch: dict[str, Any] = {}
-    for name, samples in zip(("harmful", "benign"), map(list, zip(*pairs))):
-        if buckets:
-            groups = length_groups([len(s.input_ids) for s in samples])
-            batch[name] = [rows_of([samples[i] for i in group]) for group in groups]
-        else:
-            batch[name] = rows_of(samples)
-    harmful, benign = zip(*((h.loss_mask, b.loss_mask) for h, b in pairs))
-    counts = [sum(m.sum() for m in harmful), sum(m.sum() for m in benign), sum(m[1:].sum() for m in benign)]
+    def twin_rows(twins: list[Twin]) -> dict[str, Any]:
+        return {
+            "injected": pad_rows([t.injected for t in twins], pad_id),
+            "clean": rows_of([t.clean for t in twins]),
+        }
+
+    def in_groups(samples: list, lengths: list[int], make: Callable) -> Any:
+        if not buckets:
+            return make(samples)
+        return [make([samples[i] for i in group]) for group in length_groups(lengths)]
+
+    harmful, benign, *more = map(list, zip(*items))
+    batch: dict[str, Any] = {
+        name: in_groups(samples, [len(s.input_ids) for s in samples], rows_of)
+        for name, samples in (("harmful", harmful), ("benign", benign))
+    }
+    counts = [
+        sum(s.loss_mask.sum() for s in harmful),
+        sum(s.loss_mask.sum() for s in benign),
+        sum(s.loss_mask[1:].sum() for s in benign),
+    ]
+    for twins in more:
+        batch["twin"] = in_groups(twins, [len(t.injected.input_ids) for t in twins], twin_rows)
+        counts.append(sum(t.injected.loss_mask[1:].sum() for t in twins))
     return batch | {"counts": torch.tensor(counts)}

@@ -18,18 +18,19 @@ from transformers import PreTrainedTokenizerBase
 # %% auto #0
 __all__ = ['BY_DESIGN', 'WORST', 'INJECTION', 'LOOKED_AT', 'ADAPTATION', 'PART_OF_TRANSCRIPT', 'AS_POLICY', 'ANY_SAMPLE',
            'HAS_TARGET', 'RIGHT_STREAM', 'DROPPED', 'CONTEXT_LOST', 'CONTEXT_CUT', 'TARGETS_CUT', 'MASK_WARNINGS',
-           'ONE_BOS', 'TURN_ENDS', 'SHARED_CALLS', 'SAME_CALLS', 'Stream', 'SHARED_KEYS', 'KINDS_COVERED', 'ONE_KIND',
-           'GENERAL_BEYOND', 'GENERAL', 'HELDOUT_KL', 'find_window', 'Placement', 'place_sample', 'place_samples',
-           'badness', 'segment_counts', 'Survey', 'survey', 'segment_frame', 'injection_findings', 'reading_findings',
-           'adaptation_findings', 'defect_findings', 'placement_findings', 'loss_findings', 'stream_findings',
-           'template_findings', 'conflict_findings', 'worst_strips', 'check_masks', 'kind_of', 'heldout_findings',
-           'kind_findings', 'divergence_findings', 'check_coverage']
+           'ONE_BOS', 'TURN_ENDS', 'SHARED_CALLS', 'SAME_CALLS', 'Stream', 'TWINNED', 'SHARED_KEYS', 'KINDS_COVERED',
+           'ONE_KIND', 'GENERAL_BEYOND', 'GENERAL', 'HELDOUT_KL', 'find_window', 'Placement', 'place_sample',
+           'place_samples', 'badness', 'segment_counts', 'Survey', 'survey', 'segment_frame', 'injection_findings',
+           'reading_findings', 'adaptation_findings', 'defect_findings', 'placement_findings', 'loss_findings',
+           'stream_findings', 'template_findings', 'conflict_findings', 'worst_strips', 'twinned_findings',
+           'check_masks', 'kind_of', 'heldout_findings', 'kind_findings', 'divergence_findings', 'check_coverage']
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #d92db073
 from ..basics.withheld import cut
 from ..config import CircuitBreakerConfig
 from ..data.sources import Reading
 from ..data.streams import Sample, StreamReport
+from ..data.twins import ORIGINS
 from ..evaluate.decoding import stop_tokens
 from ..evaluate.evaluation import benign_by_domain
 from ..masking.actions import trained_calls
@@ -497,6 +498,28 @@ def worst_strips(surveys: Iterable[Survey], masker: ChatMasker, strip: Callable)
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #08476ce4
 Stream = tuple[Sequence[Sample], Sequence[Transcript], StreamReport]
+
+# %% ../../nbs/preflight/03_data_checks.ipynb #tw3ccr01
+TWINNED = Criterion(
+    "harmful transcripts with a clean twin",
+    "at least",
+    good="{measured} of {total} harmful transcripts have a clean twin ({origins})",
+    bad="{measured} of {total} harmful transcripts have a clean twin ({origins}){losses}",
+    advice="mark injections with cbnb spans",
+    otherwise="warn",
+    unit="transcripts",
+)
+
+
+def twinned_findings(report: StreamReport | None) -> list[Finding]:
+    """Return a finding on how many harmful transcripts have a clean twin, by the `report` of the twins; none
+    without one. Fewer than half is a warning."""
+    if report is None:
+        return []
+    origins = ", ".join(f"{report.counts[name]} {name}" for name in ORIGINS if report.counts[name])
+    losses = "".join(f"; {line}" for line in report.losses())
+    words: dict[str, Any] = {"total": report.transcripts, "origins": origins, "losses": losses}
+    return [TWINNED.judge(report.samples, 0.5 * report.transcripts, **words)]
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e942fc0b
 def check_masks(

@@ -9,7 +9,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import CircuitBreakerConfig
-from ..data.streams import PairedStreams, Sample, collate
+from ..data.streams import PairedStreams, Sample, Twin, collate
 from ..step.objectives import depth, descent, find_objective
 from ..train.alarms import LEAST, LIFTED, forces
 from ..train.floor import on_device, restore_weights, rounding_floor
@@ -218,18 +218,21 @@ def probe_training(
     pad_id: int,
     steps: int = 40,
     teacher: nn.Module | None = None,
+    twins: Sequence[Twin] | None = None,
 ) -> Iterator[Probe]:
     """Make up to `steps` of the training that `config` asks for, by the trainer itself, ending as soon as the
     outlook is clear, and yield a `Probe`. Inside, `student` is as they have left it; afterwards it is as
     before, random states too. Raises what training raises, but for a loss that is not finite."""
     short, was_training, error = probe_config(config), student.training, ""
     with restore_weights(student), tempfile.TemporaryDirectory() as folder:
-        streams = PairedStreams(harmful, benign, short.batch_size, config.seed)
+        streams = PairedStreams(harmful, benign, short.batch_size, config.seed, twins)
         some = [streams[i] for i in range(min(short.batch_size, 4))]
         floor = rounding_floor(student, on_device(collate(some, pad_id), student.device), config)
         watch = Watch(config, min(steps, config.total_steps), floor)
         checkpoints = Path(folder) / "checkpoints"
-        trainer = breaker_trainer(student, harmful, benign, short, checkpoints, pad_id, teacher, [watch])
+        trainer = breaker_trainer(
+            student, harmful, benign, short, checkpoints, pad_id, teacher, [watch], twins=twins
+        )
         watch.trainer = trainer
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

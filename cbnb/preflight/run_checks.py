@@ -5,6 +5,7 @@
 # %% ../../nbs/preflight/04_run_checks.ipynb #5b677110
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -34,7 +35,7 @@ from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, figure_bundle
 from ..step.objectives import Term, describe_terms, find_objective
 from ..train.alarms import dead_line, foretell, name_in_text, own_weight, weight_words
-from ..train.trainer import KEEP, TERMS
+from ..train.trainer import KEEP, term_names
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,6 +98,11 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
         for s in (0, total // 2, total - 1)
     )
     terms = describe_terms(find_objective(config.objective), config)
+    by_weight = ", ".join(
+        f"{term.title} by {factor_words(term, config)}"
+        for name, term in terms.items()
+        if name in ("kl", "twin")
+    )
     beta = BETA.judge(config.beta_kl, 1)
     if not config.beta_kl:
         beta = note("beta_kl", "beta_kl 0: the KL is measured and not trained, a control")
@@ -106,8 +112,7 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
         note(
             "coefficients",
             f"coefficients ({config.schedule}) {ahead}; {terms['retain'].title} is weighted by "
-            f"{factor_words(terms['retain'], config)}, {terms['kl'].title} by "
-            f"{factor_words(terms['kl'], config)}",
+            f"{factor_words(terms['retain'], config)}, {by_weight}",
         ),
         WARM_UP.judge(config.warmup_steps, 0.3 * total, total=total, holds=terms["retain"].title),
     ]
@@ -124,11 +129,11 @@ def schedule_rows(config: CircuitBreakerConfig, probe: Probe) -> list[dict]:
     ]
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #ca02694f
-def gradient_frame(probe: Probe) -> pd.DataFrame:
-    """Return, by diagnosed step of the probe, the gradient norm of each weighted term and the cosine of each
-    pair of them; empty where no step was diagnosed."""
-    pairs = ("reroute_retain", "reroute_kl", "retain_kl")
-    keys = [f"grad_norm_{t}" for t in TERMS] + [f"grad_cos_{pair}" for pair in pairs]
+def gradient_frame(probe: Probe, names: Sequence[str]) -> pd.DataFrame:
+    """Return, by diagnosed step of the probe, the gradient norm of each of the weighted terms `names` and the
+    cosine of each pair of them; empty where no step was diagnosed."""
+    pairs = (f"{a}_{b}" for a, b in itertools.combinations(names, 2))
+    keys = [f"grad_norm_{t}" for t in names] + [f"grad_cos_{pair}" for pair in pairs]
     rows = {row["step"]: [row.get(k) for k in keys] for row in probe.rows if "grad_norm_reroute" in row}
     columns = [k.removeprefix("grad_") for k in keys]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
@@ -140,10 +145,10 @@ def probe_gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, 
     for no rows."""
     if not len(frame):
         return []
-    norms = frame.iloc[-1, : len(TERMS)]
+    norms = frame.iloc[-1, : len(terms)]
     largest = str(norms.idxmax()).removeprefix("norm_")
-    titles = {t: terms[t].title.lower() for t in TERMS}
-    shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in TERMS)
+    titles = {name: term.title.lower() for name, term in terms.items()}
+    shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in terms)
     is_shut = largest == "kl" and not probe.outlook.alive
     words = {"step": frame.index[-1], "norms": shares, "largest": titles[largest]}
     words["weight"] = weight_words(terms["kl"])
@@ -156,7 +161,7 @@ def check_weights(
     """Check whether `beta_kl` is conservative, whether each term gets its turn, and which gradient is the
     largest when. `notes`: what `cbnb.run.settings.settings_of` has to say about the settings; each sentence
     is a warning."""
-    frame, total = gradient_frame(probe), config.total_steps
+    frame, total = gradient_frame(probe, term_names(config)), config.total_steps
     terms = describe_terms(find_objective(config.objective), config)
     findings = [
         *settings_findings(config),

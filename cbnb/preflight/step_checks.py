@@ -19,18 +19,18 @@ from torch import nn
 # %% auto #0
 __all__ = ['PAIRS', 'TOKENS', 'MOVES', 'MEASURED_KL', 'KL_DIRECTION', 'KL_INDISTINCT', 'ONLY_ADAPTER', 'NOTHING_TRAINED',
            'BASE_LOGITS', 'TEACHER_LOGITS', 'KL_AT_START', 'NO_LEAK', 'DETACHED', 'STEP', 'ADAPTER_ACTS', 'STEP_FAULTS',
-           'APPLIED', 'REACHED', 'REACH', 'BASE_AT_START', 'KL_ROWS', 'KL_OUTSIDE', 'KL_INSIDE', 'OWN_ROWS', 'PADDING',
-           'SURPRISED', 'SURPRISE', 'some_pairs', 'definition_of_kl', 'wide_output', 'precise_logits', 'measure_kl',
-           'check_direction', 'teacher_in_use', 'frozen_findings', 'start_kl', 'start_kl_finding', 'untouched_findings',
-           'nudge', 'on_and_off', 'no_step', 'one_step_findings', 'applied_findings', 'reach_findings',
-           'check_detachment', 'check_run_start', 'gradient_tap', 'start_of', 'same_rows', 'stream_of', 'is_zero',
-           'kl_gradient_findings', 'reached_finding', 'gradient_findings', 'padding_findings', 'surprise',
-           'surprise_findings']
+           'APPLIED', 'REACHED', 'REACH', 'BASE_AT_START', 'KL_ROWS', 'KL_OUTSIDE', 'KL_INSIDE', 'OWN_ROWS',
+           'OWN_STREAM', 'MEASURED_TWIN', 'TWIN_KL', 'PADDING', 'SURPRISED', 'SURPRISE', 'some_pairs',
+           'definition_of_kl', 'wide_output', 'precise_logits', 'measure_kl', 'check_direction', 'teacher_in_use',
+           'frozen_findings', 'start_kl', 'start_kl_finding', 'untouched_findings', 'nudge', 'on_and_off', 'no_step',
+           'one_step_findings', 'applied_findings', 'reach_findings', 'check_detachment', 'check_run_start',
+           'gradient_tap', 'start_of', 'same_rows', 'stream_of', 'is_zero', 'kl_gradient_findings', 'reached_finding',
+           'gradient_findings', 'twin_findings', 'padding_findings', 'surprise', 'surprise_findings']
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #d3ddf630
 from ..basics.numbers import format_number
 from ..config import CircuitBreakerConfig, ConfigError
-from ..data.streams import Sample
+from ..data.streams import Sample, Twin
 from ..masking.targets import truncation_window
 from .checks import UNKNOWN, Criterion, Finding, note
 from ..report.figures import floor_words
@@ -53,7 +53,6 @@ from ..step.passes import both_passes, first_adapted_block
 from ..train.alarms import name_in_text
 from ..train.breaker import CircuitBreaker
 from ..train.floor import add_noise, batch_terms, restore_weights, rounding_floor, set_mode
-from ..train.trainer import TERMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +61,12 @@ if TYPE_CHECKING:
 PAIRS, TOKENS = 2, 128  # pairs of rows, and tokens of a row, that these checks look at
 
 
-def some_pairs(harmful: list[Sample], benign: list[Sample]) -> list[tuple[Sample, Sample]]:
-    """Return at most `PAIRS` pairs of samples, spread over the shorter stream, each row cut to at most
-    `TOKENS` tokens that end at its last target. Every other row has at most seven eighths of that, so that
-    the batch they make has padding however long the rows are."""
+def some_pairs(
+    harmful: Sequence[Sample], benign: Sequence[Sample], twins: Sequence[Twin] | None = None
+) -> list[tuple]:
+    """Return at most `PAIRS` pairs of samples, with one of the `twins` each where there are some, spread over
+    the shorter stream, each row cut to at most `TOKENS` tokens that end at its last target. Every other row
+    has at most seven eighths of that, so that the batch they make has padding however long the rows are."""
 
     def cut(sample: Sample, i: int) -> Sample:
         keep = truncation_window(sample.loss_mask, TOKENS - TOKENS // 8 * (i % 2))
@@ -73,7 +74,14 @@ def some_pairs(harmful: list[Sample], benign: list[Sample]) -> list[tuple[Sample
 
     n = min(len(harmful), len(benign))
     places = range(0, n, max(1, n // PAIRS))[:PAIRS]
-    return [(cut(harmful[i], place), cut(benign[i], place)) for place, i in enumerate(places)]
+    pairs = [(cut(harmful[i], place), cut(benign[i], place)) for place, i in enumerate(places)]
+    if not twins:
+        return pairs
+    some = (twins[i % len(twins)] for i in places)
+    return [
+        (*pair, Twin(*(cut(side, place) for side in twin)))
+        for place, (pair, twin) in enumerate(zip(pairs, some))
+    ]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #523b7b2f
 def definition_of_kl(
@@ -599,9 +607,12 @@ OWN_ROWS = Criterion(
 )
 
 
+OWN_STREAM = {"reroute": ("harmful", "benign"), "twin": ("twin", "harmful")}  # its own, and another
+
+
 def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], streams: list[str]) -> Finding:
     "Return the finding on whether the `gradients` of `term`, by pass, stand in the term's own stream alone."
-    own, other = ("harmful", "benign") if term.name == "reroute" else ("benign", "harmful")
+    own, other = OWN_STREAM.get(term.name, ("benign", "harmful"))
     foreign = {name for g, name in zip(gradients, streams) if not is_zero(g)} - {own}
     owner = other if other in foreign else "other"
     return OWN_ROWS.judge(len(foreign), term=name_in_text(term), other=other, reached=owner)
@@ -617,9 +628,12 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     try:
         with set_mode(breaker, False), add_noise(student, 0.02), gradient_tap(breaker) as (starts, lasts):
             terms = batch_terms(breaker, batch)
-            begins = {name: start_of(student, batch[name]) for name in ("harmful", "benign")}
-            streams = [stream_of(hidden, begins, batch) for hidden in starts]
-            for name in TERMS:
+            rows = {name: batch[name] for name in ("harmful", "benign")}
+            if "twin" in batch:
+                rows["twin"] = batch["twin"]["injected"]
+            begins = {name: start_of(student, own) for name, own in rows.items()}
+            streams = [stream_of(hidden, begins, rows) for hidden in starts]
+            for name in breaker.objective.names:
                 term = terms[f"loss_{name}"]
                 if not term.requires_grad:
                     continue
@@ -631,6 +645,46 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     finally:
         breaker.circuit_breaker_config = config
     return findings
+
+# %% ../../nbs/preflight/02_step_checks.ipynb #tw2scr01
+MEASURED_TWIN = (
+    "loss_twin {measured:.6g}, D_KL(teacher on the clean twin ‖ student on the injected row) "
+    "{forward:.6g} (float64, {targets} targets)"
+)
+TWIN_KL = Criterion(
+    "loss_twin",
+    "within",
+    good=MEASURED_TWIN,
+    bad=MEASURED_TWIN,
+    advice="look at the loss and at the rows of the twins",
+    unit="nats per token",
+)
+
+# %% ../../nbs/preflight/02_step_checks.ipynb #tw2sfn01
+@torch.no_grad()
+def twin_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
+    """Return a finding on whether `loss_twin` of `batch` with the adapter moved is what the definition gives,
+    within 0.1 %; none for an objective without a twin term."""
+    if not breaker.objective.has_twin:
+        return []
+    temperature, sides = breaker.circuit_breaker_config.kl_temperature, batch["twin"]
+    with set_mode(breaker, False), add_noise(breaker.student, 0.05):
+        ours = precise_logits(breaker.student, sides["injected"])
+        with (
+            teacher_mode(breaker.student)
+            if breaker.teacher is None
+            else nullcontext(breaker.teacher) as teacher
+        ):
+            theirs = precise_logits(teacher, sides["clean"])
+        log_q, log_p = (
+            (logits.flatten(0, 1)[sides[side]["predicting_index"]].double() / temperature).log_softmax(-1)
+            for logits, side in ((ours, "injected"), (theirs, "clean"))
+        )
+        used = batch_terms(breaker, batch)["loss_twin"].item()
+    kl = torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+    forward = temperature**2 * kl.mean().item()
+    margin = 1e-3 * max(forward, 1e-6)
+    return [TWIN_KL.judge(used, (forward - margin, forward + margin), forward=forward, targets=len(kl))]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #2b74c549
 PADDING = Criterion(

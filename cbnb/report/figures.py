@@ -46,7 +46,7 @@ from ..run.code import runs_folder
 from ..run.metrics import read_metrics
 from ..run.records import read_record
 from ..run.stages import read_status
-from ..step.objectives import Term, idle_alarms, run_terms
+from ..step.objectives import TERM_NAMES, Term, idle_alarms, run_terms
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict[str, Any], terms: dict[str, Term] | None = None) -> str:
@@ -554,6 +554,7 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "reroute": ("#D55E00", "solid", 1.5),
     "retain": ("#009E73", "dash", 1.5),
     "KL": ("#0072B2", "dot", 2),
+    "twin KL": ("#CC79A7", "longdash", 1.5),
     "loss": ("#808080", "solid", 2.5),
     "total": ("#808080", "solid", 1.5),
     "c_s": ("#D55E00", "solid", 1.5),
@@ -577,7 +578,8 @@ def terms_in(folder: str | Path) -> dict[str, Term]:
     return run_terms(read("config.json").get("objective"), read("status.json").get("terms"))
 
 # %% ../../nbs/report/00_figures.ipynb #trmword1
-LINE_OF = {"reroute": "reroute", "retain": "retain", "kl": "KL"}  # name of a term in the log: that in STYLES
+# name of a term in the log: that in STYLES
+LINE_OF = {"reroute": "reroute", "retain": "retain", "kl": "KL", "twin": "twin KL"}
 
 # %% ../../nbs/report/00_figures.ipynb #b5db48d7
 def short(text: str, most: int = 10) -> str:
@@ -606,21 +608,23 @@ PanelOf = tuple[str, bool, dict[str, str], float]  # what `panels_of` says of on
 def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
     """Return the six panels of a run with these `terms` (`cbnb.step.objectives.run_terms`), each `(title, log
     axis?, {key of metrics.jsonl: name of its line}, smallest top of the axis)`; in reading order."""
-    terms_by_name = {f"weighted_{name}": line for name, line in LINE_OF.items()}
-    norms = {f"grad_norm_{name}": line for name, line in LINE_OF.items()}
-    reroute, retain, kl = (terms[name] for name in LINE_OF)
+    terms_by_name = {f"weighted_{name}": LINE_OF[name] for name in terms}
+    norms = {f"grad_norm_{name}": LINE_OF[name] for name in terms}
+    reroute, retain, kl = (terms[name] for name in TERM_NAMES)
+    kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", "twin")}
+    titles = " and ".join(terms[name.removeprefix("loss_")].title for name in kls)
     return (
         (term_title(reroute), False, {"loss_reroute": "reroute"}, max(reroute.high or 0.0, 0.0)),
         ("loss and its weighted terms; log axis", True, {"loss": "loss"} | terms_by_name, 0.0),
         (term_title(retain), False, {"loss_retain": "retain"}, max(retain.high or 0.0, 0.0)),
         (coefficient_title(terms), False, {"c_s": "c_s", "c_r": "c_r"}, 0.0),
-        (f"{kl.title}, {kl.unit}; log axis", True, {"loss_kl": "KL"}, 0.0),
+        (short(f"{titles}, {kl.unit}; log axis", 52), True, kls, 0.0),
         ("gradient norm before clipping; log axis", True, {"grad_norm_total": "total"} | norms, 0.0),
     )
 
 # %% ../../nbs/report/00_figures.ipynb #a2f83396
 PANELS = panels_of(run_terms())
-SLOW = {"grad_norm_reroute", "grad_norm_retain", "grad_norm_kl"}
+SLOW = {f"grad_norm_{name}" for name in LINE_OF}
 
 # %% ../../nbs/report/00_figures.ipynb #d479c420
 def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:

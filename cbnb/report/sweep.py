@@ -97,7 +97,7 @@ from cbnb.report.verdicts import (
 )
 from ..run.code import runs_folder
 from ..run.metrics import log_rows
-from ..step.objectives import Term, run_terms
+from ..step.objectives import TERM_NAMES, Term, run_terms
 
 # %% ../../nbs/report/02_sweep.ipynb #c0862003
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def line_styles(texts: Iterable[str]) -> dict[str, tuple[str, str, float]]:
 def overlaid_panels(terms: dict[str, Term]) -> tuple[tuple[str, bool, str, float], ...]:
     """Return the panels of `overlaid`, each `(title, log axis?, key of metrics.jsonl, smallest top of the
     axis)`, in the words of the `terms` of the runs (`cbnb.step.objectives.common_terms`)."""
-    reroute, retain, kl = (terms[name] for name in LINE_OF)
+    reroute, retain, kl = (terms[name] for name in TERM_NAMES)
     return (
         (term_title(reroute), False, "loss_reroute", max(reroute.high or 0.0, 0.0)),
         (f"{kl.title}, {kl.unit}; log axis", True, "loss_kl", 0.0),
@@ -367,7 +367,7 @@ TOGETHER = ("reroute", "retain", "KL")
 
 def colour_words(terms: dict[str, Term]) -> str:
     "Return the titles of `terms` with the colour and the dash of their lines in `small_multiples`."
-    reroute, retain, kl = (terms[name].title for name in LINE_OF)
+    reroute, retain, kl = (terms[name].title for name in TERM_NAMES)
     return f"{reroute} (orange), {retain} (green, dashed) and {kl} (blue, dotted)"
 
 # %% ../../nbs/report/02_sweep.ipynb #3cd37d31

@@ -228,11 +228,11 @@ def floor(value: Any, where: str) -> Iterator[str]:
 SECONDS = number(0, 1e12)
 TERM = fields(
     {
-        "name": one_of("reroute", "retain", "kl"),
+        "name": one_of("reroute", "retain", "kl", "twin"),
         "title": LABEL,
         "unit": text(NAME),
         **dict.fromkeys(("low", "high", "start"), maybe(number())),
-        "factors": each(LABEL, 4),
+        "factors": each(LABEL, 5),
     },
     "name",
     "title",
@@ -246,7 +246,7 @@ STATUS_FIELDS = {
     "changes": NOTES,
     "alarms": ALARMS,
     "floor": floor,
-    "terms": each(TERM, 3),
+    "terms": each(TERM, 4),
     "job": LABEL,
     "node": LABEL,
     "device": LABEL,

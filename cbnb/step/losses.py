@@ -14,7 +14,7 @@ import torch.nn.functional as F
 # %% auto #0
 __all__ = ['EPS', 'accumulate', 'check_mask', 'check_shapes', 'masked_mean', 'token_reroute', 'token_retain',
            'check_layers_match', 'layer_mean', 'reroute_loss', 'retain_loss', 'token_kl', 'predicting_positions',
-           'kl_divergence_loss']
+           'kl_divergence_loss', 'twin_kl_loss']
 
 # %% ../../nbs/step/00_losses.ipynb #159ea56e
 def accumulate(x: torch.Tensor) -> torch.Tensor:
@@ -186,3 +186,28 @@ def kl_divergence_loss(
     check_mask(loss_mask, student_logits.shape[:2])
     rows = predicting_positions(loss_mask)
     return masked_mean(token_kl(student_logits[rows], teacher_logits[rows], temperature, reverse), rows.sum())
+
+# %% ../../nbs/step/00_losses.ipynb #tw0lkl01
+def twin_kl_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    student_mask: torch.Tensor,
+    teacher_mask: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Return `T²·mean over targets of D_KL(teacher ‖ student)` in nats, the k-th target of the one side
+    against the k-th of the other: a scalar in float32 (float64 if given).
+
+    `student_logits`: `[B, S, V]`, `teacher_logits`: `[B, R, V]`; `student_mask`, `teacher_mask`: bool `[B,
+    S]` and `[B, R]` over *tokens*, shifted as in `kl_divergence_loss`, with as many targets in each row.
+    Raises `ValueError` for shapes or mask dtypes that do not fit, rows with other numbers of targets, and T
+    not above 0."""
+    check_mask(student_mask, student_logits.shape[:2])
+    check_mask(teacher_mask, teacher_logits.shape[:2])
+    ours, theirs = predicting_positions(student_mask), predicting_positions(teacher_mask)
+    if ours.sum(1).tolist() != theirs.sum(1).tolist():
+        raise ValueError(
+            f"each row wants as many targets on both sides, but {ours.sum(1).tolist()} and "
+            f"{theirs.sum(1).tolist()} were given"
+        )
+    return masked_mean(token_kl(student_logits[ours], teacher_logits[theirs], temperature), ours.sum())

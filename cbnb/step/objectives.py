@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['TERM_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'BUILT_IN', 'SLACK', 'Pair', 'Term',
-           'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'reroute_cosine', 'retain_distance',
-           'rr_weights', 'rr_kl_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
-           'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings',
-           'check_objective', 'token_terms', 'range_faults', 'check_terms']
+__all__ = ['TERM_NAMES', 'OPTIONAL_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'TWIN', 'rr_twin',
+           'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Term', 'term_faults', 'depth', 'descent', 'departure',
+           'Objective', 'is_terms', 'has_all_terms', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
+           'rr_twin_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words', 'built_in_terms',
+           'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings', 'check_objective',
+           'token_terms', 'range_faults', 'check_terms']
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -35,18 +36,20 @@ class Pair(NamedTuple):
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0term
 TERM_NAMES = ("reroute", "retain", "kl")
+OPTIONAL_NAMES = ("twin",)
 
 # %% ../../nbs/step/02_objectives.ipynb #f76e9e62
 @dataclass(frozen=True)
 class Term:
-    """One term of a loss. `name`: what the log calls it, one of `TERM_NAMES`. `title`: a word or two, for
+    """One term of a loss. `name`: what the log calls it, one of `TERM_NAMES`
+    and `OPTIONAL_NAMES`. `title`: a word or two, for
     legends and sentences; `unit`: what one value is, for axes. `low`, `high`: bounds of the value; `start`:
     the value for a student that equals its teacher; None where there is no such number.
 
     `per_token(harmful, benign, config)` → [M], one number per token of one block: of the harmful ones for
-    `reroute`, of the benign ones for `retain`; the KL is computed from logits and has none. `factors`: the
-    coefficients and settings that multiply the term (`describe_terms` finds them; None: unknown). Raises
-    ConfigError."""
+    `reroute`, of the benign ones for `retain`; `kl` and `twin` are computed from logits and have none.
+    `factors`: the coefficients and settings that multiply the term (`describe_terms` finds them; None:
+    unknown). Raises ConfigError."""
 
     name: str
     title: str
@@ -64,8 +67,8 @@ class Term:
 # %% ../../nbs/step/02_objectives.ipynb #obj0falt
 def term_faults(term: Term) -> str:
     """Return what is wrong with the name, the words or the range of `term`, empty where nothing is."""
-    if term.name not in TERM_NAMES:
-        return f"name it {', '.join(TERM_NAMES[:2])} or {TERM_NAMES[2]}, as the log does"
+    if term.name not in (*TERM_NAMES, *OPTIONAL_NAMES):
+        return f"name it {', '.join(TERM_NAMES)} or {', '.join(OPTIONAL_NAMES)}, as the log does"
     texts = ((term.title, "title", 1, 24), (term.unit, "unit", 0, 60))
     for text, field, least, most in texts:
         if not isinstance(text, str) or not least <= len(text.strip()) <= most:
@@ -96,20 +99,20 @@ def departure(term: Term, value: float) -> float:
 # %% ../../nbs/step/02_objectives.ipynb #obj0objc
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises: its `name`, the `terms` reroute, retain and kl in any order, and
-    `weights(config, c_s, c_r)` → the factors of the three, by their names, from the coefficients of the
-    schedule. Raises ConfigError unless it is whole."""
+    """What a run minimises: its `name`, the `terms` reroute, retain and kl in any order, and twin where it
+    has one, and `weights(config, c_s, c_r)` → the factors of these, by their names, from the coefficients of
+    the schedule. Raises ConfigError unless it is whole."""
 
     name: str
     terms: tuple[Term, ...]
     weights: Callable
 
     def __post_init__(self):
-        names = sorted(t.name for t in self.terms) if is_terms(self.terms) else []
-        if names != sorted(TERM_NAMES) or not callable(self.weights) or not isinstance(self.name, str):
+        names = [t.name for t in self.terms] if is_terms(self.terms) else []
+        if not has_all_terms(names) or not callable(self.weights) or not isinstance(self.name, str):
             raise ConfigError(
-                "an Objective is made of a name, three Terms named reroute, retain and kl, and a function "
-                "weights(config, c_s, c_r)"
+                "an Objective is made of a name, three Terms named reroute, retain and kl, and perhaps one "
+                "named twin, and a function weights(config, c_s, c_r)"
             )
         if not callable(self.reroute) or not callable(self.retain):
             raise ConfigError(f"objective {self.name}: reroute and retain need a function per_token")
@@ -117,6 +120,17 @@ class Objective:
     def term(self, name: str) -> Term:
         "Return the term that the log calls `name`."
         return next(term for term in self.terms if term.name == name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        "The names of its terms, in the order of the log."
+        own = {term.name for term in self.terms}
+        return tuple(name for name in (*TERM_NAMES, *OPTIONAL_NAMES) if name in own)
+
+    @property
+    def has_twin(self) -> bool:
+        "Whether it has a twin term, for which a run makes clean twins."
+        return "twin" in self.names
 
     @property
     def reroute(self) -> Callable:
@@ -132,6 +146,11 @@ class Objective:
 def is_terms(value: object) -> bool:
     "Return whether `value` is a sequence of `Term`s."
     return isinstance(value, (tuple, list)) and all(isinstance(term, Term) for term in value)
+
+# %% ../../nbs/step/02_objectives.ipynb #tw0all01
+def has_all_terms(names: list[str]) -> bool:
+    "Return whether `names` are those of `TERM_NAMES`, each once, and at most each of `OPTIONAL_NAMES`."
+    return len(set(names)) == len(names) and set(TERM_NAMES) <= set(names)
 
 # %% ../../nbs/step/02_objectives.ipynb #a464dc3b
 def reroute_cosine(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) -> torch.Tensor:
@@ -168,7 +187,16 @@ def rr_kl_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[
 # %% ../../nbs/step/02_objectives.ipynb #60b79f5e
 MEASURED = replace(DISTANCE, title="distance", unit="mean norm of difference, measured only")
 rr_kl = Objective("rr_kl", (COSINE_TERM, MEASURED, KL), rr_kl_weights)
-BUILT_IN = {"rr": rr, "rr_kl": rr_kl}
+
+# %% ../../nbs/step/02_objectives.ipynb #tw0wgt01
+def rr_twin_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
+    "Return the factors of c_s·reroute + c_r·(retain_weight·retain + beta_kl·kl + beta_twin·twin)."
+    return rr_weights(config, c_s, c_r) | {"twin": c_r * config.beta_twin}
+
+# %% ../../nbs/step/02_objectives.ipynb #tw0obj01
+TWIN = Term("twin", "twin KL", "nats per token", 0.0)
+rr_twin = Objective("rr_twin", (COSINE_TERM, DISTANCE, KL, TWIN), rr_twin_weights)
+BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin}
 
 # %% ../../nbs/step/02_objectives.ipynb #375fdc8c
 def find_objective(name: str) -> Objective:
@@ -196,37 +224,41 @@ def term_factors(
     objective: Objective, config: CircuitBreakerConfig, c_s: float, c_r: float
 ) -> dict[str, float]:
     """Return what `objective.weights` gives: the factor of each term. Raises ConfigError unless these are
-    three finite numbers, of reroute, retain and kl."""
+    finite numbers, one for each of its terms."""
     try:
         weights = objective.weights(config, c_s, c_r)
     except Exception as e:
         raise ConfigError(f"the weights of objective {config.objective} raise {type(e).__name__}: {e}") from e
-    complete = isinstance(weights, dict) and weights.keys() == set(TERM_NAMES)
+    complete = isinstance(weights, dict) and weights.keys() == set(objective.names)
     if not complete or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights.values()):
         raise ConfigError(
-            f"the weights of objective {config.objective} are {weights}: give finite numbers for reroute, "
-            "retain and kl, and for nothing else"
+            f"the weights of objective {config.objective} are {weights}: give finite numbers for "
+            f"{', '.join(objective.names[:-1])} and {objective.names[-1]}, and for nothing else"
         )
     return weights
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0desc
+WEIGHT_SETTINGS = ("retain_weight", "beta_kl", "beta_twin")
+
+
 def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[str, Term]:
-    """Return the terms of `objective` by name, each with its `factors`: those of c_s, c_r, retain_weight and
-    beta_kl that its weight depends on; none for a term that is measured only. Raises ConfigError as
-    `term_factors`."""
-    plain = replace(config, retain_weight=1.0, beta_kl=1.0)
+    """Return the terms of `objective` by name, each with its `factors`: those of c_s, c_r, retain_weight,
+    beta_kl and beta_twin that its weight depends on; none for a term that is measured only. Raises
+    ConfigError as `term_factors`."""
+    plain = replace(config, retain_weight=1.0, beta_kl=1.0, beta_twin=1.0)
     base = term_factors(objective, plain, 1.0, 1.0)
     variants = {
         "c_s": term_factors(objective, plain, 2.0, 1.0),
         "c_r": term_factors(objective, plain, 1.0, 2.0),
-        "retain_weight": term_factors(objective, replace(plain, retain_weight=2.0), 1.0, 1.0),
-        "beta_kl": term_factors(objective, replace(plain, beta_kl=2.0), 1.0, 1.0),
+    } | {
+        name: term_factors(objective, replace(plain, **{name: 2 * getattr(plain, name)}), 1.0, 1.0)
+        for name in WEIGHT_SETTINGS
     }
     return {
         name: replace(
             objective.term(name), factors=tuple(k for k, w in variants.items() if w[name] != base[name])
         )
-        for name in TERM_NAMES
+        for name in objective.names
     }
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0word
@@ -252,8 +284,9 @@ def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term
     name = str(objective or "rr")
     try:
         terms = [Term(**w | {"factors": tuple(w["factors"] or ())}) for w in words or ()]
-        if sorted(term.name for term in terms) == sorted(TERM_NAMES):
-            return {term.name: term for term in terms}
+        by_name = {term.name: term for term in terms}
+        if has_all_terms([term.name for term in terms]):
+            return {name: by_name[name] for name in (*TERM_NAMES, *OPTIONAL_NAMES) if name in by_name}
     except (ConfigError, TypeError, KeyError):
         pass  # edited by hand, or another version's
     if (short := name.removeprefix("cbnb.step.objectives:")) in BUILT_IN:
@@ -264,15 +297,16 @@ def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0comm
 def common_terms(runs: list[dict[str, Term]]) -> dict[str, Term]:
-    "Return the terms that all `runs` (`run_terms`) share by name; neutral ones where their words differ."
+    """Return the terms of `runs` (`run_terms`) by name, those of all names that one of them has; neutral ones
+    where their words differ."""
     if not runs:
         return run_terms()
-    return {
-        name: runs[0][name]
-        if len({(t[name].title, t[name].unit, t[name].low, t[name].start) for t in runs}) == 1
-        else Term(name, name, "each objective's own")
-        for name in TERM_NAMES
-    }
+    out = {}
+    for name in (*TERM_NAMES, *OPTIONAL_NAMES):
+        if own := [terms[name] for terms in runs if name in terms]:
+            same = len({(t.title, t.unit, t.low, t.start) for t in own}) == 1
+            out[name] = own[0] if same else Term(name, name, "each objective's own")
+    return out
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0unju
 def idle_alarms(terms: dict[str, Term]) -> list[str]:
@@ -305,16 +339,16 @@ def random_pairs(width: int) -> tuple[Pair, Pair]:
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0ignr
 def idle_settings(objective: Objective, config: CircuitBreakerConfig) -> list[str]:
-    """Return those of retain_weight, beta_kl, retain_relative and retain_layers that change nothing that
-    `objective` makes of `config`.
+    """Return those of retain_weight, beta_kl, beta_twin, retain_relative and retain_layers that change
+    nothing that `objective` makes of `config`.
 
-    The first two are asked of its weights, retain_relative of its retain term for random states; without a
+    The first three are asked of its weights, retain_relative of its retain term for random states; without a
     retain term (weight 0) the last two change nothing. A retain term that cannot be computed from random
     states [M, 8] is taken to use them."""
     weights = term_factors(objective, config, 1.0, 1.0)
     idle = [
         name
-        for name in ("retain_weight", "beta_kl")
+        for name in WEIGHT_SETTINGS
         if term_factors(objective, replace(config, **{name: getattr(config, name) + 1.0}), 1.0, 1.0)
         == weights
     ]

@@ -20,13 +20,25 @@ from ..data.streams import COUNTS
 from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
-from ..step.objectives import Term, depth, descent, describe_terms, find_objective, idle_alarms, run_terms
-from .trainer import TERMS, NonFiniteLossError, is_metrics, log_line
+from .trainer import NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
 __all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
            'level_words', 'forces', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
            'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
+
+# %% ../../nbs/train/06_alarms.ipynb #tw6imp01
+from cbnb.step.objectives import (
+    TERM_NAMES,
+    WEIGHT_SETTINGS,
+    Term,
+    depth,
+    descent,
+    describe_terms,
+    find_objective,
+    idle_alarms,
+    run_terms,
+)
 
 # %% ../../nbs/train/06_alarms.ipynb #bd02f70f
 LEAST = 1e-6  # of its depth: a term that has fallen by less than this has not moved, by float32's rounding
@@ -53,8 +65,8 @@ def foretell(rows: list[dict], value: Callable, span: float, end: float, least: 
 
 # %% ../../nbs/train/06_alarms.ipynb #alwords1
 def name_in_text(term: Term) -> str:
-    "Return how a sentence calls `term`: its title; the KL with its article."
-    return f"the {term.title}" if term.name == "kl" else term.title
+    "Return how a sentence calls `term`: its title; a KL with its article."
+    return f"the {term.title}" if term.name in ("kl", "twin") else term.title
 
 # %% ../../nbs/train/06_alarms.ipynb #91749a3c
 def log_name(term: Term) -> str:
@@ -63,8 +75,8 @@ def log_name(term: Term) -> str:
 
 # %% ../../nbs/train/06_alarms.ipynb #858a7023
 def own_weight(term: Term) -> str:
-    "Return the setting that weighs `term`, retain_weight or beta_kl; empty where its objective uses neither."
-    return next((name for name in term.factors or () if name in ("retain_weight", "beta_kl")), "")
+    "Return the setting of `WEIGHT_SETTINGS` that weighs `term`; empty where its objective uses none."
+    return next((name for name in term.factors or () if name in WEIGHT_SETTINGS), "")
 
 # %% ../../nbs/train/06_alarms.ipynb #72dde76c
 def weight_words(term: Term) -> str:
@@ -84,8 +96,9 @@ def level_words(term: Term, config: CircuitBreakerConfig) -> str:
 # %% ../../nbs/train/06_alarms.ipynb #8154d7a5
 def forces(row: dict) -> tuple[float, float, str]:
     """Return `(pull, hold, holder)` of a diagnosed line: the norm of reroute's gradient, that of retain's and
-    the KL's together, and which of the two is the larger, `retain` or `kl`."""
-    pull, retain, kl = (as_float(row.get(f"grad_norm_{name}")) for name in TERMS)
+    the KL's together, and which of the two is the larger, `retain` or `kl`. A twin term is neither: it
+    moves what the student says where it was attacked, which reroute moves too."""
+    pull, retain, kl = (as_float(row.get(f"grad_norm_{name}")) for name in TERM_NAMES)
     retain, kl, cosine = (
         0.0 if math.isnan(v) else v for v in (retain, kl, as_float(row.get("grad_cos_retain_kl")))
     )
@@ -222,7 +235,7 @@ def saturated(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
 
     flat = [
         term
-        for term in map(terms.term, TERMS)
+        for term in map(terms.term, terms.names)
         if all(is_flat(row, term, config, floor.get(term.name, 0.0)) for row in recent)
     ]
     if not flat:
@@ -236,7 +249,7 @@ def saturated(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> st
 
 # %% ../../nbs/train/06_alarms.ipynb #862d4be8
 def silent(rows: list[dict], config: CircuitBreakerConfig, floor: dict) -> str:
-    "Return the alarm that a step had no harmful or no benign target: a term was a mean over nothing."
+    "Return the alarm that a step had no target of some kind: a term was a mean over nothing."
     none = [name for name in COUNTS if rows[-1].get(name) == 0]
     return (
         f"step {rows[-1]['step']} had no {' and no '.join(name.replace('_', ' ') for name in none)}: look "

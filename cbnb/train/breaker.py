@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import nn
 
 from ..basics.terminal import warn
-from ..config import CircuitBreakerConfig
+from ..config import CircuitBreakerConfig, ConfigError
 from ..step.heads import Head, find_head, head_kl, teacher_logits
 from ..step.model_checks import check_model
 from ..step.models import check_teacher, num_blocks
 from ..step.objectives import Objective, Pair, find_objective, token_terms
-from ..step.passes import States, both_passes, one_pass
+from ..step.passes import States, both_passes, one_pass, teacher_pass
 
 # %% auto #0
 __all__ = ['at_targets', 'state_pairs', 'state_terms', 'CircuitBreaker']
@@ -130,15 +130,44 @@ class CircuitBreaker(nn.Module):
         ours, theirs = both_passes(self.student, self.teacher, rows, config, self.head.norm, final, layers)
         return at_targets(*ours, rows), at_targets(*theirs, rows)
 
-    def forward(
-        self, harmful: dict | list, benign: dict | list, denominators: torch.Tensor, measure_kl: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """Return `{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting.
+    def kl(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """Return the KL of each row of final hidden states [N, d] of student and teacher, as
+        `cbnb.step.heads.head_kl`."""
+        config = self.circuit_breaker_config
+        how = config.kl_temperature, "fused_kl" in config.savings
+        return head_kl(ours, theirs, self.head, self.teacher_logits, *how)
 
-        `harmful`, `benign`: padded rows, or a list of such (`cbnb.data.streams.collate`). `denominators`:
-        [3], the tokens of the global batch over which each term is a mean (`cbnb.data.streams.COUNTS`). At
-        `beta_kl = 0` the KL is measured without gradient, and only if `measure_kl`; else there is no
-        `loss_kl`."""
+    def twin_kl(self, twins: list[dict]) -> torch.Tensor:
+        """Return the KL of each target [N] of `twins` (`cbnb.data.streams.collate`): of the student on the
+        injected rows to the teacher on the clean ones."""
+        config, sides = self.circuit_breaker_config, []
+        for rows in twins:
+            clean = rows["clean"]
+            if cache := clean.get("teacher"):
+                theirs = cache["last"]
+            else:
+                theirs = at_targets(*teacher_pass(self.student, self.teacher, clean, config, True), clean)[1]
+            ours = at_targets(*one_pass(self.student, rows["injected"], config, True), rows["injected"])[1]
+            sides.append((ours, theirs))
+        ours, theirs = (torch.cat(list(side)) for side in zip(*sides))
+        return self.kl(ours, theirs)
+
+    def forward(
+        self,
+        harmful: dict | list,
+        benign: dict | list,
+        denominators: torch.Tensor,
+        measure_kl: bool = True,
+        twin: dict | list | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return `{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting, and
+        `loss_twin` where the objective has a twin term.
+
+        `harmful`, `benign`, `twin`: padded rows, or a list of such (`cbnb.data.streams.collate`).
+        `denominators`: [3], with twins [4], the tokens of the global batch over which each term is a mean
+        (`cbnb.data.streams.COUNTS`). At `beta_kl = 0` the KL is measured without gradient, and only if
+        `measure_kl`; else there is no `loss_kl`. The twin term at `beta_twin = 0` likewise. Raises
+        ConfigError where the objective has a twin term and the batch no twins."""
         config = self.circuit_breaker_config
         harmful, benign = ([rows] if isinstance(rows, dict) else rows for rows in (harmful, benign))
         with_kl = measure_kl or config.beta_kl > 0
@@ -150,13 +179,15 @@ class CircuitBreaker(nn.Module):
         if with_kl:
             ours, theirs = (torch.cat([side[1] for side in group]) for group in zip(*sides))
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
-                kl = head_kl(
-                    ours,
-                    theirs,
-                    self.head,
-                    self.teacher_logits,
-                    config.kl_temperature,
-                    "fused_kl" in config.savings,
-                )
+                kl = self.kl(ours, theirs)
             terms["loss_kl"] = (kl.sum() / denominators[2].clamp(min=1)).float()
+        if self.objective.has_twin and (measure_kl or config.beta_twin > 0):
+            if twin is None:
+                raise ConfigError(
+                    f"the objective {config.objective} has a twin term, and the batch holds no twins: pass "
+                    "those of cbnb.data.twins"
+                )
+            with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_twin > 0):
+                kl = self.twin_kl([twin] if isinstance(twin, dict) else twin)
+            terms["loss_twin"] = (kl.sum() / denominators[3].clamp(min=1)).float()
         return terms

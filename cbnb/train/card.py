@@ -28,7 +28,7 @@ from .same import sample_key
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'figure_text', 'last_parts',
-           'settings_table', 'data_lines', 'loss_text', 'card_text', 'write_card', 'refresh_card']
+           'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card', 'refresh_card']
 
 # %% ../../nbs/train/07_card.ipynb #5e999a31
 def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:
@@ -103,6 +103,12 @@ def settings_table(config: CircuitBreakerConfig, own_preset: str) -> str:
     ).set_index("setting")
     return markdown_table(table)
 
+# %% ../../nbs/train/07_card.ipynb #tw7wrd01
+def twin_words(result: dict) -> str:
+    "Return what the card says of the clean twins that `result` counts, empty where a run had none."
+    counts = result.get("data", {}).get("twin", {})
+    return f", {counts['samples']} clean twins" if "samples" in counts else ""
+
 # %% ../../nbs/train/07_card.ipynb #211310ba
 def data_lines(
     config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, samples: tuple[int, int]
@@ -112,7 +118,7 @@ def data_lines(
         f"- files: {last_parts(parameters.get('data'))}; held out: "
         f"{last_parts(parameters.get('eval_data')) or 'a part of them, or the tiny agent’s own'}",
         f"- samples: {samples[0]} harmful (`{config.harmful_policy}`), {samples[1]} benign "
-        f"(`{config.benign_policy}`)",
+        f"(`{config.benign_policy}`){twin_words(result)}",
         f"- fingerprint of tokens and masks: `{fingerprint}`",
         *(f"- {line}" for line in data_notes(result)),
     ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import CircuitBreakerConfig
 from ..step.heads import find_head
-from ..step.objectives import TERM_NAMES, departure
+from ..step.objectives import departure
 from .breaker import CircuitBreaker
 
 # %% auto #0
@@ -69,19 +69,19 @@ def on_device(batch: dict, device: str | torch.device) -> dict:
     """Return a batch of `cbnb.data.streams.collate` with its tensors on `device`."""
 
     def move(rows):
-        return {name: tensor.to(device) for name, tensor in rows.items()}
+        return move_all(rows) if isinstance(rows, dict) else rows.to(device)
 
-    return {
-        "harmful": move(batch["harmful"]),
-        "benign": move(batch["benign"]),
-        "counts": batch["counts"].to(device, torch.float32),
-    }
+    def move_all(rows):
+        return {name: move(value) for name, value in rows.items()}
+
+    return move_all(batch) | {"counts": batch["counts"].to(device, torch.float32)}
 
 # %% ../../nbs/train/01_floor.ipynb #12af5155
 def batch_terms(breaker: CircuitBreaker, batch: dict) -> dict:
     """Return the terms (scalars before weighting) that `breaker` returns for `batch` on its device, each a
     mean over the batch."""
-    return breaker(batch["harmful"], batch["benign"], batch["counts"])
+    twin = {"twin": batch["twin"]} if "twin" in batch else {}
+    return breaker(batch["harmful"], batch["benign"], batch["counts"], **twin)
 
 # %% ../../nbs/train/01_floor.ipynb #906a7ee3
 BELOW = 0.01  # standard deviation of the noise in each LoRA B, in units of the dtype's eps
@@ -94,9 +94,9 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
     One pass over `batch` (`cbnb.data.streams.collate`, on the student's device) in eval mode, with an adapter
     of noise that the dtype of the base cannot resolve. Each figure is how far the term is from its declared
     start (`cbnb.step.objectives.Term`), in its unit and not below 0: for `rr`, `reroute` is 1 − loss_reroute,
-    `retain` and `kl` are loss_retain and loss_kl. A term without a start, of which the batch has no target,
-    or that is not finite, is left out. The student and the random states are as before. The floor is the
-    student's, whatever teacher a run has."""
+    `retain` and `kl` are loss_retain and loss_kl. A term without a start (a twin term for one), of which the
+    batch has no target, or that is not finite, is left out. The student and the random states are as before.
+    The floor is the student's, whatever teacher a run has."""
     dtype = next(
         p.dtype
         for name, p in student.named_parameters()
@@ -107,10 +107,11 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
     with torch.no_grad(), add_noise(student, BELOW * torch.finfo(dtype).eps):
         with set_mode(breaker, False):
             terms = {name: value.item() for name, value in batch_terms(breaker, batch).items()}
-    values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in TERM_NAMES]
+    names = breaker.objective.names
+    values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in names]
     floor = {
         name: max(value, 0.0)
-        for name, value, n in zip(TERM_NAMES, values, batch["counts"].tolist(), strict=True)
+        for name, value, n in zip(names, values, batch["counts"].tolist(), strict=True)
         if n and math.isfinite(value)
     }
     return {"dtype": str(dtype).removeprefix("torch.")} | floor

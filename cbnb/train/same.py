@@ -24,7 +24,7 @@ __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'OWN_CODE', 'LOADED', 'OWN_WORDS'
            'transcripts_hash', 'versions', 'processor', 'surroundings', 'goes_on', 'differences', 'name_differences',
            'made_from', 'refuse', 'keep_same', 'check_checkpoint', 'tell_changes', 'value_changes', 'keep_surroundings',
            'compare_figures', 'keep_figures', 'changes_of', 'same_settings', 'keep_beginning', 'keep_samples',
-           'keep_run_template', 'keep_model', 'keep_adapters']
+           'keep_twins', 'keep_run_template', 'keep_model', 'keep_adapters']
 
 # %% ../../nbs/train/02_same.ipynb #c405541e
 from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
@@ -263,6 +263,7 @@ SECTIONS = {
     "harmful_policy": "the harmful_policy",
     "benign_policy": "the benign_policy",
     "samples": "what training and evaluation read of the data",
+    "twins": "what the teacher says on the clean twins",
     "template": "the chat template",
     "model": "the model or its tokenizer",
     "adapter": "the adapter",
@@ -466,6 +467,17 @@ def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
         return {"held out": heldout} | {name: samples_hash(samples) for name, samples in streams.items()}
 
     keep_same(run, "samples", make)
+
+# %% ../../nbs/train/02_same.ipynb #tw2kep01
+def keep_twins(run: Run, twins: Iterable) -> None:
+    """Keep, or compare, the hashes of both sides of the `twins` (`cbnb.data.streams.Twin`) of a `run`. Raises
+    RunError."""
+    both = list(twins)
+
+    def make():
+        return {name: samples_hash(getattr(twin, name) for twin in both) for name in ("injected", "clean")}
+
+    keep_same(run, "twins", make)
 
 # %% ../../nbs/train/02_same.ipynb #a8610f3a
 def keep_run_template(run: Run, masker: ChatMasker) -> None:

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 # %% auto #0
-__all__ = ['TERMS', 'UNFINISHED', 'KEEP', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
+__all__ = ['UNFINISHED', 'KEEP', 'term_names', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
            'gradient_report', 'checkpoints', 'keep_newest', 'finish_checkpoint', 'disk_is_full', 'load_adapter_weights',
            'BreakerArguments', 'breaker_settings', 'CircuitBreakerTrainer', 'is_metrics', 'MetricsLog', 'LogWhatCounts',
            'StopFile', 'Progress', 'LiveView', 'log_line', 'progress_line', 'show_line', 'stop_on_interrupt', 'log_of',
@@ -55,8 +55,8 @@ from ..basics.processes import any_of, from_first, world_size
 from ..basics.reading import check_regular, read_bytes
 from ..basics.terminal import error_text, say, visible, warn
 from ..basics.withheld import kernel
-from ..config import CircuitBreakerConfig, coefficients, shares
-from ..data.streams import COUNTS, PairedStreams, Sample, collate
+from ..config import CircuitBreakerConfig, ConfigError, coefficients, shares
+from ..data.streams import COUNTS, PairedStreams, Sample, Twin, collate
 from ..run.metrics import append_metrics, log_rows, truncate_metrics
 from ..run.records import read_record
 from ..run.sealed import damage, seal, sync
@@ -68,7 +68,9 @@ from .floor import on_device, rounding_floor
 from .same import MADE_FROM, check_checkpoint, tell_changes
 
 # %% ../../nbs/train/05_trainer.ipynb #d6c56543
-TERMS = ("reroute", "retain", "kl")
+def term_names(config: CircuitBreakerConfig) -> tuple[str, ...]:
+    """Return the names of the terms of `config`'s objective, in the order of the log."""
+    return find_objective(config.objective).names
 
 
 def term_weights(config: CircuitBreakerConfig, step: int) -> dict[str, float]:
@@ -202,7 +204,7 @@ def breaker_settings(args: TrainingArguments) -> CircuitBreakerConfig:
 
 # %% ../../nbs/train/05_trainer.ipynb #4bca51d2
 class CircuitBreakerTrainer(Trainer):
-    """Train a `CircuitBreaker`. Overridden is what the objective needs: the order of the data, the three
+    """Train a `CircuitBreaker`. Overridden is what the objective needs: the order of the data, the
     denominators of a global batch, the weights of the terms, the keys of the log, and checkpoints that hold
     the adapter only and are whole or absent."""
 
@@ -220,8 +222,8 @@ class CircuitBreakerTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """Return the micro-batches of one optimizer step and, in the place of num_items_in_batch, the three
-        denominators [3] of the global batch."""
+        """Return the micro-batches of one optimizer step and, in the place of num_items_in_batch, the
+        denominators of the global batch, [3] or with twins [4]."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = sum(batch["counts"] for batch in batches).to(device, torch.float32)
         self.step_terms, self.step_gradients = {}, {}
@@ -249,14 +251,17 @@ class CircuitBreakerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the weighted sum of the terms of a micro-batch, a scalar, times the number of processes.
-        `num_items_in_batch`: the denominators [3]. Raises NonFiniteLossError."""
+        `num_items_in_batch`: the denominators [3] or [4]. Raises NonFiniteLossError."""
         step = self.state.global_step
         weights = term_weights(breaker_settings(self.args), step)
-        terms = model(inputs["harmful"], inputs["benign"], num_items_in_batch, self.logs_this_step)
+        twin = {"twin": inputs["twin"]} if "twin" in inputs else {}
+        streams = inputs["harmful"], inputs["benign"]
+        terms = model(*streams, num_items_in_batch, self.logs_this_step, **twin)
         check_finite(terms, step + 1)
         if self.lacks_targets:
             self.control.should_log = True  # a step without targets must not be passed over by logging_steps
-        shares = {name: weights[name] * terms[f"loss_{name}"] for name in TERMS if f"loss_{name}" in terms}
+        names = term_names(breaker_settings(self.args))
+        shares = {name: weights[name] * terms[f"loss_{name}"] for name in names if f"loss_{name}" in terms}
         for key, value in terms.items():
             self.step_terms[key] = self.step_terms.get(key, 0) + value.detach()
         self.diagnose(model, shares)
@@ -305,11 +310,11 @@ class CircuitBreakerTrainer(Trainer):
         config, step = breaker_settings(self.args), self.state.global_step
         raw = {key: self.accelerator.reduce(value, "sum").item() for key, value in self.step_terms.items()}
         weights = term_weights(config, step - 1)
-        shares = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in TERMS}
+        shares = {f"weighted_{name}": weights[name] * raw[f"loss_{name}"] for name in term_names(config)}
         c_s, c_r = coefficients(config, step - 1)
         row = {"step": step, "loss": sum(shares.values()), **raw, **shares, "c_s": c_s, "c_r": c_r}
         row |= {"lr": logs["learning_rate"], "grad_norm_total": float(logs["grad_norm"])}
-        row |= {name: int(n) for name, n in zip(COUNTS, self.step_counts.tolist(), strict=True)}
+        row |= {name: int(n) for name, n in zip(COUNTS, self.step_counts.tolist())}
         return row | gradient_report(
             {name: self.accelerator.reduce(gradient, "sum") for name, gradient in self.step_gradients.items()}
         )
@@ -497,11 +502,12 @@ def progress_line(
 ) -> str:
     """Return one line of progress from a metrics row, in the words of the `objective`'s terms; it names the
     terms that stand at the rounding `floor` (`cbnb.train.floor`)."""
-    titles = {name: objective.term(name).title.lower() for name in TERMS}
-    noise = at_floor(row, floor, {name: objective.term(name).start for name in TERMS})
+    titles = {name: objective.term(name).title.lower() for name in objective.names}
+    noise = at_floor(row, floor, {name: objective.term(name).start for name in objective.names})
+    twin = f"{titles['twin']} {row['loss_twin']:.3f}  " if objective.has_twin else ""
     return (
         f"step {row['step']}/{total_steps}  {titles['reroute']} {row['loss_reroute']:.3f}  "
-        f"{titles['retain']} {row['loss_retain']:.3f}  {titles['kl']} {row['loss_kl']:.2e}  "
+        f"{titles['retain']} {row['loss_retain']:.3f}  {titles['kl']} {row['loss_kl']:.2e}  {twin}"
         f"loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
         + (f"  (rounding alone: {', '.join(titles[name] for name in noise)})" if noise else "")
     )
@@ -663,7 +669,8 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> BreakerArg
     rows, micro_batches = shares(config, world_size())
     # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would
     # wait
-    beyond = config.beta_kl == 0 and config.lora_layers[1] > max(config.target_layers)
+    has_kl = config.beta_kl > 0 or (config.beta_twin > 0 and find_objective(config.objective).has_twin)
+    beyond = not has_kl and config.lora_layers[1] > max(config.target_layers)
     args = BreakerArguments(
         output_dir=str(folder),
         run_name=folder.parent.name,
@@ -704,9 +711,14 @@ def breaker_trainer(
     teacher: nn.Module | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     cache: TeacherCache | None = None,
+    twins: Sequence[Twin] | None = None,
 ) -> CircuitBreakerTrainer:
-    """Return the trainer of `student`'s adapter on the two streams, with checkpoints in `folder`; with a
-    `cache` (`cbnb.train.teacher_cache`) no teacher is run."""
+    """Return the trainer of `student`'s adapter on the two streams, and the `twins` of an objective with a
+    twin term, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run.
+    Raises ConfigError for twins without such a term, and for such a term without twins."""
+    if find_objective(config.objective).has_twin != (twins is not None):
+        fault = "has a twin term, and no twins were" if twins is None else "has no twin term, and twins were"
+        raise ConfigError(f"the objective {config.objective} {fault} given (cbnb.data.twins)")
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
     breaker, in_parts = CircuitBreaker(student, config, teacher), is_in_parts(student)
@@ -721,7 +733,7 @@ def breaker_trainer(
     trainer = CircuitBreakerTrainer(
         model=breaker,
         args=args,
-        train_dataset=PairedStreams(harmful, benign, length, config.seed),
+        train_dataset=PairedStreams(harmful, benign, length, config.seed, twins),
         data_collator=partial(collate, pad_id=pad_id, buckets=buckets, cache=cache),
         callbacks=list(callbacks),
     )
@@ -774,22 +786,24 @@ def train_breaker(
     teacher: nn.Module | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     cache: TeacherCache | None = None,
+    twins: Sequence[Twin] | None = None,
 ) -> bool:
     """Train `student`'s adapter in place; return True when all `config.total_steps` are done, False when the
     stop file or an interrupt ended the run (in the last step too: whoever stopped it wants nothing more of
     this attempt).
 
     Writes metrics.jsonl and checkpoints to `run`, the last one after the last step, and resumes from its last
-    whole checkpoint if it has one (`resume_point`). With a `cache` (`cbnb.train.teacher_cache`) the teacher's
-    hidden states come from there. The first interrupt asks for a stop too (`stop_on_interrupt`). In a
-    notebook a line of progress is shown, unless a `LiveView` among the `callbacks` shows more. Raises
-    NonFiniteLossError for a NaN or infinite term or gradient, OSError for a full disk, ValueError for a
-    student that was trained before (`mark_trained`)."""
+    whole checkpoint if it has one (`resume_point`). `twins` (`cbnb.data.twins`): for an objective with a twin
+    term. With a `cache` (`cbnb.train.teacher_cache`) the teacher's hidden states come from there. The first
+    interrupt asks for a stop too (`stop_on_interrupt`). In a notebook a line of progress is shown, unless a
+    `LiveView` among the `callbacks` shows more. Raises NonFiniteLossError for a NaN or infinite term or
+    gradient, OSError for a full disk, ValueError for a student that was trained before (`mark_trained`)."""
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     stop, progress = StopFile(run), Progress(in_cell)
     callbacks = [LogWhatCounts(), MetricsLog(run), stop, progress, *callbacks]
     folder = run.path / "checkpoints"
-    trainer = breaker_trainer(student, harmful, benign, config, folder, pad_id, teacher, callbacks, cache)
+    streams = harmful, benign
+    trainer = breaker_trainer(student, *streams, config, folder, pad_id, teacher, callbacks, cache, twins)
     progress.floor = measure_floor(trainer, run, pad_id)
     checkpoint = from_first(lambda: resume_point(run))
     mark_trained(student, checkpoint)

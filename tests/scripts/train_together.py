@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from cbnb.basics.processes import join, rank, world_size
 from cbnb.config import get_config
 from cbnb.data.streams import encode_stream
+from cbnb.data.twins import draft_twins, encode_twins
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.evaluation import evaluate
 from cbnb.masking.masker import ChatMasker
@@ -21,6 +22,7 @@ from cbnb.run.directory import open_run
 from cbnb.run.metrics import write_result
 from cbnb.run.stages import stage
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.step.objectives import find_objective
 from cbnb.train.teacher_cache import open_cache
 from cbnb.train.trainer import train_breaker
 from cbnb.transcripts.tinyworld import make_transcripts
@@ -65,8 +67,12 @@ for job in json.loads(sys.argv[1]):
         }
         | job["config"],
     )
-    harmful, _ = encode_stream(make_transcripts("injection", 20), masker, config.harmful_policy)
+    attacks, twins = make_transcripts("injection", 20), None
+    harmful, _ = encode_stream(attacks, masker, config.harmful_policy)
     benign, _ = encode_stream(make_transcripts("plain", 20), masker, config.benign_policy)
+    if find_objective(config.objective).has_twin:
+        drafts, report = draft_twins(attacks, [])
+        twins = encode_twins(drafts, masker, config, report)
     heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, 5, "eval")]
     run = open_run({"config": json.dumps(job["config"])}, run_dir=job["run_dir"])
     with stage(run, "training"):
@@ -90,6 +96,7 @@ for job in json.loads(sys.argv[1]):
             pad_id,
             callbacks=[StopAfter(run, job["stop_after"])] if job.get("stop_after") else [],
             cache=cache,
+            twins=twins,
         )
         if done:
             if job.get("evaluated"):
