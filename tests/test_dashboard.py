@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 disable_progress_bar()
 folder = Path(FOLDER)
 config = get_config("tinyagent", total_steps=json.loads((folder / "steps.json").read_text()), batch_size=2, warmup_steps=1, save_steps=0)
-masker, teacher_model, cache = ChatMasker(load_tokenizer("tinyagent")), None, None
+masker, teacher_model, cache, twins = ChatMasker(load_tokenizer("tinyagent")), None, None, None
 harmful, _ = encode_stream(make_transcripts("injection", 20), masker, config.harmful_policy)
 benign, _ = encode_stream(make_transcripts("plain", 20), masker, config.benign_policy)
 student = add_adapter(load_model("tinyagent"), config)
