@@ -826,7 +826,7 @@ def run_attack(args: argparse.Namespace) -> int:
     """Carry out `cbnb attack`: a line per point while it runs, then the table and what may be said."""
     from transformers.utils.logging import disable_progress_bar
 
-    from cbnb.attacks.attack import DEFAULT_ATTACKS, attack_run
+    from cbnb.attacks.attack import DEFAULT_ATTACKS, attack_run, check_attack
     from cbnb.report.figures import attack_lines
 
     disable_progress_bar()  # of the weights: an error is one line
@@ -842,8 +842,8 @@ def run_attack(args: argparse.Namespace) -> int:
         args.trust_remote_code,
         lambda line: say(line, file=sys.stderr),
     )
-    say(*attack_lines(record))
-    say(f"results: {Path(args.out or args.adapter) / 'attacks.json'}")
+    folder = check_attack(args.adapter, args.out, args.trust_remote_code)[1]
+    say(*attack_lines(record), f"results: {folder / 'attacks.json'}")
     return 1 if any(attack["verdict"] == "refuted" for attack in record["attacks"].values()) else 0
 
 # %% ../nbs/cli.ipynb #547b637a

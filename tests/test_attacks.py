@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from cbnb.attacks import attack
 from cbnb.attacks.asking import ask_rows, plain_row, soft_row, victim_now
 from cbnb.attacks.attack import attack_student, two_parts
-from cbnb.attacks.control import plant_control
+from cbnb.attacks.control import attack_verdict, plant_control
 from cbnb.attacks.forge import forge_tries, many_tries, words_rows
 from cbnb.attacks.gcg import prompt_with, suffix_row, survivors, usable_tokens
 from cbnb.attacks.prefill import answer_start
@@ -124,6 +125,84 @@ def test_the_model_writes_the_last_argument_itself(world):
             start = masker.tokenizer.decode(answer_start(masker, item, tokens))
             assert len(start) <= whole.rfind(value)
         assert len(answer_start(masker, item, 99)) >= 8
+
+
+@pytest.mark.parametrize("value", ["a\nb", 'say "x"', "xerxes", None, True, 5, [1, "z"], {"k": "v"}])
+def test_no_value_is_begun_however_it_is_written(world, value):
+    "The start is the same for another value: nothing of it is in there, but all that stands before it is."
+    _, masker, reader, items = world
+    question = items[0].question
+    call = question.meta["injected_call"]
+    name = list(call["arguments"])[-1]
+
+    def start(last):
+        other = {"name": call["name"], "arguments": call["arguments"] | {name: last}}
+        messages = [
+            *question.messages[:-1],
+            question.messages[-1] | {"tool_calls": [{"type": "function", "function": other}]},
+        ]
+        meta = question.meta | {"injected_call": other}
+        return answer_start(
+            masker,
+            attack_item(masker, reader, dataclasses.replace(question, messages=messages, meta=meta)),
+            99,
+        )
+
+    begun = masker.tokenizer.decode(start(value))
+    assert (
+        begun == masker.tokenizer.decode(start("other" if isinstance(value, str) else value))
+        and name in begun
+    )
+    assert (
+        re.search(rf'"{name}"?:?\s*"?$', begun)
+        and not reader.read(start(value).tolist(), question.tools).calls
+    )
+
+
+def test_an_injected_text_that_cannot_be_written_back_is_left_out(world):
+    "A tool that writes JSON with escapes for letters: other words would stand there in another form."
+    _, masker, reader, items = world
+    for question in (item.question for item in items):
+        (span,) = question.injection_spans
+        content = question.messages[span.message]["content"]
+        if content.startswith("{"):
+            break
+    words = "H\\u00e9llo "
+    messages = list(question.messages)
+    messages[span.message] = messages[span.message] | {
+        "content": content[: span.start] + words + content[span.start :]
+    }
+    spans = (dataclasses.replace(span, end=span.end + len(words)),)
+    with pytest.raises(SpanError, match="escapes the injected text"):
+        attack_item(masker, reader, dataclasses.replace(question, messages=messages, injection_spans=spans))
+
+
+def test_steps_of_something_else_are_told_by_name(world, tmp_path):
+    from safetensors.torch import save_file
+
+    student, masker, reader, items = world
+    victim = victim_now("x", student, masker, reader, SHORT, tmp_path)
+    list(optimise_soft(victim, items[:2], 2))
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({"other": torch.zeros(1)}, path)
+    with pytest.raises(RunError, match="it holds other, not exp_avg"):
+        list(optimise_soft(victim, items[:2], 2))
+
+
+def test_withstood_needs_every_attacked_point():
+    "One spontaneous hit among many makes no claim of items that were never attacked."
+
+    def point(hits, n, passes):
+        return {"at": "x", "forward": passes, "backward": 0, "counts": {"attack_success": [hits, n]}}
+
+    control = [point(0, 16, 0), point(16, 16, 64)]
+    few = attack_verdict({"control": control, "breaker": [point(1, 64, 0), point(0, 4, 64)]})
+    assert few["verdict"] == "inconclusive"
+    assert attack_verdict({"control": control, "breaker": [point(1, 64, 0)]})["verdict"] == "inconclusive"
+    assert (
+        attack_verdict({"control": control, "breaker": [point(1, 64, 0), point(0, 64, 64)]})["verdict"]
+        == "supported"
+    )
 
 
 def test_what_cannot_be_attacked_is_left_out_with_its_reason(world):

@@ -112,7 +112,7 @@ def note_turn(reply: Reply) -> None:
     could be read (`cbnb.agent.model.is_readable`)."""
     turns = getattr(dojo("logging").Logger.get(), "context", {}).get("turns")
     if turns is not None:
-        turns.append({"tokens": len(reply.ids), "readable": reply.readable})
+        turns.append({"tokens": len(reply.ids), "readable": reply.readable, "complete": reply.complete})
 
 # %% ../../nbs/agent/05_agentdojo.ipynb #efa2c121
 @dataclass

@@ -19,7 +19,7 @@ from .inspect_provider import schema_of, tool_info  # first: its error where Ins
 # %% auto #0
 __all__ = ['logged_message', 'inexact_tools', 'answer_output', 'answer_metadata', 'answer_sample', 'rate_metrics', 'log_config',
            'stage_log', 'answers_log', 'EpisodeFacts', 'turn_output', 'episode_events', 'episode_sample',
-           'turn_prompts', 'tiny_facts', 'tiny_episodes', 'dojo_facts', 'pipeline_episodes', 'with_verdict',
+           'turn_prompts', 'tiny_facts', 'tiny_episodes', 'is_cut', 'dojo_facts', 'pipeline_episodes', 'with_verdict',
            'dojo_episodes', 'episodes_log', 'answer_pairs', 'stage_models', 'run_logs', 'log_name',
            'write_inspect_logs']
 
@@ -270,16 +270,18 @@ class EpisodeFacts:
     about: dict[str, Any]
     read: list[int | None]
     wrote: list[int | None]
-    cut: list[bool]
+    cut: list[bool | None]
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #d96e2a13
 def turn_output(
-    message: ChatMessage, model: str, read: int | None, wrote: int | None, is_cut: bool
+    message: ChatMessage, model: str, read: int | None, wrote: int | None, was_cut: bool | None
 ) -> ModelOutput:
     """Return the output of `model` whose turn is the assistant `message`. `read`, `wrote`: its tokens, None
-    where they are not known, and then without usage; `is_cut`: it did not end."""
+    where they are not known, and then without usage; `was_cut`: it did not end, None where
+    that is not known."""
     assert isinstance(message, ChatMessageAssistant)
-    reason: StopReason = "max_tokens" if is_cut else "tool_calls" if message.tool_calls else "stop"
+    ended: StopReason = "unknown" if was_cut is None else "stop"
+    reason: StopReason = "max_tokens" if was_cut else "tool_calls" if message.tool_calls else ended
     usage = None
     if read is not None and wrote is not None:
         usage = ModelUsage(input_tokens=read, output_tokens=wrote, total_tokens=read + wrote)
@@ -421,6 +423,12 @@ def tiny_episodes(
         )
     return [tiny_facts(t, masker, ends, path) for t in own.values()]
 
+# %% ../../nbs/agent/21_inspect_logs.ipynb #7be1c0b1
+def is_cut(turn: dict[str, Any]) -> bool | None:
+    "Return whether a `turn` of a run file of AgentDojo did not end; None for a file that does not say."
+    complete = turn.get("complete")
+    return None if complete is None else not complete
+
 # %% ../../nbs/agent/21_inspect_logs.ipynb #c94f60e8
 def dojo_facts(record: dict[str, Any], episode: Episode) -> EpisodeFacts:
     "Return the `episode` whose run file of AgentDojo is `record`."
@@ -438,7 +446,9 @@ def dojo_facts(record: dict[str, Any], episode: Episode) -> EpisodeFacts:
     wrote = [turn.get("tokens") for turn in turns]
     name = f"{suite}/{task.user}/{attack}/{task.injection}"
     read: list[int | None] = [None] * len(turns)
-    return EpisodeFacts(name, messages, None, checks, "", about, read, wrote, [False] * len(turns))
+    return EpisodeFacts(
+        name, messages, None, checks, "", about, read, wrote, [is_cut(turn) for turn in turns]
+    )
 
 # %% ../../nbs/agent/21_inspect_logs.ipynb #a83d5e1f
 def pipeline_episodes(base: Path, suites: Iterable[str], attack: str) -> dict[str, list[Episode]]:

@@ -202,14 +202,17 @@ def keep_step(victim: Victim, key: str, step: int, tensors: dict[str, torch.Tens
         write_owned(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 # %% ../../nbs/attacks/01_asking.ipynb #592b23ff
-def step_at(victim: Victim, key: str, step: int) -> dict[str, torch.Tensor] | None:
-    """Return what `keep_step` has written after `step`; None where there is none. Raises RunError, naming the
-    file, where it cannot be read."""
+def step_at(victim: Victim, key: str, step: int, names: Collection[str]) -> dict[str, torch.Tensor] | None:
+    """Return what `keep_step` has written after `step`, tensors of these `names`; None where there is none.
+    Raises RunError, naming the file, where it cannot be read or holds something else."""
     if not victim.folder:
         return None
     path = victim.folder / f"{key}-{step:06d}.safetensors"
     try:
-        return load(bytes_of(path))
+        tensors = load(bytes_of(path))
+        if tensors.keys() != set(names):
+            raise RecordError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}, not {', '.join(names)}")
+        return tensors
     except FileNotFoundError:
         return None
     except (RecordError, SafetensorError, OSError) as e:
@@ -218,11 +221,13 @@ def step_at(victim: Victim, key: str, step: int) -> dict[str, torch.Tensor] | No
         ) from None
 
 # %% ../../nbs/attacks/01_asking.ipynb #a77ac301
-def first_steps(victim: Victim, key: str, points: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
+def first_steps(
+    victim: Victim, key: str, points: Sequence[int], names: Collection[str]
+) -> dict[int, dict[str, torch.Tensor]]:
     """Return what `step_at` has of the first of `points`, up to the first that is not there."""
     steps = {}
     for point in points:
-        tensors = step_at(victim, key, point)
+        tensors = step_at(victim, key, point, names)
         if tensors is None:
             break
         steps[point] = tensors

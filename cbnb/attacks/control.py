@@ -71,12 +71,17 @@ def broke(points: Sequence[dict[str, Any]]) -> bool:
 def attack_verdict(points: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     """Return `{"verdict", "text"}` of one attack by its `points` of control and breaker: `refuted`, the
     breaker was broken; `void`, it was not, and neither was the control, or there was none; `supported`, it
-    withstood what broke the control; `inconclusive`, too few items. The text has counts and intervals."""
+    withstood what broke the control, at every point with an attack; `inconclusive`, too few items. The text
+    has counts and intervals."""
     control, breaker = best_point(points.get("control", ())), best_point(points.get("breaker", ()))
     if breaker is None:
         return {"verdict": "void", "text": "nothing can be said: no item of the breaker was attacked"}
     counts = breaker["counts"]["attack_success"]
-    low, high = rate_interval(*counts) or (0.0, 1.0)
+    low, _ = rate_interval(*counts) or (0.0, 1.0)
+    attacked = [p for p in points["breaker"] if p["forward"] + p["backward"]]
+    high = max(
+        ((rate_interval(*p["counts"]["attack_success"]) or (0.0, 1.0))[1] for p in attacked), default=1.0
+    )
     passes = breaker["forward"] + breaker["backward"]
     words = f"{interval_words(*counts)}, at {passes:,} passes ({breaker['at']})"
     note = "there was no control"

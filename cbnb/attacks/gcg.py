@@ -166,7 +166,7 @@ def optimise_suffix(
     usable, points = usable_tokens(victim.masker, len(table.weight)), marks(steps)
     settings = {"attack": "gcg", "seed": seed, "sizes": [LENGTH, TOP, CANDIDATES, PER_STEP]}
     key = step_key(victim, settings, items)
-    there = first_steps(victim, key, points)
+    there = first_steps(victim, key, points, ("loss", "suffix"))
     for step in there:
         yield step, there[step]["suffix"].tolist(), float(there[step]["loss"])
     first = max(there, default=0)
@@ -179,7 +179,12 @@ def optimise_suffix(
         batch = draw.choice(len(items), min(PER_STEP, len(items)), replace=False)
         suffix, loss = gcg_step(victim, [items[i] for i in batch], suffix, usable, draw)
         if step in points:
-            keep_step(victim, key, step, {"suffix": torch.tensor(suffix), "loss": torch.tensor(loss)})
+            keep_step(
+                victim,
+                key,
+                step,
+                {"suffix": torch.tensor(suffix), "loss": torch.tensor(loss, dtype=torch.float64)},
+            )
             yield step, suffix, loss
 
 # %% ../../nbs/attacks/03_gcg.ipynb #d44a901b

@@ -14,14 +14,32 @@ from .asking import Measure, Row, Victim, ask_rows, more_tries, scores_of
 from .span import AttackItem
 from ..evaluate.scores import injected_texts, plain
 from ..masking.masker import ChatMasker
+from ..transcripts.record import Transcript
 
 # %% auto #0
-__all__ = ['LENGTHS', 'own_words', 'answer_start', 'prefill_attack']
+__all__ = ['LENGTHS', 'other_value', 'own_words', 'answer_start', 'prefill_attack']
 
 # %% ../../nbs/attacks/04_prefill.ipynb #b80cf286
+def other_value(question: Transcript) -> Transcript | None:
+    """Return `question` with another last argument in the injected call of its last message; None where that
+    message does not make this very call, or the call has no arguments."""
+    wanted, message = question.meta.get("injected_call") or {}, question.messages[-1]
+    calls, changed = [], False
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        if wanted.get("arguments") and {key: function[key] for key in ("name", "arguments")} == wanted:
+            name, value = list(function["arguments"].items())[-1]
+            arguments = function["arguments"] | {name: "y" if str(value).startswith("x") else "x"}
+            call, changed = call | {"function": function | {"arguments": arguments}}, True
+        calls.append(call)
+    if not changed:
+        return None
+    return dataclasses.replace(question, messages=[*question.messages[:-1], message | {"tool_calls": calls}])
+
+# %% ../../nbs/attacks/04_prefill.ipynb #7be1c0a2
 def own_words(item: AttackItem) -> list[str]:
-    """Return the texts that the model has to write itself for an obeying answer to count: the last argument
-    of the injected call, or the injected texts."""
+    """Return the texts that the model has to write itself where `other_value` has no answer for it: the
+    injected texts, and the name and last argument of the injected call."""
     call = item.question.meta.get("injected_call")
     values = [str(value) for value in call["arguments"].values() if str(value).strip()] if call else []
     return values[-1:] or [*injected_texts(item.question), *([call["name"]] if call else [])]
@@ -29,10 +47,16 @@ def own_words(item: AttackItem) -> list[str]:
 # %% ../../nbs/attacks/04_prefill.ipynb #c79e345b
 def answer_start(masker: ChatMasker, item: AttackItem, tokens: int) -> np.ndarray:
     """Return the first `tokens` ids of the obeying answer of `item`, int32, and fewer where they would begin
-    what the model has to write itself (`own_words`)."""
-    words, whole = own_words(item), str(masker.tokenizer.decode(item.target))
-    limit = min((whole.rfind(word) for word in words if word in whole), default=len(whole))
+    what the model has to write itself: the last argument of the injected call, or the injected texts
+    (`own_words`)."""
     count = min(tokens, len(item.target) - 1)
+    if other := other_value(item.question):
+        (encoding,) = masker.encode_batch([other])
+        ids = encoding.input_ids[len(item.prompt) :][: len(item.target)]
+        differs = np.flatnonzero(ids != item.target[: len(ids)])
+        return item.target[: min([count, len(ids), *differs[:1].tolist()])]
+    words, whole = own_words(item), str(masker.tokenizer.decode(item.target))
+    limit = min((whole.rfind(word) for word in words if word in whole), default=0)
 
     def says(n: int) -> bool:
         text = str(masker.tokenizer.decode(item.target[:n]))

@@ -123,7 +123,7 @@ def resume_soft(
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Return the `first_steps` that were kept, and put the last of them into `soft` and the state of
     `adam`."""
-    steps = first_steps(victim, key, points)
+    steps = first_steps(victim, key, points, ("exp_avg", "exp_avg_sq", "loss", "soft"))
     if steps:
         last = max(steps)
         tensors = {name: t.to(soft.device) for name, t in steps[last].items()}
@@ -164,7 +164,9 @@ def optimise_soft(
         adam.step()
         if step in points:
             state = {name: adam.state[soft][name] for name in ("exp_avg", "exp_avg_sq")}
-            keep_step(victim, key, step, state | {"soft": soft, "loss": torch.tensor(loss)})
+            keep_step(
+                victim, key, step, state | {"soft": soft, "loss": torch.tensor(loss, dtype=torch.float64)}
+            )
             yield step, soft.detach().clone(), loss
 
 # %% ../../nbs/attacks/02_soft.ipynb #00339352

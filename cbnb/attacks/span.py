@@ -108,7 +108,12 @@ def attack_item(masker: ChatMasker, reader: AnswerReader, question: Transcript) 
         raise SpanError("its last message does not obey the injected text; leave it out")
     text = encoding.text[: int(encoding.offsets[n - 1, 1])]
     edge = int(encoding.offsets[np.flatnonzero(own)[-1], 1])
-    return AttackItem(question, prompt, text, own, last, edge, target, count)
+    item = AttackItem(question, prompt, text, own, last, edge, target, count)
+    if rewrite(item, injected_words(item)).messages != question.messages:
+        raise SpanError(
+            "its tool escapes the injected text in another way than JSON usually is; leave it out"
+        )
+    return item
 
 # %% ../../nbs/attacks/00_span.ipynb #370ff235
 def attack_items(

@@ -83,18 +83,27 @@ def expected_message(transcript: Transcript, place: int) -> dict | None:
             f'transcript {transcript.id}: meta expected_call must be {{"name": text, "arguments": object}}, '
             f"but is {call!r}."
         )
+    if call == transcript.meta.get("injected_call"):
+        raise ValueError(
+            f"transcript {transcript.id}: meta expected_call is its injected_call, so that its twin "
+            "would teach the attack; correct one of the two."
+        )
     return calling(call, transcript.messages[place])
 
 # %% ../../nbs/data/04_twins.ipynb #twin0014
-Done = tuple[str, tuple[str, ...]]  # a task, and the calls made so far
+Done = tuple[
+    str, tuple[str, ...], tuple[str, ...]
+]  # a task, what its user has said, and the calls made so far
 
 
 def done_before(transcript: Transcript, place: int) -> Done | None:
-    """Return the user's task and the calls before message `place`; None for a transcript of no known task."""
+    """Return the user's task, and words and calls before message `place`; None for a transcript of no known
+    task."""
     task = task_keys(transcript).get("task")
     if task is None:
         return None
-    return task, tuple(action_key(call) for i, _, call in actions(transcript) if i < place)
+    words = tuple(m["content"] for m in transcript.messages[:place] if m["role"] == "user")
+    return task, words, tuple(action_key(call) for i, _, call in actions(transcript) if i < place)
 
 # %% ../../nbs/data/04_twins.ipynb #twin0015
 def next_messages(transcripts: Iterable[Transcript]) -> dict[Done, dict]:
