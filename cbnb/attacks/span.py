@@ -23,8 +23,8 @@ from ..transcripts.injections import find_injection
 from ..transcripts.record import InjectionSpan, Transcript
 
 # %% auto #0
-__all__ = ['SpanError', 'span_place', 'owned_tokens', 'AttackItem', 'attack_item', 'attack_items', 'check_owned', 'insertion',
-           'written_as', 'injected_words', 'with_suffix', 'rewrite', 'rewritten_prompt']
+__all__ = ['SpanError', 'span_place', 'owned_tokens', 'AttackItem', 'written_as', 'injected_words', 'rewrite', 'attack_item',
+           'attack_items', 'check_owned', 'insertion', 'with_suffix', 'rewritten_prompt']
 
 # %% ../../nbs/attacks/00_span.ipynb #c8cb41e1
 class SpanError(ValueError):
@@ -77,6 +77,45 @@ class AttackItem:
     edge: int
     target: np.ndarray
     call_tokens: int
+
+# %% ../../nbs/attacks/00_span.ipynb #4e799f49
+def written_as(content: str, words: str) -> str:
+    """Return `words` as they stand in a tool's result such as `content`: escaped where that is JSON."""
+    try:
+        is_json = isinstance(json.loads(content), (dict, list))
+    except ValueError:
+        is_json = False
+    return json.dumps(words, ensure_ascii=False)[1:-1] if is_json else words
+
+# %% ../../nbs/attacks/00_span.ipynb #4695248d
+def injected_words(item: AttackItem) -> str:
+    """Return the text of the last injection of `item`, as the attacker wrote it: what its tool has escaped is
+    undone."""
+    span = max(item.question.injection_spans, key=lambda s: (s.message, s.start))
+    content = item.question.messages[span.message]["content"]
+    words = content[span.start : span.end]
+    try:
+        text = json.loads(f'"{words}"')
+    except ValueError:
+        return words
+    return text if written_as(content, text) == words else words
+
+# %% ../../nbs/attacks/00_span.ipynb #52c51fe0
+def rewrite(item: AttackItem, words: str) -> Transcript:
+    """Return the question of `item` with `words` in the place of its last injected text; the spans follow."""
+    question = item.question
+    last = max(question.injection_spans, key=lambda s: (s.message, s.start))
+    content = question.messages[last.message]["content"]
+    text = written_as(content, words)
+    content = content[: last.start] + text + content[last.end :]
+    messages = list(question.messages)
+    messages[last.message] = {**messages[last.message], "content": content}
+    new = replace(last, end=last.start + len(text))
+    return replace(
+        question,
+        messages=messages,
+        injection_spans=tuple(new if s == last else s for s in question.injection_spans),
+    )
 
 # %% ../../nbs/attacks/00_span.ipynb #f811115e
 def attack_item(masker: ChatMasker, reader: AnswerReader, question: Transcript) -> AttackItem:
@@ -148,28 +187,6 @@ def insertion(item: AttackItem) -> int:
     last = int(np.flatnonzero(item.own)[-1])
     return int(check_owned(item, [last])[0]) + 1
 
-# %% ../../nbs/attacks/00_span.ipynb #4e799f49
-def written_as(content: str, words: str) -> str:
-    """Return `words` as they stand in a tool's result such as `content`: escaped where that is JSON."""
-    try:
-        is_json = isinstance(json.loads(content), (dict, list))
-    except ValueError:
-        is_json = False
-    return json.dumps(words, ensure_ascii=False)[1:-1] if is_json else words
-
-# %% ../../nbs/attacks/00_span.ipynb #4695248d
-def injected_words(item: AttackItem) -> str:
-    """Return the text of the last injection of `item`, as the attacker wrote it: what its tool has escaped is
-    undone."""
-    span = max(item.question.injection_spans, key=lambda s: (s.message, s.start))
-    content = item.question.messages[span.message]["content"]
-    words = content[span.start : span.end]
-    try:
-        text = json.loads(f'"{words}"')
-    except ValueError:
-        return words
-    return text if written_as(content, text) == words else words
-
 # %% ../../nbs/attacks/00_span.ipynb #9a22d14f
 def with_suffix(item: AttackItem, text: str) -> str:
     """Return the words of the last injection of `item` with `text` behind the attacker's last whole token.
@@ -178,23 +195,6 @@ def with_suffix(item: AttackItem, text: str) -> str:
     if not words.endswith(tail):
         raise SpanError(f"the injected text of {item.question.id} ends otherwise in its prompt; leave it out")
     return words[: len(words) - len(tail)] + text + tail
-
-# %% ../../nbs/attacks/00_span.ipynb #52c51fe0
-def rewrite(item: AttackItem, words: str) -> Transcript:
-    """Return the question of `item` with `words` in the place of its last injected text; the spans follow."""
-    question = item.question
-    last = max(question.injection_spans, key=lambda s: (s.message, s.start))
-    content = question.messages[last.message]["content"]
-    text = written_as(content, words)
-    content = content[: last.start] + text + content[last.end :]
-    messages = list(question.messages)
-    messages[last.message] = {**messages[last.message], "content": content}
-    new = replace(last, end=last.start + len(text))
-    return replace(
-        question,
-        messages=messages,
-        injection_spans=tuple(new if s == last else s for s in question.injection_spans),
-    )
 
 # %% ../../nbs/attacks/00_span.ipynb #9608a6a1
 def rewritten_prompt(masker: ChatMasker, item: AttackItem, words: str) -> tuple[Transcript, np.ndarray]:
