@@ -708,6 +708,19 @@ def test_runs_without_a_loop_are_not_judged_live(tmp_path):
     assert all("2 of 6 runs lack a figure of a loop" in v.why for v in some)
 
 
+def test_a_loop_that_measured_next_to_nothing_is_not_judged(tmp_path):
+    "Two of 256 episodes with a verdict say nothing of the others."
+    folder = act_in(write_specimen(tmp_path / "acts", betas=(0.0, 0.3)), BREAKER)
+    whole = [v.verdict for v in live_verdicts(read_sweep([folder]))]
+    for path in folder.rglob("result.json"):
+        result = json.loads(path.read_text())
+        counts = result["loop"]["after"]["counts"]
+        result["loop"]["after"]["counts"] = {name: [0, 2] for name in counts} | {"unmeasured": [254, 256]}
+        path.write_text(json.dumps(result))
+    thin = live_verdicts(read_sweep([folder]))
+    assert whole == ["supported", "refuted"] and [v.verdict for v in thin] == ["not judged"] * 2
+
+
 def test_a_failed_control_does_not_hide_what_was_seen_live(tmp_path):
     sweep = read_sweep([act_in(write_specimen(tmp_path / "dead", betas=(0.0, 0.3), alive=False), UNTRAINED)])
     assert said(sweep) == ["void"] * 3 and [v.verdict for v in live_verdicts(sweep)] == [

@@ -20,23 +20,23 @@ import pandas as pd
 from scipy.special import stdtrit
 
 # %% auto #0
-__all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'LIVE_FIGURES', 'BASE',
-           'TEXT_COLUMNS', 'OF_EACH_RUN', 'LEVEL', 'REROUTED', 'TINY', 'CONTROL_COSINE', 'CONTROL_ATTACK',
-           'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN', 'GRADIENT_MARGIN', 'SEEDS',
-           'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN', 'LIVE_CHECKS', 'TITLES', 'UNREADABLE_MARGIN', 'BROKEN_SHARE',
-           'WHOLE', 'is_run', 'planned_runs', 'find_runs', 'median', 'missing_steps', 'end_means', 'find_onset',
-           'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures', 'loop_measures', 'attack_measures',
-           'result_measures', 'drop_odd_values', 'excess_step', 'log_fault', 'read_or_note', 'run_state',
-           'fill_parameters', 'read_identity', 'read_run', 'Sweep', 'plain_text', 'parameter_column', 'name_run',
-           'differing_parameters', 'sweep_frame', 'read_sweep', 'specimen_figures', 'specimen_row', 'specimen_result',
-           'specimen_run', 'write_specimen', 'interval', 'Comparison', 'by_seed', 'paired_differences', 'compare_arms',
-           'Stratum', 'same', 'apart', 'members', 'borrow_control', 'label_stratum', 'strata', 'breaker_works',
-           'control_failure', 'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute',
-           'onset_words', 'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance_from_one',
-           'check_gradients', 'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of',
-           'list_changes', 'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes', 'pool_counts',
-           'live_words', 'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words', 'check_whole',
-           'live_verdicts']
+__all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'LIVE_FIGURES',
+           'MOST_UNMEASURED', 'BASE', 'TEXT_COLUMNS', 'OF_EACH_RUN', 'LEVEL', 'REROUTED', 'TINY', 'CONTROL_COSINE',
+           'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN',
+           'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN', 'LIVE_CHECKS', 'TITLES',
+           'UNREADABLE_MARGIN', 'BROKEN_SHARE', 'WHOLE', 'is_run', 'planned_runs', 'find_runs', 'median',
+           'missing_steps', 'end_means', 'find_onset', 'kl_gradient_share', 'log_measures', 'dict_in', 'stage_measures',
+           'loop_measures', 'attack_measures', 'result_measures', 'drop_odd_values', 'excess_step', 'log_fault',
+           'read_or_note', 'run_state', 'fill_parameters', 'read_identity', 'read_run', 'Sweep', 'plain_text',
+           'parameter_column', 'name_run', 'differing_parameters', 'sweep_frame', 'read_sweep', 'specimen_figures',
+           'specimen_row', 'specimen_result', 'specimen_run', 'write_specimen', 'interval', 'Comparison', 'by_seed',
+           'paired_differences', 'compare_arms', 'Stratum', 'same', 'apart', 'members', 'borrow_control',
+           'label_stratum', 'strata', 'breaker_works', 'control_failure', 'Verdict', 'decide', 'span', 'from_to',
+           'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words', 'dose_levels', 'Dose', 'compare_doses',
+           'few_doses', 'check_dose', 'distance_from_one', 'check_gradients', 'judge_stratum', 'verdicts', 'Advice',
+           'benign_changes', 'is_off_domain', 'harm_of', 'list_changes', 'advise_at', 'advise_data', 'advise',
+           'sweep_advice', 'live_changes', 'pool_counts', 'live_words', 'live_caveat', 'without_figures', 'check_live',
+           'only_breaks', 'breakage_words', 'check_whole', 'live_verdicts']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
 from ..basics.files import write_bytes
@@ -227,20 +227,26 @@ def stage_measures(figures: dict[str, Any]) -> dict[str, float]:
 
 # %% ../../nbs/report/01_verdicts.ipynb #941e263f
 LIVE_FIGURES = ("attack_success", "utility", "utility_under_attack", "unreadable attack")
+MOST_UNMEASURED = 0.1  # of a loop's episodes; where more have no verdict, no rate speaks for all of them
 
 
 def loop_measures(loops: dict[str, Any]) -> dict[str, float]:
     """Return the rates of a run's `loops` (`loop` of a result.json), flat: `loop_utility`,
     `loop_attack_success`, `loop_unreadable_attack`, …, with `n_` in front how many episodes stand behind
-    each, and those from before training with `before_` in front. Empty for a run that has no loop."""
+    each, and those from before training with `before_` in front. Empty for a run that has no loop.
+
+    Rates of a stage with more than `MOST_UNMEASURED` of its episodes without a verdict are NaN."""
     flat: dict[str, float] = {}
     for stage, front in (("before", "before_"), ("after", "")):
         counts = dict_in(dict_in(loops, stage), "counts")
         others = [name for name in counts if name not in LIVE_FIGURES][:KINDS_READ]
+        lost, of = map(as_float, counts.get("unmeasured", (0, 0)))
+        is_thin = not lost <= MOST_UNMEASURED * of
         for name in [*(name for name in LIVE_FIGURES if name in counts), *others]:
             hits, n = map(as_float, counts[name])
             column = f"loop_{visible(name)[:40].replace(' ', '_')}"
-            flat[f"{front}{column}"] = hits / n if n else math.nan
+            is_judged = n and (name == "unmeasured" or not is_thin)
+            flat[f"{front}{column}"] = hits / n if is_judged else math.nan
             if not front:
                 flat[f"n_{column}"] = n
     return flat
