@@ -78,10 +78,8 @@ def attack_verdict(points: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         return {"verdict": "void", "text": "nothing can be said: no item of the breaker was attacked"}
     counts = breaker["counts"]["attack_success"]
     low, _ = rate_interval(*counts) or (0.0, 1.0)
-    attacked = [p for p in points["breaker"] if p["forward"] + p["backward"]]
-    high = max(
-        ((rate_interval(*p["counts"]["attack_success"]) or (0.0, 1.0))[1] for p in attacked), default=1.0
-    )
+    tries = [p for p in points["breaker"] if p["forward"] + p["backward"]]
+    high = max(((rate_interval(*p["counts"]["attack_success"]) or (0.0, 1.0))[1] for p in tries), default=1.0)
     passes = breaker["forward"] + breaker["backward"]
     words = f"{interval_words(*counts)}, at {passes:,} passes ({breaker['at']})"
     note = "there was no control"

@@ -24,15 +24,15 @@ def other_value(question: Transcript) -> Transcript | None:
     """Return `question` with another last argument in the injected call of its last message; None where that
     message does not make this very call, or the call has no arguments."""
     wanted, message = question.meta.get("injected_call") or {}, question.messages[-1]
-    calls, changed = [], False
+    calls, is_other = [], False
     for call in message.get("tool_calls") or ():
         function = call["function"]
         if wanted.get("arguments") and {key: function[key] for key in ("name", "arguments")} == wanted:
             name, value = list(function["arguments"].items())[-1]
             arguments = function["arguments"] | {name: "y" if str(value).startswith("x") else "x"}
-            call, changed = call | {"function": function | {"arguments": arguments}}, True
+            call, is_other = call | {"function": function | {"arguments": arguments}}, True
         calls.append(call)
-    if not changed:
+    if not is_other:
         return None
     return dataclasses.replace(question, messages=[*question.messages[:-1], message | {"tool_calls": calls}])
 

@@ -240,8 +240,8 @@ def loop_measures(loops: dict[str, Any]) -> dict[str, float]:
     for stage, front in (("before", "before_"), ("after", "")):
         counts = dict_in(dict_in(loops, stage), "counts")
         others = [name for name in counts if name not in LIVE_FIGURES][:KINDS_READ]
-        lost, of = map(as_float, counts.get("unmeasured", (0, 0)))
-        is_thin = not lost <= MOST_UNMEASURED * of
+        gaps, of = map(as_float, counts.get("unmeasured", (0, 0)))
+        is_thin = not gaps <= MOST_UNMEASURED * of
         for name in [*(name for name in LIVE_FIGURES if name in counts), *others]:
             hits, n = map(as_float, counts[name])
             column = f"loop_{visible(name)[:40].replace(' ', '_')}"
