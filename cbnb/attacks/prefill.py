@@ -77,10 +77,10 @@ def prefill_attack(victim: Victim, items: Sequence[AttackItem], most: int) -> It
     scores: dict[str, list[dict[str, bool]]] = {}
     tries = [(f"{n} tokens", [n] * len(items)) for n in LENGTHS]
     tries.append(("the call", [item.call_tokens for item in items]))
+    starts = [answer_start(victim.masker, item, len(item.target)) for item in items]
     for number, (words, sizes) in enumerate(tries[: most // max(1, len(items))], 1):
         rows = [
-            Row(item.question, item.prompt, answer_start(victim.masker, item, size))
-            for item, size in zip(items, sizes)
+            Row(item.question, item.prompt, start[:size]) for item, start, size in zip(items, starts, sizes)
         ]
         answers = ask_rows(victim, rows, f"prefill {words} {victim.name}")
         scores = more_tries(scores, scores_of(answers))

@@ -90,7 +90,7 @@ def start_vectors(victim: Victim, number: int, seed: int) -> torch.Tensor:
         return table(ids.to(table.weight.device)).float()
 
 # %% ../../nbs/attacks/02_soft.ipynb #53690ac4
-def soft_settings(items: Sequence[AttackItem], each: bool, seed: int, rate: float) -> dict[str, Any]:
+def soft_settings(each: bool, seed: int, rate: float) -> dict[str, Any]:
     """Return what a soft prompt depends on beside the victim and the items."""
     return {"attack": "soft", "each": each, "seed": seed, "rate": rate, "vectors": VECTORS, "batch": BATCH}
 
@@ -151,7 +151,7 @@ def optimise_soft(
     one."""
     soft = start_vectors(victim, len(items) if each else 1, seed)
     adam = torch.optim.Adam([soft], lr=rate * float(soft.pow(2).mean().sqrt()))
-    key, points = step_key(victim, soft_settings(items, each, seed, rate), items), marks(steps)
+    key, points = step_key(victim, soft_settings(each, seed, rate), items), marks(steps)
     soft.requires_grad_()
     there = resume_soft(victim, key, points, soft, adam)
     for point, tensors in there.items():
