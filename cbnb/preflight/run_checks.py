@@ -33,7 +33,7 @@ from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, figure_bundle
-from ..step.objectives import Term, describe_terms, find_objective
+from ..step.objectives import OPTIONAL_NAMES, Term, describe_terms, find_objective
 from ..train.alarms import dead_line, foretell, name_in_text, own_weight, weight_words
 from ..train.trainer import KEEP, term_names
 
@@ -101,7 +101,7 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
     by_weight = ", ".join(
         f"{term.title} by {factor_words(term, config)}"
         for name, term in terms.items()
-        if name in ("kl", "twin")
+        if name in ("kl", *OPTIONAL_NAMES)
     )
     beta = BETA.judge(config.beta_kl, 1)
     if not config.beta_kl:
