@@ -209,11 +209,11 @@ def no_twins(report: StreamReport) -> EmptyStream:
     )
 
 # %% ../../nbs/data/04_twins.ipynb #pf0twn01
-def is_choice(draft: Draft, chosen: np.ndarray, rejected: np.ndarray) -> bool:
-    """Return whether what the attacked run did, whose tokens that count are `rejected` (int32 [N]), is
-    neither the `chosen` action nor, as far as attack-free runs tell (`cbnb.masking.actions.action_origins`),
-    another one of the user's task."""
-    if np.array_equal(chosen, rejected):
+def is_choice(draft: Draft, action: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether what the attacked run did, whose tokens that count are `other` (int32 [N]), is neither
+    the user's `action` (int32 [N]) nor another one of the user's task, as far as attack-free runs tell
+    (`cbnb.masking.actions.action_origins`)."""
+    if np.array_equal(action, other):
         return False
     if not draft.rejected.meta.get("own_work", {}).get("runs"):
         return True

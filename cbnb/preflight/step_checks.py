@@ -693,7 +693,7 @@ def twin_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #pf2scr01
 MEASURED_PREFERENCE = (
-    "loss_preference {measured:.6g}, −log σ(β · difference of log-ratios) {wanted:.6g} "
+    "loss_preference {measured:.6g}, −log σ(β · difference of log-ratios) {formula:.6g} "
     "(float64, {pairs} pairs)"
 )
 PREFERENCE_LOSS = Criterion(
@@ -726,9 +726,11 @@ def preference_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
             theirs = [log_prob(teacher, rows) for rows in sides]
         used = batch_terms(breaker, batch)["loss_preference"].item()
     values = pair_dpo(ours[0], ours[1], theirs[0], theirs[1], config.dpo_beta)
-    wanted = values.mean().item()
-    margin = 1e-3 * max(wanted, 1e-6)
-    return [PREFERENCE_LOSS.judge(used, (wanted - margin, wanted + margin), wanted=wanted, pairs=len(values))]
+    formula = values.mean().item()
+    margin = 1e-3 * max(formula, 1e-6)
+    return [
+        PREFERENCE_LOSS.judge(used, (formula - margin, formula + margin), formula=formula, pairs=len(values))
+    ]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #2b74c549
 PADDING = Criterion(

@@ -555,7 +555,7 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "retain": ("#009E73", "dash", 1.5),
     "KL": ("#0072B2", "dot", 2),
     "twin KL": ("#CC79A7", "longdash", 1.5),
-    "preference": ("#E69F00", "longdash", 1.5),
+    "preference": ("#9A7D0A", "longdash", 1.5),
     "loss": ("#808080", "solid", 2.5),
     "total": ("#808080", "solid", 1.5),
     "c_s": ("#D55E00", "solid", 1.5),
@@ -619,8 +619,10 @@ def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
     norms = {f"grad_norm_{name}": LINE_OF[name] for name in terms}
     reroute, retain = (terms[name] for name in TERM_NAMES[:2])
     kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", *OPTIONAL_NAMES)}
-    shown = [terms[name.removeprefix("loss_")] for name in kls]
-    titles, units = (" and ".join(dict.fromkeys(words)) for words in zip(*((t.title, t.unit) for t in shown)))
+    curves = [terms[name.removeprefix("loss_")] for name in kls]
+    titles, units = (
+        " and ".join(dict.fromkeys(words)) for words in zip(*((t.title, t.unit) for t in curves))
+    )
     return (
         (term_title(reroute), False, {"loss_reroute": "reroute"}, max(reroute.high or 0.0, 0.0)),
         ("loss and its weighted terms; log axis", True, {"loss": "loss"} | terms_by_name, 0.0),

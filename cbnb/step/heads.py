@@ -294,16 +294,16 @@ def teacher_logits(student: PeftModel, head: Head, teacher: nn.Module | None) ->
 
 # %% ../../nbs/step/06_heads.ipynb #pf0hfn01
 def head_log_prob(
-    hidden: torch.Tensor, tokens: torch.Tensor, logits: Callable, chunked: bool = True
+    hidden: torch.Tensor, tokens: torch.Tensor, logits: Callable, in_chunks: bool = True
 ) -> torch.Tensor:
     """Return the log-probability of `tokens`, int64 [N], after final hidden states [N, d] → [N] in nats,
-    differentiable in these. `logits`: [n, d] → [n, V], such as `Head.logits`. `chunked` False makes all of
+    differentiable in these. `logits`: [n, d] → [n, V], such as `Head.logits`. `in_chunks` False makes all of
     them at once."""
 
     def some(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return token_log_prob(logits(rows), targets)
 
-    if not chunked or not len(hidden):
+    if not in_chunks or not len(hidden):
         return some(hidden, tokens)
     with torch.no_grad():
         vocabulary = logits(hidden[:1]).shape[-1]

@@ -257,6 +257,6 @@ def pair_dpo(
     check_shapes(student_chosen, student_rejected, what="chosen and rejected answers")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be above 0 and finite, but {beta} was given")
-    chosen = accumulate(student_chosen) - accumulate(teacher_chosen.detach())
-    rejected = accumulate(student_rejected) - accumulate(teacher_rejected.detach())
-    return -F.logsigmoid(beta * (chosen - rejected))
+    student = accumulate(student_chosen) - accumulate(student_rejected)
+    teacher = accumulate(teacher_chosen.detach()) - accumulate(teacher_rejected.detach())
+    return -F.logsigmoid(beta * (student - teacher))

@@ -159,11 +159,11 @@ class CircuitBreaker(nn.Module):
         [B] each, in nats: their sum, or their mean if `dpo_logprob` is."""
         config, width = self.circuit_breaker_config, rows["input_ids"].shape[1]
         ours, theirs = (cast(torch.Tensor, last) for _, last in self.states(rows, final=True))
-        at, chunked = rows["predicting_index"], "fused_kl" in config.savings
+        at, in_chunks = rows["predicting_index"], "fused_kl" in config.savings
         tokens = rows["input_ids"].flatten()[at + 1]
-        student = head_log_prob(ours, tokens, self.head.logits, chunked)
+        student = head_log_prob(ours, tokens, self.head.logits, in_chunks)
         with torch.no_grad():
-            teacher = head_log_prob(theirs, tokens, self.teacher_logits, chunked)
+            teacher = head_log_prob(theirs, tokens, self.teacher_logits, in_chunks)
         # a sum over a masked row: that of an index would be added up in any order on a GPU
         own = at // width == torch.arange(len(rows["input_ids"]), device=at.device)[:, None]
         count = own.sum(1).clamp(min=1) if config.dpo_logprob == "mean" else 1
@@ -173,23 +173,22 @@ class CircuitBreaker(nn.Module):
     def preference(self, twins: list[dict]) -> torch.Tensor:
         """Return the DPO loss of each pair of `twins`: of the user's own next action over the rejected one,
         both on the attacked prompt (`cbnb.step.losses.pair_dpo`)."""
-        chosen, rejected = (
+        good, bad = (
             [torch.cat(side) for side in zip(*(self.log_probs(rows[name]) for rows in twins))]
             for name in OPTIONAL["preference"].sides
         )
-        beta = self.circuit_breaker_config.dpo_beta
-        return pair_dpo(chosen[0], rejected[0], chosen[1], rejected[1], beta)
+        return pair_dpo(good[0], bad[0], good[1], bad[1], self.circuit_breaker_config.dpo_beta)
 
     def optional_terms(
-        self, twin: dict | list | None, denominators: torch.Tensor, measured: bool
+        self, twin: dict | list | None, denominators: torch.Tensor, measure: bool
     ) -> dict[str, torch.Tensor]:
         """Return the terms of `cbnb.step.objectives.OPTIONAL` that the objective has, float32 scalars, as
-        `forward` does; one whose weight is 0 only if it is to be `measured`."""
+        `forward` does; one whose weight is 0 only if `measure`."""
         config, terms = self.circuit_breaker_config, {}
         for name, values in (("twin", self.twin_kl), ("preference", self.preference)):
             weight = OPTIONAL[name].weight
             trains = not weight or getattr(config, weight) > 0
-            if name not in self.objective.names or not (measured or trains):
+            if name not in self.objective.names or not (measure or trains):
                 continue
             if twin is None:
                 raise ConfigError(

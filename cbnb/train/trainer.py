@@ -62,15 +62,7 @@ from ..run.records import read_record
 from ..run.sealed import damage, seal, sync
 from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
 from ..step.models import is_in_parts, write_adapter
-from cbnb.step.objectives import (
-    OPTIONAL,
-    OPTIONAL_NAMES,
-    Objective,
-    find_objective,
-    rr,
-    term_factors,
-    term_words,
-)
+from ..step.objectives import OPTIONAL, Objective, find_objective, rr, term_factors, term_words
 from .breaker import CircuitBreaker
 from .floor import on_device, rounding_floor
 from .same import MADE_FROM, check_checkpoint, tell_changes
@@ -513,7 +505,7 @@ def progress_line(
     titles = {name: objective.term(name).title.lower() for name in objective.names}
     noise = at_floor(row, floor, {name: objective.term(name).start for name in objective.names})
     more = "".join(
-        f"{titles[name]} {row[f'loss_{name}']:.3f}  " for name in objective.names if name in OPTIONAL_NAMES
+        f"{titles[name]} {row[f'loss_{name}']:.3f}  " for name in objective.names if name in OPTIONAL
     )
     return (
         f"step {row['step']}/{total_steps}  {titles['reroute']} {row['loss_reroute']:.3f}  "
@@ -728,11 +720,11 @@ def breaker_trainer(
     term on them, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run.
     Raises ConfigError for twins without the rows that its terms read, or with others."""
     sides = find_objective(config.objective).sides
-    given = tuple(twins[0].rows) if twins else ()
-    if sides != given:
+    rows = tuple(twins[0].rows) if twins else ()
+    if sides != rows:
         raise ConfigError(
             f"the objective {config.objective} reads {' and '.join(sides) or 'no'} rows of twins, and "
-            f"{' and '.join(given) or 'none'} were given (cbnb.data.twins)"
+            f"{' and '.join(rows) or 'none'} were given (cbnb.data.twins)"
         )
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
