@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from cbnb.data.streams import encode_stream
 from cbnb.data.twins import draft_twins, encode_twins
 from cbnb.masking.masker import ChatMasker
 from cbnb.preflight.plan import plan_lines
+from cbnb.preflight.run_checks import probe_gradient_findings
 from cbnb.preflight.step_checks import check_run_start, gradient_findings, preference_findings, twin_findings
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import run_settings
@@ -154,6 +157,16 @@ def test_pre_flight_looks_at_the_preference_and_catches_answers_that_are_mixed_u
     assert [f.severity for f in preference_findings(breaker, batch)] == ["fail"]
     breaker.preference = lambda pairs: own([dict.fromkeys(pairs[0], batch["benign"])])
     assert any("preference" in f.text and f.severity == "fail" for f in gradient_findings(breaker, batch))
+
+
+@pytest.mark.parametrize("name, verdict", [("rr", "warn"), ("dpo", "pass")])
+def test_no_breaker_is_held_shut_where_none_is_to_open(name, verdict):
+    terms = run_terms(name)
+    frame = pd.DataFrame(
+        [[2.0 if term == "kl" else 1.0 for term in terms]], columns=[f"norm_{t}" for t in terms]
+    )
+    probe = SimpleNamespace(outlook=SimpleNamespace(alive=False))
+    assert [f.verdict for f in probe_gradient_findings(frame, probe, terms)] == [verdict]
 
 
 def test_curves_and_plan_know_the_term():
