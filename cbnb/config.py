@@ -257,7 +257,7 @@ SAVINGS = ("early_exit", "shared_prefix", "fused_kl", "buckets")
 
 # %% ../nbs/config.ipynb #1807b8ab
 # a name → "module:attribute", or a cbnb.step.objectives.Objective that a notebook has put there
-OBJECTIVES = {name: f"cbnb.step.objectives:{name}" for name in ("rr", "rr_kl", "rr_twin")}
+OBJECTIVES = {name: f"cbnb.step.objectives:{name}" for name in ("rr", "rr_kl", "rr_twin", "dpo")}
 
 # %% ../nbs/config.ipynb #0c4db2f6
 @dataclass(frozen=True)
@@ -296,15 +296,16 @@ class CircuitBreakerConfig:
     objective: str = setting(
         "rr",
         "objective",
-        "rr, rr_kl, rr_twin, or module:name of your own",
+        "rr, rr_kl, rr_twin, dpo, or module:name of your own",
         more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term "
-        "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands",
+        "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands; dpo "
+        "prefers the user's task to the injected one (SecAlign) and leaves hidden states alone",
     )
     retain_weight: float = setting(
         1.0,
         "objective",
         "weight of the objective's retain term",
-        more="rr, rr_twin: an L2 distance of hidden states; rr_kl has none",
+        more="rr, rr_twin: an L2 distance of hidden states; rr_kl, dpo have none",
         at_least=0,
     )
     retain_layers: str = setting(
@@ -332,6 +333,20 @@ class CircuitBreakerConfig:
         "weight of the twin KL, of the teacher on clean twins",
         more="for rr_twin, and for an objective of your own with a twin term; 0 only measures it",
         at_least=0,
+    )
+    dpo_beta: float = setting(
+        0.1,
+        "objective",
+        "β of the preference term, which scales the log-ratios",
+        more="for dpo, and for an objective of your own with a preference term",
+        above=0,
+    )
+    dpo_logprob: str = setting(
+        "sum",
+        "objective",
+        "log-probability of an answer: sum over its tokens, or mean",
+        more="of the preference term; sum is as published (DPO, SecAlign), mean is length-normalised",
+        one_of=("sum", "mean"),
     )
     kl_temperature: float = setting(
         1.0,
@@ -605,20 +620,28 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
     "beta_twin": (
         # its default stands in the config.json of every run
-        lambda c: c.objective in ("rr", "rr_kl") and c.beta_twin != 1,
-        "objective rr and rr_kl have no twin term: leave it out, or give objective rr_twin",
+        lambda c: c.objective in ("rr", "rr_kl", "dpo") and c.beta_twin != 1,
+        "objective rr, rr_kl and dpo have no twin term: leave it out, or give objective rr_twin",
+    ),
+    "dpo_beta": (
+        lambda c: c.objective in ("rr", "rr_kl", "rr_twin") and c.dpo_beta != 0.1,
+        "objective rr, rr_kl and rr_twin have no preference term: leave it out, or give objective dpo",
+    ),
+    "dpo_logprob": (
+        lambda c: c.objective in ("rr", "rr_kl", "rr_twin") and c.dpo_logprob != "sum",
+        "objective rr, rr_kl and rr_twin have no preference term: leave it out, or give objective dpo",
     ),
     "retain_weight": (
-        lambda c: c.objective == "rr_kl" and c.retain_weight,
-        "objective rr_kl has no retain term: leave it out, or give objective rr",
+        lambda c: c.objective in ("rr_kl", "dpo") and c.retain_weight,
+        "objective rr_kl and dpo have no retain term: leave it out, or give objective rr",
     ),
     "retain_layers": (
-        lambda c: c.objective == "rr_kl",
-        "objective rr_kl has no retain term: leave it out, or give objective rr",
+        lambda c: c.objective in ("rr_kl", "dpo"),
+        "objective rr_kl and dpo have no retain term: leave it out, or give objective rr",
     ),
     "retain_relative": (
-        lambda c: c.objective == "rr_kl",
-        "objective rr_kl has no retain term: leave it out, or give objective rr",
+        lambda c: c.objective in ("rr_kl", "dpo"),
+        "objective rr_kl and dpo have no retain term: leave it out, or give objective rr",
     ),
     "saturated_below": (
         lambda c: not c.diagnose_steps,

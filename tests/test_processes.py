@@ -73,9 +73,10 @@ def runs(tmp_path_factory):
         for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))
     ]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
-    twin = {"config": {"objective": "rr_twin"}}
+    twin, pairs = ({"config": {"objective": name}} for name in ("rr_twin", "dpo"))
     one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [
         job(folder, "one with twins", "accumulated", **twin),
+        job(folder, "one with pairs", "accumulated", **pairs),
         job(folder, "one then fsdp", "at once", stop_after=2),
         job(folder, "one at beta 0", "at once", **at_zero),
     ]
@@ -88,6 +89,8 @@ def runs(tmp_path_factory):
         job(folder, "ddp at beta 0", "at once", **at_zero),
         job(folder, "ddp with twins", "accumulated", **twin),
         job(folder, "fsdp with twins", "accumulated", True, **twin),
+        job(folder, "ddp with pairs", "accumulated", **pairs),
+        job(folder, "fsdp with pairs", "accumulated", True, **pairs),
         job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache")),
     ]
     told = together(1, one) + together(2, two + stopped)
@@ -167,10 +170,13 @@ def test_adapter_weights_that_no_term_reaches(runs):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_share_the_twins(runs, way):
-    worst, key = differences(runs / "one with twins", runs / f"{way} with twins")
+@pytest.mark.parametrize(
+    "what, count, term", [("twins", "twin_targets", "twin"), ("pairs", "preference_pairs", "preference")]
+)
+def test_two_processes_share_the_twins(runs, way, what, count, term):
+    worst, key = differences(runs / f"one with {what}", runs / f"{way} with {what}")
     assert worst < 1e-4, key
-    assert all(row["twin_targets"] and row["loss_twin"] > 0 for row in metrics(runs / f"{way} with twins"))
+    assert all(row[count] and row[f"loss_{term}"] > 0 for row in metrics(runs / f"{way} with {what}"))
 
 
 def test_two_processes_share_a_teacher_cache(runs):

@@ -155,9 +155,13 @@ def test_the_attack_is_never_the_users_own_action():
 
 
 def test_twins_go_with_a_twin_term_and_with_no_other(tmp_path, world):
-    with pytest.raises(ConfigError, match="objective rr has no twin term, and twins were given"):
+    with pytest.raises(
+        ConfigError, match="objective rr reads no rows of twins, and injected and clean were given"
+    ):
         trained(tmp_path / "rr", world, replace(CONFIG, objective="rr"))
-    with pytest.raises(ConfigError, match="objective rr_twin has a twin term, and no twins were given"):
+    with pytest.raises(
+        ConfigError, match="rr_twin reads injected and clean rows of twins, and none were given"
+    ):
         trained(tmp_path / "rr_twin", (*world[:3], None, None))
 
 
@@ -316,7 +320,7 @@ def test_a_run_asks_its_teacher_keeps_the_answers_and_resumes_with_them(tmp_path
     assert counts["samples"] == counts["generated"] >= 6
     lines = [json.loads(x) for x in (tmp_path / "run" / "twins" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and {line["stage"] for line in lines} == {"twin"}
-    assert f"{counts['samples']} clean twins" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"{counts['samples']} twins" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert all(row["loss_twin"] > 0 for row in metrics(tmp_path / "run"))
     assert load(tmp_path / "run" / "config.json")["beta_twin"] == 1
     again = cells("-p", "run_dir", tmp_path / "again", *given)

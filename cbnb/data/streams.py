@@ -44,6 +44,7 @@ from ..masking.templates import MaskError, take_result
 # %% ../../nbs/data/03_streams.ipynb #01fb75bc
 from ..step.losses import predicting_positions
 from ..step.model_checks import check_packing
+from ..step.objectives import OPTIONAL
 from ..transcripts.holdout import Parted, heldout_kinds, part, thin_parts
 from ..transcripts.reader import MAX_BAD
 from ..transcripts.record import Transcript, TranscriptError
@@ -110,6 +111,7 @@ TWIN_DROPS = {
     "unread": "the teacher's answer cannot be read",
     "refused": "the chat template refuses a twin, or writes nothing of its action",
     "unlike": "the tokens that count are not the same in both rows",
+    "no_choice": "the attacked run goes on with the user's task, so that nothing is to be rejected",
 }
 
 # %% ../../nbs/data/03_streams.ipynb #1acbbd0e
@@ -386,12 +388,24 @@ def data_record(
 
 # %% ../../nbs/data/03_streams.ipynb #tw3twn01
 class Twin(NamedTuple):
-    """One transcript twice: the `injected` row, which the student reads, and the `clean` one, which the
-    teacher reads. Both end in the user's own next action; their loss masks count the same token ids, one to
-    one."""
+    """One transcript several times, as the terms of the objective read it (`cbnb.step.objectives.Extra`). The
+    `injected` row has the attack, the `clean` one, for the teacher, has not; both end in the user's own next
+    action, and their loss masks count the same token ids, one to one. The `rejected` row is the attacked one
+    again, and ends in what the attacked run did; it and `injected` are for both models. None: not read."""
 
     injected: Sample
-    clean: Sample
+    clean: Sample | None = None
+    rejected: Sample | None = None
+
+    @property
+    def rows(self) -> dict[str, Sample]:
+        "The rows that there are, by name."
+        return {name: sample for name, sample in self._asdict().items() if sample is not None}
+
+    @property
+    def for_teacher(self) -> dict[str, Sample]:
+        "Those of `rows` that the teacher reads."
+        return {name: s for name, s in self.rows.items() if name != "injected" or self.rejected is not None}
 
 # %% ../../nbs/data/03_streams.ipynb #27bed859
 @lru_cache(maxsize=8)
@@ -507,7 +521,7 @@ def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module)
     return out
 
 # %% ../../nbs/data/03_streams.ipynb #fb3743fa
-COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets", "twin_targets")
+COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets", *(extra.mean_over for extra in OPTIONAL.values()))
 PASS = 512  # tokens of padding that are worth a pass of their own
 
 # %% ../../nbs/data/03_streams.ipynb #143bfd17
@@ -536,20 +550,21 @@ def collate(
     `counts` are the tokens over which each term of this batch is summed (`COUNTS`): reroute, retain, kl. A
     target at token 0 counts for the first two only: nothing predicts it.
 
-    Of items with a `Twin` each there is `"twin": {"injected": rows, "clean": rows}` too, row by row of one
-    transcript, and `counts` is [4]. With `buckets`, `harmful`, `benign` and `twin` are lists of such, one for
-    each of `length_groups` (of twins, by their injected rows). With a `cache` (`cbnb.train.teacher_cache`)
-    rows hold what it knows of the teacher under `"teacher"`; injected rows, which only the student reads,
-    never do."""
+    Of items with a `Twin` each there is `"twin": {"injected": rows, "clean": rows}` too, by the names of
+    `Twin.rows`, row by row of one transcript, and `counts` is [4], with rejected rows [5]. With `buckets`,
+    `harmful`, `benign` and `twin` are lists of such, one for each of `length_groups` (of twins, by their
+    injected rows). With a `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under
+    `"teacher"`, those that only the student reads excepted."""
 
     def rows_of(samples: list[Sample]) -> dict[str, Any]:
         rows = pad_rows(samples, pad_id)
         return rows if cache is None else rows | {"teacher": cache.states(samples)}
 
     def twin_rows(twins: list[Twin]) -> dict[str, Any]:
+        sides = {name: [t.rows[name] for t in twins] for name in twins[0].rows}
         return {
-            "injected": pad_rows([t.injected for t in twins], pad_id),
-            "clean": rows_of([t.clean for t in twins]),
+            name: rows_of(side) if name in twins[0].for_teacher else pad_rows(side, pad_id)
+            for name, side in sides.items()
         }
 
     def in_groups(samples: list, lengths: list[int], make: Callable) -> Any:
@@ -570,4 +585,5 @@ def collate(
     for twins in more:
         batch["twin"] = in_groups(twins, [len(t.injected.input_ids) for t in twins], twin_rows)
         counts.append(sum(t.injected.loss_mask[1:].sum() for t in twins))
+        counts += [len(twins)] if twins[0].rejected is not None else []
     return batch | {"counts": torch.tensor(counts)}

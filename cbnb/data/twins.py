@@ -5,7 +5,7 @@
 # %% ../../nbs/data/04_twins.ipynb #twin0002
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,18 +13,20 @@ import numpy as np
 
 from ..config import CircuitBreakerConfig
 from .streams import TWIN_DROPS, EmptyStream, Sample, StreamReport, Twin
-from ..masking.actions import action_key, actions, first_injected, is_attack_free
+from ..masking.actions import action_key, action_origins, actions, first_injected, is_attack_free
 from ..masking.masker import ChatMasker
 from ..masking.policies import Encoding, mask_table
 from ..masking.targets import Row, check_calls, in_batches, training_row
 from ..masking.templates import MaskError
+from ..step.objectives import find_objective
 from ..transcripts.holdout import task_keys
 from ..transcripts.record import InjectionSpan, Transcript
 
 # %% auto #0
-__all__ = ['ORIGINS', 'Done', 'ATTACK_NOTES', 'action_place', 'cut_out', 'clean_messages', 'calling', 'expected_message',
+__all__ = ['ORIGINS', 'Done', 'ATTACK_NOTES', 'SIDES', 'action_place', 'cut_out', 'clean_messages', 'calling', 'expected_message',
            'done_before', 'next_messages', 'Draft', 'with_action', 'both_sides', 'is_blank', 'draft_twin',
-           'draft_twins', 'no_twins', 'pair_rows', 'draft_rows', 'encoded_sides', 'encode_twins', 'twin_table']
+           'draft_twins', 'no_twins', 'is_choice', 'pair_rows', 'draft_rows', 'encoded_sides', 'encode_twins',
+           'twin_table']
 
 # %% ../../nbs/data/04_twins.ipynb #twin0005
 def action_place(transcript: Transcript) -> int | None:
@@ -119,18 +121,20 @@ def next_messages(transcripts: Iterable[Transcript]) -> dict[Done, dict]:
 # %% ../../nbs/data/04_twins.ipynb #twin0017
 @dataclass(frozen=True)
 class Draft:
-    """A harmful transcript up to its first action after the injection, `injected`, and its `clean` twin; both
-    end in that action. `origin`: one of `ORIGINS`, or empty where the teacher has yet to write it."""
+    """A harmful transcript up to its first action after the injection, as it is, `rejected`, and with the
+    user's own action in its place, `injected`; and its `clean` twin, which ends in that too. `origin`: where
+    the action is from, one of `ORIGINS`, or empty where the teacher has yet to write it."""
 
     injected: Transcript
     clean: Transcript
+    rejected: Transcript
     origin: str = ""
 
 # %% ../../nbs/data/04_twins.ipynb #twin0018
 def with_action(draft: Draft, message: dict, origin: str) -> Draft:
-    """Return `draft` with another last `message`, which comes from `origin`."""
+    """Return `draft` with another action of the user's own, the `message`, which comes from `origin`."""
     attack, clean = (replace(t, messages=[*t.messages[:-1], message]) for t in (draft.injected, draft.clean))
-    return Draft(attack, clean, origin)
+    return replace(draft, injected=attack, clean=clean, origin=origin)
 
 # %% ../../nbs/data/04_twins.ipynb #twin0019
 ATTACK_NOTES = ("injected_call", "injected_text")  # of a meta; the twin has none
@@ -152,7 +156,7 @@ def both_sides(transcript: Transcript, place: int) -> Draft:
     )
     spans = tuple(span for span in transcript.injection_spans if span.message < place)
     attack = replace(clean, messages=transcript.messages[: place + 1], injection_spans=spans)
-    return Draft(attack, clean)
+    return Draft(attack, clean, attack)
 
 # %% ../../nbs/data/04_twins.ipynb #twin0219
 def is_blank(draft: Draft) -> bool:
@@ -199,54 +203,69 @@ def no_twins(report: StreamReport) -> EmptyStream:
     """Return the error for harmful transcripts of which not one has a clean twin."""
     losses = "; ".join(report.losses()) or "there is none"
     return EmptyStream(
-        f"the objective has a twin term, and not one of {report.transcripts} harmful transcripts has a clean "
-        f"twin ({losses}): mark the injected characters with cbnb spans, or give objective rr",
+        f"the objective has a term on twins, and not one of {report.transcripts} harmful transcripts has a "
+        f"clean twin ({losses}): mark the injected characters with cbnb spans, or give objective rr",
         report,
     )
 
+# %% ../../nbs/data/04_twins.ipynb #pf0twn01
+def is_choice(draft: Draft, action: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether what the attacked run did, whose tokens that count are `other` (int32 [N]), is neither
+    the user's `action` (int32 [N]) nor another one of the user's task, as far as attack-free runs tell
+    (`cbnb.masking.actions.action_origins`)."""
+    if np.array_equal(action, other):
+        return False
+    if not draft.rejected.meta.get("own_work", {}).get("runs"):
+        return True
+    return action_origins(draft.rejected)[len(draft.rejected.messages) - 1] != "own"
+
 # %% ../../nbs/data/04_twins.ipynb #twin0027
-def pair_rows(encodings: tuple[Encoding, Encoding], draft: Draft, rows: tuple[Row, Row]) -> Twin | None:
-    """Return the `Twin` of the two `rows` of a draft (injected, clean); None where the tokens that count are
-    not the same."""
-    attack, clean = (
-        Sample(encoding.input_ids[row.keep], row.mask[row.keep], draft.clean.id)
-        for encoding, row in zip(encodings, rows)
-    )
-    same = attack.loss_mask[0] == clean.loss_mask[0] and np.array_equal(
-        attack.input_ids[attack.loss_mask], clean.input_ids[clean.loss_mask]
-    )
-    return Twin(attack, clean) if same else None
+def pair_rows(
+    encodings: Sequence[Encoding], draft: Draft, rows: Sequence[Row], sides: Sequence[str]
+) -> Twin | str:
+    """Return the `Twin` of the `rows` of a draft, one for each of `sides`, or why there is none, a name of
+    `cbnb.data.streams.TWIN_DROPS`: the tokens that count are not the same (`unlike`), or the rejected action
+    is none to reject (`is_choice`)."""
+    samples = {
+        side: Sample(encoding.input_ids[row.keep], row.mask[row.keep], draft.clean.id)
+        for side, encoding, row in zip(sides, encodings, rows)
+    }
+    targets = {side: sample.input_ids[sample.loss_mask] for side, sample in samples.items()}
+    if "clean" in samples:
+        first = {samples[side].loss_mask[0] for side in ("injected", "clean")}
+        if len(first) > 1 or not np.array_equal(targets["injected"], targets["clean"]):
+            return "unlike"
+    if "rejected" in samples and not is_choice(draft, targets["injected"], targets["rejected"]):
+        return "no_choice"
+    return Twin(**samples)
 
 # %% ../../nbs/data/04_twins.ipynb #twin0127
 def draft_rows(
-    encodings: tuple[Encoding, Encoding], draft: Draft, config: CircuitBreakerConfig
-) -> tuple[Row, Row]:
-    """Return the `training_row` of both sides of `draft`, by the policy of benign rows. Raises MaskError that
-    names the transcript."""
+    encodings: Sequence[Encoding], draft: Draft, config: CircuitBreakerConfig, sides: Sequence[str]
+) -> list[Row]:
+    """Return the `training_row` of each of the `sides` of `draft`, by the policy of benign rows. Raises
+    MaskError that names the transcript."""
     how = config.benign_policy, config.max_length, config.truncation, config.lost_context
     try:
-        attack, clean = (
-            training_row(encoding, t, *how) for encoding, t in zip(encodings, (draft.injected, draft.clean))
-        )
+        return [training_row(e, getattr(draft, side), *how) for e, side in zip(encodings, sides, strict=True)]
     except MaskError as e:
         raise MaskError(f"the twin of transcript {draft.clean.id}: {e}") from None
-    return attack, clean
 
 # %% ../../nbs/data/04_twins.ipynb #twin0028
 def encoded_sides(
-    drafts: Iterable[Draft], masker: ChatMasker
-) -> Iterator[tuple[Draft, tuple[Encoding, Encoding] | MaskError]]:
-    """Yield each draft with the encodings of both its sides, or the MaskError of one of them."""
+    drafts: Iterable[Draft], masker: ChatMasker, sides: Sequence[str]
+) -> Iterator[tuple[Draft, list[Encoding] | MaskError]]:
+    """Yield each draft with the encodings of its `sides`, or the MaskError of one of them."""
     drafts = list(drafts)
-    sides = in_batches((t for d in drafts for t in (d.injected, d.clean)), masker, errors="return")
+    all_of = in_batches((getattr(d, side) for d in drafts for side in sides), masker, errors="return")
     for draft in drafts:
-        both: Any = tuple(next(sides)[1] for _ in range(2))
+        some: Any = [next(all_of)[1] for _ in sides]
         try:
-            for encoding in both:
+            for encoding in some:
                 if isinstance(encoding, MaskError):
                     raise encoding
                 check_calls(encoding, draft.clean.id)
-            yield draft, both
+            yield draft, some
         except MaskError as e:
             yield draft, e
 
@@ -254,42 +273,51 @@ def encoded_sides(
 def encode_twins(
     drafts: Iterable[Draft], masker: ChatMasker, config: CircuitBreakerConfig, report: StreamReport
 ) -> list[Twin]:
-    """Return the `Twin`s of `drafts`, all of which have an origin, and count in `report` where their actions
-    come from, their tokens, and what becomes of the others: a row that loses its context or its targets to
-    truncation (`training_row`), one that the template refuses, and one whose sides differ (`pair_rows`).
-    Raises EmptyStream where nothing is left."""
-    twins, counts = [], report.counts
-    for draft, encodings in encoded_sides(drafts, masker):
+    """Return the `Twin`s of `drafts`, all of which have an origin, with the rows that the objective of
+    `config` reads, and count in `report` where their actions come from, their tokens, and what becomes of the
+    others: a row that loses its context or its targets to truncation (`training_row`), one that the template
+    refuses, and one of whose rows no twin can be made (`pair_rows`). Raises EmptyStream where nothing is
+    left."""
+    twins, counts, sides = [], report.counts, find_objective(config.objective).sides
+    for draft, encodings in encoded_sides(drafts, masker, sides):
         if isinstance(encodings, MaskError):
             counts["refused"] += 1
             report.warnings.append(f"{draft.clean.id}: dropped, {encodings}")
             continue
-        rows = draft_rows(encodings, draft, config)
+        rows = draft_rows(encodings, draft, config, sides)
         if loss := next((row for row in rows if row.dropped), None):
             counts[loss.dropped] += 1
             counts.update(f"{what}_cut" for what in loss.gone)
             report.warnings.append(f"{draft.clean.id}: dropped, {loss.words}")
-        elif twin := pair_rows(encodings, draft, rows):
+        elif isinstance(twin := pair_rows(encodings, draft, rows, sides), Twin):
             twins.append(twin)
             counts[draft.origin] += 1
             counts["truncated"] += any(len(row.mask) > row.keep.stop - row.keep.start for row in rows)
-            report.tokens += sum(len(side.input_ids) for side in twin)
-            report.target_tokens += int(twin.clean.loss_mask.sum())
+            report.tokens += sum(len(side.input_ids) for side in twin.rows.values())
+            report.target_tokens += int(twin.injected.loss_mask.sum())
         else:
-            counts["unlike"] += 1
-            report.warnings.append(f"{draft.clean.id}: dropped, {TWIN_DROPS['unlike']}")
+            counts[twin] += 1
+            report.warnings.append(f"{draft.clean.id}: dropped, {TWIN_DROPS[twin]}")
     report.samples = len(twins)
     if not twins:
         raise no_twins(report)
     return twins
 
 # %% ../../nbs/data/04_twins.ipynb #twin0032
+SIDES = {
+    "injected": "injected, for the student",
+    "clean": "clean, for the teacher",
+    "rejected": "rejected, what the attacked run did",
+}
+
+
 def twin_table(draft: Draft, masker: ChatMasker, config: CircuitBreakerConfig) -> str:
-    """Return the masks of both sides of `draft` as text, run by run (`cbnb.masking.policies.mask_table`).
-    Raises MaskError."""
+    """Return the masks of the sides of `draft` that the objective reads as text, run by run
+    (`cbnb.masking.policies.mask_table`). Raises MaskError."""
     lines = []
-    for name, t in (("injected, for the student", draft.injected), ("clean, for the teacher", draft.clean)):
+    for side in find_objective(config.objective).sides:
+        t = getattr(draft, side)
         (encoding,) = masker.encode_batch([t])
         mask = training_row(encoding, t, config.benign_policy, len(encoding.input_ids)).mask
-        lines += [f"{name}:", mask_table(encoding, mask, runs=True)]
+        lines += [f"{SIDES[side]}:", mask_table(encoding, mask, runs=True)]
     return "\n".join(lines)

@@ -45,7 +45,7 @@ from cbnb.step.models import (
     forward_with_hidden_states,
     in_words,
 )
-from ..step.objectives import find_objective
+from ..step.objectives import ALL_NAMES, find_objective
 from ..train.breaker import CircuitBreaker
 
 # %% ../../nbs/preflight/05_plan.ipynb #ada37d63
@@ -257,14 +257,14 @@ class MicroBatch:
 # %% ../../nbs/preflight/05_plan.ipynb #eacd5ff0
 def count_pass(breaker: CircuitBreaker, batch: list[dict]) -> ByteCount:
     """Return what one forward and backward pass of `breaker` over `batch` takes, gradients not counted:
-    harmful rows, benign rows, and both sides of twins where its objective has a twin term."""
+    harmful rows, benign rows, and the sides of twins that its objective reads."""
     harmful, benign, *sides = batch
-    twin = dict(zip(("injected", "clean"), sides)) or None
+    twin = dict(zip(breaker.objective.sides, sides)) or None
     for p in breaker.student.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
     with ByteCount() as count:
-        terms = breaker(harmful, benign, torch.ones(4), twin=twin)
+        terms = breaker(harmful, benign, torch.ones(len(ALL_NAMES)), twin=twin)
         sum(terms.values()).backward()
         del terms
     return count
@@ -283,7 +283,7 @@ def run_once(config: CircuitBreakerConfig, shape: Shape, rows: int, share: float
         norm = final_norm(student) if states == layer.weight.shape[-1] else None
         head = Head(norm, layer, lambda h: h.float() @ layer.weight.float().T)
         breaker = CircuitBreaker(student, config, head=head).train()
-        kinds = 4 if breaker.objective.has_twin else 2
+        kinds = 2 + len(breaker.objective.sides)
         count = count_pass(breaker, [rows_of(rows, config.max_length, share) for _ in range(kinds)])
     vocabulary, width = layer.weight.shape
     return MicroBatch(
@@ -427,7 +427,8 @@ def plan_lines(
     plan = plan_step(config, processes, fsdp, share, trust_remote_code=trust_remote_code)
     rows, micro_batches = shares(config, processes)
     each = f", in each of {processes} processes" if processes > 1 else ""
-    twins = f", {rows} twins of two rows" if find_objective(config.objective).has_twin else ""
+    sides = len(find_objective(config.objective).sides)
+    twins = f", {rows} twins of {('two', 'three')[sides - 2]} rows" if sides else ""
     yield (
         f"{config.model}: {rows} harmful and {rows} benign rows{twins} of {config.max_length} tokens a "
         f"micro-batch, {micro_batches} micro-batch{'es' * (micro_batches > 1)} a step{each}"

@@ -20,12 +20,13 @@ from torch import nn
 __all__ = ['PAIRS', 'TOKENS', 'MOVES', 'MEASURED_KL', 'KL_DIRECTION', 'KL_INDISTINCT', 'ONLY_ADAPTER', 'NOTHING_TRAINED',
            'BASE_LOGITS', 'TEACHER_LOGITS', 'KL_AT_START', 'NO_LEAK', 'DETACHED', 'STEP', 'ADAPTER_ACTS', 'STEP_FAULTS',
            'APPLIED', 'REACHED', 'REACH', 'BASE_AT_START', 'KL_ROWS', 'KL_OUTSIDE', 'KL_INSIDE', 'OWN_ROWS',
-           'OWN_STREAM', 'MEASURED_TWIN', 'TWIN_KL', 'PADDING', 'SURPRISED', 'SURPRISE', 'some_pairs',
-           'definition_of_kl', 'wide_output', 'precise_logits', 'measure_kl', 'check_direction', 'teacher_in_use',
-           'frozen_findings', 'start_kl', 'start_kl_finding', 'untouched_findings', 'nudge', 'on_and_off', 'no_step',
-           'one_step_findings', 'applied_findings', 'reach_findings', 'check_detachment', 'check_run_start',
-           'gradient_tap', 'start_of', 'same_rows', 'stream_of', 'is_zero', 'kl_gradient_findings', 'reached_finding',
-           'gradient_findings', 'twin_findings', 'padding_findings', 'surprise', 'surprise_findings']
+           'MEASURED_TWIN', 'TWIN_KL', 'MEASURED_PREFERENCE', 'PREFERENCE_LOSS', 'PADDING', 'SURPRISED', 'SURPRISE',
+           'some_pairs', 'definition_of_kl', 'wide_output', 'precise_logits', 'measure_kl', 'check_direction',
+           'teacher_in_use', 'frozen_findings', 'start_kl', 'start_kl_finding', 'untouched_findings', 'nudge',
+           'on_and_off', 'no_step', 'one_step_findings', 'applied_findings', 'reach_findings', 'check_detachment',
+           'check_run_start', 'gradient_tap', 'start_of', 'same_rows', 'streams_of', 'is_zero', 'kl_gradient_findings',
+           'reached_finding', 'gradient_findings', 'twin_findings', 'preference_findings', 'padding_findings',
+           'surprise', 'surprise_findings']
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #d3ddf630
 from ..basics.numbers import format_number
@@ -38,6 +39,7 @@ from ..step.adapter_checks import largest_difference, plain_logits
 from ..step.heads import find_head, own_logits, plain_linear
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #98542219
+from ..step.losses import pair_dpo, row_log_prob
 from cbnb.step.models import (
     decoder_blocks,
     find_decoder,
@@ -48,7 +50,7 @@ from cbnb.step.models import (
     teacher_mode,
     token_states,
 )
-from ..step.objectives import Term
+from ..step.objectives import OPTIONAL, Term
 from ..step.passes import both_passes, first_adapted_block
 from ..train.alarms import name_in_text
 from ..train.breaker import CircuitBreaker
@@ -79,7 +81,7 @@ def some_pairs(
         return pairs
     some = (twins[i % len(twins)] for i in places)
     return [
-        (*pair, Twin(*(cut(side, place) for side in twin)))
+        (*pair, Twin(**{name: cut(side, place) for name, side in twin.rows.items()}))
         for place, (pair, twin) in enumerate(zip(pairs, some))
     ]
 
@@ -547,10 +549,11 @@ def same_rows(hidden: torch.Tensor, start: torch.Tensor, rows: dict) -> bool:
     )
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #cb45a68e
-def stream_of(hidden: torch.Tensor, starts: dict[str, torch.Tensor], batch: dict) -> str:
-    "Return which of `starts` (by stream) the pass that began with `hidden` is of, or unknown."
-    names = (name for name, start in starts.items() if same_rows(hidden.detach(), start, batch[name]))
-    return next(names, "unknown")
+def streams_of(hidden: torch.Tensor, starts: dict[str, torch.Tensor], batch: dict) -> set[str]:
+    """Return which of `starts` (by stream) the pass that began with `hidden` may be of, or unknown: a harmful
+    row may be the rejected one of a twin, too."""
+    names = {name for name, start in starts.items() if same_rows(hidden.detach(), start, batch[name])}
+    return names or {"unknown"}
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #561e0d3a
 def is_zero(gradient: torch.Tensor | None) -> bool:
@@ -607,13 +610,16 @@ OWN_ROWS = Criterion(
 )
 
 
-OWN_STREAM = {"reroute": ("harmful", "benign"), "twin": ("twin", "harmful")}  # its own, and another
-
-
-def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], streams: list[str]) -> Finding:
-    "Return the finding on whether the `gradients` of `term`, by pass, stand in the term's own stream alone."
-    own, other = OWN_STREAM.get(term.name, ("benign", "harmful"))
-    foreign = {name for g, name in zip(gradients, streams) if not is_zero(g)} - {own}
+def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], streams: list[set[str]]) -> Finding:
+    "Return the finding on whether the `gradients` of `term`, by pass, stand in the term's own rows alone."
+    own = OPTIONAL[term.name].sides if term.name in OPTIONAL else ("benign",)
+    own, other = (("harmful",), "benign") if term.name == "reroute" else (own, "harmful")
+    foreign = {
+        name
+        for g, names in zip(gradients, streams)
+        if not is_zero(g) and names.isdisjoint(own)
+        for name in names
+    }
     owner = other if other in foreign else "other"
     return OWN_ROWS.judge(len(foreign), term=name_in_text(term), other=other, reached=owner)
 
@@ -629,10 +635,9 @@ def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
         with set_mode(breaker, False), add_noise(student, 0.02), gradient_tap(breaker) as (starts, lasts):
             terms = batch_terms(breaker, batch)
             rows = {name: batch[name] for name in ("harmful", "benign")}
-            if "twin" in batch:
-                rows["twin"] = batch["twin"]["injected"]
+            rows |= batch.get("twin", {})
             begins = {name: start_of(student, own) for name, own in rows.items()}
-            streams = [stream_of(hidden, begins, rows) for hidden in starts]
+            streams = [streams_of(hidden, begins, rows) for hidden in starts]
             for name in breaker.objective.names:
                 term = terms[f"loss_{name}"]
                 if not term.requires_grad:
@@ -665,7 +670,7 @@ TWIN_KL = Criterion(
 def twin_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     """Return a finding on whether `loss_twin` of `batch` with the adapter moved is what the definition gives,
     within 0.1 %; none for an objective without a twin term."""
-    if not breaker.objective.has_twin:
+    if "twin" not in breaker.objective.names:
         return []
     temperature, sides = breaker.circuit_breaker_config.kl_temperature, batch["twin"]
     with set_mode(breaker, False), add_noise(breaker.student, 0.05):
@@ -685,6 +690,47 @@ def twin_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     forward = temperature**2 * kl.mean().item()
     margin = 1e-3 * max(forward, 1e-6)
     return [TWIN_KL.judge(used, (forward - margin, forward + margin), forward=forward, targets=len(kl))]
+
+# %% ../../nbs/preflight/02_step_checks.ipynb #pf2scr01
+MEASURED_PREFERENCE = (
+    "loss_preference {measured:.6g}, −log σ(β · difference of log-ratios) {formula:.6g} "
+    "(float64, {pairs} pairs)"
+)
+PREFERENCE_LOSS = Criterion(
+    "loss_preference",
+    "within",
+    good=MEASURED_PREFERENCE,
+    bad=MEASURED_PREFERENCE,
+    advice="look at the loss and at the rows of the twins",
+    unit="nats per pair",
+)
+
+# %% ../../nbs/preflight/02_step_checks.ipynb #pf2sfn01
+@torch.no_grad()
+def preference_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
+    """Return a finding on whether `loss_preference` of `batch` with the adapter moved is what the definition
+    gives, within 0.1 %; none for an objective without a preference term."""
+    if "preference" not in breaker.objective.names:
+        return []
+    config = breaker.circuit_breaker_config
+
+    def log_prob(model: torch.nn.Module, rows: dict) -> torch.Tensor:
+        logits = precise_logits(model, rows).double()
+        return row_log_prob(logits, rows["input_ids"], rows["loss_mask"], config.dpo_logprob == "mean")
+
+    sides = [batch["twin"][side] for side in OPTIONAL["preference"].sides]
+    with set_mode(breaker, False), add_noise(breaker.student, 0.05):
+        ours = [log_prob(breaker.student, rows) for rows in sides]
+        base = teacher_mode(breaker.student) if breaker.teacher is None else nullcontext(breaker.teacher)
+        with base as teacher:
+            theirs = [log_prob(teacher, rows) for rows in sides]
+        used = batch_terms(breaker, batch)["loss_preference"].item()
+    values = pair_dpo(ours[0], ours[1], theirs[0], theirs[1], config.dpo_beta)
+    formula = values.mean().item()
+    margin = 1e-3 * max(formula, 1e-6)
+    return [
+        PREFERENCE_LOSS.judge(used, (formula - margin, formula + margin), formula=formula, pairs=len(values))
+    ]
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #2b74c549
 PADDING = Criterion(

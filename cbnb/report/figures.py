@@ -46,7 +46,7 @@ from ..run.code import runs_folder
 from ..run.metrics import read_metrics
 from ..run.records import read_record
 from ..run.stages import read_status
-from ..step.objectives import TERM_NAMES, Term, idle_alarms, run_terms
+from ..step.objectives import OPTIONAL_NAMES, TERM_NAMES, Term, idle_alarms, run_terms
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict[str, Any], terms: dict[str, Term] | None = None) -> str:
@@ -555,6 +555,7 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "retain": ("#009E73", "dash", 1.5),
     "KL": ("#0072B2", "dot", 2),
     "twin KL": ("#CC79A7", "longdash", 1.5),
+    "preference": ("#9A7D0A", "longdash", 1.5),
     "loss": ("#808080", "solid", 2.5),
     "total": ("#808080", "solid", 1.5),
     "c_s": ("#D55E00", "solid", 1.5),
@@ -579,7 +580,13 @@ def terms_in(folder: str | Path) -> dict[str, Term]:
 
 # %% ../../nbs/report/00_figures.ipynb #trmword1
 # name of a term in the log: that in STYLES
-LINE_OF = {"reroute": "reroute", "retain": "retain", "kl": "KL", "twin": "twin KL"}
+LINE_OF = {
+    "reroute": "reroute",
+    "retain": "retain",
+    "kl": "KL",
+    "twin": "twin KL",
+    "preference": "preference",
+}
 
 # %% ../../nbs/report/00_figures.ipynb #b5db48d7
 def short(text: str, most: int = 10) -> str:
@@ -610,15 +617,18 @@ def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
     axis?, {key of metrics.jsonl: name of its line}, smallest top of the axis)`; in reading order."""
     terms_by_name = {f"weighted_{name}": LINE_OF[name] for name in terms}
     norms = {f"grad_norm_{name}": LINE_OF[name] for name in terms}
-    reroute, retain, kl = (terms[name] for name in TERM_NAMES)
-    kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", "twin")}
-    titles = " and ".join(terms[name.removeprefix("loss_")].title for name in kls)
+    reroute, retain = (terms[name] for name in TERM_NAMES[:2])
+    kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", *OPTIONAL_NAMES)}
+    curves = [terms[name.removeprefix("loss_")] for name in kls]
+    titles, units = (
+        " and ".join(dict.fromkeys(words)) for words in zip(*((t.title, t.unit) for t in curves))
+    )
     return (
         (term_title(reroute), False, {"loss_reroute": "reroute"}, max(reroute.high or 0.0, 0.0)),
         ("loss and its weighted terms; log axis", True, {"loss": "loss"} | terms_by_name, 0.0),
         (term_title(retain), False, {"loss_retain": "retain"}, max(retain.high or 0.0, 0.0)),
         (coefficient_title(terms), False, {"c_s": "c_s", "c_r": "c_r"}, 0.0),
-        (short(f"{titles}, {kl.unit}; log axis", 52), True, kls, 0.0),
+        (short(f"{titles}, {units}; log axis", 52), True, kls, 0.0),
         ("gradient norm before clipping; log axis", True, {"grad_norm_total": "total"} | norms, 0.0),
     )
 

@@ -216,7 +216,9 @@ ALARM = fields(
     "alarm",
 )
 ALARMS, NOTES = each(ALARM, 1000), each(LINE, 10_000)
-ROUNDING_FLOOR = fields({"dtype": LABEL, "reroute": number(), "retain": number(), "kl": number()}, "dtype")
+ROUNDING_FLOOR = fields(
+    {"dtype": LABEL, "reroute": number(), "retain": number(), "kl": number(), "preference": number()}, "dtype"
+)
 
 # %% ../../nbs/run/01_records.ipynb #e1133c9f
 def floor(value: Any, where: str) -> Iterator[str]:
@@ -228,7 +230,7 @@ def floor(value: Any, where: str) -> Iterator[str]:
 SECONDS = number(0, 1e12)
 TERM = fields(
     {
-        "name": one_of("reroute", "retain", "kl", "twin"),
+        "name": one_of("reroute", "retain", "kl", "twin", "preference"),
         "title": LABEL,
         "unit": text(NAME),
         **dict.fromkeys(("low", "high", "start"), maybe(number())),

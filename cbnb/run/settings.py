@@ -275,7 +275,7 @@ def run_settings(parameters: Mapping[str, Any]) -> tuple[CircuitBreakerConfig, l
     values = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     config, notes = settings_of(parameters["preset"], values, parameters.get("trust_remote_code", False))
     check_own_policies(config)
-    if config.objective in ("rr", "rr_kl", "rr_twin"):
+    if config.objective in ("rr", "rr_kl", "rr_twin", "dpo"):
         return config, notes
     # needs torch, which all other settings are checked without
     from cbnb.step.objectives import check_objective

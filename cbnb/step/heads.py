@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .fused_kl import back_product_into, chunk_for, product_into, token_linear_kl
-from .losses import accumulate, token_kl
+from .losses import accumulate, token_kl, token_log_prob
 from .models import base_model, decoder_blocks, find_decoder, full_weight, teacher_mode
 
 # %% auto #0
 __all__ = ['SCALES', 'WideLinear', 'by_constant', 'transforms', 'own_logits', 'Head', 'trace_ends', 'explain_logits',
-           'plain_linear', 'describe_head', 'find_head', 'head_kl', 'teacher_logits']
+           'plain_linear', 'describe_head', 'find_head', 'head_kl', 'teacher_logits', 'head_log_prob']
 
 # %% ../../nbs/step/06_heads.ipynb #9373577e
 class WideLinear(torch.autograd.Function):
@@ -291,3 +291,22 @@ def teacher_logits(student: PeftModel, head: Head, teacher: nn.Module | None) ->
             return head.logits(hidden)
 
     return adapter_off
+
+# %% ../../nbs/step/06_heads.ipynb #pf0hfn01
+def head_log_prob(
+    hidden: torch.Tensor, tokens: torch.Tensor, logits: Callable, in_chunks: bool = True
+) -> torch.Tensor:
+    """Return the log-probability of `tokens`, int64 [N], after final hidden states [N, d] → [N] in nats,
+    differentiable in these. `logits`: [n, d] → [n, V], such as `Head.logits`. `in_chunks` False makes all of
+    them at once."""
+
+    def some(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return token_log_prob(logits(rows), targets)
+
+    if not in_chunks or not len(hidden):
+        return some(hidden, tokens)
+    with torch.no_grad():
+        vocabulary = logits(hidden[:1]).shape[-1]
+    size = chunk_for(vocabulary, hidden.device)
+    parts = zip(hidden.split(size), tokens.split(size))
+    return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 # %% auto #0
 __all__ = ['EPS', 'accumulate', 'check_mask', 'check_shapes', 'masked_mean', 'token_reroute', 'token_retain',
            'check_layers_match', 'layer_mean', 'reroute_loss', 'retain_loss', 'token_kl', 'predicting_positions',
-           'kl_divergence_loss', 'twin_kl_loss']
+           'kl_divergence_loss', 'twin_kl_loss', 'token_log_prob', 'row_log_prob', 'pair_dpo']
 
 # %% ../../nbs/step/00_losses.ipynb #159ea56e
 def accumulate(x: torch.Tensor) -> torch.Tensor:
@@ -211,3 +211,52 @@ def twin_kl_loss(
             f"{theirs.sum(1).tolist()} were given"
         )
     return masked_mean(token_kl(student_logits[ours], teacher_logits[theirs], temperature), ours.sum())
+
+# %% ../../nbs/step/00_losses.ipynb #pf0lfn01
+def token_log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of `tokens`, int64 `[...]`, by `logits` `[..., V]`, in nats: `[...]` in
+    float32 (float64 if given). Raises `ValueError` for shapes that do not fit."""
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"each token wants a row of logits, but {list(logits.shape)} and {list(tokens.shape)} were given"
+        )
+    return F.log_softmax(accumulate(logits), dim=-1).gather(-1, tokens[..., None])[..., 0]
+
+# %% ../../nbs/step/00_losses.ipynb #pf0lfn02
+def row_log_prob(
+    logits: torch.Tensor, input_ids: torch.Tensor, loss_mask: torch.Tensor, mean: bool = False
+) -> torch.Tensor:
+    """Return the log-probability of the targets of each row, summed or their `mean`, in nats: `[B]` in
+    float32 (float64 if given); 0 for a row without targets.
+
+    `logits`: `[B, S, V]`, position i predicting token i + 1; `input_ids`: int64 `[B, S]`; `loss_mask`: bool
+    `[B, S]` over *tokens*, shifted as in `kl_divergence_loss`. Raises `ValueError` for shapes or a mask dtype
+    that do not fit."""
+    check_mask(loss_mask, logits.shape[:2])
+    rows = predicting_positions(loss_mask)
+    by_token = token_log_prob(logits, input_ids.roll(-1, 1))
+    total = torch.where(rows, by_token, 0.0).sum(1)
+    return total / rows.sum(1).clamp(min=1) if mean else total
+
+# %% ../../nbs/step/00_losses.ipynb #pf0lfn03
+def pair_dpo(
+    student_chosen: torch.Tensor,
+    student_rejected: torch.Tensor,
+    teacher_chosen: torch.Tensor,
+    teacher_rejected: torch.Tensor,
+    beta: float = 0.1,
+) -> torch.Tensor:
+    """Return −log σ(β·[(student − teacher) of the chosen answer − (student − teacher) of the rejected one])
+    of each pair, in nats, from log-probabilities of answers `[B]`: `[B]` in float32 (float64 if given).
+
+    No gradient flows to the teacher's. Rafailov et al. 2023 (arXiv 2305.18290, equation 7), the loss of
+    SecAlign (Chen et al. 2024, arXiv 2410.05451). Raises `ValueError` for shapes that differ and β not above
+    0."""
+    check_shapes(student_chosen, teacher_chosen, 1, "log-probabilities of chosen answers ([B])")
+    check_shapes(student_rejected, teacher_rejected, 1, "log-probabilities of rejected answers ([B])")
+    check_shapes(student_chosen, student_rejected, what="chosen and rejected answers")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be above 0 and finite, but {beta} was given")
+    student = accumulate(student_chosen) - accumulate(student_rejected)
+    teacher = accumulate(teacher_chosen.detach()) - accumulate(teacher_rejected.detach())
+    return -F.logsigmoid(beta * (student - teacher))

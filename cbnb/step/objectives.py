@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['TERM_NAMES', 'OPTIONAL_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'TWIN', 'rr_twin',
-           'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Term', 'term_faults', 'depth', 'descent', 'departure',
-           'Objective', 'is_terms', 'has_all_terms', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
-           'rr_twin_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words', 'built_in_terms',
-           'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings', 'check_objective',
-           'token_terms', 'range_faults', 'check_terms']
+__all__ = ['TERM_NAMES', 'OPTIONAL', 'OPTIONAL_NAMES', 'ALL_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl',
+           'TWIN', 'rr_twin', 'PREFERENCE', 'COSINE', 'dpo', 'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Extra',
+           'Term', 'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'has_all_terms',
+           'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights', 'rr_twin_weights', 'dpo_weights',
+           'find_objective', 'term_factors', 'describe_terms', 'term_words', 'built_in_terms', 'run_terms',
+           'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings', 'check_objective', 'token_terms',
+           'range_faults', 'check_terms']
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -35,8 +36,23 @@ class Pair(NamedTuple):
     teacher: torch.Tensor
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0term
+class Extra(NamedTuple):
+    """What a term beyond the three needs. `sides`: the rows of a twin that it reads, fields of
+    `cbnb.data.streams.Twin`; `mean_over`: what is counted for it, a name of `cbnb.data.streams.COUNTS`;
+    `weight`: the setting at 0 of which it is measured without gradient, empty where it has none."""
+
+    sides: tuple[str, ...]
+    mean_over: str
+    weight: str = ""
+
+# %% ../../nbs/step/02_objectives.ipynb #pf0opt01
 TERM_NAMES = ("reroute", "retain", "kl")
-OPTIONAL_NAMES = ("twin",)
+OPTIONAL = {
+    "twin": Extra(("injected", "clean"), "twin_targets", "beta_twin"),
+    "preference": Extra(("injected", "rejected"), "preference_pairs"),
+}
+OPTIONAL_NAMES = tuple(OPTIONAL)
+ALL_NAMES = (*TERM_NAMES, *OPTIONAL_NAMES)  # the order of the log, and of the counts of a batch
 
 # %% ../../nbs/step/02_objectives.ipynb #f76e9e62
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class Term:
     the value for a student that equals its teacher; None where there is no such number.
 
     `per_token(harmful, benign, config)` → [M], one number per token of one block: of the harmful ones for
-    `reroute`, of the benign ones for `retain`; `kl` and `twin` are computed from logits and have none.
+    `reroute`, of the benign ones for `retain`; the others are computed from logits and have none.
     `factors`: the coefficients and settings that multiply the term (`describe_terms` finds them; None:
     unknown). Raises ConfigError."""
 
@@ -67,7 +83,7 @@ class Term:
 # %% ../../nbs/step/02_objectives.ipynb #obj0falt
 def term_faults(term: Term) -> str:
     """Return what is wrong with the name, the words or the range of `term`, empty where nothing is."""
-    if term.name not in (*TERM_NAMES, *OPTIONAL_NAMES):
+    if term.name not in ALL_NAMES:
         return f"name it {', '.join(TERM_NAMES)} or {', '.join(OPTIONAL_NAMES)}, as the log does"
     texts = ((term.title, "title", 1, 24), (term.unit, "unit", 0, 60))
     for text, field, least, most in texts:
@@ -99,9 +115,9 @@ def departure(term: Term, value: float) -> float:
 # %% ../../nbs/step/02_objectives.ipynb #obj0objc
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises: its `name`, the `terms` reroute, retain and kl in any order, and twin where it
-    has one, and `weights(config, c_s, c_r)` → the factors of these, by their names, from the coefficients of
-    the schedule. Raises ConfigError unless it is whole."""
+    """What a run minimises: its `name`, the `terms` reroute, retain and kl in any order, and those of
+    `OPTIONAL` that it has, and `weights(config, c_s, c_r)` → the factors of these, by their names, from the
+    coefficients of the schedule. Raises ConfigError unless it is whole."""
 
     name: str
     terms: tuple[Term, ...]
@@ -111,8 +127,8 @@ class Objective:
         names = [t.name for t in self.terms] if is_terms(self.terms) else []
         if not has_all_terms(names) or not callable(self.weights) or not isinstance(self.name, str):
             raise ConfigError(
-                "an Objective is made of a name, three Terms named reroute, retain and kl, and perhaps one "
-                "named twin, and a function weights(config, c_s, c_r)"
+                "an Objective is made of a name, three Terms named reroute, retain and kl, and perhaps "
+                f"{' and '.join(OPTIONAL_NAMES)}, and a function weights(config, c_s, c_r)"
             )
         if not callable(self.reroute) or not callable(self.retain):
             raise ConfigError(f"objective {self.name}: reroute and retain need a function per_token")
@@ -125,12 +141,13 @@ class Objective:
     def names(self) -> tuple[str, ...]:
         "The names of its terms, in the order of the log."
         own = {term.name for term in self.terms}
-        return tuple(name for name in (*TERM_NAMES, *OPTIONAL_NAMES) if name in own)
+        return tuple(name for name in ALL_NAMES if name in own)
 
     @property
-    def has_twin(self) -> bool:
-        "Whether it has a twin term, for which a run makes clean twins."
-        return "twin" in self.names
+    def sides(self) -> tuple[str, ...]:
+        "The rows of a twin that its terms read; empty where it needs no twins."
+        extras = [extra for name, extra in OPTIONAL.items() if name in self.names]
+        return tuple(dict.fromkeys(side for extra in extras for side in extra.sides))
 
     @property
     def reroute(self) -> Callable:
@@ -196,7 +213,18 @@ def rr_twin_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dic
 # %% ../../nbs/step/02_objectives.ipynb #tw0obj01
 TWIN = Term("twin", "twin KL", "nats per token", 0.0)
 rr_twin = Objective("rr_twin", (COSINE_TERM, DISTANCE, KL, TWIN), rr_twin_weights)
-BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin}
+
+# %% ../../nbs/step/02_objectives.ipynb #pf0wgt01
+def dpo_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
+    """Return the factors of c_r·(preference + beta_kl·kl); cosine and distance are measured only (SecAlign,
+    Chen et al. 2024, arXiv 2410.05451, at beta_kl 0)."""
+    return {"reroute": 0.0, "retain": 0.0, "kl": c_r * config.beta_kl, "preference": c_r}
+
+# %% ../../nbs/step/02_objectives.ipynb #pf0obj01
+PREFERENCE = Term("preference", "preference", "nats per pair", 0.0, None, math.log(2))
+COSINE = replace(COSINE_TERM, title="cosine", unit="mean relu(cosine), measured only", start=None)
+dpo = Objective("dpo", (COSINE, MEASURED, KL, PREFERENCE), dpo_weights)
+BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "dpo": dpo}
 
 # %% ../../nbs/step/02_objectives.ipynb #375fdc8c
 def find_objective(name: str) -> Objective:
@@ -286,7 +314,7 @@ def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term
         terms = [Term(**w | {"factors": tuple(w["factors"] or ())}) for w in words or ()]
         by_name = {term.name: term for term in terms}
         if has_all_terms([term.name for term in terms]):
-            return {name: by_name[name] for name in (*TERM_NAMES, *OPTIONAL_NAMES) if name in by_name}
+            return {name: by_name[name] for name in ALL_NAMES if name in by_name}
     except (ConfigError, TypeError, KeyError):
         pass  # edited by hand, or another version's
     if (short := name.removeprefix("cbnb.step.objectives:")) in BUILT_IN:
@@ -302,7 +330,7 @@ def common_terms(runs: list[dict[str, Term]]) -> dict[str, Term]:
     if not runs:
         return run_terms()
     out = {}
-    for name in (*TERM_NAMES, *OPTIONAL_NAMES):
+    for name in ALL_NAMES:
         if own := [terms[name] for terms in runs if name in terms]:
             same = len({(t.title, t.unit, t.low, t.start) for t in own}) == 1
             out[name] = own[0] if same else Term(name, name, "each objective's own")

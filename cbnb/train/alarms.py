@@ -29,6 +29,7 @@ __all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_t
 
 # %% ../../nbs/train/06_alarms.ipynb #tw6imp01
 from cbnb.step.objectives import (
+    OPTIONAL_NAMES,
     TERM_NAMES,
     WEIGHT_SETTINGS,
     Term,
@@ -65,8 +66,8 @@ def foretell(rows: list[dict], value: Callable, span: float, end: float, least: 
 
 # %% ../../nbs/train/06_alarms.ipynb #alwords1
 def name_in_text(term: Term) -> str:
-    "Return how a sentence calls `term`: its title; a KL with its article."
-    return f"the {term.title}" if term.name in ("kl", "twin") else term.title
+    "Return how a sentence calls `term`: its title; what is no plain noun with its article."
+    return f"the {term.title}" if term.name in ("kl", *OPTIONAL_NAMES) else term.title
 
 # %% ../../nbs/train/06_alarms.ipynb #91749a3c
 def log_name(term: Term) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -13,10 +14,11 @@ from torch import nn
 
 from ..basics.terminal import warn
 from ..config import CircuitBreakerConfig, ConfigError
-from ..step.heads import Head, find_head, head_kl, teacher_logits
+from ..step.heads import Head, find_head, head_kl, head_log_prob, teacher_logits
+from ..step.losses import pair_dpo
 from ..step.model_checks import check_model
 from ..step.models import check_teacher, num_blocks
-from ..step.objectives import Objective, Pair, find_objective, token_terms
+from ..step.objectives import ALL_NAMES, OPTIONAL, Objective, Pair, find_objective, token_terms
 from ..step.passes import States, both_passes, one_pass, teacher_pass
 
 # %% auto #0
@@ -152,6 +154,53 @@ class CircuitBreaker(nn.Module):
         ours, theirs = (torch.cat(list(side)) for side in zip(*sides))
         return self.kl(ours, theirs)
 
+    def log_probs(self, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probabilities that student and teacher give to the targets of each of padded `rows`,
+        [B] each, in nats: their sum, or their mean if `dpo_logprob` is."""
+        config, width = self.circuit_breaker_config, rows["input_ids"].shape[1]
+        ours, theirs = (cast(torch.Tensor, last) for _, last in self.states(rows, final=True))
+        at, in_chunks = rows["predicting_index"], "fused_kl" in config.savings
+        tokens = rows["input_ids"].flatten()[at + 1]
+        student = head_log_prob(ours, tokens, self.head.logits, in_chunks)
+        with torch.no_grad():
+            teacher = head_log_prob(theirs, tokens, self.teacher_logits, in_chunks)
+        # a sum over a masked row: that of an index would be added up in any order on a GPU
+        own = at // width == torch.arange(len(rows["input_ids"]), device=at.device)[:, None]
+        count = own.sum(1).clamp(min=1) if config.dpo_logprob == "mean" else 1
+        student, teacher = (torch.where(own, values, 0.0).sum(1) / count for values in (student, teacher))
+        return student, teacher
+
+    def preference(self, twins: list[dict]) -> torch.Tensor:
+        """Return the DPO loss of each pair of `twins`: of the user's own next action over the rejected one,
+        both on the attacked prompt (`cbnb.step.losses.pair_dpo`)."""
+        good, bad = (
+            [torch.cat(side) for side in zip(*(self.log_probs(rows[name]) for rows in twins))]
+            for name in OPTIONAL["preference"].sides
+        )
+        return pair_dpo(good[0], bad[0], good[1], bad[1], self.circuit_breaker_config.dpo_beta)
+
+    def optional_terms(
+        self, twin: dict | list | None, denominators: torch.Tensor, measure: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return the terms of `cbnb.step.objectives.OPTIONAL` that the objective has, float32 scalars, as
+        `forward` does; one whose weight is 0 only if `measure`."""
+        config, terms = self.circuit_breaker_config, {}
+        for name, values in (("twin", self.twin_kl), ("preference", self.preference)):
+            weight = OPTIONAL[name].weight
+            trains = not weight or getattr(config, weight) > 0
+            if name not in self.objective.names or not (measure or trains):
+                continue
+            if twin is None:
+                raise ConfigError(
+                    f"the objective {config.objective} has a {name} term, and the batch holds no twins: pass "
+                    "those of cbnb.data.twins"
+                )
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+                total = values([twin] if isinstance(twin, dict) else twin).sum()
+            count = denominators[ALL_NAMES.index(name)].clamp(min=1)
+            terms[f"loss_{name}"] = (total / count).float()
+        return terms
+
     def forward(
         self,
         harmful: dict | list,
@@ -161,13 +210,13 @@ class CircuitBreaker(nn.Module):
         twin: dict | list | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return `{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting, and
-        `loss_twin` where the objective has a twin term.
+        `loss_twin` and `loss_preference` where the objective has such a term.
 
         `harmful`, `benign`, `twin`: padded rows, or a list of such (`cbnb.data.streams.collate`).
-        `denominators`: [3], with twins [4], the tokens of the global batch over which each term is a mean
-        (`cbnb.data.streams.COUNTS`). At `beta_kl = 0` the KL is measured without gradient, and only if
-        `measure_kl`; else there is no `loss_kl`. The twin term at `beta_twin = 0` likewise. Raises
-        ConfigError where the objective has a twin term and the batch no twins."""
+        `denominators`: [3], with twins [4] or [5], the tokens of the global batch (of preferences the pairs)
+        over which each term is a mean (`cbnb.data.streams.COUNTS`). At `beta_kl = 0` the KL is measured
+        without gradient, and only if `measure_kl`; else there is no `loss_kl`. The twin term at `beta_twin =
+        0` likewise. Raises ConfigError where the objective has a term on twins and the batch none."""
         config = self.circuit_breaker_config
         harmful, benign = ([rows] if isinstance(rows, dict) else rows for rows in (harmful, benign))
         with_kl = measure_kl or config.beta_kl > 0
@@ -181,13 +230,4 @@ class CircuitBreaker(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_kl > 0):
                 kl = self.kl(ours, theirs)
             terms["loss_kl"] = (kl.sum() / denominators[2].clamp(min=1)).float()
-        if self.objective.has_twin and (measure_kl or config.beta_twin > 0):
-            if twin is None:
-                raise ConfigError(
-                    f"the objective {config.objective} has a twin term, and the batch holds no twins: pass "
-                    "those of cbnb.data.twins"
-                )
-            with torch.set_grad_enabled(torch.is_grad_enabled() and config.beta_twin > 0):
-                kl = self.twin_kl([twin] if isinstance(twin, dict) else twin)
-            terms["loss_twin"] = (kl.sum() / denominators[3].clamp(min=1)).float()
-        return terms
+        return terms | self.optional_terms(twin, denominators, measure_kl)

@@ -105,9 +105,9 @@ def settings_table(config: CircuitBreakerConfig, own_preset: str) -> str:
 
 # %% ../../nbs/train/07_card.ipynb #tw7wrd01
 def twin_words(result: dict) -> str:
-    "Return what the card says of the clean twins that `result` counts, empty where a run had none."
+    "Return what the card says of the twins that `result` counts, empty where a run had none."
     counts = result.get("data", {}).get("twin", {})
-    return f", {counts['samples']} clean twins" if "samples" in counts else ""
+    return f", {counts['samples']} twins" if "samples" in counts else ""
 
 # %% ../../nbs/train/07_card.ipynb #211310ba
 def data_lines(

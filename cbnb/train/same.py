@@ -470,12 +470,12 @@ def keep_samples(run: Run, heldout: str, **streams: Iterable) -> None:
 
 # %% ../../nbs/train/02_same.ipynb #tw2kep01
 def keep_twins(run: Run, twins: Iterable) -> None:
-    """Keep, or compare, the hashes of both sides of the `twins` (`cbnb.data.streams.Twin`) of a `run`. Raises
+    """Keep, or compare, the hashes of the rows of the `twins` (`cbnb.data.streams.Twin`) of a `run`. Raises
     RunError."""
-    both = list(twins)
+    every = list(twins)
 
     def make():
-        return {name: samples_hash(getattr(twin, name) for twin in both) for name in ("injected", "clean")}
+        return {name: samples_hash(twin.rows[name] for twin in every) for name in every[0].rows}
 
     keep_same(run, "twins", make)
 

@@ -62,7 +62,7 @@ from ..run.records import read_record
 from ..run.sealed import damage, seal, sync
 from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
 from ..step.models import is_in_parts, write_adapter
-from ..step.objectives import Objective, find_objective, rr, term_factors, term_words
+from ..step.objectives import OPTIONAL, Objective, find_objective, rr, term_factors, term_words
 from .breaker import CircuitBreaker
 from .floor import on_device, rounding_floor
 from .same import MADE_FROM, check_checkpoint, tell_changes
@@ -223,7 +223,7 @@ class CircuitBreakerTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
         """Return the micro-batches of one optimizer step and, in the place of num_items_in_batch, the
-        denominators of the global batch, [3] or with twins [4]."""
+        denominators of the global batch, [3] or with twins [4] or [5]."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = sum(batch["counts"] for batch in batches).to(device, torch.float32)
         self.step_terms, self.step_gradients = {}, {}
@@ -251,7 +251,7 @@ class CircuitBreakerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the weighted sum of the terms of a micro-batch, a scalar, times the number of processes.
-        `num_items_in_batch`: the denominators [3] or [4]. Raises NonFiniteLossError."""
+        `num_items_in_batch`: the denominators [3], [4] or [5]. Raises NonFiniteLossError."""
         step = self.state.global_step
         weights = term_weights(breaker_settings(self.args), step)
         twin = {"twin": inputs["twin"]} if "twin" in inputs else {}
@@ -504,10 +504,12 @@ def progress_line(
     terms that stand at the rounding `floor` (`cbnb.train.floor`)."""
     titles = {name: objective.term(name).title.lower() for name in objective.names}
     noise = at_floor(row, floor, {name: objective.term(name).start for name in objective.names})
-    twin = f"{titles['twin']} {row['loss_twin']:.3f}  " if objective.has_twin else ""
+    more = "".join(
+        f"{titles[name]} {row[f'loss_{name}']:.3f}  " for name in objective.names if name in OPTIONAL
+    )
     return (
         f"step {row['step']}/{total_steps}  {titles['reroute']} {row['loss_reroute']:.3f}  "
-        f"{titles['retain']} {row['loss_retain']:.3f}  {titles['kl']} {row['loss_kl']:.2e}  {twin}"
+        f"{titles['retain']} {row['loss_retain']:.3f}  {titles['kl']} {row['loss_kl']:.2e}  {more}"
         f"loss {row['loss']:.3f}  {math.ceil(seconds_left)} s left"
         + (f"  (rounding alone: {', '.join(titles[name] for name in noise)})" if noise else "")
     )
@@ -669,8 +671,9 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> BreakerArg
     rows, micro_batches = shares(config, world_size())
     # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would
     # wait
-    has_kl = config.beta_kl > 0 or (config.beta_twin > 0 and find_objective(config.objective).has_twin)
-    beyond = not has_kl and config.lora_layers[1] > max(config.target_layers)
+    extras = [OPTIONAL[name] for name in find_objective(config.objective).names if name in OPTIONAL]
+    has_end = config.beta_kl > 0 or any(not e.weight or getattr(config, e.weight) > 0 for e in extras)
+    beyond = not has_end and config.lora_layers[1] > max(config.target_layers)
     args = BreakerArguments(
         output_dir=str(folder),
         run_name=folder.parent.name,
@@ -714,11 +717,15 @@ def breaker_trainer(
     twins: Sequence[Twin] | None = None,
 ) -> CircuitBreakerTrainer:
     """Return the trainer of `student`'s adapter on the two streams, and the `twins` of an objective with a
-    twin term, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run.
-    Raises ConfigError for twins without such a term, and for such a term without twins."""
-    if find_objective(config.objective).has_twin != (twins is not None):
-        fault = "has a twin term, and no twins were" if twins is None else "has no twin term, and twins were"
-        raise ConfigError(f"the objective {config.objective} {fault} given (cbnb.data.twins)")
+    term on them, with checkpoints in `folder`; with a `cache` (`cbnb.train.teacher_cache`) no teacher is run.
+    Raises ConfigError for twins without the rows that its terms read, or with others."""
+    sides = find_objective(config.objective).sides
+    rows = tuple(twins[0].rows) if twins else ()
+    if sides != rows:
+        raise ConfigError(
+            f"the objective {config.objective} reads {' and '.join(sides) or 'no'} rows of twins, and "
+            f"{' and '.join(rows) or 'none'} were given (cbnb.data.twins)"
+        )
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
     breaker, in_parts = CircuitBreaker(student, config, teacher), is_in_parts(student)
@@ -793,11 +800,12 @@ def train_breaker(
     this attempt).
 
     Writes metrics.jsonl and checkpoints to `run`, the last one after the last step, and resumes from its last
-    whole checkpoint if it has one (`resume_point`). `twins` (`cbnb.data.twins`): for an objective with a twin
-    term. With a `cache` (`cbnb.train.teacher_cache`) the teacher's hidden states come from there. The first
-    interrupt asks for a stop too (`stop_on_interrupt`). In a notebook a line of progress is shown, unless a
-    `LiveView` among the `callbacks` shows more. Raises NonFiniteLossError for a NaN or infinite term or
-    gradient, OSError for a full disk, ValueError for a student that was trained before (`mark_trained`)."""
+    whole checkpoint if it has one (`resume_point`). `twins` (`cbnb.data.twins`): for an objective with a term
+    on them. With a `cache` (`cbnb.train.teacher_cache`) the teacher's hidden states come from there. The
+    first interrupt asks for a stop too (`stop_on_interrupt`). In a notebook a line of progress is shown,
+    unless a `LiveView` among the `callbacks` shows more. Raises NonFiniteLossError for a NaN or infinite term
+    or gradient, OSError for a full disk, ValueError for a student that was trained before
+    (`mark_trained`)."""
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     stop, progress = StopFile(run), Progress(in_cell)
     callbacks = [LogWhatCounts(), MetricsLog(run), stop, progress, *callbacks]

@@ -70,7 +70,7 @@ for job in json.loads(sys.argv[1]):
     attacks, twins = make_transcripts("injection", 20), None
     harmful, _ = encode_stream(attacks, masker, config.harmful_policy)
     benign, _ = encode_stream(make_transcripts("plain", 20), masker, config.benign_policy)
-    if find_objective(config.objective).has_twin:
+    if find_objective(config.objective).sides:
         drafts, report = draft_twins(attacks, [])
         twins = encode_twins(drafts, masker, config, report)
     heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, 5, "eval")]
