@@ -26,16 +26,17 @@ from cbnb.config import (
 )
 from ..transcripts.record import nearest
 
-if TYPE_CHECKING:
-    import torch
-
 # %% auto #0
 __all__ = ['TERM_NAMES', 'OPTIONAL_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'TWIN', 'rr_twin',
-           'BUILT_IN', 'WEIGHT_SETTINGS', 'OWN', 'SLACK', 'Pair', 'Term', 'term_faults', 'depth', 'descent',
-           'departure', 'Objective', 'is_terms', 'has_all_terms', 'option', 'option_value', 'option_values',
-           'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights', 'rr_twin_weights', 'find_objective',
-           'term_factors', 'describe_terms', 'term_words', 'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms',
-           'random_pairs', 'idle_settings', 'check_objective', 'token_terms', 'range_faults', 'check_terms']
+           'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Term', 'term_faults', 'depth', 'descent', 'departure',
+           'Objective', 'is_terms', 'has_all_terms', 'option', 'option_value', 'option_values', 'reroute_cosine',
+           'retain_distance', 'rr_weights', 'rr_kl_weights', 'rr_twin_weights', 'find_objective', 'term_factors',
+           'describe_terms', 'term_words', 'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs',
+           'idle_settings', 'check_objective', 'token_terms', 'range_faults', 'check_terms']
+
+# %% ../../nbs/step/02_objectives.ipynb #obj0torc
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -327,15 +328,11 @@ def term_words(config: CircuitBreakerConfig) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(term).items() if k != "per_token"} for term in terms]
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0blti
-OWN = {name: f"cbnb.step.objectives:{name}" for name in BUILT_IN} | {
-    name: f"cbnb.step.zoo:{name}" for name in ZOO
-}
-
-
 @cache
 def built_in_terms(name: str) -> dict[str, Term]:
     "Return the terms of the built-in objective `name`, described once."
-    return describe_terms(find_objective(OWN[name]), CircuitBreakerConfig(objective=name))
+    objective = BUILT_IN[name] if name in BUILT_IN else find_objective(f"cbnb.step.zoo:{name}")
+    return describe_terms(objective, CircuitBreakerConfig(objective=name))
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0runt
 def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term]:
@@ -352,7 +349,10 @@ def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term
             return {name: by_name[name] for name in (*TERM_NAMES, *OPTIONAL_NAMES) if name in by_name}
     except (ConfigError, TypeError, KeyError):
         pass  # edited by hand, or another version's
-    if (short := name.removeprefix("cbnb.step.objectives:").removeprefix("cbnb.step.zoo:")) in OWN:
+    if (short := name.removeprefix("cbnb.step.objectives:").removeprefix("cbnb.step.zoo:")) in (
+        *BUILT_IN,
+        *ZOO,
+    ):
         return dict(built_in_terms(short))
     unit = f"as {name} has it"
     neutral = {n: Term(n, f"{n} term", unit if len(unit) <= 60 else "") for n in ("reroute", "retain")}
