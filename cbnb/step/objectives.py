@@ -13,19 +13,31 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..basics.terminal import visible
-from ..config import OBJECTIVES, CircuitBreakerConfig, ConfigError
-
-if TYPE_CHECKING:
-    import torch
+from cbnb.config import (
+    OBJECTIVES,
+    ZOO,
+    CircuitBreakerConfig,
+    ConfigError,
+    Declaration,
+    check_limits,
+    holds_all_layers,
+    parameter,
+    split_options,
+)
+from ..transcripts.record import nearest
 
 # %% auto #0
 __all__ = ['TERM_NAMES', 'OPTIONAL', 'OPTIONAL_NAMES', 'ALL_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl',
            'TWIN', 'rr_twin', 'PREFERENCE', 'COSINE', 'dpo', 'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Extra',
-           'Term', 'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'has_all_terms',
-           'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights', 'rr_twin_weights', 'dpo_weights',
-           'find_objective', 'term_factors', 'describe_terms', 'term_words', 'built_in_terms', 'run_terms',
-           'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings', 'check_objective', 'token_terms',
-           'range_faults', 'check_terms']
+           'Term', 'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'has_all_terms', 'option',
+           'option_value', 'option_values', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
+           'rr_twin_weights', 'dpo_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
+           'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings',
+           'check_objective', 'token_terms', 'range_faults', 'check_terms']
+
+# %% ../../nbs/step/02_objectives.ipynb #obj0torc
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/step/02_objectives.ipynb #f7ca7fbf
 class Pair(NamedTuple):
@@ -117,11 +129,13 @@ def departure(term: Term, value: float) -> float:
 class Objective:
     """What a run minimises: its `name`, the `terms` reroute, retain and kl in any order, and those of
     `OPTIONAL` that it has, and `weights(config, c_s, c_r)` → the factors of these, by their names, from the
-    coefficients of the schedule. Raises ConfigError unless it is whole."""
+    coefficients of the schedule. `options`: what it has of its own (`option`), which its functions read by
+    `option_values`. Raises ConfigError unless it is whole."""
 
     name: str
     terms: tuple[Term, ...]
     weights: Callable
+    options: tuple[Declaration, ...] = ()
 
     def __post_init__(self):
         names = [t.name for t in self.terms] if is_terms(self.terms) else []
@@ -132,6 +146,8 @@ class Objective:
             )
         if not callable(self.reroute) or not callable(self.retain):
             raise ConfigError(f"objective {self.name}: reroute and retain need a function per_token")
+        if not all(isinstance(each, Declaration) for each in self.options):
+            raise ConfigError(f"objective {self.name}: make its options by cbnb.step.objectives.option")
 
     def term(self, name: str) -> Term:
         "Return the term that the log calls `name`."
@@ -169,6 +185,49 @@ def has_all_terms(names: list[str]) -> bool:
     "Return whether `names` are those of `TERM_NAMES`, each once, and at most each of `OPTIONAL_NAMES`."
     return len(set(names)) == len(names) and set(TERM_NAMES) <= set(names)
 
+# %% ../../nbs/step/02_objectives.ipynb #opt0opt1
+def option(name: str, default: float | str, meaning: str, **limits: Any) -> Declaration:
+    """Return the declaration of an option of an objective: a number, or a name with the limit `one_of`.
+    `limits`: as `cbnb.config.setting`; numbers are finite whatever they say."""
+    default = default if isinstance(default, str) else float(default)
+    check_limits(name, default, limits)
+    return parameter(name, default, "objective", meaning, **limits)
+
+# %% ../../nbs/step/02_objectives.ipynb #opt0val1
+def option_value(declaration: Declaration, text: str) -> float | str:
+    "Return the value that `text` gives to an option. Raises ConfigError for one that it does not take."
+    name = f"the option {declaration.name}"
+    if declaration.kind is not float:
+        check_limits(name, text, declaration.limits)
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"objective_options: {name} wants a finite number, but {text!r} was given")
+    check_limits(name, number, declaration.limits)
+    return number
+
+# %% ../../nbs/step/02_objectives.ipynb #opt0val2
+def option_values(config: CircuitBreakerConfig) -> dict[str, Any]:
+    """Return the value of each option of the objective of `config`, by name: that of `objective_options`, or
+    the default. This is what `per_token` and `weights` read. Raises ConfigError for a name that the
+    objective does not have, with the nearest, and for a value that its declaration forbids."""
+    declared = {each.name: each for each in find_objective(config.objective).options}
+    given = split_options(config.objective_options)
+    for name in given:
+        if name not in declared:
+            has = f"it has {', '.join(declared)}" if declared else "it has none"
+            raise ConfigError(
+                f"objective_options: the objective {config.objective} has no option {name!r}"
+                f"{nearest(name, declared)}; {has}"
+            )
+    return {
+        name: option_value(each, given[name]) if name in given else each.default
+        for name, each in declared.items()
+    }
+
 # %% ../../nbs/step/02_objectives.ipynb #a464dc3b
 def reroute_cosine(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) -> torch.Tensor:
     "Return relu(cos(student, teacher)) of each harmful token, [M] (Zou et al. 2024, arXiv 2406.04313)."
@@ -177,7 +236,7 @@ def reroute_cosine(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) ->
     return token_reroute(*harmful)
 
 # %% ../../nbs/step/02_objectives.ipynb #20cdc396
-def retain_distance(harmful: Pair, benign: Pair, config: CircuitBreakerConfig) -> torch.Tensor:
+def retain_distance(harmful: Pair | None, benign: Pair, config: CircuitBreakerConfig) -> torch.Tensor:
     """Return the L2 distance of student and teacher of each benign token, [N], relative to the teacher's norm
     if `config.retain_relative` (Zou et al. 2024, arXiv 2406.04313)."""
     from cbnb.step.losses import token_retain
@@ -300,7 +359,8 @@ def term_words(config: CircuitBreakerConfig) -> list[dict[str, Any]]:
 @cache
 def built_in_terms(name: str) -> dict[str, Term]:
     "Return the terms of the built-in objective `name`, described once."
-    return describe_terms(BUILT_IN[name], CircuitBreakerConfig(objective=name))
+    objective = BUILT_IN[name] if name in BUILT_IN else find_objective(f"cbnb.step.zoo:{name}")
+    return describe_terms(objective, CircuitBreakerConfig(objective=name))
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0runt
 def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term]:
@@ -317,7 +377,10 @@ def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term
             return {name: by_name[name] for name in ALL_NAMES if name in by_name}
     except (ConfigError, TypeError, KeyError):
         pass  # edited by hand, or another version's
-    if (short := name.removeprefix("cbnb.step.objectives:")) in BUILT_IN:
+    if (short := name.removeprefix("cbnb.step.objectives:").removeprefix("cbnb.step.zoo:")) in (
+        *BUILT_IN,
+        *ZOO,
+    ):
         return dict(built_in_terms(short))
     unit = f"as {name} has it"
     neutral = {n: Term(n, f"{n} term", unit if len(unit) <= 60 else "") for n in ("reroute", "retain")}
@@ -395,7 +458,9 @@ def idle_settings(objective: Objective, config: CircuitBreakerConfig) -> list[st
 # %% ../../nbs/step/02_objectives.ipynb #e351f39b
 def check_objective(config: CircuitBreakerConfig, options: dict[str, Any]) -> list[str]:
     """Return a sentence where the objective of `config` ignores `beta_kl`, which every run is given. Raises
-    ConfigError for another setting among the `options` ({name: value}, None: not given) that it ignores."""
+    ConfigError for another setting among the `options` ({name: value}, None: not given) that it ignores, and
+    for what `option_values` refuses."""
+    option_values(config)
     notes = []
     for name in idle_settings(find_objective(config.objective), config):
         if name == "beta_kl":
@@ -457,6 +522,8 @@ def check_terms(config: CircuitBreakerConfig, width: int) -> None:
         who = f"the objective {config.objective}: {name}"
         try:
             values, start_values = compute(harmful, benign, config), compute(*equal, config)
+            if name == "retain" and holds_all_layers(config):
+                compute(None, benign, config)  # above the target layers there are no harmful states
         except Exception as e:
             raise ConfigError(f"{who} raises {type(e).__name__}: {e}") from e
         values = token_terms(name, values, tokens)

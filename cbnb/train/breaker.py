@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..basics.terminal import warn
-from ..config import CircuitBreakerConfig, ConfigError
+from ..config import CircuitBreakerConfig, ConfigError, holds_all_layers
 from ..step.heads import Head, find_head, head_kl, head_log_prob, teacher_logits
 from ..step.losses import pair_dpo
 from ..step.model_checks import check_model
@@ -221,7 +221,7 @@ class CircuitBreaker(nn.Module):
         harmful, benign = ([rows] if isinstance(rows, dict) else rows for rows in (harmful, benign))
         with_kl = measure_kl or config.beta_kl > 0
 
-        every = range(num_blocks(self.student)) if config.retain_layers == "all" else None
+        every = range(num_blocks(self.student)) if holds_all_layers(config) else None
         away = state_pairs([self.states(rows, final=False) for rows in harmful])
         sides = [self.states(rows, final=with_kl, layers=every) for rows in benign]
         terms = state_terms(self.objective, away, state_pairs(sides), denominators, config)
