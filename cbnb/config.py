@@ -8,13 +8,13 @@ __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'OBJ
            'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN',
            'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'ANSWERS_PARAMETERS',
            'REPORT_PARAMETERS', 'CHAT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'LOOP_NAMES', 'LARGEST_SCALE',
-           'ConfigError', 'scalar_types', 'type_name', 'wrong_type', 'convert_value', 'convert_items', 'text_value',
-           'Declaration', 'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type', 'sentences',
-           'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
+           'ATTACK_NAMES', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type', 'convert_value', 'convert_items',
+           'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type',
+           'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
            'check_objective_name', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'setting_text', 'get_config',
            'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding', 'split_loop', 'check_loop',
-           'parse_scales', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares',
-           'coefficients']
+           'parse_scales', 'parse_attacks', 'check_attacks', 'config_to_dict', 'layers_from_hidden_states',
+           'check_layers', 'check_cached', 'shares', 'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -917,6 +917,21 @@ RUN_PARAMETERS = (
         at_least=1,
     ),
     parameter(
+        "attacks",
+        "",
+        "evaluation",
+        "attacks on the breaker when it is evaluated, as by cbnb attack",
+        unset="empty: none",
+        more="some of soft, soft_each, gcg, prefill, sample, forge, many, separated by commas",
+    ),
+    parameter(
+        "attack_budget",
+        6400,
+        "evaluation",
+        "passes that each of attacks may spend, forward and backward",
+        at_least=1,
+    ),
+    parameter(
         "run_dir",
         "",
         "run",
@@ -1021,6 +1036,8 @@ EVALUATE_PARAMETERS = (
     change("samples", default=None, unset="None: as in the run, or 1"),
     change("eval_scales", default=None, unset="None: as in the run, or none; empty: none"),
     change("scale_questions", default=None, unset="None: as in the run, or 16"),
+    change("attacks"),
+    change("attack_budget"),
     change(
         "eval_loop",
         default=None,
@@ -1249,6 +1266,34 @@ def parse_scales(text: str) -> tuple[float, ...]:
             raise ConfigError(f"eval_scales names {float(part):g} twice; leave one of them out")
         scales.append(float(part))
     return tuple(sorted(scales))
+
+# %% ../nbs/config.ipynb #61db9e49
+ATTACK_NAMES = ("soft", "soft_each", "gcg", "prefill", "sample", "forge", "many")
+
+# %% ../nbs/config.ipynb #3bb610ab
+def parse_attacks(text: str) -> list[str]:
+    """Return the names among `ATTACK_NAMES` in `text`, separated by commas; [] for an empty text. Raises
+    `ConfigError`, with the nearest, for another name."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in ATTACK_NAMES:
+            raise ConfigError(
+                f"there is no attack {name!r}{nearest(name, ATTACK_NAMES)}; use some of "
+                f"{', '.join(ATTACK_NAMES)}"
+            )
+    return names
+
+# %% ../nbs/config.ipynb #195c5f4c
+def check_attacks(attacks: str, attack_budget: int, processes: int = 1) -> None:
+    """Raise `ConfigError` for `attacks` that `parse_attacks` refuses, a budget of no pass, and attacks in a
+    run of several `processes`."""
+    names = parse_attacks(attacks)
+    check_limits("attack_budget", attack_budget, {"at_least": 1})
+    if names and processes > 1:
+        raise ConfigError(
+            f"attacks are carried out by one process, and {processes} were started: leave attacks out, and "
+            "call cbnb attack afterwards"
+        )
 
 # %% ../nbs/config.ipynb #2537e3d2
 def config_to_dict(config: CircuitBreakerConfig) -> dict[str, Any]:
