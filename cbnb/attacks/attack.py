@@ -341,7 +341,10 @@ def attack_run(
     lenient = masker_for([own], name, trust_remote_code, **masks | {"control": "allow"})
     reader = derive_reader(masker)
     train, items, losses = attack_parts(own, masker, reader, eval_data, count, options)
-    dtype, decoding = options.get("dtype"), decoding_for([own], **{k: options.get(k) for k in DECODING_FIELDS})
+    dtype, decoding = (
+        options.get("dtype"),
+        decoding_for([own], **{k: options.get(k) for k in DECODING_FIELDS}),
+    )
     student = load_student(own, [own], masker, [], name, dtype, trust_remote_code=trust_remote_code)[0]
     folder.mkdir(parents=True, exist_ok=True)
     parts = (student, (masker, lenient), reader, decoding, train, items, names, budget, seed)

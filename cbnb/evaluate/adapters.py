@@ -32,7 +32,14 @@ from ..basics.processes import from_first, world_size
 from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
 from ..basics.withheld import withhold
-from ..config import CircuitBreakerConfig, check_attacks, check_limits, check_loop, get_config, parse_scales
+from cbnb.config import (
+    CircuitBreakerConfig,
+    check_attacks,
+    check_limits,
+    check_loop,
+    get_config,
+    parse_scales,
+)
 from ..data.sources import READING, Reading, read_entry, reading_of, split_commas
 from ..data.streams import load_streams, read_streams
 
