@@ -861,7 +861,7 @@ MEMORY_PARAMETERS = (
         "memory",
         "folder for encoded transcripts, shared by the runs of a sweep",
         unset="empty: encoded in memory, by one core",
-        more="made by all cores where it is not there",
+        more="made by all cores where it is not there; clean twins are encoded in each run",
     ),
     parameter(
         "teacher_cache",

@@ -34,7 +34,7 @@ from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, figure_bundle
 from ..step.objectives import Term, describe_terms, find_objective
-from ..train.alarms import dead_line, foretell, name_in_text, own_weight, weight_words
+from ..train.alarms import aside_words, dead_line, foretell, name_in_text, own_weight, weight_words
 from ..train.trainer import KEEP, term_names
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def force_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding:
     force = (
         f"at step {outlook.step} of the probe the {reroute.title} gradient has "
         f"{format_number(outlook.force)} times the norm of what holds it back ({both}; the most is "
-        f"{holder.title}'s), and "
+        f"{holder.title}'s){aside_words({t.name: t for t in objective.terms})}, and "
         f"loss_reroute is {(reroute.start or 0.0) - outlook.turned:.6g}"
     )
     pulls = f"{name_in_text(holder)} pulls harder than {reroute.title} can grow"

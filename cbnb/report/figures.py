@@ -1276,15 +1276,16 @@ def attack_figure(record: dict[str, Any]) -> go.Figure:
         x, y = (f"{axis} domain" for axis in axis_ids(n))
         own = attack_traces(attack, n)
         axes |= attack_axes(attack, n, rows)
-        title = visible(f"{name.replace('_', ' ')}: {attack['verdict']}").replace("<", "‹").replace(">", "›")
+        words = f"{name.replace('_', ' ')}, attack success: {attack['verdict']}"
+        title = visible(words).replace("<", "‹").replace(">", "›")
         notes.append(dict(corner, text=title, xref=x, yref=y))
         notes += end_labels(own, n, [-0.03, 1.03], False, ATTACK_HEIGHT)
         if not own:
             notes.append(dict(x=0.5, y=0.5, xref=x, yref=y, showarrow=False, text="not measured"))
         traces += own
     height = rows * ATTACK_HEIGHT + (rows - 1) * ATTACK_GAP + ATTACK_MARGIN["t"] + ATTACK_MARGIN["b"]
-    words = f"attack success against passes spent, of {', '.join(attacks)}: base, control and breaker"
-    layout = dict(axes, annotations=notes, height=height, margin=ATTACK_MARGIN, meta=visible(words), **LOOK)
+    meta = visible(f"attack success against passes spent, of {', '.join(attacks)}: base, control and breaker")
+    layout = dict(axes, annotations=notes, height=height, margin=ATTACK_MARGIN, meta=meta, **LOOK)
     return go.Figure(traces, layout)
 
 # %% ../../nbs/report/00_figures.ipynb #2add10a9

@@ -34,11 +34,11 @@ __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MA
            'Stratum', 'same', 'apart', 'members', 'borrow_control', 'label_stratum', 'strata', 'breaker_works',
            'control_failure', 'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute',
            'onset_words', 'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance',
-           'check_gradients', 'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain', 'harm_of',
-           'list_changes', 'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes', 'pool_counts',
-           'live_words', 'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words', 'check_whole',
-           'live_verdicts', 'attacks_of', 'attack_gap', 'check_attacked', 'half_words', 'attack_verdicts',
-           'all_verdicts']
+           'check_gradients', 'twin_words', 'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain',
+           'harm_of', 'list_changes', 'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes',
+           'pool_counts', 'live_words', 'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words',
+           'check_whole', 'live_verdicts', 'attacks_of', 'attack_gap', 'check_attacked', 'half_words',
+           'attack_verdicts', 'all_verdicts']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
 from ..basics.files import write_bytes
@@ -154,7 +154,7 @@ def end_means(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return the means of the three terms over the last `END_SHARE` of the steps of `rows`, of which there is
     at least one; a term that no row there has is left out. `rows_at_end`: how many rows have a KL there."""
     means, last = {}, max(row["step"] for row in rows)
-    for key in ("loss_reroute", "loss_retain", "loss_kl"):
+    for key in ("loss_reroute", "loss_retain", "loss_kl", "loss_twin"):
         steps, values = series(rows, key, gaps=False)
         end = values[steps > (1 - END_SHARE) * last]
         if len(end):
@@ -196,7 +196,9 @@ def log_measures(
     if not rows:
         return measures
     measures |= end_means(rows) | {"last_step": float(max(row["step"] for row in rows))}
-    measures |= {key: median(series(rows, key)[1]) for key in LOG_MEASURES if key.startswith("grad_")}
+    names = [key for key in LOG_MEASURES if key.startswith("grad_")]
+    names += ["grad_norm_twin"] if "loss_twin" in measures else []  # of an objective with a twin term
+    measures |= {key: median(series(rows, key)[1]) for key in names}
     return measures | {
         "beta_times_kl": beta * measures["loss_kl"],
         "onset_step": find_onset(rows, (terms or run_terms())["reroute"]),
@@ -1093,6 +1095,20 @@ def check_gradients(s: Stratum) -> Verdict:
     )
     return Verdict("gradients", s.label, verdict, why + caveat(s, norms), tuple(norms))
 
+# %% ../../nbs/report/01_verdicts.ipynb #dee994cb
+def twin_words(s: Stratum) -> str:
+    """Return that the runs of a stratum have a twin term, which no claim is about, with its KL at the end by
+    beta_kl, in one sentence; empty where none has one."""
+    levels = {0.0: s.control} | s.levels
+    ends = {b: runs["loss_twin"].mean() for b, runs in levels.items() if "loss_twin" in runs}
+    parts = [f"{format_number(end)} at {b:g}" for b, end in ends.items() if end == end]
+    if not parts:
+        return ""
+    return (
+        " The twin term moves the answers to attacked transcripts too, and is part of the norm in all; it is "
+        f"not judged (at the end, by beta_kl: {', '.join(parts)} nats per token)."
+    )
+
 # %% ../../nbs/report/01_verdicts.ipynb #98be31d2
 def judge_stratum(s: Stratum) -> list[Verdict]:
     "Return the verdicts on all `CHECKS` for one stratum, control first."
@@ -1101,7 +1117,9 @@ def judge_stratum(s: Stratum) -> list[Verdict]:
     nothing = "There is no finished run with beta_kl above 0 to compare." + caveat(s, ())
     if not s.levels:
         return [Verdict(check, s.label, "inconclusive", nothing) for check in CHECKS]
-    return [check_reroute(s), check_dose(s), check_gradients(s)]
+    reroute, dose, gradients = check_reroute(s), check_dose(s), check_gradients(s)
+    note = twin_words(s)
+    return [replace(reroute, why=reroute.why + note), dose, replace(gradients, why=gradients.why + note)]
 
 # %% ../../nbs/report/01_verdicts.ipynb #f05bf16a
 def verdicts(sweep: Sweep) -> list[Verdict]:
