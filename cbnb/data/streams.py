@@ -276,11 +276,11 @@ def empty_stream(report: StreamReport, name: str, policy: AnyPolicy) -> EmptyStr
     "Return the error for a stream of which `report` counts no sample."
     c = report.counts
     return EmptyStream(
-        f"the {name} stream is empty: of {plural(report.transcripts, 'transcript')} "
-        f"{c['no_target']} have no target under policy {policy!r} ({c['lost_to_truncation']} of "
-        f"these lost it to truncation), {c['lost_words']} have an answer of which the chat template writes "
-        f"nothing, {c['lost_context']} lost the user's request or the injected message to truncation; "
-        "check the file, its labels, the policy and max_length.",
+        f"the {name} stream is empty, {plural(report.transcripts, 'transcript')} read; without a target "
+        f"under policy {policy!r}: {c['no_target']} ({c['lost_to_truncation']} lost it to truncation); "
+        f"with an answer of which the chat template writes nothing: {c['lost_words']}; with the user's "
+        f"request or the injected message lost to truncation: {c['lost_context']}; check the file, its "
+        "labels, the policy and max_length.",
         report,
     )
 

@@ -127,8 +127,8 @@ def alarm_advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
     away = name_in_text(terms["reroute"])
     if pull > hold:
         return (
-            f"{away} pulls harder than what holds it{aside_words(terms)}, but too slowly: raise learning_rate "
-            "or total_steps"
+            f"{away} pulls harder than what holds it{aside_words(terms)}, but too slowly: raise "
+            "learning_rate or total_steps"
         )
     return (
         f"the gradient of {name_in_text(terms[holder])} holds it, with "
