@@ -546,7 +546,7 @@ def test_trl_3927_a_cut_completion_is_counted_and_an_empty_mask_is_never_everyth
 def test_marin_7237_no_silent_zero_mask_in_a_stream():
     """A transcript without an assistant is dropped by name; a policy that trains nothing is an error, not an
     empty epoch."""
-    with pytest.raises(ValueError, match="no target under policy"):
+    with pytest.raises(ValueError, match="without a target under policy"):
         stream(CASES["completion last"], policy=lambda encoding: np.zeros(len(encoding.input_ids), bool))
 
 

@@ -49,6 +49,8 @@ from cbnb.evaluate.adapters import (
     reading_for,
     same_model,
 )
+
+# %% ../../nbs/attacks/08_attack.ipynb #8e725eee
 from ..evaluate.benchmarks import questions
 from ..evaluate.decoding import Decoding
 from ..evaluate.dial import check_scalable, scaled

@@ -258,19 +258,18 @@ def loop_measures(loops: dict[str, Any]) -> dict[str, float]:
 # %% ../../nbs/report/01_verdicts.ipynb #a4a0c024
 def half_passes(points: Sequence[dict[str, Any]]) -> float:
     """Return the passes after which half of the items of a curve (`points` of an attacks.json) are broken,
-    along a straight line over their logarithm; infinite where they never are. A rate that is a half before
-    any pass is 1 pass."""
+    along a straight line over their logarithm; those of the first point with an attack where half are broken
+    there already, infinite where they never are, 0 without an attack."""
     curve = []
     for point in points:
         hits, n = point["counts"]["attack_success"]
         if n:
-            curve.append((max(1, point["forward"] + point["backward"]), hits / n))
+            curve.append((point["forward"] + point["backward"], hits / n))
     for n, (passes, rate) in enumerate(curve):
         if rate >= 0.5:
-            if n == 0:
-                return float(passes)
-            before, low = curve[n - 1]
-            return float(before * (passes / before) ** ((0.5 - low) / (rate - low)))
+            before, low = curve[n - 1] if n else (0, 0.0)
+            share = (0.5 - low) / (rate - low)
+            return float(before * (passes / before) ** share) if before else float(passes)
     return math.inf
 
 # %% ../../nbs/report/01_verdicts.ipynb #a77ac402

@@ -21,6 +21,13 @@ from ..basics.reading import read_text
 from ..basics.withheld import scrub
 from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
 from ..data.streams import Sample
+
+# %% auto #0
+__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'attack_section', 'figure_text',
+           'last_parts', 'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card',
+           'refresh_card']
+
+# %% ../../nbs/train/07_card.ipynb #9c145395
 from cbnb.report.figures import (
     alarm_lines,
     all_notes,
@@ -36,11 +43,6 @@ from ..run.records import read_record
 from ..run.settings import KEPT_TEMPLATE, preset_for
 from ..step.objectives import find_objective
 from .same import sample_key
-
-# %% auto #0
-__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'attack_section', 'figure_text',
-           'last_parts', 'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card',
-           'refresh_card']
 
 # %% ../../nbs/train/07_card.ipynb #5e999a31
 def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:
