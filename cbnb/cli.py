@@ -826,11 +826,11 @@ def run_attack(args: argparse.Namespace) -> int:
     """Carry out `cbnb attack`: a line per point while it runs, then the table and what may be said."""
     from transformers.utils.logging import disable_progress_bar
 
-    from cbnb.attacks.attack import DEFAULT_ATTACKS, attack_run, check_attack
+    from cbnb.attacks.attack import DEFAULT_ATTACKS, attack_run
     from cbnb.report.figures import attack_lines
 
     disable_progress_bar()  # of the weights: an error is one line
-    record = attack_run(
+    record, folder = attack_run(
         args.adapter,
         DEFAULT_ATTACKS if args.attacks is None else args.attacks,
         args.budget,
@@ -842,7 +842,6 @@ def run_attack(args: argparse.Namespace) -> int:
         args.trust_remote_code,
         lambda line: say(line, file=sys.stderr),
     )
-    folder = check_attack(args.adapter, args.out, args.trust_remote_code)[1]
     say(*attack_lines(record), f"results: {folder / 'attacks.json'}")
     return 1 if any(attack["verdict"] == "refuted" for attack in record["attacks"].values()) else 0
 

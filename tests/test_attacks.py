@@ -19,7 +19,8 @@ from cbnb.attacks.soft import optimise_soft, soft_attack
 from cbnb.attacks.span import SpanError, attack_item, attack_items, check_owned, insertion, rewritten_prompt
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
-from cbnb.config import get_config
+from cbnb.config import NOTEBOOK_PARAMETERS, ConfigError, get_config
+from cbnb.evaluate.adapters import check_evaluation
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.reader import derive_reader
 from cbnb.masking.masker import ChatMasker
@@ -28,9 +29,14 @@ from cbnb.report.verdicts import attack_measures
 from cbnb.run.metrics import read_json_lines
 from cbnb.run.records import fault, read_record
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
+from cbnb.sweep.spec import check_settings
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.tinyworld import make_transcripts
+from forked import cells
+from helpers import NBS
+from train_common import few
 
+NOTEBOOK_DEFAULTS = {name: p.default for name, p in NOTEBOOK_PARAMETERS["train"].items()}
 SHORT = Decoding(max_new_tokens=16)
 
 
@@ -286,16 +292,14 @@ def record_of(hits, verdict="refuted"):
     "A small attacks.json."
     counts = {"attack_success": [hits, 64], "attack_success_lax": [64, 64], "unparseable": [0, 64]}
     point = {"at": "<b>", "forward": 1, "backward": 1, "counts": counts}
-    soft = {"verdict": verdict, "text": "<i>", "points": {"breaker": [point], "control": [point]}}
-    items = {"optimised_on": 1, "attacked": 64}
-    return {
-        "seed": 0,
+    soft = {
         "budget": 2,
-        "items": items,
-        "control": None,
-        "attacks": {"soft": soft},
-        "left_out": {},
+        "verdict": verdict,
+        "text": "<i>",
+        "points": {"breaker": [point], "control": [point]},
     }
+    items = {"optimised_on": 1, "attacked": 64}
+    return {"key": "k", "seed": 0, "items": items, "control": None, "attacks": {"soft": soft}, "left_out": {}}
 
 
 def test_the_report_has_a_section_whose_words_are_escaped():
@@ -304,7 +308,8 @@ def test_the_report_has_a_section_whose_words_are_escaped():
     assert "<h2>Attacked</h2>" in page and "&lt;b&gt;" in page and "<i>" not in page
     assert "Attacked" not in report_page("t", [], result_table(figures, figures), {})
     assert attack_table(record_of(3))["breaker"].tolist() == ["3 of 64, 0.016 to 0.13"]
-    assert attack_words(record_of(3))[0] == "soft: refuted; <i>"
+    assert attack_words(record_of(3))[0] == "soft, 2 passes: refuted; <i>"
+    assert page.count("<svg") == 2 and "soft, attack success: refuted" in page
 
 
 @pytest.mark.parametrize(
@@ -313,8 +318,14 @@ def test_the_report_has_a_section_whose_words_are_escaped():
         {"seed": -1},
         {"items": {}},
         {"attacks": []},
-        {"attacks": {"soft": {"verdict": "won", "text": "", "points": {}}}},
-        {"attacks": {"soft": {"verdict": "void", "text": "", "points": {"base": [{"at": "x"}]}}}},
+        {"key": 3},
+        {"attacks": {"soft": {"verdict": "void", "text": "", "points": {}}}},
+        {"attacks": {"soft": {"budget": 1, "verdict": "won", "text": "", "points": {}}}},
+        {
+            "attacks": {
+                "soft": {"budget": 1, "verdict": "void", "text": "", "points": {"base": [{"at": "x"}]}}
+            }
+        },
     ],
 )
 def test_a_record_that_was_edited_is_refused(change, tmp_path):
@@ -355,3 +366,99 @@ def test_the_command_refuses_in_one_sentence(words, said, capsys):
     assert main(["attack", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def finished_run(folder, world):
+    "A directory like that of a run, with the noise as its adapter, and without a result.json."
+    save_adapter(world[0], folder / "adapter")
+    write_transcripts(folder / "eval.jsonl", make_transcripts("injection", 8, "eval"))
+    parameters = {"preset": "tinyagent", "data": "tinyagent", "eval_data": str(folder / "eval.jsonl")}
+    (folder / "params.json").write_text(json.dumps(parameters))
+    (folder / "config.json").write_text(json.dumps({"model": "tinyagent"}))
+    return folder
+
+
+def test_a_run_that_is_not_finished_is_not_attacked(world, tmp_path, capsys):
+    "It has an adapter, and no result yet."
+    run = finished_run(tmp_path, world)
+    assert main(["attack", str(run), "--attacks", "prefill", "--budget", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "the run is not finished" in error and error.count("\n") == 1
+    assert not (run / "attacks.json").exists() and not (run / "attacks").exists()
+    given = {"adapter": str(run), "second_adapter": "", "eval_data": "", "model": None}
+    given |= dict.fromkeys(("max_new_tokens", "temperature", "samples", "seed"))
+    assert check_evaluation(given)[1] == "tinyagent"
+    with pytest.raises(RunError, match="the run is not finished"):
+        check_evaluation(given | {"attacks": "soft", "attack_budget": 64})
+    with pytest.raises(RunError, match="attacks want a breaker"):
+        check_evaluation(given | {"adapter": "none", "attacks": "soft", "eval_data": "tinyagent"})
+    with pytest.raises(ConfigError, match="did you mean 'soft'"):
+        check_evaluation(given | {"attacks": "sofft"})
+
+
+def test_several_processes_do_not_attack(world, tmp_path, monkeypatch):
+    run = finished_run(tmp_path, world)
+    (run / "result.json").write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="by one process, and 2 were started"):
+        attack.attack_run(str(run), "prefill", 8)
+    with pytest.raises(ConfigError, match="by one process"):
+        check_settings(NOTEBOOK_DEFAULTS | {"attacks": "soft"}, 2)
+    check_settings(NOTEBOOK_DEFAULTS | {"attacks": "soft"}, 1)
+    check_settings(NOTEBOOK_DEFAULTS, 2)
+
+
+def test_nothing_to_attack_says_why(world, tmp_path, capsys):
+    run = finished_run(tmp_path, world)
+    (run / "result.json").write_text("{}")
+    path, bare = tmp_path / "bare.jsonl", make_transcripts("injection", 8, "eval")
+    write_transcripts(path, [dataclasses.replace(t, injection_spans=()) for t in bare])
+    assert main(["attack", str(run), "--attacks", "prefill", "--eval-data", str(path)]) == 2
+    assert "8 left out: it has no injection span" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_earlier_attacks_stay_where_they_are_of_the_same_breaker_and_items(world, tmp_path, capsys):
+    run = finished_run(tmp_path, world)
+    (run / "result.json").write_text("{}")
+    words = ["attack", str(run), "--eval-data", str(run / "eval.jsonl")]
+    kept = {}
+    for name, budget in (("prefill", "8"), ("many", "16")):
+        assert main([*words, "--attacks", name, "--budget", budget]) in (0, 1)
+        kept[name] = read_record(run / "attacks.json")["attacks"][name]
+    record = read_record(run / "attacks.json")
+    assert record["attacks"] == kept and [a["budget"] for a in kept.values()] == [8, 16]
+    assert "dropped" not in capsys.readouterr().err
+    assert main([*words, "--attacks", "many", "--budget", "16", "--seed", "1"]) in (0, 1)
+    assert "note: attacks.json held prefill, of another adapter" in capsys.readouterr().err
+    assert list(read_record(run / "attacks.json")["attacks"]) == ["many"]
+
+
+@pytest.mark.slow
+def test_a_training_attacks_itself_and_an_evaluation_what_it_measured(tmp_path):
+    "On a few transcripts, after two steps: the files, the card and the page have it, and the same call adds."
+    given = few(tmp_path, total_steps=2, diagnose_steps=0, max_new_tokens=24, eval_loop="none")
+    run = tmp_path / "run"
+    done = cells("-p", "run_dir", run, "-p", "attacks", "many", "-p", "attack_budget", 8, *given)
+    assert done.returncode == 0, done.stdout[-3000:]
+    first = read_record(run / "attacks.json")
+    assert list(first["attacks"]) == ["many"] and first["attacks"]["many"]["budget"] == 8
+    assert "<h2>Attacked</h2>" in (run / "report.html").read_text()
+    assert "| many | 8 |" in (run / "adapter" / "README.md").read_text()
+    words = ("-p", "adapter", run, "-p", "attacks", "prefill", "-p", "attack_budget", 8)
+    done = cells("-p", "run_dir", tmp_path / "again", *words, notebook=NBS / "evaluate.ipynb")
+    assert done.returncode == 0, done.stdout[-3000:]
+    both = read_record(run / "attacks.json")
+    assert (
+        list(both["attacks"]) == ["prefill", "many"] and both["attacks"]["many"] == first["attacks"]["many"]
+    )
+    assert not (tmp_path / "again" / "attacks.json").exists()
+    assert "| prefill | 8 |" in (run / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_that_could_not_attack_itself_does_not_begin(tmp_path):
+    given = few(tmp_path, total_steps=2, eval_loop="none")
+    done = cells("-p", "run_dir", tmp_path / "run", "-p", "attacks", "soft", "-p", "attack_budget", 1, *given)
+    assert done.returncode and "a budget of 1 passes buys no point of soft" in done.stdout
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

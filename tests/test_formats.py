@@ -251,7 +251,7 @@ def test_a_folder_is_read_as_one(tmp_path):
         with pytest.raises(TranscriptError, match=r"^bad\.json"):
             list(read_transcripts(tmp_path))
         reader = read_transcripts(tmp_path, on_error="skip")
-        with pytest.warns(UserWarning, match="1 records skipped"):
+        with pytest.warns(UserWarning, match="1 record skipped"):
             assert list(reader) == every
     with pytest.raises(TranscriptError, match="no such file"):
         read_transcripts(tmp_path / "none")

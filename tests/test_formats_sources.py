@@ -444,7 +444,7 @@ def test_a_session_takes_linear_time_and_keeps_to_its_branch(tmp_path):
     lines.insert(11, {**lines[11], "uuid": "back", "message": {"role": "assistant", "content": "taken back"}})
     (file := tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"type": "us')
     reader, start = read_transcripts(file, label="benign", on_error="skip"), time.process_time()
-    with pytest.warns(UserWarning, match="1 records skipped"):
+    with pytest.warns(UserWarning, match="1 record skipped"):
         [t] = reader
     assert (
         len(t.messages) == 20_000

@@ -539,16 +539,14 @@ def test_trl_3927_a_cut_completion_is_counted_and_an_empty_mask_is_never_everyth
         [say("user", LONG)], CASES["completion last"], max_length=16, lost_context="keep"
     )
     assert len(samples) == 1 and report.counts["no_target"] == 1 and report.dropped == ["t0"]
-    with pytest.raises(
-        ValueError, match="stream is empty: 1 transcripts were read, 1 of them have no target"
-    ):
+    with pytest.raises(ValueError, match="stream is empty, 1 transcript read; without a target .*: 1 "):
         stream([say("user", LONG)])
 
 
 def test_marin_7237_no_silent_zero_mask_in_a_stream():
     """A transcript without an assistant is dropped by name; a policy that trains nothing is an error, not an
     empty epoch."""
-    with pytest.raises(ValueError, match="no target under policy"):
+    with pytest.raises(ValueError, match="without a target under policy"):
         stream(CASES["completion last"], policy=lambda encoding: np.zeros(len(encoding.input_ids), bool))
 
 

@@ -36,6 +36,8 @@ from cbnb.report.verdicts import (
     REROUTED,
     SEEDS,
     Sweep,
+    all_verdicts,
+    attack_verdicts,
     live_verdicts,
     read_sweep,
     specimen_run,
@@ -739,6 +741,80 @@ def test_the_report_of_a_sweep_says_what_only_breaks(tmp_path):
     for text in (done.stdout, page):
         assert "It only breaks at beta_kl 0, 0.3 (unreadable under attack 190 of 192" in text
     assert f"{LIVE_CHECKS['whole']}: refuted." in done.stdout and f"{LIVE_CHECKS['whole']}: <span" in page
+
+
+def attack_in(folder, curve, budget=3200, verdict="refuted", seeds=(0, 1, 2)):
+    """`folder` after its runs were attacked: `curve(beta_kl, seed)` gives the items broken of 64, after 0,
+    800, 1600 and 3200 passes."""
+    for path in folder.glob("*/params.json"):
+        beta, seed = (json.loads(path.read_text())[name] for name in ("beta_kl", "seed"))
+        if seed not in seeds:
+            continue
+        points = [
+            {
+                "at": "x",
+                "forward": passes,
+                "backward": 0,
+                "counts": dict.fromkeys(("attack_success", "attack_success_lax", "unparseable"), [hits, 64]),
+            }
+            for passes, hits in zip((0, 800, 1600, 3200), curve(beta, seed), strict=True)
+        ]
+        attack = {"budget": budget, "verdict": verdict, "text": "t", "points": {"breaker": points}}
+        record = {"key": "k", "seed": 0, "items": {"optimised_on": 64, "attacked": 64}}
+        write_json(path.parent / "attacks.json", record | {"attacks": {"soft": attack}})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("curve", "words", "why"),
+    [
+        (
+            lambda beta, seed: (0, 14, 40 + seed, 60),
+            "supported",
+            "half of it takes the most different passes",
+        ),
+        (
+            lambda beta, seed: (0, 60 - seed, 62, 62) if beta else (0, 0, 1 + seed, 62),
+            "refuted",
+            "half of it",
+        ),
+        (lambda beta, seed: (0, 0, 0, 50 + seed) if beta else (0, 0, 0, seed), "refuted", "nowhere"),
+        (lambda beta, seed: (0, 0, seed, 3), "supported", "nowhere does it reach half"),
+        (lambda beta, seed: (0, 1, 2, 20 * seed), "inconclusive", "seeds lack"),
+    ],
+    ids=["the same", "cheaper", "only with KL", "never", "some seeds"],
+)
+def test_what_an_attacker_needs_is_judged_by_the_curves(tmp_path, curve, words, why):
+    sweep = read_sweep([attack_in(write_specimen(tmp_path / "attacked", betas=(0.0, 0.3)), curve)])
+    (verdict,) = attack_verdicts(sweep)
+    assert verdict.verdict == words and why in verdict.why, verdict.why
+    assert "at 3,200 passes the success" in verdict.why and verdict in all_verdicts(sweep)
+
+
+@pytest.mark.slow
+def test_an_attack_that_not_all_runs_had_is_void(tmp_path):
+    folder = write_specimen(tmp_path / "attacked", betas=(0.0, 0.3))
+
+    def same(beta, seed):
+        return 0, 14, 40, 60
+
+    def judged():
+        (verdict,) = attack_verdicts(read_sweep([folder]))
+        return verdict.verdict, verdict.why
+
+    assert judged()[0] == "not judged"
+    attack_in(folder, same, seeds=(0, 1))
+    assert judged()[0] == "void" and "2 of 6 runs were not attacked" in judged()[1]
+    attack_in(folder, same, seeds=(2,), budget=800)
+    assert judged()[0] == "void" and "budgets of 800, 3,200 passes" in judged()[1]
+    attack_in(folder, same, seeds=(2,), verdict="void")
+    assert judged()[0] == "void" and "In 2 of 6 runs the attack did not break its control" in judged()[1]
+    attack_in(folder, same)
+    assert judged()[0] == "supported"
+    done = report(folder)
+    page = (folder / "report" / "report.html").read_text()
+    assert done.returncode == 0 and "what an attacker needs: supported. soft: at 3,200 passes" in done.stdout
+    assert 'what an attacker needs: <span class="supported">' in page and "passes attacked soft" in page
 
 
 def test_a_dead_sweep_is_void(tmp_path):

@@ -38,6 +38,7 @@ from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.record import InjectionSpan, Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
 from forked import cells
+from helpers import moved
 from train_common import few, load, metrics
 
 SETTINGS = {
@@ -64,15 +65,9 @@ def world():
     return masker, harmful, benign, encode_twins(drafts, masker, CONFIG, report), report
 
 
-def moved(config):
-    "A student away from its teacher, where gradients are more than rounding noise."
-    student = add_adapter(load_model("tinyagent"), config)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            if "lora_B" in name:
-                p.copy_(0.05 * torch.randn(p.shape, generator=draw))
-    return student
+def away(config):
+    "A fresh student, moved."
+    return moved(add_adapter(load_model("tinyagent"), config))
 
 
 def trained(folder, world, config=CONFIG, cache=None, callbacks=(), student=None):
@@ -81,7 +76,7 @@ def trained(folder, world, config=CONFIG, cache=None, callbacks=(), student=None
     folder.mkdir(exist_ok=True)
     if not (folder / "status.json").exists():
         write_json(folder / "status.json", {"state": "running"})
-    student, run = student or moved(config), Run(folder)
+    student, run = student or away(config), Run(folder)
     done = train_breaker(
         student, harmful, benign, config, run, masker.tokenizer.pad_token_id,
         callbacks=callbacks, cache=cache, twins=twins,
@@ -194,7 +189,7 @@ def test_with_a_teacher_cache_no_teacher_is_run_and_the_run_is_the_same(tmp_path
     masker, harmful, benign, twins, _ = world
     _, rows, _ = trained(tmp_path / "teacher", world)
     (tmp_path / "cache").mkdir()
-    student = moved(CONFIG)
+    student = away(CONFIG)
     to_end = [*benign, *(twin.clean for twin in twins)]
     cache = open_cache(tmp_path / "states", student, harmful, to_end, CONFIG, masker.tokenizer.pad_token_id)
     # the floor, which takes a pass of the base, is that of the run before
@@ -217,7 +212,7 @@ def test_an_objective_of_ones_own_may_have_a_twin_term_and_needs_none(world):
     try:
         config = replace(CONFIG, objective="mine")
         batch = collate([PairedStreams(harmful, benign, 2, 0, twins)[i] for i in range(2)], 0)
-        terms = CircuitBreaker(moved(config), config)(
+        terms = CircuitBreaker(away(config), config)(
             batch["harmful"], batch["benign"], batch["counts"], twin=batch["twin"]
         )
         assert terms["loss_twin"].requires_grad

@@ -109,7 +109,7 @@ def episode_name(query: str) -> str:
 # %% ../../nbs/agent/05_agentdojo.ipynb #94ad920e
 def note_turn(reply: Reply) -> None:
     """Add to AgentDojo's log, where one is open that takes it, how many tokens `reply` has, and whether it
-    could be read (`cbnb.agent.model.is_readable`)."""
+    could be read (`cbnb.evaluate.reader.unreadable`)."""
     turns = getattr(dojo("logging").Logger.get(), "context", {}).get("turns")
     if turns is not None:
         turns.append({"tokens": len(reply.ids), "readable": reply.readable, "complete": reply.complete})

@@ -20,7 +20,7 @@ from ..basics.terminal import error_text
 from ..evaluate.answers import end_sequences
 from ..evaluate.call_layout import TEXT, saying
 from ..evaluate.decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
-from ..evaluate.reader import Answer, AnswerReader
+from ..evaluate.reader import Answer, AnswerReader, unreadable
 from ..masking.adapt import adapt
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
@@ -28,8 +28,7 @@ from ..transcripts.record import Transcript
 
 # %% auto #0
 __all__ = ['Request', 'Reply', 'Agent', 'reply_message', 'same_prefix', 'PromptGap', 'check_prompt_ids', 'adapt_messages',
-           'prompt_for', 'is_readable', 'read_reply', 'own_gpu', 'generate_turns', 'answer_prompts', 'reply', 'Closed',
-           'Batcher']
+           'prompt_for', 'read_reply', 'own_gpu', 'generate_turns', 'answer_prompts', 'reply', 'Closed', 'Batcher']
 
 # %% ../../nbs/agent/00_model.ipynb #d30388af
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Reply:
     """The turn that came back. `message`: the assistant message as a transcript keeps it, its calls with ids;
     `answer`: what was read in it; `ids`: the model's own tokens; `prompt_ids` int32 [n]: the tokens it was
     generated after; `complete`: the turn ended, and was not cut at `max_new_tokens`; `readable`: see
-    `is_readable`."""
+    `cbnb.evaluate.reader.unreadable`."""
 
     message: dict
     answer: Answer
@@ -141,21 +140,12 @@ def prompt_for(agent: Agent, request: Request, ids: np.ndarray | None = None) ->
     check_prompt_ids(agent.masker, messages, request.tools, ids, request.name)
     return ids
 
-# %% ../../nbs/agent/00_model.ipynb #5b1f0a01
-def is_readable(answer: Answer, complete: bool, masker: ChatMasker) -> bool:
-    """Return whether something can be done with an `answer`: it has a call that can be read; or it is
-    `complete`, holds nothing that looks like a call, is in a form that the template writes, and has no
-    control token and no tag of the `masker` among its words."""
-    marks = [pattern for pattern in (masker.control, masker.markup) if pattern]
-    words = complete and not (answer.loose or answer.problem or any(p.search(answer.text) for p in marks))
-    return bool(answer.calls) or words
-
 # %% ../../nbs/agent/00_model.ipynb #003a28df
 def read_reply(agent: Agent, request: Request, prompt: np.ndarray, ids: list[int], complete: bool) -> Reply:
     "Return the `Reply` that the generated `ids` after the ids `prompt` are to a `request`."
     answer = agent.reader.read(ids, request.tools)
-    message, readable = reply_message(answer, request.turn), is_readable(answer, complete, agent.masker)
-    return Reply(message, answer, ids, prompt, complete, readable)
+    message, why = reply_message(answer, request.turn), unreadable(answer, complete, agent.masker)
+    return Reply(message, answer, ids, prompt, complete, not why)
 
 # %% ../../nbs/agent/00_model.ipynb #5b1f0a0a
 def own_gpu(model: nn.Module) -> AbstractContextManager[Any]:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from .asking import Measure, Victim, curve, victim_now
+from .asking import Measure, Victim, curve, step_key, victim_now
 from .control import attack_verdict, no_attack, plant_control
 from .forge import forge_tries, many_tries, words_attack
 from .gcg import STEP_BACKWARD, STEP_FORWARD, gcg_attack
@@ -22,19 +22,23 @@ from .sample import sample_attack
 from .soft import BATCH, soft_attack
 from .span import AttackItem, attack_items
 from ..basics.jsonfiles import RunError, write_json
-from ..config import check_limits
-from ..data.sources import split_commas
+from ..basics.processes import world_size
+from ..config import check_attacks, check_limits, parse_attacks
+from ..data.sources import READING, split_commas
 from ..data.streams import load_streams, read_streams
 
 # %% auto #0
 __all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'point_words',
-           'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'check_attack', 'write_attacks',
-           'attack_run']
+           'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'attack_parts', 'check_heldout',
+           'check_attack', 'merge_attacks', 'write_attacks', 'attack_run', 'attack_adapters']
 
 # %% ../../nbs/attacks/08_attack.ipynb #695a6bcf
 from cbnb.evaluate.adapters import (
+    DECODING_FIELDS,
+    MASKING,
     Adapter,
     base_name,
+    check_finished,
     decoding_for,
     find_adapter,
     first_run,
@@ -45,16 +49,19 @@ from cbnb.evaluate.adapters import (
     reading_for,
     same_model,
 )
+
+# %% ../../nbs/attacks/08_attack.ipynb #8e725eee
 from ..evaluate.benchmarks import questions
 from ..evaluate.decoding import Decoding
 from ..evaluate.dial import check_scalable, scaled
 from ..evaluate.reader import AnswerReader, derive_reader
 from ..evaluate.scores import check_readable, is_attack, pick_questions
 from ..masking.masker import ChatMasker
-from ..report.figures import interval_words, write_run_report
+from ..report.figures import attack_lines, interval_words, write_run_report
 from ..run.records import read_record
+from ..train.card import refresh_card
 from ..train.same import made_from
-from ..transcripts.record import Transcript, nearest
+from ..transcripts.record import Transcript
 
 # %% ../../nbs/attacks/08_attack.ipynb #b0191585
 ATTACKS = {
@@ -70,14 +77,9 @@ DEFAULT_ATTACKS = "soft,prefill,sample,gcg,forge,many"
 
 # %% ../../nbs/attacks/08_attack.ipynb #2e1a7dbd
 def named_attacks(text: str) -> list[str]:
-    """Return the names among `ATTACKS` in `text`, separated by commas. Raises RunError for another one, and
-    for none."""
-    names = list(dict.fromkeys(split_commas(text)))
-    for name in names:
-        if name not in ATTACKS:
-            raise RunError(
-                f"there is no attack {name!r}{nearest(name, ATTACKS)}; use some of {', '.join(ATTACKS)}"
-            )
+    """Return the attacks that `text` names (`cbnb.config.parse_attacks`). Raises ConfigError for another one,
+    RunError for none."""
+    names = parse_attacks(text)
     if not names:
         raise RunError(f"no attack is named; use some of {', '.join(ATTACKS)}")
     return names
@@ -145,8 +147,9 @@ def attack_student(
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Return the result of the attacks `names` on `student` at `budget` passes each, found on the items
-    `train` and measured on `items`: `control` (its scale, and how many items it resists), and by attack its
-    `points` of base, control and breaker, and its verdict (`cbnb.attacks.control.attack_verdict`).
+    `train` and measured on `items`: `control` (its scale, and how many items it resists), by attack its
+    `points` of base, control and breaker, and its verdict (`cbnb.attacks.control.attack_verdict`), and a
+    `key` over model, adapter, items, decoding and seed.
 
     `maskers`: the one of training, and one that lets the control tokens of tools through. With a `folder`
     answers and steps are kept there, and attacks that were interrupted go on. `tell` gets a line per point.
@@ -173,10 +176,12 @@ def attack_student(
                     measures.append(measure)
                     tell(point_words(name, who, curve([measure], counting)[0]))
             points[who] = curve(measures, counting)
-        attacks[name] = {"what": ATTACKS[name], "points": points, **attack_verdict(points)}
+        own = {"what": ATTACKS[name], "budget": budget, "points": points}
+        attacks[name] = own | attack_verdict(points)
+    settings = {"decoding": dataclasses.asdict(decoding), "seed": seed, "optimised_on": len(train)}
     return {
+        "key": step_key(meet("breaker"), settings, [*train, *items]),
         "seed": seed,
-        "budget": budget,
         "items": {"optimised_on": len(train), "attacked": len(items)},
         "control": {"scale": control[0], "resists": len(control[1])} if control else None,
         "attacks": attacks,
@@ -205,40 +210,102 @@ def training_questions(adapters: list[Adapter], count: int) -> list[Transcript]:
     return list(islice((q for t in harmful for q in attack_questions([t])), count))
 
 # %% ../../nbs/attacks/08_attack.ipynb #b6e9a53b
-def two_parts(train: list[AttackItem], items: list[AttackItem]) -> tuple[list[AttackItem], list[AttackItem]]:
+def two_parts(
+    train: list[AttackItem], items: list[AttackItem], left_out: Mapping[str, int] | None = None
+) -> tuple[list[AttackItem], list[AttackItem]]:
     """Return `(items to optimise on, items to attack)`, with no question in both: `train` and `items`, or,
-    without `train`, every other one of `items` each. Raises RunError where one of them is empty."""
+    without `train`, every other one of `items` each. Raises RunError, with how many were `left_out` by
+    reason, where one of them is empty."""
     if not train:
         train, items = items[1::2], items[::2]
     names = {item.question.id for item in items}
     train = [item for item in train if item.question.id not in names]
     if not train or not items:
+        losses = "".join(f"; {count} left out: {reason}" for reason, count in (left_out or {}).items())
         raise RunError(
-            f"there are {len(train)} items to optimise an attack on and {len(items)} to attack: give "
+            f"there are {len(train)} items to optimise an attack on and {len(items)} to attack{losses}: give "
             "eval_data with harmful transcripts whose injections are marked"
         )
     return train, items
 
+# %% ../../nbs/attacks/08_attack.ipynb #5727325e
+def attack_parts(
+    own: Adapter,
+    masker: ChatMasker,
+    reader: AnswerReader,
+    eval_data: str,
+    count: int,
+    options: Mapping[str, Any],
+) -> tuple[list[AttackItem], list[AttackItem], dict[str, int]]:
+    """Return `(items to optimise on, items to attack, how many were left out, by reason)` of the adapter
+    `own` on `eval_data` (empty: its run's), at most `count` each; `options`: how data is read otherwise than
+    in its run (`cbnb.data.sources.READING`). Raises RunError as `two_parts`."""
+    reading = reading_for([own], **{k: options.get(k) for k in READING})
+    asks = pick_questions(attack_questions(questions_for([own], eval_data, reading)), count)
+    check_readable(reader, asks)
+    items, reasons = attack_items(masker, reader, asks)
+    train, more = attack_items(masker, reader, training_questions([own], count))
+    losses = {reason: reasons.get(reason, 0) + more.get(reason, 0) for reason in {**reasons, **more}}
+    return *two_parts(train, items, losses), losses
+
+# %% ../../nbs/attacks/08_attack.ipynb #ff393c43
+def check_heldout(
+    masker: ChatMasker,
+    reader: AnswerReader,
+    transcripts: Sequence[Transcript],
+    attacks: str,
+    budget: int,
+    count: int = 64,
+) -> None:
+    """Raise RunError where `attacks` with a `budget` will not be possible on the held-out `transcripts`, of
+    which at most `count` are attacked: no item, no readable form, or too small a budget. Nothing for an empty
+    text."""
+    if names := parse_attacks(attacks):
+        asks = pick_questions(attack_questions(transcripts), count)
+        check_readable(reader, asks)
+        items, reasons = attack_items(masker, reader, asks)
+        two_parts(items, items, reasons) if not items else check_budget(names, budget, len(items), len(items))
+
 # %% ../../nbs/attacks/08_attack.ipynb #f5f617ac
 def check_attack(adapter: str, out: str | None, trust_remote_code: bool = False) -> tuple[Adapter, Path]:
     """Return the adapter to attack and the folder of the results: that of its run, or `out`. Raises RunError
-    where there is no adapter or no such folder, ValueError as `find_adapter`."""
+    where there is no adapter, no such folder, or a run without a result; ValueError as `find_adapter`."""
     own = find_adapter(adapter, trust_remote_code)
     if own.folder is None:
         raise RunError("there is no breaker to attack: name a run's directory or an adapter")
+    check_finished(own)
     if not (out or own.run):
         raise RunError(f"{adapter} belongs to no run: say with out where its results go")
     # a teacher that is another model is not attacked
     parameters = own.parameters | {"teacher": ""} if own.parameters else {}
     return dataclasses.replace(own, parameters=parameters), Path(out or own.run or "")
 
+# %% ../../nbs/attacks/08_attack.ipynb #8edeef75
+def merge_attacks(record: dict[str, Any], earlier: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """Return `(record, note)`: `record` with those attacks of the `earlier` attacks.json (None: there was
+    none) that it lacks, in the order of `ATTACKS`, where both have one `key`; else a note on what is
+    dropped, empty for nothing."""
+    before = (earlier or {}).get("attacks", {})
+    old = {name: attack for name, attack in before.items() if name not in record["attacks"]}
+    if old and earlier is not None and earlier["key"] != record["key"]:
+        note = (
+            f"attacks.json held {', '.join(old)}, of another adapter, other items, or another decoding or "
+            "seed: dropped"
+        )
+        return record, note
+    attacks = old | record["attacks"]
+    order = sorted(attacks, key=lambda name: [*ATTACKS, name].index(name))
+    return record | {"attacks": {name: attacks[name] for name in order}}, ""
+
 # %% ../../nbs/attacks/08_attack.ipynb #a77ac603
 def write_attacks(folder: Path, record: dict[str, Any]) -> None:
-    """Write `record` to attacks.json in `folder`, and report.html anew where that is a run's directory."""
+    """Write `record` to attacks.json in `folder`, and where that is a run's directory its report.html and the
+    card of its adapter anew."""
     write_json(folder / "attacks.json", record)
     result = read_record(folder / "result.json")
     if result and "before" in result:
         write_run_report(folder, result)
+        refresh_card(folder / "adapter", result)
 
 # %% ../../nbs/attacks/08_attack.ipynb #c7f294fb
 def attack_run(
@@ -252,50 +319,64 @@ def attack_run(
     out: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Attack the breaker `adapter` (a run's directory or an adapter's folder) and return the record, which is
-    also in attacks.json of the run's directory, or of `out`; report.html of a run gets a section. At most
-    `count` items are optimised on, and as many attacked (`cbnb.evaluate.scores.pick_questions`).
+    options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Attack the breaker `adapter` (a run's directory or an adapter's folder) and return `(record, folder)`:
+    what is then in attacks.json of the run's directory, or of `out`; report.html and the card of a run get a
+    section. At most `count` items are optimised on, and as many attacked
+    (`cbnb.evaluate.scores.pick_questions`).
 
-    Everything that is not given is the run's: model, data, template, decoding. The answers are in
+    Everything that is not given is the run's: model, data, template, decoding; `options`: parameters of
+    nbs/evaluate.ipynb that say otherwise (reading, masks, decoding, dtype). The answers are in
     attacks/answers.jsonl; an attack that was interrupted goes on. Raises RunError, ValueError or ConfigError,
     in one sentence, for what cannot be attacked."""
     names = named_attacks(attacks)
     check_limits("seed", seed, {"at_least": 0, "at_most": 2**32 - 1})
+    check_attacks(attacks, budget, world_size())
+    options = options or {}
     own, folder = check_attack(adapter, out, trust_remote_code)
-    name = base_name([own], model)
+    earlier, name = read_record(folder / "attacks.json"), base_name([own], model)
     if own.run and not model:
         same_model(own.run, [own], made_from(own.run)["same"].get("model", {}))
-    masker = masker_for([own], name, trust_remote_code)
-    lenient = masker_for([own], name, trust_remote_code, control="allow")
+    masks = {k: options.get(k) for k in MASKING}
+    masker = masker_for([own], name, trust_remote_code, **masks)
+    lenient = masker_for([own], name, trust_remote_code, **masks | {"control": "allow"})
     reader = derive_reader(masker)
-    asks = pick_questions(attack_questions(questions_for([own], eval_data)), count)
-    check_readable(reader, asks)
-    items, reasons = attack_items(masker, reader, asks)
-    train, more = attack_items(masker, reader, training_questions([own], count))
-    train, items = two_parts(train, items)
-    student = load_student(own, [own], masker, [], name, trust_remote_code=trust_remote_code)[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    decoding = decoding_for([own])
-    parts = (
-        student,
-        (masker, lenient),
-        reader,
-        decoding,
-        train,
-        items,
-        names,
-        budget,
-        seed,
-        folder / "attacks",
+    train, items, losses = attack_parts(own, masker, reader, eval_data, count, options)
+    dtype, decoding = (
+        options.get("dtype"),
+        decoding_for([own], **{k: options.get(k) for k in DECODING_FIELDS}),
     )
-    record = attack_student(*parts, tell)
-    losses = {reason: reasons.get(reason, 0) + more.get(reason, 0) for reason in {**reasons, **more}}
+    student = load_student(own, [own], masker, [], name, dtype, trust_remote_code=trust_remote_code)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = (student, (masker, lenient), reader, decoding, train, items, names, budget, seed)
     record = {
         "adapter": own.name,
         "model": name,
         "left_out": losses,
         "decoding": dataclasses.asdict(decoding),
-    } | record
+    } | attack_student(*parts, folder / "attacks", tell)
+    record, note = merge_attacks(record, earlier)
+    if note:
+        tell(f"note: {note}")
     write_attacks(folder, record)
-    return record
+    return record, folder
+
+# %% ../../nbs/attacks/08_attack.ipynb #6f01d2d9
+def attack_adapters(
+    adapters: Sequence[Adapter],
+    parameters: Mapping[str, Any],
+    folder: Path,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Attack each of the `adapters` that is one, by the `parameters` of nbs/evaluate.ipynb, and `tell` what
+    came of it. Results go to its run, or to a folder of its name in `folder`. Raises as `attack_run`."""
+    names = ("attacks", "attack_budget", "eval_data", "model", "trust_remote_code")
+    attacks, budget, eval_data, model, trust_remote_code = (parameters[name] for name in names)
+    for adapter in adapters:
+        if adapter.folder:
+            out = None if adapter.run else str(folder / adapter.name)
+            some = (attacks, budget, 64, 0, eval_data, model, out, trust_remote_code, tell, parameters)
+            record, where = attack_run(str(adapter.folder), *some)
+            for line in [*attack_lines(record), f"{adapter.name}: {where / 'attacks.json'}"]:
+                tell(line)

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 # %% auto #0
-__all__ = ['Z', 'TERM_STARTS', 'format_number', 'size_words', 'duration', 'rate_interval', 'floor_limit', 'at_floor']
+__all__ = ['Z', 'TERM_STARTS', 'format_number', 'plural', 'size_words', 'duration', 'rate_interval', 'floor_limit', 'at_floor']
 
 # %% ../../nbs/basics/06_numbers.ipynb #b10e9eed
 def format_number(value: Any, digits: int = 3) -> str:
@@ -29,6 +29,11 @@ def format_number(value: Any, digits: int = 3) -> str:
     if -3 <= int(exponent) < 6:
         return f"{value:,.{max(0, digits - 1 - int(exponent))}f}".replace("-", "−")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+# %% ../../nbs/basics/06_numbers.ipynb #7b8e302c
+def plural(n: int, word: str) -> str:
+    "Return the count `n` with its noun, of which `word` is the singular: `1 token`, `1,200 tokens`."
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 # %% ../../nbs/basics/06_numbers.ipynb #numsize1
 def size_words(number: float) -> str:

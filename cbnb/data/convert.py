@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics.files import check_output
+from ..basics.numbers import plural
 from .sources import count_cause, open_source
 from ..transcripts.reader import TranscriptReader, write_transcripts
 from ..transcripts.record import Transcript, TranscriptError
@@ -94,7 +95,7 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"
 
     yield (
-        f"{report['transcripts']:,} transcripts written: {count_words(report['labels'])}; "
+        f"{plural(report['transcripts'], 'transcript')} written: {count_words(report['labels'])}; "
         f"{report['with_tools']:,} with tools, {report['with_spans']:,} with injection spans"
     )
     yield f"records read, by format: {count_words(report['formats'])}"

@@ -24,6 +24,7 @@ __all__ = ['TWIN_DROPS', 'WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_stre
            'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../../nbs/data/03_streams.ipynb #03bbe013
+from ..basics.numbers import plural
 from ..basics.terminal import error_text
 from .sources import Reading
 from ..masking.actions import with_own_work
@@ -163,8 +164,8 @@ class StreamReport:
         notes += [f"\n    {w}" for w in self.warnings]
         more = f"\n    and {len(notes) - 5} more of this kind" if len(notes) > 5 else ""
         return (
-            f"{self.samples} samples of {self.transcripts} transcripts, {self.target_tokens} of "
-            f"{self.tokens} tokens are targets{extra}" + "".join(notes[:5]) + more
+            f"{plural(self.samples, 'sample')} of {plural(self.transcripts, 'transcript')}, "
+            f"{self.target_tokens} of {self.tokens} tokens are targets{extra}{''.join(notes[:5])}{more}"
         )
 
 # %% ../../nbs/data/03_streams.ipynb #152b6bed
@@ -277,11 +278,11 @@ def empty_stream(report: StreamReport, name: str, policy: AnyPolicy) -> EmptyStr
     "Return the error for a stream of which `report` counts no sample."
     c = report.counts
     return EmptyStream(
-        f"the {name} stream is empty: {report.transcripts} transcripts were read, "
-        f"{c['no_target']} of them have no target under policy {policy!r} ({c['lost_to_truncation']} of "
-        f"these lost it to truncation), {c['lost_words']} have an answer of which the chat template writes "
-        f"nothing, {c['lost_context']} lost the user's request or the injected message to truncation; "
-        "check the file, its labels, the policy and max_length.",
+        f"the {name} stream is empty, {plural(report.transcripts, 'transcript')} read; without a target "
+        f"under policy {policy!r}: {c['no_target']} ({c['lost_to_truncation']} lost it to truncation); "
+        f"with an answer of which the chat template writes nothing: {c['lost_words']}; with the user's "
+        f"request or the injected message lost to truncation: {c['lost_context']}; check the file, its "
+        "labels, the policy and max_length.",
         report,
     )
 

@@ -21,18 +21,25 @@ __all__ = ['NONE', 'MASKING', 'DECODING_FIELDS', 'Adapter', 'run_parameters', 'f
            'first_parameters', 'run_model', 'made_for', 'another_base', 'base_name', 'made_with', 'check_trusted',
            'settings_for', 'check_entry', 'heldout_files', 'heldout_entries', 'model_names', 'same_model',
            'same_policies', 'tell_versions', 'same_as_run', 'reading_for', 'questions_for', 'masker_for', 'asked_model',
-           'decoding_for', 'scales_for', 'check_evaluation', 'load_options', 'load_model_of', 'load_student',
-           'expected_answers', 'lines_of_question', 'check_complete', 'rescore_lines', 'check_rescorable',
-           'lines_to_rescore', 'rescoring_inputs', 'stop_ids', 'rescore_dial', 'rescore']
+           'decoding_for', 'scales_for', 'check_finished', 'check_evaluation', 'load_options', 'load_model_of',
+           'load_student', 'expected_answers', 'lines_of_question', 'check_complete', 'rescore_lines',
+           'check_rescorable', 'lines_to_rescore', 'rescoring_inputs', 'stop_ids', 'rescore_dial', 'rescore']
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8eb2bb6c
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
 from ..basics.places import TINYAGENT
-from ..basics.processes import from_first
+from ..basics.processes import from_first, world_size
 from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
 from ..basics.withheld import withhold
-from ..config import CircuitBreakerConfig, check_limits, check_loop, get_config, parse_scales
+from cbnb.config import (
+    CircuitBreakerConfig,
+    check_attacks,
+    check_limits,
+    check_loop,
+    get_config,
+    parse_scales,
+)
 from ..data.sources import READING, Reading, read_entry, reading_of, split_commas
 from ..data.streams import load_streams, read_streams
 
@@ -432,6 +439,15 @@ def scales_for(
     check_limits("scale_questions", count, {"at_least": 1})
     return parse_scales(text), count
 
+# %% ../../nbs/evaluate/09_adapters.ipynb #a66d98fe
+def check_finished(adapter: Adapter) -> None:
+    """Raise RunError where the `adapter` belongs to a run that has written no result.json yet."""
+    if adapter.run and not (adapter.run / "result.json").is_file():
+        raise RunError(
+            f"{adapter.run} holds no result.json: the run is not finished; let it go on, or attack a copy of "
+            "its adapter's folder"
+        )
+
 # %% ../../nbs/evaluate/09_adapters.ipynb #d398bb4d
 def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, Decoding]:
     """Return `(adapters, model, decoding)` for the parameters of nbs/evaluate.ipynb, before anything is
@@ -441,6 +457,12 @@ def check_evaluation(parameters: dict[str, Any]) -> tuple[list[Adapter], str, De
     heldout_files(adapters, parameters["eval_data"])
     check_data({k: parameters.get(k) for k in READING})
     check_loop(parameters.get("eval_loop") or "none")
+    attacks = parameters.get("attacks") or ""
+    check_attacks(attacks, parameters.get("attack_budget", 1), world_size())
+    if attacks and not any(a.folder for a in adapters):
+        raise RunError("attacks want a breaker: name a run's directory or an adapter, or leave attacks out")
+    for adapter in adapters if attacks else ():
+        check_finished(adapter)
     name = asked_model(adapters, parameters)
     if Path(name).expanduser().is_dir():
         model_facts(name, trust_remote_code)  # code that comes with it is reported here

@@ -19,23 +19,25 @@ from ..data.streams import StreamReport, Twin
 from ..data.twins import Draft, encode_twins, with_action
 from .answers import answer_questions
 from .decoding import Decoding
-from .reader import AnswerReader
+from .reader import Answer, AnswerReader, unreadable
 from ..masking.masker import ChatMasker
 from ..step.models import teacher_mode
 
 # %% auto #0
-__all__ = ['unreadable', 'message_of', 'written_drafts', 'make_twins']
+__all__ = ['no_action', 'message_of', 'written_drafts', 'make_twins']
 
 # %% ../../nbs/evaluate/12_continuations.ipynb #cont0005
-def unreadable(line: dict) -> str:
-    """Return why the answer of `line` (`cbnb.evaluate.answers.answer_line`) is no action, empty where it is
-    one."""
-    answer = line["read"]
-    if line["finish"] != "ended":
+def no_action(line: dict, masker: ChatMasker) -> str:
+    """Return why the answer of `line` (`cbnb.evaluate.answers.answer_line`) is no action to train on, empty
+    where it is one: it is not `unreadable`, and its calls are all that it has and have an end."""
+    answer, complete = Answer(**line["read"]), line["finish"] == "ended"
+    if why := unreadable(answer, complete, masker):
+        return why
+    if not complete:
         return "it has no end of turn"
-    if answer["problem"] or answer["loose"]:
-        return answer["problem"] or "what looks like a call in it is none"
-    return "" if answer["calls"] or answer["text"].strip() else "it says nothing"
+    if answer.problem or answer.loose:
+        return answer.problem or "what looks like a call in it is none"
+    return "" if answer.calls or answer.text.strip() else "it says nothing"
 
 # %% ../../nbs/evaluate/12_continuations.ipynb #cont0006
 def message_of(answer: dict, like: dict) -> dict:
@@ -75,7 +77,7 @@ def written_drafts(
     for draft in drafts:
         if not draft.origin:
             line = next(lines)
-            if why := unreadable(line) or reader.cannot:
+            if why := no_action(line, masker) or reader.cannot:
                 report.counts["unread"] += 1
                 report.warnings.append(
                     f"{draft.clean.id}: dropped, the teacher's answer cannot be read: {why}"

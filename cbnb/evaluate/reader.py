@@ -24,7 +24,7 @@ __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 
            'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
            'unmarked_calls', 'message_calls', 'parse_response', 'AnswerReader', 'call_message', 'prompt_gap',
            'has_gaps', 'check_prompts', 'read_back', 'answer_difference', 'check_text', 'call_cases',
-           'first_difference', 'check_call_reading', 'end_in_words', 'end_fault', 'derive_reader']
+           'first_difference', 'check_call_reading', 'end_in_words', 'end_fault', 'derive_reader', 'unreadable']
 
 # %% ../../nbs/evaluate/03_reader.ipynb #11c537d8
 from cbnb.evaluate.call_layout import (
@@ -839,3 +839,17 @@ def derive_reader(masker: ChatMasker) -> AnswerReader:
             f"{why if layout else f'it {why}'}"
         )
     return reader
+
+# %% ../../nbs/evaluate/03_reader.ipynb #097725a5
+def unreadable(answer: Answer, complete: bool, masker: ChatMasker) -> str:
+    """Return why nothing can be done with an `answer`, of a turn that is `complete` or was cut; empty where
+    it has a call that can be read, or words: of a complete turn, in a form that the template writes, with
+    nothing that looks like a call, and no control token and no tag of the `masker` among them."""
+    if answer.calls:
+        return ""
+    if not complete:
+        return "it has no end of turn"
+    if answer.problem or answer.loose:
+        return answer.problem or "what looks like a call in it is none"
+    marks = [pattern for pattern in (masker.control, masker.markup) if pattern]
+    return "a control token or a tag stands in its words" if any(p.search(answer.text) for p in marks) else ""

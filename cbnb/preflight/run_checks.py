@@ -33,8 +33,8 @@ from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, figure_bundle
-from ..step.objectives import OPTIONAL_NAMES, Term, depth, describe_terms, find_objective
-from ..train.alarms import dead_line, foretell, name_in_text, own_weight, weight_words
+from ..step.objectives import Term, describe_terms, find_objective
+from ..train.alarms import aside_words, dead_line, foretell, name_in_text, own_weight, weight_words
 from ..train.trainer import KEEP, term_names
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
     by_weight = ", ".join(
         f"{term.title} by {factor_words(term, config)}"
         for name, term in terms.items()
-        if name in ("kl", *OPTIONAL_NAMES)
+        if name in ("kl", "twin")
     )
     beta = BETA.judge(config.beta_kl, 1)
     if not config.beta_kl:
@@ -142,14 +142,14 @@ def gradient_frame(probe: Probe, names: Sequence[str]) -> pd.DataFrame:
 # %% ../../nbs/preflight/04_run_checks.ipynb #07505863
 def probe_gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term]) -> list[Finding]:
     """Return a finding on which of `terms`, by name, pulls hardest in the last row of `gradient_frame`; none
-    for no rows. Only a reroute term that declares a fall can be held shut."""
+    for no rows."""
     if not len(frame):
         return []
     norms = frame.iloc[-1, : len(terms)]
     largest = str(norms.idxmax()).removeprefix("norm_")
     titles = {name: term.title.lower() for name, term in terms.items()}
     shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in terms)
-    is_shut = largest == "kl" and depth(terms["reroute"]) > 0 and not probe.outlook.alive
+    is_shut = largest == "kl" and not probe.outlook.alive
     words = {"step": frame.index[-1], "norms": shares, "largest": titles[largest]}
     words["weight"] = weight_words(terms["kl"])
     return [KL_IS_LARGEST.judge(is_shut, False, **words)]
@@ -254,7 +254,7 @@ def force_finding(config: CircuitBreakerConfig, probe: Probe) -> Finding:
     force = (
         f"at step {outlook.step} of the probe the {reroute.title} gradient has "
         f"{format_number(outlook.force)} times the norm of what holds it back ({both}; the most is "
-        f"{holder.title}'s), and "
+        f"{holder.title}'s){aside_words({t.name: t for t in objective.terms})}, and "
         f"loss_reroute is {(reroute.start or 0.0) - outlook.turned:.6g}"
     )
     pulls = f"{name_in_text(holder)} pulls harder than {reroute.title} can grow"

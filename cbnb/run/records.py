@@ -332,6 +332,8 @@ EVALUATED = fields(
         "seed": maybe(whole_number(0, 2**63)),
         "eval_loop": maybe(text(NAME)),
         "eval_scales": maybe(text(NAME)),
+        "attacks": maybe(text(NAME)),
+        "attack_budget": maybe(whole_number(1)),
         "scale_questions": maybe(whole_number(1)),
     }
 )
@@ -475,10 +477,12 @@ ATTACK_POINT = fields(
 ATTACK = fields(
     {
         "what": LINE,
+        "budget": whole_number(),
         "verdict": one_of("supported", "refuted", "inconclusive", "void"),
         "text": LINE,
         "points": mapping(each(ATTACK_POINT, 1000), 10),
     },
+    "budget",
     "verdict",
     "text",
     "points",
@@ -489,8 +493,8 @@ ATTACKED = fields(
     {
         "adapter": LINE,
         "model": LINE,
+        "key": LABEL,
         "seed": whole_number(0, 2**63),
-        "budget": whole_number(),
         "items": fields(
             dict.fromkeys(("optimised_on", "attacked"), whole_number()), "optimised_on", "attacked"
         ),
@@ -499,8 +503,8 @@ ATTACKED = fields(
         "decoding": DECODING_CHECKS,
         "attacks": mapping(ATTACK, 100),
     },
+    "key",
     "seed",
-    "budget",
     "items",
     "attacks",
 )

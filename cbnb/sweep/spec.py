@@ -35,6 +35,7 @@ from ..basics.withheld import cut
 from cbnb.config import (
     CircuitBreakerConfig,
     ConfigError,
+    check_attacks,
     check_cached,
     check_decoding,
     check_layers,
@@ -339,6 +340,7 @@ def check_settings(parameters: dict[str, Any], processes: int | None = None) -> 
     if "eval_loop" in parameters:
         check_loop(parameters["eval_loop"])
     parse_scales(parameters.get("eval_scales") or "")
+    check_attacks(parameters.get("attacks") or "", parameters.get("attack_budget", 1), processes or 1)
     check_model_layers(config, parameters)
     check_data(parameters)
     heldout_kinds(parameters.get("heldout_by", "auto"))

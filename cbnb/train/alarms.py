@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -24,8 +24,8 @@ from .trainer import NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
 __all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
-           'level_words', 'forces', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed', 'is_flat', 'saturated',
-           'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
+           'level_words', 'forces', 'aside_words', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed',
+           'is_flat', 'saturated', 'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
 
 # %% ../../nbs/train/06_alarms.ipynb #tw6imp01
 from cbnb.step.objectives import (
@@ -109,6 +109,11 @@ def forces(row: dict) -> tuple[float, float, str]:
         "retain" if retain >= kl else "kl",
     )
 
+# %% ../../nbs/train/06_alarms.ipynb #80139d84
+def aside_words(terms: Mapping[str, Term]) -> str:
+    "Return that the twin term is on neither side of `forces`, in brackets; empty for `terms` without one."
+    return f" ({name_in_text(terms['twin'])} counts for neither side)" if "twin" in terms else ""
+
 # %% ../../nbs/train/06_alarms.ipynb #aladvice
 def alarm_advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
     """Return what to change in a run that does not open, by the forces of the last diagnosed line, in the
@@ -122,11 +127,14 @@ def alarm_advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:
     pull, hold, holder = forces(row)
     away = name_in_text(terms["reroute"])
     if pull > hold:
-        return f"{away} pulls harder than what holds it, but too slowly: raise learning_rate or total_steps"
+        return (
+            f"{away} pulls harder than what holds it{aside_words(terms)}, but too slowly: raise "
+            "learning_rate or total_steps"
+        )
     return (
         f"the gradient of {name_in_text(terms[holder])} holds it, with "
         f"{format_number(hold / pull) if pull else 'infinitely many'} times the norm of {away}'s at step "
-        f"{row['step']}: lower {weight_words(terms[holder])}, or raise learning_rate"
+        f"{row['step']}{aside_words(terms)}: lower {weight_words(terms[holder])}, or raise learning_rate"
     )
 
 # %% ../../nbs/train/06_alarms.ipynb #ec4a55fc

@@ -23,6 +23,7 @@ __all__ = ['ROOMS', 'MAX_SKIPPED', 'MAX_BAD', 'MAX_WORDS', 'SUFFIXES', 'READING_
 
 # %% ../../nbs/transcripts/10_reader.ipynb #a5f11ba8
 from ..basics.files import new_file
+from ..basics.numbers import plural
 from ..basics.reading import MAX_ENTRIES
 from ..basics.terminal import first_line, visible, warn
 from ..basics.withheld import cut
@@ -189,10 +190,10 @@ class TooManyBad(TranscriptError):
     "So many bad records that the rest is not read."
 
 # %% ../../nbs/transcripts/10_reader.ipynb #236ddf54
-READING_TEXTS = (
-    "samples stood before and were read once",
-    "transcripts have an id that stands in another file too; theirs begins with the name of their file",
-    "records, whose labels contradict the verdict of their source, were read by that verdict",
+READING_TEXTS = (  # what is counted, and what became of it
+    ("sample", "that stood before, read once"),
+    ("transcript", "with an id that stands in another file too, which now begins with the name of the file"),
+    ("record", "with a label that contradicts the verdict of its source, read by that verdict"),
 )
 
 # %% ../../nbs/transcripts/10_reader.ipynb #ef2f942a
@@ -246,9 +247,10 @@ class ReadingCounts:
     def told(self) -> list[str]:
         """Return sentences on what the last reading did with whole records: those left out, those read once
         and those read by their source's verdict, counted."""
-        counts = [(n, f"{cause} left out") for cause, n in self.left_out.items()]
-        counts += zip((self.repeated, self.renamed, self.relabelled), READING_TEXTS)
-        return [f"{self.shown_name}: {n:,} {text}" for n, text in counts if n]
+        lines = [f"{n:,} {cause} left out" for cause, n in self.left_out.items() if n]
+        for n, (noun, words) in zip((self.repeated, self.renamed, self.relabelled), READING_TEXTS):
+            lines += [f"{plural(n, noun)} {words}"] if n else []
+        return [f"{self.shown_name}: {line}" for line in lines]
 
 # %% ../../nbs/transcripts/10_reader.ipynb #1c398bd0
 class RepeatFilter(ReadingCounts):
@@ -450,7 +452,8 @@ class TranscriptReader(RepeatFilter):
             if not isinstance(item, TranscriptError):
                 yield item
         if self.skipped:
-            warn(f"{self.shown_name}: {self.skipped_count} records skipped; the first: {self.skipped[0]}")
+            count = plural(self.skipped_count, "record")
+            warn(f"{self.shown_name}: {count} skipped; the first: {self.skipped[0]}")
         for text in self.told():
             warn(text)
 

@@ -33,6 +33,7 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
 from ..basics.jsonfiles import RunError
+from ..basics.numbers import plural
 from ..basics.terminal import sentence, visible
 from ..basics.withheld import cut, places, withhold
 from ..config import ConfigError
@@ -63,17 +64,7 @@ from ..transcripts.reader import read_transcripts
 from ..transcripts.record import Transcript, TranscriptError
 from .kl import KLExplorer, StillExplorer, explorer_parts, run_config
 from .masks import ExplorerBox, MaskExplorer, mask_explorer, show_text, skipped_sentence
-from cbnb.widgets.views import (
-    StaticView,
-    is_live,
-    mime_bundle,
-    module,
-    page,
-    plural,
-    source,
-    table_html,
-    tables_html,
-)
+from .views import StaticView, is_live, mime_bundle, module, page, source, table_html, tables_html
 
 # %% ../../nbs/widgets/06_answers.ipynb #add32369
 # word: what it means

@@ -19,6 +19,7 @@ import numpy as np
 from peft import PeftModel
 
 from ..basics.jsonfiles import RunError
+from ..basics.numbers import plural
 from ..basics.reading import read_text
 from ..basics.terminal import sentence, visible
 from ..basics.withheld import cut
@@ -47,7 +48,7 @@ from ..run.settings import model_facts
 from ..train.same import made_from
 from ..transcripts.record import Transcript, parse_json, read_arguments, read_tools
 from .kl import newest_run
-from .views import is_live, plural
+from .views import is_live
 
 if TYPE_CHECKING:
     import ipywidgets

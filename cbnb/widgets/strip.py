@@ -20,22 +20,13 @@ __all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_by
            'token_strip']
 
 # %% ../../nbs/widgets/01_strip.ipynb #80711b61
+from ..basics.numbers import plural
 from ..basics.terminal import visible
 from ..masking.audit import secret_tokens, token_texts
 from ..masking.encoders import bytes_of_token
 from ..masking.policies import AnyPolicy, Encoding, loss_mask, policy_name, reasons
 from ..masking.turns import Segment
-from cbnb.widgets.views import (
-    StaticView,
-    is_live,
-    mime_bundle,
-    module,
-    page,
-    plural,
-    source,
-    spell_out,
-    table_html,
-)
+from .views import StaticView, is_live, mime_bundle, module, page, source, spell_out, table_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,7 +20,7 @@ import pandas as pd
 from ..basics.terminal import visible
 from ..report.figures import WIDTH, curves, newest_notebook, static_svg, terms_in
 from ..report.sweep import AGAINST, against, by_kind, link_to, sweep_headline, text_cell
-from ..report.verdicts import TITLES, Sweep, live_verdicts, sweep_advice, verdicts
+from ..report.verdicts import TITLES, Sweep, all_verdicts, sweep_advice
 from ..run.metrics import log_rows
 from .views import is_live
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def verdict_text(sweep: Sweep) -> str:
     "Return verdicts, advice, runs that are not done and notes of a sweep, as plain text."
     lines = [sweep_headline(sweep), ""]
-    for v in [*verdicts(sweep), *live_verdicts(sweep)]:
+    for v in all_verdicts(sweep):
         lines.append(f"{v.label + ': ' if v.label else ''}{TITLES[v.check]}: {v.verdict}. {v.why}")
     counsel = [f"Advice: {a.label + ': ' if a.label else ''}{a.text}" for a in sweep_advice(sweep)]
     none = "Advice: none; nothing in these runs is beyond its margin, or they are void or unclear."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEW_SIGNS', 'VIEW_PAGE', 'spell_out', 'source', 'module', 'state_json', 'page', 'StaticView', 'is_live',
-           'mime_bundle', 'cell_html', 'table_html', 'plural', 'tables_html', 'add_style']
+           'mime_bundle', 'cell_html', 'table_html', 'tables_html', 'add_style']
 
 # %% ../../nbs/widgets/00_views.ipynb #970ef269
 import base64
@@ -165,11 +165,6 @@ def table_html(columns: Iterable[object], rows: Iterable[Iterable[object]], capt
     body = "".join(f"<tr>{''.join(f'<td>{cell_html(v)}</td>' for v in row)}</tr>" for row in rows)
     title = f"<caption>{cell_html(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-# %% ../../nbs/widgets/00_views.ipynb #a91c07e3
-def plural(n: int, word: str) -> str:
-    "Return the count `n` with its noun, of which `word` is the singular: `1 token`, `1,200 tokens`."
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 # %% ../../nbs/widgets/00_views.ipynb #96d3fb86
 def tables_html(*parts: str) -> str:

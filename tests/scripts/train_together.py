@@ -7,6 +7,7 @@ usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": o
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -27,6 +28,9 @@ from cbnb.train.teacher_cache import open_cache
 from cbnb.train.trainer import train_breaker
 from cbnb.transcripts.tinyworld import make_transcripts
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers import moved  # noqa: E402
+
 torch.set_num_threads(1)
 masker = ChatMasker(load_tokenizer("tinyagent"))
 pad_id = masker.tokenizer.pad_token_id
@@ -41,16 +45,6 @@ class StopAfter(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step and rank() == world_size() - 1:
             (self.run.path / "stop").touch()
-
-
-def moved(student):
-    "Away from the untouched student, where all gradients are rounding noise that Adam would amplify."
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            if "lora_B" in name:
-                p.copy_(0.05 * torch.randn(p.shape, generator=g))
-    return student
 
 
 for job in json.loads(sys.argv[1]):
