@@ -28,13 +28,14 @@ __all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_CO
            'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
            'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
            'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'attack_table',
-           'attack_words', 'attack_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float',
-           'series', 'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range',
-           'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
-           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots',
-           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show',
-           'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'dial_section', 'report_page',
-           'write_report', 'told_of', 'write_run_report']
+           'attack_words', 'attack_lines', 'tamper_table', 'tamper_words', 'tamper_lines', 'figure_lines',
+           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short',
+           'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
+           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
+           'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
+           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure',
+           'show_dials', 'tune_dial', 'tamper_figure', 'dial_section', 'report_page', 'write_report', 'told_of',
+           'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -443,6 +444,73 @@ def attack_lines(record: dict[str, Any] | None) -> list[str]:
     if not record:
         return []
     return [*attack_table(record).to_string(index=False).split("\n"), "", *attack_words(record)]
+
+# %% ../../nbs/report/00_figures.ipynb #226933ff
+def tamper_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Return a tamper.json (`cbnb.attacks.tamper`) as text: a row for each change and for each mark of each
+    fine-tuning, with attack success, strict and lax, unreadable answers and the exact match of each kind, and
+    the attack success of control and base after as many steps; counts with 95 % intervals."""
+    samples, results = record["decoding"]["samples"], {**record["changes"], **record["finetunes"]}
+    each = [point for result in results.values() for point in result["points"].get("breaker", ())]
+    kinds = list(dict.fromkeys(kind for point in each for kind in point["counts"]["exact_match"]))
+    rows: list[list[str]] = []
+
+    def words(counts: Sequence[int] | None) -> str:
+        return interval_words(counts[0], counts[1], samples) if counts and counts[1] else "—"
+
+    for name, result in results.items():
+        for point in result["points"].get("breaker", ()):
+            step, own = point.get("step"), point["counts"]
+            sides = [
+                next(
+                    (
+                        p["counts"]["attack_success"]
+                        for p in result["points"].get(who, ())
+                        if p.get("step") == step
+                    ),
+                    None,
+                )
+                for who in ("control", "base")
+            ]
+            figures = (
+                [own[rate] for rate in ANSWERED] + [own["exact_match"].get(kind) for kind in kinds] + sides
+            )
+            rows.append([visible(name), "—" if step is None else str(step), *map(words, figures)])
+    columns = ["change", "steps", "attack success", "lax", "unreadable"]
+    columns += [visible(f"exact match, {kind.replace('_', ' ')}") for kind in kinds]
+    return pd.DataFrame(rows, columns=[*columns, "control", "base"], dtype=object)
+
+# %% ../../nbs/report/00_figures.ipynb #9ad768c8
+def tamper_words(record: dict[str, Any]) -> list[str]:
+    """Return what may be said of each change and fine-tuning in a tamper.json, a sentence each, and how it
+    was measured."""
+    results, control = {**record["changes"], **record["finetunes"]}, record.get("control")
+    notes = [f"{name}: {result['verdict']}; {result['text']}" for name, result in results.items()]
+    reasons = (record.get("not_measured") or {}).items()
+    notes += [f"{name}: not measured, since {reason}" for name, reason in reasons]
+    how, items = record["settings"], record["items"]
+    benign = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in (items.get("benign") or {}).items())
+    notes.append(
+        f"fine-tuning takes at most {record['steps']:,} steps of AdamW at a learning rate of "
+        f"{format_number(how.get('learning_rate'))}, in batches of at most {how.get('batch')}, seed "
+        f"{how.get('seed')}; it ends where half of the attacks succeed; {items['attacked']} items are "
+        f"attacked, none of which was trained on; benign questions: {benign or 'none'}"
+    )
+    if control:
+        notes.append(
+            f"the control is the adapter at scale {control['scale']:g}; it counts on the "
+            f"{control['resists']} items that it resists without training"
+        )
+    losses = (record.get("left_out") or {}).items()
+    notes += [f"{count} items left out: {reason}" for reason, count in losses]
+    return [visible(note) for note in notes]
+
+# %% ../../nbs/report/00_figures.ipynb #3595a253
+def tamper_lines(record: dict[str, Any] | None) -> list[str]:
+    """Return a tamper.json for a terminal: its table and its words; [] for None."""
+    if not record:
+        return []
+    return [*tamper_table(record).to_string(index=False).split("\n"), "", *tamper_words(record)]
 
 # %% ../../nbs/report/00_figures.ipynb #b71deae6
 def figure_lines(path: str | Path) -> list[str]:
@@ -1196,6 +1264,50 @@ def show_dials(result: dict[str, Any]) -> None:
     for name, dial in (result.get("dial") or {}).items():
         show(dial_figure(dial, name))
 
+# %% ../../nbs/report/00_figures.ipynb #69a85aa6
+def tune_dial(record: dict[str, Any], name: str, marks: Sequence[int]) -> dict[str, Any]:
+    """Return the fine-tuning `name` of a tamper.json in the form of a dial: the number of a step among
+    `marks` is its scale, and its exact match is over all kinds."""
+    points = []
+    for point in record["finetunes"][name]["points"].get("breaker", ()):
+        exact = [counts for counts in point["counts"]["exact_match"].values() if counts[1]]
+        counts = {"attack_success": point["counts"]["attack_success"]}
+        counts |= {"exact_match": {"all": [sum(side) for side in zip(*exact)]}} if exact else {}
+        points.append({"scale": marks.index(point["step"]), "counts": counts})
+    return {"samples": record["decoding"]["samples"], "points": points}
+
+# %% ../../nbs/report/00_figures.ipynb #2e04f99a
+def tamper_figure(record: dict[str, Any]) -> go.Figure | None:
+    """Return two panels over the steps of the fine-tunings of a tamper.json, a line each: strict attack
+    success, and exact match of benign questions, with 95 % intervals; None where there is no fine-tuning."""
+    every = (p["step"] for f in record["finetunes"].values() for p in f["points"].get("breaker", ()))
+    if not (marks := sorted(set(every))):
+        return None
+    traces: list[go.Scatter] = []
+    notes: list[dict[str, Any]] = []
+    axes: dict[str, Any] = {}
+    corner = dict(x=0, xanchor="left", y=1, yanchor="bottom", yshift=6, showarrow=False, font=dict(size=13))
+    panels = {"attack_success": "attacks: share that succeed", "exact_match all": "utility: exact match"}
+    for n, (row, title) in enumerate(panels.items(), 1):
+        x, y = axis_ids(n)
+        own = []
+        for i, name in enumerate(record["finetunes"]):
+            style = (KIND_COLOURS[i % len(KIND_COLOURS)], KIND_DASHES[i % len(KIND_DASHES)], 1.5)
+            own.append(dial_trace(tune_dial(record, name, marks), row, short(visible(name), 18), style, n))
+        axes |= dial_axes({"points": [{"scale": i} for i in range(len(marks))]}, n)
+        text = [f"{mark:,}" for mark in marks]
+        axes["xaxis" + x[1:]] |= {
+            "ticktext": text,
+            "title": dict(text="steps of fine-tuning", standoff=4, font=dict(size=12)),
+        }
+        notes.append(dict(corner, text=title, xref=f"{x} domain", yref=f"{y} domain"))
+        notes += end_labels(own, n, [-0.03, 1.03], False, DIAL_HEIGHT - DIAL_MARGIN["t"] - DIAL_MARGIN["b"])
+        traces += own
+    words = "attack success and exact match over the steps of each fine-tuning"
+    return go.Figure(
+        traces, dict(axes, annotations=notes, height=DIAL_HEIGHT, margin=DIAL_MARGIN, meta=words, **LOOK)
+    )
+
 # %% ../../nbs/report/00_figures.ipynb #2add10a9
 REPORT_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
@@ -1230,6 +1342,12 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {% for note in attack_notes %}<p>{{ note }}</p>{% endfor %}
 <div class="wide"><table class="dial"><thead><tr>{% for c in attack_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for cells in attack_rows %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
+{% if tamper_rows %}<h2>What opens it</h2>
+{% for note in tamper_notes %}<p>{{ note }}</p>{% endfor %}
+{{ tamper_svg|safe }}
+<div class="wide"><table class="dial"><thead><tr>{% for c in tamper_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for cells in tamper_rows %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
 {% for dial in dials %}<h2>{{ dial.title }}</h2>
 <p>{{ dial.words }}</p>
@@ -1276,6 +1394,7 @@ def report_page(
     dials: Mapping[str, dict[str, Any]] | None = None,
     answers: str = "",
     attacks: dict[str, Any] | None = None,
+    tamper: dict[str, Any] | None = None,
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
     parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`), and where there
@@ -1283,10 +1402,12 @@ def report_page(
 
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
     as by `readable_table`, with the rounding `floor`; `dials` by name, a section each (`dial_section`);
-    `answers` links the page of all answers (empty: none); `attacks` is an attacks.json (None: there was
-    none)."""
+    `answers` links the page of all answers (empty: none); `attacks` is an attacks.json, and
+    `tamper` a tamper.json (None: there was none)."""
     text, acted = readable_table(table, floor), loop_table(loops or {})
     broken = attack_table(attacks) if attacks else pd.DataFrame()
+    opened = tamper_table(tamper) if tamper else pd.DataFrame()
+    tuning = tamper_figure(tamper) if tamper else None
     values = {
         k: v if isinstance(v, str) else "" if v is None else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
@@ -1306,6 +1427,10 @@ def report_page(
         attack_columns=list(broken.columns),
         attack_rows=broken.values.tolist(),
         attack_notes=attack_words(attacks) if attacks else [],
+        tamper_columns=list(opened.columns),
+        tamper_rows=opened.values.tolist(),
+        tamper_notes=tamper_words(tamper) if tamper else [],
+        tamper_svg=static_svg(tuning) if tuning is not None else "",
         parameters=[(visible(k), visible(v) or "—") for k, v in values.items()],
     )
 
@@ -1323,14 +1448,16 @@ def write_report(
     dials: Mapping[str, dict[str, Any]] | None = None,
     answers: str = "",
     attacks: dict[str, Any] | None = None,
+    tamper: dict[str, Any] | None = None,
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
     `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`,
-    `loops`, `dials`, `answers` and `attacks` as in `report_page`."""
-    page = report_page(title, rows, table, parameters, notes, floor, terms, loops, dials, answers, attacks)
+    `loops`, `dials`, `answers`, `attacks` and `tamper` as in `report_page`."""
+    more = (loops, dials, answers, attacks, tamper)
+    page = report_page(title, rows, table, parameters, notes, floor, terms, *more)
     write_owned(path, withhold(page).encode())
     return Path(path)
 
@@ -1344,8 +1471,8 @@ def told_of(result: dict[str, Any]) -> list[str]:
 # %% ../../nbs/report/00_figures.ipynb #94dc0734
 def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     """Write report.html into the run directory `folder`, from its metrics.jsonl and its `result`
-    (result.json), in the words of its own terms (`terms_in`), with a link to answers.html and a section on
-    attacks.json where these lie beside it; return the path."""
+    (result.json), in the words of its own terms (`terms_in`), with a link to answers.html and sections on
+    attacks.json and tamper.json where these lie beside it; return the path."""
     floor, folder = result.get("floor"), Path(folder)
     terms = terms_in(folder)
     notes = told_of(result) + [f"note: {line}" for line in idle_alarms(terms)]
@@ -1354,5 +1481,6 @@ def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
     answers = "answers.html" if (folder / "answers.html").is_file() else ""
     parts = (folder.name, rows, table, result["parameters"], notes, floor, terms)
-    more = (result.get("loop"), result.get("dial"), answers, read_record(folder / "attacks.json"))
+    attacks, tamper = (read_record(folder / name) for name in ("attacks.json", "tamper.json"))
+    more = (result.get("loop"), result.get("dial"), answers, attacks, tamper)
     return write_report(folder / "report.html", *parts, *more)

@@ -21,7 +21,17 @@ from ..basics.reading import read_text
 from ..basics.withheld import scrub
 from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
 from ..data.streams import Sample
-from ..report.figures import alarm_lines, all_notes, data_notes, readable_table, result_table, results_of
+from cbnb.report.figures import (
+    alarm_lines,
+    all_notes,
+    data_notes,
+    readable_table,
+    result_table,
+    results_of,
+    tamper_table,
+    tamper_words,
+)
+from ..run.records import read_record
 from ..run.settings import KEPT_TEMPLATE, preset_for
 from ..step.objectives import find_objective
 from .same import sample_key
@@ -69,9 +79,9 @@ def template_lines(template: dict | None) -> list[str]:
 HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 
 
-def figure_text(result: dict) -> str:
+def figure_text(result: dict, tamper: dict | None = None) -> str:
     """Return what stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's
-    `result`, its notes and alarms."""
+    `result`, its notes and alarms; and what opens it, by a tamper.json (None: not measured)."""
     lines = [
         "",
         markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))),
@@ -81,6 +91,10 @@ def figure_text(result: dict) -> str:
         lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(result.get("alarms")):
         lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
+    if tamper:
+        table = tamper_table(tamper)
+        lines += ["### What opens it", "", *(f"- {line}" for line in tamper_words(tamper)), ""]
+        lines += [markdown_table(table.set_index(table.columns[0])), ""]
     return "\n".join([*lines, ""])
 
 # %% ../../nbs/train/07_card.ipynb #69d360cd
@@ -196,9 +210,9 @@ def write_card(
 
 # %% ../../nbs/train/07_card.ipynb #1af04496
 def refresh_card(folder: Path, result: dict) -> bool:
-    """Write the figures of a run's `result` (result.json) anew into the card of its adapter's `folder`; all
-    else stays as it is. False where there is no card with the two headings: somebody has written another
-    one."""
+    """Write the figures of a run's `result` (result.json), and of the tamper.json beside the adapter's
+    `folder`, anew into the card there; all else stays as it is. False where there is no card with the two
+    headings: somebody has written another one. Raises RunError as `cbnb.run.records.read_record`."""
     path = Path(folder) / "README.md"
     if not path.is_file():
         return False
@@ -206,5 +220,6 @@ def refresh_card(folder: Path, result: dict) -> bool:
     _, settings, end = rest.partition(f"\n{SETTINGS}\n")
     if not (heading and settings):
         return False
-    write_owned(path, (head + heading + scrub(figure_text(result)) + settings[1:] + end).encode())
+    text = figure_text(result, read_record(Path(folder).parent / "tamper.json"))
+    write_owned(path, (head + heading + scrub(text) + settings[1:] + end).encode())
     return True
