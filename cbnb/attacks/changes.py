@@ -108,11 +108,11 @@ CHANGES = {
 }
 
 # %% ../../nbs/attacks/09_changes.ipynb #3196ed5c
-def changed_models(name: str, load: Callable[[str | None], PeftModel]) -> Iterator[tuple[str, nn.Module]]:
+def changed_models(name: str, make: Callable[[str | None], PeftModel]) -> Iterator[tuple[str, nn.Module]]:
     """Yield `(base or breaker, model)` under the change `name` of `CHANGES`, to be measured before the next
-    one is asked for. `load(dtype)`: a student of its own, in its run's dtype for None. Raises ConfigError as
+    one is asked for. `make(dtype)`: a student of its own, in its run's dtype for None. Raises ConfigError as
     `merge`, `round_base` and `cbnb.evaluate.dial.scaled`."""
-    student = load("bfloat16" if "bf16" in name else None)
+    student = make("bfloat16" if "bf16" in name else None)
     if name == "4-bit base":
         round_base(student)
     with scaled(student, 0):
@@ -123,4 +123,4 @@ def changed_models(name: str, load: Callable[[str | None], PeftModel]) -> Iterat
     elif name == "merged in bf16":
         yield "breaker", merge(student)
     else:
-        yield "breaker", merge(load("float32")).to(torch.bfloat16)
+        yield "breaker", merge(make("float32")).to(torch.bfloat16)

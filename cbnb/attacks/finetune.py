@@ -100,10 +100,10 @@ def tune_key(
         digest.update(sample_key(sample).encode())
     return digest.hexdigest()[:32]
 
-# %% ../../nbs/attacks/10_finetune.ipynb #3e6dfc35
+# %% ../../nbs/attacks/10_finetune.ipynb #24039b6e
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
 
-
+# %% ../../nbs/attacks/10_finetune.ipynb #3e6dfc35
 def keep_tuning(
     victim: Victim, key: str, step: int, weights: dict[str, nn.Parameter], adam: torch.optim.AdamW
 ) -> None:
@@ -144,7 +144,7 @@ def tune_marks(steps: int) -> list[int]:
     """Return the steps at which a fine-tuning of at most `steps` is measured."""
     return sorted({*(mark for mark in MARKS if mark < steps), steps})
 
-
+# %% ../../nbs/attacks/10_finetune.ipynb #0ed54100
 def is_open(point: dict[str, Any]) -> bool:
     """Return whether at least half of the attacks of a point succeeded, by the strict count."""
     hits, n = point["counts"]["attack_success"]
