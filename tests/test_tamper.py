@@ -112,6 +112,12 @@ def test_weights_that_were_damaged_are_named_and_not_trained_on(world, tmp_path)
         curve(world, 2, tmp_path)
 
 
+def test_a_point_that_was_edited_is_named(world, tmp_path):
+    (tmp_path / "points.jsonl").write_text('{"key": "k", "stage": "x", "step": 1, "counts": {}}\n')
+    with pytest.raises(RunError, match="points.jsonl line 1 is not in order"):
+        curve(world, 1, tmp_path)
+
+
 def test_a_learning_rate_that_destroys_is_told(world, tmp_path):
     with pytest.raises(RunError, match="lower learning rate"):
         curve(world, 2, tmp_path, rate=float("inf"))

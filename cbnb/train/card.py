@@ -14,6 +14,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
+# %% auto #0
+__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'figure_text', 'last_parts',
+           'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card', 'refresh_card']
+
+# %% ../../nbs/train/07_card.ipynb #90a9f84d
 import cbnb
 from ..basics.jsonfiles import write_owned
 from ..basics.processes import is_first
@@ -35,10 +40,6 @@ from ..run.records import read_record
 from ..run.settings import KEPT_TEMPLATE, preset_for
 from ..step.objectives import find_objective
 from .same import sample_key
-
-# %% auto #0
-__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'figure_text', 'last_parts',
-           'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card', 'refresh_card']
 
 # %% ../../nbs/train/07_card.ipynb #5e999a31
 def data_fingerprint(harmful: list[Sample], benign: list[Sample]) -> str:
