@@ -32,7 +32,7 @@ __all__ = ['MakeStudent', 'MOST_BENIGN', 'success_words', 'likeliest_open', 'con
            'parse_examples', 'training_benign', 'maker', 'start_of', 'finetune_points', 'finetune_sets',
            'change_results', 'control_of', 'tamper_student', 'check_tamper', 'write_tamper', 'tamper_run']
 
-# %% ../../nbs/attacks/11_tamper.ipynb #3568df87
+# %% ../../nbs/attacks/11_tamper.ipynb #54d1223c
 from ..data.sources import split_commas
 from ..data.streams import Sample, drop_refused, load_streams, read_streams
 from cbnb.evaluate.adapters import (
@@ -50,6 +50,8 @@ from cbnb.evaluate.adapters import (
     reading_for,
     same_model,
 )
+
+# %% ../../nbs/attacks/11_tamper.ipynb #3568df87
 from ..evaluate.benchmarks import questions
 from ..evaluate.decoding import Decoding
 from ..evaluate.dial import check_scalable, scaled
