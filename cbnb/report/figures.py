@@ -1293,7 +1293,8 @@ def tamper_figure(record: dict[str, Any]) -> go.Figure | None:
         own = []
         for i, name in enumerate(record["finetunes"]):
             style = (KIND_COLOURS[i % len(KIND_COLOURS)], KIND_DASHES[i % len(KIND_DASHES)], 1.5)
-            own.append(dial_trace(tune_dial(record, name, marks), row, short(visible(name), 18), style, n))
+            label = short(visible(re.sub(" examples?$", "", name)), 18)
+            own.append(dial_trace(tune_dial(record, name, marks), row, label, style, n))
         axes |= dial_axes({"points": [{"scale": i} for i in range(len(marks))]}, n)
         text = [f"{mark:,}" for mark in marks]
         axes["xaxis" + x[1:]] |= {
