@@ -24,8 +24,9 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'Comman
            'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
            'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
            'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_attack',
-           'run_attack', 'add_chat', 'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch',
-           'add_report', 'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'run_attack', 'add_tamper', 'run_tamper', 'add_chat', 'add_prompt', 'run_chat', 'add_plan', 'run_plan',
+           'add_fetch', 'run_fetch', 'add_report', 'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed',
+           'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -845,6 +846,67 @@ def run_attack(args: argparse.Namespace) -> int:
     say(*attack_lines(record), f"results: {folder / 'attacks.json'}")
     return 1 if any(attack["verdict"] == "refuted" for attack in record["attacks"].values()) else 0
 
+# %% ../nbs/cli.ipynb #ea65accb
+def add_tamper(commands: Commands) -> None:
+    """Add the arguments of `cbnb tamper`."""
+    p = commands.add_parser(
+        "tamper",
+        help="what opens a breaker: fine-tuning, a merge, 4 bits",
+        description="Measure a run's breaker at 0.9 of its strength, merged into bf16 weights and on a base "
+        "of 4 bits; then fine-tune copies of it, on the run's benign data and on a few held-out answers that "
+        "obey, until half of the attacks succeed. A claim is made only where base and control allow it. "
+        "Results go to tamper.json, report.html and the adapter's card, points to tamper/; the same command "
+        "goes on with what was interrupted.",
+        epilog="status 0: nothing has opened the breaker; 1: something has; 2: it cannot be measured",
+    )
+    p.add_argument("run_dir", metavar="RUN", help="the directory of a finished run")
+    words = {
+        "steps": (200, "most steps of a fine-tuning"),
+        "items": (32, "most items that are attacked; half as many benign questions of each kind"),
+    }
+    for name, (default, text) in words.items():
+        p.add_argument(
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+    p.add_argument(
+        "--examples",
+        metavar="N,...",
+        default="1,4,16",
+        help="numbers of held-out answers that obey to fine-tune on (default: %(default)s)",
+    )
+    p.add_argument("--learning-rate", type=float, metavar="X", help="of AdamW (default: the run's highest)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the batches (default: %(default)s)")
+    p.add_argument(
+        "--new-adapter", action="store_true", help="fine-tune a new adapter on the merged breaker too"
+    )
+    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
+    p.set_defaults(run=run_tamper)
+
+# %% ../nbs/cli.ipynb #a69bf7e6
+def run_tamper(args: argparse.Namespace) -> int:
+    """Carry out `cbnb tamper`: a line per point while it runs, then the table and what may be said."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from cbnb.attacks.tamper import check_tamper, tamper_run
+    from cbnb.report.figures import tamper_lines
+
+    disable_progress_bar()  # of the weights: an error is one line
+    record = tamper_run(
+        args.run_dir,
+        args.steps,
+        args.examples,
+        args.items,
+        args.seed,
+        args.learning_rate,
+        args.new_adapter,
+        args.trust_remote_code,
+        lambda line: say(line, file=sys.stderr),
+    )
+    folder = check_tamper(args.run_dir, args.trust_remote_code)[1]
+    say(*tamper_lines(record), f"results: {folder / 'tamper.json'}")
+    results = [*record["changes"].values(), *record["finetunes"].values()]
+    return 1 if any(result["verdict"] == "refuted" for result in results) else 0
+
 # %% ../nbs/cli.ipynb #547b637a
 def add_chat(commands: Commands) -> None:
     """Add the arguments of `cbnb chat`."""
@@ -1098,6 +1160,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_evaluate,
         add_inspect_log,
         add_attack,
+        add_tamper,
         add_chat,
         add_ablate,
         add_status,

@@ -744,6 +744,7 @@ NEEDED = {
     "chat": ["none", "--model", "tinyagent", "--from", "good.jsonl"],
     "inspect-log": ["runs"],
     "attack": ["runs/good"],
+    "tamper": ["runs/good"],
     "ablate": ["good.yaml", "--dry-run"],
     "status": ["runs"],
     "report": ["runs"],

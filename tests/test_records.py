@@ -387,7 +387,8 @@ def test_what_no_run_writes_is_refused_by_its_reader(sweep):
         assert field in str(e.value)
         path.write_text(data)
     (sweep / BAD / "episodes.jsonl").unlink()
-    elsewhere = {"sweep.json", "jobs", "evaluated", "attacks.json"}  # the last one in test_attacks.py
+    # the last ones in test_attacks.py and test_tamper.py
+    elsewhere = {"sweep.json", "jobs", "evaluated", "attacks.json", "tamper.json", "points.jsonl"}
     assert set(WRONG) | {file for file, *_ in LINES} | elsewhere >= set(RECORDS)
 
 

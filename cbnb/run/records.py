@@ -29,12 +29,12 @@ __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LI
            'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
            'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
            'DECODING_CHECKS', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'REASON', 'LOOP', 'RESULT',
-           'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK', 'ATTACKED', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY',
-           'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS',
-           'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants',
-           'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each',
-           'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row', 'fault',
-           'record_of', 'read_record']
+           'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK', 'ATTACKED', 'TAMPER_COUNTS', 'TAMPER_POINT', 'TAMPER', 'TAMPERED',
+           'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE',
+           'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE',
+           'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number', 'number', 'text',
+           'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting_check',
+           'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -509,6 +509,53 @@ ATTACKED = fields(
     "attacks",
 )
 
+# %% ../../nbs/run/01_records.ipynb #6e1b5292
+# what `cbnb tamper` has found (`cbnb.attacks.tamper`)
+TAMPER_COUNTS = fields(
+    dict.fromkeys(ATTACK_RATES, count) | {"exact_match": mapping(count)}, *ATTACK_RATES, "exact_match"
+)
+TAMPER_POINT = {"step": whole_number(), "loss": maybe(number()), "counts": TAMPER_COUNTS}
+
+# %% ../../nbs/run/01_records.ipynb #4d7c2f9a
+TAMPER = fields(
+    {
+        "what": LINE,
+        "verdict": one_of("supported", "refuted", "inconclusive", "void"),
+        "text": LINE,
+        "reopened_at": maybe(whole_number()),
+        "examples": whole_number(),
+        "points": mapping(each(fields(TAMPER_POINT, "counts"), 1000), 10),
+    },
+    "verdict",
+    "text",
+    "points",
+)
+
+# %% ../../nbs/run/01_records.ipynb #7b6ce703
+TAMPERED = fields(
+    {
+        "adapter": LINE,
+        "model": LINE,
+        "steps": whole_number(),
+        "settings": fields(
+            {"learning_rate": number(), "batch": whole_number(), "seed": whole_number(0, 2**63)}
+        ),
+        "items": fields({"attacked": whole_number(), "benign": TALLY}, "attacked"),
+        "control": maybe(fields({"scale": number(0, 100), "resists": whole_number()}, "scale", "resists")),
+        "left_out": TALLY,
+        "not_measured": mapping(LINE, 100),
+        "decoding": DECODING_CHECKS,
+        "changes": mapping(TAMPER, 100),
+        "finetunes": mapping(TAMPER, 100),
+    },
+    "steps",
+    "settings",
+    "items",
+    "decoding",
+    "changes",
+    "finetunes",
+)
+
 # %% ../../nbs/run/01_records.ipynb #rec00009
 VERDICT = one_of("pass", "warn", "fail")
 POINT = fields({"verdict": VERDICT, "text": LINE}, "verdict", "text")
@@ -636,6 +683,8 @@ RECORDS: dict[str, ValueCheck] = {
     "chat_template.json": TEMPLATE,
     "metrics.jsonl": metrics_row,
     "attacks.json": ATTACKED,
+    "tamper.json": TAMPERED,
+    "points.jsonl": fields({"key": LABEL, "stage": LABEL} | TAMPER_POINT, "key", "step", "counts"),
     "answers.jsonl": fields(ANSWER, *ANSWER),
     "episodes.jsonl": fields(EPISODE, *EPISODE),
 }
