@@ -257,7 +257,9 @@ SAVINGS = ("early_exit", "shared_prefix", "fused_kl", "buckets")
 
 # %% ../nbs/config.ipynb #1807b8ab
 # a name → "module:attribute", or a cbnb.step.objectives.Objective that a notebook has put there
-OBJECTIVES = {name: f"cbnb.step.objectives:{name}" for name in ("rr", "rr_kl", "rr_twin", "dpo")}
+OBJECTIVES = {
+    name: f"cbnb.step.objectives:{name}" for name in ("rr", "rr_kl", "rr_twin", "rr_twin_adv", "dpo")
+}
 
 # %% ../nbs/config.ipynb #0c4db2f6
 @dataclass(frozen=True)
@@ -624,12 +626,12 @@ IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
         "objective rr, rr_kl and dpo have no twin term: leave it out, or give objective rr_twin",
     ),
     "dpo_beta": (
-        lambda c: c.objective in ("rr", "rr_kl", "rr_twin") and c.dpo_beta != 0.1,
-        "objective rr, rr_kl and rr_twin have no preference term: leave it out, or give objective dpo",
+        lambda c: c.objective in ("rr", "rr_kl", "rr_twin", "rr_twin_adv") and c.dpo_beta != 0.1,
+        "only objective dpo has a preference term: leave it out, or give objective dpo",
     ),
     "dpo_logprob": (
-        lambda c: c.objective in ("rr", "rr_kl", "rr_twin") and c.dpo_logprob != "sum",
-        "objective rr, rr_kl and rr_twin have no preference term: leave it out, or give objective dpo",
+        lambda c: c.objective in ("rr", "rr_kl", "rr_twin", "rr_twin_adv") and c.dpo_logprob != "sum",
+        "only objective dpo has a preference term: leave it out, or give objective dpo",
     ),
     "retain_weight": (
         lambda c: c.objective in ("rr_kl", "dpo") and c.retain_weight,

@@ -556,6 +556,8 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "KL": ("#0072B2", "dot", 2),
     "twin KL": ("#CC79A7", "longdash", 1.5),
     "preference": ("#E69F00", "longdash", 1.5),
+    "soft twin KL": ("#CC79A7", "dot", 1.5),
+    "soft reroute": ("#D55E00", "dot", 1.5),
     "loss": ("#808080", "solid", 2.5),
     "total": ("#808080", "solid", 1.5),
     "c_s": ("#D55E00", "solid", 1.5),
@@ -586,6 +588,8 @@ LINE_OF = {
     "kl": "KL",
     "twin": "twin KL",
     "preference": "preference",
+    "soft_twin": "soft twin KL",
+    "soft_reroute": "soft reroute",
 }
 
 # %% ../../nbs/report/00_figures.ipynb #b5db48d7
