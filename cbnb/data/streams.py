@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 # %% auto #0
-__all__ = ['TWIN_DROPS', 'WAY_OUT', 'COUNTS', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport',
-           'encode_transcript', 'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused',
-           'empty_stream', 'count_transcript', 'count_cut', 'count_row', 'encode_stream', 'data_record', 'Twin',
-           'PairedStreams', 'pad_rows', 'pack_rows', 'length_groups', 'collate']
+__all__ = ['TWIN_DROPS', 'WAY_OUT', 'PASS', 'read_streams', 'load_streams', 'Sample', 'StreamReport', 'encode_transcript',
+           'EmptyStream', 'encoded_pairs', 'refusals', 'until_most_fail', 'drop_refused', 'empty_stream',
+           'count_transcript', 'count_cut', 'count_row', 'encode_stream', 'data_record', 'Twin', 'PairedStreams',
+           'pad_rows', 'pack_rows', 'length_groups', 'collate']
 
 # %% ../../nbs/data/03_streams.ipynb #03bbe013
 from ..basics.numbers import plural
@@ -45,7 +45,7 @@ from ..masking.templates import MaskError, take_result
 # %% ../../nbs/data/03_streams.ipynb #01fb75bc
 from ..step.losses import predicting_positions
 from ..step.model_checks import check_packing
-from ..step.objectives import OPTIONAL
+from ..step.objectives import COUNTS
 from ..transcripts.holdout import Parted, heldout_kinds, part, thin_parts
 from ..transcripts.reader import MAX_BAD
 from ..transcripts.record import Transcript, TranscriptError
@@ -98,11 +98,14 @@ def load_streams(
 # %% ../../nbs/data/03_streams.ipynb #ca59b33b
 @dataclass(frozen=True)
 class Sample:
-    "One transcript, ready for training: `input_ids` int32 [S] and `loss_mask` bool [S] over the same tokens."
+    """One transcript, ready for training: `input_ids` int32 [S] and `loss_mask` bool [S] over its tokens.
+    `soft_place`: the token before which a soft prompt may stand (`cbnb.step.soft`), the first one behind the
+    injected text; 0: none."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     transcript: str  # the transcript's id, so that a bad sample can be traced to its line
+    soft_place: int = 0
 
 # %% ../../nbs/data/03_streams.ipynb #tw3drp01
 TWIN_DROPS = {
@@ -113,6 +116,7 @@ TWIN_DROPS = {
     "refused": "the chat template refuses a twin, or writes nothing of its action",
     "unlike": "the tokens that count are not the same in both rows",
     "no_choice": "the attacked run goes on with the user's task, so that nothing is to be rejected",
+    "no_place": "of the injected text nothing is left in a row, so that a soft prompt has no place",
 }
 
 # %% ../../nbs/data/03_streams.ipynb #1acbbd0e
@@ -522,7 +526,6 @@ def pack_rows(samples: list[Sample], length: int, pad_id: int, model: nn.Module)
     return out
 
 # %% ../../nbs/data/03_streams.ipynb #fb3743fa
-COUNTS = ("harmful_tokens", "benign_tokens", "kl_targets", *(extra.mean_over for extra in OPTIONAL.values()))
 PASS = 512  # tokens of padding that are worth a pass of their own
 
 # %% ../../nbs/data/03_streams.ipynb #143bfd17
@@ -554,8 +557,9 @@ def collate(
     Of items with a `Twin` each there is `"twin": {"injected": rows, "clean": rows}` too, by the names of
     `Twin.rows`, row by row of one transcript, and `counts` is [4], with rejected rows [5]. With `buckets`,
     `harmful`, `benign` and `twin` are lists of such, one for each of `length_groups` (of twins, by their
-    injected rows). With a `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under
-    `"teacher"`, those that only the student reads excepted."""
+    injected rows). Rows with the attack have the places of their samples too, `soft_place` int64 [B]. With a
+    `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under `"teacher"`, those that
+    only the student reads excepted."""
 
     def rows_of(samples: list[Sample]) -> dict[str, Any]:
         rows = pad_rows(samples, pad_id)
@@ -564,7 +568,8 @@ def collate(
     def twin_rows(twins: list[Twin]) -> dict[str, Any]:
         sides = {name: [t.rows[name] for t in twins] for name in twins[0].rows}
         return {
-            name: rows_of(side) if name in twins[0].for_teacher else pad_rows(side, pad_id)
+            name: (rows_of(side) if name in twins[0].for_teacher else pad_rows(side, pad_id))
+            | ({"soft_place": torch.tensor([s.soft_place for s in side])} if name != "clean" else {})
             for name, side in sides.items()
         }
 

@@ -25,8 +25,8 @@ from ..transcripts.record import InjectionSpan, Transcript
 # %% auto #0
 __all__ = ['ORIGINS', 'Done', 'ATTACK_NOTES', 'SIDES', 'action_place', 'cut_out', 'clean_messages', 'calling', 'expected_message',
            'done_before', 'next_messages', 'Draft', 'with_action', 'both_sides', 'is_blank', 'draft_twin',
-           'draft_twins', 'no_twins', 'is_choice', 'pair_rows', 'draft_rows', 'encoded_sides', 'encode_twins',
-           'twin_table']
+           'draft_twins', 'no_twins', 'is_choice', 'soft_place', 'pair_rows', 'draft_rows', 'encoded_sides',
+           'encode_twins', 'twin_table']
 
 # %% ../../nbs/data/04_twins.ipynb #twin0005
 def action_place(transcript: Transcript) -> int | None:
@@ -219,16 +219,28 @@ def is_choice(draft: Draft, action: np.ndarray, other: np.ndarray) -> bool:
         return True
     return action_origins(draft.rejected)[len(draft.rejected.messages) - 1] != "own"
 
+# %% ../../nbs/data/04_twins.ipynb #sf4fn001
+def soft_place(injected: Encoding, clean: Encoding) -> int:
+    """Return the token of `injected` at which it and `clean`, the same without the injected text, are alike
+    to their end: the first one behind the injected text."""
+    one, other = (e.input_ids[::-1] for e in (injected, clean))
+    size = min(len(one), len(other))
+    unlike = np.flatnonzero(one[:size] != other[:size])
+    return len(one) - (int(unlike[0]) if len(unlike) else size)
+
 # %% ../../nbs/data/04_twins.ipynb #twin0027
 def pair_rows(
     encodings: Sequence[Encoding], draft: Draft, rows: Sequence[Row], sides: Sequence[str]
 ) -> Twin | str:
     """Return the `Twin` of the `rows` of a draft, one for each of `sides`, or why there is none, a name of
-    `cbnb.data.streams.TWIN_DROPS`: the tokens that count are not the same (`unlike`), or the rejected action
-    is none to reject (`is_choice`)."""
+    `cbnb.data.streams.TWIN_DROPS`: the tokens that count are not the same (`unlike`), the rejected action is
+    none to reject (`is_choice`), or a row that may get a soft prompt has no `soft_place` for it."""
+    place = soft_place(*encodings[:2]) if sides[:2] == ("injected", "clean") else 0
     samples = {
-        side: Sample(encoding.input_ids[row.keep], row.mask[row.keep], draft.clean.id)
-        for side, encoding, row in zip(sides, encodings, rows)
+        side: Sample(
+            e.input_ids[row.keep], row.mask[row.keep], draft.clean.id, max(place - row.keep.start, 0)
+        )
+        for side, e, row in zip(sides, encodings, rows)
     }
     targets = {side: sample.input_ids[sample.loss_mask] for side, sample in samples.items()}
     if "clean" in samples:
@@ -237,6 +249,8 @@ def pair_rows(
             return "unlike"
     if "rejected" in samples and not is_choice(draft, targets["injected"], targets["rejected"]):
         return "no_choice"
+    if place and not all(samples[side].soft_place for side in samples if side != "clean"):
+        return "no_place"
     return Twin(**samples)
 
 # %% ../../nbs/data/04_twins.ipynb #twin0127

@@ -45,7 +45,7 @@ from cbnb.step.models import (
     forward_with_hidden_states,
     in_words,
 )
-from ..step.objectives import ALL_NAMES, find_objective
+from ..step.objectives import COUNTS, find_objective
 from ..train.breaker import CircuitBreaker
 
 # %% ../../nbs/preflight/05_plan.ipynb #ada37d63
@@ -131,6 +131,7 @@ def rows_of(rows: int, length: int, share: float) -> dict:
         "loss_mask": mask,
         "token_index": index,
         "predicting_index": index,
+        "soft_place": torch.ones(rows, dtype=torch.long),
     }
 
 # %% ../../nbs/preflight/05_plan.ipynb #5eea4b2c
@@ -264,7 +265,9 @@ def count_pass(breaker: CircuitBreaker, batch: list[dict]) -> ByteCount:
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
     with ByteCount() as count:
-        terms = breaker(harmful, benign, torch.ones(len(ALL_NAMES)), twin=twin)
+        if twin and breaker.searches:
+            breaker.search([twin], torch.ones(()), lambda gradient: gradient)
+        terms = breaker(harmful, benign, torch.ones(len(COUNTS)), twin=twin)
         sum(terms.values()).backward()
         del terms
     return count

@@ -33,7 +33,7 @@ from ..evaluate.evaluation import benign_by_domain, benign_divergence
 from .checks import UNKNOWN, Criterion, Finding, note
 from .probe import WINS, Outlook, Probe
 from ..report.figures import as_float, curves, figure_bundle
-from ..step.objectives import Term, describe_terms, find_objective
+from ..step.objectives import OPTIONAL_NAMES, Term, depth, describe_terms, find_objective
 from ..train.alarms import aside_words, dead_line, foretell, name_in_text, own_weight, weight_words
 from ..train.trainer import KEEP, term_names
 
@@ -101,7 +101,7 @@ def settings_findings(config: CircuitBreakerConfig) -> list[Finding]:
     by_weight = ", ".join(
         f"{term.title} by {factor_words(term, config)}"
         for name, term in terms.items()
-        if name in ("kl", "twin")
+        if name in ("kl", *OPTIONAL_NAMES)
     )
     beta = BETA.judge(config.beta_kl, 1)
     if not config.beta_kl:
@@ -142,14 +142,14 @@ def gradient_frame(probe: Probe, names: Sequence[str]) -> pd.DataFrame:
 # %% ../../nbs/preflight/04_run_checks.ipynb #07505863
 def probe_gradient_findings(frame: pd.DataFrame, probe: Probe, terms: dict[str, Term]) -> list[Finding]:
     """Return a finding on which of `terms`, by name, pulls hardest in the last row of `gradient_frame`; none
-    for no rows."""
+    for no rows. Only a reroute term that declares a fall can be held shut."""
     if not len(frame):
         return []
     norms = frame.iloc[-1, : len(terms)]
     largest = str(norms.idxmax()).removeprefix("norm_")
     titles = {name: term.title.lower() for name, term in terms.items()}
     shares = ", ".join(f"{titles[t]} {format_number(norms[f'norm_{t}'])}" for t in terms)
-    is_shut = largest == "kl" and not probe.outlook.alive
+    is_shut = largest == "kl" and depth(terms["reroute"]) > 0 and not probe.outlook.alive
     words = {"step": frame.index[-1], "norms": shares, "largest": titles[largest]}
     words["weight"] = weight_words(terms["kl"])
     return [KL_IS_LARGEST.judge(is_shut, False, **words)]

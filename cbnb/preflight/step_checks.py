@@ -25,8 +25,8 @@ __all__ = ['PAIRS', 'TOKENS', 'MOVES', 'MEASURED_KL', 'KL_DIRECTION', 'KL_INDIST
            'teacher_in_use', 'frozen_findings', 'start_kl', 'start_kl_finding', 'untouched_findings', 'nudge',
            'on_and_off', 'no_step', 'one_step_findings', 'applied_findings', 'reach_findings', 'check_detachment',
            'check_run_start', 'gradient_tap', 'start_of', 'same_rows', 'streams_of', 'is_zero', 'kl_gradient_findings',
-           'reached_finding', 'gradient_findings', 'twin_findings', 'preference_findings', 'padding_findings',
-           'surprise', 'surprise_findings']
+           'reached_finding', 'begins_of', 'gradient_findings', 'twin_findings', 'preference_findings',
+           'padding_findings', 'surprise', 'surprise_findings']
 
 # %% ../../nbs/preflight/02_step_checks.ipynb #d3ddf630
 from ..basics.numbers import format_number
@@ -52,6 +52,7 @@ from cbnb.step.models import (
 )
 from ..step.objectives import OPTIONAL, Term
 from ..step.passes import both_passes, first_adapted_block
+from ..step.soft import current, soft_rows
 from ..train.alarms import name_in_text
 from ..train.breaker import CircuitBreaker
 from ..train.floor import add_noise, batch_terms, restore_weights, rounding_floor, set_mode
@@ -612,7 +613,8 @@ OWN_ROWS = Criterion(
 
 def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], streams: list[set[str]]) -> Finding:
     "Return the finding on whether the `gradients` of `term`, by pass, stand in the term's own rows alone."
-    own = OPTIONAL[term.name].sides if term.name in OPTIONAL else ("benign",)
+    extra = OPTIONAL.get(term.name)
+    own = tuple(f"soft {side}" if extra.soft else side for side in extra.sides) if extra else ("benign",)
     own, other = (("harmful",), "benign") if term.name == "reroute" else (own, "harmful")
     foreign = {
         name
@@ -623,20 +625,36 @@ def reached_finding(term: Term, gradients: Sequence[torch.Tensor | None], stream
     owner = other if other in foreign else "other"
     return OWN_ROWS.judge(len(foreign), term=name_in_text(term), other=other, reached=owner)
 
+# %% ../../nbs/preflight/02_step_checks.ipynb #sf2fn001
+def begins_of(breaker: CircuitBreaker, batch: dict) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
+    """Return `(rows, begins)` by stream: the padded rows of `batch` that terms are about, those with a soft
+    prompt in them as `soft injected` and `soft rejected`, and what `start_of` gives of them."""
+    student, twin = breaker.student, batch.get("twin", {})
+    rows = {name: batch[name] for name in ("harmful", "benign")} | twin
+    begins = {name: start_of(student, own) for name, own in rows.items()}
+    if breaker.searches:
+        for side in ("injected", "rejected"):
+            with soft_rows((student,), twin[side], current(breaker.searches)) as room:
+                name = f"soft {side}"
+                rows, begins = rows | {name: room}, begins | {name: start_of(student, room)}
+    return rows, begins
+
 # %% ../../nbs/preflight/02_step_checks.ipynb #992c8220
 def gradient_findings(breaker: CircuitBreaker, batch: dict) -> list[Finding]:
     """Return findings on which rows and positions each term can move, with a moved adapter; the KL is
     measured at beta_kl 1 where it is 0."""
-    config, student = breaker.circuit_breaker_config, breaker.student
+    config = breaker.circuit_breaker_config
     findings: list[Finding] = []
     if config.benign_policy != "full_sequence":
         breaker.circuit_breaker_config = replace(config, beta_kl=config.beta_kl or 1.0)
     try:
-        with set_mode(breaker, False), add_noise(student, 0.02), gradient_tap(breaker) as (starts, lasts):
+        with (
+            set_mode(breaker, False),
+            add_noise(breaker.student, 0.02),
+            gradient_tap(breaker) as (starts, lasts),
+        ):
             terms = batch_terms(breaker, batch)
-            rows = {name: batch[name] for name in ("harmful", "benign")}
-            rows |= batch.get("twin", {})
-            begins = {name: start_of(student, own) for name, own in rows.items()}
+            rows, begins = begins_of(breaker, batch)
             streams = [streams_of(hidden, begins, rows) for hidden in starts]
             for name in breaker.objective.names:
                 term = terms[f"loss_{name}"]

@@ -24,22 +24,23 @@ import plotly.graph_objects as go
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW',
            'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES',
-           'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table',
-           'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
+           'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'VICTIM_LINES', 'ATTACK_HEIGHT', 'ATTACK_GAP', 'ATTACK_MARGIN',
+           'ATTACK_COLUMNS', 'TICKS_SHOWN', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
+           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
            'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
-           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'attack_table',
-           'attack_words', 'attack_lines', 'tamper_table', 'tamper_words', 'tamper_lines', 'figure_lines',
-           'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in', 'short',
-           'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin', 'columns_of',
-           'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text',
-           'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note',
-           'svg_panel', 'static_svg', 'figure_bundle', 'show', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure',
-           'show_dials', 'tune_dial', 'tamper_figure', 'dial_section', 'report_page', 'write_report', 'told_of',
-           'write_run_report']
+           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'best_point',
+           'attack_table', 'attack_words', 'attack_lines', 'tamper_table', 'tamper_words', 'tamper_lines',
+           'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in',
+           'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin',
+           'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
+           'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes',
+           'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show', 'rate_trace', 'dial_trace', 'dial_axes',
+           'dial_rows', 'dial_figure', 'show_dials', 'tune_dial', 'tamper_figure', 'attack_traces', 'attack_axes',
+           'attack_figure', 'dial_section', 'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
-from ..basics.numbers import floor_limit, format_number, rate_interval
+from ..basics.numbers import floor_limit, format_number, plural, rate_interval
 from ..basics.output import safe_output
 from ..basics.terminal import run_program, say, sentence, visible
 from ..basics.withheld import cut, withhold
@@ -47,7 +48,7 @@ from ..run.code import runs_folder
 from ..run.metrics import read_metrics
 from ..run.records import read_record
 from ..run.stages import read_status
-from ..step.objectives import TERM_NAMES, Term, idle_alarms, run_terms
+from ..step.objectives import OPTIONAL_NAMES, TERM_NAMES, Term, idle_alarms, run_terms
 
 # %% ../../nbs/report/00_figures.ipynb #b8ea5731
 def floor_words(floor: dict[str, Any], terms: dict[str, Term] | None = None) -> str:
@@ -218,8 +219,13 @@ def loop_table(loops: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for name, own in counts.items():
         columns[visible(name)] = [format_number(own[r][0] / own[r][1]) if r in own else "—" for r in rows]
         columns[visible(f"{name}, 95 %")] = [interval_words(*own[r]) if r in own else "" for r in rows]
-    titles = [visible(", ".join(part.replace("_", " ") for part in row.split(" ", 1))) for row in rows]
-    return pd.DataFrame(columns, index=titles, dtype=object)
+
+    def title(row: str) -> str:
+        first, _, rest = row.partition(" ")
+        name = MEASURES[first][0] if first in MEASURES else first.replace("_", " ")
+        return visible(f"{name}, {rest.replace('_', ' ')}" if rest else name)
+
+    return pd.DataFrame(columns, index=list(map(title, rows)), dtype=object)
 
 # %% ../../nbs/report/00_figures.ipynb #5b1f0f01
 REASONS = 5  # reasons for a count that are shown; all of them are in result.json
@@ -232,8 +238,7 @@ def reason_lines(reasons: list[dict[str, Any]]) -> list[str]:
         names = row.get("examples") or []
         more = ", …" if len(names) < row["episodes"] else ""
         words = f" ({', '.join(names)}{more})" if names else ""
-        plural = "s" * (row["episodes"] != 1)
-        lines.append(f"{row['episodes']} episode{plural} {row['outcome']}: {row['reason']}{words}")
+        lines.append(f"{plural(row['episodes'], 'episode')} {row['outcome']}: {row['reason']}{words}")
     if rest := reasons[REASONS:]:
         number = sum(row["episodes"] for row in rest)
         lines.append(
@@ -395,6 +400,13 @@ def dial_lines(result: dict[str, Any]) -> list[str]:
         lines += ["", visible(f"{name} at scales of its adapter, {question_words(dial)}"), *table]
     return lines
 
+# %% ../../nbs/report/00_figures.ipynb #6dcf3cba
+def best_point(points: Sequence[dict[str, Any]], rate: str = "attack_success") -> dict[str, Any] | None:
+    """Return the point of a curve with the highest `rate`, the last of several; None without a point that
+    was measured."""
+    own = [point for point in points if point["counts"][rate][1]]
+    return max(own[::-1], key=lambda p: p["counts"][rate][0] / p["counts"][rate][1], default=None)
+
 # %% ../../nbs/report/00_figures.ipynb #a77ac002
 def attack_table(record: dict[str, Any]) -> pd.DataFrame:
     """Return an attacks.json (`cbnb.attacks.attack`) as text: a row for each point of each attack, with the
@@ -422,7 +434,7 @@ def attack_words(record: dict[str, Any]) -> list[str]:
     their items."""
     items, control = record["items"], record["control"]
     notes = [
-        f"{name.replace('_', ' ')}: {attack['verdict']}; {attack['text']}"
+        f"{name.replace('_', ' ')}, {attack['budget']:,} passes: {attack['verdict']}; {attack['text']}"
         for name, attack in record["attacks"].items()
     ]
     if control:
@@ -432,10 +444,10 @@ def attack_words(record: dict[str, Any]) -> list[str]:
         )
     notes.append(
         f"{items['attacked']} items are attacked; what is optimised is optimised on "
-        f"{items['optimised_on']} others; seed {record['seed']}, {record['budget']:,} passes for each attack"
+        f"{items['optimised_on']} others; seed {record['seed']}"
     )
     losses = (record.get("left_out") or {}).items()
-    notes += [f"{count} items left out: {reason}" for reason, count in losses]
+    notes += [f"{plural(count, 'item')} left out: {reason}" for reason, count in losses]
     return [visible(note) for note in notes]
 
 # %% ../../nbs/report/00_figures.ipynb #a77ac004
@@ -623,6 +635,9 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "retain": ("#009E73", "dash", 1.5),
     "KL": ("#0072B2", "dot", 2),
     "twin KL": ("#CC79A7", "longdash", 1.5),
+    "preference": ("#9A7D0A", "longdash", 1.5),
+    "soft twin KL": ("#CC79A7", "dot", 1.5),
+    "soft reroute": ("#D55E00", "dot", 1.5),
     "loss": ("#808080", "solid", 2.5),
     "total": ("#808080", "solid", 1.5),
     "c_s": ("#D55E00", "solid", 1.5),
@@ -647,7 +662,15 @@ def terms_in(folder: str | Path) -> dict[str, Term]:
 
 # %% ../../nbs/report/00_figures.ipynb #trmword1
 # name of a term in the log: that in STYLES
-LINE_OF = {"reroute": "reroute", "retain": "retain", "kl": "KL", "twin": "twin KL"}
+LINE_OF = {
+    "reroute": "reroute",
+    "retain": "retain",
+    "kl": "KL",
+    "twin": "twin KL",
+    "preference": "preference",
+    "soft_twin": "soft twin KL",
+    "soft_reroute": "soft reroute",
+}
 
 # %% ../../nbs/report/00_figures.ipynb #b5db48d7
 def short(text: str, most: int = 10) -> str:
@@ -678,15 +701,18 @@ def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
     axis?, {key of metrics.jsonl: name of its line}, smallest top of the axis)`; in reading order."""
     terms_by_name = {f"weighted_{name}": LINE_OF[name] for name in terms}
     norms = {f"grad_norm_{name}": LINE_OF[name] for name in terms}
-    reroute, retain, kl = (terms[name] for name in TERM_NAMES)
-    kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", "twin")}
-    titles = " and ".join(terms[name.removeprefix("loss_")].title for name in kls)
+    reroute, retain = (terms[name] for name in TERM_NAMES[:2])
+    kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", *OPTIONAL_NAMES)}
+    curves = [terms[name.removeprefix("loss_")] for name in kls]
+    titles, units = (
+        " and ".join(dict.fromkeys(words)) for words in zip(*((t.title, t.unit) for t in curves))
+    )
     return (
         (term_title(reroute), False, {"loss_reroute": "reroute"}, max(reroute.high or 0.0, 0.0)),
         ("loss and its weighted terms; log axis", True, {"loss": "loss"} | terms_by_name, 0.0),
         (term_title(retain), False, {"loss_retain": "retain"}, max(retain.high or 0.0, 0.0)),
         (coefficient_title(terms), False, {"c_s": "c_s", "c_r": "c_r"}, 0.0),
-        (short(f"{titles}, {kl.unit}; log axis", 52), True, kls, 0.0),
+        (short(f"{titles}, {units}; log axis", 52), True, kls, 0.0),
         ("gradient norm before clipping; log axis", True, {"grad_norm_total": "total"} | norms, 0.0),
     )
 
@@ -1162,22 +1188,24 @@ KIND_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#9A7D0A", "#808080"
 KIND_DASHES = ("solid", "dash", "dot", "dashdot")
 
 # %% ../../nbs/report/00_figures.ipynb #add181ab
-def dial_trace(
-    dial: dict[str, Any], row: str, name: str, style: tuple[str, str, float], n: int
+def rate_trace(
+    x: Sequence[float],
+    counts: Sequence[Sequence[int] | None],
+    attempts: int,
+    name: str,
+    style: tuple[str, str, float],
+    n: int,
 ) -> go.Scatter:
-    """Return the line of the rate `row` of a dial over its scales, as `name`, in panel `n`; dots with error
-    bars of 95 %."""
-    scales = [point["scale"] for point in dial["points"]]
-    counts = [dial_counts(point).get(row) for point in dial["points"]]
+    """Return the line `name` of rates in panel `n`, from their `counts` ([hits, answers] each, of which
+    `attempts` belong to one question; None: not measured) at `x`; dots with error bars of 95 %."""
     values = np.array([math.nan if c is None else c[0] / c[1] for c in counts])
-    ends = [None if c is None else rate_interval(c[0], c[1], dial["samples"]) for c in counts]
+    ends = [None if c is None else rate_interval(c[0], c[1], attempts) for c in counts]
     low, high = (np.array([math.nan if e is None else e[side] for e in ends]) for side in (0, 1))
     colour, dash, width = style
-    x, y = axis_ids(n)
-    size = len(values)
+    (xaxis, yaxis), size = axis_ids(n), len(values)
     arms = dict(type="data", symmetric=False, array=high - values, arrayminus=values - low)
     return go.Scatter(
-        x=np.array(scales, np.float32),
+        x=np.array(x, np.float32),
         y=values.astype(np.float32),
         customdata=values.astype(np.float32),
         name=name,
@@ -1187,11 +1215,20 @@ def dial_trace(
         line=dict(color=colour, dash=dash, width=width),
         marker=dict(size=np.full(size, 6), symbol=np.full(size, "circle"), color=colour),
         error_y=dict(arms, color=colour, thickness=1, width=3),
-        text=["" if c is None else interval_words(c[0], c[1], dial["samples"]) for c in counts],
+        text=["" if c is None else interval_words(c[0], c[1], attempts) for c in counts],
         hovertemplate="%{text}<extra>%{fullData.name}</extra>",
-        xaxis=x,
-        yaxis=y,
+        xaxis=xaxis,
+        yaxis=yaxis,
     )
+
+# %% ../../nbs/report/00_figures.ipynb #4d439277
+def dial_trace(
+    dial: dict[str, Any], row: str, name: str, style: tuple[str, str, float], n: int
+) -> go.Scatter:
+    """Return the line of the rate `row` of a dial over its scales, as `name`, in panel `n`."""
+    scales = [point["scale"] for point in dial["points"]]
+    counts = [dial_counts(point).get(row) for point in dial["points"]]
+    return rate_trace(scales, counts, dial["samples"], name, style, n)
 
 # %% ../../nbs/report/00_figures.ipynb #6f9ce431
 def dial_axes(dial: dict[str, Any], n: int) -> dict[str, Any]:
@@ -1309,6 +1346,75 @@ def tamper_figure(record: dict[str, Any]) -> go.Figure | None:
         traces, dict(axes, annotations=notes, height=DIAL_HEIGHT, margin=DIAL_MARGIN, meta=words, **LOOK)
     )
 
+# %% ../../nbs/report/00_figures.ipynb #a1bac999
+VICTIM_LINES: dict[str, tuple[str, str, float]] = {
+    "base": ("#808080", "dot", 1.5),
+    "control": ("#0072B2", "dash", 1.5),
+    "breaker": ("#D55E00", "solid", 2),
+}
+ATTACK_HEIGHT, ATTACK_GAP, ATTACK_MARGIN = 190, 76, dict(l=48, r=66, t=34, b=48)
+ATTACK_COLUMNS = ((0.0, 0.44), (0.56, 1.0))
+TICKS_SHOWN = 6  # points of a curve whose passes are written below; of more, every second or third
+
+# %% ../../nbs/report/00_figures.ipynb #84bca70c
+def attack_traces(attack: dict[str, Any], n: int) -> list[go.Scatter]:
+    """Return the lines of panel `n`: the attacked success of each victim of an `attack` of an attacks.json,
+    point by point."""
+    traces = []
+    for place, (who, style) in enumerate(VICTIM_LINES.items()):
+        if points := attack["points"].get(who):
+            counts = [point["counts"]["attack_success"] for point in points]
+            x = [i + 0.07 * (place - 1) for i in range(len(points))]
+            traces.append(rate_trace(x, [c if c[1] else None for c in counts], 1, who, style, n))
+    return traces
+
+# %% ../../nbs/report/00_figures.ipynb #27703afa
+def attack_axes(attack: dict[str, Any], n: int, rows: int) -> dict[str, Any]:
+    """Return both axes of panel `n` (from 1) of the figure of attacks, in one of `rows` rows: the passes of
+    the breaker's points along x, a share along y."""
+    (x, y), points = axis_ids(n), attack["points"].get("breaker") or [{"forward": 0, "backward": 0}]
+    both = dict(gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", ticklen=4)
+    both |= dict(tickcolor=TEXT_COLOUR)
+    last, inner = len(points) - 1, rows * ATTACK_HEIGHT + (rows - 1) * ATTACK_GAP
+    bottom = (rows - 1 - (n - 1) // 2) * (ATTACK_HEIGHT + ATTACK_GAP) / inner
+    shown = range(0, last + 1, -(-(last + 1) // TICKS_SHOWN))
+    xaxis = dict(
+        both,
+        domain=ATTACK_COLUMNS[(n - 1) % 2],
+        anchor=y,
+        range=[-0.3, last + 0.3],
+        tickvals=list(shown),
+        ticktext=[f"{points[i]['forward'] + points[i]['backward']:,}" for i in shown],
+        showticklabels=True,
+        title=dict(text="passes spent", standoff=4, font=dict(size=12)),
+    )
+    domain = [bottom, min(1.0, bottom + ATTACK_HEIGHT / inner)]
+    yaxis = dict(both, domain=domain, anchor=x, range=[-0.03, 1.03], dtick=0.25)
+    return {"xaxis" + x[1:]: xaxis, "yaxis" + y[1:]: yaxis}
+
+# %% ../../nbs/report/00_figures.ipynb #990b8674
+def attack_figure(record: dict[str, Any]) -> go.Figure:
+    """Return a panel for each attack of an attacks.json: strict attack success of base, control and breaker
+    against the passes spent, with 95 % intervals; its title has the verdict."""
+    attacks, traces, notes = record["attacks"], list[go.Scatter](), list[dict[str, Any]]()
+    rows, axes = max(1, -(-len(attacks) // 2)), dict[str, Any]()
+    corner = dict(x=0, xanchor="left", y=1, yanchor="bottom", yshift=6, showarrow=False, font=dict(size=13))
+    for n, (name, attack) in enumerate(attacks.items(), 1):
+        x, y = (f"{axis} domain" for axis in axis_ids(n))
+        own = attack_traces(attack, n)
+        axes |= attack_axes(attack, n, rows)
+        words = f"{name.replace('_', ' ')}, attack success: {attack['verdict']}"
+        title = visible(words).replace("<", "‹").replace(">", "›")
+        notes.append(dict(corner, text=title, xref=x, yref=y))
+        notes += end_labels(own, n, [-0.03, 1.03], False, ATTACK_HEIGHT)
+        if not own:
+            notes.append(dict(x=0.5, y=0.5, xref=x, yref=y, showarrow=False, text="not measured"))
+        traces += own
+    height = rows * ATTACK_HEIGHT + (rows - 1) * ATTACK_GAP + ATTACK_MARGIN["t"] + ATTACK_MARGIN["b"]
+    meta = visible(f"attack success against passes spent, of {', '.join(attacks)}: base, control and breaker")
+    layout = dict(axes, annotations=notes, height=height, margin=ATTACK_MARGIN, meta=meta, **LOOK)
+    return go.Figure(traces, layout)
+
 # %% ../../nbs/report/00_figures.ipynb #2add10a9
 REPORT_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
@@ -1341,6 +1447,7 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {{ svg|safe }}
 {% if attack_rows %}<h2>Attacked</h2>
 {% for note in attack_notes %}<p>{{ note }}</p>{% endfor %}
+{{ attack_svg|safe }}
 <div class="wide"><table class="dial"><thead><tr>{% for c in attack_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for cells in attack_rows %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
@@ -1428,6 +1535,7 @@ def report_page(
         attack_columns=list(broken.columns),
         attack_rows=broken.values.tolist(),
         attack_notes=attack_words(attacks) if attacks else [],
+        attack_svg=static_svg(attack_figure(attacks)) if attacks else "",
         tamper_columns=list(opened.columns),
         tamper_rows=opened.values.tolist(),
         tamper_notes=tamper_words(tamper) if tamper else [],

@@ -217,7 +217,8 @@ ALARM = fields(
 )
 ALARMS, NOTES = each(ALARM, 1000), each(LINE, 10_000)
 ROUNDING_FLOOR = fields(
-    {"dtype": LABEL, "reroute": number(), "retain": number(), "kl": number(), "preference": number()}, "dtype"
+    {"dtype": LABEL} | dict.fromkeys(("reroute", "retain", "kl", "preference", "soft_reroute"), number()),
+    "dtype",
 )
 
 # %% ../../nbs/run/01_records.ipynb #e1133c9f
@@ -230,7 +231,7 @@ def floor(value: Any, where: str) -> Iterator[str]:
 SECONDS = number(0, 1e12)
 TERM = fields(
     {
-        "name": one_of("reroute", "retain", "kl", "twin", "preference"),
+        "name": one_of("reroute", "retain", "kl", "twin", "preference", "soft_twin", "soft_reroute"),
         "title": LABEL,
         "unit": text(NAME),
         **dict.fromkeys(("low", "high", "start"), maybe(number())),

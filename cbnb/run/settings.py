@@ -236,12 +236,17 @@ def settings_of(
 # %% ../../nbs/run/12_settings.ipynb #setng016
 def check_processes(config: CircuitBreakerConfig, fsdp: bool, processes: int) -> None:
     """Raise ConfigError where `processes` cannot share a step of `config` (see `cbnb.config.shares`), and
-    for `fsdp` in one, which has nobody to share with."""
+    for `fsdp` in one, which has nobody to share with, or with an objective that needs whole embeddings."""
     shares(config, processes)
     if fsdp and processes == 1:
         raise ConfigError(
             "fsdp shares the weights among several processes, but there is one: start more by torchrun or "
             "slurm/05_train_multi.sbatch, or leave fsdp off"
+        )
+    if fsdp and config.objective == "rr_twin_adv":
+        raise ConfigError(
+            "rr_twin_adv puts vectors among the embeddings, which fsdp keeps in parts: leave fsdp off, or "
+            "give objective rr_twin"
         )
 
 # %% ../../nbs/run/12_settings.ipynb #setng16b
@@ -275,7 +280,7 @@ def run_settings(parameters: Mapping[str, Any]) -> tuple[CircuitBreakerConfig, l
     values = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     config, notes = settings_of(parameters["preset"], values, parameters.get("trust_remote_code", False))
     check_own_policies(config)
-    if config.objective in ("rr", "rr_kl", "rr_twin", "dpo"):
+    if config.objective in ("rr", "rr_kl", "rr_twin", "rr_twin_adv", "dpo"):
         return config, notes
     # needs torch, which all other settings are checked without
     from cbnb.step.objectives import check_objective

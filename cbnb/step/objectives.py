@@ -27,11 +27,12 @@ from cbnb.config import (
 from ..transcripts.record import nearest
 
 # %% auto #0
-__all__ = ['TERM_NAMES', 'OPTIONAL', 'OPTIONAL_NAMES', 'ALL_NAMES', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl',
-           'TWIN', 'rr_twin', 'PREFERENCE', 'COSINE', 'dpo', 'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Extra',
-           'Term', 'term_faults', 'depth', 'descent', 'departure', 'Objective', 'is_terms', 'has_all_terms', 'option',
-           'option_value', 'option_values', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights',
-           'rr_twin_weights', 'dpo_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
+__all__ = ['TERM_NAMES', 'OPTIONAL', 'OPTIONAL_NAMES', 'ALL_NAMES', 'MEAN_OVER', 'COUNTS', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr',
+           'MEASURED', 'rr_kl', 'TWIN', 'rr_twin', 'PREFERENCE', 'COSINE', 'dpo', 'SOFT_REROUTE', 'SOFT_TWIN',
+           'rr_twin_adv', 'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Extra', 'count_of', 'Term', 'term_faults',
+           'depth', 'descent', 'departure', 'Objective', 'is_terms', 'has_all_terms', 'option', 'option_value',
+           'option_values', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights', 'rr_twin_weights',
+           'dpo_weights', 'rr_twin_adv_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
            'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings',
            'check_objective', 'token_terms', 'range_faults', 'check_terms']
 
@@ -50,21 +51,35 @@ class Pair(NamedTuple):
 # %% ../../nbs/step/02_objectives.ipynb #obj0term
 class Extra(NamedTuple):
     """What a term beyond the three needs. `sides`: the rows of a twin that it reads, fields of
-    `cbnb.data.streams.Twin`; `mean_over`: what is counted for it, a name of `cbnb.data.streams.COUNTS`;
-    `weight`: the setting at 0 of which it is measured without gradient, empty where it has none."""
+    `cbnb.data.streams.Twin`; `mean_over`: what is counted for it, one of `COUNTS`; `weight`: the setting at 0
+    of which it is measured without gradient, empty where it has none; `soft`: whether it is about rows with a
+    soft prompt (`cbnb.step.soft`)."""
 
     sides: tuple[str, ...]
     mean_over: str
     weight: str = ""
+    soft: bool = False
 
 # %% ../../nbs/step/02_objectives.ipynb #pf0opt01
 TERM_NAMES = ("reroute", "retain", "kl")
 OPTIONAL = {
     "twin": Extra(("injected", "clean"), "twin_targets", "beta_twin"),
     "preference": Extra(("injected", "rejected"), "preference_pairs"),
+    "soft_twin": Extra(("injected", "clean"), "twin_targets", "beta_twin", soft=True),
+    "soft_reroute": Extra(("rejected",), "preference_pairs", soft=True),
 }
 OPTIONAL_NAMES = tuple(OPTIONAL)
-ALL_NAMES = (*TERM_NAMES, *OPTIONAL_NAMES)  # the order of the log, and of the counts of a batch
+ALL_NAMES = (*TERM_NAMES, *OPTIONAL_NAMES)  # the order of the log
+MEAN_OVER = dict(zip(TERM_NAMES, ("harmful_tokens", "benign_tokens", "kl_targets"))) | {
+    name: extra.mean_over for name, extra in OPTIONAL.items()
+}
+COUNTS = tuple(dict.fromkeys(MEAN_OVER.values()))  # what a batch counts, in this order
+
+# %% ../../nbs/step/02_objectives.ipynb #sf0opt01
+def count_of(name: str, counts: torch.Tensor) -> torch.Tensor:
+    """Return, of the `counts` of a batch ([N], the first of `COUNTS`), the one over which the term `name` is
+    a mean, a scalar."""
+    return counts[COUNTS.index(MEAN_OVER[name])]
 
 # %% ../../nbs/step/02_objectives.ipynb #f76e9e62
 @dataclass(frozen=True)
@@ -164,6 +179,11 @@ class Objective:
         "The rows of a twin that its terms read; empty where it needs no twins."
         extras = [extra for name, extra in OPTIONAL.items() if name in self.names]
         return tuple(dict.fromkeys(side for extra in extras for side in extra.sides))
+
+    @property
+    def has_soft(self) -> bool:
+        "Whether one of its terms is about rows with a soft prompt."
+        return any(OPTIONAL[name].soft for name in self.names if name in OPTIONAL)
 
     @property
     def reroute(self) -> Callable:
@@ -283,7 +303,20 @@ def dpo_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[st
 PREFERENCE = Term("preference", "preference", "nats per pair", 0.0, None, math.log(2))
 COSINE = replace(COSINE_TERM, title="cosine", unit="mean relu(cosine), measured only", start=None)
 dpo = Objective("dpo", (COSINE, MEASURED, KL, PREFERENCE), dpo_weights)
-BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "dpo": dpo}
+
+# %% ../../nbs/step/02_objectives.ipynb #sf0wgt01
+def rr_twin_adv_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
+    """Return the factors of c_s·(reroute + soft_reroute)/2 + c_r·(retain_weight·retain + beta_kl·kl +
+    beta_twin·(twin + soft_twin)/2)."""
+    reroute, twin = c_s / 2, c_r * config.beta_twin / 2
+    halves = {"reroute": reroute, "soft_reroute": reroute, "twin": twin, "soft_twin": twin}
+    return rr_weights(config, c_s, c_r) | halves
+
+# %% ../../nbs/step/02_objectives.ipynb #sf0obj01
+SOFT_REROUTE = Term("soft_reroute", "reroute, soft prompt", "mean relu(cosine)", 0.0, 1.0, 1.0)
+SOFT_TWIN = Term("soft_twin", "twin KL, soft prompt", "nats per token", 0.0)
+rr_twin_adv = Objective("rr_twin_adv", (*rr_twin.terms, SOFT_REROUTE, SOFT_TWIN), rr_twin_adv_weights)
+BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "rr_twin_adv": rr_twin_adv, "dpo": dpo}
 
 # %% ../../nbs/step/02_objectives.ipynb #375fdc8c
 def find_objective(name: str) -> Objective:

@@ -5,7 +5,8 @@
 # %% ../../nbs/train/00_breaker.ipynb #d8e479d5
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,11 +16,12 @@ from torch import nn
 from ..basics.terminal import warn
 from ..config import CircuitBreakerConfig, ConfigError, holds_all_layers
 from ..step.heads import Head, find_head, head_kl, head_log_prob, teacher_logits
-from ..step.losses import pair_dpo
+from ..step.losses import pair_dpo, token_reroute
 from ..step.model_checks import check_model
 from ..step.models import check_teacher, num_blocks
-from ..step.objectives import ALL_NAMES, OPTIONAL, Objective, Pair, find_objective, token_terms
+from ..step.objectives import OPTIONAL, Objective, Pair, count_of, find_objective, token_terms
 from ..step.passes import States, both_passes, one_pass, teacher_pass
+from ..step.soft import Searches, current, row_means, search_step, soft_rows
 
 # %% auto #0
 __all__ = ['at_targets', 'state_pairs', 'state_terms', 'CircuitBreaker']
@@ -103,6 +105,8 @@ class CircuitBreaker(nn.Module):
         self.objective = find_objective(config.objective)
         self.head = find_head(student) if head is None else head
         self.teacher_logits = teacher_logits(student, self.head, teacher)
+        table = student.get_input_embeddings().weight
+        self.searches = Searches(table, config.seed) if self.objective.has_soft else None
         if "fused_kl" in config.savings and self.teacher_logits is not self.head.logits:
             warn(
                 "the KL term goes the general way through the output layer, since "
@@ -139,9 +143,9 @@ class CircuitBreaker(nn.Module):
         how = config.kl_temperature, "fused_kl" in config.savings
         return head_kl(ours, theirs, self.head, self.teacher_logits, *how)
 
-    def twin_kl(self, twins: list[dict]) -> torch.Tensor:
+    def twin_kl(self, twins: list[dict], soft: torch.Tensor | None = None) -> torch.Tensor:
         """Return the KL of each target [N] of `twins` (`cbnb.data.streams.collate`): of the student on the
-        injected rows to the teacher on the clean ones."""
+        injected rows, with the vectors `soft` [K, D] in them if given, to the teacher on the clean ones."""
         config, sides = self.circuit_breaker_config, []
         for rows in twins:
             clean = rows["clean"]
@@ -149,7 +153,8 @@ class CircuitBreaker(nn.Module):
                 theirs = cache["last"]
             else:
                 theirs = at_targets(*teacher_pass(self.student, self.teacher, clean, config, True), clean)[1]
-            ours = at_targets(*one_pass(self.student, rows["injected"], config, True), rows["injected"])[1]
+            with soft_rows((self.student,), rows["injected"], soft) as attacked:
+                ours = at_targets(*one_pass(self.student, attacked, config, True), attacked)[1]
             sides.append((ours, theirs))
         ours, theirs = (torch.cat(list(side)) for side in zip(*sides))
         return self.kl(ours, theirs)
@@ -179,13 +184,54 @@ class CircuitBreaker(nn.Module):
         )
         return pair_dpo(good[0], bad[0], good[1], bad[1], self.circuit_breaker_config.dpo_beta)
 
+    def soft_reroute(self, twins: list[dict], soft: torch.Tensor) -> torch.Tensor:
+        """Return the mean of relu(cosine) of student and teacher over the targets and target layers of each
+        rejected row of `twins`, [B], with the vectors `soft` [K, D] in it."""
+        values = []
+        for rows in twins:
+            with soft_rows((self.student, self.teacher), rows["rejected"], soft) as attacked:
+                (ours, _), (theirs, _) = self.states(attacked, final=False)
+            layers = torch.stack([token_reroute(ours[layer], theirs[layer]) for layer in ours])
+            values.append(row_means(layers.mean(0), attacked["token_index"], attacked))
+        return torch.cat(values)
+
+    def soft_gradient(self, twins: list[dict], soft: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        """Return the gradient in the vectors `soft` [K, D], float32, of what a search goes down: the sum over
+        the rejected rows of `twins`, over so many `pairs` of the global batch (a scalar), of their mean
+        negative log-likelihood in nats per token. No weight gets a gradient."""
+        config, vectors, total = self.circuit_breaker_config, soft.detach().clone().requires_grad_(), 0.0
+        for rows in twins:
+            with soft_rows((self.student,), rows["rejected"], vectors) as attacked:
+                last = at_targets(*one_pass(self.student, attacked, config, True), attacked)[1]
+            at = attacked["predicting_index"]
+            tokens = attacked["input_ids"].flatten()[at + 1]
+            values = head_log_prob(
+                cast(torch.Tensor, last), tokens, self.head.logits, "fused_kl" in config.savings
+            )
+            loss = -row_means(values, at, attacked).sum() / pairs.clamp(min=1)
+            total += torch.autograd.grad(loss, vectors)[0]
+        return cast(torch.Tensor, total)
+
+    def search(self, twins: list[dict], pairs: torch.Tensor, add_up: Callable) -> None:
+        """Take one step of a search for a soft prompt on all `twins` of a step of training in this process,
+        of so many `pairs` in all; `add_up(gradient)` → the sum over all processes."""
+        assert self.searches is not None
+        search_step(self.searches, lambda soft: add_up(self.soft_gradient(twins, soft, pairs)))
+
     def optional_terms(
         self, twin: dict | list | None, denominators: torch.Tensor, measure: bool
     ) -> dict[str, torch.Tensor]:
         """Return the terms of `cbnb.step.objectives.OPTIONAL` that the objective has, float32 scalars, as
         `forward` does; one whose weight is 0 only if `measure`."""
         config, terms = self.circuit_breaker_config, {}
-        for name, values in (("twin", self.twin_kl), ("preference", self.preference)):
+        soft = current(self.searches) if self.searches else None
+        by_name = {
+            "twin": self.twin_kl,
+            "preference": self.preference,
+            "soft_twin": partial(self.twin_kl, soft=soft),
+            "soft_reroute": partial(self.soft_reroute, soft=soft),
+        }
+        for name, values in by_name.items():
             weight = OPTIONAL[name].weight
             trains = not weight or getattr(config, weight) > 0
             if name not in self.objective.names or not (measure or trains):
@@ -197,7 +243,7 @@ class CircuitBreaker(nn.Module):
                 )
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
                 total = values([twin] if isinstance(twin, dict) else twin).sum()
-            count = denominators[ALL_NAMES.index(name)].clamp(min=1)
+            count = count_of(name, denominators).clamp(min=1)
             terms[f"loss_{name}"] = (total / count).float()
         return terms
 
@@ -210,7 +256,7 @@ class CircuitBreaker(nn.Module):
         twin: dict | list | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return `{"loss_reroute", "loss_retain", "loss_kl"}`, float32 scalars before weighting, and
-        `loss_twin` and `loss_preference` where the objective has such a term.
+        those of `cbnb.step.objectives.OPTIONAL` that the objective has.
 
         `harmful`, `benign`, `twin`: padded rows, or a list of such (`cbnb.data.streams.collate`).
         `denominators`: [3], with twins [4] or [5], the tokens of the global batch (of preferences the pairs)

@@ -14,11 +14,6 @@ from typing import Any
 import pandas as pd
 import yaml
 
-# %% auto #0
-__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'figure_text', 'last_parts',
-           'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card', 'refresh_card']
-
-# %% ../../nbs/train/07_card.ipynb #90a9f84d
 import cbnb
 from ..basics.jsonfiles import write_owned
 from ..basics.processes import is_first
@@ -26,10 +21,20 @@ from ..basics.reading import read_text
 from ..basics.withheld import scrub
 from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
 from ..data.streams import Sample
+
+# %% auto #0
+__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'attack_section', 'figure_text',
+           'last_parts', 'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card',
+           'refresh_card']
+
+# %% ../../nbs/train/07_card.ipynb #9c145395
 from cbnb.report.figures import (
     alarm_lines,
     all_notes,
+    attack_words,
+    best_point,
     data_notes,
+    interval_words,
     readable_table,
     result_table,
     results_of,
@@ -76,13 +81,36 @@ def template_lines(template: dict | None) -> list[str]:
         + (f", its date always {template['date']}" if template.get("date") else "")
     ]
 
+# %% ../../nbs/train/07_card.ipynb #50f5f97d
+def attack_section(record: dict | None) -> list[str]:
+    """Return what the card says of an attacks.json (`cbnb.attacks.attack`; None: there is none), in lines of
+    Markdown: what each attack spent and did at its best point, the control's, and the verdict."""
+    title = ["### Attacked by somebody who knows of it", ""]
+    if not record:
+        return [
+            *title,
+            "Not attacked: nobody has searched for an attack on this breaker (`cbnb attack`).",
+            "",
+        ]
+    rows = []
+    for attack in record["attacks"].values():
+        best = [best_point(attack["points"].get(who, ())) for who in ("breaker", "control")]
+        rates = [interval_words(*p["counts"]["attack_success"]) if p else "—" for p in best]
+        rows.append([f"{attack['budget']:,}", *rates, attack["verdict"]])
+    columns = ["passes", "breaker", "control", "verdict"]
+    names = [name.replace("_", " ") for name in record["attacks"]]
+    table = pd.DataFrame(rows, columns=columns, index=pd.Index(names, name="attack"), dtype=object)
+    words = attack_words(record)[len(rows) :]
+    return [*title, markdown_table(table), "", *(f"- {line}" for line in words), ""]
+
 # %% ../../nbs/train/07_card.ipynb #18369a0b
 HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 
 
-def figure_text(result: dict, tamper: dict | None = None) -> str:
+def figure_text(result: dict, attacked: dict | None = None, tamper: dict | None = None) -> str:
     """Return what stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's
-    `result`, its notes and alarms; and what opens it, by a tamper.json (None: not measured)."""
+    `result`, its notes and alarms, its attacks.json (None: there is none), and what opens it, by a
+    tamper.json (None: not measured)."""
     lines = [
         "",
         markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))),
@@ -92,6 +120,7 @@ def figure_text(result: dict, tamper: dict | None = None) -> str:
         lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(result.get("alarms")):
         lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
+    lines += attack_section(attacked)
     if tamper:
         table = tamper_table(tamper)
         lines += ["### What opens it", "", *(f"- {line}" for line in tamper_words(tamper)), ""]
@@ -120,9 +149,9 @@ def settings_table(config: CircuitBreakerConfig, own_preset: str) -> str:
 
 # %% ../../nbs/train/07_card.ipynb #tw7wrd01
 def twin_words(result: dict) -> str:
-    "Return what the card says of the clean twins that `result` counts, empty where a run had none."
+    "Return what the card says of the twins that `result` counts, empty where a run had none."
     counts = result.get("data", {}).get("twin", {})
-    return f", {counts['samples']} clean twins" if "samples" in counts else ""
+    return f", {counts['samples']} twins" if "samples" in counts else ""
 
 # %% ../../nbs/train/07_card.ipynb #211310ba
 def data_lines(
@@ -211,9 +240,10 @@ def write_card(
 
 # %% ../../nbs/train/07_card.ipynb #1af04496
 def refresh_card(folder: Path, result: dict) -> bool:
-    """Write the figures of a run's `result` (result.json), and of the tamper.json beside the adapter's
-    `folder`, anew into the card there; all else stays as it is. False where there is no card with the two
-    headings: somebody has written another one. Raises RunError as `cbnb.run.records.read_record`."""
+    """Write the figures of a run's `result` (result.json), and of the attacks.json and tamper.json beside the
+    adapter's `folder`, anew into the card there; all else stays as it is. False where there is no card with
+    the two headings: somebody has written another one. Raises RunError as
+    `cbnb.run.records.read_record`."""
     path = Path(folder) / "README.md"
     if not path.is_file():
         return False
@@ -221,6 +251,7 @@ def refresh_card(folder: Path, result: dict) -> bool:
     _, settings, end = rest.partition(f"\n{SETTINGS}\n")
     if not (heading and settings):
         return False
-    text = figure_text(result, read_record(Path(folder).parent / "tamper.json"))
-    write_owned(path, (head + heading + scrub(text) + settings[1:] + end).encode())
+    others = (read_record(Path(folder).parent / f"{name}.json") for name in ("attacks", "tamper"))
+    text = scrub(figure_text(result, *others))
+    write_owned(path, (head + heading + text + settings[1:] + end).encode())
     return True

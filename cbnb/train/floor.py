@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import CircuitBreakerConfig
 from ..step.heads import find_head
-from ..step.objectives import ALL_NAMES, departure
+from ..step.objectives import count_of, departure
 from .breaker import CircuitBreaker
 
 # %% auto #0
@@ -108,7 +108,7 @@ def rounding_floor(student: PeftModel, batch: dict, config: CircuitBreakerConfig
         with set_mode(breaker, False):
             terms = {name: value.item() for name, value in batch_terms(breaker, batch).items()}
     names = breaker.objective.names
-    counts = [batch["counts"][ALL_NAMES.index(name)].item() for name in names]
+    counts = [count_of(name, batch["counts"]).item() for name in names]
     values = [departure(breaker.objective.term(name), terms[f"loss_{name}"]) for name in names]
     floor = {
         name: max(value, 0.0) for name, value, n in zip(names, values, counts) if n and math.isfinite(value)

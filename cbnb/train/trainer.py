@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 # %% auto #0
-__all__ = ['UNFINISHED', 'KEEP', 'term_names', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
+__all__ = ['UNFINISHED', 'KEEP', 'SEARCHES', 'term_names', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
            'gradient_report', 'checkpoints', 'keep_newest', 'finish_checkpoint', 'disk_is_full', 'load_adapter_weights',
            'BreakerArguments', 'breaker_settings', 'CircuitBreakerTrainer', 'is_metrics', 'MetricsLog', 'LogWhatCounts',
            'StopFile', 'Progress', 'LiveView', 'log_line', 'progress_line', 'show_line', 'stop_on_interrupt', 'log_of',
@@ -36,7 +36,7 @@ __all__ = ['UNFINISHED', 'KEEP', 'term_names', 'term_weights', 'NonFiniteLossErr
 # %% ../../nbs/train/05_trainer.ipynb #253d94ac
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -62,7 +62,8 @@ from ..run.records import read_record
 from ..run.sealed import damage, seal, sync
 from ..run.stages import ENDING, Run, on_signals, read_status, set_status, stop_requested
 from ..step.models import is_in_parts, write_adapter
-from ..step.objectives import OPTIONAL, Objective, find_objective, rr, term_factors, term_words
+from ..step.objectives import OPTIONAL, Objective, count_of, find_objective, rr, term_factors, term_words
+from ..step.soft import load_searches, searches_state
 from .breaker import CircuitBreaker
 from .floor import on_device, rounding_floor
 from .same import MADE_FROM, check_checkpoint, tell_changes
@@ -202,6 +203,9 @@ def breaker_settings(args: TrainingArguments) -> CircuitBreakerConfig:
     "Return the settings that the `args` of a breaker's trainer carry."
     return cast(BreakerArguments, args).circuit_breaker_config
 
+# %% ../../nbs/train/05_trainer.ipynb #sf5con01
+SEARCHES = "searches.safetensors"  # in a checkpoint, where the objective has searches (`cbnb.step.soft`)
+
 # %% ../../nbs/train/05_trainer.ipynb #4bca51d2
 class CircuitBreakerTrainer(Trainer):
     """Train a `CircuitBreaker`. Overridden is what the objective needs: the order of the data, the
@@ -230,6 +234,12 @@ class CircuitBreakerTrainer(Trainer):
         self.step_counts = self.accelerator.reduce(counts, "sum")
         self.lacks_targets = not self.step_counts.all()
         self.logs_this_step = self.will_log(self.state.global_step + 1)
+        breaker = self.accelerator.unwrap_model(self.model)
+        if breaker.searches:
+            groups = (batch["twin"] for batch in batches)
+            twins = [rows for group in groups for rows in ([group] if isinstance(group, dict) else group)]
+            pairs = count_of("soft_reroute", self.step_counts)
+            breaker.search(twins, pairs, partial(self.accelerator.reduce, reduction="sum"))
         return batches, self.step_counts
 
     def will_log(self, step: int) -> bool:
@@ -326,7 +336,10 @@ class CircuitBreakerTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         check_lease(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(self.accelerator.unwrap_model(self.model).student, folder)
+        breaker = self.accelerator.unwrap_model(self.model)
+        write_adapter(breaker.student, folder)
+        if breaker.searches:
+            save_file(searches_state(breaker.searches), folder / SEARCHES)
 
     def _save_checkpoint(self, model, trial):
         """Save Trainer's checkpoint in a folder of its own and move it to its place when it is whole
@@ -358,7 +371,11 @@ class CircuitBreakerTrainer(Trainer):
             keep_newest(place, self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_adapter_weights(self.accelerator.unwrap_model(self.model).student, Path(resume_from_checkpoint))
+        breaker, folder = self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)
+        load_adapter_weights(breaker.student, folder)
+        if breaker.searches:
+            check_regular(path := folder / SEARCHES)
+            load_searches(breaker.searches, load_file(path))
 
 # %% ../../nbs/train/05_trainer.ipynb #579d80c3
 def is_metrics(logs: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
