@@ -184,7 +184,7 @@ class CircuitBreaker(nn.Module):
         )
         return pair_dpo(good[0], bad[0], good[1], bad[1], self.circuit_breaker_config.dpo_beta)
 
-    def soft_reroute(self, twins: list[dict], soft: torch.Tensor) -> torch.Tensor:
+    def soft_reroute(self, twins: list[dict], soft: torch.Tensor | None) -> torch.Tensor:
         """Return the mean of relu(cosine) of student and teacher over the targets and target layers of each
         rejected row of `twins`, [B], with the vectors `soft` [K, D] in it."""
         values = []
@@ -199,7 +199,8 @@ class CircuitBreaker(nn.Module):
         """Return the gradient in the vectors `soft` [K, D], float32, of what a search goes down: the sum over
         the rejected rows of `twins`, over so many `pairs` of the global batch (a scalar), of their mean
         negative log-likelihood in nats per token. No weight gets a gradient."""
-        config, vectors, total = self.circuit_breaker_config, soft.detach().clone().requires_grad_(), 0.0
+        config, total = self.circuit_breaker_config, torch.zeros_like(soft)
+        vectors = soft.detach().clone().requires_grad_()
         for rows in twins:
             with soft_rows((self.student,), rows["rejected"], vectors) as attacked:
                 last = at_targets(*one_pass(self.student, attacked, config, True), attacked)[1]
@@ -210,7 +211,7 @@ class CircuitBreaker(nn.Module):
             )
             loss = -row_means(values, at, attacked).sum() / pairs.clamp(min=1)
             total += torch.autograd.grad(loss, vectors)[0]
-        return cast(torch.Tensor, total)
+        return total
 
     def search(self, twins: list[dict], pairs: torch.Tensor, add_up: Callable) -> None:
         """Take one step of a search for a soft prompt on all `twins` of a step of training in this process,
@@ -225,7 +226,7 @@ class CircuitBreaker(nn.Module):
         `forward` does; one whose weight is 0 only if `measure`."""
         config, terms = self.circuit_breaker_config, {}
         soft = current(self.searches) if self.searches else None
-        by_name = {
+        by_name: dict[str, Callable[[list[dict]], torch.Tensor]] = {
             "twin": self.twin_kl,
             "preference": self.preference,
             "soft_twin": partial(self.twin_kl, soft=soft),
