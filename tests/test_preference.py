@@ -26,7 +26,7 @@ from cbnb.train.same import keep_twins
 from cbnb.train.teacher_cache import open_cache
 from cbnb.transcripts.tinyworld import make_transcripts
 from test_twins import CONFIG as TWIN_CONFIG
-from test_twins import StopAt, checked, moved
+from test_twins import StopAt, away, checked
 from test_twins import trained as trained_by
 from train_common import load
 
@@ -119,7 +119,7 @@ def test_with_a_teacher_cache_no_teacher_is_run_and_the_run_is_the_same(tmp_path
     masker, harmful, benign, pairs, _ = world
     _, rows, _ = trained(tmp_path / "teacher", world)
     (tmp_path / "cache").mkdir()
-    student = moved(CONFIG)
+    student = away(CONFIG)
     to_end = [*benign, *(row for pair in pairs for row in pair.for_teacher.values())]
     cache = open_cache(tmp_path / "states", student, harmful, to_end, CONFIG, masker.tokenizer.pad_token_id)
     # the floor, which takes a pass of the base, is that of the run before

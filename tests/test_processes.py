@@ -73,10 +73,11 @@ def runs(tmp_path_factory):
         for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))
     ]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
-    twin, pairs = ({"config": {"objective": name}} for name in ("rr_twin", "dpo"))
+    twin, pairs, soft = ({"config": {"objective": name}} for name in ("rr_twin", "dpo", "rr_twin_adv"))
     one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [
         job(folder, "one with twins", "accumulated", **twin),
         job(folder, "one with pairs", "accumulated", **pairs),
+        job(folder, "one with searches", "accumulated", **soft),
         job(folder, "one then fsdp", "at once", stop_after=2),
         job(folder, "one at beta 0", "at once", **at_zero),
     ]
@@ -91,6 +92,7 @@ def runs(tmp_path_factory):
         job(folder, "fsdp with twins", "accumulated", True, **twin),
         job(folder, "ddp with pairs", "accumulated", **pairs),
         job(folder, "fsdp with pairs", "accumulated", True, **pairs),
+        job(folder, "ddp with searches", "accumulated", **soft),
         job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache")),
     ]
     told = together(1, one) + together(2, two + stopped)
@@ -177,6 +179,11 @@ def test_two_processes_share_the_twins(runs, way, what, count, term):
     worst, key = differences(runs / f"one with {what}", runs / f"{way} with {what}")
     assert worst < 1e-4, key
     assert all(row[count] and row[f"loss_{term}"] > 0 for row in metrics(runs / f"{way} with {what}"))
+
+
+def test_two_processes_take_the_same_steps_of_a_search(runs):
+    worst, key = differences(runs / "one with searches", runs / "ddp with searches")
+    assert worst < 1e-4, key
 
 
 def test_two_processes_share_a_teacher_cache(runs):

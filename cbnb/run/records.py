@@ -249,7 +249,7 @@ STATUS_FIELDS = {
     "changes": NOTES,
     "alarms": ALARMS,
     "floor": floor,
-    "terms": each(TERM, 4),
+    "terms": each(TERM, 7),
     "job": LABEL,
     "node": LABEL,
     "device": LABEL,

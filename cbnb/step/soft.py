@@ -92,7 +92,7 @@ def row_means(values: torch.Tensor, index: torch.Tensor, rows: dict[str, Any]) -
     return torch.where(own, values, 0.0).sum(1) / own.sum(1).clamp(min=1)
 
 # %% ../../nbs/step/10_soft.ipynb #sf10cl01
-PROMPTS, STEPS, RATE = 4, 10, 0.1  # searches; steps of each; step of Adam, as a share of an embedding's size
+PROMPTS, STEPS, RATE = 2, 20, 0.2  # searches; steps of each; step of Adam, as a share of an embedding's size
 
 
 @dataclass

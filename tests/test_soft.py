@@ -1,0 +1,115 @@
+"""The objective rr_twin_adv: a search for soft prompts beside the training, kept, resumed and looked at."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cbnb.config import ConfigError, get_config
+from cbnb.data.streams import encode_stream
+from cbnb.data.twins import draft_twins, encode_twins
+from cbnb.masking.masker import ChatMasker
+from cbnb.preflight.plan import plan_lines, plan_step
+from cbnb.preflight.step_checks import check_run_start, gradient_findings, twin_findings
+from cbnb.report.figures import panels_of
+from cbnb.run.settings import check_processes
+from cbnb.step.models import load_tokenizer
+from cbnb.step.objectives import rr_twin_adv, run_terms
+from cbnb.step.soft import VECTORS
+from cbnb.train.trainer import SEARCHES, checkpoints
+from cbnb.transcripts.tinyworld import make_transcripts
+from test_twins import CONFIG as TWIN_CONFIG
+from test_twins import StopAt, checked
+from test_twins import trained as trained_by
+
+CONFIG = replace(TWIN_CONFIG, objective="rr_twin_adv")
+
+
+@pytest.fixture(scope="module")
+def world():
+    "The masker, and the three streams of the tiny world with their report."
+    masker = ChatMasker(load_tokenizer("tinyagent"))
+    attacks = make_transcripts("injection", 12)
+    harmful, _ = encode_stream(attacks, masker, CONFIG.harmful_policy)
+    benign, _ = encode_stream(make_transcripts("plain", 12), masker, CONFIG.benign_policy)
+    drafts, report = draft_twins(attacks, [])
+    return masker, harmful, benign, encode_twins(drafts, masker, CONFIG, report), report
+
+
+def trained(folder, world, config=CONFIG, **more):
+    "`(done, log, adapter)` of a run with soft rows."
+    return trained_by(folder, world, config, **more)
+
+
+def test_the_log_has_both_halves_of_each_term(tmp_path, world):
+    done, rows, _ = trained(tmp_path / "run", world)
+    assert done and len(rows) == 4
+    for row in rows:
+        weights = rr_twin_adv.weights(CONFIG, row["c_s"], row["c_r"])
+        assert row["loss"] == pytest.approx(sum(w * row[f"loss_{name}"] for name, w in weights.items()))
+        assert row["loss_soft_twin"] > 0 and row["preference_pairs"] == 4 and 0 < row["loss_soft_reroute"] < 1
+
+
+def test_the_soft_prompt_stands_between_the_injected_text_and_what_follows_it(world):
+    masker, *_, twins, _ = world
+    for transcript, twin in zip(make_transcripts("injection", 12), twins, strict=True):
+        span = transcript.injection_spans[-1]
+        words = transcript.messages[span.message]["content"][span.start : span.end]
+        for sample in (twin.injected, twin.rejected):
+            before = masker.tokenizer.decode(sample.input_ids[: sample.soft_place])
+            assert before.rstrip('"}\n ').endswith(words.rstrip('"}\n ')), (before[-80:], words)
+            assert not sample.loss_mask[: sample.soft_place].any()
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_the_uninterrupted_run_bit_for_bit(tmp_path, world):
+    config = replace(CONFIG, lora_dropout=0.1)
+    _, rows, adapter = trained(tmp_path / "whole", world, config)
+    done, first, _ = trained(tmp_path / "run", world, config, callbacks=[StopAt(tmp_path / "run", 2)])
+    assert not done and len(first) == 2
+    (newest, *_) = checkpoints(tmp_path / "run" / "checkpoints").values()
+    assert (newest / SEARCHES).is_file()
+    done, again, resumed = trained(tmp_path / "run", world, config)
+    assert done and again == rows and torch.equal(resumed, adapter)
+
+
+@pytest.mark.slow
+def test_accumulation_and_savings_change_nothing(tmp_path, world):
+    _, rows, adapter = trained(tmp_path / "whole", world)
+    for name, changes in {
+        "at once": {"batch_size": 4, "gradient_accumulation_steps": 1},
+        "no savings": {"savings": ("none",)},
+    }.items():
+        _, others, other = trained(tmp_path / name, world, replace(CONFIG, **changes))
+        for a, b in zip(rows, others, strict=True):
+            for key in ("loss", "loss_soft_twin", "loss_soft_reroute", "grad_norm_total"):
+                assert a[key] == pytest.approx(b[key], rel=1e-3), (name, key)
+        assert (adapter - other).norm() < 1e-3 * adapter.norm(), name
+
+
+def test_pre_flight_knows_rows_with_a_soft_prompt_and_catches_one_outside_of_its_rows(world):
+    breaker, batch, plain = checked(world, CONFIG)
+    check_run_start(breaker.student, CONFIG, batch, plain)
+    findings = [*twin_findings(breaker, batch), *gradient_findings(breaker, batch)]
+    assert {f.verdict for f in findings} == {"pass"}, [f.text for f in findings]
+    own = breaker.soft_reroute
+    breaker.soft_reroute = lambda twins, soft: own([{"rejected": batch["twin"]["injected"]}], soft)
+    assert [f.severity for f in gradient_findings(breaker, batch)].count("fail") == 1
+
+
+def test_fsdp_is_refused_before_anything_is_loaded():
+    config = get_config("tinyagent", objective="rr_twin_adv")
+    with pytest.raises(ConfigError, match="leave fsdp off, or give objective rr_twin"):
+        check_processes(config, True, 2)
+    check_processes(config, False, 2)
+
+
+def test_curves_and_plan_know_the_terms():
+    panels = panels_of(run_terms("rr_twin_adv"))
+    keys = [key for _, _, lines, _ in panels for key in lines]
+    assert {"loss_soft_twin", "weighted_soft_reroute", "grad_norm_soft_reroute"} <= set(keys)
+    config = get_config("tinyagent", objective="rr_twin_adv")
+    assert "8 twins of three rows" in next(plan_lines(config))
+    # a search, and the two terms, cost their passes
+    alone = plan_step(replace(config, objective="rr_twin"))
+    assert plan_step(config).products > 1.5 * alone.products and VECTORS == 8
