@@ -11,54 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from ..masking.owned import SpanError, owned_tokens, span_place
 
-from ..basics.terminal import error_text
 from ..evaluate.reader import AnswerReader
 from ..evaluate.scores import is_attack, score
 from ..masking.masker import ChatMasker
-from ..masking.policies import Encoding
 from ..masking.templates import MaskError
 from ..masking.turns import IS_COMPLETION, Segment
-from ..transcripts.injections import find_injection
 from ..transcripts.record import InjectionSpan, Transcript
 
 # %% auto #0
-__all__ = ['SpanError', 'span_place', 'owned_tokens', 'AttackItem', 'written_as', 'injected_words', 'rewrite', 'attack_item',
-           'attack_items', 'check_owned', 'insertion', 'with_suffix', 'rewritten_prompt']
-
-# %% ../../nbs/attacks/00_span.ipynb #c8cb41e1
-class SpanError(ValueError):
-    """A position that the attacker does not own, or an item on which nothing can be attacked; the message is
-    one sentence."""
-
-    __str__ = error_text
-
-# %% ../../nbs/attacks/00_span.ipynb #0790f6c6
-def span_place(encoding: Encoding, content: str, span: InjectionSpan) -> tuple[int, int]:
-    """Return `(start, end)`: the characters of `encoding.text` in which the injected text of `span`, of the
-    message `content`, stands. Raises SpanError where it cannot be told which they are."""
-    words = content[span.start : span.end]
-    spans = encoding.offsets[encoding.message_index == span.message]
-    first, last = (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, 0)
-    originals = find_injection(content, words)
-    places = find_injection(encoding.text[first:last], words)
-    if len(places) != len(originals) or (span.start, span.end) not in originals:
-        raise SpanError(
-            f"the injected text of message {span.message} stands {len(originals)} times in the message and "
-            f"{len(places)} times in what the chat template writes of it; leave this transcript out"
-        )
-    start, end = places[originals.index((span.start, span.end))]
-    return first + start, first + end
-
-# %% ../../nbs/attacks/00_span.ipynb #0a0e5318
-def owned_tokens(encoding: Encoding, places: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Return bool [n]: which tokens of `encoding` lie wholly inside one of the `places` (characters of its
-    text). A token that reaches over an edge holds somebody else's characters too, and is not owned."""
-    starts, ends = encoding.offsets[:, 0], encoding.offsets[:, 1]
-    own = np.zeros(len(starts), bool)
-    for start, end in places:
-        own |= (starts >= start) & (ends <= end) & (ends > starts)
-    return own
+__all__ = ['AttackItem', 'written_as', 'injected_words', 'rewrite', 'attack_item', 'attack_items', 'check_owned', 'insertion',
+           'with_suffix', 'rewritten_prompt']
 
 # %% ../../nbs/attacks/00_span.ipynb #34605010
 @dataclass(frozen=True)

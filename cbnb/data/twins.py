@@ -15,10 +15,11 @@ from ..config import CircuitBreakerConfig
 from .streams import TWIN_DROPS, EmptyStream, Sample, StreamReport, Twin
 from ..masking.actions import action_key, action_origins, actions, first_injected, is_attack_free
 from ..masking.masker import ChatMasker
+from ..masking.owned import SpanError, owned_tokens, span_place
 from ..masking.policies import Encoding, mask_table
 from ..masking.targets import Row, check_calls, in_batches, training_row
 from ..masking.templates import MaskError
-from ..step.objectives import find_objective
+from ..step.objectives import Objective, find_objective
 from ..transcripts.holdout import task_keys
 from ..transcripts.record import InjectionSpan, Transcript
 
@@ -220,27 +221,31 @@ def is_choice(draft: Draft, action: np.ndarray, other: np.ndarray) -> bool:
     return action_origins(draft.rejected)[len(draft.rejected.messages) - 1] != "own"
 
 # %% ../../nbs/data/04_twins.ipynb #sf4fn001
-def soft_place(injected: Encoding, clean: Encoding) -> int:
-    """Return the token of `injected` at which it and `clean`, the same without the injected text, are alike
-    to their end: the first one behind the injected text."""
-    one, other = (e.input_ids[::-1] for e in (injected, clean))
-    size = min(len(one), len(other))
-    unlike = np.flatnonzero(one[:size] != other[:size])
-    return len(one) - (int(unlike[0]) if len(unlike) else size)
+def soft_place(encoding: Encoding, transcript: Transcript) -> int:
+    """Return the token of `encoding`, which is that of `transcript`, behind the last one that is injected
+    text alone; 0 where there is none, or where it cannot be told (`cbnb.masking.owned`)."""
+    span = max(transcript.injection_spans, key=lambda span: (span.message, span.end))
+    try:
+        place = span_place(encoding, transcript.messages[span.message]["content"], span)
+    except SpanError:
+        return 0
+    own = np.flatnonzero(owned_tokens(encoding, [place]))
+    return int(own[-1]) + 1 if len(own) else 0
 
 # %% ../../nbs/data/04_twins.ipynb #twin0027
 def pair_rows(
-    encodings: Sequence[Encoding], draft: Draft, rows: Sequence[Row], sides: Sequence[str]
+    encodings: Sequence[Encoding], draft: Draft, rows: Sequence[Row], objective: Objective
 ) -> Twin | str:
-    """Return the `Twin` of the `rows` of a draft, one for each of `sides`, or why there is none, a name of
+    """Return the `Twin` of the `rows` of a draft, one for each side that the `objective` reads, or why there
+    is none, a name of
     `cbnb.data.streams.TWIN_DROPS`: the tokens that count are not the same (`unlike`), the rejected action is
-    none to reject (`is_choice`), or a row that may get a soft prompt has no `soft_place` for it."""
-    place = soft_place(*encodings[:2]) if sides[:2] == ("injected", "clean") else 0
+    none to reject (`is_choice`), or a row that gets a soft prompt has no `soft_place` for it."""
+    place = soft_place(encodings[0], draft.injected) if objective.has_soft else 0
     samples = {
         side: Sample(
             e.input_ids[row.keep], row.mask[row.keep], draft.clean.id, max(place - row.keep.start, 0)
         )
-        for side, e, row in zip(sides, encodings, rows)
+        for side, e, row in zip(objective.sides, encodings, rows)
     }
     targets = {side: sample.input_ids[sample.loss_mask] for side, sample in samples.items()}
     if "clean" in samples:
@@ -249,7 +254,7 @@ def pair_rows(
             return "unlike"
     if "rejected" in samples and not is_choice(draft, targets["injected"], targets["rejected"]):
         return "no_choice"
-    if place and not all(samples[side].soft_place for side in samples if side != "clean"):
+    if objective.has_soft and not all(samples[side].soft_place for side in samples if side != "clean"):
         return "no_place"
     return Twin(**samples)
 
@@ -292,18 +297,18 @@ def encode_twins(
     others: a row that loses its context or its targets to truncation (`training_row`), one that the template
     refuses, and one of whose rows no twin can be made (`pair_rows`). Raises EmptyStream where nothing is
     left."""
-    twins, counts, sides = [], report.counts, find_objective(config.objective).sides
-    for draft, encodings in encoded_sides(drafts, masker, sides):
+    twins, counts, objective = [], report.counts, find_objective(config.objective)
+    for draft, encodings in encoded_sides(drafts, masker, objective.sides):
         if isinstance(encodings, MaskError):
             counts["refused"] += 1
             report.warnings.append(f"{draft.clean.id}: dropped, {encodings}")
             continue
-        rows = draft_rows(encodings, draft, config, sides)
+        rows = draft_rows(encodings, draft, config, objective.sides)
         if loss := next((row for row in rows if row.dropped), None):
             counts[loss.dropped] += 1
             counts.update(f"{what}_cut" for what in loss.gone)
             report.warnings.append(f"{draft.clean.id}: dropped, {loss.words}")
-        elif isinstance(twin := pair_rows(encodings, draft, rows, sides), Twin):
+        elif isinstance(twin := pair_rows(encodings, draft, rows, objective), Twin):
             twins.append(twin)
             counts[draft.origin] += 1
             counts["truncated"] += any(len(row.mask) > row.keep.stop - row.keep.start for row in rows)

@@ -46,6 +46,7 @@ from cbnb.step.models import (
     in_words,
 )
 from ..step.objectives import COUNTS, find_objective
+from ..step.soft import current
 from ..train.breaker import CircuitBreaker
 
 # %% ../../nbs/preflight/05_plan.ipynb #ada37d63
@@ -266,7 +267,7 @@ def count_pass(breaker: CircuitBreaker, batch: list[dict]) -> ByteCount:
             p.grad = torch.zeros_like(p)
     with ByteCount() as count:
         if twin and breaker.searches:
-            breaker.search([twin], torch.ones(()), lambda gradient: gradient)
+            breaker.soft_gradient([twin], current(breaker.searches), torch.ones(()))
         terms = breaker(harmful, benign, torch.ones(len(COUNTS)), twin=twin)
         sum(terms.values()).backward()
         del terms

@@ -26,14 +26,14 @@ VECTORS = 8  # in a soft prompt, as in the attack
 
 def make_room(rows: dict[str, Any], number: int = VECTORS) -> dict[str, Any]:
     """Return padded `rows` (`cbnb.data.streams.pad_rows`, with `soft_place` int64 [B]) with room for `number`
-    vectors before each row's place: `input_ids`, `attention_mask`, `loss_mask` [B, S + number], the indices
-    of the targets moved along, and `soft_index` int64 [B, number], the places of the vectors among the
-    flattened tokens."""
+    vectors before each row's place: `input_ids`, `loss_mask` and `attention_mask` (None stays None) [B, S +
+    number], the indices of the targets moved along, and `soft_index` int64 [B, number], the places of the
+    vectors among the flattened tokens."""
     place, old = rows["soft_place"], rows["input_ids"].shape[1]
     columns = torch.arange(old + number, device=place.device)
     inside = (columns >= place[:, None]) & (columns < place[:, None] + number)
     source = torch.where(columns < place[:, None], columns, (columns - number).clamp(min=0))
-    ids, attention, mask = (rows[n].gather(1, source) for n in ("input_ids", "attention_mask", "loss_mask"))
+    attention = rows["attention_mask"]
     starts = torch.arange(len(place), device=place.device) * (old + number)
 
     def moved(index: torch.Tensor, ahead: int) -> torch.Tensor:
@@ -41,9 +41,11 @@ def make_room(rows: dict[str, Any], number: int = VECTORS) -> dict[str, Any]:
         return starts[row] + column + number * (column >= place[row]) - ahead
 
     return {
-        "input_ids": ids,
-        "attention_mask": attention.masked_fill(inside, 1),
-        "loss_mask": mask & ~inside,
+        "input_ids": rows["input_ids"].gather(1, source),
+        "attention_mask": attention
+        if attention is None
+        else attention.gather(1, source).masked_fill(inside, 1),
+        "loss_mask": rows["loss_mask"].gather(1, source) & ~inside,
         "token_index": moved(rows["token_index"], 0),
         "predicting_index": moved(rows["predicting_index"], 1),  # it stands before the token that it predicts
         "soft_index": (starts + place)[:, None] + torch.arange(number, device=place.device),
