@@ -57,9 +57,10 @@ def test_the_soft_prompt_stands_between_the_injected_text_and_what_follows_it(wo
         words = transcript.messages[span.message]["content"][span.start : span.end]
         for sample in (twin.injected, twin.rejected):
             before = masker.tokenizer.decode(sample.input_ids[: sample.soft_place])
-            behind = masker.tokenizer.decode(sample.input_ids[sample.soft_place :])
-            (end,) = (n for n in range(len(words) + 1) if behind.startswith(words[n:] + '"'))
-            assert before.endswith(words[:end]) and end > 0.9 * len(words), (before[-80:], words)
+            whole = before + masker.tokenizer.decode(sample.input_ids[sample.soft_place :])
+            start, end = whole.index(words), whole.index(words) + len(words)
+            # what may be missing are the characters of a token that reaches over the end
+            assert end - 3 <= len(before) <= end and start < len(before), (before[-80:], words)
             assert not sample.loss_mask[: sample.soft_place].any()
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from ..masking.owned import SpanError, owned_tokens, span_place
 
 from ..evaluate.reader import AnswerReader
 from ..evaluate.scores import is_attack, score
 from ..masking.masker import ChatMasker
+from ..masking.owned import SpanError, owned_tokens, span_place
 from ..masking.templates import MaskError
 from ..masking.turns import IS_COMPLETION, Segment
 from ..transcripts.record import InjectionSpan, Transcript
