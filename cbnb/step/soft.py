@@ -17,8 +17,15 @@ from torch import nn
 from ..config import ConfigError
 
 # %% auto #0
-__all__ = ['VECTORS', 'PROMPTS', 'STEPS', 'RATE', 'MOMENTS', 'make_room', 'soft_embeddings', 'soft_rows', 'row_means', 'Searches',
-           'start_vectors', 'new_search', 'current', 'search_step', 'searches_state', 'load_searches']
+__all__ = ['VECTORS', 'PROMPTS', 'STEPS', 'RATE', 'MOMENTS', 'shift', 'make_room', 'soft_embeddings', 'soft_rows', 'row_means',
+           'Searches', 'start_vectors', 'new_search', 'current', 'search_step', 'searches_state', 'load_searches']
+
+# %% ../../nbs/step/10_soft.ipynb #sf10fn12
+def shift(index: torch.Tensor, place: torch.Tensor, width: int, number: int) -> torch.Tensor:
+    """Return the flattened tokens `index` int64 [M] of rows of `width` tokens as they stand once each row has
+    `number` further tokens before its `place` (int64 [B])."""
+    row, column = index // width, index % width
+    return row * (width + number) + column + number * (column >= place[row])
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn01
 VECTORS = 8  # in a soft prompt, as in the attack
@@ -33,21 +40,15 @@ def make_room(rows: dict[str, Any], number: int = VECTORS) -> dict[str, Any]:
     columns = torch.arange(old + number, device=place.device)
     inside = (columns >= place[:, None]) & (columns < place[:, None] + number)
     source = torch.where(columns < place[:, None], columns, (columns - number).clamp(min=0))
-    attention = rows["attention_mask"]
+    if (mask := rows["attention_mask"]) is not None:
+        mask = mask.gather(1, source).masked_fill(inside, 1)
     starts = torch.arange(len(place), device=place.device) * (old + number)
-
-    def moved(index: torch.Tensor, ahead: int) -> torch.Tensor:
-        row, column = index // old, index % old + ahead
-        return starts[row] + column + number * (column >= place[row]) - ahead
-
     return {
         "input_ids": rows["input_ids"].gather(1, source),
-        "attention_mask": attention
-        if attention is None
-        else attention.gather(1, source).masked_fill(inside, 1),
+        "attention_mask": mask,
         "loss_mask": rows["loss_mask"].gather(1, source) & ~inside,
-        "token_index": moved(rows["token_index"], 0),
-        "predicting_index": moved(rows["predicting_index"], 1),  # it stands before the token that it predicts
+        "token_index": shift(rows["token_index"], place, old, number),
+        "predicting_index": shift(rows["predicting_index"] + 1, place, old, number) - 1,
         "soft_index": (starts + place)[:, None] + torch.arange(number, device=place.device),
     }
 
@@ -100,12 +101,12 @@ PROMPTS, STEPS, RATE = 2, 20, 0.2  # searches; steps of each; step of Adam, as a
 @dataclass
 class Searches:
     """Hold the searches for soft prompts of one training: the embeddings' `table` float [V, D], from which
-    they begin, the `seed`, how many steps were `taken` in all, and the vectors float32 [K, D] and the
+    they begin, the `seed`, the `step`, how many were taken in all, and the vectors float32 [K, D] and the
     optimizer of each that has begun."""
 
     table: torch.Tensor
     seed: int
-    taken: int = 0
+    step: int = 0
     own: dict[int, tuple[torch.Tensor, torch.optim.Adam]] = field(default_factory=dict)
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn03
@@ -125,21 +126,21 @@ def new_search(searches: Searches, number: int) -> tuple[torch.Tensor, torch.opt
 def current(searches: Searches) -> torch.Tensor:
     """Return the vectors, float32 [VECTORS, D], that the next step meets: those of the search that took the
     last step, before the first those of the first."""
-    if not searches.taken:
+    if not searches.step:
         return start_vectors(searches, 0)
-    return searches.own[(searches.taken - 1) % PROMPTS][0].detach()
+    return searches.own[(searches.step - 1) % PROMPTS][0].detach()
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn05
 def search_step(searches: Searches, gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Take one step of the search whose turn it is. `gradient(vectors)` → what is to be followed downwards,
     float32 [VECTORS, D]; the same in every process."""
-    slot, turn = searches.taken % PROMPTS, searches.taken // PROMPTS
+    slot, turn = searches.step % PROMPTS, searches.step // PROMPTS
     if turn % STEPS == 0 or slot not in searches.own:
-        searches.own[slot] = new_search(searches, searches.taken)
+        searches.own[slot] = new_search(searches, searches.step)
     soft, adam = searches.own[slot]
     soft.grad = gradient(soft)
     adam.step()
-    searches.taken += 1
+    searches.step += 1
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn06
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -147,7 +148,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 def searches_state(searches: Searches) -> dict[str, torch.Tensor]:
     "Return `searches` as tensors by name, from which `load_searches` makes them again."
-    tensors = {"taken": torch.tensor(searches.taken)}
+    tensors = {"step": torch.tensor(searches.step)}
     for slot, (soft, adam) in searches.own.items():
         tensors |= {f"{slot}.soft": soft} | {f"{slot}.{name}": adam.state[soft][name] for name in MOMENTS}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -155,17 +156,17 @@ def searches_state(searches: Searches) -> dict[str, torch.Tensor]:
 # %% ../../nbs/step/10_soft.ipynb #sf10fn07
 def load_searches(searches: Searches, tensors: dict[str, torch.Tensor]) -> None:
     """Put what `searches_state` gave into `searches`. Raises ConfigError for other tensors."""
-    slots = range(min(int(tensors.get("taken", torch.tensor(0))), PROMPTS))
-    names = {"taken"} | {f"{slot}.{name}" for slot in slots for name in ("soft", *MOMENTS)}
+    slots = range(min(int(tensors.get("step", torch.tensor(0))), PROMPTS))
+    names = {"step"} | {f"{slot}.{name}" for slot in slots for name in ("soft", *MOMENTS)}
     if tensors.keys() != names:
         raise ConfigError(
             f"the searches for soft prompts hold {', '.join(sorted(tensors)) or 'nothing'}, and not "
             f"{', '.join(sorted(names))}: the checkpoint is another version's"
         )
-    searches.taken, searches.own = int(tensors["taken"]), {}
+    searches.step, searches.own = int(tensors["step"]), {}
     for slot in slots:
-        begun = (searches.taken - 1 - slot) // PROMPTS // STEPS * STEPS * PROMPTS + slot
-        soft, adam = new_search(searches, begun)
+        start = (searches.step - 1 - slot) // PROMPTS // STEPS * STEPS * PROMPTS + slot
+        soft, adam = new_search(searches, start)
         soft.copy_(tensors[f"{slot}.soft"])
         adam.state[soft] = {name: tensors[f"{slot}.{name}"].to(soft.device).clone() for name in MOMENTS}
         adam.state[soft]["step"] = tensors[f"{slot}.step"].clone()

@@ -153,8 +153,8 @@ class CircuitBreaker(nn.Module):
                 theirs = cache["last"]
             else:
                 theirs = at_targets(*teacher_pass(self.student, self.teacher, clean, config, True), clean)[1]
-            with soft_rows((self.student,), rows["injected"], soft) as attacked:
-                ours = at_targets(*one_pass(self.student, attacked, config, True), attacked)[1]
+            with soft_rows((self.student,), rows["injected"], soft) as room:
+                ours = at_targets(*one_pass(self.student, room, config, True), room)[1]
             sides.append((ours, theirs))
         ours, theirs = (torch.cat(list(side)) for side in zip(*sides))
         return self.kl(ours, theirs)
@@ -189,10 +189,10 @@ class CircuitBreaker(nn.Module):
         rejected row of `twins`, [B], with the vectors `soft` [K, D] in it."""
         values = []
         for rows in twins:
-            with soft_rows((self.student, self.teacher), rows["rejected"], soft) as attacked:
-                (ours, _), (theirs, _) = self.states(attacked, final=False)
+            with soft_rows((self.student, self.teacher), rows["rejected"], soft) as room:
+                (ours, _), (theirs, _) = self.states(room, final=False)
             layers = torch.stack([token_reroute(ours[layer], theirs[layer]) for layer in ours])
-            values.append(row_means(layers.mean(0), attacked["token_index"], attacked))
+            values.append(row_means(layers.mean(0), room["token_index"], room))
         return torch.cat(values)
 
     def soft_gradient(self, twins: list[dict], soft: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
@@ -202,14 +202,14 @@ class CircuitBreaker(nn.Module):
         config, total = self.circuit_breaker_config, torch.zeros_like(soft)
         vectors = soft.detach().clone().requires_grad_()
         for rows in twins:
-            with soft_rows((self.student,), rows["rejected"], vectors) as attacked:
-                last = at_targets(*one_pass(self.student, attacked, config, True), attacked)[1]
-            at = attacked["predicting_index"]
-            tokens = attacked["input_ids"].flatten()[at + 1]
+            with soft_rows((self.student,), rows["rejected"], vectors) as room:
+                last = at_targets(*one_pass(self.student, room, config, True), room)[1]
+            at = room["predicting_index"]
+            tokens = room["input_ids"].flatten()[at + 1]
             values = head_log_prob(
                 cast(torch.Tensor, last), tokens, self.head.logits, "fused_kl" in config.savings
             )
-            loss = -row_means(values, at, attacked).sum() / pairs.clamp(min=1)
+            loss = -row_means(values, at, room).sum() / pairs.clamp(min=1)
             total += torch.autograd.grad(loss, vectors)[0]
         return total
 

@@ -107,7 +107,7 @@ def attack_section(record: dict | None) -> list[str]:
 HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 
 
-def figure_text(result: dict, attacked: dict | None = None, tamper: dict | None = None) -> str:
+def figure_text(result: dict, attacks: dict | None = None, tamper: dict | None = None) -> str:
     """Return what stands between the headings `HELD_OUT` and `SETTINGS` of a card: the figures of a run's
     `result`, its notes and alarms, its attacks.json (None: there is none), and what opens it, by a
     tamper.json (None: not measured)."""
@@ -120,7 +120,7 @@ def figure_text(result: dict, attacked: dict | None = None, tamper: dict | None 
         lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(result.get("alarms")):
         lines += ["Alarms while it trained:", "", *(f"- {line}" for line in alarms), ""]
-    lines += attack_section(attacked)
+    lines += attack_section(attacks)
     if tamper:
         table = tamper_table(tamper)
         lines += ["### What opens it", "", *(f"- {line}" for line in tamper_words(tamper)), ""]
