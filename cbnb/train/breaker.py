@@ -215,9 +215,12 @@ class CircuitBreaker(nn.Module):
 
     def search(self, twins: list[dict], pairs: torch.Tensor, add_up: Callable) -> None:
         """Take one step of a search for a soft prompt on all `twins` of a step of training in this process,
-        of so many `pairs` in all; `add_up(gradient)` → the sum over all processes."""
+        of so many `pairs` in all; `add_up(gradient)` → the sum over all processes. Dropout is drawn by the
+        step of the search alone, and the random states are as before."""
         assert self.searches is not None
-        search_step(self.searches, lambda soft: add_up(self.soft_gradient(twins, soft, pairs)))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.searches.seed + self.searches.step)
+            search_step(self.searches, lambda soft: add_up(self.soft_gradient(twins, soft, pairs)))
 
     def optional_terms(
         self, twin: dict | list | None, denominators: torch.Tensor, measure: bool
