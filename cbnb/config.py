@@ -299,10 +299,11 @@ class CircuitBreakerConfig:
     objective: str = setting(
         "rr",
         "objective",
-        "rr, rr_kl, rr_twin, dpo, a method of another paper, or module:name",
+        "rr, rr_kl, rr_twin, rr_twin_adv, dpo, one of another paper, or module:name",
         more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term "
-        "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands; dpo "
-        "prefers the user's task to the injected one (SecAlign) and leaves hidden states alone; of other "
+        "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands; "
+        "rr_twin_adv is rr_twin, trained against searches for soft prompts as well; dpo prefers the user's "
+        "task to the injected one (SecAlign) and leaves hidden states alone; of other "
         "papers (cbnb.step.zoo): rr_official, rr_random, rmu, repbend, triplet",
     )
     objective_options: tuple[str, ...] = setting(
