@@ -299,7 +299,7 @@ class CircuitBreakerConfig:
     objective: str = setting(
         "rr",
         "objective",
-        "rr, rr_kl, rr_twin, rr_twin_adv, dpo, one of another paper, or module:name",
+        "rr, rr_kl, rr_twin, rr_twin_adv, dpo, another paper's, or module:name",
         more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term "
         "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands; "
         "rr_twin_adv is rr_twin, trained against searches for soft prompts as well; dpo prefers the user's "
