@@ -2,24 +2,26 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from cbnb.config import ConfigError, get_config
-from cbnb.data.streams import encode_stream
+from cbnb.data.streams import Sample, Twin, encode_stream
 from cbnb.data.twins import draft_twins, encode_twins
 from cbnb.masking.masker import ChatMasker
 from cbnb.preflight.plan import plan_lines, plan_step
-from cbnb.preflight.step_checks import check_run_start, gradient_findings, twin_findings
+from cbnb.preflight.step_checks import check_run_start, gradient_findings, some_pairs, twin_findings
 from cbnb.report.figures import panels_of
-from cbnb.run.settings import check_processes
+from cbnb.run.settings import check_processes, run_settings
 from cbnb.step.models import load_tokenizer
 from cbnb.step.objectives import rr_twin_adv, run_terms
 from cbnb.step.soft import VECTORS
+from cbnb.train.alarms import aside_words, forces
 from cbnb.train.trainer import SEARCHES, checkpoints
 from cbnb.transcripts.tinyworld import make_transcripts
 from test_twins import CONFIG as TWIN_CONFIG
-from test_twins import StopAt, checked
+from test_twins import StopAt, away, checked
 from test_twins import trained as trained_by
 
 CONFIG = replace(TWIN_CONFIG, objective="rr_twin_adv")
@@ -67,12 +69,15 @@ def test_the_soft_prompt_stands_between_the_injected_text_and_what_follows_it(wo
 @pytest.mark.slow
 def test_stopped_and_resumed_is_the_uninterrupted_run_bit_for_bit(tmp_path, world):
     config = replace(CONFIG, lora_dropout=0.1)
-    _, rows, adapter = trained(tmp_path / "whole", world, config)
-    done, first, _ = trained(tmp_path / "run", world, config, callbacks=[StopAt(tmp_path / "run", 2)])
+    # as behind an evaluation, which leaves a student that draws no dropout
+    students = [away(config).eval() for _ in range(3)]
+    _, rows, adapter = trained(tmp_path / "whole", world, config, student=students[0])
+    stop = [StopAt(tmp_path / "run", 2)]
+    done, first, _ = trained(tmp_path / "run", world, config, callbacks=stop, student=students[1])
     assert not done and len(first) == 2
     (newest, *_) = checkpoints(tmp_path / "run" / "checkpoints").values()
     assert (newest / SEARCHES).is_file()
-    done, again, resumed = trained(tmp_path / "run", world, config)
+    done, again, resumed = trained(tmp_path / "run", world, config, student=students[2])
     assert done and again == rows and torch.equal(resumed, adapter)
 
 
@@ -116,3 +121,44 @@ def test_curves_and_plan_know_the_terms():
     # a search, and the two terms, cost their passes
     alone = plan_step(replace(config, objective="rr_twin"))
     assert plan_step(config).products > 1.5 * alone.products and VECTORS == 8
+
+
+def test_a_long_row_that_is_cut_keeps_the_place_of_its_soft_prompt(world):
+    ids, mask = np.arange(300, dtype=np.int32) % 50, np.arange(300) >= 290
+    row = Sample(ids, mask, "long", soft_place=250)
+    twin = Twin(row, Sample(ids[20:], mask[20:], "long"), row)
+    ((_, _, short),) = some_pairs([row], [row], [twin])
+    for side in (short.injected, short.rejected):
+        assert len(side.input_ids) < 300 and side.input_ids[side.soft_place] == ids[250]
+    # of a place that is cut off with the rest nothing is left
+    early = Twin(replace(row, soft_place=10), twin.clean, row)
+    assert some_pairs([row], [row], [early])[0][2].injected.soft_place == 0
+
+
+def test_a_row_is_no_longer_than_max_length_with_its_soft_prompt(world):
+    masker = world[0]
+    drafts, report = draft_twins(make_transcripts("injection", 2), [])
+    for name, spare in (("rr_twin_adv", VECTORS), ("rr_twin", 0)):
+        config = replace(CONFIG, objective=name, max_length=120, lost_context="keep")
+        twins = encode_twins(drafts, masker, config, report)
+        assert max(len(row.input_ids) for twin in twins for row in twin.rows.values()) == 120 - spare
+
+
+def test_settings_of_other_objectives_are_refused_and_a_path_is_a_name():
+    for settings in (
+        {"objective": "rr_twin_adv", "objective_options": "margin=3"},
+        {"objective": "dpo", "objective_options": "margin=3"},
+        {"objective": "rmu", "dpo_beta": 0.5},
+        {"objective": "triplet", "dpo_logprob": "mean"},
+    ):
+        with pytest.raises(ConfigError, match="would do nothing"):
+            run_settings({"preset": "tinyagent"} | settings)
+    for path, name in (("objectives:rr_twin_adv", "rr_twin_adv"), ("zoo:rr_official", "rr_official")):
+        assert get_config("tinyagent", objective=f"cbnb.step.{path}").objective == name
+
+
+def test_both_halves_of_reroute_pull():
+    row = {"grad_norm_reroute": 3.0, "grad_norm_soft_reroute": 4.0, "grad_norm_retain": 1.0}
+    assert forces(row)[0] == pytest.approx(5) and forces(row)[1:] == (1.0, "retain")
+    assert forces(row | {"grad_cos_reroute_soft_reroute": 1.0})[0] == pytest.approx(7)
+    assert aside_words(run_terms("rr_twin_adv")).count("twin KL") == 2

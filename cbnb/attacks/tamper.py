@@ -57,6 +57,7 @@ from ..evaluate.decoding import Decoding
 from ..evaluate.dial import check_scalable, scaled
 from ..evaluate.reader import derive_reader
 from ..evaluate.scores import check_readable, group_of, pick_questions
+from ..masking.actions import for_policy
 from ..masking.masker import ChatMasker
 from ..report.figures import interval_words, write_run_report
 from ..run.records import read_record
@@ -262,7 +263,7 @@ def finetune_sets(
     rest = drop_refused(benign, masker, reading_for([own]), config.split_turns)
     sets = {"benign": encode_for(config, "benign", rest, masker)[0]}
     for k in numbers:
-        asks = [item.question for item in train[:k]]
+        asks = for_policy([item.question for item in train[:k]], config.harmful_policy)
         sets[f"harmful, {k} example{'s' * (k > 1)}"] = encode_for(config, "harmful", asks, masker)[0]
     return sets
 

@@ -116,7 +116,7 @@ TWIN_DROPS = {
     "refused": "the chat template refuses a twin, or writes nothing of its action",
     "unlike": "the tokens that count are not the same in both rows",
     "no_choice": "the attacked run goes on with the user's task, so that nothing is to be rejected",
-    "no_place": "of the injected text nothing is left in a row, so that a soft prompt has no place",
+    "no_place": "of the injected text nothing is left in a row, or its place cannot be told",
 }
 
 # %% ../../nbs/data/03_streams.ipynb #1acbbd0e

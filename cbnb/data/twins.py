@@ -20,6 +20,7 @@ from ..masking.policies import Encoding, mask_table
 from ..masking.targets import Row, check_calls, in_batches, training_row
 from ..masking.templates import MaskError
 from ..step.objectives import Objective, find_objective
+from ..step.soft import VECTORS
 from ..transcripts.holdout import task_keys
 from ..transcripts.record import InjectionSpan, Transcript
 
@@ -201,11 +202,14 @@ def draft_twins(
 
 # %% ../../nbs/data/04_twins.ipynb #twin0022
 def no_twins(report: StreamReport) -> EmptyStream:
-    """Return the error for harmful transcripts of which not one has a clean twin."""
+    """Return the error for harmful transcripts of which none has the rows that the objective reads."""
     losses = "; ".join(report.losses()) or "there is none"
+    advice = "mark the injected characters with cbnb spans, or give objective rr"
+    if set(report.counts) & {"no_choice", "no_place"}:
+        advice = "look at the masks of these transcripts, or give objective rr_twin"
     return EmptyStream(
         f"the objective has a term on twins, and not one of {report.transcripts} harmful transcripts has a "
-        f"clean twin ({losses}): mark the injected characters with cbnb spans, or give objective rr",
+        f"clean twin with the rows that it reads ({losses}): {advice}",
         report,
     )
 
@@ -264,7 +268,8 @@ def draft_rows(
 ) -> list[Row]:
     """Return the `training_row` of each of the `sides` of `draft`, by the policy of benign rows. Raises
     MaskError that names the transcript."""
-    how = config.benign_policy, config.max_length, config.truncation, config.lost_context
+    soft = VECTORS if find_objective(config.objective).has_soft else 0  # no longer with a soft prompt in them
+    how = config.benign_policy, config.max_length - soft, config.truncation, config.lost_context
     try:
         return [training_row(e, getattr(draft, side), *how) for e, side in zip(encodings, sides, strict=True)]
     except MaskError as e:

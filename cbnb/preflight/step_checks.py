@@ -73,7 +73,8 @@ def some_pairs(
 
     def cut(sample: Sample, i: int) -> Sample:
         keep = truncation_window(sample.loss_mask, TOKENS - TOKENS // 8 * (i % 2))
-        return replace(sample, input_ids=sample.input_ids[keep], loss_mask=sample.loss_mask[keep])
+        ids, mask, place = sample.input_ids[keep], sample.loss_mask[keep], sample.soft_place - keep.start
+        return replace(sample, input_ids=ids, loss_mask=mask, soft_place=max(place, 0))
 
     n = min(len(harmful), len(benign))
     places = range(0, n, max(1, n // PAIRS))[:PAIRS]

@@ -37,7 +37,7 @@ __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MA
            'check_gradients', 'twin_words', 'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain',
            'harm_of', 'list_changes', 'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes',
            'pool_counts', 'live_words', 'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words',
-           'check_whole', 'live_verdicts', 'attacks_of', 'attack_gap', 'check_attacked', 'half_words',
+           'check_whole', 'live_verdicts', 'attacks_of', 'attack_gap', 'reaches_half', 'check_attacked', 'half_words',
            'attack_verdicts', 'all_verdicts']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
@@ -52,7 +52,7 @@ from ..run.metrics import log_rows, order_fault
 from ..run.records import SETTING, fault, read_record
 from ..run.stages import read_status, still_running
 from ..run.status import folders_in
-from ..step.objectives import Term, common_terms, depth, run_terms
+from ..step.objectives import ALL_NAMES, OPTIONAL_NAMES, Term, common_terms, depth, run_terms
 
 # %% ../../nbs/report/01_verdicts.ipynb #5a804a33
 RUN_FILES = ("status.json", "params.json", "metrics.jsonl", "key.json")
@@ -151,10 +151,10 @@ def missing_steps(rows: list[dict[str, Any]], config: dict[str, Any]) -> tuple[i
 
 # %% ../../nbs/report/01_verdicts.ipynb #3adfb603
 def end_means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the means of the three terms over the last `END_SHARE` of the steps of `rows`, of which there is
+    """Return the means of the terms over the last `END_SHARE` of the steps of `rows`, of which there is
     at least one; a term that no row there has is left out. `rows_at_end`: how many rows have a KL there."""
     means, last = {}, max(row["step"] for row in rows)
-    for key in ("loss_reroute", "loss_retain", "loss_kl", "loss_twin"):
+    for key in [f"loss_{name}" for name in ALL_NAMES]:
         steps, values = series(rows, key, gaps=False)
         end = values[steps > (1 - END_SHARE) * last]
         if len(end):
@@ -197,7 +197,8 @@ def log_measures(
         return measures
     measures |= end_means(rows) | {"last_step": float(max(row["step"] for row in rows))}
     names = [key for key in LOG_MEASURES if key.startswith("grad_")]
-    names += ["grad_norm_twin"] if "loss_twin" in measures else []  # of an objective with a twin term
+    # of an objective with more than three terms
+    names += [f"grad_norm_{name}" for name in OPTIONAL_NAMES if f"loss_{name}" in measures]
     measures |= {key: median(series(rows, key)[1]) for key in names}
     return measures | {
         "beta_times_kl": beta * measures["loss_kl"],
@@ -1096,17 +1097,18 @@ def check_gradients(s: Stratum) -> Verdict:
 
 # %% ../../nbs/report/01_verdicts.ipynb #dee994cb
 def twin_words(s: Stratum) -> str:
-    """Return that the runs of a stratum have a twin term, which no claim is about, with its KL at the end by
-    beta_kl, in one sentence; empty where none has one."""
-    levels = {0.0: s.control} | s.levels
-    ends = {b: runs["loss_twin"].mean() for b, runs in levels.items() if "loss_twin" in runs}
-    parts = [f"{format_number(end)} at {b:g}" for b, end in ends.items() if end == end]
-    if not parts:
-        return ""
-    return (
-        " The twin term moves the answers to attacked transcripts too, and is part of the norm in all; it is "
-        f"not judged (at the end, by beta_kl: {', '.join(parts)} nats per token)."
-    )
+    """Return, a sentence each, that the runs of a stratum have a term beside the three, which no claim is
+    about, with its value at the end by beta_kl; empty where none has one."""
+    levels, sentences = {0.0: s.control} | s.levels, []
+    for name in OPTIONAL_NAMES:
+        ends = {b: runs[f"loss_{name}"].mean() for b, runs in levels.items() if f"loss_{name}" in runs}
+        parts = [f"{format_number(end)} at {b:g}" for b, end in ends.items() if end == end]
+        if parts:
+            sentences.append(
+                f" The {name.replace('_', ' ')} term moves the answers to attacked transcripts too, and is "
+                f"part of the norm in all; it is not judged (at the end, by beta_kl: {', '.join(parts)})."
+            )
+    return "".join(sentences)
 
 # %% ../../nbs/report/01_verdicts.ipynb #98be31d2
 def judge_stratum(s: Stratum) -> list[Verdict]:
@@ -1414,6 +1416,11 @@ def attack_gap(runs: pd.DataFrame, name: str) -> str:
         )
     return ""
 
+# %% ../../nbs/report/01_verdicts.ipynb #sf1fn001
+def reaches_half(level: pd.DataFrame, control: pd.DataFrame, name: str) -> bool:
+    "Return whether the attack `name` succeeds on half of the items in a run of `level` or of the `control`."
+    return any(bool(np.isfinite(runs[f"passes_attacked_{name}"]).any()) for runs in (level, control))
+
 # %% ../../nbs/report/01_verdicts.ipynb #cc39da74
 def check_attacked(s: Stratum, name: str) -> Verdict:
     """Judge what the attack `name` needs at each beta_kl against the control, both ways: its success at the
@@ -1429,7 +1436,7 @@ def check_attacked(s: Stratum, name: str) -> Verdict:
 
     rates = compare_all(f"attacked_{name}", "difference")
     passes = compare_all(f"passes_attacked_{name}", "log")
-    reached = [c for c in passes if c.n]
+    reached = [c for c, level in zip(passes, s.levels.values()) if reaches_half(level, s.control, name)]
     changes = [(c, ATTACK_MARGIN) for c in rates] + [(c, factor) for c in reached]
     inside = [-margin < c.low and c.high < margin for c, margin in changes]
     outside = [c.low_any > margin or c.high_any < -margin for c, margin in changes]
@@ -1448,6 +1455,8 @@ def half_words(passes: Sequence[Comparison]) -> str:
     if not passes:
         return "nowhere does it reach half, so that its passes are not compared"
     b = max(passes, key=distance)
+    if not b.n:
+        return f"half of it is reached by one side alone at {b.beta:g}, so that its passes cannot be compared"
     return (
         f"half of it takes the most different passes at {b.beta:g}: {from_to(b)} ({span(b)}; margin "
         f"×{1 / PASSES_MARGIN:g} to ×{PASSES_MARGIN:g})"

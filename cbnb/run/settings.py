@@ -25,6 +25,7 @@ from ..basics.places import TINYAGENT
 from ..basics.processes import is_first
 from ..basics.reading import read_text
 from cbnb.config import (
+    OWN_METHODS,
     PRESETS,
     RUN_ONLY,
     CircuitBreakerConfig,
@@ -280,7 +281,7 @@ def run_settings(parameters: Mapping[str, Any]) -> tuple[CircuitBreakerConfig, l
     values = {k: v for k, v in parameters.items() if k not in RUN_ONLY}
     config, notes = settings_of(parameters["preset"], values, parameters.get("trust_remote_code", False))
     check_own_policies(config)
-    if config.objective in ("rr", "rr_kl", "rr_twin", "rr_twin_adv", "dpo"):
+    if config.objective in OWN_METHODS:
         return config, notes
     # needs torch, which all other settings are checked without
     from cbnb.step.objectives import check_objective

@@ -53,12 +53,14 @@ class Extra(NamedTuple):
     """What a term beyond the three needs. `sides`: the rows of a twin that it reads, fields of
     `cbnb.data.streams.Twin`; `mean_over`: what is counted for it, one of `COUNTS`; `weight`: the setting at 0
     of which it is measured without gradient, empty where it has none; `soft`: whether it is about rows with a
-    soft prompt (`cbnb.step.soft`)."""
+    soft prompt (`cbnb.step.soft`); `to_end`: whether it reads what the last block gives, and not
+    the target layers alone."""
 
     sides: tuple[str, ...]
     mean_over: str
     weight: str = ""
     soft: bool = False
+    to_end: bool = True
 
 # %% ../../nbs/step/02_objectives.ipynb #pf0opt01
 TERM_NAMES = ("reroute", "retain", "kl")
@@ -66,7 +68,7 @@ OPTIONAL = {
     "twin": Extra(("injected", "clean"), "twin_targets", "beta_twin"),
     "preference": Extra(("injected", "rejected"), "preference_pairs"),
     "soft_twin": Extra(("injected", "clean"), "twin_targets", "beta_twin", soft=True),
-    "soft_reroute": Extra(("rejected",), "preference_pairs", soft=True),
+    "soft_reroute": Extra(("rejected",), "preference_pairs", soft=True, to_end=False),
 }
 OPTIONAL_NAMES = tuple(OPTIONAL)
 ALL_NAMES = (*TERM_NAMES, *OPTIONAL_NAMES)  # the order of the log

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,11 +100,11 @@ PROMPTS, STEPS, RATE = 2, 20, 0.2  # searches; steps of each; step of Adam, as a
 
 @dataclass
 class Searches:
-    """Hold the searches for soft prompts of one training: the embeddings' `table` float [V, D], from which
-    they begin, the `seed`, the `step`, how many were taken in all, and the vectors float32 [K, D] and the
+    """Hold the searches for soft prompts of one training: the model's `embeddings`, from which they
+    begin, the `seed`, the `step`, how many were taken in all, and the vectors float32 [K, D] and the
     optimizer of each that has begun."""
 
-    table: torch.Tensor
+    embeddings: nn.Module
     seed: int
     step: int = 0
     own: dict[int, tuple[torch.Tensor, torch.optim.Adam]] = field(default_factory=dict)
@@ -113,8 +113,10 @@ class Searches:
 def start_vectors(searches: Searches, number: int) -> torch.Tensor:
     """Return the vectors, float32 [VECTORS, D], with which the search begins whose first step is `number`:
     the embeddings of tokens drawn by that and the seed alone."""
-    ids = np.random.default_rng((searches.seed, number)).integers(len(searches.table), size=VECTORS)
-    return searches.table[ids.tolist()].detach().float().clone()
+    weight = cast(torch.Tensor, searches.embeddings.weight)
+    ids = np.random.default_rng((searches.seed, number)).integers(len(weight), size=VECTORS)
+    # the module's output, which some models scale, and not the rows of its table
+    return searches.embeddings(torch.tensor(ids, device=weight.device)).detach().float().clone()
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn09
 def new_search(searches: Searches, number: int) -> tuple[torch.Tensor, torch.optim.Adam]:

@@ -24,8 +24,9 @@ from .trainer import NonFiniteLossError, is_metrics, log_line
 
 # %% auto #0
 __all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',
-           'level_words', 'forces', 'aside_words', 'alarm_advice', 'dead_line', 'dead', 'typical', 'collapsed',
-           'is_flat', 'saturated', 'silent', 'go_off', 'find_alarms', 'CollapsedError', 'Alarms', 'watch_alarms']
+           'level_words', 'row_value', 'norm_of_sum', 'forces', 'aside_words', 'alarm_advice', 'dead_line', 'dead',
+           'typical', 'collapsed', 'is_flat', 'saturated', 'silent', 'go_off', 'find_alarms', 'CollapsedError',
+           'Alarms', 'watch_alarms']
 
 # %% ../../nbs/train/06_alarms.ipynb #tw6imp01
 from cbnb.step.objectives import (
@@ -94,25 +95,37 @@ def level_words(term: Term, config: CircuitBreakerConfig) -> str:
         f"{level}, which is dead_level {config.dead_level:g} of its way from {term.low:g} to {term.start:g}"
     )
 
+# %% ../../nbs/train/06_alarms.ipynb #sf6fn001
+def row_value(row: dict, key: str) -> float:
+    "Return the number `key` of a log line, 0 where it has none."
+    value = as_float(row.get(key))
+    return 0.0 if math.isnan(value) else value
+
+
+def norm_of_sum(one: float, other: float, cosine: float) -> float:
+    "Return the norm of the sum of two vectors with these norms and this cosine."
+    return one if not other else math.sqrt(max(one**2 + other**2 + 2 * one * other * cosine, 0.0))
+
 # %% ../../nbs/train/06_alarms.ipynb #8154d7a5
 def forces(row: dict) -> tuple[float, float, str]:
-    """Return `(pull, hold, holder)` of a diagnosed line: the norm of reroute's gradient, that of retain's and
-    the KL's together, and which of the two is the larger, `retain` or `kl`. A twin term is neither: it
-    moves what the student says where it was attacked, which reroute moves too."""
-    pull, retain, kl = (as_float(row.get(f"grad_norm_{name}")) for name in TERM_NAMES)
-    retain, kl, cosine = (
-        0.0 if math.isnan(v) else v for v in (retain, kl, as_float(row.get("grad_cos_retain_kl")))
-    )
+    """Return `(pull, hold, holder)` of a diagnosed line: the norm of reroute's gradient, with that of its
+    half on rows with a soft prompt where there is one; that of retain's and the KL's together; and which of
+    these two is the larger, `retain` or `kl`. A twin term or a preference is neither: it moves what the
+    student says where it was attacked, which reroute moves too."""
+    names = ("reroute", "soft_reroute", "retain", "kl")
+    reroute, soft, retain, kl = (row_value(row, f"grad_norm_{name}") for name in names)
     return (
-        0.0 if math.isnan(pull) else pull,
-        math.sqrt(max(retain**2 + kl**2 + 2 * retain * kl * cosine, 0.0)),
+        norm_of_sum(reroute, soft, row_value(row, "grad_cos_reroute_soft_reroute")),
+        norm_of_sum(retain, kl, row_value(row, "grad_cos_retain_kl")),
         "retain" if retain >= kl else "kl",
     )
 
 # %% ../../nbs/train/06_alarms.ipynb #80139d84
 def aside_words(terms: Mapping[str, Term]) -> str:
-    "Return that the twin term is on neither side of `forces`, in brackets; empty for `terms` without one."
-    return f" ({name_in_text(terms['twin'])} counts for neither side)" if "twin" in terms else ""
+    "Return which of `terms` are on neither side of `forces`, in brackets; empty where all are."
+    aside = [name_in_text(terms[name]) for name in OPTIONAL_NAMES if name in terms and name != "soft_reroute"]
+    verb = "counts" if len(aside) == 1 else "count"
+    return f" ({' and '.join(aside)} {verb} for neither side)" if aside else ""
 
 # %% ../../nbs/train/06_alarms.ipynb #aladvice
 def alarm_advice(rows: list[dict], terms: dict[str, Term] | None = None) -> str:

@@ -105,8 +105,8 @@ class CircuitBreaker(nn.Module):
         self.objective = find_objective(config.objective)
         self.head = find_head(student) if head is None else head
         self.teacher_logits = teacher_logits(student, self.head, teacher)
-        table = student.get_input_embeddings().weight
-        self.searches = Searches(table, config.seed) if self.objective.has_soft else None
+        embed = student.get_input_embeddings()
+        self.searches = Searches(embed, config.seed) if self.objective.has_soft else None
         if "fused_kl" in config.savings and self.teacher_logits is not self.head.logits:
             warn(
                 "the KL term goes the general way through the output layer, since "
@@ -218,6 +218,7 @@ class CircuitBreaker(nn.Module):
         of so many `pairs` in all; `add_up(gradient)` → the sum over all processes. Dropout is drawn by the
         step of the search alone, and the random states are as before."""
         assert self.searches is not None
+        self.train()  # Trainer says so behind this, and an evaluation may stand before it
         with torch.random.fork_rng():
             torch.manual_seed(self.searches.seed + self.searches.step)
             search_step(self.searches, lambda soft: add_up(self.soft_gradient(twins, soft, pairs)))

@@ -689,7 +689,8 @@ def training_arguments(config: CircuitBreakerConfig, folder: Path) -> BreakerArg
     # a term that no adapter weight of a block can reach leaves it without a gradient, for which DDP would
     # wait
     extras = [OPTIONAL[name] for name in find_objective(config.objective).names if name in OPTIONAL]
-    has_end = config.beta_kl > 0 or any(not e.weight or getattr(config, e.weight) > 0 for e in extras)
+    trained = [e for e in extras if not e.weight or getattr(config, e.weight) > 0]
+    has_end = config.beta_kl > 0 or any(e.to_end for e in trained)
     beyond = not has_end and config.lora_layers[1] > max(config.target_layers)
     args = BreakerArguments(
         output_dir=str(folder),
@@ -746,6 +747,11 @@ def breaker_trainer(
     args = training_arguments(config, folder)
     length = config.total_steps * config.batch_size * config.gradient_accumulation_steps
     breaker, in_parts = CircuitBreaker(student, config, teacher), is_in_parts(student)
+    if breaker.searches and in_parts:
+        raise ConfigError(
+            f"the objective {config.objective} puts vectors among the embeddings, which are in parts here: "
+            "leave fsdp off"
+        )
     # then Trainer leaves the base as it is, and averages the gradient of the adapter, which every process has
     # whole
     breaker.is_distributed_loading_by_transformers = in_parts
