@@ -36,7 +36,7 @@ __all__ = ['UNFINISHED', 'KEEP', 'SEARCHES', 'term_names', 'term_weights', 'NonF
 # %% ../../nbs/train/05_trainer.ipynb #253d94ac
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -339,7 +339,7 @@ class CircuitBreakerTrainer(Trainer):
         breaker = self.accelerator.unwrap_model(self.model)
         write_adapter(breaker.student, folder)
         if breaker.searches:
-            save_file(searches_state(breaker.searches), folder / SEARCHES)
+            write_owned(folder / SEARCHES, save(searches_state(breaker.searches)))
 
     def _save_checkpoint(self, model, trial):
         """Save Trainer's checkpoint in a folder of its own and move it to its place when it is whole
