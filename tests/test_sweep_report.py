@@ -778,7 +778,7 @@ def attack_in(folder, curve, budget=3200, verdict="refuted", seeds=(0, 1, 2)):
             "refuted",
             "half of it",
         ),
-        (lambda beta, seed: (0, 0, 0, 50 + seed) if beta else (0, 0, 0, seed), "refuted", "nowhere"),
+        (lambda beta, seed: (0, 0, 0, 50 + seed) if beta else (0, 0, 0, seed), "refuted", "one side alone"),
         (lambda beta, seed: (0, 0, seed, 3), "supported", "nowhere does it reach half"),
         (lambda beta, seed: (0, 1, 2, 20 * seed), "inconclusive", "seeds lack"),
     ],

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/preflight/02_step_checks.ipynb #5980224d
 PAIRS, TOKENS = 2, 128  # pairs of rows, and tokens of a row, that these checks look at
 
-
+# %% ../../nbs/preflight/02_step_checks.ipynb #sf2fn009
 def some_pairs(
     harmful: Sequence[Sample], benign: Sequence[Sample], twins: Sequence[Twin] | None = None
 ) -> list[tuple]:

@@ -37,6 +37,8 @@ from cbnb.config import (
     shares,
     text_value,
 )
+
+# %% ../../nbs/run/12_settings.ipynb #setng103
 from ..data.sources import check_reading
 from ..masking.masker import ChatMasker
 from ..masking.policies import GENERATED, find_trainable
