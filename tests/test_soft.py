@@ -116,6 +116,8 @@ def test_curves_and_plan_know_the_terms():
     panels = panels_of(run_terms("rr_twin_adv"))
     keys = [key for _, _, lines, _ in panels for key in lines]
     assert {"loss_soft_twin", "weighted_soft_reroute", "grad_norm_soft_reroute"} <= set(keys)
+    assert {"loss_reroute", "loss_soft_reroute"} == set(panels[0][2])
+    assert all(len(title) <= 52 for title, *_ in panels) and panels[4][0].startswith("KL and twin KL, nats")
     config = get_config("tinyagent", objective="rr_twin_adv")
     assert "8 twins of three rows" in next(plan_lines(config))
     # a search, and the two terms, cost their passes

@@ -702,13 +702,16 @@ def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
     terms_by_name = {f"weighted_{name}": LINE_OF[name] for name in terms}
     norms = {f"grad_norm_{name}": LINE_OF[name] for name in terms}
     reroute, retain = (terms[name] for name in TERM_NAMES[:2])
-    kls = {f"loss_{name}": LINE_OF[name] for name in terms if name in ("kl", *OPTIONAL_NAMES)}
-    curves = [terms[name.removeprefix("loss_")] for name in kls]
+    away = {f"loss_{name}": LINE_OF[name] for name in ("reroute", "soft_reroute") if name in terms}
+    others = [name for name in terms if name in ("kl", *OPTIONAL_NAMES) and f"loss_{name}" not in away]
+    kls = {f"loss_{name}": LINE_OF[name] for name in others}
+    # a term on rows with a soft prompt goes by the words of the one that it repeats
+    curves = [terms[name] for name in others if not name.startswith("soft_")]
     titles, units = (
         " and ".join(dict.fromkeys(words)) for words in zip(*((t.title, t.unit) for t in curves))
     )
     return (
-        (term_title(reroute), False, {"loss_reroute": "reroute"}, max(reroute.high or 0.0, 0.0)),
+        (term_title(reroute), False, away, max(reroute.high or 0.0, 0.0)),
         ("loss and its weighted terms; log axis", True, {"loss": "loss"} | terms_by_name, 0.0),
         (term_title(retain), False, {"loss_retain": "retain"}, max(retain.high or 0.0, 0.0)),
         (coefficient_title(terms), False, {"c_s": "c_s", "c_r": "c_r"}, 0.0),
