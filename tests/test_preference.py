@@ -11,22 +11,17 @@ import torch
 import cbnb.train.breaker
 from cbnb.basics.jsonfiles import RunError, write_json
 from cbnb.config import ConfigError, get_config
-from cbnb.data.streams import encode_stream
-from cbnb.data.twins import draft_twins, encode_twins
-from cbnb.masking.masker import ChatMasker
 from cbnb.preflight.plan import plan_lines
 from cbnb.preflight.run_checks import probe_gradient_findings
 from cbnb.preflight.step_checks import check_run_start, gradient_findings, preference_findings, twin_findings
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import run_settings
 from cbnb.run.stages import Run
-from cbnb.step.models import load_tokenizer
 from cbnb.step.objectives import dpo, run_terms
 from cbnb.train.same import keep_twins
 from cbnb.train.teacher_cache import open_cache
-from cbnb.transcripts.tinyworld import make_transcripts
 from test_twins import CONFIG as TWIN_CONFIG
-from test_twins import StopAt, away, checked
+from test_twins import StopAt, away, checked, twin_world
 from test_twins import trained as trained_by
 from train_common import load
 
@@ -35,13 +30,8 @@ CONFIG = replace(TWIN_CONFIG, objective="dpo")
 
 @pytest.fixture(scope="module")
 def world():
-    "The masker, and the three streams of the tiny world with their report."
-    masker = ChatMasker(load_tokenizer("tinyagent"))
-    attacks = make_transcripts("injection", 12)
-    harmful, _ = encode_stream(attacks, masker, CONFIG.harmful_policy)
-    benign, _ = encode_stream(make_transcripts("plain", 12), masker, CONFIG.benign_policy)
-    drafts, report = draft_twins(attacks, [])
-    return masker, harmful, benign, encode_twins(drafts, masker, CONFIG, report), report
+    "The tiny world with pairs."
+    return twin_world(CONFIG)
 
 
 def trained(folder, world, config=CONFIG, **more):

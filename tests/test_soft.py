@@ -7,21 +7,19 @@ import pytest
 import torch
 
 from cbnb.config import ConfigError, get_config
-from cbnb.data.streams import Sample, Twin, encode_stream
+from cbnb.data.streams import Sample, Twin
 from cbnb.data.twins import draft_twins, encode_twins
-from cbnb.masking.masker import ChatMasker
 from cbnb.preflight.plan import plan_lines, plan_step
 from cbnb.preflight.step_checks import check_run_start, gradient_findings, some_pairs, twin_findings
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import check_processes, run_settings
-from cbnb.step.models import load_tokenizer
 from cbnb.step.objectives import rr_twin_adv, run_terms
 from cbnb.step.soft import VECTORS
 from cbnb.train.alarms import aside_words, forces
 from cbnb.train.trainer import SEARCHES, checkpoints
 from cbnb.transcripts.tinyworld import make_transcripts
 from test_twins import CONFIG as TWIN_CONFIG
-from test_twins import StopAt, away, checked
+from test_twins import StopAt, away, checked, twin_world
 from test_twins import trained as trained_by
 
 CONFIG = replace(TWIN_CONFIG, objective="rr_twin_adv")
@@ -29,13 +27,8 @@ CONFIG = replace(TWIN_CONFIG, objective="rr_twin_adv")
 
 @pytest.fixture(scope="module")
 def world():
-    "The masker, and the three streams of the tiny world with their report."
-    masker = ChatMasker(load_tokenizer("tinyagent"))
-    attacks = make_transcripts("injection", 12)
-    harmful, _ = encode_stream(attacks, masker, CONFIG.harmful_policy)
-    benign, _ = encode_stream(make_transcripts("plain", 12), masker, CONFIG.benign_policy)
-    drafts, report = draft_twins(attacks, [])
-    return masker, harmful, benign, encode_twins(drafts, masker, CONFIG, report), report
+    "The tiny world with soft rows."
+    return twin_world(CONFIG)
 
 
 def trained(folder, world, config=CONFIG, **more):

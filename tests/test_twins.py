@@ -54,15 +54,20 @@ SETTINGS = {
 CONFIG = get_config("tinyagent", **SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def world():
-    "The masker, and the three streams of the tiny world with their report."
+def twin_world(config):
+    "The masker, and the three streams of the tiny world for the objective of `config`, with their report."
     masker = ChatMasker(load_tokenizer("tinyagent"))
     attacks = make_transcripts("injection", 12)
-    harmful, _ = encode_stream(attacks, masker, CONFIG.harmful_policy)
-    benign, _ = encode_stream(make_transcripts("plain", 12), masker, CONFIG.benign_policy)
+    harmful, _ = encode_stream(attacks, masker, config.harmful_policy)
+    benign, _ = encode_stream(make_transcripts("plain", 12), masker, config.benign_policy)
     drafts, report = draft_twins(attacks, [])
-    return masker, harmful, benign, encode_twins(drafts, masker, CONFIG, report), report
+    return masker, harmful, benign, encode_twins(drafts, masker, config, report), report
+
+
+@pytest.fixture(scope="module")
+def world():
+    "The tiny world with clean twins."
+    return twin_world(CONFIG)
 
 
 def away(config):

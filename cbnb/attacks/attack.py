@@ -30,7 +30,7 @@ from ..data.streams import load_streams, read_streams
 # %% auto #0
 __all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'point_words',
            'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'attack_parts', 'check_heldout',
-           'check_attack', 'merge_attacks', 'write_attacks', 'attack_run', 'attack_adapters']
+           'check_attack', 'merge_attacks', 'write_findings', 'attack_run', 'attack_adapters']
 
 # %% ../../nbs/attacks/08_attack.ipynb #695a6bcf
 from cbnb.evaluate.adapters import (
@@ -298,10 +298,10 @@ def merge_attacks(record: dict[str, Any], earlier: dict[str, Any] | None) -> tup
     return record | {"attacks": {name: attacks[name] for name in order}}, ""
 
 # %% ../../nbs/attacks/08_attack.ipynb #a77ac603
-def write_attacks(folder: Path, record: dict[str, Any]) -> None:
-    """Write `record` to attacks.json in `folder`, and where that is a run's directory its report.html and the
-    card of its adapter anew."""
-    write_json(folder / "attacks.json", record)
+def write_findings(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Write `record` to the file `name` in `folder`, and where that is a run's directory its report.html and
+    the card of its adapter, which show it, anew."""
+    write_json(folder / name, record)
     result = read_record(folder / "result.json")
     if result and "before" in result:
         write_run_report(folder, result)
@@ -359,7 +359,7 @@ def attack_run(
     record, note = merge_attacks(record, earlier)
     if note:
         tell(f"note: {note}")
-    write_attacks(folder, record)
+    write_findings(folder, "attacks.json", record)
     return record, folder
 
 # %% ../../nbs/attacks/08_attack.ipynb #6f01d2d9

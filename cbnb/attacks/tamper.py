@@ -18,19 +18,19 @@ from peft import PeftModel
 from torch import nn
 
 from .asking import Victim, victim_now
-from .attack import attack_questions
+from .attack import attack_questions, write_findings
 from .changes import CHANGES, changed_models, measure_point, merge
 from .control import LEAST, plant_control
 from .finetune import is_open, tune_curve, tune_marks, tune_settings
 from .span import AttackItem, attack_items
-from ..basics.jsonfiles import RunError, write_json
+from ..basics.jsonfiles import RunError
 from ..basics.numbers import rate_interval
 from ..config import CircuitBreakerConfig, ConfigError, check_limits
 
 # %% auto #0
 __all__ = ['MakeStudent', 'MOST_BENIGN', 'success_words', 'likeliest_open', 'exact_matches', 'control_note', 'tamper_verdict',
            'two_sides', 'parse_examples', 'training_benign', 'maker', 'start_of', 'finetune_points', 'finetune_sets',
-           'change_results', 'control_of', 'tamper_student', 'check_tamper', 'write_tamper', 'tamper_run']
+           'change_results', 'control_of', 'tamper_student', 'check_tamper', 'tamper_run']
 
 # %% ../../nbs/attacks/11_tamper.ipynb #54d1223c
 from ..data.sources import split_commas
@@ -59,10 +59,8 @@ from ..evaluate.reader import derive_reader
 from ..evaluate.scores import check_readable, group_of, pick_questions
 from ..masking.actions import for_policy
 from ..masking.masker import ChatMasker
-from ..report.figures import interval_words, write_run_report
-from ..run.records import read_record
+from ..report.figures import interval_words
 from ..step.models import add_adapter
-from ..train.card import refresh_card
 from ..train.same import made_from
 from ..train.store import encode_for
 from ..transcripts.record import Transcript
@@ -360,16 +358,6 @@ def check_tamper(run: str, trust_remote_code: bool = False) -> tuple[Adapter, Pa
     # a teacher that is another model takes no part
     return dataclasses.replace(own, parameters=own.parameters | {"teacher": ""}), own.run
 
-# %% ../../nbs/attacks/11_tamper.ipynb #af0a8358
-def write_tamper(folder: Path, record: dict[str, Any]) -> None:
-    """Write `record` to tamper.json in the run's directory `folder`, and report.html and the adapter's card
-    anew, where there are such."""
-    write_json(folder / "tamper.json", record)
-    result = read_record(folder / "result.json")
-    if result and "before" in result:
-        write_run_report(folder, result)
-        refresh_card(folder / "adapter", result)
-
 # %% ../../nbs/attacks/11_tamper.ipynb #2a263ec3
 def tamper_run(
     run: str,
@@ -427,5 +415,5 @@ def tamper_run(
         "items": {"attacked": len(items), "benign": dict(Counter(map(group_of, benign)))},
         "left_out": losses,
     } | tamper_student(make, config, meet, items, benign, sets, steps, settings, is_quantised, tell)
-    write_tamper(folder, record)
+    write_findings(folder, "tamper.json", record)
     return record
