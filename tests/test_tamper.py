@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cbnb.attacks.asking import victim_now
+from cbnb.attacks.attack import training_stream
 from cbnb.attacks.changes import changed_models, merge, round_base, round_nf4
 from cbnb.attacks.finetune import adapter_weights, is_open, tune_curve, tune_marks, tune_settings
-from cbnb.attacks.tamper import tamper_run, tamper_verdict, training_benign
+from cbnb.attacks.tamper import tamper_run, tamper_verdict
 from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import ConfigError, get_config
@@ -217,7 +218,7 @@ def test_what_cannot_be_done_is_said(run):
     with pytest.raises(RunError, match="that takes 10"):
         tamper_run(str(run), examples="60")
     own = find_adapter(str(run))
-    assert len(training_benign(own)) == 1800
+    assert len(training_stream(own, "benign")) == 1800
     (run / "data" / "train_benign.jsonl").rename(run / "data" / "away")
     with pytest.raises(RunError, match="put it back"):
         tamper_run(str(run))

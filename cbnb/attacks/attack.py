@@ -29,8 +29,9 @@ from ..data.streams import load_streams, read_streams
 
 # %% auto #0
 __all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'point_words',
-           'attack_student', 'attack_questions', 'training_questions', 'two_parts', 'attack_parts', 'check_heldout',
-           'check_attack', 'merge_attacks', 'write_findings', 'attack_run', 'attack_adapters']
+           'attack_student', 'attack_questions', 'training_file', 'training_stream', 'training_questions', 'two_parts',
+           'attack_parts', 'check_heldout', 'check_attack', 'merge_attacks', 'write_findings', 'attack_run',
+           'attack_adapters']
 
 # %% ../../nbs/attacks/08_attack.ipynb #695a6bcf
 from cbnb.evaluate.adapters import (
@@ -41,7 +42,6 @@ from cbnb.evaluate.adapters import (
     check_finished,
     decoding_for,
     find_adapter,
-    first_run,
     heldout_files,
     load_student,
     masker_for,
@@ -192,21 +192,39 @@ def attack_questions(transcripts: Sequence[Transcript]) -> list[Transcript]:
     """Return the questions of harmful `transcripts` whose success can be seen."""
     return [q for t in transcripts for q in questions(t) if q.label == "harmful" and is_attack(q)]
 
-# %% ../../nbs/attacks/08_attack.ipynb #78311511
-def training_questions(adapters: list[Adapter], count: int) -> list[Transcript]:
-    """Return at most `count` attack questions of the data that the first adapter's run was trained on, in its
-    order; none without a run, or where its data is not there."""
-    run = first_run(adapters)
-    if run is None:
-        return []
-    folder, parameters = run
-    reading = reading_for(adapters)
-    if parameters["data"] == "tinyagent":
-        path = folder / "data" / "train_harmful.jsonl"
-        harmful: Any = read_streams([str(path)], reading)[0] if path.is_file() else []
+# %% ../../nbs/attacks/08_attack.ipynb #trnfile1
+def training_file(own: Adapter, label: str) -> Path | None:
+    """Return where the run of the adapter `own` keeps the transcripts of `label` that it was trained on; None
+    where its data are files of the user's."""
+    if own.parameters["data"] != "tinyagent":
+        return None
+    return Path(own.run or "") / "data" / f"train_{label}.jsonl"
+
+# %% ../../nbs/attacks/08_attack.ipynb #trnstrm1
+def training_stream(own: Adapter, label: str) -> Sequence[Transcript]:
+    """Return the transcripts of `label` that the run of the adapter `own` was trained on, in its order.
+    Raises RunError where the run's file is not there, and what `cbnb.data.streams.load_streams` raises."""
+    reading, path = reading_for([own]), training_file(own, label)
+    if path is None:
+        by = own.parameters.get("heldout_by", "prompt")
+        files = split_commas(own.parameters["data"])
+        harmful, benign, *_ = load_streams(files, heldout_files([own]), by, reading)
+    elif path.is_file():
+        harmful, benign = read_streams([str(path)], reading)
     else:
-        by = parameters.get("heldout_by", "prompt")
-        harmful = load_streams(split_commas(parameters["data"]), heldout_files(adapters), by, reading)[0]
+        raise RunError(f"{path}, on which the run was trained, is not there: put it back")
+    return {"harmful": harmful, "benign": benign}[label]
+
+# %% ../../nbs/attacks/08_attack.ipynb #78311511
+def training_questions(own: Adapter, count: int) -> list[Transcript]:
+    """Return at most `count` attack questions that the run of the adapter `own` was trained on, in its order;
+    none without a run, or where the tiny agent's files are not there."""
+    if own.run is None:
+        return []
+    path = training_file(own, "harmful")
+    if path is not None and not path.is_file():
+        return []
+    harmful = training_stream(own, "harmful")
     return list(islice((q for t in harmful for q in attack_questions([t])), count))
 
 # %% ../../nbs/attacks/08_attack.ipynb #b6e9a53b
@@ -244,7 +262,7 @@ def attack_parts(
     asks = pick_questions(attack_questions(questions_for([own], eval_data, reading)), count)
     check_readable(reader, asks)
     items, reasons = attack_items(masker, reader, asks)
-    train, more = attack_items(masker, reader, training_questions([own], count))
+    train, more = attack_items(masker, reader, training_questions(own, count))
     losses = {reason: reasons.get(reason, 0) + more.get(reason, 0) for reason in {**reasons, **more}}
     return *two_parts(train, items, losses), losses
 

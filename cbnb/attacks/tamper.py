@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from .asking import Victim, victim_now
-from .attack import attack_questions, write_findings
+from .attack import attack_questions, training_stream, write_findings
 from .changes import CHANGES, changed_models, measure_point, merge
 from .control import LEAST, plant_control
 from .finetune import is_open, tune_curve, tune_marks, tune_settings
@@ -29,19 +29,18 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits
 
 # %% auto #0
 __all__ = ['MakeStudent', 'MOST_BENIGN', 'success_words', 'likeliest_open', 'exact_matches', 'control_note', 'tamper_verdict',
-           'two_sides', 'parse_examples', 'training_benign', 'maker', 'start_of', 'finetune_points', 'finetune_sets',
-           'change_results', 'control_of', 'tamper_student', 'check_tamper', 'tamper_run']
+           'two_sides', 'parse_examples', 'maker', 'start_of', 'finetune_points', 'finetune_sets', 'change_results',
+           'control_of', 'tamper_student', 'check_tamper', 'tamper_run']
 
 # %% ../../nbs/attacks/11_tamper.ipynb #54d1223c
 from ..data.sources import split_commas
-from ..data.streams import Sample, drop_refused, load_streams, read_streams
+from ..data.streams import Sample, drop_refused
 from cbnb.evaluate.adapters import (
     Adapter,
     base_name,
     check_trusted,
     decoding_for,
     find_adapter,
-    heldout_files,
     load_options,
     load_student,
     made_with,
@@ -163,20 +162,6 @@ def parse_examples(text: str) -> list[int]:
         raise RunError(f"examples are whole numbers from 1, such as 1,4,16, but {text!r} was given")
     return sorted({int(name) for name in names})
 
-# %% ../../nbs/attacks/11_tamper.ipynb #15d5a37c
-def training_benign(own: Adapter) -> Sequence[Transcript]:
-    """Return the benign transcripts that the run of the adapter `own` was trained on, in its order. Raises
-    RunError where the run's files are not there, and what `cbnb.data.streams.load_streams` raises."""
-    if own.parameters["data"] != "tinyagent":
-        by = own.parameters.get("heldout_by", "prompt")
-        return load_streams(
-            split_commas(own.parameters["data"]), heldout_files([own]), by, reading_for([own])
-        )[1]
-    path = Path(own.run or "") / "data" / "train_benign.jsonl"
-    if not path.is_file():
-        raise RunError(f"{path}, on which the run was trained, is not there: put it back to fine-tune on it")
-    return read_streams([str(path)], reading_for([own]))[1]
-
 # %% ../../nbs/attacks/11_tamper.ipynb #6068a7d1
 MakeStudent = Callable[
     ..., PeftModel
@@ -257,7 +242,7 @@ def finetune_sets(
 ) -> dict[str, Sequence[Sample]]:
     """Return the samples of each fine-tuning by its name: `benign`, and `harmful, k examples` for each of
     `numbers`, the first of the items `train`. Raises what `cbnb.train.store.encode_for` raises."""
-    benign = list(islice(training_benign(own), MOST_BENIGN))
+    benign = list(islice(training_stream(own, "benign"), MOST_BENIGN))
     rest = drop_refused(benign, masker, reading_for([own]), config.split_turns)
     sets = {"benign": encode_for(config, "benign", rest, masker)[0]}
     for k in numbers:

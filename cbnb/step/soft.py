@@ -17,7 +17,7 @@ from torch import nn
 from ..config import ConfigError
 
 # %% auto #0
-__all__ = ['VECTORS', 'PROMPTS', 'STEPS', 'RATE', 'MOMENTS', 'shift', 'make_room', 'soft_embeddings', 'soft_rows', 'row_means',
+__all__ = ['VECTORS', 'PROMPTS', 'STEPS', 'RATE', 'MOMENTS', 'shift', 'make_room', 'soft_embeddings', 'soft_rows', 'reduce_rows',
            'Searches', 'start_vectors', 'new_search', 'current', 'search_step', 'searches_state', 'load_searches']
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn12
@@ -86,13 +86,15 @@ def soft_rows(
         yield room
 
 # %% ../../nbs/step/10_soft.ipynb #sf10fn11
-def row_means(values: torch.Tensor, index: torch.Tensor, rows: dict[str, Any]) -> torch.Tensor:
-    """Return the mean of `values` [M], which stand at the flattened tokens `index` int64 [M], over each of
-    the padded `rows`, [B]; 0 for a row without any."""
+def reduce_rows(
+    values: torch.Tensor, index: torch.Tensor, rows: dict[str, Any], how: str = "mean"
+) -> torch.Tensor:
+    """Return the mean or, by `how`, the sum of `values` [M], which stand at the flattened tokens `index`
+    int64 [M], over each of the padded `rows`, [B]; 0 for a row without any."""
     count, width = rows["input_ids"].shape
     # a sum over a masked row: that of an index would be added up in any order on a GPU
     own = index // width == torch.arange(count, device=index.device)[:, None]
-    return torch.where(own, values, 0.0).sum(1) / own.sum(1).clamp(min=1)
+    return torch.where(own, values, 0.0).sum(1) / (own.sum(1).clamp(min=1) if how == "mean" else 1)
 
 # %% ../../nbs/step/10_soft.ipynb #sf10cl01
 PROMPTS, STEPS, RATE = 2, 20, 0.2  # searches; steps of each; step of Adam, as a share of an embedding's size

@@ -21,7 +21,7 @@ from ..step.model_checks import check_model
 from ..step.models import check_teacher, num_blocks
 from ..step.objectives import OPTIONAL, Objective, Pair, count_of, find_objective, token_terms
 from ..step.passes import States, both_passes, one_pass, teacher_pass
-from ..step.soft import Searches, current, row_means, search_step, soft_rows
+from ..step.soft import Searches, current, reduce_rows, search_step, soft_rows
 
 # %% auto #0
 __all__ = ['at_targets', 'state_pairs', 'state_terms', 'CircuitBreaker']
@@ -159,21 +159,24 @@ class CircuitBreaker(nn.Module):
         ours, theirs = (torch.cat(list(side)) for side in zip(*sides))
         return self.kl(ours, theirs)
 
+    def answer_log_probs(
+        self, last: torch.Tensor | None, rows: dict, logits: Callable, how: str
+    ) -> torch.Tensor:
+        """Return the mean or the sum (`how`) over each of padded `rows` [B] of the log-probabilities of its
+        targets, in nats, from final hidden states `last` [N, d] and the output layer `logits`."""
+        at, in_chunks = rows["predicting_index"], "fused_kl" in self.circuit_breaker_config.savings
+        tokens = rows["input_ids"].flatten()[at + 1]
+        values = head_log_prob(cast(torch.Tensor, last), tokens, logits, in_chunks)
+        return reduce_rows(values, at, rows, how)
+
     def log_probs(self, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities that student and teacher give to the targets of each of padded `rows`,
         [B] each, in nats: their sum, or their mean if `dpo_logprob` is."""
-        config, width = self.circuit_breaker_config, rows["input_ids"].shape[1]
-        ours, theirs = (cast(torch.Tensor, last) for _, last in self.states(rows, final=True))
-        at, in_chunks = rows["predicting_index"], "fused_kl" in config.savings
-        tokens = rows["input_ids"].flatten()[at + 1]
-        student = head_log_prob(ours, tokens, self.head.logits, in_chunks)
+        how = self.circuit_breaker_config.dpo_logprob
+        (_, ours), (_, theirs) = self.states(rows, final=True)
+        student = self.answer_log_probs(ours, rows, self.head.logits, how)
         with torch.no_grad():
-            teacher = head_log_prob(theirs, tokens, self.teacher_logits, in_chunks)
-        # a sum over a masked row: that of an index would be added up in any order on a GPU
-        own = at // width == torch.arange(len(rows["input_ids"]), device=at.device)[:, None]
-        count = own.sum(1).clamp(min=1) if config.dpo_logprob == "mean" else 1
-        student, teacher = (torch.where(own, values, 0.0).sum(1) / count for values in (student, teacher))
-        return student, teacher
+            return student, self.answer_log_probs(theirs, rows, self.teacher_logits, how)
 
     def preference(self, twins: list[dict]) -> torch.Tensor:
         """Return the DPO loss of each pair of `twins`: of the user's own next action over the rejected one,
@@ -192,7 +195,7 @@ class CircuitBreaker(nn.Module):
             with soft_rows((self.student, self.teacher), rows["rejected"], soft) as room:
                 (ours, _), (theirs, _) = self.states(room, final=False)
             layers = torch.stack([token_reroute(ours[layer], theirs[layer]) for layer in ours])
-            values.append(row_means(layers.mean(0), room["token_index"], room))
+            values.append(reduce_rows(layers.mean(0), room["token_index"], room))
         return torch.cat(values)
 
     def soft_gradient(self, twins: list[dict], soft: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
@@ -204,12 +207,8 @@ class CircuitBreaker(nn.Module):
         for rows in twins:
             with soft_rows((self.student,), rows["rejected"], vectors) as room:
                 last = at_targets(*one_pass(self.student, room, config, True), room)[1]
-            at = room["predicting_index"]
-            tokens = room["input_ids"].flatten()[at + 1]
-            values = head_log_prob(
-                cast(torch.Tensor, last), tokens, self.head.logits, "fused_kl" in config.savings
-            )
-            loss = -row_means(values, at, room).sum() / pairs.clamp(min=1)
+            likelihood = self.answer_log_probs(last, room, self.head.logits, "mean")
+            loss = -likelihood.sum() / pairs.clamp(min=1)
             total += torch.autograd.grad(loss, vectors)[0]
         return total
 
