@@ -129,7 +129,15 @@ PARTS = (
             ("Measured", ("masks_outside.md", "real_sources.md", "red_team.md", "bench/*.ipynb")),
         ),
     ),
-    ("Explanation", ("explanation/method.md", "explanation/results.md", "explanation/cost.md")),
+    (
+        "Explanation",
+        (
+            "explanation/method.md",
+            "explanation/results.md",
+            "explanation/methods.ipynb",
+            "explanation/cost.md",
+        ),
+    ),
 )
 BESIDE = ("slurm/README.md", "CONTRIBUTING.md")  # pages of the site that stand beside nbs/
 

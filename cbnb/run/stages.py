@@ -276,11 +276,11 @@ def tell_or_stop(run: Run, name: str, tell: Callable[[str], None]) -> Callable[[
     """Return a function that hands a line to `tell`, and then raises `RunInterrupted` if a stop of `run` is
     requested: for a stage `name` whose points are kept."""
 
-    def told(line: str) -> None:
+    def hand_on(line: str) -> None:
         tell(line)
         if stop_requested(run):
             raise RunInterrupted(
                 f"stopped in the stage {name!r}; -p run_dir {run.path} goes on from what is saved"
             )
 
-    return told
+    return hand_on
