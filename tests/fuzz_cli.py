@@ -624,7 +624,7 @@ def world_paths(folder):
 
 
 SAID = {
-    "preset": ["tinyagent", "base", "llama-3-8b", "llama-4-scout"],
+    "preset": ["tinyagent", "tinyagent-adv", "base", "llama-3-8b", "llama-4-scout"],
     "model": ["tinyagent"],
     "on_error": ["raise", "skip"],
     "relabel": ["source"],

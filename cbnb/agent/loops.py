@@ -20,7 +20,7 @@ from ..config import ConfigError, check_loop, split_loop
 from ..evaluate.decoding import Decoding
 from ..evaluate.reader import AnswerReader
 from ..masking.masker import ChatMasker
-from ..run.stages import Run, RunInterrupted, read_status, set_status, stop_requested
+from ..run.stages import Run, read_status, set_status, stop_error, stop_requested
 from ..step.models import is_in_parts
 
 # %% auto #0
@@ -76,9 +76,7 @@ def episode_counter(
     def count(done: int, of: int) -> None:
         nonlocal last
         if agree(stop_requested(run)):
-            raise RunInterrupted(
-                f"stopped in the stage {name!r}; -p run_dir {run.path} goes on from what is saved"
-            )
+            raise stop_error(run, name)
         if is_first() and time.monotonic() - last >= seconds:
             last = time.monotonic()
             set_status(run, "running", stage=name, episodes={"done": done, "of": of})

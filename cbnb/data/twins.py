@@ -204,7 +204,10 @@ def draft_twins(
 def no_twins(report: StreamReport) -> EmptyStream:
     """Return the error for harmful transcripts of which none has the rows that the objective reads."""
     losses = "; ".join(report.losses()) or "there is none"
-    advice = "mark the injected characters with cbnb spans, or give objective rr"
+    advice = (
+        "mark the injected characters with cbnb spans, or give objective rr (the tiny agent: preset "
+        "tinyagent)"
+    )
     if set(report.counts) & {"no_choice", "no_place"}:
         advice = "look at the masks of these transcripts, or give objective rr_twin"
     return EmptyStream(

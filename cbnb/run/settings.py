@@ -232,6 +232,12 @@ def settings_of(
     if name != preset:
         notes.append(f"the settings are those of the preset {name}, which is {model}'s")
     config = get_config(name, **own)
+    meant = PRESETS[name].objective
+    if config.objective != meant and meant != get_config(PUBLISHED).objective:
+        notes.append(
+            f"the weights and the schedule of the preset {name} were chosen for the objective {meant}, and "
+            f"{config.objective} was given: -p preset {PRESETS[name].model} has those of the published method"
+        )
     if model not in (None, PRESETS[name].model):
         notes += shape_notes(name, str(model), trust_remote_code)
     return config, [*notes, *of_no_weight(config, own)]
