@@ -232,10 +232,10 @@ def settings_of(
     if name != preset:
         notes.append(f"the settings are those of the preset {name}, which is {model}'s")
     config = get_config(name, **own)
-    meant = PRESETS[name].objective
-    if config.objective != meant and meant != get_config(PUBLISHED).objective:
+    aim = PRESETS[name].objective
+    if config.objective != aim and aim != get_config(PUBLISHED).objective:
         notes.append(
-            f"the weights and the schedule of the preset {name} were chosen for the objective {meant}, and "
+            f"the weights and the schedule of the preset {name} were chosen for the objective {aim}, and "
             f"{config.objective} was given: -p preset {PRESETS[name].model} has those of the published method"
         )
     if model not in (None, PRESETS[name].model):
