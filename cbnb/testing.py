@@ -110,12 +110,12 @@ def chatml_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
 
 # %% ../nbs/testing.ipynb #69ca523f
 def llama_tensors(rows: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a Llama of two blocks of width 64 and `rows` tokens, by its name in a
-    GGUF file."""
-    block = {name: (64,) for name in ("attn_norm", "ffn_norm")}
+    """Return the shape of each tensor of a Llama of two blocks of width 64 and `rows` tokens, by its name in
+    a GGUF file."""
+    block: dict[str, tuple[int, ...]] = {name: (64,) for name in ("attn_norm", "ffn_norm")}
     block |= {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
     block |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
-    shapes = {"token_embd": (rows, 64), "output_norm": (64,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (rows, 64), "output_norm": (64,)}
     return shapes | {f"blk.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
 
 # %% ../nbs/testing.ipynb #0b7026ac

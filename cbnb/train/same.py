@@ -109,7 +109,7 @@ def data_files(entries: list[str], tools: str = "") -> list[Path]:
 # %% ../../nbs/train/02_same.ipynb #fd240c60
 # of a model's folder, beside its weights: settings, code, and tokenizers of any kind
 LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", "*.tiktoken")
-# compared without the template, or not at all; a manifest repeats the hashes of the others and of the template
+# compared without the template, or not at all; a manifest repeats the hashes of the others
 OWN_WORDS = ("tokenizer_config.json", "chat_template.json", "manifest.json")
 
 
