@@ -122,7 +122,7 @@ def llama_tensors(rows: int) -> dict[str, tuple[int, ...]]:
 def add_metadata(out: GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str) -> None:
     """Give the GGUF file `out` the configuration of `llama_tensors` and a byte-level BPE `tokenizer`, whose
     pre-tokenizer is named `pre`."""
-    parts, added = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.added_tokens_decoder
+    parts, whole = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.added_tokens_decoder
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     for key, number in {"block_count": 2, "context_length": 128, "embedding_length": 64}.items():
         out.add_uint32(f"llama.{key}", number)
@@ -135,7 +135,7 @@ def add_metadata(out: GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str) 
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre(pre)
     out.add_token_list([token for token, _ in vocabulary])
-    out.add_token_types([(3 if added[i].special else 4) if i in added else 1 for _, i in vocabulary])
+    out.add_token_types([(3 if whole[i].special else 4) if i in whole else 1 for _, i in vocabulary])
     out.add_token_merges([" ".join(pair) for pair in parts["model"]["merges"]])
     out.add_eos_token_id(tokenizer.eos_token_id)
     out.add_chat_template(tokenizer.chat_template)

@@ -41,7 +41,7 @@ say() { local LC_ALL=C; printf '%s: %s\n' "$(date +%T)" "${*//[![:print:]]/?}"; 
 for_model() {
     MODEL=${MODEL:-meta-llama/Llama-3.1-8B-Instruct}
     if [ "$MODEL" = tinyagent ]; then
-        model=(-p preset tinyagent -p data "${DATA:-tinyagent}")
+        model=(-p preset tinyagent-adv -p data "${DATA:-tinyagent}")
     else
         [ -n "${DATA:-}" ] || { echo "DATA is not set: DATA=harmful.jsonl,benign.jsonl names transcripts of both labels, DATA=tinyagent an invented world for a trial" >&2; exit 2; }
         model=(-p preset llama-3.1-8b-instruct -p model "$MODEL" -p data "$DATA" "$@")

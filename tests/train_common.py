@@ -34,6 +34,7 @@ def little_data(folder):
             [t for kind in ("injection", "plain") for t in make_transcripts(kind, 10)[part]],
         )
     return {name: str(folder / f"{name}.jsonl") for name in ("data", "eval_data")} | {
+        "preset": "tinyagent",
         "max_new_tokens": 4,
         "eval_scales": "",
         "diagnose_steps": 0,

@@ -10,17 +10,17 @@ from pathlib import Path
 import cbnb.basics.reading
 
 # %% auto #0
-__all__ = ['PACKAGE', 'TINYAGENT', 'SMOLLM2', 'made_models', 'local_folder']
+__all__ = ['PACKAGE', 'TINYAGENT', 'SMOLLM2', 'model_cache', 'local_folder']
 
 # %% ../../nbs/basics/10_places.ipynb #places05
 PACKAGE = Path(cbnb.basics.reading.__file__).resolve().parents[1]
 TINYAGENT = PACKAGE / "tinyagent_model"
 
-# %% ../../nbs/basics/10_places.ipynb #d3600780
+# %% ../../nbs/basics/10_places.ipynb #920200bc
 SMOLLM2 = "smollm2-b0f3d923"
 
-
-def made_models(cache: str | Path | None = None) -> Path:
+# %% ../../nbs/basics/10_places.ipynb #d3600780
+def model_cache(cache: str | Path | None = None) -> Path:
     """Return the folder of the models that `cbnb fetch` makes: `cbnb` in the folder `cache`, by default the
     hub's."""
     if cache is None:
@@ -35,4 +35,4 @@ def local_folder(name: str) -> Path:
     of that path. It need not be there: then `name` is a hub id."""
     if name == "tinyagent":
         return TINYAGENT
-    return made_models() / SMOLLM2 if name == "smollm2" else Path(name).expanduser()
+    return model_cache() / SMOLLM2 if name == "smollm2" else Path(name).expanduser()

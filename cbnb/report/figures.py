@@ -673,7 +673,7 @@ LINE_OF = {
 }
 
 # %% ../../nbs/report/00_figures.ipynb #b5db48d7
-def short(text: str, most: int = 10) -> str:
+def short(text: str, most: int = 12) -> str:
     "Return `text`, or its first characters and an ellipsis where it has more than `most`."
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
@@ -827,9 +827,9 @@ def line(rows: list[dict[str, Any]], key: str, name: str, limits: list[float], l
     return trace
 
 # %% ../../nbs/report/00_figures.ipynb #ba953726
-WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=68, r=64, t=50, b=44)
+WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=68, r=84, t=50, b=44)
 # domains of the panels, in shares of the plot
-COLUMNS, LINES = ((0.0, 0.45), (0.54, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))
+COLUMNS, LINES = ((0.0, 0.405), (0.595, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))
 
 # %% ../../nbs/report/00_figures.ipynb #4a23e674
 def axis_ids(n: int) -> tuple[str, str]:

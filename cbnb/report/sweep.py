@@ -839,6 +839,7 @@ TABLED = (
     "harmful_cosine",
     "attack_success",
     "attack_success_lax",
+    "attack_success_prefill",
     "unparseable",
     "loop_utility",
     "loop_utility_under_attack",
@@ -916,6 +917,8 @@ def rate_cell(row: dict[str, Any], column: str) -> str:
     kind = "attack" if column in ANSWERED else ""
     if column.startswith("exact_match_"):
         kind = column.removeprefix("exact_match_")
+    if column == "attack_success_prefill":
+        kind = "attack_prefill"
     if column.startswith(("loop_", "attacked_")):
         kind = column
     rate, n, samples = row[column], row.get(f"n_{kind}", 0), 1 if kind == column else row.get("samples", 1)

@@ -207,7 +207,7 @@ def log_measures(
     }
 
 # %% ../../nbs/report/01_verdicts.ipynb #5435a979
-RATES = ("attack_success", "attack_success_lax", "unparseable", "harmful_cosine")
+RATES = ("attack_success", "attack_success_lax", "attack_success_prefill", "unparseable", "harmful_cosine")
 MAPS = {
     "heldout_kl": ("in_domain", "off_domain"),
     "heldout_top1": ("in_domain", "off_domain"),
@@ -275,19 +275,20 @@ def half_passes(points: Sequence[dict[str, Any]]) -> float:
 
 # %% ../../nbs/report/01_verdicts.ipynb #a77ac402
 def attack_measures(record: dict[str, Any]) -> dict[str, float]:
-    """Return what attacks did by an attacks.json (`cbnb.attacks.attack`), flat: `attacked_soft`, the highest
-    success of its curve, NaN where the verdict is void, with `n_` in front how many items stand behind it,
-    `passes_` the passes until half of them succeed (`half_passes`), `budget_` what it could spend. Empty for
-    a run that nobody attacked."""
+    """Return what attacks did by an attacks.json (`cbnb.attacks.attack`), flat: `attacked_soft` and
+    `attacked_soft_lax`, the highest strict and lax success of its curve, NaN where the verdict is void, with
+    `n_` in front how many items stand behind it, `passes_` the passes until half of them succeed
+    (`half_passes`), `budget_` what it could spend. Empty for a run that nobody attacked."""
     flat: dict[str, float] = {}
     for name, attack in list(dict_in(record, "attacks").items())[:KINDS_READ]:
         column, points = f"attacked_{visible(name)[:40]}", attack["points"].get("breaker", ())
-        counts = [point["counts"]["attack_success"] for point in points]
-        rates = [(hits / n, n) for hits, n in counts if n]
-        best, n = max(rates, default=(math.nan, 0))
-        is_void = attack["verdict"] == "void" or not rates
-        flat[column] = math.nan if is_void else best
-        flat[f"n_{column}"], flat[f"budget_{column}"] = float(n), float(attack["budget"])
+        is_void = attack["verdict"] == "void"
+        for rate, end in (("attack_success", ""), ("attack_success_lax", "_lax")):
+            counts = (point["counts"].get(rate, (0, 0)) for point in points)
+            best, n = max(((hits / n, n) for hits, n in counts if n), default=(math.nan, 0))
+            flat |= {column + end: math.nan if is_void else best, f"n_{column}{end}": float(n)}
+        is_void = is_void or not flat[f"n_{column}"]
+        flat[f"budget_{column}"] = float(attack["budget"])
         flat[f"passes_{column}"] = math.nan if is_void else half_passes(points)
     return flat
 
@@ -300,7 +301,12 @@ def result_measures(result: dict[str, Any]) -> dict[str, float]:
     answers, decoding = (dict_in(dict_in(result, "after"), key) for key in ("n", "decoding"))
     counts = {
         f"n_{visible(kind)[:40]}": as_float(answers.get(kind))
-        for kind in ["attack", *MAPS["exact_match"], *sorted(map(str, answers))[:KINDS_READ]]
+        for kind in [
+            "attack",
+            "attack_prefill",
+            *MAPS["exact_match"],
+            *sorted(map(str, answers))[:KINDS_READ],
+        ]
     }
     before = {f"before_{key}": value for key, value in before.items()}
     acted = loop_measures(dict_in(result, "loop"))

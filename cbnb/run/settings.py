@@ -181,11 +181,11 @@ def derive_settings(facts: Facts, own: Mapping[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/run/12_settings.ipynb #setng013
 def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) -> str:
     """Return the name of the preset whose settings a run takes that names `preset` and `model` (None: the
-    preset's): tinyagent, the notebooks' default, gives way to the one that names `model`, and to
-    `PUBLISHED` for a model of another shape. Raises OSError where a configuration that it takes to know is
-    not there."""
+    preset's): one of the tiny agent, such as the notebooks' default, gives way to the one that names `model`,
+    and to `PUBLISHED` for a model of another shape. Raises OSError where a configuration that it takes to
+    know is not there."""
     own = PRESETS[preset].model
-    if preset != "tinyagent" or model is None or model == own:
+    if own != "tinyagent" or model is None or model == own:
         return preset
     presets = {config.model: name for name, config in PRESETS.items()}
     if model in presets:
@@ -231,10 +231,10 @@ def settings_of(
     """Return `(config, notes)`: the configuration of the settings `values` by name (None: the preset's) on
     the `preset`, and sentences for whoever starts the run.
 
-    `preset` tinyagent, the notebooks' default, is the tiny agent's: for a model of another shape the
-    settings are those of the preset that names it, else `derive_settings`. Any other preset holds for any
-    model; where that is of another shape than the preset's, a note says so. Raises ConfigError as
-    `get_config` does, and OSError where the settings follow from a configuration that is not there."""
+    A `preset` of the tiny agent, such as the notebooks' default, gives way to a model of another shape: to
+    the preset that names it, else to `derive_settings`. Any other preset holds for any model; where that is
+    of another shape than the preset's, a note says so. Raises ConfigError as `get_config` does, and OSError
+    where the settings follow from a configuration that is not there."""
     own = {k: v for k, v in values.items() if v is not None}
     model, notes = own.get("model"), []
     name = preset_for(preset, model, trust_remote_code)

@@ -19,7 +19,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['ENDING', 'process_state', 'still_running', 'hold', 'Run', 'now', 'stop_requested', 'read_status', 'set_status',
            'write_status', 'on_signals', 'RunInterrupted', 'crash_hint', 'first_error', 'private_umask', 'record_end',
-           'raise_interrupted', 'stage']
+           'raise_interrupted', 'stage', 'tell_or_stop']
 
 # %% ../../nbs/run/04_stages.ipynb #58988f3a
 from ..basics.disk import full_disk_words, is_full_disk, release
@@ -270,3 +270,17 @@ def stage(run: Run, name: str, stops: bool = True) -> Iterator[None]:
             if full:
                 raise full from e
             raise
+
+# %% ../../nbs/run/04_stages.ipynb #tellfn01
+def tell_or_stop(run: Run, name: str, tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that hands a line to `tell`, and then raises `RunInterrupted` if a stop of `run` is
+    requested: for a stage `name` whose points are kept."""
+
+    def told(line: str) -> None:
+        tell(line)
+        if stop_requested(run):
+            raise RunInterrupted(
+                f"stopped in the stage {name!r}; -p run_dir {run.path} goes on from what is saved"
+            )
+
+    return told

@@ -315,8 +315,8 @@ def rr_twin_adv_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) ->
     return rr_weights(config, c_s, c_r) | halves
 
 # %% ../../nbs/step/02_objectives.ipynb #sf0obj01
-SOFT_REROUTE = Term("soft_reroute", "reroute, soft prompt", "mean relu(cosine)", 0.0, 1.0, 1.0)
-SOFT_TWIN = Term("soft_twin", "twin KL, soft prompt", "nats per token", 0.0)
+SOFT_REROUTE = Term("soft_reroute", "soft reroute", "mean relu(cosine)", 0.0, 1.0, 1.0)
+SOFT_TWIN = Term("soft_twin", "soft twin KL", "nats per token", 0.0)
 rr_twin_adv = Objective("rr_twin_adv", (*rr_twin.terms, SOFT_REROUTE, SOFT_TWIN), rr_twin_adv_weights)
 BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "rr_twin_adv": rr_twin_adv, "dpo": dpo}
 

