@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     check_regular(path)
     try:
         return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-    except (ValueError, IndexError, KeyError) as e:
+    except Exception as e:  # whatever a damaged file makes of that library
         raise FetchError(f"{path} is no GGUF file that can be read: {first_line(e)}") from e
 
 # %% ../../nbs/sweep/04_gguf.ipynb #4072b704
@@ -160,8 +160,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """Fill `folder` with the model in the GGUF file at `path`, as transformers loads one, in bfloat16. Raises
     FetchError, and ConfigError for what transformers cannot convert."""
     metadata = read_metadata(path)
-    build_tokenizer(metadata).save_pretrained(folder)
-    check_tokenizer(metadata, folder)
+    try:
+        build_tokenizer(metadata).save_pretrained(folder)
+        check_tokenizer(metadata, folder)
+    except KeyError as e:
+        raise FetchError(f"{path} does not say {e.args[0]}: it holds no language model") from e
     save_weights(path, folder)
 
 # %% ../../nbs/sweep/04_gguf.ipynb #9880f763
