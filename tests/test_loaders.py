@@ -35,6 +35,8 @@ ALLOWED = {  # what is not the door, and why
     "cbnb/step/loaders.py": {"from_pretrained", "from_config", "load_adapter", "snapshot_download"},
     # cbnb fetch: files by pattern, none of them Python
     "cbnb/sweep/fetch.py": {"snapshot_download"},
+    # a GGUF file, which holds numbers and text alone
+    "cbnb/sweep/gguf.py": {"from_pretrained"},
     # of an unlinked file, which this process has written
     "cbnb/transcripts/spool.py": {"pickle", "loads"},
     # plain values alone: PlainUnpickler knows no class

@@ -276,6 +276,7 @@ def test_lock_settings_and_constraints_agree():
             "hf_requirements",
             "agentdojo_requirements",
             "inspect_requirements",
+            "real_requirements",
         ],
         "dev": ["dev_requirements"],
     }

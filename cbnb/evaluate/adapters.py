@@ -27,7 +27,7 @@ __all__ = ['NONE', 'MASKING', 'DECODING_FIELDS', 'Adapter', 'run_parameters', 'f
 
 # %% ../../nbs/evaluate/09_adapters.ipynb #8eb2bb6c
 from ..basics.jsonfiles import RunError, to_plain, write_json, write_owned
-from ..basics.places import TINYAGENT
+from ..basics.places import local_folder
 from ..basics.processes import from_first, world_size
 from ..basics.reading import read_text
 from ..basics.terminal import first_line, warn
@@ -189,7 +189,7 @@ def another_base(adapter: Adapter, name: str) -> dict[str, str]:
     base = made_for(adapter)
     if base is None:
         return {}
-    one, other = (TINYAGENT if model == "tinyagent" else Path(model).expanduser() for model in (base, name))
+    one, other = map(local_folder, (base, name))
     alike = one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
     return {} if alike else {"made_for": base, "model": name}
 

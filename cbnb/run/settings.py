@@ -21,7 +21,7 @@ __all__ = ['LLAMA_8B', 'MODEL_SHAPES', 'PUBLISHED', 'KEPT_TEMPLATE', 'MAX_TEMPLA
 
 # %% ../../nbs/run/12_settings.ipynb #1b06c686
 from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
-from ..basics.places import TINYAGENT
+from ..basics.places import local_folder
 from ..basics.processes import is_first
 from ..basics.reading import read_text
 from cbnb.config import (
@@ -82,6 +82,18 @@ MODEL_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # as published in the c
             vocab_size=202048,
         ),
     ),
+    "smollm2": (
+        "llama",
+        dict(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        ),
+    ),
 }
 
 # %% ../../nbs/run/12_settings.ipynb #setng007
@@ -108,7 +120,7 @@ def model_facts(name: str, trust_remote_code: bool = False) -> Facts:
             MODEL_SHAPES[name][1]["num_hidden_layers"],
             MODEL_SHAPES[name][1]["hidden_size"],
         )
-    folder = TINYAGENT if name == "tinyagent" else Path(name).expanduser()
+    folder = local_folder(name)
     config = (read_json(folder / "config.json") or {}) if folder.is_dir() else {}
     try:
         if "auto_map" not in config:  # else code may come with it, which is refused before a run is started

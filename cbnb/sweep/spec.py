@@ -29,7 +29,7 @@ __all__ = ['SPEC_KEYS', 'MAX_SPEC', 'MAX_RUNS', 'TEXT', 'CHOICE', 'SPEC_SHAPES',
 import yaml
 
 from ..basics.jsonfiles import RunError
-from ..basics.places import PACKAGE
+from ..basics.places import PACKAGE, local_folder
 from ..basics.reading import InputError, read_text
 from ..basics.withheld import cut
 from cbnb.config import (
@@ -306,8 +306,8 @@ def expand(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 # %% ../../nbs/sweep/00_spec.ipynb #ed640dce
 def check_model_layers(config: CircuitBreakerConfig, parameters: dict[str, Any]) -> None:
-    """Raise `ConfigError` for a layer that a tiny agent or a model in a local folder does not have."""
-    if config.model == "tinyagent" or Path(config.model).expanduser().is_dir():
+    """Raise `ConfigError` for a layer that a model in a local folder does not have."""
+    if local_folder(config.model).is_dir():
         try:
             check_layers(config, model_facts(config.model, parameters.get("trust_remote_code", False)).blocks)
         except OSError:
@@ -319,7 +319,7 @@ def check_settings(parameters: dict[str, Any], processes: int | None = None) -> 
 
     `parameters` is a dict of all parameters of a notebook that takes every setting of
     `CircuitBreakerConfig`; for another notebook nothing is checked. Errors are a value out of range, a
-    layer that a tiny agent or a model in a local folder does not have, and a data file that is not there.
+    layer that a model in a local folder does not have, and a data file that is not there.
     A model that is not on this machine is left to the run. `processes`: how many will share a step
     (`cbnb.run.settings.check_processes`), None where that is not known yet."""
     if not {f.name for f in dataclasses.fields(CircuitBreakerConfig)} | {"preset"} <= set(parameters):
@@ -394,7 +394,7 @@ def absolute_files(name: str, value: Any) -> Any:
         return value
     return ",".join(
         str(Path(part).expanduser().resolve())
-        if part != "tinyagent" and Path(part).expanduser().exists()
+        if part not in ("tinyagent", "smollm2") and Path(part).expanduser().exists()
         else part
         for part in parts
     )

@@ -29,7 +29,7 @@ __all__ = ['WHOLE', 'BLOCK', 'BLOCKS', 'HEAD', 'OWN_CODE', 'LOADED', 'OWN_WORDS'
 # %% ../../nbs/train/02_same.ipynb #c405541e
 from ..basics.jsonfiles import RecordError, RunError, read_json, regular_file, write_json
 from ..basics.lease import check_lease
-from ..basics.places import PACKAGE, TINYAGENT
+from ..basics.places import PACKAGE, local_folder
 from ..basics.processes import from_first, world_size
 from ..basics.terminal import say
 from ..config import CircuitBreakerConfig, config_to_dict, setting_text
@@ -109,7 +109,8 @@ def data_files(entries: list[str], tools: str = "") -> list[Path]:
 # %% ../../nbs/train/02_same.ipynb #fd240c60
 # of a model's folder, beside its weights: settings, code, and tokenizers of any kind
 LOADED = ("*.json", "*.py", "merges.txt", "vocab.txt", "*.model", "*.model.v*", "*.tiktoken")
-OWN_WORDS = ("tokenizer_config.json", "chat_template.json")  # compared without the template, or not at all
+# compared without the template, or not at all; a manifest repeats the hashes of the others
+OWN_WORDS = ("tokenizer_config.json", "chat_template.json", "manifest.json")
 
 
 def code_file(name: str) -> Path | None:
@@ -133,9 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
 def model_folder(name: str) -> Path | None:
     """Return the folder that the model `name` is loaded from: its own, or the one in the hub's cache; None
     where there is none yet."""
-    if name == "tinyagent":
-        return TINYAGENT
-    if (path := Path(name).expanduser()).is_dir():
+    if (path := local_folder(name)).is_dir():
         return path
     from huggingface_hub import try_to_load_from_cache
 
@@ -148,7 +147,7 @@ def model_folder(name: str) -> Path | None:
 # %% ../../nbs/train/02_same.ipynb #a60cdff1
 def is_cached(name: str) -> bool:
     """Return whether the model `name` is one of the hub, which is read from its cache."""
-    return name != "tinyagent" and not Path(name).expanduser().is_dir()
+    return not local_folder(name).is_dir()
 
 # %% ../../nbs/train/02_same.ipynb #fe2d5544
 def model_hashes(*names: str) -> dict[str, str]:

@@ -243,7 +243,7 @@ def keep_folder(place: str | Path, name: str, make: Callable) -> Path:
     if os.path.lexists(folder):
         check_own(folder)
     if folder.exists() and (fault := damage(folder)):
-        say(f"encoded samples: {folder} is made anew, since {fault}")
+        say(f"{folder} is made anew, since {fault}")
         shutil.rmtree(folder)
     if not folder.exists():
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
