@@ -26,6 +26,7 @@ PACKAGE = Path(cbnb.__file__).parent
 WRITERS = {
     "basics.files": {"new_file", "append_bytes"},
     "sweep.launch": {"start"},
+    "sweep.gguf": {"save_weights", "convert_gguf", "make_smollm2"},
     "basics.lease": {"make_new"},
     "step.models": {"write_adapter"},
     "train.teacher_cache": {"ShardWriter"},

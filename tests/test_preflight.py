@@ -69,15 +69,16 @@ def other_model(folder, template=None, **settings):
 
 
 def review(folder, world, only=None, **parameters):
-    """Executes the cells of preflight.ipynb here, with `parameters`; returns preflight.json and the message
-    of the refusal, if any. With `only`, that check alone is made, and of the cells behind it the last is
-    executed, which refuses."""
+    """Executes the cells of preflight.ipynb here, by default with the preset of the published method and with
+    `parameters`; returns preflight.json and the message of the refusal, if any. With `only`, that check alone
+    is made, and of the cells behind it the last is executed, which refuses."""
     from cbnb.preflight.checks import Page, PreflightFailed
 
     def alone(page, name, *arguments):
         return Page.check(page, name, *arguments) if name == only else None
 
     given = {
+        "preset": "tinyagent",
         "data": str(world / "train.jsonl"),
         "eval_data": str(world / "eval.jsonl"),
         "batch_size": 4,
@@ -314,8 +315,9 @@ def test_sabotage_is_caught_by_its_check(name, dtype, data, tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_the_untouched_setup_has_no_fail(dtype, data, tmp_path, capsys):
-    record, refused = review(tmp_path / "run", data, dtype=dtype)
+@pytest.mark.parametrize("preset", ("tinyagent", "tinyagent-adv"))
+def test_the_untouched_setup_has_no_fail(preset, dtype, data, tmp_path, capsys):
+    record, refused = review(tmp_path / "run", data, preset=preset, dtype=dtype)
     assert not refused and [c["name"] for c in record["checks"]] == [
         "direction",
         "detachment",
