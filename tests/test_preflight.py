@@ -3,6 +3,7 @@ run for it: papermill, the command, the batch script."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -87,7 +88,9 @@ def review(folder, world, only=None, **parameters):
     namespace, refused = {"__name__": "preflight"}, ""
     try:
         *cells, last = code_cells(NBS / "preflight.ipynb")
-        stop = next((i for i, c in enumerate(cells) if f'page.check("{only}"' in c.source), len(cells))
+        # the last cell: an earlier one makes the check where something else has failed
+        made = re.compile(rf'page\.check\(\s*"{only}"')
+        stop = max((i for i, c in enumerate(cells) if made.search(c.source)), default=len(cells))
         for cell in [*cells[: stop + 1], last]:
             exec(compile(cell.source, "preflight.ipynb", "exec"), namespace)
             if only and "page" in namespace:
@@ -311,6 +314,16 @@ def test_sabotage_is_caught_by_its_check(name, dtype, data, tmp_path, monkeypatc
     failed = " · ".join(p["text"] for p in found["points"] if p["verdict"] == "fail")
     assert record["verdict"] == found["verdict"] == "fail" and words in failed, failed
     assert check in refused
+
+
+@pytest.mark.slow
+def test_masks_that_are_wrong_are_told_beside_what_becomes_of_twins(data, tmp_path, monkeypatch):
+    masks_by(first_header)(patch=monkeypatch)
+    record, refused = review(tmp_path / "run", data, preset="tinyagent-adv")
+    (masks,) = record["checks"]
+    failed = " · ".join(p["text"] for p in masks["points"] if p["verdict"] == "fail")
+    assert masks["name"] == "masks" and "masks (" in refused
+    assert "trains_header" in failed and "not one of 48 harmful transcripts" in failed
 
 
 @pytest.mark.slow
