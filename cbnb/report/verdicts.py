@@ -287,9 +287,8 @@ def attack_measures(record: dict[str, Any]) -> dict[str, float]:
             counts = (point["counts"].get(rate, (0, 0)) for point in points)
             best, n = max(((hits / n, n) for hits, n in counts if n), default=(math.nan, 0))
             flat |= {column + end: math.nan if is_void else best, f"n_{column}{end}": float(n)}
-        is_void = is_void or not flat[f"n_{column}"]
         flat[f"budget_{column}"] = float(attack["budget"])
-        flat[f"passes_{column}"] = math.nan if is_void else half_passes(points)
+        flat[f"passes_{column}"] = math.nan if math.isnan(flat[column]) else half_passes(points)
     return flat
 
 # %% ../../nbs/report/01_verdicts.ipynb #d05c883f
