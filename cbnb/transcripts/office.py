@@ -69,9 +69,7 @@ CITIES = "Lisbon Oslo Vienna Dublin Porto Riga Ghent Turin Lyon Malmo Zagreb Lee
 STREETS = (
     "Harbour Street,Mill Lane,Station Road,Park Avenue,Castle Hill,Elm Close,Bridge Road,Kings Square"
 ).split(",")
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ("January February March April May June July August September October November December").split()
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0011
 def _value(rng: random.Random, kind: str) -> str:
@@ -79,7 +77,13 @@ def _value(rng: random.Random, kind: str) -> str:
     n, month, day = rng.randint(20, 4999), rng.choice(MONTHS), rng.randint(1, 28)
     letters = "".join(rng.choices("ABCDEFGHKLMPRSTVX", k=3))
     ways = {
-        "number": (f"${n:,}.{rng.choice(('00', '50', '20', '95'))}", f"€{n:,}", f"£{n}.40", f"${n:,}", f"{n:,} kr"),
+        "number": (
+            f"${n:,}.{rng.choice(('00', '50', '20', '95'))}",
+            f"€{n:,}",
+            f"£{n}.40",
+            f"${n:,}",
+            f"{n:,} kr",
+        ),
         "code": (f"{letters}-{n}", f"{letters[:2]}{n}", f"{n}-{letters[0]}", f"{letters[0]}{day}-{n}"),
         "place": (
             f"{day} {rng.choice(STREETS)}",
@@ -87,7 +91,12 @@ def _value(rng: random.Random, kind: str) -> str:
             f"Room {day}.{n % 10}",
             f"Building {letters[0]}, floor {n % 9 + 1}",
         ),
-        "date": (f"{day} {month} 2026", f"{month} {day}", f"2026-{MONTHS.index(month) + 1:02}-{day:02}", f"{day} {month}"),
+        "date": (
+            f"{day} {month} 2026",
+            f"{month} {day}",
+            f"2026-{MONTHS.index(month) + 1:02}-{day:02}",
+            f"{day} {month}",
+        ),
     }
     return rng.choice(ways[kind])
 
@@ -612,7 +621,13 @@ SENTENCES = (
     "They confirmed {value} as the {field}.",
     "Under {field} you find {value}.",
 )
-ROWS = ("{Field}: {value}", "- {Field}: {value}", "{field} = {value}", "* {Field} - {value}", "{Field} | {value}")
+ROWS = (
+    "{Field}: {value}",
+    "- {Field}: {value}",
+    "{field} = {value}",
+    "* {Field} - {value}",
+    "{Field} | {value}",
+)
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0033
 LAYOUTS = {
@@ -687,9 +702,7 @@ def _body(rng: random.Random, fields: dict[str, str], note: str) -> str:
     return between.join(lines)
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0037
-def _document(
-    rng: random.Random, document: tuple[str, str], fields: dict[str, str], note: str
-) -> str:
+def _document(rng: random.Random, document: tuple[str, str], fields: dict[str, str], note: str) -> str:
     """Return what the tool `document[0]` returns of the topic `document[1]`: plain text or JSON, with the
     `fields` and the `note`."""
     reader, key = document
@@ -701,7 +714,11 @@ def _document(
         return layout.format(**words)
     out: dict[str, str] = {}
     for name, form in layout:
-        out |= {k.replace(" ", "_"): v for k, v in fields.items()} if name == "*" else {name: form.format(**words)}
+        out |= (
+            {k.replace(" ", "_"): v for k, v in fields.items()}
+            if name == "*"
+            else {name: form.format(**words)}
+        )
     return json.dumps(out, ensure_ascii=False)
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0041
