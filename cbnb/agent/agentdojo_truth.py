@@ -132,7 +132,8 @@ def pick_pairs(bench: Bench, attack: str, n: int, first: int = 0) -> list[Task]:
 def play_suite(suite: str, attack: str, n: int, folder: str | Path, first: int = 0) -> Counter[str]:
     """Write run files of AgentDojo to `folder`: of all user tasks of a `suite`, or with an `attack` of `n`
     pairs (`pick_pairs`). Returns how many have none, by why. Raises ConfigError as `open_bench`."""
-    prompter, drops = Prompter({}), Counter()
+    prompter: Any = Prompter({})
+    drops: Counter[str] = Counter()
     bench = open_bench(prompter, suite, attack, folder, PIPELINE, steps=99)
     tasks = [Task(user) for user in bench.suite.user_tasks]
     if attack != "none":
@@ -187,7 +188,9 @@ def truth_transcripts(
     attack is obeyed (harmful). `tools`: as many are on offer, see `fewer_tools`. Only what AgentDojo's own
     checks call done is kept. `tell` is called with a line for each suite. Raises ConfigError where AgentDojo
     is not installed."""
-    rows, drops, rng = [], Counter(), random.Random(f"truth/{seed}")
+    rows: list[Transcript] = []
+    drops: Counter[str] = Counter()
+    rng = random.Random(f"truth/{seed}")
     share = -(-n // len(ATTACKS))
     with tempfile.TemporaryDirectory() as folder:
         for suite in suites:
