@@ -45,7 +45,10 @@ def office_parts(n: int, held: int, seed: int = 0) -> Parts:
     return {
         "train": [t for kind in OFFICE_KINDS for t in office_transcripts(kind, counts[kind], "train", seed)],
         "heldout": [
-            t for suite in suites for kind in OFFICE_KINDS for t in office_transcripts(kind, held, "eval", seed, suite)
+            t
+            for suite in suites
+            for kind in OFFICE_KINDS
+            for t in office_transcripts(kind, held, "eval", seed, suite)
         ],
     }
 
@@ -77,7 +80,9 @@ def truth_parts(rows: Iterable[Transcript]) -> tuple[Parts, int]:
     return parts, others
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0013
-def fitting(rows: Iterable[Transcript], masker: ChatMasker, limit: int = 0) -> tuple[list[Transcript], list[int], Counter]:
+def fitting(
+    rows: Iterable[Transcript], masker: ChatMasker, limit: int = 0
+) -> tuple[list[Transcript], list[int], Counter]:
     """Return the `rows` that have at most `limit` tokens by the template of `masker` (0: any number), their
     lengths in tokens, and how many were dropped, by why: too long, or refused by the template."""
     fit, lengths = [], []
@@ -98,7 +103,9 @@ def describe(rows: Iterable[Transcript], lengths: list[int]) -> dict[str, Any]:
     rows = list(rows)
 
     def suite_of(t: Transcript) -> str:
-        return f"agentdojo {t.meta['suite_name']}" if t.source == "agentdojo" else t.meta.get("suite", t.source)
+        return (
+            f"agentdojo {t.meta['suite_name']}" if t.source == "agentdojo" else t.meta.get("suite", t.source)
+        )
 
     about: dict[str, Any] = {
         "transcripts": len(rows),

@@ -15,8 +15,8 @@ from .tinyworld import World, tool_task
 # %% auto #0
 __all__ = ['TOPICS', 'TRIPS', 'NAMES', 'PARTS', 'ANY', 'CITIES', 'STREETS', 'MONTHS', 'READERS', 'SUITES', 'ACTIONS', 'SENSITIVE',
            'TRAVEL_READERS', 'TRAVEL_ACTIONS', 'TRAVEL_SENSITIVE', 'ABOUT', 'FORMS', 'TITLES', 'SYSTEM', 'ASKS',
-           'QUESTIONS', 'NOTES', 'INJECTIONS', 'QUOTES', 'SENTENCES', 'ROWS', 'LAYOUTS', 'OFFICE_KINDS', 'office_world',
-           'count_wordings', 'office_transcripts']
+           'QUESTIONS', 'NOTES', 'INJECTIONS', 'QUOTES', 'SENTENCES', 'ROWS', 'LAYOUTS', 'OFFICE_KINDS',
+           'office_tables', 'count_wordings', 'office_transcripts']
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0006
 TOPICS = (
@@ -732,7 +732,7 @@ def _tools(table: dict[str, tuple], split: str) -> dict[str, tuple]:
     return {name: (*entry[:3], _share(entry[3], split)) for name, entry in table.items()}
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0044
-def office_world(split: str, suite: str = "office") -> World:
+def office_tables(split: str, suite: str = "office") -> World:
     """Return the `World` of the office, or of the held-out suite `travel`, with the wordings of `split`
     (train or eval). Raises ValueError for another name."""
     if split not in ("train", "eval") or suite not in ("office", "travel"):
@@ -794,6 +794,6 @@ def office_transcripts(
     eval; `suite`: office, or travel, whose ids say so. Raises ValueError for another word."""
     if kind not in OFFICE_KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(OFFICE_KINDS)}")
-    world, rng = office_world(split, suite), random.Random(f"{suite}/{kind}/{split}/{seed}")
+    world, rng = office_tables(split, suite), random.Random(f"{suite}/{kind}/{split}/{seed}")
     ids = (f"{suite}-{kind}-{split}-{seed}-{i:05d}" for i in range(n))
     return [tool_task(rng, kind, split, id, world) for id in ids]
