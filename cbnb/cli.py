@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy',
            'use_colour', 'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown',
            'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
-           'run_spans', 'add_convert', 'run_convert', 'add_office', 'run_office', 'add_ablate', 'run_ablate',
+           'run_spans', 'add_convert', 'run_convert', 'some', 'add_office', 'run_office', 'add_ablate', 'run_ablate',
            'add_status', 'run_status', 'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train',
            'run_train', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log',
            'run_inspect_log', 'add_attack', 'run_attack', 'add_tamper', 'run_tamper', 'add_chat', 'add_prompt',
@@ -476,6 +476,13 @@ def run_convert(args: argparse.Namespace) -> int:
         say(*report_lines(report))
     return 1 if report["dropped"] else 0
 
+# %% ../nbs/cli.ipynb #offcli06
+def some(text: str) -> int:
+    """Return `text` as an int from 1 to 100,000, for argparse: numbers of what is made at once, in memory."""
+    if (number := positive(text)) > 100_000:
+        raise argparse.ArgumentTypeError(f"{number} is more than 100,000")
+    return number
+
 # %% ../nbs/cli.ipynb #offcli01
 def add_office(commands: Commands) -> None:
     """Add the arguments of `cbnb office`."""
@@ -495,7 +502,7 @@ def add_office(commands: Commands) -> None:
     }
     for name, (default, text) in numbers.items():
         p.add_argument(
-            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+            f"--{name}", type=some, default=default, metavar="N", help=f"{text} (default: %(default)s)"
         )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws (default: %(default)s)")
     p.add_argument("--model", metavar="NAME", default="", help="whose tokenizer counts, and who is asked")
@@ -504,7 +511,7 @@ def add_office(commands: Commands) -> None:
     )
     p.add_argument(
         "--agentdojo",
-        type=positive,
+        type=some,
         nargs="?",
         const=36,
         default=0,
