@@ -108,7 +108,7 @@ def test_rows_are_short():
 @pytest.mark.parametrize("policy", ["assistant_only", "completion_only"])
 def test_masks_train_what_the_assistant_says(policy):
     for t, e in zip(sample(), encodings(), strict=True):
-        mask = find_policy(policy).mask(e)
+        mask = find_policy(policy)(e)
         roles = {t.messages[i]["role"] for i in set(e.message_index[mask].tolist())}
         assert roles == {"assistant"}, t.id
         words = masker().tokenizer.decode(e.input_ids[mask])
@@ -199,14 +199,14 @@ def test_the_world_needs_no_torch():
 @pytest.mark.slow
 def test_agentdojos_ground_truth_is_done_and_obeyed():
     "Of all four suites, by AgentDojo's own verdicts; what is dropped is counted."
-    rows, drops = truth_transcripts(n=12)
+    rows, drops = truth_transcripts(n=6)
     suites = {t.meta["suite_name"] for t in rows}
     assert suites == {"workspace", "banking", "slack", "travel"}
     harmful = [t for t in rows if t.label == "harmful"]
     benign = [t for t in rows if t.label == "benign"]
     print(len(benign), "benign", len(harmful), "harmful", dict(drops))
-    assert len(benign) + len(harmful) + drops.total() == 40 + 16 + 21 + 20 + 4 * 12
-    assert len(benign) > 80 and len(harmful) > 24 and {t.meta["attack_type"] for t in harmful} == {*ATTACKS}
+    assert len(benign) + len(harmful) + drops.total() == 40 + 16 + 21 + 20 + 4 * 6
+    assert len(benign) > 80 and len(harmful) > 15 and {t.meta["attack_type"] for t in harmful} == {*ATTACKS}
     assert all(t.injection_spans and t.meta["security"] for t in harmful)
     drafts, _ = draft_twins(harmful, benign)
     assert sum(d.origin == "benign_run" for d in drafts) > 0.8 * len(harmful)
